@@ -1,0 +1,1 @@
+"""Floor 3: one story per file: read, compute, write."""

@@ -1,0 +1,53 @@
+"""How a step tells what it is doing, without knowing who listens."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """One bar of progress."""
+
+    def advance(self, amount: float = 1) -> None:
+        """Count `amount` more units as done."""
+
+    def show(self, **fields: Any) -> None:
+        """Show current values beside the bar, e.g. ``loss=1.23``."""
+
+
+class Reporter(Protocol):
+    """The listener of a step: a terminal, or nobody."""
+
+    def note(self, text: str) -> None:
+        """Tell something worth knowing, such as which input was taken or which default was chosen."""
+
+    def warn(self, text: str) -> None:
+        """Tell something that may surprise the user; printed even under ``--quiet``."""
+
+    def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
+        """Show a bar that counts to `total` units (unknown when None)."""
+
+
+class SilentProgress:
+    """A bar nobody sees."""
+
+    def advance(self, amount: float = 1) -> None:
+        """Do nothing."""
+
+    def show(self, **fields: Any) -> None:
+        """Do nothing."""
+
+
+class SilentReporter:
+    """A listener that drops everything: for all processes but the first, and for use from Python."""
+
+    def note(self, text: str) -> None:
+        """Do nothing."""
+
+    def warn(self, text: str) -> None:
+        """Do nothing."""
+
+    def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
+        """Return a bar nobody sees."""
+        return nullcontext(SilentProgress())
