@@ -1,0 +1,94 @@
+"""Files appear whole or not at all.
+
+Everything is written to a hidden sibling, flushed to the disk, and renamed. The sibling's name is fixed, so what a killed
+run left is overwritten by the next one instead of piling up; the lock of the output folder keeps two writers apart.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipcid_cli.errors import ClipcidError
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open `path` for writing such that it exists under its name only when complete.
+
+    Args:
+        path: Final name; missing parent folders are made.
+
+    Yields:
+        A binary file. When the block ends without an error the file is synced and renamed to `path`; when it raises,
+        the partial file is removed and whatever `path` held before is untouched.
+
+    Raises:
+        ClipcidError: when the disk is full or the folder cannot be written to.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(path), str(partial), str(path.parent)):
+            raise write_error(path, error) from error
+        raise
+
+
+def write_error(path: Path, error: OSError) -> ClipcidError:
+    """Say why `path` could not be written."""
+    return ClipcidError(
+        f"Could not write {path}: {error.strerror or error}.",
+        "Free some space or choose another folder, then give the same command again: it continues where it stopped.",
+    )
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as indented JSON; NaN and infinities are refused since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_npy(path: Path, array: np.ndarray[Any, Any]) -> None:
+    """Write an array to `path` in npy form, without pickling."""
+    with atomic_file(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table to `path` as parquet (zstd); the same table gives the same bytes."""
+    with atomic_file(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a frame to `path` as comma-separated text with a header and no index."""
+    text = io.StringIO()
+    frame.to_csv(text, index=False, lineterminator="\n")
+    write_text(path, text.getvalue())

@@ -1,0 +1,239 @@
+"""An output folder of a step: its lock, its plan and its sidecar.
+
+The life of an output:
+
+1. ``open_output`` takes a lock that dies with the process, so a second run in the same folder is refused at once.
+2. Is there a sidecar ``<step>.json``? Then the output is finished: it is reused when settings and inputs are the same, and
+   an error names the difference when they are not.
+3. Otherwise the plan ``.<step>.plan.json`` tells what an unfinished run was making. The same settings and inputs: the step
+   resumes on what is there. Others: an error names the difference.
+4. ``Output.commit`` writes the sidecar last; it is the mark that everything before it is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli import __version__
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_error, write_json
+
+FORMAT_VERSION = 1
+
+# Files up to this size are hashed whole; of larger ones the head, the middle and the tail are, since reading a petabyte
+# of shards to start a run would cost more than the run.
+_WHOLE_FILE = 64 * 2**20
+_WINDOW = 2**20
+
+
+def fingerprint_file(path: Path) -> dict[str, Any]:
+    """Describe an input file so that a later run can tell whether it changed.
+
+    Returns:
+        ``{"path": str, "size": bytes, "hash": "blake2b:…"}``; the hash of a file above 64 MiB is ``blake2b-sampled:…``,
+        of its size and three windows of 1 MiB.
+    """
+    size = path.stat().st_size
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        if size <= _WHOLE_FILE:
+            digest.update(file.read())
+            kind = "blake2b"
+        else:
+            digest.update(str(size).encode())
+            for start in (0, (size - _WINDOW) // 2, size - _WINDOW):
+                file.seek(start)
+                digest.update(file.read(_WINDOW))
+            kind = "blake2b-sampled"
+    return {"path": str(path), "size": size, "hash": f"{kind}:{digest.hexdigest()}"}
+
+
+def read_sidecar(path: Path) -> dict[str, Any] | None:
+    """Read a sidecar; None when there is none.
+
+    Raises:
+        ClipcidError: when it is not JSON, or of a newer format than this version knows.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        sidecar = json.loads(text)
+        version = sidecar["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ClipcidError(f"{path} is not a sidecar of clipcid.", "Remove it, or give another folder.") from error
+    if version > FORMAT_VERSION:
+        raise ClipcidError(
+            f"{path} has format version {version}; this clipcid {__version__} knows up to {FORMAT_VERSION}.",
+            "Upgrade clipcid, or give another folder.",
+        )
+    assert isinstance(sidecar, dict)
+    return sidecar
+
+
+@dataclasses.dataclass
+class Output:
+    """A locked output folder.
+
+    Attributes:
+        folder: Where the step writes.
+        step: Name of the step; the sidecar is ``<step>.json``.
+        settings: Settings that decide the content, as JSON values.
+        inputs: Fingerprints of what is read.
+        finished: The sidecar when the output is complete and of the same settings and inputs, else None.
+        resumed: Whether an unfinished run of the same settings and inputs was here before.
+    """
+
+    folder: Path
+    step: str
+    settings: dict[str, Any]
+    inputs: list[dict[str, Any]]
+    finished: dict[str, Any] | None
+    resumed: bool
+
+    def commit(self, *, counts: dict[str, Any], seconds: dict[str, float], **more: Any) -> dict[str, Any]:
+        """Write the sidecar, which declares the output complete, and return its content.
+
+        Args:
+            counts: What was read, used and skipped, by reason.
+            seconds: Time by phase.
+            more: Further entries, such as ``model`` or ``result``.
+        """
+        sidecar = {
+            "format_version": FORMAT_VERSION,
+            "tool": "clipcid",
+            "tool_version": __version__,
+            "step": self.step,
+            "settings": self.settings,
+            "inputs": self.inputs,
+            "counts": counts,
+            "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+            **more,
+        }
+        write_json(sidecar_path(self.folder, self.step), sidecar)
+        _plan_path(self.folder, self.step).unlink(missing_ok=True)
+        return sidecar
+
+
+def sidecar_path(folder: Path, step: str) -> Path:
+    """Return where the sidecar of a step's output lies."""
+    return folder / f"{step}.json"
+
+
+def _plan_path(folder: Path, step: str) -> Path:
+    return folder / f".{step}.plan.json"
+
+
+@contextmanager
+def open_output(
+    folder: Path,
+    step: str,
+    *,
+    settings: dict[str, Any],
+    inputs: list[dict[str, Any]],
+    overwrite: bool,
+    replaceable: frozenset[str] = frozenset(),
+) -> Iterator[Output]:
+    """Lock an output folder and find out whether it is finished, unfinished or new.
+
+    Args:
+        folder: The output folder; made when missing.
+        step: Name of the step.
+        settings: Settings that decide the content, as JSON values.
+        inputs: Fingerprints of what is read.
+        overwrite: Treat an output of other settings or inputs as if it were not there. What its files are is the step's
+            business: it replaces them one by one, and the sidecar is removed first.
+        replaceable: Names of settings in which an existing output may differ without an error: it is then simply made
+            anew (``finished`` is None and ``resumed`` False).
+
+    Raises:
+        ClipcidError: when another run holds the folder, or an output of other settings or inputs is there.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    with _lock(folder, step):
+        sidecar, plan = sidecar_path(folder, step), _plan_path(folder, step)
+        wanted = {"format_version": FORMAT_VERSION, "settings": settings, "inputs": inputs}
+        finished, begun = read_sidecar(sidecar), read_sidecar(plan)
+        existing = finished or begun
+        resumed = False
+        if existing is not None:
+            differences = list_differences(existing, wanted)
+            serious = [name for name in differences if name.removeprefix("settings.") not in replaceable]
+            if serious and not overwrite:
+                state = "holds" if finished else "holds an unfinished"
+                raise ClipcidError(
+                    f"{folder} {state} {step} of other settings or inputs:\n"
+                    + "\n".join(f"  {name}: {differences[name]}" for name in serious[:8])
+                    + (f"\n  … and {len(serious) - 8} more" if len(serious) > 8 else ""),
+                    "Add --overwrite to replace it, or give another folder (--out or --work).",
+                )
+            if differences:
+                finished = None
+            resumed = finished is None and not differences
+        if finished is None:
+            sidecar.unlink(missing_ok=True)
+            write_json(plan, wanted)
+        yield Output(folder, step, settings, inputs, finished, resumed)
+
+
+def list_differences(existing: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
+    """Compare the settings and inputs of two sidecars.
+
+    Returns:
+        For each entry that differs, how: ``{"settings.keep": "0.5 there, 0.6 now"}``.
+    """
+    found: dict[str, str] = {}
+    old_settings, new_settings = existing.get("settings", {}), wanted["settings"]
+    for name in [*new_settings, *(name for name in old_settings if name not in new_settings)]:
+        old, new = old_settings.get(name), new_settings.get(name)
+        if old != new:
+            found[f"settings.{name}"] = f"{_short(old)} there, {_short(new)} now"
+    # Inputs are compared by content: a folder that was moved or reached by another path is still the same input.
+    old_inputs = [(entry.get("size"), entry.get("hash")) for entry in existing.get("inputs", [])]
+    new_inputs = [(entry.get("size"), entry.get("hash")) for entry in wanted["inputs"]]
+    if len(old_inputs) != len(new_inputs):
+        found["inputs"] = f"{len(old_inputs)} files there, {len(new_inputs)} now"
+    else:
+        for old, new, entry in zip(old_inputs, new_inputs, wanted["inputs"], strict=True):
+            if old != new:
+                found[f"input {entry['path']}"] = f"{old[0]} bytes ({old[1]}) there, {new[0]} bytes ({new[1]}) now"
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+@contextmanager
+def _lock(folder: Path, step: str) -> Iterator[None]:
+    """Hold the folder for one run; the kernel drops the lock when the process ends, however it ends."""
+    path = folder / f".{step}.lock"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(handle, 64, 0).decode(errors="replace").strip()
+            raise ClipcidError(
+                f"Another run ({holder or 'of unknown process number'}) is writing to {folder}.",
+                "Wait for it, stop it, or give another folder (--out or --work).",
+            ) from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)

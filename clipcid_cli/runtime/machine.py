@@ -1,0 +1,158 @@
+"""The processes of one run and the device each of them has.
+
+One process, or as many as torchrun started: ``torch.distributed`` (NCCL on GPUs, gloo on CPUs) is the one engine. Steps are
+written for any number of processes; with one, every call here is free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from clipcid_cli.errors import ClipcidError
+
+T = TypeVar("T")
+
+# A process may wait long for another that reads slower shards; a lost one is noticed by torchrun, not by this limit.
+_PATIENCE = datetime.timedelta(hours=12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """This process among those of the run.
+
+    Attributes:
+        rank: Number of this process, 0 … size − 1.
+        size: Number of processes.
+        local_rank: Number of this process on its host.
+        device: Where this process computes.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes shared files and talks to the user."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """Return `source`'s value on every process; it travels pickled, between our own processes only."""
+        if self.size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=source, device=self._wire())
+        return box[0]  # type: ignore[no-any-return]  # the box is a list of anything by torch's signature
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process's value, in order of rank, on every process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add the tensor up over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on the first process only and give its result, or its error, to all.
+
+        Raises:
+            ClipcidError: whatever the action raised; on the other processes marked as told already, so that the user
+                reads it once.
+        """
+        if self.size == 1:
+            return action()
+        outcome: tuple[T | None, BaseException | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (action(), None)
+            except ClipcidError as error:
+                outcome = (None, error)
+        result, error = self.broadcast(outcome)
+        if error is not None:
+            error.told_by_main = not self.is_main  # type: ignore[attr-defined]  # read by the command line's error boundary
+            raise error
+        return result  # type: ignore[return-value]  # None only when the action returned None
+
+    def agree(self, error: ClipcidError | None) -> None:
+        """Raise on every process when any of them met an error, so that none waits for one that is gone.
+
+        Raises:
+            ClipcidError: the error of the lowest rank that had one.
+        """
+        for rank, found in enumerate(self.gather(error)):
+            if found is not None:
+                found.told_by_main = rank != self.rank  # type: ignore[attr-defined]  # as in on_main
+                raise found
+
+    def _wire(self) -> torch.device | None:
+        return self.device if self.device.type == "cuda" else None
+
+
+@contextmanager
+def open_machine(device: str = "auto") -> Iterator[Machine]:
+    """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
+
+    Args:
+        device: ``auto`` (a GPU when there is one), ``cpu`` or ``cuda``.
+
+    Raises:
+        ClipcidError: when ``cuda`` is asked for and there is none, or there are more processes on this host than GPUs.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        yield Machine(0, 1, local_rank, chosen)
+        return
+    _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield Machine(rank, size, local_rank, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ClipcidError("--device cuda was asked for, but PyTorch sees no GPU.", "Use --device cpu or auto.")
+    if local_rank >= count:
+        raise ClipcidError(
+            f"Process {local_rank} of this host has no GPU of its own: there are {count}.",
+            f"Start at most {count} processes a host (torchrun --nproc-per-node {count}).",
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _share_cores(local_size: int) -> None:
+    """Give each process of this host its share of the cores where the user has not said otherwise.
+
+    torchrun sets OMP_NUM_THREADS=1 when it is unset, which leaves most cores of a CPU run idle; that value is
+    indistinguishable from a user's own 1, so threads are raised only when torchrun chose it for several processes.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))

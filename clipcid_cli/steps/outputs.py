@@ -1,0 +1,43 @@
+"""Claiming an output folder with any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.formats.output import Output, open_output
+from clipcid_cli.runtime.machine import Machine
+
+
+@contextmanager
+def claim_output(
+    machine: Machine,
+    folder: Path,
+    step: str,
+    *,
+    settings: dict[str, Any],
+    inputs: list[dict[str, Any]],
+    overwrite: bool,
+    replaceable: frozenset[str] = frozenset(),
+) -> Iterator[Output]:
+    """Lock `folder` on the first process and tell all processes what state it is in.
+
+    The arguments are those of `open_output`. Only the first process may call ``commit`` on what is yielded.
+
+    Raises:
+        ClipcidError: on every process, when the folder is held by another run or holds an output of other settings.
+    """
+    with ExitStack() as stack:
+
+        def claim() -> Output:
+            return stack.enter_context(
+                open_output(
+                    folder, step, settings=settings, inputs=inputs, overwrite=overwrite, replaceable=replaceable
+                )
+            )
+
+        output = machine.on_main(claim)
+        yield output
+        machine.barrier()
