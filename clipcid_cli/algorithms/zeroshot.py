@@ -1,0 +1,92 @@
+"""Zero-shot classification: prompts become one weight vector per class, images go to the most similar class (METHOD §5).
+
+Shape letters: C classes, T templates, N images, D width of the embeddings.
+"""
+
+from __future__ import annotations
+
+import torch
+
+ACCURACY_TOP_K = 5
+
+
+def class_weights(prompts_CTD: torch.Tensor) -> torch.Tensor:
+    """Fold the prompts of each class into one weight vector: the normalised mean of the normalised prompts.
+
+    Args:
+        prompts_CTD: Text embeddings, float [C, T, D], one per class and template; normalised here, so any scale will do.
+
+    Returns:
+        Unit rows [C, D] in the dtype of the prompts.
+
+    Raises:
+        ValueError: when there is no class or no template.
+
+    Source: Radford et al. 2021 (CLIP), §3.1.4, prompt ensembling in embedding space.
+    """
+    if prompts_CTD.ndim != 3 or 0 in prompts_CTD.shape:
+        raise ValueError(f"prompts must be [classes, templates, width], none of them 0, not {list(prompts_CTD.shape)}")
+    mean_CD = torch.nn.functional.normalize(prompts_CTD, dim=-1).mean(dim=1)
+    return torch.nn.functional.normalize(mean_CD, dim=-1)
+
+
+def rank_classes(images_ND: torch.Tensor, weights_CD: torch.Tensor, labels_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find, for each image, the most similar class and how many classes come before the right one.
+
+    Equal similarities count in the order of the classes, so the answer never depends on a sort's internals, and an image is
+    right (its prediction is its label) exactly when its rank is 0.
+
+    Args:
+        images_ND: Image embeddings, float [N, D], unit rows.
+        weights_CD: Class weights of :func:`class_weights`, float [C, D].
+        labels_N: Right classes, int64 [N], in [0, C).
+
+    Returns:
+        The predicted classes, int64 [N], and the ranks of the right classes, int64 [N] in [0, C).
+
+    Raises:
+        ValueError: when a label names no class.
+    """
+    num_classes = len(weights_CD)
+    if len(labels_N) and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < num_classes:
+        raise ValueError(f"labels lie in [{int(labels_N.min())}, {int(labels_N.max())}], classes in [0, {num_classes - 1}]")
+    scores_NC = images_ND @ weights_CD.T
+    own_N1 = scores_NC.gather(1, labels_N[:, None])
+    earlier_NC = torch.arange(num_classes, device=labels_N.device) < labels_N[:, None]
+    before_NC = (scores_NC > own_N1) | ((scores_NC == own_N1) & earlier_NC)
+    return scores_NC.argmax(dim=1), before_NC.sum(dim=1)
+
+
+def classification_metrics(
+    predictions_N: torch.Tensor, ranks_N: torch.Tensor, labels_N: torch.Tensor, num_classes: int
+) -> dict[str, float]:
+    """Sum up a classification as CLIP_benchmark does.
+
+    Args:
+        predictions_N: Predicted classes, int64 [N].
+        ranks_N: How many classes came before the right one, int64 [N], as :func:`rank_classes` finds them.
+        labels_N: Right classes, int64 [N].
+        num_classes: C.
+
+    Returns:
+        ``acc1`` and ``acc5``, the shares of images whose right class is first, or among the first 5 (NaN below 5 classes, where
+        it would say nothing), and ``mean_per_class_recall``, the mean over the classes that occur of the share of their images
+        predicted right. All in [0, 1].
+
+    Raises:
+        ValueError: when there is no image.
+
+    Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_classification.py; its NaN for acc5 is kept.
+    """
+    if not len(labels_N):
+        raise ValueError("no image to sum up")
+    images_C = torch.bincount(labels_N, minlength=num_classes)
+    right_C = torch.bincount(labels_N[predictions_N == labels_N], minlength=num_classes)
+    present = images_C > 0
+    recall = (right_C[present].double() / images_C[present].double()).mean()
+    top_k = (ranks_N < ACCURACY_TOP_K).double().mean() if num_classes >= ACCURACY_TOP_K else torch.tensor(float("nan"))
+    return {
+        "acc1": float((ranks_N == 0).double().mean()),
+        "acc5": float(top_k),
+        "mean_per_class_recall": float(recall),
+    }

@@ -1,0 +1,88 @@
+"""How every subcommand is made: parse the settings, run the step, print the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from clipcid_cli.commands.config import load_config
+from clipcid_cli.commands.options import GroupedCommand, build_parameters
+from clipcid_cli.steps.settings.shared import SharedSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Summary = Callable[[dict[str, Any], "Console"], None]
+
+
+def step_command(
+    *,
+    name: str,
+    settings: type[SharedSettings],
+    step: str,
+    summary: Summary,
+    help: str,  # noqa: A002  # click's own word
+    examples: str,
+) -> click.Command:
+    """Make the click command of a step.
+
+    Args:
+        name: Name of the subcommand.
+        settings: Settings dataclass of the step; torch-free.
+        step: Dotted name of the step's module, imported only when the step runs. Its ``run(settings, reporter)``
+            returns the JSON object.
+        summary: Prints the result for a person.
+        help: First paragraph of the help page.
+        examples: Command lines, one a line.
+    """
+    parameters, arguments = build_parameters(name, settings)
+    for parameter in parameters:
+        if parameter.name == "config":
+            parameter.is_eager = True
+            parameter.callback = load_config
+
+    def invoke(**values: Any) -> None:
+        chosen = {field.name: values[field.name] for field in dataclasses.fields(settings)}
+        run_step(settings(**{key: () if value is None and _is_tuple(settings, key) else value for key, value in chosen.items()}), step, summary)
+
+    return GroupedCommand(
+        name,
+        callback=invoke,
+        params=parameters,
+        help=help,
+        short_help=help.split(". ")[0].rstrip(".") + ".",
+        examples=examples,
+        arguments=arguments,
+        no_args_is_help=False,
+    )
+
+
+def _is_tuple(settings: type[Any], name: str) -> bool:
+    return isinstance(next(field.default for field in dataclasses.fields(settings) if field.name == name), tuple)
+
+
+def run_step(settings: SharedSettings, step: str, summary: Summary) -> None:
+    """Run a step and print its result: one JSON object on stdout with ``--json``, a summary on stderr without."""
+    # OpenMP's idle threads spin by default; two processes that compute and decode on few cores then slow each other
+    # many times over. It must be set before torch loads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    from clipcid_cli.commands.console import make_console, make_reporter
+
+    console = make_console()
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    reporter = make_reporter(console, quiet=settings.quiet, is_main=is_main)
+    result = importlib.import_module(step).run(settings, reporter)
+    if not is_main:
+        return
+    if settings.json:
+        sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
+        sys.stdout.flush()
+    elif not settings.quiet:
+        summary(result, console)
