@@ -26,18 +26,20 @@ def retrieval_metrics(
     Args:
         images_ND: Image embeddings, float [N, D], unit rows.
         texts_MD: Caption embeddings, float [M, D], unit rows.
-        image_of_text_M: The image each caption belongs to, int64 [M] in [0, N). An image without a caption counts as not found.
-        recall_at: The values of k; k of N or more finds everything.
+        image_of_text_M: The image each caption belongs to, int64 [M] in [0, N). An image without a caption counts as
+            not found.
+        recall_at: The values of k; they may exceed the number of candidates.
         chunk_entries: Largest number of similarities held at once.
 
     Returns:
-        ``image_retrieval_recall@k`` (mean over captions) and ``text_retrieval_recall@k`` (mean over images) for each k, in [0, 1].
+        ``image_retrieval_recall@k`` (mean over captions) and ``text_retrieval_recall@k`` (mean over images) for each
+        k, in [0, 1].
 
     Raises:
         ValueError: when there is no image or no text, or a caption names no image.
 
-    Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_retrieval.py, names and definitions; equal similarities count in
-        row order here, where a top-k leaves them to chance.
+    Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_retrieval.py, names and definitions; equal similarities
+        count in row order here, where a top-k leaves them to chance.
     """
     if not len(images_ND) or not len(texts_MD):
         raise ValueError(f"retrieval needs images and texts, not {len(images_ND)} and {len(texts_MD)}")
@@ -49,19 +51,24 @@ def retrieval_metrics(
     return metrics | {f"text_retrieval_recall@{k}": float((text_ranks_N < k).double().mean()) for k in recall_at}
 
 
-def _image_ranks(images_ND: torch.Tensor, texts_MD: torch.Tensor, image_of_text_M: torch.Tensor, chunk_entries: int) -> torch.Tensor:
+def _image_ranks(
+    images_ND: torch.Tensor, texts_MD: torch.Tensor, image_of_text_M: torch.Tensor, chunk_entries: int
+) -> torch.Tensor:
     """Count, for each text, the images before its own: int64 [M]."""
     columns_N = torch.arange(len(images_ND), device=images_ND.device)
     rows = max(1, chunk_entries // len(images_ND))
     ranks = []
-    for texts_BD, own_B in zip(texts_MD.split(rows), image_of_text_M.split(rows), strict=True):
-        scores_BN = texts_BD @ images_ND.T
+    for start in range(0, len(texts_MD), rows):
+        own_B = image_of_text_M[start : start + rows]
+        scores_BN = texts_MD[start : start + rows] @ images_ND.T
         ranks.append(_count_before(scores_BN, scores_BN.gather(1, own_B[:, None]), own_B, columns_N))
     return torch.cat(ranks)
 
 
-def _text_ranks(images_ND: torch.Tensor, texts_MD: torch.Tensor, image_of_text_M: torch.Tensor, chunk_entries: int) -> torch.Tensor:
-    """Count, for each image, the texts before the first of its own: int64 [N], M where it has none."""
+def _text_ranks(
+    images_ND: torch.Tensor, texts_MD: torch.Tensor, image_of_text_M: torch.Tensor, chunk_entries: int
+) -> torch.Tensor:
+    """Count, for each image, the texts before the first of its own: int64 [N], the largest int64 where it has none."""
     num_texts = len(texts_MD)
     columns_M = torch.arange(num_texts, device=texts_MD.device)
     order_M = torch.argsort(image_of_text_M, stable=True)
@@ -72,18 +79,22 @@ def _text_ranks(images_ND: torch.Tensor, texts_MD: torch.Tensor, image_of_text_M
         scores_BM = images_ND[start : start + rows] @ texts_MD.T
         num_rows = len(scores_BM)
         # The captions of these images, as (row of the chunk, column) pairs sorted by row and then by column.
-        low, high = torch.searchsorted(sorted_M, torch.tensor([start, start + num_rows], device=sorted_M.device)).tolist()
+        bounds = torch.tensor([start, start + num_rows], device=sorted_M.device)
+        low, high = torch.searchsorted(sorted_M, bounds).tolist()
         row_P, column_P = sorted_M[low:high] - start, order_M[low:high]
         own_P = scores_BM[row_P, column_P]
         best_B = scores_BM.new_full((num_rows,), -torch.inf).scatter_reduce(0, row_P, own_P, "amax")
         is_best_P = own_P == best_B[row_P]
         first_B = torch.full((num_rows,), num_texts, device=row_P.device)
         first_B = first_B.scatter_reduce(0, row_P[is_best_P], column_P[is_best_P], "amin")
-        ranks.append(_count_before(scores_BM, best_B[:, None], first_B, columns_M))
+        before_B = _count_before(scores_BM, best_B[:, None], first_B, columns_M)
+        ranks.append(before_B.masked_fill(best_B == -torch.inf, torch.iinfo(torch.int64).max))
     return torch.cat(ranks)
 
 
-def _count_before(scores_BM: torch.Tensor, own_B1: torch.Tensor, column_B: torch.Tensor, columns_M: torch.Tensor) -> torch.Tensor:
+def _count_before(
+    scores_BM: torch.Tensor, own_B1: torch.Tensor, column_B: torch.Tensor, columns_M: torch.Tensor
+) -> torch.Tensor:
     """Count the entries of each row that are higher than its own one, or equal and in an earlier column."""
     higher_B = (scores_BM > own_B1).sum(dim=1)
     equal_before_B = ((scores_BM == own_B1) & (columns_M < column_B[:, None])).sum(dim=1)

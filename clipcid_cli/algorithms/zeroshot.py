@@ -1,4 +1,4 @@
-"""Zero-shot classification: prompts become one weight vector per class, images go to the most similar class (METHOD §5).
+"""Zero-shot classification: prompts become one weight vector per class, images go to the most similar class.
 
 Shape letters: C classes, T templates, N images, D width of the embeddings.
 """
@@ -14,7 +14,7 @@ def class_weights(prompts_CTD: torch.Tensor) -> torch.Tensor:
     """Fold the prompts of each class into one weight vector: the normalised mean of the normalised prompts.
 
     Args:
-        prompts_CTD: Text embeddings, float [C, T, D], one per class and template; normalised here, so any scale will do.
+        prompts_CTD: Text embeddings, float [C, T, D], one per class and template, of any length.
 
     Returns:
         Unit rows [C, D] in the dtype of the prompts.
@@ -30,11 +30,13 @@ def class_weights(prompts_CTD: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(mean_CD, dim=-1)
 
 
-def rank_classes(images_ND: torch.Tensor, weights_CD: torch.Tensor, labels_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rank_classes(
+    images_ND: torch.Tensor, weights_CD: torch.Tensor, labels_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Find, for each image, the most similar class and how many classes come before the right one.
 
-    Equal similarities count in the order of the classes, so the answer never depends on a sort's internals, and an image is
-    right (its prediction is its label) exactly when its rank is 0.
+    Equal similarities count in the order of the classes, so the answer never depends on a sort's internals, and an
+    image is right (its prediction is its label) exactly when its rank is 0.
 
     Args:
         images_ND: Image embeddings, float [N, D], unit rows.
@@ -49,7 +51,8 @@ def rank_classes(images_ND: torch.Tensor, weights_CD: torch.Tensor, labels_N: to
     """
     num_classes = len(weights_CD)
     if len(labels_N) and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < num_classes:
-        raise ValueError(f"labels lie in [{int(labels_N.min())}, {int(labels_N.max())}], classes in [0, {num_classes - 1}]")
+        low, high = int(labels_N.min()), int(labels_N.max())
+        raise ValueError(f"labels lie in [{low}, {high}], classes in [0, {num_classes - 1}]")
     scores_NC = images_ND @ weights_CD.T
     own_N1 = scores_NC.gather(1, labels_N[:, None])
     earlier_NC = torch.arange(num_classes, device=labels_N.device) < labels_N[:, None]
@@ -69,9 +72,9 @@ def classification_metrics(
         num_classes: C.
 
     Returns:
-        ``acc1`` and ``acc5``, the shares of images whose right class is first, or among the first 5 (NaN below 5 classes, where
-        it would say nothing), and ``mean_per_class_recall``, the mean over the classes that occur of the share of their images
-        predicted right. All in [0, 1].
+        ``acc1`` and ``acc5``, the shares of images whose right class is first, or among the first 5 (NaN below 5
+        classes, where it would say nothing), and ``mean_per_class_recall``, the mean over the classes that occur of the
+        share of their images predicted right. All in [0, 1].
 
     Raises:
         ValueError: when there is no image.
