@@ -1,0 +1,77 @@
+"""Reports: one self-contained HTML page each, made of a shared base page, inline SVG figures and inline thumbnails."""
+
+from __future__ import annotations
+
+import base64
+import io
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Of a light and a dark page alike: text and axes take the page's own colour through `currentColor`.
+PALETTE = ("#3b78c3", "#d9822b", "#3f9b6c", "#b0579f", "#8a8f98")
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("clipcid_cli.formats"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render_report(template: str, **context: Any) -> str:
+    """Fill a template of ``formats/templates/``, which extends ``base.html``.
+
+    Args:
+        template: File name of the template.
+        context: Its variables; a missing one is an error, text is escaped.
+
+    Returns:
+        The whole page; it loads nothing from anywhere.
+    """
+    return _environment().get_template(template).render(**context)
+
+
+def make_figure(width: float = 7.0, height: float = 3.2) -> Figure:
+    """Make a matplotlib figure (inches) without touching pyplot's global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def svg(figure: Figure, label: str) -> Markup:
+    """Turn a figure into inline SVG that follows the page's light or dark colours.
+
+    Args:
+        figure: The figure; text that is drawn black takes the page's text colour.
+        label: What it shows, for those who cannot see it.
+    """
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    # A fixed salt and no date: the same figure gives the same bytes.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "clipcid", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace("#000000", "currentColor")
+    # Text that has no fill of its own is black by default in SVG; the class gives it the page's colour.
+    return Markup('<div class="figure" role="img" aria-label="{}">{}</div>').format(label, Markup(text))
+
+
+def thumbnail(image: Image.Image, side: int = 96) -> str:
+    """Turn an image into a ``data:`` URL of a small WebP, at most `side` pixels wide and high."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

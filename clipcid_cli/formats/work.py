@@ -1,0 +1,143 @@
+"""The work directory: where each step's output lies, and how a later step finds it.
+
+Nothing here creates files. A ``find_…`` method returns what is there, complete, or raises an error that names the flag which
+would point elsewhere and the command which would make it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.output import read_sidecar, sidecar_path
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkDirectory:
+    """Names of the folders in a work directory.
+
+    Attributes:
+        path: The work directory itself; it need not exist yet.
+    """
+
+    path: Path
+
+    def embeddings(self, model_slug: str) -> Path:
+        """Return the folder of one model's embeddings."""
+        return self.path / "embeddings" / model_slug
+
+    @property
+    def balance(self) -> Path:
+        """The folder of the keep list, forest, curve and report."""
+        return self.path / "balance"
+
+    @property
+    def clusters(self) -> Path:
+        """The folder of centroids and cluster labels."""
+        return self.path / "clusters"
+
+    def distill(self, name: str) -> Path:
+        """Return the folder of one training run."""
+        return self.path / "distill" / name
+
+    @property
+    def eval(self) -> Path:
+        """The folder of metrics files."""
+        return self.path / "eval"
+
+    def export(self, name: str) -> Path:
+        """Return the folder of one export."""
+        return self.path / "export" / name
+
+    def find_embeddings(self, model_slug: str | None = None) -> Path:
+        """Find finished embeddings.
+
+        Args:
+            model_slug: Slug of the model they must be of; None takes those `balance` used, or else the only ones there.
+
+        Raises:
+            ClipcidError: when there are none, or several and nothing says which.
+        """
+        if model_slug is not None:
+            folder = self.embeddings(model_slug)
+            if read_sidecar(sidecar_path(folder, "embed")) is None:
+                raise self._missing("embeddings", folder, "--embeddings", f"clipcid embed DATA --model {model_slug}")
+            return folder
+        balanced = read_sidecar(sidecar_path(self.balance, "balance"))
+        if balanced is not None and "embeddings" in balanced:
+            folder = Path(balanced["embeddings"])
+            if folder.is_dir():
+                return folder
+        found = sorted(path.parent for path in (self.path / "embeddings").glob("*/embed.json"))
+        if not found:
+            raise self._missing("embeddings", self.path / "embeddings", "--embeddings", "clipcid embed DATA")
+        if len(found) > 1:
+            raise ClipcidError(
+                f"{self.path / 'embeddings'} holds those of {len(found)} models: {', '.join(path.name for path in found)}.",
+                "Say which with --embeddings.",
+            )
+        return found[0]
+
+    def find_keep_list(self) -> Path | None:
+        """Find the keep list of a finished `balance`; None when nothing was balanced here."""
+        return self._finished(self.balance, "balance", "keep.parquet")
+
+    def find_clusters(self) -> Path:
+        """Find the folder of a finished `cluster`.
+
+        Raises:
+            ClipcidError: when there is none.
+        """
+        if self._finished(self.clusters, "cluster", "clusters.parquet") is None:
+            raise self._missing("clusters", self.clusters, "--clusters", "clipcid cluster")
+        return self.clusters
+
+    def find_student(self) -> Path:
+        """Find the student of the training run that finished last.
+
+        Raises:
+            ClipcidError: when no run has finished.
+        """
+        runs = sorted((self.path / "distill").glob("*/distill.json"), key=lambda path: (path.stat().st_mtime_ns, path))
+        if not runs:
+            raise ClipcidError(
+                f"No model was named, and there is no trained student in {self.path / 'distill'}.",
+                "Name a model (an architecture:tag or a folder), or run: clipcid distill --teacher M --student M",
+            )
+        return runs[-1].parent / "student"
+
+    def find_run(self) -> Path:
+        """Find the folder of the training run that finished last, as `find_student` does."""
+        return self.find_student().parent
+
+    def find_data(self, embeddings: Path | None = None) -> dict[str, Any]:
+        """Find which data the embeddings were made of.
+
+        Args:
+            embeddings: Folder of the embeddings; None takes what `find_embeddings` finds.
+
+        Returns:
+            The ``data`` entry of their sidecar: how the data was named and read.
+
+        Raises:
+            ClipcidError: when there are no embeddings, or they were made by another tool.
+        """
+        folder = embeddings if embeddings is not None else self.find_embeddings()
+        sidecar = read_sidecar(sidecar_path(folder, "embed"))
+        if sidecar is None or "data" not in sidecar:
+            raise ClipcidError(
+                f"{folder} does not say which data it was made of.", "Give the data as the first argument (a folder of shards, …)."
+            )
+        data = sidecar["data"]
+        assert isinstance(data, dict)
+        return data
+
+    def _finished(self, folder: Path, step: str, file: str) -> Path | None:
+        path = folder / file
+        return path if read_sidecar(sidecar_path(folder, step)) is not None and path.exists() else None
+
+    def _missing(self, what: str, folder: Path, flag: str, command: str) -> ClipcidError:
+        unfinished = " (what is there is unfinished)" if folder.is_dir() and any(folder.iterdir()) else ""
+        return ClipcidError(f"There are no {what} in {folder}{unfinished}.", f"Give {flag}, or run: {command}")
