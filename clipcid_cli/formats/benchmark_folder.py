@@ -1,0 +1,88 @@
+"""CLIP_benchmark's webdataset folders: shards by split, and text files that say what to do with them.
+
+    food101/
+      train/  nshards.txt 0.tar 1.tar …
+      test/   nshards.txt 0.tar 1.tar …
+      classnames.txt  zeroshot_classification_templates.txt  dataset_type.txt
+
+Source: LAION-AI/CLIP_benchmark 1.6.2, datasets/builder.py, build_wds_dataset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from clipcid_cli.errors import ClipcidError
+
+CLASS_NAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+DATASET_TYPE = "dataset_type.txt"
+NUM_SHARDS = "nshards.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkFolder:
+    """What a data set says of itself.
+
+    Attributes:
+        name: Name for tables and metrics files.
+        data: Where the samples lie: the folder of the split, or the data as it was given.
+        dataset_type: ``classification``, ``retrieval`` or ``multilabel``, where the data set says so.
+        class_names: File of class names, where there is one.
+        templates: File of templates, where there is one.
+    """
+
+    name: str
+    data: str
+    dataset_type: str | None = None
+    class_names: Path | None = None
+    templates: Path | None = None
+
+
+def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
+    """Find the split and the text files of a data set.
+
+    Args:
+        data: A CLIP_benchmark folder, the folder of one of its splits, or any other data, which is taken as it is.
+        split: The split to use of a CLIP_benchmark folder.
+
+    Raises:
+        ClipcidError: when the folder has splits, but not this one.
+    """
+    folder = Path(data)
+    if "://" in data or not folder.is_dir():
+        return BenchmarkFolder(name=_last_parts(data, 1), data=data)
+    if (folder / NUM_SHARDS).is_file():
+        # The folder of a split; its text files lie beside it, or in it where a data set has no splits.
+        about = (
+            folder if (folder / DATASET_TYPE).is_file() or (folder / CLASS_NAMES).is_file() else folder.resolve().parent
+        )
+        return _describe(_last_parts(data, 2 if about != folder else 1), data, about)
+    splits = sorted(path.parent.name for path in folder.glob(f"*/{NUM_SHARDS}"))
+    if not splits:
+        return _describe(_last_parts(data, 1), data, folder)
+    if split not in splits:
+        raise ClipcidError(
+            f"{data} has no split {split!r}; it has {', '.join(splits)}.",
+            f"Choose one with --split, e.g. --split {splits[0]}.",
+        )
+    return _describe(_last_parts(data, 1), str(folder / split), folder)
+
+
+def _describe(name: str, data: str, about: Path) -> BenchmarkFolder:
+    kind = about / DATASET_TYPE
+    class_names, templates = about / CLASS_NAMES, about / TEMPLATES
+    return BenchmarkFolder(
+        name=name,
+        data=data,
+        dataset_type=kind.read_text(encoding="utf-8").strip().lower() if kind.is_file() else None,
+        class_names=class_names if class_names.is_file() else None,
+        templates=templates if templates.is_file() else None,
+    )
+
+
+def _last_parts(data: str, number: int) -> str:
+    if "://" not in data:
+        data = str(Path(data).resolve())
+    return "/".join(data.rstrip("/").split("/")[-number:])

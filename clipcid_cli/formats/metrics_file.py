@@ -1,0 +1,83 @@
+"""Metrics files: one JSON object for a model on a data set, in CLIP_benchmark's fields, so that its tools read them.
+
+In the folder `eval/` lie only such files, beside `sidecars/`, which tells of each how it was made.
+
+Source: LAION-AI/CLIP_benchmark 1.6.2, cli.py (`eval` writes them, `build` makes a table of them).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_json
+
+SIDECARS = "sidecars"
+FIELDS = ("dataset", "model", "pretrained", "task", "language", "metrics")
+
+
+def make_metrics(
+    *,
+    dataset: str,
+    model: str,
+    pretrained: str,
+    task: str,
+    metrics: Mapping[str, float],
+    language: str = "en",
+) -> dict[str, Any]:
+    """Put metrics into CLIP_benchmark's fields.
+
+    Args:
+        dataset: Name of the data set.
+        model: Architecture of the model.
+        pretrained: Its tag, or the folder it was read from.
+        task: ``zeroshot_classification``, ``zeroshot_retrieval`` or ``linear_probe``.
+        metrics: Values by name; NaN becomes null, since JSON has none.
+        language: Language of class names and captions.
+    """
+    return {
+        "dataset": dataset,
+        "model": model,
+        "pretrained": pretrained,
+        "task": task,
+        "language": language,
+        "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
+    }
+
+
+def metrics_stem(dataset: str, model: str, task: str) -> str:
+    """Return the name of a metrics file without its suffix, e.g. ``food101_ViT-B-32_zeroshot_classification``."""
+    return "_".join(re.sub(r"[^\w.-]+", "-", part).strip("-.") or "unnamed" for part in (dataset, model, task))
+
+
+def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Write a metrics file.
+
+    Args:
+        path: Where it goes.
+        metrics: What :func:`make_metrics` returned.
+    """
+    write_json(path, {field: metrics[field] for field in FIELDS})
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Read a metrics file, ours or CLIP_benchmark's.
+
+    Raises:
+        ClipcidError: when it cannot be read or lacks a field.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {field: content[field] for field in FIELDS}
+    except OSError as error:
+        raise ClipcidError(f"{path} cannot be read: {error.strerror}.", "Run the evaluation again.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ClipcidError(
+            f"{path} is not a metrics file: it must be a JSON object with {', '.join(FIELDS)}.",
+            "Remove it and run the evaluation again.",
+        ) from error
