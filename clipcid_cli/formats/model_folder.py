@@ -1,0 +1,64 @@
+"""A model folder in open_clip's form: ``open_clip_config.json`` and ``open_clip_model.safetensors``.
+
+``open_clip.create_model_and_transforms("local-dir:FOLDER")`` reads it in a process that does not know clipcid.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from clipcid_cli.formats.atomic import write_bytes, write_json
+
+CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
+
+# A Hugging Face tokenizer travels with its model: open_clip reads these from the folder itself.
+_TOKENIZER_NAMES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def write_model_folder(
+    folder: Path,
+    config: Mapping[str, Any],
+    preprocess: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer_from: Path | None = None,
+) -> None:
+    """Write a model folder.
+
+    Args:
+        folder: Where to write. The configuration is written last, so a folder that has one is whole.
+        config: The ``model_cfg`` of open_clip.
+        preprocess: The ``preprocess_cfg`` of open_clip: size, mean, std, interpolation, resize_mode, ….
+        tensors: State dict of the open_clip module; its own parameters, not those of a wrapper.
+        dtype: Number format of the floating-point tensors in the file (``torch.float16`` halves it); theirs when None.
+            open_clip loads either into a float32 model.
+        tokenizer_from: Model folder whose tokenizer files go along.
+    """
+    stored = {}
+    for name, tensor in tensors.items():
+        cast = dtype is not None and tensor.is_floating_point()
+        stored[name] = tensor.detach().to("cpu", dtype if cast else tensor.dtype).contiguous()
+    write_bytes(folder / WEIGHTS_NAME, save(stored, metadata={"format": "pt"}))
+    for name in _TOKENIZER_NAMES if tokenizer_from is not None else ():
+        assert tokenizer_from is not None
+        if (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, folder / name)
+    write_json(folder / CONFIG_NAME, {"model_cfg": dict(config), "preprocess_cfg": dict(preprocess)})

@@ -1,0 +1,361 @@
+"""CLIP models: the only file that knows open_clip.
+
+Legend of shapes: B samples, H × W pixels, L tokens, D width of the embedding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.hub import reaching_hub
+from clipcid_cli.runtime.model_names import CONFIG_NAME, ModelName, find_weights, read_config
+from clipcid_cli.runtime.precision import Precision
+
+Tokenizer = Callable[[list[str]], torch.Tensor]
+Transform = Callable[[Image.Image], torch.Tensor]
+
+_FOLDER_HINT = (
+    "Pass a local folder instead, as in --model /path/to/folder (--teacher and --student likewise), that holds "
+    f"{CONFIG_NAME} and the weights; open_clip's local-dir:/path/to/folder means the same."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """What a model is, as sidecars record it.
+
+    Attributes:
+        spec: The name it was loaded by, with the tag its weights have.
+        slug: The name for files and folders.
+        architecture: open_clip's name of it, None for a folder or file.
+        tag: open_clip's tag of the weights, None for a folder or file.
+        weights_hash: ``blake2b:…`` of the weights file's bytes; ``fresh:SEED`` for random weights.
+        preprocess: open_clip's PreprocessCfg: size, mode, mean, std, interpolation, resize_mode, fill_color.
+        context_length: Tokens of a text, L.
+        embed_dim: Width D of the embeddings.
+        image_size: (height, width) in pixels.
+        parameters: Number of parameters.
+        tokenizer: Class of the tokenizer and, where it has one, its Hugging Face name.
+        config: open_clip's ``model_cfg``, from which the architecture can be built again.
+    """
+
+    spec: str
+    slug: str
+    architecture: str | None
+    tag: str | None
+    weights_hash: str
+    preprocess: dict[str, Any]
+    context_length: int
+    embed_dim: int
+    image_size: tuple[int, int]
+    parameters: int
+    tokenizer: str
+    config: dict[str, Any]
+
+    @property
+    def preprocess_hash(self) -> str:
+        """Hash of everything that decides the pixels a model sees, without --fast-decode."""
+        return hash_preprocess(self.preprocess, fast_decode=False)
+
+
+def hash_preprocess(preprocess: dict[str, Any], *, fast_decode: bool) -> str:
+    """Hash everything of our own doing that decides the pixels a model sees.
+
+    Args:
+        preprocess: open_clip's PreprocessCfg.
+        fast_decode: Whether JPEGs are decoded at a reduced size.
+    """
+    text = json.dumps(
+        {"preprocess": preprocess, "fast_decode": fast_decode, "alpha": "white", "exif": "ignored"}, sort_keys=True
+    )
+    return "blake2b:" + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipModel:
+    """A CLIP model on its device, in evaluation mode, weights in float32.
+
+    Attributes:
+        info: What it is.
+        module: open_clip's module.
+        tokenizer: Texts to int64 [B, L]; picklable.
+        device: Where the module is.
+    """
+
+    info: ModelInfo
+    module: torch.nn.Module
+    tokenizer: Tokenizer
+    device: torch.device
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on cosine similarities before the softmax: exp of the learned parameter."""
+        return float(cast(torch.Tensor, self.module.logit_scale).detach().exp())
+
+    def pixel_transform(self) -> Transform:
+        """Return the model's own resize and crop: RGB image to uint8 [H, W, 3]; picklable.
+
+        `normalize` of what it returns equals open_clip's evaluation transform bit for bit. Bytes are what travels
+        between processes and to the device: a quarter of float32.
+        """
+        return PixelTransform(self._open_clip_transform().transforms[:-2])
+
+    def transform(self) -> Transform:
+        """Return open_clip's evaluation transform: RGB image to normalised float32 [3, H, W]; picklable."""
+        return cast(Transform, self._open_clip_transform())
+
+    def _open_clip_transform(self) -> Any:
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        return image_transform_v2(PreprocessCfg(**self.info.preprocess), is_train=False)
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Bring pixels to what the model's image tower takes.
+
+        Args:
+            pixels: uint8 [B, H, W, 3], 0…255, on any device.
+
+        Returns:
+            float32 [B, 3, H, W] on the model's device: (pixels / 255 − mean) / std of the model's preprocessing.
+        """
+        return normalize_pixels(pixels.to(self.device, non_blocking=True), self.info.preprocess)
+
+    def encode_images(self, pixels: torch.Tensor, precision: Precision) -> torch.Tensor:
+        """Embed images.
+
+        Args:
+            pixels: uint8 [B, H, W, 3] as `pixel_transform` gives them, or normalised float32 [B, 3, H, W].
+            precision: Number format of the products.
+
+        Returns:
+            float32 [B, D], unit rows, on the model's device.
+        """
+        prepared = self.normalize(pixels) if pixels.dtype == torch.uint8 else pixels.to(self.device)
+        with torch.inference_mode(), precision.autocast(self.device):
+            features = cast(Any, self.module).encode_image(prepared)
+        return torch.nn.functional.normalize(features.float(), dim=-1)
+
+    def encode_texts(self, tokens: torch.Tensor, precision: Precision) -> torch.Tensor:
+        """Embed texts.
+
+        Args:
+            tokens: int64 [B, L] as `tokenizer` gives them.
+            precision: Number format of the products.
+
+        Returns:
+            float32 [B, D], unit rows, on the model's device.
+        """
+        with torch.inference_mode(), precision.autocast(self.device):
+            features = cast(Any, self.module).encode_text(tokens.to(self.device, non_blocking=True))
+        return torch.nn.functional.normalize(features.float(), dim=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelTransform:
+    """Steps of open_clip's transform that act on a PIL image, then its bytes."""
+
+    steps: list[Callable[[Image.Image], Image.Image]]
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """RGB image of any size to uint8 [H, W, 3], 0…255."""
+        for step in self.steps:
+            image = step(image)
+        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def normalize_pixels(pixels: torch.Tensor, preprocess: dict[str, Any]) -> torch.Tensor:
+    """Scale and shift bytes as torchvision's ToTensor and Normalize do, on a whole batch.
+
+    Args:
+        pixels: uint8 [B, H, W, 3], 0…255.
+        preprocess: PreprocessCfg with ``mean`` and ``std`` per channel.
+
+    Returns:
+        float32 [B, 3, H, W], contiguous, on the device of `pixels`.
+    """
+    mean = torch.tensor(preprocess["mean"], dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(preprocess["std"], dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+    channels_first = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return channels_first.div_(255).sub_(mean).div_(std)
+
+
+def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: int | None = None) -> ClipModel:
+    """Load a CLIP model.
+
+    Args:
+        name: What to load. A teacher's name goes through `with_default_tag` first.
+        device: Where to put it.
+        fresh_seed: Seed of the random weights an ``architecture`` or ``config`` starts from; such a name is an error
+            without one.
+
+    Returns:
+        The model in evaluation mode with float32 weights, whatever format the file stores.
+
+    Raises:
+        ClipcidError: when weights cannot be reached or read, do not fit the architecture, or there are none.
+    """
+    if name.kind in ("architecture", "config") and fresh_seed is None:
+        raise ClipcidError(f"Model {name.spec} names no weights.", _FOLDER_HINT)
+    weights: Path | None = None
+    with _quiet_open_clip():
+        match name.kind:
+            case "tag":
+                module, config, weights = _load_tag(name)
+                tokenizer = _load_tokenizer(name, name.architecture or "")
+            case "hub":
+                module, config, weights = _load_hub(name)
+                tokenizer = _load_tokenizer(name, name.spec)
+            case "folder":
+                assert name.path is not None
+                config, _ = read_config(name.path)
+                weights = find_weights(name.path)
+                module = _create(name, f"local-dir:{name.path}", require_pretrained=True)
+                tokenizer = _load_tokenizer(name, f"local-dir:{name.path}")
+            case _:
+                module, config, tokenizer = _start_fresh(name, cast(int, fresh_seed))
+    weights_hash = f"fresh:{fresh_seed}" if weights is None else _hash_file(weights)
+    module.eval().to(device)
+    return ClipModel(_describe(name, module, tokenizer, config, weights_hash), module, tokenizer, torch.device(device))
+
+
+def _describe(
+    name: ModelName, module: torch.nn.Module, tokenizer: Any, config: dict[str, Any], weights_hash: str
+) -> ModelInfo:
+    # Through JSON, so that tuples are lists here as they are in sidecars.
+    preprocess = json.loads(json.dumps(dict(cast(Any, module).visual.preprocess_cfg)))
+    size = preprocess["size"]
+    text = config["text_cfg"]
+    kind = type(tokenizer).__name__
+    return ModelInfo(
+        spec=name.spec,
+        slug=name.slug,
+        architecture=name.architecture,
+        tag=name.tag,
+        weights_hash=weights_hash,
+        preprocess=preprocess,
+        context_length=int(tokenizer.context_length),
+        embed_dim=int(config["embed_dim"]),
+        image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        tokenizer=f"{kind} {text['hf_tokenizer_name']}" if text.get("hf_tokenizer_name") else kind,
+        config=config,
+    )
+
+
+def _load_tag(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
+    import open_clip
+    from open_clip.pretrained import download_pretrained
+
+    architecture, tag = cast(str, name.architecture), cast(str, name.tag)
+    known = open_clip.get_pretrained_cfg(architecture, tag)
+    if not known:
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        raise ClipcidError(
+            f"Model {name.spec}: open_clip has no weights {tag} for {architecture}.",
+            f"Tags it has: {', '.join(tags)}. " + _FOLDER_HINT if tags else _FOLDER_HINT,
+        )
+    with reaching_hub(name.spec, _FOLDER_HINT):
+        weights = Path(download_pretrained(known))
+    # The activation is that of the weights: the tag says which one they were trained with, whatever the architecture.
+    quick_gelu = bool(known.get("quick_gelu", False))
+    preprocess = {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode", "size") if key in known}
+    module = _create(
+        name, architecture, pretrained=str(weights), quick_gelu=quick_gelu, force_preprocess_cfg=preprocess
+    )
+    config = open_clip.get_model_config(architecture) | {"quick_gelu": quick_gelu}
+    return module, config, weights
+
+
+def _load_hub(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
+    import open_clip
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    with reaching_hub(name.spec, _FOLDER_HINT):
+        weights = Path(download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
+        config = open_clip.get_model_config(name.spec)
+    return _create(name, name.spec, require_pretrained=True), config, weights
+
+
+def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str, Any], Tokenizer]:
+    """Build an architecture with random weights that depend on the seed only; global generators stay as they are."""
+    import open_clip
+
+    if name.path is not None:
+        config, preprocess = read_config(name.path)
+        folder = name.path if name.path.is_dir() else name.path.parent
+    else:
+        config, preprocess, folder = open_clip.get_model_config(name.architecture), {}, None
+    original = deepcopy(config)
+    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
+        Path(scratch, CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+        torch.manual_seed(seed)
+        module = _create(name, f"local-dir:{scratch}", load_weights=False, pretrained_text=False)
+        # Where the configuration names a Hugging Face tokenizer, its files lie beside the configuration.
+        from_folder = folder if folder is not None and (folder / CONFIG_NAME).is_file() else Path(scratch)
+        source = f"local-dir:{from_folder}" if name.path is not None else name.architecture
+        tokenizer = _load_tokenizer(name, cast(str, source))
+    return module, original, tokenizer
+
+
+def _create(name: ModelName, source: str, **options: Any) -> torch.nn.Module:
+    import open_clip
+
+    try:
+        return cast(torch.nn.Module, open_clip.create_model(source, precision="fp32", device="cpu", **options))
+    except Exception as error:  # open_clip raises whatever PyTorch, safetensors or json do for a file that does not fit
+        reason = " ".join(str(error).split())
+        raise ClipcidError(
+            f"Model {name.spec} could not be loaded: {reason[:400]}{'…' if len(reason) > 400 else ''}",
+            f"Check that the weights are whole and of the architecture in {CONFIG_NAME}; copy or download them again.",
+        ) from error
+
+
+def _load_tokenizer(name: ModelName, source: str) -> Tokenizer:
+    import open_clip
+
+    try:
+        return cast(Tokenizer, open_clip.get_tokenizer(source))
+    except Exception as error:  # transformers raises OSError, ValueError, ImportError and its own
+        raise ClipcidError(
+            f"The tokenizer of model {name.spec} could not be loaded: {' '.join(str(error).split())[:400]}",
+            "Put its files (tokenizer.json, tokenizer_config.json, …) beside the model's configuration, in one folder.",
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_open_clip() -> Iterator[None]:
+    """Drop open_clip's progress messages and the warnings of its imports; its errors and other libraries' pass.
+
+    open_clip logs on the root logger, so its records are told apart by the file they come from.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or "open_clip" not in record.pathname
+
+    root = logging.getLogger()
+    root.addFilter(keep)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.removeFilter(keep)
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return "blake2b:" + hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

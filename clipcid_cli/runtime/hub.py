@@ -1,0 +1,56 @@
+"""The Hugging Face hub: fetch from it where it can be reached, and fail within seconds where it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+
+import huggingface_hub.constants as hub
+
+from clipcid_cli.errors import ClipcidError
+
+
+@contextlib.contextmanager
+def reaching_hub(model: str, fix: str) -> Iterator[None]:
+    """Let a library fetch from the hub; without a network it looks into the local cache only.
+
+    huggingface_hub retries each file six times with growing pauses: 46 s for one model that cannot be reached.
+
+    Args:
+        model: Name of the model, for the error.
+        fix: What to do instead, for the error.
+
+    Raises:
+        ClipcidError: when what is inside fails, whatever it raised.
+    """
+    offline = hub.HF_HUB_OFFLINE
+    reachable = offline or _answers(hub.ENDPOINT)
+    hub.HF_HUB_OFFLINE = offline or not reachable
+    try:
+        yield
+    except Exception as error:  # the http client, the hub's client and open_clip each raise their own
+        if offline:
+            why = "the hub is switched off (HF_HUB_OFFLINE)"
+        elif reachable:
+            why = f"{hub.ENDPOINT} did not give them: {' '.join(str(error).split())[:200]}"
+        else:
+            why = f"{hub.ENDPOINT} cannot be reached from here"
+        raise ClipcidError(f"The weights of model {model} are not in the local cache, and {why}.", fix) from error
+    finally:
+        hub.HF_HUB_OFFLINE = offline
+
+
+def _answers(url: str, timeout_seconds: float = 5.0) -> bool:
+    """Tell whether the host of `url` takes connections; a proxy is trusted to."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme in urllib.request.getproxies():
+        return True
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), timeout=timeout_seconds).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,204 @@
+"""What a user calls a model, read without importing PyTorch: so that a wrong name is an error at once.
+
+A model is one of: an open_clip architecture (``ViT-B-32``); an architecture with the tag of its weights
+(``ViT-B-32:laion2b_s34b_b79k``); a Hugging Face repository (``hf-hub:org/name``); a folder with configuration and
+weights (an export, a distill run's ``student/``); only a configuration (a ``.json`` file, or a folder without weights).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from clipcid_cli.errors import ClipcidError
+
+Kind = Literal["architecture", "tag", "hub", "folder", "config"]
+
+CONFIG_NAME = "open_clip_config.json"
+
+# The order in which open_clip 3.3 picks one of several weight files of a folder (factory._find_checkpoint_in_dir).
+_WEIGHT_NAMES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+
+# Weights of a bare architecture used as a teacher. Only tags trained with the architecture's own activation are here:
+# the first tag open_clip lists is often `openai`, whose QuickGELU the bare architecture lacks.
+DEFAULT_TAGS = {
+    "ViT-B-32": "laion2b_s34b_b79k",
+    "ViT-B-32-256": "datacomp_s34b_b86k",
+    "ViT-B-16": "laion2b_s34b_b88k",
+    "ViT-B-16-plus-240": "laion400m_e32",
+    "ViT-L-14": "laion2b_s32b_b82k",
+    "ViT-H-14": "laion2b_s32b_b79k",
+    "ViT-g-14": "laion2b_s34b_b88k",
+    "ViT-bigG-14": "laion2b_s39b_b160k",
+    "ViT-L-14-336-quickgelu": "openai",
+    "ViT-H-14-quickgelu": "dfn5b",
+    "ViT-H-14-378-quickgelu": "dfn5b",
+    "RN50-quickgelu": "openai",
+    "RN101-quickgelu": "openai",
+    "convnext_base_w": "laion2b_s13b_b82k_augreg",
+    "convnext_large_d_320": "laion2b_s29b_b131k_ft_soup",
+    "convnext_xxlarge": "laion2b_s34b_b82k_augreg_soup",
+    "EVA02-B-16": "merged2b_s8b_b131k",
+    "EVA02-L-14": "merged2b_s4b_b131k",
+    "EVA02-L-14-336": "merged2b_s6b_b61k",
+    "ViT-B-16-SigLIP": "webli",
+    "ViT-L-16-SigLIP-256": "webli",
+    "ViT-SO400M-14-SigLIP-384": "webli",
+    "ViT-SO400M-16-SigLIP2-384": "webli",
+    "MobileCLIP-S1": "datacompdr",
+    "MobileCLIP-S2": "datacompdr",
+    "MobileCLIP-B": "datacompdr_lt",
+}
+
+_LOCAL_HINT = (
+    f"Give a local folder that holds {CONFIG_NAME} and the weights: /path/to/folder (open_clip's "
+    "local-dir:/path/to/folder means the same)."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelName:
+    """A model as the user named it.
+
+    Attributes:
+        spec: The words the user gave.
+        kind: What they name, see the module's docstring.
+        architecture: Architecture of open_clip, for kinds ``architecture`` and ``tag``.
+        tag: Tag of its weights, for kind ``tag``.
+        path: The folder or file, for kinds ``folder`` and ``config``.
+    """
+
+    spec: str
+    kind: Kind
+    architecture: str | None = None
+    tag: str | None = None
+    path: Path | None = None
+
+    @property
+    def slug(self) -> str:
+        """Name for files and folders: letters, digits, dot, dash and underscore only.
+
+        A folder gives its own name; one called ``student``, as every distill run has it, also gives its run's.
+        """
+        if self.path is not None:
+            path = self.path.resolve()
+            text = f"{path.parent.name}-{path.name}" if path.name == "student" else path.name.removesuffix(".json")
+        else:
+            text = self.spec.removeprefix("hf-hub:")
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "model"
+
+
+def parse_model(spec: str) -> ModelName:
+    """Read the name of a model.
+
+    Args:
+        spec: As given on the command line.
+
+    Raises:
+        ClipcidError: when it names neither a folder, a file, nor an architecture that open_clip knows.
+    """
+    if spec.startswith("hf-hub:"):
+        return ModelName(spec, "hub")
+    path = Path(spec.removeprefix("local-dir:")).expanduser()
+    if path.is_dir():
+        return _parse_folder(spec, path)
+    if spec.startswith(("local-dir:", ".", "/", "~")) or spec.endswith(".json"):
+        if path.is_file() and path.suffix == ".json":
+            return ModelName(spec, "config", path=path)
+        raise ClipcidError(f"Model {spec}: there is no such folder or .json file.", _LOCAL_HINT)
+    architecture, _, tag = spec.partition(":")
+    architecture = architecture.replace("/", "-")
+    known = known_architectures()
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, n=3)
+        hint = f"Close names: {', '.join(near)}. " if near else ""
+        raise ClipcidError(
+            f"Model {spec}: open_clip has no architecture {architecture}, and there is no folder of that name.",
+            hint + _LOCAL_HINT,
+        )
+    return ModelName(spec, "tag" if tag else "architecture", architecture=architecture, tag=tag or None)
+
+
+def _parse_folder(spec: str, path: Path) -> ModelName:
+    if not (path / CONFIG_NAME).is_file():
+        raise ClipcidError(
+            f"Model folder {path} has no {CONFIG_NAME}.",
+            "Give a folder in open_clip's form: one that clipcid exported, a distill run's student/, or a download.",
+        )
+    return ModelName(spec, "folder" if find_weights(path) else "config", path=path)
+
+
+def with_default_tag(name: ModelName) -> ModelName:
+    """Give a bare architecture, used as a teacher, the weights it most likely means.
+
+    Raises:
+        ClipcidError: when the architecture is not in `DEFAULT_TAGS`, or the name stands for no weights at all.
+    """
+    if name.kind == "config":
+        raise ClipcidError(f"Model {name.spec} is a configuration without weights.", _LOCAL_HINT)
+    if name.kind != "architecture":
+        return name
+    assert name.architecture is not None
+    if name.architecture not in DEFAULT_TAGS:
+        raise ClipcidError(
+            f"Model {name.spec} is an architecture; clipcid has no default weights for it.",
+            f"Name a tag of open_clip, as in {name.spec}:TAG, or a local folder.",
+        )
+    tag = DEFAULT_TAGS[name.architecture]
+    return ModelName(f"{name.architecture}:{tag}", "tag", architecture=name.architecture, tag=tag)
+
+
+def find_weights(folder: Path) -> Path | None:
+    """Find the weights of an open_clip folder, by open_clip's own order of preference; None when there are none."""
+    for name in _WEIGHT_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted(path for suffix in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(suffix))
+    others.sort(key=lambda path: path.suffix != ".safetensors")
+    return others[0] if others else None
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read an architecture: a folder's ``open_clip_config.json``, such a file, or one with a bare ``model_cfg``.
+
+    Returns:
+        The ``model_cfg`` (embed_dim, vision_cfg, text_cfg, …) and the ``preprocess_cfg`` (may be empty).
+
+    Raises:
+        ClipcidError: when it is not JSON or lacks one of the three entries every open_clip architecture has.
+    """
+    file = path / CONFIG_NAME if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        model = content.get("model_cfg", content)
+        preprocess = content.get("preprocess_cfg") or {}
+        missing = [entry for entry in ("embed_dim", "vision_cfg", "text_cfg") if entry not in model]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ClipcidError(f"{file} is not an open_clip configuration: {error}.", _LOCAL_HINT) from error
+    if missing:
+        raise ClipcidError(f"{file} is not an open_clip configuration: it has no {', '.join(missing)}.", _LOCAL_HINT)
+    return model, preprocess
+
+
+@cache
+def known_architectures() -> tuple[str, ...]:
+    """List the architectures of the installed open_clip from its files, without importing it."""
+    found = importlib.util.find_spec("open_clip")
+    assert found is not None, "open_clip is a dependency"
+    assert found.origin is not None, "open_clip is a package on disk"
+    return tuple(sorted(path.stem for path in (Path(found.origin).parent / "model_configs").glob("*.json")))

@@ -1,0 +1,83 @@
+"""Which number format the heavy arithmetic runs in, decided once, with the reason said."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from clipcid_cli.errors import ClipcidError
+
+Purpose = Literal["embed", "train", "evaluate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """A number format for matrix products; weights and stored results keep their own.
+
+    Attributes:
+        name: ``fp32``, ``bf16`` or ``fp16``.
+        dtype: The same for PyTorch.
+        reason: Why it was chosen, for the user.
+    """
+
+    name: str
+    dtype: torch.dtype
+    reason: str
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """Run what is inside in this format where PyTorch holds it to be safe; nothing changes for fp32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.dtype)
+
+
+def choose_precision(requested: str, device: torch.device, purpose: Purpose, parameters: int) -> Precision:
+    """Decide the number format of a step.
+
+    Args:
+        requested: ``fp32``, ``bf16``, ``fp16``, or ``auto``: fp32 in evaluation; on a GPU fp16 to embed (rows are
+            stored in it) and bf16 to train; on a CPU bf16 where it has tile units (AMX) and the model is large enough
+            to gain.
+        device: Where the step computes.
+        purpose: What for.
+        parameters: Parameters of the model; see `AMX_PARAMETERS`.
+
+    Raises:
+        ClipcidError: for fp16 on a CPU, which PyTorch has no fast and safe way to compute.
+    """
+    if requested == "fp16" and device.type == "cpu":
+        raise ClipcidError("--precision fp16 needs a GPU.", "Use --precision bf16 or fp32 on a CPU.")
+    if requested != "auto":
+        return _precision(requested, "asked for")
+    if purpose == "evaluate":
+        return _precision("fp32", "evaluation is done in full precision")
+    if device.type == "cuda":
+        return _precision("fp16", "rows are stored in it") if purpose == "embed" else _precision("bf16", "GPU")
+    if not has_amx():
+        return _precision("fp32", "this CPU has no bf16 tile units (AMX)")
+    if parameters < AMX_PARAMETERS:
+        return _precision("fp32", f"{parameters / 1e6:.1f} M parameters are too few to gain from bf16 on this CPU")
+    return _precision("bf16", "this CPU has bf16 tile units (AMX)")
+
+
+# Below this many parameters casts and small products eat what bf16 gains on an AMX CPU.
+AMX_PARAMETERS = 30_000_000
+
+
+@cache
+def has_amx() -> bool:
+    """Tell whether this machine's CPU multiplies bf16 tiles in hardware."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def _precision(name: str, reason: str) -> Precision:
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return Precision(name, dtypes[name], reason)
