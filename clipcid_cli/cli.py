@@ -52,7 +52,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="clipcid")
 def cli() -> None:
-    """Turn a big CLIP and a pile of image–text pairs into a small CLIP.
+    r"""Turn a big CLIP and a pile of image–text pairs into a small CLIP.
 
     The steps read and write plain files in a work directory (./clipcid-work, --work or CLIPCID_WORK), so each of these
     lines takes what the one before made:
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _tell(error: Exception, message: str, fix: str, code: int, *, debug: bool, as_json: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    if not getattr(error, "told_by_main", False):
+    if not (isinstance(error, ClipcidError) and error.told_elsewhere):
         click.echo(click.style("Error: ", fg="red", bold=True) + message, err=True)
         if fix:
             click.echo(fix, err=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import os
@@ -45,12 +44,12 @@ def step_command(
     parameters, arguments = build_parameters(name, settings)
     for parameter in parameters:
         if parameter.name == "config":
+            # Before every other flag, since it sets their defaults.
             parameter.is_eager = True
             parameter.callback = load_config
 
     def invoke(**values: Any) -> None:
-        chosen = {field.name: values[field.name] for field in dataclasses.fields(settings)}
-        run_step(settings(**{key: () if value is None and _is_tuple(settings, key) else value for key, value in chosen.items()}), step, summary)
+        run_step(settings(**values), step, summary)
 
     return GroupedCommand(
         name,
@@ -62,10 +61,6 @@ def step_command(
         arguments=arguments,
         no_args_is_help=False,
     )
-
-
-def _is_tuple(settings: type[Any], name: str) -> bool:
-    return isinstance(next(field.default for field in dataclasses.fields(settings) if field.name == name), tuple)
 
 
 def run_step(settings: SharedSettings, step: str, summary: Summary) -> None:

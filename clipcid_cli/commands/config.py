@@ -25,9 +25,13 @@ def load_config(ctx: click.Context, parameter: click.Parameter, path: Path | Non
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--config {path} cannot be read: {error.strerror}.", "Give the path of a TOML file.") from error
+        raise UsageError(
+            f"--config {path} cannot be read: {error.strerror}.", "Give the path of a TOML file."
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not TOML: {error}.", "Write one table per command, e.g. [balance].") from error
+        raise UsageError(
+            f"--config {path} is not TOML: {error}.", "Write one table per command, e.g. [balance]."
+        ) from error
     assert ctx.parent is not None
     group = ctx.parent.command
     assert isinstance(group, click.Group)

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bars, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
@@ -50,7 +51,11 @@ class ConsoleReporter(QuietReporter):
 
     def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
         """Show a live bar on a terminal, a line every few seconds elsewhere."""
-        return _bar(self.console, label, total, unit) if self.console.is_terminal else _lines(self.console, label, total, unit)
+        return (
+            _bar(self.console, label, total, unit)
+            if self.console.is_terminal
+            else _lines(self.console, label, total, unit)
+        )
 
 
 class _Rate(ProgressColumn):
@@ -84,7 +89,11 @@ class _Bar:
 @contextmanager
 def _bar(console: Console, label: str, total: float | None, unit: str) -> Iterator[Progress]:
     columns = (
-        SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(bar_width=16), _Rate(), TextColumn("{task.fields[values]}", style="dim")
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        _Rate(),
+        TextColumn("{task.fields[values]}", style="dim"),
     )
     with Bars(*columns, console=console, refresh_per_second=4) as bars:
         yield _Bar(bars, bars.add_task(label, total=total, unit=unit, values=""))
@@ -127,7 +136,9 @@ def _lines(console: Console, label: str, total: float | None, unit: str) -> Iter
 
 def format_values(fields: dict[str, Any]) -> str:
     """Write current values in a few characters each."""
-    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items())
+    return "  ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items()
+    )
 
 
 def format_seconds(seconds: float) -> str:
@@ -143,7 +154,9 @@ def format_seconds(seconds: float) -> str:
 
 def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
     """Print a titled two-column list, the form of every step's summary."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2, 0, 0)
+    )
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():

@@ -50,7 +50,7 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(records, col_max=34)
 
 
-class Number(click.ParamType):
+class Number(click.ParamType[Any]):
     """A number within the range its setting declares."""
 
     def __init__(self, kind: type, field: dataclasses.Field[Any]) -> None:
@@ -96,8 +96,14 @@ def build_parameters(command: str, settings: type[Any]) -> tuple[list[click.Para
         if setting.positional:
             name = flag_of(field)
             parameters.append(
-                click.Argument([field.name], type=_click_type(kind, field), required=False, metavar=name,
-                               nargs=-1 if multiple else 1, default=None if multiple else field.default)
+                click.Argument(
+                    [field.name],
+                    type=_click_type(kind, field),
+                    required=False,
+                    metavar=name,
+                    nargs=-1 if multiple else 1,
+                    default=None if multiple else field.default,
+                )
             )
             arguments.append((name + ("..." if multiple else ""), setting.help))
         else:
@@ -153,7 +159,7 @@ def _parse_type(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _click_type(kind: Any, field: dataclasses.Field[Any]) -> click.ParamType:
+def _click_type(kind: Any, field: dataclasses.Field[Any]) -> click.ParamType[Any]:
     setting = setting_of(field)
     if setting.choices is not None:
         return click.Choice(list(setting.choices))

@@ -128,7 +128,8 @@ class WorkDirectory:
         sidecar = read_sidecar(sidecar_path(folder, "embed"))
         if sidecar is None or "data" not in sidecar:
             raise ClipcidError(
-                f"{folder} does not say which data it was made of.", "Give the data as the first argument (a folder of shards, …)."
+                f"{folder} does not say which data it was made of.",
+                "Give the data as the first argument (a folder of shards, …).",
             )
         data = sidecar["data"]
         assert isinstance(data, dict)

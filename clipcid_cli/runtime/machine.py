@@ -81,17 +81,17 @@ class Machine:
         """
         if self.size == 1:
             return action()
-        outcome: tuple[T | None, BaseException | None] = (None, None)
+        outcome: list[T] | ClipcidError = []
         if self.is_main:
             try:
-                outcome = (action(), None)
+                outcome = [action()]
             except ClipcidError as error:
-                outcome = (None, error)
-        result, error = self.broadcast(outcome)
-        if error is not None:
-            error.told_by_main = not self.is_main  # type: ignore[attr-defined]  # read by the command line's error boundary
-            raise error
-        return result  # type: ignore[return-value]  # None only when the action returned None
+                outcome = error
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, ClipcidError):
+            outcome.told_elsewhere = not self.is_main
+            raise outcome
+        return outcome[0]
 
     def agree(self, error: ClipcidError | None) -> None:
         """Raise on every process when any of them met an error, so that none waits for one that is gone.
@@ -101,7 +101,7 @@ class Machine:
         """
         for rank, found in enumerate(self.gather(error)):
             if found is not None:
-                found.told_by_main = rank != self.rank  # type: ignore[attr-defined]  # as in on_main
+                found.told_elsewhere = rank != self.rank
                 raise found
 
     def _wire(self) -> torch.device | None:

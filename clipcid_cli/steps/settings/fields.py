@@ -119,7 +119,9 @@ def _check_number(flag: str, value: float, setting: Setting) -> None:
     too_low = low is not None and (value <= low if setting.above_minimum else value < low)
     too_high = high is not None and value > high
     if too_low or too_high or value != value:
-        raise UsageError(f"{flag} is {value:g}, outside {describe_range(setting)}.", f"Give {flag} a value in that range.")
+        raise UsageError(
+            f"{flag} is {value:g}, outside {describe_range(setting)}.", f"Give {flag} a value in that range."
+        )
 
 
 def describe_range(setting: Setting) -> str:

@@ -22,21 +22,38 @@ class SharedSettings:
         DEFAULT_WORK, "Work directory: what each step makes and where the next one looks.", group=_RUN, operational=True
     )
     config: Path | None = option(
-        None, "TOML file with one table per command; flags and environment variables override it.", group=_RUN, operational=True
+        None,
+        "TOML file with one table per command; flags and environment variables override it.",
+        group=_RUN,
+        operational=True,
     )
-    device: str = option(
-        "auto", "Where to compute.", group=_RUN, choices=("auto", "cpu", "cuda"), operational=True
-    )
+    device: str = option("auto", "Where to compute.", group=_RUN, choices=("auto", "cpu", "cuda"), operational=True)
     precision: str = option(
-        "auto", "Number format of the heavy arithmetic; `auto` is printed.", group=_RUN, choices=("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "Number format of the heavy arithmetic; `auto` is printed.",
+        group=_RUN,
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
-    batch_size: int | None = option(None, "Samples a batch over all processes; by default the step chooses and prints it.", group=_RUN, minimum=1)
+    batch_size: int | None = option(
+        None, "Samples a batch over all processes; by default the step chooses and prints it.", group=_RUN, minimum=1
+    )
     workers: int | None = option(
-        None, "Processes that read and decode; by default one per core beyond the first, at most 8.", group=_RUN, minimum=0, operational=True
+        None,
+        "Processes that read and decode; by default one per core beyond the first, at most 8.",
+        group=_RUN,
+        minimum=0,
+        operational=True,
     )
     seed: int = option(0, "Seed of everything random.", group=_RUN, minimum=0)
-    overwrite: bool = option(False, "Replace what an earlier run with other settings or inputs left.", group=_RUN, operational=True)
-    dry_run: bool = option(False, "Check everything and say what would be done and what it costs; write nothing.", group=_RUN, operational=True)
+    overwrite: bool = option(
+        False, "Replace what an earlier run with other settings or inputs left.", group=_RUN, operational=True
+    )
+    dry_run: bool = option(
+        False,
+        "Check everything and say what would be done and what it costs; write nothing.",
+        group=_RUN,
+        operational=True,
+    )
     json: bool = option(False, "Print one JSON object on stdout.", group=_TALK, operational=True)
     quiet: bool = option(False, "Print only warnings and errors.", group=_TALK, operational=True)
     debug: bool = option(False, "Show the traceback of an error.", group=_TALK, operational=True)
@@ -56,9 +73,13 @@ class ReadingSettings(SharedSettings):
         group=_READ,
         choices=("sample", "shard"),
     )
-    image_column: str = option("filepath", "Column of a csv, tsv or parquet list that holds the image's path.", group=_READ)
+    image_column: str = option(
+        "filepath", "Column of a csv, tsv or parquet list that holds the image's path.", group=_READ
+    )
     caption_column: str = option("title", "Column of a list that holds the caption.", group=_READ)
-    key_column: str = option("key", "Column of a list that holds the key; where there is none, the path is the key.", group=_READ)
+    key_column: str = option(
+        "key", "Column of a list that holds the key; where there is none, the path is the key.", group=_READ
+    )
     max_bad_fraction: float = option(
         0.01,
         "Largest share of unusable samples (unreadable images, missing captions, …) before the step fails.",

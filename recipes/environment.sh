@@ -1,0 +1,18 @@
+# Sourced by the scripts that start on a fresh machine, from the top of the checkout: makes .venv once, installs this
+# checkout into it with what tests and exports need, and puts it first on PATH. CLIPCID_VENV names another environment.
+venv=${CLIPCID_VENV:-.venv}
+stamp=$venv/.clipcid-installed
+if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+    python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "clipcid needs Python 3.11 or newer; $python is $("$python" --version 2>&1). Set PYTHON to one." >&2
+        exit 1
+    }
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    echo "Installing clipcid into $venv (PyTorch is large: minutes on a fresh machine) ..." >&2
+    "$venv/bin/python" -m pip install --quiet --editable '.[test]' >&2
+    touch "$stamp"
+fi
+export PATH="$(cd "$venv" && pwd)/bin:$PATH"
+# OpenMP's idle threads spin by default, which slows two programs that share few cores many times over.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-0}

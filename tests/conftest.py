@@ -1,0 +1,211 @@
+"""What tests share: the real binary, real processes, a real (tiny, random) CLIP and real shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+# Before torch loads: OpenMP's idle threads must not spin while another process of the test needs the core.
+os.environ["GOMP_SPINCOUNT"] = "0"
+
+TINY_CONFIG = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+WORDS = ("red", "green", "blue", "dark", "bright", "pale", "round", "square", "small", "large", "soft", "striped")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a finished command did; printed whole when an assertion on it fails."""
+
+    command: tuple[str, ...]
+    cwd: Path
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object on stdout."""
+        return json.loads(self.stdout)
+
+    def __repr__(self) -> str:
+        return (
+            f"\n$ cd {self.cwd}\n$ {' '.join(self.command)}\nexit {self.returncode}"
+            f"\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
+        )
+
+
+def clean_environment() -> dict[str, str]:
+    """Return this process's environment without clipcid's and torchrun's own variables, and offline."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("CLIPCID_", "TORCHELASTIC_")) and name not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    }
+    return kept | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100", "NO_COLOR": "1", "PYTHONWARNINGS": "default"}
+
+
+def clipcid_command() -> list[str]:
+    """Return the installed binary beside this interpreter."""
+    return [str(Path(sys.executable).with_name("clipcid"))]
+
+
+def torchrun_command(processes: int) -> list[str]:
+    """Return torchrun on a free local port, running the command line as a module."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", str(processes)]
+    return [*launcher, "--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "clipcid_cli"]
+
+
+def run_command(command: list[str], cwd: Path, check: bool, timeout: float, environment: dict[str, str] | None) -> Run:
+    """Run a command to its end; with `check`, a non-zero exit fails the test and shows everything."""
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=clean_environment() | (environment or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    run = Run(tuple(command), cwd, done.returncode, done.stdout, done.stderr)
+    if check and run.returncode != 0:
+        pytest.fail(repr(run))
+    return run
+
+
+@pytest.fixture
+def clipcid(tmp_path: Path) -> Callable[..., Run]:
+    """Run the real binary in the test's own folder: ``clipcid("balance", …, check=False)``."""
+
+    def call(
+        *arguments: object,
+        check: bool = True,
+        cwd: Path = tmp_path,
+        timeout: float = 300,
+        env: dict[str, str] | None = None,
+    ) -> Run:
+        return run_command([*clipcid_command(), *map(str, arguments)], cwd, check, timeout, env)
+
+    return call
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path) -> Callable[..., Run]:
+    """Run the command line under torchrun with `processes` real processes (gloo): ``torchrun(2, "balance", …)``."""
+
+    def call(
+        processes: int,
+        *arguments: object,
+        check: bool = True,
+        cwd: Path = tmp_path,
+        timeout: float = 300,
+        env: dict[str, str] | None = None,
+    ) -> Run:
+        return run_command([*torchrun_command(processes), *map(str, arguments)], cwd, check, timeout, env)
+
+    return call
+
+
+def write_tiny_model(folder: Path, config: dict[str, Any] | None = None, seed: int = 0) -> Path:
+    """Write an open_clip folder with random weights."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    config = config or TINY_CONFIG
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**config)
+    size = config["vision_cfg"]["image_size"]
+    preprocess = {
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "size": size,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    save_file(dict(model.state_dict()), folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a real open_clip model with random weights: 32 px, 32 wide, context 12."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def make_image(seed: int, side: int = 48, kind: str = "PNG") -> bytes:
+    """Draw an image of a few coloured rectangles; the same seed gives the same bytes."""
+    from PIL import Image, ImageDraw
+
+    random = np.random.default_rng(seed)
+    image = Image.new("RGB", (side, side), tuple(int(value) for value in random.integers(0, 256, 3)))
+    draw = ImageDraw.Draw(image)
+    for _ in range(4):
+        left, top = (int(value) for value in random.integers(0, side - 8, 2))
+        width, height = (int(value) for value in random.integers(6, side // 2, 2))
+        draw.rectangle(
+            (left, top, left + width, top + height), tuple(int(value) for value in random.integers(0, 256, 3))
+        )
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def make_caption(seed: int) -> str:
+    """Write a caption of a few words; the same seed gives the same text."""
+    random = np.random.default_rng(seed)
+    return "a " + " ".join(WORDS[index] for index in random.choice(len(WORDS), 3, replace=False)) + f" drawing {seed}"
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    """Write a tar of the given members, in order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+    return path
+
+
+def shard_members(first: int, count: int, *, captions: bool = True) -> list[tuple[str, bytes]]:
+    """Make the members of a shard: image, caption and attributes of `count` samples."""
+    members: list[tuple[str, bytes]] = []
+    for number in range(first, first + count):
+        members.append((f"{number:06d}.png", make_image(number)))
+        if captions:
+            members.append((f"{number:06d}.txt", make_caption(number).encode()))
+        members.append((f"{number:06d}.json", json.dumps({"number": number}).encode()))
+    return members
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two shards, 14 and 10 samples, images 3 and 20 the same picture; treat it as read-only."""
+    folder = tmp_path_factory.mktemp("shards")
+    first, second = shard_members(0, 14), shard_members(14, 10)
+    second = [(name, make_image(3) if name == "000020.png" else data) for name, data in second]
+    write_tar(folder / "00000.tar", first)
+    write_tar(folder / "00001.tar", second)
+    return folder

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Lint, types, import contracts and tests, on a machine that has Python >= 3.11 and nothing else.
+#   bash tests/run.sh [pytest arguments]      default: -m "not slow and not gpu"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source recipes/environment.sh
+
+ruff check .
+ruff format --check .
+mypy
+lint-imports
+if [ $# -eq 0 ]; then
+    set -- -m "not slow and not gpu"
+fi
+exec pytest "$@"
