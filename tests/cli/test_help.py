@@ -1,0 +1,98 @@
+"""Help pages, usage errors and exit codes of the real binary."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Run
+
+from clipcid_cli.cli import COMMANDS
+from clipcid_cli.commands.reference import BEGIN, END, insert_reference
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "open_clip", "numpy", "pandas", "pyarrow", "faiss", "rich")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_answers_without_torch_and_at_once(clipcid: Callable[..., Run], arguments: list[str]) -> None:
+    probe = f"""
+import sys
+from clipcid_cli.cli import main
+try:
+    main({arguments!r})
+finally:
+    print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    # The issue's bound of half a second, with room for a loaded machine: imports are what it guards, and are checked above.
+    start = time.monotonic()
+    run = clipcid(*arguments)
+    assert time.monotonic() - start < 5
+    assert run.stdout.startswith("Usage: clipcid")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_page_has_examples_and_explains_each_flag(clipcid: Callable[..., Run], name: str) -> None:
+    page = clipcid(name, "--help").stdout
+    assert f"clipcid {name}" in page[page.index("Examples:") :]
+    for line in page.splitlines():
+        # A flag with nothing beside it continues on the next line; one at the end of a group would explain nothing.
+        assert (
+            not line.startswith("  --")
+            or "  " in line.strip()
+            or page.splitlines()[page.splitlines().index(line) + 1].strip()
+        )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_usage_errors_name_the_flag_without_torch(name: str) -> None:
+    probe = f"""
+import sys
+from clipcid_cli.cli import main
+try:
+    main([{name!r}, "--no-such-flag"])
+finally:
+    assert not [heavy for heavy in {HEAVY!r} if heavy in sys.modules]
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--no-such-flag" in done.stderr
+    assert f"See clipcid {name} --help." in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_unknown_command_is_a_usage_error(clipcid: Callable[..., Run]) -> None:
+    run = clipcid("balanse", check=False)
+    assert run.returncode == 2
+    assert "balanse" in run.stderr
+
+
+def test_with_json_an_error_is_one_json_object_too(clipcid: Callable[..., Run]) -> None:
+    run = clipcid("embed", "/no/such/folder", "--json", check=False)
+    assert run.returncode == 1
+    assert set(json.loads(run.stdout)) == {"error", "fix"}
+    assert "/no/such/folder" in run.json["error"]
+    assert "Traceback" not in run.stderr
+
+
+def test_debug_shows_where(clipcid: Callable[..., Run]) -> None:
+    assert "Traceback" in clipcid("embed", "/no/such/folder", "--debug", check=False).stderr
+
+
+def test_the_readme_holds_todays_help_pages() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert BEGIN in readme
+    assert END in readme
+    assert insert_reference(readme) == readme, "run: python -m clipcid_cli.commands.reference"
+
+
+def test_the_import_contracts_hold() -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports"))], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,73 @@
+"""Files appear whole or not at all."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import atomic_file, write_json, write_npy, write_text
+
+
+def test_the_old_file_survives_a_failed_write(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), atomic_file(path) as file:
+        file.write(b"half of the n")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ClipcidError, match=r"Could not write .*file\.bin: No space left") as caught,
+        atomic_file(tmp_path / "file.bin"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "space" in caught.value.fix
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_real_full_device_is_one_clear_error(tmp_path: Path) -> None:
+    # A file-size limit fails the write inside the kernel, as a full disk does.
+    program = f"""
+import resource, signal
+from pathlib import Path
+import numpy as np
+from clipcid_cli.formats.atomic import write_npy
+from clipcid_cli.errors import ClipcidError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_npy(Path({str(tmp_path)!r}) / "big.npy", np.zeros(100000))
+except ClipcidError as error:
+    print(error.message)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Could not write" in done.stdout
+    assert "big.npy" in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_about_another_file_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "file"):
+        (tmp_path / "missing").read_bytes()
+
+
+def test_json_refuses_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "file.json", {"loss": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+def test_npy_holds_the_array_and_needs_no_pickle(tmp_path: Path) -> None:
+    array = np.arange(6, dtype=np.float16).reshape(2, 3)
+    write_npy(tmp_path / "a.npy", array)
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy", allow_pickle=False), array)
+    with pytest.raises(ValueError, match="Object arrays"):
+        write_npy(tmp_path / "b.npy", np.array([{}], dtype=object))

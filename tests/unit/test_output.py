@@ -1,0 +1,138 @@
+"""The life of an output folder: lock, plan, sidecar, differences."""
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.output import fingerprint_file, list_differences, open_output, read_sidecar
+
+SETTINGS = {"keep": 0.5, "seed": 0}
+
+
+def open_it(
+    folder: Path, settings: dict[str, Any] = SETTINGS, inputs: Any = (), overwrite: bool = False, **more: Any
+) -> Any:
+    return open_output(folder, "balance", settings=settings, inputs=list(inputs), overwrite=overwrite, **more)
+
+
+def test_a_new_folder_is_neither_finished_nor_resumed(tmp_path: Path) -> None:
+    with open_it(tmp_path / "out") as output:
+        assert output.finished is None
+        assert not output.resumed
+
+
+def test_what_was_committed_is_found_finished(tmp_path: Path) -> None:
+    with open_it(tmp_path) as output:
+        written = output.commit(counts={"images": 3}, seconds={"read": 0.12345}, result={"kept": 2})
+    assert written["seconds"] == {"read": 0.123}
+    with open_it(tmp_path) as output:
+        assert output.finished == written
+    assert not list(tmp_path.glob("*.partial"))
+    assert not (tmp_path / ".balance.plan.json").exists()
+
+
+def test_what_was_not_committed_is_resumed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="killed"), open_it(tmp_path):
+        raise RuntimeError("killed")
+    with open_it(tmp_path) as output:
+        assert output.resumed
+        assert output.finished is None
+
+
+@pytest.mark.parametrize("commit", [True, False])
+def test_other_settings_are_an_error_that_names_them(tmp_path: Path, commit: bool) -> None:
+    with open_it(tmp_path) as output:
+        if commit:
+            output.commit(counts={}, seconds={})
+    with pytest.raises(ClipcidError, match=r"settings\.keep: 0\.5 there, 0\.6 now") as caught:
+        open_it(tmp_path, {"keep": 0.6, "seed": 0}).__enter__()
+    assert "--overwrite" in caught.value.fix
+    # Nothing was lost by asking.
+    with open_it(tmp_path) as output:
+        assert (output.finished is not None) == commit
+
+
+def test_overwrite_starts_anew(tmp_path: Path) -> None:
+    with open_it(tmp_path) as output:
+        output.commit(counts={}, seconds={})
+    with open_it(tmp_path, {"keep": 0.6, "seed": 0}, overwrite=True) as output:
+        assert output.finished is None
+        assert not output.resumed
+        assert read_sidecar(tmp_path / "balance.json") is None
+
+
+def test_replaceable_settings_need_no_overwrite(tmp_path: Path) -> None:
+    with open_it(tmp_path) as output:
+        output.commit(counts={}, seconds={})
+    with open_it(tmp_path, {"keep": 0.6, "seed": 0}, replaceable=frozenset({"keep"})) as output:
+        assert output.finished is None
+    with pytest.raises(ClipcidError, match="seed"):
+        open_it(tmp_path, {"keep": 0.6, "seed": 1}, replaceable=frozenset({"keep"})).__enter__()
+
+
+def test_a_changed_input_is_named(tmp_path: Path) -> None:
+    data = tmp_path / "data.tar"
+    data.write_bytes(b"a" * 10)
+    with open_it(tmp_path / "out", inputs=[fingerprint_file(data)]) as output:
+        output.commit(counts={}, seconds={})
+    data.write_bytes(b"b" * 11)
+    with pytest.raises(ClipcidError, match=r"data\.tar: 10 bytes .* there, 11 bytes .* now"):
+        open_it(tmp_path / "out", inputs=[fingerprint_file(data)]).__enter__()
+
+
+def test_a_moved_input_is_the_same_input(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.tar", tmp_path / "new.tar"
+    old.write_bytes(b"same")
+    new.write_bytes(b"same")
+    existing = {"settings": SETTINGS, "inputs": [fingerprint_file(old)]}
+    assert list_differences(existing, {"settings": SETTINGS, "inputs": [fingerprint_file(new)]}) == {}
+
+
+def test_large_files_are_told_apart_by_their_middle(tmp_path: Path) -> None:
+    size = 70 * 2**20
+    path = tmp_path / "large.tar"
+    with path.open("wb") as file:
+        file.truncate(size)
+    before = fingerprint_file(path)
+    with path.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(b"x")
+    after = fingerprint_file(path)
+    assert before["hash"].startswith("blake2b-sampled:")
+    assert before["hash"] != after["hash"]
+
+
+def hold(folder: Path, held: Any, release: Any) -> None:
+    with open_it(folder):
+        held.set()
+        release.wait(30)
+
+
+def test_a_second_run_is_refused_while_the_first_lives_and_admitted_when_it_is_killed(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path, held, release))
+    process.start()
+    assert held.wait(30)
+    with pytest.raises(ClipcidError, match=f"process {process.pid}"):
+        open_it(tmp_path).__enter__()
+    process.kill()
+    process.join()
+    with open_it(tmp_path) as output:
+        assert output.resumed
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "balance.json").write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(ClipcidError, match=r"format version 99; this clipcid .* knows up to 1"):
+        open_it(tmp_path).__enter__()
+
+
+def test_a_sidecar_that_is_no_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "balance.json").write_text("{")
+    with pytest.raises(ClipcidError, match=r"balance\.json is not a sidecar"):
+        open_it(tmp_path).__enter__()

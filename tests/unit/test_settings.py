@@ -1,0 +1,125 @@
+"""Settings: declared once, checked, turned into flags, environment variables and config keys."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from clipcid_cli.commands.config import load_config
+from clipcid_cli.commands.options import GroupedCommand, build_parameters
+from clipcid_cli.errors import UsageError
+from clipcid_cli.steps.settings.fields import argument, option, output_settings
+from clipcid_cli.steps.settings.shared import SharedSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExampleSettings(SharedSettings):
+    data: str | None = argument(None, "Data.")
+    share: float = option(0.5, "A share.", group="Numbers", minimum=0.0, maximum=1.0, above_minimum=True)
+    weight_decay: float = option(0.2, "Decay.", group="Numbers", flag="--wd", minimum=0.0)
+    losses: tuple[str, ...] = option((), "Losses.", flag="--loss")
+    fast: bool = option(False, "Be fast.", operational=True)
+    kind: str = option("a", "Kind.", choices=("a", "b"))
+
+
+@pytest.fixture
+def group() -> click.Group:
+    parameters, arguments = build_parameters("example", ExampleSettings)
+    for parameter in parameters:
+        if parameter.name == "config":
+            parameter.is_eager, parameter.callback = True, load_config
+
+    def invoke(**values: object) -> None:
+        settings = ExampleSettings(**values)  # type: ignore[arg-type]  # click gives what the fields declare
+        click.echo(json.dumps(output_settings(settings) | {"fast": settings.fast, "quiet": settings.quiet}))
+
+    command = GroupedCommand(
+        "example", callback=invoke, params=parameters, examples="clipcid example", arguments=arguments
+    )
+    return click.Group("clipcid", commands=[command])
+
+
+def call(group: click.Group, *arguments: str, env: dict[str, str] | None = None) -> dict[str, object]:
+    result = CliRunner().invoke(group, ["example", *arguments], env=env, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.output))
+
+
+def test_flags_are_spelled_typed_and_repeated_as_declared(group: click.Group) -> None:
+    values = call(
+        group, "laion/", "--share", "0.25", "--wd", "0.1", "--loss", "clip=1", "--loss", "fd=2", "--fast", "--kind", "b"
+    )
+    assert values["data"] == "laion/"
+    assert values["share"] == 0.25
+    assert values["weight_decay"] == 0.1
+    assert values["losses"] == ["clip=1", "fd=2"]
+    assert values["fast"] is True
+    assert values["kind"] == "b"
+
+
+def test_operational_settings_do_not_decide_the_output(group: click.Group) -> None:
+    assert "workers" not in output_settings(ExampleSettings())
+    assert "fast" not in output_settings(ExampleSettings())
+    assert "seed" in output_settings(ExampleSettings())
+
+
+def test_precedence_is_flag_environment_file_default(group: click.Group, tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("[example]\nshare = 0.1\nwd = 0.3\nquiet = true\n")
+    assert call(group)["share"] == 0.5
+    from_file = call(group, "--config", str(config))
+    assert (from_file["share"], from_file["weight_decay"], from_file["quiet"]) == (0.1, 0.3, True)
+    environment = {"CLIPCID_EXAMPLE_SHARE": "0.2", "CLIPCID_QUIET": "false"}
+    over_file = call(group, "--config", str(config), env=environment)
+    assert (over_file["share"], over_file["quiet"]) == (0.2, False)
+    assert call(group, "--config", str(config), "--share", "0.9", env=environment)["share"] == 0.9
+
+
+def test_an_unknown_key_of_the_file_is_an_error_with_a_hint(group: click.Group, tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("[example]\nshair = 0.1\n")
+    with pytest.raises(UsageError, match="unknown key 'shair'") as caught:
+        call(group, "--config", str(config))
+    assert "share" in caught.value.fix
+
+
+def test_an_unknown_table_of_the_file_is_an_error(group: click.Group, tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("[balanse]\nkeep = 0.1\n")
+    with pytest.raises(UsageError, match=r"\[balanse\] is not a command"):
+        call(group, "--config", str(config))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--share", "0"], "0 is outside (0, 1]"),
+        (["--share", "1.5"], "1.5 is outside (0, 1]"),
+        (["--share", "nan"], "nan is outside (0, 1]"),
+        (["--share", "much"], "'much' is not a number"),
+        (["--seed", "1.5"], "'1.5' is not a whole number"),
+        (["--kind", "c"], "'c' is not one of 'a', 'b'"),
+        (["--shar", "1"], "Did you mean '--share'"),
+    ],
+)
+def test_bad_values_are_refused_with_the_range(group: click.Group, arguments: list[str], says: str) -> None:
+    result = CliRunner().invoke(group, ["example", *arguments])
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+def test_values_given_in_python_are_checked_too() -> None:
+    with pytest.raises(UsageError, match=r"--share is 2, outside \(0, 1\]"):
+        ExampleSettings(share=2.0)
+    with pytest.raises(UsageError, match="--kind is 'z'"):
+        ExampleSettings(kind="z")
+
+
+def test_the_help_page_groups_the_flags_and_states_defaults_and_ranges(group: click.Group) -> None:
+    page = CliRunner().invoke(group, ["example", "--help"]).output
+    numbers = page[page.index("Numbers:") :]
+    assert "A share. [default: 0.5; (0, 1]]" in " ".join(numbers.split())
+    assert page.index("Examples:") < page.index("Arguments:") < page.index("Numbers:") < page.index("How it runs:")
