@@ -32,7 +32,8 @@ def help_pages() -> dict[str, str]:
 def render_reference() -> str:
     """Return the README's section of help pages, one that opens per subcommand."""
     sections = [
-        f"<details>\n<summary><code>clipcid {name}</code>: {COMMANDS[name]}</summary>\n\n```text\n{page}\n```\n\n</details>\n"
+        f"<details>\n<summary><code>clipcid {name}</code>: {COMMANDS[name]}</summary>\n\n"
+        f"```text\n{page}\n```\n\n</details>\n"
         for name, page in help_pages().items()
     ]
     return BEGIN + "\n" + "\n".join(sections) + "\n" + END

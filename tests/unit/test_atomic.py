@@ -16,9 +16,14 @@ from clipcid_cli.formats.atomic import atomic_file, write_json, write_npy, write
 def test_the_old_file_survives_a_failed_write(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     write_text(path, "old")
-    with pytest.raises(RuntimeError), atomic_file(path) as file:
-        file.write(b"half of the n")
-        raise RuntimeError
+
+    def fail() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half of the n")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.txt"]
 
