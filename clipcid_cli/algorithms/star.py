@@ -1,0 +1,111 @@
+"""The star cover: every dropped image is within ε of the image that stands for it, and no two of those are within ε.
+
+Single linkage chains: at the end of a chain an image may be far from the one kept. The star cover visits images by their
+number of neighbours within ε (ties by row), keeps each that no kept one covers, and assigns the rest to their nearest
+keeper. A star never crosses a single-linkage component, since its edges are within ε.
+
+Shape letters: N rows, P pairs.
+
+Source: METHOD §1 [O], "Chaining, and the star cover".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from clipcid_cli.algorithms.distances import IntArray
+from clipcid_cli.algorithms.forest import Edges
+
+
+def star_cover(num_rows: int, pairs: Edges) -> IntArray:
+    """Cover rows by stars.
+
+    Args:
+        num_rows: N.
+        pairs: All pairs within ε, each once, in any order.
+
+    Returns:
+        int64 [N]: the row that stands for each row, itself where it is kept.
+    """
+    degree = np.bincount(pairs.a, minlength=num_rows) + np.bincount(pairs.b, minlength=num_rows)
+    place = np.empty(num_rows, np.int64)
+    place[np.lexsort((np.arange(num_rows), -degree))] = np.arange(num_rows)
+    keeps = _keep_in_order(num_rows, place, pairs)
+    covering = keeps[pairs.a] != keeps[pairs.b]
+    kept = np.where(keeps[pairs.a], pairs.a, pairs.b)[covering]
+    dropped = np.where(keeps[pairs.a], pairs.b, pairs.a)[covering]
+    # Nearest keeper last, the smaller row of equals, so that it is the one that stays written.
+    order = np.lexsort((-kept, -pairs.weight[covering]))
+    stands_for = np.arange(num_rows, dtype=np.int64)
+    stands_for[dropped[order]] = kept[order]
+    return stands_for
+
+
+def _keep_in_order(num_rows: int, place: IntArray, pairs: Edges) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Keep each row that no row kept before it is paired with, bool [N]; `place` is each row's place in the order.
+
+    In rounds over the pairs rather than row by row: a row that comes before all its undecided neighbours is kept, and its
+    neighbours are covered. The rows kept are those of the one-by-one rule, whatever can be decided at once
+    (Blelloch, Fineman, Shun 2012, "Greedy sequential maximal independent set and matching are parallel on average").
+    """
+    keeps, decided = np.zeros(num_rows, np.bool_), np.zeros(num_rows, np.bool_)
+    early = np.where(place[pairs.a] < place[pairs.b], pairs.a, pairs.b)
+    late = pairs.a + pairs.b - early
+    while len(early):
+        waits = np.zeros(num_rows, np.bool_)
+        waits[late] = True
+        kept_now = early[~waits[early]]
+        keeps[kept_now] = decided[kept_now] = True
+        decided[late[keeps[early]]] = True
+        open_pairs = ~decided[early] & ~decided[late]
+        early, late = early[open_pairs], late[open_pairs]
+    return keeps | ~decided
+
+
+@dataclasses.dataclass(frozen=True)
+class StarSearch:
+    """The smallest cut-off found at which the star cover keeps few enough rows.
+
+    Attributes:
+        cutoff: ε, one of the pairs' distances.
+        stands_for: The cover at it, int64 [N].
+    """
+
+    cutoff: float
+    stands_for: IntArray
+
+
+def find_star_cutoff(num_rows: int, pairs: Edges, num_kept: int) -> StarSearch | None:
+    """Find ε for a number of rows to keep, by bisection over the distances of the pairs.
+
+    Args:
+        num_rows: N.
+        pairs: All pairs up to some distance, ascending by weight.
+        num_kept: Rows to keep, at most.
+
+    Returns:
+        A cut-off at which at most `num_kept` rows are kept while at the next smaller distance tried more are; None when
+        even all pairs keep more.
+    """
+    distances = np.unique(pairs.weight)
+    if not len(distances):
+        return None
+    low, high = -1, len(distances) - 1
+    best = StarSearch(float(distances[high]), star_cover(num_rows, pairs))
+    if count_kept(best.stands_for) > num_kept:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        cover = star_cover(num_rows, pairs.up_to(float(distances[middle])))
+        if count_kept(cover) <= num_kept:
+            high, best = middle, StarSearch(float(distances[middle]), cover)
+        else:
+            low = middle
+    return best
+
+
+def count_kept(stands_for: IntArray) -> int:
+    """Count the rows that stand for themselves."""
+    return int(np.count_nonzero(stands_for == np.arange(len(stands_for))))
