@@ -1,0 +1,120 @@
+"""A sample of image-text data and the shards they come in, whatever kind of files they are stored in."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+
+from clipcid_cli.formats.skips import Skips
+
+# Suffixes of images; where a sample has several, the first of these is taken (open_clip's order, then what Pillow reads).
+IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
+
+_OPEN_FILES = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Location:
+    """Where the bytes of an image or of an attributes file lie.
+
+    Attributes:
+        path: A local file, or a URL that fsspec knows.
+        offset: First byte.
+        size: Number of bytes; None for a whole file.
+    """
+
+    path: str
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """Read the bytes. Handles of local files are kept open between calls, in each process its own.
+
+        Raises:
+            OSError: when the file is missing or shorter than it was.
+        """
+        if "://" in self.path:
+            stop = None if self.size is None else self.offset + self.size
+            return bytes(_filesystem(self.path.partition("://")[0]).cat_file(self.path, self.offset, stop))
+        if self.size is None:
+            with open(self.path, "rb") as file:
+                return file.read()
+        data = os.pread(_handle(self.path).fd, self.size, self.offset)
+        if len(data) != self.size:
+            raise OSError(f"{self.path} ends {self.size - len(data)} bytes early")
+        return data
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    """One image with what is known of it.
+
+    Attributes:
+        key: Its name, unique in the data set.
+        image: Where its image lies.
+        captions: Its captions; empty when it has none.
+        label: Number of its class, where the data has classes.
+        attributes: Where its JSON attributes lie.
+    """
+
+    key: str
+    image: Location
+    captions: tuple[str, ...] = ()
+    label: int | None = None
+    attributes: Location | None = None
+
+
+class Shard(Protocol):
+    """Some thousands of samples that are read together: a tar, or a slice of a folder or list. Picklable and small."""
+
+    @property
+    def name(self) -> str:
+        """Name of the shard, unique in the data set."""
+
+    def samples(self, skips: Skips | None = None) -> list[Sample]:
+        """List its samples in order.
+
+        Args:
+            skips: Where samples that have no image, or a key seen before in the shard, are counted. They are left out.
+        """
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describe the shard's content for a sidecar: ``path``, ``size``, ``hash``."""
+
+
+def natural_key(text: str) -> tuple[object, ...]:
+    """Sort key by which ``2.tar`` comes before ``10.tar``; the text itself decides between ``01`` and ``1``."""
+    parts: list[object] = list(re.split(r"(\d+)", text))
+    parts[1::2] = [int(str(number)) for number in parts[1::2]]
+    return (*parts, text)
+
+
+class _Handle:
+    """A file that is closed when the cache lets go of it."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _handle(path: str) -> _Handle:
+    return _Handle(path)
+
+
+@cache
+def _filesystem(protocol: str) -> Any:
+    return fsspec.filesystem(protocol)
+
+
+def relative_key(path: Path) -> str:
+    """Return a file's key: its relative path without the suffix, with forward slashes."""
+    return path.with_suffix("").as_posix()

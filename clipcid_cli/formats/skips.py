@@ -1,0 +1,96 @@
+"""Samples that cannot be used: counted by reason, the first few named, refused when they are too many."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from clipcid_cli.errors import ClipcidError
+
+# Why a sample is not used. The names are those of the `skipped` entry of results and sidecars.
+REASONS = {
+    "no_image": "no image",
+    "no_caption": "no caption",
+    "duplicate_key": "key seen before in the shard",
+    "unreadable_image": "unreadable image",
+    "too_many_pixels": "image with too many pixels",
+    "nan_row": "embedding that is not finite",
+}
+
+_NAMED = 5
+
+
+@dataclasses.dataclass
+class Skips:
+    """A count of unusable samples.
+
+    Attributes:
+        counts: Number by reason, for the reasons that occurred.
+        examples: The first few names by reason.
+    """
+
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Number of unusable samples."""
+        return sum(self.counts.values())
+
+    def add(self, reason: str, name: str) -> None:
+        """Count one sample.
+
+        Args:
+            reason: A key of `REASONS`.
+            name: What a user would look for: its key, with the shard where that helps.
+        """
+        assert reason in REASONS, reason
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        names = self.examples.setdefault(reason, [])
+        if len(names) < _NAMED:
+            names.append(name)
+
+    def merge(self, other: Skips) -> None:
+        """Add another count to this one."""
+        for reason, number in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + number
+            names = self.examples.setdefault(reason, [])
+            names.extend(other.examples.get(reason, [])[: _NAMED - len(names)])
+
+    def describe(self) -> str:
+        """Say what was skipped, one reason a line; empty when nothing was."""
+        lines = []
+        for reason, number in sorted(self.counts.items()):
+            names = self.examples.get(reason, [])
+            more = ", …" if number > len(names) else ""
+            lines.append(f"  {number:,} × {REASONS[reason]}: {', '.join(names)}{more}")
+        return "\n".join(lines)
+
+    def check(self, read: int, max_bad_fraction: float, where: str, fix: str = "") -> None:
+        """Refuse to go on when too many samples are unusable.
+
+        Args:
+            read: Samples that were looked at, usable or not.
+            max_bad_fraction: Largest allowed share, in [0, 1].
+            where: The data, for the error.
+            fix: What else would help, for the error.
+
+        Raises:
+            ClipcidError: with the numbers and the first names by reason.
+        """
+        if self.total <= max_bad_fraction * read:
+            return
+        raise ClipcidError(
+            f"{self.total:,} of {read:,} samples in {where} cannot be used: {self.total / read:.1%}, "
+            f"and at most {max_bad_fraction:.1%} may be.\n{self.describe()}",
+            f"{fix + ' ' if fix else ''}Mend the data, or allow more with --max-bad-fraction.",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the count as JSON values, for files."""
+        return {"counts": dict(sorted(self.counts.items())), "examples": dict(sorted(self.examples.items()))}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Skips:
+        """Read what `to_json` gave."""
+        return cls(dict(value["counts"]), {reason: list(names) for reason, names in value["examples"].items()})
