@@ -1,0 +1,81 @@
+"""Bytes of an image file to RGB pixels, the same way everywhere."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+from PIL import Image
+
+# Pillow's own warning level. It bounds what one image can cost: 89 M pixels are 268 MB as RGB.
+MAX_PIXELS = 89_478_485
+
+_WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
+
+
+class UnreadableImage(Exception):  # noqa: N818  # an event counted per sample, not an error of the program
+    """An image that cannot be used.
+
+    Attributes:
+        reason: ``unreadable_image`` or ``too_many_pixels``, as they are counted.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, draft_size: tuple[int, int] | None = None) -> Image.Image:
+    """Decode an image.
+
+    EXIF orientation is ignored, as open_clip ignores it. Transparent pixels are laid on white, where open_clip would show
+    whatever colour lies under them (`had_alpha` tells where that happened). Of an animation the first frame is taken.
+
+    Args:
+        data: The file's bytes.
+        max_pixels: Largest width × height; larger images are not decoded.
+        draft_size: (width, height) the decoded image must at least have; a JPEG is then decoded at ½, ¼ or ⅛ of its size
+            where that is still large enough. None decodes at full size.
+
+    Returns:
+        An RGB image; its ``info`` has ``flattened`` when transparent pixels were laid on white.
+
+    Raises:
+        UnreadableImage: when it is no image, is cut off, or is too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of damaged metadata, which we do not read.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > max_pixels:
+                raise UnreadableImage("too_many_pixels")
+            if draft_size is not None:
+                image.draft("RGB", draft_size)
+            image.load()
+            return _to_rgb(image)
+    except UnreadableImage:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, twice the default above
+        raise UnreadableImage("too_many_pixels") from error
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and more
+        raise UnreadableImage("unreadable_image") from error
+
+
+def had_alpha(image: Image.Image) -> bool:
+    """Tell whether `decode_image` laid transparent pixels of this image on white."""
+    return bool(image.info.get("flattened", False))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        alpha = layered.getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            flat = Image.new("RGB", layered.size, (255, 255, 255))
+            flat.paste(layered, mask=alpha)
+            flat.info["flattened"] = True
+            return flat
+    return image.convert("RGB")
