@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.augment import RandomCrop
 from clipcid_cli.runtime.hub import reaching_hub
 from clipcid_cli.runtime.model_names import CONFIG_NAME, ModelName, find_weights, read_config
 from clipcid_cli.runtime.precision import Precision
@@ -118,15 +117,6 @@ class ClipModel:
     def transform(self) -> Transform:
         """Return open_clip's evaluation transform: RGB image to normalised float32 [3, H, W]; picklable."""
         return cast(Transform, self._open_clip_transform())
-
-    def random_crop(self, scale: tuple[float, float] = (0.9, 1.0)) -> RandomCrop:
-        """Return open_clip's training augmentation for this model: RGB image and seed to uint8 [H, W, 3]; picklable.
-
-        Args:
-            scale: Range of the crop's share of the image's area; open_clip's default.
-        """
-        interpolation = "bilinear" if self.info.preprocess["interpolation"] == "bilinear" else "bicubic"
-        return RandomCrop(self.info.image_size, scale, interpolation=interpolation)
 
     def _open_clip_transform(self) -> Any:
         from open_clip.transform import PreprocessCfg, image_transform_v2
