@@ -1,0 +1,194 @@
+"""The data under recipes/quickstart/data: what its README says of it holds, and its script makes it."""
+
+import importlib.util
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
+DATA = QUICKSTART / "data"
+SHARDS = sorted(DATA.rglob("*.tar"))
+BUDGET_BYTES = 30_000_000
+
+Samples = dict[str, dict[str, bytes]]
+
+
+@cache
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("build_data", QUICKSTART / "build_data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["build_data"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def read_samples(folder: str) -> Samples:
+    samples: Samples = {}
+    for path in sorted((DATA / folder).glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                key, _, suffix = member.name.partition(".")
+                content = archive.extractfile(member)
+                assert content is not None
+                files = samples.setdefault(key, {})
+                assert suffix not in files, f"{path} has {member.name} twice"
+                files[suffix] = content.read()
+    return samples
+
+
+def concepts(samples: Samples) -> set[str]:
+    """The emoji of samples without skin tone, from their keys, in one form for all genders and directions."""
+    return {load_script().kin(key.split("-", 1)[1].upper()) for key in samples}
+
+
+def trained_concepts() -> set[str]:
+    return {load_script().kin(json.loads(files["json"])["base"]) for files in read_samples("pairs").values()}
+
+
+def test_counts_are_those_of_the_readme() -> None:
+    pairs, retrieval = read_samples("pairs"), read_samples("retrieval/test")
+    train, test = read_samples("classification/train"), read_samples("classification/test")
+    assert (len(pairs), len(train), len(test), len(retrieval)) == (5724, 1126, 644, 344)
+    assert len({json.loads(files["json"])["base"] for files in pairs.values()}) == 1547
+    readme = (DATA / "README.md").read_text(encoding="utf-8")
+    for number in ("5,724", "1,547", "1,126", f"{len(test) // 2}", "344", "52 classes"):
+        assert number in readme
+
+
+@pytest.mark.parametrize("folder", ["retrieval/test", "classification/test"])
+def test_no_held_out_concept_is_trained_on(folder: str) -> None:
+    held_out = concepts(read_samples(folder))
+    assert held_out
+    assert not held_out & trained_concepts()
+    assert not held_out & concepts(read_samples("classification/train"))
+
+
+@pytest.mark.parametrize("folder", ["retrieval/test", "classification/test"])
+def test_no_held_out_image_is_trained_on_under_another_name(folder: str) -> None:
+    trained = {files["webp"] for files in read_samples("pairs").values()}
+    assert not [key for key, files in read_samples(folder).items() if files["webp"] in trained]
+
+
+def test_probe_is_fitted_on_trained_concepts_only() -> None:
+    assert concepts(read_samples("classification/train")) <= trained_concepts()
+
+
+def test_every_pair_has_a_caption_and_the_attributes() -> None:
+    tones = set()
+    for key, files in read_samples("pairs").items():
+        assert set(files) == {"webp", "txt", "json"}, key
+        attributes = json.loads(files["json"])
+        caption = files["txt"].decode()
+        assert set(attributes) == {"vendor", "base", "unified", "name", "category", "subcategory", "skin_tone"}
+        assert key.startswith(f"{attributes['vendor']}-")
+        assert attributes["vendor"] in ("google", "twitter")
+        assert caption.startswith(attributes["name"])
+        assert "\n" not in caption
+        if attributes["skin_tone"] is not None:
+            assert f"{attributes['skin_tone']} skin tone" in caption
+            tones.add(attributes["skin_tone"])
+    assert {"light", "medium light", "medium", "medium dark", "dark", "light and dark"} <= tones
+
+
+def test_retrieval_is_one_to_one() -> None:
+    samples = read_samples("retrieval/test")
+    captions = [files["txt"] for files in samples.values()]
+    assert all(caption.strip() and b"\n" not in caption for caption in captions)
+    assert len(set(captions)) == len(captions)
+    assert len({files["webp"] for files in samples.values()}) == len(samples)
+    assert len({key.split("-", 1)[1] for key in samples}) == len(samples)
+    vendors = [key.split("-")[0] for key in samples]
+    assert 0.4 < vendors.count("google") / len(vendors) < 0.6
+
+
+def test_every_class_can_be_fitted_and_tested() -> None:
+    names = (DATA / "classification" / "classnames.txt").read_text(encoding="utf-8").splitlines()
+    assert len(names) == len(set(names)) == 52
+    for split, fewest in (("train", 9), ("test", 4)):
+        labels = [int(files["cls"]) for files in read_samples(f"classification/{split}").values()]
+        assert set(labels) == set(range(len(names)))
+        assert min(labels.count(label) for label in range(len(names))) >= fewest
+
+
+@pytest.mark.parametrize(("folder", "kind"), [("classification", "classification"), ("retrieval", "retrieval")])
+def test_folders_are_laid_out_for_clip_benchmark(folder: str, kind: str) -> None:
+    assert (DATA / folder / "dataset_type.txt").read_text(encoding="utf-8").strip() == kind
+    for split in (DATA / folder).glob("*/"):
+        assert [path.name for path in sorted(split.glob("*.tar"))] == ["0.tar"]
+        assert int((split / "nshards.txt").read_text(encoding="utf-8")) == 1
+    if kind == "classification":
+        templates = DATA / folder / "zeroshot_classification_templates.txt"
+        assert all("{c}" in line for line in templates.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.parametrize("folder", ["pairs", "classification/train", "classification/test", "retrieval/test"])
+def test_every_image_decodes_to_64_pixels(folder: str) -> None:
+    for key, files in read_samples(folder).items():
+        with Image.open(io.BytesIO(files["webp"])) as image:
+            image.load()
+            assert (image.format, image.mode, image.size) == ("WEBP", "RGB", (64, 64)), key
+
+
+@pytest.mark.parametrize("path", SHARDS, ids=lambda path: str(path.relative_to(DATA)))
+def test_shards_say_nothing_of_when_and_where_they_were_made(path: Path, tmp_path: Path) -> None:
+    with tarfile.open(path) as archive:
+        members = [(member.name, archive.extractfile(member)) for member in archive]
+        load_script().write_shard(tmp_path / "again.tar", [(name, file.read()) for name, file in members if file])
+    assert (tmp_path / "again.tar").read_bytes() == path.read_bytes()
+    assert path.read_bytes().endswith(bytes(1024))
+
+
+def test_data_is_under_its_budget_and_licensed() -> None:
+    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) < BUDGET_BYTES
+    readme = (DATA / "README.md").read_text(encoding="utf-8")
+    for name, words in {
+        "Apache-2.0.txt": "Apache License",
+        "CC-BY-4.0.txt": "Attribution 4.0 International",
+        "emojilib-MIT.txt": "Mu-An Chiou",
+        "emoji-datasource-MIT.txt": "Cal Henderson",
+    }.items():
+        assert words in (DATA / "LICENSES" / name).read_text(encoding="utf-8")
+        assert f"LICENSES/{name}" in readme
+
+
+def test_script_refuses_another_file_under_a_package_name(tmp_path: Path) -> None:
+    script = load_script()
+    for package in script.PACKAGES:
+        (tmp_path / f"{package}.tgz").write_bytes(b"not the package")
+    with pytest.raises(SystemExit, match=r"emojilib-4\.0\.3\.tgz is not the published package: its sha512 is"):
+        script.read_drawings(tmp_path)
+
+
+@pytest.mark.slow
+def test_script_makes_the_shipped_bytes(tmp_path: Path) -> None:
+    assert shutil.which("npm"), (
+        "remaking the data needs npm and the npm registry: install Node.js, or deselect this test"
+    )
+    command = [sys.executable, str(QUICKSTART / "build_data.py"), "--out", str(tmp_path / "data")]
+    command += ["--packages", str(tmp_path / "packages")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    made = {path.relative_to(tmp_path / "data") for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    shipped = {
+        path.relative_to(DATA)
+        for folder in ("pairs", "classification", "retrieval")
+        for path in (DATA / folder).rglob("*")
+        if path.is_file()
+    }
+    assert made == shipped
+    different = [
+        str(path) for path in sorted(made) if (tmp_path / "data" / path).read_bytes() != (DATA / path).read_bytes()
+    ]
+    assert not different
