@@ -188,9 +188,9 @@ def write_caption(concept: Concept, skin_tone: str | None, order: str | None) ->
     """
     caption = concept.name
     if skin_tone is not None:
-        caption += (
-            f" {'and' if ' with ' in caption else 'with'} {skin_tone} skin tone{'s' if ' and ' in skin_tone else ''}"
-        )
+        joint = "and" if " with " in caption else "with"
+        plural = "s" if " and " in skin_tone else ""
+        caption += f" {joint} {skin_tone} skin tone{plural}"
     words = set(re.findall(r"\w+", caption))
     keywords = list(concept.keywords)
     if order is not None:
