@@ -1,0 +1,47 @@
+"""How far two ways of computing the same embeddings are apart."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The largest disagreement found so far between two sets of rows.
+
+    Attributes:
+        max_difference: Largest absolute difference of two entries; infinite when any is not a number.
+        min_cosine: Smallest cosine similarity of two rows; −1 when any is not a number.
+    """
+
+    max_difference: float = 0.0
+    min_cosine: float = 1.0
+
+    def merge(self, other: Difference) -> Difference:
+        """Return the larger disagreement of both."""
+        return Difference(max(self.max_difference, other.max_difference), min(self.min_cosine, other.min_cosine))
+
+    def within(self, limit: Difference) -> bool:
+        """Tell whether this disagreement is no larger than `limit`, in both measures."""
+        return self.max_difference <= limit.max_difference and self.min_cosine >= limit.min_cosine
+
+
+def compare_rows(reference_ND: torch.Tensor, other_ND: torch.Tensor) -> Difference:
+    """Compare rows one by one, in float64.
+
+    Args:
+        reference_ND: float [N, D].
+        other_ND: float [N, D].
+
+    Raises:
+        ValueError: when the shapes differ or there is no row.
+    """
+    if reference_ND.shape != other_ND.shape or reference_ND.ndim != 2 or not len(reference_ND):
+        raise ValueError(f"rows to compare have shapes {list(reference_ND.shape)} and {list(other_ND.shape)}")
+    left, right = reference_ND.double(), other_ND.double()
+    if not bool(left.isfinite().all() and right.isfinite().all()):
+        return Difference(max_difference=float("inf"), min_cosine=-1.0)
+    cosine_N = torch.nn.functional.cosine_similarity(left, right, dim=1)
+    return Difference(float((left - right).abs().max()), min(1.0, float(cosine_N.min())))

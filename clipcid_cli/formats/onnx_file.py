@@ -1,0 +1,96 @@
+"""ONNX files: a PyTorch module as a graph with a dynamic batch, readable without PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from clipcid_cli.errors import ClipcidError
+
+# The newest set the exporter emits by itself in PyTorch 2.13, and that ONNX Runtime 1.17 and later run.
+DEFAULT_OPSET = 20
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def check_onnx_installed() -> None:
+    """Make sure that what writes and checks ONNX files is there.
+
+    Raises:
+        ClipcidError: naming the missing packages and the command that installs them.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ClipcidError(
+            f"--format onnx needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
+            "Install them: pip install 'clipcid[export]'",
+        )
+
+
+def write_onnx(
+    path: Path,
+    module: torch.nn.Module,
+    example: torch.Tensor,
+    *,
+    input_name: str,
+    output_name: str,
+    opset: int = DEFAULT_OPSET,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a module with one input and one output as an ONNX file, its first axis of any size.
+
+    Weights above 2 GB, the limit of one protobuf, go to ``<name>.onnx.data`` beside it.
+
+    Args:
+        path: Where to write; a ``.onnx`` name.
+        module: In evaluation mode, on the CPU.
+        example: An input with at least two rows: an axis of one would be taken for fixed.
+        input_name: Name of the argument of the module's ``forward``, and of the graph's input.
+        output_name: Name of the graph's output.
+        opset: Version of ONNX's operators.
+        metadata: Texts stored in the file, such as how pixels are prepared.
+
+    Raises:
+        ClipcidError: when the exporter cannot express the module.
+    """
+    assert len(example) >= 2
+    with _quiet_exporter():
+        try:
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                verbose=False,
+                input_names=[input_name],
+                output_names=[output_name],
+                dynamic_shapes={input_name: {0: torch.export.Dim("batch")}},
+                opset_version=opset,
+            )
+        except Exception as error:  # torch.export and the exporter raise many kinds for what they cannot express
+            reason = " ".join(str(error).split())[:300]
+            raise ClipcidError(
+                f"{path.name}: PyTorch's exporter cannot express this model in ONNX opset {opset}: {reason}",
+                "Try another --opset, or export with --format open-clip; --debug shows where it stopped.",
+            ) from error
+        assert program is not None
+        program.model.metadata_props.update(metadata)
+        program.save(str(path))
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Drop the warnings of the exporter and of what it imports; its errors are raised, not logged."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
