@@ -1,0 +1,109 @@
+"""Rows of different files brought together by key, at any scale: by sorted 64-bit hashes, and checked for collisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clipcid_cli.errors import ClipcidError
+
+Keys: TypeAlias = "pa.ChunkedArray | pa.Array | Sequence[str]"
+
+_CHECKED_AT_ONCE = 2**20
+
+
+def join_keys(left: Keys, right: Keys) -> npt.NDArray[np.int64]:
+    """Find each key of `left` among `right`.
+
+    Args:
+        left: Keys to look for, n of them.
+        right: Keys to look among; each must be there once.
+
+    Returns:
+        int64 [n]: the position in `right` of each key of `left`, −1 where it is not there. Keys are compared, not only
+        their hashes.
+
+    Raises:
+        ClipcidError: when a key occurs twice in `right`.
+    """
+    sought, column = _as_column(left), _as_column(right)
+    hashes = hash_keys(column)
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    wanted = hash_keys(sought)
+    first = np.searchsorted(hashes, wanted, side="left")
+    last = np.searchsorted(hashes, wanted, side="right")
+    positions = np.full(len(sought), -1, dtype=np.int64)
+    found = last > first
+    positions[found] = order[first[found]]
+    _refuse_repeats(column, hashes, order)
+    for row in np.flatnonzero(last - first > 1):  # different keys of one hash
+        key = sought[int(row)].as_py()
+        same = [int(place) for place in order[first[row] : last[row]] if column[int(place)].as_py() == key]
+        positions[row] = same[0] if same else -1
+    for start in range(0, len(sought), _CHECKED_AT_ONCE):
+        part = positions[start : start + _CHECKED_AT_ONCE]
+        hit = np.flatnonzero(part >= 0)
+        equal = pc.equal(sought.take(pa.array(hit + start)), column.take(pa.array(part[hit])))
+        part[hit[~np.asarray(equal.to_numpy(), dtype=bool)]] = -1
+    return positions
+
+
+def find_repeated_key(keys: Keys) -> tuple[str, int, int] | None:
+    """Find a key that occurs twice.
+
+    Returns:
+        The key and its first two positions, for the repeated key whose second position comes first; None when all
+        differ.
+    """
+    column = _as_column(keys)
+    hashes = hash_keys(column)
+    order = np.argsort(hashes, kind="stable")
+    return _first_repeat(column, hashes[order], order)
+
+
+def hash_keys(keys: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """Hash every key to 64 bits, the same on every machine (pandas' SipHash with its fixed key)."""
+    parts = [pd.util.hash_array(chunk.to_numpy(zero_copy_only=False), categorize=False) for chunk in keys.chunks]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)
+
+
+def _refuse_repeats(column: pa.ChunkedArray, hashes: npt.NDArray[np.uint64], order: npt.NDArray[np.int64]) -> None:
+    repeat = _first_repeat(column, hashes, order)
+    if repeat is not None:
+        key, one, other = repeat
+        raise ClipcidError(
+            f"Key {key!r} occurs in row {one:,} and again in row {other:,}.",
+            "Keys must be unique: make the file again with --keys shard, or remove one of the rows.",
+        )
+
+
+def _first_repeat(
+    column: pa.ChunkedArray, hashes: npt.NDArray[np.uint64], order: npt.NDArray[np.int64]
+) -> tuple[str, int, int] | None:
+    repeats = []
+    # Rows of one hash lie together, each run in order of position.
+    same = np.flatnonzero(hashes[1:] == hashes[:-1])
+    for stretch in np.split(same, np.flatnonzero(np.diff(same) > 1) + 1) if len(same) else []:
+        seen: dict[str, int] = {}
+        for place in order[stretch[0] : stretch[-1] + 2]:
+            key = column[int(place)].as_py()
+            if key in seen:
+                repeats.append((key, seen[key], int(place)))
+                break
+            seen[key] = int(place)
+    return min(repeats, key=lambda repeat: repeat[2]) if repeats else None
+
+
+def _as_column(keys: Keys) -> pa.ChunkedArray:
+    if isinstance(keys, pa.ChunkedArray):
+        return keys.cast(pa.large_string())
+    if isinstance(keys, pa.Array):
+        return pa.chunked_array([keys.cast(pa.large_string())])
+    return pa.chunked_array([pa.array(keys, type=pa.large_string())])
