@@ -32,11 +32,18 @@ class Member(NamedTuple):
         name: Its path as stored.
         offset: First byte of its content.
         size: Bytes of its content.
+        start: First byte of its headers, those with a long name included.
     """
 
     name: str
     offset: int
     size: int
+    start: int
+
+    @property
+    def end(self) -> int:
+        """First byte after its content and the padding of that."""
+        return self.offset + -(-self.size // _BLOCK) * _BLOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +75,8 @@ class TarShard:
         path = local_copy(self.path)
         found: list[Sample] = []
         seen: set[str] = set()
-        for key, files in _group(read_members(path)):
+        for key, members in group_members(read_members(path)):
+            files = _by_suffix(members)
             where = f"{self.name}/{key}"
             if key in seen:
                 skips.add("duplicate_key", where)
@@ -109,25 +117,32 @@ class TarShard:
         return tuple(caption.strip() for caption in captions if caption.strip())
 
 
-def _group(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Collect consecutive members of one key; of two with the same suffix the first is kept."""
+def group_members(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
+    """Collect consecutive members of one key: names that agree up to the first dot, as webdataset has it."""
     from webdataset.tariterators import base_plus_ext  # imports torch, which naming a shard should not wait for
 
     current: str | None = None
-    files: dict[str, Member] = {}
+    group: list[Member] = []
     for member in members:
-        if _META.match(member.name):
-            continue
-        key, suffix = base_plus_ext(member.name)
+        key = None if _META.match(member.name) else base_plus_ext(member.name)[0]
         if key is None:
             continue
         if key != current:
             if current is not None:
-                yield current, files
-            current, files = key, {}
-        files.setdefault(suffix.lower(), member)
+                yield current, group
+            current, group = key, []
+        group.append(member)
     if current is not None:
-        yield current, files
+        yield current, group
+
+
+def _by_suffix(members: list[Member]) -> dict[str, Member]:
+    """Map suffixes, lower case, to the members of one sample; of two with the same suffix the first is taken."""
+    files: dict[str, Member] = {}
+    for member in members:
+        suffix = member.name.rpartition("/")[2].partition(".")[2]
+        files.setdefault(suffix.lower(), member)
+    return files
 
 
 def _read(path: Path, member: Member) -> bytes:
@@ -193,6 +208,7 @@ def read_members(path: Path) -> Iterator[Member]:
         window = _Window(file.fileno())
         position = 0
         overrides: dict[str, str] = {}
+        start: int | None = None
         while position < end:
             header = window.read(position, _BLOCK)
             if len(header) == _BLOCK and not any(header):
@@ -210,14 +226,17 @@ def read_members(path: Path) -> Iterator[Member]:
                     "Copy or download it again, or take it out of the data.",
                 )
             position = content + -(-size // _BLOCK) * _BLOCK
+            start = content - _BLOCK if start is None else start
             if kind == b"x":
                 overrides |= _parse_pax(window.read(content, size))
             elif kind == b"L":
                 overrides["path"] = window.read(content, size).rstrip(b"\0").decode("utf-8", errors="surrogateescape")
-            elif kind not in b"gK":
+            elif kind == b"g":
+                start = None
+            elif kind != b"K":
                 if kind in b"0\x007":
-                    yield Member(overrides.get("path") or _name(header), content, size)
-                overrides = {}
+                    yield Member(overrides.get("path") or _name(header), content, size, start)
+                overrides, start = {}, None
 
 
 class _Window:

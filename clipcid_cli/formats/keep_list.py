@@ -1,0 +1,124 @@
+"""The keep list: one row per readable image: its set, the image that stands for the set, and whether it is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_parquet
+
+KEEP_LIST = "keep.parquet"
+
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),
+        ("component", pa.int64()),
+        ("component_size", pa.int64()),
+        ("kept", pa.bool_()),
+        ("representative", pa.string()),
+        ("distance", pa.float32()),
+    ]
+)
+_NEEDED = {"key", "kept"}
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepList:
+    """Which images of a data set are kept.
+
+    Attributes:
+        keys: Keys of all images looked at, in row order.
+        shards: Their shards; None when the list does not say.
+        kept: Which are kept, bool, aligned with `keys`.
+    """
+
+    keys: pa.ChunkedArray
+    shards: pa.ChunkedArray | None
+    kept: npt.NDArray[np.bool_]
+
+    @property
+    def num_kept(self) -> int:
+        """Number of images kept."""
+        return int(np.count_nonzero(self.kept))
+
+    def kept_keys(self) -> list[str]:
+        """Return the keys of the kept images, in row order."""
+        keys: list[str] = self.keys.filter(pa.array(self.kept)).to_pylist()
+        return keys
+
+    def kept_by_shard(self) -> dict[str, set[str]]:
+        """Return the keys of the kept images of each shard; shards that lose all of theirs have an empty set.
+
+        Raises:
+            ClipcidError: when the list does not say which shard each image is in.
+        """
+        if self.shards is None:
+            raise ClipcidError("The keep list has no column `shard`.", "Make it with: clipcid balance")
+        found: dict[str, set[str]] = {}
+        rows = zip(self.shards.to_pylist(), self.keys.to_pylist(), self.kept.tolist(), strict=True)
+        for shard, key, kept in rows:
+            keys = found.setdefault(shard, set())
+            if kept:
+                keys.add(key)
+        return found
+
+
+def write_keep_list(
+    path: Path,
+    *,
+    keys: pa.ChunkedArray,
+    shards: pa.ChunkedArray,
+    labels: npt.NDArray[np.int64],
+    representatives: npt.NDArray[np.int64],
+    distances: npt.NDArray[np.float32],
+) -> None:
+    """Write a keep list, whole or not at all; the same values give the same bytes.
+
+    Args:
+        path: Where to.
+        keys: Key of each of N images.
+        shards: Shard of each.
+        labels: The smallest row of each image's set, int64 [N].
+        representatives: The row that stands for each image, itself where it is kept, int64 [N].
+        distances: Distance to it, float32 [N].
+    """
+    rows = np.arange(len(labels), dtype=np.int64)
+    columns: list[Any] = [
+        keys.cast(pa.string()),
+        shards.cast(pa.string()),
+        labels,
+        np.bincount(labels, minlength=len(labels))[labels],
+        representatives == rows,
+        keys.cast(pa.string()).take(pa.array(representatives)),
+        distances,
+    ]
+    write_parquet(path, pa.table(columns, schema=_SCHEMA))
+
+
+def read_keep_list(path: Path) -> KeepList:
+    """Read a keep list, ours or any parquet file with the columns `key` and `kept`.
+
+    Raises:
+        ClipcidError: when there is no such file, or it is no keep list.
+    """
+    make = "Give --keep-list another file, or run: clipcid balance DATA --keep R"
+    try:
+        names = set(pq.read_schema(path).names)
+        missing = _NEEDED - names
+        if missing:
+            raise ClipcidError(f"{path} is no keep list: it has no column {', '.join(sorted(missing))}.", make)
+        table = pq.read_table(path, columns=sorted(_NEEDED | ({"shard"} & names)))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ClipcidError(f"Keep list {path} cannot be read: {error}.", make) from error
+    if table["kept"].type != pa.bool_() or table["kept"].null_count or table["key"].null_count:
+        raise ClipcidError(f"{path}: `kept` must be true or false, and `key` given, in every row.", make)
+    shards = table["shard"] if "shard" in names else None
+    return KeepList(table["key"].cast(pa.string()), shards, table["kept"].to_numpy())
