@@ -11,6 +11,7 @@ from clipcid_cli.errors import ClipcidError
 REASONS = {
     "no_image": "no image",
     "no_caption": "no caption",
+    "no_label": "no class",
     "duplicate_key": "key seen before in the shard",
     "unreadable_image": "unreadable image",
     "too_many_pixels": "image with too many pixels",
