@@ -120,7 +120,7 @@ class Output:
             **more,
         }
         write_json(sidecar_path(self.folder, self.step), sidecar)
-        _plan_path(self.folder, self.step).unlink(missing_ok=True)
+        plan_path(self.folder, self.step).unlink(missing_ok=True)
         return sidecar
 
 
@@ -129,7 +129,8 @@ def sidecar_path(folder: Path, step: str) -> Path:
     return folder / f"{step}.json"
 
 
-def _plan_path(folder: Path, step: str) -> Path:
+def plan_path(folder: Path, step: str) -> Path:
+    """Return where an unfinished output says what it is going to be."""
     return folder / f".{step}.plan.json"
 
 
@@ -164,7 +165,7 @@ def open_output(
     except OSError as error:
         raise write_error(folder, error) from error
     with _lock(folder, step):
-        sidecar, plan = sidecar_path(folder, step), _plan_path(folder, step)
+        sidecar, plan = sidecar_path(folder, step), plan_path(folder, step)
         wanted = {"format_version": FORMAT_VERSION, "settings": settings, "inputs": inputs}
         finished, begun = read_sidecar(sidecar), read_sidecar(plan)
         existing = finished or begun

@@ -62,6 +62,20 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, draft_size: tuple[in
         raise UnreadableImage("unreadable_image") from error
 
 
+def read_size(data: bytes) -> tuple[int, int]:
+    """Read an image's (width, height) from its header, without decoding it.
+
+    Raises:
+        UnreadableImage: when it is no image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Image.open(io.BytesIO(data)).size
+    except Exception as error:  # as in decode_image
+        raise UnreadableImage("unreadable_image") from error
+
+
 def had_alpha(image: Image.Image) -> bool:
     """Tell whether `decode_image` laid transparent pixels of this image on white."""
     return bool(image.info.get("flattened", False))

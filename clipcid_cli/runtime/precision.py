@@ -65,6 +65,25 @@ def choose_precision(requested: str, device: torch.device, purpose: Purpose, par
     return _precision("bf16", "this CPU has bf16 tile units (AMX)")
 
 
+def choose_scan_precision(requested: str, device: torch.device) -> Precision:
+    """Decide the number format in which `balance` looks for near pairs; what it finds is the same in each.
+
+    Args:
+        requested: ``fp32``, ``bf16``, ``fp16``, or ``auto``: whichever this machine multiplies fastest.
+        device: Where the step computes.
+
+    Raises:
+        ClipcidError: for fp16 on a CPU.
+    """
+    if requested != "auto":
+        return choose_precision(requested, device, "embed", 0)
+    if device.type == "cuda":
+        return _precision("fp16", "rows are stored in it")
+    if has_amx():
+        return _precision("bf16", "this CPU has bf16 tile units (AMX)")
+    return _precision("fp32", "this CPU has no bf16 tile units (AMX)")
+
+
 # Below this many parameters casts and small products eat what bf16 gains on an AMX CPU.
 AMX_PARAMETERS = 30_000_000
 
