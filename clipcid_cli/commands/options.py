@@ -42,6 +42,8 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(self.arguments, col_max=34)
         groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Argument):
+                continue  # newer versions of click give these a line of their own
             record = parameter.get_help_record(ctx)
             if record is not None:
                 groups[getattr(parameter, "group", "What it prints")].append(record)

@@ -145,26 +145,31 @@ def encode_task(
         ClipcidError: on every process, when the data is damaged, nothing in it is usable, or too much is not.
     """
     reader = TaskReader(task, batch_size)
-    numbers: list[int] = []
+    numbers: list[int] = []  # of this process's batches
+    sizes: list[int] = []  # of all batches
 
     def mine() -> Iterator[list[Sample]]:
         for number, batch in enumerate(reader.batches()):
+            sizes.append(len(batch))
             if number % machine.size == machine.rank:
                 numbers.append(number)
                 yield batch
 
     classify = task.task == CLASSIFICATION
     prepare = PrepareBatch(model.pixel_transform(), None if classify else model.tokenizer)
-    encoded, unreadable, failure = list[EncodedBatch](), Skips(), None
+    encoded, unreadable, failure, shown = list[EncodedBatch](), Skips(), None, 0
     try:
         for place, batch in enumerate(load_batches(mine(), prepare, workers)):
             unreadable.merge(batch.skips)
             if batch.pixels is not None:
                 encoded.append(_encode(model, task, batch, numbers[place], precision))
-            progress.advance((len(batch.samples) + batch.skips.total) * machine.size)
+            # The other processes are about as far: count every batch up to this one.
+            progress.advance(sum(sizes[shown : numbers[place] + 1]))
+            shown = numbers[place] + 1
     except ClipcidError as error:
         failure = error
     machine.agree(failure)
+    progress.advance(sum(sizes[shown:]))
     skips = reader.skips  # every process lists all samples, but decodes only its own
     for other in machine.gather(unreadable):
         skips.merge(other)
