@@ -1,0 +1,127 @@
+"""The first centres of k-means, and new ones for clusters that ran empty.
+
+Shape letters: N rows, S sampled rows, K centres, L trials, D width.
+
+[O] Which rows become the first centres was decided by trial: on 1,781 photographs (clothing features, 1,280 wide) after 20
+iterations, mean of 4 seeds, greedy k-means++ reached a mean similarity of 0.5190, 0.6507, 0.7107 and 0.7921 at K = 16, 128,
+256 and 512 against 0.5191, 0.6440, 0.6992 and 0.7800 from uniformly drawn rows, with spreads of about 0.001. The gain is in
+clusters of few rows; at METHOD's 225 rows a cluster there is none to see, and its cost grows with K². So it is used for few
+clusters and uniform rows for many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+PLUS_PLUS_CLUSTERS = 512
+PLUS_PLUS_ROWS_PER_CLUSTER = 16
+_UNIT = 2.0**30
+
+ReadRows = Callable[[npt.NDArray[np.int64]], torch.Tensor]
+
+
+def choose_first_rows(read: ReadRows, num_rows: int, num_clusters: int, seed: int) -> npt.NDArray[np.int64]:
+    """Choose the rows that become the first centres.
+
+    Up to 512 clusters: greedy k-means++ on a uniform sample of 16·K rows. More: uniformly drawn rows.
+
+    Args:
+        read: Returns rows by their numbers (ascending), float16 [n, D].
+        num_rows: N.
+        num_clusters: K, in [1, N].
+        seed: Seed of the draws.
+
+    Returns:
+        Different row numbers, int64 [K]; a function of the rows and the arguments only.
+
+    Raises:
+        ValueError: when K is outside [1, N].
+    """
+    if not 1 <= num_clusters <= num_rows:
+        raise ValueError(f"the number of clusters must lie in [1, {num_rows}], not {num_clusters}")
+    random = np.random.default_rng(seed)
+    if num_clusters > PLUS_PLUS_CLUSTERS:
+        return _draw(random, num_rows, num_clusters)
+    sample_S = _draw(random, num_rows, min(num_rows, PLUS_PLUS_ROWS_PER_CLUSTER * num_clusters))
+    return sample_S[spread_out(read(sample_S), num_clusters, random)]
+
+
+def _draw(random: np.random.Generator, num_rows: int, count: int) -> npt.NDArray[np.int64]:
+    return np.sort(random.choice(num_rows, count, replace=False, shuffle=False).astype(np.int64))
+
+
+def spread_out(rows_SD: torch.Tensor, num_clusters: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Choose rows far from each other by greedy k-means++.
+
+    Each next row is the best of 2 + log K trials drawn with a probability proportional to 1 − similarity to the nearest
+    row chosen so far, which for unit rows is half the squared distance. Dot products of float16 rows are exact in float64
+    and the probabilities are integers, so the choice is the same for any number of threads and on any machine.
+
+    Args:
+        rows_SD: Unit rows, float16 [S, D].
+        num_clusters: K ≤ S.
+        random: Source of the draws.
+
+    Returns:
+        Different positions, int64 [K].
+
+    Source: Arthur and Vassilvitskii 2007, k-means++, with the greedy trials of its section 5, as in scikit-learn.
+    """
+    exact_SD = rows_SD.double()
+    num_trials = 2 + int(math.log(num_clusters))
+    chosen = [int(random.integers(len(rows_SD)))]
+    weight_S = _integer_distances(exact_SD, chosen)[0]
+    while len(chosen) < num_clusters:
+        total = int(weight_S.sum())
+        if total == 0:
+            # Every row equals a chosen one: any others do, their clusters stay empty.
+            rest = np.setdiff1d(np.arange(len(rows_SD)), chosen)[: num_clusters - len(chosen)]
+            return np.asarray([*chosen, *rest.tolist()], dtype=np.int64)
+        draws_L = torch.from_numpy(random.integers(total, size=num_trials))
+        trials_L = torch.searchsorted(weight_S.cumsum(0), draws_L, right=True).tolist()
+        weights_LS = torch.minimum(weight_S, _integer_distances(exact_SD, trials_L))
+        best = int(weights_LS.sum(dim=1).argmin())
+        chosen.append(trials_L[best])
+        weight_S = weights_LS[best]
+    return np.asarray(chosen, dtype=np.int64)
+
+
+def _integer_distances(exact_SD: torch.Tensor, chosen: list[int]) -> torch.Tensor:
+    """Return 1 − similarity to each chosen row in units of 2⁻³⁰, int64 [L, S]; exactly 0 for a chosen row itself."""
+    distance_LS = (1.0 - exact_SD[chosen] @ exact_SD.T).mul_(_UNIT).round_().clamp_(min=0).long()
+    distance_LS[torch.arange(len(chosen)), chosen] = 0
+    return distance_LS
+
+
+def choose_seeds(
+    similarities_P: npt.NDArray[np.float64],
+    row_numbers_P: npt.NDArray[np.int64],
+    rows_PD: npt.NDArray[np.float16],
+    count: int,
+) -> npt.NDArray[np.int64]:
+    """Choose rows to re-seed empty clusters: those farthest from their own centres, no two of them equal.
+
+    Args:
+        similarities_P: Similarity of candidate rows to their own centres, float64 [P].
+        row_numbers_P: Their numbers among all rows, int64 [P]; equal similarities go by the smaller number.
+        rows_PD: The candidate rows, float16 [P, D].
+        count: How many are wanted.
+
+    Returns:
+        Positions among the candidates, int64 [≤ count]: fewer only when fewer different rows are at hand.
+    """
+    chosen: list[int] = []
+    seen: set[bytes] = set()
+    for position in np.lexsort((row_numbers_P, similarities_P)).tolist():
+        content = rows_PD[position].tobytes()
+        if content not in seen:
+            seen.add(content)
+            chosen.append(position)
+        if len(chosen) == count:
+            break
+    return np.asarray(chosen, dtype=np.int64)

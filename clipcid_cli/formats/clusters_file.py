@@ -1,0 +1,182 @@
+"""Clusters of the images: ``centroids.npy`` and ``clusters.parquet``.
+
+The table is written in parts by any number of processes, each part a parquet file of its own that appears whole, and
+joined in order at the end. Where parts begin depends on the number of rows only, so the table's bytes do not depend on
+who wrote what, and a killed run goes on with the parts it lacks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import atomic_file, write_parquet
+from clipcid_cli.formats.output import read_sidecar, sidecar_path
+
+CENTROIDS = "centroids.npy"
+TABLE = "clusters.parquet"
+
+_MIN_PART_ROWS = 8192
+_MAX_PARTS = 256
+_TOPS = {"top_clusters": pa.list_(pa.int32()), "top_similarities": pa.list_(pa.float16())}
+_IMAGE_COLUMNS = {"key": pa.string(), "cluster": pa.int32(), "similarity": pa.float32(), **_TOPS}
+_CAPTION_COLUMNS = {f"caption_{name}": kind for name, kind in _TOPS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TopClusters:
+    """The nearest centres of some rows, the most similar first.
+
+    Attributes:
+        clusters: int32 [N, m].
+        similarities: Cosine similarities, float16 [N, m], descending.
+    """
+
+    clusters: npt.NDArray[np.int32]
+    similarities: npt.NDArray[np.float16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clusters:
+    """A finished `cluster` output.
+
+    Attributes:
+        folder: Where it lies.
+        centroids: Unit rows, float32 [K, D], mapped from the file, not read.
+        keys: Keys of the clustered images, str [N].
+        labels: Nearest centre of each, int32 [N].
+        similarities: Cosine similarity to it, float32 [N].
+        images: The m nearest centres of each image's features (of its joint features, where those were clustered).
+        captions: The same for the captions' embeddings; None when there were none.
+        image_temperature: τ_T at which softmax(similarity/τ_T) over an image's m centres has a median perplexity of 3.5.
+        caption_temperature: The same for captions.
+        sidecar: What ``cluster.json`` says.
+    """
+
+    folder: Path
+    centroids: npt.NDArray[np.float32]
+    keys: npt.NDArray[np.object_]
+    labels: npt.NDArray[np.int32]
+    similarities: npt.NDArray[np.float32]
+    images: TopClusters
+    captions: TopClusters | None
+    image_temperature: float
+    caption_temperature: float | None
+    sidecar: dict[str, Any]
+
+
+def open_clusters(folder: Path) -> Clusters:
+    """Read what `cluster` wrote.
+
+    Raises:
+        ClipcidError: when the output is unfinished, or its files do not fit together.
+    """
+    sidecar = read_sidecar(sidecar_path(folder, "cluster"))
+    remake = "Run clipcid cluster --overwrite again, or give another folder with --clusters."
+    if sidecar is None:
+        raise ClipcidError(f"{folder} holds no finished clusters: there is no cluster.json.", "Run: clipcid cluster")
+    try:
+        centroids = np.load(folder / CENTROIDS, mmap_mode="r", allow_pickle=False)
+        table = pq.read_table(folder / TABLE)
+        temperatures = sidecar["temperatures"]
+        images = _read_tops(table, "")
+        captions = _read_tops(table, "caption_") if "caption_top_clusters" in table.column_names else None
+        labels = table["cluster"].to_numpy()
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise ClipcidError(f"{folder} cannot be read as clusters: {error}", remake) from error
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(centroids):
+        raise ClipcidError(
+            f"{folder / TABLE} names cluster {int(labels.max())}; {CENTROIDS} has {len(centroids)} centres.", remake
+        )
+    return Clusters(
+        folder=folder,
+        centroids=centroids,
+        keys=table["key"].to_numpy(),
+        labels=labels,
+        similarities=table["similarity"].to_numpy(),
+        images=images,
+        captions=captions,
+        image_temperature=float(temperatures["image"]),
+        caption_temperature=None if captions is None else float(temperatures["caption"]),
+        sidecar=sidecar,
+    )
+
+
+def part_bounds(num_rows: int) -> list[tuple[int, int]]:
+    """Cut rows into the parts the table is written in.
+
+    Returns:
+        First row and the one after the last of each part; a function of the number of rows only, at most 256 parts.
+    """
+    size = max(_MIN_PART_ROWS, -(-num_rows // _MAX_PARTS))
+    return [(first, min(num_rows, first + size)) for first in range(0, num_rows, size)]
+
+
+def part_path(folder: Path, part: int) -> Path:
+    """Return where a part of the table lies until all are joined."""
+    return folder / f".{TABLE}.part-{part:03d}"
+
+
+def write_part(
+    path: Path,
+    *,
+    keys: npt.NDArray[np.object_],
+    similarities: npt.NDArray[np.float64],
+    images: TopClusters,
+    captions: TopClusters | None,
+) -> None:
+    """Write one part of the table.
+
+    Args:
+        path: Where, from :func:`part_path`.
+        keys: Keys of its images, str [n].
+        similarities: Similarity to the nearest centre, [n], before its rounding to float16.
+        images: Nearest centres of the images.
+        captions: Nearest centres of the captions, where there are text embeddings.
+    """
+    columns = {
+        "key": pa.array(keys, pa.string()),
+        "cluster": pa.array(images.clusters[:, 0], pa.int32()),
+        "similarity": pa.array(similarities.astype(np.float32)),
+        **_top_columns("", images),
+        **({} if captions is None else _top_columns("caption_", captions)),
+    }
+    write_parquet(path, pa.table(columns))
+
+
+def join_parts(folder: Path, num_parts: int, *, captions: bool) -> None:
+    """Join the parts into ``clusters.parquet``, one row group each. The parts stay: remove them once all is committed."""
+    columns = _IMAGE_COLUMNS | (_CAPTION_COLUMNS if captions else {})
+    with (
+        atomic_file(folder / TABLE) as file,
+        pq.ParquetWriter(file, pa.schema(list(columns.items())), compression="zstd") as writer,
+    ):
+        for part in range(num_parts):
+            writer.write_table(pq.read_table(part_path(folder, part)))
+
+
+def _top_columns(prefix: str, tops: TopClusters) -> dict[str, pa.Array]:
+    rows, width = tops.clusters.shape
+    offsets = pa.array(np.arange(0, (rows + 1) * width, width, dtype=np.int32))
+    return {
+        f"{prefix}top_clusters": pa.ListArray.from_arrays(offsets, pa.array(tops.clusters.reshape(-1), pa.int32())),
+        f"{prefix}top_similarities": pa.ListArray.from_arrays(
+            offsets, pa.array(tops.similarities.reshape(-1), pa.float16())
+        ),
+    }
+
+
+def _read_tops(table: pa.Table, prefix: str) -> TopClusters:
+    def read(name: str) -> npt.NDArray[Any]:
+        column = table[f"{prefix}{name}"].combine_chunks()
+        values: npt.NDArray[Any] = column.flatten().to_numpy(zero_copy_only=False)
+        return values.reshape(len(table), -1)
+
+    return TopClusters(read("top_clusters"), read("top_similarities"))

@@ -1,0 +1,116 @@
+"""The fast search for nearest centres against a float64 product with all of them, on easy and on hostile rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from clipcid_cli.algorithms import nearest_centres
+from clipcid_cli.algorithms.kmeans import centres_of_sums
+from clipcid_cli.algorithms.nearest_centres import NearestCentres
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def unit_rows(values: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(values, dim=1).half()
+
+
+def on_grid(values: torch.Tensor) -> torch.Tensor:
+    return centres_of_sums(values.double(), torch.zeros_like(values))
+
+
+def make_case(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows float16 and centres on the grid."""
+    random = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    if name == "spread":
+        return unit_rows(normal(300, 64)), on_grid(normal(1100, 64))
+    if name == "cone":  # as CLIP's embeddings: all similarities close to each other
+        return unit_rows(normal(300, 48) + 4), on_grid(normal(1500, 48) + 4)
+    if name == "copies":  # many equal centres and rows that lie on them: ties everywhere
+        centres = on_grid(normal(40, 32)).repeat(30, 1)
+        return unit_rows(centres[:40].clone()), centres
+    if name == "opposite":  # no similarity is positive
+        centres = on_grid(normal(70, 16).abs())
+        return unit_rows(-normal(50, 16).abs()), centres
+    if name == "several chunks":
+        return unit_rows(normal(150, 24)), on_grid(normal(9000, 24))
+    if name == "one centre":
+        return unit_rows(normal(20, 8)), on_grid(normal(1, 8))
+    assert name == "axes"  # subnormal entries and exact zeros
+    rows = torch.eye(16).repeat(4, 1) + 3e-8
+    return rows.half(), on_grid(torch.eye(16).repeat(5, 1) * torch.linspace(0.5, 1, 80)[:, None])
+
+
+CASES = ["spread", "cone", "copies", "opposite", "several chunks", "one centre", "axes"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_answers_equal_a_float64_product_with_all_centres(case: str, dtype: torch.dtype) -> None:
+    rows, centres = make_case(case)
+    exact = rows.double() @ centres.double().T
+    search = NearestCentres(centres, dtype)
+    assert torch.equal(search.nearest(rows), exact.argmax(dim=1))
+    m = min(16, len(centres))
+    found, similarities = search.top(rows, m)
+    ranked = torch.sort(exact, dim=1, descending=True, stable=True)
+    assert torch.equal(similarities, ranked.values[:, :m])
+    assert torch.equal(found, ranked.indices[:, :m])
+
+
+def test_most_centres_are_discarded_by_the_fast_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, centres = make_case("spread")
+    decided = 0
+
+    class Counting(NearestCentres):
+        def similarities(self, rows_BD: torch.Tensor, row_P: torch.Tensor, centre_P: torch.Tensor) -> torch.Tensor:
+            nonlocal decided
+            decided += len(row_P)
+            return super().similarities(rows_BD, row_P, centre_P)
+
+    Counting(centres, torch.bfloat16).nearest(rows)
+    assert 0 < decided < 3 * len(rows)
+
+
+def test_the_block_size_of_centres_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, centres = make_case("several chunks")
+    whole = NearestCentres(centres, torch.bfloat16).top(rows, 16)
+    monkeypatch.setattr(nearest_centres, "_CHUNK", 256)
+    chunked = NearestCentres(centres, torch.bfloat16).top(rows, 16)
+    assert torch.equal(whole[0], chunked[0])
+    assert torch.equal(whole[1], chunked[1])
+
+
+def test_similarities_are_exact_in_any_order() -> None:
+    rows, centres = make_case("spread")
+    forward = (rows.double() * centres[:300].double()).sum(dim=1)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(64))
+    shuffled = torch.zeros(300, dtype=torch.float64)
+    for column in order.tolist():
+        shuffled += rows[:, column].double() * centres[:300, column].double()
+    assert torch.equal(forward, shuffled)
+
+
+@pytest.mark.parametrize(
+    ("rows", "m", "message"),
+    [
+        (torch.zeros(3, 8), 1, "rows must be float16"),
+        (torch.zeros(3, 9).half(), 1, r"float16 \[B, 8\]"),
+        (torch.zeros(3, 8).half(), 5, r"m must lie in \[1, 4\], not 5"),
+    ],
+)
+def test_wrong_arguments_are_named(rows: torch.Tensor, m: int, message: str) -> None:
+    search = NearestCentres(on_grid(torch.eye(8)[:4]), torch.float32)
+    with pytest.raises(ValueError, match=message):
+        search.top(rows, m)
+
+
+def test_centres_off_the_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match="not on the grid"):
+        NearestCentres(torch.full((2, 4), 0.1), torch.float32)
