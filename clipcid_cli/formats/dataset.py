@@ -30,6 +30,8 @@ _FORMS = (
 # first two shards, and all of them once they are known.
 _SMALL = 2**30
 
+_ESTIMATED_FROM = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -55,6 +57,12 @@ class Dataset:
         """Describe the content of every shard, for a sidecar. Reads a little of each."""
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(lambda shard: shard.fingerprint(), self.shards))
+
+    def estimate_samples(self) -> int:
+        """Estimate how many samples there are from a few shards spread over the data; exact when there are no more."""
+        step = max(1, len(self.shards) // _ESTIMATED_FROM)
+        probed = self.shards[::step][:_ESTIMATED_FROM]
+        return round(sum(len(shard.samples()) for shard in probed) * len(self.shards) / len(probed))
 
     def describe(self) -> dict[str, Any]:
         """Say how the data was named and read, such that `open_described` opens it again."""

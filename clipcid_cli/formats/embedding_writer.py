@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy, write_parquet
 from clipcid_cli.formats.skips import Skips
 
@@ -60,7 +61,7 @@ class EmbeddingWriter:
         """
         self.folder = folder
         self._digits = max(4, len(str(num_shards - 1)))
-        self._num_shards = num_shards
+        self._numbers = range(num_shards)
         self._plan = plan
 
     def write(
@@ -108,16 +109,15 @@ class EmbeddingWriter:
             return None
         return ShardRecord(**(content | {"skips": Skips.from_json(content["skips"])}))
 
-    def holds_foreign_files(self) -> bool:
-        """Tell whether embeddings lie here that `embed` did not write."""
-        for path in sorted((self.folder / "metadata").glob("*.parquet"))[:1]:
-            return _RECORD not in (pq.read_schema(path).metadata or {})
-        return any((self.folder / "img_emb").glob("*.npy")) and not (self.folder / ".embed.plan.json").exists()
+    def read_column(self, name: str) -> pa.ChunkedArray:
+        """Read a column of the metadata of all shards, in order of rows."""
+        tables = [pq.read_table(self._path("metadata", number, "parquet"), columns=[name]) for number in self._numbers]
+        return pa.concat_tables([table.replace_schema_metadata() for table in tables])[name]
 
     def remove_others(self, with_texts: bool) -> None:
         """Remove files of earlier runs that do not belong to this one, such as those of shards that are no more."""
         expected = {"img_emb": "npy", "metadata": "parquet"} | ({"text_emb": "npy"} if with_texts else {})
-        keep = {self._path(kind, number, form) for kind, form in expected.items() for number in range(self._num_shards)}
+        keep = {self._path(kind, number, form) for kind, form in expected.items() for number in self._numbers}
         for kind, form in {"img_emb": "npy", "text_emb": "npy", "metadata": "parquet"}.items():
             for path in (self.folder / kind).glob(f"{kind}_*.{form}"):
                 if path not in keep:
@@ -125,6 +125,19 @@ class EmbeddingWriter:
 
     def _path(self, kind: str, number: int, form: str) -> Path:
         return self.folder / kind / f"{kind}_{number:0{self._digits}d}.{form}"
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """Refuse to write where embeddings lie that `embed` did not make, since it replaces and removes files there.
+
+    Raises:
+        ClipcidError: when there are any.
+    """
+    ours = (folder / "embed.json").exists() or (folder / ".embed.plan.json").exists()
+    if not ours and any((folder / "img_emb").glob("*.npy")):
+        raise ClipcidError(
+            f"{folder} holds embeddings that clipcid did not write.", "Give another folder with --out, or remove them."
+        )
 
 
 def plan_identity(settings: dict[str, Any], inputs: list[dict[str, Any]]) -> str:

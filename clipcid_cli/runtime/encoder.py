@@ -106,6 +106,22 @@ class ClipModel:
         """Factor on cosine similarities before the softmax: exp of the learned parameter."""
         return float(cast(torch.Tensor, self.module.logit_scale).detach().exp())
 
+    def cast_products(self, precision: Precision) -> None:
+        """Keep the weights of matrix products and convolutions in `precision` from now on; for a model that only encodes.
+
+        Autocast alone casts them anew at every call, and for attention layers once per sample: a ViT-B-32 embedded 33
+        images a second in fp32, 38 under bf16 autocast, and 151 with its weights cast once (2 cores with AMX).
+        """
+        if precision.dtype == torch.float32:
+            return
+        for module in self.module.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                module.to(precision.dtype)
+            elif isinstance(module, torch.nn.MultiheadAttention) and module.in_proj_weight is not None:
+                module.in_proj_weight.data = module.in_proj_weight.data.to(precision.dtype)
+                if module.in_proj_bias is not None:
+                    module.in_proj_bias.data = module.in_proj_bias.data.to(precision.dtype)
+
     def pixel_transform(self) -> Transform:
         """Return the model's own resize and crop: RGB image to uint8 [H, W, 3]; picklable.
 
@@ -227,7 +243,7 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
                 tokenizer = _load_tokenizer(name, f"local-dir:{name.path}")
             case _:
                 module, config, tokenizer = _start_fresh(name, cast(int, fresh_seed))
-    weights_hash = f"fresh:{fresh_seed}" if weights is None else _hash_file(weights)
+    weights_hash = f"fresh:{fresh_seed}" if weights is None else hash_weights(weights)
     module.eval().to(device)
     return ClipModel(_describe(name, module, tokenizer, config, weights_hash), module, tokenizer, torch.device(device))
 
@@ -356,6 +372,7 @@ def _quiet_open_clip() -> Iterator[None]:
         root.removeFilter(keep)
 
 
-def _hash_file(path: Path) -> str:
+def hash_weights(path: Path) -> str:
+    """Hash a weights file, as `ModelInfo.weights_hash` records it."""
     with path.open("rb") as file:
         return "blake2b:" + hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -1,0 +1,326 @@
+"""`embed`: image and caption embeddings of a data set, shard by shard."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import PIL
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.embedding_writer import EmbeddingWriter, ShardRecord, plan_identity, refuse_foreign_folder
+from clipcid_cli.formats.key_join import find_repeated_key
+from clipcid_cli.formats.output import Output, read_sidecar, sidecar_path
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.work import WorkDirectory
+from clipcid_cli.runtime.encoder import hash_preprocess, hash_weights, load_model
+from clipcid_cli.runtime.loading import default_workers, start_worker_server
+from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.model_names import ModelName, find_weights, parse_model, read_config, with_default_tag
+from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.steps.embedding import ShardEmbedder, Timings
+from clipcid_cli.steps.outputs import claim_output
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.settings.shared import ReadingSettings
+
+# Batches of a CPU stay in its cache; 128 and more were slower for a ViT-B-32.
+_CPU_BATCH, _GPU_BATCH = 64, 256
+
+
+def run(settings: EmbedSettings, reporter: Reporter) -> dict[str, Any]:
+    """Embed a data set.
+
+    Args:
+        settings: What to embed, with what, how.
+        reporter: Who is told about it.
+
+    Returns:
+        The JSON object of `embed`.
+
+    Raises:
+        ClipcidError: when data or model cannot be used, too many samples are bad, or the output is another run's.
+    """
+    with open_machine(settings.device) as machine:
+        return make_embeddings(settings, machine, reporter)
+
+
+def make_embeddings(settings: EmbedSettings, machine: Machine, reporter: Reporter) -> dict[str, Any]:
+    """Embed a data set with the processes of `machine`; see `run`."""
+    name = with_default_tag(parse_model(settings.model))
+    folder = settings.out or WorkDirectory(settings.work).embeddings(name.slug)
+    dataset = machine.on_main(lambda: _open_data(settings, reporter))
+    if settings.text:
+        machine.on_main(lambda: _require_captions(dataset))
+    inputs = machine.on_main(dataset.fingerprints)
+    finished = machine.on_main(lambda: _find_finished(folder, settings, name, dataset, inputs))
+    if finished is not None:
+        reporter.note(f"{folder} holds the embeddings of {dataset.spec} with {name.spec} already.")
+        return _result(folder, finished)
+    reporter.note(f"Embedding {dataset.spec} ({len(dataset.shards)} shards) with {name.spec}.")
+    embedder = _load_embedder(settings, machine, name, dataset)
+    info = embedder.model.info
+    reporter.note(
+        f"{info.parameters / 1e6:.1f} M parameters, precision {embedder.precision.name} ({embedder.precision.reason}), "
+        f"batches of {embedder.batch_size}, workers for each process: {embedder.workers}."
+    )
+    if settings.dry_run:
+        return _foresee(embedder, machine)
+    deciding = {
+        "weights": info.weights_hash,
+        "preprocess": hash_preprocess(info.preprocess, fast_decode=settings.fast_decode),
+        "tokenizer": f"{info.tokenizer}, {info.context_length} tokens" if settings.text else None,
+        "text": settings.text,
+        "precision": embedder.precision.name,
+        "batch_size": embedder.batch_size,
+        "keys": dataset.keys,
+        "fast_decode": settings.fast_decode,
+    }
+    machine.on_main(lambda: refuse_foreign_folder(folder))
+    with claim_output(
+        machine, folder, "embed", settings=deciding, inputs=inputs, overwrite=settings.overwrite
+    ) as output:
+        writer = EmbeddingWriter(folder, len(dataset.shards), plan_identity(deciding, inputs))
+        timings, elapsed = _embed_missing(embedder, writer, machine, reporter)
+        sidecar = machine.on_main(lambda: _finish(output, embedder, writer, timings, elapsed, reporter))
+    return _result(folder, sidecar)
+
+
+def _find_finished(
+    folder: Path, settings: EmbedSettings, name: ModelName, dataset: Dataset, inputs: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Return the sidecar of finished embeddings that are what is asked for, without loading the model.
+
+    A batch size or precision that was left to us may be any.
+    """
+    sidecar = read_sidecar(sidecar_path(folder, "embed"))
+    if sidecar is None:
+        return None
+    made = sidecar["settings"]
+    same = (
+        made["text"] == settings.text
+        and made["keys"] == dataset.keys
+        and made["fast_decode"] == settings.fast_decode
+        and settings.batch_size in (None, made["batch_size"])
+        and settings.precision in ("auto", made["precision"])
+        and plan_identity({}, sidecar["inputs"]) == plan_identity({}, inputs)
+        and _is_of(sidecar["model"], name)
+    )
+    return sidecar if same else None
+
+
+def _is_of(model: dict[str, Any], name: ModelName) -> bool:
+    """Tell whether what a sidecar says of a model is true of `name`; weights given by a tag never change."""
+    weights = find_weights(name.path) if name.path is not None else None
+    if weights is None or name.path is None:
+        return bool(model["spec"] == name.spec)
+    config, preprocess = read_config(name.path)
+    # The size is the architecture's, whatever the configuration says.
+    same = all(model["preprocess"].get(key) == value for key, value in preprocess.items() if key != "size")
+    return bool(same and model["config"] == config and model["weights_hash"] == hash_weights(weights))
+
+
+def _load_embedder(settings: EmbedSettings, machine: Machine, name: ModelName, dataset: Dataset) -> ShardEmbedder:
+    workers = default_workers() if settings.workers is None else settings.workers
+    if workers:
+        start_worker_server()
+    model = load_model(name, machine.device)
+    precision = choose_precision(settings.precision, machine.device, "embed", model.info.parameters)
+    model.cast_products(precision)
+    return ShardEmbedder(
+        model=model,
+        precision=precision,
+        dataset=dataset,
+        with_texts=settings.text,
+        fast_decode=settings.fast_decode,
+        batch_size=settings.batch_size or (_GPU_BATCH if machine.device.type == "cuda" else _CPU_BATCH),
+        workers=workers,
+        max_bad_fraction=settings.max_bad_fraction,
+    )
+
+
+def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
+    if settings.data is None:
+        dataset = open_described(WorkDirectory(settings.work).find_data())
+        reporter.note(f"Taking the data of the embeddings in {settings.work}: {dataset.spec}.")
+        return dataset
+    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+    return open_dataset(settings.data, keys=settings.keys, columns=columns)
+
+
+def _require_captions(dataset: Dataset) -> None:
+    """Refuse to embed captions of data that has none, before a model is loaded."""
+    if not has_captions(dataset):
+        raise ClipcidError(
+            f"{dataset.spec}: no sample of the first shard has a caption.",
+            "Add --no-text to embed the images alone, or put captions beside them (.txt, or --caption-column of a list).",
+        )
+
+
+def has_captions(dataset: Dataset) -> bool:
+    """Tell whether any sample of the first shard has a caption."""
+    return any(sample.captions for sample in dataset.shards[0].samples())
+
+
+def _embed_missing(
+    embedder: ShardEmbedder, writer: EmbeddingWriter, machine: Machine, reporter: Reporter
+) -> tuple[list[Timings], float]:
+    """Embed the shards that no earlier run has finished, dealt out to the processes."""
+    shards = range(len(embedder.dataset.shards))
+    missing = machine.on_main(lambda: [number for number in shards if writer.read_record(number) is None])
+    if len(missing) < len(shards):
+        reporter.note(f"{len(shards) - len(missing)} of {len(shards)} shards are embedded already.")
+    expected = machine.on_main(embedder.dataset.estimate_samples) * len(missing) / len(shards)
+    mine = missing[machine.rank :: machine.size]
+    start = time.perf_counter()
+    with reporter.progress("embed", expected, "images") as progress:
+        timings = embedder.embed(mine, writer, progress, weight=len(missing) / max(1, len(mine)))
+    everyone = machine.gather(timings)
+    return everyone, time.perf_counter() - start
+
+
+def _finish(
+    output: Output,
+    embedder: ShardEmbedder,
+    writer: EmbeddingWriter,
+    timings: list[Timings],
+    elapsed: float,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Check the whole and declare it complete."""
+    dataset, info = embedder.dataset, embedder.model.info
+    records = [writer.read_record(number) for number in range(len(dataset.shards))]
+    whole = [record for record in records if record is not None]
+    assert len(whole) == len(dataset.shards), "every shard was written by one of the processes"
+    skips = _check_skips(whole, embedder)
+    _refuse_repeated_keys(writer, dataset)
+    writer.remove_others(embedder.with_texts)
+    flattened = sum(record.flattened for record in whole)
+    if flattened:
+        reporter.note(f"{flattened:,} images have transparent pixels; they were laid on white.")
+    if skips.total:
+        reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
+    embedded = sum(each.images for each in timings)
+    seconds = {
+        phase: sum(getattr(each, phase) for each in timings) / len(timings) for phase in ("read", "encode", "write")
+    }
+    return output.commit(
+        counts={
+            "images": sum(record.rows for record in whole),
+            "read": sum(record.read for record in whole),
+            "skipped": dict(sorted(skips.counts.items())),
+            "laid_on_white": flattened,
+        },
+        seconds=seconds,
+        images_per_second=round(embedded / elapsed, 1) if embedded else None,
+        model=dataclasses.asdict(info),
+        data=dataset.describe(),
+        run={"processes": len(timings), "device": embedder.model.device.type, "pillow": PIL.__version__},
+    )
+
+
+def _check_skips(records: list[ShardRecord], embedder: ShardEmbedder) -> Skips:
+    skips, where = Skips(), embedder.dataset.spec
+    for record in records:
+        skips.merge(record.skips)
+    read = sum(record.read for record in records)
+    if read == skips.total:
+        raise ClipcidError(
+            f"None of the {read:,} samples in {where} can be used:\n{skips.describe()}", "Mend the data."
+        )
+    fix = "Add --no-text to embed images without captions." if "no_caption" in skips.counts else ""
+    skips.check(read, embedder.max_bad_fraction, where, fix)
+    return skips
+
+
+def _refuse_repeated_keys(writer: EmbeddingWriter, dataset: Dataset) -> None:
+    """Refuse keys that occur in two shards, now that all are known; most such data was refused when it was opened."""
+    repeat = find_repeated_key(writer.read_column("key"))
+    if repeat is not None:
+        key, one, other = repeat
+        shards = writer.read_column("shard")
+        raise ClipcidError(
+            f"Key {key!r} occurs in shard {shards[one]} and again in shard {shards[other]} of {dataset.spec}.",
+            "Add --keys shard, which puts the shard's name before each key.",
+        )
+
+
+def _result(folder: Path, sidecar: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "images": sidecar["counts"]["images"],
+        "skipped": sidecar["counts"]["skipped"],
+        "images_per_second": sidecar["images_per_second"],
+        "seconds": sidecar["seconds"],
+        "files": {"embeddings": str(folder), "sidecar": str(sidecar_path(folder, "embed"))},
+    }
+
+
+def _foresee(embedder: ShardEmbedder, machine: Machine) -> dict[str, Any]:
+    """Say what embedding would cost, from the time of a few batches; nothing is written."""
+    images = machine.on_main(embedder.dataset.estimate_samples)
+    seconds = embedder.measure_batch() * images / embedder.batch_size / machine.size
+    rows = 2 if embedder.with_texts else 1
+    return {
+        "dry_run": True,
+        "shards": len(embedder.dataset.shards),
+        "images": images,
+        "bytes": images * embedder.model.info.embed_dim * 2 * rows,
+        "seconds": {"encode": round(seconds, 1)},
+    }
+
+
+def ensure_embeddings(
+    settings: ReadingSettings,
+    machine: Machine,
+    reporter: Reporter,
+    *,
+    data: str | None,
+    model: str,
+    text: bool | None = None,
+) -> Path:
+    """Find the embeddings another step needs in its work directory, and make them where they are missing.
+
+    Args:
+        settings: Settings of that step.
+        machine: Its processes.
+        reporter: Who is told.
+        data: The data; None for that of the embeddings in the work directory.
+        model: The model.
+        text: Whether text embeddings are needed; None makes them where the data has captions.
+
+    Returns:
+        Folder of finished embeddings of this model over this data. Ones that are there are taken whatever their batch
+        size and precision.
+
+    Raises:
+        ClipcidError: when they can neither be found nor made.
+    """
+    name = with_default_tag(parse_model(model))
+    folder = WorkDirectory(settings.work).embeddings(name.slug)
+    wanted = EmbedSettings(
+        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingSettings)}
+        | {"batch_size": None, "precision": "auto"},
+        data=data,
+        model=model,
+        text=bool(text),
+    )
+    sidecar = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed")))
+    if sidecar is not None:
+        made = sidecar["settings"]
+        wanted = dataclasses.replace(wanted, text=made["text"] or bool(text), fast_decode=made["fast_decode"])
+    elif text is None:
+        dataset = machine.on_main(lambda: _open_data(wanted, reporter))
+        wanted = dataclasses.replace(wanted, text=has_captions(dataset))
+        if not wanted.text:
+            reporter.note(f"{dataset.spec} has no captions: only its images are embedded.")
+    result = make_embeddings(wanted, machine, reporter)
+    if result.get("dry_run"):
+        raise ClipcidError(
+            f"There are no embeddings of {name.spec} in {folder}; making them would take about "
+            f"{result['seconds']['encode']:,} s for {result['images']:,} images.",
+            "Make them first (clipcid embed), then --dry-run can say what this step costs.",
+        )
+    return folder
