@@ -1,0 +1,36 @@
+"""The number format each purpose gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.precision import choose_precision, has_amx
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto() -> None:
+    fast = "bf16" if has_amx() else "fp32"
+    assert choose_precision("auto", CPU, "evaluate", 10**9).name == "fp32"
+    assert choose_precision("auto", CUDA, "evaluate", 10**9).name == "fp32"
+    assert choose_precision("auto", CPU, "embed", 10**6).name == fast
+    assert choose_precision("auto", CPU, "train", 10**6).name == "fp32"
+    assert choose_precision("auto", CPU, "train", 10**8).name == fast
+    assert choose_precision("auto", CUDA, "embed", 10**6).name == "fp16"
+    assert choose_precision("auto", CUDA, "train", 10**6).name == "bf16"
+
+
+def test_asked_for() -> None:
+    assert choose_precision("bf16", CPU, "evaluate", 0).dtype == torch.bfloat16
+    with pytest.raises(ClipcidError, match="needs a GPU"):
+        choose_precision("fp16", CPU, "embed", 0)
+
+
+def test_autocast_changes_products_only_when_it_should() -> None:
+    a = torch.randn(4, 4)
+    with choose_precision("fp32", CPU, "embed", 0).autocast(CPU):
+        assert (a @ a).dtype == torch.float32
+    with choose_precision("bf16", CPU, "embed", 0).autocast(CPU):
+        assert (a @ a).dtype == torch.bfloat16
