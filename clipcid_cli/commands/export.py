@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.console import file_facts, print_facts
 from clipcid_cli.steps.settings.export import ExportSettings
 
 if TYPE_CHECKING:
@@ -14,6 +13,8 @@ if TYPE_CHECKING:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print what was written and how close it is to the model it came from."""
+    from clipcid_cli.commands.console import file_facts, print_facts
+
     facts = {"model": result["model"]}
     for form, towers in result["parity"].items():
         facts[f"{form} parity"] = "; ".join(

@@ -1,0 +1,294 @@
+"""`eval-zeroshot` through the real binary, on real shards with a real (tiny, random) model."""
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from conftest import Run, make_caption, make_image, write_tar, write_tiny_model
+from PIL import Image
+
+CLASS_NAMES = ("red thing", "green thing", "blue thing", "dark thing", "bright thing", "pale thing")
+TEMPLATES = ("a photo of a {c}.", "a drawing of {}")
+SAMPLES = 30
+# Without worker processes: a second less for each call on a busy machine. Two tests keep the default.
+INLINE = ("--workers", 0)
+
+
+def label_of(number: int) -> int:
+    return (number * number) % 5  # class 5 has no image
+
+
+@pytest.fixture(scope="module")
+def classification(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP_benchmark folder: a test split of two shards, 18 and 12 samples, six classes of which five occur."""
+    folder = tmp_path_factory.mktemp("data") / "things"
+    for shard, numbers in enumerate([range(18), range(18, SAMPLES)]):
+        members = [
+            member
+            for number in numbers
+            for member in (
+                (f"s{number:07d}.cls", str(label_of(number)).encode()),
+                (f"s{number:07d}.webp", make_image(number, kind="WEBP")),
+            )
+        ]
+        write_tar(folder / "test" / f"{shard}.tar", members)
+    (folder / "test" / "nshards.txt").write_text("2")
+    (folder / "classnames.txt").write_text("\n".join(CLASS_NAMES) + "\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def retrieval(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP_benchmark retrieval folder: 24 images with one or two captions."""
+    folder = tmp_path_factory.mktemp("data") / "captions"
+    members = []
+    for number in range(24):
+        captions = [make_caption(number)] + ([make_caption(100 + number)] if number % 3 == 0 else [])
+        members += [
+            (f"{number:04d}.jpg", make_image(number, kind="JPEG")),
+            (f"{number:04d}.txt", "\n".join(captions).encode()),
+        ]
+    write_tar(folder / "test" / "0.tar", members)
+    (folder / "test" / "nshards.txt").write_text("1")
+    (folder / "dataset_type.txt").write_text("retrieval")
+    return folder
+
+
+def embed_with_open_clip(
+    model_folder: Path, images: list[bytes], texts: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{model_folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{model_folder}")
+    model.eval()
+    with torch.no_grad():
+        pixels = torch.stack([transform(Image.open(io.BytesIO(image)).convert("RGB")) for image in images])
+        return model.encode_image(pixels, normalize=True), model.encode_text(tokenizer(texts), normalize=True)
+
+
+def test_classification_equals_open_clip_and_plain_formulas(
+    clipcid: Callable[..., Run], tiny_model: Path, classification: Path, tmp_path: Path
+) -> None:
+    result = clipcid("eval-zeroshot", tiny_model, classification, "--json").json
+
+    images = [make_image(number, kind="WEBP") for number in range(SAMPLES)]
+    prompts = [template.replace("{c}", name).replace("{}", name) for name in CLASS_NAMES for template in TEMPLATES]
+    image_rows, prompt_rows = embed_with_open_clip(tiny_model, images, prompts)
+    weights = prompt_rows.view(len(CLASS_NAMES), len(TEMPLATES), -1).mean(dim=1)
+    scores = image_rows @ torch.nn.functional.normalize(weights, dim=-1).T
+    labels = torch.tensor([label_of(number) for number in range(SAMPLES)])
+    right = scores.argmax(dim=1) == labels
+    assert result["metrics"]["acc1"] == pytest.approx(right.double().mean().item(), abs=1e-9)
+    top = scores.topk(5).indices
+    assert result["metrics"]["acc5"] == pytest.approx((top == labels[:, None]).any(1).double().mean().item(), abs=1e-9)
+    recalls = [right[labels == label].double().mean().item() for label in labels.unique()]
+    assert result["metrics"]["mean_per_class_recall"] == pytest.approx(sum(recalls) / len(recalls), abs=1e-9)
+
+    assert result["images"] == SAMPLES
+    assert result["skipped"] == {}
+    assert result["images_per_second"] > 0
+    written = json.loads((tmp_path / result["files"]["metrics"]).read_text())
+    assert set(written) == {"dataset", "model", "pretrained", "task", "language", "metrics"}
+    assert written == {field: result[field] for field in written}
+    assert (written["dataset"], written["task"]) == ("things", "zeroshot_classification")
+    folder = tmp_path / "clipcid-work" / "eval"
+    assert sorted(os.listdir(folder)) == ["sidecars", Path(result["files"]["metrics"]).name]
+
+
+def test_retrieval_equals_open_clip_and_plain_formulas(
+    clipcid: Callable[..., Run], tiny_model: Path, retrieval: Path
+) -> None:
+    result = clipcid("eval-zeroshot", tiny_model, retrieval, "--json").json
+
+    owners, texts = [], []
+    for number in range(24):
+        for caption in [make_caption(number)] + ([make_caption(100 + number)] if number % 3 == 0 else []):
+            owners.append(number)
+            texts.append(caption)
+    image_rows, text_rows = embed_with_open_clip(tiny_model, [make_image(n, kind="JPEG") for n in range(24)], texts)
+    scores, own = text_rows @ image_rows.T, torch.tensor(owners)
+    for k in (1, 5, 10):
+        found = (scores.topk(k, dim=1).indices == own[:, None]).any(1).double().mean().item()
+        assert result["metrics"][f"image_retrieval_recall@{k}"] == pytest.approx(found, abs=1e-9)
+        found = (own[scores.T.topk(k, dim=1).indices] == torch.arange(24)[:, None]).any(1).double().mean().item()
+        assert result["metrics"][f"text_retrieval_recall@{k}"] == pytest.approx(found, abs=1e-9)
+    assert result["task"] == "zeroshot_retrieval"
+
+
+def test_many_models_and_data_sets_are_reused_until_something_changes(
+    clipcid: Callable[..., Run], tiny_model: Path, classification: Path, retrieval: Path, tmp_path: Path
+) -> None:
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    data = tmp_path / "things"
+    shutil.copytree(classification, data)
+    call = ("eval-zeroshot", tiny_model, data, retrieval, "--model", other, *INLINE)
+
+    first = clipcid(*call)
+    for expected in ("zeroshot classification", "zeroshot retrieval", "other", "things", "image R@1/5/10"):
+        assert expected in first.stderr, first
+    again = clipcid(*call, "--json").json["results"]
+    assert [(one["model"], one["dataset"]) for one in again] == [
+        ("tiny", "things"),
+        ("tiny", "captions"),
+        ("other", "things"),
+        ("other", "captions"),
+    ]
+    assert all(one["reused"] for one in again)
+
+    (data / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+    refused = clipcid(*call, check=False)
+    assert refused.returncode == 1
+    assert "settings.templates" in refused.stderr
+    assert "--overwrite" in refused.stderr
+
+    write_tiny_model(other, seed=2)
+    refused = clipcid("eval-zeroshot", other, retrieval, *INLINE, check=False)
+    assert refused.returncode == 1
+    assert "open_clip_model.safetensors" in refused.stderr
+    replaced = clipcid("eval-zeroshot", other, retrieval, *INLINE, "--overwrite", "--json").json
+    assert not replaced["reused"]
+    assert replaced["metrics"] != again[3]["metrics"]
+
+
+def test_two_processes_and_other_workers_measure_the_same(
+    clipcid: Callable[..., Run],
+    torchrun: Callable[..., Run],
+    tiny_model: Path,
+    classification: Path,
+    retrieval: Path,
+    tmp_path: Path,
+) -> None:
+    options = ("--batch-size", 4)
+    clipcid("eval-zeroshot", tiny_model, classification, retrieval, *options, "--work", "one", "--workers", 0)
+    torchrun(2, "eval-zeroshot", tiny_model, classification, retrieval, *options, "--work", "two", "--workers", 1)
+    names = sorted(path.name for path in (tmp_path / "one" / "eval").glob("*.json"))
+    assert len(names) == 2
+    for name in names:
+        assert (tmp_path / "two" / "eval" / name).read_bytes() == (tmp_path / "one" / "eval" / name).read_bytes()
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Class-per-folder images; the names sort otherwise than a list of classes might."""
+    for name, numbers in (("zebra_fish", range(4)), ("apple", range(4, 7)), ("mug", range(7, 12))):
+        for number in numbers:
+            path = tmp_path / "photos" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(make_image(number))
+    return tmp_path / "photos"
+
+
+def test_class_folders_with_names_in_another_order(
+    clipcid: Callable[..., Run], tiny_model: Path, folders: Path, tmp_path: Path
+) -> None:
+    by_folder = clipcid("eval-zeroshot", tiny_model, folders, *INLINE, "--json", "--work", "a")
+    assert by_folder.json["metrics"]["acc5"] is None
+    assert "acc5 is null" in by_folder.stderr
+    (tmp_path / "names.txt").write_text("Zebra fish\nmug\napple\n")
+    (tmp_path / "templates.txt").write_text("a photo of a {}.\n")
+    listed = clipcid(
+        "eval-zeroshot",
+        tiny_model,
+        folders,
+        "--classnames",
+        "names.txt",
+        *INLINE,
+        "--templates",
+        "templates.txt",
+        "--json",
+        "--work",
+        "b",
+    ).json
+    # Matched by name, only the letter Z differs; the tokenizer lowers it.
+    assert listed["metrics"] == by_folder.json["metrics"]
+
+
+def test_list_with_labels(clipcid: Callable[..., Run], tiny_model: Path, folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("zebra fish\nmug\n")
+    (tmp_path / "list.csv").write_text("filepath,label\nphotos/zebra_fish/0.png,0\nphotos/mug/7.png,1\n")
+    result = clipcid("eval-zeroshot", tiny_model, "list.csv", "--classnames", "names.txt", *INLINE, "--json").json
+    assert result["images"] == 2
+    (tmp_path / "list.csv").write_text("filepath,label\nphotos/zebra_fish/0.png,0\nphotos/mug/7.png,2\n")
+    refused = clipcid(
+        "eval-zeroshot", tiny_model, "list.csv", "--classnames", "names.txt", *INLINE, "--work", "other", check=False
+    )
+    assert refused.returncode == 1
+    assert "has class 2, and there are 2 class names" in refused.stderr
+
+
+def test_unreadable_images_are_counted_and_named(clipcid: Callable[..., Run], tiny_model: Path, folders: Path) -> None:
+    (folders / "apple" / "bad.png").write_bytes(b"not an image")
+    refused = clipcid("eval-zeroshot", tiny_model, folders, *INLINE, check=False)
+    assert refused.returncode == 1
+    assert "unreadable image: apple/bad" in refused.stderr
+    result = clipcid("eval-zeroshot", tiny_model, folders, *INLINE, "--max-bad-fraction", "0.2", "--json").json
+    assert result["skipped"] == {"unreadable_image": 1}
+    assert result["images"] == 12
+
+
+def test_dry_run_writes_nothing(
+    clipcid: Callable[..., Run], tiny_model: Path, classification: Path, tmp_path: Path
+) -> None:
+    run = clipcid("eval-zeroshot", tiny_model, classification, "--dry-run")
+    assert "Would measure zeroshot_classification" in run.stderr
+    assert not (tmp_path / "clipcid-work").exists()
+
+
+def make_bad_data(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.tar").write_text("I am no tar\n")
+    write_tar(tmp_path / "no-images" / "0.tar", [("a.txt", b"a cat"), ("b.txt", b"a dog")])
+    write_tar(tmp_path / "no-captions" / "0.tar", [("a.png", make_image(0)), ("b.png", make_image(1))])
+    whole = write_tar(tmp_path / "cut" / "0.tar", [(f"{n}.png", make_image(n)) for n in range(4)])
+    whole.write_bytes(whole.read_bytes()[: 5 * 512 + 100])
+    write_tar(tmp_path / "labels" / "0.tar", [("a.png", make_image(0)), ("a.cls", b"0")])
+    (tmp_path / "templates.txt").write_text("a cat\n")
+    (tmp_path / "names.txt").write_text("cat\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["MODEL", "nowhere"], "There is no data at"),
+        (["MODEL", "empty"], "no .tar shard and no image"),
+        (["MODEL", "text.tar"], "not a tar file"),
+        (["MODEL", "cut"], "cut off"),
+        (["MODEL", "no-images"], "no sample with an image"),
+        (["MODEL", "no-captions"], "neither a class nor a caption"),
+        (["MODEL", "no-captions", "--task", "retrieval"], "no caption"),
+        (["MODEL", "labels"], "does not say what its classes are called"),
+        (
+            ["MODEL", "labels", "--classnames", "names.txt", "--templates", "templates.txt"],
+            "has no place for the class name",
+        ),
+        (["NoSuchModel", "labels"], "no architecture NoSuchModel"),
+        (["labels"], "the first positional is the model"),
+        ([], "No model was named"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_clear_error(
+    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    make_bad_data(tmp_path)
+    run = clipcid(
+        "eval-zeroshot", *[tiny_model if word == "MODEL" else word for word in arguments], *INLINE, check=False
+    )
+    assert run.returncode == 1, run
+    assert message in " ".join(run.stderr.split()), run
+    assert "Traceback" not in run.stderr
+    assert not list((tmp_path / "clipcid-work").glob("eval/*.json"))
+
+
+def test_one_pair_named_twice_is_a_usage_error(
+    clipcid: Callable[..., Run], tiny_model: Path, classification: Path
+) -> None:
+    run = clipcid("eval-zeroshot", tiny_model, classification, classification, check=False)
+    assert run.returncode == 2
+    assert "same metrics file" in run.stderr
