@@ -220,12 +220,13 @@ def read_members(path: Path) -> Iterator[Member]:
             kind = header[156:157]
             size = int(overrides["size"]) if "size" in overrides and kind not in b"xgLK" else _number(header[124:136])
             content = position + _BLOCK
-            if content + size > end:
+            # Content is padded to whole blocks, so a tar may also be cut off within the padding.
+            position = content + -(-size // _BLOCK) * _BLOCK
+            if position > end:
                 raise ClipcidError(
-                    f"Shard {path} is cut off: {_name(header)} should end at byte {content + size:,}, the file has {end:,}.",
+                    f"Shard {path} is cut off: {_name(header)} should end at byte {position:,}, the file has {end:,}.",
                     "Copy or download it again, or take it out of the data.",
                 )
-            position = content + -(-size // _BLOCK) * _BLOCK
             start = content - _BLOCK if start is None else start
             if kind == b"x":
                 overrides |= _parse_pax(window.read(content, size))
