@@ -45,6 +45,8 @@ def collapse_duplicates(read: ReadRows, rows: IntArray, hashes: HashArray) -> tu
         others to the first of its kind. Those are the edges that Kruskal's algorithm would take from the complete graph
         of the copies, since ties go to the smaller row. Equality of hashes is checked on the rows.
     """
+    if not len(rows):
+        return rows, Edges.empty()
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
     same = np.concatenate([[False], ordered[1:] == ordered[:-1]])

@@ -147,10 +147,11 @@ class ForestBuilder:
 
     Args:
         num_rows: Number of rows.
+        known: Edges to begin with.
         smallest_fold: Edges collected, at least, before they are folded; only speed and memory depend on it.
     """
 
-    def __init__(self, num_rows: int, smallest_fold: int = _SMALLEST_FOLD) -> None:
+    def __init__(self, num_rows: int, known: Edges | None = None, smallest_fold: int = _SMALLEST_FOLD) -> None:
         self.num_rows = num_rows
         self._smallest_fold = smallest_fold
         self._forest = Edges.empty()
@@ -158,6 +159,9 @@ class ForestBuilder:
         self._num_waiting = 0
         self._level_weights: FloatArray = np.empty(0, np.float32)
         self._level_labels: npt.NDArray[np.int32 | np.int64] = np.empty((0, num_rows), np.int32)
+        if known is not None:
+            self.add(known)
+            self._fold()
 
     def may_join(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
         """Tell which pairs can still be edges of the forest, from lower bounds of their weights.

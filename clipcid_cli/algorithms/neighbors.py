@@ -139,29 +139,37 @@ def score_error(a: Block, b: Block) -> float:
     return conversion + accumulation + 2.0**-14
 
 
-@dataclasses.dataclass(frozen=True)
 class Join:
     """The search of some rows for pairs within a distance, cut into tiles.
 
     Attributes:
-        read: Reads stored rows.
         rows: Rows to compare, int64 [N], each once.
-        device: Where to compare.
-        scan_dtype: Format of the fast product: bfloat16, float16 or float32.
         panel_rows: Rows a side of a tile.
     """
 
-    read: ReadRows
-    rows: IntArray
-    device: torch.device
-    scan_dtype: torch.dtype
-    panel_rows: int = 0
+    def __init__(
+        self,
+        read: ReadRows,
+        rows: IntArray,
+        device: torch.device,
+        scan_dtype: torch.dtype,
+        panel_rows: int | None = None,
+    ) -> None:
+        """Cut the work into tiles.
 
-    def __post_init__(self) -> None:
-        if not self.panel_rows:
-            even = -(-len(self.rows) // _SMALLEST_NUM_PANELS)
-            blocks = max(1, -(-even // _BLOCK_ROWS))
-            object.__setattr__(self, "panel_rows", min(_LARGEST_PANEL, blocks * _BLOCK_ROWS))
+        Args:
+            read: Reads stored rows.
+            rows: Rows to compare, int64 [N], each once.
+            device: Where to compare.
+            scan_dtype: Format of the fast product: bfloat16, float16 or float32.
+            panel_rows: Rows a side of a tile; by default some panels of whole blocks.
+        """
+        if panel_rows is None:
+            even = -(-len(rows) // _SMALLEST_NUM_PANELS)
+            panel_rows = min(_LARGEST_PANEL, max(1, -(-even // _BLOCK_ROWS)) * _BLOCK_ROWS)
+        self.rows, self.panel_rows = rows, panel_rows
+        self._read, self._device, self._scan_dtype = read, device, scan_dtype
+        self._last: tuple[int, Block] | None = None
 
     def tiles(self) -> list[tuple[int, int]]:
         """List the tiles (panel i, panel j), i ≤ j, in an order that reads each panel i once."""
@@ -171,12 +179,20 @@ class Join:
     def num_pairs(self, tile: tuple[int, int]) -> int:
         """Count the pairs of rows a tile compares."""
         i, j = tile
-        size_i, size_j = len(self._panel_rows(i)), len(self._panel_rows(j))
+        size_i, size_j = len(self.panel_rows_of(i)), len(self.panel_rows_of(j))
         return size_i * (size_i - 1) // 2 if i == j else size_i * size_j
 
     def panel(self, index: int) -> Block:
         """Read a panel."""
-        return load_block(self.read, self._panel_rows(index), self.device, self.scan_dtype)
+        return load_block(self._read, self.panel_rows_of(index), self._device, self._scan_dtype)
+
+    def search_tile(self, tile: tuple[int, int], cutoff: float, wanted: Wanted) -> Iterator[Edges]:
+        """Read the panels of a tile and :meth:`search` them. The last panel i stays in memory for the next tile."""
+        i, j = tile
+        if self._last is None or self._last[0] != i:
+            self._last = i, self.panel(i)
+        panel_i = self._last[1]
+        yield from self.search(panel_i, panel_i if i == j else self.panel(j), cutoff, wanted)
 
     def search(self, panel_i: Block, panel_j: Block, cutoff: float, wanted: Wanted) -> Iterator[Edges]:
         """Find the pairs of one row of each panel that are within a distance.
@@ -190,8 +206,8 @@ class Join:
         Yields:
             The wanted pairs within the distance, with exact weights, a < b, in pieces of bounded size.
         """
-        scores = torch.empty(_BLOCK_ROWS * _BLOCK_ROWS, dtype=self.scan_dtype, device=self.device)
-        with _exact_accumulation(self.device):
+        scores = torch.empty(_BLOCK_ROWS * _BLOCK_ROWS, dtype=self._scan_dtype, device=self._device)
+        with _exact_accumulation(self._device):
             for start_j in range(0, len(panel_j), _BLOCK_ROWS):
                 b = panel_j.part(start_j, start_j + _BLOCK_ROWS)
                 for start_i in range(0, len(panel_i), _BLOCK_ROWS):
@@ -203,7 +219,8 @@ class Join:
                     if len(edges):
                         yield edges
 
-    def _panel_rows(self, index: int) -> IntArray:
+    def panel_rows_of(self, index: int) -> IntArray:
+        """Return the row numbers of a panel."""
         return self.rows[index * self.panel_rows : (index + 1) * self.panel_rows]
 
 

@@ -16,20 +16,25 @@ import dataclasses
 import numpy as np
 
 from clipcid_cli.algorithms.distances import IntArray
-from clipcid_cli.algorithms.forest import Edges
+from clipcid_cli.algorithms.forest import Curve, Edges
 
 
-def star_cover(num_rows: int, pairs: Edges) -> IntArray:
+def star_cover(num_rows: int, pairs: Edges, copies: IntArray | None = None) -> IntArray:
     """Cover rows by stars.
 
     Args:
         num_rows: N.
         pairs: All pairs within ε, each once, in any order.
+        copies: How many equal rows each row stands for, itself included, int64 [N]; by default 1. They count as
+            neighbours, and follow the row that stands for them.
 
     Returns:
         int64 [N]: the row that stands for each row, itself where it is kept.
     """
-    degree = np.bincount(pairs.a, minlength=num_rows) + np.bincount(pairs.b, minlength=num_rows)
+    count = np.ones(num_rows, np.int64) if copies is None else copies
+    degree = count - 1
+    np.add.at(degree, pairs.a, count[pairs.b])
+    np.add.at(degree, pairs.b, count[pairs.a])
     place = np.empty(num_rows, np.int64)
     place[np.lexsort((np.arange(num_rows), -degree))] = np.arange(num_rows)
     keeps = _keep_in_order(num_rows, place, pairs)
@@ -77,13 +82,14 @@ class StarSearch:
     stands_for: IntArray
 
 
-def find_star_cutoff(num_rows: int, pairs: Edges, num_kept: int) -> StarSearch | None:
+def find_star_cutoff(num_rows: int, pairs: Edges, num_kept: int, copies: IntArray | None = None) -> StarSearch | None:
     """Find ε for a number of rows to keep, by bisection over the distances of the pairs.
 
     Args:
         num_rows: N.
         pairs: All pairs up to some distance, ascending by weight.
         num_kept: Rows to keep, at most.
+        copies: As for :func:`star_cover`.
 
     Returns:
         A cut-off at which at most `num_kept` rows are kept while at the next smaller distance tried more are; None when
@@ -93,12 +99,12 @@ def find_star_cutoff(num_rows: int, pairs: Edges, num_kept: int) -> StarSearch |
     if not len(distances):
         return None
     low, high = -1, len(distances) - 1
-    best = StarSearch(float(distances[high]), star_cover(num_rows, pairs))
+    best = StarSearch(float(distances[high]), star_cover(num_rows, pairs, copies))
     if count_kept(best.stands_for) > num_kept:
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        cover = star_cover(num_rows, pairs.up_to(float(distances[middle])))
+        cover = star_cover(num_rows, pairs.up_to(float(distances[middle])), copies)
         if count_kept(cover) <= num_kept:
             high, best = middle, StarSearch(float(distances[middle]), cover)
         else:
@@ -109,3 +115,23 @@ def find_star_cutoff(num_rows: int, pairs: Edges, num_kept: int) -> StarSearch |
 def count_kept(stands_for: IntArray) -> int:
     """Count the rows that stand for themselves."""
     return int(np.count_nonzero(stands_for == np.arange(len(stands_for))))
+
+
+def star_curve(num_rows: int, pairs: Edges, copies: IntArray, chosen: float, num_points: int = 24) -> Curve:
+    """Trace rows kept and the largest star over the cut-off.
+
+    Args:
+        num_rows: N.
+        pairs: All pairs up to some distance, ascending by weight.
+        copies: As for :func:`star_cover`.
+        chosen: A cut-off that must be among the points.
+        num_points: Largest number of other points, evenly among the pairs; each costs a cover.
+    """
+    ends = np.linspace(0, max(0, len(pairs) - 1), num_points).astype(np.int64)
+    distances = np.unique(np.append(pairs.weight[ends] if len(pairs) else [], [0.0, chosen]).astype(np.float32))
+    kept, largest = [], []
+    for distance in distances:
+        cover = star_cover(num_rows, pairs.up_to(float(distance)), copies)
+        kept.append(count_kept(cover))
+        largest.append(int(np.bincount(cover, weights=copies).max()))
+    return Curve(distances, np.array(kept, np.int64), np.array(largest, np.int64))

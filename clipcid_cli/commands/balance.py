@@ -1,0 +1,44 @@
+"""`clipcid balance`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from clipcid_cli.commands.command import step_command
+from clipcid_cli.commands.console import file_facts, format_seconds, print_facts
+from clipcid_cli.steps.settings.balance import BalanceSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print how much is kept, at which cut-off, and what lies where."""
+    if "files" not in result:
+        return
+    threshold = result["threshold"]
+    facts = {
+        "kept": f"{result['kept']:,} of {result['images']:,} images ({result['keep_ratio']:.1%})",
+        "cut-off": "none: nothing was to be merged" if threshold is None else f"{threshold:.6g} (Euclidean)",
+        "largest set": f"{result['largest_component']:,} images",
+        "coverage": f"{result['coverage']:.1%} of the dropped images are farther than the cut-off from the kept one",
+    }
+    if result["skipped"]:
+        facts["skipped"] = ", ".join(f"{number:,} {reason}" for reason, number in result["skipped"].items())
+    facts["time"] = ", ".join(f"{phase} {format_seconds(value)}" for phase, value in result["seconds"].items())
+    print_facts(console, "Balanced", facts | file_facts(result))
+
+
+command = step_command(
+    name="balance",
+    settings=BalanceSettings,
+    step="clipcid_cli.steps.balance",
+    summary=show,
+    help="Remove semantic repeats: keep one image of each set of near ones. Images are compared by their embeddings, all "
+    "pairs, exactly. The sets at any other cut-off follow from the same search, so another --keep or --threshold on a "
+    "finished run takes seconds.",
+    examples="clipcid balance laion/ --keep 0.563\n"
+    "clipcid balance --threshold 0.447 --linkage star\n"
+    "clipcid balance laion/ --cosine-distance 0.1 --write-shards laion-balanced/\n"
+    "torchrun --nproc-per-node 8 -m clipcid_cli balance --embeddings laion-emb/ --keep 0.5",
+)

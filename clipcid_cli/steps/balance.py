@@ -1,0 +1,257 @@
+"""`balance`: embeddings → forest → sets → keep list, curve, report, and new shards when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.curve import CURVE, write_curve
+from clipcid_cli.formats.embeddings import Embeddings, open_embeddings
+from clipcid_cli.formats.forest_file import FOREST
+from clipcid_cli.formats.keep_list import KEEP_LIST, read_keep_list, write_keep_list
+from clipcid_cli.formats.output import Output, fingerprint_file, read_sidecar, sidecar_path
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.work import WorkDirectory
+from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.steps.balance_report import write_report
+from clipcid_cli.steps.balance_sets import Inputs, Sets, make_sets
+from clipcid_cli.steps.embed import ensure_embeddings
+from clipcid_cli.steps.forest_search import Survey, survey_rows
+from clipcid_cli.steps.outputs import claim_output
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.sample_finder import require_data
+from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
+from clipcid_cli.steps.write_shards import tar_shards, write_shards
+
+REPORT = "report.html"
+
+# A set this large a share of all images is a chain or a placeholder more often than one picture many times.
+_LARGE_SET = 0.01
+
+
+def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
+    """Balance a data set.
+
+    Returns:
+        The JSON object: ``images, kept, keep_ratio, threshold, components, largest_component, coverage, skipped{},
+        seconds{embed, search, write}, files{}``. ``coverage`` is the share of dropped images that are farther than the
+        threshold from the image that stands for them.
+
+    Raises:
+        ClipcidError: when there is nothing to balance, too much of it is unusable, or another run is in the way.
+    """
+    with open_machine(settings.device) as machine:
+        started = time.perf_counter()
+        embeddings = open_embeddings(_find_embeddings(settings, machine, reporter))
+        seconds = {"embed": time.perf_counter() - started}
+        if settings.dry_run:
+            return _describe_cost(embeddings, reporter)
+        shards = None
+        if settings.write_shards is not None:
+            shards = tar_shards(require_data(settings, embeddings, "--write-shards"), settings.write_shards)
+        folder = WorkDirectory(settings.work).balance
+        wanted = _wanted(settings, embeddings)
+        fingerprints = machine.on_main(lambda: _fingerprint(embeddings))
+        with claim_output(
+            machine,
+            folder,
+            "balance",
+            settings=wanted,
+            inputs=fingerprints,
+            overwrite=settings.overwrite,
+            replaceable=frozenset(wanted),
+        ) as output:
+            if output.finished is not None:
+                reporter.note(f"{folder} holds this result already.")
+                result: dict[str, Any] = output.finished["result"]
+            else:
+                result = _balance(settings, machine, embeddings, output, seconds, reporter)
+            result["files"] = _files(folder)
+            if shards is not None:
+                assert settings.write_shards is not None  # as `shards` tells
+                write_shards(
+                    machine,
+                    shards,
+                    read_keep_list(folder / KEEP_LIST),
+                    fingerprint_file(folder / KEEP_LIST),
+                    settings.write_shards,
+                    overwrite=settings.overwrite,
+                    reporter=reporter,
+                )
+                result["files"]["shards"] = str(settings.write_shards)
+        return result
+
+
+def _find_embeddings(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> Path:
+    """Return the folder of the embeddings to balance, making them where there are none."""
+    if settings.embeddings is not None:
+        return settings.embeddings
+    work = WorkDirectory(settings.work)
+    if settings.data is None and settings.model is None:
+        folder = machine.on_main(work.find_embeddings)
+        reporter.note(f"Taking the embeddings in {folder}.")
+        return folder
+    model = settings.model or machine.on_main(lambda: _model_there(work)) or DEFAULT_MODEL
+    return ensure_embeddings(settings, machine, reporter, data=settings.data, model=model)
+
+
+def _model_there(work: WorkDirectory) -> str | None:
+    """Return the model of the work directory's embeddings, when there are those of one model."""
+    try:
+        sidecar = read_sidecar(sidecar_path(work.find_embeddings(), "embed"))
+    except ClipcidError:
+        return None
+    return None if sidecar is None else str(sidecar["model"]["spec"])
+
+
+def _balance(
+    settings: BalanceSettings,
+    machine: Machine,
+    embeddings: Embeddings,
+    output: Output,
+    seconds: dict[str, float],
+    reporter: Reporter,
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    survey = survey_rows(machine, embeddings.images(), reporter)
+    skips = _check_rows(settings, embeddings, survey)
+    inputs = Inputs(settings, machine, output.folder, embeddings, output.inputs, survey, reporter)
+    sets, forest, was_there = make_sets(inputs)
+    seconds["search"] = time.perf_counter() - started
+    if was_there:
+        reporter.note("The forest of these embeddings was there: keep list, curve and report are made anew from it.")
+
+    started = time.perf_counter()
+    result = _summarise(sets, embeddings, skips)
+    warnings = _warnings(settings, sets)
+    for warning in warnings:
+        reporter.warn(warning)
+
+    def write() -> dict[str, Any]:
+        numbers = pa.array(survey.readable)
+        write_keep_list(
+            output.folder / KEEP_LIST,
+            keys=embeddings.keys.take(numbers),
+            shards=embeddings.shards.take(numbers),
+            labels=sets.labels,
+            representatives=sets.representatives,
+            distances=sets.distances,
+        )
+        curve = sets.curve
+        write_curve(
+            output.folder / CURVE,
+            distances=curve.distance,
+            kept=curve.kept,
+            largest=curve.largest,
+            num_images=survey.num_rows,
+        )
+        seconds["write"] = time.perf_counter() - started
+        result["seconds"] = {phase: round(value, 3) for phase, value in seconds.items()}
+        write_report(output.folder / REPORT, settings, embeddings, survey, forest, sets, result, warnings)
+        seconds["write"] = time.perf_counter() - started
+        result["seconds"]["write"] = round(seconds["write"], 3)
+        counts = {"read": embeddings.num_rows, "used": survey.num_rows, "skipped": result["skipped"]}
+        output.commit(counts=counts, seconds=seconds, embeddings=str(embeddings.folder.resolve()), result=result)
+        return result
+
+    return machine.on_main(write)
+
+
+def _wanted(settings: BalanceSettings, embeddings: Embeddings) -> dict[str, Any]:
+    """Return the settings that decide what is written; all of them may change on an existing forest."""
+    texts = None
+    if settings.select == "similarity":
+        hashes = [fingerprint_file(file.texts)["hash"] for file in embeddings.files if file.texts is not None]
+        texts = hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
+    names = ("keep", "threshold", "cosine_distance", "linkage", "select")
+    return {name: getattr(settings, name) for name in names} | {
+        "seed": settings.seed if settings.select == "random" else None,
+        "texts": texts,
+    }
+
+
+def _fingerprint(embeddings: Embeddings) -> list[dict[str, Any]]:
+    paths = [path for file in embeddings.files for path in (file.images, file.metadata) if path is not None]
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(fingerprint_file, paths))
+
+
+def _check_rows(settings: BalanceSettings, embeddings: Embeddings, survey: Survey) -> Skips:
+    """Count rows that are not finite, and refuse too many of them."""
+    skips = Skips()
+    readable = set(survey.readable.tolist()) if survey.num_rows < embeddings.num_rows else None
+    if readable is not None:
+        keys = embeddings.keys.to_pylist()
+        for row in range(embeddings.num_rows):
+            if row not in readable:
+                skips.add("nan_row", keys[row])
+    if not survey.num_rows:
+        raise ClipcidError(
+            f"None of the {embeddings.num_rows:,} rows of {embeddings.folder} is finite.", "Make the embeddings again."
+        )
+    skips.check(embeddings.num_rows, settings.max_bad_fraction, str(embeddings.folder))
+    return skips
+
+
+def _summarise(sets: Sets, embeddings: Embeddings, skips: Skips) -> dict[str, Any]:
+    kept, images = sets.num_kept, len(sets.labels)
+    embedded = (embeddings.sidecar or {}).get("counts", {}).get("skipped", {})
+    return {
+        "images": images,
+        "kept": kept,
+        "keep_ratio": kept / images,
+        "threshold": sets.threshold,
+        "components": kept,
+        "largest_component": int(sets.sizes.max()),
+        "coverage": sets.coverage,
+        "skipped": {**embedded, **skips.counts},
+    }
+
+
+def _warnings(settings: BalanceSettings, sets: Sets) -> list[str]:
+    """Say what may surprise: ties at the cut-off, copies beyond the target, one set that is very large."""
+    warnings = []
+    images, kept = len(sets.labels), sets.num_kept
+    if settings.keep is not None:
+        missed = max(1, round(settings.keep * images)) - kept
+        if missed > 0 and sets.threshold == 0.0:
+            warnings.append(
+                f"Exact copies alone are more than --keep {settings.keep:g} lets go: all of them go, which keeps {kept:,} "
+                f"images, {missed:,} fewer than asked."
+            )
+        elif missed > 0:
+            warnings.append(
+                f"Pairs tie at the cut-off {sets.threshold:.6g}, and all of them merge: {kept:,} images are kept, "
+                f"{missed:,} fewer than asked."
+            )
+    largest = int(sets.sizes.max())
+    if largest > 1 and largest > _LARGE_SET * images:
+        advice = "; --linkage star keeps sets tight" if settings.linkage == "single" else ""
+        warnings.append(
+            f"One set holds {largest:,} of {images:,} images ({largest / images:.1%}). It may be a chain of images that "
+            f"differ, or one placeholder: look at the report{advice}."
+        )
+    return warnings
+
+
+def _files(folder: Path) -> dict[str, str]:
+    names = {"keep_list": KEEP_LIST, "forest": FOREST, "curve": CURVE, "report": REPORT, "sidecar": "balance.json"}
+    return {name: str(folder / file) for name, file in names.items()}
+
+
+def _describe_cost(embeddings: Embeddings, reporter: Reporter) -> dict[str, Any]:
+    """Say what a search of all pairs takes; one from a forest that is there takes seconds."""
+    images, width = embeddings.num_rows, embeddings.width
+    pairs = images * (images - 1) // 2
+    reporter.note(
+        f"{images:,} images of width {width}: {pairs:,} pairs, {2.0 * pairs * width:.3g} FLOP for a new search."
+    )
+    return {"images": images, "width": width, "pairs": pairs, "flop": 2 * pairs * width}

@@ -1,0 +1,277 @@
+"""The part of `balance` that takes the time: from mapped embeddings to the single-linkage forest, on all processes.
+
+Tiles of the comparison of all rows with all rows are dealt out to the processes. Each folds what it finds into a forest and
+saves it now and then; the first process folds those together at the end. A killed search resumes on what was saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clipcid_cli.algorithms.cutoff import first_cutoff, nearest_distances, wider_cutoff
+from clipcid_cli.algorithms.distances import HalfArray, IntArray
+from clipcid_cli.algorithms.duplicates import collapse_duplicates, hash_rows
+from clipcid_cli.algorithms.forest import Edges, ForestBuilder
+from clipcid_cli.algorithms.neighbors import Join
+from clipcid_cli.formats.embeddings import Rows
+from clipcid_cli.formats.forest_file import ForestPart, ForestParts, StoredForest, read_forest, write_forest
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.steps.reporting import Reporter
+
+# Rows whose nearest neighbours are looked up to choose the first cut-off: its share is then known within 3 %.
+_SAMPLE = 1024
+_ROWS_AT_ONCE = 8192
+_SECONDS_BETWEEN_SAVES = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What one look at every row told. Rows are numbered among the readable ones, as in the keep list.
+
+    Attributes:
+        images: The embeddings.
+        readable: Numbers, among the embeddings, of the rows that are finite, int64 [N].
+        unique: The rows that equal no earlier one, int64, ascending.
+        copies: Edges of weight 0 that tie each other row to the first of its kind.
+    """
+
+    images: Rows
+    readable: IntArray
+    unique: IntArray
+    copies: Edges
+
+    @property
+    def num_rows(self) -> int:
+        """Number of readable rows."""
+        return len(self.readable)
+
+    def read(self, rows: IntArray) -> HalfArray:
+        """Read rows by their numbers, float16 [n, D]."""
+        return self.images.take(self.readable[rows])
+
+
+@dataclasses.dataclass(frozen=True)
+class Forest:
+    """A forest that is complete up to a distance.
+
+    Attributes:
+        edges: Ascending by (weight, smaller row, larger row).
+        cutoff: The distance.
+    """
+
+    edges: Edges
+    cutoff: float
+
+
+def survey_rows(machine: Machine, images: Rows, reporter: Reporter) -> Survey:
+    """Look at every row once: is it finite, and does it equal an earlier one? Each process looks at its share."""
+    start, stop = (machine.rank + np.array([0, 1])) * len(images) // machine.size
+    hashes: list[npt.NDArray[np.uint64]] = []
+    finite: list[npt.NDArray[np.bool_]] = []
+    for begin in range(start, stop, _ROWS_AT_ONCE):
+        rows = images.read(begin, min(begin + _ROWS_AT_ONCE, int(stop)))
+        hashes.append(hash_rows(rows))
+        finite.append(np.all(np.isfinite(rows), axis=1, keepdims=True)[:, 0])
+    gathered = machine.gather(
+        (np.concatenate([*hashes, []]).astype(np.uint64), np.concatenate([*finite, []]).astype(bool))
+    )
+    readable = np.flatnonzero(np.concatenate([part[1] for part in gathered]))
+    hash_N = np.concatenate([part[0] for part in gathered])[readable]
+    numbers = np.arange(len(readable))
+    unique, copies = machine.on_main(
+        lambda: collapse_duplicates(lambda rows: images.take(readable[rows]), numbers, hash_N)
+    )
+    if len(copies):
+        reporter.note(f"{len(copies):,} rows are exact copies of earlier ones.")
+    return Survey(images, readable, unique, copies)
+
+
+def find_forest(
+    machine: Machine,
+    folder: Path,
+    survey: Survey,
+    inputs: list[dict[str, Any]],
+    *,
+    cutoff: float | None,
+    num_edges: int,
+    precision: str,
+    reporter: Reporter,
+) -> tuple[Forest, bool]:
+    """Return a forest that reaches far enough: the one on disk, or that one extended, or a new one.
+
+    Args:
+        machine: The processes.
+        folder: Where the forest is kept.
+        survey: The rows.
+        inputs: Fingerprints of the embeddings.
+        cutoff: The distance it must be complete to; None when a number of edges is wanted.
+        num_edges: Otherwise, the number of edges it must have; at most N − 1.
+        precision: Format in which near pairs are looked for, see `choose_precision`.
+        reporter: The listener.
+
+    Returns:
+        The forest, and whether it was there already.
+    """
+    started = time.perf_counter()
+    complete = survey.num_rows - 1
+    stored = machine.on_main(lambda: read_forest(folder, inputs))
+    # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
+    forest = Forest(survey.copies, 0.0) if stored is None else _load(stored)
+    scan = _choose_scan(precision, machine)
+    join = Join(survey.read, survey.unique, machine.device, scan.dtype)
+    if stored is None and len(survey.unique) > 1:
+        reporter.note(f"Near pairs are looked for in {scan.name} ({scan.reason}) and decided in fp64.")
+    nearest = None
+    new = stored is None
+    while len(forest.edges) < complete and not _is_enough(forest, cutoff, num_edges):
+        if cutoff is not None:
+            reach = float(np.float32(cutoff))
+        else:
+            if nearest is None:
+                nearest = _sample_nearest(machine, survey)
+            reach = _choose_reach(nearest, forest, survey, num_edges)
+        name = f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{join.panel_rows}"
+        edges = _search(machine, join, ForestParts(folder, name), survey.num_rows, forest.edges, reach, reporter)
+        forest = Forest(edges, reach)
+        new = True
+        if not _is_enough(forest, cutoff, num_edges) and len(edges) < complete:
+            reporter.note(
+                f"Up to distance {reach:.4f} there are {len(edges):,} of {num_edges:,} edges; searching further."
+            )
+    if new:
+        seconds = {"search": time.perf_counter() - started}
+        machine.on_main(lambda: _save(folder, forest, survey.num_rows, inputs, seconds))
+    machine.on_main(ForestParts(folder, "").clear)
+    return forest, not new
+
+
+def collect_pairs(
+    machine: Machine, survey: Survey, labels: IntArray, cutoff: float, precision: str, reporter: Reporter
+) -> Edges:
+    """Find all pairs of unique rows within a distance, given which rows are joined at it; the same on every process.
+
+    Args:
+        machine: The processes.
+        survey: The rows.
+        labels: Component of each row at the distance, int64 [N]; only pairs within one are looked at.
+        cutoff: The distance, inclusive.
+        precision: Format in which near pairs are looked for.
+        reporter: The listener.
+    """
+    sizes = np.bincount(labels[survey.unique], minlength=survey.num_rows)
+    members = survey.unique[sizes[labels[survey.unique]] > 1]
+    members = members[np.argsort(labels[members], kind="stable")]
+    if not len(members):
+        return Edges.empty()
+    join = Join(survey.read, members, machine.device, _choose_scan(precision, machine).dtype)
+    # Rows lie sorted by component, so two panels share one only where the later begins with what the earlier ends with.
+    tiles = [tile for tile in join.tiles() if _shares_component(join, labels, tile)]
+    found: list[Edges] = []
+    with reporter.progress("pairs", sum(map(join.num_pairs, tiles[machine.rank :: machine.size])), "pairs") as progress:
+        for tile in tiles[machine.rank :: machine.size]:
+            found.extend(join.search_tile(tile, cutoff, lambda a, b, _: labels[a] == labels[b]))
+            progress.advance(join.num_pairs(tile))
+    return Edges.concatenate(machine.gather(Edges.concatenate(found)))
+
+
+def _choose_scan(precision: str, machine: Machine) -> Precision:
+    """Choose the format in which near pairs are looked for, as for embedding; what is found is the same in each."""
+    return choose_precision(precision, machine.device, "embed", parameters=0)
+
+
+def _shares_component(join: Join, labels: IntArray, tile: tuple[int, int]) -> bool:
+    i, j = tile
+    return i == j or bool(labels[join.panel_rows_of(i)[-1]] == labels[join.panel_rows_of(j)[0]])
+
+
+def _is_enough(forest: Forest, cutoff: float | None, num_edges: int) -> bool:
+    if cutoff is not None:
+        return forest.cutoff >= float(np.float32(cutoff))
+    return len(forest.edges) >= num_edges
+
+
+def _load(stored: StoredForest) -> Forest:
+    return Forest(Edges(stored.a, stored.b, stored.distance), stored.cutoff)
+
+
+def _save(folder: Path, forest: Forest, num_rows: int, inputs: list[dict[str, Any]], seconds: dict[str, float]) -> None:
+    edges = forest.edges
+    stored = StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, num_rows)
+    write_forest(folder, stored, inputs=inputs, seconds=seconds)
+
+
+def _digest(inputs: Sequence[dict[str, Any]]) -> str:
+    content = json.dumps([(entry["size"], entry["hash"]) for entry in inputs])
+    return hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
+
+
+def _sample_nearest(machine: Machine, survey: Survey) -> npt.NDArray[np.float32]:
+    """Look up the nearest neighbours of a fixed sample of the unique rows; each process does its share."""
+    size = min(_SAMPLE, len(survey.unique))
+    sample = np.random.default_rng(0).choice(len(survey.unique), size, replace=False)
+    mine = sample[machine.rank :: machine.size]
+    nearest = nearest_distances(survey.read, survey.unique, mine, machine.device)
+    return np.concatenate(machine.gather(nearest))
+
+
+def _choose_reach(nearest: npt.NDArray[np.float32], forest: Forest, survey: Survey, num_edges: int) -> float:
+    """Choose how far to search, counting edges between unique rows only, as the sample does."""
+    wanted = num_edges - len(survey.copies)
+    found = len(forest.edges) - len(survey.copies)
+    if forest.cutoff == 0.0:
+        return first_cutoff(nearest, wanted / len(survey.unique))
+    return wider_cutoff(nearest, forest.cutoff, found, wanted)
+
+
+def _search(
+    machine: Machine, join: Join, parts: ForestParts, num_rows: int, known: Edges, cutoff: float, reporter: Reporter
+) -> Edges:
+    """Search every tile that no earlier run has done, and fold everything together; the same on every process.
+
+    Args:
+        machine: The processes.
+        join: The rows to compare.
+        parts: Where processes save what they found.
+        num_rows: N.
+        known: Forest edges known already; they need not reach the cut-off.
+        cutoff: The distance to search to.
+        reporter: The listener.
+    """
+
+    def resume() -> tuple[set[tuple[int, int]], Edges, int]:
+        done: set[tuple[int, int]] = set()
+        builder = ForestBuilder(num_rows, known)
+        for part in parts.read():
+            done |= {(i, j) for i, j in part.tiles.tolist()}
+            builder.add(Edges(part.a, part.b, part.distance))
+        return done, builder.build(), parts.next_session()
+
+    done, known, session = machine.on_main(resume)
+    left = [tile for tile in join.tiles() if tile not in done]
+    if done:
+        reporter.note(f"Resuming the search: {len(done)} of {len(join.tiles())} tiles are done.")
+    mine = left[machine.rank :: machine.size]
+    builder = ForestBuilder(num_rows, known)
+    saved = time.monotonic()
+    with reporter.progress("search", sum(map(join.num_pairs, mine)), "pairs") as progress:
+        for number, tile in enumerate(mine, 1):
+            for edges in join.search_tile(tile, cutoff, builder.may_join):
+                builder.add(edges)
+            progress.advance(join.num_pairs(tile))
+            if number == len(mine) or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+                forest = builder.build()
+                tiles = np.array(mine[:number], np.int64)
+                parts.write(session, machine.rank, ForestPart(tiles, forest.a, forest.b, forest.weight))
+                saved = time.monotonic()
+    machine.barrier()
+    return machine.on_main(lambda: resume()[1])

@@ -1,0 +1,99 @@
+"""Settings of `balance`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+from clipcid_cli.errors import UsageError
+from clipcid_cli.steps.settings.fields import argument, option
+from clipcid_cli.steps.settings.shared import ReadingSettings
+
+LINKAGES = ("single", "star")
+SELECTIONS = ("central", "medoid", "first", "random", "similarity", "resolution")
+
+_HOW_MUCH = "How much to keep (exactly one)"
+_SETS = "Sets and the image that stands for each"
+_FILES = "What is read and written"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BalanceSettings(ReadingSettings):
+    """Settings of `balance`."""
+
+    data: str | None = argument(
+        None,
+        "Image-text data: a folder of tar shards, a tar, a pattern such as x/{00000..00099}.tar, a folder of images, a csv, "
+        "tsv or parquet list. By default what the work directory's embeddings were made of.",
+    )
+    keep: float | None = option(
+        None,
+        "Share of the images to keep; the cut-off follows from it.",
+        group=_HOW_MUCH,
+        minimum=0.0,
+        maximum=1.0,
+        above_minimum=True,
+    )
+    threshold: float | None = option(
+        None,
+        "Euclidean distance of unit embeddings up to which two images are repeats.",
+        group=_HOW_MUCH,
+        minimum=0.0,
+        maximum=2.0,
+    )
+    cosine_distance: float | None = option(
+        None, "The same as a cosine distance d: a threshold of √(2d).", group=_HOW_MUCH, minimum=0.0, maximum=2.0
+    )
+    linkage: str = option(
+        "single",
+        "`single`: chains of repeats are one set, as in the CLIP-CID paper. `star`: every dropped image is within the "
+        "cut-off of the kept one.",
+        group=_SETS,
+        choices=LINKAGES,
+    )
+    select: str = option(
+        "central",
+        "Image kept of each set: nearest to the set's mean, smallest sum of distances, first, random, most similar to its "
+        "caption, most pixels.",
+        group=_SETS,
+        choices=SELECTIONS,
+    )
+    model: str | None = option(
+        None, "Model to embed with where there are no embeddings yet; ViT-L-14 by default.", group=_FILES, metavar="M"
+    )
+    embeddings: Path | None = option(
+        None,
+        "Folder of embeddings to balance, of clip-retrieval's layout; by default the work directory's.",
+        group=_FILES,
+        operational=True,
+    )
+    write_shards: Path | None = option(
+        None,
+        "Folder to write new shards to: the tar members of the kept samples, copied byte for byte.",
+        group=_FILES,
+        operational=True,
+    )
+
+    def __post_init__(self) -> None:
+        """Check that exactly one amount is given and that what was asked for goes together."""
+        super().__post_init__()
+        amounts = {"--keep": self.keep, "--threshold": self.threshold, "--cosine-distance": self.cosine_distance}
+        given = [flag for flag, value in amounts.items() if value is not None]
+        if len(given) != 1:
+            raise UsageError(
+                f"{' and '.join(given)} were given together." if given else "Nothing says how much to keep.",
+                "Give exactly one of --keep, --threshold and --cosine-distance, for example --keep 0.563.",
+            )
+        if self.linkage == "star" and self.select != "central":
+            raise UsageError(
+                f"--select {self.select} does not go with --linkage star, which keeps the image all others are near to.",
+                "Leave out one of the two.",
+            )
+
+    @property
+    def distance(self) -> float | None:
+        """The cut-off as a Euclidean distance; None when a share to keep is given."""
+        if self.cosine_distance is not None:
+            return math.sqrt(2.0 * self.cosine_distance)
+        return self.threshold

@@ -1,0 +1,69 @@
+"""Embeddings for tests of `balance`: clusters of near rows, exact copies among them, in clip-retrieval's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+
+def make_rows(
+    num_rows: int, width: int = 32, seed: int = 0, num_centres: int | None = None, noise: float = 0.25
+) -> np.ndarray:
+    """Make unit rows, float16 [num_rows, width], a tenth of them copies of others."""
+    generator = np.random.default_rng(seed)
+    centres = generator.normal(size=(num_centres or num_rows // 3 + 1, width))
+    rows = centres[generator.integers(len(centres), size=num_rows)]
+    rows = rows + noise * generator.random((num_rows, 1)) * generator.normal(size=rows.shape)
+    stored = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    copied = generator.random(num_rows) < 0.1
+    stored[copied] = stored[generator.integers(num_rows, size=int(copied.sum()))]
+    return stored
+
+
+def write_embeddings(
+    folder: Path,
+    rows: np.ndarray,
+    num_files: int = 2,
+    keys: list[str] | None = None,
+    shards: list[str] | None = None,
+    texts: np.ndarray | None = None,
+    captions: list[str] | None = None,
+) -> Path:
+    """Write rows as another tool would: files numbered without zeros, metadata beside them, no sidecar."""
+    keys = keys or [f"{row:06d}" for row in range(len(rows))]
+    parts = np.array_split(np.arange(len(rows)), num_files)
+    for name in ("img_emb", "metadata", *(["text_emb"] if texts is not None else [])):
+        (folder / name).mkdir(parents=True)
+    for number, part in enumerate(parts):
+        np.save(folder / "img_emb" / f"img_emb_{number}.npy", rows[part])
+        columns = {"key": [keys[row] for row in part]}
+        if shards is not None:
+            columns["shard"] = [shards[row] for row in part]
+        if captions is not None:
+            columns["caption"] = [captions[row] for row in part]
+        pd.DataFrame(columns).to_parquet(folder / "metadata" / f"metadata_{number}.parquet")
+        if texts is not None:
+            np.save(folder / "text_emb" / f"text_emb_{number}.npy", texts[part])
+    return folder
+
+
+def distance_matrix(rows: np.ndarray) -> np.ndarray:
+    """Return the distances as METHOD §1 defines them, float32 [N, N]."""
+    wide = rows.astype(np.float64)
+    squared = (wide * wide).sum(1)
+    return np.sqrt(np.maximum(0.0, squared[:, None] + squared - 2.0 * wide @ wide.T)).astype(np.float32)
+
+
+def check_keep_list(keep: pd.DataFrame, rows: np.ndarray) -> None:
+    """What is true of every keep list: sets are a partition, one image of each is kept, distances are exact."""
+    assert keep["key"].tolist() == [f"{row:06d}" for row in range(len(rows))]
+    assert keep.groupby("component")["kept"].sum().eq(1).all()
+    assert keep.groupby("component").size().loc[keep["component"]].tolist() == keep["component_size"].tolist()
+    assert keep.groupby("component")["key"].transform("min").tolist() == [f"{row:06d}" for row in keep["component"]]
+    kept_row = keep["representative"].astype(int).to_numpy()
+    assert keep["kept"].to_numpy()[kept_row].all()
+    assert (keep["component"].to_numpy()[kept_row] == keep["component"].to_numpy()).all()
+    # Of the matrix's rounding only the last bits of float64 remain: float32 distances are the definition's.
+    np.testing.assert_array_equal(keep["distance"], distance_matrix(rows)[np.arange(len(rows)), kept_row])

@@ -1,0 +1,213 @@
+"""`clipcid balance` through the real binary, from embeddings in clip-retrieval's layout."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
+from conftest import Run, clean_environment, clipcid_command
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+
+NUM_ROWS = 300
+OUTPUTS = ("keep.parquet", "forest.parquet", "curve.csv")
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    return make_rows(NUM_ROWS)
+
+
+@pytest.fixture(scope="module")
+def embeddings(rows: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A read-only folder of embeddings."""
+    return write_embeddings(tmp_path_factory.mktemp("embeddings") / "foreign", rows)
+
+
+def read_outputs(work: Path) -> dict[str, bytes]:
+    return {name: (work / "balance" / name).read_bytes() for name in OUTPUTS}
+
+
+def test_keep_ratio_gives_the_partition_of_single_linkage(
+    clipcid: Callable[..., Run], embeddings: Path, rows: np.ndarray, tmp_path: Path
+) -> None:
+    result = clipcid("balance", "--embeddings", embeddings, "--keep", 0.563, "--json").json
+    keep = pd.read_parquet(tmp_path / "clipcid-work" / "balance" / "keep.parquet")
+    check_keep_list(keep, rows)
+    assert (result["images"], result["kept"]) == (NUM_ROWS, keep["kept"].sum())
+    assert abs(result["kept"] - round(0.563 * NUM_ROWS)) <= 1
+    assert result["keep_ratio"] == result["kept"] / NUM_ROWS
+    assert result["components"] == result["kept"]
+    assert result["largest_component"] == keep["component_size"].max()
+    assert result["skipped"] == {}
+    assert set(result["seconds"]) == {"embed", "search", "write"}
+    tree = linkage(squareform(distance_matrix(rows).astype(np.float64), checks=False), method="single")
+    sets = fcluster(tree, np.float64(np.float32(result["threshold"])), criterion="distance")
+    assert keep.groupby(sets)["component"].nunique().eq(1).all()
+    assert len(np.unique(sets)) == result["components"]
+    dropped = keep[~keep["kept"]]
+    far = (dropped["distance"] > np.float32(result["threshold"])).mean()
+    assert np.isclose(result["coverage"], far)
+    # The central image: nearest to the set's mean, the smaller row of equals.
+    for component, members in keep.groupby("component").groups.items():
+        wide = rows[members].astype(np.float64)
+        central = members[np.argmin(((wide - wide.mean(0)) ** 2).sum(1))]
+        assert keep["representative"][component] == f"{central:06d}"
+
+    forest = pd.read_parquet(tmp_path / "clipcid-work" / "balance" / "forest.parquet")
+    assert (forest["a"] < forest["b"]).all()
+    assert forest["distance"].is_monotonic_increasing
+    np.testing.assert_array_equal(forest["distance"], np.sort(tree[:, 2])[: len(forest)].astype(np.float32))
+    curve = pd.read_csv(tmp_path / "clipcid-work" / "balance" / "curve.csv")
+    at_cutoff = curve[np.isclose(curve["distance"], result["threshold"], atol=1e-7)]
+    assert (at_cutoff["kept"].item(), at_cutoff["largest_component"].item()) == (
+        result["kept"],
+        result["largest_component"],
+    )
+    sidecar = json.loads((tmp_path / "clipcid-work" / "balance" / "balance.json").read_text())
+    assert sidecar["counts"] == {"read": NUM_ROWS, "used": NUM_ROWS, "skipped": {}}
+    assert "<svg" in (tmp_path / result["files"]["report"]).read_text()
+
+
+def test_a_set_of_more_than_a_hundredth_is_warned_of(clipcid: Callable[..., Run], embeddings: Path) -> None:
+    run = clipcid("balance", "--embeddings", embeddings, "--threshold", 1.0, "--quiet", "--json")
+    assert run.json["largest_component"] > 3
+    assert f"One set holds {run.json['largest_component']} of 300 images" in " ".join(run.stderr.split())
+
+
+def test_rows_that_are_not_finite_are_counted(clipcid: Callable[..., Run], rows: np.ndarray, tmp_path: Path) -> None:
+    damaged = rows.astype(np.float32)
+    damaged[5], damaged[200] = np.nan, 0.0
+    damaged[9, 3] = np.inf
+    write_embeddings(tmp_path / "nan", damaged)
+    run = clipcid("balance", "--embeddings", "nan", "--keep", 0.5, "--json")
+    assert (run.json["images"], run.json["skipped"]) == (297, {"nan_row": 3})
+    keep = pd.read_parquet(tmp_path / "clipcid-work" / "balance" / "keep.parquet")
+    assert len(keep) == 297
+    assert not set(keep["key"]) & {"000005", "000009", "000200"}
+    refused = clipcid(
+        "balance", "--embeddings", "nan", "--keep", 0.5, "--max-bad-fraction", 0.005, "--work", "w", check=False
+    )
+    assert refused.returncode == 1
+    assert "3 of 300 samples in nan cannot be used: 1.0%" in " ".join(refused.stderr.split())
+    assert "000005, 000009, 000200" in refused.stderr
+    assert not (tmp_path / "w" / "balance" / "keep.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--keep", "0"], 2, "0 is outside (0, 1]"),
+        (["--keep", "1.5"], 2, "1.5 is outside (0, 1]"),
+        (["--keep", "nan"], 2, "outside (0, 1]"),
+        (["--threshold", "-1"], 2, "-1 is outside"),
+        ([], 2, "Nothing says how much to keep"),
+        (["--keep", "0.5", "--threshold", "0.1"], 2, "--keep and --threshold were given together"),
+        (["--keep", "0.5", "--linkage", "star", "--select", "first"], 2, "does not go with --linkage star"),
+        (["--keep", "0.5", "--embeddings", "nowhere"], 1, "nowhere holds no embeddings"),
+    ],
+)
+def test_what_cannot_be_balanced_is_one_clear_error(
+    clipcid: Callable[..., Run], tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    run = clipcid("balance", *arguments, check=False)
+    assert (run.returncode, run.stdout) == (code, "")
+    assert message in " ".join(run.stderr.split())
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "clipcid-work" / "balance" / "keep.parquet").exists()
+
+
+def test_two_and_three_processes_write_the_same_bytes(
+    clipcid: Callable[..., Run], torchrun: Callable[..., Run], tmp_path: Path
+) -> None:
+    write_embeddings(tmp_path / "e", make_rows(5000, width=64), num_files=3)
+    for linkage_name in ("single", "star"):
+        arguments = ("--embeddings", "e", "--keep", 0.4, "--linkage", linkage_name)
+        clipcid("balance", *arguments, "--work", f"one-{linkage_name}")
+        for processes in (2, 3) if linkage_name == "single" else (2,):
+            work = f"{linkage_name}-{processes}"
+            torchrun(processes, "balance", *arguments, "--work", work)
+            assert read_outputs(tmp_path / work) == read_outputs(tmp_path / f"one-{linkage_name}")
+
+
+@pytest.mark.parametrize("after", [".forest-parts/*/*.npz", "forest.json", "report.html"])
+def test_killed_and_given_again_writes_the_same_bytes(
+    clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path, after: str
+) -> None:
+    arguments = ["balance", "--embeddings", str(embeddings), "--keep", "0.5"]
+    clipcid(*arguments, "--work", "whole")
+    process = subprocess.Popen(
+        [*clipcid_command(), *arguments, "--work", "killed"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not list((tmp_path / "killed" / "balance").glob(after)):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    clipcid(*arguments, "--work", "killed")
+    assert read_outputs(tmp_path / "killed") == read_outputs(tmp_path / "whole")
+    assert not (tmp_path / "killed" / "balance" / ".forest-parts").exists()
+
+
+def tar_names(path: Path) -> list[str]:
+    with tarfile.open(path) as archive:
+        return archive.getnames()
+
+
+@pytest.fixture
+def shard_embeddings(tiny_shards: Path, tmp_path: Path) -> Path:
+    """Embeddings of the tiny shards: pairs of samples are near, so that half of them go."""
+    rows = make_rows(24, seed=3)
+    rows[1::2] = rows[::2]
+    shards = ["00000"] * 14 + ["00001"] * 10
+    return write_embeddings(tmp_path / "e", rows, keys=[f"{row:06d}" for row in range(24)], shards=shards)
+
+
+def test_new_shards_hold_the_kept_samples_byte_for_byte(
+    clipcid: Callable[..., Run], torchrun: Callable[..., Run], tiny_shards: Path, shard_embeddings: Path, tmp_path: Path
+) -> None:
+    arguments = ("balance", tiny_shards, "--embeddings", shard_embeddings, "--threshold", 0.0, "--write-shards")
+    result = clipcid(*arguments, "out", "--json").json
+    keep = pd.read_parquet(tmp_path / "clipcid-work" / "balance" / "keep.parquet")
+    kept = set(keep[keep["kept"]]["key"])
+    assert 0 < len(kept) == result["kept"] <= 12
+    assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {
+        f"{shard}.tar": int(count) for shard, count in keep.groupby("shard")["kept"].sum().items()
+    }
+    for name in ("00000.tar", "00001.tar"):
+        with tarfile.open(tiny_shards / name) as before, tarfile.open(tmp_path / "out" / name) as after:
+            expected = [member for member in before.getmembers() if member.name[:6] in kept]
+            assert [member.get_info() for member in after.getmembers()] == [member.get_info() for member in expected]
+            for member in expected:
+                assert after.extractfile(member.name).read() == before.extractfile(member).read()
+    report = (tmp_path / "clipcid-work" / "balance" / "report.html").read_text()
+    assert report.count("data:image/webp;base64,") >= 12
+    assert "holds these shards already" in clipcid(*arguments, "out").stderr
+    torchrun(2, *arguments, "two")
+    for name in ("00000.tar", "00001.tar", "sizes.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+    # Another keep list: refused, then replaced; a folder of other tars is never touched.
+    changed = ("balance", tiny_shards, "--embeddings", shard_embeddings, "--keep", 1.0, "--write-shards", "out")
+    assert clipcid(*changed, check=False).returncode == 1
+    clipcid(*changed, "--overwrite")
+    assert tar_names(tmp_path / "out" / "00000.tar") == tar_names(tiny_shards / "00000.tar")
+    for target, message in ((tiny_shards, "would replace the data"), (tmp_path / "foreign", "not from --write-shards")):
+        (tmp_path / "foreign").mkdir(exist_ok=True)
+        (tmp_path / "foreign" / "mine.tar").write_bytes(b"precious")
+        refused = clipcid(*arguments, target, check=False)
+        assert refused.returncode == 1
+        assert message in " ".join(refused.stderr.split())
+    assert (tmp_path / "foreign" / "mine.tar").read_bytes() == b"precious"
