@@ -12,9 +12,10 @@ from typing import Any
 import click
 
 from clipcid_cli.steps.settings.fields import describe_range, flag_of, setting_of
-from clipcid_cli.steps.settings.shared import SharedSettings
+from clipcid_cli.steps.settings.shared import ReadingSettings, SharedSettings
 
 _SHARED = {field.name for field in dataclasses.fields(SharedSettings)}
+_READING = {field.name for field in dataclasses.fields(ReadingSettings)}
 
 
 class GroupedOption(click.Option):
@@ -86,10 +87,11 @@ def build_parameters(command: str, settings: type[Any]) -> tuple[list[click.Para
         settings: Its settings dataclass; types drive the parsing.
 
     Returns:
-        The parameters, and (name, help) of the positional ones for the help page. Own options come before shared ones.
+        The parameters, and (name, help) of the positional ones for the help page. What is the command's own comes before
+        what it shares with others.
     """
     hints = typing.get_type_hints(settings)
-    fields = sorted(dataclasses.fields(settings), key=lambda field: field.name in _SHARED)
+    fields = sorted(dataclasses.fields(settings), key=lambda field: (field.name in _SHARED, field.name in _READING))
     parameters: list[click.Parameter] = []
     arguments: list[tuple[str, str]] = []
     for field in fields:
@@ -102,12 +104,12 @@ def build_parameters(command: str, settings: type[Any]) -> tuple[list[click.Para
                     [field.name],
                     type=_click_type(kind, field),
                     required=False,
-                    metavar=name,
+                    metavar=f"[{name}{'...' if multiple else ''}]",
                     nargs=-1 if multiple else 1,
                     default=None if multiple else field.default,
                 )
             )
-            arguments.append((name + ("..." if multiple else ""), setting.help))
+            arguments.append((name, setting.help))
         else:
             parameters.append(_make_option(command, field, kind, multiple))
     return parameters, arguments
@@ -125,7 +127,7 @@ def _make_option(command: str, field: dataclasses.Field[Any], kind: Any, multipl
     if extras:
         text += f"  [{'; '.join(extras)}]"
     if kind is bool:
-        # A flag that is off by default needs no opposite, except that a config file or the environment may turn it on.
+        # Every switch has its opposite, since a config file or the environment may have turned it on.
         names = [f"{flag}/--no-{flag.removeprefix('--')}", field.name]
         return GroupedOption(names, group=setting.group, help=text, default=field.default, envvar=environment)
     return GroupedOption(
