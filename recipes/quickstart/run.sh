@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The whole chain on the shipped data, on a machine that has Python >= 3.11 and nothing else:
+#   bash recipes/quickstart/run.sh            about 6 minutes on 2 cores after installation; again: seconds
+#   bash recipes/quickstart/run.sh --short    the same commands with few training steps, as CI runs them
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source recipes/environment.sh
+cd recipes/quickstart
+
+export CLIPCID_WORK=work
+steps=2000
+if [ "${1:-}" = --short ]; then
+    export CLIPCID_WORK=work-short
+    steps=150
+fi
+taught=$CLIPCID_WORK/distill/taught/student
+alone=$CLIPCID_WORK/distill/alone/student
+
+say() { printf '\n$ clipcid %s\n' "$*" >&2; clipcid "$@"; }
+
+# The teacher's embeddings, once; then one image of each set of near repeats, and clusters of what is kept.
+say embed data/pairs --model teacher
+say balance --keep 0.563
+say cluster --num-clusters 256
+
+# The same student twice on the same images, for the same steps: with the teacher, and without.
+say distill --teacher teacher --student student.json --name taught --steps "$steps" --batch-size 64
+say distill --preset clip --student student.json --name alone --steps "$steps" --batch-size 64
+
+# Concepts that nobody was trained on: zero-shot classes and retrieval, then a linear probe on frozen features.
+say eval-zeroshot "$taught" data/classification data/retrieval --model "$alone" --model teacher
+for model in teacher "$taught" "$alone"; do
+    say eval-linear "$model" data/classification
+done
+
+say export "$taught" --format open-clip --format onnx
+
+python table.py "$CLIPCID_WORK"

@@ -1,0 +1,110 @@
+"""Print the quickstart's closing table from the files the steps left: python table.py WORK_DIRECTORY."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# Title in the table, slug in the metrics files, folder with the weights.
+MODELS = (
+    ("teacher", "teacher", "teacher"),
+    ("student, taught", "taught-student", "{work}/distill/taught/student"),
+    ("student, alone", "alone-student", "{work}/distill/alone/student"),
+)
+
+
+def main() -> None:
+    """Read the work directory and print what came out."""
+    work = Path(sys.argv[1])
+    console = Console()
+    balance = read(work / "balance" / "balance.json")["result"]
+    console.print(
+        f"\n[bold]Images[/]: {balance['images']:,} before balancing, {balance['kept']:,} after"
+        f" (kept {balance['keep_ratio']:.1%}, cut-off {balance['threshold']:.4f},"
+        f" {balance['components']:,} sets, largest {balance['largest_component']})\n"
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("model", no_wrap=True)
+    for heading in ("parameters", "file MB", "images/s", "zero-shot acc1", "R@1", "probe acc1"):
+        table.add_column(heading, justify="right")
+    for title, slug, folder in MODELS:
+        table.add_row(title, *model_row(work, slug, Path(folder.format(work=work))))
+    console.print(table)
+    console.print(
+        "\nClasses and captions of emoji no model was trained on: 52 classes, 644 images; 344 images, a caption each.\n"
+        "R@1 is the mean of image and text retrieval; images/s is fp32 zero-shot evaluation, both towers loaded.\n"
+        f"Machine: {machine()}\n\nReports:"
+    )
+    for report in (
+        work / "balance/report.html",
+        work / "distill/taught/report.html",
+        work / "distill/alone/report.html",
+    ):
+        console.print(f"  {report}", highlight=False)
+    console.print(f"Exports:\n  {work / 'export'}", highlight=False)
+
+
+def model_row(work: Path, slug: str, folder: Path) -> list[str]:
+    """Return the cells of one model."""
+    zeroshot, rate = metrics(work, "classification", slug, "zeroshot_classification")
+    retrieval, _ = metrics(work, "retrieval", slug, "zeroshot_retrieval")
+    probe, _ = metrics(work, "classification", slug, "linear_probe")
+    weights = folder / "open_clip_model.safetensors"
+    recall = (retrieval["image_retrieval_recall@1"] + retrieval["text_retrieval_recall@1"]) / 2
+    return [
+        f"{count_parameters(weights) / 1e6:.1f} M",
+        f"{weights.stat().st_size / 1e6:.1f}",
+        f"{rate:,.0f}",
+        f"{zeroshot['acc1']:.3f}",
+        f"{recall:.3f}",
+        f"{probe['lp_acc1']:.3f}",
+    ]
+
+
+def metrics(work: Path, dataset: str, slug: str, task: str) -> tuple[dict[str, float], float]:
+    """Return the metrics of a model on a data set, and the images a second they were measured at."""
+    stem = f"{dataset}_{slug}_{task}"
+    sidecar = read(work / "eval" / "sidecars" / f"{stem}.json")
+    return read(work / "eval" / f"{stem}.json")["metrics"], sidecar.get("images_per_second", 0.0)
+
+
+def count_parameters(weights: Path) -> int:
+    """Count the numbers in a safetensors file from its header."""
+    with weights.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    total = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            size = 1
+            for extent in entry["shape"]:
+                size *= extent
+            total += size
+    return total
+
+
+def machine() -> str:
+    """Describe the processor: its model and what of its instructions matters here."""
+    name, flags = platform.processor() or platform.machine(), ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in lines.items()}
+        name = fields.get("model name", name)
+        flags = ", AMX" if "amx_bf16" in fields.get("flags", "") else ""
+    return f"{os.cpu_count()} cores of {name}{flags}"
+
+
+def read(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
