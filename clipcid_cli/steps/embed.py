@@ -107,12 +107,12 @@ def _find_finished(
         and settings.batch_size in (None, made["batch_size"])
         and settings.precision in ("auto", made["precision"])
         and plan_identity({}, sidecar["inputs"]) == plan_identity({}, inputs)
-        and _is_of(sidecar["model"], name)
+        and is_of(sidecar["model"], name)
     )
     return sidecar if same else None
 
 
-def _is_of(model: dict[str, Any], name: ModelName) -> bool:
+def is_of(model: dict[str, Any], name: ModelName) -> bool:
     """Tell whether what a sidecar says of a model is true of `name`; weights given by a tag never change."""
     weights = find_weights(name.path) if name.path is not None else None
     if weights is None or name.path is None:
@@ -216,7 +216,7 @@ def _finish(
         },
         seconds=seconds,
         images_per_second=round(embedded / elapsed, 1) if embedded else None,
-        model=dataclasses.asdict(info),
+        model=dataclasses.asdict(info) | {"logit_scale": embedder.model.logit_scale},
         data=dataset.describe(),
         run={"processes": len(timings), "device": embedder.model.device.type, "pillow": PIL.__version__},
     )

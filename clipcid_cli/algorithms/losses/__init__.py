@@ -1,0 +1,1 @@
+"""The distillation losses: one registry (`registry`), one input (`batch`), small pure functions by family."""

@@ -1,0 +1,77 @@
+"""What a loss is computed from: the features of one global batch.
+
+Shape legend: B global batch, d student width, D width of the meeting space, S candidate centres, m stored clusters a sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterTargets:
+    """Candidate centres of one batch and what the teacher said of them.
+
+    Attributes:
+        centres_SD: Candidate centres, unit rows, float32 [S, D].
+        log_correction_S: What is added to each candidate's logit so that the drawn ones stand for all centres that were
+            not drawn: 0 for active candidates, log((K − |A|) / |R|) for drawn ones; float32 [S].
+        positions_Bm: Row of `centres_SD` of each stored cluster of each sample, nearest first, int64 [B, m].
+        weights_Bm: Target distribution over them, rows sum to 1, float32 [B, m].
+    """
+
+    centres_SD: Tensor
+    log_correction_S: Tensor
+    positions_Bm: Tensor
+    weights_Bm: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LossBatch:
+    """Features of one global batch; all rows are of unit length, row i of each belongs to sample i.
+
+    Attributes:
+        image_Bd: Student image features s.
+        text_Bd: Student text features v.
+        student_scale: exp(logit_scale) of the student, a scalar.
+        image_BD: Student image features s' in the meeting space; `image_Bd` itself when no map is learned.
+        text_BD: Student text features v' there.
+        teacher_image_BD: Teacher image features t, in the meeting space (rotated and cut for ``--teacher-space pca``).
+        teacher_text_BD: Teacher text features u, likewise.
+        teacher_scale: exp(logit_scale) of the teacher, a scalar.
+        image_clusters: Targets of the images; present when a loss needs clusters.
+        text_clusters: Targets of the captions, with the same candidates; present for ``--cluster-towers both``.
+    """
+
+    image_Bd: Tensor
+    text_Bd: Tensor
+    student_scale: Tensor
+    image_BD: Tensor | None = None
+    text_BD: Tensor | None = None
+    teacher_image_BD: Tensor | None = None
+    teacher_text_BD: Tensor | None = None
+    teacher_scale: float | None = None
+    image_clusters: ClusterTargets | None = None
+    text_clusters: ClusterTargets | None = None
+
+    def student_in_teacher_space(self) -> tuple[Tensor, Tensor]:
+        """Return s' and v', [B, D] each."""
+        assert self.image_BD is not None
+        assert self.text_BD is not None
+        return self.image_BD, self.text_BD
+
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        """Return t and u, [B, D] each."""
+        assert self.teacher_image_BD is not None
+        assert self.teacher_text_BD is not None
+        return self.teacher_image_BD, self.teacher_text_BD
+
+    def teacher_logits(self, scale: float | None = None) -> Tensor:
+        """Return the teacher's image-to-text logits [B, B] at `scale`, or at the teacher's own."""
+        image, text = self.teacher()
+        used = self.teacher_scale if scale is None else scale
+        assert used is not None
+        return torch.mul(image @ text.T, used)

@@ -1,0 +1,146 @@
+"""The one table of losses: name, what it is, what it needs, and the presets that combine them.
+
+Command-line choices, help texts, documentation and tests read this file. It does not import torch, so that usage errors
+answer at once; the functions themselves are imported by `load_loss`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class LossEntry:
+    """One loss of the registry.
+
+    Attributes:
+        name: Spelling on the command line and in logs.
+        summary: What it compares, for ``--help``.
+        function: ``module:function`` of its implementation, called as ``f(batch)``, or ``f(batch, scale)`` when it owns a
+            logit scale.
+        own_scale: Whether it learns a logit scale of its own (starting at 1/0.07, kept at or below 100).
+        needs_teacher: Whether it reads teacher embeddings.
+        needs_clusters: Whether it reads the centroids and assignments that `clipcid cluster` writes.
+        space: Where student and teacher meet: ``own`` compares student with student only, ``teacher`` compares across and
+            so needs equal widths (see ``--teacher-space``).
+    """
+
+    name: str
+    summary: str
+    function: str
+    own_scale: bool = False
+    needs_teacher: bool = True
+    needs_clusters: bool = False
+    space: Literal["own", "teacher"] = "own"
+
+
+_PACKAGE = "clipcid_cli.algorithms.losses"
+
+LOSSES: Mapping[str, LossEntry] = {
+    entry.name: entry
+    for entry in (
+        LossEntry(
+            "clip",
+            "contrastive loss of the student's images and captions",
+            f"{_PACKAGE}.contrastive:clip",
+            needs_teacher=False,
+        ),
+        LossEntry(
+            "instance",
+            "student image against teacher caption and student caption against teacher image, both ways",
+            f"{_PACKAGE}.contrastive:instance",
+            own_scale=True,
+            space="teacher",
+        ),
+        LossEntry(
+            "instance-intra",
+            "student image against teacher image and student caption against teacher caption, both ways",
+            f"{_PACKAGE}.contrastive:instance_intra",
+            own_scale=True,
+            space="teacher",
+        ),
+        LossEntry(
+            "cluster",
+            "student image against the teacher's clusters: label and soft assignment",
+            f"{_PACKAGE}.cluster:cluster",
+            own_scale=True,
+            needs_clusters=True,
+            space="teacher",
+        ),
+        LossEntry(
+            "fd",
+            "squared distance of student and teacher features, summed over the width",
+            f"{_PACKAGE}.features:feature_distance",
+            space="teacher",
+        ),
+        LossEntry(
+            "icl",
+            "student image to teacher caption and student caption to teacher image, one way",
+            f"{_PACKAGE}.contrastive:interactive",
+            own_scale=True,
+            space="teacher",
+        ),
+        LossEntry(
+            "crd",
+            "divergence of the student's in-batch similarities from the teacher's",
+            f"{_PACKAGE}.relations:relation_divergence",
+        ),
+        LossEntry(
+            "affinity",
+            "cross-entropy of the student's in-batch similarities to the teacher's at a fixed scale of 100",
+            f"{_PACKAGE}.relations:affinity",
+        ),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Factor of a loss in the total.
+
+    Attributes:
+        value: The factor, or what is divided by the width.
+        per_width: Whether `value` is meant for a mean over the D dimensions of the meeting space, so that our sum over
+            them takes value/D.
+    """
+
+    value: float
+    per_width: bool = False
+
+    def at(self, width: int) -> float:
+        """Return the factor for a meeting space of `width` dimensions."""
+        return self.value / width if self.per_width else self.value
+
+
+# cid: λ_clu = 1 for cross-entropy + KL had four times the gradient of either contrastive term in a trial; 0.25 puts them on
+# an equal footing. clip-kd: the weights of its paper. dr: λ within the range MobileCLIP studies.
+PRESETS: Mapping[str, Mapping[str, Weight]] = {
+    "clip": {"clip": Weight(1.0)},
+    "cid": {"clip": Weight(1.0), "instance": Weight(1.0), "cluster": Weight(0.25)},
+    "clip-kd": {"clip": Weight(1.0), "fd": Weight(2000.0, per_width=True), "icl": Weight(1.0), "crd": Weight(1.0)},
+    "dr": {"clip": Weight(0.25), "affinity": Weight(0.75)},
+}
+
+
+def select_losses(preset: str, overrides: Mapping[str, float]) -> dict[str, Weight]:
+    """Return the losses of a run: the preset's, with overridden weights put in and those of weight 0 left out.
+
+    Args:
+        preset: A name of `PRESETS`.
+        overrides: Weights by loss name; they replace the preset's and add losses it lacks.
+
+    Returns:
+        Weights by name, in registry order.
+    """
+    weights = {**PRESETS[preset], **{name: Weight(value) for name, value in overrides.items()}}
+    return {name: weights[name] for name in LOSSES if name in weights and weights[name].value > 0.0}
+
+
+def load_loss(name: str) -> Callable[..., Any]:
+    """Import and return the function of a loss."""
+    module, function = LOSSES[name].function.split(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded

@@ -1,0 +1,48 @@
+"""A space of the student's width in which teacher and student meet, without a learned map.
+
+Shape legend: D teacher width, d student width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """A rotation of the teacher's space, cut to its first d axes.
+
+    Attributes:
+        axes_Dd: Orthonormal columns, float32 [D, d].
+        kept: Share of the rows' squared length that lies in them, in [0, 1].
+    """
+
+    axes_Dd: npt.NDArray[np.float32]
+    kept: float
+
+
+def principal_rotation(moment_DD: npt.NDArray[np.float64], width: int) -> Rotation:
+    """Find the d axes that keep most of the rows' squared length.
+
+    The mean is not taken away: a rotation about the origin keeps every dot product, and so every cosine similarity up to
+    what is cut, which subtracting a mean would not.
+
+    Args:
+        moment_DD: Sum (or mean) over rows x of xᵀx, symmetric, [D, D].
+        width: d ≤ D.
+
+    Returns:
+        The axes, the strongest first, each with its largest entry positive, so that the result does not depend on the
+        solver's choice of sign.
+
+    Source: METHOD §3, meeting space [O].
+    """
+    values, vectors = np.linalg.eigh(moment_DD)
+    axes = vectors[:, ::-1][:, :width]
+    largest = np.abs(axes).argmax(axis=0)
+    axes = axes * np.sign(axes[largest, np.arange(axes.shape[1])])
+    kept = float(values[::-1][:width].sum() / values.sum())
+    return Rotation(axes.astype(np.float32), kept)

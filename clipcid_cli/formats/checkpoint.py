@@ -1,0 +1,60 @@
+"""Checkpoints of a training run: whole or absent, read without executing anything."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import atomic_file
+
+_NAME = re.compile(r"step_(\d{8})\.pt")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the file of the checkpoint made after `step` steps."""
+    return folder / f"step_{step:08d}.pt"
+
+
+def write_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> None:
+    """Write a checkpoint, then remove all but the newest ones.
+
+    Args:
+        folder: Folder of the run's checkpoints.
+        step: Steps done.
+        state: Tensors, numbers, texts, and dicts and lists of them.
+        keep: How many to leave. Two: should the newest be damaged on a failing disk, the run is not lost.
+    """
+    with atomic_file(checkpoint_path(folder, step)) as file:
+        torch.save(state, file)
+    for old in list_checkpoints(folder)[:-keep]:
+        checkpoint_path(folder, old).unlink(missing_ok=True)
+
+
+def list_checkpoints(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints that are there, ascending."""
+    if not folder.is_dir():
+        return []
+    found = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
+    """Read a checkpoint; only tensors and plain values are admitted, so the file cannot run code.
+
+    Raises:
+        ClipcidError: when the file is damaged or holds anything else.
+    """
+    path = checkpoint_path(folder, step)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises RuntimeError, EOFError, pickle and zip errors for a damaged file
+        raise ClipcidError(
+            f"Checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}",
+            "Remove it to go on from the one before, or start over with --resume never.",
+        ) from error
+    assert isinstance(state, dict)
+    return state

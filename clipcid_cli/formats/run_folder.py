@@ -1,0 +1,82 @@
+"""The folder of one training run: ``student/``, ``checkpoints/``, ``train.jsonl``, ``results.jsonl``, ``report.html``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.formats.atomic import write_text
+
+
+class RunFolder:
+    """Names and logs of a run.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def student(self) -> Path:
+        """Folder of the trained model, in open_clip's form."""
+        return self.path / "student"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def train_log(self) -> Path:
+        """One JSON object per logged step: losses, rates, times."""
+        return self.path / "train.jsonl"
+
+    @property
+    def results_log(self) -> Path:
+        """One JSON object per evaluation on the held-out part."""
+        return self.path / "results.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The report for people."""
+        return self.path / "report.html"
+
+    def clear(self) -> None:
+        """Remove what an earlier run left."""
+        for folder in (self.student, self.checkpoints):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        for file in (self.train_log, self.results_log, self.report):
+            file.unlink(missing_ok=True)
+
+    def rewind(self, step: int) -> None:
+        """Cut the logs back to `step`: a killed run has logged steps after its last checkpoint, which are done again."""
+        for path in (self.train_log, self.results_log):
+            lines = [line for line in read_lines(path) if line["step"] <= step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Append JSON objects to a log, one a line."""
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    if text:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a log; a last line that a kill cut off is left out."""
+    found: list[dict[str, Any]] = []
+    if not path.exists():
+        return found
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found

@@ -1,0 +1,82 @@
+"""What a student is trained for: the weighted sum of a run's losses over one global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
+from clipcid_cli.runtime.gradients import gather_rows
+from clipcid_cli.runtime.training import LossParameters
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.teacher_targets import TeacherTargets
+
+
+class Objective:
+    """The losses of a run.
+
+    Attributes:
+        weights: Factor of each loss by name.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, float], parameters: LossParameters, targets: TeacherTargets | None, size: int
+    ) -> None:
+        """Bind the losses.
+
+        Args:
+            weights: Factor of each loss by name.
+            parameters: The losses' own scales and maps.
+            targets: What the teacher said of each sample; None when no loss asks.
+            size: Number of processes.
+        """
+        self.weights = dict(weights)
+        self._functions = {name: load_loss(name) for name in weights}
+        self._parameters, self._targets, self._size = parameters, targets, size
+
+    def __call__(
+        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, rows_b: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of a step.
+
+        Args:
+            image_bd: This process's image features, not normalised, [b, d].
+            text_bd: Its text features, likewise.
+            student_scale: exp(logit_scale) of the student.
+            rows_b: Rows of its samples among the usable ones, int64 [b].
+            step: Number of the step; decides the draw of cluster centres.
+
+        Returns:
+            The weighted sum, and each loss by name without its weight. Both are of the global batch, the same on every
+            process.
+        """
+        # float32 from here on, whatever the towers ran in: the losses subtract numbers that are nearly equal.
+        image, text = F.normalize(image_bd.float(), dim=1), F.normalize(text_bd.float(), dim=1)
+        parts = [image, text]
+        if self._parameters.image_map is not None and self._parameters.text_map is not None:
+            parts.append(F.normalize(self._parameters.image_map(image_bd.float()), dim=1))
+            parts.append(F.normalize(self._parameters.text_map(text_bd.float()), dim=1))
+        widths = [part.shape[1] for part in parts]
+        gathered = torch.split(gather_rows(torch.cat(parts, dim=1), self._size), widths, dim=1)
+        batch = LossBatch(
+            image_Bd=gathered[0],
+            text_Bd=gathered[1],
+            student_scale=student_scale,
+            image_BD=gathered[-2],
+            text_BD=gathered[-1],
+        )
+        if self._targets is not None:
+            with torch.no_grad():
+                batch = self._targets.add_to(batch, gather_rows(rows_b, self._size), step)
+        terms: dict[str, Tensor] = {}
+        for name, function in self._functions.items():
+            own = LOSSES[name].own_scale
+            terms[name] = function(batch, self._parameters.scale(name)) if own else function(batch)
+        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return total, terms

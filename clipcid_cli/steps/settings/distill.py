@@ -1,0 +1,211 @@
+"""Settings of `clipcid distill`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, Weight, select_losses
+from clipcid_cli.errors import UsageError
+from clipcid_cli.steps.settings.fields import argument, option
+from clipcid_cli.steps.settings.shared import ReadingSettings
+
+NO_TEACHER = NO_KEEP_LIST = "none"
+
+_MODELS = "Models"
+_INPUTS = "Inputs"
+_LOSS = "What is learned"
+_LENGTH = "How long"
+_OPTIMISER = "Optimiser"
+_AUGMENT = "Augmentation"
+_OUTPUT = "Output and checks"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillSettings(ReadingSettings):
+    """Settings of the step `distill`."""
+
+    data: str | None = argument(
+        None,
+        "Images and captions: a folder of tar shards, a tar, a brace pattern, an image folder or a list. By default the "
+        "data the teacher's embeddings were made of.",
+        metavar="DATA",
+    )
+    teacher: str | None = option(
+        None,
+        "Model to learn from; `none` trains without one. By default the one whose embeddings the work directory holds.",
+        group=_MODELS,
+    )
+    student: str | None = option(
+        None,
+        "Model to train: an architecture, a .json file of one (both start fresh), or weights to continue from.",
+        group=_MODELS,
+    )
+    embeddings: Path | None = option(
+        None, "Folder of the teacher's embeddings; by default the work directory's.", group=_INPUTS, operational=True
+    )
+    keep_list: str | None = option(
+        None,
+        "Keep list of `clipcid balance`: train on its kept images only; `none` for all. By default the work directory's.",
+        group=_INPUTS,
+        operational=True,
+    )
+    clusters: Path | None = option(
+        None, "Folder `clipcid cluster` wrote; by default the work directory's.", group=_INPUTS, operational=True
+    )
+    preset: str | None = option(
+        None,
+        "Set of losses: "
+        + "; ".join(f"`{name}` = {' + '.join(losses)}" for name, losses in PRESETS.items())
+        + ". By default cid, or clip where there is no teacher.",
+        group=_LOSS,
+        choices=tuple(PRESETS),
+    )
+    loss: tuple[str, ...] = option(
+        (),
+        "Change one weight of the preset or add a loss, as NAME=WEIGHT; may be repeated. Names: "
+        + ", ".join(LOSSES)
+        + ".",
+        group=_LOSS,
+        metavar="NAME=WEIGHT",
+    )
+    teacher_space: str = option(
+        "auto",
+        "Where student and teacher of different widths meet: `pca` rotates and cuts the teacher's embeddings, `project` "
+        "learns a linear layer per tower, `auto` takes pca when it keeps 98% of the variance.",
+        group=_LOSS,
+        choices=("auto", "pca", "project"),
+    )
+    cluster_towers: str = option(
+        "image",
+        "Which student towers the cluster loss teaches; `both` needs clusters made with text embeddings.",
+        group=_LOSS,
+        choices=("image", "both"),
+    )
+    label_share: float = option(
+        0.5,
+        "Share α of the k-means label in the cluster target; the rest is the teacher's distribution.",
+        group=_LOSS,
+        minimum=0.0,
+        maximum=1.0,
+    )
+    candidate_ratio: float = option(
+        0.1,
+        "Share of all cluster centres drawn at random beside those the batch names.",
+        group=_LOSS,
+        minimum=0.0,
+        maximum=1.0,
+    )
+    epochs: int | None = option(None, "Passes over the data; 32 unless --steps is given.", group=_LENGTH, minimum=1)
+    steps: int | None = option(None, "Optimiser steps, instead of --epochs.", group=_LENGTH, minimum=1)
+    lr: float = option(1e-3, "Peak learning rate.", group=_OPTIMISER, minimum=0.0, above_minimum=True)
+    wd: float = option(
+        0.2,
+        "Weight decay; norms, biases, scales and the losses' own parameters have none.",
+        group=_OPTIMISER,
+        minimum=0.0,
+    )
+    beta1: float = option(0.9, "AdamW's decay of the mean.", group=_OPTIMISER, minimum=0.0, maximum=0.9999)
+    beta2: float = option(0.98, "AdamW's decay of the square.", group=_OPTIMISER, minimum=0.0, maximum=0.9999)
+    eps: float = option(
+        1e-6, "AdamW's guard against division by zero.", group=_OPTIMISER, minimum=0.0, above_minimum=True
+    )
+    warmup: int | None = option(
+        None,
+        "Steps of linear warm-up before the cosine; by default a tenth of all, at most 2,000.",
+        group=_OPTIMISER,
+        minimum=0,
+    )
+    grad_clip_norm: float | None = option(
+        1.0, "Largest norm of the gradient; 0 for no limit.", group=_OPTIMISER, minimum=0.0
+    )
+    crop_scale: float = option(
+        0.9,
+        "Smallest share of an image's area that a random crop keeps; 1 for no cropping.",
+        group=_AUGMENT,
+        minimum=0.0,
+        maximum=1.0,
+        above_minimum=True,
+    )
+    color_jitter: float = option(
+        0.0, "Strength of random brightness, contrast and saturation.", group=_AUGMENT, minimum=0.0, maximum=1.0
+    )
+    gray_probability: float = option(0.0, "Share of images turned grey.", group=_AUGMENT, minimum=0.0, maximum=1.0)
+    name: str | None = option(
+        None,
+        "Name of the run and of its folder; by default student, preset and keep list make one.",
+        group=_OUTPUT,
+        operational=True,
+    )
+    val_fraction: float = option(
+        0.01, "Share of the samples held out, chosen by their keys' hashes.", group=_OUTPUT, minimum=0.0, maximum=0.5
+    )
+    eval_every: int | None = option(
+        None, "Steps between evaluations on the held-out part; by default a tenth of the run.", group=_OUTPUT, minimum=1
+    )
+    checkpoint_every: int | None = option(
+        None,
+        "Steps between checkpoints; by default a tenth of the run, at most 1,000.",
+        group=_OUTPUT,
+        minimum=1,
+        operational=True,
+    )
+    resume: str = option(
+        "auto",
+        "`auto` goes on from the last checkpoint of an unfinished run of equal settings, `latest` demands that there is "
+        "one, `never` starts over.",
+        group=_OUTPUT,
+        choices=("auto", "latest", "never"),
+        operational=True,
+    )
+
+    def __post_init__(self) -> None:
+        """Check what one field alone cannot tell."""
+        super().__post_init__()
+        if self.student is None:
+            raise UsageError(
+                "No student was named.", "Give --student, e.g. --student ViT-B-32 or a .json file of an architecture."
+            )
+        if self.epochs is not None and self.steps is not None:
+            raise UsageError("--epochs and --steps were both given.", "Give one of them.")
+        if self.teacher == NO_TEACHER:
+            for name in self.losses():
+                if LOSSES[name].needs_teacher:
+                    raise UsageError(
+                        f"--teacher none, but the loss {name} learns from a teacher.",
+                        f"Name a teacher, or use --preset clip without --loss {name}=….",
+                    )
+        if not self.losses():
+            raise UsageError("No loss is left: every weight is 0.", "Give one --loss a weight above 0.")
+
+    @property
+    def chosen_preset(self) -> str:
+        """The preset: as given, else `clip` without a teacher and `cid` with one."""
+        return self.preset or ("clip" if self.teacher == NO_TEACHER else "cid")
+
+    def losses(self) -> dict[str, Weight]:
+        """Return the losses of the run with their weights, in registry order.
+
+        Raises:
+            UsageError: for a --loss that is not NAME=WEIGHT with a known name and a weight of at least 0.
+        """
+        return select_losses(self.chosen_preset, dict(_parse_loss(text) for text in self.loss))
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any loss of the run reads teacher embeddings."""
+        return any(LOSSES[name].needs_teacher for name in self.losses())
+
+
+def _parse_loss(text: str) -> tuple[str, float]:
+    name, equals, number = text.partition("=")
+    if name not in LOSSES:
+        raise UsageError(f"--loss {text}: there is no loss {name!r}.", f"Losses are: {', '.join(LOSSES)}.")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not equals or not 0 <= weight < math.inf:
+        raise UsageError(f"--loss {text}: the weight must be a number >= 0.", f"Write, for example, --loss {name}=0.5.")
+    return name, weight
