@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
+from reference import BEGIN, END, insert_reference
 
 from clipcid_cli.cli import COMMANDS
-from clipcid_cli.commands.reference import BEGIN, END, insert_reference
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "open_clip", "numpy", "pandas", "pyarrow", "faiss", "rich")
@@ -80,7 +80,7 @@ def test_the_readme_holds_todays_help_pages() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert BEGIN in readme
     assert END in readme
-    assert insert_reference(readme) == readme, "run: python -m clipcid_cli.commands.reference"
+    assert insert_reference(readme) == readme, "run: python tests/reference.py"
 
 
 def test_the_import_contracts_hold() -> None:

@@ -1,6 +1,6 @@
 """The command line reference in the README: generated from the help pages, so it cannot drift.
 
-``python -m clipcid_cli.commands.reference`` rewrites it; a test fails when it is stale.
+``python tests/reference.py`` rewrites it; a test fails when it is stale.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import click
 
 from clipcid_cli.cli import COMMANDS, cli
 
-BEGIN = "<!-- The help pages below are generated: python -m clipcid_cli.commands.reference -->\n"
+BEGIN = "<!-- The help pages below are generated: python tests/reference.py -->\n"
 END = "<!-- end of the generated help pages -->\n"
 _WIDTH = 100
 
