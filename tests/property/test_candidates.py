@@ -1,0 +1,69 @@
+"""Candidates of the cluster loss: which centres are drawn, and that the correction makes the normaliser right on average."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipcid_cli.algorithms.losses.cluster import cluster_targets, draw_candidates
+
+
+@st.composite
+def draws(draw: st.DrawFn) -> tuple[np.ndarray, int, float, int, int]:
+    num_clusters = draw(st.integers(1, 400))
+    named = draw(st.lists(st.integers(0, num_clusters - 1), min_size=1, max_size=40))
+    ratio = draw(st.floats(0, 1))
+    minimum = draw(st.integers(0, 500))
+    return np.array(named), num_clusters, ratio, minimum, draw(st.integers(0, 2**40))
+
+
+@given(draws())
+def test_candidates_hold_all_named_and_enough_others_once(case: tuple[np.ndarray, int, float, int, int]) -> None:
+    named, num_clusters, ratio, minimum, seed = case
+    found = draw_candidates(named, num_clusters, ratio=ratio, minimum=minimum, seed=seed)
+    active = set(named.tolist())
+    assert set(found.ids[: found.num_active].tolist()) == active
+    assert len(set(found.ids.tolist())) == len(found.ids)
+    assert found.ids.min() >= 0
+    assert found.ids.max() < num_clusters
+    assert len(found.ids) >= min(num_clusters, minimum)
+    drawn, rest = len(found.ids) - len(active), num_clusters - len(active)
+    assert drawn >= min(rest, math.ceil(ratio * num_clusters))
+    assert found.log_correction == (math.log(rest / drawn) if drawn else 0.0)
+    again = draw_candidates(named[::-1].copy(), num_clusters, ratio=ratio, minimum=minimum, seed=seed)
+    assert np.array_equal(found.ids, again.ids)
+
+
+@given(draws())
+@settings(max_examples=40)
+def test_targets_point_at_the_named_centres(case: tuple[np.ndarray, int, float, int, int]) -> None:
+    named, num_clusters, ratio, minimum, seed = case
+    found = draw_candidates(named, num_clusters, ratio=ratio, minimum=minimum, seed=seed)
+    centres = torch.from_numpy(found.ids)[:, None].float()  # each centre carries its number
+    top = named[:, None]
+    targets = cluster_targets(
+        found, centres, top, np.ones_like(top, dtype=np.float16), temperature=0.1, label_share=0.3
+    )
+    assert torch.equal(targets.centres_SD[targets.positions_Bm][..., 0], torch.from_numpy(top).float())
+    torch.testing.assert_close(targets.weights_Bm.sum(dim=1), torch.ones(len(top)))
+
+
+def test_corrected_normaliser_is_unbiased_and_plain_one_is_not() -> None:
+    random = np.random.default_rng(0)
+    num_clusters, exponentials = 2_000, np.exp(random.normal(size=2_000))
+    named = random.choice(num_clusters, 30, replace=False)
+    full = exponentials.sum()
+    corrected, plain = [], []
+    for seed in range(300):
+        found = draw_candidates(named, num_clusters, ratio=0.1, minimum=0, seed=seed)
+        weights = np.ones(len(found.ids))
+        weights[found.num_active :] = math.exp(found.log_correction)
+        corrected.append((weights * exponentials[found.ids]).sum())
+        plain.append(exponentials[found.ids].sum())
+    error = np.std(corrected) / math.sqrt(len(corrected))
+    assert abs(np.mean(corrected) - full) < 4 * error
+    assert np.mean(plain) < 0.2 * full
