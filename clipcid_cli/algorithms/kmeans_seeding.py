@@ -22,6 +22,9 @@ PLUS_PLUS_CLUSTERS = 512
 PLUS_PLUS_ROWS_PER_CLUSTER = 16
 _UNIT = 2.0**30
 
+_NEAR_ENOUGH = 0.999
+
+ReadRow = Callable[[int], npt.NDArray[np.float16]]
 ReadRows = Callable[[npt.NDArray[np.int64]], torch.Tensor]
 
 
@@ -99,26 +102,28 @@ def _integer_distances(exact_SD: torch.Tensor, chosen: list[int]) -> torch.Tenso
 
 
 def choose_seeds(
-    similarities_P: npt.NDArray[np.float64],
-    row_numbers_P: npt.NDArray[np.int64],
-    rows_PD: npt.NDArray[np.float16],
-    count: int,
+    similarities_P: npt.NDArray[np.float64], numbers_P: npt.NDArray[np.int64], read_row: ReadRow, count: int
 ) -> npt.NDArray[np.int64]:
     """Choose rows to re-seed empty clusters: those farthest from their own centres, no two of them equal.
 
+    Rows nearer to their centre than 0.999 (2.6°) are left out: data with fewer different rows than clusters has clusters
+    that must stay empty.
+
     Args:
         similarities_P: Similarity of candidate rows to their own centres, float64 [P].
-        row_numbers_P: Their numbers among all rows, int64 [P]; equal similarities go by the smaller number.
-        rows_PD: The candidate rows, float16 [P, D].
+        numbers_P: Their numbers among all rows, int64 [P]; equal similarities go by the smaller number.
+        read_row: Returns a row by its number, float16 [D].
         count: How many are wanted.
 
     Returns:
-        Positions among the candidates, int64 [≤ count]: fewer only when fewer different rows are at hand.
+        Positions among the candidates, int64 [≤ count], the farthest first. The choice from parts of the candidates, made
+        again from what was chosen of each part, is the choice from all.
     """
+    far = np.flatnonzero(similarities_P <= _NEAR_ENOUGH)
     chosen: list[int] = []
     seen: set[bytes] = set()
-    for position in np.lexsort((row_numbers_P, similarities_P)).tolist():
-        content = rows_PD[position].tobytes()
+    for position in far[np.lexsort((numbers_P[far], similarities_P[far]))].tolist():
+        content = read_row(int(numbers_P[position])).tobytes()
         if content not in seen:
             seen.add(content)
             chosen.append(position)

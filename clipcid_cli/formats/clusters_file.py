@@ -22,6 +22,7 @@ from clipcid_cli.formats.output import read_sidecar, sidecar_path
 
 CENTROIDS = "centroids.npy"
 TABLE = "clusters.parquet"
+_PROGRESS = ".progress.npz"
 
 _MIN_PART_ROWS = 8192
 _MAX_PARTS = 256
@@ -84,27 +85,26 @@ def open_clusters(folder: Path) -> Clusters:
         raise ClipcidError(f"{folder} holds no finished clusters: there is no cluster.json.", "Run: clipcid cluster")
     try:
         centroids = np.load(folder / CENTROIDS, mmap_mode="r", allow_pickle=False)
-        table = pq.read_table(folder / TABLE)
+        keys = pq.read_table(folder / TABLE, columns=["key"])["key"].to_numpy()
+        table = read_part(folder / TABLE)
         temperatures = sidecar["temperatures"]
-        images = _read_tops(table, "")
-        captions = _read_tops(table, "caption_") if "caption_top_clusters" in table.column_names else None
-        labels = table["cluster"].to_numpy()
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise ClipcidError(f"{folder} cannot be read as clusters: {error}", remake) from error
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(centroids):
+    if int(table.images.clusters.max()) >= len(centroids):
         raise ClipcidError(
-            f"{folder / TABLE} names cluster {int(labels.max())}; {CENTROIDS} has {len(centroids)} centres.", remake
+            f"{folder / TABLE} names cluster {int(table.images.clusters.max())}; {CENTROIDS} has {len(centroids)} centres.",
+            remake,
         )
     return Clusters(
         folder=folder,
         centroids=centroids,
-        keys=table["key"].to_numpy(),
-        labels=labels,
-        similarities=table["similarity"].to_numpy(),
-        images=images,
-        captions=captions,
+        keys=keys,
+        labels=table.labels,
+        similarities=table.similarities,
+        images=table.images,
+        captions=table.captions,
         image_temperature=float(temperatures["image"]),
-        caption_temperature=None if captions is None else float(temperatures["caption"]),
+        caption_temperature=None if table.captions is None else float(temperatures["caption"]),
         sidecar=sidecar,
     )
 
@@ -149,6 +149,67 @@ def write_part(
         **({} if captions is None else _top_columns("caption_", captions)),
     }
     write_parquet(path, pa.table(columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of the table.
+
+    Attributes:
+        labels: Nearest centre of each image, int32 [n].
+        similarities: Cosine similarity to it, float32 [n].
+        images: Nearest centres of the images.
+        captions: Nearest centres of the captions; None when there are none.
+    """
+
+    labels: npt.NDArray[np.int32]
+    similarities: npt.NDArray[np.float32]
+    images: TopClusters
+    captions: TopClusters | None
+
+
+def read_part(path: Path) -> Part:
+    """Read a part, or the whole table."""
+    table = pq.read_table(path)
+    captions = _read_tops(table, "caption_") if "caption_top_clusters" in table.column_names else None
+    return Part(table["cluster"].to_numpy(), table["similarity"].to_numpy(), _read_tops(table, ""), captions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Centres of an unfinished run.
+
+    Attributes:
+        centroids: float32 [K, D].
+        iterations: Iterations done.
+        converged: Whether the last one changed nothing.
+    """
+
+    centroids: npt.NDArray[np.float32]
+    iterations: int
+    converged: bool
+
+
+def write_progress(folder: Path, progress: Progress) -> None:
+    """Save the centres of an unfinished run, whole or not at all."""
+    with atomic_file(folder / _PROGRESS) as file:
+        np.savez(file, **dataclasses.asdict(progress))
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """Read what `write_progress` saved; None when there is nothing."""
+    path = folder / _PROGRESS
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as saved:
+        return Progress(saved["centroids"], int(saved["iterations"]), bool(saved["converged"]))
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what only an unfinished run needs: its progress and its parts."""
+    (folder / _PROGRESS).unlink(missing_ok=True)
+    for path in folder.glob(f".{TABLE}.part-*"):
+        path.unlink()
 
 
 def join_parts(folder: Path, num_parts: int, *, captions: bool) -> None:

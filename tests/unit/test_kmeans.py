@@ -104,11 +104,23 @@ def test_spread_out_rows_of_equal_rows_are_still_different() -> None:
 
 
 def test_seeds_are_the_farthest_rows_without_copies() -> None:
-    rows = np.eye(4, dtype=np.float16)[[0, 1, 1, 2, 3]]
-    similarities = np.array([0.9, 0.1, 0.1, 0.3, 0.1])
-    numbers = np.array([50, 40, 30, 20, 60])
-    assert choose_seeds(similarities, numbers, rows, 3).tolist() == [2, 4, 3]
-    assert choose_seeds(similarities, numbers, rows, 9).tolist() == [2, 4, 3, 0]
+    rows = dict(zip([50, 40, 30, 20, 60, 10], np.eye(4, dtype=np.float16)[[0, 1, 1, 2, 3, 3]], strict=True))
+    similarities = np.array([0.9, 0.1, 0.1, 0.3, 0.1, 0.9995])
+    numbers = np.array(list(rows))
+    assert choose_seeds(similarities, numbers, rows.__getitem__, 3).tolist() == [2, 4, 3]
+    assert choose_seeds(similarities, numbers, rows.__getitem__, 9).tolist() == [2, 4, 3, 0]
+
+
+def test_seeds_of_parts_are_the_seeds_of_all() -> None:
+    random = np.random.default_rng(0)
+    rows = random.integers(0, 3, (60, 3)).astype(np.float16)
+    similarities, numbers = random.integers(0, 9, 60) / 9, random.permutation(60)
+    whole = numbers[choose_seeds(similarities, numbers, rows.__getitem__, 12)]
+    parts = [np.arange(0, 21), np.arange(21, 40), np.arange(40, 60)]
+    local = [part[choose_seeds(similarities[part], numbers[part], rows.__getitem__, 12)] for part in parts]
+    union = np.concatenate(local)
+    again = numbers[union[choose_seeds(similarities[union], numbers[union], rows.__getitem__, 12)]]
+    assert again.tolist() == whole.tolist()
 
 
 @pytest.mark.parametrize("wanted", [2.0, 3.5, 8.0])
