@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.commands.command import step_command
@@ -28,7 +29,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         for title in [*columns, "images", "images/s"]:
             table.add_column(title, justify="right", no_wrap=True)
         for one in rows:
-            model = one["model"] if one["pretrained"] == one["model"] else f"{one['model']} {one['pretrained']}"
+            # A folder is told by its short name; its path would take half the terminal.
+            model = one["model"] if Path(one["pretrained"]).is_dir() else f"{one['model']} {one['pretrained']}"
             values = [" / ".join(_percent(one["metrics"][name]) for name in names) for names in columns.values()]
             table.add_row(model, one["dataset"], *values, f"{one['images']:,}", f"{one['images_per_second']:,.0f}")
         console.print(table)

@@ -240,6 +240,29 @@ def test_dry_run_writes_nothing(
     assert not (tmp_path / "clipcid-work").exists()
 
 
+def test_with_nothing_named_the_newest_student_and_what_was_held_out(
+    clipcid: Callable[..., Run], tiny_model: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    student = tiny_model / "open_clip_config.json"
+    trained = clipcid(
+        "distill", tiny_shards, "--teacher", "none", "--student", student, "--steps", 2, "--batch-size", 8,
+        "--val-fraction", 0.3, "--name", "alone", *INLINE, "--json",
+    ).json  # fmt: skip
+    run = clipcid("eval-zeroshot", *INLINE, "--json")
+    assert "newest student" in run.stderr
+    assert "held out" in run.stderr
+    assert 2 <= run.json["images"] < 24
+    # The run itself measured its student on the same samples.
+    for direction in ("image", "text"):
+        measured = run.json["metrics"][f"{direction}_retrieval_recall@5"]
+        assert measured == pytest.approx(trained["metrics"][f"{direction}_retrieval_recall@5"], abs=1e-9)
+    exported = clipcid("export", "--json").json
+    assert Path(exported["files"]["open_clip_model"]) == Path("clipcid-work/export/alone/open_clip_model.safetensors")
+    assert (
+        clipcid("eval-zeroshot", "clipcid-work/export/alone", *INLINE, "--json").json["metrics"] == run.json["metrics"]
+    )
+
+
 def make_bad_data(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.tar").write_text("I am no tar\n")
