@@ -4,20 +4,30 @@ Workers hold no state: a batch is a list of small descriptions, `prepare` turns 
 on the batch alone. So the result is the same for any number of workers.
 
 Workers are forked from a server process that has imported PyTorch and the decoders already: a worker starts in
-milliseconds, without what the main process has loaded since (a model, CUDA, threads that hold locks).
+milliseconds, without what the main process has loaded since (a model, CUDA, threads that hold locks). PyTorch's DataLoader
+does not fit that: it notices the death of such a worker only when its timeout for stalls is over, and its workers outlive a
+main process that was killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import signal
+import threading
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.queues import Queue
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipcid_cli.errors import ClipcidError
 
@@ -27,7 +37,6 @@ Prepared = TypeVar("Prepared")
 # What workers need; nothing here may import faiss.
 _PRELOAD = [
     "torch",
-    "torch.utils.data",
     "torchvision.transforms.functional",
     "open_clip.transform",
     "open_clip.tokenizer",
@@ -51,9 +60,8 @@ def default_workers() -> int:
 
 
 def start_worker_server() -> None:
-    """Start the server that workers are forked from, so that its imports run beside the caller's; later calls do nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    """Start the server that workers are forked from, so that its imports run beside the caller's; once is enough."""
+    _context().set_forkserver_preload(_PRELOAD)
     multiprocessing.forkserver.ensure_running()
 
 
@@ -68,90 +76,128 @@ def load_batches(
     """Prepare batches, in order.
 
     Args:
-        batches: What to prepare; consumed as workers become free, so it may be a generator over any number of shards. Each
-            item is sent to a worker and must be picklable and small (places in files, not their content).
+        batches: What to prepare; consumed as workers become free, so it may be a generator over any number of shards.
+            Each item is sent to a worker and must be picklable and small (places in files, not their content).
         prepare: Picklable function of one batch. A ClipcidError it raises is raised here.
         workers: Number of worker processes; 0 prepares in this process.
-        ahead: Batches that each worker prepares ahead.
+        ahead: Batches that each worker has in hand, so that it never waits for this process.
         stall_seconds: Time after which a batch that does not come is taken for a stall.
 
     Yields:
-        What `prepare` returned for each batch, in the order of `batches`.
+        What `prepare` returned for each batch, in the order of `batches`. Tensors come through shared memory.
 
     Raises:
-        ClipcidError: when a worker died or stalled, or `prepare` raised one.
+        ClipcidError: when a worker ended or stalled, or `prepare` raised one.
     """
     if workers == 0:
         for batch in batches:
             yield prepare(batch)
         return
     start_worker_server()
-    loader: DataLoader[Any] = DataLoader(
-        _Preparation(prepare),
-        # With no batching of its own, the loader hands whatever the sampler yields to a worker as an index.
-        batch_size=None,
-        sampler=_Items(batches),
-        num_workers=workers,
-        prefetch_factor=ahead,
-        collate_fn=_unchanged,
-        multiprocessing_context=multiprocessing.get_context("forkserver"),
-        timeout=stall_seconds,
-        # The loader draws a seed for its workers; from a generator of its own it leaves the caller's untouched.
-        generator=torch.Generator(),
-    )
+    crew = [_Worker(_context(), prepare) for _ in range(workers)]
     try:
-        for outcome in loader:
-            if outcome.error is not None:
-                raise outcome.error
-            yield outcome.value
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) and "DataLoader timed out" not in str(error):
-            raise
-        raise _loader_error(error, workers, stall_seconds) from error
-
-
-def _loader_error(error: RuntimeError, workers: int, stall_seconds: float) -> ClipcidError:
-    if "timed out" in str(error):
-        return ClipcidError(
-            f"No batch came from the {workers} workers for {stall_seconds:.0f} seconds: reading the data stalls.",
-            "Look at the disk or network the data is on; --workers 0 reads in the main process.",
-        )
-    return ClipcidError(
-        f"A process that decodes images ended: {' '.join(str(error).split())}",
-        "Likely memory ran out, or /dev/shm: use fewer --workers or a smaller --batch-size.",
-    )
+        waiting: deque[_Worker] = deque()
+        for number, batch in enumerate(batches):
+            worker = crew[number % workers]
+            worker.give(batch)
+            waiting.append(worker)
+            if len(waiting) > ahead * workers:
+                yield waiting.popleft().take(stall_seconds)
+        while waiting:
+            yield waiting.popleft().take(stall_seconds)
+    finally:
+        for worker in crew:
+            worker.end()
 
 
 @dataclasses.dataclass
 class _Outcome(Generic[Prepared]):
-    """What became of one batch. Errors travel as values: the loader would rewrite a raised one into a traceback."""
+    """What became of one batch."""
 
     value: Prepared | None
-    error: ClipcidError | None
+    error: ClipcidError | None = None
+    trace: str | None = None
 
 
-class _Preparation(Dataset[Any]):
-    """What runs in a worker."""
+class _Worker:
+    """A process that prepares the batches it is given, one after the other."""
 
-    def __init__(self, prepare: Callable[[Any], Any]) -> None:
-        self._prepare = prepare
+    def __init__(self, context: ForkServerContext, prepare: Callable[[Any], Any]) -> None:
+        # A queue takes any number of batches without waiting; a pipe would not while the worker is busy.
+        self._batches: Queue[Any] = context.Queue()
+        self._results, sender = context.Pipe(duplex=False)
+        self._process: ForkServerProcess = context.Process(
+            target=_work, args=(prepare, self._batches, sender), daemon=True
+        )
+        self._process.start()
+        sender.close()
 
-    def __getitem__(self, batch: Any) -> _Outcome[Any]:
+    def give(self, batch: Any) -> None:
+        """Hand over a batch."""
+        self._batches.put(batch)
+
+    def take(self, stall_seconds: float) -> Any:
+        """Wait for the result of the batch that was given first."""
+        ready = multiprocessing.connection.wait([self._results, self._process.sentinel], timeout=stall_seconds)
+        if not ready:
+            raise ClipcidError(
+                f"No batch came from a process that decodes images for {stall_seconds:.0f} seconds: reading stalls.",
+                "Look at the disk or network the data is on; --workers 0 reads in the main process.",
+            )
         try:
-            return _Outcome(self._prepare(batch), None)
+            outcome: _Outcome[Any] = self._results.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(5)
+            raise ClipcidError(
+                f"A process that decodes images ended ({_describe_exit(self._process.exitcode)}).",
+                "If memory ran out, or the space of /dev/shm: use fewer --workers or a smaller --batch-size.",
+            ) from error
+        if outcome.error is not None:
+            raise outcome.error
+        if outcome.trace is not None:
+            raise RuntimeError(f"in a process that decodes images:\n{outcome.trace}")
+        return outcome.value
+
+    def end(self) -> None:
+        """End the process, whatever it is doing: it holds nothing."""
+        self._process.terminate()
+        self._process.join()
+        self._results.close()
+        self._batches.cancel_join_thread()
+        self._batches.close()
+
+
+def _work(prepare: Callable[[Any], Any], batches: Queue[Any], results: Connection) -> None:
+    """Run in a worker: prepare batches until ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends this one.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    while True:
+        batch = batches.get()
+        outcome: _Outcome[Any]
+        try:
+            outcome = _Outcome(prepare(batch))
         except ClipcidError as error:
-            return _Outcome(None, error)
+            outcome = _Outcome(None, error=error)
+        except Exception:
+            outcome = _Outcome(None, trace=traceback.format_exc())
+        results.send(outcome)
 
 
-class _Items(Sampler[Any]):
-    """The batches, as what the loader takes for indices."""
-
-    def __init__(self, items: Iterable[Any]) -> None:
-        self._items = items
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._items)
+def _end_with_parent() -> None:
+    """End this process when the main one is gone, even by kill -9, which tells nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
-def _unchanged(value: Any) -> Any:
-    return value
+def _describe_exit(code: int | None) -> str:
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def _context() -> ForkServerContext:
+    return multiprocessing.get_context("forkserver")
