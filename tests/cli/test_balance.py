@@ -211,3 +211,34 @@ def test_new_shards_hold_the_kept_samples_byte_for_byte(
         assert refused.returncode == 1
         assert message in " ".join(refused.stderr.split())
     assert (tmp_path / "foreign" / "mine.tar").read_bytes() == b"precious"
+
+
+def test_what_is_not_embedded_yet_is_embedded_first(
+    clipcid: Callable[..., Run], tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = clipcid("balance", tiny_shards, "--model", tiny_model, "--keep", 0.9, "--json")
+    keep = pd.read_parquet(tmp_path / "clipcid-work" / "balance" / "keep.parquet")
+    assert (run.json["images"], run.json["kept"]) == (24, 22)
+    assert keep["shard"].tolist() == ["00000"] * 14 + ["00001"] * 10
+    # Images 3 and 20 are the same picture.
+    assert keep["component"][20] == 3
+    assert keep["distance"][20] == 0.0
+    assert "data:image/webp;base64," in (tmp_path / run.json["files"]["report"]).read_text()
+    again = clipcid("balance", "--threshold", 0.0, "--json")
+    assert (again.json["kept"], again.json["seconds"]["embed"] < 1.0) == (23, True)
+    assert "Taking the embeddings in" in again.stderr
+
+
+def test_without_a_hub_the_error_says_how_to_name_a_model(clipcid: Callable[..., Run], tiny_shards: Path) -> None:
+    run = clipcid("balance", tiny_shards, "--keep", 0.5, check=False)
+    assert run.returncode == 1
+    assert "ViT-L-14" in run.stderr
+    assert "folder" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_nothing_to_balance_names_the_command_that_makes_it(clipcid: Callable[..., Run]) -> None:
+    run = clipcid("balance", "--keep", 0.5, check=False)
+    assert run.returncode == 1
+    assert "clipcid embed" in run.stderr
+    assert "--embeddings" in run.stderr
