@@ -14,5 +14,3 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     touch "$stamp"
 fi
 export PATH="$(cd "$venv" && pwd)/bin:$PATH"
-# OpenMP's idle threads spin by default, which slows two programs that share few cores many times over.
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-0}

@@ -67,7 +67,7 @@ def run_step(settings: SharedSettings, step: str, summary: Summary) -> None:
     """Run a step and print its result: one JSON object on stdout with ``--json``, a summary on stderr without."""
     # OpenMP's idle threads spin by default; two processes that compute and decode on few cores then slow each other
     # many times over. It must be set before torch loads.
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("GOMP_SPINCOUNT", settings.openmp_spins)
     from clipcid_cli.commands.console import make_console, make_reporter
 
     console = make_console()

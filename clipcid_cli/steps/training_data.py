@@ -198,8 +198,26 @@ class BatchMaker:
     one the teacher embedded.
     """
 
-    def __init__(self, pixels: TrainingPixels, tokenizer: Tokenizer, seed: int, *, first_caption: bool) -> None:
-        self._pixels, self._tokenizer, self._seed, self._first_caption = pixels, tokenizer, seed, first_caption
+    def __init__(
+        self,
+        pixels: TrainingPixels,
+        tokenizer: Tokenizer,
+        seed: int,
+        *,
+        first_caption: bool,
+        caption_dropout: float = 0.0,
+    ) -> None:
+        """Prepare a maker; it is sent to each worker.
+
+        Args:
+            pixels: Turns an image into training pixels.
+            tokenizer: The student's.
+            seed: Seed of the run.
+            first_caption: Always show a sample's first caption.
+            caption_dropout: Probability with which a comma-separated part of a caption, but the first, is left out.
+        """
+        self._pixels, self._tokenizer, self._seed = pixels, tokenizer, seed
+        self._first_caption, self._caption_dropout = first_caption, caption_dropout
         self._images = ImageCache(_CACHE_BYTES)
         self._tokens: dict[str, torch.Tensor] = {}
 
@@ -222,9 +240,14 @@ class BatchMaker:
 
     def _caption(self, item: Item) -> str:
         captions = item.sample.captions
-        if self._first_caption or len(captions) == 1:
+        if self._first_caption or (len(captions) == 1 and not self._caption_dropout):
             return captions[0]
-        return captions[derive_seed("caption", self._seed, item.epoch, item.sample.key) % len(captions)]
+        random = np.random.default_rng(derive_seed("caption", self._seed, item.epoch, item.sample.key))
+        caption = captions[int(random.integers(len(captions)))]
+        if not self._caption_dropout:
+            return caption
+        first, *others = caption.split(",")
+        return ",".join([first, *(part for part in others if random.uniform() >= self._caption_dropout)])
 
     def _tokenize(self, captions: list[str]) -> torch.Tensor:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._tokens]
@@ -273,7 +296,9 @@ def used_tokens(dataset: Dataset, usable: Usable, tokenizer: Tokenizer) -> torch
         if len(positions):
             samples = shard.samples()
             captions = {caption for position in positions for caption in samples[int(position)].captions}
-            found.append(torch.unique(tokenizer(sorted(captions))))
+            # The parts too: with --caption-dropout a long caption's end may come to lie within the context.
+            parts = {part for caption in captions for part in caption.split(",")}
+            found.append(torch.unique(tokenizer(sorted(captions | parts))))
     tokens: torch.Tensor = torch.unique(torch.cat(found))
     return tokens
 

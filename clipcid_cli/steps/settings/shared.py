@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 from clipcid_cli.steps.settings.fields import check_ranges, option
 
@@ -17,6 +18,9 @@ _READ = "How data is read"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedSettings:
     """Settings of every step; each step's own dataclass adds to them."""
+
+    # How long an idle OpenMP thread spins before it sleeps (GOMP_SPINCOUNT), where the user has not said.
+    openmp_spins: ClassVar[str] = "0"
 
     work: Path = option(
         DEFAULT_WORK, "Work directory: what each step makes and where the next one looks.", group=_RUN, operational=True
