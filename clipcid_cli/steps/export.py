@@ -116,6 +116,7 @@ def _export(source: ModelName, folder: Path, settings: ExportSettings, reporter:
 
 def _result(source: ModelName, folder: Path, settings: ExportSettings, sidecar: dict[str, Any]) -> dict[str, Any]:
     names = [name for form in settings.format for name in FORMAT_FILES[form]] + [PARITY]
+    names += [path.name for path in sorted(folder.glob("*.onnx.data"))]  # weights above 2 GB
     return {
         "model": source.spec,
         "files": {Path(name).stem: str(folder / name) for name in names},
