@@ -44,15 +44,27 @@ def round_distances(squared_P: torch.Tensor) -> torch.Tensor:
 
 def squared_lengths(rows_ND: torch.Tensor) -> torch.Tensor:
     """Return |a|² of stored rows, float16 [N, D], as float64 [N], exact; not finite where a row is not."""
-    wide_ND = rows_ND.to(torch.float64)
-    return (wide_ND * wide_ND).sum(dim=1)
+    wide_ND = rows_ND.float()  # squares of float16 numbers are exact in float32
+    return (wide_ND * wide_ND).sum(dim=1, dtype=torch.float64)
 
 
-def paired_distances(a_PD: torch.Tensor, b_PD: torch.Tensor) -> torch.Tensor:
-    """Return the distance of each row of `a` to the same row of `b`: float16 [P, D] twice → float32 [P]."""
-    # The differences of stored values are multiples of 2⁻²⁴, so their squares sum up without rounding as well.
-    difference_PD = a_PD.to(torch.float64) - b_PD.to(torch.float64)
-    return round_distances((difference_PD * difference_PD).sum(dim=1))
+def paired_distances(
+    a_PD: torch.Tensor, b_PD: torch.Tensor, squared_a_P: torch.Tensor, squared_b_P: torch.Tensor
+) -> torch.Tensor:
+    """Return the distance of each row of `a` to the same row of `b`.
+
+    Args:
+        a_PD: Stored rows, float16 [P, D].
+        b_PD: Stored rows, float16 [P, D].
+        squared_a_P: Their :func:`squared_lengths`, float64 [P].
+        squared_b_P: Likewise, float64 [P].
+
+    Returns:
+        float32 [P].
+    """
+    # A product of two float16 numbers has 22 bits and is exact in float32; only their sum needs float64.
+    dots_P = (a_PD.float() * b_PD.float()).sum(dim=1, dtype=torch.float64)
+    return round_distances(squared_a_P + squared_b_P - 2.0 * dots_P)
 
 
 def selected_distances(
@@ -81,6 +93,11 @@ def selected_distances(
     columns, column_P = torch.unique(j_P, return_inverse=True)
     if len(rows) * len(columns) > _ENTRIES_PER_PAIR * len(i_P):
         chunks = [slice(at, at + _PAIRS_AT_ONCE) for at in range(0, len(i_P), _PAIRS_AT_ONCE)]
-        return torch.cat([paired_distances(a_MD[i_P[chunk]], b_ND[j_P[chunk]]) for chunk in chunks])
+        return torch.cat(
+            [
+                paired_distances(a_MD[i], b_ND[j], squared_a_M[i], squared_b_N[j])
+                for i, j in ((i_P[chunk], j_P[chunk]) for chunk in chunks)
+            ]
+        )
     dots_MN = a_MD[rows].to(torch.float64) @ b_ND[columns].to(torch.float64).T
     return round_distances(squared_a_M[i_P] + squared_b_N[j_P] - 2.0 * dots_MN[row_P, column_P])

@@ -47,6 +47,21 @@ Wanted = Callable[[IntArray, IntArray, FloatArray], npt.NDArray[np.bool_]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What holds for all rows of a block.
+
+    Attributes:
+        shortest: Smallest length.
+        longest: Largest length.
+        residual: Largest length of a stored row minus its copy in the format of the fast product, rounded up.
+    """
+
+    shortest: float
+    longest: float
+    residual: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Block:
     """Rows on the device, ready to be compared.
 
@@ -55,18 +70,14 @@ class Block:
         stored: The rows as stored, float16 [N, D].
         scan: The same in the format of the fast product.
         squared: Squared lengths, exact, float64 [N].
-        shortest: Smallest length.
-        longest: Largest length.
-        residual: Largest length of stored minus scan, rounded up.
+        bounds: What holds for all of them.
     """
 
     rows: IntArray
     stored: torch.Tensor
     scan: torch.Tensor
     squared: torch.Tensor
-    shortest: float
-    longest: float
-    residual: float
+    bounds: Bounds
 
     def part(self, start: int, stop: int) -> Block:
         """Return some of the rows; the bounds of the whole block hold for them."""
@@ -94,7 +105,7 @@ def load_block(read: ReadRows, rows: IntArray, device: torch.device, scan_dtype:
     Raises:
         ValueError: when a row is not finite or longer than ``LONGEST_ROW``, for which the distances would be inexact.
     """
-    stored = torch.from_numpy(np.ascontiguousarray(read(rows))).to(device)
+    stored = _read_stored(read, rows, device)
     squared = squared_lengths(stored)
     low, high = squared.aminmax()
     if not float(high) <= LONGEST_ROW**2:
@@ -104,7 +115,11 @@ def load_block(read: ReadRows, rows: IntArray, device: torch.device, scan_dtype:
     if scan_dtype == torch.bfloat16:
         # The differences are exact in float32; their length has a relative error far below the 1e-4 added.
         residual = float((stored.float() - scan.float()).norm(dim=1).max()) * (1 + 1e-4)
-    return Block(rows, stored, scan, squared, math.sqrt(float(low)), math.sqrt(float(high)), residual)
+    return Block(rows, stored, scan, squared, Bounds(math.sqrt(float(low)), math.sqrt(float(high)), residual))
+
+
+def _read_stored(read: ReadRows, rows: IntArray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(read(rows))).to(device)
 
 
 def lowest_score(a: Block, b: Block, cutoff: float) -> float:
@@ -126,15 +141,16 @@ def lowest_score(a: Block, b: Block, cutoff: float) -> float:
         The bound t, which still has to be rounded down to the output's format.
     """
     beyond = float(np.nextafter(np.float32(cutoff), np.float32(np.inf)))
-    needed = (a.shortest**2 + b.shortest**2 - beyond**2) / 2.0
+    needed = (a.bounds.shortest**2 + b.bounds.shortest**2 - beyond**2) / 2.0
     return needed - score_error(a, b)
 
 
 def score_error(a: Block, b: Block) -> float:
     """Return the largest difference of a fast score from the exact dot product, before its last rounding."""
-    width = a.scan.shape[1]
-    conversion = a.residual * b.longest + (a.longest + a.residual) * b.residual
-    accumulation = width * _ACCUMULATION_UNIT * (a.longest + a.residual) * (b.longest + b.residual)
+    width, one, other = a.scan.shape[1], a.bounds, b.bounds
+    conversion = one.residual * other.longest + (one.longest + one.residual) * other.residual
+    lengths = (one.longest + one.residual) * (other.longest + other.residual)
+    accumulation = width * _ACCUMULATION_UNIT * lengths
     # 2⁻¹⁴ for GPUs that flush float16's subnormals to zero; it also swallows the rounding of this very formula.
     return conversion + accumulation + 2.0**-14
 
@@ -170,6 +186,7 @@ class Join:
         self.rows, self.panel_rows = rows, panel_rows
         self._read, self._device, self._scan_dtype = read, device, scan_dtype
         self._last: tuple[int, Block] | None = None
+        self._known: dict[int, tuple[torch.Tensor, Bounds]] = {}
 
     def tiles(self) -> list[tuple[int, int]]:
         """List the tiles (panel i, panel j), i ≤ j, in an order that reads each panel i once."""
@@ -183,8 +200,14 @@ class Join:
         return size_i * (size_i - 1) // 2 if i == j else size_i * size_j
 
     def panel(self, index: int) -> Block:
-        """Read a panel."""
-        return load_block(self._read, self.panel_rows_of(index), self._device, self._scan_dtype)
+        """Read a panel. Lengths and bounds are computed the first time and remembered, 8 bytes a row."""
+        rows = self.panel_rows_of(index)
+        if index not in self._known:
+            block = load_block(self._read, rows, self._device, self._scan_dtype)
+            self._known[index] = block.squared, block.bounds
+            return block
+        stored = _read_stored(self._read, rows, self._device)
+        return Block(rows, stored, stored.to(self._scan_dtype), *self._known[index])
 
     def search_tile(self, tile: tuple[int, int], cutoff: float, wanted: Wanted) -> Iterator[Edges]:
         """Read the panels of a tile and :meth:`search` them. The last panel i stays in memory for the next tile."""
@@ -225,7 +248,7 @@ class Join:
 
 
 def _near_pairs(a: Block, b: Block, cutoff: float, wanted: Wanted, scores: torch.Tensor, is_diagonal: bool) -> Edges:
-    i_P, j_P, score_P = _propose(a, b, lowest_score(a, b, cutoff), scores)
+    i_P, j_P, score_P = _propose(a, b, lowest_score(a, b, cutoff), scores, is_diagonal)
     if is_diagonal:
         above = i_P < j_P
         i_P, j_P, score_P = i_P[above], j_P[above], score_P[above]
@@ -244,11 +267,13 @@ def _near_pairs(a: Block, b: Block, cutoff: float, wanted: Wanted, scores: torch
 
 
 def _propose(
-    a: Block, b: Block, lowest: float, buffer: torch.Tensor
+    a: Block, b: Block, lowest: float, buffer: torch.Tensor, is_diagonal: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return positions in `a` and `b`, int64 [P], and scores [P] of the pairs whose score is not below `lowest`."""
     scores_MN = buffer[: len(a) * len(b)].view(len(a), len(b))
     torch.mm(a.scan, b.scan.T, out=scores_MN)
+    if is_diagonal:
+        scores_MN.fill_diagonal_(-math.inf)
     bound = _round_down(lowest, scores_MN.dtype).to(scores_MN.device)
     # Positive floats order like integers of their bits (and negative ones lie below them), which CPUs compare faster;
     # and most rows of a tile have no hit, which their maximum tells many times faster than a comparison of all entries.
@@ -264,14 +289,20 @@ def _propose(
 
 
 def _lowest_distances(a: Block, b: Block, i_P: torch.Tensor, j_P: torch.Tensor, score_P: torch.Tensor) -> torch.Tensor:
-    """Bound the distances of proposed pairs from below, float32 [P], by the errors of :func:`lowest_score`."""
-    # Here the rounding of the output counts: half a unit in the last place, at most 2⁻⁸ (bfloat16) of the score.
-    rounding = torch.finfo(score_P.dtype).eps / 2.0
-    score_P = score_P.to(torch.float64)
-    highest_P = score_P + score_P.abs() * (2.0 * rounding) + score_error(a, b)
+    """Bound the distances of proposed pairs from below, float32 [P]."""
+    _, highest_P = score_bounds(a, b, score_P)
     squared_P = a.squared[i_P] + b.squared[j_P] - 2.0 * highest_P
     # Going to float32 may round up by one unit; the factor takes two off.
     return (squared_P.clamp(min=0.0).sqrt() * (1.0 - 2.0**-22)).to(torch.float32)
+
+
+def score_bounds(a: Block, b: Block, score_P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bound the dot products behind fast scores [P] from below and above, float64 [P] each."""
+    # Beside the errors before it, the rounding of the output: half a unit in the last place, eps/2 of the score.
+    rounding = torch.finfo(score_P.dtype).eps
+    score_P = score_P.to(torch.float64)
+    error_P = score_P.abs() * rounding + score_error(a, b)
+    return score_P - error_P, score_P + error_P
 
 
 def _round_down(value: float, dtype: torch.dtype) -> torch.Tensor:

@@ -19,6 +19,7 @@ from clipcid_cli.algorithms.distances import (
     ReadRows,
     paired_distances,
     round_distances,
+    squared_lengths,
 )
 from clipcid_cli.algorithms.neighbors import load_block
 
@@ -89,7 +90,7 @@ def distances_to(read: ReadRows, rows: IntArray, representatives: IntArray) -> F
     for start in range(0, len(others), _ROWS_AT_ONCE):
         part = others[start : start + _ROWS_AT_ONCE]
         a, b = torch.from_numpy(read(rows[part])), torch.from_numpy(read(rows[representatives[part]]))
-        distances[part] = paired_distances(a, b).numpy()
+        distances[part] = paired_distances(a, b, squared_lengths(a), squared_lengths(b)).numpy()
     return distances
 
 

@@ -11,13 +11,15 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from clipcid_cli.algorithms.cutoff import first_cutoff, nearest_distances, wider_cutoff
+from clipcid_cli.algorithms.cutoff import NearestSample, first_cutoff, wider_cutoff
 from clipcid_cli.algorithms.distances import HalfArray, IntArray
 from clipcid_cli.algorithms.duplicates import collapse_duplicates, hash_rows
 from clipcid_cli.algorithms.forest import Edges, ForestBuilder
@@ -131,15 +133,11 @@ def find_forest(
     join = Join(survey.read, survey.unique, machine.device, scan.dtype)
     if stored is None and len(survey.unique) > 1:
         reporter.note(f"Near pairs are looked for in {scan.name} ({scan.reason}) and decided in fp64.")
-    nearest = None
+    outlook = _Outlook(survey, join.rows, machine.device, scan.dtype)
     new = stored is None
     while len(forest.edges) < complete and not _is_enough(forest, cutoff, num_edges):
-        if cutoff is not None:
-            reach = float(np.float32(cutoff))
-        else:
-            if nearest is None:
-                nearest = _sample_nearest(machine, survey)
-            reach = _choose_reach(nearest, forest, survey, num_edges)
+        choose = partial(outlook.choose, forest, num_edges)
+        reach = machine.on_main(choose) if cutoff is None else float(np.float32(cutoff))
         name = f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{join.panel_rows}"
         edges = _search(machine, join, ForestParts(folder, name), survey.num_rows, forest.edges, reach, reporter)
         forest = Forest(edges, reach)
@@ -215,22 +213,27 @@ def _digest(inputs: Sequence[dict[str, Any]]) -> str:
     return hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
 
 
-def _sample_nearest(machine: Machine, survey: Survey) -> npt.NDArray[np.float32]:
-    """Look up the nearest neighbours of a fixed sample of the unique rows; each process does its share."""
-    size = min(_SAMPLE, len(survey.unique))
-    sample = np.random.default_rng(0).choice(len(survey.unique), size, replace=False)
-    mine = sample[machine.rank :: machine.size]
-    nearest = nearest_distances(survey.read, survey.unique, mine, machine.device)
-    return np.concatenate(machine.gather(nearest))
+@dataclasses.dataclass(frozen=True)
+class _Outlook:
+    """How far a search must reach for a number of edges, judged from a fixed sample of the unique rows."""
 
+    survey: Survey
+    rows: IntArray
+    device: torch.device
+    scan_dtype: torch.dtype
 
-def _choose_reach(nearest: npt.NDArray[np.float32], forest: Forest, survey: Survey, num_edges: int) -> float:
-    """Choose how far to search, counting edges between unique rows only, as the sample does."""
-    wanted = num_edges - len(survey.copies)
-    found = len(forest.edges) - len(survey.copies)
-    if forest.cutoff == 0.0:
-        return first_cutoff(nearest, wanted / len(survey.unique))
-    return wider_cutoff(nearest, forest.cutoff, found, wanted)
+    @cached_property
+    def nearest(self) -> NearestSample:
+        size = min(_SAMPLE, len(self.rows))
+        sample = np.sort(np.random.default_rng(0).choice(len(self.rows), size, replace=False))
+        return NearestSample(self.survey.read, self.rows, sample, self.device, self.scan_dtype)
+
+    def choose(self, forest: Forest, num_edges: int) -> float:
+        # Edges between unique rows only, as the sample counts them.
+        num_copies = len(self.survey.copies)
+        if forest.cutoff == 0.0:
+            return first_cutoff(self.nearest, (num_edges - num_copies) / len(self.rows))
+        return wider_cutoff(self.nearest, forest.cutoff, len(forest.edges) - num_copies, num_edges - num_copies)
 
 
 def _search(

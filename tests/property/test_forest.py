@@ -215,9 +215,10 @@ def test_lower_bounds_given_for_proposed_pairs_hold() -> None:
 def test_score_bound_is_below_what_a_pair_at_the_cutoff_scores() -> None:
     rows = unit_rows(5, 64, 512, 64, 1.0)
     block = load_block(rows.__getitem__, np.arange(64), CPU, torch.bfloat16)
-    a, b = torch.from_numpy(rows[:32]), torch.from_numpy(rows[32:])
-    scores = (block.scan[:32].float() * block.scan[32:].float()).sum(1)
-    for distance, score in zip(paired_distances(a, b).tolist(), scores.tolist(), strict=True):
+    a, b = block.part(0, 32), block.part(32, 64)
+    scores = (a.scan.float() * b.scan.float()).sum(1)
+    distances = paired_distances(a.stored, b.stored, a.squared, b.squared)
+    for distance, score in zip(distances.tolist(), scores.tolist(), strict=True):
         assert lowest_score(block, block, distance) <= score < lowest_score(block, block, distance) + 0.02
 
 

@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
+from balance_data import distance_matrix, make_rows
 
-from clipcid_cli.algorithms.cutoff import FARTHEST, first_cutoff, nearest_distances, wider_cutoff
+from clipcid_cli.algorithms import cutoff as module
+from clipcid_cli.algorithms.cutoff import FARTHEST, NearestSample, first_cutoff, wider_cutoff
 
-
-def test_nearest_distances_are_exact() -> None:
-    generator = np.random.default_rng(0)
-    rows = generator.normal(size=(5000, 16))
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    numbers = np.arange(0, 5000, 2)
-    sample = np.array([0, 7, 2499, 1300])
-    nearest = nearest_distances(rows.__getitem__, numbers, sample, torch.device("cpu"))
-    wide = rows[numbers].astype(np.float64)
-    for position, distance in zip(sample, nearest, strict=True):
-        squared = ((wide - wide[position]) ** 2).sum(axis=1)
-        squared[position] = np.inf
-        assert distance == np.float32(np.sqrt(squared.min()))
+CPU = torch.device("cpu")
+ROWS = make_rows(900, width=24)
 
 
-def test_a_row_alone_has_no_neighbour() -> None:
-    rows = np.array([[1, 0]], np.float16)
-    assert nearest_distances(rows.__getitem__, np.arange(1), np.arange(1), torch.device("cpu")).tolist() == [np.inf]
-    assert first_cutoff(np.array([np.inf], np.float32), 0.5) == FARTHEST
+def look(scan_dtype: torch.dtype, rows: np.ndarray = ROWS, size: int = 200) -> tuple[NearestSample, np.ndarray]:
+    """Sample every second row of the given ones; returns the sample and the exact distances by the definition."""
+    numbers = np.arange(0, len(rows), 2)
+    sample = np.sort(np.random.default_rng(1).choice(len(numbers), size, replace=False))
+    distances = distance_matrix(rows[numbers])
+    np.fill_diagonal(distances, np.inf)
+    return NearestSample(rows.__getitem__, numbers, sample, CPU, scan_dtype), distances[sample].min(axis=1)
+
+
+@pytest.mark.parametrize("scan_dtype", [torch.float32, torch.bfloat16])
+def test_order_statistics_and_counts_are_exact_in_any_format(
+    scan_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 100)
+    nearest, exact = look(scan_dtype)
+    for position in (0, 3, 57, 120, 198, 199):
+        assert nearest.order_statistic(position) == np.sort(exact)[position]
+    for distance in (0.0, 0.1, float(exact[5]), 0.4, 2.0):
+        assert nearest.count_within(distance) == np.count_nonzero(exact <= np.float32(distance))
+    fresh, _ = look(scan_dtype)
+    assert [fresh.count_within(float(value)) for value in exact[:20]] == [
+        np.count_nonzero(exact <= value) for value in exact[:20]
+    ]
+
+
+def test_first_cutoff_is_a_little_beyond_the_share_wanted() -> None:
+    nearest, exact = look(torch.float32)
+    assert first_cutoff(nearest, 0.4) == np.sort(exact)[112]
+    assert first_cutoff(nearest, 0.8) == np.sort(exact)[180]
+    assert first_cutoff(nearest, 0.999) == exact.max()
+
+
+def test_a_row_alone_is_searched_to_the_end() -> None:
+    alone = NearestSample(ROWS.__getitem__, np.arange(1), np.arange(1), CPU, torch.float32)
+    assert first_cutoff(alone, 0.5) == FARTHEST
 
 
 def test_cutoffs_grow_until_everything_is_within_reach() -> None:
-    nearest = np.linspace(0.1, 1.1, 1001).astype(np.float32)
-    cutoff = first_cutoff(nearest, 0.4)
-    assert np.isclose(cutoff, 0.1 + 0.46, atol=2e-3)
-    assert np.isclose(wider_cutoff(nearest, cutoff, found=200, wanted=400), 0.1 + 0.46 * 2.1, atol=1e-2)
-    steps = [cutoff]
+    nearest, exact = look(torch.bfloat16)
+    steps = [first_cutoff(nearest, 0.2)]
+    reached = np.count_nonzero(exact <= steps[0])
+    assert wider_cutoff(nearest, steps[0], found=100, wanted=150) == np.sort(exact)[int(np.ceil(1.05 * 1.5 * reached))]
     while steps[-1] < FARTHEST:
         steps.append(wider_cutoff(nearest, steps[-1], found=399, wanted=400))
-        assert steps[-1] > steps[-2]
+        assert steps[-1] >= min(1.05 * steps[-2], FARTHEST)
     assert len(steps) < 60
-    assert wider_cutoff(np.zeros(10, np.float32), 0.0, found=0, wanted=5) > 0
+    assert wider_cutoff(nearest, 0.0, found=0, wanted=5) > 0
