@@ -17,7 +17,7 @@ from PIL import Image
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.model_folder import write_model_folder
 from clipcid_cli.runtime.encoder import hash_preprocess, load_model
-from clipcid_cli.runtime.model_names import parse_model
+from clipcid_cli.runtime.model_names import ModelName, parse_model
 from clipcid_cli.runtime.precision import choose_precision
 
 CPU = torch.device("cpu")
@@ -175,3 +175,46 @@ def test_open_clip_is_quiet(
     load_model(parse_model(str(tiny_model)))
     assert caplog.records == []
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_activation_and_pixels_follow_the_tag(
+    quick: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+    import open_clip.factory
+    import open_clip.pretrained
+    from open_clip.transformer import QuickGELU
+
+    config = json.loads((tiny_model / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"tiny-arch": config | {"quick_gelu": not quick}})
+    tag = {"file": str(tiny_model / "open_clip_model.safetensors"), "quick_gelu": quick, "mean": (0.1, 0.2, 0.3)}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-arch", {"some": tag})
+    model = load_model(ModelName("tiny-arch:some", "tag", architecture="tiny-arch", tag="some"))
+    activations = [module for module in model.module.modules() if isinstance(module, QuickGELU)]
+    assert len(activations) == (4 if quick else 0)
+    assert model.info.config["quick_gelu"] is quick
+    assert model.info.preprocess["mean"] == [0.1, 0.2, 0.3]
+    assert model.info.tag == "some"
+    # A student folder made of it keeps the activation.
+    write_model_folder(tmp_path / "copy", model.info.config, model.info.preprocess, model.module.state_dict())
+    copy = load_model(parse_model(str(tmp_path / "copy")))
+    tokens = model.tokenizer(TEXTS)
+    assert torch.equal(copy.encode_texts(tokens, FP32), model.encode_texts(tokens, FP32))
+
+
+def test_a_repository_in_the_local_cache_loads_offline(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants as hub
+
+    repository = tmp_path / "models--org--tiny"
+    shutil.copytree(tiny_model, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "ENDPOINT", "https://127.0.0.1:9")
+    cached, local = load_model(parse_model("hf-hub:org/tiny")), load_model(parse_model(str(tiny_model)))
+    assert cached.info.weights_hash == local.info.weights_hash
+    tokens = local.tokenizer(TEXTS)
+    assert torch.equal(cached.encode_texts(tokens, FP32), local.encode_texts(tokens, FP32))
