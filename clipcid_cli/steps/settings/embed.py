@@ -31,6 +31,12 @@ class EmbedSettings(ReadingSettings):
     out: Path | None = option(
         None, "Folder to write to; by default embeddings/<model> in the work directory.", group=_MAKE, operational=True
     )
+    batch_size: int | None = option(
+        None,
+        "Samples a batch in each process; by default 64 on a CPU, 256 on a GPU. It decides the last bits of the rows.",
+        group="How it runs",
+        minimum=1,
+    )
     fast_decode: bool = option(
         False,
         "Decode a JPEG at a half, quarter or eighth of its size where that leaves twice the model's; faster, pixels differ "
