@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
@@ -112,9 +113,15 @@ class Embeddings:
     """
 
     def __init__(
-        self, folder: Path, files: tuple[EmbeddingFile, ...], width: int, sidecar: dict[str, Any] | None
+        self,
+        folder: Path,
+        files: tuple[EmbeddingFile, ...],
+        width: int,
+        sidecar: dict[str, Any] | None,
+        prefix_keys: bool = False,
     ) -> None:
         self.folder, self.files, self.width, self.sidecar = folder, files, width, sidecar
+        self._prefix_keys = prefix_keys and sidecar is None
         self.num_rows = sum(file.rows for file in files)
 
     @property
@@ -142,7 +149,12 @@ class Embeddings:
     @cached_property
     def keys(self) -> pa.ChunkedArray:
         """Keys of the rows, N strings: column ``key``, else ``image_path``, else file and row."""
-        return self._column(("key", "image_path"), lambda file, row: f"{file.images.stem}/{row}")
+        keys = self._column(("key", "image_path"), lambda file, row: f"{file.images.stem}/{row}")
+        if not self._prefix_keys:
+            return keys
+        slash = pa.scalar("/", type=pa.large_string())
+        joined = pc.binary_join_element_wise(self.shards.combine_chunks(), keys.combine_chunks(), slash)
+        return pa.chunked_array([joined], type=pa.large_string())
 
     @cached_property
     def shards(self) -> pa.ChunkedArray:
@@ -181,12 +193,14 @@ class Embeddings:
         return pa.chunked_array(chunks, type=pa.large_string())
 
 
-def open_embeddings(folder: Path) -> Embeddings:
+def open_embeddings(folder: Path, keys: str = "sample") -> Embeddings:
     """Open a folder of embeddings.
 
     Args:
         folder: One that `embed` finished, or one of clip-retrieval or embedding-reader: ``img_emb/*.npy`` with
             ``metadata/*.parquet`` (and ``text_emb/*.npy``) of the same numbers, or a folder of bare ``.npy``.
+        keys: ``shard`` puts the shard's name before each key of another tool's folder, where keys repeat across shards;
+            `embed` has done so already where it was told to.
 
     Raises:
         ClipcidError: when there are no embeddings, they are unfinished, or files do not belong together.
@@ -214,7 +228,7 @@ def open_embeddings(folder: Path) -> Embeddings:
         first += file.rows
     if first == 0:
         raise ClipcidError(f"{folder} holds {len(files)} files of embeddings without a row.", "Make them again.")
-    return Embeddings(folder, tuple(files), width, sidecar)
+    return Embeddings(folder, tuple(files), width, sidecar, prefix_keys=keys == "shard")
 
 
 def unit_rows(rows: npt.NDArray[Any]) -> Float16:

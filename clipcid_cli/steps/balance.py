@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
@@ -16,6 +17,7 @@ from clipcid_cli.formats.curve import CURVE, write_curve
 from clipcid_cli.formats.embeddings import Embeddings, open_embeddings
 from clipcid_cli.formats.forest_file import FOREST
 from clipcid_cli.formats.keep_list import KEEP_LIST, read_keep_list, write_keep_list
+from clipcid_cli.formats.key_join import find_repeated_key
 from clipcid_cli.formats.output import Output, fingerprint_file, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work import WorkDirectory
@@ -50,7 +52,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
     """
     with open_machine(settings.device) as machine:
         started = time.perf_counter()
-        embeddings = open_embeddings(_find_embeddings(settings, machine, reporter))
+        embeddings = open_embeddings(_find_embeddings(settings, machine, reporter), settings.keys)
         seconds = {"embed": time.perf_counter() - started}
         if settings.dry_run:
             return _describe_cost(embeddings, reporter)
@@ -122,18 +124,22 @@ def _balance(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     survey = survey_rows(machine, embeddings.images(), reporter)
-    skips = _check_rows(settings, embeddings, survey)
-    inputs = Inputs(settings, machine, output.folder, embeddings, output.inputs, survey, reporter)
-    sets, forest, was_there = make_sets(inputs)
     seconds["search"] = time.perf_counter() - started
+    skips = _check_rows(settings, embeddings, survey)
+    machine.on_main(lambda: _refuse_repeated_keys(embeddings))
+    inputs = Inputs(settings, machine, output.folder, embeddings, output.inputs, survey, reporter, seconds)
+    sets, forest, was_there = make_sets(inputs)
     if was_there:
         reporter.note("The forest of these embeddings was there: keep list, curve and report are made anew from it.")
 
-    started = time.perf_counter()
     result = _summarise(sets, embeddings, skips)
     warnings = _warnings(settings, sets)
     for warning in warnings:
         reporter.warn(warning)
+
+    def phases() -> dict[str, float]:
+        spent = time.perf_counter() - started
+        return {phase: round(value, 3) for phase, value in (seconds | {"write": spent - seconds["search"]}).items()}
 
     def write() -> dict[str, Any]:
         numbers = pa.array(survey.readable)
@@ -153,13 +159,11 @@ def _balance(
             largest=curve.largest,
             num_images=survey.num_rows,
         )
-        seconds["write"] = time.perf_counter() - started
-        result["seconds"] = {phase: round(value, 3) for phase, value in seconds.items()}
-        write_report(output.folder / REPORT, settings, embeddings, survey, forest, sets, result, warnings)
-        seconds["write"] = time.perf_counter() - started
-        result["seconds"]["write"] = round(seconds["write"], 3)
+        report = result | {"seconds": phases()}
+        write_report(output.folder / REPORT, settings, embeddings, survey, forest, sets, report, warnings)
+        result["seconds"] = phases()
         counts = {"read": embeddings.num_rows, "used": survey.num_rows, "skipped": result["skipped"]}
-        output.commit(counts=counts, seconds=seconds, embeddings=str(embeddings.folder.resolve()), result=result)
+        output.commit(counts=counts, seconds=phases(), embeddings=str(embeddings.folder.resolve()), result=result)
         return result
 
     return machine.on_main(write)
@@ -187,18 +191,26 @@ def _fingerprint(embeddings: Embeddings) -> list[dict[str, Any]]:
 def _check_rows(settings: BalanceSettings, embeddings: Embeddings, survey: Survey) -> Skips:
     """Count rows that are not finite, and refuse too many of them."""
     skips = Skips()
-    readable = set(survey.readable.tolist()) if survey.num_rows < embeddings.num_rows else None
-    if readable is not None:
-        keys = embeddings.keys.to_pylist()
-        for row in range(embeddings.num_rows):
-            if row not in readable:
-                skips.add("nan_row", keys[row])
+    bad = np.setdiff1d(np.arange(embeddings.num_rows), survey.readable, assume_unique=True)
+    for key in embeddings.keys.take(pa.array(bad)).to_pylist():
+        skips.add("nan_row", key)
     if not survey.num_rows:
         raise ClipcidError(
             f"None of the {embeddings.num_rows:,} rows of {embeddings.folder} is finite.", "Make the embeddings again."
         )
     skips.check(embeddings.num_rows, settings.max_bad_fraction, str(embeddings.folder))
     return skips
+
+
+def _refuse_repeated_keys(embeddings: Embeddings) -> None:
+    """Refuse keys that name two rows, in a folder of another tool; `embed` has looked already."""
+    repeat = None if embeddings.sidecar is not None else find_repeated_key(embeddings.keys)
+    if repeat is not None:
+        key, one, other = repeat
+        raise ClipcidError(
+            f"Key {key!r} names rows {one:,} and {other:,} of {embeddings.folder}.",
+            "Add --keys shard, which puts the shard's name before each key, or give the rows keys that differ.",
+        )
 
 
 def _summarise(sets: Sets, embeddings: Embeddings, skips: Skips) -> dict[str, Any]:

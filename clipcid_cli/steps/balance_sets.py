@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ class Inputs:
         fingerprints: Of their files.
         survey: Their rows.
         reporter: The listener.
+        seconds: Time by phase; what searching takes is added to ``search``.
     """
 
     settings: BalanceSettings
@@ -84,10 +86,12 @@ class Inputs:
     fingerprints: list[dict[str, Any]]
     survey: Survey
     reporter: Reporter
+    seconds: dict[str, float]
 
     def forest(self, *, cutoff: float | None = None, num_edges: int = 0) -> tuple[Forest, bool]:
-        """Call :func:`find_forest` on these inputs."""
-        return find_forest(
+        """Call :func:`find_forest` on these inputs, and count its time."""
+        started = time.perf_counter()
+        found = find_forest(
             self.machine,
             self.folder,
             self.survey,
@@ -97,6 +101,15 @@ class Inputs:
             precision=self.settings.precision,
             reporter=self.reporter,
         )
+        self.seconds["search"] += time.perf_counter() - started
+        return found
+
+    def pairs(self, labels: IntArray, cutoff: float) -> Edges:
+        """Call :func:`collect_pairs` on these inputs, and count its time."""
+        started = time.perf_counter()
+        found = collect_pairs(self.machine, self.survey, labels, cutoff, self.settings.precision, self.reporter)
+        self.seconds["search"] += time.perf_counter() - started
+        return found
 
 
 def make_sets(inputs: Inputs) -> tuple[Sets, Edges, bool]:
@@ -149,7 +162,7 @@ def _star_sets(inputs: Inputs, forest: Forest, threshold: float, num_kept: int) 
     def pairs_up_to(cutoff: float, forest: Forest) -> Edges:
         part = forest.edges.up_to(cutoff)
         labels = connected_components(num_rows, part.a, part.b)
-        found = collect_pairs(inputs.machine, inputs.survey, labels, cutoff, inputs.settings.precision, inputs.reporter)
+        found = inputs.pairs(labels, cutoff)
         return sort_edges(Edges(position[found.a], position[found.b], found.weight))
 
     if inputs.settings.keep is None:
