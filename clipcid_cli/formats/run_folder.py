@@ -51,7 +51,7 @@ class RunFolder:
         for folder in (self.student, self.checkpoints):
             if folder.is_dir():
                 shutil.rmtree(folder)
-        for file in (self.train_log, self.results_log, self.report):
+        for file in (self.train_log, self.results_log, self.report, *self.path.glob("diverged_step_*.json")):
             file.unlink(missing_ok=True)
 
     def rewind(self, step: int) -> None:

@@ -74,9 +74,9 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
             "distill",
             settings=json.loads(json.dumps(wanted)),
             inputs=inputs.fingerprints,
-            overwrite=settings.overwrite or settings.resume == "never",
+            overwrite=settings.overwrite,
         ) as output:
-            if output.finished is not None and settings.resume != "never":
+            if output.finished is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")
                 return result(folder, output.finished)
             seconds = {"prepare": time.perf_counter() - started}
@@ -180,7 +180,7 @@ def train(
     trainer = Trainer(student.module, parameters, plan.optimiser)
     precision = choose_precision(settings.precision, machine.device, "train", student.info.parameters)
     reporter.note(f"Precision: {precision.name} ({precision.reason}).")
-    restore(settings, trainer, folder, output, machine, reporter)
+    bad = restore(settings, trainer, folder, output, machine, reporter)
     augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
     pixels = TrainingPixels(student.info.preprocess, augmentation)
     steps = plan.optimiser.steps
@@ -211,6 +211,7 @@ def train(
         workers=plan.workers,
         max_bad_fraction=settings.max_bad_fraction,
         reporter=reporter,
+        bad=bad if machine.is_main else {},
     )
     started, first = time.perf_counter(), trainer.step
     loop.train()
@@ -268,8 +269,11 @@ def restore(
     output: Output,
     machine: Machine,
     reporter: Reporter,
-) -> None:
+) -> dict[str, str]:
     """Go on from the newest checkpoint of an unfinished run of the same settings and inputs, or clear the folder.
+
+    Returns:
+        The unreadable images met so far: reason by key.
 
     Raises:
         ClipcidError: for ``--resume latest`` when there is nothing to go on from.
@@ -282,10 +286,13 @@ def restore(
                 "Leave --resume away to start one.",
             )
         machine.on_main(folder.clear)
-        return
-    trainer.load(read_checkpoint(folder.checkpoints, steps[-1]))
+        return {}
+    state = read_checkpoint(folder.checkpoints, steps[-1])
+    trainer.load(state)
     machine.on_main(lambda: folder.rewind(trainer.step))
     reporter.note(f"Going on from step {trainer.step:,} of {trainer.plan.steps:,}.")
+    bad: dict[str, str] = state["bad"]
+    return bad
 
 
 def describe(

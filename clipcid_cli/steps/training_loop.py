@@ -15,7 +15,7 @@ from clipcid_cli.algorithms.retrieval import retrieval_metrics
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.checkpoint import write_checkpoint
-from clipcid_cli.formats.run_folder import RunFolder, append_lines
+from clipcid_cli.formats.run_folder import RunFolder, append_lines, read_lines
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.augmentation import apply_colors
 from clipcid_cli.runtime.encoder import ClipModel, normalize_pixels
@@ -76,6 +76,7 @@ class Loop:
         workers: Processes that prepare batches.
         max_bad_fraction: Largest share of samples whose image may be unreadable.
         reporter: Who is told.
+        bad: Unreadable images this process met: reason by key.
     """
 
     machine: Machine
@@ -93,12 +94,12 @@ class Loop:
     workers: int
     max_bad_fraction: float
     reporter: Reporter
+    bad: dict[str, str]
 
     def __post_init__(self) -> None:
         self.averager = GradientAverager(self.trainer.parameters, self.machine.size)
         self.terms: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
-        self.bad: dict[str, str] = {}
         self.waited = 0.0
 
     def train(self) -> None:
@@ -109,6 +110,9 @@ class Loop:
         """
         if self.trainer.step == 0:
             self._evaluate()
+        if self.trainer.step == self.pace.steps:
+            self._recall()
+            return
         started, first = time.monotonic(), self.trainer.step
         lines: list[dict[str, Any]] = []
         flushed = started
@@ -221,15 +225,22 @@ class Loop:
             append_lines(self.run.results_log, [{"step": self.trainer.step, **self.metrics}])
         self.metrics = self.machine.broadcast(self.metrics)
 
+    def _recall(self) -> None:
+        """Take the last values from the logs: the run was killed between its last checkpoint and its sidecar."""
+        log, results = read_lines(self.run.train_log), read_lines(self.run.results_log)
+        self.terms = {name.removeprefix("loss_"): value for name, value in log[-1].items() if name.startswith("loss_")}
+        self.metrics = {name: value for name, value in (results or [{}])[-1].items() if name != "step"}
+
     def _log(self, lines: list[dict[str, Any]]) -> None:
         if self.machine.is_main:
             append_lines(self.run.train_log, lines)
 
     def _save(self) -> None:
-        skips = self.bad_images()
-        skips.check(len(self.order), self.max_bad_fraction, "the training data")
+        self.bad_images().check(len(self.order), self.max_bad_fraction, "the training data")
+        found = self.machine.gather(self.bad)
         if self.machine.is_main:
-            state = self.trainer.state() | {"bad": self.bad}
+            everyone = {name: reason for bad in found for name, reason in bad.items()}
+            state = self.trainer.state() | {"bad": everyone}
             write_checkpoint(self.run.checkpoints, self.trainer.step, state)
         self.machine.barrier()
 

@@ -167,7 +167,7 @@ class DistillSettings(ReadingSettings):
     resume: str = option(
         "auto",
         "`auto` goes on from the last checkpoint of an unfinished run of equal settings, `latest` demands that there is "
-        "one, `never` starts over.",
+        "one, `never` starts an unfinished run over.",
         group=_OUTPUT,
         choices=("auto", "latest", "never"),
         operational=True,
