@@ -14,8 +14,8 @@ common=(--teacher none --preset clip --precision bf16 --workers 1 --work "$work"
   # Drawings of a vendor never seen differ in colour and proportion: hence strong crops and colours first.
   clipcid distill "$here/data/pairs" --student "$here/teacher.json" --name teacher "${common[@]}" \
     --steps 6500 --batch-size 64 --lr 1e-3 --wd 0.2 --crop-scale 0.5 --color-jitter 0.4 --gray-probability 0.05
-  # Then images as they are, four times the negatives, and captions of which only the name is certain: without this stage
-  # R@1 on a trained vendor's names was 0.34 instead of 0.91, since every image always had the same caption.
+  # Then images nearly as they are, four times the negatives, and captions of which only the name is certain. On the names
+  # of a trained vendor's 1,262 drawings R@1 was 0.34 after the first stage and 0.91 after this one.
   clipcid distill "$here/data/pairs" --student "$work/distill/teacher/student" --name teacher-fine "${common[@]}" \
     --steps 1300 --batch-size 256 --lr 1e-3 --wd 0.2 --crop-scale 0.8 --color-jitter 0.1 --caption-dropout 0.7
   clipcid export "$work/distill/teacher-fine/student" --format open-clip --precision fp16 --out "$here/teacher" --work "$work"
