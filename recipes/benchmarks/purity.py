@@ -7,7 +7,9 @@ Two images of one base emoji are repeats: close ones when one vendor drew both (
 share to keep and each method it prints
 
 - sets: sets of two images or more,
-- purity: of the images in those, the share that show their set's most frequent emoji,
+- purity: of the images in those, the share that show their set's most frequent emoji (never less than 0.5 for a pair, so
+  compare it only where sets are equally many),
+- right: of the dropped images, the share whose kept image shows the same emoji,
 - close, far: of all close and far pairs, the share whose two images are in one set,
 - emoji left: of all emoji, the share that still have an image.
 
@@ -50,7 +52,8 @@ def main() -> None:
     emoji = np.array([attributes[key]["base"] for key in keys])
     vendor = np.array([attributes[key]["vendor"] for key in keys])
     print(f"{len(keys):,} images of {len(set(emoji)):,} emoji, width {rows.shape[1]}, {arguments.embeddings}")
-    print(f"{'keep':>5}  {'method':<15}{'kept':>7}{'sets':>7}{'purity':>8}{'close':>8}{'far':>8}{'emoji left':>12}")
+    columns = {"kept": 7, "sets": 7, "purity": 8, "right": 8, "close": 8, "far": 8, "emoji left": 12}
+    print(f"{'keep':>5}  {'method':<15}" + "".join(f"{name:>{wide}}" for name, wide in columns.items()))
     for ratio in KEEP_RATIOS:
         kept_by: dict[str, np.ndarray] = {}
         for linkage in ("single", "star"):
@@ -160,7 +163,7 @@ def measure(stands_for: np.ndarray, emoji: np.ndarray, vendor: np.ndarray) -> li
     for row, keeper in enumerate(stands_for.tolist()):
         members[keeper].append(row)
     sets = [rows for rows in members.values() if len(rows) > 1]
-    right = sum(Counter(emoji[rows].tolist()).most_common(1)[0][1] for rows in sets)
+    most = sum(Counter(emoji[rows].tolist()).most_common(1)[0][1] for rows in sets)
     together, total = Counter[str](), Counter[str]()
     by_emoji = defaultdict(list)
     for row, name in enumerate(emoji.tolist()):
@@ -171,8 +174,10 @@ def measure(stands_for: np.ndarray, emoji: np.ndarray, vendor: np.ndarray) -> li
             total[name] += int(chosen.sum())
             together[name] += int((stands_for[first] == stands_for[second])[chosen].sum())
     emoji_left = len(set(emoji[list(members)].tolist())) / len(by_emoji)
-    purity = right / sum(map(len, sets)) if sets else 1.0
-    shares = [purity, *(together[name] / max(1, total[name]) for name in ("close", "far"))]
+    purity = most / sum(map(len, sets)) if sets else 1.0
+    dropped = stands_for != np.arange(len(stands_for))
+    right = float((emoji[stands_for] == emoji)[dropped].mean()) if dropped.any() else 1.0
+    shares = [purity, right, *(together[name] / max(1, total[name]) for name in ("close", "far"))]
     return [f"{len(members):>7,}", f"{len(sets):>7,}", *(f"{share:>8.3f}" for share in shares), f"{emoji_left:>12.3f}"]
 
 
