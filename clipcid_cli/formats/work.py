@@ -47,6 +47,11 @@ class WorkDirectory:
         """The folder of metrics files."""
         return self.path / "eval"
 
+    @property
+    def features(self) -> Path:
+        """The folder of frozen features that `eval-linear` keeps."""
+        return self.path / "features"
+
     def export(self, name: str) -> Path:
         """Return the folder of one export."""
         return self.path / "export" / name

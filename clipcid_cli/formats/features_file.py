@@ -1,0 +1,70 @@
+"""Frozen image features with their classes, kept so that a model sees a data set once.
+
+The name of a file tells what it holds: a hash of the weights, the preprocessing, the data and all else that decides a
+feature. A file is whole or absent and never changes, so it needs neither a lock nor a sidecar.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.skips import Skips
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Features of one data set.
+
+    Attributes:
+        rows: Unit rows, float32 [N, D].
+        labels: Numbers of the classes as the data set has them, int64 [N].
+        skips: Samples that could not be used.
+    """
+
+    rows: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    skips: Skips
+
+
+def features_path(folder: Path, model_slug: str, decides: dict[str, Any]) -> Path:
+    """Return where features lie.
+
+    Args:
+        folder: Folder of all features.
+        model_slug: Name of the model for people; the hash tells models of one name apart.
+        decides: Everything that decides the features, as JSON values.
+    """
+    digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return folder / f"{model_slug}-{digest}.npz"
+
+
+def write_features(path: Path, features: Features) -> None:
+    """Write features, whole or not at all."""
+    skips = json.dumps(features.skips.to_json())
+    with atomic_file(path) as file:
+        np.savez(file, rows=features.rows, labels=features.labels, skips=np.array(skips))
+
+
+def read_features(path: Path) -> Features | None:
+    """Read features; None when there are none.
+
+    Raises:
+        ClipcidError: when the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Features(file["rows"], file["labels"], Skips.from_json(json.loads(str(file["skips"]))))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ClipcidError(f"{path} cannot be read: {error}", f"Remove it: rm {path}") from error

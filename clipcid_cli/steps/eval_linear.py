@@ -1,0 +1,238 @@
+"""`eval-linear`: frozen features of both splits → logistic regression, its strength chosen on held-out images → metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipcid_cli.algorithms.probe import (
+    TOLERANCE,
+    LinearClassifier,
+    ProbeProblem,
+    Solution,
+    SweepPoint,
+    choose_point,
+    regularisation_grid,
+    split_by_class,
+    sweep_regularisation,
+)
+from clipcid_cli.algorithms.zeroshot import ACCURACY_TOP_K, classification_metrics, rank_classes
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.features_file import Features
+from clipcid_cli.formats.metrics_file import SIDECARS, make_metrics, metrics_stem, read_metrics, write_metrics
+from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.work import WorkDirectory
+from clipcid_cli.runtime.loading import start_worker_server
+from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.model_names import ModelName, parse_model, with_default_tag
+from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.seeds import derive_seed
+from clipcid_cli.runtime.threads import threads_for
+from clipcid_cli.steps.eval_zeroshot import EvaluatedModel
+from clipcid_cli.steps.outputs import claim_output
+from clipcid_cli.steps.probe_data import ProbeData, extract_features, open_probe_data
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
+
+TASK = "linear_probe"
+_BATCH = {"cpu": 64, "cuda": 256}
+
+
+def run(settings: EvalLinearSettings, reporter: Reporter) -> dict[str, Any]:
+    """Fit and measure a linear probe.
+
+    Returns:
+        The JSON object: CLIP_benchmark's fields with ``lp_acc1, lp_acc5, lp_mean_per_class_recall``, and ``c`` (the chosen
+        strength), ``validation_acc1, images, train_images, classes, skipped{train{}, test{}}, seconds{encode, sweep, refit},
+        files{}, reused``.
+
+    Raises:
+        ClipcidError: when the model or a split cannot be read, or too many samples cannot be used.
+    """
+    with open_machine(settings.device) as machine:
+        name, data = machine.on_main(lambda: (_choose_model(settings, reporter), open_probe_data(settings)))
+        path = WorkDirectory(settings.work).eval / f"{metrics_stem(data.name, name.slug, TASK)}.json"
+        if settings.dry_run:
+            reporter.note(f"Would fit {name.spec} on {data.train.dataset.spec} and write {path}.")
+            return {"dataset": data.name, "model": name.spec, "task": TASK, "files": {"metrics": str(path)}}
+        if settings.workers != 0:
+            start_worker_server()
+        return _evaluate(EvaluatedModel(name, machine), data, path, machine, settings, reporter)
+
+
+def _choose_model(settings: EvalLinearSettings, reporter: Reporter) -> ModelName:
+    if settings.model is None:
+        student = WorkDirectory(settings.work).find_student()
+        reporter.note(f"Model: {student}, the newest student of {settings.work}.")
+        return parse_model(str(student))
+    try:
+        name = with_default_tag(parse_model(settings.model))
+    except ClipcidError as error:
+        if not Path(settings.model).exists():
+            raise
+        raise ClipcidError(
+            f"{error.message}\n{settings.model} was taken for the model, since the first positional is the model.",
+            f"Put the model first: clipcid eval-linear MODEL {settings.model}",
+        ) from error
+    if name.spec != settings.model:
+        reporter.note(f"Weights: {name.spec}.")
+    return name
+
+
+def _evaluate(
+    evaluated: EvaluatedModel,
+    data: ProbeData,
+    path: Path,
+    machine: Machine,
+    settings: EvalLinearSettings,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    precision = choose_precision(settings.precision, machine.device, "evaluate", parameters=0)
+    batch_size = settings.batch_size or _BATCH[machine.device.type]
+    wanted = {
+        "dataset": data.name,
+        "classes": list(data.classes),
+        "model": evaluated.name.slug,
+        "val_fraction": settings.val_fraction,
+        "seed": settings.seed,
+        "grid": regularisation_grid(),
+        "tolerance": TOLERANCE,
+        "precision": precision.name,
+        "batch_size": batch_size,
+        "keys": settings.keys,
+        "columns": dataclasses.asdict(data.train.dataset.columns),
+    }
+    train_files, test_files = machine.on_main(
+        lambda: (data.train.dataset.fingerprints(), data.test.dataset.fingerprints())
+    )
+    inputs = [*evaluated.fingerprints(), *train_files, *test_files]
+    with claim_output(
+        machine, path.parent / SIDECARS, path.stem, settings=wanted, inputs=inputs, overwrite=settings.overwrite
+    ) as output:
+        if output.finished is not None and machine.on_main(path.is_file):
+            reporter.note(f"{path} holds {evaluated.name.spec} on {data.name} already.")
+            record = machine.on_main(lambda: read_metrics(path))
+            return {**record, **output.finished["result"], "files": {"metrics": str(path)}, "reused": True}
+        started = time.perf_counter()
+        folder = WorkDirectory(settings.work).features
+        model = evaluated.load()
+        train, test = (
+            extract_features(model, task, fingerprints, folder, machine, precision, batch_size, settings, reporter)
+            for task, fingerprints in ((data.train, train_files), (data.test, test_files))
+        )
+        for task, features in ((data.train, train), (data.test, test)):
+            if features.skips.total:
+                reporter.warn(f"{task.name}: {features.skips.total} samples were skipped.\n{features.skips.describe()}")
+        seconds = {"encode": time.perf_counter() - started}
+        return machine.on_main(
+            lambda: _fit_and_write(
+                evaluated.name, data, train, test, path, output, seconds, machine.device, settings, reporter
+            )
+        )
+
+
+def _fit_and_write(
+    name: ModelName,
+    data: ProbeData,
+    train: Features,
+    test: Features,
+    path: Path,
+    output: Output,
+    seconds: dict[str, float],
+    device: torch.device,
+    settings: EvalLinearSettings,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    rows, labels = torch.from_numpy(train.rows).to(device), torch.from_numpy(train.labels).to(device)
+    with threads_for(rows.numel() * len(data.classes)):
+        points = _sweep(rows, labels, data, settings, reporter)
+        best = choose_point(points)
+        _warn_of_edge(best, points, reporter)
+        swept = time.perf_counter()
+        solution = ProbeProblem(rows, labels, len(data.classes)).fit(best.c, best.solution.classifier)
+    if not solution.converged:
+        reporter.warn(
+            f"The fit ended at a gradient norm of {solution.gradient_norm:.2e}, above {TOLERANCE:g}, after "
+            f"{solution.iterations} iterations."
+        )
+    seconds |= {"sweep": swept - started, "refit": time.perf_counter() - swept}
+    record = make_metrics(
+        dataset=data.name,
+        model=name.architecture or name.slug,
+        pretrained=name.tag or name.spec,
+        task=TASK,
+        metrics=_measure(solution.classifier, test, len(data.classes), reporter),
+    )
+    result = {
+        "c": best.c,
+        "validation_acc1": best.accuracy,
+        "images": len(test.labels),
+        "train_images": len(train.labels),
+        "classes": len(data.classes),
+        "skipped": {"train": train.skips.counts, "test": test.skips.counts},
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+    }
+    write_metrics(path, record)
+    output.commit(
+        counts={"train": len(train.labels), "test": len(test.labels), "skipped": result["skipped"]},
+        seconds=seconds,
+        result=result,
+        solution=_describe(solution),
+        sweep=[{"c": point.c, "validation_acc1": point.accuracy, **_describe(point.solution)} for point in points],
+    )
+    return {**record, **result, "files": {"metrics": str(path)}, "reused": False}
+
+
+def _sweep(
+    rows: torch.Tensor, labels: torch.Tensor, data: ProbeData, settings: EvalLinearSettings, reporter: Reporter
+) -> list[SweepPoint]:
+    """Fit every strength on one part of the training split and measure it on the other."""
+    validation = split_by_class(labels.cpu(), settings.val_fraction, derive_seed("probe", settings.seed)).to(
+        labels.device
+    )
+    if not validation.any():
+        raise ClipcidError(
+            f"{data.train.dataset.spec} has one image of each class: nothing can be held out to choose C on.",
+            "Give --train more images of a class.",
+        )
+    problem = ProbeProblem(rows[~validation], labels[~validation], len(data.classes))
+    grid = regularisation_grid()
+    reporter.note(
+        f"Fitting {len(grid)} strengths on {int((~validation).sum()):,} images, measuring them on {int(validation.sum()):,}."
+    )
+    return sweep_regularisation(problem, rows[validation], labels[validation], grid)
+
+
+def _warn_of_edge(best: SweepPoint, points: list[SweepPoint], reporter: Reporter) -> None:
+    if best.c in (points[0].c, points[-1].c):
+        reporter.warn(
+            f"The best C is {best.c:.3g}, an end of the range {points[0].c:.3g} … {points[-1].c:.3g} that was tried: a "
+            "better one may lie beyond."
+        )
+
+
+def _measure(classifier: LinearClassifier, test: Features, num_classes: int, reporter: Reporter) -> dict[str, float]:
+    """Return the metrics on the test split, in [0, 1]."""
+    rows, labels = torch.from_numpy(test.rows).double(), torch.from_numpy(test.labels)
+    # The intercept is the weight of a feature that is 1.
+    rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
+    weights = torch.cat([classifier.weights_CD, classifier.bias_C[:, None]], dim=1).cpu()
+    predictions, ranks = rank_classes(rows, weights, labels)
+    if num_classes < ACCURACY_TOP_K:
+        reporter.note(f"lp_acc5 is null, since there are only {num_classes} classes.")
+    metrics = classification_metrics(predictions, ranks, labels, num_classes)
+    return {f"lp_{metric}": value for metric, value in metrics.items()}
+
+
+def _describe(solution: Solution) -> dict[str, Any]:
+    return {
+        "objective": solution.objective,
+        "gradient_norm": solution.gradient_norm,
+        "iterations": solution.iterations,
+        "converged": solution.converged,
+    }

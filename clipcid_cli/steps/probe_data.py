@@ -1,0 +1,148 @@
+"""What `eval-linear` reads: a training and a test split with the same classes, and a model's features of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.benchmark_folder import find_benchmark_folder
+from clipcid_cli.formats.class_files import read_class_names
+from clipcid_cli.formats.dataset import Columns, Dataset, open_dataset
+from clipcid_cli.formats.features_file import Features, features_path, read_features, write_features
+from clipcid_cli.runtime.encoder import ClipModel
+from clipcid_cli.runtime.loading import default_workers
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
+from clipcid_cli.steps.zeroshot_encode import encode_task
+from clipcid_cli.steps.zeroshot_tasks import CLASSIFICATION, ZeroshotTask
+
+_SPLITS = ("train", "test", "val", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeData:
+    """Two splits of one data set.
+
+    Attributes:
+        name: Name of the data set.
+        classes: Names of the classes; a class of the training split is numbered by its place here.
+        train: What to fit on.
+        test: What to measure on.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: ZeroshotTask
+    test: ZeroshotTask
+
+
+def open_probe_data(settings: EvalLinearSettings) -> ProbeData:
+    """Open both splits and bring their classes together: folders of classes by name, numbered classes by number.
+
+    Raises:
+        ClipcidError: when a split is missing, has no classes, or the test split has classes that the training split lacks.
+    """
+    splits = []
+    for flag, data in (("--train", settings.train_data), ("--test", settings.test_data)):
+        if "://" not in data and "{" not in data and not Path(data).exists():
+            raise ClipcidError(
+                f"There is no data at {data}.",
+                f"Give {flag}, or a DATA folder that holds train/ and test/; the first positional is the model.",
+            )
+        columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+        splits.append(open_dataset(data, keys=settings.keys, columns=columns))
+    train, test = splits
+    classes = _class_names(settings.train_data, train, test)
+    label_of = None
+    if test.classes is not None and train.classes is not None:
+        unknown = sorted(set(test.classes) - set(train.classes))
+        if unknown:
+            raise ClipcidError(
+                f"{test.spec} has {len(unknown)} classes that {train.spec} lacks: {', '.join(unknown[:5])}"
+                f"{', …' if len(unknown) > 5 else ''}.",
+                "Name the folders of both splits alike.",
+            )
+        label_of = tuple(train.classes.index(name) for name in test.classes)
+    name = _name(settings.test_data)
+    return ProbeData(
+        name,
+        classes,
+        ZeroshotTask(f"{name} train", CLASSIFICATION, train, classes),
+        ZeroshotTask(f"{name} test", CLASSIFICATION, test, classes, label_of=label_of),
+    )
+
+
+def _class_names(data: str, train: Dataset, test: Dataset) -> tuple[str, ...]:
+    if train.classes is not None:
+        return train.classes
+    path = find_benchmark_folder(data, "train").class_names
+    if path is not None:
+        return read_class_names(path)
+    labels = {sample.label for dataset in (train, test) for shard in dataset.shards for sample in shard.samples()}
+    numbers = [label for label in labels if label is not None]
+    if not numbers:
+        raise ClipcidError(
+            f"{train.spec}: no sample has a class.",
+            "A linear probe needs a .cls beside each image, a `label` column or one folder per class.",
+        )
+    return tuple(str(number) for number in range(max(numbers) + 1))
+
+
+def _name(data: str) -> str:
+    """Name the data set after the folder that holds its splits."""
+    parts = (data if "://" in data else str(Path(data).resolve())).rstrip("/").split("/")
+    return parts[-2] if parts[-1] in _SPLITS and len(parts) > 1 else parts[-1]
+
+
+def extract_features(
+    model: ClipModel,
+    task: ZeroshotTask,
+    fingerprints: list[dict[str, Any]],
+    folder: Path,
+    machine: Machine,
+    precision: Precision,
+    batch_size: int,
+    settings: EvalLinearSettings,
+    reporter: Reporter,
+) -> Features:
+    """Return a model's features of one split: those kept from an earlier run, or new ones, which are then kept.
+
+    Raises:
+        ClipcidError: on every process, when no sample, or too few, can be used.
+    """
+    decides = {
+        "weights": model.info.weights_hash,
+        "preprocess": model.info.preprocess_hash,
+        "data": [[entry["size"], entry["hash"]] for entry in fingerprints],
+        "keys": task.dataset.keys,
+        "columns": dataclasses.asdict(task.dataset.columns),
+        "labels": task.label_of,
+        "precision": precision.name,
+        "batch_size": batch_size,
+    }
+    path = features_path(folder, model.info.slug, decides)
+    kept = machine.on_main(lambda: read_features(path))
+    if kept is not None:
+        reporter.note(f"{task.name}: features of {len(kept.rows):,} images from {path}.")
+        return kept
+    with reporter.progress(f"{model.info.slug} on {task.name}", None, "images") as progress:
+        batches, skips = encode_task(
+            model,
+            task,
+            machine,
+            precision,
+            batch_size=batch_size,
+            workers=default_workers() if settings.workers is None else settings.workers,
+            max_bad_fraction=settings.max_bad_fraction,
+            progress=progress,
+        )
+    labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
+    features = Features(torch.cat([batch.images for batch in batches]).numpy(), labels.numpy(), skips)
+    machine.on_main(lambda: write_features(path, features))
+    return features

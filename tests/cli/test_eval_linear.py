@@ -1,0 +1,171 @@
+"""`clipcid eval-linear` through the real binary: metrics against scikit-learn, the feature cache, data forms, errors."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Run, write_tar
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "grey": (120, 120, 120), "red": (210, 50, 40)}
+
+
+def draw(colour: tuple[int, int, int], seed: int) -> bytes:
+    """Draw noise around a colour, strong enough that classes overlap."""
+    random = np.random.default_rng(seed)
+    shade = np.array(colour) + random.normal(scale=45, size=3)
+    pixels = shade + random.normal(scale=60, size=(32, 32, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_split(folder: Path, per_class: int, seed: int, classes: tuple[str, ...] = tuple(COLOURS)) -> Path:
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for image in range(per_class):
+            (folder / name / f"{image}.png").write_bytes(draw(COLOURS[name], seed + 1000 * number + image))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ and test/, one folder of images per class; treat it as read-only."""
+    folder = tmp_path_factory.mktemp("data") / "colours"
+    write_split(folder / "train", 24, 0)
+    # Without one class, so that numbers of folders differ from those of the training split.
+    write_split(folder / "test", 12, 50_000, ("blue", "grey", "red"))
+    return folder
+
+
+def read_features(work: Path, images: int) -> tuple[np.ndarray, np.ndarray]:
+    for path in (work / "features").glob("*.npz"):
+        with np.load(path) as file:
+            if len(file["rows"]) == images:
+                return file["rows"].astype(np.float64), file["labels"]
+    raise AssertionError(f"no features of {images} images in {work}")
+
+
+def test_metrics_are_those_of_scikit_learn_on_the_same_features(
+    clipcid: Callable[..., Run], tiny_model: Path, colours: Path
+) -> None:
+    run = clipcid("eval-linear", tiny_model, colours, "--json")
+    result, work = run.json, run.cwd / "clipcid-work"
+    assert result["task"] == "linear_probe"
+    assert result["dataset"] == "colours"
+    assert (result["images"], result["train_images"], result["classes"]) == (36, 96, 4)
+    rows, labels = read_features(work, 96)
+    test_rows, test_labels = read_features(work, 36)
+    assert set(test_labels.tolist()) == {0, 2, 3}
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+    theirs = LogisticRegression(C=result["c"], tol=1e-8, max_iter=10_000).fit(rows, labels)
+    right = theirs.predict(test_rows) == test_labels
+    metrics = result["metrics"]
+    assert metrics["lp_acc1"] == pytest.approx(right.mean())
+    assert metrics["lp_acc1"] > 0.5
+    assert metrics["lp_acc5"] is None
+    recalls = [right[test_labels == label].mean() for label in (0, 2, 3)]
+    assert metrics["lp_mean_per_class_recall"] == pytest.approx(np.mean(recalls))
+
+    written = json.loads((work / "eval" / "colours_tiny_linear_probe.json").read_text())
+    assert set(written) == {"dataset", "model", "pretrained", "task", "language", "metrics"}
+    assert written["metrics"] == metrics
+    assert sorted(path.name for path in (work / "eval").iterdir()) == ["colours_tiny_linear_probe.json", "sidecars"]
+    sidecar = json.loads((work / "eval" / "sidecars" / "colours_tiny_linear_probe.json").read_text())
+    assert sidecar["solution"]["converged"]
+    assert sidecar["solution"]["gradient_norm"] <= 1e-6
+    assert len(sidecar["sweep"]) == 45
+    best = max(point["validation_acc1"] for point in sidecar["sweep"])
+    assert result["validation_acc1"] == best
+    assert result["c"] == min(point["c"] for point in sidecar["sweep"] if point["validation_acc1"] == best)
+
+    again = clipcid("eval-linear", tiny_model, colours, "--json").json
+    assert again == result | {"reused": True}
+    shutil.rmtree(work / "eval")
+    cached = clipcid("eval-linear", tiny_model, colours, "--json")
+    assert "features of 96 images from" in " ".join(cached.stderr.split())
+    assert cached.json["metrics"] == metrics
+
+
+def test_two_processes_measure_what_one_does(
+    clipcid: Callable[..., Run], torchrun: Callable[..., Run], tiny_model: Path, colours: Path, tmp_path: Path
+) -> None:
+    arguments = ["eval-linear", tiny_model, colours, "--json", "--batch-size", 16, "--workers", 0]
+    one = clipcid(*arguments, "--work", tmp_path / "one").json
+    two = torchrun(2, *arguments, "--work", tmp_path / "two").json
+    assert two["metrics"] == one["metrics"]
+    assert two["c"] == one["c"]
+
+
+def test_benchmark_shards_and_the_newest_student_are_the_defaults(
+    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path
+) -> None:
+    for split, count in (("train", 40), ("test", 20)):
+        members: list[tuple[str, bytes]] = []
+        for number in range(count):
+            name = list(COLOURS)[number % 4]
+            members.append((f"{number:03d}.png", draw(COLOURS[name], number + 90_000 * (split == "test"))))
+            members.append((f"{number:03d}.cls", str(number % 4).encode()))
+        write_tar(tmp_path / "bench" / split / "0.tar", members)
+        (tmp_path / "bench" / split / "nshards.txt").write_text("1")
+    run = tmp_path / "clipcid-work" / "distill" / "first"
+    shutil.copytree(tiny_model, run / "student")
+    (run / "distill.json").write_text(json.dumps({"format_version": 1}))
+    arguments = ["--train", tmp_path / "bench" / "train", "--test", tmp_path / "bench" / "test"]
+    result = clipcid("eval-linear", *arguments, "--json")
+    assert result.json["dataset"] == "bench"
+    assert (result.json["train_images"], result.json["images"]) == (40, 20)
+    assert "newest student" in result.stderr
+
+
+def test_bad_input_gives_one_error_and_leaves_nothing(
+    clipcid: Callable[..., Run], tiny_model: Path, colours: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    lonely = write_split(tmp_path / "lonely", 1, 7)
+    cases: list[tuple[list[object], int, str]] = [
+        ([], 2, "--train and --test are missing"),
+        ([tiny_model], 2, "--train and --test are missing"),
+        ([tiny_model, "--train", colours / "train"], 2, "--test is missing"),
+        ([tiny_model, tmp_path / "nowhere"], 1, "no data at"),
+        ([tiny_model, colours, "--test", lonely, "--train", colours / "test"], 1, "1 classes that"),
+        ([tiny_model, "--train", tiny_shards, "--test", tiny_shards], 1, "no sample has a class"),
+        (["no-such-model", colours], 1, "no-such-model"),
+        ([colours, colours], 1, "first positional is the model"),
+        ([tiny_model, colours, "--val-fraction", 0], 2, "--val-fraction"),
+    ]
+    for arguments, code, message in cases:
+        run = clipcid("eval-linear", *arguments, check=False)
+        assert run.returncode == code, run
+        assert message in " ".join(run.stderr.split()), run
+        assert "Traceback" not in run.stderr
+        assert not (run.cwd / "clipcid-work").exists()
+    run = clipcid("eval-linear", tiny_model, "--train", lonely, "--test", colours / "test", check=False)
+    assert run.returncode == 1
+    assert "nothing can be held out" in " ".join(run.stderr.split())
+    assert not list((run.cwd / "clipcid-work" / "eval").glob("*.json"))
+
+
+def test_unreadable_images_are_counted_and_too_many_refused(
+    clipcid: Callable[..., Run], tiny_model: Path, colours: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(colours, tmp_path / "some")
+    (tmp_path / "some" / "train" / "red" / "0.png").write_bytes(b"not an image")
+    refused = clipcid("eval-linear", tiny_model, tmp_path / "some", check=False)
+    assert refused.returncode == 1
+    assert "1 of 96 samples" in " ".join(refused.stderr.split())
+    counted = clipcid("eval-linear", tiny_model, tmp_path / "some", "--max-bad-fraction", "0.05", "--json")
+    assert counted.json["skipped"] == {"train": {"unreadable_image": 1}, "test": {}}
+    assert counted.json["train_images"] == 95
+
+
+def test_a_dry_run_writes_nothing(clipcid: Callable[..., Run], tiny_model: Path, colours: Path) -> None:
+    run = clipcid("eval-linear", tiny_model, colours, "--dry-run", "--json")
+    assert run.json["files"]["metrics"].endswith("colours_tiny_linear_probe.json")
+    assert not (run.cwd / "clipcid-work").exists()
