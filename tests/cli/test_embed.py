@@ -1,0 +1,215 @@
+"""`clipcid embed` through the real binary: what it writes, how it resumes, and that its bytes never vary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    Run,
+    clean_environment,
+    clipcid_command,
+    make_caption,
+    make_image,
+    run_command,
+    shard_members,
+    write_tar,
+)
+from PIL import Image
+
+Call = Callable[..., Run]
+
+
+def hash_rows(folder: Path) -> dict[str, str]:
+    """Hash every file of embeddings; the sidecar has times in it."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in (".npy", ".parquet")]
+    return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def embedded(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One plain run in a folder of its own: fp32, batches of 8."""
+    folder = tmp_path_factory.mktemp("embedded")
+    arguments = ["embed", str(tiny_shards), "--model", str(tiny_model)]
+    options = ["--precision", "fp32", "--batch-size", "8", "--json"]
+    return run_command([*clipcid_command(), *arguments, *options], folder, True, 120, None)
+
+
+def test_result_and_files(embedded: Run, tiny_shards: Path, tiny_model: Path) -> None:
+    result = embedded.json
+    assert list(result) == ["images", "skipped", "images_per_second", "seconds", "files"]
+    assert (result["images"], result["skipped"]) == (24, {})
+    assert list(result["seconds"]) == ["read", "encode", "write"]
+    folder = embedded.cwd / "clipcid-work" / "embeddings" / "tiny"
+    assert result["files"]["embeddings"] == "clipcid-work/embeddings/tiny"
+    assert list(hash_rows(folder)) == [
+        f"{kind}/{kind}_000{number}.{form}"
+        for kind, form in (("img_emb", "npy"), ("metadata", "parquet"), ("text_emb", "npy"))
+        for number in (0, 1)
+    ]
+    sidecar = json.loads((folder / "embed.json").read_text())
+    assert sidecar["counts"] == {"images": 24, "read": 24, "skipped": {}, "laid_on_white": 0}
+    assert sidecar["data"]["spec"] == str(tiny_shards)
+    assert sidecar["model"]["spec"] == str(tiny_model)
+    assert sidecar["settings"]["precision"] == "fp32"
+
+
+def test_rows_are_open_clips(embedded: Run, tiny_model: Path) -> None:
+    import io
+
+    import open_clip
+    import pandas as pd
+
+    folder = embedded.cwd / "clipcid-work" / "embeddings" / "tiny"
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tiny_model}")
+    pixels = torch.stack([transform(Image.open(io.BytesIO(make_image(number)))) for number in range(14)])
+    tokens = open_clip.get_tokenizer(f"local-dir:{tiny_model}")([make_caption(number) for number in range(14)])
+    with torch.no_grad():
+        images = model.eval().encode_image(pixels, normalize=True).numpy()
+        texts = model.encode_text(tokens, normalize=True).numpy()
+    rows = np.load(folder / "img_emb" / "img_emb_0000.npy")
+    assert rows.dtype == np.float16
+    assert np.abs(rows - images).max() < 3e-4
+    assert np.abs(np.load(folder / "text_emb" / "text_emb_0000.npy") - texts).max() < 3e-4
+    metadata = pd.read_parquet(folder / "metadata" / "metadata_0001.parquet")
+    assert list(metadata.columns) == ["key", "shard", "caption"]
+    assert metadata.key[0] == "000014"
+    assert set(metadata.shard) == {"00001"}
+    assert metadata.caption[9] == make_caption(23)
+
+
+def test_bytes_do_not_depend_on_workers_or_processes(
+    embedded: Run, clipcid: Call, torchrun: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    expected = hash_rows(embedded.cwd)
+    command = ["embed", tiny_shards, "--model", tiny_model, "--precision", "fp32", "--batch-size", 8, "--json"]
+    clipcid(*command, "--workers", 0, "--out", tmp_path / "none")
+    clipcid(*command, "--workers", 3, "--out", tmp_path / "three")
+    run = torchrun(2, *command, "--out", tmp_path / "two-processes")
+    assert run.json["images"] == 24
+    prefix = "clipcid-work/embeddings/tiny/"
+    for name in ("none", "three", "two-processes"):
+        assert {prefix + path: value for path, value in hash_rows(tmp_path / name).items()} == expected
+
+
+def test_a_finished_output_is_kept_and_a_different_one_refused(
+    embedded: Run, clipcid: Call, tiny_shards: Path, tiny_model: Path
+) -> None:
+    work = embedded.cwd / "clipcid-work"
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*.*") if path.suffix != ".lock"}
+    again = clipcid("embed", "--model", tiny_model, "--work", work, "--json")
+    assert again.json == embedded.json | {"files": again.json["files"]}
+    assert f"Taking the data of the embeddings in {work}" in " ".join(again.stderr.split())
+    other = clipcid("embed", tiny_shards, "--model", tiny_model, "--work", work, "--no-text", check=False)
+    assert other.returncode == 1
+    assert "settings.text: true there, false now" in other.stderr
+    assert "--overwrite" in other.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_overwriting_replaces_all(clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    clipcid("embed", tiny_shards, "--model", tiny_model, "--out", out)
+    data = write_tar(tmp_path / "other.tar", shard_members(50, 5))
+    run = clipcid("embed", data, "--model", tiny_model, "--out", out, "--no-text", "--overwrite", "--json")
+    assert run.json["images"] == 5
+    assert list(hash_rows(out)) == ["img_emb/img_emb_0000.npy", "metadata/metadata_0000.parquet"]
+    assert len(np.load(out / "img_emb" / "img_emb_0000.npy")) == 5
+
+
+def test_killed_and_resumed_gives_the_same_bytes(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
+    for number in range(60):
+        write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 10))
+    command = ["embed", "data", "--model", str(tiny_model), "--precision", "fp32", "--batch-size", "4", "--out"]
+    process = subprocess.Popen(
+        [*clipcid_command(), *command, "cut"], cwd=tmp_path, env=clean_environment(), stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "cut" / "metadata").is_dir() or not any((tmp_path / "cut" / "metadata").glob("m*")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    done = len(list((tmp_path / "cut" / "metadata").glob("m*")))
+    assert not (tmp_path / "cut" / "embed.json").exists()
+    assert 0 < done < 60
+    resumed = clipcid(*command, "cut", "--json")
+    assert f"{done} of 60 shards are embedded already" in " ".join(resumed.stderr.split())
+    assert resumed.json["images"] == 600
+    clipcid(*command, "whole")
+    assert hash_rows(tmp_path / "cut") == hash_rows(tmp_path / "whole")
+
+
+def png_with_alpha() -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_what_is_skipped_is_counted_and_named(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
+    members = [
+        *shard_members(0, 20),
+        ("bad.png", b"no image"),
+        ("bad.txt", b"x"),
+        ("mute.png", make_image(30)),
+        ("alpha.png", png_with_alpha()),
+        ("alpha.txt", b"clear"),
+        ("000003.png", make_image(31)),
+        ("000003.txt", b"again"),
+    ]
+    data = write_tar(tmp_path / "a.tar", members)
+    run = clipcid("embed", data, "--model", tiny_model, "--json", "--max-bad-fraction", 0.2)
+    assert run.json["images"] == 21
+    assert run.json["skipped"] == {"duplicate_key": 1, "no_caption": 1, "unreadable_image": 1}
+    assert "unreadable image: a: bad" in run.stderr
+    assert "1 images have transparent pixels" in " ".join(run.stderr.split())
+    strict = clipcid("embed", data, "--model", tiny_model, "--out", tmp_path / "strict", check=False)
+    assert strict.returncode == 1
+    assert "3 of 24 samples" in strict.stderr
+    assert "--max-bad-fraction" in strict.stderr
+    assert "--no-text" in strict.stderr
+    assert not (tmp_path / "strict" / "embed.json").exists()
+
+
+def test_other_forms_of_data(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
+    for number in range(6):
+        path = tmp_path / "photos" / f"class-{number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(make_image(number, side=300, kind="JPEG"))
+    silent = clipcid("embed", "photos", "--model", tiny_model, check=False)
+    assert silent.returncode == 1
+    assert "--no-text" in silent.stderr
+    run = clipcid("embed", "photos", "--model", tiny_model, "--no-text", "--fast-decode", "--json")
+    assert run.json["images"] == 6
+    (tmp_path / "list.csv").write_text("path,words\nphotos/class-0/0.jpg,one\nphotos/class-1/1.jpg,two\n")
+    columns = ["--image-column", "path", "--caption-column", "words"]
+    listed = clipcid("embed", "list.csv", "--model", tiny_model, "--out", "listed", "--json", *columns)
+    assert listed.json["images"] == 2
+    # What the sidecar says of the data is enough to read it again.
+    again = clipcid("embed", "list.csv", "--model", tiny_model, "--out", "listed", "--json", *columns)
+    assert again.json == listed.json
+
+
+def test_dry_run_writes_nothing(clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    run = clipcid("embed", tiny_shards, "--model", tiny_model, "--dry-run", "--json")
+    assert (run.json["images"], run.json["shards"], run.json["bytes"]) == (24, 2, 24 * 32 * 2 * 2)
+    assert not (tmp_path / "clipcid-work").exists()
+
+
+def test_a_teacher_no_hub_gives_is_told_within_seconds(clipcid: Call, tiny_shards: Path) -> None:
+    run = clipcid("embed", tiny_shards, check=False, env={"HF_HUB_OFFLINE": "0"})
+    assert run.returncode == 1
+    text = " ".join(run.stderr.split())
+    assert "ViT-L-14:laion2b_s32b_b82k" in text
+    assert "--model /path/to/folder" in text
+    assert "Traceback" not in text
+    # The hub's client says when it tries again, which it does for 46 seconds.
+    assert "Retrying" not in text
