@@ -47,8 +47,8 @@ def main() -> None:
         work / "distill/taught/report.html",
         work / "distill/alone/report.html",
     ):
-        console.print(f"  {report}", highlight=False)
-    console.print(f"Exports:\n  {work / 'export'}", highlight=False)
+        console.print(f"  {report.resolve()}", highlight=False, soft_wrap=True)
+    console.print(f"Exports:\n  {(work / 'export').resolve()}", highlight=False, soft_wrap=True)
 
 
 def model_row(work: Path, slug: str, folder: Path) -> list[str]:
