@@ -29,6 +29,8 @@ that reach round(t) are looked into.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 GROUP = 64
@@ -39,6 +41,56 @@ _PAIRS = 1024
 # A row that has candidates in more than this share of the groups is multiplied with all centres instead.
 _DENSE_SHARE = 8
 _PATTERNS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRows:
+    """A block of rows with all that can be known of them before the centres: worth keeping from iteration to iteration.
+
+    Attributes:
+        rows_BD: Unit rows, float16 [B, D].
+        cast_BD: The same in the precision of the product.
+        lengths_B: An upper bound of |x̂|, float32 [B].
+        residuals_B: |x − x̂|, float32 [B].
+    """
+
+    rows_BD: torch.Tensor
+    cast_BD: torch.Tensor
+    lengths_B: torch.Tensor
+    residuals_B: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows_BD)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        return self.rows_BD.nbytes + self.cast_BD.nbytes + self.lengths_B.nbytes + self.residuals_B.nbytes
+
+
+def prepare_rows(rows_BD: torch.Tensor, dtype: torch.dtype) -> PreparedRows:
+    """Cast a block of rows to the precision of the product and measure what that costs.
+
+    Args:
+        rows_BD: Unit rows, float16 [B, D].
+        dtype: bfloat16, float16 or float32; the latter two lose nothing.
+
+    Raises:
+        ValueError: when the rows are not a float16 matrix, or the precision is none of the three.
+    """
+    if rows_BD.ndim != 2 or rows_BD.dtype != torch.float16:
+        raise ValueError(f"rows must be float16 [B, D], not {rows_BD.dtype} {list(rows_BD.shape)}")
+    _check_dtype(dtype)
+    cast_BD, exact_BD = rows_BD.to(dtype), rows_BD.float()
+    lengths_B = exact_BD.norm(dim=1)
+    exact = dtype != torch.bfloat16
+    residuals_B = torch.zeros_like(lengths_B) if exact else (exact_BD - cast_BD.float()).norm(dim=1)
+    return PreparedRows(rows_BD, cast_BD, lengths_B + residuals_B, residuals_B)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in _PATTERNS:
+        raise ValueError(f"the product can be in {', '.join(map(str, _PATTERNS))}, not {dtype}")
 
 
 class NearestCentres:
@@ -55,8 +107,7 @@ class NearestCentres:
     def __init__(self, centres_KD: torch.Tensor, dtype: torch.dtype) -> None:
         if centres_KD.ndim != 2 or centres_KD.dtype != torch.float32 or not len(centres_KD):
             raise ValueError(f"centres must be float32 [K, D], not {centres_KD.dtype} {list(centres_KD.shape)}")
-        if dtype not in _PATTERNS:
-            raise ValueError(f"the product can be in {', '.join(map(str, _PATTERNS))}, not {dtype}")
+        _check_dtype(dtype)
         if not torch.equal(centres_KD * 2.0**24, (centres_KD * 2.0**24).round()) or float(centres_KD.abs().max()) > 1.0:
             raise ValueError(
                 "centres are not on the grid of multiples of 2⁻²⁴ within [−1, 1]; see kmeans.round_to_grid"
@@ -76,39 +127,40 @@ class NearestCentres:
             self._longest = max(self._longest, float(exact_CD.norm(dim=1).max()), float(cast_CD.norm(dim=1).max()))
             self._residual = max(self._residual, float((exact_CD - cast_CD[: len(exact_CD)]).norm(dim=1).max()))
 
-    def nearest(self, rows_BD: torch.Tensor) -> torch.Tensor:
+    def nearest(self, rows: PreparedRows) -> torch.Tensor:
         """Find the nearest centre of each row.
 
         Args:
-            rows_BD: Unit rows, float16 [B, D], on the device of the centres.
+            rows: The rows, on the device of the centres and in the precision of the search.
 
         Returns:
             int64 [B]; of equally similar centres the smaller number.
 
         Raises:
-            ValueError: when the rows are not float16 or of another width.
+            ValueError: when the rows are of another width or precision.
         """
-        self._check(rows_BD)
-        row_P, centre_P, dense_B = self._candidates(rows_BD, 1)
-        alone_B = torch.bincount(row_P, minlength=len(rows_BD)) == 1
+        self._check(rows)
+        device = rows.rows_BD.device
+        row_P, centre_P, dense_B = self._candidates(rows, 1)
+        alone_B = torch.bincount(row_P, minlength=len(rows)) == 1
         alone_P = alone_B[row_P]
-        labels_B = torch.full((len(rows_BD),), len(self.centres_KD), dtype=torch.int64, device=rows_BD.device)
+        labels_B = torch.full((len(rows),), len(self.centres_KD), dtype=torch.int64, device=device)
         labels_B[row_P[alone_P]] = centre_P[alone_P]
         row_P, centre_P = row_P[~alone_P], centre_P[~alone_P]
-        similarity_P = self.similarities(rows_BD, row_P, centre_P)
-        dense_row_P, dense_centre_P, dense_similarity_P = self._dense_pairs(rows_BD, dense_B.nonzero()[:, 0], 1)
+        similarity_P = self.similarities(rows.rows_BD, row_P, centre_P)
+        dense_row_P, dense_centre_P, dense_similarity_P = self._dense_pairs(rows.rows_BD, dense_B.nonzero()[:, 0], 1)
         row_P, centre_P = torch.cat([row_P, dense_row_P]), torch.cat([centre_P, dense_centre_P])
         similarity_P = torch.cat([similarity_P, dense_similarity_P])
-        best_B = torch.full((len(rows_BD),), -torch.inf, dtype=torch.float64, device=rows_BD.device)
+        best_B = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=device)
         best_B.scatter_reduce_(0, row_P, similarity_P, "amax")
         wins_P = similarity_P == best_B[row_P]
         return labels_B.scatter_reduce_(0, row_P[wins_P], centre_P[wins_P], "amin")
 
-    def top(self, rows_BD: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def top(self, rows: PreparedRows, m: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the `m` nearest centres of each row, the most similar first.
 
         Args:
-            rows_BD: Unit rows, float16 [B, D], on the device of the centres.
+            rows: The rows, on the device of the centres and in the precision of the search.
             m: Centres per row, in [1, K].
 
         Returns:
@@ -116,21 +168,21 @@ class NearestCentres:
             the smaller number comes first.
 
         Raises:
-            ValueError: when the rows are not float16 or of another width, or `m` is outside [1, K].
+            ValueError: when the rows are of another width or precision, or `m` is outside [1, K].
         """
-        self._check(rows_BD)
+        self._check(rows)
         if not 1 <= m <= len(self.centres_KD):
             raise ValueError(f"m must lie in [1, {len(self.centres_KD)}], not {m}")
-        row_P, centre_P, dense_B = self._candidates(rows_BD, m)
-        dense_row_P, dense_centre_P, dense_similarity_P = self._dense_pairs(rows_BD, dense_B.nonzero()[:, 0], m)
-        similarity_P = torch.cat([self.similarities(rows_BD, row_P, centre_P), dense_similarity_P])
+        row_P, centre_P, dense_B = self._candidates(rows, m)
+        dense_row_P, dense_centre_P, dense_similarity_P = self._dense_pairs(rows.rows_BD, dense_B.nonzero()[:, 0], m)
+        similarity_P = torch.cat([self.similarities(rows.rows_BD, row_P, centre_P), dense_similarity_P])
         row_P, centre_P = torch.cat([row_P, dense_row_P]), torch.cat([centre_P, dense_centre_P])
         # Both lists name the centres of a row in ascending order, and stable sorts keep that order among equals.
         order_P = torch.sort(similarity_P, descending=True, stable=True).indices
         order_P = order_P[torch.sort(row_P[order_P], stable=True).indices]
-        counts_B = torch.bincount(row_P, minlength=len(rows_BD))
+        counts_B = torch.bincount(row_P, minlength=len(rows))
         firsts_B = counts_B.cumsum(0) - counts_B
-        chosen_Bm = order_P[firsts_B[:, None] + torch.arange(m, device=rows_BD.device)]
+        chosen_Bm = order_P[firsts_B[:, None] + torch.arange(m, device=row_P.device)]
         return centre_P[chosen_Bm], similarity_P[chosen_Bm]
 
     def similarities(self, rows_BD: torch.Tensor, row_P: torch.Tensor, centre_P: torch.Tensor) -> torch.Tensor:
@@ -142,23 +194,19 @@ class NearestCentres:
             torch.sum(products_PD, dim=1, out=similarity_P[first:last])
         return similarity_P
 
-    def _check(self, rows_BD: torch.Tensor) -> None:
+    def _check(self, rows: PreparedRows) -> None:
         width = self.centres_KD.shape[1]
-        if rows_BD.ndim != 2 or rows_BD.dtype != torch.float16 or rows_BD.shape[1] != width:
-            raise ValueError(f"rows must be float16 [B, {width}], not {rows_BD.dtype} {list(rows_BD.shape)}")
+        if rows.rows_BD.shape[1] != width or rows.cast_BD.dtype != self.dtype:
+            raise ValueError(
+                f"rows must be {width} wide in {self.dtype}, not {rows.rows_BD.shape[1]} in {rows.cast_BD.dtype}"
+            )
 
-    def _cast(self, rows_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cast a block to the precision of the product, and bound the error e of its products, float32 [B]."""
-        cast_BD = rows_BD.to(self.dtype)
-        exact_BD = rows_BD.float()
-        length_B = exact_BD.norm(dim=1)
-        exact = self.dtype != torch.bfloat16
-        residual_B = torch.zeros_like(length_B) if exact else (exact_BD - cast_BD.float()).norm(dim=1)
-        accumulation = rows_BD.shape[1] * 2.0**-22
-        length_B = length_B + residual_B
-        error_B = residual_B * self._longest + length_B * (self._residual + accumulation * self._longest)
+    def _error(self, rows: PreparedRows) -> torch.Tensor:
+        """Bound the error e of the products of a block with any centre, float32 [B]."""
+        accumulation = rows.rows_BD.shape[1] * 2.0**-22
+        error_B = rows.residuals_B * self._longest + rows.lengths_B * (self._residual + accumulation * self._longest)
         # The norms and this formula are float32 sums of their own; a thousandth covers their rounding many times over.
-        return cast_BD, error_B * 1.001
+        return error_B * 1.001
 
     def _multiply(self, cast_BD: torch.Tensor, cast_CD: torch.Tensor) -> torch.Tensor:
         """Multiply in low precision; the bit patterns of the similarities as integers [B, C]."""
@@ -168,25 +216,25 @@ class NearestCentres:
             product_BC = torch.mm(cast_BD, cast_CD.T, out_dtype=self._output_dtype)
         return product_BC.view(_PATTERNS[self._output_dtype])
 
-    def _candidates(self, rows_BD: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _candidates(self, rows: PreparedRows, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """List the pairs among which the `m` nearest centres of each row are.
 
         Returns:
             Rows and centres of the pairs, int64 [P] each, and which rows have none listed because all centres must be
             looked at, bool [B].
         """
-        num_rows, num_groups = len(rows_BD), len(self._cast_KD) // GROUP
-        device = rows_BD.device
+        num_rows, num_groups = len(rows), len(self._cast_KD) // GROUP
+        device = rows.rows_BD.device
         if num_groups < m:
             nothing = torch.empty(0, dtype=torch.int64, device=device)
             return nothing, nothing, torch.ones(num_rows, dtype=torch.bool, device=device)
-        cast_BD, error_B = self._cast(rows_BD)
+        error_B = self._error(rows)
         most = max(4 * m, num_groups // _DENSE_SHARE)
         reached_B = torch.zeros(num_rows, dtype=torch.int64, device=device)
         pieces: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         best_Bm: torch.Tensor | None = None
         for first in range(0, len(self._cast_KD), _CHUNK):
-            pattern_BC = self._multiply(cast_BD, self._cast_KD[first : first + _CHUNK])
+            pattern_BC = self._multiply(rows.cast_BD, self._cast_KD[first : first + _CHUNK])
             grouped_BGg = pattern_BC.view(num_rows, -1, GROUP)
             maxima_BG = grouped_BGg.amax(dim=2)
             best_Bm = _largest(maxima_BG if best_Bm is None else torch.cat([best_Bm, maxima_BG], dim=1), m)

@@ -223,7 +223,7 @@ def _find_top(
     clusters = np.empty((stop - start, m), dtype=np.int32)
     similarities = np.empty((stop - start, m), dtype=np.float64)
     for first, last in block_bounds(machine, start, stop):
-        found_Bm, exact_Bm = search.top(load_rows(read(first, last), machine), m)
+        found_Bm, exact_Bm = search.top(load_rows(read(first, last), machine, search.dtype), m)
         mine = slice(first - start, last - start)
         clusters[mine], similarities[mine] = found_Bm.cpu().numpy(), exact_Bm.cpu().numpy()
     return TopClusters(clusters, similarities.astype(np.float16)), similarities[:, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,13 @@ class ClusterRows:
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(fingerprint_file, paths if self.keep_list is None else [*paths, self.keep_list]))
 
-    @property
+    # Mapping thousands of files takes seconds, so it is done once, and in each process: a mapped array would be copied
+    # whole if it were sent along.
+    @cached_property
     def _images(self) -> Rows:
         return self.embeddings.images()
 
-    @property
+    @cached_property
     def _texts(self) -> Rows:
         return self.embeddings.texts()
 
@@ -124,7 +127,8 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
         raise ClipcidError(
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
-    return ClusterRows(embeddings, keep_list, np.flatnonzero(usable), settings.features == "joint", skips)
+    # Opened anew, without the keys that were read for the join: each process reads those itself.
+    return ClusterRows(open_embeddings(folder), keep_list, np.flatnonzero(usable), settings.features == "joint", skips)
 
 
 def _find_keep_list(settings: ClusterSettings, work: WorkDirectory) -> Path | None:

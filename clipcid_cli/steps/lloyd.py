@@ -15,7 +15,7 @@ import torch
 
 from clipcid_cli.algorithms.kmeans import ClusterSums, centres_of_sums, sum_of_similarities
 from clipcid_cli.algorithms.kmeans_seeding import choose_first_rows, choose_seeds
-from clipcid_cli.algorithms.nearest_centres import NearestCentres
+from clipcid_cli.algorithms.nearest_centres import NearestCentres, PreparedRows, prepare_rows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.cluster_rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter
@@ -23,6 +23,8 @@ from clipcid_cli.steps.reporting import Reporter
 # Rows multiplied with centres at once. On a CPU the products stay near the caches; a GPU wants more work at a time.
 _BLOCK = {"cpu": 1024, "cuda": 16_384}
 _SUMS_AT_ONCE = 65_536
+# Prepared rows that a process keeps from iteration to iteration; beyond them rows are read and cast anew each time.
+_KEPT_BYTES = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +49,9 @@ def block_bounds(machine: Machine, start: int, stop: int) -> Iterator[tuple[int,
         yield first, min(stop, first + size)
 
 
-def load_rows(rows: npt.NDArray[np.float16], machine: Machine) -> torch.Tensor:
-    """Bring mapped rows to the device, float16 [n, D]."""
-    return torch.from_numpy(np.array(rows)).to(machine.device)
+def load_rows(rows: npt.NDArray[np.float16], machine: Machine, dtype: torch.dtype) -> PreparedRows:
+    """Bring mapped rows to the device, ready for a search in `dtype`."""
+    return prepare_rows(torch.from_numpy(np.array(rows)).to(machine.device), dtype)
 
 
 def first_centres(rows: ClusterRows, num_clusters: int, seed: int) -> torch.Tensor:
@@ -105,6 +107,8 @@ class _Lloyd:
         self.stop = len(rows) * (machine.rank + 1) // machine.size
         self.labels = torch.full((self.stop - self.start,), -1, dtype=torch.int64)
         self.sums: ClusterSums | None = None
+        self.kept: dict[int, PreparedRows] = {}
+        self.kept_bytes = 0
 
     def iterate(self, centres_KD: torch.Tensor) -> tuple[torch.Tensor, float, int]:
         """Do one iteration.
@@ -118,10 +122,10 @@ class _Lloyd:
         if self.sums is None:
             self.sums = ClusterSums(len(centres_KD), self.rows.width, device)
         for first, last in block_bounds(self.machine, self.start, self.stop):
-            block_BD = load_rows(self.rows.features(first, last), self.machine)
-            labels_B = search.nearest(block_BD)
+            block = self._block(first, last)
+            labels_B = search.nearest(block)
             mine = slice(first - self.start, last - self.start)
-            self.sums.move(block_BD, self.labels[mine].to(device), labels_B)
+            self.sums.move(block.rows_BD, self.labels[mine].to(device), labels_B)
             self.labels[mine] = labels_B.cpu()
         next_KD, total = self._next_centres(search.centres_KD, self.sums)
         counts_K = self.machine.sum_(self.sums.counts_K.clone())
@@ -130,6 +134,16 @@ class _Lloyd:
             seeds_KD = self._farthest_rows(search, len(empty))
             next_KD[empty[: len(seeds_KD)]] = seeds_KD
         return next_KD, total / len(self.rows), len(empty)
+
+    def _block(self, first: int, last: int) -> PreparedRows:
+        """Return a block of rows: kept from the iteration before while there is room, else read and prepared again."""
+        block = self.kept.get(first)
+        if block is None:
+            block = load_rows(self.rows.features(first, last), self.machine, self.dtype)
+            if self.kept_bytes + block.num_bytes <= _KEPT_BYTES:
+                self.kept[first] = block
+                self.kept_bytes += block.num_bytes
+        return block
 
     def _next_centres(self, centres_KD: torch.Tensor, sums: ClusterSums) -> tuple[torch.Tensor, float]:
         """Add up the sums of all processes, some clusters at a time, and turn them into centres."""
@@ -146,7 +160,7 @@ class _Lloyd:
         device = self.machine.device
         similarities = np.empty(self.stop - self.start, dtype=np.float64)
         for first, last in block_bounds(self.machine, self.start, self.stop):
-            block_BD = load_rows(self.rows.features(first, last), self.machine)
+            block_BD = self._block(first, last).rows_BD
             mine = slice(first - self.start, last - self.start)
             own = search.similarities(block_BD, torch.arange(last - first, device=device), self.labels[mine].to(device))
             similarities[mine] = own.cpu().numpy()

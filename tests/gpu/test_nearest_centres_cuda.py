@@ -1,0 +1,36 @@
+"""On a GPU the search for nearest centres, and the sums, give the bits they give on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from clipcid_cli.algorithms.kmeans import ClusterSums, centres_of_sums
+from clipcid_cli.algorithms.nearest_centres import NearestCentres, prepare_rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_answers_and_sums_equal_the_cpus(dtype: torch.dtype, offset: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(3000, 256, generator=random) + offset, dim=1).half()
+    values = torch.randn(9000, 256, generator=random).double() + offset
+    centres = centres_of_sums(values, torch.zeros(9000, 256))
+    on_gpu = centres_of_sums(values.cuda(), torch.zeros(9000, 256, device="cuda"))
+    assert torch.equal(on_gpu.cpu(), centres)
+    here, there = NearestCentres(centres, torch.float32), NearestCentres(on_gpu, dtype)
+    rows_here, rows_there = prepare_rows(rows, torch.float32), prepare_rows(rows.cuda(), dtype)
+    labels = here.nearest(rows_here)
+    assert torch.equal(there.nearest(rows_there).cpu(), labels)
+    for mine, theirs in zip(here.top(rows_here, 16), there.top(rows_there, 16), strict=True):
+        assert torch.equal(theirs.cpu(), mine)
+    nowhere = torch.full((3000,), -1)
+    cpu, cuda = (ClusterSums(9000, 256, torch.device(device)) for device in ("cpu", "cuda"))
+    cpu.move(rows, nowhere, labels)
+    cuda.move(rows.cuda(), nowhere.cuda(), labels.cuda())
+    assert torch.equal(cuda.sums_KD.cpu(), cpu.sums_KD)
