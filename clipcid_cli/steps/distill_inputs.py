@@ -121,6 +121,8 @@ def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, repor
     if embeddings is not None:
         teaching = _join_teacher(settings, work, embeddings, usable, wanted, reporter)
         wanted &= teaching.places >= 0
+        if keep_list is not None and teaching.clusters is not None:
+            _refuse_old_clusters(teaching.clusters, keep_list)
         fingerprints += _fingerprint_teacher(teaching)
     return Inputs(
         dataset,
@@ -245,6 +247,16 @@ def _join_clusters(
             remake,
         )
     return places
+
+
+def _refuse_old_clusters(clusters: Clusters, keep_list: Path) -> None:
+    """Refuse clusters of an earlier keep list: those of all images, made without one, fit any."""
+    made_from = clusters.sidecar.get("keep_list")
+    if made_from is not None and made_from["hash"] != fingerprint_file(keep_list)["hash"]:
+        raise ClipcidError(
+            f"The clusters in {clusters.folder} were made from another keep list than {keep_list} holds now.",
+            f"Run: clipcid cluster --keep-list {keep_list} --overwrite",
+        )
 
 
 def _fingerprint_teacher(teaching: Teaching) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ class Objective:
 
     Attributes:
         weights: Factor of each loss by name.
+        parameters: What the losses themselves learn.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class Objective:
         """
         self.weights = dict(weights)
         self._functions = {name: load_loss(name) for name in weights}
-        self._parameters, self._targets, self._size = parameters, targets, size
+        self.parameters = parameters
+        self._targets, self._size = targets, size
 
     def __call__(
         self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, rows_b: Tensor, step: int
@@ -59,9 +61,9 @@ class Objective:
         # float32 from here on, whatever the towers ran in: the losses subtract numbers that are nearly equal.
         image, text = F.normalize(image_bd.float(), dim=1), F.normalize(text_bd.float(), dim=1)
         parts = [image, text]
-        if self._parameters.image_map is not None and self._parameters.text_map is not None:
-            parts.append(F.normalize(self._parameters.image_map(image_bd.float()), dim=1))
-            parts.append(F.normalize(self._parameters.text_map(text_bd.float()), dim=1))
+        if self.parameters.image_map is not None and self.parameters.text_map is not None:
+            parts.append(F.normalize(self.parameters.image_map(image_bd.float()), dim=1))
+            parts.append(F.normalize(self.parameters.text_map(text_bd.float()), dim=1))
         widths = [part.shape[1] for part in parts]
         gathered = torch.split(gather_rows(torch.cat(parts, dim=1), self._size), widths, dim=1)
         batch = LossBatch(
@@ -77,6 +79,6 @@ class Objective:
         terms: dict[str, Tensor] = {}
         for name, function in self._functions.items():
             own = LOSSES[name].own_scale
-            terms[name] = function(batch, self._parameters.scale(name)) if own else function(batch)
+            terms[name] = function(batch, self.parameters.scale(name)) if own else function(batch)
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return total, terms

@@ -1,0 +1,103 @@
+"""The numbers of a training run, settled before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.run_folder import RunFolder
+from clipcid_cli.runtime.encoder import ClipModel
+from clipcid_cli.runtime.loading import default_workers
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.training import OptimiserPlan
+from clipcid_cli.steps.distill_inputs import Inputs
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.distill import DistillSettings
+
+DEFAULT_EPOCHS = 32
+DEFAULT_BATCH_SIZE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The numbers of a run.
+
+    Attributes:
+        optimiser: How parameters are updated, for how many steps.
+        batch_size: Samples of a global batch.
+        workers: Processes that prepare batches, for each training process.
+    """
+
+    optimiser: OptimiserPlan
+    batch_size: int
+    workers: int
+
+
+def plan_run(settings: DistillSettings, inputs: Inputs, machine: Machine, reporter: Reporter) -> Plan:
+    """Settle batch size, number of steps and warm-up.
+
+    Raises:
+        UsageError: when the batch does not divide among the processes.
+        ClipcidError: when there are fewer training samples than a batch has.
+    """
+    samples = inputs.training.total
+    batch_size = settings.batch_size or max(
+        machine.size, min(DEFAULT_BATCH_SIZE, samples // machine.size * machine.size)
+    )
+    if batch_size % machine.size:
+        raise UsageError(
+            f"--batch-size {batch_size} does not divide among {machine.size} processes.",
+            f"Use a multiple of {machine.size}.",
+        )
+    if samples < batch_size:
+        raise ClipcidError(
+            f"There are {samples:,} samples to train on, fewer than one batch of {batch_size:,}.",
+            "Lower --batch-size, or give more data.",
+        )
+    epochs = settings.epochs or DEFAULT_EPOCHS
+    steps = settings.steps or max(1, epochs * samples // batch_size)
+    warmup = min(steps // 10, 2_000) if settings.warmup is None else settings.warmup
+    if warmup > steps:
+        raise UsageError(f"--warmup {warmup:,} exceeds the {steps:,} steps of the run.", "Give fewer steps of warm-up.")
+    reporter.note(
+        f"{samples:,} samples, {steps:,} steps of {batch_size:,}: {steps * batch_size / samples:.1f} epochs, "
+        f"{warmup:,} steps of warm-up."
+    )
+    optimiser = OptimiserPlan(
+        lr=settings.lr,
+        weight_decay=settings.wd,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        warmup=warmup,
+        steps=steps,
+        max_norm=settings.grad_clip_norm or None,
+    )
+    return Plan(optimiser, batch_size, default_workers() if settings.workers is None else settings.workers)
+
+
+def default_name(settings: DistillSettings, student: ClipModel, inputs: Inputs) -> str:
+    """Name a run after its student, preset and seed, and after the keep list when there is none to be had."""
+    parts = [student.info.slug, settings.chosen_preset, f"s{settings.seed}"]
+    return "-".join(parts if inputs.keep_list is not None else [*parts, "all"])
+
+
+def describe(
+    settings: DistillSettings, student: ClipModel, inputs: Inputs, plan: Plan, folder: RunFolder, reporter: Reporter
+) -> dict[str, Any]:
+    """Say what a run would do, for ``--dry-run``."""
+    parameters = student.info.parameters
+    # Weights, gradients and AdamW's two moments in float32.
+    reporter.note(
+        f"Student: {parameters / 1e6:.1f} M parameters, "
+        f"{16 * parameters / 2**20:,.0f} MiB with gradients and AdamW's moments.\n"
+        f"Losses: {', '.join(settings.losses())}. Held out: {inputs.held_out.total:,} samples.\n"
+        f"Would write to {folder.path}."
+    )
+    return {
+        "student": str(folder.student),
+        "steps": plan.optimiser.steps,
+        "samples": plan.optimiser.steps * plan.batch_size,
+        "parameters": parameters,
+        "files": {},
+    }

@@ -1,0 +1,206 @@
+"""One training run, from opened inputs to the written student."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_text
+from clipcid_cli.formats.checkpoint import list_checkpoints, read_checkpoint
+from clipcid_cli.formats.model_folder import write_model_folder
+from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.run_folder import RunFolder
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.augmentation import Augmentation, TrainingPixels
+from clipcid_cli.runtime.encoder import ClipModel
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.model_names import parse_model
+from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.seeds import derive_seed
+from clipcid_cli.runtime.training import LossParameters, Trainer
+from clipcid_cli.runtime.vocabulary import train_used_rows, whole_state
+from clipcid_cli.steps.distill_inputs import Inputs
+from clipcid_cli.steps.distill_plan import Plan
+from clipcid_cli.steps.distill_report import write_report
+from clipcid_cli.steps.objective import Objective
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.teacher_targets import TeacherTargets, open_targets
+from clipcid_cli.steps.training_data import BatchMaker, BatchOrder, read_held_out, used_tokens
+from clipcid_cli.steps.training_loop import Loop, Pace
+
+# Held-out samples beyond this many are left to eval-zeroshot: evaluation during training should take seconds.
+HELD_OUT_LIMIT = 5_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        settings: As the user gave them.
+        machine: The processes.
+        inputs: What is read.
+        student: The model to train.
+        plan: Steps, batch size, optimiser.
+        folder: Where everything is written.
+        output: The claim on that folder.
+        reporter: Who is told.
+    """
+
+    settings: DistillSettings
+    machine: Machine
+    inputs: Inputs
+    student: ClipModel
+    plan: Plan
+    folder: RunFolder
+    output: Output
+    reporter: Reporter
+
+    def train(self, seconds: dict[str, float]) -> dict[str, Any]:
+        """Train, and write everything that comes of it.
+
+        Args:
+            seconds: Time by phase so far; ``train`` and ``write`` are added.
+
+        Returns:
+            The sidecar.
+        """
+        loop = self._make_loop()
+        started, first = time.perf_counter(), loop.trainer.step
+        loop.train()
+        seconds["train"] = time.perf_counter() - started
+        samples = (self.plan.optimiser.steps - first) * self.plan.batch_size
+        skips = loop.bad_images()
+        skips.merge(self.inputs.usable.skips)
+        if skips.total:
+            self.reporter.warn(f"{skips.total:,} samples were not used as they are:\n{skips.describe()}")
+        return self.machine.on_main(lambda: self._finish(loop, skips, samples / seconds["train"], seconds))
+
+    def _make_loop(self) -> Loop:
+        """Put the run together, as far as its last checkpoint when there is one."""
+        settings, machine, inputs, student = self.settings, self.machine, self.inputs, self.student
+        targets = None
+        if inputs.teaching is not None:
+            targets = open_targets(settings, inputs.teaching, student.info.embed_dim, machine, self.reporter)
+        objective = self._make_objective(targets)
+        self._spare_unused_tokens()
+        trainer = Trainer(student.module, objective.parameters, self.plan.optimiser)
+        precision = choose_precision(settings.precision, machine.device, "train", student.info.parameters)
+        self.reporter.note(f"Precision: {precision.name} ({precision.reason}).")
+        bad = self._restore(trainer)
+        augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
+        steps = self.plan.optimiser.steps
+        return Loop(
+            machine=machine,
+            student=student,
+            trainer=trainer,
+            objective=objective,
+            order=BatchOrder(inputs.dataset, inputs.training, settings.seed, self.plan.batch_size),
+            maker=BatchMaker(
+                TrainingPixels(student.info.preprocess, augmentation),
+                student.tokenizer,
+                settings.seed,
+                first_caption=targets is not None,
+                caption_dropout=settings.caption_dropout,
+            ),
+            held_out=read_held_out(
+                inputs.dataset, inputs.held_out, student.pixel_transform(), student.tokenizer, HELD_OUT_LIMIT
+            ),
+            precision=precision,
+            changes_colors=augmentation.changes_colors,
+            pace=Pace(
+                steps,
+                settings.eval_every or max(1, steps // 10),
+                settings.checkpoint_every or max(1, min(1_000, steps // 10)),
+            ),
+            run=self.folder,
+            seed=settings.seed,
+            workers=self.plan.workers,
+            max_bad_fraction=settings.max_bad_fraction,
+            reporter=self.reporter,
+            bad=bad if machine.is_main else {},
+        )
+
+    def _make_objective(self, targets: TeacherTargets | None) -> Objective:
+        student_width = self.student.info.embed_dim
+        width = student_width if targets is None else targets.width
+        weights = {name: weight.at(width) for name, weight in self.settings.losses().items()}
+        self.reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + ".")
+        parameters = LossParameters(
+            [name for name in weights if LOSSES[name].own_scale],
+            student_width,
+            targets.width if targets is not None and targets.is_projected else None,
+            derive_seed("loss parameters", self.settings.seed),
+        )
+        return Objective(weights, parameters.to(self.machine.device), targets, self.machine.size)
+
+    def _spare_unused_tokens(self) -> None:
+        used = used_tokens(self.inputs.dataset, self.inputs.usable, self.student.tokenizer)
+        if used is not None and train_used_rows(self.student.module, used):
+            self.reporter.note(
+                f"The captions use {len(used):,} tokens: only their embeddings are trained, the others decay as in AdamW."
+            )
+
+    def _restore(self, trainer: Trainer) -> dict[str, str]:
+        """Go on from the newest checkpoint of an unfinished run of the same settings and inputs, or clear the folder.
+
+        Returns:
+            The unreadable images met so far: reason by key.
+
+        Raises:
+            ClipcidError: for ``--resume latest`` when there is nothing to go on from.
+        """
+        unfinished = self.output.resumed and self.settings.resume != "never"
+        steps = list_checkpoints(self.folder.checkpoints) if unfinished else []
+        if not steps:
+            if self.settings.resume == "latest":
+                raise ClipcidError(
+                    f"--resume latest, but {self.folder.path} has no checkpoint of an unfinished run with these settings.",
+                    "Leave --resume away to start one.",
+                )
+            self.machine.on_main(self.folder.clear)
+            return {}
+        state = read_checkpoint(self.folder.checkpoints, steps[-1])
+        trainer.load(state)
+        self.machine.on_main(lambda: self.folder.rewind(trainer.step))
+        self.reporter.note(f"Going on from step {trainer.step:,} of {trainer.plan.steps:,}.")
+        bad: dict[str, str] = state["bad"]
+        return bad
+
+    def _finish(self, loop: Loop, skips: Skips, samples_per_second: float, seconds: dict[str, float]) -> dict[str, Any]:
+        """Write student, report and, last, the sidecar."""
+        began = time.perf_counter()
+        info, inputs, steps = self.student.info, self.inputs, self.plan.optimiser.steps
+        source = parse_model(str(self.settings.student)).path
+        write_model_folder(
+            self.folder.student,
+            info.config,
+            info.preprocess,
+            whole_state(self.student.module, self.plan.optimiser.decay_after(steps)),
+            tokenizer_from=source if source is not None and source.is_dir() else None,
+        )
+        write_text(self.folder.report, write_report(self.folder, self.settings, self.student, inputs, loop))
+        seconds["write"] = time.perf_counter() - began
+        return self.output.commit(
+            counts={
+                "read": inputs.usable.read,
+                "used": inputs.training.total,
+                "held_out": inputs.held_out.total,
+                "skipped": dict(sorted(skips.counts.items())),
+            },
+            seconds=seconds,
+            model={"spec": info.spec, "parameters": info.parameters, "embed_dim": info.embed_dim},
+            data=inputs.dataset.describe(),
+            keep_list=None if inputs.keep_list is None else str(inputs.keep_list),
+            result={
+                "steps": steps,
+                "samples": steps * self.plan.batch_size,
+                "samples_per_second": round(samples_per_second, 1),
+                "losses": loop.terms,
+                "metrics": loop.metrics,
+            },
+        )
