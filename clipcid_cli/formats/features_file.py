@@ -64,7 +64,7 @@ def read_features(path: Path) -> Features | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return Features(file["rows"], file["labels"], Skips.from_json(json.loads(str(file["skips"]))))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ClipcidError(f"{path} cannot be read: {error}", f"Remove it: rm {path}") from error

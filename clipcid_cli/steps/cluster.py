@@ -31,7 +31,7 @@ from clipcid_cli.formats.clusters_file import (
     write_progress,
 )
 from clipcid_cli.formats.embeddings import Float16
-from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.output import Output, fingerprint_file
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.precision import choose_precision
@@ -177,7 +177,7 @@ def _cluster(
             counts={"read": rows.embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
             seconds=seconds,
             embeddings=str(rows.embeddings.folder.resolve()),
-            keep_list=None if rows.keep_list is None else str(rows.keep_list.resolve()),
+            keep_list=None if rows.keep_list is None else fingerprint_file(rows.keep_list),
             model=(rows.embeddings.sidecar or {}).get("model"),
             num_nearest=search_width(num_clusters),
             temperatures=temperatures,

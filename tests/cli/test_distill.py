@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from conftest import TINY_CONFIG, Run, clean_environment, clipcid_command, run_command, shard_members, write_tar
 from safetensors.numpy import load_file
-
-from tests.conftest import TINY_CONFIG, Run, clean_environment, clipcid_command, run_command, shard_members, write_tar
 
 Clipcid = Callable[..., Run]
 
@@ -236,13 +237,30 @@ def test_refuses(arguments: tuple[object, ...], code: int, words: list[str], cli
 def test_refuses_embeddings_of_another_teacher(
     clipcid: Clipcid, place: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from tests.conftest import write_tiny_model
+    from conftest import write_tiny_model
 
     other = write_tiny_model(tmp_path_factory.mktemp("other") / "other", seed=1)
     (embeddings,) = (place / "clipcid-work" / "embeddings").iterdir()
     run = clipcid("distill", *SHORT, "--teacher", other, "--embeddings", embeddings, check=False)
     assert run.returncode == 1
     assert f"clipcid embed DATA --model {other}" in run.stderr.replace("\n", " ").replace("  ", " ")
+
+
+def test_refuses_clusters_of_an_older_keep_list(clipcid: Clipcid, place: Path) -> None:
+    (metadata,) = [
+        sorted(path.glob("*.parquet")) for path in (place / "clipcid-work" / "embeddings").glob("*/metadata")
+    ]
+    keys = [key for path in metadata for key in pq.read_table(path)["key"].to_pylist()]
+
+    def write(kept: int) -> None:
+        pq.write_table(pa.table({"key": keys, "kept": np.arange(len(keys)) < kept}), place / "keep.parquet")
+
+    write(20)
+    clipcid("cluster", "--keep-list", "keep.parquet", "--num-clusters", 3, "--overwrite")
+    write(18)
+    run = clipcid("distill", *SHORT, "--keep-list", "keep.parquet", check=False)
+    assert run.returncode == 1
+    assert "clipcid cluster --keep-list keep.parquet --overwrite" in run.stderr.replace("\n", " ")
 
 
 def test_data_without_captions_is_refused(clipcid: Clipcid, tmp_path: Path) -> None:
