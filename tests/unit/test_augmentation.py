@@ -7,13 +7,13 @@ import io
 import numpy as np
 import pytest
 import torch
+from conftest import make_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.functional import adjust_brightness, adjust_saturation, resized_crop, to_tensor
 
 from clipcid_cli.runtime.augmentation import Augmentation, TrainingPixels, apply_colors
-from tests.conftest import make_image
 
 PREPROCESS = {"size": 32, "interpolation": "bicubic"}
 

@@ -10,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import TINY_CONFIG
 from torch import nn
 
 from clipcid_cli.algorithms.meeting_space import principal_rotation
@@ -18,7 +19,6 @@ from clipcid_cli.formats.checkpoint import checkpoint_path, list_checkpoints, re
 from clipcid_cli.formats.run_folder import RunFolder, append_lines, read_lines
 from clipcid_cli.runtime.training import LossParameters, OptimiserPlan, Trainer
 from clipcid_cli.runtime.vocabulary import UsedRows, train_used_rows, whole_state
-from tests.conftest import TINY_CONFIG
 
 PLAN = OptimiserPlan(lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0)
 
