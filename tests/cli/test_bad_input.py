@@ -43,6 +43,12 @@ for line in sys.stdin:
 """
 
 
+def by_sample(members: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    """Give each member a class and bring members of one sample together, as webdataset's grouping needs them."""
+    classes = [(f"{name.split('.')[0]}.cls", b"0") for name, _ in members if name.endswith(".png")]
+    return sorted([*members, *classes], key=lambda member: member[0].split(".")[0])
+
+
 def no_such_folder(folder: Path) -> Path:
     return folder / "nowhere"
 
@@ -75,7 +81,7 @@ def unreadable_images(folder: Path) -> Path:
         for name, data in shard_members(0, 6)
         if not name.endswith(".json")
     ]
-    write_tar(folder / "00000.tar", [*members, *((f"{number:06d}.cls", b"0") for number in range(6))])
+    write_tar(folder / "00000.tar", by_sample(members))
     return folder
 
 
@@ -86,8 +92,7 @@ def keys_repeat_across_shards(folder: Path) -> Path:
 
 
 def keys_repeat_within_a_shard(folder: Path) -> Path:
-    members = [*shard_members(0, 3), *((f"{number:06d}.cls", b"0") for number in range(3))]
-    members.sort(key=lambda member: member[0].split(".")[0])
+    members = by_sample(shard_members(0, 3))
     write_tar(folder / "00000.tar", [*members, *members])
     return folder
 
