@@ -14,7 +14,7 @@ from reference import BEGIN, END, insert_reference
 from clipcid_cli.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "open_clip", "numpy", "pandas", "pyarrow", "faiss", "rich")
+HEAVY = ("torch", "open_clip", "numpy", "pandas", "pyarrow", "faiss")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
