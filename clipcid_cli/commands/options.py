@@ -67,6 +67,9 @@ class Number(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse and check the range; NaN is in no range."""
         try:
+            # A configuration file gives numbers and truth values of its own, which must not be bent into shape.
+            if isinstance(value, bool) or (self.kind is int and isinstance(value, float)):
+                raise TypeError
             number = self.kind(value)
         except (TypeError, ValueError):
             self.fail(f"{value!r} is not {'a whole' if self.kind is int else 'a'} number.", param, ctx)

@@ -83,6 +83,8 @@ class EmbeddingWriter:
             images: float16 [n, D], unit rows.
             texts: float16 [n, D], unit rows, or None when texts are not embedded.
         """
+        # The mark of an earlier plan must not stand beside rows of this one, not even for the moment of a kill.
+        self._path("metadata", number, "parquet").unlink(missing_ok=True)
         write_npy(self._path("img_emb", number, "npy"), images)
         if texts is not None:
             write_npy(self._path("text_emb", number, "npy"), texts)

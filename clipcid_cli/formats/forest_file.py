@@ -52,6 +52,10 @@ def write_forest(
         inputs: Fingerprints of the embeddings it was made of.
         seconds: Time by phase.
     """
+    sidecar = read_sidecar(sidecar_path(folder, "forest"))
+    if sidecar is not None and _contents(sidecar["inputs"]) != _contents(inputs):
+        # A run killed between the two files must not leave this forest under the sidecar of other embeddings.
+        sidecar_path(folder, "forest").unlink()
     write_parquet(
         folder / FOREST,
         pa.table({"a": forest.a, "b": forest.b, "distance": pa.array(forest.distance, pa.float32())}),

@@ -6,7 +6,8 @@ The life of an output:
 2. Is there a sidecar ``<step>.json``? Then the output is finished: it is reused when settings and inputs are the same, and
    an error names the difference when they are not.
 3. Otherwise the plan ``.<step>.plan.json`` tells what an unfinished run was making. The same settings and inputs: the step
-   resumes on what is there. Others: an error names the difference.
+   resumes on what is there. Others: an error names the difference. What an earlier plan left is cleared away before the new
+   plan says so, lest a run that is killed in between passes the old files on as its own.
 4. ``Output.commit`` writes the sidecar last; it is the mark that everything before it is complete.
 """
 
@@ -17,7 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,7 @@ def open_output(
     inputs: list[dict[str, Any]],
     overwrite: bool,
     replaceable: frozenset[str] = frozenset(),
+    clear: Callable[[], None] = lambda: None,
 ) -> Iterator[Output]:
     """Lock an output folder and find out whether it is finished, unfinished or new.
 
@@ -151,10 +153,11 @@ def open_output(
         step: Name of the step.
         settings: Settings that decide the content, as JSON values.
         inputs: Fingerprints of what is read.
-        overwrite: Treat an output of other settings or inputs as if it were not there. What its files are is the step's
-            business: it replaces them one by one, and the sidecar is removed first.
+        overwrite: Treat an output of other settings or inputs as if it were not there.
         replaceable: Names of settings in which an existing output may differ without an error: it is then simply made
             anew (``finished`` is None and ``resumed`` False).
+        clear: Removes what the step would otherwise take for its own unfinished work; called unless the output is finished
+            or resumed.
 
     Raises:
         ClipcidError: when another run holds the folder, or an output of other settings or inputs is there.
@@ -183,10 +186,12 @@ def open_output(
                 )
             if differences:
                 finished = None
-            resumed = finished is None and not differences
-        if finished is None:
+            resumed = finished is None and not differences and existing.get("cleared", False)
+        if finished is None and not resumed:
+            write_json(plan, wanted | {"cleared": False})
             sidecar.unlink(missing_ok=True)
-            write_json(plan, wanted)
+            clear()
+            write_json(plan, wanted | {"cleared": True})
         yield Output(folder, step, settings, inputs, finished, resumed)
 
 

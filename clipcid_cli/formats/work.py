@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.output import plan_path, read_sidecar, sidecar_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +86,18 @@ class WorkDirectory:
         return found[0]
 
     def find_keep_list(self) -> Path | None:
-        """Find the keep list of a finished `balance`; None when nothing was balanced here."""
-        return self._finished(self.balance, "balance", "keep.parquet")
+        """Find the keep list of a finished `balance`; None when nothing was balanced here.
+
+        Raises:
+            ClipcidError: when a `balance` was begun here and did not finish: going on without it would take all images.
+        """
+        found = self._finished(self.balance, "balance", "keep.parquet")
+        if found is None and (plan_path(self.balance, "balance").exists() or (self.balance / "keep.parquet").exists()):
+            raise ClipcidError(
+                f"The balance in {self.balance} is unfinished.",
+                "Give its command again, which finishes it, or --keep-list none to take all images.",
+            )
+        return found
 
     def find_clusters(self) -> Path:
         """Find the folder of a finished `cluster`.

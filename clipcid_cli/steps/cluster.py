@@ -74,7 +74,13 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
         inputs = machine.on_main(rows.fingerprint)
         seconds = {"read": time.perf_counter() - started}
         with claim_output(
-            machine, folder, "cluster", settings=wanted, inputs=inputs, overwrite=settings.overwrite
+            machine,
+            folder,
+            "cluster",
+            settings=wanted,
+            inputs=inputs,
+            overwrite=settings.overwrite,
+            clear=lambda: remove_scratch(folder),
         ) as output:
             if output.finished is None:
                 result = _cluster(settings, machine, rows, num_clusters, output, seconds, reporter)

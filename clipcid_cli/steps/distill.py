@@ -49,6 +49,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
             settings=deciding(settings, student, plan),
             inputs=inputs.fingerprints,
             overwrite=settings.overwrite,
+            clear=folder.clear,
         ) as output:
             if output.finished is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")

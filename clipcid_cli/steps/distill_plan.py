@@ -43,7 +43,7 @@ def plan_run(settings: DistillSettings, inputs: Inputs, machine: Machine, report
     """
     samples = inputs.training.total
     batch_size = settings.batch_size or max(
-        machine.size, min(DEFAULT_BATCH_SIZE, samples // machine.size * machine.size)
+        machine.size, min(DEFAULT_BATCH_SIZE, samples) // machine.size * machine.size
     )
     if batch_size % machine.size:
         raise UsageError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ def claim_output(
     inputs: list[dict[str, Any]],
     overwrite: bool,
     replaceable: frozenset[str] = frozenset(),
+    clear: Callable[[], None] = lambda: None,
 ) -> Iterator[Output]:
     """Lock `folder` on the first process and tell all processes what state it is in.
 
@@ -34,7 +35,13 @@ def claim_output(
         def claim() -> Output:
             return stack.enter_context(
                 open_output(
-                    folder, step, settings=settings, inputs=inputs, overwrite=overwrite, replaceable=replaceable
+                    folder,
+                    step,
+                    settings=settings,
+                    inputs=inputs,
+                    overwrite=overwrite,
+                    replaceable=replaceable,
+                    clear=clear,
                 )
             )
 

@@ -68,7 +68,15 @@ def write_shards(
     """
     kept = keep.kept_by_shard()
     machine.on_main(lambda: _refuse_foreign(target))
-    with claim_output(machine, target, _STEP, settings={}, inputs=[keep_fingerprint], overwrite=overwrite) as output:
+    with claim_output(
+        machine,
+        target,
+        _STEP,
+        settings={},
+        inputs=[keep_fingerprint],
+        overwrite=overwrite,
+        clear=lambda: _clear(target),
+    ) as output:
         if output.finished is not None:
             reporter.note(f"{target} holds these shards already.")
             return
@@ -112,6 +120,12 @@ def _finish(output: Output, shards: list[TarShard], sizes: dict[str, int]) -> No
     by_file = {f"{shard.name}.tar": sizes[shard.name] for shard in shards if sizes[shard.name]}
     write_json(output.folder / _SIZES, by_file)
     output.commit(counts={"samples": sum(by_file.values()), "shards": by_file}, seconds={})
+
+
+def _clear(target: Path) -> None:
+    """Remove the shards of another keep list; `_refuse_foreign` has made sure that all tars here are ours."""
+    for path in target.rglob("*.tar"):
+        path.unlink()
 
 
 def _refuse_foreign(target: Path) -> None:

@@ -136,3 +136,33 @@ def test_a_sidecar_that_is_no_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "balance.json").write_text("{")
     with pytest.raises(ClipcidError, match=r"balance\.json is not a sidecar"):
         open_it(tmp_path).__enter__()
+
+
+def test_what_an_earlier_plan_left_is_cleared_before_the_new_plan_says_so(tmp_path: Path) -> None:
+    with open_it(tmp_path) as output:
+        (tmp_path / "half").write_text("old")
+        output.commit(counts={}, seconds={})
+
+    def die() -> None:
+        raise RuntimeError("killed")
+
+    other = {"keep": 0.6, "seed": 0}
+    with pytest.raises(RuntimeError, match="killed"):
+        open_it(tmp_path, other, overwrite=True, clear=die).__enter__()
+    # The same command again, even without --overwrite, must not take the old files for its own.
+    with open_it(tmp_path, other, clear=(tmp_path / "half").unlink) as output:
+        assert not output.resumed
+        assert not (tmp_path / "half").exists()
+    with open_it(tmp_path, other, clear=die) as output:
+        assert output.resumed
+
+
+def test_a_finished_output_is_not_cleared(tmp_path: Path) -> None:
+    with open_it(tmp_path) as output:
+        output.commit(counts={}, seconds={})
+
+    def never() -> None:
+        raise AssertionError("cleared a finished output")
+
+    with open_it(tmp_path, clear=never) as output:
+        assert output.finished is not None

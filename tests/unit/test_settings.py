@@ -86,6 +86,15 @@ def test_an_unknown_key_of_the_file_is_an_error_with_a_hint(group: click.Group, 
     assert "share" in caught.value.fix
 
 
+@pytest.mark.parametrize("line", ["seed = 4.9", "share = true", "seed = true"])
+def test_numbers_of_the_file_are_not_bent_into_shape(group: click.Group, tmp_path: Path, line: str) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(f"[example]\n{line}\n")
+    result = CliRunner().invoke(group, ["example", "--config", str(config)])
+    assert result.exit_code == 2
+    assert "number" in result.output
+
+
 def test_an_unknown_table_of_the_file_is_an_error(group: click.Group, tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text("[balanse]\nkeep = 0.1\n")
