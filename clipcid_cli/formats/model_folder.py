@@ -19,7 +19,7 @@ CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 
 # A Hugging Face tokenizer travels with its model: open_clip reads these from the folder itself.
-_TOKENIZER_NAMES = (
+TOKENIZER_NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -57,7 +57,7 @@ def write_model_folder(
         cast = dtype is not None and tensor.is_floating_point()
         stored[name] = tensor.detach().to("cpu", dtype if cast else tensor.dtype).contiguous()
     write_bytes(folder / WEIGHTS_NAME, save(stored, metadata={"format": "pt"}))
-    for name in _TOKENIZER_NAMES if tokenizer_from is not None else ():
+    for name in TOKENIZER_NAMES if tokenizer_from is not None else ():
         assert tokenizer_from is not None
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)

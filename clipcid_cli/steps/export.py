@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from clipcid_cli.algorithms.parity import Difference
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
-from clipcid_cli.formats.export_folder import FORMAT_FILES, PARITY, build_export
+from clipcid_cli.formats.export_folder import FORMAT_FILES, PARITY, build_export, refuse_foreign_folder
 from clipcid_cli.formats.onnx_file import check_onnx_installed
 from clipcid_cli.formats.output import open_output
 from clipcid_cli.formats.work import WorkDirectory
@@ -41,12 +42,15 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
         The JSON object: ``model, files{}, parity{form: {image, text}}, seconds{}``.
 
     Raises:
-        ClipcidError: when the model cannot be read or written in a form, or differs too much in it.
+        ClipcidError: when the model cannot be read or written in a form, differs too much in it, or the folder holds the
+            model itself or files of others.
     """
     source = _choose_model(settings, reporter)
     folder = settings.out or WorkDirectory(settings.work).export(_export_name(source))
     if "onnx" in settings.format:
         check_onnx_installed()
+    _refuse_own_folder(source, folder)
+    refuse_foreign_folder(folder, settings.format)
     if settings.dry_run:
         reporter.note(f"Would write {', '.join(settings.format)} of {source.spec} to {folder}.")
         return _result(source, folder, settings, {"parity": {}, "seconds": {}})
@@ -72,6 +76,15 @@ def _export_name(source: ModelName) -> str:
     if source.path is not None and source.path.resolve().name == "student":
         return source.path.resolve().parent.name
     return source.slug
+
+
+def _refuse_own_folder(source: ModelName, folder: Path) -> None:
+    """Refuse to write over the model that is read, whatever wrote it."""
+    if source.path is not None and folder.resolve() == source.path.resolve():
+        raise ClipcidError(
+            f"Model {source.spec} is the folder {folder}, so its export would be written over it.",
+            "Give another folder with --out.",
+        )
 
 
 def _export(source: ModelName, folder: Path, settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:

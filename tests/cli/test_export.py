@@ -125,6 +125,35 @@ def test_another_form_in_the_same_folder_needs_overwrite(
     assert names == {"export.json", "image_encoder.onnx", "text_encoder.onnx", "parity.json"}
 
 
+def test_files_of_others_are_not_replaced(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("open_clip_config.json", "tokenizer.json"):
+        other = tmp_path / name.split(".")[0] / name
+        other.parent.mkdir()
+        other.write_bytes(b"precious")
+        run = clipcid("export", tiny_model, "--out", other.parent, "--overwrite", check=False)
+        assert run.returncode == 1
+        assert f"did not write and would replace: {name}" in " ".join(run.stderr.split())
+        assert "--out" in run.stderr
+        assert os.listdir(other.parent) == [name]
+        assert other.read_bytes() == b"precious"
+    # What goes beside them is welcome.
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "notes.txt").write_bytes(b"precious")
+    clipcid("export", tiny_model, "--out", "beside")
+    assert (tmp_path / "beside" / "notes.txt").read_bytes() == b"precious"
+
+
+def test_a_model_is_not_written_over_itself(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
+    clipcid("export", tiny_model, "--out", "here")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()}
+    (tmp_path / "link").symlink_to("here")
+    run = clipcid("export", "link", "--format", "onnx", "--out", "here", "--overwrite", check=False)
+    assert run.returncode == 1
+    assert "Model link is the folder here" in " ".join(run.stderr.split())
+    assert "Give another folder with --out" in " ".join(run.stderr.split())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
