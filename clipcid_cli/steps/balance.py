@@ -125,7 +125,7 @@ def _balance(
     started = time.perf_counter()
     survey = survey_rows(machine, embeddings.images(), reporter)
     seconds["search"] = time.perf_counter() - started
-    skips = _check_rows(settings, embeddings, survey)
+    skips = _check_rows(settings, embeddings, survey, reporter)
     machine.on_main(lambda: _refuse_repeated_keys(embeddings))
     inputs = Inputs(settings, machine, output.folder, embeddings, output.inputs, survey, reporter, seconds)
     sets, forest, was_there = make_sets(inputs)
@@ -188,8 +188,8 @@ def _fingerprint(embeddings: Embeddings) -> list[dict[str, Any]]:
         return list(pool.map(fingerprint_file, paths))
 
 
-def _check_rows(settings: BalanceSettings, embeddings: Embeddings, survey: Survey) -> Skips:
-    """Count rows that are not finite, and refuse too many of them."""
+def _check_rows(settings: BalanceSettings, embeddings: Embeddings, survey: Survey, reporter: Reporter) -> Skips:
+    """Count and name rows that are not finite, and refuse too many of them."""
     skips = Skips()
     bad = np.setdiff1d(np.arange(embeddings.num_rows), survey.readable, assume_unique=True)
     for key in embeddings.keys.take(pa.array(bad)).to_pylist():
@@ -199,6 +199,8 @@ def _check_rows(settings: BalanceSettings, embeddings: Embeddings, survey: Surve
             f"None of the {embeddings.num_rows:,} rows of {embeddings.folder} is finite.", "Make the embeddings again."
         )
     skips.check(embeddings.num_rows, settings.max_bad_fraction, str(embeddings.folder))
+    if skips.total:
+        reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
     return skips
 
 

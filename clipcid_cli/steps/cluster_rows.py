@@ -118,6 +118,8 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
         usable[row] = False
         skips.add("nan_row", embeddings.keys[row].as_py())
     skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
+    if skips.total:
+        reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
     keep_list = _find_keep_list(settings, work)
     if keep_list is None:
         reporter.note("Keep list: none, all rows are clustered.")

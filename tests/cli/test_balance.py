@@ -84,13 +84,16 @@ def test_a_set_of_more_than_a_hundredth_is_warned_of(clipcid: Callable[..., Run]
     assert f"One set holds {run.json['largest_component']} of 300 images" in " ".join(run.stderr.split())
 
 
-def test_rows_that_are_not_finite_are_counted(clipcid: Callable[..., Run], rows: np.ndarray, tmp_path: Path) -> None:
+def test_rows_that_are_not_finite_are_counted_and_named(
+    clipcid: Callable[..., Run], rows: np.ndarray, tmp_path: Path
+) -> None:
     damaged = rows.astype(np.float32)
     damaged[5], damaged[200] = np.nan, 0.0
     damaged[9, 3] = np.inf
     write_embeddings(tmp_path / "nan", damaged)
     run = clipcid("balance", "--embeddings", "nan", "--keep", 0.5, "--json")
     assert (run.json["images"], run.json["skipped"]) == (297, {"nan_row": 3})
+    assert "3 × embedding that is not finite: 000005, 000009, 000200" in " ".join(run.stderr.split())
     keep = pd.read_parquet(tmp_path / "clipcid-work" / "balance" / "keep.parquet")
     assert len(keep) == 297
     assert not set(keep["key"]) & {"000005", "000009", "000200"}

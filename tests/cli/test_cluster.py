@@ -190,8 +190,9 @@ def test_bad_input_gives_one_error_and_leaves_nothing(
         assert not (run.cwd / "clipcid-work").exists()
 
 
-def test_a_few_rows_that_are_not_finite_are_counted(clipcid: Callable[..., Run], embeddings: Path) -> None:
+def test_a_few_rows_that_are_not_finite_are_counted_and_named(clipcid: Callable[..., Run], embeddings: Path) -> None:
     break_rows(embeddings)
     run = clipcid("cluster", "--embeddings", embeddings, "--max-bad-fraction", "0.05", "--json")
     assert run.json["images"] == NUM_ROWS - 20
     assert run.json["skipped"] == {"nan_row": 20}
+    assert "20 × embedding that is not finite: 0" in " ".join(run.stderr.split())
