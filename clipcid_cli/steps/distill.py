@@ -13,6 +13,7 @@ from clipcid_cli.runtime.encoder import ClipModel, load_model
 from clipcid_cli.runtime.loading import start_worker_server
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.model_names import parse_model
+from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.distill_inputs import find_embeddings, find_inputs
 from clipcid_cli.steps.distill_plan import Plan, default_name, describe, plan_run
 from clipcid_cli.steps.distill_run import Run
@@ -62,9 +63,14 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
 def deciding(settings: DistillSettings, student: ClipModel, plan: Plan) -> dict[str, Any]:
     """Return all that decides the student, beside the inputs' content, as JSON values."""
     given = output_settings(settings)
-    # The data is an input: it is told by its content, wherever it lies.
-    del given["data"]
+    # Data and teacher are inputs: they are told by their content, however they were named.
+    for name in ("data", "teacher", "epochs"):
+        del given[name]
+    precision = choose_precision(settings.precision, student.device, "train", student.info.parameters)
     given |= {
+        "preset": settings.chosen_preset,
+        "precision": precision.name,
+        "warmup": plan.optimiser.warmup,
         "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses().items()},
         "student": {"config": student.info.config, "weights": student.info.weights_hash},
         "batch_size": plan.batch_size,

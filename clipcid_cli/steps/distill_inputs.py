@@ -260,8 +260,9 @@ def _refuse_old_clusters(clusters: Clusters, keep_list: Path) -> None:
 
 
 def _fingerprint_teacher(teaching: Teaching) -> list[dict[str, Any]]:
-    sidecar = teaching.embeddings.folder / "embed.json"
-    paths = [sidecar] if sidecar.exists() else [file.images for file in teaching.embeddings.files]
+    # The rows themselves, not their sidecar: the same rows embedded again at another speed are the same input.
+    files = teaching.embeddings.files
+    paths = [path for file in files for path in (file.images, file.texts, file.metadata) if path is not None]
     if teaching.clusters is not None:
         paths += [teaching.clusters.folder / TABLE, teaching.clusters.folder / CENTROIDS]
     return [fingerprint_file(path) for path in paths]
