@@ -24,7 +24,7 @@ COMMANDS = {
     "distill": "Train a small CLIP from the teacher's embeddings and clusters.",
     "eval-zeroshot": "Zero-shot classification and retrieval of models on data sets.",
     "eval-linear": "Linear probe: logistic regression on frozen features.",
-    "export": "Write a trained model for open_clip, ONNX and others, checked.",
+    "export": "Write a trained model for open_clip and ONNX, checked.",
 }
 
 

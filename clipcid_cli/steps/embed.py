@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
+_ADD_NO_TEXT = "Add --no-text to embed the images alone."
+
 # Batches of a CPU stay in its cache; 128 and more were slower for a ViT-B-32.
 _CPU_BATCH, _GPU_BATCH = 64, 256
 
@@ -48,13 +51,22 @@ def run(settings: EmbedSettings, reporter: Reporter) -> dict[str, Any]:
         return make_embeddings(settings, machine, reporter)
 
 
-def make_embeddings(settings: EmbedSettings, machine: Machine, reporter: Reporter) -> dict[str, Any]:
-    """Embed a data set with the processes of `machine`; see `run`."""
+def make_embeddings(
+    settings: EmbedSettings, machine: Machine, reporter: Reporter, without_text: str = _ADD_NO_TEXT
+) -> dict[str, Any]:
+    """Embed a data set with the processes of `machine`; see `run`.
+
+    Args:
+        settings: What to embed, with what, how.
+        machine: The processes.
+        reporter: Who is told about it.
+        without_text: What to do about data that lacks captions, for the errors; empty when captions are needed.
+    """
     name = with_default_tag(parse_model(settings.model))
     folder = settings.out or WorkDirectory(settings.work).embeddings(name.slug)
     dataset = machine.on_main(lambda: _open_data(settings, reporter))
     if settings.text:
-        machine.on_main(lambda: _require_captions(dataset))
+        machine.on_main(lambda: _require_captions(dataset, without_text))
     inputs = machine.on_main(dataset.fingerprints)
     finished = machine.on_main(lambda: _find_finished(folder, settings, name, dataset, inputs))
     if finished is not None:
@@ -85,7 +97,7 @@ def make_embeddings(settings: EmbedSettings, machine: Machine, reporter: Reporte
     ) as output:
         writer = EmbeddingWriter(folder, len(dataset.shards), plan_identity(deciding, inputs))
         timings, elapsed = _embed_missing(embedder, writer, machine, reporter)
-        sidecar = machine.on_main(lambda: _finish(output, embedder, writer, timings, elapsed, reporter))
+        sidecar = machine.on_main(lambda: _finish(output, embedder, writer, timings, elapsed, reporter, without_text))
     return _result(folder, sidecar)
 
 
@@ -151,12 +163,13 @@ def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
     return open_dataset(settings.data, keys=settings.keys, columns=columns)
 
 
-def _require_captions(dataset: Dataset) -> None:
+def _require_captions(dataset: Dataset, without_text: str) -> None:
     """Refuse to embed captions of data that has none, before a model is loaded."""
     if not has_captions(dataset):
+        captions = "captions beside the images (.txt, or --caption-column of a list)."
         raise ClipcidError(
             f"{dataset.spec}: no sample of the first shard has a caption.",
-            "Add --no-text to embed the images alone, or put captions beside them (.txt, or --caption-column of a list).",
+            f"{without_text} Or put {captions}" if without_text else f"Put {captions}",
         )
 
 
@@ -189,13 +202,14 @@ def _finish(
     timings: list[Timings],
     elapsed: float,
     reporter: Reporter,
+    without_text: str,
 ) -> dict[str, Any]:
     """Check the whole and declare it complete."""
     dataset, info = embedder.dataset, embedder.model.info
     records = [writer.read_record(number) for number in range(len(dataset.shards))]
     whole = [record for record in records if record is not None]
     assert len(whole) == len(dataset.shards), "every shard was written by one of the processes"
-    skips = _check_skips(whole, embedder)
+    skips = _check_skips(whole, embedder, without_text)
     _refuse_repeated_keys(writer, dataset)
     writer.remove_others(embedder.with_texts)
     flattened = sum(record.flattened for record in whole)
@@ -222,7 +236,7 @@ def _finish(
     )
 
 
-def _check_skips(records: list[ShardRecord], embedder: ShardEmbedder) -> Skips:
+def _check_skips(records: list[ShardRecord], embedder: ShardEmbedder, without_text: str) -> Skips:
     skips, where = Skips(), embedder.dataset.spec
     for record in records:
         skips.merge(record.skips)
@@ -231,7 +245,7 @@ def _check_skips(records: list[ShardRecord], embedder: ShardEmbedder) -> Skips:
         raise ClipcidError(
             f"None of the {read:,} samples in {where} can be used:\n{skips.describe()}", "Mend the data."
         )
-    fix = "Add --no-text to embed images without captions." if "no_caption" in skips.counts else ""
+    fix = without_text if "no_caption" in skips.counts else ""
     skips.check(read, embedder.max_bad_fraction, where, fix)
     return skips
 
@@ -316,7 +330,7 @@ def ensure_embeddings(
         wanted = dataclasses.replace(wanted, text=has_captions(dataset))
         if not wanted.text:
             reporter.note(f"{dataset.spec} has no captions: only its images are embedded.")
-    result = make_embeddings(wanted, machine, reporter)
+    result = make_embeddings(wanted, machine, reporter, "" if text else _embed_images_first(wanted, name))
     if result.get("dry_run"):
         raise ClipcidError(
             f"There are no embeddings of {name.spec} in {folder}; making them would take about "
@@ -324,3 +338,13 @@ def ensure_embeddings(
             "Make them first (clipcid embed), then --dry-run can say what this step costs.",
         )
     return folder
+
+
+def _embed_images_first(wanted: EmbedSettings, name: ModelName) -> str:
+    """Say how to make the embeddings that a step of images alone can take; the step's own run has begun others."""
+    words = ["clipcid", "embed", *([] if wanted.data is None else [wanted.data]), "--model", name.spec]
+    for field in dataclasses.fields(ReadingSettings):
+        value = getattr(wanted, field.name)
+        if field.name in ("work", "keys", "image_column", "key_column") and value != field.default:
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return f"Embed the images alone first ({shlex.join([*words, '--no-text', '--overwrite'])})."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 import tarfile
@@ -14,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
-from conftest import Run, clean_environment, clipcid_command
+from conftest import Run, clean_environment, clipcid_command, shard_members, write_tar
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
@@ -230,6 +232,20 @@ def test_what_is_not_embedded_yet_is_embedded_first(
     again = clipcid("balance", "--threshold", 0.0, "--json")
     assert (again.json["kept"], again.json["seconds"]["embed"] < 1.0) == (23, True)
     assert "Taking the embeddings in" in again.stderr
+
+
+def test_too_few_captions_name_the_command_that_needs_none(
+    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path
+) -> None:
+    write_tar(tmp_path / "data" / "0.tar", [*shard_members(0, 6), *shard_members(6, 6, captions=False)])
+    call = ("balance", "data", "--model", tiny_model, "--keep", 0.5, "--work", "w")
+    refused = clipcid(*call, check=False)
+    assert refused.returncode == 1
+    found = re.search(r"clipcid (embed .* --no-text --overwrite)", " ".join(refused.stderr.split()))
+    assert found is not None, refused
+    clipcid(*shlex.split(found[1]))
+    clipcid(*call, "--quiet")
+    assert len(pd.read_parquet(tmp_path / "w" / "balance" / "keep.parquet")) == 12
 
 
 def test_without_a_hub_the_error_says_how_to_name_a_model(clipcid: Callable[..., Run], tiny_shards: Path) -> None:

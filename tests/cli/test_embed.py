@@ -179,6 +179,14 @@ def test_what_is_skipped_is_counted_and_named(clipcid: Call, tiny_model: Path, t
     assert not (tmp_path / "strict" / "embed.json").exists()
 
 
+def test_a_step_that_needs_captions_is_not_told_to_go_without(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
+    data = write_tar(tmp_path / "a.tar", shard_members(0, 6, captions=False))
+    run = clipcid("distill", data, "--teacher", tiny_model, "--student", tiny_model, check=False)
+    assert run.returncode == 1
+    assert "Put captions beside the images" in " ".join(run.stderr.split())
+    assert "--no-text" not in run.stderr
+
+
 def test_other_forms_of_data(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
     for number in range(6):
         path = tmp_path / "photos" / f"class-{number % 2}" / f"{number}.jpg"
