@@ -20,7 +20,7 @@ class ImageTower(torch.nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embed images."""
-        return cast(torch.Tensor, self.clip.encode_image(pixel_values, normalize=True))  # type: ignore[operator]
+        return cast(torch.Tensor, self.clip.encode_image(pixel_values, normalize=True))  # type: ignore[operator]  # every CLIP has it
 
 
 class TextTower(torch.nn.Module):
@@ -36,4 +36,4 @@ class TextTower(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embed texts."""
-        return cast(torch.Tensor, self.clip.encode_text(input_ids, normalize=True))  # type: ignore[operator]
+        return cast(torch.Tensor, self.clip.encode_text(input_ids, normalize=True))  # type: ignore[operator]  # every CLIP has it
