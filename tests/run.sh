@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types, import contracts and tests, on a machine that has Python >= 3.11 and nothing else.
-#   bash tests/run.sh [pytest arguments]      default: -m "not slow and not gpu"
+#   bash tests/run.sh [pytest arguments]      default: -m "not slow and not gpu", two tests at a time
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
@@ -10,6 +10,7 @@ ruff format --check .
 mypy
 lint-imports
 if [ $# -eq 0 ]; then
-    set -- -m "not slow and not gpu"
+    # Most of a test of the command line is PyTorch starting, on one core.
+    set -- -m "not slow and not gpu" -n 2 --dist worksteal
 fi
 exec pytest "$@"
