@@ -23,6 +23,7 @@ from clipcid_cli.formats.atomic import write_npy, write_parquet
 from clipcid_cli.formats.skips import Skips
 
 _RECORD = b"clipcid"
+_FORMS = {"img_emb": "npy", "text_emb": "npy", "metadata": "parquet"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +119,15 @@ class EmbeddingWriter:
 
     def remove_others(self, with_texts: bool) -> None:
         """Remove files of earlier runs that do not belong to this one, such as those of shards that are no more."""
-        expected = {"img_emb": "npy", "metadata": "parquet"} | ({"text_emb": "npy"} if with_texts else {})
-        keep = {self._path(kind, number, form) for kind, form in expected.items() for number in self._numbers}
-        for kind, form in {"img_emb": "npy", "text_emb": "npy", "metadata": "parquet"}.items():
+        kinds = {"img_emb", "metadata"} | ({"text_emb"} if with_texts else set())
+        self._remove_all_but({self._path(kind, number, _FORMS[kind]) for kind in kinds for number in self._numbers})
+
+    def remove_all(self) -> None:
+        """Remove every file: nothing that was read can be used."""
+        self._remove_all_but(set())
+
+    def _remove_all_but(self, keep: set[Path]) -> None:
+        for kind, form in _FORMS.items():
             for path in (self.folder / kind).glob(f"{kind}_*.{form}"):
                 if path not in keep:
                     path.unlink()

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.key_join import find_repeated_key
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.samples import natural_key
 
@@ -165,6 +166,20 @@ class Embeddings:
     def captions(self) -> pa.ChunkedArray:
         """Captions of the rows, N strings; empty where there is none."""
         return self._column(("caption",), lambda file, row: "")
+
+    def refuse_repeated_keys(self) -> None:
+        """Refuse keys that name two rows, in a folder of another tool; `embed` has looked already.
+
+        Raises:
+            ClipcidError: when there are any.
+        """
+        repeat = None if self.sidecar is not None else find_repeated_key(self.keys)
+        if repeat is not None:
+            key, one, other = repeat
+            raise ClipcidError(
+                f"Key {key!r} names rows {one:,} and {other:,} of {self.folder}.",
+                "Add --keys shard, which puts the shard's name before each key, or give the rows keys that differ.",
+            )
 
     def find_bad_rows(self) -> npt.NDArray[np.int64]:
         """Find rows that are not finite (or were zero): nothing can be said of their distance to others.

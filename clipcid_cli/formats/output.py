@@ -182,7 +182,7 @@ def open_output(
                     f"{folder} {state} {step} of other settings or inputs:\n"
                     + "\n".join(f"  {name}: {differences[name]}" for name in serious[:8])
                     + (f"\n  … and {len(serious) - 8} more" if len(serious) > 8 else ""),
-                    "Add --overwrite to replace it, or give another folder (--out or --work).",
+                    "Add --overwrite to replace it, or work elsewhere (--work, or --out where the command has it).",
                 )
             if differences:
                 finished = None
@@ -236,7 +236,7 @@ def _lock(folder: Path, step: str) -> Iterator[None]:
             holder = os.pread(handle, 64, 0).decode(errors="replace").strip()
             raise ClipcidError(
                 f"Another run ({holder or 'of unknown process number'}) is writing to {folder}.",
-                "Wait for it, stop it, or give another folder (--out or --work).",
+                "Wait for it, stop it, or work elsewhere (--work, or --out where the command has it).",
             ) from error
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()}\n".encode(), 0)

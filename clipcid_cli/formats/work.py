@@ -56,6 +56,11 @@ class WorkDirectory:
         """Return the folder of one export."""
         return self.path / "export" / name
 
+    def name_of(self, folder: Path) -> str:
+        """Return how a sidecar here names a folder: from here where it lies within, so that a copy reads its own."""
+        folder, here = folder.resolve(), self.path.resolve()
+        return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
     def find_embeddings(self, model_slug: str | None = None) -> Path:
         """Find finished embeddings.
 
@@ -72,7 +77,7 @@ class WorkDirectory:
             return folder
         balanced = read_sidecar(sidecar_path(self.balance, "balance"))
         if balanced is not None and "embeddings" in balanced:
-            folder = Path(balanced["embeddings"])
+            folder = self.path / str(balanced["embeddings"])
             if folder.is_dir():
                 return folder
         found = sorted(path.parent for path in (self.path / "embeddings").glob("*/embed.json"))

@@ -17,7 +17,6 @@ from clipcid_cli.formats.curve import CURVE, write_curve
 from clipcid_cli.formats.embeddings import Embeddings, open_embeddings
 from clipcid_cli.formats.forest_file import FOREST
 from clipcid_cli.formats.keep_list import KEEP_LIST, read_keep_list, write_keep_list
-from clipcid_cli.formats.key_join import find_repeated_key
 from clipcid_cli.formats.output import Output, fingerprint_file, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work import WorkDirectory
@@ -126,7 +125,7 @@ def _balance(
     survey = survey_rows(machine, embeddings.images(), reporter)
     seconds["search"] = time.perf_counter() - started
     skips = _check_rows(settings, embeddings, survey, reporter)
-    machine.on_main(lambda: _refuse_repeated_keys(embeddings))
+    machine.on_main(embeddings.refuse_repeated_keys)
     inputs = Inputs(settings, machine, output.folder, embeddings, output.inputs, survey, reporter, seconds)
     sets, forest, was_there = make_sets(inputs)
     if was_there:
@@ -163,7 +162,8 @@ def _balance(
         write_report(output.folder / REPORT, settings, embeddings, survey, forest, sets, report, warnings)
         result["seconds"] = phases()
         counts = {"read": embeddings.num_rows, "used": survey.num_rows, "skipped": result["skipped"]}
-        output.commit(counts=counts, seconds=phases(), embeddings=str(embeddings.folder.resolve()), result=result)
+        made_of = WorkDirectory(settings.work).name_of(embeddings.folder)
+        output.commit(counts=counts, seconds=phases(), embeddings=made_of, result=result)
         return result
 
     return machine.on_main(write)
@@ -202,17 +202,6 @@ def _check_rows(settings: BalanceSettings, embeddings: Embeddings, survey: Surve
     if skips.total:
         reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
     return skips
-
-
-def _refuse_repeated_keys(embeddings: Embeddings) -> None:
-    """Refuse keys that name two rows, in a folder of another tool; `embed` has looked already."""
-    repeat = None if embeddings.sidecar is not None else find_repeated_key(embeddings.keys)
-    if repeat is not None:
-        key, one, other = repeat
-        raise ClipcidError(
-            f"Key {key!r} names rows {one:,} and {other:,} of {embeddings.folder}.",
-            "Add --keys shard, which puts the shard's name before each key, or give the rows keys that differ.",
-        )
 
 
 def _summarise(sets: Sets, embeddings: Embeddings, skips: Skips) -> dict[str, Any]:

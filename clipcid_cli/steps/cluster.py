@@ -182,7 +182,7 @@ def _cluster(
         output.commit(
             counts={"read": rows.embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
             seconds=seconds,
-            embeddings=str(rows.embeddings.folder.resolve()),
+            embeddings=WorkDirectory(settings.work).name_of(rows.embeddings.folder),
             keep_list=None if rows.keep_list is None else fingerprint_file(rows.keep_list),
             model=(rows.embeddings.sidecar or {}).get("model"),
             num_nearest=search_width(num_clusters),

@@ -105,13 +105,14 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     """
     work = WorkDirectory(settings.work)
     folder = settings.embeddings if settings.embeddings is not None else work.find_embeddings()
-    embeddings = open_embeddings(folder)
+    embeddings = open_embeddings(folder, settings.keys)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     if settings.features == "joint" and not embeddings.has_texts:
         raise ClipcidError(
             f"--features joint needs text embeddings, and {folder} holds none.",
             "Embed with captions (clipcid embed DATA), or use --features image.",
         )
+    embeddings.refuse_repeated_keys()
     usable = np.ones(embeddings.num_rows, dtype=np.bool_)
     skips = Skips()
     for row in embeddings.find_bad_rows().tolist():
@@ -130,7 +131,8 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
     # Opened anew, without the keys that were read for the join: each process reads those itself.
-    return ClusterRows(open_embeddings(folder), keep_list, np.flatnonzero(usable), settings.features == "joint", skips)
+    fresh = open_embeddings(folder, settings.keys)
+    return ClusterRows(fresh, keep_list, np.flatnonzero(usable), settings.features == "joint", skips)
 
 
 def _find_keep_list(settings: ClusterSettings, work: WorkDirectory) -> Path | None:

@@ -38,7 +38,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         embeddings = find_embeddings(settings, machine, reporter)
         inputs = machine.on_main(lambda: find_inputs(settings, embeddings, reporter))
         student = load_model(parse_model(str(settings.student)), machine.device, fresh_seed=settings.seed)
-        plan = plan_run(settings, inputs, machine, reporter)
+        plan = machine.on_main(lambda: plan_run(settings, inputs, machine, reporter))
         name = settings.name or default_name(settings, student, inputs)
         folder = RunFolder(WorkDirectory(settings.work).distill(name))
         if settings.dry_run:
@@ -74,6 +74,7 @@ def deciding(settings: DistillSettings, student: ClipModel, plan: Plan) -> dict[
         "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses().items()},
         "student": {"config": student.info.config, "weights": student.info.weights_hash},
         "batch_size": plan.batch_size,
+        "eval_every": plan.eval_every,
         "steps": plan.optimiser.steps,
     }
     plain: dict[str, Any] = json.loads(json.dumps(given))

@@ -147,7 +147,7 @@ def _open_data(
 
 
 def _open_embeddings(settings: DistillSettings, folder: Path, reporter: Reporter) -> Embeddings:
-    embeddings = open_embeddings(folder)
+    embeddings = open_embeddings(folder, settings.keys)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     if settings.teacher is not None:
         _check_teacher(with_default_tag(parse_model(settings.teacher)), embeddings)

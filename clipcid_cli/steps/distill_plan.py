@@ -27,11 +27,13 @@ class Plan:
         optimiser: How parameters are updated, for how many steps.
         batch_size: Samples of a global batch.
         workers: Processes that prepare batches, for each training process.
+        eval_every: Steps between evaluations.
     """
 
     optimiser: OptimiserPlan
     batch_size: int
     workers: int
+    eval_every: int
 
 
 def plan_run(settings: DistillSettings, inputs: Inputs, machine: Machine, reporter: Reporter) -> Plan:
@@ -73,7 +75,8 @@ def plan_run(settings: DistillSettings, inputs: Inputs, machine: Machine, report
         steps=steps,
         max_norm=settings.grad_clip_norm or None,
     )
-    return Plan(optimiser, batch_size, default_workers() if settings.workers is None else settings.workers)
+    workers = default_workers() if settings.workers is None else settings.workers
+    return Plan(optimiser, batch_size, workers, settings.eval_every or max(1, steps // 10))
 
 
 def default_name(settings: DistillSettings, student: ClipModel, inputs: Inputs) -> str:

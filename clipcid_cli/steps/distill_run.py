@@ -114,7 +114,7 @@ class Run:
             changes_colors=augmentation.changes_colors,
             pace=Pace(
                 steps,
-                settings.eval_every or max(1, steps // 10),
+                self.plan.eval_every,
                 settings.checkpoint_every or max(1, min(1_000, steps // 10)),
             ),
             run=self.folder,

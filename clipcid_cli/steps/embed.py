@@ -209,6 +209,8 @@ def _finish(
     records = [writer.read_record(number) for number in range(len(dataset.shards))]
     whole = [record for record in records if record is not None]
     assert len(whole) == len(dataset.shards), "every shard was written by one of the processes"
+    if not any(record.rows for record in whole):
+        writer.remove_all()
     skips = _check_skips(whole, embedder, without_text)
     _refuse_repeated_keys(writer, dataset)
     writer.remove_others(embedder.with_texts)

@@ -120,6 +120,9 @@ class Loop:
         with self.reporter.progress("distill", left * self.order.batch_size, "samples") as progress:
             for batch, waited in self._batches():
                 self.waited += waited
+                self._count_bad(batch)
+                if self.trainer.step == 0:
+                    self._require_images()
                 line = self._step(batch)
                 progress.advance(self.order.batch_size)
                 step = self.trainer.step
@@ -154,7 +157,6 @@ class Loop:
 
     def _step(self, batch: Batch) -> dict[str, Any]:
         """Make one optimiser step and return its line of the log."""
-        self._count_bad(batch)
         trainer, module, device = self.trainer, self.student.module, self.student.device
         # Dropout and the like draw from a seed of their own at each step: nothing to save, nothing to restore.
         torch.manual_seed(derive_seed("step", self.seed, trainer.step, self.machine.rank))
@@ -190,6 +192,19 @@ class Loop:
 
     def _count_bad(self, batch: Batch) -> None:
         self.bad.update({key: reason for reason, key in batch.bad})
+
+    def _require_images(self) -> None:
+        """Refuse a first batch without one readable image, before a line is logged.
+
+        Raises:
+            ClipcidError: on every process.
+        """
+        skips = self.bad_images()
+        if skips.total >= self.order.batch_size:
+            raise ClipcidError(
+                f"None of the {self.order.batch_size:,} images of the first batch can be read:\n{skips.describe()}",
+                "Mend the data.",
+            )
 
     def bad_images(self) -> Skips:
         """Return the unreadable images met so far, of all processes; call it on every process."""

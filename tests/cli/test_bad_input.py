@@ -149,10 +149,10 @@ def test_bad_data_is_one_clear_error(command: str, tmp_path: Path, tiny_model: P
         assert "This is a bug" not in outcome["err"], outcome
         for words in CASES[outcome["name"]][1]:
             assert words in outcome["err"], outcome
-        # Embeddings of a shard are whole files, and a run's log is one line after another; without the sidecar they are an
-        # unfinished output, which is resumed.
-        unfinished = [file for file in outcome["files"] if "/embeddings/" in file or file.endswith(".jsonl")]
-        left = [file for file in outcome["files"] if file not in unfinished or file.endswith(".json")]
+        left = outcome["files"]
+        if outcome["name"] == "keys repeat within a shard":
+            # Half of the samples are good: their rows are an unfinished output, which a higher --max-bad-fraction finishes.
+            left = [file for file in left if "/embeddings/" not in file or file.endswith(".json")]
         assert left == [], outcome
 
 

@@ -190,6 +190,20 @@ def test_bad_input_gives_one_error_and_leaves_nothing(
         assert not (run.cwd / "clipcid-work").exists()
 
 
+def test_keys_that_repeat_across_files_need_a_flag(clipcid: Callable[..., Run], embeddings: Path) -> None:
+    for number in range(2):
+        path = embeddings / f"metadata/metadata_{number:04d}.parquet"
+        pq.write_table(pa.table({"key": [f"{row:05d}" for row in range(NUM_ROWS // 2)]}), path)
+    refused = clipcid("cluster", "--embeddings", embeddings, check=False)
+    assert refused.returncode == 1
+    assert "Key '00000' names rows 0 and 450" in " ".join(refused.stderr.split()), refused
+    assert "--keys shard" in refused.stderr
+    run = clipcid("cluster", "--embeddings", embeddings, "--keys", "shard", "--num-clusters", NUM_CLUSTERS)
+    keys = open_clusters(run.cwd / "clipcid-work" / "clusters").keys
+    assert keys[0] == "img_emb_0000/00000"
+    assert keys[-1] == "img_emb_0001/00449"
+
+
 def test_a_few_rows_that_are_not_finite_are_counted_and_named(clipcid: Callable[..., Run], embeddings: Path) -> None:
     break_rows(embeddings)
     run = clipcid("cluster", "--embeddings", embeddings, "--max-bad-fraction", "0.05", "--json")

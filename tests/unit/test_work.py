@@ -1,5 +1,6 @@
 """Finding what earlier steps left in a work directory."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ def balance(work: WorkDirectory, *, finish: bool) -> None:
     with open_output(work.balance, "balance", settings={}, inputs=[], overwrite=False) as output:
         (work.balance / "keep.parquet").write_bytes(b"rows")
         if finish:
-            output.commit(counts={}, seconds={}, embeddings=str(work.path / "embeddings" / "a"))
+            output.commit(counts={}, seconds={}, embeddings=work.name_of(work.path / "embeddings" / "a"))
 
 
 def test_no_keep_list_is_none_and_a_finished_one_is_found(tmp_path: Path) -> None:
@@ -44,6 +45,15 @@ def test_embeddings_are_those_that_were_balanced_or_the_only_ones(tmp_path: Path
     balance(work, finish=True)
     assert work.find_embeddings() == tmp_path / "embeddings" / "a"
     assert work.find_embeddings("b") == tmp_path / "embeddings" / "b"
+
+
+def test_a_copied_work_directory_reads_its_own_embeddings(tmp_path: Path) -> None:
+    original = WorkDirectory(tmp_path / "original")
+    original.embeddings("a").mkdir(parents=True)
+    balance(original, finish=True)
+    assert original.name_of(tmp_path / "elsewhere") == str(tmp_path / "elsewhere")
+    shutil.copytree(original.path, tmp_path / "copy")
+    assert WorkDirectory(tmp_path / "copy").find_embeddings() == tmp_path / "copy" / "embeddings" / "a"
 
 
 def test_the_student_is_that_of_the_run_that_finished_last(tmp_path: Path) -> None:

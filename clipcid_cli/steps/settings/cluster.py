@@ -6,14 +6,14 @@ import dataclasses
 from pathlib import Path
 
 from clipcid_cli.steps.settings.fields import option
-from clipcid_cli.steps.settings.shared import SharedSettings
+from clipcid_cli.steps.settings.shared import KeyedSettings
 
 _INPUTS = "Inputs"
 _CLUSTERS = "Clusters"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClusterSettings(SharedSettings):
+class ClusterSettings(KeyedSettings):
     """Settings of `cluster`."""
 
     embeddings: Path | None = option(

@@ -102,6 +102,9 @@ class DistillSettings(ReadingSettings):
         minimum=0.0,
         maximum=1.0,
     )
+    batch_size: int | None = option(
+        None, "Samples a batch, over all processes; by default at most 256.", group=_LENGTH, minimum=1
+    )
     epochs: int | None = option(None, "Passes over the data; 32 unless --steps is given.", group=_LENGTH, minimum=1)
     steps: int | None = option(None, "Optimiser steps, instead of --epochs.", group=_LENGTH, minimum=1)
     lr: float = option(1e-3, "Peak learning rate.", group=_OPTIMISER, minimum=0.0, above_minimum=True)

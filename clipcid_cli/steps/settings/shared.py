@@ -39,7 +39,7 @@ class SharedSettings:
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     batch_size: int | None = option(
-        None, "Samples a batch over all processes; by default the step chooses and prints it.", group=_RUN, minimum=1
+        None, "Samples a batch; by default the step chooses and prints it.", group=_RUN, minimum=1
     )
     workers: int | None = option(
         None,
@@ -68,8 +68,8 @@ class SharedSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReadingSettings(SharedSettings):
-    """Settings of every step that reads image-text data."""
+class KeyedSettings(SharedSettings):
+    """Settings of every step that joins rows by key."""
 
     keys: str = option(
         "sample",
@@ -77,6 +77,12 @@ class ReadingSettings(SharedSettings):
         group=_READ,
         choices=("sample", "shard"),
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadingSettings(KeyedSettings):
+    """Settings of every step that reads image-text data."""
+
     image_column: str = option(
         "filepath", "Column of a csv, tsv or parquet list that holds the image's path.", group=_READ
     )
