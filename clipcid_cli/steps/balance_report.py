@@ -25,7 +25,7 @@ from clipcid_cli.steps.class_balance import compare_classes
 from clipcid_cli.steps.forest_search import Survey
 from clipcid_cli.steps.other_linkage import OtherLinkage
 from clipcid_cli.steps.sample_finder import SampleFinder, open_data
-from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 
 _SETS_SHOWN = 12
 _IMAGES_SHOWN = 9
@@ -190,29 +190,31 @@ def _thumbnail(finder: SampleFinder, shard: str, key: str) -> str:
 def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | str) -> Markup:
     """Draw the share kept over the cut-off, by both linkages where both are known, and the points at the cut-off."""
     num_images = len(sets.labels)
-    lines = [(f"{linkage} (chosen)", sets.curve, sets.num_kept)]
+    lines = [(linkage, sets.curve, sets.num_kept)]
     if not isinstance(other, str):
         lines.append((other.linkage, other.curve, other.kept))
     most_kept = max(num_kept for _, _, num_kept in lines)
     figure = make_figure(_FIGURE_WIDTH, 2.9)
     axes = figure.add_subplot()
-    for (name, curve, num_kept), color in zip(lines, PALETTE[:2], strict=False):
+    for name, curve, num_kept in lines:
+        color = PALETTE[LINKAGES.index(name)]
         distances = np.concatenate([[0.0], curve.distance])
         kept = np.concatenate([[num_images], curve.kept]) / num_images
         # Of single linkage all is known between two points, of stars only that it lies between them.
-        style: dict[str, Any] = {"drawstyle": "steps-post"} if name.startswith("single") else {}
-        axes.plot(distances, kept, color=color, label=name, **style)
+        style: dict[str, Any] = {"drawstyle": "steps-post"} if name == "single" else {}
+        axes.plot(distances, kept, color=color, label=f"{name} (chosen)" if name == linkage else name, **style)
         if sets.threshold is not None:
             point = (sets.threshold, num_kept / num_images)
             axes.plot(*point, "o", color=color)
             # The upper line's number above it, the lower one's below.
-            place: dict[str, Any] = {"xytext": (0, 7), "horizontalalignment": "center"}
+            place: dict[str, Any] = {"xytext": (4, 5), "horizontalalignment": "left"}
             if num_kept < most_kept or len(lines) == 1:
                 place = {"xytext": (-7, -13), "horizontalalignment": "right"}
             axes.annotate(f"{num_kept / num_images:.1%}", point, textcoords="offset points", **place)
     if sets.threshold is not None:
         axes.axvline(sets.threshold, color=PALETTE[4], linewidth=0.8, linestyle=":")
-    axes.set(xlabel="cut-off ε", ylabel="share kept", xlim=(0, None), ylim=(0, 1.02))
+    farthest = max(float(curve.distance[-1]) for _, curve, _ in lines)
+    axes.set(xlabel="cut-off ε", ylabel="share kept", xlim=(0, 1.15 * farthest or 1), ylim=(0, 1.02))
     axes.legend(loc="lower left", frameon=False)
     _lighten(axes.spines.values())
     return svg(figure, "Share of images kept over the cut-off")
