@@ -206,9 +206,9 @@ def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | str) -> Markup:
         if sets.threshold is not None:
             point = (sets.threshold, num_kept / num_images)
             axes.plot(*point, "o", color=color)
-            # The upper line's number above it, the lower one's below.
+            # The upper line's number above it, the lower one's below, unless the axis is there.
             place: dict[str, Any] = {"xytext": (4, 5), "horizontalalignment": "left"}
-            if num_kept < most_kept or len(lines) == 1:
+            if (num_kept < most_kept or len(lines) == 1) and point[1] > 0.12:
                 place = {"xytext": (-7, -13), "horizontalalignment": "right"}
             axes.annotate(f"{num_kept / num_images:.1%}", point, textcoords="offset points", **place)
     if sets.threshold is not None:
@@ -221,7 +221,7 @@ def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | str) -> Markup:
 
 
 def _count_sizes(sets: Sets) -> list[dict[str, Any]]:
-    """Count sets and the images in them by size, sizes by powers of two."""
+    """Count sets and the images in them by size, sizes by powers of two, those that occur."""
     sizes = np.bincount(sets.labels)
     sizes = sizes[sizes > 0]
     power = np.ceil(np.log2(sizes)).astype(np.int64)
@@ -230,6 +230,7 @@ def _count_sizes(sets: Sets) -> list[dict[str, Any]]:
     return [
         {"name": name, "sets": int(number), "images": int(count), "share": count / images.max()}
         for name, number, count in zip(names, num_sets, images, strict=False)
+        if number
     ]
 
 
