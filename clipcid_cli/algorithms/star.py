@@ -125,10 +125,10 @@ def star_curve(num_rows: int, pairs: Edges, copies: IntArray, chosen: float, num
         pairs: All pairs up to some distance, ascending by weight.
         copies: As for :func:`star_cover`.
         chosen: A cut-off that must be among the points.
-        num_points: Largest number of other points, evenly among the pairs; each costs a cover.
+        num_points: Number of other points, evenly from 0 to the largest distance of the pairs; each costs a cover.
     """
-    ends = np.linspace(0, max(0, len(pairs) - 1), num_points).astype(np.int64)
-    distances = np.unique(np.append(pairs.weight[ends] if len(pairs) else [], [0.0, chosen]).astype(np.float32))
+    farthest = float(pairs.weight[-1]) if len(pairs) else 0.0
+    distances = np.unique(np.append(np.linspace(0.0, farthest, num_points), chosen).astype(np.float32))
     kept, largest = [], []
     for distance in distances:
         cover = star_cover(num_rows, pairs.up_to(float(distance)), copies)

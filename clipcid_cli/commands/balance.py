@@ -20,9 +20,17 @@ def show(result: dict[str, Any], console: Console) -> None:
     facts = {
         "kept": f"{result['kept']:,} of {result['images']:,} images ({result['keep_ratio']:.1%})",
         "cut-off": "none: nothing was to be merged" if threshold is None else f"{threshold:.6g} (Euclidean)",
-        "largest set": f"{result['largest_component']:,} images",
+        "largest set": f"{result['largest_component']:,} image{'s' if result['largest_component'] > 1 else ''}",
         "coverage": f"{result['coverage']:.1%} of the dropped images are farther than the cut-off from the kept one",
     }
+    other = result.get("other_linkage")
+    if other is not None:
+        facts[f"with {other['linkage']}"] = (
+            f"{other['kept']:,} images kept at this cut-off ({other['kept'] / result['images']:.1%}), "
+            f"{other['coverage']:.1%} of the dropped ones farther"
+        )
+    elif threshold is not None:
+        facts["with star"] = "not computed"
     if result["skipped"]:
         facts["skipped"] = ", ".join(f"{number:,} {reason}" for reason, number in result["skipped"].items())
     facts["time"] = ", ".join(f"{phase} {format_seconds(value)}" for phase, value in result["seconds"].items())

@@ -175,6 +175,11 @@ class Embeddings:
         """Captions of the rows, N strings; empty where there is none."""
         return self._column(("caption",), lambda file, row: "")
 
+    def captions_by_file(self) -> Iterator[tuple[EmbeddingFile, pa.ChunkedArray]]:
+        """Yield each file with the captions of its rows, empty where there is none, one file in memory at a time."""
+        for file in self.files:
+            yield file, self._column(("caption",), lambda file, row: "", (file,))
+
     def refuse_repeated_keys(self) -> None:
         """Refuse keys that name two rows, in a folder of another tool; `embed` has looked already.
 
@@ -203,9 +208,14 @@ class Embeddings:
         paths = [choose(file) for file in self.files]
         return Rows([_map_npy(path) for path in paths if path is not None], self.width, self.sidecar is not None)
 
-    def _column(self, names: tuple[str, ...], default: Callable[[EmbeddingFile, int], str]) -> pa.ChunkedArray:
+    def _column(
+        self,
+        names: tuple[str, ...],
+        default: Callable[[EmbeddingFile, int], str],
+        files: tuple[EmbeddingFile, ...] | None = None,
+    ) -> pa.ChunkedArray:
         chunks: list[pa.Array] = []
-        for file in self.files:
+        for file in self.files if files is None else files:
             present = pq.read_schema(file.metadata).names if file.metadata is not None else []
             name = next((name for name in names if name in present), None)
             if name is None:

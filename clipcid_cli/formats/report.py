@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 # Of a light and a dark page alike: text and axes take the page's own colour through `currentColor`.
 PALETTE = ("#3b78c3", "#d9822b", "#3f9b6c", "#b0579f", "#8a8f98")
 
+_NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+# Widest a figure is shown, for its width in inches.
+_PIXELS_PER_INCH = 105
+
 
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
@@ -61,11 +65,14 @@ def svg(figure: Figure, label: str) -> Markup:
     buffer = io.StringIO()
     # A fixed salt and no date: the same figure gives the same bytes.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "clipcid", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace("#000000", "currentColor")
     # Text that has no fill of its own is black by default in SVG; the class gives it the page's colour.
-    return Markup('<div class="figure" role="img" aria-label="{}">{}</div>').format(label, Markup(text))
+    # Figures of any width have text about as large as the page's.
+    width = round(_PIXELS_PER_INCH * figure.get_figwidth())
+    frame = Markup('<div class="figure" role="img" aria-label="{}" style="max-width: {}px">{}</div>')
+    return frame.format(label, width, Markup(text))
 
 
 def thumbnail(image: Image.Image, side: int = 96) -> str:

@@ -25,6 +25,7 @@ from clipcid_cli.steps.balance_report import write_report
 from clipcid_cli.steps.balance_sets import Inputs, Sets, make_sets
 from clipcid_cli.steps.embed import ensure_embeddings
 from clipcid_cli.steps.forest_search import Survey, survey_rows
+from clipcid_cli.steps.other_linkage import OtherLinkage, compare_linkages
 from clipcid_cli.steps.outputs import claim_output
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.sample_finder import require_data
@@ -42,9 +43,10 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
     """Balance a data set.
 
     Returns:
-        The JSON object: ``images, kept, keep_ratio, threshold, components, largest_component, coverage, skipped{},
-        seconds{embed, search, write}, files{}``. ``coverage`` is the share of dropped images that are farther than the
-        threshold from the image that stands for them.
+        The JSON object: ``images, kept, keep_ratio, threshold, components, largest_component, coverage, other_linkage{
+        linkage, kept, coverage}, skipped{}, seconds{embed, search, write}, files{}``. ``coverage`` is the share of dropped
+        images that are farther than the threshold from the image that stands for them; ``other_linkage`` says what the
+        linkage that was not asked for gives at the same threshold, and is null where that is not computed.
 
     Raises:
         ClipcidError: when there is nothing to balance, too much of it is unusable, or another run is in the way.
@@ -130,8 +132,11 @@ def _balance(
     sets, forest, was_there = make_sets(inputs)
     if was_there:
         reporter.note("The forest of these embeddings was there: keep list, curve and report are made anew from it.")
+    other = compare_linkages(inputs, sets, forest)
+    if isinstance(other, str) and sets.threshold is not None:
+        reporter.note(f"What --linkage star would keep at this cut-off is not computed: {other}.")
 
-    result = _summarise(sets, embeddings, skips)
+    result = _summarise(sets, other, embeddings, skips)
     warnings = _warnings(settings, sets)
     for warning in warnings:
         reporter.warn(warning)
@@ -159,7 +164,7 @@ def _balance(
             num_images=survey.num_rows,
         )
         report = result | {"seconds": phases()}
-        write_report(output.folder / REPORT, settings, embeddings, survey, forest, sets, report, warnings)
+        write_report(output.folder / REPORT, settings, embeddings, survey, forest, sets, other, report, warnings)
         result["seconds"] = phases()
         counts = {"read": embeddings.num_rows, "used": survey.num_rows, "skipped": result["skipped"]}
         made_of = WorkDirectory(settings.work).name_of(embeddings.folder)
@@ -204,7 +209,7 @@ def _check_rows(settings: BalanceSettings, embeddings: Embeddings, survey: Surve
     return skips
 
 
-def _summarise(sets: Sets, embeddings: Embeddings, skips: Skips) -> dict[str, Any]:
+def _summarise(sets: Sets, other: OtherLinkage | str, embeddings: Embeddings, skips: Skips) -> dict[str, Any]:
     kept, images = sets.num_kept, len(sets.labels)
     embedded = (embeddings.sidecar or {}).get("counts", {}).get("skipped", {})
     return {
@@ -215,6 +220,9 @@ def _summarise(sets: Sets, embeddings: Embeddings, skips: Skips) -> dict[str, An
         "components": kept,
         "largest_component": int(sets.sizes.max()),
         "coverage": sets.coverage,
+        "other_linkage": None
+        if isinstance(other, str)
+        else {"linkage": other.linkage, "kept": other.kept, "coverage": other.coverage},
         "skipped": {**embedded, **skips.counts},
     }
 

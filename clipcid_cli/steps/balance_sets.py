@@ -59,9 +59,7 @@ class Sets:
     def coverage(self) -> float:
         """Share of the dropped images that are farther than the cut-off from the one that stands for them."""
         num_dropped = len(self.labels) - self.num_kept
-        if self.threshold is None or not num_dropped:
-            return 0.0
-        return float(np.count_nonzero(self.distances > np.float32(self.threshold)) / num_dropped)
+        return 0.0 if self.threshold is None else share_beyond(self.distances, num_dropped, self.threshold)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +143,24 @@ def make_sets(inputs: Inputs) -> tuple[Sets, Edges, bool]:
     return Sets(labels, representatives, distances, threshold, curve), forest.edges, was_there
 
 
+def unique_positions(survey: Survey) -> IntArray:
+    """Return where, among the unique rows, the one lies that each row equals, int64 [N]."""
+    positions = np.zeros(survey.num_rows, np.int64)
+    positions[survey.unique] = np.arange(len(survey.unique))
+    positions[survey.copies.b] = positions[survey.copies.a]
+    return positions
+
+
+def among_unique(pairs: Edges, positions: IntArray) -> Edges:
+    """Number the rows of pairs among the unique ones, as :func:`unique_positions` tells, and sort the pairs."""
+    return sort_edges(Edges(positions[pairs.a], positions[pairs.b], pairs.weight))
+
+
+def share_beyond(distances: FloatArray, num_dropped: int, threshold: float) -> float:
+    """Return the share of the dropped images that are farther than the cut-off from the one that stands for them."""
+    return float(np.count_nonzero(distances > np.float32(threshold)) / num_dropped) if num_dropped else 0.0
+
+
 def shortest_decimal(distance: float) -> float:
     """Return the number with the fewest digits that is the same float32: 0.447 rather than 0.44699999690055847."""
     return float(str(np.float32(distance)))
@@ -153,17 +169,13 @@ def shortest_decimal(distance: float) -> float:
 def _star_sets(inputs: Inputs, forest: Forest, threshold: float, num_kept: int) -> tuple[Sets, Forest]:
     """Cover the rows by stars, at the threshold given, or from the single-linkage one up to where few enough are kept."""
     num_rows, unique = inputs.survey.num_rows, inputs.survey.unique
-    position = np.zeros(num_rows, np.int64)
-    position[unique] = np.arange(len(unique))
-    first = np.arange(num_rows)
-    first[inputs.survey.copies.b] = inputs.survey.copies.a
-    copies = np.bincount(position[first], minlength=len(unique))
+    positions = unique_positions(inputs.survey)
+    copies = np.bincount(positions)
 
     def pairs_up_to(cutoff: float, forest: Forest) -> Edges:
         part = forest.edges.up_to(cutoff)
         labels = connected_components(num_rows, part.a, part.b)
-        found = inputs.pairs(labels, cutoff)
-        return sort_edges(Edges(position[found.a], position[found.b], found.weight))
+        return among_unique(inputs.pairs(labels, cutoff), positions)
 
     if inputs.settings.keep is None:
         pairs = pairs_up_to(threshold, forest)
@@ -181,7 +193,7 @@ def _star_sets(inputs: Inputs, forest: Forest, threshold: float, num_kept: int) 
             if search is None and reach == _FARTHEST:
                 search = StarSearch(reach, star_cover(len(unique), pairs, copies))
         found = search
-    representatives = unique[found.stands_for][position[first]]
+    representatives = unique[found.stands_for][positions]
     smallest = np.full(num_rows, num_rows)
     np.minimum.at(smallest, representatives, np.arange(num_rows))
     labels = smallest[representatives]

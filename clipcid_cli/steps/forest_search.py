@@ -36,6 +36,12 @@ _SAMPLE = 1024
 _ROWS_AT_ONCE = 512
 _SECONDS_BETWEEN_SAVES = 60.0
 
+# What `collect_few_pairs` does at most, some seconds on two cores: rows compared, and pairs found (20 bytes each, and as
+# much again several times to sort and cover them). Small panels compare few rows of different components.
+_MOST_COMPARED = 2**31
+_MOST_FOUND = 2**23
+_SMALL_PANEL = 2048
+
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
@@ -167,20 +173,70 @@ def collect_pairs(
         precision: Format in which near pairs are looked for.
         reporter: The listener.
     """
+    join, tiles = _join_within(machine, survey, labels, precision)
+    found, _ = _search_within(machine, join, tiles, labels, cutoff, None, reporter)
+    return Edges.concatenate(machine.gather(found))
+
+
+def collect_few_pairs(
+    machine: Machine, survey: Survey, labels: IntArray, cutoff: float, precision: str, reporter: Reporter
+) -> Edges | str:
+    """Find the pairs that :func:`collect_pairs` finds, unless they are so many that it would take long.
+
+    Returns:
+        The pairs, or a sentence that says what there is too much of; the same for any number of processes.
+    """
+    join, tiles = _join_within(machine, survey, labels, precision, _SMALL_PANEL)
+    compared = sum(map(join.num_pairs, tiles))
+    if compared > _MOST_COMPARED:
+        return f"it takes {compared:,} comparisons within the sets, more than the {_MOST_COMPARED:,} made for a report"
+    found, is_whole = _search_within(machine, join, tiles, labels, cutoff, _MOST_FOUND, reporter)
+    if not all(machine.gather(is_whole)) or sum(machine.gather(len(found))) > _MOST_FOUND:
+        return f"more than {_MOST_FOUND:,} pairs are within the cut-off"
+    return Edges.concatenate(machine.gather(found))
+
+
+def _join_within(
+    machine: Machine, survey: Survey, labels: IntArray, precision: str, panel_rows: int | None = None
+) -> tuple[Join, list[tuple[int, int]]]:
+    """Join the unique rows of each component; returns the tiles in which two rows of one may meet."""
     sizes = np.bincount(labels[survey.unique], minlength=survey.num_rows)
     members = survey.unique[sizes[labels[survey.unique]] > 1]
     members = members[np.argsort(labels[members], kind="stable")]
-    if not len(members):
-        return Edges.empty()
-    join = Join(survey.read, members, machine.device, _choose_scan(precision, machine).dtype)
+    scan = _choose_scan(precision, machine)
+    join = Join(survey.read, members, machine.device, scan.dtype, panel_rows)
     # Rows lie sorted by component, so two panels share one only where the later begins with what the earlier ends with.
-    tiles = [tile for tile in join.tiles() if _shares_component(join, labels, tile)]
+    return join, [tile for tile in join.tiles() if _shares_component(join, labels, tile)]
+
+
+def _search_within(
+    machine: Machine,
+    join: Join,
+    tiles: list[tuple[int, int]],
+    labels: IntArray,
+    cutoff: float,
+    most: int | None,
+    reporter: Reporter,
+) -> tuple[Edges, bool]:
+    """Search this process's share of the tiles for pairs of one component.
+
+    Returns:
+        What was found, and whether that is all: the search ends where there are more than `most`.
+    """
     found: list[Edges] = []
-    with reporter.progress("pairs", sum(map(join.num_pairs, tiles[machine.rank :: machine.size])), "pairs") as progress:
-        for tile in tiles[machine.rank :: machine.size]:
-            found.extend(join.search_tile(tile, cutoff, lambda a, b, _: labels[a] == labels[b]))
+    number = 0
+    mine = tiles[machine.rank :: machine.size]
+    if not mine:
+        return Edges.empty(), True
+    with reporter.progress("pairs", sum(map(join.num_pairs, mine)), "pairs") as progress:
+        for tile in mine:
+            for edges in join.search_tile(tile, cutoff, lambda a, b, _: labels[a] == labels[b]):
+                found.append(edges)
+                number += len(edges)
+                if most is not None and number > most:
+                    return Edges.empty(), False
             progress.advance(join.num_pairs(tile))
-    return Edges.concatenate(machine.gather(Edges.concatenate(found)))
+    return Edges.concatenate(found), True
 
 
 def _choose_scan(precision: str, machine: Machine) -> Precision:

@@ -35,6 +35,10 @@ def embeddings(rows: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return write_embeddings(tmp_path_factory.mktemp("embeddings") / "foreign", rows)
 
 
+def read_other_linkage(work: Path) -> object:
+    return json.loads((work / "balance" / "balance.json").read_text())["result"]["other_linkage"]
+
+
 def read_outputs(work: Path) -> dict[str, bytes]:
     return {name: (work / "balance" / name).read_bytes() for name in OUTPUTS}
 
@@ -142,6 +146,9 @@ def test_two_and_three_processes_write_the_same_bytes(
             work = f"{linkage_name}-{processes}"
             torchrun(processes, "balance", *arguments, "--work", work)
             assert read_outputs(tmp_path / work) == read_outputs(tmp_path / f"one-{linkage_name}")
+            assert (
+                read_other_linkage(tmp_path / work) == read_other_linkage(tmp_path / f"one-{linkage_name}") is not None
+            )
 
 
 @pytest.mark.parametrize("after", [".forest-parts/*/*.npz", "forest.json", "report.html"])

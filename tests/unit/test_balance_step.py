@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,66 @@ def test_star_sets_are_tight(embeddings: Path, rows: np.ndarray, tmp_path: Path)
     assert (between > np.float32(again["threshold"])).all()
     curve = pd.read_csv(tmp_path / "balance" / "curve.csv")
     assert curve[np.isclose(curve["distance"], again["threshold"], atol=1e-7)]["kept"].tolist() == [again["kept"]]
+
+
+def test_the_other_linkage_is_what_a_run_with_it_gives(
+    embeddings: Path, rows: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    single, _ = balance(tmp_path / "single", embeddings, keep=0.2)
+    star, _ = balance(tmp_path / "star", embeddings, threshold=single["threshold"], linkage="star")
+    for one, other, name in ((single, star, "star"), (star, single, "single")):
+        assert one["other_linkage"] == {"linkage": name, "kept": other["kept"], "coverage": other["coverage"]}
+    # METHOD §1, row by row: rows by number of neighbours, each kept that none kept before it covers.
+    near = distance_matrix(rows) <= np.float32(single["threshold"])
+    covered, kept = np.zeros(NUM_ROWS, bool), 0
+    for row in sorted(range(NUM_ROWS), key=lambda row: (-near[row].sum(), row)):
+        if not covered[row]:
+            kept, covered = kept + 1, covered | near[row]
+    assert star["kept"] == kept > single["kept"]
+    assert (star["coverage"], single["coverage"] > 0.0) == (0.0, True)
+    report = (tmp_path / "single" / "balance" / "report.html").read_text()
+    assert "star" in report[report.index("<svg") : report.index("</svg>")]
+    assert "not computed" not in report
+
+    for limit in ("_MOST_COMPARED", "_MOST_FOUND"):
+        with monkeypatch.context() as patch:
+            patch.setattr(forest_search, limit, 20)
+            result, said = balance(tmp_path / limit, embeddings, keep=0.2)
+        assert (result["other_linkage"], result["kept"]) == (None, single["kept"])
+        assert "What --linkage star would keep at this cut-off is not computed:" in said
+        assert "not computed" in (tmp_path / limit / "balance" / "report.html").read_text()
+
+
+def test_report_tells_what_moved_and_loads_nothing(rows: np.ndarray, tmp_path: Path) -> None:
+    """Three images of class `ant` are one picture, one of them is kept; `bee` and `cat` keep both of theirs."""
+    sizes = {"ant": 3, "bee": 2, "cat": 2}
+    keys = [f"{name}/{number}" for name, count in sizes.items() for number in range(count)]
+    for number, key in enumerate(keys):
+        (tmp_path / "photos" / key).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (30 * number, 90, 120)).save(tmp_path / "photos" / f"{key}.png")
+    distinct = rows[np.unique(rows, axis=0, return_index=True)[1]]
+    folder = write_embeddings(
+        tmp_path / "e",
+        distinct[[0, 0, 0, 1, 2, 3, 4]],
+        keys=keys,
+        captions=[f"A {key[:3].upper()}, the" for key in keys],
+    )
+    reports = {}
+    for name, data in (("classes", str(tmp_path / "photos")), ("words", None)):
+        balance(tmp_path / name, folder, threshold=0.0, data=data)
+        reports[name] = (tmp_path / name / "balance" / "report.html").read_text()
+        for title in ("kept at each cut-off", "How large the sets are", "What moved", "largest sets", "What was read"):
+            assert f"{title}</h2>" in reports[name]
+        risen, fallen = reports[name].split("Fell most")
+        assert [risen.count(f'class="name">{word}<') for word in ("bee", "cat", "ant")] == [1, 1, 0]
+        assert 'class="name">ant<' in fallen
+        assert "42.86 → 20.00 %<br><small>3 → 1</small>" in fallen
+        outside = re.findall(r"""(?:src|href)=["'](?!data:|#)|url\((?!#)|@import|<link|<script""", reports[name])
+        assert outside == []
+    assert "each of 3 classes, among the 7 images and the 5 kept ones" in reports["classes"]
+    assert "whose caption has the word" in reports["words"]
+    assert reports["classes"].count("data:image/webp") == 3 + 2 * 2  # the set, and the pairs that join it
+    assert "not shown: nothing says which data" in " ".join(reports["words"].split())
 
 
 def test_star_with_more_copies_than_should_go(tmp_path: Path) -> None:
