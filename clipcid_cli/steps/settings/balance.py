@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import argument, option
-from clipcid_cli.steps.settings.shared import ReadingSettings
+from clipcid_cli.steps.settings.shared import ReadingSettings, npz_array_option
 
 LINKAGES = ("single", "star")
 SELECTIONS = ("central", "medoid", "first", "random", "similarity", "resolution")
@@ -64,10 +64,12 @@ class BalanceSettings(ReadingSettings):
     )
     embeddings: Path | None = option(
         None,
-        "Folder of embeddings to balance, of clip-retrieval's layout; by default the work directory's.",
+        "Folder of embeddings to balance, of clip-retrieval's layout or of DataComp's .npz; by default the work "
+        "directory's.",
         group=_FILES,
         operational=True,
     )
+    npz_array: str | None = npz_array_option(_FILES)
     write_shards: Path | None = option(
         None,
         "Folder to write new shards to: the tar members of the kept samples, copied byte for byte.",
