@@ -184,6 +184,12 @@ class Embeddings:
         """Captions of the rows, N strings: column ``caption``, else DataComp's ``text``; empty where there is none."""
         return self._column(("caption", "text"), lambda file, row: "")
 
+    @property
+    def has_uids(self) -> bool:
+        """Whether the metadata have a column ``uid``."""
+        file = self.files[0].metadata
+        return file is not None and "uid" in pq.read_schema(file).names
+
     @cached_property
     def uids(self) -> pa.ChunkedArray:
         """DataComp's identifiers of the rows, N strings; empty where the metadata have no column ``uid``."""

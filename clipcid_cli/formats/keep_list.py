@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
@@ -122,3 +123,17 @@ def read_keep_list(path: Path) -> KeepList:
         raise ClipcidError(f"{path}: `kept` must be true or false, and `key` given, in every row.", make)
     shards = table["shard"] if "shard" in names else None
     return KeepList(table["key"].cast(pa.string()), shards, table["kept"].to_numpy())
+
+
+def read_dropped(path: Path) -> pa.Table:
+    """Read which image stands for each dropped one.
+
+    Args:
+        path: A keep list that `write_keep_list` wrote.
+
+    Returns:
+        One row per dropped image, in row order: ``from`` (its key), ``to`` (the key of the image kept), ``distance``
+        (float32).
+    """
+    table = pq.read_table(path, columns=["key", "representative", "distance", "kept"])
+    return table.filter(pc.invert(table["kept"])).drop_columns("kept").rename_columns(["from", "to", "distance"])

@@ -29,6 +29,7 @@ from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.sample_finder import require_data
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
+from clipcid_cli.steps.write_kept import check_uids, write_kept
 from clipcid_cli.steps.write_shards import tar_shards, write_shards
 
 REPORT = "report.html"
@@ -57,6 +58,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         shards = None
         if settings.write_shards is not None:
             shards = tar_shards(require_data(settings, embeddings, "--write-shards"), settings.write_shards)
+        machine.on_main(lambda: check_uids(settings, embeddings))
         folder = WorkDirectory(settings.work).balance
         wanted = _wanted(settings, embeddings)
         fingerprints = machine.on_main(embeddings.fingerprints)
@@ -75,13 +77,15 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             else:
                 result = _balance(settings, machine, embeddings, output, seconds, reporter)
             result["files"] = _files(folder)
+            keep_list = folder / KEEP_LIST
+            result["files"] |= machine.on_main(lambda: write_kept(settings, embeddings, keep_list, reporter))
             if shards is not None:
                 assert settings.write_shards is not None  # as `shards` tells
                 write_shards(
                     machine,
                     shards,
-                    read_keep_list(folder / KEEP_LIST),
-                    fingerprint_file(folder / KEEP_LIST),
+                    read_keep_list(keep_list),
+                    fingerprint_file(keep_list),
                     settings.write_shards,
                     overwrite=settings.overwrite,
                     reporter=reporter,

@@ -13,6 +13,8 @@ from clipcid_cli.steps.settings.shared import ReadingSettings, npz_array_option
 LINKAGES = ("single", "star")
 SELECTIONS = ("central", "medoid", "first", "random", "similarity", "resolution")
 
+PAIR_SUFFIXES = (".parquet", ".csv")
+
 _HOW_MUCH = "How much to keep (exactly one)"
 _SETS = "Sets and the image that stands for each"
 _FILES = "What is read and written"
@@ -70,6 +72,27 @@ class BalanceSettings(ReadingSettings):
         operational=True,
     )
     npz_array: str | None = npz_array_option(_FILES)
+    write_keys: Path | None = option(
+        None,
+        "Text file to write the kept keys to, one a line.",
+        group=_FILES,
+        metavar="FILE.txt",
+        operational=True,
+    )
+    write_pairs: Path | None = option(
+        None,
+        "Table to write the dropped images to: `from`, the image kept instead `to`, and their `distance`; .parquet or .csv.",
+        group=_FILES,
+        metavar="FILE.parquet",
+        operational=True,
+    )
+    write_uids: Path | None = option(
+        None,
+        "File to write the kept samples' uids to, in DataComp's form of a subset: its resharder takes it as it is.",
+        group=_FILES,
+        metavar="FILE.npy",
+        operational=True,
+    )
     write_shards: Path | None = option(
         None,
         "Folder to write new shards to: the tar members of the kept samples, copied byte for byte.",
@@ -91,6 +114,11 @@ class BalanceSettings(ReadingSettings):
             raise UsageError(
                 f"--select {self.select} does not go with --linkage star, which keeps the image all others are near to.",
                 "Leave out one of the two.",
+            )
+        if self.write_pairs is not None and self.write_pairs.suffix not in PAIR_SUFFIXES:
+            raise UsageError(
+                f"--write-pairs {self.write_pairs} is neither parquet nor csv.",
+                f"End the name in {' or '.join(PAIR_SUFFIXES)}.",
             )
 
     @property
