@@ -71,6 +71,11 @@ class KeepList:
                 keys.add(key)
         return found
 
+    def count_by_shard(self) -> dict[str, int]:
+        """Return the number of images looked at in each shard, kept or not; empty when the list does not say."""
+        counts = [] if self.shards is None else pc.value_counts(self.shards).to_pylist()
+        return {entry["values"]: entry["counts"] for entry in counts}
+
 
 def write_keep_list(
     path: Path,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +11,10 @@ import pyarrow.compute as pc
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings import Embeddings
 from clipcid_cli.formats.keep_list import KeepList, read_dropped, read_keep_list
-from clipcid_cli.formats.kept_files import are_uids, is_uid, write_keys, write_pairs, write_uids
+from clipcid_cli.formats.kept_files import are_uids, write_keys, write_pairs, write_uids
 from clipcid_cli.formats.key_join import join_keys
-from clipcid_cli.formats.samples import Sample
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.sample_finder import SampleFinder, require_data
+from clipcid_cli.steps.sample_finder import SampleFinder, read_uid, require_data
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 _ROWS_AT_ONCE = 4096
@@ -109,7 +106,7 @@ def _find_uids(
         part = pa.array(rows)
         names = zip(rows.tolist(), shards.take(part).to_pylist(), keys.take(part).to_pylist(), strict=True)
         for row, shard, key in names:
-            found[row] = _read_uid(finder.find(shard, key))
+            found[row] = read_uid(finder.find(shard, key))
             if found[row] is None:
                 raise _no_uid(key)
     return pa.chunked_array([found], type=pa.large_string())
@@ -120,18 +117,6 @@ def _open_finder(settings: BalanceSettings, embeddings: Embeddings, key: str) ->
         return SampleFinder(require_data(settings, embeddings, "--write-uids"))
     except ClipcidError as error:
         raise _no_uid(key) from error
-
-
-def _read_uid(sample: Sample | None) -> str | None:
-    """Read ``uid`` from a sample's attributes, as img2dataset leaves it there; None where there is none."""
-    if sample is None or sample.attributes is None:
-        return None
-    try:
-        attributes: Any = json.loads(sample.attributes.read())
-    except (OSError, ValueError):
-        return None
-    uid = attributes.get("uid") if isinstance(attributes, dict) else None
-    return str(uid) if is_uid(uid) else None
 
 
 def _no_uid(key: str) -> ClipcidError:
