@@ -14,7 +14,7 @@ from clipcid_cli.formats.keep_list import KeepList, read_dropped, read_keep_list
 from clipcid_cli.formats.kept_files import are_uids, write_keys, write_pairs, write_uids
 from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.sample_finder import SampleFinder, read_uid, require_data
+from clipcid_cli.steps.sample_finder import SampleFinder, open_data, read_uid
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 _ROWS_AT_ONCE = 4096
@@ -99,7 +99,10 @@ def _find_uids(
     missing = np.flatnonzero(~are_uids(uids))
     if not len(missing):
         return uids
-    finder = _open_finder(settings, embeddings, keys[int(missing[0])].as_py())
+    data = open_data(settings, embeddings)
+    if data is None:
+        raise _no_uid(keys[int(missing[0])].as_py())
+    finder = SampleFinder(data)
     found = uids.to_pylist()
     for start in range(0, len(missing), _ROWS_AT_ONCE):
         rows = missing[start : start + _ROWS_AT_ONCE]
@@ -110,13 +113,6 @@ def _find_uids(
             if found[row] is None:
                 raise _no_uid(key)
     return pa.chunked_array([found], type=pa.large_string())
-
-
-def _open_finder(settings: BalanceSettings, embeddings: Embeddings, key: str) -> SampleFinder:
-    try:
-        return SampleFinder(require_data(settings, embeddings, "--write-uids"))
-    except ClipcidError as error:
-        raise _no_uid(key) from error
 
 
 def _no_uid(key: str) -> ClipcidError:
