@@ -48,5 +48,6 @@ command = step_command(
     examples="clipcid balance laion/ --keep 0.563\n"
     "clipcid balance --threshold 0.447 --linkage star\n"
     "clipcid balance laion/ --cosine-distance 0.1 --write-shards laion-balanced/\n"
+    "clipcid balance --embeddings metadata/small --npz-array l14_img --keep 0.5 --write-uids subset.npy\n"
     "torchrun --nproc-per-node 8 -m clipcid_cli balance --embeddings laion-emb/ --keep 0.5",
 )

@@ -6,6 +6,7 @@ run left is overwritten by the next one instead of piling up; the lock of the ou
 
 from __future__ import annotations
 
+import filecmp
 import io
 import json
 import os
@@ -51,6 +52,27 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+@contextmanager
+def named_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
+    """Open a file that the user named, as `atomic_file` does; one of other content is not replaced unasked.
+
+    Args:
+        path: Final name.
+        overwrite: Whether a file of other content may be replaced. One of the same bytes is no obstacle.
+
+    Raises:
+        ClipcidError: when a file of other content is there; it is left as it is.
+    """
+    with atomic_file(path) as file:
+        yield file
+        file.flush()
+        if path.exists() and not (overwrite and path.is_file()) and not filecmp.cmp(file.name, path, shallow=False):
+            raise ClipcidError(
+                f"{path} is there already, and holds something else.",
+                "Add --overwrite to replace it, or give another name.",
+            )
+
+
 def write_error(path: Path, error: OSError) -> ClipcidError:
     """Say why `path` could not be written."""
     return ClipcidError(
@@ -87,8 +109,13 @@ def write_parquet(path: Path, table: pa.Table) -> None:
         pq.write_table(table, file, compression="zstd")
 
 
-def write_csv(path: Path, frame: pd.DataFrame) -> None:
-    """Write a frame to `path` as comma-separated text with a header and no index."""
+def pack_csv(frame: pd.DataFrame) -> bytes:
+    """Return a frame as comma-separated text with a header and no index, UTF-8."""
     text = io.StringIO()
     frame.to_csv(text, index=False, lineterminator="\n")
-    write_text(path, text.getvalue())
+    return text.getvalue().encode("utf-8")
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a frame to `path` as comma-separated text, whole or not at all."""
+    write_bytes(path, pack_csv(frame))

@@ -5,7 +5,10 @@
     metadata/metadata_0000.parquet  key, shard, caption; row i belongs to row i of both
 
 One set of files per shard. Folders made by other tools are read as they are: rows of another number format, or that are not
-unit, are normalised and cast to float16 as they are read, each row by itself.
+unit, are normalised and cast to float16 as they are read, each row by itself. DataComp's metadata are such a folder:
+
+    0a1b….npz      arrays l14_img, l14_txt, b32_img, b32_txt, …, float16 [n, D]
+    0a1b….parquet  uid, text, …; row i belongs to row i of every array
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,9 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.key_join import find_repeated_key
-from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.npy_file import RowFile, find_npy
+from clipcid_cli.formats.npz_file import MOST_UNPACKED, choose_arrays, find_array
+from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
 from clipcid_cli.formats.samples import natural_key
 
 Float16 = npt.NDArray[np.float16]
@@ -43,18 +49,29 @@ class EmbeddingFile:
     """The files of one shard.
 
     Attributes:
-        images: npy of image embeddings.
-        texts: npy of text embeddings, where there are any.
+        images: Image embeddings: an npy, or an array of an npz.
+        texts: Text embeddings likewise, where there are any.
         metadata: parquet of keys and captions, where there is one.
         first: Number of its first row among all rows.
         rows: Number of its rows.
     """
 
-    images: Path
-    texts: Path | None
+    images: RowFile
+    texts: RowFile | None
     metadata: Path | None
     first: int
     rows: int
+
+    @property
+    def name(self) -> str:
+        """Name of the file without its suffix, which stands for the shard where another tool did not record that."""
+        return self.images.path.stem
+
+    def fingerprints(self, *, texts: bool = False) -> list[dict[str, Any]]:
+        """Describe its files, those of image embeddings, of text embeddings where asked for, and of metadata."""
+        rows = [self.images, *([self.texts] if texts and self.texts is not None else [])]
+        found = [part.fingerprint() for part in rows]
+        return found if self.metadata is None else [*found, fingerprint_file(self.metadata)]
 
 
 class Rows:
@@ -157,8 +174,8 @@ class Embeddings:
 
     @cached_property
     def keys(self) -> pa.ChunkedArray:
-        """Keys of the rows, N strings: column ``key``, else ``image_path``, else file and row."""
-        keys = self._column(("key", "image_path"), lambda file, row: f"{file.images.stem}/{row}")
+        """Keys of the rows, N strings: column ``key``, else ``image_path``, else ``uid``, else file and row."""
+        keys = self._column(("key", "image_path", "uid"), lambda file, row: f"{file.name}/{row}")
         if not self._prefix_keys:
             return keys
         slash = pa.scalar("/", type=pa.large_string())
@@ -168,17 +185,34 @@ class Embeddings:
     @cached_property
     def shards(self) -> pa.ChunkedArray:
         """Names of the rows' shards, N strings; the file's name where another tool did not record them."""
-        return self._column(("shard",), lambda file, row: file.images.stem)
+        return self._column(("shard",), lambda file, row: file.name)
 
     @cached_property
     def captions(self) -> pa.ChunkedArray:
-        """Captions of the rows, N strings; empty where there is none."""
-        return self._column(("caption",), lambda file, row: "")
+        """Captions of the rows, N strings: column ``caption``, else DataComp's ``text``; empty where there is none."""
+        return self._column(("caption", "text"), lambda file, row: "")
+
+    @property
+    def has_uids(self) -> bool:
+        """Whether the metadata have a column ``uid``."""
+        file = self.files[0].metadata
+        return file is not None and "uid" in pq.read_schema(file).names
+
+    @cached_property
+    def uids(self) -> pa.ChunkedArray:
+        """DataComp's identifiers of the rows, N strings; empty where the metadata have no column ``uid``."""
+        return self._column(("uid",), lambda file, row: "")
+
+    def fingerprints(self, *, texts: bool = False) -> list[dict[str, Any]]:
+        """Describe the files of every shard for a sidecar, those of text embeddings where asked for."""
+        with ThreadPoolExecutor(16) as pool:
+            parts = list(pool.map(lambda file: file.fingerprints(texts=texts), self.files))
+        return [entry for part in parts for entry in part]
 
     def captions_by_file(self) -> Iterator[tuple[EmbeddingFile, pa.ChunkedArray]]:
         """Yield each file with the captions of its rows, empty where there is none, one file in memory at a time."""
         for file in self.files:
-            yield file, self._column(("caption",), lambda file, row: "", (file,))
+            yield file, self._column(("caption", "text"), lambda file, row: "", (file,))
 
     def refuse_repeated_keys(self) -> None:
         """Refuse keys that name two rows, in a folder of another tool; `embed` has looked already.
@@ -204,9 +238,15 @@ class Embeddings:
         bad = [start + np.flatnonzero(~np.isfinite(rows).all(axis=1)) for start, rows in self.images().blocks()]
         return np.concatenate(bad) if bad else np.empty(0, dtype=np.int64)
 
-    def _map(self, choose: Callable[[EmbeddingFile], Path | None]) -> Rows:
-        paths = [choose(file) for file in self.files]
-        return Rows([_map_npy(path) for path in paths if path is not None], self.width, self.sidecar is not None)
+    def _map(self, choose: Callable[[EmbeddingFile], RowFile | None]) -> Rows:
+        parts = [part for part in map(choose, self.files) if part is not None]
+        if (size := sum(part.unpacked for part in parts)) > MOST_UNPACKED:
+            raise ClipcidError(
+                f"The arrays in {self.folder} are compressed, so that they cannot be mapped: {size / 2**30:.1f} GiB would "
+                f"have to be unpacked into memory, and at most {MOST_UNPACKED / 2**30:g} GiB are.",
+                "Write them again uncompressed: numpy.savez(new, **numpy.load(old)).",
+            )
+        return Rows([part.map() for part in parts], self.width, self.sidecar is not None)
 
     def _column(
         self,
@@ -226,14 +266,16 @@ class Embeddings:
         return pa.chunked_array(chunks, type=pa.large_string())
 
 
-def open_embeddings(folder: Path, keys: str = "sample") -> Embeddings:
+def open_embeddings(folder: Path, keys: str = "sample", npz_array: str | None = None) -> Embeddings:
     """Open a folder of embeddings.
 
     Args:
         folder: One that `embed` finished, or one of clip-retrieval or embedding-reader: ``img_emb/*.npy`` with
-            ``metadata/*.parquet`` (and ``text_emb/*.npy``) of the same numbers, or a folder of bare ``.npy``.
+            ``metadata/*.parquet`` (and ``text_emb/*.npy``) of the same numbers, or a folder of bare ``.npy``, or one of
+            DataComp's ``.npz`` with a ``.parquet`` of the same name beside each, in folders below it where it has none.
         keys: ``shard`` puts the shard's name before each key of another tool's folder, where keys repeat across shards;
             `embed` has done so already where it was told to.
+        npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
 
     Raises:
         ClipcidError: when there are no embeddings, they are unfinished, or files do not belong together.
@@ -245,18 +287,25 @@ def open_embeddings(folder: Path, keys: str = "sample") -> Embeddings:
             f"The embeddings in {folder} are unfinished.", "Give the same embed command again: it continues."
         )
     inside = folder / "img_emb"
-    images = sorted((inside if inside.is_dir() else folder).glob("*.npy"), key=lambda path: natural_key(path.name))
-    if not images:
+    images = _list_files(inside if inside.is_dir() else folder, "*.npy")
+    archives = _list_files(folder, "*.npz") or _list_files(folder, "*/*.npz")
+    if images and npz_array is None:
+        parts = _pair_by_number(folder, images)
+    elif archives:
+        parts = _pair_by_name(archives, npz_array)
+    elif images:
+        raise ClipcidError(f"{folder} holds no .npz to take array {npz_array} from.", "Leave out --npz-array.")
+    else:
         raise ClipcidError(
-            f"{folder} holds no embeddings (img_emb/*.npy).", "Give --embeddings DIR, or make them: clipcid embed DATA"
+            f"{folder} holds no embeddings (img_emb/*.npy, or *.npz).",
+            "Give --embeddings DIR, or make them: clipcid embed DATA",
         )
-    metadata = _by_number(folder / "metadata", ".parquet")
-    texts = _by_number(folder / "text_emb", ".npy")
-    files, first, width = [], 0, _map_npy(images[0]).shape[1]
-    for path in images:
-        number = _number(path)
-        file = EmbeddingFile(path, texts.get(number), metadata.get(number), first, len(_map_npy(path)))
-        _check_file(file, width, bool(texts), bool(metadata))
+    with_texts, with_metadata = (any(part[place] is not None for part in parts) for place in (1, 2))
+    files, first, width = [], 0, parts[0][0].shape[-1]
+    for image, text, metadata in parts:
+        _check_rows(image)
+        file = EmbeddingFile(image, text, metadata, first, image.shape[0])
+        _check_file(file, width, with_texts, with_metadata)
         files.append(file)
         first += file.rows
     if first == 0:
@@ -294,51 +343,68 @@ def holds_unit_rows(rows: npt.NDArray[Any]) -> bool:
     return True
 
 
-def _check_file(file: EmbeddingFile, width: int, with_texts: bool, with_metadata: bool) -> None:
-    mine = _map_npy(file.images).shape[1]
-    if mine != width:
-        raise ClipcidError(
-            f"{file.images} has width {mine}, the files before it {width}.", "They are of different models."
-        )
-    for other, expected, what in (
-        (file.texts, with_texts, "text embeddings"),
-        (file.metadata, with_metadata, "metadata"),
-    ):
-        if other is None:
-            if expected:
-                raise ClipcidError(
-                    f"{file.images} has no {what} of the same number beside it.", "Make the folder again."
-                )
-            continue
-        rows = len(_map_npy(other)) if other.suffix == ".npy" else pq.read_metadata(other).num_rows
-        if rows != file.rows:
-            raise ClipcidError(
-                f"{file.images} has {file.rows:,} rows and {other} has {rows:,}.",
-                "Make the folder again; nothing was read.",
-            )
+_Part = tuple[RowFile, RowFile | None, Path | None]  # image embeddings, text embeddings, metadata
 
 
-def _map_npy(path: Path) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any]
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        # An array without rows cannot be mapped, only read.
-        array = _load_empty(path, error)
-    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
+def _list_files(folder: Path, pattern: str) -> list[Path]:
+    found = (path for path in folder.glob(pattern) if not path.name.startswith("."))
+    return sorted(found, key=lambda path: natural_key(str(path.relative_to(folder))))
+
+
+def _pair_by_number(folder: Path, images: list[Path]) -> list[_Part]:
+    """Find what belongs to each npy: the files of the same number in the folders beside it."""
+    texts, metadata = _by_number(folder / "text_emb", ".npy"), _by_number(folder / "metadata", ".parquet")
+    parts: list[_Part] = []
+    for path in images:
+        text = texts.get(_number(path))
+        parts.append((find_npy(path), None if text is None else find_npy(text), metadata.get(_number(path))))
+    return parts
+
+
+def _pair_by_name(archives: list[Path], npz_array: str | None) -> list[_Part]:
+    """Find what belongs to each npz: the arrays in it, and the parquet of the same name beside it."""
+    images, texts = choose_arrays(archives[0], npz_array)
+    parts: list[_Part] = []
+    for path in archives:
+        metadata = path.with_suffix(".parquet")
+        image = find_array(path, images)
+        text = None if texts is None else find_array(path, texts)
+        parts.append((image, text, metadata if metadata.exists() else None))
+    return parts
+
+
+def _check_rows(file: RowFile) -> None:
+    if len(file.shape) != 2 or not np.issubdtype(file.dtype, np.floating):
         raise ClipcidError(
-            f"{path} holds {array.dtype} {list(array.shape)}, not rows of floating-point numbers.",
+            f"{file.label} holds {file.dtype} {list(file.shape)}, not rows of floating-point numbers.",
             "Give other embeddings.",
         )
-    return array
 
 
-def _load_empty(path: Path, error: Exception) -> npt.NDArray[Any]:
-    try:
-        array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError):
-        raise ClipcidError(f"{path} cannot be read: {error}.", "Make it again, or give other embeddings.") from error
-    return array
+def _check_file(file: EmbeddingFile, width: int, with_texts: bool, with_metadata: bool) -> None:
+    images = file.images.label
+    if file.images.shape[1] != width:
+        raise ClipcidError(
+            f"{images} has width {file.images.shape[1]}, the files before it {width}.", "They are of different models."
+        )
+    same = "number" if file.images.path.suffix == ".npy" else "name"
+    missing = "text embeddings" if file.texts is None and with_texts else ""
+    if missing or (file.metadata is None and with_metadata):
+        raise ClipcidError(
+            f"{images} has no {missing or 'metadata'} of the same {same} beside it.", "Make the folder again."
+        )
+    others = {}
+    if file.texts is not None:
+        _check_rows(file.texts)
+        others[file.texts.label] = file.texts.shape[0]
+    if file.metadata is not None:
+        others[str(file.metadata)] = pq.read_metadata(file.metadata).num_rows
+    for other, rows in others.items():
+        if rows != file.rows:
+            raise ClipcidError(
+                f"{images} has {file.rows:,} rows and {other} has {rows:,}.",
+                "Make the folder again; nothing was read.",
+            )
 
 
 def _by_number(folder: Path, suffix: str) -> dict[str, Path]:

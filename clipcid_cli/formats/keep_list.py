@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
@@ -70,6 +71,11 @@ class KeepList:
                 keys.add(key)
         return found
 
+    def count_by_shard(self) -> dict[str, int]:
+        """Return the number of images looked at in each shard, kept or not; empty when the list does not say."""
+        counts = [] if self.shards is None else pc.value_counts(self.shards).to_pylist()
+        return {entry["values"]: entry["counts"] for entry in counts}
+
 
 def write_keep_list(
     path: Path,
@@ -122,3 +128,17 @@ def read_keep_list(path: Path) -> KeepList:
         raise ClipcidError(f"{path}: `kept` must be true or false, and `key` given, in every row.", make)
     shards = table["shard"] if "shard" in names else None
     return KeepList(table["key"].cast(pa.string()), shards, table["kept"].to_numpy())
+
+
+def read_dropped(path: Path) -> pa.Table:
+    """Read which image stands for each dropped one.
+
+    Args:
+        path: A keep list that `write_keep_list` wrote.
+
+    Returns:
+        One row per dropped image, in row order: ``from`` (its key), ``to`` (the key of the image kept), ``distance``
+        (float32).
+    """
+    table = pq.read_table(path, columns=["key", "representative", "distance", "kept"])
+    return table.filter(pc.invert(table["kept"])).drop_columns("kept").rename_columns(["from", "to", "distance"])

@@ -32,27 +32,42 @@ def join_keys(left: Keys, right: Keys) -> npt.NDArray[np.int64]:
     Raises:
         ClipcidError: when a key occurs twice in `right`.
     """
-    sought, column = _as_column(left), _as_column(right)
-    hashes = hash_keys(column)
-    order = np.argsort(hashes, kind="stable")
-    hashes = hashes[order]
-    wanted = hash_keys(sought)
-    first = np.searchsorted(hashes, wanted, side="left")
-    last = np.searchsorted(hashes, wanted, side="right")
-    positions = np.full(len(sought), -1, dtype=np.int64)
-    found = last > first
-    positions[found] = order[first[found]]
-    _refuse_repeats(column, hashes, order)
-    for row in np.flatnonzero(last - first > 1):  # different keys of one hash
-        key = sought[int(row)].as_py()
-        same = [int(place) for place in order[first[row] : last[row]] if column[int(place)].as_py() == key]
-        positions[row] = same[0] if same else -1
-    for start in range(0, len(sought), _CHECKED_AT_ONCE):
-        part = positions[start : start + _CHECKED_AT_ONCE]
-        hit = np.flatnonzero(part >= 0)
-        equal = pc.equal(sought.take(pa.array(hit + start)), column.take(pa.array(part[hit])))
-        part[hit[~np.asarray(equal.to_numpy(), dtype=bool)]] = -1
-    return positions
+    return KeyIndex(right).find(left)
+
+
+class KeyIndex:
+    """Keys to look among, each there once; made once for many looks.
+
+    Raises:
+        ClipcidError: when a key occurs twice.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self._column = _as_column(keys)
+        hashes = hash_keys(self._column)
+        self._order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._order]
+        _refuse_repeats(self._column, self._hashes, self._order)
+
+    def find(self, keys: Keys) -> npt.NDArray[np.int64]:
+        """Find each of n keys: int64 [n], its position, −1 where it is not there."""
+        sought, column, order = _as_column(keys), self._column, self._order
+        wanted = hash_keys(sought)
+        first = np.searchsorted(self._hashes, wanted, side="left")
+        last = np.searchsorted(self._hashes, wanted, side="right")
+        positions = np.full(len(sought), -1, dtype=np.int64)
+        found = last > first
+        positions[found] = order[first[found]]
+        for row in np.flatnonzero(last - first > 1):  # different keys of one hash
+            key = sought[int(row)].as_py()
+            same = [int(place) for place in order[first[row] : last[row]] if column[int(place)].as_py() == key]
+            positions[row] = same[0] if same else -1
+        for start in range(0, len(sought), _CHECKED_AT_ONCE):
+            part = positions[start : start + _CHECKED_AT_ONCE]
+            hit = np.flatnonzero(part >= 0)
+            equal = pc.equal(sought.take(pa.array(hit + start)), column.take(pa.array(part[hit])))
+            part[hit[~np.asarray(equal.to_numpy(), dtype=bool)]] = -1
+        return positions
 
 
 def find_repeated_key(keys: Keys) -> tuple[str, int, int] | None:

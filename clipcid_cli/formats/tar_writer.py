@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.tar_index import Member, group_members, read_members
@@ -16,7 +16,28 @@ _RECORD = 20 * 512
 _COPY = 2**24
 
 
-def copy_samples(source: Path, target: Path, keys: Set[str]) -> int:
+class Copied(NamedTuple):
+    """What came of copying a shard.
+
+    Attributes:
+        samples: Samples that were copied.
+        read: Samples that the source has.
+    """
+
+    samples: int
+    read: int
+
+
+def count_samples(source: Path) -> int:
+    """Count the samples of a tar, those without an image too.
+
+    Raises:
+        ClipcidError: when it is damaged.
+    """
+    return sum(1 for _ in group_members(read_members(source)))
+
+
+def copy_samples(source: Path, target: Path, keys: Set[str]) -> Copied:
     """Copy the samples with the given keys from one tar to another.
 
     Every byte of their members, headers and padding included, is the source's; nothing is decoded or named anew. Of a key
@@ -28,25 +49,34 @@ def copy_samples(source: Path, target: Path, keys: Set[str]) -> int:
         keys: Keys of samples as stored, without a shard's name.
 
     Returns:
-        How many samples were copied.
+        How many samples were copied, and how many the source has.
 
     Raises:
         ClipcidError: when the source is damaged, or the target cannot be written.
     """
-    copied: set[str] = set()
+    chosen = _Choice(keys)
     with source.open("rb") as reader, atomic_file(target) as writer:
-        for start, end in _join_ranges(_choose(source, keys, copied)):
+        for start, end in _join_ranges(chosen.members(source)):
             _copy_range(reader, writer, start, end)
         position = writer.tell()
         writer.write(_END + bytes(-(position + len(_END)) % _RECORD))
-    return len(copied)
+    return Copied(len(chosen.copied), chosen.read)
 
 
-def _choose(source: Path, keys: Set[str], copied: set[str]) -> Iterator[Member]:
-    for key, members in group_members(read_members(source)):
-        if key in keys and key not in copied:
-            copied.add(key)
-            yield from members
+class _Choice:
+    """The members of chosen samples, and a count of all that were passed on the way."""
+
+    def __init__(self, keys: Set[str]) -> None:
+        self._keys = keys
+        self.copied: set[str] = set()
+        self.read = 0
+
+    def members(self, source: Path) -> Iterator[Member]:
+        for key, members in group_members(read_members(source)):
+            self.read += 1
+            if key in self._keys and key not in self.copied:
+                self.copied.add(key)
+                yield from members
 
 
 def _join_ranges(members: Iterator[Member]) -> Iterator[tuple[int, int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.sample_finder import require_data
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
+from clipcid_cli.steps.write_kept import check_uids, write_kept
 from clipcid_cli.steps.write_shards import tar_shards, write_shards
 
 REPORT = "report.html"
@@ -53,16 +53,17 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
     """
     with open_machine(settings.device) as machine:
         started = time.perf_counter()
-        embeddings = open_embeddings(_find_embeddings(settings, machine, reporter), settings.keys)
+        embeddings = open_embeddings(_find_embeddings(settings, machine, reporter), settings.keys, settings.npz_array)
         seconds = {"embed": time.perf_counter() - started}
         if settings.dry_run:
             return _describe_cost(embeddings, reporter)
         shards = None
         if settings.write_shards is not None:
             shards = tar_shards(require_data(settings, embeddings, "--write-shards"), settings.write_shards)
+        machine.on_main(lambda: check_uids(settings, embeddings))
         folder = WorkDirectory(settings.work).balance
         wanted = _wanted(settings, embeddings)
-        fingerprints = machine.on_main(lambda: _fingerprint(embeddings))
+        fingerprints = machine.on_main(embeddings.fingerprints)
         with claim_output(
             machine,
             folder,
@@ -78,13 +79,15 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             else:
                 result = _balance(settings, machine, embeddings, output, seconds, reporter)
             result["files"] = _files(folder)
+            keep_list = folder / KEEP_LIST
+            result["files"] |= machine.on_main(lambda: write_kept(settings, embeddings, keep_list, reporter))
             if shards is not None:
                 assert settings.write_shards is not None  # as `shards` tells
                 write_shards(
                     machine,
                     shards,
-                    read_keep_list(folder / KEEP_LIST),
-                    fingerprint_file(folder / KEEP_LIST),
+                    read_keep_list(keep_list),
+                    fingerprint_file(keep_list),
                     settings.write_shards,
                     overwrite=settings.overwrite,
                     reporter=reporter,
@@ -178,19 +181,13 @@ def _wanted(settings: BalanceSettings, embeddings: Embeddings) -> dict[str, Any]
     """Return the settings that decide what is written; all of them may change on an existing forest."""
     texts = None
     if settings.select == "similarity":
-        hashes = [fingerprint_file(file.texts)["hash"] for file in embeddings.files if file.texts is not None]
+        hashes = [file.texts.fingerprint()["hash"] for file in embeddings.files if file.texts is not None]
         texts = hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
     names = ("keep", "threshold", "cosine_distance", "linkage", "select")
     return {name: getattr(settings, name) for name in names} | {
         "seed": settings.seed if settings.select == "random" else None,
         "texts": texts,
     }
-
-
-def _fingerprint(embeddings: Embeddings) -> list[dict[str, Any]]:
-    paths = [path for file in embeddings.files for path in (file.images, file.metadata) if path is not None]
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(fingerprint_file, paths))
 
 
 def _check_rows(settings: BalanceSettings, embeddings: Embeddings, survey: Survey, reporter: Reporter) -> Skips:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,10 +74,8 @@ class ClusterRows:
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Describe every input file."""
-        files = self.embeddings.files
-        paths = [path for file in files for path in (file.images, file.texts, file.metadata) if path is not None]
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(fingerprint_file, paths if self.keep_list is None else [*paths, self.keep_list]))
+        found = self.embeddings.fingerprints(texts=True)
+        return found if self.keep_list is None else [*found, fingerprint_file(self.keep_list)]
 
     # Mapping thousands of files takes seconds, so it is done once, and in each process: a mapped array would be copied
     # whole if it were sent along.
@@ -105,7 +102,7 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     """
     work = WorkDirectory(settings.work)
     folder = settings.embeddings if settings.embeddings is not None else work.find_embeddings()
-    embeddings = open_embeddings(folder, settings.keys)
+    embeddings = open_embeddings(folder, settings.keys, settings.npz_array)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     if settings.features == "joint" and not embeddings.has_texts:
         raise ClipcidError(
@@ -131,7 +128,7 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
     # Opened anew, without the keys that were read for the join: each process reads those itself.
-    fresh = open_embeddings(folder, settings.keys)
+    fresh = open_embeddings(folder, settings.keys, settings.npz_array)
     return ClusterRows(fresh, keep_list, np.flatnonzero(usable), settings.features == "joint", skips)
 
 

@@ -147,7 +147,7 @@ def _open_data(
 
 
 def _open_embeddings(settings: DistillSettings, folder: Path, reporter: Reporter) -> Embeddings:
-    embeddings = open_embeddings(folder, settings.keys)
+    embeddings = open_embeddings(folder, settings.keys, settings.npz_array)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     if settings.teacher is not None:
         _check_teacher(with_default_tag(parse_model(settings.teacher)), embeddings)
@@ -261,8 +261,7 @@ def _refuse_old_clusters(clusters: Clusters, keep_list: Path) -> None:
 
 def _fingerprint_teacher(teaching: Teaching) -> list[dict[str, Any]]:
     # The rows themselves, not their sidecar: the same rows embedded again at another speed are the same input.
-    files = teaching.embeddings.files
-    paths = [path for file in files for path in (file.images, file.texts, file.metadata) if path is not None]
+    found = teaching.embeddings.fingerprints(texts=True)
     if teaching.clusters is not None:
-        paths += [teaching.clusters.folder / TABLE, teaching.clusters.folder / CENTROIDS]
-    return [fingerprint_file(path) for path in paths]
+        found += [fingerprint_file(teaching.clusters.folder / name) for name in (TABLE, CENTROIDS)]
+    return found

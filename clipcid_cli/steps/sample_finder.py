@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.dataset import Columns, Dataset, Sample, open_dataset, open_described
 from clipcid_cli.formats.embeddings import Embeddings
+from clipcid_cli.formats.kept_files import is_uid
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
@@ -38,6 +42,18 @@ def require_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str
             "Give the data as the first argument: clipcid balance DATA …",
         )
     return data
+
+
+def read_uid(sample: Sample | None) -> str | None:
+    """Read ``uid`` from a sample's attributes, as img2dataset leaves it there; None where there is none."""
+    if sample is None or sample.attributes is None:
+        return None
+    try:
+        attributes: Any = json.loads(sample.attributes.read())
+    except (OSError, ValueError):
+        return None
+    uid = attributes.get("uid") if isinstance(attributes, dict) else None
+    return str(uid) if is_uid(uid) else None
 
 
 class SampleFinder:

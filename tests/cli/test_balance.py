@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -198,6 +199,15 @@ def test_new_shards_hold_the_kept_samples_byte_for_byte(
     assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {
         f"{shard}.tar": int(count) for shard, count in keep.groupby("shard")["kept"].sum().items()
     }
+    for name, rows in keep.groupby("shard")["kept"]:
+        assert json.loads((tmp_path / "out" / f"{name}_stats.json").read_text()) == {
+            "count": len(rows),
+            "successes": int(rows.sum()),
+            "dropped": int((~rows).sum()),
+            "failed_to_download": 0,
+            "failed_to_resize": 0,
+            "status_dict": {"success": int(rows.sum()), "repeat": int((~rows).sum())},
+        }
     for name in ("00000.tar", "00001.tar"):
         with tarfile.open(tiny_shards / name) as before, tarfile.open(tmp_path / "out" / name) as after:
             expected = [member for member in before.getmembers() if member.name[:6] in kept]
@@ -208,7 +218,7 @@ def test_new_shards_hold_the_kept_samples_byte_for_byte(
     assert report.count("data:image/webp;base64,") >= 12
     assert "holds these shards already" in clipcid(*arguments, "out").stderr
     torchrun(2, *arguments, "two")
-    for name in ("00000.tar", "00001.tar", "sizes.json"):
+    for name in ("00000.tar", "00001.tar", "sizes.json", "00000_stats.json", "00001_stats.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
     # Another keep list: refused, then replaced; a folder of other tars is never touched.
@@ -223,6 +233,41 @@ def test_new_shards_hold_the_kept_samples_byte_for_byte(
         assert refused.returncode == 1
         assert message in " ".join(refused.stderr.split())
     assert (tmp_path / "foreign" / "mine.tar").read_bytes() == b"precious"
+
+
+def test_datacomps_archives_in_and_datacomps_subset_out(
+    clipcid: Callable[..., Run], torchrun: Callable[..., Run], rows: np.ndarray, tmp_path: Path
+) -> None:
+    uids = [hashlib.md5(bytes([row % 256, row // 256])).hexdigest() for row in range(NUM_ROWS)]
+    (tmp_path / "pool").mkdir()
+    for number, part in enumerate(np.array_split(np.arange(NUM_ROWS), 2)):
+        stem = tmp_path / "pool" / uids[number]
+        np.savez(f"{stem}.npz", b32_img=rows[part], l14_img=rows[part][:, ::-1], l14_txt=rows[part])
+        pd.DataFrame({"uid": np.array(uids)[part], "text": "words"}).to_parquet(f"{stem}.parquet")
+    call = ("balance", "--embeddings", "pool", "--keep", 0.5)
+    refused = clipcid(*call, check=False)
+    assert refused.returncode == 1
+    assert "holds 2 arrays of image embeddings: b32_img, l14_img" in " ".join(refused.stderr.split())
+    names = {"uids": "u.npy", "pairs": "p.parquet", "keys": "k.txt"}
+    asked = [word for name, file in names.items() for word in (f"--write-{name}", file)]
+    result = clipcid(*call, "--npz-array", "l14_img", *asked, "--json").json
+    assert {name: result["files"][name] for name in names} == names
+
+    keep = pd.read_parquet(tmp_path / result["files"]["keep_list"])
+    kept = keep[keep["kept"]]["key"].tolist()
+    subset = np.load(tmp_path / "u.npy", allow_pickle=False)
+    assert subset.dtype == np.dtype("u8,u8")
+    assert subset.tolist() == sorted((int(uid[:16], 16), int(uid[16:], 16)) for uid in kept)
+    assert (tmp_path / "k.txt").read_text() == "".join(f"{key}\n" for key in kept)
+    pairs = pd.read_parquet(tmp_path / "p.parquet")
+    assert pairs["from"].tolist() == keep[~keep["kept"]]["key"].tolist()
+    assert keep.set_index("key").loc[pairs["from"], "representative"].tolist() == pairs["to"].tolist()
+
+    before = {file: (tmp_path / file).read_bytes() for file in names.values()}
+    for file in before:
+        (tmp_path / file).unlink()
+    torchrun(2, *call, "--npz-array", "l14_img", *asked, "--work", "two")
+    assert {file: (tmp_path / file).read_bytes() for file in before} == before
 
 
 def test_what_is_not_embedded_yet_is_embedded_first(

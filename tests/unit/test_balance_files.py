@@ -17,7 +17,7 @@ from clipcid_cli.formats.curve import write_curve
 from clipcid_cli.formats.forest_file import ForestPart, ForestParts, StoredForest, read_forest, write_forest
 from clipcid_cli.formats.keep_list import read_keep_list, write_keep_list
 from clipcid_cli.formats.tar_index import TarShard
-from clipcid_cli.formats.tar_writer import copy_samples
+from clipcid_cli.formats.tar_writer import copy_samples, count_samples
 
 INPUTS = [{"path": "img_emb_0000.npy", "size": 10, "hash": "blake2b:00"}]
 
@@ -174,7 +174,8 @@ def raw_bytes(path: Path, member: tarfile.TarInfo) -> bytes:
 def test_samples_are_copied_byte_for_byte(tmp_path: Path, form: int) -> None:
     source, target = tmp_path / "s.tar", tmp_path / "out" / "s.tar"
     write_odd_tar(source, form)
-    assert copy_samples(source, target, {"x/a", "x/" + "b" * 300, "c", "elsewhere"}) == 3
+    assert copy_samples(source, target, {"x/a", "x/" + "b" * 300, "c", "elsewhere"}) == (3, 5)
+    assert count_samples(source) == 5
     with tarfile.open(source) as before, tarfile.open(target) as after:
         old = {member.name: member for member in reversed(before.getmembers())}
         names = [member.name for member in after.getmembers()]
@@ -192,5 +193,5 @@ def test_copying_everything_gives_the_same_tar(tmp_path: Path) -> None:
             header = tarfile.TarInfo(f"{number:03d}.jpg")
             header.size = number * 97
             archive.addfile(header, io.BytesIO(bytes(header.size)))
-    assert copy_samples(source, target, {f"{number:03d}" for number in range(30)}) == 30
+    assert copy_samples(source, target, {f"{number:03d}" for number in range(30)}) == (30, 30)
     assert source.read_bytes() == target.read_bytes()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -126,6 +127,33 @@ def test_other_tools_folders_are_read_as_they_are(tmp_path: Path) -> None:
     assert np.array_equal(np.concatenate([part for _, part in embeddings.images().blocks(3)]), whole)
     with pytest.raises(ClipcidError, match="holds no text embeddings"):
         embeddings.texts()
+
+
+def test_clip_retrievals_folder_with_the_metadata_of_img2dataset(tmp_path: Path) -> None:
+    """As its NumpyWriter writes it: partitions padded to one width, those without a sample left out, columns joined."""
+    rows = RANDOM.normal(size=(4, 6)).astype(np.float16)
+    for kind in ("img_emb", "text_emb", "metadata"):
+        (tmp_path / kind).mkdir()
+    for number, part in ((2, slice(0, 2)), (11, slice(2, 4))):
+        np.save(tmp_path / "img_emb" / f"img_emb_{number:02d}.npy", rows[part])
+        np.save(tmp_path / "text_emb" / f"text_emb_{number:02d}.npy", rows[part].astype(np.float32))
+        keys = [f"{number:05d}{row:04d}" for row in range(2)]
+        frame = pd.DataFrame(
+            {
+                "image_path": keys,
+                "caption": ["a", "b"],
+                "uid": [f"{row:032x}" for row in range(2)],
+                "key": keys,
+                "width": 9,
+            }
+        )
+        frame.to_parquet(tmp_path / "metadata" / f"metadata_{number:02d}.parquet")
+    found = open_embeddings(tmp_path)
+    assert (found.num_rows, found.has_texts, found.has_uids) == (4, True, True)
+    assert found.keys.to_pylist() == ["000020000", "000020001", "000110000", "000110001"]
+    assert found.shards.to_pylist() == ["img_emb_02"] * 2 + ["img_emb_11"] * 2
+    assert np.array_equal(found.images().read(0, 4), found.texts().read(0, 4))
+    assert np.array_equal(found.images().read(0, 4), unit_rows(rows))
 
 
 def test_without_keys_rows_are_named_by_file_and_place(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import argument, option
-from clipcid_cli.steps.settings.shared import ReadingSettings
+from clipcid_cli.steps.settings.shared import ReadingSettings, npz_array_option
 
 LINKAGES = ("single", "star")
 SELECTIONS = ("central", "medoid", "first", "random", "similarity", "resolution")
+
+PAIR_SUFFIXES = (".parquet", ".csv")
 
 _HOW_MUCH = "How much to keep (exactly one)"
 _SETS = "Sets and the image that stands for each"
@@ -64,8 +66,31 @@ class BalanceSettings(ReadingSettings):
     )
     embeddings: Path | None = option(
         None,
-        "Folder of embeddings to balance, of clip-retrieval's layout; by default the work directory's.",
+        "Folder of embeddings to balance, of clip-retrieval's layout or of DataComp's .npz; by default the work "
+        "directory's.",
         group=_FILES,
+        operational=True,
+    )
+    npz_array: str | None = npz_array_option(_FILES)
+    write_keys: Path | None = option(
+        None,
+        "Text file to write the kept keys to, one a line.",
+        group=_FILES,
+        metavar="FILE.txt",
+        operational=True,
+    )
+    write_pairs: Path | None = option(
+        None,
+        "Table to write the dropped images to: `from`, the image kept instead `to`, and their `distance`; .parquet or .csv.",
+        group=_FILES,
+        metavar="FILE.parquet",
+        operational=True,
+    )
+    write_uids: Path | None = option(
+        None,
+        "File to write the kept samples' uids to, in DataComp's form of a subset: its resharder takes it as it is.",
+        group=_FILES,
+        metavar="FILE.npy",
         operational=True,
     )
     write_shards: Path | None = option(
@@ -89,6 +114,11 @@ class BalanceSettings(ReadingSettings):
             raise UsageError(
                 f"--select {self.select} does not go with --linkage star, which keeps the image all others are near to.",
                 "Leave out one of the two.",
+            )
+        if self.write_pairs is not None and self.write_pairs.suffix not in PAIR_SUFFIXES:
+            raise UsageError(
+                f"--write-pairs {self.write_pairs} is neither parquet nor csv.",
+                f"End the name in {' or '.join(PAIR_SUFFIXES)}.",
             )
 
     @property

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from clipcid_cli.steps.settings.fields import option
-from clipcid_cli.steps.settings.shared import KeyedSettings
+from clipcid_cli.steps.settings.shared import KeyedSettings, npz_array_option
 
 _INPUTS = "Inputs"
 _CLUSTERS = "Clusters"
@@ -22,6 +22,7 @@ class ClusterSettings(KeyedSettings):
         group=_INPUTS,
         operational=True,
     )
+    npz_array: str | None = npz_array_option(_INPUTS)
     keep_list: str | None = option(
         None,
         "Keep list of `clipcid balance`: cluster its kept images only; `none` for all. By default the work directory's, "

@@ -10,7 +10,7 @@ from typing import ClassVar
 from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, Weight, select_losses
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import argument, option
-from clipcid_cli.steps.settings.shared import ReadingSettings
+from clipcid_cli.steps.settings.shared import ReadingSettings, npz_array_option
 
 NO_TEACHER = NO_KEEP_LIST = "none"
 
@@ -50,6 +50,7 @@ class DistillSettings(ReadingSettings):
     embeddings: Path | None = option(
         None, "Folder of the teacher's embeddings; by default the work directory's.", group=_INPUTS, operational=True
     )
+    npz_array: str | None = npz_array_option(_INPUTS)
     keep_list: str | None = option(
         None,
         "Keep list of `clipcid balance`: train on its kept images only; `none` for all. By default the work directory's.",

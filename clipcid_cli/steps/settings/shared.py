@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from clipcid_cli.steps.settings.fields import check_ranges, option
 
@@ -96,4 +96,17 @@ class ReadingSettings(KeyedSettings):
         group=_READ,
         minimum=0.0,
         maximum=1.0,
+    )
+
+
+def npz_array_option(group: str) -> Any:
+    """Declare the flag that names the array of image embeddings in ``.npz`` files, for steps that read embeddings."""
+    return option(
+        None,
+        "Array of image embeddings in each .npz of a folder such as DataComp's metadata, for example l14_img; by default "
+        "the only one whose name ends in _img.",
+        group=group,
+        metavar="NAME",
+        # As `embeddings`: which array it is, the outputs know by its content.
+        operational=True,
     )
