@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,6 +25,7 @@ import torch
 
 from clipcid_cli.algorithms.distances import (
     LONGEST_ROW,
+    ROWS_IN_CACHE,
     FloatArray,
     IntArray,
     ReadRows,
@@ -35,6 +37,12 @@ from clipcid_cli.algorithms.forest import Edges
 # Rows multiplied at once on each side: the scores of one product stay near the cores' caches.
 _BLOCK_ROWS = 2048
 _LARGEST_PANEL = 8 * _BLOCK_ROWS
+# Panels kept for the next tiles, at most, in the format of the fast product and as stored.
+_REMEMBERED_BYTES = 2**30
+# Scores whose maximum is taken at once.
+_STRETCH = 128
+# Proposed pairs that are decided at once.
+_MANY_PAIRS = 2**16
 # Enough panels that a handful of processes get equal shares and a killed run loses little.
 _SMALLEST_NUM_PANELS = 8
 
@@ -114,7 +122,8 @@ def load_block(read: ReadRows, rows: IntArray, device: torch.device, scan_dtype:
     residual = 0.0
     if scan_dtype == torch.bfloat16:
         # The differences are exact in float32; their length has a relative error far below the 1e-4 added.
-        residual = float((stored.float() - scan.float()).norm(dim=1).max()) * (1 + 1e-4)
+        parts = zip(torch.split(stored, ROWS_IN_CACHE), torch.split(scan, ROWS_IN_CACHE), strict=True)
+        residual = float(torch.stack([(a.float() - b.float()).norm(dim=1).max() for a, b in parts]).max()) * (1 + 1e-4)
     return Block(rows, stored, scan, squared, Bounds(math.sqrt(float(low)), math.sqrt(float(high)), residual))
 
 
@@ -185,13 +194,18 @@ class Join:
             panel_rows = min(_LARGEST_PANEL, max(1, -(-even // _BLOCK_ROWS)) * _BLOCK_ROWS)
         self.rows, self.panel_rows = rows, panel_rows
         self._read, self._device, self._scan_dtype = read, device, scan_dtype
-        self._last: tuple[int, Block] | None = None
+        self._scores = torch.empty(_BLOCK_ROWS * _BLOCK_ROWS, dtype=scan_dtype, device=device)
+        self._panels: OrderedDict[int, Block] = OrderedDict()
         self._known: dict[int, tuple[torch.Tensor, Bounds]] = {}
 
     def tiles(self) -> list[tuple[int, int]]:
-        """List the tiles (panel i, panel j), i ≤ j, in an order that reads each panel i once."""
+        """List the tiles (panel i, panel j), i ≤ j, to and fro: panels last read are the next ones needed."""
         num_panels = -(-len(self.rows) // self.panel_rows)
-        return [(i, j) for i in range(num_panels) for j in range(i, num_panels)]
+        return [
+            (i, j)
+            for i in range(num_panels)
+            for j in (range(i, num_panels) if i % 2 == 0 else range(num_panels - 1, i - 1, -1))
+        ]
 
     def num_pairs(self, tile: tuple[int, int]) -> int:
         """Count the pairs of rows a tile compares."""
@@ -200,21 +214,30 @@ class Join:
         return size_i * (size_i - 1) // 2 if i == j else size_i * size_j
 
     def panel(self, index: int) -> Block:
-        """Read a panel. Lengths and bounds are computed the first time and remembered, 8 bytes a row."""
+        """Read a panel, or take it from those that are remembered, of at most ``_REMEMBERED_BYTES``.
+
+        Lengths and bounds are computed the first time and remembered of every panel, 8 bytes a row.
+        """
+        if index in self._panels:
+            self._panels.move_to_end(index)
+            return self._panels[index]
         rows = self.panel_rows_of(index)
         if index not in self._known:
-            block = load_block(self._read, rows, self._device, self._scan_dtype)
-            self._known[index] = block.squared, block.bounds
-            return block
-        stored = _read_stored(self._read, rows, self._device)
-        return Block(rows, stored, stored.to(self._scan_dtype), *self._known[index])
+            panel = load_block(self._read, rows, self._device, self._scan_dtype)
+            self._known[index] = panel.squared, panel.bounds
+        else:
+            stored = _read_stored(self._read, rows, self._device)
+            panel = Block(rows, stored, stored.to(self._scan_dtype), *self._known[index])
+        self._panels[index] = panel
+        room = max(2, _REMEMBERED_BYTES // (panel.stored.nbytes + panel.scan.nbytes))
+        while len(self._panels) > room:
+            self._panels.popitem(last=False)
+        return panel
 
     def search_tile(self, tile: tuple[int, int], cutoff: float, wanted: Wanted) -> Iterator[Edges]:
-        """Read the panels of a tile and :meth:`search` them. The last panel i stays in memory for the next tile."""
+        """Read the panels of a tile and :meth:`search` them."""
         i, j = tile
-        if self._last is None or self._last[0] != i:
-            self._last = i, self.panel(i)
-        panel_i = self._last[1]
+        panel_i = self.panel(i)
         yield from self.search(panel_i, panel_i if i == j else self.panel(j), cutoff, wanted)
 
     def search(self, panel_i: Block, panel_j: Block, cutoff: float, wanted: Wanted) -> Iterator[Edges]:
@@ -229,65 +252,97 @@ class Join:
         Yields:
             The wanted pairs within the distance, with exact weights, a < b, in pieces of bounded size.
         """
-        scores = torch.empty(_BLOCK_ROWS * _BLOCK_ROWS, dtype=self._scan_dtype, device=self._device)
+        lowest = lowest_score(panel_i, panel_j, cutoff)
+        waiting: list[_Proposed] = []
+        num_waiting = 0
         with _exact_accumulation(self._device):
             for start_j in range(0, len(panel_j), _BLOCK_ROWS):
-                b = panel_j.part(start_j, start_j + _BLOCK_ROWS)
-                # Laid out by columns the right side of a product is read as it comes (1.3 → 2.1 TFLOP/s with AMX).
-                b = dataclasses.replace(b, scan=b.scan.T.contiguous().T)
+                b = panel_j.scan[start_j : start_j + _BLOCK_ROWS]
                 for start_i in range(0, len(panel_i), _BLOCK_ROWS):
                     if panel_i is panel_j and start_i > start_j:
                         break
-                    a = panel_i.part(start_i, start_i + _BLOCK_ROWS)
+                    a = panel_i.scan[start_i : start_i + _BLOCK_ROWS]
                     is_diagonal = panel_i is panel_j and start_i == start_j
-                    edges = _near_pairs(a, b, cutoff, wanted, scores, is_diagonal)
-                    if len(edges):
-                        yield edges
+                    found = _propose(a, b, lowest, self._scores, is_diagonal).moved(start_i, start_j)
+                    # Few pairs of many blocks are decided together; many of one block at once, by a matrix product.
+                    if len(found) > _MANY_PAIRS:
+                        yield from _decide(panel_i, panel_j, [found], cutoff, wanted)
+                    elif len(found):
+                        waiting.append(found)
+                        num_waiting += len(found)
+                    if num_waiting > _MANY_PAIRS:
+                        yield from _decide(panel_i, panel_j, waiting, cutoff, wanted)
+                        waiting, num_waiting = [], 0
+            if waiting:
+                yield from _decide(panel_i, panel_j, waiting, cutoff, wanted)
 
     def panel_rows_of(self, index: int) -> IntArray:
         """Return the row numbers of a panel."""
         return self.rows[index * self.panel_rows : (index + 1) * self.panel_rows]
 
 
-def _near_pairs(a: Block, b: Block, cutoff: float, wanted: Wanted, scores: torch.Tensor, is_diagonal: bool) -> Edges:
-    i_P, j_P, score_P = _propose(a, b, lowest_score(a, b, cutoff), scores, is_diagonal)
-    if is_diagonal:
-        above = i_P < j_P
-        i_P, j_P, score_P = i_P[above], j_P[above], score_P[above]
-    if not len(i_P):
-        return Edges.empty()
+@dataclasses.dataclass(frozen=True)
+class _Proposed:
+    """Pairs that may be near enough.
+
+    Attributes:
+        i: Positions in one block, int64 [P].
+        j: Positions in the other, int64 [P].
+        score: Fast scores [P].
+    """
+
+    i: torch.Tensor
+    j: torch.Tensor
+    score: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def moved(self, start_i: int, start_j: int) -> _Proposed:
+        return _Proposed(self.i + start_i, self.j + start_j, self.score)
+
+
+def _decide(a: Block, b: Block, proposed: list[_Proposed], cutoff: float, wanted: Wanted) -> Iterator[Edges]:
+    """Yield the wanted ones of the proposed pairs that are within the distance, with exact weights."""
+    i_P, j_P, score_P = (torch.cat([getattr(each, name) for each in proposed]) for name in ("i", "j", "score"))
     at_least_P = _lowest_distances(a, b, i_P, j_P, score_P)
     i, j = i_P.cpu().numpy(), j_P.cpu().numpy()
     smaller, larger = np.minimum(a.rows[i], b.rows[j]), np.maximum(a.rows[i], b.rows[j])
     use = wanted(smaller, larger, at_least_P.cpu().numpy())
     if not use.any():
-        return Edges.empty()
+        return
     chosen = torch.from_numpy(use).to(i_P.device)
     weight = selected_distances(a.stored, b.stored, a.squared, b.squared, i_P[chosen], j_P[chosen])
     edges = Edges(smaller[use], larger[use], weight.cpu().numpy())
-    return edges[edges.weight <= np.float32(cutoff)]
+    within = edges[edges.weight <= np.float32(cutoff)]
+    if len(within):
+        yield within
 
 
 def _propose(
-    a: Block, b: Block, lowest: float, buffer: torch.Tensor, is_diagonal: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return positions in `a` and `b`, int64 [P], and scores [P] of the pairs whose score is not below `lowest`."""
-    scores_MN = buffer[: len(a) * len(b)].view(len(a), len(b))
-    torch.mm(a.scan, b.scan.T, out=scores_MN)
+    a_MD: torch.Tensor, b_ND: torch.Tensor, lowest: float, buffer: torch.Tensor, is_diagonal: bool
+) -> _Proposed:
+    """Return the pairs whose fast score is not below `lowest`; of a block with itself, those with i < j."""
+    scores_MN = buffer[: len(a_MD) * len(b_ND)].view(len(a_MD), len(b_ND))
+    torch.mm(a_MD, b_ND.T, out=scores_MN)
     if is_diagonal:
         scores_MN.fill_diagonal_(-math.inf)
     bound = _round_down(lowest, scores_MN.dtype).to(scores_MN.device)
     # Positive floats order like integers of their bits (and negative ones lie below them), which CPUs compare faster;
-    # and most rows of a tile have no hit, which their maximum tells many times faster than a comparison of all entries.
+    # and most stretches of a row have no hit, which their maximum tells many times faster than a comparison of all entries.
     keys_MN, key = scores_MN, bound
     if float(bound) > 0.0 and scores_MN.element_size() == 2:
         keys_MN, key = scores_MN.view(torch.int16), bound.view(torch.int16)
-    hit_rows = torch.nonzero(keys_MN.amax(dim=1) >= key)[:, 0]
-    if not len(hit_rows):
-        return hit_rows, hit_rows, scores_MN.new_empty(0)
-    i_P, j_P = torch.nonzero(keys_MN[hit_rows] >= key, as_tuple=True)
-    i_P = hit_rows[i_P]
-    return i_P, j_P, scores_MN[i_P, j_P]
+    stretch = _STRETCH if len(b_ND) % _STRETCH == 0 else len(b_ND)
+    stretches_SW = keys_MN.view(-1, stretch)
+    hit_S = torch.nonzero(stretches_SW.amax(dim=1) >= key)[:, 0]
+    p_P, within_P = torch.nonzero(stretches_SW[hit_S] >= key, as_tuple=True)
+    entry_P = hit_S[p_P] * stretch + within_P
+    i_P, j_P = entry_P // len(b_ND), entry_P % len(b_ND)
+    if is_diagonal:
+        above = i_P < j_P
+        i_P, j_P = i_P[above], j_P[above]
+    return _Proposed(i_P, j_P, scores_MN[i_P, j_P])
 
 
 def _lowest_distances(a: Block, b: Block, i_P: torch.Tensor, j_P: torch.Tensor, score_P: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,8 @@ from clipcid_cli.algorithms.distances import (
 )
 from clipcid_cli.algorithms.neighbors import load_block
 
-_ROWS_AT_ONCE = 8192
+# Temporary copies of so many rows stay in the cache.
+_ROWS_AT_ONCE = 1024
 
 
 def central_rows(read: ReadRows, rows: IntArray, labels: IntArray) -> IntArray:

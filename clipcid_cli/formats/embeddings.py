@@ -38,6 +38,8 @@ Float16 = npt.NDArray[np.float16]
 
 BLOCK_ROWS = 65_536
 
+_ROWS_IN_CACHE = 512
+
 # A float16 row whose norm is this close to 1 is taken as it is: rounding D ≤ 4,096 unit-row entries moves it by less.
 _UNIT_TOLERANCE = 2e-3
 
@@ -81,7 +83,8 @@ class Rows:
 
     def __init__(self, files: list[npt.NDArray[Any]], width: int, as_stored: bool) -> None:
         self._files = files
-        self._as_stored = as_stored
+        # Whether a file's rows need no normalising; None until it is looked through, once.
+        self._is_unit: list[bool | None] = [as_stored or None] * len(files)
         self._starts = np.concatenate([[0], np.cumsum([len(file) for file in files], dtype=np.int64)])
         self.shape = (int(self._starts[-1]), width)
 
@@ -98,7 +101,7 @@ class Rows:
                 break
             part = self._files[number][max(0, start - begin) : stop - begin]
             if len(part):
-                parts.append(part if self._as_stored else unit_rows(part))
+                parts.append(self._unit(number, part))
         if not parts:
             return np.empty((0, self.shape[1]), dtype=np.float16)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -110,8 +113,16 @@ class Rows:
         for number in np.unique(owners):
             wanted = np.flatnonzero(owners == number)
             part = self._files[number][positions[wanted] - self._starts[number]]
-            rows[wanted] = part if self._as_stored else unit_rows(part)
+            rows[wanted] = self._unit(int(number), part)
         return rows
+
+    def _unit(self, number: int, part: npt.NDArray[Any]) -> Float16:
+        if self._is_unit[number] is None:
+            self._is_unit[number] = holds_unit_rows(self._files[number])
+        if not self._is_unit[number]:
+            return unit_rows(part)
+        # An array in an archive may begin at an odd byte.
+        return part if part.flags.aligned and part.flags.c_contiguous else np.array(part, order="C")
 
     def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Float16]]:
         """Yield (number of the first row, rows) for consecutive blocks of `size` rows; the last may be shorter."""
@@ -311,6 +322,18 @@ def unit_rows(rows: npt.NDArray[Any]) -> Float16:
     if rows.dtype == np.float16:
         scaled = np.where(np.abs(norms - 1) <= _UNIT_TOLERANCE, rows, scaled)
     return scaled
+
+
+def holds_unit_rows(rows: npt.NDArray[Any]) -> bool:
+    """Tell whether :func:`unit_rows` would leave all rows [n, D] as they are."""
+    if rows.dtype != np.float16:
+        return False
+    for start in range(0, len(rows), _ROWS_IN_CACHE):
+        exact = rows[start : start + _ROWS_IN_CACHE].astype(np.float64)
+        norms = np.sqrt((exact * exact).sum(axis=1))
+        if not np.all(np.abs(norms - 1) <= _UNIT_TOLERANCE):
+            return False
+    return True
 
 
 _Part = tuple[RowFile, RowFile | None, Path | None]  # image embeddings, text embeddings, metadata

@@ -32,7 +32,8 @@ from clipcid_cli.steps.reporting import Reporter
 
 # Rows whose nearest neighbours are looked up to choose the first cut-off: its share is then known within 3 %.
 _SAMPLE = 1024
-_ROWS_AT_ONCE = 8192
+# Rows looked at together; what is made of so few stays in the processor's cache.
+_ROWS_AT_ONCE = 512
 _SECONDS_BETWEEN_SAVES = 60.0
 
 

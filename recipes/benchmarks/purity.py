@@ -121,21 +121,31 @@ def run_balance(embeddings: Path, ratio: float, linkage: str, keys: list[str]) -
     return stands_for
 
 
-def semdedup(rows: np.ndarray, num_kept: int, seed: int) -> np.ndarray:
-    """Remove by SemDeDup's rule until `num_kept` rows are left."""
+def semdedup_clusters(rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster as SemDeDup does; similarity to the centroid, float32 [N], and cluster of each row, int64 [N]."""
     kmeans = faiss.Kmeans(rows.shape[1], max(1, len(rows) // CLUSTER_SIZE), niter=20, spherical=True, seed=seed)
     kmeans.train(rows)
-    similarity_to_centroid, cluster = kmeans.index.search(rows, 1)
+    similarity, cluster = kmeans.index.search(rows, 1)
+    return similarity[:, 0], cluster[:, 0]
+
+
+def prune(rows: np.ndarray, similarity_to_centroid: np.ndarray, cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find each row's most similar earlier row of its cluster, itself where there is none, and how similar it is."""
     nearest = np.arange(len(rows))
     similarity = np.full(len(rows), -np.inf)
-    for number in range(kmeans.k):
-        members = np.flatnonzero(cluster[:, 0] == number)
-        members = members[np.argsort(similarity_to_centroid[members, 0], kind="stable")]
+    order = np.lexsort((similarity_to_centroid, cluster))
+    for members in np.split(order, np.flatnonzero(np.diff(cluster[order])) + 1):
         if len(members) < 2:
             continue
         earlier = np.triu(rows[members] @ rows[members].T + 2.0, 1) - 2.0
         nearest[members[1:]] = members[np.argmax(earlier, axis=0)[1:]]
         similarity[members[1:]] = earlier.max(axis=0)[1:]
+    return nearest, similarity
+
+
+def semdedup(rows: np.ndarray, num_kept: int, seed: int) -> np.ndarray:
+    """Remove by SemDeDup's rule until `num_kept` rows are left."""
+    nearest, similarity = prune(rows, *semdedup_clusters(rows, seed))
     dropped = np.argsort(-similarity, kind="stable")[: len(rows) - num_kept]
     stands_for = np.arange(len(rows))
     stands_for[dropped] = nearest[dropped]

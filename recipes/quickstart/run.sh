@@ -18,14 +18,16 @@ alone=$CLIPCID_WORK/distill/alone/student
 
 say() { printf '\n$ clipcid %s\n' "$*" >&2; clipcid "$@"; }
 
-# The teacher's embeddings, once; then one image of each set of near repeats, and clusters of what is kept.
+# The teacher's embeddings, once; then one image of each set of near repeats, and clusters of what is kept: of images and
+# captions together, so that the cluster loss can teach both towers.
 say embed data/pairs --model teacher
 say balance --keep 0.563
-say cluster --num-clusters 256
+say cluster --num-clusters 256 --features joint
 
 # The same student twice on the same images, for the same steps: with the teacher, and without.
-say distill --teacher teacher --student student.json --name taught --steps "$steps" --batch-size 64
-say distill --preset clip --student student.json --name alone --steps "$steps" --batch-size 64
+length=(--steps "$steps" --batch-size 64)
+say distill --teacher teacher --student student.json --cluster-towers both --name taught "${length[@]}"
+say distill --preset clip --student student.json --name alone "${length[@]}"
 
 # Concepts that nobody was trained on: zero-shot classes and retrieval, then a linear probe on frozen features.
 say eval-zeroshot "$taught" data/classification data/retrieval --model "$alone" --model teacher

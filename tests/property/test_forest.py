@@ -102,7 +102,7 @@ def partition(labels: IntArray) -> list[int]:
     return [names[label] for label in labels.tolist()]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     num_rows=st.integers(2, 70),
@@ -129,7 +129,7 @@ def test_forest_is_kruskals_whatever_the_tiling_order_format_and_number_of_proce
     assert as_list(build(rows, cutoff, dtype, panel_rows, seed, processes)) == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_minimum_forest_of_any_graph_with_many_ties(data: st.DataObject) -> None:
     num_rows = data.draw(st.integers(2, 30))
@@ -172,7 +172,7 @@ def test_edges_that_may_not_join_are_turned_away_and_no_others() -> None:
     assert kept.sum() < 0.7 * len(edges)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from(SCAN_DTYPES), width=st.sampled_from([32, 250]))
 def test_rows_made_to_round_the_worst_way_lose_no_pair(seed: int, dtype: torch.dtype, width: int) -> None:
     """Rows whose every value lies just below a midpoint of bfloat16, so all errors of a product point the same way."""

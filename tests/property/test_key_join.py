@@ -23,7 +23,7 @@ def hash_badly(keys: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
 
 @pytest.mark.parametrize("bad", [False, True])
 @given(left=st.lists(KEYS, max_size=12), right=st.lists(KEYS, max_size=12, unique=True))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_positions_are_a_dictionarys(bad: bool, left: list[str], right: list[str]) -> None:
     places = {key: place for place, key in enumerate(right)}
     with pytest.MonkeyPatch.context() as patch:
@@ -36,7 +36,7 @@ def test_positions_are_a_dictionarys(bad: bool, left: list[str], right: list[str
 
 @pytest.mark.parametrize("bad", [False, True])
 @given(keys=st.lists(KEYS, max_size=12))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_first_repeat_is_found(bad: bool, keys: list[str]) -> None:
     expected, seen = None, dict[str, int]()
     for place, key in enumerate(keys):

@@ -29,7 +29,7 @@ def iterate(
     return centres_of_sums(sums.sums_KD, centres), sum_of_similarities(sums.sums_KD, centres) / len(rows)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     num_rows=st.integers(8, 300),
     width=st.integers(2, 40),

@@ -22,7 +22,7 @@ def plain_recall(images: torch.Tensor, texts: torch.Tensor, own: torch.Tensor, k
     num_texts=st.integers(1, 20),
     chunk_entries=st.integers(1, 300),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_chunked_equals_plain(seed: int, num_images: int, num_texts: int, chunk_entries: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     # Small integers: products are exact in any order of summation, and ties are common.

@@ -38,7 +38,7 @@ def cover_row_by_row(num_rows: int, pairs: Edges) -> list[int]:
     return [keeper for _, keeper in nearest]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=st.integers(0, 2**32), num_rows=st.integers(1, 60), cutoff=st.sampled_from([0.0, 1.0, 1.5, 2.9, 5.0, 20.0]))
 def test_star_cover(seed: int, num_rows: int, cutoff: float) -> None:
     points, pairs = points_and_pairs(seed, num_rows)
@@ -55,7 +55,7 @@ def test_star_cover(seed: int, num_rows: int, cutoff: float) -> None:
     assert (sets[cover] == sets).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), num_rows=st.integers(2, 60), share=st.floats(0.05, 0.95))
 def test_star_cutoff_for_a_number_of_rows(seed: int, num_rows: int, share: float) -> None:
     _, pairs = points_and_pairs(seed, num_rows)

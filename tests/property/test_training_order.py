@@ -53,7 +53,7 @@ def make_order(sizes: list[int], seed: int, batch_size: int, dropped: int) -> tu
     share=st.integers(1, 9),
     dropped=st.integers(0, 6),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_sample_is_lost_or_doubled(sizes: list[int], seed: int, processes: int, share: int, dropped: int) -> None:
     order, expected = make_order(sizes, seed, share * processes, dropped)
     epochs = 3
@@ -73,7 +73,7 @@ def test_no_sample_is_lost_or_doubled(sizes: list[int], seed: int, processes: in
 
 
 @given(seed=st.integers(0, 50), start=st.integers(0, 20))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_resuming_anywhere_goes_on_with_the_same_batches(seed: int, start: int) -> None:
     order, _ = make_order([9, 17, 4], seed, 6, 0)
     later, _ = make_order([9, 17, 4], seed, 6, 0)

@@ -42,7 +42,7 @@ def test_without_variation_it_is_the_whole_image_and_the_identity() -> None:
 
 
 @given(width=st.integers(1, 200), height=st.integers(1, 200), crop=st.floats(0.01, 1.0), seed=st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_image_gives_the_size_asked_for(width: int, height: int, crop: float, seed: int) -> None:
     found, colors = TrainingPixels(PREPROCESS, Augmentation(crop))(Image.new("RGB", (width, height), "red"), seed)
     assert found.shape == (32, 32, 3)

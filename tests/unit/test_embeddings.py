@@ -20,7 +20,7 @@ from clipcid_cli.formats.embedding_writer import (
     plan_identity,
     refuse_foreign_folder,
 )
-from clipcid_cli.formats.embeddings import open_embeddings, unit_rows
+from clipcid_cli.formats.embeddings import holds_unit_rows, open_embeddings, unit_rows
 from clipcid_cli.formats.skips import Skips
 
 RANDOM = np.random.default_rng(0)
@@ -238,3 +238,17 @@ def test_plans_follow_settings_and_content() -> None:
     assert plan_identity({"x": 1}, [inputs[0] | {"path": "/b"}]) == plan
     assert plan_identity({"x": 2}, inputs) != plan
     assert plan_identity({"x": 1}, [inputs[0] | {"hash": "i"}]) != plan
+
+
+def test_rows_of_other_tools_are_normalised_only_where_they_need_it(tmp_path: Path) -> None:
+    unit = make_rows(700)
+    for rows, stays in ((unit, True), (unit.astype(np.float32), False)):
+        assert holds_unit_rows(rows) == stays
+    for bad in (np.float16(1.5), np.float16(np.nan), np.float16(0)):
+        rows = unit.copy()
+        rows[600] *= bad
+        assert not holds_unit_rows(rows)
+        folder = tmp_path / str(bad)
+        folder.mkdir()
+        np.save(folder / "0.npy", rows)
+        np.testing.assert_array_equal(open_embeddings(folder).images().read(0, 700), unit_rows(rows))
