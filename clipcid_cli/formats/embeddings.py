@@ -119,7 +119,10 @@ class Rows:
     def _unit(self, number: int, part: npt.NDArray[Any]) -> Float16:
         if self._is_unit[number] is None:
             self._is_unit[number] = holds_unit_rows(self._files[number])
-        return part if self._is_unit[number] else unit_rows(part)
+        if not self._is_unit[number]:
+            return unit_rows(part)
+        # An array in an archive may begin at an odd byte.
+        return part if part.flags.aligned and part.flags.c_contiguous else np.array(part, order="C")
 
     def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Float16]]:
         """Yield (number of the first row, rows) for consecutive blocks of `size` rows; the last may be shorter."""

@@ -79,6 +79,17 @@ def test_the_only_array_of_images_is_taken_and_an_empty_or_columnwise_one_read(t
     assert found.keys.to_pylist() == ["a/0", "a/1", "a/2", "a/3"]
 
 
+def test_unit_rows_that_begin_at_an_odd_byte_are_read_as_any_others(tmp_path: Path) -> None:
+    rows = unit_rows(RANDOM.normal(size=(9, 8)))
+    np.savez(tmp_path / "a.npz", b32_img=rows, by_column_img=np.asfortranarray(rows))
+    for name in ("b32_img", "by_column_img"):
+        part = open_embeddings(tmp_path, npz_array=name).images().read(2, 7)
+        assert np.array_equal(part, rows[2:7])
+        assert part.flags.aligned
+        assert part.flags.c_contiguous
+    assert find_array(tmp_path / "a.npz", "b32_img").map().ctypes.data % 2 == 1
+
+
 def test_compressed_arrays_are_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write_datacomp(tmp_path / "c", np.savez_compressed)
     found = open_embeddings(tmp_path / "c", npz_array="b32_img")
