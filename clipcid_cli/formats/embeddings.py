@@ -28,20 +28,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embedding_rows import Rows
 from clipcid_cli.formats.key_join import find_repeated_key
 from clipcid_cli.formats.npy_file import RowFile, find_npy
 from clipcid_cli.formats.npz_file import MOST_UNPACKED, choose_arrays, find_array
 from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
 from clipcid_cli.formats.samples import natural_key
-
-Float16 = npt.NDArray[np.float16]
-
-BLOCK_ROWS = 65_536
-
-_ROWS_IN_CACHE = 512
-
-# A float16 row whose norm is this close to 1 is taken as it is: rounding D ≤ 4,096 unit-row entries moves it by less.
-_UNIT_TOLERANCE = 2e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,62 +64,6 @@ class EmbeddingFile:
         rows = [self.images, *([self.texts] if texts and self.texts is not None else [])]
         found = [part.fingerprint() for part in rows]
         return found if self.metadata is None else [*found, fingerprint_file(self.metadata)]
-
-
-class Rows:
-    """Rows [N, D] that lie in several files, mapped into memory; read in slices or picked one by one.
-
-    Attributes:
-        shape: (N, D).
-    """
-
-    def __init__(self, files: list[npt.NDArray[Any]], width: int, as_stored: bool) -> None:
-        self._files = files
-        # Whether a file's rows need no normalising; None until it is looked through, once.
-        self._is_unit: list[bool | None] = [as_stored or None] * len(files)
-        self._starts = np.concatenate([[0], np.cumsum([len(file) for file in files], dtype=np.int64)])
-        self.shape = (int(self._starts[-1]), width)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def read(self, start: int, stop: int) -> Float16:
-        """Return rows start … stop − 1, float16 [n, D]; a view of the file where they lie in one, unit rows always."""
-        parts = []
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        for number in range(max(0, first), len(self._files)):
-            begin = int(self._starts[number])
-            if begin >= stop:
-                break
-            part = self._files[number][max(0, start - begin) : stop - begin]
-            if len(part):
-                parts.append(self._unit(number, part))
-        if not parts:
-            return np.empty((0, self.shape[1]), dtype=np.float16)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def take(self, positions: npt.NDArray[np.int64]) -> Float16:
-        """Return the rows at `positions` (int64 [n], any order), float16 [n, D]."""
-        rows = np.empty((len(positions), self.shape[1]), dtype=np.float16)
-        owners = np.searchsorted(self._starts, positions, side="right") - 1
-        for number in np.unique(owners):
-            wanted = np.flatnonzero(owners == number)
-            part = self._files[number][positions[wanted] - self._starts[number]]
-            rows[wanted] = self._unit(int(number), part)
-        return rows
-
-    def _unit(self, number: int, part: npt.NDArray[Any]) -> Float16:
-        if self._is_unit[number] is None:
-            self._is_unit[number] = holds_unit_rows(self._files[number])
-        if not self._is_unit[number]:
-            return unit_rows(part)
-        # An array in an archive may begin at an odd byte.
-        return part if part.flags.aligned and part.flags.c_contiguous else np.array(part, order="C")
-
-    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Float16]]:
-        """Yield (number of the first row, rows) for consecutive blocks of `size` rows; the last may be shorter."""
-        for start in range(0, len(self), size):
-            yield start, self.read(start, min(start + size, len(self)))
 
 
 class Embeddings:
@@ -314,36 +250,6 @@ def open_embeddings(folder: Path, keys: str = "sample", npz_array: str | None = 
     if first == 0:
         raise ClipcidError(f"{folder} holds {len(files)} files of embeddings without a row.", "Make them again.")
     return Embeddings(folder, tuple(files), width, sidecar, prefix_keys=keys == "shard")
-
-
-def unit_rows(rows: npt.NDArray[Any]) -> Float16:
-    """Normalise rows and round them once to float16; float16 rows that are unit already stay as they are.
-
-    Args:
-        rows: [n, D] of any floating-point format.
-
-    Returns:
-        float16 [n, D]; each row depends on its own values only. Zero rows and rows that are not finite come out as NaN.
-    """
-    exact = rows.astype(np.float64)
-    norms = np.sqrt((exact * exact).sum(axis=1, keepdims=True))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        scaled = np.where(np.isfinite(norms), exact / norms, np.nan).astype(np.float16)
-    if rows.dtype == np.float16:
-        scaled = np.where(np.abs(norms - 1) <= _UNIT_TOLERANCE, rows, scaled)
-    return scaled
-
-
-def holds_unit_rows(rows: npt.NDArray[Any]) -> bool:
-    """Tell whether :func:`unit_rows` would leave all rows [n, D] as they are."""
-    if rows.dtype != np.float16:
-        return False
-    for start in range(0, len(rows), _ROWS_IN_CACHE):
-        exact = rows[start : start + _ROWS_IN_CACHE].astype(np.float64)
-        norms = np.sqrt((exact * exact).sum(axis=1))
-        if not np.all(np.abs(norms - 1) <= _UNIT_TOLERANCE):
-            return False
-    return True
 
 
 _Part = tuple[RowFile, RowFile | None, Path | None]  # image embeddings, text embeddings, metadata

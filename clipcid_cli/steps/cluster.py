@@ -30,7 +30,7 @@ from clipcid_cli.formats.clusters_file import (
     write_part,
     write_progress,
 )
-from clipcid_cli.formats.embeddings import Float16
+from clipcid_cli.formats.embedding_rows import Float16
 from clipcid_cli.formats.output import Output, fingerprint_file
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine

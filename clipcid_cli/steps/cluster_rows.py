@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from clipcid_cli.algorithms.kmeans import joint_features
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings import Embeddings, Float16, Rows, open_embeddings
+from clipcid_cli.formats.embedding_rows import Float16, Rows
+from clipcid_cli.formats.embeddings import Embeddings, open_embeddings
 from clipcid_cli.formats.keep_list import read_keep_list
 from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.output import fingerprint_file

@@ -24,7 +24,7 @@ from clipcid_cli.algorithms.distances import HalfArray, IntArray
 from clipcid_cli.algorithms.duplicates import collapse_duplicates, hash_rows
 from clipcid_cli.algorithms.forest import Edges, ForestBuilder
 from clipcid_cli.algorithms.neighbors import Join
-from clipcid_cli.formats.embeddings import Rows
+from clipcid_cli.formats.embedding_rows import Rows
 from clipcid_cli.formats.forest_file import ForestPart, ForestParts, StoredForest, read_forest, write_forest
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision, choose_precision

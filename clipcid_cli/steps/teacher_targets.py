@@ -15,7 +15,8 @@ from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
 from clipcid_cli.algorithms.losses.cluster import Candidates, cluster_targets, draw_candidates
 from clipcid_cli.algorithms.meeting_space import Rotation, principal_rotation
 from clipcid_cli.formats.clusters_file import Clusters, TopClusters
-from clipcid_cli.formats.embeddings import Embeddings, Rows
+from clipcid_cli.formats.embedding_rows import Rows
+from clipcid_cli.formats.embeddings import Embeddings
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.seeds import derive_seed
 from clipcid_cli.steps.distill_inputs import Teaching

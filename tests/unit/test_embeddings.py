@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embedding_rows import holds_unit_rows, unit_rows
 from clipcid_cli.formats.embedding_writer import (
     EmbeddingWriter,
     ShardRecord,
     plan_identity,
     refuse_foreign_folder,
 )
-from clipcid_cli.formats.embeddings import holds_unit_rows, open_embeddings, unit_rows
+from clipcid_cli.formats.embeddings import open_embeddings
 from clipcid_cli.formats.skips import Skips
 
 RANDOM = np.random.default_rng(0)

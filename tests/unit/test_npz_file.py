@@ -13,7 +13,8 @@ import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import embeddings as embeddings_file
-from clipcid_cli.formats.embeddings import open_embeddings, unit_rows
+from clipcid_cli.formats.embedding_rows import unit_rows
+from clipcid_cli.formats.embeddings import open_embeddings
 from clipcid_cli.formats.npz_file import find_array
 
 RANDOM = np.random.default_rng(0)
