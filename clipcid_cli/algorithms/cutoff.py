@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from clipcid_cli.algorithms.distances import LONGEST_ROW, DoubleArray, IntArray, ReadRows, round_distances
-from clipcid_cli.algorithms.neighbors import Block, load_block, score_bounds
+from clipcid_cli.algorithms.scan import Block, load_block, multiply, score_bounds
 
 # No two rows are farther apart.
 FARTHEST = 2.0 * LONGEST_ROW
@@ -51,8 +51,9 @@ class NearestSample:
         wanted = load_block(read, rows[sample], device, scan_dtype)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             block = load_block(read, rows[start : start + _ROWS_AT_ONCE], device, scan_dtype)
-            scores_SN = wanted.scan @ block.scan.T
-            self._hide_own(scores_SN, np.arange(len(sample)), start, -math.inf)
+            scores_SN = multiply(wanted.scan, block.scan)
+            least = -math.inf if scores_SN.is_floating_point() else torch.iinfo(scores_SN.dtype).min
+            self._hide_own(scores_SN, np.arange(len(sample)), start, least)
             lowest_S, highest_S = score_bounds(wanted, block, scores_SN.amax(dim=1))
             low_S = torch.minimum(low_S, wanted.squared + block.bounds.shortest**2 - 2.0 * highest_S)
             high_S = torch.minimum(high_S, wanted.squared + block.bounds.longest**2 - 2.0 * lowest_S)

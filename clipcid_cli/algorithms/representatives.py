@@ -21,7 +21,7 @@ from clipcid_cli.algorithms.distances import (
     round_distances,
     squared_lengths,
 )
-from clipcid_cli.algorithms.neighbors import load_block
+from clipcid_cli.algorithms.scan import load_block
 
 # Temporary copies of so many rows stay in the cache.
 _ROWS_AT_ONCE = 1024

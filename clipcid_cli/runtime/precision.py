@@ -20,7 +20,7 @@ class Precision:
     """A number format for matrix products; weights and stored results keep their own.
 
     Attributes:
-        name: ``fp32``, ``bf16`` or ``fp16``.
+        name: ``fp32``, ``bf16`` or ``fp16``; also ``int8`` where near pairs are looked for.
         dtype: The same for PyTorch.
         reason: Why it was chosen, for the user.
     """
@@ -71,15 +71,36 @@ def choose_precision(requested: str, device: torch.device, purpose: Purpose, par
     return _precision("bf16", "this CPU has bf16 tile units (AMX)")
 
 
-@cache
+def choose_scan(requested: str, device: torch.device) -> Precision:
+    """Decide the format in which near pairs are looked for; what is found is the same in each.
+
+    Measured on 2 cores of a Xeon without AMX, products of 2,048 × 512 by 512 × 2,048, in 10⁹ operations a second: fp32 386,
+    bf16 178, int8 1,580.
+
+    Args:
+        requested: As for :func:`choose_precision`; ``auto`` is what that gives to embed, and int8 on CPUs that have
+            dot-product instructions for it (AVX-512 VNNI) and no AMX.
+        device: Where the step computes.
+    """
+    if requested == "auto" and device.type == "cpu" and not has_amx() and "avx512_vnni" in _cpu_flags():
+        return _precision("int8", "this CPU has int8 dot products (AVX-512 VNNI)")
+    return choose_precision(requested, device, "embed", parameters=0)
+
+
 def has_amx() -> bool:
     """Tell whether this machine's CPU multiplies bf16 tiles in hardware."""
+    return "amx_bf16" in _cpu_flags()
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return False
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def _precision(name: str, reason: str) -> Precision:
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
     return Precision(name, dtypes[name], reason)

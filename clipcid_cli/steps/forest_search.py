@@ -27,7 +27,7 @@ from clipcid_cli.algorithms.neighbors import Join
 from clipcid_cli.formats.embedding_rows import Rows
 from clipcid_cli.formats.forest_file import ForestPart, ForestParts, StoredForest, read_forest, write_forest
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.reporting import Reporter
 
 # Rows whose nearest neighbours are looked up to choose the first cut-off: its share is then known within 3 %.
@@ -136,7 +136,7 @@ def find_forest(
     stored = machine.on_main(lambda: read_forest(folder, inputs))
     # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
     forest = Forest(survey.copies, 0.0) if stored is None else _load(stored)
-    scan = _choose_scan(precision, machine)
+    scan = choose_scan(precision, machine.device)
     join = Join(survey.read, survey.unique, machine.device, scan.dtype)
     if stored is None and len(survey.unique) > 1:
         reporter.note(f"Near pairs are looked for in {scan.name} ({scan.reason}) and decided in fp64.")
@@ -203,7 +203,7 @@ def _join_within(
     sizes = np.bincount(labels[survey.unique], minlength=survey.num_rows)
     members = survey.unique[sizes[labels[survey.unique]] > 1]
     members = members[np.argsort(labels[members], kind="stable")]
-    scan = _choose_scan(precision, machine)
+    scan = choose_scan(precision, machine.device)
     join = Join(survey.read, members, machine.device, scan.dtype, panel_rows)
     # Rows lie sorted by component, so two panels share one only where the later begins with what the earlier ends with.
     return join, [tile for tile in join.tiles() if _shares_component(join, labels, tile)]
@@ -237,11 +237,6 @@ def _search_within(
                     return Edges.empty(), False
             progress.advance(join.num_pairs(tile))
     return Edges.concatenate(found), True
-
-
-def _choose_scan(precision: str, machine: Machine) -> Precision:
-    """Choose the format in which near pairs are looked for, as for embedding; what is found is the same in each."""
-    return choose_precision(precision, machine.device, "embed", parameters=0)
 
 
 def _shares_component(join: Join, labels: IntArray, tile: tuple[int, int]) -> bool:

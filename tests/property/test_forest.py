@@ -21,10 +21,11 @@ from clipcid_cli.algorithms.forest import (
     minimum_forest,
     sort_edges,
 )
-from clipcid_cli.algorithms.neighbors import Join, load_block, lowest_score
+from clipcid_cli.algorithms.neighbors import Join
+from clipcid_cli.algorithms.scan import load_block, lowest_score
 
 CPU = torch.device("cpu")
-SCAN_DTYPES = (torch.float32, torch.bfloat16)
+SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 def unit_rows(seed: int, num_rows: int, width: int, num_centres: int, noise: float) -> np.ndarray:
@@ -212,14 +213,15 @@ def test_lower_bounds_given_for_proposed_pairs_hold() -> None:
     assert sum(seen) > 1000
 
 
-def test_score_bound_is_below_what_a_pair_at_the_cutoff_scores() -> None:
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.bfloat16, 0.02), (torch.int8, 0.06)])
+def test_score_bound_is_below_what_a_pair_at_the_cutoff_scores(dtype: torch.dtype, slack: float) -> None:
     rows = unit_rows(5, 64, 512, 64, 1.0)
-    block = load_block(rows.__getitem__, np.arange(64), CPU, torch.bfloat16)
+    block = load_block(rows.__getitem__, np.arange(64), CPU, dtype)
     a, b = block.part(0, 32), block.part(32, 64)
-    scores = (a.scan.float() * b.scan.float()).sum(1)
+    scores = (a.scan.float() * b.scan.float()).sum(1) * block.bounds.scale**2
     distances = paired_distances(a.stored, b.stored, a.squared, b.squared)
     for distance, score in zip(distances.tolist(), scores.tolist(), strict=True):
-        assert lowest_score(block, block, distance) <= score < lowest_score(block, block, distance) + 0.02
+        assert lowest_score(block, block, distance) <= score < lowest_score(block, block, distance) + slack
 
 
 def test_rows_that_would_be_inexact_are_refused() -> None:

@@ -27,7 +27,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
 def test_ten_million_pairs_at_the_cutoff_are_decided_as_in_float64(dtype: torch.dtype) -> None:
     generator = np.random.default_rng(0)
     # So alike that every score lies within bfloat16's error of the cut-off's.

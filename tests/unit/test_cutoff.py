@@ -23,7 +23,7 @@ def look(scan_dtype: torch.dtype, rows: np.ndarray = ROWS, size: int = 200) -> t
     return NearestSample(rows.__getitem__, numbers, sample, CPU, scan_dtype), distances[sample].min(axis=1)
 
 
-@pytest.mark.parametrize("scan_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scan_dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_order_statistics_and_counts_are_exact_in_any_format(
     scan_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
