@@ -19,15 +19,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.cutoff import NearestSample, first_cutoff, wider_cutoff
+from clipcid_cli.algorithms.cutoff import FARTHEST, NearestSample, first_cutoff, wider_cutoff
 from clipcid_cli.algorithms.distances import HalfArray, IntArray
 from clipcid_cli.algorithms.duplicates import collapse_duplicates, hash_rows
 from clipcid_cli.algorithms.forest import Edges, ForestBuilder
 from clipcid_cli.algorithms.neighbors import Join
+from clipcid_cli.algorithms.partitioned_join import PartitionedJoin
 from clipcid_cli.formats.embedding_rows import Rows
 from clipcid_cli.formats.forest_file import ForestPart, ForestParts, StoredForest, read_forest, write_forest
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.steps.partitioning import partition_rows
 from clipcid_cli.steps.reporting import Reporter
 
 # Rows whose nearest neighbours are looked up to choose the first cut-off: its share is then known within 3 %.
@@ -76,6 +78,8 @@ class Forest:
     Attributes:
         edges: Ascending by (weight, smaller row, larger row).
         cutoff: The distance.
+
+    One that was searched for in partitions may lack edges; those it has are true.
     """
 
     edges: Edges
@@ -113,6 +117,7 @@ def find_forest(
     *,
     cutoff: float | None,
     num_edges: int,
+    neighbors: str,
     precision: str,
     reporter: Reporter,
 ) -> tuple[Forest, bool]:
@@ -125,6 +130,7 @@ def find_forest(
         inputs: Fingerprints of the embeddings.
         cutoff: The distance it must be complete to; None when a number of edges is wanted.
         num_edges: Otherwise, the number of edges it must have; at most N − 1.
+        neighbors: ``exact`` or ``partitioned``: compare all pairs, or those in and near partitions.
         precision: Format in which near pairs are looked for, see `choose_precision`.
         reporter: The listener.
 
@@ -133,10 +139,10 @@ def find_forest(
     """
     started = time.perf_counter()
     complete = survey.num_rows - 1
-    stored = machine.on_main(lambda: read_forest(folder, inputs))
+    stored = machine.on_main(lambda: read_forest(folder, inputs, neighbors))
     # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
     forest = Forest(survey.copies, 0.0) if stored is None else _load(stored)
-    scan = _choose_scan(precision, machine)
+    scan = choose_scan(precision, machine)
     join = Join(survey.read, survey.unique, machine.device, scan.dtype)
     if stored is None and len(survey.unique) > 1:
         reporter.note(f"Near pairs are looked for in {scan.name} ({scan.reason}) and decided in fp64.")
@@ -145,8 +151,15 @@ def find_forest(
     while len(forest.edges) < complete and not _is_enough(forest, cutoff, num_edges):
         choose = partial(outlook.choose, forest, num_edges)
         reach = machine.on_main(choose) if cutoff is None else float(np.float32(cutoff))
-        name = f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{join.panel_rows}"
-        edges = _search(machine, join, ForestParts(folder, name), survey.num_rows, forest.edges, reach, reporter)
+        search: Join | PartitionedJoin | None = join
+        # At the largest distance only a search of all pairs is sure to find what is missing.
+        if neighbors == "partitioned" and forest.cutoff < reach < FARTHEST:
+            search = partition_rows(machine, join, survey.read, scan.dtype, reach, reporter)
+        if search is None:
+            reporter.note(f"Up to distance {reach:.4f} partitions would spare little: all pairs are compared.")
+            search = join
+        name = f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{_name_of(search)}"
+        edges = _search(machine, search, ForestParts(folder, name), survey.num_rows, forest.edges, reach, reporter)
         forest = Forest(edges, reach)
         new = True
         if not _is_enough(forest, cutoff, num_edges) and len(edges) < complete:
@@ -155,7 +168,7 @@ def find_forest(
             )
     if new:
         seconds = {"search": time.perf_counter() - started}
-        machine.on_main(lambda: _save(folder, forest, survey.num_rows, inputs, seconds))
+        machine.on_main(lambda: _save(folder, forest, neighbors, survey.num_rows, inputs, seconds))
     machine.on_main(ForestParts(folder, "").clear)
     return forest, not new
 
@@ -203,7 +216,7 @@ def _join_within(
     sizes = np.bincount(labels[survey.unique], minlength=survey.num_rows)
     members = survey.unique[sizes[labels[survey.unique]] > 1]
     members = members[np.argsort(labels[members], kind="stable")]
-    scan = _choose_scan(precision, machine)
+    scan = choose_scan(precision, machine)
     join = Join(survey.read, members, machine.device, scan.dtype, panel_rows)
     # Rows lie sorted by component, so two panels share one only where the later begins with what the earlier ends with.
     return join, [tile for tile in join.tiles() if _shares_component(join, labels, tile)]
@@ -239,7 +252,7 @@ def _search_within(
     return Edges.concatenate(found), True
 
 
-def _choose_scan(precision: str, machine: Machine) -> Precision:
+def choose_scan(precision: str, machine: Machine) -> Precision:
     """Choose the format in which near pairs are looked for, as for embedding; what is found is the same in each."""
     return choose_precision(precision, machine.device, "embed", parameters=0)
 
@@ -259,10 +272,21 @@ def _load(stored: StoredForest) -> Forest:
     return Forest(Edges(stored.a, stored.b, stored.distance), stored.cutoff)
 
 
-def _save(folder: Path, forest: Forest, num_rows: int, inputs: list[dict[str, Any]], seconds: dict[str, float]) -> None:
+def _save(
+    folder: Path,
+    forest: Forest,
+    neighbors: str,
+    num_rows: int,
+    inputs: list[dict[str, Any]],
+    seconds: dict[str, float],
+) -> None:
     edges = forest.edges
-    stored = StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, num_rows)
+    stored = StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, num_rows, neighbors)
     write_forest(folder, stored, inputs=inputs, seconds=seconds)
+
+
+def _name_of(join: Join | PartitionedJoin) -> str:
+    return join.name if isinstance(join, PartitionedJoin) else str(join.panel_rows)
 
 
 def _digest(inputs: Sequence[dict[str, Any]]) -> str:
@@ -294,7 +318,13 @@ class _Outlook:
 
 
 def _search(
-    machine: Machine, join: Join, parts: ForestParts, num_rows: int, known: Edges, cutoff: float, reporter: Reporter
+    machine: Machine,
+    join: Join | PartitionedJoin,
+    parts: ForestParts,
+    num_rows: int,
+    known: Edges,
+    cutoff: float,
+    reporter: Reporter,
 ) -> Edges:
     """Search every tile that no earlier run has done, and fold everything together; the same on every process.
 
