@@ -38,9 +38,11 @@ def show(result: dict[str, Any], console: Console) -> None:
         facts["with star"] = "not computed"
     audit = result.get("audit")
     if audit is not None:
+        have = "has" if audit["near"] == 1 else "have"
+        interval = f"; 95% interval {format_rate(audit['low'])} to {format_rate(audit['high'])}"
         facts["audit"] = (
-            f"{audit['near']:,} of {audit['sampled']:,} kept images looked at have another kept one within the cut-off "
-            f"({format_rate(audit['rate'])}; 95 % sure: {format_rate(audit['low'])} to {format_rate(audit['high'])})"
+            f"{audit['near']:,} of {audit['sampled']:,} kept images looked at {have} another kept one within the cut-off "
+            f"({format_rate(audit['rate'])}{interval if audit['sampled'] < audit['kept'] else ''})"
         )
     if result["skipped"]:
         facts["skipped"] = ", ".join(f"{number:,} {reason}" for reason, number in result["skipped"].items())

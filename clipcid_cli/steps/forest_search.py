@@ -117,9 +117,9 @@ def find_forest(
     *,
     cutoff: float | None,
     num_edges: int,
-    neighbors: str,
     precision: str,
     reporter: Reporter,
+    neighbors: str = "exact",
 ) -> tuple[Forest, bool]:
     """Return a forest that reaches far enough: the one on disk, or that one extended, or a new one.
 
@@ -130,9 +130,9 @@ def find_forest(
         inputs: Fingerprints of the embeddings.
         cutoff: The distance it must be complete to; None when a number of edges is wanted.
         num_edges: Otherwise, the number of edges it must have; at most N − 1.
-        neighbors: ``exact`` or ``partitioned``: compare all pairs, or those in and near partitions.
         precision: Format in which near pairs are looked for, see `choose_precision`.
         reporter: The listener.
+        neighbors: ``exact`` or ``partitioned``: compare all pairs, or those in and near partitions.
 
     Returns:
         The forest, and whether it was there already.

@@ -19,9 +19,9 @@ from clipcid_cli.steps.reporting import Reporter
 
 # k-means sees so many rows a partition; partitions need no fine centres, only few rows near their borders.
 _ROWS_PER_CENTRE = 64
-_ITERATIONS = 6
+_ITERATIONS = 4
 _ROWS_AT_ONCE = 8192
-_SPLIT_ROUNDS = 3
+_SPLIT_ROUNDS = 2
 # Rows whose neighbours tell the margin, how many neighbours each, and pairs that may be proposed among them and all rows.
 _MARGIN_SAMPLE = 1024
 _NEIGHBOURS = 8
