@@ -16,7 +16,7 @@ from clipcid_cli.steps.forest_search import Survey
 from clipcid_cli.steps.reporting import Reporter
 
 # None among so many bounds the rate at 1.3e-4.
-_SAMPLE = 30_000
+SAMPLE = 30_000
 _PANEL_ROWS = 8192
 
 
@@ -57,7 +57,7 @@ def audit_kept(
         scan: Format in which near pairs are looked for.
         reporter: The listener.
     """
-    sample = np.sort(np.random.default_rng(0).permutation(kept)[:_SAMPLE])
+    sample = np.sort(np.random.default_rng(0).permutation(kept)[:SAMPLE])
     found = np.zeros(len(sample), np.bool_)
 
     def place(rows: IntArray) -> IntArray:

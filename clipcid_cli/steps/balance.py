@@ -30,6 +30,7 @@ from clipcid_cli.steps.other_linkage import OtherLinkage, compare_linkages
 from clipcid_cli.steps.outputs import claim_output
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.sample_finder import require_data
+from clipcid_cli.steps.search_cost import describe_cost
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 from clipcid_cli.steps.write_kept import check_uids, write_kept
@@ -61,7 +62,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         embeddings = open_embeddings(_find_embeddings(settings, machine, reporter), settings.keys, settings.npz_array)
         seconds = {"embed": time.perf_counter() - started}
         if settings.dry_run:
-            return _describe_cost(embeddings, reporter)
+            return describe_cost(settings, machine, embeddings, reporter)
         shards = None
         if settings.write_shards is not None:
             shards = tar_shards(require_data(settings, embeddings, "--write-shards"), settings.write_shards)
@@ -281,13 +282,3 @@ def _files(folder: Path, neighbors: str) -> dict[str, str]:
     forest = forest_path(folder, neighbors).name
     names = {"keep_list": KEEP_LIST, "forest": forest, "curve": CURVE, "report": REPORT, "sidecar": "balance.json"}
     return {name: str(folder / file) for name, file in names.items()}
-
-
-def _describe_cost(embeddings: Embeddings, reporter: Reporter) -> dict[str, Any]:
-    """Say what a search of all pairs takes; one from a forest that is there takes seconds."""
-    images, width = embeddings.num_rows, embeddings.width
-    pairs = images * (images - 1) // 2
-    reporter.note(
-        f"{images:,} images of width {width}: {pairs:,} pairs, {2.0 * pairs * width:.3g} FLOP for a new search."
-    )
-    return {"images": images, "width": width, "pairs": pairs, "flop": 2 * pairs * width}

@@ -33,7 +33,7 @@ from clipcid_cli.steps.partitioning import partition_rows
 from clipcid_cli.steps.reporting import Reporter
 
 # Rows whose nearest neighbours are looked up to choose the first cut-off: its share is then known within 3 %.
-_SAMPLE = 1024
+CUTOFF_SAMPLE = 1024
 # Rows looked at together; what is made of so few stays in the processor's cache.
 _ROWS_AT_ONCE = 512
 _SECONDS_BETWEEN_SAVES = 60.0
@@ -305,7 +305,7 @@ class _Outlook:
 
     @cached_property
     def nearest(self) -> NearestSample:
-        size = min(_SAMPLE, len(self.rows))
+        size = min(CUTOFF_SAMPLE, len(self.rows))
         sample = np.sort(np.random.default_rng(0).choice(len(self.rows), size, replace=False))
         return NearestSample(self.survey.read, self.rows, sample, self.device, self.scan_dtype)
 

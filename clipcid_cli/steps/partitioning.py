@@ -18,12 +18,14 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.reporting import Reporter
 
 # k-means sees so many rows a partition; partitions need no fine centres, only few rows near their borders.
-_ROWS_PER_CENTRE = 64
+ROWS_PER_CENTRE = 64
 _ITERATIONS = 4
 _ROWS_AT_ONCE = 8192
 _SPLIT_ROUNDS = 2
+# Times each of those is looked at, at most: at every move of the centres and after each round.
+LOOKS_AT_SAMPLE = _ITERATIONS + 1 + _SPLIT_ROUNDS * (_ITERATIONS // 2 + 1)
 # Rows whose neighbours tell the margin, how many neighbours each, and pairs that may be proposed among them and all rows.
-_MARGIN_SAMPLE = 1024
+MARGIN_SAMPLE = 1024
 _NEIGHBOURS = 8
 _FEWEST_SAMPLED = 32
 _MOST_PROPOSED = 2**22
@@ -67,7 +69,7 @@ def _train(machine: Machine, read: ReadRows, rows: IntArray, reporter: Reporter)
     """Find centres by k-means on a sample, and split those that have far more rows than others."""
     wanted = default_num_partitions(len(rows))
     generator = np.random.default_rng(0)
-    size = min(len(rows), _ROWS_PER_CENTRE * wanted)
+    size = min(len(rows), ROWS_PER_CENTRE * wanted)
     sample = np.sort(generator.choice(len(rows), size, replace=False))
     first = np.sort(generator.choice(size, wanted, replace=False))
     # Each process looks at its share of the sample; sums of rows are exact, so the centres do not depend on the shares.
@@ -143,7 +145,7 @@ def _sample_neighbours(
         At most eight pairs for each sampled row, and the sampled rows, ascending.
     """
     rows = join.rows
-    sample = np.random.default_rng(1).permutation(len(rows))[: min(_MARGIN_SAMPLE, len(rows))]
+    sample = np.random.default_rng(1).permutation(len(rows))[: min(MARGIN_SAMPLE, len(rows))]
     first = join.panel(0)
     # Where nearly all pairs are within the reach, fewer rows say as much.
     few = NearestPairs(rows[np.sort(sample[:_FEWEST_SAMPLED])], _NEIGHBOURS)

@@ -123,7 +123,7 @@ def test_an_audit_counts_what_is_left(
         scan = choose_precision("fp32", machine.device, "embed", parameters=0)
         whole = audit.audit_kept(machine, survey, kept, CUTOFF, scan, SilentReporter())
         assert 100 < whole.near == np.count_nonzero(expected) < len(kept)
-        monkeypatch.setattr(audit, "_SAMPLE", 900)
+        monkeypatch.setattr(audit, "SAMPLE", 900)
         part = audit.audit_kept(machine, survey, kept, CUTOFF, scan, SilentReporter())
     assert (part.sampled, part.kept) == (900, len(kept))
     assert part.low < whole.rate < part.high
