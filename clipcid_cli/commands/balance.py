@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+def format_rate(rate: float) -> str:
+    """Print a rate with two digits that count: 0.013%."""
+    return f"{100 * rate:.2g}%"
+
+
 def show(result: dict[str, Any], console: Console) -> None:
     """Print how much is kept, at which cut-off, and what lies where."""
     if "files" not in result:
@@ -31,6 +36,14 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
     elif threshold is not None:
         facts["with star"] = "not computed"
+    audit = result.get("audit")
+    if audit is not None:
+        have = "has" if audit["near"] == 1 else "have"
+        interval = f"; 95% interval {format_rate(audit['low'])} to {format_rate(audit['high'])}"
+        facts["audit"] = (
+            f"{audit['near']:,} of {audit['sampled']:,} kept images looked at {have} another kept one within the cut-off "
+            f"({format_rate(audit['rate'])}{interval if audit['sampled'] < audit['kept'] else ''})"
+        )
     if result["skipped"]:
         facts["skipped"] = ", ".join(f"{number:,} {reason}" for reason, number in result["skipped"].items())
     facts["time"] = ", ".join(f"{phase} {format_seconds(value)}" for phase, value in result["seconds"].items())
@@ -49,5 +62,6 @@ command = step_command(
     "clipcid balance --threshold 0.447 --linkage star\n"
     "clipcid balance laion/ --cosine-distance 0.1 --write-shards laion-balanced/\n"
     "clipcid balance --embeddings metadata/small --npz-array l14_img --keep 0.5 --write-uids subset.npy\n"
+    "clipcid balance --embeddings laion-emb/ --keep 0.5 --neighbors partitioned\n"
     "torchrun --nproc-per-node 8 -m clipcid_cli balance --embeddings laion-emb/ --keep 0.5",
 )

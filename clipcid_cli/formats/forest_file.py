@@ -18,8 +18,15 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, write_parquet
 from clipcid_cli.formats.output import Output, read_sidecar, sidecar_path
 
-FOREST = "forest.parquet"
+# Pairs are compared all with all, or only where partitions are near: then some edges may be missing. The two kinds have
+# files of their own, so that neither is ever taken, or replaced, for the other.
+_STEPS = {"exact": "forest", "partitioned": "forest-partitioned"}
 _PARTS = ".forest-parts"
+
+
+def forest_path(folder: Path, neighbors: str) -> Path:
+    """Return where a forest lies in the folder of `balance`."""
+    return folder / f"{_STEPS[neighbors]}.parquet"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +37,9 @@ class StoredForest:
         a: Smaller row of each edge, int64 [E].
         b: Larger row, int64 [E].
         distance: Their distance, float32 [E], ascending.
-        cutoff: The distance up to which the forest is complete.
+        cutoff: The distance up to which the forest is complete, or was searched for in partitions.
         num_rows: Rows it is a forest of.
+        neighbors: How it was searched for: ``exact`` or ``partitioned``.
     """
 
     a: npt.NDArray[np.int64]
@@ -39,6 +47,7 @@ class StoredForest:
     distance: npt.NDArray[np.float32]
     cutoff: float
     num_rows: int
+    neighbors: str = "exact"
 
 
 def write_forest(
@@ -46,39 +55,44 @@ def write_forest(
 ) -> None:
     """Write ``forest.parquet`` and then its sidecar ``forest.json``, which makes it count.
 
+    Partitioned ones are ``forest-partitioned.parquet`` and ``.json``.
+
     Args:
         folder: The folder of `balance`, whose lock the caller holds.
         forest: The forest.
         inputs: Fingerprints of the embeddings it was made of.
         seconds: Time by phase.
     """
-    sidecar = read_sidecar(sidecar_path(folder, "forest"))
+    step = _STEPS[forest.neighbors]
+    sidecar = read_sidecar(sidecar_path(folder, step))
     if sidecar is not None and _contents(sidecar["inputs"]) != _contents(inputs):
         # A run killed between the two files must not leave this forest under the sidecar of other embeddings.
-        sidecar_path(folder, "forest").unlink()
+        sidecar_path(folder, step).unlink()
     write_parquet(
-        folder / FOREST,
+        forest_path(folder, forest.neighbors),
         pa.table({"a": forest.a, "b": forest.b, "distance": pa.array(forest.distance, pa.float32())}),
     )
-    Output(folder, "forest", {}, inputs, finished=None, resumed=False).commit(
+    Output(folder, step, {"neighbors": forest.neighbors}, inputs, finished=None, resumed=False).commit(
         counts={"images": forest.num_rows, "edges": len(forest.a)}, seconds=seconds, cutoff=forest.cutoff
     )
 
 
-def read_forest(folder: Path, inputs: list[dict[str, Any]]) -> StoredForest | None:
+def read_forest(folder: Path, inputs: list[dict[str, Any]], neighbors: str = "exact") -> StoredForest | None:
     """Read a forest that was made of these embeddings; None when there is none, or one of others.
 
     Args:
         folder: The folder of `balance`.
         inputs: Fingerprints of the embeddings.
+        neighbors: How it must have been searched for.
 
     Raises:
         ClipcidError: when the file that the sidecar describes is missing or damaged.
     """
-    sidecar = read_sidecar(sidecar_path(folder, "forest"))
+    step = _STEPS[neighbors]
+    sidecar = read_sidecar(sidecar_path(folder, step))
     if sidecar is None or _contents(sidecar["inputs"]) != _contents(inputs):
         return None
-    path, cutoff = folder / FOREST, float(sidecar["cutoff"])
+    path, cutoff = forest_path(folder, neighbors), float(sidecar["cutoff"])
     try:
         table = pq.read_table(path, columns=["a", "b", "distance"])
         a, b, distance = (table[name].to_numpy() for name in ("a", "b", "distance"))
@@ -89,7 +103,7 @@ def read_forest(folder: Path, inputs: list[dict[str, Any]]) -> StoredForest | No
         ) from error
     # A run killed while it replaced the forest by a longer one leaves the longer one under the old sidecar.
     end = int(np.searchsorted(distance, np.float32(cutoff), side="right"))
-    return StoredForest(a[:end], b[:end], distance[:end], cutoff, int(sidecar["counts"]["images"]))
+    return StoredForest(a[:end], b[:end], distance[:end], cutoff, int(sidecar["counts"]["images"]), neighbors)
 
 
 def _contents(inputs: list[dict[str, Any]]) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -14,12 +15,14 @@ import pyarrow as pa
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.curve import CURVE, write_curve
 from clipcid_cli.formats.embeddings import Embeddings, open_embeddings
-from clipcid_cli.formats.forest_file import FOREST
+from clipcid_cli.formats.forest_file import forest_path
 from clipcid_cli.formats.keep_list import KEEP_LIST, read_keep_list, write_keep_list
 from clipcid_cli.formats.output import Output, fingerprint_file, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.precision import choose_scan
+from clipcid_cli.steps.audit import Audit, audit_kept
 from clipcid_cli.steps.balance_report import write_report
 from clipcid_cli.steps.balance_sets import Inputs, Sets, make_sets
 from clipcid_cli.steps.embed import ensure_embeddings
@@ -28,6 +31,7 @@ from clipcid_cli.steps.other_linkage import OtherLinkage, compare_linkages
 from clipcid_cli.steps.outputs import claim_output
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.sample_finder import require_data
+from clipcid_cli.steps.search_cost import describe_cost
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 from clipcid_cli.steps.write_kept import check_uids, write_kept
@@ -44,9 +48,12 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
 
     Returns:
         The JSON object: ``images, kept, keep_ratio, threshold, components, largest_component, coverage, other_linkage{
-        linkage, kept, coverage}, skipped{}, seconds{embed, search, write}, files{}``. ``coverage`` is the share of dropped
-        images that are farther than the threshold from the image that stands for them; ``other_linkage`` says what the
-        linkage that was not asked for gives at the same threshold, and is null where that is not computed.
+        linkage, kept, coverage}, neighbors, audit{sampled, kept, near, rate, low, high}, skipped{}, seconds{embed, search,
+        write}, files{}``. ``coverage`` is the share of dropped images that are farther than the threshold from the image
+        that stands for them; ``other_linkage`` says what the linkage that was not asked for gives at the same threshold,
+        and is null where that is not computed. ``audit`` is null for exact neighbors; for partitioned ones it says how many
+        of the sampled kept images have another kept one within the threshold, the rate with the ends of its 95 % interval,
+        and ``seconds.audit`` what it cost.
 
     Raises:
         ClipcidError: when there is nothing to balance, too much of it is unusable, or another run is in the way.
@@ -56,7 +63,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         embeddings = open_embeddings(_find_embeddings(settings, machine, reporter), settings.keys, settings.npz_array)
         seconds = {"embed": time.perf_counter() - started}
         if settings.dry_run:
-            return _describe_cost(embeddings, reporter)
+            return describe_cost(settings, machine, embeddings, reporter)
         shards = None
         if settings.write_shards is not None:
             shards = tar_shards(require_data(settings, embeddings, "--write-shards"), settings.write_shards)
@@ -78,7 +85,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
                 result: dict[str, Any] = output.finished["result"]
             else:
                 result = _balance(settings, machine, embeddings, output, seconds, reporter)
-            result["files"] = _files(folder)
+            result["files"] = _files(folder, settings.neighbors)
             keep_list = folder / KEEP_LIST
             result["files"] |= machine.on_main(lambda: write_kept(settings, embeddings, keep_list, reporter))
             if shards is not None:
@@ -139,14 +146,15 @@ def _balance(
     if isinstance(other, str) and sets.threshold is not None:
         reporter.note(f"What --linkage star would keep at this cut-off is not computed: {other}.")
 
-    result = _summarise(sets, other, embeddings, skips)
+    audit = _audit(inputs, sets)
+    result = _summarise(settings, sets, other, audit, embeddings, skips)
     warnings = _warnings(settings, sets)
     for warning in warnings:
         reporter.warn(warning)
 
     def phases() -> dict[str, float]:
-        spent = time.perf_counter() - started
-        return {phase: round(value, 3) for phase, value in (seconds | {"write": spent - seconds["search"]}).items()}
+        spent = time.perf_counter() - started - seconds["search"] - seconds.get("audit", 0.0)
+        return {phase: round(value, 3) for phase, value in (seconds | {"write": spent}).items()}
 
     def write() -> dict[str, Any]:
         numbers = pa.array(survey.readable)
@@ -183,7 +191,7 @@ def _wanted(settings: BalanceSettings, embeddings: Embeddings) -> dict[str, Any]
     if settings.select == "similarity":
         hashes = [file.texts.fingerprint()["hash"] for file in embeddings.files if file.texts is not None]
         texts = hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
-    names = ("keep", "threshold", "cosine_distance", "linkage", "select")
+    names = ("keep", "threshold", "cosine_distance", "linkage", "select", "neighbors")
     return {name: getattr(settings, name) for name in names} | {
         "seed": settings.seed if settings.select == "random" else None,
         "texts": texts,
@@ -206,7 +214,26 @@ def _check_rows(settings: BalanceSettings, embeddings: Embeddings, survey: Surve
     return skips
 
 
-def _summarise(sets: Sets, other: OtherLinkage | str, embeddings: Embeddings, skips: Skips) -> dict[str, Any]:
+def _audit(inputs: Inputs, sets: Sets) -> Audit | None:
+    """Count what a search in partitions left, where one was made and something was to be merged."""
+    if inputs.settings.neighbors == "exact" or sets.threshold is None:
+        return None
+    started = time.perf_counter()
+    scan = choose_scan(inputs.settings.precision, inputs.machine.device)
+    kept = np.flatnonzero(sets.representatives == np.arange(len(sets.labels)))
+    audit = audit_kept(inputs.machine, inputs.survey, kept, sets.threshold, scan, inputs.reporter)
+    inputs.seconds["audit"] = time.perf_counter() - started
+    return audit
+
+
+def _summarise(
+    settings: BalanceSettings,
+    sets: Sets,
+    other: OtherLinkage | str,
+    audit: Audit | None,
+    embeddings: Embeddings,
+    skips: Skips,
+) -> dict[str, Any]:
     kept, images = sets.num_kept, len(sets.labels)
     embedded = (embeddings.sidecar or {}).get("counts", {}).get("skipped", {})
     return {
@@ -220,6 +247,8 @@ def _summarise(sets: Sets, other: OtherLinkage | str, embeddings: Embeddings, sk
         "other_linkage": None
         if isinstance(other, str)
         else {"linkage": other.linkage, "kept": other.kept, "coverage": other.coverage},
+        "neighbors": settings.neighbors,
+        "audit": None if audit is None else dataclasses.asdict(audit) | {"rate": audit.rate},
         "skipped": {**embedded, **skips.counts},
     }
 
@@ -250,16 +279,7 @@ def _warnings(settings: BalanceSettings, sets: Sets) -> list[str]:
     return warnings
 
 
-def _files(folder: Path) -> dict[str, str]:
-    names = {"keep_list": KEEP_LIST, "forest": FOREST, "curve": CURVE, "report": REPORT, "sidecar": "balance.json"}
+def _files(folder: Path, neighbors: str) -> dict[str, str]:
+    forest = forest_path(folder, neighbors).name
+    names = {"keep_list": KEEP_LIST, "forest": forest, "curve": CURVE, "report": REPORT, "sidecar": "balance.json"}
     return {name: str(folder / file) for name, file in names.items()}
-
-
-def _describe_cost(embeddings: Embeddings, reporter: Reporter) -> dict[str, Any]:
-    """Say what a search of all pairs takes; one from a forest that is there takes seconds."""
-    images, width = embeddings.num_rows, embeddings.width
-    pairs = images * (images - 1) // 2
-    reporter.note(
-        f"{images:,} images of width {width}: {pairs:,} pairs, {2.0 * pairs * width:.3g} FLOP for a new search."
-    )
-    return {"images": images, "width": width, "pairs": pairs, "flop": 2 * pairs * width}

@@ -115,7 +115,8 @@ def _describe_rule(settings: BalanceSettings) -> str:
         amount = f"--threshold {settings.threshold:g}"
     else:
         amount = f"--cosine-distance {settings.cosine_distance:g}"
-    return f"{amount} --linkage {settings.linkage} --select {settings.select}"
+    neighbors = "" if settings.neighbors == "exact" else f" --neighbors {settings.neighbors}"
+    return f"{amount} --linkage {settings.linkage} --select {settings.select}{neighbors}"
 
 
 def _largest(sets: Sets) -> list[int]:

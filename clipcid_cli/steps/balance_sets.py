@@ -96,6 +96,7 @@ class Inputs:
             self.fingerprints,
             cutoff=cutoff,
             num_edges=num_edges,
+            neighbors=self.settings.neighbors,
             precision=self.settings.precision,
             reporter=self.reporter,
         )

@@ -19,19 +19,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.cutoff import NearestSample, first_cutoff, wider_cutoff
+from clipcid_cli.algorithms.cutoff import FARTHEST, NearestSample, first_cutoff, wider_cutoff
 from clipcid_cli.algorithms.distances import HalfArray, IntArray
 from clipcid_cli.algorithms.duplicates import collapse_duplicates, hash_rows
 from clipcid_cli.algorithms.forest import Edges, ForestBuilder
 from clipcid_cli.algorithms.neighbors import Join
+from clipcid_cli.algorithms.partitioned_join import PartitionedJoin
 from clipcid_cli.formats.embedding_rows import Rows
 from clipcid_cli.formats.forest_file import ForestPart, ForestParts, StoredForest, read_forest, write_forest
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
+from clipcid_cli.steps.partitioning import partition_rows
 from clipcid_cli.steps.reporting import Reporter
 
 # Rows whose nearest neighbours are looked up to choose the first cut-off: its share is then known within 3 %.
-_SAMPLE = 1024
+CUTOFF_SAMPLE = 1024
 # Rows looked at together; what is made of so few stays in the processor's cache.
 _ROWS_AT_ONCE = 512
 _SECONDS_BETWEEN_SAVES = 60.0
@@ -76,6 +78,8 @@ class Forest:
     Attributes:
         edges: Ascending by (weight, smaller row, larger row).
         cutoff: The distance.
+
+    One that was searched for in partitions may lack edges; those it has are true.
     """
 
     edges: Edges
@@ -115,6 +119,7 @@ def find_forest(
     num_edges: int,
     precision: str,
     reporter: Reporter,
+    neighbors: str = "exact",
 ) -> tuple[Forest, bool]:
     """Return a forest that reaches far enough: the one on disk, or that one extended, or a new one.
 
@@ -127,13 +132,14 @@ def find_forest(
         num_edges: Otherwise, the number of edges it must have; at most N − 1.
         precision: Format in which near pairs are looked for, see `choose_precision`.
         reporter: The listener.
+        neighbors: ``exact`` or ``partitioned``: compare all pairs, or those in and near partitions.
 
     Returns:
         The forest, and whether it was there already.
     """
     started = time.perf_counter()
     complete = survey.num_rows - 1
-    stored = machine.on_main(lambda: read_forest(folder, inputs))
+    stored = machine.on_main(lambda: read_forest(folder, inputs, neighbors))
     # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
     forest = Forest(survey.copies, 0.0) if stored is None else _load(stored)
     scan = choose_scan(precision, machine.device)
@@ -145,8 +151,15 @@ def find_forest(
     while len(forest.edges) < complete and not _is_enough(forest, cutoff, num_edges):
         choose = partial(outlook.choose, forest, num_edges)
         reach = machine.on_main(choose) if cutoff is None else float(np.float32(cutoff))
-        name = f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{join.panel_rows}"
-        edges = _search(machine, join, ForestParts(folder, name), survey.num_rows, forest.edges, reach, reporter)
+        search: Join | PartitionedJoin | None = join
+        # At the largest distance only a search of all pairs is sure to find what is missing.
+        if neighbors == "partitioned" and forest.cutoff < reach < FARTHEST:
+            search = partition_rows(machine, join, survey.read, scan.dtype, reach, reporter)
+        if search is None:
+            reporter.note(f"Up to distance {reach:.4f} partitions would spare little: all pairs are compared.")
+            search = join
+        name = f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{_name_of(search)}"
+        edges = _search(machine, search, ForestParts(folder, name), survey.num_rows, forest.edges, reach, reporter)
         forest = Forest(edges, reach)
         new = True
         if not _is_enough(forest, cutoff, num_edges) and len(edges) < complete:
@@ -155,7 +168,7 @@ def find_forest(
             )
     if new:
         seconds = {"search": time.perf_counter() - started}
-        machine.on_main(lambda: _save(folder, forest, survey.num_rows, inputs, seconds))
+        machine.on_main(lambda: _save(folder, forest, neighbors, survey.num_rows, inputs, seconds))
     machine.on_main(ForestParts(folder, "").clear)
     return forest, not new
 
@@ -254,10 +267,21 @@ def _load(stored: StoredForest) -> Forest:
     return Forest(Edges(stored.a, stored.b, stored.distance), stored.cutoff)
 
 
-def _save(folder: Path, forest: Forest, num_rows: int, inputs: list[dict[str, Any]], seconds: dict[str, float]) -> None:
+def _save(
+    folder: Path,
+    forest: Forest,
+    neighbors: str,
+    num_rows: int,
+    inputs: list[dict[str, Any]],
+    seconds: dict[str, float],
+) -> None:
     edges = forest.edges
-    stored = StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, num_rows)
+    stored = StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, num_rows, neighbors)
     write_forest(folder, stored, inputs=inputs, seconds=seconds)
+
+
+def _name_of(join: Join | PartitionedJoin) -> str:
+    return join.name if isinstance(join, PartitionedJoin) else str(join.panel_rows)
 
 
 def _digest(inputs: Sequence[dict[str, Any]]) -> str:
@@ -276,7 +300,7 @@ class _Outlook:
 
     @cached_property
     def nearest(self) -> NearestSample:
-        size = min(_SAMPLE, len(self.rows))
+        size = min(CUTOFF_SAMPLE, len(self.rows))
         sample = np.sort(np.random.default_rng(0).choice(len(self.rows), size, replace=False))
         return NearestSample(self.survey.read, self.rows, sample, self.device, self.scan_dtype)
 
@@ -289,7 +313,13 @@ class _Outlook:
 
 
 def _search(
-    machine: Machine, join: Join, parts: ForestParts, num_rows: int, known: Edges, cutoff: float, reporter: Reporter
+    machine: Machine,
+    join: Join | PartitionedJoin,
+    parts: ForestParts,
+    num_rows: int,
+    known: Edges,
+    cutoff: float,
+    reporter: Reporter,
 ) -> Edges:
     """Search every tile that no earlier run has done, and fold everything together; the same on every process.
 

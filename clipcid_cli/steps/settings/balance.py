@@ -11,6 +11,7 @@ from clipcid_cli.steps.settings.fields import argument, option
 from clipcid_cli.steps.settings.shared import ReadingSettings, npz_array_option
 
 LINKAGES = ("single", "star")
+NEIGHBORS = ("exact", "partitioned")
 SELECTIONS = ("central", "medoid", "first", "random", "similarity", "resolution")
 
 PAIR_SUFFIXES = (".parquet", ".csv")
@@ -60,6 +61,13 @@ class BalanceSettings(ReadingSettings):
         "caption, most pixels.",
         group=_SETS,
         choices=SELECTIONS,
+    )
+    neighbors: str = option(
+        "exact",
+        "`exact`: all pairs of images are compared. `partitioned`, for ten millions and more: only those in one partition "
+        "of similar images or near its border; some repeats may stay, and an audit says how many.",
+        group=_SETS,
+        choices=NEIGHBORS,
     )
     model: str | None = option(
         None, "Model to embed with where there are no embeddings yet; ViT-L-14 by default.", group=_FILES, metavar="M"
