@@ -35,6 +35,9 @@ from clipcid_cli.formats.npz_file import MOST_UNPACKED, choose_arrays, find_arra
 from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
 from clipcid_cli.formats.samples import natural_key
 
+# Names made at once for rows that have none.
+_NAMES_AT_ONCE = 65_536
+
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingFile:
@@ -198,7 +201,9 @@ class Embeddings:
             present = pq.read_schema(file.metadata).names if file.metadata is not None else []
             name = next((name for name in names if name in present), None)
             if name is None:
-                chunks.append(pa.array([default(file, row) for row in range(file.rows)], type=pa.large_string()))
+                # In pieces: Python's own strings take several times the memory of Arrow's.
+                pieces = [range(file.rows)[at : at + _NAMES_AT_ONCE] for at in range(0, file.rows, _NAMES_AT_ONCE)]
+                chunks.extend(pa.array([default(file, row) for row in piece], pa.large_string()) for piece in pieces)
             else:
                 column = pq.read_table(file.metadata, columns=[name])[name].cast(pa.large_string())
                 chunks.extend(column.fill_null("").chunks)

@@ -147,7 +147,8 @@ def _sample_neighbours(
     """
     rows = join.rows
     sample = np.random.default_rng(1).permutation(len(rows))[: min(MARGIN_SAMPLE, len(rows))]
-    first = join.panel(0)
+    # Not the join's own panels: it remembers them, and each is needed once.
+    first = load_block(read, rows[:_ROWS_AT_ONCE], machine.device, scan_dtype)
     # Where nearly all pairs are within the reach, fewer rows say as much.
     few = NearestPairs(rows[np.sort(sample[:_FEWEST_SAMPLED])], _NEIGHBOURS)
     block = load_block(read, few.rows, machine.device, scan_dtype)
@@ -155,9 +156,9 @@ def _sample_neighbours(
     share = _MOST_PROPOSED / max(1.0, proposed / len(few.rows) * len(rows) / len(first))
     found = NearestPairs(rows[np.sort(sample[: max(_FEWEST_SAMPLED, int(share))])], _NEIGHBOURS)
     block = load_block(read, found.rows, machine.device, scan_dtype)
-    num_panels = -(-len(rows) // join.panel_rows)
-    for index in range(machine.rank, num_panels, machine.size):
-        for edges in join.search(block, join.panel(index), reach, found.wanted):
+    for at in range(machine.rank * _ROWS_AT_ONCE, len(rows), machine.size * _ROWS_AT_ONCE):
+        panel = load_block(read, rows[at : at + _ROWS_AT_ONCE], machine.device, scan_dtype)
+        for edges in join.search(block, panel, reach, found.wanted):
             found.add(edges)
     for edges in machine.gather(found.edges):  # a process adds its own again, which changes nothing
         found.add(edges)

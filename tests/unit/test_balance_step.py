@@ -275,7 +275,18 @@ def test_what_cannot_be_balanced_is_refused(
 def test_dry_run_writes_nothing(embeddings: Path, tmp_path: Path) -> None:
     result, said = balance(tmp_path / "w", embeddings, keep=0.5, dry_run=True)
     assert (result["images"], result["pairs"]) == (NUM_ROWS, NUM_ROWS * (NUM_ROWS - 1) // 2)
-    assert "44,850 pairs" in said
+    assert "exact: 44,850 pairs" in said
+    assert "partitioned: " in said
+    assert {**result["exact"], "neighbors": "exact"}.items() <= result.items()
+    assert result["flop"] == 2 * 32 * result["pairs"]
+    assert result["memory"]["mapped"] == NUM_ROWS * 32 * 2
+    assert result["memory"]["resident"] > 0
+    assert result["disk"] > 0
+    parts, _ = balance(tmp_path / "w", embeddings, threshold=0.5, neighbors="partitioned", dry_run=True)
+    assert {**parts["partitioned"], "neighbors": "partitioned"}.items() <= parts.items()
+    for cost in (parts["exact"], parts["partitioned"]):
+        assert cost["pairs"] > 0
+        assert 0.0 < cost["seconds"] < 60.0
     assert not (tmp_path / "w").exists()
 
 
