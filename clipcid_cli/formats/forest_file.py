@@ -112,19 +112,21 @@ def _contents(inputs: list[dict[str, Any]]) -> list[tuple[int, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class ForestPart:
-    """What one process had found when it last saved: the forest of some tiles.
+    """What one process had found when it last saved: all pairs of some tiles, or the forest of them.
 
     Attributes:
         tiles: Tiles whose pairs it holds, int64 [T, 2].
         a: Smaller row of each edge, int64 [E].
         b: Larger row, int64 [E].
         distance: Their distance, float32 [E].
+        has_all: Whether these are all pairs, bool without dimensions.
     """
 
     tiles: npt.NDArray[np.int64]
     a: npt.NDArray[np.int64]
     b: npt.NDArray[np.int64]
     distance: npt.NDArray[np.float32]
+    has_all: npt.NDArray[np.bool_]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ from clipcid_cli.steps.image_sizes import count_pixels
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
-# A star cover keeps more than single linkage at one distance; each look beyond costs a search of the sets, so it is wide.
-_STAR_STEP = 1.2
+# A star cover keeps more than single linkage at one distance, mostly little more: each look beyond takes a cover.
+_STAR_STEP = 1.05
 _FARTHEST = 2.0
 _ROWS_AT_ONCE = 8192
 
@@ -99,6 +99,7 @@ class Inputs:
             neighbors=self.settings.neighbors,
             precision=self.settings.precision,
             reporter=self.reporter,
+            for_stars=self.settings.linkage == "star",
         )
         self.seconds["search"] += time.perf_counter() - started
         return found
@@ -173,24 +174,28 @@ def _star_sets(inputs: Inputs, forest: Forest, threshold: float, num_kept: int) 
     positions = unique_positions(inputs.survey)
     copies = np.bincount(positions)
 
-    def pairs_up_to(cutoff: float, forest: Forest) -> Edges:
+    def pairs_up_to(cutoff: float) -> Edges:
+        if forest.pairs is not None and cutoff <= forest.cutoff:
+            return among_unique(forest.pairs.up_to(cutoff), positions)
         part = forest.edges.up_to(cutoff)
         labels = connected_components(num_rows, part.a, part.b)
         return among_unique(inputs.pairs(labels, cutoff), positions)
 
     if inputs.settings.keep is None:
-        pairs = pairs_up_to(threshold, forest)
+        pairs = pairs_up_to(threshold)
         found = StarSearch(threshold, star_cover(len(unique), pairs, copies))
     elif num_kept >= len(unique):
         pairs = Edges.empty()
         found = StarSearch(0.0, np.arange(len(unique)))
     else:
+        # Always the same steps, so that the cut-off does not depend on how far the forest or its pairs reach.
         reach, search = threshold, None
         while search is None:
-            reach = min(_STAR_STEP * reach + 1e-6, _FARTHEST)
-            forest, _ = inputs.forest(cutoff=reach)
-            pairs = pairs_up_to(reach, forest)
-            search = find_star_cutoff(len(unique), pairs, num_kept, copies)
+            below, reach = reach, min(_STAR_STEP * reach + 1e-6, _FARTHEST)
+            if reach > forest.cutoff:
+                forest, _ = inputs.forest(cutoff=reach)
+            pairs = pairs_up_to(reach)
+            search = find_star_cutoff(len(unique), pairs, num_kept, copies, below)
             if search is None and reach == _FARTHEST:
                 search = StarSearch(reach, star_cover(len(unique), pairs, copies))
         found = search

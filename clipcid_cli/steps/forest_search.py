@@ -22,7 +22,8 @@ import torch
 from clipcid_cli.algorithms.cutoff import FARTHEST, NearestSample, first_cutoff, wider_cutoff
 from clipcid_cli.algorithms.distances import HalfArray, IntArray
 from clipcid_cli.algorithms.duplicates import collapse_duplicates, hash_rows
-from clipcid_cli.algorithms.forest import Edges, ForestBuilder
+from clipcid_cli.algorithms.finds import Finds
+from clipcid_cli.algorithms.forest import Edges
 from clipcid_cli.algorithms.neighbors import Join
 from clipcid_cli.algorithms.partitioned_join import PartitionedJoin
 from clipcid_cli.formats.embedding_rows import Rows
@@ -37,6 +38,8 @@ CUTOFF_SAMPLE = 1024
 # Rows looked at together; what is made of so few stays in the processor's cache.
 _ROWS_AT_ONCE = 512
 _SECONDS_BETWEEN_SAVES = 60.0
+# Pairs that a search for stars keeps, of all processes: 20 bytes each, and several times that to sort and cover them.
+_MOST_PAIRS = 2**24
 
 # What `collect_few_pairs` does at most, some seconds on two cores: rows compared, and pairs found (20 bytes each, and as
 # much again several times to sort and cover them). Small panels compare few rows of different components.
@@ -80,10 +83,12 @@ class Forest:
         cutoff: The distance.
 
     One that was searched for in partitions may lack edges; those it has are true.
+        pairs: All pairs of unique rows up to it, ascending, where the search that made it kept them.
     """
 
     edges: Edges
     cutoff: float
+    pairs: Edges | None = None
 
 
 def survey_rows(machine: Machine, images: Rows, reporter: Reporter) -> Survey:
@@ -120,6 +125,7 @@ def find_forest(
     precision: str,
     reporter: Reporter,
     neighbors: str = "exact",
+    for_stars: bool = False,
 ) -> tuple[Forest, bool]:
     """Return a forest that reaches far enough: the one on disk, or that one extended, or a new one.
 
@@ -133,6 +139,7 @@ def find_forest(
         precision: Format in which near pairs are looked for, see `choose_precision`.
         reporter: The listener.
         neighbors: ``exact`` or ``partitioned``: compare all pairs, or those in and near partitions.
+        for_stars: Keep the pairs that a search finds, while they are few, and search as far as a cover by stars needs.
 
     Returns:
         The forest, and whether it was there already.
@@ -146,7 +153,8 @@ def find_forest(
     join = Join(survey.read, survey.unique, machine.device, scan.dtype)
     if stored is None and len(survey.unique) > 1:
         reporter.note(f"Near pairs are looked for in {scan.name} ({scan.reason}) and decided in fp64.")
-    outlook = _Outlook(survey, join.rows, machine.device, scan.dtype)
+    outlook = _Outlook(survey, join.rows, machine.device, scan.dtype, for_stars)
+    most_pairs = _MOST_PAIRS // machine.size if for_stars else 0
     new = stored is None
     while len(forest.edges) < complete and not _is_enough(forest, cutoff, num_edges):
         choose = partial(outlook.choose, forest, num_edges)
@@ -159,8 +167,9 @@ def find_forest(
             reporter.note(f"Up to distance {reach:.4f} partitions would spare little: all pairs are compared.")
             search = join
         name = f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{_name_of(search)}"
-        edges = _search(machine, search, ForestParts(folder, name), survey.num_rows, forest.edges, reach, reporter)
-        forest = Forest(edges, reach)
+        parts = ForestParts(folder, name)
+        edges, pairs = _search(machine, search, parts, survey.num_rows, forest.edges, reach, most_pairs, reporter)
+        forest = Forest(edges, reach, pairs)
         new = True
         if not _is_enough(forest, cutoff, num_edges) and len(edges) < complete:
             reporter.note(
@@ -297,6 +306,7 @@ class _Outlook:
     rows: IntArray
     device: torch.device
     scan_dtype: torch.dtype
+    for_stars: bool
 
     @cached_property
     def nearest(self) -> NearestSample:
@@ -308,7 +318,7 @@ class _Outlook:
         # Edges between unique rows only, as the sample counts them.
         num_copies = len(self.survey.copies)
         if forest.cutoff == 0.0:
-            return first_cutoff(self.nearest, (num_edges - num_copies) / len(self.rows))
+            return first_cutoff(self.nearest, (num_edges - num_copies) / len(self.rows), self.for_stars)
         return wider_cutoff(self.nearest, forest.cutoff, len(forest.edges) - num_copies, num_edges - num_copies)
 
 
@@ -319,8 +329,9 @@ def _search(
     num_rows: int,
     known: Edges,
     cutoff: float,
+    most_pairs: int,
     reporter: Reporter,
-) -> Edges:
+) -> tuple[Edges, Edges | None]:
     """Search every tile that no earlier run has done, and fold everything together; the same on every process.
 
     Args:
@@ -330,33 +341,48 @@ def _search(
         num_rows: N.
         known: Forest edges known already; they need not reach the cut-off.
         cutoff: The distance to search to.
+        most_pairs: Pairs that each process keeps at most.
         reporter: The listener.
+
+    Returns:
+        The forest, and all pairs where they were kept.
     """
 
-    def resume() -> tuple[set[tuple[int, int]], Edges, int]:
+    def load() -> tuple[set[tuple[int, int]], Finds]:
         done: set[tuple[int, int]] = set()
-        builder = ForestBuilder(num_rows, known)
+        finds = Finds(num_rows, known, most_pairs * machine.size)
         for part in parts.read():
             done |= {(i, j) for i, j in part.tiles.tolist()}
-            builder.add(Edges(part.a, part.b, part.distance))
-        return done, builder.build(), parts.next_session()
+            finds.add(Edges(part.a, part.b, part.distance))
+            if not part.has_all:
+                finds.forget_pairs()
+        return done, finds
 
-    done, known, session = machine.on_main(resume)
+    def resume() -> tuple[set[tuple[int, int]], Edges, int]:
+        done, finds = load()
+        return done, finds.forest(), parts.next_session()
+
+    def finish() -> tuple[Edges, Edges | None]:
+        _, finds = load()
+        return finds.forest(), finds.pairs()
+
+    done, forest, session = machine.on_main(resume)
     left = [tile for tile in join.tiles() if tile not in done]
     if done:
         reporter.note(f"Resuming the search: {len(done)} of {len(join.tiles())} tiles are done.")
     mine = left[machine.rank :: machine.size]
-    builder = ForestBuilder(num_rows, known)
+    finds = Finds(num_rows, forest, most_pairs)
     saved = time.monotonic()
     with reporter.progress("search", sum(map(join.num_pairs, mine)), "pairs") as progress:
         for number, tile in enumerate(mine, 1):
-            for edges in join.search_tile(tile, cutoff, builder.may_join):
-                builder.add(edges)
+            for edges in join.search_tile(tile, cutoff, finds.may_matter):
+                finds.add(edges)
             progress.advance(join.num_pairs(tile))
             if number == len(mine) or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
-                forest = builder.build()
-                tiles = np.array(mine[:number], np.int64)
-                parts.write(session, machine.rank, ForestPart(tiles, forest.a, forest.b, forest.weight))
+                pairs = finds.pairs()
+                kept = finds.forest() if pairs is None else pairs
+                tiles, has_all = np.array(mine[:number], np.int64), np.array(pairs is not None)
+                parts.write(session, machine.rank, ForestPart(tiles, kept.a, kept.b, kept.weight, has_all))
                 saved = time.monotonic()
     machine.barrier()
-    return machine.on_main(lambda: resume()[1])
+    return machine.on_main(finish)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -111,18 +112,19 @@ def test_forest_counts_only_with_its_sidecar_and_for_its_own_embeddings(tmp_path
 def test_parts_of_a_search_are_found_again_and_damaged_ones_left_out(tmp_path: Path) -> None:
     parts = ForestParts(tmp_path, "0.5-64")
     assert parts.next_session() == 0
-    part = ForestPart(np.array([[0, 1]]), np.array([4]), np.array([7]), np.array([0.5], np.float32))
+    part = ForestPart(np.array([[0, 1]]), np.array([4]), np.array([7]), np.array([0.5], np.float32), np.array(True))
     parts.write(0, 1, part)
     parts.write(3, 0, part)
     assert parts.next_session() == 4
     (parts.path / "3-0.npz").write_bytes(b"cut off")
     (found,) = parts.read()
-    assert (found.tiles.tolist(), found.a.tolist(), found.b.tolist(), found.distance.tolist()) == (
+    assert [getattr(found, field.name).tolist() for field in dataclasses.fields(found)] == [
         [[0, 1]],
         [4],
         [7],
         [0.5],
-    )
+        True,
+    ]
     assert list(ForestParts(tmp_path, "0.6-64").read()) == []
     parts.clear()
     assert not list(parts.read())

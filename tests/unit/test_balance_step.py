@@ -194,6 +194,22 @@ def test_report_tells_what_moved_and_loads_nothing(rows: np.ndarray, tmp_path: P
     assert "not shown: nothing says which data" in " ".join(reports["words"].split())
 
 
+@pytest.mark.parametrize("keep", [0.85, 0.5, 0.1])
+def test_stars_are_the_same_whether_or_not_pairs_were_kept_on_the_way(
+    keep: float, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bytes_of(work: Path, forest_first: bool = False) -> list[bytes]:
+        if forest_first:
+            balance(work, embeddings, keep=keep)
+        balance(work, embeddings, keep=keep, linkage="star")
+        return [(work / "balance" / name).read_bytes() for name in ("keep.parquet", "curve.csv")]
+
+    kept = bytes_of(tmp_path / "kept")
+    assert bytes_of(tmp_path / "rerun", forest_first=True) == kept
+    monkeypatch.setattr(forest_search, "_MOST_PAIRS", 5)
+    assert bytes_of(tmp_path / "too-many") == kept
+
+
 def test_star_with_more_copies_than_should_go(tmp_path: Path) -> None:
     rows = make_rows(20, num_centres=20)[np.arange(60) % 20]
     result, _ = balance(tmp_path, write_embeddings(tmp_path / "copies", rows), keep=0.8, linkage="star")
