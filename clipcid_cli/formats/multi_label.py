@@ -9,8 +9,10 @@ Source: LAION-AI/CLIP_benchmark 1.6.2, datasets/builder.py, build_wds_dataset.
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.samples import Sample
@@ -43,15 +45,23 @@ def read_classes(sample: Sample, num_classes: int) -> tuple[int, ...] | None:
     return tuple(sorted(classes))
 
 
-def _read_vector(sample: Sample, num_classes: int) -> tuple[int, ...]:
-    assert sample.multi_hot is not None
-    try:
-        vector = np.load(io.BytesIO(sample.multi_hot.read()), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+def read_vector_length(sample: Sample) -> int:
+    """Read for how many classes a sample's vector is.
+
+    Raises:
+        ClipcidError: when it is no vector of zeros and ones.
+    """
+    vector = _load(sample)
+    if vector.ndim != 1 or not np.isin(vector, (0, 1)).all():
         raise ClipcidError(
-            f"The .npy of sample {sample.key} cannot be read: {error}.",
+            f"The .npy of sample {sample.key} is {vector.dtype} {list(vector.shape)}, not a vector of zeros and ones.",
             "Write a vector with a 1 for each class the image has and 0 for the others.",
-        ) from error
+        )
+    return len(vector)
+
+
+def _read_vector(sample: Sample, num_classes: int) -> tuple[int, ...]:
+    vector = _load(sample)
     if vector.shape != (num_classes,) or not np.isin(vector, (0, 1)).all():
         raise ClipcidError(
             f"The .npy of sample {sample.key} is {vector.dtype} {list(vector.shape)}, not zeros and ones for "
@@ -59,3 +69,15 @@ def _read_vector(sample: Sample, num_classes: int) -> tuple[int, ...]:
             "Give the matching list of class names with --classnames, and write a 1 for each class the image has.",
         )
     return tuple(int(number) for number in np.flatnonzero(vector))
+
+
+def _load(sample: Sample) -> npt.NDArray[Any]:
+    assert sample.multi_hot is not None
+    try:
+        vector: npt.NDArray[Any] = np.load(io.BytesIO(sample.multi_hot.read()), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ClipcidError(
+            f"The .npy of sample {sample.key} cannot be read: {error}.",
+            "Write a vector with a 1 for each class the image has and 0 for the others.",
+        ) from error
+    return vector

@@ -8,19 +8,23 @@ from typing import Any
 
 import torch
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.algorithms.probe_metrics import SEVERAL_METRICS, SINGLE_METRICS
+from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.benchmark_folder import find_benchmark_folder
 from clipcid_cli.formats.class_files import read_class_names
 from clipcid_cli.formats.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.features_file import Features, features_path, read_features, write_features
+from clipcid_cli.formats.multi_label import read_vector_length
+from clipcid_cli.formats.presets import PRESETS
+from clipcid_cli.formats.samples import Sample
 from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
+from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 from clipcid_cli.steps.zeroshot_encode import encode_task
-from clipcid_cli.steps.zeroshot_tasks import CLASSIFICATION, ZeroshotTask
+from clipcid_cli.steps.zeroshot_tasks import CLASSIFICATION, MULTI_LABEL, ZeroshotTask
 
 _SPLITS = ("train", "test", "val", "validation")
 
@@ -32,12 +36,14 @@ class ProbeData:
     Attributes:
         name: Name of the data set.
         classes: Names of the classes; a class of the training split is numbered by its place here.
+        metric: Metric by which a strength is chosen.
         train: What to fit on.
         test: What to measure on.
     """
 
     name: str
     classes: tuple[str, ...]
+    metric: str
     train: ZeroshotTask
     test: ZeroshotTask
 
@@ -58,6 +64,7 @@ def open_probe_data(settings: EvalLinearSettings) -> ProbeData:
         columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
         splits.append(open_dataset(data, keys=settings.keys, columns=columns))
     train, test = splits
+    several = _has_several(settings.train_data, train)
     classes = _class_names(settings.train_data, train, test)
     label_of = None
     if test.classes is not None and train.classes is not None:
@@ -73,9 +80,36 @@ def open_probe_data(settings: EvalLinearSettings) -> ProbeData:
     return ProbeData(
         name,
         classes,
-        ZeroshotTask(f"{name} train", CLASSIFICATION, train, classes),
-        ZeroshotTask(f"{name} test", CLASSIFICATION, test, classes, label_of=label_of),
+        _choose_metric(settings.metric, name, several=several),
+        ZeroshotTask(f"{name} train", CLASSIFICATION, train, classes, multi_label=several),
+        ZeroshotTask(f"{name} test", CLASSIFICATION, test, classes, label_of=label_of, multi_label=several),
     )
+
+
+def _has_several(data: str, train: Dataset) -> bool:
+    """Tell whether an image may have several classes."""
+    if find_benchmark_folder(data, "train").dataset_type == MULTI_LABEL:
+        return True
+    first = next(samples[0] for shard in train.shards if (samples := shard.samples()))
+    return first.label is None and (first.labels is not None or first.multi_hot is not None)
+
+
+def _choose_metric(wanted: str, name: str, *, several: bool) -> str:
+    """Return the metric a strength is chosen by: the one asked for, or the data set's customary one.
+
+    Raises:
+        UsageError: when images have one class and the metric is for several, or the reverse.
+    """
+    possible = SEVERAL_METRICS if several else SINGLE_METRICS
+    if wanted == "auto":
+        customary = next((preset.metric for preset in PRESETS.values() if name in (preset.name, preset.folder)), None)
+        return customary if customary is not None and customary in possible else possible[0]
+    if wanted not in possible:
+        raise UsageError(
+            f"--metric {wanted} does not fit {name}, where an image has {'several classes' if several else 'one class'}.",
+            f"Choose {' or '.join(metric for metric in possible if metric in METRICS)}.",
+        )
+    return wanted
 
 
 def _class_names(data: str, train: Dataset, test: Dataset) -> tuple[str, ...]:
@@ -84,14 +118,23 @@ def _class_names(data: str, train: Dataset, test: Dataset) -> tuple[str, ...]:
     path = find_benchmark_folder(data, "train").class_names
     if path is not None:
         return read_class_names(path)
-    labels = {sample.label for dataset in (train, test) for shard in dataset.shards for sample in shard.samples()}
-    numbers = [label for label in labels if label is not None]
-    if not numbers:
+    samples = [sample for dataset in (train, test) for shard in dataset.shards for sample in shard.samples()]
+    count = max((_least_classes(sample) for sample in samples), default=0)
+    if not count:
         raise ClipcidError(
             f"{train.spec}: no sample has a class.",
-            "A linear probe needs a .cls beside each image, a `label` column or one folder per class.",
+            "A linear probe needs a .cls beside each image (or a .npy with a 1 for each of its classes), a `label` column "
+            "or one folder per class.",
         )
-    return tuple(str(number) for number in range(max(numbers) + 1))
+    return tuple(str(number) for number in range(count))
+
+
+def _least_classes(sample: Sample) -> int:
+    """Return how many classes there are at least, by one sample."""
+    if sample.multi_hot is not None:
+        return read_vector_length(sample)
+    numbers = sample.labels if sample.labels is not None else (sample.label,) if sample.label is not None else ()
+    return max(numbers, default=-1) + 1
 
 
 def _name(data: str) -> str:
@@ -123,6 +166,7 @@ def extract_features(
         "keys": task.dataset.keys,
         "columns": dataclasses.asdict(task.dataset.columns),
         "labels": task.label_of,
+        "classes": len(task.class_names) if task.multi_label else None,
         "precision": precision.name,
         "batch_size": batch_size,
     }

@@ -10,6 +10,13 @@ from clipcid_cli.steps.settings.shared import ReadingSettings
 
 _WHAT = "What is evaluated"
 _HOW = "How the probe is fitted"
+_SHOTS = "Few-shot curve"
+METRICS = (
+    "acc1",
+    "mean_per_class_recall",
+    "mean_average_precision",
+    "mean_average_precision_11_point",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,16 +50,51 @@ class EvalLinearSettings(ReadingSettings):
         maximum=0.9,
         above_minimum=True,
     )
+    metric: str = option(
+        "auto",
+        "Metric by which the strength is chosen; `auto` is the data set's customary one (mean per class for Aircraft, Pets, "
+        "Caltech101 and Flowers, 11-point average precision for VOC2007), else accuracy, or mean average precision where "
+        "images have several classes.",
+        group=_HOW,
+        choices=("auto", *METRICS),
+    )
+    shots: str | None = option(
+        None,
+        "Also fit on few images of each class, for a curve: numbers such as 1,2,4,8,16.",
+        group=_SHOTS,
+        metavar="K,K,…",
+    )
+    shot_repeats: int = option(
+        5, "Draws of images for each number of shots; mean and spread are over them.", group=_SHOTS, minimum=1
+    )
 
     def __post_init__(self) -> None:
         """Check that there is data to fit on and to measure on."""
         super().__post_init__()
+        _ = self.shot_counts
         if self.data is None and (self.train is None or self.test is None):
             missing = [flag for flag, value in (("--train", self.train), ("--test", self.test)) if value is None]
             raise UsageError(
                 f"There is no data to probe on: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing.",
                 "Give --train and --test, or a folder that holds train/ and test/: clipcid eval-linear MODEL DATA",
             )
+
+    @property
+    def shot_counts(self) -> tuple[int, ...]:
+        """Numbers of images of each class, ascending; none without a curve.
+
+        Raises:
+            UsageError: when the flag holds something other than whole numbers from 1 on.
+        """
+        if self.shots is None:
+            return ()
+        parts = [part.strip() for part in self.shots.split(",")]
+        if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+            raise UsageError(
+                f"--shots is {self.shots!r}, not whole numbers from 1 on with commas between.",
+                "Write it as --shots 1,2,4,8,16.",
+            )
+        return tuple(sorted({int(part) for part in parts}))
 
     @property
     def train_data(self) -> str:
