@@ -15,6 +15,7 @@ from clipcid_cli.errors import ClipcidError
 
 ACCURACY = "acc1"
 PER_CLASS = "mean_per_class_recall"
+MEAN_AVERAGE_PRECISION = "mean_average_precision"
 ELEVEN_POINT = "mean_average_precision_11_point"
 RECALL = "image_retrieval_recall@5"
 
