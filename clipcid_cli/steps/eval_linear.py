@@ -54,7 +54,7 @@ def run(settings: EvalLinearSettings, reporter: Reporter) -> dict[str, Any]:
         if settings.dry_run:
             reporter.note(f"Would fit {name.spec} on {data.train.dataset.spec} and write {path}.")
             return {"dataset": data.name, "model": name.spec, "task": TASK, "files": {"metrics": str(path)}}
-        if settings.workers != 0:
+        if settings.workers or (settings.workers is None and machine.device.type == "cuda"):
             start_worker_server()
         return _evaluate(EvaluatedModel(name, machine), data, path, machine, settings, reporter)
 

@@ -15,10 +15,9 @@ from clipcid_cli.formats.class_files import read_class_names
 from clipcid_cli.formats.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.features_file import Features, features_path, read_features, write_features
 from clipcid_cli.formats.multi_label import read_vector_length
-from clipcid_cli.formats.presets import PRESETS
+from clipcid_cli.formats.presets import PRESETS, find_preset
 from clipcid_cli.formats.samples import Sample
 from clipcid_cli.runtime.encoder import ClipModel
-from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.reporting import Reporter
@@ -54,8 +53,9 @@ def open_probe_data(settings: EvalLinearSettings) -> ProbeData:
     Raises:
         ClipcidError: when a split is missing, has no classes, or the test split has classes that the training split lacks.
     """
+    name, train_data, test_data = _locate(settings)
     splits = []
-    for flag, data in (("--train", settings.train_data), ("--test", settings.test_data)):
+    for flag, data in (("--train", train_data), ("--test", test_data)):
         if "://" not in data and "{" not in data and not Path(data).exists():
             raise ClipcidError(
                 f"There is no data at {data}.",
@@ -64,8 +64,8 @@ def open_probe_data(settings: EvalLinearSettings) -> ProbeData:
         columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
         splits.append(open_dataset(data, keys=settings.keys, columns=columns))
     train, test = splits
-    several = _has_several(settings.train_data, train)
-    classes = _class_names(settings.train_data, train, test)
+    several = _has_several(train_data, train)
+    classes = _class_names(train_data, train, test)
     label_of = None
     if test.classes is not None and train.classes is not None:
         unknown = sorted(set(test.classes) - set(train.classes))
@@ -76,14 +76,26 @@ def open_probe_data(settings: EvalLinearSettings) -> ProbeData:
                 "Name the folders of both splits alike.",
             )
         label_of = tuple(train.classes.index(name) for name in test.classes)
-    name = _name(settings.test_data)
     return ProbeData(
         name,
         classes,
-        _choose_metric(settings.metric, name, several=several),
+        choose_metric(settings.metric, name, several=several),
         ZeroshotTask(f"{name} train", CLASSIFICATION, train, classes, multi_label=several),
         ZeroshotTask(f"{name} test", CLASSIFICATION, test, classes, label_of=label_of, multi_label=several),
     )
+
+
+def _locate(settings: EvalLinearSettings) -> tuple[str, str, str]:
+    """Return the name of the data set and where its two splits lie.
+
+    Raises:
+        ClipcidError: when the data set is named by its preset, and there is no local copy.
+    """
+    found = find_preset(settings.data, settings.data_root) if settings.data is not None else None
+    name, folder = (found[0].name, str(found[1])) if found is not None else (None, str(settings.data).rstrip("/"))
+    train = settings.train if settings.train is not None else f"{folder}/train"
+    test = settings.test if settings.test is not None else f"{folder}/test"
+    return name if name is not None else _name(test), train, test
 
 
 def _has_several(data: str, train: Dataset) -> bool:
@@ -94,7 +106,7 @@ def _has_several(data: str, train: Dataset) -> bool:
     return first.label is None and (first.labels is not None or first.multi_hot is not None)
 
 
-def _choose_metric(wanted: str, name: str, *, several: bool) -> str:
+def choose_metric(wanted: str, name: str, *, several: bool) -> str:
     """Return the metric a strength is chosen by: the one asked for, or the data set's customary one.
 
     Raises:
@@ -182,7 +194,7 @@ def extract_features(
             machine,
             precision,
             batch_size=batch_size,
-            workers=default_workers() if settings.workers is None else settings.workers,
+            workers=settings.workers,
             max_bad_fraction=settings.max_bad_fraction,
             progress=progress,
         )

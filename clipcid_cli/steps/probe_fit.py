@@ -79,7 +79,7 @@ class ProbeFits:
         reporter: Listener.
 
     Raises:
-        ClipcidError: when nothing can be held out, or no class has as many images as asked for.
+        ClipcidError: when nothing can be held out or told apart, or no class has as many images as asked for.
     """
 
     def __init__(
@@ -90,10 +90,16 @@ class ProbeFits:
         held_out = split_by_class(images.labels, settings.val_fraction, derive_seed("probe", settings.seed))
         if not held_out.any():
             raise ClipcidError(
-                f"{settings.train_data} has one image of each class: nothing can be held out to choose C on.",
+                "The training split has one image of each class: nothing can be held out to choose C on.",
                 "Give --train more images of a class.",
             )
         self.fitted, self.held_out = images[~held_out], images[held_out]
+        fitted = self.fitted.labels
+        if fitted.ndim == 2 and bool((fitted.all(dim=0) | ~fitted.any(dim=0)).all()):
+            raise ClipcidError(
+                "Every class is one that all training images have, or none: no class tells one training image from another.",
+                "Give images that differ in their classes.",
+            )
         self.grid = regularisation_grid()
         self._check_shots()
 

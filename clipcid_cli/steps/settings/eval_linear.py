@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import argument, option
@@ -30,7 +31,8 @@ class EvalLinearSettings(ReadingSettings):
     )
     data: str | None = argument(
         None,
-        "Folder with train/ and test/ in it: CLIP_benchmark's folders of shards, or one folder of images per class.",
+        "Folder with train/ and test/ in it: CLIP_benchmark's folders of shards, or one folder of images per class; or the "
+        "name of a usual data set, such as food101, of which --data-root holds a copy.",
     )
     train: str | None = option(
         None,
@@ -41,6 +43,9 @@ class EvalLinearSettings(ReadingSettings):
     )
     test: str | None = option(
         None, "Images with classes to measure on, instead of DATA/test.", group=_WHAT, metavar="DATA"
+    )
+    data_root: Path = option(
+        Path("data"), "Folder of the copies of data sets that are given by name.", group=_WHAT, operational=True
     )
     val_fraction: float = option(
         0.2,
@@ -95,13 +100,3 @@ class EvalLinearSettings(ReadingSettings):
                 "Write it as --shots 1,2,4,8,16.",
             )
         return tuple(sorted({int(part) for part in parts}))
-
-    @property
-    def train_data(self) -> str:
-        """What to fit on."""
-        return self.train if self.train is not None else f"{str(self.data).rstrip('/')}/train"
-
-    @property
-    def test_data(self) -> str:
-        """What to measure on."""
-        return self.test if self.test is not None else f"{str(self.data).rstrip('/')}/test"
