@@ -84,8 +84,7 @@ class ProbeProblem:
         num_classes: C; classes without an image are never predicted.
 
     Raises:
-        ValueError: when shapes disagree, a label names no class, there is no image, or every image has the same several
-            classes.
+        ValueError: when shapes disagree, a label names no class, or there is no image.
     """
 
     def __init__(self, features_ND: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
@@ -100,8 +99,6 @@ class ProbeProblem:
             images_C = labels.sum(dim=0)
             bias_C[images_C == len(labels)] = torch.inf
             self.present = ((images_C > 0) & (images_C < len(labels))).nonzero()[:, 0]
-            if not len(self.present):
-                raise ValueError("no class tells one image from another")
             self._targets = labels[:, self.present].double()
         else:
             if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
@@ -138,6 +135,9 @@ class ProbeProblem:
             The solution; ``converged`` is False when the iterations ended first.
         """
         parameters = self._rotate(start)
+        if not len(self.present):
+            # Of several classes, none that some images have and others have not: there is nothing to fit.
+            return Solution(self._classifier(parameters), 0.0, 0.0, 0, converged=True)
         iterations = 0
         fast, exact = self._regression(c, self._rotated32_ND), self._regression(c, self._rotated_ND)
         # A float32 gradient is trusted to half the tolerance, so that the float64 one usually passes.

@@ -24,7 +24,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         facts["fitted on"] = f"{result['train_images']:,} images"
         chosen, tried = result["c"], result["sweep"]["c"]
         facts["C"] = f"{chosen:.3g}, best of {len(tried)} by {result['metric']} on held-out images"
-        facts["held out"] = f"{_percent(result['validation_score'])} %"
+        facts["held out"] = f"{_percent(result['validation_score'])} % on {result['validation_images']:,} images"
         facts["by C"] = f"{tried[0]:.0e} {_sketch(result['sweep']['score'])} {tried[-1]:.0e}"
     files = {f"{name} file": path for name, path in file_facts(result).items()}
     print_facts(console, "Linear probe" if "metrics" in result else "Would fit a linear probe", facts | files)

@@ -42,8 +42,9 @@ def run(settings: EvalLinearSettings, reporter: Reporter) -> dict[str, Any]:
         The JSON object: CLIP_benchmark's fields with ``lp_acc1, lp_acc5, lp_mean_per_class_recall`` (where images have
         several classes ``lp_mean_average_precision, lp_mean_average_precision_11_point``), and ``metric`` (the one C was
         chosen by), ``c`` (the chosen strength), ``validation_score, sweep{c[], score[]}, shots[]`` (as
-        `ProbeFits.few_shots` returns them), ``images, train_images, classes, skipped{train{}, test{}}, seconds{encode,
-        sweep, refit, shots}, files{}, reused``.
+        `ProbeFits.few_shots` returns them), ``images, train_images`` (all that the last fit takes),
+        ``validation_images, classes, skipped{train{}, test{}, val{}}, seconds{encode, sweep, refit, shots}, files{},
+        reused``.
 
     Raises:
         ClipcidError: when the model or a split cannot be read, or too many samples cannot be used.
@@ -92,7 +93,7 @@ def _evaluate(
         "dataset": data.name,
         "classes": list(data.classes),
         "model": evaluated.name.slug,
-        "val_fraction": settings.val_fraction,
+        "val_fraction": settings.val_fraction if data.val is None else None,
         "seed": settings.seed,
         "metric": data.metric,
         "shots": list(settings.shot_counts),
@@ -105,12 +106,10 @@ def _evaluate(
         "keys": settings.keys,
         "columns": dataclasses.asdict(data.train.dataset.columns),
     }
-    train_files, test_files = machine.on_main(
-        lambda: tuple(
-            [*task.dataset.fingerprints(), fingerprint_images(task.dataset)] for task in (data.train, data.test)
-        )
+    files = machine.on_main(
+        lambda: [[*task.dataset.fingerprints(), fingerprint_images(task.dataset)] for task in data.tasks]
     )
-    inputs = [*evaluated.fingerprints(), *train_files, *test_files]
+    inputs = evaluated.fingerprints() + [entry for split in files for entry in split]
     with claim_output(
         machine,
         path.parent / SIDECARS,
@@ -127,17 +126,17 @@ def _evaluate(
         started = time.perf_counter()
         folder = WorkDirectory(settings.work).features
         model = evaluated.load()
-        train, test = (
+        extracted = [
             extract_features(model, task, fingerprints, folder, machine, precision, batch_size, settings, reporter)
-            for task, fingerprints in ((data.train, train_files), (data.test, test_files))
-        )
-        for task, features in ((data.train, train), (data.test, test)):
+            for task, fingerprints in zip(data.tasks, files, strict=True)
+        ]
+        for task, features in zip(data.tasks, extracted, strict=True):
             if features.skips.total:
                 reporter.warn(f"{task.name}: {features.skips.total} samples were skipped.\n{features.skips.describe()}")
         seconds = {"encode": time.perf_counter() - started}
         return machine.on_main(
             lambda: _fit_and_write(
-                evaluated.name, data, train, test, path, output, seconds, machine.device, settings, reporter
+                evaluated.name, data, extracted, path, output, seconds, machine.device, settings, reporter
             )
         )
 
@@ -145,8 +144,7 @@ def _evaluate(
 def _fit_and_write(
     name: ModelName,
     data: ProbeData,
-    train: Features,
-    test: Features,
+    extracted: list[Features],
     path: Path,
     output: Output,
     seconds: dict[str, float],
@@ -154,12 +152,13 @@ def _fit_and_write(
     settings: EvalLinearSettings,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    images, test_images = (
+    images, test_images, *val_images = (
         Images(torch.from_numpy(features.rows).to(device), torch.from_numpy(features.labels).to(device))
-        for features in (train, test)
+        for features in extracted
     )
     started = time.perf_counter()
-    fits = ProbeFits(images, len(data.classes), data.metric, settings, reporter)
+    held_out = val_images[0] if val_images else None
+    fits = ProbeFits(images, held_out, len(data.classes), data.metric, settings, reporter)
     points = fits.sweep()
     best = choose_point(points)
     _warn_of_edge(best, points, reporter)
@@ -184,15 +183,18 @@ def _fit_and_write(
         "validation_score": best.score,
         "sweep": {"c": [point.c for point in points], "score": [point.score for point in points]},
         "shots": shots,
-        "images": len(test.labels),
-        "train_images": len(train.labels),
+        "images": len(test_images),
+        "train_images": len(fits.images),
+        "validation_images": len(fits.held_out),
         "classes": len(data.classes),
-        "skipped": {"train": train.skips.counts, "test": test.skips.counts},
+        "skipped": {
+            split: features.skips.counts for split, features in zip(("train", "test", "val"), extracted, strict=False)
+        },
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
     }
     write_metrics(path, record)
     output.commit(
-        counts={"train": len(train.labels), "test": len(test.labels), "skipped": result["skipped"]},
+        counts={name: result[name] for name in ("images", "train_images", "validation_images", "skipped")},
         seconds=seconds,
         result=result,
         solution=_describe(solution),

@@ -1,8 +1,9 @@
-"""What `eval-linear` reads: a training and a test split with the same classes, and a model's features of each."""
+"""What `eval-linear` reads: splits with the same classes to fit, choose and measure on, and a model's features of each."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _SPLITS = ("train", "test", "val", "validation")
 
 @dataclasses.dataclass(frozen=True)
 class ProbeData:
-    """Two splits of one data set.
+    """The splits of one data set.
 
     Attributes:
         name: Name of the data set.
@@ -38,6 +39,7 @@ class ProbeData:
         metric: Metric by which a strength is chosen.
         train: What to fit on.
         test: What to measure on.
+        val: What to choose a strength on; None takes a part of the training split.
     """
 
     name: str
@@ -45,17 +47,24 @@ class ProbeData:
     metric: str
     train: ZeroshotTask
     test: ZeroshotTask
+    val: ZeroshotTask | None = None
+
+    @property
+    def tasks(self) -> tuple[ZeroshotTask, ...]:
+        """All splits: training, test and, where there is one, validation."""
+        return (self.train, self.test) if self.val is None else (self.train, self.test, self.val)
 
 
 def open_probe_data(settings: EvalLinearSettings) -> ProbeData:
-    """Open both splits and bring their classes together: folders of classes by name, numbered classes by number.
+    """Open all splits and bring their classes together: folders of classes by name, numbered classes by number.
 
     Raises:
-        ClipcidError: when a split is missing, has no classes, or the test split has classes that the training split lacks.
+        ClipcidError: when a split is missing, has no classes, or has classes that the training split lacks.
     """
     name, train_data, test_data = _locate(settings)
     splits = []
-    for flag, data in (("--train", train_data), ("--test", test_data)):
+    given = {"--train": train_data, "--test": test_data} | ({"--val": settings.val} if settings.val is not None else {})
+    for flag, data in given.items():
         if "://" not in data and "{" not in data and not Path(data).exists():
             raise ClipcidError(
                 f"There is no data at {data}.",
@@ -63,26 +72,35 @@ def open_probe_data(settings: EvalLinearSettings) -> ProbeData:
             )
         columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
         splits.append(open_dataset(data, keys=settings.keys, columns=columns))
-    train, test = splits
+    train = splits[0]
     several = _has_several(train_data, train)
-    classes = _class_names(train_data, train, test)
-    label_of = None
-    if test.classes is not None and train.classes is not None:
-        unknown = sorted(set(test.classes) - set(train.classes))
-        if unknown:
-            raise ClipcidError(
-                f"{test.spec} has {len(unknown)} classes that {train.spec} lacks: {', '.join(unknown[:5])}"
-                f"{', …' if len(unknown) > 5 else ''}.",
-                "Name the folders of both splits alike.",
-            )
-        label_of = tuple(train.classes.index(name) for name in test.classes)
-    return ProbeData(
-        name,
-        classes,
-        choose_metric(settings.metric, name, several=several),
-        ZeroshotTask(f"{name} train", CLASSIFICATION, train, classes, multi_label=several),
-        ZeroshotTask(f"{name} test", CLASSIFICATION, test, classes, label_of=label_of, multi_label=several),
-    )
+    classes = _class_names(train_data, splits)
+    tasks = [
+        ZeroshotTask(
+            f"{name} {flag.removeprefix('--')}",
+            CLASSIFICATION,
+            split,
+            classes,
+            label_of=_labels_of(train, split),
+            multi_label=several,
+        )
+        for flag, split in zip(given, splits, strict=True)
+    ]
+    return ProbeData(name, classes, choose_metric(settings.metric, name, several=several), *tasks)
+
+
+def _labels_of(train: Dataset, other: Dataset) -> tuple[int, ...] | None:
+    """Return the training split's number of each of another split's folders of classes; None where classes are numbered."""
+    if train is other or other.classes is None or train.classes is None:
+        return None
+    unknown = sorted(set(other.classes) - set(train.classes))
+    if unknown:
+        raise ClipcidError(
+            f"{other.spec} has {len(unknown)} classes that {train.spec} lacks: {', '.join(unknown[:5])}"
+            f"{', …' if len(unknown) > 5 else ''}.",
+            "Name the folders of both splits alike.",
+        )
+    return tuple(train.classes.index(name) for name in other.classes)
 
 
 def _locate(settings: EvalLinearSettings) -> tuple[str, str, str]:
@@ -124,13 +142,14 @@ def choose_metric(wanted: str, name: str, *, several: bool) -> str:
     return wanted
 
 
-def _class_names(data: str, train: Dataset, test: Dataset) -> tuple[str, ...]:
+def _class_names(data: str, splits: Sequence[Dataset]) -> tuple[str, ...]:
+    train = splits[0]
     if train.classes is not None:
         return train.classes
     path = find_benchmark_folder(data, "train").class_names
     if path is not None:
         return read_class_names(path)
-    samples = [sample for dataset in (train, test) for shard in dataset.shards for sample in shard.samples()]
+    samples = [sample for dataset in splits for shard in dataset.shards for sample in shard.samples()]
     count = max((_least_classes(sample) for sample in samples), default=0)
     if not count:
         raise ClipcidError(

@@ -44,6 +44,10 @@ class Images:
         chosen = chosen.to(self.rows.device)
         return Images(self.rows[chosen], self.labels[chosen])
 
+    def join(self, other: Images) -> Images:
+        """Return these and others."""
+        return Images(torch.cat([self.rows, other.rows]), torch.cat([self.labels, other.labels]))
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -73,6 +77,7 @@ class ProbeFits:
 
     Args:
         images: The training images.
+        held_out: The images a strength is chosen on; None takes a part of the training images.
         classes: Number of classes.
         metric: Metric by which a strength is chosen.
         settings: Share held out, shots and seed.
@@ -83,25 +88,48 @@ class ProbeFits:
     """
 
     def __init__(
-        self, images: Images, classes: int, metric: str, settings: EvalLinearSettings, reporter: Reporter
+        self,
+        images: Images,
+        held_out: Images | None,
+        classes: int,
+        metric: str,
+        settings: EvalLinearSettings,
+        reporter: Reporter,
     ) -> None:
-        self.images, self.classes, self.metric = images, classes, metric
+        self.classes, self.metric = classes, metric
         self.settings, self.reporter = settings, reporter
+        if held_out is not None:
+            self.images, self.fitted, self.held_out = images.join(held_out), images, held_out
+        else:
+            self.images, (self.fitted, self.held_out) = images, self._hold_out(images)
+        self.grid = regularisation_grid()
+        self._check_classes()
+        self._check_shots()
+
+    def _hold_out(self, images: Images) -> tuple[Images, Images]:
+        """Split the training images into those to fit on and those to choose a strength on."""
+        settings = self.settings
         held_out = split_by_class(images.labels, settings.val_fraction, derive_seed("probe", settings.seed))
         if not held_out.any():
             raise ClipcidError(
                 "The training split has one image of each class: nothing can be held out to choose C on.",
-                "Give --train more images of a class.",
+                "Give --train more images of a class, or --val.",
             )
-        self.fitted, self.held_out = images[~held_out], images[held_out]
+        return images[~held_out], images[held_out]
+
+    def _check_classes(self) -> None:
+        """Refuse images of several classes that all have the same, and validation images without any."""
         fitted = self.fitted.labels
+        if fitted.ndim == 2 and not bool(self.held_out.labels.any()):
+            raise ClipcidError(
+                "No validation image has a class: nothing tells which C is best.",
+                "Give --val images with classes, or leave it out.",
+            )
         if fitted.ndim == 2 and bool((fitted.all(dim=0) | ~fitted.any(dim=0)).all()):
             raise ClipcidError(
                 "Every class is one that all training images have, or none: no class tells one training image from another.",
                 "Give images that differ in their classes.",
             )
-        self.grid = regularisation_grid()
-        self._check_shots()
 
     def _check_shots(self) -> None:
         """Refuse more shots than any class has, and tell where some classes have too few."""

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,24 +48,21 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--parts", type=int, default=6, help="how many turns the values of C are dealt into")
+    parser.add_argument("--parts", type=int, default=3, help="how many turns the values of C are dealt into")
     parser.add_argument("--dtype", default="float32", help="what scikit-learn's sweep computes in")
-    parser.add_argument("--prefix", default="", help="command that starts each turn, such as 'taskset -c 0,1'")
+    parser.add_argument("--prefix", default="", help="command that starts each side, such as 'taskset -c 0,1'")
+    parser.add_argument("--scratch", type=Path, help="keep what each side made there, and go on after a stop")
     parser.add_argument("--real", action="store_true", help="features of the shipped images")
-    parser.add_argument("--turn", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.turn is not None:
-        run_turn(*arguments.turn, threads=arguments.threads)
-    elif arguments.side is not None:
+    if arguments.side is not None:
         run_side(*arguments.side, threads=arguments.threads)
     else:
         print(describe_machine(arguments.threads))
         with tempfile.TemporaryDirectory() as scratch:
-            if arguments.real:
-                compare_real(Path(scratch), arguments)
-            else:
-                compare_synthetic(Path(scratch), arguments)
+            folder = arguments.scratch or Path(scratch)
+            folder.mkdir(parents=True, exist_ok=True)
+            (compare_real if arguments.real else compare_synthetic)(folder, arguments)
 
 
 def compare_synthetic(folder: Path, arguments: argparse.Namespace) -> None:
@@ -84,12 +82,12 @@ def compare_synthetic(folder: Path, arguments: argparse.Namespace) -> None:
     theirs: dict[float, tuple[float, npt.NDArray[Any], int]] = {}
     for part in range(arguments.parts):
         values = grid[part :: arguments.parts]
-        turn(folder, arguments, values, arguments.dtype)
-        ours.append(Side.read(folder / "clipcid.npz"))
-        other = Side.read(folder / "sklearn.npz")
+        mine = run(folder, f"part-{part + 1}-clipcid", arguments, grid, "float32")
+        other = run(folder, f"part-{part + 1}-sklearn", arguments, values, arguments.dtype)
+        ours.append(mine)
         theirs |= {c: (other.seconds[i], other.weights[i], other.iterations[i]) for i, c in enumerate(values)}
         print(
-            f"part {part + 1}: our whole sweep {sum(ours[-1].seconds):.1f} s, "
+            f"part {part + 1}: our whole sweep {sum(mine.seconds):.1f} s, "
             f"scikit-learn's {len(values)} fits {sum(other.seconds):.1f} s",
             flush=True,
         )
@@ -97,12 +95,12 @@ def compare_synthetic(folder: Path, arguments: argparse.Namespace) -> None:
     worst = -np.inf
     for i, c in enumerate(grid):
         seconds, weights, iterations = theirs[c]
-        mine = objective(rows[train], labels[train], ours[-1].weights[i], c)
+        reached = objective(rows[train], labels[train], ours[-1].weights[i], c)
         other_objective = objective(rows[train], labels[train], weights, c)
-        excess = mine / other_objective - 1
+        excess = reached / other_objective - 1
         worst = max(worst, excess)
         print(
-            f"{c:8.1e} {mine:12.8f} {other_objective:12.8f} {excess:+13.1e} {ours[-1].iterations[i]:6d} /{iterations:6d} "
+            f"{c:8.1e} {reached:12.8f} {other_objective:12.8f} {excess:+13.1e} {ours[-1].iterations[i]:6d} /{iterations:6d} "
             f"{seconds:8.1f}"
         )
     mine_seconds = median(sum(side.seconds) for side in ours)
@@ -110,12 +108,14 @@ def compare_synthetic(folder: Path, arguments: argparse.Namespace) -> None:
     print(f"largest excess of our objective over theirs: {worst:+.1e} (equal is ≤ 1e-4)")
     ratio = their_seconds / mine_seconds
     print(f"whole sweep: ours {mine_seconds:.1f} s, scikit-learn {their_seconds:.1f} s: {ratio:.1f} times")
-    turn(folder, arguments, list(CHECKED), "float64")
-    check(folder, grid, rows[train], labels[train], rows[arguments.images :], labels[arguments.images :])
+    theirs_checked = run(folder, "checked-sklearn", arguments, CHECKED, "float64")
+    check((ours[-1], theirs_checked), rows[train], labels[train], rows[arguments.images :], labels[arguments.images :])
 
 
 def compare_real(folder: Path, arguments: argparse.Namespace) -> None:
     """Print objective and accuracy on the features that the real command keeps."""
+    from clipcid_cli.algorithms.probe import regularisation_grid
+
     quickstart = HERE.parent / "quickstart"
     command = ["eval-linear", str(quickstart / "teacher"), str(quickstart / "data" / "classification"), "--json"]
     done = subprocess.run(
@@ -134,22 +134,22 @@ def compare_real(folder: Path, arguments: argparse.Namespace) -> None:
         f"{len(train['rows']):,} × {train['rows'].shape[1]} features of the shipped images by the shipped teacher, "
         f"{result['classes']} classes; the command chose C = {result['c']:.3g}, lp_acc1 {result['metrics']['lp_acc1']:.4f}"
     )
-    from clipcid_cli.algorithms.probe import regularisation_grid
-
-    turn(folder, arguments, list(CHECKED), "float64")
-    check(folder, regularisation_grid(), train["rows"], train["labels"], test["rows"], test["labels"])
+    ours = run(folder, "real-clipcid", arguments, regularisation_grid(), "float32")
+    theirs = run(folder, "real-sklearn", arguments, CHECKED, "float64")
+    check((ours, theirs), train["rows"], train["labels"], test["rows"], test["labels"])
 
 
 def check(
-    folder: Path,
-    grid: list[float],
+    sides: tuple[Side, Side],
     rows: npt.NDArray[Any],
     labels: npt.NDArray[Any],
     test_rows: npt.NDArray[Any],
     test_labels: npt.NDArray[Any],
 ) -> None:
     """Print objective and accuracy of both sides at the checked values."""
-    ours, theirs = Side.read(folder / "clipcid.npz"), Side.read(folder / "sklearn.npz")
+    from clipcid_cli.algorithms.probe import regularisation_grid
+
+    (ours, theirs), grid = sides, regularisation_grid()
     print("scikit-learn in float64, tol=1e-6:")
     print(
         f"{'C':>8} {'ours':>12} {'scikit-learn':>12} {'ours/theirs-1':>13} {'accuracy':>8} {'theirs':>8} {'their s':>8}"
@@ -172,8 +172,10 @@ class Side:
         self.seconds, self.iterations, self.weights = seconds, iterations, weights
 
     def write(self, path: Path) -> None:
-        """Write it."""
-        np.savez(path, seconds=self.seconds, iterations=self.iterations, weights=self.weights)
+        """Write it, whole or not at all."""
+        unfinished = path.with_name(f".{path.name}")
+        np.savez(unfinished, seconds=self.seconds, iterations=self.iterations, weights=self.weights)
+        unfinished.replace(path)
 
     @staticmethod
     def read(path: Path) -> Side:
@@ -182,28 +184,15 @@ class Side:
             return Side(file["seconds"].tolist(), file["iterations"].tolist(), file["weights"])
 
 
-def turn(folder: Path, arguments: argparse.Namespace, values: list[float], dtype: str) -> None:
-    """Run our whole sweep, then scikit-learn's fits of some values."""
-    listed = ",".join(repr(value) for value in values)
-    command = [
-        sys.executable,
-        __file__,
-        "--threads",
-        str(arguments.threads),
-        "--turn",
-        str(folder),
-        "both",
-        listed,
-        dtype,
-    ]
-    subprocess.run([*shlex.split(arguments.prefix), *command], check=True, env=environment(arguments.threads))
-
-
-def run_turn(folder: str, _: str, listed: str, dtype: str, *, threads: int) -> None:
-    """Run both sides, each in a process of its own."""
-    for side in ("clipcid", "sklearn"):
-        command = [sys.executable, __file__, "--threads", str(threads), "--side", folder, side, listed, dtype]
-        subprocess.run(command, check=True, env=environment(threads))
+def run(folder: Path, made: str, arguments: argparse.Namespace, values: Sequence[float], dtype: str) -> Side:
+    """Run one side in a process of its own; ``made`` is where it writes, and its last word which side it is."""
+    path = folder / f"{made}.npz"
+    if not path.exists():
+        listed = ",".join(repr(value) for value in values)
+        command = [sys.executable, __file__, "--threads", str(arguments.threads)]
+        command += ["--side", str(folder / "data.npz"), str(path), listed, dtype]
+        subprocess.run([*shlex.split(arguments.prefix), *command], check=True, env=environment(arguments.threads))
+    return Side.read(path)
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -212,15 +201,15 @@ def environment(threads: int) -> dict[str, str]:
     return os.environ | {"GOMP_SPINCOUNT": "0"} | dict.fromkeys(limits, str(threads))
 
 
-def run_side(folder: str, side: str, listed: str, dtype: str, *, threads: int) -> None:
+def run_side(data: str, made: str, listed: str, dtype: str, *, threads: int) -> None:
     """Time one side and write what it made."""
-    with np.load(Path(folder) / "data.npz", allow_pickle=False) as file:
+    with np.load(data, allow_pickle=False) as file:
         rows, labels = file["rows"], file["labels"]
-    if side == "clipcid":
+    if Path(made).stem.endswith("clipcid"):
         found = sweep_ours(rows, labels, threads)
     else:
         found = fit_theirs(rows.astype(dtype), labels, [float(value) for value in listed.split(",")])
-    found.write(Path(folder) / f"{side}.npz")
+    found.write(Path(made))
 
 
 def sweep_ours(rows: npt.NDArray[Any], labels: npt.NDArray[Any], threads: int) -> Side:

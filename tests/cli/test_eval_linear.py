@@ -221,11 +221,11 @@ def test_two_processes_measure_what_one_does(
 def test_benchmark_shards_and_the_newest_student_are_the_defaults(
     clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path
 ) -> None:
-    for split, count in (("train", 40), ("test", 20)):
+    for split, count in (("train", 40), ("test", 20), ("val", 12)):
         members: list[tuple[str, bytes]] = []
         for number in range(count):
             name = list(COLOURS)[number % 4]
-            members.append((f"{number:03d}.png", draw(COLOURS[name], number + 90_000 * (split == "test"))))
+            members.append((f"{number:03d}.png", draw(COLOURS[name], number + 30_000 * count)))
             members.append((f"{number:03d}.cls", str(number % 4).encode()))
         write_tar(tmp_path / "bench" / split / "0.tar", members)
         (tmp_path / "bench" / split / "nshards.txt").write_text("1")
@@ -236,6 +236,11 @@ def test_benchmark_shards_and_the_newest_student_are_the_defaults(
     result = clipcid("eval-linear", *arguments, "--json")
     assert result.json["dataset"] == "bench"
     assert (result.json["train_images"], result.json["images"]) == (40, 20)
+    assert result.json["validation_images"] == 8
+    # A validation split of its own: all of --train is fitted, and both are at last.
+    own = clipcid("eval-linear", *arguments, "--val", tmp_path / "bench" / "val", "--overwrite", "--json").json
+    assert (own["train_images"], own["validation_images"], own["images"]) == (52, 12, 20)
+    assert set(own["skipped"]) == {"train", "test", "val"}
     assert "newest student" in result.stderr
 
 

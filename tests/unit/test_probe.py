@@ -119,8 +119,9 @@ def test_a_class_that_no_image_or_every_image_has_is_left_out_of_the_fit() -> No
     assert torch.isposinf(found.classifier.logits(features)[:, 3]).all()
     few = ProbeProblem(features, positive[:, [0, 2, 4]], 3).fit(1.0)
     assert found.objective == pytest.approx(few.objective, rel=1e-9)
-    with pytest.raises(ValueError, match="no class tells"):
-        ProbeProblem(features, positive[:, [1, 3]], 2)
+    nothing = list(sweep_regularisation(ProbeProblem(features, positive[:, [1, 3]], 2), [0.1, 1.0, 10.0]))
+    assert all(solution.converged and solution.objective == 0 for solution in nothing)
+    assert nothing[-1].classifier.bias_C.tolist() == [-np.inf, np.inf]
 
 
 def regressions(several: bool) -> tuple[Regression, torch.Tensor]:

@@ -39,7 +39,7 @@ def make_images(counts: list[int], seed: int = 0) -> Images:
 def make_fits(images: Images, **settings: Any) -> tuple[ProbeFits, Listener]:
     listener = Listener()
     chosen = EvalLinearSettings(data=str(Path("nowhere")), **settings)
-    return ProbeFits(images, int(images.labels.max()) + 1, "acc1", chosen, listener), listener
+    return ProbeFits(images, None, int(images.labels.max()) + 1, "acc1", chosen, listener), listener
 
 
 def test_few_shot_probes_see_no_image_that_chooses_their_strength() -> None:
@@ -67,9 +67,10 @@ def test_a_refit_takes_every_image() -> None:
     fits, _ = make_fits(images)
     solution = fits.refit(choose_point(fits.sweep()))
     assert solution.converged
-    alone, _ = make_fits(images, val_fraction=0.5)
-    assert len(alone.fitted) == 20
-    assert len(alone.images) == 40
+    half, _ = make_fits(images, val_fraction=0.5)
+    assert (len(half.fitted), len(half.held_out), len(half.images)) == (20, 20, 40)
+    given = ProbeFits(images, make_images([3, 4], seed=1), 2, "acc1", EvalLinearSettings(data="nowhere"), Listener())
+    assert (len(given.fitted), len(given.held_out), len(given.images)) == (40, 7, 47)
 
 
 def test_what_cannot_be_drawn_or_held_out_is_refused() -> None:
@@ -77,9 +78,12 @@ def test_what_cannot_be_drawn_or_held_out_is_refused() -> None:
         make_fits(make_images([20, 10]), shots="17")
     with pytest.raises(ClipcidError, match="nothing can be held out"):
         make_fits(make_images([1, 1]))
+    without = Images(torch.eye(4), torch.zeros(4, 2, dtype=torch.bool))
+    with pytest.raises(ClipcidError, match="No validation image has a class"):
+        ProbeFits(without, without, 2, "mean_average_precision", EvalLinearSettings(data="nowhere"), Listener())
     several = Images(torch.eye(4), torch.ones(4, 2, dtype=torch.bool))
     with pytest.raises(ClipcidError, match="no class tells one training image from another"):
-        ProbeFits(several, 2, "mean_average_precision", EvalLinearSettings(data="nowhere"), Listener())
+        ProbeFits(several, None, 2, "mean_average_precision", EvalLinearSettings(data="nowhere"), Listener())
 
 
 @pytest.mark.parametrize(

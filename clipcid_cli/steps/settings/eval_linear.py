@@ -44,12 +44,20 @@ class EvalLinearSettings(ReadingSettings):
     test: str | None = option(
         None, "Images with classes to measure on, instead of DATA/test.", group=_WHAT, metavar="DATA"
     )
+    val: str | None = option(
+        None,
+        "Images with classes to choose the strength of regularisation on, instead of a part of the training images; the "
+        "last fit takes both.",
+        group=_WHAT,
+        metavar="DATA",
+    )
     data_root: Path = option(
         Path("data"), "Folder of the copies of data sets that are given by name.", group=_WHAT, operational=True
     )
     val_fraction: float = option(
         0.2,
-        "Share of the training images, of each class alike, on which the strength of regularisation is chosen.",
+        "Share of the training images, of each class alike, on which the strength of regularisation is chosen; not used "
+        "with --val.",
         group=_HOW,
         minimum=0.0,
         maximum=0.9,
