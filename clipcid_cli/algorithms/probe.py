@@ -1,26 +1,30 @@
-"""Linear probe: multinomial logistic regression on frozen features, solved to a stated gradient norm.
+"""Linear probe: logistic regression on frozen features, solved to a stated gradient norm.
 
 Shape letters: N images, D width, C classes.
 
 The problem is scikit-learn's ``LogisticRegression(C=c)``: minimise over weights W [C, D] and intercepts b [C]
 
-    F(W, b) = mean_i −log softmax(W·x_i + b)[y_i] + ‖W‖² / (2·c·N)
+    F(W, b) = mean_i ℓ(W·x_i + b, y_i) + ‖W‖² / (2·c·N)
 
-(scikit-learn's objective divided by c·N; the intercepts are not regularised). Features are centred and rotated onto their
-principal axes, which changes neither the penalty nor the optimum (the intercepts take up the shift) and makes the Hessian
-nearly diagonal, as :mod:`clipcid_cli.algorithms.softmax_regression` needs it. Iterations run in float32; the gradient at the
-end is computed in float64, and where it exceeds the tolerance float64 iterations follow. [O]
+(scikit-learn's objective divided by c·N; the intercepts are not regularised). ℓ is the cross-entropy of the softmax. Of two
+classes scikit-learn fits one weight vector w in place of W = [−w/2, w/2], whose penalty in W is ‖W‖²/(c·N); so do we. Where
+images may have several classes, ℓ is the sum of a binary cross-entropy for each class: C problems of scikit-learn's in one.
+
+Features are centred and rotated onto their principal axes, which changes neither the penalty nor the optimum (the intercepts
+take up the shift, and N images vary along N − 1 axes at most) and makes the Hessian nearly diagonal, as
+:mod:`clipcid_cli.algorithms.logistic_regression` needs it. Iterations run in float32; the gradient at the end is computed in
+float64, and where it exceeds the tolerance float64 iterations follow. [O]
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from clipcid_cli.algorithms.softmax_regression import SoftmaxRegression, minimise
+from clipcid_cli.algorithms.logistic_regression import Regression, SigmoidRegressions, SoftmaxRegression, minimise
 
 TOLERANCE = 1e-6
 
@@ -31,7 +35,8 @@ class LinearClassifier:
 
     Attributes:
         weights_CD: float64 [C, D].
-        bias_C: float64 [C]; −∞ for a class without a training image, which is never predicted.
+        bias_C: float64 [C]; −∞ for a class without a training image, which is never predicted. Where images have several
+            classes, +∞ for one that every training image has.
     """
 
     weights_CD: torch.Tensor
@@ -51,7 +56,8 @@ class Solution:
         objective: F at it, computed in float64.
         gradient_norm: Largest entry of F's gradient there, in the given coordinates, computed in float64.
         iterations: L-BFGS iterations done.
-        converged: Whether the gradient norm is within the tolerance.
+        converged: Whether the gradient norm is within the tolerance, and F at its least but for some 1e-5 of it as far as
+            the next step can tell.
     """
 
     classifier: LinearClassifier
@@ -59,21 +65,6 @@ class Solution:
     gradient_norm: float
     iterations: int
     converged: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepPoint:
-    """One strength of regularisation and how well its classifier does.
-
-    Attributes:
-        c: Inverse strength, as scikit-learn's ``C``.
-        accuracy: Share of the validation images predicted right.
-        solution: The fit.
-    """
-
-    c: float
-    accuracy: float
-    solution: Solution
 
 
 def regularisation_grid(count: int = 45, low: float = 1e-6, high: float = 1e5) -> list[float]:
@@ -84,50 +75,44 @@ def regularisation_grid(count: int = 45, low: float = 1e-6, high: float = 1e5) -
     return [10.0 ** (math.log10(low) + step * math.log10(high / low) / (count - 1)) for step in range(count)]
 
 
-def split_by_class(labels_N: torch.Tensor, fraction: float, seed: int) -> torch.Tensor:
-    """Choose validation images, the same share of every class.
-
-    Args:
-        labels_N: Classes, int64 [N].
-        fraction: Share of each class, rounded; every class with at least two images keeps one on either side.
-        seed: Seed of the draw.
-
-    Returns:
-        Which images are for validation, bool [N]; a function of the arguments only.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    chosen_N = torch.zeros(len(labels_N), dtype=torch.bool)
-    for label in sorted(set(labels_N.tolist())):
-        members = (labels_N == label).nonzero()[:, 0]
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        chosen_N[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return chosen_N
-
-
 class ProbeProblem:
     """Logistic regression on one set of features, for any number of strengths.
 
     Args:
         features_ND: Features, float32 [N, D]; unit rows in METHOD's protocol.
-        labels_N: Classes, int64 [N], in [0, C).
+        labels: Classes, int64 [N], in [0, C); or whether an image has a class, bool [N, C].
         num_classes: C; classes without an image are never predicted.
 
     Raises:
         ValueError: when shapes disagree, a label names no class, or there is no image.
     """
 
-    def __init__(self, features_ND: torch.Tensor, labels_N: torch.Tensor, num_classes: int) -> None:
-        if features_ND.ndim != 2 or len(features_ND) != len(labels_N) or not len(labels_N):
-            raise ValueError(f"features {list(features_ND.shape)} and labels {list(labels_N.shape)} do not fit")
-        if not 0 <= int(labels_N.min()) <= int(labels_N.max()) < num_classes:
-            raise ValueError(f"labels lie in [{labels_N.min()}, {labels_N.max()}], classes in [0, {num_classes - 1}]")
-        self.num_classes = num_classes
-        self.present, self._labels_N = torch.unique(labels_N, return_inverse=True)
+    def __init__(self, features_ND: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
+        if features_ND.ndim != 2 or len(features_ND) != len(labels) or not len(labels):
+            raise ValueError(f"features {list(features_ND.shape)} and labels {list(labels.shape)} do not fit")
+        self.num_classes, self._num_images = num_classes, len(labels)
+        self._several = labels.ndim == 2
+        bias_C = torch.full((num_classes,), -torch.inf, dtype=torch.float64, device=labels.device)
+        if self._several:
+            if labels.shape[1] != num_classes:
+                raise ValueError(f"labels have {labels.shape[1]} columns; there are {num_classes} classes")
+            images_C = labels.sum(dim=0)
+            bias_C[images_C == len(labels)] = torch.inf
+            self.present = ((images_C > 0) & (images_C < len(labels))).nonzero()[:, 0]
+            self._targets = labels[:, self.present].double()
+        else:
+            if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+                raise ValueError(f"labels lie in [{labels.min()}, {labels.max()}], classes in [0, {num_classes - 1}]")
+            self.present, self._targets = torch.unique(labels, return_inverse=True)
+        self._unfitted_bias_C = bias_C
         exact_ND = features_ND.double()
         self._mean_D = exact_ND.mean(dim=0)
         centred_ND = exact_ND - self._mean_D
-        variance_D, self._axes_DD = torch.linalg.eigh(centred_ND.T @ centred_ND / len(exact_ND))
-        self._variance_D = variance_D.clamp(min=0)
+        variance_D, axes_DD = torch.linalg.eigh(centred_ND.T @ centred_ND / len(exact_ND))
+        # Ascending, so the last ones are those along which so few images can vary at all.
+        kept = min(len(variance_D), len(exact_ND) - 1)
+        first = len(variance_D) - kept
+        self._variance_D, self._axes_DD = variance_D[first:].clamp(min=0), axes_DD[:, first:]
         self._rotated_ND = centred_ND @ self._axes_DD
         self._rotated32_ND = self._rotated_ND.float()
 
@@ -149,26 +134,35 @@ class ProbeProblem:
         Returns:
             The solution; ``converged`` is False when the iterations ended first.
         """
-        decay = 1.0 / (c * len(self._labels_N))
         parameters = self._rotate(start)
+        if not len(self.present):
+            # Of several classes, none that some images have and others have not: there is nothing to fit.
+            return Solution(self._classifier(parameters), 0.0, 0.0, 0, converged=True)
         iterations = 0
-        exact = SoftmaxRegression(self._rotated_ND, self._labels_N, self._variance_D, decay)
-        fast = SoftmaxRegression(self._rotated32_ND, self._labels_N, self._variance_D.float(), decay)
+        fast, exact = self._regression(c, self._rotated32_ND), self._regression(c, self._rotated_ND)
         # A float32 gradient is trusted to half the tolerance, so that the float64 one usually passes.
         for problem, aim in ((fast, tolerance / 2), (exact, tolerance)):
-            found, steps = minimise(problem, parameters.to(problem.dtype), aim, max_iterations, self._gradient_norm)
-            parameters, iterations = found.double(), iterations + steps
+            found = minimise(problem, parameters.to(problem.dtype), aim, max_iterations, self._gradient_norm)
+            parameters, iterations = found.parameters.double(), iterations + found.iterations
             objective, gradient = exact.evaluate(parameters)
             norm = self._gradient_norm(gradient)
-            if norm <= tolerance:
+            converged = found.met and norm <= tolerance
+            if converged:
                 break
-        return Solution(self._classifier(parameters), objective, norm, iterations, norm <= tolerance)
+        return Solution(self._classifier(parameters), objective, norm, iterations, converged)
 
     def objective(self, c: float, classifier: LinearClassifier) -> float:
         """Return F of a classifier at one strength."""
-        decay = 1.0 / (c * len(self._labels_N))
-        problem = SoftmaxRegression(self._rotated32_ND, self._labels_N, self._variance_D.float(), decay)
-        return problem.evaluate(self._rotate(classifier).float())[0]
+        problem, parameters = self._regression(c, self._rotated32_ND), self._rotate(classifier).float()
+        return problem.value(parameters, problem.logits(parameters))
+
+    def _regression(self, c: float, rows_ND: torch.Tensor) -> Regression:
+        """Return the function to minimise, in the precision of the rows."""
+        variance_D, decay = self._variance_D.to(rows_ND.dtype), 1.0 / (c * self._num_images)
+        if self._several:
+            return SigmoidRegressions(rows_ND, variance_D, decay, self._targets.to(rows_ND.dtype))
+        penalties = 2.0 if len(self.present) == 2 else 1.0
+        return SoftmaxRegression(rows_ND, variance_D, penalties * decay, self._targets)
 
     def _rotate(self, start: LinearClassifier | None) -> torch.Tensor:
         """Return the parameters of a classifier in centred, rotated coordinates, intercepts last: float64 [C, D + 1]."""
@@ -185,7 +179,7 @@ class ProbeProblem:
         weights_CD = parameters[:, :-1] @ self._axes_DD.T
         bias_C = parameters[:, -1] - weights_CD @ self._mean_D
         all_weights = weights_CD.new_zeros(self.num_classes, weights_CD.shape[1])
-        all_bias = bias_C.new_full((self.num_classes,), -torch.inf)
+        all_bias = self._unfitted_bias_C.clone()
         all_weights[self.present], all_bias[self.present] = weights_CD, bias_C
         return LinearClassifier(all_weights, all_bias)
 
@@ -196,9 +190,7 @@ class ProbeProblem:
         return max(float(weights_CD.abs().max()), float(gradient[:, -1].abs().max()))
 
 
-def sweep_regularisation(
-    problem: ProbeProblem, features_ND: torch.Tensor, labels_N: torch.Tensor, grid: Sequence[float]
-) -> list[SweepPoint]:
+def sweep_regularisation(problem: ProbeProblem, grid: Sequence[float]) -> Iterator[Solution]:
     """Fit every strength, from the strongest regularisation on, each from the one before or where the two before point.
 
     Solutions move smoothly with log C, so on an even grid the line through the last two comes near the next; in a trial
@@ -206,20 +198,16 @@ def sweep_regularisation(
 
     Args:
         problem: The training part.
-        features_ND: Features of the validation part.
-        labels_N: Their classes.
         grid: Values of C, ascending.
 
-    Returns:
-        One point for each value, in order.
+    Yields:
+        The solution of each value, in order.
     """
-    points: list[SweepPoint] = []
+    last: list[LinearClassifier] = []
     for c in grid:
-        starts = _starts([point.solution.classifier for point in points[-2:]])
-        solution = problem.fit(c, min(starts, key=lambda start: problem.objective(c, start), default=None))
-        predictions = solution.classifier.logits(features_ND).argmax(dim=1)
-        points.append(SweepPoint(c, float((predictions == labels_N).double().mean()), solution))
-    return points
+        solution = problem.fit(c, min(_starts(last), key=lambda start: problem.objective(c, start), default=None))
+        last = [*last[-1:], solution.classifier]
+        yield solution
 
 
 def _starts(classifiers: Sequence[LinearClassifier]) -> list[LinearClassifier]:
@@ -229,8 +217,3 @@ def _starts(classifiers: Sequence[LinearClassifier]) -> list[LinearClassifier]:
     before, last = classifiers
     beyond = LinearClassifier(2 * last.weights_CD - before.weights_CD, 2 * last.bias_C - before.bias_C)
     return [last, beyond]
-
-
-def choose_point(points: Sequence[SweepPoint]) -> SweepPoint:
-    """Return the point of highest accuracy; of equal ones that of the strongest regularisation."""
-    return max(points, key=lambda point: (point.accuracy, -point.c))

@@ -41,14 +41,29 @@ def retrieval_metrics(
     Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_retrieval.py, names and definitions; equal similarities
         count in row order here, where a top-k leaves them to chance.
     """
+    image_ranks_M, text_ranks_N = retrieval_ranks(images_ND, texts_MD, image_of_text_M, chunk_entries)
+    metrics = {f"image_retrieval_recall@{k}": float((image_ranks_M < k).double().mean()) for k in recall_at}
+    return metrics | {f"text_retrieval_recall@{k}": float((text_ranks_N < k).double().mean()) for k in recall_at}
+
+
+def retrieval_ranks(
+    images_ND: torch.Tensor,
+    texts_MD: torch.Tensor,
+    image_of_text_M: torch.Tensor,
+    chunk_entries: int = _CHUNK_ENTRIES,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count what comes before the right answer in both directions; arguments and errors are `retrieval_metrics`'s.
+
+    Returns:
+        For each caption the images before its own, int64 [M]; for each image the captions before the first of its own,
+        int64 [N], the largest int64 where it has none.
+    """
     if not len(images_ND) or not len(texts_MD):
         raise ValueError(f"retrieval needs images and texts, not {len(images_ND)} and {len(texts_MD)}")
     if not 0 <= int(image_of_text_M.min()) <= int(image_of_text_M.max()) < len(images_ND):
         raise ValueError(f"captions name images up to {int(image_of_text_M.max())} of {len(images_ND)}")
     image_ranks_M = _image_ranks(images_ND, texts_MD, image_of_text_M, chunk_entries)
-    text_ranks_N = _text_ranks(images_ND, texts_MD, image_of_text_M, chunk_entries)
-    metrics = {f"image_retrieval_recall@{k}": float((image_ranks_M < k).double().mean()) for k in recall_at}
-    return metrics | {f"text_retrieval_recall@{k}": float((text_ranks_N < k).double().mean()) for k in recall_at}
+    return image_ranks_M, _text_ranks(images_ND, texts_MD, image_of_text_M, chunk_entries)
 
 
 def _image_ranks(

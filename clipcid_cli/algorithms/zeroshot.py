@@ -60,6 +60,21 @@ def rank_classes(
     return scores_NC.argmax(dim=1), before_NC.sum(dim=1)
 
 
+def top_classes(images_ND: torch.Tensor, weights_CD: torch.Tensor, k: int = ACCURACY_TOP_K) -> tuple[torch.Tensor, ...]:
+    """Find the classes most similar to each image; equal similarities count in the order of the classes.
+
+    Args:
+        images_ND: Image embeddings, float [N, D], unit rows.
+        weights_CD: Class weights of :func:`class_weights`, float [C, D].
+        k: How many; with fewer classes, all.
+
+    Returns:
+        Cosine similarities [N, k], descending, and the numbers of the classes, int64 [N, k].
+    """
+    scores_NC, classes_NC = (images_ND @ weights_CD.T).sort(dim=1, descending=True, stable=True)
+    return scores_NC[:, :k], classes_NC[:, :k]
+
+
 def classification_metrics(
     predictions_N: torch.Tensor, ranks_N: torch.Tensor, labels_N: torch.Tensor, num_classes: int
 ) -> dict[str, float]:

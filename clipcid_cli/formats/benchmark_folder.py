@@ -5,6 +5,9 @@
       test/   nshards.txt 0.tar 1.tar …
       classnames.txt  zeroshot_classification_templates.txt  dataset_type.txt
 
+A folder with nothing but splits in it (train/, test/, val/, …) is read the same way, whatever they hold: shards, or one
+folder of images per class.
+
 Source: LAION-AI/CLIP_benchmark 1.6.2, datasets/builder.py, build_wds_dataset.
 """
 
@@ -19,6 +22,8 @@ CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 DATASET_TYPE = "dataset_type.txt"
 NUM_SHARDS = "nshards.txt"
+# What the folders of splits are called; a folder with any other folder in it is taken as it is.
+SPLITS = frozenset({"train", "trainval", "test", "val", "valid", "validation"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +64,7 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
             folder if (folder / DATASET_TYPE).is_file() or (folder / CLASS_NAMES).is_file() else folder.resolve().parent
         )
         return _describe(_last_parts(data, 2 if about != folder else 1), data, about)
-    splits = sorted(path.parent.name for path in folder.glob(f"*/{NUM_SHARDS}"))
+    splits = sorted(path.parent.name for path in folder.glob(f"*/{NUM_SHARDS}")) or _plain_splits(folder)
     if not splits:
         return _describe(_last_parts(data, 1), data, folder)
     if split not in splits:
@@ -68,6 +73,11 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
             f"Choose one with --split, e.g. --split {splits[0]}.",
         )
     return _describe(_last_parts(data, 1), str(folder / split), folder)
+
+
+def _plain_splits(folder: Path) -> list[str]:
+    inner = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return inner if SPLITS.issuperset(inner) else []
 
 
 def _describe(name: str, data: str, about: Path) -> BenchmarkFolder:

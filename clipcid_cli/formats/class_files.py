@@ -8,6 +8,9 @@ from clipcid_cli.errors import ClipcidError
 
 # Where the class name goes: CLIP_benchmark writes {c}, open_clip {}.
 PLACEHOLDERS = ("{c}", "{}")
+# What may be named instead of a file: open_clip's lists (see `runtime.encoder`).
+BUILTIN_TEMPLATES = ("openai", "simple")
+BUILTIN_CLASS_NAMES = ("imagenet",)
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 
 

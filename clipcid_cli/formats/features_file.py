@@ -27,12 +27,13 @@ class Features:
 
     Attributes:
         rows: Unit rows, float32 [N, D].
-        labels: Numbers of the classes as the data set has them, int64 [N].
+        labels: Numbers of the classes as the data set has them, int64 [N]; where images have several, whether each image has
+            each class, bool [N, C].
         skips: Samples that could not be used.
     """
 
     rows: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64] | npt.NDArray[np.bool_]
     skips: Skips
 
 

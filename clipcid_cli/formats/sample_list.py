@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from clipcid_cli.errors import ClipcidError
@@ -23,6 +25,9 @@ LABEL_COLUMN = "label"
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """Names of a list's columns; a ``label`` column, where there is one, numbers the classes.
+
+    Where one cell of that column holds several numbers (a parquet list, or ``3 7`` in text), every image may have any number
+    of classes, and an empty cell is an image with none.
 
     Attributes:
         image: Path of the image, relative to the list's folder or absolute, or a URL.
@@ -41,6 +46,7 @@ class _Row:
     path: str
     caption: str
     label: int | None
+    labels: tuple[int, ...] | None
     repeated: bool
 
 
@@ -72,12 +78,14 @@ class ListShard:
             else:
                 key = f"{self.name}/{row.key}" if self.prefix_keys else row.key
                 captions = (row.caption,) if row.caption else ()
-                found.append(Sample(key=key, image=Location(row.path), captions=captions, label=row.label))
+                found.append(
+                    Sample(key=key, image=Location(row.path), captions=captions, label=row.label, labels=row.labels)
+                )
         return found
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe the slice: number of rows as its size, and a hash of them."""
-        text = "\n".join(f"{row.key}\t{row.path}\t{row.caption}\t{row.label}" for row in self.rows)
+        text = "\n".join(f"{row.key}\t{row.path}\t{row.caption}\t{row.labels or row.label}" for row in self.rows)
         digest = hashlib.blake2b(text.encode("utf-8", errors="surrogateescape"), digest_size=16).hexdigest()
         return {"path": f"{self.source}#{self.name}", "size": len(text), "hash": f"blake2b-rows:{digest}"}
 
@@ -109,11 +117,14 @@ def read_sample_list(spec: str, columns: Columns, *, prefix_keys: bool) -> tuple
     paths = _text(frame, columns.image)
     captions = _text(frame, columns.caption) if columns.caption in frame else blank
     keys = _text(frame, columns.key) if columns.key in frame else paths
-    labels = _labels(spec, frame) if LABEL_COLUMN in frame else [None] * len(frame)
+    classes = _classes(spec, frame) if LABEL_COLUMN in frame else None
+    several = classes is not None and any(len(row) > 1 for row in classes)
     rows, seen = [], set()
-    for key, path, caption, label in zip(keys, paths, captions, labels, strict=True):
+    for number, (key, path, caption) in enumerate(zip(keys, paths, captions, strict=True)):
         where = path if not path or is_url(path) or os.path.isabs(path) else os.path.join(folder, path)
-        rows.append(_Row(key, where, caption, label, key in seen))
+        own = classes[number] if classes is not None else ()
+        label = own[0] if own and not several else None
+        rows.append(_Row(key, where, caption, label, own if several else None, key in seen))
         seen.add(key)
     return tuple(
         ListShard(f"{start // VIRTUAL_SHARD:05d}", spec, tuple(rows[start : start + VIRTUAL_SHARD]), prefix_keys)
@@ -143,11 +154,23 @@ def _text(frame: pd.DataFrame, column: str) -> list[str]:
     return ["" if pd.isna(value) else str(value).strip() for value in frame[column]]
 
 
-def _labels(spec: str, frame: pd.DataFrame) -> list[int | None]:
+def _classes(spec: str, frame: pd.DataFrame) -> list[tuple[int, ...]]:
+    """Read the numbers of classes in each cell: none, one or several."""
     try:
-        return [None if text == "" else int(float(text)) for text in _text(frame, LABEL_COLUMN)]
+        return [_numbers(cell) for cell in frame[LABEL_COLUMN]]
     except ValueError as error:
         raise ClipcidError(
             f"Column {LABEL_COLUMN!r} of list {spec} holds something other than whole numbers: {error}.",
-            "Number the classes from 0, or name the column otherwise.",
+            "Number the classes from 0 (several of one image with a space between), or name the column otherwise.",
         ) from error
+
+
+def _numbers(cell: Any) -> tuple[int, ...]:
+    parts = re.split(r"[\s,;|]+", cell.strip()) if isinstance(cell, str) else cell
+    if not isinstance(parts, list | tuple | np.ndarray):
+        parts = [] if pd.isna(cell) else [cell]
+    numbers = [float(part) for part in parts if part != ""]
+    broken = next((number for number in numbers if not number.is_integer()), None)
+    if broken is not None:
+        raise ValueError(f"{broken:g} is no whole number")
+    return tuple(dict.fromkeys(int(number) for number in numbers))

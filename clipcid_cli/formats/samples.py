@@ -59,7 +59,9 @@ class Sample:
         key: Its name, unique in the data set.
         image: Where its image lies.
         captions: Its captions; empty when it has none.
-        label: Number of its class, where the data has classes.
+        label: Number of its class, where each image has one.
+        labels: Numbers of its classes, none or several, where a list says so.
+        multi_hot: Where its vector of classes lies, a ``.npy`` of zeros and ones (see `formats.multi_label`).
         attributes: Where its JSON attributes lie.
     """
 
@@ -67,6 +69,8 @@ class Sample:
     image: Location
     captions: tuple[str, ...] = ()
     label: int | None = None
+    labels: tuple[int, ...] | None = None
+    multi_hot: Location | None = None
     attributes: Location | None = None
 
 

@@ -86,13 +86,14 @@ class TarShard:
             if image is None:
                 skips.add("no_image", where)
                 continue
-            attributes = files.get("json")
+            attributes, multi_hot = files.get("json"), files.get("npy")
             found.append(
                 Sample(
                     key=where if self.prefix_keys else key,
                     image=Location(str(path), image.offset, image.size),
                     captions=self._captions(path, files.get("txt")),
                     label=_read_label(path, files.get("cls"), where),
+                    multi_hot=Location(str(path), multi_hot.offset, multi_hot.size) if multi_hot else None,
                     attributes=Location(str(path), attributes.offset, attributes.size) if attributes else None,
                 )
             )

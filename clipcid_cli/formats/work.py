@@ -48,6 +48,11 @@ class WorkDirectory:
         return self.path / "eval"
 
     @property
+    def eval_summary(self) -> Path:
+        """The folder of the table and the report of the last `eval-zeroshot`: `eval` itself holds metrics files only."""
+        return self.path / "eval-zeroshot"
+
+    @property
     def features(self) -> Path:
         """The folder of frozen features that `eval-linear` keeps."""
         return self.path / "features"

@@ -352,6 +352,27 @@ def _load_tokenizer(name: ModelName, source: str) -> Tokenizer:
         ) from error
 
 
+def builtin_templates(name: str) -> tuple[str, ...]:
+    """Return open_clip's templates, ``{c}`` for the class name: ``openai`` (80) or ``simple`` (the best 7 of them)."""
+    import open_clip
+
+    lists = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+    return tuple(template("{c}") for template in lists[name])
+
+
+def builtin_class_names(name: str) -> dict[str, str]:
+    """Return open_clip's class names of ``imagenet`` in the order of the labels, by WordNet number (n01440764, …).
+
+    The numbers are timm's, which open_clip brings along.
+    """
+    import open_clip
+    from timm.data.imagenet_info import ImageNetInfo
+
+    assert name == "imagenet", name
+    synsets = cast(Any, ImageNetInfo("imagenet-1k")).label_names()
+    return dict(zip(synsets, open_clip.IMAGENET_CLASSNAMES, strict=True))
+
+
 @contextlib.contextmanager
 def _quiet_open_clip() -> Iterator[None]:
     """Drop open_clip's progress messages and the warnings of its imports; its errors and other libraries' pass.

@@ -9,20 +9,12 @@ from typing import Any
 
 import torch
 
-from clipcid_cli.algorithms.probe import (
-    TOLERANCE,
-    LinearClassifier,
-    ProbeProblem,
-    Solution,
-    SweepPoint,
-    choose_point,
-    regularisation_grid,
-    split_by_class,
-    sweep_regularisation,
-)
-from clipcid_cli.algorithms.zeroshot import ACCURACY_TOP_K, classification_metrics, rank_classes
+from clipcid_cli.algorithms.logistic_regression import PROMISED_DECREASE
+from clipcid_cli.algorithms.probe import TOLERANCE, Solution, regularisation_grid
+from clipcid_cli.algorithms.zeroshot import ACCURACY_TOP_K
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.features_file import Features
+from clipcid_cli.formats.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.metrics_file import SIDECARS, make_metrics, metrics_stem, read_metrics, write_metrics
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.work import WorkDirectory
@@ -30,15 +22,16 @@ from clipcid_cli.runtime.loading import start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.model_names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.precision import choose_precision
-from clipcid_cli.runtime.seeds import derive_seed
-from clipcid_cli.runtime.threads import threads_for
 from clipcid_cli.steps.eval_zeroshot import EvaluatedModel
 from clipcid_cli.steps.outputs import claim_output
 from clipcid_cli.steps.probe_data import ProbeData, extract_features, open_probe_data
+from clipcid_cli.steps.probe_fit import Images, ProbeFits, SweepPoint, choose_point
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 TASK = "linear_probe"
+# Few-shot curves come and go beside the same probe.
+_REPLACEABLE = frozenset({"shots", "shot_repeats"})
 _BATCH = {"cpu": 64, "cuda": 256}
 
 
@@ -46,9 +39,12 @@ def run(settings: EvalLinearSettings, reporter: Reporter) -> dict[str, Any]:
     """Fit and measure a linear probe.
 
     Returns:
-        The JSON object: CLIP_benchmark's fields with ``lp_acc1, lp_acc5, lp_mean_per_class_recall``, and ``c`` (the chosen
-        strength), ``validation_acc1, images, train_images, classes, skipped{train{}, test{}}, seconds{encode, sweep, refit},
-        files{}, reused``.
+        The JSON object: CLIP_benchmark's fields with ``lp_acc1, lp_acc5, lp_mean_per_class_recall`` (where images have
+        several classes ``lp_mean_average_precision, lp_mean_average_precision_11_point``), and ``metric`` (the one C was
+        chosen by), ``c`` (the chosen strength), ``validation_score, sweep{c[], score[]}, shots[]`` (as
+        `ProbeFits.few_shots` returns them), ``images, train_images`` (all that the last fit takes),
+        ``validation_images, classes, skipped{train{}, test{}, val{}}, seconds{encode, sweep, refit, shots}, files{},
+        reused``.
 
     Raises:
         ClipcidError: when the model or a split cannot be read, or too many samples cannot be used.
@@ -59,7 +55,7 @@ def run(settings: EvalLinearSettings, reporter: Reporter) -> dict[str, Any]:
         if settings.dry_run:
             reporter.note(f"Would fit {name.spec} on {data.train.dataset.spec} and write {path}.")
             return {"dataset": data.name, "model": name.spec, "task": TASK, "files": {"metrics": str(path)}}
-        if settings.workers != 0:
+        if settings.workers or (settings.workers is None and machine.device.type == "cuda"):
             start_worker_server()
         return _evaluate(EvaluatedModel(name, machine), data, path, machine, settings, reporter)
 
@@ -97,21 +93,31 @@ def _evaluate(
         "dataset": data.name,
         "classes": list(data.classes),
         "model": evaluated.name.slug,
-        "val_fraction": settings.val_fraction,
+        "val_fraction": settings.val_fraction if data.val is None else None,
         "seed": settings.seed,
+        "metric": data.metric,
+        "shots": list(settings.shot_counts),
+        "shot_repeats": settings.shot_repeats if settings.shot_counts else None,
         "grid": regularisation_grid(),
         "tolerance": TOLERANCE,
+        "promised_decrease": PROMISED_DECREASE,
         "precision": precision.name,
         "batch_size": batch_size,
         "keys": settings.keys,
         "columns": dataclasses.asdict(data.train.dataset.columns),
     }
-    train_files, test_files = machine.on_main(
-        lambda: (data.train.dataset.fingerprints(), data.test.dataset.fingerprints())
+    files = machine.on_main(
+        lambda: [[*task.dataset.fingerprints(), fingerprint_images(task.dataset)] for task in data.tasks]
     )
-    inputs = [*evaluated.fingerprints(), *train_files, *test_files]
+    inputs = evaluated.fingerprints() + [entry for split in files for entry in split]
     with claim_output(
-        machine, path.parent / SIDECARS, path.stem, settings=wanted, inputs=inputs, overwrite=settings.overwrite
+        machine,
+        path.parent / SIDECARS,
+        path.stem,
+        settings=wanted,
+        inputs=inputs,
+        overwrite=settings.overwrite,
+        replaceable=_REPLACEABLE,
     ) as output:
         if output.finished is not None and machine.on_main(path.is_file):
             reporter.note(f"{path} holds {evaluated.name.spec} on {data.name} already.")
@@ -120,17 +126,17 @@ def _evaluate(
         started = time.perf_counter()
         folder = WorkDirectory(settings.work).features
         model = evaluated.load()
-        train, test = (
+        extracted = [
             extract_features(model, task, fingerprints, folder, machine, precision, batch_size, settings, reporter)
-            for task, fingerprints in ((data.train, train_files), (data.test, test_files))
-        )
-        for task, features in ((data.train, train), (data.test, test)):
+            for task, fingerprints in zip(data.tasks, files, strict=True)
+        ]
+        for task, features in zip(data.tasks, extracted, strict=True):
             if features.skips.total:
                 reporter.warn(f"{task.name}: {features.skips.total} samples were skipped.\n{features.skips.describe()}")
         seconds = {"encode": time.perf_counter() - started}
         return machine.on_main(
             lambda: _fit_and_write(
-                evaluated.name, data, train, test, path, output, seconds, machine.device, settings, reporter
+                evaluated.name, data, extracted, path, output, seconds, machine.device, settings, reporter
             )
         )
 
@@ -138,8 +144,7 @@ def _evaluate(
 def _fit_and_write(
     name: ModelName,
     data: ProbeData,
-    train: Features,
-    test: Features,
+    extracted: list[Features],
     path: Path,
     output: Output,
     seconds: dict[str, float],
@@ -147,65 +152,55 @@ def _fit_and_write(
     settings: EvalLinearSettings,
     reporter: Reporter,
 ) -> dict[str, Any]:
+    images, test_images, *val_images = (
+        Images(torch.from_numpy(features.rows).to(device), torch.from_numpy(features.labels).to(device))
+        for features in extracted
+    )
     started = time.perf_counter()
-    rows, labels = torch.from_numpy(train.rows).to(device), torch.from_numpy(train.labels).to(device)
-    with threads_for(rows.numel() * len(data.classes)):
-        points = _sweep(rows, labels, data, settings, reporter)
-        best = choose_point(points)
-        _warn_of_edge(best, points, reporter)
-        swept = time.perf_counter()
-        solution = ProbeProblem(rows, labels, len(data.classes)).fit(best.c, best.solution.classifier)
-    if not solution.converged:
-        reporter.warn(
-            f"The fit ended at a gradient norm of {solution.gradient_norm:.2e}, above {TOLERANCE:g}, after "
-            f"{solution.iterations} iterations."
-        )
-    seconds |= {"sweep": swept - started, "refit": time.perf_counter() - swept}
+    held_out = val_images[0] if val_images else None
+    fits = ProbeFits(images, held_out, len(data.classes), data.metric, settings, reporter)
+    points = fits.sweep()
+    best = choose_point(points)
+    _warn_of_edge(best, points, reporter)
+    swept = time.perf_counter()
+    solution = fits.refit(best)
+    metrics = fits.measure(solution.classifier, test_images)
+    if "acc5" in metrics and len(data.classes) < ACCURACY_TOP_K:
+        reporter.note(f"lp_acc5 is null, since there are only {len(data.classes)} classes.")
+    refitted = time.perf_counter()
+    shots = fits.few_shots(test_images)
+    seconds |= {"sweep": swept - started, "refit": refitted - swept, "shots": time.perf_counter() - refitted}
     record = make_metrics(
         dataset=data.name,
         model=name.architecture or name.slug,
         pretrained=name.tag or name.spec,
         task=TASK,
-        metrics=_measure(solution.classifier, test, len(data.classes), reporter),
+        metrics={f"lp_{metric}": value for metric, value in metrics.items()},
     )
     result = {
+        "metric": data.metric,
         "c": best.c,
-        "validation_acc1": best.accuracy,
-        "images": len(test.labels),
-        "train_images": len(train.labels),
+        "validation_score": best.score,
+        "sweep": {"c": [point.c for point in points], "score": [point.score for point in points]},
+        "shots": shots,
+        "images": len(test_images),
+        "train_images": len(fits.images),
+        "validation_images": len(fits.held_out),
         "classes": len(data.classes),
-        "skipped": {"train": train.skips.counts, "test": test.skips.counts},
+        "skipped": {
+            split: features.skips.counts for split, features in zip(("train", "test", "val"), extracted, strict=False)
+        },
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
     }
     write_metrics(path, record)
     output.commit(
-        counts={"train": len(train.labels), "test": len(test.labels), "skipped": result["skipped"]},
+        counts={name: result[name] for name in ("images", "train_images", "validation_images", "skipped")},
         seconds=seconds,
         result=result,
         solution=_describe(solution),
-        sweep=[{"c": point.c, "validation_acc1": point.accuracy, **_describe(point.solution)} for point in points],
+        sweep=[{"c": point.c, "validation_score": point.score, **_describe(point.solution)} for point in points],
     )
     return {**record, **result, "files": {"metrics": str(path)}, "reused": False}
-
-
-def _sweep(
-    rows: torch.Tensor, labels: torch.Tensor, data: ProbeData, settings: EvalLinearSettings, reporter: Reporter
-) -> list[SweepPoint]:
-    """Fit every strength on one part of the training split and measure it on the other."""
-    validation = split_by_class(labels.cpu(), settings.val_fraction, derive_seed("probe", settings.seed)).to(
-        labels.device
-    )
-    if not validation.any():
-        raise ClipcidError(
-            f"{data.train.dataset.spec} has one image of each class: nothing can be held out to choose C on.",
-            "Give --train more images of a class.",
-        )
-    problem = ProbeProblem(rows[~validation], labels[~validation], len(data.classes))
-    grid = regularisation_grid()
-    reporter.note(
-        f"Fitting {len(grid)} strengths on {int((~validation).sum()):,} images, measuring them on {int(validation.sum()):,}."
-    )
-    return sweep_regularisation(problem, rows[validation], labels[validation], grid)
 
 
 def _warn_of_edge(best: SweepPoint, points: list[SweepPoint], reporter: Reporter) -> None:
@@ -214,19 +209,6 @@ def _warn_of_edge(best: SweepPoint, points: list[SweepPoint], reporter: Reporter
             f"The best C is {best.c:.3g}, an end of the range {points[0].c:.3g} … {points[-1].c:.3g} that was tried: a "
             "better one may lie beyond."
         )
-
-
-def _measure(classifier: LinearClassifier, test: Features, num_classes: int, reporter: Reporter) -> dict[str, float]:
-    """Return the metrics on the test split, in [0, 1]."""
-    rows, labels = torch.from_numpy(test.rows).double(), torch.from_numpy(test.labels)
-    # The intercept is the weight of a feature that is 1.
-    rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
-    weights = torch.cat([classifier.weights_CD, classifier.bias_C[:, None]], dim=1).cpu()
-    predictions, ranks = rank_classes(rows, weights, labels)
-    if num_classes < ACCURACY_TOP_K:
-        reporter.note(f"lp_acc5 is null, since there are only {num_classes} classes.")
-    metrics = classification_metrics(predictions, ranks, labels, num_classes)
-    return {f"lp_{metric}": value for metric, value in metrics.items()}
 
 
 def _describe(solution: Solution) -> dict[str, Any]:

@@ -2,54 +2,56 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from clipcid_cli.algorithms.retrieval import RECALL_AT, retrieval_metrics
-from clipcid_cli.algorithms.zeroshot import ACCURACY_TOP_K, class_weights, classification_metrics, rank_classes
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.metrics_file import SIDECARS, make_metrics, metrics_stem, read_metrics, write_metrics
 from clipcid_cli.formats.output import fingerprint_file
-from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.predictions_file import predictions_path, write_predictions
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.encoder import ClipModel, load_model
-from clipcid_cli.runtime.loading import default_workers, start_worker_server
+from clipcid_cli.runtime.loading import start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.model_names import ModelName, find_weights, parse_model, with_default_tag
-from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.outputs import claim_output
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
-from clipcid_cli.steps.zeroshot_encode import EncodedBatch, encode_classes, encode_task
-from clipcid_cli.steps.zeroshot_tasks import CLASSIFICATION, ZeroshotTask, plan_tasks
+from clipcid_cli.steps.zeroshot_compare import compare_results
+from clipcid_cli.steps.zeroshot_measure import measure
+from clipcid_cli.steps.zeroshot_report import write_summary
+from clipcid_cli.steps.zeroshot_tasks import ZeroshotTask, plan_tasks
 
 
 def run(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[str, Any]:
     """Evaluate models on data sets.
 
     Returns:
-        The JSON object: for one pair CLIP_benchmark's fields and ``images, skipped{}, images_per_second, seconds{},
-        files{}, reused``; for several ``{"results": [one such object for each pair]}``.
+        The JSON object: for one pair CLIP_benchmark's fields and ``customary, intervals{}, images, skipped{},
+        images_per_second, seconds{}, files{}, reused``; for several ``{"results": [one such object for each pair],
+        "files"{}}``; for ``--compare`` what `compare_results` returns.
 
     Raises:
         ClipcidError: when a model or data set cannot be read, or too many samples cannot be used.
     """
+    if settings.compare:
+        return compare_results(settings, reporter)
     with open_machine(settings.device) as machine:
         names, tasks = machine.on_main(lambda: (_choose_models(settings, reporter), plan_tasks(settings, reporter)))
         _refuse_clashes(names, tasks)
         if settings.dry_run:
             return _describe_plan(names, tasks, settings, reporter)
-        if settings.workers != 0:
+        if settings.workers or (settings.workers is None and machine.device.type == "cuda"):
             start_worker_server()
         results: list[dict[str, Any]] = []
         for name in names:
             evaluated = EvaluatedModel(name, machine)
             results.extend(_evaluate_pair(evaluated, task, machine, settings, reporter) for task in tasks)
-    return results[0] if len(results) == 1 else {"results": results}
+        files = machine.on_main(lambda: write_summary(WorkDirectory(settings.work), results, reporter))
+    if len(results) == 1:
+        return results[0] | {"files": results[0]["files"] | files}
+    return {"results": results, "files": files}
 
 
 def _choose_models(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ModelName]:
@@ -146,136 +148,68 @@ def _evaluate_pair(
     precision = choose_precision(settings.precision, machine.device, "evaluate", parameters=0)
     batch_size = settings.batch_size or (256 if machine.device.type == "cuda" else 64)
     wanted = task.describe() | {"model": evaluated.name.slug, "precision": precision.name, "batch_size": batch_size}
+    wanted |= {"bootstrap": settings.bootstrap, "seed": settings.seed}
     inputs = evaluated.fingerprints() + machine.on_main(task.dataset.fingerprints)
+    rows = predictions_path(path)
     with claim_output(
-        machine, path.parent / SIDECARS, stem, settings=wanted, inputs=inputs, overwrite=settings.overwrite
+        machine,
+        path.parent / SIDECARS,
+        stem,
+        settings=wanted,
+        inputs=inputs,
+        overwrite=settings.overwrite,
+        # They decide the intervals only, which are not worth an error.
+        replaceable=frozenset({"bootstrap", "seed"}),
+        clear=lambda: rows.unlink(missing_ok=True),
     ) as output:
         if output.finished is not None and machine.on_main(path.is_file):
-            reporter.note(f"{path} holds {evaluated.name.spec} on {task.name} already.")
-            return _result(machine.on_main(lambda: read_metrics(path)), output.finished, path, reused=True)
+            if not settings.predictions or machine.on_main(rows.is_file):
+                reporter.note(f"{path} holds {evaluated.name.spec} on {task.name} already.")
+                return _result(machine.on_main(lambda: read_metrics(path)), output.finished, path, reused=True)
+            reporter.note(f"{path} is there without predictions; measuring {evaluated.name.spec} on {task.name} again.")
         measured = measure(evaluated.load(), task, machine, precision, batch_size, settings, reporter)
         record = make_metrics(
             dataset=task.name,
             model=evaluated.name.architecture or evaluated.name.slug,
             pretrained=evaluated.name.tag or evaluated.name.spec,
             task=task.task,
-            metrics=measured.metrics,
+            metrics=measured.found.metrics,
         )
 
         def write() -> dict[str, Any]:
+            if measured.found.predictions is not None:
+                write_predictions(rows, measured.found.predictions)
             write_metrics(path, record)
             return output.commit(
-                counts={"images": measured.images, "texts": measured.texts, "skipped": measured.skips.counts},
+                counts={
+                    "images": measured.images,
+                    "texts": measured.found.texts,
+                    "skipped": measured.skips.counts,
+                },
                 seconds=measured.seconds,
                 images_per_second=measured.images / measured.seconds["encode"],
+                customary=task.customary,
+                intervals={name: list(bounds) for name, bounds in measured.found.intervals.items()},
+                per_class=measured.found.per_class,
+                examples=measured.found.examples,
             )
 
         return _result(record, machine.on_main(write), path, reused=False)
 
 
 def _result(record: dict[str, Any], sidecar: dict[str, Any], path: Path, *, reused: bool) -> dict[str, Any]:
+    files = {"metrics": str(path)}
+    rows = predictions_path(path)
+    if rows.is_file():
+        files["predictions"] = str(rows)
     return {
         **record,
+        "customary": sidecar["customary"],
+        "intervals": sidecar["intervals"],
         "images": sidecar["counts"]["images"],
         "skipped": sidecar["counts"]["skipped"],
         "images_per_second": round(sidecar["images_per_second"], 1),
         "seconds": sidecar["seconds"],
-        "files": {"metrics": str(path)},
+        "files": files,
         "reused": reused,
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """What was measured of one model on one data set.
-
-    Attributes:
-        metrics: Values by CLIP_benchmark's names.
-        images: Images used.
-        texts: Prompts or captions used.
-        skips: Samples that could not be used.
-        seconds: Time by phase: ``classes``, ``encode``, ``compare``.
-    """
-
-    metrics: dict[str, float]
-    images: int
-    texts: int
-    skips: Skips
-    seconds: dict[str, float]
-
-
-def measure(
-    model: ClipModel,
-    task: ZeroshotTask,
-    machine: Machine,
-    precision: Precision,
-    batch_size: int,
-    settings: EvalZeroshotSettings,
-    reporter: Reporter,
-) -> Measured:
-    """Measure a model on a data set with all processes.
-
-    Raises:
-        ClipcidError: when no sample, or too few, can be used.
-    """
-    started = time.perf_counter()
-    weights = None
-    if task.task == CLASSIFICATION:
-        weights = class_weights(encode_classes(model, task, machine, precision, batch_size))
-    with_classes = time.perf_counter()
-    with reporter.progress(f"{model.info.slug} on {task.name}", None, "images") as progress:
-        batches, skips = encode_task(
-            model,
-            task,
-            machine,
-            precision,
-            batch_size=batch_size,
-            workers=default_workers() if settings.workers is None else settings.workers,
-            max_bad_fraction=settings.max_bad_fraction,
-            progress=progress,
-        )
-    encoded = time.perf_counter()
-    if skips.total:
-        reporter.warn(f"{task.name}: {skips.total} samples were skipped.\n{skips.describe()}")
-    if weights is not None:
-        metrics, texts = _classify(batches, weights, task, reporter)
-    else:
-        metrics, texts = _retrieve(batches, machine, task, reporter)
-    seconds = {
-        "classes": with_classes - started,
-        "encode": encoded - with_classes,
-        "compare": time.perf_counter() - encoded,
-    }
-    return Measured(metrics, sum(len(batch.keys) for batch in batches), texts, skips, seconds)
-
-
-def _classify(
-    batches: list[EncodedBatch], weights: torch.Tensor, task: ZeroshotTask, reporter: Reporter
-) -> tuple[dict[str, float], int]:
-    num_classes = len(weights)
-    labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
-    ranked = [rank_classes(batch.images, weights, batch.labels) for batch in batches if batch.labels is not None]
-    predictions, ranks = (torch.cat(parts) for parts in zip(*ranked, strict=True))
-    if num_classes < ACCURACY_TOP_K:
-        reporter.note(f"{task.name}: acc5 is null, since there are only {num_classes} classes.")
-    absent = num_classes - len(torch.unique(labels))
-    if absent:
-        reporter.note(
-            f"{task.name}: {absent} of {num_classes} classes have no image; the mean over classes leaves them out."
-        )
-    return classification_metrics(predictions, ranks, labels, num_classes), num_classes * len(task.templates)
-
-
-def _retrieve(
-    batches: list[EncodedBatch], machine: Machine, task: ZeroshotTask, reporter: Reporter
-) -> tuple[dict[str, float], int]:
-    images = torch.cat([batch.images for batch in batches]).to(machine.device)
-    texts = torch.cat([batch.texts for batch in batches if batch.texts is not None]).to(machine.device)
-    captions = torch.tensor([number for batch in batches for number in batch.captions_per_image])
-    image_of_text = torch.repeat_interleave(torch.arange(len(images)), captions).to(machine.device)
-    smallest = min(len(images), len(texts))
-    if smallest <= max(RECALL_AT):
-        reporter.note(
-            f"{task.name}: with {len(images)} images and {len(texts)} captions, recall at {smallest} or more says little."
-        )
-    return retrieval_metrics(images, texts, image_of_text), len(texts)

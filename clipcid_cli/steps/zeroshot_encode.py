@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import torch
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.dataset import Sample
+from clipcid_cli.formats.dataset import Location, Sample
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.beside import compute_beside, threads_beside
 from clipcid_cli.runtime.encoder import ClipModel, Tokenizer
 from clipcid_cli.runtime.images import UnreadableImage, decode_image
-from clipcid_cli.runtime.loading import load_batches
+from clipcid_cli.runtime.loading import default_workers, load_batches
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.reporting import Progress
@@ -78,14 +80,16 @@ class EncodedBatch:
     Attributes:
         number: Its place among all batches of the data set.
         keys: Keys of the samples.
+        locations: Where their images lie.
         images: float32 [B, D], unit rows.
-        labels: int64 [B]; None for retrieval.
+        labels: int64 [B], or bool [B, C] where an image may have several classes; None for retrieval.
         texts: float32 [M, D], unit rows; None for classification.
         captions_per_image: Number of captions of each sample.
     """
 
     number: int
     keys: list[str]
+    locations: list[Location]
     images: torch.Tensor
     labels: torch.Tensor | None
     texts: torch.Tensor | None
@@ -116,7 +120,7 @@ class TaskReader:
 
     def _is_usable(self, sample: Sample) -> bool:
         if self.task.task == CLASSIFICATION:
-            if self.task.label(sample) is None:
+            if not self.task.has_label(sample):
                 self.skips.add("no_label", sample.key)
                 return False
         elif not sample.captions:
@@ -132,11 +136,22 @@ def encode_task(
     precision: Precision,
     *,
     batch_size: int,
-    workers: int,
+    workers: int | None,
     max_bad_fraction: float,
     progress: Progress,
 ) -> tuple[list[EncodedBatch], Skips]:
     """Embed a data set with all processes.
+
+    Args:
+        model: The model.
+        task: The data set and what is measured on it.
+        machine: The processes.
+        precision: Number format of the products.
+        batch_size: Images in a batch.
+        workers: Processes that decode, 0 for none; None decodes on a GPU by `default_workers` processes, and on a CPU by the
+            threads that compute.
+        max_bad_fraction: Largest share of samples that may be unusable.
+        progress: Told of each image.
 
     Returns:
         All batches in order and what was skipped, on every process.
@@ -157,12 +172,19 @@ def encode_task(
 
     classify = task.task == CLASSIFICATION
     prepare = PrepareBatch(model.pixel_transform(), None if classify else model.tokenizer)
+    encode = partial(_encode, model, task, precision)
+    threads = threads_beside(machine.device)
+    if workers is None and machine.device.type == "cpu":
+        batches = compute_beside(mine(), lambda samples: encode(prepare(samples)), threads)
+    else:
+        loaded = load_batches(mine(), prepare, default_workers() if workers is None else workers)
+        batches = compute_beside(loaded, encode, threads)
     encoded, unreadable, failure, shown = list[EncodedBatch](), Skips(), None, 0
     try:
-        for place, batch in enumerate(load_batches(mine(), prepare, workers)):
-            unreadable.merge(batch.skips)
-            if batch.pixels is not None:
-                encoded.append(_encode(model, task, batch, numbers[place], precision))
+        for place, (batch, skips) in enumerate(batches):
+            unreadable.merge(skips)
+            if batch is not None:
+                encoded.append(dataclasses.replace(batch, number=numbers[place]))
             # The other processes are about as far: count every batch up to this one.
             progress.advance(sum(sizes[shown : numbers[place] + 1]))
             shown = numbers[place] + 1
@@ -187,21 +209,21 @@ def _fix(task: ZeroshotTask) -> str:
 
 
 def _encode(
-    model: ClipModel, task: ZeroshotTask, batch: PreparedBatch, number: int, precision: Precision
-) -> EncodedBatch:
-    assert batch.pixels is not None
-    labels = None
-    if task.task == CLASSIFICATION:
-        labels = torch.tensor([task.label(sample) for sample in batch.samples])
-    texts = model.encode_texts(batch.tokens, precision).cpu() if batch.tokens is not None else None
-    return EncodedBatch(
-        number,
-        [sample.key for sample in batch.samples],
-        model.encode_images(batch.pixels, precision).cpu(),
-        labels,
-        texts,
-        [len(sample.captions) for sample in batch.samples],
+    model: ClipModel, task: ZeroshotTask, precision: Precision, batch: PreparedBatch
+) -> tuple[EncodedBatch | None, Skips]:
+    """Embed one batch, whose number the caller knows; None when no image of it could be read."""
+    if batch.pixels is None:
+        return None, batch.skips
+    encoded = EncodedBatch(
+        number=-1,
+        keys=[sample.key for sample in batch.samples],
+        locations=[sample.image for sample in batch.samples],
+        images=model.encode_images(batch.pixels, precision).cpu(),
+        labels=task.labels(batch.samples) if task.task == CLASSIFICATION else None,
+        texts=model.encode_texts(batch.tokens, precision).cpu() if batch.tokens is not None else None,
+        captions_per_image=[len(sample.captions) for sample in batch.samples],
     )
+    return encoded, batch.skips
 
 
 def encode_classes(
@@ -213,13 +235,15 @@ def encode_classes(
         float32 [C, T, D], unit rows, on the CPU of every process.
     """
     classes_a_batch = max(1, batch_size // len(task.templates))
-    mine = []
-    for number, start in enumerate(range(0, len(task.class_names), classes_a_batch)):
-        if number % machine.size != machine.rank:
-            continue
+    starts = list(enumerate(range(0, len(task.class_names), classes_a_batch)))[machine.rank :: machine.size]
+
+    def encode(place: tuple[int, int]) -> tuple[int, torch.Tensor]:
+        number, start = place
         names = task.class_names[start : start + classes_a_batch]
         tokens = model.tokenizer([prompt for name in names for prompt in task.prompts(name)])
         parts = [model.encode_texts(part, precision).cpu() for part in torch.split(tokens, batch_size)]
-        mine.append((number, torch.cat(parts).view(len(names), len(task.templates), -1)))
+        return number, torch.cat(parts).view(len(names), len(task.templates), -1)
+
+    mine = list(compute_beside(starts, encode, threads_beside(machine.device)))
     everything = sorted((part for parts in machine.gather(mine) for part in parts), key=lambda part: part[0])
     return torch.cat([prompts for _, prompts in everything])

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.benchmark_folder import BenchmarkFolder, find_benchmark_folder
-from clipcid_cli.formats.class_files import DEFAULT_TEMPLATES, fill_template, read_class_names, read_templates
+from clipcid_cli.formats.class_files import (
+    BUILTIN_CLASS_NAMES,
+    BUILTIN_TEMPLATES,
+    DEFAULT_TEMPLATES,
+    fill_template,
+    read_class_names,
+    read_templates,
+)
 from clipcid_cli.formats.dataset import Columns, Dataset, Sample, open_dataset, open_described
+from clipcid_cli.formats.multi_label import read_classes
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.presets import ACCURACY, MEAN_AVERAGE_PRECISION, RECALL, Preset, find_preset
 from clipcid_cli.formats.work import WorkDirectory
+from clipcid_cli.runtime.encoder import builtin_class_names, builtin_templates
 from clipcid_cli.runtime.seeds import key_fraction
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 CLASSIFICATION = "zeroshot_classification"
 RETRIEVAL = "zeroshot_retrieval"
-_TASKS = {"classification": CLASSIFICATION, "retrieval": RETRIEVAL}
+MULTI_LABEL = "multilabel"
+# CLIP_benchmark, too, calls the task of images with several classes a classification.
+_TASKS = {"classification": CLASSIFICATION, MULTI_LABEL: CLASSIFICATION, "retrieval": RETRIEVAL}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +49,8 @@ class ZeroshotTask:
         templates: Prompt templates; none for retrieval.
         held_out: Share of the samples that is used, by hash of the key; None uses all.
         label_of: Label by the data set's own number of the class, where class names and folders are in different orders.
+        multi_label: Whether an image may have any number of classes.
+        customary: Name of the metric the data set is usually reported by.
     """
 
     name: str
@@ -41,6 +60,8 @@ class ZeroshotTask:
     templates: tuple[str, ...] = ()
     held_out: float | None = None
     label_of: tuple[int, ...] | None = None
+    multi_label: bool = False
+    customary: str = ACCURACY
 
     def prompts(self, class_name: str) -> list[str]:
         """Return the prompts of one class."""
@@ -66,6 +87,25 @@ class ZeroshotTask:
             )
         return self.label_of[sample.label] if self.label_of is not None else sample.label
 
+    def has_label(self, sample: Sample) -> bool:
+        """Tell whether a sample says which class, or for several-class data which classes, it has."""
+        if self.multi_label:
+            return sample.multi_hot is not None or sample.labels is not None or sample.label is not None
+        return self.label(sample) is not None
+
+    def labels(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Return the classes of samples that have one: int64 [B], or bool [B, C] where an image may have several.
+
+        Raises:
+            ClipcidError: when there is no class of that number.
+        """
+        if not self.multi_label:
+            return torch.tensor([self.label(sample) for sample in samples])
+        positive = torch.zeros(len(samples), len(self.class_names), dtype=torch.bool)
+        for row, sample in enumerate(samples):
+            positive[row, list(read_classes(sample, len(self.class_names)) or ())] = True
+        return positive
+
     def describe(self) -> dict[str, Any]:
         """Return what decides the metrics beside model and data, for the sidecar."""
         return {
@@ -73,6 +113,7 @@ class ZeroshotTask:
             "task": self.task,
             "class_names": list(self.class_names),
             "templates": list(self.templates),
+            "multi_label": self.multi_label,
             "held_out": self.held_out,
             "keys": self.dataset.keys,
             "columns": dataclasses.asdict(self.dataset.columns),
@@ -104,51 +145,99 @@ def _plan_held_out(settings: EvalZeroshotSettings, reporter: Reporter) -> Zerosh
     dataset = open_described(sidecar["data"])
     reporter.note(f"Data: the {fraction:.2%} of {dataset.spec} that {run} held out.")
     name = f"{find_benchmark_folder(dataset.spec).name}-held-out"
-    return ZeroshotTask(name, RETRIEVAL, dataset, held_out=fraction)
+    return ZeroshotTask(name, RETRIEVAL, dataset, held_out=fraction, customary=RECALL)
 
 
 def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotTask:
+    found = find_preset(data, settings.data_root)
+    preset = found[0] if found is not None else None
+    if found is not None:
+        data = str(found[1])
+        reporter.note(f"Data: {preset_name(found[0])} in {data}.")
     folder = find_benchmark_folder(data, settings.split)
+    if preset is not None:
+        folder = dataclasses.replace(folder, name=preset.name)
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
     dataset = open_dataset(folder.data, keys=settings.keys, columns=columns)
-    task = _choose_task(folder, dataset, settings)
-    if task == RETRIEVAL:
-        return ZeroshotTask(folder.name, RETRIEVAL, dataset)
-    class_names, label_of = _find_class_names(folder, dataset, settings, reporter)
-    path = settings.templates or folder.templates
-    if path is None:
-        reporter.note(f"{folder.name}: no templates were given; taking {', '.join(DEFAULT_TEMPLATES)!r}.")
-    templates = read_templates(path) if path is not None else DEFAULT_TEMPLATES
-    return ZeroshotTask(folder.name, CLASSIFICATION, dataset, class_names, templates, label_of=label_of)
-
-
-def _choose_task(folder: BenchmarkFolder, dataset: Dataset, settings: EvalZeroshotSettings) -> str:
-    if settings.task != "auto":
-        return _TASKS[settings.task]
-    if folder.dataset_type is not None:
-        if folder.dataset_type not in _TASKS:
-            raise ClipcidError(
-                f"{folder.data}: dataset_type.txt says {folder.dataset_type!r}; clipcid evaluates {' and '.join(_TASKS)}.",
-                "Give another data set, or say what to measure with --task.",
-            )
-        return _TASKS[folder.dataset_type]
-    first = next(samples[0] for shard in dataset.shards if (samples := shard.samples()))
-    if first.label is not None:
-        return CLASSIFICATION
-    if first.captions:
-        return RETRIEVAL
-    raise ClipcidError(
-        f"{folder.data}: sample {first.key} has neither a class nor a caption.",
-        "Classification needs a .cls beside each image, a `label` column or one folder per class; retrieval a .txt or a "
-        "caption column.",
+    kind = _choose_task(folder, dataset, settings)
+    if _TASKS[kind] == RETRIEVAL:
+        return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=preset.metric if preset is not None else RECALL)
+    class_names, label_of = _find_class_names(folder, dataset, settings, preset, reporter)
+    multi_label = kind == MULTI_LABEL
+    default = MEAN_AVERAGE_PRECISION if multi_label else ACCURACY
+    return ZeroshotTask(
+        folder.name,
+        CLASSIFICATION,
+        dataset,
+        class_names,
+        _find_templates(folder, settings, preset, reporter),
+        label_of=label_of,
+        multi_label=multi_label,
+        customary=preset.metric if preset is not None else default,
     )
 
 
+def preset_name(preset: Preset) -> str:
+    """Say a preset's name and by what metric it is usually reported."""
+    return f"{preset.name} (usually reported by {preset.metric})"
+
+
+def _choose_task(folder: BenchmarkFolder, dataset: Dataset, settings: EvalZeroshotSettings) -> str:
+    """Return ``classification``, ``multilabel`` or ``retrieval``."""
+    if settings.task != "auto":
+        return settings.task
+    if folder.dataset_type is not None:
+        if folder.dataset_type not in _TASKS:
+            raise ClipcidError(
+                f"{folder.data}: dataset_type.txt says {folder.dataset_type!r}; clipcid evaluates {', '.join(_TASKS)}.",
+                "Give another data set, or say what to measure with --task.",
+            )
+        return folder.dataset_type
+    first = next(samples[0] for shard in dataset.shards if (samples := shard.samples()))
+    if first.label is not None:
+        return "classification"
+    if first.labels is not None:
+        return MULTI_LABEL
+    if first.captions:
+        return "retrieval"
+    raise ClipcidError(
+        f"{folder.data}: sample {first.key} has neither a class nor a caption.",
+        "Classification needs a .cls beside each image, a `label` column or one folder per class; retrieval a .txt or a "
+        "caption column; a .npy of zeros and ones is read with --task multilabel.",
+    )
+
+
+def _find_templates(
+    folder: BenchmarkFolder, settings: EvalZeroshotSettings, preset: Preset | None, reporter: Reporter
+) -> tuple[str, ...]:
+    named = settings.templates
+    if named is None and folder.templates is None and preset is not None:
+        named = preset.templates
+    if named in BUILTIN_TEMPLATES:
+        templates = builtin_templates(str(named))
+        reporter.note(f"{folder.name}: the {len(templates)} templates of open_clip called {named}.")
+        return templates
+    path = Path(named) if named is not None else folder.templates
+    if path is None:
+        reporter.note(f"{folder.name}: no templates were given; taking {', '.join(DEFAULT_TEMPLATES)!r}.")
+        return DEFAULT_TEMPLATES
+    return read_templates(path)
+
+
 def _find_class_names(
-    folder: BenchmarkFolder, dataset: Dataset, settings: EvalZeroshotSettings, reporter: Reporter
+    folder: BenchmarkFolder,
+    dataset: Dataset,
+    settings: EvalZeroshotSettings,
+    preset: Preset | None,
+    reporter: Reporter,
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     """Return the class names and, where folders of classes are in another order, the label of each folder."""
-    path = settings.classnames or folder.class_names
+    named = settings.classnames
+    if named is None and folder.class_names is None and preset is not None:
+        named = preset.class_names
+    if named in BUILTIN_CLASS_NAMES:
+        return _imagenet_names(builtin_class_names(str(named)), folder, dataset, reporter)
+    path = Path(named) if named is not None else folder.class_names
     if path is None:
         if dataset.classes is None:
             raise ClipcidError(
@@ -160,6 +249,12 @@ def _find_class_names(
     class_names = read_class_names(path)
     if dataset.classes is None:
         return class_names, None
+    numbers = _folder_numbers(dataset.classes, len(class_names))
+    if numbers is not None:
+        reporter.note(
+            f"{folder.name}: the names of the class folders are the numbers of their lines in {path}, from 0."
+        )
+        return class_names, numbers
     if len(class_names) != len(dataset.classes):
         raise ClipcidError(
             f"{path} names {len(class_names)} classes; {folder.data} has {len(dataset.classes)} folders of classes.",
@@ -172,6 +267,34 @@ def _find_class_names(
         return class_names, tuple(label for label in labels if label is not None)
     reporter.note(f"{folder.name}: the lines of {path} stand for the class folders in the order of their names.")
     return class_names, None
+
+
+def _imagenet_names(
+    names: dict[str, str], folder: BenchmarkFolder, dataset: Dataset, reporter: Reporter
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """Name ImageNet's classes; of folders called by WordNet numbers, as in its shifts, only those that are there."""
+    if dataset.classes is None:
+        return tuple(names.values()), None
+    numbers = _folder_numbers(dataset.classes, len(names))
+    if numbers is not None:
+        return tuple(names.values()), numbers
+    unknown = next((name for name in dataset.classes if name not in names), None)
+    if unknown is not None:
+        raise ClipcidError(
+            f"{folder.data}: the class folder {unknown!r} is no class of ImageNet (n01440764 … n15075141, or 0 … 999).",
+            "Give the class names of this data set with --classnames FILE.",
+        )
+    if len(dataset.classes) < len(names):
+        reporter.note(f"{folder.name}: {len(dataset.classes)} of ImageNet's 1,000 classes, told among each other only.")
+    return tuple(names[name] for name in dataset.classes), None
+
+
+def _folder_numbers(folders: Sequence[str], num_classes: int) -> tuple[int, ...] | None:
+    """Read folders called 0, 1, … as labels, since sorting their names would put 10 before 2; None when they are not."""
+    if not all(re.fullmatch(r"\d+", name) for name in folders):
+        return None
+    numbers = tuple(int(name) for name in folders)
+    return numbers if len(set(numbers)) == len(numbers) and max(numbers) < num_classes else None
 
 
 def _plain_name(name: str) -> str:

@@ -7,12 +7,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Run, write_tar
+from conftest import Run, write_tar, write_tiny_model
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "grey": (120, 120, 120), "red": (210, 50, 40)}
 
@@ -82,16 +84,128 @@ def test_metrics_are_those_of_scikit_learn_on_the_same_features(
     assert sidecar["solution"]["converged"]
     assert sidecar["solution"]["gradient_norm"] <= 1e-6
     assert len(sidecar["sweep"]) == 45
-    best = max(point["validation_acc1"] for point in sidecar["sweep"])
-    assert result["validation_acc1"] == best
-    assert result["c"] == min(point["c"] for point in sidecar["sweep"] if point["validation_acc1"] == best)
+    best = max(point["validation_score"] for point in sidecar["sweep"])
+    assert result["metric"] == "acc1"
+    assert result["validation_score"] == best
+    assert result["c"] == min(point["c"] for point in sidecar["sweep"] if point["validation_score"] == best)
+    assert result["sweep"]["score"] == [point["validation_score"] for point in sidecar["sweep"]]
 
     again = clipcid("eval-linear", tiny_model, colours, "--json").json
     assert again == result | {"reused": True}
-    shutil.rmtree(work / "eval")
-    cached = clipcid("eval-linear", tiny_model, colours, "--json")
-    assert "features of 96 images from" in " ".join(cached.stderr.split())
-    assert cached.json["metrics"] == metrics
+
+    check_shots(clipcid, result, [tiny_model, colours, "--shots", "4,1,19", "--shot-repeats", 3])
+
+
+def check_shots(clipcid: Callable[..., Run], plain: dict[str, Any], arguments: list[object]) -> None:
+    """Few-shot probes of the same model and data, beside the probe that was fitted already."""
+    run = clipcid("eval-linear", *arguments, "--json")
+    result, work = run.json, run.cwd / "clipcid-work"
+    # The features and the probe are those of the run without; the metrics file says nothing of shots.
+    assert "features of 96 images from" in " ".join(run.stderr.split())
+    assert result["metrics"] == plain["metrics"]
+    assert plain["shots"] == []
+    written = json.loads((work / "eval" / "colours_tiny_linear_probe.json").read_text())
+    assert set(written) == {"dataset", "model", "pretrained", "task", "language", "metrics"}
+    sidecar = json.loads((work / "eval" / "sidecars" / "colours_tiny_linear_probe.json").read_text())
+    assert sidecar["result"]["shots"] == result["shots"]
+
+    assert [point["shots"] for point in result["shots"]] == [1, 4, 19]
+    assert [point["images"] for point in result["shots"]] == [4, 16, 76]
+    for point in result["shots"]:
+        accuracy = point["metrics"]["lp_acc1"]
+        assert len(accuracy["values"]) == len(point["c"]) == 3
+        assert accuracy["mean"] == pytest.approx(np.mean(accuracy["values"]))
+        assert accuracy["std"] == pytest.approx(np.std(accuracy["values"], ddof=1))
+        assert point["metrics"]["lp_acc5"] == {"mean": None, "std": None, "values": [None] * 3}
+    first, _, last = (point["metrics"]["lp_acc1"] for point in result["shots"])
+    assert first["mean"] < last["mean"]
+    # 24 images of each class, a fifth held out: 19 are all there are, and every draw is the same.
+    assert last["std"] == 0
+    assert first["std"] > 0
+
+    shown = clipcid("eval-linear", *arguments).stderr
+    assert "Few-shot, mean ± standard deviation of 3 draws" in shown
+    assert "images a class" in shown
+
+
+def test_features_are_kept_until_weights_preprocessing_or_data_change(
+    clipcid: Callable[..., Run], tiny_model: Path, colours: Path, tmp_path: Path
+) -> None:
+    model, data = tmp_path / "model", tmp_path / "colours"
+    shutil.copytree(tiny_model, model)
+    shutil.copytree(colours, data)
+
+    def evaluate() -> list[str]:
+        """Run anew and tell which splits' features were taken from before."""
+        shutil.rmtree(tmp_path / "clipcid-work" / "eval", ignore_errors=True)
+        told = " ".join(clipcid("eval-linear", model, data).stderr.split())
+        return [split for split, count in (("train", 96), ("test", 36)) if f"features of {count} images from" in told]
+
+    assert evaluate() == []
+    # Another image of the same name and size.
+    path = data / "test" / "grey" / "3.png"
+    size = path.stat().st_size
+    path.write_bytes(draw(COLOURS["red"], 1)[:size].ljust(size, b"\0"))
+    assert evaluate() == ["train"]
+
+    config = model / "open_clip_config.json"
+    changed = json.loads(config.read_text())
+    changed["preprocess_cfg"]["mean"] = [0.4] * 3
+    config.write_text(json.dumps(changed))
+    assert evaluate() == []
+
+    write_tiny_model(tmp_path / "other", seed=1)
+    shutil.copy(tmp_path / "other" / "open_clip_model.safetensors", model / "open_clip_model.safetensors")
+    assert evaluate() == []
+    assert evaluate() == ["train", "test"]
+
+
+def several_classes(folder: Path, split: str, count: int, seed: int) -> Path:
+    """Write one image of two colours for each sample, and a vector of which, as CLIP_benchmark's multi-label data is."""
+    random, members = np.random.default_rng(seed), list[tuple[str, bytes]]()
+    for number in range(count):
+        chosen = random.choice(4, 2, replace=False)
+        pixels = np.concatenate(
+            [np.full((16, 32, 3), list(COLOURS.values())[place]) + random.normal(scale=50, size=3) for place in chosen]
+        )
+        buffer = io.BytesIO()
+        noisy = pixels + random.normal(scale=60, size=pixels.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+        vector = io.BytesIO()
+        np.save(vector, np.isin(np.arange(4), chosen).astype(np.int64))
+        members += [(f"{number:03d}.png", buffer.getvalue()), (f"{number:03d}.npy", vector.getvalue())]
+    write_tar(folder / split / "0.tar", members)
+    (folder / split / "nshards.txt").write_text("1")
+    return folder
+
+
+def test_images_with_several_classes_are_one_regression_for_each_class(
+    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "wds_voc2007_multilabel"
+    for split, count in (("train", 120), ("test", 60)):
+        several_classes(data, split, count, count)
+    (data / "dataset_type.txt").write_text("multilabel")
+    run = clipcid("eval-linear", tiny_model, data, "--shots", "2,8", "--shot-repeats", 2, "--json")
+    result, work = run.json, run.cwd / "clipcid-work"
+    # VOC2007 is reported by eleven points; C is chosen by what is reported.
+    assert result["metric"] == "mean_average_precision_11_point"
+    assert set(result["metrics"]) == {"lp_mean_average_precision", "lp_mean_average_precision_11_point"}
+    rows, labels = read_features(work, 120)
+    test_rows, test_labels = read_features(work, 60)
+    assert labels.dtype == bool
+    assert (labels.sum(axis=1) == 2).all()
+    scores = [
+        LogisticRegression(C=result["c"], tol=1e-8, max_iter=10_000).fit(rows, own).decision_function(test_rows)
+        for own in labels.T
+    ]
+    expected = average_precision_score(test_labels, np.stack(scores, 1), average="macro")
+    assert result["metrics"]["lp_mean_average_precision"] == pytest.approx(expected, abs=1e-6)
+    assert expected > 0.55
+    assert [point["shots"] for point in result["shots"]] == [2, 8]
+    wrong = clipcid("eval-linear", tiny_model, data, "--metric", "acc1", check=False)
+    assert wrong.returncode == 2
+    assert "an image has several classes" in " ".join(wrong.stderr.split())
 
 
 def test_two_processes_measure_what_one_does(
@@ -107,11 +221,11 @@ def test_two_processes_measure_what_one_does(
 def test_benchmark_shards_and_the_newest_student_are_the_defaults(
     clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path
 ) -> None:
-    for split, count in (("train", 40), ("test", 20)):
+    for split, count in (("train", 40), ("test", 20), ("val", 12)):
         members: list[tuple[str, bytes]] = []
         for number in range(count):
             name = list(COLOURS)[number % 4]
-            members.append((f"{number:03d}.png", draw(COLOURS[name], number + 90_000 * (split == "test"))))
+            members.append((f"{number:03d}.png", draw(COLOURS[name], number + 30_000 * count)))
             members.append((f"{number:03d}.cls", str(number % 4).encode()))
         write_tar(tmp_path / "bench" / split / "0.tar", members)
         (tmp_path / "bench" / split / "nshards.txt").write_text("1")
@@ -122,6 +236,11 @@ def test_benchmark_shards_and_the_newest_student_are_the_defaults(
     result = clipcid("eval-linear", *arguments, "--json")
     assert result.json["dataset"] == "bench"
     assert (result.json["train_images"], result.json["images"]) == (40, 20)
+    assert result.json["validation_images"] == 8
+    # A validation split of its own: all of --train is fitted, and both are at last.
+    own = clipcid("eval-linear", *arguments, "--val", tmp_path / "bench" / "val", "--overwrite", "--json").json
+    assert (own["train_images"], own["validation_images"], own["images"]) == (52, 12, 20)
+    assert set(own["skipped"]) == {"train", "test", "val"}
     assert "newest student" in result.stderr
 
 
@@ -139,6 +258,9 @@ def test_bad_input_gives_one_error_and_leaves_nothing(
         (["no-such-model", colours], 1, "no-such-model"),
         ([colours, colours], 1, "first positional is the model"),
         ([tiny_model, colours, "--val-fraction", 0], 2, "--val-fraction"),
+        ([tiny_model, colours, "--shots", "1,two"], 2, "--shots is '1,two'"),
+        ([tiny_model, colours, "--shots", "0"], 2, "--shots is '0'"),
+        ([tiny_model, colours, "--metric", "mean_average_precision"], 2, "an image has one class"),
     ]
     for arguments, code, message in cases:
         run = clipcid("eval-linear", *arguments, check=False)

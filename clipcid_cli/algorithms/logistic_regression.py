@@ -1,8 +1,10 @@
-"""Softmax regression by L-BFGS, with what its shape allows: a diagonal to start from and line searches without products.
+"""Logistic regression by L-BFGS, with what its shape allows: a diagonal to start from and line searches without products.
 
 Shape letters: N images, D width, C classes.
 
-The function is F(θ) = mean_i −log softmax(W·x_i + b)[y_i] + decay/2·‖W‖² with θ = [W, b] of shape [C, D + 1].
+The function is F(θ) = mean_i ℓ(W·x_i + b, y_i) + decay/2·‖W‖² with θ = [W, b] of shape [C, D + 1]. ℓ is the cross-entropy of
+the softmax where each image has one class, and the sum of C binary cross-entropies where it may have any number: then F is
+a sum of C functions, each of its own row of θ.
 
 - **Diagonal.** In coordinates in which the features are centred and uncorrelated the Hessian is nearly diagonal: along
   axis j of class k it is about κ_k·s_j + decay, with s_j the variance of axis j and κ_k the mean of p·(1 − p). L-BFGS
@@ -11,15 +13,21 @@ The function is F(θ) = mean_i −log softmax(W·x_i + b)[y_i] + decay/2·‖W�
   step costs a softmax and no matrix product. F is convex, so the slope along the direction alone decides whether a step
   is accepted: the approximate Wolfe conditions of Hager and Zhang (2005), which also hold where F no longer changes in
   its last digits.
+- **End.** The gradient's norm says little where regularisation is weak: F is then small and flat. So the decrease that the
+  next step promises, half the slope along its direction, must also be small beside F. [O]
 """
 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 
 import torch
+
+PROMISED_DECREASE = 1e-5
+"""Share of F that the next step may promise at the end."""
 
 _HISTORY = 10
 _MOST_TRIALS = 25
@@ -30,20 +38,34 @@ _LEAST_SPREAD = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftmaxRegression:
+class Regression(ABC):
     """The function to minimise.
 
     Attributes:
         features_ND: Centred, uncorrelated features, float [N, D].
-        labels_N: Classes, int64 [N], each of 0 … C − 1 at least once.
         variance_D: Variance of each axis, [D].
         decay: Strength of the regularisation of the weights.
     """
 
     features_ND: torch.Tensor
-    labels_N: torch.Tensor
     variance_D: torch.Tensor
     decay: float
+
+    @abstractmethod
+    def probabilities(self, logits_NC: torch.Tensor) -> torch.Tensor:
+        """Return p(class | image), a new [N, C]."""
+
+    @abstractmethod
+    def loss(self, logits_NC: torch.Tensor) -> float:
+        """Return the mean over the images of ℓ."""
+
+    @abstractmethod
+    def subtract_targets(self, probabilities_NC: torch.Tensor) -> None:
+        """Turn probabilities into the gradient of ℓ by the logits, in place."""
+
+    @abstractmethod
+    def mean_of_targets(self, values_NC: torch.Tensor) -> float:
+        """Return the mean over the images of the sum of the values at their own classes."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,18 +76,20 @@ class SoftmaxRegression:
         """Return W·x + b, [N, C]."""
         return torch.addmm(parameters[:, -1], self.features_ND, parameters[:, :-1].T)
 
+    def value(self, parameters: torch.Tensor, logits_NC: torch.Tensor) -> float:
+        """Return F from the logits at the parameters."""
+        return self.loss(logits_NC) + self.decay / 2 * float(parameters[:, :-1].square().sum())
+
     def evaluate(self, parameters: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Return F and its gradient [C, D + 1]."""
         logits_NC = self.logits(parameters)
-        loss = torch.nn.functional.cross_entropy(logits_NC, self.labels_N)
-        penalty = self.decay / 2 * parameters[:, :-1].square().sum()
-        return float(loss + penalty), self.gradient(parameters, logits_NC.softmax(dim=1))
+        return self.value(parameters, logits_NC), self.gradient(parameters, self.probabilities(logits_NC))
 
     def gradient(self, parameters: torch.Tensor, probabilities_NC: torch.Tensor) -> torch.Tensor:
         """Return F's gradient [C, D + 1] from the probabilities at the parameters, which are used up."""
         residuals_NC = probabilities_NC
-        residuals_NC[torch.arange(len(self.labels_N), device=self.labels_N.device), self.labels_N] -= 1
-        residuals_NC /= len(self.labels_N)
+        self.subtract_targets(residuals_NC)
+        residuals_NC /= len(self.features_ND)
         weights_CD = torch.addmm(parameters[:, :-1], residuals_NC.T, self.features_ND, beta=self.decay)
         return torch.cat([weights_CD, residuals_NC.sum(dim=0)[:, None]], dim=1)
 
@@ -76,42 +100,109 @@ class SoftmaxRegression:
         return torch.cat([weights_CD, spread_C[:, None]], dim=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class SoftmaxRegression(Regression):
+    """One class for each image.
+
+    Attributes:
+        labels_N: Classes, int64 [N], each of 0 … C − 1 at least once.
+    """
+
+    labels_N: torch.Tensor
+
+    def probabilities(self, logits_NC: torch.Tensor) -> torch.Tensor:
+        """Return the softmax."""
+        return logits_NC.softmax(dim=1)
+
+    def loss(self, logits_NC: torch.Tensor) -> float:
+        """Return the mean cross-entropy."""
+        return float(torch.nn.functional.cross_entropy(logits_NC, self.labels_N))
+
+    def subtract_targets(self, probabilities_NC: torch.Tensor) -> None:
+        """Subtract 1 at each image's class."""
+        probabilities_NC[torch.arange(len(self.labels_N), device=self.labels_N.device), self.labels_N] -= 1
+
+    def mean_of_targets(self, values_NC: torch.Tensor) -> float:
+        """Return the mean of the values at the images' classes."""
+        return float(values_NC.gather(1, self.labels_N[:, None]).double().mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmoidRegressions(Regression):
+    """Any number of classes for each image: one logistic regression for each class, solved together.
+
+    Attributes:
+        targets_NC: 1 where the image has the class, else 0, in the precision of the features [N, C].
+    """
+
+    targets_NC: torch.Tensor
+
+    def probabilities(self, logits_NC: torch.Tensor) -> torch.Tensor:
+        """Return the logistic function."""
+        return logits_NC.sigmoid()
+
+    def loss(self, logits_NC: torch.Tensor) -> float:
+        """Return the mean over the images of the sum of binary cross-entropies."""
+        total = torch.nn.functional.binary_cross_entropy_with_logits(logits_NC, self.targets_NC, reduction="sum")
+        return float(total) / len(logits_NC)
+
+    def subtract_targets(self, probabilities_NC: torch.Tensor) -> None:
+        """Subtract the targets."""
+        probabilities_NC -= self.targets_NC
+
+    def mean_of_targets(self, values_NC: torch.Tensor) -> float:
+        """Return the mean of the sum of the values at the images' classes."""
+        return float((values_NC * self.targets_NC).sum(dim=1).double().mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Minimum:
+    """Where a minimisation ended.
+
+    Attributes:
+        parameters: [C, D + 1].
+        iterations: Iterations done.
+        met: Whether the gradient and the promised decrease are small enough; False where the iterations or, through
+            rounding, the ways down ended first.
+    """
+
+    parameters: torch.Tensor
+    iterations: int
+    met: bool
+
+
 def minimise(
-    problem: SoftmaxRegression,
+    problem: Regression,
     start: torch.Tensor,
     tolerance: float,
     max_iterations: int,
     norm: Callable[[torch.Tensor], float],
-) -> tuple[torch.Tensor, int]:
+) -> Minimum:
     """Minimise by L-BFGS.
 
     Args:
         problem: The function.
         start: Where to begin, [C, D + 1].
-        tolerance: Ends when the norm of the gradient is at most this.
+        tolerance: Ends when the norm of the gradient is at most this, and the promised decrease of F at most
+            `PROMISED_DECREASE` of it.
         max_iterations: Ends after this many iterations.
         norm: Norm of a gradient.
-
-    Returns:
-        Where it ended (for the caller to judge: it also ends when rounding leaves no way down), and the iterations done.
 
     Source: Nocedal and Wright, Numerical Optimization, algorithm 7.4; the rest as the module says.
     """
     parameters, logits_NC = start.clone(), problem.logits(start)
-    probabilities_NC = logits_NC.softmax(dim=1)
+    probabilities_NC = problem.probabilities(logits_NC)
     diagonal = problem.diagonal(probabilities_NC)
     gradient = problem.gradient(parameters, probabilities_NC)
     history: deque[tuple[torch.Tensor, torch.Tensor, float]] = deque(maxlen=_HISTORY)
     for iteration in range(max_iterations):
-        if norm(gradient) <= tolerance:
-            return parameters, iteration
         direction = _direction(gradient, diagonal, history)
         slope = float((direction.double() * gradient.double()).sum())
-        if slope >= 0:
-            return parameters, iteration
-        found = _search_line(problem, parameters, direction, logits_NC, slope)
+        if norm(gradient) <= tolerance and -slope / 2 <= PROMISED_DECREASE * problem.value(parameters, logits_NC):
+            return Minimum(parameters, iteration, met=True)
+        found = _search_line(problem, parameters, direction, logits_NC, slope) if slope < 0 else None
         if found is None:
-            return parameters, iteration
+            return Minimum(parameters, iteration, met=False)
         step, logits_NC, probabilities_NC = found
         change = step * direction
         parameters = parameters + change
@@ -121,7 +212,7 @@ def minimise(
         if curvature > 0:
             history.append((change, difference, curvature))
         gradient = new_gradient
-    return parameters, max_iterations
+    return Minimum(parameters, max_iterations, met=False)
 
 
 def _direction(
@@ -143,7 +234,7 @@ def _direction(
 
 
 def _search_line(
-    problem: SoftmaxRegression, parameters: torch.Tensor, direction: torch.Tensor, logits_NC: torch.Tensor, slope: float
+    problem: Regression, parameters: torch.Tensor, direction: torch.Tensor, logits_NC: torch.Tensor, slope: float
 ) -> tuple[float, torch.Tensor, torch.Tensor] | None:
     """Find a step along a direction of descent.
 
@@ -151,7 +242,7 @@ def _search_line(
         The step and the logits and probabilities at its end; None when rounding leaves no step that goes down.
     """
     change_NC = problem.logits(direction)
-    own = float(change_NC.gather(1, problem.labels_N[:, None]).double().mean())
+    own = problem.mean_of_targets(change_NC)
     weights, step_weights = parameters[:, :-1].double(), direction[:, :-1].double()
     linear = problem.decay * float((weights * step_weights).sum())
     quadratic = problem.decay * float(step_weights.square().sum())
@@ -159,7 +250,7 @@ def _search_line(
     step = 1.0
     for _ in range(_MOST_TRIALS):
         moved_NC = torch.add(logits_NC, change_NC, alpha=step)
-        probabilities_NC = moved_NC.softmax(dim=1)
+        probabilities_NC = problem.probabilities(moved_NC)
         expected = float((probabilities_NC * change_NC).sum(dim=1).double().mean())
         end_slope = expected - own + linear + step * quadratic
         if _CURVATURE * slope <= end_slope <= (2 * _DECREASE - 1) * slope:
