@@ -7,7 +7,7 @@
 Without --peer a venv is made (pip, some minutes, with this environment's versions of torch, open_clip and Pillow). The data
 is a CLIP_benchmark folder made of the shipped training pairs, whose classes the metadata tells; bytes of images are copied.
 
-Whole commands are timed, start to exit, in turn: A B C A B C … Medians are printed. CLIP_benchmark runs in fp32 (`--no_amp`),
+Whole commands are timed, start to exit, in turn: A B C A B C … Medians are printed. CLIP_benchmark runs in fp32 (--no_amp),
 as evaluation does here, at each number of workers named with --workers, and once as it is by default (mixed precision, whose
 metrics may differ).
 """
