@@ -1,4 +1,4 @@
-"""Importing libraries of many modules a little faster."""
+"""Importing libraries of many modules faster, and leaving them behind faster."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from contextlib import contextmanager
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Look for no garbage while what is inside imports: it makes a million objects, and keeps them.
+    """Look for no garbage while what is inside imports, nor ever again in what it made.
 
-    Importing open_clip took 3.4 s of CPU this way and 4.0 s without.
+    Imports make 400,000 objects and keep them all. Python would go through them again and again, last when it exits: a
+    program that only imports open_clip took 3.1 s of CPU this way, 4.2 s when they were not set aside at the end, and
+    searching while importing costs 0.7 s more.
     """
     before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if before:
             gc.enable()
