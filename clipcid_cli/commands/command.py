@@ -13,6 +13,7 @@ import click
 
 from clipcid_cli.commands.config import load_config
 from clipcid_cli.commands.options import GroupedCommand, build_parameters
+from clipcid_cli.runtime.imports import importing
 from clipcid_cli.steps.settings.shared import SharedSettings
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ def run_step(settings: SharedSettings, step: str, summary: Summary) -> None:
     console = make_console()
     is_main = int(os.environ.get("RANK", "0")) == 0
     reporter = make_reporter(console, quiet=settings.quiet, is_main=is_main)
-    result = importlib.import_module(step).run(settings, reporter)
+    with importing():
+        module = importlib.import_module(step)
+    result = module.run(settings, reporter)
     if not is_main:
         return
     if settings.json:

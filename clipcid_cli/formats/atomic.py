@@ -13,14 +13,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
 
 
 @contextmanager
@@ -105,6 +106,8 @@ def write_npy(path: Path, array: np.ndarray[Any, Any]) -> None:
 
 def write_parquet(path: Path, table: pa.Table) -> None:
     """Write a table to `path` as parquet (zstd); the same table gives the same bytes."""
+    import pyarrow.parquet as pq  # not for the commands that write none
+
     with atomic_file(path) as file:
         pq.write_table(table, file, compression="zstd")
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_parquet
@@ -75,6 +74,8 @@ def read_predictions(path: Path) -> Predictions:
     Raises:
         ClipcidError: when there is none, or it is something else.
     """
+    import pyarrow.parquet as pq  # not for the runs that read none
+
     try:
         table = pq.read_table(path)
     except FileNotFoundError as error:

@@ -7,16 +7,18 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.image_folder import VIRTUAL_SHARD
 from clipcid_cli.formats.remote import is_url, local_copy
 from clipcid_cli.formats.samples import Location, Sample
 from clipcid_cli.formats.skips import Skips
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LIST_SUFFIXES = (".csv", ".tsv", ".parquet")
 LABEL_COLUMN = "label"
@@ -133,6 +135,8 @@ def read_sample_list(spec: str, columns: Columns, *, prefix_keys: bool) -> tuple
 
 
 def _read_frame(spec: str, path: Path) -> pd.DataFrame:
+    import pandas as pd  # 0.3 s, which data of other kinds should not wait for
+
     try:
         if spec.lower().endswith(".parquet"):
             return pd.read_parquet(path)
@@ -151,7 +155,7 @@ def _read_frame(spec: str, path: Path) -> pd.DataFrame:
 
 
 def _text(frame: pd.DataFrame, column: str) -> list[str]:
-    return ["" if pd.isna(value) else str(value).strip() for value in frame[column]]
+    return ["" if _is_missing(value) else str(value).strip() for value in frame[column]]
 
 
 def _classes(spec: str, frame: pd.DataFrame) -> list[tuple[int, ...]]:
@@ -168,9 +172,15 @@ def _classes(spec: str, frame: pd.DataFrame) -> list[tuple[int, ...]]:
 def _numbers(cell: Any) -> tuple[int, ...]:
     parts = re.split(r"[\s,;|]+", cell.strip()) if isinstance(cell, str) else cell
     if not isinstance(parts, list | tuple | np.ndarray):
-        parts = [] if pd.isna(cell) else [cell]
+        parts = [] if _is_missing(cell) else [cell]
     numbers = [float(part) for part in parts if part != ""]
     broken = next((number for number in numbers if not number.is_integer()), None)
     if broken is not None:
         raise ValueError(f"{broken:g} is no whole number")
     return tuple(dict.fromkeys(int(number) for number in numbers))
+
+
+def _is_missing(cell: Any) -> bool:
+    import pandas as pd
+
+    return bool(pd.isna(cell))

@@ -21,6 +21,7 @@ from clipcid_cli.formats.skips import Skips
 _BLOCK = 512
 _READ = 16 * _BLOCK  # A header, and often the small members after it, in one read.
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
+_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext, without the 0.2 s of importing it
 _META = re.compile(r"__[^/]*__($|/)")  # Members webdataset keeps for itself.
 _FIX = "Make the shard again, or take it out of the data."
 
@@ -120,14 +121,13 @@ class TarShard:
 
 def group_members(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
     """Collect consecutive members of one key: names that agree up to the first dot, as webdataset has it."""
-    from webdataset.tariterators import base_plus_ext  # imports torch, which naming a shard should not wait for
-
     current: str | None = None
     group: list[Member] = []
     for member in members:
-        key = None if _META.match(member.name) else base_plus_ext(member.name)[0]
-        if key is None:
+        found = None if _META.match(member.name) else _KEY.match(member.name)
+        if found is None:
             continue
+        key = found[1]
         if key != current:
             if current is not None:
                 yield current, group

@@ -22,6 +22,7 @@ from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.hub import reaching_hub
+from clipcid_cli.runtime.imports import importing
 from clipcid_cli.runtime.model_names import CONFIG_NAME, ModelName, find_weights, read_config
 from clipcid_cli.runtime.precision import Precision
 
@@ -228,6 +229,8 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
         raise ClipcidError(f"Model {name.spec} names no weights.", _FOLDER_HINT)
     weights: Path | None = None
     with _quiet_open_clip():
+        with importing():
+            import open_clip  # noqa: F401  # what follows uses it
         match name.kind:
             case "tag":
                 module, config, weights = _load_tag(name)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from clipcid_cli.formats.atomic import write_csv, write_text
+from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.metrics_file import SIDECARS
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.report import render_report, thumbnail
+from clipcid_cli.formats.results_table import write_results
 from clipcid_cli.formats.samples import Location
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.images import UnreadableImage, decode_image
@@ -32,7 +31,7 @@ def write_summary(work: WorkDirectory, results: list[dict[str, Any]], reporter: 
     """
     table, report = work.eval_summary / "results.csv", work.eval_summary / "report.html"
     table.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(table, pd.DataFrame([_row(result) for result in results]))
+    write_results(table, [_row(result) for result in results])
     gone = _Gone()
     page = render_report(
         "eval_zeroshot.html",

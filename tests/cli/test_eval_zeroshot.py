@@ -7,11 +7,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import open_clip
+import pandas as pd
 import pytest
 import torch
 from conftest import Run, make_caption, make_image, write_tar, write_tiny_model
 from PIL import Image
+from sklearn.metrics import average_precision_score
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.metrics_file import write_metrics
+from clipcid_cli.formats.predictions_file import make_predictions, predictions_path, write_predictions
+from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+from clipcid_cli.steps.zeroshot_compare import compare_results
 
 CLASS_NAMES = ("red thing", "green thing", "blue thing", "dark thing", "bright thing", "pale thing")
 TEMPLATES = ("a photo of a {c}.", "a drawing of {}")
@@ -99,6 +109,9 @@ def test_classification_equals_open_clip_and_plain_formulas(
     assert (written["dataset"], written["task"]) == ("things", "zeroshot_classification")
     folder = tmp_path / "clipcid-work" / "eval"
     assert sorted(os.listdir(folder)) == ["sidecars", Path(result["files"]["metrics"]).name]
+    for name, (low, high) in result["intervals"].items():
+        assert low <= result["metrics"][name] <= high
+    assert set(result["intervals"]) == {"acc1", "acc5", "mean_per_class_recall"}
 
 
 def test_retrieval_equals_open_clip_and_plain_formulas(
@@ -141,6 +154,17 @@ def test_many_models_and_data_sets_are_reused_until_something_changes(
     ]
     assert all(one["reused"] for one in again)
 
+    table = pd.read_csv(tmp_path / "clipcid-work" / "eval-zeroshot" / "results.csv")
+    assert table["dataset"].tolist() == ["things", "captions"] * 2
+    assert table["acc1"].iloc[0] == again[0]["metrics"]["acc1"]
+    assert np.isnan(table["acc1"].iloc[1])
+    assert table["image_retrieval_recall@5_high"].iloc[1] == again[1]["intervals"]["image_retrieval_recall@5"][1]
+    # Other draws change the intervals only, and are no reason to refuse.
+    drawn = clipcid("eval-zeroshot", tiny_model, data, *INLINE, "--bootstrap", 50, "--json").json
+    assert not drawn["reused"]
+    assert drawn["metrics"] == again[0]["metrics"]
+    assert drawn["intervals"] != again[0]["intervals"]
+
     (data / "zeroshot_classification_templates.txt").write_text("a {c}\n")
     refused = clipcid(*call, check=False)
     assert refused.returncode == 1
@@ -167,10 +191,13 @@ def test_two_processes_and_other_workers_measure_the_same(
     options = ("--batch-size", 4)
     clipcid("eval-zeroshot", tiny_model, classification, retrieval, *options, "--work", "one", "--workers", 0)
     torchrun(2, "eval-zeroshot", tiny_model, classification, retrieval, *options, "--work", "two", "--workers", 1)
+    clipcid("eval-zeroshot", tiny_model, classification, retrieval, *options, "--work", "three")
     names = sorted(path.name for path in (tmp_path / "one" / "eval").glob("*.json"))
     assert len(names) == 2
     for name in names:
-        assert (tmp_path / "two" / "eval" / name).read_bytes() == (tmp_path / "one" / "eval" / name).read_bytes()
+        first = (tmp_path / "one" / "eval" / name).read_bytes()
+        assert (tmp_path / "two" / "eval" / name).read_bytes() == first
+        assert (tmp_path / "three" / "eval" / name).read_bytes() == first
 
 
 @pytest.fixture
@@ -230,6 +257,151 @@ def test_unreadable_images_are_counted_and_named(clipcid: Callable[..., Run], ti
     result = clipcid("eval-zeroshot", tiny_model, folders, *INLINE, "--max-bad-fraction", "0.2", "--json").json
     assert result["skipped"] == {"unreadable_image": 1}
     assert result["images"] == 12
+
+
+def test_predictions_comparison_and_report(
+    clipcid: Callable[..., Run], tiny_model: Path, classification: Path, retrieval: Path, tmp_path: Path
+) -> None:
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    without = clipcid("eval-zeroshot", tiny_model, classification, *INLINE, "--json").json
+    assert "predictions" not in without["files"]
+    run = clipcid(
+        "eval-zeroshot", tiny_model, classification, retrieval, "--model", other, *INLINE, "--predictions", "--json"
+    )
+    assert "without predictions; measuring" in run.stderr
+    results = run.json["results"]
+
+    one = results[0]
+    rows = pd.read_parquet(tmp_path / one["files"]["predictions"])
+    assert rows["key"].tolist() == [f"s{number:07d}" for number in range(SAMPLES)]
+    assert rows["label"].tolist() == [label_of(number) for number in range(SAMPLES)]
+    assert (rows["label"] == rows["predicted"]).mean() == pytest.approx(one["metrics"]["acc1"], abs=1e-12)
+    among = [label in top for label, top in zip(rows["label"], rows["top"], strict=True)]
+    assert np.mean(among) == pytest.approx(one["metrics"]["acc5"], abs=1e-12)
+    assert [top[0] for top in rows["top"]] == rows["predicted"].tolist()
+    assert all((np.diff(scores) <= 0).all() for scores in rows["scores"])
+    found = pd.read_parquet(tmp_path / results[1]["files"]["predictions"])
+    assert (found["text_rank"] < 5).mean() == pytest.approx(results[1]["metrics"]["text_retrieval_recall@5"], abs=1e-12)
+    ranks = np.concatenate(found["image_ranks"].tolist())
+    assert (ranks < 10).mean() == pytest.approx(results[1]["metrics"]["image_retrieval_recall@10"], abs=1e-12)
+
+    page = (tmp_path / run.json["files"]["report"]).read_text()
+    assert "http" not in page
+    for expected in ("things", "captions", "mean per class", "red thing", "data:image/webp;base64,", "taken for"):
+        assert expected in page
+
+    files = [result["files"]["metrics"] for result in results]
+    compared = clipcid("eval-zeroshot", "--compare", files[0], files[2], "--json")
+    judged = compared.json["differences"]["acc1"]
+    assert judged["difference"] == pytest.approx(results[2]["metrics"]["acc1"] - one["metrics"]["acc1"], abs=1e-12)
+    assert judged["interval"][0] <= judged["difference"] <= judged["interval"][1]
+    assert 0 < judged["p_value"] <= 1
+    assert judged["verdict"] in " ".join(compared.stderr.split())
+    # A model beside itself differs by nothing, whatever is drawn.
+    same = clipcid("eval-zeroshot", "--compare", files[1], files[1])
+    assert "image_retrieval_recall@1: no difference" in " ".join(same.stderr.split())
+
+    for pair, message in (
+        ([files[0], files[1]], "One result is of classification, the other of retrieval."),
+        ([files[0], tmp_path / "missing.json"], "cannot be read"),
+    ):
+        refused = clipcid("eval-zeroshot", "--compare", *pair, check=False)
+        assert refused.returncode == 1
+        assert message in " ".join(refused.stderr.split())
+    assert clipcid("eval-zeroshot", "--compare", files[0], check=False).returncode == 2
+
+
+def test_comparison_of_other_data_is_refused(tmp_path: Path) -> None:
+    settings = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)
+    columns = {"predicted": [0, 1], "top": [[0, 1], [1, 0]], "scores": [[0.2, 0.1], [0.3, 0.1]]}
+    record = {"dataset": "d", "model": "m", "pretrained": "p", "task": "zeroshot_classification", "language": "en"}
+
+    def write(name: str, keys: list[str], labels: list[int], classes: int = 2) -> None:
+        write_metrics(tmp_path / f"{name}.json", record | {"metrics": {"acc1": 0.5}})
+        rows = make_predictions("classification", "m", "d", classes, columns | {"key": keys, "label": labels})
+        write_predictions(predictions_path(tmp_path / f"{name}.json"), rows)
+
+    write("a", ["x", "y"], [0, 1])
+    for keys, labels, classes, message in (
+        (["x", "z"], [0, 1], 2, "2 of d, 2 of d, 1 in both"),
+        (["x", "y"], [0, 0], 2, "other classes"),
+        (["x", "y"], [0, 1], 3, "other classes"),
+    ):
+        write("b", keys, labels, classes)
+        with pytest.raises(ClipcidError, match=message):
+            compare_results(settings, SilentReporter())
+    write("b", ["y", "x"], [1, 0])  # the order of the rows does not matter
+    assert compare_results(settings, SilentReporter())["images"] == 2
+
+
+def test_several_classes_an_image(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
+    """A CLIP_benchmark folder of type multilabel, and the same data as a list."""
+    vectors = [[int((number + step) % 3 == 0 and number % 5 != step) for step in range(4)] for number in range(16)]
+    members, lines = [], ["filepath,label"]
+    for number, vector in enumerate(vectors):
+        content = io.BytesIO()
+        np.save(content, np.array(vector, np.float32))
+        members += [(f"{number:02d}.npy", content.getvalue()), (f"{number:02d}.png", make_image(number))]
+        (tmp_path / f"{number:02d}.png").write_bytes(make_image(number))
+        lines.append(f"{number:02d}.png,{' '.join(str(place) for place in range(4) if vector[place])}")
+    folder = tmp_path / "many"
+    write_tar(folder / "test" / "0.tar", members)
+    (folder / "test" / "nshards.txt").write_text("1")
+    (folder / "dataset_type.txt").write_text("multilabel")
+    (folder / "classnames.txt").write_text("red\ngreen\nblue\ndark\n")
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    run = clipcid(
+        "eval-zeroshot", tiny_model, folder, "list.csv", "--classnames", folder / "classnames.txt", "--templates", "simple",
+        "--predictions", *INLINE, "--json",
+    )  # fmt: skip
+    shards, listed = run.json["results"]
+    assert shards["metrics"] == listed["metrics"]
+    assert shards["task"] == "zeroshot_classification"
+
+    prompts = [t(name) for name in ("red", "green", "blue", "dark") for t in open_clip.SIMPLE_IMAGENET_TEMPLATES]
+    images, rows = embed_with_open_clip(tiny_model, [make_image(number) for number in range(16)], prompts)
+    weights = torch.nn.functional.normalize(rows.view(4, 7, -1).mean(dim=1), dim=-1)
+    expected = average_precision_score(np.array(vectors), (images @ weights.T).numpy(), average="macro")
+    assert shards["metrics"]["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
+    low, high = shards["intervals"]["mean_average_precision_11_point"]
+    assert low <= shards["metrics"]["mean_average_precision_11_point"] <= high
+    files = [result["files"]["metrics"] for result in (shards, shards)]
+    assert clipcid("eval-zeroshot", "--compare", *files, "--json").json["differences"]["mean_average_precision"] == {
+        "first": pytest.approx(expected, abs=1e-6),
+        "second": pytest.approx(expected, abs=1e-6),
+        "difference": 0.0,
+        "interval": [0.0, 0.0],
+        "p_value": None,
+        "real": False,
+        "verdict": "mean_average_precision: no difference (+0.00 points, 95 % interval +0.00 … +0.00).",
+    }
+
+
+def test_data_sets_by_name_with_imagenets_classes(
+    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Plain copies of two shifts of ImageNet: class folders by WordNet number, and by number, where 10 comes before 2."""
+    for folder, names in (("imagenet-r", ("n01443537", "n02085620")), ("imagenetv2", ("2", "10", "152"))):
+        for number, name in enumerate(names):
+            path = tmp_path / "copies" / folder / "test" / name / "0.png"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(make_image(number))
+    missing = clipcid("eval-zeroshot", tiny_model, "food101", "--data-root", "copies", check=False)
+    assert missing.returncode == 1
+    assert "expected in copies/wds_food101" in " ".join(missing.stderr.split())
+    assert "hf download clip-benchmark/wds_food101" in missing.stderr
+    run = clipcid(
+        "eval-zeroshot", tiny_model, "imagenet-r", "imagenetv2", "--data-root", "copies", "--templates", "simple",
+        "--predictions", *INLINE, "--json",
+    )  # fmt: skip
+    shift, numbered = run.json["results"]
+    assert "2 of ImageNet's 1,000 classes" in " ".join(run.stderr.split())
+    assert (shift["dataset"], shift["customary"], shift["metrics"]["acc5"]) == ("imagenet-r", "acc1", None)
+    rows = pd.read_parquet(tmp_path / numbered["files"]["predictions"])
+    assert dict(zip(rows["key"], rows["label"], strict=True)) == {"2/0": 2, "10/0": 10, "152/0": 152}
+    sidecar = json.loads((tmp_path / "clipcid-work/eval/sidecars" / Path(shift["files"]["metrics"]).name).read_text())
+    assert sidecar["settings"]["class_names"] == ["goldfish", "Chihuahua"]
+    assert len(sidecar["settings"]["templates"]) == 7
 
 
 def test_dry_run_writes_nothing(

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from webdataset.tariterators import base_plus_ext
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.tar_index import check_tar, read_members
+from clipcid_cli.formats.tar_index import Member, check_tar, group_members, read_members
 
 # Long names need a GNU or pax record, or ustar's prefix; letters beyond ASCII a pax record.
 NAMES = st.lists(st.text(st.sampled_from("abcxyz019._-äß漢"), min_size=1, max_size=60), min_size=1, max_size=5).map(
@@ -83,3 +84,13 @@ def test_a_damaged_header_is_found_when_it_is_read(tmp_path: Path, place: int) -
     path.write_bytes(data)
     with pytest.raises(ClipcidError, match=r"damaged at byte 1,536"):
         list(read_members(path))
+
+
+@given(st.lists(st.text(st.sampled_from("ab./_\n")), max_size=8, unique=True))
+def test_keys_are_webdatasets(names: list[str]) -> None:
+    found = list(group_members(Member(name, 0, 0, 0) for name in names))
+    listed = [(member.name, key) for key, members in found for member in members]
+    # Members such as __url__ are webdataset's own, and in no sample.
+    plain = [name for name in names if "__" not in name]
+    expected = [(name, base_plus_ext(name)[0]) for name in plain if base_plus_ext(name)[0] is not None]
+    assert [pair for pair in listed if "__" not in pair[0]] == expected
