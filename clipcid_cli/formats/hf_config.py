@@ -177,7 +177,7 @@ def _preprocessor(preprocess: Mapping[str, Any]) -> dict[str, Any]:
 def _unknown(prefix: str, settings: Mapping[str, Any], known: set[str]) -> list[str]:
     """Name the settings that are not translated, but for those that are off or at the value under which they do nothing."""
     return [
-        f"{prefix}{name} is {value!r}"
+        f"{prefix}{name} is {'set' if isinstance(value, dict) and len(value) > 1 else repr(value)}"
         for name, value in settings.items()
         if name not in known
         and value not in _INERT.get(name, (None, False, "", {}))
@@ -193,7 +193,7 @@ def _vision_problems(vision: Mapping[str, Any]) -> list[str]:
     problems += [
         f"vision_cfg.{name} is {vision[name]!r}, not square"
         for name in ("image_size", "patch_size")
-        if name in vision and _side(vision[name]) is None
+        if vision.get(name) is not None and _side(vision[name]) is None
     ]
     return problems + _tower_problems("vision_cfg", vision)
 

@@ -2,7 +2,8 @@
 
 Resizing and cropping are operators of the graph, so whoever runs it needs no preprocessing of their own. ONNX's antialiased
 cubic with coefficient −0.5 on bytes is Pillow's bicubic; ONNX Runtime gives the same bytes but for one in some 10,000, which
-is off by one level.
+is off by one level. (Of tall images that are squashed, Pillow 13 and later resize the height first; ONNX Runtime, as Pillow
+before, the width. Bytes that overshoot the range in between then differ.)
 
 Legend of shapes: N images, H × W pixels of any size, S the model's side, C classes, D width of the embeddings.
 """

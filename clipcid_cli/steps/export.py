@@ -25,7 +25,7 @@ from clipcid_cli.steps.export_card import describe_export
 from clipcid_cli.steps.export_check import LIMITS, Checker
 from clipcid_cli.steps.export_classes import Classes, read_classes
 from clipcid_cli.steps.export_forms import FormOptions, describe_hf, write_hf, write_open_clip
-from clipcid_cli.steps.export_onnx import check_onnx_expressible, write_onnx_files
+from clipcid_cli.steps.export_onnx import check_measurable, check_onnx_expressible, write_onnx_files
 from clipcid_cli.steps.parity_inputs import make_parity_inputs
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
@@ -111,6 +111,7 @@ def _export(
             reporter.note(f"{folder} holds this export already.")
             return output.finished
         samples = make_parity_inputs(model, settings, classes, reporter)
+        check_measurable(samples, options)
         checker = Checker(model, samples, settings.max_difference, settings.max_accuracy_drop)
         parity: dict[str, Any] = {}
         with build_export(folder) as building:

@@ -26,7 +26,7 @@ from clipcid_cli.runtime.towers import DenseImageTower, ImageTower, TextTower, h
 from clipcid_cli.steps.export_check import BATCH_SIZES, Checker
 from clipcid_cli.steps.export_classes import encode_candidates
 from clipcid_cli.steps.export_forms import FormOptions
-from clipcid_cli.steps.parity_inputs import ACCURACY
+from clipcid_cli.steps.parity_inputs import ACCURACY, ParityInputs
 
 _PATCHES = "dense_embeds"
 
@@ -51,6 +51,19 @@ def check_onnx_expressible(model: ClipModel, options: FormOptions) -> None:
         check_pixels_expressible(model.info.preprocess)
 
 
+def check_measurable(inputs: ParityInputs, options: FormOptions) -> None:
+    """Refuse 8 bits where nothing would tell what they cost.
+
+    Raises:
+        ClipcidError: when the images have neither classes nor captions.
+    """
+    if "int8" in options.quantize and inputs.candidates is None:
+        raise ClipcidError(
+            "--quantize int8 needs images with classes or captions, to measure what it costs.",
+            "Name some with --data: a CLIP_benchmark folder, a folder of images per class, or shards with captions.",
+        )
+
+
 def write_onnx_files(model: ClipModel, folder: Path, checker: Checker, options: FormOptions) -> dict[str, Any]:
     """Write both encoders as ONNX files with a dynamic batch, run them with ONNX Runtime, and compare.
 
@@ -63,11 +76,6 @@ def write_onnx_files(model: ClipModel, folder: Path, checker: Checker, options: 
     Raises:
         ClipcidError: when an encoder cannot be expressed in ONNX or differs from the model by more than the limit.
     """
-    if "int8" in options.quantize and checker.inputs.candidates is None:
-        raise ClipcidError(
-            "--quantize int8 needs images with classes or captions, to measure what it costs.",
-            "Name some with --data: a CLIP_benchmark folder, a folder of images per class, or shards with captions.",
-        )
     _write_encoders(model, folder, checker, options)
     found: dict[str, Any] = {}
     for kind in ("fp32", *options.quantize):
