@@ -105,10 +105,10 @@ def write_classifier(
     ]
     image = helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, ["batch", "height", "width", 3])
     nodes = [*before, *_needed(graph.node, "image_embeds"), *after]
+    used = {name for node in nodes for name in node.input}
+    stored = [*constants, *(tensor for tensor in graph.initializer if tensor.name in used)]
     # The shapes go along: without them ONNX Runtime 1.32 crashes while it loads a graph with weights in 16 bits.
-    whole = helper.make_graph(
-        nodes, "classifier", [image], outputs, [*constants, *graph.initializer], value_info=graph.value_info
-    )
+    whole = helper.make_graph(nodes, "classifier", [image], outputs, stored, value_info=graph.value_info)
     made = helper.make_model(whole, opset_imports=model.opset_import, ir_version=model.ir_version)
     made.producer_name = "clipcid"
     metadata = {entry.key: entry.value for entry in model.metadata_props} | {

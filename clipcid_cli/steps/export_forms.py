@@ -25,8 +25,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 PROBES = ("a photo of a cat.", "two DOGS & 3 birds — naïve café", "word " * 200)
 
-# An image processor may round a byte of the resized image the other way.
-_ONE_LEVEL = 1.01
+# torchvision, which transformers resizes with, rounds its filter more coarsely than Pillow: on hard edges 2 of 255 levels
+# were seen. A wrong filter or crop makes tens.
+_MOST_LEVELS = 4.0
 _IMAGES_A_BATCH = 32
 
 
@@ -140,9 +141,10 @@ def _check_processor(model: ClipModel, written: HfClip, checker: Checker) -> dic
                 aside += 1
             else:
                 largest = max(largest, level)
-    if largest > _ONE_LEVEL:
+    if largest > _MOST_LEVELS:
         raise ClipcidError(
-            f"hf: the image processor's pixels differ from open_clip's by up to {largest:.1f} of 255 levels (allowed 1).",
+            f"hf: the image processor's pixels differ from open_clip's by up to {largest:.1f} of 255 levels (allowed "
+            f"{_MOST_LEVELS:.0f}).",
             "Report this with the model's preprocess_cfg; --format open-clip and onnx are not concerned.",
         )
     return {"images": len(inputs.openers), "max_difference_levels": round(largest, 4), "cropped_one_pixel_aside": aside}

@@ -12,7 +12,8 @@ Each model is exported by the real command in every form, with the classes of `-
 - onnx: the encoders and the classifier under ONNX Runtime, against open_clip; with `--venvs` the README's example runs in an
   environment that has onnxruntime, NumPy and Pillow only.
 
-Speed is what `export` measured: prepared pixels, batches of 32, the median batch, PyTorch and each form one after another.
+Speed is what `export` measured, PyTorch and each form one after another: of encoders from prepared pixels, the median batch
+of 32; of classifiers from decoded images one by one, with resizing, beside open_clip's transform and encoder.
 """
 
 from __future__ import annotations
@@ -62,12 +63,13 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="*", help="folders in open_clip's form")
     parser.add_argument("--architecture", action="append", default=[], help="architecture to try with random weights")
     parser.add_argument("--data", type=Path, default=HERE / "recipes/quickstart/data/classification")
+    parser.add_argument("--images", type=int, default=1000, help="largest number of images, spread over the data")
     parser.add_argument("--venvs", type=Path, help="folder for the two fresh environments")
     parser.add_argument("--form", action="append", default=[], help="hf or onnx; both by default")
     arguments = parser.parse_args()
     print(describe_machine())
     with tempfile.TemporaryDirectory() as scratch:
-        reference = prepare_data(arguments.data, Path(scratch))
+        reference = prepare_data(arguments.data, arguments.images, Path(scratch))
         models = [*arguments.models, *(start_fresh(name, Path(scratch)) for name in arguments.architecture)]
         for model in models:
             show(model, reference, arguments, Path(scratch))
@@ -78,9 +80,10 @@ def show(model: Path, data: dict[str, Any], arguments: argparse.Namespace, scrat
     folder = scratch / "exports" / model.name
     forms = arguments.form or ["hf", "onnx"]
     command = ["clipcid", "export", model, "--out", folder, "--data", arguments.data, "--quiet"]
+    command += ["--check-images", arguments.images]
     command += ["--classnames", arguments.data, "--quantize", "fp16", "--quantize", "int8", "--dense"]
     if "onnx" not in forms:
-        command = command[:-5]
+        command = command[: command.index("--quantize")]
     subprocess.run([*map(str, command), *(word for form in forms for word in ("--format", form))], check=True)
     parity = json.loads((folder / "parity.json").read_text())
     base = parity["reference"]
@@ -129,8 +132,9 @@ def print_form(form: str, found: dict[str, Any], base: dict[str, Any]) -> None:
     speed = found.get("pytorch_images_per_second", base["images_per_second"])
     zeroshot = found["zeroshot"]
     smaller = f"{base['bytes'] / found['bytes']:.2f}×" if cosines else ""
+    cosine = f"{min(cosines):.6f}" if cosines else ""
     print(
-        f"{form:<16} {min(cosines, default=float('nan')):>9.6f} {found['bytes'] / 1e6:>7.1f} {smaller:>8} "
+        f"{form:<16} {cosine:>9} {found['bytes'] / 1e6:>7.1f} {smaller:>8} "
         f"{found['images_per_second']:>9.0f} {found['images_per_second'] / speed:>6.2f}× "
         f"{100 * zeroshot['value']:>6.2f}% {100 * zeroshot['drop']:>+7.2f}% {100 * zeroshot['agreement']:>6.1f}%"
     )
@@ -146,7 +150,7 @@ def compare(name: str, expected: dict[str, Any], images: np.ndarray, texts: np.n
     )
 
 
-def prepare_data(data: Path, scratch: Path) -> dict[str, Any]:
+def prepare_data(data: Path, limit: int, scratch: Path) -> dict[str, Any]:
     """Write the images as RGB files, and the prompts of one template."""
     from clipcid_cli.formats.benchmark_folder import find_benchmark_folder
     from clipcid_cli.formats.class_files import DEFAULT_TEMPLATES, fill_template, read_class_names, read_templates
@@ -157,12 +161,12 @@ def prepare_data(data: Path, scratch: Path) -> dict[str, Any]:
     assert folder.class_names is not None, "the benchmark needs classes"
     names = read_class_names(folder.class_names)
     template = (read_templates(folder.templates) if folder.templates else DEFAULT_TEMPLATES)[0]
+    samples = [sample for shard in open_dataset(folder.data).shards for sample in shard.samples()]
     paths = []
-    for shard in open_dataset(folder.data).shards:
-        for sample in shard.samples():
-            path = scratch / f"{len(paths):05d}.png"
-            decode_image(sample.image.read()).save(path)
-            paths.append(str(path))
+    for place in np.linspace(0, len(samples) - 1, min(limit, len(samples))).round().astype(int):
+        path = scratch / f"{len(paths):05d}.png"
+        decode_image(samples[place].image.read()).save(path)
+        paths.append(str(path))
     return {"names": names, "prompts": [fill_template(template, name) for name in names], "paths": paths}
 
 

