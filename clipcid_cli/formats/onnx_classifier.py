@@ -19,6 +19,7 @@ import numpy as np
 
 from clipcid_cli.errors import ClipcidError
 
+_PROTOBUF_LIMIT = 2**31
 IMAGE, LOGITS, PROBABILITIES = "image", "logits", "probabilities"
 _MODES: dict[str, dict[str, Any]] = {
     # Pillow's coefficient; ONNX's own default is −0.75.
@@ -80,6 +81,9 @@ def write_classifier(
         preprocess: open_clip's ``preprocess_cfg`` that `check_pixels_expressible` accepted.
         class_names: C names.
         templates: Prompts that the weights were made of, for the metadata.
+
+    Raises:
+        ClipcidError: when it does not fit into one file.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -107,7 +111,6 @@ def write_classifier(
     nodes = [*before, *_needed(graph.node, "image_embeds"), *after]
     used = {name for node in nodes for name in node.input}
     stored = [*constants, *(tensor for tensor in graph.initializer if tensor.name in used)]
-    # The shapes go along: without them ONNX Runtime 1.32 crashes while it loads a graph with weights in 16 bits.
     whole = helper.make_graph(nodes, "classifier", [image], outputs, stored, value_info=graph.value_info)
     made = helper.make_model(whole, opset_imports=model.opset_import, ir_version=model.ir_version)
     made.producer_name = "clipcid"
@@ -118,6 +121,11 @@ def write_classifier(
         "output": "logits (scale x cosine) and probabilities (their softmax), [N, classes]",
     }
     helper.set_model_props(made, metadata)
+    if made.ByteSize() >= _PROTOBUF_LIMIT:
+        raise ClipcidError(
+            f"{path.name}: a model of {made.ByteSize() / 2**30:.1f} GiB does not fit into one ONNX file (limit 2 GiB).",
+            "Leave out --classnames, and use image_encoder.onnx, which keeps its weights beside it.",
+        )
     onnx.save(made, path)
 
 

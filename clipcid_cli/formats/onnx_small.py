@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What computes in 32 bits in a half-precision graph (its weights are stored in 16 all the same). Sums of squares lose most
-# in 16 bits; and on a CPU, ONNX Runtime 1.32 crashes while it loads a graph with LayerNormalization in 16 bits.
-_KEPT_FP32 = ("LayerNormalization", "ReduceL2", "Clip", "Div", "Conv")
+# What computes in 16 bits in a half-precision graph, as under PyTorch's autocast: products and look-ups. All else computes
+# in 32, its weights being stored in 16 all the same: norms lose most in 16 bits, and on a CPU, ONNX Runtime 1.32 crashes
+# while it loads a ViT whose patches or norms are in 16 bits.
+_IN_FP16 = frozenset({"MatMul", "Gemm", "Gather"})
 
 # The limit of one protobuf; larger weights go beside the file.
 _PROTOBUF_LIMIT = 2**31
@@ -22,7 +23,7 @@ def write_smaller(source: Path, target: Path, kind: str) -> None:
     Args:
         source: A file of float32 weights.
         target: Where to write.
-        kind: ``fp16``: weights and most arithmetic in 16 bits, half the size. ``int8``: weights of matrix products and
+        kind: ``fp16``: weights and matrix products in 16 bits, half the size. ``int8``: weights of matrix products and
             embedding tables in 8 bits, one scale per column, the other factor quantised as it comes (dynamic
             quantisation); a quarter of the size. Weights keep to 7 of the 8 bits, so that sums of products do not overflow
             the 16-bit accumulators of x86 processors without VNNI.
@@ -47,15 +48,18 @@ def _write_fp16(source: Path, target: Path) -> None:
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
+    whole = onnx.load(source)
+    in_fp32 = {node.op_type for node in whole.graph.node} - _IN_FP16
     converted = OnnxModel(
-        convert_float_to_float16(
-            onnx.load(source), keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_KEPT_FP32]
-        )
+        convert_float_to_float16(whole, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *in_fp32])
     )
     converted.topological_sort()  # the converter appends its casts at the end
     model = converted.model
+    # Shapes are found anew: the converter leaves some with the number format they had.
+    del model.graph.value_info[:]
     beside = model.ByteSize() >= _PROTOBUF_LIMIT
     onnx.save(model, target, save_as_external_data=beside, location=f"{target.name}.data" if beside else None)
+    onnx.shape_inference.infer_shapes_path(target, target)
 
 
 def _write_int8(source: Path, target: Path) -> None:
