@@ -136,7 +136,7 @@ def test_forms_for_other_programs(
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{quick_model}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{quick_model}")
     model.eval()
-    images = [Image.open(io.BytesIO(make_image(number, 70))).resize((96, 70)) for number in range(60, 64)]
+    images = [Image.open(io.BytesIO(make_image(number, 70))).resize((100, 70)) for number in range(60, 64)]
     names = ["green line", "red square", "blue circle"]
     pixels = torch.stack([transform(image) for image in images])
     seen: list[torch.Tensor] = []
