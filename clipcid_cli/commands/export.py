@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.commands.command import step_command
@@ -12,16 +13,32 @@ if TYPE_CHECKING:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print what was written and how close it is to the model it came from."""
-    from clipcid_cli.commands.console import file_facts, print_facts
+    """Print one line for each form, how close it is to the model it came from, and where the files lie."""
+    from rich.table import Table
 
-    facts = {"model": result["model"]}
-    for form, towers in result["parity"].items():
-        facts[f"{form} parity"] = "; ".join(
-            f"{tower} within {values['max_difference']:.1e}, cosine ≥ {values['min_cosine']:.7f}"
-            for tower, values in towers.items()
+    from clipcid_cli.commands.console import print_facts
+
+    table = Table(title="Exported", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column("form", style="cyan", no_wrap=True)
+    for title in ("image cosine", "text cosine", "same answers", "MB", "images/s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for form, values in result["parity"].items():
+        zeroshot = values["zeroshot"]
+        agreement = zeroshot["agreement"] if zeroshot is not None else values.get("agreement")
+        table.add_row(
+            form,
+            *(f"{values[tower]['min_cosine']:.7f}" if tower in values else "" for tower in ("image", "text")),
+            "" if agreement is None else f"{100 * agreement:.1f} %",
+            f"{values['bytes'] / 1e6:,.1f}",
+            f"{values['images_per_second']:,.0f}",
         )
-    print_facts(console, "Exported", facts | file_facts(result))
+    if result["parity"]:
+        console.print(table)
+    facts = {"model": result["model"]}
+    if result["files"]:
+        folder = Path(next(iter(result["files"].values()))).parent
+        facts |= {"folder": str(folder), "files": ", ".join(Path(path).name for path in result["files"].values())}
+    print_facts(console, "", facts)
 
 
 command = step_command(
@@ -32,6 +49,7 @@ command = step_command(
     help="Write a trained model for other programs. Each form is checked against the model it came from, on images and "
     "texts at several batch sizes; one that differs too much is an error and is not written.",
     examples="clipcid export\n"
-    "clipcid export --format open-clip --format onnx\n"
+    "clipcid export --format open-clip --format hf --format onnx\n"
+    "clipcid export small/student --format onnx --classnames food101/ --data food101/ --quantize int8\n"
     "clipcid export runs/small/student --format onnx --out small-onnx --data photos/",
 )

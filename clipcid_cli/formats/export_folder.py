@@ -8,20 +8,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.hf_folder import HF_CONFIG, HF_PREPROCESSOR, HF_TOKENIZER, HF_WEIGHTS
 from clipcid_cli.formats.model_folder import CONFIG_NAME, TOKENIZER_NAMES, WEIGHTS_NAME
-from clipcid_cli.formats.output import plan_path, sidecar_path
+from clipcid_cli.formats.output import plan_path, read_sidecar, sidecar_path
 
 IMAGE_ENCODER = "image_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
+CLASSIFIER = "classifier.onnx"
 PARITY = "parity.json"
+CARD = "README.md"
 
-FORMAT_FILES = {
-    "open-clip": (CONFIG_NAME, WEIGHTS_NAME),
-    "onnx": (IMAGE_ENCODER, TEXT_ENCODER),
-}
+_KINDS = ("fp32", "fp16", "int8")
 _BUILDING = ".partial"
-_WEIGHTS_BESIDE = tuple(f"{name}.data" for name in FORMAT_FILES["onnx"])  # weights above 2 GB
-_REPLACED = (*(name for names in FORMAT_FILES.values() for name in names), *_WEIGHTS_BESIDE, PARITY)
+
+
+def smaller_name(name: str, kind: str) -> str:
+    """Return the name of an ONNX file's form, as transformers.js names them: ``image_encoder_int8.onnx``."""
+    return name if kind == "fp32" else name.replace(".onnx", f"_{kind}.onnx")
+
+
+_ONNX_FILES = tuple(smaller_name(name, kind) for name in (IMAGE_ENCODER, TEXT_ENCODER, CLASSIFIER) for kind in _KINDS)
+_OF_FORMAT = {
+    "open-clip": (CONFIG_NAME, WEIGHTS_NAME),
+    "hf": (HF_CONFIG, HF_WEIGHTS, HF_PREPROCESSOR, *HF_TOKENIZER),
+    "onnx": (*_ONNX_FILES, *(f"{name}.data" for name in _ONNX_FILES)),  # weights above 2 GB lie beside
+}
+_REPLACED = (*(name for names in _OF_FORMAT.values() for name in names), PARITY, CARD)
 
 
 def refuse_foreign_folder(folder: Path, forms: Iterable[str]) -> None:
@@ -30,10 +42,11 @@ def refuse_foreign_folder(folder: Path, forms: Iterable[str]) -> None:
     Raises:
         ClipcidError: when there are any.
     """
-    if sidecar_path(folder, "export").exists() or plan_path(folder, "export").exists():
-        return
+    if plan_path(folder, "export").exists():
+        return  # an unfinished export, refused those names when it began
+    known = (read_sidecar(sidecar_path(folder, "export")) or {}).get("written", [])
     names = (*_REPLACED, _BUILDING, *(TOKENIZER_NAMES if "open-clip" in forms else ()))
-    foreign = [name for name in names if (folder / name).exists()]
+    foreign = [name for name in names if (folder / name).exists() and name not in known]
     if foreign:
         raise ClipcidError(
             f"{folder} holds files that clipcid export did not write and would replace: {', '.join(foreign)}.",

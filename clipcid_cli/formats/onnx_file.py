@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,11 +38,11 @@ def write_onnx(
     example: torch.Tensor,
     *,
     input_name: str,
-    output_name: str,
+    output_names: Sequence[str],
     opset: int = DEFAULT_OPSET,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a module with one input and one output as an ONNX file, its first axis of any size.
+    """Write a module with one input as an ONNX file, its first axis of any size.
 
     Weights above 2 GB, the limit of one protobuf, go to ``<name>.onnx.data`` beside it.
 
@@ -51,7 +51,7 @@ def write_onnx(
         module: In evaluation mode, on the CPU.
         example: An input with at least two rows: an axis of one would be taken for fixed.
         input_name: Name of the argument of the module's ``forward``, and of the graph's input.
-        output_name: Name of the graph's output.
+        output_names: Names of the graph's outputs, in the order the module returns them.
         opset: Version of ONNX's operators.
         metadata: Texts stored in the file, such as how pixels are prepared.
 
@@ -67,7 +67,7 @@ def write_onnx(
                 dynamo=True,
                 verbose=False,
                 input_names=[input_name],
-                output_names=[output_name],
+                output_names=list(output_names),
                 dynamic_shapes={input_name: {0: torch.export.Dim("batch")}},
                 opset_version=opset,
             )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+
+# A tower, in PyTorch or elsewhere: prepared pixels or tokens to unit rows [B, D].
+Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ImageTower(torch.nn.Module):
@@ -21,6 +25,44 @@ class ImageTower(torch.nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embed images."""
         return cast(torch.Tensor, self.clip.encode_image(pixel_values, normalize=True))  # type: ignore[operator]  # every CLIP has it
+
+
+class DenseImageTower(torch.nn.Module):
+    """Normalised pixels, float32 [B, 3, H, W], to unit rows [B, D] and the patches of the last layer [B, h, w, D].
+
+    A patch's values are its token after the last block, the final norm and the projection that also makes the image's row,
+    not brought to unit length. Row 0 is the top of the image. They are what open_clip's
+    ``visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")`` gives as its last
+    intermediate, times ``visual.proj``. (MaskCLIP also replaces the last block's attention by its values; this does not.)
+
+    Args:
+        clip: A CLIP of open_clip whose image tower `has_patches`.
+    """
+
+    def __init__(self, clip: torch.nn.Module) -> None:
+        super().__init__()
+        self.visual = cast(Any, clip).visual
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed images and their patches in one pass."""
+        found = self.visual.forward_intermediates(
+            pixel_values, indices=1, normalize_intermediates=True, output_fmt="NLC"
+        )
+        rows = torch.nn.functional.normalize(found["image_features"], dim=-1)
+        patches = found["image_intermediates"][-1] @ self.visual.proj
+        height, width = self.visual.grid_size
+        return rows, patches.unflatten(1, (height, width))
+
+
+def has_patches(clip: torch.nn.Module) -> bool:
+    """Tell whether the image tower is a ViT of open_clip whose patches end in the space of its image rows."""
+    visual = cast(Any, clip).visual
+    return (
+        hasattr(visual, "grid_size")
+        and hasattr(visual, "ln_post")
+        and getattr(visual, "attn_pool", None) is None
+        and getattr(visual, "proj", None) is not None
+    )
 
 
 class TextTower(torch.nn.Module):

@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clipcid_cli.algorithms.parity import Difference
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json
-from clipcid_cli.formats.export_folder import FORMAT_FILES, PARITY, build_export, refuse_foreign_folder
+from clipcid_cli.formats.atomic import write_json, write_text
+from clipcid_cli.formats.export_folder import CARD, PARITY, build_export, refuse_foreign_folder
+from clipcid_cli.formats.model_card import write_card
 from clipcid_cli.formats.onnx_file import check_onnx_installed
-from clipcid_cli.formats.output import open_output
+from clipcid_cli.formats.output import fingerprint_file, open_output
 from clipcid_cli.formats.work import WorkDirectory
-from clipcid_cli.runtime.encoder import load_model
+from clipcid_cli.runtime.encoder import ClipModel, load_model
+from clipcid_cli.runtime.hf_model import check_transformers_installed
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.model_names import ModelName, parse_model, with_default_tag
-from clipcid_cli.steps.export_forms import BATCH_SIZES, FormOptions, write_onnx_encoders, write_open_clip
+from clipcid_cli.steps.export_card import describe_export
+from clipcid_cli.steps.export_check import LIMITS, Checker
+from clipcid_cli.steps.export_classes import Classes, read_classes
+from clipcid_cli.steps.export_forms import FormOptions, describe_hf, write_hf, write_open_clip
+from clipcid_cli.steps.export_onnx import check_measurable, check_onnx_expressible, write_onnx_files
 from clipcid_cli.steps.parity_inputs import make_parity_inputs
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.fields import output_settings
 
-# Largest differences allowed on unit rows. fp32: the order of summation. The others: weights rounded to 11 or 8 bits, felt
-# through every layer.
-_LIMITS = {
-    "fp32": Difference(max_difference=1e-4, min_cosine=0.99999),
-    "fp16": Difference(max_difference=5e-3, min_cosine=0.9999),
-    "bf16": Difference(max_difference=2e-2, min_cosine=0.999),
-}
-_WRITERS = {"open-clip": write_open_clip, "onnx": write_onnx_encoders}
+_WRITERS = {"open-clip": write_open_clip, "hf": write_hf, "onnx": write_onnx_files}
 
 
 def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
     """Export a model; with many processes the first does it, on the CPU.
 
     Returns:
-        The JSON object: ``model, files{}, parity{form: {image, text}}, seconds{}``.
+        The JSON object: ``model, files{}, parity{form: {image, text, bytes, images_per_second, zeroshot}}, seconds{}``.
 
     Raises:
         ClipcidError: when the model cannot be read or written in a form, differs too much in it, or the folder holds the
@@ -49,14 +48,17 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
     folder = settings.out or WorkDirectory(settings.work).export(_export_name(source))
     if "onnx" in settings.format:
         check_onnx_installed()
+    if "hf" in settings.format:
+        check_transformers_installed()
+    classes = read_classes(settings)
     _refuse_own_folder(source, folder)
     refuse_foreign_folder(folder, settings.format)
     if settings.dry_run:
         reporter.note(f"Would write {', '.join(settings.format)} of {source.spec} to {folder}.")
-        return _result(source, folder, settings, {"parity": {}, "seconds": {}})
+        return _result(source, folder, {"written": [], "parity": {}, "seconds": {}})
     with open_machine("cpu") as machine:
-        sidecar = machine.on_main(lambda: _export(source, folder, settings, reporter))
-    return _result(source, folder, settings, sidecar)
+        sidecar = machine.on_main(lambda: _export(source, folder, settings, classes, reporter))
+    return _result(source, folder, sidecar)
 
 
 def _choose_model(settings: ExportSettings, reporter: Reporter) -> ModelName:
@@ -87,52 +89,78 @@ def _refuse_own_folder(source: ModelName, folder: Path) -> None:
         )
 
 
-def _export(source: ModelName, folder: Path, settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
+def _export(
+    source: ModelName, folder: Path, settings: ExportSettings, classes: Classes | None, reporter: Reporter
+) -> dict[str, Any]:
     started = time.perf_counter()
     model = load_model(source, torch.device("cpu"))
     seconds = {"load": time.perf_counter() - started}
+    precision = "fp32" if settings.precision == "auto" else settings.precision
+    options = FormOptions(precision, settings.opset, settings.quantize, settings.dense, classes, source.path)
+    # What cannot be expressed is known before anything is read or written.
+    if "hf" in settings.format:
+        describe_hf(model)
+    if "onnx" in settings.format:
+        check_onnx_expressible(model, options)
     wanted = output_settings(settings) | {"model": model.info.slug, "format": sorted(settings.format)}
+    wanted["quantize"] = sorted(settings.quantize)
     inputs = [{"path": model.info.spec, "size": model.info.parameters, "hash": model.info.weights_hash}]
+    inputs += [fingerprint_file(file) for file in classes.files] if classes is not None else []
     with open_output(folder, "export", settings=wanted, inputs=inputs, overwrite=settings.overwrite) as output:
         if output.finished is not None:
             reporter.note(f"{folder} holds this export already.")
             return output.finished
-        precision = "fp32" if settings.precision == "auto" else settings.precision
-        limit = _LIMITS[precision]
-        if settings.max_difference is not None:
-            limit = dataclasses.replace(limit, max_difference=settings.max_difference)
-        options = FormOptions(precision, settings.opset, limit, source.path)
-        samples = make_parity_inputs(model, settings, reporter, count=max(BATCH_SIZES))
+        samples = make_parity_inputs(model, settings, classes, reporter)
+        check_measurable(samples, options)
+        checker = Checker(model, samples, settings.max_difference, settings.max_accuracy_drop)
         parity: dict[str, Any] = {}
         with build_export(folder) as building:
             for form in settings.format:
                 reporter.note(f"Writing {form} and comparing it with {source.spec} …")
                 started = time.perf_counter()
-                parity[form] = _WRITERS[form](model, building, samples, options)
+                parity |= _WRITERS[form](model, building, checker, options)
                 seconds[form] = time.perf_counter() - started
-            reference = {
-                "model": model.info.spec,
-                "weights_hash": model.info.weights_hash,
-                "engine": f"PyTorch {torch.__version__}",
-                "precision": "fp32",
-                "inputs": samples.source,
-            }
-            allowed = {"precision": precision, **dataclasses.asdict(limit)}
-            write_json(building / PARITY, {"reference": reference, "allowed": allowed, "parity": parity})
+            write_json(building / PARITY, _describe_parity(model, checker, parity))
+            card = describe_export(model.info, source, settings, parity)
+            write_text(building / CARD, write_card(card, sorted(path.name for path in building.iterdir())))
+            written = sorted(path.name for path in building.iterdir())
         return output.commit(
-            counts={"images": len(samples.pixels), "texts": len(samples.tokens)},
+            counts={"images": len(samples.images), "texts": len(samples.tokens)},
             seconds=seconds,
             model=dataclasses.asdict(model.info),
+            written=written,
             parity=parity,
         )
 
 
-def _result(source: ModelName, folder: Path, settings: ExportSettings, sidecar: dict[str, Any]) -> dict[str, Any]:
-    names = [name for form in settings.format for name in FORMAT_FILES[form]] + [PARITY]
-    names += [path.name for path in sorted(folder.glob("*.onnx.data"))]  # weights above 2 GB
+def _describe_parity(model: ClipModel, checker: Checker, parity: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of `parity.json`: what was compared with what, the limits, and what was found."""
+    tensors = model.module.state_dict().values()
+    reference = {
+        "model": model.info.spec,
+        "weights_hash": model.info.weights_hash,
+        "engine": f"PyTorch {torch.__version__}",
+        "precision": "fp32",
+        "threads": torch.get_num_threads(),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "images_per_second": round(checker.reference.images_per_second, 2),
+        "inputs": checker.inputs.source,
+        "images": len(checker.inputs.images),
+    }
+    limits = {kind: dataclasses.asdict(checker.limit(kind)) for kind in LIMITS}
+    for limit in limits.values():
+        limit["max_difference"] = limit["max_difference"] if math.isfinite(limit["max_difference"]) else None
+    return {
+        "reference": reference,
+        "allowed": limits | {"max_accuracy_drop": checker.max_drop},
+        "parity": parity,
+    }
+
+
+def _result(source: ModelName, folder: Path, sidecar: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": source.spec,
-        "files": {Path(name).stem: str(folder / name) for name in names},
+        "files": {Path(name).stem: str(folder / name) for name in sidecar["written"]},
         "parity": sidecar["parity"],
         "seconds": sidecar["seconds"],
     }

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.dataset import Dataset, open_dataset, open_described
+from clipcid_cli.formats.benchmark_folder import find_benchmark_folder
+from clipcid_cli.formats.dataset import Dataset, Sample, open_dataset, open_described
 from clipcid_cli.formats.work import WorkDirectory
-from clipcid_cli.runtime.encoder import ClipModel
+from clipcid_cli.runtime.encoder import ClipModel, normalize_pixels
 from clipcid_cli.runtime.images import UnreadableImage, decode_image
+from clipcid_cli.steps.export_classes import Classes, label_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 
-_SENTENCES = (
+# Images that rows are compared on, at each batch size; zero-shot answers are compared on all.
+CLOSE_LOOK = 16
+
+# What share of the images finds its own: among classes, or among the captions of all images.
+ACCURACY, RECALL = "acc1", "text_retrieval_recall@1"
+_FEW, _MANY = 64, 1000
+
+SENTENCES = (
     "a photo of a cat.",
     "A painting of two ships in a storm",
     "red",
@@ -30,55 +40,91 @@ _SENTENCES = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Candidates:
+    """Texts among which each image finds its own: the classes, or the captions of all images.
+
+    Attributes:
+        measure: `ACCURACY` or `RECALL`, the share of images that find it.
+        prompts: Texts of each candidate, C × T.
+        labels: The right candidate of each image, int64 [N].
+    """
+
+    measure: str
+    prompts: tuple[tuple[str, ...], ...]
+    labels: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class ParityInputs:
     """What both models are shown.
 
     Attributes:
-        pixels: float32 [N, 3, H, W], prepared by the model's own transform.
-        tokens: int64 [N, L].
+        openers: Each decodes one image, RGB.
+        images: The same after the model's resize and crop, uint8 [N, H, W, 3].
+        tokens: Texts for a close look, int64 [CLOSE_LOOK, L].
+        texts: The same as text.
+        candidates: What the images are matched with; None where they have neither class nor caption.
         source: Where they come from, for `parity.json`.
     """
 
-    pixels: torch.Tensor
+    openers: list[Callable[[], Image.Image]]
+    images: torch.Tensor
     tokens: torch.Tensor
+    texts: list[str]
+    candidates: Candidates | None
     source: str
 
+    def pixels(self, model: ClipModel, start: int, stop: int) -> torch.Tensor:
+        """Return some images as the image tower takes them, float32 [B, 3, H, W]."""
+        return normalize_pixels(self.images[start:stop], model.info.preprocess)
 
-def make_parity_inputs(model: ClipModel, settings: ExportSettings, reporter: Reporter, count: int) -> ParityInputs:
+    def close_look(self, model: ClipModel) -> torch.Tensor:
+        """Return the images for a close look, float32 [CLOSE_LOOK, 3, H, W]; where there are fewer, they repeat."""
+        places = torch.arange(CLOSE_LOOK) % len(self.images)
+        return normalize_pixels(self.images[places], model.info.preprocess)
+
+
+def make_parity_inputs(
+    model: ClipModel, settings: ExportSettings, classes: Classes | None, reporter: Reporter
+) -> ParityInputs:
     """Collect inputs: from ``--data``, else from the work directory's data, else drawn patterns and shipped sentences.
 
     Args:
         model: Whose transform and tokenizer prepare them.
-        settings: Names the data.
+        settings: Names the data and how many of it.
+        classes: Classes the user named, which labels count in; else the data's own, where it has any.
         reporter: Is told where they come from.
-        count: N; where the data has fewer, they repeat.
 
     Raises:
-        ClipcidError: when ``--data`` cannot be read or holds no readable image.
+        ClipcidError: when ``--data`` cannot be read, holds no readable image, or has labels that no class has.
     """
     dataset = _find_data(settings)
-    images, texts = _read(dataset, count) if dataset is not None else ([], [])
+    limit = settings.check_images or (_MANY if settings.data is not None or settings.quantize else _FEW)
+    samples, openers, images = _read(dataset, limit, model) if dataset is not None else ([], [], [])
     if not images:
         if settings.data is not None:
             raise ClipcidError(f"--data {settings.data} holds no readable image.", "Give other data to check with.")
-        images = [_draw_pattern(number) for number in range(count)]
+        openers = [partial(_draw_pattern, number) for number in range(CLOSE_LOOK)]
+        images = [model.pixel_transform()(opener()) for opener in openers]
         source = "drawn patterns and shipped sentences"
     else:
         assert dataset is not None
         source = dataset.spec
-    reporter.note(f"Comparing on {source}.")
-    texts = texts + list(_SENTENCES)
-    transform = model.transform()
-    return ParityInputs(
-        pixels=torch.stack([transform(image) for image in itertools.islice(itertools.cycle(images), count)]),
-        tokens=model.tokenizer(list(itertools.islice(itertools.cycle(texts), count))),
-        source=source,
-    )
+    reporter.note(f"Comparing on {len(images):,} images: {source}.")
+    candidates = _find_candidates(samples, dataset, settings, classes) if dataset is not None else None
+    captions = [sample.captions[0] for sample in samples[: CLOSE_LOOK // 2] if sample.captions]
+    texts = list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), CLOSE_LOOK))
+    return ParityInputs(openers, torch.stack(images), model.tokenizer(texts), texts, candidates, source)
 
 
 def _find_data(settings: ExportSettings) -> Dataset | None:
     if settings.data is not None:
-        return open_dataset(settings.data)
+        try:
+            return open_dataset(find_benchmark_folder(settings.data).data)
+        except ClipcidError as error:
+            if "has no split" not in error.message:
+                raise
+            raise ClipcidError(error.message, "Give the folder of one of them.") from error
     try:
         return open_described(WorkDirectory(settings.work).find_data())
     except ClipcidError:
@@ -86,22 +132,58 @@ def _find_data(settings: ExportSettings) -> Dataset | None:
         return None
 
 
-def _read(dataset: Dataset, count: int) -> tuple[list[Image.Image], list[str]]:
-    images: list[Image.Image] = []
-    texts: list[str] = []
-    for image, captions in itertools.islice(_readable(dataset), count):
-        images.append(image)
-        texts.extend(captions[:1])
-    return images, texts[: count // 2]
+def _find_candidates(
+    samples: list[Sample], dataset: Dataset, settings: ExportSettings, classes: Classes | None
+) -> Candidates | None:
+    labelled = label_samples(samples, dataset, settings.data, classes)
+    if labelled is not None:
+        found, labels = labelled
+        prompts = tuple(found.prompts(name) for name in found.names)
+        return Candidates(ACCURACY, prompts, labels)
+    captions = [sample.captions[0] for sample in samples if sample.captions]
+    if len(captions) < len(samples) or not captions:
+        return None
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    labels = torch.tensor([numbers[caption] for caption in captions])
+    return Candidates(RECALL, tuple((caption,) for caption in numbers), labels)
 
 
-def _readable(dataset: Dataset) -> Iterator[tuple[Image.Image, tuple[str, ...]]]:
-    for shard in dataset.shards:
-        for sample in shard.samples():
-            try:
-                yield decode_image(sample.image.read()), sample.captions
-            except (UnreadableImage, OSError):
-                continue
+def _read(
+    dataset: Dataset, limit: int, model: ClipModel
+) -> tuple[list[Sample], list[Callable[[], Image.Image]], list[torch.Tensor]]:
+    """Read up to `limit` images: of labelled data spread evenly over all of it, since classes often follow each other."""
+    transform = model.pixel_transform()
+    samples: list[Sample] = []
+    openers: list[Callable[[], Image.Image]] = []
+    images: list[torch.Tensor] = []
+    for sample in _choose(dataset, limit):
+        opener = partial(_decode, sample)
+        try:
+            images.append(transform(opener()))
+        except (UnreadableImage, OSError):
+            continue
+        samples.append(sample)
+        openers.append(opener)
+        if len(images) == limit:
+            break
+    return samples, openers, images
+
+
+def _choose(dataset: Dataset, limit: int) -> Iterator[Sample]:
+    everything = (sample for shard in dataset.shards for sample in shard.samples())
+    first = next(everything, None)
+    if first is None:
+        return
+    if first.label is None:
+        yield from itertools.chain([first], everything)
+        return
+    listed = [first, *everything]
+    taken = min(limit, len(listed))
+    yield from (listed[number * len(listed) // taken] for number in range(taken))
+
+
+def _decode(sample: Sample) -> Image.Image:
+    return decode_image(sample.image.read())
 
 
 def _draw_pattern(number: int) -> Image.Image:

@@ -74,6 +74,16 @@ def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, place: Pa
     for name in result["files"].values():
         assert (place / name).exists()
     assert [line["step"] for line in losses(run)] == [1, 2, 3, 4, 5, 6]
+    # Its model card says what the sidecars of the run say.
+    card = Path(clipcid("export", "--json").json["files"]["README"])
+    facts = [line.strip("| ").split(" | ") for line in (place / card).read_text().splitlines() if line.startswith("| ")]
+    known = dict(fact for fact in facts if len(fact) == 2)
+    assert known["Teacher"] == "tiny"
+    assert known["Training data"].endswith(" of 24 samples used")
+    assert known["Keep ratio"] == "1 (not balanced)"
+    assert known["Losses"] == "clip × 1, instance × 1, cluster × 0.25"
+    assert known["Training"] == "6 steps, 48 samples"
+    assert known["Licence of the weights"] == "unknown"
     report = (run / "report.html").read_text()
     assert "What it finds" in report
     assert "Student and teacher" in report

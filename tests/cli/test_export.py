@@ -1,4 +1,4 @@
-"""`export` through the real binary; what it writes is read by open_clip and ONNX Runtime, which do not know clipcid."""
+"""`export` through the real binary; what it writes is read by open_clip, transformers and ONNX Runtime by themselves."""
 
 import io
 import json
@@ -35,8 +35,8 @@ def test_every_form_computes_what_the_model_does(
     ).json
     folder = tmp_path / "clipcid-work" / "export" / "quick"
     assert sorted(name for name in os.listdir(folder) if not name.startswith(".")) == [
-        "export.json", "image_encoder.onnx", "open_clip_config.json", "open_clip_model.safetensors", "parity.json",
-        "text_encoder.onnx",
+        "README.md", "export.json", "image_encoder.onnx", "open_clip_config.json", "open_clip_model.safetensors",
+        "parity.json", "text_encoder.onnx",
     ]  # fmt: skip
     assert all((tmp_path / path).is_file() for path in result["files"].values())
 
@@ -87,11 +87,133 @@ assert not any(name.startswith("clipcid") for name in sys.modules)
         for tower in ("image", "text"):
             assert parity["parity"][form][tower]["batch_sizes"] == [1, 2, 5, 16]
             assert parity["parity"][form][tower]["min_cosine"] > 0.99999
-    assert parity["parity"]["onnx"]["image"]["opset"] == 20
+    assert parity["parity"]["onnx"]["opset"] == 20
+    answers = parity["parity"]["onnx"]["zeroshot"]
+    assert (answers["measure"], answers["images"]) == ("text_retrieval_recall@1", 24)
+    assert answers["agreement"] == 1
 
     again = clipcid("export", quick_model, "--format", "open-clip", "--format", "onnx", "--data", tiny_shards, "--json")
     assert "holds this export already" in again.stderr
     assert again.json["parity"] == result["parity"]
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images in one folder per class, none square, in three sizes of which one is cropped aside by transformers."""
+    folder = tmp_path_factory.mktemp("drawings")
+    for number in range(24):
+        place = folder / ("red_square", "blue_circle", "green_line")[number % 3]
+        place.mkdir(exist_ok=True)
+        size = ((60, 41), (41, 60), (128, 140))[number % 3]
+        Image.open(io.BytesIO(make_image(number, 64))).resize(size).save(place / f"{number:03d}.png")
+    return folder
+
+
+def test_forms_for_other_programs(
+    clipcid: Callable[..., Run], quick_model: Path, drawings: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "names.txt").write_text("green line\nred square\nblue circle\n")
+    (tmp_path / "templates.txt").write_text("a {c}\na drawing of a {}.\n")
+    call = ["export", quick_model, "--format", "hf", "--format", "onnx", "--out", "all", "--data", drawings]
+    call += ["--classnames", "names.txt", "--templates", "templates.txt", "--dense", "--license", "cc0-1.0"]
+    run = clipcid(*call, "--quantize", "fp16", "--quantize", "int8", "--max-accuracy-drop", 1, "--json")
+    folder = tmp_path / "all"
+    parity = json.loads((folder / "parity.json").read_text())["parity"]
+    assert parity == run.json["parity"]
+    assert set(parity) == {"hf"} | {
+        f"{form}{kind}" for form in ("onnx", "classifier") for kind in ("", "-fp16", "-int8")
+    }
+    for form in ("hf", "onnx", "classifier"):
+        assert parity[form]["zeroshot"]["measure"] == "acc1"
+        assert parity[form]["zeroshot"]["agreement"] == 1
+    assert parity["hf"]["processor"]["max_difference_levels"] < 4
+    assert parity["hf"]["processor"]["cropped_one_pixel_aside"] == 8
+    assert parity["hf"]["tokenizer"]["same_once_mended"] == 0
+    whole, small = folder / "text_encoder.onnx", folder / "text_encoder_int8.onnx"
+    assert small.stat().st_size < 0.3 * whole.stat().st_size
+    assert (folder / "text_encoder_fp16.onnx").stat().st_size < 0.55 * whole.stat().st_size
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{quick_model}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{quick_model}")
+    model.eval()
+    images = [Image.open(io.BytesIO(make_image(number, 70))).resize((100, 70)) for number in range(60, 64)]
+    names = ["green line", "red square", "blue circle"]
+    pixels = torch.stack([transform(image) for image in images])
+    seen: list[torch.Tensor] = []
+    hook = model.visual.ln_post.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        rows = model.encode_image(pixels, normalize=True)
+        hook.remove()
+        prompts = torch.stack(
+            [model.encode_text(tokenizer([f"a {name}", f"a drawing of a {name}."]), normalize=True) for name in names]
+        )
+        weights = torch.nn.functional.normalize(prompts.mean(1), dim=-1)
+        probabilities = (model.logit_scale.exp() * rows @ weights.T).softmax(-1)
+        dense = seen[0][:, 1:] @ model.visual.proj
+
+    session = onnxruntime.InferenceSession(folder / "image_encoder.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(["image_embeds", "dense_embeds"], {"pixel_values": pixels.numpy()})
+    np.testing.assert_allclose(found[0], rows.numpy(), atol=1e-5)
+    assert found[1].shape == (4, 4, 4, 32)
+    np.testing.assert_allclose(found[1].reshape(4, 16, 32), dense.numpy(), atol=1e-4)
+
+    for kind, tolerance in (("", 1e-3), ("_fp16", 1e-2), ("_int8", 0.3)):
+        graph = onnx.load(folder / f"classifier{kind}.onnx")
+        onnx.checker.check_model(graph, full_check=True)
+        session = onnxruntime.InferenceSession(folder / f"classifier{kind}.onnx", providers=["CPUExecutionProvider"])
+        batch = np.stack([np.asarray(image) for image in images])
+        logits, given = session.run(["logits", "probabilities"], {"image": batch})
+        np.testing.assert_allclose(given, probabilities.numpy(), atol=tolerance)
+        assert logits.shape == (4, 3)
+        metadata = session.get_modelmeta().custom_metadata_map
+        assert json.loads(metadata["class_names"]) == names
+        assert json.loads(metadata["preprocess"])["resize_mode"] == "shortest"
+
+    images[0].save(tmp_path / "photo.png")
+    answer = run_readme_example(folder / "classifier.onnx", tmp_path / "photo.png")
+    order = probabilities[0].argsort(descending=True)
+    assert [line.split(maxsplit=1)[1] for line in answer] == [names[place] for place in order]
+    assert [line.split()[0] for line in answer] == [f"{float(probabilities[0][place]):.1%}" for place in order]
+
+    script = f"""
+import sys, torch, transformers
+from PIL import Image
+model = transformers.CLIPModel.from_pretrained({str(folder)!r}).eval()
+processor = transformers.CLIPProcessor.from_pretrained({str(folder)!r})
+assert isinstance(transformers.AutoModel.from_pretrained({str(folder)!r}), transformers.CLIPModel)
+inputs = processor(text={names!r}, images=[Image.open("photo.png")], padding=True, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    found = model(**inputs)
+torch.save([found.image_embeds, found.text_embeds, found.logits_per_image], "hf.pt")
+assert not any(name.startswith(("clipcid", "open_clip")) for name in sys.modules)
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+    image, text, logits_per_image = torch.load(tmp_path / "hf.pt", weights_only=True)
+    with torch.no_grad():
+        expected = model.encode_text(tokenizer(names), normalize=True)
+        np.testing.assert_allclose(text.numpy(), expected.numpy(), atol=1e-5)
+        np.testing.assert_allclose(image.numpy(), rows[:1].numpy(), atol=2e-3)  # its resize rounds some bytes otherwise
+        scaled = model.logit_scale.exp() * rows[:1] @ expected.T
+        np.testing.assert_allclose(logits_per_image.numpy(), scaled.numpy(), atol=0.05)
+
+    card = (folder / "README.md").read_text()
+    assert card.startswith('---\nlicense: "cc0-1.0"\nlibrary_name: transformers\n')
+    assert "| Teacher | unknown |" in card
+    assert "| `classifier_int8.onnx` |" in card
+
+
+def run_readme_example(classifier: Path, image: Path) -> list[str]:
+    """Run the README's program as it stands; it may import no more than the README says."""
+    readme = Path(__file__).parents[2] / "README.md"
+    blocks = readme.read_text(encoding="utf-8").split("```python\n")[1:]
+    (program,) = [block.split("```")[0] for block in blocks if "onnxruntime.InferenceSession" in block]
+    assert len(program.strip().splitlines()) <= 15
+    program += "\nassert not {'torch', 'onnx', 'open_clip', 'clipcid_cli', 'transformers'} & set(sys.modules)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program, classifier, image], capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
 
 
 def test_half_precision_halves_the_file_and_is_measured(
@@ -122,11 +244,11 @@ def test_another_form_in_the_same_folder_needs_overwrite(
     assert "settings.format" in refused.stderr
     torchrun(2, "export", tiny_model, "--out", "here", "--format", "onnx", "--overwrite")
     names = {name for name in os.listdir(tmp_path / "here") if not name.startswith(".")}
-    assert names == {"export.json", "image_encoder.onnx", "text_encoder.onnx", "parity.json"}
+    assert names == {"README.md", "export.json", "image_encoder.onnx", "text_encoder.onnx", "parity.json"}
 
 
 def test_files_of_others_are_not_replaced(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
-    for name in ("open_clip_config.json", "tokenizer.json"):
+    for name in ("open_clip_config.json", "tokenizer.json", "README.md"):
         other = tmp_path / name.split(".")[0] / name
         other.parent.mkdir()
         other.write_bytes(b"precious")
@@ -141,6 +263,11 @@ def test_files_of_others_are_not_replaced(clipcid: Callable[..., Run], tiny_mode
     (tmp_path / "beside" / "notes.txt").write_bytes(b"precious")
     clipcid("export", tiny_model, "--out", "beside")
     assert (tmp_path / "beside" / "notes.txt").read_bytes() == b"precious"
+    # Nor are those that another form would replace, once an export lies there.
+    (tmp_path / "beside" / "config.json").write_bytes(b"precious")
+    run = clipcid("export", tiny_model, "--out", "beside", "--format", "hf", "--overwrite", check=False)
+    assert "would replace: config.json" in " ".join(run.stderr.split())
+    assert (tmp_path / "beside" / "config.json").read_bytes() == b"precious"
 
 
 def test_a_model_is_not_written_over_itself(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
@@ -165,6 +292,12 @@ def test_a_model_is_not_written_over_itself(clipcid: Callable[..., Run], tiny_mo
         (["MODEL", "--format", "tflite"], 2, "'tflite' is not one of"),
         (["MODEL", "--format", "onnx", "--format", "onnx"], 2, "given twice"),
         (["MODEL", "--format", "onnx", "--precision", "fp16"], 2, "does not go with --format onnx"),
+        (["MODEL", "--quantize", "int8"], 2, "Add --format onnx"),
+        (["MODEL", "--templates", "t.txt"], 2, "Give them with --classnames"),
+        (["MODEL", "--classnames", "nowhere.txt"], 1, "nowhere.txt cannot be read"),
+        (["MODEL", "--format", "onnx", "--quantize", "int8"], 1, "needs images with classes or captions"),
+        (["WIDE", "--format", "open-clip", "--format", "hf"], 1, "vision_cfg.image_size is [16, 32], not square"),
+        (["WIDE", "--format", "onnx", "--classnames", "names.txt"], 1, "preprocess_cfg.size is [16, 32]"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -173,9 +306,14 @@ def test_bad_input_is_one_clear_error(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    wide = {**TINY_CONFIG, "vision_cfg": {**TINY_CONFIG["vision_cfg"], "image_size": [16, 32]}}
+    if "WIDE" in arguments:
+        write_tiny_model(tmp_path / "wide", wide)
     for path in tiny_model.iterdir():
         (tmp_path / "damaged" / path.name).write_bytes(path.read_bytes()[:2000])
-    run = clipcid("export", *[tiny_model if word == "MODEL" else word for word in arguments], check=False)
+    places = {"MODEL": tiny_model, "WIDE": tmp_path / "wide"}
+    run = clipcid("export", *[places.get(word, word) for word in arguments], check=False)
     assert run.returncode == code, run
     assert message in " ".join(run.stderr.split()), run
     assert "Traceback" not in run.stderr

@@ -37,6 +37,7 @@ def test_killed_export_is_finished_by_the_same_command(
 
     clipcid(*call)
     assert visible(tmp_path / "out") == [
+        "README.md",
         "export.json",
         "image_encoder.onnx",
         "open_clip_config.json",

@@ -1,0 +1,159 @@
+"""A model card: the README.md of an export, with the header Hugging Face reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clipcid_cli import __version__
+
+UNKNOWN = "unknown"
+
+_WHAT = {
+    "open_clip_config.json": "architecture and preprocessing, as open_clip reads them",
+    "open_clip_model.safetensors": "weights, as open_clip reads them",
+    "config.json": "architecture, as transformers reads it",
+    "model.safetensors": "weights, as transformers reads them",
+    "preprocessor_config.json": "preprocessing, as transformers reads it",
+    "tokenizer.json": "CLIP's byte-pair encoding",
+    "image_encoder.onnx": "prepared pixels to unit rows",
+    "text_encoder.onnx": "tokens to unit rows",
+    "classifier.onnx": "bytes of images of any size to one score per class; class names are in its metadata",
+    "parity.json": "how each form was compared with the original",
+}
+
+_OPEN_CLIP = """```python
+import open_clip
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
+```"""
+_HF = """```python
+from transformers import CLIPModel, CLIPProcessor
+model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
+```
+
+transformers does not mend texts as open_clip does (curly quotes, HTML entities, broken encodings: `ftfy.fix_text` and
+`html.unescape` do), and crops some images one pixel aside; `parity.json` says on how many of those compared."""
+_CLASSIFIER = """```python
+import json, numpy, onnxruntime
+from PIL import Image
+session = onnxruntime.InferenceSession("classifier.onnx")
+names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+image = numpy.asarray(Image.open("photo.jpg").convert("RGB"))[None]
+logits, probabilities = session.run(["logits", "probabilities"], {"image": image})
+print(names[probabilities[0].argmax()])
+```"""
+_DENSE = """`dense_embeds` of `image_encoder.onnx`, [N, h, w, D], holds each patch after the last block, the final norm and
+the projection, not of unit length; row 0 is the top. With open_clip:
+
+```python
+found = model.visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
+dense = found["image_intermediates"][-1] @ model.visual.proj  # [N, h * w, D]
+```"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCard:
+    """What is known of an exported model. A fact that no file states is `UNKNOWN`.
+
+    Attributes:
+        name: Title.
+        license: Licence of the weights.
+        library: Library that reads the main form: ``open_clip``, ``transformers`` or ``onnxruntime``.
+        facts: What it is and how it was made, by name.
+        metrics: (data set, task, metric, value) of each measured number.
+        parity: What `parity.json` holds of each form.
+        dense: Whether the ONNX image encoder gives patches.
+    """
+
+    name: str
+    license: str
+    library: str
+    facts: Mapping[str, str]
+    metrics: Sequence[tuple[str, str, str, float]]
+    parity: Mapping[str, Any]
+    dense: bool
+
+
+def write_card(card: ModelCard, files: Sequence[str]) -> str:
+    """Write a model card in Markdown.
+
+    Args:
+        card: What is known.
+        files: Names of the files beside it.
+    """
+    header = [
+        "---",
+        f"license: {json.dumps(card.license, ensure_ascii=False)}",
+        f"library_name: {card.library}",
+        "pipeline_tag: zero-shot-image-classification",
+        "tags: [clip, clipcid]",
+        "---",
+    ]
+    metrics = [[data, task, metric, f"{value:.4f}"] for data, task, metric, value in card.metrics]
+    sections = [
+        "\n".join(header),
+        f"# {card.name}",
+        f"A CLIP, exported by clipcid {__version__}. What no file of the work directory states is called {UNKNOWN}.",
+        _table(["", ""], [[name, value] for name, value in card.facts.items()]),
+        "## Metrics",
+        _table(["data", "task", "metric", "value"], metrics) if metrics else f"{UNKNOWN.capitalize()}.",
+        "## Files",
+        _table(["file", "what it is"], [[f"`{name}`", what] for name in files if (what := _describe(name))]),
+        "## How it was checked",
+        "Each form was compared with the original in PyTorch before it was given its name; `parity.json` has the whole.",
+        _table(["form", "smallest cosine", "same answers", "MB", "images/s"], list(_parity_rows(card.parity))),
+        "## Use",
+        *_uses(files, card.dense),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _describe(name: str) -> str | None:
+    for kind, words in (("_fp16", "16-bit"), ("_int8", "8-bit")):
+        if f"{kind}.onnx" in name:
+            whole = _WHAT.get(name.replace(kind, ""))
+            return f"{whole}; {words} weights" if whole else None
+    return _WHAT.get(name)
+
+
+def _parity_rows(parity: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for form, values in parity.items():
+        cosines = [
+            tower["min_cosine"] for tower in values.values() if isinstance(tower, dict) and "min_cosine" in tower
+        ]
+        zeroshot = values.get("zeroshot")
+        agreement = zeroshot["agreement"] if zeroshot else values.get("agreement")
+        rows.append(
+            [
+                form,
+                f"{min(cosines):.7f}" if cosines else "",
+                f"{100 * agreement:.1f} %" if agreement is not None else "",
+                f"{values['bytes'] / 1e6:.1f}",
+                f"{values['images_per_second']:,.0f}",
+            ]
+        )
+    return rows
+
+
+def _uses(files: Sequence[str], dense: bool) -> list[str]:
+    uses = []
+    if "open_clip_config.json" in files:
+        uses.append(_OPEN_CLIP)
+    if "config.json" in files:
+        uses.append(_HF)
+    if "classifier.onnx" in files:
+        uses.append(_CLASSIFIER)
+    if "image_encoder.onnx" in files:
+        uses.append("The metadata of `image_encoder.onnx` say how pixels and tokens are prepared.")
+    if dense:
+        uses.append(_DENSE)
+    return uses
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [list(head), ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,89 @@
+"""Smaller forms of an ONNX file: weights of 16 or of 8 bits, in standard operators that ONNX Runtime runs by itself."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# What computes in 16 bits in a half-precision graph, as under PyTorch's autocast: products and look-ups. All else computes
+# in 32, its weights being stored in 16 all the same: norms lose most in 16 bits, and on a CPU, ONNX Runtime 1.32 crashes
+# while it loads a ViT whose patches or norms are in 16 bits.
+_IN_FP16 = frozenset({"MatMul", "Gemm", "Gather"})
+
+# The limit of one protobuf; larger weights go beside the file.
+_PROTOBUF_LIMIT = 2**31
+
+
+def write_smaller(source: Path, target: Path, kind: str) -> None:
+    """Write a smaller form of an ONNX file; inputs, outputs and metadata stay as they are.
+
+    Args:
+        source: A file of float32 weights.
+        target: Where to write.
+        kind: ``fp16``: weights and matrix products in 16 bits, half the size. ``int8``: weights of matrix products and
+            embedding tables in 8 bits, one scale per column, the other factor quantised as it comes (dynamic
+            quantisation); a quarter of the size. Weights keep to 7 of the 8 bits, so that sums of products do not overflow
+            the 16-bit accumulators of x86 processors without VNNI.
+    """
+    import onnx
+
+    with _quiet_converters():
+        if kind == "fp16":
+            _write_fp16(source, target)
+        else:
+            _write_int8(source, target)
+        # The quantiser drops the metadata.
+        small, whole = onnx.load(target, load_external_data=False), onnx.load(source, load_external_data=False)
+        onnx.helper.set_model_props(
+            small, {entry.key: entry.value for entry in whole.metadata_props} | {"weights": kind}
+        )
+        target.write_bytes(small.SerializeToString())
+
+
+def _write_fp16(source: Path, target: Path) -> None:
+    import onnx
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    whole = onnx.load(source)
+    in_fp32 = {node.op_type for node in whole.graph.node} - _IN_FP16
+    converted = OnnxModel(
+        convert_float_to_float16(whole, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *in_fp32])
+    )
+    converted.topological_sort()  # the converter appends its casts at the end
+    model = converted.model
+    # Shapes are found anew: the converter leaves some with the number format they had.
+    del model.graph.value_info[:]
+    beside = model.ByteSize() >= _PROTOBUF_LIMIT
+    onnx.save(model, target, save_as_external_data=beside, location=f"{target.name}.data" if beside else None)
+    onnx.shape_inference.infer_shapes_path(target, target)
+
+
+def _write_int8(source: Path, target: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        source,
+        target,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        reduce_range=True,
+        use_external_data_format=source.with_name(f"{source.name}.data").exists(),
+    )
+
+
+@contextmanager
+def _quiet_converters() -> Iterator[None]:
+    """Drop the advice the converters print on the root logger and warn of; their errors are raised."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,92 @@
+"""Running a Hugging Face folder on this machine's CPU: the only file that knows transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from clipcid_cli.errors import ClipcidError
+
+
+def check_transformers_installed() -> None:
+    """Make sure that what reads a Hugging Face folder is there.
+
+    Raises:
+        ClipcidError: with the command that installs it.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ClipcidError(
+            "--format hf needs transformers to check what it wrote, which is not installed.",
+            "Install it: pip install 'clipcid[export]'",
+        )
+
+
+class HfClip:
+    """A ``CLIPModel`` with its processor, loaded from a folder without a network, in float32.
+
+    Args:
+        folder: As `write_hf_folder` wrote it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with _quiet_transformers():
+            import transformers
+
+            self._model = transformers.CLIPModel.from_pretrained(
+                folder, local_files_only=True, torch_dtype=torch.float32
+            ).eval()
+            self._processor = transformers.CLIPProcessor.from_pretrained(folder, local_files_only=True)
+        self.engine = f"transformers {transformers.__version__}"
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels, float32 [B, 3, H, W], to unit rows, float32 [B, D]."""
+        return _unit_rows(self._model.get_image_features(pixel_values=pixels))
+
+    def encode_texts(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens, int64 [B, L], to unit rows, float32 [B, D]."""
+        return _unit_rows(self._model.get_text_features(input_ids=tokens))
+
+    def prepare_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """RGB images to normalised pixels, float32 [B, 3, H, W], by the folder's own image processor."""
+        with _quiet_transformers():
+            pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
+        assert isinstance(pixels, torch.Tensor)
+        return pixels
+
+    def prepare_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Texts to tokens, int64 [B, L], by the folder's own tokenizer, padded to the model's length."""
+        with _quiet_transformers():
+            tokens = self._processor(text=list(texts), padding="max_length", truncation=True, return_tensors="pt")
+        ids = tokens["input_ids"]
+        assert isinstance(ids, torch.Tensor)
+        return ids
+
+
+def _unit_rows(features: Any) -> torch.Tensor:
+    # transformers 5 returns an object, 4 the tensor itself.
+    rows = getattr(features, "pooler_output", features)
+    assert isinstance(rows, torch.Tensor)
+    return torch.nn.functional.normalize(rows.float(), dim=-1)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Drop advice that transformers prints and warns of; its errors pass."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers.utils import logging
+
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(before)
