@@ -56,13 +56,23 @@ class Run:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return this process's environment without clipcid's and torchrun's own variables, and offline."""
+    """Return this process's environment without clipcid's and torchrun's own variables, offline, decoding without workers.
+
+    Starting the server that workers are forked from takes as long as the rest of most tests; those about workers say
+    how many they want.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("CLIPCID_", "TORCHELASTIC_")) and name not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
     }
-    return kept | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100", "NO_COLOR": "1", "PYTHONWARNINGS": "default"}
+    return kept | {
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "100",
+        "NO_COLOR": "1",
+        "PYTHONWARNINGS": "default",
+        "CLIPCID_WORKERS": "0",
+    }
 
 
 def clipcid_command() -> list[str]:

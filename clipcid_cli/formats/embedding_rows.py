@@ -51,10 +51,16 @@ class Rows:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def take(self, positions: npt.NDArray[np.int64]) -> Float16:
-        """Return the rows at `positions` (int64 [n], any order), float16 [n, D]."""
-        rows = np.empty((len(positions), self.shape[1]), dtype=np.float16)
+        """Return the rows at `positions` (int64 [n], any order), float16 [n, D], as an array of its own."""
+        if len(positions) and np.array_equal(positions, np.arange(positions[0], positions[0] + len(positions))):
+            return np.array(self.read(int(positions[0]), int(positions[0]) + len(positions)))
         owners = np.searchsorted(self._starts, positions, side="right") - 1
-        for number in np.unique(owners):
+        numbers = np.unique(owners)
+        if len(numbers) == 1:
+            part = self._files[numbers[0]][positions - self._starts[numbers[0]]]
+            return self._unit(int(numbers[0]), part)
+        rows = np.empty((len(positions), self.shape[1]), dtype=np.float16)
+        for number in numbers:
             wanted = np.flatnonzero(owners == number)
             part = self._files[number][positions[wanted] - self._starts[number]]
             rows[wanted] = self._unit(int(number), part)

@@ -33,7 +33,8 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         ClipcidError: when an input is missing or does not fit, or training diverges.
     """
     started = time.perf_counter()
-    start_worker_server()
+    if settings.workers != 0:
+        start_worker_server()
     with open_machine(settings.device) as machine:
         embeddings = find_embeddings(settings, machine, reporter)
         inputs = machine.on_main(lambda: find_inputs(settings, embeddings, reporter))

@@ -38,7 +38,7 @@ def embedded(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
     """One plain run in a folder of its own: fp32, batches of 8."""
     folder = tmp_path_factory.mktemp("embedded")
     arguments = ["embed", str(tiny_shards), "--model", str(tiny_model)]
-    options = ["--precision", "fp32", "--batch-size", "8", "--json"]
+    options = ["--precision", "fp32", "--batch-size", "8", "--workers", "1", "--json"]
     return run_command([*clipcid_command(), *arguments, *options], folder, True, 120, None)
 
 
