@@ -15,7 +15,7 @@ from clipcid_cli.algorithms.distances import HalfArray, IntArray, ReadRows
 from clipcid_cli.algorithms.duplicates import hash_rows
 from clipcid_cli.algorithms.neighbors import Join
 from clipcid_cli.algorithms.partitions import Partitions, default_num_partitions
-from clipcid_cli.algorithms.scan import load_block
+from clipcid_cli.algorithms.scan import Block, load_block
 from clipcid_cli.formats.embeddings import Embeddings
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
@@ -34,12 +34,11 @@ _VISITS = 1.0
 _USUAL_CUTOFF = math.sqrt(0.2)
 _USUAL_SHARE = 0.563
 
-# Measured, partitioned, above the mapped file: 598 MB for 50,000 rows of width 512, 1,840 MB for 1,000,000. Libraries and
-# tiles take half a GiB, remembered panels up to 1 GiB (6 bytes an entry), forest and lists the rest.
+# Measured above the mapped file, exact: 486 MiB for 50,000 rows of width 512, 1,759 MiB for 1,000,000 (partitioned 1,686).
+# Libraries and tiles take half a GiB, remembered panels (as stored and as scanned) up to 1 GiB, forest and lists the rest.
 _BYTES_OF_TILES = 2**29
 _MOST_REMEMBERED = 2**30
-_BYTES_AN_ENTRY = 6
-_BYTES_AN_IMAGE = 400
+_BYTES_AN_IMAGE = 300
 # Measured, with keys of ten letters: 18 where half of the images go.
 _BYTES_ON_DISK = 24
 
@@ -73,7 +72,8 @@ def describe_cost(
     images, width = embeddings.num_rows, embeddings.width
     chosen = exact if settings.neighbors == "exact" else partitioned
     mapped = 2 * images * width
-    remembered = min(_MOST_REMEMBERED, _BYTES_AN_ENTRY * images * width)
+    scan = choose_scan(settings.precision, machine.device).dtype
+    remembered = min(_MOST_REMEMBERED, (2 + scan.itemsize) * images * width)
     resident = _BYTES_OF_TILES + remembered + _BYTES_AN_IMAGE * images
     disk = _BYTES_ON_DISK * images
     processes = f", {machine.size} processes" if machine.size > 1 else ""
@@ -117,14 +117,15 @@ def _measure(settings: BalanceSettings, machine: Machine, embeddings: Embeddings
     cutoff = _USUAL_CUTOFF if settings.distance is None else settings.distance
     half = len(readable) // 2
 
-    def compare(number: int, others: int) -> float:
-        """Return the seconds to read some rows and compare others with them."""
-        join = Join(rows.take, readable, machine.device, scan)
-        panel = load_block(rows.take, readable[:others], machine.device, scan)
+    def load(start: int, number: int) -> Block:
+        return load_block(rows.take, readable[start : start + number], machine.device, scan)
+
+    def compare(number: int) -> float:
+        """Return the seconds to compare so many rows with as many others."""
+        join, panel, others = Join(rows.take, readable, machine.device, scan), load(0, number), load(half, number)
 
         def work() -> None:
-            block = load_block(rows.take, readable[half : half + number], machine.device, scan)
-            for _ in join.search(panel, block, cutoff, lambda a, b, _: np.ones(len(a), np.bool_)):
+            for _ in join.search(panel, others, cutoff, lambda a, b, _: np.ones(len(a), np.bool_)):
                 pass
 
         return _seconds_of(work, machine.device)
@@ -132,20 +133,25 @@ def _measure(settings: BalanceSettings, machine: Machine, embeddings: Embeddings
     look = min(512, len(readable))
     survey_row = _seconds_of(lambda: _survey(rows.take(readable[:look])), machine.device) / look
     large = min(half, _TILE_ROWS)
-    pair = compare(large, large) / large**2
+    pair = compare(large) / large**2
+    load_row = _seconds_of(lambda: load(0, large), machine.device) / large
     pairs = images * (images - 1) // 2
     sampled = CUTOFF_SAMPLE * images if settings.keep is not None else 0
-    seconds = survey_row * images + pair * (pairs + sampled)
+    # All rows are prepared once, and once more where the cut-off is looked for.
+    seconds = (survey_row + load_row * (1 if settings.keep is None else 2)) * images + pair * (pairs + sampled)
 
     count = default_num_partitions(images)
     home = max(1, min(half, round(images / count)))
-    a_partition = compare(home, home) * (0.5 + _VISITS) * (images / count / home) ** 2
+    load_home = _seconds_of(lambda: load(0, home), machine.device)
+    a_partition = (compare(home) * (0.5 + _VISITS) + load_home * (1.0 + _VISITS)) * (images / count / home) ** 2
     assigned = _seconds_a_row(rows.take, readable, count, machine.device)
     kept = images * (_USUAL_SHARE if settings.keep is None else settings.keep)
     in_all = sampled + MARGIN_SAMPLE * images + min(AUDIT_SAMPLE, kept) * kept
     looks = images + LOOKS_AT_SAMPLE * min(images, ROWS_PER_CENTRE * count)
     compared = int(in_all + looks * count + (0.5 + _VISITS) * images * images / count)
-    partly = survey_row * images + pair * in_all + assigned * looks + a_partition * count
+    # The rows among which the cut-off, the margin and the audit look for near ones are prepared each time.
+    prepared = images * (1 if settings.keep is None else 2) + kept
+    partly = survey_row * images + load_row * prepared + pair * in_all + assigned * looks + a_partition * count
     return (
         Cost(pairs, 2 * pairs * width, seconds / machine.size),
         Cost(compared, 2 * compared * width, partly / machine.size),
@@ -179,7 +185,7 @@ def _seconds_a_row(read: ReadRows, rows: IntArray, num_partitions: int, device: 
     return _seconds_of(work, device) / len(block)
 
 
-def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
+def _seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Time some work, the mean of as many turns as fill a tenth of a second after one that is not counted."""
     work()
     turns = 0
