@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from clipcid_cli.algorithms.distances import LONGEST_ROW, DoubleArray, IntArray, ReadRows, round_distances
-from clipcid_cli.algorithms.scan import Block, load_block, multiply, score_bounds
+from clipcid_cli.algorithms.scan import Block, exact_accumulation, load_block, multiply, score_bounds
 
 # No two rows are farther apart.
 FARTHEST = 2.0 * LONGEST_ROW
@@ -53,7 +53,8 @@ class NearestSample:
         wanted = load_block(read, rows[sample], device, scan_dtype)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             block = load_block(read, rows[start : start + _ROWS_AT_ONCE], device, scan_dtype)
-            scores_SN = multiply(wanted.scan, block.scan)
+            with exact_accumulation(device):
+                scores_SN = multiply(wanted.scan, block.scan)
             least = -math.inf if scores_SN.is_floating_point() else torch.iinfo(scores_SN.dtype).min
             self._hide_own(scores_SN, np.arange(len(sample)), start, least)
             lowest_S, highest_S = score_bounds(wanted, block, scores_SN.amax(dim=1))

@@ -13,7 +13,7 @@ from clipcid_cli.algorithms.forest import Edges, ForestBuilder, sort_edges
 
 
 class Finds:
-    """Takes the pairs of a search as they come.
+    """Takes the pairs of a search as they come, each once.
 
     Args:
         num_rows: Number of rows.
@@ -51,11 +51,8 @@ class Finds:
         return self._builder.build()
 
     def pairs(self) -> Edges | None:
-        """Return all pairs taken, each once, ascending by (weight, smaller row, larger row); None where too many."""
+        """Return all pairs taken, ascending by (weight, smaller row, larger row); None where they were too many."""
         if self._pairs is None:
             return None
-        pairs = sort_edges(Edges.concatenate(self._pairs))
-        # A search of partitions finds some pairs twice, and equal ones lie side by side.
-        again = (pairs.a[1:] == pairs.a[:-1]) & (pairs.b[1:] == pairs.b[:-1])
-        self._pairs = [pairs[np.concatenate([[True], ~again])]] if len(pairs) else []
-        return Edges.concatenate(self._pairs)
+        self._pairs = [sort_edges(Edges.concatenate(self._pairs))]
+        return self._pairs[0]

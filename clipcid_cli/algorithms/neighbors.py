@@ -17,7 +17,6 @@ import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,7 @@ from clipcid_cli.algorithms.distances import FloatArray, IntArray, ReadRows, occ
 from clipcid_cli.algorithms.forest import Edges
 from clipcid_cli.algorithms.scan import (
     Block,
+    exact_accumulation,
     load_block,
     lowest_score,
     multiply,
@@ -145,7 +145,7 @@ class Join:
         threshold = score_threshold(panel_i, panel_j, lowest_score(panel_i, panel_j, cutoff)).to(self._device)
         waiting: list[_Proposed] = []
         num_waiting = 0
-        with _exact_accumulation(self._device):
+        with exact_accumulation(self._device):
             for start_j in range(0, len(panel_j), _BLOCK_ROWS):
                 b = panel_j.scan[start_j : start_j + _BLOCK_ROWS]
                 for start_i in range(0, len(panel_i), _BLOCK_ROWS):
@@ -259,21 +259,3 @@ def _propose(
         above = i_P < j_P
         i_P, j_P = i_P[above], j_P[above]
     return _Proposed(i_P, j_P, scores_MN[i_P, j_P])
-
-
-@contextmanager
-def _exact_accumulation(device: torch.device) -> Iterator[None]:
-    """Keep GPUs from adding up partial products in less than float32, as the bound of the scores requires."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_tf32")
-    before = {name: getattr(matmul, name) for name in names}
-    try:
-        for name in names:
-            setattr(matmul, name, False)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(matmul, name, value)

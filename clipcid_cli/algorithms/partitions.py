@@ -204,7 +204,7 @@ def choose_margin(gaps_P: DoubleArray, spread_SK: npt.NDArray[np.float64], reach
         most_visits: Partitions a row may visit on average, which bounds memory.
 
     Returns:
-        A margin in (0, reach].
+        A margin in [0, reach].
     """
     margin = min(reach, max(_SMALLEST_MARGIN * reach, _MARGIN_FACTOR * float(gaps_P.max(initial=0.0))))
     allowed = int(most_visits * len(spread_SK))

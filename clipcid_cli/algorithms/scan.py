@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -64,7 +65,7 @@ class Block:
     Attributes:
         rows: Row numbers, int64 [N].
         stored: The rows as stored, float16 [N, D].
-        scan: The same in the format of the fast product, [N, D].
+        scan: The same in the format of the fast product, [N, D]; [N, 2] with a column of zeros for int8 of width 1.
         squared: Squared lengths, exact, float64 [N].
         bounds: What holds for all of them.
     """
@@ -163,13 +164,16 @@ def _turning_error(width: int) -> float:
 
 
 def _round_to_int8(turned: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
-    return torch.cat([(part / scale).round_().to(torch.int8) for part in turned])
+    scan_ND = torch.cat([(part / scale).round_().to(torch.int8) for part in turned])
+    # PyTorch 2.13 returns what was in memory for products of one column.
+    return scan_ND if scan_ND.shape[1] > 1 else torch.nn.functional.pad(scan_ND, (0, 1))
 
 
 def _largest_difference(wide: Sequence[torch.Tensor], scan_ND: torch.Tensor, scale: float) -> float:
     """Return the largest |a − s·â| of rows in float32, in parts, and their copies; rounded up."""
     # s·â is exact in float32; the differences and their length have relative errors far below the 1e-4 added.
-    norms = [(a - b.float() * scale).norm(dim=1).max() for a, b in zip(wide, _parts(scan_ND), strict=True)]
+    copies = _parts(scan_ND[:, : wide[0].shape[1]])
+    norms = [(a - b.float() * scale).norm(dim=1).max() for a, b in zip(wide, copies, strict=True)]
     return float(torch.stack(norms).max()) * (1 + 1e-4)
 
 
@@ -243,7 +247,7 @@ def lowest_score(a: Block, b: Block, cutoff: float) -> float:
 
 def score_error(a: Block, b: Block) -> float:
     """Return the largest difference of a fast score from the exact dot product, before its last rounding."""
-    width, one, other = a.scan.shape[1], a.bounds, b.bounds
+    width, one, other = a.stored.shape[1], a.bounds, b.bounds
     conversion = one.residual * other.longest + (one.longest + one.residual) * other.residual
     lengths = (one.longest + one.residual) * (other.longest + other.residual)
     accumulation = width * _ACCUMULATION_UNIT * lengths
@@ -261,7 +265,8 @@ def score_threshold(a: Block, b: Block, lowest: float) -> torch.Tensor:
     if dtype == torch.int32:
         # One integer less for the rounding of this division.
         limit = math.floor(lowest / (a.bounds.scale * b.bounds.scale)) - 1
-        return torch.tensor(max(limit, torch.iinfo(dtype).min + 1), dtype=dtype)
+        kind = torch.iinfo(dtype)
+        return torch.tensor(min(max(limit, kind.min + 1), kind.max), dtype=dtype)
     rounded = torch.tensor(lowest, dtype=torch.float64).to(dtype)
     if float(rounded) > lowest:
         rounded = torch.nextafter(rounded, torch.tensor(-math.inf, dtype=dtype))
@@ -275,3 +280,21 @@ def score_bounds(a: Block, b: Block, score_P: torch.Tensor) -> tuple[torch.Tenso
     rounding = 0.0 if score_P.dtype == torch.int32 else torch.finfo(score_P.dtype).eps
     error_P = wide_P.abs() * rounding + score_error(a, b)
     return wide_P - error_P, wide_P + error_P
+
+
+@contextmanager
+def exact_accumulation(device: torch.device) -> Iterator[None]:
+    """Keep GPUs from adding up partial products in less than float32, as :func:`score_error` requires."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_tf32")
+    before = {name: getattr(matmul, name) for name in names}
+    try:
+        for name in names:
+            setattr(matmul, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)

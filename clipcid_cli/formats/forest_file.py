@@ -99,7 +99,7 @@ def read_forest(folder: Path, inputs: list[dict[str, Any]], neighbors: str = "ex
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise ClipcidError(
             f"Forest {path} cannot be read: {error}.",
-            f"Remove {sidecar_path(folder, 'forest')}; it is then made again.",
+            f"Remove {sidecar_path(folder, step)}; it is then made again.",
         ) from error
     # A run killed while it replaced the forest by a longer one leaves the longer one under the old sidecar.
     end = int(np.searchsorted(distance, np.float32(cutoff), side="right"))
@@ -161,7 +161,7 @@ class ForestParts:
             try:
                 with np.load(path, allow_pickle=False) as arrays:
                     yield ForestPart(*(arrays[field.name] for field in dataclasses.fields(ForestPart)))
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
                 continue
 
     def clear(self) -> None:

@@ -16,9 +16,10 @@ from clipcid_cli.algorithms.representatives import best_rows, central_rows, dist
 from clipcid_cli.algorithms.star import StarSearch, count_kept, find_star_cutoff, star_cover, star_curve
 from clipcid_cli.formats.embeddings import Embeddings
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.steps.forest_search import Forest, Survey, collect_pairs, find_forest
+from clipcid_cli.steps.forest_search import Forest, Survey, find_forest
 from clipcid_cli.steps.image_sizes import count_pixels
 from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.set_pairs import collect_pairs
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 # A star cover keeps more than single linkage at one distance, mostly little more: each look beyond takes a cover.
@@ -189,13 +190,16 @@ def _star_sets(inputs: Inputs, forest: Forest, threshold: float, num_kept: int) 
         found = StarSearch(0.0, np.arange(len(unique)))
     else:
         # Always the same steps, so that the cut-off does not depend on how far the forest or its pairs reach.
+        # Below the threshold single linkage keeps more than asked, and stars never fewer than it.
+        below = float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
         reach, search = threshold, None
         while search is None:
-            below, reach = reach, min(_STAR_STEP * reach + 1e-6, _FARTHEST)
+            reach = min(_STAR_STEP * reach + 1e-6, _FARTHEST)
             if reach > forest.cutoff:
                 forest, _ = inputs.forest(cutoff=reach)
             pairs = pairs_up_to(reach)
             search = find_star_cutoff(len(unique), pairs, num_kept, copies, below)
+            below = reach
             if search is None and reach == _FARTHEST:
                 search = StarSearch(reach, star_cover(len(unique), pairs, copies))
         found = search

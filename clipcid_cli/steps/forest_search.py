@@ -41,12 +41,6 @@ _SECONDS_BETWEEN_SAVES = 60.0
 # Pairs that a search for stars keeps, of all processes: 20 bytes each, and several times that to sort and cover them.
 _MOST_PAIRS = 2**24
 
-# What `collect_few_pairs` does at most, some seconds on two cores: rows compared, and pairs found (20 bytes each, and as
-# much again several times to sort and cover them). Small panels compare few rows of different components.
-_MOST_COMPARED = 2**31
-_MOST_FOUND = 2**23
-_SMALL_PANEL = 2048
-
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
@@ -76,13 +70,11 @@ class Survey:
 
 @dataclasses.dataclass(frozen=True)
 class Forest:
-    """A forest that is complete up to a distance.
+    """A forest that is complete up to a distance; one that was searched for in partitions may lack edges.
 
     Attributes:
         edges: Ascending by (weight, smaller row, larger row).
         cutoff: The distance.
-
-    One that was searched for in partitions may lack edges; those it has are true.
         pairs: All pairs of unique rows up to it, ascending, where the search that made it kept them.
     """
 
@@ -168,7 +160,9 @@ def find_forest(
             search = join
         name = f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{_name_of(search)}"
         parts = ForestParts(folder, name)
-        edges, pairs = _search(machine, search, parts, survey.num_rows, forest.edges, reach, most_pairs, reporter)
+        # Partitions may miss pairs, and find some twice: stars then take theirs from within the components.
+        most = most_pairs if search is join else 0
+        edges, pairs = _search(machine, search, parts, survey.num_rows, forest.edges, reach, most, reporter)
         forest = Forest(edges, reach, pairs)
         new = True
         if not _is_enough(forest, cutoff, num_edges) and len(edges) < complete:
@@ -180,90 +174,6 @@ def find_forest(
         machine.on_main(lambda: _save(folder, forest, neighbors, survey.num_rows, inputs, seconds))
     machine.on_main(ForestParts(folder, "").clear)
     return forest, not new
-
-
-def collect_pairs(
-    machine: Machine, survey: Survey, labels: IntArray, cutoff: float, precision: str, reporter: Reporter
-) -> Edges:
-    """Find all pairs of unique rows within a distance, given which rows are joined at it; the same on every process.
-
-    Args:
-        machine: The processes.
-        survey: The rows.
-        labels: Component of each row at the distance, int64 [N]; only pairs within one are looked at.
-        cutoff: The distance, inclusive.
-        precision: Format in which near pairs are looked for.
-        reporter: The listener.
-    """
-    join, tiles = _join_within(machine, survey, labels, precision)
-    found, _ = _search_within(machine, join, tiles, labels, cutoff, None, reporter)
-    return Edges.concatenate(machine.gather(found))
-
-
-def collect_few_pairs(
-    machine: Machine, survey: Survey, labels: IntArray, cutoff: float, precision: str, reporter: Reporter
-) -> Edges | str:
-    """Find the pairs that :func:`collect_pairs` finds, unless they are so many that it would take long.
-
-    Returns:
-        The pairs, or a sentence that says what there is too much of; the same for any number of processes.
-    """
-    join, tiles = _join_within(machine, survey, labels, precision, _SMALL_PANEL)
-    compared = sum(map(join.num_pairs, tiles))
-    if compared > _MOST_COMPARED:
-        return f"it takes {compared:,} comparisons within the sets, more than the {_MOST_COMPARED:,} made for a report"
-    found, is_whole = _search_within(machine, join, tiles, labels, cutoff, _MOST_FOUND, reporter)
-    if not all(machine.gather(is_whole)) or sum(machine.gather(len(found))) > _MOST_FOUND:
-        return f"more than {_MOST_FOUND:,} pairs are within the cut-off"
-    return Edges.concatenate(machine.gather(found))
-
-
-def _join_within(
-    machine: Machine, survey: Survey, labels: IntArray, precision: str, panel_rows: int | None = None
-) -> tuple[Join, list[tuple[int, int]]]:
-    """Join the unique rows of each component; returns the tiles in which two rows of one may meet."""
-    sizes = np.bincount(labels[survey.unique], minlength=survey.num_rows)
-    members = survey.unique[sizes[labels[survey.unique]] > 1]
-    members = members[np.argsort(labels[members], kind="stable")]
-    scan = choose_scan(precision, machine.device)
-    join = Join(survey.read, members, machine.device, scan.dtype, panel_rows)
-    # Rows lie sorted by component, so two panels share one only where the later begins with what the earlier ends with.
-    return join, [tile for tile in join.tiles() if _shares_component(join, labels, tile)]
-
-
-def _search_within(
-    machine: Machine,
-    join: Join,
-    tiles: list[tuple[int, int]],
-    labels: IntArray,
-    cutoff: float,
-    most: int | None,
-    reporter: Reporter,
-) -> tuple[Edges, bool]:
-    """Search this process's share of the tiles for pairs of one component.
-
-    Returns:
-        What was found, and whether that is all: the search ends where there are more than `most`.
-    """
-    found: list[Edges] = []
-    number = 0
-    mine = tiles[machine.rank :: machine.size]
-    if not mine:
-        return Edges.empty(), True
-    with reporter.progress("pairs", sum(map(join.num_pairs, mine)), "pairs") as progress:
-        for tile in mine:
-            for edges in join.search_tile(tile, cutoff, lambda a, b, _: labels[a] == labels[b]):
-                found.append(edges)
-                number += len(edges)
-                if most is not None and number > most:
-                    return Edges.empty(), False
-            progress.advance(join.num_pairs(tile))
-    return Edges.concatenate(found), True
-
-
-def _shares_component(join: Join, labels: IntArray, tile: tuple[int, int]) -> bool:
-    i, j = tile
-    return i == j or bool(labels[join.panel_rows_of(i)[-1]] == labels[join.panel_rows_of(j)[0]])
 
 
 def _is_enough(forest: Forest, cutoff: float | None, num_edges: int) -> bool:

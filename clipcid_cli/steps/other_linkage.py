@@ -10,7 +10,8 @@ from clipcid_cli.algorithms.forest import Curve, Edges, connected_components, fo
 from clipcid_cli.algorithms.representatives import central_rows, distances_to
 from clipcid_cli.algorithms.star import star_curve
 from clipcid_cli.steps.balance_sets import Inputs, Sets, among_unique, share_beyond, unique_positions
-from clipcid_cli.steps.forest_search import Survey, collect_few_pairs
+from clipcid_cli.steps.forest_search import Survey
+from clipcid_cli.steps.set_pairs import collect_few_pairs
 
 # Pairs that all covers of the star's curve go through together: some seconds.
 _MOST_COVERED = 2**25

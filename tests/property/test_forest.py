@@ -107,7 +107,7 @@ def partition(labels: IntArray) -> list[int]:
 @given(
     seed=st.integers(0, 2**32),
     num_rows=st.integers(2, 70),
-    width=st.sampled_from([3, 16, 33]),
+    width=st.sampled_from([1, 3, 16, 33]),
     noise=st.sampled_from([0.0, 1e-3, 0.05, 0.3]),
     cutoff=st.sampled_from([0.0, 0.02, 0.3, 1.0, 1.5, 2.1]),
     dtype=st.sampled_from(SCAN_DTYPES),

@@ -12,10 +12,13 @@ import pytest
 from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
 from PIL import Image
 
+from clipcid_cli.algorithms import neighbors
+from clipcid_cli.algorithms.finds import Finds
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings import open_embeddings
+from clipcid_cli.formats.forest_file import ForestPart, ForestParts
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.steps import forest_search
+from clipcid_cli.steps import forest_search, set_pairs
 from clipcid_cli.steps.balance import run
 from clipcid_cli.steps.reporting import SilentReporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -155,7 +158,7 @@ def test_the_other_linkage_is_what_a_run_with_it_gives(
 
     for limit in ("_MOST_COMPARED", "_MOST_FOUND"):
         with monkeypatch.context() as patch:
-            patch.setattr(forest_search, limit, 20)
+            patch.setattr(set_pairs, limit, 20)
             result, said = balance(tmp_path / limit, embeddings, keep=0.2)
         assert (result["other_linkage"], result["kept"]) == (None, single["kept"])
         assert "What --linkage star would keep at this cut-off is not computed:" in said
@@ -208,6 +211,66 @@ def test_stars_are_the_same_whether_or_not_pairs_were_kept_on_the_way(
     assert bytes_of(tmp_path / "rerun", forest_first=True) == kept
     monkeypatch.setattr(forest_search, "_MOST_PAIRS", 5)
     assert bytes_of(tmp_path / "too-many") == kept
+
+
+@pytest.mark.parametrize(("first", "second"), [("single", "star"), ("star", "single")])
+def test_a_search_goes_on_from_what_the_other_linkage_left(
+    first: str, second: str, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbors, "_BLOCK_ROWS", 32)
+    monkeypatch.setattr(forest_search, "_SECONDS_BETWEEN_SAVES", 0.0)
+    written, write = [], ForestParts.write
+
+    def write_and_stop(parts: ForestParts, session: int, rank: int, part: ForestPart) -> None:
+        write(parts, session, rank, part)
+        written.append(part)
+        if len(written) == 9:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ForestParts, "write", write_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            balance(tmp_path / "cut", embeddings, threshold=0.6, linkage=first)
+    assert [bool(part.has_all) for part in written] == [first == "star"] * 9
+    _, said = balance(tmp_path / "cut", embeddings, threshold=0.6, linkage=second, overwrite=True)
+    assert "Resuming the search: 9 of" in said
+    balance(tmp_path / "whole", embeddings, threshold=0.6, linkage=second)
+    for name in ("keep.parquet", "forest.parquet", "curve.csv"):
+        expected = (tmp_path / "whole" / "balance" / name).read_bytes()
+        assert (tmp_path / "cut" / "balance" / name).read_bytes() == expected, name
+
+
+def test_stars_begin_at_the_threshold_of_single_linkage(tmp_path: Path) -> None:
+    """Pairs at distances that differ, far from each other: both linkages drop the same images."""
+    angles = np.concatenate([np.zeros(20), np.linspace(0.1, 0.2, 20)])
+    rows = np.zeros((40, 40), np.float32)
+    for number, angle in enumerate(angles):
+        rows[number, [number % 20, number % 20 + 20]] = np.cos(angle), np.sin(angle)
+    folder = write_embeddings(tmp_path / "pairs", rows.astype(np.float16))
+    for kept in (38, 33, 21):
+        for linkage in ("single", "star"):
+            result, _ = balance(tmp_path, folder, keep=kept / 40, linkage=linkage)
+            assert result["kept"] == kept, linkage
+
+
+def test_stars_of_partitions_do_not_depend_on_what_was_there(
+    embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = []
+    monkeypatch.setattr(forest_search, "Finds", lambda *arguments: searches.append(arguments[2]) or Finds(*arguments))
+    for name, linkages in (("fresh", ["star"]), ("after", ["single", "star"])):
+        for linkage in linkages:
+            balance(tmp_path / name, embeddings, threshold=0.3, linkage=linkage, neighbors="partitioned")
+    assert set(searches) == {0}
+    fresh, after = ((tmp_path / name / "balance" / "keep.parquet").read_bytes() for name in ("fresh", "after"))
+    assert fresh == after
+
+
+def test_more_pairs_than_fit_are_an_error(embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forest_search, "_MOST_PAIRS", 5)
+    monkeypatch.setattr(set_pairs, "_MOST_COLLECTED", 50)
+    with pytest.raises(ClipcidError, match=r"More than 50 pairs of images are within 0\.6000 .*75 bytes each"):
+        balance(tmp_path, embeddings, threshold=0.6, linkage="star")
 
 
 def test_star_with_more_copies_than_should_go(tmp_path: Path) -> None:
