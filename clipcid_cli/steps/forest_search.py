@@ -222,7 +222,9 @@ class _Outlook:
     def nearest(self) -> NearestSample:
         size = min(CUTOFF_SAMPLE, len(self.rows))
         sample = np.sort(np.random.default_rng(0).choice(len(self.rows), size, replace=False))
-        return NearestSample(self.survey.read, self.rows, sample, self.device, self.scan_dtype)
+        # Each row meets the sample only: to prepare it for int8 takes longer than a float32 product.
+        scan_dtype = torch.float32 if self.scan_dtype == torch.int8 else self.scan_dtype
+        return NearestSample(self.survey.read, self.rows, sample, self.device, scan_dtype)
 
     def choose(self, forest: Forest, num_edges: int) -> float:
         # Edges between unique rows only, as the sample counts them.
