@@ -111,6 +111,14 @@ def selected_distances(
     return round_distances(squared_a_M[i_P] + squared_b_N[j_P] - 2.0 * dots_MN[row_P, column_P])
 
 
+def distance_matrix(
+    a_MD: torch.Tensor, b_ND: torch.Tensor, squared_a_M: torch.Tensor, squared_b_N: torch.Tensor
+) -> torch.Tensor:
+    """Return the distance of each row of `a` to each of `b`, float32 [M, N]; arguments as for :func:`paired_distances`."""
+    dots_MN = a_MD.to(torch.float64) @ b_ND.to(torch.float64).T
+    return round_distances(squared_a_M[:, None] + squared_b_N - 2.0 * dots_MN)
+
+
 def occurring(position_P: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which positions occur, ascending, and the place of each entry among them, int64 [P]; without a sort.
 

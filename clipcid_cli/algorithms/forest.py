@@ -18,9 +18,11 @@ import numpy.typing as npt
 from clipcid_cli.algorithms.distances import FloatArray, IntArray
 
 # Weights at which a growing forest remembers its components, to turn away edges that close a cycle before they are kept.
-_NUM_LEVELS = 8
+_NUM_LEVELS = 16
 # Edges collected before they are folded into the forest, beside one time the forest's own size.
 _SMALLEST_FOLD = 2**18
+# Where edges are so many times as many as the rows they join, their own forest is found first: it is far smaller.
+_DENSE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +186,14 @@ class ForestBuilder:
     def add(self, edges: Edges) -> None:
         """Take more edges of the graph."""
         edges = edges[self.may_join(edges.a, edges.b, edges.weight)]
+        occurs = np.zeros(self.num_rows, np.bool_)
+        occurs[edges.a] = occurs[edges.b] = True
+        rows = np.flatnonzero(occurs)
+        if len(edges) > _DENSE * len(rows):
+            # Near copies of one image are all near each other. Rows keep their order, so ties fall as among all rows.
+            place = np.cumsum(occurs) - 1
+            forest = minimum_forest(len(rows), Edges(place[edges.a], place[edges.b], edges.weight))
+            edges = Edges(rows[forest.a], rows[forest.b], forest.weight)
         self._waiting.append(edges)
         self._num_waiting += len(edges)
         if self._num_waiting >= max(self._smallest_fold, len(self._forest)):

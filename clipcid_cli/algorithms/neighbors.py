@@ -22,7 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.distances import FloatArray, IntArray, ReadRows, occurring, selected_distances
+from clipcid_cli.algorithms.distances import (
+    FloatArray,
+    IntArray,
+    ReadRows,
+    distance_matrix,
+    occurring,
+    selected_distances,
+)
 from clipcid_cli.algorithms.forest import Edges
 from clipcid_cli.algorithms.scan import (
     Block,
@@ -48,6 +55,8 @@ _MANY_PAIRS = 2**16
 # Where one pair of so many entries is proposed, a float32 product of their rows tells first which are near (measured: an
 # entry takes 2.6 ns of two cores, a pair decided on its own 1.3 µs).
 _ENTRIES_PER_PAIR = 256
+# Where one pair of so few entries is proposed, the exact matrix takes less time than lists of pairs.
+_ENTRIES_PER_DENSE_PAIR = 4
 # Enough panels that a handful of processes get equal shares and a killed run loses little.
 _SMALLEST_NUM_PANELS = 8
 
@@ -156,7 +165,7 @@ class Join:
                     found = _propose(a, b, threshold, self._scores, is_diagonal).moved(start_i, start_j)
                     # Few pairs of many blocks are decided together; many of one block at once, by matrix products.
                     if len(found) * _ENTRIES_PER_PAIR > len(a) * len(b):
-                        yield from _decide(panel_i, panel_j, [found], cutoff, wanted)
+                        yield from _decide_block(panel_i, panel_j, found, cutoff, wanted)
                     elif len(found):
                         waiting.append(found)
                         num_waiting += len(found)
@@ -190,6 +199,26 @@ class _Proposed:
 
     def moved(self, start_i: int, start_j: int) -> _Proposed:
         return _Proposed(self.i + start_i, self.j + start_j, self.score)
+
+
+def _decide_block(a: Block, b: Block, found: _Proposed, cutoff: float, wanted: Wanted) -> Iterator[Edges]:
+    """As :func:`_decide`, for all that was proposed of one block of each; near copies of one image fill whole matrices."""
+    rows, _ = occurring(found.i, len(a))
+    columns, _ = occurring(found.j, len(b))
+    if len(rows) * len(columns) > _ENTRIES_PER_DENSE_PAIR * len(found):
+        yield from _decide(a, b, [found], cutoff, wanted)
+        return
+    # What was not proposed is beyond the cut-off, so all of the matrix may be looked at.
+    weight_MN = distance_matrix(a.stored[rows], b.stored[columns], a.squared[rows], b.squared[columns]).cpu().numpy()
+    within_MN = weight_MN <= np.float32(cutoff)
+    if a is b:
+        within_MN &= rows.cpu().numpy()[:, None] < columns.cpu().numpy()
+    m_P, n_P = np.nonzero(within_MN)
+    i_P, j_P = a.rows[rows.cpu().numpy()][m_P], b.rows[columns.cpu().numpy()][n_P]
+    edges = Edges(np.minimum(i_P, j_P), np.maximum(i_P, j_P), weight_MN[within_MN])
+    useful = edges[wanted(edges.a, edges.b, edges.weight)]
+    if len(useful):
+        yield useful
 
 
 def _decide(a: Block, b: Block, proposed: list[_Proposed], cutoff: float, wanted: Wanted) -> Iterator[Edges]:
