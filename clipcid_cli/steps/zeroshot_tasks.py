@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from clipcid_cli.formats.presets import ACCURACY, MEAN_AVERAGE_PRECISION, RECALL
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.encoder import builtin_class_names, builtin_templates
 from clipcid_cli.runtime.seeds import key_fraction
+from clipcid_cli.steps.class_names import match_class_names, plain_name, read_folder_numbers
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -245,28 +245,21 @@ def _find_class_names(
                 "Give a file with one class name a line: --classnames FILE",
             )
         reporter.note(f"{folder.name}: the {len(dataset.classes)} classes are called as their folders.")
-        return tuple(_plain_name(name) for name in dataset.classes), None
+        return tuple(plain_name(name) for name in dataset.classes), None
     class_names = read_class_names(path)
     if dataset.classes is None:
         return class_names, None
-    numbers = _folder_numbers(dataset.classes, len(class_names))
-    if numbers is not None:
+    try:
+        match = match_class_names(class_names, dataset.classes)
+    except ClipcidError as error:
+        raise ClipcidError(f"{path} does not fit {folder.data}: {error.message}", error.fix) from error
+    if match.by == "number":
         reporter.note(
             f"{folder.name}: the names of the class folders are the numbers of their lines in {path}, from 0."
         )
-        return class_names, numbers
-    if len(class_names) != len(dataset.classes):
-        raise ClipcidError(
-            f"{path} names {len(class_names)} classes; {folder.data} has {len(dataset.classes)} folders of classes.",
-            "Write one class name for each folder, in the order of the folders' names.",
-        )
-    # A file that names the folders themselves is matched by name; any other by the order of the folders' names.
-    by_name = {_plain_name(name).casefold(): number for number, name in enumerate(class_names)}
-    labels = [by_name.get(_plain_name(name).casefold()) for name in dataset.classes]
-    if len(by_name) == len(class_names) and None not in labels:
-        return class_names, tuple(label for label in labels if label is not None)
-    reporter.note(f"{folder.name}: the lines of {path} stand for the class folders in the order of their names.")
-    return class_names, None
+    elif match.by == "order":
+        reporter.note(f"{folder.name}: the lines of {path} stand for the class folders in the order of their names.")
+    return class_names, match.labels
 
 
 def _imagenet_names(
@@ -275,7 +268,7 @@ def _imagenet_names(
     """Name ImageNet's classes; of folders called by WordNet numbers, as in its shifts, only those that are there."""
     if dataset.classes is None:
         return tuple(names.values()), None
-    numbers = _folder_numbers(dataset.classes, len(names))
+    numbers = read_folder_numbers(dataset.classes, len(names))
     if numbers is not None:
         return tuple(names.values()), numbers
     unknown = next((name for name in dataset.classes if name not in names), None)
@@ -287,15 +280,3 @@ def _imagenet_names(
     if len(dataset.classes) < len(names):
         reporter.note(f"{folder.name}: {len(dataset.classes)} of ImageNet's 1,000 classes, told among each other only.")
     return tuple(names[name] for name in dataset.classes), None
-
-
-def _folder_numbers(folders: Sequence[str], num_classes: int) -> tuple[int, ...] | None:
-    """Read folders called 0, 1, … as labels, since sorting their names would put 10 before 2; None when they are not."""
-    if not all(re.fullmatch(r"\d+", name) for name in folders):
-        return None
-    numbers = tuple(int(name) for name in folders)
-    return numbers if len(set(numbers)) == len(numbers) and max(numbers) < num_classes else None
-
-
-def _plain_name(name: str) -> str:
-    return name.replace("_", " ").strip()
