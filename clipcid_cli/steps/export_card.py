@@ -46,7 +46,7 @@ def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings
         license=settings.license or UNKNOWN,
         library=_LIBRARIES[settings.format[0]],
         facts=facts,
-        metrics=list(_find_metrics(WorkDirectory(work), info)),
+        metrics=list(_find_metrics(WorkDirectory(work), info.weights_hash)),
         precision=settings.stored_precision,
         parity=parity,
         dense=settings.dense,
@@ -108,12 +108,12 @@ def _keep_ratio(sidecar: dict[str, Any]) -> str:
     return f"{keep['kept'] / keep['images']:.4g} ({keep['kept']:,} of {keep['images']:,} images)"
 
 
-def _find_metrics(work: WorkDirectory, info: ModelInfo) -> Iterator[tuple[str, str, str, float]]:
+def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, float]]:
     """Yield the metrics that were measured on these very weights, told by the hash of the whole file."""
     for path in sorted((work.eval / SIDECARS).glob("*.json")):
         sidecar = _read(path.parent, path.stem)
         metrics = work.eval / path.name
-        if sidecar is None or info.weights_hash not in [entry.get("hash") for entry in sidecar.get("inputs", [])]:
+        if sidecar is None or weights_hash not in [entry.get("hash") for entry in sidecar.get("inputs", [])]:
             continue
         try:
             content = read_metrics(metrics)

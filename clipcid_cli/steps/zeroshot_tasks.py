@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from clipcid_cli.algorithms.probe_metrics import SEVERAL_METRICS, SINGLE_METRICS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.benchmark_folder import BenchmarkFolder, find_benchmark_folder
 from clipcid_cli.formats.class_files import (
@@ -22,7 +23,7 @@ from clipcid_cli.formats.class_files import (
 from clipcid_cli.formats.dataset import Columns, Dataset, Sample, open_dataset, open_described
 from clipcid_cli.formats.multi_label import read_classes
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
-from clipcid_cli.formats.presets import ACCURACY, MEAN_AVERAGE_PRECISION, RECALL, Preset, find_preset
+from clipcid_cli.formats.presets import ACCURACY, RECALL, Preset, customary_metric, find_preset
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.encoder import builtin_class_names, builtin_templates
 from clipcid_cli.runtime.seeds import key_fraction
@@ -149,11 +150,10 @@ def _plan_held_out(settings: EvalZeroshotSettings, reporter: Reporter) -> Zerosh
 
 
 def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotTask:
-    found = find_preset(data, settings.data_root)
+    found = find_copy(data, settings.data_root, reporter)
     preset = found[0] if found is not None else None
     if found is not None:
         data = str(found[1])
-        reporter.note(f"Data: {preset_name(found[0])} in {data}.")
     folder = find_benchmark_folder(data, settings.split)
     if preset is not None:
         folder = dataclasses.replace(folder, name=preset.name)
@@ -161,10 +161,9 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
     dataset = open_dataset(folder.data, keys=settings.keys, columns=columns)
     kind = _choose_task(folder, dataset, settings)
     if _TASKS[kind] == RETRIEVAL:
-        return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=preset.metric if preset is not None else RECALL)
+        return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL)
     class_names, label_of = _find_class_names(folder, dataset, settings, preset, reporter)
     multi_label = kind == MULTI_LABEL
-    default = MEAN_AVERAGE_PRECISION if multi_label else ACCURACY
     return ZeroshotTask(
         folder.name,
         CLASSIFICATION,
@@ -173,13 +172,31 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
         _find_templates(folder, settings, preset, reporter),
         label_of=label_of,
         multi_label=multi_label,
-        customary=preset.metric if preset is not None else default,
+        customary=customary_metric(folder.name, SEVERAL_METRICS if multi_label else SINGLE_METRICS),
     )
 
 
-def preset_name(preset: Preset) -> str:
-    """Say a preset's name and by what metric it is usually reported."""
-    return f"{preset.name} (usually reported by {preset.metric})"
+def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[Preset, Path] | None:
+    """Find the local copy of a usual data set, and tell where it was found.
+
+    Args:
+        name: What the user named.
+        root: Folder of the local copies.
+        reporter: Listener.
+
+    Returns:
+        The data set and its folder; None when it is not named as one.
+
+    Raises:
+        ClipcidError: when there is no copy.
+    """
+    found = find_preset(name, root)
+    if found is not None:
+        preset, folder = found
+        reporter.note(f"Data: {preset.name} (usually reported by {preset.metric}) in {folder}.")
+        if Path(name).exists() and not Path(name).samefile(folder):
+            reporter.note(f"The path {name} that lies here is another; it is named ./{name}.")
+    return found
 
 
 def _choose_task(folder: BenchmarkFolder, dataset: Dataset, settings: EvalZeroshotSettings) -> str:
