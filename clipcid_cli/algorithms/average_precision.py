@@ -36,9 +36,7 @@ class AveragePrecision:
         return float(self.eleven_point_C.nanmean())
 
 
-def average_precision(
-    scores_NC: torch.Tensor, positive_NC: torch.Tensor, counted_NC: torch.Tensor | None = None
-) -> AveragePrecision:
+def average_precision(scores_NC: torch.Tensor, positive_NC: torch.Tensor) -> AveragePrecision:
     """Compute the average precision of every class, in both usual forms.
 
     Images of equal score are taken together, so the order of the images never matters.
@@ -46,8 +44,6 @@ def average_precision(
     Args:
         scores_NC: Score of each image for each class, float [N, C]; only their order within a class matters.
         positive_NC: Whether the image has the class, bool [N, C].
-        counted_NC: Whether the image counts for the class, bool [N, C]; by default all do. VOC2007 leaves out images in
-            which every object of the class is marked difficult.
 
     Raises:
         ValueError: when shapes differ, there is no image, or a score is NaN.
@@ -58,20 +54,14 @@ def average_precision(
     """
     if scores_NC.ndim != 2 or scores_NC.shape != positive_NC.shape:
         raise ValueError(f"scores are {list(scores_NC.shape)}, labels {list(positive_NC.shape)}; both must be [N, C]")
-    if counted_NC is not None and counted_NC.shape != scores_NC.shape:
-        raise ValueError(f"scores are {list(scores_NC.shape)}, the mask {list(counted_NC.shape)}; they must agree")
     if not len(scores_NC):
         raise ValueError("no image to rank")
     if bool(scores_NC.isnan().any()):
         raise ValueError("scores hold NaN, which have no order")
     # One class at a time: a class is [N], and C of them at once would be as large as the scores four times over.
-    pairs = []
-    for number in range(scores_NC.shape[1]):
-        scores_N, positive_N = scores_NC[:, number], positive_NC[:, number].bool()
-        if counted_NC is not None:
-            counted_N = counted_NC[:, number].bool()
-            scores_N, positive_N = scores_N[counted_N], positive_N[counted_N]
-        pairs.append(_class_precision(scores_N, positive_N))
+    pairs = [
+        _class_precision(scores_NC[:, number], positive_NC[:, number].bool()) for number in range(scores_NC.shape[1])
+    ]
     areas, points = zip(*pairs, strict=True)
     return AveragePrecision(torch.tensor(areas, dtype=torch.float64), torch.tensor(points, dtype=torch.float64))
 

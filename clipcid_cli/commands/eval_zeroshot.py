@@ -53,17 +53,18 @@ def _show_table(rows: list[dict[str, Any]], console: Console) -> None:
         values = [_cell(one, names) for names in columns.values()]
         table.add_row(model, one["dataset"], *values, f"{one['images']:,}", f"{one['images_per_second']:,.0f}")
     console.print(table)
-    if any(len(names) == 1 for names in columns.values()):
-        note = "* what this data is usually reported by"
-        if any(one["customary"] in one["intervals"] for one in rows):
-            note += "; ± half the 95 % interval, from drawing the images anew"
-        console.print(note, style="dim")
+    note = "* what this data is usually reported by"
+    if any(len(names) == 1 and names[0] in one["intervals"] for names in columns.values() for one in rows):
+        note += "; ± half the 95 % interval, from drawing the images anew"
+    console.print(note, style="dim")
 
 
 def _cell(one: dict[str, Any], names: list[str]) -> str:
-    """Write the values of one column; a single one with half its interval, and a star where it is the customary one."""
-    text = " / ".join(_percent(one["metrics"][name]) for name in names)
-    if len(names) > 1 or one["metrics"][names[0]] is None:
+    """Write the values of one column, the customary one with a star; a single one with half its interval."""
+    if len(names) > 1:
+        return " / ".join(_percent(one["metrics"][name]) + "*" * (name == one["customary"]) for name in names)
+    text = _percent(one["metrics"][names[0]])
+    if one["metrics"][names[0]] is None:
         return text
     bounds = one["intervals"].get(names[0])
     half = f" ±{50 * (bounds[1] - bounds[0]):.1f}" if bounds is not None else ""

@@ -36,8 +36,12 @@ _VISION_FIELDS |= {"timm_drop_path"}
 _TEXT_FIELDS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "act_kwargs", "norm_kwargs"}
 _TEXT_FIELDS |= {"eos_id", "pad_id", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "final_ln_after_pool"}
 
-# Known, and refused unless they have the value under which they do nothing.
+# Values under which an unknown setting is off.
+_OFF: tuple[Any, ...] = (None, False, "", {})
+# Known, and refused unless they have a value under which they do nothing; open_clip acts on any number of the first two.
 _INERT: dict[str, tuple[Any, ...]] = {
+    "init_logit_bias": (None,),
+    "ls_init_value": (None,),
     "pool_type": ("tok", "argmax"),
     "proj_type": ("linear",),
     "block_type": (None, "default"),
@@ -180,7 +184,8 @@ def _unknown(prefix: str, settings: Mapping[str, Any], known: set[str]) -> list[
         f"{prefix}{name} is {'set' if isinstance(value, dict) and len(value) > 1 else repr(value)}"
         for name, value in settings.items()
         if name not in known
-        and value not in _INERT.get(name, (None, False, "", {}))
+        # By type too: 0 equals False, and is a value.
+        and not any(type(value) is type(off) and value == off for off in _INERT.get(name, _OFF))
         # open_clip reads the end token from `eos_id` under this pooling.
         and not (prefix == "text_cfg." and name == "pool_type" and value == "eos" and settings.get("eos_id") == EOS_ID)
     ]

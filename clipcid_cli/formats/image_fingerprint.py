@@ -1,15 +1,15 @@
-"""A fingerprint of a data set's images and classes, for what is kept of them under no other name.
+"""A fingerprint of a data set's images, classes and captions, for what is measured or kept of them.
 
 A shard's own fingerprint tells a moved or resized file; an image that was replaced by another of the same size, in a folder,
-a list or the midst of a tar, it may not. Here every image counts: its size, its first and last bytes, and its classes.
-Compressed images that differ differ there, in their header, their tables or their end.
+a list or the midst of a tar, it may not. Here every image counts: its size, its first and last bytes, its classes
+and its captions. Compressed images that differ differ there, in their header, their tables or their end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,13 +20,18 @@ _WINDOW = 4096
 _SAMPLES_A_TASK = 256
 
 
-def fingerprint_images(dataset: Dataset) -> dict[str, Any]:
+def fingerprint_images(dataset: Dataset, uses: Callable[[Sample], bool] = lambda _: True) -> dict[str, Any]:
     """Describe all images of a data set, where they lie in local files.
 
+    Args:
+        dataset: The data.
+        uses: Tells whether a sample is used; the others do not count.
+
     Returns:
-        ``path``, ``size`` (number of images) and ``hash``, as of a sidecar's input. Of a remote image only the name counts.
+        ``path``, ``size`` (number of images used) and ``hash``, as of a sidecar's input. Of a remote image only
+        the name counts.
     """
-    samples = [sample for shard in dataset.shards for sample in shard.samples()]
+    samples = [sample for shard in dataset.shards for sample in shard.samples() if uses(sample)]
     parts = [samples[start : start + _SAMPLES_A_TASK] for start in range(0, len(samples), _SAMPLES_A_TASK)]
     digest = hashlib.blake2b(digest_size=16)
     with ThreadPoolExecutor(16) as pool:
@@ -42,7 +47,9 @@ def fingerprint_images(dataset: Dataset) -> dict[str, Any]:
 def _digest(samples: Sequence[Sample]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
-        digest.update(repr((sample.key, sample.label, sample.labels)).encode("utf-8", errors="surrogateescape"))
+        digest.update(
+            repr((sample.key, sample.label, sample.labels, sample.captions)).encode("utf-8", errors="surrogateescape")
+        )
         for location in (sample.image, sample.multi_hot):
             if location is not None:
                 digest.update(_read_ends(location))

@@ -41,9 +41,11 @@ import json, numpy, onnxruntime
 from PIL import Image
 session = onnxruntime.InferenceSession("classifier.onnx")
 names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
-image = numpy.asarray(Image.open("photo.jpg").convert("RGB"))[None]
-logits, probabilities = session.run(["logits", "probabilities"], {"image": image})
-print(names[probabilities[0].argmax()])
+photo = Image.open("photo.jpg").convert("RGBA")
+image = Image.new("RGB", photo.size, "white")
+image.paste(photo, mask=photo)  # what is transparent is shown on white, as clipcid does
+logits, probabilities = session.run(["logits", "probabilities"], {"image": numpy.asarray(image)[None]})
+print(names[probabilities[0].argmax()], probabilities[0].max())
 ```"""
 _DENSE = """`dense_embeds` of `image_encoder.onnx`, [N, h, w, D], holds each patch after the last block, the final norm and
 the projection, not of unit length; row 0 is the top. With open_clip:
@@ -61,9 +63,10 @@ class ModelCard:
     Attributes:
         name: Title.
         license: Licence of the weights.
-        library: Library that reads the main form: ``open_clip``, ``transformers`` or ``onnxruntime``.
+        library: Library that reads the main form: ``open_clip``, ``transformers`` or ``onnx``.
         facts: What it is and how it was made, by name.
-        metrics: (data set, task, metric, value) of each measured number.
+        metrics: (data set, task, metric, value) of each number measured on the original model.
+        precision: Number format that folders' weights are stored in.
         parity: What `parity.json` holds of each form.
         dense: Whether the ONNX image encoder gives patches.
     """
@@ -73,6 +76,7 @@ class ModelCard:
     library: str
     facts: Mapping[str, str]
     metrics: Sequence[tuple[str, str, str, float]]
+    precision: str
     parity: Mapping[str, Any]
     dense: bool
 
@@ -99,7 +103,8 @@ def write_card(card: ModelCard, files: Sequence[str]) -> str:
         f"A CLIP, exported by clipcid {__version__}. What no file of the work directory states is called {UNKNOWN}.",
         _table(["", ""], [[name, value] for name, value in card.facts.items()]),
         "## Metrics",
-        _table(["data", "task", "metric", "value"], metrics) if metrics else f"{UNKNOWN.capitalize()}.",
+        *([_explain_metrics(card.precision), _table(["data", "task", "metric", "value"], metrics)] if metrics else []),
+        *([] if metrics else [f"{UNKNOWN.capitalize()}."]),
         "## Files",
         _table(["file", "what it is"], [[f"`{name}`", what] for name in files if (what := _describe(name))]),
         "## How it was checked",
@@ -109,6 +114,13 @@ def write_card(card: ModelCard, files: Sequence[str]) -> str:
         *_uses(files, card.dense),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _explain_metrics(precision: str) -> str:
+    other = "" if precision == "fp32" else f", not on the {precision} weights here"
+    return (
+        f"Measured on the original model{other}; how far each form is from it stands below, under how it was checked."
+    )
 
 
 def _describe(name: str) -> str | None:

@@ -50,7 +50,7 @@ def check_pixels_expressible(preprocess: Mapping[str, Any]) -> int:
         if not good:
             raise ClipcidError(
                 f"classifier.onnx: preprocess_cfg.{name} is {preprocess[name]!r}, which is not offered inside the graph.",
-                "Leave out --classifier, and prepare pixels as image_encoder.onnx's metadata say.",
+                "Leave out --classnames, and prepare pixels as image_encoder.onnx's metadata say.",
             )
     return int(sides.pop())
 

@@ -8,6 +8,8 @@ The life of an output:
 3. Otherwise the plan ``.<step>.plan.json`` tells what an unfinished run was making. The same settings and inputs: the step
    resumes on what is there. Others: an error names the difference. What an earlier plan left is cleared away before the new
    plan says so, lest a run that is killed in between passes the old files on as its own.
+   A step that never resumes writes no plan: an earlier output stays whole until the step calls ``Output.drop_earlier``
+   right before it writes its own, so a run that fails costs nothing.
 4. ``Output.commit`` writes the sidecar last; it is the mark that everything before it is complete.
 """
 
@@ -92,6 +94,7 @@ class Output:
         inputs: Fingerprints of what is read.
         finished: The sidecar when the output is complete and of the same settings and inputs, else None.
         resumed: Whether an unfinished run of the same settings and inputs was here before.
+        earlier: The sidecar of a complete output that differs in replaceable settings only and still is there.
     """
 
     folder: Path
@@ -100,6 +103,16 @@ class Output:
     inputs: list[dict[str, Any]]
     finished: dict[str, Any] | None
     resumed: bool
+    earlier: dict[str, Any] | None = None
+
+    def drop_earlier(self, *files: Path) -> None:
+        """Remove an earlier output: its sidecar first, so that what is killed in between passes for unfinished.
+
+        Args:
+            files: What else it consists of.
+        """
+        for path in (sidecar_path(self.folder, self.step), *files):
+            path.unlink(missing_ok=True)
 
     def commit(self, *, counts: dict[str, Any], seconds: dict[str, float], **more: Any) -> dict[str, Any]:
         """Write the sidecar, which declares the output complete, and return its content.
@@ -145,6 +158,7 @@ def open_output(
     overwrite: bool,
     replaceable: frozenset[str] = frozenset(),
     clear: Callable[[], None] = lambda: None,
+    resumable: bool = True,
 ) -> Iterator[Output]:
     """Lock an output folder and find out whether it is finished, unfinished or new.
 
@@ -158,6 +172,7 @@ def open_output(
             anew (``finished`` is None and ``resumed`` False).
         clear: Removes what the step would otherwise take for its own unfinished work; called unless the output is finished
             or resumed.
+        resumable: Whether the step builds on what an unfinished run left. When not, nothing is written or removed here.
 
     Raises:
         ClipcidError: when another run holds the folder, or an output of other settings or inputs is there.
@@ -170,9 +185,9 @@ def open_output(
     with _lock(folder, step):
         sidecar, plan = sidecar_path(folder, step), plan_path(folder, step)
         wanted = {"format_version": FORMAT_VERSION, "settings": settings, "inputs": inputs}
-        finished, begun = read_sidecar(sidecar), read_sidecar(plan)
+        finished, begun = read_sidecar(sidecar), read_sidecar(plan) if resumable else None
         existing = finished or begun
-        resumed = False
+        earlier, resumed = None, False
         if existing is not None:
             differences = list_differences(existing, wanted)
             serious = [name for name in differences if name.removeprefix("settings.") not in replaceable]
@@ -185,14 +200,15 @@ def open_output(
                     "Add --overwrite to replace it, or work elsewhere (--work, or --out where the command has it).",
                 )
             if differences:
+                earlier = finished if not resumable and not serious else None
                 finished = None
             resumed = finished is None and not differences and existing.get("cleared", False)
-        if finished is None and not resumed:
+        if resumable and finished is None and not resumed:
             write_json(plan, wanted | {"cleared": False})
             sidecar.unlink(missing_ok=True)
             clear()
             write_json(plan, wanted | {"cleared": True})
-        yield Output(folder, step, settings, inputs, finished, resumed)
+        yield Output(folder, step, settings, inputs, finished, resumed, earlier)
 
 
 def list_differences(existing: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:

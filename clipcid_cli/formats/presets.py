@@ -9,6 +9,7 @@ Source: LAION-AI/CLIP_benchmark 1.6.2 (names); Radford et al. 2021 (CLIP), appen
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
@@ -90,7 +91,7 @@ def find_preset(name: str, root: Path) -> tuple[Preset, Path] | None:
     """Find the local copy of a data set that is named by its preset.
 
     Args:
-        name: What the user named; anything that exists as a path, or is no preset's name, is no preset.
+        name: What the user named. The name of a preset is one whatever lies beside it; ``./name`` is a path.
         root: Folder of the local copies.
 
     Returns:
@@ -100,7 +101,7 @@ def find_preset(name: str, root: Path) -> tuple[Preset, Path] | None:
         ClipcidError: when there is no copy, naming where it is expected and how to get it.
     """
     preset = PRESETS.get(name)
-    if preset is None or Path(name).exists():
+    if preset is None:
         return None
     places = [root / folder for folder in (preset.folder, preset.name) if folder is not None]
     found = next((place for place in places if place.is_dir()), None)
@@ -114,5 +115,18 @@ def find_preset(name: str, root: Path) -> tuple[Preset, Path] | None:
     )
     raise ClipcidError(
         f"There is no local copy of {name}: expected in {expected}{places[-1]} (one folder of images per class).",
-        f"Name the folder of your copies with --data-root, or get it: {get}",
+        f"Name the folder of your copies with --data-root, or get it: {get}"
+        + (f"\nThe path of that name is ./{name}" if Path(name).exists() else ""),
     )
+
+
+def customary_metric(name: str, possible: Sequence[str]) -> str:
+    """Return the metric a data set is usually reported by.
+
+    Args:
+        name: Name of the data set: a preset's, or that of its folder, with or without ``/`` and a split.
+        possible: The metrics its task has; the first is that of data which is not known or has another task here.
+    """
+    folder = name.partition("/")[0]
+    known = next((preset.metric for preset in PRESETS.values() if folder in (preset.name, preset.folder)), None)
+    return known if known is not None and known in possible else possible[0]

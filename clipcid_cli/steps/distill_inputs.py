@@ -14,7 +14,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.clusters_file import CENTROIDS, TABLE, Clusters, open_clusters
 from clipcid_cli.formats.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.embeddings import Embeddings, open_embeddings
-from clipcid_cli.formats.keep_list import read_keep_list
+from clipcid_cli.formats.keep_list import KeepList, read_keep_list
 from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.output import fingerprint_file
 from clipcid_cli.formats.work import WorkDirectory
@@ -47,6 +47,25 @@ class Teaching:
 
 
 @dataclasses.dataclass(frozen=True)
+class AppliedKeepList:
+    """A keep list as a run found it.
+
+    Attributes:
+        path: Where it lay.
+        kept: Number of images it keeps.
+        images: Number of images it knows.
+    """
+
+    path: Path
+    kept: int
+    images: int
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as JSON values, for the sidecar."""
+        return {"path": str(self.path), "kept": self.kept, "images": self.images}
+
+
+@dataclasses.dataclass(frozen=True)
 class Inputs:
     """All that a run reads.
 
@@ -64,7 +83,7 @@ class Inputs:
     usable: Usable
     training: Selection
     held_out: Selection
-    keep_list: Path | None
+    keep_list: AppliedKeepList | None
     teaching: Teaching | None
     fingerprints: list[dict[str, Any]]
 
@@ -110,19 +129,20 @@ def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, repor
     usable = find_usable(dataset, settings.max_bad_fraction)
     fingerprints = dataset.fingerprints()
     wanted, held_out = usable.split(settings.val_fraction)
-    keep_list = _find_keep_list(settings, work)
-    if keep_list is None:
+    path, keep_list = _find_keep_list(settings, work), None
+    if path is None:
         reporter.note("Keep list: none, all samples are used.")
     else:
-        kept = _apply_keep_list(keep_list, usable, settings.max_bad_fraction, reporter)
-        wanted &= kept
-        fingerprints.append(fingerprint_file(keep_list))
+        keep = read_keep_list(path)
+        wanted &= _apply_keep_list(path, keep, usable, settings.max_bad_fraction, reporter)
+        fingerprints.append(fingerprint_file(path))
+        keep_list = AppliedKeepList(path, keep.num_kept, len(keep.keys))
     teaching = None
     if embeddings is not None:
         teaching = _join_teacher(settings, work, embeddings, usable, wanted, reporter)
         wanted &= teaching.places >= 0
         if keep_list is not None and teaching.clusters is not None:
-            _refuse_old_clusters(teaching.clusters, keep_list)
+            _refuse_old_clusters(teaching.clusters, keep_list.path)
         fingerprints += _fingerprint_teacher(teaching)
     return Inputs(
         dataset,
@@ -175,8 +195,9 @@ def _find_keep_list(settings: DistillSettings, work: WorkDirectory) -> Path | No
     return None if settings.keep_list == NO_KEEP_LIST else Path(settings.keep_list)
 
 
-def _apply_keep_list(path: Path, usable: Usable, max_bad_fraction: float, reporter: Reporter) -> npt.NDArray[np.bool_]:
-    keep = read_keep_list(path)
+def _apply_keep_list(
+    path: Path, keep: KeepList, usable: Usable, max_bad_fraction: float, reporter: Reporter
+) -> npt.NDArray[np.bool_]:
     places = join_keys(usable.keys, keep.keys)
     known = places >= 0
     missing = int(np.count_nonzero(~known))

@@ -172,7 +172,8 @@ def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np
 
 
 def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
-    found = [("data", inputs.dataset.spec), ("keep list", str(inputs.keep_list or "none: all samples"))]
+    keep_list = "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)
+    found = [("data", inputs.dataset.spec), ("keep list", keep_list)]
     if inputs.teaching is not None:
         found.append(("embeddings", str(inputs.teaching.embeddings.folder)))
         if inputs.teaching.clusters is not None:

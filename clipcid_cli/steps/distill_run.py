@@ -195,7 +195,7 @@ class Run:
             seconds=seconds,
             model={"spec": info.spec, "parameters": info.parameters, "embed_dim": info.embed_dim},
             data=inputs.dataset.describe(),
-            keep_list=None if inputs.keep_list is None else str(inputs.keep_list),
+            keep_list=None if inputs.keep_list is None else inputs.keep_list.describe(),
             result={
                 "steps": steps,
                 "samples": steps * self.plan.batch_size,

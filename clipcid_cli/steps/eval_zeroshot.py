@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.metrics_file import SIDECARS, make_metrics, metrics_stem, read_metrics, write_metrics
 from clipcid_cli.formats.output import fingerprint_file
 from clipcid_cli.formats.predictions_file import predictions_path, write_predictions
 from clipcid_cli.formats.work import WorkDirectory
-from clipcid_cli.runtime.encoder import ClipModel, load_model
+from clipcid_cli.runtime.encoder import ClipModel, hash_weights, load_model
 from clipcid_cli.runtime.loading import start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.model_names import ModelName, find_weights, parse_model, with_default_tag
@@ -112,6 +114,7 @@ class EvaluatedModel:
     def __init__(self, name: ModelName, machine: Machine) -> None:
         self.name, self._machine = name, machine
         self._model: ClipModel | None = None
+        self._fingerprints: list[dict[str, Any]] | None = None
 
     def load(self) -> ClipModel:
         """Load the model, once.
@@ -130,14 +133,29 @@ class EvaluatedModel:
         return self._model
 
     def fingerprints(self) -> list[dict[str, Any]]:
-        """Describe weights and configuration; a folder's without loading them."""
-        if self.name.kind == "folder":
-            assert self.name.path is not None
-            weights = find_weights(self.name.path)
-            assert weights is not None, "a folder without weights is no model"
-            return [fingerprint_file(self.name.path / "open_clip_config.json"), fingerprint_file(weights)]
-        info = self.load().info
-        return [{"path": info.spec, "size": info.parameters, "hash": info.weights_hash}]
+        """Describe weights and configuration, once; a folder's without loading them.
+
+        The hash of the weights is that of the whole file, as `ModelInfo.weights_hash`: metrics are told by it.
+
+        Raises:
+            ClipcidError: on every process, when the model cannot be loaded.
+        """
+        if self._fingerprints is None:
+            if self.name.kind == "folder":
+                folder = self.name.path
+                assert folder is not None
+                self._fingerprints = self._machine.on_main(lambda: _fingerprint_folder(folder))
+            else:
+                info = self.load().info
+                self._fingerprints = [{"path": info.spec, "size": info.parameters, "hash": info.weights_hash}]
+        return self._fingerprints
+
+
+def _fingerprint_folder(folder: Path) -> list[dict[str, Any]]:
+    weights = find_weights(folder)
+    assert weights is not None, "a folder without weights is no model"
+    described = {"path": str(weights), "size": weights.stat().st_size, "hash": hash_weights(weights)}
+    return [fingerprint_file(folder / "open_clip_config.json"), described]
 
 
 def _evaluate_pair(
@@ -149,24 +167,28 @@ def _evaluate_pair(
     batch_size = settings.batch_size or (256 if machine.device.type == "cuda" else 64)
     wanted = task.describe() | {"model": evaluated.name.slug, "precision": precision.name, "batch_size": batch_size}
     wanted |= {"bootstrap": settings.bootstrap, "seed": settings.seed}
-    inputs = evaluated.fingerprints() + machine.on_main(task.dataset.fingerprints)
+    data = machine.on_main(lambda: [*task.dataset.fingerprints(), fingerprint_images(task.dataset, task.uses)])
     rows = predictions_path(path)
     with claim_output(
         machine,
         path.parent / SIDECARS,
         stem,
         settings=wanted,
-        inputs=inputs,
+        inputs=evaluated.fingerprints() + data,
         overwrite=settings.overwrite,
         # They decide the intervals only, which are not worth an error.
         replaceable=frozenset({"bootstrap", "seed"}),
-        clear=lambda: rows.unlink(missing_ok=True),
+        resumable=False,
     ) as output:
+        has_rows = machine.on_main(rows.is_file)
         if output.finished is not None and machine.on_main(path.is_file):
-            if not settings.predictions or machine.on_main(rows.is_file):
+            if not settings.predictions or has_rows:
                 reporter.note(f"{path} holds {evaluated.name.spec} on {task.name} already.")
                 return _result(machine.on_main(lambda: read_metrics(path)), output.finished, path, reused=True)
             reporter.note(f"{path} is there without predictions; measuring {evaluated.name.spec} on {task.name} again.")
+        if has_rows and (output.finished or output.earlier) is not None:
+            # They are of this very model and data: other draws are no reason to lose them.
+            settings = dataclasses.replace(settings, predictions=True)
         measured = measure(evaluated.load(), task, machine, precision, batch_size, settings, reporter)
         record = make_metrics(
             dataset=task.name,
@@ -177,6 +199,7 @@ def _evaluate_pair(
         )
 
         def write() -> dict[str, Any]:
+            output.drop_earlier(path, rows)
             if measured.found.predictions is not None:
                 write_predictions(rows, measured.found.predictions)
             write_metrics(path, record)

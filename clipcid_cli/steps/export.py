@@ -38,7 +38,8 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
     """Export a model; with many processes the first does it, on the CPU.
 
     Returns:
-        The JSON object: ``model, files{}, parity{form: {image, text, bytes, images_per_second, zeroshot}}, seconds{}``.
+        The JSON object: ``model, files{}, parity{form: {precision, image, text, bytes, images_per_second, zeroshot}},
+        seconds{}``.
 
     Raises:
         ClipcidError: when the model cannot be read or written in a form, differs too much in it, or the folder holds the
@@ -95,24 +96,28 @@ def _export(
     started = time.perf_counter()
     model = load_model(source, torch.device("cpu"))
     seconds = {"load": time.perf_counter() - started}
-    precision = "fp32" if settings.precision == "auto" else settings.precision
-    options = FormOptions(precision, settings.opset, settings.quantize, settings.dense, classes, source.path)
+    options = FormOptions(
+        settings.stored_precision, settings.onnx_opset, settings.quantize, settings.dense, classes, source.path
+    )
     # What cannot be expressed is known before anything is read or written.
     if "hf" in settings.format:
         describe_hf(model)
     if "onnx" in settings.format:
         check_onnx_expressible(model, options)
     wanted = output_settings(settings) | {"model": model.info.slug, "format": sorted(settings.format)}
-    wanted["quantize"] = sorted(settings.quantize)
+    wanted |= {"quantize": sorted(settings.quantize), "opset": options.opset, "precision": options.precision}
     inputs = [{"path": model.info.spec, "size": model.info.parameters, "hash": model.info.weights_hash}]
     inputs += [fingerprint_file(file) for file in classes.files] if classes is not None else []
+    samples = make_parity_inputs(model, settings, classes, reporter)
+    check_measurable(samples, options, settings.max_accuracy_drop, reporter)
+    checker = Checker(model, samples, settings.max_difference, settings.max_accuracy_drop)
+    inputs.append(samples.fingerprint())
     with open_output(folder, "export", settings=wanted, inputs=inputs, overwrite=settings.overwrite) as output:
         if output.finished is not None:
+            # Limits are no part of the content, and an export must hold to those that are asked for now.
+            checker.require_limits(output.finished["parity"])
             reporter.note(f"{folder} holds this export already.")
             return output.finished
-        samples = make_parity_inputs(model, settings, classes, reporter)
-        check_measurable(samples, options)
-        checker = Checker(model, samples, settings.max_difference, settings.max_accuracy_drop)
         parity: dict[str, Any] = {}
         with build_export(folder) as building:
             for form in settings.format:
@@ -125,7 +130,11 @@ def _export(
             write_text(building / CARD, write_card(card, sorted(path.name for path in building.iterdir())))
             written = sorted(path.name for path in building.iterdir())
         return output.commit(
-            counts={"images": len(samples.images), "texts": len(samples.tokens)},
+            counts={
+                "images": len(samples.images),
+                "texts": len(samples.tokens),
+                "skipped": dict(sorted(samples.skips.counts.items())),
+            },
             seconds=seconds,
             model=dataclasses.asdict(model.info),
             written=written,

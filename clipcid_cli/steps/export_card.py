@@ -9,13 +9,13 @@ from typing import Any
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.metrics_file import SIDECARS, read_metrics
 from clipcid_cli.formats.model_card import UNKNOWN, ModelCard
-from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
+from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.encoder import ModelInfo
-from clipcid_cli.runtime.model_names import ModelName, find_weights
+from clipcid_cli.runtime.model_names import ModelName
 from clipcid_cli.steps.settings.export import ExportSettings
 
-_LIBRARIES = {"open-clip": "open_clip", "hf": "transformers", "onnx": "onnxruntime"}
+_LIBRARIES = {"open-clip": "open_clip", "hf": "transformers", "onnx": "onnx"}
 
 
 def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings, parity: dict[str, Any]) -> ModelCard:
@@ -46,7 +46,8 @@ def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings
         license=settings.license or UNKNOWN,
         library=_LIBRARIES[settings.format[0]],
         facts=facts,
-        metrics=list(_find_metrics(WorkDirectory(work), source)),
+        metrics=list(_find_metrics(WorkDirectory(work), info.weights_hash)),
+        precision=settings.stored_precision,
         parity=parity,
         dense=settings.dense,
     )
@@ -98,26 +99,21 @@ def _teacher(sidecar: dict[str, Any]) -> str:
 
 
 def _keep_ratio(sidecar: dict[str, Any]) -> str:
-    if "keep_list" not in sidecar:
-        return UNKNOWN
-    if sidecar["keep_list"] is None:
+    """State the ratio of the list that the run applied; the work directory may hold another by now."""
+    keep = sidecar.get("keep_list", UNKNOWN)
+    if keep is None:
         return "1 (not balanced)"
-    result = (_read(Path(sidecar["keep_list"]).parent, "balance") or {}).get("result", {})
-    if not {"keep_ratio", "kept", "images"} <= result.keys():
+    if not isinstance(keep, dict) or not {"kept", "images"} <= keep.keys():
         return UNKNOWN
-    return f"{result['keep_ratio']:.4g} ({result['kept']:,} of {result['images']:,} images)"
+    return f"{keep['kept'] / keep['images']:.4g} ({keep['kept']:,} of {keep['images']:,} images)"
 
 
-def _find_metrics(work: WorkDirectory, source: ModelName) -> Iterator[tuple[str, str, str, float]]:
-    """Yield the metrics that were measured on these very weights, told by their hash."""
-    weights = find_weights(source.path) if source.path is not None and source.path.is_dir() else None
-    if weights is None:
-        return
-    own = fingerprint_file(weights)["hash"]
+def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, float]]:
+    """Yield the metrics that were measured on these very weights, told by the hash of the whole file."""
     for path in sorted((work.eval / SIDECARS).glob("*.json")):
         sidecar = _read(path.parent, path.stem)
         metrics = work.eval / path.name
-        if sidecar is None or own not in [entry.get("hash") for entry in sidecar.get("inputs", [])]:
+        if sidecar is None or weights_hash not in [entry.get("hash") for entry in sidecar.get("inputs", [])]:
             continue
         try:
             content = read_metrics(metrics)

@@ -33,6 +33,9 @@ LIMITS = {
     "int8": Difference(max_difference=math.inf, min_cosine=0.9),
 }
 
+# What is compared row by row, by its name in `parity.json`.
+_PARTS = {"image": "the image encoder", "text": "the text encoder", "dense": "the patches"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
@@ -87,12 +90,14 @@ class Checker:
             quantized: Whether a loss of accuracy over the limit is an error.
 
         Returns:
-            For each tower ``batch_sizes, samples, max_difference, min_cosine``, and ``bytes, images_per_second, zeroshot``.
+            ``precision, bytes, images_per_second, zeroshot``, and for each tower ``batch_sizes, samples, max_difference,
+            min_cosine``.
 
         Raises:
             ClipcidError: when a difference or the loss is over its limit; says which, and by how much.
         """
-        found: dict[str, Any] = {tower: self._check_rows(form, kind, tower, encode) for tower, encode in towers.items()}
+        found: dict[str, Any] = {"precision": kind}
+        found |= {tower: self._check_rows(form, kind, tower, encode) for tower, encode in towers.items()}
         answers = self.answer(towers["image"], towers["text"])
         found["bytes"] = sum(path.stat().st_size for path in files)
         found["images_per_second"] = round(answers.images_per_second, 2)
@@ -106,7 +111,7 @@ class Checker:
             for size in BATCH_SIZES:
                 for batch in samples.split(size):  # type: ignore[no-untyped-call]  # torch leaves split untyped
                     difference = difference.merge(compare_rows(self.references[tower](batch), encode(batch)))
-        self.require_close(f"{form}: the {tower} encoder", kind, difference)
+        self.require_close(f"{form}: {_PARTS[tower]}", kind, difference)
         return {"batch_sizes": list(BATCH_SIZES), "samples": len(samples), **dataclasses.asdict(difference)}
 
     def require_close(self, what: str, kind: str, difference: Difference) -> None:
@@ -150,25 +155,48 @@ class Checker:
             gated: Whether a loss over the limit is an error.
 
         Returns:
-            ``measure, images, candidates, agreement, value, pytorch, drop``; None where there is nothing to compare.
+            ``measure, images, candidates, agreement, value, pytorch, drop, gated``; None where there is nothing to compare.
         """
         candidates, reference = self.inputs.candidates, self.reference.top
         if candidates is None or top is None or reference is None:
             return None
         value, before = (float((answer == candidates.labels).double().mean()) for answer in (top, reference))
-        drop = before - value
-        if gated and drop > self.max_drop:
-            raise ClipcidError(
-                f"{form}: {candidates.measure} falls from {before:.4f} to {value:.4f} on {len(top):,} images, by "
-                f"{100 * drop:.2f} points (allowed {100 * self.max_drop:.2f}). Nothing was written.",
-                "Leave this form out of --quantize, or allow more with --max-accuracy-drop.",
-            )
-        return {
+        found = {
             "measure": candidates.measure,
             "images": len(top),
             "candidates": len(candidates.prompts),
             "agreement": float((top == reference).double().mean()),
             "value": value,
             "pytorch": before,
-            "drop": drop,
+            "drop": before - value,
+            "gated": gated,
         }
+        self._require_answers(form, found)
+        return found
+
+    def _require_answers(self, form: str, found: Mapping[str, Any]) -> None:
+        """Raise when a gated form's loss, as `compare_answers` found it, is over the limit."""
+        if found["gated"] and found["drop"] > self.max_drop:
+            raise ClipcidError(
+                f"{form}: {found['measure']} falls from {found['pytorch']:.4f} to {found['value']:.4f} on "
+                f"{found['images']:,} images, by {100 * found['drop']:.2f} points (allowed {100 * self.max_drop:.2f}). "
+                "Nothing was written.",
+                "Leave this form out of --quantize, or allow more with --max-accuracy-drop.",
+            )
+
+    def require_limits(self, parity: Mapping[str, Any]) -> None:
+        """Hold what an earlier run found to the limits of this one.
+
+        Args:
+            parity: What was found of each form, by its name.
+
+        Raises:
+            ClipcidError: when a difference or the loss is over its limit, as if it were found now.
+        """
+        for form, found in parity.items():
+            for part, words in _PARTS.items():
+                if part in found:
+                    difference = Difference(found[part]["max_difference"], found[part]["min_cosine"])
+                    self.require_close(f"{form}: {words}", found["precision"], difference)
+            if found["zeroshot"] is not None:
+                self._require_answers(form, found["zeroshot"])

@@ -15,6 +15,7 @@ from clipcid_cli.formats.class_files import DEFAULT_TEMPLATES, fill_template, re
 from clipcid_cli.formats.dataset import Dataset, Sample
 from clipcid_cli.runtime.encoder import Tokenizer
 from clipcid_cli.runtime.towers import Encode
+from clipcid_cli.steps.class_names import match_class_names, plain_name
 from clipcid_cli.steps.settings.export import ExportSettings
 
 _TEXTS_A_BATCH = 64
@@ -76,7 +77,7 @@ def label_samples(
         The classes and int64 [N]; None when the data has no classes or does not say what they are called.
 
     Raises:
-        ClipcidError: when a label has no class.
+        ClipcidError: when a label has no class, or folders of classes do not go with the names.
     """
     labels = [sample.label for sample in samples]
     if not labels or None in labels:
@@ -87,14 +88,10 @@ def label_samples(
     if classes is None:
         if dataset.classes is None:
             return None
-        classes = Classes(tuple(_plain(name) for name in dataset.classes), DEFAULT_TEMPLATES, ())
+        classes = Classes(tuple(plain_name(name) for name in dataset.classes), DEFAULT_TEMPLATES, ())
     numbers = torch.tensor(labels)
     if dataset.classes is not None:
-        # Folders of classes are matched with the names they bear; other names stand for them in their order.
-        by_name = {_plain(name).casefold(): number for number, name in enumerate(classes.names)}
-        places = [by_name.get(_plain(name).casefold()) for name in dataset.classes]
-        if None not in places:
-            numbers = torch.tensor([place for place in places if place is not None])[numbers]
+        numbers = torch.tensor(match_class_names(classes.names, dataset.classes).labels)[numbers]
     if int(numbers.max()) >= len(classes.names) or int(numbers.min()) < 0:
         wrong = next(index for index, number in enumerate(numbers.tolist()) if not 0 <= number < len(classes.names))
         raise ClipcidError(
@@ -103,10 +100,6 @@ def label_samples(
             "Give the matching list of class names with --classnames, or other --data to check with.",
         )
     return classes, numbers
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ").strip()
 
 
 def encode_candidates(prompts: Sequence[Sequence[str]], tokenizer: Tokenizer, encode: Encode) -> torch.Tensor:

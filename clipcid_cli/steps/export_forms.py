@@ -37,7 +37,7 @@ class FormOptions:
 
     Attributes:
         precision: Number format of the stored weights of a folder: ``fp32``, ``fp16`` or ``bf16``.
-        opset: Version of ONNX's operators.
+        opset: Version of ONNX's operators; None where no ONNX file is written.
         quantize: Smaller forms of each ONNX file.
         dense: Whether the ONNX image encoder gives patches too.
         classes: Classes of the ONNX classifier; None writes none.
@@ -45,7 +45,7 @@ class FormOptions:
     """
 
     precision: str
-    opset: int
+    opset: int | None
     quantize: tuple[str, ...]
     dense: bool
     classes: Classes | None

@@ -27,6 +27,7 @@ from clipcid_cli.steps.export_check import BATCH_SIZES, Checker
 from clipcid_cli.steps.export_classes import encode_candidates
 from clipcid_cli.steps.export_forms import FormOptions
 from clipcid_cli.steps.parity_inputs import ACCURACY, ParityInputs
+from clipcid_cli.steps.reporting import Reporter
 
 _PATCHES = "dense_embeds"
 
@@ -51,13 +52,31 @@ def check_onnx_expressible(model: ClipModel, options: FormOptions) -> None:
         check_pixels_expressible(model.info.preprocess)
 
 
-def check_measurable(inputs: ParityInputs, options: FormOptions) -> None:
-    """Refuse 8 bits where nothing would tell what they cost.
+def check_measurable(inputs: ParityInputs, options: FormOptions, max_drop: float, reporter: Reporter) -> None:
+    """Refuse 8 bits where nothing would tell what they cost, and warn where too few images would.
+
+    Args:
+        inputs: What the forms are compared on.
+        options: Which forms are written.
+        max_drop: Largest loss of accuracy of a quantised form.
+        reporter: Is warned.
 
     Raises:
-        ClipcidError: when the images have neither classes nor captions.
+        ClipcidError: when the images have neither classes that have names nor captions.
     """
+    count = len(inputs.images)
+    if options.quantize and inputs.candidates is not None and 0 < max_drop < 1 / count:
+        reporter.warn(
+            f"What a smaller form loses is measured on {count:,} images, of which one is {100 / count:.2f} points: a loss "
+            f"of the {100 * max_drop:.2f} allowed cannot be told from none. {math.ceil(1 / max_drop):,} images can, and "
+            "more do better: name them with --data, and raise --check-images where it was given."
+        )
     if "int8" in options.quantize and inputs.candidates is None:
+        if inputs.unnamed_classes:
+            raise ClipcidError(
+                f"--quantize int8: the classes of {inputs.source} have no names to measure by what it costs.",
+                "Give them with --classnames: a file with one class name a line.",
+            )
         raise ClipcidError(
             "--quantize int8 needs images with classes or captions, to measure what it costs.",
             "Name some with --data: a CLIP_benchmark folder, a folder of images per class, or shards with captions.",
@@ -98,6 +117,7 @@ def write_onnx_files(model: ClipModel, folder: Path, checker: Checker, options: 
 
 
 def _write_encoders(model: ClipModel, folder: Path, checker: Checker, options: FormOptions) -> None:
+    assert options.opset is not None
     metadata = {
         "model": model.info.spec,
         "weights_hash": model.info.weights_hash,
@@ -149,7 +169,7 @@ def _check_patches(form: str, kind: str, model: ClipModel, session: OnnxSession,
                 difference = difference.merge(
                     compare_rows((ours / longest).flatten(0, 2), (theirs / longest).flatten(0, 2))
                 )
-    checker.require_close(f"{form}: {_PATCHES}", kind, difference)
+    checker.require_close(f"{form}: the patches", kind, difference)
     return {"shape": ["batch", *ours.shape[1:]], "max_difference": difference.max_difference} | {
         "min_cosine": difference.min_cosine
     }
@@ -215,6 +235,7 @@ def _check_classifier(
     # With classes named, labels count in them: the same candidates as the encoders'.
     labelled = inputs.candidates is not None and inputs.candidates.measure == ACCURACY
     return {
+        "precision": kind,
         "images": len(tops),
         "max_cosine_difference": largest,
         "agreement": float((top[:, 0] == top[:, 1]).double().mean()),

@@ -22,10 +22,12 @@ def claim_output(
     overwrite: bool,
     replaceable: frozenset[str] = frozenset(),
     clear: Callable[[], None] = lambda: None,
+    resumable: bool = True,
 ) -> Iterator[Output]:
     """Lock `folder` on the first process and tell all processes what state it is in.
 
-    The arguments are those of `open_output`. Only the first process may call ``commit`` on what is yielded.
+    The arguments are those of `open_output`. Only the first process may call ``drop_earlier`` and ``commit`` on what is
+    yielded.
 
     Raises:
         ClipcidError: on every process, when the folder is held by another run or holds an output of other settings.
@@ -42,6 +44,7 @@ def claim_output(
                     overwrite=overwrite,
                     replaceable=replaceable,
                     clear=clear,
+                    resumable=resumable,
                 )
             )
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,6 +15,7 @@ from PIL import Image
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.benchmark_folder import find_benchmark_folder
 from clipcid_cli.formats.dataset import Dataset, Sample, open_dataset, open_described
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.encoder import ClipModel, normalize_pixels
 from clipcid_cli.runtime.images import UnreadableImage, decode_image
@@ -65,6 +68,8 @@ class ParityInputs:
         texts: The same as text.
         candidates: What the images are matched with; None where they have neither class nor caption.
         source: Where they come from, for `parity.json`.
+        unnamed_classes: Whether the images have classes, but nothing says what these are called.
+        skips: Images that could not be read.
     """
 
     openers: list[Callable[[], Image.Image]]
@@ -73,6 +78,25 @@ class ParityInputs:
     texts: list[str]
     candidates: Candidates | None
     source: str
+    unnamed_classes: bool
+    skips: Skips
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describe all that models are shown, so that a later run can tell whether it compares on the same.
+
+        Returns:
+            ``path``, ``size`` (number of images) and ``hash``, as of a sidecar's input.
+        """
+        digest = hashlib.blake2b(self.images.numpy().tobytes(), digest_size=16)
+        digest.update(repr(self.texts).encode())
+        if self.candidates is not None:
+            told = (self.candidates.measure, self.candidates.prompts, self.candidates.labels.tolist())
+            digest.update(repr(told).encode())
+        return {
+            "path": f"{self.source}#compared",
+            "size": len(self.images),
+            "hash": f"blake2b:{digest.hexdigest()}",
+        }
 
     def pixels(self, model: ClipModel, start: int, stop: int) -> torch.Tensor:
         """Return some images as the image tower takes them, float32 [B, 3, H, W]."""
@@ -93,14 +117,21 @@ def make_parity_inputs(
         model: Whose transform and tokenizer prepare them.
         settings: Names the data and how many of it.
         classes: Classes the user named, which labels count in; else the data's own, where it has any.
-        reporter: Is told where they come from.
+        reporter: Is told where they come from, and which could not be read.
 
     Raises:
-        ClipcidError: when ``--data`` cannot be read, holds no readable image, or has labels that no class has.
+        ClipcidError: when ``--data`` cannot be read, holds no readable image or too many that are not, or has labels that
+            no class has.
     """
     dataset = _find_data(settings)
     limit = settings.check_images or (_MANY if settings.data is not None or settings.quantize else _FEW)
-    samples, openers, images = _read(dataset, limit, model) if dataset is not None else ([], [], [])
+    skips = Skips()
+    samples, openers, images = _read(dataset, limit, model, skips) if dataset is not None else ([], [], [])
+    if settings.data is not None:
+        # Data that nobody named is what was embedded: it was held to a limit then.
+        skips.check(len(images) + skips.total, settings.max_bad_fraction, settings.data)
+    if skips.total and dataset is not None:
+        reporter.warn(f"{skips.total:,} images of {dataset.spec} were skipped:\n{skips.describe()}")
     if not images:
         if settings.data is not None:
             raise ClipcidError(f"--data {settings.data} holds no readable image.", "Give other data to check with.")
@@ -114,7 +145,16 @@ def make_parity_inputs(
     candidates = _find_candidates(samples, dataset, settings, classes) if dataset is not None else None
     captions = [sample.captions[0] for sample in samples[: CLOSE_LOOK // 2] if sample.captions]
     texts = list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), CLOSE_LOOK))
-    return ParityInputs(openers, torch.stack(images), model.tokenizer(texts), texts, candidates, source)
+    return ParityInputs(
+        openers,
+        torch.stack(images),
+        model.tokenizer(texts),
+        texts,
+        candidates,
+        source,
+        unnamed_classes=candidates is None and bool(samples) and all(sample.label is not None for sample in samples),
+        skips=skips,
+    )
 
 
 def _find_data(settings: ExportSettings) -> Dataset | None:
@@ -149,9 +189,12 @@ def _find_candidates(
 
 
 def _read(
-    dataset: Dataset, limit: int, model: ClipModel
+    dataset: Dataset, limit: int, model: ClipModel, skips: Skips
 ) -> tuple[list[Sample], list[Callable[[], Image.Image]], list[torch.Tensor]]:
-    """Read up to `limit` images: of labelled data spread evenly over all of it, since classes often follow each other."""
+    """Read up to `limit` images: of labelled data spread evenly over all of it, since classes often follow each other.
+
+    Those that cannot be read are counted in `skips`.
+    """
     transform = model.pixel_transform()
     samples: list[Sample] = []
     openers: list[Callable[[], Image.Image]] = []
@@ -160,7 +203,11 @@ def _read(
         opener = partial(_decode, sample)
         try:
             images.append(transform(opener()))
-        except (UnreadableImage, OSError):
+        except UnreadableImage as error:
+            skips.add(error.reason, sample.key)
+            continue
+        except OSError:  # the file is gone, or cut off since it was listed
+            skips.add("unreadable_image", sample.key)
             continue
         samples.append(sample)
         openers.append(opener)

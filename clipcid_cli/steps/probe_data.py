@@ -16,7 +16,7 @@ from clipcid_cli.formats.class_files import read_class_names
 from clipcid_cli.formats.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.features_file import Features, features_path, read_features, write_features
 from clipcid_cli.formats.multi_label import read_vector_length
-from clipcid_cli.formats.presets import PRESETS, find_preset
+from clipcid_cli.formats.presets import customary_metric
 from clipcid_cli.formats.samples import Sample
 from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.machine import Machine
@@ -24,7 +24,7 @@ from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 from clipcid_cli.steps.zeroshot_encode import encode_task
-from clipcid_cli.steps.zeroshot_tasks import CLASSIFICATION, MULTI_LABEL, ZeroshotTask
+from clipcid_cli.steps.zeroshot_tasks import CLASSIFICATION, MULTI_LABEL, ZeroshotTask, find_copy
 
 _SPLITS = ("train", "test", "val", "validation")
 
@@ -55,13 +55,13 @@ class ProbeData:
         return (self.train, self.test) if self.val is None else (self.train, self.test, self.val)
 
 
-def open_probe_data(settings: EvalLinearSettings) -> ProbeData:
+def open_probe_data(settings: EvalLinearSettings, reporter: Reporter) -> ProbeData:
     """Open all splits and bring their classes together: folders of classes by name, numbered classes by number.
 
     Raises:
         ClipcidError: when a split is missing, has no classes, or has classes that the training split lacks.
     """
-    name, train_data, test_data = _locate(settings)
+    name, train_data, test_data = _locate(settings, reporter)
     splits = []
     given = {"--train": train_data, "--test": test_data} | ({"--val": settings.val} if settings.val is not None else {})
     for flag, data in given.items():
@@ -103,13 +103,13 @@ def _labels_of(train: Dataset, other: Dataset) -> tuple[int, ...] | None:
     return tuple(train.classes.index(name) for name in other.classes)
 
 
-def _locate(settings: EvalLinearSettings) -> tuple[str, str, str]:
+def _locate(settings: EvalLinearSettings, reporter: Reporter) -> tuple[str, str, str]:
     """Return the name of the data set and where its two splits lie.
 
     Raises:
         ClipcidError: when the data set is named by its preset, and there is no local copy.
     """
-    found = find_preset(settings.data, settings.data_root) if settings.data is not None else None
+    found = find_copy(settings.data, settings.data_root, reporter) if settings.data is not None else None
     name, folder = (found[0].name, str(found[1])) if found is not None else (None, str(settings.data).rstrip("/"))
     train = settings.train if settings.train is not None else f"{folder}/train"
     test = settings.test if settings.test is not None else f"{folder}/test"
@@ -132,8 +132,7 @@ def choose_metric(wanted: str, name: str, *, several: bool) -> str:
     """
     possible = SEVERAL_METRICS if several else SINGLE_METRICS
     if wanted == "auto":
-        customary = next((preset.metric for preset in PRESETS.values() if name in (preset.name, preset.folder)), None)
-        return customary if customary is not None and customary in possible else possible[0]
+        return customary_metric(name, possible)
     if wanted not in possible:
         raise UsageError(
             f"--metric {wanted} does not fit {name}, where an image has {'several classes' if several else 'one class'}.",

@@ -215,12 +215,18 @@ class ProbeFits:
                     chosen.append(best.c)
                     metrics.append(self.measure(best.solution.classifier, test))
                     progress.advance()
+                at_edge = sum(c in (self.grid[0], self.grid[-1]) for c in chosen)
+                if at_edge:
+                    self.reporter.warn(
+                        f"--shots {shots}: the best C of {at_edge} of {repeats} draws is an end of the range "
+                        f"{self.grid[0]:.3g} … {self.grid[-1]:.3g} that was tried: a better one may lie beyond."
+                    )
                 found.append(
                     {
                         "shots": shots,
                         "images": max(draws),
                         "c": chosen,
-                        "at_edge": sum(c in (self.grid[0], self.grid[-1]) for c in chosen),
+                        "at_edge": at_edge,
                         "metrics": {f"lp_{name}": _sum_up([one[name] for one in metrics]) for name in metrics[0]},
                     }
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from clipcid_cli.algorithms.bootstrap import (
     ratio,
 )
 from clipcid_cli.algorithms.retrieval import RECALL_AT
-from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import predictions_file
 from clipcid_cli.formats.metrics_file import read_metrics
 from clipcid_cli.formats.predictions_file import Predictions, predictions_path, read_predictions
@@ -59,14 +60,13 @@ def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[
     Raises:
         ClipcidError: when a file or its predictions are missing, or the two are of different data.
     """
-    if settings.bootstrap == 0:
-        raise UsageError("--compare draws the images anew, and --bootstrap is 0.", "Give --bootstrap 1000.")
     paths = settings.compared
     records = [read_metrics(path) for path in paths]
     first, second = (read_predictions(predictions_path(path)) for path in paths)
     _refuse_other_data(first, second)
     images = len(first.table)
-    differences = {name: _judge(name, draws, records) for name, draws in _draw(first, second, settings).items()}
+    names = _tell_apart(records, paths)
+    differences = {name: _judge(name, draws, names) for name, draws in _draw(first, second, settings).items()}
     for judged in differences.values():
         reporter.note(judged["verdict"])
     return {
@@ -180,14 +180,13 @@ def _draw_multi_label(first: Predictions, second: Predictions, settings: EvalZer
     }
 
 
-def _judge(name: str, draws: _Draws, records: list[dict[str, Any]]) -> dict[str, Any]:
+def _judge(name: str, draws: _Draws, names: list[str]) -> dict[str, Any]:
     """Say in words what a difference is worth: real when its interval leaves out 0 and McNemar, where it applies, agrees."""
     low, high = interval(draws.difference_B)
     difference = draws.second - draws.first
     outside = low > 0 or high < 0
     real = outside and (draws.p_value is None or draws.p_value < _CERTAIN)
     better, worse = (1, 0) if difference > 0 else (0, 1)
-    names = [_name(record, number) for number, record in enumerate(records)]
     told = f"{100 * difference:+.2f} points, 95 % interval {100 * low:+.2f} … {100 * high:+.2f}"
     if draws.p_value is not None:
         told += f", McNemar p = {draws.p_value:.2g}"
@@ -208,5 +207,8 @@ def _judge(name: str, draws: _Draws, records: list[dict[str, Any]]) -> dict[str,
     }
 
 
-def _name(record: dict[str, Any], number: int) -> str:
-    return f"{'AB'[number]} ({record['model']})"
+def _tell_apart(records: list[dict[str, Any]], paths: tuple[Path, Path]) -> list[str]:
+    """Name both results by their models; by weights, or at last by files, where those are called alike."""
+    called = [[str(record[field]) for record in records] for field in ("model", "pretrained")]
+    first, second = next((pair for pair in called if pair[0] != pair[1]), [str(path) for path in paths])
+    return [f"A ({first})", f"B ({second})"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from clipcid_cli.algorithms.probe_metrics import SEVERAL_METRICS, SINGLE_METRICS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.benchmark_folder import BenchmarkFolder, find_benchmark_folder
 from clipcid_cli.formats.class_files import (
@@ -23,10 +23,11 @@ from clipcid_cli.formats.class_files import (
 from clipcid_cli.formats.dataset import Columns, Dataset, Sample, open_dataset, open_described
 from clipcid_cli.formats.multi_label import read_classes
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
-from clipcid_cli.formats.presets import ACCURACY, MEAN_AVERAGE_PRECISION, RECALL, Preset, find_preset
+from clipcid_cli.formats.presets import ACCURACY, RECALL, Preset, customary_metric, find_preset
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.encoder import builtin_class_names, builtin_templates
 from clipcid_cli.runtime.seeds import key_fraction
+from clipcid_cli.steps.class_names import match_class_names, plain_name, read_folder_numbers
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -149,11 +150,10 @@ def _plan_held_out(settings: EvalZeroshotSettings, reporter: Reporter) -> Zerosh
 
 
 def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotTask:
-    found = find_preset(data, settings.data_root)
+    found = find_copy(data, settings.data_root, reporter)
     preset = found[0] if found is not None else None
     if found is not None:
         data = str(found[1])
-        reporter.note(f"Data: {preset_name(found[0])} in {data}.")
     folder = find_benchmark_folder(data, settings.split)
     if preset is not None:
         folder = dataclasses.replace(folder, name=preset.name)
@@ -161,10 +161,9 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
     dataset = open_dataset(folder.data, keys=settings.keys, columns=columns)
     kind = _choose_task(folder, dataset, settings)
     if _TASKS[kind] == RETRIEVAL:
-        return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=preset.metric if preset is not None else RECALL)
+        return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL)
     class_names, label_of = _find_class_names(folder, dataset, settings, preset, reporter)
     multi_label = kind == MULTI_LABEL
-    default = MEAN_AVERAGE_PRECISION if multi_label else ACCURACY
     return ZeroshotTask(
         folder.name,
         CLASSIFICATION,
@@ -173,13 +172,31 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
         _find_templates(folder, settings, preset, reporter),
         label_of=label_of,
         multi_label=multi_label,
-        customary=preset.metric if preset is not None else default,
+        customary=customary_metric(folder.name, SEVERAL_METRICS if multi_label else SINGLE_METRICS),
     )
 
 
-def preset_name(preset: Preset) -> str:
-    """Say a preset's name and by what metric it is usually reported."""
-    return f"{preset.name} (usually reported by {preset.metric})"
+def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[Preset, Path] | None:
+    """Find the local copy of a usual data set, and tell where it was found.
+
+    Args:
+        name: What the user named.
+        root: Folder of the local copies.
+        reporter: Listener.
+
+    Returns:
+        The data set and its folder; None when it is not named as one.
+
+    Raises:
+        ClipcidError: when there is no copy.
+    """
+    found = find_preset(name, root)
+    if found is not None:
+        preset, folder = found
+        reporter.note(f"Data: {preset.name} (usually reported by {preset.metric}) in {folder}.")
+        if Path(name).exists() and not Path(name).samefile(folder):
+            reporter.note(f"The path {name} that lies here is another; it is named ./{name}.")
+    return found
 
 
 def _choose_task(folder: BenchmarkFolder, dataset: Dataset, settings: EvalZeroshotSettings) -> str:
@@ -245,28 +262,21 @@ def _find_class_names(
                 "Give a file with one class name a line: --classnames FILE",
             )
         reporter.note(f"{folder.name}: the {len(dataset.classes)} classes are called as their folders.")
-        return tuple(_plain_name(name) for name in dataset.classes), None
+        return tuple(plain_name(name) for name in dataset.classes), None
     class_names = read_class_names(path)
     if dataset.classes is None:
         return class_names, None
-    numbers = _folder_numbers(dataset.classes, len(class_names))
-    if numbers is not None:
+    try:
+        match = match_class_names(class_names, dataset.classes)
+    except ClipcidError as error:
+        raise ClipcidError(f"{path} does not fit {folder.data}: {error.message}", error.fix) from error
+    if match.by == "number":
         reporter.note(
             f"{folder.name}: the names of the class folders are the numbers of their lines in {path}, from 0."
         )
-        return class_names, numbers
-    if len(class_names) != len(dataset.classes):
-        raise ClipcidError(
-            f"{path} names {len(class_names)} classes; {folder.data} has {len(dataset.classes)} folders of classes.",
-            "Write one class name for each folder, in the order of the folders' names.",
-        )
-    # A file that names the folders themselves is matched by name; any other by the order of the folders' names.
-    by_name = {_plain_name(name).casefold(): number for number, name in enumerate(class_names)}
-    labels = [by_name.get(_plain_name(name).casefold()) for name in dataset.classes]
-    if len(by_name) == len(class_names) and None not in labels:
-        return class_names, tuple(label for label in labels if label is not None)
-    reporter.note(f"{folder.name}: the lines of {path} stand for the class folders in the order of their names.")
-    return class_names, None
+    elif match.by == "order":
+        reporter.note(f"{folder.name}: the lines of {path} stand for the class folders in the order of their names.")
+    return class_names, match.labels
 
 
 def _imagenet_names(
@@ -275,7 +285,7 @@ def _imagenet_names(
     """Name ImageNet's classes; of folders called by WordNet numbers, as in its shifts, only those that are there."""
     if dataset.classes is None:
         return tuple(names.values()), None
-    numbers = _folder_numbers(dataset.classes, len(names))
+    numbers = read_folder_numbers(dataset.classes, len(names))
     if numbers is not None:
         return tuple(names.values()), numbers
     unknown = next((name for name in dataset.classes if name not in names), None)
@@ -287,15 +297,3 @@ def _imagenet_names(
     if len(dataset.classes) < len(names):
         reporter.note(f"{folder.name}: {len(dataset.classes)} of ImageNet's 1,000 classes, told among each other only.")
     return tuple(names[name] for name in dataset.classes), None
-
-
-def _folder_numbers(folders: Sequence[str], num_classes: int) -> tuple[int, ...] | None:
-    """Read folders called 0, 1, … as labels, since sorting their names would put 10 before 2; None when they are not."""
-    if not all(re.fullmatch(r"\d+", name) for name in folders):
-        return None
-    numbers = tuple(int(name) for name in folders)
-    return numbers if len(set(numbers)) == len(numbers) and max(numbers) < num_classes else None
-
-
-def _plain_name(name: str) -> str:
-    return name.replace("_", " ").strip()

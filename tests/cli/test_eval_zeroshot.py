@@ -14,9 +14,11 @@ import pytest
 import torch
 from conftest import Run, make_caption, make_image, write_tar, write_tiny_model
 from PIL import Image
+from rich.console import Console
 from sklearn.metrics import average_precision_score
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.commands.eval_zeroshot import show
+from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.metrics_file import write_metrics
 from clipcid_cli.formats.predictions_file import make_predictions, predictions_path, write_predictions
 from clipcid_cli.steps.reporting import SilentReporter
@@ -309,6 +311,46 @@ def test_predictions_comparison_and_report(
         assert refused.returncode == 1
         assert message in " ".join(refused.stderr.split())
     assert clipcid("eval-zeroshot", "--compare", files[0], check=False).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"data": ()}, "1 was named"),
+        ({"data": ("b.json", "c.json")}, "3 were named"),
+        ({"bootstrap": 0}, "--bootstrap is 0"),
+        ({"predictions": True}, "--predictions does not go with it"),
+        ({"models": ("other",), "templates": "simple"}, "--model, --templates do not go with it"),
+        ({"precision": "bf16"}, "--precision does not"),
+    ],
+)
+def test_what_does_not_go_with_a_comparison_is_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EvalZeroshotSettings(**{"model": "a.json", "data": ("b.json",), "compare": True} | given)
+    EvalZeroshotSettings(model="a.json", data=("b.json",), compare=True, bootstrap=10, seed=3, workers=0, quiet=True)
+
+
+def test_results_of_one_model_are_told_apart_and_stars_are_shown(tmp_path: Path) -> None:
+    record = {"dataset": "d", "model": "m", "task": "zeroshot_retrieval", "language": "en"}
+    metrics = {f"{side}_retrieval_recall@{k}": 0.5 for side in ("image", "text") for k in (1, 5)}
+    columns = {"key": [f"{n:02d}" for n in range(20)], "text_rank": [0] * 20}
+    for name, rank in (("a", 30), ("b", 0)):
+        path = tmp_path / f"{name}.json"
+        write_metrics(path, record | {"pretrained": f"{name}/student", "metrics": metrics})
+        rows = make_predictions("retrieval", "m", "d", 0, columns | {"image_ranks": [[rank]] * 20})
+        write_predictions(predictions_path(path), rows)
+    named = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)
+    said = compare_results(named, SilentReporter())["differences"]["image_retrieval_recall@1"]["verdict"]
+    assert "B (b/student) is better than A (a/student)" in said
+    write_metrics(tmp_path / "b.json", record | {"pretrained": "a/student", "metrics": metrics})
+    said = compare_results(named, SilentReporter())["differences"]["image_retrieval_recall@1"]["verdict"]
+    assert f"B ({tmp_path / 'b.json'}) is better than A ({tmp_path / 'a.json'})" in said
+
+    told = io.StringIO()
+    result = record | {"pretrained": "p", "metrics": metrics, "customary": "image_retrieval_recall@5", "intervals": {}}
+    show(result | {"images": 20, "images_per_second": 9.0, "files": {}}, Console(file=told, width=120))
+    assert "50.0 / 50.0*" in told.getvalue()
+    assert told.getvalue().count("*") == 2  # the value and what the star means
 
 
 def test_comparison_of_other_data_is_refused(tmp_path: Path) -> None:

@@ -59,16 +59,6 @@ def test_a_ranking_worked_out_by_hand() -> None:
     assert found.mean_eleven_point == pytest.approx((6 * 1 + 5 * 2 / 3) / 11, abs=1e-12)
 
 
-def test_images_that_do_not_count_are_as_if_they_were_not_there() -> None:
-    generator = torch.Generator().manual_seed(1)
-    scores, positive = torch.rand(60, 3, generator=generator), torch.rand(60, 3, generator=generator) < 0.3
-    counted = torch.ones(60, 3, dtype=torch.bool)
-    counted[40:] = False
-    masked, shorter = average_precision(scores, positive, counted), average_precision(scores[:40], positive[:40])
-    assert torch.equal(masked.area_C, shorter.area_C)
-    assert torch.equal(masked.eleven_point_C, shorter.eleven_point_C)
-
-
 def test_classes_without_images_are_left_out_of_the_mean() -> None:
     scores = torch.tensor([[0.9, 0.1], [0.2, 0.3]])
     found = average_precision(scores, torch.tensor([[True, False], [False, False]]))

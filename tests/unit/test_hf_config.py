@@ -74,6 +74,11 @@ def test_every_architecture_of_open_clip_is_translated_or_refused_by_name() -> N
         ({"multimodal_cfg": {"width": 8, "heads": 2}}, "multimodal_cfg is set"),
         ({"custom_text": True}, "custom_text is True"),
         ({"init_logit_bias": -10}, "init_logit_bias is -10"),
+        # Zero is a value, and no way to say `none`: the model has the parameter, and may have trained it.
+        ({"init_logit_bias": 0}, "init_logit_bias is 0"),
+        ({"init_logit_bias": 0.0}, "init_logit_bias is 0.0"),
+        ({"init_logit_bias": False}, "init_logit_bias is False"),
+        ({"vision_cfg.ls_init_value": 0}, "vision_cfg.ls_init_value is 0"),
         ({"text_cfg.some_new_setting": 3}, "text_cfg.some_new_setting is 3"),
     ],
 )
@@ -109,6 +114,7 @@ def test_settings_are_translated() -> None:
     assert tanh["vision_config"]["hidden_act"] == "gelu_pytorch_tanh"
     assert (tanh["vision_config"]["layer_norm_eps"], tanh["text_config"]["layer_norm_eps"]) == (1e-5, 1e-6)
     describe({"text_cfg.pool_type": "eos", "text_cfg.eos_id": 49407})
+    describe({"init_logit_bias": None, "vision_cfg.ls_init_value": None, "custom_text": False, "multimodal_cfg": {}})
 
     shortest, squash = describe().preprocessor, describe(pixels={"resize_mode": "squash"}).preprocessor
     assert (shortest["size"], shortest["do_center_crop"]) == ({"shortest_edge": 32}, True)

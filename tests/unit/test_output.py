@@ -157,6 +157,25 @@ def test_what_an_earlier_plan_left_is_cleared_before_the_new_plan_says_so(tmp_pa
         assert output.resumed
 
 
+def test_an_output_that_is_never_resumed_stays_until_it_is_replaced(tmp_path: Path) -> None:
+    once: dict[str, Any] = {"resumable": False, "replaceable": frozenset({"seed"})}
+    with open_it(tmp_path, **once) as output:
+        written = output.commit(counts={}, seconds={})
+    drawn = {"keep": 0.5, "seed": 1}
+    # Runs that end before they write anything.
+    with open_it(tmp_path, drawn, **once) as output:
+        assert (output.finished, output.earlier) == (None, written)
+    with open_it(tmp_path, {"keep": 0.6}, overwrite=True, **once) as output:
+        assert (output.finished, output.earlier, output.resumed) == (None, None, False)
+    with open_it(tmp_path, **once) as output:
+        assert output.finished == written
+    (tmp_path / "content").write_text("old")
+    with open_it(tmp_path, drawn, **once) as output:
+        output.drop_earlier(tmp_path / "content")
+        assert not (tmp_path / "content").exists()
+        assert read_sidecar(tmp_path / "balance.json") is None
+
+
 def test_a_finished_output_is_not_cleared(tmp_path: Path) -> None:
     with open_it(tmp_path) as output:
         output.commit(counts={}, seconds={})

@@ -4,12 +4,18 @@ from pathlib import Path
 
 import open_clip
 import pytest
+from conftest import make_image
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.benchmark_folder import find_benchmark_folder
 from clipcid_cli.formats.class_files import BUILTIN_CLASS_NAMES, BUILTIN_TEMPLATES, fill_template
-from clipcid_cli.formats.presets import PRESETS, find_preset
+from clipcid_cli.formats.presets import PRESETS, customary_metric, find_preset
 from clipcid_cli.runtime.encoder import builtin_class_names, builtin_templates
+from clipcid_cli.steps.probe_data import open_probe_data
+from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
+from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+from clipcid_cli.steps.zeroshot_tasks import find_copy, plan_tasks
 
 
 def test_customary_metrics_are_clips() -> None:
@@ -30,11 +36,47 @@ def test_a_copy_is_found_under_either_name(tmp_path: Path) -> None:
     assert find_preset("pets", tmp_path) == (PRESETS["pets"], tmp_path / "wds_vtab-pets")
 
 
-def test_a_path_that_is_there_is_no_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Listener(SilentReporter):
+    """Keeps notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Keep a note."""
+        self.notes.append(text)
+
+
+def test_a_name_is_a_preset_whatever_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pets").mkdir()
-    assert find_preset("pets", tmp_path / "elsewhere") is None
+    (tmp_path / "copies" / "pets").mkdir(parents=True)
+    found = (PRESETS["pets"], tmp_path / "copies" / "pets")
+    assert find_preset("pets", tmp_path / "copies") == found
+    assert find_preset("./pets", tmp_path / "copies") is None
     assert find_preset("my-own", tmp_path) is None
+    with pytest.raises(ClipcidError, match=r"The path of that name is \./pets"):
+        find_preset("pets", tmp_path / "elsewhere")
+    listener = Listener()
+    assert find_copy("pets", tmp_path / "copies", listener) == found
+    assert "it is named ./pets" in listener.notes[1]
+    listener = Listener()
+    assert find_copy("pets", Path(), listener) == (PRESETS["pets"], Path("pets"))
+    assert len(listener.notes) == 1  # the path is the copy
+
+
+def test_the_customary_metric_is_found_by_folder_too(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            image = tmp_path / "wds_vtab-pets" / split / name / "0.png"
+            image.parent.mkdir(parents=True)
+            image.write_bytes(make_image(1))
+    folder = str(tmp_path / "wds_vtab-pets")
+    (task,) = plan_tasks(EvalZeroshotSettings(data=(folder,)), SilentReporter())
+    probe = open_probe_data(EvalLinearSettings(data=folder), SilentReporter())
+    assert task.customary == probe.metric == "mean_per_class_recall"
+    assert customary_metric("wds_vtab-pets/test", ("acc1", "mean_per_class_recall")) == "mean_per_class_recall"
+    assert customary_metric("voc2007", ("acc1", "mean_per_class_recall")) == "acc1"
 
 
 @pytest.mark.parametrize(

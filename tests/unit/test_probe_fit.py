@@ -62,6 +62,18 @@ def test_one_draw_has_no_spread() -> None:
     assert point["metrics"]["lp_acc1"]["std"] is None
 
 
+def test_a_best_strength_at_an_end_is_told_once_for_each_number_of_shots() -> None:
+    # Classes that any strength tells apart: the strongest regularisation is taken, an end of the range.
+    apart = Images(torch.eye(2).repeat_interleave(20, dim=0), torch.arange(2).repeat_interleave(20))
+    fits, listener = make_fits(apart, shots="1,4", shot_repeats=3)
+    curve = fits.few_shots(apart)
+    assert [point["at_edge"] for point in curve] == [3, 3]
+    assert [text.partition(" an end of")[0] for text in listener.warnings] == [
+        "--shots 1: the best C of 3 of 3 draws is",
+        "--shots 4: the best C of 3 of 3 draws is",
+    ]
+
+
 def test_a_refit_takes_every_image() -> None:
     images = make_images([20, 20])
     fits, _ = make_fits(images)

@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.fields import argument, option
+from clipcid_cli.steps.settings.fields import argument, flag_of, option, setting_of
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 _WHAT = "What is evaluated"
 _OUT = "What is told"
+# Settings that a comparison follows.
+_COMPARING = frozenset({"model", "data", "bootstrap", "seed"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,11 +80,30 @@ class EvalZeroshotSettings(ReadingSettings):
     def __post_init__(self) -> None:
         """Check that a comparison has two sides and no more to do."""
         super().__post_init__()
+        if self.compare:
+            self._check_comparison()
+
+    def _check_comparison(self) -> None:
         named = [*([self.model] if self.model is not None else []), *self.data]
-        if self.compare and (len(named) != 2 or self.models):
+        if len(named) != 2:
             raise UsageError(
-                f"--compare takes two metrics files and no --model; {len(named)} files were named.",
+                f"--compare takes two metrics files; {len(named)} {'was' if len(named) == 1 else 'were'} named.",
                 "Name both: clipcid eval-zeroshot --compare A.json B.json",
+            )
+        if self.bootstrap == 0:
+            raise UsageError("--compare draws the images anew, and --bootstrap is 0.", "Give --bootstrap 1000.")
+        # What decides a measurement decides nothing here, and its silence would mislead.
+        idle = [
+            flag_of(field)
+            for field in dataclasses.fields(self)
+            if field.name not in _COMPARING
+            and (field.name == "predictions" or not setting_of(field).operational)
+            and getattr(self, field.name) != field.default
+        ]
+        if idle:
+            raise UsageError(
+                f"--compare measures nothing: {', '.join(idle)} {'does' if len(idle) == 1 else 'do'} not go with it.",
+                "Leave out all but --bootstrap and --seed, or measure first and compare then.",
             )
 
     @property

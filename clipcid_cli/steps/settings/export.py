@@ -11,6 +11,7 @@ from clipcid_cli.steps.settings.shared import SharedSettings
 
 FORMATS = ("open-clip", "hf", "onnx")
 QUANTIZED = ("fp16", "int8")
+DEFAULT_OPSET = 20
 _WRITE = "What is written"
 _CLASSES = "Classes, of the classifier and of the check"
 _CHECK = "How it is checked"
@@ -34,7 +35,9 @@ class ExportSettings(SharedSettings):
     out: Path | None = option(
         None, "Folder to write to; by default export/<model> in the work directory.", group=_WRITE, operational=True
     )
-    opset: int = option(20, "Version of ONNX's operators.", group=_WRITE, minimum=18, maximum=23)
+    opset: int | None = option(
+        None, f"Version of ONNX's operators; by default {DEFAULT_OPSET}.", group=_WRITE, minimum=18, maximum=23
+    )
     quantize: tuple[str, ...] = option(
         (),
         "Smaller form of each ONNX file to write beside it, as image_encoder_int8.onnx; give it twice for both. `fp16` is "
@@ -81,6 +84,14 @@ class ExportSettings(SharedSettings):
         minimum=16,
         operational=True,
     )
+    max_bad_fraction: float = option(
+        0.01,
+        "Largest share of the images of --data that cannot be read before the export fails.",
+        group=_CHECK,
+        minimum=0.0,
+        maximum=1.0,
+        operational=True,
+    )
     max_difference: float | None = option(
         None,
         "Largest allowed difference of an entry of a unit row; by default 0.0001 for fp32, 0.005 for fp16, 0.02 for bf16. "
@@ -110,8 +121,23 @@ class ExportSettings(SharedSettings):
                 f"--precision {self.precision} does not go with --format onnx, which is written in fp32.",
                 "Use --quantize fp16, or export the two forms by two commands with different --out.",
             )
-        for flag, given in (("--quantize", bool(self.quantize)), ("--dense", self.dense)):
+        about_onnx = {
+            "--quantize": bool(self.quantize),
+            "--dense": self.dense,
+            "--opset": self.opset is not None,
+        }
+        for flag, given in about_onnx.items():
             if given and "onnx" not in self.format:
                 raise UsageError(f"{flag} is about ONNX files, and --format names none.", "Add --format onnx.")
         if self.templates is not None and self.classnames is None:
             raise UsageError("--templates has no class names to go with.", "Give them with --classnames.")
+
+    @property
+    def stored_precision(self) -> str:
+        """Number format that a folder's weights are stored in."""
+        return "fp32" if self.precision == "auto" else self.precision
+
+    @property
+    def onnx_opset(self) -> int | None:
+        """Version of ONNX's operators; None where no ONNX file is written."""
+        return (self.opset or DEFAULT_OPSET) if "onnx" in self.format else None

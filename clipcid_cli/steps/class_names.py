@@ -1,0 +1,64 @@
+"""Which of a list's class names each folder of classes stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from clipcid_cli.errors import ClipcidError
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassMatch:
+    """How folders of classes and class names belong together.
+
+    Attributes:
+        labels: For each folder the number of its class name.
+        by: ``name``: folders are called as classes; ``number``: they are called 0, 1, … by the lines of the list;
+            ``order``: the names stand for the folders in the order of the folders' names.
+    """
+
+    labels: tuple[int, ...]
+    by: Literal["name", "number", "order"]
+
+
+def match_class_names(names: Sequence[str], folders: Sequence[str]) -> ClassMatch:
+    """Find the class name of each folder.
+
+    Args:
+        names: Class names in order of their labels.
+        folders: Names of the folders of classes, sorted.
+
+    Raises:
+        ClipcidError: when the folders are called by neither names nor numbers, and there are more or fewer than names.
+    """
+    # Names come first: a list may hold digits in an order of its own.
+    by_name = {plain_name(name).casefold(): label for label, name in enumerate(names)}
+    found = [by_name.get(plain_name(folder).casefold()) for folder in folders]
+    named = tuple(label for label in found if label is not None)
+    if len(by_name) == len(names) and len(set(named)) == len(folders):
+        return ClassMatch(named, "name")
+    numbers = read_folder_numbers(folders, len(names))
+    if numbers is not None:
+        return ClassMatch(numbers, "number")
+    if len(names) != len(folders):
+        raise ClipcidError(
+            f"{len(names)} class names were given; the data has {len(folders)} folders of classes.",
+            "Write one class name for each folder, in the order of the folders' names.",
+        )
+    return ClassMatch(tuple(range(len(folders))), "order")
+
+
+def read_folder_numbers(folders: Sequence[str], num_classes: int) -> tuple[int, ...] | None:
+    """Read folders called 0, 1, … as labels, since sorting their names would put 10 before 2; None when they are not."""
+    if not all(re.fullmatch(r"\d+", name) for name in folders):
+        return None
+    numbers = tuple(int(name) for name in folders)
+    return numbers if len(set(numbers)) == len(numbers) and max(numbers) < num_classes else None
+
+
+def plain_name(name: str) -> str:
+    """Return a class as it is spoken of: the name of its folder with spaces."""
+    return name.replace("_", " ").strip()
