@@ -116,7 +116,7 @@ def find_preset(name: str, root: Path) -> tuple[Preset, Path] | None:
     raise ClipcidError(
         f"There is no local copy of {name}: expected in {expected}{places[-1]} (one folder of images per class).",
         f"Name the folder of your copies with --data-root, or get it: {get}"
-        + (f"\nThe path of that name is ./{name}" if Path(name).exists() else ""),
+        + (f"\nThe path of that name is ./{name}." if Path(name).exists() else ""),
     )
 
 

@@ -46,10 +46,12 @@ def run(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[str, Any]:
             return _describe_plan(names, tasks, settings, reporter)
         if settings.workers or (settings.workers is None and machine.device.type == "cuda"):
             start_worker_server()
+        data = machine.on_main(lambda: [_fingerprint_data(task) for task in tasks])
         results: list[dict[str, Any]] = []
         for name in names:
             evaluated = EvaluatedModel(name, machine)
-            results.extend(_evaluate_pair(evaluated, task, machine, settings, reporter) for task in tasks)
+            for task, fingerprints in zip(tasks, data, strict=True):
+                results.append(_evaluate_pair(evaluated, task, fingerprints, machine, settings, reporter))
         files = machine.on_main(lambda: write_summary(WorkDirectory(settings.work), results, reporter))
     if len(results) == 1:
         return results[0] | {"files": results[0]["files"] | files}
@@ -158,8 +160,17 @@ def _fingerprint_folder(folder: Path) -> list[dict[str, Any]]:
     return [fingerprint_file(folder / "open_clip_config.json"), described]
 
 
+def _fingerprint_data(task: ZeroshotTask) -> list[dict[str, Any]]:
+    return [*task.dataset.fingerprints(), fingerprint_images(task.dataset, task.uses)]
+
+
 def _evaluate_pair(
-    evaluated: EvaluatedModel, task: ZeroshotTask, machine: Machine, settings: EvalZeroshotSettings, reporter: Reporter
+    evaluated: EvaluatedModel,
+    task: ZeroshotTask,
+    fingerprints: list[dict[str, Any]],
+    machine: Machine,
+    settings: EvalZeroshotSettings,
+    reporter: Reporter,
 ) -> dict[str, Any]:
     stem = _stem(evaluated.name, task)
     path = WorkDirectory(settings.work).eval / f"{stem}.json"
@@ -167,14 +178,13 @@ def _evaluate_pair(
     batch_size = settings.batch_size or (256 if machine.device.type == "cuda" else 64)
     wanted = task.describe() | {"model": evaluated.name.slug, "precision": precision.name, "batch_size": batch_size}
     wanted |= {"bootstrap": settings.bootstrap, "seed": settings.seed}
-    data = machine.on_main(lambda: [*task.dataset.fingerprints(), fingerprint_images(task.dataset, task.uses)])
     rows = predictions_path(path)
     with claim_output(
         machine,
         path.parent / SIDECARS,
         stem,
         settings=wanted,
-        inputs=evaluated.fingerprints() + data,
+        inputs=evaluated.fingerprints() + fingerprints,
         overwrite=settings.overwrite,
         # They decide the intervals only, which are not worth an error.
         replaceable=frozenset({"bootstrap", "seed"}),
