@@ -68,8 +68,8 @@ def check_measurable(inputs: ParityInputs, options: FormOptions, max_drop: float
     if options.quantize and inputs.candidates is not None and 0 < max_drop < 1 / count:
         reporter.warn(
             f"What a smaller form loses is measured on {count:,} images, of which one is {100 / count:.2f} points: a loss "
-            f"of the {100 * max_drop:.2f} allowed cannot be told from none. {math.ceil(1 / max_drop):,} images can, and "
-            "more do better: name them with --data, and raise --check-images where it was given."
+            f"as small as the {100 * max_drop:.2f} allowed does not show. Compare on at least {math.ceil(1 / max_drop):,} "
+            "images, better on many more (--data, --check-images)."
         )
     if "int8" in options.quantize and inputs.candidates is None:
         if inputs.unnamed_classes:

@@ -179,7 +179,7 @@ def test_8_bits_need_names_of_classes_and_enough_images(
         assert bool(listener.warnings) == warned
     check_measurable(inputs, options, 0.01, listener)
     assert "on 36 images, of which one is 2.78 points" in listener.warnings[0]
-    assert "100 images can" in listener.warnings[0]
+    assert "at least 100 images" in listener.warnings[0]
 
 
 def test_an_export_that_is_there_is_held_to_the_limits_asked_for_now(

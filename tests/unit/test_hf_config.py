@@ -80,6 +80,7 @@ def test_every_architecture_of_open_clip_is_translated_or_refused_by_name() -> N
         ({"init_logit_bias": False}, "init_logit_bias is False"),
         ({"vision_cfg.ls_init_value": 0}, "vision_cfg.ls_init_value is 0"),
         ({"text_cfg.some_new_setting": 3}, "text_cfg.some_new_setting is 3"),
+        ({"text_cfg.some_new_setting": 0}, "text_cfg.some_new_setting is 0"),
     ],
 )
 def test_what_cannot_be_expressed_is_named(changes: dict[str, Any], said: str) -> None:
