@@ -92,6 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         fix = "This is a bug in clipcid, or a failure of the machine; --debug shows where it happened."
         code = _tell(error, f"{type(error).__name__}: {error}", fix, 1, debug=debug, as_json=as_json)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Threads of libraries may still end when Python takes them down, which now and then aborts a process that has done
+        # its work (seen once in some hundred runs), and torchrun then calls the whole run failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -1,11 +1,16 @@
-"""Embeddings for tests of `balance`: clusters of near rows, exact copies among them, in clip-retrieval's layout."""
+"""What tests of `balance` share: embeddings with clusters and copies in clip-retrieval's layout, and a run of the step."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from clipcid_cli.steps.balance import run
+from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
 def make_rows(
@@ -67,3 +72,27 @@ def check_keep_list(keep: pd.DataFrame, rows: np.ndarray) -> None:
     assert (keep["component"].to_numpy()[kept_row] == keep["component"].to_numpy()).all()
     # Of the matrix's rounding only the last bits of float64 remain: float32 distances are the definition's.
     np.testing.assert_array_equal(keep["distance"], distance_matrix(rows)[np.arange(len(rows)), kept_row])
+
+
+class Listener(SilentReporter):
+    """A listener that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+    def warn(self, text: str) -> None:
+        self.told.append(text)
+
+
+def balance(work: Path, embeddings: Path, **settings: Any) -> tuple[dict[str, Any], str]:
+    """Run the step; returns its result and what it said."""
+    listener = Listener()
+    result = run(BalanceSettings(work=work, embeddings=embeddings, device="cpu", **settings), listener)
+    return result, "\n".join(listener.told)
+
+
+def read_keep(work: Path) -> pd.DataFrame:
+    return pd.read_parquet(work / "balance" / "keep.parquet")
