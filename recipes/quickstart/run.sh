@@ -25,7 +25,7 @@ say balance --keep 0.563
 say cluster --num-clusters 256 --features joint
 
 # The same student twice on the same images, for the same steps: with the teacher, and without.
-length=(--steps "$steps" --batch-size 64)
+length=(--steps "$steps" --batch-size 64 --eval-every 500 --checkpoint-every 1000)
 say distill --teacher teacher --student student.json --cluster-towers both --name taught "${length[@]}"
 say distill --preset clip --student student.json --name alone "${length[@]}"
 
