@@ -56,11 +56,7 @@ class Run:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return this process's environment without clipcid's and torchrun's own variables, offline, decoding without workers.
-
-    Starting the server that workers are forked from takes as long as the rest of most tests; those about workers say
-    how many they want.
-    """
+    """Return this process's environment without clipcid's and torchrun's own variables, and offline."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -71,7 +67,6 @@ def clean_environment() -> dict[str, str]:
         "COLUMNS": "100",
         "NO_COLOR": "1",
         "PYTHONWARNINGS": "default",
-        "CLIPCID_WORKERS": "0",
     }
 
 
@@ -90,11 +85,16 @@ def torchrun_command(processes: int) -> list[str]:
 
 
 def run_command(command: list[str], cwd: Path, check: bool, timeout: float, environment: dict[str, str] | None) -> Run:
-    """Run a command to its end; with `check`, a non-zero exit fails the test and shows everything."""
+    """Run a command to its end; with `check`, a non-zero exit fails the test and shows everything.
+
+    Images are decoded without workers where the command does not say how many: starting the server they are forked from
+    takes as long as the rest of most tests. The evaluations, which start none by default on a CPU, keep their default.
+    """
+    workers = {} if any(word.startswith("eval-") for word in command) else {"CLIPCID_WORKERS": "0"}
     done = subprocess.run(
         command,
         cwd=cwd,
-        env=clean_environment() | (environment or {}),
+        env=clean_environment() | workers | (environment or {}),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -185,6 +185,20 @@ def make_image(seed: int, side: int = 48, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind)
     return buffer.getvalue()
+
+
+def embed_with_open_clip(model_folder: Path, images: list[bytes], texts: list[str]) -> tuple[Any, Any]:
+    """Embed images and texts with open_clip alone; unit rows, float32 tensors."""
+    import open_clip
+    import torch
+    from PIL import Image
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{model_folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{model_folder}")
+    model.eval()
+    with torch.no_grad():
+        pixels = torch.stack([transform(Image.open(io.BytesIO(image)).convert("RGB")) for image in images])
+        return model.encode_image(pixels, normalize=True), model.encode_text(tokenizer(texts), normalize=True)
 
 
 def make_caption(seed: int) -> str:

@@ -21,7 +21,9 @@ from clipcid_cli.algorithms.distances import FloatArray, IntArray
 _NUM_LEVELS = 16
 # Edges collected before they are folded into the forest, beside one time the forest's own size.
 _SMALLEST_FOLD = 2**18
-# Where edges are so many times as many as the rows they join, their own forest is found first: it is far smaller.
+# Where so many edges come at once, and so many times as many as the rows they join, their own forest is found first: it is
+# far smaller.
+_MANY = 2**12
 _DENSE = 4
 
 
@@ -186,18 +188,23 @@ class ForestBuilder:
     def add(self, edges: Edges) -> None:
         """Take more edges of the graph."""
         edges = edges[self.may_join(edges.a, edges.b, edges.weight)]
-        occurs = np.zeros(self.num_rows, np.bool_)
-        occurs[edges.a] = occurs[edges.b] = True
-        rows = np.flatnonzero(occurs)
-        if len(edges) > _DENSE * len(rows):
-            # Near copies of one image are all near each other. Rows keep their order, so ties fall as among all rows.
-            place = np.cumsum(occurs) - 1
-            forest = minimum_forest(len(rows), Edges(place[edges.a], place[edges.b], edges.weight))
-            edges = Edges(rows[forest.a], rows[forest.b], forest.weight)
+        if len(edges) >= _MANY:
+            edges = self._thin_out(edges)
         self._waiting.append(edges)
         self._num_waiting += len(edges)
         if self._num_waiting >= max(self._smallest_fold, len(self._forest)):
             self._fold()
+
+    def _thin_out(self, edges: Edges) -> Edges:
+        """Return the forest of edges that are dense, as those of near copies of one image are, and others as they are."""
+        occurs = np.zeros(self.num_rows, np.bool_)
+        occurs[edges.a] = occurs[edges.b] = True
+        rows = np.flatnonzero(occurs)
+        if len(edges) <= _DENSE * len(rows):
+            return edges
+        place = np.cumsum(occurs) - 1  # rows keep their order, so ties fall as among all rows
+        forest = minimum_forest(len(rows), Edges(place[edges.a], place[edges.b], edges.weight))
+        return Edges(rows[forest.a], rows[forest.b], forest.weight)
 
     def build(self) -> Edges:
         """Return the forest of all edges taken so far, ascending by (weight, smaller row, larger row)."""

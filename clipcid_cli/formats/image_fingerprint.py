@@ -1,8 +1,9 @@
 """A fingerprint of a data set's images, classes and captions, for what is measured or kept of them.
 
 A shard's own fingerprint tells a moved or resized file; an image that was replaced by another of the same size, in a folder,
-a list or the midst of a tar, it may not. Here every image counts: its size, its first and last bytes, its classes
-and its captions. Compressed images that differ differ there, in their header, their tables or their end.
+a list or the midst of a tar, it may not. Here every image counts: its size, its bytes, its classes and its captions. Of
+JPEG, PNG, WebP and GIF the first and last 4 KiB are read: compressed images of one size that differ do so there, in their
+tables, their data or a checksum. Of others (BMP, TIFF, …), where a white border may fill both ends, all bytes are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from clipcid_cli.formats.dataset import Dataset
 from clipcid_cli.formats.samples import Location, Sample
 
 _WINDOW = 4096
+_COMPRESSED = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8")
 _SAMPLES_A_TASK = 256
 
 
@@ -52,12 +54,12 @@ def _digest(samples: Sequence[Sample]) -> bytes:
         )
         for location in (sample.image, sample.multi_hot):
             if location is not None:
-                digest.update(_read_ends(location))
+                digest.update(_read(location))
     return digest.digest()
 
 
-def _read_ends(location: Location) -> bytes:
-    """Return the size and both ends of the bytes; the name where they are remote, nothing where they are missing."""
+def _read(location: Location) -> bytes:
+    """Return the size and what counts of the bytes; the name where they are remote, nothing where they are missing."""
     if "://" in location.path:
         return location.path.encode("utf-8", errors="surrogateescape")
     try:
@@ -66,8 +68,10 @@ def _read_ends(location: Location) -> bytes:
         return b""  # counted as unreadable when it is decoded
     try:
         size = os.fstat(handle).st_size if location.size is None else location.size
-        last = location.offset + max(0, size - _WINDOW)
         head = os.pread(handle, min(size, _WINDOW), location.offset)
-        return b"%d:" % size + head + os.pread(handle, min(size, _WINDOW), last)
+        rest = size - len(head)
+        if head.startswith(_COMPRESSED):
+            rest = min(rest, _WINDOW)
+        return b"%d:" % size + head + os.pread(handle, rest, location.offset + size - rest)
     finally:
         os.close(handle)

@@ -75,7 +75,7 @@ def choose_scan(requested: str, device: torch.device) -> Precision:
     """Decide the format in which near pairs are looked for; what is found is the same in each.
 
     Measured on 2 cores of a Xeon without AMX, products of 2,048 × 512 by 512 × 2,048, in 10⁹ operations a second: fp32 386,
-    bf16 178, int8 1,580.
+    bf16 178, int8 1,480.
 
     Args:
         requested: As for :func:`choose_precision`; ``auto`` is what that gives to embed, and int8 on CPUs that have

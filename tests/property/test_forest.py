@@ -168,6 +168,8 @@ def test_edges_that_may_not_join_are_turned_away_and_no_others() -> None:
     builder = ForestBuilder(len(rows), smallest_fold=1)
     builder.add(edges)
     kept = builder.may_join(edges.a, edges.b, edges.weight)
+    assert len(edges) > 2**12  # so many that their own forest is found first
+    assert as_list(builder.build()) == kruskal(len(rows), edges)
     forest = set(as_list(builder.build()))
     assert forest <= {edge for edge, keep in zip(as_list(edges), kept.tolist(), strict=True) if keep}
     assert kept.sum() < 0.7 * len(edges)

@@ -75,7 +75,7 @@ def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.n
 
 
 @given(scenes(), st.integers(1, 50))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_margin_of_the_cutoff_loses_no_pair_and_no_pair_is_wrong(
     case: tuple[np.ndarray, np.ndarray, float], panel_rows: int
 ) -> None:

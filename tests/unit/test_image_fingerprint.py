@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from conftest import make_image, write_tar
+from PIL import Image
 
 from clipcid_cli.formats.dataset import open_dataset
 from clipcid_cli.formats.image_fingerprint import fingerprint_images
@@ -40,6 +41,18 @@ def test_images_of_the_same_size_are_told_apart_in_folders_and_lists(tmp_path: P
     assert digest(listed) != before[1]
     (folder / "dog" / "0.png").unlink()
     assert digest(listed) != before[1]
+
+
+def test_images_that_are_not_compressed_count_whole(tmp_path: Path) -> None:
+    def write(middle: int) -> str:
+        image = np.full((80, 80, 3), 255, np.uint8)
+        image[40, 40] = middle
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "photos" / "0.bmp")
+        return digest(tmp_path / "photos")
+
+    assert write(0) == write(0)
+    assert write(0) != write(1)
 
 
 def vector(*numbers: int) -> bytes:

@@ -1,0 +1,142 @@
+"""`eval-zeroshot` through the real binary: the forms of data, class names and labels it reads."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pandas as pd
+import pytest
+import torch
+from conftest import Run, embed_with_open_clip, make_image, write_tar
+from sklearn.metrics import average_precision_score
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Class-per-folder images; the names sort otherwise than a list of classes might."""
+    for name, numbers in (("zebra_fish", range(4)), ("apple", range(4, 7)), ("mug", range(7, 12))):
+        for number in numbers:
+            path = tmp_path / "photos" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(make_image(number))
+    return tmp_path / "photos"
+
+
+def test_class_folders_with_names_in_another_order(
+    clipcid: Callable[..., Run], tiny_model: Path, folders: Path, tmp_path: Path
+) -> None:
+    by_folder = clipcid("eval-zeroshot", tiny_model, folders, "--json", "--work", "a")
+    assert by_folder.json["metrics"]["acc5"] is None
+    assert "acc5 is null" in by_folder.stderr
+    (tmp_path / "names.txt").write_text("Zebra fish\nmug\napple\n")
+    (tmp_path / "templates.txt").write_text("a photo of a {}.\n")
+    listed = clipcid(
+        "eval-zeroshot",
+        tiny_model,
+        folders,
+        "--classnames",
+        "names.txt",
+        "--templates",
+        "templates.txt",
+        "--json",
+        "--work",
+        "b",
+    ).json
+    # Matched by name, only the letter Z differs; the tokenizer lowers it.
+    assert listed["metrics"] == by_folder.json["metrics"]
+
+
+def test_list_with_labels(clipcid: Callable[..., Run], tiny_model: Path, folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("zebra fish\nmug\n")
+    (tmp_path / "list.csv").write_text("filepath,label\nphotos/zebra_fish/0.png,0\nphotos/mug/7.png,1\n")
+    result = clipcid("eval-zeroshot", tiny_model, "list.csv", "--classnames", "names.txt", "--json").json
+    assert result["images"] == 2
+    (tmp_path / "list.csv").write_text("filepath,label\nphotos/zebra_fish/0.png,0\nphotos/mug/7.png,2\n")
+    refused = clipcid(
+        "eval-zeroshot", tiny_model, "list.csv", "--classnames", "names.txt", "--work", "other", check=False
+    )
+    assert refused.returncode == 1
+    assert "has class 2, and there are 2 class names" in refused.stderr
+
+
+def test_unreadable_images_are_counted_and_named(clipcid: Callable[..., Run], tiny_model: Path, folders: Path) -> None:
+    (folders / "apple" / "bad.png").write_bytes(b"not an image")
+    refused = clipcid("eval-zeroshot", tiny_model, folders, check=False)
+    assert refused.returncode == 1
+    assert "unreadable image: apple/bad" in refused.stderr
+    result = clipcid("eval-zeroshot", tiny_model, folders, "--max-bad-fraction", "0.2", "--json").json
+    assert result["skipped"] == {"unreadable_image": 1}
+    assert result["images"] == 12
+
+
+def test_several_classes_an_image(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
+    """A CLIP_benchmark folder of type multilabel, and the same data as a list."""
+    vectors = [[int((number + step) % 3 == 0 and number % 5 != step) for step in range(4)] for number in range(16)]
+    members, lines = [], ["filepath,label"]
+    for number, vector in enumerate(vectors):
+        content = io.BytesIO()
+        np.save(content, np.array(vector, np.float32))
+        members += [(f"{number:02d}.npy", content.getvalue()), (f"{number:02d}.png", make_image(number))]
+        (tmp_path / f"{number:02d}.png").write_bytes(make_image(number))
+        lines.append(f"{number:02d}.png,{' '.join(str(place) for place in range(4) if vector[place])}")
+    folder = tmp_path / "many"
+    write_tar(folder / "test" / "0.tar", members)
+    (folder / "test" / "nshards.txt").write_text("1")
+    (folder / "dataset_type.txt").write_text("multilabel")
+    (folder / "classnames.txt").write_text("red\ngreen\nblue\ndark\n")
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    run = clipcid(
+        "eval-zeroshot", tiny_model, folder, "list.csv", "--classnames", folder / "classnames.txt", "--templates", "simple",
+        "--predictions", "--json",
+    )  # fmt: skip
+    shards, listed = run.json["results"]
+    assert shards["metrics"] == listed["metrics"]
+    assert shards["task"] == "zeroshot_classification"
+
+    prompts = [t(name) for name in ("red", "green", "blue", "dark") for t in open_clip.SIMPLE_IMAGENET_TEMPLATES]
+    images, rows = embed_with_open_clip(tiny_model, [make_image(number) for number in range(16)], prompts)
+    weights = torch.nn.functional.normalize(rows.view(4, 7, -1).mean(dim=1), dim=-1)
+    expected = average_precision_score(np.array(vectors), (images @ weights.T).numpy(), average="macro")
+    assert shards["metrics"]["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
+    low, high = shards["intervals"]["mean_average_precision_11_point"]
+    assert low <= shards["metrics"]["mean_average_precision_11_point"] <= high
+    files = [result["files"]["metrics"] for result in (shards, shards)]
+    assert clipcid("eval-zeroshot", "--compare", *files, "--json").json["differences"]["mean_average_precision"] == {
+        "first": pytest.approx(expected, abs=1e-6),
+        "second": pytest.approx(expected, abs=1e-6),
+        "difference": 0.0,
+        "interval": [0.0, 0.0],
+        "p_value": None,
+        "real": False,
+        "verdict": "mean_average_precision: no difference (+0.00 points, 95 % interval +0.00 … +0.00).",
+    }
+
+
+def test_data_sets_by_name_with_imagenets_classes(
+    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Plain copies of two shifts of ImageNet: class folders by WordNet number, and by number, where 10 comes before 2."""
+    for folder, names in (("imagenet-r", ("n01443537", "n02085620")), ("imagenetv2", ("2", "10", "152"))):
+        for number, name in enumerate(names):
+            path = tmp_path / "copies" / folder / "test" / name / "0.png"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(make_image(number))
+    missing = clipcid("eval-zeroshot", tiny_model, "food101", "--data-root", "copies", check=False)
+    assert missing.returncode == 1
+    assert "expected in copies/wds_food101" in " ".join(missing.stderr.split())
+    assert "hf download clip-benchmark/wds_food101" in missing.stderr
+    run = clipcid(
+        "eval-zeroshot", tiny_model, "imagenet-r", "imagenetv2", "--data-root", "copies", "--templates", "simple",
+        "--predictions", "--json",
+    )  # fmt: skip
+    shift, numbered = run.json["results"]
+    assert "2 of ImageNet's 1,000 classes" in " ".join(run.stderr.split())
+    assert (shift["dataset"], shift["customary"], shift["metrics"]["acc5"]) == ("imagenet-r", "acc1", None)
+    rows = pd.read_parquet(tmp_path / numbered["files"]["predictions"])
+    assert dict(zip(rows["key"], rows["label"], strict=True)) == {"2/0": 2, "10/0": 10, "152/0": 152}
+    sidecar = json.loads((tmp_path / "clipcid-work/eval/sidecars" / Path(shift["files"]["metrics"]).name).read_text())
+    assert sidecar["settings"]["class_names"] == ["goldfish", "Chihuahua"]
+    assert len(sidecar["settings"]["templates"]) == 7
