@@ -8,17 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
-from clipcid_cli.algorithms.losses.cluster import Candidates, cluster_targets, draw_candidates
-from clipcid_cli.algorithms.meeting_space import Rotation, principal_rotation
-from clipcid_cli.formats.clusters_file import Clusters, TopClusters
+from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.algorithms.meeting_space import Rotation, bring, principal_rotation
 from clipcid_cli.formats.embedding_rows import Rows
 from clipcid_cli.formats.embeddings import Embeddings
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.seeds import derive_seed
+from clipcid_cli.steps.cluster_lookup import ClusterLookup, open_lookup
 from clipcid_cli.steps.distill_inputs import Teaching
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -29,8 +26,6 @@ ENOUGH_VARIANCE = 0.98
 _ROTATION_ROWS = 2**20
 # The scale CLIP training ends at; taken where another tool's embeddings do not say.
 MAX_SCALE = 100.0
-# Candidates of the cluster loss are never fewer (or all centres, when there are fewer).
-_MIN_CANDIDATES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,68 +88,6 @@ def second_moment(embeddings: Embeddings) -> npt.NDArray[np.float64]:
             values = block[::stride].astype(np.float64)
             total += values.T @ values
     return total
-
-
-@dataclasses.dataclass(frozen=True)
-class ClusterLookup:
-    """Clusters by row of the usable samples.
-
-    Attributes:
-        centres_KD: Unit rows in the meeting space, float32 [K, D].
-        places: Row of the clusters' table of each usable sample, int64; −1 where there is none.
-        images: The table's nearest centres of the images.
-        captions: The same of the captions, where both towers are taught.
-        image_temperature: τ_T of the images' distribution.
-        caption_temperature: τ_T of the captions'.
-        label_share: α.
-        ratio: Share r of all centres drawn beside the batch's own.
-        seed: Seed of the draws.
-    """
-
-    centres_KD: Tensor
-    places: npt.NDArray[np.int64]
-    images: TopClusters
-    captions: TopClusters | None
-    image_temperature: float
-    caption_temperature: float
-    label_share: float
-    ratio: float
-    seed: int
-
-    def targets(self, rows: npt.NDArray[np.int64], step: int) -> tuple[ClusterTargets, ClusterTargets | None]:
-        """Return the targets of a global batch: of its images, and of its captions where both towers are taught."""
-        places = self.places[rows]
-        tops = [self.images] if self.captions is None else [self.images, self.captions]
-        named = np.concatenate([top.clusters[places].reshape(-1) for top in tops])
-        candidates = draw_candidates(
-            named,
-            len(self.centres_KD),
-            ratio=self.ratio,
-            minimum=_MIN_CANDIDATES,
-            seed=derive_seed("candidates", self.seed, step),
-        )
-        centres = self.centres_KD[torch.from_numpy(candidates.ids).to(self.centres_KD.device)]
-        images = self._tower(candidates, centres, self.images, places, self.image_temperature)
-        if self.captions is None:
-            return images, None
-        return images, self._tower(candidates, centres, self.captions, places, self.caption_temperature)
-
-    def _tower(
-        self,
-        candidates: Candidates,
-        centres: Tensor,
-        top: TopClusters,
-        places: npt.NDArray[np.int64],
-        temperature: float,
-    ) -> ClusterTargets:
-        return cluster_targets(
-            candidates,
-            centres,
-            top.clusters[places],
-            top.similarities[places],
-            temperature=temperature,
-            label_share=self.label_share,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,18 +160,7 @@ def open_targets(
     space = choose_space(settings.teacher_space, embeddings, student_width, machine, reporter)
     lookup = None
     if clusters is not None and teaching.cluster_places is not None:
-        both = settings.cluster_towers == "both"
-        lookup = ClusterLookup(
-            centres_KD=_bring_centres(clusters, space, machine.device),
-            places=teaching.cluster_places,
-            images=clusters.images,
-            captions=clusters.captions if both else None,
-            image_temperature=clusters.image_temperature,
-            caption_temperature=clusters.caption_temperature or clusters.image_temperature,
-            label_share=settings.label_share,
-            ratio=settings.candidate_ratio,
-            seed=settings.seed,
-        )
+        lookup = open_lookup(clusters, teaching.cluster_places, space.rotation, settings, machine.device)
     scale = teacher_scale(embeddings.sidecar, reporter) if "crd" in settings.losses() else MAX_SCALE
     return TeacherTargets(
         embeddings.images(), embeddings.texts(), teaching.places, space, scale, lookup, machine.device
@@ -251,19 +173,3 @@ def teacher_scale(sidecar: dict[str, Any] | None, reporter: Reporter) -> float:
         return float(sidecar["model"]["logit_scale"])
     reporter.note(f"The embeddings do not say the teacher's logit scale; taking {MAX_SCALE:g}.")
     return MAX_SCALE
-
-
-def bring(rows_nD: Tensor, rotation: Rotation | None) -> Tensor:
-    """Rotate and cut rows of the teacher's space, and make them unit again (float16 rows are unit only to 1e-3)."""
-    if rotation is not None:
-        rows_nD = rows_nD @ torch.from_numpy(rotation.axes_Dd).to(rows_nD.device)
-    return F.normalize(rows_nD, dim=1)
-
-
-def _bring_centres(clusters: Clusters, space: Space, device: torch.device) -> Tensor:
-    """Bring the cluster centres into the meeting space, block by block; float32 [K, D]."""
-    blocks = [
-        bring(torch.from_numpy(np.array(clusters.centroids[start : start + 65_536])).to(device), space.rotation)
-        for start in range(0, len(clusters.centroids), 65_536)
-    ]
-    return torch.cat(blocks)
