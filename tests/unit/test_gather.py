@@ -16,23 +16,27 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.runtime.gradients import GradientAverager, gather_rows
 from clipcid_cli.runtime.training import LossParameters
 from clipcid_cli.steps.objective import Objective
-from clipcid_cli.steps.teacher_targets import TeacherTargets
+from clipcid_cli.steps.teacher_space import Space, TeacherSide
+from clipcid_cli.steps.training_data import Batch
 
 BATCH, WIDTH, TEACHER_WIDTH = 12, 6, 9
 WEIGHTS = {name: 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
 
 
-class FixedTargets(TeacherTargets):
+class FixedTargets(TeacherSide):
     """A teacher whose rows are given."""
 
-    def __init__(self) -> None:
+    def add_to(self, batch: LossBatch, seen: Batch, step: int) -> LossBatch:
         random = torch.Generator().manual_seed(7)
-        rows = torch.randn(2, BATCH, TEACHER_WIDTH, generator=random)
-        object.__setattr__(self, "rows", torch.nn.functional.normalize(rows, dim=2))
+        rows = torch.nn.functional.normalize(torch.randn(2, BATCH, TEACHER_WIDTH, generator=random), dim=2)
+        image, text = rows[:, gather_rows(seen.rows, self.size)]
+        with_clusters = self.add_clusters(batch, np.arange(BATCH), step)
+        return dataclasses.replace(with_clusters, teacher_image_BD=image, teacher_text_BD=text)
 
-    def add_to(self, batch: LossBatch, rows: torch.Tensor, step: int) -> LossBatch:
-        image, text = self.rows[:, rows]  # type: ignore[attr-defined]
-        return dataclasses.replace(batch, teacher_image_BD=image, teacher_text_BD=text, teacher_scale=30.0)
+
+def make_batch(rows: torch.Tensor) -> Batch:
+    nothing = torch.zeros(len(rows))
+    return Batch(nothing, nothing, nothing, rows, nothing, nothing, [])
 
 
 def one_step(rank: int, size: int) -> tuple[float, list[np.ndarray]]:
@@ -44,10 +48,16 @@ def one_step(rank: int, size: int) -> tuple[float, list[np.ndarray]]:
     parameters = LossParameters([n for n in WEIGHTS if LOSSES[n].own_scale], WIDTH, TEACHER_WIDTH, seed=1)
     trained = [*towers.parameters(), scale, *parameters.parameters()]
     averager = GradientAverager(trained, size)
-    objective = Objective(WEIGHTS, parameters, FixedTargets(), size)
+    objective = Objective(
+        WEIGHTS,
+        parameters,
+        FixedTargets(Space("project", None, TEACHER_WIDTH), 30.0, None, torch.device("cpu"), size),
+        size,
+    )
     share = BATCH // size
     mine = slice(rank * share, (rank + 1) * share)
-    total, _ = objective(towers[0](images[mine]), towers[1](texts[mine]), scale.exp(), torch.arange(BATCH)[mine], 0)
+    seen = make_batch(torch.arange(BATCH)[mine])
+    total, _ = objective(towers[0](images[mine]), towers[1](texts[mine]), scale.exp(), seen, 0)
     total.backward()
     averager.finish()
     assert all(parameter.grad is not None for parameter in trained)
