@@ -17,6 +17,7 @@ from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.distill_inputs import find_embeddings, find_inputs
 from clipcid_cli.steps.distill_plan import Plan, default_name, describe, plan_run
 from clipcid_cli.steps.distill_run import Run
+from clipcid_cli.steps.online_teacher import describe_weights, load_online_teacher
 from clipcid_cli.steps.outputs import claim_output
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -39,6 +40,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         embeddings = find_embeddings(settings, machine, reporter)
         inputs = machine.on_main(lambda: find_inputs(settings, embeddings, reporter))
         student = load_model(parse_model(str(settings.student)), machine.device, fresh_seed=settings.seed)
+        teacher = load_online_teacher(inputs.teaching, machine)
         plan = machine.on_main(lambda: plan_run(settings, inputs, machine, reporter))
         name = settings.name or default_name(settings, student, inputs)
         folder = RunFolder(WorkDirectory(settings.work).distill(name))
@@ -49,14 +51,14 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
             folder.path,
             "distill",
             settings=deciding(settings, student, plan),
-            inputs=inputs.fingerprints,
+            inputs=inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
             overwrite=settings.overwrite,
             clear=folder.clear,
         ) as output:
             if output.finished is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")
                 return result(folder, output.finished)
-            whole = Run(settings, machine, inputs, student, plan, folder, output, reporter)
+            whole = Run(settings, machine, inputs, student, teacher, plan, folder, output, reporter)
             sidecar = whole.train({"prepare": time.perf_counter() - started})
     return result(folder, sidecar)
 

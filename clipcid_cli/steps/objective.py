@@ -15,7 +15,8 @@ from clipcid_cli.runtime.gradients import gather_rows
 from clipcid_cli.runtime.training import LossParameters
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.teacher_targets import TeacherTargets
+    from clipcid_cli.steps.teacher_space import TeacherSide
+    from clipcid_cli.steps.training_data import Batch
 
 
 class Objective:
@@ -27,7 +28,7 @@ class Objective:
     """
 
     def __init__(
-        self, weights: Mapping[str, float], parameters: LossParameters, targets: TeacherTargets | None, size: int
+        self, weights: Mapping[str, float], parameters: LossParameters, targets: TeacherSide | None, size: int
     ) -> None:
         """Bind the losses.
 
@@ -43,7 +44,7 @@ class Objective:
         self._targets, self._size = targets, size
 
     def __call__(
-        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, rows_b: Tensor, step: int
+        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, seen: Batch, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a step.
 
@@ -51,7 +52,7 @@ class Objective:
             image_bd: This process's image features, not normalised, [b, d].
             text_bd: Its text features, likewise.
             student_scale: exp(logit_scale) of the student.
-            rows_b: Rows of its samples among the usable ones, int64 [b].
+            seen: Its part of the batch, by which the teacher's side is found.
             step: Number of the step; decides the draw of cluster centres.
 
         Returns:
@@ -75,7 +76,7 @@ class Objective:
         )
         if self._targets is not None:
             with torch.no_grad():
-                batch = self._targets.add_to(batch, gather_rows(rows_b, self._size), step)
+                batch = self._targets.add_to(batch, seen, step)
         terms: dict[str, Tensor] = {}
         for name, function in self._functions.items():
             own = LOSSES[name].own_scale

@@ -165,7 +165,7 @@ class Loop:
         with self.precision.autocast(device), fast_attention(device, self.precision.dtype):
             image, text = encode(module, pixels, batch.tokens.to(device))
         scale: Tensor = module.logit_scale.exp()  # type: ignore[operator]  # a parameter of every CLIP
-        total, terms = self.objective(image, text, scale, batch.rows.to(device), trainer.step)
+        total, terms = self.objective(image, text, scale, batch, trainer.step)
         total.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
         self.averager.finish()
         norm = trainer.limit_gradient()
