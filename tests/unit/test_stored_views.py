@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import embed_with_open_clip, make_caption, make_image
-from distill_data import (
+from PIL import Image
+from teaching_data import (
     FP32,
     Listener,
     embed_data,
@@ -21,7 +22,6 @@ from distill_data import (
     write_captions,
     write_student,
 )
-from PIL import Image
 from torchvision.transforms.functional import resized_crop, to_tensor
 
 from clipcid_cli.errors import ClipcidError, UsageError
