@@ -18,6 +18,7 @@ from clipcid_cli.steps.distill_inputs import find_embeddings, find_inputs
 from clipcid_cli.steps.distill_plan import Plan, default_name, plan_run
 from clipcid_cli.steps.distill_run import Run
 from clipcid_cli.steps.distill_student import load_student
+from clipcid_cli.steps.online_teacher import describe_weights, load_online_teacher
 from clipcid_cli.steps.outputs import claim_output
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -41,24 +42,25 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         inputs = machine.on_main(lambda: find_inputs(settings, embeddings, reporter))
         begun = load_student(settings, machine, reporter)
         student = begun.model
+        teacher = load_online_teacher(inputs.teaching, machine)
         plan = machine.on_main(lambda: plan_run(settings, inputs, machine, reporter))
         name = settings.name or default_name(settings, student, inputs)
         folder = RunFolder(WorkDirectory(settings.work).distill(name))
         if settings.dry_run:
-            return describe(Run(settings, machine, inputs, begun, plan, folder, None, reporter))
+            return describe(Run(settings, machine, inputs, begun, teacher, plan, folder, None, reporter))
         with claim_output(
             machine,
             folder.path,
             "distill",
             settings=deciding(settings, student, plan),
-            inputs=inputs.fingerprints,
+            inputs=inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
             overwrite=settings.overwrite,
             clear=folder.clear,
         ) as output:
             if output.finished is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")
                 return result(folder, output.finished)
-            whole = Run(settings, machine, inputs, begun, plan, folder, output, reporter)
+            whole = Run(settings, machine, inputs, begun, teacher, plan, folder, output, reporter)
             sidecar = whole.train({"prepare": time.perf_counter() - started})
     return result(folder, sidecar)
 

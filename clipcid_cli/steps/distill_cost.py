@@ -62,9 +62,9 @@ def describe(run: Run) -> dict[str, Any]:
     )
     if teacher is not None:
         reporter.note(
-            f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it would take "
-            f"{1e3 * teacher.seconds:,.0f} ms a step, {teacher.share:.0%} of it. Embedding everything once has paid after "
-            f"{teacher.break_even:.1f} epochs."
+            f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it "
+            f"{'takes' if run.teacher is not None else 'would take'} {1e3 * teacher.seconds:,.0f} ms a step, "
+            f"{teacher.share:.0%} of it. Embedding everything once pays after {teacher.break_even:.1f} epochs."
         )
     reporter.note(f"Would write to {run.folder.path}.")
     return {
@@ -107,19 +107,23 @@ def _measure_teacher(run: Run, step_seconds: float) -> TeacherCost | None:
     teaching = run.inputs.teaching
     if teaching is None:
         return None
-    spec = run.settings.teacher or ((teaching.embeddings.sidecar or {}).get("model") or {}).get("spec")
-    if spec is None:
-        return None
-    try:
-        teacher = load_model(with_default_tag(parse_model(spec)), run.machine.device)
-    except ClipcidError as error:
-        run.reporter.note(f"What the teacher would take in the loop is not measured: {error.message}")
-        return None
-    share = run.plan.batch_size // run.machine.size
-    seconds = _time_teacher(teacher, share, run.settings.precision)
-    # What is embedded once may be more than what is trained on: all images, not only the kept ones.
-    embedded = teaching.embeddings.num_rows / run.inputs.training.total
-    return TeacherCost(teacher.info.parameters, seconds, seconds / (seconds + step_seconds), embedded)
+    teacher, embeddings = run.teacher, teaching.embeddings
+    if teacher is None:
+        assert embeddings is not None, "what does not teach online has left embeddings"
+        spec = run.settings.teacher or ((embeddings.sidecar or {}).get("model") or {}).get("spec")
+        if spec is None:
+            return None
+        try:
+            teacher = load_model(with_default_tag(parse_model(spec)), run.machine.device)
+        except ClipcidError as error:
+            run.reporter.note(f"What the teacher would take in the loop is not measured: {error.message}")
+            return None
+    seconds = _time_teacher(teacher, run.plan.batch_size // run.machine.size, run.settings.precision)
+    step = step_seconds if run.teacher is not None else step_seconds + seconds
+    # What is embedded once may be more than what is trained on: all images, not only the kept ones, and every view.
+    rows = len(run.inputs.usable.keys) if embeddings is None else embeddings.num_rows
+    passes = rows * (1 + teaching.num_views) / run.inputs.training.total
+    return TeacherCost(teacher.info.parameters, seconds, min(1.0, seconds / step), passes)
 
 
 def _time_teacher(teacher: ClipModel, count: int, requested: str) -> float:

@@ -70,7 +70,7 @@ def write_report(folder: RunFolder, settings: DistillSettings, student: ClipMode
 
 def _compare(held_out: HeldOut, images: Tensor, texts: Tensor, inputs: Inputs) -> list[dict[str, Any]]:
     """Measure student and teacher on the held-out samples the teacher has embedded too; nothing without a teacher."""
-    if inputs.teaching is None:
+    if inputs.teaching is None or inputs.teaching.embeddings is None or not inputs.teaching.embeddings.has_texts:
         return []
     places = inputs.teaching.places[np.array(held_out.rows, dtype=np.int64)]
     known = np.flatnonzero(places >= 0)
@@ -176,7 +176,10 @@ def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
     keep_list = "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)
     found = [("data", inputs.dataset.spec), ("keep list", keep_list)]
     if inputs.teaching is not None:
-        found.append(("embeddings", str(inputs.teaching.embeddings.folder)))
+        if inputs.teaching.online is not None:
+            found.append(("teacher", f"{inputs.teaching.online.spec}, run beside the student"))
+        if inputs.teaching.embeddings is not None:
+            found.append(("embeddings", str(inputs.teaching.embeddings.folder)))
         if inputs.teaching.clusters is not None:
             found.append(("clusters", str(inputs.teaching.clusters.folder)))
     return found

@@ -19,7 +19,7 @@ from clipcid_cli.formats.model_folder import write_model_folder
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.run_folder import RunFolder
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.augmentation import Augmentation, TrainingPixels
+from clipcid_cli.runtime.augmentation import Augmentation
 from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.model_names import parse_model
@@ -33,11 +33,13 @@ from clipcid_cli.steps.distill_plan import Plan
 from clipcid_cli.steps.distill_report import write_report
 from clipcid_cli.steps.distill_student import Student
 from clipcid_cli.steps.objective import Objective
+from clipcid_cli.steps.online_teacher import open_online_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
-from clipcid_cli.steps.teacher_targets import TeacherTargets, open_targets
-from clipcid_cli.steps.training_data import BatchMaker, BatchOrder, read_held_out, used_tokens
+from clipcid_cli.steps.teacher_space import TeacherSide
+from clipcid_cli.steps.teacher_targets import open_targets
+from clipcid_cli.steps.training_data import BatchMaker, BatchOrder, Reading, read_held_out, used_tokens
 from clipcid_cli.steps.training_evaluation import Evaluation
 from clipcid_cli.steps.training_loop import Loop, Pace, encode
 from clipcid_cli.steps.zeroshot_tasks import plan_tasks
@@ -55,6 +57,7 @@ class Run:
         machine: The processes.
         inputs: What is read.
         begun: The student as it begins.
+        teacher: The model that teaches beside it; None where stored embeddings do, or nobody.
         plan: Steps, batch size, optimiser.
         folder: Where everything is written.
         output: The claim on that folder; None for a run that writes nothing.
@@ -65,6 +68,7 @@ class Run:
     machine: Machine
     inputs: Inputs
     begun: Student
+    teacher: ClipModel | None
     plan: Plan
     folder: RunFolder
     output: Output | None
@@ -105,10 +109,11 @@ class Run:
             restore: Brings a trainer to where the run goes on; returns the unreadable images met so far.
         """
         settings, machine, inputs, student = self.settings, self.machine, self.inputs, self.student
-        targets = None
-        if inputs.teaching is not None:
-            targets = open_targets(settings, inputs.teaching, student.info.embed_dim, machine, self.reporter)
-        objective = self._make_objective(targets)
+        teaching = inputs.teaching
+        augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
+        if teaching is not None:
+            augmentation = teaching.augmentation(augmentation)
+        objective = self._make_objective(self._open_teacher(augmentation.changes_colors))
         if self.begun.spare_unused_tokens:
             self._spare_unused_tokens()
         precision = choose_precision(settings.precision, machine.device, "train", student.info.parameters)
@@ -117,20 +122,26 @@ class Run:
         trainer = Trainer(student.module, objective.parameters, self.plan.optimiser, scaled=scaled)
         bad = restore(trainer)
         self._warn_of_batch_statistics()
-        augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
         steps = self.plan.optimiser.steps
         return Loop(
             machine=machine,
             student=student,
             trainer=trainer,
             objective=objective,
-            order=BatchOrder(inputs.dataset, inputs.training, settings.seed, self.plan.batch_size),
-            maker=BatchMaker(
-                TrainingPixels(student.info.preprocess, augmentation),
-                student.tokenizer,
+            order=BatchOrder(
+                inputs.dataset,
+                inputs.training,
                 settings.seed,
-                first_caption=targets is not None,
+                self.plan.batch_size,
+                None if teaching is None else teaching.replay(settings.seed),
+            ),
+            maker=BatchMaker(
+                Reading.of(student),
+                augmentation,
+                settings.seed,
+                first_caption=teaching is not None and teaching.first_captions,
                 caption_dropout=settings.caption_dropout,
+                teacher=None if self.teacher is None else Reading.of(self.teacher),
             ),
             evaluation=self._make_evaluation(),
             precision=precision,
@@ -152,7 +163,16 @@ class Run:
             bad=bad if machine.is_main else {},
         )
 
-    def _make_objective(self, targets: TeacherTargets | None) -> Objective:
+    def _open_teacher(self, changes_colors: bool) -> TeacherSide | None:
+        """Make the teacher ready: the model that runs beside the student, or what its embeddings say."""
+        settings, teaching, width = self.settings, self.inputs.teaching, self.student.info.embed_dim
+        if teaching is None:
+            return None
+        if self.teacher is None:
+            return open_targets(settings, teaching, width, self.machine, self.reporter)
+        return open_online_teacher(settings, teaching, self.teacher, width, changes_colors, self.machine, self.reporter)
+
+    def _make_objective(self, targets: TeacherSide | None) -> Objective:
         student_width = self.student.info.embed_dim
         width = student_width if targets is None else targets.width
         weights = {name: weight.at(width) for name, weight in self.settings.losses().items()}

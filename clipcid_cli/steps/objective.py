@@ -17,7 +17,8 @@ from clipcid_cli.runtime.training import LossParameters
 from clipcid_cli.steps.training_data import Batch
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.teacher_targets import TeacherTargets
+    from clipcid_cli.steps.teacher_space import TeacherSide
+    from clipcid_cli.steps.training_data import Batch
 
 
 class Objective:
@@ -32,7 +33,7 @@ class Objective:
         self,
         weights: Mapping[str, float],
         parameters: LossParameters,
-        targets: TeacherTargets | None,
+        targets: TeacherSide | None,
         machine: Machine,
         *,
         local: bool = False,
@@ -53,7 +54,7 @@ class Objective:
         self._local = local and machine.size > 1
 
     def __call__(
-        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, samples: Batch, step: int
+        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, seen: Batch, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a step.
 
@@ -61,7 +62,7 @@ class Objective:
             image_bd: This process's image features, not normalised, [b, d].
             text_bd: Its text features, likewise.
             student_scale: exp(logit_scale) of the student.
-            samples: Its samples.
+            seen: Its part of the batch, by which the teacher's side is found.
             step: Number of the step; decides the draw of cluster centres.
 
         Returns:
@@ -90,8 +91,7 @@ class Objective:
         )
         if self._targets is not None:
             with torch.no_grad():
-                rows = gather_rows(samples.rows.to(image_bd.device), machine.size)
-                batch = self._targets.add_to(batch, rows, step)
+                batch = self._targets.add_to(batch, seen, step)
         terms: dict[str, Tensor] = {}
         for name, function in self._functions.items():
             own = LOSSES[name].own_scale

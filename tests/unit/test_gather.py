@@ -17,24 +17,27 @@ from clipcid_cli.runtime.gradients import GradientAverager, gather_rows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.training import LossParameters
 from clipcid_cli.steps.objective import Objective
-from clipcid_cli.steps.teacher_targets import TeacherTargets
+from clipcid_cli.steps.teacher_space import Space, TeacherSide
 from clipcid_cli.steps.training_data import Batch
 
 BATCH, WIDTH, TEACHER_WIDTH = 12, 6, 9
 WEIGHTS = {name: 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
 
 
-class FixedTargets(TeacherTargets):
+class FixedTargets(TeacherSide):
     """A teacher whose rows are given."""
 
-    def __init__(self) -> None:
+    def add_to(self, batch: LossBatch, seen: Batch, step: int) -> LossBatch:
         random = torch.Generator().manual_seed(7)
-        rows = torch.randn(2, BATCH, TEACHER_WIDTH, generator=random)
-        object.__setattr__(self, "rows", torch.nn.functional.normalize(rows, dim=2))
+        rows = torch.nn.functional.normalize(torch.randn(2, BATCH, TEACHER_WIDTH, generator=random), dim=2)
+        image, text = rows[:, gather_rows(seen.rows, self.size)]
+        with_clusters = self.add_clusters(batch, np.arange(BATCH), step)
+        return dataclasses.replace(with_clusters, teacher_image_BD=image, teacher_text_BD=text)
 
-    def add_to(self, batch: LossBatch, rows: torch.Tensor, step: int) -> LossBatch:
-        image, text = self.rows[:, rows]  # type: ignore[attr-defined]
-        return dataclasses.replace(batch, teacher_image_BD=image, teacher_text_BD=text, teacher_scale=30.0)
+
+def make_batch(rows: torch.Tensor) -> Batch:
+    nothing = torch.zeros(len(rows))
+    return Batch(nothing, nothing, nothing, rows, nothing, nothing, [])
 
 
 def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.ndarray]]:
@@ -48,12 +51,13 @@ def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.
     trained = [*towers.parameters(), *of_losses]
     averager = GradientAverager(list(towers.parameters()), of_losses, size)
     machine = Machine(rank, size, rank, torch.device("cpu"))
-    objective = Objective(WEIGHTS, parameters, FixedTargets(), machine, local=local)
+    targets = FixedTargets(Space("project", None, TEACHER_WIDTH), 30.0, None, torch.device("cpu"), size)
+    objective = Objective(WEIGHTS, parameters, targets, machine, local=local)
     share = BATCH // size
     mine = slice(rank * share, (rank + 1) * share)
-    samples = Batch(torch.empty(0), torch.empty(0), torch.empty(0), torch.arange(BATCH)[mine], [])
     features = [tower(rows[mine]) for tower, rows in zip(towers, (images, texts), strict=True)]
-    total, terms = objective(features[0], features[1], scale.exp(), samples, 0)
+    seen = make_batch(torch.arange(BATCH)[mine])
+    total, terms = objective(features[0], features[1], scale.exp(), seen, 0)
     averager.watch()
     total.backward()  # type: ignore[no-untyped-call]
     averager.finish()

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, Weight, select_losses
 from clipcid_cli.errors import UsageError
+from clipcid_cli.steps.settings.augmentation import color_jitter_option, crop_scale_option, gray_probability_option
 from clipcid_cli.steps.settings.fields import argument, option
 from clipcid_cli.steps.settings.shared import ReadingSettings, npz_array_option
 
@@ -43,6 +44,12 @@ class DistillSettings(ReadingSettings):
         "Model to learn from; `none` trains without one. By default the one whose embeddings the work directory holds.",
         group=_MODELS,
     )
+    online_teacher: bool = option(
+        False,
+        "Run the teacher beside the student, on the very crops and captions the student sees, instead of reading its "
+        "embeddings: no embedding first, a forward pass of the teacher at every step.",
+        group=_MODELS,
+    )
     student: str | None = option(
         None,
         "Model to train: an architecture, a .json file of one (both start fresh), or weights to continue from.",
@@ -67,6 +74,13 @@ class DistillSettings(ReadingSettings):
         None, "Folder of the teacher's embeddings; by default the work directory's.", group=_INPUTS, operational=True
     )
     npz_array: str | None = npz_array_option(_INPUTS)
+    views: str = option(
+        "stored",
+        "`stored` shows the student the views that `embed --views` left, where there are any, with what the teacher said of "
+        "each; `none` draws views anew and teaches what the teacher said of the whole image.",
+        group=_INPUTS,
+        choices=("stored", "none"),
+    )
     keep_list: str | None = option(
         None,
         "Keep list of `clipcid balance`: train on its kept images only; `none` for all. By default the work directory's.",
@@ -171,22 +185,13 @@ class DistillSettings(ReadingSettings):
     grad_clip_norm: float | None = option(
         1.0, "Largest norm of the gradient; 0 for no limit.", group=_OPTIMISER, minimum=0.0
     )
-    crop_scale: float = option(
-        0.9,
-        "Smallest share of an image's area that a random crop keeps; 1 for no cropping.",
-        group=_AUGMENT,
-        minimum=0.0,
-        maximum=1.0,
-        above_minimum=True,
-    )
-    color_jitter: float = option(
-        0.0, "Strength of random brightness, contrast and saturation.", group=_AUGMENT, minimum=0.0, maximum=1.0
-    )
-    gray_probability: float = option(0.0, "Share of images turned grey.", group=_AUGMENT, minimum=0.0, maximum=1.0)
+    crop_scale: float = crop_scale_option(_AUGMENT, "")
+    color_jitter: float = color_jitter_option(_AUGMENT, "")
+    gray_probability: float = gray_probability_option(_AUGMENT, "images")
     caption_dropout: float = option(
         0.0,
         "Probability with which each comma-separated part of a caption but the first is left out, anew each epoch; for "
-        "captions that end in keywords, and without a teacher only.",
+        "captions that end in keywords, and not with a teacher's embeddings.",
         group=_AUGMENT,
         minimum=0.0,
         maximum=1.0,
@@ -253,11 +258,13 @@ class DistillSettings(ReadingSettings):
                         f"--teacher none, but the loss {name} learns from a teacher.",
                         f"Name a teacher, or use --preset clip without --loss {name}=….",
                     )
-        if self.caption_dropout and self.needs_teacher:
+        if self.caption_dropout and self.needs_teacher and not self.online_teacher:
             raise UsageError(
                 "--caption-dropout changes captions, and the teacher's text embeddings are of the whole ones.",
-                "Leave it away, or train without a teacher.",
+                "Leave it away, add --online-teacher, or train without a teacher.",
             )
+        if self.online_teacher and not self.needs_teacher:
+            raise UsageError("--online-teacher, but no loss of the run learns from a teacher.", "Leave it away.")
         if not self.losses():
             raise UsageError("No loss is left: every weight is 0.", "Give one --loss a weight above 0.")
 
