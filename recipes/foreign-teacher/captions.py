@@ -16,6 +16,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def main(photos: Path, out: Path) -> None:
+    """Write the list: path, caption and key of each photograph."""
     found = sorted(path for path in photos.glob("*/**/*") if path.suffix.lower() in SUFFIXES)
     if not found:
         sys.exit(f"{photos} holds no folders of images, one for each class.")
