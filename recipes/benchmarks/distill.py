@@ -243,7 +243,9 @@ class Bench:
             if form in speed and PEER_TAUGHT in speed:
                 saved = number / speed[PEER_TAUGHT] - number / speed[form]
                 epochs = math.ceil(self.embed_seconds / saved) if saved > 0 else math.inf
-                print(f"{form}: with embedding, ahead of open_clip from epoch {epochs} on ({saved:.1f} s saved an epoch)")
+                print(
+                    f"{form}: with embedding, ahead of open_clip from epoch {epochs} on ({saved:.1f} s saved an epoch)"
+                )
 
 
 def make_models(folder: Path) -> None:
@@ -262,9 +264,10 @@ def make_models(folder: Path) -> None:
 
 def make_shards(images: str, captions: str, folder: Path) -> None:
     """Write the images as JPEGs with captions into shards; JPEGs of the right size are copied."""
+    from open_clip import SimpleTokenizer
+
     from clipcid_cli.formats.dataset import open_dataset
     from clipcid_cli.runtime.images import decode_image
-    from open_clip import SimpleTokenizer
 
     def samples(data: str) -> list[Any]:
         return [sample for shard in open_dataset(data).shards for sample in shard.samples()]
