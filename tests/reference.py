@@ -45,7 +45,9 @@ def render_reference() -> str:
 def render_losses() -> str:
     """Return the README's tables of losses and presets."""
     losses = [f"| `{entry.name}` | {entry.summary} | {_needs(entry)} |" for entry in LOSSES.values()]
-    presets = [f"| `{name}` | {' + '.join(_term(*item) for item in parts.items())} |" for name, parts in PRESETS.items()]
+    presets = [
+        f"| `{name}` | {' + '.join(_term(*item) for item in parts.items())} |" for name, parts in PRESETS.items()
+    ]
     return "\n".join(
         [
             BEGIN_LOSSES,

@@ -43,6 +43,10 @@ class LeanTowers:
         self.text_is_lean = _knows_texts(self._text)
         self._image_checked = self._text_checked = False
 
+    def __call__(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed images and texts, as `encode_images` and `encode_texts` do."""
+        return self.encode_images(pixels), self.encode_texts(tokens)
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Embed images.
 

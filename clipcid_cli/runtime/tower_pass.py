@@ -19,8 +19,8 @@ from torch import Tensor
 
 from clipcid_cli.errors import ClipcidError
 
-# Runs both towers of a module on normalised pixels and tokens.
-EncodeBoth = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Runs both towers on normalised pixels (on the model's device) and tokens (on the CPU): features, not normalised, [b, d] each.
+EncodeBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,21 @@ class TowerPass:
         return None if gradient is None else list(torch.split(gradient, sizes))
 
 
-def compiled(encode: EncodeBoth) -> EncodeBoth:
-    """Compile a pass of both towers with torch.compile, when it is first called.
+def compiled(module: Any) -> EncodeBoth:
+    """Compile a model's passes of both towers with torch.compile, when they are first called.
 
     Raises:
         ClipcidError: by what is returned, where the compiler fails: on a CPU it needs a C++ compiler.
     """
+
+    def encode(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return module.encode_image(pixels), module.encode_text(tokens)
+
     fast = torch.compile(encode)
 
-    def call(module: Any, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def call(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         try:
-            return fast(module, pixels, tokens)
+            return fast(pixels, tokens.to(pixels.device, non_blocking=True))
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())
             raise ClipcidError(

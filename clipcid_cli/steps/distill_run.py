@@ -21,6 +21,8 @@ from clipcid_cli.formats.run_folder import RunFolder
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.augmentation import Augmentation
 from clipcid_cli.runtime.encoder import ClipModel
+from clipcid_cli.runtime.heap import keep_freed_memory
+from clipcid_cli.runtime.lean_towers import LeanTowers
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.model_names import parse_model
 from clipcid_cli.runtime.precision import choose_precision
@@ -41,7 +43,7 @@ from clipcid_cli.steps.teacher_space import TeacherSide
 from clipcid_cli.steps.teacher_targets import open_targets
 from clipcid_cli.steps.training_data import BatchMaker, BatchOrder, Reading, read_held_out, used_tokens
 from clipcid_cli.steps.training_evaluation import Evaluation
-from clipcid_cli.steps.training_loop import Loop, Pace, encode
+from clipcid_cli.steps.training_loop import Loop, Pace
 from clipcid_cli.steps.zeroshot_tasks import plan_tasks
 
 # Held-out samples beyond this many are left to eval-zeroshot: evaluation during training should take seconds.
@@ -109,6 +111,7 @@ class Run:
             restore: Brings a trainer to where the run goes on; returns the unreadable images met so far.
         """
         settings, machine, inputs, student = self.settings, self.machine, self.inputs, self.student
+        keep_freed_memory()
         teaching = inputs.teaching
         augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
         if teaching is not None:
@@ -147,7 +150,7 @@ class Run:
             precision=precision,
             changes_colors=augmentation.changes_colors,
             parts=settings.accum_freq,
-            encode=compiled(encode) if settings.torchcompile else encode,
+            encode=compiled(student.module) if settings.torchcompile else LeanTowers(student.module),
             frozen=self.begun.frozen,
             pace=Pace(
                 steps,

@@ -72,7 +72,7 @@ class Loop:
         precision: Number format of the towers.
         changes_colors: Whether batches carry colour maps worth applying.
         parts: Parts a process's share of a batch is encoded in.
-        encode: Runs both towers of a module on normalised pixels and tokens.
+        encode: Runs both towers of the student.
         frozen: Modules of towers that are not trained, kept in evaluation mode.
         pace: When things happen.
         run: Where logs and checkpoints go.
@@ -216,7 +216,7 @@ class Loop:
             pixels = apply_colors(pixels, part.colors.to(device, non_blocking=True))
         pixels = normalize_pixels(pixels, self.student.info.preprocess)
         with self.precision.autocast(device), fast_attention(device, self.precision.dtype):
-            return self.encode(self.student.module, pixels, part.tokens.to(device, non_blocking=True))
+            return self.encode(pixels, part.tokens)
 
     def _count_bad(self, batch: Batch) -> None:
         self.bad.update({key: reason for reason, key in batch.bad})
@@ -301,10 +301,3 @@ class Loop:
             state = self.trainer.state() | {"bad": everyone}
             write_checkpoint(self.run.checkpoints, self.trainer.step, state)
         self.machine.barrier()
-
-
-def encode(module: Any, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Run both towers; features are not normalised, [b, d] each."""
-    image: Tensor = module.encode_image(pixels)
-    text: Tensor = module.encode_text(tokens)
-    return image, text

@@ -92,7 +92,10 @@ def test_killed_run_goes_on_to_the_same_bits(
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("step_*.pt")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun starts its processes in sessions of their own.
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    for group in (process.pid, *(pid for pid in workers if processes > 1)):
+        os.killpg(group, signal.SIGKILL)
     process.wait()
     runs = distill_place / "clipcid-work" / "distill"
     assert not (runs / "killed" / "distill.json").exists(), "it was too fast to be killed"
