@@ -18,6 +18,66 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 
 # Candidates of the cluster loss are never fewer (or all centres, when there are fewer).
 _MIN_CANDIDATES = 4096
+# Centres that take at most this many bytes in the meeting space are kept there: K = 32,768 at 512 dimensions.
+_KEPT_BYTES = 64 * 2**20
+# Centres are read and brought into the meeting space this many at a time.
+_ROWS_AT_ONCE = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Centres:
+    """Cluster centres in the meeting space, read from their file as they are asked for.
+
+    Few enough centres are kept in the meeting space; of many, only the rows asked for are read, rotated and cut, each time
+    anew, so that memory never holds K rows.
+
+    Attributes:
+        file_KD: Unit rows in the teacher's space, float32 [K, D], mapped from the file.
+        rotation: Axes of the meeting space; None where it is the teacher's own.
+        device: Where rows are wanted.
+        kept_Kd: All rows in the meeting space, where they are few enough.
+    """
+
+    file_KD: npt.NDArray[np.float32]
+    rotation: Rotation | None
+    device: torch.device
+    kept_Kd: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return K."""
+        return len(self.file_KD)
+
+    @property
+    def width(self) -> int:
+        """Dimensions of the meeting space."""
+        return int(self.file_KD.shape[1] if self.rotation is None else self.rotation.axes_Dd.shape[1])
+
+    def take(self, ids: npt.NDArray[np.int64]) -> Tensor:
+        """Return centres by number: unit rows of the meeting space, float32 [n, d], on the device."""
+        if self.kept_Kd is not None:
+            return self.kept_Kd[torch.from_numpy(ids).to(self.device)]
+        taken_nd = torch.empty(len(ids), self.width, device=self.device)
+        for first in range(0, len(ids), _ROWS_AT_ONCE):
+            rows_bD = torch.from_numpy(np.take(self.file_KD, ids[first : first + _ROWS_AT_ONCE], axis=0))
+            taken_nd[first : first + _ROWS_AT_ONCE] = bring(rows_bD.to(self.device), self.rotation)
+        return taken_nd
+
+
+def open_centres(file_KD: npt.NDArray[np.float32], rotation: Rotation | None, device: torch.device) -> Centres:
+    """Make the centres of a run, kept in the meeting space where they take at most 64 MiB (an eighth of a GPU's memory).
+
+    Args:
+        file_KD: Unit rows in the teacher's space, float32 [K, D], mapped from the file.
+        rotation: Axes of the meeting space; None where it is the teacher's own.
+        device: Where the losses are computed.
+    """
+    centres = Centres(file_KD, rotation, device)
+    limit = _KEPT_BYTES
+    if device.type == "cuda":
+        limit = torch.cuda.get_device_properties(device).total_memory // 8
+    if len(centres) * centres.width * 4 > limit:
+        return centres
+    return dataclasses.replace(centres, kept_Kd=centres.take(np.arange(len(centres))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +85,7 @@ class ClusterLookup:
     """Clusters by row of the usable samples.
 
     Attributes:
-        centres_KD: Unit rows in the meeting space, float32 [K, D].
+        centres: All centres.
         places: Row of the clusters' table of each usable sample, int64; −1 where there is none.
         images: The table's nearest centres of the images.
         captions: The same of the captions, where both towers are taught.
@@ -36,7 +96,7 @@ class ClusterLookup:
         seed: Seed of the draws.
     """
 
-    centres_KD: Tensor
+    centres: Centres
     places: npt.NDArray[np.int64]
     images: TopClusters
     captions: TopClusters | None
@@ -53,12 +113,12 @@ class ClusterLookup:
         named = np.concatenate([top.clusters[places].reshape(-1) for top in tops])
         candidates = draw_candidates(
             named,
-            len(self.centres_KD),
+            len(self.centres),
             ratio=self.ratio,
             minimum=_MIN_CANDIDATES,
             seed=derive_seed("candidates", self.seed, step),
         )
-        centres = self.centres_KD[torch.from_numpy(candidates.ids).to(self.centres_KD.device)]
+        centres = self.centres.take(candidates.ids)
         images = self._tower(candidates, centres, self.images, places, self.image_temperature)
         if self.captions is None:
             return images, None
@@ -99,7 +159,7 @@ def open_lookup(
         device: Where the losses are computed.
     """
     return ClusterLookup(
-        centres_KD=_bring_centres(clusters, rotation, device),
+        centres=open_centres(clusters.centroids, rotation, device),
         places=places,
         images=clusters.images,
         captions=clusters.captions if settings.cluster_towers == "both" else None,
@@ -109,12 +169,3 @@ def open_lookup(
         ratio=settings.candidate_ratio,
         seed=settings.seed,
     )
-
-
-def _bring_centres(clusters: Clusters, rotation: Rotation | None, device: torch.device) -> Tensor:
-    """Bring the cluster centres into the meeting space, block by block; float32 [K, D]."""
-    blocks = [
-        bring(torch.from_numpy(np.array(clusters.centroids[start : start + 65_536])).to(device), rotation)
-        for start in range(0, len(clusters.centroids), 65_536)
-    ]
-    return torch.cat(blocks)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
 
@@ -92,8 +91,3 @@ class LossBatch:
         image, text = self.student_in_teacher_space()
         pairs = ((image, self.teacher_text_BD), (text, self.teacher_image_BD))
         return [(student, teacher) for student, teacher in pairs if teacher is not None]
-
-
-def mean_of_towers(shares: list[Tensor]) -> Tensor:
-    """Return the mean of the shares of those towers that are there, a scalar."""
-    return shares[0] if len(shares) == 1 else torch.stack(shares).mean()

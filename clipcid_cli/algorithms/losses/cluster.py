@@ -16,11 +16,10 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch, mean_of_towers
-from clipcid_cli.algorithms.losses.row_blocks import sum_of_blocks
+from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
+from clipcid_cli.algorithms.losses.row_blocks import add, rows_between, sum_of_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,39 +117,33 @@ def cluster(batch: LossBatch, scale: Tensor) -> Tensor:
     """
     image, text = batch.student_in_teacher_space()
     towers = ((image, batch.image_clusters), (text, batch.text_clusters))
-    return mean_of_towers(
-        [
-            soft_label_cross_entropy(features, targets, scale, batch.own)
-            for features, targets in towers
-            if targets is not None
-        ]
-    )
+    sums = [
+        soft_label_cross_entropy(features, targets, scale, batch.own)
+        for features, targets in towers
+        if targets is not None
+    ]
+    return add(sums) / (len(sums) * len(batch))
 
 
 def soft_label_cross_entropy(
     features_BD: Tensor, targets: ClusterTargets, scale: Tensor, own: slice = slice(None)
 ) -> Tensor:
-    """Mean over rows of logΣexp(logits) − Σ_j q_j·logit_j, without a B × S matrix when that would be large.
+    """Sum over rows of logΣexp(logits) − Σ_j q_j·logit_j, without a B × S matrix when that would be large.
 
     Args:
         features_BD: Unit rows [B, D].
         targets: Candidates and sparse target distributions.
         scale: σ_c, a scalar.
-        own: The rows of this process.
+        own: The rows of this process, which are those that are summed.
 
     Returns:
-        This process's share, a scalar.
+        A scalar.
     """
-    scaled_BD = scale * features_BD
 
     def block_sum(first: int, stop: int) -> Tensor:
-        logits_bS = torch.addmm(targets.log_correction_S, scaled_BD[first:stop], targets.centres_SD.T)
-        return logits_bS.logsumexp(dim=1).sum()
+        rows_bD = scale * rows_between(features_BD, first, stop)
+        logits_bS = torch.addmm(targets.log_correction_S, rows_bD, targets.centres_SD.T)
+        named_bm = logits_bS.gather(1, rows_between(targets.positions_Bm, first, stop))
+        return logits_bS.logsumexp(dim=1).sum() - (rows_between(targets.weights_Bm, first, stop) * named_bm).sum()
 
-    normalisers = sum_of_blocks(block_sum, own, len(features_BD), len(targets.centres_SD))
-    # Σ_j q_j·logit_j = σ_c·s'·Σ_j q_j·c_j, as the correction of active candidates is 0. Picking the logits out of the block
-    # would cost another block for their gradient.
-    centre_bD = F.embedding_bag(
-        targets.positions_Bm[own], targets.centres_SD, per_sample_weights=targets.weights_Bm[own], mode="sum"
-    )
-    return (normalisers - (scaled_BD[own] * centre_bD).sum()) / len(features_BD)
+    return sum_of_blocks(block_sum, own, len(features_BD), len(targets.centres_SD))

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import LossBatch, mean_of_towers
-from clipcid_cli.algorithms.losses.row_blocks import sum_both_ways, sum_one_way
+from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.algorithms.losses.row_blocks import Similarities, add, sum_both_ways, sum_one_way
 
 
-def info_nce(queries_BD: Tensor, keys_BD: Tensor, scale: Tensor, own: slice = slice(None)) -> Tensor:
-    """CE(A → B; σ) of METHOD, InfoNCE in one direction: each query picks its own row among the keys.
+def contrast_one_way(queries_BD: Tensor, keys_BD: Tensor, scale: Tensor, own: slice = slice(None)) -> Tensor:
+    """B times CE(A → B; σ), InfoNCE in one direction: each query picks its own row among the keys.
 
     Args:
         queries_BD: Unit rows [B, D].
@@ -20,27 +20,25 @@ def info_nce(queries_BD: Tensor, keys_BD: Tensor, scale: Tensor, own: slice = sl
         own: The queries of this process.
 
     Returns:
-        This process's share of the mean cross-entropy over all queries, in nats, a scalar; with all rows, log B for
-        features that say nothing.
+        Sum of the cross-entropies of the own queries, in nats, a scalar; log B each for features that say nothing.
 
     Source: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4.
     """
-    # The scale goes to the B × D side: B × B is the larger.
-    return sum_one_way(own_row_cross_entropy, own, (scale * queries_BD, keys_BD)) / len(queries_BD)
+    return sum_one_way(matching_cross_entropy, own, Similarities(queries_BD, keys_BD, scale))
 
 
-def symmetric_info_nce(left_BD: Tensor, right_BD: Tensor, scale: Tensor, own: slice = slice(None)) -> Tensor:
-    """CE(A ↔ B; σ) of METHOD: the mean of both directions of `info_nce`.
+def contrast_both_ways(left_BD: Tensor, right_BD: Tensor, scale: Tensor, own: slice = slice(None)) -> Tensor:
+    """2B times CE(A ↔ B; σ) of METHOD, whose two directions are averaged: the sum of both, as `contrast_one_way`.
 
     Source: Radford et al. 2021 (CLIP, arXiv 2103.00020), figure 3.
     """
-    return sum_both_ways(own_row_cross_entropy, own, (scale * left_BD, right_BD)) / (2 * len(left_BD))
+    return sum_both_ways(matching_cross_entropy, own, Similarities(left_BD, right_BD, scale))
 
 
-def own_row_cross_entropy(first: int, logits_bB: Tensor) -> Tensor:
+def matching_cross_entropy(first: int, logits_bB: Tensor) -> Tensor:
     """Sum over rows r of −log softmax(row)[first + r], a scalar."""
-    own = torch.arange(first, first + len(logits_bB), device=logits_bB.device)
-    return F.cross_entropy(logits_bB, own, reduction="sum")
+    matching = torch.arange(first, first + len(logits_bB), device=logits_bB.device)
+    return F.cross_entropy(logits_bB, matching, reduction="sum")
 
 
 def clip(batch: LossBatch) -> Tensor:
@@ -48,7 +46,8 @@ def clip(batch: LossBatch) -> Tensor:
 
     Source: Radford et al. 2021 (arXiv 2103.00020).
     """
-    return symmetric_info_nce(batch.image_Bd, batch.text_Bd, batch.student_scale, batch.own)
+    total = contrast_both_ways(batch.image_Bd, batch.text_Bd, batch.student_scale, batch.own)
+    return total / (2 * len(batch))
 
 
 def instance(batch: LossBatch, scale: Tensor) -> Tensor:
@@ -63,7 +62,8 @@ def instance(batch: LossBatch, scale: Tensor) -> Tensor:
 
     Source: CLIP-CID, arXiv 2408.09441 (idea); reconstruction, METHOD §3 [R].
     """
-    return mean_of_towers([symmetric_info_nce(s, t, scale, batch.own) for s, t in batch.across_teacher()])
+    sums = [contrast_both_ways(student, teacher, scale, batch.own) for student, teacher in batch.across_teacher()]
+    return add(sums) / (2 * len(sums) * len(batch))
 
 
 def instance_intra(batch: LossBatch, scale: Tensor) -> Tensor:
@@ -71,7 +71,8 @@ def instance_intra(batch: LossBatch, scale: Tensor) -> Tensor:
 
     Source: variant of `instance`, METHOD §3 [R].
     """
-    return mean_of_towers([symmetric_info_nce(s, t, scale, batch.own) for s, t in batch.beside_teacher()])
+    sums = [contrast_both_ways(student, teacher, scale, batch.own) for student, teacher in batch.beside_teacher()]
+    return add(sums) / (2 * len(sums) * len(batch))
 
 
 def interactive(batch: LossBatch, scale: Tensor) -> Tensor:
@@ -81,4 +82,5 @@ def interactive(batch: LossBatch, scale: Tensor) -> Tensor:
 
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), interactive contrastive learning.
     """
-    return mean_of_towers([info_nce(s, t, scale, batch.own) for s, t in batch.across_teacher()])
+    sums = [contrast_one_way(student, teacher, scale, batch.own) for student, teacher in batch.across_teacher()]
+    return add(sums) / (len(sums) * len(batch))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.algorithms.losses.row_blocks import add, rows_between
 
 
 def feature_distance(batch: LossBatch) -> Tensor:
@@ -19,7 +19,9 @@ def feature_distance(batch: LossBatch) -> Tensor:
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), feature distillation. Their code averages over the width and
     multiplies by 2000; a sum does not depend on the width, so the preset divides 2000 by it.
     """
-    distances = [
-        (student[batch.own] - teacher[batch.own]).square().sum() for student, teacher in batch.beside_teacher()
-    ]
-    return torch.stack(distances).sum() / len(batch)
+    first, stop, _ = batch.own.indices(len(batch))
+    differences = (
+        rows_between(student, first, stop) - rows_between(teacher, first, stop)
+        for student, teacher in batch.beside_teacher()
+    )
+    return add([difference.square().sum() for difference in differences]) / len(batch)
