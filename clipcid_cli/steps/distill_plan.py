@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.run_folder import RunFolder
 from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
@@ -44,13 +42,13 @@ def plan_run(settings: DistillSettings, inputs: Inputs, machine: Machine, report
         ClipcidError: when there are fewer training samples than a batch has.
     """
     samples = inputs.training.total
-    batch_size = settings.batch_size or max(
-        machine.size, min(DEFAULT_BATCH_SIZE, samples) // machine.size * machine.size
-    )
-    if batch_size % machine.size:
+    least = machine.size * settings.accum_freq
+    batch_size = settings.batch_size or max(least, min(DEFAULT_BATCH_SIZE, samples) // least * least)
+    if batch_size % least:
         raise UsageError(
-            f"--batch-size {batch_size} does not divide among {machine.size} processes.",
-            f"Use a multiple of {machine.size}.",
+            f"--batch-size {batch_size} does not divide into {machine.size} x {settings.accum_freq} equal parts "
+            "(processes x --accum-freq).",
+            f"Use a multiple of {least}.",
         )
     if samples < batch_size:
         raise ClipcidError(
@@ -83,24 +81,3 @@ def default_name(settings: DistillSettings, student: ClipModel, inputs: Inputs) 
     """Name a run after its student, preset and seed, and after the keep list when there is none to be had."""
     parts = [student.info.slug, settings.chosen_preset, f"s{settings.seed}"]
     return "-".join(parts if inputs.keep_list is not None else [*parts, "all"])
-
-
-def describe(
-    settings: DistillSettings, student: ClipModel, inputs: Inputs, plan: Plan, folder: RunFolder, reporter: Reporter
-) -> dict[str, Any]:
-    """Say what a run would do, for ``--dry-run``."""
-    parameters = student.info.parameters
-    # Weights, gradients and AdamW's two moments in float32.
-    reporter.note(
-        f"Student: {parameters / 1e6:.1f} M parameters, "
-        f"{16 * parameters / 2**20:,.0f} MiB with gradients and AdamW's moments.\n"
-        f"Losses: {', '.join(settings.losses())}. Held out: {inputs.held_out.total:,} samples.\n"
-        f"Would write to {folder.path}."
-    )
-    return {
-        "student": str(folder.student),
-        "steps": plan.optimiser.steps,
-        "samples": plan.optimiser.steps * plan.batch_size,
-        "parameters": parameters,
-        "files": {},
-    }

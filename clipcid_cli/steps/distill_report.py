@@ -19,7 +19,8 @@ from clipcid_cli.steps.distill_inputs import Inputs
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.fields import output_settings
 from clipcid_cli.steps.training_data import HeldOut
-from clipcid_cli.steps.training_loop import Loop, embed_held_out
+from clipcid_cli.steps.training_evaluation import embed_held_out
+from clipcid_cli.steps.training_loop import Loop
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -38,10 +39,10 @@ def write_report(folder: RunFolder, settings: DistillSettings, student: ClipMode
     log, results = read_lines(folder.train_log), read_lines(folder.results_log)
     examples: list[dict[str, Any]] = []
     compared: list[dict[str, Any]] = []
-    if loop.held_out is not None:
-        images, texts = embed_held_out(student, loop.held_out)
-        examples = _find_examples(loop.held_out, images, texts)
-        compared = _compare(loop.held_out, images, texts, inputs)
+    if loop.evaluation.held_out is not None:
+        images, texts = embed_held_out(student, loop.evaluation.held_out)
+        examples = _find_examples(loop.evaluation.held_out, images, texts)
+        compared = _compare(loop.evaluation.held_out, images, texts, inputs)
     return render_report(
         "distill.html",
         name=folder.path.name,
@@ -60,7 +61,7 @@ def write_report(folder: RunFolder, settings: DistillSettings, student: ClipMode
         recall_figure=_draw_recalls(results) if len(results) > 1 else None,
         rate_figure=_draw_rates(log),
         compared=compared,
-        compared_on=0 if loop.held_out is None else len(loop.held_out.samples),
+        compared_on=0 if loop.evaluation.held_out is None else len(loop.evaluation.held_out.samples),
         examples=examples,
         inputs=_list_inputs(inputs),
         settings=output_settings(settings),

@@ -56,6 +56,7 @@ class LossBatch:
     teacher_scale: float | None = None
     image_clusters: ClusterTargets | None = None
     text_clusters: ClusterTargets | None = None
+    own: slice | None = None
 
     def student_in_teacher_space(self) -> tuple[Tensor, Tensor]:
         """Return s' and v', [B, D] each."""

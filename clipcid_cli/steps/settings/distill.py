@@ -21,6 +21,7 @@ _LOSS = "What is learned"
 _LENGTH = "How long"
 _OPTIMISER = "Optimiser"
 _AUGMENT = "Augmentation"
+_MEMORY = "Memory, speed and many processes"
 _OUTPUT = "Output and checks"
 
 
@@ -54,6 +55,21 @@ class DistillSettings(ReadingSettings):
         "Model to train: an architecture, a .json file of one (both start fresh), or weights to continue from.",
         group=_MODELS,
     )
+    init_from: str | None = option(
+        None,
+        "Model whose weights the student starts from: of its layers every so-many-th, of wider ones evenly spaced heads "
+        "and channels.",
+        group=_MODELS,
+        metavar="MODEL",
+    )
+    init_towers: str = option(
+        "both",
+        "Which towers --init-from fills.",
+        group=_MODELS,
+        choices=("both", "image", "text"),
+    )
+    freeze_image: bool = option(False, "Leave the image tower as it is and train the text tower.", group=_MODELS)
+    freeze_text: bool = option(False, "Leave the text tower as it is and train the image tower.", group=_MODELS)
     embeddings: Path | None = option(
         None, "Folder of the teacher's embeddings; by default the work directory's.", group=_INPUTS, operational=True
     )
@@ -122,6 +138,32 @@ class DistillSettings(ReadingSettings):
     )
     epochs: int | None = option(None, "Passes over the data; 32 unless --steps is given.", group=_LENGTH, minimum=1)
     steps: int | None = option(None, "Optimiser steps, instead of --epochs.", group=_LENGTH, minimum=1)
+    accum_freq: int = option(
+        1,
+        "Encode a batch in this many parts, one at a time: the losses still see the whole batch, memory holds one part.",
+        group=_MEMORY,
+        minimum=1,
+    )
+    local_loss: bool = option(
+        False,
+        "Each process computes the losses of its own rows against everybody's, not all of them: with many processes that "
+        "saves time and memory; the gradient is the same.",
+        group=_MEMORY,
+    )
+    gather_with_grad: bool = option(
+        False,
+        "Always so here: gradients flow to the features of every process. Taken for commands written for open_clip.",
+        group=_MEMORY,
+        operational=True,
+    )
+    grad_checkpointing: bool = option(
+        False,
+        "Keep only the input of each layer for the backward pass and compute the rest again: less memory, about a third "
+        "more time.",
+        group=_MEMORY,
+        operational=True,
+    )
+    torchcompile: bool = option(False, "Compile the towers (torch.compile); the first steps take long.", group=_MEMORY)
     lr: float = option(1e-3, "Peak learning rate.", group=_OPTIMISER, minimum=0.0, above_minimum=True)
     wd: float = option(
         0.2,
@@ -166,6 +208,20 @@ class DistillSettings(ReadingSettings):
     eval_every: int | None = option(
         None, "Steps between evaluations on the held-out part; by default a tenth of the run.", group=_OUTPUT, minimum=1
     )
+    eval_data: tuple[str, ...] = option(
+        (),
+        "Data set measured zero-shot at each evaluation, as `clipcid eval-zeroshot` would; may be repeated.",
+        group=_OUTPUT,
+        metavar="DATA",
+        operational=True,
+    )
+    report_to: str = option(
+        "none",
+        "Also write the log for TensorBoard, into the run's folder tensorboard/.",
+        group=_OUTPUT,
+        choices=("none", "tensorboard"),
+        operational=True,
+    )
     checkpoint_every: int | None = option(
         None,
         "Steps between checkpoints; by default a tenth of the run, at most 1,000.",
@@ -189,6 +245,10 @@ class DistillSettings(ReadingSettings):
             raise UsageError(
                 "No student was named.", "Give --student, e.g. --student ViT-B-32 or a .json file of an architecture."
             )
+        if self.freeze_image and self.freeze_text:
+            raise UsageError("--freeze-image and --freeze-text leave nothing to train.", "Give one of them.")
+        if self.init_towers != "both" and self.init_from is None:
+            raise UsageError(f"--init-towers {self.init_towers} without --init-from.", "Say from which model.")
         if self.epochs is not None and self.steps is not None:
             raise UsageError("--epochs and --steps were both given.", "Give one of them.")
         if self.teacher == NO_TEACHER:
