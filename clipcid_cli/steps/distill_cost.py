@@ -15,7 +15,6 @@ from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.model_names import parse_model, with_default_tag
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.distill_run import Run
-from clipcid_cli.steps.teaching import Teaching
 
 _MEASURED = 3
 # The first step also allocates, and compiles where that was asked for.
@@ -63,9 +62,9 @@ def describe(run: Run) -> dict[str, Any]:
     )
     if teacher is not None:
         reporter.note(
-            f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it would take "
-            f"{1e3 * teacher.seconds:,.0f} ms a step, {teacher.share:.0%} of it. Embedding everything once has paid after "
-            f"{teacher.break_even:.1f} epochs."
+            f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it "
+            f"{'takes' if run.teacher is not None else 'would take'} {1e3 * teacher.seconds:,.0f} ms a step, "
+            f"{teacher.share:.0%} of it. Embedding everything once pays after {teacher.break_even:.1f} epochs."
         )
     reporter.note(f"Would write to {run.folder.path}.")
     return {
@@ -108,28 +107,23 @@ def _measure_teacher(run: Run, step_seconds: float) -> TeacherCost | None:
     teaching = run.inputs.teaching
     if teaching is None:
         return None
-    teacher = run.teacher or _load_teacher(run, teaching)
+    teacher, embeddings = run.teacher, teaching.embeddings
     if teacher is None:
-        return None
+        assert embeddings is not None, "what does not teach online has left embeddings"
+        spec = run.settings.teacher or ((embeddings.sidecar or {}).get("model") or {}).get("spec")
+        if spec is None:
+            return None
+        try:
+            teacher = load_model(with_default_tag(parse_model(spec)), run.machine.device)
+        except ClipcidError as error:
+            run.reporter.note(f"What the teacher would take in the loop is not measured: {error.message}")
+            return None
     seconds = _time_teacher(teacher, run.plan.batch_size // run.machine.size, run.settings.precision)
-    # A teacher that runs beside the student is part of the steps that were measured.
-    whole = step_seconds if run.teacher is not None else seconds + step_seconds
-    # What is embedded once may be more than what is trained on: all images, not only the kept ones, and their views.
-    embedded = len(run.inputs.usable.keys) if teaching.embeddings is None else teaching.embeddings.num_rows
-    epochs = embedded * (1 + teaching.num_views) / run.inputs.training.total
-    return TeacherCost(teacher.info.parameters, seconds, min(1.0, seconds / whole), epochs)
-
-
-def _load_teacher(run: Run, teaching: Teaching) -> ClipModel | None:
-    made_by = {} if teaching.embeddings is None else (teaching.embeddings.sidecar or {})
-    spec = run.settings.teacher or made_by.get("model", {}).get("spec")
-    if spec is None:
-        return None
-    try:
-        return load_model(with_default_tag(parse_model(spec)), run.machine.device)
-    except ClipcidError as error:
-        run.reporter.note(f"What the teacher would take in the loop is not measured: {error.message}")
-        return None
+    step = step_seconds if run.teacher is not None else step_seconds + seconds
+    # What is embedded once may be more than what is trained on: all images, not only the kept ones, and every view.
+    rows = len(run.inputs.usable.keys) if embeddings is None else embeddings.num_rows
+    passes = rows * (1 + teaching.num_views) / run.inputs.training.total
+    return TeacherCost(teacher.info.parameters, seconds, min(1.0, seconds / step), passes)
 
 
 def _time_teacher(teacher: ClipModel, count: int, requested: str) -> float:

@@ -18,6 +18,7 @@ from clipcid_cli.steps.training_data import Batch
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.teacher_space import TeacherSide
+    from clipcid_cli.steps.training_data import Batch
 
 
 class Objective:
@@ -53,7 +54,7 @@ class Objective:
         self._local = local and machine.size > 1
 
     def __call__(
-        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, samples: Batch, step: int
+        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, seen: Batch, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a step.
 
@@ -61,7 +62,7 @@ class Objective:
             image_bd: This process's image features, not normalised, [b, d].
             text_bd: Its text features, likewise.
             student_scale: exp(logit_scale) of the student.
-            samples: Its part of the batch, by which the teacher's side is found.
+            seen: Its part of the batch, by which the teacher's side is found.
             step: Number of the step; decides the draw of cluster centres.
 
         Returns:
@@ -90,7 +91,7 @@ class Objective:
         )
         if self._targets is not None:
             with torch.no_grad():
-                batch = self._targets.add_to(batch, samples, step)
+                batch = self._targets.add_to(batch, seen, step)
         terms: dict[str, Tensor] = {}
         for name, function in self._functions.items():
             own = LOSSES[name].own_scale

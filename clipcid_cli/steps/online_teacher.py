@@ -41,11 +41,11 @@ class OnlineTeacher(TeacherSide):
     precision: Precision
     changes_colors: bool
 
-    def add_to(self, batch: LossBatch, samples: Batch, step: int) -> LossBatch:
+    def add_to(self, batch: LossBatch, seen: Batch, step: int) -> LossBatch:
         """Embed this process's part and gather everybody's rows."""
-        image, text = self.embed(samples)
+        image, text = self.embed(seen)
         width = image.shape[1]
-        rows = gather_rows(samples.rows.to(self.device), self.size).cpu().numpy()
+        rows = gather_rows(seen.rows.to(self.device), self.size).cpu().numpy()
         gathered = gather_rows(torch.cat([image, text], dim=1), self.size)
         return dataclasses.replace(
             self.add_clusters(batch, rows, step),
@@ -53,24 +53,24 @@ class OnlineTeacher(TeacherSide):
             teacher_text_BD=gathered[:, width:].contiguous(),
         )
 
-    def embed(self, samples: Batch) -> tuple[Tensor, Tensor]:
+    def embed(self, seen: Batch) -> tuple[Tensor, Tensor]:
         """Embed what the student sees.
 
         Returns:
             Image and text rows in the meeting space, unit, float32 [b, D] each, without gradients.
         """
-        assert samples.teacher_pixels is not None, "the maker of batches was told of the teacher"
-        assert samples.teacher_tokens is not None, "likewise"
+        assert seen.teacher_pixels is not None, "the maker of batches was told of the teacher"
+        assert seen.teacher_tokens is not None, "likewise"
         images, texts = [], []
         with torch.no_grad():
-            for start in range(0, len(samples.rows), _AT_ONCE):
+            for start in range(0, len(seen.rows), _AT_ONCE):
                 part = slice(start, start + _AT_ONCE)
-                pixels = samples.teacher_pixels[part].to(self.device, non_blocking=True)
+                pixels = seen.teacher_pixels[part].to(self.device, non_blocking=True)
                 if self.changes_colors:
-                    shown = apply_colors(pixels, samples.colors[part].to(self.device, non_blocking=True))
+                    shown = apply_colors(pixels, seen.colors[part].to(self.device, non_blocking=True))
                     pixels = normalize_pixels(shown, self.model.info.preprocess)
                 images.append(self.model.encode_images(pixels, self.precision))
-                texts.append(self.model.encode_texts(samples.teacher_tokens[part], self.precision))
+                texts.append(self.model.encode_texts(seen.teacher_tokens[part], self.precision))
             rotation = self.space.rotation
             return bring(torch.cat(images), rotation), bring(torch.cat(texts), rotation)
 

@@ -123,12 +123,12 @@ class TeacherSide(ABC):
         return self.space.kind == "project"
 
     @abstractmethod
-    def add_to(self, batch: LossBatch, samples: Batch, step: int) -> LossBatch:
+    def add_to(self, batch: LossBatch, seen: Batch, step: int) -> LossBatch:
         """Add the teacher's side to a global batch; call it on every process.
 
         Args:
             batch: The student's side.
-            samples: This process's part, as a worker made it.
+            seen: This process's part, as a worker made it.
             step: Number of the step.
         """
 

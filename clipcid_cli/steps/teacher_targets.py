@@ -99,9 +99,9 @@ class TeacherTargets(TeacherSide):
     texts: CaptionRows | None
     places: npt.NDArray[np.int64]
 
-    def add_to(self, batch: LossBatch, samples: Batch, step: int) -> LossBatch:
+    def add_to(self, batch: LossBatch, seen: Batch, step: int) -> LossBatch:
         """Add the rows of the views and captions that are shown."""
-        shown = torch.stack([samples.rows, samples.views, samples.captions], dim=1)
+        shown = torch.stack([seen.rows, seen.views, seen.captions], dim=1)
         rows, views, captions = gather_rows(shown.to(self.device), self.size).cpu().numpy().T
         places = self.places[rows]
         return dataclasses.replace(

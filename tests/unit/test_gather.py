@@ -51,13 +51,13 @@ def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.
     trained = [*towers.parameters(), *of_losses]
     averager = GradientAverager(list(towers.parameters()), of_losses, size)
     machine = Machine(rank, size, rank, torch.device("cpu"))
-    teacher = FixedTargets(Space("project", None, TEACHER_WIDTH), 30.0, None, torch.device("cpu"), size)
-    objective = Objective(WEIGHTS, parameters, teacher, machine, local=local)
+    targets = FixedTargets(Space("project", None, TEACHER_WIDTH), 30.0, None, torch.device("cpu"), size)
+    objective = Objective(WEIGHTS, parameters, targets, machine, local=local)
     share = BATCH // size
     mine = slice(rank * share, (rank + 1) * share)
-    samples = make_batch(torch.arange(BATCH)[mine])
     features = [tower(rows[mine]) for tower, rows in zip(towers, (images, texts), strict=True)]
-    total, terms = objective(features[0], features[1], scale.exp(), samples, 0)
+    seen = make_batch(torch.arange(BATCH)[mine])
+    total, terms = objective(features[0], features[1], scale.exp(), seen, 0)
     averager.watch()
     total.backward()  # type: ignore[no-untyped-call]
     averager.finish()

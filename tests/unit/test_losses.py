@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from clipcid_cli.algorithms.losses import row_blocks
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
 from clipcid_cli.algorithms.losses.cluster import cluster_targets, draw_candidates, soft_label_cross_entropy
 from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, load_loss, select_losses
@@ -179,14 +180,17 @@ def test_losses_vanish_where_student_equals_teacher(rows: dict[str, np.ndarray])
 
 
 @pytest.mark.parametrize("chunk", [1, 4 * K, 1000 * K])
-def test_chunked_cluster_loss_equals_plain(chunk: int, rows: dict[str, np.ndarray]) -> None:
+def test_chunked_cluster_loss_equals_plain(
+    chunk: int, rows: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     targets = make_batch(rows).image_clusters
     assert targets is not None
     values, gradients = [], []
     for entries in (chunk, 10**9):
         features = torch.from_numpy(rows["s"]).requires_grad_()
         scale = torch.tensor(SCALE, dtype=torch.float64, requires_grad=True)
-        value = soft_label_cross_entropy(features, targets, scale, entries)
+        monkeypatch.setattr(row_blocks, "BLOCK_ENTRIES", entries)
+        value = soft_label_cross_entropy(features, targets, scale)
         value.backward()
         assert features.grad is not None
         assert scale.grad is not None
