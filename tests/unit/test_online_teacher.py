@@ -111,7 +111,7 @@ def test_training_beside_it_is_training_from_its_embeddings(
         work, tiny_shards, **(common | {"name": "online"}), teacher=str(tiny_model), online_teacher=True
     )
     assert "run beside the student" in said
-    assert "Online teacher: 3.2 M parameters, 32 px, 12 tokens" in said
+    assert "Online teacher: 1.6 M parameters, 32 px, 12 tokens" in said
     assert [set(line) for line in online] == [set(line) for line in stored]
     for one, other in zip(stored, online, strict=True):
         for name in ("loss", "loss_clip", "loss_instance", "loss_cluster"):
