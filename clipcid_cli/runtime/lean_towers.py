@@ -154,19 +154,17 @@ class _Packing:
 def _pack(tokens: Tensor, text: Any, device: torch.device) -> _Packing:
     tokens = tokens.cpu()
     pool, eos = _pooling(text)
-    ends = (tokens if pool == "argmax" else (tokens == eos).int()).argmax(dim=1)
+    ends = (tokens if pool == "argmax" else tokens.eq(cast(int, eos)).int()).argmax(dim=1)
     longest = int(ends.max()) + 1
     valid_BL = torch.arange(longest) <= ends[:, None]
     places_T = valid_BL.flatten().nonzero().squeeze(1)
-    packed = _Packing(
-        tokens[:, :longest][valid_BL],
-        places_T % longest,
-        torch.cumsum(ends + 1, 0) - 1,
-        None if len(places_T) == valid_BL.numel() else places_T,
-        valid_BL,
+    return _Packing(
+        tokens[:, :longest][valid_BL].to(device, non_blocking=True),
+        (places_T % longest).to(device, non_blocking=True),
+        (torch.cumsum(ends + 1, 0) - 1).to(device, non_blocking=True),
+        None if len(places_T) == valid_BL.numel() else places_T.to(device, non_blocking=True),
+        valid_BL.to(device, non_blocking=True),
     )
-    fields = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
-    return _Packing(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in fields.items()})
 
 
 def _attend(block: Any, normed: Tensor, packing: _Packing | None = None) -> Tensor:
@@ -175,8 +173,8 @@ def _attend(block: Any, normed: Tensor, packing: _Packing | None = None) -> Tens
     projected = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias)
     if packing is not None:
         projected = packing.spread(projected)
-    heads = [_split_heads(part, attention.num_heads) for part in projected.chunk(3, dim=-1)]
-    attended = F.scaled_dot_product_attention(*heads, is_causal=packing is not None).transpose(1, 2).flatten(2)
+    queries, keys, values = projected.chunk(3, dim=-1)
+    attended = _attend_by_heads(attention.num_heads, queries, keys, values, is_causal=packing is not None)
     return attended if packing is None else packing.collect(attended)
 
 
@@ -190,12 +188,23 @@ def _attend_from(block: Any, normed: Tensor, chosen_BW: Tensor, packing: _Packin
     if packing is not None:
         both, mask = packing.spread(both), packing.valid_BL[:, None, None]
     keys, values = both.chunk(2, dim=-1)
-    heads = [_split_heads(part, attention.num_heads) for part in (queries, keys, values)]
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(1)
+    return _attend_by_heads(attention.num_heads, queries, keys, values, mask=mask)[:, 0]
 
 
-def _split_heads(rows_BLW: Tensor, heads: int) -> Tensor:
-    return rows_BLW.unflatten(2, (heads, -1)).transpose(1, 2)
+def _attend_by_heads(
+    heads: int,
+    queries_BLW: Tensor,
+    keys_BLW: Tensor,
+    values_BLW: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    queries, keys, values = (
+        rows.view(*rows.shape[:2], heads, -1).transpose(1, 2) for rows in (queries_BLW, keys_BLW, values_BLW)
+    )
+    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
+    return attended.transpose(1, 2).flatten(2)
 
 
 def _finish_block(block: Any, x: Tensor, attended: Tensor) -> Tensor:
@@ -232,7 +241,7 @@ def _knows_texts(text: Any) -> bool:
 
 
 def _pooling(text: Any) -> tuple[str, int | None]:
-    """Return how a text's feature is chosen, and the token that ends a text; named differently in CLIP and its text tower."""
+    """Return how a text's feature is chosen and which token ends a text; CLIP and its text tower name them differently."""
     if hasattr(text, "text_pool_type"):
         return text.text_pool_type, getattr(text, "text_eos_id", None)
     return text.pool_type, getattr(text, "eos_id", None)

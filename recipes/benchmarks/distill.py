@@ -1,4 +1,4 @@
-"""Does distillation from stored embeddings train faster than open_clip's own distillation? The same models, shards and steps.
+"""Is distillation from stored embeddings faster than open_clip's own? The same models, shards and steps.
 
     python recipes/benchmarks/distill.py --images DIR                  photographs: any data clipcid reads
     python recipes/benchmarks/distill.py --images DIR --peer VENV      a venv that has open_clip_torch and webdataset 0.2.86
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="try open_clip's settings instead, each once")
     parser.add_argument("--without", nargs="*", default=[], help="forms to leave out, by a part of their names")
     arguments = parser.parse_args()
-    assert arguments.steps % PEER_LOG_STEPS == 0 and arguments.skip % PEER_LOG_STEPS == 0, "steps must be whole windows"
+    assert (arguments.steps % PEER_LOG_STEPS, arguments.skip % PEER_LOG_STEPS) == (0, 0), "steps must be whole windows"
     print(describe_machine(os.cpu_count() or 1))
     with tempfile.TemporaryDirectory() as scratch:
         folder = (arguments.folder or Path(scratch)).resolve()
