@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clipcid_cli.errors import ClipcidError
 
-# Runs both towers on normalised pixels (on the model's device) and tokens (on the CPU): features, not normalised, [b, d] each.
+# Runs both towers on normalised pixels (on the model's device) and tokens (on the CPU): features [b, d], not normalised.
 EncodeBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.algorithms.losses.registry import LOSSES, served_by_one_tower
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.clusters_file import CENTROIDS, TABLE, Clusters, open_clusters
 from clipcid_cli.formats.dataset import Dataset
@@ -84,8 +84,8 @@ class Teaching:
 
 
 def needs_teacher_texts(settings: DistillSettings) -> bool:
-    """Tell whether any loss of the run needs the teacher's embeddings of captions."""
-    return any(LOSSES[name].needs_teacher for name in settings.losses())
+    """Tell whether any loss of the run cannot do without the teacher's embeddings of captions."""
+    return not all(served_by_one_tower(settings.losses()).values())
 
 
 def open_teacher(settings: DistillSettings, folder: Path, teacher: ModelName | None, reporter: Reporter) -> Embeddings:
@@ -105,8 +105,13 @@ def open_teacher(settings: DistillSettings, folder: Path, teacher: ModelName | N
     if teacher is not None:
         _check_teacher(teacher, embeddings)
     if not embeddings.has_texts and not settings.online_teacher:
-        if needs_teacher_texts(settings):
-            embeddings.texts()  # raises, and says which command makes them
+        needing = [name for name, served in served_by_one_tower(settings.losses()).items() if not served]
+        if needing:
+            raise ClipcidError(
+                f"{folder} holds embeddings of images alone, and captions are needed by: {', '.join(needing)}.",
+                "Run: clipcid embed DATA, which embeds captions too; or use losses that do with one tower: "
+                + ", ".join(name for name, served in served_by_one_tower(LOSSES).items() if served),
+            )
         reporter.note("They are of images alone: the teacher teaches what it can with those.")
     return embeddings
 
