@@ -55,10 +55,11 @@ def write_report(folder: RunFolder, settings: DistillSettings, student: ClipMode
         headline=[
             (f"{side} recall at 1, held out", loop.metrics[f"{side}_retrieval_recall@1"])
             for side in ("image", "text")
-            if loop.metrics
+            if loop.evaluation.held_out is not None
         ],
         loss_figure=_draw_losses(log, list(loop.objective.weights)),
-        recall_figure=_draw_recalls(results) if len(results) > 1 else None,
+        recall_figure=_draw_recalls(results) if loop.evaluation.held_out is not None and len(results) > 1 else None,
+        named_figure=_draw_named(results) if loop.evaluation.tasks and len(results) > 1 else None,
         rate_figure=_draw_rates(log),
         compared=compared,
         compared_on=0 if loop.evaluation.held_out is None else len(loop.evaluation.held_out.samples),
@@ -138,6 +139,20 @@ def _draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
     axes.set_ylim(0, 1)
     axes.legend(frameon=False, ncols=2)
     return svg(figure, "Recall on the held-out part over the steps of the run")
+
+
+def _draw_named(results: Sequence[dict[str, Any]]) -> Markup:
+    """Draw what the data sets of --eval-data gave: acc1 of classes, R@1 of captions."""
+    figure = make_figure()
+    axes = figure.subplots()
+    names = [name for name in results[0] if name.endswith(("/acc1", "/image_retrieval_recall@1"))]
+    for name, color in zip(names, _colors(len(names)), strict=True):
+        label = name.replace("/acc1", " acc1").replace("/image_retrieval_recall@1", " image R@1")
+        axes.plot([line["step"] for line in results], [line[name] for line in results], color=color, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return svg(figure, "Measurements on the named data sets over the steps of the run")
 
 
 def _draw_rates(log: Sequence[dict[str, Any]]) -> Markup:

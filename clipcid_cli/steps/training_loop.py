@@ -26,6 +26,7 @@ from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.seeds import derive_seed
 from clipcid_cli.runtime.tower_pass import EncodeBoth, Part, TowerPass
 from clipcid_cli.runtime.training import Trainer, fast_attention
+from clipcid_cli.runtime.vocabulary import age_unused_rows
 from clipcid_cli.steps.objective import Objective
 from clipcid_cli.steps.reporting import Progress, Reporter
 from clipcid_cli.steps.training_data import Batch, BatchMaker, BatchOrder
@@ -263,6 +264,7 @@ class Loop:
     def _evaluate(self) -> None:
         if not self.evaluation.has_data:
             return
+        age_unused_rows(self.student.module, self.trainer.plan.decay_after(self.trainer.step))
         found = self.evaluation.measure(self.student, self.machine)
         if self.machine.is_main:
             self.metrics = found

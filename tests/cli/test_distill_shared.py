@@ -159,6 +159,7 @@ def test_dry_run_measures_and_writes_nothing(clipcid: Clipcid, distill_place: Pa
     assert 1 < teacher["break_even"] < 3
 
 
+@pytest.mark.slow  # PyTorch's compiler takes most of a minute
 def test_compiled_towers_learn_the_same(whole: Path) -> None:
     train(whole, "compiled", ("clip",), torchcompile=True)
     assert_alike(whole, "clip-whole", "clip-compiled")
