@@ -8,6 +8,7 @@ from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.seeds import SHARDS_MIXED
 from clipcid_cli.runtime.training import OptimiserPlan
 from clipcid_cli.steps.distill_inputs import Inputs
 from clipcid_cli.steps.reporting import Reporter
@@ -62,7 +63,7 @@ def plan_run(settings: DistillSettings, inputs: Inputs, machine: Machine, report
         raise UsageError(f"--warmup {warmup:,} exceeds the {steps:,} steps of the run.", "Give fewer steps of warm-up.")
     reporter.note(
         f"{samples:,} samples, {steps:,} steps of {batch_size:,}: {steps * batch_size / samples:.1f} epochs, "
-        f"{warmup:,} steps of warm-up."
+        f"{warmup:,} steps of warm-up.\n{_describe_shuffle(inputs.training.sizes)}"
     )
     optimiser = OptimiserPlan(
         lr=settings.lr,
@@ -75,6 +76,16 @@ def plan_run(settings: DistillSettings, inputs: Inputs, machine: Machine, report
     )
     workers = default_workers() if settings.workers is None else settings.workers
     return Plan(optimiser, batch_size, workers, settings.eval_every or max(1, steps // 10))
+
+
+def _describe_shuffle(shard_sizes: list[int]) -> str:
+    shards = sum(size > 0 for size in shard_sizes)
+    if shards <= SHARDS_MIXED:
+        return "Shuffle: uniform over all samples, anew each epoch."
+    return (
+        f"Shuffle: {shards:,} shards in a new order each epoch, samples uniformly among {SHARDS_MIXED} shards at a time "
+        f"({SHARDS_MIXED / shards:.1%} of the data)."
+    )
 
 
 def default_name(settings: DistillSettings, student: ClipModel, inputs: Inputs) -> str:
