@@ -4,7 +4,7 @@
 #   bash recipes/foreign-teacher/run.sh PHOTOS [TEST ...]   on photographs: anything clipcid reads, with captions; or one
 #                                                           folder per class, which get captions of their class names.
 #                                                           TEST: what to evaluate on, likewise
-# STEPS (1000) and CLIPCID_WORK (work, in this folder) can be set.
+# STEPS (400) and CLIPCID_WORK (work, in this folder) can be set.
 set -euo pipefail
 absolute=()
 for path in "$@"; do
@@ -38,7 +38,7 @@ fi
 say clipcid embed "$photos" --model teacher
 say clipcid balance --keep 0.8
 say clipcid cluster --features joint
-length=(--steps "${STEPS:-1000}" --batch-size 64 --val-fraction 0.05 --workers 0)
+length=(--steps "${STEPS:-400}" --batch-size 64 --val-fraction 0.05 --workers 0)
 say clipcid distill --teacher teacher --student student.json --cluster-towers both --name taught "${length[@]}"
 say clipcid distill --preset clip --student student.json --name alone "${length[@]}"
 
