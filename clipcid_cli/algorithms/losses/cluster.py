@@ -16,10 +16,11 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
-from clipcid_cli.algorithms.losses.row_blocks import add, rows_between, sum_of_blocks
+from clipcid_cli.algorithms.losses.row_blocks import add, over_blocks, rows_between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +140,23 @@ def soft_label_cross_entropy(
     Returns:
         A scalar.
     """
+    first, stop, _ = own.indices(len(features_BD))
+    scaled_bD = scale * rows_between(features_BD, first, stop)
 
-    def block_sum(first: int, stop: int) -> Tensor:
-        rows_bD = scale * rows_between(features_BD, first, stop)
-        logits_bS = torch.addmm(targets.log_correction_S, rows_bD, targets.centres_SD.T)
-        named_bm = logits_bS.gather(1, rows_between(targets.positions_Bm, first, stop))
-        return logits_bS.logsumexp(dim=1).sum() - (rows_between(targets.weights_Bm, first, stop) * named_bm).sum()
+    def normaliser(start: int, end: int) -> Tensor:
+        logits_bC = torch.addmm(targets.log_correction_S[start:end], scaled_bD, targets.centres_SD[start:end].T)
+        return logits_bC.logsumexp(dim=1)
 
-    return sum_of_blocks(block_sum, own, len(features_BD), len(targets.centres_SD))
+    # Blocks of candidates rather than of rows: a matrix product repacks its right side every time, and the candidates are
+    # the larger one (1,024 rows, 116,241 candidates, 768 dimensions: two thirds of the time).
+    normalisers = over_blocks(normaliser, 0, len(targets.centres_SD), stop - first)
+    normaliser_b = normalisers[0] if len(normalisers) == 1 else torch.stack(normalisers).logsumexp(dim=0)
+    # Σ_j q_j·logit_j = σ_c·s'·Σ_j q_j·c_j, as the correction of active candidates is 0. Picking the logits out of a block
+    # would cost another block for their gradient.
+    target_bD = F.embedding_bag(
+        rows_between(targets.positions_Bm, first, stop),
+        targets.centres_SD,
+        per_sample_weights=rows_between(targets.weights_Bm, first, stop),
+        mode="sum",
+    )
+    return normaliser_b.sum() - (scaled_bD * target_bD).sum()

@@ -97,15 +97,14 @@ LOSSES: Mapping[str, LossEntry] = {
         ),
         LossEntry(
             "vrd",
-            "each caption's place among the teacher's captions as target for its image's among the teacher's images, and "
-            "both contrasted with the teacher",
+            "teacher-student similarities of images follow those of captions; each tower contrasted with the teacher's",
             f"{_PACKAGE}.relations:vertical_relation",
             own_scale=True,
             space="teacher",
         ),
         LossEntry(
             "xrd",
-            "agreement of teacher image to student caption with teacher caption to student image",
+            "teacher image against student caption and teacher caption against student image agree in their similarities",
             f"{_PACKAGE}.relations:cross_relation",
             space="teacher",
         ),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Blocks hold at most this many similarities, 32 MiB in float32; with their gradients about six of that size live at once.
+# Blocks hold at most this many similarities, 32 MiB in float32; with their gradients a few of that size live at once.
 BLOCK_ENTRIES = 1 << 23
 
 
@@ -58,28 +58,26 @@ def add(sums: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, sums)
 
 
-def sum_of_blocks(block_sum: Callable[[int, int], Tensor], own: slice, num_rows: int, num_keys: int) -> Tensor:
-    """Sum `block_sum(first, stop)` over blocks of the own rows.
+def over_blocks(function: Callable[[int, int], Tensor], first: int, stop: int, width: int) -> list[Tensor]:
+    """Call `function(start, end)` for the blocks of first … stop − 1.
 
     Args:
-        block_sum: The sum over query rows first … stop − 1, a scalar. It is called again in the backward pass where there
-            is more than one block, and must then return the same.
-        own: The query rows of this process.
-        num_rows: B.
-        num_keys: Keys each query is compared with; decides how many rows make a block.
+        function: What is computed of a block. Where there is more than one it is called again in the backward pass, and
+            must then return the same.
+        first: First row.
+        stop: The row after the last.
+        width: Similarities of each row; decides how many rows make a block.
 
     Returns:
-        A scalar; it does not depend on the size of the blocks beyond rounding.
+        What it returned for each block, in order.
     """
-    first, stop, _ = own.indices(num_rows)
-    rows = max(1, BLOCK_ENTRIES // max(1, num_keys))
+    rows = max(1, BLOCK_ENTRIES // max(1, width))
     if stop - first <= rows:
-        return block_sum(first, stop)
-    sums = [
-        checkpoint(block_sum, start, min(start + rows, stop), use_reentrant=False, preserve_rng_state=False)
+        return [function(first, stop)]
+    return [
+        checkpoint(function, start, min(start + rows, stop), use_reentrant=False, preserve_rng_state=False)
         for start in range(first, stop, rows)
     ]
-    return add(sums)
 
 
 def sum_one_way(block_sum: Callable[..., Tensor], own: slice, *compared: Similarities) -> Tensor:
@@ -96,7 +94,8 @@ def sum_one_way(block_sum: Callable[..., Tensor], own: slice, *compared: Similar
     def block(first: int, stop: int) -> Tensor:
         return block_sum(first, *(similarities.rows(first, stop) for similarities in compared))
 
-    return sum_of_blocks(block, own, num_rows, num_rows)
+    first, stop, _ = own.indices(num_rows)
+    return add(over_blocks(block, first, stop, num_rows))
 
 
 def sum_both_ways(block_sum: Callable[..., Tensor], own: slice, *compared: Similarities) -> Tensor:
