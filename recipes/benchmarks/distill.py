@@ -22,12 +22,15 @@ a run during which other programs took more than --others of the processor is re
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import io
 import json
 import math
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -63,6 +66,8 @@ LAUNCHER = (
 )
 PEER_LOG = re.compile(r"\[ *(\d+)/.*Batch \(t\): ([\d.]+)")
 PEER_LOG_STEPS = 5
+# Of Linux's prctl.h: descendants whose parents end become this process's children.
+PR_SET_CHILD_SUBREAPER = 36
 OWN = {
     "clipcid, clip + crd": ("--preset", "clip", "--loss", "crd=1"),
     "clipcid, dr": ("--preset", "dr"),
@@ -92,6 +97,8 @@ def main() -> None:
     arguments = parser.parse_args()
     assert (arguments.steps % PEER_LOG_STEPS, arguments.skip % PEER_LOG_STEPS) == (0, 0), "steps must be whole windows"
     print(describe_machine(os.cpu_count() or 1))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = (arguments.folder or Path(scratch)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,9 +176,10 @@ class Bench:
     def run_own(self, options: tuple[str, ...]) -> dict[str, float]:
         """Train with clipcid."""
         given, name = self.arguments, "run"
+        shutil.rmtree(self.work / "distill" / name, ignore_errors=True)  # a finished run would not be made again
         workers = () if given.workers is None else ("--workers", given.workers)
         run = self.run_clipcid(
-            "distill", self.shards, "--student", self.models / "student.json", "--name", name, "--overwrite",
+            "distill", self.shards, "--student", self.models / "student.json", "--name", name,
             "--keep-list", "none", "--val-fraction", 0, "--steps", given.steps, "--batch-size", given.batch_size,
             "--lr", 1e-4, "--warmup", 10, "--checkpoint-every", given.steps, "--eval-every", given.steps,
             *workers, *options,
@@ -222,7 +230,8 @@ class Bench:
             found = self.run_peer(taught, precision, workers, spins)
             print(
                 f"{PEER_TAUGHT if taught else PEER_PLAIN:>30}, {precision:>8}, {workers} workers, spins {spins}: "
-                f"{found['samples_per_second']:6.1f} samples/s, {found['seconds']:5.1f} s in all, others {found['others']:.0%}",
+                f"{found['samples_per_second']:6.1f} samples/s, {found['seconds']:5.1f} s in all, "
+                f"others {found['others']:.0%}",
                 flush=True,
             )
 
@@ -339,6 +348,11 @@ def timed(command: list[Any], folder: Path, *, without: set[str], spins: str | N
         check=False,
     )
     seconds = time.perf_counter() - started
+    if sys.platform == "linux":
+        # Grandchildren that outlived their parent are this process's now; waiting for them counts their time as ours.
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitpid(-1, 0)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     others = max(0.0, busy_seconds() - busy) / seconds / (os.cpu_count() or 1)
@@ -347,9 +361,9 @@ def timed(command: list[Any], folder: Path, *, without: set[str], spins: str | N
 
 def busy_seconds() -> float:
     """Return the time that programs other than this one's children have computed since the machine started."""
-    own = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if not Path("/proc/stat").exists():
+    if sys.platform != "linux":
         return 0.0
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
     user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
     return (user + nice + system) / os.sysconf("SC_CLK_TCK") - own.ru_utime - own.ru_stime
 
