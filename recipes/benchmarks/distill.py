@@ -16,7 +16,8 @@ pages' alternative texts (median 15 tokens, 2 % above the context).
 Commands are run in turn, A B C … A B C …. Samples a second are those of the steps after the first --skip, from each side's
 own log; whole seconds are from start to exit, with start, loading and the last checkpoint. Each image is seen at most once,
 so nothing decoded is used twice. Every command finds the machine as a user's shell has it: GOMP_SPINCOUNT is unset. On Linux
-a run during which other programs took more than --others of the processor is recorded but not counted.
+a run during which other programs took more than --others of the processor is recorded but not counted; the
+same command again makes it anew.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class Bench:
         forms = [form for form in forms if not form.endswith(tuple(self.arguments.without))]
         for number in range(self.arguments.rounds):
             for form in forms:
-                while sum(record["form"] == form for record in self.done()) <= number:
+                if sum(record["form"] == form for record in self.done()) <= number:
                     found = {"form": form, **self.conditions(), **self.run_form(form)}
                     print(json.dumps(found), file=sys.stderr, flush=True)
                     with self.records.open("a") as file:
