@@ -15,17 +15,23 @@ pages' alternative texts (median 15 tokens, 2 % above the context).
 
 Commands are run in turn, A B C … A B C …. Samples a second are those of the steps after the first --skip, from each side's
 own log; whole seconds are from start to exit, with start, loading and the last checkpoint. Each image is seen at most once,
-so nothing decoded is used twice. Every command finds the machine as a user's shell has it: GOMP_SPINCOUNT is unset.
+so nothing decoded is used twice. Every command finds the machine as a user's shell has it: GOMP_SPINCOUNT is unset. On Linux
+a run during which other programs took more than --others of the processor is recorded but not counted; the
+same command again makes it anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import io
 import json
 import math
 import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -61,6 +67,8 @@ LAUNCHER = (
 )
 PEER_LOG = re.compile(r"\[ *(\d+)/.*Batch \(t\): ([\d.]+)")
 PEER_LOG_STEPS = 5
+# Of Linux's prctl.h: descendants whose parents end become this process's children.
+PR_SET_CHILD_SUBREAPER = 36
 OWN = {
     "clipcid, clip + crd": ("--preset", "clip", "--loss", "crd=1"),
     "clipcid, dr": ("--preset", "dr"),
@@ -84,11 +92,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="clipcid's; its default when not given")
     parser.add_argument("--peer-workers", type=int, default=1)
     parser.add_argument("--peer-precision", default="fp32")
+    parser.add_argument("--others", type=float, default=0.1, help="largest share of the processor others may take")
     parser.add_argument("--tune", action="store_true", help="try open_clip's settings instead, each once")
-    parser.add_argument("--without", nargs="*", default=[], help="forms to leave out, by a part of their names")
+    parser.add_argument("--without", nargs="*", default=[], help="forms to leave out, by the ends of their names")
     arguments = parser.parse_args()
     assert (arguments.steps % PEER_LOG_STEPS, arguments.skip % PEER_LOG_STEPS) == (0, 0), "steps must be whole windows"
     print(describe_machine(os.cpu_count() or 1))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = (arguments.folder or Path(scratch)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,20 +136,21 @@ class Bench:
             teacher = self.models / "teacher"
             embedded = self.run_clipcid("embed", self.shards, "--model", teacher)
             self.run_clipcid("cluster", "--num-clusters", 256)
-            path.write_text(json.dumps(embedded))
+            path.write_text(json.dumps(embedded["seconds"]))
         seconds: float = json.loads(path.read_text())
         return seconds
 
     def measure(self) -> None:
         """Run every form in turn, as many times as are left."""
         forms = [PEER_TAUGHT, "clipcid, clip + crd", PEER_PLAIN, "clipcid, no teacher", "clipcid, dr", "clipcid, cid"]
-        forms = [form for form in forms if not any(part in form for part in self.arguments.without)]
+        forms = [form for form in forms if not form.endswith(tuple(self.arguments.without))]
         for number in range(self.arguments.rounds):
             for form in forms:
                 if sum(record["form"] == form for record in self.done()) <= number:
-                    found = self.run_form(form)
+                    found = {"form": form, **self.conditions(), **self.run_form(form)}
+                    print(json.dumps(found), file=sys.stderr, flush=True)
                     with self.records.open("a") as file:
-                        file.write(json.dumps({"form": form, **self.conditions(), **found}) + "\n")
+                        file.write(json.dumps(found) + "\n")
 
     def conditions(self) -> dict[str, Any]:
         """What runs must share to be compared."""
@@ -150,7 +162,11 @@ class Bench:
         if not self.records.exists():
             return []
         records = [json.loads(line) for line in self.records.read_text().splitlines()]
-        return [record for record in records if self.conditions().items() <= record.items()]
+        return [
+            record
+            for record in records
+            if self.conditions().items() <= record.items() and record["others"] <= self.arguments.others
+        ]
 
     def run_form(self, form: str) -> dict[str, float]:
         """Run one form once: samples a second after the first steps, and whole seconds."""
@@ -161,9 +177,10 @@ class Bench:
     def run_own(self, options: tuple[str, ...]) -> dict[str, float]:
         """Train with clipcid."""
         given, name = self.arguments, "run"
+        shutil.rmtree(self.work / "distill" / name, ignore_errors=True)  # a finished run would not be made again
         workers = () if given.workers is None else ("--workers", given.workers)
-        seconds = self.run_clipcid(
-            "distill", self.shards, "--student", self.models / "student.json", "--name", name, "--overwrite",
+        run = self.run_clipcid(
+            "distill", self.shards, "--student", self.models / "student.json", "--name", name,
             "--keep-list", "none", "--val-fraction", 0, "--steps", given.steps, "--batch-size", given.batch_size,
             "--lr", 1e-4, "--warmup", 10, "--checkpoint-every", given.steps, "--eval-every", given.steps,
             *workers, *options,
@@ -171,7 +188,7 @@ class Bench:
         lines = [json.loads(line) for line in (self.work / "distill" / name / "train.jsonl").read_text().splitlines()]
         ends = {line["step"]: line["step"] * given.batch_size / line["samples_per_second"] for line in lines}
         counted = (given.steps - given.skip) * given.batch_size
-        return {"samples_per_second": counted / (ends[given.steps] - ends[given.skip]), "seconds": seconds}
+        return {"samples_per_second": counted / (ends[given.steps] - ends[given.skip]), **run}
 
     def run_peer(self, taught: bool, precision: str, workers: int, spins: str | None = None) -> dict[str, float]:
         """Train with open_clip."""
@@ -188,7 +205,7 @@ class Bench:
         if taught:
             weights = self.models / "teacher" / "open_clip_model.safetensors"
             command += ["--distill-model", "teacher", "--distill-pretrained", weights]
-        seconds = timed(command, self.folder, without={"PYTHONPATH"}, spins=spins)
+        run = timed(command, self.folder, without={"PYTHONPATH"}, spins=spins)
         # A line tells the mean of the steps since the one before, the first line of one step.
         done, counted, spent = 0, 0, 0.0
         for samples, mean in PEER_LOG.findall((logs / "run" / "out.log").read_text()):
@@ -197,26 +214,27 @@ class Bench:
                 counted, spent = counted + step - done, spent + (step - done) * float(mean)
             done = step
         assert done == given.steps, f"open_clip made {done} of {given.steps} steps"
-        return {"samples_per_second": counted * given.batch_size / spent, "seconds": seconds}
+        return {"samples_per_second": counted * given.batch_size / spent, **run}
 
-    def run_clipcid(self, *words: Any) -> float:
-        """Run one of clipcid's commands; its whole seconds."""
+    def run_clipcid(self, *words: Any) -> dict[str, float]:
+        """Run one of clipcid's commands; what `timed` says of it."""
         program = Path(sys.executable).with_name("clipcid")
         return timed([program, *words, "--work", self.work, "--quiet"], self.folder, without=set())
 
     def tune(self) -> None:
         """Print open_clip's speed with each of its settings that may matter on a CPU, each once."""
-        for taught in (True, False):
-            for precision, workers, spins in (
-                ("fp32", 0, None), ("fp32", 1, None), ("fp32", 2, None), ("fp32", 1, "0"), ("fp32", 1, "10000"),
-                ("amp_bf16", 1, None),
-            ):  # fmt: skip
-                found = self.run_peer(taught, precision, workers, spins)
-                print(
-                    f"{PEER_TAUGHT if taught else PEER_PLAIN:>30}, {precision:>8}, {workers} workers, spins {spins}: "
-                    f"{found['samples_per_second']:6.1f} samples/s, {found['seconds']:5.1f} s in all",
-                    flush=True,
-                )
+        for taught, precision, workers, spins in (
+            *((False, "fp32", workers, None) for workers in (0, 1, 2)),
+            *((False, "fp32", 1, spins) for spins in ("0", "10000")),
+            *((taught, "amp_bf16", 1, None) for taught in (False, True)),
+        ):
+            found = self.run_peer(taught, precision, workers, spins)
+            print(
+                f"{PEER_TAUGHT if taught else PEER_PLAIN:>30}, {precision:>8}, {workers} workers, spins {spins}: "
+                f"{found['samples_per_second']:6.1f} samples/s, {found['seconds']:5.1f} s in all, "
+                f"others {found['others']:.0%}",
+                flush=True,
+            )
 
     def show(self) -> None:
         """Print medians, ratios, the price of embedding and when it is earned back."""
@@ -312,12 +330,16 @@ def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(header, io.BytesIO(data))
 
 
-def timed(command: list[Any], folder: Path, *, without: set[str], spins: str | None = None) -> float:
-    """Run a command offline, in silence and without some variables; seconds from start to exit."""
+def timed(command: list[Any], folder: Path, *, without: set[str], spins: str | None = None) -> dict[str, float]:
+    """Run a command offline, in silence and without some variables.
+
+    Returns:
+        Seconds from start to exit, and the share of the processor that other programs took meanwhile.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in without | {"GOMP_SPINCOUNT"}}
     if spins is not None:
         environment["GOMP_SPINCOUNT"] = spins
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), busy_seconds()
     done = subprocess.run(
         [str(word) for word in command],
         cwd=folder,
@@ -327,9 +349,24 @@ def timed(command: list[Any], folder: Path, *, without: set[str], spins: str | N
         check=False,
     )
     seconds = time.perf_counter() - started
+    if sys.platform == "linux":
+        # Grandchildren that outlived their parent are this process's now; waiting for them counts their time as ours.
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitpid(-1, 0)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return seconds
+    others = max(0.0, busy_seconds() - busy) / seconds / (os.cpu_count() or 1)
+    return {"seconds": seconds, "others": others}
+
+
+def busy_seconds() -> float:
+    """Return the time that programs other than this one's children have computed since the machine started."""
+    if sys.platform != "linux":
+        return 0.0
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - own.ru_utime - own.ru_stime
 
 
 def make_peer(folder: Path) -> Path:
