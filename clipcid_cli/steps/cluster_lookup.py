@@ -16,8 +16,6 @@ from clipcid_cli.formats.clusters_file import Clusters, TopClusters
 from clipcid_cli.runtime.seeds import derive_seed
 from clipcid_cli.steps.settings.distill import DistillSettings
 
-# Candidates of the cluster loss are never fewer (or all centres, when there are fewer).
-_MIN_CANDIDATES = 4096
 # Centres that take at most this many bytes in the meeting space are kept there: K = 32,768 at 512 dimensions.
 _KEPT_BYTES = 64 * 2**20
 # Centres are read and brought into the meeting space this many at a time.
@@ -93,6 +91,8 @@ class ClusterLookup:
         caption_temperature: τ_T of the captions'.
         label_share: α.
         ratio: Share r of all centres drawn beside the batch's own.
+        minimum: Smallest number of candidates.
+        corrected: Whether a drawn centre counts for all those it stands for.
         seed: Seed of the draws.
     """
 
@@ -104,6 +104,8 @@ class ClusterLookup:
     caption_temperature: float
     label_share: float
     ratio: float
+    minimum: int
+    corrected: bool
     seed: int
 
     def targets(self, rows: npt.NDArray[np.int64], step: int) -> tuple[ClusterTargets, ClusterTargets | None]:
@@ -115,9 +117,11 @@ class ClusterLookup:
             named,
             len(self.centres),
             ratio=self.ratio,
-            minimum=_MIN_CANDIDATES,
+            minimum=self.minimum,
             seed=derive_seed("candidates", self.seed, step),
         )
+        if not self.corrected:
+            candidates = dataclasses.replace(candidates, log_correction=0.0)
         centres = self.centres.take(candidates.ids)
         images = self._tower(candidates, centres, self.images, places, self.image_temperature)
         if self.captions is None:
@@ -142,6 +146,12 @@ class ClusterLookup:
         )
 
 
+def temperatures(clusters: Clusters, settings: DistillSettings) -> tuple[float, float]:
+    """Return τ_T of the images' and of the captions' distribution: as asked for, else as stored."""
+    stored = clusters.image_temperature, clusters.caption_temperature or clusters.image_temperature
+    return stored if settings.cluster_temperature is None else (settings.cluster_temperature,) * 2
+
+
 def open_lookup(
     clusters: Clusters,
     places: npt.NDArray[np.int64],
@@ -155,17 +165,20 @@ def open_lookup(
         clusters: What `cluster` wrote.
         places: Row of the clusters' table of each usable sample; −1 where there is none.
         rotation: Axes of the meeting space; None where it is the teacher's own.
-        settings: Towers, α, r and seed.
+        settings: Towers, α, r, τ_T and seed.
         device: Where the losses are computed.
     """
+    image_temperature, caption_temperature = temperatures(clusters, settings)
     return ClusterLookup(
         centres=open_centres(clusters.centroids, rotation, device),
         places=places,
         images=clusters.images,
         captions=clusters.captions if settings.cluster_towers == "both" else None,
-        image_temperature=clusters.image_temperature,
-        caption_temperature=clusters.caption_temperature or clusters.image_temperature,
+        image_temperature=image_temperature,
+        caption_temperature=caption_temperature,
         label_share=settings.label_share,
         ratio=settings.candidate_ratio,
+        minimum=settings.min_candidates,
+        corrected=settings.candidate_correction,
         seed=settings.seed,
     )

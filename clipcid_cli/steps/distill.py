@@ -13,8 +13,9 @@ from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.loading import start_worker_server
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.steps.cluster_lookup import temperatures
 from clipcid_cli.steps.distill_cost import describe
-from clipcid_cli.steps.distill_inputs import find_embeddings, find_inputs
+from clipcid_cli.steps.distill_inputs import Inputs, find_embeddings, find_inputs
 from clipcid_cli.steps.distill_plan import Plan, default_name, plan_run
 from clipcid_cli.steps.distill_run import Run
 from clipcid_cli.steps.distill_student import load_student
@@ -52,7 +53,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
             machine,
             folder.path,
             "distill",
-            settings=deciding(settings, student, plan),
+            settings=deciding(settings, student, plan, inputs),
             inputs=inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
             overwrite=settings.overwrite,
             clear=folder.clear,
@@ -65,7 +66,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
     return result(folder, sidecar)
 
 
-def deciding(settings: DistillSettings, student: ClipModel, plan: Plan) -> dict[str, Any]:
+def deciding(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: Inputs) -> dict[str, Any]:
     """Return all that decides the student, beside the inputs' content, as JSON values."""
     given = output_settings(settings)
     # Data and teacher are inputs: they are told by their content, however they were named.
@@ -82,6 +83,9 @@ def deciding(settings: DistillSettings, student: ClipModel, plan: Plan) -> dict[
         "eval_every": plan.eval_every,
         "steps": plan.optimiser.steps,
     }
+    clusters = None if inputs.teaching is None else inputs.teaching.clusters
+    if clusters is not None:
+        given["cluster_temperature"] = temperatures(clusters, settings)
     plain: dict[str, Any] = json.loads(json.dumps(given))
     return plain
 

@@ -50,7 +50,7 @@ def test_taken_rows_are_the_file_rows_brought(
     np.testing.assert_allclose(centres.take(ids).numpy(), unit(expected), atol=1e-6)
 
 
-def make_lookup(file: np.ndarray, captions: bool, ratio: float = 0.1) -> ClusterLookup:
+def make_lookup(file: np.ndarray, captions: bool, *, corrected: bool = True) -> ClusterLookup:
     random = np.random.default_rng(2)
 
     def top() -> TopClusters:
@@ -66,13 +66,14 @@ def make_lookup(file: np.ndarray, captions: bool, ratio: float = 0.1) -> Cluster
         image_temperature=0.1,
         caption_temperature=0.3,
         label_share=0.5,
-        ratio=ratio,
+        ratio=0.1,
+        minimum=0,
+        corrected=corrected,
         seed=5,
     )
 
 
-def test_targets_lead_back_to_the_stored_clusters(file: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_lookup, "_MIN_CANDIDATES", 0)
+def test_targets_lead_back_to_the_stored_clusters(file: np.ndarray) -> None:
     lookup, rows = make_lookup(file, captions=True), np.array([31, 2, 17])
     images, texts = lookup.targets(rows, step=3)
     assert texts is not None
@@ -88,8 +89,7 @@ def test_targets_lead_back_to_the_stored_clusters(file: np.ndarray, monkeypatch:
     assert len(images.centres_SD) == len(named) + 0.1 * K
 
 
-def test_draw_depends_on_the_step_and_on_nothing_else(file: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_lookup, "_MIN_CANDIDATES", 0)
+def test_draw_depends_on_the_step_and_on_nothing_else(file: np.ndarray) -> None:
     rows = np.arange(6)
     first, _ = make_lookup(file, captions=False).targets(rows, step=1)
     again, texts = make_lookup(file, captions=False).targets(rows, step=1)
@@ -98,3 +98,12 @@ def test_draw_depends_on_the_step_and_on_nothing_else(file: np.ndarray, monkeypa
     for field in dataclasses.fields(first):
         assert torch.equal(getattr(first, field.name), getattr(again, field.name))
     assert not torch.equal(first.centres_SD, other.centres_SD)
+
+
+def test_without_the_correction_a_drawn_centre_counts_once(file: np.ndarray) -> None:
+    rows = np.arange(6)
+    with_it, _ = make_lookup(file, captions=False).targets(rows, step=1)
+    without, _ = make_lookup(file, captions=False, corrected=False).targets(rows, step=1)
+    assert torch.equal(with_it.centres_SD, without.centres_SD)
+    assert float(with_it.log_correction_S.max()) > 0
+    assert not without.log_correction_S.any()

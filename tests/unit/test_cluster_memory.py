@@ -35,7 +35,7 @@ def features(seed):
 
 centres = open_centres(np.load(sys.argv[1], mmap_mode="r"), None, torch.device("cpu"))
 captions = top(1) if sys.argv[2] == "both" else None
-lookup = ClusterLookup(centres, np.arange({BATCH}), top(0), captions, 0.05, 0.05, 0.5, 0.1, 0)
+lookup = ClusterLookup(centres, np.arange({BATCH}), top(0), captions, 0.05, 0.05, 0.5, 0.1, 4096, True, 0)
 image, text, scale = features(2), features(3), torch.tensor(14.0, requires_grad=True)
 torch.autograd.grad((image @ text.T).sum(), image)  # its threads are there
 print("ready", flush=True)

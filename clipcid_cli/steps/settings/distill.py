@@ -133,6 +133,24 @@ class DistillSettings(ReadingSettings):
         minimum=0.0,
         maximum=1.0,
     )
+    min_candidates: int = option(
+        4096,
+        "Smallest number of cluster centres a batch is compared with; all where there are fewer.",
+        group=_LOSS,
+        minimum=1,
+    )
+    candidate_correction: bool = option(
+        True,
+        "Count each centre drawn at random for all those it stands for; without, the batch's own clusters look too likely.",
+        group=_LOSS,
+    )
+    cluster_temperature: float | None = option(
+        None,
+        "Temperature of the teacher's distribution over clusters; by default the one `clipcid cluster` chose and stored.",
+        group=_LOSS,
+        minimum=0.0,
+        above_minimum=True,
+    )
     batch_size: int | None = option(
         None, "Samples a batch, over all processes; by default at most 256.", group=_LENGTH, minimum=1
     )
