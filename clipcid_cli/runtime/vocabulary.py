@@ -7,7 +7,8 @@ Here the rows in use are trained in a table of their own and the others are brou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +66,28 @@ def train_used_rows(module: nn.Module, used: Tensor) -> bool:
             parent.token_embedding = UsedRows(table, used.to(table.weight.device))
             return True
     return False
+
+
+@contextmanager
+def whole_table(module: nn.Module, decay: float) -> Iterator[None]:
+    """Let a model look up any token while the context lasts, for texts that are not the data's; no training in it.
+
+    Args:
+        module: An open_clip model, its token embedding replaced or not.
+        decay: Π(1 − lr·wd) over the steps done.
+    """
+    replaced = [(parent, parent.token_embedding) for parent in module.modules() if _has_used_rows(parent)]
+    try:
+        for parent, rows in replaced:
+            parent.token_embedding = nn.Embedding.from_pretrained(rows.whole(decay))
+        yield
+    finally:
+        for parent, rows in replaced:
+            parent.token_embedding = rows
+
+
+def _has_used_rows(module: Any) -> bool:
+    return isinstance(getattr(module, "token_embedding", None), UsedRows)
 
 
 def whole_state(module: nn.Module, decay: float) -> Mapping[str, Any]:

@@ -263,7 +263,8 @@ class Loop:
     def _evaluate(self) -> None:
         if not self.evaluation.has_data:
             return
-        found = self.evaluation.measure(self.student, self.machine)
+        decay = self.trainer.plan.decay_after(self.trainer.step)
+        found = self.evaluation.measure(self.student, self.machine, decay)
         if self.machine.is_main:
             self.metrics = found
             append_lines(self.run.results_log, [{"step": self.trainer.step, **self.metrics}])

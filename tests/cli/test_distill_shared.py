@@ -53,7 +53,7 @@ def tiny_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     members = [member for pair in zip(images, classes, strict=True) for member in pair]
     write_tar(folder / "test" / "0.tar", members)
     (folder / "test" / "nshards.txt").write_text("1\n")
-    (folder / "classnames.txt").write_text("dark\nbright\n")
+    (folder / "classnames.txt").write_text("dark\nzebra\n")  # no caption has a zebra
     return folder
 
 

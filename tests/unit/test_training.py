@@ -18,7 +18,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint, write_checkpoint
 from clipcid_cli.formats.run_folder import RunFolder, append_lines, read_lines
 from clipcid_cli.runtime.training import LossParameters, OptimiserPlan, Trainer
-from clipcid_cli.runtime.vocabulary import UsedRows, train_used_rows, whole_state
+from clipcid_cli.runtime.vocabulary import UsedRows, train_used_rows, whole_state, whole_table
 
 PLAN = OptimiserPlan(lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0)
 
@@ -87,6 +87,12 @@ def test_training_only_used_token_embeddings_gives_what_training_all_gives() -> 
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
     make_model().load_state_dict(found)
+
+    others = torch.tensor([[3, 4, 20_000, 49407] * 3])
+    with torch.no_grad(), whole_table(part, PLAN.decay_after(8)):
+        torch.testing.assert_close(part.encode_text(others), whole.encode_text(others), rtol=1e-5, atol=1e-6)  # type: ignore[operator]
+    assert isinstance(part.token_embedding, UsedRows)
+    assert [name for name, _ in part.named_parameters()] == [name for name, _ in whole.named_parameters()]
 
 
 def test_a_token_that_is_not_in_use_is_an_error() -> None:
