@@ -178,7 +178,9 @@ class Loop:
         scale: Tensor = module.logit_scale.exp()  # type: ignore[operator]  # a parameter of every CLIP
         total, terms = self.objective(towers.image, towers.text, scale, batch, trainer.step)
         trainer.backward(total)
-        towers.backward(self.averager.watch)
+        # Layers that are computed again (--grad-checkpointing) need the attention kernel they had.
+        with fast_attention(self.student.device, self.precision.dtype):
+            towers.backward(self.averager.watch)
         self.averager.finish()
         norm = trainer.limit_gradient()
         values = self.objective.values(terms)
