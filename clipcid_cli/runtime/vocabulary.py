@@ -76,18 +76,16 @@ def whole_table(module: nn.Module, decay: float) -> Iterator[None]:
         module: An open_clip model, its token embedding replaced or not.
         decay: Π(1 − lr·wd) over the steps done.
     """
-    replaced = [(parent, parent.token_embedding) for parent in module.modules() if _has_used_rows(parent)]
+    tables = ((parent, getattr(parent, "token_embedding", None)) for parent in module.modules())
+    replaced = [(parent, rows) for parent, rows in tables if isinstance(rows, UsedRows)]
     try:
         for parent, rows in replaced:
-            parent.token_embedding = nn.Embedding.from_pretrained(rows.whole(decay))
+            whole = rows.whole(decay)
+            parent.token_embedding = nn.Embedding(len(whole), whole.shape[1], _weight=whole, _freeze=True)
         yield
     finally:
         for parent, rows in replaced:
             parent.token_embedding = rows
-
-
-def _has_used_rows(module: Any) -> bool:
-    return isinstance(getattr(module, "token_embedding", None), UsedRows)
 
 
 def whole_state(module: nn.Module, decay: float) -> Mapping[str, Any]:
