@@ -77,7 +77,11 @@ def deciding(settings: DistillSettings, student: ClipModel, plan: Plan) -> dict[
         "precision": precision.name,
         "warmup": plan.optimiser.warmup,
         "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses().items()},
-        "student": {"config": student.info.config, "weights": student.info.weights_hash},
+        "student": {
+            "config": student.info.config,
+            "weights": student.info.weights_hash,
+            "pixels": student.info.preprocess_hash,
+        },
         "batch_size": plan.batch_size,
         "eval_every": plan.eval_every,
         "steps": plan.optimiser.steps,
