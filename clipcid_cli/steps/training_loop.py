@@ -76,6 +76,7 @@ class Loop:
         frozen: Modules of towers that are not trained, kept in evaluation mode.
         pace: When things happen.
         run: Where logs and checkpoints go.
+        writes: Whether anything may be written there.
         board: TensorBoard's log.
         seed: Seed of the run.
         workers: Processes that prepare batches.
@@ -98,6 +99,7 @@ class Loop:
     frozen: list[nn.Module]
     pace: Pace
     run: RunFolder
+    writes: bool
     board: Board
     seed: int
     workers: int
@@ -253,12 +255,13 @@ class Loop:
         keys = [item.sample.key for item in self.order.items(step, 0, 1)]
         path = self.run.path / f"diverged_step_{step:08d}.json"
         values = {name: value if math.isfinite(value) else str(value) for name, value in terms.items()}
-        if self.machine.is_main:
+        where = f" The batch's keys are in {path}." if self.writes else ""
+        if self.machine.is_main and self.writes:
             write_json(
                 path, {"step": step, "losses": values, "loss": str(loss), "gradient_norm": str(norm), "keys": keys}
             )
         raise ClipcidError(
-            f"Training diverged at step {step:,}: loss {loss:g}, gradient norm {norm:g}. The batch's keys are in {path}.",
+            f"Training diverged at step {step:,}: loss {loss:g}, gradient norm {norm:g}.{where}",
             "Lower --lr, lengthen --warmup, or train in --precision fp32; the last checkpoint is untouched.",
         )
 

@@ -159,6 +159,12 @@ def test_dry_run_measures_and_writes_nothing(clipcid: Clipcid, distill_place: Pa
     assert 1 < teacher["break_even"] < 3
 
 
+def test_dry_run_that_diverges_writes_nothing(whole: Path) -> None:
+    with pytest.raises(ClipcidError, match="diverged"):
+        train(whole, "wild", ("clip",), lr=1e30, dry_run=True)
+    assert not (whole / "clipcid-work" / "distill" / "clip-wild").exists()
+
+
 def test_compiled_towers_learn_the_same(whole: Path) -> None:
     train(whole, "compiled", ("clip",), torchcompile=True)
     assert_alike(whole, "clip-whole", "clip-compiled")
