@@ -10,6 +10,22 @@ from typing import Any
 from clipcid_cli.errors import ClipcidError
 
 
+def import_tensorboard() -> Any:
+    """Import PyTorch's side of TensorBoard.
+
+    Raises:
+        ClipcidError: when TensorBoard is not installed.
+    """
+    try:
+        from torch.utils import tensorboard
+    except ImportError as error:
+        raise ClipcidError(
+            "--report-to tensorboard needs TensorBoard, which is not installed.",
+            "pip install 'clipcid[logging]', or leave --report-to away: train.jsonl holds the same numbers.",
+        ) from error
+    return tensorboard
+
+
 class Board:
     """Scalars of a run as TensorBoard shows them; nothing is written without a folder."""
 
@@ -24,16 +40,8 @@ class Board:
             ClipcidError: when TensorBoard is not installed.
         """
         self._writer: Any = None
-        if folder is None:
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ClipcidError(
-                "--report-to tensorboard needs TensorBoard, which is not installed.",
-                "pip install 'clipcid[logging]', or leave --report-to away: train.jsonl holds the same numbers.",
-            ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        if folder is not None:
+            self._writer = import_tensorboard().SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write the values of one step; what is no finite number is left out."""

@@ -14,11 +14,14 @@ Shapes: B texts or images, L tokens, T tokens of a batch without those behind, W
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Largest difference to open_clip's own features, as a share of the largest value, at which they count as equal.
 _TOLERANCE = 1e-3
@@ -59,7 +62,7 @@ class LeanTowers:
         if self.image_is_lean and not self._image_checked:
             self._image_checked = True
             self.image_is_lean = self._agrees(self._encode_images, self._module.encode_image, pixels[:_CHECKED])
-        if not self.image_is_lean or self._module.visual.transformer.grad_checkpointing:
+        if not self.image_is_lean:
             return cast(Tensor, self._module.encode_image(pixels))
         return self._encode_images(pixels)
 
@@ -75,29 +78,35 @@ class LeanTowers:
         if self.text_is_lean and not self._text_checked:
             self._text_checked = True
             self.text_is_lean = self._agrees(self._encode_texts, self._encode_texts_plainly, tokens[:_CHECKED])
-        if not self.text_is_lean or self._text.transformer.grad_checkpointing:
+        if not self.text_is_lean:
             return self._encode_texts_plainly(tokens)
         return self._encode_texts(tokens)
 
     def _agrees(self, short: Any, plain: Any, rows: Tensor) -> bool:
-        training = self._module.training
+        # Each module's own mode: a frozen tower is in evaluation mode while the other trains.
+        training = [part for part in self._module.modules() if part.training]
         self._module.eval()
         try:
-            with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+            # The model's device, not the rows': tokens lie on the CPU, whatever autocast the model runs under.
+            with torch.no_grad(), torch.autocast(self._module.logit_scale.device.type, enabled=False):
                 expected = plain(rows)
                 difference = (short(rows) - expected).abs().max()
         finally:
-            self._module.train(training)
+            for part in training:
+                part.training = True
         return bool(difference <= _TOLERANCE * expected.abs().max())
 
     def _encode_images(self, pixels: Tensor) -> Tensor:
         visual = self._module.visual
         x_BLW = visual._embeds(pixels)
         *blocks, last = visual.transformer.resblocks
-        for block in blocks:
-            x_BLW = _finish_block(block, x_BLW, _attend(block, block.ln_1(x_BLW)))
-        normed = last.ln_1(x_BLW)
-        pooled = visual.ln_post(_finish_block(last, x_BLW[:, 0], _attend_from(last, normed, normed[:, 0])))
+        layers = [partial(_pass_block, block) for block in blocks]
+
+        def pool(x_BLW: Tensor) -> Tensor:
+            normed = last.ln_1(x_BLW)
+            return _finish_block(last, x_BLW[:, 0], _attend_from(last, normed, normed[:, 0]))
+
+        pooled = visual.ln_post(_pass_layers(visual.transformer, [*layers, pool], x_BLW))
         return cast(Tensor, pooled if visual.proj is None else pooled @ visual.proj)
 
     def _encode_texts_plainly(self, tokens: Tensor) -> Tensor:
@@ -108,11 +117,14 @@ class LeanTowers:
         packing = _pack(tokens, text, self._module.logit_scale.device)
         x_TW = text.token_embedding(packing.tokens_T) + F.embedding(packing.positions_T, text.positional_embedding)
         *blocks, last = text.transformer.resblocks
-        for block in blocks:
-            x_TW = _finish_block(block, x_TW, _attend(block, block.ln_1(x_TW), packing))
-        normed = last.ln_1(x_TW)
-        attended = _attend_from(last, normed, normed.index_select(0, packing.ends_B), packing)
-        pooled = text.ln_final(_finish_block(last, x_TW.index_select(0, packing.ends_B), attended))
+        layers = [partial(_pass_block, block, packing=packing) for block in blocks]
+
+        def pool(x_TW: Tensor) -> Tensor:
+            normed = last.ln_1(x_TW)
+            attended = _attend_from(last, normed, normed.index_select(0, packing.ends_B), packing)
+            return _finish_block(last, x_TW.index_select(0, packing.ends_B), attended)
+
+        pooled = text.ln_final(_pass_layers(text.transformer, [*layers, pool], x_TW))
         projection = text.text_projection
         if projection is None:
             return cast(Tensor, pooled)
@@ -165,6 +177,19 @@ def _pack(tokens: Tensor, text: Any, device: torch.device) -> _Packing:
         None if len(places_T) == valid_BL.numel() else places_T.to(device, non_blocking=True),
         valid_BL.to(device, non_blocking=True),
     )
+
+
+def _pass_layers(transformer: Any, layers: list[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+    """One layer after the other; with gradient checkpointing only the input of each is kept for the backward pass."""
+    for layer in layers:
+        # Nothing in a layer is random, so there is no generator's state to bring back.
+        again = transformer.grad_checkpointing
+        x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if again else layer(x)
+    return x
+
+
+def _pass_block(block: Any, x: Tensor, packing: _Packing | None = None) -> Tensor:
+    return _finish_block(block, x, _attend(block, block.ln_1(x), packing))
 
 
 def _attend(block: Any, normed: Tensor, packing: _Packing | None = None) -> Tensor:

@@ -7,7 +7,8 @@ Here the rows in use are trained in a table of their own and the others are brou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,20 +37,10 @@ class UsedRows(nn.Module):
         # Both follow from the start of the run, so checkpoints leave them out.
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("first", whole.clone(), persistent=False)
-        self.decay = 1.0
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look up int64 tokens of any shape; float [..., W].
-
-        In training a token that is not in use is an error, not a wrong row; in evaluation, where class names may hold any,
-        its row is what `decay` has left of the first.
-        """
-        places = self.get_buffer("places")[tokens]
-        if self.training:
-            return F.embedding(places, self.weight)
-        rows = F.embedding(places.clamp(min=0), self.weight)
-        others = F.embedding(tokens, self.get_buffer("first")) * self.decay
-        return torch.where((places >= 0)[..., None], rows, others)
+        """Look up int64 tokens of any shape; float [..., W]. A token that is not in use is an error, not a wrong row."""
+        return F.embedding(self.get_buffer("places")[tokens], self.weight)
 
     def whole(self, decay: float) -> Tensor:
         """Return the whole table [V, W]: rows in use as trained, the others times `decay`."""
@@ -77,11 +68,24 @@ def train_used_rows(module: nn.Module, used: Tensor) -> bool:
     return False
 
 
-def age_unused_rows(module: nn.Module, decay: float) -> None:
-    """Say what the steps so far have left of rows that are not in use, Π(1 − lr·wd), for an evaluation."""
-    for part in module.modules():
-        if isinstance(part, UsedRows):
-            part.decay = decay
+@contextmanager
+def whole_table(module: nn.Module, decay: float) -> Iterator[None]:
+    """Let a model look up any token while the context lasts, for texts that are not the data's; no training in it.
+
+    Args:
+        module: An open_clip model, its token embedding replaced or not.
+        decay: Π(1 − lr·wd) over the steps done.
+    """
+    tables = ((parent, getattr(parent, "token_embedding", None)) for parent in module.modules())
+    replaced = [(parent, rows) for parent, rows in tables if isinstance(rows, UsedRows)]
+    try:
+        for parent, rows in replaced:
+            whole = rows.whole(decay)
+            parent.token_embedding = nn.Embedding(len(whole), whole.shape[1], _weight=whole, _freeze=True)
+        yield
+    finally:
+        for parent, rows in replaced:
+            parent.token_embedding = rows
 
 
 def whole_state(module: nn.Module, decay: float) -> Mapping[str, Any]:

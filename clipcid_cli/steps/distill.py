@@ -7,6 +7,7 @@ import json
 import time
 from typing import Any
 
+from clipcid_cli.formats.board import import_tensorboard
 from clipcid_cli.formats.run_folder import RunFolder
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.encoder import ClipModel
@@ -38,6 +39,8 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
     started = time.perf_counter()
     if settings.workers != 0:
         start_worker_server()
+    if settings.report_to == "tensorboard":
+        import_tensorboard()  # before hours of embedding, and on every process, so that none waits for one that failed
     with open_machine(settings.device) as machine:
         embeddings = find_embeddings(settings, machine, reporter)
         inputs = machine.on_main(lambda: find_inputs(settings, embeddings, reporter))
@@ -78,7 +81,11 @@ def deciding(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: 
         "precision": precision.name,
         "warmup": plan.optimiser.warmup,
         "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses().items()},
-        "student": {"config": student.info.config, "weights": student.info.weights_hash},
+        "student": {
+            "config": student.info.config,
+            "weights": student.info.weights_hash,
+            "pixels": student.info.preprocess_hash,
+        },
         "batch_size": plan.batch_size,
         "eval_every": plan.eval_every,
         "steps": plan.optimiser.steps,

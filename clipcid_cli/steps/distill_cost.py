@@ -15,6 +15,7 @@ from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.model_names import parse_model, with_default_tag
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.distill_run import Run
+from clipcid_cli.steps.online_teacher import SAMPLES_AT_ONCE
 
 _MEASURED = 3
 # The first step also allocates, and compiles where that was asked for.
@@ -135,8 +136,9 @@ def _time_teacher(teacher: ClipModel, count: int, requested: str) -> float:
     taken = list[float]()
     for _ in range(_WARM_UP + _MEASURED):
         started = time.perf_counter()
-        teacher.encode_images(pixels, precision)
-        teacher.encode_texts(tokens, precision)
+        for start in range(0, count, SAMPLES_AT_ONCE):
+            teacher.encode_images(pixels[start : start + SAMPLES_AT_ONCE], precision)
+            teacher.encode_texts(tokens[start : start + SAMPLES_AT_ONCE], precision)
         _wait(teacher.device)
         taken.append(time.perf_counter() - started)
     return statistics.median(taken[_WARM_UP:])

@@ -158,6 +158,7 @@ class Run:
                 settings.checkpoint_every or max(1, min(1_000, steps // 10)),
             ),
             run=self.folder,
+            writes=self.output is not None,
             board=self._open_board(trainer.step),
             seed=settings.seed,
             workers=self.plan.workers,

@@ -18,7 +18,6 @@ from clipcid_cli.steps.training_data import Batch
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.teacher_space import TeacherSide
-    from clipcid_cli.steps.training_data import Batch
 
 
 class Objective:

@@ -24,7 +24,7 @@ from clipcid_cli.steps.teaching import Teaching
 from clipcid_cli.steps.training_data import Batch
 
 # Samples the teacher takes at once, whatever the batch; no activations are kept.
-_AT_ONCE = 256
+SAMPLES_AT_ONCE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,8 @@ class OnlineTeacher(TeacherSide):
         assert seen.teacher_tokens is not None, "likewise"
         images, texts = [], []
         with torch.no_grad():
-            for start in range(0, len(seen.rows), _AT_ONCE):
-                part = slice(start, start + _AT_ONCE)
+            for start in range(0, len(seen.rows), SAMPLES_AT_ONCE):
+                part = slice(start, start + SAMPLES_AT_ONCE)
                 pixels = seen.teacher_pixels[part].to(self.device, non_blocking=True)
                 if self.changes_colors:
                     shown = apply_colors(pixels, seen.colors[part].to(self.device, non_blocking=True))

@@ -12,6 +12,7 @@ from clipcid_cli.algorithms.retrieval import retrieval_metrics
 from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.vocabulary import whole_table
 from clipcid_cli.steps.reporting import SilentReporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 from clipcid_cli.steps.training_data import HeldOut
@@ -41,22 +42,28 @@ class Evaluation:
         """Whether there is anything to measure."""
         return self.held_out is not None or bool(self.tasks)
 
-    def measure(self, student: ClipModel, machine: Machine) -> dict[str, float]:
+    def measure(self, student: ClipModel, machine: Machine, decay: float) -> dict[str, float]:
         """Measure the student as it is, in full precision; call it on every process.
 
+        Args:
+            student: The model in training.
+            machine: The processes.
+            decay: What the steps so far leave of the embedding of a token that no caption uses; prompts may use it.
+
         Returns:
-            Metrics of the held-out part by name, those of a named data set as ``NAME/METRIC``; whole on the first process.
+            Metrics of the held-out part by name, those of a named data set as ``NAME/METRIC``, without those it has no value
+            for (acc5 of four classes); whole on the first process.
         """
         student.module.eval()
         metrics: dict[str, float] = {}
         if self.held_out is not None and machine.is_main:
             images, texts = embed_held_out(student, self.held_out)
             metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
-        for task in self.tasks:
-            measured = measure(student, task, machine, _FP32, _BATCH, self.settings, SilentReporter())
-            found = measured.found.metrics.items()
-            # acc5 of four classes is no number.
-            metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
+        with whole_table(student.module, decay):
+            for task in self.tasks:
+                measured = measure(student, task, machine, _FP32, _BATCH, self.settings, SilentReporter())
+                found = measured.found.metrics.items()
+                metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
         return metrics
 
 

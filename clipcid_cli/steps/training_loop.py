@@ -26,7 +26,6 @@ from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.seeds import derive_seed
 from clipcid_cli.runtime.tower_pass import EncodeBoth, Part, TowerPass
 from clipcid_cli.runtime.training import Trainer, fast_attention
-from clipcid_cli.runtime.vocabulary import age_unused_rows
 from clipcid_cli.steps.objective import Objective
 from clipcid_cli.steps.reporting import Progress, Reporter
 from clipcid_cli.steps.training_data import Batch, BatchMaker, BatchOrder
@@ -77,6 +76,7 @@ class Loop:
         frozen: Modules of towers that are not trained, kept in evaluation mode.
         pace: When things happen.
         run: Where logs and checkpoints go.
+        writes: Whether anything may be written there.
         board: TensorBoard's log.
         seed: Seed of the run.
         workers: Processes that prepare batches.
@@ -99,6 +99,7 @@ class Loop:
     frozen: list[nn.Module]
     pace: Pace
     run: RunFolder
+    writes: bool
     board: Board
     seed: int
     workers: int
@@ -179,7 +180,9 @@ class Loop:
         scale: Tensor = module.logit_scale.exp()  # type: ignore[operator]  # a parameter of every CLIP
         total, terms = self.objective(towers.image, towers.text, scale, batch, trainer.step)
         trainer.backward(total)
-        towers.backward(self.averager.watch)
+        # Layers that are computed again (--grad-checkpointing) need the attention kernel they had.
+        with fast_attention(self.student.device, self.precision.dtype):
+            towers.backward(self.averager.watch)
         self.averager.finish()
         norm = trainer.limit_gradient()
         values = self.objective.values(terms)
@@ -252,20 +255,21 @@ class Loop:
         keys = [item.sample.key for item in self.order.items(step, 0, 1)]
         path = self.run.path / f"diverged_step_{step:08d}.json"
         values = {name: value if math.isfinite(value) else str(value) for name, value in terms.items()}
-        if self.machine.is_main:
+        where = f" The batch's keys are in {path}." if self.writes else ""
+        if self.machine.is_main and self.writes:
             write_json(
                 path, {"step": step, "losses": values, "loss": str(loss), "gradient_norm": str(norm), "keys": keys}
             )
         raise ClipcidError(
-            f"Training diverged at step {step:,}: loss {loss:g}, gradient norm {norm:g}. The batch's keys are in {path}.",
+            f"Training diverged at step {step:,}: loss {loss:g}, gradient norm {norm:g}.{where}",
             "Lower --lr, lengthen --warmup, or train in --precision fp32; the last checkpoint is untouched.",
         )
 
     def _evaluate(self) -> None:
         if not self.evaluation.has_data:
             return
-        age_unused_rows(self.student.module, self.trainer.plan.decay_after(self.trainer.step))
-        found = self.evaluation.measure(self.student, self.machine)
+        decay = self.trainer.plan.decay_after(self.trainer.step)
+        found = self.evaluation.measure(self.student, self.machine, decay)
         if self.machine.is_main:
             self.metrics = found
             append_lines(self.run.results_log, [{"step": self.trainer.step, **self.metrics}])

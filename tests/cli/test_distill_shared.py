@@ -53,7 +53,7 @@ def tiny_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     members = [member for pair in zip(images, classes, strict=True) for member in pair]
     write_tar(folder / "test" / "0.tar", members)
     (folder / "test" / "nshards.txt").write_text("1\n")
-    (folder / "classnames.txt").write_text("dark\nbright\n")
+    (folder / "classnames.txt").write_text("dark\nzebra\n")  # no caption has a zebra
     return folder
 
 
@@ -157,6 +157,12 @@ def test_dry_run_measures_and_writes_nothing(clipcid: Clipcid, distill_place: Pa
     assert 0 < teacher["share"] < 1
     # All 24 images were embedded; a part of them is held out of training.
     assert 1 < teacher["break_even"] < 3
+
+
+def test_dry_run_that_diverges_writes_nothing(whole: Path) -> None:
+    with pytest.raises(ClipcidError, match="diverged"):
+        train(whole, "wild", ("clip",), lr=1e30, dry_run=True)
+    assert not (whole / "clipcid-work" / "distill" / "clip-wild").exists()
 
 
 @pytest.mark.slow  # PyTorch's compiler takes most of a minute

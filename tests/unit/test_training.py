@@ -18,7 +18,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint, write_checkpoint
 from clipcid_cli.formats.run_folder import RunFolder, append_lines, read_lines
 from clipcid_cli.runtime.training import LossParameters, OptimiserPlan, Trainer
-from clipcid_cli.runtime.vocabulary import UsedRows, age_unused_rows, train_used_rows, whole_state
+from clipcid_cli.runtime.vocabulary import UsedRows, train_used_rows, whole_state, whole_table
 
 PLAN = OptimiserPlan(lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0)
 
@@ -88,18 +88,19 @@ def test_training_only_used_token_embeddings_gives_what_training_all_gives() -> 
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
     make_model().load_state_dict(found)
 
+    others = torch.tensor([[3, 4, 20_000, 49407] * 3])
+    with torch.no_grad(), whole_table(part, PLAN.decay_after(8)):
+        torch.testing.assert_close(part.encode_text(others), whole.encode_text(others), rtol=1e-5, atol=1e-6)  # type: ignore[operator]
+    assert isinstance(part.token_embedding, UsedRows)
+    assert [name for name, _ in part.named_parameters()] == [name for name, _ in whole.named_parameters()]
 
-def test_a_token_that_is_not_in_use_is_an_error_in_training_only() -> None:
-    model, whole = make_model(), make_model()
+
+def test_a_token_that_is_not_in_use_is_an_error() -> None:
+    model = make_model()
     train_used_rows(model, torch.tensor([3, 49407]))
     tokens = torch.tensor([[3] * 11 + [4]])
     with pytest.raises(IndexError):
         model.encode_text(tokens)  # type: ignore[operator]
-    # In evaluation, where class names may hold any token, its row is what the steps so far have left of it.
-    age_unused_rows(model, 0.25)
-    with torch.no_grad():
-        whole.token_embedding.weight[4] *= 0.25
-    torch.testing.assert_close(model.eval().encode_text(tokens), whole.encode_text(tokens))  # type: ignore[operator]
 
 
 def test_a_table_mostly_in_use_is_trained_as_it_is() -> None:
