@@ -27,7 +27,7 @@ PROBED = ("clip", "clip-kd", "instance", "cluster", "cid", "dr")
 # Linear probes are fitted after each phase from this one on: by then the presets have several seeds.
 PROBED_FROM = 3
 # Students measured by one process: starting it costs as much as measuring three of them.
-GROUP = 6
+GROUP = 4
 BATCH_SIZE = 64
 
 

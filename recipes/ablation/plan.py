@@ -130,9 +130,13 @@ def best_factor(name: str, log: Mapping[str, Mapping[str, Any]]) -> float:
 
 
 def phases(log: Mapping[str, Mapping[str, Any]]) -> Iterator[list[Run]]:
-    """Yield lists of runs; each is made only when those before are in `log`, which tells the tuned factors."""
+    """Yield lists of runs; each is made only when those before are in `log`, which tells the tuned factors.
+
+    The rivals' seeds at factor 1 come before the trials: if no more is run, there are intervals at published weights.
+    """
     first = FIRST_SEEDS[0]
     yield [Run(preset(name, 1.0), first) for name in PRESETS]
+    yield _seeds((preset(name, 1.0) for name in RIVALS), FIRST_SEEDS)
     for names in (RIVALS, REST):
         yield [Run(preset(name, factor), first) for name in names for factor in FACTORS[1:]]
         yield _seeds((tuned(name, log) for name in names), FIRST_SEEDS)
