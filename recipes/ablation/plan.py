@@ -81,6 +81,11 @@ def preset(name: str, factor: float) -> Setting:
     return Setting(label, weights, clusters=CLUSTERS, flags=("--cluster-towers", "both"))
 
 
+def without_cluster(factor: float) -> Setting:
+    """Return `cid` at λ_clu = 0: `instance` at the same weight."""
+    return preset("instance", factor)
+
+
 def cid_variants(factor: float) -> list[Setting]:
     """Return `cid` at its tuned weights with one thing changed at a time, the most asked-for first."""
     base = preset("cid", factor)
@@ -92,9 +97,9 @@ def cid_variants(factor: float) -> list[Setting]:
         weights = {**base.weights, "cluster": value * base.weights["instance"]}
         return changed(f"lambda-{value:g}", weights=weights)
 
-    no_cluster = {"instance": base.weights["instance"]}
+    alone = without_cluster(factor)
     return [
-        Setting("cid/lambda-0", no_cluster),
+        alone,
         cluster_weight(1.0),
         cluster_weight(0.1),
         changed("image-towers", flags=("--cluster-towers", "image")),
@@ -113,7 +118,7 @@ def cid_variants(factor: float) -> list[Setting]:
         cluster_weight(0.5),
         cluster_weight(0.05),
         changed("k-128", clusters="joint-128"),
-        Setting("cid/lambda-0-project", no_cluster, flags=("--teacher-space", "project")),
+        dataclasses.replace(alone, name=f"{alone.name}/project", flags=("--teacher-space", "project")),
     ]
 
 
@@ -150,7 +155,7 @@ def quick() -> Iterator[list[Run]]:
     """Yield a few runs of every kind, to prove that the recipe works."""
     yield [Run(preset(name, 1.0), 0) for name in ("clip", "clip-kd", "cid")]
     variants = {setting.name: setting for setting in cid_variants(1.0)}
-    yield [Run(variants[f"cid/{name}"], 0) for name in ("lambda-0", "keep-random", "perplexity-8")]
+    yield [Run(variants[name], 0) for name in ("instance", "cid/keep-random", "cid/perplexity-8")]
 
 
 def tuned(name: str, log: Mapping[str, Mapping[str, Any]]) -> Setting:
