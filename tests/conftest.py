@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from distill_data import STUDENT
 from hypothesis import settings
 
 # No test asserts a time: two run side by side, on machines of any speed.
@@ -238,3 +240,23 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tar(folder / "00000.tar", first)
     write_tar(folder / "00001.tar", second)
     return folder
+
+
+@pytest.fixture(scope="session")
+def distill_prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards: Path) -> Path:
+    """A folder with a tiny teacher's embeddings and clusters, and ``student.json``; treat it as read-only."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for arguments in (
+        ("embed", tiny_shards, "--model", tiny_model, "--workers", 0),
+        ("cluster", "--num-clusters", 4, "--iterations", 3),
+    ):
+        run_command([*clipcid_command(), *map(str, arguments)], folder, True, 120, None)
+    (folder / "student.json").write_text(json.dumps(STUDENT))
+    return folder
+
+
+@pytest.fixture
+def distill_place(distill_prepared: Path, tmp_path: Path) -> Path:
+    """The test's own copy of the prepared folder."""
+    shutil.copytree(distill_prepared, tmp_path, dirs_exist_ok=True)
+    return tmp_path

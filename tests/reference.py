@@ -1,4 +1,4 @@
-"""The command line reference in the README: generated from the help pages, so it cannot drift.
+"""The README's help pages and its tables of losses and presets: generated from the code, so they cannot drift.
 
 ``python tests/reference.py`` rewrites it; a test fails when it is stale.
 """
@@ -10,10 +10,13 @@ from pathlib import Path
 
 import click
 
+from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, LossEntry, Weight
 from clipcid_cli.cli import COMMANDS, cli
 
 BEGIN = "<!-- The help pages below are generated: python tests/reference.py -->\n"
 END = "<!-- end of the generated help pages -->\n"
+BEGIN_LOSSES = "<!-- The tables of losses are generated: python tests/reference.py -->\n"
+END_LOSSES = "<!-- end of the generated tables of losses -->\n"
 _WIDTH = 100
 
 
@@ -39,15 +42,51 @@ def render_reference() -> str:
     return BEGIN + "\n" + "\n".join(sections) + "\n" + END
 
 
+def render_losses() -> str:
+    """Return the README's tables of losses and presets."""
+    losses = [f"| `{entry.name}` | {entry.summary} | {_needs(entry)} |" for entry in LOSSES.values()]
+    presets = [
+        f"| `{name}` | {' + '.join(_term(*item) for item in parts.items())} |" for name, parts in PRESETS.items()
+    ]
+    return "\n".join(
+        [
+            BEGIN_LOSSES,
+            "| `--loss` | compares | needs |",
+            "|---|---|---|",
+            *losses,
+            "",
+            "| `--preset` | is |",
+            "|---|---|",
+            *presets,
+            "",
+            END_LOSSES,
+        ]
+    )
+
+
+def _needs(entry: LossEntry) -> str:
+    return "teacher, clusters" if entry.needs_clusters else "teacher" if entry.needs_teacher else "nothing"
+
+
+def _term(name: str, weight: Weight) -> str:
+    factor = f"{weight.value:g}/D" if weight.per_width else f"{weight.value:g}"
+    return f"`{name}`" if factor == "1" else f"{factor} · `{name}`"
+
+
 def insert_reference(readme: str) -> str:
-    """Return the README with its generated section made anew."""
-    head, _, rest = readme.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return head + render_reference() + tail
+    """Return the README with its generated sections made anew."""
+    for begin, end, section in (
+        (BEGIN, END, render_reference()),
+        (BEGIN_LOSSES, END_LOSSES, render_losses()),
+    ):
+        head, _, rest = readme.partition(begin)
+        _, _, tail = rest.partition(end)
+        readme = head + section + tail
+    return readme
 
 
 def main() -> None:
-    """Rewrite the generated section of the README given on the command line, ``README.md`` by default."""
+    """Rewrite the generated sections of the README given on the command line, ``README.md`` by default."""
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "README.md")
     path.write_text(insert_reference(path.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -25,6 +25,8 @@ MAX_CLUSTERS = 1_000_000
 _FLOOR_CLUSTERS = 256
 _FLOOR_IMAGES_PER_CLUSTER = 8
 _GRID = 2.0**24
+# Rows added to sums at once: their float64 copies stay near the caches.
+_ROWS_AT_ONCE = 4096
 
 
 def default_num_clusters(num_rows: int) -> int:
@@ -89,6 +91,11 @@ def fold_sum(values_KD: torch.Tensor) -> torch.Tensor:
     return values_KD[:, 0]
 
 
+def distances_moved(before_KD: torch.Tensor, after_KD: torch.Tensor) -> torch.Tensor:
+    """Return how far centres moved, from float32 [K, D] each: float64 [K], 0 for those that did not and for no others."""
+    return fold_sum((after_KD.double() - before_KD.double()).square()).sqrt()
+
+
 def joint_features(images_BD: npt.NDArray[np.float16], texts_BD: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
     """Fuse image and caption: the normalised sum of the two embeddings.
 
@@ -133,9 +140,10 @@ class ClusterSums:
             How many rows moved.
         """
         moved_B = (old_B != new_B).nonzero()[:, 0]
-        self._add(rows_BD[moved_B].double(), new_B[moved_B], 1)
-        left_B = moved_B[old_B[moved_B] >= 0]
-        self._add(rows_BD[left_B].double().neg(), old_B[left_B], -1)
+        for part_B in torch.split(moved_B, _ROWS_AT_ONCE):
+            self._add(rows_BD[part_B].double(), new_B[part_B], 1)
+            left_B = part_B[old_B[part_B] >= 0]
+            self._add(rows_BD[left_B].double().neg(), old_B[left_B], -1)
         return len(moved_B)
 
     def _add(self, rows_BD: torch.Tensor, clusters_B: torch.Tensor, count: int) -> None:

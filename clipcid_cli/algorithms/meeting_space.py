@@ -9,6 +9,9 @@ import dataclasses
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,3 +49,18 @@ def principal_rotation(moment_DD: npt.NDArray[np.float64], width: int) -> Rotati
     axes = axes * np.sign(axes[largest, np.arange(axes.shape[1])])
     kept = float(values[::-1][:width].sum() / values.sum())
     return Rotation(axes.astype(np.float32), kept)
+
+
+def bring(rows_nD: Tensor, rotation: Rotation | None) -> Tensor:
+    """Rotate and cut rows of the teacher's space, and make them unit again (float16 rows are unit only to 1e-3).
+
+    Args:
+        rows_nD: Rows of the teacher's space [n, D].
+        rotation: Axes of the meeting space; None where it is the teacher's own.
+
+    Returns:
+        Unit rows [n, d], or [n, D] without a rotation.
+    """
+    if rotation is not None:
+        rows_nD = rows_nD @ torch.from_numpy(rotation.axes_Dd).to(rows_nD.device)
+    return F.normalize(rows_nD, dim=1)

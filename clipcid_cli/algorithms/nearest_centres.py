@@ -1,6 +1,7 @@
 """The nearest of many centres for each row: exact answers at the speed of a low-precision matrix product.
 
-Shape letters: B rows of a block, K centres, D width, P (row, centre) pairs, m centres per row.
+Shape letters: B rows of a block, K centres, C centres of a chunk, G groups, D width, P (row, centre) pairs, Q (row, group)
+pairs, m centres per row.
 
 **Similarities are exact.** Rows are float16, so each entry is an integer multiple of 2⁻²⁴ (the smallest subnormal).
 Centres are kept on the same grid (:func:`clipcid_cli.algorithms.kmeans.round_to_grid`), which moves an entry by at most
@@ -8,23 +9,22 @@ Centres are kept on the same grid (:func:`clipcid_cli.algorithms.kmeans.round_to
 two vectors of length ≤ 1.01 exceeds 1.03 = 1.03·2⁴⁸ units < 2⁵³: float64 holds every intermediate result exactly. Any
 order of summation, tiling, instruction set or device gives the same bits. [O]
 
-**Low precision only discards.** Write x, c for a row and a centre, x̂, ĉ for their casts, a = fl(x̂·ĉ) for the product
-accumulated in float32 and ŝ = round(a) for what the product returns. Then
+**Low precision only discards.** With a = fl(x̂·ĉ) for the product of the copies of a row and a centre, ŝ = round(a) for what
+the product returns, and |a − x·c| ≤ e as proven in :mod:`clipcid_cli.algorithms.prepared_rows`:
 
-    |a − x·c| ≤ |x − x̂|·|c| + |x̂|·|c − ĉ| + γ·|x̂|·|ĉ| =: e      (Cauchy–Schwarz; γ = D·2⁻²², four times the textbook
-                                                                D·2⁻²⁴, which also covers truncating accumulators)
+- A centre that is at least as near as one of exact similarity s has a ≥ s − e, and, rounding being monotone,
+  ŝ ≥ round(s − e). Others are discarded: :meth:`NearestCentres.nearest`, where the approximately nearest centre is decided
+  first, so that s is known.
+- Let v > 0 be such that m centres have ŝ ≥ v. Each of them has a ≥ v·(1 − u) with u the unit roundoff of the output (0 for
+  integers). A centre j among the true m nearest that is not one of them is at least as near as some centre i of them, so
+  a_j ≥ x·c_j − e ≥ x·c_i − e ≥ a_i − 2e ≥ v·(1 − u) − 2e =: t, and ŝ_j ≥ round(t): :meth:`NearestCentres.top`.
 
-The residuals |x − x̂|, |c − ĉ| are measured, not bounded. Let v > 0 be such that m centres have ŝ ≥ v. Each of them has
-a ≥ v·(1 − u) with u the unit roundoff of the output. A centre j among the true m nearest that is not one of them is at least
-as similar as some centre i of them, so a_j ≥ x·c_j − e ≥ x·c_i − e ≥ a_i − 2e ≥ v·(1 − u) − 2e =: t, and, rounding being
-monotone, ŝ_j ≥ round(t). Centres below round(t) are discarded; the others are decided in float64, equal similarities in
-favour of the smaller number. Rows with t ≤ 0, or with so many candidates that a full product is cheaper, take a float64
-product with all centres.
+What is not discarded is decided in float64, equal similarities in favour of the smaller number. Rows with so many candidates
+that a full product is cheaper take a float64 product with all centres.
 
 **The maximum is found in groups.** A positive float orders like its bit pattern read as an integer, and negative floats
 have negative patterns, so maxima are taken over integers (several times faster on CPUs than over bfloat16). The maxima of
-groups of 64 centres are a 64th of the work for everything after: the m-th largest of them is a valid v, and only groups
-that reach round(t) are looked into.
+groups of 64 centres are a 64th of the work for everything after, and only groups that reach the threshold are looked into.
 """
 
 from __future__ import annotations
@@ -33,64 +33,42 @@ import dataclasses
 
 import torch
 
+from clipcid_cli.algorithms.prepared_rows import PreparedRows, prepare_centres
+
 GROUP = 64
-# Centres multiplied at once: with 1,024 rows the product is 8 MiB in bfloat16, near the size of a second-level cache.
+# Centres multiplied at once: with 1,024 rows the product is 16 MiB in int32, near the size of a second-level cache.
 _CHUNK = 4096
 # Pairs decided at once in float64: the operands stay within the cache.
-_PAIRS = 1024
+_PAIRS = {"cpu": 256, "cuda": 65_536}
 # A row that has candidates in more than this share of the groups is multiplied with all centres instead.
-_DENSE_SHARE = 8
-_PATTERNS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+_DENSE_SHARE = 3
+# Stands for no centre yet: above every number, so that any centre wins a tie against it.
+_NONE = torch.iinfo(torch.int64).max
+_PATTERNS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.int32: torch.int32,
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class PreparedRows:
-    """A block of rows with all that can be known of them before the centres: worth keeping from iteration to iteration.
+class Nearest:
+    """The nearest centres of some rows.
 
     Attributes:
-        rows_BD: Unit rows, float16 [B, D].
-        cast_BD: The same in the precision of the product.
-        lengths_B: An upper bound of |x̂|, float32 [B].
-        residuals_B: |x − x̂|, float32 [B].
+        centres_B: Numbers of the centres, int64 [B].
+        similarities_B: Exact similarities to them, float64 [B].
+        others_B: No other centre that was looked at is more similar than this, float64 [B].
     """
 
-    rows_BD: torch.Tensor
-    cast_BD: torch.Tensor
-    lengths_B: torch.Tensor
-    residuals_B: torch.Tensor
+    centres_B: torch.Tensor
+    similarities_B: torch.Tensor
+    others_B: torch.Tensor
 
-    def __len__(self) -> int:
-        return len(self.rows_BD)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory it takes."""
-        return self.rows_BD.nbytes + self.cast_BD.nbytes + self.lengths_B.nbytes + self.residuals_B.nbytes
-
-
-def prepare_rows(rows_BD: torch.Tensor, dtype: torch.dtype) -> PreparedRows:
-    """Cast a block of rows to the precision of the product and measure what that costs.
-
-    Args:
-        rows_BD: Unit rows, float16 [B, D].
-        dtype: bfloat16, float16 or float32; the latter two lose nothing.
-
-    Raises:
-        ValueError: when the rows are not a float16 matrix, or the precision is none of the three.
-    """
-    if rows_BD.ndim != 2 or rows_BD.dtype != torch.float16:
-        raise ValueError(f"rows must be float16 [B, D], not {rows_BD.dtype} {list(rows_BD.shape)}")
-    _check_dtype(dtype)
-    cast_BD, exact_BD = rows_BD.to(dtype), rows_BD.float()
-    lengths_B = exact_BD.norm(dim=1)
-    exact = dtype != torch.bfloat16
-    residuals_B = torch.zeros_like(lengths_B) if exact else (exact_BD - cast_BD.float()).norm(dim=1)
-    return PreparedRows(rows_BD, cast_BD, lengths_B + residuals_B, residuals_B)
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in _PATTERNS:
-        raise ValueError(f"the product can be in {', '.join(map(str, _PATTERNS))}, not {dtype}")
+    def chosen(self, which: torch.Tensor | slice) -> Nearest:
+        """Return some of the rows, by positions int64 [n] or a slice."""
+        return Nearest(self.centres_B[which], self.similarities_B[which], self.others_B[which])
 
 
 class NearestCentres:
@@ -98,69 +76,109 @@ class NearestCentres:
 
     Args:
         centres_KD: Unit rows on the 2⁻²⁴ grid, float32 [K, D], on the device of the search.
-        dtype: Precision of the product that discards: bfloat16, float16 or float32. It changes the speed, never the answer.
+        dtype: Format of the product that discards: int8 (on a CPU), bfloat16, float16 or float32. It changes the speed,
+            never the answer.
+        order_K: Numbers of the centres in the order in which :meth:`nearest` looks at them, int64 [K]; as they come without.
 
     Raises:
-        ValueError: when the centres are not a float32 matrix on the grid, or the precision is none of the three.
+        ValueError: when the centres are not a float32 matrix on the grid, or the format is none of the four.
     """
 
-    def __init__(self, centres_KD: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, centres_KD: torch.Tensor, dtype: torch.dtype, order_K: torch.Tensor | None = None) -> None:
         if centres_KD.ndim != 2 or centres_KD.dtype != torch.float32 or not len(centres_KD):
             raise ValueError(f"centres must be float32 [K, D], not {centres_KD.dtype} {list(centres_KD.shape)}")
-        _check_dtype(dtype)
-        if not torch.equal(centres_KD * 2.0**24, (centres_KD * 2.0**24).round()) or float(centres_KD.abs().max()) > 1.0:
+        if not all(_on_grid(part_CD) for part_CD in torch.split(centres_KD, _CHUNK)):
             raise ValueError(
                 "centres are not on the grid of multiples of 2⁻²⁴ within [−1, 1]; see kmeans.round_to_grid"
             )
         self.centres_KD = centres_KD
         self.dtype = dtype
-        # GPUs can return the float32 accumulators; CPUs round them to the precision of the operands.
-        self._output_dtype = torch.float32 if centres_KD.is_cuda else dtype
-        num_centres, width = centres_KD.shape
-        padded = -(-num_centres // GROUP) * GROUP
-        # Zero rows fill the last group: their similarity 0 lies below every threshold, which is positive.
-        self._cast_KD = torch.zeros(padded, width, dtype=dtype, device=centres_KD.device)
-        self._cast_KD[:num_centres] = centres_KD
-        self._longest, self._residual = 0.0, 0.0
-        for first in range(0, num_centres, _CHUNK):
-            exact_CD, cast_CD = centres_KD[first : first + _CHUNK], self._cast_KD[first : first + _CHUNK].float()
-            self._longest = max(self._longest, float(exact_CD.norm(dim=1).max()), float(cast_CD.norm(dim=1).max()))
-            self._residual = max(self._residual, float((exact_CD - cast_CD[: len(exact_CD)]).norm(dim=1).max()))
+        self._prepared = prepare_centres(centres_KD, dtype, order_K, GROUP)
+        self._numbers_K = torch.arange(len(centres_KD), device=centres_KD.device) if order_K is None else order_K
+        # GPUs can return the float32 accumulators; CPUs round them to the format of the operands.
+        self._output_dtype = torch.int32 if dtype == torch.int8 else torch.float32 if centres_KD.is_cuda else dtype
+        self._lowest = torch.iinfo(_PATTERNS[self._output_dtype]).min
 
-    def nearest(self, rows: PreparedRows) -> torch.Tensor:
+    def nearest(self, rows: PreparedRows, known: Nearest | None = None, leading: int | None = None) -> Nearest:
         """Find the nearest centre of each row.
 
         Args:
-            rows: The rows, on the device of the centres and in the precision of the search.
+            rows: The rows, on the device of the centres and in the format of the search.
+            known: A centre of each row that takes part whether it is looked at or not, with its exact similarity; the
+                nearer it is, the more is discarded. ``others_B`` is not used.
+            leading: How many centres to look at, the first of the order; all without. Rounded up to a multiple of 64.
 
         Returns:
-            int64 [B]; of equally similar centres the smaller number.
+            The nearest of the centres that take part; of equally similar ones the smaller number.
 
         Raises:
-            ValueError: when the rows are of another width or precision.
+            ValueError: when the rows are of another width or format.
         """
         self._check(rows)
-        device = rows.rows_BD.device
-        row_P, centre_P, dense_B = self._candidates(rows, 1)
-        alone_B = torch.bincount(row_P, minlength=len(rows)) == 1
-        alone_P = alone_B[row_P]
-        labels_B = torch.full((len(rows),), len(self.centres_KD), dtype=torch.int64, device=device)
-        labels_B[row_P[alone_P]] = centre_P[alone_P]
-        row_P, centre_P = row_P[~alone_P], centre_P[~alone_P]
-        similarity_P = self.similarities(rows.rows_BD, row_P, centre_P)
-        dense_row_P, dense_centre_P, dense_similarity_P = self._dense_pairs(rows.rows_BD, dense_B.nonzero()[:, 0], 1)
-        row_P, centre_P = torch.cat([row_P, dense_row_P]), torch.cat([centre_P, dense_centre_P])
-        similarity_P = torch.cat([similarity_P, dense_similarity_P])
-        best_B = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=device)
-        best_B.scatter_reduce_(0, row_P, similarity_P, "amax")
-        wins_P = similarity_P == best_B[row_P]
-        return labels_B.scatter_reduce_(0, row_P[wins_P], centre_P[wins_P], "amin")
+        num_centres = len(self.centres_KD)
+        found = _Found(known, len(rows), rows.rows_BD.device)
+        error_B = self._prepared.error(rows)
+        last = num_centres if leading is None else min(num_centres, -(-leading // GROUP) * GROUP)
+        for first in range(0, last, _CHUNK):
+            self._search_chunk(rows, first, min(last, first + _CHUNK), error_B, found)
+        return Nearest(found.centres_B, found.similarities_B, found.others_B)
+
+    def _search_chunk(self, rows: PreparedRows, first: int, last: int, error_B: torch.Tensor, found: _Found) -> None:
+        pattern_BC = self._multiply(rows, first, last)
+        grouped_BGg = pattern_BC.view(len(rows), -1, GROUP)
+        maxima_BG = grouped_BGg.amax(dim=2)
+        # The approximately nearest is decided first: what is known to be near discards the more.
+        largest_B, group_B = maxima_BG.max(dim=1)
+        row_P = (largest_B >= self._patterns_of(found.similarities_B - error_B, rows)).nonzero()[:, 0]
+        group_P = group_B[row_P]
+        members_Pg = grouped_BGg[row_P, group_P]
+        offset_P = members_Pg.argmax(dim=1)
+        self._decide(rows, row_P, self._numbers_K[first + group_P * GROUP + offset_P], found)
+        members_Pg.scatter_(1, offset_P[:, None], self._lowest)
+        grouped_BGg[row_P, group_P, offset_P] = self._lowest
+        maxima_BG[row_P, group_P] = members_Pg.amax(dim=1)
+        threshold_B = self._patterns_of(found.similarities_B - error_B, rows)
+        near_BG = maxima_BG >= threshold_B[:, None]
+        dense_B = near_BG.sum(dim=1) > max(4, near_BG.shape[1] // _DENSE_SHARE)
+        near_BG &= ~dense_B[:, None]
+        row_Q, group_Q = near_BG.nonzero(as_tuple=True)
+        members_Qg = grouped_BGg[row_Q, group_Q]
+        near_Qg = members_Qg >= threshold_B[row_Q, None]
+        pair_P, offset_P = near_Qg.nonzero(as_tuple=True)
+        centre_P = self._numbers_K[first + group_Q[pair_P] * GROUP + offset_P]
+        self._decide(rows, row_Q[pair_P], centre_P, found)
+        # What was discarded bounds the other centres; nothing is where all are decided.
+        rest_B = maxima_BG.masked_fill_(near_BG | dense_B[:, None], self._lowest).amax(dim=1)
+        rest_B.scatter_reduce_(0, row_Q, members_Qg.masked_fill_(near_Qg, self._lowest).amax(dim=1), "amax")
+        torch.maximum(found.others_B, self._at_most(rest_B, rows) + error_B, out=found.others_B)
+        self._decide_densely(rows, dense_B.nonzero()[:, 0], self._numbers_K[first:last], found)
+
+    def _decide(self, rows: PreparedRows, row_P: torch.Tensor, centre_P: torch.Tensor, found: _Found) -> None:
+        """Take candidates into account; those that are their row's centre already count for nothing."""
+        new_P = centre_P != found.centres_B[row_P]
+        row_P, centre_P = row_P[new_P], centre_P[new_P]
+        if len(row_P):
+            found.take(row_P, centre_P, self.similarities(rows.rows_BD, row_P, centre_P))
+
+    def _decide_densely(self, rows: PreparedRows, row_R: torch.Tensor, number_C: torch.Tensor, found: _Found) -> None:
+        """Multiply some rows with the centres of a chunk in float64."""
+        if not len(row_R):
+            return
+        similarity_RC = rows.rows_BD[row_R].double() @ self.centres_KD[number_C].double().T
+        similarity_RC.masked_fill_(number_C == found.centres_B[row_R, None], -torch.inf)
+        best_R = similarity_RC.amax(dim=1)
+        is_best_RC = similarity_RC == best_R[:, None]
+        centre_R = torch.where(is_best_RC, number_C, _NONE).amin(dim=1)
+        others_R = similarity_RC.masked_fill_(number_C == centre_R[:, None], -torch.inf).amax(dim=1)
+        found.others_B[row_R] = torch.maximum(found.others_B[row_R], others_R)
+        any_R = best_R > -torch.inf
+        found.take(row_R[any_R], centre_R[any_R], best_R[any_R])
 
     def top(self, rows: PreparedRows, m: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the `m` nearest centres of each row, the most similar first.
 
         Args:
-            rows: The rows, on the device of the centres and in the precision of the search.
+            rows: The rows, on the device of the centres and in the format of the search.
             m: Centres per row, in [1, K].
 
         Returns:
@@ -168,7 +186,7 @@ class NearestCentres:
             the smaller number comes first.
 
         Raises:
-            ValueError: when the rows are of another width or precision, or `m` is outside [1, K].
+            ValueError: when the rows are of another width or format, or `m` is outside [1, K].
         """
         self._check(rows)
         if not 1 <= m <= len(self.centres_KD):
@@ -177,8 +195,9 @@ class NearestCentres:
         dense_row_P, dense_centre_P, dense_similarity_P = self._dense_pairs(rows.rows_BD, dense_B.nonzero()[:, 0], m)
         similarity_P = torch.cat([self.similarities(rows.rows_BD, row_P, centre_P), dense_similarity_P])
         row_P, centre_P = torch.cat([row_P, dense_row_P]), torch.cat([centre_P, dense_centre_P])
-        # Both lists name the centres of a row in ascending order, and stable sorts keep that order among equals.
-        order_P = torch.sort(similarity_P, descending=True, stable=True).indices
+        # Stable sorts, the least important key first.
+        order_P = torch.sort(centre_P).indices
+        order_P = order_P[torch.sort(similarity_P[order_P], descending=True, stable=True).indices]
         order_P = order_P[torch.sort(row_P[order_P], stable=True).indices]
         counts_B = torch.bincount(row_P, minlength=len(rows))
         firsts_B = counts_B.cumsum(0) - counts_B
@@ -188,8 +207,9 @@ class NearestCentres:
     def similarities(self, rows_BD: torch.Tensor, row_P: torch.Tensor, centre_P: torch.Tensor) -> torch.Tensor:
         """Return the exact similarity of each (row, centre) pair, float64 [P]."""
         similarity_P = torch.empty(len(row_P), dtype=torch.float64, device=rows_BD.device)
-        for first in range(0, len(row_P), _PAIRS):
-            last = first + _PAIRS
+        at_once = _PAIRS[rows_BD.device.type]
+        for first in range(0, len(row_P), at_once):
+            last = first + at_once
             products_PD = rows_BD[row_P[first:last]].double() * self.centres_KD[centre_P[first:last]].double()
             torch.sum(products_PD, dim=1, out=similarity_P[first:last])
         return similarity_P
@@ -201,20 +221,38 @@ class NearestCentres:
                 f"rows must be {width} wide in {self.dtype}, not {rows.rows_BD.shape[1]} in {rows.cast_BD.dtype}"
             )
 
-    def _error(self, rows: PreparedRows) -> torch.Tensor:
-        """Bound the error e of the products of a block with any centre, float32 [B]."""
-        accumulation = rows.rows_BD.shape[1] * 2.0**-22
-        error_B = rows.residuals_B * self._longest + rows.lengths_B * (self._residual + accumulation * self._longest)
-        # The norms and this formula are float32 sums of their own; a thousandth covers their rounding many times over.
-        return error_B * 1.001
+    def _multiply(self, rows: PreparedRows, first: int, last: int) -> torch.Tensor:
+        """Multiply rows with centres `first` … `last` − 1 of the order in low precision.
 
-    def _multiply(self, cast_BD: torch.Tensor, cast_CD: torch.Tensor) -> torch.Tensor:
-        """Multiply in low precision; the bit patterns of the similarities as integers [B, C]."""
-        if self._output_dtype == self.dtype:
-            product_BC = torch.mm(cast_BD, cast_CD.T)
+        Returns:
+            The bit patterns of the products as integers, [B, C rounded up to whole groups], the lowest in the added places.
+        """
+        cast_CD = self._prepared.cast_KD[first : -(-last // GROUP) * GROUP]
+        if self.dtype == torch.int8:
+            product_BC = torch._int_mm(rows.cast_BD, cast_CD.T)
+        elif self._output_dtype == self.dtype:
+            product_BC = torch.mm(rows.cast_BD, cast_CD.T)
         else:
-            product_BC = torch.mm(cast_BD, cast_CD.T, out_dtype=self._output_dtype)
-        return product_BC.view(_PATTERNS[self._output_dtype])
+            product_BC = torch.mm(rows.cast_BD, cast_CD.T, out_dtype=self._output_dtype)
+        pattern_BC = product_BC.view(_PATTERNS[self._output_dtype])
+        pattern_BC[:, last - first :] = self._lowest
+        return pattern_BC
+
+    def _patterns_of(self, bound_B: torch.Tensor, rows: PreparedRows) -> torch.Tensor:
+        """Return the patterns that products of at least a bound, float64 [B], reach; any where a float is not positive."""
+        if self.dtype == torch.int8:
+            limits_B = (bound_B / (rows.steps_B.double() * self._prepared.step)).floor()
+            return limits_B.clamp(self._lowest + 1, 2.0**31 - 1).to(torch.int32)
+        finfo = torch.finfo(self._output_dtype)
+        pattern_B = bound_B.to(self._output_dtype).view(_PATTERNS[self._output_dtype])
+        return pattern_B.masked_fill(bound_B < finfo.tiny, self._lowest + 1)
+
+    def _at_most(self, pattern_B: torch.Tensor, rows: PreparedRows) -> torch.Tensor:
+        """Bound products before their rounding from their patterns, float64 [B]."""
+        if self.dtype == torch.int8:
+            return pattern_B.double() * (rows.steps_B.double() * self._prepared.step)
+        # Negative ones do not order like their patterns: 0 bounds them all.
+        return pattern_B.view(self._output_dtype).double().clamp(min=0.0) * (1 + torch.finfo(self._output_dtype).eps)
 
     def _candidates(self, rows: PreparedRows, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """List the pairs among which the `m` nearest centres of each row are.
@@ -223,49 +261,45 @@ class NearestCentres:
             Rows and centres of the pairs, int64 [P] each, and which rows have none listed because all centres must be
             looked at, bool [B].
         """
-        num_rows, num_groups = len(rows), len(self._cast_KD) // GROUP
+        num_rows, num_groups = len(rows), len(self._prepared.cast_KD) // GROUP
         device = rows.rows_BD.device
         if num_groups < m:
             nothing = torch.empty(0, dtype=torch.int64, device=device)
             return nothing, nothing, torch.ones(num_rows, dtype=torch.bool, device=device)
-        error_B = self._error(rows)
+        error_B = self._prepared.error(rows)
         most = max(4 * m, num_groups // _DENSE_SHARE)
         reached_B = torch.zeros(num_rows, dtype=torch.int64, device=device)
         pieces: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         best_Bm: torch.Tensor | None = None
-        for first in range(0, len(self._cast_KD), _CHUNK):
-            pattern_BC = self._multiply(rows.cast_BD, self._cast_KD[first : first + _CHUNK])
+        for first in range(0, len(self.centres_KD), _CHUNK):
+            pattern_BC = self._multiply(rows, first, min(len(self.centres_KD), first + _CHUNK))
             grouped_BGg = pattern_BC.view(num_rows, -1, GROUP)
             maxima_BG = grouped_BGg.amax(dim=2)
             best_Bm = _largest(maxima_BG if best_Bm is None else torch.cat([best_Bm, maxima_BG], dim=1), m)
-            threshold_B, _ = self._threshold(best_Bm, m, error_B)
+            threshold_B = self._threshold(best_Bm, m, error_B, rows)
             near_BG = maxima_BG >= threshold_B[:, None]
             reached_B += near_BG.sum(dim=1)
             near_BG &= (reached_B <= most)[:, None]
             row_Q, group_Q = near_BG.nonzero(as_tuple=True)
             members_Qg = grouped_BGg[row_Q, group_Q]
             pair_P, offset_P = (members_Qg >= threshold_B[row_Q, None]).nonzero(as_tuple=True)
-            centre_P = group_Q[pair_P] * GROUP + offset_P + first
+            centre_P = self._numbers_K[first + group_Q[pair_P] * GROUP + offset_P]
             pieces.append((row_Q[pair_P], centre_P, members_Qg[pair_P, offset_P]))
         assert best_Bm is not None
         # The threshold has risen since the first chunks were looked at.
-        threshold_B, hopeless_B = self._threshold(best_Bm, m, error_B)
-        dense_B = hopeless_B | (reached_B > most)
+        threshold_B, dense_B = self._threshold(best_Bm, m, error_B, rows), reached_B > most
         row_P, centre_P, pattern_P = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         stays_P = (pattern_P >= threshold_B[row_P]) & ~dense_B[row_P]
         return row_P[stays_P], centre_P[stays_P], dense_B
 
-    def _threshold(self, best_Bm: torch.Tensor, m: int, error_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the pattern of round(t) per row, and for which rows t is not positive.
-
-        While t is not positive every positive similarity is a candidate: a later chunk may still raise it.
-        """
-        v_B = best_Bm.amin(dim=1) if best_Bm.shape[1] == m else torch.zeros_like(best_Bm[:, 0])
-        roundoff = torch.finfo(self._output_dtype).eps / 2
-        t_B = v_B.view(self._output_dtype).float() * (1 - roundoff) - 2 * error_B
-        hopeless_B = (v_B <= 0) | (t_B <= 0)
-        pattern_B = t_B.to(self._output_dtype).view(v_B.dtype)
-        return pattern_B.masked_fill(hopeless_B, 1).clamp(min=1), hopeless_B
+    def _threshold(self, best_Bm: torch.Tensor, m: int, error_B: torch.Tensor, rows: PreparedRows) -> torch.Tensor:
+        """Return the pattern that the products of the `m` nearest centres reach, given patterns that m centres reach."""
+        if best_Bm.shape[1] < m:
+            return torch.full_like(best_Bm[:, 0], self._lowest + 1)
+        v_B = best_Bm.amin(dim=1)
+        roundoff = 0.0 if self.dtype == torch.int8 else torch.finfo(self._output_dtype).eps
+        lowest_B = self._at_most(v_B, rows)
+        return self._patterns_of(lowest_B - lowest_B.abs() * 2 * roundoff - 2 * error_B, rows)
 
     def _dense_pairs(
         self, rows_BD: torch.Tensor, row_R: torch.Tensor, m: int
@@ -290,6 +324,36 @@ class NearestCentres:
         pair_P, centre_P, similarity_P = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         stays_P = similarity_P >= best_Rm.amin(dim=1)[pair_P]
         return row_R[pair_P[stays_P]], centre_P[stays_P], similarity_P[stays_P]
+
+
+class _Found:
+    """The nearest of the centres that were decided so far; its attributes are those of `Nearest`."""
+
+    def __init__(self, known: Nearest | None, num_rows: int, device: torch.device) -> None:
+        def fill(value: float, dtype: torch.dtype) -> torch.Tensor:
+            return torch.full((num_rows,), value, dtype=dtype, device=device)
+
+        self.centres_B = fill(_NONE, torch.int64) if known is None else known.centres_B
+        self.similarities_B = fill(-torch.inf, torch.float64) if known is None else known.similarities_B
+        self.others_B = fill(-torch.inf, torch.float64)
+
+    def take(self, row_P: torch.Tensor, centre_P: torch.Tensor, similarity_P: torch.Tensor) -> None:
+        """Take pairs into account, none twice and none of a row with its centre so far."""
+        best_B = self.similarities_B.scatter_reduce(0, row_P, similarity_P, "amax")
+        wins_P = similarity_P == best_B[row_P]
+        stays_B = self.similarities_B == best_B
+        centres_B = torch.where(stays_B, self.centres_B, _NONE)
+        centres_B.scatter_reduce_(0, row_P[wins_P], centre_P[wins_P], "amin")
+        loses_P = centre_P != centres_B[row_P]
+        self.others_B = self.others_B.scatter_reduce(0, row_P[loses_P], similarity_P[loses_P], "amax")
+        left_B = torch.where(centres_B == self.centres_B, -torch.inf, self.similarities_B)
+        self.others_B = torch.maximum(self.others_B, left_B)
+        self.centres_B, self.similarities_B = centres_B, best_B
+
+
+def _on_grid(centres_CD: torch.Tensor) -> bool:
+    scaled_CD = centres_CD * 2.0**24
+    return torch.equal(scaled_CD, scaled_CD.round()) and float(centres_CD.abs().max()) <= 1.0
 
 
 def _largest(values_BC: torch.Tensor, m: int) -> torch.Tensor:

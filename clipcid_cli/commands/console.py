@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -76,14 +77,28 @@ class _Rate(ProgressColumn):
 
 
 class _Bar:
+    """A bar, and below it the current values, as many lines of them as the terminal's width asks for."""
+
     def __init__(self, bars: Bars, task: TaskID) -> None:
-        self.bars, self.task = bars, task
+        self.bars, self.task, self.values = bars, task, ""
 
     def advance(self, amount: float = 1) -> None:
         self.bars.advance(self.task, amount)
 
     def show(self, **fields: Any) -> None:
-        self.bars.update(self.task, values=format_values(fields))
+        self.values = format_values(fields)
+
+    def render(self) -> RenderableType:
+        """Return what is on the screen now."""
+        if not self.values:
+            return self.bars
+        lines = [""]
+        for value in self.values.split("  "):
+            # A value stays whole: lines break between them only.
+            if lines[-1] and len(lines[-1]) + len(value) + 4 > self.bars.console.width:
+                lines.append("")
+            lines[-1] += f"  {value}"
+        return Group(self.bars, Text("\n".join(lines), style="dim", no_wrap=True, overflow="ellipsis"))
 
 
 @contextmanager
@@ -93,10 +108,11 @@ def _bar(console: Console, label: str, total: float | None, unit: str) -> Iterat
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
         _Rate(),
-        TextColumn("{task.fields[values]}", style="dim"),
     )
-    with Bars(*columns, console=console, refresh_per_second=4) as bars:
-        yield _Bar(bars, bars.add_task(label, total=total, unit=unit, values=""))
+    bars = Bars(*columns, console=console, auto_refresh=False)
+    bar = _Bar(bars, bars.add_task(label, total=total, unit=unit))
+    with Live(get_renderable=bar.render, console=console, refresh_per_second=4):
+        yield bar
 
 
 class _Lines:

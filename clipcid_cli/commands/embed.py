@@ -41,5 +41,6 @@ command = step_command(
     "calling it alone lets a GPU machine do only this. Rows are written shard by shard, and a stopped run continues.",
     examples="clipcid embed laion/\n"
     "clipcid embed photos/ --model ViT-B-32:laion2b_s34b_b79k --no-text\n"
+    "clipcid embed photos/ --views 8 --crop-scale 0.4 --color-jitter 0.2\n"
     'clipcid embed "laion/{00000..00099}.tar" --model models/my-clip --out embeddings/',
 )

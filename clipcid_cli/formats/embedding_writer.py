@@ -23,7 +23,14 @@ from clipcid_cli.formats.atomic import write_npy, write_parquet
 from clipcid_cli.formats.skips import Skips
 
 _RECORD = b"clipcid"
-_FORMS = {"img_emb": "npy", "text_emb": "npy", "metadata": "parquet"}
+_FORMS = {
+    "img_emb": "npy",
+    "text_emb": "npy",
+    "captions_emb": "npy",
+    "view_emb": "npy",
+    "view_params": "npy",
+    "metadata": "parquet",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +50,37 @@ class ShardRecord:
     rows: int
     skips: Skips
     flattened: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRows:
+    """The rows of one shard.
+
+    Attributes:
+        images: float16 [n, D], unit rows.
+        texts: float16 [n, D], unit rows of the first captions; None when texts are not embedded.
+        caption_counts: Number of captions of each row, n numbers ≥ 1; None where no row has several.
+        further: float16 [Σ (count − 1), D], unit rows of the captions after the first, row after row; None likewise.
+        views: float16 [n, V, D], unit rows of augmented views; None when none were asked for.
+        view_params: float32 [n, V, 16], what replays each view: its crop box and colour map; None likewise.
+    """
+
+    images: npt.NDArray[np.float16]
+    texts: npt.NDArray[np.float16] | None = None
+    caption_counts: Sequence[int] | None = None
+    further: npt.NDArray[np.float16] | None = None
+    views: npt.NDArray[np.float16] | None = None
+    view_params: npt.NDArray[np.float32] | None = None
+
+    def by_kind(self) -> dict[str, npt.NDArray[Any] | None]:
+        """Return the arrays by the folder they are written to."""
+        return {
+            "img_emb": self.images,
+            "text_emb": self.texts,
+            "captions_emb": self.further,
+            "view_emb": self.views,
+            "view_params": self.view_params,
+        }
 
 
 class EmbeddingWriter:
@@ -66,13 +104,7 @@ class EmbeddingWriter:
         self._plan = plan
 
     def write(
-        self,
-        number: int,
-        record: ShardRecord,
-        keys: Sequence[str],
-        captions: Sequence[str],
-        images: npt.NDArray[np.float16],
-        texts: npt.NDArray[np.float16] | None,
+        self, number: int, record: ShardRecord, keys: Sequence[str], captions: Sequence[str], rows: ShardRows
     ) -> None:
         """Write one shard.
 
@@ -80,23 +112,25 @@ class EmbeddingWriter:
             number: Number of the shard, from 0.
             record: What became of it.
             keys: Keys, n.
-            captions: Captions, n.
-            images: float16 [n, D], unit rows.
-            texts: float16 [n, D], unit rows, or None when texts are not embedded.
+            captions: First captions, n.
+            rows: Embeddings of the same n samples.
         """
         # The mark of an earlier plan must not stand beside rows of this one, not even for the moment of a kill.
         self._path("metadata", number, "parquet").unlink(missing_ok=True)
-        write_npy(self._path("img_emb", number, "npy"), images)
-        if texts is not None:
-            write_npy(self._path("text_emb", number, "npy"), texts)
+        for kind, array in rows.by_kind().items():
+            if array is None:
+                self._path(kind, number, "npy").unlink(missing_ok=True)
+            else:
+                write_npy(self._path(kind, number, "npy"), array)
         content = dataclasses.asdict(record) | {"skips": record.skips.to_json(), "plan": self._plan}
-        table = pa.table(
-            {
-                "key": pa.array(keys, type=pa.string()),
-                "shard": pa.array([record.shard] * len(keys), type=pa.string()),
-                "caption": pa.array(captions, type=pa.string()),
-            }
-        ).replace_schema_metadata({_RECORD: json.dumps(content, sort_keys=True)})
+        columns = {
+            "key": pa.array(keys, type=pa.string()),
+            "shard": pa.array([record.shard] * len(keys), type=pa.string()),
+            "caption": pa.array(captions, type=pa.string()),
+        }
+        if rows.caption_counts is not None:
+            columns["captions"] = pa.array(rows.caption_counts, type=pa.int32())
+        table = pa.table(columns).replace_schema_metadata({_RECORD: json.dumps(content, sort_keys=True)})
         write_parquet(self._path("metadata", number, "parquet"), table)
 
     def read_record(self, number: int) -> ShardRecord | None:
@@ -119,7 +153,7 @@ class EmbeddingWriter:
 
     def remove_others(self, with_texts: bool) -> None:
         """Remove files of earlier runs that do not belong to this one, such as those of shards that are no more."""
-        kinds = {"img_emb", "metadata"} | ({"text_emb"} if with_texts else set())
+        kinds = [kind for kind in _FORMS if with_texts or kind != "text_emb"]
         self._remove_all_but({self._path(kind, number, _FORMS[kind]) for kind in kinds for number in self._numbers})
 
     def remove_all(self) -> None:

@@ -4,8 +4,9 @@
     text_emb/text_emb_0000.npy      the same, of the captions
     metadata/metadata_0000.parquet  key, shard, caption; row i belongs to row i of both
 
-One set of files per shard. Folders made by other tools are read as they are: rows of another number format, or that are not
-unit, are normalised and cast to float16 as they are read, each row by itself. DataComp's metadata are such a folder:
+One set of files per shard; `embedding_extras` has what may lie beside them. Folders made by other tools are read as they
+are: rows of another number format, or that are not unit, are normalised and cast to float16 as they are read, each row by
+itself. DataComp's metadata are such a folder:
 
     0a1b….npz      arrays l14_img, l14_txt, b32_img, b32_txt, …, float16 [n, D]
     0a1b….parquet  uid, text, …; row i belongs to row i of every array
@@ -28,12 +29,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embedding_extras import Extras, ViewParams, find_extras
 from clipcid_cli.formats.embedding_rows import Rows
 from clipcid_cli.formats.key_join import find_repeated_key
 from clipcid_cli.formats.npy_file import RowFile, find_npy
 from clipcid_cli.formats.npz_file import MOST_UNPACKED, choose_arrays, find_array
 from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
 from clipcid_cli.formats.samples import natural_key
+
+_DIGITS = re.compile(r"(\d+)$")
 
 # Names made at once for rows that have none.
 _NAMES_AT_ONCE = 65_536
@@ -49,6 +53,7 @@ class EmbeddingFile:
         metadata: parquet of keys and captions, where there is one.
         first: Number of its first row among all rows.
         rows: Number of its rows.
+        extras: Views and further captions, where there are any.
     """
 
     images: RowFile
@@ -56,16 +61,21 @@ class EmbeddingFile:
     metadata: Path | None
     first: int
     rows: int
+    extras: Extras
 
     @property
     def name(self) -> str:
         """Name of the file without its suffix, which stands for the shard where another tool did not record that."""
         return self.images.path.stem
 
-    def fingerprints(self, *, texts: bool = False) -> list[dict[str, Any]]:
-        """Describe its files, those of image embeddings, of text embeddings where asked for, and of metadata."""
-        rows = [self.images, *([self.texts] if texts and self.texts is not None else [])]
-        found = [part.fingerprint() for part in rows]
+    def fingerprints(self, *, texts: bool = False, further: bool = False, views: bool = False) -> list[dict[str, Any]]:
+        """Describe its files: those of image embeddings and metadata, and of what else is asked for and there."""
+        extras = self.extras
+        wanted: list[RowFile | None] = [self.images]
+        wanted += [self.texts] if texts else []
+        wanted += [extras.further] if further else []
+        wanted += [extras.views, extras.view_params] if views else []
+        found = [part.fingerprint() for part in wanted if part is not None]
         return found if self.metadata is None else [*found, fingerprint_file(self.metadata)]
 
 
@@ -114,6 +124,36 @@ class Embeddings:
             )
         return self._map(lambda file: file.texts)
 
+    @property
+    def num_views(self) -> int:
+        """Number V of views embedded of each image, 0 for none."""
+        return self.files[0].extras.num_views
+
+    def views(self) -> Rows:
+        """Map the embeddings of the views, [N·V, D]: view v of row i is row i·V + v."""
+        parts = [file.extras.views.map() for file in self.files if file.extras.views is not None]
+        flat = [part.reshape(-1, self.width) for part in parts]
+        return Rows(flat, self.width, self.sidecar is not None)
+
+    def view_params(self) -> ViewParams:
+        """Map what replays the views."""
+        parts = [file.extras.view_params for file in self.files]
+        return ViewParams([part.map() for part in parts if part is not None], self.num_views)
+
+    @property
+    def has_further_captions(self) -> bool:
+        """Whether captions after the first are embedded, for any row."""
+        return any(file.extras.further is not None for file in self.files)
+
+    def further_captions(self) -> Rows:
+        """Map the embeddings of the captions after the first: caption k ≥ 1 of row i is row k − 1 from where i's begin."""
+        return self._map(lambda file: file.extras.further)
+
+    @cached_property
+    def caption_counts(self) -> npt.NDArray[np.int64]:
+        """How many captions of each row are embedded (or would be, in a folder without text embeddings), int64 [N]."""
+        return np.concatenate([file.extras.read_counts(file.metadata, file.rows) for file in self.files])
+
     @cached_property
     def keys(self) -> pa.ChunkedArray:
         """Keys of the rows, N strings: column ``key``, else ``image_path``, else ``uid``, else file and row."""
@@ -145,10 +185,12 @@ class Embeddings:
         """DataComp's identifiers of the rows, N strings; empty where the metadata have no column ``uid``."""
         return self._column(("uid",), lambda file, row: "")
 
-    def fingerprints(self, *, texts: bool = False) -> list[dict[str, Any]]:
-        """Describe the files of every shard for a sidecar, those of text embeddings where asked for."""
+    def fingerprints(self, *, texts: bool = False, further: bool = False, views: bool = False) -> list[dict[str, Any]]:
+        """Describe the files of every shard for a sidecar: what is asked for beside images and metadata."""
         with ThreadPoolExecutor(16) as pool:
-            parts = list(pool.map(lambda file: file.fingerprints(texts=texts), self.files))
+            parts = list(
+                pool.map(lambda file: file.fingerprints(texts=texts, further=further, views=views), self.files)
+            )
         return [entry for part in parts for entry in part]
 
     def captions_by_file(self) -> Iterator[tuple[EmbeddingFile, pa.ChunkedArray]]:
@@ -245,11 +287,20 @@ def open_embeddings(folder: Path, keys: str = "sample", npz_array: str | None = 
             "Give --embeddings DIR, or make them: clipcid embed DATA",
         )
     with_texts, with_metadata = (any(part[place] is not None for part in parts) for place in (1, 2))
-    files, first, width = [], 0, parts[0][0].shape[-1]
+    first, width = 0, parts[0][0].shape[-1]
+    files: list[EmbeddingFile] = []
     for image, text, metadata in parts:
         _check_rows(image)
-        file = EmbeddingFile(image, text, metadata, first, image.shape[0])
+        extras = find_extras(folder, digits[1]) if (digits := _DIGITS.search(image.path.stem)) else Extras()
+        file = EmbeddingFile(image, text, metadata, first, image.shape[0], extras)
         _check_file(file, width, with_texts, with_metadata)
+        extras.check(file.rows, width)
+        if files and extras.num_views != files[0].extras.num_views:
+            raise ClipcidError(
+                f"{image.path} has {extras.num_views} views of each image, the files before it "
+                f"{files[0].extras.num_views}.",
+                "Make the folder again.",
+            )
         files.append(file)
         first += file.rows
     if first == 0:
@@ -327,5 +378,5 @@ def _by_number(folder: Path, suffix: str) -> dict[str, Path]:
 
 def _number(path: Path) -> str:
     """Return what tells the files of one shard from those of another: the number at the end of the name."""
-    digits = re.search(r"(\d+)$", path.stem)
+    digits = _DIGITS.search(path.stem)
     return str(int(digits.group(1))) if digits else path.stem

@@ -17,6 +17,7 @@ from clipcid_cli.formats.atomic import write_bytes, write_json
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+HF_CONFIG_NAME = "config.json"
 
 # A Hugging Face tokenizer travels with its model: open_clip reads these from the folder itself.
 TOKENIZER_NAMES = (
@@ -50,15 +51,17 @@ def write_model_folder(
         tensors: State dict of the open_clip module; its own parameters, not those of a wrapper.
         dtype: Number format of the floating-point tensors in the file (``torch.float16`` halves it); theirs when None.
             open_clip loads either into a float32 model.
-        tokenizer_from: Model folder whose tokenizer files go along.
+        tokenizer_from: Model folder whose tokenizer files, and the configuration of a Hugging Face text tower, go along.
     """
     stored = {}
     for name, tensor in tensors.items():
         cast = dtype is not None and tensor.is_floating_point()
         stored[name] = tensor.detach().to("cpu", dtype if cast else tensor.dtype).contiguous()
     write_bytes(folder / WEIGHTS_NAME, save(stored, metadata={"format": "pt"}))
-    for name in TOKENIZER_NAMES if tokenizer_from is not None else ():
-        assert tokenizer_from is not None
-        if (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, folder / name)
+    if tokenizer_from is not None:
+        # Only a Hugging Face text tower has a configuration of its own; another's config.json is an export to their form.
+        own = (HF_CONFIG_NAME,) if config["text_cfg"].get("hf_model_name") else ()
+        for name in (*TOKENIZER_NAMES, *own):
+            if (tokenizer_from / name).is_file():
+                shutil.copyfile(tokenizer_from / name, folder / name)
     write_json(folder / CONFIG_NAME, {"model_cfg": dict(config), "preprocess_cfg": dict(preprocess)})

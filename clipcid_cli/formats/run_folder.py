@@ -42,13 +42,18 @@ class RunFolder:
         return self.path / "results.jsonl"
 
     @property
+    def board(self) -> Path:
+        """TensorBoard's event files, where they were asked for."""
+        return self.path / "tensorboard"
+
+    @property
     def report(self) -> Path:
         """The report for people."""
         return self.path / "report.html"
 
     def clear(self) -> None:
         """Remove what an earlier run left."""
-        for folder in (self.student, self.checkpoints):
+        for folder in (self.student, self.checkpoints, self.board):
             if folder.is_dir():
                 shutil.rmtree(folder)
         for file in (self.train_log, self.results_log, self.report, *self.path.glob("diverged_step_*.json")):

@@ -1,7 +1,8 @@
 """Random crops and colours of training images: a function of a seed per sample, so that workers hold no state.
 
-The geometry is done per image in the worker (one resampling, on bytes); colour is a 3 × 4 affine map per image that the
-trainer applies to the whole batch together with the normalisation.
+A view is a crop box in the image's own pixels and a colour map: numbers that show any model, at whatever size it takes, the
+same part of the image in the same colours. The crop is done per image in the worker (one resampling, on bytes); colour is a
+3 × 4 affine map per image that is applied to the whole batch together with the normalisation.
 """
 
 from __future__ import annotations
@@ -46,37 +47,74 @@ class Augmentation:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingPixels:
-    """Turns an image into the pixels a student is trained on; picklable.
+class View:
+    """How an image is shown.
 
     Attributes:
-        preprocess: The student's PreprocessCfg (size, interpolation).
+        box: left, top, right, bottom of the crop, in pixels of the decoded image.
+        colors: Colour map, float32 [3, 4], see `apply_colors`.
+    """
+
+    box: tuple[float, float, float, float]
+    colors: npt.NDArray[np.float32]
+
+    def pack(self) -> npt.NDArray[np.float32]:
+        """Return it as float32 [16]: the box, then the colour map row by row. Box edges are whole numbers below 2²⁴."""
+        return np.concatenate([np.array(self.box, dtype=np.float32), self.colors.ravel()])
+
+    @classmethod
+    def unpack(cls, packed: npt.NDArray[np.float32]) -> View:
+        """Return what `pack` made 16 numbers of."""
+        left, top, right, bottom = (float(edge) for edge in packed[:4])
+        return cls((left, top, right, bottom), packed[4:].reshape(3, 4))
+
+
+PACKED_VIEW = 16
+"""Numbers of a packed view."""
+
+
+def choose_view(augmentation: Augmentation, width: int, height: int, seed: int) -> View:
+    """Draw a view of an image.
+
+    The crop is that of torchvision's RandomResizedCrop with area in [crop_scale, 1] and aspect ratio in [3/4, 4/3].
+
+    Args:
         augmentation: How images are varied.
+        width: Of the decoded image.
+        height: Likewise.
+        seed: Decides everything random.
+    """
+    random = np.random.default_rng(seed)
+    box = _choose_box(width, height, augmentation.crop_scale, random)
+    return View(box, _choose_colors(augmentation, random))
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewPixels:
+    """Shows an image to one model as a view has it; picklable.
+
+    Attributes:
+        preprocess: The model's PreprocessCfg (size, interpolation).
     """
 
     preprocess: dict[str, Any]
-    augmentation: Augmentation
 
-    def __call__(self, image: Image.Image, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-        """Crop, resize and choose a colour map.
+    def __call__(self, image: Image.Image, view: View) -> npt.NDArray[np.uint8]:
+        """Crop and resize; colours are left to `apply_colors`.
 
-        The crop is that of torchvision's RandomResizedCrop with area in [crop_scale, 1] and aspect ratio in [3/4, 4/3], the
-        student's interpolation; as in open_clip's training transform the result is square whatever the image's shape.
+        As in open_clip's training transform the result is square whatever the crop's shape.
 
         Args:
             image: RGB of any size.
-            seed: Decides everything random.
+            view: Its crop box.
 
         Returns:
-            uint8 [H, W, 3] and the colour map, float32 [3, 4], see `apply_colors`.
+            uint8 [H, W, 3] of the model's size, by its interpolation.
         """
-        random = np.random.default_rng(seed)
         size = self.preprocess["size"]
         height, width = (size, size) if isinstance(size, int) else size
         resampling = _RESAMPLING.get(self.preprocess.get("interpolation", "bicubic"), Image.Resampling.BICUBIC)
-        box = _choose_box(image.width, image.height, self.augmentation.crop_scale, random)
-        resized = image.resize((width, height), resampling, box=box)
-        return np.asarray(resized), _choose_colors(self.augmentation, random)
+        return np.asarray(image.resize((width, height), resampling, box=view.box))
 
 
 def apply_colors(pixels: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:

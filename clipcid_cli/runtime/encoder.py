@@ -23,7 +23,7 @@ from PIL import Image
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.hub import reaching_hub
 from clipcid_cli.runtime.imports import importing
-from clipcid_cli.runtime.model_names import CONFIG_NAME, ModelName, find_weights, read_config
+from clipcid_cli.runtime.model_names import CONFIG_NAME, HF_CONFIG_NAME, ModelName, find_weights, read_config
 from clipcid_cli.runtime.precision import Precision
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
@@ -242,7 +242,8 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
                 assert name.path is not None
                 config, _ = read_config(name.path)
                 weights = find_weights(name.path)
-                module = _create(name, f"local-dir:{name.path}", require_pretrained=True)
+                own = _own_text_tower(config, name.path)
+                module = _create(name, f"local-dir:{name.path}", require_pretrained=True, **own)
                 tokenizer = _load_tokenizer(name, f"local-dir:{name.path}")
             case _:
                 module, config, tokenizer = _start_fresh(name, cast(int, fresh_seed))
@@ -320,6 +321,7 @@ def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str,
         config, preprocess, folder = open_clip.get_model_config(name.architecture), {}, None
     original = deepcopy(config)
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
+        config = config | (_own_text_tower(config, folder) if folder is not None else {})
         Path(scratch, CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
         torch.manual_seed(seed)
         module = _create(name, f"local-dir:{scratch}", load_weights=False, pretrained_text=False)
@@ -328,6 +330,20 @@ def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str,
         source = f"local-dir:{from_folder}" if name.path is not None else name.architecture
         tokenizer = _load_tokenizer(name, cast(str, source))
     return module, original, tokenizer
+
+
+def _own_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Let a Hugging Face text tower be read from the model's own folder where its config.json is there.
+
+    open_clip takes it from a hub or from a fixed path, which a machine without a network or a copied folder does not have.
+
+    Returns:
+        The ``text_cfg`` to use instead of the configuration's, under that name; nothing where it stands as it is.
+    """
+    text = config["text_cfg"]
+    if not text.get("hf_model_name") or not (folder / HF_CONFIG_NAME).is_file():
+        return {}
+    return {"text_cfg": text | {"hf_model_name": str(folder), "hf_model_pretrained": False}}
 
 
 def _create(name: ModelName, source: str, **options: Any) -> torch.nn.Module:

@@ -1,6 +1,7 @@
 """Many processes, one batch: features are gathered and gradients averaged such that the result is a single process's.
 
-Every process computes the whole loss from everybody's features, so a loss needs no special form for many processes.
+Every process computes the whole loss from everybody's features, or (``--local-loss``) its own rows' share of it; the
+gradient is the whole batch's either way.
 """
 
 from __future__ import annotations
@@ -21,36 +22,52 @@ class _GatherRows(torch.autograd.Function):
     """All processes' rows in order of rank; the gradient of a process's own rows, times the number of processes."""
 
     @staticmethod
-    def forward(ctx: Any, rows_bD: Tensor) -> Tensor:
+    def forward(ctx: Any, rows_bD: Tensor, shared: bool) -> Tensor:
         ctx.rank, ctx.size, ctx.count = dist.get_rank(), dist.get_world_size(), len(rows_bD)
+        ctx.shared = shared
         parts = [torch.empty_like(rows_bD) for _ in range(ctx.size)]
         dist.all_gather(parts, rows_bD.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        start = ctx.rank * ctx.count
+        everyone = gradients[0]
+        if ctx.shared:
+            # Each process holds the gradient of its own share of the loss, times the number of processes: they add up.
+            everyone = everyone.contiguous()
+            dist.all_reduce(everyone)
+            return everyone[start : start + ctx.count], None
         # Every process holds the same loss and so the same gradient of all rows: its own part needs no communication. The
         # factor undoes the mean that `GradientAverager` takes, which is right for parameters used after the gather.
-        start = ctx.rank * ctx.count
-        own: Tensor = gradients[0][start : start + ctx.count]
-        return own * cast(int, ctx.size)
+        own: Tensor = everyone[start : start + ctx.count]
+        return own * cast(int, ctx.size), None
 
 
-def gather_rows(rows_bD: Tensor, size: int) -> Tensor:
+def gather_rows(rows_bD: Tensor, size: int, *, shared: bool = False) -> Tensor:
     """Collect all processes' rows, with gradients.
 
     Args:
         rows_bD: This process's rows [b, D]; b and D are the same on every process.
         size: Number of processes; with 1 the rows come back as they are.
+        shared: Whether each process computes its share of the loss, times `size`, rather than all of it.
 
     Returns:
-        [size·b, D], in order of rank. When every process computes the same scalar from it and gradients are averaged over
-        processes, each parameter's gradient equals a single process's with the whole batch.
+        [size·b, D], in order of rank. When every process computes the same scalar from it (or, `shared`, scalars whose
+        mean it is) and gradients are averaged over processes, each parameter's gradient equals a single process's with
+        the whole batch.
     """
     if size == 1:
         return rows_bD
-    gathered: Tensor = _GatherRows.apply(rows_bD)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    gathered: Tensor = _GatherRows.apply(rows_bD, shared)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return gathered
+
+
+def sum_values(values: Tensor, size: int) -> Tensor:
+    """Add a tensor without gradient up over the processes; the same bits on each."""
+    if size > 1:
+        dist.all_reduce(values)
+    return values
 
 
 class GradientAverager:
@@ -61,32 +78,40 @@ class GradientAverager:
     never stopped. Here the buckets depend on the parameters alone.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], size: int) -> None:
+    def __init__(self, towers: Sequence[torch.nn.Parameter], losses: Sequence[torch.nn.Parameter], size: int) -> None:
         """Hook into the parameters.
 
         Args:
-            parameters: Those that are trained, in the same order on every process.
+            towers: Parameters the towers' backward pass reaches, in the same order on every process.
+            losses: Those the losses' backward pass reaches, before it: their gradients are sent last.
             size: Number of processes.
         """
         self._size = size
         self._buckets: list[_Bucket] = []
         self._next = 0
+        self._watching = False
         if size == 1:
             return
         # The backward pass reaches the last layers first.
         current: list[torch.nn.Parameter] = []
-        for parameter in reversed(parameters):
+        for parameter in reversed(towers):
             full = sum(p.numel() * p.element_size() for p in current) >= _BUCKET_BYTES
             if current and (full or parameter.dtype != current[0].dtype):
                 self._buckets.append(_Bucket(current))
                 current = []
             current.append(parameter)
-        self._buckets.append(_Bucket(current))
+        self._buckets += [_Bucket(part) for part in (current, list(losses)) if part]
         for bucket in self._buckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(partial(self._ready, bucket))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
+    def watch(self) -> None:
+        """Send gradients from now on as they are ready: call before the last backward pass that adds to them."""
+        self._watching = True
+
     def _ready(self, bucket: _Bucket, _: Tensor) -> None:
+        if not self._watching:
+            return
         bucket.waiting -= 1
         # Collective calls must come in the same order everywhere: a bucket waits for those before it.
         while self._next < len(self._buckets) and self._buckets[self._next].waiting == 0:
@@ -94,7 +119,7 @@ class GradientAverager:
             self._next += 1
 
     def finish(self) -> None:
-        """Wait until every gradient is the mean over the processes; call after each backward pass.
+        """Wait until every gradient is the mean over the processes; call after the last backward pass.
 
         A parameter that took no part counts as zero, so that processes never wait for each other's.
         """
@@ -102,7 +127,7 @@ class GradientAverager:
             bucket.start()
         for bucket in self._buckets:
             bucket.finish(self._size)
-        self._next = 0
+        self._next, self._watching = 0, False
 
 
 class _Bucket:

@@ -149,10 +149,12 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
 
 
 def _share_cores(local_size: int) -> None:
-    """Give each process of this host its share of the cores where the user has not said otherwise.
+    """Give each of several processes of this host its share of the cores, where the user has not said otherwise.
 
-    torchrun sets OMP_NUM_THREADS=1 when it is unset, which leaves most cores of a CPU run idle; that value is
-    indistinguishable from a user's own 1, so threads are raised only when torchrun chose it for several processes.
+    torchrun sets OMP_NUM_THREADS=1 for several processes when it is unset, which leaves most cores of a CPU run idle;
+    that value is indistinguishable from a user's own 1. For one process it sets nothing, so what is set is the user's.
     """
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    if local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        # Of the cores a scheduler gave this job, not of all the host has.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_size))

@@ -21,6 +21,8 @@ from clipcid_cli.errors import ClipcidError
 Kind = Literal["architecture", "tag", "hub", "folder", "config"]
 
 CONFIG_NAME = "open_clip_config.json"
+HF_CONFIG_NAME = "config.json"
+"""Configuration of a Hugging Face text tower, beside the model's own."""
 
 # The order in which open_clip 3.3 picks one of several weight files of a folder (factory._find_checkpoint_in_dir).
 _WEIGHT_NAMES = (

@@ -20,7 +20,11 @@ def key_fraction(key: str) -> float:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64
 
 
-def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], group: int = 16) -> npt.NDArray[np.int64]:
+SHARDS_MIXED = 16
+"""Shards whose samples are shuffled among each other."""
+
+
+def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], group: int = SHARDS_MIXED) -> npt.NDArray[np.int64]:
     """Order one epoch's samples: shards are shuffled and dealt into groups, samples are shuffled within each group.
 
     Reading stays local to `group` shards at a time while every sample can still meet samples of any other shard; with at

@@ -102,27 +102,58 @@ def make_optimizer(module: nn.Module, loss_parameters: LossParameters, plan: Opt
 
 
 class Trainer:
-    """A student in training: its parameters, the losses' and the optimiser's, and the count of steps done."""
+    """A student in training: its parameters, the losses' and the optimiser's, and the count of steps done.
 
-    def __init__(self, module: nn.Module, loss_parameters: LossParameters, plan: OptimiserPlan) -> None:
+    Attributes:
+        of_towers: Parameters that features depend on.
+        of_losses: Parameters that only the losses use: logit scales (the student's too) and maps into the meeting space.
+    """
+
+    def __init__(
+        self, module: nn.Module, loss_parameters: LossParameters, plan: OptimiserPlan, *, scaled: bool = False
+    ) -> None:
+        """Make the optimiser.
+
+        Args:
+            module: The student.
+            loss_parameters: What the losses learn.
+            plan: How parameters are updated.
+            scaled: Whether the loss is scaled up before the backward pass, for gradients in float16.
+        """
         self.module = module
         self.loss_parameters = loss_parameters
         self.plan = plan
         self.optimizer = make_optimizer(module, loss_parameters, plan)
+        self._device = next(module.parameters()).device
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=scaled)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        of_losses = {id(parameter) for parameter in (*loss_parameters.parameters(), module.logit_scale)}
+        self.of_towers = [parameter for parameter in self.parameters if id(parameter) not in of_losses]
+        self.of_losses = [parameter for parameter in self.parameters if id(parameter) in of_losses]
         self.step = 0
+
+    def backward(self, loss: Tensor) -> None:
+        """Find the gradients of a loss, scaled up where that is needed."""
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
 
     def limit_gradient(self) -> float:
         """Scale the gradient down to the plan's largest norm, and return the norm it had (NaN or infinite if it is)."""
+        self._scaler.unscale_(self.optimizer)
         limit = math.inf if self.plan.max_norm is None else self.plan.max_norm
         return float(nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True))
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether an infinite gradient is the scale's fault: the update is then left out and the scale lowered."""
+        return self._scaler.is_enabled() and self._scaler.get_scale() > 1.0
 
     def update(self) -> float:
         """Make one optimiser step from the gradients that are there, clear them, and return the learning rate used."""
         rate = self.plan.rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for log_scale in self._log_scales().values():
@@ -141,6 +172,7 @@ class Trainer:
             "module": self.module.state_dict(),
             "loss_parameters": self.loss_parameters.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -148,6 +180,7 @@ class Trainer:
         self.module.load_state_dict(state["module"])
         self.loss_parameters.load_state_dict(state["loss_parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
     def _log_scales(self) -> dict[str, Tensor]:

@@ -36,10 +36,20 @@ class UsedRows(nn.Module):
         # Both follow from the start of the run, so checkpoints leave them out.
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("first", whole.clone(), persistent=False)
+        self.decay = 1.0
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look up int64 tokens of any shape; float [..., W]. A token that is not in use is an error, not a wrong row."""
-        return F.embedding(self.get_buffer("places")[tokens], self.weight)
+        """Look up int64 tokens of any shape; float [..., W].
+
+        In training a token that is not in use is an error, not a wrong row; in evaluation, where class names may hold any,
+        its row is what `decay` has left of the first.
+        """
+        places = self.get_buffer("places")[tokens]
+        if self.training:
+            return F.embedding(places, self.weight)
+        rows = F.embedding(places.clamp(min=0), self.weight)
+        others = F.embedding(tokens, self.get_buffer("first")) * self.decay
+        return torch.where((places >= 0)[..., None], rows, others)
 
     def whole(self, decay: float) -> Tensor:
         """Return the whole table [V, W]: rows in use as trained, the others times `decay`."""
@@ -65,6 +75,13 @@ def train_used_rows(module: nn.Module, used: Tensor) -> bool:
             parent.token_embedding = UsedRows(table, used.to(table.weight.device))
             return True
     return False
+
+
+def age_unused_rows(module: nn.Module, decay: float) -> None:
+    """Say what the steps so far have left of rows that are not in use, Π(1 − lr·wd), for an evaluation."""
+    for part in module.modules():
+        if isinstance(part, UsedRows):
+            part.decay = decay
 
 
 def whole_state(module: nn.Module, decay: float) -> Mapping[str, Any]:

@@ -34,7 +34,7 @@ from clipcid_cli.formats.embedding_rows import Float16
 from clipcid_cli.formats.output import Output, fingerprint_file
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
-from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.precision import choose_precision, choose_scan
 from clipcid_cli.steps.cluster_rows import ClusterRows, find_rows
 from clipcid_cli.steps.lloyd import LloydState, block_bounds, first_centres, load_rows, run_lloyd
 from clipcid_cli.steps.outputs import claim_output
@@ -129,10 +129,8 @@ def _cluster(
     seconds: dict[str, float],
     reporter: Reporter,
 ) -> dict[str, Any]:
-    precision = choose_precision(settings.precision, machine.device, "embed", parameters=0)
-    reporter.note(
-        f"Centres are compared in {precision.name} ({precision.reason}) and decided in fp64; all rows are used."
-    )
+    scan = choose_scan(settings.precision, machine.device)
+    reporter.note(f"Centres are compared in {scan.name} ({scan.reason}) and decided in fp64; all rows are used.")
     started = time.perf_counter()
 
     def begin() -> LloydState:
@@ -152,13 +150,15 @@ def _cluster(
         machine,
         machine.on_main(begin),
         iterations=settings.iterations,
-        dtype=precision.dtype,
+        dtype=scan.dtype,
         save=save,
         reporter=reporter,
     )
     seconds["kmeans"] = time.perf_counter() - started
 
     started = time.perf_counter()
+    # The nearest 16 are close to each other: int8 would leave many more to decide than it saves.
+    precision = choose_precision(settings.precision, machine.device, "embed", parameters=0)
     search = NearestCentres(state.centres_KD.to(machine.device), precision.dtype)
     _assign(machine, rows, search, output.folder, reporter)
     seconds["assign"] = time.perf_counter() - started

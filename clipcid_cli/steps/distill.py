@@ -9,14 +9,16 @@ from typing import Any
 
 from clipcid_cli.formats.run_folder import RunFolder
 from clipcid_cli.formats.work import WorkDirectory
-from clipcid_cli.runtime.encoder import ClipModel, load_model
+from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.loading import start_worker_server
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.model_names import parse_model
 from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.steps.distill_cost import describe
 from clipcid_cli.steps.distill_inputs import find_embeddings, find_inputs
-from clipcid_cli.steps.distill_plan import Plan, default_name, describe, plan_run
+from clipcid_cli.steps.distill_plan import Plan, default_name, plan_run
 from clipcid_cli.steps.distill_run import Run
+from clipcid_cli.steps.distill_student import load_student
+from clipcid_cli.steps.online_teacher import describe_weights, load_online_teacher
 from clipcid_cli.steps.outputs import claim_output
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -38,25 +40,27 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
     with open_machine(settings.device) as machine:
         embeddings = find_embeddings(settings, machine, reporter)
         inputs = machine.on_main(lambda: find_inputs(settings, embeddings, reporter))
-        student = load_model(parse_model(str(settings.student)), machine.device, fresh_seed=settings.seed)
+        begun = load_student(settings, machine, reporter)
+        student = begun.model
+        teacher = load_online_teacher(inputs.teaching, machine)
         plan = machine.on_main(lambda: plan_run(settings, inputs, machine, reporter))
         name = settings.name or default_name(settings, student, inputs)
         folder = RunFolder(WorkDirectory(settings.work).distill(name))
         if settings.dry_run:
-            return describe(settings, student, inputs, plan, folder, reporter)
+            return describe(Run(settings, machine, inputs, begun, teacher, plan, folder, None, reporter))
         with claim_output(
             machine,
             folder.path,
             "distill",
             settings=deciding(settings, student, plan),
-            inputs=inputs.fingerprints,
+            inputs=inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
             overwrite=settings.overwrite,
             clear=folder.clear,
         ) as output:
             if output.finished is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")
                 return result(folder, output.finished)
-            whole = Run(settings, machine, inputs, student, plan, folder, output, reporter)
+            whole = Run(settings, machine, inputs, begun, teacher, plan, folder, output, reporter)
             sidecar = whole.train({"prepare": time.perf_counter() - started})
     return result(folder, sidecar)
 
@@ -65,7 +69,7 @@ def deciding(settings: DistillSettings, student: ClipModel, plan: Plan) -> dict[
     """Return all that decides the student, beside the inputs' content, as JSON values."""
     given = output_settings(settings)
     # Data and teacher are inputs: they are told by their content, however they were named.
-    for name in ("data", "teacher", "epochs"):
+    for name in ("data", "teacher", "epochs", "init_from"):
         del given[name]
     precision = choose_precision(settings.precision, student.device, "train", student.info.parameters)
     given |= {

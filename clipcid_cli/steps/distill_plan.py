@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.run_folder import RunFolder
 from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.seeds import SHARDS_MIXED
 from clipcid_cli.runtime.training import OptimiserPlan
 from clipcid_cli.steps.distill_inputs import Inputs
 from clipcid_cli.steps.reporting import Reporter
@@ -44,13 +43,13 @@ def plan_run(settings: DistillSettings, inputs: Inputs, machine: Machine, report
         ClipcidError: when there are fewer training samples than a batch has.
     """
     samples = inputs.training.total
-    batch_size = settings.batch_size or max(
-        machine.size, min(DEFAULT_BATCH_SIZE, samples) // machine.size * machine.size
-    )
-    if batch_size % machine.size:
+    least = machine.size * settings.accum_freq
+    batch_size = settings.batch_size or max(least, min(DEFAULT_BATCH_SIZE, samples) // least * least)
+    if batch_size % least:
         raise UsageError(
-            f"--batch-size {batch_size} does not divide among {machine.size} processes.",
-            f"Use a multiple of {machine.size}.",
+            f"--batch-size {batch_size} does not divide into {machine.size} x {settings.accum_freq} equal parts "
+            "(processes x --accum-freq).",
+            f"Use a multiple of {least}.",
         )
     if samples < batch_size:
         raise ClipcidError(
@@ -64,7 +63,7 @@ def plan_run(settings: DistillSettings, inputs: Inputs, machine: Machine, report
         raise UsageError(f"--warmup {warmup:,} exceeds the {steps:,} steps of the run.", "Give fewer steps of warm-up.")
     reporter.note(
         f"{samples:,} samples, {steps:,} steps of {batch_size:,}: {steps * batch_size / samples:.1f} epochs, "
-        f"{warmup:,} steps of warm-up."
+        f"{warmup:,} steps of warm-up.\n{_describe_shuffle(inputs.training.sizes)}"
     )
     optimiser = OptimiserPlan(
         lr=settings.lr,
@@ -79,28 +78,17 @@ def plan_run(settings: DistillSettings, inputs: Inputs, machine: Machine, report
     return Plan(optimiser, batch_size, workers, settings.eval_every or max(1, steps // 10))
 
 
+def _describe_shuffle(shard_sizes: list[int]) -> str:
+    shards = sum(size > 0 for size in shard_sizes)
+    if shards <= SHARDS_MIXED:
+        return "Shuffle: uniform over all samples, anew each epoch."
+    return (
+        f"Shuffle: {shards:,} shards in a new order each epoch, samples uniformly among {SHARDS_MIXED} shards at a time "
+        f"({SHARDS_MIXED / shards:.1%} of the data)."
+    )
+
+
 def default_name(settings: DistillSettings, student: ClipModel, inputs: Inputs) -> str:
     """Name a run after its student, preset and seed, and after the keep list when there is none to be had."""
     parts = [student.info.slug, settings.chosen_preset, f"s{settings.seed}"]
     return "-".join(parts if inputs.keep_list is not None else [*parts, "all"])
-
-
-def describe(
-    settings: DistillSettings, student: ClipModel, inputs: Inputs, plan: Plan, folder: RunFolder, reporter: Reporter
-) -> dict[str, Any]:
-    """Say what a run would do, for ``--dry-run``."""
-    parameters = student.info.parameters
-    # Weights, gradients and AdamW's two moments in float32.
-    reporter.note(
-        f"Student: {parameters / 1e6:.1f} M parameters, "
-        f"{16 * parameters / 2**20:,.0f} MiB with gradients and AdamW's moments.\n"
-        f"Losses: {', '.join(settings.losses())}. Held out: {inputs.held_out.total:,} samples.\n"
-        f"Would write to {folder.path}."
-    )
-    return {
-        "student": str(folder.student),
-        "steps": plan.optimiser.steps,
-        "samples": plan.optimiser.steps * plan.batch_size,
-        "parameters": parameters,
-        "files": {},
-    }

@@ -19,7 +19,8 @@ from clipcid_cli.steps.distill_inputs import Inputs
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.fields import output_settings
 from clipcid_cli.steps.training_data import HeldOut
-from clipcid_cli.steps.training_loop import Loop, embed_held_out
+from clipcid_cli.steps.training_evaluation import embed_held_out
+from clipcid_cli.steps.training_loop import Loop
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -38,10 +39,10 @@ def write_report(folder: RunFolder, settings: DistillSettings, student: ClipMode
     log, results = read_lines(folder.train_log), read_lines(folder.results_log)
     examples: list[dict[str, Any]] = []
     compared: list[dict[str, Any]] = []
-    if loop.held_out is not None:
-        images, texts = embed_held_out(student, loop.held_out)
-        examples = _find_examples(loop.held_out, images, texts)
-        compared = _compare(loop.held_out, images, texts, inputs)
+    if loop.evaluation.held_out is not None:
+        images, texts = embed_held_out(student, loop.evaluation.held_out)
+        examples = _find_examples(loop.evaluation.held_out, images, texts)
+        compared = _compare(loop.evaluation.held_out, images, texts, inputs)
     return render_report(
         "distill.html",
         name=folder.path.name,
@@ -54,13 +55,14 @@ def write_report(folder: RunFolder, settings: DistillSettings, student: ClipMode
         headline=[
             (f"{side} recall at 1, held out", loop.metrics[f"{side}_retrieval_recall@1"])
             for side in ("image", "text")
-            if loop.metrics
+            if loop.evaluation.held_out is not None
         ],
         loss_figure=_draw_losses(log, list(loop.objective.weights)),
-        recall_figure=_draw_recalls(results) if len(results) > 1 else None,
+        recall_figure=_draw_recalls(results) if loop.evaluation.held_out is not None and len(results) > 1 else None,
+        named_figure=_draw_named(results) if loop.evaluation.tasks and len(results) > 1 else None,
         rate_figure=_draw_rates(log),
         compared=compared,
-        compared_on=0 if loop.held_out is None else len(loop.held_out.samples),
+        compared_on=0 if loop.evaluation.held_out is None else len(loop.evaluation.held_out.samples),
         examples=examples,
         inputs=_list_inputs(inputs),
         settings=output_settings(settings),
@@ -69,7 +71,7 @@ def write_report(folder: RunFolder, settings: DistillSettings, student: ClipMode
 
 def _compare(held_out: HeldOut, images: Tensor, texts: Tensor, inputs: Inputs) -> list[dict[str, Any]]:
     """Measure student and teacher on the held-out samples the teacher has embedded too; nothing without a teacher."""
-    if inputs.teaching is None:
+    if inputs.teaching is None or inputs.teaching.embeddings is None or not inputs.teaching.embeddings.has_texts:
         return []
     places = inputs.teaching.places[np.array(held_out.rows, dtype=np.int64)]
     known = np.flatnonzero(places >= 0)
@@ -139,6 +141,20 @@ def _draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
     return svg(figure, "Recall on the held-out part over the steps of the run")
 
 
+def _draw_named(results: Sequence[dict[str, Any]]) -> Markup:
+    """Draw what the data sets of --eval-data gave: acc1 of classes, R@1 of captions."""
+    figure = make_figure()
+    axes = figure.subplots()
+    names = [name for name in results[0] if name.endswith(("/acc1", "/image_retrieval_recall@1"))]
+    for name, color in zip(names, _colors(len(names)), strict=True):
+        label = name.replace("/acc1", " acc1").replace("/image_retrieval_recall@1", " image R@1")
+        axes.plot([line["step"] for line in results], [line[name] for line in results], color=color, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return svg(figure, "Measurements on the named data sets over the steps of the run")
+
+
 def _draw_rates(log: Sequence[dict[str, Any]]) -> Markup:
     lines = _thin(log)
     figure = make_figure(height=2.6)
@@ -175,7 +191,10 @@ def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
     keep_list = "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)
     found = [("data", inputs.dataset.spec), ("keep list", keep_list)]
     if inputs.teaching is not None:
-        found.append(("embeddings", str(inputs.teaching.embeddings.folder)))
+        if inputs.teaching.online is not None:
+            found.append(("teacher", f"{inputs.teaching.online.spec}, run beside the student"))
+        if inputs.teaching.embeddings is not None:
+            found.append(("embeddings", str(inputs.teaching.embeddings.folder)))
         if inputs.teaching.clusters is not None:
             found.append(("clusters", str(inputs.teaching.clusters.folder)))
     return found

@@ -17,18 +17,23 @@ from clipcid_cli.formats.key_join import find_repeated_key
 from clipcid_cli.formats.output import Output, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work import WorkDirectory
-from clipcid_cli.runtime.encoder import hash_preprocess, hash_weights, load_model
+from clipcid_cli.runtime.augmentation import PACKED_VIEW, Augmentation
+from clipcid_cli.runtime.encoder import hash_preprocess, load_model
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
-from clipcid_cli.runtime.model_names import ModelName, find_weights, parse_model, read_config, with_default_tag
+from clipcid_cli.runtime.model_names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.precision import choose_precision
-from clipcid_cli.steps.embedding import ShardEmbedder, Timings
+from clipcid_cli.steps.embedding import ShardEmbedder, Timings, Views
 from clipcid_cli.steps.outputs import claim_output
 from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.same_model import is_of
 from clipcid_cli.steps.settings.embed import EmbedSettings
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 _ADD_NO_TEXT = "Add --no-text to embed the images alone."
+
+# What decides the views of an image; recorded where there are any.
+_VIEW_SETTINGS = ("views", "crop_scale", "color_jitter", "gray_probability", "seed")
 
 # Batches of a CPU stay in its cache; 128 and more were slower for a ViT-B-32.
 _CPU_BATCH, _GPU_BATCH = 64, 256
@@ -78,6 +83,7 @@ def make_embeddings(
     reporter.note(
         f"{info.parameters / 1e6:.1f} M parameters, precision {embedder.precision.name} ({embedder.precision.reason}), "
         f"batches of {embedder.batch_size}, workers for each process: {embedder.workers}."
+        + (f" {settings.views} augmented views of each image." if settings.views else "")
     )
     if settings.dry_run:
         return _foresee(embedder, machine)
@@ -90,6 +96,7 @@ def make_embeddings(
         "batch_size": embedder.batch_size,
         "keys": dataset.keys,
         "fast_decode": settings.fast_decode,
+        **_view_settings(settings),
     }
     machine.on_main(lambda: refuse_foreign_folder(folder))
     with claim_output(
@@ -116,6 +123,7 @@ def _find_finished(
         made["text"] == settings.text
         and made["keys"] == dataset.keys
         and made["fast_decode"] == settings.fast_decode
+        and {name: made[name] for name in _VIEW_SETTINGS if name in made} == _view_settings(settings)
         and settings.batch_size in (None, made["batch_size"])
         and settings.precision in ("auto", made["precision"])
         and plan_identity({}, sidecar["inputs"]) == plan_identity({}, inputs)
@@ -124,15 +132,9 @@ def _find_finished(
     return sidecar if same else None
 
 
-def is_of(model: dict[str, Any], name: ModelName) -> bool:
-    """Tell whether what a sidecar says of a model is true of `name`; weights given by a tag never change."""
-    weights = find_weights(name.path) if name.path is not None else None
-    if weights is None or name.path is None:
-        return bool(model["spec"] == name.spec)
-    config, preprocess = read_config(name.path)
-    # The size is the architecture's, whatever the configuration says.
-    same = all(model["preprocess"].get(key) == value for key, value in preprocess.items() if key != "size")
-    return bool(same and model["config"] == config and model["weights_hash"] == hash_weights(weights))
+def _view_settings(settings: EmbedSettings) -> dict[str, Any]:
+    """Return the settings that decide the views; empty where none are asked for."""
+    return {name: getattr(settings, name) for name in _VIEW_SETTINGS} if settings.views else {}
 
 
 def _load_embedder(settings: EmbedSettings, machine: Machine, name: ModelName, dataset: Dataset) -> ShardEmbedder:
@@ -142,6 +144,7 @@ def _load_embedder(settings: EmbedSettings, machine: Machine, name: ModelName, d
     model = load_model(name, machine.device)
     precision = choose_precision(settings.precision, machine.device, "embed", model.info.parameters)
     model.cast_products(precision)
+    augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
     return ShardEmbedder(
         model=model,
         precision=precision,
@@ -151,6 +154,7 @@ def _load_embedder(settings: EmbedSettings, machine: Machine, name: ModelName, d
         batch_size=settings.batch_size or (_GPU_BATCH if machine.device.type == "cuda" else _CPU_BATCH),
         workers=workers,
         max_bad_fraction=settings.max_bad_fraction,
+        views=Views(settings.views, augmentation, settings.seed) if settings.views else None,
     )
 
 
@@ -277,13 +281,14 @@ def _result(folder: Path, sidecar: dict[str, Any]) -> dict[str, Any]:
 def _foresee(embedder: ShardEmbedder, machine: Machine) -> dict[str, Any]:
     """Say what embedding would cost, from the time of a few batches; nothing is written."""
     images = machine.on_main(embedder.dataset.estimate_samples)
-    seconds = embedder.measure_batch() * images / embedder.batch_size / machine.size
+    seconds = embedder.measure_batch() * images / embedder.samples_at_once / machine.size
     rows = 2 if embedder.with_texts else 1
+    views = 0 if embedder.views is None else embedder.views.number
     return {
         "dry_run": True,
         "shards": len(embedder.dataset.shards),
         "images": images,
-        "bytes": images * embedder.model.info.embed_dim * 2 * rows,
+        "bytes": images * (embedder.model.info.embed_dim * 2 * (rows + views) + 4 * PACKED_VIEW * views),
         "seconds": {"encode": round(seconds, 1)},
     }
 
@@ -326,7 +331,8 @@ def ensure_embeddings(
     sidecar = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed")))
     if sidecar is not None:
         made = sidecar["settings"]
-        wanted = dataclasses.replace(wanted, text=made["text"] or bool(text), fast_decode=made["fast_decode"])
+        views = {name: made[name] for name in _VIEW_SETTINGS if name in made}
+        wanted = dataclasses.replace(wanted, text=made["text"] or bool(text), fast_decode=made["fast_decode"], **views)
     elif text is None:
         dataset = machine.on_main(lambda: _open_data(wanted, reporter))
         wanted = dataclasses.replace(wanted, text=has_captions(dataset))

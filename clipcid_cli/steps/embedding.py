@@ -11,96 +11,17 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.formats.dataset import Dataset
-from clipcid_cli.formats.embedding_writer import EmbeddingWriter, ShardRecord
-from clipcid_cli.formats.samples import Sample
+from clipcid_cli.formats.embedding_writer import EmbeddingWriter, ShardRecord, ShardRows
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.encoder import ClipModel, Tokenizer, Transform
-from clipcid_cli.runtime.images import UnreadableImage, decode_image, had_alpha
+from clipcid_cli.runtime.augmentation import PACKED_VIEW, Augmentation, ViewPixels, apply_colors
+from clipcid_cli.runtime.encoder import ClipModel, normalize_pixels
 from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.steps.embedding_batches import Batch, Preparation, PreparedBatch, ViewMaker
 from clipcid_cli.steps.reporting import Progress
 
 # From this many samples on, too many bad ones end the step before all data is read.
 _EARLY_CHECK = 10_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Samples of one shard that are embedded together.
-
-    Attributes:
-        number: Number of the shard.
-        samples: At most as many as a batch holds.
-        last: Whether the shard ends here.
-    """
-
-    number: int
-    samples: Sequence[Sample]
-    last: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedBatch:
-    """What a worker made of a batch; always of the full size B, missing rows are zero.
-
-    Attributes:
-        batch: The batch.
-        pixels: uint8 [B, H, W, 3].
-        tokens: int64 [B, L], or None when texts are not embedded.
-        failures: Reason by position, for images that could not be used.
-        flattened: Number of images whose transparent pixels were laid on white.
-    """
-
-    batch: Batch
-    pixels: torch.Tensor
-    tokens: torch.Tensor | None
-    failures: dict[int, str]
-    flattened: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Preparation:
-    """What a worker does: bytes to pixels, captions to tokens; picklable.
-
-    Attributes:
-        transform: RGB image to uint8 [H, W, 3].
-        tokenizer: Texts to int64 [n, L], or None.
-        batch_size: B.
-        image_size: (H, W).
-        context_length: L.
-        fast_decode: Whether JPEGs are decoded at a reduced size, of at least twice H × W.
-    """
-
-    transform: Transform
-    tokenizer: Tokenizer | None
-    batch_size: int
-    image_size: tuple[int, int]
-    context_length: int
-    fast_decode: bool
-
-    def __call__(self, batch: Batch) -> PreparedBatch:
-        """Prepare one batch."""
-        height, width = self.image_size
-        draft = (2 * width, 2 * height) if self.fast_decode else None
-        pixels = torch.zeros(self.batch_size, height, width, 3, dtype=torch.uint8)
-        failures: dict[int, str] = {}
-        flattened = 0
-        for row, sample in enumerate(batch.samples):
-            try:
-                image = decode_image(sample.image.read(), draft_size=draft)
-            except UnreadableImage as error:
-                failures[row] = error.reason
-            except OSError:  # the file is gone, or cut off since it was listed
-                failures[row] = "unreadable_image"
-            else:
-                flattened += had_alpha(image)
-                pixels[row] = self.transform(image)
-        tokens = None
-        if self.tokenizer is not None:
-            tokens = torch.zeros(self.batch_size, self.context_length, dtype=torch.int64)
-            if batch.samples:
-                tokens[: len(batch.samples)] = self.tokenizer([sample.captions[0] for sample in batch.samples])
-        return PreparedBatch(batch, pixels, tokens, failures, flattened)
 
 
 @dataclasses.dataclass
@@ -112,8 +33,12 @@ class _OpenShard:
     flattened: int = 0
     keys: list[str] = dataclasses.field(default_factory=list)
     captions: list[str] = dataclasses.field(default_factory=list)
+    caption_counts: list[int] = dataclasses.field(default_factory=list)
     images: list[npt.NDArray[np.float16]] = dataclasses.field(default_factory=list)
     texts: list[npt.NDArray[np.float16]] = dataclasses.field(default_factory=list)
+    further: list[npt.NDArray[np.float16]] = dataclasses.field(default_factory=list)
+    views: list[npt.NDArray[np.float16]] = dataclasses.field(default_factory=list)
+    view_params: list[npt.NDArray[np.float32]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -124,6 +49,21 @@ class Timings:
     encode: float = 0.0
     write: float = 0.0
     images: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """Which augmented views of each image are embedded beside its evaluation crop.
+
+    Attributes:
+        number: V, at least 1.
+        augmentation: How images are varied.
+        seed: Decides every view.
+    """
+
+    number: int
+    augmentation: Augmentation
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +79,10 @@ class ShardEmbedder:
         dataset: The data.
         with_texts: Whether captions are embedded too; samples without one are then left out and counted.
         fast_decode: Whether JPEGs are decoded at a reduced size.
-        batch_size: Samples a batch, B.
+        batch_size: Pictures a batch.
         workers: Worker processes.
         max_bad_fraction: Largest share of unusable samples.
+        views: Augmented views to embed too; None for none.
     """
 
     model: ClipModel
@@ -152,6 +93,12 @@ class ShardEmbedder:
     batch_size: int
     workers: int
     max_bad_fraction: float
+    views: Views | None = None
+
+    @property
+    def samples_at_once(self) -> int:
+        """Samples a batch, B: with V views each makes 1 + V pictures, so that a batch's memory stays what it is."""
+        return self.batch_size if self.views is None else max(1, self.batch_size // (1 + self.views.number))
 
     def embed(self, numbers: Sequence[int], writer: EmbeddingWriter, progress: Progress, weight: float) -> Timings:
         """Embed shards and write each as it is complete.
@@ -194,17 +141,22 @@ class ShardEmbedder:
         seconds = []
         for _ in range(4):
             start = time.perf_counter()
-            self._rows(self.model.encode_images(prepared.pixels, self.precision))
+            self._encode_pixels(prepared)
             if prepared.tokens is not None:
                 self._rows(self.model.encode_texts(prepared.tokens, self.precision))
             seconds.append(time.perf_counter() - start)
         return min(seconds[1:])
 
     def _preparation(self) -> Preparation:
+        views = None
+        if self.views is not None:
+            pixels = ViewPixels(self.model.info.preprocess)
+            views = ViewMaker(self.views.number, self.views.augmentation, pixels, self.views.seed)
         return Preparation(
             transform=self.model.pixel_transform(),
+            views=views,
             tokenizer=self.model.tokenizer if self.with_texts else None,
-            batch_size=self.batch_size,
+            batch_size=self.samples_at_once,
             image_size=self.model.info.image_size,
             context_length=self.model.info.context_length,
             fast_decode=self.fast_decode,
@@ -223,20 +175,23 @@ class ShardEmbedder:
                         skips.add("no_caption", f"{shard.name}: {sample.key}")
                 samples = [sample for sample in samples if sample.captions]
             opened[number] = _OpenShard(read, skips)
-            for start in range(0, max(1, len(samples)), self.batch_size):
-                stop = start + self.batch_size
+            for start in range(0, max(1, len(samples)), self.samples_at_once):
+                stop = start + self.samples_at_once
                 yield Batch(number, samples[start:stop], last=stop >= len(samples))
 
     def _encode(self, prepared: PreparedBatch, shard: _OpenShard) -> None:
         samples = prepared.batch.samples
         if not samples:
             return
-        images = self._rows(self.model.encode_images(prepared.pixels, self.precision))
-        texts = None
-        usable = _finite(images)
-        if prepared.tokens is not None:
+        images, views = self._encode_pixels(prepared)
+        usable = _finite(images) & _finite(views).all(axis=1)
+        texts, further, owners = None, None, np.empty(0, dtype=np.int64)
+        if prepared.tokens is not None and prepared.further is not None:
             texts = self._rows(self.model.encode_texts(prepared.tokens, self.precision))
             usable &= _finite(texts)
+            owners = np.repeat(np.arange(len(samples)), [len(sample.captions) - 1 for sample in samples])
+            further = self._encode_further(prepared.further)[: len(owners)]
+            usable[owners[~_finite(further)]] = False
         name = self.dataset.shards[prepared.batch.number].name
         kept = []
         for row, sample in enumerate(samples):
@@ -249,21 +204,61 @@ class ShardEmbedder:
         shard.keys.extend(samples[row].key for row in kept)
         shard.captions.extend(samples[row].captions[0] if samples[row].captions else "" for row in kept)
         shard.images.append(images[kept])
-        if texts is not None:
+        if texts is not None and further is not None:
             shard.texts.append(texts[kept])
+            shard.caption_counts.extend(len(samples[row].captions) for row in kept)
+            shard.further.append(further[np.isin(owners, kept)])
+        if prepared.params is not None:
+            shard.views.append(views[kept])
+            shard.view_params.append(prepared.params.transpose(1, 0, 2)[kept])
+
+    def _encode_pixels(self, prepared: PreparedBatch) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
+        """Embed a batch's images and views: float16 [B, D] and [B, V, D], V = 0 without views."""
+        pixels, count = prepared.pixels, self.samples_at_once
+        if self.views is not None and prepared.params is not None and self.views.augmentation.changes_colors:
+            colors = torch.zeros(len(pixels), 3, 4)
+            colors[:, :, :3] = torch.eye(3)
+            colors[count:] = torch.from_numpy(prepared.params[:, :, 4:].reshape(-1, 3, 4))
+            device = self.model.device
+            shown = apply_colors(pixels.to(device, non_blocking=True), colors.to(device, non_blocking=True))
+            pixels = normalize_pixels(shown, self.model.info.preprocess)
+        rows = self._rows(self.model.encode_images(pixels, self.precision))
+        by_view = rows.reshape(-1, count, rows.shape[1])
+        return by_view[0], by_view[1:].transpose(1, 0, 2)
+
+    def _encode_further(self, tokens: torch.Tensor) -> npt.NDArray[np.float16]:
+        """Embed captions after the first, B at a time."""
+        empty = np.empty((0, self.model.info.embed_dim), dtype=np.float16)
+        blocks = torch.split(tokens, self.samples_at_once)
+        return np.concatenate(
+            [empty, *(self._rows(self.model.encode_texts(block, self.precision)) for block in blocks if len(block))]
+        )
 
     def _rows(self, rows: torch.Tensor) -> npt.NDArray[np.float16]:
         half: npt.NDArray[np.float16] = rows.to(torch.float16).cpu().numpy()
         return half
 
     def _write(self, writer: EmbeddingWriter, number: int, shard: _OpenShard) -> None:
-        empty = np.empty((0, self.model.info.embed_dim), dtype=np.float16)
+        width = self.model.info.embed_dim
+        empty = np.empty((0, width), dtype=np.float16)
         record = ShardRecord(
             self.dataset.shards[number].name, shard.read, len(shard.keys), shard.skips, shard.flattened
         )
-        texts = np.concatenate([empty, *shard.texts]) if self.with_texts else None
-        writer.write(number, record, shard.keys, shard.captions, np.concatenate([empty, *shard.images]), texts)
+        rows = ShardRows(
+            np.concatenate([empty, *shard.images]), np.concatenate([empty, *shard.texts]) if self.with_texts else None
+        )
+        if max(shard.caption_counts, default=1) > 1:
+            rows = dataclasses.replace(rows, caption_counts=shard.caption_counts, further=np.concatenate(shard.further))
+        if self.views is not None:
+            no_views = np.empty((0, self.views.number, width), dtype=np.float16)
+            no_params = np.empty((0, self.views.number, PACKED_VIEW), dtype=np.float32)
+            rows = dataclasses.replace(
+                rows,
+                views=np.concatenate([no_views, *shard.views]),
+                view_params=np.concatenate([no_params, *shard.view_params]),
+            )
+        writer.write(number, record, shard.keys, shard.captions, rows)
 
 
 def _finite(rows: npt.NDArray[np.float16]) -> npt.NDArray[np.bool_]:
-    return np.asarray(np.isfinite(rows).all(axis=1), dtype=np.bool_)
+    return np.asarray(np.isfinite(rows).all(axis=-1), dtype=np.bool_)

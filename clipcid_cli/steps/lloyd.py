@@ -2,6 +2,9 @@
 
 An iteration is a function of the rows and the centres alone (see `algorithms.kmeans`), so the centres are all that a
 checkpoint needs: a resumed run finds its labels and sums again by assigning, and ends with the same bytes.
+
+After the first iteration rows are compared with those centres only that may have become nearer than their own
+(`algorithms.moving_centres`), and only rows that changed their cluster change the sums.
 """
 
 from __future__ import annotations
@@ -13,18 +16,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.kmeans import ClusterSums, centres_of_sums, sum_of_similarities
+from clipcid_cli.algorithms.kmeans import ClusterSums, centres_of_sums, distances_moved, sum_of_similarities
 from clipcid_cli.algorithms.kmeans_seeding import choose_first_rows, choose_seeds
-from clipcid_cli.algorithms.nearest_centres import NearestCentres, PreparedRows, prepare_rows
+from clipcid_cli.algorithms.moving_centres import Movement
+from clipcid_cli.algorithms.nearest_centres import Nearest, NearestCentres
+from clipcid_cli.algorithms.prepared_rows import PreparedRows, prepare_rows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.cluster_rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter
 
 # Rows multiplied with centres at once. On a CPU the products stay near the caches; a GPU wants more work at a time.
 _BLOCK = {"cpu": 1024, "cuda": 16_384}
-_SUMS_AT_ONCE = 65_536
+# Rows that are sorted by the number of centres they must be compared with, and read at once.
+_RUN = {"cpu": 16_384, "cuda": 131_072}
+_CENTRES_AT_ONCE = 16_384
 # Prepared rows that a process keeps from iteration to iteration; beyond them rows are read and cast anew each time.
-_KEPT_BYTES = 2**31
+KEPT_BYTES = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +67,7 @@ def first_centres(rows: ClusterRows, num_clusters: int, seed: int) -> torch.Tens
     def read(positions: npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(rows.features_at(positions))
 
-    chosen = choose_first_rows(read, len(rows), num_clusters, seed)
-    return _unit_centres(read(chosen))
+    return _unit_centres(rows, choose_first_rows(read, len(rows), num_clusters, seed))
 
 
 def run_lloyd(
@@ -79,102 +85,147 @@ def run_lloyd(
     Args:
         rows: The rows of all processes.
         machine: The processes; this one takes its even share of the rows.
-        state: Where to begin.
+        state: Where to begin; its centres are updated in place.
         iterations: Most iterations in all, those of `state` included.
         dtype: Precision of the product that discards, see `NearestCentres`.
         save: Called on the first process after each iteration.
         reporter: The listener.
     """
-    lloyd = _Lloyd(rows, machine, dtype)
+    lloyd = _Lloyd(rows, machine, dtype, state.centres_KD)
     with reporter.progress("k-means", iterations - state.iterations, "iterations") as progress:
         while state.iterations < iterations and not state.converged:
-            centres_KD, objective, empty = lloyd.iterate(state.centres_KD)
-            converged = torch.equal(centres_KD, state.centres_KD)
-            state = LloydState(centres_KD, state.iterations + 1, converged)
+            objective, num_empty = lloyd.iterate()
+            state = LloydState(lloyd.centres_KD.cpu(), state.iterations + 1, not lloyd.any_moved)
             if machine.is_main:
                 save(state)
             progress.advance()
-            progress.show(similarity=objective, **({"empty": empty} if empty else {}))
+            progress.show(similarity=objective, **({"empty": num_empty} if num_empty else {}))
     return state
 
 
 class _Lloyd:
-    """This process's share of the rows, with the labels and sums of the last iteration."""
+    """This process's share of the rows, with what is known of them from the last iteration.
 
-    def __init__(self, rows: ClusterRows, machine: Machine, dtype: torch.dtype) -> None:
+    Memory: 12·K·D bytes for centres and sums, those of the centres' copy while rows are assigned, 24 a row, and kept rows.
+    """
+
+    def __init__(self, rows: ClusterRows, machine: Machine, dtype: torch.dtype, centres_KD: torch.Tensor) -> None:
         self.rows, self.machine, self.dtype = rows, machine, dtype
         self.start = len(rows) * machine.rank // machine.size
         self.stop = len(rows) * (machine.rank + 1) // machine.size
-        self.labels = torch.full((self.stop - self.start,), -1, dtype=torch.int64)
-        self.sums: ClusterSums | None = None
+        self.centres_KD = centres_KD.to(machine.device)
+        self.sums = ClusterSums(len(centres_KD), rows.width, machine.device)
+        number = self.stop - self.start
+        self.nearest = Nearest(
+            torch.full((number,), -1, dtype=torch.int64, device=machine.device),
+            torch.empty(number, dtype=torch.float64, device=machine.device),
+            torch.empty(number, dtype=torch.float64, device=machine.device),
+        )
+        self.movement: Movement | None = None
         self.kept: dict[int, PreparedRows] = {}
         self.kept_bytes = 0
 
-    def iterate(self, centres_KD: torch.Tensor) -> tuple[torch.Tensor, float, int]:
+    @property
+    def any_moved(self) -> bool:
+        """Whether the last iteration moved a centre."""
+        return self.movement is None or bool(self.movement.moved_K.any())
+
+    def iterate(self) -> tuple[float, int]:
         """Do one iteration.
 
         Returns:
-            The next centres on the CPU, the mean similarity to the centres that were given, and the number of empty
-            clusters; the same on every process.
+            The mean similarity to the centres as they were, and the number of empty clusters; the same on every process.
         """
-        device = self.machine.device
-        search = NearestCentres(centres_KD.to(device), self.dtype)
-        if self.sums is None:
-            self.sums = ClusterSums(len(centres_KD), self.rows.width, device)
-        for first, last in block_bounds(self.machine, self.start, self.stop):
-            block = self._block(first, last)
-            labels_B = search.nearest(block)
-            mine = slice(first - self.start, last - self.start)
-            self.sums.move(block.rows_BD, self.labels[mine].to(device), labels_B)
-            self.labels[mine] = labels_B.cpu()
-        next_KD, total = self._next_centres(search.centres_KD, self.sums)
+        search = NearestCentres(self.centres_KD, self.dtype, None if self.movement is None else self.movement.order_K)
+        size = _RUN[self.machine.device.type]
+        for first in range(self.start, self.stop, size):
+            self._assign(search, first, min(self.stop, first + size))
+        del search
         counts_K = self.machine.sum_(self.sums.counts_K.clone())
-        empty = (counts_K == 0).nonzero()[:, 0].cpu()
-        if len(empty):
-            seeds_KD = self._farthest_rows(search, len(empty))
-            next_KD[empty[: len(seeds_KD)]] = seeds_KD
-        return next_KD, total / len(self.rows), len(empty)
+        empty = (counts_K == 0).nonzero()[:, 0]
+        seeds_KD = self._farthest_rows(len(empty)) if len(empty) else self.centres_KD[:0]
+        return self._move_centres(empty[: len(seeds_KD)], seeds_KD) / len(self.rows), len(empty)
 
-    def _block(self, first: int, last: int) -> PreparedRows:
-        """Return a block of rows: kept from the iteration before while there is room, else read and prepared again."""
-        block = self.kept.get(first)
-        if block is None:
-            block = load_rows(self.rows.features(first, last), self.machine, self.dtype)
-            if self.kept_bytes + block.num_bytes <= _KEPT_BYTES:
-                self.kept[first] = block
-                self.kept_bytes += block.num_bytes
-        return block
+    def _assign(self, search: NearestCentres, first: int, last: int) -> None:
+        """Find the nearest centres of a run of rows and bring the sums up to date."""
+        mine = self.nearest.chosen(slice(first - self.start, last - self.start))
+        before_B = mine.centres_B.clone()
+        if self.movement is None:
+            count_B = torch.full_like(before_B, len(self.centres_KD))
+        else:
+            away_B = self.movement.moved_K[before_B].nonzero()[:, 0]
+            now_B = mine.similarities_B.clone()
+            if len(away_B):
+                rows_BD = self._prepared(first, last).rows_BD
+                now_B[away_B] = search.similarities(rows_BD, away_B, before_B[away_B])
+            count_B, rest_B = self.movement.leading(mine.similarities_B, now_B, mine.others_B)
+            mine.similarities_B[:], mine.others_B[:] = now_B, rest_B
+        count_B, order_B = torch.sort(count_B, descending=True)
+        looking = int((count_B > 0).sum())
+        if looking == 0:
+            return
+        rows = self._prepared(first, last)
+        size = _BLOCK[self.machine.device.type]
+        for at in range(0, looking, size):
+            piece = order_B[at : min(looking, at + size)]
+            known = None if self.movement is None else mine.chosen(piece)
+            found = search.nearest(rows.chosen(piece), known, int(count_B[at]))
+            mine.centres_B[piece], mine.similarities_B[piece] = found.centres_B, found.similarities_B
+            others_B = found.others_B if known is None else torch.maximum(found.others_B, known.others_B)
+            mine.others_B[piece] = others_B
+        self.sums.move(rows.rows_BD, before_B, mine.centres_B)
 
-    def _next_centres(self, centres_KD: torch.Tensor, sums: ClusterSums) -> tuple[torch.Tensor, float]:
-        """Add up the sums of all processes, some clusters at a time, and turn them into centres."""
-        parts, total = [], 0.0
-        for first in range(0, len(centres_KD), _SUMS_AT_ONCE):
-            old_CD = centres_KD[first : first + _SUMS_AT_ONCE]
-            sums_CD = self.machine.sum_(sums.sums_KD[first : first + _SUMS_AT_ONCE].clone())
+    def _prepared(self, first: int, last: int) -> PreparedRows:
+        """Return a run of rows: kept from the iteration before while there is room, else read and prepared again."""
+        rows = self.kept.get(first)
+        if rows is None:
+            rows = load_rows(self.rows.features(first, last), self.machine, self.dtype)
+            if self.kept_bytes + rows.num_bytes <= KEPT_BYTES:
+                self.kept[first] = rows
+                self.kept_bytes += rows.num_bytes
+        return rows
+
+    def _move_centres(self, seeded: torch.Tensor, seeds_KD: torch.Tensor) -> float:
+        """Turn the sums of all processes into centres, some at a time, and give seeds to some clusters.
+
+        Returns:
+            The sum of the similarities of all rows to the centres as they were.
+        """
+        total = 0.0
+        distances_K = torch.empty(len(self.centres_KD), dtype=torch.float64, device=self.machine.device)
+        for first in range(0, len(self.centres_KD), _CENTRES_AT_ONCE):
+            part = slice(first, first + _CENTRES_AT_ONCE)
+            old_CD = self.centres_KD[part]
+            sums_CD = self.machine.sum_(self.sums.sums_KD[part].clone())
             total += sum_of_similarities(sums_CD, old_CD)
-            parts.append(centres_of_sums(sums_CD, old_CD).cpu())
-        return torch.cat(parts), total
+            new_CD = centres_of_sums(sums_CD, old_CD)
+            here = (seeded >= first) & (seeded < first + _CENTRES_AT_ONCE)
+            new_CD[seeded[here] - first] = seeds_KD[here]
+            distances_K[part] = distances_moved(old_CD, new_CD)
+            old_CD.copy_(new_CD)
+        self.movement = Movement.of(distances_K)
+        return total
 
-    def _farthest_rows(self, search: NearestCentres, count: int) -> torch.Tensor:
+    def _farthest_rows(self, count: int) -> torch.Tensor:
         """Find rows to re-seed empty clusters with; the same on every process. Float32 [≤ count, D], unit rows."""
-        device = self.machine.device
-        similarities = np.empty(self.stop - self.start, dtype=np.float64)
-        for first, last in block_bounds(self.machine, self.start, self.stop):
-            block_BD = self._block(first, last).rows_BD
-            mine = slice(first - self.start, last - self.start)
-            own = search.similarities(block_BD, torch.arange(last - first, device=device), self.labels[mine].to(device))
-            similarities[mine] = own.cpu().numpy()
+        similarities = self.nearest.similarities_B.cpu().numpy()
         numbers = np.arange(self.start, self.stop, dtype=np.int64)
         local = choose_seeds(similarities, numbers, self._read_row, count)
         gathered = self.machine.gather((similarities[local], numbers[local]))
         all_similarities, all_numbers = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
         chosen = all_numbers[choose_seeds(all_similarities, all_numbers, self._read_row, count)]
-        return _unit_centres(torch.from_numpy(self.rows.features_at(chosen)))
+        return _unit_centres(self.rows, chosen).to(self.machine.device)
 
     def _read_row(self, number: int) -> npt.NDArray[np.float16]:
         row: npt.NDArray[np.float16] = self.rows.features(number, number + 1)[0]
         return row
 
 
-def _unit_centres(rows_KD: torch.Tensor) -> torch.Tensor:
-    return centres_of_sums(rows_KD.double(), torch.zeros(rows_KD.shape))
+def _unit_centres(rows: ClusterRows, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
+    """Read single rows as centres, float32 [K, D]."""
+    centres_KD = torch.zeros(len(numbers), rows.width)
+    for first in range(0, len(numbers), _CENTRES_AT_ONCE):
+        part = slice(first, first + _CENTRES_AT_ONCE)
+        chosen_CD = torch.from_numpy(rows.features_at(numbers[part])).double()
+        centres_KD[part] = centres_of_sums(chosen_CD, centres_KD[part])
+    return centres_KD

@@ -1,4 +1,4 @@
-"""What the teacher said of each sample: embeddings and clusters, brought into the space where the student meets them."""
+"""What the teacher said of each sample when it was embedded, brought into the space where the student meets it."""
 
 from __future__ import annotations
 
@@ -8,207 +8,106 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
-from clipcid_cli.algorithms.losses.cluster import Candidates, cluster_targets, draw_candidates
-from clipcid_cli.algorithms.meeting_space import Rotation, principal_rotation
-from clipcid_cli.formats.clusters_file import Clusters, TopClusters
+from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.algorithms.meeting_space import bring
 from clipcid_cli.formats.embedding_rows import Rows
 from clipcid_cli.formats.embeddings import Embeddings
+from clipcid_cli.runtime.gradients import gather_rows
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.seeds import derive_seed
-from clipcid_cli.steps.distill_inputs import Teaching
+from clipcid_cli.steps.cluster_lookup import open_lookup
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.teacher_space import TeacherSide, choose_space
+from clipcid_cli.steps.teaching import Teaching
+from clipcid_cli.steps.training_data import Batch
 
-# Cut to the student's width only where that keeps at least this share of the teacher's variance.
-ENOUGH_VARIANCE = 0.98
-# Principal axes are found from at most this many evenly spaced rows of each tower.
-_ROTATION_ROWS = 2**20
 # The scale CLIP training ends at; taken where another tool's embeddings do not say.
 MAX_SCALE = 100.0
-# Candidates of the cluster loss are never fewer (or all centres, when there are fewer).
-_MIN_CANDIDATES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class Space:
-    """Where student and teacher meet.
+class ImageRows:
+    """The teacher's image embeddings: of the images themselves, or of the views that are shown.
 
     Attributes:
-        kind: ``same`` (equal widths, as they are), ``pca`` (the teacher's rows rotated and cut) or ``project``
-            (the student's features through a learned layer).
-        rotation: The axes of ``pca``, else None.
-        width: Dimensions of the space.
+        rows: Mapped from their files: [N, D] of the images, or [N·V, D] of their views.
+        num_views: V, 0 where they are of the images themselves.
     """
 
-    kind: str
-    rotation: Rotation | None
-    width: int
+    rows: Rows
+    num_views: int
 
-
-def choose_space(
-    requested: str, embeddings: Embeddings, student_width: int, machine: Machine, reporter: Reporter
-) -> Space:
-    """Decide where student and teacher meet.
-
-    Args:
-        requested: ``auto``, ``pca`` or ``project``.
-        embeddings: The teacher's.
-        student_width: d.
-        machine: The processes; all take the first one's axes.
-        reporter: Told what was chosen.
-
-    Returns:
-        ``same`` for equal widths unless a layer is asked for; else as requested, but ``pca`` cannot
-        widen: a student wider than its teacher takes ``project``.
-    """
-    teacher_width = embeddings.width
-    if requested == "project" or student_width > teacher_width:
-        reporter.note(
-            f"Student and teacher meet in the teacher's {teacher_width} dimensions, by a learned layer per tower."
-        )
-        return Space("project", None, teacher_width)
-    if student_width == teacher_width:
-        return Space("same", None, teacher_width)
-    rotation = machine.on_main(lambda: principal_rotation(second_moment(embeddings), student_width))
-    share = f"{student_width} of the teacher's {teacher_width} dimensions keep {rotation.kept:.1%} of its variance"
-    if requested == "auto" and rotation.kept < ENOUGH_VARIANCE:
-        reporter.note(
-            f"Only {share}: a learned layer per tower leads to all of them (--teacher-space pca cuts anyway)."
-        )
-        return Space("project", None, teacher_width)
-    reporter.note(f"Student and teacher meet in {share}.")
-    return Space("pca", rotation, student_width)
-
-
-def second_moment(embeddings: Embeddings) -> npt.NDArray[np.float64]:
-    """Sum xᵀx over image rows and text rows, evenly spaced ones where there are many; float64 [D, D]."""
-    total = np.zeros((embeddings.width, embeddings.width))
-    stride = -(-embeddings.num_rows // _ROTATION_ROWS)
-    for rows in (embeddings.images(), embeddings.texts()):
-        for _, block in rows.blocks():
-            values = block[::stride].astype(np.float64)
-            total += values.T @ values
-    return total
-
-
-@dataclasses.dataclass(frozen=True)
-class ClusterLookup:
-    """Clusters by row of the usable samples.
-
-    Attributes:
-        centres_KD: Unit rows in the meeting space, float32 [K, D].
-        places: Row of the clusters' table of each usable sample, int64; −1 where there is none.
-        images: The table's nearest centres of the images.
-        captions: The same of the captions, where both towers are taught.
-        image_temperature: τ_T of the images' distribution.
-        caption_temperature: τ_T of the captions'.
-        label_share: α.
-        ratio: Share r of all centres drawn beside the batch's own.
-        seed: Seed of the draws.
-    """
-
-    centres_KD: Tensor
-    places: npt.NDArray[np.int64]
-    images: TopClusters
-    captions: TopClusters | None
-    image_temperature: float
-    caption_temperature: float
-    label_share: float
-    ratio: float
-    seed: int
-
-    def targets(self, rows: npt.NDArray[np.int64], step: int) -> tuple[ClusterTargets, ClusterTargets | None]:
-        """Return the targets of a global batch: of its images, and of its captions where both towers are taught."""
-        places = self.places[rows]
-        tops = [self.images] if self.captions is None else [self.images, self.captions]
-        named = np.concatenate([top.clusters[places].reshape(-1) for top in tops])
-        candidates = draw_candidates(
-            named,
-            len(self.centres_KD),
-            ratio=self.ratio,
-            minimum=_MIN_CANDIDATES,
-            seed=derive_seed("candidates", self.seed, step),
-        )
-        centres = self.centres_KD[torch.from_numpy(candidates.ids).to(self.centres_KD.device)]
-        images = self._tower(candidates, centres, self.images, places, self.image_temperature)
-        if self.captions is None:
-            return images, None
-        return images, self._tower(candidates, centres, self.captions, places, self.caption_temperature)
-
-    def _tower(
-        self,
-        candidates: Candidates,
-        centres: Tensor,
-        top: TopClusters,
-        places: npt.NDArray[np.int64],
-        temperature: float,
-    ) -> ClusterTargets:
-        return cluster_targets(
-            candidates,
-            centres,
-            top.clusters[places],
-            top.similarities[places],
-            temperature=temperature,
-            label_share=self.label_share,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherTargets:
-    """The teacher's side of every batch.
-
-    Attributes:
-        images: Image embeddings, mapped from their files.
-        texts: Text embeddings.
-        places: Row of the embeddings of each usable sample, int64; −1 where there is none.
-        space: Where student and teacher meet.
-        teacher_scale: exp(logit_scale) of the teacher.
-        clusters: Clusters; None when no loss asks.
-        device: Where the losses are computed.
-    """
-
-    images: Rows
-    texts: Rows
-    places: npt.NDArray[np.int64]
-    space: Space
-    teacher_scale: float
-    clusters: ClusterLookup | None
-    device: torch.device
-
-    @property
-    def width(self) -> int:
-        """Dimensions of the meeting space."""
-        return self.space.width
-
-    @property
-    def is_projected(self) -> bool:
-        """Whether the student reaches the meeting space by a learned layer."""
-        return self.space.kind == "project"
-
-    def add_to(self, batch: LossBatch, rows: Tensor, step: int) -> LossBatch:
-        """Add the teacher's side to a batch.
+    def take(self, places: npt.NDArray[np.int64], views: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+        """Return the rows of B samples, float16 [B, D].
 
         Args:
-            batch: The student's side.
-            rows: Rows of the global batch among the usable samples, int64 [B].
-            step: Number of the step.
+            places: Their rows among the embeddings, int64 [B].
+            views: Which view each shows, int64 [B].
         """
-        own = rows.cpu().numpy()
-        places = self.places[own]
-        images, texts = None, None
-        if self.clusters is not None:
-            images, texts = self.clusters.targets(own, step)
+        return self.rows.take(places * self.num_views + views if self.num_views else places)
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionRows:
+    """The teacher's embeddings of captions.
+
+    Attributes:
+        first: Of each sample's first caption, [N, D].
+        further: Of the captions after the first, sample after sample; None where only the first are shown.
+        starts: Where each sample's begin in `further`, int64 [N]; None likewise.
+    """
+
+    first: Rows
+    further: Rows | None = None
+    starts: npt.NDArray[np.int64] | None = None
+
+    @classmethod
+    def of(cls, embeddings: Embeddings, *, all_captions: bool) -> CaptionRows:
+        """Map the rows of the first captions, or of all."""
+        if not all_captions:
+            return cls(embeddings.texts())
+        further = embeddings.caption_counts - 1
+        return cls(embeddings.texts(), embeddings.further_captions(), np.cumsum(further) - further)
+
+    def take(self, places: npt.NDArray[np.int64], captions: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+        """Return the rows of B samples, float16 [B, D].
+
+        Args:
+            places: Their rows among the embeddings, int64 [B].
+            captions: Which caption each shows, int64 [B], 0 for the first.
+        """
+        rows = self.first.take(places)
+        later = captions > 0
+        if self.further is not None and self.starts is not None and later.any():
+            rows[later] = self.further.take(self.starts[places[later]] + captions[later] - 1)
+        return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherTargets(TeacherSide):
+    """The teacher's side of every batch, from stored embeddings.
+
+    Attributes:
+        images: Image embeddings.
+        texts: Text embeddings; None where the teacher has none.
+        places: Row of the embeddings of each usable sample, int64; −1 where there is none.
+    """
+
+    images: ImageRows
+    texts: CaptionRows | None
+    places: npt.NDArray[np.int64]
+
+    def add_to(self, batch: LossBatch, seen: Batch, step: int) -> LossBatch:
+        """Add the rows of the views and captions that are shown."""
+        shown = torch.stack([seen.rows, seen.views, seen.captions], dim=1)
+        rows, views, captions = gather_rows(shown.to(self.device), self.size).cpu().numpy().T
+        places = self.places[rows]
         return dataclasses.replace(
-            batch,
-            teacher_image_BD=self._bring(self.images.take(places)),
-            teacher_text_BD=self._bring(self.texts.take(places)),
-            teacher_scale=self.teacher_scale,
-            image_clusters=images,
-            text_clusters=texts,
+            self.add_clusters(batch, rows, step),
+            teacher_image_BD=self._bring(self.images.take(places, views)),
+            teacher_text_BD=None if self.texts is None else self._bring(self.texts.take(places, captions)),
         )
 
     def _bring(self, rows: npt.NDArray[np.float16]) -> Tensor:
@@ -216,32 +115,24 @@ class TeacherTargets:
 
 
 def open_targets(
-    settings: DistillSettings,
-    teaching: Teaching,
-    student_width: int,
-    machine: Machine,
-    reporter: Reporter,
+    settings: DistillSettings, teaching: Teaching, student_width: int, machine: Machine, reporter: Reporter
 ) -> TeacherTargets:
     """Bring what the teacher left into the meeting space, as far as it is done once."""
     embeddings, clusters = teaching.embeddings, teaching.clusters
-    space = choose_space(settings.teacher_space, embeddings, student_width, machine, reporter)
+    assert embeddings is not None, "only an online teacher may have none"
+    space = choose_space(settings.teacher_space, embeddings.width, embeddings, student_width, machine, reporter)
     lookup = None
     if clusters is not None and teaching.cluster_places is not None:
-        both = settings.cluster_towers == "both"
-        lookup = ClusterLookup(
-            centres_KD=_bring_centres(clusters, space, machine.device),
-            places=teaching.cluster_places,
-            images=clusters.images,
-            captions=clusters.captions if both else None,
-            image_temperature=clusters.image_temperature,
-            caption_temperature=clusters.caption_temperature or clusters.image_temperature,
-            label_share=settings.label_share,
-            ratio=settings.candidate_ratio,
-            seed=settings.seed,
-        )
-    scale = teacher_scale(embeddings.sidecar, reporter) if "crd" in settings.losses() else MAX_SCALE
+        lookup = open_lookup(clusters, teaching.cluster_places, space.rotation, settings, machine.device)
     return TeacherTargets(
-        embeddings.images(), embeddings.texts(), teaching.places, space, scale, lookup, machine.device
+        space=space,
+        teacher_scale=teacher_scale(embeddings.sidecar, reporter) if "crd" in settings.losses() else MAX_SCALE,
+        clusters=lookup,
+        device=machine.device,
+        size=machine.size,
+        images=ImageRows(embeddings.views() if teaching.num_views else embeddings.images(), teaching.num_views),
+        texts=CaptionRows.of(embeddings, all_captions=teaching.all_captions) if embeddings.has_texts else None,
+        places=teaching.places,
     )
 
 
@@ -251,19 +142,3 @@ def teacher_scale(sidecar: dict[str, Any] | None, reporter: Reporter) -> float:
         return float(sidecar["model"]["logit_scale"])
     reporter.note(f"The embeddings do not say the teacher's logit scale; taking {MAX_SCALE:g}.")
     return MAX_SCALE
-
-
-def bring(rows_nD: Tensor, rotation: Rotation | None) -> Tensor:
-    """Rotate and cut rows of the teacher's space, and make them unit again (float16 rows are unit only to 1e-3)."""
-    if rotation is not None:
-        rows_nD = rows_nD @ torch.from_numpy(rotation.axes_Dd).to(rows_nD.device)
-    return F.normalize(rows_nD, dim=1)
-
-
-def _bring_centres(clusters: Clusters, space: Space, device: torch.device) -> Tensor:
-    """Bring the cluster centres into the meeting space, block by block; float32 [K, D]."""
-    blocks = [
-        bring(torch.from_numpy(np.array(clusters.centroids[start : start + 65_536])).to(device), space.rotation)
-        for start in range(0, len(clusters.centroids), 65_536)
-    ]
-    return torch.cat(blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +15,15 @@ from PIL import Image
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.dataset import Dataset, Sample, refuse_repeated_keys
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.augmentation import TrainingPixels
-from clipcid_cli.runtime.encoder import Tokenizer
+from clipcid_cli.runtime.augmentation import Augmentation, View, ViewPixels, choose_view
+from clipcid_cli.runtime.encoder import ClipModel, Tokenizer
 from clipcid_cli.runtime.images import UnreadableImage, decode_image
 from clipcid_cli.runtime.seeds import derive_seed, epoch_order, key_fraction
+from clipcid_cli.steps.batch_caches import TOKENS_KEPT, ImageCache, TokenCache
+from clipcid_cli.steps.stored_views import Replay, StoredView
 
 # Lists of samples of this many shards are kept: two groups of the epoch's order, so that a group is listed once.
 _SHARDS_KEPT = 32
-# Captions whose tokens are remembered; with more samples than this no list of used tokens is made.
-_TOKENS_KEPT = 200_000
 # Decoded images a worker keeps, so that small data is decoded once and not once an epoch.
 _CACHE_BYTES = 512 * 2**20
 
@@ -65,12 +66,14 @@ class Usable:
     Attributes:
         selection: Where they are.
         keys: Their keys, in order of row.
+        caption_counts: Number of captions of each, int32, in order of row.
         skips: Samples that are not usable, by reason.
         read: Samples looked at.
     """
 
     selection: Selection
     keys: list[str]
+    caption_counts: npt.NDArray[np.int32]
     skips: Skips
     read: int
 
@@ -86,7 +89,7 @@ def find_usable(dataset: Dataset, max_bad_fraction: float) -> Usable:
     Raises:
         ClipcidError: when too many have no image or no caption, or a key repeats.
     """
-    skips, keys = Skips(), list[str]()
+    skips, keys, counts = Skips(), list[str](), list[int]()
     positions, rows = list[npt.NDArray[np.int64]](), list[npt.NDArray[np.int64]]()
     read = 0
     by_shard: list[tuple[str, list[str]]] = []
@@ -102,6 +105,7 @@ def find_usable(dataset: Dataset, max_bad_fraction: float) -> Usable:
         rows.append(np.arange(len(keys), len(keys) + len(usable), dtype=np.int64))
         by_shard.append((shard.name, [samples[place].key for place in usable]))
         keys.extend(by_shard[-1][1])
+        counts.extend(len(samples[place].captions) for place in usable)
     if not keys:
         raise ClipcidError(
             f"{dataset.spec}: none of {read:,} samples has a caption.",
@@ -109,7 +113,7 @@ def find_usable(dataset: Dataset, max_bad_fraction: float) -> Usable:
         )
     skips.check(read, max_bad_fraction, dataset.spec)
     refuse_repeated_keys(by_shard)
-    return Usable(Selection(positions, rows), keys, skips, read)
+    return Usable(Selection(positions, rows), keys, np.array(counts, dtype=np.int32), skips, read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,17 +124,21 @@ class Item:
         row: Its row among the usable samples.
         epoch: The pass over the data; another pass varies it another way.
         sample: Where its image lies, its captions and key.
+        view: The stored view to show; None draws one.
     """
 
     row: int
     epoch: int
     sample: Sample
+    view: StoredView | None = None
 
 
 class BatchOrder:
     """The batches of a run: samples in the order of their epochs, batches running on across the epochs' ends."""
 
-    def __init__(self, dataset: Dataset, selection: Selection, seed: int, batch_size: int) -> None:
+    def __init__(
+        self, dataset: Dataset, selection: Selection, seed: int, batch_size: int, replay: Replay | None = None
+    ) -> None:
         """Prepare the order.
 
         Args:
@@ -138,8 +146,9 @@ class BatchOrder:
             selection: The samples to train on.
             seed: Seed of the run.
             batch_size: Samples of a global batch.
+            replay: Stored views to show; None draws a view of each sample.
         """
-        self._selection, self._seed, self.batch_size = selection, seed, batch_size
+        self._selection, self._seed, self.batch_size, self._replay = selection, seed, batch_size, replay
         self._rows = np.concatenate(selection.rows)
         self._positions = np.concatenate(selection.positions)
         self._shard_ends = np.cumsum(selection.sizes)
@@ -169,7 +178,9 @@ class BatchOrder:
     def _item(self, epoch: int, place: int) -> Item:
         shard = int(np.searchsorted(self._shard_ends, place, side="right"))
         sample = self._samples(shard)[int(self._positions[place])]
-        return Item(int(self._rows[place]), epoch, sample)
+        row = int(self._rows[place])
+        view = None if self._replay is None else self._replay.choose(row, epoch, sample.key)
+        return Item(row, epoch, sample, view)
 
 
 @dataclasses.dataclass
@@ -181,106 +192,118 @@ class Batch:
         colors: Colour maps, float32 [b, 3, 4].
         tokens: int64 [b, L].
         rows: Rows among the usable samples, int64 [b].
+        views: Numbers of the stored views that are shown, int64 [b]; −1 for views drawn anew.
+        captions: Which of its captions each sample shows, int64 [b], 0 for the first.
         bad: (reason, key) of images that could not be decoded; they are white in `pixels`.
+        teacher_pixels: The same views at an online teacher's size, uint8 [b, H, W, 3]; None without one.
+        teacher_tokens: The same captions by its tokenizer, int64 [b, L]; None likewise.
     """
 
     pixels: torch.Tensor
     colors: torch.Tensor
     tokens: torch.Tensor
     rows: torch.Tensor
+    views: torch.Tensor
+    captions: torch.Tensor
     bad: list[tuple[str, str]]
+    teacher_pixels: torch.Tensor | None = None
+    teacher_tokens: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How one model reads a sample; picklable.
+
+    Attributes:
+        pixels: An image as a view shows it, at the model's size.
+        tokenizer: Its tokenizer.
+    """
+
+    pixels: ViewPixels
+    tokenizer: Tokenizer
+
+    @classmethod
+    def of(cls, model: ClipModel) -> Reading:
+        """Return how `model` reads."""
+        return cls(ViewPixels(model.info.preprocess), model.tokenizer)
 
 
 class BatchMaker:
     """Makes a batch in a worker: decodes, crops, tokenises. What it keeps only saves time.
 
-    A sample with several captions shows one of them, drawn anew each epoch; with a teacher always the first, which is the
-    one the teacher embedded.
+    A sample with several captions shows one of them, drawn anew each epoch, unless the teacher has embedded the first alone.
     """
 
     def __init__(
         self,
-        pixels: TrainingPixels,
-        tokenizer: Tokenizer,
+        student: Reading,
+        augmentation: Augmentation,
         seed: int,
         *,
         first_caption: bool,
         caption_dropout: float = 0.0,
+        teacher: Reading | None = None,
     ) -> None:
         """Prepare a maker; it is sent to each worker.
 
         Args:
-            pixels: Turns an image into training pixels.
-            tokenizer: The student's.
+            student: How the student reads.
+            augmentation: How views are drawn where no stored one is shown.
             seed: Seed of the run.
             first_caption: Always show a sample's first caption.
             caption_dropout: Probability with which a comma-separated part of a caption, but the first, is left out.
+            teacher: How an online teacher reads: it is shown the same views and captions. None without one.
         """
-        self._pixels, self._tokenizer, self._seed = pixels, tokenizer, seed
+        self._student, self._teacher, self._augmentation, self._seed = student, teacher, augmentation, seed
         self._first_caption, self._caption_dropout = first_caption, caption_dropout
         self._images = ImageCache(_CACHE_BYTES)
-        self._tokens: dict[str, torch.Tensor] = {}
+        self._tokens = TokenCache(student.tokenizer)
+        self._teacher_tokens = None if teacher is None else TokenCache(teacher.tokenizer)
 
     def __call__(self, items: Sequence[Item]) -> Batch:
         """Make the batch of `items`, in order."""
-        pixels, colors, bad = [], [], list[tuple[str, str]]()
-        for item in items:
-            image = self._images.decode(item.sample, bad)
-            varied, color = self._pixels(image, derive_seed("augment", self._seed, item.epoch, item.sample.key))
-            pixels.append(varied)
-            colors.append(color)
+        bad = list[tuple[str, str]]()
+        shown = [self._show(item, bad) for item in items]
         captions = [self._caption(item) for item in items]
+        words = [caption for _, caption in captions]
+        teacher = self._teacher
         return Batch(
-            torch.from_numpy(np.stack(pixels)),
-            torch.from_numpy(np.stack(colors)),
-            self._tokenize(captions),
-            torch.tensor([item.row for item in items]),
-            bad,
+            pixels=_stack([self._student.pixels(image, view) for image, view in shown]),
+            colors=_stack([view.colors for _, view in shown]),
+            tokens=self._tokens(words),
+            rows=torch.tensor([item.row for item in items]),
+            views=torch.tensor([-1 if item.view is None else item.view.number for item in items]),
+            captions=torch.tensor([number for number, _ in captions]),
+            bad=bad,
+            teacher_pixels=None if teacher is None else _stack([teacher.pixels(*pair) for pair in shown]),
+            teacher_tokens=None if self._teacher_tokens is None else self._teacher_tokens(words),
         )
 
-    def _caption(self, item: Item) -> str:
+    def _show(self, item: Item, bad: list[tuple[str, str]]) -> tuple[Image.Image, View]:
+        """Decode the image and say how it is shown: by the stored view, or by one drawn for this epoch."""
+        image = self._images.decode(item.sample, bad)
+        if image is not None and item.view is not None:
+            return image, item.view.unpack()
+        if image is None:
+            image = Image.new("RGB", (64, 64), (255, 255, 255))
+        seed = derive_seed("augment", self._seed, item.epoch, item.sample.key)
+        return image, choose_view(self._augmentation, image.width, image.height, seed)
+
+    def _caption(self, item: Item) -> tuple[int, str]:
+        """Choose a caption, and say which of the sample's it is."""
         captions = item.sample.captions
         if self._first_caption or (len(captions) == 1 and not self._caption_dropout):
-            return captions[0]
+            return 0, captions[0]
         random = np.random.default_rng(derive_seed("caption", self._seed, item.epoch, item.sample.key))
-        caption = captions[int(random.integers(len(captions)))]
+        number = int(random.integers(len(captions)))
         if not self._caption_dropout:
-            return caption
-        first, *others = caption.split(",")
-        return ",".join([first, *(part for part in others if random.uniform() >= self._caption_dropout)])
-
-    def _tokenize(self, captions: list[str]) -> torch.Tensor:
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self._tokens]
-        if new:
-            if len(self._tokens) > _TOKENS_KEPT:
-                self._tokens.clear()
-                new = list(dict.fromkeys(captions))
-            self._tokens.update(zip(new, self._tokenizer(new), strict=True))
-        return torch.stack([self._tokens[caption] for caption in captions])
+            return number, captions[number]
+        first, *others = captions[number].split(",")
+        return number, ",".join([first, *(part for part in others if random.uniform() >= self._caption_dropout)])
 
 
-class ImageCache:
-    """Decoded images, kept until a number of bytes is reached; then no more are added."""
-
-    def __init__(self, limit: int) -> None:
-        self._left = limit
-        self._images: dict[str, Image.Image] = {}
-
-    def decode(self, sample: Sample, bad: list[tuple[str, str]]) -> Image.Image:
-        """Return the sample's image; a white one, noted in `bad`, when it cannot be decoded."""
-        kept = self._images.get(sample.key)
-        if kept is not None:
-            return kept
-        try:
-            image = decode_image(sample.image.read())
-        except (UnreadableImage, OSError) as error:
-            bad.append((getattr(error, "reason", "unreadable_image"), sample.key))
-            return Image.new("RGB", (64, 64), (255, 255, 255))
-        size = 3 * image.width * image.height
-        if size <= self._left:
-            self._left -= size
-            self._images[sample.key] = image
-        return image
+def _stack(arrays: list[npt.NDArray[Any]]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(arrays))
 
 
 def used_tokens(dataset: Dataset, usable: Usable, tokenizer: Tokenizer) -> torch.Tensor | None:
@@ -289,7 +312,7 @@ def used_tokens(dataset: Dataset, usable: Usable, tokenizer: Tokenizer) -> torch
     Returns:
         int64, ascending, each once.
     """
-    if len(usable.keys) > _TOKENS_KEPT:
+    if len(usable.keys) > TOKENS_KEPT:
         return None
     found = [torch.empty(0, dtype=torch.int64)]
     for shard, positions in zip(dataset.shards, usable.selection.positions, strict=True):

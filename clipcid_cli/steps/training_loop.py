@@ -8,12 +8,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clipcid_cli.algorithms.retrieval import retrieval_metrics
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
+from clipcid_cli.formats.board import Board
 from clipcid_cli.formats.checkpoint import write_checkpoint
 from clipcid_cli.formats.run_folder import RunFolder, append_lines, read_lines
 from clipcid_cli.formats.skips import Skips
@@ -22,16 +21,19 @@ from clipcid_cli.runtime.encoder import ClipModel, normalize_pixels
 from clipcid_cli.runtime.gradients import GradientAverager
 from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.seeds import derive_seed
+from clipcid_cli.runtime.tower_pass import EncodeBoth, Part, TowerPass
 from clipcid_cli.runtime.training import Trainer, fast_attention
+from clipcid_cli.runtime.vocabulary import age_unused_rows
 from clipcid_cli.steps.objective import Objective
-from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.training_data import Batch, BatchMaker, BatchOrder, HeldOut
+from clipcid_cli.steps.reporting import Progress, Reporter
+from clipcid_cli.steps.training_data import Batch, BatchMaker, BatchOrder
+from clipcid_cli.steps.training_evaluation import Evaluation
 
 # The log has at most about this many lines, whatever the length of the run.
 _LOG_LINES = 5_000
-_EVALUATION_BATCH = 256
 # Seconds after which logged lines reach the disk.
 _FLUSH_SECONDS = 2.0
 
@@ -67,11 +69,15 @@ class Loop:
         objective: Its losses.
         order: The batches.
         maker: Makes a batch in a worker.
-        held_out: What it is evaluated on; None for nothing.
+        evaluation: What it is evaluated on.
         precision: Number format of the towers.
         changes_colors: Whether batches carry colour maps worth applying.
+        parts: Parts a process's share of a batch is encoded in.
+        encode: Runs both towers of the student.
+        frozen: Modules of towers that are not trained, kept in evaluation mode.
         pace: When things happen.
         run: Where logs and checkpoints go.
+        board: TensorBoard's log.
         seed: Seed of the run.
         workers: Processes that prepare batches.
         max_bad_fraction: Largest share of samples whose image may be unreadable.
@@ -85,11 +91,15 @@ class Loop:
     objective: Objective
     order: BatchOrder
     maker: BatchMaker
-    held_out: HeldOut | None
+    evaluation: Evaluation
     precision: Precision
     changes_colors: bool
+    parts: int
+    encode: EncodeBoth
+    frozen: list[nn.Module]
     pace: Pace
     run: RunFolder
+    board: Board
     seed: int
     workers: int
     max_bad_fraction: float
@@ -97,7 +107,7 @@ class Loop:
     bad: dict[str, str]
 
     def __post_init__(self) -> None:
-        self.averager = GradientAverager(self.trainer.parameters, self.machine.size)
+        self.averager = GradientAverager(self.trainer.of_towers, self.trainer.of_losses, self.machine.size)
         self.terms: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
         self.waited = 0.0
@@ -123,7 +133,7 @@ class Loop:
                 self._count_bad(batch)
                 if self.trainer.step == 0:
                     self._require_images()
-                line = self._step(batch)
+                line = self.step(batch)
                 progress.advance(self.order.batch_size)
                 step = self.trainer.step
                 now = time.monotonic()
@@ -132,7 +142,7 @@ class Loop:
                     line["samples_per_second"] = round((step - first) * self.order.batch_size / seconds, 1)
                     line["data_wait_share"] = round(self.waited / seconds, 3)
                     lines.append(line)
-                    progress.show(**self.terms, lr=line["lr"], waiting=f"{self.waited / seconds:.0%}")
+                    self._show(progress, line)
                 if now - flushed > _FLUSH_SECONDS or self._is_due(step):
                     self._log(lines)
                     lines, flushed = [], now
@@ -155,40 +165,59 @@ class Loop:
                 return
             yield batch, time.monotonic() - asked
 
-    def _step(self, batch: Batch) -> dict[str, Any]:
-        """Make one optimiser step and return its line of the log."""
-        trainer, module, device = self.trainer, self.student.module, self.student.device
-        # Dropout and the like draw from a seed of their own at each step: nothing to save, nothing to restore.
-        torch.manual_seed(derive_seed("step", self.seed, trainer.step, self.machine.rank))
+    def step(self, batch: Batch) -> dict[str, Any]:
+        """Make one optimiser step and return its line of the log.
+
+        Raises:
+            ClipcidError: when the loss or its gradient is no longer finite.
+        """
+        trainer, module = self.trainer, self.student.module
         module.train()
-        pixels = self._pixels(batch)
-        with self.precision.autocast(device), fast_attention(device, self.precision.dtype):
-            image, text = encode(module, pixels, batch.tokens.to(device))
+        for tower in self.frozen:
+            tower.eval()
+        towers = TowerPass(self._encode_part, self._split(batch))
         scale: Tensor = module.logit_scale.exp()  # type: ignore[operator]  # a parameter of every CLIP
-        total, terms = self.objective(image, text, scale, batch.rows.to(device), trainer.step)
-        total.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+        total, terms = self.objective(towers.image, towers.text, scale, batch, trainer.step)
+        trainer.backward(total)
+        towers.backward(self.averager.watch)
         self.averager.finish()
         norm = trainer.limit_gradient()
-        loss = float(total.detach())
-        if not (math.isfinite(norm) and math.isfinite(loss)):
-            self._stop(loss, norm, {name: float(term.detach()) for name, term in terms.items()})
+        values = self.objective.values(terms)
+        loss = sum(self.objective.weights[name] * value for name, value in values.items())
+        if not (math.isfinite(loss) and (math.isfinite(norm) or trainer.may_overflow)):
+            self._stop(loss, norm, values)
         rate = trainer.update()
-        self.terms = {name: float(term.detach()) for name, term in terms.items()}
+        self.terms = values
         return {
             "step": trainer.step,
             "loss": loss,
-            **{f"loss_{name}": value for name, value in self.terms.items()},
+            **{f"loss_{name}": value for name, value in values.items()},
             "lr": rate,
-            "gradient_norm": norm,
+            "gradient_norm": norm if math.isfinite(norm) else None,
             **{f"scale_{name}": value for name, value in trainer.scales().items()},
         }
 
-    def _pixels(self, batch: Batch) -> Tensor:
+    def _split(self, batch: Batch) -> list[Part]:
+        """Cut this process's share of a batch into the parts its towers take at once."""
+        pixels, colors, tokens = (tensor.chunk(self.parts) for tensor in (batch.pixels, batch.colors, batch.tokens))
+        return [
+            Part(
+                pixels[part],
+                colors[part],
+                tokens[part],
+                derive_seed("step", self.seed, self.trainer.step, self.machine.rank, part),
+            )
+            for part in range(self.parts)
+        ]
+
+    def _encode_part(self, part: Part) -> tuple[Tensor, Tensor]:
         device = self.student.device
-        pixels = batch.pixels.to(device, non_blocking=True)
+        pixels = part.pixels.to(device, non_blocking=True)
         if self.changes_colors:
-            pixels = apply_colors(pixels, batch.colors.to(device, non_blocking=True))
-        return normalize_pixels(pixels, self.student.info.preprocess)
+            pixels = apply_colors(pixels, part.colors.to(device, non_blocking=True))
+        pixels = normalize_pixels(pixels, self.student.info.preprocess)
+        with self.precision.autocast(device), fast_attention(device, self.precision.dtype):
+            return self.encode(pixels, part.tokens)
 
     def _count_bad(self, batch: Batch) -> None:
         self.bad.update({key: reason for reason, key in batch.bad})
@@ -233,12 +262,25 @@ class Loop:
         )
 
     def _evaluate(self) -> None:
-        if self.held_out is None:
+        if not self.evaluation.has_data:
             return
+        age_unused_rows(self.student.module, self.trainer.plan.decay_after(self.trainer.step))
+        found = self.evaluation.measure(self.student, self.machine)
         if self.machine.is_main:
-            self.metrics = evaluate(self.student, self.held_out)
+            self.metrics = found
             append_lines(self.run.results_log, [{"step": self.trainer.step, **self.metrics}])
+            self.board.write(self.trainer.step, {f"eval/{name}": value for name, value in self.metrics.items()})
         self.metrics = self.machine.broadcast(self.metrics)
+
+    def _show(self, progress: Progress, line: dict[str, Any]) -> None:
+        """Show the panel: losses, learning rate and scales, share of time spent waiting for data, memory."""
+        progress.show(
+            **self.terms,
+            lr=line["lr"],
+            **{f"σ {name}": value for name, value in self.trainer.scales().items()},
+            waiting=f"{line['data_wait_share']:.0%}",
+            memory=f"{memory_in_use(self.student.device) / 2**30:.1f} GiB",
+        )
 
     def _recall(self) -> None:
         """Take the last values from the logs: the run was killed between its last checkpoint and its sidecar."""
@@ -249,6 +291,9 @@ class Loop:
     def _log(self, lines: list[dict[str, Any]]) -> None:
         if self.machine.is_main:
             append_lines(self.run.train_log, lines)
+            for line in lines:
+                self.board.write(line["step"], {f"train/{name}": line[name] for name in line if name != "step"})
+            self.board.flush()
 
     def _save(self) -> None:
         self.bad_images().check(len(self.order), self.max_bad_fraction, "the training data")
@@ -258,28 +303,3 @@ class Loop:
             state = self.trainer.state() | {"bad": everyone}
             write_checkpoint(self.run.checkpoints, self.trainer.step, state)
         self.machine.barrier()
-
-
-def encode(module: Any, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Run both towers; features are not normalised, [b, d] each."""
-    image: Tensor = module.encode_image(pixels)
-    text: Tensor = module.encode_text(tokens)
-    return image, text
-
-
-def embed_held_out(student: ClipModel, held_out: HeldOut) -> tuple[Tensor, Tensor]:
-    """Embed the held-out part in full precision; image and text rows, float32 [n, d], unit, on the CPU."""
-    fp32 = Precision("fp32", torch.float32, "evaluation")
-    student.module.eval()
-    images, texts = [], []
-    for start in range(0, len(held_out.pixels), _EVALUATION_BATCH):
-        part = slice(start, start + _EVALUATION_BATCH)
-        images.append(student.encode_images(held_out.pixels[part], fp32).cpu())
-        texts.append(student.encode_texts(held_out.tokens[part], fp32).cpu())
-    return torch.cat(images), torch.cat(texts)
-
-
-def evaluate(student: ClipModel, held_out: HeldOut) -> dict[str, float]:
-    """Measure retrieval on the held-out part."""
-    images, texts = embed_held_out(student, held_out)
-    return retrieval_metrics(images, texts, torch.arange(len(images)))

@@ -3,80 +3,39 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY_CONFIG, Run, clean_environment, clipcid_command, run_command, shard_members, write_tar
+from conftest import TINY_CONFIG, Run, run_command, shard_members, write_tar
+from distill_data import SHORT, STUDENT, losses, student_bytes
 from safetensors.numpy import load_file
 
 Clipcid = Callable[..., Run]
 
-STUDENT = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
-}
-SHORT = ("--student", "student.json", "--batch-size", 8, "--workers", 1, "--val-fraction", 0.2)
 
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards: Path) -> Path:
-    """A work directory with a tiny teacher's embeddings and clusters; copied by each test that writes."""
-    folder = tmp_path_factory.mktemp("prepared")
-    for arguments in (
-        ("embed", tiny_shards, "--model", tiny_model, "--workers", 0),
-        ("cluster", "--num-clusters", 4, "--iterations", 3),
-    ):
-        run_command([*clipcid_command(), *map(str, arguments)], folder, True, 120, None)
-    (folder / "student.json").write_text(json.dumps(STUDENT))
-    return folder
-
-
-@pytest.fixture
-def place(prepared: Path, tmp_path: Path) -> Path:
-    """The test's own copy of the prepared folder."""
-    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
-    return tmp_path
-
-
-def losses(run: Path) -> list[dict[str, Any]]:
-    """Read what training logged, without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if name not in ("samples_per_second", "data_wait_share")}
-        for line in lines
-    ]
-
-
-def student_bytes(run: Path) -> bytes:
-    return (run / "student" / "open_clip_model.safetensors").read_bytes()
-
-
-def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, place: Path) -> None:
+def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, distill_place: Path) -> None:
     result = clipcid("distill", *SHORT, "--steps", 6, "--name", "a", "--json").json
-    run = place / "clipcid-work" / "distill" / "a"
+    run = distill_place / "clipcid-work" / "distill" / "a"
     assert result["steps"] == 6
     assert result["samples"] == 48
     assert set(result["losses"]) == {"clip", "instance", "cluster"}
     assert 0 <= result["metrics"]["image_retrieval_recall@1"] <= 1
     assert {"student", "steps", "samples", "samples_per_second", "losses", "metrics", "seconds", "files"} == set(result)
     for name in result["files"].values():
-        assert (place / name).exists()
+        assert (distill_place / name).exists()
     assert [line["step"] for line in losses(run)] == [1, 2, 3, 4, 5, 6]
     # Its model card says what the sidecars of the run say.
     card = Path(clipcid("export", "--json").json["files"]["README"])
-    facts = [line.strip("| ").split(" | ") for line in (place / card).read_text().splitlines() if line.startswith("| ")]
+    facts = [
+        line.strip("| ").split(" | ")
+        for line in (distill_place / card).read_text().splitlines()
+        if line.startswith("| ")
+    ]
     known = dict(fact for fact in facts if len(fact) == 2)
     assert known["Teacher"] == "tiny"
     assert known["Training data"].endswith(" of 24 samples used")
@@ -100,7 +59,9 @@ def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, place: Pa
         "tokens = open_clip.get_tokenizer('local-dir:' + sys.argv[1])(['a red drawing'])\n"
         "print(model.encode_text(tokens).shape[1], preprocess.transforms[0].size)\n"
     )
-    loaded = run_command([sys.executable, "-W", "ignore", "-c", code, str(run / "student")], place, True, 120, None)
+    loaded = run_command(
+        [sys.executable, "-W", "ignore", "-c", code, str(run / "student")], distill_place, True, 120, None
+    )
     assert loaded.stdout.split()[0] == str(STUDENT["embed_dim"])
     again = clipcid("distill", *SHORT, "--steps", 6, "--name", "a")
     assert "finished" in again.stderr
@@ -157,67 +118,17 @@ def test_needs_no_teacher_for_preset_clip(clipcid: Clipcid, tmp_path: Path, tiny
     assert trained[name].shape == (TINY_CONFIG["text_cfg"]["vocab_size"], 16)
 
 
-def test_killed_run_goes_on_to_the_same_bits(clipcid: Clipcid, place: Path) -> None:
-    arguments = ["distill", *map(str, SHORT), "--steps", "60", "--checkpoint-every", "5", "--color-jitter", "0.3"]
-    clipcid(*arguments, "--name", "whole")
-    process = subprocess.Popen(
-        [*clipcid_command(), *arguments, "--name", "killed"],
-        cwd=place,
-        env=clean_environment(),
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    checkpoints = place / "clipcid-work" / "distill" / "killed" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step_*.pt")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    runs = place / "clipcid-work" / "distill"
-    assert not (runs / "killed" / "distill.json").exists(), "it was too fast to be killed"
-    resumed = clipcid(*arguments, "--name", "killed")
-    assert "Going on from step" in resumed.stderr
-    assert losses(runs / "killed") == losses(runs / "whole")
-    assert student_bytes(runs / "killed") == student_bytes(runs / "whole")
-
-
-def test_two_processes_train_as_one(clipcid: Clipcid, torchrun: Clipcid, place: Path) -> None:
-    arguments = ("distill", *SHORT, "--steps", 6, "--cluster-towers", "both", "--teacher-space", "project")
-    clipcid(*arguments, "--name", "one")
-    torchrun(2, *arguments, "--name", "two")
-    runs = place / "clipcid-work" / "distill"
-    for one, two in zip(losses(runs / "one"), losses(runs / "two"), strict=True):
-        assert one.keys() == two.keys()
-        for name, value in one.items():
-            assert two[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", ["clip", "clip-kd", "dr"])
-def test_two_processes_train_as_one_with_every_preset(
-    preset: str, clipcid: Clipcid, torchrun: Clipcid, place: Path
-) -> None:
-    arguments = ("distill", *SHORT, "--steps", 6, "--preset", preset)
-    clipcid(*arguments, "--name", "one")
-    torchrun(2, *arguments, "--name", "two")
-    runs = place / "clipcid-work" / "distill"
-    for one, two in zip(losses(runs / "one"), losses(runs / "two"), strict=True):
-        for name, value in one.items():
-            assert two[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
-
-
-def test_divergence_stops_with_the_keys_of_the_batch(clipcid: Clipcid, place: Path) -> None:
+def test_divergence_stops_with_the_keys_of_the_batch(clipcid: Clipcid, distill_place: Path) -> None:
     # The preset that needs no teacher takes its data from where the embeddings were made of.
     run = clipcid(
         "distill", *SHORT, "--preset", "clip", "--steps", 30, "--lr", 1e30, "--warmup", 0, "--name", "d", check=False
     )
     assert run.returncode == 1
     assert "diverged" in run.stderr
-    (saved,) = (place / "clipcid-work" / "distill" / "d").glob("diverged_step_*.json")
+    (saved,) = (distill_place / "clipcid-work" / "distill" / "d").glob("diverged_step_*.json")
     keys = json.loads(saved.read_text())["keys"]
     assert len(keys) == 8
-    assert not (place / "clipcid-work" / "distill" / "d" / "student").exists()
+    assert not (distill_place / "clipcid-work" / "distill" / "d" / "student").exists()
 
 
 @pytest.mark.parametrize(
@@ -233,37 +144,42 @@ def test_divergence_stops_with_the_keys_of_the_batch(clipcid: Clipcid, place: Pa
         (("--student", "student.json", "--keep-list", "nowhere.parquet"), 1, ["nowhere.parquet", "clipcid balance"]),
         (("--student", "student.json", "--batch-size", 500), 1, ["500", "--batch-size"]),
         (("--student", "student.json", "--resume", "latest", "--batch-size", 8), 1, ["no checkpoint"]),
+        (("--student", "student.json", "--freeze-image", "--freeze-text"), 2, ["nothing to train"]),
+        (("--student", "student.json", "--batch-size", 8, "--accum-freq", 3), 2, ["8", "3", "multiple"]),
+        (("--student", "student.json", "--init-from", "nowhere/"), 1, ["nowhere"]),
     ],
 )
-def test_refuses(arguments: tuple[object, ...], code: int, words: list[str], clipcid: Clipcid, place: Path) -> None:
+def test_refuses(
+    arguments: tuple[object, ...], code: int, words: list[str], clipcid: Clipcid, distill_place: Path
+) -> None:
     run = clipcid("distill", *arguments, check=False)
     assert run.returncode == code, run
     assert "Traceback" not in run.stderr, run
     for word in words:
         assert word in run.stderr, run
-    assert not list(place.glob("clipcid-work/distill/*/student"))
+    assert not list(distill_place.glob("clipcid-work/distill/*/student"))
 
 
 def test_refuses_embeddings_of_another_teacher(
-    clipcid: Clipcid, place: Path, tmp_path_factory: pytest.TempPathFactory
+    clipcid: Clipcid, distill_place: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     from conftest import write_tiny_model
 
     other = write_tiny_model(tmp_path_factory.mktemp("other") / "other", seed=1)
-    (embeddings,) = (place / "clipcid-work" / "embeddings").iterdir()
+    (embeddings,) = (distill_place / "clipcid-work" / "embeddings").iterdir()
     run = clipcid("distill", *SHORT, "--teacher", other, "--embeddings", embeddings, check=False)
     assert run.returncode == 1
     assert f"clipcid embed DATA --model {other}" in run.stderr.replace("\n", " ").replace("  ", " ")
 
 
-def test_refuses_clusters_of_an_older_keep_list(clipcid: Clipcid, place: Path) -> None:
+def test_refuses_clusters_of_an_older_keep_list(clipcid: Clipcid, distill_place: Path) -> None:
     (metadata,) = [
-        sorted(path.glob("*.parquet")) for path in (place / "clipcid-work" / "embeddings").glob("*/metadata")
+        sorted(path.glob("*.parquet")) for path in (distill_place / "clipcid-work" / "embeddings").glob("*/metadata")
     ]
     keys = [key for path in metadata for key in pq.read_table(path)["key"].to_pylist()]
 
     def write(kept: int) -> None:
-        pq.write_table(pa.table({"key": keys, "kept": np.arange(len(keys)) < kept}), place / "keep.parquet")
+        pq.write_table(pa.table({"key": keys, "kept": np.arange(len(keys)) < kept}), distill_place / "keep.parquet")
 
     write(20)
     clipcid("cluster", "--keep-list", "keep.parquet", "--num-clusters", 3, "--overwrite")

@@ -127,7 +127,8 @@ def test_overwriting_replaces_all(clipcid: Call, tiny_shards: Path, tiny_model: 
 def test_killed_and_resumed_gives_the_same_bytes(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
     for number in range(60):
         write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 10))
-    command = ["embed", "data", "--model", str(tiny_model), "--precision", "fp32", "--batch-size", "4", "--out"]
+    options = ["--precision", "fp32", "--batch-size", "4", "--views", "2", "--color-jitter", "0.3", "--out"]
+    command = ["embed", "data", "--model", str(tiny_model), *options]
     process = subprocess.Popen(
         [*clipcid_command(), *command, "cut"], cwd=tmp_path, env=clean_environment(), stderr=subprocess.DEVNULL
     )
@@ -144,6 +145,7 @@ def test_killed_and_resumed_gives_the_same_bytes(clipcid: Call, tiny_model: Path
     assert resumed.json["images"] == 600
     clipcid(*command, "whole")
     assert hash_rows(tmp_path / "cut") == hash_rows(tmp_path / "whole")
+    assert len(list((tmp_path / "cut").glob("view_*/view_*.npy"))) == 120
 
 
 def png_with_alpha() -> bytes:
@@ -209,6 +211,8 @@ def test_other_forms_of_data(clipcid: Call, tiny_model: Path, tmp_path: Path) ->
 def test_dry_run_writes_nothing(clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     run = clipcid("embed", tiny_shards, "--model", tiny_model, "--dry-run", "--json")
     assert (run.json["images"], run.json["shards"], run.json["bytes"]) == (24, 2, 24 * 32 * 2 * 2)
+    run = clipcid("embed", tiny_shards, "--model", tiny_model, "--views", 3, "--dry-run", "--json")
+    assert run.json["bytes"] == 24 * 32 * 2 * 2 + 24 * 3 * (32 * 2 + 16 * 4)
     assert not (tmp_path / "clipcid-work").exists()
 
 

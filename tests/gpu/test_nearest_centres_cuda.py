@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from clipcid_cli.algorithms.kmeans import ClusterSums, centres_of_sums
-from clipcid_cli.algorithms.nearest_centres import NearestCentres, prepare_rows
+from clipcid_cli.algorithms.nearest_centres import NearestCentres
+from clipcid_cli.algorithms.prepared_rows import prepare_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,8 +26,8 @@ def test_answers_and_sums_equal_the_cpus(dtype: torch.dtype, offset: float) -> N
     assert torch.equal(on_gpu.cpu(), centres)
     here, there = NearestCentres(centres, torch.float32), NearestCentres(on_gpu, dtype)
     rows_here, rows_there = prepare_rows(rows, torch.float32), prepare_rows(rows.cuda(), dtype)
-    labels = here.nearest(rows_here)
-    assert torch.equal(there.nearest(rows_there).cpu(), labels)
+    labels = here.nearest(rows_here).centres_B
+    assert torch.equal(there.nearest(rows_there).centres_B.cpu(), labels)
     for mine, theirs in zip(here.top(rows_here, 16), there.top(rows_there, 16), strict=True):
         assert torch.equal(theirs.cpu(), mine)
     nowhere = torch.full((3000,), -1)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from clipcid_cli.algorithms.kmeans import ClusterSums, centres_of_sums, sum_of_similarities
 from clipcid_cli.algorithms.kmeans_seeding import choose_first_rows
-from clipcid_cli.algorithms.nearest_centres import NearestCentres, prepare_rows
+from clipcid_cli.algorithms.nearest_centres import NearestCentres
+from clipcid_cli.algorithms.prepared_rows import prepare_rows
 
 
 def make_rows(num_rows: int, width: int, spread: float, seed: int) -> torch.Tensor:
@@ -25,7 +26,9 @@ def iterate(
 ) -> tuple[torch.Tensor, float]:
     search, sums = NearestCentres(centres, dtype), ClusterSums(len(centres), rows.shape[1], torch.device("cpu"))
     for block in blocks:
-        sums.move(rows[block], torch.full((len(block),), -1), search.nearest(prepare_rows(rows[block], dtype)))
+        sums.move(
+            rows[block], torch.full((len(block),), -1), search.nearest(prepare_rows(rows[block], dtype)).centres_B
+        )
     return centres_of_sums(sums.sums_KD, centres), sum_of_similarities(sums.sums_KD, centres) / len(rows)
 
 

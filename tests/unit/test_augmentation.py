@@ -13,9 +13,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.functional import adjust_brightness, adjust_saturation, resized_crop, to_tensor
 
-from clipcid_cli.runtime.augmentation import Augmentation, TrainingPixels, apply_colors
+from clipcid_cli.runtime.augmentation import Augmentation, View, ViewPixels, apply_colors, choose_view
 
 PREPROCESS = {"size": 32, "interpolation": "bicubic"}
+
+
+PIXELS = ViewPixels(PREPROCESS)
+
+
+def vary(image: Image.Image, augmentation: Augmentation, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a view of an image; its pixels and colour map."""
+    view = choose_view(augmentation, image.width, image.height, seed)
+    return PIXELS(image, view), view.colors
 
 
 def picture(width: int = 60, height: int = 44) -> Image.Image:
@@ -23,11 +32,11 @@ def picture(width: int = 60, height: int = 44) -> Image.Image:
 
 
 def test_depends_on_the_seed_alone() -> None:
-    pixels = TrainingPixels(PREPROCESS, Augmentation(0.5, 0.4, 0.2))
-    first = pixels(picture(), 11)
+    augmentation = Augmentation(0.5, 0.4, 0.2)
+    first = vary(picture(), augmentation, 11)
     torch.manual_seed(3)
     np.random.seed(3)
-    again, other = pixels(picture(), 11), pixels(picture(), 12)
+    again, other = vary(picture(), augmentation, 11), vary(picture(), augmentation, 12)
     assert np.array_equal(first[0], again[0])
     assert np.array_equal(first[1], again[1])
     assert not np.array_equal(first[0], other[0])
@@ -35,7 +44,7 @@ def test_depends_on_the_seed_alone() -> None:
 
 
 def test_without_variation_it_is_the_whole_image_and_the_identity() -> None:
-    found, colors = TrainingPixels(PREPROCESS, Augmentation(crop_scale=1.0))(picture(), 0)
+    found, colors = vary(picture(), Augmentation(crop_scale=1.0), 0)
     assert np.array_equal(found, np.asarray(picture().resize((32, 32), Image.Resampling.BICUBIC)))
     batch = torch.from_numpy(found.copy())[None]
     torch.testing.assert_close(apply_colors(batch, torch.from_numpy(colors)[None]), batch.float())
@@ -44,7 +53,7 @@ def test_without_variation_it_is_the_whole_image_and_the_identity() -> None:
 @given(width=st.integers(1, 200), height=st.integers(1, 200), crop=st.floats(0.01, 1.0), seed=st.integers(0, 10**6))
 @settings(max_examples=60)
 def test_any_image_gives_the_size_asked_for(width: int, height: int, crop: float, seed: int) -> None:
-    found, colors = TrainingPixels(PREPROCESS, Augmentation(crop))(Image.new("RGB", (width, height), "red"), seed)
+    found, colors = vary(Image.new("RGB", (width, height), "red"), Augmentation(crop), seed)
     assert found.shape == (32, 32, 3)
     assert found.dtype == np.uint8
     assert colors.shape == (3, 4)
@@ -61,7 +70,7 @@ def test_crop_is_torchvisions_resized_crop(monkeypatch: pytest.MonkeyPatch) -> N
 
     image = picture()
     monkeypatch.setattr(Image.Image, "resize", watch)
-    found, _ = TrainingPixels(PREPROCESS, Augmentation(0.4))(image, 5)
+    found, _ = vary(image, Augmentation(0.4), 5)
     monkeypatch.undo()
     ((left, top, right, bottom),) = boxes
     share = (right - left) * (bottom - top) / (image.width * image.height)
@@ -87,7 +96,17 @@ def test_colors_are_torchvisions() -> None:
 
 
 def test_gray_images_are_gray() -> None:
-    pixels = TrainingPixels(PREPROCESS, Augmentation(1.0, gray_probability=1.0))
-    found, colors = pixels(picture(), 4)
+    found, colors = vary(picture(), Augmentation(1.0, gray_probability=1.0), 4)
     shown = apply_colors(torch.from_numpy(found.copy())[None], torch.from_numpy(colors)[None])
     assert (shown.max(dim=3).values - shown.min(dim=3).values).max() < 1e-3
+
+
+@given(width=st.integers(1, 20_000), height=st.integers(1, 20_000), seed=st.integers(0, 10**6))
+@settings(max_examples=40)
+def test_a_view_survives_as_sixteen_numbers(width: int, height: int, seed: int) -> None:
+    view = choose_view(Augmentation(0.2, 0.5, 0.1), width, height, seed)
+    packed = view.pack()
+    assert (packed.shape, packed.dtype) == ((16,), np.float32)
+    again = View.unpack(packed)
+    assert again.box == view.box
+    assert np.array_equal(again.colors, view.colors)

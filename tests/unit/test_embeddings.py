@@ -18,6 +18,7 @@ from clipcid_cli.formats.embedding_rows import holds_unit_rows, unit_rows
 from clipcid_cli.formats.embedding_writer import (
     EmbeddingWriter,
     ShardRecord,
+    ShardRows,
     plan_identity,
     refuse_foreign_folder,
 )
@@ -41,7 +42,7 @@ def write_folder(folder: Path, *, texts: bool = True) -> dict[str, Any]:
         skips.add("no_caption", f"{number}: x")
         record = ShardRecord(f"s{number}", size + 1, size, skips, flattened=number)
         keys, words = [f"{number}-{row}" for row in range(size)], [f"caption {row}" for row in range(size)]
-        writer.write(number, record, keys, words, images[number], captions[number] if texts else None)
+        writer.write(number, record, keys, words, ShardRows(images[number], captions[number] if texts else None))
     sidecar = {"format_version": 1, "step": "embed"}
     (folder / "embed.json").write_text(json.dumps(sidecar))
     return {"images": np.concatenate(images), "texts": np.concatenate(captions), "writer": writer}

@@ -14,60 +14,73 @@ import torch.distributed as dist
 from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.runtime.gradients import GradientAverager, gather_rows
+from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.training import LossParameters
 from clipcid_cli.steps.objective import Objective
-from clipcid_cli.steps.teacher_targets import TeacherTargets
+from clipcid_cli.steps.teacher_space import Space, TeacherSide
+from clipcid_cli.steps.training_data import Batch
 
 BATCH, WIDTH, TEACHER_WIDTH = 12, 6, 9
 WEIGHTS = {name: 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
 
 
-class FixedTargets(TeacherTargets):
+class FixedTargets(TeacherSide):
     """A teacher whose rows are given."""
 
-    def __init__(self) -> None:
+    def add_to(self, batch: LossBatch, seen: Batch, step: int) -> LossBatch:
         random = torch.Generator().manual_seed(7)
-        rows = torch.randn(2, BATCH, TEACHER_WIDTH, generator=random)
-        object.__setattr__(self, "rows", torch.nn.functional.normalize(rows, dim=2))
-
-    def add_to(self, batch: LossBatch, rows: torch.Tensor, step: int) -> LossBatch:
-        image, text = self.rows[:, rows]  # type: ignore[attr-defined]
-        return dataclasses.replace(batch, teacher_image_BD=image, teacher_text_BD=text, teacher_scale=30.0)
+        rows = torch.nn.functional.normalize(torch.randn(2, BATCH, TEACHER_WIDTH, generator=random), dim=2)
+        image, text = rows[:, gather_rows(seen.rows, self.size)]
+        with_clusters = self.add_clusters(batch, np.arange(BATCH), step)
+        return dataclasses.replace(with_clusters, teacher_image_BD=image, teacher_text_BD=text)
 
 
-def one_step(rank: int, size: int) -> tuple[float, list[np.ndarray]]:
+def make_batch(rows: torch.Tensor) -> Batch:
+    nothing = torch.zeros(len(rows))
+    return Batch(nothing, nothing, nothing, rows, nothing, nothing, [])
+
+
+def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.ndarray]]:
     """Run a small model of two linear towers over this process's share of the batch; return loss and all gradients."""
     torch.manual_seed(0)
     towers = torch.nn.ModuleList([torch.nn.Linear(5, WIDTH), torch.nn.Linear(4, WIDTH)])
     scale = torch.nn.Parameter(torch.tensor(2.0))
     images, texts = torch.randn(BATCH, 5), torch.randn(BATCH, 4)
     parameters = LossParameters([n for n in WEIGHTS if LOSSES[n].own_scale], WIDTH, TEACHER_WIDTH, seed=1)
-    trained = [*towers.parameters(), scale, *parameters.parameters()]
-    averager = GradientAverager(trained, size)
-    objective = Objective(WEIGHTS, parameters, FixedTargets(), size)
+    of_losses = [scale, *parameters.parameters()]
+    trained = [*towers.parameters(), *of_losses]
+    averager = GradientAverager(list(towers.parameters()), of_losses, size)
+    machine = Machine(rank, size, rank, torch.device("cpu"))
+    targets = FixedTargets(Space("project", None, TEACHER_WIDTH), 30.0, None, torch.device("cpu"), size)
+    objective = Objective(WEIGHTS, parameters, targets, machine, local=local)
     share = BATCH // size
     mine = slice(rank * share, (rank + 1) * share)
-    total, _ = objective(towers[0](images[mine]), towers[1](texts[mine]), scale.exp(), torch.arange(BATCH)[mine], 0)
-    total.backward()
+    features = [tower(rows[mine]) for tower, rows in zip(towers, (images, texts), strict=True)]
+    seen = make_batch(torch.arange(BATCH)[mine])
+    total, terms = objective(features[0], features[1], scale.exp(), seen, 0)
+    averager.watch()
+    total.backward()  # type: ignore[no-untyped-call]
     averager.finish()
     assert all(parameter.grad is not None for parameter in trained)
-    return float(total.detach()), [parameter.grad.numpy().copy() for parameter in trained if parameter.grad is not None]
+    loss = sum(objective.values(terms).values())
+    return loss, [parameter.grad.numpy().copy() for parameter in trained if parameter.grad is not None]
 
 
-def process(rank: int, size: int, store: str, results: multiprocessing.Queue) -> None:
+def process(rank: int, size: int, local: bool, store: str, results: multiprocessing.Queue) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
-        results.put((rank, one_step(rank, size)))
+        results.put((rank, one_step(rank, size, local)))
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_processes_together_equal_one(size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "local"), [(2, False), (2, True), (3, True)])
+def test_processes_together_equal_one(size: int, local: bool, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     workers = [
-        context.Process(target=process, args=(rank, size, str(tmp_path / "store"), results)) for rank in range(size)
+        context.Process(target=process, args=(rank, size, local, str(tmp_path / "store"), results))
+        for rank in range(size)
     ]
     for worker in workers:
         worker.start()

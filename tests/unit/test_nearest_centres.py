@@ -8,9 +8,10 @@ import torch
 
 from clipcid_cli.algorithms import nearest_centres
 from clipcid_cli.algorithms.kmeans import centres_of_sums
-from clipcid_cli.algorithms.nearest_centres import NearestCentres, prepare_rows
+from clipcid_cli.algorithms.nearest_centres import NearestCentres
+from clipcid_cli.algorithms.prepared_rows import prepare_rows
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32]
 
 
 def unit_rows(values: torch.Tensor) -> torch.Tensor:
@@ -56,10 +57,14 @@ def test_answers_equal_a_float64_product_with_all_centres(case: str, dtype: torc
     rows, centres = make_case(case)
     exact = rows.double() @ centres.double().T
     search = NearestCentres(centres, dtype)
-    assert torch.equal(search.nearest(prepare_rows(rows, dtype)), exact.argmax(dim=1))
+    nearest = search.nearest(prepare_rows(rows, dtype))
+    ranked = torch.sort(exact, dim=1, descending=True, stable=True)
+    assert torch.equal(nearest.centres_B, ranked.indices[:, 0])
+    assert torch.equal(nearest.similarities_B, ranked.values[:, 0])
+    if len(centres) > 1:
+        assert bool((nearest.others_B >= ranked.values[:, 1]).all())
     m = min(16, len(centres))
     found, similarities = search.top(prepare_rows(rows, dtype), m)
-    ranked = torch.sort(exact, dim=1, descending=True, stable=True)
     assert torch.equal(similarities, ranked.values[:, :m])
     assert torch.equal(found, ranked.indices[:, :m])
 

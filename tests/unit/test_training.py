@@ -18,7 +18,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint, write_checkpoint
 from clipcid_cli.formats.run_folder import RunFolder, append_lines, read_lines
 from clipcid_cli.runtime.training import LossParameters, OptimiserPlan, Trainer
-from clipcid_cli.runtime.vocabulary import UsedRows, train_used_rows, whole_state
+from clipcid_cli.runtime.vocabulary import UsedRows, age_unused_rows, train_used_rows, whole_state
 
 PLAN = OptimiserPlan(lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0)
 
@@ -89,11 +89,17 @@ def test_training_only_used_token_embeddings_gives_what_training_all_gives() -> 
     make_model().load_state_dict(found)
 
 
-def test_a_token_that_is_not_in_use_is_an_error() -> None:
-    model = make_model()
+def test_a_token_that_is_not_in_use_is_an_error_in_training_only() -> None:
+    model, whole = make_model(), make_model()
     train_used_rows(model, torch.tensor([3, 49407]))
+    tokens = torch.tensor([[3] * 11 + [4]])
     with pytest.raises(IndexError):
-        model.encode_text(torch.tensor([[3] * 11 + [4]]))  # type: ignore[operator]
+        model.encode_text(tokens)  # type: ignore[operator]
+    # In evaluation, where class names may hold any token, its row is what the steps so far have left of it.
+    age_unused_rows(model, 0.25)
+    with torch.no_grad():
+        whole.token_embedding.weight[4] *= 0.25
+    torch.testing.assert_close(model.eval().encode_text(tokens), whole.encode_text(tokens))  # type: ignore[operator]
 
 
 def test_a_table_mostly_in_use_is_trained_as_it_is() -> None:

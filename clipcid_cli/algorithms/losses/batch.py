@@ -1,4 +1,4 @@
-"""What a loss is computed from: the features of one global batch.
+"""What a loss is computed from: the features of one global batch, and which of its rows this process answers for.
 
 Shape legend: B global batch, d student width, D width of the meeting space, S candidate centres, m stored clusters a sample.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
 
@@ -19,7 +18,8 @@ class ClusterTargets:
         centres_SD: Candidate centres, unit rows, float32 [S, D].
         log_correction_S: What is added to each candidate's logit so that the drawn ones stand for all centres that were
             not drawn: 0 for active candidates, log((K − |A|) / |R|) for drawn ones; float32 [S].
-        positions_Bm: Row of `centres_SD` of each stored cluster of each sample, nearest first, int64 [B, m].
+        positions_Bm: Row of `centres_SD` of each stored cluster of each sample, nearest first, int64 [B, m]; all are
+            active candidates.
         weights_Bm: Target distribution over them, rows sum to 1, float32 [B, m].
     """
 
@@ -33,6 +33,11 @@ class ClusterTargets:
 class LossBatch:
     """Features of one global batch; all rows are of unit length, row i of each belongs to sample i.
 
+    A teacher may have one tower only: the other's features and clusters are then None.
+
+    Every loss returns its **share**: the sum over the own rows as queries, divided by B. The shares of all processes add up
+    to the loss of the global batch; with all rows the share is that loss. Own rows are compared with all rows.
+
     Attributes:
         image_Bd: Student image features s.
         text_Bd: Student text features v.
@@ -44,6 +49,7 @@ class LossBatch:
         teacher_scale: exp(logit_scale) of the teacher, a scalar.
         image_clusters: Targets of the images; present when a loss needs clusters.
         text_clusters: Targets of the captions, with the same candidates; present for ``--cluster-towers both``.
+        own: The rows whose queries this process takes, step 1; all by default.
     """
 
     image_Bd: Tensor
@@ -56,6 +62,11 @@ class LossBatch:
     teacher_scale: float | None = None
     image_clusters: ClusterTargets | None = None
     text_clusters: ClusterTargets | None = None
+    own: slice = dataclasses.field(default_factory=lambda: slice(None))
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.image_Bd)
 
     def student_in_teacher_space(self) -> tuple[Tensor, Tensor]:
         """Return s' and v', [B, D] each."""
@@ -64,14 +75,19 @@ class LossBatch:
         return self.image_BD, self.text_BD
 
     def teacher(self) -> tuple[Tensor, Tensor]:
-        """Return t and u, [B, D] each."""
+        """Return t and u, [B, D] each, of a teacher with both towers."""
         assert self.teacher_image_BD is not None
         assert self.teacher_text_BD is not None
         return self.teacher_image_BD, self.teacher_text_BD
 
-    def teacher_logits(self, scale: float | None = None) -> Tensor:
-        """Return the teacher's image-to-text logits [B, B] at `scale`, or at the teacher's own."""
-        image, text = self.teacher()
-        used = self.teacher_scale if scale is None else scale
-        assert used is not None
-        return torch.mul(image @ text.T, used)
+    def beside_teacher(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (s', t) and (v', u), without those whose teacher tower is missing."""
+        image, text = self.student_in_teacher_space()
+        pairs = ((image, self.teacher_image_BD), (text, self.teacher_text_BD))
+        return [(student, teacher) for student, teacher in pairs if teacher is not None]
+
+    def across_teacher(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (s', u) and (v', t), without those whose teacher tower is missing."""
+        image, text = self.student_in_teacher_space()
+        pairs = ((image, self.teacher_text_BD), (text, self.teacher_image_BD))
+        return [(student, teacher) for student, teacher in pairs if teacher is not None]

@@ -17,13 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
-
-# Logits of at most this many entries (64 MiB in float32) live at once; larger ones are made in chunks of rows and remade in
-# the backward pass.
-CHUNK_ENTRIES = 1 << 24
+from clipcid_cli.algorithms.losses.row_blocks import add, rows_between, sum_of_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +78,7 @@ def cluster_targets(
     """Prepare what the loss needs of one batch.
 
     Args:
-        candidates: The batch's candidates; they hold every id of `top_clusters`.
+        candidates: The batch's candidates; every id of `top_clusters` is an active one.
         centres_SD: Their centres, unit rows, float32 [S, D].
         top_clusters: Stored clusters of each sample, nearest first, [B, m].
         top_similarities: Cosine similarities to them, [B, m].
@@ -93,8 +89,7 @@ def cluster_targets(
     Returns:
         The targets, on the device of `centres_SD`.
     """
-    order = np.argsort(candidates.ids)
-    positions = order[np.searchsorted(candidates.ids, top_clusters, sorter=order)]
+    positions = np.searchsorted(candidates.ids[: candidates.num_active], top_clusters)
     weights = torch.from_numpy(np.asarray(top_similarities, dtype=np.float32) / np.float32(temperature)).softmax(dim=1)
     weights = (1.0 - label_share) * weights
     weights[:, 0] += label_share
@@ -107,63 +102,48 @@ def cluster_targets(
 def cluster(batch: LossBatch, scale: Tensor) -> Tensor:
     """L_clu: cross-entropy of the student's softmax over centres to label and teacher distribution.
 
-    −Σ_j q_j·log p_j with p = softmax(σ_c·s' Cᵀ + correction) over the candidates and q = α·label + (1 − α)·p_T. With text
-    targets present the mean of both towers.
+    −Σ_j q_j·log p_j with p = softmax(σ_c·s' Cᵀ + correction) over the candidates and q = α·label + (1 − α)·p_T. With
+    targets of both towers the mean of both.
 
     Args:
-        batch: Features with `image_clusters`, and `text_clusters` for both towers.
+        batch: Features with `image_clusters`, `text_clusters` (which teach v'), or both.
         scale: This loss's own σ_c.
 
     Returns:
-        A scalar, in nats, mean over the batch.
+        This process's share of the mean over the batch, in nats, a scalar.
 
     Source: CLIP-CID, arXiv 2408.09441 (k-means label, softmax and KL); weights, α and candidates are our reconstruction,
     METHOD §3 [R]; the text tower is our addition [O].
     """
     image, text = batch.student_in_teacher_space()
-    assert batch.image_clusters is not None
-    loss = soft_label_cross_entropy(image, batch.image_clusters, scale)
-    if batch.text_clusters is None:
-        return loss
-    return 0.5 * (loss + soft_label_cross_entropy(text, batch.text_clusters, scale))
+    towers = ((image, batch.image_clusters), (text, batch.text_clusters))
+    sums = [
+        soft_label_cross_entropy(features, targets, scale, batch.own)
+        for features, targets in towers
+        if targets is not None
+    ]
+    return add(sums) / (len(sums) * len(batch))
 
 
 def soft_label_cross_entropy(
-    features_BD: Tensor, targets: ClusterTargets, scale: Tensor, chunk_entries: int = CHUNK_ENTRIES
+    features_BD: Tensor, targets: ClusterTargets, scale: Tensor, own: slice = slice(None)
 ) -> Tensor:
-    """Mean over rows of logΣexp(logits) − Σ_j q_j·logit_j, without a B × S matrix when that would be large.
+    """Sum over rows of logΣexp(logits) − Σ_j q_j·logit_j, without a B × S matrix when that would be large.
 
     Args:
         features_BD: Unit rows [B, D].
         targets: Candidates and sparse target distributions.
         scale: σ_c, a scalar.
-        chunk_entries: Largest B' × S block of logits that is kept for the backward pass; above it, blocks of rows of about
-            this size are recomputed there. The value does not depend on it beyond rounding.
+        own: The rows of this process, which are those that are summed.
 
     Returns:
         A scalar.
     """
-    rows = max(1, chunk_entries // max(1, len(targets.centres_SD)))
-    if rows >= len(features_BD):
-        return _row_losses(features_BD, targets.positions_Bm, targets.weights_Bm, targets, scale).mean()
-    losses = [
-        checkpoint(
-            _row_losses,
-            features_BD[start : start + rows],
-            targets.positions_Bm[start : start + rows],
-            targets.weights_Bm[start : start + rows],
-            targets,
-            scale,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for start in range(0, len(features_BD), rows)
-    ]
-    return torch.cat(losses).mean()
 
+    def block_sum(first: int, stop: int) -> Tensor:
+        rows_bD = scale * rows_between(features_BD, first, stop)
+        logits_bS = torch.addmm(targets.log_correction_S, rows_bD, targets.centres_SD.T)
+        named_bm = logits_bS.gather(1, rows_between(targets.positions_Bm, first, stop))
+        return logits_bS.logsumexp(dim=1).sum() - (rows_between(targets.weights_Bm, first, stop) * named_bm).sum()
 
-def _row_losses(
-    features_bD: Tensor, positions_bm: Tensor, weights_bm: Tensor, targets: ClusterTargets, scale: Tensor
-) -> Tensor:
-    logits = scale * (features_bD @ targets.centres_SD.T) + targets.log_correction_S
-    return logits.logsumexp(dim=1) - (weights_bm * logits.gather(1, positions_bm)).sum(dim=1)
+    return sum_of_blocks(block_sum, own, len(features_BD), len(targets.centres_SD))

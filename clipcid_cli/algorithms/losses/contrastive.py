@@ -7,33 +7,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.algorithms.losses.row_blocks import Similarities, add, sum_both_ways, sum_one_way
 
 
-def info_nce(queries_BD: Tensor, keys_BD: Tensor, scale: Tensor) -> Tensor:
-    """One direction of InfoNCE: each query picks its own row among the keys.
+def contrast_one_way(queries_BD: Tensor, keys_BD: Tensor, scale: Tensor, own: slice = slice(None)) -> Tensor:
+    """B times CE(A → B; σ), InfoNCE in one direction: each query picks its own row among the keys.
 
     Args:
         queries_BD: Unit rows [B, D].
         keys_BD: Unit rows [B, D]; row i belongs to query i.
         scale: Logit scale σ (not its logarithm), a scalar.
+        own: The queries of this process.
 
     Returns:
-        Mean cross-entropy over the queries, in nats, a scalar; log B for features that say nothing.
+        Sum of the cross-entropies of the own queries, in nats, a scalar; log B each for features that say nothing.
 
     Source: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4.
     """
-    logits = scale * (queries_BD @ keys_BD.T)
-    return F.cross_entropy(logits, torch.arange(len(queries_BD), device=queries_BD.device))
+    return sum_one_way(matching_cross_entropy, own, Similarities(queries_BD, keys_BD, scale))
 
 
-def symmetric_info_nce(left_BD: Tensor, right_BD: Tensor, scale: Tensor) -> Tensor:
-    """CE(A ↔ B; σ) of METHOD: the mean of both directions of `info_nce`; the logits are computed once.
+def contrast_both_ways(left_BD: Tensor, right_BD: Tensor, scale: Tensor, own: slice = slice(None)) -> Tensor:
+    """2B times CE(A ↔ B; σ) of METHOD, whose two directions are averaged: the sum of both, as `contrast_one_way`.
 
     Source: Radford et al. 2021 (CLIP, arXiv 2103.00020), figure 3.
     """
-    logits = scale * (left_BD @ right_BD.T)
-    own = torch.arange(len(left_BD), device=left_BD.device)
-    return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
+    return sum_both_ways(matching_cross_entropy, own, Similarities(left_BD, right_BD, scale))
+
+
+def matching_cross_entropy(first: int, logits_bB: Tensor) -> Tensor:
+    """Sum over rows r of −log softmax(row)[first + r], a scalar."""
+    matching = torch.arange(first, first + len(logits_bB), device=logits_bB.device)
+    return F.cross_entropy(logits_bB, matching, reduction="sum")
 
 
 def clip(batch: LossBatch) -> Tensor:
@@ -41,13 +46,15 @@ def clip(batch: LossBatch) -> Tensor:
 
     Source: Radford et al. 2021 (arXiv 2103.00020).
     """
-    return symmetric_info_nce(batch.image_Bd, batch.text_Bd, batch.student_scale)
+    total = contrast_both_ways(batch.image_Bd, batch.text_Bd, batch.student_scale, batch.own)
+    return total / (2 * len(batch))
 
 
 def instance(batch: LossBatch, scale: Tensor) -> Tensor:
     """L_ins = ½[CE(s' ↔ u) + CE(v' ↔ t)]: each student tower against the teacher's other tower.
 
-    The idea is the CLIP-CID paper's; this form is our reconstruction (CLIP-KD's `icl` made symmetric).
+    The idea is the CLIP-CID paper's; this form is our reconstruction (CLIP-KD's `icl` made symmetric). A teacher with one
+    tower leaves the one half it can serve, at full weight.
 
     Args:
         batch: Features with teacher.
@@ -55,26 +62,25 @@ def instance(batch: LossBatch, scale: Tensor) -> Tensor:
 
     Source: CLIP-CID, arXiv 2408.09441 (idea); reconstruction, METHOD §3 [R].
     """
-    image, text = batch.student_in_teacher_space()
-    teacher_image, teacher_text = batch.teacher()
-    return 0.5 * (symmetric_info_nce(image, teacher_text, scale) + symmetric_info_nce(text, teacher_image, scale))
+    sums = [contrast_both_ways(student, teacher, scale, batch.own) for student, teacher in batch.across_teacher()]
+    return add(sums) / (2 * len(sums) * len(batch))
 
 
 def instance_intra(batch: LossBatch, scale: Tensor) -> Tensor:
-    """½[CE(s' ↔ t) + CE(v' ↔ u)]: each student tower against the same tower of the teacher.
+    """½[CE(s' ↔ t) + CE(v' ↔ u)]: each student tower against the same tower of the teacher, or the one that is there.
 
     Source: variant of `instance`, METHOD §3 [R].
     """
-    image, text = batch.student_in_teacher_space()
-    teacher_image, teacher_text = batch.teacher()
-    return 0.5 * (symmetric_info_nce(image, teacher_image, scale) + symmetric_info_nce(text, teacher_text, scale))
+    sums = [contrast_both_ways(student, teacher, scale, batch.own) for student, teacher in batch.beside_teacher()]
+    return add(sums) / (2 * len(sums) * len(batch))
 
 
 def interactive(batch: LossBatch, scale: Tensor) -> Tensor:
     """`icl` = ½[CE(s' → u) + CE(v' → t)]: the student anchors the comparison, the teacher's rows are the choices.
 
+    A teacher with one tower leaves the one half it can serve, at full weight.
+
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), interactive contrastive learning.
     """
-    image, text = batch.student_in_teacher_space()
-    teacher_image, teacher_text = batch.teacher()
-    return 0.5 * (info_nce(image, teacher_text, scale) + info_nce(text, teacher_image, scale))
+    sums = [contrast_one_way(student, teacher, scale, batch.own) for student, teacher in batch.across_teacher()]
+    return add(sums) / (len(sums) * len(batch))

@@ -5,18 +5,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.algorithms.losses.row_blocks import add, rows_between
 
 
 def feature_distance(batch: LossBatch) -> Tensor:
     """`fd` = mean over the batch of |s' − t|² + |v' − u|², summed over the width.
 
+    A teacher with one tower leaves one of the two summands: its weight stays what it is beside the other.
+
     Returns:
-        A scalar in [0, 8]: unit rows are at most 2 apart.
+        This process's share, a scalar; of all rows in [0, 8]: unit rows are at most 2 apart.
 
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), feature distillation. Their code averages over the width and
     multiplies by 2000; a sum does not depend on the width, so the preset divides 2000 by it.
     """
-    image, text = batch.student_in_teacher_space()
-    teacher_image, teacher_text = batch.teacher()
-    distances = (image - teacher_image).square().sum(dim=1) + (text - teacher_text).square().sum(dim=1)
-    return distances.mean()
+    first, stop, _ = batch.own.indices(len(batch))
+    differences = (
+        rows_between(student, first, stop) - rows_between(teacher, first, stop)
+        for student, teacher in batch.beside_teacher()
+    )
+    return add([difference.square().sum() for difference in differences]) / len(batch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 
@@ -24,6 +24,7 @@ class LossEntry:
         own_scale: Whether it learns a logit scale of its own (starting at 1/0.07, kept at or below 100).
         needs_teacher: Whether it reads teacher embeddings.
         needs_clusters: Whether it reads the centroids and assignments that `clipcid cluster` writes.
+        teacher_towers: Which towers of the teacher it needs: ``both``, or ``any``, of which it takes what is there.
         space: Where student and teacher meet: ``own`` compares student with student only, ``teacher`` compares across and
             so needs equal widths (see ``--teacher-space``).
     """
@@ -34,6 +35,7 @@ class LossEntry:
     own_scale: bool = False
     needs_teacher: bool = True
     needs_clusters: bool = False
+    teacher_towers: Literal["both", "any"] = "both"
     space: Literal["own", "teacher"] = "own"
 
 
@@ -53,6 +55,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "student image against teacher caption and student caption against teacher image, both ways",
             f"{_PACKAGE}.contrastive:instance",
             own_scale=True,
+            teacher_towers="any",
             space="teacher",
         ),
         LossEntry(
@@ -60,6 +63,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "student image against teacher image and student caption against teacher caption, both ways",
             f"{_PACKAGE}.contrastive:instance_intra",
             own_scale=True,
+            teacher_towers="any",
             space="teacher",
         ),
         LossEntry(
@@ -68,12 +72,14 @@ LOSSES: Mapping[str, LossEntry] = {
             f"{_PACKAGE}.cluster:cluster",
             own_scale=True,
             needs_clusters=True,
+            teacher_towers="any",
             space="teacher",
         ),
         LossEntry(
             "fd",
             "squared distance of student and teacher features, summed over the width",
             f"{_PACKAGE}.features:feature_distance",
+            teacher_towers="any",
             space="teacher",
         ),
         LossEntry(
@@ -81,12 +87,27 @@ LOSSES: Mapping[str, LossEntry] = {
             "student image to teacher caption and student caption to teacher image, one way",
             f"{_PACKAGE}.contrastive:interactive",
             own_scale=True,
+            teacher_towers="any",
             space="teacher",
         ),
         LossEntry(
             "crd",
             "divergence of the student's in-batch similarities from the teacher's",
             f"{_PACKAGE}.relations:relation_divergence",
+        ),
+        LossEntry(
+            "vrd",
+            "each caption's place among the teacher's captions as target for its image's among the teacher's images, and "
+            "both contrasted with the teacher",
+            f"{_PACKAGE}.relations:vertical_relation",
+            own_scale=True,
+            space="teacher",
+        ),
+        LossEntry(
+            "xrd",
+            "agreement of teacher image to student caption with teacher caption to student image",
+            f"{_PACKAGE}.relations:cross_relation",
+            space="teacher",
         ),
         LossEntry(
             "affinity",
@@ -116,11 +137,14 @@ class Weight:
 
 
 # cid: λ_clu = 1 for cross-entropy + KL had four times the gradient of either contrastive term in a trial; 0.25 puts them on
-# an equal footing. clip-kd: the weights of its paper. dr: λ within the range MobileCLIP studies.
+# an equal footing. clip-kd and clip-rd: the weights of their papers. dr: λ within the range MobileCLIP studies.
+_CLIP_KD = {"clip": Weight(1.0), "fd": Weight(2000.0, per_width=True), "icl": Weight(1.0), "crd": Weight(1.0)}
+
 PRESETS: Mapping[str, Mapping[str, Weight]] = {
     "clip": {"clip": Weight(1.0)},
     "cid": {"clip": Weight(1.0), "instance": Weight(1.0), "cluster": Weight(0.25)},
-    "clip-kd": {"clip": Weight(1.0), "fd": Weight(2000.0, per_width=True), "icl": Weight(1.0), "crd": Weight(1.0)},
+    "clip-kd": _CLIP_KD,
+    "clip-rd": {**_CLIP_KD, "vrd": Weight(1.0), "xrd": Weight(1.0)},
     "dr": {"clip": Weight(0.25), "affinity": Weight(0.75)},
 }
 
@@ -137,6 +161,15 @@ def select_losses(preset: str, overrides: Mapping[str, float]) -> dict[str, Weig
     """
     weights = {**PRESETS[preset], **{name: Weight(value) for name, value in overrides.items()}}
     return {name: weights[name] for name in LOSSES if name in weights and weights[name].value > 0.0}
+
+
+def served_by_one_tower(names: Iterable[str]) -> dict[str, bool]:
+    """Say of each loss whether a teacher of images alone, or of captions alone, can serve it.
+
+    Args:
+        names: Names of losses; those that need no teacher can be served by any.
+    """
+    return {name: not LOSSES[name].needs_teacher or LOSSES[name].teacher_towers == "any" for name in names}
 
 
 def load_loss(name: str) -> Callable[..., Any]:

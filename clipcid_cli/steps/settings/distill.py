@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, Weight, select_losses
 from clipcid_cli.errors import UsageError
+from clipcid_cli.steps.settings.augmentation import color_jitter_option, crop_scale_option, gray_probability_option
 from clipcid_cli.steps.settings.fields import argument, option
 from clipcid_cli.steps.settings.shared import ReadingSettings, npz_array_option
 
@@ -20,6 +21,7 @@ _LOSS = "What is learned"
 _LENGTH = "How long"
 _OPTIMISER = "Optimiser"
 _AUGMENT = "Augmentation"
+_MEMORY = "Memory, speed and many processes"
 _OUTPUT = "Output and checks"
 
 
@@ -42,15 +44,43 @@ class DistillSettings(ReadingSettings):
         "Model to learn from; `none` trains without one. By default the one whose embeddings the work directory holds.",
         group=_MODELS,
     )
+    online_teacher: bool = option(
+        False,
+        "Run the teacher beside the student, on the very crops and captions the student sees, instead of reading its "
+        "embeddings: no embedding first, a forward pass of the teacher at every step.",
+        group=_MODELS,
+    )
     student: str | None = option(
         None,
         "Model to train: an architecture, a .json file of one (both start fresh), or weights to continue from.",
         group=_MODELS,
     )
+    init_from: str | None = option(
+        None,
+        "Model whose weights the student starts from: of its layers every so-many-th, of wider ones evenly spaced heads "
+        "and channels.",
+        group=_MODELS,
+        metavar="MODEL",
+    )
+    init_towers: str = option(
+        "both",
+        "Which towers --init-from fills.",
+        group=_MODELS,
+        choices=("both", "image", "text"),
+    )
+    freeze_image: bool = option(False, "Leave the image tower as it is and train the text tower.", group=_MODELS)
+    freeze_text: bool = option(False, "Leave the text tower as it is and train the image tower.", group=_MODELS)
     embeddings: Path | None = option(
         None, "Folder of the teacher's embeddings; by default the work directory's.", group=_INPUTS, operational=True
     )
     npz_array: str | None = npz_array_option(_INPUTS)
+    views: str = option(
+        "stored",
+        "`stored` shows the student the views that `embed --views` left, where there are any, with what the teacher said of "
+        "each; `none` draws views anew and teaches what the teacher said of the whole image.",
+        group=_INPUTS,
+        choices=("stored", "none"),
+    )
     keep_list: str | None = option(
         None,
         "Keep list of `clipcid balance`: train on its kept images only; `none` for all. By default the work directory's.",
@@ -108,6 +138,32 @@ class DistillSettings(ReadingSettings):
     )
     epochs: int | None = option(None, "Passes over the data; 32 unless --steps is given.", group=_LENGTH, minimum=1)
     steps: int | None = option(None, "Optimiser steps, instead of --epochs.", group=_LENGTH, minimum=1)
+    accum_freq: int = option(
+        1,
+        "Encode a batch in this many parts, one at a time: the losses still see the whole batch, memory holds one part.",
+        group=_MEMORY,
+        minimum=1,
+    )
+    local_loss: bool = option(
+        False,
+        "Each process computes the losses of its own rows against everybody's, not all of them: with many processes that "
+        "saves time and memory; the gradient is the same.",
+        group=_MEMORY,
+    )
+    gather_with_grad: bool = option(
+        False,
+        "Always so here: gradients flow to the features of every process. Taken for commands written for open_clip.",
+        group=_MEMORY,
+        operational=True,
+    )
+    grad_checkpointing: bool = option(
+        False,
+        "Keep only the input of each layer for the backward pass and compute the rest again: less memory, about a third "
+        "more time.",
+        group=_MEMORY,
+        operational=True,
+    )
+    torchcompile: bool = option(False, "Compile the towers (torch.compile); the first steps take long.", group=_MEMORY)
     lr: float = option(1e-3, "Peak learning rate.", group=_OPTIMISER, minimum=0.0, above_minimum=True)
     wd: float = option(
         0.2,
@@ -129,22 +185,13 @@ class DistillSettings(ReadingSettings):
     grad_clip_norm: float | None = option(
         1.0, "Largest norm of the gradient; 0 for no limit.", group=_OPTIMISER, minimum=0.0
     )
-    crop_scale: float = option(
-        0.9,
-        "Smallest share of an image's area that a random crop keeps; 1 for no cropping.",
-        group=_AUGMENT,
-        minimum=0.0,
-        maximum=1.0,
-        above_minimum=True,
-    )
-    color_jitter: float = option(
-        0.0, "Strength of random brightness, contrast and saturation.", group=_AUGMENT, minimum=0.0, maximum=1.0
-    )
-    gray_probability: float = option(0.0, "Share of images turned grey.", group=_AUGMENT, minimum=0.0, maximum=1.0)
+    crop_scale: float = crop_scale_option(_AUGMENT, "")
+    color_jitter: float = color_jitter_option(_AUGMENT, "")
+    gray_probability: float = gray_probability_option(_AUGMENT, "images")
     caption_dropout: float = option(
         0.0,
         "Probability with which each comma-separated part of a caption but the first is left out, anew each epoch; for "
-        "captions that end in keywords, and without a teacher only.",
+        "captions that end in keywords, and not with a teacher's embeddings.",
         group=_AUGMENT,
         minimum=0.0,
         maximum=1.0,
@@ -160,6 +207,20 @@ class DistillSettings(ReadingSettings):
     )
     eval_every: int | None = option(
         None, "Steps between evaluations on the held-out part; by default a tenth of the run.", group=_OUTPUT, minimum=1
+    )
+    eval_data: tuple[str, ...] = option(
+        (),
+        "Data set measured zero-shot at each evaluation, as `clipcid eval-zeroshot` would; may be repeated.",
+        group=_OUTPUT,
+        metavar="DATA",
+        operational=True,
+    )
+    report_to: str = option(
+        "none",
+        "Also write the log for TensorBoard, into the run's folder tensorboard/.",
+        group=_OUTPUT,
+        choices=("none", "tensorboard"),
+        operational=True,
     )
     checkpoint_every: int | None = option(
         None,
@@ -184,6 +245,10 @@ class DistillSettings(ReadingSettings):
             raise UsageError(
                 "No student was named.", "Give --student, e.g. --student ViT-B-32 or a .json file of an architecture."
             )
+        if self.freeze_image and self.freeze_text:
+            raise UsageError("--freeze-image and --freeze-text leave nothing to train.", "Give one of them.")
+        if self.init_towers != "both" and self.init_from is None:
+            raise UsageError(f"--init-towers {self.init_towers} without --init-from.", "Say from which model.")
         if self.epochs is not None and self.steps is not None:
             raise UsageError("--epochs and --steps were both given.", "Give one of them.")
         if self.teacher == NO_TEACHER:
@@ -193,11 +258,13 @@ class DistillSettings(ReadingSettings):
                         f"--teacher none, but the loss {name} learns from a teacher.",
                         f"Name a teacher, or use --preset clip without --loss {name}=….",
                     )
-        if self.caption_dropout and self.needs_teacher:
+        if self.caption_dropout and self.needs_teacher and not self.online_teacher:
             raise UsageError(
                 "--caption-dropout changes captions, and the teacher's text embeddings are of the whole ones.",
-                "Leave it away, or train without a teacher.",
+                "Leave it away, add --online-teacher, or train without a teacher.",
             )
+        if self.online_teacher and not self.needs_teacher:
+            raise UsageError("--online-teacher, but no loss of the run learns from a teacher.", "Leave it away.")
         if not self.losses():
             raise UsageError("No loss is left: every weight is 0.", "Give one --loss a weight above 0.")
 

@@ -1,0 +1,112 @@
+"""Sums over query rows, a block of rows at a time: the one place where losses make logits.
+
+Each loss is a sum over queries, rows of the global batch, of something computed from the query's similarities to all keys.
+So a process can take some of the queries (`own`), and a block of them is made, used and forgotten, and made again in the
+backward pass: no matrix of all queries by all keys lives when it would be large.
+
+Shape legend: B global batch, b rows of a block, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Blocks hold at most this many similarities, 32 MiB in float32; with their gradients about six of that size live at once.
+BLOCK_ENTRIES = 1 << 23
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarities:
+    """Logits of queries and keys, made a block of rows at a time.
+
+    Attributes:
+        left_BD: Rows [B, D].
+        right_BD: Rows [B, D]; row i of both belongs to sample i.
+        scale: Logit scale σ (not its logarithm), a scalar.
+    """
+
+    left_BD: Tensor
+    right_BD: Tensor
+    scale: Tensor | float
+
+    def rows(self, first: int, stop: int) -> Tensor:
+        """Return σ·left·rightᵀ for rows first … stop − 1 of the left side, [b, B]."""
+        left_bD = rows_between(self.left_BD, first, stop)
+        # The scale goes to the smaller of the two: with its gradient it is read and written several times.
+        if len(self.right_BD) > self.right_BD.shape[1]:
+            return (self.scale * left_bD) @ self.right_BD.T
+        return torch.mul(left_bD @ self.right_BD.T, self.scale)
+
+    def turned(self) -> Similarities:
+        """Return them with the sides exchanged."""
+        return Similarities(self.right_BD, self.left_BD, self.scale)
+
+
+def rows_between(rows_BD: Tensor, first: int, stop: int) -> Tensor:
+    """Return rows first … stop − 1; all of them without a slice, whose gradient would be a copy."""
+    return rows_BD if (first, stop) == (0, len(rows_BD)) else rows_BD[first:stop]
+
+
+def add(sums: Sequence[Tensor]) -> Tensor:
+    """Add scalars, one at least."""
+    return functools.reduce(torch.add, sums)
+
+
+def sum_of_blocks(block_sum: Callable[[int, int], Tensor], own: slice, num_rows: int, num_keys: int) -> Tensor:
+    """Sum `block_sum(first, stop)` over blocks of the own rows.
+
+    Args:
+        block_sum: The sum over query rows first … stop − 1, a scalar. It is called again in the backward pass where there
+            is more than one block, and must then return the same.
+        own: The query rows of this process.
+        num_rows: B.
+        num_keys: Keys each query is compared with; decides how many rows make a block.
+
+    Returns:
+        A scalar; it does not depend on the size of the blocks beyond rounding.
+    """
+    first, stop, _ = own.indices(num_rows)
+    rows = max(1, BLOCK_ENTRIES // max(1, num_keys))
+    if stop - first <= rows:
+        return block_sum(first, stop)
+    sums = [
+        checkpoint(block_sum, start, min(start + rows, stop), use_reentrant=False, preserve_rng_state=False)
+        for start in range(first, stop, rows)
+    ]
+    return add(sums)
+
+
+def sum_one_way(block_sum: Callable[..., Tensor], own: slice, *compared: Similarities) -> Tensor:
+    """Sum over own queries of something computed from their similarities to all keys.
+
+    Args:
+        block_sum: Called as ``f(first, *logits)``, with a [b, B] of each of `compared`, whose row r is of query first + r;
+            returns the sum over its rows, a scalar.
+        own: The query rows of this process.
+        compared: What is compared; the left sides ask.
+    """
+    num_rows = len(compared[0].left_BD)
+
+    def block(first: int, stop: int) -> Tensor:
+        return block_sum(first, *(similarities.rows(first, stop) for similarities in compared))
+
+    return sum_of_blocks(block, own, num_rows, num_rows)
+
+
+def sum_both_ways(block_sum: Callable[..., Tensor], own: slice, *compared: Similarities) -> Tensor:
+    """`sum_one_way` plus the same with the right sides asking.
+
+    Where this process takes all rows and they fit one block, one matrix serves both ways.
+    """
+    num_rows = len(compared[0].left_BD)
+    if own.indices(num_rows)[:2] == (0, num_rows) and num_rows**2 <= BLOCK_ENTRIES:
+        logits = [similarities.rows(0, num_rows) for similarities in compared]
+        return block_sum(0, *logits) + block_sum(0, *(matrix.T for matrix in logits))
+    turned = [similarities.turned() for similarities in compared]
+    return sum_one_way(block_sum, own, *compared) + sum_one_way(block_sum, own, *turned)

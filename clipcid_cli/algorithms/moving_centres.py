@@ -1,0 +1,77 @@
+"""Which centres a row must be compared with again after all centres have moved a little.
+
+Shape letters: B rows, K centres.
+
+Of each row x are known its nearest centre a, the exact similarity s = x·c_a, and a bound u with x·c_j ≤ u for all j ≠ a;
+as a is nearest, u ≤ s may be taken. The centres move to c', by δ_j = |c'_j − c_j|, and s' = x·c'_a is computed exactly. By
+Cauchy–Schwarz x·c'_j ≤ u + |x|·δ_j, so
+
+- when s' > u: centres with |x|·δ_j < s' − u stay behind a. The row is compared with those of at least a part θ of that gap;
+  the others keep the bound u + |x|·δ with δ their largest movement. A smaller θ compares more now and keeps u lower, which
+  saves comparisons later.
+- when s' ≤ u and s' ≥ s, which is s' = u = s: centres that did not move stay behind a, and in ties too, since they lost
+  to a before by the same rule. The row is compared with those that moved.
+- else (s' ≤ u and s' < s): with all.
+
+In the order of their movement, farthest first, the centres to compare with are always the leading ones, so rows that need
+about equally many share one matrix product. What is found is exact; bounds only decide what is looked at. [O] In the manner
+of Hamerly 2010 and of Ding et al. 2015 (Yinyang k-means), with one bound a row: small clusters that move far cost only
+themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+# Rows are unit ones rounded to float16.
+_LONGEST_ROW = 1.01
+_SHARE_OF_GAP = 0.5
+# Covers the rounding of the movements.
+_ROUNDED_UP = 1 + 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Movement:
+    """How the centres moved.
+
+    Attributes:
+        order_K: Numbers of the centres, those that moved farthest first, int64 [K].
+        moved_K: Which centres moved at all, bool [K], by number.
+    """
+
+    order_K: torch.Tensor
+    moved_K: torch.Tensor
+    _reach_K: torch.Tensor
+
+    @classmethod
+    def of(cls, distances_K: torch.Tensor) -> Movement:
+        """Order the centres.
+
+        Args:
+            distances_K: |c'_j − c_j|, float64 [K].
+        """
+        reach_K, order_K = torch.sort(distances_K * (_LONGEST_ROW * _ROUNDED_UP), descending=True, stable=True)
+        return cls(order_K, distances_K > 0, torch.cat([reach_K, reach_K.new_zeros(1)]))
+
+    def leading(
+        self, before_B: torch.Tensor, now_B: torch.Tensor, others_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tell how many of the centres, in their order, rows must be compared with.
+
+        Args:
+            before_B: Similarity s to the nearest centre before, float64 [B].
+            now_B: Similarity s' to that centre now, float64 [B].
+            others_B: Bound u of the similarity to any other centre before, float64 [B].
+
+        Returns:
+            Numbers of centres, int64 [B] in [0, K], and a bound of the similarities to those after them now, float64 [B].
+        """
+        num_centres = len(self.order_K)
+        others_B = torch.minimum(others_B, before_B)
+        gap_B = now_B - others_B
+        count_B = torch.searchsorted(-self._reach_K[:-1], -_SHARE_OF_GAP * gap_B, right=True)
+        num_moved = self.moved_K.sum()
+        count_B = torch.where(gap_B > 0, count_B, torch.where(now_B >= before_B, num_moved, num_centres))
+        return count_B, torch.where(count_B < num_centres, others_B + self._reach_K[count_B], -torch.inf)

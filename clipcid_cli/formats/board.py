@@ -1,0 +1,54 @@
+"""TensorBoard's event files of a run, in its folder ``tensorboard/``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.errors import ClipcidError
+
+
+class Board:
+    """Scalars of a run as TensorBoard shows them; nothing is written without a folder."""
+
+    def __init__(self, folder: Path | None, step: int) -> None:
+        """Open the event files.
+
+        Args:
+            folder: Where they lie; None for none.
+            step: Steps done: what a killed run wrote of later ones is no longer shown.
+
+        Raises:
+            ClipcidError: when TensorBoard is not installed.
+        """
+        self._writer: Any = None
+        if folder is None:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ClipcidError(
+                "--report-to tensorboard needs TensorBoard, which is not installed.",
+                "pip install 'clipcid[logging]', or leave --report-to away: train.jsonl holds the same numbers.",
+            ) from error
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write the values of one step; what is no finite number is left out."""
+        if self._writer is None:
+            return
+        for name, value in values.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """End the files."""
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,71 @@
+"""What a student in training is measured on: retrieval on the held-out part, and data sets the user named."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from clipcid_cli.algorithms.retrieval import retrieval_metrics
+from clipcid_cli.runtime.encoder import ClipModel
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+from clipcid_cli.steps.training_data import HeldOut
+from clipcid_cli.steps.zeroshot_measure import measure
+from clipcid_cli.steps.zeroshot_tasks import ZeroshotTask
+
+_BATCH = 256
+_FP32 = Precision("fp32", torch.float32, "evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The measurements of a run.
+
+    Attributes:
+        held_out: Samples kept out of training; None when there are too few.
+        tasks: Data sets of ``--eval-data``, as `eval-zeroshot` measures them.
+        settings: How they are read.
+    """
+
+    held_out: HeldOut | None
+    tasks: list[ZeroshotTask]
+    settings: EvalZeroshotSettings
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there is anything to measure."""
+        return self.held_out is not None or bool(self.tasks)
+
+    def measure(self, student: ClipModel, machine: Machine) -> dict[str, float]:
+        """Measure the student as it is, in full precision; call it on every process.
+
+        Returns:
+            Metrics of the held-out part by name, those of a named data set as ``NAME/METRIC``; whole on the first process.
+        """
+        student.module.eval()
+        metrics: dict[str, float] = {}
+        if self.held_out is not None and machine.is_main:
+            images, texts = embed_held_out(student, self.held_out)
+            metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
+        for task in self.tasks:
+            measured = measure(student, task, machine, _FP32, _BATCH, self.settings, SilentReporter())
+            found = measured.found.metrics.items()
+            # acc5 of four classes is no number.
+            metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
+        return metrics
+
+
+def embed_held_out(student: ClipModel, held_out: HeldOut) -> tuple[Tensor, Tensor]:
+    """Embed the held-out part in full precision; image and text rows, float32 [n, d], unit, on the CPU."""
+    student.module.eval()
+    images, texts = [], []
+    for start in range(0, len(held_out.pixels), _BATCH):
+        part = slice(start, start + _BATCH)
+        images.append(student.encode_images(held_out.pixels[part], _FP32).cpu())
+        texts.append(student.encode_texts(held_out.tokens[part], _FP32).cpu())
+    return torch.cat(images), torch.cat(texts)

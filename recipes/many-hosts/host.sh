@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# What every host runs, at the same time, with the same settings: the chain under torchrun, one step after another.
+# Settings are environment variables, so that srun, ssh or a pod's specification can hand them on:
+#   HEAD       a name or address of one of the hosts, the same for all
+#   PORT       the first of four free ports on it                         29400
+#   HOSTS      how many hosts                                             1
+#   PROCESSES  processes on each host, one for each GPU                   gpu
+#   JOB        a word no other job uses that meets at HEAD:PORT           clipcid
+#   DATA TEACHER STUDENT KEEP                                             what the README's chain is told
+#   CLUSTER_FLAGS DISTILL_FLAGS                                           further flags, divided by spaces
+# The work directory (CLIPCID_WORK), DATA and models that are folders must be the same files on all hosts.
+set -euo pipefail
+
+: "${HEAD:?a name or address of the host where all meet}" "${DATA:?}" "${TEACHER:?}" "${STUDENT:?}" "${CLIPCID_WORK:?}"
+port=${PORT:-29400}
+read -ra cluster_flags <<<"${CLUSTER_FLAGS:-}"
+read -ra distill_flags <<<"${DISTILL_FLAGS:-}"
+
+# Each step meets at a port of its own: a host that is through early must not meet the store of the step before.
+together() {
+    torchrun --nnodes "${HOSTS:-1}" --nproc-per-node "${PROCESSES:-gpu}" \
+        --rdzv-backend c10d --rdzv-endpoint "$HEAD:$port" --rdzv-id "${JOB:-clipcid}-$1" \
+        -m clipcid_cli "$@"
+    port=$((port + 1))
+}
+
+together embed "$DATA" --model "$TEACHER"
+together balance --keep "${KEEP:-0.563}"
+together cluster ${cluster_flags[@]+"${cluster_flags[@]}"}
+together distill --student "$STUDENT" ${distill_flags[@]+"${distill_flags[@]}"}

@@ -1,0 +1,198 @@
+"""`distill` shared out: over processes, over parts of a batch, over kills; and what else may change how it computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run, clean_environment, make_image, run_command, torchrun_command, write_tar
+from distill_data import SHORT, losses, student_bytes, train
+from safetensors.torch import load_file
+
+from clipcid_cli.algorithms.losses.registry import PRESETS
+from clipcid_cli.errors import ClipcidError
+
+Clipcid = Callable[..., Run]
+SCRIPT = Path(__file__).parents[1] / "distill_data.py"
+
+
+def assert_alike(folder: Path, one: str, other: str) -> None:
+    """Check that two runs logged the same losses, gradients and scales to 1e-5."""
+    first, second = (losses(folder / "clipcid-work" / "distill" / name) for name in (one, other))
+    assert len(first) == len(second) > 0
+    for here, there in zip(first, second, strict=True):
+        assert here.keys() == there.keys()
+        for name, value in here.items():
+            assert there[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (one, other, name)
+
+
+@pytest.fixture(scope="module")
+def whole(distill_prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory with a run of each preset: one process, whole batches."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(distill_prepared, folder, dirs_exist_ok=True)
+    train(folder, "whole")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of two classes as CLIP_benchmark lays it out."""
+    folder = tmp_path_factory.mktemp("benchmark") / "shades"
+    images = [(f"{number}.png", make_image(number)) for number in range(6)]
+    classes = [(f"{number}.cls", str(number % 2).encode()) for number in range(6)]
+    members = [member for pair in zip(images, classes, strict=True) for member in pair]
+    write_tar(folder / "test" / "0.tar", members)
+    (folder / "test" / "nshards.txt").write_text("1\n")
+    (folder / "classnames.txt").write_text("dark\nbright\n")
+    return folder
+
+
+def test_parts_of_a_batch_train_as_the_whole(whole: Path) -> None:
+    train(whole, "parts", accum_freq=4)
+    for preset in PRESETS:
+        assert_alike(whole, f"{preset}-whole", f"{preset}-parts")
+
+
+@pytest.mark.parametrize("flags", [(), ("local_loss=1", "accum_freq=2")])
+def test_two_processes_train_as_one(whole: Path, flags: tuple[str, ...]) -> None:
+    name = "two" + "".join(flags)
+    run_command([*torchrun_command(2)[:-2], str(SCRIPT), str(whole), name, *flags], whole, True, 300, None)
+    for preset in PRESETS:
+        assert_alike(whole, f"{preset}-whole", f"{preset}-{name}")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_run_goes_on_to_the_same_bits(
+    processes: int, torchrun: Clipcid, clipcid: Clipcid, distill_place: Path
+) -> None:
+    arguments = ["distill", *map(str, SHORT), "--steps", "60", "--checkpoint-every", "5", "--color-jitter", "0.3"]
+    # A worker's queue runs ahead of the steps: it must leave no trace.
+    arguments += ["--workers", "2", "--cluster-towers", "both"]
+    command = [sys.executable, "-m", "clipcid_cli"] if processes == 1 else torchrun_command(processes)
+    run_command([*command, *arguments, "--name", "whole"], distill_place, True, 300, None)
+    process = subprocess.Popen(
+        [*command, *arguments, "--name", "killed"],
+        cwd=distill_place,
+        env=clean_environment(),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    checkpoints = distill_place / "clipcid-work" / "distill" / "killed" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step_*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # torchrun starts its processes in sessions of their own.
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    for group in (process.pid, *(pid for pid in workers if processes > 1)):
+        os.killpg(group, signal.SIGKILL)
+    process.wait()
+    runs = distill_place / "clipcid-work" / "distill"
+    assert not (runs / "killed" / "distill.json").exists(), "it was too fast to be killed"
+    resumed = run_command([*command, *arguments, "--name", "killed"], distill_place, True, 300, None)
+    assert "Going on from step" in resumed.stderr
+    assert losses(runs / "killed") == losses(runs / "whole")
+    assert student_bytes(runs / "killed") == student_bytes(runs / "whole")
+
+
+def test_checkpointed_layers_change_no_bit(whole: Path) -> None:
+    train(whole, "layers", ("cid",), grad_checkpointing=True)
+    runs = whole / "clipcid-work" / "distill"
+    assert losses(runs / "cid-layers") == losses(runs / "cid-whole")
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_frozen_tower_ends_as_it_began(whole: Path, tower: str) -> None:
+    teacher = whole / "teacher-like"
+    runs = whole / "clipcid-work" / "distill"
+    if not teacher.exists():
+        teacher.symlink_to(runs / "cid-whole" / "student")
+    train(whole, f"frozen-{tower}", ("cid",), init_from=str(teacher), **{f"freeze_{tower}": True})
+    before = load_file(teacher / "open_clip_model.safetensors")
+    after = load_file(runs / f"cid-frozen-{tower}" / "student" / "open_clip_model.safetensors")
+    for name, tensor in before.items():
+        is_frozen = name != "logit_scale" and name.startswith("visual.") == (tower == "image")
+        assert torch.equal(after[name], tensor) == is_frozen, name
+
+
+def test_data_sets_are_measured_while_it_trains(whole: Path, tiny_classes: Path) -> None:
+    train(whole, "measured", ("clip",), eval_data=(str(tiny_classes),), report_to="tensorboard")
+    run = whole / "clipcid-work" / "distill" / "clip-measured"
+    results = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in results] == [0, 6]
+    assert all(0 <= line[f"{tiny_classes.name}/acc1"] <= 1 for line in results)
+    # Measuring changes nothing of what is learned.
+    assert losses(run) == losses(run.parent / "clip-whole")
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    shown = {event.step: event.value for event in board.Scalars("train/loss_clip")}
+    logged = {line["step"]: line["loss_clip"] for line in losses(run)}
+    assert shown == pytest.approx(logged, rel=1e-6)
+    assert [event.step for event in board.Scalars(f"eval/{tiny_classes.name}/acc1")] == [0, 6]
+
+
+def test_dry_run_measures_and_writes_nothing(clipcid: Clipcid, distill_place: Path) -> None:
+    before = sorted(path.name for path in (distill_place / "clipcid-work").rglob("*"))
+    found = clipcid("distill", *SHORT, "--epochs", 3, "--dry-run", "--json").json
+    assert sorted(path.name for path in (distill_place / "clipcid-work").rglob("*")) == before
+    assert found["steps"] * 8 == found["samples"] <= 3 * 24
+    assert found["seconds_per_step"] > 0
+    pace = found["samples_per_second"] * found["seconds"]["train"]
+    assert pace == pytest.approx(found["samples"], rel=0.1)
+    assert found["memory_bytes"] > 4 * found["parameters"]
+    teacher = found["teacher"]
+    assert 0 < teacher["share"] < 1
+    # All 24 images were embedded; a part of them is held out of training.
+    assert 1 < teacher["break_even"] < 3
+
+
+@pytest.mark.slow  # PyTorch's compiler takes most of a minute
+def test_compiled_towers_learn_the_same(whole: Path) -> None:
+    train(whole, "compiled", ("clip",), torchcompile=True)
+    assert_alike(whole, "clip-whole", "clip-compiled")
+
+
+def test_float16_gradients_are_scaled_and_an_overflow_is_left_out() -> None:
+    from clipcid_cli.runtime.training import LossParameters, OptimiserPlan, Trainer
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2, 2))
+            self.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    plan = OptimiserPlan(lr=0.1, weight_decay=0.0, betas=(0.9, 0.98), eps=1e-6, warmup=0, steps=9, max_norm=1.0)
+    model = Model()
+    trainer = Trainer(model, LossParameters([], 2, None, seed=0), plan, scaled=True)
+    trainer.backward(3 * model.weight.sum())
+    assert float(model.weight.grad.max()) > 1000  # scaled up
+    assert trainer.limit_gradient() == pytest.approx(6.0)  # and down again before it is limited
+    trainer.update()
+    assert not torch.equal(model.weight.detach(), torch.ones(2, 2))
+    before, state = model.weight.detach().clone(), trainer.state()["scaler"]["scale"]
+    trainer.backward(torch.inf * model.weight.sum())
+    assert trainer.may_overflow
+    trainer.limit_gradient()
+    trainer.update()
+    assert torch.equal(model.weight.detach(), before)
+    assert trainer.state()["scaler"]["scale"] == state / 2
+
+
+def test_compiler_that_fails_is_one_clear_error(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(whole / "no-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(whole / "cache"))
+    with pytest.raises(ClipcidError, match="--torchcompile"):
+        train(whole, "uncompiled", ("clip",), torchcompile=True, batch_size=4)

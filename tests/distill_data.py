@@ -1,0 +1,66 @@
+"""A tiny student, short runs of it, and what they logged.
+
+As a script (`FOLDER NAME [SETTING=NUMBER …]`, alone or under torchrun) it trains with every preset: one start of PyTorch
+serves them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.algorithms.losses.registry import PRESETS
+from clipcid_cli.steps.distill import run
+from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.settings.distill import DistillSettings
+
+STUDENT = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+SHORT = ("--student", "student.json", "--batch-size", 8, "--workers", 1, "--val-fraction", 0.2)
+
+
+def losses(run: Path) -> list[dict[str, Any]]:
+    """Read what training logged, without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name not in ("samples_per_second", "data_wait_share")}
+        for line in lines
+    ]
+
+
+def student_bytes(run: Path) -> bytes:
+    """Read the weights of a run's student."""
+    return (run / "student" / "open_clip_model.safetensors").read_bytes()
+
+
+def train(folder: Path, name: str, presets: tuple[str, ...] = tuple(PRESETS), **settings: Any) -> None:
+    """Train with each preset on the work directory `folder`/clipcid-work; runs are called PRESET-`name`."""
+    for preset in presets:
+        chosen: dict[str, Any] = {"steps": 6, "batch_size": 8, "workers": 0, "val_fraction": 0.2, "eval_every": 6}
+        run(
+            DistillSettings(
+                work=folder / "clipcid-work",
+                student=str(folder / "student.json"),
+                preset=preset,
+                name=f"{preset}-{name}",
+                cluster_towers="both",
+                **chosen | settings,
+            ),
+            SilentReporter(),
+        )
+
+
+if __name__ == "__main__":
+    given = dict(argument.split("=") for argument in sys.argv[3:])
+    for number, one in enumerate(PRESETS):
+        if "RANK" in os.environ:
+            # Processes that meet again need another place to meet.
+            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + number + 1)
+        train(Path(sys.argv[1]), sys.argv[2], (one,), **{flag: int(value) for flag, value in given.items()})

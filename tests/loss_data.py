@@ -1,0 +1,192 @@
+"""A small batch, and every loss of the registry as a formula over it, written with NumPy and loops alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
+from clipcid_cli.algorithms.losses.cluster import cluster_targets, draw_candidates
+from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
+
+B, D, K, M = 7, 5, 12, 3
+SCALE, STUDENT_SCALE, TEACHER_SCALE, TAU, ALPHA = 9.0, 14.0, 40.0, 0.2, 0.5
+
+# Student s, v and teacher t, u [B, D]; centres C; stored clusters and similarities; σ and the student's own σ.
+Numbers = dict[str, np.ndarray]
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def make_numbers(seed: int = 3) -> Numbers:
+    random = np.random.default_rng(seed)
+    found = {name: unit(random.normal(size=(B, D))) for name in "svtu"}
+    found["C"] = unit(random.normal(size=(K, D)))
+    found["top"] = np.stack([random.permutation(K)[:M] for _ in range(B)])
+    found["similarity"] = -np.sort(-random.uniform(0, 1, (B, M)), axis=1)
+    found["caption_top"] = np.stack([random.permutation(K)[:M] for _ in range(B)])
+    return found | {"scale": np.array(SCALE), "student_scale": np.array(STUDENT_SCALE)}
+
+
+def make_batch(numbers: Numbers, towers: str = "tu", cluster_towers: str = "s", own: slice = slice(None)) -> LossBatch:
+    """Make a float64 batch of a teacher with the given towers, and cluster targets for the given student towers."""
+    tensors = {name: torch.from_numpy(numbers[name]) for name in "svtu"}
+
+    def targets(top: np.ndarray) -> ClusterTargets:
+        candidates = draw_candidates(np.arange(K), K, ratio=0.1, minimum=K, seed=0)
+        made = cluster_targets(
+            candidates, torch.from_numpy(numbers["C"]), top, numbers["similarity"], temperature=TAU, label_share=ALPHA
+        )
+        weights = torch.from_numpy(np.array([target_weights(row) for row in numbers["similarity"]]))
+        # Weights are float32 by construction: near enough to their formula, which takes their place to be compared closely.
+        torch.testing.assert_close(made.weights_Bm.double(), weights, rtol=1e-6, atol=1e-7)
+        return dataclasses.replace(made, log_correction_S=made.log_correction_S.double(), weights_Bm=weights)
+
+    return LossBatch(
+        image_Bd=tensors["s"],
+        text_Bd=tensors["v"],
+        student_scale=torch.from_numpy(numbers["student_scale"]),
+        image_BD=tensors["s"],
+        text_BD=tensors["v"],
+        teacher_image_BD=tensors["t"] if "t" in towers else None,
+        teacher_text_BD=tensors["u"] if "u" in towers else None,
+        teacher_scale=TEACHER_SCALE,
+        image_clusters=targets(numbers["top"]) if "s" in cluster_towers else None,
+        text_clusters=targets(numbers["caption_top"]) if "v" in cluster_towers else None,
+        own=own,
+    )
+
+
+def compute(name: str, batch: LossBatch, scale: torch.Tensor) -> torch.Tensor:
+    function = load_loss(name)
+    value = function(batch, scale) if LOSSES[name].own_scale else function(batch)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def with_gradients(name: str, batch: LossBatch, scale: float = SCALE) -> tuple[float, list[np.ndarray]]:
+    """Return a loss and its gradients by s, v, the loss's scale and the student's (0 where it does not depend on one)."""
+    s, v = batch.image_Bd.detach().clone().requires_grad_(), batch.text_Bd.detach().clone().requires_grad_()
+    own_scale = torch.tensor(scale, dtype=s.dtype, requires_grad=True)
+    student_scale = batch.student_scale.detach().clone().requires_grad_()
+    live = dataclasses.replace(batch, image_Bd=s, text_Bd=v, image_BD=s, text_BD=v, student_scale=student_scale)
+    value = compute(name, live, own_scale)
+    value.backward()
+    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in (s, v, own_scale, student_scale)]
+    return float(value.detach()), [gradient.numpy() for gradient in gradients]
+
+
+def target_weights(similarities: np.ndarray) -> np.ndarray:
+    share = np.exp(similarities / TAU)
+    weights = (1 - ALPHA) * share / share.sum()
+    weights[0] += ALPHA
+    return weights
+
+
+def log_softmax(row: np.ndarray) -> np.ndarray:
+    top = max(row)
+    return row - top - np.log(sum(np.exp(value - top) for value in row))
+
+
+def cross_entropy(row: np.ndarray, own: int) -> float:
+    return -float(log_softmax(row)[own])
+
+
+def divergence(target: np.ndarray, row: np.ndarray) -> float:
+    """KL(softmax(target) ‖ softmax(row))."""
+    q, p = log_softmax(target), log_softmax(row)
+    return float(sum(np.exp(q[j]) * (q[j] - p[j]) for j in range(len(row))))
+
+
+def soft_cross_entropy(target: np.ndarray, row: np.ndarray) -> float:
+    q, p = log_softmax(target), log_softmax(row)
+    return float(-sum(np.exp(q[j]) * p[j] for j in range(len(row))))
+
+
+def formula_rows(  # one branch a loss
+    name: str, n: Numbers, towers: str = "tu", cluster_towers: str = "s", fixed: Numbers | None = None
+) -> np.ndarray:
+    """What each row of the batch, as query, adds to B times the loss, float64 [B].
+
+    Args:
+        name: The loss.
+        n: Its numbers.
+        towers: The teacher's.
+        cluster_towers: The student's towers that the cluster loss teaches.
+        fixed: The numbers that fixed targets are made of, where they are not those that gradients are taken by.
+    """
+    f = n if fixed is None else fixed
+    s, v, t, u = (n[key] for key in "svtu")
+    scale, student_scale = float(n["scale"]), float(n["student_scale"])
+    across = [pair for pair, tower in (((s, u), "u"), ((v, t), "t")) if tower in towers]
+    beside = [pair for pair, tower in (((s, t), "t"), ((v, u), "u")) if tower in towers]
+
+    def both_ways(i: int, a: np.ndarray, b: np.ndarray, sigma: float) -> float:
+        return (cross_entropy(sigma * b @ a[i], i) + cross_entropy(sigma * a @ b[i], i)) / 2
+
+    def row(i: int) -> float:
+        match name:
+            case "clip":
+                return both_ways(i, s, v, student_scale)
+            case "instance":
+                return float(np.mean([both_ways(i, a, b, scale) for a, b in across]))
+            case "instance-intra":
+                return float(np.mean([both_ways(i, a, b, scale) for a, b in beside]))
+            case "icl":
+                return float(np.mean([cross_entropy(scale * b @ a[i], i) for a, b in across]))
+            case "fd":
+                return float(sum(sum((a[i] - b[i]) ** 2) for a, b in beside))
+            case "crd":
+                image = divergence(TEACHER_SCALE * u @ t[i], student_scale * v @ s[i])
+                return (image + divergence(TEACHER_SCALE * t @ u[i], student_scale * s @ v[i])) / 2
+            case "affinity":
+                image = soft_cross_entropy(100 * u @ t[i], student_scale * v @ s[i])
+                return (image + soft_cross_entropy(100 * t @ u[i], student_scale * s @ v[i])) / 2
+            case "vrd":
+                teacher_first = divergence(scale_fixed * f["v"] @ u[i], scale * s @ t[i])
+                student_first = divergence(scale_fixed * u @ f["v"][i], scale * t @ s[i])
+                return (teacher_first + student_first) / 2 + both_ways(i, t, s, scale) + both_ways(i, u, v, scale)
+            case "xrd":
+                p, q = student_fixed * v @ t[i], student_fixed * s @ u[i]
+                fixed_p, fixed_q = student_fixed * f["v"] @ t[i], student_fixed * f["s"] @ u[i]
+                total = divergence(fixed_q, p) + divergence(fixed_p, q)
+                p, q = student_fixed * t @ v[i], student_fixed * u @ s[i]
+                fixed_p, fixed_q = student_fixed * t @ f["v"][i], student_fixed * u @ f["s"][i]
+                return (total + divergence(fixed_q, p) + divergence(fixed_p, q)) / 4
+            case "cluster":
+                taught = {"s": (s, "top"), "v": (v, "caption_top")}
+                losses = []
+                for features, top in (taught[tower] for tower in cluster_towers):
+                    log_p = log_softmax(scale * n["C"] @ features[i])
+                    losses.append(-float(target_weights(n["similarity"][i]) @ log_p[n[top][i]]))
+                return float(np.mean(losses))
+        raise AssertionError(f"{name} has no formula here: every loss of the registry needs one")
+
+    scale_fixed, student_fixed = float(f["scale"]), float(f["student_scale"])
+    return np.array([row(i) for i in range(len(s))])
+
+
+def formula(name: str, n: Numbers, own: slice = slice(None), **options: object) -> float:
+    """The share of the own rows."""
+    rows = formula_rows(name, n, **options)  # type: ignore[arg-type]
+    return float(rows[own].sum() / len(rows))
+
+
+def slopes(name: str, n: Numbers, own: slice) -> list[np.ndarray]:
+    """Derivatives of `formula` by s, v and both scales, as central differences with fixed targets held."""
+    step, found = 1e-6, []
+    for key in ("s", "v", "scale", "student_scale"):
+        slope = np.zeros(n[key].shape)
+        for place in np.ndindex(slope.shape):
+            ends = []
+            for sign in (1, -1):
+                moved = n[key].copy()
+                moved[place] += sign * step
+                ends.append(formula(name, n | {key: moved}, own, fixed=n))
+            slope[place] = (ends[0] - ends[1]) / (2 * step)
+        found.append(slope)
+    return found

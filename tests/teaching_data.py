@@ -1,0 +1,97 @@
+"""What tests of teaching share: data with several captions, embeddings made in this process, and batches shown of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from balance_data import Listener
+from conftest import make_caption, make_image, write_tar
+
+from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.formats.dataset import open_dataset
+from clipcid_cli.formats.embeddings import Embeddings, open_embeddings
+from clipcid_cli.runtime.augmentation import apply_colors
+from clipcid_cli.runtime.encoder import ClipModel, normalize_pixels
+from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.steps import distill, embed
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.teaching import Teaching, join_teacher
+from clipcid_cli.steps.training_data import Batch, BatchMaker, BatchOrder, find_usable
+
+FP32 = Precision("fp32", torch.float32, "a test")
+STUDENT = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 24, "layers": 1, "width": 32, "head_width": 16, "patch_size": 12},
+    "text_cfg": {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+def write_captions(folder: Path, counts: tuple[int, ...]) -> Path:
+    """Write a CLIP_benchmark folder of two shards, as many lines of captions beside each image as `counts` says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nshards.txt").write_text("2")
+    half = len(counts) // 2
+    for shard, numbers in enumerate((range(half), range(half, len(counts)))):
+        members = []
+        for number in numbers:
+            lines = "\n".join(make_caption(100 * number + line) for line in range(counts[number]))
+            members += [(f"s{number}.png", make_image(number)), (f"s{number}.txt", lines.encode())]
+        write_tar(folder / f"{shard}.tar", members)
+    return folder
+
+
+def write_student(folder: Path, config: dict[str, Any] = STUDENT) -> Path:
+    """Write an architecture that differs from the tiny teacher in width, resolution and context."""
+    path = folder / "student.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def embed_data(data: Path, model: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    """Run `embed` in this process: fp32, batches of 8, no workers unless told otherwise."""
+    given = {"precision": "fp32", "batch_size": 8, "workers": 0, "device": "cpu"} | settings
+    return embed.run(EmbedSettings(data=str(data), model=str(model), out=out, **given), Listener())
+
+
+def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]], str]:
+    """Run `distill` in this process; returns its log without what depends on the clock, and what it said."""
+    listener = Listener()
+    given = {"batch_size": 8, "workers": 0, "device": "cpu", "steps": 4, "name": "run", "val_fraction": 0.2} | settings
+    result = distill.run(DistillSettings(work=work, data=str(data), **given), listener)
+    log = [json.loads(line) for line in Path(result["files"]["train_log"]).read_text().splitlines()]
+    clock = ("samples_per_second", "data_wait_share")
+    return [{name: line[name] for name in line if name not in clock} for line in log], "\n".join(listener.told)
+
+
+def join(data: Path, folder: Path, **settings: Any) -> tuple[Embeddings, Teaching, Any, Any]:
+    """Join embeddings with the data they were made of: embeddings, teaching, data set and usable samples."""
+    dataset, embeddings = open_dataset(str(data)), open_embeddings(folder)
+    usable = find_usable(dataset, 0.01)
+    given = DistillSettings(student="student.json", preset="clip-kd", **settings)
+    wanted = np.ones(len(usable.keys), dtype=np.bool_)
+    return embeddings, join_teacher(given, embeddings, dataset, usable, wanted, Listener()), dataset, usable
+
+
+def make_epoch(teaching: Teaching | None, dataset: Any, usable: Any, maker: BatchMaker, epoch: int) -> Batch:
+    """Make one batch of a whole epoch, seed 3."""
+    replay = None if teaching is None else teaching.replay(3)
+    order = BatchOrder(dataset, usable.selection, 3, len(usable.keys), replay)
+    return maker(order.items(epoch, 0, 1))
+
+
+def encode_shown(model: ClipModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Embed what a batch shows, pixels in their colours and tokens: float32 rows [b, D] of images and of texts."""
+    pixels = normalize_pixels(apply_colors(batch.pixels, batch.colors), model.info.preprocess)
+    return model.encode_images(pixels, FP32).numpy(), model.encode_texts(batch.tokens, FP32).numpy()
+
+
+def student_side(rows: int, width: int) -> LossBatch:
+    """Make some student's side of a batch, to which a teacher adds its own."""
+    random = torch.Generator().manual_seed(0)
+    image, text = torch.nn.functional.normalize(torch.randn(2, rows, width, generator=random), dim=2)
+    return LossBatch(image, text, torch.tensor(10.0), image, text)

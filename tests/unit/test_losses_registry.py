@@ -1,0 +1,56 @@
+"""The table of losses: complete, consistent, and read without torch."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, load_loss, select_losses, served_by_one_tower
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_entry_is_complete(name: str) -> None:
+    entry = LOSSES[name]
+    assert entry.name == name
+    assert entry.summary
+    assert entry.summary[-1] != "."  # help pages join summaries into lists
+    function = load_loss(name)
+    assert "Source: " in (inspect.getdoc(function) or "")
+    assert list(inspect.signature(function).parameters) == (["batch", "scale"] if entry.own_scale else ["batch"])
+    assert entry.needs_teacher or (entry.space == "own" and not entry.needs_clusters)
+
+
+def test_functions_are_losses_of_their_own() -> None:
+    assert len({entry.function for entry in LOSSES.values()}) == len(LOSSES)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_names_known_losses(preset: str) -> None:
+    assert set(PRESETS[preset]) <= set(LOSSES)
+    assert list(select_losses(preset, {})) == [name for name in LOSSES if name in PRESETS[preset]]
+
+
+def test_clip_rd_is_clip_kd_and_two_more() -> None:
+    extra = {name: weight.value for name, weight in PRESETS["clip-rd"].items() if name not in PRESETS["clip-kd"]}
+    assert extra == {"vrd": 1.0, "xrd": 1.0}
+    assert PRESETS["clip-kd"].items() <= PRESETS["clip-rd"].items()
+
+
+def test_overrides_change_a_preset() -> None:
+    chosen = select_losses("clip-kd", {"crd": 0.5, "icl": 0.0, "affinity": 2.0})
+    assert list(chosen) == ["clip", "fd", "crd", "affinity"]
+    assert chosen["crd"].at(10) == 0.5
+    assert chosen["fd"].at(500) == 4.0
+
+
+def test_one_tower_serves_what_compares_single_towers() -> None:
+    served = served_by_one_tower(LOSSES)
+    assert {name for name, is_served in served.items() if not is_served} == {"crd", "vrd", "xrd", "affinity"}
+
+
+def test_registry_is_read_without_torch() -> None:
+    code = "import sys; import clipcid_cli.steps.settings.distill; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
