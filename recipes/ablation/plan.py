@@ -14,7 +14,7 @@ WIDTH = 96
 # `fd` sums over the width; CLIP-KD's 2000 is for a mean over it.
 FD = 2000 / WIDTH
 RIVALS = ("clip", "clip-kd", "instance", "cid")
-REST = ("cluster", "fd", "icl", "crd", "dr")
+REST = ("cluster", "fd", "icl", "crd", "dr", "clip-rd")
 PRESETS = RIVALS + REST
 # Weights at factor 1. `clip` has none to try: its trials are of the learning rate.
 WEIGHTS: Mapping[str, Mapping[str, float]] = {
@@ -23,6 +23,7 @@ WEIGHTS: Mapping[str, Mapping[str, float]] = {
     "icl": {"icl": 1.0},
     "crd": {"crd": 1.0},
     "clip-kd": {"fd": FD, "icl": 1.0, "crd": 1.0},
+    "clip-rd": {"fd": FD, "icl": 1.0, "crd": 1.0, "vrd": 1.0, "xrd": 1.0},
     "dr": {"clip": 0.25, "affinity": 0.75},
     "instance": {"instance": 1.0},
     "cluster": {"cluster": 1.0},
