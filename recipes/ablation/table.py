@@ -23,6 +23,8 @@ COLUMNS = {
     "seen R@1": ("seen", 1),
 }
 DRAWS = 4000
+# An interval over fewer seeds says little of how another seed would do.
+SEEDS_FOR_BOLD = 3
 # Presets among which ours is chosen.
 OURS = ("instance", "cid", "cluster")
 
@@ -135,10 +137,13 @@ def signed(results: Results, setting: str, other: str, column: str) -> str:
 
 
 def points(differences: Array) -> str:
-    """Write the mean of [s, c] in points with its interval; bold where the interval leaves out 0."""
+    """Write the mean of [s, c] in points with its interval; bold where that leaves out 0 and enough seeds were drawn."""
+    seeds = len(differences)
+    if seeds == 1:
+        return f"{100 * differences.mean():+.1f} (one seed)"
     mean, low, high = (100 * value for value in interval(differences))
     text = f"{mean:+.1f} ({low:+.1f}…{high:+.1f})"
-    return f"**{text}**" if low > 0 or high < 0 else text
+    return f"**{text}**" if seeds >= SEEDS_FOR_BOLD and (low > 0 or high < 0) else text
 
 
 def tuning(results: Results) -> list[str]:
@@ -192,7 +197,7 @@ def main() -> None:
         f"{len(results.entries) - 1} students of {last['steps']:,} steps of {last['batch_size']};"
         f" commit {', '.join(commits)}; {last['machine']}.",
         "Percent; Δ in points, paired by seed, with 95 % intervals over seeds and concepts (probe: smallest … largest of"
-        " the seeds); bold where 0 is outside.",
+        " the seeds); bold where 0 is outside and there are three seeds.",
         "",
         "## Trials, on the tuning split: mean of R@1, R@10 and acc1, seed 0",
         "",
