@@ -1,0 +1,259 @@
+"""Train and measure what `plan.py` lists: python ablation.py --work DIRECTORY [--quick] (see run.sh).
+
+Every run is a `clipcid distill`. Finished ones are in the log, with what each held-out image gave, and are not done
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import inputs
+import plan
+import pyarrow.parquet as pq
+
+HERE = Path(__file__).resolve().parent
+STUDENT = HERE / "student.json"
+SETS = ("tune-retrieval", "tune-classification", "report-retrieval", "report-classification", "seen")
+PROBED = ("clip", "clip-kd", "instance", "cluster", "cid", "dr")
+# Linear probes are fitted after each phase from this one on: by then the presets have several seeds.
+PROBED_FROM = 3
+# Students measured by one process: starting it costs as much as measuring three of them.
+GROUP = 4
+BATCH_SIZE = 64
+
+
+class Log:
+    """The log: a JSON line for each finished run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.entries: dict[str, dict[str, Any]] = {entry["run"]: entry for entry in map(json.loads, lines)}
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Append an entry; one of the same run is replaced when the log is read."""
+        self.entries[entry["run"]] = entry
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+class Ablation:
+    """The whole of it in one work directory."""
+
+    def __init__(self, work: Path, log: Log, steps: int, parallel: int) -> None:
+        self.work, self.log, self.steps = work, log, steps
+        self.inputs = inputs.Inputs(work)
+        self.parallel = parallel
+        self.about = {"commit": commit(), "machine": machine(), "steps": steps, "batch_size": BATCH_SIZE}
+
+    def run(self, phases: Iterable[list[plan.Run]]) -> None:
+        """Do all runs that are not in the log, phase by phase."""
+        self.inputs.prepare()
+        self.measure_teacher()
+        for number, phase in enumerate(phases, 1):
+            left = [run for run in phase if run.name not in self.log.entries]
+            say(f"phase {number}: {len(phase)} runs, {len(left)} left")
+            for group in chunks(left, GROUP):
+                self.do(group)
+            if number >= PROBED_FROM:
+                self.probe()
+
+    def do(self, group: list[plan.Run]) -> None:
+        """Train and measure some runs."""
+        # Clusters are shared: made before the runs that read them start side by side.
+        for setting in {run.setting.name: run.setting for run in group}.values():
+            if setting.clusters is not None:
+                self.inputs.clusters(setting.clusters, setting.keep)
+        with ThreadPoolExecutor(self.parallel) as pool:
+            trained = dict(zip([run.name for run in group], pool.map(self.train, group), strict=True))
+            parts = [part for part in (group[start :: self.parallel] for start in range(self.parallel)) if part]
+            for part, measured in zip(parts, pool.map(self.measure, parts), strict=True):
+                for run in part:
+                    self.log.add(describe(run) | trained[run.name] | measured[run.name] | self.about)
+
+    def train(self, run: plan.Run) -> dict[str, Any]:
+        """Train one student."""
+        setting = run.setting
+        arguments: list[object] = [
+            inputs.DATA / "pairs", "--student", STUDENT, "--preset", "clip", "--keep-list",
+            self.inputs.keep_list(setting.keep), "--lr", setting.lr, "--steps", self.steps, "--batch-size", BATCH_SIZE,
+            "--val-fraction", 0, "--checkpoint-every", self.steps, "--seed", run.seed, "--work", self.work,
+            "--name", folder_name(run), *setting.flags,
+        ]  # fmt: skip
+        for name, weight in setting.weights.items():
+            arguments += ["--loss", f"{name}={weight:.6g}"]
+        if setting.weights:
+            arguments += ["--teacher", inputs.TEACHER, "--embeddings", self.inputs.embeddings]
+        if setting.clusters is not None:
+            arguments += ["--clusters", self.inputs.clusters(setting.clusters, setting.keep)]
+        result = inputs.clipcid("distill", *arguments)
+        say(f"{run.name}: {result['samples_per_second']:.0f} samples/s, losses {result['losses']}")
+        return {
+            "losses": result["losses"],
+            "seconds": result["seconds"],
+            "samples_per_second": result["samples_per_second"],
+        }
+
+    def measure(self, runs: list[plan.Run]) -> dict[str, dict[str, Any]]:
+        """Measure students of several runs in one process."""
+        models = [self.work / "distill" / folder_name(run) / "student" for run in runs]
+        found = self.evaluate(models, folder_name(runs[0]))
+        for run, entry in zip(runs, found, strict=True):
+            metrics = entry["metrics"]
+            say(f"{run.name}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        return {run.name: entry for run, entry in zip(runs, found, strict=True)}
+
+    def measure_teacher(self) -> None:
+        """Measure the teacher once."""
+        if "teacher" not in self.log.entries:
+            found = self.evaluate([inputs.TEACHER], "teacher")[0]
+            evaluated = self.work / "evaluated" / "teacher" / "eval"
+            found["keys"] = {name: keys_of(evaluated, name) for name in found["items"]}
+            self.log.add({"run": "teacher", "setting": "teacher", "seed": 0} | found | self.about)
+
+    def evaluate(self, models: list[Path], name: str) -> list[dict[str, Any]]:
+        """Return for each model its metrics, and what each image gave, on every set."""
+        flags = [flag for model in models for flag in ("--model", model)]
+        sets = [self.work / "sets" / name for name in SETS]
+        work = self.work / "evaluated" / name
+        # The first positional is the model, so the first model is given there.
+        answer = inputs.clipcid(
+            "eval-zeroshot", models[0], *sets, *flags[2:], "--bootstrap", 0, "--predictions", "--work", work
+        )
+        results = iter(answer["results"])
+        found = []
+        for _ in models:
+            entry: dict[str, Any] = {"metrics": {}, "items": {}}
+            for dataset in SETS:
+                result = next(results)
+                side = dataset.split("-")[0]
+                entry["metrics"] |= {
+                    f"{side} {name}": value for name, value in named_metrics(result["metrics"]).items()
+                }
+                if side != "tune":
+                    entry["items"][dataset] = read_items(Path(result["files"]["predictions"]))
+            found.append(entry)
+        return found
+
+    def probe(self) -> None:
+        """Fit linear probes on the students of the tuned presets, and on the teacher's features."""
+        settings = [plan.tuned(name, self.log.entries) for name in PROBED]
+        names = [plan.Run(setting, seed).name for seed in plan.FIRST_SEEDS + plan.LATER_SEEDS for setting in settings]
+        wanted = [name for name in ["teacher", *names] if name in self.log.entries]
+        left = [name for name in wanted if "report probe" not in self.log.entries[name]["metrics"]]
+        with ThreadPoolExecutor(self.parallel) as pool:
+            for name, value in zip(left, pool.map(self.fit_probe, left), strict=True):
+                entry = self.log.entries[name]
+                self.log.add(entry | {"metrics": entry["metrics"] | {"report probe": value}})
+
+    def fit_probe(self, name: str) -> float:
+        """Return the accuracy of a linear probe on the report split's images."""
+        model = inputs.TEACHER if name == "teacher" else self.work / "distill" / name.replace("/", "-") / "student"
+        result = inputs.clipcid(
+            "eval-linear", model, "--train", inputs.DATA / "classification" / "train",
+            "--test", self.work / "sets" / "report-classification" / "test",
+            "--work", self.work / "probed" / name.replace("/", "-"),
+        )  # fmt: skip
+        value = float(result["metrics"]["lp_acc1"])
+        say(f"{name}: probe {value:.3f}")
+        return value
+
+
+def folder_name(run: plan.Run) -> str:
+    """Return the run's name as one folder's."""
+    return run.name.replace("/", "-")
+
+
+def describe(run: plan.Run) -> dict[str, Any]:
+    """Return what a run is, as JSON values."""
+    setting = run.setting
+    return {
+        "run": run.name,
+        "setting": setting.name,
+        "seed": run.seed,
+        "weights": {name: round(weight, 4) for name, weight in {"clip": 1.0, **setting.weights}.items()},
+        "lr": setting.lr,
+        "keep": setting.keep,
+        "clusters": setting.clusters,
+        "flags": list(setting.flags),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def named_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the metrics that are reported, under short names; retrieval is the mean of both directions."""
+    if "acc1" in metrics:
+        return {"acc1": metrics["acc1"]}
+    return {
+        f"R@{k}": (metrics[f"image_retrieval_recall@{k}"] + metrics[f"text_retrieval_recall@{k}"]) / 2 for k in (1, 10)
+    }
+
+
+def read_items(path: Path) -> dict[str, Any]:
+    """Return keys, and for each its ranks (retrieval) or whether the first class was right (classification)."""
+    table = pq.read_table(path).sort_by("key")
+    if "text_rank" in table.column_names:
+        ranks = [ranks[0] for ranks in table["image_ranks"].to_pylist()]
+        return {"image_ranks": ranks, "text_ranks": table["text_rank"].to_pylist()}
+    right = zip(table["label"].to_pylist(), table["predicted"].to_pylist(), strict=True)
+    return {"right": "".join("1" if label == predicted else "0" for label, predicted in right)}
+
+
+def keys_of(evaluated: Path, dataset: str) -> list[str]:
+    """Return the keys of a set's images, in the order of `read_items`."""
+    path = next((evaluated / "sidecars").glob(f"{dataset}_*.predictions.parquet"))
+    keys: list[str] = pq.read_table(path, columns=["key"]).sort_by("key")["key"].to_pylist()
+    return keys
+
+
+def chunks(runs: list[plan.Run], size: int) -> Iterator[list[plan.Run]]:
+    """Cut a list into lists of at most `size`."""
+    for start in range(0, len(runs), size):
+        yield runs[start : start + size]
+
+
+def commit() -> str:
+    """Return the commit this runs from, marked when files of the package differ from it."""
+    git = ["git", "-C", str(HERE)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", ":/clipcid_cli"], capture_output=True, text=True).stdout
+    return f"{head}+changes" if changed.strip() else head
+
+
+def machine() -> str:
+    """Name the processor."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    return f"{os.cpu_count()} cores of {name}, one thread a run"
+
+
+def say(text: str) -> None:
+    """Print at once, with the time."""
+    print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
+
+
+def main() -> None:
+    """Parse the command line and do it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--log", type=Path, default=HERE / "log.jsonl")
+    parser.add_argument("--quick", action="store_true", help="few runs of few steps, to prove that it works")
+    parser.add_argument("--parallel", type=int, default=2, help="runs side by side")
+    given = parser.parse_args()
+    log = Log(given.log)
+    ablation = Ablation(given.work, log, 40 if given.quick else 2000, given.parallel)
+    ablation.run(plan.quick() if given.quick else plan.phases(log.entries))
+    ablation.probe()
+
+
+if __name__ == "__main__":
+    main()
