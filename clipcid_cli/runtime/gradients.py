@@ -87,6 +87,7 @@ class GradientAverager:
             size: Number of processes.
         """
         self._size = size
+        self._parameters = [*towers, *losses]
         self._buckets: list[_Bucket] = []
         self._next = 0
         self._watching = False
@@ -121,8 +122,12 @@ class GradientAverager:
     def finish(self) -> None:
         """Wait until every gradient is the mean over the processes; call after the last backward pass.
 
-        A parameter that took no part counts as zero, so that processes never wait for each other's.
+        The gradient of a parameter that took no part is zero, so that processes never wait for each other's; with one
+        process too, or its student would be another.
         """
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         for bucket in self._buckets[self._next :]:
             bucket.start()
         for bucket in self._buckets:
@@ -138,9 +143,6 @@ class _Bucket:
         self.work: Any = None
 
     def start(self) -> None:
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         self.flat = torch.cat([p.grad.reshape(-1) for p in self.parameters if p.grad is not None])
         self.work = dist.all_reduce(self.flat, async_op=True)
 
