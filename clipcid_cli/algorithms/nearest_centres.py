@@ -15,12 +15,13 @@ the product returns, and |a − x·c| ≤ e as proven in :mod:`clipcid_cli.algor
 - A centre that is at least as near as one of exact similarity s has a ≥ s − e, and, rounding being monotone,
   ŝ ≥ round(s − e). Others are discarded: :meth:`NearestCentres.nearest`, where the approximately nearest centre is decided
   first, so that s is known.
+- The same is done once more with the products of single pairs in float32, of smaller e.
 - Let v > 0 be such that m centres have ŝ ≥ v. Each of them has a ≥ v·(1 − u) with u the unit roundoff of the output (0 for
   integers). A centre j among the true m nearest that is not one of them is at least as near as some centre i of them, so
   a_j ≥ x·c_j − e ≥ x·c_i − e ≥ a_i − 2e ≥ v·(1 − u) − 2e =: t, and ŝ_j ≥ round(t): :meth:`NearestCentres.top`.
 
 What is not discarded is decided in float64, equal similarities in favour of the smaller number. Rows with so many candidates
-that a full product is cheaper take a float64 product with all centres.
+that a full product is cheaper take one with all centres, in float32 for the nearest and in float64 for several.
 
 **The maximum is found in groups.** A positive float orders like its bit pattern read as an integer, and negative floats
 have negative patterns, so maxima are taken over integers (several times faster on CPUs than over bfloat16). The maxima of
@@ -41,7 +42,9 @@ _CHUNK = 4096
 # Pairs decided at once in float64: the operands stay within the cache.
 _PAIRS = {"cpu": 256, "cuda": 65_536}
 # A row that has candidates in more than this share of the groups is multiplied with all centres instead.
-_DENSE_SHARE = 3
+_DENSE_SHARE = 2
+# In more than this share, with all centres of the chunk in float32.
+_COSTLY_SHARE = 6
 # Stands for no centre yet: above every number, so that any centre wins a tie against it.
 _NONE = torch.iinfo(torch.int64).max
 _PATTERNS = {
@@ -97,6 +100,7 @@ class NearestCentres:
         self._numbers_K = torch.arange(len(centres_KD), device=centres_KD.device) if order_K is None else order_K
         # GPUs can return the float32 accumulators; CPUs round them to the format of the operands.
         self._output_dtype = torch.int32 if dtype == torch.int8 else torch.float32 if centres_KD.is_cuda else dtype
+        self._product = torch.empty(0, dtype=self._output_dtype, device=centres_KD.device)
         self._lowest = torch.iinfo(_PATTERNS[self._output_dtype]).min
 
     def nearest(self, rows: PreparedRows, known: Nearest | None = None, leading: int | None = None) -> Nearest:
@@ -139,7 +143,7 @@ class NearestCentres:
         maxima_BG[row_P, group_P] = members_Pg.amax(dim=1)
         threshold_B = self._patterns_of(found.similarities_B - error_B, rows)
         near_BG = maxima_BG >= threshold_B[:, None]
-        dense_B = near_BG.sum(dim=1) > max(4, near_BG.shape[1] // _DENSE_SHARE)
+        dense_B = near_BG.sum(dim=1) > max(4, near_BG.shape[1] // _COSTLY_SHARE)
         near_BG &= ~dense_B[:, None]
         row_Q, group_Q = near_BG.nonzero(as_tuple=True)
         members_Qg = grouped_BGg[row_Q, group_Q]
@@ -157,22 +161,32 @@ class NearestCentres:
         """Take candidates into account; those that are their row's centre already count for nothing."""
         new_P = centre_P != found.centres_B[row_P]
         row_P, centre_P = row_P[new_P], centre_P[new_P]
-        if len(row_P):
-            found.take(row_P, centre_P, self.similarities(rows.rows_BD, row_P, centre_P))
+        if not len(row_P):
+            return
+        # In float32, where rows and centres are exact, most are told apart at a quarter of the cost.
+        about_P = self._pairwise(rows.rows_BD, row_P, centre_P, torch.float32).double()
+        error_B = self._prepared.float32_error(rows)
+        lowest_B = found.similarities_B.scatter_reduce(0, row_P, about_P - error_B[row_P], "amax") - error_B
+        open_P = about_P >= lowest_B[row_P]
+        closed_P = ~open_P
+        found.bound_others(row_P[closed_P], about_P[closed_P] + error_B[row_P[closed_P]])
+        row_P, centre_P = row_P[open_P], centre_P[open_P]
+        found.take(row_P, centre_P, self.similarities(rows.rows_BD, row_P, centre_P))
 
     def _decide_densely(self, rows: PreparedRows, row_R: torch.Tensor, number_C: torch.Tensor, found: _Found) -> None:
-        """Multiply some rows with the centres of a chunk in float64."""
+        """Multiply some rows with the centres of a chunk in float32 and take what that cannot discard into account."""
         if not len(row_R):
             return
-        similarity_RC = rows.rows_BD[row_R].double() @ self.centres_KD[number_C].double().T
-        similarity_RC.masked_fill_(number_C == found.centres_B[row_R, None], -torch.inf)
-        best_R = similarity_RC.amax(dim=1)
-        is_best_RC = similarity_RC == best_R[:, None]
-        centre_R = torch.where(is_best_RC, number_C, _NONE).amin(dim=1)
-        others_R = similarity_RC.masked_fill_(number_C == centre_R[:, None], -torch.inf).amax(dim=1)
-        found.others_B[row_R] = torch.maximum(found.others_B[row_R], others_R)
-        any_R = best_R > -torch.inf
-        found.take(row_R[any_R], centre_R[any_R], best_R[any_R])
+        about_RC = rows.rows_BD[row_R].float() @ self.centres_KD[number_C].T
+        about_RC.masked_fill_(number_C == found.centres_B[row_R, None], -torch.inf)
+        error_R = self._prepared.float32_error(rows)[row_R]
+        lowest_R = torch.maximum(found.similarities_B[row_R], about_RC.amax(dim=1) - error_R) - error_R
+        # Rounded to float32 it may be too high by far less than the error is too large.
+        pair_P, centre_P = (about_RC >= lowest_R[:, None].float()).nonzero(as_tuple=True)
+        row_P = row_R[pair_P]
+        found.take(row_P, number_C[centre_P], self.similarities(rows.rows_BD, row_P, number_C[centre_P]))
+        about_RC[pair_P, centre_P] = -torch.inf
+        found.bound_others(row_R, about_RC.amax(dim=1) + error_R)
 
     def top(self, rows: PreparedRows, m: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the `m` nearest centres of each row, the most similar first.
@@ -206,13 +220,24 @@ class NearestCentres:
 
     def similarities(self, rows_BD: torch.Tensor, row_P: torch.Tensor, centre_P: torch.Tensor) -> torch.Tensor:
         """Return the exact similarity of each (row, centre) pair, float64 [P]."""
-        similarity_P = torch.empty(len(row_P), dtype=torch.float64, device=rows_BD.device)
-        at_once = _PAIRS[rows_BD.device.type]
+        return self._pairwise(rows_BD, row_P, centre_P, torch.float64)
+
+    def _pairwise(
+        self, rows_BD: torch.Tensor, row_P: torch.Tensor, centre_P: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        at_once, width = max(1, min(len(row_P), _PAIRS[rows_BD.device.type])), rows_BD.shape[1]
+        buffers = (torch.float16, torch.float32, torch.float32, dtype, dtype)
+        half, row, centre, left, right = (torch.empty(at_once, width, dtype=d, device=rows_BD.device) for d in buffers)
+        result_P = torch.empty(len(row_P), dtype=dtype, device=rows_BD.device)
         for first in range(0, len(row_P), at_once):
-            last = first + at_once
-            products_PD = rows_BD[row_P[first:last]].double() * self.centres_KD[centre_P[first:last]].double()
-            torch.sum(products_PD, dim=1, out=similarity_P[first:last])
-        return similarity_P
+            part = slice(first, first + at_once)
+            n = len(row_P[part])
+            torch.index_select(rows_BD, 0, row_P[part], out=half[:n])
+            torch.index_select(self.centres_KD, 0, centre_P[part], out=centre[:n])
+            # float16 to float64 in one go is several times slower.
+            left[:n].copy_(row[:n].copy_(half[:n]))
+            torch.sum(left[:n].mul_(right[:n].copy_(centre[:n])), dim=1, out=result_P[part])
+        return result_P
 
     def _check(self, rows: PreparedRows) -> None:
         width = self.centres_KD.shape[1]
@@ -228,12 +253,15 @@ class NearestCentres:
             The bit patterns of the products as integers, [B, C rounded up to whole groups], the lowest in the added places.
         """
         cast_CD = self._prepared.cast_KD[first : -(-last // GROUP) * GROUP]
-        if self.dtype == torch.int8:
-            product_BC = torch._int_mm(rows.cast_BD, cast_CD.T)
-        elif self._output_dtype == self.dtype:
-            product_BC = torch.mm(rows.cast_BD, cast_CD.T)
-        else:
+        if self._output_dtype != self.dtype and self.dtype != torch.int8:
             product_BC = torch.mm(rows.cast_BD, cast_CD.T, out_dtype=self._output_dtype)
+        else:
+            # Fresh memory for each product would cost a sixth of its time.
+            size = len(rows) * len(cast_CD)
+            if len(self._product) < size:
+                self._product = torch.empty(size, dtype=self._output_dtype, device=cast_CD.device)
+            product_BC = self._product[:size].view(len(rows), len(cast_CD))
+            (torch._int_mm if self.dtype == torch.int8 else torch.mm)(rows.cast_BD, cast_CD.T, out=product_BC)
         pattern_BC = product_BC.view(_PATTERNS[self._output_dtype])
         pattern_BC[:, last - first :] = self._lowest
         return pattern_BC
@@ -345,10 +373,14 @@ class _Found:
         centres_B = torch.where(stays_B, self.centres_B, _NONE)
         centres_B.scatter_reduce_(0, row_P[wins_P], centre_P[wins_P], "amin")
         loses_P = centre_P != centres_B[row_P]
-        self.others_B = self.others_B.scatter_reduce(0, row_P[loses_P], similarity_P[loses_P], "amax")
+        self.bound_others(row_P[loses_P], similarity_P[loses_P])
         left_B = torch.where(centres_B == self.centres_B, -torch.inf, self.similarities_B)
         self.others_B = torch.maximum(self.others_B, left_B)
         self.centres_B, self.similarities_B = centres_B, best_B
+
+    def bound_others(self, row_P: torch.Tensor, similarity_P: torch.Tensor) -> None:
+        """Take into account how similar centres that are not their row's nearest may be."""
+        self.others_B = self.others_B.scatter_reduce(0, row_P, similarity_P, "amax")
 
 
 def _on_grid(centres_CD: torch.Tensor) -> bool:

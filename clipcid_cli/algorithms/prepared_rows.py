@@ -24,12 +24,12 @@ from collections.abc import Iterator
 
 import torch
 
+from clipcid_cli.algorithms.distances import ROWS_IN_CACHE
 from clipcid_cli.algorithms.turned_int8 import choose_steps, distortion, round_to_int8, turn, turning_error
 
 # A thousandth covers the rounding of the norms and of the formula for e, float32 sums of their own, many times over.
 _ROUNDED_UP = 1.001
 _DTYPES = (torch.int8, torch.bfloat16, torch.float16, torch.float32)
-_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ def prepare_rows(rows_BD: torch.Tensor, dtype: torch.dtype) -> PreparedRows:
     if rows_BD.ndim != 2 or rows_BD.dtype != torch.float16:
         raise ValueError(f"rows must be float16 [B, D], not {rows_BD.dtype} {list(rows_BD.shape)}")
     check_format(dtype, rows_BD.device)
-    parts = [_prepare(part_BD, dtype) for part_BD in torch.split(rows_BD, _AT_ONCE)]
+    parts = [_prepare(part_BD, dtype) for part_BD in torch.split(rows_BD, ROWS_IN_CACHE)]
     return PreparedRows(rows_BD, *(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
 
@@ -97,7 +97,8 @@ def _prepare(rows_BD: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, .
 
 def _differences(wide_BD: torch.Tensor, cast_BD: torch.Tensor, steps: torch.Tensor | float) -> torch.Tensor:
     apart_BD: torch.Tensor = wide_BD - cast_BD[:, : wide_BD.shape[1]].float() * steps
-    return torch.linalg.vector_norm(apart_BD, dim=1)
+    lengths_B: torch.Tensor = torch.linalg.vector_norm(apart_BD, dim=1)
+    return lengths_B
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,11 @@ class PreparedCentres:
         error_B = rows.residuals_B * self.longest + rows.lengths_B * (self.residual + relative * self.longest)
         return error_B.double() * _ROUNDED_UP
 
+    def float32_error(self, rows: PreparedRows) -> torch.Tensor:
+        """Bound the error of float32 dot products of rows with any centre, float64 [B]: e of copies that lose nothing."""
+        relative = rows.rows_BD.shape[1] * 2.0**-22
+        return (rows.lengths_B * (relative * self.longest)).double() * _ROUNDED_UP
+
 
 def prepare_centres(
     centres_KD: torch.Tensor, dtype: torch.dtype, order_K: torch.Tensor | None, multiple: int
@@ -146,8 +152,8 @@ def prepare_centres(
     is_int8 = dtype == torch.int8
 
     def parts() -> Iterator[tuple[slice, torch.Tensor]]:
-        for first in range(0, num_centres, _AT_ONCE):
-            place = slice(first, min(num_centres, first + _AT_ONCE))
+        for first in range(0, num_centres, ROWS_IN_CACHE):
+            place = slice(first, min(num_centres, first + ROWS_IN_CACHE))
             yield place, centres_KD[place if order_K is None else order_K[place]]
 
     step = 1.0

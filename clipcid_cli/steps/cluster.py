@@ -35,6 +35,7 @@ from clipcid_cli.formats.output import Output, fingerprint_file
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.precision import choose_precision, choose_scan
+from clipcid_cli.steps.cluster_cost import describe_cost
 from clipcid_cli.steps.cluster_rows import ClusterRows, find_rows
 from clipcid_cli.steps.lloyd import LloydState, block_bounds, first_centres, load_rows, run_lloyd
 from clipcid_cli.steps.outputs import claim_output
@@ -63,7 +64,7 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
         num_clusters = _choose_num_clusters(settings, rows, reporter)
         folder = WorkDirectory(settings.work).clusters
         if settings.dry_run:
-            return _describe_cost(settings, rows, num_clusters, reporter)
+            return describe_cost(settings, machine, rows, num_clusters, search_width(num_clusters), reporter)
         wanted = {
             "features": settings.features,
             "num_clusters": num_clusters,
@@ -104,20 +105,6 @@ def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter:
             f"Give --num-clusters at most {len(rows):,}; the default would be {default_num_clusters(len(rows)):,}.",
         )
     return settings.num_clusters
-
-
-def _describe_cost(
-    settings: ClusterSettings, rows: ClusterRows, num_clusters: int, reporter: Reporter
-) -> dict[str, Any]:
-    """Say what the run takes, without writing anything."""
-    flop = 2 * len(rows) * num_clusters * rows.width * settings.iterations
-    # A float32 and a low-precision copy of the centres, and float64 sums.
-    memory = num_clusters * rows.width * (4 + 2 + 8)
-    reporter.note(
-        f"{settings.iterations} iterations of {len(rows):,} images × {num_clusters:,} clusters × width {rows.width}: "
-        f"{flop:.3g} FLOP; {memory / 2**30:.3g} GiB a process for centres and sums."
-    )
-    return {"images": len(rows), "clusters": num_clusters, "flop": flop, "memory_bytes": memory}
 
 
 def _cluster(

@@ -27,6 +27,7 @@ from clipcid_cli.steps.reporting import Reporter
 
 # Rows multiplied with centres at once. On a CPU the products stay near the caches; a GPU wants more work at a time.
 _BLOCK = {"cpu": 1024, "cuda": 16_384}
+_FEW_CENTRES = 1024
 # Rows that are sorted by the number of centres they must be compared with, and read at once.
 _RUN = {"cpu": 16_384, "cuda": 131_072}
 _CENTRES_AT_ONCE = 16_384
@@ -160,20 +161,32 @@ class _Lloyd:
                 now_B[away_B] = search.similarities(rows_BD, away_B, before_B[away_B])
             count_B, rest_B = self.movement.leading(mine.similarities_B, now_B, mine.others_B)
             mine.similarities_B[:], mine.others_B[:] = now_B, rest_B
-        count_B, order_B = torch.sort(count_B, descending=True)
-        looking = int((count_B > 0).sum())
-        if looking == 0:
+        if not bool(count_B.any()):
             return
         rows = self._prepared(first, last)
-        size = _BLOCK[self.machine.device.type]
-        for at in range(0, looking, size):
-            piece = order_B[at : min(looking, at + size)]
+        for piece, leading in self._pieces(count_B):
             known = None if self.movement is None else mine.chosen(piece)
-            found = search.nearest(rows.chosen(piece), known, int(count_B[at]))
+            found = search.nearest(rows.chosen(piece), known, leading)
             mine.centres_B[piece], mine.similarities_B[piece] = found.centres_B, found.similarities_B
             others_B = found.others_B if known is None else torch.maximum(found.others_B, known.others_B)
             mine.others_B[piece] = others_B
         self.sums.move(rows.rows_BD, before_B, mine.centres_B)
+
+    def _pieces(self, count_B: torch.Tensor) -> Iterator[tuple[torch.Tensor | slice, int]]:
+        """Cut rows into pieces that are multiplied at once: which rows, and the number of leading centres for all."""
+        size = _BLOCK[self.machine.device.type]
+        if self.movement is None:
+            for at in range(0, len(count_B), size):
+                yield slice(at, at + size), len(self.centres_KD)
+            return
+        sorted_B, order_B = torch.sort(count_B, descending=True)
+        at, end = 0, int((sorted_B > 0).sum())
+        while at < end:
+            leading = int(sorted_B[at])
+            # Fewer centres, more rows: not as many as there is room for, since each row may need fewer still.
+            stop = min(end, at + size * max(1, min(8, _FEW_CENTRES // leading)))
+            yield order_B[at:stop], leading
+            at = stop
 
     def _prepared(self, first: int, last: int) -> PreparedRows:
         """Return a run of rows: kept from the iteration before while there is room, else read and prepared again."""

@@ -9,7 +9,7 @@ import torch
 from clipcid_cli.algorithms import nearest_centres
 from clipcid_cli.algorithms.kmeans import centres_of_sums
 from clipcid_cli.algorithms.nearest_centres import NearestCentres
-from clipcid_cli.algorithms.prepared_rows import prepare_rows
+from clipcid_cli.algorithms.prepared_rows import prepare_centres, prepare_rows
 
 DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32]
 
@@ -69,7 +69,24 @@ def test_answers_equal_a_float64_product_with_all_centres(case: str, dtype: torc
     assert torch.equal(found, ranked.indices[:, :m])
 
 
-def test_most_centres_are_discarded_by_the_fast_product(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_near_ties_that_the_product_cannot_tell_are_decided_exactly(dtype: torch.dtype) -> None:
+    # Centres around a row that differ by one step of the grid in one entry: similarities differ by 2⁻²⁴ of that entry of
+    # the row, far below what any of the formats resolves, and the nearest is the last but for exact ties.
+    row = unit_rows(torch.randn(1, 96, generator=torch.Generator().manual_seed(2)).abs() + 0.1)
+    base = on_grid(row.float())
+    centres = base.repeat(96, 1)
+    centres[torch.arange(96), torch.arange(96)] -= 2.0**-24
+    exact = row.double() @ centres.double().T
+    assert len(exact.unique()) > 50
+    assert float(exact.max() - exact.min()) < 2.0**-24
+    search, prepared = NearestCentres(centres, dtype), prepare_rows(row, dtype)
+    assert int(search.nearest(prepared).centres_B) == int(exact.argmax())
+    assert torch.equal(search.top(prepared, 96)[0], torch.sort(exact, descending=True, stable=True).indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+def test_most_centres_are_discarded_by_the_fast_product(dtype: torch.dtype) -> None:
     rows, centres = make_case("spread")
     decided = 0
 
@@ -79,8 +96,8 @@ def test_most_centres_are_discarded_by_the_fast_product(monkeypatch: pytest.Monk
             decided += len(row_P)
             return super().similarities(rows_BD, row_P, centre_P)
 
-    Counting(centres, torch.bfloat16).nearest(prepare_rows(rows, torch.bfloat16))
-    assert 0 < decided < 3 * len(rows)
+    Counting(centres, dtype).nearest(prepare_rows(rows, dtype))
+    assert 0 < decided < 4 * len(rows)
 
 
 def test_the_block_size_of_centres_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +131,19 @@ def test_wrong_arguments_are_named() -> None:
         search.nearest(prepare_rows(torch.zeros(3, 8).half(), torch.bfloat16))
     with pytest.raises(ValueError, match=r"m must lie in \[1, 4\], not 5"):
         search.top(prepare_rows(torch.zeros(3, 8).half(), torch.float32), 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_product_is_off_by_more_than_is_proven(dtype: torch.dtype) -> None:
+    for case in ("spread", "cone", "axes", "one centre"):
+        rows, centres = make_case(case)
+        prepared, copies = prepare_rows(rows, dtype), prepare_centres(centres, dtype, None, 1)
+        product = (
+            prepared.cast_BD.double() @ copies.cast_KD.double().T * prepared.steps_B[:, None].double() * copies.step
+        )
+        difference = (product - rows.double() @ centres.double().T).abs().amax(dim=1)
+        assert bool((difference <= copies.error(prepared)).all())
+        assert float(copies.error(prepared).max()) < 0.05
 
 
 def test_centres_off_the_grid_are_refused() -> None:

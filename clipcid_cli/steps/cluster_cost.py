@@ -1,0 +1,108 @@
+"""`cluster --dry-run`: what a run takes, told from a second of real work on some of the rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipcid_cli.algorithms.kmeans import centres_of_sums
+from clipcid_cli.algorithms.nearest_centres import NearestCentres
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.precision import choose_precision, choose_scan
+from clipcid_cli.steps.cluster_rows import ClusterRows
+from clipcid_cli.steps.lloyd import KEPT_BYTES, load_rows
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.search_cost import format_duration
+from clipcid_cli.steps.settings.cluster import ClusterSettings
+
+_SAMPLE = 1024
+_SHORTEST = 0.1
+# Libraries, products and other work in progress, and what a row takes beside its embedding.
+_BYTES_OF_LIBRARIES = 450 * 2**20
+_BYTES_A_ROW = 60
+
+
+def describe_cost(
+    settings: ClusterSettings,
+    machine: Machine,
+    rows: ClusterRows,
+    num_clusters: int,
+    num_nearest: int,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Say what the run takes, without writing anything.
+
+    Args:
+        settings: Of the run.
+        machine: The processes, of which the first measures.
+        rows: What is clustered.
+        num_clusters: K.
+        num_nearest: Centres stored for each image.
+        reporter: The listener.
+
+    Returns:
+        The JSON object: ``images, clusters, flop, memory_bytes, seconds{kmeans_least, kmeans_most, assign}``. ``flop`` and
+        ``kmeans_most`` are those of products of all rows with all centres in each iteration, ``kmeans_least`` those of the
+        first, after which fewer and fewer rows are compared; memory is that of a process above the mapped files, most of it
+        a float32 and a low-precision copy of the centres and their float64 sums.
+    """
+    flop = 2 * len(rows) * num_clusters * rows.width * settings.iterations
+    scan = choose_scan(settings.precision, machine.device).dtype
+    kept = min(KEPT_BYTES, (2 + scan.itemsize) * rows.width * len(rows) // machine.size)
+    memory = num_clusters * rows.width * (4 + 8 + scan.itemsize) + kept
+    memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
+    first, assign = machine.on_main(lambda: _measure(settings, machine, rows, num_clusters, num_nearest))
+    most = first * settings.iterations
+    reporter.note(
+        f"{len(rows):,} images × {num_clusters:,} clusters × width {rows.width}: {format_duration(first)} for the first "
+        f"iteration, at most {format_duration(most)} for {settings.iterations} (fewer and fewer images are compared again), "
+        f"{format_duration(assign)} to assign; {memory / 2**30:.3g} GiB a process above the mapped files."
+    )
+    seconds = {"kmeans_least": first, "kmeans_most": most, "assign": assign}
+    return {
+        "images": len(rows),
+        "clusters": num_clusters,
+        "flop": flop,
+        "memory_bytes": memory,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
+
+
+def _measure(
+    settings: ClusterSettings, machine: Machine, rows: ClusterRows, num_clusters: int, num_nearest: int
+) -> tuple[float, float]:
+    """Time a block of rows against some of them as centres; return the seconds of an iteration and of the assignment."""
+    random = np.random.default_rng(settings.seed)
+    chosen = np.sort(random.choice(len(rows), min(num_clusters, 4 * _SAMPLE), replace=False))
+    sums_CD = torch.from_numpy(rows.features_at(chosen)).double()
+    centres_CD = centres_of_sums(sums_CD, torch.zeros(sums_CD.shape)).to(machine.device)
+    block = rows.features(0, min(len(rows), _SAMPLE))
+
+    def seconds_of(work: Callable[[], object]) -> float:
+        work()
+        turns, began = 0, time.perf_counter()
+        while time.perf_counter() - began < _SHORTEST:
+            work()
+            if machine.device.type == "cuda":
+                torch.cuda.synchronize(machine.device)
+            turns += 1
+        return (time.perf_counter() - began) / turns
+
+    def pass_over_all(dtype: torch.dtype, look: Callable[[NearestCentres], object]) -> float:
+        search = NearestCentres(centres_CD, dtype)
+        prepare = seconds_of(lambda: load_rows(block, machine, dtype))
+        compare = seconds_of(lambda: look(search)) - prepare
+        return (prepare + compare * num_clusters / len(centres_CD)) * len(rows) / len(block) / machine.size
+
+    scan = choose_scan(settings.precision, machine.device).dtype
+    assign = choose_precision(settings.precision, machine.device, "embed", parameters=0).dtype
+    num_nearest = min(num_nearest, len(centres_CD))
+    sides = 2 if rows.embeddings.has_texts else 1
+    return (
+        pass_over_all(scan, lambda search: search.nearest(load_rows(block, machine, scan))),
+        sides * pass_over_all(assign, lambda search: search.top(load_rows(block, machine, assign), num_nearest)),
+    )
