@@ -137,7 +137,10 @@ class NearestCentres:
         group_P = group_B[row_P]
         members_Pg = grouped_BGg[row_P, group_P]
         offset_P = members_Pg.argmax(dim=1)
-        self._decide(rows, row_P, self._numbers_K[first + group_P * GROUP + offset_P], found)
+        centre_P = self._numbers_K[first + group_P * GROUP + offset_P]
+        new_P = centre_P != found.centres_B[row_P]
+        similarity_P = self.similarities(rows.rows_BD, row_P[new_P], centre_P[new_P])
+        found.take(row_P[new_P], centre_P[new_P], similarity_P)
         members_Pg.scatter_(1, offset_P[:, None], self._lowest)
         grouped_BGg[row_P, group_P, offset_P] = self._lowest
         maxima_BG[row_P, group_P] = members_Pg.amax(dim=1)
@@ -150,7 +153,9 @@ class NearestCentres:
         near_Qg = members_Qg >= threshold_B[row_Q, None]
         pair_P, offset_P = near_Qg.nonzero(as_tuple=True)
         centre_P = self._numbers_K[first + group_Q[pair_P] * GROUP + offset_P]
-        self._decide(rows, row_Q[pair_P], centre_P, found)
+        row_P = row_Q[pair_P]
+        new_P = centre_P != found.centres_B[row_P]
+        self._decide(rows, row_P[new_P], centre_P[new_P], found)
         # What was discarded bounds the other centres; nothing is where all are decided.
         rest_B = maxima_BG.masked_fill_(near_BG | dense_B[:, None], self._lowest).amax(dim=1)
         rest_B.scatter_reduce_(0, row_Q, members_Qg.masked_fill_(near_Qg, self._lowest).amax(dim=1), "amax")
@@ -158,11 +163,7 @@ class NearestCentres:
         self._decide_densely(rows, dense_B.nonzero()[:, 0], self._numbers_K[first:last], found)
 
     def _decide(self, rows: PreparedRows, row_P: torch.Tensor, centre_P: torch.Tensor, found: _Found) -> None:
-        """Take candidates into account; those that are their row's centre already count for nothing."""
-        new_P = centre_P != found.centres_B[row_P]
-        row_P, centre_P = row_P[new_P], centre_P[new_P]
-        if not len(row_P):
-            return
+        """Take candidates into account that are not their row's centre so far."""
         # In float32, where rows and centres are exact, most are told apart at a quarter of the cost.
         about_P = self._pairwise(rows.rows_BD, row_P, centre_P, torch.float32).double()
         error_B = self._prepared.float32_error(rows)

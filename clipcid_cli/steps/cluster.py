@@ -34,10 +34,10 @@ from clipcid_cli.formats.embedding_rows import Float16
 from clipcid_cli.formats.output import Output, fingerprint_file
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
-from clipcid_cli.runtime.precision import choose_precision, choose_scan
+from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.cluster_cost import describe_cost
 from clipcid_cli.steps.cluster_rows import ClusterRows, find_rows
-from clipcid_cli.steps.lloyd import LloydState, block_bounds, first_centres, load_rows, run_lloyd
+from clipcid_cli.steps.lloyd import LloydState, block_bounds, choose_format, first_centres, load_rows, run_lloyd
 from clipcid_cli.steps.outputs import claim_output
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -116,8 +116,6 @@ def _cluster(
     seconds: dict[str, float],
     reporter: Reporter,
 ) -> dict[str, Any]:
-    scan = choose_scan(settings.precision, machine.device)
-    reporter.note(f"Centres are compared in {scan.name} ({scan.reason}) and decided in fp64; all rows are used.")
     started = time.perf_counter()
 
     def begin() -> LloydState:
@@ -132,10 +130,13 @@ def _cluster(
     def save(state: LloydState) -> None:
         write_progress(output.folder, Progress(state.centres_KD.numpy(), state.iterations, state.converged))
 
+    state = machine.on_main(begin)
+    scan = machine.on_main(lambda: choose_format(settings.precision, rows, machine, state.centres_KD))
+    reporter.note(f"Centres are compared in {scan.name} ({scan.reason}) and decided in fp64; all rows are used.")
     state = run_lloyd(
         rows,
         machine,
-        machine.on_main(begin),
+        state,
         iterations=settings.iterations,
         dtype=scan.dtype,
         save=save,

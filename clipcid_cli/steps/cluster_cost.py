@@ -12,9 +12,9 @@ import torch
 from clipcid_cli.algorithms.kmeans import centres_of_sums
 from clipcid_cli.algorithms.nearest_centres import NearestCentres
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.precision import choose_precision, choose_scan
+from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.cluster_rows import ClusterRows
-from clipcid_cli.steps.lloyd import KEPT_BYTES, load_rows
+from clipcid_cli.steps.lloyd import KEPT_BYTES, choose_format, load_rows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.search_cost import format_duration
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -51,11 +51,14 @@ def describe_cost(
         a float32 and a low-precision copy of the centres and their float64 sums.
     """
     flop = 2 * len(rows) * num_clusters * rows.width * settings.iterations
-    scan = choose_scan(settings.precision, machine.device).dtype
+    centres_CD = _some_centres(settings, rows, num_clusters)
+    scan = machine.on_main(lambda: choose_format(settings.precision, rows, machine, centres_CD)).dtype
     kept = min(KEPT_BYTES, (2 + scan.itemsize) * rows.width * len(rows) // machine.size)
     memory = num_clusters * rows.width * (4 + 8 + scan.itemsize) + kept
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
-    first, assign = machine.on_main(lambda: _measure(settings, machine, rows, num_clusters, num_nearest))
+    first, assign = machine.on_main(
+        lambda: _measure(settings, machine, rows, num_clusters, num_nearest, scan, centres_CD)
+    )
     most = first * settings.iterations
     reporter.note(
         f"{len(rows):,} images × {num_clusters:,} clusters × width {rows.width}: {format_duration(first)} for the first "
@@ -72,14 +75,24 @@ def describe_cost(
     }
 
 
-def _measure(
-    settings: ClusterSettings, machine: Machine, rows: ClusterRows, num_clusters: int, num_nearest: int
-) -> tuple[float, float]:
-    """Time a block of rows against some of them as centres; return the seconds of an iteration and of the assignment."""
+def _some_centres(settings: ClusterSettings, rows: ClusterRows, num_clusters: int) -> torch.Tensor:
     random = np.random.default_rng(settings.seed)
     chosen = np.sort(random.choice(len(rows), min(num_clusters, 4 * _SAMPLE), replace=False))
     sums_CD = torch.from_numpy(rows.features_at(chosen)).double()
-    centres_CD = centres_of_sums(sums_CD, torch.zeros(sums_CD.shape)).to(machine.device)
+    return centres_of_sums(sums_CD, torch.zeros(sums_CD.shape))
+
+
+def _measure(
+    settings: ClusterSettings,
+    machine: Machine,
+    rows: ClusterRows,
+    num_clusters: int,
+    num_nearest: int,
+    scan: torch.dtype,
+    centres_CD: torch.Tensor,
+) -> tuple[float, float]:
+    """Time a block of rows against some of them as centres; return the seconds of an iteration and of the assignment."""
+    centres_CD = centres_CD.to(machine.device)
     block = rows.features(0, min(len(rows), _SAMPLE))
 
     def seconds_of(work: Callable[[], object]) -> float:
@@ -98,7 +111,6 @@ def _measure(
         compare = seconds_of(lambda: look(search)) - prepare
         return (prepare + compare * num_clusters / len(centres_CD)) * len(rows) / len(block) / machine.size
 
-    scan = choose_scan(settings.precision, machine.device).dtype
     assign = choose_precision(settings.precision, machine.device, "embed", parameters=0).dtype
     num_nearest = min(num_nearest, len(centres_CD))
     sides = 2 if rows.embeddings.has_texts else 1

@@ -8,9 +8,10 @@ The sides read the same folder, each in a process of its own, with the same numb
 
 - clipcid: `clipcid cluster`, the real command. Its time is `seconds.kmeans`: reading, first centres, all iterations with a
   checkpoint after each; the whole command, with the 16 nearest centres of each row found and written, is under `whole s`.
-- faiss: `faiss.Kmeans(spherical=True, nredo=1)` on all rows in float32, no subsampling; its time is `train`. It always runs
-  all iterations; clipcid ends when no centre moves any more, which is printed. As in balance.py its OpenBLAS is told to take
-  SkylakeX's kernels where there is AVX-512, three times as fast as what it takes by itself.
+- faiss: `faiss.Kmeans(spherical=True, nredo=1)` on all rows in float32, no subsampling; its time is `train`. Both
+  end when no centre moves any more. As in balance.py its OpenBLAS is told to take SkylakeX's kernels where there is AVX-512,
+  three times as fast as what it takes by itself, and its waiting threads sleep (GOMP_SPINCOUNT=0), which suits it better and
+  clipcid worse.
 - scikit-learn: `MiniBatchKMeans`, batches of 4,096, as many passes as faiss has iterations at most (it may stop earlier);
   its centres are normalised at the end.
 
@@ -118,7 +119,8 @@ def compare(kind: str, folder: Path, seed: int, arguments: argparse.Namespace) -
         with tempfile.TemporaryDirectory() as out:
             counts = [str(arguments.num_clusters), str(arguments.iterations), str(seed)]
             if side == "clipcid":
-                command = ["clipcid", "cluster", "--embeddings", str(folder), "--work", out, "--quiet", "--json"]
+                command = ["env", "-u", "GOMP_SPINCOUNT", "clipcid", "cluster", "--embeddings", str(folder)]
+                command += ["--work", out, "--quiet", "--json"]
                 command += ["--num-clusters", counts[0], "--iterations", counts[1], "--seed", counts[2]]
             else:
                 command = [sys.executable, __file__, "--side", side, str(folder), *counts, f"{out}/centres.npy"]
@@ -172,7 +174,8 @@ def cluster_with_faiss(rows: np.ndarray, num_clusters: int, iterations: int, see
     options = {"spherical": True, "nredo": 1, "min_points_per_centroid": 1, "max_points_per_centroid": len(rows)}
     kmeans = faiss.Kmeans(rows.shape[1], num_clusters, niter=iterations, seed=seed, **options)
     kmeans.train(rows)
-    return kmeans.centroids, iterations
+    # It ends early where an iteration changes nothing.
+    return kmeans.centroids, len(kmeans.obj)
 
 
 def cluster_with_sklearn(rows: np.ndarray, num_clusters: int, iterations: int, seed: int) -> tuple[np.ndarray, int]:
