@@ -77,7 +77,7 @@ def describe(run: Run) -> dict[str, Any]:
         "seconds_per_step": round(step_seconds, 4),
         "data_seconds_per_step": round(batch_seconds, 4),
         "samples_per_second": round(plan.batch_size / pace, 1),
-        "seconds": {"train": round(whole, 1)},
+        "seconds": {"train": round(whole, 3)},
         "teacher": None if teacher is None else dataclasses.asdict(teacher),
         "files": {},
     }

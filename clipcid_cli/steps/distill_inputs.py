@@ -100,7 +100,10 @@ def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Repor
                 raise
         teacher = DEFAULT_MODEL
         reporter.note(f"Teacher: {teacher}, the default.")
-    text = True if needs_teacher_texts(settings) else None
+    # Embeddings of images alone that are there already may serve; new ones are of captions too.
+    folder = WorkDirectory(settings.work).embeddings(with_default_tag(parse_model(teacher)).slug)
+    is_made = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed")) is not None)
+    text = True if needs_teacher_texts(settings) or not is_made else None
     return ensure_embeddings(settings, machine, reporter, data=settings.data, model=teacher, text=text)
 
 

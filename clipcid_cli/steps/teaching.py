@@ -109,7 +109,7 @@ def open_teacher(settings: DistillSettings, folder: Path, teacher: ModelName | N
         if needing:
             raise ClipcidError(
                 f"{folder} holds embeddings of images alone, and captions are needed by: {', '.join(needing)}.",
-                "Run: clipcid embed DATA, which embeds captions too; or use losses that do with one tower: "
+                "Run: clipcid embed DATA --text; or use losses that do with one tower: "
                 + ", ".join(name for name, served in served_by_one_tower(LOSSES).items() if served),
             )
         reporter.note("They are of images alone: the teacher teaches what it can with those.")

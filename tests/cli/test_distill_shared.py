@@ -197,8 +197,12 @@ def test_float16_gradients_are_scaled_and_an_overflow_is_left_out() -> None:
     assert trainer.state()["scaler"]["scale"] == state / 2
 
 
+@pytest.mark.slow  # as above
 def test_compiler_that_fails_is_one_clear_error(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", str(whole / "no-compiler"))
+    import torch._inductor.config
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(whole / "cache"))
+    torch._dynamo.reset()
     with pytest.raises(ClipcidError, match="--torchcompile"):
         train(whole, "uncompiled", ("clip",), torchcompile=True, batch_size=4)

@@ -117,7 +117,7 @@ def test_a_loss_that_needs_captions_says_how_to_embed_them(tiny_shards: Path, tm
     rows = np.random.default_rng(0).normal(size=(24, 32)).astype(np.float16)
     folder = write_embeddings(tmp_path / "foreign", rows)
     student = str(write_student(tmp_path))
-    with pytest.raises(ClipcidError, match="holds no text embeddings") as raised:
+    with pytest.raises(ClipcidError, match="captions are needed by: crd") as raised:
         train(tmp_path / "work", tiny_shards, student=student, embeddings=folder, preset="clip-kd")
     assert "--text" in raised.value.fix
 
