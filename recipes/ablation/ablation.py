@@ -22,10 +22,17 @@ import pyarrow.parquet as pq
 
 HERE = Path(__file__).resolve().parent
 STUDENT = HERE / "student.json"
-SETS = ("tune-retrieval", "tune-classification", "report-retrieval", "report-classification", "seen")
+SETS = tuple(
+    f"{side}-{what}-{task}"
+    for side in ("tune", "report")
+    for what in ("concepts", "drawings")
+    for task in ("retrieval", "classes")
+)
 PROBED = ("clip", "clip-kd", "instance", "cluster", "cid", "dr")
-# Linear probes are fitted after each phase from this one on: by then the presets have several seeds.
-PROBED_FROM = 3
+# Of the settings of the cluster term, the first so many.
+PROBED_VARIANTS = 4
+# Linear probes are fitted after each phase from this one on: by then the weights are chosen.
+PROBED_FROM = 2
 # Students measured by one process: starting it costs as much as measuring three of them.
 GROUP = 4
 BATCH_SIZE = 64
@@ -84,7 +91,7 @@ class Ablation:
         """Train one student."""
         setting = run.setting
         arguments: list[object] = [
-            inputs.DATA / "pairs", "--student", STUDENT, "--preset", "clip", "--keep-list",
+            self.inputs.pairs, "--student", STUDENT, "--preset", "clip", "--keep-list",
             self.inputs.keep_list(setting.keep), "--lr", setting.lr, "--steps", self.steps, "--batch-size", BATCH_SIZE,
             "--val-fraction", 0, "--checkpoint-every", self.steps, "--seed", run.seed, "--work", self.work,
             "--name", folder_name(run), *setting.flags,
@@ -135,9 +142,9 @@ class Ablation:
             entry: dict[str, Any] = {"metrics": {}, "items": {}}
             for dataset in SETS:
                 result = next(results)
-                side = dataset.split("-")[0]
+                side, what, _ = dataset.split("-")
                 entry["metrics"] |= {
-                    f"{side} {name}": value for name, value in named_metrics(result["metrics"]).items()
+                    f"{side} {what} {name}": value for name, value in named_metrics(result["metrics"]).items()
                 }
                 if side != "tune":
                     entry["items"][dataset] = read_items(Path(result["files"]["predictions"]))
@@ -147,20 +154,21 @@ class Ablation:
     def probe(self) -> None:
         """Fit linear probes on the students of the tuned presets, and on the teacher's features."""
         settings = [plan.tuned(name, self.log.entries) for name in PROBED]
-        names = [plan.Run(setting, seed).name for seed in plan.FIRST_SEEDS + plan.LATER_SEEDS for setting in settings]
+        settings += plan.cid_variants(plan.best_factor("cid", self.log.entries))[:PROBED_VARIANTS]
+        names = [plan.Run(setting, seed).name for seed in plan.SEEDS for setting in settings]
         wanted = [name for name in ["teacher", *names] if name in self.log.entries]
-        left = [name for name in wanted if "report probe" not in self.log.entries[name]["metrics"]]
+        left = [name for name in wanted if "report concepts probe" not in self.log.entries[name]["metrics"]]
         with ThreadPoolExecutor(self.parallel) as pool:
             for name, value in zip(left, pool.map(self.fit_probe, left), strict=True):
                 entry = self.log.entries[name]
-                self.log.add(entry | {"metrics": entry["metrics"] | {"report probe": value}})
+                self.log.add(entry | {"metrics": entry["metrics"] | {"report concepts probe": value}})
 
     def fit_probe(self, name: str) -> float:
         """Return the accuracy of a linear probe on the report split's images."""
         model = inputs.TEACHER if name == "teacher" else self.work / "distill" / name.replace("/", "-") / "student"
         result = inputs.clipcid(
             "eval-linear", model, "--train", inputs.DATA / "classification" / "train",
-            "--test", self.work / "sets" / "report-classification" / "test",
+            "--test", self.work / "sets" / "report-concepts-classes" / "test",
             "--work", self.work / "probed" / name.replace("/", "-"),
         )  # fmt: skip
         value = float(result["metrics"]["lp_acc1"])

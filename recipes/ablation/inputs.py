@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
 import subprocess
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from clipcid_cli.algorithms.kmeans import temperature_for_perplexity
 QUICKSTART = Path(__file__).resolve().parent.parent / "quickstart"
 DATA, TEACHER = QUICKSTART / "data", QUICKSTART / "teacher"
 KEEP = "0.563"
-# Share of the held-out concepts that settings are chosen on; figures are reported on the rest.
+# Share of the concepts that settings are chosen on; figures are reported on the rest.
 TUNING_SHARE = 0.4
-# Trained pairs for the retrieval column "seen": one drawing per concept, no skin tones.
-SEEN_PAIRS = 400
+# Share of the trained concepts of which students see one vendor's drawings only.
+WITHHELD_SHARE = 0.5
+VENDORS = ("google", "twitter")
 
 
 def clipcid(*arguments: object) -> dict[str, Any]:
@@ -44,18 +47,20 @@ class Inputs:
 
     def __init__(self, work: Path) -> None:
         self.work = work
+        self.pairs = work / "pairs"
         self.embeddings = work / "embeddings" / "teacher"
+        self._clustered = set[Path]()
 
     def prepare(self) -> None:
-        """Embed with the teacher, balance both ways, draw the random subset, and cut the evaluation sets."""
-        clipcid("embed", DATA / "pairs", "--model", TEACHER, "--work", self.work)
+        """Cut the data, embed what is trained on with the teacher, balance it both ways, and draw the random subset."""
+        cut_sets(self.work)
+        clipcid("embed", self.pairs, "--model", TEACHER, "--work", self.work)
         for linkage in ("single", "star"):
             clipcid(
                 "balance", "--embeddings", self.embeddings, "--keep", KEEP, "--linkage", linkage,
                 "--work", self.work / "balanced" / linkage,
             )  # fmt: skip
         self._draw_random()
-        cut_evaluation_sets(self.work / "sets")
 
     def keep_list(self, name: str) -> str:
         """Return what ``--keep-list`` is given for `all`, `single`, `star` or `random`."""
@@ -69,10 +74,12 @@ class Inputs:
         """Make clusters ``FEATURES-K`` of the images that `keep` keeps, where they are not there yet."""
         features, number, *perplexity = name.split("-")
         plain = self.work / "clustered" / f"{features}-{number}-{keep}"
-        clipcid(
-            "cluster", "--embeddings", self.embeddings, "--keep-list", self.keep_list(keep), "--features", features,
-            "--num-clusters", number, "--work", plain,
-        )  # fmt: skip
+        if plain not in self._clustered:
+            clipcid(
+                "cluster", "--embeddings", self.embeddings, "--keep-list", self.keep_list(keep), "--features", features,
+                "--num-clusters", number, "--work", plain,
+            )  # fmt: skip
+            self._clustered.add(plain)
         if not perplexity:
             return plain / "clusters"
         return self._retempered(plain / "clusters", float(perplexity[0].removeprefix("p")))
@@ -107,49 +114,102 @@ def concept(key: str) -> str:
     return key.split("-", 1)[1]
 
 
+def drawn(what: str, name: str) -> float:
+    """Return a number in [0, 1) that depends on `name` alone, another for each `what`."""
+    digest = hashlib.sha256(f"{what}{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
 def is_for_tuning(key: str) -> bool:
-    """Tell on which side of the split a held-out concept is; both its drawings are on the same side."""
-    digest = hashlib.sha256(concept(key).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < TUNING_SHARE
+    """Tell on which side of the split a concept is; both its drawings are on the same side."""
+    return drawn("", concept(key)) < TUNING_SHARE
 
 
-def cut_evaluation_sets(folder: Path) -> None:
-    """Cut the shipped held-out sets by concept in two, and choose trained pairs; images are copied byte for byte."""
-    if (folder / "done").exists():
+def withheld(samples: Mapping[str, Sample]) -> set[str]:
+    """Choose the pairs that students are not trained on: of every other concept one vendor's drawing, in all its skin tones.
+
+    Whatever else has the same picture, byte for byte, is withheld with them.
+    """
+
+    def is_chosen(vendor: str, base: str) -> bool:
+        return drawn("withheld", base) < WITHHELD_SHARE and vendor == VENDORS[int(drawn("vendor", base) < 0.5)]
+
+    chosen = {key for key, sample in samples.items() if is_chosen(sample.about["vendor"], sample.about["base"])}
+    pictures = {samples[key].members[".webp"] for key in chosen}
+    return {key for key, sample in samples.items() if sample.members[".webp"] in pictures}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A shard's sample: its files by suffix."""
+
+    members: Mapping[str, bytes]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The fields of its .json."""
+        fields: dict[str, Any] = json.loads(self.members[".json"])
+        return fields
+
+
+def cut_sets(work: Path) -> None:
+    """Cut the shipped pairs and held-out sets into what is trained on, tuned on and reported; bytes stay as they are."""
+    if (work / "sets" / "done").exists():
         return
-    for kind in ("classification", "retrieval"):
-        members = read_tar(DATA / kind / "test" / "0.tar")
+    shards = {path.name: read_samples(path) for path in sorted((DATA / "pairs").glob("*.tar"))}
+    pairs = {key: sample for shard in shards.values() for key, sample in shard.items()}
+    away = withheld(pairs)
+    (work / "pairs").mkdir(parents=True, exist_ok=True)
+    for name, shard in shards.items():
+        write_shard(work / "pairs" / name, {key: sample for key, sample in shard.items() if key not in away})
+    labels = read_samples(DATA / "classification" / "train" / "0.tar")
+    classes = {concept(key): sample.members[".cls"] for key, sample in labels.items()}
+    plain = {key: pairs[key].members for key in sorted(away) if pairs[key].about["skin_tone"] is None}
+    found = {
+        "concepts-retrieval": read_samples(DATA / "retrieval" / "test" / "0.tar"),
+        "concepts-classes": read_samples(DATA / "classification" / "test" / "0.tar"),
+        "drawings-retrieval": {
+            key: Sample({suffix: members[suffix] for suffix in (".webp", ".txt")}) for key, members in plain.items()
+        },
+        "drawings-classes": {
+            key: Sample({".webp": members[".webp"], ".cls": classes[concept(key)]})
+            for key, members in plain.items()
+            if concept(key) in classes
+        },
+    }
+    for name, samples in found.items():
+        like = DATA / ("retrieval" if name.endswith("retrieval") else "classification")
         for side, wanted in (("tune", True), ("report", False)):
-            chosen = {name: data for name, data in members.items() if is_for_tuning(name.split(".")[0]) == wanted}
-            write_set(folder / f"{side}-{kind}", DATA / kind, chosen)
-    members = {}
-    for shard in sorted((DATA / "pairs").glob("*.tar")):
-        members |= read_tar(shard)
-    plain = sorted(
-        name.removesuffix(".json")
-        for name, data in members.items()
-        if name.endswith(".json") and name.startswith("google-") and json.loads(data)["skin_tone"] is None
-    )
-    plain.sort(key=lambda key: hashlib.sha256(key.encode()).digest())
-    chosen = {f"{key}{suffix}": members[f"{key}{suffix}"] for key in plain[:SEEN_PAIRS] for suffix in (".webp", ".txt")}
-    write_set(folder / "seen", DATA / "retrieval", chosen)
-    (folder / "done").touch()
+            chosen = {key: sample for key, sample in samples.items() if is_for_tuning(key) == wanted}
+            write_set(work / "sets" / f"{side}-{name}", like, chosen)
+    (work / "sets" / "done").touch()
 
 
-def read_tar(path: Path) -> dict[str, bytes]:
-    """Read a shard's files by name."""
+def read_samples(path: Path) -> dict[str, Sample]:
+    """Read a shard's samples by key, in its order."""
+    found: dict[str, dict[str, bytes]] = {}
     with tarfile.open(path) as archive:
-        return {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}  # type: ignore[union-attr]
+        for member in archive:
+            if member.isfile():
+                key, suffix = member.name.split(".", 1)
+                found.setdefault(key, {})[f".{suffix}"] = archive.extractfile(member).read()  # type: ignore[union-attr]
+    return {key: Sample(members) for key, members in found.items()}
 
 
-def write_set(folder: Path, like: Path, members: dict[str, bytes]) -> None:
+def write_shard(path: Path, samples: Mapping[str, Sample]) -> None:
+    """Write a shard."""
+    with tarfile.open(path, "w") as archive:
+        for key, sample in samples.items():
+            for suffix, data in sample.members.items():
+                entry = tarfile.TarInfo(f"{key}{suffix}")
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+
+
+def write_set(folder: Path, like: Path, samples: Mapping[str, Sample]) -> None:
     """Write a CLIP_benchmark folder of one shard, with the text files of the folder it was cut from."""
     (folder / "test").mkdir(parents=True, exist_ok=True)
-    with tarfile.open(folder / "test" / "0.tar", "w") as archive:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
+    write_shard(folder / "test" / "0.tar", samples)
     (folder / "test" / "nshards.txt").write_text("1\n", encoding="utf-8")
     for path in like.glob("*.txt"):
         (folder / path.name).write_bytes(path.read_bytes())

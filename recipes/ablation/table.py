@@ -17,10 +17,12 @@ from inputs import concept
 Array = npt.NDArray[np.float64]
 # Heading → (set, which value of an item).
 COLUMNS = {
-    "R@1": ("report-retrieval", 1),
-    "R@10": ("report-retrieval", 10),
-    "acc1": ("report-classification", 0),
-    "seen R@1": ("seen", 1),
+    "concepts R@1": ("report-concepts-retrieval", 1),
+    "concepts R@10": ("report-concepts-retrieval", 10),
+    "concepts acc1": ("report-concepts-classes", 0),
+    "drawings R@1": ("report-drawings-retrieval", 1),
+    "drawings R@10": ("report-drawings-retrieval", 10),
+    "drawings acc1": ("report-drawings-classes", 0),
 }
 DRAWS = 4000
 # An interval over fewer seeds says little of how another seed would do.
@@ -70,7 +72,7 @@ class Results:
         found = {}
         for seed in self.seeds(setting):
             value = self.entries["teacher" if setting == "teacher" else f"{setting}-s{seed}"]["metrics"].get(
-                "report probe"
+                "report concepts probe"
             )
             if value is not None:
                 found[seed] = value
@@ -99,26 +101,29 @@ def interval(differences: Array) -> tuple[float, float, float]:
     return float(differences.mean()), float(low), float(high)
 
 
-def table(results: Results, settings: list[str], against: str) -> list[str]:
-    """Return the lines of one table: means, and paired differences from `against`."""
-    gains = " | ".join(f"Δ {name}" for name in (*COLUMNS, "probe"))
-    lines = [
-        f"| setting | seeds | {' | '.join(COLUMNS)} | probe | {gains} |",
-        f"|---|---|{'---|' * (2 * len(COLUMNS) + 2)}",
-    ]
+def means(results: Results, settings: list[str]) -> list[str]:
+    """Return the lines of a table of means."""
+    lines = [f"| setting | seeds | {' | '.join(COLUMNS)} | probe |", f"|---|---|{'---|' * (len(COLUMNS) + 1)}"]
     for setting in settings:
-        if not results.seeds(setting):
-            continue
-        probe = results.probe(setting)
-        cells = [setting, str(len(results.seeds(setting)))]
-        cells += [f"{100 * results.mean(setting, column):.1f}" for column in COLUMNS]
-        cells.append(f"{100 * np.mean(list(probe.values())):.1f}" if probe else "")
-        if setting in (against, "teacher"):
-            cells += [""] * (len(COLUMNS) + 1)
-        else:
+        if results.seeds(setting):
+            probe = results.probe(setting)
+            cells = [setting, str(len(results.seeds(setting)))]
+            cells += [f"{100 * results.mean(setting, column):.1f}" for column in COLUMNS]
+            cells.append(f"{100 * np.mean(list(probe.values())):.1f}" if probe else "")
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def gains(results: Results, settings: list[str], against: str) -> list[str]:
+    """Return the lines of a table of paired differences from `against`."""
+    lines = [f"| setting | seeds | {' | '.join(COLUMNS)} | probe |", f"|---|---|{'---|' * (len(COLUMNS) + 1)}"]
+    for setting in settings:
+        shared = [seed for seed in results.seeds(setting) if seed in results.seeds(against)]
+        if shared and setting != against:
+            cells = [setting, str(len(shared))]
             cells += [signed(results, setting, against, column) for column in COLUMNS]
-            cells.append(probe_gain(probe, results.probe(against)))
-        lines.append(f"| {' | '.join(cells)} |")
+            cells.append(probe_gain(results.probe(setting), results.probe(against)))
+            lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -152,7 +157,7 @@ def tuning(results: Results) -> list[str]:
     for name in plan.PRESETS:
         cells = []
         for factor in sorted(plan.FACTORS):
-            entry = results.entries.get(plan.Run(plan.preset(name, factor), plan.FIRST_SEEDS[0]).name)
+            entry = results.entries.get(plan.Run(plan.preset(name, factor), plan.SEEDS[0]).name)
             cells.append("" if entry is None else f"{100 * plan.tuning_score(entry):.1f}")
         lines.append(f"| {name} | {' | '.join(cells)} | ×{plan.best_factor(name, results.entries):.2g} |")
     return [*lines, ""]
@@ -162,7 +167,7 @@ def goals(results: Results) -> list[str]:
     """Return the goals, judged by the figures; which preset is ours is decided on the tuning split."""
     entries = results.entries
     trained = [name for name in OURS if results.seeds(plan.tuned(name, entries).name)]
-    first = plan.FIRST_SEEDS[0]
+    first = plan.SEEDS[0]
     best = max(trained, key=lambda name: plan.tuning_score(entries[plan.Run(plan.tuned(name, entries), first).name]))
     names = {name: plan.tuned(name, entries).name for name in ("clip", "clip-kd", best)}
     lines = [
@@ -170,13 +175,13 @@ def goals(results: Results) -> list[str]:
         f"|{'---|' * 7}",
     ]
     for column in COLUMNS:
-        means = {name: results.mean(setting, column) for name, setting in names.items()}
+        level = {name: results.mean(setting, column) for name, setting in names.items()}
         gain, _ = results.difference(names[best], names["clip"], column)
         rival, _ = results.difference(names["clip-kd"], names["clip"], column)
         shared = min(len(gain), len(rival))
-        closed = (means[best] - means["clip"]) / (results.mean("teacher", column) - means["clip"])
+        closed = (level[best] - level["clip"]) / (results.mean("teacher", column) - level["clip"])
         lines.append(
-            f"| {column} | {' | '.join(f'{100 * means[name]:.1f}' for name in names)} "
+            f"| {column} | {' | '.join(f'{100 * level[name]:.1f}' for name in names)} "
             f"| {signed(results, names[best], names['clip-kd'], column)} "
             f"| {points(gain[:shared] - 1.5 * rival[:shared])} | {closed:.0%} |"
         )
@@ -199,21 +204,27 @@ def main() -> None:
         "Percent; Δ in points, paired by seed, with 95 % intervals over seeds and concepts (probe: smallest … largest of"
         " the seeds); bold where 0 is outside and there are three seeds.",
         "",
-        "## Trials, on the tuning split: mean of R@1, R@10 and acc1, seed 0",
+        "## Trials, on the tuning split: mean of R@1, R@10 and acc1 of concepts and drawings, seed 0",
         "",
         *tuning(results),
-        "## Presets at their chosen weights, on the report split, against `clip`",
+        "## Presets at their chosen weights, on the report split",
         "",
-        *table(results, ["teacher", *presets], presets[0]),
+        *means(results, ["teacher", *presets]),
+        "## Gains over `clip`",
+        "",
+        *gains(results, presets, presets[0]),
         "## The goals",
         "",
         *goals(results),
-        "## `cid`, one thing changed at a time, against `cid`",
+        "## `cid`, one thing changed at a time",
         "",
-        *table(results, [cid, *variants], cid),
+        *means(results, [cid, *variants]),
+        "## The same, against `cid`",
+        "",
+        *gains(results, variants, cid),
         "## The cluster term: against the same student without it",
         "",
-        *table(results, [cid, *variants], plan.without_cluster(factor).name),
+        *gains(results, [cid, *variants], plan.without_cluster(factor).name),
     ]
     print("\n".join(out))
 
