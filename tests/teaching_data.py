@@ -15,8 +15,9 @@ from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.formats.dataset import open_dataset
 from clipcid_cli.formats.embeddings import Embeddings, open_embeddings
 from clipcid_cli.runtime.augmentation import apply_colors
-from clipcid_cli.runtime.encoder import ClipModel, normalize_pixels
+from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.preprocessing import normalize_pixels
 from clipcid_cli.steps import distill, embed
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings

@@ -25,6 +25,7 @@ from clipcid_cli.runtime.hub import reaching_hub
 from clipcid_cli.runtime.imports import importing
 from clipcid_cli.runtime.model_names import CONFIG_NAME, HF_CONFIG_NAME, ModelName, find_weights, read_config
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.preprocessing import PixelTransform, hash_preprocess, normalize_pixels
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -71,19 +72,6 @@ class ModelInfo:
     def preprocess_hash(self) -> str:
         """Hash of everything that decides the pixels a model sees, without --fast-decode."""
         return hash_preprocess(self.preprocess, fast_decode=False)
-
-
-def hash_preprocess(preprocess: dict[str, Any], *, fast_decode: bool) -> str:
-    """Hash everything of our own doing that decides the pixels a model sees.
-
-    Args:
-        preprocess: open_clip's PreprocessCfg.
-        fast_decode: Whether JPEGs are decoded at a reduced size.
-    """
-    text = json.dumps(
-        {"preprocess": preprocess, "fast_decode": fast_decode, "alpha": "white", "exif": "ignored"}, sort_keys=True
-    )
-    return "blake2b:" + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,35 +167,6 @@ class ClipModel:
         with torch.inference_mode(), precision.autocast(self.device):
             features = cast(Any, self.module).encode_text(tokens.to(self.device, non_blocking=True))
         return torch.nn.functional.normalize(features.float(), dim=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class PixelTransform:
-    """Steps of open_clip's transform that act on a PIL image, then its bytes."""
-
-    steps: list[Callable[[Image.Image], Image.Image]]
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """RGB image of any size to uint8 [H, W, 3], 0…255."""
-        for step in self.steps:
-            image = step(image)
-        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
-
-
-def normalize_pixels(pixels: torch.Tensor, preprocess: dict[str, Any]) -> torch.Tensor:
-    """Scale and shift bytes as torchvision's ToTensor and Normalize do, on a whole batch.
-
-    Args:
-        pixels: uint8 [B, H, W, 3], 0…255.
-        preprocess: PreprocessCfg with ``mean`` and ``std`` per channel.
-
-    Returns:
-        float32 [B, 3, H, W], contiguous, on the device of `pixels`.
-    """
-    mean = torch.tensor(preprocess["mean"], dtype=torch.float32, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(preprocess["std"], dtype=torch.float32, device=pixels.device).view(3, 1, 1)
-    channels_first = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return channels_first.div_(255).sub_(mean).div_(std)
 
 
 def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: int | None = None) -> ClipModel:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from clipcid_cli.errors import ClipcidError
 
 _LAYER = re.compile(r"(.*resblocks\.)(\d+)(\..*)")
+# Attention pooling has heads of its own number, and its width is the embedding's.
+_POOLING = ".attn_pool."
 # Axes of each tensor of an open_clip transformer, by the end of its name.
 _AXES = {
     "attn.in_proj_weight": "qw",
@@ -59,7 +61,7 @@ def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
         towers: ``image``, ``text`` or ``both``.
 
     Returns:
-        Names of the tensors that stay as they were: other patch sizes, other vocabularies.
+        Names of the tensors that stay as they were: other patch sizes, other vocabularies, attention pooling.
 
     Raises:
         ClipcidError: when a tower is of another kind, or smaller than the student's.
@@ -75,7 +77,7 @@ def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
         if name in ("logit_scale", "logit_bias") or towers not in ("both", tower):
             continue
         from_name = _source_name(name, depths)
-        axes = next((axes for end, axes in _AXES.items() if name.endswith(end)), None)
+        axes = None if _POOLING in name else next((axes for end, axes in _AXES.items() if name.endswith(end)), None)
         if from_name not in found or axes is None or len(axes) != found[from_name].ndim:
             left.append(name)
             continue
@@ -180,6 +182,6 @@ def _depths(state: dict[str, Any]) -> dict[str, int]:
 def _heads_by_tower(module: nn.Module) -> dict[str, int]:
     heads: dict[str, int] = {}
     for name, part in module.named_modules():
-        if isinstance(part, nn.MultiheadAttention):
+        if isinstance(part, nn.MultiheadAttention) and _LAYER.fullmatch(f"{name}.attn"):
             heads["image" if name.startswith("visual.") else "text"] = cast(int, part.num_heads)
     return heads

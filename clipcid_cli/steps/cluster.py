@@ -69,6 +69,7 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
             "features": settings.features,
             "num_clusters": num_clusters,
             "iterations": settings.iterations,
+            "train_rows": None if settings.train_rows is None else min(settings.train_rows, len(rows)),
             "seed": settings.seed,
             "images": len(rows),
         }
@@ -95,14 +96,16 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
 
 
 def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter: Reporter) -> int:
+    count = len(rows) if settings.train_rows is None else min(settings.train_rows, len(rows))
     if settings.num_clusters is None:
-        chosen = default_num_clusters(len(rows))
+        chosen = min(count, default_num_clusters(len(rows)))
         reporter.note(f"Clusters: {chosen:,}, the default for {len(rows):,} images (--num-clusters).")
         return chosen
-    if settings.num_clusters > len(rows):
+    if settings.num_clusters > count:
+        there = f"the {len(rows):,} images there are to cluster" if count == len(rows) else f"--train-rows {count:,}"
         raise ClipcidError(
-            f"--num-clusters {settings.num_clusters:,} is more than the {len(rows):,} images there are to cluster.",
-            f"Give --num-clusters at most {len(rows):,}; the default would be {default_num_clusters(len(rows)):,}.",
+            f"--num-clusters {settings.num_clusters:,} is more than {there}.",
+            f"Give --num-clusters at most {count:,}; the default would be {min(count, default_num_clusters(len(rows))):,}.",
         )
     return settings.num_clusters
 
@@ -117,13 +120,14 @@ def _cluster(
     reporter: Reporter,
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    trained = rows if settings.train_rows is None else rows.sample(settings.train_rows, settings.seed)
 
     def begin() -> LloydState:
         if not output.resumed:
             remove_scratch(output.folder)
         found = read_progress(output.folder)
         if found is None:
-            return LloydState(first_centres(rows, num_clusters, settings.seed), 0, False)
+            return LloydState(first_centres(trained, num_clusters, settings.seed), 0, False)
         reporter.note(f"Resuming after {found.iterations} iterations.")
         return LloydState(torch.from_numpy(found.centroids), found.iterations, found.converged)
 
@@ -131,10 +135,11 @@ def _cluster(
         write_progress(output.folder, Progress(state.centres_KD.numpy(), state.iterations, state.converged))
 
     state = machine.on_main(begin)
-    scan = machine.on_main(lambda: choose_format(settings.precision, rows, machine, state.centres_KD))
-    reporter.note(f"Centres are compared in {scan.name} ({scan.reason}) and decided in fp64; all rows are used.")
+    scan = machine.on_main(lambda: choose_format(settings.precision, trained, machine, state.centres_KD))
+    used = "all images" if len(trained) == len(rows) else f"{len(trained):,} of {len(rows):,} images (--train-rows)"
+    reporter.note(f"Centres come from {used}; they are compared in {scan.name} ({scan.reason}) and decided in fp64.")
     state = run_lloyd(
-        rows,
+        trained,
         machine,
         state,
         iterations=settings.iterations,

@@ -46,24 +46,26 @@ def describe_cost(
 
     Returns:
         The JSON object: ``images, clusters, flop, memory_bytes, seconds{kmeans_least, kmeans_most, assign}``. ``flop`` and
-        ``kmeans_most`` are those of products of all rows with all centres in each iteration, ``kmeans_least`` those of the
-        first, after which fewer and fewer rows are compared; memory is that of a process above the mapped files, most of it
-        a float32 and a low-precision copy of the centres and their float64 sums.
+        ``kmeans_most`` are those of products of all rows (of ``--train-rows``) with all centres in each iteration,
+        ``kmeans_least`` those of the first, after which fewer and fewer rows are compared; memory is that of a process above
+        the mapped files, most of it a float32 and a low-precision copy of the centres and their float64 sums.
     """
-    flop = 2 * len(rows) * num_clusters * rows.width * settings.iterations
+    trained = len(rows) if settings.train_rows is None else min(settings.train_rows, len(rows))
+    flop = 2 * trained * num_clusters * rows.width * settings.iterations
     centres_CD = _some_centres(settings, rows, num_clusters)
     scan = machine.on_main(lambda: choose_format(settings.precision, rows, machine, centres_CD)).dtype
-    kept = min(KEPT_BYTES, (2 + scan.itemsize) * rows.width * len(rows) // machine.size)
+    kept = min(KEPT_BYTES, (2 + scan.itemsize) * rows.width * trained // machine.size)
     memory = num_clusters * rows.width * (4 + 8 + scan.itemsize) + kept
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
     first, assign = machine.on_main(
         lambda: _measure(settings, machine, rows, num_clusters, num_nearest, scan, centres_CD)
     )
+    first *= trained / len(rows)
     most = first * settings.iterations
     reporter.note(
-        f"{len(rows):,} images × {num_clusters:,} clusters × width {rows.width}: {format_duration(first)} for the first "
+        f"{trained:,} images × {num_clusters:,} clusters × width {rows.width}: {format_duration(first)} for the first "
         f"iteration, at most {format_duration(most)} for {settings.iterations} (fewer and fewer images are compared again), "
-        f"{format_duration(assign)} to assign; {memory / 2**30:.3g} GiB a process above the mapped files."
+        f"{format_duration(assign)} to assign {len(rows):,}; {memory / 2**30:.3g} GiB a process above the mapped files."
     )
     seconds = {"kmeans_least": first, "kmeans_most": most, "assign": assign}
     return {

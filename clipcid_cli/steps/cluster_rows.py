@@ -20,6 +20,7 @@ from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.output import fingerprint_file
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work import WorkDirectory
+from clipcid_cli.runtime.seeds import derive_seed
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
@@ -51,6 +52,14 @@ class ClusterRows:
     def width(self) -> int:
         """Width D of the features."""
         return self.embeddings.width
+
+    def sample(self, count: int, seed: int) -> ClusterRows:
+        """Return some of the rows, each set of `count` as likely as another; all when there are no more."""
+        if count >= len(self):
+            return self
+        random = np.random.default_rng(derive_seed("cluster rows", seed))
+        chosen = np.sort(random.choice(len(self), count, replace=False, shuffle=False))
+        return dataclasses.replace(self, numbers=self.numbers[chosen])
 
     def features(self, start: int, stop: int) -> Float16:
         """Read what is clustered of rows start … stop − 1: unit rows, float16 [n, D]."""

@@ -42,7 +42,7 @@ from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 from clipcid_cli.steps.teacher_space import TeacherSide
 from clipcid_cli.steps.teacher_targets import open_targets
 from clipcid_cli.steps.training_data import BatchMaker, BatchOrder, Reading, read_held_out, used_tokens
-from clipcid_cli.steps.training_evaluation import Evaluation
+from clipcid_cli.steps.training_evaluation import Evaluation, refuse_equal_names
 from clipcid_cli.steps.training_loop import Loop, Pace
 from clipcid_cli.steps.zeroshot_tasks import plan_tasks
 
@@ -198,6 +198,7 @@ class Run:
         )
         reading = EvalZeroshotSettings(work=settings.work, data=settings.eval_data, bootstrap=0, workers=0)
         tasks = self.machine.on_main(lambda: plan_tasks(reading, self.reporter)) if settings.eval_data else []
+        refuse_equal_names(tasks)
         return Evaluation(held_out, tasks, reading)
 
     def _open_board(self, step: int) -> Board:
@@ -213,6 +214,9 @@ class Run:
             )
 
     def _spare_unused_tokens(self) -> None:
+        # A caption cut into parts that are joined anew may use tokens that no whole caption has.
+        if self.settings.caption_dropout:
+            return
         used = used_tokens(self.inputs.dataset, self.inputs.usable, self.student.tokenizer)
         if used is not None and train_used_rows(self.student.module, used):
             self.reporter.note(

@@ -18,11 +18,12 @@ from clipcid_cli.formats.output import Output, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.augmentation import PACKED_VIEW, Augmentation
-from clipcid_cli.runtime.encoder import hash_preprocess, load_model
+from clipcid_cli.runtime.encoder import load_model
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.model_names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.preprocessing import hash_preprocess
 from clipcid_cli.steps.embedding import ShardEmbedder, Timings, Views
 from clipcid_cli.steps.outputs import claim_output
 from clipcid_cli.steps.reporting import Reporter

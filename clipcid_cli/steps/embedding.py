@@ -14,9 +14,10 @@ from clipcid_cli.formats.dataset import Dataset
 from clipcid_cli.formats.embedding_writer import EmbeddingWriter, ShardRecord, ShardRows
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.augmentation import PACKED_VIEW, Augmentation, ViewPixels, apply_colors
-from clipcid_cli.runtime.encoder import ClipModel, normalize_pixels
+from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.preprocessing import normalize_pixels
 from clipcid_cli.steps.embedding_batches import Batch, Preparation, PreparedBatch, ViewMaker
 from clipcid_cli.steps.reporting import Progress
 

@@ -12,10 +12,11 @@ from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.meeting_space import bring
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.augmentation import apply_colors
-from clipcid_cli.runtime.encoder import ClipModel, load_model, normalize_pixels
+from clipcid_cli.runtime.encoder import ClipModel, load_model
 from clipcid_cli.runtime.gradients import gather_rows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.runtime.preprocessing import normalize_pixels
 from clipcid_cli.steps.cluster_lookup import open_lookup
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings

@@ -17,8 +17,9 @@ from clipcid_cli.formats.benchmark_folder import find_benchmark_folder
 from clipcid_cli.formats.dataset import Dataset, Sample, open_dataset, open_described
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work import WorkDirectory
-from clipcid_cli.runtime.encoder import ClipModel, normalize_pixels
+from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.images import UnreadableImage, decode_image
+from clipcid_cli.runtime.preprocessing import normalize_pixels
 from clipcid_cli.steps.export_classes import Classes, label_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings

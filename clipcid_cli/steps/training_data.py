@@ -319,9 +319,7 @@ def used_tokens(dataset: Dataset, usable: Usable, tokenizer: Tokenizer) -> torch
         if len(positions):
             samples = shard.samples()
             captions = {caption for position in positions for caption in samples[int(position)].captions}
-            # The parts too: with --caption-dropout a long caption's end may come to lie within the context.
-            parts = {part for caption in captions for part in caption.split(",")}
-            found.append(torch.unique(tokenizer(sorted(captions | parts))))
+            found.append(torch.unique(tokenizer(sorted(captions))))
     tokens: torch.Tensor = torch.unique(torch.cat(found))
     return tokens
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from clipcid_cli.algorithms.retrieval import retrieval_metrics
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision
@@ -65,6 +67,22 @@ class Evaluation:
                 found = measured.found.metrics.items()
                 metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
         return metrics
+
+
+def refuse_equal_names(tasks: Sequence[ZeroshotTask]) -> None:
+    """Refuse two data sets of one name: metrics are logged as ``NAME/METRIC``.
+
+    Raises:
+        ClipcidError: that names them.
+    """
+    places: dict[str, str] = {}
+    for task in tasks:
+        other = places.setdefault(task.name, str(task.dataset.spec))
+        if other != str(task.dataset.spec):
+            raise ClipcidError(
+                f"--eval-data: {other} and {task.dataset.spec} are both called {task.name}, so their metrics would be too.",
+                "Rename or link one of the folders.",
+            )
 
 
 def embed_held_out(student: ClipModel, held_out: HeldOut) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,13 @@ from clipcid_cli.formats.checkpoint import write_checkpoint
 from clipcid_cli.formats.run_folder import RunFolder, append_lines, read_lines
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.augmentation import apply_colors
-from clipcid_cli.runtime.encoder import ClipModel, normalize_pixels
+from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.gradients import GradientAverager
 from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.preprocessing import normalize_pixels
 from clipcid_cli.runtime.seeds import derive_seed
 from clipcid_cli.runtime.tower_pass import EncodeBoth, Part, TowerPass
 from clipcid_cli.runtime.training import Trainer, fast_attention

@@ -112,6 +112,26 @@ def test_two_processes_write_the_bytes_of_one(
     assert hash_outputs(tmp_path / "one") == hash_outputs(tmp_path / "two") == hash_outputs(tmp_path / "fp32")
 
 
+def test_centres_of_some_rows_serve_all(clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path) -> None:
+    arguments = ["cluster", "--embeddings", embeddings, "--num-clusters", 20, "--train-rows"]
+    run = clipcid(*arguments, 300, "--json")
+    assert run.json["images"] == NUM_ROWS
+    assert "300 of 900 images (--train-rows)" in " ".join(run.stderr.split())
+    found = open_clusters(run.cwd / "clipcid-work" / "clusters")
+    # A centre is the direction of the mean of a third of the rows, so it is not that of all rows assigned to it.
+    rows, centres = make_rows(1).astype(np.float64), found.centroids.astype(np.float64)
+    np.testing.assert_array_equal(found.labels, (rows @ centres.T).argmax(axis=1))
+    means = np.stack([rows[found.labels == label].mean(axis=0) for label in range(20)])
+    assert np.abs(means / np.linalg.norm(means, axis=1, keepdims=True) - centres).max() > 0.01
+    # Another number of rows is another setting; as many as there are is no sample.
+    clipcid(*arguments, 900, "--work", tmp_path / "whole")
+    clipcid(*arguments[:-1], "--work", tmp_path / "plain")
+    assert hash_outputs(tmp_path / "whole") == hash_outputs(tmp_path / "plain")
+    refused = clipcid(*arguments, 19, "--work", tmp_path / "few", check=False)
+    assert refused.returncode == 1
+    assert "--num-clusters 20 is more than --train-rows 19" in " ".join(refused.stderr.split())
+
+
 def test_only_kept_images_are_clustered_and_it_says_which_list_it_took(
     clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path
 ) -> None:

@@ -16,9 +16,10 @@ from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.model_folder import write_model_folder
-from clipcid_cli.runtime.encoder import hash_preprocess, load_model
+from clipcid_cli.runtime.encoder import load_model
 from clipcid_cli.runtime.model_names import ModelName, parse_model
 from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.preprocessing import hash_preprocess
 
 CPU = torch.device("cpu")
 FP32 = choose_precision("fp32", CPU, "embed", 0)

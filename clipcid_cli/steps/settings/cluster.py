@@ -46,6 +46,13 @@ class ClusterSettings(KeyedSettings):
     iterations: int = option(
         20, "Most Lloyd iterations; it ends earlier when no image moves any more.", group=_CLUSTERS, minimum=1
     )
+    train_rows: int | None = option(
+        None,
+        "Find the centres from this many images only, drawn by the seed; all are assigned to them then. By default all are "
+        "used throughout.",
+        group=_CLUSTERS,
+        minimum=1,
+    )
     max_bad_fraction: float = option(
         0.01,
         "Largest share of rows that are not finite, or that the keep list does not know, before the step fails.",

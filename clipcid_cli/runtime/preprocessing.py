@@ -1,0 +1,57 @@
+"""What a model's preprocessing makes of an image: bytes in the worker, numbers on the device.
+
+Legend of shapes: B samples, H × W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelTransform:
+    """Steps of open_clip's transform that act on a PIL image, then its bytes."""
+
+    steps: list[Callable[[Image.Image], Image.Image]]
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """RGB image of any size to uint8 [H, W, 3], 0…255."""
+        for step in self.steps:
+            image = step(image)
+        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def normalize_pixels(pixels: torch.Tensor, preprocess: dict[str, Any]) -> torch.Tensor:
+    """Scale and shift bytes as torchvision's ToTensor and Normalize do, on a whole batch.
+
+    Args:
+        pixels: uint8 [B, H, W, 3], 0…255.
+        preprocess: PreprocessCfg with ``mean`` and ``std`` per channel.
+
+    Returns:
+        float32 [B, 3, H, W], contiguous, on the device of `pixels`.
+    """
+    mean = torch.tensor(preprocess["mean"], dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(preprocess["std"], dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+    channels_first = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return channels_first.div_(255).sub_(mean).div_(std)
+
+
+def hash_preprocess(preprocess: dict[str, Any], *, fast_decode: bool) -> str:
+    """Hash everything of our own doing that decides the pixels a model sees.
+
+    Args:
+        preprocess: open_clip's PreprocessCfg.
+        fast_decode: Whether JPEGs are decoded at a reduced size.
+    """
+    text = json.dumps(
+        {"preprocess": preprocess, "fast_decode": fast_decode, "alpha": "white", "exif": "ignored"}, sort_keys=True
+    )
+    return "blake2b:" + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
