@@ -14,7 +14,7 @@ the product returns, and |a − x·c| ≤ e as proven in :mod:`clipcid_cli.algor
 
 - A centre that is at least as near as one of exact similarity s has a ≥ s − e, and, rounding being monotone,
   ŝ ≥ round(s − e). Others are discarded: :meth:`NearestCentres.nearest`, where the approximately nearest centre is decided
-  first, so that s is known.
+  first, so that s is known. Here x·c ≤ a + e is enough, so the product may be one of leading coordinates.
 - The same is done once more with the products of single pairs in float32, of smaller e.
 - Let v > 0 be such that m centres have ŝ ≥ v. Each of them has a ≥ v·(1 − u) with u the unit roundoff of the output (0 for
   integers). A centre j among the true m nearest that is not one of them is at least as near as some centre i of them, so
@@ -34,6 +34,7 @@ import dataclasses
 
 import torch
 
+from clipcid_cli.algorithms.leading_coordinates import LeadingCoordinates
 from clipcid_cli.algorithms.prepared_rows import PreparedRows, prepare_centres
 
 GROUP = 64
@@ -82,12 +83,19 @@ class NearestCentres:
         dtype: Format of the product that discards: int8 (on a CPU), bfloat16, float16 or float32. It changes the speed,
             never the answer.
         order_K: Numbers of the centres in the order in which :meth:`nearest` looks at them, int64 [K]; as they come without.
+        coordinates: Multiplies these leading coordinates alone, in float32; for :meth:`nearest` only.
 
     Raises:
         ValueError: when the centres are not a float32 matrix on the grid, or the format is none of the four.
     """
 
-    def __init__(self, centres_KD: torch.Tensor, dtype: torch.dtype, order_K: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        centres_KD: torch.Tensor,
+        dtype: torch.dtype,
+        order_K: torch.Tensor | None = None,
+        coordinates: LeadingCoordinates | None = None,
+    ) -> None:
         if centres_KD.ndim != 2 or centres_KD.dtype != torch.float32 or not len(centres_KD):
             raise ValueError(f"centres must be float32 [K, D], not {centres_KD.dtype} {list(centres_KD.shape)}")
         if not all(_on_grid(part_CD) for part_CD in torch.split(centres_KD, _CHUNK)):
@@ -96,7 +104,8 @@ class NearestCentres:
             )
         self.centres_KD = centres_KD
         self.dtype = dtype
-        self._prepared = prepare_centres(centres_KD, dtype, order_K, GROUP)
+        self.coordinates = coordinates
+        self._prepared = prepare_centres(centres_KD, dtype, order_K, GROUP, coordinates)
         self._numbers_K = torch.arange(len(centres_KD), device=centres_KD.device) if order_K is None else order_K
         # GPUs can return the float32 accumulators; CPUs round them to the format of the operands.
         self._output_dtype = torch.int32 if dtype == torch.int8 else torch.float32 if centres_KD.is_cuda else dtype
@@ -201,9 +210,12 @@ class NearestCentres:
             the smaller number comes first.
 
         Raises:
-            ValueError: when the rows are of another width or format, or `m` is outside [1, K].
+            ValueError: when the rows are of another width or format, `m` is outside [1, K], or leading coordinates are
+                multiplied: they do not bound similarities from below.
         """
         self._check(rows)
+        if self.coordinates is not None:
+            raise ValueError("several centres cannot be found by leading coordinates")
         if not 1 <= m <= len(self.centres_KD):
             raise ValueError(f"m must lie in [1, {len(self.centres_KD)}], not {m}")
         row_P, centre_P, dense_B = self._candidates(rows, m)
@@ -241,10 +253,12 @@ class NearestCentres:
         return result_P
 
     def _check(self, rows: PreparedRows) -> None:
-        width = self.centres_KD.shape[1]
-        if rows.rows_BD.shape[1] != width or rows.cast_BD.dtype != self.dtype:
+        width, cast_width = self.centres_KD.shape[1], self._prepared.cast_KD.shape[1]
+        wanted = (width, self.dtype, cast_width)
+        if wanted != (rows.rows_BD.shape[1], rows.cast_BD.dtype, rows.cast_BD.shape[1]):
             raise ValueError(
-                f"rows must be {width} wide in {self.dtype}, not {rows.rows_BD.shape[1]} in {rows.cast_BD.dtype}"
+                f"rows must be {width} wide, {cast_width} in {self.dtype}, not {rows.rows_BD.shape[1]}, "
+                f"{rows.cast_BD.shape[1]} in {rows.cast_BD.dtype}"
             )
 
     def _multiply(self, rows: PreparedRows, first: int, last: int) -> torch.Tensor:

@@ -15,6 +15,9 @@ and at most 3η·|x|·|c| to e for its distortion η (one for x·c against Tx·T
 |x| and |c|). Integers are added up without error; their γ stays, and is larger than that.
 
 In float32 and float16 nothing is lost but γ; bfloat16 costs e ≈ 0.003, int8 e ≈ 0.02 at a width of 512.
+
+A float32 product may also be one of leading coordinates (:mod:`clipcid_cli.algorithms.leading_coordinates`). That one can be
+far too large, and too small by e at most: x·c ≤ a + e, which is all that finding the nearest needs.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from collections.abc import Iterator
 import torch
 
 from clipcid_cli.algorithms.distances import ROWS_IN_CACHE
+from clipcid_cli.algorithms.leading_coordinates import LeadingCoordinates
 from clipcid_cli.algorithms.turned_int8 import choose_steps, distortion, round_to_int8, turn, turning_error
 
 # A thousandth covers the rounding of the norms and of the formula for e, float32 sums of their own, many times over.
@@ -38,10 +42,10 @@ class PreparedRows:
 
     Attributes:
         rows_BD: Unit rows, float16 [B, D].
-        cast_BD: The same in the format of the product, x̂/r; [B, 2] for int8 of width 1.
+        cast_BD: The same in the format of the product, x̂/r; [B, 2] for int8 of width 1, [B, d + 1] for leading coordinates.
         steps_B: What 1 stands for in that copy, r, float32 [B]; 1 for float formats.
         lengths_B: An upper bound of |x| and of |x̂|, float32 [B].
-        residuals_B: |x − x̂|, at most, float32 [B].
+        residuals_B: |x − x̂|, at most, float32 [B]; 0 for leading coordinates.
     """
 
     rows_BD: torch.Tensor
@@ -63,27 +67,37 @@ class PreparedRows:
         return PreparedRows(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
 
 
-def prepare_rows(rows_BD: torch.Tensor, dtype: torch.dtype) -> PreparedRows:
+def prepare_rows(
+    rows_BD: torch.Tensor, dtype: torch.dtype, coordinates: LeadingCoordinates | None = None
+) -> PreparedRows:
     """Copy a block of rows in the format of the product and measure what that costs.
 
     Args:
         rows_BD: Unit rows, float16 [B, D].
         dtype: int8 (on a CPU), bfloat16, float16 or float32.
+        coordinates: Which to multiply alone, in float32; all without.
 
     Raises:
         ValueError: when the rows are not a float16 matrix, or the format is none of the four.
     """
     if rows_BD.ndim != 2 or rows_BD.dtype != torch.float16:
         raise ValueError(f"rows must be float16 [B, D], not {rows_BD.dtype} {list(rows_BD.shape)}")
-    check_format(dtype, rows_BD.device)
-    parts = [_prepare(part_BD, dtype) for part_BD in torch.split(rows_BD, ROWS_IN_CACHE)]
+    check_format(dtype, rows_BD.device, coordinates)
+    parts = [_prepare(part_BD, dtype, coordinates) for part_BD in torch.split(rows_BD, ROWS_IN_CACHE)]
     return PreparedRows(rows_BD, *(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
 
-def _prepare(rows_BD: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def _prepare(
+    rows_BD: torch.Tensor, dtype: torch.dtype, coordinates: LeadingCoordinates | None
+) -> tuple[torch.Tensor, ...]:
     exact_BD = rows_BD.float()
     lengths_B = exact_BD.norm(dim=1)
-    steps_B = torch.ones_like(lengths_B)
+    steps_B, nothing_B = torch.ones_like(lengths_B), torch.zeros_like(lengths_B)
+    if coordinates is not None:
+        laid_BW = coordinates.lay(rows_BD)
+        return laid_BW, steps_B, torch.maximum(lengths_B, laid_BW.norm(dim=1)), nothing_B
+    if dtype == torch.float32:
+        return exact_BD, steps_B, lengths_B, nothing_B
     if dtype == torch.int8:
         turned_BD = turn(rows_BD)
         steps_B = choose_steps(turned_BD.abs().amax(dim=1))
@@ -106,24 +120,23 @@ class PreparedCentres:
     """Centres in the format of the product, some zero rows after them to fill the last group.
 
     Attributes:
-        cast_KD: ĉ/s, [K rounded up, D], and [.., 2] for int8 of width 1.
+        cast_KD: ĉ/s, [K rounded up, D]; [.., 2] for int8 of width 1, [.., d + 1] for leading coordinates.
         step: What 1 stands for in that copy, s; 1 for float formats.
         longest: An upper bound of |c| and of |ĉ|.
-        residual: The largest |c − ĉ|, at most.
+        residual: The largest |c − ĉ|, at most; 0 for leading coordinates.
+        relative_error: What else the product can be off by, as a share of the lengths of row and centre.
     """
 
     cast_KD: torch.Tensor
     step: float
     longest: float
     residual: float
+    relative_error: float
 
     def error(self, rows: PreparedRows) -> torch.Tensor:
         """Bound the error e of the product of each row with any centre, float64 [B]."""
-        width = rows.rows_BD.shape[1]
-        relative = width * 2.0**-22
-        if self.cast_KD.dtype == torch.int8:
-            relative += 3.0 * distortion(width)
-        error_B = rows.residuals_B * self.longest + rows.lengths_B * (self.residual + relative * self.longest)
+        relative = self.relative_error * self.longest
+        error_B = rows.residuals_B * self.longest + rows.lengths_B * (self.residual + relative)
         return error_B.double() * _ROUNDED_UP
 
     def float32_error(self, rows: PreparedRows) -> torch.Tensor:
@@ -133,7 +146,11 @@ class PreparedCentres:
 
 
 def prepare_centres(
-    centres_KD: torch.Tensor, dtype: torch.dtype, order_K: torch.Tensor | None, multiple: int
+    centres_KD: torch.Tensor,
+    dtype: torch.dtype,
+    order_K: torch.Tensor | None,
+    multiple: int,
+    coordinates: LeadingCoordinates | None = None,
 ) -> PreparedCentres:
     """Copy centres in the format of the product and measure what that costs.
 
@@ -142,11 +159,12 @@ def prepare_centres(
         dtype: As for :func:`prepare_rows`.
         order_K: Numbers of the centres in the order in which they are wanted, int64 [K]; None leaves them as they are.
         multiple: The copy has a multiple of so many rows.
+        coordinates: As for :func:`prepare_rows`.
 
     Raises:
         ValueError: when the format is none of the four.
     """
-    check_format(dtype, centres_KD.device)
+    check_format(dtype, centres_KD.device, coordinates)
     num_centres, width = centres_KD.shape
     padded = -(-num_centres // multiple) * multiple
     is_int8 = dtype == torch.int8
@@ -156,22 +174,30 @@ def prepare_centres(
             place = slice(first, min(num_centres, first + ROWS_IN_CACHE))
             yield place, centres_KD[place if order_K is None else order_K[place]]
 
-    step = 1.0
+    step, relative_error = 1.0, width * 2.0**-22
+    if coordinates is not None:
+        relative_error = coordinates.relative_error
     if is_int8:
+        relative_error += 3.0 * distortion(width)
         step = float(choose_steps(torch.stack([turn(part_CD).abs().max() for _, part_CD in parts()]).max()))
-    cast_KD = torch.zeros(padded, max(width, 2) if is_int8 else width, dtype=dtype, device=centres_KD.device)
+    cast_width = max(width, 2) if is_int8 else width if coordinates is None else coordinates.width
+    cast_KD = torch.zeros(padded, cast_width, dtype=dtype, device=centres_KD.device)
     longest, residual = 0.0, 0.0
     for place, part_CD in parts():
+        longest = max(longest, float(part_CD.norm(dim=1).max()))
+        if coordinates is not None:
+            cast_KD[place] = coordinates.lay(part_CD)
+            longest = max(longest, float(cast_KD[place].norm(dim=1).max()))
+            continue
         wide_CD = turn(part_CD) if is_int8 else part_CD
         cast_KD[place] = round_to_int8(wide_CD, step) if is_int8 else wide_CD
-        longest = max(longest, float(part_CD.norm(dim=1).max()))
         residual = max(residual, float(_differences(wide_CD, cast_KD[place], step).max()))
     if is_int8:
         residual += turning_error(width) * longest
-    return PreparedCentres(cast_KD, step, longest + residual, residual)
+    return PreparedCentres(cast_KD, step, longest + residual, residual, relative_error)
 
 
-def check_format(dtype: torch.dtype, device: torch.device) -> None:
+def check_format(dtype: torch.dtype, device: torch.device, coordinates: LeadingCoordinates | None = None) -> None:
     """Refuse what products cannot be computed in.
 
     Raises:
@@ -181,3 +207,5 @@ def check_format(dtype: torch.dtype, device: torch.device) -> None:
         raise ValueError(f"the product can be in {', '.join(map(str, _DTYPES))}, not {dtype}")
     if dtype == torch.int8 and device.type != "cpu":
         raise ValueError(f"products in torch.int8 are for CPUs, not {device}")
+    if coordinates is not None and dtype != torch.float32:
+        raise ValueError(f"leading coordinates are multiplied in torch.float32, not {dtype}")

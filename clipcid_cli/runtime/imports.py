@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,3 +25,24 @@ def importing() -> Iterator[None]:
         gc.freeze()
         if before:
             gc.enable()
+
+
+def import_without(module: str, other: str) -> None:
+    """Import a module for the first time as it is where `other`, which it takes along if it can, is not installed.
+
+    Args:
+        module: What to import.
+        other: What it can do without; it can be imported afterwards, and stays where it is if it has been already.
+    """
+    if module in sys.modules:
+        return
+    left_out = other not in sys.modules
+    if left_out:
+        # Python's own way to say that a module cannot be imported.
+        sys.modules[other] = None  # type: ignore[assignment]
+    try:
+        with importing():
+            importlib.import_module(module)
+    finally:
+        if left_out:
+            del sys.modules[other]

@@ -59,9 +59,7 @@ class LeanTowers:
         Returns:
             Features [B, D], not normalised, with gradients; `encode_image` of the model up to rounding.
         """
-        if self.image_is_lean and not self._image_checked:
-            self._image_checked = True
-            self.image_is_lean = self._agrees(self._encode_images, self._module.encode_image, pixels[:_CHECKED])
+        self._check_images(pixels)
         if not self.image_is_lean:
             return cast(Tensor, self._module.encode_image(pixels))
         return self._encode_images(pixels)
@@ -75,12 +73,30 @@ class LeanTowers:
         Returns:
             Features [B, D], not normalised, with gradients; `encode_text` of the model up to rounding.
         """
-        if self.text_is_lean and not self._text_checked:
-            self._text_checked = True
-            self.text_is_lean = self._agrees(self._encode_texts, self._encode_texts_plainly, tokens[:_CHECKED])
+        self._check_texts(tokens)
         if not self.text_is_lean:
             return self._encode_texts_plainly(tokens)
         return self._encode_texts(tokens)
+
+    def check(self, pixels: Tensor, tokens: Tensor) -> None:
+        """Compare both towers with open_clip's passes now, while weights are float32, and not at the first call.
+
+        Args:
+            pixels: As `encode_images` takes them.
+            tokens: As `encode_texts` takes them.
+        """
+        self._check_images(pixels)
+        self._check_texts(tokens)
+
+    def _check_images(self, pixels: Tensor) -> None:
+        if self.image_is_lean and not self._image_checked:
+            self._image_checked = True
+            self.image_is_lean = self._agrees(self._encode_images, self._module.encode_image, pixels[:_CHECKED])
+
+    def _check_texts(self, tokens: Tensor) -> None:
+        if self.text_is_lean and not self._text_checked:
+            self._text_checked = True
+            self.text_is_lean = self._agrees(self._encode_texts, self._encode_texts_plainly, tokens[:_CHECKED])
 
     def _agrees(self, short: Any, plain: Any, rows: Tensor) -> bool:
         # Each module's own mode: a frozen tower is in evaluation mode while the other trains.

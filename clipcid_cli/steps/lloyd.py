@@ -19,12 +19,14 @@ import torch
 
 from clipcid_cli.algorithms.kmeans import ClusterSums, centres_of_sums, distances_moved, sum_of_similarities
 from clipcid_cli.algorithms.kmeans_seeding import choose_first_rows, choose_seeds
+from clipcid_cli.algorithms.leading_coordinates import LeadingCoordinates
 from clipcid_cli.algorithms.moving_centres import Movement
 from clipcid_cli.algorithms.nearest_centres import Nearest, NearestCentres
 from clipcid_cli.algorithms.prepared_rows import PreparedRows, prepare_rows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision, choose_precision, choose_scan
 from clipcid_cli.steps.cluster_rows import ClusterRows
+from clipcid_cli.steps.coordinate_choice import TRIAL_ROWS, CoordinateChoice, worth_a_trial
 from clipcid_cli.steps.reporting import Reporter
 
 # Rows multiplied with centres at once. On a CPU the products stay near the caches; a GPU wants more work at a time.
@@ -62,9 +64,14 @@ def block_bounds(machine: Machine, start: int, stop: int) -> Iterator[tuple[int,
         yield first, min(stop, first + size)
 
 
-def load_rows(rows: npt.NDArray[np.float16], machine: Machine, dtype: torch.dtype) -> PreparedRows:
-    """Bring mapped rows to the device, ready for a search in `dtype`."""
-    return prepare_rows(torch.from_numpy(np.array(rows)).to(machine.device), dtype)
+def load_rows(
+    rows: npt.NDArray[np.float16],
+    machine: Machine,
+    dtype: torch.dtype,
+    coordinates: LeadingCoordinates | None = None,
+) -> PreparedRows:
+    """Bring mapped rows to the device, ready for a search in `dtype` (of some coordinates)."""
+    return prepare_rows(torch.from_numpy(np.array(rows)).to(machine.device), dtype, coordinates)
 
 
 def first_centres(rows: ClusterRows, num_clusters: int, seed: int) -> torch.Tensor:
@@ -129,7 +136,7 @@ def run_lloyd(
         save: Called on the first process after each iteration.
         reporter: The listener.
     """
-    lloyd = _Lloyd(rows, machine, dtype, state.centres_KD)
+    lloyd = _Lloyd(rows, machine, dtype, state.centres_KD, reporter)
     with reporter.progress("k-means", iterations - state.iterations, "iterations") as progress:
         while state.iterations < iterations and not state.converged:
             objective, num_empty = lloyd.iterate()
@@ -147,8 +154,11 @@ class _Lloyd:
     Memory: 12·K·D bytes for centres and sums, those of the centres' copy while rows are assigned, 24 a row, and kept rows.
     """
 
-    def __init__(self, rows: ClusterRows, machine: Machine, dtype: torch.dtype, centres_KD: torch.Tensor) -> None:
-        self.rows, self.machine, self.dtype = rows, machine, dtype
+    def __init__(
+        self, rows: ClusterRows, machine: Machine, dtype: torch.dtype, centres_KD: torch.Tensor, reporter: Reporter
+    ) -> None:
+        self.rows, self.machine, self.dtype, self.reporter = rows, machine, dtype, reporter
+        self.coordinates = CoordinateChoice(dtype, machine)
         self.start = len(rows) * machine.rank // machine.size
         self.stop = len(rows) * (machine.rank + 1) // machine.size
         self.centres_KD = centres_KD.to(machine.device)
@@ -174,7 +184,9 @@ class _Lloyd:
         Returns:
             The mean similarity to the centres as they were, and the number of empty clusters; the same on every process.
         """
-        search = NearestCentres(self.centres_KD, self.dtype, None if self.movement is None else self.movement.order_K)
+        self._choose_coordinates()
+        order_K = None if self.movement is None else self.movement.order_K
+        search = NearestCentres(self.centres_KD, self.dtype, order_K, self.coordinates.chosen)
         size = _RUN[self.machine.device.type]
         for first in range(self.start, self.stop, size):
             self._assign(search, first, min(self.stop, first + size))
@@ -209,6 +221,23 @@ class _Lloyd:
             mine.others_B[piece] = others_B
         self.sums.move(rows.rows_BD, before_B, mine.centres_B)
 
+    def _choose_coordinates(self) -> None:
+        """Try by how many coordinates rows are compared fastest: with the first centres, and once they are means."""
+        share = self.stop - self.start
+        if not self.coordinates.is_open or not worth_a_trial(share, *self.centres_KD.shape):
+            return
+        places = np.linspace(0, share - 1, min(share, TRIAL_ROWS), dtype=np.int64)
+        rows_BD = torch.from_numpy(self.rows.features_at(self.start + places)).to(self.machine.device)
+        known = None if self.movement is None else self.nearest.chosen(torch.from_numpy(places))
+        if self.coordinates.choose(rows_BD, self.centres_KD, known):
+            self.kept, self.kept_bytes = {}, 0
+            chosen = self.coordinates.chosen
+            if chosen is not None and self.machine.is_main:
+                self.reporter.note(
+                    f"Most of the images' length lies along {chosen.width - 1} of {self.rows.width} directions: only what "
+                    "these cannot tell apart is compared in full."
+                )
+
     def _pieces(self, count_B: torch.Tensor) -> Iterator[tuple[torch.Tensor | slice, int]]:
         """Cut rows into pieces that are multiplied at once: which rows, and the number of leading centres for all."""
         size = _BLOCK[self.machine.device.type]
@@ -229,7 +258,7 @@ class _Lloyd:
         """Return a run of rows: kept from the iteration before while there is room, else read and prepared again."""
         rows = self.kept.get(first)
         if rows is None:
-            rows = load_rows(self.rows.features(first, last), self.machine, self.dtype)
+            rows = load_rows(self.rows.features(first, last), self.machine, self.dtype, self.coordinates.chosen)
             if self.kept_bytes + rows.num_bytes <= KEPT_BYTES:
                 self.kept[first] = rows
                 self.kept_bytes += rows.num_bytes

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.algorithms.kmeans import centres_of_sums, distances_moved
+from clipcid_cli.algorithms.leading_coordinates import LeadingCoordinates, leading_coordinates, principal_directions
 from clipcid_cli.algorithms.moving_centres import Movement
 from clipcid_cli.algorithms.nearest_centres import Nearest, NearestCentres
 from clipcid_cli.algorithms.prepared_rows import prepare_rows
@@ -18,14 +19,19 @@ def on_grid(values: torch.Tensor) -> torch.Tensor:
     return centres_of_sums(values.double(), torch.zeros_like(values))
 
 
-def follow(rows: torch.Tensor, steps: list[torch.Tensor], dtype: torch.dtype) -> tuple[list[Nearest], int]:
+def follow(
+    rows: torch.Tensor,
+    steps: list[torch.Tensor],
+    dtype: torch.dtype,
+    coordinates: LeadingCoordinates | None = None,
+) -> tuple[list[Nearest], int]:
     """Find the nearest centres after each step from what is known of the step before; also count the comparisons."""
-    prepared = prepare_rows(rows, dtype)
-    found = NearestCentres(steps[0], dtype).nearest(prepared)
+    prepared = prepare_rows(rows, dtype, coordinates)
+    found = NearestCentres(steps[0], dtype, coordinates=coordinates).nearest(prepared)
     results, compared = [found], 0
     for before, after in pairwise(steps):
         movement = Movement.of(distances_moved(before, after))
-        search = NearestCentres(after, dtype, movement.order_K)
+        search = NearestCentres(after, dtype, movement.order_K, coordinates)
         now = search.similarities(rows, torch.arange(len(rows)), found.centres_B)
         count, rest = movement.leading(found.similarities_B, now, found.others_B)
         known = Nearest(found.centres_B.clone(), now, rest)
@@ -48,10 +54,18 @@ def follow(rows: torch.Tensor, steps: list[torch.Tensor], dtype: torch.dtype) ->
     moved=st.floats(0.0, 1.0),
     distance=st.sampled_from([1e-7, 1e-3, 0.3]),
     dtype=st.sampled_from([torch.int8, torch.bfloat16, torch.float32]),
+    coordinates=st.floats(0.0, 1.0),
     seed=st.integers(0, 1000),
 )
 def test_what_was_not_looked_at_is_not_nearer(
-    width: int, num_clusters: int, spread: float, moved: float, distance: float, dtype: torch.dtype, seed: int
+    width: int,
+    num_clusters: int,
+    spread: float,
+    moved: float,
+    distance: float,
+    dtype: torch.dtype,
+    coordinates: float,
+    seed: int,
 ) -> None:
     random = torch.Generator().manual_seed(seed)
 
@@ -68,7 +82,10 @@ def test_what_was_not_looked_at_is_not_nearer(
         moves = torch.rand(num_clusters, generator=random) < moved
         after = on_grid(steps[-1] + normal(num_clusters, width) * distance * moves[:, None])
         steps.append(torch.where(moves[:, None], after, steps[-1]))
-    results, _ = follow(rows, steps, dtype)
+    leading = None
+    if dtype == torch.float32:
+        leading = leading_coordinates(principal_directions(rows), int(coordinates * width))
+    results, _ = follow(rows, steps, dtype, leading)
     for centres, found in zip(steps, results, strict=True):
         exact = rows.double() @ centres.double().T
         assert torch.equal(found.similarities_B, exact.amax(dim=1))

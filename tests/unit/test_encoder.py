@@ -44,8 +44,9 @@ def test_rows_are_open_clips_own(tiny_model: Path) -> None:
         expected_texts = theirs.encode_text(tokenizer(TEXTS), normalize=True)
     transform = model.pixel_transform()
     pixels = torch.stack([transform(image) for image in images])
-    assert torch.equal(model.encode_images(pixels, FP32), expected)
-    assert torch.equal(model.encode_texts(model.tokenizer(TEXTS), FP32), expected_texts)
+    # Up to rounding: tokens behind a text's end and rows that do not become the feature are left out.
+    torch.testing.assert_close(model.encode_images(pixels, FP32), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.encode_texts(model.tokenizer(TEXTS), FP32), expected_texts, rtol=0, atol=1e-6)
     assert model.info.context_length == 12
     assert model.info.image_size == (32, 32)
 
