@@ -26,13 +26,18 @@ SCRIPT = Path(__file__).parents[1] / "distill_data.py"
 
 
 def assert_alike(folder: Path, one: str, other: str) -> None:
-    """Check that two runs logged the same losses, gradients and scales to 1e-5."""
+    """Check that two runs logged the same losses and scales to 1e-5, and gradient norms to 1e-4.
+
+    Adam's first steps divide by gradients near 0, so what float32 sums of another order differ by shows in the norms first:
+    1.4e-5 on AVX2, less than 1e-5 on AVX-512.
+    """
     first, second = (losses(folder / "clipcid-work" / "distill" / name) for name in (one, other))
     assert len(first) == len(second) > 0
     for here, there in zip(first, second, strict=True):
         assert here.keys() == there.keys()
         for name, value in here.items():
-            assert there[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (one, other, name)
+            rel = 1e-4 if name == "gradient_norm" else 1e-5
+            assert there[name] == pytest.approx(value, rel=rel, abs=1e-5), (one, other, name)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,7 @@ def test_two_processes_train_as_one(whole: Path, flags: tuple[str, ...]) -> None
 def test_killed_run_goes_on_to_the_same_bits(
     processes: int, torchrun: Clipcid, clipcid: Clipcid, distill_place: Path
 ) -> None:
-    arguments = ["distill", *map(str, SHORT), "--steps", "60", "--checkpoint-every", "5", "--color-jitter", "0.3"]
+    arguments = ["distill", *map(str, SHORT), "--steps", "30", "--checkpoint-every", "3", "--color-jitter", "0.3"]
     # A worker's queue runs ahead of the steps: it must leave no trace.
     arguments += ["--workers", "2", "--cluster-towers", "both"]
     command = [sys.executable, "-m", "clipcid_cli"] if processes == 1 else torchrun_command(processes)
@@ -142,6 +147,13 @@ def test_data_sets_are_measured_while_it_trains(whole: Path, tiny_classes: Path)
     logged = {line["step"]: line["loss_clip"] for line in losses(run)}
     assert shown == pytest.approx(logged, rel=1e-6)
     assert [event.step for event in board.Scalars(f"eval/{tiny_classes.name}/acc1")] == [0, 6]
+
+
+def test_two_data_sets_of_one_name_are_refused(whole: Path, tiny_classes: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_classes, tmp_path / tiny_classes.name)
+    with pytest.raises(ClipcidError, match="both called shades"):
+        train(whole, "twice", ("clip",), eval_data=(str(tiny_classes), str(other)))
+    assert not (whole / "clipcid-work" / "distill" / "clip-twice" / "distill.json").exists()
 
 
 def test_dry_run_measures_and_writes_nothing(clipcid: Clipcid, distill_place: Path) -> None:

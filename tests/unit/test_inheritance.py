@@ -68,6 +68,18 @@ def test_fewer_layers_take_the_first_the_last_and_between() -> None:
             assert torch.equal(own[name % here], others[name % there])
 
 
+def test_pooling_by_attention_stays_as_it_is_and_its_heads_are_not_the_layers() -> None:
+    pooled = {"vision__attentional_pool": True, "vision__attn_pooler_queries": 4, "vision__attn_pooler_heads": 3}
+    student, source = make(smaller(vision__width=32, **pooled), 0), make(smaller(**pooled), 1)
+    left = inherit(student, source, "image")
+    assert left
+    assert all(".attn_pool." in name for name in left)
+    heads = torch.cat([torch.arange(16), 48 + torch.arange(16)])  # heads 0 and 3 of 4
+    name = "visual.transformer.resblocks.1.attn.in_proj_bias"
+    rows = torch.cat([heads, 64 + heads, 128 + heads])
+    assert torch.equal(student.state_dict()[name], source.state_dict()[name][rows])
+
+
 def test_a_narrower_tower_takes_whole_heads_and_the_same_channels_everywhere() -> None:
     student, source = make(smaller(vision__width=32, embed_dim=48), 0), make(TEACHER, 1)
     assert inherit(student, source, "image") == []
