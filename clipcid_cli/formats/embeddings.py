@@ -63,7 +63,7 @@ class EmbeddingFile:
     rows: int
     extras: Extras
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Name of the file without its suffix, which stands for the shard where another tool did not record that."""
         return self.images.path.stem

@@ -20,7 +20,7 @@ from clipcid_cli.errors import ClipcidError
 
 _LAYER = re.compile(r"(.*resblocks\.)(\d+)(\..*)")
 # Attention pooling has heads of its own number, and its width is the embedding's.
-_POOLING = ".attn_pool."
+_POOLING = ".attn_pool"
 # Axes of each tensor of an open_clip transformer, by the end of its name.
 _AXES = {
     "attn.in_proj_weight": "qw",

@@ -14,6 +14,7 @@ Shapes: B texts or images, L tokens, T tokens of a batch without those behind, W
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -45,6 +46,7 @@ class LeanTowers:
         self.image_is_lean = _knows_images(self._module.visual)
         self.text_is_lean = _knows_texts(self._text)
         self._image_checked = self._text_checked = False
+        self._checking = threading.Lock()
 
     def __call__(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Embed images and texts, as `encode_images` and `encode_texts` do."""
@@ -88,15 +90,22 @@ class LeanTowers:
         self._check_images(pixels)
         self._check_texts(tokens)
 
+    # Several threads may encode: all wait for the first one's comparison.
     def _check_images(self, pixels: Tensor) -> None:
-        if self.image_is_lean and not self._image_checked:
+        if self._image_checked:
+            return
+        with self._checking:
+            if self.image_is_lean and not self._image_checked:
+                self.image_is_lean = self._agrees(self._encode_images, self._module.encode_image, pixels[:_CHECKED])
             self._image_checked = True
-            self.image_is_lean = self._agrees(self._encode_images, self._module.encode_image, pixels[:_CHECKED])
 
     def _check_texts(self, tokens: Tensor) -> None:
-        if self.text_is_lean and not self._text_checked:
+        if self._text_checked:
+            return
+        with self._checking:
+            if self.text_is_lean and not self._text_checked:
+                self.text_is_lean = self._agrees(self._encode_texts, self._encode_texts_plainly, tokens[:_CHECKED])
             self._text_checked = True
-            self.text_is_lean = self._agrees(self._encode_texts, self._encode_texts_plainly, tokens[:_CHECKED])
 
     def _agrees(self, short: Any, plain: Any, rows: Tensor) -> bool:
         # Each module's own mode: a frozen tower is in evaluation mode while the other trains.
@@ -225,11 +234,16 @@ def _attend_from(block: Any, normed: Tensor, chosen_BW: Tensor, packing: _Packin
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     queries = F.linear(chosen_BW, weight[:width], None if bias is None else bias[:width])[:, None]
     both = F.linear(normed, weight[width:], None if bias is None else bias[width:])
-    mask = None
     if packing is not None:
-        both, mask = packing.spread(both), packing.valid_BL[:, None, None]
-    keys, values = both.chunk(2, dim=-1)
-    return _attend_by_heads(attention.num_heads, queries, keys, values, mask=mask)[:, 0]
+        both = packing.spread(both)
+    # By products and sums of our own: PyTorch's attention of a single row gives other bits for another number of threads.
+    heads = attention.num_heads
+    queries, keys, values = (rows.view(*rows.shape[:2], heads, -1) for rows in (queries, *both.chunk(2, dim=-1)))
+    scores_BLH = (queries * queries.shape[3] ** -0.5 * keys).sum(dim=3)
+    if packing is not None:
+        scores_BLH = scores_BLH.masked_fill(~packing.valid_BL[:, :, None], -torch.inf)
+    attended: Tensor = (scores_BLH.softmax(dim=1)[..., None] * values).sum(dim=1).flatten(1).to(values.dtype)
+    return attended
 
 
 def _attend_by_heads(
@@ -238,13 +252,12 @@ def _attend_by_heads(
     keys_BLW: Tensor,
     values_BLW: Tensor,
     *,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
+    is_causal: bool,
 ) -> Tensor:
     queries, keys, values = (
         rows.view(*rows.shape[:2], heads, -1).transpose(1, 2) for rows in (queries_BLW, keys_BLW, values_BLW)
     )
-    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
+    attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal)
     return attended.transpose(1, 2).flatten(2)
 
 

@@ -44,6 +44,8 @@ from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 # METHOD §2: nearest centres stored of each image and caption.
 NUM_NEAREST = 16
+# As many as faiss asks for before it warns.
+_FEWEST_A_CENTRE = 39
 # The temperature's median is taken over about this many rows, evenly spaced: more would not change its digits.
 _TEMPERATURE_ROWS = 65_536
 
@@ -69,7 +71,7 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
             "features": settings.features,
             "num_clusters": num_clusters,
             "iterations": settings.iterations,
-            "train_rows": None if settings.train_rows is None else min(settings.train_rows, len(rows)),
+            "train_rows": settings.train_rows if (settings.train_rows or len(rows)) < len(rows) else None,
             "seed": settings.seed,
             "images": len(rows),
         }
@@ -110,6 +112,14 @@ def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter:
     return settings.num_clusters
 
 
+def _warn_of_few(num_trained: int, num_clusters: int, reporter: Reporter) -> None:
+    if num_trained < _FEWEST_A_CENTRE * num_clusters:
+        reporter.warn(
+            f"--train-rows {num_trained:,} are {num_trained / num_clusters:.1f} images for each of {num_clusters:,} "
+            f"centres, too few to say much of the others; {_FEWEST_A_CENTRE * num_clusters:,} would be {_FEWEST_A_CENTRE}."
+        )
+
+
 def _cluster(
     settings: ClusterSettings,
     machine: Machine,
@@ -120,7 +130,10 @@ def _cluster(
     reporter: Reporter,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    trained = rows if settings.train_rows is None else rows.sample(settings.train_rows, settings.seed)
+    trained = rows
+    if settings.train_rows is not None and settings.train_rows < len(rows):
+        trained = rows.sample(settings.train_rows, settings.seed)
+        _warn_of_few(len(trained), num_clusters, reporter)
 
     def begin() -> LloydState:
         if not output.resumed:

@@ -28,6 +28,26 @@ NO_KEEP_LIST = "none"
 
 
 @dataclasses.dataclass(frozen=True)
+class Sources:
+    """The files of some embeddings, mapped once: of thousands that takes seconds.
+
+    It must not have been used when it is sent to another process: a mapped array would be copied whole.
+    """
+
+    embeddings: Embeddings
+
+    @cached_property
+    def images(self) -> Rows:
+        """Image embeddings."""
+        return self.embeddings.images()
+
+    @cached_property
+    def texts(self) -> Rows:
+        """Captions' embeddings."""
+        return self.embeddings.texts()
+
+
+@dataclasses.dataclass(frozen=True)
 class ClusterRows:
     """The rows to cluster, numbered 0 … N − 1 in the order of the embeddings.
 
@@ -37,6 +57,7 @@ class ClusterRows:
         numbers: Their numbers among all rows of the embeddings, int64 [N], ascending.
         joint: Whether the features are joint ones of image and caption.
         skips: Rows that cannot be used.
+        sources: The mapped files.
     """
 
     embeddings: Embeddings
@@ -44,6 +65,7 @@ class ClusterRows:
     numbers: npt.NDArray[np.int64]
     joint: bool
     skips: Skips
+    sources: Sources
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -54,28 +76,26 @@ class ClusterRows:
         return self.embeddings.width
 
     def sample(self, count: int, seed: int) -> ClusterRows:
-        """Return some of the rows, each set of `count` as likely as another; all when there are no more."""
-        if count >= len(self):
-            return self
+        """Return `count` of the rows, each set of them as likely as another. They share the mapped files."""
         random = np.random.default_rng(derive_seed("cluster rows", seed))
         chosen = np.sort(random.choice(len(self), count, replace=False, shuffle=False))
         return dataclasses.replace(self, numbers=self.numbers[chosen])
 
     def features(self, start: int, stop: int) -> Float16:
         """Read what is clustered of rows start … stop − 1: unit rows, float16 [n, D]."""
-        images = self._read(self._images, start, stop)
+        images = self._read(self.sources.images, start, stop)
         return joint_features(images, self.captions(start, stop)) if self.joint else images
 
     def features_at(self, positions: npt.NDArray[np.int64]) -> Float16:
         """Read what is clustered of single rows: unit rows, float16 [n, D]."""
-        images = self._images.take(self.numbers[positions])
+        images = self.sources.images.take(self.numbers[positions])
         if not self.joint:
             return images
-        return joint_features(images, _without_nan(self._texts.take(self.numbers[positions])))
+        return joint_features(images, _without_nan(self.sources.texts.take(self.numbers[positions])))
 
     def captions(self, start: int, stop: int) -> Float16:
         """Read the captions' embeddings: unit rows, float16 [n, D]; zero where another tool left no finite row."""
-        return _without_nan(self._read(self._texts, start, stop))
+        return _without_nan(self._read(self.sources.texts, start, stop))
 
     def keys(self, start: int, stop: int) -> npt.NDArray[np.object_]:
         """Return the keys of rows start … stop − 1."""
@@ -86,16 +106,6 @@ class ClusterRows:
         """Describe every input file."""
         found = self.embeddings.fingerprints(texts=True)
         return found if self.keep_list is None else [*found, fingerprint_file(self.keep_list)]
-
-    # Mapping thousands of files takes seconds, so it is done once, and in each process: a mapped array would be copied
-    # whole if it were sent along.
-    @cached_property
-    def _images(self) -> Rows:
-        return self.embeddings.images()
-
-    @cached_property
-    def _texts(self) -> Rows:
-        return self.embeddings.texts()
 
     def _read(self, rows: Rows, start: int, stop: int) -> Float16:
         if len(self.numbers) == len(rows):
@@ -139,7 +149,7 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
         )
     # Opened anew, without the keys that were read for the join: each process reads those itself.
     fresh = open_embeddings(folder, settings.keys, settings.npz_array)
-    return ClusterRows(fresh, keep_list, np.flatnonzero(usable), settings.features == "joint", skips)
+    return ClusterRows(fresh, keep_list, np.flatnonzero(usable), settings.features == "joint", skips, Sources(fresh))
 
 
 def _find_keep_list(settings: ClusterSettings, work: WorkDirectory) -> Path | None:

@@ -1,33 +1,50 @@
 """By how many leading coordinates rows are compared with centres: whichever a trial finds fastest.
 
 The answer is the same with any, so processes need not agree, and a trial that another program disturbs costs time only.
+Turning rows into coordinates takes longer than comparing them with a thousand centres, so only rows that are kept from
+iteration to iteration are turned, and that is counted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from clipcid_cli.algorithms.leading_coordinates import LeadingCoordinates, leading_coordinates, principal_directions
 from clipcid_cli.algorithms.nearest_centres import Nearest, NearestCentres
-from clipcid_cli.algorithms.prepared_rows import PreparedRows, prepare_rows
+from clipcid_cli.algorithms.prepared_rows import prepare_rows
 from clipcid_cli.runtime.machine import Machine
+
+Answer = TypeVar("Answer")
 
 TRIAL_ROWS = 4096
 _TIMED_ROWS = 512
-_CENTRES = 16_384
+_CENTRES = 4096
 # Shares of the width that are tried. Multiples of 16 numbers, the length of what is left among them, suit the processor.
 _SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
 _NARROWEST = 128
-# Turning the rows, and bounds that are less tight in the next iteration, must be paid for.
+# Bounds that are less tight in the next iteration must be paid for.
 _GAIN = 0.8
 _TRIALS = 2
+# Iterations over which turning the rows is spread; the centres are turned in each.
+_ITERATIONS = 3
 
 
-def worth_a_trial(num_rows: int, num_centres: int, width: int) -> bool:
-    """Tell whether a trial, most of which is finding the directions, takes little of the time of an iteration."""
-    return num_rows * num_centres >= 256 * width * width
+def worth_a_trial(num_rows: int, num_centres: int, width: int, room: int) -> bool:
+    """Tell whether a trial, most of which is finding the directions, takes little of the time of an iteration.
+
+    Args:
+        num_rows: Rows of this process.
+        num_centres: K.
+        width: D.
+        room: Bytes for prepared rows; those that do not fit would be turned anew in every iteration.
+    """
+    kept = num_rows * width * (2 + 4 * max(_SHARES))
+    return num_rows * num_centres >= 1024 * width * width and kept <= room
 
 
 class CoordinateChoice:
@@ -54,11 +71,12 @@ class CoordinateChoice:
         """Whether there is still a trial to make."""
         return self._left > 0
 
-    def choose(self, rows_BD: torch.Tensor, centres_KD: torch.Tensor, known: Nearest | None) -> bool:
+    def choose(self, rows_BD: torch.Tensor, num_rows: int, centres_KD: torch.Tensor, known: Nearest | None) -> bool:
         """Make a trial.
 
         Args:
             rows_BD: Rows from all over the data, float16 [B, D].
+            num_rows: How many rows there are of which these are some.
             centres_KD: The centres as they are, float32 [K, D].
             known: What is known of the rows from the iteration before; None in the first.
 
@@ -76,11 +94,11 @@ class CoordinateChoice:
         timed_BD = rows_BD[timed].contiguous()
         if known is not None:
             known = _as_now(known.chosen(timed), timed_BD, centres_KD)
-        centres_KD = centres_KD[:_CENTRES]
-        best, fewest = None, _GAIN * _seconds(timed_BD, centres_KD, None, known)
+        trial = _Trial(timed_BD, num_rows, centres_KD[:_CENTRES], len(centres_KD), known)
+        best, fewest = None, _GAIN * trial.seconds(None)
         for share in _SHARES:
             coordinates = leading_coordinates(self._directions_DD, int(width * share) // 16 * 16 - 1)
-            seconds = _seconds(timed_BD, centres_KD, coordinates, known)
+            seconds = trial.seconds(coordinates)
             if seconds < fewest:
                 best, fewest = coordinates, seconds
         before = 0 if self.chosen is None else self.chosen.width
@@ -94,12 +112,40 @@ def _as_now(known: Nearest, rows_BD: torch.Tensor, centres_KD: torch.Tensor) -> 
     return Nearest(known.centres_B, (rows_BD.double() * own_BD).sum(dim=1), known.others_B)
 
 
-def _seconds(
-    rows_BD: torch.Tensor, centres_KD: torch.Tensor, coordinates: LeadingCoordinates | None, known: Nearest | None
-) -> float:
-    search = NearestCentres(centres_KD, torch.float32, coordinates=coordinates)
-    rows: PreparedRows = prepare_rows(rows_BD, torch.float32, coordinates)
-    search.nearest(rows, known)
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """Some rows and centres that stand for all.
+
+    Attributes:
+        rows_BD: The rows, float16 [B, D].
+        num_rows: How many they stand for.
+        centres_KD: The centres, float32 [K, D].
+        num_centres: How many they stand for.
+        known: What is known of the rows.
+    """
+
+    rows_BD: torch.Tensor
+    num_rows: int
+    centres_KD: torch.Tensor
+    num_centres: int
+    known: Nearest | None
+
+    def seconds(self, coordinates: LeadingCoordinates | None) -> float:
+        """Estimate the seconds of an iteration over all rows and centres."""
+        preparing_rows, rows = _timed(lambda: prepare_rows(self.rows_BD, torch.float32, coordinates))
+        preparing_centres, search = _timed(
+            lambda: NearestCentres(self.centres_KD, torch.float32, coordinates=coordinates)
+        )
+        comparing, _ = _timed(lambda: search.nearest(rows, self.known))
+        share_of_rows, share_of_centres = len(self.rows_BD) / self.num_rows, len(self.centres_KD) / self.num_centres
+        return (preparing_rows / _ITERATIONS + comparing / share_of_centres) / share_of_rows + (
+            preparing_centres / share_of_centres
+        )
+
+
+def _timed(work: Callable[[], Answer]) -> tuple[float, Answer]:
+    """Return the seconds that something takes the second time, and its answer."""
+    work()
     began = time.perf_counter()
-    search.nearest(rows, known)
-    return time.perf_counter() - began
+    answer = work()
+    return time.perf_counter() - began, answer

@@ -15,6 +15,7 @@ from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.model_names import parse_model, with_default_tag
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.distill_run import Run
+from clipcid_cli.steps.embedding import TYPICAL_CAPTION
 from clipcid_cli.steps.online_teacher import SAMPLES_AT_ONCE
 
 _MEASURED = 3
@@ -132,7 +133,7 @@ def _time_teacher(teacher: ClipModel, count: int, requested: str) -> float:
     teacher.cast_products(precision)
     height, width = teacher.info.image_size
     pixels = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
-    tokens = teacher.tokenizer(["a photo of a cat on a red chair"] * count)
+    tokens = teacher.tokenizer([TYPICAL_CAPTION] * count)
     taken = list[float]()
     for _ in range(_WARM_UP + _MEASURED):
         started = time.perf_counter()

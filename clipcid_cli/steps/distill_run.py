@@ -42,9 +42,8 @@ from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 from clipcid_cli.steps.teacher_space import TeacherSide
 from clipcid_cli.steps.teacher_targets import open_targets
 from clipcid_cli.steps.training_data import BatchMaker, BatchOrder, Reading, read_held_out, used_tokens
-from clipcid_cli.steps.training_evaluation import Evaluation, refuse_equal_names
+from clipcid_cli.steps.training_evaluation import Evaluation, plan_evaluation
 from clipcid_cli.steps.training_loop import Loop, Pace
-from clipcid_cli.steps.zeroshot_tasks import plan_tasks
 
 # Held-out samples beyond this many are left to eval-zeroshot: evaluation during training should take seconds.
 HELD_OUT_LIMIT = 5_000
@@ -197,8 +196,7 @@ class Run:
             inputs.dataset, inputs.held_out, student.pixel_transform(), student.tokenizer, HELD_OUT_LIMIT
         )
         reading = EvalZeroshotSettings(work=settings.work, data=settings.eval_data, bootstrap=0, workers=0)
-        tasks = self.machine.on_main(lambda: plan_tasks(reading, self.reporter)) if settings.eval_data else []
-        refuse_equal_names(tasks)
+        tasks = self.machine.on_main(lambda: plan_evaluation(reading, self.reporter)) if settings.eval_data else []
         return Evaluation(held_out, tasks, reading)
 
     def _open_board(self, step: int) -> Board:

@@ -21,6 +21,8 @@ from clipcid_cli.runtime.preprocessing import normalize_pixels
 from clipcid_cli.steps.embedding_batches import Batch, Preparation, PreparedBatch, ViewMaker
 from clipcid_cli.steps.reporting import Progress
 
+# As long as the captions of photographs on the web are in the middle, for estimates.
+TYPICAL_CAPTION = "a photo of a cat on a red chair"
 # From this many samples on, too many bad ones end the step before all data is read.
 _EARLY_CHECK = 10_000
 
@@ -137,14 +139,18 @@ class ShardEmbedder:
         return timings
 
     def measure_batch(self) -> float:
-        """Return the seconds one batch takes to encode, the better of three after a warm-up."""
+        """Return the seconds one batch takes to encode, the better of three after a warm-up.
+
+        Its captions are of usual length: what follows a text's end is not encoded.
+        """
         prepared = self._preparation()(Batch(0, (), last=True))
+        tokens = self.model.tokenizer([TYPICAL_CAPTION] * self.samples_at_once)
         seconds = []
         for _ in range(4):
             start = time.perf_counter()
             self._encode_pixels(prepared)
             if prepared.tokens is not None:
-                self._rows(self.model.encode_texts(prepared.tokens, self.precision))
+                self._rows(self.model.encode_texts(tokens, self.precision))
             seconds.append(time.perf_counter() - start)
         return min(seconds[1:])
 

@@ -224,12 +224,12 @@ class _Lloyd:
     def _choose_coordinates(self) -> None:
         """Try by how many coordinates rows are compared fastest: with the first centres, and once they are means."""
         share = self.stop - self.start
-        if not self.coordinates.is_open or not worth_a_trial(share, *self.centres_KD.shape):
+        if not self.coordinates.is_open or not worth_a_trial(share, len(self.centres_KD), self.rows.width, KEPT_BYTES):
             return
         places = np.linspace(0, share - 1, min(share, TRIAL_ROWS), dtype=np.int64)
         rows_BD = torch.from_numpy(self.rows.features_at(self.start + places)).to(self.machine.device)
         known = None if self.movement is None else self.nearest.chosen(torch.from_numpy(places))
-        if self.coordinates.choose(rows_BD, self.centres_KD, known):
+        if self.coordinates.choose(rows_BD, share, self.centres_KD, known):
             self.kept, self.kept_bytes = {}, 0
             chosen = self.coordinates.chosen
             if chosen is not None and self.machine.is_main:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,11 +15,11 @@ from clipcid_cli.runtime.encoder import ClipModel
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.vocabulary import whole_table
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter, SilentReporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 from clipcid_cli.steps.training_data import HeldOut
 from clipcid_cli.steps.zeroshot_measure import measure
-from clipcid_cli.steps.zeroshot_tasks import ZeroshotTask
+from clipcid_cli.steps.zeroshot_tasks import ZeroshotTask, plan_tasks
 
 _BATCH = 256
 _FP32 = Precision("fp32", torch.float32, "evaluation")
@@ -69,20 +69,23 @@ class Evaluation:
         return metrics
 
 
-def refuse_equal_names(tasks: Sequence[ZeroshotTask]) -> None:
-    """Refuse two data sets of one name: metrics are logged as ``NAME/METRIC``.
+def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ZeroshotTask]:
+    """Open the data sets of ``--eval-data``, of which no two may have one name: metrics are logged as ``NAME/METRIC``.
 
     Raises:
-        ClipcidError: that names them.
+        ClipcidError: for the first that cannot be opened, or that names two of one name.
     """
-    places: dict[str, str] = {}
+    tasks = plan_tasks(settings, reporter)
+    places: dict[str, Path] = {}
     for task in tasks:
-        other = places.setdefault(task.name, str(task.dataset.spec))
-        if other != str(task.dataset.spec):
+        place = Path(task.dataset.spec).resolve()
+        other = places.setdefault(task.name, place)
+        if other != place:
             raise ClipcidError(
-                f"--eval-data: {other} and {task.dataset.spec} are both called {task.name}, so their metrics would be too.",
-                "Rename or link one of the folders.",
+                f"--eval-data: {other} and {place} are both called {task.name}, so their metrics would be too.",
+                "Rename one of the folders, or link it by another name.",
             )
+    return tasks
 
 
 def embed_held_out(student: ClipModel, held_out: HeldOut) -> tuple[Tensor, Tensor]:

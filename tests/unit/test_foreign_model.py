@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,9 +26,11 @@ FP32 = choose_precision("fp32", torch.device("cpu"), "embed", 0)
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An open_clip folder with timm's smallest network and a BERT of one layer; the weights are random."""
-    import open_clip
+    import open_clip.hf_model
     import transformers
 
+    if open_clip.hf_model.transformers is None:  # a test before imported it as clipcid does
+        importlib.reload(open_clip.hf_model)
     folder = tmp_path_factory.mktemp("foreign")
     words = sorted({word for text in TEXTS for word in text.split()})
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
@@ -66,6 +71,28 @@ def test_rows_and_tokens_are_open_clips(foreign: Path) -> None:
     assert (tokens != 1).all(), "a word is unknown: the tokenizer is not the model's own"
     assert torch.equal(model.encode_texts(tokens, FP32), texts)
     assert (model.info.embed_dim, model.info.context_length, model.info.image_size) == (48, 9, (64, 64))
+
+
+def test_transformers_is_imported_for_its_text_towers_only(foreign: Path, tiny_model: Path) -> None:
+    code = (
+        "import json, sys\n"
+        "from clipcid_cli.runtime.encoder import load_model\n"
+        "from clipcid_cli.runtime.model_names import parse_model\n"
+        "from clipcid_cli.runtime.precision import choose_precision\n"
+        "tiny = load_model(parse_model(sys.argv[1]))\n"
+        "before = 'transformers' in sys.modules\n"
+        "model = load_model(parse_model(sys.argv[2]))\n"
+        "fp32 = choose_precision('fp32', model.device, 'embed', 0)\n"
+        "rows = model.encode_texts(model.tokenizer(json.loads(sys.argv[3])), fp32)\n"
+        "print(json.dumps([before, 'transformers' in sys.modules, rows.tolist()]))\n"
+    )
+    arguments = [sys.executable, "-c", code, str(tiny_model), str(foreign), json.dumps(TEXTS)]
+    ended = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    before, after, rows = json.loads(ended.stdout)
+    assert not before
+    assert after
+    model = load_model(parse_model(str(foreign)))
+    torch.testing.assert_close(torch.tensor(rows), model.encode_texts(model.tokenizer(TEXTS), FP32))
 
 
 def test_copy_loads_where_the_folder_it_was_built_in_is_gone(foreign: Path, tmp_path: Path) -> None:
