@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import ClassVar
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import argument, option
-from clipcid_cli.steps.settings.shared import ReadingSettings, npz_array_option
+from clipcid_cli.steps.settings.shared import BRIEF_SPINS, ReadingSettings, npz_array_option
 
 LINKAGES = ("single", "star")
 NEIGHBORS = ("exact", "partitioned")
@@ -24,6 +25,9 @@ _FILES = "What is read and written"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BalanceSettings(ReadingSettings):
     """Settings of `balance`."""
+
+    # A tenth faster on 2 cores.
+    openmp_spins: ClassVar[str] = BRIEF_SPINS
 
     data: str | None = argument(
         None,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 from clipcid_cli.steps.settings.fields import option
-from clipcid_cli.steps.settings.shared import KeyedSettings, npz_array_option
+from clipcid_cli.steps.settings.shared import BRIEF_SPINS, KeyedSettings, npz_array_option
 
 _INPUTS = "Inputs"
 _CLUSTERS = "Clusters"
@@ -15,6 +16,9 @@ _CLUSTERS = "Clusters"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusterSettings(KeyedSettings):
     """Settings of `cluster`."""
+
+    # Candidates are decided in thousands of short sections: 100,000 rows took 11.5 s instead of 15 to 19 s on 2 cores.
+    openmp_spins: ClassVar[str] = BRIEF_SPINS
 
     embeddings: Path | None = option(
         None,

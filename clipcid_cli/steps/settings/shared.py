@@ -15,12 +15,17 @@ _TALK = "What it prints"
 _READ = "How data is read"
 
 
+NO_SPINS = "0"
+# About 0.1 ms: it bridges thousands of short parallel sections, and leaves the core to another process otherwise.
+BRIEF_SPINS = "10000"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedSettings:
     """Settings of every step; each step's own dataclass adds to them."""
 
     # How long an idle OpenMP thread spins before it sleeps (GOMP_SPINCOUNT), where the user has not said.
-    openmp_spins: ClassVar[str] = "0"
+    openmp_spins: ClassVar[str] = NO_SPINS
 
     work: Path = option(
         DEFAULT_WORK, "Work directory: what each step makes and where the next one looks.", group=_RUN, operational=True
