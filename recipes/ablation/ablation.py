@@ -28,7 +28,7 @@ SETS = tuple(
     for what in ("concepts", "drawings")
     for task in ("retrieval", "classes")
 )
-PROBED = ("clip", "clip-kd", "instance", "cluster", "cid", "dr")
+PROBED = ("clip", "clip-kd", "instance", "cid", "cid+fd", "fd+cluster")
 # Of the settings of the cluster term, the first so many.
 PROBED_VARIANTS = 4
 # Linear probes are fitted after each phase from this one on: by then the weights are chosen.

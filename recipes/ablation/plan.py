@@ -15,7 +15,9 @@ FIRST_SEEDS = SEEDS[:3]
 WIDTH = 96
 # `fd` sums over the width; CLIP-KD's 2000 is for a mean over it.
 FD = 2000 / WIDTH
-RIVALS = ("clip", "clip-kd", "instance", "cid")
+# The last three are not presets of clipcid: `cid` and the cluster term with what pulls the student to the teacher's own
+# features.
+RIVALS = ("clip", "clip-kd", "instance", "cid", "cid+intra", "cid+fd", "fd+cluster")
 REST = ("cluster", "fd", "icl", "crd", "dr", "clip-rd")
 PRESETS = RIVALS + REST
 # Weights at factor 1. `clip` has none to try: its trials are of the learning rate.
@@ -30,6 +32,9 @@ WEIGHTS: Mapping[str, Mapping[str, float]] = {
     "instance": {"instance": 1.0},
     "cluster": {"cluster": 1.0},
     "cid": {"instance": 1.0, "cluster": 0.25},
+    "cid+intra": {"instance": 1.0, "instance-intra": 1.0, "cluster": 0.25},
+    "cid+fd": {"instance": 1.0, "fd": FD, "cluster": 0.25},
+    "fd+cluster": {"fd": FD, "cluster": 1.0},
 }
 LEARNING_RATE = 1e-3
 CLUSTERS = "joint-256"

@@ -28,7 +28,7 @@ DRAWS = 4000
 # An interval over fewer seeds says little of how another seed would do.
 SEEDS_FOR_BOLD = 3
 # Presets among which ours is chosen.
-OURS = ("instance", "cid", "cluster")
+OURS = ("instance", "cid", "cluster", "cid+intra", "cid+fd", "fd+cluster")
 
 
 @dataclasses.dataclass(frozen=True)
