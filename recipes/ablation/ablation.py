@@ -156,7 +156,7 @@ class Ablation:
         settings = [plan.tuned(name, self.log.entries) for name in PROBED]
         settings += plan.cid_variants(plan.best_factor("cid", self.log.entries))[:PROBED_VARIANTS]
         names = [plan.Run(setting, seed).name for seed in plan.SEEDS for setting in settings]
-        wanted = [name for name in ["teacher", *names] if name in self.log.entries]
+        wanted = [name for name in dict.fromkeys(["teacher", *names]) if name in self.log.entries]
         left = [name for name in wanted if "report concepts probe" not in self.log.entries[name]["metrics"]]
         with ThreadPoolExecutor(self.parallel) as pool:
             for name, value in zip(left, pool.map(self.fit_probe, left), strict=True):

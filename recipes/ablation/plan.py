@@ -18,7 +18,8 @@ FD = 2000 / WIDTH
 # The last three are not presets of clipcid: `cid` and the cluster term with what pulls the student to the teacher's own
 # features.
 RIVALS = ("clip", "clip-kd", "instance", "cid", "cid+intra", "cid+fd", "fd+cluster")
-REST = ("cluster", "fd", "icl", "crd", "dr", "clip-rd")
+PARTS = ("fd", "icl", "crd", "cluster")
+REST = (*PARTS, "dr", "clip-rd")
 PRESETS = RIVALS + REST
 # Weights at factor 1. `clip` has none to try: its trials are of the learning rate.
 WEIGHTS: Mapping[str, Mapping[str, float]] = {
@@ -153,7 +154,7 @@ def phases(log: Mapping[str, Mapping[str, Any]]) -> Iterator[list[Run]]:
     """Yield lists of runs; each is made only when those before are in `log`, which tells the tuned factors."""
     yield [Run(preset(name, factor), SEEDS[0]) for factor in FACTORS for name in PRESETS]
     yield _seeds((tuned(name, log) for name in RIVALS), SEEDS)
-    yield _seeds((tuned(name, log) for name in REST), FIRST_SEEDS)
+    yield _seeds((tuned(name, log) for name in PARTS), FIRST_SEEDS)
     yield _seeds(cid_variants(best_factor("cid", log)), FIRST_SEEDS)
     yield _seeds((tuned(name, log) for name in REST), SEEDS)
     yield _seeds(cid_variants(best_factor("cid", log)), SEEDS)
