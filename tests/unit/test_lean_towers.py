@@ -37,12 +37,14 @@ def load(tmp_path: Path, **changes: Any) -> ClipModel:
     return load_model(parse_model(str(path)), fresh_seed=3)
 
 
-def features(model: ClipModel, lean: bool, tokens: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], LeanTowers]:
+def features(
+    model: ClipModel, lean: bool, tokens: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, dict[str, Tensor], LeanTowers]:
     """Encode six images and the texts, and take gradients of a function of every feature."""
     module: Any = model.module
-    module.zero_grad(set_to_none=True)
+    module.to(dtype).zero_grad(set_to_none=True)
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(6, 3, 32, 32, generator=generator)
+    pixels = torch.randn(6, 3, 32, 32, generator=generator).to(dtype)
     towers = LeanTowers(module)
     if lean:
         image, text = towers.encode_images(pixels), towers.encode_texts(tokens)
@@ -69,16 +71,17 @@ def features(model: ClipModel, lean: bool, tokens: Tensor) -> tuple[Tensor, Tens
 def test_equal_to_open_clip(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = load(tmp_path, **changes)
     tokens = model.tokenizer(CAPTIONS)
-    image, text, gradients, _ = features(model, False, tokens)
-    lean_image, lean_text, lean_gradients, towers = features(model, True, tokens)
+    # In float64, where what a wrong pass would change cannot hide behind rounding.
+    image, text, gradients, _ = features(model, False, tokens, torch.float64)
+    lean_image, lean_text, lean_gradients, towers = features(model, True, tokens, torch.float64)
     assert towers.image_is_lean
     assert towers.text_is_lean
-    torch.testing.assert_close(lean_image, image, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(lean_text, text, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lean_image, image, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(lean_text, text, rtol=1e-9, atol=1e-9)
     assert lean_gradients.keys() == gradients.keys()
     for name, expected in gradients.items():
         torch.testing.assert_close(
-            lean_gradients[name], expected, rtol=1e-3, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}"
+            lean_gradients[name], expected, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
