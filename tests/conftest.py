@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -78,12 +77,9 @@ def clipcid_command() -> list[str]:
 
 
 def torchrun_command(processes: int) -> list[str]:
-    """Return torchrun on a free local port, running the command line as a module."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", str(processes)]
-    return [*launcher, "--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "clipcid_cli"]
+    """Return torchrun, running the command line as a module; it listens on a port the system gives it."""
+    launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--local-addr", "127.0.0.1"]
+    return [*launcher, "--nproc-per-node", str(processes), "-m", "clipcid_cli"]
 
 
 def run_command(command: list[str], cwd: Path, check: bool, timeout: float, environment: dict[str, str] | None) -> Run:

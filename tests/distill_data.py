@@ -7,12 +7,12 @@ serves them all.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from clipcid_cli.algorithms.losses.registry import PRESETS
+from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.distill import run
 from clipcid_cli.steps.reporting import SilentReporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -63,9 +63,6 @@ def train(folder: Path, name: str, presets: tuple[str, ...] = tuple(PRESETS), **
 
 if __name__ == "__main__":
     given = dict(argument.split("=") for argument in sys.argv[3:])
-    for number, one in enumerate(PRESETS):
-        if "RANK" in os.environ:
-            # Processes that meet again need another place to meet.
-            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False"}
-            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + number + 1)
-        train(Path(sys.argv[1]), sys.argv[2], (one,), **{flag: int(value) for flag, value in given.items()})
+    # Joined once: every run of this process meets the others in the same group.
+    with open_machine("cpu"):
+        train(Path(sys.argv[1]), sys.argv[2], **{flag: int(value) for flag, value in given.items()})

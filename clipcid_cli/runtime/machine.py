@@ -112,6 +112,8 @@ class Machine:
 def open_machine(device: str = "auto") -> Iterator[Machine]:
     """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
 
+    Where the caller has joined them already (``torch.distributed`` is initialised), its group is used, and is left to it.
+
     Args:
         device: ``auto`` (a GPU when there is one), ``cpu`` or ``cuda``.
 
@@ -127,11 +129,14 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
         yield Machine(0, 1, local_rank, chosen)
         return
     _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
+    joined = dist.is_initialized()
+    if not joined:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Machine(rank, size, local_rank, chosen)
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:
