@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import json
 import logging
 import tempfile
@@ -24,7 +23,7 @@ from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.hub import reaching_hub
-from clipcid_cli.runtime.imports import import_without
+from clipcid_cli.runtime.imports import give_towers, import_open_clip
 from clipcid_cli.runtime.lean_towers import LeanTowers
 from clipcid_cli.runtime.model_names import CONFIG_NAME, HF_CONFIG_NAME, ModelName, find_weights, read_config
 from clipcid_cli.runtime.precision import Precision
@@ -199,8 +198,7 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
         raise ClipcidError(f"Model {name.spec} names no weights.", _FOLDER_HINT)
     weights: Path | None = None
     with _quiet_open_clip():
-        # For text towers of Hugging Face, which few models have: 1.3 s of the 3.2 s of CPU that open_clip takes (AMD EPYC).
-        import_without("open_clip", "transformers")
+        import_open_clip()
         match name.kind:
             case "tag":
                 module, config, weights = _load_tag(name)
@@ -319,9 +317,7 @@ def _own_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any) -> torch.nn.Module:
     import open_clip
 
-    if config["text_cfg"].get("hf_model_name") and open_clip.hf_model.transformers is None:
-        # Classes made before look names up in their module when they are used, so they find transformers now.
-        importlib.reload(open_clip.hf_model)
+    give_towers(config)
     try:
         return cast(torch.nn.Module, open_clip.create_model(source, precision="fp32", device="cpu", **options))
     except Exception as error:  # open_clip raises whatever PyTorch, safetensors or json do for a file that does not fit
@@ -346,6 +342,7 @@ def _load_tokenizer(name: ModelName, source: str) -> Tokenizer:
 
 def builtin_templates(name: str) -> tuple[str, ...]:
     """Return open_clip's templates, ``{c}`` for the class name: ``openai`` (80) or ``simple`` (the best 7 of them)."""
+    import_open_clip()
     import open_clip
 
     lists = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
@@ -357,6 +354,7 @@ def builtin_class_names(name: str) -> dict[str, str]:
 
     The numbers are timm's, which open_clip brings along.
     """
+    import_open_clip()
     import open_clip
     from timm.data.imagenet_info import ImageNetInfo
 

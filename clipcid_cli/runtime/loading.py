@@ -34,18 +34,6 @@ from clipcid_cli.errors import ClipcidError
 Batch = TypeVar("Batch")
 Prepared = TypeVar("Prepared")
 
-# What workers need; nothing here may import faiss.
-_PRELOAD = [
-    "torch",
-    "torchvision.transforms.functional",
-    "open_clip.transform",
-    "open_clip.tokenizer",
-    "clipcid_cli.formats.samples",
-    "clipcid_cli.runtime.encoder",
-    "clipcid_cli.runtime.images",
-    "clipcid_cli.runtime.loading",
-]
-
 STALL_SECONDS = 600.0
 """A batch that takes longer than this to prepare is taken for a stall."""
 
@@ -61,7 +49,7 @@ def default_workers() -> int:
 
 def start_worker_server() -> None:
     """Start the server that workers are forked from, so that its imports run beside the caller's; once is enough."""
-    _context().set_forkserver_preload(_PRELOAD)
+    _context().set_forkserver_preload(["clipcid_cli.runtime.worker_imports"])
     multiprocessing.forkserver.ensure_running()
 
 

@@ -158,16 +158,25 @@ class Ablation:
         names = [plan.Run(setting, seed).name for seed in plan.SEEDS for setting in settings]
         wanted = [name for name in dict.fromkeys(["teacher", *names]) if name in self.log.entries]
         left = [name for name in wanted if "report concepts probe" not in self.log.entries[name]["metrics"]]
+        gone = [name for name in left if not self.model(name).is_dir()]
+        if gone:
+            say(
+                f"no probe for {', '.join(gone)}: trained in another work directory; to train again, take out of the log"
+            )
+        left = [name for name in left if name not in gone]
         with ThreadPoolExecutor(self.parallel) as pool:
             for name, value in zip(left, pool.map(self.fit_probe, left), strict=True):
                 entry = self.log.entries[name]
                 self.log.add(entry | {"metrics": entry["metrics"] | {"report concepts probe": value}})
 
+    def model(self, name: str) -> Path:
+        """Return the folder of a run's student, or of the teacher."""
+        return inputs.TEACHER if name == "teacher" else self.work / "distill" / name.replace("/", "-") / "student"
+
     def fit_probe(self, name: str) -> float:
         """Return the accuracy of a linear probe on the report split's images."""
-        model = inputs.TEACHER if name == "teacher" else self.work / "distill" / name.replace("/", "-") / "student"
         result = inputs.clipcid(
-            "eval-linear", model, "--train", inputs.DATA / "classification" / "train",
+            "eval-linear", self.model(name), "--train", inputs.DATA / "classification" / "train",
             "--test", self.work / "sets" / "report-concepts-classes" / "test",
             "--work", self.work / "probed" / name.replace("/", "-"),
         )  # fmt: skip
