@@ -29,7 +29,6 @@ _SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
 _NARROWEST = 128
 # Bounds that are less tight in the next iteration must be paid for.
 _GAIN = 0.8
-_TRIALS = 2
 # Iterations over which turning the rows is spread; the centres are turned in each.
 _ITERATIONS = 3
 
@@ -48,22 +47,23 @@ def worth_a_trial(num_rows: int, num_centres: int, width: int, room: int) -> boo
 
 
 class CoordinateChoice:
-    """The coordinates in use; tried with the first centres, and again once centres are means, which have shorter rests.
+    """The coordinates in use, tried in the first iterations in full: centres that are means have shorter rests than rows.
 
     Attributes:
         chosen: Which are multiplied; None for whole rows.
     """
 
-    def __init__(self, dtype: torch.dtype, machine: Machine) -> None:
+    def __init__(self, dtype: torch.dtype, machine: Machine, trials: int) -> None:
         """Begin with whole rows.
 
         Args:
             dtype: Format of the products. Only float32 ones of a CPU are slow enough for a choice.
             machine: Where they are computed.
+            trials: In how many iterations to try.
         """
         self.chosen: LeadingCoordinates | None = None
         self._device = machine.device
-        self._left = _TRIALS if dtype == torch.float32 and machine.device.type == "cpu" else 0
+        self._left = trials if dtype == torch.float32 and machine.device.type == "cpu" else 0
         self._directions_DD: torch.Tensor | None = None
 
     @property

@@ -3,8 +3,10 @@
 An iteration is a function of the rows and the centres alone (see `algorithms.kmeans`), so the centres are all that a
 checkpoint needs: a resumed run finds its labels and sums again by assigning, and ends with the same bytes.
 
-After the first iteration rows are compared with those centres only that may have become nearer than their own
-(`algorithms.moving_centres`), and only rows that changed their cluster change the sums.
+The first iterations compare rows and centres along the directions in which most of the rows' length lies
+(`algorithms.short_space`), all others in full. After the first of either kind rows are compared with those centres only
+that may have become nearer than their own (`algorithms.moving_centres`), and only rows that changed their cluster change the
+sums.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from clipcid_cli.algorithms.leading_coordinates import LeadingCoordinates
 from clipcid_cli.algorithms.moving_centres import Movement
 from clipcid_cli.algorithms.nearest_centres import Nearest, NearestCentres
 from clipcid_cli.algorithms.prepared_rows import PreparedRows, prepare_rows
+from clipcid_cli.algorithms.short_space import ShortSpace
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision, choose_precision, choose_scan
+from clipcid_cli.runtime.threads import one_thread
 from clipcid_cli.steps.cluster_rows import ClusterRows
 from clipcid_cli.steps.coordinate_choice import TRIAL_ROWS, CoordinateChoice, worth_a_trial
 from clipcid_cli.steps.reporting import Reporter
@@ -38,6 +42,15 @@ _PATIENCE = 1.4
 # Rows that are sorted by the number of centres they must be compared with, and read at once.
 _RUN = {"cpu": 16_384, "cuda": 131_072}
 _CENTRES_AT_ONCE = 16_384
+# The start in a short space: directions, the share of length along them that is worth it, and what is large enough for it.
+# On 100,000 rows and 4,096 centres 3 of 20 iterations in 64 of 512 directions saved a fifth to a third of the time and ended
+# 0.2 to 1.3 % better where these held 45 to 92 % of the rows' squared length, 4.6 % worse where they held 20 %.
+SHORT_WIDTH = 64
+_SHORT_ITERATIONS = 3
+_SHORT_PART = 4
+_LEAST_SHARE = 0.4
+_SHORT_CENTRES = 1024
+_DIRECTION_ROWS = 4096
 # Prepared rows that a process keeps from iteration to iteration; beyond them rows are read and cast anew each time.
 KEPT_BYTES = 2**31
 
@@ -81,6 +94,24 @@ def first_centres(rows: ClusterRows, num_clusters: int, seed: int) -> torch.Tens
         return torch.from_numpy(rows.features_at(positions))
 
     return _unit_centres(rows, choose_first_rows(read, len(rows), num_clusters, seed))
+
+
+def short_iterations(iterations: int) -> int:
+    """Return how many of the iterations, the first, compare in a short space where there is one."""
+    return min(_SHORT_ITERATIONS, iterations // _SHORT_PART)
+
+
+def find_short_space(rows: ClusterRows, num_clusters: int) -> ShortSpace | None:
+    """Find the directions in which the first iterations compare; None where they would not gain from it.
+
+    A function of the rows and K: found on one thread of the CPU, whose sums have one order.
+    """
+    if num_clusters < _SHORT_CENTRES or rows.width < 4 * SHORT_WIDTH:
+        return None
+    places = np.linspace(0, len(rows) - 1, min(len(rows), _DIRECTION_ROWS), dtype=np.int64)
+    with one_thread():
+        short = ShortSpace.of(torch.from_numpy(rows.features_at(places)), SHORT_WIDTH)
+    return short if short.share >= _LEAST_SHARE else None
 
 
 def choose_format(requested: str, rows: ClusterRows, machine: Machine, centres_KD: torch.Tensor) -> Precision:
@@ -136,11 +167,23 @@ def run_lloyd(
         save: Called on the first process after each iteration.
         reporter: The listener.
     """
-    lloyd = _Lloyd(rows, machine, dtype, state.centres_KD, reporter)
+    num_short = short_iterations(iterations)
+    short = machine.on_main(lambda: find_short_space(rows, len(state.centres_KD))) if num_short else None
+    lloyd = _Lloyd(rows, machine, dtype, state.centres_KD, short is not None, reporter)
+    if short is not None:
+        if machine.is_main and state.iterations < num_short:
+            reporter.note(
+                f"The first {num_short} iterations compare images along {SHORT_WIDTH} of {rows.width} directions, which "
+                f"hold {short.share:.0%} of their squared length; the others compare in full."
+            )
+        short = short.to(machine.device)
     with reporter.progress("k-means", iterations - state.iterations, "iterations") as progress:
         while state.iterations < iterations and not state.converged:
-            objective, num_empty = lloyd.iterate()
-            state = LloydState(lloyd.centres_KD.cpu(), state.iterations + 1, not lloyd.any_moved)
+            here = short if state.iterations < num_short else None
+            objective, num_empty = lloyd.iterate(here)
+            state = LloydState(
+                lloyd.centres_KD.cpu(), state.iterations + 1, converged=here is None and not lloyd.any_moved
+            )
             if machine.is_main:
                 save(state)
             progress.advance()
@@ -155,10 +198,18 @@ class _Lloyd:
     """
 
     def __init__(
-        self, rows: ClusterRows, machine: Machine, dtype: torch.dtype, centres_KD: torch.Tensor, reporter: Reporter
+        self,
+        rows: ClusterRows,
+        machine: Machine,
+        dtype: torch.dtype,
+        centres_KD: torch.Tensor,
+        starts_short: bool,
+        reporter: Reporter,
     ) -> None:
         self.rows, self.machine, self.dtype, self.reporter = rows, machine, dtype, reporter
-        self.coordinates = CoordinateChoice(dtype, machine)
+        # After a start in a short space centres are means from the first comparison in full on.
+        self.coordinates = CoordinateChoice(dtype, machine, trials=1 if starts_short else 2)
+        self.short: ShortSpace | None = None
         self.start = len(rows) * machine.rank // machine.size
         self.stop = len(rows) * (machine.rank + 1) // machine.size
         self.centres_KD = centres_KD.to(machine.device)
@@ -178,30 +229,46 @@ class _Lloyd:
         """Whether the last iteration moved a centre."""
         return self.movement is None or bool(self.movement.moved_K.any())
 
-    def iterate(self) -> tuple[float, int]:
+    def iterate(self, short: ShortSpace | None = None) -> tuple[float, int]:
         """Do one iteration.
+
+        Args:
+            short: Where rows and centres are compared, on the device; in full without.
 
         Returns:
             The mean similarity to the centres as they were, and the number of empty clusters; the same on every process.
         """
-        self._choose_coordinates()
+        if short is not self.short:
+            # Similarities and movements were of the other space; the clusters of the rows stay as they are.
+            self.short, self.movement = short, None
+            self.kept, self.kept_bytes = {}, 0
+        if short is None:
+            self._choose_coordinates()
+        compared_KD = self.centres_KD if short is None else short.centres(self.centres_KD)
         order_K = None if self.movement is None else self.movement.order_K
-        search = NearestCentres(self.centres_KD, self.dtype, order_K, self.coordinates.chosen)
+        search = NearestCentres(compared_KD, self.dtype, order_K, self.coordinates.chosen)
         size = _RUN[self.machine.device.type]
         for first in range(self.start, self.stop, size):
             self._assign(search, first, min(self.stop, first + size))
         del search
         counts_K = self.machine.sum_(self.sums.counts_K.clone())
         empty = (counts_K == 0).nonzero()[:, 0]
-        seeds_KD = self._farthest_rows(len(empty)) if len(empty) else self.centres_KD[:0]
+        # Which rows are far from every centre is known in full only.
+        seeds_KD = self._farthest_rows(len(empty)) if len(empty) and short is None else self.centres_KD[:0]
         return self._move_centres(empty[: len(seeds_KD)], seeds_KD) / len(self.rows), len(empty)
 
     def _assign(self, search: NearestCentres, first: int, last: int) -> None:
         """Find the nearest centres of a run of rows and bring the sums up to date."""
         mine = self.nearest.chosen(slice(first - self.start, last - self.start))
         before_B = mine.centres_B.clone()
+        is_known = bool((before_B >= 0).all())
         if self.movement is None:
             count_B = torch.full_like(before_B, len(self.centres_KD))
+            if is_known:
+                every_B = torch.arange(len(before_B), device=before_B.device)
+                rows_BD = self._prepared(first, last).rows_BD
+                mine.similarities_B[:] = search.similarities(rows_BD, every_B, before_B)
+                mine.others_B.fill_(-torch.inf)
         else:
             away_B = self.movement.moved_K[before_B].nonzero()[:, 0]
             now_B = mine.similarities_B.clone()
@@ -214,12 +281,14 @@ class _Lloyd:
             return
         rows = self._prepared(first, last)
         for piece, leading in self._pieces(count_B):
-            known = None if self.movement is None else mine.chosen(piece)
+            known = mine.chosen(piece) if is_known else None
             found = search.nearest(rows.chosen(piece), known, leading)
             mine.centres_B[piece], mine.similarities_B[piece] = found.centres_B, found.similarities_B
             others_B = found.others_B if known is None else torch.maximum(found.others_B, known.others_B)
             mine.others_B[piece] = others_B
-        self.sums.move(rows.rows_BD, before_B, mine.centres_B)
+        moved_B = (mine.centres_B != before_B).nonzero()[:, 0]
+        moved_BD = rows.rows_BD[moved_B] if self.short is None else self._read(first + moved_B)
+        self.sums.move(moved_BD, before_B[moved_B], mine.centres_B[moved_B])
 
     def _choose_coordinates(self) -> None:
         """Try by how many coordinates rows are compared fastest: with the first centres, and once they are means."""
@@ -228,8 +297,9 @@ class _Lloyd:
             return
         places = np.linspace(0, share - 1, min(share, TRIAL_ROWS), dtype=np.int64)
         rows_BD = torch.from_numpy(self.rows.features_at(self.start + places)).to(self.machine.device)
-        known = None if self.movement is None else self.nearest.chosen(torch.from_numpy(places))
-        if self.coordinates.choose(rows_BD, share, self.centres_KD, known):
+        known = self.nearest.chosen(torch.from_numpy(places))
+        is_known = bool((known.centres_B >= 0).all())
+        if self.coordinates.choose(rows_BD, share, self.centres_KD, known if is_known else None):
             self.kept, self.kept_bytes = {}, 0
             chosen = self.coordinates.chosen
             if chosen is not None and self.machine.is_main:
@@ -258,7 +328,10 @@ class _Lloyd:
         """Return a run of rows: kept from the iteration before while there is room, else read and prepared again."""
         rows = self.kept.get(first)
         if rows is None:
-            rows = load_rows(self.rows.features(first, last), self.machine, self.dtype, self.coordinates.chosen)
+            rows_BD = torch.from_numpy(np.array(self.rows.features(first, last))).to(self.machine.device)
+            if self.short is not None:
+                rows_BD = self.short.rows(rows_BD)
+            rows = prepare_rows(rows_BD, self.dtype, self.coordinates.chosen)
             if self.kept_bytes + rows.num_bytes <= KEPT_BYTES:
                 self.kept[first] = rows
                 self.kept_bytes += rows.num_bytes
@@ -280,10 +353,15 @@ class _Lloyd:
             new_CD = centres_of_sums(sums_CD, old_CD)
             here = (seeded >= first) & (seeded < first + _CENTRES_AT_ONCE)
             new_CD[seeded[here] - first] = seeds_KD[here]
-            distances_K[part] = distances_moved(old_CD, new_CD)
+            distances_K[part] = self._distances_moved(old_CD, new_CD)
             old_CD.copy_(new_CD)
         self.movement = Movement.of(distances_K)
         return total
+
+    def _distances_moved(self, old_CD: torch.Tensor, new_CD: torch.Tensor) -> torch.Tensor:
+        if self.short is None:
+            return distances_moved(old_CD, new_CD)
+        return distances_moved(self.short.centres(old_CD), self.short.centres(new_CD))
 
     def _farthest_rows(self, count: int) -> torch.Tensor:
         """Find rows to re-seed empty clusters with; the same on every process. Float32 [≤ count, D], unit rows."""
@@ -294,6 +372,10 @@ class _Lloyd:
         all_similarities, all_numbers = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
         chosen = all_numbers[choose_seeds(all_similarities, all_numbers, self._read_row, count)]
         return _unit_centres(self.rows, chosen).to(self.machine.device)
+
+    def _read(self, number_B: torch.Tensor) -> torch.Tensor:
+        """Read single rows, float16 [B, D]."""
+        return torch.from_numpy(self.rows.features_at(number_B.cpu().numpy())).to(self.machine.device)
 
     def _read_row(self, number: int) -> npt.NDArray[np.float16]:
         row: npt.NDArray[np.float16] = self.rows.features(number, number + 1)[0]

@@ -91,7 +91,7 @@ def test_a_trial_chooses_what_takes_less_time(rows: ClusterRows, monkeypatch: py
     with open_machine("cpu") as machine:
         features = torch.from_numpy(np.array(rows.features(0, NUM_ROWS)))
         centres = first_centres(rows, NUM_CLUSTERS, 0)
-        choice = CoordinateChoice(torch.float32, machine)
+        choice = CoordinateChoice(torch.float32, machine, trials=2)
         assert choice.choose(features, NUM_ROWS, centres, None)
         assert choice.chosen is not None
         assert choice.chosen.width == 32
@@ -100,7 +100,7 @@ def test_a_trial_chooses_what_takes_less_time(rows: ClusterRows, monkeypatch: py
         assert choice.choose(features, NUM_ROWS, centres, None)
         assert choice.chosen is None
         assert not choice.is_open
-        assert not CoordinateChoice(torch.int8, machine).is_open
+        assert not CoordinateChoice(torch.int8, machine, trials=2).is_open
 
 
 def test_real_trials_change_nothing(rows: ClusterRows, monkeypatch: pytest.MonkeyPatch) -> None:
