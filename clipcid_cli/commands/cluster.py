@@ -28,8 +28,9 @@ command = step_command(
     settings=ClusterSettings,
     step="clipcid_cli.steps.cluster",
     summary=show,
-    help="Cluster the kept images' embeddings. Spherical k-means over all rows, exact: any number of processes writes the "
-    "same bytes. For each image, and for each caption where captions are embedded, the 16 nearest centres are stored.",
+    help="Cluster the kept images' embeddings. Spherical k-means over all rows, decided exactly: any number of processes "
+    "writes the same bytes. For each image, and for each caption where captions are embedded, the 16 nearest centres are "
+    "stored.",
     examples="clipcid cluster\n"
     "clipcid cluster --num-clusters 4096 --features joint\n"
     "clipcid cluster --embeddings laion-emb/ --keep-list none\n"

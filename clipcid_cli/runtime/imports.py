@@ -33,8 +33,8 @@ def import_open_clip() -> None:
     """Import open_clip as it is where transformers and timm are not installed, and without PyTorch's compiler.
 
     Few models need the first two (`give_towers` imports them for those that do). The compiler torchvision imports for one
-    function of its operators, which no model here calls. Together they are 2.7 of the 4.6 s of CPU that importing
-    open_clip takes (AMD EPYC), in every command that loads a model and in the server that its workers are forked from.
+    function of its operators, which no model here calls. Together they are 2.5 of the 3.0 s of CPU that
+    importing open_clip takes (AMD EPYC), in every command that loads a model and in the server its workers are forked from.
     """
     import_without("open_clip", {"transformers": None, "timm": None} | {name: _Compiler(name) for name in _COMPILER})
 
