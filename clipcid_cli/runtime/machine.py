@@ -93,6 +93,22 @@ class Machine:
             raise outcome
         return outcome[0]
 
+    def on_all(self, action: Callable[[], T]) -> T:
+        """Run `action` on every process and give each its own result, unless it failed on any.
+
+        Raises:
+            ClipcidError: on every process what the action raised on the lowest rank where it did, so that none waits for
+                one that is gone and the user reads it once.
+        """
+        outcome: list[T] = []
+        failure: ClipcidError | None = None
+        try:
+            outcome = [action()]
+        except ClipcidError as error:
+            failure = error
+        self.agree(failure)
+        return outcome[0]
+
     def agree(self, error: ClipcidError | None) -> None:
         """Raise on every process when any of them met an error, so that none waits for one that is gone.
 

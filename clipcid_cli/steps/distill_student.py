@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import nn
 
 from clipcid_cli.errors import ClipcidError
@@ -37,7 +38,11 @@ def load_student(settings: DistillSettings, machine: Machine, reporter: Reporter
     Raises:
         ClipcidError: when a model cannot be loaded, or the one to inherit from does not fit.
     """
-    model = load_model(parse_model(str(settings.student)), machine.device, fresh_seed=settings.seed)
+    return machine.on_all(lambda: _load(settings, machine.device, reporter))
+
+
+def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -> Student:
+    model = load_model(parse_model(str(settings.student)), device, fresh_seed=settings.seed)
     if settings.init_from is not None:
         source = load_model(with_default_tag(parse_model(settings.init_from)))
         left = inherit(model.module, source.module, settings.init_towers)

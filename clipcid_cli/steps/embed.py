@@ -142,7 +142,7 @@ def _load_embedder(settings: EmbedSettings, machine: Machine, name: ModelName, d
     workers = default_workers() if settings.workers is None else settings.workers
     if workers:
         start_worker_server()
-    model = load_model(name, machine.device)
+    model = machine.on_all(lambda: load_model(name, machine.device))
     precision = choose_precision(settings.precision, machine.device, "embed", model.info.parameters)
     model.cast_products(precision)
     augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)

@@ -125,12 +125,7 @@ class EvaluatedModel:
             ClipcidError: on every process, when it cannot be loaded on any.
         """
         if self._model is None:
-            failure = None
-            try:
-                self._model = load_model(self.name, self._machine.device)
-            except ClipcidError as error:
-                failure = error
-            self._machine.agree(failure)
+            self._model = self._machine.on_all(lambda: load_model(self.name, self._machine.device))
         assert self._model is not None
         return self._model
 

@@ -84,7 +84,8 @@ def load_online_teacher(teaching: Teaching | None, machine: Machine) -> ClipMode
     """
     if teaching is None or teaching.online is None:
         return None
-    model = load_model(teaching.online, machine.device)
+    name = teaching.online
+    model = machine.on_all(lambda: load_model(name, machine.device))
     for parameter in model.module.parameters():
         parameter.requires_grad_(False)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -225,3 +226,17 @@ def test_a_teacher_no_hub_gives_is_told_within_seconds(clipcid: Call, tiny_shard
     assert "Traceback" not in text
     # The hub's client says when it tries again, which it does for 46 seconds.
     assert "Retrying" not in text
+
+
+def test_a_model_that_no_process_can_load_is_told_once(
+    torchrun: Callable[..., Run], tiny_model: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = broken / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    write_tar(tmp_path / "data" / "00000.tar", shard_members(0, 3))
+    run = torchrun(2, "embed", tmp_path / "data", "--model", broken, "--out", tmp_path / "emb", check=False)
+    assert run.returncode != 0
+    told = [line for line in run.stderr.splitlines() if line.startswith("Error:") and "could not be loaded" in line]
+    assert len(told) == 1
+    assert not (tmp_path / "emb" / "img_emb").exists()
