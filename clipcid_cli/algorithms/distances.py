@@ -43,10 +43,15 @@ ROWS_IN_CACHE = 512
 
 def round_distances(squared_P: torch.Tensor) -> torch.Tensor:
     """Turn exact squared distances, float64, into edge weights: float32(√max(0, d²))."""
-    squared_P = squared_P.clamp(min=0.0)
-    # PyTorch's float64 root on a CPU is not always the nearest number (0.6 % of them differ in the last bit); NumPy's is.
-    root_P = torch.from_numpy(np.sqrt(squared_P.numpy())) if squared_P.device.type == "cpu" else squared_P.sqrt()
-    return root_P.to(torch.float32)
+    return root(squared_P.clamp(min=0.0)).to(torch.float32)
+
+
+def root(values: torch.Tensor) -> torch.Tensor:
+    """Return square roots, float64 or float32, rounded as IEEE 754 asks.
+
+    PyTorch's of float64 on CPUs are not for one value in 150, in one place of an array and not in another; NumPy's are.
+    """
+    return torch.from_numpy(np.sqrt(values.numpy())) if values.device.type == "cpu" else values.sqrt()
 
 
 def squared_lengths(rows_ND: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clipcid_cli.algorithms.distances import root
+
 IMAGES_PER_CLUSTER = 225
 MAX_CLUSTERS = 1_000_000
 _FLOOR_CLUSTERS = 256
@@ -67,7 +69,7 @@ def centres_of_sums(sums_KD: torch.Tensor, previous_KD: torch.Tensor) -> torch.T
     Returns:
         float32 [K, D], unit rows up to the rounding of the grid.
     """
-    lengths_K1 = fold_sum(sums_KD.square())[:, None].sqrt()
+    lengths_K1 = root(fold_sum(sums_KD.square()))[:, None]
     means_KD = round_to_grid(sums_KD / lengths_K1.clamp(min=torch.finfo(torch.float64).tiny))
     return torch.where(lengths_K1 > 0, means_KD, previous_KD)
 
@@ -93,7 +95,7 @@ def fold_sum(values_KD: torch.Tensor) -> torch.Tensor:
 
 def distances_moved(before_KD: torch.Tensor, after_KD: torch.Tensor) -> torch.Tensor:
     """Return how far centres moved, from float32 [K, D] each: float64 [K], 0 for those that did not and for no others."""
-    return fold_sum((after_KD.double() - before_KD.double()).square()).sqrt()
+    return root(fold_sum((after_KD.double() - before_KD.double()).square()))
 
 
 def joint_features(images_BD: npt.NDArray[np.float16], texts_BD: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
@@ -110,7 +112,7 @@ def joint_features(images_BD: npt.NDArray[np.float16], texts_BD: npt.NDArray[np.
     """
     images = torch.from_numpy(np.array(images_BD))
     sums_BD = images.float() + torch.from_numpy(np.array(texts_BD)).float()
-    lengths_B1 = fold_sum(sums_BD.square())[:, None].sqrt()
+    lengths_B1 = root(fold_sum(sums_BD.square()))[:, None]
     joint_BD = torch.where(lengths_B1 > 0, (sums_BD / lengths_B1.clamp(min=1e-30)).half(), images)
     return joint_BD.numpy()
 

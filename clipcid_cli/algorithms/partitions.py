@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.distances import DoubleArray, IntArray, squared_lengths
+from clipcid_cli.algorithms.distances import DoubleArray, IntArray, root, squared_lengths
 
 # Scores computed at once: they and what is made of them stay near the cores' caches.
 _SCORES_AT_ONCE = 2**21
@@ -121,7 +121,7 @@ class Partitions:
             normal_PD = self.centres_KD[home].double() - self.centres_KD[other].double()
             ahead = (rows_PD[part].double() * normal_PD).sum(dim=1) - (self._half_K[home] - self._half_K[other])
             # Two equal centres have no plane between them: neither is nearer.
-            parts.append((ahead / _root((normal_PD * normal_PD).sum(dim=1))).nan_to_num(nan=0.0))
+            parts.append((ahead / root((normal_PD * normal_PD).sum(dim=1))).nan_to_num(nan=0.0))
         return torch.cat([torch.empty(0, dtype=torch.float64, device=rows_PD.device), *parts])
 
     def spread(self, rows_SD: torch.Tensor, home_S: torch.Tensor) -> torch.Tensor:
@@ -168,15 +168,7 @@ class Partitions:
         """Return the distances of some centres to all, float64 [C, K]."""
         dots_CK = centres_CD.double() @ self.centres_KD.double().T
         squared_CK = squared_lengths(centres_CD)[:, None] + 2.0 * self._half_K - 2.0 * dots_CK
-        return _root(squared_CK.clamp(min=0.0))
-
-
-def _root(values: torch.Tensor) -> torch.Tensor:
-    """Return square roots of float64 numbers, rounded as IEEE 754 says.
-
-    PyTorch's own may differ in the last bit on CPUs, in one place of an array and not in another.
-    """
-    return torch.from_numpy(np.sqrt(values.cpu().numpy())).to(values.device)
+        return root(squared_CK.clamp(min=0.0))
 
 
 def split_counts(sizes_K: IntArray, num_partitions: int) -> IntArray:

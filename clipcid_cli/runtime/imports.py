@@ -32,11 +32,18 @@ def importing() -> Iterator[None]:
 def import_open_clip() -> None:
     """Import open_clip as it is where transformers and timm are not installed, and without PyTorch's compiler.
 
-    Few models need the first two (`give_towers` imports them for those that do). The compiler torchvision imports for one
-    function of its operators, which no model here calls. Together they are 2.5 of the 3.0 s of CPU that
-    importing open_clip takes (AMD EPYC), in every command that loads a model and in the server its workers are forked from.
+    Few models need the first two: `give_towers` imports them for those that do, and is to be called by whoever builds such
+    models with open_clip itself in the same process. The compiler torchvision imports for one function of its operators,
+    which no model here calls. Together they are 2.5 of the 3.0 s of CPU that importing open_clip takes (AMD EPYC), in every
+    command that loads a model and in the server its workers are forked from. No other thread may import meanwhile.
     """
-    import_without("open_clip", {"transformers": None, "timm": None} | {name: _Compiler(name) for name in _COMPILER})
+    stand_ins = {"transformers": None, "timm": None} | {name: _Compiler(name) for name in _COMPILER}
+    try:
+        import_without("open_clip", stand_ins)
+    except (ImportError, RecursionError):
+        # Some version needs more of one of them while it is imported.
+        with importing():
+            importlib.import_module("open_clip")
 
 
 def give_towers(config: Mapping[str, Any]) -> None:
@@ -85,14 +92,19 @@ class _Compiler(ModuleType):
 
     @staticmethod
     def is_compile_supported(device_type: str) -> bool:
+        _Compiler.give_way()
         from torch._dynamo.utils import is_compile_supported
 
         return bool(is_compile_supported(device_type))
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
+    @staticmethod
+    def give_way() -> None:
         for module in _COMPILER:
             if isinstance(sys.modules.get(module), _Compiler):
                 del sys.modules[module]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _Compiler.give_way()
         return getattr(importlib.import_module(self.__name__), name)

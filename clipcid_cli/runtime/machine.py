@@ -128,7 +128,8 @@ class Machine:
 def open_machine(device: str = "auto") -> Iterator[Machine]:
     """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
 
-    Where the caller has joined them already (``torch.distributed`` is initialised), its group is used, and is left to it.
+    Where the caller has joined them already (``torch.distributed`` is initialised), its group is used, and is left to it; it
+    must reach the device (gloo for ``cpu``, nccl for ``cuda``).
 
     Args:
         device: ``auto`` (a GPU when there is one), ``cpu`` or ``cuda``.
@@ -136,7 +137,10 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
     Raises:
         ClipcidError: when ``cuda`` is asked for and there is none, or there are more processes on this host than GPUs.
     """
+    joined = dist.is_initialized()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if joined:
+        rank, size = dist.get_rank(), dist.get_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _choose_device(device, local_rank)
     if chosen.type == "cuda":
@@ -145,7 +149,6 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
         yield Machine(0, 1, local_rank, chosen)
         return
     _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    joined = dist.is_initialized()
     if not joined:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -20,15 +20,9 @@ def threads_for(product_size: float) -> Iterator[None]:
     Args:
         product_size: Multiplications in one product, e.g. rows × width × classes.
     """
-    with one_thread() if product_size < SMALL_PRODUCT else nullcontext():
-        yield
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread of the CPU, so that sums are taken in one order."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if product_size < SMALL_PRODUCT:
+        torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -11,10 +11,12 @@ import torch
 
 from clipcid_cli.algorithms.kmeans import centres_of_sums
 from clipcid_cli.algorithms.nearest_centres import NearestCentres
+from clipcid_cli.algorithms.prepared_rows import PreparedRows, prepare_rows
+from clipcid_cli.algorithms.short_space import ShortSpace
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.cluster_rows import ClusterRows
-from clipcid_cli.steps.lloyd import KEPT_BYTES, choose_format, load_rows
+from clipcid_cli.steps.lloyd import KEPT_BYTES, SHORT_WIDTH, choose_format, find_short_space, short_iterations
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.search_cost import format_duration
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -46,28 +48,34 @@ def describe_cost(
 
     Returns:
         The JSON object: ``images, clusters, flop, memory_bytes, seconds{kmeans_least, kmeans_most, assign}``. ``flop`` and
-        ``kmeans_most`` are those of products of all rows (of ``--train-rows``) with all centres in each iteration,
-        ``kmeans_least`` those of the first, after which fewer and fewer rows are compared; memory is that of a process above
-        the mapped files, most of it a float32 and a low-precision copy of the centres and their float64 sums.
+        ``kmeans_most`` are those of products of all rows (of ``--train-rows``) with all centres in each iteration, the first
+        of them in few directions where that gains; ``kmeans_least`` is one iteration in full and those in few directions,
+        after which fewer and fewer rows are compared. Memory is that of a process above the mapped files, most of it a
+        float32 and a low-precision copy of the centres and their float64 sums.
     """
     trained = len(rows) if settings.train_rows is None else min(settings.train_rows, len(rows))
-    flop = 2 * trained * num_clusters * rows.width * settings.iterations
+    short = machine.on_main(lambda: find_short_space(rows, num_clusters))
+    num_short = 0 if short is None else short_iterations(settings.iterations)
+    num_full = settings.iterations - num_short
+    flop = 2 * trained * num_clusters * (rows.width * num_full + SHORT_WIDTH * num_short)
     centres_CD = _some_centres(settings, rows, num_clusters)
     scan = machine.on_main(lambda: choose_format(settings.precision, rows, machine, centres_CD)).dtype
     kept = min(KEPT_BYTES, (2 + scan.itemsize) * rows.width * trained // machine.size)
     memory = num_clusters * rows.width * (4 + 8 + scan.itemsize) + kept
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
-    first, assign = machine.on_main(
-        lambda: _measure(settings, machine, rows, num_clusters, num_nearest, scan, centres_CD)
+    full, in_short, assign = machine.on_main(
+        lambda: _measure(settings, machine, rows, num_clusters, num_nearest, scan, centres_CD, short)
     )
-    first *= trained / len(rows)
-    most = first * settings.iterations
+    full, start = full * trained / len(rows), in_short * num_short * trained / len(rows)
+    most = start + full * num_full
+    first = f"{format_duration(start)} for {num_short} in {SHORT_WIDTH} directions, " if num_short else ""
     reporter.note(
-        f"{trained:,} images × {num_clusters:,} clusters × width {rows.width}: {format_duration(first)} for the first "
-        f"iteration, at most {format_duration(most)} for {settings.iterations} (fewer and fewer images are compared again), "
-        f"{format_duration(assign)} to assign {len(rows):,}; {memory / 2**30:.3g} GiB a process above the mapped files."
+        f"{trained:,} images × {num_clusters:,} clusters × width {rows.width}: {first}{format_duration(full)} for an "
+        f"iteration in full, at most {format_duration(most)} for {settings.iterations} (fewer and fewer images are compared "
+        f"again), {format_duration(assign)} to assign {len(rows):,}; {memory / 2**30:.3g} GiB a process above the mapped "
+        "files."
     )
-    seconds = {"kmeans_least": first, "kmeans_most": most, "assign": assign}
+    seconds = {"kmeans_least": start + full, "kmeans_most": most, "assign": assign}
     return {
         "images": len(rows),
         "clusters": num_clusters,
@@ -92,10 +100,16 @@ def _measure(
     num_nearest: int,
     scan: torch.dtype,
     centres_CD: torch.Tensor,
-) -> tuple[float, float]:
-    """Time a block of rows against some of them as centres; return the seconds of an iteration and of the assignment."""
+    short: ShortSpace | None,
+) -> tuple[float, float, float]:
+    """Time a block of rows against some of them as centres.
+
+    Returns:
+        Seconds of an iteration in full, of one in few directions (0 where there are none), and of the assignment.
+    """
     centres_CD = centres_CD.to(machine.device)
     block = rows.features(0, min(len(rows), _SAMPLE))
+    short = None if short is None else short.to(machine.device)
 
     def seconds_of(work: Callable[[], object]) -> float:
         work()
@@ -107,16 +121,23 @@ def _measure(
             turns += 1
         return (time.perf_counter() - began) / turns
 
-    def pass_over_all(dtype: torch.dtype, look: Callable[[NearestCentres], object]) -> float:
-        search = NearestCentres(centres_CD, dtype)
-        prepare = seconds_of(lambda: load_rows(block, machine, dtype))
-        compare = seconds_of(lambda: look(search)) - prepare
+    def pass_over_all(
+        dtype: torch.dtype, look: Callable[[NearestCentres, PreparedRows], object], short: ShortSpace | None = None
+    ) -> float:
+        def load() -> PreparedRows:
+            read_BD = torch.from_numpy(np.array(block)).to(machine.device)
+            return prepare_rows(read_BD if short is None else short.rows(read_BD), dtype)
+
+        search = NearestCentres(centres_CD if short is None else short.centres(centres_CD), dtype)
+        prepare, block_rows = seconds_of(load), load()
+        compare = seconds_of(lambda: look(search, block_rows))
         return (prepare + compare * num_clusters / len(centres_CD)) * len(rows) / len(block) / machine.size
 
     assign = choose_precision(settings.precision, machine.device, "embed", parameters=0).dtype
     num_nearest = min(num_nearest, len(centres_CD))
     sides = 2 if rows.embeddings.has_texts else 1
     return (
-        pass_over_all(scan, lambda search: search.nearest(load_rows(block, machine, scan))),
-        sides * pass_over_all(assign, lambda search: search.top(load_rows(block, machine, assign), num_nearest)),
+        pass_over_all(scan, NearestCentres.nearest),
+        0.0 if short is None else pass_over_all(scan, NearestCentres.nearest, short),
+        sides * pass_over_all(assign, lambda search, found: search.top(found, num_nearest)),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import pickle
 import shutil
@@ -16,6 +15,7 @@ from PIL import Image
 
 from clipcid_cli.formats.model_folder import write_model_folder
 from clipcid_cli.runtime.encoder import load_model
+from clipcid_cli.runtime.imports import give_towers
 from clipcid_cli.runtime.model_names import parse_model
 from clipcid_cli.runtime.precision import choose_precision
 
@@ -29,8 +29,6 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import open_clip.hf_model
     import transformers
 
-    if open_clip.hf_model.transformers is None:  # a test before imported it as clipcid does
-        importlib.reload(open_clip.hf_model)
     folder = tmp_path_factory.mktemp("foreign")
     words = sorted({word for text in TEXTS for word in text.split()})
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
@@ -48,6 +46,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "context_length": 9,
         },
     }
+    give_towers(config)  # a test before may have imported open_clip as clipcid does
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     torch.manual_seed(0)

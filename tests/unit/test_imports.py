@@ -55,7 +55,8 @@ give_towers({"vision_cfg": {"timm_model_name": "test_vit"}, "text_cfg": {}})
 assert open_clip.timm_model.timm.__name__ == "timm" and open_clip.hf_model.transformers is None
 tower = open_clip.model.TimmModel("test_vit", 8, image_size=160)
 assert tower(torch.zeros(1, 3, 160, 160)).shape == (1, 8)
-# torchvision's operator asks the compiler for the function that was stood in for.
+# What torchvision's operators ask the compiler, once they run on a GPU.
+assert sys.modules["torchvision.ops.roi_align"].is_compile_supported("cpu") is True
 assert roi_align(torch.ones(1, 1, 4, 4), [torch.tensor([[0.0, 0, 2, 2]])], 1).item() == 1
 assert torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1)).item() == 1
 """
@@ -73,3 +74,26 @@ import wants_more
 assert wants_more.counters is torch._dynamo.utils.counters
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+def test_a_version_that_needs_more_of_the_compiler_is_imported_plainly(tmp_path: Path) -> None:
+    script = """
+import sys, types
+from clipcid_cli.runtime import imports
+
+tried = []
+plain = imports.import_without
+def fails_first(module, stand_ins):
+    sys.modules.update(stand_ins)
+    try:
+        tried.append(module)
+        import torch._dynamo.config  # a submodule of what only stands in
+    finally:
+        for name in stand_ins:
+            sys.modules.pop(name, None)
+imports.import_without = fails_first
+imports.import_open_clip()
+import open_clip
+assert tried == ["open_clip"] and open_clip.timm_model.timm is not None
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=tmp_path)
