@@ -47,14 +47,13 @@ def train(folder: Path, name: str, presets: tuple[str, ...] = tuple(PRESETS), **
     """
     for preset in presets:
         chosen: dict[str, Any] = {"steps": 6, "batch_size": 8, "workers": 0, "val_fraction": 0.2, "eval_every": 6}
-        chosen["lr"] = 1e-4
+        chosen |= {"lr": 1e-4, "cluster_towers": "both"}
         run(
             DistillSettings(
                 work=folder / "clipcid-work",
                 student=str(folder / "student.json"),
                 preset=preset,
                 name=f"{preset}-{name}",
-                cluster_towers="both",
                 **chosen | settings,
             ),
             SilentReporter(),

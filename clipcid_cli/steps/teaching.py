@@ -19,6 +19,7 @@ from clipcid_cli.formats.output import fingerprint_file
 from clipcid_cli.formats.work import WorkDirectory
 from clipcid_cli.runtime.augmentation import Augmentation
 from clipcid_cli.runtime.model_names import ModelName, parse_model, with_default_tag
+from clipcid_cli.steps.cluster_lookup import teaches_text
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.same_model import find_difference
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -230,7 +231,8 @@ def join_clusters(
     if not any(LOSSES[name].needs_clusters for name in settings.losses()):
         return teaching
     clusters = open_clusters(settings.clusters or WorkDirectory(settings.work).find_clusters())
-    reporter.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centres.")
+    taught = "both towers" if teaches_text(clusters, settings) else "the image tower"
+    reporter.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centres, for {taught}.")
     embeddings, online = teaching.embeddings, teaching.online
     remake = "Run: clipcid cluster" + (f" --embeddings {embeddings.folder}" if embeddings is not None else "")
     remake += " --overwrite"
@@ -243,7 +245,7 @@ def join_clusters(
         )
     if embeddings is not None:
         _check_clusters(clusters, embeddings, remake)
-    if settings.cluster_towers == "both" and clusters.captions is None:
+    if teaches_text(clusters, settings) and clusters.captions is None:
         raise ClipcidError(
             f"--cluster-towers both, but the clusters in {clusters.folder} say nothing of captions.",
             f"Embed the captions too, then make the clusters again. {remake}",

@@ -27,7 +27,7 @@ say cluster --num-clusters 256 --features joint
 # The same student twice on the same images, for the same steps: with the teacher, and without.
 # Two cores train so small a model faster when none of them decodes beside it: 865 samples/s against 760 to 794.
 length=(--steps "$steps" --batch-size 64 --eval-every 500 --checkpoint-every 1000 --workers 0)
-say distill --teacher teacher --student student.json --cluster-towers both --name taught "${length[@]}"
+say distill --teacher teacher --student student.json --name taught "${length[@]}"
 say distill --preset clip --student student.json --name alone "${length[@]}"
 
 # Concepts that nobody was trained on: zero-shot classes and retrieval, then a linear probe on frozen features.

@@ -105,6 +105,20 @@ def test_killed_run_goes_on_to_the_same_bits(
     assert student_bytes(runs / "killed") == student_bytes(runs / "whole")
 
 
+def test_clusters_teach_both_towers_where_they_know_captions(whole: Path) -> None:
+    runs = whole / "clipcid-work" / "distill"
+    train(whole, "auto", ("cid",), cluster_towers="auto")
+    assert losses(runs / "cid-auto") == losses(runs / "cid-whole")
+    train(whole, "image", ("cid",), cluster_towers="image")
+    assert losses(runs / "cid-image") != losses(runs / "cid-whole")
+    teacher = whole / "teacher-for-auto"
+    teacher.symlink_to(runs / "cid-whole" / "student")
+    frozen = {"init_from": str(teacher), "freeze_text": True}
+    train(whole, "auto-frozen", ("cid",), cluster_towers="auto", **frozen)
+    train(whole, "image-frozen", ("cid",), cluster_towers="image", **frozen)
+    assert losses(runs / "cid-auto-frozen") == losses(runs / "cid-image-frozen")
+
+
 def test_checkpointed_layers_change_no_bit(whole: Path) -> None:
     train(whole, "layers", ("cid",), grad_checkpointing=True)
     runs = whole / "clipcid-work" / "distill"

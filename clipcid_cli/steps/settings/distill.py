@@ -114,10 +114,11 @@ class DistillSettings(ReadingSettings):
         choices=("auto", "pca", "project"),
     )
     cluster_towers: str = option(
-        "image",
-        "Which student towers the cluster loss teaches; `both` needs clusters made with text embeddings.",
+        "auto",
+        "Which student towers the cluster loss teaches; `both` needs clusters made with text embeddings, `auto` takes both "
+        "where they are and the text tower is trained.",
         group=_LOSS,
-        choices=("image", "both"),
+        choices=("auto", "image", "both"),
     )
     label_share: float = option(
         0.5,
