@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from clipcid_cli.algorithms.kmeans import ClusterSums, centres_of_sums
+from clipcid_cli.algorithms.kmeans import ClusterSums, centres_of_sums, round_to_grid
 from clipcid_cli.algorithms.nearest_centres import NearestCentres
 from clipcid_cli.algorithms.prepared_rows import prepare_rows
+from clipcid_cli.algorithms.short_space import ShortSpace
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,3 +37,14 @@ def test_answers_and_sums_equal_the_cpus(dtype: torch.dtype, offset: float) -> N
     cpu.move(rows, nowhere, labels)
     cuda.move(rows.cuda(), nowhere.cuda(), labels.cuda())
     assert torch.equal(cuda.sums_KD.cpu(), cpu.sums_KD)
+
+
+def test_rows_and_centres_in_few_directions_are_those_of_the_cpu() -> None:
+    random = np.random.default_rng(0)
+    values = random.normal(size=(3000, 256)) * np.arange(1.0, 257) ** -0.8
+    rows = torch.from_numpy((values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16))
+    short = ShortSpace.of(rows, 64)
+    there = short.to(torch.device("cuda"))
+    assert torch.equal(there.rows(rows.cuda()).cpu(), short.rows(rows))
+    centres = round_to_grid(rows[:700].double())
+    assert torch.equal(there.centres(centres.cuda()).cpu(), short.centres(centres))
