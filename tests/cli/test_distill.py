@@ -40,7 +40,7 @@ def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, distill_p
     assert known["Teacher"] == "tiny"
     assert known["Training data"].endswith(" of 24 samples used")
     assert known["Keep ratio"] == "1 (not balanced)"
-    assert known["Losses"] == "clip × 1, instance × 1, cluster × 0.25"
+    assert known["Losses"] == "clip × 1, instance × 1, cluster × 0.5"
     assert known["Training"] == "6 steps, 48 samples"
     assert known["Licence of the weights"] == "unknown"
     report = (run / "report.html").read_text()
