@@ -135,9 +135,10 @@ class Weight:
         return self.value / width if self.per_width else self.value
 
 
-# cid: cross-entropy + KL at λ_clu = 1 had four times the gradient of either contrastive term in a trial. At 0.25 they are on an
-# equal footing, which is 0.5 here, where α = ½ gives each of the two half of the weight; in recipes/ablation 0.5 and 1 were
-# better than 0.25 (R@10 +1.4 and +2.4 on drawings) and worse in nothing that it could tell. clip-kd and clip-rd: the weights of their papers. dr: λ within the range MobileCLIP studies.
+# cid: cross-entropy + KL at λ_clu = 1 had four times the gradient of either contrastive term in a trial. At 0.25 they are on
+# an equal footing, which is 0.5 here, where α = ½ gives each of the two half of the weight. In recipes/ablation 0.5 and 1
+# were better than 0.25 (R@10 +1.4 and +2.4 on drawings) and worse in nothing that it could tell.
+# clip-kd and clip-rd: the weights of their papers. dr: λ within the range MobileCLIP studies.
 _CLIP_KD = {"clip": Weight(1.0), "fd": Weight(2000.0, per_width=True), "icl": Weight(1.0), "crd": Weight(1.0)}
 
 PRESETS: Mapping[str, Mapping[str, Weight]] = {
