@@ -129,7 +129,7 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
     """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
 
     Where the caller has joined them already (``torch.distributed`` is initialised), its group is used, and is left to it; it
-    must reach the device (gloo for ``cpu``, nccl for ``cuda``).
+    must reach the device (gloo for ``cpu``, nccl for ``cuda``), which on a host of several GPUs LOCAL_RANK says.
 
     Args:
         device: ``auto`` (a GPU when there is one), ``cpu`` or ``cuda``.
@@ -137,7 +137,7 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
     Raises:
         ClipcidError: when ``cuda`` is asked for and there is none, or there are more processes on this host than GPUs.
     """
-    joined = dist.is_initialized()
+    joined = dist.is_available() and dist.is_initialized()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if joined:
         rank, size = dist.get_rank(), dist.get_world_size()

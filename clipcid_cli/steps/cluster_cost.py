@@ -54,8 +54,10 @@ def describe_cost(
         float32 and a low-precision copy of the centres and their float64 sums.
     """
     trained = len(rows) if settings.train_rows is None else min(settings.train_rows, len(rows))
-    short = machine.on_main(lambda: find_short_space(rows, num_clusters))
-    num_short = 0 if short is None else short_iterations(settings.iterations)
+    used = rows if trained == len(rows) else rows.sample(trained, settings.seed)
+    num_short = short_iterations(settings.iterations)
+    short = machine.on_main(lambda: find_short_space(used, num_clusters)) if num_short else None
+    num_short = 0 if short is None else num_short
     num_full = settings.iterations - num_short
     flop = 2 * trained * num_clusters * (rows.width * num_full + SHORT_WIDTH * num_short)
     centres_CD = _some_centres(settings, rows, num_clusters)

@@ -152,23 +152,14 @@ def temperatures(clusters: Clusters, settings: DistillSettings) -> tuple[float, 
     return stored if settings.cluster_temperature is None else (settings.cluster_temperature,) * 2
 
 
-def teaches_text(clusters: Clusters, settings: DistillSettings) -> bool:
-    """Tell whether the cluster loss teaches the text tower as well.
-
-    [O] By default it does where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and
-    6.2 points (R@10) worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without the loss.
-    """
-    if settings.cluster_towers == "auto":
-        return clusters.captions is not None and not settings.freeze_text
-    return settings.cluster_towers == "both"
-
-
 def open_lookup(
     clusters: Clusters,
     places: npt.NDArray[np.int64],
     rotation: Rotation | None,
     settings: DistillSettings,
     device: torch.device,
+    *,
+    with_captions: bool,
 ) -> ClusterLookup:
     """Make the lookup of a run.
 
@@ -176,15 +167,16 @@ def open_lookup(
         clusters: What `cluster` wrote.
         places: Row of the clusters' table of each usable sample; −1 where there is none.
         rotation: Axes of the meeting space; None where it is the teacher's own.
-        settings: Towers, α, r, τ_T and seed.
+        settings: α, r, τ_T and seed.
         device: Where the losses are computed.
+        with_captions: Whether the captions' clusters teach the text tower.
     """
     image_temperature, caption_temperature = temperatures(clusters, settings)
     return ClusterLookup(
         centres=open_centres(clusters.centroids, rotation, device),
         places=places,
         images=clusters.images,
-        captions=clusters.captions if teaches_text(clusters, settings) else None,
+        captions=clusters.captions if with_captions else None,
         image_temperature=image_temperature,
         caption_temperature=caption_temperature,
         label_share=settings.label_share,

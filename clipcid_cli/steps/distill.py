@@ -90,9 +90,10 @@ def deciding(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: 
         "eval_every": plan.eval_every,
         "steps": plan.optimiser.steps,
     }
-    clusters = None if inputs.teaching is None else inputs.teaching.clusters
-    if clusters is not None:
-        given["cluster_temperature"] = temperatures(clusters, settings)
+    given["cluster_towers"] = "image"
+    if inputs.teaching is not None and inputs.teaching.clusters is not None:
+        given["cluster_temperature"] = temperatures(inputs.teaching.clusters, settings)
+        given["cluster_towers"] = "both" if inputs.teaching.text_clusters else "image"
     plain: dict[str, Any] = json.loads(json.dumps(given))
     return plain
 

@@ -134,7 +134,14 @@ def open_online_teacher(
                 f"{info.embed_dim}: they are of another teacher.",
                 f"Run: clipcid embed DATA --model {info.spec}, then clipcid cluster --overwrite",
             )
-        lookup = open_lookup(clusters, teaching.cluster_places, space.rotation, settings, machine.device)
+        lookup = open_lookup(
+            clusters,
+            teaching.cluster_places,
+            space.rotation,
+            settings,
+            machine.device,
+            with_captions=teaching.text_clusters,
+        )
     precision = choose_precision(settings.precision, machine.device, "embed", info.parameters)
     model.cast_products(precision)
     reporter.note(

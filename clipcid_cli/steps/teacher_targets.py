@@ -123,7 +123,14 @@ def open_targets(
     space = choose_space(settings.teacher_space, embeddings.width, embeddings, student_width, machine, reporter)
     lookup = None
     if clusters is not None and teaching.cluster_places is not None:
-        lookup = open_lookup(clusters, teaching.cluster_places, space.rotation, settings, machine.device)
+        lookup = open_lookup(
+            clusters,
+            teaching.cluster_places,
+            space.rotation,
+            settings,
+            machine.device,
+            with_captions=teaching.text_clusters,
+        )
     return TeacherTargets(
         space=space,
         teacher_scale=teacher_scale(embeddings.sidecar, reporter) if "crd" in settings.losses() else MAX_SCALE,

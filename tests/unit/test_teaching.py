@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ from safetensors.numpy import load_file, save_file
 from teaching_data import Listener, embed_data, join, make_epoch, student_side, train, write_student
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.clusters_file import TopClusters
 from clipcid_cli.runtime.augmentation import Augmentation
 from clipcid_cli.runtime.encoder import load_model
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.model_names import parse_model
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.teacher_targets import open_targets
-from clipcid_cli.steps.teaching import named_teacher, open_teacher
+from clipcid_cli.steps.teaching import _teaches_text, named_teacher, open_teacher
 from clipcid_cli.steps.training_data import BatchMaker, Reading
 
 Change = Callable[[dict[str, Any]], None]
@@ -148,3 +150,21 @@ def test_embeddings_of_a_namesake_are_no_axes_for_an_online_teacher(
         tmp_path / "work", tiny_shards, teacher=str(tiny_model), name="own", teacher_space="pca", **settings
     )
     assert "24 of the teacher's 32 dimensions keep" in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "known", "freeze_text", "several", "taught"),
+    [
+        ("auto", True, False, False, True),
+        ("auto", False, False, False, False),
+        ("auto", True, True, False, False),
+        ("auto", True, False, True, False),  # their clusters are those of the first caption
+        ("both", True, False, True, True),
+        ("image", True, False, False, False),
+    ],
+)
+def test_which_towers_clusters_teach(asked: str, known: bool, freeze_text: bool, several: bool, taught: bool) -> None:
+    nearest = TopClusters(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float16))
+    clusters = SimpleNamespace(captions=nearest if known else None)
+    settings = DistillSettings(student="student.json", cluster_towers=asked, freeze_text=freeze_text)
+    assert _teaches_text(clusters, settings, several) == taught  # type: ignore[arg-type]

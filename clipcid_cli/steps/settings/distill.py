@@ -116,7 +116,7 @@ class DistillSettings(ReadingSettings):
     cluster_towers: str = option(
         "auto",
         "Which student towers the cluster loss teaches; `both` needs clusters made with text embeddings, `auto` takes both "
-        "where they are and the text tower is trained.",
+        "where they are, each sample shows one caption and the text tower is trained.",
         group=_LOSS,
         choices=("auto", "image", "both"),
     )
