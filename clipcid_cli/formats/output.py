@@ -190,7 +190,7 @@ def open_output(
         earlier, resumed = None, False
         if existing is not None:
             differences = list_differences(existing, wanted)
-            serious = [name for name in differences if name.removeprefix("settings.") not in replaceable]
+            serious = [name for name in differences if name.removeprefix("settings.").split(".")[0] not in replaceable]
             if serious and not overwrite:
                 state = "holds" if finished else "holds an unfinished"
                 raise ClipcidError(
@@ -215,14 +215,9 @@ def list_differences(existing: dict[str, Any], wanted: dict[str, Any]) -> dict[s
     """Compare the settings and inputs of two sidecars.
 
     Returns:
-        For each entry that differs, how: ``{"settings.keep": "0.5 there, 0.6 now"}``.
+        For each entry that differs, how: ``{"settings.keep": "0.5 there, 0.6 now"}``; of nested ones, the innermost.
     """
-    found: dict[str, str] = {}
-    old_settings, new_settings = existing.get("settings", {}), wanted["settings"]
-    for name in [*new_settings, *(name for name in old_settings if name not in new_settings)]:
-        old, new = old_settings.get(name), new_settings.get(name)
-        if old != new:
-            found[f"settings.{name}"] = f"{_short(old)} there, {_short(new)} now"
+    found = _value_differences("settings", existing.get("settings", {}), wanted["settings"])
     # Inputs are compared by content: a folder that was moved or reached by another path is still the same input.
     old_inputs = [(entry.get("size"), entry.get("hash")) for entry in existing.get("inputs", [])]
     new_inputs = [(entry.get("size"), entry.get("hash")) for entry in wanted["inputs"]]
@@ -232,6 +227,17 @@ def list_differences(existing: dict[str, Any], wanted: dict[str, Any]) -> dict[s
         for old, new, entry in zip(old_inputs, new_inputs, wanted["inputs"], strict=True):
             if old != new:
                 found[f"input {entry['path']}"] = f"{old[0]} bytes ({old[1]}) there, {new[0]} bytes ({new[1]}) now"
+    return found
+
+
+def _value_differences(name: str, old: Any, new: Any) -> dict[str, str]:
+    if old == new:
+        return {}
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {name: f"{_short(old)} there, {_short(new)} now"}
+    found: dict[str, str] = {}
+    for key in [*new, *(key for key in old if key not in new)]:
+        found |= _value_differences(f"{name}.{key}", old.get(key), new.get(key))
     return found
 
 

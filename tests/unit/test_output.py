@@ -185,3 +185,19 @@ def test_a_finished_output_is_not_cleared(tmp_path: Path) -> None:
 
     with open_it(tmp_path, clear=never) as output:
         assert output.finished is not None
+
+
+def test_of_nested_settings_the_innermost_difference_is_told() -> None:
+    def sidecar(weight: float, **more: float) -> dict[str, Any]:
+        losses = {
+            "clip": {"value": 1.0},
+            "cluster": {"value": weight},
+            **{name: {"value": v} for name, v in more.items()},
+        }
+        return {"settings": {"losses": losses, "steps": 5}, "inputs": []}
+
+    assert list_differences(sidecar(0.25), sidecar(0.5)) == {"settings.losses.cluster.value": "0.25 there, 0.5 now"}
+    assert list_differences(sidecar(0.5, fd=2.0), sidecar(0.5)) == {
+        "settings.losses.fd": '{"value": 2.0} there, null now'
+    }
+    assert list_differences(sidecar(0.5), sidecar(0.5)) == {}
