@@ -30,10 +30,9 @@ groups of 64 centres are a 64th of the work for everything after, and only group
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
+from clipcid_cli.algorithms.found_centres import Found, Nearest
 from clipcid_cli.algorithms.leading_coordinates import LeadingCoordinates
 from clipcid_cli.algorithms.prepared_rows import PreparedRows, prepare_centres
 
@@ -46,33 +45,12 @@ _PAIRS = {"cpu": 256, "cuda": 65_536}
 _DENSE_SHARE = 2
 # In more than this share, with all centres of the chunk in float32.
 _COSTLY_SHARE = 6
-# Stands for no centre yet: above every number, so that any centre wins a tie against it.
-_NONE = torch.iinfo(torch.int64).max
 _PATTERNS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
     torch.float32: torch.int32,
     torch.int32: torch.int32,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Nearest:
-    """The nearest centres of some rows.
-
-    Attributes:
-        centres_B: Numbers of the centres, int64 [B].
-        similarities_B: Exact similarities to them, float64 [B].
-        others_B: No other centre that was looked at is more similar than this, float64 [B].
-    """
-
-    centres_B: torch.Tensor
-    similarities_B: torch.Tensor
-    others_B: torch.Tensor
-
-    def chosen(self, which: torch.Tensor | slice) -> Nearest:
-        """Return some of the rows, by positions int64 [n] or a slice."""
-        return Nearest(self.centres_B[which], self.similarities_B[which], self.others_B[which])
 
 
 class NearestCentres:
@@ -129,14 +107,14 @@ class NearestCentres:
         """
         self._check(rows)
         num_centres = len(self.centres_KD)
-        found = _Found(known, len(rows), rows.rows_BD.device)
+        found = Found(known, len(rows), rows.rows_BD.device)
         error_B = self._prepared.error(rows)
         last = num_centres if leading is None else min(num_centres, -(-leading // GROUP) * GROUP)
         for first in range(0, last, _CHUNK):
             self._search_chunk(rows, first, min(last, first + _CHUNK), error_B, found)
         return Nearest(found.centres_B, found.similarities_B, found.others_B)
 
-    def _search_chunk(self, rows: PreparedRows, first: int, last: int, error_B: torch.Tensor, found: _Found) -> None:
+    def _search_chunk(self, rows: PreparedRows, first: int, last: int, error_B: torch.Tensor, found: Found) -> None:
         pattern_BC = self._multiply(rows, first, last)
         grouped_BGg = pattern_BC.view(len(rows), -1, GROUP)
         maxima_BG = grouped_BGg.amax(dim=2)
@@ -171,7 +149,7 @@ class NearestCentres:
         torch.maximum(found.others_B, self._at_most(rest_B, rows) + error_B, out=found.others_B)
         self._decide_densely(rows, dense_B.nonzero()[:, 0], self._numbers_K[first:last], found)
 
-    def _decide(self, rows: PreparedRows, row_P: torch.Tensor, centre_P: torch.Tensor, found: _Found) -> None:
+    def _decide(self, rows: PreparedRows, row_P: torch.Tensor, centre_P: torch.Tensor, found: Found) -> None:
         """Take candidates into account that are not their row's centre so far."""
         # In float32, where rows and centres are exact, most are told apart at a quarter of the cost.
         about_P = self._pairwise(rows.rows_BD, row_P, centre_P, torch.float32).double()
@@ -183,7 +161,7 @@ class NearestCentres:
         row_P, centre_P = row_P[open_P], centre_P[open_P]
         found.take(row_P, centre_P, self.similarities(rows.rows_BD, row_P, centre_P))
 
-    def _decide_densely(self, rows: PreparedRows, row_R: torch.Tensor, number_C: torch.Tensor, found: _Found) -> None:
+    def _decide_densely(self, rows: PreparedRows, row_R: torch.Tensor, number_C: torch.Tensor, found: Found) -> None:
         """Multiply some rows with the centres of a chunk in float32 and take what that cannot discard into account."""
         if not len(row_R):
             return
@@ -367,35 +345,6 @@ class NearestCentres:
         pair_P, centre_P, similarity_P = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         stays_P = similarity_P >= best_Rm.amin(dim=1)[pair_P]
         return row_R[pair_P[stays_P]], centre_P[stays_P], similarity_P[stays_P]
-
-
-class _Found:
-    """The nearest of the centres that were decided so far; its attributes are those of `Nearest`."""
-
-    def __init__(self, known: Nearest | None, num_rows: int, device: torch.device) -> None:
-        def fill(value: float, dtype: torch.dtype) -> torch.Tensor:
-            return torch.full((num_rows,), value, dtype=dtype, device=device)
-
-        self.centres_B = fill(_NONE, torch.int64) if known is None else known.centres_B
-        self.similarities_B = fill(-torch.inf, torch.float64) if known is None else known.similarities_B
-        self.others_B = fill(-torch.inf, torch.float64)
-
-    def take(self, row_P: torch.Tensor, centre_P: torch.Tensor, similarity_P: torch.Tensor) -> None:
-        """Take pairs into account, none twice and none of a row with its centre so far."""
-        best_B = self.similarities_B.scatter_reduce(0, row_P, similarity_P, "amax")
-        wins_P = similarity_P == best_B[row_P]
-        stays_B = self.similarities_B == best_B
-        centres_B = torch.where(stays_B, self.centres_B, _NONE)
-        centres_B.scatter_reduce_(0, row_P[wins_P], centre_P[wins_P], "amin")
-        loses_P = centre_P != centres_B[row_P]
-        self.bound_others(row_P[loses_P], similarity_P[loses_P])
-        left_B = torch.where(centres_B == self.centres_B, -torch.inf, self.similarities_B)
-        self.others_B = torch.maximum(self.others_B, left_B)
-        self.centres_B, self.similarities_B = centres_B, best_B
-
-    def bound_others(self, row_P: torch.Tensor, similarity_P: torch.Tensor) -> None:
-        """Take into account how similar centres that are not their row's nearest may be."""
-        self.others_B = self.others_B.scatter_reduce(0, row_P, similarity_P, "amax")
 
 
 def _on_grid(centres_CD: torch.Tensor) -> bool:

@@ -35,8 +35,8 @@ from clipcid_cli.algorithms.kmeans import centres_of_sums, fold_sum
 # More sampled rows would not fit the exact sums.
 MOST_ROWS = 4096
 _ROW_GRID, _GRAM_GRID, _COLUMN_GRID, _GRID = 2.0**20, 2.0**26, 2.0**25, 2.0**16
-# Multiplications with the Gram matrix: of four kinds of rows the directions then held 0.1 to 0.6 points less than the exact
-# principal ones, 1.7 points on rows without structure.
+# Multiplications with the Gram matrix: on three kinds of rows the directions then held 0.1 to 0.6 points less than the exact
+# principal ones, on rows without structure 1.7.
 _POWERS = 4
 # What is less of a column after those before it were taken out is taken for their rounding.
 _ROUNDING = 2.0**-36

@@ -74,7 +74,7 @@ def import_without(module: str, stand_ins: Mapping[str, ModuleType | None]) -> N
         return
     # None is Python's own way to say that a module cannot be imported.
     placed = {name: stand_in for name, stand_in in stand_ins.items() if name not in sys.modules}
-    sys.modules.update(placed)  # type: ignore[arg-type]
+    sys.modules.update(placed)  # type: ignore[arg-type]  # its type leaves None out
     try:
         with importing():
             importlib.import_module(module)

@@ -15,6 +15,7 @@ from clipcid_cli.algorithms.meeting_space import Rotation, bring
 from clipcid_cli.formats.clusters_file import Clusters, TopClusters
 from clipcid_cli.runtime.seeds import derive_seed
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.teaching import Teaching
 
 # Centres that take at most this many bytes in the meeting space are kept there: K = 32,768 at 512 dimensions.
 _KEPT_BYTES = 64 * 2**20
@@ -153,30 +154,25 @@ def temperatures(clusters: Clusters, settings: DistillSettings) -> tuple[float, 
 
 
 def open_lookup(
-    clusters: Clusters,
-    places: npt.NDArray[np.int64],
-    rotation: Rotation | None,
-    settings: DistillSettings,
-    device: torch.device,
-    *,
-    with_captions: bool,
-) -> ClusterLookup:
-    """Make the lookup of a run.
+    teaching: Teaching, rotation: Rotation | None, settings: DistillSettings, device: torch.device
+) -> ClusterLookup | None:
+    """Make the lookup of a run; None where no loss asks for clusters.
 
     Args:
-        clusters: What `cluster` wrote.
-        places: Row of the clusters' table of each usable sample; −1 where there is none.
+        teaching: Clusters, where they are joined with the data, and whether they teach the text tower.
         rotation: Axes of the meeting space; None where it is the teacher's own.
         settings: α, r, τ_T and seed.
         device: Where the losses are computed.
-        with_captions: Whether the captions' clusters teach the text tower.
     """
+    clusters, places = teaching.clusters, teaching.cluster_places
+    if clusters is None or places is None:
+        return None
     image_temperature, caption_temperature = temperatures(clusters, settings)
     return ClusterLookup(
         centres=open_centres(clusters.centroids, rotation, device),
         places=places,
         images=clusters.images,
-        captions=clusters.captions if with_captions else None,
+        captions=clusters.captions if teaching.text_clusters else None,
         image_temperature=image_temperature,
         caption_temperature=caption_temperature,
         label_share=settings.label_share,

@@ -14,8 +14,9 @@ from typing import TypeVar
 
 import torch
 
+from clipcid_cli.algorithms.found_centres import Nearest
 from clipcid_cli.algorithms.leading_coordinates import LeadingCoordinates, leading_coordinates, principal_directions
-from clipcid_cli.algorithms.nearest_centres import Nearest, NearestCentres
+from clipcid_cli.algorithms.nearest_centres import NearestCentres
 from clipcid_cli.algorithms.prepared_rows import prepare_rows
 from clipcid_cli.runtime.machine import Machine
 

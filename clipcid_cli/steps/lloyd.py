@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clipcid_cli.algorithms.found_centres import Nearest
 from clipcid_cli.algorithms.kmeans import ClusterSums, centres_of_sums, distances_moved, sum_of_similarities
 from clipcid_cli.algorithms.kmeans_seeding import choose_first_rows, choose_seeds
 from clipcid_cli.algorithms.leading_coordinates import LeadingCoordinates
 from clipcid_cli.algorithms.moving_centres import Movement
-from clipcid_cli.algorithms.nearest_centres import Nearest, NearestCentres
+from clipcid_cli.algorithms.nearest_centres import NearestCentres
 from clipcid_cli.algorithms.prepared_rows import PreparedRows, prepare_rows
 from clipcid_cli.algorithms.short_space import MOST_ROWS, ShortSpace
 from clipcid_cli.runtime.machine import Machine
@@ -261,7 +262,8 @@ class _Lloyd:
         """Find the nearest centres of a run of rows and bring the sums up to date."""
         mine = self.nearest.chosen(slice(first - self.start, last - self.start))
         before_B = mine.centres_B.clone()
-        is_known, rows = bool((before_B >= 0).all()), None
+        is_known = bool((before_B >= 0).all())
+        rows: PreparedRows | None = None
         if self.movement is None:
             count_B = torch.full_like(before_B, len(self.centres_KD))
             if is_known:
@@ -278,19 +280,20 @@ class _Lloyd:
             mine.similarities_B[:], mine.others_B[:] = now_B, rest_B
         if not bool(count_B.any()):
             return
-        rows = rows or self._prepared(first, last)
+        if rows is None:
+            rows = self._prepared(first, last)
         for piece, leading in self._pieces(count_B):
             known = mine.chosen(piece) if is_known else None
             found = search.nearest(rows.chosen(piece), known, leading)
             mine.centres_B[piece], mine.similarities_B[piece] = found.centres_B, found.similarities_B
             others_B = found.others_B if known is None else torch.maximum(found.others_B, known.others_B)
             mine.others_B[piece] = others_B
-        moved_B = (mine.centres_B != before_B).nonzero()[:, 0]
-        rows_BD = rows.rows_BD if self.short is None else self._read(first, last)
-        self.sums.move(rows_BD[moved_B], before_B[moved_B], mine.centres_B[moved_B])
+        if not torch.equal(mine.centres_B, before_B):
+            rows_BD = rows.rows_BD if self.short is None else self._read(first, last)
+            self.sums.move(rows_BD, before_B, mine.centres_B)
 
     def _choose_coordinates(self) -> None:
-        """Try by how many coordinates rows are compared fastest: with the first centres, and once they are means."""
+        """Try by how many coordinates rows are compared fastest: with the first centres in full, and once they are means."""
         share = self.stop - self.start
         if not self.coordinates.is_open or not worth_a_trial(share, len(self.centres_KD), self.rows.width, KEPT_BYTES):
             return

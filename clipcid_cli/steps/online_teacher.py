@@ -126,22 +126,13 @@ def open_online_teacher(
     """
     info, clusters = model.info, teaching.clusters
     space = choose_space(settings.teacher_space, info.embed_dim, teaching.embeddings, student_width, machine, reporter)
-    lookup = None
-    if clusters is not None and teaching.cluster_places is not None:
-        if clusters.centroids.shape[1] != info.embed_dim:
-            raise ClipcidError(
-                f"The clusters in {clusters.folder} have width {clusters.centroids.shape[1]}, the teacher {info.spec} "
-                f"{info.embed_dim}: they are of another teacher.",
-                f"Run: clipcid embed DATA --model {info.spec}, then clipcid cluster --overwrite",
-            )
-        lookup = open_lookup(
-            clusters,
-            teaching.cluster_places,
-            space.rotation,
-            settings,
-            machine.device,
-            with_captions=teaching.text_clusters,
+    if clusters is not None and clusters.centroids.shape[1] != info.embed_dim:
+        raise ClipcidError(
+            f"The clusters in {clusters.folder} have width {clusters.centroids.shape[1]}, the teacher {info.spec} "
+            f"{info.embed_dim}: they are of another teacher.",
+            f"Run: clipcid embed DATA --model {info.spec}, then clipcid cluster --overwrite",
         )
+    lookup = open_lookup(teaching, space.rotation, settings, machine.device)
     precision = choose_precision(settings.precision, machine.device, "embed", info.parameters)
     model.cast_products(precision)
     reporter.note(

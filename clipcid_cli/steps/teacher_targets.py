@@ -118,23 +118,13 @@ def open_targets(
     settings: DistillSettings, teaching: Teaching, student_width: int, machine: Machine, reporter: Reporter
 ) -> TeacherTargets:
     """Bring what the teacher left into the meeting space, as far as it is done once."""
-    embeddings, clusters = teaching.embeddings, teaching.clusters
+    embeddings = teaching.embeddings
     assert embeddings is not None, "only an online teacher may have none"
     space = choose_space(settings.teacher_space, embeddings.width, embeddings, student_width, machine, reporter)
-    lookup = None
-    if clusters is not None and teaching.cluster_places is not None:
-        lookup = open_lookup(
-            clusters,
-            teaching.cluster_places,
-            space.rotation,
-            settings,
-            machine.device,
-            with_captions=teaching.text_clusters,
-        )
     return TeacherTargets(
         space=space,
         teacher_scale=teacher_scale(embeddings.sidecar, reporter) if "crd" in settings.losses() else MAX_SCALE,
-        clusters=lookup,
+        clusters=open_lookup(teaching, space.rotation, settings, machine.device),
         device=machine.device,
         size=machine.size,
         images=ImageRows(embeddings.views() if teaching.num_views else embeddings.images(), teaching.num_views),

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipcid_cli.algorithms.found_centres import Nearest
 from clipcid_cli.algorithms.kmeans import centres_of_sums, distances_moved
 from clipcid_cli.algorithms.leading_coordinates import LeadingCoordinates, leading_coordinates, principal_directions
 from clipcid_cli.algorithms.moving_centres import Movement
-from clipcid_cli.algorithms.nearest_centres import Nearest, NearestCentres
+from clipcid_cli.algorithms.nearest_centres import NearestCentres
 from clipcid_cli.algorithms.prepared_rows import prepare_rows
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from balance_data import Listener
 
+from clipcid_cli.algorithms.found_centres import Nearest
 from clipcid_cli.algorithms.leading_coordinates import LeadingCoordinates, leading_coordinates, principal_directions
-from clipcid_cli.algorithms.nearest_centres import Nearest
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.steps import coordinate_choice, lloyd
 from clipcid_cli.steps.cluster_rows import ClusterRows, find_rows
