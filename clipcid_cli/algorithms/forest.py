@@ -268,7 +268,7 @@ def forest_curve(num_rows: int, forest: Edges, chosen: float | None, num_points:
     labels = np.arange(num_rows, dtype=np.int64)
     sizes = np.ones(num_rows, dtype=np.int64)
     largest, largest_at, start = 1, np.empty(len(ends), np.int64), 0
-    for point, end in enumerate(ends):
+    for point, end in enumerate(ends.tolist()):
         # Only the components that this stretch of edges touches are relabelled, so the whole curve costs one pass.
         roots_a, roots_b = _find(labels, forest.a[start:end]), _find(labels, forest.b[start:end])
         roots, position = np.unique(np.concatenate([roots_a, roots_b]), return_inverse=True)

@@ -59,7 +59,7 @@ def gather_rows(rows_bD: Tensor, size: int, *, shared: bool = False) -> Tensor:
     """
     if size == 1:
         return rows_bD
-    gathered: Tensor = _GatherRows.apply(rows_bD, shared)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    gathered: Tensor = _GatherRows.apply(rows_bD, shared)  # type: ignore[no-untyped-call, unused-ignore]  # untyped in PyTorch 2.13, typed in 2.15
     return gathered
 
 
