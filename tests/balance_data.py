@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from clipcid_cli.steps.balance import run
+from clipcid_cli.steps.balance.run import run
 from clipcid_cli.steps.reporting import SilentReporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 

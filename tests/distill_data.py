@@ -13,7 +13,7 @@ from typing import Any
 
 from clipcid_cli.algorithms.losses.registry import PRESETS
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.steps.distill import run
+from clipcid_cli.steps.distill.run import run
 from clipcid_cli.steps.reporting import SilentReporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 

@@ -12,17 +12,18 @@ from balance_data import Listener
 from conftest import make_caption, make_image, write_tar
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.formats.dataset import open_dataset
-from clipcid_cli.formats.embeddings import Embeddings, open_embeddings
-from clipcid_cli.runtime.augmentation import apply_colors
-from clipcid_cli.runtime.encoder import ClipModel
+from clipcid_cli.formats.data.dataset import open_dataset
+from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.runtime.models.augment import apply_colors
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.runtime.preprocessing import normalize_pixels
-from clipcid_cli.steps import distill, embed
+from clipcid_cli.steps.distill.batches import Batch, BatchMaker, BatchOrder, find_usable
+from clipcid_cli.steps.distill.run import run as distill
+from clipcid_cli.steps.distill.teacher_inputs import Teaching, join_teacher
+from clipcid_cli.steps.embed.run import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
-from clipcid_cli.steps.teaching import Teaching, join_teacher
-from clipcid_cli.steps.training_data import Batch, BatchMaker, BatchOrder, find_usable
 
 FP32 = Precision("fp32", torch.float32, "a test")
 STUDENT = {

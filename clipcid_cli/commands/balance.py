@@ -53,7 +53,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 command = step_command(
     name="balance",
     settings=BalanceSettings,
-    step="clipcid_cli.steps.balance",
+    step="clipcid_cli.steps.balance.run",
     summary=show,
     help="Remove semantic repeats: keep one image of each set of near ones. Images are compared by their embeddings, all "
     "pairs, exactly. The sets at any other cut-off follow from the same search, so another --keep or --threshold on a "

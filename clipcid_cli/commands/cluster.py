@@ -26,7 +26,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 command = step_command(
     name="cluster",
     settings=ClusterSettings,
-    step="clipcid_cli.steps.cluster",
+    step="clipcid_cli.steps.cluster.run",
     summary=show,
     help="Cluster the kept images' embeddings. Spherical k-means over all rows, decided exactly: any number of processes "
     "writes the same bytes. For each image, and for each caption where captions are embedded, the 16 nearest centres are "

@@ -27,7 +27,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 command = step_command(
     name="distill",
     settings=DistillSettings,
-    step="clipcid_cli.steps.distill",
+    step="clipcid_cli.steps.distill.run",
     summary=show,
     help="Train a small CLIP, with a teacher's embeddings and clusters or without a teacher. A run that was stopped goes on "
     "where its last checkpoint was: give the same command again.",

@@ -35,7 +35,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 command = step_command(
     name="embed",
     settings=EmbedSettings,
-    step="clipcid_cli.steps.embed",
+    step="clipcid_cli.steps.embed.run",
     summary=show,
     help="Embed images and their captions with a CLIP. The other steps do this themselves where they lack embeddings; "
     "calling it alone lets a GPU machine do only this. Rows are written shard by shard, and a stopped run continues.",

@@ -82,7 +82,7 @@ def _percent(value: float) -> str:
 command = step_command(
     name="eval-linear",
     settings=EvalLinearSettings,
-    step="clipcid_cli.steps.eval_linear",
+    step="clipcid_cli.steps.evaluate.linear",
     summary=show,
     help="Measure how well a linear classifier on a model's frozen image features does. Logistic regression, solved to a "
     "stated gradient norm, its regularisation chosen among 45 values on a part of the training images (DINOv2's protocol).",

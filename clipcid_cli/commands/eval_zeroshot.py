@@ -119,7 +119,7 @@ def _percent(value: float | None) -> str:
 command = step_command(
     name="eval-zeroshot",
     settings=EvalZeroshotSettings,
-    step="clipcid_cli.steps.eval_zeroshot",
+    step="clipcid_cli.steps.evaluate.zeroshot",
     summary=show,
     help="Measure models on data sets without training: zero-shot classification, and retrieval between images and "
     "captions. Definitions, names and files are CLIP_benchmark's.",

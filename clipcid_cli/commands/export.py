@@ -44,7 +44,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 command = step_command(
     name="export",
     settings=ExportSettings,
-    step="clipcid_cli.steps.export",
+    step="clipcid_cli.steps.export.run",
     summary=show,
     help="Write a trained model for other programs. Each form is checked against the model it came from, on images and "
     "texts at several batch sizes; one that differs too much is an error and is not written.",

@@ -14,9 +14,9 @@ for _name in (
     "open_clip.tokenizer",
     "open_clip.transform",
     "torchvision.transforms.functional",
-    "clipcid_cli.formats.samples",
-    "clipcid_cli.runtime.encoder",
-    "clipcid_cli.runtime.images",
+    "clipcid_cli.formats.data.samples",
+    "clipcid_cli.runtime.models.clip_model",
+    "clipcid_cli.runtime.models.decode",
     "clipcid_cli.runtime.loading",
 ):
     importlib.import_module(_name)

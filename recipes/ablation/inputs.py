@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipcid_cli.algorithms.kmeans import temperature_for_perplexity
+from clipcid_cli.algorithms.kmeans.kmeans import temperature_for_perplexity
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "quickstart"
 DATA, TEACHER = QUICKSTART / "data", QUICKSTART / "teacher"

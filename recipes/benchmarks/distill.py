@@ -268,9 +268,9 @@ class Bench:
 
 def make_models(folder: Path) -> None:
     """Write the configurations, and the teacher with random weights."""
-    from clipcid_cli.formats.model_folder import write_model_folder
-    from clipcid_cli.runtime.encoder import load_model
-    from clipcid_cli.runtime.model_names import parse_model
+    from clipcid_cli.formats.models.open_clip_folder import write_model_folder
+    from clipcid_cli.runtime.models.clip_model import load_model
+    from clipcid_cli.runtime.models.names import parse_model
 
     folder.mkdir()
     for name, config in (("student", STUDENT), ("teacher", TEACHER)):
@@ -284,8 +284,8 @@ def make_shards(images: str, captions: str, folder: Path) -> None:
     """Write the images as JPEGs with captions into shards; JPEGs of the right size are copied."""
     from open_clip import SimpleTokenizer
 
-    from clipcid_cli.formats.dataset import open_dataset
-    from clipcid_cli.runtime.images import decode_image
+    from clipcid_cli.formats.data.dataset import open_dataset
+    from clipcid_cli.runtime.models.decode import decode_image
 
     def samples(data: str) -> list[Any]:
         return [sample for shard in open_dataset(data).shards for sample in shard.samples()]

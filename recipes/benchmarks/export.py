@@ -152,10 +152,10 @@ def compare(name: str, expected: dict[str, Any], images: np.ndarray, texts: np.n
 
 def prepare_data(data: Path, limit: int, scratch: Path) -> dict[str, Any]:
     """Write the images as RGB files, and the prompts of one template."""
-    from clipcid_cli.formats.benchmark_folder import find_benchmark_folder
-    from clipcid_cli.formats.class_files import DEFAULT_TEMPLATES, fill_template, read_class_names, read_templates
-    from clipcid_cli.formats.dataset import open_dataset
-    from clipcid_cli.runtime.images import decode_image
+    from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
+    from clipcid_cli.formats.data.class_files import DEFAULT_TEMPLATES, fill_template, read_class_names, read_templates
+    from clipcid_cli.formats.data.dataset import open_dataset
+    from clipcid_cli.runtime.models.decode import decode_image
 
     folder = find_benchmark_folder(str(data))
     assert folder.class_names is not None, "the benchmark needs classes"
@@ -172,9 +172,9 @@ def prepare_data(data: Path, limit: int, scratch: Path) -> dict[str, Any]:
 
 def start_fresh(architecture: str, scratch: Path) -> Path:
     """Write an architecture of open_clip with random weights."""
-    from clipcid_cli.formats.model_folder import write_model_folder
-    from clipcid_cli.runtime.encoder import load_model
-    from clipcid_cli.runtime.model_names import parse_model
+    from clipcid_cli.formats.models.open_clip_folder import write_model_folder
+    from clipcid_cli.runtime.models.clip_model import load_model
+    from clipcid_cli.runtime.models.names import parse_model
 
     model = load_model(parse_model(architecture), fresh_seed=0)
     folder = scratch / architecture

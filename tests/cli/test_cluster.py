@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Run
 
-from clipcid_cli.formats.clusters_file import open_clusters
+from clipcid_cli.formats.results.clusters import open_clusters
 
 NUM_ROWS, WIDTH, NUM_CLUSTERS = 900, 48, 40
 

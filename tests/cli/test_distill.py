@@ -105,8 +105,8 @@ def test_needs_no_teacher_for_preset_clip(clipcid: Clipcid, tmp_path: Path, tiny
     # Tokens that no caption uses are decayed as AdamW decays a row without gradient, Π(1 − lr·wd), though never touched.
     import torch
 
-    from clipcid_cli.runtime.encoder import load_model
-    from clipcid_cli.runtime.model_names import parse_model
+    from clipcid_cli.runtime.models.clip_model import load_model
+    from clipcid_cli.runtime.models.names import parse_model
 
     first = load_model(parse_model(str(tmp_path / "student.json")), fresh_seed=0).module.state_dict()
     trained = load_file(tmp_path / result["student"] / "open_clip_model.safetensors")

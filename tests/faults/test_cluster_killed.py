@@ -31,7 +31,7 @@ def kill_when(path: Path, arguments: list[str]) -> None:
 
 
 def test_killed_in_each_phase_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    # Two of eight iterations compare in few directions; tests/unit/test_short_space.py resumes after each of them.
+    # Two of eight iterations compare in few directions; test_subspace.py resumes after each of them.
     rows = np.random.default_rng(0).normal(size=(20_000, 256)) * np.arange(1, 257) ** -0.8
     embeddings = tmp_path / "emb"
     embeddings.mkdir()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import Run
 
-from clipcid_cli.formats.embeddings import open_embeddings
+from clipcid_cli.formats.embeddings.folder import open_embeddings
 
 pytestmark = pytest.mark.gpu
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from clipcid_cli.algorithms.kmeans import ClusterSums, centres_of_sums, round_to_grid
-from clipcid_cli.algorithms.nearest_centres import NearestCentres
-from clipcid_cli.algorithms.prepared_rows import prepare_rows
-from clipcid_cli.algorithms.short_space import ShortSpace
+from clipcid_cli.algorithms.kmeans.kmeans import ClusterSums, centres_of_sums, round_to_grid
+from clipcid_cli.algorithms.kmeans.nearest import NearestCentres
+from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
+from clipcid_cli.algorithms.kmeans.subspace import ShortSpace
 
 pytestmark = [
     pytest.mark.gpu,

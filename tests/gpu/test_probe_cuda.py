@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clipcid_cli.algorithms.probe import ProbeProblem, regularisation_grid, sweep_regularisation
-from clipcid_cli.algorithms.probe_metrics import measure
+from clipcid_cli.algorithms.metrics.probe_metrics import measure
+from clipcid_cli.algorithms.probe.probe import ProbeProblem, regularisation_grid, sweep_regularisation
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,1 @@
+"""What a score is: accuracy, recall, average precision, their intervals, parity of two models' rows."""

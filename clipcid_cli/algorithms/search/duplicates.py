@@ -1,0 +1,79 @@
+"""Identical rows, found by hashing: copies of one placeholder image must cost their number, not its square.
+
+Source: METHOD §1 [O], "Identical rows are collapsed by hash and emit a star on their smallest row".
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from clipcid_cli.algorithms.search.distances import HalfArray, IntArray, ReadRows
+from clipcid_cli.algorithms.sets.forest import Edges
+
+HashArray = npt.NDArray[np.uint64]
+
+_ROWS_AT_ONCE = 8192
+
+
+def hash_rows(rows_ND: HalfArray) -> HashArray:
+    """Hash rows of float16 [N, D] to uint64 [N]; rows that compare equal hash equal, −0 and +0 included."""
+    bits = np.ascontiguousarray(rows_ND).view(np.uint16)
+    if np.any(bits == 0x8000):
+        bits = np.where(bits == 0x8000, np.uint16(0), bits)
+    padding = -bits.shape[1] % 4
+    if padding:
+        bits = np.pad(bits, ((0, 0), (0, padding)))
+    words = bits.view(np.uint64)
+    # One odd constant a column, spread by the golden ratio; the shift lets high bits of a word reach low bits of the sum.
+    constants = (np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
+    mixed = words * constants
+    mixed ^= mixed >> np.uint64(29)
+    return np.asarray(mixed.sum(axis=1, dtype=np.uint64))
+
+
+def collapse_duplicates(read: ReadRows, rows: IntArray, hashes: HashArray) -> tuple[IntArray, Edges]:
+    """Find rows that are equal to an earlier one.
+
+    Args:
+        read: Reads stored rows.
+        rows: Row numbers to look at, int64 [N], ascending.
+        hashes: Their :func:`hash_rows`, uint64 [N].
+
+    Returns:
+        The rows that are the first of their kind, int64, ascending; and the edges, all of weight 0, that tie each of the
+        others to the first of its kind. Those are the edges that Kruskal's algorithm would take from the complete graph
+        of the copies, since ties go to the smaller row. Equality of hashes is checked on the rows.
+    """
+    if not len(rows):
+        return rows, Edges.empty()
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    same = np.concatenate([[False], ordered[1:] == ordered[:-1]])
+    starts = np.flatnonzero(~same)
+    first = np.repeat(order[starts], np.diff(np.append(starts, len(order))))
+    copies, firsts = order[same], first[same]
+    smaller, larger = [], []
+    while len(copies):
+        equal = np.concatenate(
+            [
+                (read(rows[copies[at : at + _ROWS_AT_ONCE]]) == read(rows[firsts[at : at + _ROWS_AT_ONCE]])).all(axis=1)
+                for at in range(0, len(copies), _ROWS_AT_ONCE)
+            ]
+        )
+        smaller.append(firsts[equal])
+        larger.append(copies[equal])
+        # Different rows with one hash: the first of those left over heads its own group.
+        copies, firsts = copies[~equal], firsts[~equal]
+        if len(copies):
+            _, group_start, group = np.unique(firsts, return_index=True, return_inverse=True)
+            firsts = copies[group_start][group]
+            is_head = np.zeros(len(copies), np.bool_)
+            is_head[group_start] = True
+            copies, firsts = copies[~is_head], firsts[~is_head]
+    if not larger:
+        return rows, Edges.empty()
+    unique = np.ones(len(rows), np.bool_)
+    unique[np.concatenate(larger)] = False
+    a, b = rows[np.concatenate(smaller)], rows[np.concatenate(larger)]
+    return rows[unique], Edges(a, b, np.zeros(len(a), np.float32))

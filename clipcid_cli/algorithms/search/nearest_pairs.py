@@ -1,0 +1,62 @@
+"""The nearest neighbours of some rows, kept while pairs come in.
+
+Shape letters: S rows asked for, P pairs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
+from clipcid_cli.algorithms.sets.forest import Edges
+
+
+class NearestPairs:
+    """Keeps the pairs of each of some rows with its nearest neighbours; which ones does not depend on their order.
+
+    Args:
+        rows: The rows, int64 [S], ascending.
+        count: Neighbours of each; of equally near ones the smaller rows.
+    """
+
+    def __init__(self, rows: IntArray, count: int) -> None:
+        self.rows = rows
+        self._count = count
+        self._row: IntArray = np.empty(0, np.int64)
+        self._other: IntArray = np.empty(0, np.int64)
+        self._weight: FloatArray = np.empty(0, np.float32)
+        # Distance of the last neighbour kept of each row; one more holds the place of rows that were not asked for.
+        self._farthest = np.append(np.full(len(rows), np.inf, np.float32), np.float32(-1.0))
+
+    @property
+    def edges(self) -> Edges:
+        """The pairs kept; a pair of two of the rows may be there twice."""
+        return Edges(np.minimum(self._row, self._other), np.maximum(self._row, self._other), self._weight)
+
+    def wanted(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
+        """Tell which pairs may be among those to keep, from lower bounds of their distances, as `Join.search` asks."""
+        farthest = np.maximum(self._farthest[self._position(a)], self._farthest[self._position(b)])
+        return np.asarray((a != b) & (at_least <= farthest))
+
+    def add(self, edges: Edges) -> None:
+        """Take more pairs."""
+        row = np.concatenate([self._row, edges.a, edges.b])
+        other = np.concatenate([self._other, edges.b, edges.a])
+        weight = np.concatenate([self._weight, edges.weight, edges.weight])
+        asked = self._position(row) < len(self.rows)
+        row, other, weight = row[asked], other[asked], weight[asked]
+        order = np.lexsort((other, weight, row))
+        row, other, weight = row[order], other[order], weight[order]
+        new = np.concatenate([[True], (row[1:] != row[:-1]) | (other[1:] != other[:-1])])[: len(row)]
+        row, other, weight = row[new], other[new], weight[new]
+        rank = np.arange(len(row)) - np.searchsorted(row, row, side="left")
+        near = rank < self._count
+        last = rank == self._count - 1
+        self._farthest[self._position(row[last])] = weight[last]
+        self._row, self._other, self._weight = row[near], other[near], weight[near]
+
+    def _position(self, rows: IntArray) -> IntArray:
+        """Return where each row lies among those asked for; their number for others."""
+        at = np.searchsorted(self.rows, rows)
+        return np.where(self.rows[np.minimum(at, len(self.rows) - 1)] == rows, at, len(self.rows))

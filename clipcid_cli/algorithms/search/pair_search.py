@@ -1,0 +1,290 @@
+"""All pairs of rows within a distance: proposed by a fast, low-precision matrix product, decided exactly.
+
+The rows are cut into panels, and the tiles of the upper triangle (panel i with panel j, i ≤ j) are searched one by one, in
+any order and on any number of processes. A tile's dot products are computed in whatever format the machine multiplies
+fastest (bfloat16 on CPUs with matrix units, int8 on those with dot-product instructions, float16 on GPUs, float32
+elsewhere); the few entries that may be near enough are recomputed exactly (:mod:`clipcid_cli.algorithms.search.distances`).
+Low precision only discards, within the bound proven at :func:`clipcid_cli.algorithms.search.blocks.lowest_score`.
+
+Shape letters: N rows, D width, M and N also rows of two blocks, P pairs.
+
+Source: METHOD §1 [O], "Exact at low-precision speed".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clipcid_cli.algorithms.search.blocks import (
+    Block,
+    exact_accumulation,
+    load_block,
+    lowest_score,
+    multiply,
+    reload_block,
+    score_bounds,
+    score_dtype,
+    score_threshold,
+)
+from clipcid_cli.algorithms.search.distances import (
+    FloatArray,
+    IntArray,
+    ReadRows,
+    distance_matrix,
+    occurring,
+    selected_distances,
+)
+from clipcid_cli.algorithms.sets.forest import Edges
+
+# Rows multiplied at once on each side: the scores of one product stay near the cores' caches.
+_BLOCK_ROWS = 2048
+_LARGEST_PANEL = 8 * _BLOCK_ROWS
+# Panels kept for the next tiles, at most, in the format of the fast product and as stored.
+_REMEMBERED_BYTES = 2**30
+# Scores whose maximum is taken at once.
+_STRETCH = 128
+# Proposed pairs that are decided at once.
+_MANY_PAIRS = 2**16
+# Where one pair of so many entries is proposed, a float32 product of their rows tells first which are near (measured: an
+# entry takes 2.6 ns of two cores, a pair decided on its own 1.3 µs).
+_ENTRIES_PER_PAIR = 256
+# Where one pair of so few entries is proposed, the exact matrix takes less time than lists of pairs.
+_ENTRIES_PER_DENSE_PAIR = 4
+# Enough panels that a handful of processes get equal shares and a killed run loses little.
+_SMALLEST_NUM_PANELS = 8
+
+# Tells, from rows a, rows b and lower bounds of the distances, which pairs are of use.
+Wanted = Callable[[IntArray, IntArray, FloatArray], npt.NDArray[np.bool_]]
+
+
+class Join:
+    """The search of some rows for pairs within a distance, cut into tiles.
+
+    Attributes:
+        rows: Rows to compare, int64 [N], each once.
+        panel_rows: Rows a side of a tile.
+    """
+
+    def __init__(
+        self,
+        read: ReadRows,
+        rows: IntArray,
+        device: torch.device,
+        scan_dtype: torch.dtype,
+        panel_rows: int | None = None,
+    ) -> None:
+        """Cut the work into tiles.
+
+        Args:
+            read: Reads stored rows.
+            rows: Rows to compare, int64 [N], each once.
+            device: Where to compare.
+            scan_dtype: Format of the fast product: int8, bfloat16, float16 or float32.
+            panel_rows: Rows a side of a tile; by default some panels of whole blocks.
+        """
+        if panel_rows is None:
+            even = -(-len(rows) // _SMALLEST_NUM_PANELS)
+            panel_rows = min(_LARGEST_PANEL, max(1, -(-even // _BLOCK_ROWS)) * _BLOCK_ROWS)
+        self.rows, self.panel_rows = rows, panel_rows
+        self._read, self._device, self._scan_dtype = read, device, scan_dtype
+        self._scores = torch.empty(_BLOCK_ROWS * _BLOCK_ROWS, dtype=score_dtype(scan_dtype), device=device)
+        self._panels: OrderedDict[int, Block] = OrderedDict()
+        self._known: dict[int, Block] = {}
+
+    def tiles(self) -> list[tuple[int, int]]:
+        """List the tiles (panel i, panel j), i ≤ j, to and fro: panels last read are the next ones needed."""
+        num_panels = -(-len(self.rows) // self.panel_rows)
+        return [
+            (i, j)
+            for i in range(num_panels)
+            for j in (range(i, num_panels) if i % 2 == 0 else range(num_panels - 1, i - 1, -1))
+        ]
+
+    def num_pairs(self, tile: tuple[int, int]) -> int:
+        """Count the pairs of rows a tile compares."""
+        i, j = tile
+        size_i, size_j = len(self.panel_rows_of(i)), len(self.panel_rows_of(j))
+        return size_i * (size_i - 1) // 2 if i == j else size_i * size_j
+
+    def panel(self, index: int) -> Block:
+        """Read a panel, or take it from those that are remembered, of at most ``_REMEMBERED_BYTES``.
+
+        Lengths and bounds are computed the first time and remembered of every panel, 8 bytes a row.
+        """
+        if index in self._panels:
+            self._panels.move_to_end(index)
+            return self._panels[index]
+        if index not in self._known:
+            panel = load_block(self._read, self.panel_rows_of(index), self._device, self._scan_dtype)
+            nothing = panel.stored[:0]
+            self._known[index] = dataclasses.replace(panel, stored=nothing.clone(), scan=nothing.clone())
+        else:
+            panel = reload_block(self._read, self._known[index], self._scan_dtype)
+        self._panels[index] = panel
+        room = max(2, _REMEMBERED_BYTES // (panel.stored.nbytes + panel.scan.nbytes))
+        while len(self._panels) > room:
+            self._panels.popitem(last=False)
+        return panel
+
+    def search_tile(self, tile: tuple[int, int], cutoff: float, wanted: Wanted) -> Iterator[Edges]:
+        """Read the panels of a tile and :meth:`search` them."""
+        i, j = tile
+        panel_i = self.panel(i)
+        yield from self.search(panel_i, panel_i if i == j else self.panel(j), cutoff, wanted)
+
+    def search(self, panel_i: Block, panel_j: Block, cutoff: float, wanted: Wanted) -> Iterator[Edges]:
+        """Find the pairs of one row of each panel that are within a distance.
+
+        Args:
+            panel_i: A panel.
+            panel_j: Another, or the same: then each pair is found once.
+            cutoff: Largest distance, inclusive.
+            wanted: Which pairs, told from lower bounds of their distances, are worth computing.
+
+        Yields:
+            The wanted pairs within the distance, with exact weights, a < b, in pieces of bounded size.
+        """
+        threshold = score_threshold(panel_i, panel_j, lowest_score(panel_i, panel_j, cutoff)).to(self._device)
+        waiting: list[_Proposed] = []
+        num_waiting = 0
+        with exact_accumulation(self._device):
+            for start_j in range(0, len(panel_j), _BLOCK_ROWS):
+                b = panel_j.scan[start_j : start_j + _BLOCK_ROWS]
+                for start_i in range(0, len(panel_i), _BLOCK_ROWS):
+                    if panel_i is panel_j and start_i > start_j:
+                        break
+                    a = panel_i.scan[start_i : start_i + _BLOCK_ROWS]
+                    is_diagonal = panel_i is panel_j and start_i == start_j
+                    found = _propose(a, b, threshold, self._scores, is_diagonal).moved(start_i, start_j)
+                    # Few pairs of many blocks are decided together; many of one block at once, by matrix products.
+                    if len(found) * _ENTRIES_PER_PAIR > len(a) * len(b):
+                        yield from _decide_block(panel_i, panel_j, found, cutoff, wanted)
+                    elif len(found):
+                        waiting.append(found)
+                        num_waiting += len(found)
+                    if num_waiting > _MANY_PAIRS:
+                        yield from _decide(panel_i, panel_j, waiting, cutoff, wanted)
+                        waiting, num_waiting = [], 0
+            if waiting:
+                yield from _decide(panel_i, panel_j, waiting, cutoff, wanted)
+
+    def panel_rows_of(self, index: int) -> IntArray:
+        """Return the row numbers of a panel."""
+        return self.rows[index * self.panel_rows : (index + 1) * self.panel_rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Proposed:
+    """Pairs that may be near enough.
+
+    Attributes:
+        i: Positions in one block, int64 [P].
+        j: Positions in the other, int64 [P].
+        score: Fast scores [P].
+    """
+
+    i: torch.Tensor
+    j: torch.Tensor
+    score: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def moved(self, start_i: int, start_j: int) -> _Proposed:
+        return _Proposed(self.i + start_i, self.j + start_j, self.score)
+
+
+def _decide_block(a: Block, b: Block, found: _Proposed, cutoff: float, wanted: Wanted) -> Iterator[Edges]:
+    """As :func:`_decide`, for all that was proposed of one block of each; near copies of one image fill whole matrices."""
+    rows, _ = occurring(found.i, len(a))
+    columns, _ = occurring(found.j, len(b))
+    if len(rows) * len(columns) > _ENTRIES_PER_DENSE_PAIR * len(found):
+        yield from _decide(a, b, [found], cutoff, wanted)
+        return
+    # What was not proposed is beyond the cut-off, so all of the matrix may be looked at.
+    weight_MN = distance_matrix(a.stored[rows], b.stored[columns], a.squared[rows], b.squared[columns]).cpu().numpy()
+    within_MN = weight_MN <= np.float32(cutoff)
+    if a is b:
+        within_MN &= rows.cpu().numpy()[:, None] < columns.cpu().numpy()
+    m_P, n_P = np.nonzero(within_MN)
+    i_P, j_P = a.rows[rows.cpu().numpy()][m_P], b.rows[columns.cpu().numpy()][n_P]
+    edges = Edges(np.minimum(i_P, j_P), np.maximum(i_P, j_P), weight_MN[within_MN])
+    useful = edges[wanted(edges.a, edges.b, edges.weight)]
+    if len(useful):
+        yield useful
+
+
+def _decide(a: Block, b: Block, proposed: list[_Proposed], cutoff: float, wanted: Wanted) -> Iterator[Edges]:
+    """Yield the wanted ones of the proposed pairs that are within the distance, with exact weights."""
+    i_P, j_P, score_P = (torch.cat([getattr(each, name) for each in proposed]) for name in ("i", "j", "score"))
+    use_P = _are_wanted(a, b, _Proposed(i_P, j_P, score_P), wanted)
+    i_P, j_P = i_P[use_P], j_P[use_P]
+    if a.scan.dtype != torch.float32:
+        near_P = _look_closer(a, b, i_P, j_P, cutoff, wanted)
+        i_P, j_P = i_P[near_P], j_P[near_P]
+    if not len(i_P):
+        return
+    weight = selected_distances(a.stored, b.stored, a.squared, b.squared, i_P, j_P).cpu().numpy()
+    within = weight <= np.float32(cutoff)
+    if within.any():
+        i, j = a.rows[i_P.cpu().numpy()[within]], b.rows[j_P.cpu().numpy()[within]]
+        yield Edges(np.minimum(i, j), np.maximum(i, j), weight[within])
+
+
+def _are_wanted(a: Block, b: Block, pairs: _Proposed, wanted: Wanted) -> torch.Tensor:
+    """Tell which pairs are wanted, bool [P], from what their scores say of their distances at least."""
+    _, highest_P = score_bounds(a, b, pairs.score)
+    squared_P = a.squared[pairs.i] + b.squared[pairs.j] - 2.0 * highest_P
+    # Going to float32 may round up by one unit; the factor takes two off.
+    at_least_P = (squared_P.clamp(min=0.0).sqrt() * (1.0 - 2.0**-22)).to(torch.float32)
+    i, j = a.rows[pairs.i.cpu().numpy()], b.rows[pairs.j.cpu().numpy()]
+    use = wanted(np.minimum(i, j), np.maximum(i, j), at_least_P.cpu().numpy())
+    return torch.from_numpy(use).to(pairs.i.device)
+
+
+def _look_closer(
+    a: Block, b: Block, i_P: torch.Tensor, j_P: torch.Tensor, cutoff: float, wanted: Wanted
+) -> torch.Tensor:
+    """Tell which pairs a float32 product still holds to be near and wanted, bool [P]; all where they lie too far apart."""
+    rows, row_P = occurring(i_P, len(a))
+    columns, column_P = occurring(j_P, len(b))
+    if len(rows) * len(columns) > _ENTRIES_PER_PAIR * len(i_P):
+        return torch.ones(len(i_P), dtype=torch.bool, device=i_P.device)
+    fine_a, fine_b = a.chosen(rows), b.chosen(columns)
+    score_P = multiply(fine_a.scan, fine_b.scan)[row_P, column_P]
+    near_P = score_P >= score_threshold(fine_a, fine_b, lowest_score(fine_a, fine_b, cutoff)).to(score_P.device)
+    near_P[near_P.clone()] = _are_wanted(
+        fine_a, fine_b, _Proposed(row_P[near_P], column_P[near_P], score_P[near_P]), wanted
+    )
+    return near_P
+
+
+def _propose(
+    a_MD: torch.Tensor, b_ND: torch.Tensor, threshold: torch.Tensor, buffer: torch.Tensor, is_diagonal: bool
+) -> _Proposed:
+    """Return the pairs whose fast score is not below the threshold; of a block with itself, those with i < j."""
+    scores_MN = multiply(a_MD, b_ND, buffer)
+    if is_diagonal:
+        scores_MN.fill_diagonal_(-math.inf if scores_MN.is_floating_point() else torch.iinfo(scores_MN.dtype).min)
+    # Positive floats order like integers of their bits (and negative ones lie below them), which CPUs compare faster;
+    # and most stretches of a row have no hit, which their maximum tells many times faster than a comparison of all entries.
+    keys_MN, key = scores_MN, threshold
+    if scores_MN.element_size() == 2 and float(threshold) > 0.0:
+        keys_MN, key = scores_MN.view(torch.int16), threshold.view(torch.int16)
+    stretch = _STRETCH if len(b_ND) % _STRETCH == 0 else len(b_ND)
+    stretches_SW = keys_MN.view(-1, stretch)
+    hit_S = torch.nonzero(stretches_SW.amax(dim=1) >= key)[:, 0]
+    p_P, within_P = torch.nonzero(stretches_SW[hit_S] >= key, as_tuple=True)
+    entry_P = hit_S[p_P] * stretch + within_P
+    i_P, j_P = entry_P // len(b_ND), entry_P % len(b_ND)
+    if is_diagonal:
+        above = i_P < j_P
+        i_P, j_P = i_P[above], j_P[above]
+    return _Proposed(i_P, j_P, scores_MN[i_P, j_P])

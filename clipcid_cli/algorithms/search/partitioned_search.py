@@ -1,0 +1,125 @@
+"""The search of partitions: rows of each against each other and against its visitors, cut into tiles like a full join.
+
+Source: METHOD §1 [O], "--neighbors partitioned".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clipcid_cli.algorithms.search.blocks import Block, load_block
+from clipcid_cli.algorithms.search.distances import IntArray, ReadRows
+from clipcid_cli.algorithms.search.pair_search import Join, Wanted
+from clipcid_cli.algorithms.sets.forest import Edges
+
+# Rows read at once on each side: a partition of more is compared in pieces, so memory does not depend on its size.
+_PANEL_ROWS = 8192
+
+# Row numbers in as few bytes as hold them: int32 below 2³¹.
+RowArray = npt.NDArray[np.signedinteger[Any]]
+
+
+class Groups:
+    """Lists of rows, one a partition, in one array.
+
+    Args:
+        partitions: The partition of each entry, integers [E] in [0, K).
+        rows: The row of each entry, integers [E].
+        num_partitions: K.
+    """
+
+    def __init__(self, partitions: RowArray, rows: RowArray, num_partitions: int) -> None:
+        order = np.argsort(partitions, kind="stable")
+        self._rows = rows[order]
+        self._ends = np.cumsum(np.bincount(partitions, minlength=num_partitions))
+
+    def sizes(self) -> IntArray:
+        """Return the length of each list, int64 [K]."""
+        return np.diff(self._ends, prepend=0)
+
+    def of(self, partition: int) -> RowArray:
+        """Return the rows of one partition in the order they were given."""
+        start = int(self._ends[partition - 1]) if partition else 0
+        return self._rows[start : int(self._ends[partition])]
+
+
+class PartitionedJoin:
+    """The search of partitions for pairs within a distance. A tile is a piece of one partition.
+
+    It finds pairs of rows at home in one partition, and pairs of which one row visits the other's home; some twice.
+
+    Args:
+        read: Reads stored rows.
+        rows: Rows to compare, int64 [N], each once.
+        homes: Positions in `rows` by home partition.
+        visitors: Positions in `rows` by the partitions they visit, never their home.
+        device: Where to compare.
+        scan_dtype: Format of the fast product.
+        panel_rows: Rows read at once on each side.
+    """
+
+    def __init__(
+        self,
+        read: ReadRows,
+        rows: IntArray,
+        homes: Groups,
+        visitors: Groups,
+        device: torch.device,
+        scan_dtype: torch.dtype,
+        panel_rows: int = _PANEL_ROWS,
+    ) -> None:
+        self.panel_rows = panel_rows
+        self._read, self._rows, self._device, self._scan_dtype = read, rows, device, scan_dtype
+        self._homes, self._visitors = homes, visitors
+        self._home_sizes, self._visitor_sizes = homes.sizes(), visitors.sizes()
+        self._join = Join(read, rows, device, scan_dtype)
+
+    @property
+    def name(self) -> str:
+        """A name that no search of other partitions has."""
+        sizes = hashlib.blake2b(digest_size=6)
+        for groups in (self._homes, self._visitors):
+            sizes.update(groups.sizes().tobytes())
+        return f"partitioned-{sizes.hexdigest()}-{self.panel_rows}"
+
+    def tiles(self) -> list[tuple[int, int]]:
+        """List the tiles (partition, piece)."""
+        pieces = -(-self._home_sizes // self.panel_rows)
+        return [(partition, piece) for partition, number in enumerate(pieces.tolist()) for piece in range(number)]
+
+    def num_pairs(self, tile: tuple[int, int]) -> int:
+        """Count the pairs of rows a tile compares."""
+        partition, piece = tile
+        total = int(self._home_sizes[partition])
+        start, stop = piece * self.panel_rows, min((piece + 1) * self.panel_rows, total)
+        size = stop - start
+        return size * (size - 1) // 2 + size * (total - stop + int(self._visitor_sizes[partition]))
+
+    def search_tile(self, tile: tuple[int, int], cutoff: float, wanted: Wanted) -> Iterator[Edges]:
+        """Compare a piece of a partition with itself, the pieces after it, and the partition's visitors.
+
+        Args:
+            tile: Partition and piece.
+            cutoff: Largest distance, inclusive.
+            wanted: As for :meth:`Join.search`.
+
+        Yields:
+            As :meth:`Join.search`.
+        """
+        partition, piece = tile
+        home, visitors = self._homes.of(partition), self._visitors.of(partition)
+        start, stop = piece * self.panel_rows, (piece + 1) * self.panel_rows
+        panel = self._load(home[start:stop])
+        yield from self._join.search(panel, panel, cutoff, wanted)
+        for others in (home[stop:], visitors):
+            for at in range(0, len(others), self.panel_rows):
+                yield from self._join.search(panel, self._load(others[at : at + self.panel_rows]), cutoff, wanted)
+
+    def _load(self, positions: RowArray) -> Block:
+        return load_block(self._read, self._rows[positions], self._device, self._scan_dtype)

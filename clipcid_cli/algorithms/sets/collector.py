@@ -1,0 +1,58 @@
+"""What a search keeps of the pairs it finds: their forest, and the pairs themselves while they are few.
+
+Source: [O]. Stars (:mod:`clipcid_cli.algorithms.sets.star`) need all pairs; kept on the way, they cost no second search.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
+from clipcid_cli.algorithms.sets.forest import Edges, ForestBuilder, sort_edges
+
+
+class Finds:
+    """Takes the pairs of a search as they come, each once.
+
+    Args:
+        num_rows: Number of rows.
+        known: Forest edges known before the search.
+        most_pairs: Pairs that are kept, 20 bytes each; where more are found, none is, and the forest is all there is.
+    """
+
+    def __init__(self, num_rows: int, known: Edges, most_pairs: int) -> None:
+        self._builder = ForestBuilder(num_rows, known)
+        self._most = most_pairs
+        self._pairs: list[Edges] | None = [] if most_pairs else None
+        self._num_pairs = 0
+
+    def may_matter(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
+        """Tell which pairs are worth computing: all while they are kept, then what :meth:`ForestBuilder.may_join` says."""
+        if self._pairs is not None:
+            return np.ones(len(a), np.bool_)
+        return self._builder.may_join(a, b, at_least)
+
+    def add(self, edges: Edges) -> None:
+        """Take pairs."""
+        self._builder.add(edges)
+        if self._pairs is not None:
+            self._pairs.append(edges)
+            self._num_pairs += len(edges)
+            if self._num_pairs > self._most:
+                self._pairs = None
+
+    def forget_pairs(self) -> None:
+        """Keep the forest only, as where too many pairs were found."""
+        self._pairs = None
+
+    def forest(self) -> Edges:
+        """Return the forest of all edges known and taken, ascending by (weight, smaller row, larger row)."""
+        return self._builder.build()
+
+    def pairs(self) -> Edges | None:
+        """Return all pairs taken, ascending by (weight, smaller row, larger row); None where they were too many."""
+        if self._pairs is None:
+            return None
+        self._pairs = [sort_edges(Edges.concatenate(self._pairs))]
+        return self._pairs[0]

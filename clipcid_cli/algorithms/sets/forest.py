@@ -1,0 +1,292 @@
+"""Single-linkage forests: minimum spanning forests of the distance graph, folded together from any pieces in any order.
+
+Edges are totally ordered by (weight, smaller row, larger row), so the minimum spanning forest of a graph is unique, and
+MSF(A ∪ B) = MSF(MSF(A) ∪ MSF(B)): a forest can be collected edge by edge, tile by tile or process by process. The sets of
+images within ε of each other, chains included, are its components when edges heavier than ε are cut away.
+
+Source: METHOD §1. Borůvka 1926 for the rounds; the order of ties is ours [O].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
+
+# Weights at which a growing forest remembers its components, to turn away edges that close a cycle before they are kept.
+_NUM_LEVELS = 16
+# Edges collected before they are folded into the forest, beside one time the forest's own size.
+_SMALLEST_FOLD = 2**18
+# Where so many edges come at once, and so many times as many as the rows they join, their own forest is found first: it is
+# far smaller.
+_MANY = 2**12
+_DENSE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Edges:
+    """Weighted pairs of rows.
+
+    Attributes:
+        a: Smaller row of each pair, int64 [E].
+        b: Larger row of each pair, int64 [E].
+        weight: Distance of each pair, float32 [E], at least 0.
+    """
+
+    a: IntArray
+    b: IntArray
+    weight: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __getitem__(self, index: slice | npt.NDArray[np.bool_] | IntArray) -> Edges:
+        return Edges(self.a[index], self.b[index], self.weight[index])
+
+    @staticmethod
+    def empty() -> Edges:
+        """Return no edges."""
+        return Edges(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+
+    @staticmethod
+    def concatenate(parts: Iterable[Edges]) -> Edges:
+        """Return all edges of `parts` in their order."""
+        parts = [Edges.empty(), *parts]
+        return Edges(
+            np.concatenate([part.a for part in parts]),
+            np.concatenate([part.b for part in parts]),
+            np.concatenate([part.weight for part in parts]),
+        )
+
+    def up_to(self, cutoff: float) -> Edges:
+        """Return the edges whose weight is at most `cutoff`; they must be in ascending order."""
+        return self[: int(np.searchsorted(self.weight, np.float32(cutoff), side="right"))]
+
+
+def sort_edges(edges: Edges) -> Edges:
+    """Order edges by (weight, smaller row, larger row)."""
+    # Non-negative floats order like their bit patterns, so weight and smaller row make one 64-bit key, whose vectorised
+    # sort is many times faster than a sort by three columns; what ties there is sorted by the larger row afterwards.
+    if len(edges) and int(edges.a.max()) >= 2**32:
+        return edges[np.lexsort((edges.b, edges.a, edges.weight))]
+    weight = edges.weight + np.float32(0.0)  # −0.0 would sort above everything
+    key = (weight.view(np.uint32).astype(np.uint64) << np.uint64(32)) | edges.a.astype(np.uint64)
+    order = np.argsort(key)
+    sorted_key = key[order]
+    equal = sorted_key[1:] == sorted_key[:-1]
+    if equal.any():
+        tied = np.flatnonzero(np.concatenate([equal, [False]]) | np.concatenate([[False], equal]))
+        among = order[tied]
+        order[tied] = among[np.lexsort((edges.b[among], key[among]))]
+    return edges[order]
+
+
+def connected_components(num_nodes: int, a: IntArray, b: IntArray) -> IntArray:
+    """Label the components of a graph by their smallest node.
+
+    Args:
+        num_nodes: Number of nodes.
+        a: One end of each edge, int64 [E] in [0, num_nodes).
+        b: The other end, int64 [E].
+
+    Returns:
+        int64 [num_nodes]: the smallest node reachable from each node.
+    """
+    labels = np.arange(num_nodes, dtype=np.int64)
+    while True:
+        label_a, label_b = labels[a], labels[b]
+        apart = label_a != label_b
+        if not apart.any():
+            return labels
+        a, b, label_a, label_b = a[apart], b[apart], label_a[apart], label_b[apart]
+        np.minimum.at(labels, np.maximum(label_a, label_b), np.minimum(label_a, label_b))
+        while True:
+            shorter = labels[labels]
+            if np.array_equal(shorter, labels):
+                break
+            labels = shorter
+
+
+def minimum_forest(num_rows: int, edges: Edges) -> Edges:
+    """Return the minimum spanning forest of a graph, in ascending order.
+
+    Args:
+        num_rows: Number of rows.
+        edges: The graph's edges in any order; pairs may repeat.
+
+    Returns:
+        At most num_rows − 1 of the edges; the same ones whatever the order they came in.
+    """
+    edges = sort_edges(edges)
+    rank = np.arange(len(edges))
+    a, b = edges.a, edges.b
+    num_nodes = num_rows
+    picked = []
+    while len(rank):
+        # Ranks ascend, so writing them in reverse leaves the lightest edge at each node.
+        lightest = np.full(num_nodes, len(edges), dtype=np.int64)
+        lightest[a[::-1]] = rank[::-1]
+        lightest_b = np.full(num_nodes, len(edges), dtype=np.int64)
+        lightest_b[b[::-1]] = rank[::-1]
+        np.minimum(lightest, lightest_b, out=lightest)
+        chosen = np.unique(lightest[lightest < len(edges)])
+        picked.append(chosen)
+        position = np.searchsorted(rank, chosen)
+        labels = connected_components(num_nodes, a[position], b[position])
+        is_root = labels == np.arange(num_nodes)
+        labels = (np.cumsum(is_root) - 1)[labels]
+        num_nodes = int(np.count_nonzero(is_root))
+        a, b = labels[a], labels[b]
+        apart = a != b
+        a, b, rank = a[apart], b[apart], rank[apart]
+    return edges[np.sort(np.concatenate([np.empty(0, np.int64), *picked]))]
+
+
+class ForestBuilder:
+    """Folds edges into a minimum spanning forest as they come, in memory bounded by the number of rows.
+
+    Args:
+        num_rows: Number of rows.
+        known: Edges to begin with.
+        smallest_fold: Edges collected, at least, before they are folded; only speed and memory depend on it.
+    """
+
+    def __init__(self, num_rows: int, known: Edges | None = None, smallest_fold: int = _SMALLEST_FOLD) -> None:
+        self.num_rows = num_rows
+        self._smallest_fold = smallest_fold
+        self._forest = Edges.empty()
+        self._waiting: list[Edges] = []
+        self._num_waiting = 0
+        self._level_weights: FloatArray = np.empty(0, np.float32)
+        self._level_labels: npt.NDArray[np.int32 | np.int64] = np.empty((0, num_rows), np.int32)
+        if known is not None:
+            self.add(known)
+            self._fold()
+
+    def may_join(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
+        """Tell which pairs can still be edges of the forest, from lower bounds of their weights.
+
+        A pair whose rows are joined already by strictly lighter edges closes a cycle as its heaviest edge and is in no
+        minimum spanning forest. Only some weights are looked at, so True promises nothing.
+
+        Args:
+            a: One row of each pair, int64 [P].
+            b: The other row, int64 [P].
+            at_least: Lower bounds of the weights, float32 [P].
+        """
+        level = np.searchsorted(self._level_weights, at_least, side="left") - 1
+        possible = np.ones(len(a), np.bool_)
+        known = np.flatnonzero(level >= 0)
+        level = level[known]
+        possible[known] = self._level_labels[level, a[known]] != self._level_labels[level, b[known]]
+        return possible
+
+    def add(self, edges: Edges) -> None:
+        """Take more edges of the graph."""
+        edges = edges[self.may_join(edges.a, edges.b, edges.weight)]
+        if len(edges) >= _MANY:
+            edges = self._thin_out(edges)
+        self._waiting.append(edges)
+        self._num_waiting += len(edges)
+        if self._num_waiting >= max(self._smallest_fold, len(self._forest)):
+            self._fold()
+
+    def _thin_out(self, edges: Edges) -> Edges:
+        """Return the forest of edges that are dense, as those of near copies of one image are, and others as they are."""
+        occurs = np.zeros(self.num_rows, np.bool_)
+        occurs[edges.a] = occurs[edges.b] = True
+        rows = np.flatnonzero(occurs)
+        if len(edges) <= _DENSE * len(rows):
+            return edges
+        place = np.cumsum(occurs) - 1  # rows keep their order, so ties fall as among all rows
+        forest = minimum_forest(len(rows), Edges(place[edges.a], place[edges.b], edges.weight))
+        return Edges(rows[forest.a], rows[forest.b], forest.weight)
+
+    def build(self) -> Edges:
+        """Return the forest of all edges taken so far, ascending by (weight, smaller row, larger row)."""
+        self._fold()
+        return self._forest
+
+    def _fold(self) -> None:
+        if not self._num_waiting:
+            return
+        self._forest = minimum_forest(self.num_rows, Edges.concatenate([self._forest, *self._waiting]))
+        self._waiting, self._num_waiting = [], 0
+        forest = self._forest
+        ends = np.unique(np.linspace(0, len(forest), _NUM_LEVELS + 1).astype(np.int64)[1:])
+        self._level_weights = forest.weight[ends - 1]
+        # A level stands for all edges up to its weight, ties included.
+        ends = np.searchsorted(forest.weight, self._level_weights, side="right")
+        kind = np.int32 if self.num_rows < 2**31 else np.int64
+        self._level_labels = np.stack(
+            [connected_components(self.num_rows, forest.a[:end], forest.b[:end]).astype(kind) for end in ends]
+        )
+
+
+def component_sizes(labels: IntArray) -> IntArray:
+    """Return the size of each row's component, int64 [N], from labels that name one row of it."""
+    return np.bincount(labels, minlength=len(labels))[labels]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """How many images are kept at each cut-off.
+
+    Attributes:
+        distance: Cut-offs, float32 [C], strictly ascending.
+        kept: Components at each, int64 [C].
+        largest: Size of the largest component at each, int64 [C].
+    """
+
+    distance: FloatArray
+    kept: IntArray
+    largest: IntArray
+
+
+def forest_curve(num_rows: int, forest: Edges, chosen: float | None, num_points: int = 1000) -> Curve:
+    """Trace components and the largest one over the cut-off.
+
+    Args:
+        num_rows: N.
+        forest: Its forest, ascending.
+        chosen: A cut-off that must be among the points, or None.
+        num_points: Largest number of other points; they fall evenly on the number of images kept.
+
+    Returns:
+        The curve, from the smallest weight of the forest (0 when there is no edge) to the largest.
+    """
+    ends = np.linspace(1, max(1, len(forest)), num_points).astype(np.int64) - 1
+    distances = forest.weight[np.unique(ends)] if len(forest) else np.zeros(1, np.float32)
+    if chosen is not None:
+        distances = np.append(distances, np.float32(chosen))
+    distances = np.unique(distances)
+    ends = np.searchsorted(forest.weight, distances, side="right")
+    labels = np.arange(num_rows, dtype=np.int64)
+    sizes = np.ones(num_rows, dtype=np.int64)
+    largest, largest_at, start = 1, np.empty(len(ends), np.int64), 0
+    for point, end in enumerate(ends.tolist()):
+        # Only the components that this stretch of edges touches are relabelled, so the whole curve costs one pass.
+        roots_a, roots_b = _find(labels, forest.a[start:end]), _find(labels, forest.b[start:end])
+        roots, position = np.unique(np.concatenate([roots_a, roots_b]), return_inverse=True)
+        joined = connected_components(len(roots), position[: len(roots_a)], position[len(roots_a) :])
+        labels[roots] = roots[joined]
+        total = np.bincount(joined, weights=sizes[roots], minlength=len(roots)).astype(np.int64)
+        sizes[roots] = total
+        largest = max(largest, int(total.max(initial=0)))
+        largest_at[point], start = largest, end
+    return Curve(distances, num_rows - ends, largest_at)
+
+
+def _find(labels: IntArray, nodes: IntArray) -> IntArray:
+    """Follow labels to their roots, shortening the paths on the way."""
+    roots = labels[nodes]
+    while True:
+        further = labels[roots]
+        if np.array_equal(further, roots):
+            labels[nodes] = roots
+            return roots
+        roots = further

@@ -1,0 +1,149 @@
+"""The image that stands for each set.
+
+Shape letters: N rows, D width, S sets, M rows of a set.
+
+Source: METHOD §1: [P] the central image, nearest to the set's mean; [O] ties and the other choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from clipcid_cli.algorithms.search.blocks import load_block
+from clipcid_cli.algorithms.search.distances import (
+    DoubleArray,
+    FloatArray,
+    IntArray,
+    ReadRows,
+    paired_distances,
+    round_distances,
+    squared_lengths,
+)
+
+# Temporary copies of so many rows stay in the cache.
+_ROWS_AT_ONCE = 1024
+
+
+def central_rows(read: ReadRows, rows: IntArray, labels: IntArray) -> IntArray:
+    """Choose the row nearest to the mean of each set.
+
+    Args:
+        read: Reads stored rows.
+        rows: Row numbers, int64 [N].
+        labels: Set of each row, int64 [N].
+
+    Returns:
+        int64 [N]: for each row, the position in `rows` of the one that stands for its set. Means are float64 means of the
+        stored rows, whose sums are exact; of equal distances the smaller position wins.
+    """
+    scores_N = np.zeros(len(labels))
+    for members_M, starts_S in _batches(labels):
+        scores_N[members_M] = _from_means(read, rows[members_M], starts_S)
+    return best_rows(-scores_N, labels)
+
+
+def medoid_rows(read: ReadRows, rows: IntArray, labels: IntArray, device: torch.device) -> IntArray:
+    """Choose the row of each set with the smallest sum of distances to the others; as :func:`central_rows` otherwise."""
+    scores_N = np.zeros(len(labels))
+    for members_M, starts_S in _batches(labels):
+        for start, end in zip(starts_S, np.append(starts_S[1:], len(members_M)), strict=True):
+            members = members_M[start:end]
+            scores_N[members] = _from_members(read, rows[members], device)
+    return best_rows(-scores_N, labels)
+
+
+def best_rows(scores: DoubleArray, labels: IntArray) -> IntArray:
+    """Choose the row of each set with the highest score, float64 [N], not NaN; as :func:`central_rows` otherwise."""
+    order = np.lexsort((-scores, labels))  # stable: of equal scores the smaller position comes first
+    is_first = np.append(True, np.diff(labels[order]) != 0)
+    chosen = np.empty(len(labels), np.int64)
+    chosen[order] = order[is_first][np.cumsum(is_first) - 1]
+    return chosen
+
+
+def random_scores(rows: IntArray, seed: int) -> DoubleArray:
+    """Draw a number in [0, 1) for each row number: a function of the seed and the row only, so of no order of work."""
+    mixed = rows.astype(np.uint64) + np.uint64(seed * 0xD1342543DE82EF95 % 2**64)
+    # splitmix64's finaliser (Steele, Lea, Flood 2014)
+    mixed += np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def distances_to(read: ReadRows, rows: IntArray, representatives: IntArray) -> FloatArray:
+    """Measure the exact distance of each row to the one that stands for it.
+
+    Args:
+        read: Reads stored rows.
+        rows: Row numbers, int64 [N].
+        representatives: Positions in `rows`, int64 [N].
+
+    Returns:
+        float32 [N], 0 for rows that stand for themselves.
+    """
+    distances = np.zeros(len(rows), np.float32)
+    others = np.flatnonzero(representatives != np.arange(len(rows)))
+    for start in range(0, len(others), _ROWS_AT_ONCE):
+        part = others[start : start + _ROWS_AT_ONCE]
+        a, b = torch.from_numpy(read(rows[part])), torch.from_numpy(read(rows[representatives[part]]))
+        distances[part] = paired_distances(a, b, squared_lengths(a), squared_lengths(b)).numpy()
+    return distances
+
+
+def _batches(labels: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
+    """Yield whole sets, together of about ``_ROWS_AT_ONCE`` rows, as positions [M] and where each set starts [S].
+
+    Sets of one or two rows are left out: two rows are equally far from their mean, and from each other, so the smaller
+    position stands for them without a look at the rows.
+    """
+    sizes = np.bincount(labels)[labels]
+    order = np.argsort(labels, kind="stable")
+    order = order[sizes[order] > 2]
+    starts = np.flatnonzero(np.append(True, np.diff(labels[order]) != 0)) if len(order) else np.empty(0, np.int64)
+    first = 0
+    while first < len(starts):
+        last = max(first + 1, int(np.searchsorted(starts, starts[first] + _ROWS_AT_ONCE)))
+        end = starts[last] if last < len(starts) else len(order)
+        yield order[starts[first] : end], starts[first:last] - starts[first]
+        first = last
+
+
+def _from_means(read: ReadRows, members: IntArray, starts_S: IntArray) -> DoubleArray:
+    """Return each row's squared distance to the mean of its set, float64 [M]; the sets lie one after another."""
+    sizes_S = np.diff(np.append(starts_S, len(members)))
+    set_M = np.repeat(np.arange(len(starts_S)), sizes_S)
+    chunks = [slice(at, at + _ROWS_AT_ONCE) for at in range(0, len(members), _ROWS_AT_ONCE)]
+    totals_SD: DoubleArray | None = None
+    for chunk in chunks:
+        rows_MD = read(members[chunk]).astype(np.float64)
+        sets, begins = np.unique(set_M[chunk], return_index=True)
+        if totals_SD is None:
+            totals_SD = np.zeros((len(starts_S), rows_MD.shape[1]))
+        totals_SD[sets] += np.add.reduceat(rows_MD, begins, axis=0)
+    assert totals_SD is not None  # a batch has rows
+    means_SD = totals_SD / sizes_S[:, None]
+    # One row at a time along the contiguous axis: a row's sum does not depend on which rows are beside it.
+    return np.concatenate(
+        [((read(members[chunk]).astype(np.float64) - means_SD[set_M[chunk]]) ** 2).sum(axis=1) for chunk in chunks]
+    )
+
+
+def _from_members(read: ReadRows, members: IntArray, device: torch.device) -> DoubleArray:
+    """Return sums of distances to all members, float64 [M]."""
+    starts = range(0, len(members), _ROWS_AT_ONCE)
+    sums = []
+    for i in starts:
+        a = load_block(read, members[i : i + _ROWS_AT_ONCE], device, torch.float16)
+        wide_MD = a.stored.to(torch.float64)
+        total_M = torch.zeros(len(a), dtype=torch.float64, device=device)
+        for j in starts:
+            b = load_block(read, members[j : j + _ROWS_AT_ONCE], device, torch.float16)
+            squared_MN = a.squared[:, None] + b.squared - 2.0 * (wide_MD @ b.stored.to(torch.float64).T)
+            total_M += round_distances(squared_MN).to(torch.float64).sum(dim=1)
+        sums.append(total_M.cpu().numpy())
+    return np.concatenate(sums)

@@ -1,0 +1,140 @@
+"""The star cover: every dropped image is within ε of the image that stands for it, and no two of those are within ε.
+
+Single linkage chains: at the end of a chain an image may be far from the one kept. The star cover visits images by their
+number of neighbours within ε (ties by row), keeps each that no kept one covers, and assigns the rest to their nearest
+keeper. A star never crosses a single-linkage component, since its edges are within ε.
+
+Shape letters: N rows, P pairs.
+
+Source: METHOD §1 [O], "Chaining, and the star cover".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from clipcid_cli.algorithms.search.distances import IntArray
+from clipcid_cli.algorithms.sets.forest import Curve, Edges
+
+
+def star_cover(num_rows: int, pairs: Edges, copies: IntArray | None = None) -> IntArray:
+    """Cover rows by stars.
+
+    Args:
+        num_rows: N.
+        pairs: All pairs within ε, each once, in any order.
+        copies: How many equal rows each row stands for, itself included, int64 [N]; by default 1. They count as
+            neighbours, and follow the row that stands for them.
+
+    Returns:
+        int64 [N]: the row that stands for each row, itself where it is kept.
+    """
+    count = np.ones(num_rows, np.int64) if copies is None else copies
+    degree = count - 1
+    for one, other in ((pairs.a, pairs.b), (pairs.b, pairs.a)):  # whole numbers below 2⁵³, so the sums are exact
+        degree = degree + np.bincount(one, weights=count[other], minlength=num_rows).astype(np.int64)
+    place = np.empty(num_rows, np.int64)
+    place[np.lexsort((np.arange(num_rows), -degree))] = np.arange(num_rows)
+    keeps = _keep_in_order(num_rows, place, pairs)
+    covering = keeps[pairs.a] != keeps[pairs.b]
+    kept = np.where(keeps[pairs.a], pairs.a, pairs.b)[covering]
+    dropped = np.where(keeps[pairs.a], pairs.b, pairs.a)[covering]
+    # Nearest keeper last, the smaller row of equals, so that it is the one that stays written.
+    order = np.lexsort((-kept, -pairs.weight[covering]))
+    stands_for = np.arange(num_rows, dtype=np.int64)
+    stands_for[dropped[order]] = kept[order]
+    return stands_for
+
+
+def _keep_in_order(num_rows: int, place: IntArray, pairs: Edges) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Keep each row that no row kept before it is paired with, bool [N]; `place` is each row's place in the order.
+
+    In rounds over the pairs rather than row by row: a row that comes before all its undecided neighbours is kept, and its
+    neighbours are covered. The rows kept are those of the one-by-one rule, whatever can be decided at once
+    (Blelloch, Fineman, Shun 2012, "Greedy sequential maximal independent set and matching are parallel on average").
+    """
+    keeps, decided = np.zeros(num_rows, np.bool_), np.zeros(num_rows, np.bool_)
+    early = np.where(place[pairs.a] < place[pairs.b], pairs.a, pairs.b)
+    late = pairs.a + pairs.b - early
+    while len(early):
+        waits = np.zeros(num_rows, np.bool_)
+        waits[late] = True
+        kept_now = early[~waits[early]]
+        keeps[kept_now] = decided[kept_now] = True
+        decided[late[keeps[early]]] = True
+        open_pairs = ~decided[early] & ~decided[late]
+        early, late = early[open_pairs], late[open_pairs]
+    return keeps | ~decided
+
+
+@dataclasses.dataclass(frozen=True)
+class StarSearch:
+    """The smallest cut-off found at which the star cover keeps few enough rows.
+
+    Attributes:
+        cutoff: ε, one of the pairs' distances.
+        stands_for: The cover at it, int64 [N].
+    """
+
+    cutoff: float
+    stands_for: IntArray
+
+
+def find_star_cutoff(
+    num_rows: int, pairs: Edges, num_kept: int, copies: IntArray | None = None, above: float = -1.0
+) -> StarSearch | None:
+    """Find ε for a number of rows to keep, by bisection over the distances of the pairs.
+
+    Args:
+        num_rows: N.
+        pairs: All pairs up to some distance, ascending by weight.
+        num_kept: Rows to keep, at most.
+        copies: As for :func:`star_cover`.
+        above: Distance that ε is beyond.
+
+    Returns:
+        A cut-off at which at most `num_kept` rows are kept while at the next smaller distance tried more are; None when
+        even all pairs keep more.
+    """
+    distances = np.unique(pairs.weight)
+    if not len(distances):
+        return None
+    low, high = int(np.searchsorted(distances, np.float32(above), side="right")) - 1, len(distances) - 1
+    best = StarSearch(float(distances[high]), star_cover(num_rows, pairs, copies))
+    if count_kept(best.stands_for) > num_kept:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        cover = star_cover(num_rows, pairs.up_to(float(distances[middle])), copies)
+        if count_kept(cover) <= num_kept:
+            high, best = middle, StarSearch(float(distances[middle]), cover)
+        else:
+            low = middle
+    return best
+
+
+def count_kept(stands_for: IntArray) -> int:
+    """Count the rows that stand for themselves."""
+    return int(np.count_nonzero(stands_for == np.arange(len(stands_for))))
+
+
+def star_curve(num_rows: int, pairs: Edges, copies: IntArray, chosen: float, num_points: int = 24) -> Curve:
+    """Trace rows kept and the largest star over the cut-off.
+
+    Args:
+        num_rows: N.
+        pairs: All pairs up to some distance, ascending by weight.
+        copies: As for :func:`star_cover`.
+        chosen: A cut-off that must be among the points.
+        num_points: Number of other points, evenly from 0 to the largest distance of the pairs; each costs a cover.
+    """
+    farthest = float(pairs.weight[-1]) if len(pairs) else 0.0
+    distances = np.unique(np.append(np.linspace(0.0, farthest, num_points), chosen).astype(np.float32))
+    kept, largest = [], []
+    for distance in distances:
+        cover = star_cover(num_rows, pairs.up_to(float(distance)), copies)
+        kept.append(count_kept(cover))
+        largest.append(int(np.bincount(cover, weights=copies).max()))
+    return Curve(distances, np.array(kept, np.int64), np.array(largest, np.int64))

@@ -1,0 +1,234 @@
+"""Image-text data in any of its forms, opened by one name: shards in order, each a list of samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.image_folder import read_image_folder
+from clipcid_cli.formats.data.remote import fetch_error, is_url, open_filesystem
+from clipcid_cli.formats.data.sample_list import LIST_SUFFIXES, Columns, read_sample_list
+from clipcid_cli.formats.data.samples import Location, Sample, Shard, natural_key
+from clipcid_cli.formats.data.tar_index import TarShard, check_tar
+from clipcid_cli.formats.skips import Skips
+
+__all__ = ["Columns", "Dataset", "Location", "Sample", "Shard", "open_dataset", "refuse_repeated_keys"]
+
+_FORMS = (
+    "Give a folder of .tar shards, one .tar, a pattern such as data/{00000..00099}.tar, a folder of images, or a csv, tsv "
+    "or parquet list."
+)
+
+# Data up to this size has its keys compared across all shards before anything else is done; larger data only those of the
+# first two shards, and all of them once they are known.
+_SMALL = 2**30
+
+_ESTIMATED_FROM = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Image-text data.
+
+    Attributes:
+        spec: Its name as given; local paths are absolute.
+        kind: ``webdataset``, ``benchmark`` (CLIP_benchmark's folder), ``images`` or ``list``.
+        shards: In natural order.
+        classes: Names of the classes, for a folder with one folder per class.
+        keys: ``sample`` or ``shard``: whether a key is the sample's own or begins with its shard's name.
+        columns: Names of a list's columns.
+    """
+
+    spec: str
+    kind: str
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...] | None
+    keys: str
+    columns: Columns
+
+    def fingerprints(self) -> list[dict[str, Any]]:
+        """Describe the content of every shard, for a sidecar. Reads a little of each."""
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(lambda shard: shard.fingerprint(), self.shards))
+
+    def estimate_samples(self) -> int:
+        """Estimate how many samples there are from a few shards spread over the data; exact when there are no more."""
+        step = max(1, len(self.shards) // _ESTIMATED_FROM)
+        probed = self.shards[::step][:_ESTIMATED_FROM]
+        return round(sum(len(shard.samples()) for shard in probed) * len(self.shards) / len(probed))
+
+    def describe(self) -> dict[str, Any]:
+        """Say how the data was named and read, such that `open_described` opens it again."""
+        return {"spec": self.spec, "keys": self.keys, **dataclasses.asdict(self.columns)}
+
+
+def open_described(description: dict[str, Any]) -> Dataset:
+    """Open data again from what `Dataset.describe` said."""
+    columns = {field.name: description[field.name] for field in dataclasses.fields(Columns)}
+    return open_dataset(description["spec"], keys=description["keys"], columns=Columns(**columns))
+
+
+def open_dataset(spec: str | Path, keys: str = "sample", columns: Columns | None = None) -> Dataset:
+    """Open image-text data.
+
+    Args:
+        spec: A folder of tar shards (CLIP_benchmark's among them), one tar, a brace pattern of tars, a folder of images,
+            a csv, tsv or parquet list; local or a URL that fsspec knows.
+        keys: ``shard`` puts the shard's name before each key, for data whose keys repeat across shards.
+        columns: Names of a list's columns.
+
+    Raises:
+        ClipcidError: within seconds, when there is no such data, nothing in it is a shard or image, a local shard is cut
+            off or not a tar, the first shards hold no image, or keys repeat across shards.
+    """
+    spec, columns = str(spec), columns if columns is not None else Columns()
+    if spec.startswith("file://"):
+        spec = spec.removeprefix("file://")
+    if spec.startswith("pipe:"):
+        raise ClipcidError(f"{spec}: commands are never run to get data.", _FORMS)
+    if not is_url(spec):
+        spec = os.path.abspath(os.path.expanduser(spec))
+    prefix = keys == "shard"
+    classes: tuple[str, ...] | None = None
+    shards: Sequence[Shard]
+    if spec.lower().endswith(LIST_SUFFIXES):
+        kind, shards = "list", read_sample_list(spec, columns, prefix_keys=prefix)
+    elif (tars := _find_tars(spec)) is not None:
+        kind = "benchmark" if _is_benchmark(spec) else "webdataset"
+        shards = _name_tars(tars, prefix_keys=prefix, split_captions=kind == "benchmark")
+        _check_tars(tars)
+    else:
+        kind = "images"
+        shards, classes = read_image_folder(Path(spec), prefix_keys=prefix)
+        if not shards:
+            raise ClipcidError(f"{spec} holds no .tar shard and no image.", _explain_subfolders(Path(spec)))
+    _require_images(spec, shards)
+    dataset = Dataset(spec, kind, tuple(shards), classes, keys, columns)
+    small = sum(
+        os.path.getsize(shard.path) for shard in shards if isinstance(shard, TarShard) and not is_url(shard.path)
+    )
+    if kind in ("webdataset", "benchmark"):
+        first = dataset.shards if small <= _SMALL else dataset.shards[:2]
+        refuse_repeated_keys([(shard.name, [sample.key for sample in shard.samples()]) for shard in first])
+    return dataset
+
+
+def refuse_repeated_keys(shards: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Refuse keys that occur in more than one shard, since files of later steps are joined by key.
+
+    Args:
+        shards: Name and keys of each shard.
+
+    Raises:
+        ClipcidError: naming the first such key and both shards.
+    """
+    owners: dict[str, str] = {}
+    for name, keys in shards:
+        for key in keys:
+            owner = owners.setdefault(key, name)
+            if owner != name:
+                raise ClipcidError(
+                    f"Key {key!r} occurs in shard {owner} and again in shard {name}.",
+                    "Add --keys shard, which puts the shard's name before each key.",
+                )
+
+
+def _find_tars(spec: str) -> list[str] | None:
+    """List the tars that `spec` names, in natural order; None when it is a folder without any."""
+    if "{" in spec:
+        return sorted(_expand(spec), key=natural_key)
+    if is_url(spec):
+        return [spec] if spec.lower().endswith(".tar") else _list_remote(spec)
+    path = Path(spec)
+    if path.is_file():
+        return [spec]
+    if not path.is_dir():
+        raise ClipcidError(f"There is no data at {spec}.", _FORMS)
+    if _is_benchmark(spec):
+        return _benchmark_tars(path)
+    tars = [str(entry) for entry in path.iterdir() if entry.suffix.lower() == ".tar" and not entry.name.startswith(".")]
+    return sorted(tars, key=natural_key) or None
+
+
+def _expand(spec: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(spec))
+    except ValueError as error:  # braceexpand.UnbalancedBracesError
+        raise ClipcidError(f"{spec}: a brace has no partner.", _FORMS) from error
+
+
+def _list_remote(spec: str) -> list[str]:
+    filesystem, inner = open_filesystem(spec)
+    try:
+        names = filesystem.ls(inner, detail=False)
+    except Exception as error:  # every fsspec backend raises its client's own errors
+        raise fetch_error(spec, error) from error
+    tars = [str(filesystem.unstrip_protocol(name)) for name in names if str(name).lower().endswith(".tar")]
+    if not tars:
+        raise ClipcidError(
+            f"{spec} lists no .tar shard.", "Give a pattern such as s3://bucket/data/{00000..00099}.tar."
+        )
+    return sorted(tars, key=natural_key)
+
+
+def _is_benchmark(spec: str) -> bool:
+    return not is_url(spec) and Path(spec, "nshards.txt").is_file()
+
+
+def _benchmark_tars(folder: Path) -> list[str]:
+    text = (folder / "nshards.txt").read_text(encoding="utf-8", errors="replace").strip()
+    if not text.isdigit() or int(text) == 0:
+        raise ClipcidError(f"{folder / 'nshards.txt'} holds {text[:40]!r}, not a number of shards.", "Mend the file.")
+    tars = [folder / f"{number}.tar" for number in range(int(text))]
+    missing = [tar.name for tar in tars if not tar.is_file()]
+    if missing:
+        raise ClipcidError(
+            f"{folder} should hold {len(tars)} shards (nshards.txt); {len(missing)} are missing, first {missing[0]}.",
+            "Copy them there, or mend nshards.txt.",
+        )
+    return [str(tar) for tar in tars]
+
+
+def _name_tars(tars: list[str], *, prefix_keys: bool, split_captions: bool) -> tuple[TarShard, ...]:
+    """Name shards by their files, with as many folders before as it takes to tell them apart."""
+    parts = [tar[: -len(".tar")].split("/") if tar.lower().endswith(".tar") else tar.split("/") for tar in tars]
+    depth = 1
+    while len({tuple(part[-depth:]) for part in parts}) < len(set(tars)):
+        depth += 1
+    if len(set(tars)) < len(tars):
+        raise ClipcidError("The pattern names a shard twice.", "Write each shard once.")
+    names = ["/".join(part[-depth:]) for part in parts]
+    return tuple(TarShard(name, tar, prefix_keys, split_captions) for name, tar in zip(names, tars, strict=True))
+
+
+def _check_tars(tars: list[str]) -> None:
+    local = [Path(tar) for tar in tars if not is_url(tar)]
+    with ThreadPoolExecutor(16) as pool:
+        for _ in pool.map(check_tar, local):
+            pass
+
+
+def _explain_subfolders(folder: Path) -> str:
+    inner = sorted(path.parent.name for path in folder.glob("*/*.tar"))
+    if inner:
+        names = sorted(set(inner), key=natural_key)
+        return f"Its folders {', '.join(names[:6])} hold shards: give one of them, as in {folder / names[0]}."
+    return _FORMS
+
+
+def _require_images(spec: str, shards: Sequence[Shard]) -> None:
+    """Refuse data of which the first shards hold no image at all."""
+    skips = Skips()
+    for shard in shards[:10]:
+        if shard.samples(skips):
+            return
+    looked = "it has" if len(shards) <= 10 else "the first 10 of its shards have"
+    seen = f" ({skips.total} without one, first {skips.examples['no_image'][0]})" if "no_image" in skips.counts else ""
+    raise ClipcidError(f"{spec}: no sample with an image in what {looked}{seen}.", _FORMS)

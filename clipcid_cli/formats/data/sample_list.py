@@ -1,0 +1,186 @@
+"""A list of images: a csv, tsv or parquet file with one row per sample, as open_clip's csv data sets are."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.image_folder import VIRTUAL_SHARD
+from clipcid_cli.formats.data.remote import is_url, local_copy
+from clipcid_cli.formats.data.samples import Location, Sample
+from clipcid_cli.formats.skips import Skips
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LIST_SUFFIXES = (".csv", ".tsv", ".parquet")
+LABEL_COLUMN = "label"
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Names of a list's columns; a ``label`` column, where there is one, numbers the classes.
+
+    Where one cell of that column holds several numbers (a parquet list, or ``3 7`` in text), every image may have any number
+    of classes, and an empty cell is an image with none.
+
+    Attributes:
+        image: Path of the image, relative to the list's folder or absolute, or a URL.
+        caption: The caption; the list need not have it.
+        key: The key; where the list has no such column the path as written is the key.
+    """
+
+    image: str = "filepath"
+    caption: str = "title"
+    key: str = "key"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    key: str
+    path: str
+    caption: str
+    label: int | None
+    labels: tuple[int, ...] | None
+    repeated: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ListShard:
+    """A slice of a list.
+
+    Attributes:
+        name: Number of the slice, five digits.
+        source: The list.
+        rows: Its rows.
+        prefix_keys: Whether keys begin with the shard's name.
+    """
+
+    name: str
+    source: str
+    rows: tuple[_Row, ...]
+    prefix_keys: bool = False
+
+    def samples(self, skips: Skips | None = None) -> list[Sample]:
+        """List the slice's samples; rows without a path, or with a key that an earlier row has, are counted."""
+        skips = skips if skips is not None else Skips()
+        found = []
+        for row in self.rows:
+            if not row.path:
+                skips.add("no_image", row.key)
+            elif row.repeated:
+                skips.add("duplicate_key", row.key)
+            else:
+                key = f"{self.name}/{row.key}" if self.prefix_keys else row.key
+                captions = (row.caption,) if row.caption else ()
+                found.append(
+                    Sample(key=key, image=Location(row.path), captions=captions, label=row.label, labels=row.labels)
+                )
+        return found
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describe the slice: number of rows as its size, and a hash of them."""
+        text = "\n".join(f"{row.key}\t{row.path}\t{row.caption}\t{row.labels or row.label}" for row in self.rows)
+        digest = hashlib.blake2b(text.encode("utf-8", errors="surrogateescape"), digest_size=16).hexdigest()
+        return {"path": f"{self.source}#{self.name}", "size": len(text), "hash": f"blake2b-rows:{digest}"}
+
+
+def read_sample_list(spec: str, columns: Columns, *, prefix_keys: bool) -> tuple[ListShard, ...]:
+    """Read a list, in its own order.
+
+    Args:
+        spec: A ``.csv`` (commas, or tabs as open_clip's are), ``.tsv`` or ``.parquet`` file, or its URL.
+        columns: Names of the columns.
+        prefix_keys: Whether keys begin with the shard's name.
+
+    Returns:
+        Slices of `VIRTUAL_SHARD` rows.
+
+    Raises:
+        ClipcidError: when the file is not of that kind, has no rows, or lacks the column of paths.
+    """
+    frame = _read_frame(spec, local_copy(spec))
+    if columns.image not in frame:
+        raise ClipcidError(
+            f"List {spec} has no column {columns.image!r}; it has {', '.join(map(str, frame.columns[:12]))}.",
+            "Name the column of image paths with --image-column (and --caption-column, --key-column).",
+        )
+    if frame.empty:
+        raise ClipcidError(f"List {spec} has a header and no rows.", "Give a list with one row per image.")
+    folder = spec.rpartition("/")[0] if is_url(spec) else os.path.dirname(spec)
+    blank = [""] * len(frame)
+    paths = _text(frame, columns.image)
+    captions = _text(frame, columns.caption) if columns.caption in frame else blank
+    keys = _text(frame, columns.key) if columns.key in frame else paths
+    classes = _classes(spec, frame) if LABEL_COLUMN in frame else None
+    several = classes is not None and any(len(row) > 1 for row in classes)
+    rows, seen = [], set()
+    for number, (key, path, caption) in enumerate(zip(keys, paths, captions, strict=True)):
+        where = path if not path or is_url(path) or os.path.isabs(path) else os.path.join(folder, path)
+        own = classes[number] if classes is not None else ()
+        label = own[0] if own and not several else None
+        rows.append(_Row(key, where, caption, label, own if several else None, key in seen))
+        seen.add(key)
+    return tuple(
+        ListShard(f"{start // VIRTUAL_SHARD:05d}", spec, tuple(rows[start : start + VIRTUAL_SHARD]), prefix_keys)
+        for start in range(0, len(rows), VIRTUAL_SHARD)
+    )
+
+
+def _read_frame(spec: str, path: Path) -> pd.DataFrame:
+    import pandas as pd  # 0.3 s, which data of other kinds should not wait for
+
+    try:
+        if spec.lower().endswith(".parquet"):
+            return pd.read_parquet(path)
+        with path.open(encoding="utf-8", errors="replace") as file:
+            header = file.readline()
+        # open_clip writes and reads tab-separated lists, whatever they are called.
+        separator = "\t" if spec.lower().endswith(".tsv") or ("\t" in header and "," not in header) else ","
+        return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+    except FileNotFoundError as error:
+        raise ClipcidError(f"There is no list {spec}.", "Check the path.") from error
+    except (OSError, ValueError) as error:  # pandas' and pyarrow's parsing errors are ValueErrors
+        reason = " ".join(str(error).split())[:200]
+        raise ClipcidError(
+            f"List {spec} cannot be read: {reason}", "Give a csv, tsv or parquet file with a header."
+        ) from error
+
+
+def _text(frame: pd.DataFrame, column: str) -> list[str]:
+    return ["" if _is_missing(value) else str(value).strip() for value in frame[column]]
+
+
+def _classes(spec: str, frame: pd.DataFrame) -> list[tuple[int, ...]]:
+    """Read the numbers of classes in each cell: none, one or several."""
+    try:
+        return [_numbers(cell) for cell in frame[LABEL_COLUMN]]
+    except ValueError as error:
+        raise ClipcidError(
+            f"Column {LABEL_COLUMN!r} of list {spec} holds something other than whole numbers: {error}.",
+            "Number the classes from 0 (several of one image with a space between), or name the column otherwise.",
+        ) from error
+
+
+def _numbers(cell: Any) -> tuple[int, ...]:
+    parts = re.split(r"[\s,;|]+", cell.strip()) if isinstance(cell, str) else cell
+    if not isinstance(parts, list | tuple | np.ndarray):
+        parts = [] if _is_missing(cell) else [cell]
+    numbers = [float(part) for part in parts if part != ""]
+    broken = next((number for number in numbers if not number.is_integer()), None)
+    if broken is not None:
+        raise ValueError(f"{broken:g} is no whole number")
+    return tuple(dict.fromkeys(int(number) for number in numbers))
+
+
+def _is_missing(cell: Any) -> bool:
+    import pandas as pd
+
+    return bool(pd.isna(cell))

@@ -1,0 +1,289 @@
+"""Shards of tar: where each member lies, read from the headers alone, so that any sample is one read away.
+
+Python's tarfile would do, at four to five times the time (3,000 members: 0.11 s against 0.025 s).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.remote import local_copy
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample
+from clipcid_cli.formats.skips import Skips
+
+_BLOCK = 512
+_READ = 16 * _BLOCK  # A header, and often the small members after it, in one read.
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
+_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext, without the 0.2 s of importing it
+_META = re.compile(r"__[^/]*__($|/)")  # Members webdataset keeps for itself.
+_FIX = "Make the shard again, or take it out of the data."
+
+
+class Member(NamedTuple):
+    """A regular file in a tar.
+
+    Attributes:
+        name: Its path as stored.
+        offset: First byte of its content.
+        size: Bytes of its content.
+        start: First byte of its headers, those with a long name included.
+    """
+
+    name: str
+    offset: int
+    size: int
+    start: int
+
+    @property
+    def end(self) -> int:
+        """First byte after its content and the padding of that."""
+        return self.offset + -(-self.size // _BLOCK) * _BLOCK
+
+
+@dataclasses.dataclass(frozen=True)
+class TarShard:
+    """One tar of a webdataset.
+
+    Attributes:
+        name: Name of the shard: its file's name without ``.tar``, with folders where that is needed to tell it apart.
+        path: The tar, or its URL.
+        prefix_keys: Whether keys begin with the shard's name.
+        split_captions: Whether each line of a ``.txt`` is a caption of its own, as in CLIP_benchmark's folders.
+    """
+
+    name: str
+    path: str
+    prefix_keys: bool = False
+    split_captions: bool = False
+
+    def samples(self, skips: Skips | None = None) -> list[Sample]:
+        """List the shard's samples: consecutive members whose names agree up to the first dot, as webdataset has it.
+
+        Args:
+            skips: Where samples without an image or with a repeated key are counted; they are left out.
+
+        Raises:
+            ClipcidError: when the tar is damaged.
+        """
+        skips = skips if skips is not None else Skips()
+        path = local_copy(self.path)
+        found: list[Sample] = []
+        seen: set[str] = set()
+        for key, members in group_members(read_members(path)):
+            files = _by_suffix(members)
+            where = f"{self.name}/{key}"
+            if key in seen:
+                skips.add("duplicate_key", where)
+                continue
+            seen.add(key)
+            image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
+            if image is None:
+                skips.add("no_image", where)
+                continue
+            attributes, multi_hot = files.get("json"), files.get("npy")
+            found.append(
+                Sample(
+                    key=where if self.prefix_keys else key,
+                    image=Location(str(path), image.offset, image.size),
+                    captions=self._captions(path, files.get("txt")),
+                    label=_read_label(path, files.get("cls"), where),
+                    multi_hot=Location(str(path), multi_hot.offset, multi_hot.size) if multi_hot else None,
+                    attributes=Location(str(path), attributes.offset, attributes.size) if attributes else None,
+                )
+            )
+        return found
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describe the tar: size, and a hash of its size and of windows of 64 KiB at its head, middle and tail."""
+        path = local_copy(self.path)
+        size, window = path.stat().st_size, 2**16
+        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+        with path.open("rb") as file:
+            for start in (0, max(0, (size - window) // 2), max(0, size - window)):
+                file.seek(start)
+                digest.update(file.read(window))
+        return {"path": self.path, "size": size, "hash": f"blake2b-sampled:{digest.hexdigest()}"}
+
+    def _captions(self, path: Path, member: Member | None) -> tuple[str, ...]:
+        if member is None:
+            return ()
+        text = _read(path, member).decode("utf-8", errors="replace")
+        captions = text.splitlines() if self.split_captions else [text]
+        return tuple(caption.strip() for caption in captions if caption.strip())
+
+
+def group_members(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
+    """Collect consecutive members of one key: names that agree up to the first dot, as webdataset has it."""
+    current: str | None = None
+    group: list[Member] = []
+    for member in members:
+        found = None if _META.match(member.name) else _KEY.match(member.name)
+        if found is None:
+            continue
+        key = found[1]
+        if key != current:
+            if current is not None:
+                yield current, group
+            current, group = key, []
+        group.append(member)
+    if current is not None:
+        yield current, group
+
+
+def _by_suffix(members: list[Member]) -> dict[str, Member]:
+    """Map suffixes, lower case, to the members of one sample; of two with the same suffix the first is taken."""
+    files: dict[str, Member] = {}
+    for member in members:
+        suffix = member.name.rpartition("/")[2].partition(".")[2]
+        files.setdefault(suffix.lower(), member)
+    return files
+
+
+def _read(path: Path, member: Member) -> bytes:
+    return Location(str(path), member.offset, member.size).read()
+
+
+def _read_label(path: Path, member: Member | None, where: str) -> int | None:
+    if member is None:
+        return None
+    text = _read(path, member)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ClipcidError(
+            f"The .cls of sample {where} holds {text[:40]!r}, not the number of a class.",
+            "Write one whole number, from 0.",
+        ) from error
+
+
+def check_tar(path: Path) -> None:
+    """Look whether a tar is whole, at the cost of reading its first and last block.
+
+    Only a tar that does not end the usual way, with two empty blocks, has all its headers read.
+
+    Raises:
+        ClipcidError: when it is compressed, no tar, or cut off.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_BLOCK)
+            file.seek(max(0, size - 2 * _BLOCK))
+            tail = file.read()
+    except OSError as error:
+        raise ClipcidError(
+            f"Shard {path} cannot be read: {error.strerror or error}.", "Check the path and the rights."
+        ) from error
+    if size == 0:
+        raise ClipcidError(f"Shard {path} is empty: 0 bytes.", _FIX)
+    for magic, form in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise ClipcidError(
+                f"Shard {path} is compressed ({form}), so single samples cannot be read from it.",
+                "Unpack it to a plain .tar first; images do not shrink by it.",
+            )
+    if len(head) < _BLOCK or (any(head) and not _checksum_fits(head)):
+        raise ClipcidError(f"Shard {path} is not a tar file.", _FIX)
+    if size % _BLOCK or any(tail):
+        for _ in read_members(path):
+            pass
+
+
+def read_members(path: Path) -> Iterator[Member]:
+    """List the regular files of a tar, in order, from its headers.
+
+    Understands POSIX (ustar, pax) and GNU long names, as Python, GNU tar and bsdtar write them.
+
+    Raises:
+        ClipcidError: when a header is damaged or content lies beyond the end of the file.
+    """
+    with path.open("rb", buffering=0) as file:
+        end = os.fstat(file.fileno()).st_size
+        window = _Window(file.fileno())
+        position = 0
+        overrides: dict[str, str] = {}
+        start: int | None = None
+        while position < end:
+            header = window.read(position, _BLOCK)
+            if len(header) == _BLOCK and not any(header):
+                return
+            if len(header) < _BLOCK or not _checksum_fits(header):
+                raise ClipcidError(
+                    f"Shard {path} is damaged at byte {position:,} of {end:,}: there is no tar header.", _FIX
+                )
+            kind = header[156:157]
+            size = int(overrides["size"]) if "size" in overrides and kind not in b"xgLK" else _number(header[124:136])
+            content = position + _BLOCK
+            # Content is padded to whole blocks, so a tar may also be cut off within the padding.
+            position = content + -(-size // _BLOCK) * _BLOCK
+            if position > end:
+                raise ClipcidError(
+                    f"Shard {path} is cut off: {_name(header)} should end at byte {position:,}, the file has {end:,}.",
+                    "Copy or download it again, or take it out of the data.",
+                )
+            start = content - _BLOCK if start is None else start
+            if kind == b"x":
+                overrides |= _parse_pax(window.read(content, size))
+            elif kind == b"L":
+                overrides["path"] = window.read(content, size).rstrip(b"\0").decode("utf-8", errors="surrogateescape")
+            elif kind == b"g":
+                start = None
+            elif kind != b"K":
+                if kind in b"0\x007":
+                    yield Member(overrides.get("path") or _name(header), content, size, start)
+                overrides, start = {}, None
+
+
+class _Window:
+    """A file read in pieces a little larger than asked for."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._start, self._data = fd, 0, b""
+
+    def read(self, offset: int, size: int) -> bytes:
+        begin = offset - self._start
+        if begin < 0 or begin + size > len(self._data):
+            self._data = os.pread(self._fd, max(size, _READ), offset)
+            self._start, begin = offset, 0
+        return self._data[begin : begin + size]
+
+
+def _checksum_fits(header: bytes) -> bool:
+    try:
+        return _number(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * 32
+    except ValueError:
+        return False
+
+
+def _number(field: bytes) -> int:
+    """Read an octal number, or GNU's binary form of one that is too large for it."""
+    if field[0] & 0x80:
+        return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
+    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+
+
+def _name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0":
+        prefix = header[345:500].split(b"\0", 1)[0]
+        name = prefix + b"/" + name if prefix else name
+    return name.decode("utf-8", errors="surrogateescape")
+
+
+def _parse_pax(data: bytes) -> dict[str, str]:
+    """Read records of the form ``LENGTH KEY=VALUE``, a line each; only the next member's name and size matter here."""
+    found = {}
+    while data and data[0]:
+        length = int(data.split(b" ", 1)[0])
+        key, _, value = data[:length].split(b" ", 1)[1].partition(b"=")
+        if key in (b"path", b"size"):
+            found[key.decode()] = value.rstrip(b"\n").decode("utf-8", errors="surrogateescape")
+        data = data[length:]
+    return found

@@ -1,0 +1,117 @@
+"""What may lie beside a shard's embeddings: views of its images, and the captions after the first.
+
+- ``view_emb/view_emb_0000.npy``, float16 [n, V, D], unit rows: V augmented views of each image.
+- ``view_params/view_params_0000.npy``, float32 [n, V, 16], what replays each: left, top, right, bottom of its crop in the
+  image's pixels, then its colour map [3, 4] row by row.
+- ``captions_emb/captions_emb_0000.npy``, float16 [Σ (count − 1), D], unit rows: captions after the first, row after row; how
+  many captions a row has is column ``captions`` of the metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.npy import NpyFile, find_npy
+
+COUNTS_COLUMN = "captions"
+_AGAIN = "Make the folder again: clipcid embed DATA --overwrite"
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """The files of one shard beside those every folder of embeddings has.
+
+    Attributes:
+        views: Embeddings of views, [n, V, D]; None where there are none.
+        view_params: What replays them, [n, V, 16]; None likewise.
+        further: Embeddings of the captions after the first; None where no row has several.
+    """
+
+    views: NpyFile | None = None
+    view_params: NpyFile | None = None
+    further: NpyFile | None = None
+
+    @property
+    def num_views(self) -> int:
+        """V, 0 where there are none."""
+        return 0 if self.views is None else self.views.shape[1]
+
+    def check(self, rows: int, width: int) -> None:
+        """Check shapes and formats against those of the image embeddings, [rows, width].
+
+        Raises:
+            ClipcidError: naming the file and both shapes.
+        """
+        if self.views is not None:
+            views = (rows, self.num_views, width)
+            _check(self.views, views, np.dtype(np.float16))
+            if self.view_params is None:
+                raise ClipcidError(f"{self.views.path} has no view_params of the same number beside it.", _AGAIN)
+            _check(self.view_params, (rows, self.num_views, 16), np.dtype(np.float32))
+        if self.further is not None:
+            _check(self.further, (self.further.shape[0], width), np.dtype(np.float16))
+
+    def read_counts(self, metadata: Path | None, rows: int) -> npt.NDArray[np.int64]:
+        """Read how many captions of each row are embedded, int64 [rows].
+
+        Raises:
+            ClipcidError: when they do not add up to the embeddings of further captions.
+        """
+        if self.further is None or metadata is None:
+            return np.ones(rows, dtype=np.int64)
+        has_counts = COUNTS_COLUMN in pq.read_schema(metadata).names
+        found = pq.read_table(metadata, columns=[COUNTS_COLUMN])[COUNTS_COLUMN].to_numpy() if has_counts else None
+        counts = np.ones(rows, dtype=np.int64) if found is None else found.astype(np.int64)
+        if int(counts.sum()) - rows != self.further.shape[0]:
+            raise ClipcidError(
+                f"{self.further.path} has {self.further.shape[0]:,} rows; {metadata} counts {int(counts.sum()) - rows:,} "
+                "captions after the first.",
+                _AGAIN,
+            )
+        return counts
+
+
+def find_extras(folder: Path, number: str) -> Extras:
+    """Find what lies beside the embeddings of a shard; `number` is the end of its files' names.
+
+    Raises:
+        ClipcidError: when a file cannot be read.
+    """
+    files: list[NpyFile | None] = []
+    for kind in ("view_emb", "view_params", "captions_emb"):
+        path = folder / kind / f"{kind}_{number}.npy"
+        files.append(find_npy(path) if path.is_file() else None)
+    return Extras(*files)
+
+
+class ViewParams:
+    """What replays the views of N rows, mapped from several files; 16 numbers a view.
+
+    Attributes:
+        num_views: V.
+    """
+
+    def __init__(self, files: list[npt.NDArray[Any]], num_views: int) -> None:
+        self._files, self.num_views = files, num_views
+        self._starts = np.concatenate([[0], np.cumsum([len(file) for file in files], dtype=np.int64)])
+
+    def read(self, row: int, view: int) -> npt.NDArray[np.float32]:
+        """Return the parameters of one view, float32 [16], as an array of its own."""
+        owner = int(np.searchsorted(self._starts, row, side="right")) - 1
+        found: npt.NDArray[np.float32] = np.array(self._files[owner][row - self._starts[owner], view])
+        return found
+
+
+def _check(file: NpyFile, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if file.shape != shape or file.dtype != dtype:
+        raise ClipcidError(
+            f"{file.path} holds {file.dtype} {list(file.shape)}, where the images ask for {dtype} {list(shape)}.",
+            _AGAIN,
+        )

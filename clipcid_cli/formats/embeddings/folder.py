@@ -1,0 +1,382 @@
+"""Embeddings on disk, in the layout of clip-retrieval and embedding-reader.
+
+    img_emb/img_emb_0000.npy        float16 [n, D], unit rows
+    text_emb/text_emb_0000.npy      the same, of the captions
+    metadata/metadata_0000.parquet  key, shard, caption; row i belongs to row i of both
+
+One set of files per shard; `embedding_extras` has what may lie beside them. Folders made by other tools are read as they
+are: rows of another number format, or that are not unit, are normalised and cast to float16 as they are read, each row by
+itself. DataComp's metadata are such a folder:
+
+    0a1b….npz      arrays l14_img, l14_txt, b32_img, b32_txt, …, float16 [n, D]
+    0a1b….parquet  uid, text, …; row i belongs to row i of every array
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.samples import natural_key
+from clipcid_cli.formats.embeddings.extras import Extras, ViewParams, find_extras
+from clipcid_cli.formats.embeddings.key_join import find_repeated_key
+from clipcid_cli.formats.embeddings.npy import RowFile, find_npy
+from clipcid_cli.formats.embeddings.npz import MOST_UNPACKED, choose_arrays, find_array
+from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
+
+_DIGITS = re.compile(r"(\d+)$")
+
+# Names made at once for rows that have none.
+_NAMES_AT_ONCE = 65_536
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingFile:
+    """The files of one shard.
+
+    Attributes:
+        images: Image embeddings: an npy, or an array of an npz.
+        texts: Text embeddings likewise, where there are any.
+        metadata: parquet of keys and captions, where there is one.
+        first: Number of its first row among all rows.
+        rows: Number of its rows.
+        extras: Views and further captions, where there are any.
+    """
+
+    images: RowFile
+    texts: RowFile | None
+    metadata: Path | None
+    first: int
+    rows: int
+    extras: Extras
+
+    @cached_property
+    def name(self) -> str:
+        """Name of the file without its suffix, which stands for the shard where another tool did not record that."""
+        return self.images.path.stem
+
+    def fingerprints(self, *, texts: bool = False, further: bool = False, views: bool = False) -> list[dict[str, Any]]:
+        """Describe its files: those of image embeddings and metadata, and of what else is asked for and there."""
+        extras = self.extras
+        wanted: list[RowFile | None] = [self.images]
+        wanted += [self.texts] if texts else []
+        wanted += [extras.further] if further else []
+        wanted += [extras.views, extras.view_params] if views else []
+        found = [part.fingerprint() for part in wanted if part is not None]
+        return found if self.metadata is None else [*found, fingerprint_file(self.metadata)]
+
+
+class Embeddings:
+    """The embeddings of one model over one data set.
+
+    Attributes:
+        folder: Where they lie.
+        files: Its files, in order of rows.
+        num_rows: N.
+        width: D.
+        sidecar: What `embed` wrote of them; None for a folder of another tool.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: tuple[EmbeddingFile, ...],
+        width: int,
+        sidecar: dict[str, Any] | None,
+        prefix_keys: bool = False,
+    ) -> None:
+        self.folder, self.files, self.width, self.sidecar = folder, files, width, sidecar
+        self._prefix_keys = prefix_keys and sidecar is None
+        self.num_rows = sum(file.rows for file in files)
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether there are text embeddings beside the image embeddings."""
+        return all(file.texts is not None for file in self.files)
+
+    def images(self) -> Rows:
+        """Map the image embeddings."""
+        return self._map(lambda file: file.images)
+
+    def texts(self) -> Rows:
+        """Map the text embeddings, row-aligned with the images.
+
+        Raises:
+            ClipcidError: when there are none.
+        """
+        if not self.has_texts:
+            raise ClipcidError(
+                f"{self.folder} holds no text embeddings.",
+                "Make them with: clipcid embed DATA --text --overwrite (the data needs captions).",
+            )
+        return self._map(lambda file: file.texts)
+
+    @property
+    def num_views(self) -> int:
+        """Number V of views embedded of each image, 0 for none."""
+        return self.files[0].extras.num_views
+
+    def views(self) -> Rows:
+        """Map the embeddings of the views, [N·V, D]: view v of row i is row i·V + v."""
+        parts = [file.extras.views.map() for file in self.files if file.extras.views is not None]
+        flat = [part.reshape(-1, self.width) for part in parts]
+        return Rows(flat, self.width, self.sidecar is not None)
+
+    def view_params(self) -> ViewParams:
+        """Map what replays the views."""
+        parts = [file.extras.view_params for file in self.files]
+        return ViewParams([part.map() for part in parts if part is not None], self.num_views)
+
+    @property
+    def has_further_captions(self) -> bool:
+        """Whether captions after the first are embedded, for any row."""
+        return any(file.extras.further is not None for file in self.files)
+
+    def further_captions(self) -> Rows:
+        """Map the embeddings of the captions after the first: caption k ≥ 1 of row i is row k − 1 from where i's begin."""
+        return self._map(lambda file: file.extras.further)
+
+    @cached_property
+    def caption_counts(self) -> npt.NDArray[np.int64]:
+        """How many captions of each row are embedded (or would be, in a folder without text embeddings), int64 [N]."""
+        return np.concatenate([file.extras.read_counts(file.metadata, file.rows) for file in self.files])
+
+    @cached_property
+    def keys(self) -> pa.ChunkedArray:
+        """Keys of the rows, N strings: column ``key``, else ``image_path``, else ``uid``, else file and row."""
+        keys = self._column(("key", "image_path", "uid"), lambda file, row: f"{file.name}/{row}")
+        if not self._prefix_keys:
+            return keys
+        slash = pa.scalar("/", type=pa.large_string())
+        joined = pc.binary_join_element_wise(self.shards.combine_chunks(), keys.combine_chunks(), slash)
+        return pa.chunked_array([joined], type=pa.large_string())
+
+    @cached_property
+    def shards(self) -> pa.ChunkedArray:
+        """Names of the rows' shards, N strings; the file's name where another tool did not record them."""
+        return self._column(("shard",), lambda file, row: file.name)
+
+    @cached_property
+    def captions(self) -> pa.ChunkedArray:
+        """Captions of the rows, N strings: column ``caption``, else DataComp's ``text``; empty where there is none."""
+        return self._column(("caption", "text"), lambda file, row: "")
+
+    @property
+    def has_uids(self) -> bool:
+        """Whether the metadata have a column ``uid``."""
+        file = self.files[0].metadata
+        return file is not None and "uid" in pq.read_schema(file).names
+
+    @cached_property
+    def uids(self) -> pa.ChunkedArray:
+        """DataComp's identifiers of the rows, N strings; empty where the metadata have no column ``uid``."""
+        return self._column(("uid",), lambda file, row: "")
+
+    def fingerprints(self, *, texts: bool = False, further: bool = False, views: bool = False) -> list[dict[str, Any]]:
+        """Describe the files of every shard for a sidecar: what is asked for beside images and metadata."""
+        with ThreadPoolExecutor(16) as pool:
+            parts = list(
+                pool.map(lambda file: file.fingerprints(texts=texts, further=further, views=views), self.files)
+            )
+        return [entry for part in parts for entry in part]
+
+    def captions_by_file(self) -> Iterator[tuple[EmbeddingFile, pa.ChunkedArray]]:
+        """Yield each file with the captions of its rows, empty where there is none, one file in memory at a time."""
+        for file in self.files:
+            yield file, self._column(("caption", "text"), lambda file, row: "", (file,))
+
+    def refuse_repeated_keys(self) -> None:
+        """Refuse keys that name two rows, in a folder of another tool; `embed` has looked already.
+
+        Raises:
+            ClipcidError: when there are any.
+        """
+        repeat = None if self.sidecar is not None else find_repeated_key(self.keys)
+        if repeat is not None:
+            key, one, other = repeat
+            raise ClipcidError(
+                f"Key {key!r} names rows {one:,} and {other:,} of {self.folder}.",
+                "Add --keys shard, which puts the shard's name before each key, or give the rows keys that differ.",
+            )
+
+    def find_bad_rows(self) -> npt.NDArray[np.int64]:
+        """Find rows that are not finite (or were zero): nothing can be said of their distance to others.
+
+        Rows that `embed` wrote are finite already, so its folders are not read for this.
+        """
+        if self.sidecar is not None:
+            return np.empty(0, dtype=np.int64)
+        bad = [start + np.flatnonzero(~np.isfinite(rows).all(axis=1)) for start, rows in self.images().blocks()]
+        return np.concatenate(bad) if bad else np.empty(0, dtype=np.int64)
+
+    def _map(self, choose: Callable[[EmbeddingFile], RowFile | None]) -> Rows:
+        parts = [part for part in map(choose, self.files) if part is not None]
+        if (size := sum(part.unpacked for part in parts)) > MOST_UNPACKED:
+            raise ClipcidError(
+                f"The arrays in {self.folder} are compressed, so that they cannot be mapped: {size / 2**30:.1f} GiB would "
+                f"have to be unpacked into memory, and at most {MOST_UNPACKED / 2**30:g} GiB are.",
+                "Write them again uncompressed: numpy.savez(new, **numpy.load(old)).",
+            )
+        return Rows([part.map() for part in parts], self.width, self.sidecar is not None)
+
+    def _column(
+        self,
+        names: tuple[str, ...],
+        default: Callable[[EmbeddingFile, int], str],
+        files: tuple[EmbeddingFile, ...] | None = None,
+    ) -> pa.ChunkedArray:
+        chunks: list[pa.Array] = []
+        for file in self.files if files is None else files:
+            present = pq.read_schema(file.metadata).names if file.metadata is not None else []
+            name = next((name for name in names if name in present), None)
+            if name is None:
+                # In pieces: Python's own strings take several times the memory of Arrow's.
+                pieces = [range(file.rows)[at : at + _NAMES_AT_ONCE] for at in range(0, file.rows, _NAMES_AT_ONCE)]
+                chunks.extend(pa.array([default(file, row) for row in piece], pa.large_string()) for piece in pieces)
+            else:
+                column = pq.read_table(file.metadata, columns=[name])[name].cast(pa.large_string())
+                chunks.extend(column.fill_null("").chunks)
+        return pa.chunked_array(chunks, type=pa.large_string())
+
+
+def open_embeddings(folder: Path, keys: str = "sample", npz_array: str | None = None) -> Embeddings:
+    """Open a folder of embeddings.
+
+    Args:
+        folder: One that `embed` finished, or one of clip-retrieval or embedding-reader: ``img_emb/*.npy`` with
+            ``metadata/*.parquet`` (and ``text_emb/*.npy``) of the same numbers, or a folder of bare ``.npy``, or one of
+            DataComp's ``.npz`` with a ``.parquet`` of the same name beside each, in folders below it where it has none.
+        keys: ``shard`` puts the shard's name before each key of another tool's folder, where keys repeat across shards;
+            `embed` has done so already where it was told to.
+        npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
+
+    Raises:
+        ClipcidError: when there are no embeddings, they are unfinished, or files do not belong together.
+    """
+    folder = Path(folder)
+    sidecar = read_sidecar(sidecar_path(folder, "embed"))
+    if sidecar is None and (folder / ".embed.plan.json").exists():
+        raise ClipcidError(
+            f"The embeddings in {folder} are unfinished.", "Give the same embed command again: it continues."
+        )
+    inside = folder / "img_emb"
+    images = _list_files(inside if inside.is_dir() else folder, "*.npy")
+    archives = _list_files(folder, "*.npz") or _list_files(folder, "*/*.npz")
+    if images and npz_array is None:
+        parts = _pair_by_number(folder, images)
+    elif archives:
+        parts = _pair_by_name(archives, npz_array)
+    elif images:
+        raise ClipcidError(f"{folder} holds no .npz to take array {npz_array} from.", "Leave out --npz-array.")
+    else:
+        raise ClipcidError(
+            f"{folder} holds no embeddings (img_emb/*.npy, or *.npz).",
+            "Give --embeddings DIR, or make them: clipcid embed DATA",
+        )
+    with_texts, with_metadata = (any(part[place] is not None for part in parts) for place in (1, 2))
+    first, width = 0, parts[0][0].shape[-1]
+    files: list[EmbeddingFile] = []
+    for image, text, metadata in parts:
+        _check_rows(image)
+        extras = find_extras(folder, digits[1]) if (digits := _DIGITS.search(image.path.stem)) else Extras()
+        file = EmbeddingFile(image, text, metadata, first, image.shape[0], extras)
+        _check_file(file, width, with_texts, with_metadata)
+        extras.check(file.rows, width)
+        if files and extras.num_views != files[0].extras.num_views:
+            raise ClipcidError(
+                f"{image.path} has {extras.num_views} views of each image, the files before it "
+                f"{files[0].extras.num_views}.",
+                "Make the folder again.",
+            )
+        files.append(file)
+        first += file.rows
+    if first == 0:
+        raise ClipcidError(f"{folder} holds {len(files)} files of embeddings without a row.", "Make them again.")
+    return Embeddings(folder, tuple(files), width, sidecar, prefix_keys=keys == "shard")
+
+
+_Part = tuple[RowFile, RowFile | None, Path | None]  # image embeddings, text embeddings, metadata
+
+
+def _list_files(folder: Path, pattern: str) -> list[Path]:
+    found = (path for path in folder.glob(pattern) if not path.name.startswith("."))
+    return sorted(found, key=lambda path: natural_key(str(path.relative_to(folder))))
+
+
+def _pair_by_number(folder: Path, images: list[Path]) -> list[_Part]:
+    """Find what belongs to each npy: the files of the same number in the folders beside it."""
+    texts, metadata = _by_number(folder / "text_emb", ".npy"), _by_number(folder / "metadata", ".parquet")
+    parts: list[_Part] = []
+    for path in images:
+        text = texts.get(_number(path))
+        parts.append((find_npy(path), None if text is None else find_npy(text), metadata.get(_number(path))))
+    return parts
+
+
+def _pair_by_name(archives: list[Path], npz_array: str | None) -> list[_Part]:
+    """Find what belongs to each npz: the arrays in it, and the parquet of the same name beside it."""
+    images, texts = choose_arrays(archives[0], npz_array)
+    parts: list[_Part] = []
+    for path in archives:
+        metadata = path.with_suffix(".parquet")
+        image = find_array(path, images)
+        text = None if texts is None else find_array(path, texts)
+        parts.append((image, text, metadata if metadata.exists() else None))
+    return parts
+
+
+def _check_rows(file: RowFile) -> None:
+    if len(file.shape) != 2 or not np.issubdtype(file.dtype, np.floating):
+        raise ClipcidError(
+            f"{file.label} holds {file.dtype} {list(file.shape)}, not rows of floating-point numbers.",
+            "Give other embeddings.",
+        )
+
+
+def _check_file(file: EmbeddingFile, width: int, with_texts: bool, with_metadata: bool) -> None:
+    images = file.images.label
+    if file.images.shape[1] != width:
+        raise ClipcidError(
+            f"{images} has width {file.images.shape[1]}, the files before it {width}.", "They are of different models."
+        )
+    same = "number" if file.images.path.suffix == ".npy" else "name"
+    missing = "text embeddings" if file.texts is None and with_texts else ""
+    if missing or (file.metadata is None and with_metadata):
+        raise ClipcidError(
+            f"{images} has no {missing or 'metadata'} of the same {same} beside it.", "Make the folder again."
+        )
+    others = {}
+    if file.texts is not None:
+        _check_rows(file.texts)
+        others[file.texts.label] = file.texts.shape[0]
+    if file.metadata is not None:
+        others[str(file.metadata)] = pq.read_metadata(file.metadata).num_rows
+    for other, rows in others.items():
+        if rows != file.rows:
+            raise ClipcidError(
+                f"{images} has {file.rows:,} rows and {other} has {rows:,}.",
+                "Make the folder again; nothing was read.",
+            )
+
+
+def _by_number(folder: Path, suffix: str) -> dict[str, Path]:
+    return {_number(path): path for path in folder.glob(f"*{suffix}")} if folder.is_dir() else {}
+
+
+def _number(path: Path) -> str:
+    """Return what tells the files of one shard from those of another: the number at the end of the name."""
+    digits = _DIGITS.search(path.stem)
+    return str(int(digits.group(1))) if digits else path.stem

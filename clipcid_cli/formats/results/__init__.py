@@ -1,0 +1,1 @@
+"""What steps leave: keep list, forest, curve, clusters, metrics, predictions, features, runs."""

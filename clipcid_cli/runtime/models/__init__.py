@@ -1,0 +1,1 @@
+"""All that knows open_clip, Hugging Face's and ONNX Runtime's models: names, towers, pixels, tokens."""

@@ -1,0 +1,1 @@
+"""Remove semantic repeats: search, sets, keep list, report, new shards."""

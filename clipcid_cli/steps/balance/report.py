@@ -1,0 +1,240 @@
+"""The report of `balance`: how much is kept where, how large the sets are, and what some of them look like."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from markupsafe import Markup
+
+from clipcid_cli.algorithms.search.distances import IntArray
+from clipcid_cli.algorithms.sets.forest import Edges
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_text
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
+from clipcid_cli.formats.skips import REASONS
+from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
+from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
+from clipcid_cli.steps.balance.composition import compare_classes
+from clipcid_cli.steps.balance.samples import SampleFinder, open_data
+from clipcid_cli.steps.balance.search import Survey
+from clipcid_cli.steps.balance.sets import Sets
+from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
+
+_SETS_SHOWN = 12
+_IMAGES_SHOWN = 9
+_PAIRS_SHOWN = 8
+# Inches; at this width the figures' text can be read on a phone.
+_FIGURE_WIDTH = 4.6
+_THUMBNAIL = 96
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One image of the gallery.
+
+    Attributes:
+        key: Its key.
+        source: Its thumbnail as a ``data:`` URL; empty where it cannot be shown.
+        kept: Whether it is the one that stands for its set.
+        distance: Its distance to that one.
+    """
+
+    key: str
+    source: str
+    kept: bool
+    distance: float
+
+
+def write_report(
+    path: Path,
+    settings: BalanceSettings,
+    embeddings: Embeddings,
+    survey: Survey,
+    forest: Edges,
+    sets: Sets,
+    other: OtherLinkage | str,
+    result: dict[str, Any],
+    warnings: list[str],
+) -> None:
+    """Write the report as one page.
+
+    Args:
+        path: Where to.
+        settings: Settings of `balance`.
+        embeddings: The embeddings.
+        survey: Their rows.
+        forest: The forest, ascending.
+        sets: The sets.
+        other: What the other linkage would do, or why that is not known.
+        result: The step's JSON object.
+        warnings: What the user was warned of.
+    """
+    shown = [_choose_members(sets, label) for label in _largest(sets)]
+    inside, outside = _around(forest, sets.threshold)
+    rows = np.unique(np.concatenate([np.empty(0, np.int64), *shown, inside.a, inside.b, outside.a, outside.b]))
+    data, why_no_images = _open_data(settings, embeddings)
+    pictures = _load_pictures(data, embeddings, survey, sets, rows)
+    kept = sets.representatives == np.arange(len(sets.labels))
+    write_text(
+        path,
+        render_report(
+            "balance.html",
+            result=result,
+            rule=_describe_rule(settings),
+            linkage=settings.linkage,
+            warnings=warnings,
+            num_sets=int(np.count_nonzero(np.bincount(sets.labels) > 1)),
+            why_no_other=other if isinstance(other, str) else "",
+            curve_figure=_draw_curves(sets, settings.linkage, other),
+            sizes=_count_sizes(sets),
+            sets=[
+                {"size": int(sets.sizes[members[0]]), "images": [pictures[row] for row in members.tolist()]}
+                for members in shown
+            ],
+            inside=_pair_up(inside, pictures),
+            outside=_pair_up(outside, pictures),
+            why_no_images=why_no_images,
+            classes=compare_classes(data, embeddings, survey, kept),
+            reasons=REASONS,
+            embeddings=str(embeddings.folder),
+        ),
+    )
+
+
+def _describe_rule(settings: BalanceSettings) -> str:
+    if settings.keep is not None:
+        amount = f"--keep {settings.keep:g}"
+    elif settings.threshold is not None:
+        amount = f"--threshold {settings.threshold:g}"
+    else:
+        amount = f"--cosine-distance {settings.cosine_distance:g}"
+    neighbors = "" if settings.neighbors == "exact" else f" --neighbors {settings.neighbors}"
+    return f"{amount} --linkage {settings.linkage} --select {settings.select}{neighbors}"
+
+
+def _largest(sets: Sets) -> list[int]:
+    """Return the labels of the largest sets of two or more images, the largest first, ties by row."""
+    sizes = np.bincount(sets.labels)
+    order = np.lexsort((np.arange(len(sizes)), -sizes))[:_SETS_SHOWN]
+    return [int(label) for label in order if sizes[label] > 1]
+
+
+def _choose_members(sets: Sets, label: int) -> IntArray:
+    """Return the kept image and then others by distance: all of a small set; of a large one as many from both ends."""
+    members = np.flatnonzero(sets.labels == label)
+    is_kept = sets.representatives[members] == members
+    members = members[np.lexsort((members, sets.distances[members], ~is_kept))]
+    if len(members) > _IMAGES_SHOWN:
+        half = _IMAGES_SHOWN // 2
+        members = np.concatenate([members[:half], members[-half:]])
+    return members
+
+
+def _around(forest: Edges, threshold: float | None) -> tuple[Edges, Edges]:
+    """Return the last forest edges within the cut-off and the first beyond it."""
+    if threshold is None:
+        return Edges.empty(), forest[:_PAIRS_SHOWN]
+    end = len(forest.up_to(threshold))
+    return forest[max(0, end - _PAIRS_SHOWN) : end], forest[end : end + _PAIRS_SHOWN]
+
+
+def _pair_up(edges: Edges, pictures: dict[int, Picture]) -> list[dict[str, Any]]:
+    """Put pictures beside each other."""
+    return [
+        {"a": pictures[a], "b": pictures[b], "distance": distance}
+        for a, b, distance in zip(edges.a.tolist(), edges.b.tolist(), edges.weight.tolist(), strict=True)
+    ]
+
+
+def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> tuple[Dataset | None, str]:
+    """Open the data the embeddings were made of, or say why there is none."""
+    try:
+        data = open_data(settings, embeddings)
+    except ClipcidError as error:
+        return None, error.message
+    return data, "" if data is not None else "nothing says which data the embeddings were made of."
+
+
+def _load_pictures(
+    data: Dataset | None, embeddings: Embeddings, survey: Survey, sets: Sets, rows: IntArray
+) -> dict[int, Picture]:
+    """Load the thumbnails of some rows; without the data there are keys only."""
+    numbers = pa.array(survey.readable[rows])
+    keys = embeddings.keys.take(numbers).to_pylist()
+    shards = embeddings.shards.take(numbers).to_pylist()
+    finder = None if data is None else SampleFinder(data)
+    pictures = {}
+    for row, key, shard in zip(rows.tolist(), keys, shards, strict=True):
+        source = "" if finder is None else _thumbnail(finder, shard, key)
+        kept = bool(sets.representatives[row] == row)
+        pictures[row] = Picture(key, source, kept, float(sets.distances[row]))
+    return pictures
+
+
+def _thumbnail(finder: SampleFinder, shard: str, key: str) -> str:
+    try:
+        sample = finder.find(shard, key)
+        if sample is None:
+            return ""
+        return thumbnail(decode_image(sample.image.read(), draft_size=(_THUMBNAIL, _THUMBNAIL)), _THUMBNAIL)
+    except (ClipcidError, OSError, UnreadableImage):
+        return ""
+
+
+def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | str) -> Markup:
+    """Draw the share kept over the cut-off, by both linkages where both are known, and the points at the cut-off."""
+    num_images = len(sets.labels)
+    lines = [(linkage, sets.curve, sets.num_kept)]
+    if not isinstance(other, str):
+        lines.append((other.linkage, other.curve, other.kept))
+    most_kept = max(num_kept for _, _, num_kept in lines)
+    figure = make_figure(_FIGURE_WIDTH, 2.9)
+    axes = figure.add_subplot()
+    for name, curve, num_kept in lines:
+        color = PALETTE[LINKAGES.index(name)]
+        distances = np.concatenate([[0.0], curve.distance])
+        kept = np.concatenate([[num_images], curve.kept]) / num_images
+        # Of single linkage all is known between two points, of stars only that it lies between them.
+        style: dict[str, Any] = {"drawstyle": "steps-post"} if name == "single" else {}
+        axes.plot(distances, kept, color=color, label=f"{name} (chosen)" if name == linkage else name, **style)
+        if sets.threshold is not None:
+            point = (sets.threshold, num_kept / num_images)
+            axes.plot(*point, "o", color=color)
+            # The upper line's number above it, the lower one's below, unless the axis is there.
+            place: dict[str, Any] = {"xytext": (4, 5), "horizontalalignment": "left"}
+            if (num_kept < most_kept or len(lines) == 1) and point[1] > 0.12:
+                place = {"xytext": (-7, -13), "horizontalalignment": "right"}
+            axes.annotate(f"{num_kept / num_images:.1%}", point, textcoords="offset points", **place)
+    if sets.threshold is not None:
+        axes.axvline(sets.threshold, color=PALETTE[4], linewidth=0.8, linestyle=":")
+    farthest = max(float(curve.distance[-1]) for _, curve, _ in lines)
+    axes.set(xlabel="cut-off ε", ylabel="share kept", xlim=(0, 1.15 * farthest or 1), ylim=(0, 1.02))
+    axes.legend(loc="lower left", frameon=False)
+    _lighten(axes.spines.values())
+    return svg(figure, "Share of images kept over the cut-off")
+
+
+def _count_sizes(sets: Sets) -> list[dict[str, Any]]:
+    """Count sets and the images in them by size, sizes by powers of two, those that occur."""
+    sizes = np.bincount(sets.labels)
+    sizes = sizes[sizes > 0]
+    power = np.ceil(np.log2(sizes)).astype(np.int64)
+    num_sets, images = np.bincount(power), np.bincount(power, weights=sizes).astype(np.int64)
+    names = ["1", "2", *(f"{2 ** (p - 1) + 1:,}–{2**p:,}" for p in range(2, len(images)))]
+    return [
+        {"name": name, "sets": int(number), "images": int(count), "share": count / images.max()}
+        for name, number, count in zip(names, num_sets, images, strict=False)
+        if number
+    ]
+
+
+def _lighten(spines: Iterable[Any]) -> None:
+    for spine in spines:
+        spine.set_alpha(0.4)

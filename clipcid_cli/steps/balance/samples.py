@@ -1,0 +1,80 @@
+"""From rows of embeddings back to the samples they were made of, by shard and key."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_dataset, open_described
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.results.kept_lists import is_uid
+from clipcid_cli.steps.settings.balance import BalanceSettings
+
+
+def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
+    """Open the data that was named, or else what the embeddings say they were made of.
+
+    Returns:
+        The data; None when nothing says which it is.
+
+    Raises:
+        ClipcidError: when it cannot be opened.
+    """
+    if settings.data is not None:
+        columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+        return open_dataset(settings.data, keys=settings.keys, columns=columns)
+    if embeddings.sidecar is None or "data" not in embeddings.sidecar:
+        return None
+    return open_described(embeddings.sidecar["data"])
+
+
+def require_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:
+    """Open the data as :func:`open_data` does, for a purpose that cannot do without.
+
+    Raises:
+        ClipcidError: also when nothing says which data it is.
+    """
+    data = open_data(settings, embeddings)
+    if data is None:
+        raise ClipcidError(
+            f"{purpose} needs the data itself, and {embeddings.folder} does not say what it was made of.",
+            "Give the data as the first argument: clipcid balance DATA …",
+        )
+    return data
+
+
+def read_uid(sample: Sample | None) -> str | None:
+    """Read ``uid`` from a sample's attributes, as img2dataset leaves it there; None where there is none."""
+    if sample is None or sample.attributes is None:
+        return None
+    try:
+        attributes: Any = json.loads(sample.attributes.read())
+    except (OSError, ValueError):
+        return None
+    uid = attributes.get("uid") if isinstance(attributes, dict) else None
+    return str(uid) if is_uid(uid) else None
+
+
+class SampleFinder:
+    """Finds samples; remembers the shard it looked in last, so ask in the order of the rows."""
+
+    def __init__(self, data: Dataset) -> None:
+        self._shards = {shard.name: shard for shard in data.shards}
+        self._last: tuple[str, dict[str, Sample]] | None = None
+        self._all: dict[str, Sample] | None = None
+
+    def find(self, shard: str, key: str) -> Sample | None:
+        """Find a sample; None when the data has no such key.
+
+        Args:
+            shard: Name of its shard. Embeddings of other tools do not record it; then all shards are looked through.
+            key: Its key.
+        """
+        if shard not in self._shards:
+            if self._all is None:
+                self._all = {sample.key: sample for part in self._shards.values() for sample in part.samples()}
+            return self._all.get(key)
+        if self._last is None or self._last[0] != shard:
+            self._last = shard, {sample.key: sample for sample in self._shards[shard].samples()}
+        return self._last[1].get(key)

@@ -1,0 +1,123 @@
+"""``balance --write-uids``, ``--write-pairs`` and ``--write-keys``: the keep list in the forms of other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.key_join import join_keys
+from clipcid_cli.formats.results.keep_list import KeepList, read_dropped, read_keep_list
+from clipcid_cli.formats.results.kept_lists import are_uids, write_keys, write_pairs, write_uids
+from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.balance import BalanceSettings
+
+_ROWS_AT_ONCE = 4096
+
+
+def check_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
+    """Look whether the first sample has an identifier, so that a search is not followed by an error.
+
+    Raises:
+        ClipcidError: when ``--write-uids`` is asked for and it has none.
+    """
+    if settings.write_uids is not None:
+        stored = embeddings.uids[:1] if embeddings.has_uids else None
+        _find_uids(settings, embeddings, embeddings.keys[:1], embeddings.shards[:1], stored)
+
+
+def write_kept(
+    settings: BalanceSettings, embeddings: Embeddings, keep_list: Path, reporter: Reporter
+) -> dict[str, str]:
+    """Write what was asked for; nothing is searched for it.
+
+    Args:
+        settings: Settings of `balance`.
+        embeddings: The embeddings, whose metadata may hold identifiers.
+        keep_list: The finished keep list.
+        reporter: The listener.
+
+    Returns:
+        Path of each file by its name in the JSON object.
+
+    Raises:
+        ClipcidError: when a file of other content is there, a kept sample has no identifier, or a file cannot be written.
+    """
+    files: dict[str, str] = {}
+    if settings.write_keys is not None:
+        keep = read_keep_list(keep_list)
+        write_keys(settings.write_keys, keep.keys.filter(pa.array(keep.kept)), overwrite=settings.overwrite)
+        files["keys"] = str(settings.write_keys)
+    if settings.write_pairs is not None:
+        write_pairs(settings.write_pairs, read_dropped(keep_list), overwrite=settings.overwrite)
+        files["pairs"] = str(settings.write_pairs)
+    if settings.write_uids is not None:
+        uids = _kept_uids(settings, embeddings, read_keep_list(keep_list))
+        written = write_uids(settings.write_uids, uids, overwrite=settings.overwrite)
+        if written < len(uids):
+            reporter.warn(f"{len(uids):,} kept images have {written:,} uids: those that come twice are written once.")
+        files["uids"] = str(settings.write_uids)
+    return files
+
+
+def _kept_uids(settings: BalanceSettings, embeddings: Embeddings, keep: KeepList) -> pa.ChunkedArray:
+    assert keep.shards is not None  # our own keep lists have them
+    keys, shards = (column.filter(pa.array(keep.kept)) for column in (keep.keys, keep.shards))
+    stored = None
+    if embeddings.has_uids:
+        stored = embeddings.uids.take(pa.array(join_keys(keys, embeddings.keys)))
+    return _find_uids(settings, embeddings, keys, shards, stored)
+
+
+def _find_uids(
+    settings: BalanceSettings,
+    embeddings: Embeddings,
+    keys: pa.ChunkedArray,
+    shards: pa.ChunkedArray,
+    stored: pa.ChunkedArray | None,
+) -> pa.ChunkedArray:
+    """Find the identifier of each sample: in the embeddings' metadata, else its key, else in its ``.json``.
+
+    Args:
+        settings: Settings of `balance`, which may name the data.
+        embeddings: The embeddings.
+        keys: Keys of n samples, in row order.
+        shards: Their shards.
+        stored: What the metadata have under ``uid``; None where they have no such column.
+
+    Returns:
+        n strings of 32 hexadecimal digits.
+    """
+    uids = keys
+    if stored is not None:
+        uids = pc.if_else(pa.array(are_uids(stored)), stored, keys.cast(stored.type))
+    missing = np.flatnonzero(~are_uids(uids))
+    if not len(missing):
+        return uids
+    data = open_data(settings, embeddings)
+    if data is None:
+        raise _no_uid(keys[int(missing[0])].as_py())
+    finder = SampleFinder(data)
+    found = uids.to_pylist()
+    for start in range(0, len(missing), _ROWS_AT_ONCE):
+        rows = missing[start : start + _ROWS_AT_ONCE]
+        part = pa.array(rows)
+        names = zip(rows.tolist(), shards.take(part).to_pylist(), keys.take(part).to_pylist(), strict=True)
+        for row, shard, key in names:
+            found[row] = read_uid(finder.find(shard, key))
+            if found[row] is None:
+                raise _no_uid(key)
+    return pa.chunked_array([found], type=pa.large_string())
+
+
+def _no_uid(key: str) -> ClipcidError:
+    return ClipcidError(
+        f"Sample {key!r} has no uid of DataComp's: its key is not 32 hexadecimal digits, and neither the embeddings' "
+        "metadata nor the .json of the data have one under `uid`.",
+        "Name data whose .json has it (clipcid balance DATA …), or write the keys instead: --write-keys FILE.txt.",
+    )

@@ -1,0 +1,184 @@
+"""``balance --write-shards``: the kept samples as new shards, copied byte for byte, one source shard at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_json
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.remote import local_copy
+from clipcid_cli.formats.data.tar_index import TarShard
+from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
+from clipcid_cli.formats.output import Output, plan_path, sidecar_path
+from clipcid_cli.formats.results.keep_list import KeepList
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.balance.shard_choice import ShardChoice
+from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.reporting import Reporter
+
+# open_clip and webdataset's tools look for this file to know how many samples each shard has.
+_SIZES = "sizes.json"
+# img2dataset's name for what became of one shard; DataComp's tools take `successes` for the size of the tar.
+_STATS = "_stats.json"
+_STEP = "write-shards"
+
+
+def tar_shards(data: Dataset, target: Path) -> list[TarShard]:
+    """Return the data's shards as tars, or say why there is nothing to copy from.
+
+    Raises:
+        ClipcidError: when the data is not made of tars, or `target` is where they lie.
+    """
+    shards = [shard for shard in data.shards if isinstance(shard, TarShard)]
+    if len(shards) < len(data.shards):
+        raise ClipcidError(
+            f"--write-shards copies tar members, and {data.spec} is not made of tars.",
+            "Leave it out: the keep list names what is kept.",
+        )
+    for shard in shards:
+        if "://" not in shard.path and _target_of(target, shard).resolve() == Path(shard.path).resolve():
+            raise ClipcidError(f"--write-shards {target} would replace the data itself.", "Give another folder.")
+    return shards
+
+
+def write_shards(
+    machine: Machine,
+    shards: list[TarShard],
+    keep: KeepList,
+    keep_fingerprint: dict[str, Any],
+    target: Path,
+    *,
+    overwrite: bool,
+    reporter: Reporter,
+) -> None:
+    """Write the new shards; processes share them out, and a run that was killed goes on with those not written yet.
+
+    A shard that keeps nothing is not written. ``sizes.json`` tells the samples of each, and ``<shard>_stats.json``, in
+    img2dataset's words, what became of the samples of the shard it was made from.
+
+    Args:
+        machine: The processes.
+        shards: The shards to copy from, as :func:`tar_shards` gives them.
+        keep: The keep list.
+        keep_fingerprint: Fingerprint of its file.
+        target: Folder to write to.
+        overwrite: Replace shards that another keep list left there.
+        reporter: The listener.
+
+    Raises:
+        ClipcidError: when the folder holds shards of another keep list, a shard is damaged, one lacks a kept sample, or
+            none of the kept samples is in the data.
+    """
+    choice = ShardChoice(keep, shards)
+    machine.on_main(lambda: _refuse_foreign(target))
+    with claim_output(
+        machine,
+        target,
+        _STEP,
+        settings={},
+        inputs=[keep_fingerprint],
+        overwrite=overwrite,
+        clear=lambda: _clear(target),
+    ) as output:
+        if output.finished is not None:
+            reporter.note(f"{target} holds these shards already.")
+            return
+        mine = shards[machine.rank :: machine.size]
+        sizes: dict[str, int] = {}
+        error: ClipcidError | None = None
+        with reporter.progress("shards", len(mine), "shards") as progress:
+            try:
+                for shard in mine:
+                    sizes[shard.name] = _write_shard(shard, choice, target, output.resumed)
+                    progress.advance()
+            except ClipcidError as found:
+                error = found
+        machine.agree(error)
+        together: dict[str, int] = {}
+        for part in machine.gather(sizes):
+            together |= part
+        machine.on_main(lambda: _finish(output, shards, together, keep, reporter))
+
+
+def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bool) -> int:
+    """Write one shard, or leave it when this run, before it was killed, has: what it holds is written down after it."""
+    path, stats_path = _target_of(target, shard), target / f"{shard.name}{_STATS}"
+    if resumed and stats_path.exists():
+        return int(json.loads(stats_path.read_text(encoding="utf-8"))["successes"])
+    keys, num_dropped = choice.of(shard)
+    source = local_copy(shard.path)
+    if not keys:
+        path.unlink(missing_ok=True)
+        copied = Copied(0, count_samples(source))
+    else:
+        copied = copy_samples(source, path, keys)
+    if copied.samples < len(keys) or copied.read < len(keys) + num_dropped:
+        path.unlink(missing_ok=True)
+        raise ClipcidError(
+            f"Shard {shard.path} has {copied.samples:,} of the {len(keys):,} samples to keep from it, and {copied.read:,} "
+            f"samples in all, where the keep list has {len(keys) + num_dropped:,}.",
+            "It changed since it was embedded: run clipcid embed and balance again.",
+        )
+    write_json(stats_path, _describe(copied, num_dropped))
+    return copied.samples
+
+
+def _describe(copied: Copied, num_dropped: int) -> dict[str, Any]:
+    """Say what became of a shard's samples in the fields of img2dataset's ``_stats.json``; times would change each run."""
+    reasons = {
+        "success": copied.samples,
+        "repeat": num_dropped,
+        # Without an image or caption, unreadable, of a key seen before: the sidecar of `embed` counts them by reason.
+        "not_in_keep_list": copied.read - copied.samples - num_dropped,
+    }
+    return {
+        "count": copied.read,
+        "successes": copied.samples,
+        "dropped": copied.read - copied.samples,
+        "failed_to_download": 0,
+        "failed_to_resize": 0,
+        "status_dict": {reason: number for reason, number in reasons.items() if number},
+    }
+
+
+def _finish(output: Output, shards: list[TarShard], sizes: dict[str, int], keep: KeepList, reporter: Reporter) -> None:
+    by_file = {f"{shard.name}.tar": sizes[shard.name] for shard in shards if sizes[shard.name]}
+    written = sum(by_file.values())
+    if not written or written > keep.num_kept:
+        found = "none" if not written else f"{written:,} samples, more than one for some,"
+        raise ClipcidError(
+            f"Of the {keep.num_kept:,} images kept, {found} are in the {len(shards):,} shards to copy from.",
+            "Give the data that the embeddings were made of as the first argument: clipcid balance DATA …",
+        )
+    if written < keep.num_kept:
+        reporter.warn(f"{keep.num_kept - written:,} of the {keep.num_kept:,} images kept are not in the shards.")
+    write_json(output.folder / _SIZES, by_file)
+    counts = {"samples": written, "missing": keep.num_kept - written, "shards": by_file}
+    output.commit(counts=counts, seconds={})
+
+
+def _clear(target: Path) -> None:
+    """Remove the shards of another keep list; `_refuse_foreign` has made sure that all that is here is ours."""
+    for path in _shard_files(target):
+        path.unlink()
+
+
+def _shard_files(target: Path) -> list[Path]:
+    return [*target.rglob("*.tar"), *target.rglob(f"*{_STATS}")]
+
+
+def _refuse_foreign(target: Path) -> None:
+    """Refuse a folder whose shards another program wrote."""
+    ours = sidecar_path(target, _STEP).exists() or plan_path(target, _STEP).exists()
+    if not ours and target.is_dir() and _shard_files(target):
+        raise ClipcidError(
+            f"{target} holds shards that are not from --write-shards.",
+            "Give a new or empty folder: nothing was written.",
+        )
+
+
+def _target_of(target: Path, shard: TarShard) -> Path:
+    return target / f"{shard.name}.tar"

@@ -1,0 +1,1 @@
+"""Cluster the kept images' embeddings."""

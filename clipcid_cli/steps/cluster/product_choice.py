@@ -1,0 +1,156 @@
+"""By how many leading coordinates rows are compared with centres: whichever a trial finds fastest.
+
+The answer is the same with any, so processes need not agree, and a trial that another program disturbs costs time only.
+Turning rows into coordinates takes longer than comparing them with a thousand centres, so only rows that are kept from
+iteration to iteration are turned, and that is counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from clipcid_cli.algorithms.kmeans.best_so_far import Nearest
+from clipcid_cli.algorithms.kmeans.leading_coordinates import (
+    LeadingCoordinates,
+    leading_coordinates,
+    principal_directions,
+)
+from clipcid_cli.algorithms.kmeans.nearest import NearestCentres
+from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
+from clipcid_cli.runtime.machine import Machine
+
+Answer = TypeVar("Answer")
+
+TRIAL_ROWS = 4096
+_TIMED_ROWS = 512
+_CENTRES = 4096
+# Shares of the width that are tried. Multiples of 16 numbers, the length of what is left among them, suit the processor.
+_SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
+_NARROWEST = 128
+# Bounds that are less tight in the next iteration must be paid for.
+_GAIN = 0.8
+# Iterations over which turning the rows is spread; the centres are turned in each.
+_ITERATIONS = 3
+
+
+def worth_a_trial(num_rows: int, num_centres: int, width: int, room: int) -> bool:
+    """Tell whether a trial, most of which is finding the directions, takes little of the time of an iteration.
+
+    Args:
+        num_rows: Rows of this process.
+        num_centres: K.
+        width: D.
+        room: Bytes for prepared rows; those that do not fit would be turned anew in every iteration.
+    """
+    kept = num_rows * width * (2 + 4 * max(_SHARES))
+    return num_rows * num_centres >= 1024 * width * width and kept <= room
+
+
+class CoordinateChoice:
+    """The coordinates in use, tried in the first iterations in full: centres that are means have shorter rests than rows.
+
+    Attributes:
+        chosen: Which are multiplied; None for whole rows.
+    """
+
+    def __init__(self, dtype: torch.dtype, machine: Machine, trials: int) -> None:
+        """Begin with whole rows.
+
+        Args:
+            dtype: Format of the products. Only float32 ones of a CPU are slow enough for a choice.
+            machine: Where they are computed.
+            trials: In how many iterations to try.
+        """
+        self.chosen: LeadingCoordinates | None = None
+        self._device = machine.device
+        self._left = trials if dtype == torch.float32 and machine.device.type == "cpu" else 0
+        self._directions_DD: torch.Tensor | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is still a trial to make."""
+        return self._left > 0
+
+    def choose(self, rows_BD: torch.Tensor, num_rows: int, centres_KD: torch.Tensor, known: Nearest | None) -> bool:
+        """Make a trial.
+
+        Args:
+            rows_BD: Rows from all over the data, float16 [B, D].
+            num_rows: How many rows there are of which these are some.
+            centres_KD: The centres as they are, float32 [K, D].
+            known: What is known of the rows from the iteration before; None in the first.
+
+        Returns:
+            Whether another number of coordinates is chosen now.
+        """
+        self._left -= 1
+        width = rows_BD.shape[1]
+        if width < _NARROWEST:
+            self._left = 0
+            return False
+        if self._directions_DD is None:
+            self._directions_DD = principal_directions(rows_BD)
+        timed = slice(None, None, max(1, len(rows_BD) // _TIMED_ROWS))
+        timed_BD = rows_BD[timed].contiguous()
+        if known is not None:
+            known = _as_now(known.chosen(timed), timed_BD, centres_KD)
+        trial = _Trial(timed_BD, num_rows, centres_KD[:_CENTRES], len(centres_KD), known)
+        best, fewest = None, _GAIN * trial.seconds(None)
+        for share in _SHARES:
+            coordinates = leading_coordinates(self._directions_DD, int(width * share) // 16 * 16 - 1)
+            seconds = trial.seconds(coordinates)
+            if seconds < fewest:
+                best, fewest = coordinates, seconds
+        before = 0 if self.chosen is None else self.chosen.width
+        self.chosen = best
+        return before != (0 if best is None else best.width)
+
+
+def _as_now(known: Nearest, rows_BD: torch.Tensor, centres_KD: torch.Tensor) -> Nearest:
+    """Bring the similarity to the nearest centre up to date after the centres moved."""
+    own_BD = centres_KD[known.centres_B].double()
+    return Nearest(known.centres_B, (rows_BD.double() * own_BD).sum(dim=1), known.others_B)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """Some rows and centres that stand for all.
+
+    Attributes:
+        rows_BD: The rows, float16 [B, D].
+        num_rows: How many they stand for.
+        centres_KD: The centres, float32 [K, D].
+        num_centres: How many they stand for.
+        known: What is known of the rows.
+    """
+
+    rows_BD: torch.Tensor
+    num_rows: int
+    centres_KD: torch.Tensor
+    num_centres: int
+    known: Nearest | None
+
+    def seconds(self, coordinates: LeadingCoordinates | None) -> float:
+        """Estimate the seconds of an iteration over all rows and centres."""
+        preparing_rows, rows = _timed(lambda: prepare_rows(self.rows_BD, torch.float32, coordinates))
+        preparing_centres, search = _timed(
+            lambda: NearestCentres(self.centres_KD, torch.float32, coordinates=coordinates)
+        )
+        comparing, _ = _timed(lambda: search.nearest(rows, self.known))
+        share_of_rows, share_of_centres = len(self.rows_BD) / self.num_rows, len(self.centres_KD) / self.num_centres
+        return (preparing_rows / _ITERATIONS + comparing / share_of_centres) / share_of_rows + (
+            preparing_centres / share_of_centres
+        )
+
+
+def _timed(work: Callable[[], Answer]) -> tuple[float, Answer]:
+    """Return the seconds that something takes the second time, and its answer."""
+    work()
+    began = time.perf_counter()
+    answer = work()
+    return time.perf_counter() - began, answer

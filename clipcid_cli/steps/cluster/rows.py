@@ -1,0 +1,180 @@
+"""The rows `cluster` works on: which embeddings, and which of them are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from clipcid_cli.algorithms.kmeans.kmeans import joint_features
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.key_join import join_keys
+from clipcid_cli.formats.embeddings.rows import Float16, Rows
+from clipcid_cli.formats.output import fingerprint_file
+from clipcid_cli.formats.results.keep_list import read_keep_list
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.cluster import ClusterSettings
+
+NO_KEEP_LIST = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The files of some embeddings, mapped once: of thousands that takes seconds.
+
+    It must not have been used when it is sent to another process: a mapped array would be copied whole.
+    """
+
+    embeddings: Embeddings
+
+    @cached_property
+    def images(self) -> Rows:
+        """Image embeddings."""
+        return self.embeddings.images()
+
+    @cached_property
+    def texts(self) -> Rows:
+        """Captions' embeddings."""
+        return self.embeddings.texts()
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterRows:
+    """The rows to cluster, numbered 0 … N − 1 in the order of the embeddings.
+
+    Attributes:
+        embeddings: Where they come from.
+        keep_list: The keep list that chose them; None for all.
+        numbers: Their numbers among all rows of the embeddings, int64 [N], ascending.
+        joint: Whether the features are joint ones of image and caption.
+        skips: Rows that cannot be used.
+        sources: The mapped files.
+    """
+
+    embeddings: Embeddings
+    keep_list: Path | None
+    numbers: npt.NDArray[np.int64]
+    joint: bool
+    skips: Skips
+    sources: Sources
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def width(self) -> int:
+        """Width D of the features."""
+        return self.embeddings.width
+
+    def sample(self, count: int, seed: int) -> ClusterRows:
+        """Return `count` of the rows, each set of them as likely as another. They share the mapped files."""
+        random = np.random.default_rng(derive_seed("cluster rows", seed))
+        chosen = np.sort(random.choice(len(self), count, replace=False, shuffle=False))
+        return dataclasses.replace(self, numbers=self.numbers[chosen])
+
+    def features(self, start: int, stop: int) -> Float16:
+        """Read what is clustered of rows start … stop − 1: unit rows, float16 [n, D]."""
+        images = self._read(self.sources.images, start, stop)
+        return joint_features(images, self.captions(start, stop)) if self.joint else images
+
+    def features_at(self, positions: npt.NDArray[np.int64]) -> Float16:
+        """Read what is clustered of single rows: unit rows, float16 [n, D]."""
+        images = self.sources.images.take(self.numbers[positions])
+        if not self.joint:
+            return images
+        return joint_features(images, _without_nan(self.sources.texts.take(self.numbers[positions])))
+
+    def captions(self, start: int, stop: int) -> Float16:
+        """Read the captions' embeddings: unit rows, float16 [n, D]; zero where another tool left no finite row."""
+        return _without_nan(self._read(self.sources.texts, start, stop))
+
+    def keys(self, start: int, stop: int) -> npt.NDArray[np.object_]:
+        """Return the keys of rows start … stop − 1."""
+        keys: npt.NDArray[np.object_] = self.embeddings.keys.take(pa.array(self.numbers[start:stop])).to_numpy()
+        return keys
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """Describe every input file."""
+        found = self.embeddings.fingerprints(texts=True)
+        return found if self.keep_list is None else [*found, fingerprint_file(self.keep_list)]
+
+    def _read(self, rows: Rows, start: int, stop: int) -> Float16:
+        if len(self.numbers) == len(rows):
+            return rows.read(start, stop)
+        return rows.take(self.numbers[start:stop])
+
+
+def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
+    """Find the embeddings and the keep list, join them by key and say what was taken.
+
+    Raises:
+        ClipcidError: when there are no embeddings, they lack what `--features` needs, too many rows cannot be used, the
+            keep list is of other data, or nothing is kept.
+    """
+    work = WorkDirectory(settings.work)
+    folder = settings.embeddings if settings.embeddings is not None else work.find_embeddings()
+    embeddings = open_embeddings(folder, settings.keys, settings.npz_array)
+    reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
+    if settings.features == "joint" and not embeddings.has_texts:
+        raise ClipcidError(
+            f"--features joint needs text embeddings, and {folder} holds none.",
+            "Embed with captions (clipcid embed DATA), or use --features image.",
+        )
+    embeddings.refuse_repeated_keys()
+    usable = np.ones(embeddings.num_rows, dtype=np.bool_)
+    skips = Skips()
+    for row in embeddings.find_bad_rows().tolist():
+        usable[row] = False
+        skips.add("nan_row", embeddings.keys[row].as_py())
+    skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
+    if skips.total:
+        reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
+    keep_list = _find_keep_list(settings, work)
+    if keep_list is None:
+        reporter.note("Keep list: none, all rows are clustered.")
+    else:
+        usable &= _apply_keep_list(keep_list, embeddings, settings.max_bad_fraction, reporter)
+    if not usable.any():
+        raise ClipcidError(
+            f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
+        )
+    # Opened anew, without the keys that were read for the join: each process reads those itself.
+    fresh = open_embeddings(folder, settings.keys, settings.npz_array)
+    return ClusterRows(fresh, keep_list, np.flatnonzero(usable), settings.features == "joint", skips, Sources(fresh))
+
+
+def _find_keep_list(settings: ClusterSettings, work: WorkDirectory) -> Path | None:
+    if settings.keep_list is None:
+        return work.find_keep_list()
+    return None if settings.keep_list == NO_KEEP_LIST else Path(settings.keep_list)
+
+
+def _apply_keep_list(
+    path: Path, embeddings: Embeddings, max_bad_fraction: float, reporter: Reporter
+) -> npt.NDArray[np.bool_]:
+    keep = read_keep_list(path)
+    places = join_keys(embeddings.keys, keep.keys)
+    known = places >= 0
+    missing = int(np.count_nonzero(~known))
+    if missing > max_bad_fraction * len(places):
+        raise ClipcidError(
+            f"Keep list {path} does not know {missing:,} of the {len(places):,} rows of {embeddings.folder}: it is of "
+            "other data.",
+            "Give the embeddings it was made of, another --keep-list, or --keep-list none to cluster all.",
+        )
+    kept: npt.NDArray[np.bool_] = known & keep.kept[np.maximum(places, 0)]
+    reporter.note(f"Keep list: {path}, {np.count_nonzero(kept):,} of {len(kept):,} rows kept.")
+    return kept
+
+
+def _without_nan(rows: Float16) -> Float16:
+    return np.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,0 +1,273 @@
+"""`cluster`: kept embeddings → centres by k-means → the nearest centres of every image and caption."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, temperature_for_perplexity
+from clipcid_cli.algorithms.kmeans.nearest import NearestCentres
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_npy
+from clipcid_cli.formats.embeddings.rows import Float16
+from clipcid_cli.formats.output import Output, fingerprint_file
+from clipcid_cli.formats.results.clusters import (
+    CENTROIDS,
+    TABLE,
+    Progress,
+    TopClusters,
+    join_parts,
+    part_bounds,
+    part_path,
+    read_part,
+    read_progress,
+    remove_scratch,
+    write_part,
+    write_progress,
+)
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.cluster.cost import describe_cost
+from clipcid_cli.steps.cluster.lloyd import LloydState, block_bounds, choose_format, first_centres, load_rows, run_lloyd
+from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.cluster import ClusterSettings
+
+# METHOD §2: nearest centres stored of each image and caption.
+NUM_NEAREST = 16
+# As many as faiss asks for before it warns.
+_FEWEST_A_CENTRE = 39
+# The temperature's median is taken over about this many rows, evenly spaced: more would not change its digits.
+_TEMPERATURE_ROWS = 65_536
+
+
+def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
+    """Cluster embeddings.
+
+    Returns:
+        The JSON object: ``images, clusters, objective, iterations, empty_clusters, largest_cluster, skipped{}, seconds{read,
+        kmeans, assign, write}, files{}``. ``objective`` is the images' mean similarity to their own centre.
+
+    Raises:
+        ClipcidError: when there is nothing to cluster, there are fewer images than clusters, or another run is in the way.
+    """
+    with open_machine(settings.device) as machine:
+        started = time.perf_counter()
+        rows = machine.on_main(lambda: find_rows(settings, reporter))
+        num_clusters = _choose_num_clusters(settings, rows, reporter)
+        folder = WorkDirectory(settings.work).clusters
+        if settings.dry_run:
+            return describe_cost(settings, machine, rows, num_clusters, search_width(num_clusters), reporter)
+        wanted = {
+            "features": settings.features,
+            "num_clusters": num_clusters,
+            "iterations": settings.iterations,
+            "train_rows": settings.train_rows if (settings.train_rows or len(rows)) < len(rows) else None,
+            "seed": settings.seed,
+            "images": len(rows),
+        }
+        inputs = machine.on_main(rows.fingerprint)
+        seconds = {"read": time.perf_counter() - started}
+        with claim_output(
+            machine,
+            folder,
+            "cluster",
+            settings=wanted,
+            inputs=inputs,
+            overwrite=settings.overwrite,
+            clear=lambda: remove_scratch(folder),
+        ) as output:
+            if output.finished is None:
+                result = _cluster(settings, machine, rows, num_clusters, output, seconds, reporter)
+            else:
+                reporter.note(f"{folder} holds these clusters already.")
+                result = output.finished["result"]
+                if machine.is_main:
+                    remove_scratch(folder)
+        names = {"centroids": CENTROIDS, "clusters": TABLE, "sidecar": "cluster.json"}
+        return {**result, "files": {name: str(folder / file) for name, file in names.items()}}
+
+
+def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter: Reporter) -> int:
+    count = len(rows) if settings.train_rows is None else min(settings.train_rows, len(rows))
+    if settings.num_clusters is None:
+        chosen = min(count, default_num_clusters(len(rows)))
+        reporter.note(f"Clusters: {chosen:,}, the default for {len(rows):,} images (--num-clusters).")
+        return chosen
+    if settings.num_clusters > count:
+        there = f"the {len(rows):,} images there are to cluster" if count == len(rows) else f"--train-rows {count:,}"
+        raise ClipcidError(
+            f"--num-clusters {settings.num_clusters:,} is more than {there}.",
+            f"Give --num-clusters at most {count:,}; the default would be {min(count, default_num_clusters(len(rows))):,}.",
+        )
+    return settings.num_clusters
+
+
+def _warn_of_few(num_trained: int, num_clusters: int, reporter: Reporter) -> None:
+    if num_trained < _FEWEST_A_CENTRE * num_clusters:
+        reporter.warn(
+            f"--train-rows {num_trained:,} are {num_trained / num_clusters:.1f} images for each of {num_clusters:,} "
+            f"centres, too few to say much of the others; {_FEWEST_A_CENTRE * num_clusters:,} would be {_FEWEST_A_CENTRE}."
+        )
+
+
+def _cluster(
+    settings: ClusterSettings,
+    machine: Machine,
+    rows: ClusterRows,
+    num_clusters: int,
+    output: Output,
+    seconds: dict[str, float],
+    reporter: Reporter,
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    trained = rows
+    if settings.train_rows is not None and settings.train_rows < len(rows):
+        trained = rows.sample(settings.train_rows, settings.seed)
+        _warn_of_few(len(trained), num_clusters, reporter)
+
+    def begin() -> LloydState:
+        if not output.resumed:
+            remove_scratch(output.folder)
+        found = read_progress(output.folder)
+        if found is None:
+            return LloydState(first_centres(trained, num_clusters, settings.seed), 0, False)
+        reporter.note(f"Resuming after {found.iterations} iterations.")
+        return LloydState(torch.from_numpy(found.centroids), found.iterations, found.converged)
+
+    def save(state: LloydState) -> None:
+        write_progress(output.folder, Progress(state.centres_KD.numpy(), state.iterations, state.converged))
+
+    state = machine.on_main(begin)
+    scan = machine.on_main(lambda: choose_format(settings.precision, trained, machine, state.centres_KD))
+    used = "all images" if len(trained) == len(rows) else f"{len(trained):,} of {len(rows):,} images (--train-rows)"
+    reporter.note(f"Centres come from {used}; they are compared in {scan.name} ({scan.reason}) and decided in fp64.")
+    state = run_lloyd(
+        trained,
+        machine,
+        state,
+        iterations=settings.iterations,
+        dtype=scan.dtype,
+        save=save,
+        reporter=reporter,
+    )
+    seconds["kmeans"] = time.perf_counter() - started
+
+    started = time.perf_counter()
+    # The nearest 16 are close to each other: int8 would leave many more to decide than it saves.
+    precision = choose_precision(settings.precision, machine.device, "embed", parameters=0)
+    search = NearestCentres(state.centres_KD.to(machine.device), precision.dtype)
+    _assign(machine, rows, search, output.folder, reporter)
+    seconds["assign"] = time.perf_counter() - started
+
+    def write() -> dict[str, Any]:
+        begun = time.perf_counter()
+        write_npy(output.folder / CENTROIDS, state.centres_KD.numpy())
+        bounds = part_bounds(len(rows))
+        join_parts(output.folder, len(bounds), captions=rows.embeddings.has_texts)
+        result, temperatures = _summarise(rows, num_clusters, output.folder)
+        seconds["write"] = time.perf_counter() - begun
+        result |= {
+            "iterations": state.iterations,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        }
+        if result["empty_clusters"]:
+            reporter.warn(
+                f"{result['empty_clusters']:,} of {num_clusters:,} clusters are empty: there are fewer different images "
+                "than clusters, or nearly so. A smaller --num-clusters fits this data."
+            )
+        output.commit(
+            counts={"read": rows.embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
+            seconds=seconds,
+            embeddings=WorkDirectory(settings.work).name_of(rows.embeddings.folder),
+            keep_list=None if rows.keep_list is None else fingerprint_file(rows.keep_list),
+            model=(rows.embeddings.sidecar or {}).get("model"),
+            num_nearest=search_width(num_clusters),
+            temperatures=temperatures,
+            result=result,
+        )
+        remove_scratch(output.folder)
+        return result
+
+    return machine.on_main(write)
+
+
+def search_width(num_clusters: int) -> int:
+    """Return m, the number of nearest centres stored for each image."""
+    return min(NUM_NEAREST, num_clusters)
+
+
+def _assign(machine: Machine, rows: ClusterRows, search: NearestCentres, folder: Path, reporter: Reporter) -> None:
+    """Write the parts of the table that are not there yet, dealt to the processes."""
+    bounds = part_bounds(len(rows))
+    with reporter.progress("assign", len(rows), "images") as progress:
+        for part, (start, stop) in enumerate(bounds):
+            if part % machine.size == machine.rank and not part_path(folder, part).exists():
+                images, exact = _find_top(machine, search, rows.features, start, stop)
+                captions = None
+                if rows.embeddings.has_texts:
+                    captions, _ = _find_top(machine, search, rows.captions, start, stop)
+                write_part(
+                    part_path(folder, part),
+                    keys=rows.keys(start, stop),
+                    similarities=exact,
+                    images=images,
+                    captions=captions,
+                )
+            progress.advance(stop - start)
+    machine.barrier()
+
+
+def _find_top(
+    machine: Machine, search: NearestCentres, read: Callable[[int, int], Float16], start: int, stop: int
+) -> tuple[TopClusters, npt.NDArray[np.float64]]:
+    """Find the nearest centres of rows start … stop − 1, and the exact similarity to the first."""
+    m = search_width(len(search.centres_KD))
+    clusters = np.empty((stop - start, m), dtype=np.int32)
+    similarities = np.empty((stop - start, m), dtype=np.float64)
+    for first, last in block_bounds(machine, start, stop):
+        found_Bm, exact_Bm = search.top(load_rows(read(first, last), machine, search.dtype), m)
+        mine = slice(first - start, last - start)
+        clusters[mine], similarities[mine] = found_Bm.cpu().numpy(), exact_Bm.cpu().numpy()
+    return TopClusters(clusters, similarities.astype(np.float16)), similarities[:, 0]
+
+
+def _summarise(rows: ClusterRows, num_clusters: int, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the counts and the objective of the result, and the temperatures, from the parts of the table.
+
+    Sums are taken in the order of the parts, which depends on the number of rows only.
+    """
+    totals: list[float] = []
+    sizes = np.zeros(num_clusters, dtype=np.int64)
+    every = -(-len(rows) // _TEMPERATURE_ROWS)
+    images: list[npt.NDArray[np.float16]] = []
+    captions: list[npt.NDArray[np.float16]] = []
+    for number, (start, _) in enumerate(part_bounds(len(rows))):
+        part = read_part(part_path(folder, number))
+        totals.append(float(part.similarities.sum(dtype=np.float64)))
+        sizes += np.bincount(part.labels, minlength=num_clusters)
+        sampled = slice(-start % every, None, every)
+        images.append(part.images.similarities[sampled])
+        if part.captions is not None:
+            captions.append(part.captions.similarities[sampled])
+    temperatures = {"image": temperature_for_perplexity(np.concatenate(images))}
+    if captions:
+        temperatures["caption"] = temperature_for_perplexity(np.concatenate(captions))
+    result = {
+        "images": len(rows),
+        "clusters": num_clusters,
+        "objective": math.fsum(totals) / len(rows),
+        "empty_clusters": int((sizes == 0).sum()),
+        "largest_cluster": int(sizes.max()),
+        "skipped": rows.skips.counts,
+    }
+    return result, temperatures

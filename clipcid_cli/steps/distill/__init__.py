@@ -1,0 +1,1 @@
+"""Train the student from the stored teacher."""

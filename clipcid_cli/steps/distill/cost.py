@@ -1,0 +1,150 @@
+"""What a training run would cost, measured: three real steps, and the teacher on one batch. Nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.memory import memory_in_use
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.names import parse_model, with_default_tag
+from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.steps.distill.online_teacher import SAMPLES_AT_ONCE
+from clipcid_cli.steps.distill.training_run import Run
+from clipcid_cli.steps.embed.shards import TYPICAL_CAPTION
+
+_MEASURED = 3
+# The first step also allocates, and compiles where that was asked for.
+_WARM_UP = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherCost:
+    """What the teacher would take.
+
+    Attributes:
+        parameters: Its size.
+        seconds: Time it needs for the images and captions of one process's part of a batch.
+        share: Its share of a step that runs it.
+        break_even: Epochs after which embedding everything once has cost less than running the teacher in each step.
+    """
+
+    parameters: int
+    seconds: float
+    share: float
+    break_even: float
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Say what a run would do and what it costs, for ``--dry-run``.
+
+    Returns:
+        The JSON object: ``student, steps, samples, parameters, memory_bytes, seconds_per_step, data_seconds_per_step,
+        samples_per_second, seconds{train}, teacher{}, files{}``.
+    """
+    student, plan, reporter = run.student, run.plan, run.reporter
+    batch_seconds, step_seconds, memory = _measure_steps(run)
+    teacher = _measure_teacher(run, step_seconds)
+    workers = max(1, plan.workers)
+    # Workers prepare batches beside the steps; without any, one follows the other.
+    pace = step_seconds + batch_seconds if plan.workers == 0 else max(step_seconds, batch_seconds / workers)
+    whole = pace * plan.optimiser.steps
+    parameters = student.info.parameters
+    reporter.note(
+        f"Student: {parameters / 1e6:.1f} M parameters; {memory / 2**30:.2f} GiB in use during a step.\n"
+        f"A step of {plan.batch_size:,} takes {1e3 * step_seconds:,.0f} ms, preparing its batch "
+        f"{1e3 * batch_seconds:,.0f} ms of one core ({plan.workers} workers): {plan.batch_size / pace:,.0f} samples/s, "
+        f"{whole / 3600:.2g} hours in all (median of {_MEASURED} steps).\n"
+        f"Losses: {', '.join(run.settings.losses())}. Held out: {run.inputs.held_out.total:,} samples."
+    )
+    if teacher is not None:
+        reporter.note(
+            f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it "
+            f"{'takes' if run.teacher is not None else 'would take'} {1e3 * teacher.seconds:,.0f} ms a step, "
+            f"{teacher.share:.0%} of it. Embedding everything once pays after {teacher.break_even:.1f} epochs."
+        )
+    reporter.note(f"Would write to {run.folder.path}.")
+    return {
+        "student": str(run.folder.student),
+        "steps": plan.optimiser.steps,
+        "samples": plan.optimiser.steps * plan.batch_size,
+        "parameters": parameters,
+        "memory_bytes": memory,
+        "seconds_per_step": round(step_seconds, 4),
+        "data_seconds_per_step": round(batch_seconds, 4),
+        "samples_per_second": round(plan.batch_size / pace, 1),
+        "seconds": {"train": round(whole, 3)},
+        "teacher": None if teacher is None else dataclasses.asdict(teacher),
+        "files": {},
+    }
+
+
+def _measure_steps(run: Run) -> tuple[float, float, int]:
+    """Return the time to prepare a batch and to train on it, medians in seconds, and the memory in use."""
+    loop = run.make_loop(lambda _: {})
+    machine = run.machine
+    prepared, trained = list[float](), list[float]()
+    for items in loop.order.iterate(0, _WARM_UP + _MEASURED, machine.rank, machine.size):
+        started = time.perf_counter()
+        batch = loop.maker(items)
+        ready = time.perf_counter()
+        loop.step(batch)
+        _wait(run.student.device)
+        prepared.append(ready - started)
+        trained.append(time.perf_counter() - ready)
+    return (
+        statistics.median(prepared[_WARM_UP:]),
+        statistics.median(trained[_WARM_UP:]),
+        memory_in_use(run.student.device),
+    )
+
+
+def _measure_teacher(run: Run, step_seconds: float) -> TeacherCost | None:
+    """Measure the teacher on one batch of noise; None where there is none, or it cannot be loaded here."""
+    teaching = run.inputs.teaching
+    if teaching is None:
+        return None
+    teacher, embeddings = run.teacher, teaching.embeddings
+    if teacher is None:
+        assert embeddings is not None, "what does not teach online has left embeddings"
+        spec = run.settings.teacher or ((embeddings.sidecar or {}).get("model") or {}).get("spec")
+        if spec is None:
+            return None
+        try:
+            teacher = load_model(with_default_tag(parse_model(spec)), run.machine.device)
+        except ClipcidError as error:
+            run.reporter.note(f"What the teacher would take in the loop is not measured: {error.message}")
+            return None
+    seconds = _time_teacher(teacher, run.plan.batch_size // run.machine.size, run.settings.precision)
+    step = step_seconds if run.teacher is not None else step_seconds + seconds
+    # What is embedded once may be more than what is trained on: all images, not only the kept ones, and every view.
+    rows = len(run.inputs.usable.keys) if embeddings is None else embeddings.num_rows
+    passes = rows * (1 + teaching.num_views) / run.inputs.training.total
+    return TeacherCost(teacher.info.parameters, seconds, min(1.0, seconds / step), passes)
+
+
+def _time_teacher(teacher: ClipModel, count: int, requested: str) -> float:
+    precision = choose_precision(requested, teacher.device, "embed", teacher.info.parameters)
+    teacher.cast_products(precision)
+    height, width = teacher.info.image_size
+    pixels = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
+    tokens = teacher.tokenizer([TYPICAL_CAPTION] * count)
+    taken = list[float]()
+    for _ in range(_WARM_UP + _MEASURED):
+        started = time.perf_counter()
+        for start in range(0, count, SAMPLES_AT_ONCE):
+            teacher.encode_images(pixels[start : start + SAMPLES_AT_ONCE], precision)
+            teacher.encode_texts(tokens[start : start + SAMPLES_AT_ONCE], precision)
+        _wait(teacher.device)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[_WARM_UP:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

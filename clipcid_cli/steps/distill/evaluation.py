@@ -1,0 +1,99 @@
+"""What a student in training is measured on: retrieval on the held-out part, and data sets the user named."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.used_tokens import whole_table
+from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.steps.distill.batches import HeldOut
+from clipcid_cli.steps.evaluate.measure import measure
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
+from clipcid_cli.steps.reporting import Reporter, SilentReporter
+from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+
+_BATCH = 256
+_FP32 = Precision("fp32", torch.float32, "evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The measurements of a run.
+
+    Attributes:
+        held_out: Samples kept out of training; None when there are too few.
+        tasks: Data sets of ``--eval-data``, as `eval-zeroshot` measures them.
+        settings: How they are read.
+    """
+
+    held_out: HeldOut | None
+    tasks: list[ZeroshotTask]
+    settings: EvalZeroshotSettings
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there is anything to measure."""
+        return self.held_out is not None or bool(self.tasks)
+
+    def measure(self, student: ClipModel, machine: Machine, decay: float) -> dict[str, float]:
+        """Measure the student as it is, in full precision; call it on every process.
+
+        Args:
+            student: The model in training.
+            machine: The processes.
+            decay: What the steps so far leave of the embedding of a token that no caption uses; prompts may use it.
+
+        Returns:
+            Metrics of the held-out part by name, those of a named data set as ``NAME/METRIC``, without those it has no value
+            for (acc5 of four classes); whole on the first process.
+        """
+        student.module.eval()
+        metrics: dict[str, float] = {}
+        if self.held_out is not None and machine.is_main:
+            images, texts = embed_held_out(student, self.held_out)
+            metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
+        with whole_table(student.module, decay):
+            for task in self.tasks:
+                measured = measure(student, task, machine, _FP32, _BATCH, self.settings, SilentReporter())
+                found = measured.found.metrics.items()
+                metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
+        return metrics
+
+
+def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ZeroshotTask]:
+    """Open the data sets of ``--eval-data``, of which no two may have one name: metrics are logged as ``NAME/METRIC``.
+
+    Raises:
+        ClipcidError: for the first that cannot be opened, or that names two of one name.
+    """
+    tasks = plan_tasks(settings, reporter)
+    places: dict[str, Path] = {}
+    for task in tasks:
+        place = Path(task.dataset.spec).resolve()
+        other = places.setdefault(task.name, place)
+        if other != place:
+            raise ClipcidError(
+                f"--eval-data: {other} and {place} are both called {task.name}, so their metrics would be too.",
+                "Rename one of the folders, or link it by another name.",
+            )
+    return tasks
+
+
+def embed_held_out(student: ClipModel, held_out: HeldOut) -> tuple[Tensor, Tensor]:
+    """Embed the held-out part in full precision; image and text rows, float32 [n, d], unit, on the CPU."""
+    student.module.eval()
+    images, texts = [], []
+    for start in range(0, len(held_out.pixels), _BATCH):
+        part = slice(start, start + _BATCH)
+        images.append(student.encode_images(held_out.pixels[part], _FP32).cpu())
+        texts.append(student.encode_texts(held_out.tokens[part], _FP32).cpu())
+    return torch.cat(images), torch.cat(texts)

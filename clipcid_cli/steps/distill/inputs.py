@@ -1,0 +1,221 @@
+"""What `distill` reads: data, keep list, the teacher's embeddings and clusters, found and checked against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.key_join import join_keys
+from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
+from clipcid_cli.formats.results.keep_list import KeepList, read_keep_list
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.steps.distill.batches import Selection, Usable, find_usable
+from clipcid_cli.steps.distill.teacher_inputs import (
+    Teaching,
+    join_clusters,
+    join_teacher,
+    named_teacher,
+    needs_teacher_texts,
+    open_teacher,
+    refuse_old_clusters,
+)
+from clipcid_cli.steps.embed.run import ensure_embeddings
+from clipcid_cli.steps.model_identity import is_of
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.distill import NO_KEEP_LIST, DistillSettings
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
+
+
+@dataclasses.dataclass(frozen=True)
+class AppliedKeepList:
+    """A keep list as a run found it.
+
+    Attributes:
+        path: Where it lay.
+        kept: Number of images it keeps.
+        images: Number of images it knows.
+    """
+
+    path: Path
+    kept: int
+    images: int
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as JSON values, for the sidecar."""
+        return {"path": str(self.path), "kept": self.kept, "images": self.images}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """All that a run reads.
+
+    Attributes:
+        dataset: The data.
+        usable: Its samples with image and caption.
+        training: Those to train on.
+        held_out: Those to evaluate on.
+        keep_list: The keep list that was applied; None for all samples.
+        teaching: The teacher's side; None when no loss asks.
+        fingerprints: Size and hash of each input file.
+    """
+
+    dataset: Dataset
+    usable: Usable
+    training: Selection
+    held_out: Selection
+    keep_list: AppliedKeepList | None
+    teaching: Teaching | None
+    fingerprints: list[dict[str, Any]]
+
+
+def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Path | None:
+    """Find the teacher's embeddings, and make them where there are none; None when no loss asks for them.
+
+    Without ``--teacher`` the work directory's embeddings say who it is.
+
+    Raises:
+        ClipcidError: when they can neither be found nor made.
+    """
+    if not settings.needs_teacher:
+        return None
+    if settings.embeddings is not None:
+        return settings.embeddings
+    if settings.online_teacher:
+        return machine.on_main(lambda: _find_axes(settings))
+    teacher = settings.teacher
+    if teacher is None:
+        try:
+            return machine.on_main(WorkDirectory(settings.work).find_embeddings)
+        except ClipcidError:
+            if settings.data is None or any((settings.work / "embeddings").glob("*/embed.json")):
+                raise
+        teacher = DEFAULT_MODEL
+        reporter.note(f"Teacher: {teacher}, the default.")
+    # Embeddings of images alone that are there already may serve; new ones are of captions too.
+    folder = WorkDirectory(settings.work).embeddings(with_default_tag(parse_model(teacher)).slug)
+    is_made = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed")) is not None)
+    text = True if needs_teacher_texts(settings) or not is_made else None
+    return ensure_embeddings(settings, machine, reporter, data=settings.data, model=teacher, text=text)
+
+
+def _find_axes(settings: DistillSettings) -> Path | None:
+    """Find what an online teacher has embedded before, which only says where it and the student meet; None for nothing."""
+    teacher = named_teacher(settings)
+    try:
+        folder = WorkDirectory(settings.work).find_embeddings(None if teacher is None else teacher.slug)
+    except ClipcidError:
+        return None
+    made = read_sidecar(sidecar_path(folder, "embed"))
+    others = teacher is not None and (made is None or not is_of(made["model"], teacher))
+    return None if others or settings.teacher_space == "project" else folder
+
+
+def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, reporter: Reporter) -> Inputs:
+    """Find, open and join the inputs, saying which were taken.
+
+    Args:
+        settings: Settings of the step.
+        embeddings_folder: What `find_embeddings` found.
+        reporter: Who is told.
+
+    Raises:
+        ClipcidError: when one is missing or they are not of one data set and one teacher; the fix names the command.
+    """
+    work = WorkDirectory(settings.work)
+    teacher = named_teacher(settings) if settings.needs_teacher else None
+    embeddings = None
+    if embeddings_folder is not None:
+        embeddings = open_teacher(settings, embeddings_folder, teacher, reporter)
+    dataset = _open_data(settings, work, embeddings, reporter)
+    usable = find_usable(dataset, settings.max_bad_fraction)
+    fingerprints = dataset.fingerprints()
+    wanted, held_out = usable.split(settings.val_fraction)
+    path, keep_list = _find_keep_list(settings, work), None
+    if path is None:
+        reporter.note("Keep list: none, all samples are used.")
+    else:
+        keep = read_keep_list(path)
+        wanted &= _apply_keep_list(path, keep, usable, settings.max_bad_fraction, reporter)
+        fingerprints.append(fingerprint_file(path))
+        keep_list = AppliedKeepList(path, keep.num_kept, len(keep.keys))
+    teaching = None
+    if settings.needs_teacher:
+        if settings.online_teacher:
+            teaching = _take_online(teacher, embeddings, usable, reporter)
+        else:
+            assert embeddings is not None, "find_embeddings made them"
+            teaching = join_teacher(settings, embeddings, dataset, usable, wanted, reporter)
+            wanted &= teaching.places >= 0
+        teaching = join_clusters(settings, teaching, usable, wanted, reporter)
+        if keep_list is not None and teaching.clusters is not None:
+            refuse_old_clusters(teaching.clusters, keep_list.path)
+        fingerprints += teaching.fingerprints()
+    return Inputs(
+        dataset,
+        usable,
+        usable.selection.narrow(wanted),
+        usable.selection.narrow(held_out),
+        keep_list,
+        teaching,
+        fingerprints,
+    )
+
+
+def _take_online(
+    teacher: ModelName | None, embeddings: Embeddings | None, usable: Usable, reporter: Reporter
+) -> Teaching:
+    """Take a teacher that runs beside the student: the one that was named, else the embeddings', else the default one.
+
+    Raises:
+        ClipcidError: when another tool's embeddings do not say who that was.
+    """
+    if teacher is None and embeddings is not None:
+        if embeddings.sidecar is None:
+            raise ClipcidError(f"{embeddings.folder} does not say which model it is of.", "Name the --teacher.")
+        teacher = parse_model(embeddings.sidecar["model"]["spec"])
+    teacher = teacher or with_default_tag(parse_model(DEFAULT_MODEL))
+    reporter.note(f"Teacher: {teacher.spec}, run beside the student on the same views and captions.")
+    places = np.full(len(usable.keys), -1) if embeddings is None else join_keys(usable.keys, embeddings.keys)
+    return Teaching(embeddings, places, online=teacher)
+
+
+def _open_data(
+    settings: DistillSettings, work: WorkDirectory, embeddings: Embeddings | None, reporter: Reporter
+) -> Dataset:
+    if settings.data is not None:
+        columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+        return open_dataset(settings.data, settings.keys, columns)
+    dataset = open_described(work.find_data(None if embeddings is None else embeddings.folder))
+    reporter.note(f"Data: {dataset.spec}, which the embeddings were made of.")
+    return dataset
+
+
+def _find_keep_list(settings: DistillSettings, work: WorkDirectory) -> Path | None:
+    if settings.keep_list is None:
+        return work.find_keep_list()
+    return None if settings.keep_list == NO_KEEP_LIST else Path(settings.keep_list)
+
+
+def _apply_keep_list(
+    path: Path, keep: KeepList, usable: Usable, max_bad_fraction: float, reporter: Reporter
+) -> npt.NDArray[np.bool_]:
+    places = join_keys(usable.keys, keep.keys)
+    known = places >= 0
+    missing = int(np.count_nonzero(~known))
+    if missing > max_bad_fraction * len(places):
+        raise ClipcidError(
+            f"Keep list {path} does not know {missing:,} of the {len(places):,} samples of the data: it is of other data.",
+            "Give the data it was made of, another --keep-list, or --keep-list none to train on all.",
+        )
+    kept: npt.NDArray[np.bool_] = known & keep.kept[np.maximum(places, 0)]
+    reporter.note(f"Keep list: {path}, {np.count_nonzero(kept):,} of {len(kept):,} samples kept.")
+    return kept

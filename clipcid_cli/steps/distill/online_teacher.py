@@ -1,0 +1,151 @@
+"""A teacher that runs beside the student, on the very views and captions the student sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.algorithms.losses.shared_space import bring
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.gradients import gather_rows
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.augment import apply_colors
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.preprocess import normalize_pixels
+from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.steps.distill.batches import Batch
+from clipcid_cli.steps.distill.cluster_targets import open_lookup
+from clipcid_cli.steps.distill.teacher_inputs import Teaching
+from clipcid_cli.steps.distill.teacher_space import TeacherSide, choose_space
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.distill import DistillSettings
+
+# Samples the teacher takes at once, whatever the batch; no activations are kept.
+SAMPLES_AT_ONCE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineTeacher(TeacherSide):
+    """The teacher's side of every batch, computed as it comes.
+
+    Attributes:
+        model: The teacher, its products cast to `precision`.
+        precision: Number format of its products.
+        changes_colors: Whether batches carry colour maps worth applying.
+    """
+
+    model: ClipModel
+    precision: Precision
+    changes_colors: bool
+
+    def add_to(self, batch: LossBatch, seen: Batch, step: int) -> LossBatch:
+        """Embed this process's part and gather everybody's rows."""
+        image, text = self.embed(seen)
+        width = image.shape[1]
+        rows = gather_rows(seen.rows.to(self.device), self.size).cpu().numpy()
+        gathered = gather_rows(torch.cat([image, text], dim=1), self.size)
+        return dataclasses.replace(
+            self.add_clusters(batch, rows, step),
+            teacher_image_BD=gathered[:, :width].contiguous(),
+            teacher_text_BD=gathered[:, width:].contiguous(),
+        )
+
+    def embed(self, seen: Batch) -> tuple[Tensor, Tensor]:
+        """Embed what the student sees.
+
+        Returns:
+            Image and text rows in the meeting space, unit, float32 [b, D] each, without gradients.
+        """
+        assert seen.teacher_pixels is not None, "the maker of batches was told of the teacher"
+        assert seen.teacher_tokens is not None, "likewise"
+        images, texts = [], []
+        with torch.no_grad():
+            for start in range(0, len(seen.rows), SAMPLES_AT_ONCE):
+                part = slice(start, start + SAMPLES_AT_ONCE)
+                pixels = seen.teacher_pixels[part].to(self.device, non_blocking=True)
+                if self.changes_colors:
+                    shown = apply_colors(pixels, seen.colors[part].to(self.device, non_blocking=True))
+                    pixels = normalize_pixels(shown, self.model.info.preprocess)
+                images.append(self.model.encode_images(pixels, self.precision))
+                texts.append(self.model.encode_texts(seen.teacher_tokens[part], self.precision))
+            rotation = self.space.rotation
+            return bring(torch.cat(images), rotation), bring(torch.cat(texts), rotation)
+
+
+def load_online_teacher(teaching: Teaching | None, machine: Machine) -> ClipModel | None:
+    """Load the teacher that runs beside the student; None where none does.
+
+    Raises:
+        ClipcidError: when its weights cannot be reached or read.
+    """
+    if teaching is None or teaching.online is None:
+        return None
+    name = teaching.online
+    model = machine.on_all(lambda: load_model(name, machine.device))
+    for parameter in model.module.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def describe_weights(model: ClipModel) -> dict[str, Any]:
+    """Describe an online teacher as an input of the run: by its weights and what decides the pixels it sees."""
+    info = model.info
+    return {
+        "path": f"the teacher {info.spec}",
+        "size": info.parameters,
+        "hash": f"{info.weights_hash} {info.preprocess_hash} {info.tokenizer} {info.context_length}",
+    }
+
+
+def open_online_teacher(
+    settings: DistillSettings,
+    teaching: Teaching,
+    model: ClipModel,
+    student_width: int,
+    changes_colors: bool,
+    machine: Machine,
+    reporter: Reporter,
+) -> OnlineTeacher:
+    """Make a loaded teacher ready to teach.
+
+    Args:
+        settings: Settings of the step.
+        teaching: What it left on disk: clusters, and embeddings to find the axes of the meeting space in.
+        model: The teacher.
+        student_width: d.
+        changes_colors: Whether batches carry colour maps worth applying.
+        machine: The processes.
+        reporter: Who is told.
+
+    Raises:
+        ClipcidError: when the clusters are of another width than the teacher.
+    """
+    info, clusters = model.info, teaching.clusters
+    space = choose_space(settings.teacher_space, info.embed_dim, teaching.embeddings, student_width, machine, reporter)
+    if clusters is not None and clusters.centroids.shape[1] != info.embed_dim:
+        raise ClipcidError(
+            f"The clusters in {clusters.folder} have width {clusters.centroids.shape[1]}, the teacher {info.spec} "
+            f"{info.embed_dim}: they are of another teacher.",
+            f"Run: clipcid embed DATA --model {info.spec}, then clipcid cluster --overwrite",
+        )
+    lookup = open_lookup(teaching, space.rotation, settings, machine.device)
+    precision = choose_precision(settings.precision, machine.device, "embed", info.parameters)
+    model.cast_products(precision)
+    reporter.note(
+        f"Online teacher: {info.parameters / 1e6:.1f} M parameters, {info.image_size[0]} px, {info.context_length} tokens, "
+        f"precision {precision.name} ({precision.reason})."
+    )
+    return OnlineTeacher(
+        space=space,
+        teacher_scale=model.logit_scale,
+        clusters=lookup,
+        device=machine.device,
+        size=machine.size,
+        model=model,
+        precision=precision,
+        changes_colors=changes_colors,
+    )

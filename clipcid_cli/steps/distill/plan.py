@@ -1,0 +1,94 @@
+"""The numbers of a training run, settled before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.runtime.loading import default_workers
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.randomness import SHARDS_MIXED
+from clipcid_cli.runtime.training import OptimiserPlan
+from clipcid_cli.steps.distill.inputs import Inputs
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.distill import DistillSettings
+
+DEFAULT_EPOCHS = 32
+DEFAULT_BATCH_SIZE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The numbers of a run.
+
+    Attributes:
+        optimiser: How parameters are updated, for how many steps.
+        batch_size: Samples of a global batch.
+        workers: Processes that prepare batches, for each training process.
+        eval_every: Steps between evaluations.
+    """
+
+    optimiser: OptimiserPlan
+    batch_size: int
+    workers: int
+    eval_every: int
+
+
+def plan_run(settings: DistillSettings, inputs: Inputs, machine: Machine, reporter: Reporter) -> Plan:
+    """Settle batch size, number of steps and warm-up.
+
+    Raises:
+        UsageError: when the batch does not divide among the processes.
+        ClipcidError: when there are fewer training samples than a batch has.
+    """
+    samples = inputs.training.total
+    least = machine.size * settings.accum_freq
+    batch_size = settings.batch_size or max(least, min(DEFAULT_BATCH_SIZE, samples) // least * least)
+    if batch_size % least:
+        raise UsageError(
+            f"--batch-size {batch_size} does not divide into {machine.size} x {settings.accum_freq} equal parts "
+            "(processes x --accum-freq).",
+            f"Use a multiple of {least}.",
+        )
+    if samples < batch_size:
+        raise ClipcidError(
+            f"There are {samples:,} samples to train on, fewer than one batch of {batch_size:,}.",
+            "Lower --batch-size, or give more data.",
+        )
+    epochs = settings.epochs or DEFAULT_EPOCHS
+    steps = settings.steps or max(1, epochs * samples // batch_size)
+    warmup = min(steps // 10, 2_000) if settings.warmup is None else settings.warmup
+    if warmup > steps:
+        raise UsageError(f"--warmup {warmup:,} exceeds the {steps:,} steps of the run.", "Give fewer steps of warm-up.")
+    reporter.note(
+        f"{samples:,} samples, {steps:,} steps of {batch_size:,}: {steps * batch_size / samples:.1f} epochs, "
+        f"{warmup:,} steps of warm-up.\n{_describe_shuffle(inputs.training.sizes)}"
+    )
+    optimiser = OptimiserPlan(
+        lr=settings.lr,
+        weight_decay=settings.wd,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        warmup=warmup,
+        steps=steps,
+        max_norm=settings.grad_clip_norm or None,
+    )
+    workers = default_workers() if settings.workers is None else settings.workers
+    return Plan(optimiser, batch_size, workers, settings.eval_every or max(1, steps // 10))
+
+
+def _describe_shuffle(shard_sizes: list[int]) -> str:
+    shards = sum(size > 0 for size in shard_sizes)
+    if shards <= SHARDS_MIXED:
+        return "Shuffle: uniform over all samples, anew each epoch."
+    return (
+        f"Shuffle: {shards:,} shards in a new order each epoch, samples uniformly among {SHARDS_MIXED} shards at a time "
+        f"({SHARDS_MIXED / shards:.1%} of the data)."
+    )
+
+
+def default_name(settings: DistillSettings, student: ClipModel, inputs: Inputs) -> str:
+    """Name a run after its student, preset and seed, and after the keep list when there is none to be had."""
+    parts = [student.info.slug, settings.chosen_preset, f"s{settings.seed}"]
+    return "-".join(parts if inputs.keep_list is not None else [*parts, "all"])

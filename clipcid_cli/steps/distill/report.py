@@ -1,0 +1,200 @@
+"""The report of a training run: curves, student beside teacher, retrieval a person can look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
+from clipcid_cli.formats.results.run_folder import RunFolder, read_lines
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
+from clipcid_cli.steps.distill.batches import HeldOut
+from clipcid_cli.steps.distill.evaluation import embed_held_out
+from clipcid_cli.steps.distill.inputs import Inputs
+from clipcid_cli.steps.distill.loop import Loop
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.fields import output_settings
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+_NUM_EXAMPLES = 8
+_NUM_FOUND = 6
+_POINTS = 1_000
+
+
+def write_report(folder: RunFolder, settings: DistillSettings, student: ClipModel, inputs: Inputs, loop: Loop) -> str:
+    """Render the report of a finished run.
+
+    Returns:
+        The HTML page.
+    """
+    log, results = read_lines(folder.train_log), read_lines(folder.results_log)
+    examples: list[dict[str, Any]] = []
+    compared: list[dict[str, Any]] = []
+    if loop.evaluation.held_out is not None:
+        images, texts = embed_held_out(student, loop.evaluation.held_out)
+        examples = _find_examples(loop.evaluation.held_out, images, texts)
+        compared = _compare(loop.evaluation.held_out, images, texts, inputs)
+    return render_report(
+        "distill.html",
+        name=folder.path.name,
+        student=student.info,
+        losses=" + ".join(f"{weight:g} · {name}" for name, weight in loop.objective.weights.items()),
+        steps=loop.pace.steps,
+        batch_size=loop.order.batch_size,
+        training=inputs.training.total,
+        held_out=inputs.held_out.total,
+        headline=[
+            (f"{side} recall at 1, held out", loop.metrics[f"{side}_retrieval_recall@1"])
+            for side in ("image", "text")
+            if loop.evaluation.held_out is not None
+        ],
+        loss_figure=_draw_losses(log, list(loop.objective.weights)),
+        recall_figure=_draw_recalls(results) if loop.evaluation.held_out is not None and len(results) > 1 else None,
+        named_figure=_draw_named(results) if loop.evaluation.tasks and len(results) > 1 else None,
+        rate_figure=_draw_rates(log),
+        compared=compared,
+        compared_on=0 if loop.evaluation.held_out is None else len(loop.evaluation.held_out.samples),
+        examples=examples,
+        inputs=_list_inputs(inputs),
+        settings=output_settings(settings),
+    )
+
+
+def _compare(held_out: HeldOut, images: Tensor, texts: Tensor, inputs: Inputs) -> list[dict[str, Any]]:
+    """Measure student and teacher on the held-out samples the teacher has embedded too; nothing without a teacher."""
+    if inputs.teaching is None or inputs.teaching.embeddings is None or not inputs.teaching.embeddings.has_texts:
+        return []
+    places = inputs.teaching.places[np.array(held_out.rows, dtype=np.int64)]
+    known = np.flatnonzero(places >= 0)
+    if len(known) < 2:
+        return []
+    embeddings, own = inputs.teaching.embeddings, torch.arange(len(known))
+    teacher = [torch.from_numpy(rows.take(places[known])).float() for rows in (embeddings.images(), embeddings.texts())]
+    mine = [rows[torch.from_numpy(known)] for rows in (images, texts)]
+    return [
+        {"name": "student", "metrics": retrieval_metrics(mine[0], mine[1], own)},
+        {"name": "teacher", "metrics": retrieval_metrics(teacher[0], teacher[1], own)},
+    ]
+
+
+def _find_examples(held_out: HeldOut, images: Tensor, texts: Tensor) -> list[dict[str, Any]]:
+    count = min(_NUM_FOUND, len(images))
+    similarities, found = (texts[:_NUM_EXAMPLES] @ images.T).topk(count, dim=1)
+    return [
+        {
+            "caption": held_out.samples[query].captions[0],
+            "images": [
+                {
+                    "key": held_out.samples[place].key,
+                    "source": _picture(held_out.samples[place]),
+                    "similarity": similarity,
+                    "right": place == query,
+                }
+                for place, similarity in zip(found[query].tolist(), similarities[query].tolist(), strict=True)
+            ],
+        }
+        for query in range(len(found))
+    ]
+
+
+def _picture(sample: Sample) -> str:
+    try:
+        return thumbnail(decode_image(sample.image.read()))
+    except (UnreadableImage, OSError):
+        return ""
+
+
+def _draw_losses(log: Sequence[dict[str, Any]], names: Sequence[str]) -> Markup:
+    figure = make_figure()
+    axes = figure.subplots()
+    for name, color in zip(names, _colors(len(names)), strict=True):
+        lines = _thin([line for line in log if f"loss_{name}" in line])
+        steps, values = [line["step"] for line in lines], np.array([line[f"loss_{name}"] for line in lines])
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smooth(values), color=color, label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False)
+    return svg(figure, "Losses over the steps of the run")
+
+
+def _draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
+    figure = make_figure()
+    axes = figure.subplots()
+    for side, color in zip(("image", "text"), PALETTE, strict=False):
+        for k, style in ((1, "-"), (5, "--")):
+            values = [line[f"{side}_retrieval_recall@{k}"] for line in results]
+            axes.plot([line["step"] for line in results], values, style, color=color, label=f"{side} R@{k}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("recall")
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False, ncols=2)
+    return svg(figure, "Recall on the held-out part over the steps of the run")
+
+
+def _draw_named(results: Sequence[dict[str, Any]]) -> Markup:
+    """Draw what the data sets of --eval-data gave: acc1 of classes, R@1 of captions."""
+    figure = make_figure()
+    axes = figure.subplots()
+    names = [name for name in results[0] if name.endswith(("/acc1", "/image_retrieval_recall@1"))]
+    for name, color in zip(names, _colors(len(names)), strict=True):
+        label = name.replace("/acc1", " acc1").replace("/image_retrieval_recall@1", " image R@1")
+        axes.plot([line["step"] for line in results], [line[name] for line in results], color=color, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return svg(figure, "Measurements on the named data sets over the steps of the run")
+
+
+def _draw_rates(log: Sequence[dict[str, Any]]) -> Markup:
+    lines = _thin(log)
+    figure = make_figure(height=2.6)
+    left, right = figure.subplots(1, 2)
+    left.plot([line["step"] for line in lines], [line["lr"] for line in lines], color=PALETTE[0])
+    left.set_xlabel("step")
+    left.set_ylabel("learning rate")
+    scales = [name for name in (lines[0] if lines else {}) if name.startswith("scale_")]
+    for name, color in zip(scales, _colors(len(scales)), strict=True):
+        label = name.removeprefix("scale_")
+        right.plot([line["step"] for line in lines], [line[name] for line in lines], color=color, label=label)
+    right.set_xlabel("step")
+    right.set_ylabel("logit scale")
+    right.legend(frameon=False)
+    return svg(figure, "Learning rate and logit scales over the steps of the run")
+
+
+def _colors(count: int) -> list[str]:
+    return [PALETTE[number % len(PALETTE)] for number in range(count)]
+
+
+def _thin(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list(lines[:: max(1, len(lines) // _POINTS)])
+
+
+def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Running mean over about a fiftieth of the run, over what there is at its ends."""
+    width = max(1, len(values) // 50)
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
+    keep_list = "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)
+    found = [("data", inputs.dataset.spec), ("keep list", keep_list)]
+    if inputs.teaching is not None:
+        if inputs.teaching.online is not None:
+            found.append(("teacher", f"{inputs.teaching.online.spec}, run beside the student"))
+        if inputs.teaching.embeddings is not None:
+            found.append(("embeddings", str(inputs.teaching.embeddings.folder)))
+        if inputs.teaching.clusters is not None:
+            found.append(("clusters", str(inputs.teaching.clusters.folder)))
+    return found

@@ -1,0 +1,115 @@
+"""`distill`: find the inputs, train a small CLIP on them, write the student, its logs and its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+from clipcid_cli.formats.results.run_folder import RunFolder
+from clipcid_cli.formats.results.tensorboard import import_tensorboard
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.loading import start_worker_server
+from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.distill.cluster_targets import temperatures
+from clipcid_cli.steps.distill.cost import describe
+from clipcid_cli.steps.distill.inputs import Inputs, find_embeddings, find_inputs
+from clipcid_cli.steps.distill.online_teacher import describe_weights, load_online_teacher
+from clipcid_cli.steps.distill.plan import Plan, default_name, plan_run
+from clipcid_cli.steps.distill.student import load_student
+from clipcid_cli.steps.distill.training_run import Run
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.fields import output_settings
+
+
+def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
+    """Train a student.
+
+    Returns:
+        The JSON object: ``student, steps, samples, samples_per_second, losses{}, metrics{}, seconds{}, files{}``.
+
+    Raises:
+        ClipcidError: when an input is missing or does not fit, or training diverges.
+    """
+    started = time.perf_counter()
+    if settings.workers != 0:
+        start_worker_server()
+    if settings.report_to == "tensorboard":
+        import_tensorboard()  # before hours of embedding, and on every process, so that none waits for one that failed
+    with open_machine(settings.device) as machine:
+        embeddings = find_embeddings(settings, machine, reporter)
+        inputs = machine.on_main(lambda: find_inputs(settings, embeddings, reporter))
+        begun = load_student(settings, machine, reporter)
+        student = begun.model
+        teacher = load_online_teacher(inputs.teaching, machine)
+        plan = machine.on_main(lambda: plan_run(settings, inputs, machine, reporter))
+        name = settings.name or default_name(settings, student, inputs)
+        folder = RunFolder(WorkDirectory(settings.work).distill(name))
+        if settings.dry_run:
+            return describe(Run(settings, machine, inputs, begun, teacher, plan, folder, None, reporter))
+        with claim_output(
+            machine,
+            folder.path,
+            "distill",
+            settings=deciding(settings, student, plan, inputs),
+            inputs=inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
+            overwrite=settings.overwrite,
+            clear=folder.clear,
+        ) as output:
+            if output.finished is not None:
+                reporter.note(f"{folder.path} holds this run already, finished.")
+                return result(folder, output.finished)
+            whole = Run(settings, machine, inputs, begun, teacher, plan, folder, output, reporter)
+            sidecar = whole.train({"prepare": time.perf_counter() - started})
+    return result(folder, sidecar)
+
+
+def deciding(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: Inputs) -> dict[str, Any]:
+    """Return all that decides the student, beside the inputs' content, as JSON values."""
+    given = output_settings(settings)
+    # Data and teacher are inputs: they are told by their content, however they were named.
+    for name in ("data", "teacher", "epochs", "init_from"):
+        del given[name]
+    precision = choose_precision(settings.precision, student.device, "train", student.info.parameters)
+    given |= {
+        "preset": settings.chosen_preset,
+        "precision": precision.name,
+        "warmup": plan.optimiser.warmup,
+        "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses().items()},
+        "student": {
+            "config": student.info.config,
+            "weights": student.info.weights_hash,
+            "pixels": student.info.preprocess_hash,
+        },
+        "batch_size": plan.batch_size,
+        "eval_every": plan.eval_every,
+        "steps": plan.optimiser.steps,
+    }
+    given["cluster_towers"] = "image"
+    if inputs.teaching is not None and inputs.teaching.clusters is not None:
+        given["cluster_temperature"] = temperatures(inputs.teaching.clusters, settings)
+        given["cluster_towers"] = "both" if inputs.teaching.text_clusters else "image"
+    plain: dict[str, Any] = json.loads(json.dumps(given))
+    return plain
+
+
+def result(folder: RunFolder, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Build the step's JSON object from the sidecar."""
+    files = {
+        "student": folder.student,
+        "train_log": folder.train_log,
+        "results_log": folder.results_log,
+        "report": folder.report,
+        "sidecar": folder.path / "distill.json",
+    }
+    return {
+        "student": str(folder.student),
+        **sidecar["result"],
+        "seconds": sidecar["seconds"],
+        "files": {name: str(path) for name, path in files.items()},
+    }

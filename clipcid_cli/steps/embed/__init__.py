@@ -1,0 +1,1 @@
+"""Embed images and captions, shard by shard."""

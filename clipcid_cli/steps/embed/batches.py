@@ -1,0 +1,147 @@
+"""What a worker of `embed` does: a batch of samples to pixels and tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.runtime.models.augment import PACKED_VIEW, Augmentation, ViewPixels, choose_view
+from clipcid_cli.runtime.models.clip_model import Tokenizer, Transform
+from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image, had_alpha
+from clipcid_cli.runtime.randomness import derive_seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Samples of one shard that are embedded together.
+
+    Attributes:
+        number: Number of the shard.
+        samples: At most as many as a batch holds.
+        last: Whether the shard ends here.
+    """
+
+    number: int
+    samples: Sequence[Sample]
+    last: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedBatch:
+    """What a worker made of a batch; always of the full size B, missing rows are zero.
+
+    Attributes:
+        batch: The batch.
+        pixels: uint8 [B·(1 + V), H, W, 3]: the images as the model's evaluation has them, then view after view.
+        params: float32 [V, B, 16], the views' boxes and colour maps; None without views.
+        tokens: int64 [B, L], of the first captions, or None when texts are not embedded.
+        further: int64 [F, L], of the captions after the first, sample after sample, F a multiple of B (0 where no sample has
+            several); None likewise.
+        failures: Reason by position, for images that could not be used.
+        flattened: Number of images whose transparent pixels were laid on white.
+    """
+
+    batch: Batch
+    pixels: torch.Tensor
+    params: npt.NDArray[np.float32] | None
+    tokens: torch.Tensor | None
+    further: torch.Tensor | None
+    failures: dict[int, str]
+    flattened: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewMaker:
+    """Draws the views of an image: a function of the seed, its key and the view's number.
+
+    Attributes:
+        number: V.
+        augmentation: How images are varied.
+        pixels: Shows them to the model.
+        seed: Seed of the run.
+    """
+
+    number: int
+    augmentation: Augmentation
+    pixels: ViewPixels
+    seed: int
+
+    def __call__(self, image: Image.Image, key: str) -> tuple[list[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]:
+        """Return the pixels of each view, uint8 [H, W, 3], and what replays it, float32 [V, 16]."""
+        views = [
+            choose_view(self.augmentation, image.width, image.height, derive_seed("view", self.seed, number, key))
+            for number in range(self.number)
+        ]
+        return [self.pixels(image, view) for view in views], np.stack([view.pack() for view in views])
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """Bytes to pixels, captions to tokens; picklable.
+
+    Attributes:
+        transform: RGB image to uint8 [H, W, 3].
+        views: Draws augmented views; None for none.
+        tokenizer: Texts to int64 [n, L], or None.
+        batch_size: B.
+        image_size: (H, W).
+        context_length: L.
+        fast_decode: Whether JPEGs are decoded at a reduced size, of at least twice H × W.
+    """
+
+    transform: Transform
+    views: ViewMaker | None
+    tokenizer: Tokenizer | None
+    batch_size: int
+    image_size: tuple[int, int]
+    context_length: int
+    fast_decode: bool
+
+    def __call__(self, batch: Batch) -> PreparedBatch:
+        """Prepare one batch."""
+        height, width = self.image_size
+        draft = (2 * width, 2 * height) if self.fast_decode else None
+        number = 0 if self.views is None else self.views.number
+        pixels = torch.zeros(1 + number, self.batch_size, height, width, 3, dtype=torch.uint8)
+        params = None if self.views is None else np.zeros((number, self.batch_size, PACKED_VIEW), dtype=np.float32)
+        failures: dict[int, str] = {}
+        flattened = 0
+        for row, sample in enumerate(batch.samples):
+            try:
+                image = decode_image(sample.image.read(), draft_size=draft)
+            except UnreadableImage as error:
+                failures[row] = error.reason
+                continue
+            except OSError:  # the file is gone, or cut off since it was listed
+                failures[row] = "unreadable_image"
+                continue
+            flattened += had_alpha(image)
+            pixels[0, row] = self.transform(image)
+            if self.views is not None and params is not None:
+                shown, params[:, row] = self.views(image, sample.key)
+                for place, view in enumerate(shown, start=1):
+                    pixels[place, row] = torch.from_numpy(view.copy())
+        tokens, further = self._tokenize(batch.samples)
+        return PreparedBatch(batch, pixels.flatten(0, 1), params, tokens, further, failures, flattened)
+
+    def _tokenize(self, samples: Sequence[Sample]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self.tokenizer is None:
+            return None, None
+        first = [sample.captions[0] for sample in samples]
+        further = [caption for sample in samples for caption in sample.captions[1:]]
+        return self._fill(first, self.batch_size), self._fill(
+            further, -(-len(further) // self.batch_size) * self.batch_size
+        )
+
+    def _fill(self, captions: list[str], rows: int) -> torch.Tensor:
+        assert self.tokenizer is not None
+        tokens = torch.zeros(rows, self.context_length, dtype=torch.int64)
+        if captions:
+            tokens[: len(captions)] = self.tokenizer(captions)
+        return tokens

@@ -1,0 +1,240 @@
+"""The fits of `eval-linear`: a strength is chosen on held-out images, then the probe is fitted on all, or on a few."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from clipcid_cli.algorithms.metrics.probe_metrics import measure
+from clipcid_cli.algorithms.probe.probe import (
+    TOLERANCE,
+    LinearClassifier,
+    ProbeProblem,
+    Solution,
+    regularisation_grid,
+    sweep_regularisation,
+)
+from clipcid_cli.algorithms.probe.splits import draw_shots, split_by_class
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.runtime.threads import threads_for
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Features and classes of some images, on the device that computes.
+
+    Attributes:
+        rows: float32 [N, D], unit rows.
+        labels: Classes, int64 [N], or whether an image has a class, bool [N, C].
+    """
+
+    rows: torch.Tensor
+    labels: torch.Tensor
+
+    def __getitem__(self, chosen: torch.Tensor) -> Images:
+        """Return some of them, by number or mask."""
+        chosen = chosen.to(self.rows.device)
+        return Images(self.rows[chosen], self.labels[chosen])
+
+    def join(self, other: Images) -> Images:
+        """Return these and others."""
+        return Images(torch.cat([self.rows, other.rows]), torch.cat([self.labels, other.labels]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPoint:
+    """One strength of regularisation and how well its classifier does on the validation images.
+
+    Attributes:
+        c: Inverse strength, as scikit-learn's ``C``.
+        score: The metric it is chosen by, in [0, 1].
+        solution: The fit.
+    """
+
+    c: float
+    score: float
+    solution: Solution
+
+
+def choose_point(points: list[SweepPoint]) -> SweepPoint:
+    """Return the point of the highest score; of equal ones that of the strongest regularisation."""
+    return max(points, key=lambda point: (point.score, -point.c))
+
+
+class ProbeFits:
+    """All fits on one training split.
+
+    Args:
+        images: The training images.
+        held_out: The images a strength is chosen on; None takes a part of the training images.
+        classes: Number of classes.
+        metric: Metric by which a strength is chosen.
+        settings: Share held out, shots and seed.
+        reporter: Listener.
+
+    Raises:
+        ClipcidError: when nothing can be held out or told apart, or no class has as many images as asked for.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        held_out: Images | None,
+        classes: int,
+        metric: str,
+        settings: EvalLinearSettings,
+        reporter: Reporter,
+    ) -> None:
+        self.classes, self.metric = classes, metric
+        self.settings, self.reporter = settings, reporter
+        if held_out is not None:
+            self.images, self.fitted, self.held_out = images.join(held_out), images, held_out
+        else:
+            self.images, (self.fitted, self.held_out) = images, self._hold_out(images)
+        self.grid = regularisation_grid()
+        self._check_classes()
+        self._check_shots()
+
+    def _hold_out(self, images: Images) -> tuple[Images, Images]:
+        """Split the training images into those to fit on and those to choose a strength on."""
+        settings = self.settings
+        held_out = split_by_class(images.labels, settings.val_fraction, derive_seed("probe", settings.seed))
+        if not held_out.any():
+            raise ClipcidError(
+                "The training split has one image of each class: nothing can be held out to choose C on.",
+                "Give --train more images of a class, or --val.",
+            )
+        return images[~held_out], images[held_out]
+
+    def _check_classes(self) -> None:
+        """Refuse images of several classes that all have the same, and validation images without any."""
+        fitted = self.fitted.labels
+        if fitted.ndim == 2 and not bool(self.held_out.labels.any()):
+            raise ClipcidError(
+                "No validation image has a class: nothing tells which C is best.",
+                "Give --val images with classes, or leave it out.",
+            )
+        if fitted.ndim == 2 and bool((fitted.all(dim=0) | ~fitted.any(dim=0)).all()):
+            raise ClipcidError(
+                "Every class is one that all training images have, or none: no class tells one training image from another.",
+                "Give images that differ in their classes.",
+            )
+
+    def _check_shots(self) -> None:
+        """Refuse more shots than any class has, and tell where some classes have too few."""
+        labels = self.fitted.labels
+        images_C = labels.sum(dim=0) if labels.ndim == 2 else torch.bincount(labels, minlength=self.classes)
+        present_C = images_C[images_C > 0]
+        for shots in self.settings.shot_counts:
+            few = int((present_C < shots).sum())
+            if few == len(present_C):
+                raise ClipcidError(
+                    f"--shots {shots}: no class has {shots} training images beside those held out; the largest has "
+                    f"{int(images_C.max())}.",
+                    "Give smaller numbers, or hold out less with --val-fraction.",
+                )
+            if few:
+                self.reporter.warn(
+                    f"--shots {shots}: {few} of {len(present_C)} classes have fewer images; they give all they have."
+                )
+
+    def sweep(self) -> list[SweepPoint]:
+        """Fit every strength on the one part of the training images and measure it on the other."""
+        self.reporter.note(
+            f"Fitting {len(self.grid)} strengths on {len(self.fitted):,} images, measuring them on "
+            f"{len(self.held_out):,}."
+        )
+        with self.reporter.progress("Linear probe", len(self.grid), "values of C") as progress:
+            points = self._sweep(self.fitted, progress.advance)
+        short = [point for point in points if not point.solution.converged]
+        if short:
+            self.reporter.warn(
+                f"{len(short)} of {len(points)} fits ended before they were solved, the first at C = {short[0].c:.3g} with "
+                f"a gradient norm of {short[0].solution.gradient_norm:.2e}."
+            )
+        return points
+
+    def _sweep(self, images: Images, advance: Callable[[], None]) -> list[SweepPoint]:
+        points = []
+        with threads_for(images.rows.numel() * self.classes):
+            problem = ProbeProblem(images.rows, images.labels, self.classes)
+            for c, solution in zip(self.grid, sweep_regularisation(problem, self.grid), strict=True):
+                scores = self.measure(solution.classifier, self.held_out)
+                points.append(SweepPoint(c, scores[self.metric], solution))
+                advance()
+        return points
+
+    def refit(self, chosen: SweepPoint) -> Solution:
+        """Fit the chosen strength on all training images."""
+        with threads_for(self.images.rows.numel() * self.classes):
+            problem = ProbeProblem(self.images.rows, self.images.labels, self.classes)
+            solution = problem.fit(chosen.c, chosen.solution.classifier)
+        if not solution.converged:
+            self.reporter.warn(
+                f"The fit ended at a gradient norm of {solution.gradient_norm:.2e} after {solution.iterations} "
+                f"iterations; it should be {TOLERANCE:g} at most."
+            )
+        return solution
+
+    def measure(self, classifier: LinearClassifier, images: Images) -> dict[str, float]:
+        """Return the metrics of a classifier on some images."""
+        return measure(classifier, images.rows, images.labels, self.classes)
+
+    def few_shots(self, test: Images) -> list[dict[str, Any]]:
+        """Fit on few images of each class, several times over, and measure on the test images.
+
+        Each draw is a probe of its own: drawn from what is not held out, its strength chosen on what is, not refitted.
+
+        Returns:
+            For each number of shots ``shots, images, c[], at_edge, metrics{name: {mean, std, values[]}}``, with one value
+            for each draw; ``std`` is null for a single draw.
+        """
+        shot_counts, repeats = self.settings.shot_counts, self.settings.shot_repeats
+        found: list[dict[str, Any]] = []
+        if not shot_counts:
+            return found
+        with self.reporter.progress("Few-shot probes", len(shot_counts) * repeats, "draws") as progress:
+            for shots in shot_counts:
+                draws, chosen, metrics = [], [], []
+                for repeat in range(repeats):
+                    seed = derive_seed("shots", self.settings.seed, repeat)
+                    drawn = self.fitted[draw_shots(self.fitted.labels, shots, seed)]
+                    best = choose_point(self._sweep(drawn, lambda: None))
+                    draws.append(len(drawn))
+                    chosen.append(best.c)
+                    metrics.append(self.measure(best.solution.classifier, test))
+                    progress.advance()
+                at_edge = sum(c in (self.grid[0], self.grid[-1]) for c in chosen)
+                if at_edge:
+                    self.reporter.warn(
+                        f"--shots {shots}: the best C of {at_edge} of {repeats} draws is an end of the range "
+                        f"{self.grid[0]:.3g} … {self.grid[-1]:.3g} that was tried: a better one may lie beyond."
+                    )
+                found.append(
+                    {
+                        "shots": shots,
+                        "images": max(draws),
+                        "c": chosen,
+                        "at_edge": at_edge,
+                        "metrics": {f"lp_{name}": _sum_up([one[name] for one in metrics]) for name in metrics[0]},
+                    }
+                )
+        return found
+
+
+def _sum_up(values: list[float]) -> dict[str, Any]:
+    """Return mean and sample standard deviation; null what says nothing."""
+    if any(math.isnan(value) for value in values):
+        return {"mean": None, "std": None, "values": [None if math.isnan(value) else value for value in values]}
+    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}

@@ -1,0 +1,299 @@
+"""What `eval-zeroshot` measures on each data set: classification among which classes, or retrieval of which captions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipcid_cli.algorithms.metrics.probe_metrics import SEVERAL_METRICS, SINGLE_METRICS
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder, find_benchmark_folder
+from clipcid_cli.formats.data.class_files import (
+    BUILTIN_CLASS_NAMES,
+    BUILTIN_TEMPLATES,
+    DEFAULT_TEMPLATES,
+    fill_template,
+    read_class_names,
+    read_templates,
+)
+from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_dataset, open_described
+from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, Preset, customary_metric, find_preset
+from clipcid_cli.formats.data.multi_label import read_classes
+from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
+from clipcid_cli.runtime.randomness import key_fraction
+from clipcid_cli.steps.class_names import match_class_names, plain_name, read_folder_numbers
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+
+CLASSIFICATION = "zeroshot_classification"
+RETRIEVAL = "zeroshot_retrieval"
+MULTI_LABEL = "multilabel"
+# CLIP_benchmark, too, calls the task of images with several classes a classification.
+_TASKS = {"classification": CLASSIFICATION, MULTI_LABEL: CLASSIFICATION, "retrieval": RETRIEVAL}
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroshotTask:
+    """One data set and what is measured on it.
+
+    Attributes:
+        name: Name of the data set.
+        task: ``zeroshot_classification`` or ``zeroshot_retrieval``.
+        dataset: The data.
+        class_names: Names of the classes, in order of the labels; none for retrieval.
+        templates: Prompt templates; none for retrieval.
+        held_out: Share of the samples that is used, by hash of the key; None uses all.
+        label_of: Label by the data set's own number of the class, where class names and folders are in different orders.
+        multi_label: Whether an image may have any number of classes.
+        customary: Name of the metric the data set is usually reported by.
+    """
+
+    name: str
+    task: str
+    dataset: Dataset
+    class_names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    held_out: float | None = None
+    label_of: tuple[int, ...] | None = None
+    multi_label: bool = False
+    customary: str = ACCURACY
+
+    def prompts(self, class_name: str) -> list[str]:
+        """Return the prompts of one class."""
+        return [fill_template(template, class_name) for template in self.templates]
+
+    def uses(self, sample: Sample) -> bool:
+        """Tell whether a sample belongs to the part that is used."""
+        return self.held_out is None or key_fraction(sample.key) < self.held_out
+
+    def label(self, sample: Sample) -> int | None:
+        """Return the sample's class, None when it has none.
+
+        Raises:
+            ClipcidError: when there is no class of that number.
+        """
+        if sample.label is None:
+            return None
+        if not 0 <= sample.label < len(self.class_names):
+            raise ClipcidError(
+                f"{self.dataset.spec}: sample {sample.key} has class {sample.label}, and there are "
+                f"{len(self.class_names)} class names (0 … {len(self.class_names) - 1}).",
+                "Give the matching list of class names with --classnames.",
+            )
+        return self.label_of[sample.label] if self.label_of is not None else sample.label
+
+    def has_label(self, sample: Sample) -> bool:
+        """Tell whether a sample says which class, or for several-class data which classes, it has."""
+        if self.multi_label:
+            return sample.multi_hot is not None or sample.labels is not None or sample.label is not None
+        return self.label(sample) is not None
+
+    def labels(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Return the classes of samples that have one: int64 [B], or bool [B, C] where an image may have several.
+
+        Raises:
+            ClipcidError: when there is no class of that number.
+        """
+        if not self.multi_label:
+            return torch.tensor([self.label(sample) for sample in samples])
+        positive = torch.zeros(len(samples), len(self.class_names), dtype=torch.bool)
+        for row, sample in enumerate(samples):
+            positive[row, list(read_classes(sample, len(self.class_names)) or ())] = True
+        return positive
+
+    def describe(self) -> dict[str, Any]:
+        """Return what decides the metrics beside model and data, for the sidecar."""
+        return {
+            "dataset": self.name,
+            "task": self.task,
+            "class_names": list(self.class_names),
+            "templates": list(self.templates),
+            "multi_label": self.multi_label,
+            "held_out": self.held_out,
+            "keys": self.dataset.keys,
+            "columns": dataclasses.asdict(self.dataset.columns),
+        }
+
+
+def plan_tasks(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ZeroshotTask]:
+    """Open every data set and decide what to measure on it.
+
+    Raises:
+        ClipcidError: for the first data set that cannot be opened or lacks what its task needs.
+    """
+    if not settings.data:
+        return [_plan_held_out(settings, reporter)]
+    return [_plan_task(data, settings, reporter) for data in settings.data]
+
+
+def _plan_held_out(settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotTask:
+    """Retrieval on what the newest training run held out."""
+    run = WorkDirectory(settings.work).find_run()
+    sidecar = read_sidecar(sidecar_path(run, "distill"))
+    assert sidecar is not None, "a run that was found has its sidecar"
+    fraction = float(sidecar["settings"]["val_fraction"])
+    if fraction == 0:
+        raise ClipcidError(
+            f"{run} held nothing out (--val-fraction 0), and no data set was named.",
+            "Name one: clipcid eval-zeroshot MODEL DATA",
+        )
+    dataset = open_described(sidecar["data"])
+    reporter.note(f"Data: the {fraction:.2%} of {dataset.spec} that {run} held out.")
+    name = f"{find_benchmark_folder(dataset.spec).name}-held-out"
+    return ZeroshotTask(name, RETRIEVAL, dataset, held_out=fraction, customary=RECALL)
+
+
+def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotTask:
+    found = find_copy(data, settings.data_root, reporter)
+    preset = found[0] if found is not None else None
+    if found is not None:
+        data = str(found[1])
+    folder = find_benchmark_folder(data, settings.split)
+    if preset is not None:
+        folder = dataclasses.replace(folder, name=preset.name)
+    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+    dataset = open_dataset(folder.data, keys=settings.keys, columns=columns)
+    kind = _choose_task(folder, dataset, settings)
+    if _TASKS[kind] == RETRIEVAL:
+        return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL)
+    class_names, label_of = _find_class_names(folder, dataset, settings, preset, reporter)
+    multi_label = kind == MULTI_LABEL
+    return ZeroshotTask(
+        folder.name,
+        CLASSIFICATION,
+        dataset,
+        class_names,
+        _find_templates(folder, settings, preset, reporter),
+        label_of=label_of,
+        multi_label=multi_label,
+        customary=customary_metric(folder.name, SEVERAL_METRICS if multi_label else SINGLE_METRICS),
+    )
+
+
+def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[Preset, Path] | None:
+    """Find the local copy of a usual data set, and tell where it was found.
+
+    Args:
+        name: What the user named.
+        root: Folder of the local copies.
+        reporter: Listener.
+
+    Returns:
+        The data set and its folder; None when it is not named as one.
+
+    Raises:
+        ClipcidError: when there is no copy.
+    """
+    found = find_preset(name, root)
+    if found is not None:
+        preset, folder = found
+        reporter.note(f"Data: {preset.name} (usually reported by {preset.metric}) in {folder}.")
+        if Path(name).exists() and not Path(name).samefile(folder):
+            reporter.note(f"The path {name} that lies here is another; it is named ./{name}.")
+    return found
+
+
+def _choose_task(folder: BenchmarkFolder, dataset: Dataset, settings: EvalZeroshotSettings) -> str:
+    """Return ``classification``, ``multilabel`` or ``retrieval``."""
+    if settings.task != "auto":
+        return settings.task
+    if folder.dataset_type is not None:
+        if folder.dataset_type not in _TASKS:
+            raise ClipcidError(
+                f"{folder.data}: dataset_type.txt says {folder.dataset_type!r}; clipcid evaluates {', '.join(_TASKS)}.",
+                "Give another data set, or say what to measure with --task.",
+            )
+        return folder.dataset_type
+    first = next(samples[0] for shard in dataset.shards if (samples := shard.samples()))
+    if first.label is not None:
+        return "classification"
+    if first.labels is not None:
+        return MULTI_LABEL
+    if first.captions:
+        return "retrieval"
+    raise ClipcidError(
+        f"{folder.data}: sample {first.key} has neither a class nor a caption.",
+        "Classification needs a .cls beside each image, a `label` column or one folder per class; retrieval a .txt or a "
+        "caption column; a .npy of zeros and ones is read with --task multilabel.",
+    )
+
+
+def _find_templates(
+    folder: BenchmarkFolder, settings: EvalZeroshotSettings, preset: Preset | None, reporter: Reporter
+) -> tuple[str, ...]:
+    named = settings.templates
+    if named is None and folder.templates is None and preset is not None:
+        named = preset.templates
+    if named in BUILTIN_TEMPLATES:
+        templates = builtin_templates(str(named))
+        reporter.note(f"{folder.name}: the {len(templates)} templates of open_clip called {named}.")
+        return templates
+    path = Path(named) if named is not None else folder.templates
+    if path is None:
+        reporter.note(f"{folder.name}: no templates were given; taking {', '.join(DEFAULT_TEMPLATES)!r}.")
+        return DEFAULT_TEMPLATES
+    return read_templates(path)
+
+
+def _find_class_names(
+    folder: BenchmarkFolder,
+    dataset: Dataset,
+    settings: EvalZeroshotSettings,
+    preset: Preset | None,
+    reporter: Reporter,
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """Return the class names and, where folders of classes are in another order, the label of each folder."""
+    named = settings.classnames
+    if named is None and folder.class_names is None and preset is not None:
+        named = preset.class_names
+    if named in BUILTIN_CLASS_NAMES:
+        return _imagenet_names(builtin_class_names(str(named)), folder, dataset, reporter)
+    path = Path(named) if named is not None else folder.class_names
+    if path is None:
+        if dataset.classes is None:
+            raise ClipcidError(
+                f"{folder.data} does not say what its classes are called.",
+                "Give a file with one class name a line: --classnames FILE",
+            )
+        reporter.note(f"{folder.name}: the {len(dataset.classes)} classes are called as their folders.")
+        return tuple(plain_name(name) for name in dataset.classes), None
+    class_names = read_class_names(path)
+    if dataset.classes is None:
+        return class_names, None
+    try:
+        match = match_class_names(class_names, dataset.classes)
+    except ClipcidError as error:
+        raise ClipcidError(f"{path} does not fit {folder.data}: {error.message}", error.fix) from error
+    if match.by == "number":
+        reporter.note(
+            f"{folder.name}: the names of the class folders are the numbers of their lines in {path}, from 0."
+        )
+    elif match.by == "order":
+        reporter.note(f"{folder.name}: the lines of {path} stand for the class folders in the order of their names.")
+    return class_names, match.labels
+
+
+def _imagenet_names(
+    names: dict[str, str], folder: BenchmarkFolder, dataset: Dataset, reporter: Reporter
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """Name ImageNet's classes; of folders called by WordNet numbers, as in its shifts, only those that are there."""
+    if dataset.classes is None:
+        return tuple(names.values()), None
+    numbers = read_folder_numbers(dataset.classes, len(names))
+    if numbers is not None:
+        return tuple(names.values()), numbers
+    unknown = next((name for name in dataset.classes if name not in names), None)
+    if unknown is not None:
+        raise ClipcidError(
+            f"{folder.data}: the class folder {unknown!r} is no class of ImageNet (n01440764 … n15075141, or 0 … 999).",
+            "Give the class names of this data set with --classnames FILE.",
+        )
+    if len(dataset.classes) < len(names):
+        reporter.note(f"{folder.name}: {len(dataset.classes)} of ImageNet's 1,000 classes, told among each other only.")
+    return tuple(names[name] for name in dataset.classes), None

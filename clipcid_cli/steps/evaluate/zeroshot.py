@@ -1,0 +1,243 @@
+"""`eval-zeroshot`: every model on every data set: embed, compare, write one metrics file for each pair."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
+from clipcid_cli.formats.output import fingerprint_file
+from clipcid_cli.formats.results.metrics import SIDECARS, make_metrics, metrics_stem, read_metrics, write_metrics
+from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.loading import start_worker_server
+from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.models.clip_model import ClipModel, hash_weights, load_model
+from clipcid_cli.runtime.models.names import ModelName, find_weights, parse_model, with_default_tag
+from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.evaluate.compare import compare_results
+from clipcid_cli.steps.evaluate.measure import measure
+from clipcid_cli.steps.evaluate.report import write_summary
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+
+
+def run(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[str, Any]:
+    """Evaluate models on data sets.
+
+    Returns:
+        The JSON object: for one pair CLIP_benchmark's fields and ``customary, intervals{}, images, skipped{},
+        images_per_second, seconds{}, files{}, reused``; for several ``{"results": [one such object for each pair],
+        "files"{}}``; for ``--compare`` what `compare_results` returns.
+
+    Raises:
+        ClipcidError: when a model or data set cannot be read, or too many samples cannot be used.
+    """
+    if settings.compare:
+        return compare_results(settings, reporter)
+    with open_machine(settings.device) as machine:
+        names, tasks = machine.on_main(lambda: (_choose_models(settings, reporter), plan_tasks(settings, reporter)))
+        _refuse_clashes(names, tasks)
+        if settings.dry_run:
+            return _describe_plan(names, tasks, settings, reporter)
+        if settings.workers or (settings.workers is None and machine.device.type == "cuda"):
+            start_worker_server()
+        data = machine.on_main(lambda: [_fingerprint_data(task) for task in tasks])
+        results: list[dict[str, Any]] = []
+        for name in names:
+            evaluated = EvaluatedModel(name, machine)
+            for task, fingerprints in zip(tasks, data, strict=True):
+                results.append(_evaluate_pair(evaluated, task, fingerprints, machine, settings, reporter))
+        files = machine.on_main(lambda: write_summary(WorkDirectory(settings.work), results, reporter))
+    if len(results) == 1:
+        return results[0] | {"files": results[0]["files"] | files}
+    return {"results": results, "files": files}
+
+
+def _choose_models(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ModelName]:
+    specs = [*([settings.model] if settings.model is not None else []), *settings.models]
+    if not specs:
+        student = WorkDirectory(settings.work).find_student()
+        reporter.note(f"Model: {student}, the newest student of {settings.work}.")
+        specs = [str(student)]
+    names = []
+    for spec in specs:
+        try:
+            name = with_default_tag(parse_model(spec))
+        except ClipcidError as error:
+            if spec == settings.model and Path(spec).exists():
+                raise ClipcidError(
+                    f"{error.message}\n{spec} was taken for the model, since the first positional is the model.",
+                    f"Put the model first: clipcid eval-zeroshot MODEL {spec}",
+                ) from error
+            raise
+        if name.spec != spec:
+            reporter.note(f"Weights: {name.spec}.")
+        names.append(name)
+    return names
+
+
+def _stem(name: ModelName, task: ZeroshotTask) -> str:
+    return metrics_stem(task.name, name.slug, task.task)
+
+
+def _refuse_clashes(names: list[ModelName], tasks: list[ZeroshotTask]) -> None:
+    stems = [_stem(name, task) for name in names for task in tasks]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise UsageError(
+            f"Two of the pairs would write the same metrics file, {twice}.json.",
+            "Name each model and data set once, and evaluate folders of equal names by commands with different --work.",
+        )
+
+
+def _describe_plan(
+    names: list[ModelName], tasks: list[ZeroshotTask], settings: EvalZeroshotSettings, reporter: Reporter
+) -> dict[str, Any]:
+    folder = WorkDirectory(settings.work).eval
+    results = []
+    for name in names:
+        for task in tasks:
+            path = folder / f"{_stem(name, task)}.json"
+            reporter.note(f"Would measure {task.task} of {name.spec} on {task.dataset.spec} and write {path}.")
+            results.append(
+                {"dataset": task.name, "model": name.spec, "task": task.task, "files": {"metrics": str(path)}}
+            )
+    return results[0] if len(results) == 1 else {"results": results}
+
+
+class EvaluatedModel:
+    """A model that is loaded only when something of it must be computed."""
+
+    def __init__(self, name: ModelName, machine: Machine) -> None:
+        self.name, self._machine = name, machine
+        self._model: ClipModel | None = None
+        self._fingerprints: list[dict[str, Any]] | None = None
+
+    def load(self) -> ClipModel:
+        """Load the model, once.
+
+        Raises:
+            ClipcidError: on every process, when it cannot be loaded on any.
+        """
+        if self._model is None:
+            self._model = self._machine.on_all(lambda: load_model(self.name, self._machine.device))
+        assert self._model is not None
+        return self._model
+
+    def fingerprints(self) -> list[dict[str, Any]]:
+        """Describe weights and configuration, once; a folder's without loading them.
+
+        The hash of the weights is that of the whole file, as `ModelInfo.weights_hash`: metrics are told by it.
+
+        Raises:
+            ClipcidError: on every process, when the model cannot be loaded.
+        """
+        if self._fingerprints is None:
+            if self.name.kind == "folder":
+                folder = self.name.path
+                assert folder is not None
+                self._fingerprints = self._machine.on_main(lambda: _fingerprint_folder(folder))
+            else:
+                info = self.load().info
+                self._fingerprints = [{"path": info.spec, "size": info.parameters, "hash": info.weights_hash}]
+        return self._fingerprints
+
+
+def _fingerprint_folder(folder: Path) -> list[dict[str, Any]]:
+    weights = find_weights(folder)
+    assert weights is not None, "a folder without weights is no model"
+    described = {"path": str(weights), "size": weights.stat().st_size, "hash": hash_weights(weights)}
+    return [fingerprint_file(folder / "open_clip_config.json"), described]
+
+
+def _fingerprint_data(task: ZeroshotTask) -> list[dict[str, Any]]:
+    return [*task.dataset.fingerprints(), fingerprint_images(task.dataset, task.uses)]
+
+
+def _evaluate_pair(
+    evaluated: EvaluatedModel,
+    task: ZeroshotTask,
+    fingerprints: list[dict[str, Any]],
+    machine: Machine,
+    settings: EvalZeroshotSettings,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    stem = _stem(evaluated.name, task)
+    path = WorkDirectory(settings.work).eval / f"{stem}.json"
+    precision = choose_precision(settings.precision, machine.device, "evaluate", parameters=0)
+    batch_size = settings.batch_size or (256 if machine.device.type == "cuda" else 64)
+    wanted = task.describe() | {"model": evaluated.name.slug, "precision": precision.name, "batch_size": batch_size}
+    wanted |= {"bootstrap": settings.bootstrap, "seed": settings.seed}
+    rows = predictions_path(path)
+    with claim_output(
+        machine,
+        path.parent / SIDECARS,
+        stem,
+        settings=wanted,
+        inputs=evaluated.fingerprints() + fingerprints,
+        overwrite=settings.overwrite,
+        # They decide the intervals only, which are not worth an error.
+        replaceable=frozenset({"bootstrap", "seed"}),
+        resumable=False,
+    ) as output:
+        has_rows = machine.on_main(rows.is_file)
+        if output.finished is not None and machine.on_main(path.is_file):
+            if not settings.predictions or has_rows:
+                reporter.note(f"{path} holds {evaluated.name.spec} on {task.name} already.")
+                return _result(machine.on_main(lambda: read_metrics(path)), output.finished, path, reused=True)
+            reporter.note(f"{path} is there without predictions; measuring {evaluated.name.spec} on {task.name} again.")
+        if has_rows and (output.finished or output.earlier) is not None:
+            # They are of this very model and data: other draws are no reason to lose them.
+            settings = dataclasses.replace(settings, predictions=True)
+        measured = measure(evaluated.load(), task, machine, precision, batch_size, settings, reporter)
+        record = make_metrics(
+            dataset=task.name,
+            model=evaluated.name.architecture or evaluated.name.slug,
+            pretrained=evaluated.name.tag or evaluated.name.spec,
+            task=task.task,
+            metrics=measured.found.metrics,
+        )
+
+        def write() -> dict[str, Any]:
+            output.drop_earlier(path, rows)
+            if measured.found.predictions is not None:
+                write_predictions(rows, measured.found.predictions)
+            write_metrics(path, record)
+            return output.commit(
+                counts={
+                    "images": measured.images,
+                    "texts": measured.found.texts,
+                    "skipped": measured.skips.counts,
+                },
+                seconds=measured.seconds,
+                images_per_second=measured.images / measured.seconds["encode"],
+                customary=task.customary,
+                intervals={name: list(bounds) for name, bounds in measured.found.intervals.items()},
+                per_class=measured.found.per_class,
+                examples=measured.found.examples,
+            )
+
+        return _result(record, machine.on_main(write), path, reused=False)
+
+
+def _result(record: dict[str, Any], sidecar: dict[str, Any], path: Path, *, reused: bool) -> dict[str, Any]:
+    files = {"metrics": str(path)}
+    rows = predictions_path(path)
+    if rows.is_file():
+        files["predictions"] = str(rows)
+    return {
+        **record,
+        "customary": sidecar["customary"],
+        "intervals": sidecar["intervals"],
+        "images": sidecar["counts"]["images"],
+        "skipped": sidecar["counts"]["skipped"],
+        "images_per_second": round(sidecar["images_per_second"], 1),
+        "seconds": sidecar["seconds"],
+        "files": files,
+        "reused": reused,
+    }

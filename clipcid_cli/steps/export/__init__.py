@@ -1,0 +1,1 @@
+"""Write a model in other forms, each checked against the original."""

@@ -1,0 +1,139 @@
+"""What the model card of an export says, taken from the sidecars of the steps that made the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.models.model_card import UNKNOWN, ModelCard
+from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.results.metrics import SIDECARS, read_metrics
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.clip_model import ModelInfo
+from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.steps.settings.export import ExportSettings
+
+_LIBRARIES = {"open-clip": "open_clip", "hf": "transformers", "onnx": "onnx"}
+
+
+def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings, parity: dict[str, Any]) -> ModelCard:
+    """Collect what is known of a model.
+
+    Args:
+        info: The model.
+        source: How it was named; the folder of a run's student leads to the sidecars of its run.
+        settings: Where else to look, and the licence.
+        parity: What was found of each form.
+    """
+    run = _find_run(source)
+    work = run.parent.parent if run is not None and run.parent.name == "distill" else settings.work
+    weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
+    facts = {
+        "Architecture": info.architecture or _shape(info),
+        "Weights": weights,
+        "Parameters": f"{info.parameters:,}",
+        "Embedding width": str(info.embed_dim),
+        "Image size": f"{info.image_size[0]} × {info.image_size[1]}",
+        "Context length": str(info.context_length),
+        **_training(run),
+        "Licence of the weights": settings.license or UNKNOWN,
+        "Licence of the training data": UNKNOWN,
+    }
+    return ModelCard(
+        name=run.name if run is not None else source.slug,
+        license=settings.license or UNKNOWN,
+        library=_LIBRARIES[settings.format[0]],
+        facts=facts,
+        metrics=list(_find_metrics(WorkDirectory(work), info.weights_hash)),
+        precision=settings.stored_precision,
+        parity=parity,
+        dense=settings.dense,
+    )
+
+
+def _shape(info: ModelInfo) -> str:
+    """Describe an architecture that has no name."""
+    vision, text = info.config["vision_cfg"], info.config["text_cfg"]
+    parts = [
+        f"{tower} {vision_or_text.get('layers', '?')} × {vision_or_text.get('width', '?')}"
+        for tower, vision_or_text in (("image tower", vision), ("text tower", text))
+    ]
+    return ", ".join(parts) + " (layers × width)"
+
+
+def _find_run(source: ModelName) -> Path | None:
+    """Find the training run of a student's folder."""
+    if source.path is None:
+        return None
+    run = source.path.resolve().parent
+    return run if sidecar_path(run, "distill").is_file() else None
+
+
+def _training(run: Path | None) -> dict[str, str]:
+    sidecar = _read(run, "distill")
+    if sidecar is None:
+        return dict.fromkeys(("Teacher", "Training data", "Keep ratio", "Losses", "Training"), UNKNOWN)
+    losses = sidecar.get("settings", {}).get("losses", {})
+    counts, result = sidecar.get("counts", {}), sidecar.get("result", {})
+    data = _short(sidecar.get("data", {}).get("spec"))
+    used = f"; {counts['used']:,} of {counts['read']:,} samples used" if {"used", "read"} <= counts.keys() else ""
+    return {
+        "Teacher": "none" if set(losses) == {"clip"} else _teacher(sidecar),
+        "Training data": data if data == UNKNOWN else data + used,
+        "Keep ratio": _keep_ratio(sidecar),
+        "Losses": ", ".join(f"{name} × {entry['value']:g}" for name, entry in losses.items()) or UNKNOWN,
+        "Training": f"{result['steps']:,} steps, {result['samples']:,} samples" if "steps" in result else UNKNOWN,
+    }
+
+
+def _teacher(sidecar: dict[str, Any]) -> str:
+    """Find the model whose embeddings the run read."""
+    for entry in sidecar.get("inputs", []):
+        path = Path(str(entry.get("path", "")))
+        if path.parent.name in ("img_emb", "text_emb"):
+            embedded = _read(path.parent.parent, "embed")
+            return _short(embedded.get("model", {}).get("spec")) if embedded is not None else UNKNOWN
+    return UNKNOWN
+
+
+def _keep_ratio(sidecar: dict[str, Any]) -> str:
+    """State the ratio of the list that the run applied; the work directory may hold another by now."""
+    keep = sidecar.get("keep_list", UNKNOWN)
+    if keep is None:
+        return "1 (not balanced)"
+    if not isinstance(keep, dict) or not {"kept", "images"} <= keep.keys():
+        return UNKNOWN
+    return f"{keep['kept'] / keep['images']:.4g} ({keep['kept']:,} of {keep['images']:,} images)"
+
+
+def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, float]]:
+    """Yield the metrics that were measured on these very weights, told by the hash of the whole file."""
+    for path in sorted((work.eval / SIDECARS).glob("*.json")):
+        sidecar = _read(path.parent, path.stem)
+        metrics = work.eval / path.name
+        if sidecar is None or weights_hash not in [entry.get("hash") for entry in sidecar.get("inputs", [])]:
+            continue
+        try:
+            content = read_metrics(metrics)
+        except ClipcidError:
+            continue  # a half-finished evaluation states nothing
+        for name, value in content["metrics"].items():
+            if isinstance(value, int | float):
+                yield content["dataset"], content["task"], name, float(value)
+
+
+def _read(folder: Path | None, step: str) -> dict[str, Any] | None:
+    """Read a sidecar; one that is not ours states nothing."""
+    try:
+        return read_sidecar(sidecar_path(folder, step)) if folder is not None else None
+    except ClipcidError:
+        return None
+
+
+def _short(spec: Any) -> str:
+    """Name data or a model: a local folder by its last name, since where it lay says nothing elsewhere."""
+    if not isinstance(spec, str) or not spec:
+        return UNKNOWN
+    return spec if "://" in spec or ":" in spec else Path(spec).name

@@ -1,0 +1,241 @@
+"""Images and texts on which an exported model is compared with the original: real ones wherever there are any."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
+from clipcid_cli.formats.data.dataset import Dataset, Sample, open_dataset, open_described
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
+from clipcid_cli.runtime.models.preprocess import normalize_pixels
+from clipcid_cli.steps.export.classes import Classes, label_samples
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.export import ExportSettings
+
+# Images that rows are compared on, at each batch size; zero-shot answers are compared on all.
+CLOSE_LOOK = 16
+
+# What share of the images finds its own: among classes, or among the captions of all images.
+ACCURACY, RECALL = "acc1", "text_retrieval_recall@1"
+_FEW, _MANY = 64, 1000
+
+SENTENCES = (
+    "a photo of a cat.",
+    "A painting of two ships in a storm",
+    "red",
+    "the letter Ü, and 3.14159",
+    "graffiti on a wall that says: don't look up!",
+    "an aerial view of a harbour at low tide, with small boats lying on their sides in the mud",
+    "日本の秋",
+    "smiling face with heart-shaped eyes 😍",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """Texts among which each image finds its own: the classes, or the captions of all images.
+
+    Attributes:
+        measure: `ACCURACY` or `RECALL`, the share of images that find it.
+        prompts: Texts of each candidate, C × T.
+        labels: The right candidate of each image, int64 [N].
+    """
+
+    measure: str
+    prompts: tuple[tuple[str, ...], ...]
+    labels: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityInputs:
+    """What both models are shown.
+
+    Attributes:
+        openers: Each decodes one image, RGB.
+        images: The same after the model's resize and crop, uint8 [N, H, W, 3].
+        tokens: Texts for a close look, int64 [CLOSE_LOOK, L].
+        texts: The same as text.
+        candidates: What the images are matched with; None where they have neither class nor caption.
+        source: Where they come from, for `parity.json`.
+        unnamed_classes: Whether the images have classes, but nothing says what these are called.
+        skips: Images that could not be read.
+    """
+
+    openers: list[Callable[[], Image.Image]]
+    images: torch.Tensor
+    tokens: torch.Tensor
+    texts: list[str]
+    candidates: Candidates | None
+    source: str
+    unnamed_classes: bool
+    skips: Skips
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describe all that models are shown, so that a later run can tell whether it compares on the same.
+
+        Returns:
+            ``path``, ``size`` (number of images) and ``hash``, as of a sidecar's input.
+        """
+        digest = hashlib.blake2b(self.images.numpy().tobytes(), digest_size=16)
+        digest.update(repr(self.texts).encode())
+        if self.candidates is not None:
+            told = (self.candidates.measure, self.candidates.prompts, self.candidates.labels.tolist())
+            digest.update(repr(told).encode())
+        return {
+            "path": f"{self.source}#compared",
+            "size": len(self.images),
+            "hash": f"blake2b:{digest.hexdigest()}",
+        }
+
+    def pixels(self, model: ClipModel, start: int, stop: int) -> torch.Tensor:
+        """Return some images as the image tower takes them, float32 [B, 3, H, W]."""
+        return normalize_pixels(self.images[start:stop], model.info.preprocess)
+
+    def close_look(self, model: ClipModel) -> torch.Tensor:
+        """Return the images for a close look, float32 [CLOSE_LOOK, 3, H, W]; where there are fewer, they repeat."""
+        places = torch.arange(CLOSE_LOOK) % len(self.images)
+        return normalize_pixels(self.images[places], model.info.preprocess)
+
+
+def make_parity_inputs(
+    model: ClipModel, settings: ExportSettings, classes: Classes | None, reporter: Reporter
+) -> ParityInputs:
+    """Collect inputs: from ``--data``, else from the work directory's data, else drawn patterns and shipped sentences.
+
+    Args:
+        model: Whose transform and tokenizer prepare them.
+        settings: Names the data and how many of it.
+        classes: Classes the user named, which labels count in; else the data's own, where it has any.
+        reporter: Is told where they come from, and which could not be read.
+
+    Raises:
+        ClipcidError: when ``--data`` cannot be read, holds no readable image or too many that are not, or has labels that
+            no class has.
+    """
+    dataset = _find_data(settings)
+    limit = settings.check_images or (_MANY if settings.data is not None or settings.quantize else _FEW)
+    skips = Skips()
+    samples, openers, images = _read(dataset, limit, model, skips) if dataset is not None else ([], [], [])
+    if settings.data is not None:
+        # Data that nobody named is what was embedded: it was held to a limit then.
+        skips.check(len(images) + skips.total, settings.max_bad_fraction, settings.data)
+    if skips.total and dataset is not None:
+        reporter.warn(f"{skips.total:,} images of {dataset.spec} were skipped:\n{skips.describe()}")
+    if not images:
+        if settings.data is not None:
+            raise ClipcidError(f"--data {settings.data} holds no readable image.", "Give other data to check with.")
+        openers = [partial(_draw_pattern, number) for number in range(CLOSE_LOOK)]
+        images = [model.pixel_transform()(opener()) for opener in openers]
+        source = "drawn patterns and shipped sentences"
+    else:
+        assert dataset is not None
+        source = dataset.spec
+    reporter.note(f"Comparing on {len(images):,} images: {source}.")
+    candidates = _find_candidates(samples, dataset, settings, classes) if dataset is not None else None
+    captions = [sample.captions[0] for sample in samples[: CLOSE_LOOK // 2] if sample.captions]
+    texts = list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), CLOSE_LOOK))
+    return ParityInputs(
+        openers,
+        torch.stack(images),
+        model.tokenizer(texts),
+        texts,
+        candidates,
+        source,
+        unnamed_classes=candidates is None and bool(samples) and all(sample.label is not None for sample in samples),
+        skips=skips,
+    )
+
+
+def _find_data(settings: ExportSettings) -> Dataset | None:
+    if settings.data is not None:
+        try:
+            return open_dataset(find_benchmark_folder(settings.data).data)
+        except ClipcidError as error:
+            if "has no split" not in error.message:
+                raise
+            raise ClipcidError(error.message, "Give the folder of one of them.") from error
+    try:
+        return open_described(WorkDirectory(settings.work).find_data())
+    except ClipcidError:
+        # The data may have moved since it was embedded, or the model may come from elsewhere; patterns do as well.
+        return None
+
+
+def _find_candidates(
+    samples: list[Sample], dataset: Dataset, settings: ExportSettings, classes: Classes | None
+) -> Candidates | None:
+    labelled = label_samples(samples, dataset, settings.data, classes)
+    if labelled is not None:
+        found, labels = labelled
+        prompts = tuple(found.prompts(name) for name in found.names)
+        return Candidates(ACCURACY, prompts, labels)
+    captions = [sample.captions[0] for sample in samples if sample.captions]
+    if len(captions) < len(samples) or not captions:
+        return None
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    labels = torch.tensor([numbers[caption] for caption in captions])
+    return Candidates(RECALL, tuple((caption,) for caption in numbers), labels)
+
+
+def _read(
+    dataset: Dataset, limit: int, model: ClipModel, skips: Skips
+) -> tuple[list[Sample], list[Callable[[], Image.Image]], list[torch.Tensor]]:
+    """Read up to `limit` images: of labelled data spread evenly over all of it, since classes often follow each other.
+
+    Those that cannot be read are counted in `skips`.
+    """
+    transform = model.pixel_transform()
+    samples: list[Sample] = []
+    openers: list[Callable[[], Image.Image]] = []
+    images: list[torch.Tensor] = []
+    for sample in _choose(dataset, limit):
+        opener = partial(_decode, sample)
+        try:
+            images.append(transform(opener()))
+        except UnreadableImage as error:
+            skips.add(error.reason, sample.key)
+            continue
+        except OSError:  # the file is gone, or cut off since it was listed
+            skips.add("unreadable_image", sample.key)
+            continue
+        samples.append(sample)
+        openers.append(opener)
+        if len(images) == limit:
+            break
+    return samples, openers, images
+
+
+def _choose(dataset: Dataset, limit: int) -> Iterator[Sample]:
+    everything = (sample for shard in dataset.shards for sample in shard.samples())
+    first = next(everything, None)
+    if first is None:
+        return
+    if first.label is None:
+        yield from itertools.chain([first], everything)
+        return
+    listed = [first, *everything]
+    taken = min(limit, len(listed))
+    yield from (listed[number * len(listed) // taken] for number in range(taken))
+
+
+def _decode(sample: Sample) -> Image.Image:
+    return decode_image(sample.image.read())
+
+
+def _draw_pattern(number: int) -> Image.Image:
+    """Draw a smooth random picture: a few colours blown up, so that neighbouring pixels agree as in a photograph."""
+    generator = torch.Generator().manual_seed(number)
+    colours = torch.randint(0, 256, (6, 6, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(colours.numpy()).resize((256, 192), Image.Resampling.BICUBIC)

@@ -1,0 +1,265 @@
+"""The forest is single linkage: checked against SciPy, and against itself under every way of cutting up the work."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components as scipy_components
+
+from clipcid_cli.algorithms.search.blocks import load_block, lowest_score
+from clipcid_cli.algorithms.search.distances import LONGEST_ROW, IntArray, paired_distances
+from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows
+from clipcid_cli.algorithms.search.pair_search import Join
+from clipcid_cli.algorithms.sets.forest import (
+    Edges,
+    ForestBuilder,
+    connected_components,
+    forest_curve,
+    minimum_forest,
+    sort_edges,
+)
+
+CPU = torch.device("cpu")
+SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+
+
+def unit_rows(seed: int, num_rows: int, width: int, num_centres: int, noise: float) -> np.ndarray:
+    """Rows around a few centres, some of them exact copies."""
+    generator = np.random.default_rng(seed)
+    centres = generator.normal(size=(num_centres, width))
+    rows = centres[generator.integers(num_centres, size=num_rows)] + noise * generator.normal(size=(num_rows, width))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    stored = rows.astype(np.float16)
+    copies = generator.random(num_rows) < 0.15
+    stored[copies] = stored[generator.integers(num_rows, size=int(copies.sum()))]
+    return stored
+
+
+def all_edges(rows: np.ndarray) -> Edges:
+    """Every pair with its weight, by the definition."""
+    a, b = np.triu_indices(len(rows), 1)
+    wide = rows.astype(np.float64)
+    squared = ((wide[a] - wide[b]) ** 2).sum(axis=1)
+    return Edges(a.astype(np.int64), b.astype(np.int64), np.sqrt(squared).astype(np.float32))
+
+
+def kruskal(num_rows: int, edges: Edges) -> list[tuple[float, int, int]]:
+    """The textbook algorithm, edge by edge."""
+    parent = list(range(num_rows))
+
+    def find(node: int) -> int:
+        while parent[node] != node:
+            node = parent[node]
+        return node
+
+    taken = []
+    for weight, a, b in sorted(zip(edges.weight.tolist(), edges.a.tolist(), edges.b.tolist(), strict=True)):
+        root_a, root_b = find(a), find(b)
+        if root_a != root_b:
+            parent[root_b] = root_a
+            taken.append((weight, a, b))
+    return taken
+
+
+def as_list(edges: Edges) -> list[tuple[float, int, int]]:
+    return list(zip(edges.weight.tolist(), edges.a.tolist(), edges.b.tolist(), strict=True))
+
+
+def build(
+    rows: np.ndarray,
+    cutoff: float,
+    dtype: torch.dtype,
+    panel_rows: int,
+    order_seed: int,
+    processes: int = 1,
+    fold: int = 64,
+) -> Edges:
+    """Build the forest as a step does: copies collapsed, tiles dealt out, one forest a process, merged."""
+    read = rows.__getitem__
+    unique, stars = collapse_duplicates(read, np.arange(len(rows)), hash_rows(rows))
+    join = Join(read, unique, CPU, dtype, panel_rows)
+    tiles = join.tiles()
+    np.random.default_rng(order_seed).shuffle(tiles)
+    forests = [stars]
+    for process in range(processes):
+        builder = ForestBuilder(len(rows), smallest_fold=fold)
+        for i, j in tiles[process::processes]:
+            panel = join.panel(i)
+            for edges in join.search(panel, panel if i == j else join.panel(j), cutoff, builder.may_join):
+                builder.add(edges)
+        forests.append(builder.build())
+    return minimum_forest(len(rows), Edges.concatenate(forests))
+
+
+def partition(labels: IntArray) -> list[int]:
+    """Number the sets by their first row, so that equal partitions are equal lists."""
+    _, first = np.unique(labels, return_index=True)
+    names = dict(zip(labels[first].tolist(), first.tolist(), strict=True))
+    return [names[label] for label in labels.tolist()]
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**32),
+    num_rows=st.integers(2, 70),
+    width=st.sampled_from([1, 3, 16, 33]),
+    noise=st.sampled_from([0.0, 1e-3, 0.05, 0.3]),
+    cutoff=st.sampled_from([0.0, 0.02, 0.3, 1.0, 1.5, 2.1]),
+    dtype=st.sampled_from(SCAN_DTYPES),
+    panel_rows=st.integers(1, 80),
+    processes=st.integers(1, 3),
+)
+def test_forest_is_kruskals_whatever_the_tiling_order_format_and_number_of_processes(
+    seed: int,
+    num_rows: int,
+    width: int,
+    noise: float,
+    cutoff: float,
+    dtype: torch.dtype,
+    panel_rows: int,
+    processes: int,
+) -> None:
+    rows = unit_rows(seed, num_rows, width, 5, noise)
+    edges = all_edges(rows)
+    expected = kruskal(num_rows, edges[edges.weight <= np.float32(cutoff)])
+    assert as_list(build(rows, cutoff, dtype, panel_rows, seed, processes)) == expected
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_minimum_forest_of_any_graph_with_many_ties(data: st.DataObject) -> None:
+    num_rows = data.draw(st.integers(2, 30))
+    pair = st.tuples(st.integers(0, num_rows - 1), st.integers(0, num_rows - 1)).filter(lambda ends: ends[0] < ends[1])
+    pairs = data.draw(st.lists(st.tuples(pair, st.sampled_from([0.0, 0.25, 0.5])), max_size=80))
+    edges = Edges(
+        np.array([ends[0] for ends, _ in pairs], np.int64),
+        np.array([ends[1] for ends, _ in pairs], np.int64),
+        np.array([weight for _, weight in pairs], np.float32),
+    )
+    assert as_list(minimum_forest(num_rows, edges)) == kruskal(num_rows, edges)
+    assert as_list(sort_edges(edges)) == sorted(as_list(edges))
+    graph = coo_array((np.ones(len(edges)), (edges.a, edges.b)), shape=(num_rows, num_rows))
+    labels = connected_components(num_rows, edges.a, edges.b)
+    assert partition(labels) == partition(scipy_components(graph, directed=False)[1]) == labels.tolist()
+
+
+@pytest.mark.parametrize("dtype", SCAN_DTYPES)
+def test_partition_equals_scipys_single_linkage_at_every_threshold(dtype: torch.dtype) -> None:
+    rows = unit_rows(7, 400, 48, 40, 0.12)
+    edges = all_edges(rows)
+    tree = linkage(edges.weight.astype(np.float64), method="single")
+    forest = build(rows, 2.1, dtype, 150, 0)
+    assert len(forest) == len(rows) - 1
+    np.testing.assert_array_equal(forest.weight.astype(np.float64), np.sort(tree[:, 2]))
+    for cutoff in np.unique(forest.weight)[::13]:
+        part = forest.up_to(cutoff)
+        ours = connected_components(len(rows), part.a, part.b)
+        assert partition(ours) == partition(fcluster(tree, float(cutoff), criterion="distance"))
+
+
+def test_edges_that_may_not_join_are_turned_away_and_no_others() -> None:
+    rows = unit_rows(3, 120, 16, 4, 0.2)
+    edges = all_edges(rows)
+    builder = ForestBuilder(len(rows), smallest_fold=1)
+    builder.add(edges)
+    kept = builder.may_join(edges.a, edges.b, edges.weight)
+    assert len(edges) > 2**12  # so many that their own forest is found first
+    assert as_list(builder.build()) == kruskal(len(rows), edges)
+    forest = set(as_list(builder.build()))
+    assert forest <= {edge for edge, keep in zip(as_list(edges), kept.tolist(), strict=True) if keep}
+    assert kept.sum() < 0.7 * len(edges)
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32), dtype=st.sampled_from(SCAN_DTYPES), width=st.sampled_from([32, 250]))
+def test_rows_made_to_round_the_worst_way_lose_no_pair(seed: int, dtype: torch.dtype, width: int) -> None:
+    """Rows whose every value lies just below a midpoint of bfloat16, so all errors of a product point the same way."""
+    generator = np.random.default_rng(seed)
+    signs = generator.choice([-1.0, 1.0], size=width)
+    # 1 + 3/1024 … 1 + 4/1024 of a power of two: bfloat16 rounds all of them to that power of two.
+    mantissa = 1.0 + generator.integers(0, 5, size=(160, width)) / 1024.0
+    rows = (signs * mantissa * 2.0 ** np.round(np.log2(1.0 / np.sqrt(width)))).astype(np.float16)
+    edges = all_edges(rows)
+    for cutoff in np.quantile(edges.weight, [0.01, 0.3, 0.9]).astype(np.float32):
+        join = Join(rows.__getitem__, np.arange(160), CPU, dtype, 64)
+        found = set()
+        for i, j in join.tiles():
+            panel = join.panel(i)
+            other = panel if i == j else join.panel(j)
+            for part in join.search(panel, other, float(cutoff), lambda a, b, at_least: np.ones(len(a), np.bool_)):
+                found |= set(as_list(part))
+        assert found == set(as_list(edges[edges.weight <= cutoff]))
+
+
+def test_lower_bounds_given_for_proposed_pairs_hold() -> None:
+    rows = unit_rows(11, 300, 96, 12, 0.1)
+    exact = {(a, b): weight for weight, a, b in as_list(all_edges(rows))}
+    seen = []
+
+    def check(a: IntArray, b: IntArray, at_least: np.ndarray) -> np.ndarray:
+        seen.append(len(a))
+        assert all(
+            low <= exact[pair] for low, pair in zip(at_least, zip(a.tolist(), b.tolist(), strict=True), strict=True)
+        )
+        return np.zeros(len(a), np.bool_)
+
+    for dtype in SCAN_DTYPES:
+        join = Join(rows.__getitem__, np.arange(300), CPU, dtype)
+        panel = join.panel(0)
+        assert list(join.search(panel, panel, 0.9, check)) == []
+    assert sum(seen) > 1000
+
+
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.bfloat16, 0.02), (torch.int8, 0.06)])
+def test_score_bound_is_below_what_a_pair_at_the_cutoff_scores(dtype: torch.dtype, slack: float) -> None:
+    rows = unit_rows(5, 64, 512, 64, 1.0)
+    block = load_block(rows.__getitem__, np.arange(64), CPU, dtype)
+    a, b = block.part(0, 32), block.part(32, 64)
+    scores = (a.scan.float() * b.scan.float()).sum(1) * block.bounds.scale**2
+    distances = paired_distances(a.stored, b.stored, a.squared, b.squared)
+    for distance, score in zip(distances.tolist(), scores.tolist(), strict=True):
+        assert lowest_score(block, block, distance) <= score < lowest_score(block, block, distance) + slack
+
+
+def test_rows_that_would_be_inexact_are_refused() -> None:
+    rows = np.full((2, 16), LONGEST_ROW, np.float16)
+    with pytest.raises(ValueError, match=r"finite and no longer than 2\.0, not 8"):
+        load_block(rows.__getitem__, np.arange(2), CPU, torch.float32)
+    rows[:] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        load_block(rows.__getitem__, np.arange(2), CPU, torch.float32)
+
+
+def test_curve_counts_components_and_the_largest_at_each_cutoff() -> None:
+    rows = unit_rows(2, 90, 8, 6, 0.15)
+    forest = build(rows, 0.8, torch.float32, 90, 0)
+    chosen = float(forest.weight[len(forest) // 3])
+    curve = forest_curve(90, forest, chosen, num_points=20)
+    assert len(curve.distance) <= 21
+    assert np.float32(chosen) in curve.distance
+    assert (np.diff(curve.distance) > 0).all()
+    for distance, kept, largest in zip(curve.distance, curve.kept, curve.largest, strict=True):
+        part = forest.up_to(distance)
+        labels = connected_components(90, part.a, part.b)
+        sizes = np.bincount(labels, minlength=90)
+        assert (kept, largest) == (np.count_nonzero(sizes), sizes.max())
+
+
+def test_curve_of_no_edges() -> None:
+    curve = forest_curve(4, Edges.empty(), None)
+    assert (curve.distance.tolist(), curve.kept.tolist(), curve.largest.tolist()) == ([0.0], [4], [1])
+
+
+def test_copies_are_found_though_hashes_collide() -> None:
+    rows = np.array([[1, 0], [0, 1], [1, 0], [0, -1], [0, 1], [-0.0, 1], [1, 0]], np.float16)
+    unique, edges = collapse_duplicates(rows.__getitem__, np.arange(7), np.zeros(7, np.uint64))
+    assert unique.tolist() == [0, 1, 3]
+    assert sorted(as_list(edges)) == [(0.0, 0, 2), (0.0, 0, 6), (0.0, 1, 4), (0.0, 1, 5)]
+    again, same = collapse_duplicates(rows.__getitem__, np.arange(7), hash_rows(rows))
+    assert again.tolist() == [0, 1, 3]
+    assert sorted(as_list(same)) == sorted(as_list(edges))

@@ -1,0 +1,83 @@
+"""Long proofs of the search: ten million pairs at the cut-off, and every threshold of thousands of rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.cluster.hierarchy import cophenet, linkage
+
+from clipcid_cli.algorithms.search.distances import IntArray
+from clipcid_cli.algorithms.search.pair_search import Join
+from clipcid_cli.algorithms.sets.forest import Edges, ForestBuilder
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+
+
+def exact_distances(rows: np.ndarray) -> np.ndarray:
+    """Every distance by the definition, float32 [N, N]: exact in float64, whatever the order of its sums."""
+    wide = rows.astype(np.float64)
+    squared = (wide * wide).sum(axis=1)
+    return np.sqrt(np.maximum(0.0, squared[:, None] + squared - 2.0 * wide @ wide.T)).astype(np.float32)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
+def test_ten_million_pairs_at_the_cutoff_are_decided_as_in_float64(dtype: torch.dtype) -> None:
+    generator = np.random.default_rng(0)
+    # So alike that every score lies within bfloat16's error of the cut-off's.
+    rows = unit(generator.normal(size=512) + 0.2 * generator.normal(size=(4_600, 512)))
+    exact = exact_distances(rows)
+    a, b = np.triu_indices(len(rows), 1)
+    cutoff = float(np.median(exact[a, b]))
+    scores = 1.0 - exact[a, b].astype(np.float64) ** 2 / 2.0
+    assert len(a) > 10_000_000
+    assert np.mean(np.abs(scores - (1.0 - cutoff**2 / 2.0)) < 0.0078) > 0.9
+    found = np.zeros(exact.shape, np.bool_)
+
+    def all_of_them(rows_a: IntArray, rows_b: IntArray, at_least: np.ndarray) -> np.ndarray:
+        assert (at_least <= exact[rows_a, rows_b]).all()
+        return np.ones(len(rows_a), np.bool_)
+
+    join = Join(rows.__getitem__, np.arange(len(rows)), CPU, dtype)
+    for tile in join.tiles():
+        for edges in join.search_tile(tile, cutoff, all_of_them):
+            assert not found[edges.a, edges.b].any(), "no pair is found twice"
+            found[edges.a, edges.b] = True
+            np.testing.assert_array_equal(edges.weight, exact[edges.a, edges.b])
+    assert np.count_nonzero(found[a, b] != (exact[a, b] <= np.float32(cutoff))) == 0
+    assert np.count_nonzero(np.tril(found)) == 0
+
+
+def merge_heights(num_rows: int, forest: Edges) -> np.ndarray:
+    """The cut-off from which on each pair is in one set, float64 [N, N]."""
+    heights = np.full((num_rows, num_rows), np.inf)
+    members = {row: np.array([row]) for row in range(num_rows)}
+    home = np.arange(num_rows)
+    for a, b, weight in zip(home[forest.a], forest.b, forest.weight, strict=True):
+        one, other = home[a], home[b]
+        rows, others = members[one], members.pop(other)
+        heights[np.ix_(rows, others)] = heights[np.ix_(others, rows)] = weight
+        home[others] = one
+        members[one] = np.concatenate([rows, others])
+    return heights
+
+
+@pytest.mark.parametrize(("seed", "noise"), [(0, 0.1), (1, 0.5)])
+def test_sets_equal_scipys_at_every_threshold_of_four_thousand_rows(seed: int, noise: float) -> None:
+    generator = np.random.default_rng(seed)
+    centres = generator.normal(size=(900, 256))
+    rows = unit(centres[generator.integers(900, size=4_000)] + noise * generator.normal(size=(4_000, 256)))
+    join = Join(rows.__getitem__, np.arange(len(rows)), CPU, torch.bfloat16)
+    builder = ForestBuilder(len(rows))
+    for tile in join.tiles():
+        for edges in join.search_tile(tile, 2.1, builder.may_join):
+            builder.add(edges)
+    a, b = np.triu_indices(len(rows), 1)
+    tree = linkage(exact_distances(rows)[a, b].astype(np.float64), method="single")
+    np.testing.assert_array_equal(merge_heights(len(rows), builder.build())[a, b], cophenet(tree))

@@ -1,0 +1,154 @@
+"""Partitions: which rows are compared follows from exact geometry, and what is found is true."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from balance_data import distance_matrix, make_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipcid_cli.algorithms.search.distances import IntArray
+from clipcid_cli.algorithms.search.nearest_pairs import NearestPairs
+from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedJoin
+from clipcid_cli.algorithms.search.partitions import Partitions, choose_margin, default_num_partitions, split_counts
+from clipcid_cli.algorithms.sets.forest import Edges, ForestBuilder
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, float]:
+    """Rows, centres of which some are equal or rows themselves, and a distance."""
+    width, seed = draw(st.integers(2, 40)), draw(st.integers(0, 2**32 - 1))
+    rows = np.unique(make_rows(draw(st.integers(20, 120)), width=width, seed=seed), axis=0)
+    generator = np.random.default_rng(seed)
+    centres = rows[generator.integers(len(rows), size=draw(st.integers(1, 12)))]
+    if draw(st.booleans()):
+        other = generator.normal(size=(4, width))
+        centres = np.concatenate([centres, (other / np.linalg.norm(other, axis=1)[:, None]).astype(np.float16)])
+    return rows, centres, draw(st.floats(0.01, 1.5))
+
+
+def exact_gaps(rows: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The definition in float64: homes [N], and gaps to every partition [N, K]."""
+    wide, middle = rows.astype(np.float64), centres.astype(np.float64)
+    value = wide @ middle.T - (middle * middle).sum(axis=1) / 2.0
+    home = value.argmax(axis=1)
+    apart = np.sqrt(((middle[home][:, None] - middle) ** 2).sum(axis=2))
+    ahead = value[np.arange(len(rows)), home][:, None] - value
+    return home, np.divide(ahead, apart, out=np.zeros_like(ahead), where=apart > 0)
+
+
+def all_of_them(a: IntArray, b: IntArray, at_least: np.ndarray) -> np.ndarray:
+    return np.ones(len(a), np.bool_)
+
+
+def join_partitions(rows: np.ndarray, centres: np.ndarray, margin: float, panel_rows: int) -> PartitionedJoin:
+    found = Partitions(torch.from_numpy(centres)).visits(torch.from_numpy(rows), margin)
+    homes = Groups(found.home.numpy(), np.arange(len(rows), dtype=np.int32), len(centres))
+    visitors = Groups(found.partition.numpy(), found.row.numpy(), len(centres))
+    return PartitionedJoin(
+        rows.__getitem__, np.arange(len(rows)), homes, visitors, CPU, torch.float32, panel_rows=panel_rows
+    )
+
+
+def search(join: PartitionedJoin, cutoff: float) -> list[Edges]:
+    return [edges for tile in join.tiles() for edges in join.search_tile(tile, cutoff, all_of_them)]
+
+
+@given(scenes())
+@settings(max_examples=60, deadline=None)
+def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.ndarray, float]) -> None:
+    rows, centres, margin = case
+    home, gaps = exact_gaps(rows, centres)
+    partitions = Partitions(torch.from_numpy(centres))
+    stored = torch.from_numpy(rows)
+    np.testing.assert_array_equal(partitions.nearest(stored), home)
+    np.testing.assert_array_equal(partitions.spread(stored, torch.from_numpy(home)), gaps)
+    found = partitions.visits(stored, margin)
+    np.testing.assert_array_equal(found.home, home)
+    expected = gaps <= margin
+    expected[np.arange(len(rows)), home] = False
+    np.testing.assert_array_equal(np.stack([found.row, found.partition], axis=1), np.argwhere(expected))
+
+
+@given(scenes(), st.integers(1, 50))
+@settings(max_examples=60, deadline=None)
+def test_a_margin_of_the_cutoff_loses_no_pair_and_no_pair_is_wrong(
+    case: tuple[np.ndarray, np.ndarray, float], panel_rows: int
+) -> None:
+    rows, centres, cutoff = case
+    exact = distance_matrix(rows)
+    a, b = np.nonzero(np.triu(exact <= np.float32(cutoff), 1))
+    for margin in (cutoff, 0.2 * cutoff):
+        join = join_partitions(rows, centres, margin, panel_rows)
+        found = Edges.concatenate(search(join, cutoff))
+        assert (found.a < found.b).all()
+        np.testing.assert_array_equal(found.weight, exact[found.a, found.b])
+        pairs = set(zip(found.a.tolist(), found.b.tolist(), strict=True))
+        within = set(zip(a.tolist(), b.tolist(), strict=True))
+        assert pairs <= within
+        # Borders are only known to a rounding: the pairs whose gap is the cut-off itself are none of these.
+        assert margin < cutoff or pairs == within
+
+
+@pytest.mark.parametrize("panel_rows", [7, 64, 10_000])
+def test_pieces_of_a_partition_compare_what_the_whole_does(panel_rows: int) -> None:
+    rows = np.unique(make_rows(400, seed=1), axis=0)
+    centres = rows[[0, 100, 200]]
+    forests, compared = [], 0
+    for size in (len(rows), panel_rows):
+        join, builder = join_partitions(rows, centres, 0.1, size), ForestBuilder(len(rows))
+        for edges in search(join, 0.7):
+            builder.add(edges)
+        forests.append(builder.build())
+        counts = [0, 0]
+        for tile in join.tiles():
+            counts[0] += join.num_pairs(tile)
+            counts[1] += sum(len(edges) for edges in join.search_tile(tile, 4.0, all_of_them))
+        assert counts[0] == counts[1], "every pair that is compared is counted, and none twice in a tile"
+        assert compared in (0, counts[0])
+        compared = counts[0]
+        assert (panel_rows < 400) == (len(join.tiles()) > 3) or size == len(rows)
+    np.testing.assert_array_equal(forests[0].a, forests[1].a)
+    np.testing.assert_array_equal(forests[0].b, forests[1].b)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_nearest_pairs_do_not_depend_on_the_order_they_come_in(seed: int, count: int, pieces: int) -> None:
+    generator = np.random.default_rng(seed)
+    weight = generator.integers(0, 20, size=(30, 30)).astype(np.float32)
+    weight = np.minimum(weight, weight.T)
+    a, b = np.triu_indices(30, 1)
+    order = generator.permutation(len(a))
+    rows = np.sort(generator.choice(30, 7, replace=False))
+    kept = NearestPairs(rows, count)
+    for part in np.array_split(order, pieces):
+        edges = Edges(a[part], b[part], weight[a[part], b[part]])
+        kept.add(edges[kept.wanted(edges.a, edges.b, edges.weight)])
+    expected = set()
+    for row in rows.tolist():
+        others = [other for other in range(30) if other != row]
+        others.sort(key=lambda other: (weight[row, other], other))
+        expected |= {(min(row, other), max(row, other)) for other in others[:count]}
+    assert set(zip(kept.edges.a.tolist(), kept.edges.b.tolist(), strict=True)) == expected
+    np.testing.assert_array_equal(kept.edges.weight, weight[kept.edges.a, kept.edges.b])
+
+
+def test_partitions_that_hold_too_much_are_split_and_others_are_not() -> None:
+    sizes = np.array([400, 10, 40, 50, 0])
+    assert split_counts(sizes, 5).tolist() == [1, 1, 1, 1, 1]  # 4 times the even share of 100
+    assert split_counts(sizes, 10).tolist() == [8, 1, 1, 1, 1]
+    assert [default_num_partitions(number) for number in (1, 100, 10**6, 10**8)] == [1, 10, 1000, 10_000]
+
+
+def test_the_margin_lies_within_the_reach_and_visits_stay_bounded() -> None:
+    spread = np.linspace(0.0, 2.0, 400).reshape(20, 20)
+    assert choose_margin(np.array([0.01, 0.1]), spread, 0.5, most_visits=20) == 0.2
+    assert choose_margin(np.array([0.4]), spread, 0.5, most_visits=20) == 0.5
+    assert choose_margin(np.empty(0), spread, 0.5, most_visits=20) == 0.025
+    bounded = choose_margin(np.array([1.0]), spread, 2.0, most_visits=3)
+    assert np.count_nonzero(spread <= bounded) == 61

@@ -1,0 +1,63 @@
+"""Joining by key against a dictionary, with honest and with colliding hashes."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.folder import key_join
+from clipcid_cli.formats.embeddings.key_join import find_repeated_key, hash_keys, join_keys
+
+KEYS = st.text(st.sampled_from("ab0é/"), max_size=4)
+
+
+def hash_badly(keys: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """Hash to the length, so that most different keys collide."""
+    return np.array([len(key.as_py()) for key in keys], dtype=np.uint64)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+@given(left=st.lists(KEYS, max_size=12), right=st.lists(KEYS, max_size=12, unique=True))
+@settings(max_examples=80)
+def test_positions_are_a_dictionarys(bad: bool, left: list[str], right: list[str]) -> None:
+    places = {key: place for place, key in enumerate(right)}
+    with pytest.MonkeyPatch.context() as patch:
+        if bad:
+            patch.setattr(key_join, "hash_keys", hash_badly)
+        found = join_keys(left, pa.chunked_array([right[:3], right[3:]], type=pa.string()))
+    assert found.dtype == np.int64
+    assert found.tolist() == [places.get(key, -1) for key in left]
+
+
+@pytest.mark.parametrize("bad", [False, True])
+@given(keys=st.lists(KEYS, max_size=12))
+@settings(max_examples=80)
+def test_the_first_repeat_is_found(bad: bool, keys: list[str]) -> None:
+    expected, seen = None, dict[str, int]()
+    for place, key in enumerate(keys):
+        if key in seen:
+            expected = (key, seen[key], place)
+            break
+        seen[key] = place
+    with pytest.MonkeyPatch.context() as patch:
+        if bad:
+            patch.setattr(key_join, "hash_keys", hash_badly)
+        assert find_repeated_key(keys) == expected
+
+
+def test_a_repeated_key_on_the_right_is_refused() -> None:
+    with pytest.raises(ClipcidError, match="Key 'b' occurs in row 1 and again in row 3"):
+        join_keys(["a"], ["a", "b", "c", "b"])
+
+
+def test_hashes_do_not_depend_on_how_the_column_is_cut() -> None:
+    keys = [f"{number:05d}" for number in range(100)]
+    whole = pa.chunked_array([pa.array(keys, pa.large_string())])
+    parts = pa.chunked_array([pa.array(keys[:40], pa.large_string()), pa.array(keys[40:], pa.large_string())])
+    assert np.array_equal(hash_keys(whole), hash_keys(parts))
+    assert len(set(hash_keys(whole).tolist())) == 100

@@ -1,0 +1,92 @@
+"""The order of training: every sample once an epoch, for any batch size and number of processes, across epochs' ends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipcid_cli.formats.data.dataset import Columns, Dataset
+from clipcid_cli.formats.data.samples import Location, Sample
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.steps.distill.batches import BatchOrder, find_usable
+
+
+@dataclasses.dataclass(frozen=True)
+class ListedShard:
+    """A shard whose samples are given; every fifth has no caption."""
+
+    name: str
+    first: int
+    count: int
+
+    def samples(self, skips: Skips | None = None) -> list[Sample]:
+        return [
+            Sample(f"{number:05d}", Location("none"), () if number % 5 == 4 else (f"caption {number}",))
+            for number in range(self.first, self.first + self.count)
+        ]
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"path": self.name, "size": self.count, "hash": ""}
+
+
+def make_order(sizes: list[int], seed: int, batch_size: int, dropped: int) -> tuple[BatchOrder, set[str]]:
+    starts = np.cumsum([0, *sizes])
+    shards = tuple(ListedShard(str(number), int(starts[number]), size) for number, size in enumerate(sizes))
+    dataset = Dataset("none", "list", shards, None, "sample", Columns())
+    usable = find_usable(dataset, 1.0)
+    keep = np.arange(len(usable.keys)) % 7 != dropped
+    selection = usable.selection.narrow(keep)
+    return BatchOrder(dataset, selection, seed, batch_size), {
+        key for key, kept in zip(usable.keys, keep, strict=True) if kept
+    }
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=25).filter(lambda sizes: sum(sizes) >= 10),
+    seed=st.integers(0, 1000),
+    processes=st.sampled_from([1, 2, 3, 4]),
+    share=st.integers(1, 9),
+    dropped=st.integers(0, 6),
+)
+@settings(max_examples=60)
+def test_no_sample_is_lost_or_doubled(sizes: list[int], seed: int, processes: int, share: int, dropped: int) -> None:
+    order, expected = make_order(sizes, seed, share * processes, dropped)
+    epochs = 3
+    steps = -(-epochs * len(expected) // order.batch_size)
+    parts = [list(order.iterate(0, steps, rank, processes)) for rank in range(processes)]
+    seen = [item for step in range(steps) for part in parts for item in part[step]]
+    counted: dict[int, Counter[str]] = {}
+    for item in seen:
+        counted.setdefault(item.epoch, Counter())[item.sample.key] += 1
+    for epoch in range(epochs):
+        assert counted[epoch] == Counter(expected)
+    whole, _ = make_order(sizes, seed, share * processes, dropped)
+    alone = [item for step in range(steps) for item in whole.items(step, 0, 1)]
+    assert [(item.epoch, item.sample.key, item.row) for item in seen] == [
+        (item.epoch, item.sample.key, item.row) for item in alone
+    ]
+
+
+@given(seed=st.integers(0, 50), start=st.integers(0, 20))
+@settings(max_examples=20)
+def test_resuming_anywhere_goes_on_with_the_same_batches(seed: int, start: int) -> None:
+    order, _ = make_order([9, 17, 4], seed, 6, 0)
+    later, _ = make_order([9, 17, 4], seed, 6, 0)
+    full = list(order.iterate(0, 25, 0, 1))
+    assert list(later.iterate(start, 25, 0, 1)) == full[start:]
+
+
+def test_epochs_and_seeds_differ() -> None:
+    keys = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        order, expected = make_order([30, 30], seed, 1, 0)
+        total = len(expected)
+        keys.append([order.items(epoch * total + step, 0, 1)[0].sample.key for step in range(total)])
+    assert sorted(keys[0]) == sorted(keys[1]) == sorted(keys[2])
+    assert keys[0] != keys[1]
+    assert keys[0] != keys[2]

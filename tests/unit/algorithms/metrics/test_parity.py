@@ -1,0 +1,44 @@
+"""Comparing two sets of rows: both measures, the worst row counts, and what is not a number never passes."""
+
+import math
+
+import pytest
+import torch
+
+from clipcid_cli.algorithms.metrics.parity import Difference, compare_rows
+
+
+def test_the_worst_entry_and_the_worst_row_count() -> None:
+    reference = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    other = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    difference = compare_rows(reference, other)
+    assert difference.max_difference == pytest.approx(0.6)
+    assert difference.min_cosine == pytest.approx(0.8)
+
+
+def test_equal_rows_have_no_difference() -> None:
+    rows = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    difference = compare_rows(rows, rows)
+    assert difference.max_difference == 0
+    assert difference.min_cosine == pytest.approx(1.0, abs=1e-12)
+
+
+def test_not_a_number_is_over_every_limit() -> None:
+    reference = torch.ones(2, 2)
+    broken = torch.tensor([[1.0, 1.0], [1.0, math.nan]])
+    assert not compare_rows(reference, broken).within(Difference(max_difference=1e9, min_cosine=-0.5))
+    assert not compare_rows(broken, broken).within(Difference(max_difference=1e9, min_cosine=-0.5))
+
+
+def test_merging_keeps_the_worse_of_each() -> None:
+    merged = Difference(0.1, 0.9).merge(Difference(0.2, 0.95))
+    assert merged == Difference(0.2, 0.9)
+    assert merged.within(Difference(0.2, 0.9))
+    assert not merged.within(Difference(0.19, 0.9))
+    assert not merged.within(Difference(0.2, 0.91))
+
+
+@pytest.mark.parametrize(("left", "right"), [((2, 3), (2, 4)), ((0, 3), (0, 3)), ((3,), (3,))])
+def test_rows_that_cannot_be_compared_are_refused(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="rows to compare"):
+        compare_rows(torch.zeros(left), torch.zeros(right))

@@ -1,0 +1,241 @@
+"""The linear probe against scikit-learn, and what it promises of sweeps, two, absent and several classes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+
+from clipcid_cli.algorithms.metrics.probe_metrics import measure
+from clipcid_cli.algorithms.probe.logistic_regression import Regression, SigmoidRegressions, SoftmaxRegression
+from clipcid_cli.algorithms.probe.probe import ProbeProblem, regularisation_grid, sweep_regularisation
+from clipcid_cli.steps.evaluate.probe_fit import SweepPoint, choose_point
+
+
+def make_data(
+    num_images: int = 400, width: int = 24, num_classes: int = 6, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Correlated features of unequal variance around class centres, off the origin, unit rows as CLIP's are."""
+    random = np.random.default_rng(seed)
+    shape = np.random.default_rng(1)
+    labels = random.integers(0, num_classes, num_images)
+    centres = shape.normal(size=(num_classes, width))
+    mixing = shape.normal(size=(width, width)) * np.exp(-3 * np.arange(width) / width)
+    rows = (0.5 * centres[labels] + random.normal(size=(num_images, width))) @ mixing + shape.normal(size=width)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return torch.from_numpy(rows.astype(np.float32)), torch.from_numpy(labels)
+
+
+def objective(
+    features: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor, c: float
+) -> float:
+    loss = torch.nn.functional.cross_entropy(features.double() @ weights.T + bias, labels)
+    return float(loss + weights.square().sum() / (2 * c * len(labels)))
+
+
+@pytest.mark.parametrize("c", [0.1, 1.0, 10.0, 1000.0])
+def test_objective_and_accuracy_are_scikit_learns(c: float) -> None:
+    features, labels = make_data()
+    found = ProbeProblem(features, labels, 6).fit(c)
+    theirs = LogisticRegression(C=c, tol=1e-6, max_iter=5000).fit(features.double().numpy(), labels.numpy())
+    weights, bias = torch.from_numpy(theirs.coef_), torch.from_numpy(theirs.intercept_)
+    assert found.converged
+    assert found.objective == pytest.approx(objective(features, labels, weights, bias, c), rel=1e-4)
+    test_features, test_labels = make_data(seed=5)
+    mine = found.classifier.logits(test_features).argmax(dim=1)
+    accuracy = float((mine == test_labels).double().mean())
+    assert accuracy == pytest.approx(theirs.score(test_features.double().numpy(), test_labels.numpy()), abs=1e-3)
+
+
+def test_the_stated_gradient_norm_is_that_of_the_objective() -> None:
+    features, labels = make_data()
+    found = ProbeProblem(features, labels, 6).fit(10.0, tolerance=1e-8)
+    weights = found.classifier.weights_CD.clone().requires_grad_()
+    bias = found.classifier.bias_C.clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(features.double() @ weights.T + bias, labels)
+    (loss + weights.square().sum() / (2 * 10.0 * len(labels))).backward()
+    assert weights.grad is not None
+    assert bias.grad is not None
+    largest = max(float(weights.grad.abs().max()), float(bias.grad.abs().max()))
+    assert largest <= 1e-8
+    assert found.gradient_norm == pytest.approx(largest, rel=1e-3, abs=1e-12)
+    assert found.objective == pytest.approx(
+        objective(features, labels, weights.detach(), bias.detach(), 10.0), rel=1e-12
+    )
+
+
+def test_two_classes_are_scikit_learns_one_weight_vector() -> None:
+    features, labels = make_data(num_classes=2)
+    for c in (0.1, 10.0):
+        found = ProbeProblem(features, labels, 2).fit(c, tolerance=1e-8)
+        theirs = LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(features.double().numpy(), labels.numpy())
+        weights_CD, bias_C = found.classifier.weights_CD, found.classifier.bias_C
+        np.testing.assert_allclose((weights_CD[1] - weights_CD[0]).numpy(), theirs.coef_[0], rtol=1e-3, atol=1e-4)
+        assert float(bias_C[1] - bias_C[0]) == pytest.approx(theirs.intercept_[0], rel=1e-3, abs=1e-4)
+        margins = features.double().numpy() @ theirs.coef_[0] + theirs.intercept_[0]
+        loss = np.logaddexp(0, np.where(labels.numpy() == 1, -margins, margins)).mean()
+        assert found.objective == pytest.approx(loss + (theirs.coef_**2).sum() / (2 * c * len(labels)), rel=1e-6)
+
+
+def several_labels(labels: torch.Tensor, classes: int, seed: int = 0) -> torch.Tensor:
+    """Give each image the class it was drawn from and sometimes another."""
+    generator = torch.Generator().manual_seed(seed)
+    more = torch.rand(len(labels), classes, generator=generator) < 0.1
+    return torch.nn.functional.one_hot(labels, classes).bool() | more
+
+
+def test_several_classes_are_scikit_learns_fits_of_each_class() -> None:
+    features, labels = make_data()
+    positive = several_labels(labels, 6)
+    test_features, test_labels = make_data(seed=5)
+    for c in (0.1, 10.0, 1000.0):
+        found = ProbeProblem(features, positive, 6).fit(c)
+        assert found.converged
+        total, scores = 0.0, []
+        for number in range(6):
+            theirs = LogisticRegression(C=c, tol=1e-6, max_iter=5000).fit(
+                features.double().numpy(), positive[:, number].numpy()
+            )
+            margins = theirs.decision_function(features.double().numpy())
+            loss = np.logaddexp(0, np.where(positive[:, number].numpy(), -margins, margins)).mean()
+            total += loss + (theirs.coef_**2).sum() / (2 * c * len(labels))
+            scores.append(theirs.decision_function(test_features.double().numpy()))
+        assert found.objective == pytest.approx(total, rel=1e-4)
+        test_positive = several_labels(test_labels, 6, 1)
+        metrics = measure(found.classifier, test_features, test_positive, 6)
+        expected = average_precision_score(test_positive.numpy(), np.stack(scores, 1), average="macro")
+        assert metrics["mean_average_precision"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_class_that_no_image_or_every_image_has_is_left_out_of_the_fit() -> None:
+    features, labels = make_data(num_classes=3)
+    positive = torch.zeros(len(labels), 5, dtype=torch.bool)
+    positive[:, [0, 2, 4]] = torch.nn.functional.one_hot(labels, 3).bool()
+    positive[:, 3] = True
+    found = ProbeProblem(features, positive, 5).fit(1.0)
+    assert torch.isneginf(found.classifier.logits(features)[:, 1]).all()
+    assert torch.isposinf(found.classifier.logits(features)[:, 3]).all()
+    few = ProbeProblem(features, positive[:, [0, 2, 4]], 3).fit(1.0)
+    assert found.objective == pytest.approx(few.objective, rel=1e-9)
+    nothing = list(sweep_regularisation(ProbeProblem(features, positive[:, [1, 3]], 2), [0.1, 1.0, 10.0]))
+    assert all(solution.converged and solution.objective == 0 for solution in nothing)
+    assert nothing[-1].classifier.bias_C.tolist() == [-np.inf, np.inf]
+
+
+def regressions(several: bool) -> tuple[Regression, torch.Tensor]:
+    """Make a small problem in float64, and what computes its loss with autograd."""
+    features, labels = make_data(60, 4, 3)
+    centred = features.double() - features.double().mean(dim=0)
+    variance = centred.square().mean(dim=0)
+    if several:
+        return SigmoidRegressions(centred, variance, 0.01, several_labels(labels, 3).double()), labels
+    return SoftmaxRegression(centred, variance, 0.01, labels), labels
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_gradient_and_diagonal_follow_from_the_function(several: bool) -> None:
+    problem, labels = regressions(several)
+    parameters = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def value(flat: torch.Tensor) -> torch.Tensor:
+        theta = flat.view(3, 5)
+        logits = problem.logits(theta)
+        if several:
+            targets = several_labels(labels, 3).double()
+            loss = 3 * torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
+        else:
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+        return loss + 0.005 * theta[:, :-1].square().sum()
+
+    assert problem.evaluate(parameters)[0] == pytest.approx(float(value(parameters.flatten())), rel=1e-12)
+    expected = torch.autograd.functional.jacobian(value, parameters.flatten())
+    torch.testing.assert_close(problem.evaluate(parameters)[1].flatten(), expected)
+    at_zero = problem.diagonal(problem.probabilities(problem.logits(torch.zeros(3, 5, dtype=torch.float64))))
+    hessian = torch.autograd.functional.hessian(value, torch.zeros(15, dtype=torch.float64))
+    torch.testing.assert_close(at_zero.flatten(), hessian.diagonal())
+
+
+def test_a_warm_start_finds_the_same() -> None:
+    features, labels = make_data()
+    problem = ProbeProblem(features, labels, 6)
+    cold = problem.fit(10.0)
+    warm = problem.fit(10.0, problem.fit(6.0).classifier)
+    assert warm.objective == pytest.approx(cold.objective, rel=1e-6)
+    assert problem.fit(10.0, cold.classifier).iterations == 0
+
+
+def test_separable_data_is_solved_too() -> None:
+    features = torch.eye(8).repeat(3, 1) + 0.01 * torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    found = ProbeProblem(features, torch.arange(8).repeat(3), 8).fit(1e5)
+    assert found.converged
+    assert torch.equal(found.classifier.logits(features).argmax(dim=1), torch.arange(8).repeat(3))
+
+
+def test_a_class_without_images_is_never_predicted() -> None:
+    features, labels = make_data(num_classes=3)
+    found = ProbeProblem(features, labels * 2, 6).fit(1.0)
+    logits = found.classifier.logits(features)
+    assert set(logits.argmax(dim=1).tolist()) <= {0, 2, 4}
+    assert torch.isneginf(logits[:, [1, 3, 5]]).all()
+    few = ProbeProblem(features, labels, 3).fit(1.0)
+    assert found.objective == pytest.approx(few.objective, rel=1e-9)
+
+
+def test_one_class_alone_is_always_right() -> None:
+    features, _ = make_data(20)
+    found = ProbeProblem(features, torch.full((20,), 4), 6).fit(1.0)
+    assert found.converged
+    assert found.classifier.logits(features).argmax(dim=1).tolist() == [4] * 20
+
+
+def test_the_sweep_solves_every_value_and_the_best_is_the_simplest_of_equals() -> None:
+    features, labels = make_data()
+    validation = make_data(seed=7)
+    grid = regularisation_grid(45)
+    problem = ProbeProblem(features, labels, 6)
+    solutions = list(sweep_regularisation(problem, grid))
+    assert len(solutions) == 45
+    assert all(solution.converged for solution in solutions)
+    # Where regularisation is weak the gradient alone would let a fit end far from its least objective.
+    for c, solution in list(zip(grid, solutions, strict=True))[::11]:
+        tight = problem.fit(c, solution.classifier, tolerance=1e-9)
+        # The function is convex: where its gradient vanishes it is least.
+        assert tight.converged
+        assert tight.gradient_norm <= 1e-9
+        assert solution.objective <= tight.objective * (1 + 1e-4)
+    assert sum(solution.iterations for solution in solutions) < sum(problem.fit(c).iterations for c in grid)
+    points = [
+        SweepPoint(c, measure(solution.classifier, *validation, 6)["acc1"], solution)
+        for c, solution in zip(grid, solutions, strict=True)
+    ]
+    best = choose_point(points)
+    assert best.score == max(point.score for point in points)
+    tied = [SweepPoint(c, 0.5, solutions[0]) for c in (1.0, 10.0)]
+    assert choose_point(tied).c == 1.0
+
+
+def test_fewer_images_than_axes_are_solved_along_those_they_have() -> None:
+    features, labels = make_data(12)[0], torch.arange(12) % 6
+    found = ProbeProblem(features, labels, 6).fit(10.0, tolerance=1e-8)
+    theirs = LogisticRegression(C=10.0, tol=1e-8, max_iter=5000).fit(features.double().numpy(), labels.numpy())
+    weights, bias = torch.from_numpy(theirs.coef_), torch.from_numpy(theirs.intercept_)
+    assert found.objective == pytest.approx(objective(features, labels, weights, bias, 10.0), rel=1e-6)
+
+
+def test_the_grid_is_the_protocols() -> None:
+    grid = regularisation_grid()
+    assert len(grid) == 45
+    assert grid[0] == pytest.approx(1e-6)
+    assert grid[-1] == pytest.approx(1e5)
+    np.testing.assert_allclose(np.diff(np.log10(grid)), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(torch.tensor([0, 1, 2]), r"labels \[3\] do not fit"), (torch.tensor([0, 5]), r"classes in \[0, 2\]")],
+)
+def test_wrong_arguments_are_named(labels: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ProbeProblem(torch.ones(2, 4), labels, 3)

@@ -1,0 +1,64 @@
+"""The first distance searched, from a sample of nearest neighbours."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from balance_data import distance_matrix, make_rows
+
+from clipcid_cli.algorithms.search import cutoff as module
+from clipcid_cli.algorithms.search.cutoff import FARTHEST, NearestSample, first_cutoff, wider_cutoff
+
+CPU = torch.device("cpu")
+ROWS = make_rows(900, width=24)
+
+
+def look(scan_dtype: torch.dtype, rows: np.ndarray = ROWS, size: int = 200) -> tuple[NearestSample, np.ndarray]:
+    """Sample every second row of the given ones; returns the sample and the exact distances by the definition."""
+    numbers = np.arange(0, len(rows), 2)
+    sample = np.sort(np.random.default_rng(1).choice(len(numbers), size, replace=False))
+    distances = distance_matrix(rows[numbers])
+    np.fill_diagonal(distances, np.inf)
+    return NearestSample(rows.__getitem__, numbers, sample, CPU, scan_dtype), distances[sample].min(axis=1)
+
+
+@pytest.mark.parametrize("scan_dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_order_statistics_and_counts_are_exact_in_any_format(
+    scan_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 100)
+    nearest, exact = look(scan_dtype)
+    for position in (0, 3, 57, 120, 198, 199):
+        assert nearest.order_statistic(position) == np.sort(exact)[position]
+    for distance in (0.0, 0.1, float(exact[5]), 0.4, 2.0):
+        assert nearest.count_within(distance) == np.count_nonzero(exact <= np.float32(distance))
+    fresh, _ = look(scan_dtype)
+    assert [fresh.count_within(float(value)) for value in exact[:20]] == [
+        np.count_nonzero(exact <= value) for value in exact[:20]
+    ]
+
+
+def test_first_cutoff_is_a_little_beyond_the_share_wanted() -> None:
+    nearest, exact = look(torch.float32)
+    assert first_cutoff(nearest, 0.27) == np.sort(exact)[95]
+    assert first_cutoff(nearest, 0.27, for_stars=True) == np.sort(exact)[98]
+    assert first_cutoff(nearest, 0.8) == np.sort(exact)[180]
+    assert first_cutoff(nearest, 0.999) == exact.max()
+
+
+def test_a_row_alone_is_searched_to_the_end() -> None:
+    alone = NearestSample(ROWS.__getitem__, np.arange(1), np.arange(1), CPU, torch.float32)
+    assert first_cutoff(alone, 0.5) == FARTHEST
+
+
+def test_cutoffs_grow_until_everything_is_within_reach() -> None:
+    nearest, exact = look(torch.bfloat16)
+    steps = [first_cutoff(nearest, 0.2)]
+    reached = np.count_nonzero(exact <= steps[0])
+    assert wider_cutoff(nearest, steps[0], found=100, wanted=150) == np.sort(exact)[int(np.ceil(1.05 * 1.5 * reached))]
+    while steps[-1] < FARTHEST:
+        steps.append(wider_cutoff(nearest, steps[-1], found=399, wanted=400))
+        assert steps[-1] >= min(1.05 * steps[-2], FARTHEST)
+    assert len(steps) < 60
+    assert wider_cutoff(nearest, 0.0, found=0, wanted=5) > 0

@@ -1,0 +1,333 @@
+"""Every form of input, its order and keys, and what damaged ones are told."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import make_image, shard_members, write_tar
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.skips import Skips
+
+
+def list_samples(dataset: Dataset, skips: Skips | None = None) -> list[Sample]:
+    return [sample for shard in dataset.shards for sample in shard.samples(skips)]
+
+
+def list_keys(dataset: Dataset) -> list[str]:
+    return [sample.key for sample in list_samples(dataset)]
+
+
+def test_folder_pattern_and_single_tar_agree(tiny_shards: Path) -> None:
+    folder = open_dataset(tiny_shards)
+    pattern = open_dataset(f"{tiny_shards}/{{00000..00001}}.tar")
+    assert folder.kind == pattern.kind == "webdataset"
+    assert [shard.name for shard in folder.shards] == ["00000", "00001"]
+    assert list_samples(folder) == list_samples(pattern)
+    assert list_keys(open_dataset(tiny_shards / "00001.tar")) == list_keys(folder)[14:]
+    assert list_keys(folder) == [f"{number:06d}" for number in range(24)]
+    sample = list_samples(folder)[3]
+    assert sample.image.read() == make_image(3)
+    assert sample.captions[0].startswith("a ")
+    assert sample.attributes is not None
+    assert sample.attributes.read() == b'{"number": 3}'
+
+
+def test_order_is_natural(tmp_path: Path) -> None:
+    for number in (10, 9, 1, 2):
+        write_tar(tmp_path / f"part-{number}.tar", shard_members(number, 1))
+    assert [shard.name for shard in open_dataset(tmp_path).shards] == ["part-1", "part-2", "part-9", "part-10"]
+
+
+def test_shards_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for folder, first in (("a", 0), ("b", 5)):
+        write_tar(tmp_path / folder / "0.tar", shard_members(first, 2))
+    dataset = open_dataset(f"{tmp_path}/{{a,b}}/0.tar", keys="shard")
+    assert [shard.name for shard in dataset.shards] == ["a/0", "b/0"]
+    assert list_keys(dataset)[0] == "a/0/000000"
+
+
+def test_keys_are_webdatasets(tmp_path: Path) -> None:
+    import webdataset
+
+    png = make_image(0)
+    path = write_tar(
+        tmp_path / "0.tar",
+        [
+            ("__meta__/a.png", png),
+            ("dir.v2/a.PNG", png),
+            ("dir.v2/a.txt", b" two\nlines "),
+            ("b.seg.png", png),
+            ("b.jpg", png),
+            ("b.txt", b""),
+            ("noext", b"x"),
+            ("./c.webp", png),
+        ],
+    )
+    with path.open("rb") as stream:
+        members = webdataset.tariterators.tar_file_expander([{"url": str(path), "stream": stream}])
+        theirs = [item["__key__"] for item in webdataset.tariterators.group_by_keys(members)]
+    skips = Skips()
+    samples = open_dataset(path).shards[0].samples(skips)
+    assert [sample.key for sample in samples] == theirs == ["dir.v2/a", "b", "./c"]
+    assert [sample.captions for sample in samples] == [("two\nlines",), (), ()]
+    assert skips.total == 0
+
+
+def test_samples_without_image_and_repeated_keys_are_counted(tmp_path: Path) -> None:
+    members = [
+        *shard_members(0, 3),
+        ("000009.txt", b"no image"),
+        ("000001.png", make_image(7)),
+        ("000001.txt", b"again"),
+    ]
+    path = write_tar(tmp_path / "0.tar", members)
+    skips = Skips()
+    samples = open_dataset(path).shards[0].samples(skips)
+    assert [sample.key for sample in samples] == ["000000", "000001", "000002"]
+    assert samples[1].image.read() == make_image(1)
+    assert skips.counts == {"no_image": 1, "duplicate_key": 1}
+    assert skips.examples == {"no_image": ["0/000009"], "duplicate_key": ["0/000001"]}
+
+
+def test_a_key_in_two_shards_stops_and_names_the_flag(tmp_path: Path) -> None:
+    for number in range(4):
+        write_tar(tmp_path / f"{number}.tar", shard_members(10 if number == 3 else 5 * number, 5))
+    with pytest.raises(ClipcidError, match="Key '000010' occurs in shard 2 and again in shard 3") as raised:
+        open_dataset(tmp_path)
+    assert "--keys shard" in raised.value.fix
+    keys = list_keys(open_dataset(tmp_path, keys="shard"))
+    assert keys[0] == "0/000000"
+    assert len(set(keys)) == 20
+
+
+def test_benchmark_folder(tmp_path: Path) -> None:
+    for number in range(11):
+        members = [(f"s{number}.webp", make_image(number, kind="WEBP")), (f"s{number}.cls", str(number % 3).encode())]
+        write_tar(tmp_path / f"{number}.tar", [*members, (f"s{number}.txt", b"one caption\nanother\n")])
+    (tmp_path / "nshards.txt").write_text("11\n")
+    dataset = open_dataset(tmp_path)
+    assert dataset.kind == "benchmark"
+    samples = list_samples(dataset)
+    assert [sample.label for sample in samples] == [number % 3 for number in range(11)]
+    assert samples[0].captions == ("one caption", "another")
+    (tmp_path / "7.tar").unlink()
+    with pytest.raises(ClipcidError, match=r"should hold 11 shards .* 1 are missing, first 7\.tar"):
+        open_dataset(tmp_path)
+    (tmp_path / "nshards.txt").write_text("many")
+    with pytest.raises(ClipcidError, match="not a number of shards"):
+        open_dataset(tmp_path)
+
+
+def test_a_bad_label_is_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", [("a.png", make_image(0)), ("a.cls", b"cat")])
+    with pytest.raises(ClipcidError, match=r"\.cls of sample 0/a holds b'cat'"):
+        open_dataset(path)
+
+
+def test_image_folder_with_captions(tmp_path: Path) -> None:
+    for name in ("z.png", "b/10.png", "b/9.png", "b/9.PNG.bak", "b/9.jpg", ".hidden/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(make_image(1))
+    (tmp_path / "b" / "9.txt").write_text("a nine\n")
+    skips = Skips()
+    dataset = open_dataset(tmp_path)
+    samples = list_samples(dataset, skips)
+    assert dataset.kind == "images"
+    assert dataset.classes is None
+    assert [sample.key for sample in samples] == ["b/9", "b/10", "z"]
+    assert [sample.captions for sample in samples] == [("a nine",), (), ()]
+    assert skips.examples == {"duplicate_key": ["b/9.png"]}
+    assert samples[0].image.read() == make_image(1)
+
+
+def test_class_per_folder(tmp_path: Path) -> None:
+    for name in ("Zebra/1.png", "apple/2.png", "apple/in/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(make_image(1))
+    dataset = open_dataset(tmp_path)
+    assert dataset.classes == ("Zebra", "apple")  # as torchvision sorts them, so labels agree
+    assert {sample.key: sample.label for sample in list_samples(dataset)} == {
+        "Zebra/1": 0,
+        "apple/2": 1,
+        "apple/in/3": 1,
+    }
+
+
+def test_folders_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipcid_cli.formats.data.image_folder.VIRTUAL_SHARD", 4)
+    for number in range(10):
+        (tmp_path / f"{number}.png").write_bytes(make_image(number))
+    dataset = open_dataset(tmp_path)
+    assert [shard.name for shard in dataset.shards] == ["00000", "00001", "00002"]
+    assert [len(shard.samples()) for shard in dataset.shards] == [4, 4, 2]
+    assert len({entry["hash"] for entry in dataset.fingerprints()}) == 3
+
+
+FRAME = pd.DataFrame(
+    {"filepath": ["b.png", "sub/a.png", "b.png", ""], "title": ["a b", None, "None", "x"], "label": [2, 0, 2, 1]}
+)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", "-tabs.csv"])
+def test_lists(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"list{suffix}"
+    if suffix == ".parquet":
+        FRAME.to_parquet(path)
+    else:
+        FRAME.to_csv(path, index=False, sep="," if suffix == ".csv" else "\t")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(make_image(4))
+    skips = Skips()
+    dataset = open_dataset(path)
+    samples = list_samples(dataset, skips)
+    assert dataset.kind == "list"
+    assert [sample.key for sample in samples] == ["b.png", "sub/a.png"]
+    assert [sample.captions for sample in samples] == [("a b",), ()]
+    assert [sample.label for sample in samples] == [2, 0]
+    assert samples[1].image.read() == make_image(4)
+    assert skips.counts == {"duplicate_key": 1, "no_image": 1}
+
+
+def test_columns_of_a_list_can_be_renamed(tmp_path: Path) -> None:
+    path = tmp_path / "list.csv"
+    pd.DataFrame({"url": ["http://x/a.png"], "text": ["NA"], "id": ["007"]}).to_csv(path, index=False)
+    with pytest.raises(ClipcidError, match="no column 'filepath'; it has url, text, id") as raised:
+        open_dataset(path)
+    assert "--image-column" in raised.value.fix
+    dataset = open_dataset(path, columns=Columns(image="url", caption="text", key="id"))
+    sample = list_samples(dataset)[0]
+    assert (sample.key, sample.image.path, sample.captions) == ("007", "http://x/a.png", ("NA",))
+    assert list_samples(open_described(dataset.describe())) == [sample]
+
+
+def write_text_tar(folder: Path) -> Path:
+    (folder / "notes.tar").write_text("this is not a tar, " * 100)
+    return folder
+
+
+def write_cut_tar(folder: Path) -> Path:
+    path = write_tar(folder / "a.tar", shard_members(0, 5))
+    path.write_bytes(path.read_bytes()[:1900])
+    return folder
+
+
+def write_compressed(folder: Path) -> Path:
+    path = write_tar(folder / "a.tar", shard_members(0, 2))
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    return folder
+
+
+def write_nested(folder: Path) -> Path:
+    write_tar(folder / "train" / "0.tar", shard_members(0, 2))
+    return folder
+
+
+def write_captions_only(folder: Path) -> Path:
+    write_tar(folder / "a.tar", [("1.txt", b"x"), ("2.txt", b"y")])
+    return folder
+
+
+def write_no_rows(folder: Path) -> Path:
+    (folder / "list.csv").write_text("filepath,title\n")
+    return folder / "list.csv"
+
+
+def write_empty_file(folder: Path) -> Path:
+    (folder / "a.tar").touch()
+    return folder
+
+
+def write_bad_parquet(folder: Path) -> Path:
+    (folder / "list.parquet").write_text("not parquet")
+    return folder / "list.parquet"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "absent", "There is no data at"),
+        (lambda folder: folder / "absent.csv", "There is no list"),
+        (lambda folder: folder, "holds no .tar shard and no image"),
+        (lambda folder: f"{folder}/{{0..3}}.tar", "0.tar cannot be read: No such file"),
+        (lambda folder: f"{folder}/{{0..3.tar", "a brace has no partner"),
+        (lambda folder: "pipe:cat x.tar", "commands are never run"),
+        (write_text_tar, "notes.tar is not a tar file"),
+        (write_cut_tar, r"is cut off: 00000\d\.\w+ should end at byte [\d,]+, the file has 1,900"),
+        (write_compressed, r"is compressed \(gzip\)"),
+        (write_nested, "holds no .tar shard and no image"),
+        (write_captions_only, r"no sample with an image in what it has \(2 without one, first a/1\)"),
+        (write_no_rows, "has a header and no rows"),
+        (write_empty_file, "is empty: 0 bytes"),
+        (write_bad_parquet, "cannot be read"),
+    ],
+)
+def test_bad_data_is_told(make: Callable[[Path], Path | str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ClipcidError, match=message) as raised:
+        open_dataset(make(tmp_path))
+    assert raised.value.fix
+
+
+def test_splits_of_a_folder_are_pointed_at(tmp_path: Path) -> None:
+    with pytest.raises(ClipcidError) as raised:
+        open_dataset(write_nested(tmp_path))
+    assert f"{tmp_path}/train" in raised.value.fix
+
+
+def test_fingerprints_follow_content_not_place(tiny_shards: Path, tmp_path: Path) -> None:
+    first = open_dataset(tiny_shards).fingerprints()
+    moved = shutil.copytree(tiny_shards, tmp_path / "moved")
+    again = open_dataset(moved).fingerprints()
+    assert [(entry["size"], entry["hash"]) for entry in first] == [(entry["size"], entry["hash"]) for entry in again]
+    write_tar(moved / "00001.tar", shard_members(30, 10))
+    assert open_dataset(moved).fingerprints()[1]["hash"] != first[1]["hash"]
+    assert open_dataset(moved).fingerprints()[0]["hash"] == first[0]["hash"]
+
+
+def test_shards_travel_between_processes(tiny_shards: Path) -> None:
+    dataset = open_dataset(tiny_shards)
+    data = pickle.dumps(dataset)
+    assert len(data) < 1000
+    assert list_samples(pickle.loads(data)) == list_samples(dataset)
+    assert dataset.estimate_samples() == 24
+
+
+@pytest.fixture
+def served(tiny_shards: Path) -> Iterator[str]:
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tiny_shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_shards_behind_a_url_are_fetched_once(
+    served: str, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLIPCID_CACHE", str(tmp_path / "cache"))
+    local = list_samples(open_dataset(tiny_shards))
+    for _ in range(2):
+        samples = list_samples(open_dataset(f"{served}/{{00000..00001}}.tar"))
+        assert [sample.key for sample in samples] == [sample.key for sample in local]
+        assert samples[20].image.read() == local[20].image.read()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert capfd.readouterr().err.count('"GET /00000.tar') == 1
+    with pytest.raises(ClipcidError, match="could not be fetched"):
+        open_dataset(f"{served}/absent.tar")
+
+
+def test_file_urls_are_local(tiny_shards: Path) -> None:
+    assert list_keys(open_dataset(f"file://{tiny_shards}")) == list_keys(open_dataset(tiny_shards))

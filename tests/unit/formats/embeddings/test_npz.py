@@ -1,0 +1,157 @@
+"""Folders of ``.npz`` as DataComp's metadata have them: which array, mapped where it lies, keys from the parquet beside."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.folder import folder as embeddings_file
+from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.npz import find_array
+from clipcid_cli.formats.embeddings.rows import unit_rows
+
+RANDOM = np.random.default_rng(0)
+
+
+def make_uid(number: int) -> str:
+    return hashlib.md5(str(number).encode()).hexdigest()
+
+
+def write_datacomp(folder: Path, save: Any = np.savez, sizes: tuple[int, ...] = (5, 0, 7)) -> dict[str, np.ndarray]:
+    """Write what DataComp's metadata hold: arrays of two models, float16, not quite unit; returns all rows of each."""
+    folder.mkdir(parents=True)
+    widths = {"b32_img": 8, "b32_txt": 8, "l14_img": 12, "l14_txt": 12, "dedup": 6}
+    whole: dict[str, list[np.ndarray]] = {name: [] for name in widths}
+    for number, size in enumerate(sizes):
+        arrays = {name: (3 * RANDOM.normal(size=(size, width))).astype(np.float16) for name, width in widths.items()}
+        stem = f"{number}{make_uid(number)[1:]}"
+        save(folder / f"{stem}.npz", **arrays)
+        uids = [make_uid(100 * number + row) for row in range(size)]
+        texts = [f"caption {uid[:4]}" for uid in uids]
+        frame = pd.DataFrame(
+            {"uid": uids, "url": "http://x/y.jpg", "text": texts, "original_width": 640, "sha256": uids}
+        )
+        frame.to_parquet(folder / f"{stem}.parquet")
+        for name, rows in arrays.items():
+            whole[name].append(rows)
+    return {name: np.concatenate(parts) for name, parts in whole.items()}
+
+
+def test_arrays_are_mapped_where_they_lie_and_keyed_by_uid(tmp_path: Path) -> None:
+    whole = write_datacomp(tmp_path / "small")
+    found = open_embeddings(tmp_path / "small", npz_array="l14_img")
+    assert (found.num_rows, found.width, found.has_texts, found.sidecar) == (12, 12, True, None)
+    assert np.array_equal(found.images().read(0, 12), unit_rows(whole["l14_img"]))
+    assert np.array_equal(found.texts().take(np.array([11, 3])), unit_rows(whole["l14_txt"])[[11, 3]])
+    assert found.keys.to_pylist() == found.uids.to_pylist() == [make_uid(n) for n in [*range(5), *range(200, 207)]]
+    assert found.captions[5].as_py() == f"caption {make_uid(200)[:4]}"
+    assert found.shards[11].as_py() == f"2{make_uid(2)[1:]}"
+    path = next((tmp_path / "small").glob("0*.npz"))
+    array = find_array(path, "b32_img")
+    assert isinstance(array.map(), np.memmap)
+    assert array.unpacked == 0
+    # What tells one array from another is its content, by the archive's own checksum.
+    assert array.fingerprint()["hash"] != find_array(path, "b32_txt").fingerprint()["hash"]
+    assert [entry["path"] for entry in found.fingerprints()[:2]] == [
+        f"{path}[l14_img]",
+        str(path.with_suffix(".parquet")),
+    ]
+
+    # The largest pool has its files in folders of their own.
+    (tmp_path / "small").rename(tmp_path / "xlarge")
+    (tmp_path / "above").mkdir()
+    (tmp_path / "xlarge").rename(tmp_path / "above" / "part-0")
+    assert open_embeddings(tmp_path / "above", npz_array="b32_img").width == 8
+
+
+def test_the_only_array_of_images_is_taken_and_an_empty_or_columnwise_one_read(tmp_path: Path) -> None:
+    rows = np.asfortranarray(RANDOM.normal(size=(4, 6)))
+    np.savez(tmp_path / "a.npz", img=rows, a_img=rows, a_txt=rows[:, :5])
+    found = open_embeddings(tmp_path)
+    assert np.array_equal(found.images().read(0, 4), unit_rows(rows))
+    assert found.has_texts
+    assert found.keys.to_pylist() == ["a/0", "a/1", "a/2", "a/3"]
+
+
+def test_unit_rows_that_begin_at_an_odd_byte_are_read_as_any_others(tmp_path: Path) -> None:
+    rows = unit_rows(RANDOM.normal(size=(9, 8)))
+    np.savez(tmp_path / "a.npz", b32_img=rows, by_column_img=np.asfortranarray(rows))
+    for name in ("b32_img", "by_column_img"):
+        part = open_embeddings(tmp_path, npz_array=name).images().read(2, 7)
+        assert np.array_equal(part, rows[2:7])
+        assert part.flags.aligned
+        assert part.flags.c_contiguous
+    assert find_array(tmp_path / "a.npz", "b32_img").map().ctypes.data % 2 == 1
+
+
+def test_compressed_arrays_are_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write_datacomp(tmp_path / "c", np.savez_compressed)
+    found = open_embeddings(tmp_path / "c", npz_array="b32_img")
+    assert np.array_equal(found.images().read(2, 9), unit_rows(whole["b32_img"])[2:9])
+    monkeypatch.setattr(embeddings_file, "MOST_UNPACKED", 500)
+    with pytest.raises(ClipcidError, match="are compressed, so that they cannot be mapped") as refused:
+        found.images()
+    assert "numpy.savez" in refused.value.fix
+
+
+def cut_off(folder: Path) -> None:
+    path = next(folder.glob("2*.npz"))
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def pickle_it(folder: Path) -> None:
+    np.savez(next(folder.glob("2*.npz")), l14_img=np.array([{"a": 1}] * 7, object), l14_txt=np.ones((7, 12)))
+
+
+def other_rows(folder: Path) -> None:
+    np.savez(next(folder.glob("2*.npz")), l14_img=np.ones((6, 12)), l14_txt=np.ones((6, 12)))
+
+
+def no_metadata(folder: Path) -> None:
+    next(folder.glob("2*.parquet")).unlink()
+
+
+def no_array(folder: Path) -> None:
+    np.savez(next(folder.glob("2*.npz")), b32_img=np.ones((7, 12)))
+
+
+def not_an_array(folder: Path) -> None:
+    with zipfile.ZipFile(next(folder.glob("2*.npz")), "w") as archive:
+        archive.writestr("l14_img.npy", b"nothing of numpy's")
+
+
+def whole_folder(folder: Path) -> None:
+    """Leave it as it is."""
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"),
+    [
+        (whole_folder, None, "holds 2 arrays of image embeddings: b32_img, l14_img"),
+        (whole_folder, "h14_img", "holds no array h14_img; its arrays: b32_img, b32_txt, l14_img, l14_txt, dedup"),
+        (cut_off, "l14_img", "cannot be read"),
+        (pickle_it, "l14_img", "holds Python objects"),
+        (other_rows, "l14_img", r"l14_img\] has 6 rows and .*parquet has 7"),
+        (no_metadata, "l14_img", "has no metadata of the same name"),
+        (no_array, "l14_img", "holds no array l14_img"),
+        (not_an_array, "l14_img", "array l14_img, cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_is_one_error(damage: Any, name: str | None, message: str, tmp_path: Path) -> None:
+    write_datacomp(tmp_path / "d")
+    damage(tmp_path / "d")
+    with pytest.raises(ClipcidError, match=message):
+        open_embeddings(tmp_path / "d", npz_array=name)
+
+
+def test_an_array_is_asked_for_where_there_is_no_archive(tmp_path: Path) -> None:
+    np.save(tmp_path / "img_emb_0.npy", np.ones((2, 4), np.float16))
+    with pytest.raises(ClipcidError, match=r"holds no \.npz"):
+        open_embeddings(tmp_path, npz_array="l14_img")

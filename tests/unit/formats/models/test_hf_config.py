@@ -1,0 +1,128 @@
+"""Which open_clip models Hugging Face's CLIPModel can express, what they become, and what is said of the others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from conftest import TINY_CONFIG
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.models.hf_config import describe_as_hf
+from clipcid_cli.formats.models.hf_folder import rename_tensors
+
+PIXELS = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+ARCHITECTURES = sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
+EXPRESSIBLE = {
+    "ViT-B-16", "ViT-B-16-plus", "ViT-B-16-plus-240", "ViT-B-16-quickgelu", "ViT-B-32", "ViT-B-32-256",
+    "ViT-B-32-plus-256", "ViT-B-32-quickgelu", "ViT-H-14", "ViT-H-14-378", "ViT-H-14-378-quickgelu", "ViT-H-14-quickgelu",
+    "ViT-H-16", "ViT-L-14", "ViT-L-14-280", "ViT-L-14-336", "ViT-L-14-336-quickgelu", "ViT-L-14-quickgelu", "ViT-L-16",
+    "ViT-L-16-320", "ViT-M-16", "ViT-M-32", "ViT-M-32-alt", "ViT-S-16", "ViT-S-16-alt", "ViT-S-32",
+    "ViT-S-32-alt", "ViT-bigG-14", "ViT-bigG-14-quickgelu", "ViT-e-14", "ViT-g-14",
+}  # fmt: skip
+
+
+def describe(changes: dict[str, Any] | None = None, **options: Any) -> Any:
+    """Describe the tiny model with some settings changed, `vision_cfg.width` for one inside."""
+    config = json.loads(json.dumps(TINY_CONFIG))
+    for name, value in (changes or {}).items():
+        *parents, last = name.split(".")
+        place = config
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return describe_as_hf(config, PIXELS | options.get("pixels", {}), options.get("tokenizer", "SimpleTokenizer"), 2.5)
+
+
+def test_every_architecture_of_open_clip_is_translated_or_refused_by_name() -> None:
+    for path in ARCHITECTURES:
+        config = json.loads(path.read_text())
+        if path.stem in EXPRESSIBLE:
+            describe_as_hf(config, PIXELS, "SimpleTokenizer", 4.6)
+            continue
+        with pytest.raises(ClipcidError, match=r"_cfg\.|custom_text") as caught:
+            describe_as_hf(config, PIXELS, "SimpleTokenizer", 4.6)
+        assert "--format open-clip" in caught.value.fix
+    assert {path.stem for path in ARCHITECTURES} >= EXPRESSIBLE
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vision_cfg.timm_model_name": "convnext_base"}, "vision_cfg.timm_model_name is 'convnext_base'"),
+        ({"vision_cfg.layers": [3, 4, 6, 3]}, "vision_cfg.layers is [3, 4, 6, 3], a ResNet's"),
+        ({"vision_cfg.attentional_pool": True}, "vision_cfg.attentional_pool is True"),
+        ({"vision_cfg.image_size": [32, 64]}, "vision_cfg.image_size is [32, 64], not square"),
+        ({"vision_cfg.patch_size": [8, 16]}, "vision_cfg.patch_size is [8, 16], not square"),
+        ({"vision_cfg.pool_type": "avg"}, "vision_cfg.pool_type is 'avg'"),
+        ({"vision_cfg.no_ln_pre": True}, "vision_cfg.no_ln_pre is True"),
+        ({"vision_cfg.ls_init_value": 0.1}, "vision_cfg.ls_init_value is 0.1"),
+        ({"vision_cfg.qk_norm": True}, "vision_cfg.qk_norm is True"),
+        ({"vision_cfg.act_kwargs": {"beta": 1}}, "vision_cfg.act_kwargs is {'beta': 1}"),
+        ({"vision_cfg.norm_kwargs": {"bias": False}}, "vision_cfg.norm_kwargs is {'bias': False}"),
+        ({"text_cfg.no_causal_mask": True}, "text_cfg.no_causal_mask is True"),
+        ({"text_cfg.hf_model_name": "roberta-base"}, "text_cfg.hf_model_name is 'roberta-base'"),
+        ({"text_cfg.embed_cls": True}, "text_cfg.embed_cls is True"),
+        ({"text_cfg.pool_type": "last"}, "text_cfg.pool_type is 'last'"),
+        ({"text_cfg.pool_type": "eos"}, "text_cfg.pool_type is 'eos'"),
+        ({"text_cfg.proj_bias": True}, "text_cfg.proj_bias is True"),
+        ({"text_cfg.proj_type": "none"}, "text_cfg.proj_type is 'none'"),
+        ({"text_cfg.tokenizer_kwargs": {"clean": "canonicalize"}}, "text_cfg.tokenizer_kwargs is"),
+        ({"text_cfg.vocab_size": 1000}, "text_cfg.vocab_size is 1000"),
+        ({"multimodal_cfg": {"width": 8, "heads": 2}}, "multimodal_cfg is set"),
+        ({"custom_text": True}, "custom_text is True"),
+        ({"init_logit_bias": -10}, "init_logit_bias is -10"),
+        # Zero is a value, and no way to say `none`: the model has the parameter, and may have trained it.
+        ({"init_logit_bias": 0}, "init_logit_bias is 0"),
+        ({"init_logit_bias": 0.0}, "init_logit_bias is 0.0"),
+        ({"init_logit_bias": False}, "init_logit_bias is False"),
+        ({"vision_cfg.ls_init_value": 0}, "vision_cfg.ls_init_value is 0"),
+        ({"text_cfg.some_new_setting": 3}, "text_cfg.some_new_setting is 3"),
+        ({"text_cfg.some_new_setting": 0}, "text_cfg.some_new_setting is 0"),
+    ],
+)
+def test_what_cannot_be_expressed_is_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ClipcidError) as caught:
+        describe(changes)
+    assert said in caught.value.message
+
+
+def test_pixels_and_tokenizer_that_cannot_be_expressed_are_named() -> None:
+    for pixels, said in (
+        ({"resize_mode": "longest"}, "preprocess_cfg.resize_mode is 'longest'"),
+        ({"size": [32, 48]}, "preprocess_cfg.size is [32, 48]"),
+        ({"interpolation": "random"}, "preprocess_cfg.interpolation is 'random'"),
+    ):
+        with pytest.raises(ClipcidError, match=r"preprocess_cfg") as caught:
+            describe(pixels=pixels)
+        assert said in caught.value.message
+    with pytest.raises(ClipcidError, match="tokenizer is HFTokenizer"):
+        describe(tokenizer="HFTokenizer")
+
+
+def test_settings_are_translated() -> None:
+    plain = describe().config
+    assert plain["vision_config"]["hidden_act"] == plain["text_config"]["hidden_act"] == "gelu"
+    assert plain["vision_config"]["num_attention_heads"] == 2
+    assert plain["vision_config"]["intermediate_size"] == 128
+    assert plain["projection_dim"] == 32
+    assert plain["text_config"]["max_position_embeddings"] == 12
+    assert plain["text_config"]["eos_token_id"] == 49407
+    assert describe({"quick_gelu": True}).config["text_config"]["hidden_act"] == "quick_gelu"
+    tanh = describe({"vision_cfg.act_kwargs": {"approximate": "tanh"}, "text_cfg.norm_kwargs": {"eps": 1e-6}}).config
+    assert tanh["vision_config"]["hidden_act"] == "gelu_pytorch_tanh"
+    assert (tanh["vision_config"]["layer_norm_eps"], tanh["text_config"]["layer_norm_eps"]) == (1e-5, 1e-6)
+    describe({"text_cfg.pool_type": "eos", "text_cfg.eos_id": 49407})
+    describe({"init_logit_bias": None, "vision_cfg.ls_init_value": None, "custom_text": False, "multimodal_cfg": {}})
+
+    shortest, squash = describe().preprocessor, describe(pixels={"resize_mode": "squash"}).preprocessor
+    assert (shortest["size"], shortest["do_center_crop"]) == ({"shortest_edge": 32}, True)
+    assert (squash["size"], squash["do_center_crop"]) == ({"height": 32, "width": 32}, False)
+    assert (shortest["resample"], describe(pixels={"interpolation": "bilinear"}).preprocessor["resample"]) == (3, 2)
+
+
+def test_a_tensor_without_a_place_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"visual\.head\.weight has no place"):
+        list(rename_tensors({"visual.head.weight": torch.zeros(1)}))

@@ -1,0 +1,199 @@
+"""The files of `balance`: keep list, forest with its parts, curve, and copied shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.tar_index import TarShard
+from clipcid_cli.formats.data.tar_writer import copy_samples, count_samples
+from clipcid_cli.formats.results.curve import write_curve
+from clipcid_cli.formats.results.forest import ForestPart, ForestParts, StoredForest, read_forest, write_forest
+from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
+
+INPUTS = [{"path": "img_emb_0000.npy", "size": 10, "hash": "blake2b:00"}]
+
+
+def write_example(path: Path) -> None:
+    write_keep_list(
+        path,
+        keys=pa.chunked_array([["a", "b"], ["c", "d"]]),
+        shards=pa.chunked_array([["s0", "s0", "s1", "s1"]]).dictionary_encode(),
+        labels=np.array([0, 1, 0, 0]),
+        representatives=np.array([2, 1, 2, 2]),
+        distances=np.array([0.5, 0, 0, 0.25], np.float32),
+    )
+
+
+def test_keep_list_has_the_columns_of_the_contract_and_the_same_bytes_each_time(tmp_path: Path) -> None:
+    write_example(tmp_path / "keep.parquet")
+    table = pq.read_table(tmp_path / "keep.parquet")
+    assert table.to_pydict() == {
+        "key": ["a", "b", "c", "d"],
+        "shard": ["s0", "s0", "s1", "s1"],
+        "component": [0, 1, 0, 0],
+        "component_size": [3, 1, 3, 3],
+        "kept": [False, True, True, False],
+        "representative": ["c", "b", "c", "c"],
+        "distance": [0.5, 0.0, 0.0, 0.25],
+    }
+    assert [str(kind) for kind in table.schema.types] == [
+        "string",
+        "string",
+        "int64",
+        "int64",
+        "bool",
+        "string",
+        "float",
+    ]
+    write_example(tmp_path / "again.parquet")
+    assert (tmp_path / "keep.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
+
+
+def test_keep_list_is_read_back(tmp_path: Path) -> None:
+    write_example(tmp_path / "keep.parquet")
+    keep = read_keep_list(tmp_path / "keep.parquet")
+    assert keep.num_kept == 2
+    assert keep.kept_keys() == ["b", "c"]
+    assert keep.kept_by_shard() == {"s0": {"b"}, "s1": {"c"}}
+
+
+def test_what_is_no_keep_list_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.parquet"
+    with pytest.raises(ClipcidError, match="cannot be read"):
+        read_keep_list(path)
+    path.write_bytes(b"not parquet")
+    with pytest.raises(ClipcidError, match="cannot be read"):
+        read_keep_list(path)
+    pq.write_table(pa.table({"key": ["a"]}), path)
+    with pytest.raises(ClipcidError, match="no column kept"):
+        read_keep_list(path)
+    pq.write_table(pa.table({"key": ["a"], "kept": [1]}), path)
+    with pytest.raises(ClipcidError, match="must be true or false"):
+        read_keep_list(path)
+    pq.write_table(pa.table({"key": ["a"], "kept": [True]}), path)
+    with pytest.raises(ClipcidError, match="no column `shard`"):
+        read_keep_list(path).kept_by_shard()
+
+
+def test_forest_counts_only_with_its_sidecar_and_for_its_own_embeddings(tmp_path: Path) -> None:
+    distance = np.array([0.0, 0.1, 0.25], np.float32)
+    forest = StoredForest(np.array([0, 1, 0]), np.array([3, 2, 4]), distance, 0.3, 5)
+    write_forest(tmp_path, forest, inputs=INPUTS, seconds={"search": 1.0})
+    found = read_forest(tmp_path, [{**INPUTS[0], "path": "moved.npy"}])
+    assert found is not None
+    assert (found.a.tolist(), found.b.tolist(), found.cutoff, found.num_rows) == ([0, 1, 0], [3, 2, 4], 0.3, 5)
+    np.testing.assert_array_equal(found.distance, distance)
+    assert read_forest(tmp_path, [{**INPUTS[0], "hash": "blake2b:01"}]) is None
+
+    # Killed between the longer forest and its sidecar: the old sidecar vouches for its own part only.
+    sidecar = json.loads((tmp_path / "forest.json").read_text())
+    (tmp_path / "forest.json").write_text(json.dumps(sidecar | {"cutoff": 0.1}))
+    shorter = read_forest(tmp_path, INPUTS)
+    assert shorter is not None
+    assert shorter.distance.tolist() == distance[:2].tolist()
+
+    (tmp_path / "forest.parquet").unlink()
+    with pytest.raises(ClipcidError, match=r"forest\.parquet cannot be read"):
+        read_forest(tmp_path, INPUTS)
+    (tmp_path / "forest.json").unlink()
+    assert read_forest(tmp_path, INPUTS) is None
+
+
+def test_parts_of_a_search_are_found_again_and_damaged_ones_left_out(tmp_path: Path) -> None:
+    parts = ForestParts(tmp_path, "0.5-64")
+    assert parts.next_session() == 0
+    part = ForestPart(np.array([[0, 1]]), np.array([4]), np.array([7]), np.array([0.5], np.float32), np.array(True))
+    parts.write(0, 1, part)
+    parts.write(3, 0, part)
+    assert parts.next_session() == 4
+    (parts.path / "3-0.npz").write_bytes(b"cut off")
+    (found,) = parts.read()
+    assert [getattr(found, field.name).tolist() for field in dataclasses.fields(found)] == [
+        [[0, 1]],
+        [4],
+        [7],
+        [0.5],
+        True,
+    ]
+    assert list(ForestParts(tmp_path, "0.6-64").read()) == []
+    parts.clear()
+    assert not list(parts.read())
+
+
+def test_curve_digits_give_the_distance_back(tmp_path: Path) -> None:
+    distances = np.array([0.1, 1 / 3, 0.44721359], np.float32)
+    write_curve(
+        tmp_path / "curve.csv",
+        distances=distances,
+        kept=np.array([8, 5, 2]),
+        largest=np.array([1, 3, 4]),
+        num_images=8,
+    )
+    lines = (tmp_path / "curve.csv").read_text().splitlines()
+    assert lines[0] == "distance,kept,keep_ratio,largest_component"
+    assert lines[2].split(",")[1:] == ["5", "0.625000", "3"]
+    assert [np.float32(line.split(",")[0]) for line in lines[1:]] == distances.tolist()
+
+
+def write_odd_tar(path: Path, form: int) -> None:
+    """Write samples with odd members: long names, a folder, a key that comes twice, a member without a suffix."""
+    with tarfile.open(path, "w", format=form) as archive:
+
+        def add(name: str, data: bytes) -> None:
+            header = tarfile.TarInfo(name)
+            header.size, header.mtime, header.uname = len(data), 1_700_000_000, "jörg"
+            archive.addfile(header, io.BytesIO(data))
+
+        folder = tarfile.TarInfo("x")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        add("x/a.jpg", b"A" * 700)
+        add("x/a.txt", b"first")
+        add("x/README", b"no suffix")
+        add("x/" + "b" * 300 + ".jpg", b"B" * 512)
+        add("c.jpg", b"")
+        add("c.seg.png", b"C")
+        add("x/a.jpg", b"again")
+        add("d.jpg", b"D")
+
+
+def raw_bytes(path: Path, member: tarfile.TarInfo) -> bytes:
+    """Return a member as it lies in the tar, with all its headers and its padding."""
+    return path.read_bytes()[member.offset : member.offset_data + -(-member.size // 512) * 512]
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_samples_are_copied_byte_for_byte(tmp_path: Path, form: int) -> None:
+    source, target = tmp_path / "s.tar", tmp_path / "out" / "s.tar"
+    write_odd_tar(source, form)
+    assert copy_samples(source, target, {"x/a", "x/" + "b" * 300, "c", "elsewhere"}) == (3, 5)
+    assert count_samples(source) == 5
+    with tarfile.open(source) as before, tarfile.open(target) as after:
+        old = {member.name: member for member in reversed(before.getmembers())}
+        names = [member.name for member in after.getmembers()]
+        assert names == ["x/a.jpg", "x/a.txt", "x/" + "b" * 300 + ".jpg", "c.jpg", "c.seg.png"]
+        for member in after.getmembers():
+            assert raw_bytes(target, member) == raw_bytes(source, old[member.name])
+    assert target.stat().st_size % 10240 == 0
+    assert [sample.key for sample in TarShard("s", str(target)).samples()] == ["x/a", "x/" + "b" * 300, "c"]
+
+
+def test_copying_everything_gives_the_same_tar(tmp_path: Path) -> None:
+    source, target = tmp_path / "s.tar", tmp_path / "t.tar"
+    with tarfile.open(source, "w") as archive:
+        for number in range(30):
+            header = tarfile.TarInfo(f"{number:03d}.jpg")
+            header.size = number * 97
+            archive.addfile(header, io.BytesIO(bytes(header.size)))
+    assert copy_samples(source, target, {f"{number:03d}" for number in range(30)}) == (30, 30)
+    assert source.read_bytes() == target.read_bytes()

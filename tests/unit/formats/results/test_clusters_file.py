@@ -1,0 +1,99 @@
+"""The cluster table: parts joined in order, read back as written, errors for what does not fit."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_json, write_npy
+from clipcid_cli.formats.results.clusters import (
+    TopClusters,
+    join_parts,
+    open_clusters,
+    part_bounds,
+    part_path,
+    write_part,
+)
+
+
+def write_clusters(folder: Path, num_rows: int, *, captions: bool = True, num_clusters: int = 6, m: int = 3) -> Any:
+    random = np.random.default_rng(0)
+    similarities = -np.sort(-random.random((num_rows, m)), axis=1)
+    clusters = random.integers(0, num_clusters, (num_rows, m)).astype(np.int32)
+    tops = TopClusters(clusters, similarities.astype(np.float16))
+    keys = np.array([f"key {row}" for row in range(num_rows)], dtype=object)
+    bounds = part_bounds(num_rows)
+    for part, (first, last) in enumerate(bounds):
+        piece = TopClusters(clusters[first:last], tops.similarities[first:last])
+        write_part(
+            part_path(folder, part),
+            keys=keys[first:last],
+            similarities=similarities[first:last, 0],
+            images=piece,
+            captions=piece if captions else None,
+        )
+    join_parts(folder, len(bounds), captions=captions)
+    write_npy(folder / "centroids.npy", np.eye(num_clusters, 8, dtype=np.float32))
+    write_json(folder / "cluster.json", {"format_version": 1, "temperatures": {"image": 0.02, "caption": 0.03}})
+    return keys, tops, similarities
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_what_is_written_is_read_back(tmp_path: Path, captions: bool) -> None:
+    keys, tops, similarities = write_clusters(tmp_path, 20_000, captions=captions)
+    found = open_clusters(tmp_path)
+    assert list(found.keys) == list(keys)
+    assert found.labels.dtype == np.int32
+    assert found.images.similarities.dtype == np.float16
+    np.testing.assert_array_equal(found.labels, tops.clusters[:, 0])
+    np.testing.assert_array_equal(found.similarities, similarities[:, 0].astype(np.float32))
+    np.testing.assert_array_equal(found.images.clusters, tops.clusters)
+    np.testing.assert_array_equal(found.images.similarities, tops.similarities)
+    assert (found.captions is not None) == captions
+    assert found.caption_temperature == (0.03 if captions else None)
+
+
+def test_other_tools_read_the_table(tmp_path: Path) -> None:
+    write_clusters(tmp_path, 10, captions=False)
+    frame = pd.read_parquet(tmp_path / "clusters.parquet")
+    assert list(frame.columns) == ["key", "cluster", "similarity", "top_clusters", "top_similarities"]
+    assert frame["cluster"].dtype == np.int32
+    assert frame["similarity"].dtype == np.float32
+    assert frame["top_similarities"][0].dtype == np.float16
+
+
+@pytest.mark.parametrize("num_rows", [1, 8192, 8193, 100_000, 407_000_000])
+def test_parts_cover_all_rows_once(num_rows: int) -> None:
+    bounds = part_bounds(num_rows)
+    assert bounds[0][0] == 0
+    assert bounds[-1][1] == num_rows
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(bounds))
+    assert len(bounds) <= 256
+
+
+def test_unfinished_clusters_are_refused(tmp_path: Path) -> None:
+    write_clusters(tmp_path, 10)
+    (tmp_path / "cluster.json").unlink()
+    with pytest.raises(ClipcidError, match=r"no cluster\.json.*\n.*clipcid cluster"):
+        open_clusters(tmp_path)
+
+
+def test_a_cut_off_table_is_refused(tmp_path: Path) -> None:
+    write_clusters(tmp_path, 10)
+    table = tmp_path / "clusters.parquet"
+    table.write_bytes(table.read_bytes()[:-20])
+    with pytest.raises(ClipcidError, match="cannot be read as clusters"):
+        open_clusters(tmp_path)
+
+
+def test_labels_beyond_the_centres_are_refused(tmp_path: Path) -> None:
+    write_clusters(tmp_path, 100)
+    write_npy(tmp_path / "centroids.npy", np.eye(2, 8, dtype=np.float32))
+    with pytest.raises(ClipcidError, match=r"names cluster 5; centroids\.npy has 2 centres"):
+        open_clusters(tmp_path)

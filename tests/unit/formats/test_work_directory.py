@@ -1,0 +1,66 @@
+"""Finding what earlier steps left in a work directory."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.output import open_output
+from clipcid_cli.formats.work_directory import WorkDirectory
+
+
+def balance(work: WorkDirectory, *, finish: bool) -> None:
+    with open_output(work.balance, "balance", settings={}, inputs=[], overwrite=False) as output:
+        (work.balance / "keep.parquet").write_bytes(b"rows")
+        if finish:
+            output.commit(counts={}, seconds={}, embeddings=work.name_of(work.path / "embeddings" / "a"))
+
+
+def test_no_keep_list_is_none_and_a_finished_one_is_found(tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path)
+    assert work.find_keep_list() is None
+    balance(work, finish=True)
+    assert work.find_keep_list() == tmp_path / "balance" / "keep.parquet"
+
+
+def test_an_unfinished_balance_is_not_passed_over(tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path)
+    balance(work, finish=False)
+    with pytest.raises(ClipcidError, match="is unfinished") as caught:
+        work.find_keep_list()
+    assert "--keep-list none" in caught.value.fix
+
+
+def test_embeddings_are_those_that_were_balanced_or_the_only_ones(tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path)
+    with pytest.raises(ClipcidError, match="no embeddings") as caught:
+        work.find_embeddings()
+    assert "clipcid embed DATA" in caught.value.fix
+    for slug in ("a", "b"):
+        with open_output(work.embeddings(slug), "embed", settings={}, inputs=[], overwrite=False) as output:
+            output.commit(counts={}, seconds={})
+    with pytest.raises(ClipcidError, match="2 models: a, b"):
+        work.find_embeddings()
+    balance(work, finish=True)
+    assert work.find_embeddings() == tmp_path / "embeddings" / "a"
+    assert work.find_embeddings("b") == tmp_path / "embeddings" / "b"
+
+
+def test_a_copied_work_directory_reads_its_own_embeddings(tmp_path: Path) -> None:
+    original = WorkDirectory(tmp_path / "original")
+    original.embeddings("a").mkdir(parents=True)
+    balance(original, finish=True)
+    assert original.name_of(tmp_path / "elsewhere") == str(tmp_path / "elsewhere")
+    shutil.copytree(original.path, tmp_path / "copy")
+    assert WorkDirectory(tmp_path / "copy").find_embeddings() == tmp_path / "copy" / "embeddings" / "a"
+
+
+def test_the_student_is_that_of_the_run_that_finished_last(tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path)
+    with pytest.raises(ClipcidError, match="no trained student"):
+        work.find_student()
+    for name in ("first", "second"):
+        with open_output(work.distill(name), "distill", settings={}, inputs=[], overwrite=False) as output:
+            output.commit(counts={}, seconds={})
+    assert work.find_student() == tmp_path / "distill" / "second" / "student"

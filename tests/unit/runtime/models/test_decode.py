@@ -1,0 +1,108 @@
+"""Bytes of images to pixels."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from conftest import make_image
+from PIL import Image
+
+from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image, had_alpha
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "I;16", "RGB"])
+def test_opaque_images_are_what_open_clip_sees(mode: str) -> None:
+    deep = Image.fromarray(np.arange(48 * 48, dtype=np.uint16).reshape(48, 48))
+    image = deep if mode == "I;16" else Image.open(io.BytesIO(make_image(3))).convert(mode)
+    data = encode(image, "TIFF")
+    decoded = decode_image(data)
+    assert decoded.mode == "RGB"
+    assert np.array_equal(decoded, Image.open(io.BytesIO(data)).convert("RGB"))
+    assert not had_alpha(decoded)
+
+
+def test_transparent_pixels_are_laid_on_white_and_told() -> None:
+    image = Image.new("RGBA", (4, 2), (10, 20, 30, 0))
+    image.putpixel((0, 0), (10, 20, 30, 255))
+    image.putpixel((1, 0), (0, 0, 0, 128))
+    decoded = decode_image(encode(image, "PNG"))
+    assert had_alpha(decoded)
+    pixels = [decoded.getpixel((x, 0)) for x in range(3)]
+    assert pixels == [(10, 20, 30), (127, 127, 127), (255, 255, 255)]
+
+
+def test_a_transparent_palette_is_laid_on_white() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 0, 0, 0, 0, 200])
+    image.putpixel((1, 0), 1)
+    decoded = decode_image(encode(image, "PNG", transparency=1))
+    assert [decoded.getpixel((x, 0)) for x in range(2)] == [(200, 0, 0), (255, 255, 255)]
+    assert had_alpha(decoded)
+
+
+def test_an_opaque_alpha_channel_changes_nothing() -> None:
+    image = Image.open(io.BytesIO(make_image(5))).convert("RGBA")
+    decoded = decode_image(encode(image, "PNG"))
+    assert not had_alpha(decoded)
+    assert np.array_equal(decoded, image.convert("RGB"))
+
+
+def test_exif_orientation_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.open(io.BytesIO(make_image(2))).resize((40, 20))
+    assert decode_image(encode(image, "JPEG", exif=exif)).size == (40, 20)
+
+
+def make_bomb(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds a few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"x")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "unreadable_image"),
+        (b"no image at all", "unreadable_image"),
+        (make_image(1)[:200], "unreadable_image"),
+        (make_image(1, kind="JPEG")[:400], "unreadable_image"),
+        (make_image(1, kind="WEBP")[:100], "unreadable_image"),
+        (make_bomb(100_000, 100_000), "too_many_pixels"),
+        (make_bomb(10_000, 9_000), "too_many_pixels"),
+    ],
+)
+def test_what_cannot_be_used_has_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(UnreadableImage) as raised:
+        decode_image(data)
+    assert raised.value.reason == reason
+
+
+def test_the_pixel_limit_is_inclusive() -> None:
+    assert decode_image(make_image(1), max_pixels=48 * 48).size == (48, 48)
+    with pytest.raises(UnreadableImage, match="too_many_pixels"):
+        decode_image(make_image(1), max_pixels=48 * 48 - 1)
+
+
+def test_a_draft_is_smaller_but_large_enough() -> None:
+    data = make_image(4, side=512, kind="JPEG")
+    full, draft = decode_image(data), decode_image(data, draft_size=(128, 128))
+    assert full.size == (512, 512)
+    assert draft.size == (128, 128)
+    small = np.asarray(full.resize((32, 32), Image.Resampling.BICUBIC), dtype=float)
+    close = np.asarray(draft.resize((32, 32), Image.Resampling.BICUBIC), dtype=float)
+    assert 0 < np.abs(small - close).mean() < 4

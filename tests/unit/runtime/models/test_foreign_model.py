@@ -1,0 +1,115 @@
+"""A model of other parts than CLIP's: a timm image tower, a Hugging Face text tower with its own tokenizer."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from clipcid_cli.formats.models.open_clip_folder import write_model_folder
+from clipcid_cli.runtime.imports import give_towers
+from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.precision import choose_precision
+
+TEXTS = ["a red square", "two green circles , striped"]
+FP32 = choose_precision("fp32", torch.device("cpu"), "embed", 0)
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An open_clip folder with timm's smallest network and a BERT of one layer; the weights are random."""
+    import open_clip.hf_model
+    import transformers
+
+    folder = tmp_path_factory.mktemp("foreign")
+    words = sorted({word for text in TEXTS for word in text.split()})
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    transformers.BertTokenizerFast.from_pretrained(folder, vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    transformers.BertConfig(vocab_size=5 + len(words), **sizes).save_pretrained(folder)
+    config = {
+        "embed_dim": 48,
+        "vision_cfg": {"timm_model_name": "test_efficientnet", "timm_pool": "avg", "image_size": 64},
+        "text_cfg": {
+            "hf_model_name": str(folder),
+            "hf_tokenizer_name": str(folder),
+            "hf_pooler_type": "mean_pooler",
+            "hf_proj_type": None,
+            "context_length": 9,
+        },
+    }
+    give_towers(config)  # a test before may have imported open_clip as clipcid does
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    torch.manual_seed(0)
+    module = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+    write_model_folder(folder, config, preprocess, module.state_dict())
+    return folder
+
+
+def test_rows_and_tokens_are_open_clips(foreign: Path) -> None:
+    import open_clip
+
+    model = load_model(parse_model(str(foreign)))
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{foreign}")
+    photo = Image.linear_gradient("L").convert("RGB")
+    with torch.no_grad():
+        expected = theirs.eval().encode_image(preprocess(photo)[None], normalize=True)
+        texts = theirs.encode_text(open_clip.get_tokenizer(f"local-dir:{foreign}")(TEXTS), normalize=True)
+    assert torch.equal(model.encode_images(model.pixel_transform()(photo)[None], FP32), expected)
+    tokens = pickle.loads(pickle.dumps(model.tokenizer))(TEXTS)
+    assert tokens.shape == (2, 9)
+    assert (tokens != 1).all(), "a word is unknown: the tokenizer is not the model's own"
+    assert torch.equal(model.encode_texts(tokens, FP32), texts)
+    assert (model.info.embed_dim, model.info.context_length, model.info.image_size) == (48, 9, (64, 64))
+
+
+def test_transformers_is_imported_for_its_text_towers_only(foreign: Path, tiny_model: Path) -> None:
+    code = (
+        "import json, sys\n"
+        "from clipcid_cli.runtime.models.clip_model import load_model\n"
+        "from clipcid_cli.runtime.models.names import parse_model\n"
+        "from clipcid_cli.runtime.precision import choose_precision\n"
+        "tiny = load_model(parse_model(sys.argv[1]))\n"
+        "before = 'transformers' in sys.modules\n"
+        "model = load_model(parse_model(sys.argv[2]))\n"
+        "fp32 = choose_precision('fp32', model.device, 'embed', 0)\n"
+        "rows = model.encode_texts(model.tokenizer(json.loads(sys.argv[3])), fp32)\n"
+        "print(json.dumps([before, 'transformers' in sys.modules, rows.tolist()]))\n"
+    )
+    arguments = [sys.executable, "-c", code, str(tiny_model), str(foreign), json.dumps(TEXTS)]
+    ended = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    before, after, rows = json.loads(ended.stdout)
+    assert not before
+    assert after
+    model = load_model(parse_model(str(foreign)))
+    torch.testing.assert_close(torch.tensor(rows), model.encode_texts(model.tokenizer(TEXTS), FP32))
+
+
+def test_copy_loads_where_the_folder_it_was_built_in_is_gone(foreign: Path, tmp_path: Path) -> None:
+    elsewhere = shutil.copytree(foreign, tmp_path / "before")
+    config = json.loads((elsewhere / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_model_name"] = str(tmp_path / "gone")
+    (elsewhere / "open_clip_config.json").write_text(json.dumps(config))
+    model = load_model(parse_model(str(elsewhere)))
+    write_model_folder(
+        tmp_path / "written",
+        model.info.config,
+        model.info.preprocess,
+        model.module.state_dict(),
+        tokenizer_from=elsewhere,
+    )
+    shutil.rmtree(elsewhere)
+    written = load_model(parse_model(str(tmp_path / "written")))
+    original = load_model(parse_model(str(foreign)))
+    expected = original.encode_texts(original.tokenizer(TEXTS), FP32)
+    assert torch.equal(written.encode_texts(written.tokenizer(TEXTS), FP32), expected)
+    assert written.info.config["text_cfg"]["hf_model_name"] == str(tmp_path / "gone")

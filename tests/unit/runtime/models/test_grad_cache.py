@@ -1,0 +1,89 @@
+"""Features first, gradients later: any number of parts gives the gradients of one pass, dropout included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clipcid_cli.runtime.models.grad_cache import Part, TowerPass
+
+BATCH = 8
+
+
+class Towers(nn.Module):
+    """Two small towers with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.visual = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 5))
+        self.text = nn.Sequential(nn.Embedding(11, 12), nn.Flatten(), nn.Dropout(0.3), nn.Linear(24, 5))
+
+    def forward(self, part: Part) -> tuple[Tensor, Tensor]:
+        return self.visual(part.pixels), self.text(part.tokens)
+
+
+def parts_of(count: int, *, seed: int | None = None) -> list[Part]:
+    random = torch.Generator().manual_seed(1)
+    pixels, tokens = torch.randn(BATCH, 6, generator=random), torch.randint(0, 11, (BATCH, 2), generator=random)
+    cut = zip(pixels.chunk(count), tokens.chunk(count), strict=True)
+    return [Part(p, torch.empty(0), t, number if seed is None else seed) for number, (p, t) in enumerate(cut)]
+
+
+def loss_of(image: Tensor, text: Tensor) -> Tensor:
+    image, text = nn.functional.normalize(image, dim=1), nn.functional.normalize(text, dim=1)
+    return nn.functional.cross_entropy(5 * image @ text.T, torch.arange(BATCH))
+
+
+def gradients(towers: Towers, parts: list[Part], calls: list[int] | None = None) -> list[Tensor]:
+    done = TowerPass(towers, parts)
+    loss_of(done.image, done.text).backward()  # type: ignore[no-untyped-call]
+    seen = [] if calls is None else calls
+    done.backward(lambda: seen.append(sum(p.grad is not None for p in towers.parameters())))
+    return [torch.zeros(()) if p.grad is None else p.grad.clone() for p in towers.parameters()]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_parts_give_the_gradients_of_autograd(count: int) -> None:
+    towers = Towers().eval()
+    image, text = towers(parts_of(1)[0])
+    loss_of(image, text).backward()  # type: ignore[no-untyped-call]
+    expected = [p.grad.clone() for p in towers.parameters() if p.grad is not None]
+    towers.zero_grad()
+    for found, wanted in zip(gradients(towers, parts_of(count)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_the_same_both_times_a_part_is_encoded() -> None:
+    towers = Towers().train()
+    parts = parts_of(4)
+    sides = []
+    for part in parts:
+        torch.manual_seed(part.seed)
+        sides.append(towers(part))
+    image, text = (torch.cat(side) for side in zip(*sides, strict=True))
+    loss_of(image, text).backward()  # type: ignore[no-untyped-call]
+    expected = [p.grad.clone() for p in towers.parameters() if p.grad is not None]
+    towers.zero_grad()
+    for found, wanted in zip(gradients(towers, parts), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_gradients_may_be_sent_from_the_last_part_on(count: int) -> None:
+    towers, calls = Towers().eval(), list[int]()
+    parts = parts_of(8)[:count]
+    done = TowerPass(towers, parts)
+    (done.image.sum() + done.text.sum()).backward()  # type: ignore[no-untyped-call]
+    done.backward(lambda: calls.append(sum(p.grad is not None for p in towers.parameters())))
+    # Once, before the last part: with one part nothing has a gradient yet, else everything has.
+    assert calls == [0 if count == 1 else len(list(towers.parameters()))]
+
+
+def test_a_frozen_tower_costs_no_backward_pass() -> None:
+    towers = Towers().eval()
+    towers.text.requires_grad_(False)
+    found = gradients(towers, parts_of(2))
+    assert all(p.grad is None for p in towers.text.parameters())
+    assert float(found[0].abs().sum()) > 0

@@ -1,0 +1,114 @@
+"""Names of models: what each form means, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.models.names import (
+    DEFAULT_TAGS,
+    find_weights,
+    known_architectures,
+    parse_model,
+    read_config,
+    with_default_tag,
+)
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "architecture", "tag", "slug"),
+    [
+        ("ViT-B-32", "architecture", "ViT-B-32", None, "ViT-B-32"),
+        ("ViT-B/32", "architecture", "ViT-B-32", None, "ViT-B-32"),
+        ("ViT-B-32:laion2b_s34b_b79k", "tag", "ViT-B-32", "laion2b_s34b_b79k", "ViT-B-32-laion2b_s34b_b79k"),
+        ("hf-hub:org/some model", "hub", None, None, "org-some-model"),
+    ],
+)
+def test_reads_names(spec: str, kind: str, architecture: str | None, tag: str | None, slug: str) -> None:
+    name = parse_model(spec)
+    assert (name.kind, name.architecture, name.tag, name.slug) == (kind, architecture, tag, slug)
+
+
+def test_reads_folders(tiny_model: Path, tmp_path: Path) -> None:
+    assert parse_model(str(tiny_model)).kind == "folder"
+    assert parse_model(f"local-dir:{tiny_model}").path == tiny_model
+    assert parse_model(str(tiny_model)).slug == "tiny"
+    config = tmp_path / "small.json"
+    config.write_text((tiny_model / "open_clip_config.json").read_text())
+    assert parse_model(str(config)).kind == "config"
+    assert parse_model(str(config)).slug == "small"
+    student = tmp_path / "run-7" / "student"
+    student.mkdir(parents=True)
+    (student / "open_clip_config.json").write_text(config.read_text())
+    assert parse_model(str(student)).kind == "config"
+    assert parse_model(str(student)).slug == "run-7-student"
+
+
+def test_unknown_names_are_told_what_is_close_and_what_else_works(tmp_path: Path) -> None:
+    with pytest.raises(ClipcidError, match="no architecture ViT-L-15") as raised:
+        parse_model("ViT-L-15")
+    assert "ViT-L-14" in raised.value.fix
+    assert "local-dir" in raised.value.fix
+    with pytest.raises(ClipcidError, match="no such folder"):
+        parse_model(str(tmp_path / "absent"))
+    with pytest.raises(ClipcidError, match=r"has no open_clip_config\.json"):
+        parse_model(str(tmp_path))
+
+
+def test_a_teacher_needs_weights(tmp_path: Path, tiny_model: Path) -> None:
+    assert with_default_tag(parse_model("ViT-L-14")).spec == "ViT-L-14:laion2b_s32b_b82k"
+    assert with_default_tag(parse_model("ViT-B-32:openai")).tag == "openai"
+    with pytest.raises(ClipcidError, match="no default weights"):
+        with_default_tag(parse_model("RN50"))
+    config = tmp_path / "small.json"
+    config.write_text((tiny_model / "open_clip_config.json").read_text())
+    with pytest.raises(ClipcidError, match="without weights"):
+        with_default_tag(parse_model(str(config)))
+
+
+def test_default_tags_exist_and_were_trained_with_the_architectures_activation() -> None:
+    import open_clip
+
+    assert set(known_architectures()) == set(open_clip.list_models())
+    for architecture, tag in DEFAULT_TAGS.items():
+        weights = open_clip.get_pretrained_cfg(architecture, tag)
+        assert weights, f"{architecture}:{tag}"
+        config = open_clip.get_model_config(architecture)
+        assert weights.get("quick_gelu", False) == config.get("quick_gelu", False), f"{architecture}:{tag}"
+
+
+def test_weights_are_found_as_open_clip_finds_them(tmp_path: Path) -> None:
+    from open_clip.factory import _find_checkpoint_in_dir
+
+    assert find_weights(tmp_path) is None
+    for name in (
+        "zzz.pth",
+        "aaa.bin",
+        "model.safetensors",
+        "open_clip_pytorch_model.bin",
+        "open_clip_model.safetensors",
+    ):
+        (tmp_path / name).touch()
+        assert str(find_weights(tmp_path)) == _find_checkpoint_in_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [("{", "Expecting"), ("[]", "list"), ('{"embed_dim": 8}', "no vision_cfg, text_cfg")]
+)
+def test_bad_configurations_are_refused(tmp_path: Path, content: str, reason: str) -> None:
+    file = tmp_path / "bad.json"
+    file.write_text(content)
+    with pytest.raises(ClipcidError, match=reason):
+        read_config(file)
+
+
+def test_configuration_may_be_bare_or_wrapped(tmp_path: Path) -> None:
+    model = {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}
+    file = tmp_path / "model.json"
+    file.write_text(json.dumps(model))
+    assert read_config(file) == (model, {})
+    file.write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {"mean": [0.5] * 3}}))
+    assert read_config(file) == (model, {"mean": [0.5] * 3})

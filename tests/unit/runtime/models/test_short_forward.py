@@ -1,0 +1,201 @@
+"""The short forward passes give open_clip's own features and gradients."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.models.short_forward import LeanTowers
+from clipcid_cli.runtime.models.used_tokens import train_used_rows
+from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.training import fast_attention
+
+CAPTIONS = ["a red square", "", "two cats, a dog and a very long list of other animals of every kind and size", "sky"]
+PLAIN: dict[str, Any] = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16},
+    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3},
+}
+
+
+def load(tmp_path: Path, **changes: Any) -> ClipModel:
+    """Make a model of the plain configuration with some values of it changed, named like vision_cfg__layers."""
+    config = json.loads(json.dumps(PLAIN))
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        place = config
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(config))
+    return load_model(parse_model(str(path)), fresh_seed=3)
+
+
+def features(
+    model: ClipModel, lean: bool, tokens: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, dict[str, Tensor], LeanTowers]:
+    """Encode six images and the texts, and take gradients of a function of every feature."""
+    module: Any = model.module
+    module.to(dtype).zero_grad(set_to_none=True)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(6, 3, 32, 32, generator=generator).to(dtype)
+    towers = LeanTowers(module)
+    if lean:
+        image, text = towers.encode_images(pixels), towers.encode_texts(tokens)
+    else:
+        image, text = module.encode_image(pixels), module.encode_text(tokens)
+    (image.sin().sum() + text.cos().sum()).backward()
+    gradients = {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
+    return image.detach(), text.detach(), gradients, towers
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"vision_cfg__layers": 1, "text_cfg__layers": 1},
+        {"custom_text": True},
+        {"quick_gelu": True},
+        {"vision_cfg__ls_init_value": 0.1, "text_cfg__ls_init_value": 0.1},
+        {"text_cfg__proj_type": "none", "text_cfg__width": 24, "custom_text": True},
+        {"text_cfg__proj_bias": True},
+    ],
+    ids=["plain", "one layer", "custom text", "quick gelu", "layer scale", "no projection", "projection with bias"],
+)
+def test_equal_to_open_clip(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = load(tmp_path, **changes)
+    tokens = model.tokenizer(CAPTIONS)
+    # In float64, where what a wrong pass would change cannot hide behind rounding.
+    image, text, gradients, _ = features(model, False, tokens, torch.float64)
+    lean_image, lean_text, lean_gradients, towers = features(model, True, tokens, torch.float64)
+    assert towers.image_is_lean
+    assert towers.text_is_lean
+    torch.testing.assert_close(lean_image, image, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(lean_text, text, rtol=1e-9, atol=1e-9)
+    assert lean_gradients.keys() == gradients.keys()
+    for name, expected in gradients.items():
+        torch.testing.assert_close(
+            lean_gradients[name], expected, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("captions", [["a cat", "a dog"], ["a cat"], ["word " * 40, "word " * 40]])
+def test_texts_of_equal_length(tmp_path: Path, captions: list[str]) -> None:
+    model = load(tmp_path)
+    tokens = model.tokenizer(captions)
+    _, text, _, _ = features(model, False, tokens)
+    _, lean_text, _, _ = features(model, True, tokens)
+    torch.testing.assert_close(lean_text, text, rtol=1e-4, atol=1e-5)
+
+
+def test_with_a_table_of_used_tokens_only(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    tokens = model.tokenizer(CAPTIONS)
+    _, text, gradients, _ = features(model, False, tokens)
+    expected = gradients["token_embedding.weight"][torch.unique(tokens)]
+    assert train_used_rows(model.module, torch.unique(tokens))
+    _, lean_text, lean_gradients, _ = features(model, True, tokens)
+    torch.testing.assert_close(lean_text, text, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lean_gradients["token_embedding.weight"], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "image", "text"),
+    [
+        ({"vision_cfg__pool_type": "avg"}, False, True),
+        ({"vision_cfg__attentional_pool": True}, False, True),
+        ({"text_cfg__no_causal_mask": True, "custom_text": True}, True, False),
+        ({"text_cfg__pool_type": "last", "custom_text": True}, True, False),
+        ({"text_cfg__embed_cls": True, "custom_text": True}, True, False),
+    ],
+    ids=["average", "attention pooling", "not causal", "last token", "class token"],
+)
+def test_other_structures_go_open_clips_way(tmp_path: Path, changes: dict[str, Any], image: bool, text: bool) -> None:
+    model = load(tmp_path, **changes)
+    tokens = model.tokenizer(CAPTIONS)
+    model.module.eval()
+    plain_image, plain_text, _, _ = features(model, False, tokens)
+    lean_image, lean_text, _, towers = features(model, True, tokens)
+    assert (towers.image_is_lean, towers.text_is_lean) == (image, text)
+    torch.testing.assert_close(lean_image, plain_image, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lean_text, plain_text, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tower_that_computes_something_else_is_noticed(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    tower: Any = model.module
+    for block in (tower.visual.transformer.resblocks[0], tower.transformer.resblocks[0]):
+        block.register_forward_hook(lambda _module, _given, result: 2 * result)
+    tokens = model.tokenizer(CAPTIONS)
+    image, text, _, towers = features(model, True, tokens)
+    assert not towers.image_is_lean
+    assert not towers.text_is_lean
+    plain_image, plain_text, _, _ = features(model, False, tokens)
+    assert torch.equal(image, plain_image)
+    assert torch.equal(text, plain_text)
+
+
+def test_same_bits_every_time_and_training_mode_is_kept(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    model.module.train()
+    frozen: Any = model.module.visual
+    frozen.eval()
+    tokens = model.tokenizer(CAPTIONS)
+    first, again = features(model, True, tokens), features(model, True, tokens)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert all(torch.equal(first[2][name], again[2][name]) for name in first[2])
+    assert model.module.training
+    assert not any(part.training for part in frozen.modules())
+
+
+def test_bfloat16_is_as_near_as_open_clips(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    tokens = model.tokenizer(CAPTIONS)
+    image, text, _, _ = features(model, False, tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lean_image, lean_text, _, towers = features(model, True, tokens)
+    assert towers.image_is_lean
+    assert towers.text_is_lean
+    assert lean_image.dtype == torch.bfloat16
+    torch.testing.assert_close(lean_image.float(), image, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(lean_text.float(), text, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = load(tmp_path)
+    tower: Any = model.module
+    tower.train()
+    tokens = model.tokenizer(CAPTIONS)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32), fast_attention(model.device, dtype):
+        _, _, expected, _ = features(model, True, tokens)
+        tower.set_grad_checkpointing()
+        _, _, found, towers = features(model, True, tokens)
+    assert towers.image_is_lean
+    assert towers.text_is_lean
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("image_size", [32, 112])  # 16 and 196 patches
+def test_the_number_of_threads_changes_no_bit(tmp_path: Path, image_size: int) -> None:
+    model = load(tmp_path, vision_cfg__image_size=image_size, text_cfg__context_length=77, text_cfg__width=64)
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (24, image_size, image_size, 3), dtype=torch.uint8, generator=random)
+    texts = model.tokenizer(["word " * (3 * number) for number in range(24)])
+    fp32 = choose_precision("fp32", model.device, "embed", 0)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append((model.encode_images(pixels, fp32), model.encode_texts(texts, fp32)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))

@@ -1,0 +1,176 @@
+"""The trainer's parts: groups, schedule, token embeddings in use, checkpoints, logs, the meeting space."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import TINY_CONFIG
+from torch import nn
+
+from clipcid_cli.algorithms.losses.shared_space import principal_rotation
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.results.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint, write_checkpoint
+from clipcid_cli.formats.results.run_folder import RunFolder, append_lines, read_lines
+from clipcid_cli.runtime.models.used_tokens import UsedRows, train_used_rows, whole_state, whole_table
+from clipcid_cli.runtime.training import LossParameters, OptimiserPlan, Trainer
+
+PLAN = OptimiserPlan(lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0)
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = open_clip.CLIP(**TINY_CONFIG)
+    return model
+
+
+def step_once(model: nn.Module, trainer: Trainer, tokens: torch.Tensor, seed: int) -> None:
+    pixels = torch.randn(len(tokens), 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    image, text = model.encode_image(pixels), model.encode_text(tokens)  # type: ignore[operator]
+    (image - text).square().mean().backward()
+    trainer.limit_gradient()
+    trainer.update()
+
+
+def test_only_matrices_of_the_student_are_decayed() -> None:
+    model, parameters = make_model(), LossParameters(["instance", "cluster"], 32, 64, seed=0)
+    trainer = Trainer(model, parameters, PLAN)
+    decayed, plain = trainer.optimizer.param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.3
+    assert plain["weight_decay"] == 0.0
+    in_plain = {names.get(id(parameter), "loss") for parameter in plain["params"]}
+    assert {"logit_scale", "ln_final.weight", "visual.ln_pre.bias", "loss", "visual.class_embedding"} <= in_plain
+    assert {id(p) for p in parameters.parameters()} <= {id(p) for p in plain["params"]}
+    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
+    everything = [*model.parameters(), *parameters.parameters()]
+    assert sorted(map(id, [*decayed["params"], *plain["params"]])) == sorted(map(id, everything))
+
+
+def test_schedule_warms_up_then_follows_a_cosine_to_zero() -> None:
+    rates = [PLAN.rate_at(step) for step in range(8)]
+    assert rates[:3] == [5e-3, 1e-2, 1e-2]
+    assert rates[5] == pytest.approx(0.5e-2)
+    assert rates[7] == pytest.approx(0.5e-2 * (1 + math.cos(math.pi * 5 / 6)))
+    assert PLAN.rate_at(8) == pytest.approx(0)
+
+
+def test_scales_start_at_clips_and_never_exceed_a_hundred() -> None:
+    model, parameters = make_model(), LossParameters(["instance"], 32, None, seed=0)
+    trainer = Trainer(model, parameters, PLAN)
+    assert trainer.scales() == pytest.approx({"student": 1 / 0.07, "instance": 1 / 0.07}, rel=1e-6)
+    with torch.no_grad():
+        parameters.log_scales["instance"].fill_(9.0)
+    parameters.log_scales["instance"].grad = torch.tensor(0.0)
+    trainer.update()
+    assert trainer.scales()["instance"] == pytest.approx(100)
+
+
+def test_training_only_used_token_embeddings_gives_what_training_all_gives() -> None:
+    used = torch.tensor([3, 17, 999, 49406, 49407])
+    tokens = used[torch.tensor([[3, 0, 1, 4, 4], [3, 2, 2, 1, 4]])].repeat(1, 3)[:, :12]
+    whole, part = make_model(), make_model()
+    assert train_used_rows(part, used)
+    assert isinstance(part.token_embedding, UsedRows)
+    assert part.token_embedding.weight.shape == (5, 32)
+    for model in (whole, part):
+        trainer = Trainer(model, LossParameters([], 32, None, seed=0), PLAN)
+        for step in range(8):
+            step_once(model, trainer, tokens, step)
+    expected, found = whole.state_dict(), whole_state(part, PLAN.decay_after(8))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+    make_model().load_state_dict(found)
+
+    others = torch.tensor([[3, 4, 20_000, 49407] * 3])
+    with torch.no_grad(), whole_table(part, PLAN.decay_after(8)):
+        torch.testing.assert_close(part.encode_text(others), whole.encode_text(others), rtol=1e-5, atol=1e-6)  # type: ignore[operator]
+    assert isinstance(part.token_embedding, UsedRows)
+    assert [name for name, _ in part.named_parameters()] == [name for name, _ in whole.named_parameters()]
+
+
+def test_a_token_that_is_not_in_use_is_an_error() -> None:
+    model = make_model()
+    train_used_rows(model, torch.tensor([3, 49407]))
+    tokens = torch.tensor([[3] * 11 + [4]])
+    with pytest.raises(IndexError):
+        model.encode_text(tokens)  # type: ignore[operator]
+
+
+def test_a_table_mostly_in_use_is_trained_as_it_is() -> None:
+    model = make_model()
+    assert not train_used_rows(model, torch.arange(20_000))
+    assert isinstance(model.token_embedding, nn.Embedding)
+
+
+def test_trainer_goes_back_to_a_checkpoint_exactly(tmp_path: Path) -> None:
+    tokens = torch.full((2, 12), 5)
+    model = make_model()
+    trainer = Trainer(model, LossParameters(["icl"], 32, 8, seed=0), PLAN)
+    for step in range(3):
+        step_once(model, trainer, tokens, step)
+    write_checkpoint(tmp_path, 3, trainer.state())
+    for step in range(3, 6):
+        step_once(model, trainer, tokens, step)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = make_model()
+    resumed = Trainer(other, LossParameters(["icl"], 32, 8, seed=5), PLAN)
+    resumed.load(read_checkpoint(tmp_path, 3))
+    assert resumed.step == 3
+    for step in range(3, 6):
+        step_once(other, resumed, tokens, step)
+    for name, tensor in expected.items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_newest_two_checkpoints_are_kept_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path, step, {"step": step})
+    assert list_checkpoints(tmp_path) == [20, 30]
+    path = checkpoint_path(tmp_path, 30)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ClipcidError, match=r"step_00000030\.pt cannot be read"):
+        read_checkpoint(tmp_path, 30)
+
+
+def test_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (str(tmp_path / "harmed"),))
+
+    torch.save({"step": Harmful()}, checkpoint_path(tmp_path, 1))
+    with pytest.raises(ClipcidError):
+        read_checkpoint(tmp_path, 1)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_logs_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    append_lines(run.train_log, [{"step": step, "loss": 1 / step} for step in range(1, 8)])
+    append_lines(run.results_log, [{"step": 4}, {"step": 6}])
+    with run.train_log.open("a") as file:
+        file.write('{"step": 8, "lo')  # what a kill left
+    run.rewind(5)
+    assert [line["step"] for line in read_lines(run.train_log)] == [1, 2, 3, 4, 5]
+    assert read_lines(run.results_log) == [{"step": 4}]
+    assert all(json.loads(line) for line in run.train_log.read_text().splitlines())
+
+
+def test_rotation_keeps_what_lies_in_few_dimensions() -> None:
+    random = np.random.default_rng(0)
+    rows = random.normal(size=(200, 3)) @ random.normal(size=(3, 10))
+    rotation = principal_rotation(rows.T @ rows, 3)
+    assert rotation.kept == pytest.approx(1)
+    axes = rotation.axes_Dd.astype(np.float64)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-6)
+    # Dot products survive: that is what the losses see.
+    np.testing.assert_allclose((rows @ axes) @ (rows @ axes).T, rows @ rows.T, rtol=1e-4, atol=1e-3)
+    half = principal_rotation(rows.T @ rows, 1)
+    assert half.kept == pytest.approx(((rows @ half.axes_Dd) ** 2).sum() / (rows**2).sum(), rel=1e-6)
+    assert (axes[np.abs(axes).argmax(axis=0), range(3)] > 0).all()

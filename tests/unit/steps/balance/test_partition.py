@@ -1,0 +1,181 @@
+"""`balance --neighbors partitioned`, run in this process: true edges, few missing, an audit that says how few."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
+
+from clipcid_cli.algorithms.search.pair_search import Join
+from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.steps.balance.run import audit, run
+from clipcid_cli.steps.balance.run import partition as partitioning
+from clipcid_cli.steps.balance.run import search as forest_search
+from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.settings.balance import BalanceSettings
+
+NUM_ROWS = 3000
+CUTOFF = 0.6
+
+
+class Listener(SilentReporter):
+    """A listener that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    return make_rows(NUM_ROWS, width=64)
+
+
+@pytest.fixture(scope="module")
+def embeddings(rows: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A read-only folder of embeddings."""
+    return write_embeddings(tmp_path_factory.mktemp("embeddings") / "foreign", rows)
+
+
+def balance(work: Path, embeddings: Path, **settings: Any) -> tuple[dict[str, Any], str]:
+    """Run the step; returns its result and what it said."""
+    listener = Listener()
+    given = {"neighbors": "partitioned", **settings}
+    result = run(BalanceSettings(work=work, embeddings=embeddings, device="cpu", **given), listener)
+    return result, "\n".join(listener.told)
+
+
+def read_forest(work: Path, name: str = "forest-partitioned") -> pd.DataFrame:
+    return pd.read_parquet(work / "balance" / f"{name}.parquet")
+
+
+def read_keep(work: Path) -> pd.DataFrame:
+    return pd.read_parquet(work / "balance" / "keep.parquet")
+
+
+def test_edges_are_true_few_are_missing_and_the_audit_is_brute_force(
+    rows: np.ndarray, embeddings: Path, tmp_path: Path
+) -> None:
+    result, said = balance(tmp_path / "parts", embeddings, threshold=CUTOFF)
+    exact, _ = balance(tmp_path / "exact", embeddings, threshold=CUTOFF, neighbors="exact")
+    assert "partitions; rows within" in said
+    found, true = read_forest(tmp_path / "parts"), read_forest(tmp_path / "exact", "forest")
+    distances = distance_matrix(rows)
+    np.testing.assert_array_equal(found["distance"], distances[found["a"], found["b"]])
+    assert (found["a"] < found["b"]).all()
+    assert len(true) > 1000
+    assert 0.998 * len(true) <= len(found) <= len(true)
+    keep = read_keep(tmp_path / "parts")
+    check_keep_list(keep, rows)
+    assert result["kept"] == NUM_ROWS - len(found) >= exact["kept"]
+
+    kept = np.flatnonzero(keep["kept"])
+    near = (distances[np.ix_(kept, kept)] <= np.float32(CUTOFF)) & ~np.eye(len(kept), dtype=bool)
+    number = int(near.any(axis=1).sum())
+    rate = number / len(kept)
+    assert result["audit"] == {
+        "sampled": len(kept), "kept": len(kept), "near": number, "rate": rate, "low": rate, "high": rate
+    }  # fmt: skip
+    assert (exact["audit"], exact["neighbors"], result["neighbors"]) == (None, "exact", "partitioned")
+    assert set(result["seconds"]) == {"embed", "search", "audit", "write"}
+
+
+def test_the_two_kinds_of_forest_are_never_taken_for_each_other(embeddings: Path, tmp_path: Path) -> None:
+    first, _ = balance(tmp_path, embeddings, threshold=CUTOFF)
+    forest = (tmp_path / "balance" / "forest-partitioned.parquet").read_bytes()
+    exact, said = balance(tmp_path, embeddings, threshold=CUTOFF, neighbors="exact")
+    assert "was there" not in said
+    assert exact["files"]["forest"].endswith("/forest.parquet")
+    for neighbors, name in (("exact", "forest"), ("partitioned", "forest-partitioned")):
+        sidecar = json.loads((tmp_path / "balance" / f"{name}.json").read_text())
+        assert (sidecar["step"], sidecar["settings"]) == (name, {"neighbors": neighbors})
+    again, said = balance(tmp_path, embeddings, threshold=CUTOFF)
+    assert "forest of these embeddings was there" in said
+    assert (tmp_path / "balance" / "forest-partitioned.parquet").read_bytes() == forest
+    assert {**again, "seconds": None} == {**first, "seconds": None}
+    shorter, said = balance(tmp_path, embeddings, threshold=0.2)
+    assert "was there" in said
+    assert shorter["audit"]["kept"] == shorter["kept"] > first["kept"]
+
+
+def test_an_audit_counts_what_is_left(
+    rows: np.ndarray, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows taken for kept: nearly all of them have another within the cut-off."""
+    unique = np.unique(rows, axis=0)
+    folder = write_embeddings(tmp_path / "unique", unique)
+    monkeypatch.setattr(audit, "_PANEL_ROWS", 700)
+    near = distance_matrix(unique) <= np.float32(CUTOFF)
+    np.fill_diagonal(near, False)
+    kept = np.arange(0, len(unique), 2)
+    expected = near[np.ix_(kept, kept)].any(axis=1)
+    with open_machine("cpu") as machine:
+        survey = forest_search.survey_rows(machine, open_embeddings(folder).images(), SilentReporter())
+        scan = choose_precision("fp32", machine.device, "embed", parameters=0)
+        whole = audit.audit_kept(machine, survey, kept, CUTOFF, scan, SilentReporter())
+        assert 100 < whole.near == np.count_nonzero(expected) < len(kept)
+        monkeypatch.setattr(audit, "SAMPLE", 900)
+        part = audit.audit_kept(machine, survey, kept, CUTOFF, scan, SilentReporter())
+    assert (part.sampled, part.kept) == (900, len(kept))
+    assert part.low < whole.rate < part.high
+    assert part.low < part.rate < part.high
+    sample = np.random.default_rng(0).permutation(kept)[:900]
+    assert part.near == np.count_nonzero(expected[np.searchsorted(kept, sample)])
+
+
+@pytest.mark.parametrize("linkage", ["single", "star"])
+def test_a_share_to_keep_is_met_however_small(rows: np.ndarray, embeddings: Path, tmp_path: Path, linkage: str) -> None:
+    for keep in (0.6, 0.02):
+        result, _ = balance(tmp_path, embeddings, keep=keep, linkage=linkage)
+        assert abs(result["kept"] - keep * NUM_ROWS) <= 1
+        check_keep_list(read_keep(tmp_path), rows)
+        assert result["audit"]["rate"] <= 0.01
+        if linkage == "star":
+            assert result["coverage"] == 0.0
+
+
+def test_nothing_to_merge_has_no_audit(embeddings: Path, tmp_path: Path) -> None:
+    result, _ = balance(tmp_path, embeddings, keep=1.0)
+    assert (result["kept"], result["audit"]) == (NUM_ROWS, None)
+
+
+def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Path) -> None:
+    """Half of all rows in one spot, where √N partitions of an even sample would put most of them together."""
+    generator = np.random.default_rng(0)
+    crowd = generator.normal(size=64) + 0.3 * generator.normal(size=(2000, 64))
+    crowd[1::2] = crowd[::2] + 0.01 * generator.normal(size=(1000, 64))
+    rows = np.concatenate([crowd, generator.normal(size=(2000, 64))])
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    folder = write_embeddings(tmp_path / "crowd", rows)
+    with open_machine("cpu") as machine:
+        survey = forest_search.survey_rows(machine, open_embeddings(folder).images(), SilentReporter())
+        join = Join(survey.read, survey.unique, machine.device, torch.float32)
+        found = partitioning.partition_rows(machine, join, survey.read, torch.float32, 0.1, SilentReporter())
+    assert found is not None
+    compared = sum(found.num_pairs(tile) for tile in found.tiles())
+    assert compared < 0.1 * len(rows) ** 2 / 2
+    result, _ = balance(tmp_path / "parts", folder, threshold=0.1)
+    exact, _ = balance(tmp_path / "exact", folder, threshold=0.1, neighbors="exact")
+    assert result["kept"] == exact["kept"] == 3000
+
+
+def test_where_partitions_spare_nothing_all_pairs_are_compared(tmp_path: Path) -> None:
+    rows = make_rows(60, num_centres=60)
+    folder = write_embeddings(tmp_path / "few", rows)
+    result, said = balance(tmp_path / "parts", folder, threshold=1.2)
+    exact, _ = balance(tmp_path / "exact", folder, threshold=1.2, neighbors="exact")
+    assert "all pairs are compared" in said
+    assert result["kept"] == exact["kept"]
+    assert result["audit"]["near"] == 0
+    alone = write_embeddings(tmp_path / "alone", rows[:1])
+    assert balance(tmp_path / "one", alone, threshold=0.5)[0]["audit"]["near"] == 0

@@ -1,0 +1,103 @@
+"""Gathered features and averaged gradients: two and three real gloo processes give what one gives with the whole batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.runtime.gradients import GradientAverager, gather_rows
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.training import LossParameters
+from clipcid_cli.steps.distill.batches import Batch
+from clipcid_cli.steps.distill.objective import Objective
+from clipcid_cli.steps.distill.teacher_space import Space, TeacherSide
+
+BATCH, WIDTH, TEACHER_WIDTH = 12, 6, 9
+WEIGHTS = {name: 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
+
+
+class FixedTargets(TeacherSide):
+    """A teacher whose rows are given."""
+
+    def add_to(self, batch: LossBatch, seen: Batch, step: int) -> LossBatch:
+        random = torch.Generator().manual_seed(7)
+        rows = torch.nn.functional.normalize(torch.randn(2, BATCH, TEACHER_WIDTH, generator=random), dim=2)
+        image, text = rows[:, gather_rows(seen.rows, self.size)]
+        with_clusters = self.add_clusters(batch, np.arange(BATCH), step)
+        return dataclasses.replace(with_clusters, teacher_image_BD=image, teacher_text_BD=text)
+
+
+def make_batch(rows: torch.Tensor) -> Batch:
+    nothing = torch.zeros(len(rows))
+    return Batch(nothing, nothing, nothing, rows, nothing, nothing, [])
+
+
+def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.ndarray]]:
+    """Run a small model of two linear towers over this process's share of the batch; return loss and all gradients."""
+    torch.manual_seed(0)
+    towers = torch.nn.ModuleList([torch.nn.Linear(5, WIDTH), torch.nn.Linear(4, WIDTH)])
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    images, texts = torch.randn(BATCH, 5), torch.randn(BATCH, 4)
+    parameters = LossParameters([n for n in WEIGHTS if LOSSES[n].own_scale], WIDTH, TEACHER_WIDTH, seed=1)
+    of_losses = [scale, *parameters.parameters()]
+    trained = [*towers.parameters(), *of_losses]
+    averager = GradientAverager(list(towers.parameters()), of_losses, size)
+    machine = Machine(rank, size, rank, torch.device("cpu"))
+    targets = FixedTargets(Space("project", None, TEACHER_WIDTH), 30.0, None, torch.device("cpu"), size)
+    objective = Objective(WEIGHTS, parameters, targets, machine, local=local)
+    share = BATCH // size
+    mine = slice(rank * share, (rank + 1) * share)
+    features = [tower(rows[mine]) for tower, rows in zip(towers, (images, texts), strict=True)]
+    seen = make_batch(torch.arange(BATCH)[mine])
+    total, terms = objective(features[0], features[1], scale.exp(), seen, 0)
+    averager.watch()
+    total.backward()  # type: ignore[no-untyped-call]
+    averager.finish()
+    assert all(parameter.grad is not None for parameter in trained)
+    loss = sum(objective.values(terms).values())
+    return loss, [parameter.grad.numpy().copy() for parameter in trained if parameter.grad is not None]
+
+
+def process(rank: int, size: int, local: bool, store: str, results: multiprocessing.Queue) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    try:
+        results.put((rank, one_step(rank, size, local)))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("size", "local"), [(2, False), (2, True), (3, True)])
+def test_processes_together_equal_one(size: int, local: bool, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [
+        context.Process(target=process, args=(rank, size, local, str(tmp_path / "store"), results))
+        for rank in range(size)
+    ]
+    for worker in workers:
+        worker.start()
+    found = dict(results.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(timeout=60)
+        assert worker.exitcode == 0
+    loss, gradients = one_step(0, 1)
+    for rank in range(size):
+        assert found[rank][0] == pytest.approx(loss, abs=1e-5)
+        for mine, single in zip(found[rank][1], gradients, strict=True):
+            np.testing.assert_allclose(mine, single, atol=1e-5, rtol=1e-4)
+        # The processes must not drift apart by a bit, or they would train different students.
+        for mine, first in zip(found[rank][1], found[0][1], strict=True):
+            np.testing.assert_array_equal(mine, first)
+
+
+def test_one_process_gathers_nothing() -> None:
+    rows = torch.randn(3, 2)
+    assert gather_rows(rows, 1) is rows

@@ -1,0 +1,166 @@
+"""A teacher that runs beside the student: the same views and captions at its own size, the targets its embeddings give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_CONFIG, write_tiny_model
+from teaching_data import (
+    Listener,
+    embed_data,
+    encode_shown,
+    join,
+    make_epoch,
+    student_side,
+    train,
+    write_captions,
+    write_student,
+)
+
+from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.models.augment import Augmentation
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.steps.cluster.run import run as cluster
+from clipcid_cli.steps.distill.batches import Batch, BatchMaker, Reading
+from clipcid_cli.steps.distill.online_teacher import load_online_teacher, open_online_teacher
+from clipcid_cli.steps.distill.stored_teacher import open_targets
+from clipcid_cli.steps.distill.teacher_inputs import Teaching
+from clipcid_cli.steps.settings.cluster import ClusterSettings
+from clipcid_cli.steps.settings.distill import DistillSettings
+
+
+@pytest.fixture(scope="module")
+def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory with the tiny teacher's embeddings and four clusters."""
+    work = tmp_path_factory.mktemp("online") / "work"
+    embed_data(tiny_shards, tiny_model, work / "embeddings" / "tiny")
+    cluster.run(ClusterSettings(work=work, num_clusters=4, iterations=3, device="cpu"), Listener())
+    return work
+
+
+def teach(teaching: Teaching, model: ClipModel, batch: Batch, changes_colors: bool, width: int = 32) -> LossBatch:
+    """Return what an online teacher adds to a batch."""
+    settings = DistillSettings(student="student.json", preset="clip-kd", online_teacher=True)
+    with open_machine("cpu") as machine:
+        teacher = open_online_teacher(settings, teaching, model, width, changes_colors, machine, Listener())
+        return teacher.add_to(student_side(len(batch.rows), width), batch, 0)
+
+
+def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
+    _, teaching, dataset, usable = join(tiny_shards, work / "embeddings" / "tiny")
+    teacher = load_model(parse_model(str(tiny_model)))
+    config: dict[str, Any] = TINY_CONFIG | {"text_cfg": TINY_CONFIG["text_cfg"] | {"context_length": 7}}
+    config["vision_cfg"] = TINY_CONFIG["vision_cfg"] | {"image_size": 48}
+    folder = write_tiny_model(work.parent / "other", config)
+    larger = load_model(parse_model(str(folder)))
+    augmentation = Augmentation(0.3, 0.5, 0.2)
+    for model in (teacher, larger):
+        maker = BatchMaker(Reading.of(teacher), augmentation, 3, first_caption=False, teacher=Reading.of(model))
+        batch = make_epoch(None, dataset, usable, maker, 1)
+        size, length = model.info.image_size[0], model.info.context_length
+        assert batch.teacher_pixels is not None
+        assert batch.teacher_tokens is not None
+        assert batch.teacher_pixels.shape == (24, size, size, 3)
+        assert batch.teacher_tokens.shape == (24, length)
+        told = teach(teaching, model, batch, changes_colors=True)
+        own = BatchMaker(Reading.of(model), augmentation, 3, first_caption=False)
+        images, texts = encode_shown(model, make_epoch(None, dataset, usable, own, 1))
+        assert told.teacher_image_BD is not None
+        assert told.teacher_text_BD is not None
+        np.testing.assert_allclose(told.teacher_image_BD.numpy(), images, atol=1e-5)
+        np.testing.assert_allclose(told.teacher_text_BD.numpy(), texts, atol=1e-5)
+        assert not told.teacher_image_BD.is_inference(), "the losses must be able to keep it for their gradients"
+    # Same view, another size: the larger picture made small is the smaller one, but for the filter.
+    small = torch.nn.functional.interpolate(batch.teacher_pixels.permute(0, 3, 1, 2).float(), 32, mode="area")
+    assert (small - batch.pixels.permute(0, 3, 1, 2)).abs().mean() < 8
+
+
+def test_on_whole_images_it_gives_the_stored_targets(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
+    _, teaching, dataset, usable = join(tiny_shards, work / "embeddings" / "tiny")
+    model = load_model(parse_model(str(tiny_model)))
+    maker = BatchMaker(Reading.of(model), Augmentation(1.0), 3, first_caption=True, teacher=Reading.of(model))
+    batch = make_epoch(None, dataset, usable, maker, 0)
+    for width in (32, 24):  # as they are, and where the student's width cuts them
+        settings = DistillSettings(student="student.json", preset="clip-kd", teacher_space="pca")
+        with open_machine("cpu") as machine:
+            stored = open_targets(settings, teaching, width, machine, Listener())
+            side = student_side(24, width)
+            expected = stored.add_to(side, batch, 0)
+            online = open_online_teacher(settings, teaching, model, width, False, machine, Listener())
+            found = online.add_to(side, batch, 0)
+        for name in ("teacher_image_BD", "teacher_text_BD"):
+            one, other = getattr(expected, name), getattr(found, name)
+            assert one.shape == other.shape == (24, width)
+            assert (one - other).abs().max() < 1e-3, name
+        assert found.teacher_scale == pytest.approx(expected.teacher_scale)
+
+
+def test_training_beside_it_is_training_from_its_embeddings(
+    tiny_shards: Path, tiny_model: Path, work: Path, tmp_path: Path
+) -> None:
+    common = {"student": str(write_student(tmp_path)), "crop_scale": 1.0, "teacher_space": "pca", "name": tmp_path.name}
+    stored, _ = train(work, tiny_shards, **common)
+    online, said = train(
+        work, tiny_shards, **(common | {"name": "online"}), teacher=str(tiny_model), online_teacher=True
+    )
+    assert "run beside the student" in said
+    assert "Online teacher: 1.6 M parameters, 32 px, 12 tokens" in said
+    assert [set(line) for line in online] == [set(line) for line in stored]
+    for one, other in zip(stored, online, strict=True):
+        for name in ("loss", "loss_clip", "loss_instance", "loss_cluster"):
+            assert other[name] == pytest.approx(one[name], abs=2e-3), name
+    assert online != stored, "rows are not rounded to float16 on the way"
+    varied, _ = train(work, tiny_shards, **(common | {"name": "v", "crop_scale": 0.4}), online_teacher=True)
+    assert abs(varied[0]["loss_clip"] - online[0]["loss_clip"]) > 1e-4
+
+
+def test_without_embeddings_it_teaches_through_a_layer_and_every_caption(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_captions(tmp_path / "data", (2, 3, 1, 2, 4, 2))
+    settings = {
+        "student": str(write_student(tmp_path)),
+        "teacher": str(tiny_model),
+        "online_teacher": True,
+        "preset": "clip-kd",
+        "teacher_space": "pca",
+        "batch_size": 4,
+        "val_fraction": 0.0,
+    }
+    log, said = train(tmp_path / "work", data, **settings)
+    assert "There are no stored embeddings of it" in said
+    assert not (tmp_path / "work" / "embeddings").exists()
+    assert all(np.isfinite(line["loss_fd"]) for line in log)
+    # Captions may be shortened: the teacher reads the same words.
+    dropped, _ = train(tmp_path / "other", data, caption_dropout=0.5, **settings)
+    assert len(dropped) == 4
+    # The teacher is an input of the run: another one is another run.
+    other = write_tiny_model(tmp_path / "tiny2", seed=8)
+    with pytest.raises(ClipcidError, match="other settings or inputs"):
+        train(tmp_path / "work", data, **(settings | {"teacher": str(other)}))
+
+
+def test_clusters_of_another_teacher_are_refused(tiny_shards: Path, work: Path, tmp_path: Path) -> None:
+    other = write_tiny_model(tmp_path / "other", seed=3)
+    with pytest.raises(
+        ClipcidError, match=r"clusters in .* weights blake2b.*the teacher is .*, weights blake2b"
+    ) as raised:
+        train(work, tiny_shards, student=str(write_student(tmp_path)), teacher=str(other), online_teacher=True)
+    assert f"clipcid embed DATA --model {other}" in raised.value.fix
+
+
+def test_it_needs_a_loss_that_learns_from_it() -> None:
+    with pytest.raises(UsageError, match="no loss of the run learns from a teacher"):
+        DistillSettings(student="s.json", preset="clip", online_teacher=True)
+    with pytest.raises(UsageError, match="--caption-dropout"):
+        DistillSettings(student="s.json", caption_dropout=0.5)
+
+
+def test_no_teacher_is_loaded_where_none_runs() -> None:
+    with open_machine("cpu") as machine:
+        assert load_online_teacher(None, machine) is None

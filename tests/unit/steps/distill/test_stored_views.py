@@ -1,0 +1,252 @@
+"""Views and further captions: stored beside the embeddings, and shown again as the teacher saw them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import embed_with_open_clip, make_caption, make_image
+from PIL import Image
+from teaching_data import (
+    FP32,
+    Listener,
+    embed_data,
+    encode_shown,
+    join,
+    make_epoch,
+    student_side,
+    train,
+    write_captions,
+    write_student,
+)
+from torchvision.transforms.functional import resized_crop, to_tensor
+
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.models.augment import Augmentation, View
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.decode import decode_image
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.steps.distill.batches import BatchMaker, Reading
+from clipcid_cli.steps.distill.stored_teacher import open_targets
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.embed import EmbedSettings
+
+VIEWS = {"views": 3, "crop_scale": 0.3, "color_jitter": 0.4, "gray_probability": 0.2, "seed": 5}
+COUNTS = (1, 3, 2, 5, 1, 4)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_model: Path) -> ClipModel:
+    return load_model(parse_model(str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three views of each image of the tiny shards."""
+    out = tmp_path_factory.mktemp("views") / "tiny"
+    embed_data(tiny_shards, tiny_model, out, **VIEWS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def captioned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data of one to five captions an image, and its embeddings."""
+    folder = tmp_path_factory.mktemp("captions")
+    data = write_captions(folder / "data", COUNTS)
+    embed_data(data, tiny_model, folder / "tiny")
+    return data, folder / "tiny"
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.suffix in (".npy", ".parquet")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_views_are_what_their_parameters_say(stored: Path, tiny_model: Path) -> None:
+    import open_clip
+
+    embeddings = open_embeddings(stored)
+    assert (embeddings.num_rows, embeddings.num_views) == (24, 3)
+    assert embeddings.views().shape == (72, 32)
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tiny_model}")
+    boxes = set()
+    for row, view in ((0, 0), (0, 2), (13, 1), (14, 0), (23, 2)):
+        packed = embeddings.view_params().read(row, view)
+        left, top, right, bottom = (int(edge) for edge in packed[:4])
+        boxes.add((left, top, right, bottom))
+        image = decode_image(make_image(3 if row == 20 else row))
+        crop = to_tensor(resized_crop(image, top, left, bottom - top, right - left, [32, 32], interpolation=3))
+        colors = torch.from_numpy(packed[4:].reshape(3, 4))
+        shown = (torch.einsum("dc,chw->dhw", colors[:, :3], crop) + colors[:, 3, None, None]).clamp(0, 1)
+        with torch.no_grad():
+            expected = model.eval().encode_image((shown[None] - 0.5) / 0.5, normalize=True)[0].numpy()
+        found = embeddings.views().take(np.array([3 * row + view]))[0]
+        assert np.abs(found - expected).max() < 6e-4
+    assert len(boxes) == 5
+    # The image's own row is what it is without views, whatever the shape of its batch.
+    plain, _ = embed_with_open_clip(tiny_model, [make_image(number) for number in range(14)], ["a"])
+    assert np.abs(embeddings.images().read(0, 14) - plain.numpy()).max() < 3e-4
+
+
+def test_the_same_bytes_for_any_workers_and_batches_of_the_same_size(
+    stored: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    embed_data(tiny_shards, tiny_model, tmp_path / "two", workers=2, **VIEWS)
+    assert read_all(tmp_path / "two") == read_all(stored)
+    assert sorted(read_all(stored))[-2:] == ["view_params/view_params_0000.npy", "view_params/view_params_0001.npy"]
+    other = tmp_path / "other"
+    embed_data(tiny_shards, tiny_model, other, **(VIEWS | {"seed": 6}))
+    assert read_all(other)["view_params/view_params_0000.npy"] != read_all(stored)["view_params/view_params_0000.npy"]
+    assert read_all(other)["img_emb/img_emb_0000.npy"] == read_all(stored)["img_emb/img_emb_0000.npy"]
+    with pytest.raises(ClipcidError, match=r"settings\.views: 3 there, null now"):
+        embed_data(tiny_shards, tiny_model, other)
+    embed_data(tiny_shards, tiny_model, other, overwrite=True)
+    assert not list(other.glob("view_*/*.npy"))
+
+
+def test_a_replayed_view_is_the_very_picture_the_teacher_embedded(
+    stored: Path, tiny_shards: Path, teacher: ClipModel
+) -> None:
+    embeddings, teaching, dataset, usable = join(tiny_shards, stored)
+    augmentation = teaching.augmentation(Augmentation())
+    assert augmentation == Augmentation(0.3, 0.4, 0.2)
+    maker = BatchMaker(Reading.of(teacher), augmentation, 3, first_caption=teaching.first_captions)
+    with open_machine("cpu") as machine:
+        settings = DistillSettings(student="student.json", preset="clip-kd")
+        targets = open_targets(settings, teaching, 32, machine, Listener())
+    seen = []
+    for epoch in range(4):
+        batch = make_epoch(teaching, dataset, usable, maker, epoch)
+        images, texts = encode_shown(teacher, batch)
+        told = targets.add_to(student_side(24, 32), batch, epoch)
+        assert told.teacher_image_BD is not None
+        assert told.teacher_text_BD is not None
+        # float16 storage is all that lies between them.
+        assert np.abs(told.teacher_image_BD.numpy() - images).max() < 6e-4
+        assert np.abs(told.teacher_text_BD.numpy() - texts).max() < 6e-4
+        for place in (0, 7, 23):
+            row = int(batch.rows[place])
+            view = View.unpack(embeddings.view_params().read(row, int(batch.views[place])))
+            image = decode_image(make_image(3 if row == 20 else row))
+            expected = image.resize((32, 32), Image.Resampling.BICUBIC, box=view.box)
+            assert np.array_equal(batch.pixels[place].numpy(), np.asarray(expected))
+        seen.append(batch.views[batch.rows.argsort()])
+    shown = torch.stack(seen[:3]).sort(dim=0).values
+    assert torch.equal(shown, torch.arange(3)[:, None].expand(3, 24)), "three epochs show three views"
+    assert torch.equal(seen[3], seen[0])
+    assert len(set(seen[0].tolist())) == 3, "samples begin with different views"
+
+
+def test_distill_replays_unless_told_not_to(stored: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    student = str(write_student(tmp_path))
+    common = {"student": student, "embeddings": stored, "preset": "clip-kd", "teacher_space": "project"}
+    replayed, said = train(tmp_path / "a", tiny_shards, **common)
+    assert "3 of each image are stored and replayed" in said
+    again, _ = train(tmp_path / "b", tiny_shards, workers=2, crop_scale=0.5, **common)
+    assert again == replayed, "views decide what is seen, workers do not"
+    fresh, said = train(tmp_path / "c", tiny_shards, views="none", **common)
+    assert "replayed" not in said
+    assert fresh[0]["loss_fd"] != replayed[0]["loss_fd"]
+
+
+def test_views_need_whole_images() -> None:
+    with pytest.raises(UsageError, match="--fast-decode"):
+        EmbedSettings(data="x", views=2, fast_decode=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "array", "message"),
+    [
+        (
+            "view_emb",
+            np.zeros((14, 2, 32), np.float16),
+            r"view_params_0000.npy holds float32 \[14, 3, 16\], where .* \[14, 2, 16\]",
+        ),
+        ("view_params", np.zeros((14, 3, 15), np.float32), r"holds float32 \[14, 3, 15\]"),
+        ("view_params", None, "no view_params of the same number"),
+    ],
+)
+def test_views_that_do_not_fit_are_refused(
+    kind: str, array: np.ndarray | None, message: str, stored: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(stored, tmp_path / "copy")
+    path = tmp_path / "copy" / kind / f"{kind}_0000.npy"
+    if array is None:
+        path.unlink()
+    else:
+        np.save(path, array)
+    with pytest.raises(ClipcidError, match=message):
+        open_embeddings(tmp_path / "copy")
+
+
+def test_every_caption_has_its_row(captioned: tuple[Path, Path], tiny_model: Path) -> None:
+    _, folder = captioned
+    embeddings = open_embeddings(folder)
+    assert embeddings.has_further_captions
+    assert embeddings.caption_counts.tolist() == list(COUNTS)
+    first = [make_caption(100 * number) for number in range(6)]
+    lines = [100 * number + line for number, count in enumerate(COUNTS) for line in range(1, count)]
+    further = [make_caption(line) for line in lines]
+    _, expected = embed_with_open_clip(tiny_model, [make_image(0)], first + further)
+    assert np.abs(embeddings.texts().read(0, 6) - expected[:6].numpy()).max() < 3e-4
+    assert embeddings.further_captions().shape == (10, 32)
+    assert np.abs(embeddings.further_captions().read(0, 10) - expected[6:].numpy()).max() < 3e-4
+
+
+def test_plain_data_has_no_further_files(stored: Path) -> None:
+    embeddings = open_embeddings(stored)
+    assert not embeddings.has_further_captions
+    assert not (stored / "captions_emb").exists()
+    assert embeddings.caption_counts.tolist() == [1] * 24
+
+
+def test_a_caption_is_drawn_anew_each_epoch_with_its_own_row(captioned: tuple[Path, Path], teacher: ClipModel) -> None:
+    data, folder = captioned
+    _, teaching, dataset, usable = join(data, folder)
+    assert teaching.all_captions
+    maker = BatchMaker(Reading.of(teacher), Augmentation(1.0), 3, first_caption=teaching.first_captions)
+    with open_machine("cpu") as machine:
+        settings = DistillSettings(student="student.json", preset="clip-kd")
+        targets = open_targets(settings, teaching, 32, machine, Listener())
+    seen = [set[int]() for _ in range(6)]
+    for epoch in range(12):
+        batch = make_epoch(None, dataset, usable, maker, epoch)
+        for row, caption in zip(batch.rows.tolist(), batch.captions.tolist(), strict=True):
+            expected = teacher.tokenizer([make_caption(100 * row + caption)])[0]
+            assert torch.equal(batch.tokens[batch.rows.tolist().index(row)], expected)
+            seen[row].add(caption)
+        told = targets.add_to(student_side(6, 32), batch, epoch)
+        assert told.teacher_text_BD is not None
+        expected_rows = teacher.encode_texts(batch.tokens, FP32)
+        assert (told.teacher_text_BD - expected_rows).abs().max() < 6e-4
+    assert [len(found) for found in seen][0::4] == [1, 1]
+    assert all(found <= set(range(count)) for found, count in zip(seen, COUNTS, strict=True))
+    assert sum(map(len, seen)) > 12, "most captions are shown in twelve epochs"
+
+
+def test_with_first_captions_alone_those_are_shown(captioned: tuple[Path, Path], tmp_path: Path) -> None:
+    data, folder = captioned
+    shutil.copytree(folder, tmp_path / "first")
+    shutil.rmtree(tmp_path / "first" / "captions_emb")
+    _, teaching, _, _ = join(data, tmp_path / "first")
+    assert teaching.first_captions
+
+
+def test_other_captions_than_were_embedded_are_refused(captioned: tuple[Path, Path], tmp_path: Path) -> None:
+    changed = write_captions(tmp_path / "changed", (1, 3, 2, 4, 1, 4))
+    with pytest.raises(ClipcidError, match="Sample 's3' has 4 captions, and 5 of it are embedded") as raised:
+        join(changed, captioned[1])
+    assert "clipcid embed DATA --overwrite" in raised.value.fix
+
+
+def test_counts_that_do_not_add_up_are_refused(captioned: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(captioned[1], tmp_path / "copy")
+    path = tmp_path / "copy" / "captions_emb" / "captions_emb_0000.npy"
+    np.save(path, np.load(path)[:-1])
+    with pytest.raises(ClipcidError, match=r"has 2 rows; .* counts 3 captions after the first"):
+        _ = open_embeddings(tmp_path / "copy").caption_counts

@@ -1,0 +1,80 @@
+"""`eval-zeroshot --compare`: what it refuses, how it calls two results; and the table's stars."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from clipcid_cli.commands.eval_zeroshot import show
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.results.metrics import write_metrics
+from clipcid_cli.formats.results.predictions import make_predictions, predictions_path, write_predictions
+from clipcid_cli.steps.evaluate.compare import compare_results
+from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"data": ()}, "1 was named"),
+        ({"data": ("b.json", "c.json")}, "3 were named"),
+        ({"bootstrap": 0}, "--bootstrap is 0"),
+        ({"predictions": True}, "--predictions does not go with it"),
+        ({"models": ("other",), "templates": "simple"}, "--model, --templates do not go with it"),
+        ({"precision": "bf16"}, "--precision does not"),
+    ],
+)
+def test_what_does_not_go_with_a_comparison_is_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EvalZeroshotSettings(**{"model": "a.json", "data": ("b.json",), "compare": True} | given)
+    EvalZeroshotSettings(model="a.json", data=("b.json",), compare=True, bootstrap=10, seed=3, workers=0, quiet=True)
+
+
+def test_results_of_one_model_are_told_apart_and_stars_are_shown(tmp_path: Path) -> None:
+    record = {"dataset": "d", "model": "m", "task": "zeroshot_retrieval", "language": "en"}
+    metrics = {f"{side}_retrieval_recall@{k}": 0.5 for side in ("image", "text") for k in (1, 5)}
+    columns = {"key": [f"{n:02d}" for n in range(20)], "text_rank": [0] * 20}
+    for name, rank in (("a", 30), ("b", 0)):
+        path = tmp_path / f"{name}.json"
+        write_metrics(path, record | {"pretrained": f"{name}/student", "metrics": metrics})
+        rows = make_predictions("retrieval", "m", "d", 0, columns | {"image_ranks": [[rank]] * 20})
+        write_predictions(predictions_path(path), rows)
+    named = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)
+    said = compare_results(named, SilentReporter())["differences"]["image_retrieval_recall@1"]["verdict"]
+    assert "B (b/student) is better than A (a/student)" in said
+    write_metrics(tmp_path / "b.json", record | {"pretrained": "a/student", "metrics": metrics})
+    said = compare_results(named, SilentReporter())["differences"]["image_retrieval_recall@1"]["verdict"]
+    assert f"B ({tmp_path / 'b.json'}) is better than A ({tmp_path / 'a.json'})" in said
+
+    told = io.StringIO()
+    result = record | {"pretrained": "p", "metrics": metrics, "customary": "image_retrieval_recall@5", "intervals": {}}
+    show(result | {"images": 20, "images_per_second": 9.0, "files": {}}, Console(file=told, width=120))
+    assert "50.0 / 50.0*" in told.getvalue()
+    assert told.getvalue().count("*") == 2  # the value and what the star means
+
+
+def test_comparison_of_other_data_is_refused(tmp_path: Path) -> None:
+    settings = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)
+    columns = {"predicted": [0, 1], "top": [[0, 1], [1, 0]], "scores": [[0.2, 0.1], [0.3, 0.1]]}
+    record = {"dataset": "d", "model": "m", "pretrained": "p", "task": "zeroshot_classification", "language": "en"}
+
+    def write(name: str, keys: list[str], labels: list[int], classes: int = 2) -> None:
+        write_metrics(tmp_path / f"{name}.json", record | {"metrics": {"acc1": 0.5}})
+        rows = make_predictions("classification", "m", "d", classes, columns | {"key": keys, "label": labels})
+        write_predictions(predictions_path(tmp_path / f"{name}.json"), rows)
+
+    write("a", ["x", "y"], [0, 1])
+    for keys, labels, classes, message in (
+        (["x", "z"], [0, 1], 2, "2 of d, 2 of d, 1 in both"),
+        (["x", "y"], [0, 0], 2, "other classes"),
+        (["x", "y"], [0, 1], 3, "other classes"),
+    ):
+        write("b", keys, labels, classes)
+        with pytest.raises(ClipcidError, match=message):
+            compare_results(settings, SilentReporter())
+    write("b", ["y", "x"], [1, 0])  # the order of the rows does not matter
+    assert compare_results(settings, SilentReporter())["images"] == 2

@@ -1,0 +1,118 @@
+"""The fits of `eval-linear` on given features: what is held out, drawn and refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.known_datasets import PRESETS
+from clipcid_cli.steps.evaluate.probe_data import choose_metric
+from clipcid_cli.steps.evaluate.probe_fit import Images, ProbeFits, choose_point
+from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
+
+
+class Listener(SilentReporter):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        """Keep a warning."""
+        self.warnings.append(text)
+
+
+def make_images(counts: list[int], seed: int = 0) -> Images:
+    """Make unit rows around one centre for each class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    centres = torch.randn(len(counts), 6, generator=torch.Generator().manual_seed(9))
+    rows = 0.7 * centres[labels] + torch.randn(len(labels), 6, generator=generator)
+    return Images(torch.nn.functional.normalize(rows, dim=1), labels)
+
+
+def make_fits(images: Images, **settings: Any) -> tuple[ProbeFits, Listener]:
+    listener = Listener()
+    chosen = EvalLinearSettings(data=str(Path("nowhere")), **settings)
+    return ProbeFits(images, None, int(images.labels.max()) + 1, "acc1", chosen, listener), listener
+
+
+def test_few_shot_probes_see_no_image_that_chooses_their_strength() -> None:
+    images = make_images([30, 30, 6])
+    fits, listener = make_fits(images, shots="8,2", shot_repeats=2)
+    assert listener.warnings == ["--shots 8: 1 of 3 classes have fewer images; they give all they have."]
+    assert len(fits.fitted) + len(fits.held_out) == len(images)
+    held_out = {tuple(row) for row in fits.held_out.rows.tolist()}
+    assert held_out.isdisjoint({tuple(row) for row in fits.fitted.rows.tolist()})
+    curve = fits.few_shots(make_images([20, 20, 20], seed=1))
+    assert [(point["shots"], point["images"]) for point in curve] == [(2, 6), (8, 21)]
+    assert all(len(set(point["metrics"]["lp_acc1"]["values"])) <= 2 for point in curve)
+    again = make_fits(images, shots="8", shot_repeats=2)[0].few_shots(make_images([20, 20, 20], seed=1))
+    assert again == curve[1:]
+
+
+def test_one_draw_has_no_spread() -> None:
+    fits, _ = make_fits(make_images([9, 9]), shots="1", shot_repeats=1)
+    (point,) = fits.few_shots(make_images([5, 5], seed=1))
+    assert point["metrics"]["lp_acc1"]["std"] is None
+
+
+def test_a_best_strength_at_an_end_is_told_once_for_each_number_of_shots() -> None:
+    # Classes that any strength tells apart: the strongest regularisation is taken, an end of the range.
+    apart = Images(torch.eye(2).repeat_interleave(20, dim=0), torch.arange(2).repeat_interleave(20))
+    fits, listener = make_fits(apart, shots="1,4", shot_repeats=3)
+    curve = fits.few_shots(apart)
+    assert [point["at_edge"] for point in curve] == [3, 3]
+    assert [text.partition(" an end of")[0] for text in listener.warnings] == [
+        "--shots 1: the best C of 3 of 3 draws is",
+        "--shots 4: the best C of 3 of 3 draws is",
+    ]
+
+
+def test_a_refit_takes_every_image() -> None:
+    images = make_images([20, 20])
+    fits, _ = make_fits(images)
+    solution = fits.refit(choose_point(fits.sweep()))
+    assert solution.converged
+    half, _ = make_fits(images, val_fraction=0.5)
+    assert (len(half.fitted), len(half.held_out), len(half.images)) == (20, 20, 40)
+    given = ProbeFits(images, make_images([3, 4], seed=1), 2, "acc1", EvalLinearSettings(data="nowhere"), Listener())
+    assert (len(given.fitted), len(given.held_out), len(given.images)) == (40, 7, 47)
+
+
+def test_what_cannot_be_drawn_or_held_out_is_refused() -> None:
+    with pytest.raises(ClipcidError, match="no class has 17 training images beside those held out; the largest has 16"):
+        make_fits(make_images([20, 10]), shots="17")
+    with pytest.raises(ClipcidError, match="nothing can be held out"):
+        make_fits(make_images([1, 1]))
+    without = Images(torch.eye(4), torch.zeros(4, 2, dtype=torch.bool))
+    with pytest.raises(ClipcidError, match="No validation image has a class"):
+        ProbeFits(without, without, 2, "mean_average_precision", EvalLinearSettings(data="nowhere"), Listener())
+    several = Images(torch.eye(4), torch.ones(4, 2, dtype=torch.bool))
+    with pytest.raises(ClipcidError, match="no class tells one training image from another"):
+        ProbeFits(several, None, 2, "mean_average_precision", EvalLinearSettings(data="nowhere"), Listener())
+
+
+@pytest.mark.parametrize(
+    ("name", "several", "metric"),
+    [
+        ("food101", False, "acc1"),
+        ("wds_vtab-pets", False, "mean_per_class_recall"),
+        ("aircraft", False, "mean_per_class_recall"),
+        ("flowers", False, "mean_per_class_recall"),
+        ("caltech101", False, "mean_per_class_recall"),
+        ("voc2007", True, "mean_average_precision_11_point"),
+        ("wds_voc2007_multilabel", True, "mean_average_precision_11_point"),
+        ("voc2007", False, "acc1"),
+        ("mine", True, "mean_average_precision"),
+        ("mine", False, "acc1"),
+    ],
+)
+def test_the_strength_is_chosen_by_the_customary_metric(name: str, several: bool, metric: str) -> None:
+    assert name == "mine" or any(name in (preset.name, preset.folder) for preset in PRESETS.values())
+    assert choose_metric("auto", name, several=several) == metric

@@ -1,0 +1,135 @@
+"""Finished evaluations: when they are taken as they are, what they keep, and that a run that fails leaves them whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_image, write_tar
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.names import ModelName, parse_model
+from clipcid_cli.steps.evaluate import linear as eval_linear
+from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
+from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
+from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+
+
+def write_photos(folder: Path, seed: int, per_class: int = 4) -> Path:
+    """Write one folder of images for each of two classes, every file of 8,000 bytes."""
+    for number, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for image in range(per_class):
+            content = make_image(seed + 100 * number + image).ljust(8000, b"\0")
+            assert len(content) == 8000
+            (folder / name / f"{image}.png").write_bytes(content)
+    return folder
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def test_zeroshot_results_are_of_these_images_and_outlive_failures(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_photos(tmp_path / "photos", 0)
+
+    def evaluate(**more: Any) -> dict[str, Any]:
+        arguments = {"model": str(tiny_model), "data": (str(data),), "work": tmp_path / "work", "workers": 0}
+        return eval_zeroshot.run(EvalZeroshotSettings(**arguments | {"bootstrap": 20} | more), SilentReporter())
+
+    first = evaluate(predictions=True)
+    assert evaluate()["reused"]
+    rows = Path(first["files"]["predictions"])
+    said = rows.read_bytes()
+    # Other draws keep what was said of each image.
+    drawn = evaluate(bootstrap=30)
+    assert not drawn["reused"]
+    assert drawn["files"]["predictions"] == str(rows)
+    assert rows.read_bytes() == said
+
+    # Other images of the same names and sizes are other data.
+    folder = tmp_path / "work" / "eval"
+    before = read_all(folder)
+    write_photos(data, 50)
+    with pytest.raises(ClipcidError, match="photos#images"):
+        evaluate(bootstrap=30)
+    for path in data.rglob("*.png"):
+        path.write_bytes(b"no image".ljust(8000))
+    with pytest.raises(ClipcidError, match="8 of 8 samples"):
+        evaluate(overwrite=True)
+    assert read_all(folder) == before
+    write_photos(data, 50)
+    replaced = evaluate(overwrite=True)
+    assert not replaced["reused"]
+    assert "predictions" not in replaced["files"]  # those were of the other images
+    assert evaluate()["reused"]
+
+
+def test_captions_that_change_are_other_data(tiny_model: Path, tmp_path: Path) -> None:
+    def evaluate(caption: bytes) -> dict[str, Any]:
+        # In the midst of a tar, where the shard's own fingerprint does not look.
+        filler = [(f"{number}.png", make_image(number).ljust(70_000, b"\0")) for number in range(12)]
+        texts = [(f"{number}.txt", caption if number == 4 else b"a thing") for number in range(12)]
+        pairs = [member for pair in zip(filler, texts, strict=True) for member in pair]
+        write_tar(tmp_path / "0.tar", pairs)
+        settings = EvalZeroshotSettings(
+            model=str(tiny_model), data=(str(tmp_path / "0.tar"),), work=tmp_path / "work", workers=0, bootstrap=0
+        )
+        return eval_zeroshot.run(settings, SilentReporter())
+
+    evaluate(b"a red cat")
+    assert evaluate(b"a red cat")["reused"]
+    with pytest.raises(ClipcidError, match="tar#images"):
+        evaluate(b"a big dog")
+
+
+def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "photos"
+    write_photos(data / "train", 0, 8)
+    write_photos(data / "test", 50)
+
+    def probe(shots: str | None) -> dict[str, Any]:
+        settings = EvalLinearSettings(
+            model=str(tiny_model), data=str(data), work=tmp_path / "work", workers=0, shots=shots, shot_repeats=1
+        )
+        return eval_linear.run(settings, SilentReporter())
+
+    curve = probe("1,2")
+    before = read_all(tmp_path / "work" / "eval")
+    with pytest.raises(ClipcidError, match="--shots 1000"):
+        probe("1000")
+    assert read_all(tmp_path / "work" / "eval") == before
+    plain = probe(None)
+    assert plain == curve | {"reused": True}
+    other = probe("2")
+    assert not other["reused"]
+    assert [point["shots"] for point in other["shots"]] == [2]
+
+
+def test_weights_are_told_by_every_byte(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    weights = tmp_path / "open_clip_model.safetensors"
+
+    def fingerprint(byte: bytes) -> str:
+        with weights.open("wb") as file:
+            file.truncate(70 * 2**20)
+            file.seek(10 * 2**20)  # neither head, middle nor tail
+            file.write(byte)
+        with open_machine("cpu") as machine:
+            model = eval_zeroshot.EvaluatedModel(ModelName(str(tmp_path), "folder", path=tmp_path), machine)
+            return str(model.fingerprints()[1]["hash"])
+
+    assert fingerprint(b"a") != fingerprint(b"b")
+    # It is the hash that the model itself is known by.
+    name = parse_model(str(tiny_model))
+    with open_machine("cpu") as machine:
+        model = eval_zeroshot.EvaluatedModel(name, machine)
+        assert model.fingerprints()[1]["hash"] == load_model(name, machine.device).info.weights_hash

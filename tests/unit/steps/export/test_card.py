@@ -1,0 +1,114 @@
+"""What a model card states: of the run, of the weights, and where from."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import TINY_CONFIG
+
+from clipcid_cli.errors import UsageError
+from clipcid_cli.formats.models.model_card import ModelCard, write_card
+from clipcid_cli.formats.results.metrics import SIDECARS, make_metrics, write_metrics
+from clipcid_cli.runtime.models.clip_model import ModelInfo, load_model
+from clipcid_cli.runtime.models.names import ModelName, parse_model
+from clipcid_cli.steps.distill.run import run as distill
+from clipcid_cli.steps.export.card import describe_export
+from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.export import ExportSettings
+
+
+@pytest.fixture(scope="module")
+def info(tiny_model: Path) -> ModelInfo:
+    return load_model(parse_model(str(tiny_model))).info
+
+
+def write_evaluation(work: Path, name: str, weights_hash: str, value: float) -> None:
+    """Write what an evaluation leaves, as far as the card reads it."""
+    (work / "eval" / SIDECARS).mkdir(parents=True, exist_ok=True)
+    record = make_metrics(
+        dataset=name, model="m", pretrained="p", task="zeroshot_classification", metrics={"acc1": value}
+    )
+    write_metrics(work / "eval" / f"{name}.json", record)
+    sidecar = {"format_version": 1, "inputs": [{"path": "m", "size": 1, "hash": weights_hash}]}
+    (work / "eval" / SIDECARS / f"{name}.json").write_text(json.dumps(sidecar))
+
+
+def describe(info: ModelInfo, source: ModelName, **settings: Any) -> ModelCard:
+    return describe_export(info, source, ExportSettings(**settings), {})
+
+
+def test_metrics_are_those_of_the_whole_weights_file_however_the_model_is_named(
+    info: ModelInfo, tiny_model: Path, tmp_path: Path
+) -> None:
+    write_evaluation(tmp_path, "own", "blake2b:aa", 0.5)
+    write_evaluation(tmp_path, "others", "blake2b:bb", 0.25)
+    write_evaluation(tmp_path, "sampled", "blake2b-sampled:aa", 0.75)
+    own = dataclasses.replace(info, weights_hash="blake2b:aa")
+    tagged = ModelName("ViT-B-32:laion2b_s34b_b79k", "tag", architecture="ViT-B-32", tag="laion2b_s34b_b79k")
+    for source in (tagged, parse_model(str(tiny_model))):
+        card = describe(own, source, work=tmp_path)
+        assert list(card.metrics) == [("own", "zeroshot_classification", "acc1", 0.5)]
+
+
+def test_metrics_of_other_weights_than_those_written_say_so(info: ModelInfo, tiny_model: Path, tmp_path: Path) -> None:
+    write_evaluation(tmp_path, "own", info.weights_hash, 0.5)
+    source = parse_model(str(tiny_model))
+    for precision, said in (
+        ("fp16", "Measured on the original model, not on the fp16 weights here;"),
+        ("auto", "Measured on the original model;"),
+    ):
+        text = write_card(describe(info, source, work=tmp_path, precision=precision), [])
+        assert said in text
+        assert "| own | zeroshot_classification | acc1 | 0.5000 |" in text
+    assert "Measured on" not in write_card(describe(info, source, work=tmp_path / "empty"), [])
+
+
+def test_the_library_is_called_as_the_hub_calls_it(info: ModelInfo, tiny_model: Path, tmp_path: Path) -> None:
+    for form, library in (("open-clip", "open_clip"), ("hf", "transformers"), ("onnx", "onnx")):
+        card = describe(info, parse_model(str(tiny_model)), work=tmp_path, format=(form,))
+        assert f"\nlibrary_name: {library}\n" in write_card(card, [])
+
+
+def test_the_keep_ratio_is_of_the_list_that_the_run_applied(tiny_shards: Path, tmp_path: Path) -> None:
+    work, keep_list = tmp_path / "work", tmp_path / "work" / "balance" / "keep.parquet"
+    keep_list.parent.mkdir(parents=True)
+
+    def balance(kept: int) -> None:
+        keys = [f"{number:06d}" for number in range(24)]
+        pq.write_table(pa.table({"key": keys, "kept": np.arange(24) < kept}), keep_list)
+        result = {"keep_ratio": kept / 24, "kept": kept, "images": 24}
+        (keep_list.parent / "balance.json").write_text(json.dumps({"format_version": 1, "result": result}))
+
+    (tmp_path / "student.json").write_text(json.dumps(TINY_CONFIG))
+    balance(18)
+    made = distill(
+        DistillSettings(
+            data=str(tiny_shards),
+            student=str(tmp_path / "student.json"),
+            teacher="none",
+            keep_list=str(keep_list),
+            work=work,
+            steps=1,
+            batch_size=8,
+            workers=0,
+            device="cpu",
+        ),
+        SilentReporter(),
+    )
+    balance(6)  # the work directory moves on
+    student = parse_model(made["student"])
+    card = describe(load_model(student).info, student, work=work)
+    assert card.facts["Keep ratio"] == "0.75 (18 of 24 images)"
+
+
+def test_an_opset_without_onnx_files_is_refused() -> None:
+    with pytest.raises(UsageError, match="--opset is about ONNX files"):
+        ExportSettings(opset=19)
+    assert ExportSettings(format=("onnx",)).onnx_opset == ExportSettings(format=("onnx",), opset=20).onnx_opset == 20
+    assert ExportSettings().onnx_opset is None

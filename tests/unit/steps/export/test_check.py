@@ -1,0 +1,231 @@
+"""What an export is compared on, and the gate of what quantisation may cost."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_image, write_tar
+from PIL import Image
+
+from clipcid_cli.algorithms.metrics.parity import Difference
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import open_dataset
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.steps.export.check import Checker
+from clipcid_cli.steps.export.check_inputs import ParityInputs, make_parity_inputs
+from clipcid_cli.steps.export.classes import Classes, label_samples
+from clipcid_cli.steps.export.folders import FormOptions
+from clipcid_cli.steps.export.onnx import check_measurable
+from clipcid_cli.steps.export.run import run
+from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.settings.export import ExportSettings
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> ClipModel:
+    return load_model(parse_model(str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images each of three classes, in folders called a_cat, b_dog and c_cow."""
+    folder = tmp_path_factory.mktemp("drawings")
+    for number in range(36):
+        place = folder / ("a_cat", "b_dog", "c_cow")[number // 12]
+        place.mkdir(exist_ok=True)
+        Image.open(io.BytesIO(make_image(number))).save(place / f"{number}.png")
+    return folder
+
+
+class Listener(SilentReporter):
+    """Remembers what was warned of."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def collect(
+    model: ClipModel,
+    data: Path,
+    names: Sequence[str] | None = None,
+    count: int | None = None,
+    reporter: SilentReporter | None = None,
+    bad: float = 0.01,
+) -> ParityInputs:
+    classes = None if names is None else Classes(tuple(names), ("a {c}",), ())
+    settings = ExportSettings(data=str(data), check_images=count, max_bad_fraction=bad)
+    return make_parity_inputs(model, settings, classes, reporter or SilentReporter())
+
+
+def test_a_loss_over_the_limit_is_an_error_that_says_by_how_much(model: ClipModel, drawings: Path) -> None:
+    inputs = collect(model, drawings)
+    checker = Checker(model, inputs, None, 0.05)
+    candidates, top = inputs.candidates, checker.reference.top
+    assert candidates is not None
+    assert top is not None
+    right = top == candidates.labels
+    assert right.any()
+    worse = torch.where(right, (top + 1) % 3, top)
+    share = float(right.double().mean())
+    said = (
+        rf"onnx-int8: acc1 falls from {share:.4f} to 0.0000 on 36 images, by {100 * share:.2f} points \(allowed 5.00\)"
+    )
+    with pytest.raises(ClipcidError, match=said):
+        checker.compare_answers("onnx-int8", worse, gated=True)
+    found = checker.compare_answers("onnx", worse, gated=False)
+    assert found is not None
+    assert found["drop"] == pytest.approx(share)
+    assert found["agreement"] == pytest.approx(1 - share)
+    # A gain is no loss.
+    assert checker.compare_answers("onnx-int8", candidates.labels, gated=True) is not None
+
+
+def test_rows_that_are_no_numbers_pass_no_limit(model: ClipModel, drawings: Path) -> None:
+    checker = Checker(model, collect(model, drawings), 1.0, 1.0)
+    broken = Difference(max_difference=float("inf"), min_cosine=-1.0)
+    for kind in ("fp32", "fp16", "int8"):
+        with pytest.raises(ClipcidError, match="Nothing was written"):
+            checker.require_close("the image encoder", kind, broken)
+
+
+def test_few_images_are_taken_from_all_classes(model: ClipModel, drawings: Path) -> None:
+    inputs = collect(model, drawings, count=18)
+    assert inputs.candidates is not None
+    assert torch.bincount(inputs.candidates.labels).tolist() == [6, 6, 6]
+    assert inputs.candidates.prompts[1] == ("a photo of a b dog.",)
+
+
+def test_labels_follow_the_names_of_the_folders(drawings: Path) -> None:
+    dataset = open_dataset(drawings)
+    samples = [sample for shard in dataset.shards for sample in shard.samples()]
+
+    def labels(*names: str) -> list[int]:
+        found = label_samples(samples, dataset, None, Classes(names, ("{}",), ()))
+        assert found is not None
+        return torch.unique_consecutive(found[1]).tolist()
+
+    assert labels("c cow", "A cat", "b dog") == [1, 2, 0]  # the same names in another order
+    assert labels("Katze", "Hund", "Kuh") == [0, 1, 2]  # other names stand for the folders in their order
+    with pytest.raises(ClipcidError, match=r"2 class names were given; the data has 3 folders"):
+        labels("Katze", "Hund")
+
+
+def test_numbered_folders_are_lines_of_the_list(tmp_path: Path) -> None:
+    for number in (0, 5, 7):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "a.png").write_bytes(make_image(number))
+    dataset = open_dataset(tmp_path)
+    samples = [sample for shard in dataset.shards for sample in shard.samples()]
+    # Two classes of one name, as ImageNet has them, are two lines all the same.
+    names = ("crane", "b", "c", "d", "e", "crane", "g", "h", "i", "j")
+    found = label_samples(samples, dataset, None, Classes(names, ("{}",), ()))
+    assert found is not None
+    assert found[1].tolist() == [0, 5, 7]
+
+
+def test_images_that_cannot_be_read_are_counted_named_and_limited(model: ClipModel, tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02d}.png").write_bytes(make_image(number) if number != 7 else b"no image")
+    listener = Listener()
+    inputs = collect(model, tmp_path, reporter=listener, bad=0.05)
+    assert len(inputs.images) == 19
+    assert inputs.skips.counts == {"unreadable_image": 1}
+    (warning,) = listener.warnings
+    assert "1 images of" in warning
+    assert "1 × unreadable image: 07" in warning
+    with pytest.raises(ClipcidError, match=r"1 of 20 samples in .* cannot be used: 5.0%, and at most 4.0% may be"):
+        collect(model, tmp_path, bad=0.04)
+
+
+def test_what_is_compared_has_a_fingerprint(model: ClipModel, drawings: Path, tiny_shards: Path) -> None:
+    whole = collect(model, drawings)
+    others = [
+        collect(model, drawings, count=18),
+        collect(model, drawings, names=("c cow", "a cat", "b dog")),
+        collect(model, tiny_shards),
+    ]
+    found = [inputs.fingerprint()["hash"] for inputs in (whole, *others)]
+    assert len(set(found)) == 4
+    assert collect(model, drawings).fingerprint() == whole.fingerprint()
+
+
+def test_8_bits_need_names_of_classes_and_enough_images(
+    model: ClipModel, drawings: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    members = [
+        (f"{number}{end}", data) for number in range(4) for end, data in ((".png", make_image(number)), (".cls", b"1"))
+    ]
+    unnamed = collect(model, write_tar(tmp_path / "0.tar", members))
+    for quantize, said in ((("int8",), "the classes of .*0.tar have no names"), (("fp16",), None)):
+        options = FormOptions("fp32", 20, quantize, False, None, None)
+        if said is None:
+            check_measurable(unnamed, options, 0.01, SilentReporter())
+            continue
+        with pytest.raises(ClipcidError, match=said) as caught:
+            check_measurable(unnamed, options, 0.01, SilentReporter())
+        assert "--classnames" in caught.value.fix
+    # 24 captions: one is 4.17 points. 36 classified images: one is 2.78.
+    options = FormOptions("fp32", 20, ("int8",), False, None, None)
+    for inputs, limit, warned in ((collect(model, tiny_shards), 0.04, True), (collect(model, drawings), 0.04, False)):
+        listener = Listener()
+        check_measurable(inputs, options, limit, listener)
+        assert bool(listener.warnings) == warned
+    check_measurable(inputs, options, 0.01, listener)
+    assert "on 36 images, of which one is 2.78 points" in listener.warnings[0]
+    assert "at least 100 images" in listener.warnings[0]
+
+
+def test_an_export_that_is_there_is_held_to_the_limits_asked_for_now(
+    tiny_model: Path, drawings: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    def export(**changes: Any) -> dict[str, Any]:
+        settings = {"model": str(tiny_model), "out": tmp_path / "half", "precision": "fp16", "data": str(drawings)}
+        return run(ExportSettings(**(settings | changes)), SilentReporter())
+
+    parity = export()["parity"]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()}
+    assert export(max_difference=1e-2)["parity"] == parity
+    with pytest.raises(ClipcidError, match=r"open-clip: the image encoder differs .* \(allowed 1e-09\)"):
+        export(max_difference=1e-9)
+    # Other images, or fewer of them, are another check.
+    for changes in ({"data": str(tiny_shards)}, {"check_images": 18}):
+        with pytest.raises(ClipcidError, match="of other settings or inputs") as caught:
+            export(**changes)
+        assert "#compared" in caught.value.message
+    assert {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()} == before
+
+
+def test_what_an_earlier_export_lost_is_held_to_the_limit(model: ClipModel, drawings: Path) -> None:
+    inputs = collect(model, drawings)
+    checker = Checker(model, inputs, None, 1.0)
+    candidates = inputs.candidates
+    assert candidates is not None
+    top = checker.reference.top
+    assert top is not None
+    worse = torch.where(top == candidates.labels, (top + 1) % 3, top)
+    lost = {"onnx-int8": {"precision": "int8", "zeroshot": checker.compare_answers("onnx-int8", worse, gated=True)}}
+    checker.require_limits(lost)
+    strict = Checker(model, inputs, None, 0.01)
+    with pytest.raises(ClipcidError, match=r"onnx-int8: acc1 falls from .* \(allowed 1.00\)"):
+        strict.require_limits(lost)
+    # fp32 forms are judged by their rows alone.
+    strict.require_limits(
+        {"onnx": {"precision": "fp32", "zeroshot": checker.compare_answers("onnx", worse, gated=False)}}
+    )
+    patches = {"precision": "fp32", "zeroshot": None, "dense": {"max_difference": 0.1, "min_cosine": 1.0}}
+    with pytest.raises(ClipcidError, match="onnx: the patches differ"):
+        strict.require_limits({"onnx": patches})
+
+
+def test_captions_are_candidates_where_there_are_no_classes(model: ClipModel, tiny_shards: Path) -> None:
+    inputs = collect(model, tiny_shards)
+    assert inputs.candidates is not None
+    assert inputs.candidates.measure == "text_retrieval_recall@1"
+    assert len(inputs.candidates.prompts) == len(inputs.candidates.labels) == 24
