@@ -7,15 +7,17 @@ Source: LAION-AI/CLIP_benchmark 1.6.2, cli.py (`eval` writes them, `build` makes
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json
+from clipcid_cli.formats.atomic import write_json, write_text
 
 SIDECARS = "sidecars"
 FIELDS = ("dataset", "model", "pretrained", "task", "language", "metrics")
@@ -81,3 +83,13 @@ def read_metrics(path: Path) -> dict[str, Any]:
             f"{path} is not a metrics file: it must be a JSON object with {', '.join(FIELDS)}.",
             "Remove it and run the evaluation again.",
         ) from error
+
+
+def write_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows; what a row lacks, or None, is an empty cell."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.metrics.residual import rate_interval
+from clipcid_cli.algorithms.metrics.intervals import rate_interval
 from clipcid_cli.algorithms.search.blocks import load_block
 from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
 from clipcid_cli.algorithms.search.pair_search import Join

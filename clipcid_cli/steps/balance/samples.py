@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
+from clipcid_cli.algorithms.search.distances import DoubleArray, IntArray
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_dataset, open_described
+from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.results.kept_lists import is_uid
+from clipcid_cli.runtime.models.decode import UnreadableImage, read_size
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
+
+_ROWS_AT_ONCE = 4096
+_THREADS = 16
 
 
 def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
@@ -78,3 +89,43 @@ class SampleFinder:
         if self._last is None or self._last[0] != shard:
             self._last = shard, {sample.key: sample for sample in self._shards[shard].samples()}
         return self._last[1].get(key)
+
+
+def count_pixels(settings: BalanceSettings, embeddings: Embeddings, rows: IntArray, reporter: Reporter) -> DoubleArray:
+    """Read the sizes of some images.
+
+    Args:
+        settings: Settings of `balance`, which may name the data.
+        embeddings: The embeddings of the images.
+        rows: Rows of them, int64 [n], ascending.
+        reporter: The listener.
+
+    Returns:
+        Width × height, float64 [n]; 0 where an image cannot be found or read.
+
+    Raises:
+        ClipcidError: when nothing says which data the embeddings were made of, or it cannot be opened.
+    """
+    finder = SampleFinder(require_data(settings, embeddings, "--select resolution"))
+    pixels: DoubleArray = np.zeros(len(rows))
+    with ThreadPoolExecutor(_THREADS) as pool, reporter.progress("image sizes", len(rows), "images") as progress:
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = pa.array(rows[start : start + _ROWS_AT_ONCE])
+            names = zip(embeddings.shards.take(part).to_pylist(), embeddings.keys.take(part).to_pylist(), strict=True)
+            samples = [finder.find(shard, key) for shard, key in names]
+            pixels[start : start + len(part)] = list(pool.map(_pixels, samples))
+            progress.advance(len(part))
+    missing = int(np.count_nonzero(pixels == 0))
+    if missing:
+        reporter.warn(f"The size of {missing:,} of {len(rows):,} images is not known; they are kept last.")
+    return pixels
+
+
+def _pixels(sample: Sample | None) -> int:
+    if sample is None:
+        return 0
+    try:
+        width, height = read_size(sample.image.read())
+    except (OSError, UnreadableImage):
+        return 0
+    return width * height

@@ -22,8 +22,8 @@ from clipcid_cli.algorithms.sets.representatives import (
 from clipcid_cli.algorithms.sets.star import StarSearch, count_kept, find_star_cutoff, star_cover, star_curve
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.steps.balance.image_sizes import count_pixels
 from clipcid_cli.steps.balance.pairs import collect_pairs
+from clipcid_cli.steps.balance.samples import count_pixels
 from clipcid_cli.steps.balance.search import Forest, Survey, find_forest
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings

@@ -10,9 +10,9 @@ from torch import nn
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
-from clipcid_cli.runtime.models.freezing import freeze
 from clipcid_cli.runtime.models.inherit import inherit
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
+from clipcid_cli.runtime.models.used_tokens import freeze
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 

@@ -19,8 +19,8 @@ from clipcid_cli.formats.results.checkpoint import list_checkpoints, read_checkp
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.results.tensorboard import Board
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.heap import keep_freed_memory
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.memory import keep_freed_memory
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.grad_cache import compiled

@@ -17,12 +17,12 @@ from PIL import Image
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Location, Sample
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.beside import compute_beside, threads_beside
 from clipcid_cli.runtime.loading import default_workers, load_batches
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer
 from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.threads import compute_beside, threads_beside
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
 from clipcid_cli.steps.reporting import Progress
 

@@ -9,8 +9,7 @@ from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.data.samples import Location
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.report import render_report, thumbnail
-from clipcid_cli.formats.results.metrics import SIDECARS
-from clipcid_cli.formats.results.results_table import write_results
+from clipcid_cli.formats.results.metrics import SIDECARS, write_results
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
 from clipcid_cli.steps.reporting import Reporter

@@ -11,8 +11,8 @@ from conftest import TINY_CONFIG
 from torch import nn
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.models.freezing import freeze
 from clipcid_cli.runtime.models.inherit import evenly_spaced, inherit
+from clipcid_cli.runtime.models.used_tokens import freeze
 
 TEACHER = {
     "embed_dim": 48,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from clipcid_cli.algorithms.metrics.residual import rate_interval
+from clipcid_cli.algorithms.metrics.intervals import rate_interval
 
 
 @pytest.mark.parametrize(

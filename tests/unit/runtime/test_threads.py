@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from clipcid_cli.runtime.beside import compute_beside, threads_beside
+from clipcid_cli.runtime.threads import compute_beside, threads_beside
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
