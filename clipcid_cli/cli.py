@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _tell(error: Exception, message: str, fix: str, code: int, *, debug: bool, as_json: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    if not (isinstance(error, ClipcidError) and error.told_elsewhere):
+    if not (isinstance(error, ClipcidError) and error.already_reported):
         click.echo(click.style("Error: ", fg="red", bold=True) + message, err=True)
         if fix:
             click.echo(fix, err=True)

@@ -7,7 +7,7 @@ class ClipcidError(Exception):
     Attributes:
         message: What is wrong, where, and both numbers when two disagree.
         fix: What to type or change; may be empty only when the message already says it.
-        told_elsewhere: Whether another process of the run prints it, so that the user reads it once.
+        already_reported: Whether another process of the run prints it, so that the user reads it once.
     """
 
     exit_code = 1
@@ -16,7 +16,7 @@ class ClipcidError(Exception):
         super().__init__(message)
         self.message = message
         self.fix = fix
-        self.told_elsewhere = False
+        self.already_reported = False
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.fix}" if self.fix else self.message

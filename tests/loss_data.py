@@ -14,7 +14,7 @@ from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
 B, D, K, M = 7, 5, 12, 3
 SCALE, STUDENT_SCALE, TEACHER_SCALE, TAU, ALPHA = 9.0, 14.0, 40.0, 0.2, 0.5
 
-# Student s, v and teacher t, u [B, D]; centres C; stored clusters and similarities; σ and the student's own σ.
+# Student s, v and teacher t, u [B, D]; centroids C; stored clusters and similarities; σ and the student's own σ.
 Numbers = dict[str, np.ndarray]
 
 

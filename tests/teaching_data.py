@@ -1,4 +1,4 @@
-"""What tests of teaching share: data with several captions, embeddings made in this process, and batches shown of them."""
+"""What tests of the teacher's side share: data with several captions, embeddings made here, and batches of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.distill.batches import Batch, BatchMaker, BatchOrder, find_usable
 from clipcid_cli.steps.distill.run import run as distill
-from clipcid_cli.steps.distill.teacher_inputs import Teaching, join_teacher
+from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs, join_teacher
 from clipcid_cli.steps.embed.run import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -70,8 +70,8 @@ def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]]
     return [{name: line[name] for name in line if name not in clock} for line in log], "\n".join(listener.told)
 
 
-def join(data: Path, folder: Path, **settings: Any) -> tuple[Embeddings, Teaching, Any, Any]:
-    """Join embeddings with the data they were made of: embeddings, teaching, data set and usable samples."""
+def join(data: Path, folder: Path, **settings: Any) -> tuple[Embeddings, TeacherInputs, Any, Any]:
+    """TiledSearch embeddings with the data they were made of: embeddings, teacher_inputs, data set and usable samples."""
     dataset, embeddings = open_dataset(str(data)), open_embeddings(folder)
     usable = find_usable(dataset, 0.01)
     given = DistillSettings(student="student.json", preset="clip-kd", **settings)
@@ -79,9 +79,9 @@ def join(data: Path, folder: Path, **settings: Any) -> tuple[Embeddings, Teachin
     return embeddings, join_teacher(given, embeddings, dataset, usable, wanted, Listener()), dataset, usable
 
 
-def make_epoch(teaching: Teaching | None, dataset: Any, usable: Any, maker: BatchMaker, epoch: int) -> Batch:
+def make_epoch(teacher_inputs: TeacherInputs | None, dataset: Any, usable: Any, maker: BatchMaker, epoch: int) -> Batch:
     """Make one batch of a whole epoch, seed 3."""
-    replay = None if teaching is None else teaching.replay(3)
+    replay = None if teacher_inputs is None else teacher_inputs.replay(3)
     order = BatchOrder(dataset, usable.selection, 3, len(usable.keys), replay)
     return maker(order.items(epoch, 0, 1))
 

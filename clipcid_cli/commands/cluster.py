@@ -16,7 +16,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     """Print how many clusters there are, how close images are to them, and where they lie."""
     facts = {"images": f"{result['images']:,}", "clusters": f"{result['clusters']:,}"}
     if "objective" in result:
-        facts["similarity to the own centre"] = f"{result['objective']:.4f} (mean)"
+        facts["similarity to the own centroid"] = f"{result['objective']:.4f} (mean)"
         facts["iterations"] = str(result["iterations"])
         facts["time"] = ", ".join(f"{phase} {format_seconds(value)}" for phase, value in result["seconds"].items())
     files = {f"{name} file": path for name, path in file_facts(result).items()}
@@ -29,7 +29,7 @@ command = step_command(
     step="clipcid_cli.steps.cluster.run",
     summary=show,
     help="Cluster the kept images' embeddings. Spherical k-means over all rows, decided exactly: any number of processes "
-    "writes the same bytes. For each image, and for each caption where captions are embedded, the 16 nearest centres are "
+    "writes the same bytes. For each image, and for each caption where captions are embedded, the 16 nearest centroids are "
     "stored.",
     examples="clipcid cluster\n"
     "clipcid cluster --num-clusters 4096 --features joint\n"

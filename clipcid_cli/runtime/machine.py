@@ -89,7 +89,7 @@ class Machine:
                 outcome = error
         outcome = self.broadcast(outcome)
         if isinstance(outcome, ClipcidError):
-            outcome.told_elsewhere = not self.is_main
+            outcome.already_reported = not self.is_main
             raise outcome
         return outcome[0]
 
@@ -117,7 +117,7 @@ class Machine:
         """
         for rank, found in enumerate(self.gather(error)):
             if found is not None:
-                found.told_elsewhere = rank != self.rank
+                found.already_reported = rank != self.rank
                 raise found
 
     def _wire(self) -> torch.device | None:

@@ -44,12 +44,12 @@ def threads_for(product_size: float) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def threads_beside(device: torch.device) -> int:
+def threads_for_batches(device: torch.device) -> int:
     """Return how many batches to compute at once: one a core on a CPU, one on a GPU, which does not share its time."""
     return min(torch.get_num_threads(), _MOST_THREADS) if device.type == "cpu" else 1
 
 
-def compute_beside(
+def map_threads(
     batches: Iterable[Batch], compute: Callable[[Batch], Result], threads: int, *, ahead: int = 2
 ) -> Iterator[Result]:
     """Compute batches by threads, in order.

@@ -107,7 +107,7 @@ def cid_variants(factor: float) -> list[Setting]:
         return changed(f"lambda-{value:g}", weights=weights)
 
     alone = without_cluster(factor)
-    # The batch's own centres and a tenth of the others, instead of all.
+    # The batch's own centroids and a tenth of the others, instead of all.
     few = ("--candidate-ratio", "0.1", "--min-candidates", "1")
     return [
         alone,

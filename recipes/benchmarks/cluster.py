@@ -6,16 +6,17 @@
 
 The sides read the same folder, each in a process of its own, with the same number of threads, one after another:
 
-- clipcid: `clipcid cluster`, the real command. Its time is `seconds.kmeans`: reading, first centres, all iterations with a
-  checkpoint after each; the whole command, with the 16 nearest centres of each row found and written, is under `whole s`.
+- clipcid: `clipcid cluster`, the real command. Its time is `seconds.kmeans`: reading, first centroids, all iterations with a
+  checkpoint after each; the whole command, with the 16 nearest centroids of each row found and written, is under `whole s`.
 - faiss: `faiss.Kmeans(spherical=True, nredo=1)` on all rows in float32, no subsampling; its time is `train`. Both
-  end when no centre moves any more. As in balance.py its OpenBLAS is told to take SkylakeX's kernels where there is AVX-512,
-  three times as fast as what it takes by itself, and its waiting threads sleep (GOMP_SPINCOUNT=0), which suits it better and
-  clipcid worse.
+  end when no centroid moves any more. As in balance.py its OpenBLAS is told to take SkylakeX's kernels where there is
+  AVX-512, three times as fast as what it takes by itself, and its waiting threads sleep (GOMP_SPINCOUNT=0), which suits
+  it better and clipcid worse.
 - scikit-learn: `MiniBatchKMeans`, batches of 4,096, as many passes as faiss has iterations at most (it may stop earlier);
-  its centres are normalised at the end.
+  its centroids are normalised at the end.
 
-The objective is the mean similarity of all rows to their nearest centre, computed in the same way from each side's centres.
+The objective is the mean similarity of all rows to their nearest centroid, computed in the same way from each side's
+centroids.
 
 Kinds of rows: `random`, no structure at all; `mixture`, N/25 groups around 64 topics; `spectrum`, one cloud without gaps
 whose variances fall as a power law, where k-means converges slowest; `real`, the rows of `--embeddings` repeated with noise.
@@ -123,9 +124,9 @@ def compare(kind: str, folder: Path, seed: int, arguments: argparse.Namespace) -
                 command += ["--work", out, "--quiet", "--json"]
                 command += ["--num-clusters", counts[0], "--iterations", counts[1], "--seed", counts[2]]
             else:
-                command = [sys.executable, __file__, "--side", side, str(folder), *counts, f"{out}/centres.npy"]
+                command = [sys.executable, __file__, "--side", side, str(folder), *counts, f"{out}/centroids.npy"]
             answer, whole, memory = measure(command, arguments.threads)
-            place = Path(out) / ("clusters/centroids.npy" if side == "clipcid" else "centres.npy")
+            place = Path(out) / ("clusters/centroids.npy" if side == "clipcid" else "centroids.npy")
             runs[side] = {
                 "seconds": answer["seconds"]["kmeans"],
                 "iterations": answer["iterations"],
@@ -151,10 +152,10 @@ def compare(kind: str, folder: Path, seed: int, arguments: argparse.Namespace) -
     return other["seconds"] / own["seconds"], own["objective"] / other["objective"]
 
 
-def mean_similarity(rows: np.ndarray, centres: np.ndarray) -> float:
-    """Return the mean similarity of rows to their nearest centre."""
+def mean_similarity(rows: np.ndarray, centroids: np.ndarray) -> float:
+    """Return the mean similarity of rows to their nearest centroid."""
     blocks = [rows[start : start + 4096].astype(np.float32) for start in range(0, len(rows), 4096)]
-    return float(sum((block @ centres.T).max(axis=1).sum(dtype=np.float64) for block in blocks) / len(rows))
+    return float(sum((block @ centroids.T).max(axis=1).sum(dtype=np.float64) for block in blocks) / len(rows))
 
 
 def run_side(side: str, folder: str, num_clusters: str, iterations: str, seed: str, out: str) -> None:
@@ -162,8 +163,8 @@ def run_side(side: str, folder: str, num_clusters: str, iterations: str, seed: s
     rows = np.load(Path(folder) / "img_emb" / "img_emb_0.npy", allow_pickle=False).astype(np.float32)
     run = {"faiss": cluster_with_faiss, "scikit-learn": cluster_with_sklearn}[side]
     began = time.perf_counter()
-    centres, done = run(rows, int(num_clusters), int(iterations), int(seed))
-    np.save(out, centres)
+    centroids, done = run(rows, int(num_clusters), int(iterations), int(seed))
+    np.save(out, centroids)
     print(json.dumps({"seconds": {"kmeans": time.perf_counter() - began}, "iterations": done}))
 
 

@@ -255,9 +255,9 @@ def make_features(
     """Make unit rows in overlapping clusters."""
     random = np.random.default_rng(seed)
     axes = np.linalg.qr(random.normal(size=(width, width)))[0] * (1.0 + np.arange(width))[:, None] ** -0.5
-    centres, middle = random.normal(size=(num_classes, width)), random.normal(size=width)
+    centroids, middle = random.normal(size=(num_classes, width)), random.normal(size=width)
     labels = random.integers(0, num_classes, num_images)
-    rows = (middle + 0.21 * centres[labels] + random.normal(size=(num_images, width))) @ axes
+    rows = (middle + 0.21 * centroids[labels] + random.normal(size=(num_images, width))) @ axes
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows.astype(np.float32), labels
 

@@ -72,10 +72,10 @@ def test_the_table_is_what_a_plain_computation_gives(clipcid: Callable[..., Run]
         "clusters.parquet",
     ]
     found = open_clusters(folder)
-    centres = found.centroids.astype(np.float64)
-    np.testing.assert_allclose(np.linalg.norm(centres, axis=1), 1, atol=1e-6)
+    centroids = found.centroids.astype(np.float64)
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-6)
     for rows, tops in ((make_rows(1), found.images), (make_rows(2), found.captions)):
-        exact = rows.astype(np.float64) @ centres.T
+        exact = rows.astype(np.float64) @ centroids.T
         order = np.argsort(-exact, axis=1, kind="stable")[:, :16]
         assert tops is not None
         np.testing.assert_array_equal(tops.clusters, order)
@@ -83,7 +83,7 @@ def test_the_table_is_what_a_plain_computation_gives(clipcid: Callable[..., Run]
     np.testing.assert_array_equal(found.labels, found.images.clusters[:, 0])
     assert result["objective"] == pytest.approx(float(found.similarities.mean(dtype=np.float64)), rel=1e-12)
     assert list(found.keys) == [f"{row:05d}" for row in range(NUM_ROWS)]
-    # The groups the rows were drawn around are found: far nearer to the own centre than rows of one cluster would be.
+    # The groups the rows were drawn around are found: far nearer to the own centroid than rows of one cluster would be.
     assert result["objective"] > 0.75
     weights = np.exp(found.images.similarities.astype(np.float64) / found.image_temperature)
     weights /= weights.sum(axis=1, keepdims=True)
@@ -109,17 +109,17 @@ def test_two_processes_write_the_bytes_of_one(
     assert hash_outputs(tmp_path / "one") == hash_outputs(tmp_path / "two") == hash_outputs(tmp_path / "fp32")
 
 
-def test_centres_of_some_rows_serve_all(clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path) -> None:
+def test_centroids_of_some_rows_serve_all(clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path) -> None:
     arguments = ["cluster", "--embeddings", embeddings, "--num-clusters", 20, "--train-rows"]
     run = clipcid(*arguments, 300, "--json")
     assert run.json["images"] == NUM_ROWS
     assert "300 of 900 images (--train-rows)" in " ".join(run.stderr.split())
     found = open_clusters(run.cwd / "clipcid-work" / "clusters")
-    # A centre is the direction of the mean of a third of the rows, so it is not that of all rows assigned to it.
-    rows, centres = make_rows(1).astype(np.float64), found.centroids.astype(np.float64)
-    np.testing.assert_array_equal(found.labels, (rows @ centres.T).argmax(axis=1))
+    # A centroid is the direction of the mean of a third of the rows, so it is not that of all rows assigned to it.
+    rows, centroids = make_rows(1).astype(np.float64), found.centroids.astype(np.float64)
+    np.testing.assert_array_equal(found.labels, (rows @ centroids.T).argmax(axis=1))
     means = np.stack([rows[found.labels == label].mean(axis=0) for label in range(20)])
-    assert np.abs(means / np.linalg.norm(means, axis=1, keepdims=True) - centres).max() > 0.01
+    assert np.abs(means / np.linalg.norm(means, axis=1, keepdims=True) - centroids).max() > 0.01
     # Another number of rows is another setting; as many as there are is no sample.
     clipcid(*arguments, 900, "--work", tmp_path / "whole")
     clipcid(*arguments[:-1], "--work", tmp_path / "plain")

@@ -1,4 +1,4 @@
-"""On a GPU the search for nearest centres, and the sums, give the bits they give on a CPU."""
+"""On a GPU the search for nearest centroids, and the sums, give the bits they give on a CPU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from clipcid_cli.algorithms.kmeans.kmeans import ClusterSums, centres_of_sums, round_to_grid
-from clipcid_cli.algorithms.kmeans.nearest import NearestCentres
+from clipcid_cli.algorithms.kmeans.kmeans import ClusterSums, centroids_of_sums, round_to_grid
+from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
-from clipcid_cli.algorithms.kmeans.subspace import ShortSpace
+from clipcid_cli.algorithms.kmeans.subspace import Subspace
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,13 +23,13 @@ def test_answers_and_sums_equal_the_cpus(dtype: torch.dtype, offset: float) -> N
     random = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(3000, 256, generator=random) + offset, dim=1).half()
     values = torch.randn(9000, 256, generator=random).double() + offset
-    centres = centres_of_sums(values, torch.zeros(9000, 256))
-    on_gpu = centres_of_sums(values.cuda(), torch.zeros(9000, 256, device="cuda"))
-    assert torch.equal(on_gpu.cpu(), centres)
-    here, there = NearestCentres(centres, torch.float32), NearestCentres(on_gpu, dtype)
+    centroids = centroids_of_sums(values, torch.zeros(9000, 256))
+    on_gpu = centroids_of_sums(values.cuda(), torch.zeros(9000, 256, device="cuda"))
+    assert torch.equal(on_gpu.cpu(), centroids)
+    here, there = NearestCentroids(centroids, torch.float32), NearestCentroids(on_gpu, dtype)
     rows_here, rows_there = prepare_rows(rows, torch.float32), prepare_rows(rows.cuda(), dtype)
-    labels = here.nearest(rows_here).centres_B
-    assert torch.equal(there.nearest(rows_there).centres_B.cpu(), labels)
+    labels = here.nearest(rows_here).centroids_B
+    assert torch.equal(there.nearest(rows_there).centroids_B.cpu(), labels)
     for mine, theirs in zip(here.top(rows_here, 16), there.top(rows_there, 16), strict=True):
         assert torch.equal(theirs.cpu(), mine)
     nowhere = torch.full((3000,), -1)
@@ -39,12 +39,12 @@ def test_answers_and_sums_equal_the_cpus(dtype: torch.dtype, offset: float) -> N
     assert torch.equal(cuda.sums_KD.cpu(), cpu.sums_KD)
 
 
-def test_rows_and_centres_in_few_directions_are_those_of_the_cpu() -> None:
+def test_rows_and_centroids_in_few_directions_are_those_of_the_cpu() -> None:
     random = np.random.default_rng(0)
     values = random.normal(size=(3000, 256)) * np.arange(1.0, 257) ** -0.8
     rows = torch.from_numpy((values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16))
-    short = ShortSpace.of(rows, 64)
+    short = Subspace.of(rows, 64)
     there = short.to(torch.device("cuda"))
     assert torch.equal(there.rows(rows.cuda()).cpu(), short.rows(rows))
-    centres = round_to_grid(rows[:700].double())
-    assert torch.equal(there.centres(centres.cuda()).cpu(), short.centres(centres))
+    centroids = round_to_grid(rows[:700].double())
+    assert torch.equal(there.centroids(centroids.cuda()).cpu(), short.centroids(centroids))

@@ -1,19 +1,19 @@
-"""Which centres a row must be compared with again after all centres have moved a little.
+"""Which centroids a row must be compared with again after all centroids have moved a little.
 
-Shape letters: B rows, K centres.
+Shape letters: B rows, K centroids.
 
-Of each row x are known its nearest centre a, the exact similarity s = x·c_a, and a bound u with x·c_j ≤ u for all j ≠ a;
-as a is nearest, u ≤ s may be taken. The centres move to c', by δ_j = |c'_j − c_j|, and s' = x·c'_a is computed exactly. By
+Of each row x are known its nearest centroid a, the exact similarity s = x·c_a, and a bound u with x·c_j ≤ u for all j ≠ a;
+as a is nearest, u ≤ s may be taken. The centroids move to c', by δ_j = |c'_j − c_j|, and s' = x·c'_a is computed exactly. By
 Cauchy–Schwarz x·c'_j ≤ u + |x|·δ_j, so
 
-- when s' > u: centres with |x|·δ_j < s' − u stay behind a. The row is compared with those of at least a part θ of that gap;
-  the others keep the bound u + |x|·δ with δ their largest movement. A smaller θ compares more now and keeps u lower, which
-  saves comparisons later.
-- when s' ≤ u and s' ≥ s, which is s' = u = s: centres that did not move stay behind a, and in ties too, since they lost
+- when s' > u: centroids with |x|·δ_j < s' − u stay behind a. The row is compared with those of at least a part θ of
+  that gap; the others keep the bound u + |x|·δ with δ their largest movement. A smaller θ compares more now and keeps u
+  lower, which saves comparisons later.
+- when s' ≤ u and s' ≥ s, which is s' = u = s: centroids that did not move stay behind a, and in ties too, since they lost
   to a before by the same rule. The row is compared with those that moved.
 - else (s' ≤ u and s' < s): with all.
 
-In the order of their movement, farthest first, the centres to compare with are always the leading ones, so rows that need
+In the order of their movement, farthest first, the centroids to compare with are always the leading ones, so rows that need
 about equally many share one matrix product. What is found is exact; bounds only decide what is looked at. [O] In the manner
 of Hamerly 2010 and of Ding et al. 2015 (Yinyang k-means), with one bound a row: small clusters that move far cost only
 themselves.
@@ -33,12 +33,12 @@ _ROUNDED_UP = 1 + 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
-class Movement:
-    """How the centres moved.
+class CentroidDrift:
+    """How the centroids moved.
 
     Attributes:
-        order_K: Numbers of the centres, those that moved farthest first, int64 [K].
-        moved_K: Which centres moved at all, bool [K], by number.
+        order_K: Numbers of the centroids, those that moved farthest first, int64 [K].
+        moved_K: Which centroids moved at all, bool [K], by number.
     """
 
     order_K: torch.Tensor
@@ -46,8 +46,8 @@ class Movement:
     _reach_K: torch.Tensor
 
     @classmethod
-    def of(cls, distances_K: torch.Tensor) -> Movement:
-        """Order the centres.
+    def of(cls, distances_K: torch.Tensor) -> CentroidDrift:
+        """Order the centroids.
 
         Args:
             distances_K: |c'_j − c_j|, float64 [K].
@@ -58,20 +58,20 @@ class Movement:
     def leading(
         self, before_B: torch.Tensor, now_B: torch.Tensor, others_B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tell how many of the centres, in their order, rows must be compared with.
+        """Tell how many of the centroids, in their order, rows must be compared with.
 
         Args:
-            before_B: Similarity s to the nearest centre before, float64 [B].
-            now_B: Similarity s' to that centre now, float64 [B].
-            others_B: Bound u of the similarity to any other centre before, float64 [B].
+            before_B: Similarity s to the nearest centroid before, float64 [B].
+            now_B: Similarity s' to that centroid now, float64 [B].
+            others_B: Bound u of the similarity to any other centroid before, float64 [B].
 
         Returns:
-            Numbers of centres, int64 [B] in [0, K], and a bound of the similarities to those after them now, float64 [B].
+            Numbers of centroids, int64 [B] in [0, K], and a bound of the similarities to those after them now, float64 [B].
         """
-        num_centres = len(self.order_K)
+        num_centroids = len(self.order_K)
         others_B = torch.minimum(others_B, before_B)
         gap_B = now_B - others_B
         count_B = torch.searchsorted(-self._reach_K[:-1], -_SHARE_OF_GAP * gap_B, right=True)
         num_moved = self.moved_K.sum()
-        count_B = torch.where(gap_B > 0, count_B, torch.where(now_B >= before_B, num_moved, num_centres))
-        return count_B, torch.where(count_B < num_centres, others_B + self._reach_K[count_B], -torch.inf)
+        count_B = torch.where(gap_B > 0, count_B, torch.where(now_B >= before_B, num_moved, num_centroids))
+        return count_B, torch.where(count_B < num_centroids, others_B + self._reach_K[count_B], -torch.inf)

@@ -1,12 +1,12 @@
 """Spherical k-means of unit rows, exact and the same to the bit however the rows are split among processes.
 
-Shape letters: N rows, B rows of a block, K centres, D width.
+Shape letters: N rows, B rows of a block, K centroids, D width.
 
 Rows are float16, so their entries are integer multiples of 2⁻²⁴ of size ≤ 1: a float64 sum of up to 2²⁹ of them is exact
 in any order, and a row that moves between clusters can be subtracted again without a trace. Everything else that decides
 the result (normalising a mean, choosing seeds) uses element-wise float64 operations and comparisons only, which IEEE 754
-fixes to the bit. Nearest centres are exact as well (:mod:`clipcid_cli.algorithms.kmeans.nearest`). So one Lloyd
-iteration is a function of the rows and the centres alone, not of blocks, processes, threads or devices. [O]
+fixes to the bit. Nearest centroids are exact as well (:mod:`clipcid_cli.algorithms.kmeans.nearest`). So one Lloyd
+iteration is a function of the rows and the centroids alone, not of blocks, processes, threads or devices. [O]
 
 [P] The CLIP-CID paper clusters the teacher's image embeddings with k-means. [R] K = N/225, at most 10⁶ (the same group's
 UNICOM and MLCD use 10⁶ for their 400 M images; 225 M kept images over 10⁶ clusters is 225 a cluster).
@@ -47,24 +47,24 @@ def default_num_clusters(num_rows: int) -> int:
     return max(1, floor, min(MAX_CLUSTERS, round(num_rows / IMAGES_PER_CLUSTER)))
 
 
-def round_to_grid(centres_KD: torch.Tensor) -> torch.Tensor:
+def round_to_grid(centroids_KD: torch.Tensor) -> torch.Tensor:
     """Round to multiples of 2⁻²⁴, which float32 holds exactly within [−1, 1].
 
     Args:
-        centres_KD: float64 [K, D], unit rows.
+        centroids_KD: float64 [K, D], unit rows.
 
     Returns:
         float32 [K, D]; each entry moves by at most 2⁻²⁵.
     """
-    return (centres_KD * _GRID).round().clamp(-_GRID, _GRID).div(_GRID).float()
+    return (centroids_KD * _GRID).round().clamp(-_GRID, _GRID).div(_GRID).float()
 
 
-def centres_of_sums(sums_KD: torch.Tensor, previous_KD: torch.Tensor) -> torch.Tensor:
-    """Turn the sums of the clusters' rows into centres: the normalised means, on the grid.
+def centroids_of_sums(sums_KD: torch.Tensor, previous_KD: torch.Tensor) -> torch.Tensor:
+    """Turn the sums of the clusters' rows into centroids: the normalised means, on the grid.
 
     Args:
         sums_KD: Sums of rows, float64 [K, D].
-        previous_KD: Centres kept where a sum is zero (an empty cluster, or rows that cancel), float32 [K, D].
+        previous_KD: Centroids kept where a sum is zero (an empty cluster, or rows that cancel), float32 [K, D].
 
     Returns:
         float32 [K, D], unit rows up to the rounding of the grid.
@@ -94,7 +94,7 @@ def fold_sum(values_KD: torch.Tensor) -> torch.Tensor:
 
 
 def distances_moved(before_KD: torch.Tensor, after_KD: torch.Tensor) -> torch.Tensor:
-    """Return how far centres moved, from float32 [K, D] each: float64 [K], 0 for those that did not and for no others."""
+    """Return how far centroids moved, from float32 [K, D] each: float64 [K], 0 for those that did not and for no others."""
     return root(fold_sum((after_KD.double() - before_KD.double()).square()))
 
 
@@ -153,33 +153,33 @@ class ClusterSums:
         self.counts_K.index_add_(0, clusters_B, torch.full_like(clusters_B, count))
 
 
-def sum_of_similarities(sums_KD: torch.Tensor, centres_KD: torch.Tensor) -> float:
-    """Return the sum, over all rows, of the similarity to the own centre, from the clusters' sums alone.
+def sum_of_similarities(sums_KD: torch.Tensor, centroids_KD: torch.Tensor) -> float:
+    """Return the sum, over all rows, of the similarity to the own centroid, from the clusters' sums alone.
 
     Args:
-        sums_KD: Sums of the rows assigned to each centre, float64 [K, D].
-        centres_KD: Those centres, float32 [K, D].
+        sums_KD: Sums of the rows assigned to each centroid, float64 [K, D].
+        centroids_KD: Those centroids, float32 [K, D].
     """
     total = 0.0
     for first in range(0, len(sums_KD), 4096):
-        products_CD = sums_KD[first : first + 4096] * centres_KD[first : first + 4096].double()
+        products_CD = sums_KD[first : first + 4096] * centroids_KD[first : first + 4096].double()
         total += float(fold_sum(fold_sum(products_CD)[None, :])[0])
     return total
 
 
 def temperature_for_perplexity(similarities_Nm: npt.NDArray[np.floating], perplexity: float = 3.5) -> float:
-    """Find the temperature at which the median row's distribution over its nearest centres has the wanted perplexity.
+    """Find the temperature at which the median row's distribution over its nearest centroids has the wanted perplexity.
 
-    The distribution is softmax(similarity/τ) over the m stored centres, its perplexity the exponential of its entropy:
-    1 when one centre has all the weight, m when all have the same. The median grows with τ, so bisection finds it.
+    The distribution is softmax(similarity/τ) over the m stored centroids, its perplexity the exponential of its entropy:
+    1 when one centroid has all the weight, m when all have the same. The median grows with τ, so bisection finds it.
 
     Args:
-        similarities_Nm: Similarities to the m nearest centres, float [N, m].
-        perplexity: Wanted median; 3.5 is the middle of METHOD's "3 to 4". With few centres half of the way from 1 to m
+        similarities_Nm: Similarities to the m nearest centroids, float [N, m].
+        perplexity: Wanted median; 3.5 is the middle of METHOD's "3 to 4". With few centroids half of the way from 1 to m
             is taken when that is less.
 
     Returns:
-        τ > 0, rounded to four digits. 1.0 when there is one centre, where every τ is the same.
+        τ > 0, rounded to four digits. 1.0 when there is one centroid, where every τ is the same.
     """
     num_nearest = similarities_Nm.shape[1]
     if num_nearest == 1:

@@ -1,4 +1,4 @@
-"""Rows and centres by their leading coordinates: a shorter product that bounds every similarity from above.
+"""Rows and centroids by their leading coordinates: a shorter product that bounds every similarity from above.
 
 Shape letters: B rows, D width, d leading coordinates.
 
@@ -7,7 +7,7 @@ is left of x and c,
 
     x·c = P·Q + x₂·c₂ ≤ P·Q + |x₂|·|c₂| = [P, |x₂|]·[Q, |c₂|]      (Cauchy–Schwarz)
 
-is a product of width d + 1. What it discards is discarded rightly, so the nearest centre stays exact; embeddings have few
+is a product of width d + 1. What it discards is discarded rightly, so the nearest centroid stays exact; embeddings have few
 strong directions, and means of rows have less outside them than rows, so little is left to decide. [O]
 
 As computed, V₁ is orthonormal up to E = V₁ᵀV₁ − I, and P̂, Q̂ are P, Q rounded to float32. With x₂ = x − V₁P̂ and c₂ = c − V₁Q̂
@@ -50,8 +50,8 @@ class LeadingCoordinates:
         """By how much the product can be too small, as a share of the lengths of the two copies."""
         return self.width * 2.0**-22 + 3 * self.defect + 2.0**-22
 
-    def lay(self, rows_BD: torch.Tensor) -> torch.Tensor:
-        """Return [P̂, |x₂|] of rows or centres, |x₂| rounded up.
+    def encode(self, rows_BD: torch.Tensor) -> torch.Tensor:
+        """Return [P̂, |x₂|] of rows or centroids, |x₂| rounded up.
 
         Args:
             rows_BD: Any float format, [B, D].
@@ -60,14 +60,14 @@ class LeadingCoordinates:
             float32 [B, d + 1].
         """
         exact_BD = rows_BD.double()
-        turned_Bd = exact_BD @ self.vectors_Dd
-        laid_BW = torch.empty(len(rows_BD), self.width, device=rows_BD.device)
-        laid_BW[:, :-1] = turned_Bd
-        copied_Bd = laid_BW[:, :-1].double()
-        squares_B = exact_BD.square().sum(dim=1) - 2 * (turned_Bd * copied_Bd).sum(dim=1)
+        rotated_Bd = exact_BD @ self.vectors_Dd
+        encoded_BW = torch.empty(len(rows_BD), self.width, device=rows_BD.device)
+        encoded_BW[:, :-1] = rotated_Bd
+        copied_Bd = encoded_BW[:, :-1].double()
+        squares_B = exact_BD.square().sum(dim=1) - 2 * (rotated_Bd * copied_Bd).sum(dim=1)
         squares_B += (1 + self.defect) * copied_Bd.square().sum(dim=1)
-        laid_BW[:, -1] = squares_B.clamp_(min=0.0).add_(_SLACK).sqrt_() * _ROUNDED_UP
-        return laid_BW
+        encoded_BW[:, -1] = squares_B.clamp_(min=0.0).add_(_SLACK).sqrt_() * _ROUNDED_UP
+        return encoded_BW
 
 
 def principal_directions(rows_BD: torch.Tensor) -> torch.Tensor:

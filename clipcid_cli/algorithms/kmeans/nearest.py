@@ -1,31 +1,31 @@
-"""The nearest of many centres for each row: exact answers at the speed of a low-precision matrix product.
+"""The nearest of many centroids for each row: exact answers at the speed of a low-precision matrix product.
 
-Shape letters: B rows of a block, K centres, C centres of a chunk, G groups, D width, P (row, centre) pairs, Q (row, group)
-pairs, m centres per row.
+Shape letters: B rows of a block, K centroids, C centroids of a chunk, G groups, D width, P (row, centroid) pairs, Q
+(row, group) pairs, m centroids per row.
 
 **Similarities are exact.** Rows are float16, so each entry is an integer multiple of 2⁻²⁴ (the smallest subnormal).
-Centres are kept on the same grid (:func:`clipcid_cli.algorithms.kmeans.kmeans.round_to_grid`), which moves an entry by at
+Centroids are kept on the same grid (:func:`clipcid_cli.algorithms.kmeans.kmeans.round_to_grid`), which moves an entry by at
 most 2⁻²⁵. A product of entries is then an integer multiple of 2⁻⁴⁸, and by Cauchy–Schwarz no partial sum of a dot product of
 two vectors of length ≤ 1.01 exceeds 1.03 = 1.03·2⁴⁸ units < 2⁵³: float64 holds every intermediate result exactly. Any
 order of summation, tiling, instruction set or device gives the same bits. [O]
 
-**Low precision only discards.** With a = fl(x̂·ĉ) for the product of the copies of a row and a centre, ŝ = round(a) for what
-the product returns, and |a − x·c| ≤ e as proven in :mod:`clipcid_cli.algorithms.kmeans.prepared`:
+**Low precision only discards.** With a = fl(x̂·ĉ) for the product of the copies of a row and a centroid, ŝ = round(a)
+for what the product returns, and |a − x·c| ≤ e as proven in :mod:`clipcid_cli.algorithms.kmeans.prepared`:
 
-- A centre that is at least as near as one of exact similarity s has a ≥ s − e, and, rounding being monotone,
-  ŝ ≥ round(s − e). Others are discarded: :meth:`NearestCentres.nearest`, where the approximately nearest centre is decided
-  first, so that s is known. Here x·c ≤ a + e is enough, so the product may be one of leading coordinates.
+- A centroid that is at least as near as one of exact similarity s has a ≥ s − e, and, rounding being monotone,
+  ŝ ≥ round(s − e). Others are discarded: :meth:`NearestCentroids.nearest`, where the approximately nearest centroid is
+  decided first, so that s is known. Here x·c ≤ a + e is enough, so the product may be one of leading coordinates.
 - The same is done once more with the products of single pairs in float32, of smaller e.
-- Let v > 0 be such that m centres have ŝ ≥ v. Each of them has a ≥ v·(1 − u) with u the unit roundoff of the output (0 for
-  integers). A centre j among the true m nearest that is not one of them is at least as near as some centre i of them, so
-  a_j ≥ x·c_j − e ≥ x·c_i − e ≥ a_i − 2e ≥ v·(1 − u) − 2e =: t, and ŝ_j ≥ round(t): :meth:`NearestCentres.top`.
+- Let v > 0 be such that m centroids have ŝ ≥ v. Each of them has a ≥ v·(1 − u) with u the unit roundoff of the output (0 for
+  integers). A centroid j among the true m nearest that is not one of them is at least as near as some centroid i of them, so
+  a_j ≥ x·c_j − e ≥ x·c_i − e ≥ a_i − 2e ≥ v·(1 − u) − 2e =: t, and ŝ_j ≥ round(t): :meth:`NearestCentroids.top`.
 
 What is not discarded is decided in float64, equal similarities in favour of the smaller number. Rows with so many candidates
-that a full product is cheaper take one with all centres, in float32 for the nearest and in float64 for several.
+that a full product is cheaper take one with all centroids, in float32 for the nearest and in float64 for several.
 
 **The maximum is found in groups.** A positive float orders like its bit pattern read as an integer, and negative floats
 have negative patterns, so maxima are taken over integers (several times faster on CPUs than over bfloat16). The maxima of
-groups of 64 centres are a 64th of the work for everything after, and only groups that reach the threshold are looked into.
+groups of 64 centroids are a 64th of the work for everything after, and only groups that reach the threshold are looked into.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ import torch
 
 from clipcid_cli.algorithms.kmeans.best_so_far import Found, Nearest
 from clipcid_cli.algorithms.kmeans.leading_coordinates import LeadingCoordinates
-from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_centres
+from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_centroids
 
 GROUP = 64
-# Centres multiplied at once: with 1,024 rows the product is 16 MiB in int32, near the size of a second-level cache.
+# Centroids multiplied at once: with 1,024 rows the product is 16 MiB in int32, near the size of a second-level cache.
 _CHUNK = 4096
 # Pairs decided at once in float64: the operands stay within the cache.
 _PAIRS = {"cpu": 256, "cuda": 65_536}
-# A row that has candidates in more than this share of the groups is multiplied with all centres instead.
+# A row that has candidates in more than this share of the groups is multiplied with all centroids instead.
 _DENSE_SHARE = 2
-# In more than this share, with all centres of the chunk in float32.
+# In more than this share, with all centroids of the chunk in float32.
 _COSTLY_SHARE = 6
 _PATTERNS = {
     torch.bfloat16: torch.int16,
@@ -53,66 +53,67 @@ _PATTERNS = {
 }
 
 
-class NearestCentres:
-    """Finds the exactly nearest of fixed centres.
+class NearestCentroids:
+    """PairCollector the exactly nearest of fixed centroids.
 
     Args:
-        centres_KD: Unit rows on the 2⁻²⁴ grid, float32 [K, D], on the device of the search.
+        centroids_KD: Unit rows on the 2⁻²⁴ grid, float32 [K, D], on the device of the search.
         dtype: Format of the product that discards: int8 (on a CPU), bfloat16, float16 or float32. It changes the speed,
             never the answer.
-        order_K: Numbers of the centres in the order in which :meth:`nearest` looks at them, int64 [K]; as they come without.
+        order_K: Numbers of the centroids in the order in which :meth:`nearest` looks at them, int64 [K]; as they come
+            without.
         coordinates: Multiplies these leading coordinates alone, in float32; for :meth:`nearest` only.
 
     Raises:
-        ValueError: when the centres are not a float32 matrix on the grid, or the format is none of the four.
+        ValueError: when the centroids are not a float32 matrix on the grid, or the format is none of the four.
     """
 
     def __init__(
         self,
-        centres_KD: torch.Tensor,
+        centroids_KD: torch.Tensor,
         dtype: torch.dtype,
         order_K: torch.Tensor | None = None,
         coordinates: LeadingCoordinates | None = None,
     ) -> None:
-        if centres_KD.ndim != 2 or centres_KD.dtype != torch.float32 or not len(centres_KD):
-            raise ValueError(f"centres must be float32 [K, D], not {centres_KD.dtype} {list(centres_KD.shape)}")
-        if not all(_on_grid(part_CD) for part_CD in torch.split(centres_KD, _CHUNK)):
+        if centroids_KD.ndim != 2 or centroids_KD.dtype != torch.float32 or not len(centroids_KD):
+            raise ValueError(f"centroids must be float32 [K, D], not {centroids_KD.dtype} {list(centroids_KD.shape)}")
+        if not all(_on_grid(part_CD) for part_CD in torch.split(centroids_KD, _CHUNK)):
             raise ValueError(
-                "centres are not on the grid of multiples of 2⁻²⁴ within [−1, 1]; see kmeans.round_to_grid"
+                "centroids are not on the grid of multiples of 2⁻²⁴ within [−1, 1]; see kmeans.round_to_grid"
             )
-        self.centres_KD = centres_KD
+        self.centroids_KD = centroids_KD
         self.dtype = dtype
         self.coordinates = coordinates
-        self._prepared = prepare_centres(centres_KD, dtype, order_K, GROUP, coordinates)
-        self._numbers_K = torch.arange(len(centres_KD), device=centres_KD.device) if order_K is None else order_K
+        self._prepared = prepare_centroids(centroids_KD, dtype, order_K, GROUP, coordinates)
+        self._numbers_K = torch.arange(len(centroids_KD), device=centroids_KD.device) if order_K is None else order_K
         # GPUs can return the float32 accumulators; CPUs round them to the format of the operands.
-        self._output_dtype = torch.int32 if dtype == torch.int8 else torch.float32 if centres_KD.is_cuda else dtype
-        self._product = torch.empty(0, dtype=self._output_dtype, device=centres_KD.device)
+        self._output_dtype = torch.int32 if dtype == torch.int8 else torch.float32 if centroids_KD.is_cuda else dtype
+        self._product = torch.empty(0, dtype=self._output_dtype, device=centroids_KD.device)
         self._lowest = torch.iinfo(_PATTERNS[self._output_dtype]).min
 
     def nearest(self, rows: PreparedRows, known: Nearest | None = None, leading: int | None = None) -> Nearest:
-        """Find the nearest centre of each row.
+        """Find the nearest centroid of each row.
 
         Args:
-            rows: The rows, on the device of the centres and in the format of the search.
-            known: A centre of each row that takes part whether it is looked at or not, with its exact similarity; the
+            rows: The rows, on the device of the centroids and in the format of the search.
+            known: A centroid of each row that takes part whether it is looked at or not, with its exact similarity; the
                 nearer it is, the more is discarded. ``others_B`` is not used.
-            leading: How many centres to look at, the first of the order; all without. Rounded up to a multiple of 64.
+            leading: How many centroids to look at, the first of the order; all without. Rounded up to a multiple of 64.
 
         Returns:
-            The nearest of the centres that take part; of equally similar ones the smaller number.
+            The nearest of the centroids that take part; of equally similar ones the smaller number.
 
         Raises:
             ValueError: when the rows are of another width or format.
         """
         self._check(rows)
-        num_centres = len(self.centres_KD)
+        num_centroids = len(self.centroids_KD)
         found = Found(known, len(rows), rows.rows_BD.device)
         error_B = self._prepared.error(rows)
-        last = num_centres if leading is None else min(num_centres, -(-leading // GROUP) * GROUP)
+        last = num_centroids if leading is None else min(num_centroids, -(-leading // GROUP) * GROUP)
         for first in range(0, last, _CHUNK):
             self._search_chunk(rows, first, min(last, first + _CHUNK), error_B, found)
-        return Nearest(found.centres_B, found.similarities_B, found.others_B)
+        return Nearest(found.centroids_B, found.similarities_B, found.others_B)
 
     def _search_chunk(self, rows: PreparedRows, first: int, last: int, error_B: torch.Tensor, found: Found) -> None:
         pattern_BC = self._multiply(rows, first, last)
@@ -124,10 +125,10 @@ class NearestCentres:
         group_P = group_B[row_P]
         members_Pg = grouped_BGg[row_P, group_P]
         offset_P = members_Pg.argmax(dim=1)
-        centre_P = self._numbers_K[first + group_P * GROUP + offset_P]
-        new_P = centre_P != found.centres_B[row_P]
-        similarity_P = self.similarities(rows.rows_BD, row_P[new_P], centre_P[new_P])
-        found.take(row_P[new_P], centre_P[new_P], similarity_P)
+        centroid_P = self._numbers_K[first + group_P * GROUP + offset_P]
+        new_P = centroid_P != found.centroids_B[row_P]
+        similarity_P = self.similarities(rows.rows_BD, row_P[new_P], centroid_P[new_P])
+        found.take(row_P[new_P], centroid_P[new_P], similarity_P)
         members_Pg.scatter_(1, offset_P[:, None], self._lowest)
         grouped_BGg[row_P, group_P, offset_P] = self._lowest
         maxima_BG[row_P, group_P] = members_Pg.amax(dim=1)
@@ -139,52 +140,52 @@ class NearestCentres:
         members_Qg = grouped_BGg[row_Q, group_Q]
         near_Qg = members_Qg >= threshold_B[row_Q, None]
         pair_P, offset_P = near_Qg.nonzero(as_tuple=True)
-        centre_P = self._numbers_K[first + group_Q[pair_P] * GROUP + offset_P]
+        centroid_P = self._numbers_K[first + group_Q[pair_P] * GROUP + offset_P]
         row_P = row_Q[pair_P]
-        new_P = centre_P != found.centres_B[row_P]
-        self._decide(rows, row_P[new_P], centre_P[new_P], found)
-        # What was discarded bounds the other centres; nothing is where all are decided.
+        new_P = centroid_P != found.centroids_B[row_P]
+        self._decide(rows, row_P[new_P], centroid_P[new_P], found)
+        # What was discarded bounds the other centroids; nothing is where all are decided.
         rest_B = maxima_BG.masked_fill_(near_BG | dense_B[:, None], self._lowest).amax(dim=1)
         rest_B.scatter_reduce_(0, row_Q, members_Qg.masked_fill_(near_Qg, self._lowest).amax(dim=1), "amax")
         torch.maximum(found.others_B, self._at_most(rest_B, rows) + error_B, out=found.others_B)
         self._decide_densely(rows, dense_B.nonzero()[:, 0], self._numbers_K[first:last], found)
 
-    def _decide(self, rows: PreparedRows, row_P: torch.Tensor, centre_P: torch.Tensor, found: Found) -> None:
-        """Take candidates into account that are not their row's centre so far."""
-        # In float32, where rows and centres are exact, most are told apart at a quarter of the cost.
-        about_P = self._pairwise(rows.rows_BD, row_P, centre_P, torch.float32).double()
+    def _decide(self, rows: PreparedRows, row_P: torch.Tensor, centroid_P: torch.Tensor, found: Found) -> None:
+        """Take candidates into account that are not their row's centroid so far."""
+        # In float32, where rows and centroids are exact, most are told apart at a quarter of the cost.
+        about_P = self._pairwise(rows.rows_BD, row_P, centroid_P, torch.float32).double()
         error_B = self._prepared.float32_error(rows)
         lowest_B = found.similarities_B.scatter_reduce(0, row_P, about_P - error_B[row_P], "amax") - error_B
         open_P = about_P >= lowest_B[row_P]
         closed_P = ~open_P
         found.bound_others(row_P[closed_P], about_P[closed_P] + error_B[row_P[closed_P]])
-        row_P, centre_P = row_P[open_P], centre_P[open_P]
-        found.take(row_P, centre_P, self.similarities(rows.rows_BD, row_P, centre_P))
+        row_P, centroid_P = row_P[open_P], centroid_P[open_P]
+        found.take(row_P, centroid_P, self.similarities(rows.rows_BD, row_P, centroid_P))
 
     def _decide_densely(self, rows: PreparedRows, row_R: torch.Tensor, number_C: torch.Tensor, found: Found) -> None:
-        """Multiply some rows with the centres of a chunk in float32 and take what that cannot discard into account."""
+        """Multiply some rows with the centroids of a chunk in float32 and take what that cannot discard into account."""
         if not len(row_R):
             return
-        about_RC = rows.rows_BD[row_R].float() @ self.centres_KD[number_C].T
-        about_RC.masked_fill_(number_C == found.centres_B[row_R, None], -torch.inf)
+        about_RC = rows.rows_BD[row_R].float() @ self.centroids_KD[number_C].T
+        about_RC.masked_fill_(number_C == found.centroids_B[row_R, None], -torch.inf)
         error_R = self._prepared.float32_error(rows)[row_R]
         lowest_R = torch.maximum(found.similarities_B[row_R], about_RC.amax(dim=1) - error_R) - error_R
         # Rounded to float32 it may be too high by far less than the error is too large.
-        pair_P, centre_P = (about_RC >= lowest_R[:, None].float()).nonzero(as_tuple=True)
+        pair_P, centroid_P = (about_RC >= lowest_R[:, None].float()).nonzero(as_tuple=True)
         row_P = row_R[pair_P]
-        found.take(row_P, number_C[centre_P], self.similarities(rows.rows_BD, row_P, number_C[centre_P]))
-        about_RC[pair_P, centre_P] = -torch.inf
+        found.take(row_P, number_C[centroid_P], self.similarities(rows.rows_BD, row_P, number_C[centroid_P]))
+        about_RC[pair_P, centroid_P] = -torch.inf
         found.bound_others(row_R, about_RC.amax(dim=1) + error_R)
 
     def top(self, rows: PreparedRows, m: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find the `m` nearest centres of each row, the most similar first.
+        """Find the `m` nearest centroids of each row, the most similar first.
 
         Args:
-            rows: The rows, on the device of the centres and in the format of the search.
-            m: Centres per row, in [1, K].
+            rows: The rows, on the device of the centroids and in the format of the search.
+            m: Centroids per row, in [1, K].
 
         Returns:
-            The centres, int64 [B, m], and the exact similarities, float64 [B, m], descending; of equally similar centres
+            The centroids, int64 [B, m], and the exact similarities, float64 [B, m], descending; of equally similar centroids
             the smaller number comes first.
 
         Raises:
@@ -193,45 +194,47 @@ class NearestCentres:
         """
         self._check(rows)
         if self.coordinates is not None:
-            raise ValueError("several centres cannot be found by leading coordinates")
-        if not 1 <= m <= len(self.centres_KD):
-            raise ValueError(f"m must lie in [1, {len(self.centres_KD)}], not {m}")
-        row_P, centre_P, dense_B = self._candidates(rows, m)
-        dense_row_P, dense_centre_P, dense_similarity_P = self._dense_pairs(rows.rows_BD, dense_B.nonzero()[:, 0], m)
-        similarity_P = torch.cat([self.similarities(rows.rows_BD, row_P, centre_P), dense_similarity_P])
-        row_P, centre_P = torch.cat([row_P, dense_row_P]), torch.cat([centre_P, dense_centre_P])
+            raise ValueError("several centroids cannot be found by leading coordinates")
+        if not 1 <= m <= len(self.centroids_KD):
+            raise ValueError(f"m must lie in [1, {len(self.centroids_KD)}], not {m}")
+        row_P, centroid_P, dense_B = self._candidates(rows, m)
+        dense_row_P, dense_centroid_P, dense_similarity_P = self._dense_pairs(rows.rows_BD, dense_B.nonzero()[:, 0], m)
+        similarity_P = torch.cat([self.similarities(rows.rows_BD, row_P, centroid_P), dense_similarity_P])
+        row_P, centroid_P = torch.cat([row_P, dense_row_P]), torch.cat([centroid_P, dense_centroid_P])
         # Stable sorts, the least important key first.
-        order_P = torch.sort(centre_P).indices
+        order_P = torch.sort(centroid_P).indices
         order_P = order_P[torch.sort(similarity_P[order_P], descending=True, stable=True).indices]
         order_P = order_P[torch.sort(row_P[order_P], stable=True).indices]
         counts_B = torch.bincount(row_P, minlength=len(rows))
         firsts_B = counts_B.cumsum(0) - counts_B
         chosen_Bm = order_P[firsts_B[:, None] + torch.arange(m, device=row_P.device)]
-        return centre_P[chosen_Bm], similarity_P[chosen_Bm]
+        return centroid_P[chosen_Bm], similarity_P[chosen_Bm]
 
-    def similarities(self, rows_BD: torch.Tensor, row_P: torch.Tensor, centre_P: torch.Tensor) -> torch.Tensor:
-        """Return the exact similarity of each (row, centre) pair, float64 [P]."""
-        return self._pairwise(rows_BD, row_P, centre_P, torch.float64)
+    def similarities(self, rows_BD: torch.Tensor, row_P: torch.Tensor, centroid_P: torch.Tensor) -> torch.Tensor:
+        """Return the exact similarity of each (row, centroid) pair, float64 [P]."""
+        return self._pairwise(rows_BD, row_P, centroid_P, torch.float64)
 
     def _pairwise(
-        self, rows_BD: torch.Tensor, row_P: torch.Tensor, centre_P: torch.Tensor, dtype: torch.dtype
+        self, rows_BD: torch.Tensor, row_P: torch.Tensor, centroid_P: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         at_once, width = max(1, min(len(row_P), _PAIRS[rows_BD.device.type])), rows_BD.shape[1]
         buffers = (torch.float16, torch.float32, torch.float32, dtype, dtype)
-        half, row, centre, left, right = (torch.empty(at_once, width, dtype=d, device=rows_BD.device) for d in buffers)
+        half, row, centroid, left, right = (
+            torch.empty(at_once, width, dtype=d, device=rows_BD.device) for d in buffers
+        )
         result_P = torch.empty(len(row_P), dtype=dtype, device=rows_BD.device)
         for first in range(0, len(row_P), at_once):
             part = slice(first, first + at_once)
             n = len(row_P[part])
             torch.index_select(rows_BD, 0, row_P[part], out=half[:n])
-            torch.index_select(self.centres_KD, 0, centre_P[part], out=centre[:n])
+            torch.index_select(self.centroids_KD, 0, centroid_P[part], out=centroid[:n])
             # float16 to float64 in one go is several times slower.
             left[:n].copy_(row[:n].copy_(half[:n]))
-            torch.sum(left[:n].mul_(right[:n].copy_(centre[:n])), dim=1, out=result_P[part])
+            torch.sum(left[:n].mul_(right[:n].copy_(centroid[:n])), dim=1, out=result_P[part])
         return result_P
 
     def _check(self, rows: PreparedRows) -> None:
-        width, cast_width = self.centres_KD.shape[1], self._prepared.cast_KD.shape[1]
+        width, cast_width = self.centroids_KD.shape[1], self._prepared.cast_KD.shape[1]
         wanted = (width, self.dtype, cast_width)
         if wanted != (rows.rows_BD.shape[1], rows.cast_BD.dtype, rows.cast_BD.shape[1]):
             raise ValueError(
@@ -240,7 +243,7 @@ class NearestCentres:
             )
 
     def _multiply(self, rows: PreparedRows, first: int, last: int) -> torch.Tensor:
-        """Multiply rows with centres `first` … `last` − 1 of the order in low precision.
+        """Multiply rows with centroids `first` … `last` − 1 of the order in low precision.
 
         Returns:
             The bit patterns of the products as integers, [B, C rounded up to whole groups], the lowest in the added places.
@@ -276,10 +279,10 @@ class NearestCentres:
         return pattern_B.view(self._output_dtype).double().clamp(min=0.0) * (1 + torch.finfo(self._output_dtype).eps)
 
     def _candidates(self, rows: PreparedRows, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """List the pairs among which the `m` nearest centres of each row are.
+        """List the pairs among which the `m` nearest centroids of each row are.
 
         Returns:
-            Rows and centres of the pairs, int64 [P] each, and which rows have none listed because all centres must be
+            Rows and centroids of the pairs, int64 [P] each, and which rows have none listed because all centroids must be
             looked at, bool [B].
         """
         num_rows, num_groups = len(rows), len(self._prepared.cast_KD) // GROUP
@@ -292,8 +295,8 @@ class NearestCentres:
         reached_B = torch.zeros(num_rows, dtype=torch.int64, device=device)
         pieces: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         best_Bm: torch.Tensor | None = None
-        for first in range(0, len(self.centres_KD), _CHUNK):
-            pattern_BC = self._multiply(rows, first, min(len(self.centres_KD), first + _CHUNK))
+        for first in range(0, len(self.centroids_KD), _CHUNK):
+            pattern_BC = self._multiply(rows, first, min(len(self.centroids_KD), first + _CHUNK))
             grouped_BGg = pattern_BC.view(num_rows, -1, GROUP)
             maxima_BG = grouped_BGg.amax(dim=2)
             best_Bm = _largest(maxima_BG if best_Bm is None else torch.cat([best_Bm, maxima_BG], dim=1), m)
@@ -304,17 +307,17 @@ class NearestCentres:
             row_Q, group_Q = near_BG.nonzero(as_tuple=True)
             members_Qg = grouped_BGg[row_Q, group_Q]
             pair_P, offset_P = (members_Qg >= threshold_B[row_Q, None]).nonzero(as_tuple=True)
-            centre_P = self._numbers_K[first + group_Q[pair_P] * GROUP + offset_P]
-            pieces.append((row_Q[pair_P], centre_P, members_Qg[pair_P, offset_P]))
+            centroid_P = self._numbers_K[first + group_Q[pair_P] * GROUP + offset_P]
+            pieces.append((row_Q[pair_P], centroid_P, members_Qg[pair_P, offset_P]))
         assert best_Bm is not None
         # The threshold has risen since the first chunks were looked at.
         threshold_B, dense_B = self._threshold(best_Bm, m, error_B, rows), reached_B > most
-        row_P, centre_P, pattern_P = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        row_P, centroid_P, pattern_P = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         stays_P = (pattern_P >= threshold_B[row_P]) & ~dense_B[row_P]
-        return row_P[stays_P], centre_P[stays_P], dense_B
+        return row_P[stays_P], centroid_P[stays_P], dense_B
 
     def _threshold(self, best_Bm: torch.Tensor, m: int, error_B: torch.Tensor, rows: PreparedRows) -> torch.Tensor:
-        """Return the pattern that the products of the `m` nearest centres reach, given patterns that m centres reach."""
+        """Return the pattern that the products of the `m` nearest centroids reach, given patterns that m centroids reach."""
         if best_Bm.shape[1] < m:
             return torch.full_like(best_Bm[:, 0], self._lowest + 1)
         v_B = best_Bm.amin(dim=1)
@@ -325,31 +328,31 @@ class NearestCentres:
     def _dense_pairs(
         self, rows_BD: torch.Tensor, row_R: torch.Tensor, m: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Multiply some rows with all centres in float64.
+        """Multiply some rows with all centroids in float64.
 
         Returns:
-            Rows, centres and similarities of the pairs whose similarity is among the `m` largest distinct places of
+            Rows, centroids and similarities of the pairs whose similarity is among the `m` largest distinct places of
             their row; all pairs that tie with the last one are listed.
         """
         chosen_RD = rows_BD[row_R].double()
         pieces: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         best_Rm = torch.empty(len(row_R), 0, dtype=torch.float64, device=rows_BD.device)
-        for first in range(0, len(self.centres_KD) if len(row_R) else 0, _CHUNK):
-            similarity_RC = chosen_RD @ self.centres_KD[first : first + _CHUNK].double().T
+        for first in range(0, len(self.centroids_KD) if len(row_R) else 0, _CHUNK):
+            similarity_RC = chosen_RD @ self.centroids_KD[first : first + _CHUNK].double().T
             best_Rm = _largest(torch.cat([best_Rm, similarity_RC], dim=1), m)
-            pair_P, centre_P = (similarity_RC >= best_Rm.amin(dim=1)[:, None]).nonzero(as_tuple=True)
-            pieces.append((pair_P, centre_P + first, similarity_RC[pair_P, centre_P]))
+            pair_P, centroid_P = (similarity_RC >= best_Rm.amin(dim=1)[:, None]).nonzero(as_tuple=True)
+            pieces.append((pair_P, centroid_P + first, similarity_RC[pair_P, centroid_P]))
         if not pieces:
             nothing = torch.empty(0, dtype=torch.int64, device=rows_BD.device)
             return nothing, nothing, nothing.double()
-        pair_P, centre_P, similarity_P = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        pair_P, centroid_P, similarity_P = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         stays_P = similarity_P >= best_Rm.amin(dim=1)[pair_P]
-        return row_R[pair_P[stays_P]], centre_P[stays_P], similarity_P[stays_P]
+        return row_R[pair_P[stays_P]], centroid_P[stays_P], similarity_P[stays_P]
 
 
-def _on_grid(centres_CD: torch.Tensor) -> bool:
-    scaled_CD = centres_CD * 2.0**24
-    return torch.equal(scaled_CD, scaled_CD.round()) and float(centres_CD.abs().max()) <= 1.0
+def _on_grid(centroids_CD: torch.Tensor) -> bool:
+    scaled_CD = centroids_CD * 2.0**24
+    return torch.equal(scaled_CD, scaled_CD.round()) and float(centroids_CD.abs().max()) <= 1.0
 
 
 def _largest(values_BC: torch.Tensor, m: int) -> torch.Tensor:

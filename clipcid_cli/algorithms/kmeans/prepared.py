@@ -1,18 +1,18 @@
-"""Rows and centres in the format of a fast matrix product, and how far its results can be off.
+"""Rows and centroids in the format of a fast matrix product, and how far its results can be off.
 
-Shape letters: B rows of a block, K centres, D width.
+Shape letters: B rows of a block, K centroids, D width.
 
-Write x, c for a row and a centre, x̂, ĉ for their copies in the format of the product, and a = fl(x̂·ĉ) for the product
+Write x, c for a row and a centroid, x̂, ĉ for their copies in the format of the product, and a = fl(x̂·ĉ) for the product
 accumulated in float32 or, of integers, in int32. Then
 
     |a − x·c| ≤ |x − x̂|·|c| + |x̂|·|c − ĉ| + γ·|x̂|·|ĉ| =: e      (Cauchy–Schwarz; γ = D·2⁻²², four times the textbook
                                                                 D·2⁻²⁴, which also covers truncating accumulators)
 
-The residuals |x − x̂|, |c − ĉ| are measured, not bounded. For int8 the same is said of the turned row Tx and the turned
-centre Tc (:mod:`clipcid_cli.algorithms.search.int8`), x̂ = r·q with a step r for each row, ĉ = s·p with one step s for all
-centres, so that the integers q·p of a row order its centres; the turn adds the error of its own product to the residuals
-and at most 3η·|x|·|c| to e for its distortion η (one for x·c against Tx·Tc, the others for |Tx| and |Tc|, which e names
-|x| and |c|). Integers are added up without error; their γ stays, and is larger than that.
+The residuals |x − x̂|, |c − ĉ| are measured, not bounded. For int8 the same is said of the rotated row Tx and the rotated
+centroid Tc (:mod:`clipcid_cli.algorithms.search.int8`), x̂ = r·q with a step r for each row, ĉ = s·p with one step s for all
+centroids, so that the integers q·p of a row order its centroids; the rotation adds the error of its own product to the
+residuals and at most 3η·|x|·|c| to e for its distortion η (one for x·c against Tx·Tc, the others for |Tx| and |Tc|,
+which e names |x| and |c|). Integers are added up without error; their γ stays, and is larger than that.
 
 In float32 and float16 nothing is lost but γ; bfloat16 costs e ≈ 0.003, int8 e ≈ 0.02 at a width of 512.
 
@@ -29,7 +29,7 @@ import torch
 
 from clipcid_cli.algorithms.kmeans.leading_coordinates import LeadingCoordinates
 from clipcid_cli.algorithms.search.distances import ROWS_IN_CACHE
-from clipcid_cli.algorithms.search.int8 import choose_steps, distortion, round_to_int8, turn, turning_error
+from clipcid_cli.algorithms.search.int8 import choose_steps, distortion, rotate, rotation_error, round_to_int8
 
 # A thousandth covers the rounding of the norms and of the formula for e, float32 sums of their own, many times over.
 _ROUNDED_UP = 1.001
@@ -38,7 +38,7 @@ _DTYPES = (torch.int8, torch.bfloat16, torch.float16, torch.float32)
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRows:
-    """A block of rows with all that can be known of them before the centres: worth keeping from iteration to iteration.
+    """A block of rows with all that can be known of them before the centroids: worth keeping from iteration to iteration.
 
     Attributes:
         rows_BD: Unit rows, float16 [B, D].
@@ -94,15 +94,15 @@ def _prepare(
     lengths_B = exact_BD.norm(dim=1)
     steps_B, nothing_B = torch.ones_like(lengths_B), torch.zeros_like(lengths_B)
     if coordinates is not None:
-        laid_BW = coordinates.lay(rows_BD)
-        return laid_BW, steps_B, torch.maximum(lengths_B, laid_BW.norm(dim=1)), nothing_B
+        encoded_BW = coordinates.encode(rows_BD)
+        return encoded_BW, steps_B, torch.maximum(lengths_B, encoded_BW.norm(dim=1)), nothing_B
     if dtype == torch.float32:
         return exact_BD, steps_B, lengths_B, nothing_B
     if dtype == torch.int8:
-        turned_BD = turn(rows_BD)
-        steps_B = choose_steps(turned_BD.abs().amax(dim=1))
-        cast_BD = round_to_int8(turned_BD, steps_B[:, None])
-        residuals_B = _differences(turned_BD, cast_BD, steps_B[:, None]) + turning_error(rows_BD.shape[1]) * lengths_B
+        rotated_BD = rotate(rows_BD)
+        steps_B = choose_steps(rotated_BD.abs().amax(dim=1))
+        cast_BD = round_to_int8(rotated_BD, steps_B[:, None])
+        residuals_B = _differences(rotated_BD, cast_BD, steps_B[:, None]) + rotation_error(rows_BD.shape[1]) * lengths_B
     else:
         cast_BD = rows_BD.to(dtype)
         residuals_B = _differences(exact_BD, cast_BD, 1.0)
@@ -116,15 +116,15 @@ def _differences(wide_BD: torch.Tensor, cast_BD: torch.Tensor, steps: torch.Tens
 
 
 @dataclasses.dataclass(frozen=True)
-class PreparedCentres:
-    """Centres in the format of the product, some zero rows after them to fill the last group.
+class PreparedCentroids:
+    """Centroids in the format of the product, some zero rows after them to fill the last group.
 
     Attributes:
         cast_KD: ĉ/s, [K rounded up, D]; [.., 2] for int8 of width 1, [.., d + 1] for leading coordinates.
         step: What 1 stands for in that copy, s; 1 for float formats.
         longest: An upper bound of |c| and of |ĉ|.
         residual: The largest |c − ĉ|, at most; 0 for leading coordinates.
-        relative_error: What else the product can be off by, as a share of the lengths of row and centre.
+        relative_error: What else the product can be off by, as a share of the lengths of row and centroid.
     """
 
     cast_KD: torch.Tensor
@@ -134,67 +134,67 @@ class PreparedCentres:
     relative_error: float
 
     def error(self, rows: PreparedRows) -> torch.Tensor:
-        """Bound the error e of the product of each row with any centre, float64 [B]."""
+        """Bound the error e of the product of each row with any centroid, float64 [B]."""
         relative = self.relative_error * self.longest
         error_B = rows.residuals_B * self.longest + rows.lengths_B * (self.residual + relative)
         return error_B.double() * _ROUNDED_UP
 
     def float32_error(self, rows: PreparedRows) -> torch.Tensor:
-        """Bound the error of float32 dot products of rows with any centre, float64 [B]: e of copies that lose nothing."""
+        """Bound the error of float32 dot products of rows with any centroid, float64 [B]: e of copies that lose nothing."""
         relative = rows.rows_BD.shape[1] * 2.0**-22
         return (rows.lengths_B * (relative * self.longest)).double() * _ROUNDED_UP
 
 
-def prepare_centres(
-    centres_KD: torch.Tensor,
+def prepare_centroids(
+    centroids_KD: torch.Tensor,
     dtype: torch.dtype,
     order_K: torch.Tensor | None,
     multiple: int,
     coordinates: LeadingCoordinates | None = None,
-) -> PreparedCentres:
-    """Copy centres in the format of the product and measure what that costs.
+) -> PreparedCentroids:
+    """Copy centroids in the format of the product and measure what that costs.
 
     Args:
-        centres_KD: float32 [K, D].
+        centroids_KD: float32 [K, D].
         dtype: As for :func:`prepare_rows`.
-        order_K: Numbers of the centres in the order in which they are wanted, int64 [K]; None leaves them as they are.
+        order_K: Numbers of the centroids in the order in which they are wanted, int64 [K]; None leaves them as they are.
         multiple: The copy has a multiple of so many rows.
         coordinates: As for :func:`prepare_rows`.
 
     Raises:
         ValueError: when the format is none of the four.
     """
-    check_format(dtype, centres_KD.device, coordinates)
-    num_centres, width = centres_KD.shape
-    padded = -(-num_centres // multiple) * multiple
+    check_format(dtype, centroids_KD.device, coordinates)
+    num_centroids, width = centroids_KD.shape
+    padded = -(-num_centroids // multiple) * multiple
     is_int8 = dtype == torch.int8
 
     def parts() -> Iterator[tuple[slice, torch.Tensor]]:
-        for first in range(0, num_centres, ROWS_IN_CACHE):
-            place = slice(first, min(num_centres, first + ROWS_IN_CACHE))
-            yield place, centres_KD[place if order_K is None else order_K[place]]
+        for first in range(0, num_centroids, ROWS_IN_CACHE):
+            place = slice(first, min(num_centroids, first + ROWS_IN_CACHE))
+            yield place, centroids_KD[place if order_K is None else order_K[place]]
 
     step, relative_error = 1.0, width * 2.0**-22
     if coordinates is not None:
         relative_error = coordinates.relative_error
     if is_int8:
         relative_error += 3.0 * distortion(width)
-        step = float(choose_steps(torch.stack([turn(part_CD).abs().max() for _, part_CD in parts()]).max()))
+        step = float(choose_steps(torch.stack([rotate(part_CD).abs().max() for _, part_CD in parts()]).max()))
     cast_width = max(width, 2) if is_int8 else width if coordinates is None else coordinates.width
-    cast_KD = torch.zeros(padded, cast_width, dtype=dtype, device=centres_KD.device)
+    cast_KD = torch.zeros(padded, cast_width, dtype=dtype, device=centroids_KD.device)
     longest, residual = 0.0, 0.0
     for place, part_CD in parts():
         longest = max(longest, float(part_CD.norm(dim=1).max()))
         if coordinates is not None:
-            cast_KD[place] = coordinates.lay(part_CD)
+            cast_KD[place] = coordinates.encode(part_CD)
             longest = max(longest, float(cast_KD[place].norm(dim=1).max()))
             continue
-        wide_CD = turn(part_CD) if is_int8 else part_CD
+        wide_CD = rotate(part_CD) if is_int8 else part_CD
         cast_KD[place] = round_to_int8(wide_CD, step) if is_int8 else wide_CD
         residual = max(residual, float(_differences(wide_CD, cast_KD[place], step).max()))
     if is_int8:
-        residual += turning_error(width) * longest
-    return PreparedCentres(cast_KD, step, longest + residual, residual, relative_error)
+        residual += rotation_error(width) * longest
+    return PreparedCentroids(cast_KD, step, longest + residual, residual, relative_error)
 
 
 def check_format(dtype: torch.dtype, device: torch.device, coordinates: LeadingCoordinates | None = None) -> None:

@@ -1,8 +1,8 @@
-"""The first centres of k-means, and new ones for clusters that ran empty.
+"""The first centroids of k-means, and new ones for clusters that ran empty.
 
-Shape letters: N rows, S sampled rows, K centres, L trials, D width.
+Shape letters: N rows, S sampled rows, K centroids, L trials, D width.
 
-[O] Which rows become the first centres was decided by trial: on 1,781 photographs (clothing features, 1,280 wide) after 20
+[O] Which rows become the first centroids was decided by trial: on 1,781 photographs (clothing features, 1,280 wide) after 20
 iterations, mean of 4 seeds, greedy k-means++ reached a mean similarity of 0.5190, 0.6507, 0.7107 and 0.7921 at K = 16, 128,
 256 and 512 against 0.5191, 0.6440, 0.6992 and 0.7800 from uniformly drawn rows, with spreads of about 0.001. The gain is in
 clusters of few rows; at METHOD's 225 rows a cluster there is none to see, and its cost grows with K². So it is used for few
@@ -29,7 +29,7 @@ ReadRows = Callable[[npt.NDArray[np.int64]], torch.Tensor]
 
 
 def choose_first_rows(read: ReadRows, num_rows: int, num_clusters: int, seed: int) -> npt.NDArray[np.int64]:
-    """Choose the rows that become the first centres.
+    """Choose the rows that become the first centroids.
 
     Up to 512 clusters: greedy k-means++ on a uniform sample of 16·K rows. More: uniformly drawn rows.
 
@@ -104,13 +104,13 @@ def _integer_distances(exact_SD: torch.Tensor, chosen: list[int]) -> torch.Tenso
 def choose_seeds(
     similarities_P: npt.NDArray[np.float64], numbers_P: npt.NDArray[np.int64], read_row: ReadRow, count: int
 ) -> npt.NDArray[np.int64]:
-    """Choose rows to re-seed empty clusters: those farthest from their own centres, no two of them equal.
+    """Choose rows to re-seed empty clusters: those farthest from their own centroids, no two of them equal.
 
-    Rows nearer to their centre than 0.999 (2.6°) are left out: data with fewer different rows than clusters has clusters
+    Rows nearer to their centroid than 0.999 (2.6°) are left out: data with fewer different rows than clusters has clusters
     that must stay empty.
 
     Args:
-        similarities_P: Similarity of candidate rows to their own centres, float64 [P].
+        similarities_P: Similarity of candidate rows to their own centroids, float64 [P].
         numbers_P: Their numbers among all rows, int64 [P]; equal similarities go by the smaller number.
         read_row: Returns a row by its number, float16 [D].
         count: How many are wanted.

@@ -1,11 +1,11 @@
-"""Rows and centres in few directions that hold most of the rows' length: where k-means starts, at a fraction of the cost.
+"""Rows and centroids in few directions that hold most of the rows' length: where k-means starts, at a fraction of the cost.
 
-Shape letters: B rows of a block, K centres, D width, d directions.
+Shape letters: B rows of a block, K centroids, D width, d directions.
 
-The first iterations of k-means move centres far, so few of their comparisons can be spared by bounds, and which centre is
-nearest by a hair does not matter yet. Embeddings have most of their length along few directions, so the first iterations
-compare rows and centres there; what they find is where the iterations in full begin. [O] In the manner of Ding and He 2004,
-who show that the principal directions span the clusters' means.
+The first iterations of k-means move centroids far, so few of their comparisons can be spared by bounds, and which
+centroid is nearest by a hair does not matter yet. Embeddings have most of their length along few directions, so the
+first iterations compare rows and centroids there; what they find is where the iterations in full begin. [O] In the
+manner of Ding and He 2004, who show that the principal directions span the clusters' means.
 
 **The same bits everywhere.** Every product here is of numbers on grids so coarse that float64 holds all sums of them
 exactly, in any order; the rest is element-wise arithmetic in a fixed order, which IEEE 754 fixes to the bit.
@@ -15,11 +15,11 @@ exactly, in any order; the rest is element-wise arithmetic in a fixed order, whi
 - The Gram matrix, scaled by a power of 2 to a trace of at most 1.01, is rounded to multiples of 2⁻²⁶ and multiplied again
   and again with orthonormal columns rounded to multiples of 2⁻²⁵ (randomised subspace iteration: Halko, Martinsson and
   Tropp 2011): sums are multiples of 2⁻⁵¹ below 2.
-- Directions are rounded to multiples of 2⁻¹⁶, the entries of rows and centres are multiples of 2⁻²⁴
+- Directions are rounded to multiples of 2⁻¹⁶, the entries of rows and centroids are multiples of 2⁻²⁴
   (:mod:`clipcid_cli.algorithms.kmeans.nearest`): sums are multiples of 2⁻⁴⁰ below 2. Short rows are those sums rounded to
-  float32 and then to float16, short centres are normalised and rounded to the grid as centres in full are; so nearest short
-  centres are found exactly, by the same search. Rows of length ≤ 1.002 stay below 1.01: rounding the directions stretches by
-  at most 1 + √(dD)·2⁻¹⁷, 1.004 for 64 of 4,096.
+  float32 and then to float16, short centroids are normalised and rounded to the grid as centroids in full are; so
+  nearest short centroids are found exactly, by the same search. Rows of length ≤ 1.002 stay below 1.01: rounding the
+  directions stretches by at most 1 + √(dD)·2⁻¹⁷, 1.004 for 64 of 4,096.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import math
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.kmeans.kmeans import centres_of_sums, fold_sum
+from clipcid_cli.algorithms.kmeans.kmeans import centroids_of_sums, fold_sum
 
 # More sampled rows would not fit the exact sums.
 MOST_ROWS = 4096
@@ -45,7 +45,7 @@ _AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class ShortSpace:
+class Subspace:
     """Some directions.
 
     Attributes:
@@ -59,7 +59,7 @@ class ShortSpace:
     low_share: float
 
     @classmethod
-    def of(cls, rows_BD: torch.Tensor, number: int) -> ShortSpace:
+    def of(cls, rows_BD: torch.Tensor, number: int) -> Subspace:
         """Find directions of some rows.
 
         Args:
@@ -87,7 +87,7 @@ class ShortSpace:
         share = fold_sum(inside_B[None])[0] / fold_sum(all_B[None])[0]
         return cls(vectors_Dd, float(share), float(shares_B[len(shares_B) // 10]))
 
-    def to(self, device: torch.device) -> ShortSpace:
+    def to(self, device: torch.device) -> Subspace:
         """Return it on a device."""
         return dataclasses.replace(self, vectors_Dd=self.vectors_Dd.to(device))
 
@@ -96,16 +96,16 @@ class ShortSpace:
         parts = torch.split(rows_BD, _AT_ONCE)
         return torch.cat([(part_BD.double() @ self.vectors_Dd).float().half() for part_BD in parts])
 
-    def centres(self, centres_KD: torch.Tensor) -> torch.Tensor:
-        """Return centres in these directions: unit rows, float32 [K, d] on the grid, of float32 [K, D] on the grid.
+    def centroids(self, centroids_KD: torch.Tensor) -> torch.Tensor:
+        """Return centroids in these directions: unit rows, float32 [K, d] on the grid, of float32 [K, D] on the grid.
 
-        Unit rows, since a row must be nearest to a centre of its own direction; 0 where a centre has no length here.
+        Unit rows, since a row must be nearest to a centroid of its own direction; 0 where a centroid has no length here.
         """
-        short_Kd = centres_KD.new_empty(len(centres_KD), self.vectors_Dd.shape[1])
-        for first in range(0, len(centres_KD), _AT_ONCE):
+        short_Kd = centroids_KD.new_empty(len(centroids_KD), self.vectors_Dd.shape[1])
+        for first in range(0, len(centroids_KD), _AT_ONCE):
             part = slice(first, first + _AT_ONCE)
-            exact_Cd = centres_KD[part].double() @ self.vectors_Dd
-            short_Kd[part] = centres_of_sums(exact_Cd, torch.zeros_like(short_Kd[part]))
+            exact_Cd = centroids_KD[part].double() @ self.vectors_Dd
+            short_Kd[part] = centroids_of_sums(exact_Cd, torch.zeros_like(short_Kd[part]))
         return short_Kd
 
 

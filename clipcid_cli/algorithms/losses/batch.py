@@ -1,6 +1,7 @@
 """What a loss is computed from: the features of one global batch, and which of its rows this process answers for.
 
-Shape legend: B global batch, d student width, D width of the meeting space, S candidate centres, m stored clusters a sample.
+Shape legend: B global batch, d student width, D width of the meeting space, S candidate centroids, m stored clusters a
+sample.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class ClusterTargets:
-    """Candidate centres of one batch and what the teacher said of them.
+    """Candidate centroids of one batch and what the teacher said of them.
 
     Attributes:
-        centres_SD: Candidate centres, unit rows, float32 [S, D].
-        log_correction_S: What is added to each candidate's logit so that the drawn ones stand for all centres that were
+        centroids_SD: Candidate centroids, unit rows, float32 [S, D].
+        log_correction_S: What is added to each candidate's logit so that the drawn ones stand for all centroids that were
             not drawn: 0 for active candidates, log((K − |A|) / |R|) for drawn ones; float32 [S].
-        positions_Bm: Row of `centres_SD` of each stored cluster of each sample, nearest first, int64 [B, m]; all are
+        positions_Bm: Row of `centroids_SD` of each stored cluster of each sample, nearest first, int64 [B, m]; all are
             active candidates.
         weights_Bm: Target distribution over them, rows sum to 1, float32 [B, m].
     """
 
-    centres_SD: Tensor
+    centroids_SD: Tensor
     log_correction_S: Tensor
     positions_Bm: Tensor
     weights_Bm: Tensor

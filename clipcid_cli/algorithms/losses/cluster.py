@@ -1,8 +1,8 @@
-"""Cluster discrimination: the student places its features among the teacher's cluster centres.
+"""Cluster discrimination: the student places its features among the teacher's cluster centroids.
 
-At K centres up to 10⁶ a batch is compared with a candidate set S = A ∪ R: all clusters the teacher named for the batch (A,
-"active") and a uniform draw of the rest (R). Each drawn centre stands for (K − |A|)/|R| that were not drawn, so its logit is
-raised by the logarithm of that: the softmax's normaliser is then an unbiased estimate of the full one. Without the
+At K centroids up to 10⁶ a batch is compared with a candidate set S = A ∪ R: all clusters the teacher named for the batch (A,
+"active") and a uniform draw of the rest (R). Each drawn centroid stands for (K − |A|)/|R| that were not drawn, so its
+logit is raised by the logarithm of that: the softmax's normaliser is then an unbiased estimate of the full one. Without the
 correction the teacher's own clusters look rarer among their rivals than they are and their share is inflated.
 
 Shape legend: B batch, D width, S candidates, m stored clusters a sample.
@@ -25,7 +25,7 @@ from clipcid_cli.algorithms.losses.row_blocks import add, over_blocks, rows_betw
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """Centres one batch is compared with.
+    """Centroids one batch is compared with.
 
     Attributes:
         ids: Their cluster numbers, each once: active ones ascending, then drawn ones ascending; int64 [S].
@@ -41,14 +41,14 @@ class Candidates:
 def draw_candidates(
     top_clusters: npt.NDArray[np.integer], num_clusters: int, *, ratio: float, minimum: int, seed: int
 ) -> Candidates:
-    """Draw the candidate centres of a global batch.
+    """Draw the candidate centroids of a global batch.
 
     Args:
         top_clusters: Stored clusters of the batch's samples, any shape, values in [0, K).
         num_clusters: K.
-        ratio: Share r of all K centres to draw from the rest.
+        ratio: Share r of all K centroids to draw from the rest.
         minimum: Smallest number of candidates, active ones included (all K when there are fewer).
-        seed: The same on every process, so that all compare with the same centres.
+        seed: The same on every process, so that all compare with the same centroids.
 
     Returns:
         The candidates; a function of the arguments only.
@@ -61,7 +61,7 @@ def draw_candidates(
     count = min(rest, max(0, wanted))
     if count == 0:
         return Candidates(active, len(active), 0.0)
-    # A draw among the rest, numbered 0 … rest − 1, is moved past the active centres that lie before it.
+    # A draw among the rest, numbered 0 … rest − 1, is moved past the active centroids that lie before it.
     places = np.sort(np.random.default_rng(seed).choice(rest, size=count, replace=False))
     drawn = places + np.searchsorted(active - np.arange(len(active)), places, side="right")
     return Candidates(np.concatenate([active, drawn]), len(active), math.log(rest / count))
@@ -69,7 +69,7 @@ def draw_candidates(
 
 def cluster_targets(
     candidates: Candidates,
-    centres_SD: Tensor,
+    centroids_SD: Tensor,
     top_clusters: npt.NDArray[np.integer],
     top_similarities: npt.NDArray[np.floating],
     *,
@@ -80,7 +80,7 @@ def cluster_targets(
 
     Args:
         candidates: The batch's candidates; every id of `top_clusters` is an active one.
-        centres_SD: Their centres, unit rows, float32 [S, D].
+        centroids_SD: Their centroids, unit rows, float32 [S, D].
         top_clusters: Stored clusters of each sample, nearest first, [B, m].
         top_similarities: Cosine similarities to them, [B, m].
         temperature: τ_T of the teacher's distribution softmax(similarity/τ_T), over the m stored clusters: the others
@@ -88,20 +88,20 @@ def cluster_targets(
         label_share: α: weight of the nearest cluster's one-hot target; 1 − α is the distribution's.
 
     Returns:
-        The targets, on the device of `centres_SD`.
+        The targets, on the device of `centroids_SD`.
     """
     positions = np.searchsorted(candidates.ids[: candidates.num_active], top_clusters)
     weights = torch.from_numpy(np.asarray(top_similarities, dtype=np.float32) / np.float32(temperature)).softmax(dim=1)
     weights = (1.0 - label_share) * weights
     weights[:, 0] += label_share
-    device = centres_SD.device
+    device = centroids_SD.device
     correction = torch.zeros(len(candidates.ids), device=device)
     correction[candidates.num_active :] = candidates.log_correction
-    return ClusterTargets(centres_SD, correction, torch.from_numpy(positions).to(device), weights.to(device))
+    return ClusterTargets(centroids_SD, correction, torch.from_numpy(positions).to(device), weights.to(device))
 
 
 def cluster(batch: LossBatch, scale: Tensor) -> Tensor:
-    """L_clu: cross-entropy of the student's softmax over centres to label and teacher distribution.
+    """L_clu: cross-entropy of the student's softmax over centroids to label and teacher distribution.
 
     −Σ_j q_j·log p_j with p = softmax(σ_c·s' Cᵀ + correction) over the candidates and q = α·label + (1 − α)·p_T. With
     targets of both towers the mean of both.
@@ -144,18 +144,18 @@ def soft_label_cross_entropy(
     scaled_bD = scale * rows_between(features_BD, first, stop)
 
     def normaliser(start: int, end: int) -> Tensor:
-        logits_bC = torch.addmm(targets.log_correction_S[start:end], scaled_bD, targets.centres_SD[start:end].T)
+        logits_bC = torch.addmm(targets.log_correction_S[start:end], scaled_bD, targets.centroids_SD[start:end].T)
         return logits_bC.logsumexp(dim=1)
 
     # Blocks of candidates rather than of rows: a matrix product repacks its right side every time, and the candidates are
     # the larger one (1,024 rows, 116,241 candidates, 768 dimensions: two thirds of the time).
-    normalisers = over_blocks(normaliser, 0, len(targets.centres_SD), stop - first)
+    normalisers = over_blocks(normaliser, 0, len(targets.centroids_SD), stop - first)
     normaliser_b = normalisers[0] if len(normalisers) == 1 else torch.stack(normalisers).logsumexp(dim=0)
     # Σ_j q_j·logit_j = σ_c·s'·Σ_j q_j·c_j, as the correction of active candidates is 0. Picking the logits out of a block
     # would cost another block for their gradient.
     target_bD = F.embedding_bag(
         rows_between(targets.positions_Bm, first, stop),
-        targets.centres_SD,
+        targets.centroids_SD,
         per_sample_weights=rows_between(targets.weights_Bm, first, stop),
         mode="sum",
     )

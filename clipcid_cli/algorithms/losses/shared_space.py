@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotation:
+class PrincipalAxes:
     """A rotation of the teacher's space, cut to its first d axes.
 
     Attributes:
@@ -27,7 +27,7 @@ class Rotation:
     kept: float
 
 
-def principal_rotation(moment_DD: npt.NDArray[np.float64], width: int) -> Rotation:
+def principal_axes(moment_DD: npt.NDArray[np.float64], width: int) -> PrincipalAxes:
     """Find the d axes that keep most of the rows' squared length.
 
     The mean is not taken away: a rotation about the origin keeps every dot product, and so every cosine similarity up to
@@ -48,10 +48,10 @@ def principal_rotation(moment_DD: npt.NDArray[np.float64], width: int) -> Rotati
     largest = np.abs(axes).argmax(axis=0)
     axes = axes * np.sign(axes[largest, np.arange(axes.shape[1])])
     kept = float(values[::-1][:width].sum() / values.sum())
-    return Rotation(axes.astype(np.float32), kept)
+    return PrincipalAxes(axes.astype(np.float32), kept)
 
 
-def bring(rows_nD: Tensor, rotation: Rotation | None) -> Tensor:
+def project(rows_nD: Tensor, rotation: PrincipalAxes | None) -> Tensor:
     """Rotate and cut rows of the teacher's space, and make them unit again (float16 rows are unit only to 1e-3).
 
     Args:

@@ -151,7 +151,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * math.fsum(math.exp(value) for value in logs))
 
 
-def rate_interval(hits: int, trials: int) -> tuple[float, float]:
+def clopper_pearson(hits: int, trials: int) -> tuple[float, float]:
     """Bound a rate from both sides: the Clopper-Pearson interval of 95 %.
 
     Args:

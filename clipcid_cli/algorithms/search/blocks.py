@@ -3,7 +3,7 @@
 A score is the dot product of two rows in a format that the machine multiplies fastest, to tell at once that most pairs are
 too far apart to matter. What it may be off by is proven here, so that what is discarded is never missed.
 
-Copies in int8 are turned first, see :mod:`clipcid_cli.algorithms.search.int8`; the rows of a block share one step, so that
+Copies in int8 are rotated first, see :mod:`clipcid_cli.algorithms.search.int8`; the rows of a block share one step, so that
 one integer bounds the scores of a whole tile.
 
 Shape letters: N rows, D width, M and N also rows of two blocks, P pairs.
@@ -28,7 +28,7 @@ from clipcid_cli.algorithms.search.distances import (
     ReadRows,
     squared_lengths,
 )
-from clipcid_cli.algorithms.search.int8 import choose_steps, distortion, round_to_int8, turn, turning_error
+from clipcid_cli.algorithms.search.int8 import choose_steps, distortion, rotate, rotation_error, round_to_int8
 
 # Largest relative error of one fused step of a float32 accumulation, 2⁻²⁴ where it is rounded; matrix units may truncate
 # and align a few products at a time, which four times that covers.
@@ -109,10 +109,10 @@ def load_block(read: ReadRows, rows: IntArray, device: torch.device, scan_dtype:
         raise ValueError(f"rows must be finite and no longer than {LONGEST_ROW}, not {math.sqrt(float(high)):.3g}")
     shortest, longest = math.sqrt(float(low)), math.sqrt(float(high))
     if scan_dtype == torch.int8:
-        turned = _turned(stored)
-        scale = float(choose_steps(torch.stack([part.abs().max() for part in turned]).max()))
-        scan = _round_parts(turned, scale)
-        residual = _largest_difference(turned, scan, scale) + turning_error(stored.shape[1]) * longest
+        rotated = _rotated(stored)
+        scale = float(choose_steps(torch.stack([part.abs().max() for part in rotated]).max()))
+        scan = _round_parts(rotated, scale)
+        residual = _largest_difference(rotated, scan, scale) + rotation_error(stored.shape[1]) * longest
         return Block(rows, stored, scan, squared, Bounds(shortest, longest, residual, scale))
     scan = stored.to(scan_dtype)
     exact = scan_dtype != torch.bfloat16
@@ -130,7 +130,7 @@ def reload_block(read: ReadRows, known: Block, scan_dtype: torch.dtype) -> Block
     """
     stored = read_stored(read, known.rows, known.squared.device)
     is_int8 = scan_dtype == torch.int8
-    scan = _round_parts(_turned(stored), known.bounds.scale) if is_int8 else stored.to(scan_dtype)
+    scan = _round_parts(_rotated(stored), known.bounds.scale) if is_int8 else stored.to(scan_dtype)
     return dataclasses.replace(known, stored=stored, scan=scan)
 
 
@@ -143,13 +143,13 @@ def _parts(rows_ND: torch.Tensor) -> Sequence[torch.Tensor]:
     return torch.split(rows_ND, ROWS_IN_CACHE)
 
 
-def _turned(stored_ND: torch.Tensor) -> list[torch.Tensor]:
-    """Return the turned rows T·a, float32, in parts."""
-    return [turn(part) for part in _parts(stored_ND)]
+def _rotated(stored_ND: torch.Tensor) -> list[torch.Tensor]:
+    """Return the rotated rows T·a, float32, in parts."""
+    return [rotate(part) for part in _parts(stored_ND)]
 
 
-def _round_parts(turned: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
-    return torch.cat([round_to_int8(part, scale) for part in turned])
+def _round_parts(rotated: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
+    return torch.cat([round_to_int8(part, scale) for part in rotated])
 
 
 def _largest_difference(wide: Sequence[torch.Tensor], scan_ND: torch.Tensor, scale: float) -> float:
@@ -195,8 +195,8 @@ def lowest_score(a: Block, b: Block, cutoff: float) -> float:
     Hence s is at least that minus both errors. The last rounding, to the output's format, is monotone: s ≥ t implies
     round(s) ≥ round(t), so comparing with t rounded down (see :func:`score_threshold`) loses nothing and needs no slack.
 
-    For int8 the same is said of the turned rows Ta, whose residual is |Ta − s·q|, with the distortion η of the turn added.
-    Integers are added up without error, so δ = 0; the term for it stays, and is larger than all that η adds.
+    For int8 the same is said of the rotated rows Ta, whose residual is |Ta − s·q|, with the distortion η of the
+    rotation added. Integers are added up without error, so δ = 0; the term for it stays, and is larger than all that η adds.
 
     Returns:
         The bound t, in units of a dot product; :func:`score_threshold` makes it comparable with computed scores.

@@ -1,11 +1,11 @@
 """Rows as small integers: what the fastest matrix product of some CPUs multiplies, and what the copy is off by.
 
-**A turn** comes first: an orthogonal matrix T spreads over all columns what lies in few (embeddings of CLIP models have
+**A rotation** comes first: an orthogonal matrix T spreads over all columns what lies in few (embeddings of CLIP models have
 columns many times as large as the rest), since the largest entry decides the step of all others; on features of photographs
-of width 1,280 it cut the residual from 0.039 to 0.012. **A step** s then scales the turned row to integers q of at most 127;
-s has 8 significant bits, which makes s·q exact in float32.
+of width 1,280 it cut the residual from 0.039 to 0.012. **A step** s then scales the rotated row to integers q of at
+most 127; s has 8 significant bits, which makes s·q exact in float32.
 
-Of two rows a, b with turned rows Ta, Tb: |Ta| ≤ |a|·√(1 + η) and |a·b − Ta·Tb| = |aᵀ(TᵀT − I)b| ≤ η·|a||b| with
+Of two rows a, b with rotated rows Ta, Tb: |Ta| ≤ |a|·√(1 + η) and |a·b − Ta·Tb| = |aᵀ(TᵀT − I)b| ≤ η·|a||b| with
 η = |TᵀT − I|, the :func:`distortion`. A product of integers is added up in int32 without error up to a width of 133,000.
 
 Shape letters: N rows, D width.
@@ -26,14 +26,14 @@ LARGEST_INT8 = 127
 _ROUNDING_UNIT = 2.0**-24
 
 
-def turn(rows_ND: torch.Tensor) -> torch.Tensor:
-    """Return the turned rows T·a, float32 [N, D], each off by at most :func:`turning_error` times its length."""
-    turn_DD, _ = _turn(rows_ND.shape[1])
-    return rows_ND.float() @ turn_DD.T
+def rotate(rows_ND: torch.Tensor) -> torch.Tensor:
+    """Return the rotated rows T·a, float32 [N, D], each off by at most :func:`rotation_error` times its length."""
+    rotation_DD, _ = _rotation(rows_ND.shape[1])
+    return rows_ND.float() @ rotation_DD.T
 
 
-def turning_error(width: int) -> float:
-    """Bound how far a computed turned row of length 1 is from the exact one.
+def rotation_error(width: int) -> float:
+    """Bound how far a computed rotated row of length 1 is from the exact one.
 
     D rounded steps an entry make it off by at most D·2⁻²⁴·|T_i||a| (Higham §3.1), and all D of them by √D times that.
     """
@@ -42,17 +42,17 @@ def turning_error(width: int) -> float:
 
 def distortion(width: int) -> float:
     """Return |TᵀT − I| in the Frobenius norm, at most."""
-    return _turn(width)[1]
+    return _rotation(width)[1]
 
 
-def round_to_int8(turned_ND: torch.Tensor, steps: torch.Tensor | float) -> torch.Tensor:
-    """Return the integers q nearest to a turned row over its step, int8 [N, D]; [N, 2] with a column of zeros for D = 1.
+def round_to_int8(rotated_ND: torch.Tensor, steps: torch.Tensor | float) -> torch.Tensor:
+    """Return the integers q nearest to a rotated row over its step, int8 [N, D]; [N, 2] with a column of zeros for D = 1.
 
     Args:
-        turned_ND: float32 [N, D].
+        rotated_ND: float32 [N, D].
         steps: One for all, or [N, 1]; at least a 127th of the largest entry.
     """
-    rounded_ND = (turned_ND / steps).round_().to(torch.int8)
+    rounded_ND = (rotated_ND / steps).round_().to(torch.int8)
     # PyTorch 2.13 returns what was in memory for products of one column.
     return rounded_ND if rounded_ND.shape[1] > 1 else torch.nn.functional.pad(rounded_ND, (0, 1))
 
@@ -69,13 +69,13 @@ def choose_steps(largest: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4)
-def _turn(width: int) -> tuple[torch.Tensor, float]:
+def _rotation(width: int) -> tuple[torch.Tensor, float]:
     """Return an orthogonal matrix T, float32 [D, D], and how far it is from one: |TᵀT − I| in the Frobenius norm, at most.
 
     Which one it is changes what is proposed, and never what is found.
     """
     gaussian = np.random.default_rng(0).standard_normal((width, width))
-    turn_DD = np.linalg.qr(gaussian)[0].astype(np.float32)
-    wide_DD = turn_DD.astype(np.float64)
+    rotation_DD = np.linalg.qr(gaussian)[0].astype(np.float32)
+    wide_DD = rotation_DD.astype(np.float64)
     # The float64 product is itself off by less than 1e-12 at any width that embeddings have.
-    return torch.from_numpy(turn_DD), float(np.linalg.norm(wide_DD.T @ wide_DD - np.eye(width))) + 1e-9
+    return torch.from_numpy(rotation_DD), float(np.linalg.norm(wide_DD.T @ wide_DD - np.eye(width))) + 1e-9

@@ -35,7 +35,7 @@ class NearestPairs:
         return Edges(np.minimum(self._row, self._other), np.maximum(self._row, self._other), self._weight)
 
     def wanted(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
-        """Tell which pairs may be among those to keep, from lower bounds of their distances, as `Join.search` asks."""
+        """Tell which pairs may be among those to keep, from lower bounds of their distances (see `TiledSearch.search`)."""
         farthest = np.maximum(self._farthest[self._position(a)], self._farthest[self._position(b)])
         return np.asarray((a != b) & (at_least <= farthest))
 

@@ -64,7 +64,7 @@ _SMALLEST_NUM_PANELS = 8
 Wanted = Callable[[IntArray, IntArray, FloatArray], npt.NDArray[np.bool_]]
 
 
-class Join:
+class TiledSearch:
     """The search of some rows for pairs within a distance, cut into tiles.
 
     Attributes:

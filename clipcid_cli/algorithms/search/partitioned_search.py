@@ -15,7 +15,7 @@ import torch
 
 from clipcid_cli.algorithms.search.blocks import Block, load_block
 from clipcid_cli.algorithms.search.distances import IntArray, ReadRows
-from clipcid_cli.algorithms.search.pair_search import Join, Wanted
+from clipcid_cli.algorithms.search.pair_search import TiledSearch, Wanted
 from clipcid_cli.algorithms.sets.forest import Edges
 
 # Rows read at once on each side: a partition of more is compared in pieces, so memory does not depend on its size.
@@ -49,7 +49,7 @@ class Groups:
         return self._rows[start : int(self._ends[partition])]
 
 
-class PartitionedJoin:
+class PartitionedSearch:
     """The search of partitions for pairs within a distance. A tile is a piece of one partition.
 
     It finds pairs of rows at home in one partition, and pairs of which one row visits the other's home; some twice.
@@ -78,7 +78,7 @@ class PartitionedJoin:
         self._read, self._rows, self._device, self._scan_dtype = read, rows, device, scan_dtype
         self._homes, self._visitors = homes, visitors
         self._home_sizes, self._visitor_sizes = homes.sizes(), visitors.sizes()
-        self._join = Join(read, rows, device, scan_dtype)
+        self._join = TiledSearch(read, rows, device, scan_dtype)
 
     @property
     def name(self) -> str:
@@ -107,10 +107,10 @@ class PartitionedJoin:
         Args:
             tile: Partition and piece.
             cutoff: Largest distance, inclusive.
-            wanted: As for :meth:`Join.search`.
+            wanted: As for :meth:`TiledSearch.search`.
 
         Yields:
-            As :meth:`Join.search`.
+            As :meth:`TiledSearch.search`.
         """
         partition, piece = tile
         home, visitors = self._homes.of(partition), self._visitors.of(partition)

@@ -1,17 +1,17 @@
-"""Partitions of rows by their nearest centre, and which rows of other partitions lie so near that they must be compared too.
+"""Partitions of rows by their nearest centroid, and which rows of other partitions are so near that they are compared too.
 
-A search of all pairs grows with the square of the rows. Near rows mostly share a nearest centre, so rows are compared
+A search of all pairs grows with the square of the rows. Near rows mostly share a nearest centroid, so rows are compared
 within their partition, and each row with the members of the partitions whose border it is near to. How near is exact
-geometry: let row a be at home in partition v and row b in h. a lies on v's side of the plane between both centres, so
+geometry: let row a be at home in partition v and row b in h. a lies on v's side of the plane between both centroids, so
 
     b's distance to that plane  =  (f_h(b) − f_v(b)) / |c_h − c_v|  ≤  |a − b|,      f_c(x) = x·c − |c|²/2,
 
 and a *margin* of ε loses no pair within ε. It may be far smaller: the plane's normal is one direction of many, and a − b has
 about a share 1/√D of its length along it. What is needed is measured on a sample (:func:`choose_margin`).
 
-Which rows are compared must not depend on threads or processes. Centres are float16 rows, so f is exact in float64 for them
-as it is for the rows (:mod:`clipcid_cli.algorithms.search.distances`); a float32 product decides where its error cannot
-matter, and float64 decides the rest.
+Which rows are compared must not depend on threads or processes. Centroids are float16 rows, so f is exact in float64
+for them as it is for the rows (:mod:`clipcid_cli.algorithms.search.distances`); a float32 product decides where its
+error cannot matter, and float64 decides the rest.
 
 Shape letters: N rows, B rows of a block, K partitions, D width, P pairs, S sampled rows.
 
@@ -33,7 +33,7 @@ from clipcid_cli.algorithms.search.distances import DoubleArray, IntArray, root,
 # Scores computed at once: they and what is made of them stay near the cores' caches.
 _SCORES_AT_ONCE = 2**21
 _PAIRS_AT_ONCE = 2048
-_CENTRES_AT_ONCE = 1024
+_CENTROIDS_AT_ONCE = 1024
 # As in `neighbors`: relative error of one step of a float32 accumulation, four times that of rounding.
 _ACCUMULATION_UNIT = 2.0**-22
 # Few pairs exceed the largest distance to a plane that some thousand sampled ones have, hardly any twice that, and rows that
@@ -63,27 +63,27 @@ class Visits:
 
 
 class Partitions:
-    """The partitions of some centres.
+    """The partitions of some centroids.
 
     Args:
-        centres_KD: Centres, float16 [K, D].
+        centroids_KD: Centroids, float16 [K, D].
     """
 
-    def __init__(self, centres_KD: torch.Tensor) -> None:
-        self.centres_KD = centres_KD
-        self._wide_KD = centres_KD.float()
-        self._half_K = squared_lengths(centres_KD) / 2.0
+    def __init__(self, centroids_KD: torch.Tensor) -> None:
+        self.centroids_KD = centroids_KD
+        self._wide_KD = centroids_KD.float()
+        self._half_K = squared_lengths(centroids_KD) / 2.0
         self._longest = math.sqrt(2.0 * float(self._half_K.max()))
-        # How far centres are apart, float32 rounded up, for the fast decision.
+        # How far centroids are apart, float32 rounded up, for the fast decision.
         self._apart_KK = torch.cat(
-            [self._apart(part).float() for part in torch.split(centres_KD, _CENTRES_AT_ONCE)]
+            [self._apart(part).float() for part in torch.split(centroids_KD, _CENTROIDS_AT_ONCE)]
         ) * (1.0 + 2.0**-22)
 
     def __len__(self) -> int:
-        return len(self.centres_KD)
+        return len(self.centroids_KD)
 
     def nearest(self, rows_ND: torch.Tensor) -> torch.Tensor:
-        """Find the nearest centre of each row, float16 [N, D]; int64 [N], of equally near ones the smaller number."""
+        """Find the nearest centroid of each row, float16 [N, D]; int64 [N], of equally near ones the smaller number."""
         blocks = torch.split(rows_ND, self.rows_at_once)
         return torch.cat([self._nearest(rows, *self._scores(rows)) for rows in blocks])
 
@@ -103,7 +103,7 @@ class Partitions:
         return Visits(home_B, row_P[stays_P], partition_P[stays_P])
 
     def gaps(self, rows_PD: torch.Tensor, home_P: torch.Tensor, other_P: torch.Tensor) -> torch.Tensor:
-        """Return the distance of each row to the plane between two centres, exact but for two roundings.
+        """Return the distance of each row to the plane between two centroids, exact but for two roundings.
 
         Args:
             rows_PD: Rows, float16 [P, D].
@@ -118,18 +118,18 @@ class Partitions:
             part = slice(at, at + _PAIRS_AT_ONCE)
             home, other = home_P[part], other_P[part]
             # Differences of float16 numbers are exact in float64, and so is each sum here.
-            normal_PD = self.centres_KD[home].double() - self.centres_KD[other].double()
+            normal_PD = self.centroids_KD[home].double() - self.centroids_KD[other].double()
             ahead = (rows_PD[part].double() * normal_PD).sum(dim=1) - (self._half_K[home] - self._half_K[other])
-            # Two equal centres have no plane between them: neither is nearer.
+            # Two equal centroids have no plane between them: neither is nearer.
             parts.append((ahead / root((normal_PD * normal_PD).sum(dim=1))).nan_to_num(nan=0.0))
         return torch.cat([torch.empty(0, dtype=torch.float64, device=rows_PD.device), *parts])
 
     def spread(self, rows_SD: torch.Tensor, home_S: torch.Tensor) -> torch.Tensor:
         """Return the :meth:`gaps` of each row, float16 [S, D], to every partition, float64 [S, K]; 0 at home."""
-        value_SK = rows_SD.double() @ self.centres_KD.double().T - self._half_K
+        value_SK = rows_SD.double() @ self.centroids_KD.double().T - self._half_K
         ahead_SK = value_SK.gather(1, home_S[:, None]) - value_SK
-        # Two equal centres have no plane between them: neither is nearer.
-        gap_SK = (ahead_SK / self._apart(self.centres_KD[home_S])).nan_to_num(nan=0.0)
+        # Two equal centroids have no plane between them: neither is nearer.
+        gap_SK = (ahead_SK / self._apart(self.centroids_KD[home_S])).nan_to_num(nan=0.0)
         return gap_SK.scatter_(1, home_S[:, None], 0.0)
 
     @property
@@ -138,7 +138,7 @@ class Partitions:
         return max(64, _SCORES_AT_ONCE // len(self))
 
     def _scores(self, rows_BD: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return f of each row and centre, float32 [B, K], and the largest error any of them may have."""
+        """Return f of each row and centroid, float32 [B, K], and the largest error any of them may have."""
         wide_BD = rows_BD.float()
         longest = float(wide_BD.norm(dim=1).max()) * 1.001
         # A score is a sum of D products and of −|c|²/2, which is rounded once more.
@@ -146,28 +146,30 @@ class Partitions:
         return torch.addmm(-self._half_K.float(), wide_BD, self._wide_KD.T), error
 
     def _nearest(self, rows_BD: torch.Tensor, scores_BK: torch.Tensor, error: float) -> torch.Tensor:
-        """Return the exactly nearest centre of each row, int64 [B]."""
+        """Return the exactly nearest centroid of each row, int64 [B]."""
         best_B, home_B = scores_BK.max(dim=1)
         near_BK = scores_BK >= (best_B - 2.0 * error)[:, None]
         unsure_U = (near_BK.sum(dim=1) > 1).nonzero()[:, 0]
-        which_P, centre_P = near_BK[unsure_U].nonzero(as_tuple=True)
-        parts = zip(torch.split(unsure_U[which_P], _PAIRS_AT_ONCE), torch.split(centre_P, _PAIRS_AT_ONCE), strict=True)
+        which_P, centroid_P = near_BK[unsure_U].nonzero(as_tuple=True)
+        parts = zip(
+            torch.split(unsure_U[which_P], _PAIRS_AT_ONCE), torch.split(centroid_P, _PAIRS_AT_ONCE), strict=True
+        )
         exact = [
-            (rows_BD[row].double() * self.centres_KD[centre].double()).sum(dim=1) - self._half_K[centre]
-            for row, centre in parts
+            (rows_BD[row].double() * self.centroids_KD[centroid].double()).sum(dim=1) - self._half_K[centroid]
+            for row, centroid in parts
         ]
         exact_P = torch.cat([torch.empty(0, dtype=torch.float64, device=rows_BD.device), *exact])
         best_U = torch.full((len(unsure_U),), -math.inf, dtype=torch.float64, device=rows_BD.device)
         best_U.scatter_reduce_(0, which_P, exact_P, "amax")
         wins_P = exact_P == best_U[which_P]
         chosen_U = torch.full_like(unsure_U, len(self))
-        home_B[unsure_U] = chosen_U.scatter_reduce_(0, which_P[wins_P], centre_P[wins_P], "amin")
+        home_B[unsure_U] = chosen_U.scatter_reduce_(0, which_P[wins_P], centroid_P[wins_P], "amin")
         return home_B
 
-    def _apart(self, centres_CD: torch.Tensor) -> torch.Tensor:
-        """Return the distances of some centres to all, float64 [C, K]."""
-        dots_CK = centres_CD.double() @ self.centres_KD.double().T
-        squared_CK = squared_lengths(centres_CD)[:, None] + 2.0 * self._half_K - 2.0 * dots_CK
+    def _apart(self, centroids_CD: torch.Tensor) -> torch.Tensor:
+        """Return the distances of some centroids to all, float64 [C, K]."""
+        dots_CK = centroids_CD.double() @ self.centroids_KD.double().T
+        squared_CK = squared_lengths(centroids_CD)[:, None] + 2.0 * self._half_K - 2.0 * dots_CK
         return root(squared_CK.clamp(min=0.0))
 
 

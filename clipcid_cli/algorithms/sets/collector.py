@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
 from clipcid_cli.algorithms.sets.forest import Edges, ForestBuilder, sort_edges
 
 
-class Finds:
+class PairCollector:
     """Takes the pairs of a search as they come, each once.
 
     Args:

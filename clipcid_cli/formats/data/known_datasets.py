@@ -87,7 +87,7 @@ PRESETS = {
 }
 
 
-def find_preset(name: str, root: Path) -> tuple[Preset, Path] | None:
+def find_known_dataset(name: str, root: Path) -> tuple[Preset, Path] | None:
     """Find the local copy of a data set that is named by its preset.
 
     Args:

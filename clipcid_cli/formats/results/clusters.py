@@ -33,7 +33,7 @@ _CAPTION_COLUMNS = {f"caption_{name}": kind for name, kind in _TOPS.items()}
 
 @dataclasses.dataclass(frozen=True)
 class TopClusters:
-    """The nearest centres of some rows, the most similar first.
+    """The nearest centroids of some rows, the most similar first.
 
     Attributes:
         clusters: int32 [N, m].
@@ -52,11 +52,11 @@ class Clusters:
         folder: Where it lies.
         centroids: Unit rows, float32 [K, D], mapped from the file, not read.
         keys: Keys of the clustered images, str [N].
-        labels: Nearest centre of each, int32 [N].
+        labels: Nearest centroid of each, int32 [N].
         similarities: Cosine similarity to it, float32 [N].
-        images: The m nearest centres of each image's features (of its joint features, where those were clustered).
+        images: The m nearest centroids of each image's features (of its joint features, where those were clustered).
         captions: The same for the captions' embeddings; None when there were none.
-        image_temperature: τ_T at which softmax(similarity/τ_T) over an image's m centres has a median perplexity of 3.5.
+        image_temperature: τ_T at which softmax(similarity/τ_T) over an image's m centroids has a median perplexity of 3.5.
         caption_temperature: The same for captions.
         sidecar: What ``cluster.json`` says.
     """
@@ -92,7 +92,8 @@ def open_clusters(folder: Path) -> Clusters:
         raise ClipcidError(f"{folder} cannot be read as clusters: {error}", remake) from error
     if int(table.images.clusters.max()) >= len(centroids):
         raise ClipcidError(
-            f"{folder / TABLE} names cluster {int(table.images.clusters.max())}; {CENTROIDS} has {len(centroids)} centres.",
+            f"{folder / TABLE} names cluster {int(table.images.clusters.max())}; "
+            f"{CENTROIDS} has {len(centroids)} centroids.",
             remake,
         )
     return Clusters(
@@ -137,9 +138,9 @@ def write_part(
     Args:
         path: Where, from :func:`part_path`.
         keys: Keys of its images, str [n].
-        similarities: Similarity to the nearest centre, [n], before its rounding to float16.
-        images: Nearest centres of the images.
-        captions: Nearest centres of the captions, where there are text embeddings.
+        similarities: Similarity to the nearest centroid, [n], before its rounding to float16.
+        images: Nearest centroids of the images.
+        captions: Nearest centroids of the captions, where there are text embeddings.
     """
     columns = {
         "key": pa.array(keys, pa.string()),
@@ -156,10 +157,10 @@ class Part:
     """A part of the table.
 
     Attributes:
-        labels: Nearest centre of each image, int32 [n].
+        labels: Nearest centroid of each image, int32 [n].
         similarities: Cosine similarity to it, float32 [n].
-        images: Nearest centres of the images.
-        captions: Nearest centres of the captions; None when there are none.
+        images: Nearest centroids of the images.
+        captions: Nearest centroids of the captions; None when there are none.
     """
 
     labels: npt.NDArray[np.int32]
@@ -177,7 +178,7 @@ def read_part(path: Path) -> Part:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Centres of an unfinished run.
+    """Centroids of an unfinished run.
 
     Attributes:
         centroids: float32 [K, D].
@@ -191,7 +192,7 @@ class Progress:
 
 
 def write_progress(folder: Path, progress: Progress) -> None:
-    """Save the centres of an unfinished run, whole or not at all."""
+    """Save the centroids of an unfinished run, whole or not at all."""
     with atomic_file(folder / _PROGRESS) as file:
         np.savez(file, **dataclasses.asdict(progress))
 

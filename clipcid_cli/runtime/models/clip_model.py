@@ -26,7 +26,7 @@ from clipcid_cli.runtime.imports import give_towers, import_open_clip
 from clipcid_cli.runtime.models.hub import reaching_hub
 from clipcid_cli.runtime.models.names import CONFIG_NAME, HF_CONFIG_NAME, ModelName, find_weights, read_config
 from clipcid_cli.runtime.models.preprocess import PixelTransform, hash_preprocess, normalize_pixels
-from clipcid_cli.runtime.models.short_forward import LeanTowers
+from clipcid_cli.runtime.models.short_forward import ShortForward
 from clipcid_cli.runtime.precision import Precision
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
@@ -118,8 +118,8 @@ class ClipModel:
                     module.in_proj_bias.data = module.in_proj_bias.data.to(precision.dtype)
 
     @cached_property
-    def _towers(self) -> LeanTowers:
-        return LeanTowers(self.module)
+    def _towers(self) -> ShortForward:
+        return ShortForward(self.module)
 
     def pixel_transform(self) -> Transform:
         """Return the model's own resize and crop: RGB image to uint8 [H, W, 3]; picklable.

@@ -44,7 +44,7 @@ class Part:
 Encode = Callable[[Part], tuple[Tensor, Tensor]]
 
 
-class TowerPass:
+class GradCache:
     """One forward and one backward pass over a batch.
 
     Attributes:

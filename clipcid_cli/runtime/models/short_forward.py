@@ -29,7 +29,7 @@ _TOLERANCE = 1e-3
 _CHECKED = 2
 
 
-class LeanTowers:
+class ShortForward:
     """Encodes images and texts with an open_clip model, by the short way where its structure is known.
 
     At its first call each tower is compared with open_clip's own pass on a few rows; where they differ (another version of

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.metrics.intervals import rate_interval
+from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
 from clipcid_cli.algorithms.search.blocks import load_block
 from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
-from clipcid_cli.algorithms.search.pair_search import Join
+from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.balance.search import Survey
@@ -70,7 +70,7 @@ def audit_kept(
         known = np.append(found, True)
         return np.asarray((a != b) & ~(known[place(a)] & known[place(b)]))
 
-    join = Join(survey.read, kept, machine.device, scan.dtype)
+    join = TiledSearch(survey.read, kept, machine.device, scan.dtype)
     blocks = [
         load_block(survey.read, sample[at : at + _PANEL_ROWS], machine.device, scan.dtype)
         for at in range(0, len(sample), _PANEL_ROWS)
@@ -87,4 +87,4 @@ def audit_kept(
     near = int(np.count_nonzero(np.any(machine.gather(found), axis=0)))
     if len(sample) == len(kept):
         return Audit(len(sample), len(kept), near, near / len(kept), near / len(kept))
-    return Audit(len(sample), len(kept), near, *rate_interval(near, len(sample)))
+    return Audit(len(sample), len(kept), near, *clopper_pearson(near, len(sample)))

@@ -14,13 +14,13 @@ import torch
 from clipcid_cli.algorithms.search.blocks import Block, load_block
 from clipcid_cli.algorithms.search.distances import HalfArray, IntArray, ReadRows
 from clipcid_cli.algorithms.search.duplicates import hash_rows
-from clipcid_cli.algorithms.search.pair_search import Join
+from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.algorithms.search.partitions import Partitions, default_num_partitions
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.audit import SAMPLE as AUDIT_SAMPLE
-from clipcid_cli.steps.balance.partition import LOOKS_AT_SAMPLE, MARGIN_SAMPLE, ROWS_PER_CENTRE
+from clipcid_cli.steps.balance.partition import LOOKS_AT_SAMPLE, MARGIN_SAMPLE, ROWS_PER_CENTROID
 from clipcid_cli.steps.balance.search import CUTOFF_SAMPLE
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -48,7 +48,7 @@ class Cost:
     """What one way to search takes.
 
     Attributes:
-        pairs: Pairs of rows compared: all of them, or those in and near partitions, with centres, and of the audit.
+        pairs: Pairs of rows compared: all of them, or those in and near partitions, with centroids, and of the audit.
         flop: Floating-point operations of their products.
         seconds: Time of the search and, where there is one, of the audit, on these processes.
     """
@@ -58,7 +58,7 @@ class Cost:
     seconds: float
 
 
-def describe_cost(
+def estimate_cost(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
 ) -> dict[str, Any]:
     """Say what a new search takes; one from a forest that is there takes seconds.
@@ -122,7 +122,11 @@ def _measure(settings: BalanceSettings, machine: Machine, embeddings: Embeddings
 
     def compare(number: int) -> float:
         """Return the seconds to compare so many rows with as many others."""
-        join, panel, others = Join(rows.take, readable, machine.device, scan), load(0, number), load(half, number)
+        join, panel, others = (
+            TiledSearch(rows.take, readable, machine.device, scan),
+            load(0, number),
+            load(half, number),
+        )
 
         def work() -> None:
             for _ in join.search(panel, others, cutoff, lambda a, b, _: np.ones(len(a), np.bool_)):
@@ -147,7 +151,7 @@ def _measure(settings: BalanceSettings, machine: Machine, embeddings: Embeddings
     assigned = _seconds_a_row(rows.take, readable, count, machine.device)
     kept = images * (_USUAL_SHARE if settings.keep is None else settings.keep)
     in_all = sampled + MARGIN_SAMPLE * images + min(AUDIT_SAMPLE, kept) * kept
-    looks = images + LOOKS_AT_SAMPLE * min(images, ROWS_PER_CENTRE * count)
+    looks = images + LOOKS_AT_SAMPLE * min(images, ROWS_PER_CENTROID * count)
     compared = int(in_all + looks * count + (0.5 + _VISITS) * images * images / count)
     # The rows among which the cut-off, the margin and the audit look for near ones are prepared each time.
     prepared = images * (1 if settings.keep is None else 2) + kept
@@ -174,10 +178,10 @@ def _survey(rows: HalfArray) -> None:
 
 def _seconds_a_row(read: ReadRows, rows: IntArray, num_partitions: int, device: torch.device) -> float:
     """Measure how long it takes to find a row's partition and those it visits."""
-    centres = np.resize(rows, num_partitions)
-    partitions = Partitions(torch.from_numpy(read(centres)).to(device))
+    centroids = np.resize(rows, num_partitions)
+    partitions = Partitions(torch.from_numpy(read(centroids)).to(device))
     block = rows[: partitions.rows_at_once]
-    # Rows themselves are taken for centres, so borders are near by chance only: few visits, as in a search.
+    # Rows themselves are taken for centroids, so borders are near by chance only: few visits, as in a search.
 
     def work() -> None:
         partitions.visits(torch.from_numpy(read(block)).to(device), 0.05)

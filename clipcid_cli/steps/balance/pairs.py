@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from clipcid_cli.algorithms.search.distances import IntArray
-from clipcid_cli.algorithms.search.pair_search import Join
+from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.algorithms.sets.forest import Edges
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.machine import Machine
@@ -71,20 +71,20 @@ def collect_few_pairs(
 
 def _join_within(
     machine: Machine, survey: Survey, labels: IntArray, precision: str, panel_rows: int | None = None
-) -> tuple[Join, list[tuple[int, int]]]:
+) -> tuple[TiledSearch, list[tuple[int, int]]]:
     """Join the unique rows of each component; returns the tiles in which two rows of one may meet."""
     sizes = np.bincount(labels[survey.unique], minlength=survey.num_rows)
     members = survey.unique[sizes[labels[survey.unique]] > 1]
     members = members[np.argsort(labels[members], kind="stable")]
     scan = choose_scan(precision, machine.device)
-    join = Join(survey.read, members, machine.device, scan.dtype, panel_rows)
+    join = TiledSearch(survey.read, members, machine.device, scan.dtype, panel_rows)
     # Rows lie sorted by component, so two panels share one only where the later begins with what the earlier ends with.
     return join, [tile for tile in join.tiles() if _shares_component(join, labels, tile)]
 
 
 def _search_within(
     machine: Machine,
-    join: Join,
+    join: TiledSearch,
     tiles: list[tuple[int, int]],
     labels: IntArray,
     cutoff: float,
@@ -112,6 +112,6 @@ def _search_within(
     return Edges.concatenate(found), True
 
 
-def _shares_component(join: Join, labels: IntArray, tile: tuple[int, int]) -> bool:
+def _shares_component(join: TiledSearch, labels: IntArray, tile: tuple[int, int]) -> bool:
     i, j = tile
     return i == j or bool(labels[join.panel_rows_of(i)[-1]] == labels[join.panel_rows_of(j)[0]])

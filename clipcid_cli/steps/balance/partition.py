@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.kmeans.kmeans import ClusterSums, centres_of_sums
+from clipcid_cli.algorithms.kmeans.kmeans import ClusterSums, centroids_of_sums
 from clipcid_cli.algorithms.search.blocks import load_block
 from clipcid_cli.algorithms.search.distances import IntArray, ReadRows
 from clipcid_cli.algorithms.search.nearest_pairs import NearestPairs
-from clipcid_cli.algorithms.search.pair_search import Join
-from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedJoin, RowArray
+from clipcid_cli.algorithms.search.pair_search import TiledSearch
+from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedSearch, RowArray
 from clipcid_cli.algorithms.search.partitions import Partitions, choose_margin, default_num_partitions, split_counts
 from clipcid_cli.algorithms.sets.forest import Edges
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.reporting import Reporter
 
-# k-means sees so many rows a partition; partitions need no fine centres, only few rows near their borders.
-ROWS_PER_CENTRE = 64
+# k-means sees so many rows a partition; partitions need no fine centroids, only few rows near their borders.
+ROWS_PER_CENTROID = 64
 _ITERATIONS = 4
 _ROWS_AT_ONCE = 8192
 _SPLIT_ROUNDS = 2
-# Times each of those is looked at, at most: at every move of the centres and after each round.
+# Times each of those is looked at, at most: at every move of the centroids and after each round.
 LOOKS_AT_SAMPLE = _ITERATIONS + 1 + _SPLIT_ROUNDS * (_ITERATIONS // 2 + 1)
 # Rows whose neighbours tell the margin, how many neighbours each, and pairs that may be proposed among them and all rows.
 MARGIN_SAMPLE = 1024
@@ -37,8 +37,8 @@ _LARGEST_SHARE = 0.5
 
 
 def partition_rows(
-    machine: Machine, join: Join, read: ReadRows, scan_dtype: torch.dtype, reach: float, reporter: Reporter
-) -> PartitionedJoin | None:
+    machine: Machine, join: TiledSearch, read: ReadRows, scan_dtype: torch.dtype, reach: float, reporter: Reporter
+) -> PartitionedSearch | None:
     """Cut the rows of a join into partitions so that few pairs within `reach` are missed.
 
     Args:
@@ -63,27 +63,27 @@ def partition_rows(
         "beyond their own."
     )
     homes, visitors = _assign(machine, read, rows, partitions, margin, reporter)
-    return PartitionedJoin(read, rows, homes, visitors, machine.device, scan_dtype)
+    return PartitionedSearch(read, rows, homes, visitors, machine.device, scan_dtype)
 
 
 def _train(machine: Machine, read: ReadRows, rows: IntArray, reporter: Reporter) -> Partitions:
-    """Find centres by k-means on a sample, and split those that have far more rows than others."""
+    """Find centroids by k-means on a sample, and split those that have far more rows than others."""
     wanted = default_num_partitions(len(rows))
     generator = np.random.default_rng(0)
-    size = min(len(rows), ROWS_PER_CENTRE * wanted)
+    size = min(len(rows), ROWS_PER_CENTROID * wanted)
     sample = np.sort(generator.choice(len(rows), size, replace=False))
     first = np.sort(generator.choice(size, wanted, replace=False))
-    # Each process looks at its share of the sample; sums of rows are exact, so the centres do not depend on the shares.
+    # Each process looks at its share of the sample; sums of rows are exact, so the centroids do not depend on the shares.
     start, stop = (machine.rank + np.array([0, 1])) * size // machine.size
     mine = _load(read, rows[sample[start:stop]], machine.device)
-    centres_KD = _load(read, rows[sample[first]], machine.device)
+    centroids_KD = _load(read, rows[sample[first]], machine.device)
     with reporter.progress("partitions", None, "iterations") as progress:
         for round_ in range(1 + _SPLIT_ROUNDS):
             for _ in range(_ITERATIONS if round_ == 0 else _ITERATIONS // 2):
-                home_B = _nearest(Partitions(centres_KD), mine)
-                centres_KD = _move(machine, mine, home_B, centres_KD)
+                home_B = _nearest(Partitions(centroids_KD), mine)
+                centroids_KD = _move(machine, mine, home_B, centroids_KD)
                 progress.advance()
-            partitions = Partitions(centres_KD)
+            partitions = Partitions(centroids_KD)
             home_S = np.concatenate(machine.gather(_nearest(partitions, mine).cpu().numpy()))
             counts = split_counts(np.bincount(home_S, minlength=len(partitions)), wanted)
             if counts.max() == 1 or round_ == _SPLIT_ROUNDS:
@@ -94,7 +94,7 @@ def _train(machine: Machine, read: ReadRows, rows: IntArray, reporter: Reporter)
                 for members in [np.flatnonzero(home_S == partition)]
             ]
             new_KD = _load(read, rows[sample[np.concatenate(added)]], machine.device)
-            centres_KD = torch.cat([centres_KD[torch.from_numpy(counts == 1).to(machine.device)], new_KD])
+            centroids_KD = torch.cat([centroids_KD[torch.from_numpy(counts == 1).to(machine.device)], new_KD])
     return partitions
 
 
@@ -102,16 +102,16 @@ def _nearest(partitions: Partitions, rows_BD: torch.Tensor) -> torch.Tensor:
     return partitions.nearest(rows_BD) if len(rows_BD) else torch.empty(0, dtype=torch.int64, device=rows_BD.device)
 
 
-def _move(machine: Machine, rows_BD: torch.Tensor, home_B: torch.Tensor, centres_KD: torch.Tensor) -> torch.Tensor:
-    """Return the normalised means of the partitions' rows, float16 [K, D]; an empty one keeps its centre."""
-    sums = ClusterSums(len(centres_KD), centres_KD.shape[1], machine.device)
+def _move(machine: Machine, rows_BD: torch.Tensor, home_B: torch.Tensor, centroids_KD: torch.Tensor) -> torch.Tensor:
+    """Return the normalised means of the partitions' rows, float16 [K, D]; an empty one keeps its centroid."""
+    sums = ClusterSums(len(centroids_KD), centroids_KD.shape[1], machine.device)
     for rows, home in zip(torch.split(rows_BD, _ROWS_AT_ONCE), torch.split(home_B, _ROWS_AT_ONCE), strict=True):
         sums.move(rows, torch.full_like(home, -1), home)
-    return centres_of_sums(machine.sum_(sums.sums_KD), centres_KD.float()).half()
+    return centroids_of_sums(machine.sum_(sums.sums_KD), centroids_KD.float()).half()
 
 
 def _measure_margin(
-    machine: Machine, join: Join, read: ReadRows, scan_dtype: torch.dtype, partitions: Partitions, reach: float
+    machine: Machine, join: TiledSearch, read: ReadRows, scan_dtype: torch.dtype, partitions: Partitions, reach: float
 ) -> tuple[float, float]:
     """Find by exact search how near to borders sampled rows and their neighbours lie.
 
@@ -138,7 +138,7 @@ def _measure_margin(
 
 
 def _sample_neighbours(
-    machine: Machine, join: Join, read: ReadRows, scan_dtype: torch.dtype, reach: float
+    machine: Machine, join: TiledSearch, read: ReadRows, scan_dtype: torch.dtype, reach: float
 ) -> tuple[Edges, IntArray]:
     """Find the nearest neighbours, within the reach, of a sample of rows among all rows.
 

@@ -24,7 +24,7 @@ from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.audit import Audit, audit_kept
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage, compare_linkages
-from clipcid_cli.steps.balance.cost import describe_cost
+from clipcid_cli.steps.balance.cost import estimate_cost
 from clipcid_cli.steps.balance.report import write_report
 from clipcid_cli.steps.balance.samples import require_data
 from clipcid_cli.steps.balance.search import Survey, survey_rows
@@ -63,7 +63,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         embeddings = open_embeddings(_find_embeddings(settings, machine, reporter), settings.keys, settings.npz_array)
         seconds = {"embed": time.perf_counter() - started}
         if settings.dry_run:
-            return describe_cost(settings, machine, embeddings, reporter)
+            return estimate_cost(settings, machine, embeddings, reporter)
         shards = None
         if settings.write_shards is not None:
             shards = tar_shards(require_data(settings, embeddings, "--write-shards"), settings.write_shards)

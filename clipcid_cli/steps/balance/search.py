@@ -22,9 +22,9 @@ import torch
 from clipcid_cli.algorithms.search.cutoff import FARTHEST, NearestSample, first_cutoff, wider_cutoff
 from clipcid_cli.algorithms.search.distances import HalfArray, IntArray
 from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows
-from clipcid_cli.algorithms.search.pair_search import Join
-from clipcid_cli.algorithms.search.partitioned_search import PartitionedJoin
-from clipcid_cli.algorithms.sets.collector import Finds
+from clipcid_cli.algorithms.search.pair_search import TiledSearch
+from clipcid_cli.algorithms.search.partitioned_search import PartitionedSearch
+from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.algorithms.sets.forest import Edges
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.results.forest import ForestPart, ForestParts, StoredForest, read_forest, write_forest
@@ -142,16 +142,16 @@ def find_forest(
     # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
     forest = Forest(survey.copies, 0.0) if stored is None else _load(stored)
     scan = choose_scan(precision, machine.device)
-    join = Join(survey.read, survey.unique, machine.device, scan.dtype)
+    join = TiledSearch(survey.read, survey.unique, machine.device, scan.dtype)
     if stored is None and len(survey.unique) > 1:
         reporter.note(f"Near pairs are looked for in {scan.name} ({scan.reason}) and decided in fp64.")
-    outlook = _Outlook(survey, join.rows, machine.device, scan.dtype, for_stars)
+    outlook = CutoffEstimator(survey, join.rows, machine.device, scan.dtype, for_stars)
     most_pairs = _MOST_PAIRS // machine.size if for_stars else 0
     new = stored is None
     while len(forest.edges) < complete and not _is_enough(forest, cutoff, num_edges):
         choose = partial(outlook.choose, forest, num_edges)
         reach = machine.on_main(choose) if cutoff is None else float(np.float32(cutoff))
-        search: Join | PartitionedJoin | None = join
+        search: TiledSearch | PartitionedSearch | None = join
         # At the largest distance only a search of all pairs is sure to find what is missing.
         if neighbors == "partitioned" and forest.cutoff < reach < FARTHEST:
             search = partition_rows(machine, join, survey.read, scan.dtype, reach, reporter)
@@ -199,8 +199,8 @@ def _save(
     write_forest(folder, stored, inputs=inputs, seconds=seconds)
 
 
-def _name_of(join: Join | PartitionedJoin) -> str:
-    return join.name if isinstance(join, PartitionedJoin) else str(join.panel_rows)
+def _name_of(join: TiledSearch | PartitionedSearch) -> str:
+    return join.name if isinstance(join, PartitionedSearch) else str(join.panel_rows)
 
 
 def _digest(inputs: Sequence[dict[str, Any]]) -> str:
@@ -209,7 +209,7 @@ def _digest(inputs: Sequence[dict[str, Any]]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Outlook:
+class CutoffEstimator:
     """How far a search must reach for a number of edges, judged from a fixed sample of the unique rows."""
 
     survey: Survey
@@ -220,6 +220,7 @@ class _Outlook:
 
     @cached_property
     def nearest(self) -> NearestSample:
+        """The nearest neighbours of a sample of rows, from which cut-offs are estimated."""
         size = min(CUTOFF_SAMPLE, len(self.rows))
         sample = np.sort(np.random.default_rng(0).choice(len(self.rows), size, replace=False))
         # Each row meets the sample only: to prepare it for int8 takes longer than a float32 product.
@@ -227,6 +228,7 @@ class _Outlook:
         return NearestSample(self.survey.read, self.rows, sample, self.device, scan_dtype)
 
     def choose(self, forest: Forest, num_edges: int) -> float:
+        """Return the next cut-off to search up to."""
         # Edges between unique rows only, as the sample counts them.
         num_copies = len(self.survey.copies)
         if forest.cutoff == 0.0:
@@ -236,7 +238,7 @@ class _Outlook:
 
 def _search(
     machine: Machine,
-    join: Join | PartitionedJoin,
+    join: TiledSearch | PartitionedSearch,
     parts: ForestParts,
     num_rows: int,
     known: Edges,
@@ -260,39 +262,39 @@ def _search(
         The forest, and all pairs where they were kept.
     """
 
-    def load() -> tuple[set[tuple[int, int]], Finds]:
+    def load() -> tuple[set[tuple[int, int]], PairCollector]:
         done: set[tuple[int, int]] = set()
-        finds = Finds(num_rows, known, most_pairs * machine.size)
+        collector = PairCollector(num_rows, known, most_pairs * machine.size)
         for part in parts.read():
             done |= {(i, j) for i, j in part.tiles.tolist()}
-            finds.add(Edges(part.a, part.b, part.distance))
+            collector.add(Edges(part.a, part.b, part.distance))
             if not part.has_all:
-                finds.forget_pairs()
-        return done, finds
+                collector.forget_pairs()
+        return done, collector
 
     def resume() -> tuple[set[tuple[int, int]], Edges, int]:
-        done, finds = load()
-        return done, finds.forest(), parts.next_session()
+        done, collector = load()
+        return done, collector.forest(), parts.next_session()
 
     def finish() -> tuple[Edges, Edges | None]:
-        _, finds = load()
-        return finds.forest(), finds.pairs()
+        _, collector = load()
+        return collector.forest(), collector.pairs()
 
     done, forest, session = machine.on_main(resume)
     left = [tile for tile in join.tiles() if tile not in done]
     if done:
         reporter.note(f"Resuming the search: {len(done)} of {len(join.tiles())} tiles are done.")
     mine = left[machine.rank :: machine.size]
-    finds = Finds(num_rows, forest, most_pairs)
+    collector = PairCollector(num_rows, forest, most_pairs)
     saved = time.monotonic()
     with reporter.progress("search", sum(map(join.num_pairs, mine)), "pairs") as progress:
         for number, tile in enumerate(mine, 1):
-            for edges in join.search_tile(tile, cutoff, finds.may_matter):
-                finds.add(edges)
+            for edges in join.search_tile(tile, cutoff, collector.may_matter):
+                collector.add(edges)
             progress.advance(join.num_pairs(tile))
             if number == len(mine) or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
-                pairs = finds.pairs()
-                kept = finds.forest() if pairs is None else pairs
+                pairs = collector.pairs()
+                kept = collector.forest() if pairs is None else pairs
                 tiles, has_all = np.array(mine[:number], np.int64), np.array(pairs is not None)
                 parts.write(session, machine.rank, ForestPart(tiles, kept.a, kept.b, kept.weight, has_all))
                 saved = time.monotonic()

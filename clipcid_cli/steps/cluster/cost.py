@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.kmeans.kmeans import centres_of_sums
-from clipcid_cli.algorithms.kmeans.nearest import NearestCentres
+from clipcid_cli.algorithms.kmeans.kmeans import centroids_of_sums
+from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_rows
-from clipcid_cli.algorithms.kmeans.subspace import ShortSpace
+from clipcid_cli.algorithms.kmeans.subspace import Subspace
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.balance.cost import format_duration
-from clipcid_cli.steps.cluster.lloyd import KEPT_BYTES, SHORT_WIDTH, choose_format, find_short_space, short_iterations
+from clipcid_cli.steps.cluster.lloyd import KEPT_BYTES, SHORT_WIDTH, choose_format, find_subspace, subspace_iterations
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -28,7 +28,7 @@ _BYTES_OF_LIBRARIES = 450 * 2**20
 _BYTES_A_ROW = 60
 
 
-def describe_cost(
+def estimate_cost(
     settings: ClusterSettings,
     machine: Machine,
     rows: ClusterRows,
@@ -43,30 +43,30 @@ def describe_cost(
         machine: The processes, of which the first measures.
         rows: What is clustered.
         num_clusters: K.
-        num_nearest: Centres stored for each image.
+        num_nearest: Centroids stored for each image.
         reporter: The listener.
 
     Returns:
         The JSON object: ``images, clusters, flop, memory_bytes, seconds{kmeans_least, kmeans_most, assign}``. ``flop`` and
-        ``kmeans_most`` are those of products of all rows (of ``--train-rows``) with all centres in each iteration, the first
-        of them in few directions where that gains; ``kmeans_least`` is one iteration in full and those in few directions,
-        after which fewer and fewer rows are compared. Memory is that of a process above the mapped files, most of it a
-        float32 and a low-precision copy of the centres and their float64 sums.
+        ``kmeans_most`` are those of products of all rows (of ``--train-rows``) with all centroids in each iteration,
+        the first of them in few directions where that gains; ``kmeans_least`` is one iteration in full and those in few
+        directions, after which fewer and fewer rows are compared. Memory is that of a process above the mapped files,
+        most of it a float32 and a low-precision copy of the centroids and their float64 sums.
     """
     trained = len(rows) if settings.train_rows is None else min(settings.train_rows, len(rows))
     used = rows if trained == len(rows) else rows.sample(trained, settings.seed)
-    num_short = short_iterations(settings.iterations)
-    short = machine.on_main(lambda: find_short_space(used, num_clusters)) if num_short else None
+    num_short = subspace_iterations(settings.iterations)
+    short = machine.on_main(lambda: find_subspace(used, num_clusters)) if num_short else None
     num_short = 0 if short is None else num_short
     num_full = settings.iterations - num_short
     flop = 2 * trained * num_clusters * (rows.width * num_full + SHORT_WIDTH * num_short)
-    centres_CD = _some_centres(settings, rows, num_clusters)
-    scan = machine.on_main(lambda: choose_format(settings.precision, rows, machine, centres_CD)).dtype
+    centroids_CD = _some_centroids(settings, rows, num_clusters)
+    scan = machine.on_main(lambda: choose_format(settings.precision, rows, machine, centroids_CD)).dtype
     kept = min(KEPT_BYTES, (2 + scan.itemsize) * rows.width * trained // machine.size)
     memory = num_clusters * rows.width * (4 + 8 + scan.itemsize) + kept
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
     full, in_short, assign = machine.on_main(
-        lambda: _measure(settings, machine, rows, num_clusters, num_nearest, scan, centres_CD, short)
+        lambda: _measure(settings, machine, rows, num_clusters, num_nearest, scan, centroids_CD, short)
     )
     full, start = full * trained / len(rows), in_short * num_short * trained / len(rows)
     most = start + full * num_full
@@ -87,11 +87,11 @@ def describe_cost(
     }
 
 
-def _some_centres(settings: ClusterSettings, rows: ClusterRows, num_clusters: int) -> torch.Tensor:
+def _some_centroids(settings: ClusterSettings, rows: ClusterRows, num_clusters: int) -> torch.Tensor:
     random = np.random.default_rng(settings.seed)
     chosen = np.sort(random.choice(len(rows), min(num_clusters, 4 * _SAMPLE), replace=False))
     sums_CD = torch.from_numpy(rows.features_at(chosen)).double()
-    return centres_of_sums(sums_CD, torch.zeros(sums_CD.shape))
+    return centroids_of_sums(sums_CD, torch.zeros(sums_CD.shape))
 
 
 def _measure(
@@ -101,15 +101,15 @@ def _measure(
     num_clusters: int,
     num_nearest: int,
     scan: torch.dtype,
-    centres_CD: torch.Tensor,
-    short: ShortSpace | None,
+    centroids_CD: torch.Tensor,
+    short: Subspace | None,
 ) -> tuple[float, float, float]:
-    """Time a block of rows against some of them as centres.
+    """Time a block of rows against some of them as centroids.
 
     Returns:
         Seconds of an iteration in full, of one in few directions (0 where there are none), and of the assignment.
     """
-    centres_CD = centres_CD.to(machine.device)
+    centroids_CD = centroids_CD.to(machine.device)
     block = rows.features(0, min(len(rows), _SAMPLE))
     short = None if short is None else short.to(machine.device)
 
@@ -124,22 +124,22 @@ def _measure(
         return (time.perf_counter() - began) / turns
 
     def pass_over_all(
-        dtype: torch.dtype, look: Callable[[NearestCentres, PreparedRows], object], short: ShortSpace | None = None
+        dtype: torch.dtype, look: Callable[[NearestCentroids, PreparedRows], object], short: Subspace | None = None
     ) -> float:
         def load() -> PreparedRows:
             read_BD = torch.from_numpy(np.array(block)).to(machine.device)
             return prepare_rows(read_BD if short is None else short.rows(read_BD), dtype)
 
-        search = NearestCentres(centres_CD if short is None else short.centres(centres_CD), dtype)
+        search = NearestCentroids(centroids_CD if short is None else short.centroids(centroids_CD), dtype)
         prepare, block_rows = seconds_of(load), load()
         compare = seconds_of(lambda: look(search, block_rows))
-        return (prepare + compare * num_clusters / len(centres_CD)) * len(rows) / len(block) / machine.size
+        return (prepare + compare * num_clusters / len(centroids_CD)) * len(rows) / len(block) / machine.size
 
     assign = choose_precision(settings.precision, machine.device, "embed", parameters=0).dtype
-    num_nearest = min(num_nearest, len(centres_CD))
+    num_nearest = min(num_nearest, len(centroids_CD))
     sides = 2 if rows.embeddings.has_texts else 1
     return (
-        pass_over_all(scan, NearestCentres.nearest),
-        0.0 if short is None else pass_over_all(scan, NearestCentres.nearest, short),
+        pass_over_all(scan, NearestCentroids.nearest),
+        0.0 if short is None else pass_over_all(scan, NearestCentroids.nearest, short),
         sides * pass_over_all(assign, lambda search, found: search.top(found, num_nearest)),
     )

@@ -1,7 +1,7 @@
-"""By how many leading coordinates rows are compared with centres: whichever a trial finds fastest.
+"""By how many leading coordinates rows are compared with centroids: whichever a trial finds fastest.
 
 The answer is the same with any, so processes need not agree, and a trial that another program disturbs costs time only.
-Turning rows into coordinates takes longer than comparing them with a thousand centres, so only rows that are kept from
+Turning rows into coordinates takes longer than comparing them with a thousand centroids, so only rows that are kept from
 iteration to iteration are turned, and that is counted.
 """
 
@@ -20,7 +20,7 @@ from clipcid_cli.algorithms.kmeans.leading_coordinates import (
     leading_coordinates,
     principal_directions,
 )
-from clipcid_cli.algorithms.kmeans.nearest import NearestCentres
+from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
 from clipcid_cli.runtime.machine import Machine
 
@@ -28,31 +28,31 @@ Answer = TypeVar("Answer")
 
 TRIAL_ROWS = 4096
 _TIMED_ROWS = 512
-_CENTRES = 4096
+_CENTROIDS = 4096
 # Shares of the width that are tried. Multiples of 16 numbers, the length of what is left among them, suit the processor.
 _SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
 _NARROWEST = 128
 # Bounds that are less tight in the next iteration must be paid for.
 _GAIN = 0.8
-# Iterations over which turning the rows is spread; the centres are turned in each.
+# Iterations over which turning the rows is spread; the centroids are turned in each.
 _ITERATIONS = 3
 
 
-def worth_a_trial(num_rows: int, num_centres: int, width: int, room: int) -> bool:
+def worth_a_trial(num_rows: int, num_centroids: int, width: int, room: int) -> bool:
     """Tell whether a trial, most of which is finding the directions, takes little of the time of an iteration.
 
     Args:
         num_rows: Rows of this process.
-        num_centres: K.
+        num_centroids: K.
         width: D.
         room: Bytes for prepared rows; those that do not fit would be turned anew in every iteration.
     """
     kept = num_rows * width * (2 + 4 * max(_SHARES))
-    return num_rows * num_centres >= 1024 * width * width and kept <= room
+    return num_rows * num_centroids >= 1024 * width * width and kept <= room
 
 
 class CoordinateChoice:
-    """The coordinates in use, tried in the first iterations in full: centres that are means have shorter rests than rows.
+    """The coordinates in use, tried in the first iterations in full: centroids that are means have shorter rests than rows.
 
     Attributes:
         chosen: Which are multiplied; None for whole rows.
@@ -76,13 +76,13 @@ class CoordinateChoice:
         """Whether there is still a trial to make."""
         return self._left > 0
 
-    def choose(self, rows_BD: torch.Tensor, num_rows: int, centres_KD: torch.Tensor, known: Nearest | None) -> bool:
+    def choose(self, rows_BD: torch.Tensor, num_rows: int, centroids_KD: torch.Tensor, known: Nearest | None) -> bool:
         """Make a trial.
 
         Args:
             rows_BD: Rows from all over the data, float16 [B, D].
             num_rows: How many rows there are of which these are some.
-            centres_KD: The centres as they are, float32 [K, D].
+            centroids_KD: The centroids as they are, float32 [K, D].
             known: What is known of the rows from the iteration before; None in the first.
 
         Returns:
@@ -98,8 +98,8 @@ class CoordinateChoice:
         timed = slice(None, None, max(1, len(rows_BD) // _TIMED_ROWS))
         timed_BD = rows_BD[timed].contiguous()
         if known is not None:
-            known = _as_now(known.chosen(timed), timed_BD, centres_KD)
-        trial = _Trial(timed_BD, num_rows, centres_KD[:_CENTRES], len(centres_KD), known)
+            known = _as_now(known.chosen(timed), timed_BD, centroids_KD)
+        trial = _Trial(timed_BD, num_rows, centroids_KD[:_CENTROIDS], len(centroids_KD), known)
         best, fewest = None, _GAIN * trial.seconds(None)
         for share in _SHARES:
             coordinates = leading_coordinates(self._directions_DD, int(width * share) // 16 * 16 - 1)
@@ -111,40 +111,43 @@ class CoordinateChoice:
         return before != (0 if best is None else best.width)
 
 
-def _as_now(known: Nearest, rows_BD: torch.Tensor, centres_KD: torch.Tensor) -> Nearest:
-    """Bring the similarity to the nearest centre up to date after the centres moved."""
-    own_BD = centres_KD[known.centres_B].double()
-    return Nearest(known.centres_B, (rows_BD.double() * own_BD).sum(dim=1), known.others_B)
+def _as_now(known: Nearest, rows_BD: torch.Tensor, centroids_KD: torch.Tensor) -> Nearest:
+    """Bring the similarity to the nearest centroid up to date after the centroids moved."""
+    own_BD = centroids_KD[known.centroids_B].double()
+    return Nearest(known.centroids_B, (rows_BD.double() * own_BD).sum(dim=1), known.others_B)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Trial:
-    """Some rows and centres that stand for all.
+    """Some rows and centroids that stand for all.
 
     Attributes:
         rows_BD: The rows, float16 [B, D].
         num_rows: How many they stand for.
-        centres_KD: The centres, float32 [K, D].
-        num_centres: How many they stand for.
+        centroids_KD: The centroids, float32 [K, D].
+        num_centroids: How many they stand for.
         known: What is known of the rows.
     """
 
     rows_BD: torch.Tensor
     num_rows: int
-    centres_KD: torch.Tensor
-    num_centres: int
+    centroids_KD: torch.Tensor
+    num_centroids: int
     known: Nearest | None
 
     def seconds(self, coordinates: LeadingCoordinates | None) -> float:
-        """Estimate the seconds of an iteration over all rows and centres."""
+        """Estimate the seconds of an iteration over all rows and centroids."""
         preparing_rows, rows = _timed(lambda: prepare_rows(self.rows_BD, torch.float32, coordinates))
-        preparing_centres, search = _timed(
-            lambda: NearestCentres(self.centres_KD, torch.float32, coordinates=coordinates)
+        preparing_centroids, search = _timed(
+            lambda: NearestCentroids(self.centroids_KD, torch.float32, coordinates=coordinates)
         )
         comparing, _ = _timed(lambda: search.nearest(rows, self.known))
-        share_of_rows, share_of_centres = len(self.rows_BD) / self.num_rows, len(self.centres_KD) / self.num_centres
-        return (preparing_rows / _ITERATIONS + comparing / share_of_centres) / share_of_rows + (
-            preparing_centres / share_of_centres
+        share_of_rows, share_of_centroids = (
+            len(self.rows_BD) / self.num_rows,
+            len(self.centroids_KD) / self.num_centroids,
+        )
+        return (preparing_rows / _ITERATIONS + comparing / share_of_centroids) / share_of_rows + (
+            preparing_centroids / share_of_centroids
         )
 
 

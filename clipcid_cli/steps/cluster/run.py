@@ -1,4 +1,4 @@
-"""`cluster`: kept embeddings → centres by k-means → the nearest centres of every image and caption."""
+"""`cluster`: kept embeddings → centroids by k-means → the nearest centroids of every image and caption."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, temperature_for_perplexity
-from clipcid_cli.algorithms.kmeans.nearest import NearestCentres
+from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.embeddings.rows import Float16
@@ -36,16 +36,23 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.cluster.cost import describe_cost
-from clipcid_cli.steps.cluster.lloyd import LloydState, block_bounds, choose_format, first_centres, load_rows, run_lloyd
+from clipcid_cli.steps.cluster.cost import estimate_cost
+from clipcid_cli.steps.cluster.lloyd import (
+    LloydState,
+    block_bounds,
+    choose_format,
+    first_centroids,
+    load_rows,
+    run_lloyd,
+)
 from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
-# METHOD §2: nearest centres stored of each image and caption.
+# METHOD §2: nearest centroids stored of each image and caption.
 NUM_NEAREST = 16
 # As many as faiss asks for before it warns.
-_FEWEST_A_CENTRE = 39
+_FEWEST_A_CENTROID = 39
 # The temperature's median is taken over about this many rows, evenly spaced: more would not change its digits.
 _TEMPERATURE_ROWS = 65_536
 
@@ -55,7 +62,7 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
 
     Returns:
         The JSON object: ``images, clusters, objective, iterations, empty_clusters, largest_cluster, skipped{}, seconds{read,
-        kmeans, assign, write}, files{}``. ``objective`` is the images' mean similarity to their own centre.
+        kmeans, assign, write}, files{}``. ``objective`` is the images' mean similarity to their own centroid.
 
     Raises:
         ClipcidError: when there is nothing to cluster, there are fewer images than clusters, or another run is in the way.
@@ -66,7 +73,7 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
         num_clusters = _choose_num_clusters(settings, rows, reporter)
         folder = WorkDirectory(settings.work).clusters
         if settings.dry_run:
-            return describe_cost(settings, machine, rows, num_clusters, search_width(num_clusters), reporter)
+            return estimate_cost(settings, machine, rows, num_clusters, search_width(num_clusters), reporter)
         wanted = {
             "features": settings.features,
             "num_clusters": num_clusters,
@@ -113,10 +120,11 @@ def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter:
 
 
 def _warn_of_few(num_trained: int, num_clusters: int, reporter: Reporter) -> None:
-    if num_trained < _FEWEST_A_CENTRE * num_clusters:
+    if num_trained < _FEWEST_A_CENTROID * num_clusters:
         reporter.warn(
             f"--train-rows {num_trained:,} are {num_trained / num_clusters:.1f} images for each of {num_clusters:,} "
-            f"centres, too few to say much of the others; {_FEWEST_A_CENTRE * num_clusters:,} would be {_FEWEST_A_CENTRE}."
+            f"centroids, too few to say much of the others; "
+            f"{_FEWEST_A_CENTROID * num_clusters:,} would be {_FEWEST_A_CENTROID}."
         )
 
 
@@ -140,17 +148,17 @@ def _cluster(
             remove_scratch(output.folder)
         found = read_progress(output.folder)
         if found is None:
-            return LloydState(first_centres(trained, num_clusters, settings.seed), 0, False)
+            return LloydState(first_centroids(trained, num_clusters, settings.seed), 0, False)
         reporter.note(f"Resuming after {found.iterations} iterations.")
         return LloydState(torch.from_numpy(found.centroids), found.iterations, found.converged)
 
     def save(state: LloydState) -> None:
-        write_progress(output.folder, Progress(state.centres_KD.numpy(), state.iterations, state.converged))
+        write_progress(output.folder, Progress(state.centroids_KD.numpy(), state.iterations, state.converged))
 
     state = machine.on_main(begin)
-    scan = machine.on_main(lambda: choose_format(settings.precision, trained, machine, state.centres_KD))
+    scan = machine.on_main(lambda: choose_format(settings.precision, trained, machine, state.centroids_KD))
     used = "all images" if len(trained) == len(rows) else f"{len(trained):,} of {len(rows):,} images (--train-rows)"
-    reporter.note(f"Centres come from {used}; they are compared in {scan.name} ({scan.reason}) and decided in fp64.")
+    reporter.note(f"Centroids come from {used}; they are compared in {scan.name} ({scan.reason}) and decided in fp64.")
     state = run_lloyd(
         trained,
         machine,
@@ -165,13 +173,13 @@ def _cluster(
     started = time.perf_counter()
     # The nearest 16 are close to each other: int8 would leave many more to decide than it saves.
     precision = choose_precision(settings.precision, machine.device, "embed", parameters=0)
-    search = NearestCentres(state.centres_KD.to(machine.device), precision.dtype)
+    search = NearestCentroids(state.centroids_KD.to(machine.device), precision.dtype)
     _assign(machine, rows, search, output.folder, reporter)
     seconds["assign"] = time.perf_counter() - started
 
     def write() -> dict[str, Any]:
         begun = time.perf_counter()
-        write_npy(output.folder / CENTROIDS, state.centres_KD.numpy())
+        write_npy(output.folder / CENTROIDS, state.centroids_KD.numpy())
         bounds = part_bounds(len(rows))
         join_parts(output.folder, len(bounds), captions=rows.embeddings.has_texts)
         result, temperatures = _summarise(rows, num_clusters, output.folder)
@@ -202,11 +210,11 @@ def _cluster(
 
 
 def search_width(num_clusters: int) -> int:
-    """Return m, the number of nearest centres stored for each image."""
+    """Return m, the number of nearest centroids stored for each image."""
     return min(NUM_NEAREST, num_clusters)
 
 
-def _assign(machine: Machine, rows: ClusterRows, search: NearestCentres, folder: Path, reporter: Reporter) -> None:
+def _assign(machine: Machine, rows: ClusterRows, search: NearestCentroids, folder: Path, reporter: Reporter) -> None:
     """Write the parts of the table that are not there yet, dealt to the processes."""
     bounds = part_bounds(len(rows))
     with reporter.progress("assign", len(rows), "images") as progress:
@@ -228,10 +236,10 @@ def _assign(machine: Machine, rows: ClusterRows, search: NearestCentres, folder:
 
 
 def _find_top(
-    machine: Machine, search: NearestCentres, read: Callable[[int, int], Float16], start: int, stop: int
+    machine: Machine, search: NearestCentroids, read: Callable[[int, int], Float16], start: int, stop: int
 ) -> tuple[TopClusters, npt.NDArray[np.float64]]:
-    """Find the nearest centres of rows start … stop − 1, and the exact similarity to the first."""
-    m = search_width(len(search.centres_KD))
+    """Find the nearest centroids of rows start … stop − 1, and the exact similarity to the first."""
+    m = search_width(len(search.centroids_KD))
     clusters = np.empty((stop - start, m), dtype=np.int32)
     similarities = np.empty((stop - start, m), dtype=np.float64)
     for first, last in block_bounds(machine, start, stop):

@@ -106,10 +106,10 @@ def _measure_steps(run: Run) -> tuple[float, float, int]:
 
 def _measure_teacher(run: Run, step_seconds: float) -> TeacherCost | None:
     """Measure the teacher on one batch of noise; None where there is none, or it cannot be loaded here."""
-    teaching = run.inputs.teaching
-    if teaching is None:
+    teacher_inputs = run.inputs.teacher_inputs
+    if teacher_inputs is None:
         return None
-    teacher, embeddings = run.teacher, teaching.embeddings
+    teacher, embeddings = run.teacher, teacher_inputs.embeddings
     if teacher is None:
         assert embeddings is not None, "what does not teach online has left embeddings"
         spec = run.settings.teacher or ((embeddings.sidecar or {}).get("model") or {}).get("spec")
@@ -124,7 +124,7 @@ def _measure_teacher(run: Run, step_seconds: float) -> TeacherCost | None:
     step = step_seconds if run.teacher is not None else step_seconds + seconds
     # What is embedded once may be more than what is trained on: all images, not only the kept ones, and every view.
     rows = len(run.inputs.usable.keys) if embeddings is None else embeddings.num_rows
-    passes = rows * (1 + teaching.num_views) / run.inputs.training.total
+    passes = rows * (1 + teacher_inputs.num_views) / run.inputs.training.total
     return TeacherCost(teacher.info.parameters, seconds, min(1.0, seconds / step), passes)
 
 

@@ -20,7 +20,7 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps.distill.batches import Selection, Usable, find_usable
 from clipcid_cli.steps.distill.teacher_inputs import (
-    Teaching,
+    TeacherInputs,
     join_clusters,
     join_teacher,
     named_teacher,
@@ -64,7 +64,7 @@ class Inputs:
         training: Those to train on.
         held_out: Those to evaluate on.
         keep_list: The keep list that was applied; None for all samples.
-        teaching: The teacher's side; None when no loss asks.
+        teacher_inputs: The teacher's side; None when no loss asks.
         fingerprints: Size and hash of each input file.
     """
 
@@ -73,7 +73,7 @@ class Inputs:
     training: Selection
     held_out: Selection
     keep_list: AppliedKeepList | None
-    teaching: Teaching | None
+    teacher_inputs: TeacherInputs | None
     fingerprints: list[dict[str, Any]]
 
 
@@ -147,32 +147,32 @@ def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, repor
         wanted &= _apply_keep_list(path, keep, usable, settings.max_bad_fraction, reporter)
         fingerprints.append(fingerprint_file(path))
         keep_list = AppliedKeepList(path, keep.num_kept, len(keep.keys))
-    teaching = None
+    teacher_inputs = None
     if settings.needs_teacher:
         if settings.online_teacher:
-            teaching = _take_online(teacher, embeddings, usable, reporter)
+            teacher_inputs = _take_online(teacher, embeddings, usable, reporter)
         else:
             assert embeddings is not None, "find_embeddings made them"
-            teaching = join_teacher(settings, embeddings, dataset, usable, wanted, reporter)
-            wanted &= teaching.places >= 0
-        teaching = join_clusters(settings, teaching, usable, wanted, reporter)
-        if keep_list is not None and teaching.clusters is not None:
-            refuse_old_clusters(teaching.clusters, keep_list.path)
-        fingerprints += teaching.fingerprints()
+            teacher_inputs = join_teacher(settings, embeddings, dataset, usable, wanted, reporter)
+            wanted &= teacher_inputs.places >= 0
+        teacher_inputs = join_clusters(settings, teacher_inputs, usable, wanted, reporter)
+        if keep_list is not None and teacher_inputs.clusters is not None:
+            refuse_old_clusters(teacher_inputs.clusters, keep_list.path)
+        fingerprints += teacher_inputs.fingerprints()
     return Inputs(
         dataset,
         usable,
         usable.selection.narrow(wanted),
         usable.selection.narrow(held_out),
         keep_list,
-        teaching,
+        teacher_inputs,
         fingerprints,
     )
 
 
 def _take_online(
     teacher: ModelName | None, embeddings: Embeddings | None, usable: Usable, reporter: Reporter
-) -> Teaching:
+) -> TeacherInputs:
     """Take a teacher that runs beside the student: the one that was named, else the embeddings', else the default one.
 
     Raises:
@@ -185,7 +185,7 @@ def _take_online(
     teacher = teacher or with_default_tag(parse_model(DEFAULT_MODEL))
     reporter.note(f"Teacher: {teacher.spec}, run beside the student on the same views and captions.")
     places = np.full(len(usable.keys), -1) if embeddings is None else join_keys(usable.keys, embeddings.keys)
-    return Teaching(embeddings, places, online=teacher)
+    return TeacherInputs(embeddings, places, online=teacher)
 
 
 def _open_data(

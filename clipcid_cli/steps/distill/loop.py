@@ -22,7 +22,7 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.models.augment import apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.grad_cache import EncodeBoth, Part, TowerPass
+from clipcid_cli.runtime.models.grad_cache import EncodeBoth, GradCache, Part
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.randomness import derive_seed
@@ -39,7 +39,7 @@ _FLUSH_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Pace:
+class Schedule:
     """When things happen.
 
     Attributes:
@@ -98,7 +98,7 @@ class Loop:
     parts: int
     encode: EncodeBoth
     frozen: list[nn.Module]
-    pace: Pace
+    pace: Schedule
     run: RunFolder
     writes: bool
     board: Board
@@ -177,7 +177,7 @@ class Loop:
         module.train()
         for tower in self.frozen:
             tower.eval()
-        towers = TowerPass(self._encode_part, self._split(batch))
+        towers = GradCache(self._encode_part, self._split(batch))
         scale: Tensor = module.logit_scale.exp()  # type: ignore[operator]  # a parameter of every CLIP
         total, terms = self.objective(towers.image, towers.text, scale, batch, trainer.step)
         trainer.backward(total)

@@ -62,7 +62,7 @@ class Objective:
             text_bd: Its text features, likewise.
             student_scale: exp(logit_scale) of the student.
             seen: Its part of the batch, by which the teacher's side is found.
-            step: Number of the step; decides the draw of cluster centres.
+            step: Number of the step; decides the draw of cluster centroids.
 
         Returns:
             What to find the gradients of: the weighted sum of the losses of the global batch, or (`local`) of this

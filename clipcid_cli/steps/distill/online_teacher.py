@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.algorithms.losses.shared_space import bring
+from clipcid_cli.algorithms.losses.shared_space import project
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.gradients import gather_rows
 from clipcid_cli.runtime.machine import Machine
@@ -19,7 +19,7 @@ from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.steps.distill.batches import Batch
 from clipcid_cli.steps.distill.cluster_targets import open_lookup
-from clipcid_cli.steps.distill.teacher_inputs import Teaching
+from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
 from clipcid_cli.steps.distill.teacher_space import TeacherSide, choose_space
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -73,18 +73,18 @@ class OnlineTeacher(TeacherSide):
                 images.append(self.model.encode_images(pixels, self.precision))
                 texts.append(self.model.encode_texts(seen.teacher_tokens[part], self.precision))
             rotation = self.space.rotation
-            return bring(torch.cat(images), rotation), bring(torch.cat(texts), rotation)
+            return project(torch.cat(images), rotation), project(torch.cat(texts), rotation)
 
 
-def load_online_teacher(teaching: Teaching | None, machine: Machine) -> ClipModel | None:
+def load_online_teacher(teacher_inputs: TeacherInputs | None, machine: Machine) -> ClipModel | None:
     """Load the teacher that runs beside the student; None where none does.
 
     Raises:
         ClipcidError: when its weights cannot be reached or read.
     """
-    if teaching is None or teaching.online is None:
+    if teacher_inputs is None or teacher_inputs.online is None:
         return None
-    name = teaching.online
+    name = teacher_inputs.online
     model = machine.on_all(lambda: load_model(name, machine.device))
     for parameter in model.module.parameters():
         parameter.requires_grad_(False)
@@ -103,7 +103,7 @@ def describe_weights(model: ClipModel) -> dict[str, Any]:
 
 def open_online_teacher(
     settings: DistillSettings,
-    teaching: Teaching,
+    teacher_inputs: TeacherInputs,
     model: ClipModel,
     student_width: int,
     changes_colors: bool,
@@ -114,7 +114,7 @@ def open_online_teacher(
 
     Args:
         settings: Settings of the step.
-        teaching: What it left on disk: clusters, and embeddings to find the axes of the meeting space in.
+        teacher_inputs: What it left on disk: clusters, and embeddings to find the axes of the meeting space in.
         model: The teacher.
         student_width: d.
         changes_colors: Whether batches carry colour maps worth applying.
@@ -124,15 +124,17 @@ def open_online_teacher(
     Raises:
         ClipcidError: when the clusters are of another width than the teacher.
     """
-    info, clusters = model.info, teaching.clusters
-    space = choose_space(settings.teacher_space, info.embed_dim, teaching.embeddings, student_width, machine, reporter)
+    info, clusters = model.info, teacher_inputs.clusters
+    space = choose_space(
+        settings.teacher_space, info.embed_dim, teacher_inputs.embeddings, student_width, machine, reporter
+    )
     if clusters is not None and clusters.centroids.shape[1] != info.embed_dim:
         raise ClipcidError(
             f"The clusters in {clusters.folder} have width {clusters.centroids.shape[1]}, the teacher {info.spec} "
             f"{info.embed_dim}: they are of another teacher.",
             f"Run: clipcid embed DATA --model {info.spec}, then clipcid cluster --overwrite",
         )
-    lookup = open_lookup(teaching, space.rotation, settings, machine.device)
+    lookup = open_lookup(teacher_inputs, space.rotation, settings, machine.device)
     precision = choose_precision(settings.precision, machine.device, "embed", info.parameters)
     model.cast_products(precision)
     reporter.note(

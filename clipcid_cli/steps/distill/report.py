@@ -71,13 +71,14 @@ def write_report(folder: RunFolder, settings: DistillSettings, student: ClipMode
 
 def _compare(held_out: HeldOut, images: Tensor, texts: Tensor, inputs: Inputs) -> list[dict[str, Any]]:
     """Measure student and teacher on the held-out samples the teacher has embedded too; nothing without a teacher."""
-    if inputs.teaching is None or inputs.teaching.embeddings is None or not inputs.teaching.embeddings.has_texts:
+    stored = inputs.teacher_inputs
+    if stored is None or stored.embeddings is None or not stored.embeddings.has_texts:
         return []
-    places = inputs.teaching.places[np.array(held_out.rows, dtype=np.int64)]
+    places = stored.places[np.array(held_out.rows, dtype=np.int64)]
     known = np.flatnonzero(places >= 0)
     if len(known) < 2:
         return []
-    embeddings, own = inputs.teaching.embeddings, torch.arange(len(known))
+    embeddings, own = stored.embeddings, torch.arange(len(known))
     teacher = [torch.from_numpy(rows.take(places[known])).float() for rows in (embeddings.images(), embeddings.texts())]
     mine = [rows[torch.from_numpy(known)] for rows in (images, texts)]
     return [
@@ -190,11 +191,11 @@ def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np
 def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
     keep_list = "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)
     found = [("data", inputs.dataset.spec), ("keep list", keep_list)]
-    if inputs.teaching is not None:
-        if inputs.teaching.online is not None:
-            found.append(("teacher", f"{inputs.teaching.online.spec}, run beside the student"))
-        if inputs.teaching.embeddings is not None:
-            found.append(("embeddings", str(inputs.teaching.embeddings.folder)))
-        if inputs.teaching.clusters is not None:
-            found.append(("clusters", str(inputs.teaching.clusters.folder)))
+    if inputs.teacher_inputs is not None:
+        if inputs.teacher_inputs.online is not None:
+            found.append(("teacher", f"{inputs.teacher_inputs.online.spec}, run beside the student"))
+        if inputs.teacher_inputs.embeddings is not None:
+            found.append(("embeddings", str(inputs.teacher_inputs.embeddings.folder)))
+        if inputs.teacher_inputs.clusters is not None:
+            found.append(("clusters", str(inputs.teacher_inputs.clusters.folder)))
     return found

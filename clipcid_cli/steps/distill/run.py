@@ -46,7 +46,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         inputs = machine.on_main(lambda: find_inputs(settings, embeddings, reporter))
         begun = load_student(settings, machine, reporter)
         student = begun.model
-        teacher = load_online_teacher(inputs.teaching, machine)
+        teacher = load_online_teacher(inputs.teacher_inputs, machine)
         plan = machine.on_main(lambda: plan_run(settings, inputs, machine, reporter))
         name = settings.name or default_name(settings, student, inputs)
         folder = RunFolder(WorkDirectory(settings.work).distill(name))
@@ -56,7 +56,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
             machine,
             folder.path,
             "distill",
-            settings=deciding(settings, student, plan, inputs),
+            settings=identity(settings, student, plan, inputs),
             inputs=inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
             overwrite=settings.overwrite,
             clear=folder.clear,
@@ -69,7 +69,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
     return result(folder, sidecar)
 
 
-def deciding(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: Inputs) -> dict[str, Any]:
+def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: Inputs) -> dict[str, Any]:
     """Return all that decides the student, beside the inputs' content, as JSON values."""
     given = output_settings(settings)
     # Data and teacher are inputs: they are told by their content, however they were named.
@@ -91,9 +91,9 @@ def deciding(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: 
         "steps": plan.optimiser.steps,
     }
     given["cluster_towers"] = "image"
-    if inputs.teaching is not None and inputs.teaching.clusters is not None:
-        given["cluster_temperature"] = temperatures(inputs.teaching.clusters, settings)
-        given["cluster_towers"] = "both" if inputs.teaching.text_clusters else "image"
+    if inputs.teacher_inputs is not None and inputs.teacher_inputs.clusters is not None:
+        given["cluster_temperature"] = temperatures(inputs.teacher_inputs.clusters, settings)
+        given["cluster_towers"] = "both" if inputs.teacher_inputs.text_clusters else "image"
     plain: dict[str, Any] = json.loads(json.dumps(given))
     return plain
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.algorithms.losses.shared_space import bring
+from clipcid_cli.algorithms.losses.shared_space import project
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.runtime.gradients import gather_rows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.distill.batches import Batch
 from clipcid_cli.steps.distill.cluster_targets import open_lookup
-from clipcid_cli.steps.distill.teacher_inputs import Teaching
+from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
 from clipcid_cli.steps.distill.teacher_space import TeacherSide, choose_space
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -106,30 +106,32 @@ class TeacherTargets(TeacherSide):
         places = self.places[rows]
         return dataclasses.replace(
             self.add_clusters(batch, rows, step),
-            teacher_image_BD=self._bring(self.images.take(places, views)),
-            teacher_text_BD=None if self.texts is None else self._bring(self.texts.take(places, captions)),
+            teacher_image_BD=self._project(self.images.take(places, views)),
+            teacher_text_BD=None if self.texts is None else self._project(self.texts.take(places, captions)),
         )
 
-    def _bring(self, rows: npt.NDArray[np.float16]) -> Tensor:
-        return bring(torch.from_numpy(rows).to(self.device).float(), self.space.rotation)
+    def _project(self, rows: npt.NDArray[np.float16]) -> Tensor:
+        return project(torch.from_numpy(rows).to(self.device).float(), self.space.rotation)
 
 
 def open_targets(
-    settings: DistillSettings, teaching: Teaching, student_width: int, machine: Machine, reporter: Reporter
+    settings: DistillSettings, teacher_inputs: TeacherInputs, student_width: int, machine: Machine, reporter: Reporter
 ) -> TeacherTargets:
     """Bring what the teacher left into the meeting space, as far as it is done once."""
-    embeddings = teaching.embeddings
+    embeddings = teacher_inputs.embeddings
     assert embeddings is not None, "only an online teacher may have none"
     space = choose_space(settings.teacher_space, embeddings.width, embeddings, student_width, machine, reporter)
     return TeacherTargets(
         space=space,
         teacher_scale=teacher_scale(embeddings.sidecar, reporter) if "crd" in settings.losses() else MAX_SCALE,
-        clusters=open_lookup(teaching, space.rotation, settings, machine.device),
+        clusters=open_lookup(teacher_inputs, space.rotation, settings, machine.device),
         device=machine.device,
         size=machine.size,
-        images=ImageRows(embeddings.views() if teaching.num_views else embeddings.images(), teaching.num_views),
-        texts=CaptionRows.of(embeddings, all_captions=teaching.all_captions) if embeddings.has_texts else None,
-        places=teaching.places,
+        images=ImageRows(
+            embeddings.views() if teacher_inputs.num_views else embeddings.images(), teacher_inputs.num_views
+        ),
+        texts=CaptionRows.of(embeddings, all_captions=teacher_inputs.all_captions) if embeddings.has_texts else None,
+        places=teacher_inputs.places,
     )
 
 

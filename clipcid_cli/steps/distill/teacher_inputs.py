@@ -29,7 +29,7 @@ Rows = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)
-class Teaching:
+class TeacherInputs:
     """What the teacher left on disk, joined with the data by key.
 
     Attributes:
@@ -144,8 +144,8 @@ def join_teacher(
     usable: Usable,
     wanted: npt.NDArray[np.bool_],
     reporter: Reporter,
-) -> Teaching:
-    """Join stored embeddings with the data.
+) -> TeacherInputs:
+    """TiledSearch stored embeddings with the data.
 
     Args:
         settings: Settings of the step.
@@ -172,7 +172,7 @@ def join_teacher(
             f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
             "have no part in it (--views none draws views anew)."
         )
-    return Teaching(
+    return TeacherInputs(
         embeddings,
         places,
         num_views=views,
@@ -219,22 +219,22 @@ def _has_all_captions(
 
 def join_clusters(
     settings: DistillSettings,
-    teaching: Teaching,
+    teacher_inputs: TeacherInputs,
     usable: Usable,
     wanted: npt.NDArray[np.bool_],
     reporter: Reporter,
-) -> Teaching:
+) -> TeacherInputs:
     """Open and join the clusters, where a loss asks for them.
 
     Raises:
         ClipcidError: when there are none, or they are another teacher's or of other images; the fix remakes them.
     """
     if not any(LOSSES[name].needs_clusters for name in settings.losses()):
-        return teaching
+        return teacher_inputs
     clusters = open_clusters(settings.clusters or WorkDirectory(settings.work).find_clusters())
-    several = bool((usable.caption_counts[wanted] > 1).any()) and not teaching.first_captions
+    several = bool((usable.caption_counts[wanted] > 1).any()) and not teacher_inputs.first_captions
     text_clusters = _teaches_text(clusters, settings, several)
-    embeddings, online = teaching.embeddings, teaching.online
+    embeddings, online = teacher_inputs.embeddings, teacher_inputs.online
     remake = "Run: clipcid cluster" + (f" --embeddings {embeddings.folder}" if embeddings is not None else "")
     remake += " --overwrite"
     made_of = clusters.sidecar.get("model")
@@ -260,8 +260,8 @@ def join_clusters(
             remake,
         )
     taught = "both towers" if text_clusters else "the image tower"
-    reporter.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centres, for {taught}.")
-    return dataclasses.replace(teaching, clusters=clusters, cluster_places=places, text_clusters=text_clusters)
+    reporter.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {taught}.")
+    return dataclasses.replace(teacher_inputs, clusters=clusters, cluster_places=places, text_clusters=text_clusters)
 
 
 def _teaches_text(clusters: Clusters, settings: DistillSettings, several: bool) -> bool:

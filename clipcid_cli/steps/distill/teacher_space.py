@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.algorithms.losses.shared_space import Rotation, principal_rotation
+from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, principal_axes
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.distill.batches import Batch
@@ -35,7 +35,7 @@ class Space:
     """
 
     kind: str
-    rotation: Rotation | None
+    rotation: PrincipalAxes | None
     width: int
 
 
@@ -72,7 +72,7 @@ def choose_space(
             f"{by_layer} There are no stored embeddings of it to find the axes of --teacher-space pca in (clipcid embed)."
         )
         return Space("project", None, teacher_width)
-    rotation = machine.on_main(lambda: principal_rotation(second_moment(embeddings), student_width))
+    rotation = machine.on_main(lambda: principal_axes(second_moment(embeddings), student_width))
     share = f"{student_width} of the teacher's {teacher_width} dimensions keep {rotation.kept:.1%} of its variance"
     if requested == "auto" and rotation.kept < ENOUGH_VARIANCE:
         reporter.note(
@@ -138,7 +138,7 @@ class TeacherSide(ABC):
         Args:
             batch: A global batch.
             rows: Rows of its samples among the usable ones, int64 [B].
-            step: Number of the step; decides the draw of centres.
+            step: Number of the step; decides the draw of centroids.
         """
         images, texts = (None, None) if self.clusters is None else self.clusters.targets(rows, step)
         return dataclasses.replace(batch, teacher_scale=self.teacher_scale, image_clusters=images, text_clusters=texts)

@@ -25,7 +25,7 @@ from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.grad_cache import compiled
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.short_forward import LeanTowers
+from clipcid_cli.runtime.models.short_forward import ShortForward
 from clipcid_cli.runtime.models.used_tokens import train_used_rows, whole_state
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.randomness import derive_seed
@@ -33,7 +33,7 @@ from clipcid_cli.runtime.training import LossParameters, Trainer
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, Reading, read_held_out, used_tokens
 from clipcid_cli.steps.distill.evaluation import Evaluation, plan_evaluation
 from clipcid_cli.steps.distill.inputs import Inputs
-from clipcid_cli.steps.distill.loop import Loop, Pace
+from clipcid_cli.steps.distill.loop import Loop, Schedule
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.online_teacher import open_online_teacher
 from clipcid_cli.steps.distill.plan import Plan
@@ -111,10 +111,10 @@ class Run:
         """
         settings, machine, inputs, student = self.settings, self.machine, self.inputs, self.student
         keep_freed_memory()
-        teaching = inputs.teaching
+        teacher_inputs = inputs.teacher_inputs
         augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
-        if teaching is not None:
-            augmentation = teaching.augmentation(augmentation)
+        if teacher_inputs is not None:
+            augmentation = teacher_inputs.augmentation(augmentation)
         objective = self._make_objective(self._open_teacher(augmentation.changes_colors))
         if self.begun.spare_unused_tokens:
             self._spare_unused_tokens()
@@ -135,13 +135,13 @@ class Run:
                 inputs.training,
                 settings.seed,
                 self.plan.batch_size,
-                None if teaching is None else teaching.replay(settings.seed),
+                None if teacher_inputs is None else teacher_inputs.replay(settings.seed),
             ),
             maker=BatchMaker(
                 Reading.of(student),
                 augmentation,
                 settings.seed,
-                first_caption=teaching is not None and teaching.first_captions,
+                first_caption=teacher_inputs is not None and teacher_inputs.first_captions,
                 caption_dropout=settings.caption_dropout,
                 teacher=None if self.teacher is None else Reading.of(self.teacher),
             ),
@@ -149,9 +149,9 @@ class Run:
             precision=precision,
             changes_colors=augmentation.changes_colors,
             parts=settings.accum_freq,
-            encode=compiled(student.module) if settings.torchcompile else LeanTowers(student.module),
+            encode=compiled(student.module) if settings.torchcompile else ShortForward(student.module),
             frozen=self.begun.frozen,
-            pace=Pace(
+            pace=Schedule(
                 steps,
                 self.plan.eval_every,
                 settings.checkpoint_every or max(1, min(1_000, steps // 10)),
@@ -168,12 +168,14 @@ class Run:
 
     def _open_teacher(self, changes_colors: bool) -> TeacherSide | None:
         """Make the teacher ready: the model that runs beside the student, or what its embeddings say."""
-        settings, teaching, width = self.settings, self.inputs.teaching, self.student.info.embed_dim
-        if teaching is None:
+        settings, teacher_inputs, width = self.settings, self.inputs.teacher_inputs, self.student.info.embed_dim
+        if teacher_inputs is None:
             return None
         if self.teacher is None:
-            return open_targets(settings, teaching, width, self.machine, self.reporter)
-        return open_online_teacher(settings, teaching, self.teacher, width, changes_colors, self.machine, self.reporter)
+            return open_targets(settings, teacher_inputs, width, self.machine, self.reporter)
+        return open_online_teacher(
+            settings, teacher_inputs, self.teacher, width, changes_colors, self.machine, self.reporter
+        )
 
     def _make_objective(self, targets: TeacherSide | None) -> Objective:
         student_width = self.student.info.embed_dim

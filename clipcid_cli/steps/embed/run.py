@@ -87,8 +87,8 @@ def make_embeddings(
         + (f" {settings.views} augmented views of each image." if settings.views else "")
     )
     if settings.dry_run:
-        return _foresee(embedder, machine)
-    deciding = {
+        return _estimate_cost(embedder, machine)
+    identity = {
         "weights": info.weights_hash,
         "preprocess": hash_preprocess(info.preprocess, fast_decode=settings.fast_decode),
         "tokenizer": f"{info.tokenizer}, {info.context_length} tokens" if settings.text else None,
@@ -101,9 +101,9 @@ def make_embeddings(
     }
     machine.on_main(lambda: refuse_foreign_folder(folder))
     with claim_output(
-        machine, folder, "embed", settings=deciding, inputs=inputs, overwrite=settings.overwrite
+        machine, folder, "embed", settings=identity, inputs=inputs, overwrite=settings.overwrite
     ) as output:
-        writer = EmbeddingWriter(folder, len(dataset.shards), plan_identity(deciding, inputs))
+        writer = EmbeddingWriter(folder, len(dataset.shards), plan_identity(identity, inputs))
         timings, elapsed = _embed_missing(embedder, writer, machine, reporter)
         sidecar = machine.on_main(lambda: _finish(output, embedder, writer, timings, elapsed, reporter, without_text))
     return _result(folder, sidecar)
@@ -279,7 +279,7 @@ def _result(folder: Path, sidecar: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _foresee(embedder: ShardEmbedder, machine: Machine) -> dict[str, Any]:
+def _estimate_cost(embedder: ShardEmbedder, machine: Machine) -> dict[str, Any]:
     """Say what embedding would cost, from the time of a few batches; nothing is written."""
     images = machine.on_main(embedder.dataset.estimate_samples)
     seconds = embedder.measure_batch() * images / embedder.samples_at_once / machine.size

@@ -22,7 +22,7 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer
 from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.runtime.threads import compute_beside, threads_beside
+from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
 from clipcid_cli.steps.reporting import Progress
 
@@ -173,12 +173,12 @@ def encode_task(
     classify = task.task == CLASSIFICATION
     prepare = PrepareBatch(model.pixel_transform(), None if classify else model.tokenizer)
     encode = partial(_encode, model, task, precision)
-    threads = threads_beside(machine.device)
+    threads = threads_for_batches(machine.device)
     if workers is None and machine.device.type == "cpu":
-        batches = compute_beside(mine(), lambda samples: encode(prepare(samples)), threads)
+        batches = map_threads(mine(), lambda samples: encode(prepare(samples)), threads)
     else:
         loaded = load_batches(mine(), prepare, default_workers() if workers is None else workers)
-        batches = compute_beside(loaded, encode, threads)
+        batches = map_threads(loaded, encode, threads)
     encoded, unreadable, failure, shown = list[EncodedBatch](), Skips(), None, 0
     try:
         for place, (batch, skips) in enumerate(batches):
@@ -244,6 +244,6 @@ def encode_classes(
         parts = [model.encode_texts(part, precision).cpu() for part in torch.split(tokens, batch_size)]
         return number, torch.cat(parts).view(len(names), len(task.templates), -1)
 
-    mine = list(compute_beside(starts, encode, threads_beside(machine.device)))
+    mine = list(map_threads(starts, encode, threads_for_batches(machine.device)))
     everything = sorted((part for parts in machine.gather(mine) for part in parts), key=lambda part: part[0])
     return torch.cat([prompts for _, prompts in everything])

@@ -21,7 +21,7 @@ from clipcid_cli.formats.data.class_files import (
     read_templates,
 )
 from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_dataset, open_described
-from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, Preset, customary_metric, find_preset
+from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, Preset, customary_metric, find_known_dataset
 from clipcid_cli.formats.data.multi_label import read_classes
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -190,7 +190,7 @@ def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[Preset, Path] 
     Raises:
         ClipcidError: when there is no copy.
     """
-    found = find_preset(name, root)
+    found = find_known_dataset(name, root)
     if found is not None:
         preset, folder = found
         reporter.note(f"Data: {preset.name} (usually reported by {preset.metric}) in {folder}.")

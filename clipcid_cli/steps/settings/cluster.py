@@ -56,8 +56,8 @@ class ClusterSettings(KeyedSettings):
     )
     train_rows: int | None = option(
         None,
-        "Find the centres from this many images only, drawn by the seed; all are assigned to them then. By default all are "
-        "used throughout.",
+        "Find the centroids from this many images only, drawn by the seed; all are assigned to them then. By default all "
+        "are used throughout.",
         group=_CLUSTERS,
         minimum=1,
     )

@@ -129,20 +129,21 @@ class DistillSettings(ReadingSettings):
     )
     candidate_ratio: float = option(
         0.1,
-        "Share of all cluster centres drawn at random beside those the batch names.",
+        "Share of all cluster centroids drawn at random beside those the batch names.",
         group=_LOSS,
         minimum=0.0,
         maximum=1.0,
     )
     min_candidates: int = option(
         4096,
-        "Smallest number of cluster centres a batch is compared with; all where there are fewer.",
+        "Smallest number of cluster centroids a batch is compared with; all where there are fewer.",
         group=_LOSS,
         minimum=1,
     )
     candidate_correction: bool = option(
         True,
-        "Count each centre drawn at random for all those it stands for; without, the batch's own clusters look too likely.",
+        "Count each centroid drawn at random for all those it represents; without, the batch's own clusters look too "
+        "likely.",
         group=_LOSS,
     )
     cluster_temperature: float | None = option(

@@ -1,4 +1,4 @@
-"""Rows compared only with the centres that bounds cannot rule out get the nearest of all centres, ties included."""
+"""Rows compared only with the centroids that bounds cannot rule out get the nearest of all centroids, ties included."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.algorithms.kmeans.best_so_far import Nearest
-from clipcid_cli.algorithms.kmeans.bounds import Movement
-from clipcid_cli.algorithms.kmeans.kmeans import centres_of_sums, distances_moved
+from clipcid_cli.algorithms.kmeans.bounds import CentroidDrift
+from clipcid_cli.algorithms.kmeans.kmeans import centroids_of_sums, distances_moved
 from clipcid_cli.algorithms.kmeans.leading_coordinates import (
     LeadingCoordinates,
     leading_coordinates,
     principal_directions,
 )
-from clipcid_cli.algorithms.kmeans.nearest import NearestCentres
+from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
 
 
 def on_grid(values: torch.Tensor) -> torch.Tensor:
-    return centres_of_sums(values.double(), torch.zeros_like(values))
+    return centroids_of_sums(values.double(), torch.zeros_like(values))
 
 
 def follow(
@@ -30,20 +30,20 @@ def follow(
     dtype: torch.dtype,
     coordinates: LeadingCoordinates | None = None,
 ) -> tuple[list[Nearest], int]:
-    """Find the nearest centres after each step from what is known of the step before; also count the comparisons."""
+    """Find the nearest centroids after each step from what is known of the step before; also count the comparisons."""
     prepared = prepare_rows(rows, dtype, coordinates)
-    found = NearestCentres(steps[0], dtype, coordinates=coordinates).nearest(prepared)
+    found = NearestCentroids(steps[0], dtype, coordinates=coordinates).nearest(prepared)
     results, compared = [found], 0
     for before, after in pairwise(steps):
-        movement = Movement.of(distances_moved(before, after))
-        search = NearestCentres(after, dtype, movement.order_K, coordinates)
-        now = search.similarities(rows, torch.arange(len(rows)), found.centres_B)
+        movement = CentroidDrift.of(distances_moved(before, after))
+        search = NearestCentroids(after, dtype, movement.order_K, coordinates)
+        now = search.similarities(rows, torch.arange(len(rows)), found.centroids_B)
         count, rest = movement.leading(found.similarities_B, now, found.others_B)
-        known = Nearest(found.centres_B.clone(), now, rest)
+        known = Nearest(found.centroids_B.clone(), now, rest)
         for row in range(len(rows)):
             one = slice(row, row + 1)
             looked = search.nearest(prepared.chosen(one), known.chosen(one), int(count[row]))
-            known.centres_B[one], known.similarities_B[one] = looked.centres_B, looked.similarities_B
+            known.centroids_B[one], known.similarities_B[one] = looked.centroids_B, looked.similarities_B
             known.others_B[one] = torch.maximum(known.others_B[one], looked.others_B)
         found = known
         compared += int(count.sum())
@@ -80,7 +80,7 @@ def test_what_was_not_looked_at_is_not_nearer(
     mean = normal(width)
     rows = torch.nn.functional.normalize(normal(12, width) * spread + mean, dim=1).half()
     steps = [on_grid(normal(num_clusters, width) * spread + mean)]
-    # Copies of centres, and rows that lie on one: ties.
+    # Copies of centroids, and rows that lie on one: ties.
     steps[0][num_clusters // 2 :: 3] = steps[0][0].clone()
     rows[:3] = steps[0][0].half()
     for _ in range(4):
@@ -91,29 +91,29 @@ def test_what_was_not_looked_at_is_not_nearer(
     if dtype == torch.float32:
         leading = leading_coordinates(principal_directions(rows), int(coordinates * width))
     results, _ = follow(rows, steps, dtype, leading)
-    for centres, found in zip(steps, results, strict=True):
-        exact = rows.double() @ centres.double().T
+    for centroids, found in zip(steps, results, strict=True):
+        exact = rows.double() @ centroids.double().T
         assert torch.equal(found.similarities_B, exact.amax(dim=1))
-        assert torch.equal(found.centres_B, exact.argmax(dim=1))
-        exact[torch.arange(len(rows)), found.centres_B] = -torch.inf
+        assert torch.equal(found.centroids_B, exact.argmax(dim=1))
+        exact[torch.arange(len(rows)), found.centroids_B] = -torch.inf
         assert bool((found.others_B >= exact.amax(dim=1)).all())
 
 
 def test_rows_far_from_all_that_moved_are_not_compared() -> None:
     random = torch.Generator().manual_seed(0)
-    centres = on_grid(torch.randn(300, 64, generator=random))
-    rows = centres[:60].half()
-    after = centres.clone()
-    after[:10] = on_grid(centres[:10] + 0.005 * torch.randn(10, 64, generator=random))
-    assert follow(rows, [centres, centres], torch.int8)[1] == 0
-    assert follow(rows, [centres, after], torch.int8)[1] == 0
+    centroids = on_grid(torch.randn(300, 64, generator=random))
+    rows = centroids[:60].half()
+    after = centroids.clone()
+    after[:10] = on_grid(centroids[:10] + 0.005 * torch.randn(10, 64, generator=random))
+    assert follow(rows, [centroids, centroids], torch.int8)[1] == 0
+    assert follow(rows, [centroids, after], torch.int8)[1] == 0
     after[0] = on_grid(torch.randn(1, 64, generator=random))
-    # The row whose centre it was is compared with all, the others with the one that moved far.
-    assert follow(rows, [centres, after], torch.int8)[1] == 300 + 59
+    # The row whose centroid it was is compared with all, the others with the one that moved far.
+    assert follow(rows, [centroids, after], torch.int8)[1] == 300 + 59
 
 
-def test_a_tie_of_a_centre_that_moved_goes_to_the_smaller_number() -> None:
+def test_a_tie_of_a_centroid_that_moved_goes_to_the_smaller_number() -> None:
     before = on_grid(torch.tensor([[0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]]))
     after = on_grid(torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]))
     results, _ = follow(torch.tensor([[1.0, 0.0]]).half(), [before, after], torch.int8)
-    assert [int(found.centres_B) for found in results] == [1, 0]
+    assert [int(found.centroids_B) for found in results] == [1, 0]

@@ -1,4 +1,4 @@
-"""Candidates of the cluster loss: which centres are drawn, and that the correction makes the normaliser right on average."""
+"""Candidates of the cluster loss: which centroids are drawn, and that the correction is right on average."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def test_candidates_hold_all_named_and_enough_others_once(case: tuple[np.ndarray
 
 @given(draws())
 @settings(max_examples=40)
-def test_targets_point_at_the_named_centres(case: tuple[np.ndarray, int, float, int, int]) -> None:
+def test_targets_point_at_the_named_centroids(case: tuple[np.ndarray, int, float, int, int]) -> None:
     named, num_clusters, ratio, minimum, seed = case
     found = draw_candidates(named, num_clusters, ratio=ratio, minimum=minimum, seed=seed)
-    centres = torch.from_numpy(found.ids)[:, None].float()  # each centre carries its number
+    centroids = torch.from_numpy(found.ids)[:, None].float()  # each centroid carries its number
     top = named[:, None]
     targets = cluster_targets(
-        found, centres, top, np.ones_like(top, dtype=np.float16), temperature=0.1, label_share=0.3
+        found, centroids, top, np.ones_like(top, dtype=np.float16), temperature=0.1, label_share=0.3
     )
-    assert torch.equal(targets.centres_SD[targets.positions_Bm][..., 0], torch.from_numpy(top).float())
+    assert torch.equal(targets.centroids_SD[targets.positions_Bm][..., 0], torch.from_numpy(top).float())
     torch.testing.assert_close(targets.weights_Bm.sum(dim=1), torch.ones(len(top)))
 
 

@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import connected_components as scipy_components
 from clipcid_cli.algorithms.search.blocks import load_block, lowest_score
 from clipcid_cli.algorithms.search.distances import LONGEST_ROW, IntArray, paired_distances
 from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows
-from clipcid_cli.algorithms.search.pair_search import Join
+from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.algorithms.sets.forest import (
     Edges,
     ForestBuilder,
@@ -82,7 +82,7 @@ def build(
     """Build the forest as a step does: copies collapsed, tiles dealt out, one forest a process, merged."""
     read = rows.__getitem__
     unique, stars = collapse_duplicates(read, np.arange(len(rows)), hash_rows(rows))
-    join = Join(read, unique, CPU, dtype, panel_rows)
+    join = TiledSearch(read, unique, CPU, dtype, panel_rows)
     tiles = join.tiles()
     np.random.default_rng(order_seed).shuffle(tiles)
     forests = [stars]
@@ -186,7 +186,7 @@ def test_rows_made_to_round_the_worst_way_lose_no_pair(seed: int, dtype: torch.d
     rows = (signs * mantissa * 2.0 ** np.round(np.log2(1.0 / np.sqrt(width)))).astype(np.float16)
     edges = all_edges(rows)
     for cutoff in np.quantile(edges.weight, [0.01, 0.3, 0.9]).astype(np.float32):
-        join = Join(rows.__getitem__, np.arange(160), CPU, dtype, 64)
+        join = TiledSearch(rows.__getitem__, np.arange(160), CPU, dtype, 64)
         found = set()
         for i, j in join.tiles():
             panel = join.panel(i)
@@ -209,7 +209,7 @@ def test_lower_bounds_given_for_proposed_pairs_hold() -> None:
         return np.zeros(len(a), np.bool_)
 
     for dtype in SCAN_DTYPES:
-        join = Join(rows.__getitem__, np.arange(300), CPU, dtype)
+        join = TiledSearch(rows.__getitem__, np.arange(300), CPU, dtype)
         panel = join.panel(0)
         assert list(join.search(panel, panel, 0.9, check)) == []
     assert sum(seen) > 1000

@@ -8,7 +8,7 @@ import torch
 from scipy.cluster.hierarchy import cophenet, linkage
 
 from clipcid_cli.algorithms.search.distances import IntArray
-from clipcid_cli.algorithms.search.pair_search import Join
+from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.algorithms.sets.forest import Edges, ForestBuilder
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def test_ten_million_pairs_at_the_cutoff_are_decided_as_in_float64(dtype: torch.
         assert (at_least <= exact[rows_a, rows_b]).all()
         return np.ones(len(rows_a), np.bool_)
 
-    join = Join(rows.__getitem__, np.arange(len(rows)), CPU, dtype)
+    join = TiledSearch(rows.__getitem__, np.arange(len(rows)), CPU, dtype)
     for tile in join.tiles():
         for edges in join.search_tile(tile, cutoff, all_of_them):
             assert not found[edges.a, edges.b].any(), "no pair is found twice"
@@ -73,7 +73,7 @@ def test_sets_equal_scipys_at_every_threshold_of_four_thousand_rows(seed: int, n
     generator = np.random.default_rng(seed)
     centres = generator.normal(size=(900, 256))
     rows = unit(centres[generator.integers(900, size=4_000)] + noise * generator.normal(size=(4_000, 256)))
-    join = Join(rows.__getitem__, np.arange(len(rows)), CPU, torch.bfloat16)
+    join = TiledSearch(rows.__getitem__, np.arange(len(rows)), CPU, torch.bfloat16)
     builder = ForestBuilder(len(rows))
     for tile in join.tiles():
         for edges in join.search_tile(tile, 2.1, builder.may_join):

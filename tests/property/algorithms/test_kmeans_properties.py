@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.kmeans.kmeans import ClusterSums, centres_of_sums, sum_of_similarities
-from clipcid_cli.algorithms.kmeans.nearest import NearestCentres
+from clipcid_cli.algorithms.kmeans.kmeans import ClusterSums, centroids_of_sums, sum_of_similarities
+from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
 from clipcid_cli.algorithms.kmeans.seeding import choose_first_rows
 
@@ -22,14 +22,14 @@ def make_rows(num_rows: int, width: int, spread: float, seed: int) -> torch.Tens
 
 
 def iterate(
-    rows: torch.Tensor, centres: torch.Tensor, blocks: list[torch.Tensor], dtype: torch.dtype
+    rows: torch.Tensor, centroids: torch.Tensor, blocks: list[torch.Tensor], dtype: torch.dtype
 ) -> tuple[torch.Tensor, float]:
-    search, sums = NearestCentres(centres, dtype), ClusterSums(len(centres), rows.shape[1], torch.device("cpu"))
+    search, sums = NearestCentroids(centroids, dtype), ClusterSums(len(centroids), rows.shape[1], torch.device("cpu"))
     for block in blocks:
         sums.move(
-            rows[block], torch.full((len(block),), -1), search.nearest(prepare_rows(rows[block], dtype)).centres_B
+            rows[block], torch.full((len(block),), -1), search.nearest(prepare_rows(rows[block], dtype)).centroids_B
         )
-    return centres_of_sums(sums.sums_KD, centres), sum_of_similarities(sums.sums_KD, centres) / len(rows)
+    return centroids_of_sums(sums.sums_KD, centroids), sum_of_similarities(sums.sums_KD, centroids) / len(rows)
 
 
 @settings(max_examples=25)
@@ -47,15 +47,15 @@ def test_blocks_order_and_precision_change_no_bit_and_the_objective_never_falls(
 ) -> None:
     rows = make_rows(num_rows, width, spread, seed)
     chosen = choose_first_rows(lambda numbers: rows[numbers], num_rows, min(num_clusters, num_rows), seed)
-    centres = centres_of_sums(rows[chosen].double(), torch.zeros(len(chosen), width))
+    centroids = centroids_of_sums(rows[chosen].double(), torch.zeros(len(chosen), width))
     order = torch.from_numpy(np.random.default_rng(seed).permutation(num_rows))
     pieces = [piece for piece in torch.tensor_split(order, sorted(cuts)) if len(piece)]
     before = -1.0
     for _ in range(4):
-        whole, objective = iterate(rows, centres, [torch.arange(num_rows)], torch.float32)
-        cut, cut_objective = iterate(rows, centres, pieces, dtype)
+        whole, objective = iterate(rows, centroids, [torch.arange(num_rows)], torch.float32)
+        cut, cut_objective = iterate(rows, centroids, pieces, dtype)
         assert torch.equal(whole, cut)
         assert objective == cut_objective
-        # Centres are rounded to the grid, which may cost √D · 2⁻²⁵ of similarity.
+        # Centroids are rounded to the grid, which may cost √D · 2⁻²⁵ of similarity.
         assert objective >= before - width**0.5 * 2.0**-25
-        centres, before = whole, objective
+        centroids, before = whole, objective

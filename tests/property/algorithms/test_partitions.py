@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from clipcid_cli.algorithms.search.distances import IntArray
 from clipcid_cli.algorithms.search.nearest_pairs import NearestPairs
-from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedJoin
+from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedSearch
 from clipcid_cli.algorithms.search.partitions import Partitions, choose_margin, default_num_partitions, split_counts
 from clipcid_cli.algorithms.sets.forest import Edges, ForestBuilder
 
@@ -20,20 +20,20 @@ CPU = torch.device("cpu")
 
 @st.composite
 def scenes(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, float]:
-    """Rows, centres of which some are equal or rows themselves, and a distance."""
+    """Rows, centroids of which some are equal or rows themselves, and a distance."""
     width, seed = draw(st.integers(2, 40)), draw(st.integers(0, 2**32 - 1))
     rows = np.unique(make_rows(draw(st.integers(20, 120)), width=width, seed=seed), axis=0)
     generator = np.random.default_rng(seed)
-    centres = rows[generator.integers(len(rows), size=draw(st.integers(1, 12)))]
+    centroids = rows[generator.integers(len(rows), size=draw(st.integers(1, 12)))]
     if draw(st.booleans()):
         other = generator.normal(size=(4, width))
-        centres = np.concatenate([centres, (other / np.linalg.norm(other, axis=1)[:, None]).astype(np.float16)])
-    return rows, centres, draw(st.floats(0.01, 1.5))
+        centroids = np.concatenate([centroids, (other / np.linalg.norm(other, axis=1)[:, None]).astype(np.float16)])
+    return rows, centroids, draw(st.floats(0.01, 1.5))
 
 
-def exact_gaps(rows: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def exact_gaps(rows: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The definition in float64: homes [N], and gaps to every partition [N, K]."""
-    wide, middle = rows.astype(np.float64), centres.astype(np.float64)
+    wide, middle = rows.astype(np.float64), centroids.astype(np.float64)
     value = wide @ middle.T - (middle * middle).sum(axis=1) / 2.0
     home = value.argmax(axis=1)
     apart = np.sqrt(((middle[home][:, None] - middle) ** 2).sum(axis=2))
@@ -45,25 +45,25 @@ def all_of_them(a: IntArray, b: IntArray, at_least: np.ndarray) -> np.ndarray:
     return np.ones(len(a), np.bool_)
 
 
-def join_partitions(rows: np.ndarray, centres: np.ndarray, margin: float, panel_rows: int) -> PartitionedJoin:
-    found = Partitions(torch.from_numpy(centres)).visits(torch.from_numpy(rows), margin)
-    homes = Groups(found.home.numpy(), np.arange(len(rows), dtype=np.int32), len(centres))
-    visitors = Groups(found.partition.numpy(), found.row.numpy(), len(centres))
-    return PartitionedJoin(
+def join_partitions(rows: np.ndarray, centroids: np.ndarray, margin: float, panel_rows: int) -> PartitionedSearch:
+    found = Partitions(torch.from_numpy(centroids)).visits(torch.from_numpy(rows), margin)
+    homes = Groups(found.home.numpy(), np.arange(len(rows), dtype=np.int32), len(centroids))
+    visitors = Groups(found.partition.numpy(), found.row.numpy(), len(centroids))
+    return PartitionedSearch(
         rows.__getitem__, np.arange(len(rows)), homes, visitors, CPU, torch.float32, panel_rows=panel_rows
     )
 
 
-def search(join: PartitionedJoin, cutoff: float) -> list[Edges]:
+def search(join: PartitionedSearch, cutoff: float) -> list[Edges]:
     return [edges for tile in join.tiles() for edges in join.search_tile(tile, cutoff, all_of_them)]
 
 
 @given(scenes())
 @settings(max_examples=60, deadline=None)
 def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.ndarray, float]) -> None:
-    rows, centres, margin = case
-    home, gaps = exact_gaps(rows, centres)
-    partitions = Partitions(torch.from_numpy(centres))
+    rows, centroids, margin = case
+    home, gaps = exact_gaps(rows, centroids)
+    partitions = Partitions(torch.from_numpy(centroids))
     stored = torch.from_numpy(rows)
     np.testing.assert_array_equal(partitions.nearest(stored), home)
     np.testing.assert_array_equal(partitions.spread(stored, torch.from_numpy(home)), gaps)
@@ -79,11 +79,11 @@ def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.n
 def test_a_margin_of_the_cutoff_loses_no_pair_and_no_pair_is_wrong(
     case: tuple[np.ndarray, np.ndarray, float], panel_rows: int
 ) -> None:
-    rows, centres, cutoff = case
+    rows, centroids, cutoff = case
     exact = distance_matrix(rows)
     a, b = np.nonzero(np.triu(exact <= np.float32(cutoff), 1))
     for margin in (cutoff, 0.2 * cutoff):
-        join = join_partitions(rows, centres, margin, panel_rows)
+        join = join_partitions(rows, centroids, margin, panel_rows)
         found = Edges.concatenate(search(join, cutoff))
         assert (found.a < found.b).all()
         np.testing.assert_array_equal(found.weight, exact[found.a, found.b])
@@ -97,10 +97,10 @@ def test_a_margin_of_the_cutoff_loses_no_pair_and_no_pair_is_wrong(
 @pytest.mark.parametrize("panel_rows", [7, 64, 10_000])
 def test_pieces_of_a_partition_compare_what_the_whole_does(panel_rows: int) -> None:
     rows = np.unique(make_rows(400, seed=1), axis=0)
-    centres = rows[[0, 100, 200]]
+    centroids = rows[[0, 100, 200]]
     forests, compared = [], 0
     for size in (len(rows), panel_rows):
-        join, builder = join_partitions(rows, centres, 0.1, size), ForestBuilder(len(rows))
+        join, builder = join_partitions(rows, centroids, 0.1, size), ForestBuilder(len(rows))
         for edges in search(join, 0.7):
             builder.add(edges)
         forests.append(builder.build())

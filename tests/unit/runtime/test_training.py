@@ -13,7 +13,7 @@ import torch
 from conftest import TINY_CONFIG
 from torch import nn
 
-from clipcid_cli.algorithms.losses.shared_space import principal_rotation
+from clipcid_cli.algorithms.losses.shared_space import principal_axes
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint, write_checkpoint
 from clipcid_cli.formats.results.run_folder import RunFolder, append_lines, read_lines
@@ -165,12 +165,12 @@ def test_logs_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
 def test_rotation_keeps_what_lies_in_few_dimensions() -> None:
     random = np.random.default_rng(0)
     rows = random.normal(size=(200, 3)) @ random.normal(size=(3, 10))
-    rotation = principal_rotation(rows.T @ rows, 3)
+    rotation = principal_axes(rows.T @ rows, 3)
     assert rotation.kept == pytest.approx(1)
     axes = rotation.axes_Dd.astype(np.float64)
     np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-6)
     # Dot products survive: that is what the losses see.
     np.testing.assert_allclose((rows @ axes) @ (rows @ axes).T, rows @ rows.T, rtol=1e-4, atol=1e-3)
-    half = principal_rotation(rows.T @ rows, 1)
+    half = principal_axes(rows.T @ rows, 1)
     assert half.kept == pytest.approx(((rows @ half.axes_Dd) ** 2).sum() / (rows**2).sum(), rel=1e-6)
     assert (axes[np.abs(axes).argmax(axis=0), range(3)] > 0).all()

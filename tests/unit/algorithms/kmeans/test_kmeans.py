@@ -1,4 +1,4 @@
-"""Spherical k-means: its sums, centres, seeds, temperature and default number of clusters."""
+"""Spherical k-means: its sums, centroids, seeds, temperature and default number of clusters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from clipcid_cli.algorithms.kmeans.kmeans import (
     ClusterSums,
-    centres_of_sums,
+    centroids_of_sums,
     default_num_clusters,
     fold_sum,
     joint_features,
@@ -45,14 +45,14 @@ def test_sums_do_not_depend_on_the_order_rows_come_and_go_in() -> None:
     assert torch.equal(detour.counts_K, direct.counts_K)
 
 
-def test_centres_are_normalised_means_and_empty_clusters_keep_theirs() -> None:
+def test_centroids_are_normalised_means_and_empty_clusters_keep_theirs() -> None:
     rows, previous = unit_rows(60, 24), torch.eye(24)[:2]
     sums = torch.stack([rows.double().sum(dim=0), torch.zeros(24, dtype=torch.float64)])
-    centres = centres_of_sums(sums, previous)
+    centroids = centroids_of_sums(sums, previous)
     expected = torch.nn.functional.normalize(sums[0], dim=0)
-    torch.testing.assert_close(centres[0].double(), expected, rtol=0, atol=2.0**-25)
-    assert torch.equal(centres[1], previous[1])
-    assert torch.equal(centres * 2**24, (centres * 2**24).round())
+    torch.testing.assert_close(centroids[0].double(), expected, rtol=0, atol=2.0**-25)
+    assert torch.equal(centroids[1], previous[1])
+    assert torch.equal(centroids * 2**24, (centroids * 2**24).round())
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 64, 100])
@@ -62,12 +62,12 @@ def test_fold_sum_is_the_sum(width: int) -> None:
 
 
 def test_the_objective_comes_from_the_sums_alone() -> None:
-    rows, centres = unit_rows(200, 16), centres_of_sums(unit_rows(5, 16, seed=3).double(), torch.zeros(5, 16))
-    similarities = rows.double() @ centres.double().T
+    rows, centroids = unit_rows(200, 16), centroids_of_sums(unit_rows(5, 16, seed=3).double(), torch.zeros(5, 16))
+    similarities = rows.double() @ centroids.double().T
     sums = ClusterSums(5, 16, torch.device("cpu"))
     sums.move(rows, torch.full((200,), -1), similarities.argmax(dim=1))
     total = float(similarities.amax(dim=1).sum())
-    assert sum_of_similarities(sums.sums_KD, centres) == pytest.approx(total, rel=1e-14)
+    assert sum_of_similarities(sums.sums_KD, centroids) == pytest.approx(total, rel=1e-14)
 
 
 @pytest.mark.parametrize("num_clusters", [1, 20, 513, 600])
@@ -134,7 +134,7 @@ def test_the_temperature_gives_the_median_perplexity(wanted: float) -> None:
     assert float(np.median(np.exp(entropy))) == pytest.approx(wanted, rel=1e-3)
 
 
-def test_the_temperature_with_few_centres() -> None:
+def test_the_temperature_with_few_centroids() -> None:
     assert temperature_for_perplexity(np.ones((5, 1))) == 1.0
     assert temperature_for_perplexity(np.array([[0.9, 0.8]] * 5)) > 0.01
 

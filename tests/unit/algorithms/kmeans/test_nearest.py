@@ -1,4 +1,4 @@
-"""The fast search for nearest centres against a float64 product with all of them, on easy and on hostile rows."""
+"""The fast search for nearest centroids against a float64 product with all of them, on easy and on hostile rows."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from clipcid_cli.algorithms.kmeans.kmeans import centres_of_sums
-from clipcid_cli.algorithms.kmeans.kmeans import nearest as nearest_centres
+from clipcid_cli.algorithms.kmeans.kmeans import centroids_of_sums
+from clipcid_cli.algorithms.kmeans.kmeans import nearest as nearest_centroids
 from clipcid_cli.algorithms.kmeans.leading_coordinates import leading_coordinates, principal_directions
-from clipcid_cli.algorithms.kmeans.nearest import NearestCentres
-from clipcid_cli.algorithms.kmeans.prepared import prepare_centres, prepare_rows
+from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
+from clipcid_cli.algorithms.kmeans.prepared import prepare_centroids, prepare_rows
 
 DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32]
 
@@ -20,11 +20,11 @@ def unit_rows(values: torch.Tensor) -> torch.Tensor:
 
 
 def on_grid(values: torch.Tensor) -> torch.Tensor:
-    return centres_of_sums(values.double(), torch.zeros_like(values))
+    return centroids_of_sums(values.double(), torch.zeros_like(values))
 
 
 def make_case(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows float16 and centres on the grid."""
+    """Rows float16 and centroids on the grid."""
     random = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -34,37 +34,37 @@ def make_case(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return unit_rows(normal(300, 64)), on_grid(normal(1100, 64))
     if name == "cone":  # as CLIP's embeddings: all similarities close to each other
         return unit_rows(normal(300, 48) + 4), on_grid(normal(1500, 48) + 4)
-    if name == "copies":  # many equal centres and rows that lie on them: ties everywhere
-        centres = on_grid(normal(40, 32)).repeat(30, 1)
-        return unit_rows(centres[:40].clone()), centres
+    if name == "copies":  # many equal centroids and rows that lie on them: ties everywhere
+        centroids = on_grid(normal(40, 32)).repeat(30, 1)
+        return unit_rows(centroids[:40].clone()), centroids
     if name == "opposite":  # no similarity is positive
-        centres = on_grid(normal(70, 16).abs())
-        return unit_rows(-normal(50, 16).abs()), centres
+        centroids = on_grid(normal(70, 16).abs())
+        return unit_rows(-normal(50, 16).abs()), centroids
     if name == "several chunks":
         return unit_rows(normal(150, 24)), on_grid(normal(9000, 24))
-    if name == "one centre":
+    if name == "one centroid":
         return unit_rows(normal(20, 8)), on_grid(normal(1, 8))
     assert name == "axes"  # subnormal entries and exact zeros
     rows = torch.eye(16).repeat(4, 1) + 3e-8
     return rows.half(), on_grid(torch.eye(16).repeat(5, 1) * torch.linspace(0.5, 1, 80)[:, None])
 
 
-CASES = ["spread", "cone", "copies", "opposite", "several chunks", "one centre", "axes"]
+CASES = ["spread", "cone", "copies", "opposite", "several chunks", "one centroid", "axes"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_answers_equal_a_float64_product_with_all_centres(case: str, dtype: torch.dtype) -> None:
-    rows, centres = make_case(case)
-    exact = rows.double() @ centres.double().T
-    search = NearestCentres(centres, dtype)
+def test_answers_equal_a_float64_product_with_all_centroids(case: str, dtype: torch.dtype) -> None:
+    rows, centroids = make_case(case)
+    exact = rows.double() @ centroids.double().T
+    search = NearestCentroids(centroids, dtype)
     nearest = search.nearest(prepare_rows(rows, dtype))
     ranked = torch.sort(exact, dim=1, descending=True, stable=True)
-    assert torch.equal(nearest.centres_B, ranked.indices[:, 0])
+    assert torch.equal(nearest.centroids_B, ranked.indices[:, 0])
     assert torch.equal(nearest.similarities_B, ranked.values[:, 0])
-    if len(centres) > 1:
+    if len(centroids) > 1:
         assert bool((nearest.others_B >= ranked.values[:, 1]).all())
-    m = min(16, len(centres))
+    m = min(16, len(centroids))
     found, similarities = search.top(prepare_rows(rows, dtype), m)
     assert torch.equal(similarities, ranked.values[:, :m])
     assert torch.equal(found, ranked.indices[:, :m])
@@ -72,56 +72,56 @@ def test_answers_equal_a_float64_product_with_all_centres(case: str, dtype: torc
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_near_ties_that_the_product_cannot_tell_are_decided_exactly(dtype: torch.dtype) -> None:
-    # Centres around a row that differ by one step of the grid in one entry: similarities differ by 2⁻²⁴ of that entry of
+    # Centroids around a row that differ by one step of the grid in one entry: similarities differ by 2⁻²⁴ of that entry of
     # the row, far below what any of the formats resolves, and the nearest is the last but for exact ties.
     row = unit_rows(torch.randn(1, 96, generator=torch.Generator().manual_seed(2)).abs() + 0.1)
     base = on_grid(row.float())
-    centres = base.repeat(96, 1)
-    centres[torch.arange(96), torch.arange(96)] -= 2.0**-24
-    exact = row.double() @ centres.double().T
+    centroids = base.repeat(96, 1)
+    centroids[torch.arange(96), torch.arange(96)] -= 2.0**-24
+    exact = row.double() @ centroids.double().T
     assert len(exact.unique()) > 50
     assert float(exact.max() - exact.min()) < 2.0**-24
-    search, prepared = NearestCentres(centres, dtype), prepare_rows(row, dtype)
-    assert int(search.nearest(prepared).centres_B) == int(exact.argmax())
+    search, prepared = NearestCentroids(centroids, dtype), prepare_rows(row, dtype)
+    assert int(search.nearest(prepared).centroids_B) == int(exact.argmax())
     assert torch.equal(search.top(prepared, 96)[0], torch.sort(exact, descending=True, stable=True).indices)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
-def test_most_centres_are_discarded_by_the_fast_product(dtype: torch.dtype) -> None:
-    rows, centres = make_case("spread")
+def test_most_centroids_are_discarded_by_the_fast_product(dtype: torch.dtype) -> None:
+    rows, centroids = make_case("spread")
     decided = 0
 
-    class Counting(NearestCentres):
-        def similarities(self, rows_BD: torch.Tensor, row_P: torch.Tensor, centre_P: torch.Tensor) -> torch.Tensor:
+    class Counting(NearestCentroids):
+        def similarities(self, rows_BD: torch.Tensor, row_P: torch.Tensor, centroid_P: torch.Tensor) -> torch.Tensor:
             nonlocal decided
             decided += len(row_P)
-            return super().similarities(rows_BD, row_P, centre_P)
+            return super().similarities(rows_BD, row_P, centroid_P)
 
-    Counting(centres, dtype).nearest(prepare_rows(rows, dtype))
+    Counting(centroids, dtype).nearest(prepare_rows(rows, dtype))
     assert 0 < decided < 4 * len(rows)
 
 
-def test_the_block_size_of_centres_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, centres = make_case("several chunks")
-    whole = NearestCentres(centres, torch.bfloat16).top(prepare_rows(rows, torch.bfloat16), 16)
-    monkeypatch.setattr(nearest_centres, "_CHUNK", 256)
-    chunked = NearestCentres(centres, torch.bfloat16).top(prepare_rows(rows, torch.bfloat16), 16)
+def test_the_block_size_of_centroids_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, centroids = make_case("several chunks")
+    whole = NearestCentroids(centroids, torch.bfloat16).top(prepare_rows(rows, torch.bfloat16), 16)
+    monkeypatch.setattr(nearest_centroids, "_CHUNK", 256)
+    chunked = NearestCentroids(centroids, torch.bfloat16).top(prepare_rows(rows, torch.bfloat16), 16)
     assert torch.equal(whole[0], chunked[0])
     assert torch.equal(whole[1], chunked[1])
 
 
 def test_similarities_are_exact_in_any_order() -> None:
-    rows, centres = make_case("spread")
-    forward = (rows.double() * centres[:300].double()).sum(dim=1)
+    rows, centroids = make_case("spread")
+    forward = (rows.double() * centroids[:300].double()).sum(dim=1)
     order = torch.from_numpy(np.random.default_rng(0).permutation(64))
     shuffled = torch.zeros(300, dtype=torch.float64)
     for column in order.tolist():
-        shuffled += rows[:, column].double() * centres[:300, column].double()
+        shuffled += rows[:, column].double() * centroids[:300, column].double()
     assert torch.equal(forward, shuffled)
 
 
 def test_wrong_arguments_are_named() -> None:
-    search = NearestCentres(on_grid(torch.eye(8)[:4]), torch.float32)
+    search = NearestCentroids(on_grid(torch.eye(8)[:4]), torch.float32)
     with pytest.raises(ValueError, match="rows must be float16"):
         prepare_rows(torch.zeros(3, 8), torch.float32)
     with pytest.raises(ValueError, match=r"product can be in .*, not torch.float64"):
@@ -136,13 +136,13 @@ def test_wrong_arguments_are_named() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_product_is_off_by_more_than_is_proven(dtype: torch.dtype) -> None:
-    for case in ("spread", "cone", "axes", "one centre"):
-        rows, centres = make_case(case)
-        prepared, copies = prepare_rows(rows, dtype), prepare_centres(centres, dtype, None, 1)
+    for case in ("spread", "cone", "axes", "one centroid"):
+        rows, centroids = make_case(case)
+        prepared, copies = prepare_rows(rows, dtype), prepare_centroids(centroids, dtype, None, 1)
         product = (
             prepared.cast_BD.double() @ copies.cast_KD.double().T * prepared.steps_B[:, None].double() * copies.step
         )
-        difference = (product - rows.double() @ centres.double().T).abs().amax(dim=1)
+        difference = (product - rows.double() @ centroids.double().T).abs().amax(dim=1)
         assert bool((difference <= copies.error(prepared)).all())
         assert float(copies.error(prepared).max()) < 0.05
 
@@ -150,21 +150,21 @@ def test_no_product_is_off_by_more_than_is_proven(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("case", CASES)
 def test_leading_coordinates_bound_from_above_and_find_the_nearest(case: str, share: float) -> None:
-    rows, centres = make_case(case)
+    rows, centroids = make_case(case)
     coordinates = leading_coordinates(principal_directions(rows[::2]), int(share * rows.shape[1]))
     prepared = prepare_rows(rows, torch.float32, coordinates)
-    copies = prepare_centres(centres, torch.float32, None, 1, coordinates)
-    exact = rows.double() @ centres.double().T
+    copies = prepare_centroids(centroids, torch.float32, None, 1, coordinates)
+    exact = rows.double() @ centroids.double().T
     product = prepared.cast_BD.double() @ copies.cast_KD.double().T
     assert bool((exact <= product + copies.error(prepared)[:, None]).all())
     assert float(copies.error(prepared).max()) < 1e-4
     if share == 1.0:  # nothing is left over
         assert float((product - exact).abs().max()) < 1e-5
-    found = NearestCentres(centres, torch.float32, coordinates=coordinates).nearest(prepared)
+    found = NearestCentroids(centroids, torch.float32, coordinates=coordinates).nearest(prepared)
     ranked = torch.sort(exact, dim=1, descending=True, stable=True)
-    assert torch.equal(found.centres_B, ranked.indices[:, 0])
+    assert torch.equal(found.centroids_B, ranked.indices[:, 0])
     assert torch.equal(found.similarities_B, ranked.values[:, 0])
-    if len(centres) > 1:
+    if len(centroids) > 1:
         assert bool((found.others_B >= ranked.values[:, 1]).all())
 
 
@@ -173,17 +173,17 @@ def test_few_coordinates_of_a_cloud_with_few_directions_leave_little_to_decide()
     strengths = torch.arange(1, 97) ** -1.0
     rows = unit_rows(torch.randn(300, 96, generator=random) * strengths)
     # Means of rows: what is left of them beside the leading coordinates is short.
-    centres = on_grid(rows.float().view(60, 5, 96).sum(dim=1))
+    centroids = on_grid(rows.float().view(60, 5, 96).sum(dim=1))
     coordinates = leading_coordinates(principal_directions(rows), 47)
     decided = 0
 
-    class Counting(NearestCentres):
-        def similarities(self, rows_BD: torch.Tensor, row_P: torch.Tensor, centre_P: torch.Tensor) -> torch.Tensor:
+    class Counting(NearestCentroids):
+        def similarities(self, rows_BD: torch.Tensor, row_P: torch.Tensor, centroid_P: torch.Tensor) -> torch.Tensor:
             nonlocal decided
             decided += len(row_P)
-            return super().similarities(rows_BD, row_P, centre_P)
+            return super().similarities(rows_BD, row_P, centroid_P)
 
-    search = Counting(centres, torch.float32, coordinates=coordinates)
+    search = Counting(centroids, torch.float32, coordinates=coordinates)
     search.nearest(prepare_rows(rows, torch.float32, coordinates))
     assert 0 < decided < 2 * len(rows)
     with pytest.raises(ValueError, match="by leading coordinates"):
@@ -194,6 +194,6 @@ def test_few_coordinates_of_a_cloud_with_few_directions_leave_little_to_decide()
         prepare_rows(rows, torch.int8, coordinates)
 
 
-def test_centres_off_the_grid_are_refused() -> None:
+def test_centroids_off_the_grid_are_refused() -> None:
     with pytest.raises(ValueError, match="not on the grid"):
-        NearestCentres(torch.full((2, 4), 0.1), torch.float32)
+        NearestCentroids(torch.full((2, 4), 0.1), torch.float32)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from balance_data import Listener
 
-from clipcid_cli.algorithms.kmeans.kmeans import centres_of_sums
+from clipcid_cli.algorithms.kmeans.kmeans import centroids_of_sums
 from clipcid_cli.algorithms.kmeans.leading_coordinates import principal_directions
-from clipcid_cli.algorithms.kmeans.subspace import ShortSpace
+from clipcid_cli.algorithms.kmeans.subspace import Subspace
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.steps.cluster.lloyd import LloydState, find_short_space, first_centres, run_lloyd, short_iterations
+from clipcid_cli.steps.cluster.lloyd import LloydState, find_subspace, first_centroids, run_lloyd, subspace_iterations
 from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
 from clipcid_cli.steps.cluster.run import lloyd
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -48,24 +48,24 @@ def run(rows: ClusterRows, state: LloydState | None = None, listener: Listener |
         run_lloyd(
             rows,
             machine,
-            state or LloydState(first_centres(rows, NUM_CLUSTERS, 0), 0, False),
+            state or LloydState(first_centroids(rows, NUM_CLUSTERS, 0), 0, False),
             iterations=12,
             dtype=torch.float32,
-            save=lambda state: saved.append(LloydState(state.centres_KD.clone(), state.iterations, state.converged)),
+            save=lambda state: saved.append(LloydState(state.centroids_KD.clone(), state.iterations, state.converged)),
             reporter=listener or Listener(),
         )
     return saved
 
 
-def objective(values: npt.NDArray[np.float16], centres: torch.Tensor) -> float:
-    nearest_N = (torch.from_numpy(values).double() @ centres.double().T).amax(dim=1)
+def objective(values: npt.NDArray[np.float16], centroids: torch.Tensor) -> float:
+    nearest_N = (torch.from_numpy(values).double() @ centroids.double().T).amax(dim=1)
     return float(nearest_N.mean())
 
 
 def test_short_rows_are_integer_sums_rounded_to_float32_and_float16() -> None:
     values = cloud(0.8)[:50]
     values[0] *= np.float16(2.0**-20)  # subnormal entries
-    short = ShortSpace.of(torch.from_numpy(cloud(0.8)), 64)
+    short = Subspace.of(torch.from_numpy(cloud(0.8)), 64)
     found = short.rows(torch.from_numpy(values))
     row_units = [[int(value) for value in row] for row in values.astype(np.float64) * 2.0**24]
     vector_units = [[int(value) for value in column] for column in (short.vectors_Dd.T * 2.0**16).tolist()]
@@ -77,34 +77,34 @@ def test_short_rows_are_integer_sums_rounded_to_float32_and_float16() -> None:
 
 def test_bits_do_not_depend_on_what_is_computed_beside() -> None:
     values = torch.from_numpy(cloud(0.8))
-    short = ShortSpace.of(values, 64)
+    short = Subspace.of(values, 64)
     assert torch.equal(short.rows(values)[1500:1507], short.rows(values[1500:1507]))
-    centres = short.centres(values[:1100].float())
-    assert torch.equal(centres[1030:1031], short.centres(values[1030:1031].float()))
-    assert torch.equal(centres * 2**24, (centres * 2**24).round())
-    assert torch.allclose(centres.norm(dim=1), torch.ones(1100), atol=1e-6)
+    centroids = short.centroids(values[:1100].float())
+    assert torch.equal(centroids[1030:1031], short.centroids(values[1030:1031].float()))
+    assert torch.equal(centroids * 2**24, (centroids * 2**24).round())
+    assert torch.allclose(centroids.norm(dim=1), torch.ones(1100), atol=1e-6)
 
 
-def test_share_and_a_centre_outside_the_directions() -> None:
+def test_share_and_a_centroid_outside_the_directions() -> None:
     random = np.random.default_rng(1)
     flat = unit(np.pad(random.normal(size=(500, 20)), ((0, 0), (0, WIDTH - 20))))
-    short = ShortSpace.of(torch.from_numpy(flat), 64)
+    short = Subspace.of(torch.from_numpy(flat), 64)
     assert short.share == pytest.approx(1.0, abs=1e-3)
     outside = torch.zeros(1, WIDTH)
-    few = ShortSpace.of(torch.from_numpy(flat), 20)
+    few = Subspace.of(torch.from_numpy(flat), 20)
     outside[0, 200] = 1.0
-    assert not few.centres(outside).any()
-    assert ShortSpace.of(torch.from_numpy(cloud(0.0)), 64).share < 0.4
+    assert not few.centroids(outside).any()
+    assert Subspace.of(torch.from_numpy(cloud(0.0)), 64).share < 0.4
 
 
 def test_used_only_where_it_gains(tmp_path: Path) -> None:
-    assert [short_iterations(n) for n in (1, 3, 4, 8, 12, 20, 100)] == [0, 0, 1, 2, 3, 3, 3]
+    assert [subspace_iterations(n) for n in (1, 3, 4, 8, 12, 20, 100)] == [0, 0, 1, 2, 3, 3, 3]
     rows = open_rows(tmp_path, cloud(0.8))
-    assert find_short_space(rows, NUM_CLUSTERS) is not None
-    assert find_short_space(rows, NUM_CLUSTERS - 1) is None
-    assert find_short_space(open_rows(tmp_path / "narrow", cloud(0.8)[:, :192]), NUM_CLUSTERS) is None
+    assert find_subspace(rows, NUM_CLUSTERS) is not None
+    assert find_subspace(rows, NUM_CLUSTERS - 1) is None
+    assert find_subspace(open_rows(tmp_path / "narrow", cloud(0.8)[:, :192]), NUM_CLUSTERS) is None
     # Where the directions hold little of the length, the start would be a worse one.
-    assert find_short_space(open_rows(tmp_path / "ball", cloud(0.0)), NUM_CLUSTERS) is None
+    assert find_subspace(open_rows(tmp_path / "ball", cloud(0.0)), NUM_CLUSTERS) is None
 
 
 def test_rows_outside_the_directions_forbid_them(tmp_path: Path) -> None:
@@ -114,11 +114,11 @@ def test_rows_outside_the_directions_forbid_them(tmp_path: Path) -> None:
     outside = np.arange(NUM_ROWS) % 10 < 3
     values[~outside, :60] = random.normal(size=((~outside).sum(), 60))
     values[outside, 60:] = random.normal(size=(outside.sum(), WIDTH - 60))
-    short = ShortSpace.of(torch.from_numpy(unit(values)), 64)
+    short = Subspace.of(torch.from_numpy(unit(values)), 64)
     assert short.share > 0.6
     assert short.low_share < 0.1
-    assert find_short_space(open_rows(tmp_path, unit(values)), NUM_CLUSTERS) is None
-    assert ShortSpace.of(torch.from_numpy(cloud(0.8)), 64).low_share > 0.5
+    assert find_subspace(open_rows(tmp_path, unit(values)), NUM_CLUSTERS) is None
+    assert Subspace.of(torch.from_numpy(cloud(0.8)), 64).low_share > 0.5
 
 
 @pytest.mark.parametrize("kind", ["cloud", "three equal blocks", "rank 20", "one row"])
@@ -139,9 +139,9 @@ def test_directions_are_a_function_of_the_rows(kind: str, tmp_path: Path) -> Non
     np.save(tmp_path / "values.npy", values)
     script = (
         "import hashlib, sys, numpy, torch\n"
-        "from clipcid_cli.algorithms.kmeans.subspace import ShortSpace\n"
+        "from clipcid_cli.algorithms.kmeans.subspace import Subspace\n"
         "torch.set_num_threads(int(sys.argv[2]))\n"
-        "short = ShortSpace.of(torch.from_numpy(numpy.load(sys.argv[1])), 64)\n"
+        "short = Subspace.of(torch.from_numpy(numpy.load(sys.argv[1])), 64)\n"
         "print(hashlib.sha256(short.vectors_Dd.numpy().tobytes()).hexdigest(), short.share.hex(), short.low_share.hex())\n"
     )
     found = set()
@@ -155,7 +155,7 @@ def test_directions_are_a_function_of_the_rows(kind: str, tmp_path: Path) -> Non
         )
         found.add(done.stdout)
     assert len(found) == 1
-    short = ShortSpace.of(torch.from_numpy(values), 64)
+    short = Subspace.of(torch.from_numpy(values), 64)
     products = short.vectors_Dd.T @ short.vectors_Dd
     used = products.diagonal() > 0.5  # of rows of few directions fewer are found
     assert torch.allclose(products, torch.diag(used.double()), atol=2e-4)
@@ -168,28 +168,28 @@ def test_directions_hold_nearly_what_principal_ones_hold() -> None:
         rows = torch.from_numpy(cloud(decay))
         best = rows.double() @ principal_directions(rows)[:, :64]
         most = float(best.square().sum() / rows.double().square().sum())
-        assert most - lost < ShortSpace.of(rows, 64).share < most + 1e-3
+        assert most - lost < Subspace.of(rows, 64).share < most + 1e-3
 
 
 def test_first_iterations_are_those_of_the_short_rows(tmp_path: Path) -> None:
     values = cloud(0.8)
     rows = open_rows(tmp_path, values)
-    short = find_short_space(rows, NUM_CLUSTERS)
+    short = find_subspace(rows, NUM_CLUSTERS)
     assert short is not None
     states = run(rows)
     exact = torch.from_numpy(values).double()
-    before = first_centres(rows, NUM_CLUSTERS, 0)
+    before = first_centroids(rows, NUM_CLUSTERS, 0)
     for state in states[:4]:
         if state.iterations <= 3:
-            similarities = short.rows(torch.from_numpy(values)).double() @ short.centres(before).double().T
+            similarities = short.rows(torch.from_numpy(values)).double() @ short.centroids(before).double().T
         else:
             similarities = exact @ before.double().T
         labels = similarities.argmax(dim=1)  # the first of equals, as k-means takes
         sums = torch.zeros(NUM_CLUSTERS, WIDTH, dtype=torch.float64).index_add_(0, labels, exact)
         filled = torch.bincount(labels, minlength=NUM_CLUSTERS) > 0
         means = torch.nn.functional.normalize(sums, dim=1)
-        assert torch.allclose(state.centres_KD[filled].double(), means[filled], atol=2.0**-24)
-        before = state.centres_KD
+        assert torch.allclose(state.centroids_KD[filled].double(), means[filled], atol=2.0**-24)
+        before = state.centroids_KD
 
 
 def test_resumed_anywhere_ends_the_same_and_is_as_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,14 +201,14 @@ def test_resumed_anywhere_ends_the_same_and_is_as_good(tmp_path: Path, monkeypat
     assert [state.iterations for state in whole] == list(range(1, len(whole) + 1))
     for iterations in (1, 2, 3, 5):
         kept = whole[iterations - 1]
-        again = run(rows, LloydState(kept.centres_KD.clone(), iterations, False))
-        assert torch.equal(again[-1].centres_KD, whole[-1].centres_KD)
+        again = run(rows, LloydState(kept.centroids_KD.clone(), iterations, False))
+        assert torch.equal(again[-1].centroids_KD, whole[-1].centroids_KD)
     monkeypatch.setattr(lloyd, "_SHORT_ITERATIONS", 0)
-    assert objective(values, whole[-1].centres_KD) > 0.995 * objective(values, run(rows)[-1].centres_KD)
+    assert objective(values, whole[-1].centroids_KD) > 0.995 * objective(values, run(rows)[-1].centroids_KD)
 
 
 def opposite_pairs() -> tuple[npt.NDArray[np.float16], torch.Tensor]:
-    """Rows that differ in pairs outside the directions only, and two equal centres for each pair: one of them is empty."""
+    """Rows that differ in pairs outside the directions only, and two equal centroids for each pair: one of them is empty."""
     random = np.random.default_rng(2)
     inside = random.normal(size=(NUM_CLUSTERS // 2, 64))
     inside /= np.linalg.norm(inside, axis=1, keepdims=True)
@@ -216,44 +216,44 @@ def opposite_pairs() -> tuple[npt.NDArray[np.float16], torch.Tensor]:
     outside *= 0.3 / np.linalg.norm(outside, axis=1, keepdims=True)
     values = np.concatenate([np.hstack([inside, outside]), np.hstack([inside, -outside])] * 2)
     means = torch.from_numpy(np.hstack([inside, np.zeros_like(outside)]))
-    return unit(values), centres_of_sums(torch.cat([means, means]), torch.zeros(NUM_CLUSTERS, WIDTH))
+    return unit(values), centroids_of_sums(torch.cat([means, means]), torch.zeros(NUM_CLUSTERS, WIDTH))
 
 
 @pytest.fixture
 def first_axes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The directions are the first axes, exactly."""
-    axes = ShortSpace(torch.eye(WIDTH, 64, dtype=torch.float64), 0.9, 0.9)
-    monkeypatch.setattr(lloyd, "find_short_space", lambda *given: axes)
+    axes = Subspace(torch.eye(WIDTH, 64, dtype=torch.float64), 0.9, 0.9)
+    monkeypatch.setattr(lloyd, "find_subspace", lambda *given: axes)
 
 
 @pytest.mark.usefixtures("first_axes")
 def test_nothing_moves_in_few_directions_is_not_the_end(tmp_path: Path) -> None:
-    values, centres = opposite_pairs()
-    states = run(open_rows(tmp_path, values), LloydState(centres.clone(), 0, False))
-    assert torch.equal(states[2].centres_KD, states[1].centres_KD), "the last short iteration moves nothing"
+    values, centroids = opposite_pairs()
+    states = run(open_rows(tmp_path, values), LloydState(centroids.clone(), 0, False))
+    assert torch.equal(states[2].centroids_KD, states[1].centroids_KD), "the last short iteration moves nothing"
     assert not any(state.converged for state in states[:3])
-    assert not torch.equal(states[3].centres_KD, states[2].centres_KD)
+    assert not torch.equal(states[3].centroids_KD, states[2].centroids_KD)
 
 
 @pytest.mark.usefixtures("first_axes")
 def test_empty_clusters_get_rows_in_full_iterations_only(tmp_path: Path) -> None:
-    values, centres = opposite_pairs()
-    states = run(open_rows(tmp_path, values), LloydState(centres.clone(), 0, False))
+    values, centroids = opposite_pairs()
+    states = run(open_rows(tmp_path, values), LloydState(centroids.clone(), 0, False))
     half = NUM_CLUSTERS // 2  # of equals the smaller number has all rows
-    assert torch.equal(states[0].centres_KD[half:], centres[half:])
-    assert not torch.equal(states[0].centres_KD[:half], centres[:half])
-    assert not torch.equal(states[3].centres_KD[half:], centres[half:])
+    assert torch.equal(states[0].centroids_KD[half:], centroids[half:])
+    assert not torch.equal(states[0].centroids_KD[:half], centroids[:half])
+    assert not torch.equal(states[3].centroids_KD[half:], centroids[half:])
 
 
 def test_movements_in_the_space_bound_what_rows_see(tmp_path: Path) -> None:
-    """A centre with little of its length in the space can turn far there while it hardly moves in full."""
+    """A centroid with little of its length in the space can turn far there while it hardly moves in full."""
     rows = open_rows(tmp_path, cloud(0.8))
-    short = find_short_space(rows, NUM_CLUSTERS)
+    short = find_subspace(rows, NUM_CLUSTERS)
     assert short is not None
     inside_D, other_D = short.vectors_Dd[:, 0], short.vectors_Dd[:, 1]
     outside_D = torch.linalg.svd(short.vectors_Dd).U[:, 200]
     old, new = (
-        centres_of_sums((outside_D + 0.01 * along_D)[None], torch.zeros(1, WIDTH)) for along_D in (inside_D, other_D)
+        centroids_of_sums((outside_D + 0.01 * along_D)[None], torch.zeros(1, WIDTH)) for along_D in (inside_D, other_D)
     )
     with open_machine("cpu") as machine:
         search = lloyd._Lloyd(rows, machine, torch.float32, old.repeat(NUM_CLUSTERS, 1), True, Listener())

@@ -1,10 +1,10 @@
-"""What a search keeps of the pairs it finds."""
+"""What a search keeps of the pairs it collector."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from clipcid_cli.algorithms.sets.collector import Finds
+from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.algorithms.sets.forest import Edges, minimum_forest, sort_edges
 
 
@@ -20,36 +20,36 @@ def same(one: Edges, other: Edges) -> bool:
 
 
 def test_all_pairs_and_their_forest() -> None:
-    finds = Finds(40, Edges.empty(), 10_000)
+    collector = PairCollector(40, Edges.empty(), 10_000)
     parts = [some_edges(seed, 50) for seed in range(6)]
     for part in parts:
-        assert finds.may_matter(part.a, part.b, part.weight).all()
-        finds.add(part)
-        assert finds.pairs() is not None
+        assert collector.may_matter(part.a, part.b, part.weight).all()
+        collector.add(part)
+        assert collector.pairs() is not None
     everything = Edges.concatenate(parts)
-    found = finds.pairs()
+    found = collector.pairs()
     assert found is not None
     assert same(found, sort_edges(everything))
-    assert same(finds.forest(), minimum_forest(40, everything))
+    assert same(collector.forest(), minimum_forest(40, everything))
 
 
 def test_too_many_pairs_leave_the_forest() -> None:
-    finds = Finds(40, Edges.empty(), 70)
+    collector = PairCollector(40, Edges.empty(), 70)
     parts = [some_edges(seed, 50) for seed in range(6)]
     for part in parts:
-        finds.add(part)
-    assert finds.pairs() is None
-    forest = finds.forest()
+        collector.add(part)
+    assert collector.pairs() is None
+    forest = collector.forest()
     assert same(forest, minimum_forest(40, Edges.concatenate(parts)))
-    known = Finds(40, forest, 0)
+    known = PairCollector(40, forest, 0)
     assert same(known.forest(), forest)
     assert not known.may_matter(forest.a[-1:], forest.b[-1:], np.full(1, np.inf, np.float32)).any()
 
 
 def test_pairs_can_be_forgotten() -> None:
-    finds = Finds(40, Edges.empty(), 100)
-    finds.add(some_edges(0, 20))
-    finds.forget_pairs()
-    finds.add(some_edges(1, 20))
-    assert finds.pairs() is None
-    assert Finds(40, Edges.empty(), 5).pairs() is not None
+    collector = PairCollector(40, Edges.empty(), 100)
+    collector.add(some_edges(0, 20))
+    collector.forget_pairs()
+    collector.add(some_edges(1, 20))
+    assert collector.pairs() is None
+    assert PairCollector(40, Edges.empty(), 5).pairs() is not None

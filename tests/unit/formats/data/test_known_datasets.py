@@ -9,7 +9,7 @@ from conftest import make_image
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
 from clipcid_cli.formats.data.class_files import BUILTIN_CLASS_NAMES, BUILTIN_TEMPLATES, fill_template
-from clipcid_cli.formats.data.known_datasets import PRESETS, customary_metric, find_preset
+from clipcid_cli.formats.data.known_datasets import PRESETS, customary_metric, find_known_dataset
 from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
 from clipcid_cli.steps.evaluate.probe_data import open_probe_data
 from clipcid_cli.steps.evaluate.tasks import find_copy, plan_tasks
@@ -31,9 +31,9 @@ def test_customary_metrics_are_clips() -> None:
 
 def test_a_copy_is_found_under_either_name(tmp_path: Path) -> None:
     (tmp_path / "pets").mkdir()
-    assert find_preset("pets", tmp_path) == (PRESETS["pets"], tmp_path / "pets")
+    assert find_known_dataset("pets", tmp_path) == (PRESETS["pets"], tmp_path / "pets")
     (tmp_path / "wds_vtab-pets").mkdir()
-    assert find_preset("pets", tmp_path) == (PRESETS["pets"], tmp_path / "wds_vtab-pets")
+    assert find_known_dataset("pets", tmp_path) == (PRESETS["pets"], tmp_path / "wds_vtab-pets")
 
 
 class Listener(SilentReporter):
@@ -52,11 +52,11 @@ def test_a_name_is_a_preset_whatever_lies_beside_it(tmp_path: Path, monkeypatch:
     (tmp_path / "pets").mkdir()
     (tmp_path / "copies" / "pets").mkdir(parents=True)
     found = (PRESETS["pets"], tmp_path / "copies" / "pets")
-    assert find_preset("pets", tmp_path / "copies") == found
-    assert find_preset("./pets", tmp_path / "copies") is None
-    assert find_preset("my-own", tmp_path) is None
+    assert find_known_dataset("pets", tmp_path / "copies") == found
+    assert find_known_dataset("./pets", tmp_path / "copies") is None
+    assert find_known_dataset("my-own", tmp_path) is None
     with pytest.raises(ClipcidError, match=r"The path of that name is \./pets"):
-        find_preset("pets", tmp_path / "elsewhere")
+        find_known_dataset("pets", tmp_path / "elsewhere")
     listener = Listener()
     assert find_copy("pets", tmp_path / "copies", listener) == found
     assert "it is named ./pets" in listener.notes[1]
@@ -88,7 +88,7 @@ def test_the_customary_metric_is_found_by_folder_too(tmp_path: Path) -> None:
 )
 def test_a_missing_copy_is_told_with_its_place(tmp_path: Path, name: str, expected: str, fix: str) -> None:
     with pytest.raises(ClipcidError) as caught:
-        find_preset(name, tmp_path)
+        find_known_dataset(name, tmp_path)
     assert str(tmp_path / expected) in caught.value.message
     assert fix in caught.value.fix
     assert "--data-root" in caught.value.fix

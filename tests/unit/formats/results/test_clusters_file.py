@@ -92,8 +92,8 @@ def test_a_cut_off_table_is_refused(tmp_path: Path) -> None:
         open_clusters(tmp_path)
 
 
-def test_labels_beyond_the_centres_are_refused(tmp_path: Path) -> None:
+def test_labels_beyond_the_centroids_are_refused(tmp_path: Path) -> None:
     write_clusters(tmp_path, 100)
     write_npy(tmp_path / "centroids.npy", np.eye(2, 8, dtype=np.float32))
-    with pytest.raises(ClipcidError, match=r"names cluster 5; centroids\.npy has 2 centres"):
+    with pytest.raises(ClipcidError, match=r"names cluster 5; centroids\.npy has 2 centroids"):
         open_clusters(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipcid_cli.runtime.models.grad_cache import Part, TowerPass
+from clipcid_cli.runtime.models.grad_cache import GradCache, Part
 
 BATCH = 8
 
@@ -37,7 +37,7 @@ def loss_of(image: Tensor, text: Tensor) -> Tensor:
 
 
 def gradients(towers: Towers, parts: list[Part], calls: list[int] | None = None) -> list[Tensor]:
-    done = TowerPass(towers, parts)
+    done = GradCache(towers, parts)
     loss_of(done.image, done.text).backward()  # type: ignore[no-untyped-call]
     seen = [] if calls is None else calls
     done.backward(lambda: seen.append(sum(p.grad is not None for p in towers.parameters())))
@@ -74,7 +74,7 @@ def test_dropout_is_the_same_both_times_a_part_is_encoded() -> None:
 def test_gradients_may_be_sent_from_the_last_part_on(count: int) -> None:
     towers, calls = Towers().eval(), list[int]()
     parts = parts_of(8)[:count]
-    done = TowerPass(towers, parts)
+    done = GradCache(towers, parts)
     (done.image.sum() + done.text.sum()).backward()  # type: ignore[no-untyped-call]
     done.backward(lambda: calls.append(sum(p.grad is not None for p in towers.parameters())))
     # Once, before the last part: with one part nothing has a gradient yet, else everything has.

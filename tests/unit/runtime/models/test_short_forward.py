@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.short_forward import LeanTowers
+from clipcid_cli.runtime.models.short_forward import ShortForward
 from clipcid_cli.runtime.models.used_tokens import train_used_rows
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.training import fast_attention
@@ -39,13 +39,13 @@ def load(tmp_path: Path, **changes: Any) -> ClipModel:
 
 def features(
     model: ClipModel, lean: bool, tokens: Tensor, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, dict[str, Tensor], LeanTowers]:
+) -> tuple[Tensor, Tensor, dict[str, Tensor], ShortForward]:
     """Encode six images and the texts, and take gradients of a function of every feature."""
     module: Any = model.module
     module.to(dtype).zero_grad(set_to_none=True)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(6, 3, 32, 32, generator=generator).to(dtype)
-    towers = LeanTowers(module)
+    towers = ShortForward(module)
     if lean:
         image, text = towers.encode_images(pixels), towers.encode_texts(tokens)
     else:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
 
-from clipcid_cli.algorithms.search.pair_search import Join
+from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.precision import choose_precision
@@ -159,7 +159,7 @@ def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Pat
     folder = write_embeddings(tmp_path / "crowd", rows)
     with open_machine("cpu") as machine:
         survey = forest_search.survey_rows(machine, open_embeddings(folder).images(), SilentReporter())
-        join = Join(survey.read, survey.unique, machine.device, torch.float32)
+        join = TiledSearch(survey.read, survey.unique, machine.device, torch.float32)
         found = partitioning.partition_rows(machine, join, survey.read, torch.float32, 0.1, SilentReporter())
     assert found is not None
     compared = sum(found.num_pairs(tile) for tile in found.tiles())
@@ -170,7 +170,7 @@ def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Pat
 
 
 def test_where_partitions_spare_nothing_all_pairs_are_compared(tmp_path: Path) -> None:
-    rows = make_rows(60, num_centres=60)
+    rows = make_rows(60, num_centroids=60)
     folder = write_embeddings(tmp_path / "few", rows)
     result, said = balance(tmp_path / "parts", folder, threshold=1.2)
     exact, _ = balance(tmp_path / "exact", folder, threshold=1.2, neighbors="exact")

@@ -244,8 +244,10 @@ def test_an_interrupted_search_goes_on_with_the_tiles_left(
     rows: np.ndarray, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stop a search after three saved tiles; the next one does the other seven and ends with the same forest."""
-    cut_small = forest_search.Join
-    monkeypatch.setattr(forest_search, "Join", lambda *given: cut_small(*given, panel_rows=-(-len(given[1]) // 4)))
+    cut_small = forest_search.TiledSearch
+    monkeypatch.setattr(
+        forest_search, "TiledSearch", lambda *given: cut_small(*given, panel_rows=-(-len(given[1]) // 4))
+    )
     monkeypatch.setattr(forest_search, "_SECONDS_BETWEEN_SAVES", 0.0)
     searched = []
     search_tile = cut_small.search_tile

@@ -10,7 +10,7 @@ import pytest
 from balance_data import balance, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 
 from clipcid_cli.algorithms.search import pair_search as neighbors
-from clipcid_cli.algorithms.sets.collector import Finds
+from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.forest import ForestPart, ForestParts
 from clipcid_cli.steps.balance.run import pairs as set_pairs
@@ -106,7 +106,9 @@ def test_stars_of_partitions_do_not_depend_on_what_was_there(
     embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searches = []
-    monkeypatch.setattr(forest_search, "Finds", lambda *arguments: searches.append(arguments[2]) or Finds(*arguments))
+    monkeypatch.setattr(
+        forest_search, "PairCollector", lambda *arguments: searches.append(arguments[2]) or PairCollector(*arguments)
+    )
     for name, linkages in (("fresh", ["star"]), ("after", ["single", "star"])):
         for linkage in linkages:
             balance(tmp_path / name, embeddings, threshold=0.3, linkage=linkage, neighbors="partitioned")
@@ -123,7 +125,7 @@ def test_more_pairs_than_fit_are_an_error(embeddings: Path, tmp_path: Path, monk
 
 
 def test_star_with_more_copies_than_should_go(tmp_path: Path) -> None:
-    rows = make_rows(20, num_centres=20)[np.arange(60) % 20]
+    rows = make_rows(20, num_centroids=20)[np.arange(60) % 20]
     result, _ = balance(tmp_path, write_embeddings(tmp_path / "copies", rows), keep=0.8, linkage="star")
     assert (result["kept"], result["threshold"]) == (len(np.unique(rows, axis=0)), 0.0)
     check_keep_list(read_keep(tmp_path), rows)

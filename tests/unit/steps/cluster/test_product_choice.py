@@ -16,7 +16,7 @@ from clipcid_cli.algorithms.kmeans.leading_coordinates import (
     principal_directions,
 )
 from clipcid_cli.runtime.machine import Machine, open_machine
-from clipcid_cli.steps.cluster.lloyd import LloydState, first_centres, run_lloyd
+from clipcid_cli.steps.cluster.lloyd import LloydState, first_centroids, run_lloyd
 from clipcid_cli.steps.cluster.product_choice import CoordinateChoice, worth_a_trial
 from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
 from clipcid_cli.steps.cluster.run import lloyd
@@ -40,15 +40,15 @@ def rows(tmp_path: Path) -> ClusterRows:
 
 
 def cluster(rows: ClusterRows, machine: Machine) -> list[torch.Tensor]:
-    """Return the centres after each iteration."""
+    """Return the centroids after each iteration."""
     saved: list[torch.Tensor] = []
     run_lloyd(
         rows,
         machine,
-        LloydState(first_centres(rows, NUM_CLUSTERS, 0), 0, False),
+        LloydState(first_centroids(rows, NUM_CLUSTERS, 0), 0, False),
         iterations=6,
         dtype=torch.float32,
-        save=lambda state: saved.append(state.centres_KD.clone()),
+        save=lambda state: saved.append(state.centroids_KD.clone()),
         reporter=Listener(),
     )
     return saved
@@ -66,7 +66,7 @@ def test_changing_coordinates_changes_nothing(
             self: CoordinateChoice,
             rows_BD: torch.Tensor,
             num_rows: int,
-            centres_KD: torch.Tensor,
+            centroids_KD: torch.Tensor,
             known: Nearest | None,
         ) -> bool:
             assert num_rows == NUM_ROWS
@@ -95,14 +95,14 @@ def test_a_trial_chooses_what_takes_less_time(rows: ClusterRows, monkeypatch: py
     monkeypatch.setattr(coordinate_choice._Trial, "seconds", seconds)
     with open_machine("cpu") as machine:
         features = torch.from_numpy(np.array(rows.features(0, NUM_ROWS)))
-        centres = first_centres(rows, NUM_CLUSTERS, 0)
+        centroids = first_centroids(rows, NUM_CLUSTERS, 0)
         choice = CoordinateChoice(torch.float32, machine, trials=2)
-        assert choice.choose(features, NUM_ROWS, centres, None)
+        assert choice.choose(features, NUM_ROWS, centroids, None)
         assert choice.chosen is not None
         assert choice.chosen.width == 32
         assert choice.is_open
         taken[None] = 6.0  # not much more than the least
-        assert choice.choose(features, NUM_ROWS, centres, None)
+        assert choice.choose(features, NUM_ROWS, centroids, None)
         assert choice.chosen is None
         assert not choice.is_open
         assert not CoordinateChoice(torch.int8, machine, trials=2).is_open

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.cluster import cluster
 from clipcid_cli.formats.results.clusters import TopClusters
-from clipcid_cli.steps.distill.cluster_targets import ClusterLookup, open_centres
+from clipcid_cli.steps.distill.cluster_targets import ClusterLookup, open_centroids
 
 def top(seed):
     random = np.random.default_rng(seed)
@@ -33,9 +33,9 @@ def features(seed):
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn({BATCH}, {WIDTH}, generator=generator), dim=1).requires_grad_()
 
-centres = open_centres(np.load(sys.argv[1], mmap_mode="r"), None, torch.device("cpu"))
+centroids = open_centroids(np.load(sys.argv[1], mmap_mode="r"), None, torch.device("cpu"))
 captions = top(1) if sys.argv[2] == "both" else None
-lookup = ClusterLookup(centres, np.arange({BATCH}), top(0), captions, 0.05, 0.05, 0.5, 0.1, 4096, True, 0)
+lookup = ClusterLookup(centroids, np.arange({BATCH}), top(0), captions, 0.05, 0.05, 0.5, 0.1, 4096, True, 0)
 image, text, scale = features(2), features(3), torch.tensor(14.0, requires_grad=True)
 torch.autograd.grad((image @ text.T).sum(), image)  # its threads are there
 print("ready", flush=True)
@@ -46,7 +46,7 @@ times.append(time.perf_counter())
 batch = LossBatch(image, text, scale, image, text, image_clusters=targets[0], text_clusters=targets[1])
 cluster(batch, scale).backward()
 times.append(time.perf_counter())
-print(len(targets[0].centres_SD), "candidates; targets", round(times[1] - times[0], 2), "s; loss",
+print(len(targets[0].centroids_SD), "candidates; targets", round(times[1] - times[0], 2), "s; loss",
       round(times[2] - times[1], 2), "s", float(image.grad.norm()) > 0, flush=True)
 """
 
@@ -74,7 +74,7 @@ def measure_step(centroids: Path, towers: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def centroids(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("centres") / "centroids.npy"
+    path = tmp_path_factory.mktemp("centroids") / "centroids.npy"
     file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(NUM_CLUSTERS, WIDTH))
     rows = unit(np.random.default_rng(0).normal(size=(20_000, WIDTH))).astype(np.float32)
     for place, first in enumerate(range(0, NUM_CLUSTERS, len(rows))):
@@ -85,7 +85,7 @@ def centroids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("towers", ["image", "both"])
-def test_million_centres_add_at_most_800_mb(centroids: Path, towers: str) -> None:
+def test_million_centroids_add_at_most_800_mb(centroids: Path, towers: str) -> None:
     rise, said = measure_step(centroids, towers)
     print(f"{towers}: RssAnon rose by {rise / 1e9:.3f} GB; {said}")
     assert said.endswith("True")

@@ -1,4 +1,4 @@
-"""Cluster centres gathered from their file: the same rows as from a copy in memory, and the targets built on them."""
+"""Cluster centroids gathered from their file: the same rows as from a copy in memory, and the targets built on them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from loss_data import unit
 
-from clipcid_cli.algorithms.losses.shared_space import Rotation, principal_rotation
+from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, principal_axes
 from clipcid_cli.formats.results.clusters import TopClusters
-from clipcid_cli.steps.distill.cluster_targets import Centres, ClusterLookup, open_centres
+from clipcid_cli.steps.distill.cluster_targets import Centroids, ClusterLookup, open_centroids
 from clipcid_cli.steps.distill.run import cluster_targets as cluster_lookup
 
 K, D, CUT, N, M = 300, 24, 10, 40, 4
@@ -27,8 +27,8 @@ def file(tmp_path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def rotation_of(file: np.ndarray) -> Rotation:
-    return principal_rotation(file.astype(np.float64).T @ file.astype(np.float64), CUT)
+def rotation_of(file: np.ndarray) -> PrincipalAxes:
+    return principal_axes(file.astype(np.float64).T @ file.astype(np.float64), CUT)
 
 
 @pytest.mark.parametrize("is_rotated", [False, True])
@@ -40,14 +40,14 @@ def test_taken_rows_are_the_file_rows_brought(
     width = CUT if is_rotated else D
     monkeypatch.setattr(cluster_lookup, "_KEPT_BYTES", K * width * 4 - (not is_kept))
     monkeypatch.setattr(cluster_lookup, "_ROWS_AT_ONCE", 7)
-    centres = open_centres(file, rotation, CPU)
-    assert (centres.kept_Kd is not None) == is_kept
-    assert (len(centres), centres.width) == (K, width)
+    centroids = open_centroids(file, rotation, CPU)
+    assert (centroids.kept_Kd is not None) == is_kept
+    assert (len(centroids), centroids.width) == (K, width)
     ids = np.random.default_rng(1).permutation(K)[:50]
     expected = file[ids].astype(np.float64)
     if rotation is not None:
         expected = expected @ rotation.axes_Dd.astype(np.float64)
-    np.testing.assert_allclose(centres.take(ids).numpy(), unit(expected), atol=1e-6)
+    np.testing.assert_allclose(centroids.take(ids).numpy(), unit(expected), atol=1e-6)
 
 
 def make_lookup(file: np.ndarray, captions: bool, *, corrected: bool = True) -> ClusterLookup:
@@ -59,7 +59,7 @@ def make_lookup(file: np.ndarray, captions: bool, *, corrected: bool = True) -> 
 
     places = random.permutation(N)  # rows of the samples are not rows of the table
     return ClusterLookup(
-        centres=Centres(file, None, CPU),
+        centroids=Centroids(file, None, CPU),
         places=places,
         images=top(),
         captions=top() if captions else None,
@@ -79,14 +79,14 @@ def test_targets_lead_back_to_the_stored_clusters(file: np.ndarray) -> None:
     assert texts is not None
     assert lookup.captions is not None
     for targets, top, temperature in ((images, lookup.images, 0.1), (texts, lookup.captions, 0.3)):
-        named = targets.centres_SD[targets.positions_Bm].numpy()
+        named = targets.centroids_SD[targets.positions_Bm].numpy()
         np.testing.assert_allclose(named, unit(file[top.clusters[lookup.places[rows]]]), atol=1e-6)
         share = np.exp(top.similarities[lookup.places[rows]].astype(np.float64) / temperature)
         share = 0.5 * share / share.sum(axis=1, keepdims=True) + 0.5 * (np.arange(M) == 0)
         np.testing.assert_allclose(targets.weights_Bm.numpy(), share, atol=1e-6)
         assert not targets.log_correction_S[targets.positions_Bm].any()
     named = np.union1d(lookup.images.clusters[lookup.places[rows]], lookup.captions.clusters[lookup.places[rows]])
-    assert len(images.centres_SD) == len(named) + 0.1 * K
+    assert len(images.centroids_SD) == len(named) + 0.1 * K
 
 
 def test_draw_depends_on_the_step_and_on_nothing_else(file: np.ndarray) -> None:
@@ -97,13 +97,13 @@ def test_draw_depends_on_the_step_and_on_nothing_else(file: np.ndarray) -> None:
     assert texts is None
     for field in dataclasses.fields(first):
         assert torch.equal(getattr(first, field.name), getattr(again, field.name))
-    assert not torch.equal(first.centres_SD, other.centres_SD)
+    assert not torch.equal(first.centroids_SD, other.centroids_SD)
 
 
-def test_without_the_correction_a_drawn_centre_counts_once(file: np.ndarray) -> None:
+def test_without_the_correction_a_drawn_centroid_counts_once(file: np.ndarray) -> None:
     rows = np.arange(6)
     with_it, _ = make_lookup(file, captions=False).targets(rows, step=1)
     without, _ = make_lookup(file, captions=False, corrected=False).targets(rows, step=1)
-    assert torch.equal(with_it.centres_SD, without.centres_SD)
+    assert torch.equal(with_it.centroids_SD, without.centroids_SD)
     assert float(with_it.log_correction_S.max()) > 0
     assert not without.log_correction_S.any()

@@ -31,7 +31,7 @@ from clipcid_cli.steps.cluster.run import run as cluster
 from clipcid_cli.steps.distill.batches import Batch, BatchMaker, Reading
 from clipcid_cli.steps.distill.online_teacher import load_online_teacher, open_online_teacher
 from clipcid_cli.steps.distill.stored_teacher import open_targets
-from clipcid_cli.steps.distill.teacher_inputs import Teaching
+from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -45,16 +45,18 @@ def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
     return work
 
 
-def teach(teaching: Teaching, model: ClipModel, batch: Batch, changes_colors: bool, width: int = 32) -> LossBatch:
+def teach(
+    teacher_inputs: TeacherInputs, model: ClipModel, batch: Batch, changes_colors: bool, width: int = 32
+) -> LossBatch:
     """Return what an online teacher adds to a batch."""
     settings = DistillSettings(student="student.json", preset="clip-kd", online_teacher=True)
     with open_machine("cpu") as machine:
-        teacher = open_online_teacher(settings, teaching, model, width, changes_colors, machine, Listener())
+        teacher = open_online_teacher(settings, teacher_inputs, model, width, changes_colors, machine, Listener())
         return teacher.add_to(student_side(len(batch.rows), width), batch, 0)
 
 
 def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
-    _, teaching, dataset, usable = join(tiny_shards, work / "embeddings" / "tiny")
+    _, teacher_inputs, dataset, usable = join(tiny_shards, work / "embeddings" / "tiny")
     teacher = load_model(parse_model(str(tiny_model)))
     config: dict[str, Any] = TINY_CONFIG | {"text_cfg": TINY_CONFIG["text_cfg"] | {"context_length": 7}}
     config["vision_cfg"] = TINY_CONFIG["vision_cfg"] | {"image_size": 48}
@@ -69,7 +71,7 @@ def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny
         assert batch.teacher_tokens is not None
         assert batch.teacher_pixels.shape == (24, size, size, 3)
         assert batch.teacher_tokens.shape == (24, length)
-        told = teach(teaching, model, batch, changes_colors=True)
+        told = teach(teacher_inputs, model, batch, changes_colors=True)
         own = BatchMaker(Reading.of(model), augmentation, 3, first_caption=False)
         images, texts = encode_shown(model, make_epoch(None, dataset, usable, own, 1))
         assert told.teacher_image_BD is not None
@@ -83,17 +85,17 @@ def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny
 
 
 def test_on_whole_images_it_gives_the_stored_targets(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
-    _, teaching, dataset, usable = join(tiny_shards, work / "embeddings" / "tiny")
+    _, teacher_inputs, dataset, usable = join(tiny_shards, work / "embeddings" / "tiny")
     model = load_model(parse_model(str(tiny_model)))
     maker = BatchMaker(Reading.of(model), Augmentation(1.0), 3, first_caption=True, teacher=Reading.of(model))
     batch = make_epoch(None, dataset, usable, maker, 0)
     for width in (32, 24):  # as they are, and where the student's width cuts them
         settings = DistillSettings(student="student.json", preset="clip-kd", teacher_space="pca")
         with open_machine("cpu") as machine:
-            stored = open_targets(settings, teaching, width, machine, Listener())
+            stored = open_targets(settings, teacher_inputs, width, machine, Listener())
             side = student_side(24, width)
             expected = stored.add_to(side, batch, 0)
-            online = open_online_teacher(settings, teaching, model, width, False, machine, Listener())
+            online = open_online_teacher(settings, teacher_inputs, model, width, False, machine, Listener())
             found = online.add_to(side, batch, 0)
         for name in ("teacher_image_BD", "teacher_text_BD"):
             one, other = getattr(expected, name), getattr(found, name)

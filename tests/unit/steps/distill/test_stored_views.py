@@ -112,16 +112,16 @@ def test_the_same_bytes_for_any_workers_and_batches_of_the_same_size(
 def test_a_replayed_view_is_the_very_picture_the_teacher_embedded(
     stored: Path, tiny_shards: Path, teacher: ClipModel
 ) -> None:
-    embeddings, teaching, dataset, usable = join(tiny_shards, stored)
-    augmentation = teaching.augmentation(Augmentation())
+    embeddings, teacher_inputs, dataset, usable = join(tiny_shards, stored)
+    augmentation = teacher_inputs.augmentation(Augmentation())
     assert augmentation == Augmentation(0.3, 0.4, 0.2)
-    maker = BatchMaker(Reading.of(teacher), augmentation, 3, first_caption=teaching.first_captions)
+    maker = BatchMaker(Reading.of(teacher), augmentation, 3, first_caption=teacher_inputs.first_captions)
     with open_machine("cpu") as machine:
         settings = DistillSettings(student="student.json", preset="clip-kd")
-        targets = open_targets(settings, teaching, 32, machine, Listener())
+        targets = open_targets(settings, teacher_inputs, 32, machine, Listener())
     seen = []
     for epoch in range(4):
-        batch = make_epoch(teaching, dataset, usable, maker, epoch)
+        batch = make_epoch(teacher_inputs, dataset, usable, maker, epoch)
         images, texts = encode_shown(teacher, batch)
         told = targets.add_to(student_side(24, 32), batch, epoch)
         assert told.teacher_image_BD is not None
@@ -207,12 +207,12 @@ def test_plain_data_has_no_further_files(stored: Path) -> None:
 
 def test_a_caption_is_drawn_anew_each_epoch_with_its_own_row(captioned: tuple[Path, Path], teacher: ClipModel) -> None:
     data, folder = captioned
-    _, teaching, dataset, usable = join(data, folder)
-    assert teaching.all_captions
-    maker = BatchMaker(Reading.of(teacher), Augmentation(1.0), 3, first_caption=teaching.first_captions)
+    _, teacher_inputs, dataset, usable = join(data, folder)
+    assert teacher_inputs.all_captions
+    maker = BatchMaker(Reading.of(teacher), Augmentation(1.0), 3, first_caption=teacher_inputs.first_captions)
     with open_machine("cpu") as machine:
         settings = DistillSettings(student="student.json", preset="clip-kd")
-        targets = open_targets(settings, teaching, 32, machine, Listener())
+        targets = open_targets(settings, teacher_inputs, 32, machine, Listener())
     seen = [set[int]() for _ in range(6)]
     for epoch in range(12):
         batch = make_epoch(None, dataset, usable, maker, epoch)
@@ -233,8 +233,8 @@ def test_with_first_captions_alone_those_are_shown(captioned: tuple[Path, Path],
     data, folder = captioned
     shutil.copytree(folder, tmp_path / "first")
     shutil.rmtree(tmp_path / "first" / "captions_emb")
-    _, teaching, _, _ = join(data, tmp_path / "first")
-    assert teaching.first_captions
+    _, teacher_inputs, _, _ = join(data, tmp_path / "first")
+    assert teacher_inputs.first_captions
 
 
 def test_other_captions_than_were_embedded_are_refused(captioned: tuple[Path, Path], tmp_path: Path) -> None:

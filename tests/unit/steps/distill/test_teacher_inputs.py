@@ -96,15 +96,15 @@ def test_keys_of_another_form_are_refused(tiny_shards: Path, tiny_model: Path, t
 
 def test_a_teacher_of_images_alone_gives_its_images(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny", text=False)
-    embeddings, teaching, dataset, usable = join(tiny_shards, tmp_path / "tiny")
-    assert not teaching.first_captions, "any caption may be shown where the teacher knows none"
+    embeddings, teacher_inputs, dataset, usable = join(tiny_shards, tmp_path / "tiny")
+    assert not teacher_inputs.first_captions, "any caption may be shown where the teacher knows none"
     model = load_model(parse_model(str(tiny_model)))
-    maker = BatchMaker(Reading.of(model), Augmentation(), 3, first_caption=teaching.first_captions)
+    maker = BatchMaker(Reading.of(model), Augmentation(), 3, first_caption=teacher_inputs.first_captions)
     batch = make_epoch(None, dataset, usable, maker, 0)
     settings = DistillSettings(student="student.json", preset="clip-kd")
     for width in (32, 24):
         with open_machine("cpu") as machine:
-            targets = open_targets(settings, teaching, width, machine, Listener())
+            targets = open_targets(settings, teacher_inputs, width, machine, Listener())
         told = targets.add_to(student_side(24, width), batch, 0)
         assert told.teacher_text_BD is None
         assert told.teacher_image_BD is not None
