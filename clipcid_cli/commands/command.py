@@ -34,7 +34,6 @@ def step_command(
     """Make the click command of a step.
 
     Args:
-        name: Name of the subcommand.
         settings: Settings dataclass of the step; torch-free.
         step: Dotted name of the step's module, imported only when the step runs. Its ``run(settings, reporter)``
             returns the JSON object.

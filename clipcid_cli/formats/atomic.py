@@ -58,7 +58,6 @@ def named_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
     """Open a file that the user named, as `atomic_file` does; one of other content is not replaced unasked.
 
     Args:
-        path: Final name.
         overwrite: Whether a file of other content may be replaced. One of the same bytes is no obstacle.
 
     Raises:

@@ -88,7 +88,6 @@ class Output:
     """A locked output folder.
 
     Attributes:
-        folder: Where the step writes.
         step: Name of the step; the sidecar is ``<step>.json``.
         settings: Settings that decide the content, as JSON values.
         inputs: Fingerprints of what is read.
@@ -164,7 +163,6 @@ def open_output(
 
     Args:
         folder: The output folder; made when missing.
-        step: Name of the step.
         settings: Settings that decide the content, as JSON values.
         inputs: Fingerprints of what is read.
         overwrite: Treat an output of other settings or inputs as if it were not there.

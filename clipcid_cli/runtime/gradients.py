@@ -84,7 +84,6 @@ class GradientAverager:
         Args:
             towers: Parameters the towers' backward pass reaches, in the same order on every process.
             losses: Those the losses' backward pass reaches, before it: their gradients are sent last.
-            size: Number of processes.
         """
         self._size = size
         self._parameters = [*towers, *losses]

@@ -66,7 +66,6 @@ def import_without(module: str, stand_ins: Mapping[str, ModuleType | None]) -> N
     """Import a module for the first time with others taking the places of what it imports.
 
     Args:
-        module: What to import.
         stand_ins: For each module that it is to do without, what it finds instead (None: it is not installed). A module
             that has been imported already stays where it is; the others can be imported afterwards.
     """

@@ -30,9 +30,7 @@ class Machine:
 
     Attributes:
         rank: Number of this process, 0 … size − 1.
-        size: Number of processes.
         local_rank: Number of this process on its host.
-        device: Where this process computes.
     """
 
     rank: int

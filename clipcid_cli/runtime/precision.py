@@ -21,7 +21,6 @@ class Precision:
 
     Attributes:
         name: ``fp32``, ``bf16`` or ``fp16``; also ``int8`` where near pairs are looked for.
-        dtype: The same for PyTorch.
         reason: Why it was chosen, for the user.
     """
 
@@ -49,9 +48,6 @@ def choose_precision(requested: str, device: torch.device, purpose: Purpose, par
         requested: ``fp32``, ``bf16``, ``fp16``, or ``auto``: fp32 in evaluation; on a GPU fp16 to embed (rows are
             stored in it) and bf16 to train; on a CPU bf16 where it has tile units (AMX) and, to train, the model is large
             enough to gain.
-        device: Where the step computes.
-        purpose: What for.
-        parameters: Parameters of the model.
 
     Raises:
         ClipcidError: for fp16 on a CPU, which PyTorch has no fast and safe way to compute.
@@ -80,7 +76,6 @@ def choose_scan(requested: str, device: torch.device) -> Precision:
     Args:
         requested: As for :func:`choose_precision`; ``auto`` is what that gives to embed, and int8 on CPUs that have
             dot-product instructions for it (AVX-512 VNNI) and no AMX.
-        device: Where the step computes.
     """
     if requested == "auto" and device.type == "cpu" and not has_amx() and "avx512_vnni" in _cpu_flags():
         return _precision("int8", "this CPU has int8 dot products (AVX-512 VNNI)")

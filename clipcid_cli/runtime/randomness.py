@@ -31,7 +31,6 @@ def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], group: int = 
     most `group` shards this is a plain uniform shuffle.
 
     Args:
-        seed: Seed of the run.
         epoch: Number of the epoch, from 0.
         shard_sizes: Samples of each shard; rows are numbered through all shards in order.
         group: Shards that are mixed at once.

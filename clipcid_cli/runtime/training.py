@@ -22,11 +22,8 @@ class OptimiserPlan:
     """How parameters are updated.
 
     Attributes:
-        lr: Peak learning rate.
-        weight_decay: Decoupled decay of matrices.
         betas: AdamW's decay rates of mean and square.
         eps: AdamW's guard against division by zero.
-        warmup: Steps of linear warm-up.
         steps: Steps of the whole run.
         max_norm: Largest norm of the gradient; None for no limit.
     """
@@ -62,7 +59,6 @@ class LossParameters(nn.Module):
 
         Args:
             scales: Names of the losses that own a scale.
-            student_width: d.
             projected_width: D when a linear layer per tower maps the student's features there, else None.
             seed: Decides the layers' first weights.
         """
@@ -115,9 +111,6 @@ class Trainer:
         """Make the optimiser.
 
         Args:
-            module: The student.
-            loss_parameters: What the losses learn.
-            plan: How parameters are updated.
             scaled: Whether the loss is scaled up before the backward pass, for gradients in float16.
         """
         self.module = module

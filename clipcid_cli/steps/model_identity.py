@@ -19,7 +19,6 @@ class Difference:
 
     Attributes:
         what: A name for it, as in "have other {what}".
-        recorded: What the sidecar says.
         named: What is true of the named model.
     """
 
@@ -36,7 +35,6 @@ def find_difference(recorded: dict[str, Any], name: ModelName) -> Difference | N
 
     Args:
         recorded: Entry ``model`` of a sidecar.
-        name: The named model.
     """
     weights = find_weights(name.path) if name.path is not None else None
     if weights is None or name.path is None:

@@ -121,8 +121,6 @@ class ClusterSums:
     """Exact sums of the rows of each cluster, kept up to date as rows move.
 
     Args:
-        num_clusters: K.
-        width: D.
         device: Where the sums live; 8·K·D bytes.
     """
 

@@ -35,9 +35,7 @@ def choose_first_rows(read: ReadRows, num_rows: int, num_clusters: int, seed: in
 
     Args:
         read: Returns rows by their numbers (ascending), float16 [n, D].
-        num_rows: N.
         num_clusters: K, in [1, N].
-        seed: Seed of the draws.
 
     Returns:
         Different row numbers, int64 [K]; a function of the rows and the arguments only.
@@ -67,8 +65,6 @@ def spread_out(rows_SD: torch.Tensor, num_clusters: int, random: np.random.Gener
 
     Args:
         rows_SD: Unit rows, float16 [S, D].
-        num_clusters: K ≤ S.
-        random: Source of the draws.
 
     Returns:
         Different positions, int64 [K].
@@ -113,7 +109,6 @@ def choose_seeds(
         similarities_P: Similarity of candidate rows to their own centroids, float64 [P].
         numbers_P: Their numbers among all rows, int64 [P]; equal similarities go by the smaller number.
         read_row: Returns a row by its number, float16 [D].
-        count: How many are wanted.
 
     Returns:
         Positions among the candidates, int64 [≤ count], the farthest first. The choice from parts of the candidates, made

@@ -40,8 +40,6 @@ class LossBatch:
     to the loss of the global batch; with all rows the share is that loss. Own rows are compared with all rows.
 
     Attributes:
-        image_Bd: Student image features s.
-        text_Bd: Student text features v.
         student_scale: exp(logit_scale) of the student, a scalar.
         image_BD: Student image features s' in the meeting space; `image_Bd` itself when no map is learned.
         text_BD: Student text features v' there.

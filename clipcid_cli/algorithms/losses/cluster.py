@@ -45,7 +45,6 @@ def draw_candidates(
 
     Args:
         top_clusters: Stored clusters of the batch's samples, any shape, values in [0, K).
-        num_clusters: K.
         ratio: Share r of all K centroids to draw from the rest.
         minimum: Smallest number of candidates, active ones included (all K when there are fewer).
         seed: The same on every process, so that all compare with the same centroids.
@@ -108,7 +107,6 @@ def cluster(batch: LossBatch, scale: Tensor) -> Tensor:
 
     Args:
         batch: Features with `image_clusters`, `text_clusters` (which teach v'), or both.
-        scale: This loss's own σ_c.
 
     Returns:
         This process's share of the mean over the batch, in nats, a scalar.
@@ -134,7 +132,6 @@ def soft_label_cross_entropy(
     Args:
         features_BD: Unit rows [B, D].
         targets: Candidates and sparse target distributions.
-        scale: σ_c, a scalar.
         own: The rows of this process, which are those that are summed.
 
     Returns:

@@ -56,10 +56,6 @@ def instance(batch: LossBatch, scale: Tensor) -> Tensor:
     The idea is the CLIP-CID paper's; this form is our reconstruction (CLIP-KD's `icl` made symmetric). A teacher with one
     tower leaves the one half it can serve, at full weight.
 
-    Args:
-        batch: Features with teacher.
-        scale: This loss's own σ.
-
     Source: CLIP-CID, arXiv 2408.09441 (idea); reconstruction, METHOD §3 [R].
     """
     sums = [contrast_both_ways(student, teacher, scale, batch.own) for student, teacher in batch.across_teacher()]

@@ -64,7 +64,6 @@ def over_blocks(function: Callable[[int, int], Tensor], first: int, stop: int, w
     Args:
         function: What is computed of a block. Where there is more than one it is called again in the backward pass, and
             must then return the same.
-        first: First row.
         stop: The row after the last.
         width: Similarities of each row; decides how many rows make a block.
 

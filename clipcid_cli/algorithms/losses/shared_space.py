@@ -35,7 +35,6 @@ def principal_axes(moment_DD: npt.NDArray[np.float64], width: int) -> PrincipalA
 
     Args:
         moment_DD: Sum (or mean) over rows x of xᵀx, symmetric, [D, D].
-        width: d ≤ D.
 
     Returns:
         The axes, the strongest first, each with its largest entry positive, so that the result does not depend on the

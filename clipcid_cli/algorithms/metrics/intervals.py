@@ -26,7 +26,6 @@ def draw_cells(values_NV: Array, replicates: int, seed: int) -> tuple[Array, Arr
 
     Args:
         values_NV: What is known of each image, whole numbers [N, V].
-        replicates: B.
         seed: Seed of the draws; equal seeds and values give equal draws.
 
     Returns:
@@ -73,7 +72,6 @@ def draw_average_precision(scores_NC: Array, positive_NC: Array, replicates: int
     Args:
         scores_NC: Score of each image for each class, float [N, C].
         positive_NC: Whether the image has the class, bool [N, C].
-        replicates: B.
         seed: Two models on the same images with the same seed are drawn the same images, so differences are paired.
 
     Returns:

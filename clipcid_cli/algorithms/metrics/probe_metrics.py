@@ -24,10 +24,8 @@ def measure(
     """Measure a classifier on some images.
 
     Args:
-        classifier: The classifier.
         features_ND: Features, float [N, D], on the classifier's device.
         labels: Classes, int64 [N], or whether an image has a class, bool [N, C].
-        num_classes: C.
 
     Returns:
         `SINGLE_METRICS` where images have one class (``acc5`` is NaN below 5 classes), else `SEVERAL_METRICS`; in [0, 1].

@@ -84,7 +84,6 @@ def classification_metrics(
         predictions_N: Predicted classes, int64 [N].
         ranks_N: How many classes came before the right one, int64 [N], as :func:`rank_classes` finds them.
         labels_N: Right classes, int64 [N].
-        num_classes: C.
 
     Returns:
         ``acc1`` and ``acc5``, the shares of images whose right class is first, or among the first 5 (NaN below 5

@@ -161,7 +161,6 @@ class Minimum:
 
     Attributes:
         parameters: [C, D + 1].
-        iterations: Iterations done.
         met: Whether the gradient and the promised decrease are small enough; False where the iterations or, through
             rounding, the ways down ended first.
     """
@@ -181,12 +180,10 @@ def minimise(
     """Minimise by L-BFGS.
 
     Args:
-        problem: The function.
         start: Where to begin, [C, D + 1].
         tolerance: Ends when the norm of the gradient is at most this, and the promised decrease of F at most
             `PROMISED_DECREASE` of it.
         max_iterations: Ends after this many iterations.
-        norm: Norm of a gradient.
 
     Source: Nocedal and Wright, Numerical Optimization, algorithm 7.4; the rest as the module says.
     """

@@ -30,7 +30,6 @@ def split_by_class(labels: torch.Tensor, fraction: float, seed: int) -> torch.Te
     Args:
         labels: Classes, int64 [N], or whether an image has a class, bool [N, C]; then `stratum` stands for the class.
         fraction: Share of each class, rounded; every class with at least two images keeps one on either side.
-        seed: Seed of the draw.
 
     Returns:
         Which images are for validation, bool [N]; a function of the arguments only.
@@ -53,7 +52,6 @@ def draw_shots(labels: torch.Tensor, shots: int, seed: int) -> torch.Tensor:
     Args:
         labels: Classes, int64 [N], or whether an image has a class, bool [N, C].
         shots: Images of each class; a class that has fewer gives all it has.
-        seed: Seed of the draw.
 
     Returns:
         Numbers of the images drawn, ascending, int64; a function of the arguments only.

@@ -40,8 +40,6 @@ class Bounds:
     """What holds for all rows of a block.
 
     Attributes:
-        shortest: Smallest length.
-        longest: Largest length.
         residual: Largest length of a stored row minus its copy in the format of the fast product, rounded up.
         scale: What an integer of that copy stands for; 1 for float formats.
     """
@@ -94,9 +92,7 @@ def load_block(read: ReadRows, rows: IntArray, device: torch.device, scan_dtype:
     """Read rows and prepare them for comparison.
 
     Args:
-        read: Reads stored rows.
         rows: Row numbers, int64 [N], N ≥ 1.
-        device: Where to compare.
         scan_dtype: Format of the fast product: bfloat16, float16, float32, or int8 on a CPU.
 
     Raises:
@@ -124,7 +120,6 @@ def reload_block(read: ReadRows, known: Block, scan_dtype: torch.dtype) -> Block
     """Read rows again that :func:`load_block` prepared once; what it measured is taken from there.
 
     Args:
-        read: Reads stored rows.
         known: The block, of which only row numbers, lengths and bounds are used.
         scan_dtype: Format of the fast product, the same as then.
     """
@@ -164,7 +159,6 @@ def multiply(a_MD: torch.Tensor, b_ND: torch.Tensor, buffer: torch.Tensor | None
     """Return the scores of two blocks' `scan`, [M, N], in the format of :func:`score_dtype`.
 
     Args:
-        a_MD: Copies of rows.
         b_ND: Likewise, of the same format.
         buffer: Where to put them, at least M·N entries of the scores' format.
     """

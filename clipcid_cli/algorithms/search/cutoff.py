@@ -42,10 +42,8 @@ class NearestSample:
         """Bound the distances.
 
         Args:
-            read: Reads stored rows.
             rows: Rows to look among, int64 [N].
             sample: Positions in `rows` to look for, int64 [S], S ≥ 1.
-            device: Where to compute.
             scan_dtype: Format of the fast product.
         """
         self._read, self._rows, self._sample, self._device = read, rows, sample, device
@@ -107,7 +105,6 @@ def first_cutoff(nearest: NearestSample, share: float, for_stars: bool = False) 
     """Choose the distance of the first search.
 
     Args:
-        nearest: The sample.
         share: Forest edges wanted, as a share of the rows, in (0, 1).
         for_stars: Whether a cover by stars is to drop that share, which takes a larger distance.
 
@@ -126,10 +123,7 @@ def wider_cutoff(nearest: NearestSample, cutoff: float, found: int, wanted: int)
     """Choose the distance of the next search after one whose forest had too few edges.
 
     Args:
-        nearest: The sample.
         cutoff: Distance of the last search.
-        found: Edges its forest had.
-        wanted: Edges needed.
 
     Returns:
         A larger distance: where F has grown in the proportion that is missing, and at least 5 % more, so that some

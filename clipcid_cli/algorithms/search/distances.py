@@ -129,7 +129,6 @@ def occurring(position_P: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.
 
     Args:
         position_P: Positions, int64 [P] in [0, size).
-        size: Number of possible positions.
     """
     occurs = torch.zeros(size, dtype=torch.bool, device=position_P.device)
     occurs[position_P] = True

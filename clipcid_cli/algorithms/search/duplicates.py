@@ -36,7 +36,6 @@ def collapse_duplicates(read: ReadRows, rows: IntArray, hashes: HashArray) -> tu
     """Find rows that are equal to an earlier one.
 
     Args:
-        read: Reads stored rows.
         rows: Row numbers to look at, int64 [N], ascending.
         hashes: Their :func:`hash_rows`, uint64 [N].
 

@@ -83,9 +83,7 @@ class TiledSearch:
         """Cut the work into tiles.
 
         Args:
-            read: Reads stored rows.
             rows: Rows to compare, int64 [N], each once.
-            device: Where to compare.
             scan_dtype: Format of the fast product: int8, bfloat16, float16 or float32.
             panel_rows: Rows a side of a tile; by default some panels of whole blocks.
         """
@@ -143,7 +141,6 @@ class TiledSearch:
         """Find the pairs of one row of each panel that are within a distance.
 
         Args:
-            panel_i: A panel.
             panel_j: Another, or the same: then each pair is found once.
             cutoff: Largest distance, inclusive.
             wanted: Which pairs, told from lower bounds of their distances, are worth computing.

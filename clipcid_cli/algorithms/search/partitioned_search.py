@@ -31,7 +31,6 @@ class Groups:
     Args:
         partitions: The partition of each entry, integers [E] in [0, K).
         rows: The row of each entry, integers [E].
-        num_partitions: K.
     """
 
     def __init__(self, partitions: RowArray, rows: RowArray, num_partitions: int) -> None:
@@ -55,11 +54,9 @@ class PartitionedSearch:
     It finds pairs of rows at home in one partition, and pairs of which one row visits the other's home; some twice.
 
     Args:
-        read: Reads stored rows.
         rows: Rows to compare, int64 [N], each once.
         homes: Positions in `rows` by home partition.
         visitors: Positions in `rows` by the partitions they visit, never their home.
-        device: Where to compare.
         scan_dtype: Format of the fast product.
         panel_rows: Rows read at once on each side.
     """
@@ -105,7 +102,6 @@ class PartitionedSearch:
         """Compare a piece of a partition with itself, the pieces after it, and the partition's visitors.
 
         Args:
-            tile: Partition and piece.
             cutoff: Largest distance, inclusive.
             wanted: As for :meth:`TiledSearch.search`.
 

@@ -16,7 +16,6 @@ class PairCollector:
     """Takes the pairs of a search as they come, each once.
 
     Args:
-        num_rows: Number of rows.
         known: Forest edges known before the search.
         most_pairs: Pairs that are kept, 20 bytes each; where more are found, none is, and the forest is all there is.
     """

@@ -36,7 +36,6 @@ class Change:
 
     Attributes:
         name: Name of the class, or the word.
-        before: Images that have it.
         after: Those of them that are kept.
         share_before: `before` as a share of all images that have a class or a caption, in [0, 1].
         share_after: `after` as a share of those of them that are kept, in [0, 1].

@@ -89,7 +89,6 @@ def connected_components(num_nodes: int, a: IntArray, b: IntArray) -> IntArray:
     """Label the components of a graph by their smallest node.
 
     Args:
-        num_nodes: Number of nodes.
         a: One end of each edge, int64 [E] in [0, num_nodes).
         b: The other end, int64 [E].
 
@@ -115,7 +114,6 @@ def minimum_forest(num_rows: int, edges: Edges) -> Edges:
     """Return the minimum spanning forest of a graph, in ascending order.
 
     Args:
-        num_rows: Number of rows.
         edges: The graph's edges in any order; pairs may repeat.
 
     Returns:
@@ -150,8 +148,6 @@ class ForestBuilder:
     """Folds edges into a minimum spanning forest as they come, in memory bounded by the number of rows.
 
     Args:
-        num_rows: Number of rows.
-        known: Edges to begin with.
         smallest_fold: Edges collected, at least, before they are folded; only speed and memory depend on it.
     """
 
@@ -251,7 +247,6 @@ def forest_curve(num_rows: int, forest: Edges, chosen: float | None, num_points:
     """Trace components and the largest one over the cut-off.
 
     Args:
-        num_rows: N.
         forest: Its forest, ascending.
         chosen: A cut-off that must be among the points, or None.
         num_points: Largest number of other points; they fall evenly on the number of images kept.

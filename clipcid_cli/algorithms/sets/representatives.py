@@ -31,7 +31,6 @@ def central_rows(read: ReadRows, rows: IntArray, labels: IntArray) -> IntArray:
     """Choose the row nearest to the mean of each set.
 
     Args:
-        read: Reads stored rows.
         rows: Row numbers, int64 [N].
         labels: Set of each row, int64 [N].
 
@@ -79,7 +78,6 @@ def distances_to(read: ReadRows, rows: IntArray, representatives: IntArray) -> F
     """Measure the exact distance of each row to the one that stands for it.
 
     Args:
-        read: Reads stored rows.
         rows: Row numbers, int64 [N].
         representatives: Positions in `rows`, int64 [N].
 

@@ -23,7 +23,6 @@ def star_cover(num_rows: int, pairs: Edges, copies: IntArray | None = None) -> I
     """Cover rows by stars.
 
     Args:
-        num_rows: N.
         pairs: All pairs within ε, each once, in any order.
         copies: How many equal rows each row stands for, itself included, int64 [N]; by default 1. They count as
             neighbours, and follow the row that stands for them.
@@ -88,7 +87,6 @@ def find_star_cutoff(
     """Find ε for a number of rows to keep, by bisection over the distances of the pairs.
 
     Args:
-        num_rows: N.
         pairs: All pairs up to some distance, ascending by weight.
         num_kept: Rows to keep, at most.
         copies: As for :func:`star_cover`.
@@ -124,7 +122,6 @@ def star_curve(num_rows: int, pairs: Edges, copies: IntArray, chosen: float, num
     """Trace rows kept and the largest star over the cut-off.
 
     Args:
-        num_rows: N.
         pairs: All pairs up to some distance, ascending by weight.
         copies: As for :func:`star_cover`.
         chosen: A cut-off that must be among the points.

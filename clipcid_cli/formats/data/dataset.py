@@ -40,7 +40,6 @@ class Dataset:
     Attributes:
         spec: Its name as given; local paths are absolute.
         kind: ``webdataset``, ``benchmark`` (CLIP_benchmark's folder), ``images`` or ``list``.
-        shards: In natural order.
         classes: Names of the classes, for a folder with one folder per class.
         keys: ``sample`` or ``shard``: whether a key is the sample's own or begins with its shard's name.
         columns: Names of a list's columns.

@@ -26,7 +26,6 @@ def fingerprint_images(dataset: Dataset, uses: Callable[[Sample], bool] = lambda
     """Describe all images of a data set, where they lie in local files.
 
     Args:
-        dataset: The data.
         uses: Tells whether a sample is used; the others do not count.
 
     Returns:

@@ -30,8 +30,6 @@ class FolderShard:
 
     Attributes:
         name: Number of the slice, five digits.
-        root: The folder.
-        entries: Its images.
         prefix_keys: Whether keys begin with the shard's name.
     """
 

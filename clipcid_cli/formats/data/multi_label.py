@@ -22,7 +22,6 @@ def read_classes(sample: Sample, num_classes: int) -> tuple[int, ...] | None:
     """Read which classes a sample has; a sample with one class has that one.
 
     Args:
-        sample: The sample.
         num_classes: Number of class names there are.
 
     Returns:

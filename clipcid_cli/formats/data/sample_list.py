@@ -58,8 +58,6 @@ class ListShard:
 
     Attributes:
         name: Number of the slice, five digits.
-        source: The list.
-        rows: Its rows.
         prefix_keys: Whether keys begin with the shard's name.
     """
 
@@ -97,7 +95,6 @@ def read_sample_list(spec: str, columns: Columns, *, prefix_keys: bool) -> tuple
 
     Args:
         spec: A ``.csv`` (commas, or tabs as open_clip's are), ``.tsv`` or ``.parquet`` file, or its URL.
-        columns: Names of the columns.
         prefix_keys: Whether keys begin with the shard's name.
 
     Returns:

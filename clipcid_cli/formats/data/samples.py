@@ -25,7 +25,6 @@ class Location:
 
     Attributes:
         path: A local file, or a URL that fsspec knows.
-        offset: First byte.
         size: Number of bytes; None for a whole file.
     """
 
@@ -57,7 +56,6 @@ class Sample:
 
     Attributes:
         key: Its name, unique in the data set.
-        image: Where its image lies.
         captions: Its captions; empty when it has none.
         label: Number of its class, where each image has one.
         labels: Numbers of its classes, none or several, where a list says so.

@@ -30,7 +30,6 @@ class Member(NamedTuple):
     """A regular file in a tar.
 
     Attributes:
-        name: Its path as stored.
         offset: First byte of its content.
         size: Bytes of its content.
         start: First byte of its headers, those with a long name included.

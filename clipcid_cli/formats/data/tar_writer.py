@@ -20,7 +20,6 @@ class Copied(NamedTuple):
     """What came of copying a shard.
 
     Attributes:
-        samples: Samples that were copied.
         read: Samples that the source has.
     """
 
@@ -44,7 +43,6 @@ def copy_samples(source: Path, target: Path, keys: Set[str]) -> Copied:
     that occurs twice the first sample is taken, as when reading.
 
     Args:
-        source: A tar.
         target: The tar to write; it exists under its name only when complete.
         keys: Keys of samples as stored, without a shard's name.
 

@@ -92,11 +92,7 @@ def find_extras(folder: Path, number: str) -> Extras:
 
 
 class ViewParams:
-    """What replays the views of N rows, mapped from several files; 16 numbers a view.
-
-    Attributes:
-        num_views: V.
-    """
+    """What replays the views of N rows, mapped from several files; 16 numbers a view."""
 
     def __init__(self, files: list[npt.NDArray[Any]], num_views: int) -> None:
         self._files, self.num_views = files, num_views

@@ -52,7 +52,6 @@ class EmbeddingFile:
         texts: Text embeddings likewise, where there are any.
         metadata: parquet of keys and captions, where there is one.
         first: Number of its first row among all rows.
-        rows: Number of its rows.
         extras: Views and further captions, where there are any.
     """
 
@@ -83,10 +82,7 @@ class Embeddings:
     """The embeddings of one model over one data set.
 
     Attributes:
-        folder: Where they lie.
         files: Its files, in order of rows.
-        num_rows: N.
-        width: D.
         sidecar: What `embed` wrote of them; None for a folder of another tool.
     """
 

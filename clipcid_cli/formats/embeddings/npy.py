@@ -45,13 +45,7 @@ class RowFile(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class NpyFile:
-    """An npy.
-
-    Attributes:
-        path: The file.
-        shape: Its shape.
-        dtype: Its number format.
-    """
+    """An npy."""
 
     path: Path
     shape: tuple[int, ...]

@@ -31,10 +31,7 @@ class NpzArray:
     """One array of an archive, known by its headers.
 
     Attributes:
-        path: The archive.
         name: Name of the array in it.
-        shape: Its shape.
-        dtype: Its number format.
         by_column: Whether it is stored in Fortran's order.
         offset: First byte of its values in the archive; None where they are compressed.
         size: Bytes of the member, its npy header included.

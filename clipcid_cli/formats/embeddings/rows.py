@@ -19,11 +19,7 @@ _UNIT_TOLERANCE = 2e-3
 
 
 class Rows:
-    """Rows [N, D] that lie in several files, mapped into memory; read in slices or picked one by one.
-
-    Attributes:
-        shape: (N, D).
-    """
+    """Rows [N, D] that lie in several files, mapped into memory; read in slices or picked one by one."""
 
     def __init__(self, files: list[npt.NDArray[Any]], width: int, as_stored: bool) -> None:
         self._files = files

@@ -38,9 +38,7 @@ class ShardRecord:
     """What became of one shard.
 
     Attributes:
-        shard: Its name.
         read: Samples looked at, usable or not.
-        rows: Samples embedded.
         skips: Samples that could not be used.
         flattened: Images whose transparent pixels were laid on white.
     """
@@ -84,17 +82,12 @@ class ShardRows:
 
 
 class EmbeddingWriter:
-    """Writer of one folder; several processes may write different shards of it at once.
-
-    Attributes:
-        folder: The folder.
-    """
+    """Writer of one folder; several processes may write different shards of it at once."""
 
     def __init__(self, folder: Path, num_shards: int, plan: str) -> None:
         """Prepare to write.
 
         Args:
-            folder: The folder.
             num_shards: Number of shards; sets the width of the numbers in file names, four digits at least.
             plan: Identity of settings and inputs, see `plan_identity`.
         """
@@ -110,9 +103,6 @@ class EmbeddingWriter:
 
         Args:
             number: Number of the shard, from 0.
-            record: What became of it.
-            keys: Keys, n.
-            captions: First captions, n.
             rows: Embeddings of the same n samples.
         """
         # The mark of an earlier plan must not stand beside rows of this one, not even for the moment of a kill.

@@ -71,7 +71,6 @@ def describe_as_hf(
     Args:
         model: The ``model_cfg`` of open_clip.
         preprocess: Its ``preprocess_cfg``, complete.
-        tokenizer: Class of its tokenizer.
         logit_scale: The learned parameter: the logarithm of the factor on cosines.
 
     Raises:

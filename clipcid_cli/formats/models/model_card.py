@@ -61,8 +61,6 @@ class ModelCard:
     """What is known of an exported model. A fact that no file states is `UNKNOWN`.
 
     Attributes:
-        name: Title.
-        license: Licence of the weights.
         library: Library that reads the main form: ``open_clip``, ``transformers`` or ``onnx``.
         facts: What it is and how it was made, by name.
         metrics: (data set, task, metric, value) of each number measured on the original model.
@@ -85,7 +83,6 @@ def write_card(card: ModelCard, files: Sequence[str]) -> str:
     """Write a model card in Markdown.
 
     Args:
-        card: What is known.
         files: Names of the files beside it.
     """
     header = [

@@ -73,13 +73,10 @@ def write_classifier(
     ``class_names``, a JSON list.
 
     Args:
-        path: Where to write.
         encoder: Image encoder as `write_onnx` or `write_smaller` wrote it: ``pixel_values`` to ``image_embeds``.
         weights: Class weights, float32 [C, D], unit rows.
-        scale: Factor on cosines.
         bias: Added to them; 0 for most models.
         preprocess: open_clip's ``preprocess_cfg`` that `check_pixels_expressible` accepted.
-        class_names: C names.
         templates: Prompts that the weights were made of, for the metadata.
 
     Raises:

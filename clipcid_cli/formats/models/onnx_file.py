@@ -52,7 +52,6 @@ def write_onnx(
         example: An input with at least two rows: an axis of one would be taken for fixed.
         input_name: Name of the argument of the module's ``forward``, and of the graph's input.
         output_names: Names of the graph's outputs, in the order the module returns them.
-        opset: Version of ONNX's operators.
         metadata: Texts stored in the file, such as how pixels are prepared.
 
     Raises:

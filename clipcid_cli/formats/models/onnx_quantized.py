@@ -22,7 +22,6 @@ def write_smaller(source: Path, target: Path, kind: str) -> None:
 
     Args:
         source: A file of float32 weights.
-        target: Where to write.
         kind: ``fp16``: weights and matrix products in 16 bits, half the size. ``int8``: weights of matrix products and
             embedding tables in 8 bits, one scale per column, the other factor quantised as it comes (dynamic
             quantisation); a quarter of the size. Weights keep to 7 of the 8 bits, so that sums of products do not overflow

@@ -24,7 +24,6 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int =
 
     Args:
         folder: Folder of the run's checkpoints.
-        step: Steps done.
         state: Tensors, numbers, texts, and dicts and lists of them.
         keep: How many to leave. Two: should the newest be damaged on a failing disk, the run is not lost.
     """

@@ -49,7 +49,6 @@ class Clusters:
     """A finished `cluster` output.
 
     Attributes:
-        folder: Where it lies.
         centroids: Unit rows, float32 [K, D], mapped from the file, not read.
         keys: Keys of the clustered images, str [N].
         labels: Nearest centroid of each, int32 [N].
@@ -57,7 +56,6 @@ class Clusters:
         images: The m nearest centroids of each image's features (of its joint features, where those were clustered).
         captions: The same for the captions' embeddings; None when there were none.
         image_temperature: τ_T at which softmax(similarity/τ_T) over an image's m centroids has a median perplexity of 3.5.
-        caption_temperature: The same for captions.
         sidecar: What ``cluster.json`` says.
     """
 
@@ -182,7 +180,6 @@ class Progress:
 
     Attributes:
         centroids: float32 [K, D].
-        iterations: Iterations done.
         converged: Whether the last one changed nothing.
     """
 

@@ -24,11 +24,9 @@ def write_curve(
     """Write the curve, whole or not at all.
 
     Args:
-        path: Where to.
         distances: Cut-offs, ascending, float32 [C]; written with the digits that give back the same float32.
         kept: Images kept at each, int64 [C].
         largest: Images of the largest set at each, int64 [C].
-        num_images: All images.
     """
     frame = pd.DataFrame(
         {

@@ -41,7 +41,6 @@ def features_path(folder: Path, model_slug: str, decides: dict[str, Any]) -> Pat
     """Return where features lie.
 
     Args:
-        folder: Folder of all features.
         model_slug: Name of the model for people; the hash tells models of one name apart.
         decides: Everything that decides the features, as JSON values.
     """

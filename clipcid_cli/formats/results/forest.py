@@ -59,7 +59,6 @@ def write_forest(
 
     Args:
         folder: The folder of `balance`, whose lock the caller holds.
-        forest: The forest.
         inputs: Fingerprints of the embeddings it was made of.
         seconds: Time by phase.
     """
@@ -82,7 +81,6 @@ def read_forest(folder: Path, inputs: list[dict[str, Any]], neighbors: str = "ex
 
     Args:
         folder: The folder of `balance`.
-        inputs: Fingerprints of the embeddings.
         neighbors: How it must have been searched for.
 
     Raises:

@@ -89,9 +89,7 @@ def write_keep_list(
     """Write a keep list, whole or not at all; the same values give the same bytes.
 
     Args:
-        path: Where to.
         keys: Key of each of N images.
-        shards: Shard of each.
         labels: The smallest row of each image's set, int64 [N].
         representatives: The row that stands for each image, itself where it is kept, int64 [N].
         distances: Distance to it, float32 [N].

@@ -36,7 +36,6 @@ def write_uids(path: Path, uids: pa.ChunkedArray, *, overwrite: bool) -> int:
     """Write identifiers as DataComp's resharder and leaderboard take them: npy of their 64-bit halves, sorted, each once.
 
     Args:
-        path: Where to.
         uids: Strings of 32 hexadecimal digits, in any order. One that comes twice is written once: a repeat would tell the
             resharder to take the sample twice.
         overwrite: Replace a file of other content.

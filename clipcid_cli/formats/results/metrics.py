@@ -36,7 +36,6 @@ def make_metrics(
 
     Args:
         dataset: Name of the data set.
-        model: Architecture of the model.
         pretrained: Its tag, or the folder it was read from.
         task: ``zeroshot_classification``, ``zeroshot_retrieval`` or ``linear_probe``.
         metrics: Values by name; NaN becomes null, since JSON has none.
@@ -61,7 +60,6 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     """Write a metrics file.
 
     Args:
-        path: Where it goes.
         metrics: What :func:`make_metrics` returned.
     """
     write_json(path, {field: metrics[field] for field in FIELDS})

@@ -37,7 +37,6 @@ class Predictions:
 
     Attributes:
         kind: ``classification``, ``multilabel`` or ``retrieval``.
-        model: Name of the model.
         dataset: Name of the data set.
         num_classes: Number of classes; 0 for retrieval.
         table: ``key`` and the columns of the kind.

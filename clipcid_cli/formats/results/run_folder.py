@@ -12,11 +12,7 @@ from clipcid_cli.formats.atomic import write_text
 
 
 class RunFolder:
-    """Names and logs of a run.
-
-    Attributes:
-        path: The folder.
-    """
+    """Names and logs of a run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -77,12 +77,6 @@ def choose_view(augmentation: Augmentation, width: int, height: int, seed: int) 
     """Draw a view of an image.
 
     The crop is that of torchvision's RandomResizedCrop with area in [crop_scale, 1] and aspect ratio in [3/4, 4/3].
-
-    Args:
-        augmentation: How images are varied.
-        width: Of the decoded image.
-        height: Likewise.
-        seed: Decides everything random.
     """
     random = np.random.default_rng(seed)
     box = _choose_box(width, height, augmentation.crop_scale, random)
@@ -103,10 +97,6 @@ class ViewPixels:
         """Crop and resize; colours are left to `apply_colors`.
 
         As in open_clip's training transform the result is square whatever the crop's shape.
-
-        Args:
-            image: RGB of any size.
-            view: Its crop box.
 
         Returns:
             uint8 [H, W, 3] of the model's size, by its interpolation.

@@ -51,8 +51,6 @@ class ModelInfo:
         preprocess: open_clip's PreprocessCfg: size, mode, mean, std, interpolation, resize_mode, fill_color.
         context_length: Tokens of a text, L.
         embed_dim: Width D of the embeddings.
-        image_size: (height, width) in pixels.
-        parameters: Number of parameters.
         tokenizer: Class of the tokenizer and, where it has one, its Hugging Face name.
         config: open_clip's ``model_cfg``, from which the architecture can be built again.
     """
@@ -81,10 +79,7 @@ class ClipModel:
     """A CLIP model on its device, in evaluation mode, weights in float32.
 
     Attributes:
-        info: What it is.
-        module: open_clip's module.
         tokenizer: Texts to int64 [B, L]; picklable.
-        device: Where the module is.
     """
 
     info: ModelInfo
@@ -184,7 +179,6 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
 
     Args:
         name: What to load. A teacher's name goes through `with_default_tag` first.
-        device: Where to put it.
         fresh_seed: Seed of the random weights an ``architecture`` or ``config`` starts from; such a name is an error
             without one.
 

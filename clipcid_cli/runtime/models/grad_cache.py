@@ -49,7 +49,6 @@ class GradCache:
 
     Attributes:
         image: Image features of all parts, [b, d], cut off from the tower; losses leave their gradient on it.
-        text: Text features, likewise.
     """
 
     def __init__(self, encode: Encode, parts: Sequence[Part]) -> None:

@@ -12,7 +12,6 @@ class OnnxSession:
 
     Args:
         path: The ``.onnx`` file.
-        threads: Threads of one operator.
     """
 
     def __init__(self, path: Path, threads: int) -> None:

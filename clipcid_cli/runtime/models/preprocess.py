@@ -48,7 +48,6 @@ def hash_preprocess(preprocess: dict[str, Any], *, fast_decode: bool) -> str:
     """Hash everything of our own doing that decides the pixels a model sees.
 
     Args:
-        preprocess: open_clip's PreprocessCfg.
         fast_decode: Whether JPEGs are decoded at a reduced size.
     """
     text = json.dumps(

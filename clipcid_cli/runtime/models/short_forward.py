@@ -37,7 +37,6 @@ class ShortForward:
 
     Attributes:
         image_is_lean: Whether images go the short way.
-        text_is_lean: Whether texts do.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -54,7 +54,6 @@ def train_used_rows(module: nn.Module, used: Tensor) -> bool:
     """Replace a model's token embedding by one of the rows in use, where that saves much.
 
     Args:
-        module: An open_clip model.
         used: Tokens of all captions it will see, int64, ascending, each once.
 
     Returns:
@@ -106,7 +105,6 @@ def freeze(module: nn.Module, tower: str) -> list[nn.Module]:
     """Take a tower's parameters out of training.
 
     Args:
-        module: An open_clip model.
         tower: ``image`` or ``text``.
 
     Returns:

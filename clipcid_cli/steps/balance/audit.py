@@ -51,12 +51,9 @@ def audit_kept(
     """Compare a random sample of the kept images with all kept ones, exactly; the same on every process.
 
     Args:
-        machine: The processes.
-        survey: The rows.
         kept: Rows that are kept, int64 [M], ascending, M ≥ 1.
         cutoff: The distance, inclusive.
         scan: Format in which near pairs are looked for.
-        reporter: The listener.
     """
     sample = np.sort(np.random.default_rng(0).permutation(kept)[:SAMPLE])
     found = np.zeros(len(sample), np.bool_)

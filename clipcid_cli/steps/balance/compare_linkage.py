@@ -24,7 +24,6 @@ class OtherLinkage:
 
     Attributes:
         linkage: ``single`` or ``star``.
-        kept: Images it keeps.
         coverage: Share of the images it drops that are farther than the cut-off from the one that stands for them.
         curve: Images it keeps over the cut-off: single linkage as far as the forest reaches, stars up to the cut-off.
     """

@@ -53,8 +53,6 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, survey: Survey
     Args:
         data: The data, where it can be opened. Its classes are read when it is local and has no more than `_MOST_LABELS`
             images; captions come from the embeddings' metadata.
-        embeddings: The embeddings.
-        survey: Their rows.
         kept: Which of them are kept, bool [N].
     """
     unread = ""

@@ -29,12 +29,9 @@ def collect_pairs(
     """Find all pairs of unique rows within a distance, given which rows are joined at it; the same on every process.
 
     Args:
-        machine: The processes.
-        survey: The rows.
         labels: Component of each row at the distance, int64 [N]; only pairs within one are looked at.
         cutoff: The distance, inclusive.
         precision: Format in which near pairs are looked for.
-        reporter: The listener.
 
     Raises:
         ClipcidError: when they are more than fit into memory.

@@ -42,12 +42,9 @@ def partition_rows(
     """Cut the rows of a join into partitions so that few pairs within `reach` are missed.
 
     Args:
-        machine: The processes.
         join: The join of all rows with all rows.
-        read: Reads stored rows.
         scan_dtype: Format of the fast product.
         reach: The distance to search to.
-        reporter: The listener.
 
     Returns:
         The search of the partitions; None where it would compare half of all pairs or more.

@@ -40,7 +40,6 @@ class Picture:
     """One image of the gallery.
 
     Attributes:
-        key: Its key.
         source: Its thumbnail as a ``data:`` URL; empty where it cannot be shown.
         kept: Whether it is the one that stands for its set.
         distance: Its distance to that one.
@@ -66,14 +65,9 @@ def write_report(
     """Write the report as one page.
 
     Args:
-        path: Where to.
         settings: Settings of `balance`.
-        embeddings: The embeddings.
-        survey: Their rows.
         forest: The forest, ascending.
-        sets: The sets.
         other: What the other linkage would do, or why that is not known.
-        result: The step's JSON object.
         warnings: What the user was warned of.
     """
     shown = [_choose_members(sets, label) for label in _largest(sets)]

@@ -80,7 +80,6 @@ class SampleFinder:
 
         Args:
             shard: Name of its shard. Embeddings of other tools do not record it; then all shards are looked through.
-            key: Its key.
         """
         if shard not in self._shards:
             if self._all is None:
@@ -98,7 +97,6 @@ def count_pixels(settings: BalanceSettings, embeddings: Embeddings, rows: IntArr
         settings: Settings of `balance`, which may name the data.
         embeddings: The embeddings of the images.
         rows: Rows of them, int64 [n], ascending.
-        reporter: The listener.
 
     Returns:
         Width × height, float64 [n]; 0 where an image cannot be found or read.

@@ -47,7 +47,6 @@ class Survey:
     """What one look at every row told. Rows are numbered among the readable ones, as in the keep list.
 
     Attributes:
-        images: The embeddings.
         readable: Numbers, among the embeddings, of the rows that are finite, int64 [N].
         unique: The rows that equal no earlier one, int64, ascending.
         copies: Edges of weight 0 that tie each other row to the first of its kind.
@@ -74,7 +73,6 @@ class Forest:
 
     Attributes:
         edges: Ascending by (weight, smaller row, larger row).
-        cutoff: The distance.
         pairs: All pairs of unique rows up to it, ascending, where the search that made it kept them.
     """
 
@@ -122,14 +120,10 @@ def find_forest(
     """Return a forest that reaches far enough: the one on disk, or that one extended, or a new one.
 
     Args:
-        machine: The processes.
         folder: Where the forest is kept.
-        survey: The rows.
-        inputs: Fingerprints of the embeddings.
         cutoff: The distance it must be complete to; None when a number of edges is wanted.
         num_edges: Otherwise, the number of edges it must have; at most N − 1.
         precision: Format in which near pairs are looked for, see `choose_precision`.
-        reporter: The listener.
         neighbors: ``exact`` or ``partitioned``: compare all pairs, or those in and near partitions.
         for_stars: Keep the pairs that a search finds, while they are few, and search as far as a cover by stars needs.
 
@@ -249,14 +243,10 @@ def _search(
     """Search every tile that no earlier run has done, and fold everything together; the same on every process.
 
     Args:
-        machine: The processes.
-        join: The rows to compare.
         parts: Where processes save what they found.
-        num_rows: N.
         known: Forest edges known already; they need not reach the cut-off.
         cutoff: The distance to search to.
         most_pairs: Pairs that each process keeps at most.
-        reporter: The listener.
 
     Returns:
         The forest, and all pairs where they were kept.

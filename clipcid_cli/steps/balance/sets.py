@@ -75,12 +75,7 @@ class Inputs:
 
     Attributes:
         settings: Settings of `balance`.
-        machine: The processes.
         folder: Where the forest is kept.
-        embeddings: The embeddings.
-        fingerprints: Of their files.
-        survey: Their rows.
-        reporter: The listener.
         seconds: Time by phase; what searching takes is added to ``search``.
     """
 

@@ -39,8 +39,6 @@ def write_kept(
     Args:
         settings: Settings of `balance`.
         embeddings: The embeddings, whose metadata may hold identifiers.
-        keep_list: The finished keep list.
-        reporter: The listener.
 
     Returns:
         Path of each file by its name in the JSON object.
@@ -85,9 +83,7 @@ def _find_uids(
 
     Args:
         settings: Settings of `balance`, which may name the data.
-        embeddings: The embeddings.
         keys: Keys of n samples, in row order.
-        shards: Their shards.
         stored: What the metadata have under ``uid``; None where they have no such column.
 
     Returns:

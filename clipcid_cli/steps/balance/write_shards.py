@@ -62,13 +62,8 @@ def write_shards(
     img2dataset's words, what became of the samples of the shard it was made from.
 
     Args:
-        machine: The processes.
         shards: The shards to copy from, as :func:`tar_shards` gives them.
-        keep: The keep list.
-        keep_fingerprint: Fingerprint of its file.
-        target: Folder to write to.
         overwrite: Replace shards that another keep list left there.
-        reporter: The listener.
 
     Raises:
         ClipcidError: when the folder holds shards of another keep list, a shard is damaged, one lacks a kept sample, or

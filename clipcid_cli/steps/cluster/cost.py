@@ -39,12 +39,8 @@ def estimate_cost(
     """Say what the run takes, without writing anything.
 
     Args:
-        settings: Of the run.
         machine: The processes, of which the first measures.
-        rows: What is clustered.
-        num_clusters: K.
         num_nearest: Centroids stored for each image.
-        reporter: The listener.
 
     Returns:
         The JSON object: ``images, clusters, flop, memory_bytes, seconds{kmeans_least, kmeans_most, assign}``. ``flop`` and

@@ -62,7 +62,6 @@ class LloydState:
 
     Attributes:
         centroids_KD: Unit rows on the grid, float32 [K, D], on the CPU.
-        iterations: Iterations done.
         converged: Whether the last one left every centroid where it was.
     """
 
@@ -122,8 +121,6 @@ def choose_format(requested: str, rows: ClusterRows, machine: Machine, centroids
 
     Args:
         requested: What the user asks for.
-        rows: The rows.
-        machine: This process.
         centroids_KD: First centroids, float32 [K, D].
     """
     scan = choose_scan(requested, machine.device)
@@ -165,7 +162,6 @@ def run_lloyd(
         iterations: Most iterations in all, those of `state` included.
         dtype: Precision of the product that discards, see `NearestCentroids`.
         save: Called on the first process after each iteration.
-        reporter: The listener.
     """
     num_short = subspace_iterations(iterations)
     short = machine.on_main(lambda: find_subspace(rows, len(state.centroids_KD))) if num_short else None

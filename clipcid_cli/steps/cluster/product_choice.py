@@ -42,9 +42,6 @@ def worth_a_trial(num_rows: int, num_centroids: int, width: int, room: int) -> b
     """Tell whether a trial, most of which is finding the directions, takes little of the time of an iteration.
 
     Args:
-        num_rows: Rows of this process.
-        num_centroids: K.
-        width: D.
         room: Bytes for prepared rows; those that do not fit would be turned anew in every iteration.
     """
     kept = num_rows * width * (2 + 4 * max(_SHARES))
@@ -63,7 +60,6 @@ class CoordinateChoice:
 
         Args:
             dtype: Format of the products. Only float32 ones of a CPU are slow enough for a choice.
-            machine: Where they are computed.
             trials: In how many iterations to try.
         """
         self.chosen: LeadingCoordinates | None = None

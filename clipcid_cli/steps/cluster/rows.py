@@ -52,12 +52,10 @@ class ClusterRows:
     """The rows to cluster, numbered 0 … N − 1 in the order of the embeddings.
 
     Attributes:
-        embeddings: Where they come from.
         keep_list: The keep list that chose them; None for all.
         numbers: Their numbers among all rows of the embeddings, int64 [N], ascending.
         joint: Whether the features are joint ones of image and caption.
         skips: Rows that cannot be used.
-        sources: The mapped files.
     """
 
     embeddings: Embeddings

@@ -64,11 +64,9 @@ class Usable:
     """All samples that have an image and a caption.
 
     Attributes:
-        selection: Where they are.
         keys: Their keys, in order of row.
         caption_counts: Number of captions of each, int32, in order of row.
         skips: Samples that are not usable, by reason.
-        read: Samples looked at.
     """
 
     selection: Selection
@@ -142,9 +140,7 @@ class BatchOrder:
         """Prepare the order.
 
         Args:
-            dataset: The data.
             selection: The samples to train on.
-            seed: Seed of the run.
             batch_size: Samples of a global batch.
             replay: Stored views to show; None draws a view of each sample.
         """
@@ -216,7 +212,6 @@ class Reading:
 
     Attributes:
         pixels: An image as a view shows it, at the model's size.
-        tokenizer: Its tokenizer.
     """
 
     pixels: ViewPixels
@@ -247,9 +242,7 @@ class BatchMaker:
         """Prepare a maker; it is sent to each worker.
 
         Args:
-            student: How the student reads.
             augmentation: How views are drawn where no stored one is shown.
-            seed: Seed of the run.
             first_caption: Always show a sample's first caption.
             caption_dropout: Probability with which a comma-separated part of a caption, but the first, is left out.
             teacher: How an online teacher reads: it is shown the same views and captions. None without one.

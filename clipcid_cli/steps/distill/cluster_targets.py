@@ -33,7 +33,6 @@ class Centroids:
     Attributes:
         file_KD: Unit rows in the teacher's space, float32 [K, D], mapped from the file.
         rotation: Axes of the meeting space; None where it is the teacher's own.
-        device: Where rows are wanted.
         kept_Kd: All rows in the meeting space, where they are few enough.
     """
 
@@ -84,17 +83,12 @@ class ClusterLookup:
     """Clusters by row of the usable samples.
 
     Attributes:
-        centroids: All centroids.
         places: Row of the clusters' table of each usable sample, int64; −1 where there is none.
         images: The table's nearest centroids of the images.
         captions: The same of the captions, where both towers are taught.
         image_temperature: τ_T of the images' distribution.
-        caption_temperature: τ_T of the captions'.
-        label_share: α.
         ratio: Share r of all centroids drawn beside the batch's own.
-        minimum: Smallest number of candidates.
         corrected: Whether a drawn centroid counts for all those it stands for.
-        seed: Seed of the draws.
     """
 
     centroids: Centroids

@@ -28,7 +28,6 @@ class TeacherCost:
     """What the teacher would take.
 
     Attributes:
-        parameters: Its size.
         seconds: Time it needs for the images and captions of one process's part of a batch.
         share: Its share of a step that runs it.
         break_even: Epochs after which embedding everything once has cost less than running the teacher in each step.

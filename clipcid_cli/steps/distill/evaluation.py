@@ -32,7 +32,6 @@ class Evaluation:
     Attributes:
         held_out: Samples kept out of training; None when there are too few.
         tasks: Data sets of ``--eval-data``, as `eval-zeroshot` measures them.
-        settings: How they are read.
     """
 
     held_out: HeldOut | None
@@ -48,8 +47,6 @@ class Evaluation:
         """Measure the student as it is, in full precision; call it on every process.
 
         Args:
-            student: The model in training.
-            machine: The processes.
             decay: What the steps so far leave of the embedding of a token that no caption uses; prompts may use it.
 
         Returns:

@@ -40,7 +40,6 @@ class AppliedKeepList:
     """A keep list as a run found it.
 
     Attributes:
-        path: Where it lay.
         kept: Number of images it keeps.
         images: Number of images it knows.
     """
@@ -59,10 +58,7 @@ class Inputs:
     """All that a run reads.
 
     Attributes:
-        dataset: The data.
         usable: Its samples with image and caption.
-        training: Those to train on.
-        held_out: Those to evaluate on.
         keep_list: The keep list that was applied; None for all samples.
         teacher_inputs: The teacher's side; None when no loss asks.
         fingerprints: Size and hash of each input file.
@@ -123,9 +119,7 @@ def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, repor
     """Find, open and join the inputs, saying which were taken.
 
     Args:
-        settings: Settings of the step.
         embeddings_folder: What `find_embeddings` found.
-        reporter: Who is told.
 
     Raises:
         ClipcidError: when one is missing or they are not of one data set and one teacher; the fix names the command.

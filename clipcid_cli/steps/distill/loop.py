@@ -40,13 +40,7 @@ _FLUSH_SECONDS = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """When things happen.
-
-    Attributes:
-        steps: Steps of the run.
-        eval_every: Steps between evaluations.
-        checkpoint_every: Steps between checkpoints.
-    """
+    """When things happen."""
 
     steps: int
     eval_every: int
@@ -63,11 +57,6 @@ class Loop:
     """A run in progress.
 
     Attributes:
-        machine: The processes.
-        student: The model in training.
-        trainer: Its parameters and optimiser.
-        objective: Its losses.
-        order: The batches.
         maker: Makes a batch in a worker.
         evaluation: What it is evaluated on.
         precision: Number format of the towers.
@@ -75,14 +64,9 @@ class Loop:
         parts: Parts a process's share of a batch is encoded in.
         encode: Runs both towers of the student.
         frozen: Modules of towers that are not trained, kept in evaluation mode.
-        pace: When things happen.
         run: Where logs and checkpoints go.
         writes: Whether anything may be written there.
-        board: TensorBoard's log.
-        seed: Seed of the run.
-        workers: Processes that prepare batches.
         max_bad_fraction: Largest share of samples whose image may be unreadable.
-        reporter: Who is told.
         bad: Unreadable images this process met: reason by key.
     """
 

@@ -43,7 +43,6 @@ class Objective:
             weights: Factor of each loss by name.
             parameters: The losses' own scales and maps.
             targets: What the teacher said of each sample; None when no loss asks.
-            machine: The processes.
             local: Whether each process computes the losses of its own rows only, against everybody's.
         """
         self.weights = dict(weights)
@@ -59,8 +58,6 @@ class Objective:
 
         Args:
             image_bd: This process's image features, not normalised, [b, d].
-            text_bd: Its text features, likewise.
-            student_scale: exp(logit_scale) of the student.
             seen: Its part of the batch, by which the teacher's side is found.
             step: Number of the step; decides the draw of cluster centroids.
 

@@ -113,13 +113,8 @@ def open_online_teacher(
     """Make a loaded teacher ready to teach.
 
     Args:
-        settings: Settings of the step.
         teacher_inputs: What it left on disk: clusters, and embeddings to find the axes of the meeting space in.
-        model: The teacher.
-        student_width: d.
         changes_colors: Whether batches carry colour maps worth applying.
-        machine: The processes.
-        reporter: Who is told.
 
     Raises:
         ClipcidError: when the clusters are of another width than the teacher.

@@ -26,7 +26,6 @@ class Plan:
         optimiser: How parameters are updated, for how many steps.
         batch_size: Samples of a global batch.
         workers: Processes that prepare batches, for each training process.
-        eval_every: Steps between evaluations.
     """
 
     optimiser: OptimiserPlan

@@ -90,7 +90,6 @@ class TeacherTargets(TeacherSide):
     """The teacher's side of every batch, from stored embeddings.
 
     Attributes:
-        images: Image embeddings.
         texts: Text embeddings; None where the teacher has none.
         places: Row of the embeddings of each usable sample, int64; −1 where there is none.
     """

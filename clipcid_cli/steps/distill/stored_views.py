@@ -34,7 +34,6 @@ class Replay:
     """The stored views of a run's samples. In V epochs a sample shows each of its V views once.
 
     Attributes:
-        params: What replays each view.
         places: Row of the embeddings of each usable sample, int64; −1 where there is none.
         seed: Decides with which view a sample begins.
     """

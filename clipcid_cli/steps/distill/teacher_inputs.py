@@ -94,10 +94,7 @@ def open_teacher(settings: DistillSettings, folder: Path, teacher: ModelName | N
     """Open the teacher's embeddings and check that they are its.
 
     Args:
-        settings: Settings of the step.
-        folder: Where they lie.
         teacher: The teacher, where it was named or runs online.
-        reporter: Who is told.
 
     Raises:
         ClipcidError: when they are another model's, or lack captions that a loss needs.
@@ -146,14 +143,6 @@ def join_teacher(
     reporter: Reporter,
 ) -> TeacherInputs:
     """TiledSearch stored embeddings with the data.
-
-    Args:
-        settings: Settings of the step.
-        embeddings: The teacher's.
-        dataset: The data.
-        usable: Its usable samples.
-        wanted: Those to train on.
-        reporter: Who is told.
 
     Raises:
         ClipcidError: when they are of other data.
@@ -272,7 +261,6 @@ def _teaches_text(clusters: Clusters, settings: DistillSettings, several: bool) 
 
     Args:
         clusters: What `cluster` wrote.
-        settings: What is asked for.
         several: Whether a sample may show another caption than its first, which is the one whose clusters are known.
     """
     if settings.cluster_towers == "auto":

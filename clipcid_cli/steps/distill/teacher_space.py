@@ -31,7 +31,6 @@ class Space:
         kind: ``same`` (equal widths, as they are), ``pca`` (the teacher's rows rotated and cut) or ``project``
             (the student's features through a learned layer).
         rotation: The axes of ``pca``, else None.
-        width: Dimensions of the space.
     """
 
     kind: str
@@ -53,9 +52,7 @@ def choose_space(
         requested: ``auto``, ``pca`` or ``project``.
         teacher_width: Width of the teacher's rows.
         embeddings: Stored ones, in which the axes of ``pca`` are found; None where there are none.
-        student_width: d.
         machine: The processes; all take the first one's axes.
-        reporter: Told what was chosen.
 
     Returns:
         ``same`` for equal widths unless a layer is asked for; else as requested, but ``pca`` cannot
@@ -100,10 +97,8 @@ class TeacherSide(ABC):
 
     Attributes:
         space: Where student and teacher meet.
-        teacher_scale: exp(logit_scale) of the teacher.
         clusters: Clusters; None when no loss asks.
         device: Where the losses are computed.
-        size: Number of processes.
     """
 
     space: Space
@@ -127,9 +122,7 @@ class TeacherSide(ABC):
         """Add the teacher's side to a global batch; call it on every process.
 
         Args:
-            batch: The student's side.
             seen: This process's part, as a worker made it.
-            step: Number of the step.
         """
 
     def add_clusters(self, batch: LossBatch, rows: npt.NDArray[np.int64], step: int) -> LossBatch:

@@ -55,14 +55,9 @@ class Run:
 
     Attributes:
         settings: As the user gave them.
-        machine: The processes.
-        inputs: What is read.
         begun: The student as it begins.
         teacher: The model that teaches beside it; None where stored embeddings do, or nobody.
-        plan: Steps, batch size, optimiser.
-        folder: Where everything is written.
         output: The claim on that folder; None for a run that writes nothing.
-        reporter: Who is told.
     """
 
     settings: DistillSettings

@@ -22,7 +22,6 @@ class Batch:
     """Samples of one shard that are embedded together.
 
     Attributes:
-        number: Number of the shard.
         samples: At most as many as a batch holds.
         last: Whether the shard ends here.
     """
@@ -37,7 +36,6 @@ class PreparedBatch:
     """What a worker made of a batch; always of the full size B, missing rows are zero.
 
     Attributes:
-        batch: The batch.
         pixels: uint8 [B·(1 + V), H, W, 3]: the images as the model's evaluation has them, then view after view.
         params: float32 [V, B, 16], the views' boxes and colour maps; None without views.
         tokens: int64 [B, L], of the first captions, or None when texts are not embedded.
@@ -61,10 +59,7 @@ class ViewMaker:
     """Draws the views of an image: a function of the seed, its key and the view's number.
 
     Attributes:
-        number: V.
-        augmentation: How images are varied.
         pixels: Shows them to the model.
-        seed: Seed of the run.
     """
 
     number: int
@@ -89,9 +84,6 @@ class Preparation:
         transform: RGB image to uint8 [H, W, 3].
         views: Draws augmented views; None for none.
         tokenizer: Texts to int64 [n, L], or None.
-        batch_size: B.
-        image_size: (H, W).
-        context_length: L.
         fast_decode: Whether JPEGs are decoded at a reduced size, of at least twice H × W.
     """
 

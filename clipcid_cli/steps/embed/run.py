@@ -64,7 +64,6 @@ def make_embeddings(
 
     Args:
         settings: What to embed, with what, how.
-        machine: The processes.
         reporter: Who is told about it.
         without_text: What to do about data that lacks captions, for the errors; empty when captions are needed.
     """
@@ -306,11 +305,7 @@ def ensure_embeddings(
     """Find the embeddings another step needs in its work directory, and make them where they are missing.
 
     Args:
-        settings: Settings of that step.
-        machine: Its processes.
-        reporter: Who is told.
         data: The data; None for that of the embeddings in the work directory.
-        model: The model.
         text: Whether text embeddings are needed; None makes them where the data has captions.
 
     Returns:

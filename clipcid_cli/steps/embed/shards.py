@@ -60,8 +60,6 @@ class Views:
 
     Attributes:
         number: V, at least 1.
-        augmentation: How images are varied.
-        seed: Decides every view.
     """
 
     number: int
@@ -77,13 +75,9 @@ class ShardEmbedder:
     process embeds it, nor on what was done before a crash.
 
     Attributes:
-        model: The model.
         precision: Number format of its products.
-        dataset: The data.
         with_texts: Whether captions are embedded too; samples without one are then left out and counted.
         fast_decode: Whether JPEGs are decoded at a reduced size.
-        batch_size: Pictures a batch.
-        workers: Worker processes.
         max_bad_fraction: Largest share of unusable samples.
         views: Augmented views to embed too; None for none.
     """
@@ -108,8 +102,6 @@ class ShardEmbedder:
 
         Args:
             numbers: Numbers of the shards, in the order they are embedded.
-            writer: Where rows go.
-            progress: Counts samples.
             weight: What one sample counts for, on a bar that stands for all processes.
 
         Raises:

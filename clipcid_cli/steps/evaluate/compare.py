@@ -39,7 +39,6 @@ class _Draws:
 
     Attributes:
         first: Value of the first model.
-        second: Value of the second.
         difference_B: Second minus first, for each draw.
         p_value: McNemar's, where the metric counts images that are right or wrong.
     """

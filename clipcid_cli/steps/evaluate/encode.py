@@ -79,8 +79,6 @@ class EncodedBatch:
 
     Attributes:
         number: Its place among all batches of the data set.
-        keys: Keys of the samples.
-        locations: Where their images lie.
         images: float32 [B, D], unit rows.
         labels: int64 [B], or bool [B, C] where an image may have several classes; None for retrieval.
         texts: float32 [M, D], unit rows; None for classification.
@@ -101,7 +99,6 @@ class TaskReader:
 
     Attributes:
         skips: Samples without an image, a label or a caption; complete when all batches were listed.
-        read: Samples looked at.
     """
 
     def __init__(self, task: ZeroshotTask, batch_size: int) -> None:
@@ -143,15 +140,11 @@ def encode_task(
     """Embed a data set with all processes.
 
     Args:
-        model: The model.
         task: The data set and what is measured on it.
-        machine: The processes.
         precision: Number format of the products.
-        batch_size: Images in a batch.
         workers: Processes that decode, 0 for none; None decodes on a GPU by `default_workers` processes, and on a CPU by the
             threads that compute.
         max_bad_fraction: Largest share of samples that may be unusable.
-        progress: Told of each image.
 
     Returns:
         All batches in order and what was skipped, on every process.

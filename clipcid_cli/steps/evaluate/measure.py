@@ -63,7 +63,6 @@ class Measured:
 
     Attributes:
         found: The metrics and what is behind them.
-        images: Images used.
         skips: Samples that could not be used.
         seconds: Time by phase: ``classes``, ``encode``, ``compare``.
     """

@@ -37,8 +37,6 @@ class ProbeData:
         name: Name of the data set.
         classes: Names of the classes; a class of the training split is numbered by its place here.
         metric: Metric by which a strength is chosen.
-        train: What to fit on.
-        test: What to measure on.
         val: What to choose a strength on; None takes a part of the training split.
     """
 

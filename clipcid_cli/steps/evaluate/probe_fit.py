@@ -59,7 +59,6 @@ class SweepPoint:
     Attributes:
         c: Inverse strength, as scikit-learn's ``C``.
         score: The metric it is chosen by, in [0, 1].
-        solution: The fit.
     """
 
     c: float
@@ -76,12 +75,9 @@ class ProbeFits:
     """All fits on one training split.
 
     Args:
-        images: The training images.
         held_out: The images a strength is chosen on; None takes a part of the training images.
-        classes: Number of classes.
         metric: Metric by which a strength is chosen.
         settings: Share held out, shots and seed.
-        reporter: Listener.
 
     Raises:
         ClipcidError: when nothing can be held out or told apart, or no class has as many images as asked for.

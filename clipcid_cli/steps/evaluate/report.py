@@ -21,7 +21,6 @@ def write_summary(work: WorkDirectory, results: list[dict[str, Any]], reporter: 
     """Write the table (csv) and the report of one call; those of the call before are replaced.
 
     Args:
-        work: The work directory.
         results: The objects that `eval-zeroshot` answers with, one a pair.
         reporter: Told when example images have gone.
 

@@ -45,7 +45,6 @@ class ZeroshotTask:
     Attributes:
         name: Name of the data set.
         task: ``zeroshot_classification`` or ``zeroshot_retrieval``.
-        dataset: The data.
         class_names: Names of the classes, in order of the labels; none for retrieval.
         templates: Prompt templates; none for retrieval.
         held_out: Share of the samples that is used, by hash of the key; None uses all.
@@ -180,9 +179,7 @@ def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[Preset, Path] 
     """Find the local copy of a usual data set, and tell where it was found.
 
     Args:
-        name: What the user named.
         root: Folder of the local copies.
-        reporter: Listener.
 
     Returns:
         The data set and its folder; None when it is not named as one.

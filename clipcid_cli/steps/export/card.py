@@ -22,7 +22,6 @@ def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings
     """Collect what is known of a model.
 
     Args:
-        info: The model.
         source: How it was named; the folder of a run's student leads to the sidecars of its run.
         settings: Where else to look, and the licence.
         parity: What was found of each form.

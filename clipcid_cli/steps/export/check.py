@@ -55,7 +55,6 @@ class Checker:
 
     Args:
         model: The model in PyTorch, on the CPU.
-        inputs: What both are shown.
         max_difference: The user's own limit of the difference of entries, for all but int8.
         max_drop: Largest loss of accuracy of a quantised form.
     """

@@ -66,7 +66,6 @@ class ParityInputs:
         openers: Each decodes one image, RGB.
         images: The same after the model's resize and crop, uint8 [N, H, W, 3].
         tokens: Texts for a close look, int64 [CLOSE_LOOK, L].
-        texts: The same as text.
         candidates: What the images are matched with; None where they have neither class nor caption.
         source: Where they come from, for `parity.json`.
         unnamed_classes: Whether the images have classes, but nothing says what these are called.

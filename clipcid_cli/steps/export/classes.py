@@ -27,7 +27,6 @@ class Classes:
 
     Attributes:
         names: Names in order of the labels.
-        templates: Prompt templates.
         files: Files they were read from.
     """
 
@@ -68,7 +67,6 @@ def label_samples(
     """Find the classes of data and the label of each of its samples.
 
     Args:
-        samples: The samples in use.
         dataset: The data they are of.
         spec: The data as the user named it, where its own text files are looked for.
         classes: Classes the user named; None takes the data's own.

@@ -57,9 +57,7 @@ def check_measurable(inputs: ParityInputs, options: FormOptions, max_drop: float
 
     Args:
         inputs: What the forms are compared on.
-        options: Which forms are written.
         max_drop: Largest loss of accuracy of a quantised form.
-        reporter: Is warned.
 
     Raises:
         ClipcidError: when the images have neither classes that have names nor captions.
