@@ -55,7 +55,7 @@ def write_embeddings(
 
 
 def distance_matrix(rows: np.ndarray) -> np.ndarray:
-    """Return the distances as METHOD §1 defines them, float32 [N, N]."""
+    """Return the distances as docs/method.md#distance defines them, float32 [N, N]."""
     wide = rows.astype(np.float64)
     squared = (wide * wide).sum(1)
     return np.sqrt(np.maximum(0.0, squared[:, None] + squared - 2.0 * wide @ wide.T)).astype(np.float32)

@@ -173,8 +173,8 @@ def temperature_for_perplexity(similarities_Nm: npt.NDArray[np.floating], perple
 
     Args:
         similarities_Nm: Similarities to the m nearest centroids, float [N, m].
-        perplexity: Wanted median; 3.5 is the middle of METHOD's "3 to 4". With few centroids half of the way from 1 to m
-            is taken when that is less.
+        perplexity: Wanted median, see docs/method.md#soft-labels. With few centroids half of the way from 1 to m is taken
+            when that is less.
 
     Returns:
         τ > 0, rounded to four digits. 1.0 when there is one centroid, where every τ is the same.

@@ -52,7 +52,7 @@ def draw_candidates(
     Returns:
         The candidates; a function of the arguments only.
 
-    Source: METHOD §3 [R]: the share is UNICOM's partial-FC, the correction ours.
+    Source: docs/method.md#candidates; the share is UNICOM's partial-FC, the correction ours.
     """
     active = np.unique(top_clusters).astype(np.int64)
     rest = num_clusters - len(active)
@@ -112,7 +112,7 @@ def cluster(batch: LossBatch, scale: Tensor) -> Tensor:
         This process's share of the mean over the batch, in nats, a scalar.
 
     Source: CLIP-CID, arXiv 2408.09441 (k-means label, softmax and KL); weights, α and candidates are our reconstruction,
-    METHOD §3 [R]; the text tower is our addition [O].
+    docs/method.md#cluster-loss; the text tower is our addition.
     """
     image, text = batch.student_in_teacher_space()
     towers = ((image, batch.image_clusters), (text, batch.text_clusters))

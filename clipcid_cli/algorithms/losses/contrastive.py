@@ -28,7 +28,7 @@ def contrast_one_way(queries_BD: Tensor, keys_BD: Tensor, scale: Tensor, own: sl
 
 
 def contrast_both_ways(left_BD: Tensor, right_BD: Tensor, scale: Tensor, own: slice = slice(None)) -> Tensor:
-    """2B times CE(A ↔ B; σ) of METHOD, whose two directions are averaged: the sum of both, as `contrast_one_way`.
+    """2B times CE(A ↔ B; σ) of docs/method.md#notation, a mean of two directions: the sum of both, as `contrast_one_way`.
 
     Source: Radford et al. 2021 (CLIP, arXiv 2103.00020), figure 3.
     """
@@ -56,7 +56,7 @@ def instance(batch: LossBatch, scale: Tensor) -> Tensor:
     The idea is the CLIP-CID paper's; this form is our reconstruction (CLIP-KD's `icl` made symmetric). A teacher with one
     tower leaves the one half it can serve, at full weight.
 
-    Source: CLIP-CID, arXiv 2408.09441 (idea); reconstruction, METHOD §3 [R].
+    Source: CLIP-CID, arXiv 2408.09441 (idea); reconstruction, docs/method.md#instance-loss.
     """
     sums = [contrast_both_ways(student, teacher, scale, batch.own) for student, teacher in batch.across_teacher()]
     return add(sums) / (2 * len(sums) * len(batch))
@@ -65,7 +65,7 @@ def instance(batch: LossBatch, scale: Tensor) -> Tensor:
 def instance_intra(batch: LossBatch, scale: Tensor) -> Tensor:
     """½[CE(s' ↔ t) + CE(v' ↔ u)]: each student tower against the same tower of the teacher, or the one that is there.
 
-    Source: variant of `instance`, METHOD §3 [R].
+    Source: variant of `instance`, docs/method.md#instance-loss.
     """
     sums = [contrast_both_ways(student, teacher, scale, batch.own) for student, teacher in batch.beside_teacher()]
     return add(sums) / (2 * len(sums) * len(batch))

@@ -55,7 +55,7 @@ def vertical_relation(batch: LossBatch, scale: Tensor) -> Tensor:
         This process's share, a scalar ≥ 0, in nats.
 
     Source: Chung et al. 2026 (CLIP-RD, arXiv 2603.25383), vertical relational distillation; the one scale is ours,
-    METHOD §4 [R].
+    docs/method.md#losses-of-other-papers.
     """
     image, text = batch.student_in_teacher_space()
     teacher_image, teacher_text = batch.teacher()
@@ -77,7 +77,8 @@ def cross_relation(batch: LossBatch) -> Tensor:
     Returns:
         This process's share, a scalar ≥ 0, in nats.
 
-    Source: Chung et al. 2026 (CLIP-RD, arXiv 2603.25383), cross relational distillation; σ is ours, METHOD §4 [R].
+    Source: Chung et al. 2026 (CLIP-RD, arXiv 2603.25383), cross relational distillation; σ is ours,
+    docs/method.md#losses-of-other-papers.
     """
     image, text = batch.student_in_teacher_space()
     teacher_image, teacher_text = batch.teacher()

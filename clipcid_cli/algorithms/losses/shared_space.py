@@ -40,7 +40,7 @@ def principal_axes(moment_DD: npt.NDArray[np.float64], width: int) -> PrincipalA
         The axes, the strongest first, each with its largest entry positive, so that the result does not depend on the
         solver's choice of sign.
 
-    Source: METHOD §3, meeting space [O].
+    Source: docs/method.md#shared-space.
     """
     values, vectors = np.linalg.eigh(moment_DD)
     axes = vectors[:, ::-1][:, :width]

@@ -68,7 +68,7 @@ class Solution:
 def regularisation_grid(count: int = 45, low: float = 1e-6, high: float = 1e5) -> list[float]:
     """Return the values of C that are tried, evenly spaced in their logarithm.
 
-    Source: METHOD §5, DINOv2's protocol: 45 values in 1e-6 … 1e5.
+    Source: DINOv2's protocol, 45 values in 1e-6 … 1e5: docs/method.md#linear-probe.
     """
     return [10.0 ** (math.log10(low) + step * math.log10(high / low) / (count - 1)) for step in range(count)]
 
@@ -77,7 +77,7 @@ class ProbeProblem:
     """Logistic regression on one set of features, for any number of strengths.
 
     Args:
-        features_ND: Features, float32 [N, D]; unit rows in METHOD's protocol.
+        features_ND: Features, float32 [N, D]; unit rows in the protocol.
         labels: Classes, int64 [N], in [0, C); or whether an image has a class, bool [N, C].
         num_classes: C; classes without an image are never predicted.
 

@@ -8,7 +8,7 @@ one integer bounds the scores of a whole tile.
 
 Shape letters: N rows, D width, M and N also rows of two blocks, P pairs.
 
-Source: METHOD §1 [O], "Exact at low-precision speed".
+Source: docs/method.md#fast-search-exact-result.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A search to a distance finds every forest edge up to it, so it must reach the (N
 seen yet, and not much further. F(ε), the share of rows whose nearest neighbour is within ε, brackets it: each of those rows
 has an edge to its nearest neighbour in the forest, and two rows may share one, so edges(ε) / N lies in [F(ε)/2, F(ε)).
 
-Source: METHOD §1 [O], "First cut-off".
+Source: docs/method.md#first-cut-off.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from clipcid_cli.algorithms.search.distances import LONGEST_ROW, DoubleArray, In
 
 # No two rows are farther apart.
 FARTHEST = 2.0 * LONGEST_ROW
-# Reaching a little further costs little; a forest that runs short costs another search. METHOD starts at F = 1.15 times the
-# share wanted; measured on drawings, features of photographs and synthetic sets, shares of 0.1, 0.2 and 0.44 needed up to
-# 1.70, 1.61 and 1.40 times.
+# Reaching a little further costs little; a forest that runs short costs another search. Measured on drawings, features of
+# photographs and synthetic sets, shares of 0.1, 0.2 and 0.44 needed F up to 1.70, 1.61 and 1.40 times the share wanted.
 _FIRST_FACTOR = 1.75
 # The same for a cover by stars: measured 1.40 to 1.76 at shares up to 0.44, and 0.90 to 0.94 of all rows at 0.7.
 _FIRST_FACTOR_OF_STARS = 1.8

@@ -9,7 +9,7 @@ rows give other last bits in tiles of other shapes.)
 
 Shape letters: N rows, D width, P pairs.
 
-Source: [O] of METHOD §1, "Distance, defined so that it is bit-reproducible".
+Source: docs/method.md#distance.
 """
 
 from __future__ import annotations

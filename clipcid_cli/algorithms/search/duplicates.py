@@ -1,6 +1,6 @@
 """Identical rows, found by hashing: copies of one placeholder image must cost their number, not its square.
 
-Source: METHOD §1 [O], "Identical rows are collapsed by hash and emit a star on their smallest row".
+Source: docs/method.md#identical-rows.
 """
 
 from __future__ import annotations

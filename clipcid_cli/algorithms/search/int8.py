@@ -10,7 +10,7 @@ Of two rows a, b with rotated rows Ta, Tb: |Ta| ≤ |a|·√(1 + η) and |a·b �
 
 Shape letters: N rows, D width.
 
-Source: METHOD §1 [O], "Exact at low-precision speed".
+Source: docs/method.md#fast-search-exact-result.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The search of partitions: rows of each against each other and against its visitors, cut into tiles like a full join.
 
-Source: METHOD §1 [O], "--neighbors partitioned".
+Source: docs/method.md#partitioned-search.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ error cannot matter, and float64 decides the rest.
 
 Shape letters: N rows, B rows of a block, K partitions, D width, P pairs, S sampled rows.
 
-Source: METHOD §1 [O], "--neighbors partitioned"; k-means partitions with visits are the inverted lists of Jégou, Douze and
+Source: docs/method.md#partitioned-search; k-means partitions with visits are the inverted lists of Jégou, Douze and
 Schmid 2011; the margin to the plane is that of spill trees (Liu, Moore, Gray, Yang 2004).
 """
 

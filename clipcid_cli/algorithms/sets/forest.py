@@ -4,7 +4,7 @@ Edges are totally ordered by (weight, smaller row, larger row), so the minimum s
 MSF(A ∪ B) = MSF(MSF(A) ∪ MSF(B)): a forest can be collected edge by edge, tile by tile or process by process. The sets of
 images within ε of each other, chains included, are its components when edges heavier than ε are cut away.
 
-Source: METHOD §1. Borůvka 1926 for the rounds; the order of ties is ours [O].
+Source: docs/method.md#minimum-spanning-forest. Borůvka 1926 for the rounds; the order of ties is ours.
 """
 
 from __future__ import annotations

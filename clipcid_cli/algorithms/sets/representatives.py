@@ -2,7 +2,7 @@
 
 Shape letters: N rows, D width, S sets, M rows of a set.
 
-Source: METHOD §1: [P] the central image, nearest to the set's mean; [O] ties and the other choices.
+Source: docs/method.md#representatives: the paper's central image; ties and the other choices are ours.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ keeper. A star never crosses a single-linkage component, since its edges are wit
 
 Shape letters: N rows, P pairs.
 
-Source: METHOD §1 [O], "Chaining, and the star cover".
+Source: docs/method.md#star-cover.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ _TILE_ROWS = 8192
 _SHORTEST = 0.1
 # Partitions a row visits beside its own where the margin is as measured on synthetic rows and photographs: 0.1 to 1.
 _VISITS = 1.0
-# Where a share to keep is asked for: METHOD's cosine distance of 0.1 as the distance of the tile that is measured. What is
-# kept at a threshold nobody knows before the search; the audit is reckoned with the paper's share.
+# Where a share to keep is asked for: a cosine distance of 0.1 (docs/method.md#balance) for the tile that is measured. What
+# is kept at a threshold nobody knows before the search; the audit is reckoned with the paper's share.
 _USUAL_CUTOFF = math.sqrt(0.2)
 _USUAL_SHARE = 0.563
 

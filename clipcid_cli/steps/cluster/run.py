@@ -49,7 +49,7 @@ from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
-# METHOD §2: nearest centroids stored of each image and caption.
+# Nearest centroids stored of each image and caption: docs/method.md#soft-labels.
 NUM_NEAREST = 16
 # As many as faiss asks for before it warns.
 _FEWEST_A_CENTROID = 39

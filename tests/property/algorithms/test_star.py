@@ -19,7 +19,7 @@ def points_and_pairs(seed: int, num_rows: int) -> tuple[np.ndarray, Edges]:
 
 
 def cover_row_by_row(num_rows: int, pairs: Edges) -> list[int]:
-    """The rule as METHOD §1 words it."""
+    """The rule as docs/method.md#star-cover words it."""
     near: list[dict[int, float]] = [{} for _ in range(num_rows)]
     for a, b, weight in zip(pairs.a.tolist(), pairs.b.tolist(), pairs.weight.tolist(), strict=True):
         near[a][b] = near[b][a] = weight

@@ -98,7 +98,7 @@ def test_the_other_linkage_is_what_a_run_with_it_gives(
     star, _ = balance(tmp_path / "star", embeddings, threshold=single["threshold"], linkage="star")
     for one, other, name in ((single, star, "star"), (star, single, "single")):
         assert one["other_linkage"] == {"linkage": name, "kept": other["kept"], "coverage": other["coverage"]}
-    # METHOD §1, row by row: rows by number of neighbours, each kept that none kept before it covers.
+    # docs/method.md#star-cover, row by row: rows by number of neighbours, each kept that none kept before it covers.
     near = distance_matrix(rows) <= np.float32(single["threshold"])
     covered, kept = np.zeros(NUM_ROWS, bool), 0
     for row in sorted(range(NUM_ROWS), key=lambda row: (-near[row].sum(), row)):

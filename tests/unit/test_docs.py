@@ -1,0 +1,105 @@
+"""The documents: every link, anchor and file name in them leads somewhere, and so does every link from the code."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        *(ROOT / ".github").rglob("*.md"),
+        *(ROOT / "clipcid_cli").rglob("*.md"),
+        *(path for path in (ROOT / "recipes").rglob("*.md") if "work" not in path.parts),
+    ]
+)
+SOURCES = sorted([*(ROOT / "clipcid_cli").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+# Where the documents mean a path of this repository by these beginnings.
+TOP = ("clipcid_cli/", "recipes/", "tests/", ".ci/", ".github/")
+ROOMS = ("commands/", "steps/", "algorithms/", "runtime/", "formats/", "docs/")
+
+_FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_HTML_LINK = re.compile(r"<(?:img|a|source)\b[^>]*?\b(?:src|href|srcset)=\"([^\"]+)\"")
+_PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*(?:/|\.(?:py|sh|md|html|toml|json)))`")
+
+
+def prose_of(path: Path) -> str:
+    """The text without fenced blocks."""
+    return _FENCE.sub("", path.read_text(encoding="utf-8"))
+
+
+@cache
+def anchors_of(path: Path) -> set[str]:
+    """The anchors that GitHub gives a document's headings."""
+    anchors: set[str] = set()
+    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", prose_of(path), flags=re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        numbered = (f"{slug}-{number}" for number in range(1, 99))
+        anchors.add(slug if slug not in anchors else next(name for name in numbered if name not in anchors))
+    return anchors
+
+
+def find_broken_links(path: Path, root: Path = ROOT) -> list[str]:
+    text = prose_of(path)
+    broken = []
+    for target in _LINK.findall(text) + _HTML_LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        if not file.is_relative_to(root) or not file.exists():
+            broken.append(f"{target}: no such file")
+        elif anchor and anchor not in anchors_of(file):
+            broken.append(f"{target}: no such heading")
+    return broken
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file_and_a_heading(path: Path) -> None:
+    assert find_broken_links(path) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One `two` three\n\n[a](#one-two-three) [b](#two) [c](none.md) [d](../x.md) [e](https://x.org)\n")
+    assert [entry.split(":")[0] for entry in find_broken_links(page, tmp_path)] == ["#two", "none.md", "../x.md"]
+
+
+def test_every_link_from_the_code_leads_to_a_heading_of_the_documents() -> None:
+    links = {
+        (str(source.relative_to(ROOT)), link)
+        for source in SOURCES
+        for link in re.findall(r"\bdocs/[\w.-]+\.md(?:#[\w-]+)?", source.read_text(encoding="utf-8"))
+    }
+    assert len({source for source, link in links if link.startswith("docs/method.md#")}) >= 20
+    for source, link in sorted(links):
+        name, _, anchor = link.partition("#")
+        path = ROOT / "clipcid_cli" / name
+        assert path.is_file(), f"{source}: {link}"
+        assert not anchor or anchor in anchors_of(path), f"{source}: {link}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in DOCUMENTS if path.name != "CHANGELOG.md" and "recipes" not in path.parts],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_every_file_of_the_repository_that_a_document_names_exists(path: Path) -> None:
+    for name in _PATH.findall(prose_of(path)):
+        if name.startswith(TOP):
+            assert (ROOT / name).exists(), name
+        elif name.startswith(ROOMS):
+            assert (ROOT / "clipcid_cli" / name).exists(), name
+
+
+def test_the_method_defines_every_loss_and_every_preset() -> None:
+    method = (ROOT / "clipcid_cli" / "docs" / "method.md").read_text(encoding="utf-8")
+    for name in (*LOSSES, *PRESETS):
+        assert f"`{name}`" in method or f"preset {name}" in method, name
