@@ -9,6 +9,7 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
+deptry clipcid_cli
 if [ $# -eq 0 ]; then
     # Most of a test of the command line is PyTorch starting, on one core.
     set -- -m "not slow and not gpu" -n 2 --dist worksteal

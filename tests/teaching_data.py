@@ -18,10 +18,10 @@ from clipcid_cli.runtime.models.augment import apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.steps.distill import run as distill
 from clipcid_cli.steps.distill.batches import Batch, BatchMaker, BatchOrder, find_usable
-from clipcid_cli.steps.distill.run import run as distill
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs, join_teacher
-from clipcid_cli.steps.embed.run import run as embed
+from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 

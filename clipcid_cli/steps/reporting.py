@@ -51,3 +51,11 @@ class SilentReporter:
     def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
         """Return a bar nobody sees."""
         return nullcontext(SilentProgress())
+
+
+def format_duration(seconds: float) -> str:
+    """Print a time as a person would: 8 s, 12 min, 3.4 h, 5.2 days."""
+    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.2g} {name}"
+    return f"{seconds / 86_400:.2g} days"

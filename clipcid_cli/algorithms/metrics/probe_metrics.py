@@ -9,7 +9,6 @@ import torch
 
 from clipcid_cli.algorithms.metrics.average_precision import average_precision
 from clipcid_cli.algorithms.metrics.zeroshot import classification_metrics, rank_classes
-from clipcid_cli.algorithms.probe.probe import LinearClassifier
 
 SINGLE_METRICS = ("acc1", "acc5", "mean_per_class_recall")
 SEVERAL_METRICS = ("mean_average_precision", "mean_average_precision_11_point")
@@ -19,11 +18,13 @@ _BLOCK = 16_384
 
 
 def measure(
-    classifier: LinearClassifier, features_ND: torch.Tensor, labels: torch.Tensor, num_classes: int
+    weights_CD: torch.Tensor, bias_C: torch.Tensor, features_ND: torch.Tensor, labels: torch.Tensor, num_classes: int
 ) -> dict[str, float]:
-    """Measure a classifier on some images.
+    """Measure a linear classifier on some images.
 
     Args:
+        weights_CD: One row of weights for each class, float64 [C, D].
+        bias_C: Intercepts, float64 [C]; may be ±∞.
         features_ND: Features, float [N, D], on the classifier's device.
         labels: Classes, int64 [N], or whether an image has a class, bool [N, C].
 
@@ -31,15 +32,17 @@ def measure(
         `SINGLE_METRICS` where images have one class (``acc5`` is NaN below 5 classes), else `SEVERAL_METRICS`; in [0, 1].
     """
     if labels.ndim == 2:
-        scores_NC = torch.cat([classifier.logits(rows) for rows in torch.split(features_ND, _BLOCK)])
+        scores_NC = torch.cat(
+            [torch.addmm(bias_C, rows.double(), weights_CD.T) for rows in torch.split(features_ND, _BLOCK)]
+        )
         precision = average_precision(scores_NC, labels)
         values = (precision.mean_area, precision.mean_eleven_point)
         return dict(zip(SEVERAL_METRICS, values, strict=True))
     # The intercept is the weight of a feature that is 1.
-    weights_CD = torch.cat([classifier.weights_CD, classifier.bias_C[:, None]], dim=1)
+    extended_CD = torch.cat([weights_CD, bias_C[:, None]], dim=1)
     parts = []
     for rows, own in zip(torch.split(features_ND, _BLOCK), torch.split(labels, _BLOCK), strict=True):
         ones = torch.ones(len(rows), 1, dtype=torch.float64, device=rows.device)
-        parts.append(rank_classes(torch.cat([rows.double(), ones], dim=1), weights_CD, own))
+        parts.append(rank_classes(torch.cat([rows.double(), ones], dim=1), extended_CD, own))
     predictions_N, ranks_N = (torch.cat(found) for found in zip(*parts, strict=True))
     return classification_metrics(predictions_N, ranks_N, labels, num_classes)

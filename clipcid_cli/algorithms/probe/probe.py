@@ -42,10 +42,6 @@ class LinearClassifier:
     weights_CD: torch.Tensor
     bias_C: torch.Tensor
 
-    def logits(self, features_ND: torch.Tensor) -> torch.Tensor:
-        """Return the logits of some features, float64 [N, C]."""
-        return torch.addmm(self.bias_C, features_ND.double(), self.weights_CD.T)
-
 
 @dataclasses.dataclass(frozen=True)
 class Solution:

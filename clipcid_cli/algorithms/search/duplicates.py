@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.algorithms.search.distances import HalfArray, IntArray, ReadRows
-from clipcid_cli.algorithms.sets.forest import Edges
+from clipcid_cli.algorithms.search.edges import Edges
 
 HashArray = npt.NDArray[np.uint64]
 

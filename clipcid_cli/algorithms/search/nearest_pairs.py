@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
-from clipcid_cli.algorithms.sets.forest import Edges
+from clipcid_cli.algorithms.search.edges import Edges
 
 
 class NearestPairs:

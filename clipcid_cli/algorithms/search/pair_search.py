@@ -41,7 +41,7 @@ from clipcid_cli.algorithms.search.distances import (
     occurring,
     selected_distances,
 )
-from clipcid_cli.algorithms.sets.forest import Edges
+from clipcid_cli.algorithms.search.edges import Edges
 
 # Rows multiplied at once on each side: the scores of one product stay near the cores' caches.
 _BLOCK_ROWS = 2048

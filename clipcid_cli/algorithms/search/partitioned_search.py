@@ -15,8 +15,8 @@ import torch
 
 from clipcid_cli.algorithms.search.blocks import Block, load_block
 from clipcid_cli.algorithms.search.distances import IntArray, ReadRows
+from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.search.pair_search import TiledSearch, Wanted
-from clipcid_cli.algorithms.sets.forest import Edges
 
 # Rows read at once on each side: a partition of more is compared in pieces, so memory does not depend on its size.
 _PANEL_ROWS = 8192

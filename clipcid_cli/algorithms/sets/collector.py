@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
-from clipcid_cli.algorithms.sets.forest import Edges, ForestBuilder, sort_edges
+from clipcid_cli.algorithms.search.edges import Edges, sort_edges
+from clipcid_cli.algorithms.sets.forest import ForestBuilder
 
 
 class PairCollector:

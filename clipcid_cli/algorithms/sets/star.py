@@ -16,7 +16,8 @@ import dataclasses
 import numpy as np
 
 from clipcid_cli.algorithms.search.distances import IntArray
-from clipcid_cli.algorithms.sets.forest import Curve, Edges
+from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.algorithms.sets.forest import Curve
 
 
 def star_cover(num_rows: int, pairs: Edges, copies: IntArray | None = None) -> IntArray:

@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from clipcid_cli.algorithms.sets.forest import Curve, Edges, connected_components, forest_curve
+from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to
 from clipcid_cli.algorithms.sets.star import star_curve
 from clipcid_cli.steps.balance.pairs import collect_few_pairs

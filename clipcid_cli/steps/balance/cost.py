@@ -22,7 +22,7 @@ from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.audit import SAMPLE as AUDIT_SAMPLE
 from clipcid_cli.steps.balance.partition import LOOKS_AT_SAMPLE, MARGIN_SAMPLE, ROWS_PER_CENTROID
 from clipcid_cli.steps.balance.search import CUTOFF_SAMPLE
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.reporting import Reporter, format_duration
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 _TILE_ROWS = 8192
@@ -97,14 +97,6 @@ def estimate_cost(
         "memory": {"mapped": mapped, "resident": resident},
         "disk": disk,
     }
-
-
-def format_duration(seconds: float) -> str:
-    """Print a time as a person would: 8 s, 12 min, 3.4 h, 5.2 days."""
-    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.2g} {name}"
-    return f"{seconds / 86_400:.2g} days"
 
 
 def _measure(settings: BalanceSettings, machine: Machine, embeddings: Embeddings) -> tuple[Cost, Cost]:

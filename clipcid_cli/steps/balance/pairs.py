@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from clipcid_cli.algorithms.search.distances import IntArray
+from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.search.pair_search import TiledSearch
-from clipcid_cli.algorithms.sets.forest import Edges
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan

@@ -10,11 +10,11 @@ import torch
 from clipcid_cli.algorithms.kmeans.kmeans import ClusterSums, centroids_of_sums
 from clipcid_cli.algorithms.search.blocks import load_block
 from clipcid_cli.algorithms.search.distances import IntArray, ReadRows
+from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.search.nearest_pairs import NearestPairs
 from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedSearch, RowArray
 from clipcid_cli.algorithms.search.partitions import Partitions, choose_margin, default_num_partitions, split_counts
-from clipcid_cli.algorithms.sets.forest import Edges
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.reporting import Reporter
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from clipcid_cli.algorithms.search.distances import IntArray
-from clipcid_cli.algorithms.sets.forest import Edges
+from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.data.dataset import Dataset

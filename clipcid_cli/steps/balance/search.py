@@ -22,10 +22,10 @@ import torch
 from clipcid_cli.algorithms.search.cutoff import FARTHEST, NearestSample, first_cutoff, wider_cutoff
 from clipcid_cli.algorithms.search.distances import HalfArray, IntArray
 from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows
+from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.algorithms.search.partitioned_search import PartitionedSearch
 from clipcid_cli.algorithms.sets.collector import PairCollector
-from clipcid_cli.algorithms.sets.forest import Edges
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.results.forest import ForestPart, ForestParts, StoredForest, read_forest, write_forest
 from clipcid_cli.runtime.machine import Machine

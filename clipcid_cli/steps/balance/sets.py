@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from clipcid_cli.algorithms.search.distances import DoubleArray, FloatArray, IntArray
-from clipcid_cli.algorithms.sets.forest import Curve, Edges, connected_components, forest_curve, sort_edges
+from clipcid_cli.algorithms.search.edges import Edges, sort_edges
+from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,
     central_rows,

@@ -15,10 +15,9 @@ from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_rows
 from clipcid_cli.algorithms.kmeans.subspace import Subspace
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_precision
-from clipcid_cli.steps.balance.cost import format_duration
 from clipcid_cli.steps.cluster.lloyd import KEPT_BYTES, SHORT_WIDTH, choose_format, find_subspace, subspace_iterations
 from clipcid_cli.steps.cluster.rows import ClusterRows
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.reporting import Reporter, format_duration
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 _SAMPLE = 1024

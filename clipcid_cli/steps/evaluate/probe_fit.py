@@ -185,7 +185,7 @@ class ProbeFits:
 
     def measure(self, classifier: LinearClassifier, images: Images) -> dict[str, float]:
         """Return the metrics of a classifier on some images."""
-        return measure(classifier, images.rows, images.labels, self.classes)
+        return measure(classifier.weights_CD, classifier.bias_C, images.rows, images.labels, self.classes)
 
     def few_shots(self, test: Images) -> list[dict[str, Any]]:
         """Fit on few images of each class, several times over, and measure on the test images.

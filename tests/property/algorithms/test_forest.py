@@ -14,15 +14,9 @@ from scipy.sparse.csgraph import connected_components as scipy_components
 from clipcid_cli.algorithms.search.blocks import load_block, lowest_score
 from clipcid_cli.algorithms.search.distances import LONGEST_ROW, IntArray, paired_distances
 from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows
+from clipcid_cli.algorithms.search.edges import Edges, sort_edges
 from clipcid_cli.algorithms.search.pair_search import TiledSearch
-from clipcid_cli.algorithms.sets.forest import (
-    Edges,
-    ForestBuilder,
-    connected_components,
-    forest_curve,
-    minimum_forest,
-    sort_edges,
-)
+from clipcid_cli.algorithms.sets.forest import ForestBuilder, connected_components, forest_curve, minimum_forest
 
 CPU = torch.device("cpu")
 SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.int8)

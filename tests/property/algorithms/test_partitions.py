@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.algorithms.search.distances import IntArray
+from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.search.nearest_pairs import NearestPairs
 from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedSearch
 from clipcid_cli.algorithms.search.partitions import Partitions, choose_margin, default_num_partitions, split_counts
-from clipcid_cli.algorithms.sets.forest import Edges, ForestBuilder
+from clipcid_cli.algorithms.sets.forest import ForestBuilder
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.sets.forest import Edges, connected_components, sort_edges
+from clipcid_cli.algorithms.search.edges import Edges, sort_edges
+from clipcid_cli.algorithms.sets.forest import connected_components
 from clipcid_cli.algorithms.sets.star import count_kept, find_star_cutoff, star_cover
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.folder import key_join
+from clipcid_cli.formats.embeddings import key_join
 from clipcid_cli.formats.embeddings.key_join import find_repeated_key, hash_keys, join_keys
 
 KEYS = st.text(st.sampled_from("ab0é/"), max_size=4)

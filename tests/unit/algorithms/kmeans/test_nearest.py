@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from clipcid_cli.algorithms.kmeans import nearest as nearest_centroids
 from clipcid_cli.algorithms.kmeans.kmeans import centroids_of_sums
-from clipcid_cli.algorithms.kmeans.kmeans import nearest as nearest_centroids
 from clipcid_cli.algorithms.kmeans.leading_coordinates import leading_coordinates, principal_directions
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_centroids, prepare_rows

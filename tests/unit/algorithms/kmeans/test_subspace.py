@@ -17,9 +17,9 @@ from clipcid_cli.algorithms.kmeans.kmeans import centroids_of_sums
 from clipcid_cli.algorithms.kmeans.leading_coordinates import principal_directions
 from clipcid_cli.algorithms.kmeans.subspace import Subspace
 from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.steps.cluster import lloyd
 from clipcid_cli.steps.cluster.lloyd import LloydState, find_subspace, first_centroids, run_lloyd, subspace_iterations
 from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
-from clipcid_cli.steps.cluster.run import lloyd
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 NUM_ROWS, WIDTH, NUM_CLUSTERS = 3000, 256, 1024

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from clipcid_cli.algorithms.search.edges import Edges, sort_edges
 from clipcid_cli.algorithms.sets.collector import PairCollector
-from clipcid_cli.algorithms.sets.forest import Edges, minimum_forest, sort_edges
+from clipcid_cli.algorithms.sets.forest import minimum_forest
 
 
 def some_edges(seed: int, number: int) -> Edges:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from uid_data import make_uid
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.folder import folder as embeddings_file
+from clipcid_cli.formats.embeddings import folder as embeddings_file
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.npz import find_array
 from clipcid_cli.formats.embeddings.rows import unit_rows
 
 RANDOM = np.random.default_rng(0)
-
-
-def make_uid(number: int) -> str:
-    return hashlib.md5(str(number).encode()).hexdigest()
 
 
 def write_datacomp(folder: Path, save: Any = np.savez, sizes: tuple[int, ...] = (5, 0, 7)) -> dict[str, np.ndarray]:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 from balance_data import make_rows, write_embeddings
-from conftest import make_image, write_tar
-from test_npz_file import make_uid
+from uid_data import NUM_ROWS, UIDS, balance, write_data
 
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.results.kept_lists import are_uids, is_uid, write_keys, write_uids
-from clipcid_cli.steps.balance.run import run
-from clipcid_cli.steps.reporting import SilentReporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
-
-NUM_ROWS = 60
-UIDS = [make_uid(row) for row in range(NUM_ROWS)]
 
 
 def datacomp_subset(uids: list[str]) -> np.ndarray:
@@ -70,22 +62,6 @@ def test_a_file_of_other_content_is_replaced_only_when_asked_for(tmp_path: Path)
 @pytest.fixture(scope="module")
 def rows() -> np.ndarray:
     return make_rows(NUM_ROWS)
-
-
-def balance(work: Path, embeddings: Path, **settings: Any) -> dict[str, Any]:
-    settings = {"keep": 0.5} | settings
-    return run(BalanceSettings(work=work, embeddings=embeddings, device="cpu", **settings), SilentReporter())
-
-
-def write_data(folder: Path, uids: list[str | None]) -> Path:
-    """Write shards whose attributes hold uids, as img2dataset writes them for DataComp's pool."""
-    for number, part in enumerate(np.array_split(np.arange(NUM_ROWS), 2)):
-        members: list[tuple[str, bytes]] = []
-        for row in part.tolist():
-            members.append((f"{row:06d}.png", make_image(0)))
-            members.append((f"{row:06d}.json", json.dumps({"uid": uids[row]} if uids[row] else []).encode()))
-        write_tar(folder / f"{number:08d}.tar", members)
-    return folder
 
 
 def test_pairs_join_with_the_keep_list_and_nothing_is_searched_for_them(rows: np.ndarray, tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.precision import choose_precision
-from clipcid_cli.steps.balance.run import audit, run
-from clipcid_cli.steps.balance.run import partition as partitioning
-from clipcid_cli.steps.balance.run import search as forest_search
+from clipcid_cli.steps.balance import audit
+from clipcid_cli.steps.balance import partition as partitioning
+from clipcid_cli.steps.balance import search as forest_search
+from clipcid_cli.steps.balance.run import run
 from clipcid_cli.steps.reporting import SilentReporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 

@@ -13,8 +13,8 @@ from clipcid_cli.algorithms.search import pair_search as neighbors
 from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.forest import ForestPart, ForestParts
-from clipcid_cli.steps.balance.run import pairs as set_pairs
-from clipcid_cli.steps.balance.run import search as forest_search
+from clipcid_cli.steps.balance import pairs as set_pairs
+from clipcid_cli.steps.balance import search as forest_search
 
 NUM_ROWS = 300
 

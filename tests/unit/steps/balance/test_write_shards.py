@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from balance_data import make_rows, write_embeddings
-from test_kept_files import NUM_ROWS, UIDS, balance, write_data
+from uid_data import NUM_ROWS, UIDS, balance, write_data
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.balance.run import write_shards
+from clipcid_cli.steps.balance import write_shards
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from clipcid_cli.algorithms.kmeans.leading_coordinates import (
     principal_directions,
 )
 from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.steps.cluster import lloyd
+from clipcid_cli.steps.cluster import product_choice as coordinate_choice
 from clipcid_cli.steps.cluster.lloyd import LloydState, first_centroids, run_lloyd
 from clipcid_cli.steps.cluster.product_choice import CoordinateChoice, worth_a_trial
 from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
-from clipcid_cli.steps.cluster.run import lloyd
-from clipcid_cli.steps.cluster.run import product_choice as coordinate_choice
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 NUM_ROWS, WIDTH, NUM_CLUSTERS = 2500, 160, 70

@@ -12,8 +12,8 @@ from loss_data import unit
 
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, principal_axes
 from clipcid_cli.formats.results.clusters import TopClusters
+from clipcid_cli.steps.distill import cluster_targets as cluster_lookup
 from clipcid_cli.steps.distill.cluster_targets import Centroids, ClusterLookup, open_centroids
-from clipcid_cli.steps.distill.run import cluster_targets as cluster_lookup
 
 K, D, CUT, N, M = 300, 24, 10, 40, 4
 CPU = torch.device("cpu")

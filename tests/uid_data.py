@@ -1,0 +1,39 @@
+"""What tests of rows with DataComp's uids share: the uids, shards whose attributes hold them, and a run of `balance`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from conftest import make_image, write_tar
+
+from clipcid_cli.steps.balance.run import run
+from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.settings.balance import BalanceSettings
+
+
+def make_uid(number: int) -> str:
+    return hashlib.md5(str(number).encode()).hexdigest()
+
+
+NUM_ROWS = 60
+UIDS = [make_uid(row) for row in range(NUM_ROWS)]
+
+
+def balance(work: Path, embeddings: Path, **settings: Any) -> dict[str, Any]:
+    settings = {"keep": 0.5} | settings
+    return run(BalanceSettings(work=work, embeddings=embeddings, device="cpu", **settings), SilentReporter())
+
+
+def write_data(folder: Path, uids: list[str | None]) -> Path:
+    """Write shards whose attributes hold uids, as img2dataset writes them for DataComp's pool."""
+    for number, part in enumerate(np.array_split(np.arange(NUM_ROWS), 2)):
+        members: list[tuple[str, bytes]] = []
+        for row in part.tolist():
+            members.append((f"{row:06d}.png", make_image(0)))
+            members.append((f"{row:06d}.json", json.dumps({"uid": uids[row]} if uids[row] else []).encode()))
+        write_tar(folder / f"{number:08d}.tar", members)
+    return folder
