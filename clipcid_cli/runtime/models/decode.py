@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import warnings
+from typing import Protocol
 
 from PIL import Image
 
@@ -13,16 +15,44 @@ MAX_PIXELS = 89_478_485
 _WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
-class UnreadableImage(Exception):  # noqa: N818  # an event counted per sample, not an error of the program
-    """An image that cannot be used.
+class Readable(Protocol):
+    """Where the bytes of an image file come from; `formats.data.samples.Location` is one."""
+
+    def read(self) -> bytes:
+        """Return the bytes; OSError when they cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedImage:
+    """The result for an image that cannot be used.
 
     Attributes:
-        reason: ``unreadable_image`` or ``too_many_pixels``, as they are counted.
+        reason: ``unreadable_image`` or ``too_many_pixels``, a key of `formats.skips.REASONS`.
     """
+
+    reason: str
+
+
+class UnreadableImage(Exception):  # noqa: N818  # an event counted per sample, not an error of the program
+    """Bytes that cannot be decoded; `reason` as in `SkippedImage`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:
+    """Read and decode an image; this is where every step learns that a sample has to be skipped, and why.
+
+    Args:
+        draft_size: As in `decode_image`.
+    """
+    try:
+        return decode_image(source.read(), draft_size=draft_size)
+    except UnreadableImage as error:
+        return SkippedImage(error.reason)
+    except OSError:  # the file was removed or truncated after it was listed
+        return SkippedImage("unreadable_image")
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, draft_size: tuple[int, int] | None = None) -> Image.Image:
@@ -62,18 +92,18 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, draft_size: tuple[in
         raise UnreadableImage("unreadable_image") from error
 
 
-def read_size(data: bytes) -> tuple[int, int]:
-    """Read an image's (width, height) from its header, without decoding it.
-
-    Raises:
-        UnreadableImage: when it is no image.
-    """
+def read_size(source: Readable) -> tuple[int, int] | SkippedImage:
+    """Read an image's (width, height) from its header, without decoding it."""
+    try:
+        data = source.read()
+    except OSError:  # as in read_image
+        return SkippedImage("unreadable_image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data)).size
-    except Exception as error:  # as in decode_image
-        raise UnreadableImage("unreadable_image") from error
+    except Exception:  # as in decode_image
+        return SkippedImage("unreadable_image")
 
 
 def had_alpha(image: Image.Image) -> bool:

@@ -19,7 +19,7 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.skips import REASONS
-from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
+from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
 from clipcid_cli.steps.balance.composition import compare_classes
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data
@@ -175,11 +175,10 @@ def _load_pictures(
 def _thumbnail(finder: SampleFinder, shard: str, key: str) -> str:
     try:
         sample = finder.find(shard, key)
-        if sample is None:
-            return ""
-        return thumbnail(decode_image(sample.image.read(), draft_size=(_THUMBNAIL, _THUMBNAIL)), _THUMBNAIL)
-    except (ClipcidError, OSError, UnreadableImage):
+    except (ClipcidError, OSError):
         return ""
+    image = None if sample is None else read_image(sample.image, draft_size=(_THUMBNAIL, _THUMBNAIL))
+    return "" if image is None or isinstance(image, SkippedImage) else thumbnail(image, _THUMBNAIL)
 
 
 def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | str) -> Markup:

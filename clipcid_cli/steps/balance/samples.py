@@ -15,7 +15,7 @@ from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, ope
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.results.kept_lists import is_uid
-from clipcid_cli.runtime.models.decode import UnreadableImage, read_size
+from clipcid_cli.runtime.models.decode import SkippedImage, read_size
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -122,8 +122,5 @@ def count_pixels(settings: BalanceSettings, embeddings: Embeddings, rows: IntArr
 def _pixels(sample: Sample | None) -> int:
     if sample is None:
         return 0
-    try:
-        width, height = read_size(sample.image.read())
-    except (OSError, UnreadableImage):
-        return 0
-    return width * height
+    size = read_size(sample.image)
+    return 0 if isinstance(size, SkippedImage) else size[0] * size[1]

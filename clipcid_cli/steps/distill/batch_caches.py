@@ -9,7 +9,7 @@ from PIL import Image
 
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.runtime.models.clip_model import Tokenizer
-from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
+from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 
 # Captions whose tokens are remembered.
 TOKENS_KEPT = 200_000
@@ -27,10 +27,9 @@ class ImageCache:
         kept = self._images.get(sample.key)
         if kept is not None:
             return kept
-        try:
-            image = decode_image(sample.image.read())
-        except (UnreadableImage, OSError) as error:
-            bad.append((getattr(error, "reason", "unreadable_image"), sample.key))
+        image = read_image(sample.image)
+        if isinstance(image, SkippedImage):
+            bad.append((image.reason, sample.key))
             return None
         size = 3 * image.width * image.height
         if size <= self._left:

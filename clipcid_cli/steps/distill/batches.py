@@ -17,7 +17,7 @@ from clipcid_cli.formats.data.dataset import Dataset, Sample, refuse_repeated_ke
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.models.augment import Augmentation, View, ViewPixels, choose_view
 from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer
-from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
+from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.randomness import derive_seed, epoch_order, key_fraction
 from clipcid_cli.steps.distill.batch_caches import TOKENS_KEPT, ImageCache, TokenCache
 from clipcid_cli.steps.distill.stored_views import Replay, StoredView
@@ -352,11 +352,10 @@ def read_held_out(
             rows.extend(shard_rows.tolist())
     decoded, kept = list[torch.Tensor](), list[int]()
     for place, sample in enumerate(samples[:limit]):
-        try:
-            decoded.append(transform(decode_image(sample.image.read())))
+        image = read_image(sample.image)
+        if not isinstance(image, SkippedImage):
+            decoded.append(transform(image))
             kept.append(place)
-        except (UnreadableImage, OSError):
-            continue
     if len(kept) < 2:
         return None
     chosen = [samples[place] for place in kept]

@@ -14,7 +14,7 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.results.run_folder import RunFolder, read_lines
 from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
+from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.steps.distill.batches import HeldOut
 from clipcid_cli.steps.distill.evaluation import embed_held_out
 from clipcid_cli.steps.distill.inputs import Inputs
@@ -108,10 +108,8 @@ def _find_examples(held_out: HeldOut, images: Tensor, texts: Tensor) -> list[dic
 
 
 def _picture(sample: Sample) -> str:
-    try:
-        return thumbnail(decode_image(sample.image.read()))
-    except (UnreadableImage, OSError):
-        return ""
+    image = read_image(sample.image)
+    return "" if isinstance(image, SkippedImage) else thumbnail(image)
 
 
 def _draw_losses(log: Sequence[dict[str, Any]], names: Sequence[str]) -> Markup:

@@ -13,7 +13,7 @@ from PIL import Image
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.runtime.models.augment import PACKED_VIEW, Augmentation, ViewPixels, choose_view
 from clipcid_cli.runtime.models.clip_model import Tokenizer, Transform
-from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image, had_alpha
+from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
 from clipcid_cli.runtime.randomness import derive_seed
 
 
@@ -105,13 +105,9 @@ class Preparation:
         failures: dict[int, str] = {}
         flattened = 0
         for row, sample in enumerate(batch.samples):
-            try:
-                image = decode_image(sample.image.read(), draft_size=draft)
-            except UnreadableImage as error:
-                failures[row] = error.reason
-                continue
-            except OSError:  # the file is gone, or cut off since it was listed
-                failures[row] = "unreadable_image"
+            image = read_image(sample.image, draft)
+            if isinstance(image, SkippedImage):
+                failures[row] = image.reason
                 continue
             flattened += had_alpha(image)
             pixels[0, row] = self.transform(image)

@@ -20,7 +20,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import default_workers, load_batches
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer
-from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
+from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
@@ -60,13 +60,12 @@ class PrepareBatch:
         """Prepare the readable ones of `samples`."""
         skips, readable, pixels = Skips(), list[Sample](), list[torch.Tensor]()
         for sample in samples:
-            try:
-                pixels.append(self.transform(decode_image(sample.image.read())))
-                readable.append(sample)
-            except UnreadableImage as error:
-                skips.add(error.reason, sample.key)
-            except OSError:
-                skips.add("unreadable_image", sample.key)
+            image = read_image(sample.image)
+            if isinstance(image, SkippedImage):
+                skips.add(image.reason, sample.key)
+                continue
+            pixels.append(self.transform(image))
+            readable.append(sample)
         tokens = None
         if self.tokenizer is not None and readable:
             tokens = self.tokenizer([caption for sample in readable for caption in sample.captions])

@@ -11,7 +11,7 @@ from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.report import render_report, thumbnail
 from clipcid_cli.formats.results.metrics import SIDECARS, write_results
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
+from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.steps.reporting import Reporter
 
 _WORST_SHOWN = 8
@@ -123,12 +123,11 @@ class _Gone:
 
     def picture(self, example: dict[str, Any]) -> str:
         """Return an example's thumbnail, empty when the image has gone."""
-        try:
-            location = Location(example["path"], example["offset"], example["size"])
-            return thumbnail(decode_image(location.read()))
-        except (UnreadableImage, OSError):
+        image = read_image(Location(example["path"], example["offset"], example["size"]))
+        if isinstance(image, SkippedImage):
             self.count += 1
             return ""
+        return thumbnail(image)
 
 
 def _model_name(result: dict[str, Any]) -> str:

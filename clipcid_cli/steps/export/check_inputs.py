@@ -18,7 +18,7 @@ from clipcid_cli.formats.data.dataset import Dataset, Sample, open_dataset, open
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
+from clipcid_cli.runtime.models.decode import SkippedImage, decode_image, read_image
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.steps.export.classes import Classes, label_samples
 from clipcid_cli.steps.reporting import Reporter
@@ -200,17 +200,13 @@ def _read(
     openers: list[Callable[[], Image.Image]] = []
     images: list[torch.Tensor] = []
     for sample in _choose(dataset, limit):
-        opener = partial(_decode, sample)
-        try:
-            images.append(transform(opener()))
-        except UnreadableImage as error:
-            skips.add(error.reason, sample.key)
+        image = read_image(sample.image)
+        if isinstance(image, SkippedImage):
+            skips.add(image.reason, sample.key)
             continue
-        except OSError:  # the file is gone, or cut off since it was listed
-            skips.add("unreadable_image", sample.key)
-            continue
+        images.append(transform(image))
         samples.append(sample)
-        openers.append(opener)
+        openers.append(partial(_decode, sample))
         if len(images) == limit:
             break
     return samples, openers, images

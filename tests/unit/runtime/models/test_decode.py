@@ -5,13 +5,22 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_image
 from PIL import Image
 
-from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image, had_alpha
+from clipcid_cli.formats.data.samples import Location
+from clipcid_cli.runtime.models.decode import (
+    SkippedImage,
+    UnreadableImage,
+    decode_image,
+    had_alpha,
+    read_image,
+    read_size,
+)
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -90,6 +99,20 @@ def test_what_cannot_be_used_has_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(UnreadableImage) as raised:
         decode_image(data)
     assert raised.value.reason == reason
+
+
+def test_a_file_is_read_or_skipped_with_a_reason(tmp_path: Path) -> None:
+    place = tmp_path / "image"
+    place.write_bytes(make_image(1))
+    whole, missing, cut = Location(str(place)), Location(str(tmp_path / "gone")), Location(str(place), 0, 10**6)
+    image = read_image(whole)
+    assert isinstance(image, Image.Image)
+    assert read_size(whole) == image.size == (48, 48)
+    for source in (missing, cut):
+        assert read_image(source) == read_size(source) == SkippedImage("unreadable_image")
+    place.write_bytes(make_bomb(10_000, 9_000))
+    assert read_image(whole) == SkippedImage("too_many_pixels")
+    assert read_size(whole) == (10_000, 9_000)
 
 
 def test_the_pixel_limit_is_inclusive() -> None:
