@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import braceexpand
+import numpy as np
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_folder import read_image_folder
@@ -17,6 +18,7 @@ from clipcid_cli.formats.data.remote import fetch_error, is_url, open_filesystem
 from clipcid_cli.formats.data.sample_list import LIST_SUFFIXES, Columns, read_sample_list
 from clipcid_cli.formats.data.samples import Location, Sample, Shard, natural_key
 from clipcid_cli.formats.data.tar_index import TarShard, check_tar
+from clipcid_cli.formats.key_join import find_repeated_key
 from clipcid_cli.formats.skips import Skips
 
 __all__ = ["Columns", "Dataset", "Location", "Sample", "Shard", "open_dataset", "refuse_repeated_keys"]
@@ -123,20 +125,21 @@ def refuse_repeated_keys(shards: Sequence[tuple[str, Sequence[str]]]) -> None:
     """Refuse keys that occur in more than one shard, since files of later steps are joined by key.
 
     Args:
-        shards: Name and keys of each shard.
+        shards: Name and keys of each shard; within a shard all keys differ.
 
     Raises:
         ClipcidError: naming the first such key and both shards.
     """
-    owners: dict[str, str] = {}
-    for name, keys in shards:
-        for key in keys:
-            owner = owners.setdefault(key, name)
-            if owner != name:
-                raise ClipcidError(
-                    f"Key {key!r} occurs in shard {owner} and again in shard {name}.",
-                    "Add --keys shard, which puts the shard's name before each key.",
-                )
+    if len(shards) < 2:
+        return
+    repeat = find_repeated_key([key for _, keys in shards for key in keys])
+    if repeat is not None:
+        ends = np.cumsum([len(keys) for _, keys in shards])
+        one, other = (shards[int(np.searchsorted(ends, row, side="right"))][0] for row in repeat[1:])
+        raise ClipcidError(
+            f"Key {repeat[0]!r} occurs in shard {one} and again in shard {other}.",
+            "Add --keys shard, which puts the shard's name before each key.",
+        )
 
 
 def _find_tars(spec: str) -> list[str] | None:

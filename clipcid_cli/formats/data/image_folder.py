@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample, natural_key, relative_key
-from clipcid_cli.formats.skips import Skips
-
-VIRTUAL_SHARD = 10_000
-"""Samples in a shard of data that has no shards of its own."""
+from clipcid_cli.formats.data.virtual_shard import VirtualShard, slice_rows
+from clipcid_cli.formats.key_join import mark_repeats
 
 
 class _Entry(NamedTuple):
@@ -25,48 +23,25 @@ class _Entry(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderShard:
-    """A slice of an image folder.
-
-    Attributes:
-        name: Number of the slice, five digits.
-        prefix_keys: Whether keys begin with the shard's name.
-    """
-
-    name: str
-    root: str
-    entries: tuple[_Entry, ...]
-    prefix_keys: bool = False
-
-    def samples(self, skips: Skips | None = None) -> list[Sample]:
-        """List the slice's samples; images that share their name up to the suffix are one key, the first is kept."""
-        skips = skips if skips is not None else Skips()
-        found = []
-        for entry in self.entries:
-            key = relative_key(Path(entry.path))
-            if entry.repeated:
-                skips.add("duplicate_key", entry.path)
-                continue
-            captions: tuple[str, ...] = ()
-            if entry.has_caption:
-                text = Path(self.root, key + ".txt").read_text(encoding="utf-8", errors="replace").strip()
-                captions = (text,) if text else ()
-            found.append(
-                Sample(
-                    key=f"{self.name}/{key}" if self.prefix_keys else key,
-                    image=Location(os.path.join(self.root, entry.path)),
-                    captions=captions,
-                    label=entry.label,
-                )
-            )
-        return found
+class FolderShard(VirtualShard[_Entry]):
+    """A slice of an image folder; images that share their name up to the suffix are one key, the first is kept."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe the slice: bytes of its images, and a hash of their names and sizes."""
-        text = "\n".join(f"{entry.path}\t{entry.size}\t{entry.has_caption}" for entry in self.entries)
+        text = "\n".join(f"{entry.path}\t{entry.size}\t{entry.has_caption}" for entry in self.rows)
         digest = hashlib.blake2b(text.encode("utf-8", errors="surrogateescape"), digest_size=16).hexdigest()
-        size = sum(entry.size for entry in self.entries)
-        return {"path": f"{self.root}#{self.name}", "size": size, "hash": f"blake2b-names:{digest}"}
+        size = sum(entry.size for entry in self.rows)
+        return {"path": f"{self.source}#{self.name}", "size": size, "hash": f"blake2b-names:{digest}"}
+
+    def _label(self, row: _Entry) -> str:
+        return row.path
+
+    def _sample(self, row: _Entry) -> Sample:
+        key = relative_key(Path(row.path))
+        text = ""
+        if row.has_caption:
+            text = Path(self.source, key + ".txt").read_text(encoding="utf-8", errors="replace").strip()
+        return Sample(key, Location(os.path.join(self.source, row.path)), (text,) if text else (), row.label)
 
 
 def read_image_folder(root: Path, *, prefix_keys: bool) -> tuple[tuple[FolderShard, ...], tuple[str, ...] | None]:
@@ -77,7 +52,7 @@ def read_image_folder(root: Path, *, prefix_keys: bool) -> tuple[tuple[FolderSha
         prefix_keys: Whether keys begin with the shard's name.
 
     Returns:
-        Slices of `VIRTUAL_SHARD` images, none when there are no images; and the names of the classes when every image
+        Slices of the images, none when there are no images; and the names of the classes when every image
         lies in a folder of its class (sorted as torchvision's ImageFolder sorts them, so that labels agree), else None.
     """
     texts: set[str] = set()
@@ -93,18 +68,12 @@ def read_image_folder(root: Path, *, prefix_keys: bool) -> tuple[tuple[FolderSha
     if images and all("/" in path for path, _ in images):
         classes = tuple(sorted({path.partition("/")[0] for path, _ in images}))
     labels = {name: number for number, name in enumerate(classes or ())}
-    entries, seen = [], set()
-    for path, size in images:
-        key = relative_key(Path(path))
-        entries.append(_Entry(path, size, key in texts, labels.get(path.partition("/")[0]), key in seen))
-        seen.add(key)
-    shards = tuple(
-        FolderShard(
-            f"{start // VIRTUAL_SHARD:05d}", str(root), tuple(entries[start : start + VIRTUAL_SHARD]), prefix_keys
-        )
-        for start in range(0, len(entries), VIRTUAL_SHARD)
-    )
-    return shards, classes
+    keys = [relative_key(Path(path)) for path, _ in images]
+    entries = [
+        _Entry(path, size, key in texts, labels.get(path.partition("/")[0]), repeated)
+        for (path, size), key, repeated in zip(images, keys, mark_repeats(keys).tolist(), strict=True)
+    ]
+    return tuple(FolderShard(name, str(root), rows, prefix_keys) for name, rows in slice_rows(entries)), classes
 
 
 def _walk(root: Path) -> Iterator[tuple[str, int]]:

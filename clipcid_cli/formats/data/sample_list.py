@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.image_folder import VIRTUAL_SHARD
 from clipcid_cli.formats.data.remote import is_url, local_copy
 from clipcid_cli.formats.data.samples import Location, Sample
-from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.data.virtual_shard import VirtualShard, slice_rows
+from clipcid_cli.formats.key_join import mark_repeats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,41 +53,21 @@ class _Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class ListShard:
-    """A slice of a list.
-
-    Attributes:
-        name: Number of the slice, five digits.
-        prefix_keys: Whether keys begin with the shard's name.
-    """
-
-    name: str
-    source: str
-    rows: tuple[_Row, ...]
-    prefix_keys: bool = False
-
-    def samples(self, skips: Skips | None = None) -> list[Sample]:
-        """List the slice's samples; rows without a path, or with a key that an earlier row has, are counted."""
-        skips = skips if skips is not None else Skips()
-        found = []
-        for row in self.rows:
-            if not row.path:
-                skips.add("no_image", row.key)
-            elif row.repeated:
-                skips.add("duplicate_key", row.key)
-            else:
-                key = f"{self.name}/{row.key}" if self.prefix_keys else row.key
-                captions = (row.caption,) if row.caption else ()
-                found.append(
-                    Sample(key=key, image=Location(row.path), captions=captions, label=row.label, labels=row.labels)
-                )
-        return found
+class ListShard(VirtualShard[_Row]):
+    """A slice of a list."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe the slice: number of rows as its size, and a hash of them."""
         text = "\n".join(f"{row.key}\t{row.path}\t{row.caption}\t{row.labels or row.label}" for row in self.rows)
         digest = hashlib.blake2b(text.encode("utf-8", errors="surrogateescape"), digest_size=16).hexdigest()
         return {"path": f"{self.source}#{self.name}", "size": len(text), "hash": f"blake2b-rows:{digest}"}
+
+    def _label(self, row: _Row) -> str:
+        return row.key
+
+    def _sample(self, row: _Row) -> Sample:
+        captions = (row.caption,) if row.caption else ()
+        return Sample(row.key, Location(row.path), captions, row.label, row.labels)
 
 
 def read_sample_list(spec: str, columns: Columns, *, prefix_keys: bool) -> tuple[ListShard, ...]:
@@ -98,7 +78,7 @@ def read_sample_list(spec: str, columns: Columns, *, prefix_keys: bool) -> tuple
         prefix_keys: Whether keys begin with the shard's name.
 
     Returns:
-        Slices of `VIRTUAL_SHARD` rows.
+        Slices of the rows.
 
     Raises:
         ClipcidError: when the file is not of that kind, has no rows, or lacks the column of paths.
@@ -118,17 +98,14 @@ def read_sample_list(spec: str, columns: Columns, *, prefix_keys: bool) -> tuple
     keys = _text(frame, columns.key) if columns.key in frame else paths
     classes = _classes(spec, frame) if LABEL_COLUMN in frame else None
     several = classes is not None and any(len(row) > 1 for row in classes)
-    rows, seen = [], set()
+    repeated = mark_repeats(keys).tolist()
+    rows = []
     for number, (key, path, caption) in enumerate(zip(keys, paths, captions, strict=True)):
         where = path if not path or is_url(path) or os.path.isabs(path) else os.path.join(folder, path)
         own = classes[number] if classes is not None else ()
         label = own[0] if own and not several else None
-        rows.append(_Row(key, where, caption, label, own if several else None, key in seen))
-        seen.add(key)
-    return tuple(
-        ListShard(f"{start // VIRTUAL_SHARD:05d}", spec, tuple(rows[start : start + VIRTUAL_SHARD]), prefix_keys)
-        for start in range(0, len(rows), VIRTUAL_SHARD)
-    )
+        rows.append(_Row(key, where, caption, label, own if several else None, repeated[number]))
+    return tuple(ListShard(name, spec, part, prefix_keys) for name, part in slice_rows(rows))
 
 
 def _read_frame(spec: str, path: Path) -> pd.DataFrame:

@@ -31,10 +31,10 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import natural_key
 from clipcid_cli.formats.embeddings.extras import Extras, ViewParams, find_extras
-from clipcid_cli.formats.embeddings.key_join import find_repeated_key
 from clipcid_cli.formats.embeddings.npy import RowFile, find_npy
 from clipcid_cli.formats.embeddings.npz import MOST_UNPACKED, choose_arrays, find_array
 from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.key_join import find_repeated_key
 from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
 
 _DIGITS = re.compile(r"(\d+)$")

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.key_join import join_keys
+from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.results.keep_list import KeepList, read_dropped, read_keep_list
 from clipcid_cli.formats.results.kept_lists import are_uids, write_keys, write_pairs, write_uids
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid

@@ -12,7 +12,7 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import local_copy
 from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
-from clipcid_cli.formats.embeddings.key_join import KeyIndex
+from clipcid_cli.formats.key_join import KeyIndex
 from clipcid_cli.formats.output import Output, plan_path, sidecar_path
 from clipcid_cli.formats.results.keep_list import KeepList
 from clipcid_cli.formats.results.kept_lists import is_uid

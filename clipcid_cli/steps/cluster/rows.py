@@ -14,8 +14,8 @@ import pyarrow as pa
 from clipcid_cli.algorithms.kmeans.kmeans import joint_features
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
-from clipcid_cli.formats.embeddings.key_join import join_keys
 from clipcid_cli.formats.embeddings.rows import Float16, Rows
+from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.output import fingerprint_file
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.skips import Skips

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.key_join import join_keys
+from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
 from clipcid_cli.formats.results.keep_list import KeepList, read_keep_list
 from clipcid_cli.formats.work_directory import WorkDirectory

@@ -13,7 +13,7 @@ from clipcid_cli.algorithms.losses.registry import LOSSES, served_by_one_tower
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
-from clipcid_cli.formats.embeddings.key_join import join_keys
+from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.output import fingerprint_file
 from clipcid_cli.formats.results.clusters import CENTROIDS, TABLE, Clusters, open_clusters
 from clipcid_cli.formats.work_directory import WorkDirectory

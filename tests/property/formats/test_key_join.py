@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings import key_join
-from clipcid_cli.formats.embeddings.key_join import find_repeated_key, hash_keys, join_keys
+from clipcid_cli.formats import key_join
+from clipcid_cli.formats.key_join import find_repeated_key, hash_keys, join_keys, mark_repeats
 
 KEYS = st.text(st.sampled_from("ab0é/"), max_size=4)
 
@@ -48,6 +48,11 @@ def test_the_first_repeat_is_found(bad: bool, keys: list[str]) -> None:
         if bad:
             patch.setattr(key_join, "hash_keys", hash_badly)
         assert find_repeated_key(keys) == expected
+        assert mark_repeats(keys).tolist() == [key in keys[:place] for place, key in enumerate(keys)]
+
+
+def test_names_that_are_not_utf8_are_keys_too() -> None:
+    assert mark_repeats(["a\udcff", "a", "a\udcff", "a\udcfe"]).tolist() == [False, False, True, False]
 
 
 def test_a_repeated_key_on_the_right_is_refused() -> None:

@@ -1,13 +1,17 @@
-"""Rows of different files brought together by key, at any scale: by sorted 64-bit hashes, and checked for collisions."""
+"""Rows of different files joined by key, and keys checked for repeats, at any scale.
+
+Keys are compared by sorted 64-bit hashes, and themselves where hashes agree. A Python dict of 400 million keys would take
+some 60 GB; hashes and their order take 16 bytes a row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -83,8 +87,21 @@ def find_repeated_key(keys: Keys) -> tuple[str, int, int] | None:
     return _first_repeat(column, hashes[order], order)
 
 
+def mark_repeats(keys: Keys) -> npt.NDArray[np.bool_]:
+    """Mark each of n keys that an earlier position has already: bool [n]."""
+    column = _as_column(keys)
+    hashes = hash_keys(column)
+    order = np.argsort(hashes, kind="stable")
+    repeated = np.zeros(len(column), dtype=np.bool_)
+    for _, _, place in _repeats(column, hashes[order], order):
+        repeated[place] = True
+    return repeated
+
+
 def hash_keys(keys: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     """Hash every key to 64 bits, the same on every machine (pandas' SipHash with its fixed key)."""
+    import pandas as pd  # 0.15 s, which evaluation on data of one shard should not wait for
+
     parts = [pd.util.hash_array(chunk.to_numpy(zero_copy_only=False), categorize=False) for chunk in keys.chunks]
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)
 
@@ -102,18 +119,23 @@ def _refuse_repeats(column: pa.ChunkedArray, hashes: npt.NDArray[np.uint64], ord
 def _first_repeat(
     column: pa.ChunkedArray, hashes: npt.NDArray[np.uint64], order: npt.NDArray[np.int64]
 ) -> tuple[str, int, int] | None:
-    repeats = []
+    return min(_repeats(column, hashes, order), key=lambda repeat: repeat[2], default=None)
+
+
+def _repeats(
+    column: pa.ChunkedArray, hashes: npt.NDArray[np.uint64], order: npt.NDArray[np.int64]
+) -> Iterator[tuple[str, int, int]]:
+    """Yield each repeated key with its first position and a later one."""
     # Rows of one hash lie together, each run in order of position.
     same = np.flatnonzero(hashes[1:] == hashes[:-1])
     for stretch in np.split(same, np.flatnonzero(np.diff(same) > 1) + 1) if len(same) else []:
-        seen: dict[str, int] = {}
-        for place in order[stretch[0] : stretch[-1] + 2]:
-            key = column[int(place)].as_py()
-            if key in seen:
-                repeats.append((key, seen[key], int(place)))
-                break
-            seen[key] = int(place)
-    return min(repeats, key=lambda repeat: repeat[2]) if repeats else None
+        first: dict[str, int] = {}  # the keys of one hash: nearly always a single one
+        for place in order[stretch[0] : stretch[-1] + 2].tolist():
+            key = column[place].as_py()
+            if key in first:
+                yield key, first[key], place
+            else:
+                first[key] = place
 
 
 def _as_column(keys: Keys) -> pa.ChunkedArray:
@@ -121,4 +143,7 @@ def _as_column(keys: Keys) -> pa.ChunkedArray:
         return keys.cast(pa.large_string())
     if isinstance(keys, pa.Array):
         return pa.chunked_array([keys.cast(pa.large_string())])
-    return pa.chunked_array([pa.array(keys, type=pa.large_string())])
+    try:
+        return pa.chunked_array([pa.array(keys, type=pa.large_string())])
+    except UnicodeEncodeError:  # names of files need not be UTF-8
+        return pa.chunked_array([pa.array([os.fsencode(key) for key in keys], type=pa.large_binary())])
