@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -58,40 +55,23 @@ def write_onnx(
         ClipcidError: when the exporter cannot express the module.
     """
     assert len(example) >= 2
-    with _quiet_exporter():
-        try:
-            program = torch.onnx.export(
-                module,
-                (example,),
-                dynamo=True,
-                verbose=False,
-                input_names=[input_name],
-                output_names=list(output_names),
-                dynamic_shapes={input_name: {0: torch.export.Dim("batch")}},
-                opset_version=opset,
-            )
-        except Exception as error:  # torch.export and the exporter raise many kinds for what they cannot express
-            reason = " ".join(str(error).split())[:300]
-            raise ClipcidError(
-                f"{path.name}: PyTorch's exporter cannot express this model in ONNX opset {opset}: {reason}",
-                "Try another --opset, or export with --format open-clip; --debug shows where it stopped.",
-            ) from error
-        assert program is not None
-        program.model.metadata_props.update(metadata)
-        program.save(str(path))
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Drop the warnings of the exporter and of what it imports; its errors are raised, not logged."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            verbose=False,
+            input_names=[input_name],
+            output_names=list(output_names),
+            dynamic_shapes={input_name: {0: torch.export.Dim("batch")}},
+            opset_version=opset,
+        )
+    except Exception as error:  # torch.export and the exporter raise many kinds for what they cannot express
+        reason = " ".join(str(error).split())[:300]
+        raise ClipcidError(
+            f"{path.name}: PyTorch's exporter cannot express this model in ONNX opset {opset}: {reason}",
+            "Try another --opset, or export with --format open-clip; --debug shows where it stopped.",
+        ) from error
+    assert program is not None
+    program.model.metadata_props.update(metadata)
+    program.save(str(path))

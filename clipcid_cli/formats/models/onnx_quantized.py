@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 # What computes in 16 bits in a half-precision graph, as under PyTorch's autocast: products and look-ups. All else computes
@@ -29,17 +25,14 @@ def write_smaller(source: Path, target: Path, kind: str) -> None:
     """
     import onnx
 
-    with _quiet_converters():
-        if kind == "fp16":
-            _write_fp16(source, target)
-        else:
-            _write_int8(source, target)
-        # The quantiser drops the metadata.
-        small, whole = onnx.load(target, load_external_data=False), onnx.load(source, load_external_data=False)
-        onnx.helper.set_model_props(
-            small, {entry.key: entry.value for entry in whole.metadata_props} | {"weights": kind}
-        )
-        target.write_bytes(small.SerializeToString())
+    if kind == "fp16":
+        _write_fp16(source, target)
+    else:
+        _write_int8(source, target)
+    # The quantiser drops the metadata.
+    small, whole = onnx.load(target, load_external_data=False), onnx.load(source, load_external_data=False)
+    onnx.helper.set_model_props(small, {entry.key: entry.value for entry in whole.metadata_props} | {"weights": kind})
+    target.write_bytes(small.SerializeToString())
 
 
 def _write_fp16(source: Path, target: Path) -> None:
@@ -72,17 +65,3 @@ def _write_int8(source: Path, target: Path) -> None:
         reduce_range=True,
         use_external_data_format=source.with_name(f"{source.name}.data").exists(),
     )
-
-
-@contextmanager
-def _quiet_converters() -> Iterator[None]:
-    """Drop the advice the converters print on the root logger and warn of; their errors are raised."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(level)

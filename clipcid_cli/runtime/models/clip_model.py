@@ -5,14 +5,11 @@ Legend of shapes: B samples, H × W pixels, L tokens, D width of the embedding.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +25,7 @@ from clipcid_cli.runtime.models.names import CONFIG_NAME, HF_CONFIG_NAME, ModelN
 from clipcid_cli.runtime.models.preprocess import PixelTransform, hash_preprocess, normalize_pixels
 from clipcid_cli.runtime.models.short_forward import ShortForward
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.quiet import quiet_libraries
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -191,7 +189,7 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
     if name.kind in ("architecture", "config") and fresh_seed is None:
         raise ClipcidError(f"Model {name.spec} names no weights.", _FOLDER_HINT)
     weights: Path | None = None
-    with _quiet_open_clip():
+    with quiet_libraries():
         import_open_clip()
         match name.kind:
             case "tag":
@@ -355,26 +353,6 @@ def builtin_class_names(name: str) -> dict[str, str]:
     assert name == "imagenet", name
     synsets = cast(Any, ImageNetInfo("imagenet-1k")).label_names()
     return dict(zip(synsets, open_clip.IMAGENET_CLASSNAMES, strict=True))
-
-
-@contextlib.contextmanager
-def _quiet_open_clip() -> Iterator[None]:
-    """Drop open_clip's progress messages and the warnings of its imports; its errors and other libraries' pass.
-
-    open_clip logs on the root logger, so its records are told apart by the file they come from.
-    """
-
-    def keep(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or "open_clip" not in record.pathname
-
-    root = logging.getLogger()
-    root.addFilter(keep)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.removeFilter(keep)
 
 
 def hash_weights(path: Path) -> str:

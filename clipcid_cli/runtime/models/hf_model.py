@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.quiet import quiet_libraries
 
 
 def check_transformers_installed() -> None:
@@ -36,9 +35,10 @@ class HfClip:
     """
 
     def __init__(self, folder: Path) -> None:
-        with _quiet_transformers():
+        with quiet_libraries():
             import transformers
 
+            transformers.utils.logging.disable_progress_bar()
             self._model = transformers.CLIPModel.from_pretrained(
                 folder, local_files_only=True, torch_dtype=torch.float32
             ).eval()
@@ -55,14 +55,14 @@ class HfClip:
 
     def prepare_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """RGB images to normalised pixels, float32 [B, 3, H, W], by the folder's own image processor."""
-        with _quiet_transformers():
+        with quiet_libraries():
             pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
         assert isinstance(pixels, torch.Tensor)
         return pixels
 
     def prepare_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts to tokens, int64 [B, L], by the folder's own tokenizer, padded to the model's length."""
-        with _quiet_transformers():
+        with quiet_libraries():
             tokens = self._processor(text=list(texts), padding="max_length", truncation=True, return_tensors="pt")
         ids = tokens["input_ids"]
         assert isinstance(ids, torch.Tensor)
@@ -74,19 +74,3 @@ def _unit_rows(features: Any) -> torch.Tensor:
     rows = getattr(features, "pooler_output", features)
     assert isinstance(rows, torch.Tensor)
     return torch.nn.functional.normalize(rows.float(), dim=-1)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Drop advice that transformers prints and warns of; its errors pass."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformers.utils import logging
-
-        before = logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            logging.set_verbosity(before)

@@ -23,6 +23,7 @@ from clipcid_cli.formats.models.onnx_quantized import write_smaller
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.onnx_session import OnnxSession
 from clipcid_cli.runtime.models.towers import DenseImageTower, ImageTower, TextTower, has_patches
+from clipcid_cli.runtime.quiet import quiet_libraries
 from clipcid_cli.steps.export.check import BATCH_SIZES, Checker
 from clipcid_cli.steps.export.check_inputs import ACCURACY, ParityInputs
 from clipcid_cli.steps.export.classes import encode_candidates
@@ -93,7 +94,8 @@ def write_onnx_files(model: ClipModel, folder: Path, checker: Checker, options: 
     Raises:
         ClipcidError: when an encoder cannot be expressed in ONNX or differs from the model by more than the limit.
     """
-    _write_encoders(model, folder, checker, options)
+    with quiet_libraries():
+        _write_encoders(model, folder, checker, options)
     found: dict[str, Any] = {}
     for kind in ("fp32", *options.quantize):
         paths = {
@@ -101,8 +103,9 @@ def write_onnx_files(model: ClipModel, folder: Path, checker: Checker, options: 
             "text": folder / smaller_name(TEXT_ENCODER, kind),
         }
         if kind != "fp32":
-            for name, path in zip((IMAGE_ENCODER, TEXT_ENCODER), paths.values(), strict=True):
-                write_smaller(folder / name, path, kind)
+            with quiet_libraries():
+                for name, path in zip((IMAGE_ENCODER, TEXT_ENCODER), paths.values(), strict=True):
+                    write_smaller(folder / name, path, kind)
         sessions = {tower: OnnxSession(path, torch.get_num_threads()) for tower, path in paths.items()}
         form = "onnx" if kind == "fp32" else f"onnx-{kind}"
         found[form] = checker.check(form, kind, sessions, list(paths.values()), quantized=kind != "fp32")
