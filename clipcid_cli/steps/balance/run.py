@@ -32,7 +32,7 @@ from clipcid_cli.steps.balance.sets import Inputs, Sets, make_sets
 from clipcid_cli.steps.balance.write_lists import check_uids, write_kept
 from clipcid_cli.steps.balance.write_shards import tar_shards, write_shards
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.embed.run import ensure_embeddings
+from clipcid_cli.steps.embed.ensure import ensure_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL

@@ -28,7 +28,7 @@ from clipcid_cli.steps.distill.teacher_inputs import (
     open_teacher,
     refuse_old_clusters,
 )
-from clipcid_cli.steps.embed.run import ensure_embeddings
+from clipcid_cli.steps.embed.ensure import ensure_embeddings
 from clipcid_cli.steps.model_identity import is_of
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import NO_KEEP_LIST, DistillSettings

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.runtime.models.augment import PACKED_VIEW, Augmentation, ViewPixels, choose_view
+from clipcid_cli.runtime.models.augment import PACKED_VIEW
 from clipcid_cli.runtime.models.clip_model import Tokenizer, Transform
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
-from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.steps.embed.views import ViewMaker
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class EmbedBatch:
     """Samples of one shard that are embedded together.
 
     Attributes:
+        number: Number of the shard.
         samples: At most as many as a batch holds.
         last: Whether the shard ends here.
     """
@@ -32,20 +32,20 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class PreparedBatch:
-    """What a worker made of a batch; always of the full size B, missing rows are zero.
+class PreparedEmbedBatch:
+    """Pixels and tokens of a batch, made by a worker; always of the full size B, missing rows are zero.
 
     Attributes:
-        pixels: uint8 [B·(1 + V), H, W, 3]: the images as the model's evaluation has them, then view after view.
-        params: float32 [V, B, 16], the views' boxes and colour maps; None without views.
+        pixels: uint8 [B·(1 + V), H, W, 3]: the images preprocessed for evaluation, then view after view.
+        params: float32 [B, V, 16], the views' boxes and colour maps; None without views.
         tokens: int64 [B, L], of the first captions, or None when texts are not embedded.
         further: int64 [F, L], of the captions after the first, sample after sample, F a multiple of B (0 where no sample has
             several); None likewise.
         failures: Reason by position, for images that could not be used.
-        flattened: Number of images whose transparent pixels were laid on white.
+        flattened: Number of images with transparent pixels, which are shown on white.
     """
 
-    batch: Batch
+    batch: EmbedBatch
     pixels: torch.Tensor
     params: npt.NDArray[np.float32] | None
     tokens: torch.Tensor | None
@@ -55,30 +55,8 @@ class PreparedBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class ViewMaker:
-    """Draws the views of an image: a function of the seed, its key and the view's number.
-
-    Attributes:
-        pixels: Shows them to the model.
-    """
-
-    number: int
-    augmentation: Augmentation
-    pixels: ViewPixels
-    seed: int
-
-    def __call__(self, image: Image.Image, key: str) -> tuple[list[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]:
-        """Return the pixels of each view, uint8 [H, W, 3], and what replays it, float32 [V, 16]."""
-        views = [
-            choose_view(self.augmentation, image.width, image.height, derive_seed("view", self.seed, number, key))
-            for number in range(self.number)
-        ]
-        return [self.pixels(image, view) for view in views], np.stack([view.pack() for view in views])
-
-
-@dataclasses.dataclass(frozen=True)
 class Preparation:
-    """Bytes to pixels, captions to tokens; picklable.
+    """Decodes images and tokenises captions, in a worker.
 
     Attributes:
         transform: RGB image to uint8 [H, W, 3].
@@ -95,13 +73,13 @@ class Preparation:
     context_length: int
     fast_decode: bool
 
-    def __call__(self, batch: Batch) -> PreparedBatch:
+    def __call__(self, batch: EmbedBatch) -> PreparedEmbedBatch:
         """Prepare one batch."""
         height, width = self.image_size
         draft = (2 * width, 2 * height) if self.fast_decode else None
-        number = 0 if self.views is None else self.views.number
+        number = 0 if self.views is None else self.views.views.number
         pixels = torch.zeros(1 + number, self.batch_size, height, width, 3, dtype=torch.uint8)
-        params = None if self.views is None else np.zeros((number, self.batch_size, PACKED_VIEW), dtype=np.float32)
+        params = None if self.views is None else np.zeros((self.batch_size, number, PACKED_VIEW), dtype=np.float32)
         failures: dict[int, str] = {}
         flattened = 0
         for row, sample in enumerate(batch.samples):
@@ -112,11 +90,11 @@ class Preparation:
             flattened += had_alpha(image)
             pixels[0, row] = self.transform(image)
             if self.views is not None and params is not None:
-                shown, params[:, row] = self.views(image, sample.key)
+                shown, params[row] = self.views(image, sample.key)
                 for place, view in enumerate(shown, start=1):
                     pixels[place, row] = torch.from_numpy(view.copy())
         tokens, further = self._tokenize(batch.samples)
-        return PreparedBatch(batch, pixels.flatten(0, 1), params, tokens, further, failures, flattened)
+        return PreparedEmbedBatch(batch, pixels.flatten(0, 1), params, tokens, further, failures, flattened)
 
     def _tokenize(self, samples: Sequence[Sample]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.tokenizer is None:

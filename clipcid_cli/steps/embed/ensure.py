@@ -1,0 +1,83 @@
+"""Embeddings for another step: found in its work directory, or made there."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.steps.embed.inputs import has_captions, open_data, recorded_view_settings
+from clipcid_cli.steps.embed.run import make_embeddings
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.settings.shared import ReadingSettings
+
+
+def ensure_embeddings(
+    settings: ReadingSettings,
+    machine: Machine,
+    reporter: Reporter,
+    *,
+    data: str | None,
+    model: str,
+    text: bool | None = None,
+) -> Path:
+    """Find the embeddings another step needs in its work directory, and make them where they are missing.
+
+    Args:
+        data: The data; None for that of the embeddings in the work directory.
+        text: Whether text embeddings are needed; None makes them where the data has captions.
+
+    Returns:
+        Folder of finished embeddings of this model over this data. Existing ones are taken whatever their batch size and
+        precision.
+
+    Raises:
+        ClipcidError: when they can neither be found nor made.
+    """
+    name = with_default_tag(parse_model(model))
+    folder = WorkDirectory(settings.work).embeddings(name.slug)
+    request = EmbedSettings(
+        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingSettings)}
+        | {"batch_size": None, "precision": "auto"},
+        data=data,
+        model=model,
+        text=bool(text),
+    )
+    sidecar = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed")))
+    if sidecar is not None:
+        made = sidecar["settings"]
+        request = dataclasses.replace(
+            request,
+            text=made["text"] or bool(text),
+            fast_decode=made["fast_decode"],
+            **recorded_view_settings(sidecar),
+        )
+    elif text is None:
+        dataset = machine.on_main(lambda: open_data(request, reporter))
+        request = dataclasses.replace(request, text=has_captions(dataset))
+        if not request.text:
+            reporter.note(f"{dataset.spec} has no captions: only its images are embedded.")
+    result = make_embeddings(request, machine, reporter, "" if text else _embed_images_first(request, name))
+    if result.get("dry_run"):
+        raise ClipcidError(
+            f"There are no embeddings of {name.spec} in {folder}; making them would take about "
+            f"{result['seconds']['encode']:,} s for {result['images']:,} images.",
+            "Make them first (clipcid embed), then --dry-run can estimate the cost of this step.",
+        )
+    return folder
+
+
+def _embed_images_first(request: EmbedSettings, name: ModelName) -> str:
+    """Give the command for embeddings that a step without captions accepts; this run has begun ones with text."""
+    words = ["clipcid", "embed", *([] if request.data is None else [request.data]), "--model", name.spec]
+    for field in dataclasses.fields(ReadingSettings):
+        value = getattr(request, field.name)
+        if field.name in ("work", "keys", "image_column", "key_column") and value != field.default:
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return f"Embed the images alone first ({shlex.join([*words, '--no-text', '--overwrite'])})."

@@ -1,0 +1,86 @@
+"""What `embed` starts from: the data, its captions, and embeddings that exist already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.embeddings.writer import plan_identity
+from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.steps.model_identity import is_of
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.embed import EmbedSettings
+
+# The settings that determine the views of an image; recorded where views are made.
+VIEW_SETTINGS = ("views", "crop_scale", "color_jitter", "gray_probability", "seed")
+
+
+def open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
+    """Open the data that was named, or else that of the embeddings in the work directory."""
+    if settings.data is None:
+        dataset = open_described(WorkDirectory(settings.work).find_data())
+        reporter.note(f"Taking the data of the embeddings in {settings.work}: {dataset.spec}.")
+        return dataset
+    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+    return open_dataset(settings.data, keys=settings.keys, columns=columns)
+
+
+def has_captions(dataset: Dataset) -> bool:
+    """Tell whether any sample of the first shard has a caption."""
+    return any(sample.captions for sample in dataset.shards[0].samples())
+
+
+def require_captions(dataset: Dataset, without_text: str) -> None:
+    """Refuse data without captions, before a model is loaded.
+
+    Args:
+        without_text: How to embed the images alone, for the error; empty when captions are needed.
+
+    Raises:
+        ClipcidError: when the first shard has none.
+    """
+    if not has_captions(dataset):
+        captions = "captions next to the images (.txt, or --caption-column of a list)."
+        raise ClipcidError(
+            f"{dataset.spec}: no sample of the first shard has a caption.",
+            f"{without_text} Or put {captions}" if without_text else f"Put {captions}",
+        )
+
+
+def view_settings(settings: EmbedSettings) -> dict[str, Any]:
+    """Return the settings that determine the views; empty where none are asked for."""
+    return {name: getattr(settings, name) for name in VIEW_SETTINGS} if settings.views else {}
+
+
+def recorded_view_settings(sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Return what `view_settings` was for finished embeddings."""
+    made = sidecar["settings"]
+    return {name: made[name] for name in VIEW_SETTINGS if name in made}
+
+
+def find_finished(
+    folder: Path, settings: EmbedSettings, name: ModelName, dataset: Dataset, inputs: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Return the sidecar of finished embeddings that match the request, without loading the model; None otherwise.
+
+    Where the request leaves batch size or precision open, any will do.
+    """
+    sidecar = read_sidecar(sidecar_path(folder, "embed"))
+    if sidecar is None:
+        return None
+    made = sidecar["settings"]
+    same = (
+        made["text"] == settings.text
+        and made["keys"] == dataset.keys
+        and made["fast_decode"] == settings.fast_decode
+        and recorded_view_settings(sidecar) == view_settings(settings)
+        and settings.batch_size in (None, made["batch_size"])
+        and settings.precision in ("auto", made["precision"])
+        and plan_identity({}, sidecar["inputs"]) == plan_identity({}, inputs)
+        and is_of(sidecar["model"], name)
+    )
+    return sidecar if same else None
