@@ -142,7 +142,7 @@ def test_killed_and_resumed_gives_the_same_bytes(clipcid: Call, tiny_model: Path
     assert not (tmp_path / "cut" / "embed.json").exists()
     assert 0 < done < 24
     resumed = clipcid(*command, "cut", "--json")
-    assert f"{done} of 24 shards are embedded already" in " ".join(resumed.stderr.split())
+    assert f"{done} of 24 shards are already embedded" in " ".join(resumed.stderr.split())
     assert resumed.json["images"] == 240
     clipcid(*command, "whole")
     assert hash_rows(tmp_path / "cut") == hash_rows(tmp_path / "whole")
@@ -186,7 +186,7 @@ def test_a_step_that_needs_captions_is_not_told_to_go_without(clipcid: Call, tin
     data = write_tar(tmp_path / "a.tar", shard_members(0, 6, captions=False))
     run = clipcid("distill", data, "--teacher", tiny_model, "--student", tiny_model, check=False)
     assert run.returncode == 1
-    assert "Put captions beside the images" in " ".join(run.stderr.split())
+    assert "Put captions next to the images" in " ".join(run.stderr.split())
     assert "--no-text" not in run.stderr
 
 
