@@ -1,11 +1,10 @@
-"""The README's help pages and its tables of losses and presets: generated from the code, so they cannot drift.
+"""The generated parts of the documents: the help pages, and the tables of losses and presets, so they cannot drift.
 
-``python tests/reference.py`` rewrites it; a test fails when it is stale.
+``python tests/reference.py`` writes them anew; a test fails when one is stale.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -13,10 +12,9 @@ import click
 from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, LossEntry, Weight
 from clipcid_cli.cli import COMMANDS, cli
 
-BEGIN = "<!-- The help pages below are generated: python tests/reference.py -->\n"
-END = "<!-- end of the generated help pages -->\n"
-BEGIN_LOSSES = "<!-- The tables of losses are generated: python tests/reference.py -->\n"
-END_LOSSES = "<!-- end of the generated tables of losses -->\n"
+DOCS = Path(__file__).parents[1] / "clipcid_cli" / "docs"
+BEGIN = "<!-- Generated from here on: python tests/reference.py -->\n"
+END = "<!-- End of the generated part -->\n"
 _WIDTH = 100
 
 
@@ -32,25 +30,19 @@ def help_pages() -> dict[str, str]:
     return pages
 
 
-def render_reference() -> str:
-    """Return the README's section of help pages, one that opens per subcommand."""
-    sections = [
-        f"<details>\n<summary><code>clipcid {name}</code>: {COMMANDS[name]}</summary>\n\n"
-        f"```text\n{page}\n```\n\n</details>\n"
-        for name, page in help_pages().items()
-    ]
-    return BEGIN + "\n" + "\n".join(sections) + "\n" + END
+def render_help_pages() -> str:
+    """Return a section for each subcommand."""
+    return "\n".join(f"## clipcid {name}\n\n```text\n{page}\n```\n" for name, page in help_pages().items())
 
 
 def render_losses() -> str:
-    """Return the README's tables of losses and presets."""
+    """Return the tables of losses and presets."""
     losses = [f"| `{entry.name}` | {entry.summary} | {_needs(entry)} |" for entry in LOSSES.values()]
     presets = [
         f"| `{name}` | {' + '.join(_term(*item) for item in parts.items())} |" for name, parts in PRESETS.items()
     ]
     return "\n".join(
         [
-            BEGIN_LOSSES,
             "| `--loss` | compares | needs |",
             "|---|---|---|",
             *losses,
@@ -59,7 +51,6 @@ def render_losses() -> str:
             "|---|---|",
             *presets,
             "",
-            END_LOSSES,
         ]
     )
 
@@ -73,22 +64,28 @@ def _term(name: str, weight: Weight) -> str:
     return f"`{name}`" if factor == "1" else f"{factor} · `{name}`"
 
 
-def insert_reference(readme: str) -> str:
-    """Return the README with its generated sections made anew."""
-    for begin, end, section in (
-        (BEGIN, END, render_reference()),
-        (BEGIN_LOSSES, END_LOSSES, render_losses()),
-    ):
-        head, _, rest = readme.partition(begin)
-        _, _, tail = rest.partition(end)
-        readme = head + section + tail
-    return readme
+GENERATED = {"cli.md": render_help_pages, "distill.md": render_losses}
+
+
+def insert_reference(name: str, document: str) -> str:
+    """Return a document with its generated part made anew.
+
+    Args:
+        name: File name of the document, a key of `GENERATED`.
+        document: Its text, with one begin and one end mark.
+    """
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    assert begin, f"{name} has no begin mark"
+    assert end, f"{name} has no end mark"
+    return f"{head}{BEGIN}\n{GENERATED[name]()}\n{END}{tail}"
 
 
 def main() -> None:
-    """Rewrite the generated sections of the README given on the command line, ``README.md`` by default."""
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "README.md")
-    path.write_text(insert_reference(path.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrite the generated parts."""
+    for name in GENERATED:
+        path = DOCS / name
+        path.write_text(insert_reference(name, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

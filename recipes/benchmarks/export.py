@@ -9,8 +9,8 @@ Each model is exported by the real command in every form, with the classes of `-
 
 - hf: `CLIPModel` and `CLIPProcessor`, offline, from image files and words, against open_clip; with `--venvs` in an
   environment of its own (transformers, torch, torchvision, Pillow), made there once by pip.
-- onnx: the encoders and the classifier under ONNX Runtime, against open_clip; with `--venvs` the README's example runs in an
-  environment that has onnxruntime, NumPy and Pillow only.
+- onnx: the encoders and the classifier under ONNX Runtime, against open_clip; with `--venvs` the example of
+  docs/export.md runs in an environment that has onnxruntime, NumPy and Pillow only.
 
 Speed is what `export` measured, PyTorch and each form one after another: of encoders from prepared pixels, the median batch
 of 32; of classifiers from decoded images one by one, with resizing, beside open_clip's transform and encoder.
@@ -113,7 +113,7 @@ def show(model: Path, data: dict[str, Any], arguments: argparse.Namespace, scrat
         top = (expected["images"] @ expected["texts"].T).argmax(1)
         print(f"classifier.onnx from image files: {(classified == top).sum()} of {len(top)} the same class")
         python = make_venv(arguments.venvs, "ort", ["onnxruntime", "numpy", "pillow"])
-        example = readme_example()
+        example = documented_example()
         answer = subprocess.run(
             [python, "-c", example, folder / "classifier.onnx", data["paths"][0]],
             check=True,
@@ -123,7 +123,7 @@ def show(model: Path, data: dict[str, Any], arguments: argparse.Namespace, scrat
         ).stdout
         first = answer.splitlines()[0].split(maxsplit=1)[1]
         right = first == data["names"][top[0]]
-        print(f"README's example, {len(example.strip().splitlines())} lines, in {python}: {first} ({right=})")
+        print(f"docs/export.md's example, {len(example.strip().splitlines())} lines, in {python}: {first} ({right=})")
 
 
 def print_form(form: str, found: dict[str, Any], base: dict[str, Any]) -> None:
@@ -218,9 +218,9 @@ def run_onnx(folder: Path, expected: dict[str, Any], data: dict[str, Any]) -> tu
     return images, texts, np.array(classified), f"ONNX Runtime {onnxruntime.__version__}"
 
 
-def readme_example() -> str:
-    """Return the README's program for classifier.onnx."""
-    blocks = (HERE / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
+def documented_example() -> str:
+    """Return the program for classifier.onnx of docs/export.md."""
+    blocks = (HERE / "clipcid_cli" / "docs" / "export.md").read_text(encoding="utf-8").split("```python\n")[1:]
     return next(block.split("```")[0] for block in blocks if "onnxruntime.InferenceSession" in block)
 
 

@@ -176,7 +176,7 @@ def test_forms_for_other_programs(
     sticker = images[0].convert("RGBA")
     sticker.paste((0, 0, 0, 0), (0, 0, 50, 70))
     sticker.save(tmp_path / "sticker.png")
-    answer = run_readme_example(folder / "classifier.onnx", tmp_path / "sticker.png")
+    answer = run_documented_example(folder / "classifier.onnx", tmp_path / "sticker.png")
     order = probabilities[0].argsort(descending=True)
     assert [line.split(maxsplit=1)[1] for line in answer] == [names[place] for place in order]
     assert [line.split()[0] for line in answer] == [f"{float(probabilities[0][place]):.1%}" for place in order]
@@ -212,10 +212,10 @@ assert not any(name.startswith(("clipcid", "open_clip")) for name in sys.modules
     assert "| `classifier_int8.onnx` |" in card
 
 
-def run_readme_example(classifier: Path, image: Path) -> list[str]:
-    """Run the README's program as it stands; it may import no more than the README says."""
-    readme = Path(__file__).parents[2] / "README.md"
-    blocks = readme.read_text(encoding="utf-8").split("```python\n")[1:]
+def run_documented_example(classifier: Path, image: Path) -> list[str]:
+    """Run the program of docs/export.md as it stands; it may import no more than the page says."""
+    page = Path(__file__).parents[2] / "clipcid_cli" / "docs" / "export.md"
+    blocks = page.read_text(encoding="utf-8").split("```python\n")[1:]
     (program,) = [block.split("```")[0] for block in blocks if "onnxruntime.InferenceSession" in block]
     assert len(program.strip().splitlines()) <= 15
     program += "\nassert not {'torch', 'onnx', 'open_clip', 'clipcid_cli', 'transformers'} & set(sys.modules)\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
-from reference import BEGIN, END, insert_reference
+from reference import DOCS, GENERATED, insert_reference
 
 from clipcid_cli.cli import COMMANDS
 
@@ -76,11 +76,10 @@ def test_debug_shows_where(clipcid: Callable[..., Run]) -> None:
     assert "Traceback" in clipcid("embed", "/no/such/folder", "--debug", check=False).stderr
 
 
-def test_the_readme_holds_todays_help_pages() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert BEGIN in readme
-    assert END in readme
-    assert insert_reference(readme) == readme, "run: python tests/reference.py"
+@pytest.mark.parametrize("name", GENERATED)
+def test_the_documents_hold_todays_help_pages_and_losses(name: str) -> None:
+    document = (DOCS / name).read_text(encoding="utf-8")
+    assert insert_reference(name, document) == document, "run: python tests/reference.py"
 
 
 def test_the_import_contracts_hold() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS
+from clipcid_cli.formats.results import clusters, keep_list, metrics, predictions
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -103,3 +104,33 @@ def test_the_method_defines_every_loss_and_every_preset() -> None:
     method = (ROOT / "clipcid_cli" / "docs" / "method.md").read_text(encoding="utf-8")
     for name in (*LOSSES, *PRESETS):
         assert f"`{name}`" in method or f"preset {name}" in method, name
+
+
+def columns_under(heading: str) -> list[str]:
+    """The names in the first column of the table below a heading of docs/files.md, in order."""
+    page = (ROOT / "clipcid_cli" / "docs" / "files.md").read_text(encoding="utf-8")
+    section = re.split(r"^#+ ", page.partition(f"\n## {heading}\n")[2], flags=re.MULTILINE)[0]
+    cells = re.findall(r"^\| (`.+?`) \|", section, flags=re.MULTILINE)
+    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+
+
+def test_the_documented_columns_are_those_that_are_written() -> None:
+    assert columns_under("Keep list") == keep_list._SCHEMA.names
+    assert columns_under("Clusters") == [*clusters._IMAGE_COLUMNS, *clusters._CAPTION_COLUMNS]
+    assert columns_under("Metrics") == list(metrics.FIELDS)
+
+
+def test_the_documented_columns_of_predictions_are_those_that_are_written() -> None:
+    page = (ROOT / "clipcid_cli" / "docs" / "files.md").read_text(encoding="utf-8")
+    for row, kind in (
+        ("classification", "classification"),
+        ("several classes", "multilabel"),
+        ("retrieval", "retrieval"),
+    ):
+        (line,) = re.findall(rf"^\| {row} \| (`key`.*) \|$", page, flags=re.MULTILINE)
+        named = [name for name in re.findall(r"`(\w+)`", line) if name in {"key", *predictions._COLUMNS[kind]}]
+        assert list(dict.fromkeys(named)) == ["key", *predictions._COLUMNS[kind]], row
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
