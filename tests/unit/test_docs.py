@@ -100,6 +100,17 @@ def test_every_file_of_the_repository_that_a_document_names_exists(path: Path) -
             assert (ROOT / "clipcid_cli" / name).exists(), name
 
 
+def test_every_name_that_the_map_places_in_a_file_is_defined_there() -> None:
+    page = " ".join(prose_of(ROOT / "clipcid_cli" / "README.md").split())
+    places = re.findall(r"`(\w+)(?:\(…\))?` (?:in|of) `([\w./-]+\.py)`", page)
+    assert len(places) >= 10
+    for name, file in places:
+        path = ROOT / file if file.startswith(TOP) else ROOT / "clipcid_cli" / file
+        assert re.search(rf"^ *(def|class) {name}\b|^{name}\b.* = ", path.read_text(encoding="utf-8"), re.MULTILINE), (
+            f"{name} is not in {file}"
+        )
+
+
 def test_the_method_defines_every_loss_and_every_preset() -> None:
     method = (ROOT / "clipcid_cli" / "docs" / "method.md").read_text(encoding="utf-8")
     for name in (*LOSSES, *PRESETS):
