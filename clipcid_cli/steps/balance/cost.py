@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from clipcid_cli.algorithms.search.partitions import Partitions, default_num_par
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
+from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.balance.audit import SAMPLE as AUDIT_SAMPLE
 from clipcid_cli.steps.balance.partition import LOOKS_AT_SAMPLE, MARGIN_SAMPLE, ROWS_PER_CENTROID
 from clipcid_cli.steps.balance.search import CUTOFF_SAMPLE
@@ -124,13 +123,13 @@ def _measure(settings: BalanceSettings, machine: Machine, embeddings: Embeddings
             for _ in join.search(panel, others, cutoff, lambda a, b, _: np.ones(len(a), np.bool_)):
                 pass
 
-        return _seconds_of(work, machine.device)
+        return time_trial(work, machine.device, at_least=_SHORTEST).seconds
 
     look = min(512, len(readable))
-    survey_row = _seconds_of(lambda: _survey(rows.take(readable[:look])), machine.device) / look
+    survey_row = time_trial(lambda: _survey(rows.take(readable[:look])), at_least=_SHORTEST).seconds / look
     large = min(half, _TILE_ROWS)
     pair = compare(large) / large**2
-    load_row = _seconds_of(lambda: load(0, large), machine.device) / large
+    load_row = time_trial(lambda: load(0, large), machine.device, at_least=_SHORTEST).seconds / large
     pairs = images * (images - 1) // 2
     sampled = CUTOFF_SAMPLE * images if settings.keep is not None else 0
     # All rows are prepared once, and once more where the cut-off is looked for.
@@ -138,7 +137,7 @@ def _measure(settings: BalanceSettings, machine: Machine, embeddings: Embeddings
 
     count = default_num_partitions(images)
     home = max(1, min(half, round(images / count)))
-    load_home = _seconds_of(lambda: load(0, home), machine.device)
+    load_home = time_trial(lambda: load(0, home), machine.device, at_least=_SHORTEST).seconds
     a_partition = (compare(home) * (0.5 + _VISITS) + load_home * (1.0 + _VISITS)) * (images / count / home) ** 2
     assigned = _seconds_a_row(rows.take, readable, count, machine.device)
     kept = images * (_USUAL_SHARE if settings.keep is None else settings.keep)
@@ -178,17 +177,4 @@ def _seconds_a_row(read: ReadRows, rows: IntArray, num_partitions: int, device: 
     def work() -> None:
         partitions.visits(torch.from_numpy(read(block)).to(device), 0.05)
 
-    return _seconds_of(work, device) / len(block)
-
-
-def _seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Time some work, the mean of as many turns as fill a tenth of a second after one that is not counted."""
-    work()
-    turns = 0
-    began = time.perf_counter()
-    while time.perf_counter() - began < _SHORTEST:
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        turns += 1
-    return (time.perf_counter() - began) / turns
+    return time_trial(work, device, at_least=_SHORTEST).seconds / len(block)

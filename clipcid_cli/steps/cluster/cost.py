@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_rows
 from clipcid_cli.algorithms.kmeans.subspace import Subspace
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.cluster.lloyd import KEPT_BYTES, SHORT_WIDTH, choose_format, find_subspace, subspace_iterations
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter, format_duration
@@ -108,16 +108,6 @@ def _measure(
     block = rows.features(0, min(len(rows), _SAMPLE))
     short = None if short is None else short.to(machine.device)
 
-    def seconds_of(work: Callable[[], object]) -> float:
-        work()
-        turns, began = 0, time.perf_counter()
-        while time.perf_counter() - began < _SHORTEST:
-            work()
-            if machine.device.type == "cuda":
-                torch.cuda.synchronize(machine.device)
-            turns += 1
-        return (time.perf_counter() - began) / turns
-
     def pass_over_all(
         dtype: torch.dtype, look: Callable[[NearestCentroids, PreparedRows], object], short: Subspace | None = None
     ) -> float:
@@ -126,8 +116,8 @@ def _measure(
             return prepare_rows(read_BD if short is None else short.rows(read_BD), dtype)
 
         search = NearestCentroids(centroids_CD if short is None else short.centroids(centroids_CD), dtype)
-        prepare, block_rows = seconds_of(load), load()
-        compare = seconds_of(lambda: look(search, block_rows))
+        prepare, block_rows = time_trial(load, machine.device, at_least=_SHORTEST)
+        compare = time_trial(lambda: look(search, block_rows), machine.device, at_least=_SHORTEST).seconds
         return (prepare + compare * num_clusters / len(centroids_CD)) * len(rows) / len(block) / machine.size
 
     assign = choose_precision(settings.precision, machine.device, "embed", parameters=0).dtype

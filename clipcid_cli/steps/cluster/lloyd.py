@@ -12,8 +12,8 @@ change the sums.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from clipcid_cli.algorithms.kmeans.seeding import choose_first_rows, choose_seed
 from clipcid_cli.algorithms.kmeans.subspace import MOST_ROWS, Subspace
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision, choose_precision, choose_scan
+from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.cluster.product_choice import TRIAL_ROWS, CoordinateChoice, worth_a_trial
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter
@@ -132,10 +133,7 @@ def choose_format(requested: str, rows: ClusterRows, machine: Machine, centroids
     for precision in (scan, other):
         search = NearestCentroids(centroids_KD, precision.dtype)
         block = load_rows(rows.features(0, min(len(rows), _BLOCK[machine.device.type])), machine, precision.dtype)
-        search.nearest(block)
-        began = time.perf_counter()
-        search.nearest(block)
-        seconds[precision.name] = time.perf_counter() - began
+        seconds[precision.name] = time_trial(partial(search.nearest, block), machine.device).seconds
     if seconds[scan.name] <= _PATIENCE * seconds[other.name]:
         return scan
     return dataclasses.replace(

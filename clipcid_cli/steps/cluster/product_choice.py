@@ -8,9 +8,6 @@ iteration to iteration are turned, and that is counted.
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 
@@ -23,8 +20,7 @@ from clipcid_cli.algorithms.kmeans.leading_coordinates import (
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
 from clipcid_cli.runtime.machine import Machine
-
-Answer = TypeVar("Answer")
+from clipcid_cli.runtime.timing import time_trial
 
 TRIAL_ROWS = 4096
 _TIMED_ROWS = 512
@@ -133,11 +129,11 @@ class _Trial:
 
     def seconds(self, coordinates: LeadingCoordinates | None) -> float:
         """Estimate the seconds of an iteration over all rows and centroids."""
-        preparing_rows, rows = _timed(lambda: prepare_rows(self.rows_BD, torch.float32, coordinates))
-        preparing_centroids, search = _timed(
+        preparing_rows, rows = time_trial(lambda: prepare_rows(self.rows_BD, torch.float32, coordinates))
+        preparing_centroids, search = time_trial(
             lambda: NearestCentroids(self.centroids_KD, torch.float32, coordinates=coordinates)
         )
-        comparing, _ = _timed(lambda: search.nearest(rows, self.known))
+        comparing = time_trial(lambda: search.nearest(rows, self.known)).seconds
         share_of_rows, share_of_centroids = (
             len(self.rows_BD) / self.num_rows,
             len(self.centroids_KD) / self.num_centroids,
@@ -145,11 +141,3 @@ class _Trial:
         return (preparing_rows / _ITERATIONS + comparing / share_of_centroids) / share_of_rows + (
             preparing_centroids / share_of_centroids
         )
-
-
-def _timed(work: Callable[[], Answer]) -> tuple[float, Answer]:
-    """Return the seconds that something takes the second time, and its answer."""
-    work()
-    began = time.perf_counter()
-    answer = work()
-    return time.perf_counter() - began, answer

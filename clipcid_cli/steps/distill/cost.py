@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.distill.online_teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.training_run import Run
 from clipcid_cli.steps.embed.shards import TYPICAL_CAPTION
@@ -89,13 +90,9 @@ def _measure_steps(run: Run) -> tuple[float, float, int]:
     machine = run.machine
     prepared, trained = list[float](), list[float]()
     for items in loop.order.iterate(0, _WARM_UP + _MEASURED, machine.rank, machine.size):
-        started = time.perf_counter()
-        batch = loop.maker(items)
-        ready = time.perf_counter()
-        loop.step(batch)
-        _wait(run.student.device)
-        prepared.append(ready - started)
-        trained.append(time.perf_counter() - ready)
+        preparation = time_trial(partial(loop.maker, items), warm_up=0)
+        prepared.append(preparation.seconds)
+        trained.append(time_trial(partial(loop.step, preparation.result), run.student.device, warm_up=0).seconds)
     return (
         statistics.median(prepared[_WARM_UP:]),
         statistics.median(trained[_WARM_UP:]),
@@ -133,17 +130,10 @@ def _time_teacher(teacher: ClipModel, count: int, requested: str) -> float:
     height, width = teacher.info.image_size
     pixels = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
     tokens = teacher.tokenizer([TYPICAL_CAPTION] * count)
-    taken = list[float]()
-    for _ in range(_WARM_UP + _MEASURED):
-        started = time.perf_counter()
+
+    def encode() -> None:
         for start in range(0, count, SAMPLES_AT_ONCE):
             teacher.encode_images(pixels[start : start + SAMPLES_AT_ONCE], precision)
             teacher.encode_texts(tokens[start : start + SAMPLES_AT_ONCE], precision)
-        _wait(teacher.device)
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[_WARM_UP:])
 
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return time_trial(encode, teacher.device, warm_up=_WARM_UP, repeats=_MEASURED).seconds

@@ -18,6 +18,7 @@ from clipcid_cli.runtime.models.augment import ViewPixels, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.embed.batches import EmbedBatch, Preparation, PreparedEmbedBatch
 from clipcid_cli.steps.embed.shard_rows import BatchRows, PendingShard
 from clipcid_cli.steps.embed.views import ViewMaker, Views
@@ -103,20 +104,19 @@ class ShardEmbedder:
         return timings
 
     def measure_batch(self) -> float:
-        """Return the seconds one batch takes to encode, the better of three after a warm-up.
+        """Return the seconds one batch takes to encode, the median of three after a warm-up.
 
         Its captions are of typical length, since tokens after a text's end are not encoded.
         """
         prepared = self._preparation()(EmbedBatch(0, (), last=True))
         tokens = self.model.tokenizer([TYPICAL_CAPTION] * self.samples_at_once)
-        seconds = []
-        for _ in range(4):
-            start = time.perf_counter()
+
+        def encode() -> None:
             self._encode_pixels(prepared)
             if prepared.tokens is not None:
                 self._rows(self.model.encode_texts(tokens, self.precision))
-            seconds.append(time.perf_counter() - start)
-        return min(seconds[1:])
+
+        return time_trial(encode, self.model.device, repeats=3).seconds
 
     def _preparation(self) -> Preparation:
         views = None

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from clipcid_cli.algorithms.metrics.parity import Difference, compare_rows
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.towers import Encode, ImageTower, TextTower
+from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.export.check_inputs import CLOSE_LOOK, ParityInputs
 from clipcid_cli.steps.export.classes import encode_candidates
 
@@ -135,9 +135,9 @@ class Checker:
             image(self.inputs.pixels(self.model, 0, min(_BATCH, count)))  # the first batch also pays for buffers
             for start in range(0, count, _BATCH):
                 pixels = self.inputs.pixels(self.model, start, min(start + _BATCH, count))
-                began = time.perf_counter()
-                rows.append(image(pixels))
-                seconds.append((time.perf_counter() - began) / len(pixels))
+                trial = time_trial(partial(image, pixels), warm_up=0)
+                rows.append(trial.result)
+                seconds.append(trial.seconds / len(pixels))
             candidates = self.inputs.candidates
             top = None
             if candidates is not None:

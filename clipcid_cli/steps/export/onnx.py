@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.onnx_session import OnnxSession
 from clipcid_cli.runtime.models.towers import DenseImageTower, ImageTower, TextTower, has_patches
 from clipcid_cli.runtime.quiet import quiet_libraries
+from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.export.check import BATCH_SIZES, Checker
 from clipcid_cli.steps.export.check_inputs import ACCURACY, ParityInputs
 from clipcid_cli.steps.export.classes import encode_candidates
@@ -218,11 +218,14 @@ def _check_classifier(
     def theirs(image: Image.Image) -> torch.Tensor:
         return (session.run(torch.from_numpy(np.array(image)[None]))[LOGITS] - bias) / model.logit_scale
 
-    largest, tops, seconds = 0.0, list[tuple[int, int]](), (list[float](), list[float]())
+    largest, tops, pytorch_seconds, seconds = 0.0, list[tuple[int, int]](), list[float](), list[float]()
     with torch.inference_mode():
         for opener in inputs.openers:
             image = opener()
-            expected, given = _timed(ours, image, seconds[0]), _timed(theirs, image, seconds[1])
+            pytorch_second, expected = time_trial(partial(ours, image), warm_up=0)
+            second, given = time_trial(partial(theirs, image), warm_up=0)
+            pytorch_seconds.append(pytorch_second)
+            seconds.append(second)
             difference = float((expected - given).abs().max())
             largest = difference if math.isnan(difference) else max(largest, difference)
             tops.append((int(expected.argmax()), int(given.argmax())))
@@ -241,18 +244,11 @@ def _check_classifier(
         "max_cosine_difference": largest,
         "agreement": float((top[:, 0] == top[:, 1]).double().mean()),
         "bytes": path.stat().st_size,
-        "images_per_second": round(1 / statistics.median(seconds[1]), 2),
-        "pytorch_images_per_second": round(1 / statistics.median(seconds[0]), 2),
+        "images_per_second": round(1 / statistics.median(seconds), 2),
+        "pytorch_images_per_second": round(1 / statistics.median(pytorch_seconds), 2),
         "zeroshot": checker.compare_answers(form, top[:, 1], gated=kind != "fp32") if labelled else None,
         "engine": session.engine,
     }
-
-
-def _timed(run: Callable[[Image.Image], torch.Tensor], image: Image.Image, seconds: list[float]) -> torch.Tensor:
-    began = time.perf_counter()
-    result = run(image)
-    seconds.append(time.perf_counter() - began)
-    return result
 
 
 def _bias(model: ClipModel) -> float:
