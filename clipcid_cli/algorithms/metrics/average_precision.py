@@ -9,6 +9,8 @@ import dataclasses
 
 import torch
 
+MULTI_LABEL_METRICS = ("mean_average_precision", "mean_average_precision_11_point")
+
 _RECALL_POINTS = 11
 
 

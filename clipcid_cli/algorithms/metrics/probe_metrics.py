@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from clipcid_cli.algorithms.metrics.average_precision import average_precision
+from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS, average_precision
 from clipcid_cli.algorithms.metrics.zeroshot import classification_metrics, rank_classes
-
-SINGLE_METRICS = ("acc1", "acc5", "mean_per_class_recall")
-SEVERAL_METRICS = ("mean_average_precision", "mean_average_precision_11_point")
 
 # Rows scored at once: float64 scores of a million images for a thousand classes would be 8 GB.
 _BLOCK = 16_384
@@ -29,7 +26,8 @@ def measure(
         labels: Classes, int64 [N], or whether an image has a class, bool [N, C].
 
     Returns:
-        `SINGLE_METRICS` where images have one class (``acc5`` is NaN below 5 classes), else `SEVERAL_METRICS`; in [0, 1].
+        `SINGLE_LABEL_METRICS` where images have one class (``acc5`` is NaN below 5 classes), else `MULTI_LABEL_METRICS`; in
+        [0, 1].
     """
     if labels.ndim == 2:
         scores_NC = torch.cat(
@@ -37,7 +35,7 @@ def measure(
         )
         precision = average_precision(scores_NC, labels)
         values = (precision.mean_area, precision.mean_eleven_point)
-        return dict(zip(SEVERAL_METRICS, values, strict=True))
+        return dict(zip(MULTI_LABEL_METRICS, values, strict=True))
     # The intercept is the weight of a feature that is 1.
     extended_CD = torch.cat([weights_CD, bias_C[:, None]], dim=1)
     parts = []

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from clipcid_cli.algorithms.metrics.intervals import Array, draw_cells, interval, ratio
+
 RECALL_AT = (1, 5, 10)
 # Similarities held at once: 2^25 float32 are 128 MB, and three tensors of that shape live together.
 _CHUNK_ENTRIES = 2**25
@@ -41,7 +43,13 @@ def retrieval_metrics(
     Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_retrieval.py, names and definitions; equal similarities
         count in row order here, where a top-k leaves them to chance.
     """
-    image_ranks_M, text_ranks_N = retrieval_ranks(images_ND, texts_MD, image_of_text_M, chunk_entries)
+    return recall_metrics(*retrieval_ranks(images_ND, texts_MD, image_of_text_M, chunk_entries), recall_at)
+
+
+def recall_metrics(
+    image_ranks_M: torch.Tensor, text_ranks_N: torch.Tensor, recall_at: Sequence[int] = RECALL_AT
+) -> dict[str, float]:
+    """Turn the ranks of `retrieval_ranks` into the metrics of `retrieval_metrics`."""
     metrics = {f"image_retrieval_recall@{k}": float((image_ranks_M < k).double().mean()) for k in recall_at}
     return metrics | {f"text_retrieval_recall@{k}": float((text_ranks_N < k).double().mean()) for k in recall_at}
 
@@ -114,3 +122,43 @@ def _count_before(
     higher_B = (scores_BM > own_B1).sum(dim=1)
     equal_before_B = ((scores_BM == own_B1) & (columns_M < column_B[:, None])).sum(dim=1)
     return higher_B + equal_before_B
+
+
+def retrieval_intervals(
+    image_ranks_M: torch.Tensor, text_ranks_N: torch.Tensor, captions_N: torch.Tensor, replicates: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Return the 95 % bootstrap interval of each of `recall_metrics`.
+
+    Images are drawn, each with all its captions: captions of one image are not independent.
+
+    Args:
+        image_ranks_M: As `retrieval_ranks` returns them, captions in order of their images.
+        captions_N: Number of captions of each image, int64 [N].
+        replicates: Number of draws.
+    """
+    cells, draws = draw_cells(count_hits(image_ranks_M, text_ranks_N, captions_N), replicates, seed)
+    count = len(RECALL_AT)
+    found = {
+        f"image_retrieval_recall@{k}": interval(ratio(draws, cells[:, 1 + place], cells[:, 0]))
+        for place, k in enumerate(RECALL_AT)
+    }
+    return found | {
+        f"text_retrieval_recall@{k}": interval(ratio(draws, cells[:, 1 + count + place]))
+        for place, k in enumerate(RECALL_AT)
+    }
+
+
+def count_hits(image_ranks_M: torch.Tensor, text_ranks_N: torch.Tensor, captions_N: torch.Tensor) -> Array:
+    """Count for each image its captions, how many of them find it, and whether it finds one, at each of `RECALL_AT`.
+
+    Arguments are `retrieval_intervals`'.
+
+    Returns:
+        int64 [N, 1 + K + K].
+    """
+    owner_M = torch.repeat_interleave(torch.arange(len(captions_N)), captions_N)
+    found = [
+        torch.zeros(len(captions_N), dtype=torch.int64).index_add_(0, owner_M, (image_ranks_M < k).long())
+        for k in RECALL_AT
+    ]
+    return torch.stack([captions_N, *found, *((text_ranks_N < k).long() for k in RECALL_AT)], dim=1).numpy()

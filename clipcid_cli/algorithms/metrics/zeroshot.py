@@ -5,9 +5,15 @@ Shape letters: C classes, T templates, N images, D width of the embeddings.
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import torch
 
+from clipcid_cli.algorithms.metrics.intervals import Array, draw_cells, interval, mean_recall, ratio
+
 ACCURACY_TOP_K = 5
+SINGLE_LABEL_METRICS = ("acc1", "acc5", "mean_per_class_recall")
 
 
 def class_weights(prompts_CTD: torch.Tensor) -> torch.Tensor:
@@ -107,3 +113,59 @@ def classification_metrics(
         "acc5": float(top_k),
         "mean_per_class_recall": float(recall),
     }
+
+
+def classification_intervals(
+    ranks_N: torch.Tensor, labels_N: torch.Tensor, num_classes: int, replicates: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Return the 95 % bootstrap interval of each of `classification_metrics`; none of acc5 below 5 classes.
+
+    Args:
+        ranks_N: As :func:`rank_classes` returns them.
+        replicates: Number of draws.
+    """
+    values_N3 = torch.stack([labels_N, ranks_N == 0, ranks_N < ACCURACY_TOP_K], dim=1).numpy()
+    cells, draws = draw_cells(values_N3, replicates, seed)
+    intervals = {"acc1": interval(ratio(draws, cells[:, 1]))}
+    if num_classes >= ACCURACY_TOP_K:
+        intervals["acc5"] = interval(ratio(draws, cells[:, 2]))
+    intervals["mean_per_class_recall"] = interval(mean_recall(draws, cells[:, 0], cells[:, 1]))
+    return intervals
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassConfusion:
+    """How the images of one class were classified.
+
+    Attributes:
+        images: Number of its images.
+        correct: Those predicted right.
+        confused_with: The wrong class predicted most often; None when none was.
+        confused: Number of images predicted as that class.
+    """
+
+    images: int
+    correct: int
+    confused_with: int | None
+    confused: int
+
+
+def confuse_classes(labels_N: Array, predictions_N: Array, num_classes: int) -> list[ClassConfusion]:
+    """Count, for each class, its images, those predicted right, and the wrong class predicted most often.
+
+    Args:
+        labels_N: Right classes, int64 [N], in [0, C).
+        predictions_N: Predicted classes, int64 [N], in [0, C).
+
+    Returns:
+        One entry per class, in order.
+    """
+    found = []
+    for number in range(num_classes):
+        predicted_C = np.bincount(predictions_N[labels_N == number], minlength=num_classes)
+        images, correct = int(predicted_C.sum()), int(predicted_C[number])
+        predicted_C[number] = 0
+        other = int(predicted_C.argmax())
+        confused = int(predicted_C[other])
+        found.append(ClassConfusion(images, correct, other if confused else None, confused))
+    return found

@@ -203,6 +203,25 @@ def sweep_regularisation(problem: ProbeProblem, grid: Sequence[float]) -> Iterat
         yield solution
 
 
+@dataclasses.dataclass(frozen=True)
+class SweepPoint:
+    """One strength of regularisation, and how well its classifier does on the validation images.
+
+    Attributes:
+        c: Inverse strength, as scikit-learn's ``C``.
+        score: The metric by which a strength is chosen, in [0, 1].
+    """
+
+    c: float
+    score: float
+    solution: Solution
+
+
+def choose_point(points: Sequence[SweepPoint]) -> SweepPoint:
+    """Return the point of the highest score; of equal ones that of the strongest regularisation."""
+    return max(points, key=lambda point: (point.score, -point.c))
+
+
 def _starts(classifiers: Sequence[LinearClassifier]) -> list[LinearClassifier]:
     """Return where to begin: the last of one or two solutions, and the point as far beyond it as the first is before."""
     if len(classifiers) < 2:

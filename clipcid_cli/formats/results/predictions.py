@@ -1,10 +1,12 @@
-"""What a model said of each image, as parquet: one row an image, joined with other models' by key.
+"""What a model predicted for each image, as parquet: one row per image, compared with other models' rows by key.
 
 | task | columns |
 |---|---|
 | classification | ``key``, ``label``, ``predicted`` (int32), ``top`` (list int32, up to 5), ``scores`` (list float32, cosines of `top`) |
 | multi-label | ``key``, ``labels`` (list int32), ``predicted``, ``top``, ``scores``, ``class_scores`` (list float32, of every class) |
 | retrieval | ``key``, ``image_ranks`` (list int64: for each caption, the images before its own), ``text_rank`` (int64: the captions before the first of its own) |
+
+Shape letters: N images, M captions, C classes, K = min(5, C).
 """  # noqa: E501  # a table
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_parquet
@@ -33,7 +38,7 @@ _ABOUT = b"clipcid"
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """The rows of a file and what they are of.
+    """The rows of a file and what they belong to.
 
     Attributes:
         kind: ``classification``, ``multilabel`` or ``retrieval``.
@@ -47,6 +52,74 @@ class Predictions:
     dataset: str
     num_classes: int
     table: pa.Table
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.table)
+
+    @property
+    def keys(self) -> npt.NDArray[np.object_]:
+        """Key of each image, text [N]."""
+        return self._column("key")
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """Right class of each image, int32 [N]; of a classification."""
+        return self._column("label")
+
+    @property
+    def predicted(self) -> npt.NDArray[np.int32]:
+        """The most similar class of each image, int32 [N]; of a classification."""
+        return self._column("predicted")
+
+    @property
+    def top(self) -> npt.NDArray[np.int32]:
+        """The most similar classes of each image, int32 [N, K]; of a classification."""
+        return self._flat("top").reshape(len(self), -1)
+
+    @property
+    def positive(self) -> npt.NDArray[np.bool_]:
+        """Whether an image has a class, bool [N, C]; of images that may have several."""
+        found = np.zeros((len(self), self.num_classes), dtype=bool)
+        found[np.repeat(np.arange(len(self)), self._lengths("labels")), self._flat("labels")] = True
+        return found
+
+    @property
+    def class_scores(self) -> npt.NDArray[np.float32]:
+        """Cosine of each image and class, float32 [N, C]; of images that may have several."""
+        return self._flat("class_scores").reshape(len(self), self.num_classes)
+
+    @property
+    def captions(self) -> npt.NDArray[np.int64]:
+        """Number of captions of each image, int64 [N]; of retrieval."""
+        return self._lengths("image_ranks")
+
+    @property
+    def image_ranks(self) -> npt.NDArray[np.int64]:
+        """For each caption the images before its own, int64 [M]; of retrieval."""
+        return self._flat("image_ranks")
+
+    @property
+    def text_ranks(self) -> npt.NDArray[np.int64]:
+        """For each image the captions before the first of its own, int64 [N]; of retrieval."""
+        return self._column("text_rank")
+
+    def has_truth_of(self, other: Predictions) -> bool:
+        """Tell whether the right answers are the same: classes, or numbers of captions; kind and keys must be."""
+        if self.kind == RETRIEVAL:
+            return np.array_equal(self.captions, other.captions)
+        column = "label" if self.kind == CLASSIFICATION else "labels"
+        return self.num_classes == other.num_classes and bool(self.table[column].equals(other.table[column]))
+
+    # Copies, since Arrow's memory is read-only.
+    def _column(self, name: str) -> npt.NDArray[Any]:
+        return np.array(self.table[name].to_numpy())
+
+    def _flat(self, name: str) -> npt.NDArray[Any]:
+        return np.array(self.table[name].combine_chunks().flatten().to_numpy())
+
+    def _lengths(self, name: str) -> npt.NDArray[np.int64]:
+        return np.array(pc.list_value_length(self.table[name]).to_numpy(), dtype=np.int64)
 
 
 def predictions_path(metrics: Path) -> Path:

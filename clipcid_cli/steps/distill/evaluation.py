@@ -16,6 +16,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.used_tokens import whole_table
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.distill.batches import HeldOut
+from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
 from clipcid_cli.steps.reporting import Reporter, SilentReporter
@@ -58,10 +59,18 @@ class Evaluation:
         if self.held_out is not None and machine.is_main:
             images, texts = embed_held_out(student, self.held_out)
             metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
+        encoder = TaskEncoder(
+            model=student,
+            machine=machine,
+            precision=_FP32,
+            batch_size=_BATCH,
+            workers=self.settings.workers,
+            max_bad_fraction=self.settings.max_bad_fraction,
+            reporter=SilentReporter(),
+        )
         with whole_table(student.module, decay):
             for task in self.tasks:
-                measured = measure(student, task, machine, _FP32, _BATCH, self.settings, SilentReporter())
-                found = measured.found.metrics.items()
+                found = measure(encoder, task, self.settings).result.metrics.items()
                 metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
         return metrics
 

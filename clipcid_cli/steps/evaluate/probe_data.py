@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from clipcid_cli.algorithms.metrics.probe_metrics import SEVERAL_METRICS, SINGLE_METRICS
+from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
+from clipcid_cli.algorithms.metrics.zeroshot import SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
 from clipcid_cli.formats.data.class_files import read_class_names
@@ -18,10 +19,7 @@ from clipcid_cli.formats.data.known_datasets import customary_metric
 from clipcid_cli.formats.data.multi_label import read_vector_length
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
-from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.steps.evaluate.encode import encode_task
+from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, MULTI_LABEL, ZeroshotTask, find_copy
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
@@ -128,7 +126,7 @@ def choose_metric(wanted: str, name: str, *, several: bool) -> str:
     Raises:
         UsageError: when images have one class and the metric is for several, or the reverse.
     """
-    possible = SEVERAL_METRICS if several else SINGLE_METRICS
+    possible = MULTI_LABEL_METRICS if several else SINGLE_LABEL_METRICS
     if wanted == "auto":
         return customary_metric(name, possible)
     if wanted not in possible:
@@ -172,48 +170,35 @@ def _name(data: str) -> str:
 
 
 def extract_features(
-    model: ClipModel,
-    task: ZeroshotTask,
-    fingerprints: list[dict[str, Any]],
-    folder: Path,
-    machine: Machine,
-    precision: Precision,
-    batch_size: int,
-    settings: EvalLinearSettings,
-    reporter: Reporter,
+    encoder: TaskEncoder, task: ZeroshotTask, fingerprints: list[dict[str, Any]], folder: Path
 ) -> Features:
     """Return a model's features of one split: those kept from an earlier run, or new ones, which are then kept.
+
+    Args:
+        fingerprints: Identity of the split's files and images.
+        folder: Where features are kept.
 
     Raises:
         ClipcidError: on every process, when no sample, or too few, can be used.
     """
-    decides = {
-        "weights": model.info.weights_hash,
-        "preprocess": model.info.preprocess_hash,
+    info, machine = encoder.model.info, encoder.machine
+    identity = {
+        "weights": info.weights_hash,
+        "preprocess": info.preprocess_hash,
         "data": [[entry["size"], entry["hash"]] for entry in fingerprints],
         "keys": task.dataset.keys,
         "columns": dataclasses.asdict(task.dataset.columns),
         "labels": task.label_of,
         "classes": len(task.class_names) if task.multi_label else None,
-        "precision": precision.name,
-        "batch_size": batch_size,
+        "precision": encoder.precision.name,
+        "batch_size": encoder.batch_size,
     }
-    path = features_path(folder, model.info.slug, decides)
+    path = features_path(folder, info.slug, identity)
     kept = machine.on_main(lambda: read_features(path))
     if kept is not None:
-        reporter.note(f"{task.name}: features of {len(kept.rows):,} images from {path}.")
+        encoder.reporter.note(f"{task.name}: features of {len(kept.rows):,} images from {path}.")
         return kept
-    with reporter.progress(f"{model.info.slug} on {task.name}", None, "images") as progress:
-        batches, skips = encode_task(
-            model,
-            task,
-            machine,
-            precision,
-            batch_size=batch_size,
-            workers=settings.workers,
-            max_bad_fraction=settings.max_bad_fraction,
-            progress=progress,
-        )
+    batches, skips = encoder.encode(task)
     labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
     features = Features(torch.cat([batch.images for batch in batches]).numpy(), labels.numpy(), skips)
     machine.on_main(lambda: write_features(path, features))

@@ -16,6 +16,8 @@ from clipcid_cli.algorithms.probe.probe import (
     LinearClassifier,
     ProbeProblem,
     Solution,
+    SweepPoint,
+    choose_point,
     regularisation_grid,
     sweep_regularisation,
 )
@@ -28,7 +30,7 @@ from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class Images:
+class LabelledFeatures:
     """Features and classes of some images, on the device that computes.
 
     Attributes:
@@ -39,36 +41,17 @@ class Images:
     rows: torch.Tensor
     labels: torch.Tensor
 
-    def __getitem__(self, chosen: torch.Tensor) -> Images:
+    def __getitem__(self, chosen: torch.Tensor) -> LabelledFeatures:
         """Return some of them, by number or mask."""
         chosen = chosen.to(self.rows.device)
-        return Images(self.rows[chosen], self.labels[chosen])
+        return LabelledFeatures(self.rows[chosen], self.labels[chosen])
 
-    def join(self, other: Images) -> Images:
+    def join(self, other: LabelledFeatures) -> LabelledFeatures:
         """Return these and others."""
-        return Images(torch.cat([self.rows, other.rows]), torch.cat([self.labels, other.labels]))
+        return LabelledFeatures(torch.cat([self.rows, other.rows]), torch.cat([self.labels, other.labels]))
 
     def __len__(self) -> int:
         return len(self.rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepPoint:
-    """One strength of regularisation and how well its classifier does on the validation images.
-
-    Attributes:
-        c: Inverse strength, as scikit-learn's ``C``.
-        score: The metric it is chosen by, in [0, 1].
-    """
-
-    c: float
-    score: float
-    solution: Solution
-
-
-def choose_point(points: list[SweepPoint]) -> SweepPoint:
-    """Return the point of the highest score; of equal ones that of the strongest regularisation."""
-    return max(points, key=lambda point: (point.score, -point.c))
 
 
 class ProbeFits:
@@ -85,8 +68,8 @@ class ProbeFits:
 
     def __init__(
         self,
-        images: Images,
-        held_out: Images | None,
+        images: LabelledFeatures,
+        held_out: LabelledFeatures | None,
         classes: int,
         metric: str,
         settings: EvalLinearSettings,
@@ -102,7 +85,7 @@ class ProbeFits:
         self._check_classes()
         self._check_shots()
 
-    def _hold_out(self, images: Images) -> tuple[Images, Images]:
+    def _hold_out(self, images: LabelledFeatures) -> tuple[LabelledFeatures, LabelledFeatures]:
         """Split the training images into those to fit on and those to choose a strength on."""
         settings = self.settings
         held_out = split_by_class(images.labels, settings.val_fraction, derive_seed("probe", settings.seed))
@@ -161,7 +144,7 @@ class ProbeFits:
             )
         return points
 
-    def _sweep(self, images: Images, advance: Callable[[], None]) -> list[SweepPoint]:
+    def _sweep(self, images: LabelledFeatures, advance: Callable[[], None]) -> list[SweepPoint]:
         points = []
         with threads_for(images.rows.numel() * self.classes):
             problem = ProbeProblem(images.rows, images.labels, self.classes)
@@ -183,11 +166,11 @@ class ProbeFits:
             )
         return solution
 
-    def measure(self, classifier: LinearClassifier, images: Images) -> dict[str, float]:
+    def measure(self, classifier: LinearClassifier, images: LabelledFeatures) -> dict[str, float]:
         """Return the metrics of a classifier on some images."""
         return measure(classifier.weights_CD, classifier.bias_C, images.rows, images.labels, self.classes)
 
-    def few_shots(self, test: Images) -> list[dict[str, Any]]:
+    def few_shots(self, test: LabelledFeatures) -> list[dict[str, Any]]:
         """Fit on few images of each class, several times over, and measure on the test images.
 
         Each draw is a probe of its own: drawn from what is not held out, its strength chosen on what is, not refitted.

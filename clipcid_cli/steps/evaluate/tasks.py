@@ -9,25 +9,18 @@ from typing import Any
 
 import torch
 
-from clipcid_cli.algorithms.metrics.probe_metrics import SEVERAL_METRICS, SINGLE_METRICS
+from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
+from clipcid_cli.algorithms.metrics.zeroshot import SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder, find_benchmark_folder
-from clipcid_cli.formats.data.class_files import (
-    BUILTIN_CLASS_NAMES,
-    BUILTIN_TEMPLATES,
-    DEFAULT_TEMPLATES,
-    fill_template,
-    read_class_names,
-    read_templates,
-)
+from clipcid_cli.formats.data.class_files import fill_template
 from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_dataset, open_described
 from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, Preset, customary_metric, find_known_dataset
 from clipcid_cli.formats.data.multi_label import read_classes
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
 from clipcid_cli.runtime.randomness import key_fraction
-from clipcid_cli.steps.class_names import match_class_names, plain_name, read_folder_numbers
+from clipcid_cli.steps.evaluate.class_prompts import find_class_names, find_templates
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -161,17 +154,17 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
     kind = _choose_task(folder, dataset, settings)
     if _TASKS[kind] == RETRIEVAL:
         return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL)
-    class_names, label_of = _find_class_names(folder, dataset, settings, preset, reporter)
+    class_names, label_of = find_class_names(folder, dataset, settings, preset, reporter)
     multi_label = kind == MULTI_LABEL
     return ZeroshotTask(
         folder.name,
         CLASSIFICATION,
         dataset,
         class_names,
-        _find_templates(folder, settings, preset, reporter),
+        find_templates(folder, settings, preset, reporter),
         label_of=label_of,
         multi_label=multi_label,
-        customary=customary_metric(folder.name, SEVERAL_METRICS if multi_label else SINGLE_METRICS),
+        customary=customary_metric(folder.name, MULTI_LABEL_METRICS if multi_label else SINGLE_LABEL_METRICS),
     )
 
 
@@ -219,78 +212,3 @@ def _choose_task(folder: BenchmarkFolder, dataset: Dataset, settings: EvalZerosh
         "Classification needs a .cls beside each image, a `label` column or one folder per class; retrieval a .txt or a "
         "caption column; a .npy of zeros and ones is read with --task multilabel.",
     )
-
-
-def _find_templates(
-    folder: BenchmarkFolder, settings: EvalZeroshotSettings, preset: Preset | None, reporter: Reporter
-) -> tuple[str, ...]:
-    named = settings.templates
-    if named is None and folder.templates is None and preset is not None:
-        named = preset.templates
-    if named in BUILTIN_TEMPLATES:
-        templates = builtin_templates(str(named))
-        reporter.note(f"{folder.name}: the {len(templates)} templates of open_clip called {named}.")
-        return templates
-    path = Path(named) if named is not None else folder.templates
-    if path is None:
-        reporter.note(f"{folder.name}: no templates were given; taking {', '.join(DEFAULT_TEMPLATES)!r}.")
-        return DEFAULT_TEMPLATES
-    return read_templates(path)
-
-
-def _find_class_names(
-    folder: BenchmarkFolder,
-    dataset: Dataset,
-    settings: EvalZeroshotSettings,
-    preset: Preset | None,
-    reporter: Reporter,
-) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """Return the class names and, where folders of classes are in another order, the label of each folder."""
-    named = settings.classnames
-    if named is None and folder.class_names is None and preset is not None:
-        named = preset.class_names
-    if named in BUILTIN_CLASS_NAMES:
-        return _imagenet_names(builtin_class_names(str(named)), folder, dataset, reporter)
-    path = Path(named) if named is not None else folder.class_names
-    if path is None:
-        if dataset.classes is None:
-            raise ClipcidError(
-                f"{folder.data} does not say what its classes are called.",
-                "Give a file with one class name a line: --classnames FILE",
-            )
-        reporter.note(f"{folder.name}: the {len(dataset.classes)} classes are called as their folders.")
-        return tuple(plain_name(name) for name in dataset.classes), None
-    class_names = read_class_names(path)
-    if dataset.classes is None:
-        return class_names, None
-    try:
-        match = match_class_names(class_names, dataset.classes)
-    except ClipcidError as error:
-        raise ClipcidError(f"{path} does not fit {folder.data}: {error.message}", error.fix) from error
-    if match.by == "number":
-        reporter.note(
-            f"{folder.name}: the names of the class folders are the numbers of their lines in {path}, from 0."
-        )
-    elif match.by == "order":
-        reporter.note(f"{folder.name}: the lines of {path} stand for the class folders in the order of their names.")
-    return class_names, match.labels
-
-
-def _imagenet_names(
-    names: dict[str, str], folder: BenchmarkFolder, dataset: Dataset, reporter: Reporter
-) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """Name ImageNet's classes; of folders called by WordNet numbers, as in its shifts, only those that are there."""
-    if dataset.classes is None:
-        return tuple(names.values()), None
-    numbers = read_folder_numbers(dataset.classes, len(names))
-    if numbers is not None:
-        return tuple(names.values()), numbers
-    unknown = next((name for name in dataset.classes if name not in names), None)
-    if unknown is not None:
-        raise ClipcidError(
-            f"{folder.data}: the class folder {unknown!r} is no class of ImageNet (n01440764 … n15075141, or 0 … 999).",
-            "Give the class names of this data set with --classnames FILE.",
-        )
-    if len(dataset.classes) < len(names):
-        reporter.note(f"{folder.name}: {len(dataset.classes)} of ImageNet's 1,000 classes, told among each other only.")
-    return tuple(names[name] for name in dataset.classes), None

@@ -6,22 +6,21 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
-from clipcid_cli.formats.output import fingerprint_file
-from clipcid_cli.formats.results.metrics import SIDECARS, make_metrics, metrics_stem, read_metrics, write_metrics
+from clipcid_cli.formats.results.metrics import SIDECARS, metrics_stem, read_metrics, write_metrics
 from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.loading import start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
-from clipcid_cli.runtime.models.clip_model import ClipModel, hash_weights, load_model
-from clipcid_cli.runtime.models.names import ModelName, find_weights, parse_model, with_default_tag
-from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.evaluate.compare import compare_results
+from clipcid_cli.steps.evaluate.encode import start_workers
 from clipcid_cli.steps.evaluate.measure import measure
+from clipcid_cli.steps.evaluate.model import EvaluatedModel
 from clipcid_cli.steps.evaluate.report import write_summary
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
+from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -44,12 +43,11 @@ def run(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[str, Any]:
         _refuse_clashes(names, tasks)
         if settings.dry_run:
             return _describe_plan(names, tasks, settings, reporter)
-        if settings.workers or (settings.workers is None and machine.device.type == "cuda"):
-            start_worker_server()
+        start_workers(machine, settings.workers)
         data = machine.on_main(lambda: [_fingerprint_data(task) for task in tasks])
         results: list[dict[str, Any]] = []
         for name in names:
-            evaluated = EvaluatedModel(name, machine)
+            evaluated = EvaluatedModel(name, machine, settings, reporter)
             for task, fingerprints in zip(tasks, data, strict=True):
                 results.append(_evaluate_pair(evaluated, task, fingerprints, machine, settings, reporter))
         files = machine.on_main(lambda: write_summary(WorkDirectory(settings.work), results, reporter))
@@ -59,26 +57,10 @@ def run(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[str, Any]:
 
 
 def _choose_models(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ModelName]:
-    specs = [*([settings.model] if settings.model is not None else []), *settings.models]
-    if not specs:
-        student = WorkDirectory(settings.work).find_student()
-        reporter.note(f"Model: {student}, the newest student of {settings.work}.")
-        specs = [str(student)]
-    names = []
-    for spec in specs:
-        try:
-            name = with_default_tag(parse_model(spec))
-        except ClipcidError as error:
-            if spec == settings.model and Path(spec).exists():
-                raise ClipcidError(
-                    f"{error.message}\n{spec} was taken for the model, since the first positional is the model.",
-                    f"Put the model first: clipcid eval-zeroshot MODEL {spec}",
-                ) from error
-            raise
-        if name.spec != spec:
-            reporter.note(f"Weights: {name.spec}.")
-        names.append(name)
-    return names
+    names = [choose_model(spec, settings.work, reporter) for spec in settings.models]
+    if settings.model is None and names:
+        return names
+    return [choose_model(settings.model, settings.work, reporter, positional_of="eval-zeroshot"), *names]
 
 
 def _stem(name: ModelName, task: ZeroshotTask) -> str:
@@ -110,51 +92,6 @@ def _describe_plan(
     return results[0] if len(results) == 1 else {"results": results}
 
 
-class EvaluatedModel:
-    """A model that is loaded only when something of it must be computed."""
-
-    def __init__(self, name: ModelName, machine: Machine) -> None:
-        self.name, self._machine = name, machine
-        self._model: ClipModel | None = None
-        self._fingerprints: list[dict[str, Any]] | None = None
-
-    def load(self) -> ClipModel:
-        """Load the model, once.
-
-        Raises:
-            ClipcidError: on every process, when it cannot be loaded on any.
-        """
-        if self._model is None:
-            self._model = self._machine.on_all(lambda: load_model(self.name, self._machine.device))
-        assert self._model is not None
-        return self._model
-
-    def fingerprints(self) -> list[dict[str, Any]]:
-        """Describe weights and configuration, once; a folder's without loading them.
-
-        The hash of the weights is that of the whole file, as `ModelInfo.weights_hash`: metrics are told by it.
-
-        Raises:
-            ClipcidError: on every process, when the model cannot be loaded.
-        """
-        if self._fingerprints is None:
-            if self.name.kind == "folder":
-                folder = self.name.path
-                assert folder is not None
-                self._fingerprints = self._machine.on_main(lambda: _fingerprint_folder(folder))
-            else:
-                info = self.load().info
-                self._fingerprints = [{"path": info.spec, "size": info.parameters, "hash": info.weights_hash}]
-        return self._fingerprints
-
-
-def _fingerprint_folder(folder: Path) -> list[dict[str, Any]]:
-    weights = find_weights(folder)
-    assert weights is not None, "a folder without weights is no model"
-    described = {"path": str(weights), "size": weights.stat().st_size, "hash": hash_weights(weights)}
-    return [fingerprint_file(folder / "open_clip_config.json"), described]
-
-
 def _fingerprint_data(task: ZeroshotTask) -> list[dict[str, Any]]:
     return [*task.dataset.fingerprints(), fingerprint_images(task.dataset, task.uses)]
 
@@ -169,16 +106,19 @@ def _evaluate_pair(
 ) -> dict[str, Any]:
     stem = _stem(evaluated.name, task)
     path = WorkDirectory(settings.work).eval / f"{stem}.json"
-    precision = choose_precision(settings.precision, machine.device, "evaluate", parameters=0)
-    batch_size = settings.batch_size or (256 if machine.device.type == "cuda" else 64)
-    wanted = task.describe() | {"model": evaluated.name.slug, "precision": precision.name, "batch_size": batch_size}
-    wanted |= {"bootstrap": settings.bootstrap, "seed": settings.seed}
+    identity = task.describe() | {
+        "model": evaluated.name.slug,
+        "precision": evaluated.precision.name,
+        "batch_size": evaluated.batch_size,
+        "bootstrap": settings.bootstrap,
+        "seed": settings.seed,
+    }
     rows = predictions_path(path)
     with claim_output(
         machine,
         path.parent / SIDECARS,
         stem,
-        settings=wanted,
+        settings=identity,
         inputs=evaluated.fingerprints() + fingerprints,
         overwrite=settings.overwrite,
         # They decide the intervals only, which are not worth an error.
@@ -194,32 +134,23 @@ def _evaluate_pair(
         if has_rows and (output.finished or output.earlier) is not None:
             # They are of this very model and data: other draws are no reason to lose them.
             settings = dataclasses.replace(settings, predictions=True)
-        measured = measure(evaluated.load(), task, machine, precision, batch_size, settings, reporter)
-        record = make_metrics(
-            dataset=task.name,
-            model=evaluated.name.architecture or evaluated.name.slug,
-            pretrained=evaluated.name.tag or evaluated.name.spec,
-            task=task.task,
-            metrics=measured.found.metrics,
-        )
+        measured = measure(evaluated.encoder(), task, settings)
+        result = measured.result
+        record = evaluated.make_record(task.name, task.task, result.metrics)
 
         def write() -> dict[str, Any]:
             output.drop_earlier(path, rows)
-            if measured.found.predictions is not None:
-                write_predictions(rows, measured.found.predictions)
+            if result.predictions is not None:
+                write_predictions(rows, result.predictions)
             write_metrics(path, record)
             return output.commit(
-                counts={
-                    "images": measured.images,
-                    "texts": measured.found.texts,
-                    "skipped": measured.skips.counts,
-                },
+                counts={"images": measured.images, "texts": result.texts, "skipped": measured.skips.counts},
                 seconds=measured.seconds,
                 images_per_second=measured.images / measured.seconds["encode"],
                 customary=task.customary,
-                intervals={name: list(bounds) for name, bounds in measured.found.intervals.items()},
-                per_class=measured.found.per_class,
-                examples=measured.found.examples,
+                intervals={name: list(bounds) for name, bounds in result.intervals.items()},
+                per_class=result.per_class,
+                examples=result.examples,
             )
 
         return _result(record, machine.on_main(write), path, reused=False)

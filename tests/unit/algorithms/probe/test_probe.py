@@ -10,8 +10,14 @@ from sklearn.metrics import average_precision_score
 
 from clipcid_cli.algorithms.metrics.probe_metrics import measure
 from clipcid_cli.algorithms.probe.logistic_regression import Regression, SigmoidRegressions, SoftmaxRegression
-from clipcid_cli.algorithms.probe.probe import LinearClassifier, ProbeProblem, regularisation_grid, sweep_regularisation
-from clipcid_cli.steps.evaluate.probe_fit import SweepPoint, choose_point
+from clipcid_cli.algorithms.probe.probe import (
+    LinearClassifier,
+    ProbeProblem,
+    SweepPoint,
+    choose_point,
+    regularisation_grid,
+    sweep_regularisation,
+)
 
 
 def make_data(

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from clipcid_cli.algorithms.probe.probe import choose_point
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.known_datasets import PRESETS
 from clipcid_cli.steps.evaluate.probe_data import choose_metric
-from clipcid_cli.steps.evaluate.probe_fit import Images, ProbeFits, choose_point
+from clipcid_cli.steps.evaluate.probe_fit import LabelledFeatures, ProbeFits
 from clipcid_cli.steps.reporting import SilentReporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
@@ -27,16 +28,16 @@ class Listener(SilentReporter):
         self.warnings.append(text)
 
 
-def make_images(counts: list[int], seed: int = 0) -> Images:
+def make_images(counts: list[int], seed: int = 0) -> LabelledFeatures:
     """Make unit rows around one centre for each class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     centres = torch.randn(len(counts), 6, generator=torch.Generator().manual_seed(9))
     rows = 0.7 * centres[labels] + torch.randn(len(labels), 6, generator=generator)
-    return Images(torch.nn.functional.normalize(rows, dim=1), labels)
+    return LabelledFeatures(torch.nn.functional.normalize(rows, dim=1), labels)
 
 
-def make_fits(images: Images, **settings: Any) -> tuple[ProbeFits, Listener]:
+def make_fits(images: LabelledFeatures, **settings: Any) -> tuple[ProbeFits, Listener]:
     listener = Listener()
     chosen = EvalLinearSettings(data=str(Path("nowhere")), **settings)
     return ProbeFits(images, None, int(images.labels.max()) + 1, "acc1", chosen, listener), listener
@@ -64,7 +65,7 @@ def test_one_draw_has_no_spread() -> None:
 
 def test_a_best_strength_at_an_end_is_told_once_for_each_number_of_shots() -> None:
     # Classes that any strength tells apart: the strongest regularisation is taken, an end of the range.
-    apart = Images(torch.eye(2).repeat_interleave(20, dim=0), torch.arange(2).repeat_interleave(20))
+    apart = LabelledFeatures(torch.eye(2).repeat_interleave(20, dim=0), torch.arange(2).repeat_interleave(20))
     fits, listener = make_fits(apart, shots="1,4", shot_repeats=3)
     curve = fits.few_shots(apart)
     assert [point["at_edge"] for point in curve] == [3, 3]
@@ -90,10 +91,10 @@ def test_what_cannot_be_drawn_or_held_out_is_refused() -> None:
         make_fits(make_images([20, 10]), shots="17")
     with pytest.raises(ClipcidError, match="nothing can be held out"):
         make_fits(make_images([1, 1]))
-    without = Images(torch.eye(4), torch.zeros(4, 2, dtype=torch.bool))
+    without = LabelledFeatures(torch.eye(4), torch.zeros(4, 2, dtype=torch.bool))
     with pytest.raises(ClipcidError, match="No validation image has a class"):
         ProbeFits(without, without, 2, "mean_average_precision", EvalLinearSettings(data="nowhere"), Listener())
-    several = Images(torch.eye(4), torch.ones(4, 2, dtype=torch.bool))
+    several = LabelledFeatures(torch.eye(4), torch.ones(4, 2, dtype=torch.bool))
     with pytest.raises(ClipcidError, match="no class tells one training image from another"):
         ProbeFits(several, None, 2, "mean_average_precision", EvalLinearSettings(data="nowhere"), Listener())
 

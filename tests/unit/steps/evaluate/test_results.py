@@ -14,9 +14,11 @@ from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
+from clipcid_cli.steps.evaluate.model import EvaluatedModel
 from clipcid_cli.steps.reporting import SilentReporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+from clipcid_cli.steps.settings.shared import ReadingSettings
 
 
 def write_photos(folder: Path, seed: int, per_class: int = 4) -> Path:
@@ -124,12 +126,13 @@ def test_weights_are_told_by_every_byte(tiny_model: Path, tmp_path: Path) -> Non
             file.seek(10 * 2**20)  # neither head, middle nor tail
             file.write(byte)
         with open_machine("cpu") as machine:
-            model = eval_zeroshot.EvaluatedModel(ModelName(str(tmp_path), "folder", path=tmp_path), machine)
+            name = ModelName(str(tmp_path), "folder", path=tmp_path)
+            model = EvaluatedModel(name, machine, ReadingSettings(), SilentReporter())
             return str(model.fingerprints()[1]["hash"])
 
     assert fingerprint(b"a") != fingerprint(b"b")
     # It is the hash that the model itself is known by.
     name = parse_model(str(tiny_model))
     with open_machine("cpu") as machine:
-        model = eval_zeroshot.EvaluatedModel(name, machine)
+        model = EvaluatedModel(name, machine, ReadingSettings(), SilentReporter())
         assert model.fingerprints()[1]["hash"] == load_model(name, machine.device).info.weights_hash
