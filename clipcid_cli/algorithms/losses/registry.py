@@ -18,7 +18,7 @@ class LossEntry:
 
     Attributes:
         name: Spelling on the command line and in logs.
-        summary: What it compares, for the README.
+        summary: What it compares, for docs/distill.md.
         function: ``module:function`` of its implementation, called as ``f(batch)``, or ``f(batch, scale)`` when it owns a
             logit scale.
         own_scale: Whether it learns a logit scale of its own (starting at 1/0.07, kept at or below 100).
