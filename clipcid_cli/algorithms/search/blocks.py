@@ -1,10 +1,7 @@
-"""Rows in the format of a fast matrix product, and how far its scores can be off.
+"""Blocks of rows ready to be compared: as stored, and as a low-precision copy whose scores tell which pairs may be near.
 
-A score is the dot product of two rows in a format that the machine multiplies fastest, to tell at once that most pairs are
-too far apart to matter. What it may be off by is proven here, so that what is discarded is never missed.
-
-Copies in int8 are rotated first, see :mod:`clipcid_cli.algorithms.search.int8`; the rows of a block share one step, so that
-one integer bounds the scores of a whole tile.
+The rows of a block share one int8 step, so that one integer bounds the scores of a whole tile. What scores may be off by is
+proven in :mod:`clipcid_cli.algorithms.search.low_precision`; here it is turned into the smallest score of pairs that matter.
 
 Shape letters: N rows, D width, M and N also rows of two blocks, P pairs.
 
@@ -15,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from clipcid_cli.algorithms.search import low_precision
 from clipcid_cli.algorithms.search.distances import (
     LONGEST_ROW,
     ROWS_IN_CACHE,
@@ -28,11 +26,6 @@ from clipcid_cli.algorithms.search.distances import (
     ReadRows,
     squared_lengths,
 )
-from clipcid_cli.algorithms.search.int8 import choose_steps, distortion, rotate, rotation_error, round_to_int8
-
-# Largest relative error of one fused step of a float32 accumulation, 2⁻²⁴ where it is rounded; matrix units may truncate
-# and align a few products at a time, which four times that covers.
-_ACCUMULATION_UNIT = 2.0**-22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +33,10 @@ class Bounds:
     """What holds for all rows of a block.
 
     Attributes:
-        residual: Largest length of a stored row minus its copy in the format of the fast product, rounded up.
-        scale: What an integer of that copy stands for; 1 for float formats.
+        shortest: Length of the shortest row.
+        longest: Length of the longest.
+        residual: Largest length of a stored row minus its copy, rounded up.
+        scale: Value of the integer 1 in an int8 copy; 1 for float formats.
     """
 
     shortest: float
@@ -104,16 +99,16 @@ def load_block(read: ReadRows, rows: IntArray, device: torch.device, scan_dtype:
     if not float(high) <= LONGEST_ROW**2:
         raise ValueError(f"rows must be finite and no longer than {LONGEST_ROW}, not {math.sqrt(float(high)):.3g}")
     shortest, longest = math.sqrt(float(low)), math.sqrt(float(high))
-    if scan_dtype == torch.int8:
-        rotated = _rotated(stored)
-        scale = float(choose_steps(torch.stack([part.abs().max() for part in rotated]).max()))
-        scan = _round_parts(rotated, scale)
-        residual = _largest_difference(rotated, scan, scale) + rotation_error(stored.shape[1]) * longest
-        return Block(rows, stored, scan, squared, Bounds(shortest, longest, residual, scale))
-    scan = stored.to(scan_dtype)
-    exact = scan_dtype != torch.bfloat16
-    residual = 0.0 if exact else _largest_difference([part.float() for part in _parts(stored)], scan, 1.0)
-    return Block(rows, stored, scan, squared, Bounds(shortest, longest, residual))
+    if low_precision.is_lossless(stored.dtype, scan_dtype):
+        return Block(rows, stored, stored.to(scan_dtype), squared, Bounds(shortest, longest, 0.0))
+    wide = list(_widened(stored, scan_dtype))
+    scale = low_precision.common_step(wide) if scan_dtype == torch.int8 else 1.0
+    copies = [low_precision.narrow(part, scan_dtype, scale) for part in wide]
+    residuals = [
+        low_precision.residuals(part, copy, longest, scale).max() for part, copy in zip(wide, copies, strict=True)
+    ]
+    bounds = Bounds(shortest, longest, float(torch.stack(residuals).max()), scale)
+    return Block(rows, stored, torch.cat(copies), squared, bounds)
 
 
 def reload_block(read: ReadRows, known: Block, scan_dtype: torch.dtype) -> Block:
@@ -124,8 +119,11 @@ def reload_block(read: ReadRows, known: Block, scan_dtype: torch.dtype) -> Block
         scan_dtype: Format of the fast product, the same as then.
     """
     stored = read_stored(read, known.rows, known.squared.device)
-    is_int8 = scan_dtype == torch.int8
-    scan = _round_parts(_rotated(stored), known.bounds.scale) if is_int8 else stored.to(scan_dtype)
+    if low_precision.is_lossless(stored.dtype, scan_dtype):
+        return dataclasses.replace(known, stored=stored, scan=stored.to(scan_dtype))
+    scan = torch.cat(
+        [low_precision.narrow(part, scan_dtype, known.bounds.scale) for part in _widened(stored, scan_dtype)]
+    )
     return dataclasses.replace(known, stored=stored, scan=scan)
 
 
@@ -134,25 +132,9 @@ def read_stored(read: ReadRows, rows: IntArray, device: torch.device) -> torch.T
     return torch.from_numpy(np.ascontiguousarray(read(rows))).to(device)
 
 
-def _parts(rows_ND: torch.Tensor) -> Sequence[torch.Tensor]:
-    return torch.split(rows_ND, ROWS_IN_CACHE)
-
-
-def _rotated(stored_ND: torch.Tensor) -> list[torch.Tensor]:
-    """Return the rotated rows T·a, float32, in parts."""
-    return [rotate(part) for part in _parts(stored_ND)]
-
-
-def _round_parts(rotated: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
-    return torch.cat([round_to_int8(part, scale) for part in rotated])
-
-
-def _largest_difference(wide: Sequence[torch.Tensor], scan_ND: torch.Tensor, scale: float) -> float:
-    """Return the largest |a − s·â| of rows in float32, in parts, and their copies; rounded up."""
-    # s·â is exact in float32; the differences and their length have relative errors far below the 1e-4 added.
-    copies = _parts(scan_ND[:, : wide[0].shape[1]])
-    norms = [(a - b.float() * scale).norm(dim=1).max() for a, b in zip(wide, copies, strict=True)]
-    return float(torch.stack(norms).max()) * (1 + 1e-4)
+def _widened(stored_ND: torch.Tensor, scan_dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yield what the copies are rounded from, float32, in parts that stay in the processor's cache."""
+    return (low_precision.widen(part, scan_dtype) for part in torch.split(stored_ND, ROWS_IN_CACHE))
 
 
 def multiply(a_MD: torch.Tensor, b_ND: torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
@@ -177,20 +159,10 @@ def score_dtype(scan_dtype: torch.dtype) -> torch.dtype:
 def lowest_score(a: Block, b: Block, cutoff: float) -> float:
     """Return a score below which no pair of the two blocks is within `cutoff`.
 
-    Let â, b̂ be the rows in the format of the fast product, ρ ≥ |a − â| the blocks' residuals and R ≥ |a| their longest
-    rows. The computed score is s = â·b̂ + δ before it is rounded to the format of the output, and by Cauchy-Schwarz
-
-        a·b − â·b̂ = (a − â)·b + â·(b − b̂)    is at most    ρ_a·R_b + (R_a + ρ_a)·ρ_b,
-        |δ| ≤ D·u·|â||b̂| ≤ D·u·(R_a + ρ_a)(R_b + ρ_b)    for D accumulation steps of relative error u, in any order
-
-    (Higham, Accuracy and Stability of Numerical Algorithms, §3.1; products of two bfloat16 or float16 numbers are exact in
-    float32, products of float32 copies of float16 numbers too). A pair is within `cutoff` when float32(√d²) ≤ cutoff, so
-    d < ε⁺, the next float32 above it, and a·b = (|a|² + |b|² − d²)/2 ≥ (r_a² + r_b² − ε⁺²)/2 with r the shortest rows.
-    Hence s is at least that minus both errors. The last rounding, to the output's format, is monotone: s ≥ t implies
-    round(s) ≥ round(t), so comparing with t rounded down (see :func:`score_threshold`) loses nothing and needs no slack.
-
-    For int8 the same is said of the rotated rows Ta, whose residual is |Ta − s·q|, with the distortion η of the
-    rotation added. Integers are added up without error, so δ = 0; the term for it stays, and is larger than all that η adds.
+    A pair is within `cutoff` when float32(√d²) ≤ cutoff, so d < ε⁺, the next float32 above it, and with r the shortest rows
+    a·b = (|a|² + |b|² − d²)/2 ≥ (r_a² + r_b² − ε⁺²)/2. Hence its score is at least that minus :func:`score_error`. The
+    last rounding, to the output's format, is monotone: s ≥ t implies round(s) ≥ round(t), so comparing with t rounded down
+    (see :func:`score_threshold`) loses nothing and needs no slack.
 
     Returns:
         The bound t, in units of a dot product; :func:`score_threshold` makes it comparable with computed scores.
@@ -202,15 +174,12 @@ def lowest_score(a: Block, b: Block, cutoff: float) -> float:
 
 def score_error(a: Block, b: Block) -> float:
     """Return the largest difference of a fast score from the exact dot product, before its last rounding."""
-    width, one, other = a.stored.shape[1], a.bounds, b.bounds
-    conversion = one.residual * other.longest + (one.longest + one.residual) * other.residual
-    lengths = (one.longest + one.residual) * (other.longest + other.residual)
-    accumulation = width * _ACCUMULATION_UNIT * lengths
-    if a.scan.dtype == torch.int8:
-        # Also |Ta| where `conversion` has |a|: √(1 + η) ≤ 1 + η on a term below `lengths`.
-        conversion += 3.0 * distortion(width) * lengths
+    one, other = a.bounds, b.bounds
+    error = low_precision.score_error(
+        a.scan.dtype, a.stored.shape[1], (one.longest, other.longest), (one.residual, other.residual)
+    )
     # 2⁻¹⁴ for GPUs that flush float16's subnormals to zero; it also swallows the rounding of this very formula.
-    return conversion + accumulation + 2.0**-14
+    return error + 2.0**-14
 
 
 def score_threshold(a: Block, b: Block, lowest: float) -> torch.Tensor:
