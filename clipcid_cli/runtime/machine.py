@@ -43,6 +43,10 @@ class Machine:
         """Whether this is the process that writes shared files and talks to the user."""
         return self.rank == 0
 
+    def share(self, number: int) -> tuple[int, int]:
+        """Return this process's even share of 0 … number − 1: the first, and the one after the last."""
+        return number * self.rank // self.size, number * (self.rank + 1) // self.size
+
     def barrier(self) -> None:
         """Wait for every process."""
         if self.size > 1:

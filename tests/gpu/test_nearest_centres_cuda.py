@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from clipcid_cli.algorithms.kmeans.kmeans import ClusterSums, centroids_of_sums, round_to_grid
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
 from clipcid_cli.algorithms.kmeans.subspace import Subspace
+from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums, round_to_grid
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,8 +43,8 @@ def test_rows_and_centroids_in_few_directions_are_those_of_the_cpu() -> None:
     random = np.random.default_rng(0)
     values = random.normal(size=(3000, 256)) * np.arange(1.0, 257) ** -0.8
     rows = torch.from_numpy((values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16))
-    short = Subspace.of(rows, 64)
-    there = short.to(torch.device("cuda"))
-    assert torch.equal(there.rows(rows.cuda()).cpu(), short.rows(rows))
+    subspace = Subspace.of(rows, 64)
+    there = subspace.to(torch.device("cuda"))
+    assert torch.equal(there.project_rows(rows.cuda()).cpu(), subspace.project_rows(rows))
     centroids = round_to_grid(rows[:700].double())
-    assert torch.equal(there.centroids(centroids.cuda()).cpu(), short.centroids(centroids))
+    assert torch.equal(there.project_centroids(centroids.cuda()).cpu(), subspace.project_centroids(centroids))

@@ -1,4 +1,4 @@
-"""What a search for nearest centroids has found so far of some rows, and how near the centroids it left out may be.
+"""The nearest centroids of some rows found so far, and how near the centroids that were discarded may be.
 
 Shape letters: B rows of a block, P (row, centroid) pairs.
 """
@@ -9,7 +9,7 @@ import dataclasses
 
 import torch
 
-# Stands for no centroid yet: above every number, so that any centroid wins a tie against it.
+# No centroid yet: above every number, so that any centroid wins a tie against it.
 _NONE = torch.iinfo(torch.int64).max
 
 
@@ -32,8 +32,8 @@ class Nearest:
         return Nearest(self.centroids_B[which], self.similarities_B[which], self.others_B[which])
 
 
-class Found:
-    """The nearest of the centroids that were decided so far; its attributes are those of `Nearest`."""
+class BestSoFar:
+    """The nearest of the centroids decided so far; its attributes are those of `Nearest`."""
 
     def __init__(self, known: Nearest | None, num_rows: int, device: torch.device) -> None:
         def fill(value: float, dtype: torch.dtype) -> torch.Tensor:
@@ -52,8 +52,8 @@ class Found:
         centroids_B.scatter_reduce_(0, row_P[wins_P], centroid_P[wins_P], "amin")
         loses_P = centroid_P != centroids_B[row_P]
         self.bound_others(row_P[loses_P], similarity_P[loses_P])
-        left_B = torch.where(centroids_B == self.centroids_B, -torch.inf, self.similarities_B)
-        self.others_B = torch.maximum(self.others_B, left_B)
+        replaced_B = torch.where(centroids_B == self.centroids_B, -torch.inf, self.similarities_B)
+        self.others_B = torch.maximum(self.others_B, replaced_B)
         self.centroids_B, self.similarities_B = centroids_B, best_B
 
     def bound_others(self, row_P: torch.Tensor, similarity_P: torch.Tensor) -> None:

@@ -25,6 +25,9 @@ import dataclasses
 
 import torch
 
+from clipcid_cli.algorithms.search.centroids import fold_sum
+from clipcid_cli.algorithms.search.distances import root
+
 # Rows are unit ones rounded to float16.
 _LONGEST_ROW = 1.01
 _SHARE_OF_GAP = 0.5
@@ -75,3 +78,8 @@ class CentroidDrift:
         num_moved = self.moved_K.sum()
         count_B = torch.where(gap_B > 0, count_B, torch.where(now_B >= before_B, num_moved, num_centroids))
         return count_B, torch.where(count_B < num_centroids, others_B + self._reach_K[count_B], -torch.inf)
+
+
+def distances_moved(before_KD: torch.Tensor, after_KD: torch.Tensor) -> torch.Tensor:
+    """Return how far centroids moved, from float32 [K, D] each: float64 [K], 0 for those that did not and for no others."""
+    return root(fold_sum((after_KD.double() - before_KD.double()).square()))

@@ -10,11 +10,11 @@ two vectors of length ≤ 1.01 exceeds 1.03 = 1.03·2⁴⁸ units < 2⁵³: floa
 order of summation, tiling, instruction set or device gives the same bits. [O]
 
 **Low precision only discards.** With a = fl(x̂·ĉ) for the product of the copies of a row and a centroid, ŝ = round(a)
-for what the product returns, and |a − x·c| ≤ e as proven in :mod:`clipcid_cli.algorithms.kmeans.prepared`:
+for what the product returns, and |a − x·c| ≤ e as proven in :mod:`clipcid_cli.algorithms.search.low_precision`:
 
 - A centroid that is at least as near as one of exact similarity s has a ≥ s − e, and, rounding being monotone,
   ŝ ≥ round(s − e). Others are discarded: :meth:`NearestCentroids.nearest`, where the approximately nearest centroid is
-  decided first, so that s is known. Here x·c ≤ a + e is enough, so the product may be one of leading coordinates.
+  decided first, so that s is known.
 - The same is done once more with the products of single pairs in float32, of smaller e.
 - Let v > 0 be such that m centroids have ŝ ≥ v. Each of them has a ≥ v·(1 − u) with u the unit roundoff of the output (0 for
   integers). A centroid j among the true m nearest that is not one of them is at least as near as some centroid i of them, so
@@ -32,10 +32,11 @@ from __future__ import annotations
 
 import torch
 
-from clipcid_cli.algorithms.kmeans.best_so_far import Found, Nearest
-from clipcid_cli.algorithms.kmeans.leading_coordinates import LeadingCoordinates
+from clipcid_cli.algorithms.kmeans.best_so_far import BestSoFar, Nearest
 from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_centroids
 
+# Rows multiplied with centroids at once. On a CPU the products stay near the caches; a GPU needs more work at a time.
+BLOCK_ROWS = {"cpu": 1024, "cuda": 16_384}
 GROUP = 64
 # Centroids multiplied at once: with 1,024 rows the product is 16 MiB in int32, near the size of a second-level cache.
 _CHUNK = 4096
@@ -54,15 +55,14 @@ _PATTERNS = {
 
 
 class NearestCentroids:
-    """PairCollector the exactly nearest of fixed centroids.
+    """Finds the exactly nearest of fixed centroids.
 
     Args:
         centroids_KD: Unit rows on the 2⁻²⁴ grid, float32 [K, D], on the device of the search.
         dtype: Format of the product that discards: int8 (on a CPU), bfloat16, float16 or float32. It changes the speed,
             never the answer.
-        order_K: Numbers of the centroids in the order in which :meth:`nearest` looks at them, int64 [K]; as they come
-            without.
-        coordinates: Multiplies these leading coordinates alone, in float32; for :meth:`nearest` only.
+        order_K: Numbers of the centroids in the order in which :meth:`nearest` looks at them, int64 [K]; by default as they
+            come.
 
     Raises:
         ValueError: when the centroids are not a float32 matrix on the grid, or the format is none of the four.
@@ -73,7 +73,6 @@ class NearestCentroids:
         centroids_KD: torch.Tensor,
         dtype: torch.dtype,
         order_K: torch.Tensor | None = None,
-        coordinates: LeadingCoordinates | None = None,
     ) -> None:
         if centroids_KD.ndim != 2 or centroids_KD.dtype != torch.float32 or not len(centroids_KD):
             raise ValueError(f"centroids must be float32 [K, D], not {centroids_KD.dtype} {list(centroids_KD.shape)}")
@@ -83,8 +82,7 @@ class NearestCentroids:
             )
         self.centroids_KD = centroids_KD
         self.dtype = dtype
-        self.coordinates = coordinates
-        self._prepared = prepare_centroids(centroids_KD, dtype, order_K, GROUP, coordinates)
+        self._prepared = prepare_centroids(centroids_KD, dtype, order_K, GROUP)
         self._numbers_K = torch.arange(len(centroids_KD), device=centroids_KD.device) if order_K is None else order_K
         # GPUs can return the float32 accumulators; CPUs round them to the format of the operands.
         self._output_dtype = torch.int32 if dtype == torch.int8 else torch.float32 if centroids_KD.is_cuda else dtype
@@ -98,7 +96,7 @@ class NearestCentroids:
             rows: The rows, on the device of the centroids and in the format of the search.
             known: A centroid of each row that takes part whether it is looked at or not, with its exact similarity; the
                 nearer it is, the more is discarded. ``others_B`` is not used.
-            leading: How many centroids to look at, the first of the order; all without. Rounded up to a multiple of 64.
+            leading: How many centroids to look at, the first of the order; by default all. Rounded up to a multiple of 64.
 
         Returns:
             The nearest of the centroids that take part; of equally similar ones the smaller number.
@@ -108,74 +106,84 @@ class NearestCentroids:
         """
         self._check(rows)
         num_centroids = len(self.centroids_KD)
-        found = Found(known, len(rows), rows.rows_BD.device)
+        best = BestSoFar(known, len(rows), rows.rows_BD.device)
         error_B = self._prepared.error(rows)
         last = num_centroids if leading is None else min(num_centroids, -(-leading // GROUP) * GROUP)
         for first in range(0, last, _CHUNK):
-            self._search_chunk(rows, first, min(last, first + _CHUNK), error_B, found)
-        return Nearest(found.centroids_B, found.similarities_B, found.others_B)
+            self._search_chunk(rows, first, min(last, first + _CHUNK), error_B, best)
+        return Nearest(best.centroids_B, best.similarities_B, best.others_B)
 
-    def _search_chunk(self, rows: PreparedRows, first: int, last: int, error_B: torch.Tensor, found: Found) -> None:
+    def _search_chunk(self, rows: PreparedRows, first: int, last: int, error_B: torch.Tensor, best: BestSoFar) -> None:
+        """Take centroids `first` … `last` − 1 of the order into account."""
         pattern_BC = self._multiply(rows, first, last)
         grouped_BGg = pattern_BC.view(len(rows), -1, GROUP)
         maxima_BG = grouped_BGg.amax(dim=2)
-        # The approximately nearest is decided first: what is known to be near discards the more.
+
+        # 1. Decide the approximately nearest centroid of each row first, where it may be the nearest: its exact similarity
+        #    raises the threshold for all others. Then remove it from the products and from its group's maximum.
         largest_B, group_B = maxima_BG.max(dim=1)
-        row_P = (largest_B >= self._patterns_of(found.similarities_B - error_B, rows)).nonzero()[:, 0]
+        row_P = (largest_B >= self._patterns_of(best.similarities_B - error_B, rows)).nonzero()[:, 0]
         group_P = group_B[row_P]
         members_Pg = grouped_BGg[row_P, group_P]
         offset_P = members_Pg.argmax(dim=1)
         centroid_P = self._numbers_K[first + group_P * GROUP + offset_P]
-        new_P = centroid_P != found.centroids_B[row_P]
+        new_P = centroid_P != best.centroids_B[row_P]
         similarity_P = self.similarities(rows.rows_BD, row_P[new_P], centroid_P[new_P])
-        found.take(row_P[new_P], centroid_P[new_P], similarity_P)
+        best.take(row_P[new_P], centroid_P[new_P], similarity_P)
         members_Pg.scatter_(1, offset_P[:, None], self._lowest)
         grouped_BGg[row_P, group_P, offset_P] = self._lowest
         maxima_BG[row_P, group_P] = members_Pg.amax(dim=1)
-        threshold_B = self._patterns_of(found.similarities_B - error_B, rows)
+
+        # 2. List the groups that reach the threshold, except in rows with so many that a full product is cheaper.
+        threshold_B = self._patterns_of(best.similarities_B - error_B, rows)
         near_BG = maxima_BG >= threshold_B[:, None]
         dense_B = near_BG.sum(dim=1) > max(4, near_BG.shape[1] // _COSTLY_SHARE)
         near_BG &= ~dense_B[:, None]
+
+        # 3. Decide the members of those groups that reach the threshold themselves.
         row_Q, group_Q = near_BG.nonzero(as_tuple=True)
         members_Qg = grouped_BGg[row_Q, group_Q]
         near_Qg = members_Qg >= threshold_B[row_Q, None]
         pair_P, offset_P = near_Qg.nonzero(as_tuple=True)
         centroid_P = self._numbers_K[first + group_Q[pair_P] * GROUP + offset_P]
         row_P = row_Q[pair_P]
-        new_P = centroid_P != found.centroids_B[row_P]
-        self._decide(rows, row_P[new_P], centroid_P[new_P], found)
-        # What was discarded bounds the other centroids; nothing is where all are decided.
+        new_P = centroid_P != best.centroids_B[row_P]
+        self._decide(rows, row_P[new_P], centroid_P[new_P], best)
+
+        # 4. The largest discarded product, of a group or of a member, bounds the similarity to all discarded centroids.
         rest_B = maxima_BG.masked_fill_(near_BG | dense_B[:, None], self._lowest).amax(dim=1)
         rest_B.scatter_reduce_(0, row_Q, members_Qg.masked_fill_(near_Qg, self._lowest).amax(dim=1), "amax")
-        torch.maximum(found.others_B, self._at_most(rest_B, rows) + error_B, out=found.others_B)
-        self._decide_densely(rows, dense_B.nonzero()[:, 0], self._numbers_K[first:last], found)
+        torch.maximum(best.others_B, self._at_most(rest_B, rows) + error_B, out=best.others_B)
 
-    def _decide(self, rows: PreparedRows, row_P: torch.Tensor, centroid_P: torch.Tensor, found: Found) -> None:
+        # 5. The rows left out in 2.
+        self._decide_densely(rows, dense_B.nonzero()[:, 0], self._numbers_K[first:last], best)
+
+    def _decide(self, rows: PreparedRows, row_P: torch.Tensor, centroid_P: torch.Tensor, best: BestSoFar) -> None:
         """Take candidates into account that are not their row's centroid so far."""
         # In float32, where rows and centroids are exact, most are told apart at a quarter of the cost.
         about_P = self._pairwise(rows.rows_BD, row_P, centroid_P, torch.float32).double()
         error_B = self._prepared.float32_error(rows)
-        lowest_B = found.similarities_B.scatter_reduce(0, row_P, about_P - error_B[row_P], "amax") - error_B
+        lowest_B = best.similarities_B.scatter_reduce(0, row_P, about_P - error_B[row_P], "amax") - error_B
         open_P = about_P >= lowest_B[row_P]
         closed_P = ~open_P
-        found.bound_others(row_P[closed_P], about_P[closed_P] + error_B[row_P[closed_P]])
+        best.bound_others(row_P[closed_P], about_P[closed_P] + error_B[row_P[closed_P]])
         row_P, centroid_P = row_P[open_P], centroid_P[open_P]
-        found.take(row_P, centroid_P, self.similarities(rows.rows_BD, row_P, centroid_P))
+        best.take(row_P, centroid_P, self.similarities(rows.rows_BD, row_P, centroid_P))
 
-    def _decide_densely(self, rows: PreparedRows, row_R: torch.Tensor, number_C: torch.Tensor, found: Found) -> None:
+    def _decide_densely(self, rows: PreparedRows, row_R: torch.Tensor, number_C: torch.Tensor, best: BestSoFar) -> None:
         """Multiply some rows with the centroids of a chunk in float32 and take what that cannot discard into account."""
         if not len(row_R):
             return
         about_RC = rows.rows_BD[row_R].float() @ self.centroids_KD[number_C].T
-        about_RC.masked_fill_(number_C == found.centroids_B[row_R, None], -torch.inf)
+        about_RC.masked_fill_(number_C == best.centroids_B[row_R, None], -torch.inf)
         error_R = self._prepared.float32_error(rows)[row_R]
-        lowest_R = torch.maximum(found.similarities_B[row_R], about_RC.amax(dim=1) - error_R) - error_R
+        lowest_R = torch.maximum(best.similarities_B[row_R], about_RC.amax(dim=1) - error_R) - error_R
         # Rounded to float32 it may be too high by far less than the error is too large.
         pair_P, centroid_P = (about_RC >= lowest_R[:, None].float()).nonzero(as_tuple=True)
         row_P = row_R[pair_P]
-        found.take(row_P, number_C[centroid_P], self.similarities(rows.rows_BD, row_P, number_C[centroid_P]))
+        best.take(row_P, number_C[centroid_P], self.similarities(rows.rows_BD, row_P, number_C[centroid_P]))
         about_RC[pair_P, centroid_P] = -torch.inf
-        found.bound_others(row_R, about_RC.amax(dim=1) + error_R)
+        best.bound_others(row_R, about_RC.amax(dim=1) + error_R)
 
     def top(self, rows: PreparedRows, m: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the `m` nearest centroids of each row, the most similar first.
@@ -189,12 +197,9 @@ class NearestCentroids:
             the smaller number comes first.
 
         Raises:
-            ValueError: when the rows are of another width or format, `m` is outside [1, K], or leading coordinates are
-                multiplied: they do not bound similarities from below.
+            ValueError: when the rows are of another width or format, or `m` is outside [1, K].
         """
         self._check(rows)
-        if self.coordinates is not None:
-            raise ValueError("several centroids cannot be found by leading coordinates")
         if not 1 <= m <= len(self.centroids_KD):
             raise ValueError(f"m must lie in [1, {len(self.centroids_KD)}], not {m}")
         row_P, centroid_P, dense_B = self._candidates(rows, m)
@@ -234,12 +239,10 @@ class NearestCentroids:
         return result_P
 
     def _check(self, rows: PreparedRows) -> None:
-        width, cast_width = self.centroids_KD.shape[1], self._prepared.cast_KD.shape[1]
-        wanted = (width, self.dtype, cast_width)
-        if wanted != (rows.rows_BD.shape[1], rows.cast_BD.dtype, rows.cast_BD.shape[1]):
+        width = self.centroids_KD.shape[1]
+        if (width, self.dtype) != (rows.rows_BD.shape[1], rows.cast_BD.dtype):
             raise ValueError(
-                f"rows must be {width} wide, {cast_width} in {self.dtype}, not {rows.rows_BD.shape[1]}, "
-                f"{rows.cast_BD.shape[1]} in {rows.cast_BD.dtype}"
+                f"rows must be {width} wide in {self.dtype}, not {rows.rows_BD.shape[1]} in {rows.cast_BD.dtype}"
             )
 
     def _multiply(self, rows: PreparedRows, first: int, last: int) -> torch.Tensor:

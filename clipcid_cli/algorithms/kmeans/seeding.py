@@ -18,14 +18,37 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clipcid_cli.algorithms.kmeans.kmeans import RowReader
+from clipcid_cli.algorithms.search.centroids import centroids_of_sums
+
 PLUS_PLUS_CLUSTERS = 512
 PLUS_PLUS_ROWS_PER_CLUSTER = 16
 _UNIT = 2.0**30
+_ROWS_AT_ONCE = 16_384
 
 _NEAR_ENOUGH = 0.999
 
 ReadRow = Callable[[int], npt.NDArray[np.float16]]
 ReadRows = Callable[[npt.NDArray[np.int64]], torch.Tensor]
+
+
+def first_centroids(rows: RowReader, num_clusters: int, seed: int) -> torch.Tensor:
+    """Choose the first centroids, float32 [K, D] on the CPU; a function of rows, K and seed."""
+
+    def read(positions: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(rows.features_at(positions))
+
+    return rows_as_centroids(rows, choose_first_rows(read, len(rows), num_clusters, seed))
+
+
+def rows_as_centroids(rows: RowReader, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
+    """Read single rows as centroids: unit rows on the grid, float32 [K, D] on the CPU."""
+    centroids_KD = torch.zeros(len(numbers), rows.width)
+    for first in range(0, len(numbers), _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        chosen_CD = torch.from_numpy(rows.features_at(numbers[part])).double()
+        centroids_KD[part] = centroids_of_sums(chosen_CD, centroids_KD[part])
+    return centroids_KD
 
 
 def choose_first_rows(read: ReadRows, num_rows: int, num_clusters: int, seed: int) -> npt.NDArray[np.int64]:

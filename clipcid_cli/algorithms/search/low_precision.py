@@ -23,7 +23,7 @@ have no residual.
 
 Shape letters: N rows, D width.
 
-Source: METHOD §1 [O], "Exact at low-precision speed".
+Source: docs/method.md#fast-search-exact-result.
 """
 
 from __future__ import annotations

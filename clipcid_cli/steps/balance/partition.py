@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.kmeans.kmeans import ClusterSums, centroids_of_sums
 from clipcid_cli.algorithms.search.blocks import load_block
+from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums
 from clipcid_cli.algorithms.search.distances import IntArray, ReadRows
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.search.nearest_pairs import NearestPairs

@@ -1,4 +1,4 @@
-"""`cluster --dry-run`: what a run takes, told from a second of real work on some of the rows."""
+"""`cluster --dry-run`: what a run takes, estimated from a second of real work on some of the rows."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.kmeans.kmeans import centroids_of_sums
+from clipcid_cli.algorithms.kmeans.lloyd import KEPT_BYTES
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_rows
-from clipcid_cli.algorithms.kmeans.subspace import Subspace
+from clipcid_cli.algorithms.kmeans.subspace import (
+    SUBSPACE_WIDTH,
+    Subspace,
+    find_subspace,
+    subspace_iterations,
+)
+from clipcid_cli.algorithms.search.centroids import centroids_of_sums
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.timing import time_trial
-from clipcid_cli.steps.cluster.lloyd import KEPT_BYTES, SHORT_WIDTH, choose_format, find_subspace, subspace_iterations
 from clipcid_cli.steps.cluster.rows import ClusterRows
+from clipcid_cli.steps.cluster.train import choose_format
 from clipcid_cli.steps.reporting import Reporter, format_duration
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 _SAMPLE = 1024
 _SHORTEST = 0.1
-# Libraries, products and other work in progress, and what a row takes beside its embedding.
+# Libraries, products and other work in progress, and what a row takes in addition to its embedding.
 _BYTES_OF_LIBRARIES = 450 * 2**20
 _BYTES_A_ROW = 60
 
@@ -38,7 +44,7 @@ def estimate_cost(
     """Say what the run takes, without writing anything.
 
     Args:
-        machine: The processes, of which the first measures.
+        machine: The processes; the first measures.
         num_nearest: Centroids stored for each image.
 
     Returns:
@@ -51,21 +57,21 @@ def estimate_cost(
     trained = len(rows) if settings.train_rows is None else min(settings.train_rows, len(rows))
     used = rows if trained == len(rows) else rows.sample(trained, settings.seed)
     num_short = subspace_iterations(settings.iterations)
-    short = machine.on_main(lambda: find_subspace(used, num_clusters)) if num_short else None
-    num_short = 0 if short is None else num_short
+    subspace = machine.on_main(lambda: find_subspace(used, num_clusters)) if num_short else None
+    num_short = 0 if subspace is None else num_short
     num_full = settings.iterations - num_short
-    flop = 2 * trained * num_clusters * (rows.width * num_full + SHORT_WIDTH * num_short)
+    flop = 2 * trained * num_clusters * (rows.width * num_full + SUBSPACE_WIDTH * num_short)
     centroids_CD = _some_centroids(settings, rows, num_clusters)
     scan = machine.on_main(lambda: choose_format(settings.precision, rows, machine, centroids_CD)).dtype
     kept = min(KEPT_BYTES, (2 + scan.itemsize) * rows.width * trained // machine.size)
     memory = num_clusters * rows.width * (4 + 8 + scan.itemsize) + kept
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
-    full, in_short, assign = machine.on_main(
-        lambda: _measure(settings, machine, rows, num_clusters, num_nearest, scan, centroids_CD, short)
+    full, in_subspace, assign = machine.on_main(
+        lambda: _measure(settings, machine, rows, num_clusters, num_nearest, scan, centroids_CD, subspace)
     )
-    full, start = full * trained / len(rows), in_short * num_short * trained / len(rows)
+    full, start = full * trained / len(rows), in_subspace * num_short * trained / len(rows)
     most = start + full * num_full
-    first = f"{format_duration(start)} for {num_short} in {SHORT_WIDTH} directions, " if num_short else ""
+    first = f"{format_duration(start)} for {num_short} in {SUBSPACE_WIDTH} directions, " if num_short else ""
     reporter.note(
         f"{trained:,} images × {num_clusters:,} clusters × width {rows.width}: {first}{format_duration(full)} for an "
         f"iteration in full, at most {format_duration(most)} for {settings.iterations} (fewer and fewer images are compared "
@@ -97,7 +103,7 @@ def _measure(
     num_nearest: int,
     scan: torch.dtype,
     centroids_CD: torch.Tensor,
-    short: Subspace | None,
+    subspace: Subspace | None,
 ) -> tuple[float, float, float]:
     """Time a block of rows against some of them as centroids.
 
@@ -106,16 +112,16 @@ def _measure(
     """
     centroids_CD = centroids_CD.to(machine.device)
     block = rows.features(0, min(len(rows), _SAMPLE))
-    short = None if short is None else short.to(machine.device)
+    subspace = None if subspace is None else subspace.to(machine.device)
 
     def pass_over_all(
-        dtype: torch.dtype, look: Callable[[NearestCentroids, PreparedRows], object], short: Subspace | None = None
+        dtype: torch.dtype, look: Callable[[NearestCentroids, PreparedRows], object], subspace: Subspace | None = None
     ) -> float:
         def load() -> PreparedRows:
             read_BD = torch.from_numpy(np.array(block)).to(machine.device)
-            return prepare_rows(read_BD if short is None else short.rows(read_BD), dtype)
+            return prepare_rows(read_BD if subspace is None else subspace.project_rows(read_BD), dtype)
 
-        search = NearestCentroids(centroids_CD if short is None else short.centroids(centroids_CD), dtype)
+        search = NearestCentroids(centroids_CD if subspace is None else subspace.project_centroids(centroids_CD), dtype)
         prepare, block_rows = time_trial(load, machine.device, at_least=_SHORTEST)
         compare = time_trial(lambda: look(search, block_rows), machine.device, at_least=_SHORTEST).seconds
         return (prepare + compare * num_clusters / len(centroids_CD)) * len(rows) / len(block) / machine.size
@@ -125,6 +131,6 @@ def _measure(
     sides = 2 if rows.embeddings.has_texts else 1
     return (
         pass_over_all(scan, NearestCentroids.nearest),
-        0.0 if short is None else pass_over_all(scan, NearestCentroids.nearest, short),
-        sides * pass_over_all(assign, lambda search, found: search.top(found, num_nearest)),
+        0.0 if subspace is None else pass_over_all(scan, NearestCentroids.nearest, subspace),
+        sides * pass_over_all(assign, lambda search, block: search.top(block, num_nearest)),
     )

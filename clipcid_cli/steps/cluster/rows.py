@@ -1,4 +1,4 @@
-"""The rows `cluster` works on: which embeddings, and which of them are kept."""
+"""The rows that `cluster` works on: which embeddings, and which of them are kept."""
 
 from __future__ import annotations
 

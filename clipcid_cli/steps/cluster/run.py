@@ -2,59 +2,41 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, temperature_for_perplexity
+from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters
+from clipcid_cli.algorithms.kmeans.lloyd import LloydState
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
+from clipcid_cli.algorithms.kmeans.seeding import first_centroids
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
-from clipcid_cli.formats.embeddings.rows import Float16
 from clipcid_cli.formats.output import Output, fingerprint_file
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     TABLE,
     Progress,
-    TopClusters,
     join_parts,
     part_bounds,
-    part_path,
-    read_part,
     read_progress,
     remove_scratch,
-    write_part,
     write_progress,
 )
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.cluster.assign import assign_clusters, search_width, summarise
 from clipcid_cli.steps.cluster.cost import estimate_cost
-from clipcid_cli.steps.cluster.lloyd import (
-    LloydState,
-    block_bounds,
-    choose_format,
-    first_centroids,
-    load_rows,
-    run_lloyd,
-)
 from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
+from clipcid_cli.steps.cluster.train import choose_format, train_centroids
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
-# Nearest centroids stored of each image and caption: docs/method.md#soft-labels.
-NUM_NEAREST = 16
 # As many as faiss asks for before it warns.
 _FEWEST_A_CENTROID = 39
-# The temperature's median is taken over about this many rows, evenly spaced: more would not change its digits.
-_TEMPERATURE_ROWS = 65_536
 
 
 def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
@@ -74,7 +56,7 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
         folder = WorkDirectory(settings.work).clusters
         if settings.dry_run:
             return estimate_cost(settings, machine, rows, num_clusters, search_width(num_clusters), reporter)
-        wanted = {
+        identity = {
             "features": settings.features,
             "num_clusters": num_clusters,
             "iterations": settings.iterations,
@@ -88,7 +70,7 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
             machine,
             folder,
             "cluster",
-            settings=wanted,
+            settings=identity,
             inputs=inputs,
             overwrite=settings.overwrite,
             clear=lambda: remove_scratch(folder),
@@ -148,7 +130,7 @@ def _cluster(
             remove_scratch(output.folder)
         found = read_progress(output.folder)
         if found is None:
-            return LloydState(first_centroids(trained, num_clusters, settings.seed), 0, False)
+            return LloydState(first_centroids(trained, num_clusters, settings.seed))
         reporter.note(f"Resuming after {found.iterations} iterations.")
         return LloydState(torch.from_numpy(found.centroids), found.iterations, found.converged)
 
@@ -159,7 +141,7 @@ def _cluster(
     scan = machine.on_main(lambda: choose_format(settings.precision, trained, machine, state.centroids_KD))
     used = "all images" if len(trained) == len(rows) else f"{len(trained):,} of {len(rows):,} images (--train-rows)"
     reporter.note(f"Centroids come from {used}; they are compared in {scan.name} ({scan.reason}) and decided in fp64.")
-    state = run_lloyd(
+    state = train_centroids(
         trained,
         machine,
         state,
@@ -174,7 +156,7 @@ def _cluster(
     # The nearest 16 are close to each other: int8 would leave many more to decide than it saves.
     precision = choose_precision(settings.precision, machine.device, "embed", parameters=0)
     search = NearestCentroids(state.centroids_KD.to(machine.device), precision.dtype)
-    _assign(machine, rows, search, output.folder, reporter)
+    assign_clusters(machine, rows, search, output.folder, reporter)
     seconds["assign"] = time.perf_counter() - started
 
     def write() -> dict[str, Any]:
@@ -182,7 +164,7 @@ def _cluster(
         write_npy(output.folder / CENTROIDS, state.centroids_KD.numpy())
         bounds = part_bounds(len(rows))
         join_parts(output.folder, len(bounds), captions=rows.embeddings.has_texts)
-        result, temperatures = _summarise(rows, num_clusters, output.folder)
+        result, temperatures = summarise(rows, num_clusters, output.folder)
         seconds["write"] = time.perf_counter() - begun
         result |= {
             "iterations": state.iterations,
@@ -207,75 +189,3 @@ def _cluster(
         return result
 
     return machine.on_main(write)
-
-
-def search_width(num_clusters: int) -> int:
-    """Return m, the number of nearest centroids stored for each image."""
-    return min(NUM_NEAREST, num_clusters)
-
-
-def _assign(machine: Machine, rows: ClusterRows, search: NearestCentroids, folder: Path, reporter: Reporter) -> None:
-    """Write the parts of the table that are not there yet, dealt to the processes."""
-    bounds = part_bounds(len(rows))
-    with reporter.progress("assign", len(rows), "images") as progress:
-        for part, (start, stop) in enumerate(bounds):
-            if part % machine.size == machine.rank and not part_path(folder, part).exists():
-                images, exact = _find_top(machine, search, rows.features, start, stop)
-                captions = None
-                if rows.embeddings.has_texts:
-                    captions, _ = _find_top(machine, search, rows.captions, start, stop)
-                write_part(
-                    part_path(folder, part),
-                    keys=rows.keys(start, stop),
-                    similarities=exact,
-                    images=images,
-                    captions=captions,
-                )
-            progress.advance(stop - start)
-    machine.barrier()
-
-
-def _find_top(
-    machine: Machine, search: NearestCentroids, read: Callable[[int, int], Float16], start: int, stop: int
-) -> tuple[TopClusters, npt.NDArray[np.float64]]:
-    """Find the nearest centroids of rows start … stop − 1, and the exact similarity to the first."""
-    m = search_width(len(search.centroids_KD))
-    clusters = np.empty((stop - start, m), dtype=np.int32)
-    similarities = np.empty((stop - start, m), dtype=np.float64)
-    for first, last in block_bounds(machine, start, stop):
-        found_Bm, exact_Bm = search.top(load_rows(read(first, last), machine, search.dtype), m)
-        mine = slice(first - start, last - start)
-        clusters[mine], similarities[mine] = found_Bm.cpu().numpy(), exact_Bm.cpu().numpy()
-    return TopClusters(clusters, similarities.astype(np.float16)), similarities[:, 0]
-
-
-def _summarise(rows: ClusterRows, num_clusters: int, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the counts and the objective of the result, and the temperatures, from the parts of the table.
-
-    Sums are taken in the order of the parts, which depends on the number of rows only.
-    """
-    totals: list[float] = []
-    sizes = np.zeros(num_clusters, dtype=np.int64)
-    every = -(-len(rows) // _TEMPERATURE_ROWS)
-    images: list[npt.NDArray[np.float16]] = []
-    captions: list[npt.NDArray[np.float16]] = []
-    for number, (start, _) in enumerate(part_bounds(len(rows))):
-        part = read_part(part_path(folder, number))
-        totals.append(float(part.similarities.sum(dtype=np.float64)))
-        sizes += np.bincount(part.labels, minlength=num_clusters)
-        sampled = slice(-start % every, None, every)
-        images.append(part.images.similarities[sampled])
-        if part.captions is not None:
-            captions.append(part.captions.similarities[sampled])
-    temperatures = {"image": temperature_for_perplexity(np.concatenate(images))}
-    if captions:
-        temperatures["caption"] = temperature_for_perplexity(np.concatenate(captions))
-    result = {
-        "images": len(rows),
-        "clusters": num_clusters,
-        "objective": math.fsum(totals) / len(rows),
-        "empty_clusters": int((sizes == 0).sum()),
-        "largest_cluster": int(sizes.max()),
-        "skipped": rows.skips.counts,
-    }
-    return result, temperatures

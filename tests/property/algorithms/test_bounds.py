@@ -9,36 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.algorithms.kmeans.best_so_far import Nearest
-from clipcid_cli.algorithms.kmeans.bounds import CentroidDrift
-from clipcid_cli.algorithms.kmeans.kmeans import centroids_of_sums, distances_moved
-from clipcid_cli.algorithms.kmeans.leading_coordinates import (
-    LeadingCoordinates,
-    leading_coordinates,
-    principal_directions,
-)
+from clipcid_cli.algorithms.kmeans.bounds import CentroidDrift, distances_moved
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
+from clipcid_cli.algorithms.search.centroids import centroids_of_sums
 
 
 def on_grid(values: torch.Tensor) -> torch.Tensor:
     return centroids_of_sums(values.double(), torch.zeros_like(values))
 
 
-def follow(
-    rows: torch.Tensor,
-    steps: list[torch.Tensor],
-    dtype: torch.dtype,
-    coordinates: LeadingCoordinates | None = None,
-) -> tuple[list[Nearest], int]:
+def follow(rows: torch.Tensor, steps: list[torch.Tensor], dtype: torch.dtype) -> tuple[list[Nearest], int]:
     """Find the nearest centroids after each step from what is known of the step before; also count the comparisons."""
-    prepared = prepare_rows(rows, dtype, coordinates)
-    found = NearestCentroids(steps[0], dtype, coordinates=coordinates).nearest(prepared)
+    prepared = prepare_rows(rows, dtype)
+    found = NearestCentroids(steps[0], dtype).nearest(prepared)
     results, compared = [found], 0
     for before, after in pairwise(steps):
-        movement = CentroidDrift.of(distances_moved(before, after))
-        search = NearestCentroids(after, dtype, movement.order_K, coordinates)
+        drift = CentroidDrift.of(distances_moved(before, after))
+        search = NearestCentroids(after, dtype, drift.order_K)
         now = search.similarities(rows, torch.arange(len(rows)), found.centroids_B)
-        count, rest = movement.leading(found.similarities_B, now, found.others_B)
+        count, rest = drift.leading(found.similarities_B, now, found.others_B)
         known = Nearest(found.centroids_B.clone(), now, rest)
         for row in range(len(rows)):
             one = slice(row, row + 1)
@@ -59,7 +49,6 @@ def follow(
     moved=st.floats(0.0, 1.0),
     distance=st.sampled_from([1e-7, 1e-3, 0.3]),
     dtype=st.sampled_from([torch.int8, torch.bfloat16, torch.float32]),
-    coordinates=st.floats(0.0, 1.0),
     seed=st.integers(0, 1000),
 )
 def test_what_was_not_looked_at_is_not_nearer(
@@ -69,7 +58,6 @@ def test_what_was_not_looked_at_is_not_nearer(
     moved: float,
     distance: float,
     dtype: torch.dtype,
-    coordinates: float,
     seed: int,
 ) -> None:
     random = torch.Generator().manual_seed(seed)
@@ -87,10 +75,7 @@ def test_what_was_not_looked_at_is_not_nearer(
         moves = torch.rand(num_clusters, generator=random) < moved
         after = on_grid(steps[-1] + normal(num_clusters, width) * distance * moves[:, None])
         steps.append(torch.where(moves[:, None], after, steps[-1]))
-    leading = None
-    if dtype == torch.float32:
-        leading = leading_coordinates(principal_directions(rows), int(coordinates * width))
-    results, _ = follow(rows, steps, dtype, leading)
+    results, _ = follow(rows, steps, dtype)
     for centroids, found in zip(steps, results, strict=True):
         exact = rows.double() @ centroids.double().T
         assert torch.equal(found.similarities_B, exact.amax(dim=1))

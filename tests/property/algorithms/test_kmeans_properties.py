@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.kmeans.kmeans import ClusterSums, centroids_of_sums, sum_of_similarities
+from clipcid_cli.algorithms.kmeans.kmeans import sum_of_similarities
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
 from clipcid_cli.algorithms.kmeans.seeding import choose_first_rows
+from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums
 
 
 def make_rows(num_rows: int, width: int, spread: float, seed: int) -> torch.Tensor:

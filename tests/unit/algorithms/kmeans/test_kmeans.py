@@ -7,15 +7,13 @@ import pytest
 import torch
 
 from clipcid_cli.algorithms.kmeans.kmeans import (
-    ClusterSums,
-    centroids_of_sums,
     default_num_clusters,
-    fold_sum,
     joint_features,
     sum_of_similarities,
     temperature_for_perplexity,
 )
 from clipcid_cli.algorithms.kmeans.seeding import choose_first_rows, choose_seeds, spread_out
+from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums, fold_sum
 
 
 def unit_rows(count: int, width: int, seed: int = 0) -> torch.Tensor:

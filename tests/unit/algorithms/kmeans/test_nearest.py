@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from clipcid_cli.algorithms.kmeans import nearest as nearest_centroids
-from clipcid_cli.algorithms.kmeans.kmeans import centroids_of_sums
-from clipcid_cli.algorithms.kmeans.leading_coordinates import leading_coordinates, principal_directions
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_centroids, prepare_rows
+from clipcid_cli.algorithms.search.centroids import centroids_of_sums
 
 DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32]
 
@@ -126,9 +125,9 @@ def test_wrong_arguments_are_named() -> None:
         prepare_rows(torch.zeros(3, 8), torch.float32)
     with pytest.raises(ValueError, match=r"product can be in .*, not torch.float64"):
         prepare_rows(torch.zeros(3, 8).half(), torch.float64)
-    with pytest.raises(ValueError, match=r"8 wide, 8 in torch.float32, not 9, 9 in torch.float32"):
+    with pytest.raises(ValueError, match=r"8 wide in torch.float32, not 9 in torch.float32"):
         search.nearest(prepare_rows(torch.zeros(3, 9).half(), torch.float32))
-    with pytest.raises(ValueError, match=r"8 wide, 8 in torch.float32, not 8, 8 in torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"8 wide in torch.float32, not 8 in torch.bfloat16"):
         search.nearest(prepare_rows(torch.zeros(3, 8).half(), torch.bfloat16))
     with pytest.raises(ValueError, match=r"m must lie in \[1, 4\], not 5"):
         search.top(prepare_rows(torch.zeros(3, 8).half(), torch.float32), 5)
@@ -145,53 +144,6 @@ def test_no_product_is_off_by_more_than_is_proven(dtype: torch.dtype) -> None:
         difference = (product - rows.double() @ centroids.double().T).abs().amax(dim=1)
         assert bool((difference <= copies.error(prepared)).all())
         assert float(copies.error(prepared).max()) < 0.05
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("case", CASES)
-def test_leading_coordinates_bound_from_above_and_find_the_nearest(case: str, share: float) -> None:
-    rows, centroids = make_case(case)
-    coordinates = leading_coordinates(principal_directions(rows[::2]), int(share * rows.shape[1]))
-    prepared = prepare_rows(rows, torch.float32, coordinates)
-    copies = prepare_centroids(centroids, torch.float32, None, 1, coordinates)
-    exact = rows.double() @ centroids.double().T
-    product = prepared.cast_BD.double() @ copies.cast_KD.double().T
-    assert bool((exact <= product + copies.error(prepared)[:, None]).all())
-    assert float(copies.error(prepared).max()) < 1e-4
-    if share == 1.0:  # nothing is left over
-        assert float((product - exact).abs().max()) < 1e-5
-    found = NearestCentroids(centroids, torch.float32, coordinates=coordinates).nearest(prepared)
-    ranked = torch.sort(exact, dim=1, descending=True, stable=True)
-    assert torch.equal(found.centroids_B, ranked.indices[:, 0])
-    assert torch.equal(found.similarities_B, ranked.values[:, 0])
-    if len(centroids) > 1:
-        assert bool((found.others_B >= ranked.values[:, 1]).all())
-
-
-def test_few_coordinates_of_a_cloud_with_few_directions_leave_little_to_decide() -> None:
-    random = torch.Generator().manual_seed(3)
-    strengths = torch.arange(1, 97) ** -1.0
-    rows = unit_rows(torch.randn(300, 96, generator=random) * strengths)
-    # Means of rows: what is left of them beside the leading coordinates is short.
-    centroids = on_grid(rows.float().view(60, 5, 96).sum(dim=1))
-    coordinates = leading_coordinates(principal_directions(rows), 47)
-    decided = 0
-
-    class Counting(NearestCentroids):
-        def similarities(self, rows_BD: torch.Tensor, row_P: torch.Tensor, centroid_P: torch.Tensor) -> torch.Tensor:
-            nonlocal decided
-            decided += len(row_P)
-            return super().similarities(rows_BD, row_P, centroid_P)
-
-    search = Counting(centroids, torch.float32, coordinates=coordinates)
-    search.nearest(prepare_rows(rows, torch.float32, coordinates))
-    assert 0 < decided < 2 * len(rows)
-    with pytest.raises(ValueError, match="by leading coordinates"):
-        search.top(prepare_rows(rows, torch.float32, coordinates), 3)
-    with pytest.raises(ValueError, match=r"48 in torch.float32, not 96, 96"):
-        search.nearest(prepare_rows(rows, torch.float32))
-    with pytest.raises(ValueError, match=r"multiplied in torch.float32, not torch.int8"):
-        prepare_rows(rows, torch.int8, coordinates)
 
 
 def test_centroids_off_the_grid_are_refused() -> None:

@@ -1,0 +1,103 @@
+"""From centroids to the table: the nearest centroids of every image and caption, and what they say in sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clipcid_cli.algorithms.kmeans.kmeans import temperature_for_perplexity
+from clipcid_cli.algorithms.kmeans.nearest import BLOCK_ROWS, NearestCentroids
+from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
+from clipcid_cli.formats.embeddings.rows import Float16
+from clipcid_cli.formats.results.clusters import TopClusters, part_bounds, part_path, read_part, write_part
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.cluster.rows import ClusterRows
+from clipcid_cli.steps.reporting import Reporter
+
+# Nearest centroids stored of each image and caption: docs/method.md#soft-labels.
+NUM_NEAREST = 16
+# The temperature's median is taken over about this many rows, evenly spaced: more would not change its digits.
+_TEMPERATURE_ROWS = 65_536
+
+
+def search_width(num_clusters: int) -> int:
+    """Return m, the number of nearest centroids stored for each image."""
+    return min(NUM_NEAREST, num_clusters)
+
+
+def assign_clusters(
+    machine: Machine, rows: ClusterRows, search: NearestCentroids, folder: Path, reporter: Reporter
+) -> None:
+    """Write the parts of the table that are not there yet, dealt to the processes."""
+    bounds = part_bounds(len(rows))
+    with reporter.progress("assign", len(rows), "images") as progress:
+        for part, (start, stop) in enumerate(bounds):
+            if part % machine.size == machine.rank and not part_path(folder, part).exists():
+                images, exact = _find_top(machine, search, rows.features, start, stop)
+                captions = None
+                if rows.embeddings.has_texts:
+                    captions, _ = _find_top(machine, search, rows.captions, start, stop)
+                write_part(
+                    part_path(folder, part),
+                    keys=rows.keys(start, stop),
+                    similarities=exact,
+                    images=images,
+                    captions=captions,
+                )
+            progress.advance(stop - start)
+    machine.barrier()
+
+
+def _find_top(
+    machine: Machine, search: NearestCentroids, read: Callable[[int, int], Float16], start: int, stop: int
+) -> tuple[TopClusters, npt.NDArray[np.float64]]:
+    """Find the nearest centroids of rows start … stop − 1, and the exact similarity to the first."""
+    m = search_width(len(search.centroids_KD))
+    clusters = np.empty((stop - start, m), dtype=np.int32)
+    similarities = np.empty((stop - start, m), dtype=np.float64)
+    size = BLOCK_ROWS[machine.device.type]
+    for first in range(start, stop, size):
+        last = min(stop, first + size)
+        rows_BD = torch.from_numpy(np.array(read(first, last))).to(machine.device)
+        found_Bm, exact_Bm = search.top(prepare_rows(rows_BD, search.dtype), m)
+        mine = slice(first - start, last - start)
+        clusters[mine], similarities[mine] = found_Bm.cpu().numpy(), exact_Bm.cpu().numpy()
+    return TopClusters(clusters, similarities.astype(np.float16)), similarities[:, 0]
+
+
+def summarise(rows: ClusterRows, num_clusters: int, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the counts and the objective of the result, and the temperatures, from the parts of the table.
+
+    Sums are taken in the order of the parts, which depends on the number of rows only.
+    """
+    totals: list[float] = []
+    sizes = np.zeros(num_clusters, dtype=np.int64)
+    every = -(-len(rows) // _TEMPERATURE_ROWS)
+    images: list[npt.NDArray[np.float16]] = []
+    captions: list[npt.NDArray[np.float16]] = []
+    for number, (start, _) in enumerate(part_bounds(len(rows))):
+        part = read_part(part_path(folder, number))
+        totals.append(float(part.similarities.sum(dtype=np.float64)))
+        sizes += np.bincount(part.labels, minlength=num_clusters)
+        sampled = slice(-start % every, None, every)
+        images.append(part.images.similarities[sampled])
+        if part.captions is not None:
+            captions.append(part.captions.similarities[sampled])
+    temperatures = {"image": temperature_for_perplexity(np.concatenate(images))}
+    if captions:
+        temperatures["caption"] = temperature_for_perplexity(np.concatenate(captions))
+    result = {
+        "images": len(rows),
+        "clusters": num_clusters,
+        "objective": math.fsum(totals) / len(rows),
+        "empty_clusters": int((sizes == 0).sum()),
+        "largest_cluster": int(sizes.max()),
+        "skipped": rows.skips.counts,
+    }
+    return result, temperatures
