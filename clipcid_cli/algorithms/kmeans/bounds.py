@@ -14,7 +14,7 @@ Cauchy–Schwarz x·c'_j ≤ u + |x|·δ_j, so
 - else (s' ≤ u and s' < s): with all.
 
 In the order of their movement, farthest first, the centroids to compare with are always the leading ones, so rows that need
-about equally many share one matrix product. What is found is exact; bounds only decide what is looked at. [O] In the manner
+about equally many share one matrix product. What is found is exact; bounds only decide what is looked at. In the manner
 of Hamerly 2010 and of Ding et al. 2015 (Yinyang k-means), with one bound a row: small clusters that move far cost only
 themselves.
 """

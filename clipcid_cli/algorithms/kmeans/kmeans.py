@@ -5,10 +5,9 @@ Shape letters: N rows, B rows of a block, K centroids, D width, m nearest centro
 Sums of rows and centroids are exact (:mod:`clipcid_cli.algorithms.search.centroids`), nearest centroids are
 (:mod:`clipcid_cli.algorithms.kmeans.nearest`), and seeds are chosen by element-wise float64 operations and comparisons only,
 which IEEE 754 fixes to the bit. So one Lloyd iteration is a function of the rows and the centroids alone, not of blocks,
-processes, threads or devices. [O]
+processes, threads or devices.
 
-[P] The CLIP-CID paper clusters the teacher's image embeddings with k-means. [R] K = N/225, at most 10⁶ (the same group's
-UNICOM and MLCD use 10⁶ for their 400 M images; 225 M kept images over 10⁶ clusters is 225 a cluster).
+Source: docs/method.md#exact-k-means.
 """
 
 from __future__ import annotations
@@ -49,14 +48,16 @@ class RowReader(Protocol):
 def default_num_clusters(num_rows: int) -> int:
     """Choose the number of clusters for a data set.
 
-    [R] N/225, at most 10⁶. [O] Small sets get at least 256 clusters, or N/8 when that is fewer: N/225 would give a few
-    thousand images fewer clusters than they have concepts.
+    N/225, at most 10⁶; at least 256 clusters, or N/8 when that is fewer: N/225 would give a few thousand images fewer
+    clusters than they have concepts.
 
     Args:
         num_rows: N ≥ 1.
 
     Returns:
         K in [1, min(N, 10⁶)].
+
+    Source: docs/method.md#number-of-clusters.
     """
     floor = min(_FLOOR_CLUSTERS, num_rows // _FLOOR_IMAGES_PER_CLUSTER)
     return max(1, floor, min(MAX_CLUSTERS, round(num_rows / IMAGES_PER_CLUSTER)))
@@ -65,14 +66,14 @@ def default_num_clusters(num_rows: int) -> int:
 def joint_features(images_BD: npt.NDArray[np.float16], texts_BD: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
     """Fuse image and caption: the normalised sum of the two embeddings.
 
-    [R] UNICOM clusters joint image and text features; the sum of unit rows is CLIP's own middle of a pair.
-
     Args:
         images_BD: Unit rows, float16 [B, D].
         texts_BD: Unit rows, float16 [B, D]; a zero row (no caption) leaves the image's.
 
     Returns:
         float16 [B, D], unit rows; where the two cancel, the image's. Each row depends on its own values only.
+
+    Source: docs/method.md#joint-features.
     """
     images = torch.from_numpy(np.array(images_BD))
     sums_BD = images.float() + torch.from_numpy(np.array(texts_BD)).float()

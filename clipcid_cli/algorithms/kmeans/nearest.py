@@ -7,7 +7,7 @@ Shape letters: B rows of a block, K centroids, C centroids of a chunk, G groups,
 Centroids are kept on the same grid (:func:`clipcid_cli.algorithms.kmeans.kmeans.round_to_grid`), which moves an entry by at
 most 2⁻²⁵. A product of entries is then an integer multiple of 2⁻⁴⁸, and by Cauchy–Schwarz no partial sum of a dot product of
 two vectors of length ≤ 1.01 exceeds 1.03 = 1.03·2⁴⁸ units < 2⁵³: float64 holds every intermediate result exactly. Any
-order of summation, tiling, instruction set or device gives the same bits. [O]
+order of summation, tiling, instruction set or device gives the same bits.
 
 **Low precision only discards.** With a = fl(x̂·ĉ) for the product of the copies of a row and a centroid, ŝ = round(a)
 for what the product returns, and |a − x·c| ≤ e as proven in :mod:`clipcid_cli.algorithms.search.low_precision`:

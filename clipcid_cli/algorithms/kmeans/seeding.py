@@ -2,7 +2,7 @@
 
 Shape letters: N rows, S sampled rows, K centroids, L trials, D width.
 
-[O] Which rows become the first centroids was decided by trial: on 1,781 photographs (clothing features, 1,280 wide) after 20
+Which rows become the first centroids was decided by trial: on 1,781 photographs (clothing features, 1,280 wide) after 20
 iterations, mean of 4 seeds, greedy k-means++ reached a mean similarity of 0.5190, 0.6507, 0.7107 and 0.7921 at K = 16, 128,
 256 and 512 against 0.5191, 0.6440, 0.6992 and 0.7800 from uniformly drawn rows, with spreads of about 0.001. The gain is in
 clusters of few rows; at 225 rows a cluster (docs/method.md#number-of-clusters) there is none to see, and its cost grows with

@@ -2,7 +2,7 @@
 
 They move centroids far, so bounds spare few of their comparisons, and which centroid is nearest by a hair does not matter
 yet. Embeddings have most of their length along few directions, so rows and centroids are compared there; the iterations in
-full begin with what was found. [O] In the manner of Ding and He 2004, who show that the principal directions span the
+full begin with what was found. In the manner of Ding and He 2004, who show that the principal directions span the
 clusters' means.
 
 Shape letters: B rows of a block, K centroids, D width, d directions.

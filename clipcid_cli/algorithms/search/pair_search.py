@@ -131,6 +131,10 @@ class TiledSearch:
             self._panels.popitem(last=False)
         return panel
 
+    def load(self, rows: IntArray) -> Block:
+        """Read some rows, int64 [M], ready to :meth:`search`; they are not remembered."""
+        return load_block(self._read, rows, self._device, self._scan_dtype)
+
     def search_tile(self, tile: tuple[int, int], cutoff: float, wanted: Wanted) -> Iterator[Edges]:
         """Read the panels of a tile and :meth:`search` them."""
         i, j = tile

@@ -7,7 +7,8 @@ geometry: let row a be at home in partition v and row b in h. a lies on v's side
     b's distance to that plane  =  (f_h(b) − f_v(b)) / |c_h − c_v|  ≤  |a − b|,      f_c(x) = x·c − |c|²/2,
 
 and a *margin* of ε loses no pair within ε. It may be far smaller: the plane's normal is one direction of many, and a − b has
-about a share 1/√D of its length along it. What is needed is measured on a sample (:func:`choose_margin`).
+about a share 1/√D of its length along it. What is needed is measured on a sample
+(:mod:`clipcid_cli.algorithms.search.partition_margin`).
 
 Which rows are compared must not depend on threads or processes. Centroids are float16 rows, so f is exact in float64
 for them as it is for the rows (:mod:`clipcid_cli.algorithms.search.distances`); a float32 product decides where its
@@ -23,23 +24,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.search.distances import DoubleArray, IntArray, root, squared_lengths
+from clipcid_cli.algorithms.search.blocks import read_stored
+from clipcid_cli.algorithms.search.distances import IntArray, ReadRows, root, squared_lengths
+from clipcid_cli.algorithms.search.low_precision import ACCUMULATION_UNIT
+from clipcid_cli.algorithms.search.partitioned_search import Groups, RowArray
 
 # Scores computed at once: they and what is made of them stay near the cores' caches.
 _SCORES_AT_ONCE = 2**21
 _PAIRS_AT_ONCE = 2048
 _CENTROIDS_AT_ONCE = 1024
-# As in `neighbors`: relative error of one step of a float32 accumulation, four times that of rounding.
-_ACCUMULATION_UNIT = 2.0**-22
-# Few pairs exceed the largest distance to a plane that some thousand sampled ones have, hardly any twice that, and rows that
-# near to a border are few: with 1.5 times, 2 of 25,000 forest edges of 50,000 synthetic rows were lost.
-_MARGIN_FACTOR = 2.0
-_SMALLEST_MARGIN = 0.05
+# Above the rounding of a float32.
+_ROUNDED_UP = 1.0 + 2.0**-22
 
 
 def default_num_partitions(num_rows: int) -> int:
@@ -75,9 +76,10 @@ class Partitions:
         self._half_K = squared_lengths(centroids_KD) / 2.0
         self._longest = math.sqrt(2.0 * float(self._half_K.max()))
         # How far centroids are apart, float32 rounded up, for the fast decision.
-        self._apart_KK = torch.cat(
-            [self._apart(part).float() for part in torch.split(centroids_KD, _CENTROIDS_AT_ONCE)]
-        ) * (1.0 + 2.0**-22)
+        self._apart_KK = (
+            torch.cat([self._apart(part).float() for part in torch.split(centroids_KD, _CENTROIDS_AT_ONCE)])
+            * _ROUNDED_UP
+        )
 
     def __len__(self) -> int:
         return len(self.centroids_KD)
@@ -142,7 +144,7 @@ class Partitions:
         wide_BD = rows_BD.float()
         longest = float(wide_BD.norm(dim=1).max()) * 1.001
         # A score is a sum of D products and of −|c|²/2, which is rounded once more.
-        error = (wide_BD.shape[1] + 4) * _ACCUMULATION_UNIT * max(longest, 1.0) * max(self._longest, 1.0)
+        error = (wide_BD.shape[1] + 4) * ACCUMULATION_UNIT * max(longest, 1.0) * max(self._longest, 1.0)
         return torch.addmm(-self._half_K.float(), wide_BD, self._wide_KD.T), error
 
     def _nearest(self, rows_BD: torch.Tensor, scores_BK: torch.Tensor, error: float) -> torch.Tensor:
@@ -173,35 +175,40 @@ class Partitions:
         return root(squared_CK.clamp(min=0.0))
 
 
-def split_counts(sizes_K: IntArray, num_partitions: int) -> IntArray:
-    """Say in how many each partition is to be split, so that none holds more than four times its even share.
+def assign_rows(
+    partitions: Partitions,
+    read: ReadRows,
+    rows: IntArray,
+    margin: float,
+    *,
+    share: tuple[int, int],
+    gather: Callable[[Any], list[Any]],
+    advance: Callable[[int], object],
+) -> tuple[Groups, Groups]:
+    """Find the home of every row and the partitions it visits; the same on every process.
 
     Args:
-        sizes_K: Rows of each, int64 [K].
-        num_partitions: Partitions over which rows would lie evenly.
+        rows: Row numbers, int64 [N].
+        margin: How near to a border a row visits the partition beyond it.
+        share: Positions in `rows` that this process looks at: the first, and the one after the last.
+        gather: Returns every process's value, in the order of their shares.
+        advance: Called with the number of rows looked at.
 
     Returns:
-        int64 [K]; 1 where it stays as it is.
+        Positions in `rows` by home partition, and by the partitions they visit.
     """
-    even = max(1.0, float(sizes_K.sum()) / num_partitions)
-    return np.where(sizes_K > 4.0 * even, np.ceil(sizes_K / even), 1.0).astype(np.int64)
-
-
-def choose_margin(gaps_P: DoubleArray, spread_SK: npt.NDArray[np.float64], reach: float, most_visits: float) -> float:
-    """Choose the margin of a search.
-
-    Args:
-        gaps_P: How near each sampled pair within the reach is to the border between its homes: the smaller of its rows'
-            :meth:`Partitions.gaps`, float64 [P].
-        spread_SK: Gaps of sampled rows to every partition, float64 [S, K], 0 at home.
-        reach: The distance to search to.
-        most_visits: Partitions a row may visit on average, which bounds memory.
-
-    Returns:
-        A margin in [0, reach].
-    """
-    margin = min(reach, max(_SMALLEST_MARGIN * reach, _MARGIN_FACTOR * float(gaps_P.max(initial=0.0))))
-    allowed = int(most_visits * len(spread_SK))
-    if allowed < spread_SK.size:
-        margin = min(margin, float(np.partition(spread_SK.ravel(), allowed)[allowed]))
-    return margin
+    start, stop = share
+    small: type[np.signedinteger[Any]] = np.int32 if len(rows) < 2**31 else np.int64
+    parts: list[tuple[RowArray, RowArray, RowArray]] = []
+    for at in range(start, stop, partitions.rows_at_once):
+        positions = np.arange(at, min(at + partitions.rows_at_once, stop))
+        stored_BD = read_stored(read, rows[positions], partitions.centroids_KD.device)
+        found = partitions.visits(stored_BD, margin)
+        home, row, visited = (each.cpu().numpy() for each in (found.home, found.row, found.partition))
+        parts.append((home.astype(np.int32), visited.astype(np.int32), (row + at).astype(small)))
+        advance(len(positions))
+    empty = np.empty(0, np.int32)
+    mine = tuple(np.concatenate([empty, *each]) for each in zip(*parts, strict=True)) if parts else (empty,) * 3
+    home, visited, visitor = (np.concatenate(each) for each in zip(*gather(mine), strict=True))
+    homes = Groups(home, np.arange(len(rows)).astype(small), len(partitions))
+    return homes, Groups(visited, visitor, len(partitions))

@@ -13,13 +13,14 @@ from clipcid_cli.algorithms.search.blocks import Block, load_block
 from clipcid_cli.algorithms.search.distances import HalfArray, IntArray, ReadRows
 from clipcid_cli.algorithms.search.duplicates import hash_rows
 from clipcid_cli.algorithms.search.pair_search import TiledSearch
+from clipcid_cli.algorithms.search.partition_margin import MARGIN_SAMPLE
+from clipcid_cli.algorithms.search.partition_training import LOOKS_AT_SAMPLE, ROWS_PER_CENTROID
 from clipcid_cli.algorithms.search.partitions import Partitions, default_num_partitions
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.balance.audit import SAMPLE as AUDIT_SAMPLE
-from clipcid_cli.steps.balance.partition import LOOKS_AT_SAMPLE, MARGIN_SAMPLE, ROWS_PER_CENTROID
 from clipcid_cli.steps.balance.search import CUTOFF_SAMPLE
 from clipcid_cli.steps.reporting import Reporter, format_duration
 from clipcid_cli.steps.settings.balance import BalanceSettings
