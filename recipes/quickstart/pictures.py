@@ -1,0 +1,66 @@
+"""Make the pictures of the documents from what the quickstart left.
+
+    python recipes/quickstart/pictures.py [WORK]
+
+Needs Chromium, which takes the reports' pictures. The terminal's is drawn from what a real `clipcid balance` prints.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
+
+HERE = Path(__file__).resolve().parent
+IMAGES = HERE.parents[1] / "clipcid_cli" / "docs" / "images"
+COLUMNS = 80
+WIDTH = 1000
+# Picture → report in the work directory, and how many pixels of its top are shown.
+REPORTS = {
+    "balance-report.png": ("balance/report.html", 860),
+    "distill-report.png": ("distill/taught/report.html", 1140),
+    "evaluate-report.png": ("eval-zeroshot/report.html", 900),
+}
+
+
+def main() -> None:
+    """Write all pictures."""
+    work = Path(sys.argv[1] if len(sys.argv) > 1 else HERE / "work").resolve()
+    IMAGES.mkdir(exist_ok=True)
+    for name, (report, height) in REPORTS.items():
+        shoot(work / report, IMAGES / name, height)
+    draw_terminal(["clipcid", "balance", "--keep", "0.563"], work / "embeddings" / "teacher", IMAGES / "terminal.svg")
+
+
+def shoot(page: Path, picture: Path, height: int) -> None:
+    """Write the top of a page as it looks in a browser, in 128 colours."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "page.png"
+        options = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={WIDTH},{height + 200}"]
+        subprocess.run(["chromium", *options, f"--screenshot={whole}", page.as_uri()], check=True, capture_output=True)
+        image = Image.open(whole).convert("RGB").crop((0, 0, WIDTH, height))
+    image.quantize(128, dither=Image.Dither.NONE).save(picture, optimize=True)
+
+
+def draw_terminal(command: list[str], embeddings: Path, picture: Path) -> None:
+    """Draw what a command prints about some embeddings, in an empty directory and a terminal of 80 columns."""
+    terminal = {"COLUMNS": str(COLUMNS), "TERM": "xterm-256color", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "0"}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | terminal | {"CLIPCID_BALANCE_EMBEDDINGS": str(embeddings)}
+        done = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
+    shown = re.sub(r"\x1b\[\?25[lh]", "", done.stderr)  # the cursor, hidden and shown again
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
+    console.print(Text.from_ansi(f"$ {' '.join(command)}\n{shown}"))
+    console.save_svg(str(picture), title="clipcid")
+
+
+if __name__ == "__main__":
+    main()
