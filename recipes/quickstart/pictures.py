@@ -25,9 +25,9 @@ COLUMNS = 80
 WIDTH = 1000
 # Picture → report in the work directory, and how many pixels of its top are shown.
 REPORTS = {
-    "balance-report.png": ("balance/report.html", 860),
-    "distill-report.png": ("distill/taught/report.html", 1140),
-    "evaluate-report.png": ("eval-zeroshot/report.html", 900),
+    "balance-report.png": ("balance/report.html", 785),
+    "distill-report.png": ("distill/taught/report.html", 1095),
+    "evaluate-report.png": ("eval-zeroshot/report.html", 815),
 }
 
 
@@ -59,7 +59,9 @@ def draw_terminal(command: list[str], embeddings: Path, picture: Path) -> None:
     shown = re.sub(r"\x1b\[\?25[lh]", "", done.stderr)  # the cursor, hidden and shown again
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     console.print(Text.from_ansi(f"$ {' '.join(command)}\n{shown}"))
-    console.save_svg(str(picture), title="clipcid")
+    drawing = console.export_svg(title="clipcid")
+    drawing = re.sub(r"@font-face\s*\{[^}]*\}\s*", "", drawing)  # which would be fetched from another site
+    picture.write_text(drawing, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -143,5 +143,16 @@ def test_the_documented_columns_of_predictions_are_those_that_are_written() -> N
         assert list(dict.fromkeys(named)) == ["key", *predictions._COLUMNS[kind]], row
 
 
+def test_pictures_are_small_and_fetch_nothing() -> None:
+    pictures = sorted((ROOT / "clipcid_cli" / "docs" / "images").iterdir())
+    assert pictures
+    for picture in pictures:
+        assert picture.stat().st_size < 150_000, picture
+        if picture.suffix == ".svg":
+            assert not re.search(r"url\([\"']?http|href=[\"']http|<script", picture.read_text(encoding="utf-8")), (
+                picture
+            )
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
