@@ -14,12 +14,12 @@ from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
 def make_rows(
-    num_rows: int, width: int = 32, seed: int = 0, num_centres: int | None = None, noise: float = 0.25
+    num_rows: int, width: int = 32, seed: int = 0, num_centroids: int | None = None, noise: float = 0.25
 ) -> np.ndarray:
     """Make unit rows, float16 [num_rows, width], a tenth of them copies of others."""
     generator = np.random.default_rng(seed)
-    centres = generator.normal(size=(num_centres or num_rows // 3 + 1, width))
-    rows = centres[generator.integers(len(centres), size=num_rows)]
+    centroids = generator.normal(size=(num_centroids or num_rows // 3 + 1, width))
+    rows = centroids[generator.integers(len(centroids), size=num_rows)]
     rows = rows + noise * generator.random((num_rows, 1)) * generator.normal(size=rows.shape)
     stored = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
     copied = generator.random(num_rows) < 0.1

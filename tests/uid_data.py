@@ -37,3 +37,10 @@ def write_data(folder: Path, uids: list[str | None]) -> Path:
             members.append((f"{row:06d}.json", json.dumps({"uid": uids[row]} if uids[row] else []).encode()))
         write_tar(folder / f"{number:08d}.tar", members)
     return folder
+
+
+def datacomp_subset(uids: list[str]) -> np.ndarray:
+    """Make a subset as DataComp's README says."""
+    found = np.array([(int(uid[:16], 16), int(uid[16:32], 16)) for uid in uids], np.dtype("u8,u8"))
+    found.sort()
+    return found

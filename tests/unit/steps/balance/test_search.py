@@ -74,7 +74,7 @@ def test_keeping_everything_merges_nothing(embeddings: Path, tmp_path: Path) -> 
 
 
 def test_copies_beyond_the_target_all_go_and_it_is_said(tmp_path: Path) -> None:
-    rows = make_rows(50, num_centres=50)[np.arange(200) % 50]
+    rows = make_rows(50, num_centroids=50)[np.arange(200) % 50]
     result, said = balance(tmp_path, write_embeddings(tmp_path / "copies", rows), keep=0.5)
     distinct = len(np.unique(rows, axis=0))
     assert (result["kept"], result["threshold"]) == (distinct, 0.0)
@@ -178,7 +178,7 @@ def test_the_image_with_most_pixels_can_stand_for_a_set(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for number, size in enumerate([(20, 10), (30, 10), (30, 10), (40, 40), (50, 50)]):
         Image.new("RGB", size).save(tmp_path / "photos" / f"{number}.png")
-    rows = make_rows(5, num_centres=5, noise=0.0)[[0, 0, 0, 1, 1]]
+    rows = make_rows(5, num_centroids=5, noise=0.0)[[0, 0, 0, 1, 1]]
     folder = write_embeddings(tmp_path / "e", rows, keys=["0", "1", "2", "3", "4"])
     balance(tmp_path, folder, data=str(tmp_path / "photos"), threshold=0.0, select="resolution")
     assert read_keep(tmp_path)["representative"].tolist() == ["1", "1", "1", "4", "4"]
