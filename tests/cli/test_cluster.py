@@ -194,7 +194,7 @@ def test_bad_input_gives_one_error_and_leaves_nothing(
         (["--embeddings", tmp_path / "nowhere"], 1, "holds no embeddings"),
         ([], 1, "clipcid embed DATA"),
         (["--embeddings", embeddings, "--keep-list", nobody], 1, "Nothing is left to cluster"),
-        (["--embeddings", embeddings, "--keep-list", foreign], 1, "does not know 900 of the 900 rows"),
+        (["--embeddings", embeddings, "--keep-list", foreign], 1, "lacks 900 of the 900 rows"),
         (["--embeddings", broken], 1, "20 of 900 samples"),
         (["--embeddings", embeddings, "--num-clusters", 0], 2, "--num-clusters"),
         (["--embeddings", embeddings, "--features", "text"], 2, "--features"),

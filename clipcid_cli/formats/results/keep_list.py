@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_parquet
+from clipcid_cli.formats.embeddings.key_join import Keys, join_keys
 
 KEEP_LIST = "keep.parquet"
 
@@ -50,10 +51,15 @@ class KeepList:
         """Number of images kept."""
         return int(np.count_nonzero(self.kept))
 
-    def kept_keys(self) -> list[str]:
-        """Return the keys of the kept images, in row order."""
-        keys: list[str] = self.keys.filter(pa.array(self.kept)).to_pylist()
-        return keys
+    def look_up(self, keys: Keys) -> tuple[npt.NDArray[np.bool_], int]:
+        """Tell which of n keys are kept, bool [n], and how many are missing from the list; those are not kept.
+
+        Raises:
+            ClipcidError: when a key occurs twice in the list.
+        """
+        rows = join_keys(keys, self.keys)
+        is_listed = rows >= 0
+        return is_listed & self.kept[np.maximum(rows, 0)], int(np.count_nonzero(~is_listed))
 
     def kept_by_shard(self) -> dict[str, set[str]]:
         """Return the keys of the kept images of each shard; shards that lose all of theirs have an empty set.

@@ -17,14 +17,12 @@ from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.rows import Float16, Rows
 from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.output import fingerprint_file
-from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.steps.keep_list import apply_keep_list
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
-
-NO_KEEP_LIST = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,42 +134,25 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
     if skips.total:
         reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
-    keep_list = _find_keep_list(settings, work)
-    if keep_list is None:
-        reporter.note("Keep list: none, all rows are clustered.")
-    else:
-        usable &= _apply_keep_list(keep_list, embeddings, settings.max_bad_fraction, reporter)
+    keep_list = apply_keep_list(
+        settings.keep_list,
+        work,
+        embeddings.keys,
+        samples="rows",
+        source=str(folder),
+        max_missing=settings.max_bad_fraction,
+        reporter=reporter,
+    )
+    if keep_list is not None:
+        usable &= keep_list.is_kept
     if not usable.any():
         raise ClipcidError(
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
     # Opened anew, without the keys that were read for the join: each process reads those itself.
     fresh = open_embeddings(folder, settings.keys, settings.npz_array)
-    return ClusterRows(fresh, keep_list, np.flatnonzero(usable), settings.features == "joint", skips, Sources(fresh))
-
-
-def _find_keep_list(settings: ClusterSettings, work: WorkDirectory) -> Path | None:
-    if settings.keep_list is None:
-        return work.find_keep_list()
-    return None if settings.keep_list == NO_KEEP_LIST else Path(settings.keep_list)
-
-
-def _apply_keep_list(
-    path: Path, embeddings: Embeddings, max_bad_fraction: float, reporter: Reporter
-) -> npt.NDArray[np.bool_]:
-    keep = read_keep_list(path)
-    places = join_keys(embeddings.keys, keep.keys)
-    known = places >= 0
-    missing = int(np.count_nonzero(~known))
-    if missing > max_bad_fraction * len(places):
-        raise ClipcidError(
-            f"Keep list {path} does not know {missing:,} of the {len(places):,} rows of {embeddings.folder}: it is of "
-            "other data.",
-            "Give the embeddings it was made of, another --keep-list, or --keep-list none to cluster all.",
-        )
-    kept: npt.NDArray[np.bool_] = known & keep.kept[np.maximum(places, 0)]
-    reporter.note(f"Keep list: {path}, {np.count_nonzero(kept):,} of {len(kept):,} rows kept.")
-    return kept
+    path = None if keep_list is None else keep_list.path
+    return ClusterRows(fresh, path, np.flatnonzero(usable), settings.features == "joint", skips, Sources(fresh))
 
 
 def _without_nan(rows: Float16) -> Float16:

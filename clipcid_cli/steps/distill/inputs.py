@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
-from clipcid_cli.formats.results.keep_list import KeepList, read_keep_list
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
@@ -29,28 +27,11 @@ from clipcid_cli.steps.distill.teacher_inputs import (
     refuse_old_clusters,
 )
 from clipcid_cli.steps.embed.ensure import ensure_embeddings
+from clipcid_cli.steps.keep_list import AppliedKeepList, apply_keep_list
 from clipcid_cli.steps.model_identity import is_of
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.settings.distill import NO_KEEP_LIST, DistillSettings
+from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
-
-
-@dataclasses.dataclass(frozen=True)
-class AppliedKeepList:
-    """A keep list as a run found it.
-
-    Attributes:
-        kept: Number of images it keeps.
-        images: Number of images it knows.
-    """
-
-    path: Path
-    kept: int
-    images: int
-
-    def describe(self) -> dict[str, Any]:
-        """Return it as JSON values, for the sidecar."""
-        return {"path": str(self.path), "kept": self.kept, "images": self.images}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,14 +114,18 @@ def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, repor
     usable = find_usable(dataset, settings.max_bad_fraction)
     fingerprints = dataset.fingerprints()
     wanted, held_out = usable.split(settings.val_fraction)
-    path, keep_list = _find_keep_list(settings, work), None
-    if path is None:
-        reporter.note("Keep list: none, all samples are used.")
-    else:
-        keep = read_keep_list(path)
-        wanted &= _apply_keep_list(path, keep, usable, settings.max_bad_fraction, reporter)
-        fingerprints.append(fingerprint_file(path))
-        keep_list = AppliedKeepList(path, keep.num_kept, len(keep.keys))
+    keep_list = apply_keep_list(
+        settings.keep_list,
+        work,
+        usable.keys,
+        samples="samples",
+        source=dataset.spec,
+        max_missing=settings.max_bad_fraction,
+        reporter=reporter,
+    )
+    if keep_list is not None:
+        wanted &= keep_list.is_kept
+        fingerprints.append(fingerprint_file(keep_list.path))
     teacher_inputs = None
     if settings.needs_teacher:
         if settings.online_teacher:
@@ -191,25 +176,3 @@ def _open_data(
     dataset = open_described(work.find_data(None if embeddings is None else embeddings.folder))
     reporter.note(f"Data: {dataset.spec}, which the embeddings were made of.")
     return dataset
-
-
-def _find_keep_list(settings: DistillSettings, work: WorkDirectory) -> Path | None:
-    if settings.keep_list is None:
-        return work.find_keep_list()
-    return None if settings.keep_list == NO_KEEP_LIST else Path(settings.keep_list)
-
-
-def _apply_keep_list(
-    path: Path, keep: KeepList, usable: Usable, max_bad_fraction: float, reporter: Reporter
-) -> npt.NDArray[np.bool_]:
-    places = join_keys(usable.keys, keep.keys)
-    known = places >= 0
-    missing = int(np.count_nonzero(~known))
-    if missing > max_bad_fraction * len(places):
-        raise ClipcidError(
-            f"Keep list {path} does not know {missing:,} of the {len(places):,} samples of the data: it is of other data.",
-            "Give the data it was made of, another --keep-list, or --keep-list none to train on all.",
-        )
-    kept: npt.NDArray[np.bool_] = known & keep.kept[np.maximum(places, 0)]
-    reporter.note(f"Keep list: {path}, {np.count_nonzero(kept):,} of {len(kept):,} samples kept.")
-    return kept

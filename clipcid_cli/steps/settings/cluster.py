@@ -63,7 +63,7 @@ class ClusterSettings(KeyedSettings):
     )
     max_bad_fraction: float = option(
         0.01,
-        "Largest share of rows that are not finite, or that the keep list does not know, before the step fails.",
+        "Largest share of rows that are not finite, or that the keep list lacks, before the step fails.",
         group=_INPUTS,
         minimum=0.0,
         maximum=1.0,

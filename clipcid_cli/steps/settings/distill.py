@@ -13,7 +13,7 @@ from clipcid_cli.steps.settings.augmentation import color_jitter_option, crop_sc
 from clipcid_cli.steps.settings.fields import argument, option
 from clipcid_cli.steps.settings.shared import BRIEF_SPINS, ReadingSettings, npz_array_option
 
-NO_TEACHER = NO_KEEP_LIST = "none"
+NO_TEACHER = "none"
 
 _MODELS = "Models"
 _INPUTS = "Inputs"

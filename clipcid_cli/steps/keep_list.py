@@ -1,0 +1,85 @@
+"""The keep list that `cluster` and `distill` read: which one is taken, and which of their samples it keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.key_join import Keys
+from clipcid_cli.formats.results.keep_list import read_keep_list
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.steps.reporting import Reporter
+
+NO_KEEP_LIST = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class AppliedKeepList:
+    """A keep list and what it says of a step's samples.
+
+    Attributes:
+        is_kept: Which of the step's N samples it keeps, bool [N].
+        kept: Number of images it keeps.
+        images: Number of images it lists.
+    """
+
+    path: Path
+    is_kept: npt.NDArray[np.bool_]
+    kept: int
+    images: int
+
+    def describe(self) -> dict[str, Any]:
+        """Return where it is and its counts as JSON values, for a sidecar."""
+        return {"path": str(self.path), "kept": self.kept, "images": self.images}
+
+
+def apply_keep_list(
+    option: str | None,
+    work: WorkDirectory,
+    keys: Keys,
+    *,
+    samples: str,
+    source: str,
+    max_missing: float,
+    reporter: Reporter,
+) -> AppliedKeepList | None:
+    """Look up the step's samples in the keep list, and report which list was taken.
+
+    Args:
+        option: Value of ``--keep-list``: a file, ``none``, or None for the work directory's list where there is one.
+        keys: Keys of the step's N samples.
+        samples: What they are called in messages: ``rows`` or ``samples``.
+        source: Where they come from, for messages.
+        max_missing: Largest share of the samples that may be missing from the list; missing ones are not kept.
+
+    Returns:
+        None where all samples are to be used.
+
+    Raises:
+        ClipcidError: when the list cannot be read, or was made from other data.
+    """
+    path = _choose(option, work)
+    if path is None:
+        reporter.note(f"Keep list: none, all {samples} are used.")
+        return None
+    keep_list = read_keep_list(path)
+    is_kept, num_missing = keep_list.look_up(keys)
+    if num_missing > max_missing * len(is_kept):
+        raise ClipcidError(
+            f"Keep list {path} lacks {num_missing:,} of the {len(is_kept):,} {samples} of {source}: it was made from other "
+            "data.",
+            f"Give the data or embeddings it was made from, another --keep-list, or --keep-list none to use all {samples}.",
+        )
+    reporter.note(f"Keep list: {path}, {np.count_nonzero(is_kept):,} of {len(is_kept):,} {samples} kept.")
+    return AppliedKeepList(path, is_kept, keep_list.num_kept, len(keep_list.keys))
+
+
+def _choose(option: str | None, work: WorkDirectory) -> Path | None:
+    if option is None:
+        return work.find_keep_list()
+    return None if option == NO_KEEP_LIST else Path(option)
