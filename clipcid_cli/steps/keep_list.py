@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.key_join import Keys
+from clipcid_cli.formats.key_join import Keys
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.reporting import Reporter

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_parquet
-from clipcid_cli.formats.embeddings.key_join import Keys, join_keys
+from clipcid_cli.formats.key_join import Keys, join_keys
 
 KEEP_LIST = "keep.parquet"
 

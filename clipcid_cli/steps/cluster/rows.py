@@ -15,7 +15,6 @@ from clipcid_cli.algorithms.kmeans.kmeans import joint_features
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.rows import Float16, Rows
-from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.output import fingerprint_file
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
