@@ -38,6 +38,11 @@ class WorkDirectory:
         """The folder of centroids and cluster labels."""
         return self.path / "clusters"
 
+    @property
+    def indexes(self) -> Path:
+        """The folder of the indexes of data sets."""
+        return self.path / "index"
+
     def distill(self, name: str) -> Path:
         """Return the folder of one training run."""
         return self.path / "distill" / name

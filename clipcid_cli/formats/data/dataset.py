@@ -14,6 +14,7 @@ import numpy as np
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_folder import read_image_folder
+from clipcid_cli.formats.data.index import DataIndex, index_identity, open_index
 from clipcid_cli.formats.data.remote import fetch_error, is_url, open_filesystem
 from clipcid_cli.formats.data.sample_list import LIST_SUFFIXES, Columns, read_sample_list
 from clipcid_cli.formats.data.samples import Location, Sample, Shard, natural_key
@@ -45,6 +46,8 @@ class Dataset:
         classes: Names of the classes, for a folder with one folder per class.
         keys: ``sample`` or ``shard``: whether a key is the sample's own or begins with its shard's name.
         columns: Names of a list's columns.
+        index_folder: Where its index belongs; None where none is wanted.
+        index: Its index, where it is finished and no shard has changed since.
     """
 
     spec: str
@@ -53,14 +56,23 @@ class Dataset:
     classes: tuple[str, ...] | None
     keys: str
     columns: Columns
+    index_folder: Path | None = None
+    index: DataIndex | None = None
 
     def fingerprints(self) -> list[dict[str, Any]]:
-        """Describe the content of every shard, for a sidecar. Reads a little of each."""
+        """Describe the content of every shard, for a sidecar. Reads a little of each, unless the index has it."""
+        if self.index is not None:
+            return [record.fingerprint for record in self.index.records]
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(lambda shard: shard.fingerprint(), self.shards))
 
     def estimate_samples(self) -> int:
-        """Estimate how many samples there are from a few shards spread over the data; exact when there are no more."""
+        """Estimate how many samples there are from a few shards spread over the data; exact when there are no more.
+
+        Exact too where there is an index.
+        """
+        if self.index is not None:
+            return int(self.index.sizes.sum())
         step = max(1, len(self.shards) // _ESTIMATED_FROM)
         probed = self.shards[::step][:_ESTIMATED_FROM]
         return round(sum(len(shard.samples()) for shard in probed) * len(self.shards) / len(probed))
@@ -70,13 +82,17 @@ class Dataset:
         return {"spec": self.spec, "keys": self.keys, **dataclasses.asdict(self.columns)}
 
 
-def open_described(description: dict[str, Any]) -> Dataset:
+def open_described(description: dict[str, Any], index_root: Path | None = None) -> Dataset:
     """Open data again from what `Dataset.describe` said."""
     columns = {field.name: description[field.name] for field in dataclasses.fields(Columns)}
-    return open_dataset(description["spec"], keys=description["keys"], columns=Columns(**columns))
+    return open_dataset(
+        description["spec"], keys=description["keys"], columns=Columns(**columns), index_root=index_root
+    )
 
 
-def open_dataset(spec: str | Path, keys: str = "sample", columns: Columns | None = None) -> Dataset:
+def open_dataset(
+    spec: str | Path, keys: str = "sample", columns: Columns | None = None, index_root: Path | None = None
+) -> Dataset:
     """Open image-text data.
 
     Args:
@@ -84,6 +100,7 @@ def open_dataset(spec: str | Path, keys: str = "sample", columns: Columns | None
             a csv, tsv or parquet list; local or a URL that fsspec knows.
         keys: ``shard`` puts the shard's name before each key, for data whose keys repeat across shards.
         columns: Names of a list's columns.
+        index_root: Folder of indexes. Data whose index is there and up to date is opened without a look into its shards.
 
     Raises:
         ClipcidError: within seconds, when there is no such data, nothing in it is a shard or image, a local shard is cut
@@ -103,22 +120,32 @@ def open_dataset(spec: str | Path, keys: str = "sample", columns: Columns | None
         kind, shards = "list", read_sample_list(spec, columns, prefix_keys=prefix)
     elif (tars := _find_tars(spec)) is not None:
         kind = "benchmark" if _is_benchmark(spec) else "webdataset"
-        shards = _name_tars(tars, prefix_keys=prefix, split_captions=kind == "benchmark")
-        _check_tars(tars)
+        shards = _name_tars(tars, prefix_keys=prefix, caption_lines=kind == "benchmark")
     else:
         kind = "images"
         shards, classes = read_image_folder(Path(spec), prefix_keys=prefix)
         if not shards:
             raise ClipcidError(f"{spec} holds no .tar shard and no image.", _explain_subfolders(Path(spec)))
-    _require_images(spec, shards)
     dataset = Dataset(spec, kind, tuple(shards), classes, keys, columns)
-    small = sum(
-        os.path.getsize(shard.path) for shard in shards if isinstance(shard, TarShard) and not is_url(shard.path)
-    )
-    if kind in ("webdataset", "benchmark"):
-        first = dataset.shards if small <= _SMALL else dataset.shards[:2]
-        refuse_repeated_keys([(shard.name, [sample.key for sample in shard.samples()]) for shard in first])
+    if index_root is not None:
+        folder = index_root / index_identity(kind, dataset.describe(), shards)
+        dataset = dataclasses.replace(dataset, index_folder=folder, index=open_index(folder, shards))
+    if dataset.index is None:
+        _check_shards(dataset)
     return dataset
+
+
+def _check_shards(dataset: Dataset) -> None:
+    """Look into the shards: all are whole, some of the first have an image, and keys differ, as far as that is quick."""
+    tars = [shard for shard in dataset.shards if isinstance(shard, TarShard)]
+    local = [Path(shard.path) for shard in tars if not is_url(shard.path)]
+    with ThreadPoolExecutor(16) as pool:
+        for _ in pool.map(check_tar, local):
+            pass
+    _require_images(dataset.spec, dataset.shards)
+    small = sum(os.path.getsize(path) for path in local) <= _SMALL
+    first = tars if small and dataset.index_folder is None else tars[:2]
+    refuse_repeated_keys([(shard.name, [sample.key for sample in shard.samples()]) for shard in first])
 
 
 def refuse_repeated_keys(shards: Sequence[tuple[str, Sequence[str]]]) -> None:
@@ -198,7 +225,7 @@ def _benchmark_tars(folder: Path) -> list[str]:
     return [str(tar) for tar in tars]
 
 
-def _name_tars(tars: list[str], *, prefix_keys: bool, split_captions: bool) -> tuple[TarShard, ...]:
+def _name_tars(tars: list[str], *, prefix_keys: bool, caption_lines: bool) -> tuple[TarShard, ...]:
     """Name shards by their files, with as many folders before as it takes to tell them apart."""
     parts = [tar[: -len(".tar")].split("/") if tar.lower().endswith(".tar") else tar.split("/") for tar in tars]
     depth = 1
@@ -207,14 +234,7 @@ def _name_tars(tars: list[str], *, prefix_keys: bool, split_captions: bool) -> t
     if len(set(tars)) < len(tars):
         raise ClipcidError("The pattern names a shard twice.", "Write each shard once.")
     names = ["/".join(part[-depth:]) for part in parts]
-    return tuple(TarShard(name, tar, prefix_keys, split_captions) for name, tar in zip(names, tars, strict=True))
-
-
-def _check_tars(tars: list[str]) -> None:
-    local = [Path(tar) for tar in tars if not is_url(tar)]
-    with ThreadPoolExecutor(16) as pool:
-        for _ in pool.map(check_tar, local):
-            pass
+    return tuple(TarShard(name, tar, prefix_keys, caption_lines) for name, tar in zip(names, tars, strict=True))
 
 
 def _explain_subfolders(folder: Path) -> str:

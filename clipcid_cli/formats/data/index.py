@@ -1,7 +1,7 @@
 """The index of a data set: where each sample's image and captions are, listed once and read by every later start.
 
     <work>/index/<identity>/00000000.arrow   the samples of one shard, see `_SCHEMA`
-    <work>/index/<identity>/shards.parquet   one row a shard: what the listing found, size and time of the shard's file
+    <work>/index/<identity>/shards.parquet   one row a shard: what the listing found, size, time and hash of its file
 
 Listing a tar costs 30 to 45 µs a sample, and 400 million samples take hours of it. So each shard is listed once, by any
 process, into a file of its own that appears whole; `shards.parquet` is written last. A shard whose file has another size or
@@ -11,9 +11,11 @@ modification time than recorded is listed again. A process holds the parts it us
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,13 +42,13 @@ _SCHEMA = pa.schema(
         ("key", pa.string()),
         ("path", pa.string()),  # of the image; null where it is the shard's own file
         ("offset", pa.int64()),
-        ("size", pa.int64()),  # null for a whole file
+        ("size", pa.int64()),  # −1 for a whole file
         ("captions", pa.list_(pa.string())),  # null where they are read from the shard's file
         ("captions_offset", pa.int64()),
         ("captions_size", pa.int64()),
         ("num_captions", pa.int32()),
-        ("attributes_offset", pa.int64()),  # null where there are none
-        ("attributes_size", pa.int64()),
+        ("attributes_offset", pa.int64()),
+        ("attributes_size", pa.int64()),  # −1 where there are none
     ]
 )
 
@@ -60,16 +62,16 @@ class IndexedShard:
         with_captions: Those of them that have a caption.
         read: Samples looked at, with an image or without.
         skips: Samples left out: without an image, or of a key seen before in the shard.
-        size: Bytes of the shard's file when it was listed.
-        time: Its modification time, in nanoseconds; 0 where the file system has none.
+        stamp: Size and modification time of the shard's file when it was listed, see `Shard.stamp`.
+        fingerprint: The shard's fingerprint then.
     """
 
     samples: int
     with_captions: int
     read: int
     skips: Skips
-    size: int
-    time: int
+    stamp: tuple[int, int]
+    fingerprint: dict[str, Any]
 
 
 class Part:
@@ -80,31 +82,34 @@ class Part:
         num_captions: How many captions each has, int32 [n].
     """
 
-    def __init__(self, table: pa.Table, shard: Shard) -> None:
-        self._table, self._shard = table, shard
-        self.keys: pa.ChunkedArray = table["key"]
+    def __init__(self, table: pa.Table) -> None:
+        self.keys, self._paths, self._captions = (table[name] for name in ("key", "path", "captions"))
         self.num_captions: npt.NDArray[np.int32] = table["num_captions"].to_numpy()
+        self._image, self._text, self._attributes = (
+            (table[f"{prefix}offset"].to_numpy(), table[f"{prefix}size"].to_numpy())
+            for prefix in ("", "captions_", "attributes_")
+        )
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.num_captions)
 
-    def sample(self, place: int) -> Sample:
-        """Return a sample by its place in the shard; captions that are in the shard's file are read from there.
-
-        Raises:
-            OSError: when the shard's file is gone or shorter than it was.
-        """
-        row = self._table.slice(place, 1).to_pylist()[0]
-        own = self._shard.file
-        captions = row["captions"]
+    def sample(self, place: int, shard: Shard) -> Sample:
+        """Return a sample by its place in the shard; see `DataIndex.sample`."""
+        own = shard.file
+        captions = self._captions[place].as_py()
         if captions is None:
-            text = Location(own, row["captions_offset"], row["captions_size"]).read() if row["num_captions"] else b""
-            captions = self._shard.split(text)
-        attributes = None
-        if row["attributes_offset"] is not None:
-            attributes = Location(own, row["attributes_offset"], row["attributes_size"])
-        image = Location(own if row["path"] is None else row["path"], row["offset"], row["size"])
-        return Sample(key=row["key"], image=image, captions=tuple(captions), attributes=attributes)
+            captions = shard.split_captions(_locate(own, self._text, place).read())
+        return Sample(
+            key=self.keys[place].as_py(),
+            image=_locate(self._paths[place].as_py() or own, self._image, place),
+            captions=tuple(captions),
+            attributes=_locate(own, self._attributes, place) if self._attributes[1][place] >= 0 else None,
+        )
+
+
+def _locate(path: str, offsets_and_sizes: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], place: int) -> Location:
+    offset, size = (int(values[place]) for values in offsets_and_sizes)
+    return Location(path, offset, None if size < 0 else size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,16 +133,28 @@ class DataIndex:
 
     def part(self, number: int) -> Part:
         """Return the samples of a shard, read from its part or from the parts this process holds."""
-        return Part(_read_part(str(_part_path(self.folder, number))), self.shards[number])
+        return _read_part(str(_part_path(self.folder, number)), self.records[number].stamp)
+
+    def sample(self, number: int, place: int) -> Sample:
+        """Return a sample by its shard and its place there; captions that are in the shard's file are read from it.
+
+        Raises:
+            OSError: when the shard's file is gone or shorter than it was.
+        """
+        return self.part(number).sample(place, self.shards[number])
 
 
 def index_identity(kind: str, settings: dict[str, Any], shards: Sequence[Shard]) -> str:
     """Hash what decides the index but the content of the shards: how they are read, their names and files, in order."""
     content = [kind, settings, [(shard.name, shard.file) for shard in shards]]
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+    return hashlib.blake2b(
+        json.dumps(content, sort_keys=True).encode("utf-8", "surrogateescape"), digest_size=8
+    ).hexdigest()
 
 
-def write_part(folder: Path, number: int, shard: Shard, samples: Sequence[Sample], read: int, skips: Skips) -> IndexedShard:
+def write_part(
+    folder: Path, number: int, shard: Shard, samples: Sequence[Sample], read: int, skips: Skips
+) -> IndexedShard:
     """Write down what the listing of one shard found, whole or not at all.
 
     Args:
@@ -147,21 +164,22 @@ def write_part(folder: Path, number: int, shard: Shard, samples: Sequence[Sample
         read: Samples looked at.
         skips: Those left out.
     """
-    size, time = shard.stamp()
-    record = IndexedShard(len(samples), sum(bool(sample.captions) for sample in samples), read, skips, size, time)
-    in_file = [sample.captions_at is not None for sample in samples]
+    with_captions = sum(bool(sample.captions) for sample in samples)
+    record = IndexedShard(len(samples), with_captions, read, skips, shard.stamp(), shard.fingerprint())
     columns: dict[str, Iterable[Any]] = {
-        "key": [sample.key for sample in samples],
-        "path": [None if sample.image.path == shard.file else sample.image.path for sample in samples],
-        "offset": [sample.image.offset for sample in samples],
-        "size": [sample.image.size for sample in samples],
-        "captions": [None if here else sample.captions for here, sample in zip(in_file, samples, strict=True)],
-        "captions_offset": [sample.captions_at and sample.captions_at.offset for sample in samples],
-        "captions_size": [sample.captions_at and sample.captions_at.size for sample in samples],
-        "num_captions": [len(sample.captions) for sample in samples],
-        "attributes_offset": [sample.attributes and sample.attributes.offset for sample in samples],
-        "attributes_size": [sample.attributes and sample.attributes.size for sample in samples],
+        "key": (sample.key for sample in samples),
+        "path": (None if sample.image.path == shard.file else sample.image.path for sample in samples),
+        "captions": (None if sample.captions_at is not None else sample.captions for sample in samples),
+        "num_captions": (len(sample.captions) for sample in samples),
     }
+    nowhere = Location("", 0, -1)
+    for prefix, locations in (
+        ("", (sample.image for sample in samples)),
+        ("captions_", (sample.captions_at or nowhere for sample in samples)),
+        ("attributes_", (sample.attributes or nowhere for sample in samples)),
+    ):
+        found = [(location.offset, -1 if location.size is None else location.size) for location in locations]
+        columns |= {f"{prefix}offset": (offset for offset, _ in found), f"{prefix}size": (size for _, size in found)}
     table = pa.table({name: list(values) for name, values in columns.items()}, schema=_SCHEMA)
     table = table.replace_schema_metadata({b"clipcid": json.dumps(_to_json(record)).encode()})
     with atomic_file(_part_path(folder, number)) as file, pa.ipc.new_file(file, table.schema) as writer:
@@ -176,7 +194,7 @@ def read_record(folder: Path, number: int, shard: Shard) -> IndexedShard | None:
             record = _from_json(json.loads((pa.ipc.open_file(file).schema.metadata or {})[b"clipcid"]))
     except (OSError, pa.ArrowInvalid, ValueError, KeyError):
         return None
-    return record if (record.size, record.time) == shard.stamp() else None
+    return record if record.stamp == shard.stamp() else None
 
 
 def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[IndexedShard]) -> DataIndex:
@@ -187,22 +205,29 @@ def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[Indexe
     """
     index = DataIndex(folder, tuple(shards), tuple(records))
     _refuse_repeated_keys(index)
-    rows = [_to_json(record) | {"skips": json.dumps(record.skips.to_json())} for record in records]
-    write_parquet(folder / _TABLE, pa.Table.from_pylist(rows))
+    write_parquet(folder / _TABLE, pa.table({"shard": [json.dumps(_to_json(record)) for record in records]}))
     return index
 
 
 def open_index(folder: Path, shards: Sequence[Shard]) -> DataIndex | None:
     """Open a finished index; None where there is none, or a shard has changed since. No shard is opened for it."""
     try:
-        rows = pq.read_table(folder / _TABLE).to_pylist()
+        rows = pq.read_table(folder / _TABLE)["shard"].to_pylist()
     except (OSError, pa.ArrowInvalid):
         return None
-    records = [_from_json(row | {"skips": json.loads(row["skips"])}) for row in rows]
-    stamps = [(record.size, record.time) for record in records]
-    if stamps != [shard.stamp() for shard in shards]:
+    records = [_from_json(json.loads(row)) for row in rows]
+    if [record.stamp for record in records] != [shard.stamp() for shard in shards]:
         return None
     return DataIndex(folder, tuple(shards), tuple(records))
+
+
+@contextmanager
+def lock_index(folder: Path) -> Iterator[None]:
+    """Hold an index while shards are added to it: a second run waits, and then finds what the first has listed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:  # the kernel drops the lock when the process ends, however it ends
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _refuse_repeated_keys(index: DataIndex) -> None:
@@ -244,9 +269,10 @@ def _part_path(folder: Path, number: int) -> Path:
 
 
 @lru_cache(maxsize=PARTS_KEPT)
-def _read_part(path: str) -> pa.Table:
+def _read_part(path: str, stamp: tuple[int, int]) -> Part:
+    """Read a part, or give the one held; `stamp` tells it from what the shard was before."""
     with pa.OSFile(path) as file:
-        return pa.ipc.open_file(file).read_all()
+        return Part(pa.ipc.open_file(file).read_all())
 
 
 def _to_json(record: IndexedShard) -> dict[str, Any]:
@@ -254,4 +280,4 @@ def _to_json(record: IndexedShard) -> dict[str, Any]:
 
 
 def _from_json(content: dict[str, Any]) -> IndexedShard:
-    return IndexedShard(**(content | {"skips": Skips.from_json(content["skips"])}))
+    return IndexedShard(**(content | {"skips": Skips.from_json(content["skips"]), "stamp": tuple(content["stamp"])}))

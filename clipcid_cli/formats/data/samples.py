@@ -61,6 +61,7 @@ class Sample:
         labels: Numbers of its classes, none or several, where a list says so.
         multi_hot: Where its vector of classes lies, a ``.npy`` of zeros and ones (see `formats.multi_label`).
         attributes: Where its JSON attributes lie.
+        captions_at: Where the text of its captions is; None where they are not in the shard's own file.
     """
 
     key: str
@@ -70,6 +71,7 @@ class Sample:
     labels: tuple[int, ...] | None = None
     multi_hot: Location | None = None
     attributes: Location | None = None
+    captions_at: Location | None = None
 
 
 class Shard(Protocol):
@@ -88,6 +90,19 @@ class Shard(Protocol):
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe the shard's content for a sidecar: ``path``, ``size``, ``hash``."""
+
+    @property
+    def file(self) -> str:
+        """The file its samples are in, as their locations name it; empty where each image is a file of its own."""
+
+    def stamp(self) -> tuple[int, int]:
+        """Return two numbers that change when the shard does, at the cost of a look at its file's size and time.
+
+        (0, 0) where that cannot be told: of a file behind a URL.
+        """
+
+    def split_captions(self, text: bytes) -> tuple[str, ...]:
+        """Return the captions in the text at `Sample.captions_at`."""
 
 
 def natural_key(text: str) -> tuple[object, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import local_copy
+from clipcid_cli.formats.data.remote import is_url, local_copy
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample
 from clipcid_cli.formats.skips import Skips
 
@@ -54,13 +54,13 @@ class TarShard:
         name: Name of the shard: its file's name without ``.tar``, with folders where that is needed to tell it apart.
         path: The tar, or its URL.
         prefix_keys: Whether keys begin with the shard's name.
-        split_captions: Whether each line of a ``.txt`` is a caption of its own, as in CLIP_benchmark's folders.
+        caption_lines: Whether each line of a ``.txt`` is a caption of its own, as in CLIP_benchmark's folders.
     """
 
     name: str
     path: str
     prefix_keys: bool = False
-    split_captions: bool = False
+    caption_lines: bool = False
 
     def samples(self, skips: Skips | None = None) -> list[Sample]:
         """List the shard's samples: consecutive members whose names agree up to the first dot, as webdataset has it.
@@ -86,15 +86,16 @@ class TarShard:
             if image is None:
                 skips.add("no_image", where)
                 continue
-            attributes, multi_hot = files.get("json"), files.get("npy")
+            attributes, multi_hot, text = files.get("json"), files.get("npy"), files.get("txt")
             found.append(
                 Sample(
                     key=where if self.prefix_keys else key,
                     image=Location(str(path), image.offset, image.size),
-                    captions=self._captions(path, files.get("txt")),
+                    captions=() if text is None else self.split_captions(_read(path, text)),
                     label=_read_label(path, files.get("cls"), where),
                     multi_hot=Location(str(path), multi_hot.offset, multi_hot.size) if multi_hot else None,
                     attributes=Location(str(path), attributes.offset, attributes.size) if attributes else None,
+                    captions_at=Location(str(path), text.offset, text.size) if text else None,
                 )
             )
         return found
@@ -110,11 +111,23 @@ class TarShard:
                 digest.update(file.read(window))
         return {"path": self.path, "size": size, "hash": f"blake2b-sampled:{digest.hexdigest()}"}
 
-    def _captions(self, path: Path, member: Member | None) -> tuple[str, ...]:
-        if member is None:
-            return ()
-        text = _read(path, member).decode("utf-8", errors="replace")
-        captions = text.splitlines() if self.split_captions else [text]
+    @property
+    def file(self) -> str:
+        """The tar, or the local copy of it."""
+        return str(local_copy(self.path)) if is_url(self.path) else self.path
+
+    def stamp(self) -> tuple[int, int]:
+        """Return the tar's size and modification time, (0, 0) where it is gone or behind a URL."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return 0, 0
+        return found.st_size, found.st_mtime_ns
+
+    def split_captions(self, text: bytes) -> tuple[str, ...]:
+        """Return the captions in a ``.txt``: the whole of it, or one a line."""
+        whole = text.decode("utf-8", errors="replace")
+        captions = whole.splitlines() if self.caption_lines else [whole]
         return tuple(caption.strip() for caption in captions if caption.strip())
 
 

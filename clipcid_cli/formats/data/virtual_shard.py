@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.skips import Skips
@@ -58,6 +58,24 @@ class VirtualShard(Generic[RowT]):
                     dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
                 )
         return found
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describe the slice for a sidecar: ``path``, ``size``, ``hash``."""
+        raise NotImplementedError
+
+    @property
+    def file(self) -> str:
+        """Empty: each image is a file of its own."""
+        return ""
+
+    def stamp(self) -> tuple[int, int]:
+        """Return the size and a hash of the slice."""
+        fingerprint = self.fingerprint()
+        return fingerprint["size"], int(fingerprint["hash"].rpartition(":")[2][:15], 16)
+
+    def split_captions(self, text: bytes) -> tuple[str, ...]:
+        """Return the text as one caption."""
+        return (text.decode("utf-8", errors="replace").strip(),)
 
     def _label(self, row: RowT) -> str:
         """Return what a user would look for to find a skipped row."""

@@ -1,0 +1,143 @@
+"""The index of a data set says what a listing says, is made once, and is made again for a shard that changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_caption, make_image, shard_members, write_tar
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data import index as module
+from clipcid_cli.formats.data import tar_index
+from clipcid_cli.formats.data.dataset import Dataset, open_dataset
+from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.steps.data_index import ensure_index
+from clipcid_cli.steps.reporting import SilentReporter
+
+
+def indexed(spec: Path, root: Path, workers: int = 0, **settings: str) -> Dataset:
+    with open_machine("cpu") as machine:
+        dataset = open_dataset(spec, index_root=root, **settings)
+        return ensure_index(dataset, machine, workers, SilentReporter())
+
+
+def write_folder(folder: Path) -> Path:
+    for number in range(7):
+        path = folder / f"{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(make_image(number))
+        if number != 3:
+            path.with_suffix(".txt").write_text(make_caption(number))
+    return folder
+
+
+def write_list(path: Path, images: Path) -> Path:
+    rows = [f"{image},{make_caption(number)}" for number, image in enumerate(sorted(images.rglob("*.png")))]
+    path.write_text("filepath,title\n" + "\n".join([*rows, ",no path"]) + "\n")
+    return path
+
+
+def write_benchmark(folder: Path) -> Path:
+    members: list[tuple[str, bytes]] = []
+    for number in range(5):
+        members.append((f"s{number}.jpg", make_image(number, kind="JPEG")))
+        members.append((f"s{number}.txt", "\n".join(make_caption(number + each) for each in range(number)).encode()))
+    write_tar(folder / "0.tar", members)
+    (folder / "nshards.txt").write_text("1")
+    return folder
+
+
+@pytest.fixture(params=["shards", "prefixed", "folder", "list", "benchmark"])
+def spec(request: pytest.FixtureRequest, tiny_shards: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    kind = request.param
+    if kind in ("shards", "prefixed"):
+        return tiny_shards, {"keys": "shard"} if kind == "prefixed" else {}
+    if kind == "benchmark":
+        return write_benchmark(tmp_path / "wds"), {}
+    folder = write_folder(tmp_path / "images")
+    return (folder, {}) if kind == "folder" else (write_list(tmp_path / "l.csv", folder), {})
+
+
+def test_it_says_what_a_listing_says_and_later_starts_open_no_shard(
+    spec: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, settings = spec
+    dataset = indexed(path, tmp_path / "index", **settings)
+    plain = open_dataset(path, **settings)
+    assert dataset.index is not None
+    assert dataset.fingerprints() == plain.fingerprints()
+    assert dataset.estimate_samples() == sum(len(shard.samples()) for shard in plain.shards)
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_index, "read_members", lambda path: pytest.fail("a tar was listed again"))
+        patch.setattr(tar_index, "check_tar", lambda path: pytest.fail("a tar was opened again"))
+        again = open_dataset(path, index_root=tmp_path / "index", **settings)
+        assert again.index == dataset.index
+    for number, shard in enumerate(plain.shards):
+        part, expected = dataset.index.part(number), shard.samples()
+        assert len(part) == len(expected) == dataset.index.sizes[number]
+        assert part.keys.to_pylist() == [sample.key for sample in expected]
+        assert part.num_captions.tolist() == [len(sample.captions) for sample in expected]
+        for place, sample in enumerate(expected):
+            found = dataset.index.sample(number, place)
+            assert found.image.read() == sample.image.read()
+            assert found.captions == sample.captions
+            assert (found.attributes and found.attributes.read()) == (sample.attributes and sample.attributes.read())
+
+
+def test_workers_write_the_same_index(tmp_path: Path) -> None:
+    for number in range(12):
+        write_tar(tmp_path / "data" / f"{number:05d}.tar", shard_members(10 * number, 4))
+    alone = indexed(tmp_path / "data", tmp_path / "alone")
+    shared = indexed(tmp_path / "data", tmp_path / "shared", workers=2)
+    assert alone.index is not None
+    assert shared.index is not None
+    assert alone.index.records == shared.index.records
+    for path in sorted(alone.index.folder.glob("*.*")):
+        assert path.read_bytes() == (shared.index.folder / path.name).read_bytes()
+
+
+def test_a_shard_that_changed_is_listed_again_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
+    before = indexed(tmp_path / "data", tmp_path / "index")
+    changed = write_tar(tmp_path / "data" / "1.tar", shard_members(10, 6))
+    os.utime(changed, ns=(0, 1))
+    assert open_dataset(tmp_path / "data", index_root=tmp_path / "index").index is None
+    listed = []
+    write_part = module.write_part
+
+    def note(folder: Path, number: int, *arguments: object) -> object:
+        listed.append(number)
+        return write_part(folder, number, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("clipcid_cli.steps.data_index.write_part", note)
+    after = indexed(tmp_path / "data", tmp_path / "index")
+    assert listed == [1]
+    assert before.index is not None
+    assert after.index is not None
+    assert np.array_equal(after.index.sizes, [4, 6, 4])
+    assert len(after.index.part(1)) == 6, "what the process remembered of the shard must not be taken"
+
+
+@pytest.mark.parametrize("bucket", [2**26, 3])
+def test_a_key_of_two_shards_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: int) -> None:
+    monkeypatch.setattr(module, "_SORTED_AT_ONCE", bucket)
+    for number in range(4):
+        write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
+    write_tar(tmp_path / "data" / "3.tar", shard_members(12, 2))
+    with pytest.raises(ClipcidError, match="Key '000012' occurs in shard 1 and again in shard 3") as error:
+        indexed(tmp_path / "data", tmp_path / "index")
+    assert "--keys shard" in error.value.fix
+    prefixed = indexed(tmp_path / "data", tmp_path / "index", keys="shard")
+    assert prefixed.index is not None
+    assert not list(prefixed.index.folder.glob(".hashes"))
+
+
+def test_different_keys_of_one_hash_are_no_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "hash_keys", lambda keys: np.zeros(len(keys), np.uint64))
+    for number in range(2):
+        write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
+    assert indexed(tmp_path / "data", tmp_path / "index").index is not None
