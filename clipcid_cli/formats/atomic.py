@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, sibling: str = "partial") -> Iterator[IO[bytes]]:
     """Open `path` for writing such that it exists under its name only when complete.
 
     Args:
         path: Final name; missing parent folders are made.
+        sibling: Suffix of the hidden sibling. Where several runs may write the same file, each needs one of its own.
 
     Yields:
         A binary file. When the block ends without an error the file is synced and renamed to `path`; when it raises,
@@ -38,7 +39,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         ClipcidError: when the disk is full or the folder cannot be written to.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{sibling}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

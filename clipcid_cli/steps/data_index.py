@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.index import finish_index, lock_index, open_index, read_record, write_part
-from clipcid_cli.formats.data.samples import Shard
+from clipcid_cli.formats.data.samples import Sample, Shard
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.machine import Machine
@@ -19,19 +20,34 @@ from clipcid_cli.steps.reporting import Progress, Reporter
 _FEW_SHARDS = 8
 
 
+def list_shard(dataset: Dataset, number: int) -> tuple[list[Sample], int, Skips]:
+    """List a shard's samples for a step that reads all of it: from the index, or else into it.
+
+    Returns:
+        Its samples, how many were looked at, and those left out.
+    """
+    shard = dataset.shards[number]
+    if dataset.index is not None:
+        record = dataset.index.records[number]
+        samples = [dataset.index.sample(number, place) for place in range(record.samples)]
+        return samples, record.read, copy.deepcopy(record.skips)
+    skips = Skips()
+    samples = shard.samples(skips)
+    read = len(samples) + skips.total
+    if dataset.index_folder is not None:
+        write_part(dataset.index_folder, number, shard, samples, read, skips)
+    return samples, read, skips
+
+
 @dataclasses.dataclass(frozen=True)
-class ListShards:
+class ShardLister:
     """Lists shards into the index; sent to workers."""
 
-    folder: Path
-    shards: tuple[Shard, ...]
+    dataset: Dataset
 
-    def __call__(self, number: int) -> int:
-        """List one shard and return how many samples it has."""
-        shard, skips = self.shards[number], Skips()
-        samples = shard.samples(skips)
-        write_part(self.folder, number, shard, samples, len(samples) + skips.total, skips)
-        return len(samples)
+    def __call__(self, number: int) -> None:
+        """List one shard."""
+        list_shard(self.dataset, number)
 
 
 def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Reporter) -> Dataset:
@@ -54,7 +70,7 @@ def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Rep
         missing = machine.on_main(lambda: _find_missing(folder, shards))
         mine = missing[machine.rank :: machine.size]
         with reporter.progress("index", len(mine), "shards") as progress:
-            machine.on_all(lambda: _list(folder, shards, mine, workers, progress))
+            machine.on_all(lambda: _list(dataset, mine, workers, progress))
         machine.on_main(lambda: _finish(folder, shards))
     index = open_index(folder, shards)
     assert index is not None, "finished a moment ago"
@@ -65,8 +81,8 @@ def _find_missing(folder: Path, shards: Sequence[Shard]) -> list[int]:
     return [number for number, shard in enumerate(shards) if read_record(folder, number, shard) is None]
 
 
-def _list(folder: Path, shards: tuple[Shard, ...], mine: list[int], workers: int, progress: Progress) -> None:
-    for _ in load_batches(mine, ListShards(folder, shards), workers if len(mine) > _FEW_SHARDS else 0):
+def _list(dataset: Dataset, mine: list[int], workers: int, progress: Progress) -> None:
+    for _ in load_batches(mine, ShardLister(dataset), workers if len(mine) > _FEW_SHARDS else 0):
         progress.advance()
 
 

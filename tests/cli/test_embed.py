@@ -30,7 +30,8 @@ Call = Callable[..., Run]
 
 def hash_rows(folder: Path) -> dict[str, str]:
     """Hash every file of embeddings; the sidecar has times in it."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in (".npy", ".parquet")]
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in (".npy", ".parquet"))
+    files = [path for path in found if "index" not in path.parts]
     return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
 
 

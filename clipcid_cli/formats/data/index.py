@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -182,7 +183,9 @@ def write_part(
         columns |= {f"{prefix}offset": (offset for offset, _ in found), f"{prefix}size": (size for _, size in found)}
     table = pa.table({name: list(values) for name, values in columns.items()}, schema=_SCHEMA)
     table = table.replace_schema_metadata({b"clipcid": json.dumps(_to_json(record)).encode()})
-    with atomic_file(_part_path(folder, number)) as file, pa.ipc.new_file(file, table.schema) as writer:
+    # Runs that embed with different models list the same shards, each when it comes to them.
+    own = f"{os.getpid()}.partial"
+    with atomic_file(_part_path(folder, number), own) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     return record
 
@@ -205,6 +208,8 @@ def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[Indexe
     """
     index = DataIndex(folder, tuple(shards), tuple(records))
     _refuse_repeated_keys(index)
+    for left in folder.glob(".*.partial"):  # by runs that were killed
+        left.unlink(missing_ok=True)
     write_parquet(folder / _TABLE, pa.table({"shard": [json.dumps(_to_json(record)) for record in records]}))
     return index
 

@@ -136,11 +136,6 @@ class EmbeddingWriter:
             return None
         return ShardRecord(**(content | {"skips": Skips.from_json(content["skips"])}))
 
-    def read_column(self, name: str) -> pa.ChunkedArray:
-        """Read a column of the metadata of all shards, in order of rows."""
-        tables = [pq.read_table(self._path("metadata", number, "parquet"), columns=[name]) for number in self._numbers]
-        return pa.concat_tables([table.replace_schema_metadata() for table in tables])[name]
-
     def remove_others(self, with_texts: bool) -> None:
         """Remove files of earlier runs that do not belong to this one, such as those of shards that are no more."""
         kinds = [kind for kind in _FORMS if with_texts or kind != "text_emb"]

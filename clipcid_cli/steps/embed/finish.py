@@ -9,9 +9,7 @@ from typing import Any
 import PIL
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRecord
-from clipcid_cli.formats.key_join import find_repeated_key
 from clipcid_cli.formats.output import Output, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.steps.embed.shards import ShardEmbedder, Timings
@@ -38,7 +36,7 @@ def finish(
         The sidecar.
 
     Raises:
-        ClipcidError: when too many samples were skipped, or a key occurs in two shards.
+        ClipcidError: when too many samples were skipped.
     """
     dataset, info = embedder.dataset, embedder.model.info
     records = [writer.read_record(number) for number in range(len(dataset.shards))]
@@ -47,7 +45,6 @@ def finish(
     if not any(record.rows for record in whole):
         writer.remove_all()
     skips = _check_skips(whole, embedder, without_text)
-    _refuse_repeated_keys(writer, dataset)
     writer.remove_others(embedder.with_texts)
     flattened = sum(record.flattened for record in whole)
     if flattened:
@@ -94,15 +91,3 @@ def _check_skips(records: list[ShardRecord], embedder: ShardEmbedder, without_te
     fix = without_text if "no_caption" in skips.counts else ""
     skips.check(read, embedder.max_bad_fraction, where, fix)
     return skips
-
-
-def _refuse_repeated_keys(writer: EmbeddingWriter, dataset: Dataset) -> None:
-    """Refuse keys that occur in two shards, now that all are known; most such data was refused when it was opened."""
-    repeat = find_repeated_key(writer.read_column("key"))
-    if repeat is not None:
-        key, one, other = repeat
-        shards = writer.read_column("shard")
-        raise ClipcidError(
-            f"Key {key!r} occurs in shard {shards[one]} and again in shard {shards[other]} of {dataset.spec}.",
-            "Add --keys shard, which puts the shard's name before each key.",
-        )

@@ -21,12 +21,13 @@ VIEW_SETTINGS = ("views", "crop_scale", "color_jitter", "gray_probability", "see
 
 def open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
     """Open the data that was named, or else that of the embeddings in the work directory."""
+    work = WorkDirectory(settings.work)
     if settings.data is None:
-        dataset = open_described(WorkDirectory(settings.work).find_data())
+        dataset = open_described(work.find_data(), work.indexes)
         reporter.note(f"Taking the data of the embeddings in {settings.work}: {dataset.spec}.")
         return dataset
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-    return open_dataset(settings.data, keys=settings.keys, columns=columns)
+    return open_dataset(settings.data, settings.keys, columns, work.indexes)
 
 
 def has_captions(dataset: Dataset) -> bool:

@@ -16,6 +16,7 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model, with_defaul
 from clipcid_cli.runtime.models.preprocess import hash_preprocess
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.embed.finish import describe_result, finish
 from clipcid_cli.steps.embed.inputs import find_finished, open_data, require_captions, view_settings
 from clipcid_cli.steps.embed.shards import ShardEmbedder, Timings
@@ -87,6 +88,7 @@ def make_embeddings(
     ) as output:
         writer = EmbeddingWriter(folder, len(dataset.shards), plan_identity(identity, inputs))
         timings, elapsed = _embed_missing(embedder, writer, machine, reporter)
+        ensure_index(dataset, machine, embedder.workers, reporter)
         sidecar = machine.on_main(lambda: finish(output, embedder, writer, timings, elapsed, reporter, without_text))
     return describe_result(folder, sidecar)
 

@@ -19,6 +19,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.steps.data_index import list_shard
 from clipcid_cli.steps.embed.batches import EmbedBatch, Preparation, PreparedEmbedBatch
 from clipcid_cli.steps.embed.shard_rows import BatchRows, PendingShard
 from clipcid_cli.steps.embed.views import ViewMaker, Views
@@ -136,9 +137,7 @@ class ShardEmbedder:
         """List the batches of the shards; a shard without a sample has one empty batch, so that it is written as well."""
         for number in numbers:
             shard = self.dataset.shards[number]
-            skips = Skips()
-            samples = shard.samples(skips)
-            read = len(samples) + skips.total
+            samples, read, skips = list_shard(self.dataset, number)
             if self.with_texts:
                 for sample in samples:
                     if not sample.captions:

@@ -107,11 +107,10 @@ def test_a_shard_that_changed_is_listed_again_and_no_other(tmp_path: Path, monke
     os.utime(changed, ns=(0, 1))
     assert open_dataset(tmp_path / "data", index_root=tmp_path / "index").index is None
     listed = []
-    write_part = module.write_part
 
     def note(folder: Path, number: int, *arguments: object) -> object:
         listed.append(number)
-        return write_part(folder, number, *arguments)  # type: ignore[arg-type]
+        return module.write_part(folder, number, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr("clipcid_cli.steps.data_index.write_part", note)
     after = indexed(tmp_path / "data", tmp_path / "index")
