@@ -1,0 +1,162 @@
+"""Files beyond what 32-bit offsets and string columns of 2 GiB hold, written and read with little memory."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clipcid_cli.formats.atomic import write_json, write_npy
+from clipcid_cli.formats.results.clusters import (
+    TopClusters,
+    join_parts,
+    open_clusters,
+    part_bounds,
+    part_path,
+    remove_scratch,
+    write_part,
+)
+from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
+
+pytestmark = pytest.mark.slow
+
+AT_ONCE = 2**20
+GIB = 2**30
+
+# DataComp's keys have 32 characters: this many rows of them are more than a string column of Arrow holds.
+KEY_LENGTH = 32
+KEEP_ROWS = 2**31 // KEY_LENGTH + AT_ONCE
+# Each dropped image's representative is at most this many rows before it.
+GROUP = 3
+
+NEAREST = 16
+# The last of these rows' nearest centroids lie behind 2^31 others.
+CLUSTER_ROWS = 2**31 // NEAREST + AT_ONCE
+NUM_CLUSTERS = 4096
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is emptied at once: pytest keeps those of its last runs."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture
+def limit_memory() -> Callable[[int], AbstractContextManager[None]]:
+    """Limit the private memory that may be added while a block runs: beyond, allocations fail."""
+
+    @contextmanager
+    def limit(more: int) -> Iterator[None]:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        used = int(status["VmData"].split()[0]) * 1024
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (used + more, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
+
+    return limit
+
+
+def make_keys(start: int, stop: int) -> pa.LargeStringArray:
+    """The keys of rows start … stop − 1: their numbers in 32 digits."""
+    digits = np.full((stop - start, KEY_LENGTH), ord("0"), dtype=np.uint8)
+    rest = np.arange(start, stop)
+    for place in range(KEY_LENGTH - 1, KEY_LENGTH - 11, -1):
+        digits[:, place] += (rest % 10).astype(np.uint8)
+        rest //= 10
+    offsets = np.arange(0, digits.size + 1, KEY_LENGTH, dtype=np.int64)
+    return pa.LargeStringArray.from_buffers(stop - start, pa.py_buffer(offsets), pa.py_buffer(digits))
+
+
+def test_a_keep_list_holds_more_than_2_gib_of_keys(folder: Path, limit_memory: Callable) -> None:
+    bounds = [(start, min(start + AT_ONCE, KEEP_ROWS)) for start in range(0, KEEP_ROWS, AT_ONCE)]
+    rows = np.arange(KEEP_ROWS)
+    kept_rows = rows // GROUP * GROUP
+    path = folder / "keep.parquet"
+    # The keys themselves take 2.6 GiB where they are held whole; per row 64 bytes are allowed beside.
+    with limit_memory(64 * KEEP_ROWS + 4 * GIB):
+        write_keep_list(
+            path,
+            keys=pa.chunked_array([make_keys(*bound) for bound in bounds]),
+            shards=pa.chunked_array([pa.repeat(pa.scalar("s", pa.large_string()), KEEP_ROWS)]),
+            labels=kept_rows,
+            representatives=kept_rows,
+            distances=(rows - kept_rows).astype(np.float32),
+        )
+    del kept_rows
+
+    with limit_memory(64 * KEEP_ROWS + 4 * GIB):
+        found = read_keep_list(path)
+        np.testing.assert_array_equal(found.kept, rows % GROUP == 0)
+        assert found.keys[KEEP_ROWS - 1].as_py() == f"{KEEP_ROWS - 1:0{KEY_LENGTH}d}"
+        for start, stop in bounds:
+            assert found.keys[start:stop].cast(pa.large_string()).combine_chunks().equals(make_keys(start, stop)), start
+    del found, rows
+
+    start = 0
+    for batch in pq.ParquetFile(path).iter_batches(AT_ONCE, columns=["representative", "component", "component_size"]):
+        stop = start + len(batch)
+        labels = np.arange(start, stop) // GROUP * GROUP
+        np.testing.assert_array_equal(batch["component"], labels)
+        sizes = np.minimum(labels + GROUP, KEEP_ROWS) - labels
+        np.testing.assert_array_equal(batch["component_size"], sizes)
+        first = int(labels[0])
+        groups = make_keys(first, stop).take(pa.array(labels - first))
+        assert batch["representative"].cast(pa.large_string()).equals(groups), start
+        start = stop
+    assert start == KEEP_ROWS
+
+
+def make_tops(rows: npt.NDArray[np.int64]) -> TopClusters:
+    """The nearest centroids of some rows: each row's follow from its number."""
+    clusters = ((rows[:, None] + np.arange(NEAREST)) % NUM_CLUSTERS).astype(np.int32)
+    similarities = (1 - (rows[:, None] % 7 + np.arange(NEAREST)) / 64).astype(np.float16)
+    return TopClusters(clusters, similarities)
+
+
+def test_clusters_hold_more_rows_than_32_bits_count_neighbours(folder: Path, limit_memory: Callable) -> None:
+    bounds = part_bounds(CLUSTER_ROWS)
+    with limit_memory(4 * GIB):
+        for part, (start, stop) in enumerate(bounds):
+            tops = make_tops(np.arange(start, stop))
+            write_part(
+                part_path(folder, part),
+                keys=make_keys(start, stop).to_numpy(zero_copy_only=False),
+                similarities=tops.similarities[:, 0].astype(np.float64),
+                images=tops,
+                captions=None,
+            )
+        join_parts(folder, len(bounds), captions=False)
+        remove_scratch(folder)
+    write_npy(folder / "centroids.npy", np.eye(NUM_CLUSTERS, 8, dtype=np.float32))
+    write_json(folder / "cluster.json", {"format_version": 1, "temperatures": {"image": 0.02}})
+
+    # What `distill` may hold a row.
+    with limit_memory(8 * CLUSTER_ROWS + 2 * GIB):
+        found = open_clusters(folder)
+        random = np.random.default_rng(0)
+        for start in (
+            0,
+            CLUSTER_ROWS - AT_ONCE - 2,
+            CLUSTER_ROWS - 1000,
+            *random.integers(0, CLUSTER_ROWS - 1000, 100),
+        ):
+            rows = np.arange(start, min(start + 1000, CLUSTER_ROWS))
+            tops = make_tops(rows)
+            np.testing.assert_array_equal(found.labels[rows], tops.clusters[:, 0])
+            np.testing.assert_array_equal(found.similarities[rows], tops.similarities[:, 0].astype(np.float32))
+            np.testing.assert_array_equal(found.images.clusters[rows], tops.clusters)
+            np.testing.assert_array_equal(found.images.similarities[rows], tops.similarities)
+            assert list(found.keys[rows[:3]]) == make_keys(int(rows[0]), int(rows[0]) + 3).to_pylist()[: len(rows)]
+    assert len(found.labels) == CLUSTER_ROWS
