@@ -39,6 +39,11 @@ class WorkDirectory:
         return self.path / "clusters"
 
     @property
+    def fingerprints(self) -> Path:
+        """The table of fingerprints of files that were hashed before."""
+        return self.path / ".fingerprints.parquet"
+
+    @property
     def indexes(self) -> Path:
         """The folder of the indexes of data sets."""
         return self.path / "index"

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.npy import NpyFile, find_npy
+from clipcid_cli.formats.embeddings.rows import map_file
 
 COUNTS_COLUMN = "captions"
 _AGAIN = "Make the folder again: clipcid embed DATA --overwrite"
@@ -94,14 +95,14 @@ def find_extras(folder: Path, number: str) -> Extras:
 class ViewParams:
     """What replays the views of N rows, mapped from several files; 16 numbers a view."""
 
-    def __init__(self, files: list[npt.NDArray[Any]], num_views: int) -> None:
+    def __init__(self, files: list[NpyFile], num_views: int) -> None:
         self._files, self.num_views = files, num_views
-        self._starts = np.concatenate([[0], np.cumsum([len(file) for file in files], dtype=np.int64)])
+        self._starts = np.concatenate([[0], np.cumsum([file.shape[0] for file in files], dtype=np.int64)])
 
     def read(self, row: int, view: int) -> npt.NDArray[np.float32]:
         """Return the parameters of one view, float32 [16], as an array of its own."""
         owner = int(np.searchsorted(self._starts, row, side="right")) - 1
-        found: npt.NDArray[np.float32] = np.array(self._files[owner][row - self._starts[owner], view])
+        found: npt.NDArray[np.float32] = np.array(map_file(self._files[owner])[row - self._starts[owner], view])
         return found
 
 

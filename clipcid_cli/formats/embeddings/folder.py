@@ -18,7 +18,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import natural_key
 from clipcid_cli.formats.embeddings.extras import Extras, ViewParams, find_extras
-from clipcid_cli.formats.embeddings.npy import RowFile, find_npy
+from clipcid_cli.formats.embeddings.npy import Fingerprint, RowFile, find_npy
 from clipcid_cli.formats.embeddings.npz import MOST_UNPACKED, choose_arrays, find_array
 from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.fingerprints import FingerprintCache
 from clipcid_cli.formats.key_join import find_repeated_key
 from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
 
@@ -67,15 +68,17 @@ class EmbeddingFile:
         """Name of the file without its suffix, which stands for the shard where another tool did not record that."""
         return self.images.path.stem
 
-    def fingerprints(self, *, texts: bool = False, further: bool = False, views: bool = False) -> list[dict[str, Any]]:
+    def fingerprints(
+        self, of_file: Fingerprint, *, texts: bool = False, further: bool = False, views: bool = False
+    ) -> list[dict[str, Any]]:
         """Describe its files: those of image embeddings and metadata, and of what else is asked for and there."""
         extras = self.extras
         wanted: list[RowFile | None] = [self.images]
         wanted += [self.texts] if texts else []
         wanted += [extras.further] if further else []
         wanted += [extras.views, extras.view_params] if views else []
-        found = [part.fingerprint() for part in wanted if part is not None]
-        return found if self.metadata is None else [*found, fingerprint_file(self.metadata)]
+        found = [part.fingerprint(of_file) for part in wanted if part is not None]
+        return found if self.metadata is None else [*found, of_file(self.metadata)]
 
 
 class Embeddings:
@@ -93,8 +96,10 @@ class Embeddings:
         width: int,
         sidecar: dict[str, Any] | None,
         prefix_keys: bool = False,
+        cache: Path | None = None,
     ) -> None:
         self.folder, self.files, self.width, self.sidecar = folder, files, width, sidecar
+        self._cache = cache
         self._prefix_keys = prefix_keys and sidecar is None
         self.num_rows = sum(file.rows for file in files)
 
@@ -127,14 +132,13 @@ class Embeddings:
 
     def views(self) -> Rows:
         """Map the embeddings of the views, [N·V, D]: view v of row i is row i·V + v."""
-        parts = [file.extras.views.map() for file in self.files if file.extras.views is not None]
-        flat = [part.reshape(-1, self.width) for part in parts]
-        return Rows(flat, self.width, self.sidecar is not None)
+        parts = [file.extras.views for file in self.files if file.extras.views is not None]
+        return Rows(parts, self.width, self.sidecar is not None)
 
     def view_params(self) -> ViewParams:
         """Map what replays the views."""
         parts = [file.extras.view_params for file in self.files]
-        return ViewParams([part.map() for part in parts if part is not None], self.num_views)
+        return ViewParams([part for part in parts if part is not None], self.num_views)
 
     @property
     def has_further_captions(self) -> bool:
@@ -183,11 +187,26 @@ class Embeddings:
 
     def fingerprints(self, *, texts: bool = False, further: bool = False, views: bool = False) -> list[dict[str, Any]]:
         """Describe the files of every shard for a sidecar: what is asked for beside images and metadata."""
+        look = partial(EmbeddingFile.fingerprints, texts=texts, further=further, views=views)
+        return [entry for part in self._fingerprint(look) for entry in part]
+
+    def text_fingerprints(self) -> list[dict[str, Any]]:
+        """Describe the text embeddings of every shard."""
+
+        def look(file: EmbeddingFile, of_file: Fingerprint) -> list[dict[str, Any]]:
+            return [] if file.texts is None else [file.texts.fingerprint(of_file)]
+
+        return [entry for part in self._fingerprint(look) for entry in part]
+
+    def _fingerprint(
+        self, look: Callable[[EmbeddingFile, Fingerprint], list[dict[str, Any]]]
+    ) -> list[list[dict[str, Any]]]:
+        cache = None if self._cache is None else FingerprintCache(self._cache)
         with ThreadPoolExecutor(16) as pool:
-            parts = list(
-                pool.map(lambda file: file.fingerprints(texts=texts, further=further, views=views), self.files)
-            )
-        return [entry for part in parts for entry in part]
+            found = list(pool.map(lambda file: look(file, cache or fingerprint_file), self.files))
+        if cache is not None:
+            cache.save()
+        return found
 
     def captions_by_file(self) -> Iterator[tuple[EmbeddingFile, pa.ChunkedArray]]:
         """Yield each file with the captions of its rows, empty where there is none, one file in memory at a time."""
@@ -226,7 +245,7 @@ class Embeddings:
                 f"have to be unpacked into memory, and at most {MOST_UNPACKED / 2**30:g} GiB are.",
                 "Write them again uncompressed: numpy.savez(new, **numpy.load(old)).",
             )
-        return Rows([part.map() for part in parts], self.width, self.sidecar is not None)
+        return Rows(parts, self.width, self.sidecar is not None)
 
     def _column(
         self,
@@ -248,7 +267,9 @@ class Embeddings:
         return pa.chunked_array(chunks, type=pa.large_string())
 
 
-def open_embeddings(folder: Path, keys: str = "sample", npz_array: str | None = None) -> Embeddings:
+def open_embeddings(
+    folder: Path, keys: str = "sample", npz_array: str | None = None, cache: Path | None = None
+) -> Embeddings:
     """Open a folder of embeddings.
 
     Args:
@@ -258,6 +279,7 @@ def open_embeddings(folder: Path, keys: str = "sample", npz_array: str | None = 
         keys: ``shard`` puts the shard's name before each key of another tool's folder, where keys repeat across shards;
             `embed` has done so already where it was told to.
         npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
+        cache: Table in which the fingerprints of the files are remembered; None hashes them each time.
 
     Raises:
         ClipcidError: when there are no embeddings, they are unfinished, or files do not belong together.
@@ -301,7 +323,7 @@ def open_embeddings(folder: Path, keys: str = "sample", npz_array: str | None = 
         first += file.rows
     if first == 0:
         raise ClipcidError(f"{folder} holds {len(files)} files of embeddings without a row.", "Make them again.")
-    return Embeddings(folder, tuple(files), width, sidecar, prefix_keys=keys == "shard")
+    return Embeddings(folder, tuple(files), width, sidecar, prefix_keys=keys == "shard", cache=cache)
 
 
 _Part = tuple[RowFile, RowFile | None, Path | None]  # image embeddings, text embeddings, metadata

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.output import fingerprint_file
+
+Fingerprint = Callable[[Path], dict[str, Any]]
 
 
 class RowFile(Protocol):
@@ -39,8 +43,11 @@ class RowFile(Protocol):
     def map(self) -> npt.NDArray[Any]:
         """Return the rows, mapped where that can be done."""
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Describe the content for a sidecar: ``path``, ``size``, ``hash``."""
+    def fingerprint(self, of_file: Fingerprint) -> dict[str, Any]:
+        """Describe the content for a sidecar: ``path``, ``size``, ``hash``; `of_file` does that for a whole file."""
+
+    def __hash__(self) -> int:
+        """Files are told apart by path and part, so that maps of them can be remembered."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,8 @@ class NpyFile:
     path: Path
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    offset: int
+    fortran_order: bool = False
     unpacked: int = 0
 
     @property
@@ -63,36 +72,42 @@ class NpyFile:
         Raises:
             ClipcidError: when it cannot be read any more.
         """
-        return _map(self.path)
+        if 0 in self.shape:  # nothing to map
+            return np.empty(self.shape, self.dtype)
+        order: Literal["C", "F"] = "F" if self.fortran_order else "C"
+        try:
+            return np.memmap(self.path, self.dtype, "r", self.offset, self.shape, order)
+        except (OSError, ValueError) as error:
+            raise _unreadable(self.path, str(error)) from error
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, of_file: Fingerprint) -> dict[str, Any]:
         """Describe the file for a sidecar."""
-        return fingerprint_file(self.path)
+        return of_file(self.path)
 
 
 def find_npy(path: Path) -> NpyFile:
-    """Look at an npy's header.
+    """Look at an npy's header; the file is not mapped for it.
 
     Raises:
         ClipcidError: when it cannot be read, is cut off, or holds Python objects.
     """
-    array = _map(path)
-    return NpyFile(path, array.shape, array.dtype)
-
-
-def _map(path: Path) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any]
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        # An array without rows cannot be mapped, only read.
-        array = _load_empty(path, error)
-    return array
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, fortran_order, dtype = read_header(file)
+            offset, size = file.tell(), os.fstat(file.fileno()).st_size
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable(path, str(error)) from error
+    if dtype.hasobject or any(length < 0 for length in shape):
+        raise _unreadable(path, f"it holds {dtype} {list(shape)}")
+    needed = offset + math.prod(shape) * dtype.itemsize
+    if size < needed:
+        raise _unreadable(path, f"it is cut off: its header promises {needed:,} bytes, and it has {size:,}")
+    return NpyFile(path, shape, dtype, offset, fortran_order)
 
 
-def _load_empty(path: Path, error: Exception) -> npt.NDArray[Any]:
-    try:
-        array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError):
-        raise ClipcidError(f"{path} cannot be read: {error}.", "Make it again, or give other embeddings.") from error
-    return array
+def _unreadable(path: Path, why: str) -> ClipcidError:
+    return ClipcidError(f"{path} cannot be read: {why}.", "Make it again, or give other embeddings.")

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.npy import Fingerprint
 
 # What compressed arrays may take of each process's memory, all files together.
 MOST_UNPACKED = 4 * 2**30
@@ -77,7 +78,7 @@ class NpzArray:
             raise ClipcidError(f"{self.path} cannot be read: {error}.", _FIX) from error
         return array
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, of_file: Fingerprint) -> dict[str, Any]:
         """Describe the array for a sidecar, as `fingerprint_file` does a file: by the checksum of all its bytes."""
         return {"path": self.label, "size": self.size, "hash": f"crc32:{self.checksum:08x}"}
 

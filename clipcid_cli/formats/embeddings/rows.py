@@ -1,16 +1,27 @@
-"""Rows of embeddings: mapped from several files, and unit float16 whatever the files hold."""
+"""Rows of embeddings: mapped from any number of files, few of them at a time, and unit float16 whatever the files hold.
+
+A mapped file takes a descriptor, of which a process has 1,024, and one of the system's 65,530 maps: data of 41,000
+shards has more files than either. So a process keeps the maps it used last, `MAPS_KEPT` of them, whoever asked for them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from clipcid_cli.formats.embeddings.npy import RowFile
+
 Float16 = npt.NDArray[np.float16]
 
 BLOCK_ROWS = 65_536
+
+MAPS_KEPT = 96
+"""Files that a process holds mapped; mapping one anew takes 50 µs."""
 
 _ROWS_IN_CACHE = 512
 
@@ -18,14 +29,28 @@ _ROWS_IN_CACHE = 512
 _UNIT_TOLERANCE = 2e-3
 
 
-class Rows:
-    """Rows [N, D] that lie in several files, mapped into memory; read in slices or picked one by one."""
+@lru_cache(maxsize=MAPS_KEPT)
+def map_file(file: RowFile) -> npt.NDArray[Any]:
+    """Map a file's rows, or give the map held."""
+    return file.map()
 
-    def __init__(self, files: list[npt.NDArray[Any]], width: int, as_stored: bool) -> None:
+
+class Rows:
+    """Rows [N, D] in several files, mapped into memory as they are needed; read in slices or picked one by one."""
+
+    def __init__(self, files: Sequence[RowFile], width: int, as_stored: bool) -> None:
+        """Prepare to read.
+
+        Args:
+            files: Files of [n, D], or of [n, V, D], which are n·V rows.
+            as_stored: Whether all rows are unit float16 for sure, so that none has to be looked at.
+        """
         self._files = files
+        # Compressed arrays are unpacked once and stay: unpacking them again would take longer than all else.
+        self._unpacked = {number: file.map() for number, file in enumerate(files) if file.unpacked}
         # Whether a file's rows need no normalising; None until it is looked through, once.
         self._is_unit: list[bool | None] = [as_stored or None] * len(files)
-        self._starts = np.concatenate([[0], np.cumsum([len(file) for file in files], dtype=np.int64)])
+        self._starts = np.concatenate([[0], np.cumsum([math.prod(file.shape[:-1]) for file in files], dtype=np.int64)])
         self.shape = (int(self._starts[-1]), width)
 
     def __len__(self) -> int:
@@ -39,7 +64,7 @@ class Rows:
             begin = int(self._starts[number])
             if begin >= stop:
                 break
-            part = self._files[number][max(0, start - begin) : stop - begin]
+            part = self._rows(number)[max(0, start - begin) : stop - begin]
             if len(part):
                 parts.append(self._unit(number, part))
         if not parts:
@@ -53,18 +78,22 @@ class Rows:
         owners = np.searchsorted(self._starts, positions, side="right") - 1
         numbers = np.unique(owners)
         if len(numbers) == 1:
-            part = self._files[numbers[0]][positions - self._starts[numbers[0]]]
+            part = self._rows(int(numbers[0]))[positions - self._starts[numbers[0]]]
             return self._unit(int(numbers[0]), part)
         rows = np.empty((len(positions), self.shape[1]), dtype=np.float16)
         for number in numbers:
             wanted = np.flatnonzero(owners == number)
-            part = self._files[number][positions[wanted] - self._starts[number]]
+            part = self._rows(int(number))[positions[wanted] - self._starts[number]]
             rows[wanted] = self._unit(int(number), part)
         return rows
 
+    def _rows(self, number: int) -> npt.NDArray[Any]:
+        rows = self._unpacked[number] if number in self._unpacked else map_file(self._files[number])
+        return rows.reshape(-1, self.shape[1])
+
     def _unit(self, number: int, part: npt.NDArray[Any]) -> Float16:
         if self._is_unit[number] is None:
-            self._is_unit[number] = holds_unit_rows(self._files[number])
+            self._is_unit[number] = holds_unit_rows(self._rows(number))
         if not self._is_unit[number]:
             return unit_rows(part)
         # An array in an archive may begin at an odd byte.

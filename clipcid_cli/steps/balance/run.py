@@ -60,7 +60,8 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
     """
     with open_machine(settings.device) as machine:
         started = time.perf_counter()
-        embeddings = open_embeddings(_find_embeddings(settings, machine, reporter), settings.keys, settings.npz_array)
+        folder, cache = _find_embeddings(settings, machine, reporter), WorkDirectory(settings.work).fingerprints
+        embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
         seconds = {"embed": time.perf_counter() - started}
         if settings.dry_run:
             return estimate_cost(settings, machine, embeddings, reporter)
@@ -189,7 +190,7 @@ def _wanted(settings: BalanceSettings, embeddings: Embeddings) -> dict[str, Any]
     """Return the settings that decide what is written; all of them may change on an existing forest."""
     texts = None
     if settings.select == "similarity":
-        hashes = [file.texts.fingerprint()["hash"] for file in embeddings.files if file.texts is not None]
+        hashes = [entry["hash"] for entry in embeddings.text_fingerprints()]
         texts = hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
     names = ("keep", "threshold", "cosine_distance", "linkage", "select", "neighbors")
     return {name: getattr(settings, name) for name in names} | {

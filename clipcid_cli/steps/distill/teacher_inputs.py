@@ -99,7 +99,7 @@ def open_teacher(settings: DistillSettings, folder: Path, teacher: ModelName | N
     Raises:
         ClipcidError: when they are another model's, or lack captions that a loss needs.
     """
-    embeddings = open_embeddings(folder, settings.keys, settings.npz_array)
+    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, WorkDirectory(settings.work).fingerprints)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     if teacher is not None:
         _check_teacher(teacher, embeddings)

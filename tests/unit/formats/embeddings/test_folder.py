@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.rows import holds_unit_rows, unit_rows
+from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, holds_unit_rows, unit_rows
 from clipcid_cli.formats.embeddings.writer import (
     EmbeddingWriter,
     ShardRecord,
@@ -254,3 +255,21 @@ def test_rows_of_other_tools_are_normalised_only_where_they_need_it(tmp_path: Pa
         folder.mkdir()
         np.save(folder / "0.npy", rows)
         np.testing.assert_array_equal(open_embeddings(folder).images().read(0, 700), unit_rows(rows))
+
+
+def test_many_files_take_few_descriptors_and_maps(tmp_path: Path) -> None:
+    """41,000 shards have more files than a process may have open, and more than the system's maps."""
+    (tmp_path / "img_emb").mkdir()
+    whole = np.random.default_rng(0).normal(size=(600, 4))
+    whole = (whole / np.linalg.norm(whole, axis=1, keepdims=True)).astype(np.float16)
+    for number, row in enumerate(whole):
+        np.save(tmp_path / "img_emb" / f"img_emb_{number}.npy", row[None])
+    before = len(os.listdir("/proc/self/fd"))
+    rows = open_embeddings(tmp_path).images()
+    order = np.random.default_rng(1).permutation(600)
+    assert np.array_equal(rows.take(order), whole[order])
+    assert np.array_equal(rows.read(0, 600), whole)
+    assert len(os.listdir("/proc/self/fd")) - before <= MAPS_KEPT
+    assert MAPS_KEPT <= 128
+    maps = Path("/proc/self/maps").read_text().count(str(tmp_path))
+    assert 0 < maps <= MAPS_KEPT
