@@ -202,7 +202,7 @@ def test_predictions_comparison_and_report(
 
     page = (tmp_path / run.json["files"]["report"]).read_text()
     assert "http" not in page
-    for expected in ("things", "captions", "mean per class", "red thing", "data:image/webp;base64,", "taken for"):
+    for expected in ("things", "captions", "mean per class", "red thing", "data:image/webp;base64,", "misclassified"):
         assert expected in page
 
     files = [result["files"]["metrics"] for result in results]

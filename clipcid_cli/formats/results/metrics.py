@@ -1,6 +1,6 @@
 """Metrics files: one JSON object for a model on a data set, in CLIP_benchmark's fields, so that its tools read them.
 
-In the folder `eval/` lie only such files, beside `sidecars/`, which tells of each how it was made.
+The folder `eval/` holds nothing else but `sidecars/`, where a sidecar for each says how it was made.
 
 Source: LAION-AI/CLIP_benchmark 1.6.2, cli.py (`eval` writes them, `build` makes a table of them).
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
+from clipcid_cli.formats.output import read_sidecar, sidecar_path
 
 SIDECARS = "sidecars"
 FIELDS = ("dataset", "model", "pretrained", "task", "language", "metrics")
@@ -36,7 +37,7 @@ def make_metrics(
 
     Args:
         dataset: Name of the data set.
-        pretrained: Its tag, or the folder it was read from.
+        pretrained: Tag of its weights, or the folder they were read from.
         task: ``zeroshot_classification``, ``zeroshot_retrieval`` or ``linear_probe``.
         metrics: Values by name; NaN becomes null, since JSON has none.
         language: Language of class names and captions.
@@ -65,6 +66,11 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     write_json(path, {field: metrics[field] for field in FIELDS})
 
 
+def read_metrics_sidecar(path: Path) -> dict[str, Any] | None:
+    """Read the sidecar that says how a metrics file was made; None when there is none."""
+    return read_sidecar(sidecar_path(path.parent / SIDECARS, path.stem))
+
+
 def read_metrics(path: Path) -> dict[str, Any]:
     """Read a metrics file, ours or CLIP_benchmark's.
 
@@ -83,8 +89,18 @@ def read_metrics(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def summary_table(folder: Path) -> Path:
+    """Return where the csv of all pairs of one `eval-zeroshot` is."""
+    return folder / "results.csv"
+
+
+def summary_report(folder: Path) -> Path:
+    """Return where the report on all pairs of one `eval-zeroshot` is."""
+    return folder / "report.html"
+
+
 def write_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows; what a row lacks, or None, is an empty cell."""
+    """Write rows as csv; a value that is None or absent is an empty cell."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""The table and the report of an `eval-zeroshot`: all pairs of one call, from their metrics files and sidecars."""
+"""The table and the report of `eval-zeroshot`: all pairs of one call, from their metrics files and sidecars."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.data.samples import Location
-from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.report import render_report, thumbnail
-from clipcid_cli.formats.results.metrics import SIDECARS, write_results
+from clipcid_cli.formats.results.metrics import read_metrics_sidecar, summary_report, summary_table, write_results
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.steps.reporting import Reporter
@@ -21,29 +20,25 @@ def write_summary(work: WorkDirectory, results: list[dict[str, Any]], reporter: 
     """Write the table (csv) and the report of one call; those of the call before are replaced.
 
     Args:
-        results: The objects that `eval-zeroshot` answers with, one a pair.
-        reporter: Told when example images have gone.
+        results: The objects that `eval-zeroshot` returns, one per pair.
 
     Returns:
         ``table`` and ``report``: their paths.
     """
-    table, report = work.eval_summary / "results.csv", work.eval_summary / "report.html"
+    table, report = summary_table(work.eval_summary), summary_report(work.eval_summary)
     table.parent.mkdir(parents=True, exist_ok=True)
     write_results(table, [_row(result) for result in results])
-    gone = _Gone()
-    page = render_report(
-        "eval_zeroshot.html",
-        tables=_tables(results),
-        details=[_detail(result, gone) for result in results],
-    )
-    if gone.count:
-        reporter.note(f"{report}: {gone.count} example images are left out, since they are no longer where they were.")
+    details = [_detail(result) for result in results]
+    page = render_report("eval_zeroshot.html", tables=_tables(results), details=details)
+    missing = sum(detail["missing_examples"] for detail in details)
+    if missing:
+        reporter.note(f"{report}: {missing} example images are left out, since they can no longer be read.")
     write_text(report, page)
     return {"table": str(table), "report": str(report)}
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
-    """One line of the csv: every metric with the ends of its interval."""
+    """One row of the csv: every metric with the ends of its interval."""
     row = {name: result[name] for name in ("model", "pretrained", "dataset", "task", "images")}
     row |= {"images_per_second": result["images_per_second"], "customary": result["customary"]}
     for name, value in result["metrics"].items():
@@ -70,8 +65,8 @@ def _table_row(result: dict[str, Any]) -> dict[str, Any]:
         "images": result["images"],
         "cells": [
             {
-                "value": _percent(value),
-                "interval": _interval(result["intervals"].get(name)),
+                "value": value,
+                "interval": result["intervals"].get(name),
                 "customary": name == result["customary"],
             }
             for name, value in result["metrics"].items()
@@ -79,15 +74,16 @@ def _table_row(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _detail(result: dict[str, Any], gone: _Gone) -> dict[str, Any]:
-    """What the report says of one pair beside its numbers."""
-    metrics = Path(result["files"]["metrics"])
-    sidecar = read_sidecar(sidecar_path(metrics.parent / SIDECARS, metrics.stem))
+def _detail(result: dict[str, Any]) -> dict[str, Any]:
+    """What the report shows of one pair below the table of metrics."""
+    sidecar = read_metrics_sidecar(Path(result["files"]["metrics"]))
     assert sidecar is not None, "a result has its sidecar"
+    settings = sidecar["settings"]
     present = [row for row in sidecar["per_class"] if row["images"]]
     ordered = sorted(present, key=lambda row: row["value"])
-    examples = [example | {"source": gone.picture(example)} for example in sidecar["examples"]]
-    examples = [example for example in examples if example["source"]]
+    examples = [
+        example | {"source": source} for example in sidecar["examples"] if (source := _thumbnail(example)) is not None
+    ]
     wrong: dict[str, list[dict[str, Any]]] = {}
     for example in examples:
         if example["label"] != example["predicted"]:
@@ -95,39 +91,26 @@ def _detail(result: dict[str, Any], gone: _Gone) -> dict[str, Any]:
     return {
         "model": _model_name(result),
         "dataset": result["dataset"],
-        "measure": "average precision" if sidecar["settings"]["multi_label"] else "recall",
-        "worst": [_class_row(row) for row in ordered[:_WORST_SHOWN]],
-        "classes": [_class_row(row) for row in sidecar["per_class"]] if len(present) > _WORST_SHOWN else [],
+        "measure": "average precision" if settings["multi_label"] else "recall",
+        "worst": ordered[:_WORST_SHOWN],
+        "classes": sidecar["per_class"] if len(present) > _WORST_SHOWN else [],
         "right": [example for example in examples if example["label"] == example["predicted"]],
         "wrong": wrong,
+        "missing_examples": len(sidecar["examples"]) - len(examples),
         "settings": {
-            "templates": ", ".join(sidecar["settings"]["templates"][:3])
-            + (" …" if len(sidecar["settings"]["templates"]) > 3 else ""),
-            "precision": sidecar["settings"]["precision"],
-            "batch size": sidecar["settings"]["batch_size"],
+            "templates": ", ".join(settings["templates"][:3]) + (" …" if len(settings["templates"]) > 3 else ""),
+            "precision": settings["precision"],
+            "batch size": settings["batch_size"],
             "skipped": ", ".join(f"{count} {reason}" for reason, count in result["skipped"].items()) or "nothing",
             "metrics file": result["files"]["metrics"],
         },
     }
 
 
-def _class_row(row: dict[str, Any]) -> dict[str, Any]:
-    return row | {"value": _percent(row["value"])}
-
-
-class _Gone:
-    """Reads example images and counts those that cannot be read any more."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def picture(self, example: dict[str, Any]) -> str:
-        """Return an example's thumbnail, empty when the image has gone."""
-        image = read_image(Location(example["path"], example["offset"], example["size"]))
-        if isinstance(image, SkippedImage):
-            self.count += 1
-            return ""
-        return thumbnail(image)
+def _thumbnail(example: dict[str, Any]) -> str | None:
+    """Return an example's image as a small ``data:`` URL; None when it can no longer be read."""
+    image = read_image(Location(example["path"], example["offset"], example["size"]))
+    return None if isinstance(image, SkippedImage) else thumbnail(image)
 
 
 def _model_name(result: dict[str, Any]) -> str:
@@ -142,11 +125,3 @@ def _title(name: str) -> str:
         "mean_average_precision_11_point": "mAP, 11 points",
     }
     return titles.get(name, name.replace("_retrieval_recall@", " R@"))
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def _interval(bounds: list[float] | None) -> str:
-    return "" if bounds is None else f"{100 * bounds[0]:.1f} … {100 * bounds[1]:.1f}"
