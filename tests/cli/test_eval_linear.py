@@ -270,7 +270,7 @@ def test_bad_input_gives_one_error_and_leaves_nothing(
         assert not (run.cwd / "clipcid-work").exists()
     run = clipcid("eval-linear", tiny_model, "--train", lonely, "--test", colours / "test", check=False)
     assert run.returncode == 1
-    assert "nothing can be held out" in " ".join(run.stderr.split())
+    assert "none can be held out" in " ".join(run.stderr.split())
     assert not list((run.cwd / "clipcid-work" / "eval").glob("*.json"))
 
 

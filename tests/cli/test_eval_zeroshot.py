@@ -183,7 +183,7 @@ def test_predictions_comparison_and_report(
     without = clipcid("eval-zeroshot", tiny_model, classification, "--json").json
     assert "predictions" not in without["files"]
     run = clipcid("eval-zeroshot", tiny_model, classification, retrieval, "--model", other, "--predictions", "--json")
-    assert "without predictions; measuring" in run.stderr
+    assert "has no predictions; measuring" in run.stderr
     results = run.json["results"]
 
     one = results[0]

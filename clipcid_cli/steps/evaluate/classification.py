@@ -38,11 +38,11 @@ def measure_classification(embeddings: TaskEmbeddings, weights: torch.Tensor, re
     ]
     predicted, ranks = (torch.cat(parts) for parts in zip(*ranked, strict=True))
     if num_classes < ACCURACY_TOP_K:
-        reporter.note(f"{task.name}: acc5 is null, since there are only {num_classes} classes.")
+        reporter.note(f"{task.name}: acc5 is null because there are only {num_classes} classes.")
     absent = num_classes - len(torch.unique(labels))
     if absent:
         reporter.note(
-            f"{task.name}: {absent} of {num_classes} classes have no image; the mean over classes leaves them out."
+            f"{task.name}: {absent} of {num_classes} classes have no image; the mean over classes ignores them."
         )
     intervals = {}
     if embeddings.replicates:

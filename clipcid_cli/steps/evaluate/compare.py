@@ -72,7 +72,7 @@ def _refuse_other_data(first: Predictions, second: Predictions) -> None:
         return
     if first.kind in (CLASSIFICATION, MULTI_LABEL):
         raise ClipcidError(
-            f"The results are of the same images and other classes ({first.num_classes} and {second.num_classes}, or in "
+            f"The results are of the same images with other classes ({first.num_classes} and {second.num_classes}, or in "
             "another order).",
             fix,
         )

@@ -1,4 +1,4 @@
-"""`eval-linear`: frozen features of both splits → logistic regression, its strength chosen on held-out images → metrics."""
+"""`eval-linear`: frozen features of both splits → logistic regression, C chosen on held-out images → metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 TASK = "linear_probe"
-# Few-shot curves come and go beside the same probe.
+# The probe itself does not depend on them.
 _REPLACEABLE = frozenset({"shots", "shot_repeats"})
 
 
@@ -36,9 +36,9 @@ def run(settings: EvalLinearSettings, reporter: Reporter) -> dict[str, Any]:
 
     Returns:
         The JSON object: CLIP_benchmark's fields with ``lp_acc1, lp_acc5, lp_mean_per_class_recall`` (where images have
-        several classes ``lp_mean_average_precision, lp_mean_average_precision_11_point``), and ``metric`` (the one C was
-        chosen by), ``c`` (the chosen strength), ``validation_score, sweep{c[], score[]}, shots[]`` (as
-        `ProbeFits.few_shots` returns them), ``images, train_images`` (all that the last fit takes),
+        several classes ``lp_mean_average_precision, lp_mean_average_precision_11_point``), and ``metric`` (by which C was
+        chosen), ``c`` (the chosen value), ``validation_score, sweep{c[], score[]}, shots[]`` (as
+        `ProbeFits.few_shots` returns them), ``images, train_images`` (all that the final fit uses),
         ``validation_images, classes, skipped{train{}, test{}, val{}}, seconds{encode, sweep, refit, shots}, files{},
         reused``.
 
@@ -84,7 +84,7 @@ def _evaluate(
         # Without --shots, an earlier probe that also has a few-shot curve already answers the question.
         usable = output.finished if settings.shot_counts else output.finished or output.earlier
         if usable is not None and machine.on_main(path.is_file):
-            reporter.note(f"{path} holds {evaluated.name.spec} on {data.name} already.")
+            reporter.note(f"{path} already holds {evaluated.name.spec} on {data.name}.")
             record = machine.on_main(lambda: read_metrics(path))
             return {**record, **usable["result"], "files": {"metrics": str(path)}, "reused": True}
         started = time.perf_counter()
@@ -175,7 +175,7 @@ def _fit(
     solution = fits.refit(best)
     metrics = fits.measure(solution.classifier, test)
     if "acc5" in metrics and len(data.classes) < ACCURACY_TOP_K:
-        reporter.note(f"lp_acc5 is null, since there are only {len(data.classes)} classes.")
+        reporter.note(f"lp_acc5 is null because there are only {len(data.classes)} classes.")
     refitted = time.perf_counter()
     shots = fits.few_shots(test)
     result = {
@@ -199,8 +199,8 @@ def _fit(
 def _warn_of_edge(best: SweepPoint, points: list[SweepPoint], reporter: Reporter) -> None:
     if best.c in (points[0].c, points[-1].c):
         reporter.warn(
-            f"The best C is {best.c:.3g}, an end of the range {points[0].c:.3g} … {points[-1].c:.3g} that was tried: a "
-            "better one may lie beyond."
+            f"The best C is {best.c:.3g}, an end of the range {points[0].c:.3g} … {points[-1].c:.3g} that was tried; a "
+            "better one may lie outside."
         )
 
 

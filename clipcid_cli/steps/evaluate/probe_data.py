@@ -1,4 +1,4 @@
-"""What `eval-linear` reads: splits with the same classes to fit, choose and measure on, and a model's features of each."""
+"""What `eval-linear` reads: splits with the same classes to fit, validate and measure on, and a model's features of each."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class ProbeData:
 
     Attributes:
         name: Name of the data set.
-        classes: Names of the classes; a class of the training split is numbered by its place here.
-        metric: Metric by which a strength is chosen.
-        val: What to choose a strength on; None takes a part of the training split.
+        classes: Names of the classes, in the order of the training split's labels.
+        metric: Metric by which the regularisation strength is chosen.
+        val: Split on which it is chosen; None takes part of the training split.
     """
 
     name: str
@@ -52,7 +52,7 @@ class ProbeData:
 
 
 def open_probe_data(settings: EvalLinearSettings, reporter: Reporter) -> ProbeData:
-    """Open all splits and bring their classes together: folders of classes by name, numbered classes by number.
+    """Open all splits and match their classes: class folders by name, numbered classes by number.
 
     Raises:
         ClipcidError: when a split is missing, has no classes, or has classes that the training split lacks.
@@ -64,7 +64,7 @@ def open_probe_data(settings: EvalLinearSettings, reporter: Reporter) -> ProbeDa
         if "://" not in data and "{" not in data and not Path(data).exists():
             raise ClipcidError(
                 f"There is no data at {data}.",
-                f"Give {flag}, or a DATA folder that holds train/ and test/; the first positional is the model.",
+                f"Give {flag}, or a DATA folder that holds train/ and test/; the first positional argument is the model.",
             )
         columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
         splits.append(open_dataset(data, keys=settings.keys, columns=columns))
@@ -86,7 +86,7 @@ def open_probe_data(settings: EvalLinearSettings, reporter: Reporter) -> ProbeDa
 
 
 def _labels_of(train: Dataset, other: Dataset) -> tuple[int, ...] | None:
-    """Return the training split's number of each of another split's folders of classes; None where classes are numbered."""
+    """Return the training split's label of each class folder of another split; None where classes are numbered."""
     if train is other or other.classes is None or train.classes is None:
         return None
     unknown = sorted(set(other.classes) - set(train.classes))
@@ -94,16 +94,16 @@ def _labels_of(train: Dataset, other: Dataset) -> tuple[int, ...] | None:
         raise ClipcidError(
             f"{other.spec} has {len(unknown)} classes that {train.spec} lacks: {', '.join(unknown[:5])}"
             f"{', …' if len(unknown) > 5 else ''}.",
-            "Name the folders of both splits alike.",
+            "Give the class folders of both splits the same names.",
         )
     return tuple(train.classes.index(name) for name in other.classes)
 
 
 def _locate(settings: EvalLinearSettings, reporter: Reporter) -> tuple[str, str, str]:
-    """Return the name of the data set and where its two splits lie.
+    """Return the name of the data set and where its two splits are.
 
     Raises:
-        ClipcidError: when the data set is named by its preset, and there is no local copy.
+        ClipcidError: when a known data set is named and has no local copy.
     """
     found = find_copy(settings.data, settings.data_root, reporter) if settings.data is not None else None
     name, folder = (found[0].name, str(found[1])) if found is not None else (None, str(settings.data).rstrip("/"))
@@ -120,21 +120,21 @@ def _has_several(data: str, train: Dataset) -> bool:
     return first.label is None and (first.labels is not None or first.multi_hot is not None)
 
 
-def choose_metric(wanted: str, name: str, *, several: bool) -> str:
-    """Return the metric a strength is chosen by: the one asked for, or the data set's customary one.
+def choose_metric(requested: str, name: str, *, several: bool) -> str:
+    """Return the metric by which the regularisation strength is chosen: the one requested, or the data set's customary one.
 
     Raises:
-        UsageError: when images have one class and the metric is for several, or the reverse.
+        UsageError: when images have one class each and the metric needs several, or the reverse.
     """
     possible = MULTI_LABEL_METRICS if several else SINGLE_LABEL_METRICS
-    if wanted == "auto":
+    if requested == "auto":
         return customary_metric(name, possible)
-    if wanted not in possible:
+    if requested not in possible:
         raise UsageError(
-            f"--metric {wanted} does not fit {name}, where an image has {'several classes' if several else 'one class'}.",
+            f"--metric {requested} does not fit {name}, where an image has {'several classes' if several else 'one class'}.",
             f"Choose {' or '.join(metric for metric in possible if metric in METRICS)}.",
         )
-    return wanted
+    return requested
 
 
 def _class_names(data: str, splits: Sequence[Dataset]) -> tuple[str, ...]:
@@ -145,18 +145,18 @@ def _class_names(data: str, splits: Sequence[Dataset]) -> tuple[str, ...]:
     if path is not None:
         return read_class_names(path)
     samples = [sample for dataset in splits for shard in dataset.shards for sample in shard.samples()]
-    count = max((_least_classes(sample) for sample in samples), default=0)
+    count = max((_min_classes(sample) for sample in samples), default=0)
     if not count:
         raise ClipcidError(
             f"{train.spec}: no sample has a class.",
-            "A linear probe needs a .cls beside each image (or a .npy with a 1 for each of its classes), a `label` column "
+            "A linear probe needs a .cls next to each image (or a .npy with a 1 for each of its classes), a `label` column "
             "or one folder per class.",
         )
     return tuple(str(number) for number in range(count))
 
 
-def _least_classes(sample: Sample) -> int:
-    """Return how many classes there are at least, by one sample."""
+def _min_classes(sample: Sample) -> int:
+    """Return the smallest number of classes that one sample allows."""
     if sample.multi_hot is not None:
         return read_vector_length(sample)
     numbers = sample.labels if sample.labels is not None else (sample.label,) if sample.label is not None else ()

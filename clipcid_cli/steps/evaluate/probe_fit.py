@@ -1,4 +1,4 @@
-"""The fits of `eval-linear`: a strength is chosen on held-out images, then the probe is fitted on all, or on a few."""
+"""The fits of `eval-linear`: the regularisation strength is chosen on held-out images, then the probe is fitted on all."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class LabelledFeatures:
     labels: torch.Tensor
 
     def __getitem__(self, chosen: torch.Tensor) -> LabelledFeatures:
-        """Return some of them, by number or mask."""
+        """Return some of them, by index or mask."""
         chosen = chosen.to(self.rows.device)
         return LabelledFeatures(self.rows[chosen], self.labels[chosen])
 
     def join(self, other: LabelledFeatures) -> LabelledFeatures:
-        """Return these and others."""
+        """Return both together."""
         return LabelledFeatures(torch.cat([self.rows, other.rows]), torch.cat([self.labels, other.labels]))
 
     def __len__(self) -> int:
@@ -58,12 +58,12 @@ class ProbeFits:
     """All fits on one training split.
 
     Args:
-        held_out: The images a strength is chosen on; None takes a part of the training images.
-        metric: Metric by which a strength is chosen.
+        held_out: Images on which the regularisation strength is chosen; None takes part of the training images.
+        metric: Metric by which it is chosen.
         settings: Share held out, shots and seed.
 
     Raises:
-        ClipcidError: when nothing can be held out or told apart, or no class has as many images as asked for.
+        ClipcidError: when nothing can be held out, classes do not differ, or no class has as many images as --shots.
     """
 
     def __init__(
@@ -91,27 +91,27 @@ class ProbeFits:
         held_out = split_by_class(images.labels, settings.val_fraction, derive_seed("probe", settings.seed))
         if not held_out.any():
             raise ClipcidError(
-                "The training split has one image of each class: nothing can be held out to choose C on.",
-                "Give --train more images of a class, or --val.",
+                "The training split has one image per class, so none can be held out to choose C.",
+                "Give more images per class with --train, or validation images with --val.",
             )
         return images[~held_out], images[held_out]
 
     def _check_classes(self) -> None:
-        """Refuse images of several classes that all have the same, and validation images without any."""
+        """Where images may have several classes, refuse those that all have the same, and validation images without any."""
         fitted = self.fitted.labels
         if fitted.ndim == 2 and not bool(self.held_out.labels.any()):
             raise ClipcidError(
-                "No validation image has a class: nothing tells which C is best.",
-                "Give --val images with classes, or leave it out.",
+                "No validation image has a class, so C cannot be chosen.",
+                "Give images with classes with --val, or omit it.",
             )
         if fitted.ndim == 2 and bool((fitted.all(dim=0) | ~fitted.any(dim=0)).all()):
             raise ClipcidError(
-                "Every class is one that all training images have, or none: no class tells one training image from another.",
+                "Every class belongs to all training images or to none, so there is nothing to learn.",
                 "Give images that differ in their classes.",
             )
 
     def _check_shots(self) -> None:
-        """Refuse more shots than any class has, and tell where some classes have too few."""
+        """Refuse more shots than any class has images, and warn where some classes have too few."""
         labels = self.fitted.labels
         images_C = labels.sum(dim=0) if labels.ndim == 2 else torch.bincount(labels, minlength=self.classes)
         present_C = images_C[images_C > 0]
@@ -119,27 +119,26 @@ class ProbeFits:
             few = int((present_C < shots).sum())
             if few == len(present_C):
                 raise ClipcidError(
-                    f"--shots {shots}: no class has {shots} training images beside those held out; the largest has "
+                    f"--shots {shots}: no class has {shots} training images besides those held out; the largest has "
                     f"{int(images_C.max())}.",
                     "Give smaller numbers, or hold out less with --val-fraction.",
                 )
             if few:
                 self.reporter.warn(
-                    f"--shots {shots}: {few} of {len(present_C)} classes have fewer images; they give all they have."
+                    f"--shots {shots}: {few} of {len(present_C)} classes have fewer images, all of which are used."
                 )
 
     def sweep(self) -> list[SweepPoint]:
-        """Fit every strength on the one part of the training images and measure it on the other."""
+        """Fit every strength on the images to fit on, and measure it on the held-out ones."""
         self.reporter.note(
-            f"Fitting {len(self.grid)} strengths on {len(self.fitted):,} images, measuring them on "
-            f"{len(self.held_out):,}."
+            f"Fitting {len(self.grid)} values of C on {len(self.fitted):,} images, choosing on {len(self.held_out):,}."
         )
         with self.reporter.progress("Linear probe", len(self.grid), "values of C") as progress:
             points = self._sweep(self.fitted, progress.advance)
         short = [point for point in points if not point.solution.converged]
         if short:
             self.reporter.warn(
-                f"{len(short)} of {len(points)} fits ended before they were solved, the first at C = {short[0].c:.3g} with "
+                f"{len(short)} of {len(points)} fits did not converge, the first at C = {short[0].c:.3g} with "
                 f"a gradient norm of {short[0].solution.gradient_norm:.2e}."
             )
         return points
@@ -155,14 +154,14 @@ class ProbeFits:
         return points
 
     def refit(self, chosen: SweepPoint) -> Solution:
-        """Fit the chosen strength on all training images."""
+        """Fit with the chosen strength on all training and validation images."""
         with threads_for(self.images.rows.numel() * self.classes):
             problem = ProbeProblem(self.images.rows, self.images.labels, self.classes)
             solution = problem.fit(chosen.c, chosen.solution.classifier)
         if not solution.converged:
             self.reporter.warn(
-                f"The fit ended at a gradient norm of {solution.gradient_norm:.2e} after {solution.iterations} "
-                f"iterations; it should be {TOLERANCE:g} at most."
+                f"The fit did not converge: the gradient norm is {solution.gradient_norm:.2e} after {solution.iterations} "
+                f"iterations (tolerance {TOLERANCE:g})."
             )
         return solution
 
@@ -171,13 +170,13 @@ class ProbeFits:
         return measure(classifier.weights_CD, classifier.bias_C, images.rows, images.labels, self.classes)
 
     def few_shots(self, test: LabelledFeatures) -> list[dict[str, Any]]:
-        """Fit on few images of each class, several times over, and measure on the test images.
+        """Fit on a few images of each class, repeatedly, and measure on the test images.
 
-        Each draw is a probe of its own: drawn from what is not held out, its strength chosen on what is, not refitted.
+        Each draw is a separate probe: its images are not held out, its strength is chosen on those that are, no refit.
 
         Returns:
             For each number of shots ``shots, images, c[], at_edge, metrics{name: {mean, std, values[]}}``, with one value
-            for each draw; ``std`` is null for a single draw.
+            per draw; ``std`` is null for a single draw.
         """
         shot_counts, repeats = self.settings.shot_counts, self.settings.shot_repeats
         found: list[dict[str, Any]] = []
@@ -198,7 +197,7 @@ class ProbeFits:
                 if at_edge:
                     self.reporter.warn(
                         f"--shots {shots}: the best C of {at_edge} of {repeats} draws is an end of the range "
-                        f"{self.grid[0]:.3g} … {self.grid[-1]:.3g} that was tried: a better one may lie beyond."
+                        f"{self.grid[0]:.3g} … {self.grid[-1]:.3g} that was tried; a better one may lie outside."
                     )
                 found.append(
                     {
@@ -206,14 +205,16 @@ class ProbeFits:
                         "images": max(draws),
                         "c": chosen,
                         "at_edge": at_edge,
-                        "metrics": {f"lp_{name}": _sum_up([one[name] for one in metrics]) for name in metrics[0]},
+                        "metrics": {
+                            f"lp_{name}": _describe_draws([one[name] for one in metrics]) for name in metrics[0]
+                        },
                     }
                 )
         return found
 
 
-def _sum_up(values: list[float]) -> dict[str, Any]:
-    """Return mean and sample standard deviation; null what says nothing."""
+def _describe_draws(values: list[float]) -> dict[str, Any]:
+    """Return mean and sample standard deviation; None where there is none."""
     if any(math.isnan(value) for value in values):
         return {"mean": None, "std": None, "values": [None if math.isnan(value) else value for value in values]}
     return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}

@@ -24,7 +24,7 @@ def measure_retrieval(embeddings: TaskEmbeddings, device: torch.device, reporter
     smallest = min(len(images), len(texts))
     if smallest <= max(RECALL_AT):
         reporter.note(
-            f"{task.name}: with {len(images)} images and {len(texts)} captions, recall at {smallest} or more says little."
+            f"{task.name}: with {len(images)} images and {len(texts)} captions, recall at {smallest} or more means little."
         )
     image_ranks, text_ranks = (ranks.cpu() for ranks in retrieval_ranks(images, texts, image_of_text.to(device)))
     intervals = {}

@@ -27,7 +27,7 @@ from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 CLASSIFICATION = "zeroshot_classification"
 RETRIEVAL = "zeroshot_retrieval"
 MULTI_LABEL = "multilabel"
-# CLIP_benchmark, too, calls the task of images with several classes a classification.
+# As in CLIP_benchmark, images with several classes are a classification, too.
 _TASKS = {"classification": CLASSIFICATION, MULTI_LABEL: CLASSIFICATION, "retrieval": RETRIEVAL}
 
 
@@ -41,9 +41,9 @@ class ZeroshotTask:
         class_names: Names of the classes, in order of the labels; none for retrieval.
         templates: Prompt templates; none for retrieval.
         held_out: Share of the samples that is used, by hash of the key; None uses all.
-        label_of: Label by the data set's own number of the class, where class names and folders are in different orders.
+        label_of: Label of each class folder, where folders and class names are in different orders; else None.
         multi_label: Whether an image may have any number of classes.
-        customary: Name of the metric the data set is usually reported by.
+        customary: Name of the metric usually reported for the data set.
     """
 
     name: str
@@ -81,7 +81,7 @@ class ZeroshotTask:
         return self.label_of[sample.label] if self.label_of is not None else sample.label
 
     def has_label(self, sample: Sample) -> bool:
-        """Tell whether a sample says which class, or for several-class data which classes, it has."""
+        """Tell whether a sample has a class, or, where it may have several, a list of them."""
         if self.multi_label:
             return sample.multi_hot is not None or sample.labels is not None or sample.label is not None
         return self.label(sample) is not None
@@ -100,7 +100,7 @@ class ZeroshotTask:
         return positive
 
     def describe(self) -> dict[str, Any]:
-        """Return what decides the metrics beside model and data, for the sidecar."""
+        """Return what determines the metrics besides model and data, for the sidecar."""
         return {
             "dataset": self.name,
             "task": self.task,
@@ -169,13 +169,13 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
 
 
 def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[Preset, Path] | None:
-    """Find the local copy of a usual data set, and tell where it was found.
+    """Find the local copy of a known data set, and report where it was found.
 
     Args:
         root: Folder of the local copies.
 
     Returns:
-        The data set and its folder; None when it is not named as one.
+        The data set and its folder; None when the name is not that of a known data set.
 
     Raises:
         ClipcidError: when there is no copy.
@@ -183,9 +183,9 @@ def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[Preset, Path] 
     found = find_known_dataset(name, root)
     if found is not None:
         preset, folder = found
-        reporter.note(f"Data: {preset.name} (usually reported by {preset.metric}) in {folder}.")
+        reporter.note(f"Data: {preset.name} (usually reported: {preset.metric}) in {folder}.")
         if Path(name).exists() and not Path(name).samefile(folder):
-            reporter.note(f"The path {name} that lies here is another; it is named ./{name}.")
+            reporter.note(f"The path {name} in this directory is not used; to use it, write ./{name}.")
     return found
 
 
@@ -209,6 +209,6 @@ def _choose_task(folder: BenchmarkFolder, dataset: Dataset, settings: EvalZerosh
         return "retrieval"
     raise ClipcidError(
         f"{folder.data}: sample {first.key} has neither a class nor a caption.",
-        "Classification needs a .cls beside each image, a `label` column or one folder per class; retrieval a .txt or a "
+        "Classification needs a .cls next to each image, a `label` column or one folder per class; retrieval a .txt or a "
         "caption column; a .npy of zeros and ones is read with --task multilabel.",
     )

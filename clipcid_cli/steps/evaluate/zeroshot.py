@@ -1,4 +1,4 @@
-"""`eval-zeroshot`: every model on every data set: embed, compare, write one metrics file for each pair."""
+"""`eval-zeroshot`: every model on every data set: embed, measure, write one metrics file per pair."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def _refuse_clashes(names: list[ModelName], tasks: list[ZeroshotTask]) -> None:
     if twice is not None:
         raise UsageError(
             f"Two of the pairs would write the same metrics file, {twice}.json.",
-            "Name each model and data set once, and evaluate folders of equal names by commands with different --work.",
+            "Name each model and data set once, and evaluate folders of the same name in separate commands with different "
+            "--work.",
         )
 
 
@@ -121,18 +122,18 @@ def _evaluate_pair(
         settings=identity,
         inputs=evaluated.fingerprints() + fingerprints,
         overwrite=settings.overwrite,
-        # They decide the intervals only, which are not worth an error.
+        # They change the intervals only.
         replaceable=frozenset({"bootstrap", "seed"}),
         resumable=False,
     ) as output:
         has_rows = machine.on_main(rows.is_file)
         if output.finished is not None and machine.on_main(path.is_file):
             if not settings.predictions or has_rows:
-                reporter.note(f"{path} holds {evaluated.name.spec} on {task.name} already.")
+                reporter.note(f"{path} already holds {evaluated.name.spec} on {task.name}.")
                 return _result(machine.on_main(lambda: read_metrics(path)), output.finished, path, reused=True)
-            reporter.note(f"{path} is there without predictions; measuring {evaluated.name.spec} on {task.name} again.")
+            reporter.note(f"{path} has no predictions; measuring {evaluated.name.spec} on {task.name} again.")
         if has_rows and (output.finished or output.earlier) is not None:
-            # They are of this very model and data: other draws are no reason to lose them.
+            # They belong to the same model and data, and do not depend on the draws: keep them up to date.
             settings = dataclasses.replace(settings, predictions=True)
         measured = measure(evaluated.encoder(), task, settings)
         result = measured.result
