@@ -87,7 +87,9 @@ def test_a_refit_takes_every_image() -> None:
 
 
 def test_what_cannot_be_drawn_or_held_out_is_refused() -> None:
-    with pytest.raises(ClipcidError, match="no class has 17 training images besides those held out; the largest has 16"):
+    with pytest.raises(
+        ClipcidError, match="no class has 17 training images besides those held out; the largest has 16"
+    ):
         make_fits(make_images([20, 10]), shots="17")
     with pytest.raises(ClipcidError, match="none can be held out"):
         make_fits(make_images([1, 1]))
