@@ -94,7 +94,7 @@ assert not any(name.startswith("clipcid") for name in sys.modules)
     assert answers["agreement"] == 1
 
     again = clipcid("export", quick_model, "--format", "open-clip", "--format", "onnx", "--data", tiny_shards, "--json")
-    assert "holds this export already" in again.stderr
+    assert "already holds this export" in again.stderr
     assert again.json["parity"] == result["parity"]
 
 
@@ -318,7 +318,7 @@ def test_a_model_is_not_written_over_itself(clipcid: Callable[..., Run], tiny_mo
         (
             ["WIDE", "--format", "onnx", "--classnames", "names.txt"],
             1,
-            "preprocess_cfg.size is [16, 32], which is not offered inside the graph. Leave out --classnames,",
+            "preprocess_cfg.size is [16, 32], which the graph cannot express. Omit --classnames,",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -1,4 +1,4 @@
-"""How far two ways of computing the same embeddings are apart."""
+"""How close two implementations of one model are, by their embeddings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
-    """The largest disagreement found so far between two sets of rows.
+class RowDifference:
+    """The largest difference found so far between two sets of rows.
 
     Attributes:
         max_difference: Largest absolute difference of two entries; infinite when any is not a number.
@@ -19,16 +19,16 @@ class Difference:
     max_difference: float = 0.0
     min_cosine: float = 1.0
 
-    def merge(self, other: Difference) -> Difference:
-        """Return the larger disagreement of both."""
-        return Difference(max(self.max_difference, other.max_difference), min(self.min_cosine, other.min_cosine))
+    def merge(self, other: RowDifference) -> RowDifference:
+        """Return the larger difference in each measure."""
+        return RowDifference(max(self.max_difference, other.max_difference), min(self.min_cosine, other.min_cosine))
 
-    def within(self, limit: Difference) -> bool:
-        """Tell whether this disagreement is no larger than `limit`, in both measures."""
+    def within(self, limit: RowDifference) -> bool:
+        """Tell whether this difference is no larger than `limit`, in both measures."""
         return self.max_difference <= limit.max_difference and self.min_cosine >= limit.min_cosine
 
 
-def compare_rows(reference_ND: torch.Tensor, other_ND: torch.Tensor) -> Difference:
+def compare_rows(reference_ND: torch.Tensor, other_ND: torch.Tensor) -> RowDifference:
     """Compare rows one by one, in float64.
 
     Args:
@@ -42,6 +42,6 @@ def compare_rows(reference_ND: torch.Tensor, other_ND: torch.Tensor) -> Differen
         raise ValueError(f"rows to compare have shapes {list(reference_ND.shape)} and {list(other_ND.shape)}")
     left, right = reference_ND.double(), other_ND.double()
     if not bool(left.isfinite().all() and right.isfinite().all()):
-        return Difference(max_difference=float("inf"), min_cosine=-1.0)
+        return RowDifference(max_difference=float("inf"), min_cosine=-1.0)
     cosine_N = torch.nn.functional.cosine_similarity(left, right, dim=1)
-    return Difference(float((left - right).abs().max()), min(1.0, float(cosine_N.min())))
+    return RowDifference(float((left - right).abs().max()), min(1.0, float(cosine_N.min())))

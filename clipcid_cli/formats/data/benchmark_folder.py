@@ -26,6 +26,10 @@ NUM_SHARDS = "nshards.txt"
 SPLITS = frozenset({"train", "trainval", "test", "val", "valid", "validation"})
 
 
+class MissingSplitError(ClipcidError):
+    """A folder has splits, but not the one that was asked for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BenchmarkFolder:
     """What a data set says of itself.
@@ -53,7 +57,7 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
         split: The split to use of a CLIP_benchmark folder.
 
     Raises:
-        ClipcidError: when the folder has splits, but not this one.
+        MissingSplitError: when the folder has splits, but not this one.
     """
     folder = Path(data)
     if "://" in data or not folder.is_dir():
@@ -68,7 +72,7 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
     if not splits:
         return _describe(_last_parts(data, 1), data, folder)
     if split not in splits:
-        raise ClipcidError(
+        raise MissingSplitError(
             f"{data} has no split {split!r}; it has {', '.join(splits)}.",
             f"Choose one with --split, e.g. --split {splits[0]}.",
         )

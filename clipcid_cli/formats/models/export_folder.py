@@ -1,4 +1,4 @@
-"""An export folder: its file names, and how it appears with all of its files or none."""
+"""An export folder: its file names, and how all of its files appear at once."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ _KINDS = ("fp32", "fp16", "int8")
 _BUILDING = ".partial"
 
 
-def smaller_name(name: str, kind: str) -> str:
-    """Return the name of an ONNX file's form, as transformers.js names them: ``image_encoder_int8.onnx``."""
+def quantized_name(name: str, kind: str) -> str:
+    """Return the name of a quantized variant, as transformers.js names them: ``image_encoder_int8.onnx``."""
     return name if kind == "fp32" else name.replace(".onnx", f"_{kind}.onnx")
 
 
-_ONNX_FILES = tuple(smaller_name(name, kind) for name in (IMAGE_ENCODER, TEXT_ENCODER, CLASSIFIER) for kind in _KINDS)
+_ONNX_FILES = tuple(quantized_name(name, kind) for name in (IMAGE_ENCODER, TEXT_ENCODER, CLASSIFIER) for kind in _KINDS)
 _OF_FORMAT = {
     "open-clip": (CONFIG_NAME, WEIGHTS_NAME),
     "hf": (HF_CONFIG, HF_WEIGHTS, HF_PREPROCESSOR, *HF_TOKENIZER),
-    "onnx": (*_ONNX_FILES, *(f"{name}.data" for name in _ONNX_FILES)),  # weights above 2 GB lie beside
+    "onnx": (*_ONNX_FILES, *(f"{name}.data" for name in _ONNX_FILES)),  # weights above 2 GB
 }
 _REPLACED = (*(name for names in _OF_FORMAT.values() for name in names), PARITY, CARD)
 
 
-def refuse_foreign_folder(folder: Path, forms: Iterable[str]) -> None:
-    """Refuse to write where files lie that `export` would replace or remove and did not write.
+def refuse_foreign_folder(folder: Path, formats: Iterable[str]) -> None:
+    """Refuse a folder with files that `export` would replace or remove and did not write.
 
     Raises:
         ClipcidError: when there are any.
     """
     if plan_path(folder, "export").exists():
-        return  # an unfinished export, refused those names when it began
+        return  # an unfinished export, which refused such files when it began
     known = (read_sidecar(sidecar_path(folder, "export")) or {}).get("written", [])
-    names = (*_REPLACED, _BUILDING, *(TOKENIZER_NAMES if "open-clip" in forms else ()))
+    names = (*_REPLACED, _BUILDING, *(TOKENIZER_NAMES if "open-clip" in formats else ()))
     foreign = [name for name in names if (folder / name).exists() and name not in known]
     if foreign:
         raise ClipcidError(
@@ -56,7 +56,7 @@ def refuse_foreign_folder(folder: Path, forms: Iterable[str]) -> None:
 
 @contextmanager
 def build_export(folder: Path) -> Iterator[Path]:
-    """Build an export out of sight.
+    """Build an export in a hidden folder.
 
     Args:
         folder: The export folder, locked by the caller.

@@ -1,8 +1,8 @@
-"""A CLIP of open_clip in the words of Hugging Face's ``CLIPModel``: its configuration, or why there is none.
+"""The configuration of an open_clip model as Hugging Face's ``CLIPModel``, or why there is none.
 
 ``CLIPModel`` is one architecture: a plain ViT with a class token, and a causal text transformer read at its end token. A
-setting of open_clip is either translated here or known to change nothing in evaluation; any other is refused by name, so
-that nothing is ever dropped in silence.
+setting of open_clip is either translated here or known to change nothing in evaluation; any other is refused by name, and
+none is dropped silently.
 """
 
 from __future__ import annotations
@@ -20,25 +20,22 @@ _VOCABULARY = 49408
 # PIL's numbers of the filters, as Hugging Face stores them.
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}
 
-# Translated below, or without effect on a model that only encodes.
-_MODEL_FIELDS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "nonscalar_logit_scale"}
-_VISION_FIELDS = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout"}
-_VISION_FIELDS |= {"pos_embed_type", "final_ln_after_pool", "act_kwargs", "norm_kwargs", "attn_pooler_queries"}
-_VISION_FIELDS |= {
-    "attn_pooler_heads",
-    "timm_model_pretrained",
-    "timm_pool",
-    "timm_proj",
-    "timm_proj_bias",
-    "timm_drop",
-}
-_VISION_FIELDS |= {"timm_drop_path"}
-_TEXT_FIELDS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "act_kwargs", "norm_kwargs"}
-_TEXT_FIELDS |= {"eos_id", "pad_id", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "final_ln_after_pool"}
+# Settings that are translated below, and those that have no effect on a model that only encodes.
+_MODEL_FIELDS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"} | {"init_logit_scale", "nonscalar_logit_scale"}
+_TOWER_FIELDS = {"width", "layers", "mlp_ratio", "act_kwargs", "norm_kwargs"} | {"final_ln_after_pool"}
+_TIMM_FIELDS = {f"timm_{name}" for name in ("model_pretrained", "pool", "proj", "proj_bias", "drop", "drop_path")}
+_VISION_FIELDS = _TOWER_FIELDS | _TIMM_FIELDS | {
+    "image_size", "patch_size", "head_width",
+    "patch_dropout", "pos_embed_type", "attn_pooler_queries", "attn_pooler_heads",
+}  # fmt: skip
+_TEXT_FIELDS = _TOWER_FIELDS | {
+    "context_length", "vocab_size", "heads",
+    "eos_id", "pad_id", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type",
+}  # fmt: skip
 
 # Values under which an unknown setting is off.
 _OFF: tuple[Any, ...] = (None, False, "", {})
-# Known, and refused unless they have a value under which they do nothing; open_clip acts on any number of the first two.
+# Known, and refused unless they have a value under which they do nothing.
 _INERT: dict[str, tuple[Any, ...]] = {
     "init_logit_bias": (None,),
     "ls_init_value": (None,),
@@ -50,7 +47,7 @@ _INERT: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class HfDescription:
-    """What the files of a ``CLIPModel`` folder say, beside weights and vocabulary.
+    """Content of the files of a ``CLIPModel`` folder, without weights and vocabulary.
 
     Attributes:
         config: ``config.json``, without the number format of the weights.
@@ -140,7 +137,7 @@ def describe_as_hf(
 def _transformer(
     tower: Mapping[str, Any], width: int, layers: int, quick_gelu: bool, projection: int
 ) -> dict[str, Any]:
-    """Translate what both towers have, with open_clip's defaults of width and layers."""
+    """Translate the settings that both towers have; `width` and `layers` are open_clip's defaults."""
     width = int(tower.get("width", width))
     tanh = (tower.get("act_kwargs") or {}).get("approximate") == "tanh"
     return {
@@ -178,12 +175,12 @@ def _preprocessor(preprocess: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(prefix: str, settings: Mapping[str, Any], known: set[str]) -> list[str]:
-    """Name the settings that are not translated, but for those that are off or at the value under which they do nothing."""
+    """Name the settings that are not translated, except those that are off or have a value under which they do nothing."""
     return [
         f"{prefix}{name} is {'set' if isinstance(value, dict) and len(value) > 1 else repr(value)}"
         for name, value in settings.items()
         if name not in known
-        # By type too: 0 equals False, and is a value.
+        # By type, too: 0 equals False in Python, but is a value that is set.
         and not any(type(value) is type(off) and value == off for off in _INERT.get(name, _OFF))
         # open_clip reads the end token from `eos_id` under this pooling.
         and not (prefix == "text_cfg." and name == "pool_type" and value == "eos" and settings.get("eos_id") == EOS_ID)

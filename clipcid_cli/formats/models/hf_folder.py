@@ -18,7 +18,7 @@ HF_WEIGHTS = "model.safetensors"
 HF_PREPROCESSOR = "preprocessor_config.json"
 HF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
-# Names of open_clip and of Hugging Face; `pre_layrnorm` is spelled so there.
+# Names in open_clip and in Hugging Face, which spells `pre_layrnorm` so.
 _NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
@@ -39,7 +39,7 @@ _BLOCK_NAMES = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-# As Hugging Face's own CLIP folders have them: how a text is cut into words before the merges.
+# How a text is split into words before the merges, as in Hugging Face's own CLIP folders.
 _SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -56,11 +56,11 @@ def write_hf_folder(
 
     Args:
         folder: Where to write. ``config.json`` is written last, so a folder that has one is whole.
-        description: What `describe_as_hf` made of the model.
+        description: As `describe_as_hf` returns it.
         tensors: State dict of the open_clip module.
         dtype: Number format of the stored weights.
         vocabulary: Tokens of open_clip's tokenizer by text, the two special ones last.
-        merges: Its byte-pair merges, most frequent first.
+        merges: Its byte-pair merges, in order of priority.
     """
     stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in rename_tensors(tensors)}
     write_bytes(folder / HF_WEIGHTS, save(stored, metadata={"format": "pt"}))
@@ -79,10 +79,10 @@ def write_hf_folder(
 def rename_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of an open_clip CLIP under Hugging Face's names.
 
-    open_clip keeps queries, keys and values in one matrix, and projections as [width, D], to be applied from the right.
+    open_clip stores queries, keys and values in one matrix, and projections as [width, D], multiplied from the right.
 
     Raises:
-        ValueError: when a tensor has no place there; `describe_as_hf` refuses such models.
+        ValueError: when a tensor has no counterpart there; `describe_as_hf` refuses such models.
     """
     for name, tensor in tensors.items():
         if name in _PROJECTIONS:
@@ -110,7 +110,7 @@ def _rename(name: str, names: Mapping[str, str]) -> str:
         return names[name]
     module, _, kind = name.rpartition(".")
     if module not in names:
-        raise ValueError(f"tensor {name} has no place in CLIPModel")
+        raise ValueError(f"tensor {name} has no counterpart in CLIPModel")
     return f"{names[module]}.{kind}"
 
 

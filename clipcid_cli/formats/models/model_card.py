@@ -8,20 +8,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipcid_cli import __version__
+from clipcid_cli.formats.models.export_folder import CLASSIFIER, IMAGE_ENCODER, PARITY, TEXT_ENCODER
+from clipcid_cli.formats.models.hf_folder import HF_CONFIG, HF_PREPROCESSOR, HF_WEIGHTS
+from clipcid_cli.formats.models.open_clip_folder import CONFIG_NAME, WEIGHTS_NAME
 
 UNKNOWN = "unknown"
 
-_WHAT = {
-    "open_clip_config.json": "architecture and preprocessing, as open_clip reads them",
-    "open_clip_model.safetensors": "weights, as open_clip reads them",
-    "config.json": "architecture, as transformers reads it",
-    "model.safetensors": "weights, as transformers reads them",
-    "preprocessor_config.json": "preprocessing, as transformers reads it",
+_CONTENT = {
+    CONFIG_NAME: "architecture and preprocessing, as open_clip reads them",
+    WEIGHTS_NAME: "weights, as open_clip reads them",
+    HF_CONFIG: "architecture, as transformers reads it",
+    HF_WEIGHTS: "weights, as transformers reads them",
+    HF_PREPROCESSOR: "preprocessing, as transformers reads it",
     "tokenizer.json": "CLIP's byte-pair encoding",
-    "image_encoder.onnx": "prepared pixels to unit rows",
-    "text_encoder.onnx": "tokens to unit rows",
-    "classifier.onnx": "bytes of images of any size to one score per class; class names are in its metadata",
-    "parity.json": "how each form was compared with the original",
+    IMAGE_ENCODER: "prepared pixels to unit rows",
+    TEXT_ENCODER: "tokens to unit rows",
+    CLASSIFIER: "bytes of images of any size to one score per class; class names are in its metadata",
+    PARITY: "how each export was compared with the original",
 }
 
 _OPEN_CLIP = """```python
@@ -34,8 +37,8 @@ from transformers import CLIPModel, CLIPProcessor
 model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
 ```
 
-transformers does not mend texts as open_clip does (curly quotes, HTML entities, broken encodings: `ftfy.fix_text` and
-`html.unescape` do), and crops some images one pixel aside; `parity.json` says on how many of those compared."""
+transformers does not clean texts as open_clip does (curly quotes, HTML entities, broken encodings: `ftfy.fix_text` and
+`html.unescape` do), and shifts the crop of some images by one pixel; `parity.json` counts both."""
 _CLASSIFIER = """```python
 import json, numpy, onnxruntime
 from PIL import Image
@@ -43,7 +46,7 @@ session = onnxruntime.InferenceSession("classifier.onnx")
 names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
 photo = Image.open("photo.jpg").convert("RGBA")
 image = Image.new("RGB", photo.size, "white")
-image.paste(photo, mask=photo)  # what is transparent is shown on white, as clipcid does
+image.paste(photo, mask=photo)  # transparent areas become white, as in clipcid
 logits, probabilities = session.run(["logits", "probabilities"], {"image": numpy.asarray(image)[None]})
 print(names[probabilities[0].argmax()], probabilities[0].max())
 ```"""
@@ -58,15 +61,15 @@ dense = found["image_intermediates"][-1] @ model.visual.proj  # [N, h * w, D]
 
 @dataclasses.dataclass(frozen=True)
 class ModelCard:
-    """What is known of an exported model. A fact that no file states is `UNKNOWN`.
+    """What is known about an exported model. A fact that no file states is `UNKNOWN`.
 
     Attributes:
-        library: Library that reads the main form: ``open_clip``, ``transformers`` or ``onnx``.
+        library: Library that reads the main format: ``open_clip``, ``transformers`` or ``onnx``.
         facts: What it is and how it was made, by name.
-        metrics: (data set, task, metric, value) of each number measured on the original model.
-        precision: Number format that folders' weights are stored in.
-        parity: What `parity.json` holds of each form.
-        dense: Whether the ONNX image encoder gives patches.
+        metrics: (data set, task, metric, value) of each measurement of the original model.
+        precision: Number format of the stored weights of folders.
+        parity: Entry ``parity`` of `parity.json`.
+        dense: Whether the ONNX image encoder returns patches.
     """
 
     name: str
@@ -79,11 +82,11 @@ class ModelCard:
     dense: bool
 
 
-def write_card(card: ModelCard, files: Sequence[str]) -> str:
+def render_card(card: ModelCard, files: Sequence[str]) -> str:
     """Write a model card in Markdown.
 
     Args:
-        files: Names of the files beside it.
+        files: Names of the files next to it.
     """
     header = [
         "---",
@@ -97,16 +100,16 @@ def write_card(card: ModelCard, files: Sequence[str]) -> str:
     sections = [
         "\n".join(header),
         f"# {card.name}",
-        f"A CLIP, exported by clipcid {__version__}. What no file of the work directory states is called {UNKNOWN}.",
+        f"A CLIP model, exported by clipcid {__version__}. Facts that no file of the work directory states are {UNKNOWN}.",
         _table(["", ""], [[name, value] for name, value in card.facts.items()]),
         "## Metrics",
         *([_explain_metrics(card.precision), _table(["data", "task", "metric", "value"], metrics)] if metrics else []),
         *([] if metrics else [f"{UNKNOWN.capitalize()}."]),
         "## Files",
-        _table(["file", "what it is"], [[f"`{name}`", what] for name in files if (what := _describe(name))]),
+        _table(["file", "content"], [[f"`{name}`", what] for name in files if (what := _describe(name))]),
         "## How it was checked",
-        "Each form was compared with the original in PyTorch before it was given its name; `parity.json` has the whole.",
-        _table(["form", "smallest cosine", "same answers", "MB", "images/s"], list(_parity_rows(card.parity))),
+        "Each export was compared with the original in PyTorch before it was moved here; `parity.json` has all results.",
+        _table(["export", "smallest cosine", "same predictions", "MB", "images/s"], list(_parity_rows(card.parity))),
         "## Use",
         *_uses(files, card.dense),
     ]
@@ -115,22 +118,20 @@ def write_card(card: ModelCard, files: Sequence[str]) -> str:
 
 def _explain_metrics(precision: str) -> str:
     other = "" if precision == "fp32" else f", not on the {precision} weights here"
-    return (
-        f"Measured on the original model{other}; how far each form is from it stands below, under how it was checked."
-    )
+    return f"Measured on the original model{other}; 'How it was checked' below shows how close each export is to it."
 
 
 def _describe(name: str) -> str | None:
     for kind, words in (("_fp16", "16-bit"), ("_int8", "8-bit")):
         if f"{kind}.onnx" in name:
-            whole = _WHAT.get(name.replace(kind, ""))
+            whole = _CONTENT.get(name.replace(kind, ""))
             return f"{whole}; {words} weights" if whole else None
-    return _WHAT.get(name)
+    return _CONTENT.get(name)
 
 
 def _parity_rows(parity: Mapping[str, Any]) -> list[list[str]]:
     rows = []
-    for form, values in parity.items():
+    for name, values in parity.items():
         cosines = [
             tower["min_cosine"] for tower in values.values() if isinstance(tower, dict) and "min_cosine" in tower
         ]
@@ -138,7 +139,7 @@ def _parity_rows(parity: Mapping[str, Any]) -> list[list[str]]:
         agreement = zeroshot["agreement"] if zeroshot else values.get("agreement")
         rows.append(
             [
-                form,
+                name,
                 f"{min(cosines):.7f}" if cosines else "",
                 f"{100 * agreement:.1f} %" if agreement is not None else "",
                 f"{values['bytes'] / 1e6:.1f}",
@@ -150,14 +151,14 @@ def _parity_rows(parity: Mapping[str, Any]) -> list[list[str]]:
 
 def _uses(files: Sequence[str], dense: bool) -> list[str]:
     uses = []
-    if "open_clip_config.json" in files:
+    if CONFIG_NAME in files:
         uses.append(_OPEN_CLIP)
-    if "config.json" in files:
+    if HF_CONFIG in files:
         uses.append(_HF)
-    if "classifier.onnx" in files:
+    if CLASSIFIER in files:
         uses.append(_CLASSIFIER)
-    if "image_encoder.onnx" in files:
-        uses.append("The metadata of `image_encoder.onnx` say how pixels and tokens are prepared.")
+    if IMAGE_ENCODER in files:
+        uses.append("The metadata of the ONNX encoders say how pixels and tokens are prepared.")
     if dense:
         uses.append(_DENSE)
     return uses

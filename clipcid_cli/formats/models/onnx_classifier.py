@@ -1,9 +1,9 @@
 """A zero-shot classifier in one ONNX file: bytes of an image of any size in, one score per class out.
 
 Resizing and cropping are operators of the graph, so whoever runs it needs no preprocessing of their own. ONNX's antialiased
-cubic with coefficient −0.5 on bytes is Pillow's bicubic; ONNX Runtime gives the same bytes but for one in some 10,000, which
-is off by one level. (Of tall images that are squashed, Pillow 13 and later resize the height first; ONNX Runtime, as Pillow
-before, the width. Bytes that overshoot the range in between then differ.)
+cubic with coefficient −0.5 on bytes is Pillow's bicubic; ONNX Runtime gives the same bytes except for about one in
+10,000, which is off by one level. (Where tall images are squashed, Pillow 13 and later resize the height first, earlier ones
+and ONNX Runtime the width; bytes that are clipped in between then differ.)
 
 Legend of shapes: N images, H × W pixels of any size, S the model's side, C classes, D width of the embeddings.
 """
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.models.onnx_file import IMAGE_EMBEDS, PIXEL_VALUES, PROTOBUF_LIMIT
 
-_PROTOBUF_LIMIT = 2**31
 IMAGE, LOGITS, PROBABILITIES = "image", "logits", "probabilities"
 _MODES: dict[str, dict[str, Any]] = {
     # Pillow's coefficient; ONNX's own default is −0.75.
@@ -49,8 +49,8 @@ def check_pixels_expressible(preprocess: Mapping[str, Any]) -> int:
     ):
         if not good:
             raise ClipcidError(
-                f"classifier.onnx: preprocess_cfg.{name} is {preprocess[name]!r}, which is not offered inside the graph.",
-                "Leave out --classnames, and prepare pixels as image_encoder.onnx's metadata say.",
+                f"classifier.onnx: preprocess_cfg.{name} is {preprocess[name]!r}, which the graph cannot express.",
+                "Omit --classnames, and prepare pixels as the metadata of image_encoder.onnx say.",
             )
     return int(sides.pop())
 
@@ -66,18 +66,18 @@ def write_classifier(
     class_names: Sequence[str],
     templates: Sequence[str],
 ) -> None:
-    """Put preprocessing before an image encoder and class weights behind it.
+    """Put preprocessing before an image encoder and class weights after it.
 
     The input ``image`` is uint8, RGB, [N, H, W, 3] (ONNX fixes the number of axes); the outputs are ``logits`` (scale ×
     cosine + bias) and ``probabilities`` (their softmax), float32 [N, C]. Class names are in the metadata:
     ``class_names``, a JSON list.
 
     Args:
-        encoder: Image encoder as `write_onnx` or `write_smaller` wrote it: ``pixel_values`` to ``image_embeds``.
+        encoder: Image encoder as `write_onnx` or `write_quantized` wrote it: ``pixel_values`` to ``image_embeds``.
         weights: Class weights, float32 [C, D], unit rows.
-        bias: Added to them; 0 for most models.
+        bias: Added to the scaled cosines; 0 for most models.
         preprocess: open_clip's ``preprocess_cfg`` that `check_pixels_expressible` accepted.
-        templates: Prompts that the weights were made of, for the metadata.
+        templates: Prompt templates that the weights were made with, for the metadata.
 
     Raises:
         ClipcidError: when it does not fit into one file.
@@ -95,7 +95,7 @@ def write_classifier(
 
     before = _preprocessing_nodes(preprocess, constant)
     after = [
-        helper.make_node("MatMul", ["image_embeds", constant("class_weights", weights.T, "float32")], ["cosines"]),
+        helper.make_node("MatMul", [IMAGE_EMBEDS, constant("class_weights", weights.T, "float32")], ["cosines"]),
         helper.make_node("Mul", ["cosines", constant("class_scale", scale, "float32")], ["scaled_cosines"]),
         helper.make_node("Add", ["scaled_cosines", constant("class_bias", bias, "float32")], [LOGITS]),
         helper.make_node("Softmax", [LOGITS], [PROBABILITIES], axis=-1),
@@ -105,7 +105,7 @@ def write_classifier(
         for name in (LOGITS, PROBABILITIES)
     ]
     image = helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, ["batch", "height", "width", 3])
-    nodes = [*before, *_needed(graph.node, "image_embeds"), *after]
+    nodes = [*before, *_needed(graph.node, IMAGE_EMBEDS), *after]
     used = {name for node in nodes for name in node.input}
     stored = [*constants, *(tensor for tensor in graph.initializer if tensor.name in used)]
     whole = helper.make_graph(nodes, "classifier", [image], outputs, stored, value_info=graph.value_info)
@@ -118,20 +118,20 @@ def write_classifier(
         "output": "logits (scale x cosine) and probabilities (their softmax), [N, classes]",
     }
     helper.set_model_props(made, metadata)
-    if made.ByteSize() >= _PROTOBUF_LIMIT:
+    if made.ByteSize() >= PROTOBUF_LIMIT:
         raise ClipcidError(
             f"{path.name}: a model of {made.ByteSize() / 2**30:.1f} GiB does not fit into one ONNX file (limit 2 GiB).",
-            "Leave out --classnames, and use image_encoder.onnx, which keeps its weights beside it.",
+            "Omit --classnames, and use image_encoder.onnx, which keeps its weights in a second file.",
         )
     onnx.save(made, path)
 
 
 def _needed(nodes: Sequence[Any], output: str) -> list[Any]:
-    """Return the nodes that an output is made of, in order; those of other outputs are left out."""
-    wanted, kept = {output}, []
+    """Return the nodes that an output depends on, in order, without those of other outputs."""
+    needed, kept = {output}, []
     for node in reversed(nodes):
-        if wanted.intersection(node.output):
-            wanted.update(node.input)
+        if needed.intersection(node.output):
+            needed.update(node.input)
             kept.append(node)
     return kept[::-1]
 
@@ -153,7 +153,7 @@ def _preprocessing_nodes(preprocess: Mapping[str, Any], constant: Any) -> list[A
     if preprocess["resize_mode"] == "squash":
         new = square
     else:
-        # The shorter side becomes S; the longer one is cut to whole pixels, as torchvision does.
+        # The shorter side becomes S; the longer one is rounded down to whole pixels, as torchvision does.
         shorter = node("ReduceMin", [old], "pre_shorter", keepdims=1)
         new = node("Div", [node("Mul", [old, square], "pre_scaled"), shorter], "pre_new_size")
     resized = node(
@@ -175,5 +175,5 @@ def _preprocessing_nodes(preprocess: Mapping[str, Any], constant: Any) -> list[A
     unit = node("Div", [values, constant("pre_255", 255.0, "float32")], "pre_unit")
     mean = constant("pre_mean", np.reshape(preprocess["mean"], (3, 1, 1)), "float32")
     std = constant("pre_std", np.reshape(preprocess["std"], (3, 1, 1)), "float32")
-    node("Div", [node("Sub", [unit, mean], "pre_centred"), std], "pixel_values")
+    node("Div", [node("Sub", [unit, mean], "pre_centred"), std], PIXEL_VALUES)
     return nodes

@@ -10,13 +10,18 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 
-# The newest set the exporter emits by itself in PyTorch 2.13, and that ONNX Runtime 1.17 and later run.
-DEFAULT_OPSET = 20
+# Names of inputs and outputs, as in Hugging Face's CLIPModel; `DENSE_EMBEDS` is ours.
+PIXEL_VALUES, INPUT_IDS = "pixel_values", "input_ids"
+IMAGE_EMBEDS, TEXT_EMBEDS, DENSE_EMBEDS = "image_embeds", "text_embeds", "dense_embeds"
+
+# Larger files cannot be one protobuf; their weights go to a file next to them.
+PROTOBUF_LIMIT = 2**31
+
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def check_onnx_installed() -> None:
-    """Make sure that what writes and checks ONNX files is there.
+    """Make sure that the packages which write and run ONNX files are installed.
 
     Raises:
         ClipcidError: naming the missing packages and the command that installs them.
@@ -36,17 +41,17 @@ def write_onnx(
     *,
     input_name: str,
     output_names: Sequence[str],
-    opset: int = DEFAULT_OPSET,
+    opset: int,
     metadata: Mapping[str, str],
 ) -> None:
     """Write a module with one input as an ONNX file, its first axis of any size.
 
-    Weights above 2 GB, the limit of one protobuf, go to ``<name>.onnx.data`` beside it.
+    Weights above 2 GB, the limit of one protobuf, go to ``<name>.onnx.data`` next to it.
 
     Args:
         path: Where to write; a ``.onnx`` name.
         module: In evaluation mode, on the CPU.
-        example: An input with at least two rows: an axis of one would be taken for fixed.
+        example: An input with at least two rows: PyTorch would treat an axis of one as fixed.
         input_name: Name of the argument of the module's ``forward``, and of the graph's input.
         output_names: Names of the graph's outputs, in the order the module returns them.
         metadata: Texts stored in the file, such as how pixels are prepared.

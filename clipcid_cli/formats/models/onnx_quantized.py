@@ -1,26 +1,25 @@
-"""Smaller forms of an ONNX file: weights of 16 or of 8 bits, in standard operators that ONNX Runtime runs by itself."""
+"""Quantized variants of an ONNX file: weights of 16 or 8 bits, in standard operators that ONNX Runtime supports."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# What computes in 16 bits in a half-precision graph, as under PyTorch's autocast: products and look-ups. All else computes
-# in 32, its weights being stored in 16 all the same: norms lose most in 16 bits, and on a CPU, ONNX Runtime 1.32 crashes
-# while it loads a ViT whose patches or norms are in 16 bits.
+from clipcid_cli.formats.models.onnx_file import PROTOBUF_LIMIT
+
+# Operators that compute in 16 bits in a half-precision graph, as under PyTorch's autocast: products and look-ups. All others
+# compute in 32 bits from weights stored in 16: norms lose most in 16 bits, and on a CPU, ONNX Runtime 1.32 crashes while it
+# loads a ViT whose patches or norms are in 16 bits.
 _IN_FP16 = frozenset({"MatMul", "Gemm", "Gather"})
 
-# The limit of one protobuf; larger weights go beside the file.
-_PROTOBUF_LIMIT = 2**31
 
-
-def write_smaller(source: Path, target: Path, kind: str) -> None:
-    """Write a smaller form of an ONNX file; inputs, outputs and metadata stay as they are.
+def write_quantized(source: Path, target: Path, kind: str) -> None:
+    """Write a quantized variant of an ONNX file; inputs, outputs and metadata stay as they are.
 
     Args:
         source: A file of float32 weights.
         kind: ``fp16``: weights and matrix products in 16 bits, half the size. ``int8``: weights of matrix products and
-            embedding tables in 8 bits, one scale per column, the other factor quantised as it comes (dynamic
-            quantisation); a quarter of the size. Weights keep to 7 of the 8 bits, so that sums of products do not overflow
+            embedding tables in 8 bits, one scale per column, the other factor quantized at run time (dynamic
+            quantization); a quarter of the size. Weights use 7 of the 8 bits, so that sums of products do not overflow
             the 16-bit accumulators of x86 processors without VNNI.
     """
     import onnx
@@ -29,7 +28,7 @@ def write_smaller(source: Path, target: Path, kind: str) -> None:
         _write_fp16(source, target)
     else:
         _write_int8(source, target)
-    # The quantiser drops the metadata.
+    # Quantization drops the metadata.
     small, whole = onnx.load(target, load_external_data=False), onnx.load(source, load_external_data=False)
     onnx.helper.set_model_props(small, {entry.key: entry.value for entry in whole.metadata_props} | {"weights": kind})
     target.write_bytes(small.SerializeToString())
@@ -47,9 +46,9 @@ def _write_fp16(source: Path, target: Path) -> None:
     )
     converted.topological_sort()  # the converter appends its casts at the end
     model = converted.model
-    # Shapes are found anew: the converter leaves some with the number format they had.
+    # Shapes are inferred again, because the converter leaves some in their old number format.
     del model.graph.value_info[:]
-    beside = model.ByteSize() >= _PROTOBUF_LIMIT
+    beside = model.ByteSize() >= PROTOBUF_LIMIT
     onnx.save(model, target, save_as_external_data=beside, location=f"{target.name}.data" if beside else None)
     onnx.shape_inference.infer_shapes_path(target, target)
 

@@ -1,4 +1,4 @@
-"""A model folder in open_clip's form: ``open_clip_config.json`` and ``open_clip_model.safetensors``.
+"""A model folder in open_clip's format: ``open_clip_config.json`` and ``open_clip_model.safetensors``.
 
 ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` reads it in a process that does not know clipcid.
 """
@@ -19,7 +19,7 @@ CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 HF_CONFIG_NAME = "config.json"
 
-# A Hugging Face tokenizer travels with its model: open_clip reads these from the folder itself.
+# Files of a Hugging Face tokenizer, which open_clip reads from the model's folder.
 TOKENIZER_NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -45,13 +45,13 @@ def write_model_folder(
     """Write a model folder.
 
     Args:
-        folder: Where to write. The configuration is written last, so a folder that has one is whole.
+        folder: Where to write. The configuration is written last, so a folder that has one is complete.
         config: The ``model_cfg`` of open_clip.
         preprocess: The ``preprocess_cfg`` of open_clip: size, mean, std, interpolation, resize_mode, ….
         tensors: State dict of the open_clip module; its own parameters, not those of a wrapper.
-        dtype: Number format of the floating-point tensors in the file (``torch.float16`` halves it); theirs when None.
-            open_clip loads either into a float32 model.
-        tokenizer_from: Model folder whose tokenizer files, and the configuration of a Hugging Face text tower, go along.
+        dtype: Number format of the floating-point tensors in the file (``torch.float16`` halves it); None keeps theirs.
+            open_clip loads any of them into a float32 model.
+        tokenizer_from: Model folder whose tokenizer files, and configuration of a Hugging Face text tower, are copied.
     """
     stored = {}
     for name, tensor in tensors.items():
@@ -59,7 +59,7 @@ def write_model_folder(
         stored[name] = tensor.detach().to("cpu", dtype if cast else tensor.dtype).contiguous()
     write_bytes(folder / WEIGHTS_NAME, save(stored, metadata={"format": "pt"}))
     if tokenizer_from is not None:
-        # Only a Hugging Face text tower has a configuration of its own; another's config.json is an export to their form.
+        # Only a Hugging Face text tower has its own config.json; otherwise that file is an export for transformers.
         own = (HF_CONFIG_NAME,) if config["text_cfg"].get("hf_model_name") else ()
         for name in (*TOKENIZER_NAMES, *own):
             if (tokenizer_from / name).is_file():

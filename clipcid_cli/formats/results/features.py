@@ -1,7 +1,7 @@
-"""Frozen image features with their classes, kept so that a model sees a data set once.
+"""Frozen image features with their classes, kept so that a model encodes a data set once.
 
-The name of a file tells what it holds: a hash of the weights, the preprocessing, the data and all else that decides a
-feature. A file is whole or absent and never changes, so it needs neither a lock nor a sidecar.
+The name of a file identifies its content: a hash of the weights, the preprocessing, the data and all else that determines
+a feature. A file is complete or absent and never changes, so it needs neither a lock nor a sidecar.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Features:
 
     Attributes:
         rows: Unit rows, float32 [N, D].
-        labels: Numbers of the classes as the data set has them, int64 [N]; where images have several, whether each image has
-            each class, bool [N, C].
+        labels: Class of each image, int64 [N]; where images may have several, whether each image has each class,
+            bool [N, C].
         skips: Samples that could not be used.
     """
 
@@ -37,19 +37,19 @@ class Features:
     skips: Skips
 
 
-def features_path(folder: Path, model_slug: str, decides: dict[str, Any]) -> Path:
-    """Return where features lie.
+def features_path(folder: Path, model_slug: str, identity: dict[str, Any]) -> Path:
+    """Return where features are kept.
 
     Args:
-        model_slug: Name of the model for people; the hash tells models of one name apart.
-        decides: Everything that decides the features, as JSON values.
+        model_slug: Name of the model for people; the hash distinguishes models of one name.
+        identity: Everything that determines the features, as JSON values.
     """
-    digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
     return folder / f"{model_slug}-{digest}.npz"
 
 
 def write_features(path: Path, features: Features) -> None:
-    """Write features, whole or not at all."""
+    """Write features atomically."""
     skips = json.dumps(features.skips.to_json())
     with atomic_file(path) as file:
         np.savez(file, rows=features.rows, labels=features.labels, skips=np.array(skips))

@@ -123,7 +123,7 @@ class Predictions:
 
 
 def predictions_path(metrics: Path) -> Path:
-    """Return where the predictions behind a metrics file lie."""
+    """Return where the predictions behind a metrics file are."""
     return metrics.parent / SIDECARS / f"{metrics.stem}.predictions.parquet"
 
 
@@ -144,9 +144,9 @@ def read_predictions(path: Path) -> Predictions:
     """Read a file, ordered by key.
 
     Raises:
-        ClipcidError: when there is none, or it is something else.
+        ClipcidError: when there is none, or it is not a file of predictions.
     """
-    import pyarrow.parquet as pq  # not for the runs that read none
+    import pyarrow.parquet as pq  # only --compare needs it
 
     try:
         table = pq.read_table(path)

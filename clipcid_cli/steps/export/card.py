@@ -1,4 +1,4 @@
-"""What the model card of an export says, taken from the sidecars of the steps that made the model."""
+"""The content of an export's model card, taken from the sidecars of the steps that made the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.model_card import UNKNOWN, ModelCard
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
-from clipcid_cli.formats.results.metrics import SIDECARS, read_metrics
+from clipcid_cli.formats.results.metrics import read_metrics, read_metrics_sidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ModelInfo
 from clipcid_cli.runtime.models.names import ModelName
@@ -19,15 +19,16 @@ _LIBRARIES = {"open-clip": "open_clip", "hf": "transformers", "onnx": "onnx"}
 
 
 def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings, parity: dict[str, Any]) -> ModelCard:
-    """Collect what is known of a model.
+    """Collect what is known about a model.
 
     Args:
-        source: How it was named; the folder of a run's student leads to the sidecars of its run.
-        settings: Where else to look, and the licence.
-        parity: What was found of each form.
+        source: The model as named; the folder of a run's student leads to the sidecars of that run.
+        settings: The work directory, and the licence.
+        parity: Entry ``parity`` of `parity.json`.
     """
-    run = _find_run(source)
-    work = run.parent.parent if run is not None and run.parent.name == "distill" else settings.work
+    run, work = _find_run(source), settings.work
+    if run is not None and WorkDirectory(run.parents[1]).distill(run.name) == run:
+        work = run.parents[1]
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
     facts = {
         "Architecture": info.architecture or _shape(info),
@@ -88,17 +89,14 @@ def _training(run: Path | None) -> dict[str, str]:
 
 
 def _teacher(sidecar: dict[str, Any]) -> str:
-    """Find the model whose embeddings the run read."""
-    for entry in sidecar.get("inputs", []):
-        path = Path(str(entry.get("path", "")))
-        if path.parent.name in ("img_emb", "text_emb"):
-            embedded = _read(path.parent.parent, "embed")
-            return _short(embedded.get("model", {}).get("spec")) if embedded is not None else UNKNOWN
-    return UNKNOWN
+    """Name the model whose embeddings the run read."""
+    folders = dict.fromkeys(Path(str(entry.get("path", ""))).parent.parent for entry in sidecar.get("inputs", []))
+    embedded = next((found for folder in folders if (found := _read(folder, "embed")) is not None), {})
+    return _short(embedded.get("model", {}).get("spec"))
 
 
 def _keep_ratio(sidecar: dict[str, Any]) -> str:
-    """State the ratio of the list that the run applied; the work directory may hold another by now."""
+    """State the ratio of the list that the run used; the work directory may hold another one by now."""
     keep = sidecar.get("keep_list", UNKNOWN)
     if keep is None:
         return "1 (not balanced)"
@@ -108,23 +106,21 @@ def _keep_ratio(sidecar: dict[str, Any]) -> str:
 
 
 def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, float]]:
-    """Yield the metrics that were measured on these very weights, told by the hash of the whole file."""
-    for path in sorted((work.eval / SIDECARS).glob("*.json")):
-        sidecar = _read(path.parent, path.stem)
-        metrics = work.eval / path.name
+    """Yield the metrics that were measured on exactly these weights, by the hash of the whole file."""
+    for path in sorted(work.eval.glob("*.json")):
+        try:
+            sidecar, content = read_metrics_sidecar(path), read_metrics(path)
+        except ClipcidError:
+            continue  # not ours, or damaged: it states nothing
         if sidecar is None or weights_hash not in [entry.get("hash") for entry in sidecar.get("inputs", [])]:
             continue
-        try:
-            content = read_metrics(metrics)
-        except ClipcidError:
-            continue  # a half-finished evaluation states nothing
         for name, value in content["metrics"].items():
             if isinstance(value, int | float):
                 yield content["dataset"], content["task"], name, float(value)
 
 
 def _read(folder: Path | None, step: str) -> dict[str, Any] | None:
-    """Read a sidecar; one that is not ours states nothing."""
+    """Read a sidecar; None when there is none, or it is not ours."""
     try:
         return read_sidecar(sidecar_path(folder, step)) if folder is not None else None
     except ClipcidError:
@@ -132,7 +128,7 @@ def _read(folder: Path | None, step: str) -> dict[str, Any] | None:
 
 
 def _short(spec: Any) -> str:
-    """Name data or a model: a local folder by its last name, since where it lay says nothing elsewhere."""
+    """Name data or a model: a local folder by its last part, since its path means nothing on another machine."""
     if not isinstance(spec, str) or not spec:
         return UNKNOWN
     return spec if "://" in spec or ":" in spec else Path(spec).name

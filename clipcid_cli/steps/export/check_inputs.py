@@ -1,4 +1,4 @@
-"""Images and texts on which an exported model is compared with the original: real ones wherever there are any."""
+"""Images and texts on which an export is compared with the original model: real ones wherever there are any."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
+from clipcid_cli.formats.data.benchmark_folder import MissingSplitError, find_benchmark_folder
 from clipcid_cli.formats.data.dataset import Dataset, Sample, open_dataset, open_described
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -24,12 +24,12 @@ from clipcid_cli.steps.export.classes import Classes, label_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 
-# Images that rows are compared on, at each batch size; zero-shot answers are compared on all.
-CLOSE_LOOK = 16
+# Images, and texts, whose rows are compared at each batch size; zero-shot predictions are compared on all images.
+NUM_COMPARED_ROWS = 16
 
-# What share of the images finds its own: among classes, or among the captions of all images.
+# The share of images that find their own text: among the classes, or among the captions of all images.
 ACCURACY, RECALL = "acc1", "text_retrieval_recall@1"
-_FEW, _MANY = 64, 1000
+_FEW_IMAGES, _MANY_IMAGES = 64, 1000
 
 SENTENCES = (
     "a photo of a cat.",
@@ -44,11 +44,11 @@ SENTENCES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidates:
+class CandidateTexts:
     """Texts among which each image finds its own: the classes, or the captions of all images.
 
     Attributes:
-        measure: `ACCURACY` or `RECALL`, the share of images that find it.
+        measure: `ACCURACY` or `RECALL`.
         prompts: Texts of each candidate, C × T.
         labels: The right candidate of each image, int64 [N].
     """
@@ -59,16 +59,17 @@ class Candidates:
 
 
 @dataclasses.dataclass(frozen=True)
-class ParityInputs:
-    """What both models are shown.
+class CheckInputs:
+    """What both models are compared on.
 
     Attributes:
         openers: Each decodes one image, RGB.
         images: The same after the model's resize and crop, uint8 [N, H, W, 3].
-        tokens: Texts for a close look, int64 [CLOSE_LOOK, L].
-        candidates: What the images are matched with; None where they have neither class nor caption.
+        tokens: Texts whose rows are compared, int64 [NUM_COMPARED_ROWS, L].
+        texts: The same as text.
+        candidates: Texts the images are matched with; None where they have neither class nor caption.
         source: Where they come from, for `parity.json`.
-        unnamed_classes: Whether the images have classes, but nothing says what these are called.
+        unnamed_classes: Whether the images have classes whose names are unknown.
         skips: Images that could not be read.
     """
 
@@ -76,13 +77,13 @@ class ParityInputs:
     images: torch.Tensor
     tokens: torch.Tensor
     texts: list[str]
-    candidates: Candidates | None
+    candidates: CandidateTexts | None
     source: str
     unnamed_classes: bool
     skips: Skips
 
     def fingerprint(self) -> dict[str, Any]:
-        """Describe all that models are shown, so that a later run can tell whether it compares on the same.
+        """Identify these inputs, so that a later run knows whether it compares on the same ones.
 
         Returns:
             ``path``, ``size`` (number of images) and ``hash``, as of a sidecar's input.
@@ -90,8 +91,8 @@ class ParityInputs:
         digest = hashlib.blake2b(self.images.numpy().tobytes(), digest_size=16)
         digest.update(repr(self.texts).encode())
         if self.candidates is not None:
-            told = (self.candidates.measure, self.candidates.prompts, self.candidates.labels.tolist())
-            digest.update(repr(told).encode())
+            content = (self.candidates.measure, self.candidates.prompts, self.candidates.labels.tolist())
+            digest.update(repr(content).encode())
         return {
             "path": f"{self.source}#compared",
             "size": len(self.images),
@@ -102,40 +103,39 @@ class ParityInputs:
         """Return some images as the image tower takes them, float32 [B, 3, H, W]."""
         return normalize_pixels(self.images[start:stop], model.info.preprocess)
 
-    def close_look(self, model: ClipModel) -> torch.Tensor:
-        """Return the images for a close look, float32 [CLOSE_LOOK, 3, H, W]; where there are fewer, they repeat."""
-        places = torch.arange(CLOSE_LOOK) % len(self.images)
+    def row_pixels(self, model: ClipModel) -> torch.Tensor:
+        """Return the images whose rows are compared, float32 [NUM_COMPARED_ROWS, 3, H, W]; fewer images are repeated."""
+        places = torch.arange(NUM_COMPARED_ROWS) % len(self.images)
         return normalize_pixels(self.images[places], model.info.preprocess)
 
 
-def make_parity_inputs(
+def make_check_inputs(
     model: ClipModel, settings: ExportSettings, classes: Classes | None, reporter: Reporter
-) -> ParityInputs:
+) -> CheckInputs:
     """Collect inputs: from ``--data``, else from the work directory's data, else drawn patterns and shipped sentences.
 
     Args:
-        model: Whose transform and tokenizer prepare them.
-        settings: Names the data and how many of it.
-        classes: Classes the user named, which labels count in; else the data's own, where it has any.
-        reporter: Is told where they come from, and which could not be read.
+        model: Its transform and tokenizer prepare them.
+        settings: Which data, and how many images of it.
+        classes: Classes of ``--classnames``, which labels then index; else those of the data, where it has any.
 
     Raises:
-        ClipcidError: when ``--data`` cannot be read, holds no readable image or too many that are not, or has labels that
-            no class has.
+        ClipcidError: when ``--data`` cannot be read, holds no readable image or too many unreadable ones, or has labels
+            without a class.
     """
     dataset = _find_data(settings)
-    limit = settings.check_images or (_MANY if settings.data is not None or settings.quantize else _FEW)
+    limit = settings.check_images or (_MANY_IMAGES if settings.data is not None or settings.quantize else _FEW_IMAGES)
     skips = Skips()
     samples, openers, images = _read(dataset, limit, model, skips) if dataset is not None else ([], [], [])
     if settings.data is not None:
-        # Data that nobody named is what was embedded: it was held to a limit then.
+        # Without --data it is what was embedded, which was held to this limit then.
         skips.check(len(images) + skips.total, settings.max_bad_fraction, settings.data)
     if skips.total and dataset is not None:
         reporter.warn(f"{skips.total:,} images of {dataset.spec} were skipped:\n{skips.describe()}")
     if not images:
         if settings.data is not None:
-            raise ClipcidError(f"--data {settings.data} holds no readable image.", "Give other data to check with.")
-        openers = [partial(_draw_pattern, number) for number in range(CLOSE_LOOK)]
+            raise ClipcidError(f"--data {settings.data} holds no readable image.", "Give other data with --data.")
+        openers = [partial(_draw_pattern, number) for number in range(NUM_COMPARED_ROWS)]
         images = [model.pixel_transform()(opener()) for opener in openers]
         source = "drawn patterns and shipped sentences"
     else:
@@ -143,9 +143,9 @@ def make_parity_inputs(
         source = dataset.spec
     reporter.note(f"Comparing on {len(images):,} images: {source}.")
     candidates = _find_candidates(samples, dataset, settings, classes) if dataset is not None else None
-    captions = [sample.captions[0] for sample in samples[: CLOSE_LOOK // 2] if sample.captions]
-    texts = list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), CLOSE_LOOK))
-    return ParityInputs(
+    captions = [sample.captions[0] for sample in samples[: NUM_COMPARED_ROWS // 2] if sample.captions]
+    texts = list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), NUM_COMPARED_ROWS))
+    return CheckInputs(
         openers,
         torch.stack(images),
         model.tokenizer(texts),
@@ -161,37 +161,36 @@ def _find_data(settings: ExportSettings) -> Dataset | None:
     if settings.data is not None:
         try:
             return open_dataset(find_benchmark_folder(settings.data).data)
-        except ClipcidError as error:
-            if "has no split" not in error.message:
-                raise
+        except MissingSplitError as error:
+            # `export` has no --split.
             raise ClipcidError(error.message, "Give the folder of one of them.") from error
     try:
         return open_described(WorkDirectory(settings.work).find_data())
     except ClipcidError:
-        # The data may have moved since it was embedded, or the model may come from elsewhere; patterns do as well.
+        # The data may have been moved since it was embedded, or the model comes from elsewhere; patterns will do.
         return None
 
 
 def _find_candidates(
     samples: list[Sample], dataset: Dataset, settings: ExportSettings, classes: Classes | None
-) -> Candidates | None:
+) -> CandidateTexts | None:
     labelled = label_samples(samples, dataset, settings.data, classes)
     if labelled is not None:
         found, labels = labelled
         prompts = tuple(found.prompts(name) for name in found.names)
-        return Candidates(ACCURACY, prompts, labels)
+        return CandidateTexts(ACCURACY, prompts, labels)
     captions = [sample.captions[0] for sample in samples if sample.captions]
     if len(captions) < len(samples) or not captions:
         return None
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
     labels = torch.tensor([numbers[caption] for caption in captions])
-    return Candidates(RECALL, tuple((caption,) for caption in numbers), labels)
+    return CandidateTexts(RECALL, tuple((caption,) for caption in numbers), labels)
 
 
 def _read(
     dataset: Dataset, limit: int, model: ClipModel, skips: Skips
 ) -> tuple[list[Sample], list[Callable[[], Image.Image]], list[torch.Tensor]]:
-    """Read up to `limit` images: of labelled data spread evenly over all of it, since classes often follow each other.
+    """Read up to `limit` images; of labelled data evenly spaced ones, since it is often sorted by class.
 
     Those that cannot be read are counted in `skips`.
     """
@@ -230,7 +229,7 @@ def _decode(sample: Sample) -> Image.Image:
 
 
 def _draw_pattern(number: int) -> Image.Image:
-    """Draw a smooth random picture: a few colours blown up, so that neighbouring pixels agree as in a photograph."""
+    """Draw a smooth random picture: a few colours enlarged, so that neighbouring pixels are alike as in a photograph."""
     generator = torch.Generator().manual_seed(number)
     colours = torch.randint(0, 256, (6, 6, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(colours.numpy()).resize((256, 192), Image.Resampling.BICUBIC)

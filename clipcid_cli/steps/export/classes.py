@@ -1,4 +1,4 @@
-"""Classes of `export`: those folded into the classifier, and those by which zero-shot answers are compared."""
+"""Classes of `export`: those of the classifier, and those by which zero-shot predictions are compared."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from clipcid_cli.runtime.models.towers import Encode
 from clipcid_cli.steps.class_names import match_class_names, plain_name
 from clipcid_cli.steps.settings.export import ExportSettings
 
-_TEXTS_A_BATCH = 64
+_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """Classes and how to ask for them.
+    """Classes and their prompt templates.
 
     Attributes:
         names: Names in order of the labels.
@@ -40,10 +40,10 @@ class Classes:
 
 
 def read_classes(settings: ExportSettings) -> Classes | None:
-    """Read the classes that the user named; None when they named none.
+    """Read the classes of ``--classnames``; None without it.
 
     Raises:
-        ClipcidError: when a file is missing or not as it should be.
+        ClipcidError: when a file is missing or malformed.
     """
     if settings.classnames is None:
         return None
@@ -51,7 +51,7 @@ def read_classes(settings: ExportSettings) -> Classes | None:
     if names.is_dir():
         folder = find_benchmark_folder(str(names))
         if folder.class_names is None:
-            raise ClipcidError(f"{names} holds no {CLASS_NAMES}.", "Give a text file with one class name a line.")
+            raise ClipcidError(f"{names} has no {CLASS_NAMES}.", "Give a text file with one class name per line.")
         names, templates = folder.class_names, templates or folder.templates
     return _read(names, templates)
 
@@ -64,18 +64,18 @@ def _read(names: Path, templates: Path | None) -> Classes:
 def label_samples(
     samples: Sequence[Sample], dataset: Dataset, spec: str | None, classes: Classes | None
 ) -> tuple[Classes, torch.Tensor] | None:
-    """Find the classes of data and the label of each of its samples.
+    """Find the classes of a data set and the label of each sample.
 
     Args:
-        dataset: The data they are of.
-        spec: The data as the user named it, where its own text files are looked for.
-        classes: Classes the user named; None takes the data's own.
+        dataset: The data set the samples belong to.
+        spec: The data set as named on the command line, where its own text files are looked for.
+        classes: Classes of ``--classnames``; None takes the data set's own.
 
     Returns:
-        The classes and int64 [N]; None when the data has no classes or does not say what they are called.
+        The classes and int64 [N]; None when the data set has no classes, or no names for them.
 
     Raises:
-        ClipcidError: when a label has no class, or folders of classes do not go with the names.
+        ClipcidError: when a label has no class, or class folders do not match the names.
     """
     labels = [sample.label for sample in samples]
     if not labels or None in labels:
@@ -95,7 +95,7 @@ def label_samples(
         raise ClipcidError(
             f"{dataset.spec}: sample {samples[wrong].key} has class {int(numbers[wrong])}, and there are "
             f"{len(classes.names)} class names (0 … {len(classes.names) - 1}).",
-            "Give the matching list of class names with --classnames, or other --data to check with.",
+            "Give the matching list of class names with --classnames, or other data with --data.",
         )
     return classes, numbers
 
@@ -112,5 +112,5 @@ def encode_candidates(prompts: Sequence[Sequence[str]], tokenizer: Tokenizer, en
         Their weights, float32 [C, D], unit rows.
     """
     texts = [text for texts in prompts for text in texts]
-    rows = [encode(tokenizer(texts[start : start + _TEXTS_A_BATCH])) for start in range(0, len(texts), _TEXTS_A_BATCH)]
+    rows = [encode(tokenizer(texts[start : start + _BATCH])) for start in range(0, len(texts), _BATCH)]
     return class_weights(torch.cat(rows).float().view(len(prompts), len(prompts[0]), -1))

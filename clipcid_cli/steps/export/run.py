@@ -1,4 +1,4 @@
-"""`export`: read a model, write it in other forms out of sight, compare each with the model, then give it its name."""
+"""`export`: load a model, write each format into a hidden folder, compare it with the model, then move it into place."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import torch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, build_export, refuse_foreign_folder
-from clipcid_cli.formats.models.model_card import write_card
+from clipcid_cli.formats.models.model_card import render_card
 from clipcid_cli.formats.models.onnx_file import check_onnx_installed
 from clipcid_cli.formats.output import fingerprint_file, open_output
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.hf_model import check_transformers_installed
-from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.export.card import describe_export
 from clipcid_cli.steps.export.check import LIMITS, Checker
-from clipcid_cli.steps.export.check_inputs import make_parity_inputs
+from clipcid_cli.steps.export.check_inputs import make_check_inputs
 from clipcid_cli.steps.export.classes import Classes, read_classes
-from clipcid_cli.steps.export.folders import FormOptions, describe_hf, write_hf, write_open_clip
+from clipcid_cli.steps.export.folders import ExportOptions, describe_hf, write_hf, write_open_clip
 from clipcid_cli.steps.export.onnx import check_measurable, check_onnx_expressible, write_onnx_files
+from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.fields import output_settings
@@ -38,14 +39,14 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
     """Export a model; with many processes the first does it, on the CPU.
 
     Returns:
-        The JSON object: ``model, files{}, parity{form: {precision, image, text, bytes, images_per_second, zeroshot}},
+        The JSON object: ``model, files{}, parity{export: {precision, image, text, bytes, images_per_second, zeroshot}},
         seconds{}``.
 
     Raises:
-        ClipcidError: when the model cannot be read or written in a form, differs too much in it, or the folder holds the
-            model itself or files of others.
+        ClipcidError: when the model cannot be loaded or expressed in a format, an export differs too much, or the folder
+            holds the model itself or other files.
     """
-    source = _choose_model(settings, reporter)
+    source = choose_model(settings.model, settings.work, reporter)
     folder = settings.out or WorkDirectory(settings.work).export(_export_name(source))
     if "onnx" in settings.format:
         check_onnx_installed()
@@ -62,18 +63,6 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
     return _result(source, folder, sidecar)
 
 
-def _choose_model(settings: ExportSettings, reporter: Reporter) -> ModelName:
-    if settings.model is not None:
-        named = parse_model(settings.model)
-        source = with_default_tag(named)
-        if source != named:
-            reporter.note(f"Weights: {source.spec}.")
-        return source
-    student = WorkDirectory(settings.work).find_student()
-    reporter.note(f"Model: {student}, the newest student of {settings.work}.")
-    return parse_model(str(student))
-
-
 def _export_name(source: ModelName) -> str:
     """Name the export of a training run's student after the run, and any other after the model."""
     if source.path is not None and source.path.resolve().name == "student":
@@ -82,10 +71,10 @@ def _export_name(source: ModelName) -> str:
 
 
 def _refuse_own_folder(source: ModelName, folder: Path) -> None:
-    """Refuse to write over the model that is read, whatever wrote it."""
+    """Refuse to overwrite the model that is exported."""
     if source.path is not None and folder.resolve() == source.path.resolve():
         raise ClipcidError(
-            f"Model {source.spec} is the folder {folder}, so its export would be written over it.",
+            f"Model {source.spec} is the folder {folder}, so its export would overwrite it.",
             "Give another folder with --out.",
         )
 
@@ -96,44 +85,49 @@ def _export(
     started = time.perf_counter()
     model = load_model(source, torch.device("cpu"))
     seconds = {"load": time.perf_counter() - started}
-    options = FormOptions(
+    options = ExportOptions(
         settings.stored_precision, settings.onnx_opset, settings.quantize, settings.dense, classes, source.path
     )
-    # What cannot be expressed is known before anything is read or written.
+    # Refuse what a format cannot express before anything is read or written.
     if "hf" in settings.format:
         describe_hf(model)
     if "onnx" in settings.format:
         check_onnx_expressible(model, options)
-    wanted = output_settings(settings) | {"model": model.info.slug, "format": sorted(settings.format)}
-    wanted |= {"quantize": sorted(settings.quantize), "opset": options.opset, "precision": options.precision}
+    identity = output_settings(settings) | {
+        "model": model.info.slug,
+        "format": sorted(settings.format),
+        "quantize": sorted(settings.quantize),
+        "opset": options.opset,
+        "precision": options.precision,
+    }
     inputs = [{"path": model.info.spec, "size": model.info.parameters, "hash": model.info.weights_hash}]
     inputs += [fingerprint_file(file) for file in classes.files] if classes is not None else []
-    samples = make_parity_inputs(model, settings, classes, reporter)
-    check_measurable(samples, options, settings.max_accuracy_drop, reporter)
-    checker = Checker(model, samples, settings.max_difference, settings.max_accuracy_drop)
-    inputs.append(samples.fingerprint())
-    with open_output(folder, "export", settings=wanted, inputs=inputs, overwrite=settings.overwrite) as output:
+    compared = make_check_inputs(model, settings, classes, reporter)
+    check_measurable(compared, options, settings.max_accuracy_drop, reporter)
+    checker = Checker(model, compared, settings.max_difference, settings.max_accuracy_drop)
+    inputs.append(compared.fingerprint())
+    with open_output(folder, "export", settings=identity, inputs=inputs, overwrite=settings.overwrite) as output:
         if output.finished is not None:
-            # Limits are no part of the content, and an export must hold to those that are asked for now.
+            # Limits do not change the content, so an existing export is checked against those of this run.
             checker.require_limits(output.finished["parity"])
-            reporter.note(f"{folder} holds this export already.")
+            reporter.note(f"{folder} already holds this export.")
             return output.finished
         parity: dict[str, Any] = {}
         with build_export(folder) as building:
-            for form in settings.format:
-                reporter.note(f"Writing {form} and comparing it with {source.spec} …")
+            for format_name in settings.format:
+                reporter.note(f"Writing {format_name} and comparing it with {source.spec} …")
                 started = time.perf_counter()
-                parity |= _WRITERS[form](model, building, checker, options)
-                seconds[form] = time.perf_counter() - started
+                parity |= _WRITERS[format_name](model, building, checker, options)
+                seconds[format_name] = time.perf_counter() - started
             write_json(building / PARITY, _describe_parity(model, checker, parity))
             card = describe_export(model.info, source, settings, parity)
-            write_text(building / CARD, write_card(card, sorted(path.name for path in building.iterdir())))
+            write_text(building / CARD, render_card(card, sorted(path.name for path in building.iterdir())))
             written = sorted(path.name for path in building.iterdir())
         return output.commit(
             counts={
-                "images": len(samples.images),
-                "texts": len(samples.tokens),
-                "skipped": dict(sorted(samples.skips.counts.items())),
+                "images": len(compared.images),
+                "texts": len(compared.tokens),
+                "skipped": dict(sorted(compared.skips.counts.items())),
             },
             seconds=seconds,
             model=dataclasses.asdict(model.info),
@@ -143,7 +137,7 @@ def _export(
 
 
 def _describe_parity(model: ClipModel, checker: Checker, parity: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of `parity.json`: what was compared with what, the limits, and what was found."""
+    """Return the content of `parity.json`: the reference, the limits, and what was measured."""
     tensors = model.module.state_dict().values()
     reference = {
         "model": model.info.spec,

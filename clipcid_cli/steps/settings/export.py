@@ -11,6 +11,7 @@ from clipcid_cli.steps.settings.shared import SharedSettings
 
 FORMATS = ("open-clip", "hf", "onnx")
 QUANTIZED = ("fp16", "int8")
+# The newest set that PyTorch 2.13 exports without converting; ONNX Runtime runs it from 1.17 on.
 DEFAULT_OPSET = 20
 _WRITE = "What is written"
 _CLASSES = "Classes, of the classifier and of the check"

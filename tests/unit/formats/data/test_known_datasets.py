@@ -59,7 +59,7 @@ def test_a_name_is_a_preset_whatever_lies_beside_it(tmp_path: Path, monkeypatch:
         find_known_dataset("pets", tmp_path / "elsewhere")
     listener = Listener()
     assert find_copy("pets", tmp_path / "copies", listener) == found
-    assert "it is named ./pets" in listener.notes[1]
+    assert "to use it, write ./pets" in listener.notes[1]
     listener = Listener()
     assert find_copy("pets", Path(), listener) == (PRESETS["pets"], Path("pets"))
     assert len(listener.notes) == 1  # the path is the copy

@@ -123,6 +123,6 @@ def test_settings_are_translated() -> None:
     assert (shortest["resample"], describe(pixels={"interpolation": "bilinear"}).preprocessor["resample"]) == (3, 2)
 
 
-def test_a_tensor_without_a_place_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"visual\.head\.weight has no place"):
+def test_a_tensor_without_a_counterpart_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"visual\.head\.weight has no counterpart"):
         list(rename_tensors({"visual.head.weight": torch.zeros(1)}))

@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY_CONFIG
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.formats.models.model_card import ModelCard, write_card
+from clipcid_cli.formats.models.model_card import ModelCard, render_card
 from clipcid_cli.formats.results.metrics import SIDECARS, make_metrics, write_metrics
 from clipcid_cli.runtime.models.clip_model import ModelInfo, load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
@@ -63,16 +63,16 @@ def test_metrics_of_other_weights_than_those_written_say_so(info: ModelInfo, tin
         ("fp16", "Measured on the original model, not on the fp16 weights here;"),
         ("auto", "Measured on the original model;"),
     ):
-        text = write_card(describe(info, source, work=tmp_path, precision=precision), [])
+        text = render_card(describe(info, source, work=tmp_path, precision=precision), [])
         assert said in text
         assert "| own | zeroshot_classification | acc1 | 0.5000 |" in text
-    assert "Measured on" not in write_card(describe(info, source, work=tmp_path / "empty"), [])
+    assert "Measured on" not in render_card(describe(info, source, work=tmp_path / "empty"), [])
 
 
 def test_the_library_is_called_as_the_hub_calls_it(info: ModelInfo, tiny_model: Path, tmp_path: Path) -> None:
     for form, library in (("open-clip", "open_clip"), ("hf", "transformers"), ("onnx", "onnx")):
         card = describe(info, parse_model(str(tiny_model)), work=tmp_path, format=(form,))
-        assert f"\nlibrary_name: {library}\n" in write_card(card, [])
+        assert f"\nlibrary_name: {library}\n" in render_card(card, [])
 
 
 def test_the_keep_ratio_is_of_the_list_that_the_run_applied(tiny_shards: Path, tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ import torch
 from conftest import make_image, write_tar
 from PIL import Image
 
-from clipcid_cli.algorithms.metrics.parity import Difference
+from clipcid_cli.algorithms.metrics.parity import RowDifference
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.export.check import Checker
-from clipcid_cli.steps.export.check_inputs import ParityInputs, make_parity_inputs
+from clipcid_cli.steps.export.check_inputs import CheckInputs, make_check_inputs
 from clipcid_cli.steps.export.classes import Classes, label_samples
-from clipcid_cli.steps.export.folders import FormOptions
+from clipcid_cli.steps.export.folders import ExportOptions
 from clipcid_cli.steps.export.onnx import check_measurable
 from clipcid_cli.steps.export.run import run
 from clipcid_cli.steps.reporting import SilentReporter
@@ -58,16 +58,16 @@ def collect(
     count: int | None = None,
     reporter: SilentReporter | None = None,
     bad: float = 0.01,
-) -> ParityInputs:
+) -> CheckInputs:
     classes = None if names is None else Classes(tuple(names), ("a {c}",), ())
     settings = ExportSettings(data=str(data), check_images=count, max_bad_fraction=bad)
-    return make_parity_inputs(model, settings, classes, reporter or SilentReporter())
+    return make_check_inputs(model, settings, classes, reporter or SilentReporter())
 
 
 def test_a_loss_over_the_limit_is_an_error_that_says_by_how_much(model: ClipModel, drawings: Path) -> None:
     inputs = collect(model, drawings)
     checker = Checker(model, inputs, None, 0.05)
-    candidates, top = inputs.candidates, checker.reference.top
+    candidates, top = inputs.candidates, checker.reference.predicted
     assert candidates is not None
     assert top is not None
     right = top == candidates.labels
@@ -78,18 +78,18 @@ def test_a_loss_over_the_limit_is_an_error_that_says_by_how_much(model: ClipMode
         rf"onnx-int8: acc1 falls from {share:.4f} to 0.0000 on 36 images, by {100 * share:.2f} points \(allowed 5.00\)"
     )
     with pytest.raises(ClipcidError, match=said):
-        checker.compare_answers("onnx-int8", worse, gated=True)
-    found = checker.compare_answers("onnx", worse, gated=False)
+        checker.compare_predictions("onnx-int8", worse, gated=True)
+    found = checker.compare_predictions("onnx", worse, gated=False)
     assert found is not None
     assert found["drop"] == pytest.approx(share)
     assert found["agreement"] == pytest.approx(1 - share)
     # A gain is no loss.
-    assert checker.compare_answers("onnx-int8", candidates.labels, gated=True) is not None
+    assert checker.compare_predictions("onnx-int8", candidates.labels, gated=True) is not None
 
 
 def test_rows_that_are_no_numbers_pass_no_limit(model: ClipModel, drawings: Path) -> None:
     checker = Checker(model, collect(model, drawings), 1.0, 1.0)
-    broken = Difference(max_difference=float("inf"), min_cosine=-1.0)
+    broken = RowDifference(max_difference=float("inf"), min_cosine=-1.0)
     for kind in ("fp32", "fp16", "int8"):
         with pytest.raises(ClipcidError, match="Nothing was written"):
             checker.require_close("the image encoder", kind, broken)
@@ -164,7 +164,7 @@ def test_8_bits_need_names_of_classes_and_enough_images(
     ]
     unnamed = collect(model, write_tar(tmp_path / "0.tar", members))
     for quantize, said in ((("int8",), "the classes of .*0.tar have no names"), (("fp16",), None)):
-        options = FormOptions("fp32", 20, quantize, False, None, None)
+        options = ExportOptions("fp32", 20, quantize, False, None, None)
         if said is None:
             check_measurable(unnamed, options, 0.01, SilentReporter())
             continue
@@ -172,13 +172,13 @@ def test_8_bits_need_names_of_classes_and_enough_images(
             check_measurable(unnamed, options, 0.01, SilentReporter())
         assert "--classnames" in caught.value.fix
     # 24 captions: one is 4.17 points. 36 classified images: one is 2.78.
-    options = FormOptions("fp32", 20, ("int8",), False, None, None)
+    options = ExportOptions("fp32", 20, ("int8",), False, None, None)
     for inputs, limit, warned in ((collect(model, tiny_shards), 0.04, True), (collect(model, drawings), 0.04, False)):
         listener = Listener()
         check_measurable(inputs, options, limit, listener)
         assert bool(listener.warnings) == warned
     check_measurable(inputs, options, 0.01, listener)
-    assert "on 36 images, of which one is 2.78 points" in listener.warnings[0]
+    assert "on 36 images, so one image is 2.78 points" in listener.warnings[0]
     assert "at least 100 images" in listener.warnings[0]
 
 
@@ -207,17 +207,17 @@ def test_what_an_earlier_export_lost_is_held_to_the_limit(model: ClipModel, draw
     checker = Checker(model, inputs, None, 1.0)
     candidates = inputs.candidates
     assert candidates is not None
-    top = checker.reference.top
+    top = checker.reference.predicted
     assert top is not None
     worse = torch.where(top == candidates.labels, (top + 1) % 3, top)
-    lost = {"onnx-int8": {"precision": "int8", "zeroshot": checker.compare_answers("onnx-int8", worse, gated=True)}}
+    lost = {"onnx-int8": {"precision": "int8", "zeroshot": checker.compare_predictions("onnx-int8", worse, gated=True)}}
     checker.require_limits(lost)
     strict = Checker(model, inputs, None, 0.01)
     with pytest.raises(ClipcidError, match=r"onnx-int8: acc1 falls from .* \(allowed 1.00\)"):
         strict.require_limits(lost)
     # fp32 forms are judged by their rows alone.
     strict.require_limits(
-        {"onnx": {"precision": "fp32", "zeroshot": checker.compare_answers("onnx", worse, gated=False)}}
+        {"onnx": {"precision": "fp32", "zeroshot": checker.compare_predictions("onnx", worse, gated=False)}}
     )
     patches = {"precision": "fp32", "zeroshot": None, "dense": {"max_difference": 0.1, "min_cosine": 1.0}}
     with pytest.raises(ClipcidError, match="onnx: the patches differ"):
