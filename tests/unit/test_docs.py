@@ -8,6 +8,7 @@ import pytest
 
 from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS
 from clipcid_cli.formats.results import clusters, keep_list, metrics, predictions
+from clipcid_cli.formats.work_directory import WorkDirectory
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -129,6 +130,16 @@ def test_the_documented_columns_are_those_that_are_written() -> None:
     assert columns_under("Keep list") == keep_list._SCHEMA.names
     assert columns_under("Clusters") == [*clusters._IMAGE_COLUMNS, *clusters._CAPTION_COLUMNS]
     assert columns_under("Metrics") == list(metrics.FIELDS)
+
+
+def test_every_folder_of_the_work_directory_is_documented() -> None:
+    work = WorkDirectory(Path("work"))
+    properties = [name for name, value in vars(WorkDirectory).items() if isinstance(value, property)]
+    places = [getattr(work, name) for name in properties] + [work.embeddings("m"), work.distill("n"), work.export("n")]
+    page = (ROOT / "clipcid_cli" / "docs" / "files.md").read_text(encoding="utf-8")
+    tree = page.partition("clipcid-work/\n")[2].partition("\n\n")[0]
+    for place in places:
+        assert re.search(rf"^ +{re.escape(place.relative_to('work').parts[0])}[/ ]", tree, flags=re.MULTILINE), place
 
 
 def test_the_documented_columns_of_predictions_are_those_that_are_written() -> None:
