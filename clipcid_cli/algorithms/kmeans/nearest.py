@@ -4,9 +4,9 @@ Shape letters: B rows of a block, K centroids, C centroids of a chunk, G groups,
 (row, group) pairs, m centroids per row.
 
 **Similarities are exact.** Rows are float16, so each entry is an integer multiple of 2⁻²⁴ (the smallest subnormal).
-Centroids are kept on the same grid (:func:`clipcid_cli.algorithms.kmeans.kmeans.round_to_grid`), which moves an entry by at
-most 2⁻²⁵. A product of entries is then an integer multiple of 2⁻⁴⁸, and by Cauchy–Schwarz no partial sum of a dot product of
-two vectors of length ≤ 1.01 exceeds 1.03 = 1.03·2⁴⁸ units < 2⁵³: float64 holds every intermediate result exactly. Any
+Centroids are kept on the same grid (:func:`clipcid_cli.algorithms.search.centroids.round_to_grid`), which moves an entry by
+at most 2⁻²⁵. A product of entries is then an integer multiple of 2⁻⁴⁸, and by Cauchy–Schwarz no partial sum of a dot product
+of two vectors of length ≤ 1.01 exceeds 1.03 = 1.03·2⁴⁸ units < 2⁵³: float64 holds every intermediate result exactly. Any
 order of summation, tiling, instruction set or device gives the same bits.
 
 **Low precision only discards.** With a = fl(x̂·ĉ) for the product of the copies of a row and a centroid, ŝ = round(a)
@@ -68,18 +68,11 @@ class NearestCentroids:
         ValueError: when the centroids are not a float32 matrix on the grid, or the format is none of the four.
     """
 
-    def __init__(
-        self,
-        centroids_KD: torch.Tensor,
-        dtype: torch.dtype,
-        order_K: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, centroids_KD: torch.Tensor, dtype: torch.dtype, order_K: torch.Tensor | None = None) -> None:
         if centroids_KD.ndim != 2 or centroids_KD.dtype != torch.float32 or not len(centroids_KD):
             raise ValueError(f"centroids must be float32 [K, D], not {centroids_KD.dtype} {list(centroids_KD.shape)}")
         if not all(_on_grid(part_CD) for part_CD in torch.split(centroids_KD, _CHUNK)):
-            raise ValueError(
-                "centroids are not on the grid of multiples of 2⁻²⁴ within [−1, 1]; see kmeans.round_to_grid"
-            )
+            raise ValueError("centroids are not on the grid of multiples of 2⁻²⁴ within [−1, 1]; see round_to_grid")
         self.centroids_KD = centroids_KD
         self.dtype = dtype
         self._prepared = prepare_centroids(centroids_KD, dtype, order_K, GROUP)

@@ -1,8 +1,8 @@
-"""The first centroids of k-means, and new ones for clusters that ran empty.
+"""The first centroids of k-means, and new ones for empty clusters.
 
 Shape letters: N rows, S sampled rows, K centroids, L trials, D width.
 
-Which rows become the first centroids was decided by trial: on 1,781 photographs (clothing features, 1,280 wide) after 20
+How to choose the first rows was decided by experiment: on 1,781 photographs (clothing features, 1,280 wide) after 20
 iterations, mean of 4 seeds, greedy k-means++ reached a mean similarity of 0.5190, 0.6507, 0.7107 and 0.7921 at K = 16, 128,
 256 and 512 against 0.5191, 0.6440, 0.6992 and 0.7800 from uniformly drawn rows, with spreads of about 0.001. The gain is in
 clusters of few rows; at 225 rows a cluster (docs/method.md#number-of-clusters) there is none to see, and its cost grows with
@@ -125,8 +125,8 @@ def choose_seeds(
 ) -> npt.NDArray[np.int64]:
     """Choose rows to re-seed empty clusters: those farthest from their own centroids, no two of them equal.
 
-    Rows nearer to their centroid than 0.999 (2.6°) are left out: data with fewer different rows than clusters has clusters
-    that must stay empty.
+    Rows with a similarity above 0.999 (2.6°) to their centroid are left out: data with fewer different rows than clusters
+    has clusters that must stay empty.
 
     Args:
         similarities_P: Similarity of candidate rows to their own centroids, float64 [P].

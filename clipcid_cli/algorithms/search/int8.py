@@ -1,9 +1,9 @@
-"""Rows as small integers: what the fastest matrix product of some CPUs multiplies, and what the copy is off by.
+"""Rows as small integers, the operands of the fastest matrix product of some CPUs, and the error of the copy.
 
-**A rotation** comes first: an orthogonal matrix T spreads over all columns what lies in few (embeddings of CLIP models have
-columns many times as large as the rest), since the largest entry decides the step of all others; on features of photographs
-of width 1,280 it cut the residual from 0.039 to 0.012. **A step** s then scales the rotated row to integers q of at
-most 127; s has 8 significant bits, which makes s·q exact in float32.
+**Rotate**: an orthogonal matrix T spreads the length of a few columns over all (embeddings of CLIP models have columns many
+times as large as the rest), since the largest entry decides the step of all others; on features of photographs of width
+1,280 it cut the residual from 0.039 to 0.012. **Round**: a step s scales the rotated row to integers q of at most 127;
+s has 8 significant bits, which makes s·q exact in float32.
 
 Of two rows a, b with rotated rows Ta, Tb: |Ta| ≤ |a|·√(1 + η) and |a·b − Ta·Tb| = |aᵀ(TᵀT − I)b| ≤ η·|a||b| with
 η = |TᵀT − I|, the :func:`distortion`. A product of integers is added up in int32 without error up to a width of 133,000.
@@ -72,7 +72,7 @@ def choose_steps(largest: torch.Tensor) -> torch.Tensor:
 def _rotation(width: int) -> tuple[torch.Tensor, float]:
     """Return an orthogonal matrix T, float32 [D, D], and how far it is from one: |TᵀT − I| in the Frobenius norm, at most.
 
-    Which one it is changes what is proposed, and never what is found.
+    Another matrix would change which pairs are decided exactly, never the result.
     """
     gaussian = np.random.default_rng(0).standard_normal((width, width))
     rotation_DD = np.linalg.qr(gaussian)[0].astype(np.float32)

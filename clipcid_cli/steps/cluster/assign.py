@@ -1,4 +1,4 @@
-"""From centroids to the table: the nearest centroids of every image and caption, and what they say in sum."""
+"""From centroids to the table: the nearest centroids of every image and caption, and their totals."""
 
 from __future__ import annotations
 

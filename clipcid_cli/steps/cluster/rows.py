@@ -109,7 +109,7 @@ class ClusterRows:
 
 
 def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
-    """Find the embeddings and the keep list, join them by key and say what was taken.
+    """Find the embeddings and the keep list, join them by key and say which were taken.
 
     Raises:
         ClipcidError: when there are no embeddings, they lack what `--features` needs, too many rows cannot be used, the
@@ -121,7 +121,7 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     if settings.features == "joint" and not embeddings.has_texts:
         raise ClipcidError(
-            f"--features joint needs text embeddings, and {folder} holds none.",
+            f"--features joint needs text embeddings, but {folder} has none.",
             "Embed with captions (clipcid embed DATA), or use --features image.",
         )
     embeddings.refuse_repeated_keys()

@@ -78,7 +78,7 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
             if output.finished is None:
                 result = _cluster(settings, machine, rows, num_clusters, output, seconds, reporter)
             else:
-                reporter.note(f"{folder} holds these clusters already.")
+                reporter.note(f"These clusters are in {folder} already.")
                 result = output.finished["result"]
                 if machine.is_main:
                     remove_scratch(folder)
@@ -93,7 +93,7 @@ def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter:
         reporter.note(f"Clusters: {chosen:,}, the default for {len(rows):,} images (--num-clusters).")
         return chosen
     if settings.num_clusters > count:
-        there = f"the {len(rows):,} images there are to cluster" if count == len(rows) else f"--train-rows {count:,}"
+        there = f"the {len(rows):,} images to cluster" if count == len(rows) else f"--train-rows {count:,}"
         raise ClipcidError(
             f"--num-clusters {settings.num_clusters:,} is more than {there}.",
             f"Give --num-clusters at most {count:,}; the default would be {min(count, default_num_clusters(len(rows))):,}.",
@@ -104,9 +104,9 @@ def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter:
 def _warn_of_few(num_trained: int, num_clusters: int, reporter: Reporter) -> None:
     if num_trained < _FEWEST_A_CENTROID * num_clusters:
         reporter.warn(
-            f"--train-rows {num_trained:,} are {num_trained / num_clusters:.1f} images for each of {num_clusters:,} "
-            f"centroids, too few to say much of the others; "
-            f"{_FEWEST_A_CENTROID * num_clusters:,} would be {_FEWEST_A_CENTROID}."
+            f"--train-rows {num_trained:,} gives each of {num_clusters:,} centroids {num_trained / num_clusters:.1f} "
+            f"images, too few to represent the others. Use at least {_FEWEST_A_CENTROID * num_clusters:,} "
+            f"({_FEWEST_A_CENTROID} a centroid)."
         )
 
 
@@ -140,7 +140,7 @@ def _cluster(
     state = machine.on_main(begin)
     scan = machine.on_main(lambda: choose_format(settings.precision, trained, machine, state.centroids_KD))
     used = "all images" if len(trained) == len(rows) else f"{len(trained):,} of {len(rows):,} images (--train-rows)"
-    reporter.note(f"Centroids come from {used}; they are compared in {scan.name} ({scan.reason}) and decided in fp64.")
+    reporter.note(f"Centroids are computed from {used}, compared in {scan.name} ({scan.reason}) and decided in fp64.")
     state = train_centroids(
         trained,
         machine,
@@ -172,8 +172,8 @@ def _cluster(
         }
         if result["empty_clusters"]:
             reporter.warn(
-                f"{result['empty_clusters']:,} of {num_clusters:,} clusters are empty: there are fewer different images "
-                "than clusters, or nearly so. A smaller --num-clusters fits this data."
+                f"{result['empty_clusters']:,} of {num_clusters:,} clusters are empty: the data has hardly more "
+                "different images than clusters, or fewer. Use a smaller --num-clusters."
             )
         output.commit(
             counts={"read": rows.embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},

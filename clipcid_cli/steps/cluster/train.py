@@ -21,8 +21,8 @@ from clipcid_cli.steps.reporting import Reporter
 
 # Centroids that formats are tried with, at most.
 _TRIAL_CENTROIDS = 16_384
-# int8 gains most after the first iteration, when centroids stand among their rows: on rows without structure it takes
-# as long as fp32 at first and half as long later.
+# int8 gains most after the first iteration, when centroids are means: on rows without structure it takes as long as fp32 at
+# first and half as long later.
 _PATIENCE = 1.4
 
 
@@ -50,7 +50,7 @@ def choose_format(requested: str, rows: ClusterRows, machine: Machine, centroids
     if seconds[scan.name] <= _PATIENCE * seconds[other.name]:
         return scan
     return dataclasses.replace(
-        other, reason=f"{seconds[scan.name] / seconds[other.name]:.1f} times as fast here as int8"
+        other, reason=f"{seconds[scan.name] / seconds[other.name]:.1f} times as fast as int8 on these rows"
     )
 
 
