@@ -1,4 +1,4 @@
-"""How fast and how good is `cluster`? Beside faiss.Kmeans and scikit-learn's MiniBatchKMeans.
+"""How fast and how good is `cluster`, compared with faiss.Kmeans and scikit-learn's MiniBatchKMeans?
 
     python recipes/benchmarks/cluster.py                                    four kinds of rows, 3 seeds
     python recipes/benchmarks/cluster.py --embeddings DIR --kinds real      real rows, enlarged by noise
@@ -9,9 +9,9 @@ The sides read the same folder, each in a process of its own, with the same numb
 - clipcid: `clipcid cluster`, the real command. Its time is `seconds.kmeans`: reading, first centroids, all iterations with a
   checkpoint after each; the whole command, with the 16 nearest centroids of each row found and written, is under `whole s`.
 - faiss: `faiss.Kmeans(spherical=True, nredo=1)` on all rows in float32, no subsampling; its time is `train`. Both
-  end when no centroid moves any more. As in balance.py its OpenBLAS is told to take SkylakeX's kernels where there is
-  AVX-512, three times as fast as what it takes by itself, and its waiting threads sleep (GOMP_SPINCOUNT=0), which suits
-  it better and clipcid worse.
+  end when no centroid moves any more. As in balance.py its OpenBLAS uses SkylakeX's kernels where there is
+  AVX-512, three times as fast as those it chooses itself, and its waiting threads sleep (GOMP_SPINCOUNT=0), which makes
+  it faster and clipcid slower.
 - scikit-learn: `MiniBatchKMeans`, batches of 4,096, as many passes as faiss has iterations at most (it may stop earlier);
   its centroids are normalised at the end.
 
@@ -190,7 +190,7 @@ def cluster_with_sklearn(rows: np.ndarray, num_clusters: int, iterations: int, s
 
 
 def measure_memory(scratch: Path, num_rows: int, width: int, num_clusters: int, iterations: int) -> None:
-    """Print what `--dry-run` says of a large run, and what the run then takes."""
+    """Print what `--dry-run` estimates of a large run, and what the run then takes."""
     generator = np.random.default_rng(0)
     rows = np.empty((num_rows, width), np.float16)
     for start in range(0, num_rows, 65_536):
@@ -200,7 +200,7 @@ def measure_memory(scratch: Path, num_rows: int, width: int, num_clusters: int, 
     del rows
     command = ["clipcid", "cluster", "--embeddings", str(scratch / "emb"), "--work", str(scratch / "work"), "--json"]
     command += ["--num-clusters", str(num_clusters), "--iterations", str(iterations)]
-    told = json.loads(subprocess.run([*command, "--dry-run"], stdout=subprocess.PIPE, check=True).stdout)
+    estimate = json.loads(subprocess.run([*command, "--dry-run"], stdout=subprocess.PIPE, check=True).stdout)
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"GOMP_SPINCOUNT": "0"}) as process:
         peak = 0
         while process.poll() is None:
@@ -212,8 +212,8 @@ def measure_memory(scratch: Path, num_rows: int, width: int, num_clusters: int, 
         answer = json.loads(process.stdout.read())
     print(
         f"N = {num_rows:,}, D = {width}, K = {num_clusters:,}, {answer['iterations']} iterations: peak RssAnon "
-        f"{peak / 2**20:.2f} GiB, {told['memory_bytes'] / 2**30:.2f} told by --dry-run; seconds {answer['seconds']}, "
-        f"{told['seconds']} told"
+        f"{peak / 2**20:.2f} GiB, {estimate['memory_bytes'] / 2**30:.2f} estimated by --dry-run; seconds "
+        f"{answer['seconds']}, {estimate['seconds']} estimated"
     )
 
 
