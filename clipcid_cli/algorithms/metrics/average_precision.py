@@ -16,7 +16,7 @@ _RECALL_POINTS = 11
 
 @dataclasses.dataclass(frozen=True)
 class AveragePrecision:
-    """How well each class's images come first when all images are sorted by that class's score.
+    """How early the images of each class come when all images are sorted by their score for it.
 
     Attributes:
         area_C: Area under the stepwise precision-recall curve, float64 [C]; NaN where a class has no image.
@@ -41,7 +41,7 @@ class AveragePrecision:
 def average_precision(scores_NC: torch.Tensor, positive_NC: torch.Tensor) -> AveragePrecision:
     """Compute the average precision of every class, in both usual forms.
 
-    Images of equal score are taken together, so the order of the images never matters.
+    Images of equal score count together, so the order of the images never matters.
 
     Args:
         scores_NC: Score of each image for each class, float [N, C]; only their order within a class matters.
@@ -52,7 +52,7 @@ def average_precision(scores_NC: torch.Tensor, positive_NC: torch.Tensor) -> Ave
 
     Source: `area_C` as scikit-learn's average_precision_score; LAION-AI/CLIP_benchmark 1.6.2
         (metrics/zeroshot_classification.py, average_precision_per_class) is the same where no scores are equal, and counts
-        a class without images as 0 where we leave it out. `eleven_point_C` as Everingham et al. 2010 (PASCAL VOC), §4.2.
+        a class without images as 0 where we omit it. `eleven_point_C` as Everingham et al. 2010 (PASCAL VOC), §4.2.
     """
     if scores_NC.ndim != 2 or scores_NC.shape != positive_NC.shape:
         raise ValueError(f"scores are {list(scores_NC.shape)}, labels {list(positive_NC.shape)}; both must be [N, C]")
@@ -60,7 +60,7 @@ def average_precision(scores_NC: torch.Tensor, positive_NC: torch.Tensor) -> Ave
         raise ValueError("no image to rank")
     if bool(scores_NC.isnan().any()):
         raise ValueError("scores hold NaN, which have no order")
-    # One class at a time: a class is [N], and C of them at once would be as large as the scores four times over.
+    # One class at a time: all C at once would take four times the memory of the scores.
     pairs = [
         _class_precision(scores_NC[:, number], positive_NC[:, number].bool()) for number in range(scores_NC.shape[1])
     ]
@@ -75,7 +75,7 @@ def _class_precision(scores_N: torch.Tensor, positive_N: torch.Tensor) -> tuple[
         return float("nan"), float("nan")
     sorted_N, order_N = scores_N.sort(descending=True)
     found_N = positive_N[order_N].cumsum(0)
-    # A threshold admits all images of one score: only the last of each run of equal scores is a point of the curve.
+    # A threshold includes all images of one score: only the last of each run of equal scores is a point of the curve.
     last_N = torch.ones_like(positive_N)
     last_N[:-1] = sorted_N[1:] != sorted_N[:-1]
     places_P = last_N.nonzero().squeeze(1)

@@ -1,8 +1,8 @@
-"""How far a metric could lie from what was measured, had other images been drawn: bootstrap, McNemar, Clopper-Pearson.
+"""How much a metric depends on the sample of images: bootstrap intervals, McNemar's test, Clopper-Pearson intervals.
 
-A metric of counts depends on how many images fall into each cell (class × right or wrong × …), and images drawn with
-replacement fall into cells as a multinomial says. So replicates are drawn as counts of cells: the same distribution as
-drawing images one by one, at a cost that does not grow with their number.
+A metric of counts depends on how many images fall into each cell (class × right or wrong × …), and of images drawn with
+replacement the counts of cells are multinomial. So replicates are drawn as counts of cells: the same distribution as drawing
+images one by one, at a cost that does not grow with their number.
 
 Shape letters: N images, V values of an image, U cells, B replicates, C classes.
 """
@@ -25,7 +25,7 @@ def draw_cells(values_NV: Array, replicates: int, seed: int) -> tuple[Array, Arr
     """Draw replicates of a data set.
 
     Args:
-        values_NV: What is known of each image, whole numbers [N, V].
+        values_NV: Values of each image, whole numbers [N, V].
         seed: Seed of the draws; equal seeds and values give equal draws.
 
     Returns:
@@ -50,7 +50,7 @@ def ratio(draws_BU: Array, above_U: Array, below_U: Array | None = None) -> Arra
 
 
 def mean_recall(draws_BU: Array, classes_U: Array, right_U: Array) -> Array:
-    """Mean over the classes that were drawn of the share of their images that is right.
+    """Average, over the classes that were drawn, the share of their images that is right.
 
     Args:
         draws_BU: Draws of :func:`draw_cells`.
@@ -63,7 +63,7 @@ def mean_recall(draws_BU: Array, classes_U: Array, right_U: Array) -> Array:
     starts = np.flatnonzero(np.diff(classes_U, prepend=classes_U[0] - 1))
     images_BC = np.add.reduceat(draws_BU, starts, axis=1)
     right_BC = np.add.reduceat(draws_BU * right_U.astype(draws_BU.dtype), starts, axis=1)
-    return _mean_known(np.where(images_BC > 0, right_BC / np.maximum(images_BC, 1), np.nan).T)
+    return _mean_of_drawn(np.where(images_BC > 0, right_BC / np.maximum(images_BC, 1), np.nan).T)
 
 
 def draw_average_precision(scores_NC: Array, positive_NC: Array, replicates: int, seed: int) -> tuple[Array, Array]:
@@ -92,15 +92,15 @@ def draw_average_precision(scores_NC: Array, positive_NC: Array, replicates: int
             for number, order in enumerate(orders)
             if positive_NC[:, number].any()
         ]
-        areas.append(_mean_known(np.stack([area for area, _ in both])))
-        points.append(_mean_known(np.stack([point for _, point in both])))
+        areas.append(_mean_of_drawn(np.stack([area for area, _ in both])))
+        points.append(_mean_of_drawn(np.stack([point for _, point in both])))
     return np.concatenate(areas), np.concatenate(points)
 
 
 def _weighted_precision(weights_bN: Array, scores_N: Array, positive_N: Array) -> tuple[Array, Array]:
     """Average precision of one class when each image, in descending order of score, counts as often as it was drawn."""
     places_P = np.flatnonzero(positive_N)
-    # Images of one score are taken together: precision is that of the last of them.
+    # Images of equal score count together: their precision is that of the last of them.
     last_P = np.searchsorted(-scores_N, -scores_N[places_P], side="right") - 1
     own_bP = weights_bN[:, places_P]
     found_bP = np.cumsum(own_bP, axis=1)[:, np.searchsorted(places_P, last_P, side="right") - 1]
@@ -115,21 +115,21 @@ def _weighted_precision(weights_bN: Array, scores_N: Array, positive_N: Array) -
     return np.where(drawn_b, area_b, np.nan), np.where(drawn_b, point_b, np.nan)
 
 
-def _mean_known(values_Cb: Array) -> Array:
+def _mean_of_drawn(values_Cb: Array) -> Array:
     """Mean over the classes that were drawn; NaN where none was."""
     drawn_b = (~np.isnan(values_Cb)).sum(axis=0)
     return np.where(drawn_b > 0, np.nansum(values_Cb, axis=0) / np.maximum(drawn_b, 1), np.nan)
 
 
 def interval(replicates_B: Array, share: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval that holds `share` of the replicates; those that are NaN do not count."""
+    """Return the percentile interval with `share` of the replicates; NaN replicates do not count."""
     tail = (1 - share) / 2
     low, high = np.nanquantile(replicates_B, [tail, 1 - tail])
     return float(low), float(high)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Tell how probable so uneven a split of the disagreements is when both models are equally good.
+    """Return the probability of disagreements at least as uneven if both models are equally good.
 
     Args:
         only_first: Images only the first model gets right.
@@ -141,7 +141,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     Source: McNemar 1947, in its exact (binomial) form.
     """
     total, fewer = only_first + only_second, min(only_first, only_second)
-    # log of C(total, k) / 2^total: the numbers themselves leave floating point beyond 1,000 disagreements.
+    # log of C(total, k) / 2^total: the binomials themselves overflow beyond 1,000 disagreements.
     logs = [
         math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) - total * math.log(2)
         for k in range(fewer + 1)
@@ -150,38 +150,38 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def clopper_pearson(hits: int, trials: int) -> tuple[float, float]:
-    """Bound a rate from both sides: the Clopper-Pearson interval of 95 %.
+    """Return the exact 95 % confidence interval of a rate.
 
     Args:
-        hits: How often it was seen, in [0, trials].
-        trials: In how many independent tries; at least 1.
+        hits: Number of successes, in [0, trials].
+        trials: Number of independent trials; at least 1.
 
     Returns:
         The ends of the interval, in [0, 1].
 
     Raises:
-        ValueError: when the counts do not fit together.
+        ValueError: when the counts are out of range.
 
     Source: Clopper and Pearson 1934; with no hit the upper end is the "rule of three", about 3.7/n for two-sided 95 %.
     """
     if not 0 <= hits <= trials or trials < 1:
         raise ValueError(f"{hits} hits in {trials} trials")
-    low = 0.0 if hits == 0 else _solve(lambda rate: 1.0 - _at_most(hits - 1, trials, rate) < _TAIL)
-    high = 1.0 if hits == trials else _solve(lambda rate: _at_most(hits, trials, rate) > _TAIL)
+    low = 0.0 if hits == 0 else _bisect(lambda rate: 1.0 - _at_most(hits - 1, trials, rate) < _TAIL)
+    high = 1.0 if hits == trials else _bisect(lambda rate: _at_most(hits, trials, rate) > _TAIL)
     return low, high
 
 
-def _solve(lies_below: Callable[[float], bool]) -> float:
-    """Find the rate up to which a statement holds, by bisection."""
+def _bisect(is_above: Callable[[float], bool]) -> float:
+    """Find the rate in [0, 1] up to which a predicate holds, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(100):
         middle = (low + high) / 2.0
-        low, high = (middle, high) if lies_below(middle) else (low, middle)
+        low, high = (middle, high) if is_above(middle) else (low, middle)
     return high
 
 
 def _at_most(hits: int, trials: int, rate: float) -> float:
-    """Return the probability of at most so many hits at a rate in (0, 1)."""
+    """Return the probability of at most `hits` successes; rates outside (0, 1) are taken as its ends."""
     if rate <= 0.0 or rate >= 1.0:
         return 1.0 if rate <= 0.0 or hits >= trials else 0.0
     count = np.arange(hits + 1)

@@ -1,4 +1,4 @@
-"""What a linear probe gets right.
+"""Metrics of a linear probe.
 
 Shape letters: N images, D width, C classes.
 """

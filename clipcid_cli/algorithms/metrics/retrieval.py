@@ -41,7 +41,7 @@ def retrieval_metrics(
         ValueError: when there is no image or no text, or a caption names no image.
 
     Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_retrieval.py, names and definitions; equal similarities
-        count in row order here, where a top-k leaves them to chance.
+        rank in row order here, where a top-k breaks ties arbitrarily.
     """
     return recall_metrics(*retrieval_ranks(images_ND, texts_MD, image_of_text_M, chunk_entries), recall_at)
 
@@ -60,7 +60,7 @@ def retrieval_ranks(
     image_of_text_M: torch.Tensor,
     chunk_entries: int = _CHUNK_ENTRIES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count what comes before the right answer in both directions; arguments and errors are `retrieval_metrics`'s.
+    """Count the wrong answers ranked before the right one, in both directions; arguments and errors as `retrieval_metrics`.
 
     Returns:
         For each caption the images before its own, int64 [M]; for each image the captions before the first of its own,

@@ -17,7 +17,7 @@ SINGLE_LABEL_METRICS = ("acc1", "acc5", "mean_per_class_recall")
 
 
 def class_weights(prompts_CTD: torch.Tensor) -> torch.Tensor:
-    """Fold the prompts of each class into one weight vector: the normalised mean of the normalised prompts.
+    """Average the prompts of each class into one weight vector: the normalised mean of the normalised prompts.
 
     Args:
         prompts_CTD: Text embeddings, float [C, T, D], one per class and template, of any length.
@@ -41,7 +41,7 @@ def rank_classes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find, for each image, the most similar class and how many classes come before the right one.
 
-    Equal similarities count in the order of the classes, so the answer never depends on a sort's internals, and an
+    Equal similarities rank in the order of the classes, so the result never depends on how a sort breaks ties, and an
     image is right (its prediction is its label) exactly when its rank is 0.
 
     Args:
@@ -58,7 +58,7 @@ def rank_classes(
     num_classes = len(weights_CD)
     if len(labels_N) and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < num_classes:
         low, high = int(labels_N.min()), int(labels_N.max())
-        raise ValueError(f"labels lie in [{low}, {high}], classes in [0, {num_classes - 1}]")
+        raise ValueError(f"labels are in [{low}, {high}], classes in [0, {num_classes - 1}]")
     scores_NC = images_ND @ weights_CD.T
     own_N1 = scores_NC.gather(1, labels_N[:, None])
     earlier_NC = torch.arange(num_classes, device=labels_N.device) < labels_N[:, None]
@@ -67,7 +67,7 @@ def rank_classes(
 
 
 def top_classes(images_ND: torch.Tensor, weights_CD: torch.Tensor, k: int = ACCURACY_TOP_K) -> tuple[torch.Tensor, ...]:
-    """Find the classes most similar to each image; equal similarities count in the order of the classes.
+    """Find the classes most similar to each image; equal similarities rank in the order of the classes.
 
     Args:
         images_ND: Image embeddings, float [N, D], unit rows.
@@ -84,16 +84,16 @@ def top_classes(images_ND: torch.Tensor, weights_CD: torch.Tensor, k: int = ACCU
 def classification_metrics(
     predictions_N: torch.Tensor, ranks_N: torch.Tensor, labels_N: torch.Tensor, num_classes: int
 ) -> dict[str, float]:
-    """Sum up a classification as CLIP_benchmark does.
+    """Compute the metrics of a classification as CLIP_benchmark does.
 
     Args:
         predictions_N: Predicted classes, int64 [N].
-        ranks_N: How many classes came before the right one, int64 [N], as :func:`rank_classes` finds them.
+        ranks_N: How many classes come before the right one, int64 [N], as :func:`rank_classes` returns them.
         labels_N: Right classes, int64 [N].
 
     Returns:
         ``acc1`` and ``acc5``, the shares of images whose right class is first, or among the first 5 (NaN below 5
-        classes, where it would say nothing), and ``mean_per_class_recall``, the mean over the classes that occur of the
+        classes, where it means nothing), and ``mean_per_class_recall``, the mean over the classes that occur of the
         share of their images predicted right. All in [0, 1].
 
     Raises:
@@ -102,7 +102,7 @@ def classification_metrics(
     Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_classification.py; its NaN for acc5 is kept.
     """
     if not len(labels_N):
-        raise ValueError("no image to sum up")
+        raise ValueError("no image to measure")
     images_C = torch.bincount(labels_N, minlength=num_classes)
     right_C = torch.bincount(labels_N[predictions_N == labels_N], minlength=num_classes)
     present = images_C > 0

@@ -1,4 +1,4 @@
-"""Logistic regression by L-BFGS, with what its shape allows: a diagonal to start from and line searches without products.
+"""Logistic regression by L-BFGS, with two savings: a diagonal estimate of the Hessian, and line searches without products.
 
 Shape letters: N images, D width, C classes.
 
@@ -13,8 +13,8 @@ a sum of C functions, each of its own row of θ.
   step costs a softmax and no matrix product. F is convex, so the slope along the direction alone decides whether a step
   is accepted: the approximate Wolfe conditions of Hager and Zhang (2005), which also hold where F no longer changes in
   its last digits.
-- **End.** The gradient's norm says little where regularisation is weak: F is then small and flat. So the decrease that the
-  next step promises, half the slope along its direction, must also be small beside F. [O]
+- **End.** A small gradient norm means little where regularisation is weak, because F is then small and flat. So the decrease
+  that the next step promises, half the slope along its direction, must also be small relative to F. [O]
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from collections.abc import Callable
 import torch
 
 PROMISED_DECREASE = 1e-5
-"""Share of F that the next step may promise at the end."""
+"""Largest decrease, as a share of F, that the next step may still promise at the end."""
 
 _HISTORY = 10
-_MOST_TRIALS = 25
-# Hager and Zhang's δ and σ: the share of the slope that a step must use up, and how flat its end must be.
+_MAX_TRIALS = 25
+# Hager and Zhang's δ and σ: the share of the slope by which F must decrease, and how flat it must be at the end of a step.
 _DECREASE, _CURVATURE = 0.1, 0.9
-# p·(1 − p) of a class that is told apart perfectly; keeps the diagonal away from 0 where decay is tiny.
-_LEAST_SPREAD = 1e-6
+# Lower bound of p·(1 − p) for a perfectly separated class: keeps the diagonal away from 0 where decay is tiny.
+_MIN_SPREAD = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Regression(ABC):
         return self.value(parameters, logits_NC), self.gradient(parameters, self.probabilities(logits_NC))
 
     def gradient(self, parameters: torch.Tensor, probabilities_NC: torch.Tensor) -> torch.Tensor:
-        """Return F's gradient [C, D + 1] from the probabilities at the parameters, which are used up."""
+        """Return F's gradient [C, D + 1] from the probabilities at the parameters, which are overwritten."""
         residuals_NC = probabilities_NC
         self.subtract_targets(residuals_NC)
         residuals_NC /= len(self.features_ND)
@@ -95,7 +95,7 @@ class Regression(ABC):
 
     def diagonal(self, probabilities_NC: torch.Tensor) -> torch.Tensor:
         """Estimate the Hessian's diagonal, [C, D + 1]."""
-        spread_C = (probabilities_NC * (1 - probabilities_NC)).mean(dim=0).clamp(min=_LEAST_SPREAD)
+        spread_C = (probabilities_NC * (1 - probabilities_NC)).mean(dim=0).clamp(min=_MIN_SPREAD)
         weights_CD = torch.outer(spread_C, self.variance_D) + self.decay
         return torch.cat([weights_CD, spread_C[:, None]], dim=1)
 
@@ -161,8 +161,8 @@ class Minimum:
 
     Attributes:
         parameters: [C, D + 1].
-        met: Whether the gradient and the promised decrease are small enough; False where the iterations or, through
-            rounding, the ways down ended first.
+        met: Whether the gradient and the promised decrease are small enough; False where the iterations ran out, or
+            rounding left no direction of descent.
     """
 
     parameters: torch.Tensor
@@ -180,12 +180,12 @@ def minimise(
     """Minimise by L-BFGS.
 
     Args:
-        start: Where to begin, [C, D + 1].
+        start: Initial parameters, [C, D + 1].
         tolerance: Ends when the norm of the gradient is at most this, and the promised decrease of F at most
             `PROMISED_DECREASE` of it.
         max_iterations: Ends after this many iterations.
 
-    Source: Nocedal and Wright, Numerical Optimization, algorithm 7.4; the rest as the module says.
+    Source: Nocedal and Wright, Numerical Optimization, algorithm 7.4; differences as in the module's docstring.
     """
     parameters, logits_NC = start.clone(), problem.logits(start)
     probabilities_NC = problem.probabilities(logits_NC)
@@ -236,7 +236,7 @@ def _search_line(
     """Find a step along a direction of descent.
 
     Returns:
-        The step and the logits and probabilities at its end; None when rounding leaves no step that goes down.
+        The step, and the logits and probabilities at its end; None when rounding leaves no step that decreases F.
     """
     change_NC = problem.logits(direction)
     own = problem.mean_of_targets(change_NC)
@@ -245,7 +245,7 @@ def _search_line(
     quadratic = problem.decay * float(step_weights.square().sum())
     low, low_slope, high, high_slope = 0.0, slope, float("inf"), 0.0
     step = 1.0
-    for _ in range(_MOST_TRIALS):
+    for _ in range(_MAX_TRIALS):
         moved_NC = torch.add(logits_NC, change_NC, alpha=step)
         probabilities_NC = problem.probabilities(moved_NC)
         expected = float((probabilities_NC * change_NC).sum(dim=1).double().mean())
@@ -259,7 +259,7 @@ def _search_line(
         if high == float("inf"):
             step *= 4
         else:
-            # Where the straight line between the two slopes meets zero, kept away from both ends.
+            # Where the line between the two slopes crosses zero, kept away from both ends.
             share = -low_slope / (high_slope - low_slope)
             step = low + min(max(share, 0.05), 0.95) * (high - low)
     return None

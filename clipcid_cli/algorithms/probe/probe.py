@@ -11,7 +11,7 @@ classes scikit-learn fits one weight vector w in place of W = [−w/2, w/2], who
 images may have several classes, ℓ is the sum of a binary cross-entropy for each class: C problems of scikit-learn's in one.
 
 Features are centred and rotated onto their principal axes, which changes neither the penalty nor the optimum (the intercepts
-take up the shift, and N images vary along N − 1 axes at most) and makes the Hessian nearly diagonal, as
+absorb the shift, and N images vary along at most N − 1 axes) and makes the Hessian nearly diagonal, as
 :mod:`clipcid_cli.algorithms.probe.logistic_regression` needs it. Iterations run in float32; the gradient at the end is
 computed in float64, and where it exceeds the tolerance float64 iterations follow. [O]
 """
@@ -45,13 +45,13 @@ class LinearClassifier:
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """What a fit found.
+    """The result of a fit.
 
     Attributes:
-        objective: F at it, computed in float64.
+        objective: F at the classifier, computed in float64.
         gradient_norm: Largest entry of F's gradient there, in the given coordinates, computed in float64.
-        converged: Whether the gradient norm is within the tolerance, and F at its least but for some 1e-5 of it as far as
-            the next step can tell.
+        converged: Whether the gradient norm is within the tolerance, and the next step promises to decrease F by at
+            most 1e-5 of it.
     """
 
     classifier: LinearClassifier
@@ -96,14 +96,14 @@ class ProbeProblem:
             self._targets = labels[:, self.present].double()
         else:
             if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-                raise ValueError(f"labels lie in [{labels.min()}, {labels.max()}], classes in [0, {num_classes - 1}]")
+                raise ValueError(f"labels are in [{labels.min()}, {labels.max()}], classes in [0, {num_classes - 1}]")
             self.present, self._targets = torch.unique(labels, return_inverse=True)
         self._unfitted_bias_C = bias_C
         exact_ND = features_ND.double()
         self._mean_D = exact_ND.mean(dim=0)
         centred_ND = exact_ND - self._mean_D
         variance_D, axes_DD = torch.linalg.eigh(centred_ND.T @ centred_ND / len(exact_ND))
-        # Ascending, so the last ones are those along which so few images can vary at all.
+        # Eigenvalues are ascending, so the last axes are those along which N images can vary.
         kept = min(len(variance_D), len(exact_ND) - 1)
         first = len(variance_D) - kept
         self._variance_D, self._axes_DD = variance_D[first:].clamp(min=0), axes_DD[:, first:]
@@ -123,14 +123,14 @@ class ProbeProblem:
             c: Inverse strength of regularisation, as scikit-learn's ``C``.
             start: Classifier to begin from, such as that of a neighbouring strength; zeros when None.
             tolerance: Largest allowed entry of the gradient of F.
-            max_iterations: Most iterations in each precision.
+            max_iterations: Largest number of iterations in each precision.
 
         Returns:
-            The solution; ``converged`` is False when the iterations ended first.
+            The solution; ``converged`` is False when the iterations ran out.
         """
         parameters = self._rotate(start)
         if not len(self.present):
-            # Of several classes, none that some images have and others have not: there is nothing to fit.
+            # Every class belongs to all images or to none: there is nothing to fit.
             return Solution(self._classifier(parameters), 0.0, 0.0, 0, converged=True)
         iterations = 0
         fast, exact = self._regression(c, self._rotated32_ND), self._regression(c, self._rotated_ND)
@@ -165,7 +165,7 @@ class ProbeProblem:
             return torch.zeros(shape, dtype=torch.float64, device=self._rotated_ND.device)
         weights_CD = start.weights_CD[self.present]
         bias_C = start.bias_C[self.present] + weights_CD @ self._mean_D
-        # A class the start knows nothing of begins level with the others.
+        # A class that the start was not fitted on begins with intercept 0.
         bias_C = torch.where(bias_C.isfinite(), bias_C, torch.zeros_like(bias_C))
         return torch.cat([weights_CD @ self._axes_DD, bias_C[:, None]], dim=1)
 
@@ -185,10 +185,10 @@ class ProbeProblem:
 
 
 def sweep_regularisation(problem: ProbeProblem, grid: Sequence[float]) -> Iterator[Solution]:
-    """Fit every strength, from the strongest regularisation on, each from the one before or where the two before point.
+    """Fit every strength, from the strongest regularisation on, starting each from those before.
 
-    Solutions move smoothly with log C, so on an even grid the line through the last two comes near the next; in a trial
-    (2,000 images, 128 wide, 20 classes, 45 values) that took 341 iterations instead of 669 from the last solution alone.
+    Solutions change smoothly with log C, so on an even grid the line through the last two leads close to the next: in a
+    trial (2,000 images, 128 wide, 20 classes, 45 values) that took 341 iterations, and 669 from the last solution alone.
 
     Args:
         grid: Values of C, ascending.
@@ -223,7 +223,7 @@ def choose_point(points: Sequence[SweepPoint]) -> SweepPoint:
 
 
 def _starts(classifiers: Sequence[LinearClassifier]) -> list[LinearClassifier]:
-    """Return where to begin: the last of one or two solutions, and the point as far beyond it as the first is before."""
+    """Return initial classifiers: the last of one or two solutions, and the linear extrapolation from both."""
     if len(classifiers) < 2:
         return list(classifiers)
     before, last = classifiers

@@ -1,4 +1,4 @@
-"""Which images a linear probe is fitted and chosen on: a validation part, and a few images of every class.
+"""Which images a linear probe is fitted and validated on: a validation split, and a few images of every class.
 
 Shape letters: N images, C classes.
 """
@@ -9,7 +9,7 @@ import torch
 
 
 def stratum(labels: torch.Tensor) -> torch.Tensor:
-    """Return by which class each image is stratified: its own or, of several, the one that fewest images have.
+    """Return the class by which each image is stratified: its own or, of several, the rarest.
 
     Args:
         labels: Classes, int64 [N], or whether an image has a class, bool [N, C].
@@ -28,7 +28,7 @@ def split_by_class(labels: torch.Tensor, fraction: float, seed: int) -> torch.Te
     """Choose validation images, the same share of every class.
 
     Args:
-        labels: Classes, int64 [N], or whether an image has a class, bool [N, C]; then `stratum` stands for the class.
+        labels: Classes, int64 [N], or whether an image has a class, bool [N, C], which is split by `stratum`.
         fraction: Share of each class, rounded; every class with at least two images keeps one on either side.
 
     Returns:
@@ -51,10 +51,10 @@ def draw_shots(labels: torch.Tensor, shots: int, seed: int) -> torch.Tensor:
 
     Args:
         labels: Classes, int64 [N], or whether an image has a class, bool [N, C].
-        shots: Images of each class; a class that has fewer gives all it has.
+        shots: Images of each class; of a class with fewer, all are drawn.
 
     Returns:
-        Numbers of the images drawn, ascending, int64; a function of the arguments only.
+        Indices of the images drawn, ascending, int64; a function of the arguments only.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = labels.cpu()

@@ -62,7 +62,7 @@ def test_equal_similarities_count_in_class_order() -> None:
 
 
 def test_label_outside_the_classes_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"labels lie in \[0, 3\], classes in \[0, 2\]"):
+    with pytest.raises(ValueError, match=r"labels are in \[0, 3\], classes in \[0, 2\]"):
         rank_classes(unit_rows(2, 4, seed=0), unit_rows(3, 4, seed=1), torch.tensor([0, 3]))
 
 
