@@ -1,1 +1,1 @@
-"""k-means: seeding, exact assignment to the nearest centroid, and the bounds that spare it work."""
+"""k-means: first centroids, exact assignment to the nearest centroid, Lloyd's iterations and the bounds that save work."""

@@ -167,7 +167,7 @@ class Lloyd:
         return self._move_centroids(empty[: len(seeds_KD)], seeds_KD) / len(self._rows), len(empty)
 
     def _assign(self, search: NearestCentroids, first: int, last: int) -> None:
-        """Find the nearest centroids of a run of rows and bring the sums up to date."""
+        """Find the nearest centroids of a run of rows and update the sums."""
         mine = self._nearest.chosen(slice(first - self._start, last - self._start))
         before_B = mine.centroids_B.clone()
         is_known = bool((before_B >= 0).all())

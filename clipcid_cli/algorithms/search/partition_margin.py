@@ -37,7 +37,7 @@ _MOST_VISITS = 64
 
 
 def sample_neighbours(
-    search: TiledSearch,
+    tiled: TiledSearch,
     reach: float,
     *,
     share: Callable[[int], tuple[int, int]],
@@ -46,7 +46,7 @@ def sample_neighbours(
     """Find the nearest neighbours, within the reach, of a sample of rows among all rows; the same on every process.
 
     Args:
-        search: The search of all rows.
+        tiled: The search of all rows.
         reach: The distance to search to.
         share: Returns this process's part of n items: the first, and the one after the last.
         gather: Returns every process's value, on every process.
@@ -54,19 +54,19 @@ def sample_neighbours(
     Returns:
         At most eight pairs for each sampled row, and the sampled rows, ascending.
     """
-    rows = search.rows
+    rows = tiled.rows
     sample = np.random.default_rng(1).permutation(len(rows))[: min(MARGIN_SAMPLE, len(rows))]
-    # Where nearly all pairs are within the reach, fewer rows say as much: some rows and one panel tell.
-    first = search.load(rows[:_ROWS_AT_ONCE])
+    # Where nearly all pairs are within the reach, fewer rows suffice: how many, some rows and one panel show.
+    first = tiled.load(rows[:_ROWS_AT_ONCE])
     few = NearestPairs(rows[np.sort(sample[:_FEWEST_SAMPLED])], _NEIGHBOURS)
-    proposed = sum(len(edges) for edges in search.search(search.load(few.rows), first, reach, few.wanted))
+    proposed = sum(len(edges) for edges in tiled.search(tiled.load(few.rows), first, reach, few.wanted))
     number = int(_MOST_PROPOSED / max(1.0, proposed / len(few.rows) * len(rows) / len(first)))
     found = NearestPairs(rows[np.sort(sample[: max(_FEWEST_SAMPLED, number)])], _NEIGHBOURS)
-    block = search.load(found.rows)
+    block = tiled.load(found.rows)
     start, stop = share(len(rows))
     for at in range(start, stop, _ROWS_AT_ONCE):
-        panel = search.load(rows[at : min(at + _ROWS_AT_ONCE, stop)])
-        for edges in search.search(block, panel, reach, found.wanted):
+        panel = tiled.load(rows[at : min(at + _ROWS_AT_ONCE, stop)])
+        for edges in tiled.search(block, panel, reach, found.wanted):
             found.add(edges)
     for edges in gather(found.edges):  # a process adds its own again, which changes nothing
         found.add(edges)
