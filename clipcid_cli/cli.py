@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,19 +14,30 @@ from typing import NoReturn
 import click
 
 from clipcid_cli import __version__
+from clipcid_cli.commands.help_page import HelpPage, format_page
+from clipcid_cli.commands.wrapping import wrap
 from clipcid_cli.errors import ClipcidError
 
 # Name → one line for `clipcid --help`, in the order of the work; each lives in commands/<name>.py and is imported only when
 # it is called, so that help and usage errors answer at once.
 COMMANDS = {
-    "embed": "Embed images and captions with a CLIP, in clip-retrieval's layout.",
-    "balance": "Remove semantic repeats: keep one image of each set of near ones.",
-    "cluster": "Cluster the kept images' embeddings (spherical k-means).",
-    "distill": "Train a small CLIP from the teacher's embeddings and clusters.",
-    "eval-zeroshot": "Zero-shot classification and retrieval of models on data sets.",
-    "eval-linear": "Linear probe: logistic regression on frozen features.",
-    "export": "Write a trained model for open_clip and ONNX, checked.",
+    "embed": "Embed images and captions with a CLIP.",
+    "balance": "Remove near-duplicates: keep one image of each group.",
+    "cluster": "Cluster the embeddings of the kept images (k-means).",
+    "distill": "Train a small CLIP on a teacher's embeddings and clusters.",
+    "eval-zeroshot": "Measure zero-shot classification and retrieval.",
+    "eval-linear": "Measure a linear probe on frozen image features.",
+    "export": "Export a model to open_clip, Hugging Face or ONNX.",
 }
+EXAMPLES = (
+    "clipcid balance laion/ --keep 0.563",
+    "clipcid cluster",
+    "clipcid distill --teacher ViT-L-14 --student ViT-B-32",
+    "clipcid eval-zeroshot",
+    "clipcid eval-linear --train food101/train --test food101/test",
+    "clipcid export",
+    "torchrun --nproc-per-node 8 -m clipcid_cli balance laion/ --keep 0.563",
+)
 
 
 class LazyGroup(click.Group):
@@ -43,28 +55,28 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the subcommands without importing them."""
+    def get_help(self, ctx: click.Context) -> str:
+        """Return the help page."""
+        return format_page(self, ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, the subcommands without importing them, then the group's own options."""
+        assert isinstance(formatter, HelpPage)
+        formatter.write_examples(EXAMPLES)
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+        click.Command.format_options(self, ctx, formatter)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(__version__, prog_name="clipcid")
+@click.version_option(__version__, prog_name="clipcid", help="Show the version and exit.")
 def cli() -> None:
-    r"""Turn a big CLIP and a pile of image–text pairs into a small CLIP.
+    """Turn a big CLIP and a collection of image-text pairs into a small CLIP.
 
-    The steps read and write plain files in a work directory (./clipcid-work, --work or CLIPCID_WORK), so each of these
-    lines takes what the one before made:
+    Each step reads and writes plain files in a work directory (--work, CLIPCID_WORK or ./clipcid-work). A step that is
+    not given its inputs takes what the previous one left there, so the commands below run one after another as they are.
 
-    \b
-      clipcid balance laion/ --keep 0.563
-      clipcid cluster
-      clipcid distill --teacher ViT-L-14 --student ViT-B-32
-      clipcid eval-zeroshot
-      clipcid export
-
-    Any step runs on many GPUs or CPUs: torchrun --nproc-per-node 8 -m clipcid_cli balance …
+    Every step also runs on many GPUs, CPUs and hosts under torchrun, as in the last example.
     """
 
 
@@ -77,42 +89,53 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         cli.main(args=arguments, prog_name="clipcid", standalone_mode=False)
         code = 0
     except ClipcidError as error:
-        code = _tell(error, error.message, error.fix, error.exit_code, debug=debug, as_json=as_json)
+        code = _report(error, error.message, error.fix, error.exit_code, debug=debug, as_json=as_json)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = 2
     except click.UsageError as error:
-        code = _tell_usage(error, as_json=as_json)
+        code = _report_usage(error, as_json=as_json)
     except click.exceptions.Exit as error:
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted; the same command continues where this one stopped.", err=True)
+        click.echo("Interrupted. Run the same command again to continue where it stopped.", err=True)
         code = 130
     except BrokenPipeError:
-        # The reader of our pipe has gone, as `| head` does; there is nobody to tell.
+        # The reader of our pipe has gone, as with `| head`: nobody is left to read an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
-        fix = "This is a bug in clipcid, or a failure of the machine; --debug shows where it happened."
-        code = _tell(error, f"{type(error).__name__}: {error}", fix, 1, debug=debug, as_json=as_json)
+        fix = "This is a bug in clipcid or a failure of the machine. Add --debug to see where it happened."
+        code = _report(error, f"{type(error).__name__}: {error}", fix, 1, debug=debug, as_json=as_json)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Threads of libraries may still end when Python takes them down, which now and then aborts a process that has done
-        # its work (seen once in some hundred runs), and torchrun then calls the whole run failed.
+        # Library threads may still be ending while Python shuts down. About once in a hundred runs that aborts a process
+        # whose work is done, and torchrun then reports the whole run as failed.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _tell(error: Exception, message: str, fix: str, code: int, *, debug: bool, as_json: bool) -> int:
+def _report(error: Exception, message: str, fix: str, code: int, *, debug: bool, as_json: bool) -> int:
     if debug:
         traceback.print_exception(error)
     if not (isinstance(error, ClipcidError) and error.already_reported):
-        click.echo(click.style("Error: ", fg="red", bold=True) + message, err=True)
+        head, _, rest = _fit(f"Error: {message}").partition(" ")
+        click.echo(
+            (head if "NO_COLOR" in os.environ else click.style(head, fg="red", bold=True)) + f" {rest}", err=True
+        )
         if fix:
-            click.echo(fix, err=True)
+            click.echo(_fit(fix), err=True)
         if as_json and int(os.environ.get("RANK", "0")) == 0:
             click.echo(json.dumps({"error": message, "fix": fix}))
     return code
 
 
-def _tell_usage(error: click.UsageError, *, as_json: bool) -> int:
+def _report_usage(error: click.UsageError, *, as_json: bool) -> int:
     command = error.ctx.command_path if error.ctx is not None else "clipcid"
-    return _tell(error, error.format_message(), f"See {command} --help.", 2, debug=False, as_json=as_json)
+    return _report(error, error.format_message(), f"See {command} --help.", 2, debug=False, as_json=as_json)
+
+
+def _fit(text: str) -> str:
+    """Break a text into lines for the terminal; a log file gets it whole, so that it can be searched."""
+    return wrap(text, shutil.get_terminal_size().columns) if sys.stderr.isatty() else text

@@ -5,49 +5,53 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.console import file_facts, format_seconds, print_facts
+from clipcid_cli.commands.summary import count, file_facts, format_phases, print_facts
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def format_rate(rate: float) -> str:
-    """Print a rate with two digits that count: 0.013%."""
-    return f"{100 * rate:.2g}%"
-
-
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print how much is kept, at which cut-off, and what lies where."""
+    """Print how much is kept, at which cut-off, and where the files are."""
     if "files" not in result:
         return
-    threshold = result["threshold"]
+    threshold, other, audit = result["threshold"], result.get("other_linkage"), result.get("audit")
     facts = {
-        "kept": f"{result['kept']:,} of {result['images']:,} images ({result['keep_ratio']:.1%})",
-        "cut-off": "none: nothing was to be merged" if threshold is None else f"{threshold:.6g} (Euclidean)",
-        "largest set": f"{result['largest_component']:,} image{'s' if result['largest_component'] > 1 else ''}",
-        "coverage": f"{result['coverage']:.1%} of the dropped images are farther than the cut-off from the kept one",
+        "kept": f"{result['kept']:,} of {count(result['images'], 'image')} ({result['keep_ratio']:.1%})",
+        "cut-off": "none, since nothing is merged" if threshold is None else f"{threshold:.6g} (Euclidean distance)",
+        "largest group": count(result["largest_component"], "image"),
+        "coverage": f"{result['coverage']:.1%} of the dropped images are farther from their kept image than the cut-off",
     }
-    other = result.get("other_linkage")
     if other is not None:
         facts[f"with {other['linkage']}"] = (
-            f"{other['kept']:,} images kept at this cut-off ({other['kept'] / result['images']:.1%}), "
-            f"{other['coverage']:.1%} of the dropped ones farther"
+            f"{other['kept']:,} ({other['kept'] / result['images']:.1%}) would be kept at this cut-off, "
+            f"and {other['coverage']:.1%} of the dropped images be farther"
         )
     elif threshold is not None:
         facts["with star"] = "not computed"
-    audit = result.get("audit")
     if audit is not None:
-        have = "has" if audit["near"] == 1 else "have"
-        interval = f"; 95% interval {format_rate(audit['low'])} to {format_rate(audit['high'])}"
-        facts["audit"] = (
-            f"{audit['near']:,} of {audit['sampled']:,} kept images looked at {have} another kept one within the cut-off "
-            f"({format_rate(audit['rate'])}{interval if audit['sampled'] < audit['kept'] else ''})"
-        )
+        facts["audit"] = _format_audit(audit)
     if result["skipped"]:
         facts["skipped"] = ", ".join(f"{number:,} {reason}" for reason, number in result["skipped"].items())
-    facts["time"] = ", ".join(f"{phase} {format_seconds(value)}" for phase, value in result["seconds"].items())
+    facts["time"] = format_phases(result["seconds"])
     print_facts(console, "Balanced", facts | file_facts(result))
+
+
+def _format_audit(audit: dict[str, Any]) -> str:
+    """Write how many of the sampled kept images still have a near one among the kept."""
+    text = (
+        f"{audit['near']:,} of {audit['sampled']:,} sampled kept images {'has' if audit['near'] == 1 else 'have'} another "
+        f"kept image within the cut-off ({format_rate(audit['rate'])}"
+    )
+    if audit["sampled"] < audit["kept"]:
+        text += f"; 95 % interval {format_rate(audit['low'])} to {format_rate(audit['high'])}"
+    return text + ")"
+
+
+def format_rate(rate: float) -> str:
+    """Write a rate with two significant digits: ``0.013%``."""
+    return f"{100 * rate:.2g}%"
 
 
 command = step_command(
@@ -55,9 +59,9 @@ command = step_command(
     settings=BalanceSettings,
     step="clipcid_cli.steps.balance.run",
     summary=show,
-    help="Remove semantic repeats: keep one image of each set of near ones. Images are compared by their embeddings, all "
-    "pairs, exactly. The sets at any other cut-off follow from the same search, so another --keep or --threshold on a "
-    "finished run takes seconds.",
+    help="Remove near-duplicates: keep one image of each group of images with similar embeddings. All pairs of images are "
+    "compared exactly, and the result is stored for every cut-off, so running again with another --keep or --threshold "
+    "takes seconds.",
     examples="clipcid balance laion/ --keep 0.563\n"
     "clipcid balance --threshold 0.447 --linkage star\n"
     "clipcid balance laion/ --cosine-distance 0.1 --write-shards laion-balanced/\n"

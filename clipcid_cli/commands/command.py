@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipcid_cli.commands.config import load_config
-from clipcid_cli.commands.options import GroupedCommand, build_parameters
+from clipcid_cli.commands.help_page import GroupedCommand
+from clipcid_cli.commands.options import build_parameters
 from clipcid_cli.runtime.imports import importing
 from clipcid_cli.steps.settings.shared import SharedSettings
 

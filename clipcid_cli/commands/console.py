@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -9,20 +11,27 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 from rich.text import Text
 
+from clipcid_cli.commands.summary import format_seconds
+from clipcid_cli.commands.wrapping import wrap
 from clipcid_cli.steps.reporting import Progress, Reporter, SilentReporter
 
-# Without a terminal a bar would fill a log file; a line now and then says as much.
+# A bar would fill a log file: where stderr is no terminal, a line now and then says as much.
 _SECONDS_BETWEEN_LINES = 15.0
+# Wide enough that a log file gets each message on one line, to be searched.
+_WIDTH_OF_A_FILE = 10_000
+_WIDEST_BAR, _NARROWEST_BAR = 16, 4
+# What stands behind a bar at most: "400,000,000/400,000,000 images  12,345/s  12:34:56 left".
+_ROOM_FOR_NUMBERS = 42
+_SPACE = "\N{NO-BREAK SPACE}"
 
 
 def make_console() -> Console:
-    """Make the console of the run: stderr, no guessing of numbers and paths to colour."""
-    return Console(stderr=True, highlight=False, soft_wrap=False)
+    """Make the console of the run: stderr, and no guessing which numbers and paths to colour."""
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH_OF_A_FILE)
 
 
 def make_reporter(console: Console, *, quiet: bool, is_main: bool) -> Reporter:
@@ -40,7 +49,8 @@ class QuietReporter(SilentReporter):
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self.console.print(Text.assemble(("warning: ", "bold yellow"), text))
+        lines = wrap(f"warning: {text}", self.console.width)
+        self.console.print(Text.assemble((lines[:8], "bold yellow"), lines[8:]), soft_wrap=True)
 
 
 class ConsoleReporter(QuietReporter):
@@ -48,7 +58,7 @@ class ConsoleReporter(QuietReporter):
 
     def note(self, text: str) -> None:
         """Print a note."""
-        self.console.print(Text(text, style="dim"))
+        self.console.print(Text(wrap(text, self.console.width), style="dim"), soft_wrap=True)
 
     def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
         """Show a live bar on a terminal, a line every few seconds elsewhere."""
@@ -59,28 +69,49 @@ class ConsoleReporter(QuietReporter):
         )
 
 
-class _Rate(ProgressColumn):
+class _Mark(ProgressColumn):
+    """A spinner while it runs; a tick or a cross in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spinner = SpinnerColumn()
+
+    def render(self, task: Task) -> RenderableType:
+        ended = task.fields["ended"]
+        return self.spinner.render(task) if ended is None else Text("✓" if ended else "✗")
+
+
+class _Numbers(ProgressColumn):
     """Done of total, units a second and the time left; short enough for 80 columns."""
 
     def render(self, task: Task) -> Text:
-        unit = task.fields["unit"]
-        done = f"{task.completed:,.0f}" + (f"/{task.total:,.0f}" if task.total is not None else "")
-        rate = task.finished_speed or task.speed
-        parts = [f"{done} {unit}"]
-        if rate:
-            parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
-        if task.finished:
-            parts.append(format_seconds(task.finished_time or 0.0))
-        elif task.time_remaining is not None:
-            parts.append(f"{format_seconds(task.time_remaining)} left")
+        parts = _describe_pace(
+            task.completed,
+            task.fields["whole"],
+            task.fields["unit"],
+            task.elapsed or 0.0,
+            task.speed,
+            ended=task.fields["ended"] is not None,
+        )
         return Text("  ".join(parts))
 
 
 class _Bar:
     """A bar, and below it the current values, as many lines of them as the terminal's width asks for."""
 
-    def __init__(self, bars: Bars, task: TaskID) -> None:
-        self.bars, self.task, self.values = bars, task, ""
+    def __init__(self, console: Console, label: str, total: float | None, unit: str) -> None:
+        width = console.width
+        room = width - len(label) - _ROOM_FOR_NUMBERS
+        # A long label takes the bar's place, a longer one a line of its own.
+        self.head = label if room < 0 else ""
+        columns = [_Mark(), TextColumn("{task.description}"), BarColumn(bar_width=min(room, _WIDEST_BAR)), _Numbers()]
+        if room < 0:
+            columns.pop(1)
+        elif room < _NARROWEST_BAR:
+            columns.pop(2)
+        self.bars = Bars(*columns, console=console, auto_refresh=False)
+        self.task = self.bars.add_task(label, total=total, unit=unit, whole=total, ended=None)
+        self.values: list[str] = []
 
     def advance(self, amount: float = 1) -> None:
         self.bars.advance(self.task, amount)
@@ -88,38 +119,42 @@ class _Bar:
     def show(self, **fields: Any) -> None:
         self.values = format_values(fields)
 
+    def end(self, *, well: bool) -> None:
+        """Stop the clock and mark how it ended."""
+        self.bars.stop_task(self.task)
+        completed = self.bars.tasks[self.task].completed
+        self.bars.update(self.task, ended=well, total=completed if well else self.bars.tasks[self.task].total)
+
     def render(self) -> RenderableType:
         """Return what is on the screen now."""
-        if not self.values:
-            return self.bars
-        lines = [""]
-        for value in self.values.split("  "):
-            # A value stays whole: lines break between them only.
-            if lines[-1] and len(lines[-1]) + len(value) + 4 > self.bars.console.width:
-                lines.append("")
-            lines[-1] += f"  {value}"
-        return Group(self.bars, Text("\n".join(lines), style="dim", no_wrap=True, overflow="ellipsis"))
+        lines: list[RenderableType] = [Text(self.head)] if self.head else []
+        lines.append(self.bars)
+        if self.values:
+            # A value stays whole: spaces inside it do not end a line.
+            whole = "  ".join(value.replace(" ", _SPACE) for value in self.values)
+            wrapped = textwrap.indent(wrap(whole, self.bars.console.width - 2), "  ").replace(_SPACE, " ")
+            lines.append(Text(wrapped, style="dim", no_wrap=True, overflow="ellipsis"))
+        return Group(*lines)
 
 
 @contextmanager
 def _bar(console: Console, label: str, total: float | None, unit: str) -> Iterator[Progress]:
-    columns = (
-        SpinnerColumn(finished_text="✓"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
-        _Rate(),
-    )
-    bars = Bars(*columns, console=console, auto_refresh=False)
-    bar = _Bar(bars, bars.add_task(label, total=total, unit=unit))
+    bar = _Bar(console, label, total, unit)
     with Live(get_renderable=bar.render, console=console, refresh_per_second=4):
-        yield bar
+        try:
+            yield bar
+        except BaseException:
+            bar.end(well=False)
+            raise
+        bar.end(well=True)
 
 
 class _Lines:
     def __init__(self, console: Console, label: str, total: float | None, unit: str) -> None:
         self.console, self.label, self.total, self.unit = console, label, total, unit
-        self.done, self.values, self.start = 0.0, "", time.monotonic()
-        self.printed = self.start
+        self.done = 0.0
+        self.values: list[str] = []
+        self.start = self.printed = time.monotonic()
 
     def advance(self, amount: float = 1) -> None:
         self.done += amount
@@ -129,57 +164,39 @@ class _Lines:
     def show(self, **fields: Any) -> None:
         self.values = format_values(fields)
 
-    def print(self) -> None:
+    def print(self, *, ended: bool = False) -> None:
         self.printed = time.monotonic()
-        seconds = self.printed - self.start
-        rate = self.done / seconds if seconds > 0 else 0.0
-        of = f"/{self.total:,.0f}" if self.total is not None else ""
-        left = ""
-        if self.total is not None and rate > 0 and self.done < self.total:
-            left = f", {format_seconds((self.total - self.done) / rate)} left"
-        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        self.console.print(
-            Text(f"{self.label}: {self.done:,.0f}{of} {self.unit} ({speed}/s{left}) {self.values}".rstrip())
-        )
+        parts = _describe_pace(self.done, self.total, self.unit, self.printed - self.start, None, ended=ended)
+        self.console.print(Text(f"{self.label}: " + ", ".join([*parts, *self.values])), soft_wrap=True)
 
 
 @contextmanager
 def _lines(console: Console, label: str, total: float | None, unit: str) -> Iterator[Progress]:
     lines = _Lines(console, label, total, unit)
     yield lines
-    lines.print()
+    lines.print(ended=True)
 
 
-def format_values(fields: dict[str, Any]) -> str:
+def _describe_pace(
+    done: float, total: float | None, unit: str, seconds: float, rate: float | None, *, ended: bool
+) -> list[str]:
+    """Write how much is done, how fast, and the time left, or taken where it has ended.
+
+    Args:
+        rate: Units a second just now; over the whole time where it is not known.
+    """
+    parts = [f"{done:,.0f}" + (f"/{total:,.0f}" if total is not None else "") + f" {unit}"]
+    if ended or not rate:
+        rate = done / seconds if seconds > 0 else 0.0
+    if rate > 0:
+        parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+    if ended:
+        parts.append(format_seconds(seconds))
+    elif total is not None and rate > 0:
+        parts.append(f"{format_seconds(max(0.0, total - done) / rate)} left")
+    return parts
+
+
+def format_values(fields: dict[str, Any]) -> list[str]:
     """Write current values in a few characters each."""
-    return "  ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items()
-    )
-
-
-def format_seconds(seconds: float) -> str:
-    """Write a duration: ``4.2 s``, ``3:05``, ``2:03:04``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02d}:{rest:02d}"
-    return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
-
-
-def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
-    """Print a titled two-column list, the form of every step's summary."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2, 0, 0)
-    )
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name, value)
-    console.print(table)
-
-
-def file_facts(result: dict[str, Any]) -> dict[str, str]:
-    """Return the written files of a result as facts, by their names in the JSON object."""
-    return {name: str(path) for name, path in result.get("files", {}).items()}
+    return [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.console import file_facts, print_facts
+from clipcid_cli.commands.summary import count, file_facts, format_seconds, print_facts
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 if TYPE_CHECKING:
@@ -13,15 +13,28 @@ if TYPE_CHECKING:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print what was trained and how well it retrieves."""
-    facts = {"steps": f"{result['steps']:,} ({result['samples']:,} samples)"}
-    if "samples_per_second" in result:
-        facts["speed"] = f"{result['samples_per_second']:,.0f} samples/s"
-        facts["losses"] = "  ".join(f"{name} {value:.4f}" for name, value in result["losses"].items())
-        facts["held out"] = "  ".join(
-            f"{name.replace('_retrieval_recall', ' R')} {value:.3f}" for name, value in result["metrics"].items()
-        )
+    """Print what was trained and how well it retrieves; of a dry run, what it would cost."""
+    facts = {"steps": f"{result['steps']:,} ({count(result['samples'], 'sample')})"}
+    if "losses" not in result:
+        facts["student"] = f"{result['student']}, {result['parameters'] / 1e6:.1f} M parameters"
+        facts["speed"] = f"about {result['samples_per_second']:,.0f} samples/s"
+        facts["time"] = f"about {format_seconds(result['seconds']['train'])}"
+        facts["memory"] = f"{result['memory_bytes'] / 2**30:.1f} GiB in each process"
+        print_facts(console, "Would train", facts)
+        return
+    facts["speed"] = f"{result['samples_per_second']:,.0f} samples/s"
+    facts["losses"] = ", ".join(f"{name} {value:.4f}" for name, value in result["losses"].items())
+    facts["held out"] = _format_recalls(result["metrics"])
     print_facts(console, "Distilled", facts | file_facts(result))
+
+
+def _format_recalls(metrics: dict[str, float]) -> str:
+    """Write the metrics of the held-out part, a line for each direction of retrieval."""
+    lines: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        direction, recall, at = name.partition("_retrieval_recall")
+        lines.setdefault(direction if recall else "", []).append(f"{'R' + at if recall else name} {value:.3f}")
+    return "\n".join(" ".join([direction, ", ".join(values)]).strip() for direction, values in lines.items())
 
 
 command = step_command(
@@ -29,8 +42,8 @@ command = step_command(
     settings=DistillSettings,
     step="clipcid_cli.steps.distill.run",
     summary=show,
-    help="Train a small CLIP, with a teacher's embeddings and clusters or without a teacher. A run that was stopped goes on "
-    "where its last checkpoint was: give the same command again.",
+    help="Train a small CLIP on a teacher's embeddings and clusters, or without a teacher. To continue a run that was "
+    "stopped, run the same command again: it resumes from the last checkpoint.",
     examples="clipcid distill --teacher ViT-L-14 --student ViT-B-32\n"
     "clipcid distill laion/ --teacher none --student student.json --steps 2000 --batch-size 64\n"
     "clipcid distill --student student.json --preset clip-kd --loss crd=0.5 --name kd",

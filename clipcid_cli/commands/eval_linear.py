@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.console import file_facts, print_facts
+from clipcid_cli.commands.summary import count, file_facts, format_percent, print_facts, print_table, shorten_metric
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 if TYPE_CHECKING:
@@ -19,16 +19,17 @@ def show(result: dict[str, Any], console: Console) -> None:
     """Print the metrics, how the strength was chosen, and the few-shot curve where there is one."""
     facts = {"model": result["model"], "data": result["dataset"]}
     if "metrics" in result:
-        facts |= {name: f"{_percent(value)} %" for name, value in result["metrics"].items() if value is not None}
-        facts["measured on"] = f"{result['images']:,} images of {result['classes']:,} classes"
-        facts["fitted on"] = f"{result['train_images']:,} images"
+        facts |= {name: f"{_percent(value)}%" for name, value in result["metrics"].items() if value is not None}
+        facts["measured on"] = f"{count(result['images'], 'image')} of {count(result['classes'], 'class', 'classes')}"
+        facts["fitted on"] = count(result["train_images"], "image")
         chosen, tried = result["c"], result["sweep"]["c"]
         facts["C"] = f"{chosen:.3g}, best of {len(tried)} by {result['metric']} on held-out images"
-        facts["held out"] = f"{_percent(result['validation_score'])} % on {result['validation_images']:,} images"
+        facts["held out"] = f"{_percent(result['validation_score'])}% on {count(result['validation_images'], 'image')}"
         facts["by C"] = f"{tried[0]:.0e} {_sketch(result['sweep']['score'])} {tried[-1]:.0e}"
     files = {f"{name} file": path for name, path in file_facts(result).items()}
     print_facts(console, "Linear probe" if "metrics" in result else "Would fit a linear probe", facts | files)
     if result.get("shots"):
+        console.print()
         _print_shots(result, console)
 
 
@@ -40,30 +41,22 @@ def _sketch(scores: list[float]) -> str:
 
 
 def _print_shots(result: dict[str, Any], console: Console) -> None:
-    from rich.table import Table
-
     curve = result["shots"]
     draws = len(curve[0]["c"])
     title = f"Few-shot, mean ± standard deviation of {draws} draws" if draws > 1 else "Few-shot, one draw"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.add_column("images a class", justify="right", style="cyan")
-    table.add_column("images", justify="right")
     names = [name for name, value in curve[0]["metrics"].items() if value["mean"] is not None]
-    for name in names:
-        table.add_column(_short(name), justify="right", no_wrap=True)
-    table.add_column("C", justify="right", no_wrap=True)
-    for point in curve:
-        values = [_with_spread(point["metrics"][name]) for name in names]
-        table.add_row(str(point["shots"]), f"{point['images']:,}", *values, _range(point["c"]))
+    rows = [
+        [
+            str(point["shots"]),
+            f"{point['images']:,}",
+            *(_with_spread(point["metrics"][name]) for name in names),
+            _range(point["c"]),
+        ]
+        for point in curve
+    ]
     whole = [_percent(result["metrics"][name]) for name in names]
-    table.add_row("all", f"{result['train_images']:,}", *whole, f"{result['c']:.2g}", style="bold")
-    console.print()
-    console.print(table)
-
-
-def _short(name: str) -> str:
-    short = name.removeprefix("lp_").replace("mean_per_class_recall", "per class")
-    return short.replace("mean_average_precision", "mAP").replace("_11_point", " 11-point")
+    rows.append(["all", f"{result['train_images']:,}", *whole, f"{result['c']:.2g}"])
+    print_table(console, title, ["images per class", "images", *map(shorten_metric, names), "C"], rows, left=0)
 
 
 def _with_spread(value: dict[str, Any]) -> str:
@@ -76,7 +69,7 @@ def _range(values: list[float]) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.2f}"
+    return format_percent(value, 2)
 
 
 command = step_command(
@@ -84,8 +77,8 @@ command = step_command(
     settings=EvalLinearSettings,
     step="clipcid_cli.steps.evaluate.linear",
     summary=show,
-    help="Measure how well a linear classifier on a model's frozen image features does. Logistic regression, solved to a "
-    "stated gradient norm, its regularisation chosen among 45 values on a part of the training images (DINOv2's protocol).",
+    help="Measure a linear probe: logistic regression on the frozen image features of a model. The regularization is chosen "
+    "among 45 values on a part of the training images, as in DINOv2's protocol.",
     examples="clipcid eval-linear --train food101/train --test food101/test\n"
     "clipcid eval-linear ViT-B-32 food101/\n"
     "clipcid eval-linear ViT-B-32 food101/ --shots 1,2,4,8,16\n"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.commands.command import step_command
+from clipcid_cli.commands.summary import print_facts, print_table
 from clipcid_cli.steps.settings.export import ExportSettings
 
 if TYPE_CHECKING:
@@ -13,32 +14,29 @@ if TYPE_CHECKING:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print one line for each form, how close it is to the model it came from, and where the files lie."""
-    from rich.table import Table
-
-    from clipcid_cli.commands.console import print_facts
-
-    table = Table(title="Exported", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.add_column("form", style="cyan", no_wrap=True)
-    for title in ("image cosine", "text cosine", "same answers", "MB", "images/s"):
-        table.add_column(title, justify="right", no_wrap=True)
+    """Print one line for each form, how close it is to the model it came from, and where the files are."""
+    columns = ("form", "image cosine", "text cosine", "same answers", "MB", "images/s")
+    rows = []
     for form, values in result["parity"].items():
         zeroshot = values["zeroshot"]
         agreement = zeroshot["agreement"] if zeroshot is not None else values.get("agreement")
-        table.add_row(
-            form,
-            *(f"{values[tower]['min_cosine']:.7f}" if tower in values else "" for tower in ("image", "text")),
-            "" if agreement is None else f"{100 * agreement:.1f} %",
-            f"{values['bytes'] / 1e6:,.1f}",
-            f"{values['images_per_second']:,.0f}",
+        rows.append(
+            (
+                form,
+                *(f"{values[tower]['min_cosine']:.7f}" if tower in values else "" for tower in ("image", "text")),
+                "" if agreement is None else f"{agreement:.1%}",
+                f"{values['bytes'] / 1e6:,.1f}",
+                f"{values['images_per_second']:,.0f}",
+            )
         )
-    if result["parity"]:
-        console.print(table)
+    if rows:
+        print_table(console, "Exported", columns, rows)
+        console.print()
     facts = {"model": result["model"]}
     if result["files"]:
         folder = Path(next(iter(result["files"].values()))).parent
         facts |= {"folder": str(folder), "files": ", ".join(Path(path).name for path in result["files"].values())}
-    print_facts(console, "", facts)
+    print_facts(console, "" if rows else "Would export", facts)
 
 
 command = step_command(
@@ -46,8 +44,8 @@ command = step_command(
     settings=ExportSettings,
     step="clipcid_cli.steps.export.run",
     summary=show,
-    help="Write a trained model for other programs. Each form is checked against the model it came from, on images and "
-    "texts at several batch sizes; one that differs too much is an error and is not written.",
+    help="Export a model for other programs. Each format is verified against the original model on images and texts at "
+    "several batch sizes; one that differs too much is an error and is not written.",
     examples="clipcid export\n"
     "clipcid export --format open-clip --format hf --format onnx\n"
     "clipcid export small/student --format onnx --classnames food101/ --data food101/ --quantize int8\n"

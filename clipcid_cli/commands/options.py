@@ -1,56 +1,21 @@
-"""From a settings dataclass to click parameters: flags, environment variables, ranges and grouped help."""
+"""From a settings dataclass to click parameters: flags, environment variables and ranges."""
 
 from __future__ import annotations
 
 import dataclasses
 import types
 import typing
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from clipcid_cli.commands.help_page import GroupedOption, keep_together
 from clipcid_cli.steps.settings.fields import describe_range, flag_of, setting_of
 from clipcid_cli.steps.settings.shared import ReadingSettings, SharedSettings
 
 _SHARED = {field.name for field in dataclasses.fields(SharedSettings)}
 _READING = {field.name for field in dataclasses.fields(ReadingSettings)}
-
-
-class GroupedOption(click.Option):
-    """An option that knows under which heading it is listed."""
-
-    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.group = group
-
-
-class GroupedCommand(click.Command):
-    """A command whose ``--help`` lists arguments and options under headings, examples first."""
-
-    def __init__(self, *args: Any, examples: str, arguments: list[tuple[str, str]], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.examples = examples.strip().splitlines()
-        self.arguments = arguments
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples, the arguments, then each group of options in the order of the settings' fields."""
-        with formatter.section("Examples"):
-            formatter.write("".join(f"  {line}\n" for line in self.examples))
-        if self.arguments:
-            with formatter.section("Arguments"):
-                formatter.write_dl(self.arguments, col_max=34)
-        groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
-        for parameter in self.get_params(ctx):
-            if isinstance(parameter, click.Argument):
-                continue  # newer versions of click give these a line of their own
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                groups[getattr(parameter, "group", "What it prints")].append(record)
-        for group, records in groups.items():
-            with formatter.section(group):
-                formatter.write_dl(records, col_max=34)
 
 
 class Number(click.ParamType[Any]):
@@ -78,7 +43,7 @@ class Number(click.ParamType[Any]):
             high is None or number <= high
         )
         if number != number or not inside:
-            self.fail(f"{value} is outside {describe_range(self.setting)}.", param, ctx)
+            self.fail(f"{value} is out of range ({describe_range(self.setting)}).", param, ctx)
         return number
 
 
@@ -128,7 +93,7 @@ def _make_option(command: str, field: dataclasses.Field[Any], kind: Any, multipl
     shown_default = _show_default(field.default)
     extras = [part for part in (shown_default, _show_range(setting)) if part]
     if extras:
-        text += f"  [{'; '.join(extras)}]"
+        text += "  [" + "; ".join(keep_together(extra) for extra in extras) + "]"
     if kind is bool:
         # Every switch has its opposite, since a config file or the environment may have turned it on.
         names = [f"{flag}/--no-{flag.removeprefix('--')}", field.name]

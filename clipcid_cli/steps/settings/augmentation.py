@@ -1,4 +1,4 @@
-"""The flags that say how images are varied, for every step that varies them."""
+"""The flags of image augmentation, for every step that augments images."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from clipcid_cli.steps.settings.fields import option
 
 
-def crop_scale_option(group: str, of: str) -> Any:
-    """Declare the flag of the smallest crop; `of` says what is cropped, for the help."""
+def crop_scale_option(group: str) -> Any:
+    """Declare the flag of the smallest crop."""
     return option(
         0.9,
-        f"Smallest share of an image's area that a random crop{of} keeps; 1 for no cropping.",
+        "Smallest share of the image area that a random crop keeps; 1 disables cropping.",
         group=group,
         minimum=0.0,
         maximum=1.0,
@@ -19,13 +19,17 @@ def crop_scale_option(group: str, of: str) -> Any:
     )
 
 
-def color_jitter_option(group: str, of: str) -> Any:
+def color_jitter_option(group: str) -> Any:
     """Declare the flag of brightness, contrast and saturation."""
     return option(
-        0.0, f"Strength of random brightness, contrast and saturation{of}.", group=group, minimum=0.0, maximum=1.0
+        0.0,
+        "Strength of random changes in brightness, contrast and saturation.",
+        group=group,
+        minimum=0.0,
+        maximum=1.0,
     )
 
 
-def gray_probability_option(group: str, what: str) -> Any:
-    """Declare the flag of grey images; `what` is turned grey."""
-    return option(0.0, f"Share of {what} turned grey.", group=group, minimum=0.0, maximum=1.0)
+def gray_probability_option(group: str) -> Any:
+    """Declare the flag of grayscale images."""
+    return option(0.0, "Probability of converting an image to grayscale.", group=group, minimum=0.0, maximum=1.0)

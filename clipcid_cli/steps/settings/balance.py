@@ -18,8 +18,8 @@ SELECTIONS = ("central", "medoid", "first", "random", "similarity", "resolution"
 PAIR_SUFFIXES = (".parquet", ".csv")
 
 _HOW_MUCH = "How much to keep (exactly one)"
-_SETS = "Sets and the image that stands for each"
-_FILES = "What is read and written"
+_SETS = "Groups and the image kept of each"
+_FILES = "Inputs and outputs"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,12 @@ class BalanceSettings(ReadingSettings):
 
     data: str | None = argument(
         None,
-        "Image-text data: a folder of tar shards, a tar, a pattern such as x/{00000..00099}.tar, a folder of images, a csv, "
-        "tsv or parquet list. By default what the work directory's embeddings were made of.",
+        "Image-text data: a folder of tar shards, one tar, a pattern such as x/{00000..00099}.tar, a folder of images, or a "
+        "csv, tsv or parquet list. By default, the data of the embeddings in the work directory.",
     )
     keep: float | None = option(
         None,
-        "Share of the images to keep; the cut-off follows from it.",
+        "Share of the images to keep; the distance cut-off follows from it.",
         group=_HOW_MUCH,
         minimum=0.0,
         maximum=1.0,
@@ -44,93 +44,101 @@ class BalanceSettings(ReadingSettings):
     )
     threshold: float | None = option(
         None,
-        "Euclidean distance of unit embeddings up to which two images are repeats.",
+        "Distance cut-off: images up to this Euclidean distance of unit embeddings are near-duplicates.",
         group=_HOW_MUCH,
         minimum=0.0,
         maximum=2.0,
     )
     cosine_distance: float | None = option(
-        None, "The same as a cosine distance d: a threshold of √(2d).", group=_HOW_MUCH, minimum=0.0, maximum=2.0
+        None,
+        "The cut-off as a cosine distance d, equal to --threshold √(2d).",
+        group=_HOW_MUCH,
+        minimum=0.0,
+        maximum=2.0,
     )
     linkage: str = option(
         "single",
-        "`single`: chains of repeats are one set, as in the CLIP-CID paper. `star`: every dropped image is within the "
-        "cut-off of the kept one.",
+        "`single`: a chain of near-duplicates is one group, as in the CLIP-CID paper. `star`: every dropped image is "
+        "within the cut-off of its kept image.",
         group=_SETS,
         choices=LINKAGES,
     )
     select: str = option(
         "central",
-        "Image kept of each set: nearest to the set's mean, smallest sum of distances, first, random, most similar to its "
-        "caption, most pixels.",
+        "Image to keep of each group: nearest to the mean (`central`), smallest sum of distances (`medoid`), first, random, "
+        "most similar to its caption, or most pixels.",
         group=_SETS,
         choices=SELECTIONS,
     )
     neighbors: str = option(
         "exact",
-        "`exact`: all pairs of images are compared. `partitioned`, for ten millions and more: only those in one partition "
-        "of similar images or near its border; some repeats may stay, and an audit says how many.",
+        "`exact` compares all pairs of images. `partitioned`, for tens of millions of images, compares only those in or "
+        "near the same partition; an audit estimates how many near-duplicates it missed.",
         group=_SETS,
         choices=NEIGHBORS,
     )
     model: str | None = option(
-        None, "Model to embed with where there are no embeddings yet; ViT-L-14 by default.", group=_FILES, metavar="M"
+        None,
+        "Model to embed the data with if there are no embeddings yet; by default ViT-L-14.",
+        group=_FILES,
+        metavar="MODEL",
     )
     embeddings: Path | None = option(
         None,
-        "Folder of embeddings to balance, of clip-retrieval's layout or of DataComp's .npz; by default the work "
-        "directory's.",
+        "Folder of embeddings in clip-retrieval's layout or of .npz files such as DataComp's; by default those in the work "
+        "directory.",
         group=_FILES,
         operational=True,
     )
     npz_array: str | None = npz_array_option(_FILES)
     write_keys: Path | None = option(
         None,
-        "Text file to write the kept keys to, one a line.",
+        "Also write the keys of the kept images to a text file, one per line.",
         group=_FILES,
         metavar="FILE.txt",
         operational=True,
     )
     write_pairs: Path | None = option(
         None,
-        "Table to write the dropped images to: `from`, the image kept instead `to`, and their `distance`; .parquet or .csv.",
+        "Also write a table of the dropped images, .parquet or .csv: `from`, the image kept instead (`to`) and their "
+        "`distance`.",
         group=_FILES,
         metavar="FILE.parquet",
         operational=True,
     )
     write_uids: Path | None = option(
         None,
-        "File to write the kept samples' uids to, in DataComp's form of a subset: its resharder takes it as it is.",
+        "Also write the uids of the kept samples as a DataComp subset file, ready for its resharder.",
         group=_FILES,
         metavar="FILE.npy",
         operational=True,
     )
     write_shards: Path | None = option(
         None,
-        "Folder to write new shards to: the tar members of the kept samples, copied byte for byte.",
+        "Also write the kept samples as new tar shards to this folder; members are copied byte for byte.",
         group=_FILES,
         operational=True,
     )
 
     def __post_init__(self) -> None:
-        """Check that exactly one amount is given and that what was asked for goes together."""
+        """Check that exactly one amount is given and that the settings can be combined."""
         super().__post_init__()
         amounts = {"--keep": self.keep, "--threshold": self.threshold, "--cosine-distance": self.cosine_distance}
         given = [flag for flag, value in amounts.items() if value is not None]
         if len(given) != 1:
             raise UsageError(
-                f"{' and '.join(given)} were given together." if given else "Nothing says how much to keep.",
+                f"{' and '.join(given)} were given together." if given else "No amount to keep was given.",
                 "Give exactly one of --keep, --threshold and --cosine-distance, for example --keep 0.563.",
             )
         if self.linkage == "star" and self.select != "central":
             raise UsageError(
-                f"--select {self.select} does not go with --linkage star, which keeps the image all others are near to.",
-                "Leave out one of the two.",
+                f"--select {self.select} cannot be combined with --linkage star, which itself determines the kept image.",
+                "Omit one of the two.",
             )
         if self.write_pairs is not None and self.write_pairs.suffix not in PAIR_SUFFIXES:
             raise UsageError(
-                f"--write-pairs {self.write_pairs} is neither parquet nor csv.",
-                f"End the name in {' or '.join(PAIR_SUFFIXES)}.",
+                f"--write-pairs {self.write_pairs} is neither a .parquet nor a .csv file.",
+                f"Use a file name that ends in {' or '.join(PAIR_SUFFIXES)}.",
             )
 
     @property

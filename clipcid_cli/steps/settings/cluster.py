@@ -22,48 +22,48 @@ class ClusterSettings(KeyedSettings):
 
     embeddings: Path | None = option(
         None,
-        "Folder of embeddings to cluster, in clip-retrieval's layout; by default the work directory's.",
+        "Folder of embeddings in clip-retrieval's layout; by default those in the work directory.",
         group=_INPUTS,
         operational=True,
     )
     npz_array: str | None = npz_array_option(_INPUTS)
     keep_list: str | None = option(
         None,
-        "Keep list of `clipcid balance`: cluster its kept images only; `none` for all. By default the work directory's, "
-        "where there is one.",
+        "Keep list of `clipcid balance`: cluster only its kept images, or all with `none`. By default, the work directory's "
+        "if there is one.",
         group=_INPUTS,
+        metavar="FILE",
         operational=True,
     )
     features: str = option(
         "image",
-        "What is clustered: image embeddings, or `joint`, the normalised sum of image and caption embeddings.",
+        "Vectors to cluster: image embeddings, or with `joint` the normalized sum of image and caption embeddings.",
         group=_CLUSTERS,
         choices=("image", "joint"),
     )
     num_clusters: int | None = option(
         None,
-        "Number of clusters; by default one for 225 images, at most 1,000,000, and for small data at least 256 or one for "
+        "Number of clusters; by default one per 225 images, at most 1,000,000, but on small data at least 256 or one per "
         "8 images.",
         group=_CLUSTERS,
         minimum=1,
     )
     iterations: int = option(
         20,
-        "Most Lloyd iterations; it ends earlier when no image moves any more. Up to a quarter of them, the first 3 at most, "
-        "compare images along 64 directions only, where these hold enough of them.",
+        "Maximum number of Lloyd iterations; fewer if no image changes its cluster.",
         group=_CLUSTERS,
         minimum=1,
     )
     train_rows: int | None = option(
         None,
-        "Find the centroids from this many images only, drawn by the seed; all are assigned to them then. By default all "
-        "are used throughout.",
+        "Fit the centroids to a random sample of this many images, then assign all images to them. By default, fit to "
+        "all.",
         group=_CLUSTERS,
         minimum=1,
     )
     max_bad_fraction: float = option(
         0.01,
-        "Largest share of rows that are not finite, or that the keep list lacks, before the step fails.",
+        "Fail when more than this share of the embeddings is not finite or missing from the keep list.",
         group=_INPUTS,
         minimum=0.0,
         maximum=1.0,

@@ -9,8 +9,8 @@ from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import argument, option
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
-_WHAT = "What is evaluated"
-_HOW = "How the probe is fitted"
+_WHAT = "Data"
+_HOW = "Fitting the probe"
 _SHOTS = "Few-shot curve"
 METRICS = (
     "acc1",
@@ -26,38 +26,35 @@ class EvalLinearSettings(ReadingSettings):
 
     model: str | None = argument(
         None,
-        "Model to evaluate: a folder, architecture:tag or hf-hub:org/name. By default the work directory's newest student. "
-        "The first positional is always the model.",
+        "Model to evaluate: a folder, architecture:tag or hf-hub:org/name. By default, the newest student in the work "
+        "directory.",
     )
     data: str | None = argument(
         None,
-        "Folder with train/ and test/ in it: CLIP_benchmark's folders of shards, or one folder of images per class; or the "
-        "name of a usual data set, such as food101, of which --data-root holds a copy.",
+        "Folder with train/ and test/ (CLIP_benchmark shards, or one folder of images per class), or the name of a known "
+        "data set such as food101 with a copy in --data-root.",
     )
     train: str | None = option(
         None,
-        "Images with classes to fit on, instead of DATA/train: a folder of tar shards with .cls, a folder of images per "
-        "class, or a list with a `label` column.",
+        "Labeled images to fit on, instead of DATA/train: tar shards with .cls, one folder of images per class, or a list "
+        "with a `label` column.",
         group=_WHAT,
         metavar="DATA",
     )
-    test: str | None = option(
-        None, "Images with classes to measure on, instead of DATA/test.", group=_WHAT, metavar="DATA"
-    )
+    test: str | None = option(None, "Labeled images to measure on, instead of DATA/test.", group=_WHAT, metavar="DATA")
     val: str | None = option(
         None,
-        "Images with classes to choose the strength of regularisation on, instead of a part of the training images; the "
-        "last fit takes both.",
+        "Labeled images to choose the regularization on, instead of a part of the training images. The final fit uses "
+        "both.",
         group=_WHAT,
         metavar="DATA",
     )
     data_root: Path = option(
-        Path("data"), "Folder of the copies of data sets that are given by name.", group=_WHAT, operational=True
+        Path("data"), "Folder with copies of the data sets given by name.", group=_WHAT, operational=True
     )
     val_fraction: float = option(
         0.2,
-        "Share of the training images, of each class alike, on which the strength of regularisation is chosen; not used "
-        "with --val.",
+        "Share of the training images, stratified by class, to choose the regularization on; not used with --val.",
         group=_HOW,
         minimum=0.0,
         maximum=0.9,
@@ -65,20 +62,20 @@ class EvalLinearSettings(ReadingSettings):
     )
     metric: str = option(
         "auto",
-        "Metric by which the strength is chosen; `auto` is the data set's customary one (mean per class for Aircraft, Pets, "
-        "Caltech101 and Flowers, 11-point average precision for VOC2007), else accuracy, or mean average precision where "
-        "images have several classes.",
+        "Metric to choose the regularization by: `acc1`, `mean_per_class_recall`, `mean_average_precision`, "
+        "`mean_average_precision_11_point`, or with `auto` the one usually reported for the data set.",
         group=_HOW,
         choices=("auto", *METRICS),
+        metavar="METRIC",
     )
     shots: str | None = option(
         None,
-        "Also fit on few images of each class, for a curve: numbers such as 1,2,4,8,16.",
+        "Also fit on this many images per class, for example 1,2,4,8,16.",
         group=_SHOTS,
         metavar="K,K,…",
     )
     shot_repeats: int = option(
-        5, "Draws of images for each number of shots; mean and spread are over them.", group=_SHOTS, minimum=1
+        5, "Random draws per number of shots; mean and standard deviation are reported.", group=_SHOTS, minimum=1
     )
 
     def __post_init__(self) -> None:
@@ -88,8 +85,8 @@ class EvalLinearSettings(ReadingSettings):
         if self.data is None and (self.train is None or self.test is None):
             missing = [flag for flag, value in (("--train", self.train), ("--test", self.test)) if value is None]
             raise UsageError(
-                f"There is no data to probe on: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing.",
-                "Give --train and --test, or a folder that holds train/ and test/: clipcid eval-linear MODEL DATA",
+                f"There is no data to evaluate on: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing.",
+                "Give --train and --test, or a folder with train/ and test/: clipcid eval-linear MODEL DATA",
             )
 
     @property
@@ -104,7 +101,7 @@ class EvalLinearSettings(ReadingSettings):
         parts = [part.strip() for part in self.shots.split(",")]
         if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
             raise UsageError(
-                f"--shots is {self.shots!r}, not whole numbers from 1 on with commas between.",
-                "Write it as --shots 1,2,4,8,16.",
+                f"--shots is {self.shots!r}, not a list of whole numbers of at least 1, separated by commas.",
+                "For example: --shots 1,2,4,8,16",
             )
         return tuple(sorted({int(part) for part in parts}))

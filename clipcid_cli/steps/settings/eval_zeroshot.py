@@ -9,8 +9,8 @@ from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import argument, flag_of, option, setting_of
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
-_WHAT = "What is evaluated"
-_OUT = "What is told"
+_WHAT = "Models and data"
+_OUT = "Results"
 # Settings that a comparison follows.
 _COMPARING = frozenset({"model", "data", "bootstrap", "seed"})
 
@@ -21,58 +21,59 @@ class EvalZeroshotSettings(ReadingSettings):
 
     model: str | None = argument(
         None,
-        "Model to evaluate: a folder, architecture:tag or hf-hub:org/name. By default the work directory's newest student. "
-        "The first positional is always the model.",
+        "Model to evaluate: a folder, architecture:tag or hf-hub:org/name. By default, the newest student in the work "
+        "directory.",
     )
     data: tuple[str, ...] = argument(
         (),
-        "Data sets: CLIP_benchmark folders, class-per-folder images, lists, tar shards, or names such as food101, imagenet, "
-        "voc2007 of copies in --data-root. With none, retrieval on the part that distill held out.",
+        "Data sets: CLIP_benchmark folders, one folder of images per class, lists, tar shards, or names such as food101, "
+        "imagenet, voc2007 with copies in --data-root. By default, retrieval on the samples that `clipcid distill` held "
+        "out.",
     )
     models: tuple[str, ...] = option(
-        (), "One more model; may be repeated.", group=_WHAT, flag="--model", metavar="MODEL"
+        (), "Another model to evaluate; may be repeated.", group=_WHAT, flag="--model", metavar="MODEL"
     )
     task: str = option(
         "auto",
-        "What to measure; `auto` follows the data set's dataset_type.txt, else classification where there are classes "
-        "(multilabel where an image may have several) and retrieval where there are captions.",
+        "What to measure. `auto` follows the data set's dataset_type.txt; without one, it measures classification if there "
+        "are classes and retrieval if there are captions.",
         group=_WHAT,
         choices=("auto", "classification", "multilabel", "retrieval"),
     )
     classnames: str | None = option(
         None,
-        "File with one class name a line; line 1 is class 0. Or `imagenet`: open_clip's names. By default the data set's "
+        "File with one class name per line, class 0 first, or `imagenet` for open_clip's names. By default, the data set's "
         "classnames.txt or folder names.",
         group=_WHAT,
         metavar="FILE",
     )
     templates: str | None = option(
         None,
-        "File with one prompt template a line, {c} or {} where the class name goes. Or `openai`, `simple`: open_clip's 80 "
-        "and 7. By default the data set's zeroshot_classification_templates.txt, else `a photo of a {c}.`",
+        "File with one prompt template per line, with {c} or {} for the class name, or `openai` or `simple` for open_clip's "
+        "80 or 7 templates. By default, the data set's zeroshot_classification_templates.txt, else `a photo of a {c}.`",
         group=_WHAT,
         metavar="FILE",
     )
     data_root: Path = option(
-        Path("data"), "Folder of the copies of data sets that are given by name.", group=_WHAT, operational=True
+        Path("data"), "Folder with copies of the data sets given by name.", group=_WHAT, operational=True
     )
-    split: str = option("test", "Split to use of a CLIP_benchmark folder that has several.", group=_WHAT)
+    split: str = option("test", "Split of a CLIP_benchmark folder to use.", group=_WHAT)
     bootstrap: int = option(
         1000,
-        "Draws of the images, with replacement, from which 95 % intervals are taken; 0 for none.",
+        "Bootstrap samples for the 95% intervals; 0 disables them.",
         group=_OUT,
         minimum=0,
     )
     predictions: bool = option(
         False,
-        "Also write what was said of each image, as parquet (key, label, predicted, top, scores), beside the sidecar.",
+        "Also write the predictions for each image to a parquet file (key, label, predicted, top, scores).",
         group=_OUT,
         operational=True,
     )
     compare: bool = option(
         False,
-        "Measure nothing, but tell whether the difference of two results is real: `--compare A.json B.json`, two metrics "
-        "files of eval/ that were made with --predictions.",
+        "Test whether two results differ significantly instead of measuring: `--compare A.json B.json`, two metrics files "
+        "that were made with --predictions.",
         group=_OUT,
         operational=True,
     )
@@ -87,12 +88,14 @@ class EvalZeroshotSettings(ReadingSettings):
         named = [*([self.model] if self.model is not None else []), *self.data]
         if len(named) != 2:
             raise UsageError(
-                f"--compare takes two metrics files; {len(named)} {'was' if len(named) == 1 else 'were'} named.",
-                "Name both: clipcid eval-zeroshot --compare A.json B.json",
+                f"--compare needs two metrics files, but {len(named)} {'was' if len(named) == 1 else 'were'} given.",
+                "Give both: clipcid eval-zeroshot --compare A.json B.json",
             )
         if self.bootstrap == 0:
-            raise UsageError("--compare draws the images anew, and --bootstrap is 0.", "Give --bootstrap 1000.")
-        # What decides a measurement decides nothing here, and its silence would mislead.
+            raise UsageError(
+                "--compare needs bootstrap samples, but --bootstrap is 0.", "Omit --bootstrap or give --bootstrap 1000."
+            )
+        # Settings of a measurement have no effect here; ignoring them silently would mislead.
         idle = [
             flag_of(field)
             for field in dataclasses.fields(self)
@@ -102,8 +105,8 @@ class EvalZeroshotSettings(ReadingSettings):
         ]
         if idle:
             raise UsageError(
-                f"--compare measures nothing: {', '.join(idle)} {'does' if len(idle) == 1 else 'do'} not go with it.",
-                "Leave out all but --bootstrap and --seed, or measure first and compare then.",
+                f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect with --compare, which measures nothing.",
+                "Give only --bootstrap and --seed with --compare.",
             )
 
     @property

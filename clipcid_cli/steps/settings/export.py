@@ -13,9 +13,9 @@ FORMATS = ("open-clip", "hf", "onnx")
 QUANTIZED = ("fp16", "int8")
 # The newest set that PyTorch 2.13 exports without converting; ONNX Runtime runs it from 1.17 on.
 DEFAULT_OPSET = 20
-_WRITE = "What is written"
-_CLASSES = "Classes, of the classifier and of the check"
-_CHECK = "How it is checked"
+_WRITE = "Output"
+_CLASSES = "Classes"
+_CHECK = "Verification"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,71 +23,68 @@ class ExportSettings(SharedSettings):
     """Settings of `export`."""
 
     model: str | None = argument(
-        None, "Model to export: a folder or architecture:tag. By default the work directory's newest student."
+        None, "Model to export: a folder or architecture:tag. By default, the newest student in the work directory."
     )
     format: tuple[str, ...] = option(
         ("open-clip",),
-        "Form to write; give it several times for several. `open-clip` is a folder that open_clip loads as local-dir:DIR; "
-        "`hf` one that transformers loads as CLIPModel and CLIPProcessor; `onnx` an image and a text encoder with a dynamic "
-        "batch, and with --classnames a classifier.",
+        "Format to write; may be repeated. `open-clip`: a folder for open_clip (local-dir:DIR). `hf`: a folder for "
+        "transformers (CLIPModel, CLIPProcessor). `onnx`: image and text encoder, and with --classnames a classifier.",
         group=_WRITE,
         choices=FORMATS,
     )
     out: Path | None = option(
-        None, "Folder to write to; by default export/<model> in the work directory.", group=_WRITE, operational=True
+        None, "Output folder; by default export/<model> in the work directory.", group=_WRITE, operational=True
     )
     opset: int | None = option(
-        None, f"Version of ONNX's operators; by default {DEFAULT_OPSET}.", group=_WRITE, minimum=18, maximum=23
+        None, f"ONNX opset version; by default {DEFAULT_OPSET}.", group=_WRITE, minimum=18, maximum=23
     )
     quantize: tuple[str, ...] = option(
         (),
-        "Smaller form of each ONNX file to write beside it, as image_encoder_int8.onnx; give it twice for both. `fp16` is "
-        "half the size; `int8` a quarter (dynamic quantisation), and needs images with classes or captions to measure what "
-        "it costs.",
+        "Also write each ONNX file in this format, such as image_encoder_int8.onnx; may be repeated. `fp16` halves the "
+        "size; `int8` quarters it and needs labeled or captioned images to measure the loss of accuracy.",
         group=_WRITE,
         choices=QUANTIZED,
     )
     dense: bool = option(
         False,
-        "Give image_encoder.onnx a second output, dense_embeds [N, h, w, D]: each patch after the last block, the final "
-        "norm and the projection, not of unit length. For ViTs.",
+        "Add a second output to image_encoder.onnx, dense_embeds [N, h, w, D]: the projected patch embeddings of a ViT, not "
+        "normalized.",
         group=_WRITE,
     )
-    license: str | None = option(
-        None, "Licence of the weights, for the model card; by default it says unknown.", group=_WRITE
-    )
+    license: str | None = option(None, "License of the weights, for the model card; by default unknown.", group=_WRITE)
     classnames: Path | None = option(
         None,
-        "File with one class name a line, or a CLIP_benchmark folder that holds classnames.txt. With --format onnx, "
-        "classifier.onnx is written: bytes of an image of any size in, one score per class out.",
+        "File with one class name per line, or a CLIP_benchmark folder with classnames.txt. With --format onnx, also write "
+        "classifier.onnx, from image bytes to one score per class.",
         group=_CLASSES,
         operational=True,  # as `templates`: the content counts, which is among the inputs
     )
     templates: Path | None = option(
         None,
-        "File with one prompt template a line, {c} or {} where the class name goes; by default the folder's own, else `a "
+        "File with one prompt template per line, with {c} or {} for the class name; by default the folder's own, else `a "
         "photo of a {c}.`",
         group=_CLASSES,
         operational=True,
     )
     data: str | None = option(
         None,
-        "Images to check with, best with classes or captions; by default those the work directory's embeddings were made "
-        "of, else drawn patterns and shipped sentences.",
+        "Images to verify the export with, preferably with classes or captions. By default, the data of the embeddings in "
+        "the work directory, else synthetic images and built-in sentences.",
         group=_CHECK,
+        metavar="DATA",
         operational=True,
     )
     check_images: int | None = option(
         None,
-        "Largest number of images to check zero-shot answers and speed on; by default 1,000 of --data or for --quantize, "
-        "else 64.",
+        "Maximum number of images for comparing zero-shot predictions and speed; by default 1,000 with --data or "
+        "--quantize, else 64.",
         group=_CHECK,
         minimum=16,
         operational=True,
     )
     max_bad_fraction: float = option(
         0.01,
-        "Largest share of the images of --data that cannot be read before the export fails.",
+        "Fail when more than this share of the images of --data cannot be read.",
         group=_CHECK,
         minimum=0.0,
         maximum=1.0,
@@ -95,16 +92,16 @@ class ExportSettings(SharedSettings):
     )
     max_difference: float | None = option(
         None,
-        "Largest allowed difference of an entry of a unit row; by default 0.0001 for fp32, 0.005 for fp16, 0.02 for bf16. "
-        "int8 is judged by --max-accuracy-drop.",
+        "Largest allowed difference in an entry of a unit embedding; by default 0.0001 for fp32, 0.005 for fp16, 0.02 for "
+        "bf16. For int8 see --max-accuracy-drop.",
         group=_CHECK,
         minimum=0.0,
         operational=True,
     )
     max_accuracy_drop: float = option(
         0.01,
-        "Largest allowed loss of a quantised form: of zero-shot accuracy where the images have classes, else of recall@1 "
-        "from image to caption.",
+        "Largest allowed loss of a quantized model in zero-shot accuracy if the images have classes, else in recall@1 from "
+        "image to caption.",
         group=_CHECK,
         minimum=0.0,
         maximum=1.0,
@@ -112,15 +109,15 @@ class ExportSettings(SharedSettings):
     )
 
     def __post_init__(self) -> None:
-        """Check that what was asked for goes together."""
+        """Check that the settings can be combined."""
         super().__post_init__()
         for flag, values in (("--format", self.format), ("--quantize", self.quantize)):
             if len(set(values)) < len(values):
-                raise UsageError(f"{flag} was given twice: {', '.join(values)}.", "Name each form once.")
+                raise UsageError(f"{flag} was given twice: {', '.join(values)}.", "Give each format once.")
         if "onnx" in self.format and self.precision not in ("auto", "fp32"):
             raise UsageError(
-                f"--precision {self.precision} does not go with --format onnx, which is written in fp32.",
-                "Use --quantize fp16, or export the two forms by two commands with different --out.",
+                f"--precision {self.precision} cannot be combined with --format onnx, which is written in fp32.",
+                "Use --quantize fp16, or export the two formats in two runs with different --out.",
             )
         about_onnx = {
             "--quantize": bool(self.quantize),
@@ -129,9 +126,9 @@ class ExportSettings(SharedSettings):
         }
         for flag, given in about_onnx.items():
             if given and "onnx" not in self.format:
-                raise UsageError(f"{flag} is about ONNX files, and --format names none.", "Add --format onnx.")
+                raise UsageError(f"{flag} applies only to ONNX files.", "Add --format onnx.")
         if self.templates is not None and self.classnames is None:
-            raise UsageError("--templates has no class names to go with.", "Give them with --classnames.")
+            raise UsageError("--templates needs class names.", "Add --classnames FILE.")
 
     @property
     def stored_precision(self) -> str:

@@ -109,7 +109,9 @@ def check_ranges(settings: Any) -> None:
             if item is None or isinstance(item, bool):
                 continue
             if setting.choices is not None and item not in setting.choices:
-                raise UsageError(f"{flag_of(field)} is {item!r}.", f"Choose one of: {', '.join(setting.choices)}.")
+                raise UsageError(
+                    f"{flag_of(field)} cannot be {item!r}.", f"Choose one of: {', '.join(setting.choices)}."
+                )
             if isinstance(item, int | float):
                 _check_number(flag_of(field), item, setting)
 
@@ -120,18 +122,18 @@ def _check_number(flag: str, value: float, setting: Setting) -> None:
     too_high = high is not None and value > high
     if too_low or too_high or value != value:
         raise UsageError(
-            f"{flag} is {value:g}, outside {describe_range(setting)}.", f"Give {flag} a value in that range."
+            f"{flag} {value:g} is out of range ({describe_range(setting)}).", f"Give {flag} a value in that range."
         )
 
 
 def describe_range(setting: Setting) -> str:
-    """Write the allowed range the way a reader of formulas expects it, e.g. ``(0, 1]`` or ``>= 1``."""
+    """Write the allowed range in a few words: ``0 to 2``, ``0 < x ≤ 1``, ``at least 1``."""
     low, high = setting.minimum, setting.maximum
     if low is not None and high is not None:
-        return f"{'(' if setting.above_minimum else '['}{low:g}, {high:g}]"
+        return f"{low:g} < x ≤ {high:g}" if setting.above_minimum else f"{low:g} to {high:g}"
     if low is not None:
-        return f"{'>' if setting.above_minimum else '>='} {low:g}"
-    return f"<= {high:g}"
+        return f"{'above' if setting.above_minimum else 'at least'} {low:g}"
+    return f"at most {high:g}"
 
 
 def output_settings(settings: Any) -> dict[str, Any]:

@@ -28,44 +28,46 @@ class SharedSettings:
     openmp_spins: ClassVar[str] = NO_SPINS
 
     work: Path = option(
-        DEFAULT_WORK, "Work directory: what each step makes and where the next one looks.", group=_RUN, operational=True
-    )
-    config: Path | None = option(
-        None,
-        "TOML file with one table per command; flags and environment variables override it.",
+        DEFAULT_WORK,
+        "Work directory: each step writes its output here, and the next one finds it.",
         group=_RUN,
         operational=True,
     )
-    device: str = option("auto", "Where to compute.", group=_RUN, choices=("auto", "cpu", "cuda"), operational=True)
+    config: Path | None = option(
+        None,
+        "TOML file with one table per command. Flags and environment variables take precedence; --no-FLAG turns a "
+        "switch off.",
+        group=_RUN,
+        operational=True,
+    )
+    device: str = option("auto", "Device to compute on.", group=_RUN, choices=("auto", "cpu", "cuda"), operational=True)
     precision: str = option(
         "auto",
-        "Number format of the heavy arithmetic; `auto` is printed.",
+        "Floating-point format of the heavy computation; what `auto` chooses is printed.",
         group=_RUN,
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    batch_size: int | None = option(
-        None, "Samples a batch; by default the step chooses and prints it.", group=_RUN, minimum=1
-    )
+    batch_size: int | None = option(None, "Samples per batch; by default chosen by the step.", group=_RUN, minimum=1)
     workers: int | None = option(
         None,
-        "Processes that read and decode; by default one per core beyond the first, at most 8.",
+        "Processes that read and decode data; by default one per core beyond the first, at most 8.",
         group=_RUN,
         minimum=0,
         operational=True,
     )
-    seed: int = option(0, "Seed of everything random.", group=_RUN, minimum=0)
+    seed: int = option(0, "Random seed.", group=_RUN, minimum=0)
     overwrite: bool = option(
-        False, "Replace what an earlier run with other settings or inputs left.", group=_RUN, operational=True
+        False, "Replace the output of an earlier run with other settings or inputs.", group=_RUN, operational=True
     )
     dry_run: bool = option(
         False,
-        "Check everything and say what would be done and what it costs; write nothing.",
+        "Check all inputs and report what would be done and at what cost; write nothing.",
         group=_RUN,
         operational=True,
     )
-    json: bool = option(False, "Print one JSON object on stdout.", group=_TALK, operational=True)
+    json: bool = option(False, "Print the result on stdout as one JSON object.", group=_TALK, operational=True)
     quiet: bool = option(False, "Print only warnings and errors.", group=_TALK, operational=True)
-    debug: bool = option(False, "Show the traceback of an error.", group=_TALK, operational=True)
+    debug: bool = option(False, "Show the traceback of errors.", group=_TALK, operational=True)
 
     def __post_init__(self) -> None:
         """Check ranges and choices; subclasses add their checks across fields and call this first."""
@@ -78,7 +80,8 @@ class KeyedSettings(SharedSettings):
 
     keys: str = option(
         "sample",
-        "What names a sample: its webdataset key, or shard name + `/` + key where keys repeat across shards.",
+        "What identifies a sample: `sample` is its webdataset key; `shard` is shard name + `/` + key, for data whose "
+        "keys repeat across shards.",
         group=_READ,
         choices=("sample", "shard"),
     )
@@ -88,16 +91,12 @@ class KeyedSettings(SharedSettings):
 class ReadingSettings(KeyedSettings):
     """Settings of every step that reads image-text data."""
 
-    image_column: str = option(
-        "filepath", "Column of a csv, tsv or parquet list that holds the image's path.", group=_READ
-    )
-    caption_column: str = option("title", "Column of a list that holds the caption.", group=_READ)
-    key_column: str = option(
-        "key", "Column of a list that holds the key; where there is none, the path is the key.", group=_READ
-    )
+    image_column: str = option("filepath", "Column of a csv, tsv or parquet list with the image paths.", group=_READ)
+    caption_column: str = option("title", "Column of a list with the captions.", group=_READ)
+    key_column: str = option("key", "Column of a list with the keys; without one, the path is the key.", group=_READ)
     max_bad_fraction: float = option(
         0.01,
-        "Largest share of unusable samples (unreadable images, missing captions, …) before the step fails.",
+        "Fail when more than this share of the samples is unusable (unreadable images, missing captions, …).",
         group=_READ,
         minimum=0.0,
         maximum=1.0,
@@ -108,10 +107,10 @@ def npz_array_option(group: str) -> Any:
     """Declare the flag that names the array of image embeddings in ``.npz`` files, for steps that read embeddings."""
     return option(
         None,
-        "Array of image embeddings in each .npz of a folder such as DataComp's metadata, for example l14_img; by default "
-        "the only one whose name ends in _img.",
+        "Array of image embeddings in .npz files such as DataComp's metadata, for example l14_img; by default the only "
+        "one whose name ends in _img.",
         group=group,
         metavar="NAME",
-        # As `embeddings`: which array it is, the outputs know by its content.
+        # As `embeddings`: outputs record the content of the array, not its name.
         operational=True,
     )

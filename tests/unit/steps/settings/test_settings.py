@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from clipcid_cli.commands.config import load_config
-from clipcid_cli.commands.options import GroupedCommand, build_parameters
+from clipcid_cli.commands.help_page import GroupedCommand
+from clipcid_cli.commands.options import build_parameters
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import argument, option, output_settings
 from clipcid_cli.steps.settings.shared import SharedSettings
@@ -105,9 +106,9 @@ def test_an_unknown_table_of_the_file_is_an_error(group: click.Group, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--share", "0"], "0 is outside (0, 1]"),
-        (["--share", "1.5"], "1.5 is outside (0, 1]"),
-        (["--share", "nan"], "nan is outside (0, 1]"),
+        (["--share", "0"], "0 is out of range (0 < x ≤ 1)"),
+        (["--share", "1.5"], "1.5 is out of range (0 < x ≤ 1)"),
+        (["--share", "nan"], "nan is out of range (0 < x ≤ 1)"),
         (["--share", "much"], "'much' is not a number"),
         (["--seed", "1.5"], "'1.5' is not a whole number"),
         (["--kind", "c"], "'c' is not one of 'a', 'b'"),
@@ -121,14 +122,14 @@ def test_bad_values_are_refused_with_the_range(group: click.Group, arguments: li
 
 
 def test_values_given_in_python_are_checked_too() -> None:
-    with pytest.raises(UsageError, match=r"--share is 2, outside \(0, 1\]"):
+    with pytest.raises(UsageError, match=r"--share 2 is out of range \(0 < x ≤ 1\)"):
         ExampleSettings(share=2.0)
-    with pytest.raises(UsageError, match="--kind is 'z'"):
+    with pytest.raises(UsageError, match="--kind cannot be 'z'"):
         ExampleSettings(kind="z")
 
 
 def test_the_help_page_groups_the_flags_and_states_defaults_and_ranges(group: click.Group) -> None:
     page = CliRunner().invoke(group, ["example", "--help"]).output
     numbers = page[page.index("Numbers:") :]
-    assert "A share. [default: 0.5; (0, 1]]" in " ".join(numbers.split())
+    assert "A share. [default: 0.5; 0 < x ≤ 1]" in " ".join(numbers.split())
     assert page.index("Examples:") < page.index("Arguments:") < page.index("Numbers:") < page.index("How it runs:")

@@ -1,0 +1,96 @@
+"""The result of a step for a person: lists of facts and tables that fit the terminal without cutting a name."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from clipcid_cli.commands.wrapping import wrap
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_GAP = 2
+
+
+def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
+    """Print a title and a list of names and values, the form of every step's summary."""
+    if title:
+        console.print(Text(title, style="bold"), soft_wrap=True)
+    indent = max(map(len, facts), default=0) + _GAP
+    for name, value in facts.items():
+        room = console.width - indent
+        if max(map(len, value.split()), default=0) <= room:
+            text = " " * (indent - len(name)) + wrap(value, room).replace("\n", "\n" + " " * indent)
+        else:
+            # A path too long to stand beside its name starts on the next line.
+            text = "\n" + textwrap.indent(wrap(value, console.width - _GAP), " " * _GAP)
+        console.print(Text.assemble((name, "cyan"), text), soft_wrap=True)
+
+
+def print_table(
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
+) -> None:
+    """Print a table, or where it is wider than the terminal, a ``column: value`` line for each cell.
+
+    Args:
+        left: How many columns, from the first, are aligned left; the others are numbers and aligned right.
+    """
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    if sum(widths) + _GAP * (len(widths) - 1) <= console.width:
+        for number, row in enumerate([columns, *rows]):
+            cells = [
+                cell.ljust(width) if index < left else cell.rjust(width)
+                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            head, tail = cells[0], (" " * _GAP).join(["", *cells[1:]]).rstrip()
+            console.print(
+                Text.assemble((head, "cyan" if number else ""), tail, style="" if number else "bold"), soft_wrap=True
+            )
+        return
+    for number, row in enumerate(rows):
+        if number:
+            console.print()
+        for column, cell in zip(columns, row, strict=True):
+            console.print(Text.assemble((f"{column}:", "cyan"), f" {cell.strip()}"), soft_wrap=True)
+
+
+def file_facts(result: dict[str, Any]) -> dict[str, str]:
+    """Return the written files of a result as facts."""
+    return {name.replace("_", " "): str(path) for name, path in result.get("files", {}).items()}
+
+
+def format_phases(seconds: dict[str, float]) -> str:
+    """Write the seconds of each phase: ``read 0.1 s, kmeans 3:05``."""
+    return ", ".join(f"{phase} {format_seconds(value)}" for phase, value in seconds.items())
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration: ``4.2 s``, ``3:05``, ``2:03:04``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
+
+
+def format_percent(value: float | None, digits: int = 1) -> str:
+    """Write a share in percent, without the sign."""
+    return "–" if value is None else f"{100 * value:.{digits}f}"
+
+
+def shorten_metric(name: str) -> str:
+    """Write a metric's name as the heading of a column."""
+    short = name.removeprefix("lp_").replace("mean_per_class_recall", "per class").replace("_retrieval_recall@", " R@")
+    return short.replace("mean_average_precision", "mAP").replace("_11_point", " 11-point")
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Write a number with its noun: ``1 image``, ``1,126 images``."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
