@@ -12,7 +12,6 @@ import struct
 import termios
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 _ROWS = 2000  # so that nothing scrolls out of sight
 _SEQUENCE = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b\]8;[^\x1b]*\x1b\\")

@@ -159,7 +159,7 @@ def test_clusters_of_another_teacher_are_refused(tiny_shards: Path, work: Path, 
 
 
 def test_it_needs_a_loss_that_learns_from_it() -> None:
-    with pytest.raises(UsageError, match="no loss of the run learns from a teacher"):
+    with pytest.raises(UsageError, match="no loss of the run needs a teacher"):
         DistillSettings(student="s.json", preset="clip", online_teacher=True)
     with pytest.raises(UsageError, match="--caption-dropout"):
         DistillSettings(student="s.json", caption_dropout=0.5)

@@ -20,12 +20,12 @@ from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"data": ()}, "1 was named"),
-        ({"data": ("b.json", "c.json")}, "3 were named"),
+        ({"data": ()}, "1 was given"),
+        ({"data": ("b.json", "c.json")}, "3 were given"),
         ({"bootstrap": 0}, "--bootstrap is 0"),
-        ({"predictions": True}, "--predictions does not go with it"),
-        ({"models": ("other",), "templates": "simple"}, "--model, --templates do not go with it"),
-        ({"precision": "bf16"}, "--precision does not"),
+        ({"predictions": True}, "--predictions has no effect with --compare"),
+        ({"models": ("other",), "templates": "simple"}, "--model, --templates have no effect with --compare"),
+        ({"precision": "bf16"}, "--precision has no effect"),
     ],
 )
 def test_what_does_not_go_with_a_comparison_is_refused(given: dict[str, object], message: str) -> None:

@@ -108,7 +108,7 @@ def test_the_keep_ratio_is_of_the_list_that_the_run_applied(tiny_shards: Path, t
 
 
 def test_an_opset_without_onnx_files_is_refused() -> None:
-    with pytest.raises(UsageError, match="--opset is about ONNX files"):
+    with pytest.raises(UsageError, match="--opset applies only to ONNX files"):
         ExportSettings(opset=19)
     assert ExportSettings(format=("onnx",)).onnx_opset == ExportSettings(format=("onnx",), opset=20).onnx_opset == 20
     assert ExportSettings().onnx_opset is None
