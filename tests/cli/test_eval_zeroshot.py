@@ -119,7 +119,7 @@ def test_many_models_and_data_sets_are_reused_until_something_changes(
     call = ("eval-zeroshot", tiny_model, data, retrieval, "--model", other)
 
     first = clipcid(*call)
-    for expected in ("zeroshot classification", "zeroshot retrieval", "other", "things", "image R@1/5/10"):
+    for expected in ("Zero-shot classification", "Zero-shot retrieval", "other", "things", "image R@1/5/10"):
         assert expected in first.stderr, first
     again = clipcid(*call, "--json").json["results"]
     assert [(one["model"], one["dataset"]) for one in again] == [
