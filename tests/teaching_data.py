@@ -19,7 +19,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.distill import run as distill
-from clipcid_cli.steps.distill.batches import Batch, BatchMaker, BatchOrder, find_usable
+from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, TrainingBatch, find_usable
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs, join_teacher
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -79,14 +79,16 @@ def join(data: Path, folder: Path, **settings: Any) -> tuple[Embeddings, Teacher
     return embeddings, join_teacher(given, embeddings, dataset, usable, wanted, Listener()), dataset, usable
 
 
-def make_epoch(teacher_inputs: TeacherInputs | None, dataset: Any, usable: Any, maker: BatchMaker, epoch: int) -> Batch:
+def make_epoch(
+    teacher_inputs: TeacherInputs | None, dataset: Any, usable: Any, maker: BatchMaker, epoch: int
+) -> TrainingBatch:
     """Make one batch of a whole epoch, seed 3."""
-    replay = None if teacher_inputs is None else teacher_inputs.replay(3)
-    order = BatchOrder(dataset, usable.selection, 3, len(usable.keys), replay)
+    stored_views = None if teacher_inputs is None else teacher_inputs.stored_views(3)
+    order = BatchOrder(dataset, usable.selection, 3, len(usable.keys), stored_views)
     return maker(order.items(epoch, 0, 1))
 
 
-def encode_shown(model: ClipModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+def encode_shown(model: ClipModel, batch: TrainingBatch) -> tuple[np.ndarray, np.ndarray]:
     """Embed what a batch shows, pixels in their colours and tokens: float32 rows [b, D] of images and of texts."""
     pixels = normalize_pixels(apply_colors(batch.pixels, batch.colors), model.info.preprocess)
     return model.encode_images(pixels, FP32).numpy(), model.encode_texts(batch.tokens, FP32).numpy()

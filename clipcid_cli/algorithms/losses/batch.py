@@ -43,7 +43,7 @@ class LossBatch:
         student_scale: exp(logit_scale) of the student, a scalar.
         image_BD: Student image features s' in the meeting space; `image_Bd` itself when no map is learned.
         text_BD: Student text features v' there.
-        teacher_image_BD: Teacher image features t, in the meeting space (rotated and cut for ``--teacher-space pca``).
+        teacher_image_BD: Teacher image features t, in the shared space (on the principal axes for ``--teacher-space pca``).
         teacher_text_BD: Teacher text features u, likewise.
         teacher_scale: exp(logit_scale) of the teacher, a scalar.
         image_clusters: Targets of the images; present when a loss needs clusters.
@@ -79,13 +79,13 @@ class LossBatch:
         assert self.teacher_text_BD is not None
         return self.teacher_image_BD, self.teacher_text_BD
 
-    def beside_teacher(self) -> list[tuple[Tensor, Tensor]]:
+    def same_tower_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return (s', t) and (v', u), without those whose teacher tower is missing."""
         image, text = self.student_in_teacher_space()
         pairs = ((image, self.teacher_image_BD), (text, self.teacher_text_BD))
         return [(student, teacher) for student, teacher in pairs if teacher is not None]
 
-    def across_teacher(self) -> list[tuple[Tensor, Tensor]]:
+    def cross_tower_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return (s', u) and (v', t), without those whose teacher tower is missing."""
         image, text = self.student_in_teacher_space()
         pairs = ((image, self.teacher_text_BD), (text, self.teacher_image_BD))

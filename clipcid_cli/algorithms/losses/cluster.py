@@ -24,7 +24,7 @@ from clipcid_cli.algorithms.losses.row_blocks import add, over_blocks, rows_betw
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidates:
+class ClusterCandidates:
     """Centroids one batch is compared with.
 
     Attributes:
@@ -40,7 +40,7 @@ class Candidates:
 
 def draw_candidates(
     top_clusters: npt.NDArray[np.integer], num_clusters: int, *, ratio: float, minimum: int, seed: int
-) -> Candidates:
+) -> ClusterCandidates:
     """Draw the candidate centroids of a global batch.
 
     Args:
@@ -59,15 +59,15 @@ def draw_candidates(
     wanted = max(math.ceil(ratio * num_clusters), min(num_clusters, minimum) - len(active))
     count = min(rest, max(0, wanted))
     if count == 0:
-        return Candidates(active, len(active), 0.0)
+        return ClusterCandidates(active, len(active), 0.0)
     # A draw among the rest, numbered 0 … rest − 1, is moved past the active centroids that lie before it.
     places = np.sort(np.random.default_rng(seed).choice(rest, size=count, replace=False))
     drawn = places + np.searchsorted(active - np.arange(len(active)), places, side="right")
-    return Candidates(np.concatenate([active, drawn]), len(active), math.log(rest / count))
+    return ClusterCandidates(np.concatenate([active, drawn]), len(active), math.log(rest / count))
 
 
 def cluster_targets(
-    candidates: Candidates,
+    candidates: ClusterCandidates,
     centroids_SD: Tensor,
     top_clusters: npt.NDArray[np.integer],
     top_similarities: npt.NDArray[np.floating],

@@ -58,7 +58,7 @@ def instance(batch: LossBatch, scale: Tensor) -> Tensor:
 
     Source: CLIP-CID, arXiv 2408.09441 (idea); reconstruction, docs/method.md#instance-loss.
     """
-    sums = [contrast_both_ways(student, teacher, scale, batch.own) for student, teacher in batch.across_teacher()]
+    sums = [contrast_both_ways(student, teacher, scale, batch.own) for student, teacher in batch.cross_tower_pairs()]
     return add(sums) / (2 * len(sums) * len(batch))
 
 
@@ -67,7 +67,7 @@ def instance_intra(batch: LossBatch, scale: Tensor) -> Tensor:
 
     Source: variant of `instance`, docs/method.md#instance-loss.
     """
-    sums = [contrast_both_ways(student, teacher, scale, batch.own) for student, teacher in batch.beside_teacher()]
+    sums = [contrast_both_ways(student, teacher, scale, batch.own) for student, teacher in batch.same_tower_pairs()]
     return add(sums) / (2 * len(sums) * len(batch))
 
 
@@ -78,5 +78,5 @@ def interactive(batch: LossBatch, scale: Tensor) -> Tensor:
 
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), interactive contrastive learning.
     """
-    sums = [contrast_one_way(student, teacher, scale, batch.own) for student, teacher in batch.across_teacher()]
+    sums = [contrast_one_way(student, teacher, scale, batch.own) for student, teacher in batch.cross_tower_pairs()]
     return add(sums) / (len(sums) * len(batch))

@@ -22,6 +22,6 @@ def feature_distance(batch: LossBatch) -> Tensor:
     first, stop, _ = batch.own.indices(len(batch))
     differences = (
         rows_between(student, first, stop) - rows_between(teacher, first, stop)
-        for student, teacher in batch.beside_teacher()
+        for student, teacher in batch.same_tower_pairs()
     )
     return add([difference.square().sum() for difference in differences]) / len(batch)

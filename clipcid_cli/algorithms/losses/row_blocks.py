@@ -43,7 +43,7 @@ class Similarities:
             return (self.scale * left_bD) @ self.right_BD.T
         return torch.mul(left_bD @ self.right_BD.T, self.scale)
 
-    def rotated(self) -> Similarities:
+    def transposed(self) -> Similarities:
         """Return them with the sides exchanged."""
         return Similarities(self.right_BD, self.left_BD, self.scale)
 
@@ -106,5 +106,5 @@ def sum_both_ways(block_sum: Callable[..., Tensor], own: slice, *compared: Simil
     if own.indices(num_rows)[:2] == (0, num_rows) and num_rows**2 <= BLOCK_ENTRIES:
         logits = [similarities.rows(0, num_rows) for similarities in compared]
         return block_sum(0, *logits) + block_sum(0, *(matrix.T for matrix in logits))
-    rotated = [similarities.rotated() for similarities in compared]
-    return sum_one_way(block_sum, own, *compared) + sum_one_way(block_sum, own, *rotated)
+    transposed = [similarities.transposed() for similarities in compared]
+    return sum_one_way(block_sum, own, *compared) + sum_one_way(block_sum, own, *transposed)

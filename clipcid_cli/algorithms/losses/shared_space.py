@@ -1,4 +1,4 @@
-"""A space of the student's width in which teacher and student meet, without a learned map.
+"""The space that student and teacher share without a learned map: the teacher's first principal axes.
 
 Shape legend: D teacher width, d student width.
 """
@@ -16,21 +16,21 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class PrincipalAxes:
-    """A rotation of the teacher's space, cut to its first d axes.
+    """The first d principal axes of the teacher's rows.
 
     Attributes:
-        axes_Dd: Orthonormal columns, float32 [D, d].
+        basis_Dd: The axes as orthonormal columns, float32 [D, d].
         kept: Share of the rows' squared length that lies in them, in [0, 1].
     """
 
-    axes_Dd: npt.NDArray[np.float32]
+    basis_Dd: npt.NDArray[np.float32]
     kept: float
 
 
 def principal_axes(moment_DD: npt.NDArray[np.float64], width: int) -> PrincipalAxes:
     """Find the d axes that keep most of the rows' squared length.
 
-    The mean is not taken away: a rotation about the origin keeps every dot product, and so every cosine similarity up to
+    The mean is not subtracted: a rotation about the origin keeps every dot product, and so every cosine similarity up to
     what is cut, which subtracting a mean would not.
 
     Args:
@@ -50,16 +50,16 @@ def principal_axes(moment_DD: npt.NDArray[np.float64], width: int) -> PrincipalA
     return PrincipalAxes(axes.astype(np.float32), kept)
 
 
-def project(rows_nD: Tensor, rotation: PrincipalAxes | None) -> Tensor:
-    """Rotate and cut rows of the teacher's space, and make them unit again (float16 rows are unit only to 1e-3).
+def project(rows_nD: Tensor, axes: PrincipalAxes | None) -> Tensor:
+    """Project rows of the teacher's space on the shared one, and normalise them again (float16 rows are unit only to 1e-3).
 
     Args:
         rows_nD: Rows of the teacher's space [n, D].
-        rotation: Axes of the meeting space; None where it is the teacher's own.
+        axes: Axes of the shared space; None where it is the teacher's own.
 
     Returns:
-        Unit rows [n, d], or [n, D] without a rotation.
+        Unit rows [n, d], or [n, D] without axes.
     """
-    if rotation is not None:
-        rows_nD = rows_nD @ torch.from_numpy(rotation.axes_Dd).to(rows_nD.device)
+    if axes is not None:
+        rows_nD = rows_nD @ torch.from_numpy(axes.basis_Dd).to(rows_nD.device)
     return F.normalize(rows_nD, dim=1)

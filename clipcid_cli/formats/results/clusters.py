@@ -175,7 +175,7 @@ def read_part(path: Path) -> Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class KMeansProgress:
     """Centroids of an unfinished run.
 
     Attributes:
@@ -188,19 +188,19 @@ class Progress:
     converged: bool
 
 
-def write_progress(folder: Path, progress: Progress) -> None:
+def write_progress(folder: Path, progress: KMeansProgress) -> None:
     """Save the centroids of an unfinished run, whole or not at all."""
     with atomic_file(folder / _PROGRESS) as file:
         np.savez(file, **dataclasses.asdict(progress))
 
 
-def read_progress(folder: Path) -> Progress | None:
+def read_progress(folder: Path) -> KMeansProgress | None:
     """Read what `write_progress` saved; None when there is nothing."""
     path = folder / _PROGRESS
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as saved:
-        return Progress(saved["centroids"], int(saved["iterations"]), bool(saved["converged"]))
+        return KMeansProgress(saved["centroids"], int(saved["iterations"]), bool(saved["converged"]))
 
 
 def remove_scratch(folder: Path) -> None:

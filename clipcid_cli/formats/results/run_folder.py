@@ -38,7 +38,7 @@ class RunFolder:
         return self.path / "results.jsonl"
 
     @property
-    def board(self) -> Path:
+    def tensorboard(self) -> Path:
         """TensorBoard's event files, where they were asked for."""
         return self.path / "tensorboard"
 
@@ -49,7 +49,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what an earlier run left."""
-        for folder in (self.student, self.checkpoints, self.board):
+        for folder in (self.student, self.checkpoints, self.tensorboard):
             if folder.is_dir():
                 shutil.rmtree(folder)
         for file in (self.train_log, self.results_log, self.report, *self.path.glob("diverged_step_*.json")):

@@ -26,7 +26,7 @@ def import_tensorboard() -> Any:
     return tensorboard
 
 
-class Board:
+class TensorBoardLog:
     """Scalars of a run as TensorBoard shows them; nothing is written without a folder."""
 
     def __init__(self, folder: Path | None, step: int) -> None:

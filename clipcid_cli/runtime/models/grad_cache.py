@@ -24,7 +24,7 @@ EncodeBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """What one part of a batch is made of.
 
     Attributes:
@@ -41,7 +41,7 @@ class Part:
 
 
 # Runs both towers on a part: image and text features, not normalised, [b, d] each.
-Encode = Callable[[Part], tuple[Tensor, Tensor]]
+Encode = Callable[[BatchPart], tuple[Tensor, Tensor]]
 
 
 class GradCache:
@@ -51,7 +51,7 @@ class GradCache:
         image: Image features of all parts, [b, d], cut off from the tower; losses leave their gradient on it.
     """
 
-    def __init__(self, encode: Encode, parts: Sequence[Part]) -> None:
+    def __init__(self, encode: Encode, parts: Sequence[BatchPart]) -> None:
         """Encode the batch.
 
         Args:
@@ -88,7 +88,7 @@ class GradCache:
             if pairs:
                 torch.autograd.backward([side for side, _ in pairs], [gradient for _, gradient in pairs])
 
-    def _run(self, part: Part) -> tuple[Tensor, Tensor]:
+    def _run(self, part: BatchPart) -> tuple[Tensor, Tensor]:
         # Dropout and the like draw from a seed of their own: nothing to save, nothing to restore.
         torch.manual_seed(part.seed)
         return self._encode(part)
@@ -98,7 +98,7 @@ class GradCache:
         return None if gradient is None else list(torch.split(gradient, sizes))
 
 
-def compiled(module: Any) -> EncodeBoth:
+def compile_towers(module: Any) -> EncodeBoth:
     """Compile a model's passes of both towers with torch.compile, when they are first called.
 
     Raises:

@@ -17,7 +17,7 @@ from clipcid_cli.formats.output import Output, fingerprint_file
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     TABLE,
-    Progress,
+    KMeansProgress,
     join_parts,
     part_bounds,
     read_progress,
@@ -135,7 +135,7 @@ def _cluster(
         return LloydState(torch.from_numpy(found.centroids), found.iterations, found.converged)
 
     def save(state: LloydState) -> None:
-        write_progress(output.folder, Progress(state.centroids_KD.numpy(), state.iterations, state.converged))
+        write_progress(output.folder, KMeansProgress(state.centroids_KD.numpy(), state.iterations, state.converged))
 
     state = machine.on_main(begin)
     scan = machine.on_main(lambda: choose_format(settings.precision, trained, machine, state.centroids_KD))

@@ -20,7 +20,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.randomness import derive_seed, epoch_order, key_fraction
 from clipcid_cli.steps.distill.batch_caches import TOKENS_KEPT, ImageCache, TokenCache
-from clipcid_cli.steps.distill.stored_views import Replay, StoredView
+from clipcid_cli.steps.distill.stored_views import StoredView, StoredViews
 
 # Lists of samples of this many shards are kept: two groups of the epoch's order, so that a group is listed once.
 _SHARDS_KEPT = 32
@@ -135,16 +135,21 @@ class BatchOrder:
     """The batches of a run: samples in the order of their epochs, batches running on across the epochs' ends."""
 
     def __init__(
-        self, dataset: Dataset, selection: Selection, seed: int, batch_size: int, replay: Replay | None = None
+        self,
+        dataset: Dataset,
+        selection: Selection,
+        seed: int,
+        batch_size: int,
+        stored_views: StoredViews | None = None,
     ) -> None:
         """Prepare the order.
 
         Args:
             selection: The samples to train on.
             batch_size: Samples of a global batch.
-            replay: Stored views to show; None draws a view of each sample.
+            stored_views: Stored views to show; None draws a view of each sample.
         """
-        self._selection, self._seed, self.batch_size, self._replay = selection, seed, batch_size, replay
+        self._selection, self._seed, self.batch_size, self._stored_views = selection, seed, batch_size, stored_views
         self._rows = np.concatenate(selection.rows)
         self._positions = np.concatenate(selection.positions)
         self._shard_ends = np.cumsum(selection.sizes)
@@ -175,12 +180,12 @@ class BatchOrder:
         shard = int(np.searchsorted(self._shard_ends, place, side="right"))
         sample = self._samples(shard)[int(self._positions[place])]
         row = int(self._rows[place])
-        view = None if self._replay is None else self._replay.choose(row, epoch, sample.key)
+        view = None if self._stored_views is None else self._stored_views.choose(row, epoch, sample.key)
         return Item(row, epoch, sample, view)
 
 
 @dataclasses.dataclass
-class Batch:
+class TrainingBatch:
     """One process's part of a batch, as a worker returns it.
 
     Attributes:
@@ -207,7 +212,7 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class Processor:
     """How one model reads a sample; picklable.
 
     Attributes:
@@ -218,7 +223,7 @@ class Reading:
     tokenizer: Tokenizer
 
     @classmethod
-    def of(cls, model: ClipModel) -> Reading:
+    def of(cls, model: ClipModel) -> Processor:
         """Return how `model` reads."""
         return cls(ViewPixels(model.info.preprocess), model.tokenizer)
 
@@ -231,13 +236,13 @@ class BatchMaker:
 
     def __init__(
         self,
-        student: Reading,
+        student: Processor,
         augmentation: Augmentation,
         seed: int,
         *,
         first_caption: bool,
         caption_dropout: float = 0.0,
-        teacher: Reading | None = None,
+        teacher: Processor | None = None,
     ) -> None:
         """Prepare a maker; it is sent to each worker.
 
@@ -253,14 +258,14 @@ class BatchMaker:
         self._tokens = TokenCache(student.tokenizer)
         self._teacher_tokens = None if teacher is None else TokenCache(teacher.tokenizer)
 
-    def __call__(self, items: Sequence[Item]) -> Batch:
+    def __call__(self, items: Sequence[Item]) -> TrainingBatch:
         """Make the batch of `items`, in order."""
         bad = list[tuple[str, str]]()
         shown = [self._show(item, bad) for item in items]
         captions = [self._caption(item) for item in items]
         words = [caption for _, caption in captions]
         teacher = self._teacher
-        return Batch(
+        return TrainingBatch(
             pixels=_stack([self._student.pixels(image, view) for image, view in shown]),
             colors=_stack([view.colors for _, view in shown]),
             tokens=self._tokens(words),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
-from clipcid_cli.algorithms.losses.cluster import Candidates, cluster_targets, draw_candidates
+from clipcid_cli.algorithms.losses.cluster import ClusterCandidates, cluster_targets, draw_candidates
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, project
 from clipcid_cli.formats.results.clusters import Clusters, TopClusters
 from clipcid_cli.runtime.randomness import derive_seed
@@ -32,12 +32,12 @@ class Centroids:
 
     Attributes:
         file_KD: Unit rows in the teacher's space, float32 [K, D], mapped from the file.
-        rotation: Axes of the meeting space; None where it is the teacher's own.
+        axes: Axes of the meeting space; None where it is the teacher's own.
         kept_Kd: All rows in the meeting space, where they are few enough.
     """
 
     file_KD: npt.NDArray[np.float32]
-    rotation: PrincipalAxes | None
+    axes: PrincipalAxes | None
     device: torch.device
     kept_Kd: Tensor | None = None
 
@@ -48,7 +48,7 @@ class Centroids:
     @property
     def width(self) -> int:
         """Dimensions of the meeting space."""
-        return int(self.file_KD.shape[1] if self.rotation is None else self.rotation.axes_Dd.shape[1])
+        return int(self.file_KD.shape[1] if self.axes is None else self.axes.basis_Dd.shape[1])
 
     def take(self, ids: npt.NDArray[np.int64]) -> Tensor:
         """Return centroids by number: unit rows of the meeting space, float32 [n, d], on the device."""
@@ -57,19 +57,19 @@ class Centroids:
         taken_nd = torch.empty(len(ids), self.width, device=self.device)
         for first in range(0, len(ids), _ROWS_AT_ONCE):
             rows_bD = torch.from_numpy(np.take(self.file_KD, ids[first : first + _ROWS_AT_ONCE], axis=0))
-            taken_nd[first : first + _ROWS_AT_ONCE] = project(rows_bD.to(self.device), self.rotation)
+            taken_nd[first : first + _ROWS_AT_ONCE] = project(rows_bD.to(self.device), self.axes)
         return taken_nd
 
 
-def open_centroids(file_KD: npt.NDArray[np.float32], rotation: PrincipalAxes | None, device: torch.device) -> Centroids:
+def open_centroids(file_KD: npt.NDArray[np.float32], axes: PrincipalAxes | None, device: torch.device) -> Centroids:
     """Make the centroids of a run, kept in the meeting space where they take at most 64 MiB (an eighth of a GPU's memory).
 
     Args:
         file_KD: Unit rows in the teacher's space, float32 [K, D], mapped from the file.
-        rotation: Axes of the meeting space; None where it is the teacher's own.
+        axes: Axes of the meeting space; None where it is the teacher's own.
         device: Where the losses are computed.
     """
-    centroids = Centroids(file_KD, rotation, device)
+    centroids = Centroids(file_KD, axes, device)
     limit = _KEPT_BYTES
     if device.type == "cuda":
         limit = torch.cuda.get_device_properties(device).total_memory // 8
@@ -125,7 +125,7 @@ class ClusterLookup:
 
     def _tower(
         self,
-        candidates: Candidates,
+        candidates: ClusterCandidates,
         centroids: Tensor,
         top: TopClusters,
         places: npt.NDArray[np.int64],
@@ -148,13 +148,13 @@ def temperatures(clusters: Clusters, settings: DistillSettings) -> tuple[float, 
 
 
 def open_lookup(
-    teacher_inputs: TeacherInputs, rotation: PrincipalAxes | None, settings: DistillSettings, device: torch.device
+    teacher_inputs: TeacherInputs, axes: PrincipalAxes | None, settings: DistillSettings, device: torch.device
 ) -> ClusterLookup | None:
     """Make the lookup of a run; None where no loss asks for clusters.
 
     Args:
         teacher_inputs: Clusters, where they are joined with the data, and whether they teach the text tower.
-        rotation: Axes of the meeting space; None where it is the teacher's own.
+        axes: Axes of the meeting space; None where it is the teacher's own.
         settings: α, r, τ_T and seed.
         device: Where the losses are computed.
     """
@@ -163,7 +163,7 @@ def open_lookup(
         return None
     image_temperature, caption_temperature = temperatures(clusters, settings)
     return ClusterLookup(
-        centroids=open_centroids(clusters.centroids, rotation, device),
+        centroids=open_centroids(clusters.centroids, axes, device),
         places=places,
         images=clusters.images,
         captions=clusters.captions if teacher_inputs.text_clusters else None,

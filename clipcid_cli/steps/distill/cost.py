@@ -16,7 +16,7 @@ from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.distill.online_teacher import SAMPLES_AT_ONCE
-from clipcid_cli.steps.distill.training_run import Run
+from clipcid_cli.steps.distill.training_run import TrainingRun
 from clipcid_cli.steps.embed.shards import TYPICAL_CAPTION
 
 _MEASURED = 3
@@ -40,14 +40,14 @@ class TeacherCost:
     break_even: float
 
 
-def describe(run: Run) -> dict[str, Any]:
-    """Say what a run would do and what it costs, for ``--dry-run``.
+def estimate_cost(run: TrainingRun) -> dict[str, Any]:
+    """Estimate what a run takes, for ``--dry-run``.
 
     Returns:
         The JSON object: ``student, steps, samples, parameters, memory_bytes, seconds_per_step, data_seconds_per_step,
         samples_per_second, seconds{train}, teacher{}, files{}``.
     """
-    student, plan, reporter = run.student, run.plan, run.reporter
+    student, plan, reporter = run.student.model, run.plan, run.reporter
     batch_seconds, step_seconds, memory = _measure_steps(run)
     teacher = _measure_teacher(run, step_seconds)
     workers = max(1, plan.workers)
@@ -84,7 +84,7 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def _measure_steps(run: Run) -> tuple[float, float, int]:
+def _measure_steps(run: TrainingRun) -> tuple[float, float, int]:
     """Return the time to prepare a batch and to train on it, medians in seconds, and the memory in use."""
     loop = run.make_loop(lambda _: {})
     machine = run.machine
@@ -92,15 +92,15 @@ def _measure_steps(run: Run) -> tuple[float, float, int]:
     for items in loop.order.iterate(0, _WARM_UP + _MEASURED, machine.rank, machine.size):
         preparation = time_trial(partial(loop.maker, items), warm_up=0)
         prepared.append(preparation.seconds)
-        trained.append(time_trial(partial(loop.step, preparation.result), run.student.device, warm_up=0).seconds)
+        trained.append(time_trial(partial(loop.step, preparation.result), run.student.model.device, warm_up=0).seconds)
     return (
         statistics.median(prepared[_WARM_UP:]),
         statistics.median(trained[_WARM_UP:]),
-        memory_in_use(run.student.device),
+        memory_in_use(run.student.model.device),
     )
 
 
-def _measure_teacher(run: Run, step_seconds: float) -> TeacherCost | None:
+def _measure_teacher(run: TrainingRun, step_seconds: float) -> TeacherCost | None:
     """Measure the teacher on one batch of noise; None where there is none, or it cannot be loaded here."""
     teacher_inputs = run.inputs.teacher_inputs
     if teacher_inputs is None:

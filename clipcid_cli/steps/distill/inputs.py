@@ -35,7 +35,7 @@ from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class TrainingInputs:
     """All that a run reads.
 
     Attributes:
@@ -96,7 +96,7 @@ def _find_axes(settings: DistillSettings) -> Path | None:
     return None if others or settings.teacher_space == "project" else folder
 
 
-def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, reporter: Reporter) -> Inputs:
+def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, reporter: Reporter) -> TrainingInputs:
     """Find, open and join the inputs, saying which were taken.
 
     Args:
@@ -138,7 +138,7 @@ def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, repor
         if keep_list is not None and teacher_inputs.clusters is not None:
             refuse_old_clusters(teacher_inputs.clusters, keep_list.path)
         fingerprints += teacher_inputs.fingerprints()
-    return Inputs(
+    return TrainingInputs(
         dataset,
         usable,
         usable.selection.narrow(wanted),

@@ -14,7 +14,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.results.checkpoint import write_checkpoint
 from clipcid_cli.formats.results.run_folder import RunFolder, append_lines, read_lines
-from clipcid_cli.formats.results.tensorboard import Board
+from clipcid_cli.formats.results.tensorboard import TensorBoardLog
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.gradients import GradientAverager
 from clipcid_cli.runtime.loading import load_batches
@@ -22,12 +22,12 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.models.augment import apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.grad_cache import EncodeBoth, GradCache, Part
+from clipcid_cli.runtime.models.grad_cache import BatchPart, EncodeBoth, GradCache
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.training import Trainer, fast_attention
-from clipcid_cli.steps.distill.batches import Batch, BatchMaker, BatchOrder
+from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.reporting import Progress, Reporter
@@ -82,10 +82,10 @@ class Loop:
     parts: int
     encode: EncodeBoth
     frozen: list[nn.Module]
-    pace: Schedule
+    schedule: Schedule
     run: RunFolder
     writes: bool
-    board: Board
+    tensorboard: TensorBoardLog
     seed: int
     workers: int
     max_bad_fraction: float
@@ -106,13 +106,13 @@ class Loop:
         """
         if self.trainer.step == 0:
             self._evaluate()
-        if self.trainer.step == self.pace.steps:
+        if self.trainer.step == self.schedule.steps:
             self._recall()
             return
         started, first = time.monotonic(), self.trainer.step
         lines: list[dict[str, Any]] = []
         flushed = started
-        left = self.pace.steps - first
+        left = self.schedule.steps - first
         with self.reporter.progress("distill", left * self.order.batch_size, "samples") as progress:
             for batch, waited in self._batches():
                 self.waited += waited
@@ -123,7 +123,7 @@ class Loop:
                 progress.advance(self.order.batch_size)
                 step = self.trainer.step
                 now = time.monotonic()
-                if step % self.pace.log_every == 0 or step == self.pace.steps:
+                if step % self.schedule.log_every == 0 or step == self.schedule.steps:
                     seconds = now - started
                     line["samples_per_second"] = round((step - first) * self.order.batch_size / seconds, 1)
                     line["data_wait_share"] = round(self.waited / seconds, 3)
@@ -132,17 +132,17 @@ class Loop:
                 if now - flushed > _FLUSH_SECONDS or self._is_due(step):
                     self._log(lines)
                     lines, flushed = [], now
-                if step % self.pace.eval_every == 0 or step == self.pace.steps:
+                if step % self.schedule.eval_every == 0 or step == self.schedule.steps:
                     self._evaluate()
                 if self._is_due(step):
                     self._save()
 
     def _is_due(self, step: int) -> bool:
-        return step % self.pace.checkpoint_every == 0 or step == self.pace.steps
+        return step % self.schedule.checkpoint_every == 0 or step == self.schedule.steps
 
-    def _batches(self) -> Iterator[tuple[Batch, float]]:
+    def _batches(self) -> Iterator[tuple[TrainingBatch, float]]:
         """Yield each batch with the seconds it was waited for."""
-        items = self.order.iterate(self.trainer.step, self.pace.steps, self.machine.rank, self.machine.size)
+        items = self.order.iterate(self.trainer.step, self.schedule.steps, self.machine.rank, self.machine.size)
         batches = load_batches(items, self.maker, self.workers)
         while True:
             asked = time.monotonic()
@@ -151,7 +151,7 @@ class Loop:
                 return
             yield batch, time.monotonic() - asked
 
-    def step(self, batch: Batch) -> dict[str, Any]:
+    def step(self, batch: TrainingBatch) -> dict[str, Any]:
         """Make one optimiser step and return its line of the log.
 
         Raises:
@@ -185,11 +185,11 @@ class Loop:
             **{f"scale_{name}": value for name, value in trainer.scales().items()},
         }
 
-    def _split(self, batch: Batch) -> list[Part]:
+    def _split(self, batch: TrainingBatch) -> list[BatchPart]:
         """Cut this process's share of a batch into the parts its towers take at once."""
         pixels, colors, tokens = (tensor.chunk(self.parts) for tensor in (batch.pixels, batch.colors, batch.tokens))
         return [
-            Part(
+            BatchPart(
                 pixels[part],
                 colors[part],
                 tokens[part],
@@ -198,7 +198,7 @@ class Loop:
             for part in range(self.parts)
         ]
 
-    def _encode_part(self, part: Part) -> tuple[Tensor, Tensor]:
+    def _encode_part(self, part: BatchPart) -> tuple[Tensor, Tensor]:
         device = self.student.device
         pixels = part.pixels.to(device, non_blocking=True)
         if self.changes_colors:
@@ -207,7 +207,7 @@ class Loop:
         with self.precision.autocast(device), fast_attention(device, self.precision.dtype):
             return self.encode(pixels, part.tokens)
 
-    def _count_bad(self, batch: Batch) -> None:
+    def _count_bad(self, batch: TrainingBatch) -> None:
         self.bad.update({key: reason for reason, key in batch.bad})
 
     def _require_images(self) -> None:
@@ -258,7 +258,7 @@ class Loop:
         if self.machine.is_main:
             self.metrics = found
             append_lines(self.run.results_log, [{"step": self.trainer.step, **self.metrics}])
-            self.board.write(self.trainer.step, {f"eval/{name}": value for name, value in self.metrics.items()})
+            self.tensorboard.write(self.trainer.step, {f"eval/{name}": value for name, value in self.metrics.items()})
         self.metrics = self.machine.broadcast(self.metrics)
 
     def _show(self, progress: Progress, line: dict[str, Any]) -> None:
@@ -281,8 +281,8 @@ class Loop:
         if self.machine.is_main:
             append_lines(self.run.train_log, lines)
             for line in lines:
-                self.board.write(line["step"], {f"train/{name}": line[name] for name in line if name != "step"})
-            self.board.flush()
+                self.tensorboard.write(line["step"], {f"train/{name}": line[name] for name in line if name != "step"})
+            self.tensorboard.flush()
 
     def _save(self) -> None:
         self.bad_images().check(len(self.order), self.max_bad_fraction, "the training data")

@@ -14,10 +14,10 @@ from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
 from clipcid_cli.runtime.gradients import gather_rows, sum_values
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.training import LossParameters
-from clipcid_cli.steps.distill.batches import Batch
+from clipcid_cli.steps.distill.batches import TrainingBatch
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.distill.teacher_space import TeacherSide
+    from clipcid_cli.steps.distill.teacher_space import Teacher
 
 
 class Objective:
@@ -32,7 +32,7 @@ class Objective:
         self,
         weights: Mapping[str, float],
         parameters: LossParameters,
-        targets: TeacherSide | None,
+        targets: Teacher | None,
         machine: Machine,
         *,
         local: bool = False,
@@ -52,7 +52,7 @@ class Objective:
         self._local = local and machine.size > 1
 
     def __call__(
-        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, seen: Batch, step: int
+        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, seen: TrainingBatch, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a step.
 
@@ -87,7 +87,7 @@ class Objective:
         )
         if self._targets is not None:
             with torch.no_grad():
-                batch = self._targets.add_to(batch, seen, step)
+                batch = self._targets.add_targets(batch, seen, step)
         terms: dict[str, Tensor] = {}
         for name, function in self._functions.items():
             own = LOSSES[name].own_scale

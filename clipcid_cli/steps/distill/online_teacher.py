@@ -17,10 +17,10 @@ from clipcid_cli.runtime.models.augment import apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision, choose_precision
-from clipcid_cli.steps.distill.batches import Batch
+from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.cluster_targets import open_lookup
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
-from clipcid_cli.steps.distill.teacher_space import TeacherSide, choose_space
+from clipcid_cli.steps.distill.teacher_space import Teacher, choose_space
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -29,7 +29,7 @@ SAMPLES_AT_ONCE = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlineTeacher(TeacherSide):
+class OnlineTeacher(Teacher):
     """The teacher's side of every batch, computed as it comes.
 
     Attributes:
@@ -42,7 +42,7 @@ class OnlineTeacher(TeacherSide):
     precision: Precision
     changes_colors: bool
 
-    def add_to(self, batch: LossBatch, seen: Batch, step: int) -> LossBatch:
+    def add_targets(self, batch: LossBatch, seen: TrainingBatch, step: int) -> LossBatch:
         """Embed this process's part and gather everybody's rows."""
         image, text = self.embed(seen)
         width = image.shape[1]
@@ -54,7 +54,7 @@ class OnlineTeacher(TeacherSide):
             teacher_text_BD=gathered[:, width:].contiguous(),
         )
 
-    def embed(self, seen: Batch) -> tuple[Tensor, Tensor]:
+    def embed(self, seen: TrainingBatch) -> tuple[Tensor, Tensor]:
         """Embed what the student sees.
 
         Returns:
@@ -72,8 +72,8 @@ class OnlineTeacher(TeacherSide):
                     pixels = normalize_pixels(shown, self.model.info.preprocess)
                 images.append(self.model.encode_images(pixels, self.precision))
                 texts.append(self.model.encode_texts(seen.teacher_tokens[part], self.precision))
-            rotation = self.space.rotation
-            return project(torch.cat(images), rotation), project(torch.cat(texts), rotation)
+            axes = self.space.axes
+            return project(torch.cat(images), axes), project(torch.cat(texts), axes)
 
 
 def load_online_teacher(teacher_inputs: TeacherInputs | None, machine: Machine) -> ClipModel | None:
@@ -129,7 +129,7 @@ def open_online_teacher(
             f"{info.embed_dim}: they are of another teacher.",
             f"Run: clipcid embed DATA --model {info.spec}, then clipcid cluster --overwrite",
         )
-    lookup = open_lookup(teacher_inputs, space.rotation, settings, machine.device)
+    lookup = open_lookup(teacher_inputs, space.axes, settings, machine.device)
     precision = choose_precision(settings.precision, machine.device, "embed", info.parameters)
     model.cast_products(precision)
     reporter.note(

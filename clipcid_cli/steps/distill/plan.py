@@ -10,7 +10,7 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.runtime.training import OptimiserPlan
-from clipcid_cli.steps.distill.inputs import Inputs
+from clipcid_cli.steps.distill.inputs import TrainingInputs
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -34,7 +34,7 @@ class Plan:
     eval_every: int
 
 
-def plan_run(settings: DistillSettings, inputs: Inputs, machine: Machine, reporter: Reporter) -> Plan:
+def plan_run(settings: DistillSettings, inputs: TrainingInputs, machine: Machine, reporter: Reporter) -> Plan:
     """Settle batch size, number of steps and warm-up.
 
     Raises:
@@ -87,7 +87,7 @@ def _describe_shuffle(shard_sizes: list[int]) -> str:
     )
 
 
-def default_name(settings: DistillSettings, student: ClipModel, inputs: Inputs) -> str:
+def default_name(settings: DistillSettings, student: ClipModel, inputs: TrainingInputs) -> str:
     """Name a run after its student, preset and seed, and after the keep list when there is none to be had."""
     parts = [student.info.slug, settings.chosen_preset, f"s{settings.seed}"]
     return "-".join(parts if inputs.keep_list is not None else [*parts, "all"])

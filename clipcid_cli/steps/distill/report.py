@@ -17,7 +17,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.steps.distill.batches import HeldOut
 from clipcid_cli.steps.distill.evaluation import embed_held_out
-from clipcid_cli.steps.distill.inputs import Inputs
+from clipcid_cli.steps.distill.inputs import TrainingInputs
 from clipcid_cli.steps.distill.loop import Loop
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.fields import output_settings
@@ -30,7 +30,9 @@ _NUM_FOUND = 6
 _POINTS = 1_000
 
 
-def write_report(folder: RunFolder, settings: DistillSettings, student: ClipModel, inputs: Inputs, loop: Loop) -> str:
+def write_report(
+    folder: RunFolder, settings: DistillSettings, student: ClipModel, inputs: TrainingInputs, loop: Loop
+) -> str:
     """Render the report of a finished run.
 
     Returns:
@@ -48,7 +50,7 @@ def write_report(folder: RunFolder, settings: DistillSettings, student: ClipMode
         name=folder.path.name,
         student=student.info,
         losses=" + ".join(f"{weight:g} · {name}" for name, weight in loop.objective.weights.items()),
-        steps=loop.pace.steps,
+        steps=loop.schedule.steps,
         batch_size=loop.order.batch_size,
         training=inputs.training.total,
         held_out=inputs.held_out.total,
@@ -69,7 +71,7 @@ def write_report(folder: RunFolder, settings: DistillSettings, student: ClipMode
     )
 
 
-def _compare(held_out: HeldOut, images: Tensor, texts: Tensor, inputs: Inputs) -> list[dict[str, Any]]:
+def _compare(held_out: HeldOut, images: Tensor, texts: Tensor, inputs: TrainingInputs) -> list[dict[str, Any]]:
     """Measure student and teacher on the held-out samples the teacher has embedded too; nothing without a teacher."""
     stored = inputs.teacher_inputs
     if stored is None or stored.embeddings is None or not stored.embeddings.has_texts:
@@ -186,7 +188,7 @@ def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
+def _list_inputs(inputs: TrainingInputs) -> list[tuple[str, str]]:
     keep_list = "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)
     found = [("data", inputs.dataset.spec), ("keep list", keep_list)]
     if inputs.teacher_inputs is not None:

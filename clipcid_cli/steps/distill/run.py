@@ -16,12 +16,12 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.distill.cluster_targets import temperatures
-from clipcid_cli.steps.distill.cost import describe
-from clipcid_cli.steps.distill.inputs import Inputs, find_embeddings, find_inputs
+from clipcid_cli.steps.distill.cost import estimate_cost
+from clipcid_cli.steps.distill.inputs import TrainingInputs, find_embeddings, find_inputs
 from clipcid_cli.steps.distill.online_teacher import describe_weights, load_online_teacher
 from clipcid_cli.steps.distill.plan import Plan, default_name, plan_run
 from clipcid_cli.steps.distill.student import load_student
-from clipcid_cli.steps.distill.training_run import Run
+from clipcid_cli.steps.distill.training_run import TrainingRun
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.fields import output_settings
@@ -44,19 +44,18 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
     with open_machine(settings.device) as machine:
         embeddings = find_embeddings(settings, machine, reporter)
         inputs = machine.on_main(lambda: find_inputs(settings, embeddings, reporter))
-        begun = load_student(settings, machine, reporter)
-        student = begun.model
+        student = load_student(settings, machine, reporter)
         teacher = load_online_teacher(inputs.teacher_inputs, machine)
         plan = machine.on_main(lambda: plan_run(settings, inputs, machine, reporter))
-        name = settings.name or default_name(settings, student, inputs)
+        name = settings.name or default_name(settings, student.model, inputs)
         folder = RunFolder(WorkDirectory(settings.work).distill(name))
         if settings.dry_run:
-            return describe(Run(settings, machine, inputs, begun, teacher, plan, folder, None, reporter))
+            return estimate_cost(TrainingRun(settings, machine, inputs, student, teacher, plan, folder, None, reporter))
         with claim_output(
             machine,
             folder.path,
             "distill",
-            settings=identity(settings, student, plan, inputs),
+            settings=identity(settings, student.model, plan, inputs),
             inputs=inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
             overwrite=settings.overwrite,
             clear=folder.clear,
@@ -64,12 +63,12 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
             if output.finished is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")
                 return result(folder, output.finished)
-            whole = Run(settings, machine, inputs, begun, teacher, plan, folder, output, reporter)
-            sidecar = whole.train({"prepare": time.perf_counter() - started})
+            training = TrainingRun(settings, machine, inputs, student, teacher, plan, folder, output, reporter)
+            sidecar = training.train({"prepare": time.perf_counter() - started})
     return result(folder, sidecar)
 
 
-def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: Inputs) -> dict[str, Any]:
+def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: TrainingInputs) -> dict[str, Any]:
     """Return all that decides the student, beside the inputs' content, as JSON values."""
     given = output_settings(settings)
     # Data and teacher are inputs: they are told by their content, however they were named.

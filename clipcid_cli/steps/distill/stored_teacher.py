@@ -16,10 +16,10 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.runtime.gradients import gather_rows
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.steps.distill.batches import Batch
+from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.cluster_targets import open_lookup
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
-from clipcid_cli.steps.distill.teacher_space import TeacherSide, choose_space
+from clipcid_cli.steps.distill.teacher_space import Teacher, choose_space
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -86,7 +86,7 @@ class CaptionRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherTargets(TeacherSide):
+class StoredTeacher(Teacher):
     """The teacher's side of every batch, from stored embeddings.
 
     Attributes:
@@ -98,7 +98,7 @@ class TeacherTargets(TeacherSide):
     texts: CaptionRows | None
     places: npt.NDArray[np.int64]
 
-    def add_to(self, batch: LossBatch, seen: Batch, step: int) -> LossBatch:
+    def add_targets(self, batch: LossBatch, seen: TrainingBatch, step: int) -> LossBatch:
         """Add the rows of the views and captions that are shown."""
         shown = torch.stack([seen.rows, seen.views, seen.captions], dim=1)
         rows, views, captions = gather_rows(shown.to(self.device), self.size).cpu().numpy().T
@@ -110,20 +110,20 @@ class TeacherTargets(TeacherSide):
         )
 
     def _project(self, rows: npt.NDArray[np.float16]) -> Tensor:
-        return project(torch.from_numpy(rows).to(self.device).float(), self.space.rotation)
+        return project(torch.from_numpy(rows).to(self.device).float(), self.space.axes)
 
 
-def open_targets(
+def open_stored_teacher(
     settings: DistillSettings, teacher_inputs: TeacherInputs, student_width: int, machine: Machine, reporter: Reporter
-) -> TeacherTargets:
+) -> StoredTeacher:
     """Bring what the teacher left into the meeting space, as far as it is done once."""
     embeddings = teacher_inputs.embeddings
     assert embeddings is not None, "only an online teacher may have none"
     space = choose_space(settings.teacher_space, embeddings.width, embeddings, student_width, machine, reporter)
-    return TeacherTargets(
+    return StoredTeacher(
         space=space,
         teacher_scale=teacher_scale(embeddings.sidecar, reporter) if "crd" in settings.losses() else MAX_SCALE,
-        clusters=open_lookup(teacher_inputs, space.rotation, settings, machine.device),
+        clusters=open_lookup(teacher_inputs, space.axes, settings, machine.device),
         device=machine.device,
         size=machine.size,
         images=ImageRows(

@@ -1,4 +1,4 @@
-"""The views `embed --views` stored, shown again: which one a sample shows in an epoch, and the numbers that replay it."""
+"""The views that `embed --views` stored, replayed: which one a sample shows in an epoch, and what replays it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StoredView:
 
 
 @dataclasses.dataclass(frozen=True)
-class Replay:
+class StoredViews:
     """The stored views of a run's samples. In V epochs a sample shows each of its V views once.
 
     Attributes:

@@ -50,8 +50,8 @@ def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -
         kept = f"; not of it: {', '.join(left)}" if left else ""
         verb = "start" if settings.init_towers == "both" else "starts"
         reporter.note(f"{which} {verb} from {source.info.spec}{kept}.")
-        begun = f"{model.info.weights_hash}+{settings.init_towers}:{source.info.weights_hash}"
-        model = dataclasses.replace(model, info=dataclasses.replace(model.info, weights_hash=begun))
+        weights_hash = f"{model.info.weights_hash}+{settings.init_towers}:{source.info.weights_hash}"
+        model = dataclasses.replace(model, info=dataclasses.replace(model.info, weights_hash=weights_hash))
     frozen: list[nn.Module] = []
     for tower, wanted in (("image", settings.freeze_image), ("text", settings.freeze_text)):
         if wanted:

@@ -20,7 +20,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps.distill.batches import Usable
-from clipcid_cli.steps.distill.stored_views import Replay
+from clipcid_cli.steps.distill.stored_views import StoredViews
 from clipcid_cli.steps.model_identity import find_difference
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -59,11 +59,11 @@ class TeacherInputs:
             self.embeddings is not None and self.embeddings.has_texts and self.online is None and not self.all_captions
         )
 
-    def replay(self, seed: int) -> Replay | None:
+    def stored_views(self, seed: int) -> StoredViews | None:
         """Return the stored views for training; None where none are replayed."""
         if self.embeddings is None or not self.num_views:
             return None
-        return Replay(self.embeddings.view_params(), self.places, seed)
+        return StoredViews(self.embeddings.view_params(), self.places, seed)
 
     def augmentation(self, chosen: Augmentation) -> Augmentation:
         """Return how what the student sees is varied: as the stored views were, else as was chosen."""

@@ -13,7 +13,7 @@ from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, principal_axes
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.steps.distill.batches import Batch
+from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.cluster_targets import ClusterLookup
 from clipcid_cli.steps.reporting import Reporter
 
@@ -30,11 +30,11 @@ class Space:
     Attributes:
         kind: ``same`` (equal widths, as they are), ``pca`` (the teacher's rows rotated and cut) or ``project``
             (the student's features through a learned layer).
-        rotation: The axes of ``pca``, else None.
+        axes: The axes of ``pca``, else None.
     """
 
     kind: str
-    rotation: PrincipalAxes | None
+    axes: PrincipalAxes | None
     width: int
 
 
@@ -69,15 +69,15 @@ def choose_space(
             f"{by_layer} There are no stored embeddings of it to find the axes of --teacher-space pca in (clipcid embed)."
         )
         return Space("project", None, teacher_width)
-    rotation = machine.on_main(lambda: principal_axes(second_moment(embeddings), student_width))
-    share = f"{student_width} of the teacher's {teacher_width} dimensions keep {rotation.kept:.1%} of its variance"
-    if requested == "auto" and rotation.kept < ENOUGH_VARIANCE:
+    axes = machine.on_main(lambda: principal_axes(second_moment(embeddings), student_width))
+    share = f"{student_width} of the teacher's {teacher_width} dimensions keep {axes.kept:.1%} of its variance"
+    if requested == "auto" and axes.kept < ENOUGH_VARIANCE:
         reporter.note(
             f"Only {share}: a learned layer per tower leads to all of them (--teacher-space pca cuts anyway)."
         )
         return Space("project", None, teacher_width)
     reporter.note(f"Student and teacher meet in {share}.")
-    return Space("pca", rotation, student_width)
+    return Space("pca", axes, student_width)
 
 
 def second_moment(embeddings: Embeddings) -> npt.NDArray[np.float64]:
@@ -92,7 +92,7 @@ def second_moment(embeddings: Embeddings) -> npt.NDArray[np.float64]:
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherSide(ABC):
+class Teacher(ABC):
     """The teacher's side of every batch.
 
     Attributes:
@@ -118,7 +118,7 @@ class TeacherSide(ABC):
         return self.space.kind == "project"
 
     @abstractmethod
-    def add_to(self, batch: LossBatch, seen: Batch, step: int) -> LossBatch:
+    def add_targets(self, batch: LossBatch, seen: TrainingBatch, step: int) -> LossBatch:
         """Add the teacher's side to a global batch; call it on every process.
 
         Args:

@@ -1,4 +1,4 @@
-"""Candidates of the cluster loss: which centroids are drawn, and that the correction is right on average."""
+"""ClusterCandidates of the cluster loss: which centroids are drawn, and that the correction is right on average."""
 
 from __future__ import annotations
 

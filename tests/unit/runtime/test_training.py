@@ -167,10 +167,10 @@ def test_rotation_keeps_what_lies_in_few_dimensions() -> None:
     rows = random.normal(size=(200, 3)) @ random.normal(size=(3, 10))
     rotation = principal_axes(rows.T @ rows, 3)
     assert rotation.kept == pytest.approx(1)
-    axes = rotation.axes_Dd.astype(np.float64)
+    axes = rotation.basis_Dd.astype(np.float64)
     np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-6)
     # Dot products survive: that is what the losses see.
     np.testing.assert_allclose((rows @ axes) @ (rows @ axes).T, rows @ rows.T, rtol=1e-4, atol=1e-3)
     half = principal_axes(rows.T @ rows, 1)
-    assert half.kept == pytest.approx(((rows @ half.axes_Dd) ** 2).sum() / (rows**2).sum(), rel=1e-6)
+    assert half.kept == pytest.approx(((rows @ half.basis_Dd) ** 2).sum() / (rows**2).sum(), rel=1e-6)
     assert (axes[np.abs(axes).argmax(axis=0), range(3)] > 0).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipcid_cli.runtime.models.grad_cache import GradCache, Part
+from clipcid_cli.runtime.models.grad_cache import BatchPart, GradCache
 
 BATCH = 8
 
@@ -20,15 +20,15 @@ class Towers(nn.Module):
         self.visual = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 5))
         self.text = nn.Sequential(nn.Embedding(11, 12), nn.Flatten(), nn.Dropout(0.3), nn.Linear(24, 5))
 
-    def forward(self, part: Part) -> tuple[Tensor, Tensor]:
+    def forward(self, part: BatchPart) -> tuple[Tensor, Tensor]:
         return self.visual(part.pixels), self.text(part.tokens)
 
 
-def parts_of(count: int, *, seed: int | None = None) -> list[Part]:
+def parts_of(count: int, *, seed: int | None = None) -> list[BatchPart]:
     random = torch.Generator().manual_seed(1)
     pixels, tokens = torch.randn(BATCH, 6, generator=random), torch.randint(0, 11, (BATCH, 2), generator=random)
     cut = zip(pixels.chunk(count), tokens.chunk(count), strict=True)
-    return [Part(p, torch.empty(0), t, number if seed is None else seed) for number, (p, t) in enumerate(cut)]
+    return [BatchPart(p, torch.empty(0), t, number if seed is None else seed) for number, (p, t) in enumerate(cut)]
 
 
 def loss_of(image: Tensor, text: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def loss_of(image: Tensor, text: Tensor) -> Tensor:
     return nn.functional.cross_entropy(5 * image @ text.T, torch.arange(BATCH))
 
 
-def gradients(towers: Towers, parts: list[Part], calls: list[int] | None = None) -> list[Tensor]:
+def gradients(towers: Towers, parts: list[BatchPart], calls: list[int] | None = None) -> list[Tensor]:
     done = GradCache(towers, parts)
     loss_of(done.image, done.text).backward()  # type: ignore[no-untyped-call]
     seen = [] if calls is None else calls

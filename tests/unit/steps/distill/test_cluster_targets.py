@@ -27,7 +27,7 @@ def file(tmp_path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def rotation_of(file: np.ndarray) -> PrincipalAxes:
+def axes_of(file: np.ndarray) -> PrincipalAxes:
     return principal_axes(file.astype(np.float64).T @ file.astype(np.float64), CUT)
 
 
@@ -36,17 +36,17 @@ def rotation_of(file: np.ndarray) -> PrincipalAxes:
 def test_taken_rows_are_the_file_rows_brought(
     file: np.ndarray, is_rotated: bool, is_kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rotation = rotation_of(file) if is_rotated else None
+    axes = axes_of(file) if is_rotated else None
     width = CUT if is_rotated else D
     monkeypatch.setattr(cluster_lookup, "_KEPT_BYTES", K * width * 4 - (not is_kept))
     monkeypatch.setattr(cluster_lookup, "_ROWS_AT_ONCE", 7)
-    centroids = open_centroids(file, rotation, CPU)
+    centroids = open_centroids(file, axes, CPU)
     assert (centroids.kept_Kd is not None) == is_kept
     assert (len(centroids), centroids.width) == (K, width)
     ids = np.random.default_rng(1).permutation(K)[:50]
     expected = file[ids].astype(np.float64)
-    if rotation is not None:
-        expected = expected @ rotation.axes_Dd.astype(np.float64)
+    if axes is not None:
+        expected = expected @ axes.basis_Dd.astype(np.float64)
     np.testing.assert_allclose(centroids.take(ids).numpy(), unit(expected), atol=1e-6)
 
 

@@ -16,18 +16,18 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.runtime.gradients import GradientAverager, gather_rows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.training import LossParameters
-from clipcid_cli.steps.distill.batches import Batch
+from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.objective import Objective
-from clipcid_cli.steps.distill.teacher_space import Space, TeacherSide
+from clipcid_cli.steps.distill.teacher_space import Space, Teacher
 
 BATCH, WIDTH, TEACHER_WIDTH = 12, 6, 9
 WEIGHTS = {name: 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
 
 
-class FixedTargets(TeacherSide):
+class FixedTargets(Teacher):
     """A teacher whose rows are given."""
 
-    def add_to(self, batch: LossBatch, seen: Batch, step: int) -> LossBatch:
+    def add_targets(self, batch: LossBatch, seen: TrainingBatch, step: int) -> LossBatch:
         random = torch.Generator().manual_seed(7)
         rows = torch.nn.functional.normalize(torch.randn(2, BATCH, TEACHER_WIDTH, generator=random), dim=2)
         image, text = rows[:, gather_rows(seen.rows, self.size)]
@@ -35,9 +35,9 @@ class FixedTargets(TeacherSide):
         return dataclasses.replace(with_clusters, teacher_image_BD=image, teacher_text_BD=text)
 
 
-def make_batch(rows: torch.Tensor) -> Batch:
+def make_batch(rows: torch.Tensor) -> TrainingBatch:
     nothing = torch.zeros(len(rows))
-    return Batch(nothing, nothing, nothing, rows, nothing, nothing, [])
+    return TrainingBatch(nothing, nothing, nothing, rows, nothing, nothing, [])
 
 
 def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.ndarray]]:

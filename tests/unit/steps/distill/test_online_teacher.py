@@ -28,9 +28,9 @@ from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.cluster import run as cluster
-from clipcid_cli.steps.distill.batches import Batch, BatchMaker, Reading
+from clipcid_cli.steps.distill.batches import BatchMaker, Processor, TrainingBatch
 from clipcid_cli.steps.distill.online_teacher import load_online_teacher, open_online_teacher
-from clipcid_cli.steps.distill.stored_teacher import open_targets
+from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -46,13 +46,13 @@ def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
 
 
 def teach(
-    teacher_inputs: TeacherInputs, model: ClipModel, batch: Batch, changes_colors: bool, width: int = 32
+    teacher_inputs: TeacherInputs, model: ClipModel, batch: TrainingBatch, changes_colors: bool, width: int = 32
 ) -> LossBatch:
     """Return what an online teacher adds to a batch."""
     settings = DistillSettings(student="student.json", preset="clip-kd", online_teacher=True, precision="fp32")
     with open_machine("cpu") as machine:
         teacher = open_online_teacher(settings, teacher_inputs, model, width, changes_colors, machine, Listener())
-        return teacher.add_to(student_side(len(batch.rows), width), batch, 0)
+        return teacher.add_targets(student_side(len(batch.rows), width), batch, 0)
 
 
 def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
@@ -64,7 +64,7 @@ def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny
     larger = load_model(parse_model(str(folder)))
     augmentation = Augmentation(0.3, 0.5, 0.2)
     for model in (teacher, larger):
-        maker = BatchMaker(Reading.of(teacher), augmentation, 3, first_caption=False, teacher=Reading.of(model))
+        maker = BatchMaker(Processor.of(teacher), augmentation, 3, first_caption=False, teacher=Processor.of(model))
         batch = make_epoch(None, dataset, usable, maker, 1)
         size, length = model.info.image_size[0], model.info.context_length
         assert batch.teacher_pixels is not None
@@ -72,7 +72,7 @@ def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny
         assert batch.teacher_pixels.shape == (24, size, size, 3)
         assert batch.teacher_tokens.shape == (24, length)
         told = teach(teacher_inputs, model, batch, changes_colors=True)
-        own = BatchMaker(Reading.of(model), augmentation, 3, first_caption=False)
+        own = BatchMaker(Processor.of(model), augmentation, 3, first_caption=False)
         images, texts = encode_shown(model, make_epoch(None, dataset, usable, own, 1))
         assert told.teacher_image_BD is not None
         assert told.teacher_text_BD is not None
@@ -87,16 +87,16 @@ def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny
 def test_on_whole_images_it_gives_the_stored_targets(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
     _, teacher_inputs, dataset, usable = join(tiny_shards, work / "embeddings" / "tiny")
     model = load_model(parse_model(str(tiny_model)))
-    maker = BatchMaker(Reading.of(model), Augmentation(1.0), 3, first_caption=True, teacher=Reading.of(model))
+    maker = BatchMaker(Processor.of(model), Augmentation(1.0), 3, first_caption=True, teacher=Processor.of(model))
     batch = make_epoch(None, dataset, usable, maker, 0)
     for width in (32, 24):  # as they are, and where the student's width cuts them
         settings = DistillSettings(student="student.json", preset="clip-kd", teacher_space="pca", precision="fp32")
         with open_machine("cpu") as machine:
-            stored = open_targets(settings, teacher_inputs, width, machine, Listener())
+            stored = open_stored_teacher(settings, teacher_inputs, width, machine, Listener())
             side = student_side(24, width)
-            expected = stored.add_to(side, batch, 0)
+            expected = stored.add_targets(side, batch, 0)
             online = open_online_teacher(settings, teacher_inputs, model, width, False, machine, Listener())
-            found = online.add_to(side, batch, 0)
+            found = online.add_targets(side, batch, 0)
         for name in ("teacher_image_BD", "teacher_text_BD"):
             one, other = getattr(expected, name), getattr(found, name)
             assert one.shape == other.shape == (24, width)

@@ -31,8 +31,8 @@ from clipcid_cli.runtime.models.augment import Augmentation, View
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.decode import decode_image
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill.batches import BatchMaker, Reading
-from clipcid_cli.steps.distill.stored_teacher import open_targets
+from clipcid_cli.steps.distill.batches import BatchMaker, Processor
+from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -115,15 +115,15 @@ def test_a_replayed_view_is_the_very_picture_the_teacher_embedded(
     embeddings, teacher_inputs, dataset, usable = join(tiny_shards, stored)
     augmentation = teacher_inputs.augmentation(Augmentation())
     assert augmentation == Augmentation(0.3, 0.4, 0.2)
-    maker = BatchMaker(Reading.of(teacher), augmentation, 3, first_caption=teacher_inputs.first_captions)
+    maker = BatchMaker(Processor.of(teacher), augmentation, 3, first_caption=teacher_inputs.first_captions)
     with open_machine("cpu") as machine:
         settings = DistillSettings(student="student.json", preset="clip-kd")
-        targets = open_targets(settings, teacher_inputs, 32, machine, Listener())
+        targets = open_stored_teacher(settings, teacher_inputs, 32, machine, Listener())
     seen = []
     for epoch in range(4):
         batch = make_epoch(teacher_inputs, dataset, usable, maker, epoch)
         images, texts = encode_shown(teacher, batch)
-        told = targets.add_to(student_side(24, 32), batch, epoch)
+        told = targets.add_targets(student_side(24, 32), batch, epoch)
         assert told.teacher_image_BD is not None
         assert told.teacher_text_BD is not None
         # float16 storage is all that lies between them.
@@ -209,10 +209,10 @@ def test_a_caption_is_drawn_anew_each_epoch_with_its_own_row(captioned: tuple[Pa
     data, folder = captioned
     _, teacher_inputs, dataset, usable = join(data, folder)
     assert teacher_inputs.all_captions
-    maker = BatchMaker(Reading.of(teacher), Augmentation(1.0), 3, first_caption=teacher_inputs.first_captions)
+    maker = BatchMaker(Processor.of(teacher), Augmentation(1.0), 3, first_caption=teacher_inputs.first_captions)
     with open_machine("cpu") as machine:
         settings = DistillSettings(student="student.json", preset="clip-kd")
-        targets = open_targets(settings, teacher_inputs, 32, machine, Listener())
+        targets = open_stored_teacher(settings, teacher_inputs, 32, machine, Listener())
     seen = [set[int]() for _ in range(6)]
     for epoch in range(12):
         batch = make_epoch(None, dataset, usable, maker, epoch)
@@ -220,7 +220,7 @@ def test_a_caption_is_drawn_anew_each_epoch_with_its_own_row(captioned: tuple[Pa
             expected = teacher.tokenizer([make_caption(100 * row + caption)])[0]
             assert torch.equal(batch.tokens[batch.rows.tolist().index(row)], expected)
             seen[row].add(caption)
-        told = targets.add_to(student_side(6, 32), batch, epoch)
+        told = targets.add_targets(student_side(6, 32), batch, epoch)
         assert told.teacher_text_BD is not None
         expected_rows = teacher.encode_texts(batch.tokens, FP32)
         assert (told.teacher_text_BD - expected_rows).abs().max() < 6e-4

@@ -22,8 +22,8 @@ from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill.batches import BatchMaker, Reading
-from clipcid_cli.steps.distill.stored_teacher import open_targets
+from clipcid_cli.steps.distill.batches import BatchMaker, Processor
+from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
 from clipcid_cli.steps.distill.teacher_inputs import _teaches_text, named_teacher, open_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -99,13 +99,13 @@ def test_a_teacher_of_images_alone_gives_its_images(tiny_shards: Path, tiny_mode
     embeddings, teacher_inputs, dataset, usable = join(tiny_shards, tmp_path / "tiny")
     assert not teacher_inputs.first_captions, "any caption may be shown where the teacher knows none"
     model = load_model(parse_model(str(tiny_model)))
-    maker = BatchMaker(Reading.of(model), Augmentation(), 3, first_caption=teacher_inputs.first_captions)
+    maker = BatchMaker(Processor.of(model), Augmentation(), 3, first_caption=teacher_inputs.first_captions)
     batch = make_epoch(None, dataset, usable, maker, 0)
     settings = DistillSettings(student="student.json", preset="clip-kd")
     for width in (32, 24):
         with open_machine("cpu") as machine:
-            targets = open_targets(settings, teacher_inputs, width, machine, Listener())
-        told = targets.add_to(student_side(24, width), batch, 0)
+            targets = open_stored_teacher(settings, teacher_inputs, width, machine, Listener())
+        told = targets.add_targets(student_side(24, width), batch, 0)
         assert told.teacher_text_BD is None
         assert told.teacher_image_BD is not None
         assert told.teacher_image_BD.shape == (24, width)
