@@ -19,7 +19,8 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.distill import run as distill
-from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, TrainingBatch, find_usable
+from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, TrainingBatch
+from clipcid_cli.steps.distill.samples import find_usable
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs, join_teacher
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -71,7 +72,7 @@ def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]]
 
 
 def join(data: Path, folder: Path, **settings: Any) -> tuple[Embeddings, TeacherInputs, Any, Any]:
-    """TiledSearch embeddings with the data they were made of: embeddings, teacher_inputs, data set and usable samples."""
+    """Join embeddings with the data they were made of: embeddings, teacher_inputs, data set and usable samples."""
     dataset, embeddings = open_dataset(str(data)), open_embeddings(folder)
     usable = find_usable(dataset, 0.01)
     given = DistillSettings(student="student.json", preset="clip-kd", **settings)

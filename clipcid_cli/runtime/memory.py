@@ -21,17 +21,17 @@ def memory_in_use(device: torch.device) -> int:
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
-        # Without /proc (macOS) the peak stands in; it is in bytes there, in KiB elsewhere.
+        # Without /proc (macOS) the peak is the best there is; it is in bytes there, in KiB elsewhere.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
     return pages * resource.getpagesize()
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory it frees, until it ends; for loops that take the same amounts again and again.
+    """Let this process keep the memory it frees, until it ends; for loops that allocate the same amounts again and again.
 
-    glibc takes each large tensor from the system and gives it back when it is freed. A training step on a CPU frees and
-    takes all its activations, and the system clears every page anew.
+    glibc maps each large tensor from the system and unmaps it when it is freed. A training step on a CPU frees and allocates
+    all its activations, and the system clears every page again.
 
     Returns:
         Whether the C library has such a setting (glibc has; musl and macOS have not).

@@ -37,7 +37,7 @@ def time_trial(
     """Run some work several times and take the median of its times.
 
     Args:
-        work: It may leave work queued on `device`, which is waited for.
+        work: It may leave work queued on `device`, which is synchronised.
         device: Where it computes.
         warm_up: Runs before those that are timed: the first one also allocates, compiles and fills caches.
         repeats: Smallest number of timed runs, at least 1.

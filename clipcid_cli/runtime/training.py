@@ -1,4 +1,4 @@
-"""The training machinery: optimiser, schedule, the losses' own parameters, and what a checkpoint holds."""
+"""Training: optimiser, schedule, the losses' own parameters, and what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class OptimiserPlan:
 
 
 class LossParameters(nn.Module):
-    """What the losses themselves learn: logarithms of logit scales, and the maps into the teacher's space."""
+    """What the losses themselves learn: logarithms of logit scales, and linear maps into the teacher's space."""
 
     def __init__(self, scales: Iterable[str], student_width: int, projected_width: int | None, seed: int) -> None:
         """Make them.
@@ -102,7 +102,7 @@ class Trainer:
 
     Attributes:
         of_towers: Parameters that features depend on.
-        of_losses: Parameters that only the losses use: logit scales (the student's too) and maps into the meeting space.
+        of_losses: Parameters that only the losses use: logit scales (the student's too) and maps into the shared space.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Trainer:
         self.step = 0
 
     def backward(self, loss: Tensor) -> None:
-        """Find the gradients of a loss, scaled up where that is needed."""
+        """Compute the gradients of a loss, scaled up where that is needed."""
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
 
     def limit_gradient(self) -> float:
@@ -137,11 +137,11 @@ class Trainer:
 
     @property
     def may_overflow(self) -> bool:
-        """Whether an infinite gradient is the scale's fault: the update is then left out and the scale lowered."""
+        """Whether an infinite gradient may be due to the loss scale: the update is then skipped and the scale lowered."""
         return self._scaler.is_enabled() and self._scaler.get_scale() > 1.0
 
     def update(self) -> float:
-        """Make one optimiser step from the gradients that are there, clear them, and return the learning rate used."""
+        """Make one optimiser step with the current gradients, clear them, and return the learning rate used."""
         rate = self.plan.rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -169,7 +169,7 @@ class Trainer:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `state` returned."""
+        """Restore what `state` returned."""
         self.module.load_state_dict(state["module"])
         self.loss_parameters.load_state_dict(state["loss_parameters"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -100,7 +100,7 @@ def test_killed_run_goes_on_to_the_same_bits(
     runs = distill_place / "clipcid-work" / "distill"
     assert not (runs / "killed" / "distill.json").exists(), "it was too fast to be killed"
     resumed = run_command([*command, *arguments, "--name", "killed"], distill_place, True, 300, None)
-    assert "Going on from step" in resumed.stderr
+    assert "Resuming at step" in resumed.stderr
     assert losses(runs / "killed") == losses(runs / "whole")
     assert student_bytes(runs / "killed") == student_bytes(runs / "whole")
 

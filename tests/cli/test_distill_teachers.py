@@ -37,4 +37,4 @@ def test_two_processes_are_taught_as_one(
                 if name.startswith("loss"):
                     assert ours[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-5), (kind, name)
     report = (tmp_path / "clipcid-work" / "distill" / "online-one" / "report.html").read_text()
-    assert "run beside the student" in report
+    assert "run alongside the student" in report

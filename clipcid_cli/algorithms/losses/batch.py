@@ -1,6 +1,6 @@
-"""What a loss is computed from: the features of one global batch, and which of its rows this process answers for.
+"""What a loss is computed from: the features of one global batch, and which of its rows are this process's own.
 
-Shape legend: B global batch, d student width, D width of the meeting space, S candidate centroids, m stored clusters a
+Shape legend: B global batch, d student width, D width of the shared space, S candidate centroids, m stored clusters a
 sample.
 """
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class ClusterTargets:
-    """Candidate centroids of one batch and what the teacher said of them.
+    """Candidate centroids of one batch, and the teacher's distribution over them.
 
     Attributes:
         centroids_SD: Candidate centroids, unit rows, float32 [S, D].
-        log_correction_S: What is added to each candidate's logit so that the drawn ones stand for all centroids that were
-            not drawn: 0 for active candidates, log((K − |A|) / |R|) for drawn ones; float32 [S].
+        log_correction_S: What is added to each candidate's logit so that the drawn ones represent all centroids that are
+            not active: 0 for active candidates, log((K − |A|) / |R|) for drawn ones; float32 [S].
         positions_Bm: Row of `centroids_SD` of each stored cluster of each sample, nearest first, int64 [B, m]; all are
             active candidates.
         weights_Bm: Target distribution over them, rows sum to 1, float32 [B, m].
@@ -41,7 +41,7 @@ class LossBatch:
 
     Attributes:
         student_scale: exp(logit_scale) of the student, a scalar.
-        image_BD: Student image features s' in the meeting space; `image_Bd` itself when no map is learned.
+        image_BD: Student image features s' in the shared space; `image_Bd` itself when no map is learned.
         text_BD: Student text features v' there.
         teacher_image_BD: Teacher image features t, in the shared space (on the principal axes for ``--teacher-space pca``).
         teacher_text_BD: Teacher text features u, likewise.
@@ -80,13 +80,13 @@ class LossBatch:
         return self.teacher_image_BD, self.teacher_text_BD
 
     def same_tower_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (s', t) and (v', u), without those whose teacher tower is missing."""
+        """Return (s', t) and (v', u), without the pair whose teacher tower is missing."""
         image, text = self.student_in_teacher_space()
         pairs = ((image, self.teacher_image_BD), (text, self.teacher_text_BD))
         return [(student, teacher) for student, teacher in pairs if teacher is not None]
 
     def cross_tower_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (s', u) and (v', t), without those whose teacher tower is missing."""
+        """Return (s', u) and (v', t), without the pair whose teacher tower is missing."""
         image, text = self.student_in_teacher_space()
         pairs = ((image, self.teacher_text_BD), (text, self.teacher_image_BD))
         return [(student, teacher) for student, teacher in pairs if teacher is not None]

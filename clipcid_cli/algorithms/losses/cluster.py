@@ -1,9 +1,9 @@
 """Cluster discrimination: the student places its features among the teacher's cluster centroids.
 
-At K centroids up to 10⁶ a batch is compared with a candidate set S = A ∪ R: all clusters the teacher named for the batch (A,
-"active") and a uniform draw of the rest (R). Each drawn centroid stands for (K − |A|)/|R| that were not drawn, so its
-logit is raised by the logarithm of that: the softmax's normaliser is then an unbiased estimate of the full one. Without the
-correction the teacher's own clusters look rarer among their rivals than they are and their share is inflated.
+With K centroids up to 10⁶ a batch is compared with a candidate set S = A ∪ R: all clusters that are the teacher's
+targets for the batch (A, "active") and a uniform draw of the rest (R). Each drawn centroid represents (K − |A|)/|R|
+centroids, so the logarithm of that is added to its logit: the softmax's normaliser is then an unbiased estimate of the
+full one. Without the correction the other centroids count too little and the probability of the active ones is inflated.
 
 Shape legend: B batch, D width, S candidates, m stored clusters a sample.
 """
@@ -56,11 +56,11 @@ def draw_candidates(
     """
     active = np.unique(top_clusters).astype(np.int64)
     rest = num_clusters - len(active)
-    wanted = max(math.ceil(ratio * num_clusters), min(num_clusters, minimum) - len(active))
-    count = min(rest, max(0, wanted))
+    requested = max(math.ceil(ratio * num_clusters), min(num_clusters, minimum) - len(active))
+    count = min(rest, max(0, requested))
     if count == 0:
         return ClusterCandidates(active, len(active), 0.0)
-    # A draw among the rest, numbered 0 … rest − 1, is moved past the active centroids that lie before it.
+    # A draw among the rest, numbered 0 … rest − 1, is shifted past the active centroids that precede it.
     places = np.sort(np.random.default_rng(seed).choice(rest, size=count, replace=False))
     drawn = places + np.searchsorted(active - np.arange(len(active)), places, side="right")
     return ClusterCandidates(np.concatenate([active, drawn]), len(active), math.log(rest / count))

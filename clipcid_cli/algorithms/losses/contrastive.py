@@ -1,4 +1,4 @@
-"""Contrastive losses: matching rows of two sides are told from all other rows of the global batch."""
+"""Contrastive losses: the matching row of the other side is picked among all rows of the global batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def contrast_one_way(queries_BD: Tensor, keys_BD: Tensor, scale: Tensor, own: sl
         own: The queries of this process.
 
     Returns:
-        Sum of the cross-entropies of the own queries, in nats, a scalar; log B each for features that say nothing.
+        Sum of the cross-entropies of the own queries, in nats, a scalar; log B each for uninformative features.
 
     Source: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4.
     """
@@ -63,7 +63,7 @@ def instance(batch: LossBatch, scale: Tensor) -> Tensor:
 
 
 def instance_intra(batch: LossBatch, scale: Tensor) -> Tensor:
-    """½[CE(s' ↔ t) + CE(v' ↔ u)]: each student tower against the same tower of the teacher, or the one that is there.
+    """½[CE(s' ↔ t) + CE(v' ↔ u)]: each student tower against the same tower of the teacher, or the available one.
 
     Source: variant of `instance`, docs/method.md#instance-loss.
     """

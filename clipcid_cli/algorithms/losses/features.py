@@ -11,7 +11,7 @@ from clipcid_cli.algorithms.losses.row_blocks import add, rows_between
 def feature_distance(batch: LossBatch) -> Tensor:
     """`fd` = mean over the batch of |s' − t|² + |v' − u|², summed over the width.
 
-    A teacher with one tower leaves one of the two summands: its weight stays what it is beside the other.
+    With a teacher of one tower one of the two summands remains, at its usual weight.
 
     Returns:
         This process's share, a scalar; of all rows in [0, 8]: unit rows are at most 2 apart.

@@ -24,8 +24,8 @@ class LossEntry:
         own_scale: Whether it learns a logit scale of its own (starting at 1/0.07, kept at or below 100).
         needs_teacher: Whether it reads teacher embeddings.
         needs_clusters: Whether it reads the centroids and assignments that `clipcid cluster` writes.
-        teacher_towers: Which towers of the teacher it needs: ``both``, or ``any``, of which it takes what is there.
-        space: Where student and teacher meet: ``own`` compares student with student only, ``teacher`` compares across and
+        teacher_towers: Which towers of the teacher it needs: ``both``, or ``any``: it uses those that are available.
+        space: Where features are compared: ``own`` compares student with student only, ``teacher`` compares across and
             so needs equal widths (see ``--teacher-space``).
     """
 
@@ -123,7 +123,7 @@ class Weight:
 
     Attributes:
         value: The factor, or what is divided by the width.
-        per_width: Whether `value` is meant for a mean over the D dimensions of the meeting space, so that our sum over
+        per_width: Whether `value` is meant for a mean over the D dimensions of the shared space, so that our sum over
             them takes value/D.
     """
 
@@ -131,7 +131,7 @@ class Weight:
     per_width: bool = False
 
     def at(self, width: int) -> float:
-        """Return the factor for a meeting space of `width` dimensions."""
+        """Return the factor for a shared space of `width` dimensions."""
         return self.value / width if self.per_width else self.value
 
 

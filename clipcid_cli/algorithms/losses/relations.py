@@ -71,7 +71,7 @@ def cross_relation(batch: LossBatch) -> Tensor:
     With P = σ·t v'ᵀ and Q = σ·u s'ᵀ, softmax over rows, ‾ marking a fixed target: ¼[KL(Q‾ ‖ P) + KL(P‾ ‖ Q) + the same of
     Pᵀ and Qᵀ, whose rows are the student's].
 
-    σ is the student's own scale as it stands: learned here it would fall until all rows are flat and the loss is nothing
+    σ is the student's own scale, as a constant: learned here it would fall until all rows are flat and the loss is 0
     (the published code shares the one of `icl`, and forgets to exponentiate it).
 
     Returns:
@@ -112,14 +112,14 @@ def _soft_cross_entropy(first: int, student_bB: Tensor, teacher_bB: Tensor) -> T
 
 
 def _vertical(first: int, image_bB: Tensor, text_bB: Tensor) -> Tensor:
-    """Sum over rows r of KL(text as it stands ‖ image) − log image[first + r] − log text[first + r], after softmax."""
+    """Sum over rows r of KL(constant text ‖ image) − log image[first + r] − log text[first + r], after softmax."""
     image, text = image_bB.log_softmax(dim=1), text_bB.log_softmax(dim=1)
     divergence = F.kl_div(image, text.detach(), reduction="sum", log_target=True)
     return divergence - image.diagonal(first).sum() - text.diagonal(first).sum()
 
 
 def _each_other(first: int, left_bB: Tensor, right_bB: Tensor) -> Tensor:
-    """Sum over rows of KL(right as it stands ‖ left) + KL(left as it stands ‖ right), after softmax."""
+    """Sum over rows of KL(constant right ‖ left) + KL(constant left ‖ right), after softmax."""
     left, right = left_bB.log_softmax(dim=1), right_bB.log_softmax(dim=1)
     return F.kl_div(left, right.detach(), reduction="sum", log_target=True) + F.kl_div(
         right, left.detach(), reduction="sum", log_target=True

@@ -86,7 +86,7 @@ def sum_one_way(block_sum: Callable[..., Tensor], own: slice, *compared: Similar
         block_sum: Called as ``f(first, *logits)``, with a [b, B] of each of `compared`, whose row r is of query first + r;
             returns the sum over its rows, a scalar.
         own: The query rows of this process.
-        compared: What is compared; the left sides ask.
+        compared: What is compared; the left sides are the queries.
     """
     num_rows = len(compared[0].left_BD)
 
@@ -98,7 +98,7 @@ def sum_one_way(block_sum: Callable[..., Tensor], own: slice, *compared: Similar
 
 
 def sum_both_ways(block_sum: Callable[..., Tensor], own: slice, *compared: Similarities) -> Tensor:
-    """`sum_one_way` plus the same with the right sides asking.
+    """`sum_one_way` plus the same with the right sides as queries.
 
     Where this process takes all rows and they fit one block, one matrix serves both ways.
     """

@@ -1,4 +1,4 @@
-"""The space that student and teacher share without a learned map: the teacher's first principal axes.
+"""The space in which features of student and teacher are compared, whatever their widths.
 
 Shape legend: D teacher width, d student width.
 """
@@ -6,6 +6,8 @@ Shape legend: D teacher width, d student width.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,15 @@ class PrincipalAxes:
 
     basis_Dd: npt.NDArray[np.float32]
     kept: float
+
+
+def second_moment(blocks: Iterable[npt.NDArray[Any]], width: int) -> npt.NDArray[np.float64]:
+    """Sum xᵀx over the rows x of some blocks, float [n, D] each; float64 [D, D]."""
+    total = np.zeros((width, width))
+    for block in blocks:
+        rows = block.astype(np.float64)
+        total += rows.T @ rows
+    return total
 
 
 def principal_axes(moment_DD: npt.NDArray[np.float64], width: int) -> PrincipalAxes:
@@ -63,3 +74,18 @@ def project(rows_nD: Tensor, axes: PrincipalAxes | None) -> Tensor:
     if axes is not None:
         rows_nD = rows_nD @ torch.from_numpy(axes.basis_Dd).to(rows_nD.device)
     return F.normalize(rows_nD, dim=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedSpace:
+    """Where features of student and teacher are compared: the teacher's space, or its first principal axes.
+
+    Attributes:
+        width: Its dimensions.
+        axes: The principal axes that the teacher's rows are projected on; None where its space is taken as it is.
+        is_learned: Whether the student's features go through a learned layer per tower.
+    """
+
+    width: int
+    axes: PrincipalAxes | None = None
+    is_learned: bool = False

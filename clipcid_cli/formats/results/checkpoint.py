@@ -25,7 +25,7 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int =
     Args:
         folder: Folder of the run's checkpoints.
         state: Tensors, numbers, texts, and dicts and lists of them.
-        keep: How many to leave. Two: should the newest be damaged on a failing disk, the run is not lost.
+        keep: How many to keep. Two: should the newest be damaged on a failing disk, the run is not lost.
     """
     with atomic_file(checkpoint_path(folder, step)) as file:
         torch.save(state, file)
@@ -34,7 +34,7 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int =
 
 
 def list_checkpoints(folder: Path) -> list[int]:
-    """Return the steps of the checkpoints that are there, ascending."""
+    """Return the steps of the existing checkpoints, ascending."""
     if not folder.is_dir():
         return []
     found = (_NAME.fullmatch(path.name) for path in folder.iterdir())
@@ -53,7 +53,7 @@ def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
     except Exception as error:  # torch.load raises RuntimeError, EOFError, pickle and zip errors for a damaged file
         raise ClipcidError(
             f"Checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}",
-            "Remove it to go on from the one before, or start over with --resume never.",
+            "Remove it to resume from the one before, or start over with --resume never.",
         ) from error
     assert isinstance(state, dict)
     return state

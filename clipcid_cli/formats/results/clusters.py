@@ -2,7 +2,7 @@
 
 The table is written in parts by any number of processes, each part a parquet file of its own that appears whole, and
 joined in order at the end. Where parts begin depends on the number of rows only, so the table's bytes do not depend on
-who wrote what, and a killed run goes on with the parts it lacks.
+who wrote what, and a killed run continues with the missing parts.
 """
 
 from __future__ import annotations

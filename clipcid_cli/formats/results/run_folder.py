@@ -39,13 +39,17 @@ class RunFolder:
 
     @property
     def tensorboard(self) -> Path:
-        """TensorBoard's event files, where they were asked for."""
+        """TensorBoard's event files, where requested."""
         return self.path / "tensorboard"
 
     @property
     def report(self) -> Path:
         """The report for people."""
         return self.path / "report.html"
+
+    def diverged(self, step: int) -> Path:
+        """Keys and losses of a batch whose loss or gradient was not finite."""
+        return self.path / f"diverged_step_{step:08d}.json"
 
     def clear(self) -> None:
         """Remove what an earlier run left."""
@@ -56,10 +60,16 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
     def rewind(self, step: int) -> None:
-        """Cut the logs back to `step`: a killed run has logged steps after its last checkpoint, which are done again."""
+        """Truncate the logs to `step`: a killed run has logged steps after its last checkpoint, which are repeated."""
         for path in (self.train_log, self.results_log):
             lines = [line for line in read_lines(path) if line["step"] <= step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def last_values(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the losses and the metrics that were logged last, by name."""
+        log, results = read_lines(self.train_log), read_lines(self.results_log)
+        losses = {name.removeprefix("loss_"): value for name, value in log[-1].items() if name.startswith("loss_")}
+        return losses, {name: value for name, value in (results or [{}])[-1].items() if name != "step"}
 
 
 def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
@@ -71,7 +81,7 @@ def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a log; a last line that a kill cut off is left out."""
+    """Read a log; a last line that a kill left incomplete is omitted."""
     found: list[dict[str, Any]] = []
     if not path.exists():
         return found

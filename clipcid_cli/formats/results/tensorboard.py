@@ -21,7 +21,7 @@ def import_tensorboard() -> Any:
     except ImportError as error:
         raise ClipcidError(
             "--report-to tensorboard needs TensorBoard, which is not installed.",
-            "pip install 'clipcid[logging]', or leave --report-to away: train.jsonl holds the same numbers.",
+            "pip install 'clipcid[logging]', or omit --report-to: train.jsonl holds the same numbers.",
         ) from error
     return tensorboard
 
@@ -44,7 +44,7 @@ class TensorBoardLog:
             self._writer = import_tensorboard().SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write the values of one step; what is no finite number is left out."""
+        """Write the values of one step; values that are not finite numbers are omitted."""
         if self._writer is None:
             return
         for name, value in values.items():
@@ -52,11 +52,11 @@ class TensorBoardLog:
                 self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Bring what was written to the disk."""
+        """Flush what was written to the disk."""
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
-        """End the files."""
+        """Close the files."""
         if self._writer is not None:
             self._writer.close()

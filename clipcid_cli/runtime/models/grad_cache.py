@@ -1,7 +1,7 @@
 """Both towers over a batch, in parts: features first, their gradients later.
 
-A contrastive loss needs the features of the whole batch at once, the towers' activations it does not. So the losses are
-computed on features cut off from the towers, and the gradients they leave on the features are carried through the towers
+A contrastive loss needs the features of the whole batch at once, but not the towers' activations. So the losses are
+computed on features detached from the towers, and the gradients of the features are propagated through the towers
 afterwards. With several parts each part's activations live alone: all but the last part are encoded twice, first without
 and then with what the backward pass needs. The result is that of one part, for any number of them.
 
@@ -10,7 +10,7 @@ Source: Gao et al. 2021 (GradCache, arXiv 2101.06983); open_clip's ``--accum-fre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.models.augment import apply_colors
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.preprocess import normalize_pixels
+from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.training import fast_attention
 
 # Runs both towers on normalised pixels (on the model's device) and tokens (on the CPU): features [b, d], not normalised.
 EncodeBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -25,10 +30,10 @@ EncodeBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class BatchPart:
-    """What one part of a batch is made of.
+    """A part of a batch.
 
     Attributes:
-        pixels: As the worker made them, [b, H, W, 3].
+        pixels: As a worker made them, [b, H, W, 3].
         colors: Colour maps, [b, 3, 4].
         tokens: int64 [b, L].
         seed: Seed of dropout and the like, the same both times the part is encoded.
@@ -48,7 +53,8 @@ class GradCache:
     """One forward and one backward pass over a batch.
 
     Attributes:
-        image: Image features of all parts, [b, d], cut off from the tower; losses leave their gradient on it.
+        image: Image features of all parts, [b, d], detached from the tower; the losses' backward pass sets their gradient.
+        text: Text features, likewise.
     """
 
     def __init__(self, encode: Encode, parts: Sequence[BatchPart]) -> None:
@@ -68,13 +74,13 @@ class GradCache:
         )
 
     def backward(self, before_last: Callable[[], None]) -> None:
-        """Carry the gradients of the features through the towers.
+        """Propagate the gradients of the features through the towers.
 
         Args:
-            before_last: Called before the last part, after which every gradient is whole.
+            before_last: Called before the last part, after which every gradient is complete.
         """
         gradients = self._split(self.image.grad), self._split(self.text.grad)
-        # The last part's activations are there already; freed first, they leave room for the others'.
+        # The last part's activations exist already; freed first, they leave room for the others'.
         last = len(self._parts) - 1
         for number in (last, *range(last)):
             if number == max(0, last - 1):
@@ -98,11 +104,56 @@ class GradCache:
         return None if gradient is None else list(torch.split(gradient, sizes))
 
 
+@dataclass(frozen=True)
+class BatchEncoder:
+    """Encodes a process's share of a batch with the model in training.
+
+    Attributes:
+        encode: Runs both towers: `ShortForward` of the model, or `compile_towers`.
+        precision: Number format of the towers.
+        changes_colors: Whether batches carry colour maps that change anything.
+        num_parts: Parts that a share is encoded in, one at a time.
+    """
+
+    model: ClipModel
+    encode: EncodeBoth
+    precision: Precision
+    changes_colors: bool
+    num_parts: int
+
+    def __call__(self, pixels: Tensor, colors: Tensor, tokens: Tensor, seeds: Iterable[int]) -> GradCache:
+        """Encode a share of b samples.
+
+        Args:
+            pixels: uint8 [b, H, W, 3].
+            colors: Colour maps, float32 [b, 3, 4].
+            tokens: int64 [b, L], on the CPU.
+            seeds: Seed of dropout and the like for each part.
+        """
+        cut = (tensor.chunk(self.num_parts) for tensor in (pixels, colors, tokens))
+        return GradCache(self._encode_part, [BatchPart(*part) for part in zip(*cut, seeds, strict=True)])
+
+    def backward(self, encoded: GradCache, before_last: Callable[[], None]) -> None:
+        """Propagate the gradients of the features through the towers, see `GradCache.backward`."""
+        # Layers that are computed again (--grad-checkpointing) need the attention kernel they had.
+        with fast_attention(self.model.device, self.precision.dtype):
+            encoded.backward(before_last)
+
+    def _encode_part(self, part: BatchPart) -> tuple[Tensor, Tensor]:
+        device = self.model.device
+        pixels = part.pixels.to(device, non_blocking=True)
+        if self.changes_colors:
+            pixels = apply_colors(pixels, part.colors.to(device, non_blocking=True))
+        pixels = normalize_pixels(pixels, self.model.info.preprocess)
+        with self.precision.autocast(device), fast_attention(device, self.precision.dtype):
+            return self.encode(pixels, part.tokens)
+
+
 def compile_towers(module: Any) -> EncodeBoth:
-    """Compile a model's passes of both towers with torch.compile, when they are first called.
+    """Compile the forward pass of both towers with torch.compile, at its first call.
 
     Raises:
-        ClipcidError: by what is returned, where the compiler fails: on a CPU it needs a C++ compiler.
+        ClipcidError: at that call, where the compiler fails: on a CPU it needs a C++ compiler.
     """
 
     def encode(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +168,7 @@ def compile_towers(module: Any) -> EncodeBoth:
             reason = " ".join(str(error).split())
             raise ClipcidError(
                 f"--torchcompile: torch.compile failed: {reason[:400]}{'…' if len(reason) > 400 else ''}",
-                "Leave --torchcompile away; on a CPU it needs a C++ compiler (g++).",
+                "Omit --torchcompile; on a CPU it needs a C++ compiler (g++).",
             ) from error
 
     return call

@@ -89,51 +89,51 @@ def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
         filled = True
     if not filled:
         raise ClipcidError(
-            "Nothing of the model of --init-from fits the student: the towers are of other kinds.",
-            "Both must be open_clip transformers (ViT image tower, CLIP text tower); or leave --init-from away.",
+            "No tensor of the --init-from model fits the student: the towers are of different kinds.",
+            "Both must be open_clip transformers (ViT image tower, CLIP text tower); or omit --init-from.",
         )
     return left
 
 
-def evenly_spaced(wanted: int, there: int) -> Tensor:
-    """Return `wanted` of the numbers 0 … there − 1, the first and last among them; int64, ascending."""
-    if wanted == 1:
+def evenly_spaced(count: int, available: int) -> Tensor:
+    """Return `count` of the numbers 0 … available − 1, the first and last among them; int64, ascending."""
+    if count == 1:
         return torch.zeros(1, dtype=torch.int64)
-    return torch.linspace(0, there - 1, wanted, dtype=torch.float64).round().long()
+    return torch.linspace(0, available - 1, count, dtype=torch.float64).round().long()
 
 
 def _take(source: Tensor, shape: torch.Size, axes: str, heads: tuple[int, ...], name: str) -> Tensor | None:
     if axes[0] == "p":
         source = _resize_positions(source, shape[0], is_image=name.startswith("visual."))
     for axis, kind in enumerate(axes):
-        wanted, there = shape[axis], source.shape[axis]
-        if kind == "=" and wanted != there:
+        count, available = shape[axis], source.shape[axis]
+        if kind == "=" and count != available:
             return None
-        if wanted > there:
+        if count > available:
             raise ClipcidError(
                 f"--init-from: {name} is {tuple(source.shape)} there and {tuple(shape)} in the student, which is larger.",
                 "A student inherits from a model at least as deep and wide.",
             )
-        if wanted == there:
+        if count == available:
             continue
         match kind:
             case "h":
-                chosen = _head_channels(wanted, there, heads)
+                chosen = _head_channels(count, available, heads)
             case "q":
-                one = _head_channels(wanted // 3, there // 3, heads)
-                chosen = torch.cat([one + part * (there // 3) for part in range(3)])
+                one = _head_channels(count // 3, available // 3, heads)
+                chosen = torch.cat([one + part * (available // 3) for part in range(3)])
             case _:
-                chosen = evenly_spaced(wanted, there)
+                chosen = evenly_spaced(count, available)
         source = source.index_select(axis, chosen)
     return source
 
 
-def _head_channels(wanted: int, there: int, heads: tuple[int, ...]) -> Tensor:
+def _head_channels(count: int, available: int, heads: tuple[int, ...]) -> Tensor:
     """Return evenly spaced channels of evenly spaced heads; evenly spaced over all where heads are fewer or narrower."""
     own, others = heads
-    width, source_width = wanted // own, there // others
+    width, source_width = count // own, available // others
     if own > others or width > source_width:
-        return evenly_spaced(wanted, there)
+        return evenly_spaced(count, available)
     first = evenly_spaced(own, others) * source_width
     return (first[:, None] + evenly_spaced(width, source_width)[None, :]).reshape(-1)
 

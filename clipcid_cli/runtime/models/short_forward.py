@@ -1,14 +1,14 @@
-"""Forward passes that leave out what a CLIP's features do not depend on.
+"""Forward passes that skip what a CLIP's features do not depend on.
 
-Three things are left out of open_clip's own passes, and features and gradients stay equal up to rounding:
+Compared with open_clip's own passes three things are skipped; features and gradients stay equal up to rounding:
 
-- Tokens behind the one whose row becomes the text's feature. Attention in the text tower is causal, so they change nothing,
-  and captions of 15 tokens in a context of 77 are mostly that. The tokens of a batch lie packed, one text behind the other,
-  for everything but attention.
-- In the last layer, all rows but the one that becomes the feature: the others are needed as keys and values only.
+- Tokens after the one whose row becomes the text's feature. Attention in the text tower is causal, so they change nothing,
+  and in a context of 77 most captions, of some 15 tokens, have many of them. The tokens of a batch are packed, one text
+  after the other, for everything but attention.
+- In the last layer, all rows but the one that becomes the feature: the others are only needed as keys and values.
 - Copies that torch.nn.MultiheadAttention makes of queries, keys and values.
 
-Shapes: B texts or images, L tokens, T tokens of a batch without those behind, W width, H heads, D embedding.
+Shapes: B texts or images, L tokens, T packed tokens of a batch, W width, H heads, D embedding.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ _CHECKED = 2
 
 
 class ShortForward:
-    """Encodes images and texts with an open_clip model, by the short way where its structure is known.
+    """Encodes images and texts with an open_clip model, by the short passes where they support its structure.
 
     At its first call each tower is compared with open_clip's own pass on a few rows; where they differ (another version of
-    open_clip, a tower changed from outside) or the structure is another one, open_clip's own pass is taken.
+    open_clip, a modified tower) or the structure is another, open_clip's own pass is used.
 
     Attributes:
-        image_is_lean: Whether images go the short way.
+        image_is_short: Whether images take the short pass.
+        text_is_short: Whether texts do.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module
         self._text: Any = getattr(module, "text", module)
-        self.image_is_lean = _knows_images(self._module.visual)
-        self.text_is_lean = _knows_texts(self._text)
+        self.image_is_short = _supports_images(self._module.visual)
+        self.text_is_short = _supports_texts(self._text)
         self._image_checked = self._text_checked = False
         self._checking = threading.Lock()
 
@@ -61,7 +62,7 @@ class ShortForward:
             Features [B, D], not normalised, with gradients; `encode_image` of the model up to rounding.
         """
         self._check_images(pixels)
-        if not self.image_is_lean:
+        if not self.image_is_short:
             return cast(Tensor, self._module.encode_image(pixels))
         return self._encode_images(pixels)
 
@@ -75,8 +76,8 @@ class ShortForward:
             Features [B, D], not normalised, with gradients; `encode_text` of the model up to rounding.
         """
         self._check_texts(tokens)
-        if not self.text_is_lean:
-            return self._encode_texts_plainly(tokens)
+        if not self.text_is_short:
+            return self._encode_texts_in_full(tokens)
         return self._encode_texts(tokens)
 
     def check(self, pixels: Tensor, tokens: Tensor) -> None:
@@ -94,26 +95,26 @@ class ShortForward:
         if self._image_checked:
             return
         with self._checking:
-            if self.image_is_lean and not self._image_checked:
-                self.image_is_lean = self._agrees(self._encode_images, self._module.encode_image, pixels[:_CHECKED])
+            if self.image_is_short and not self._image_checked:
+                self.image_is_short = self._agrees(self._encode_images, self._module.encode_image, pixels[:_CHECKED])
             self._image_checked = True
 
     def _check_texts(self, tokens: Tensor) -> None:
         if self._text_checked:
             return
         with self._checking:
-            if self.text_is_lean and not self._text_checked:
-                self.text_is_lean = self._agrees(self._encode_texts, self._encode_texts_plainly, tokens[:_CHECKED])
+            if self.text_is_short and not self._text_checked:
+                self.text_is_short = self._agrees(self._encode_texts, self._encode_texts_in_full, tokens[:_CHECKED])
             self._text_checked = True
 
-    def _agrees(self, short: Any, plain: Any, rows: Tensor) -> bool:
+    def _agrees(self, short: Any, full: Any, rows: Tensor) -> bool:
         # Each module's own mode: a frozen tower is in evaluation mode while the other trains.
         training = [part for part in self._module.modules() if part.training]
         self._module.eval()
         try:
-            # The model's device, not the rows': tokens lie on the CPU, whatever autocast the model runs under.
+            # The model's device, not the rows': tokens are on the CPU, whatever autocast the model runs under.
             with torch.no_grad(), torch.autocast(self._module.logit_scale.device.type, enabled=False):
-                expected = plain(rows)
+                expected = full(rows)
                 difference = (short(rows) - expected).abs().max()
         finally:
             for part in training:
@@ -133,7 +134,7 @@ class ShortForward:
         pooled = visual.ln_post(_pass_layers(visual.transformer, [*layers, pool], x_BLW))
         return cast(Tensor, pooled if visual.proj is None else pooled @ visual.proj)
 
-    def _encode_texts_plainly(self, tokens: Tensor) -> Tensor:
+    def _encode_texts_in_full(self, tokens: Tensor) -> Tensor:
         return cast(Tensor, self._module.encode_text(tokens.to(self._module.logit_scale.device)))
 
     def _encode_texts(self, tokens: Tensor) -> Tensor:
@@ -157,13 +158,13 @@ class ShortForward:
 
 @dataclasses.dataclass(frozen=True)
 class _Packing:
-    """Texts one behind the other, each up to the token whose row becomes its feature.
+    """Texts one after the other, each up to the token whose row becomes its feature.
 
     Attributes:
         tokens_T: int64 [T].
         positions_T: Place of each in its text, int64 [T].
         ends_B: Place of each text's last token among the T, int64 [B].
-        places_T: Place of each token in [B · longest], int64 [T]; None where all texts are equally long.
+        places_T: Position of each token in [B · longest], int64 [T]; None where all texts are equally long.
         valid_BL: Which of the [B, longest] places hold a token; bool.
     """
 
@@ -174,7 +175,7 @@ class _Packing:
     valid_BL: Tensor
 
     def spread(self, rows_TW: Tensor) -> Tensor:
-        """Bring packed rows into [B, longest, W], zeros behind each text's end."""
+        """Unpack rows to [B, longest, W], with zeros after each text's end."""
         batch, longest = self.valid_BL.shape
         if self.places_T is None:
             return rows_TW.view(batch, longest, -1)
@@ -206,7 +207,7 @@ def _pack(tokens: Tensor, text: Any, device: torch.device) -> _Packing:
 def _pass_layers(transformer: Any, layers: list[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
     """One layer after the other; with gradient checkpointing only the input of each is kept for the backward pass."""
     for layer in layers:
-        # Nothing in a layer is random, so there is no generator's state to bring back.
+        # Nothing in a layer is random, so there is no generator's state to restore.
         again = transformer.grad_checkpointing
         x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if again else layer(x)
     return x
@@ -217,7 +218,7 @@ def _pass_block(block: Any, x: Tensor, packing: _Packing | None = None) -> Tenso
 
 
 def _attend(block: Any, normed: Tensor, packing: _Packing | None = None) -> Tensor:
-    """Attention of every row of an image to all its rows, or of a packed text's to those before; before the projection."""
+    """Attend from each row of an image to all its rows, or of a packed text's to the earlier ones, before the projection."""
     attention = block.attn
     projected = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias)
     if packing is not None:
@@ -235,7 +236,7 @@ def _attend_from(block: Any, normed: Tensor, chosen_BW: Tensor, packing: _Packin
     both = F.linear(normed, weight[width:], None if bias is None else bias[width:])
     if packing is not None:
         both = packing.spread(both)
-    # By products and sums of our own: PyTorch's attention of a single row gives other bits for another number of threads.
+    # Computed here: PyTorch's attention of a single row gives other bits for another number of threads.
     heads = attention.num_heads
     queries, keys, values = (rows.view(*rows.shape[:2], heads, -1) for rows in (queries, *both.chunk(2, dim=-1)))
     scores_BLH = (queries * queries.shape[3] ** -0.5 * keys).sum(dim=3)
@@ -261,12 +262,12 @@ def _attend_by_heads(
 
 
 def _finish_block(block: Any, x: Tensor, attended: Tensor) -> Tensor:
-    """What follows attention in a block: projection, residual, MLP."""
+    """The part of a block after attention: projection, residual, MLP."""
     x = x + block.ls_1(block.attn.out_proj(attended))
     return cast(Tensor, x + block.ls_2(block.mlp(block.ln_2(x))))
 
 
-def _knows_images(visual: Any) -> bool:
+def _supports_images(visual: Any) -> bool:
     return (
         type(visual).__name__ == "VisionTransformer"
         and type(visual).__module__ == "open_clip.transformer"
@@ -274,11 +275,11 @@ def _knows_images(visual: Any) -> bool:
         and visual.pool_type == "tok"
         and not visual.output_tokens
         and hasattr(visual, "_embeds")
-        and _knows_blocks(visual.transformer)
+        and _supports_blocks(visual.transformer)
     )
 
 
-def _knows_texts(text: Any) -> bool:
+def _supports_texts(text: Any) -> bool:
     if not hasattr(text, "transformer") or not hasattr(text, "attn_mask") or text.attn_mask is None:
         return False
     mask = text.attn_mask
@@ -289,7 +290,7 @@ def _knows_texts(text: Any) -> bool:
         and not getattr(text, "output_tokens", False)
         and _pooling(text)[0] in ("argmax", "eos")
         and torch.equal(mask, causal)
-        and _knows_blocks(text.transformer)
+        and _supports_blocks(text.transformer)
     )
 
 
@@ -300,7 +301,7 @@ def _pooling(text: Any) -> tuple[str, int | None]:
     return text.pool_type, getattr(text, "eos_id", None)
 
 
-def _knows_blocks(transformer: Any) -> bool:
+def _supports_blocks(transformer: Any) -> bool:
     return bool(getattr(transformer, "batch_first", False)) and all(
         type(block).__name__ == "ResidualAttentionBlock"
         and type(block.attn) is nn.MultiheadAttention

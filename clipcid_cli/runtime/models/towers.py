@@ -31,7 +31,7 @@ class DenseImageTower(torch.nn.Module):
     """Normalised pixels, float32 [B, 3, H, W], to unit rows [B, D] and the patches of the last layer [B, h, w, D].
 
     A patch's values are its token after the last block, the final norm and the projection that also makes the image's row,
-    not brought to unit length. Row 0 is the top of the image. They are what open_clip's
+    not normalised. Row 0 is the top of the image. They are what open_clip's
     ``visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")`` gives as its last
     intermediate, times ``visual.proj``. (MaskCLIP also replaces the last block's attention by its values; this does not.)
 

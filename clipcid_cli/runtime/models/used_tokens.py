@@ -1,8 +1,9 @@
 """Training only the token embeddings that the data uses.
 
-Most of a small CLIP's parameters are token embeddings, and most tokens never occur in a small data set. AdamW leaves such a
-row at (its first value) × Π(1 − lr·wd), yet updating the whole table costs more than the rest of a small student's step.
-Here the rows in use are trained in a table of their own and the others are brought up to date once, at the end.
+Most of a small CLIP's parameters are token embeddings, and most tokens never occur in a small data set. AdamW only
+scales the row of such a token, to (its initial value) × Π(1 − lr·wd), yet updating the whole table costs more than the
+rest of a small student's step. Here the rows in use are trained in a table of their own and the others are updated
+once, at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Below this many times the rows in use, the saving is not worth a second table.
+# A table smaller than this many times the rows in use is not worth a second one.
 _WORTHWHILE = 4
 
 
@@ -34,7 +35,7 @@ class UsedRows(nn.Module):
         places = torch.full((len(whole),), -1, device=whole.device)
         places[used] = torch.arange(len(used), device=whole.device)
         self.weight = nn.Parameter(whole[used].clone())
-        # Both follow from the start of the run, so checkpoints leave them out.
+        # Both follow from the start of the run, so checkpoints omit them.
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("first", whole.clone(), persistent=False)
 
@@ -69,7 +70,7 @@ def train_used_rows(module: nn.Module, used: Tensor) -> bool:
 
 @contextmanager
 def whole_table(module: nn.Module, decay: float) -> Iterator[None]:
-    """Let a model look up any token while the context lasts, for texts that are not the data's; no training in it.
+    """Let a model look up any token within the context, for texts that are not the data's; not for training.
 
     Args:
         module: An open_clip model, its token embedding replaced or not.
@@ -102,7 +103,7 @@ def whole_state(module: nn.Module, decay: float) -> Mapping[str, Any]:
 
 
 def freeze(module: nn.Module, tower: str) -> list[nn.Module]:
-    """Take a tower's parameters out of training.
+    """Freeze a tower's parameters.
 
     Args:
         tower: ``image`` or ``text``.

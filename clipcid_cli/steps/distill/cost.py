@@ -1,4 +1,4 @@
-"""What a training run would cost, measured: three real steps, and the teacher on one batch. Nothing is written."""
+"""What a training run takes, measured: three real steps, and the teacher on one batch. Nothing is written."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from clipcid_cli.steps.distill.training_run import TrainingRun
 from clipcid_cli.steps.embed.shards import TYPICAL_CAPTION
 
 _MEASURED = 3
-# The first step also allocates, and compiles where that was asked for.
+# The first step also allocates, and compiles with --torchcompile.
 _WARM_UP = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherCost:
-    """What the teacher would take.
+    """What the teacher takes.
 
     Attributes:
-        seconds: Time it needs for the images and captions of one process's part of a batch.
+        seconds: Time for the images and captions of one process's part of a batch.
         share: Its share of a step that runs it.
         break_even: Epochs after which embedding everything once has cost less than running the teacher in each step.
     """
@@ -51,22 +51,23 @@ def estimate_cost(run: TrainingRun) -> dict[str, Any]:
     batch_seconds, step_seconds, memory = _measure_steps(run)
     teacher = _measure_teacher(run, step_seconds)
     workers = max(1, plan.workers)
-    # Workers prepare batches beside the steps; without any, one follows the other.
-    pace = step_seconds + batch_seconds if plan.workers == 0 else max(step_seconds, batch_seconds / workers)
-    whole = pace * plan.optimiser.steps
+    # Workers prepare batches during the steps; without any, one follows the other.
+    seconds_per_step = step_seconds + batch_seconds if plan.workers == 0 else max(step_seconds, batch_seconds / workers)
+    samples_per_second = plan.batch_size / seconds_per_step
+    total_seconds = seconds_per_step * plan.optimiser.steps
     parameters = student.info.parameters
     reporter.note(
         f"Student: {parameters / 1e6:.1f} M parameters; {memory / 2**30:.2f} GiB in use during a step.\n"
         f"A step of {plan.batch_size:,} takes {1e3 * step_seconds:,.0f} ms, preparing its batch "
-        f"{1e3 * batch_seconds:,.0f} ms of one core ({plan.workers} workers): {plan.batch_size / pace:,.0f} samples/s, "
-        f"{whole / 3600:.2g} hours in all (median of {_MEASURED} steps).\n"
+        f"{1e3 * batch_seconds:,.0f} ms of one core ({plan.workers} workers): {samples_per_second:,.0f} samples/s, "
+        f"{total_seconds / 3600:.2g} hours in total (median of {_MEASURED} steps).\n"
         f"Losses: {', '.join(run.settings.losses())}. Held out: {run.inputs.held_out.total:,} samples."
     )
     if teacher is not None:
+        verb = "takes" if run.online_teacher is not None else "would take"
         reporter.note(
-            f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it "
-            f"{'takes' if run.teacher is not None else 'would take'} {1e3 * teacher.seconds:,.0f} ms a step, "
-            f"{teacher.share:.0%} of it. Embedding everything once pays after {teacher.break_even:.1f} epochs."
+            f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it {verb} {1e3 * teacher.seconds:,.0f} ms a "
+            f"step, {teacher.share:.0%} of it. Embedding everything once pays after {teacher.break_even:.1f} epochs."
         )
     reporter.note(f"Would write to {run.folder.path}.")
     return {
@@ -77,8 +78,8 @@ def estimate_cost(run: TrainingRun) -> dict[str, Any]:
         "memory_bytes": memory,
         "seconds_per_step": round(step_seconds, 4),
         "data_seconds_per_step": round(batch_seconds, 4),
-        "samples_per_second": round(plan.batch_size / pace, 1),
-        "seconds": {"train": round(whole, 3)},
+        "samples_per_second": round(samples_per_second, 1),
+        "seconds": {"train": round(total_seconds, 3)},
         "teacher": None if teacher is None else dataclasses.asdict(teacher),
         "files": {},
     }
@@ -87,17 +88,13 @@ def estimate_cost(run: TrainingRun) -> dict[str, Any]:
 def _measure_steps(run: TrainingRun) -> tuple[float, float, int]:
     """Return the time to prepare a batch and to train on it, medians in seconds, and the memory in use."""
     loop = run.make_loop(lambda _: {})
-    machine = run.machine
+    machine, device = run.machine, run.student.model.device
     prepared, trained = list[float](), list[float]()
     for items in loop.order.iterate(0, _WARM_UP + _MEASURED, machine.rank, machine.size):
         preparation = time_trial(partial(loop.maker, items), warm_up=0)
         prepared.append(preparation.seconds)
-        trained.append(time_trial(partial(loop.step, preparation.result), run.student.model.device, warm_up=0).seconds)
-    return (
-        statistics.median(prepared[_WARM_UP:]),
-        statistics.median(trained[_WARM_UP:]),
-        memory_in_use(run.student.model.device),
-    )
+        trained.append(time_trial(partial(loop.step, preparation.result), device, warm_up=0).seconds)
+    return statistics.median(prepared[_WARM_UP:]), statistics.median(trained[_WARM_UP:]), memory_in_use(device)
 
 
 def _measure_teacher(run: TrainingRun, step_seconds: float) -> TeacherCost | None:
@@ -105,19 +102,19 @@ def _measure_teacher(run: TrainingRun, step_seconds: float) -> TeacherCost | Non
     teacher_inputs = run.inputs.teacher_inputs
     if teacher_inputs is None:
         return None
-    teacher, embeddings = run.teacher, teacher_inputs.embeddings
+    teacher, embeddings = run.online_teacher, teacher_inputs.embeddings
     if teacher is None:
-        assert embeddings is not None, "what does not teach online has left embeddings"
+        assert embeddings is not None, "a teacher that is not online has stored embeddings"
         spec = run.settings.teacher or ((embeddings.sidecar or {}).get("model") or {}).get("spec")
         if spec is None:
             return None
         try:
             teacher = load_model(with_default_tag(parse_model(spec)), run.machine.device)
         except ClipcidError as error:
-            run.reporter.note(f"What the teacher would take in the loop is not measured: {error.message}")
+            run.reporter.note(f"The time that the teacher would take in the loop is not measured: {error.message}")
             return None
     seconds = _time_teacher(teacher, run.plan.batch_size // run.machine.size, run.settings.precision)
-    step = step_seconds if run.teacher is not None else step_seconds + seconds
+    step = step_seconds if run.online_teacher is not None else step_seconds + seconds
     # What is embedded once may be more than what is trained on: all images, not only the kept ones, and every view.
     rows = len(run.inputs.usable.keys) if embeddings is None else embeddings.num_rows
     passes = rows * (1 + teacher_inputs.num_views) / run.inputs.training.total

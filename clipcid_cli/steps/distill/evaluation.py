@@ -4,26 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Dataset, Sample
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer
+from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.models.used_tokens import whole_table
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.steps.distill.batches import HeldOut
+from clipcid_cli.steps.distill.samples import Selection
 from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
 from clipcid_cli.steps.reporting import Reporter, SilentReporter
+from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
+# Held-out samples beyond this many are left to eval-zeroshot: evaluation during training should take seconds.
+_MAX_HELD_OUT = 5_000
 _BATCH = 256
 _FP32 = Precision("fp32", torch.float32, "evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """The held-out samples, ready for the model.
+
+    Attributes:
+        pixels: uint8 [n, H, W, 3], the model's own evaluation pixels.
+        tokens: int64 [n, L].
+        samples: The samples themselves, for the report's pictures.
+        rows: Their rows among the usable samples.
+    """
+
+    pixels: torch.Tensor
+    tokens: torch.Tensor
+    samples: list[Sample]
+    rows: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +97,54 @@ class Evaluation:
                 found = measure(encoder, task, self.settings).result.metrics.items()
                 metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
         return metrics
+
+
+def prepare_evaluation(
+    settings: DistillSettings,
+    dataset: Dataset,
+    held_out: Selection,
+    student: ClipModel,
+    machine: Machine,
+    reporter: Reporter,
+) -> Evaluation:
+    """Read the held-out samples and open the data sets of ``--eval-data``.
+
+    Raises:
+        ClipcidError: when a data set cannot be opened.
+    """
+    samples = read_held_out(dataset, held_out, student.pixel_transform(), student.tokenizer, _MAX_HELD_OUT)
+    zeroshot = EvalZeroshotSettings(work=settings.work, data=settings.eval_data, bootstrap=0, workers=0)
+    tasks = machine.on_main(lambda: plan_evaluation(zeroshot, reporter)) if settings.eval_data else []
+    return Evaluation(samples, tasks, zeroshot)
+
+
+def read_held_out(
+    dataset: Dataset,
+    selection: Selection,
+    transform: Callable[[Image.Image], torch.Tensor],
+    tokenizer: Tokenizer,
+    limit: int,
+) -> HeldOut | None:
+    """Read the first `limit` held-out samples; None when there are fewer than two, which retrieval cannot use."""
+    samples, rows = list[Sample](), list[int]()
+    for shard, positions, shard_rows in zip(dataset.shards, selection.positions, selection.rows, strict=True):
+        if len(samples) >= limit:
+            break
+        if len(positions):
+            listed = shard.samples()
+            samples.extend(listed[int(position)] for position in positions)
+            rows.extend(shard_rows.tolist())
+    pixels, readable = list[torch.Tensor](), list[int]()
+    for number, sample in enumerate(samples[:limit]):
+        image = read_image(sample.image)
+        if not isinstance(image, SkippedImage):
+            pixels.append(transform(image))
+            readable.append(number)
+    if len(readable) < 2:
+        return None
+    chosen = [samples[number] for number in readable]
+    tokens = tokenizer([sample.captions[0] for sample in chosen])
+    return HeldOut(torch.stack(pixels), tokens, chosen, [rows[number] for number in readable])
 
 
 def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ZeroshotTask]:

@@ -1,4 +1,4 @@
-"""What `distill` reads: data, keep list, the teacher's embeddings and clusters, found and checked against each other."""
+"""What `distill` reads: data, keep list, the teacher's embeddings and clusters, found and checked against one another."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_p
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
-from clipcid_cli.steps.distill.batches import Selection, Usable, find_usable
+from clipcid_cli.steps.distill.cluster_targets import join_clusters, refuse_old_clusters
+from clipcid_cli.steps.distill.samples import Selection, UsableSamples, find_usable
 from clipcid_cli.steps.distill.teacher_inputs import (
     TeacherInputs,
-    join_clusters,
     join_teacher,
     named_teacher,
     needs_teacher_texts,
     open_teacher,
-    refuse_old_clusters,
 )
 from clipcid_cli.steps.embed.ensure import ensure_embeddings
 from clipcid_cli.steps.keep_list import AppliedKeepList, apply_keep_list
@@ -36,17 +35,17 @@ from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 @dataclasses.dataclass(frozen=True)
 class TrainingInputs:
-    """All that a run reads.
+    """Everything a run reads.
 
     Attributes:
-        usable: Its samples with image and caption.
-        keep_list: The keep list that was applied; None for all samples.
-        teacher_inputs: The teacher's side; None when no loss asks.
+        usable: The samples that have an image and a caption.
+        keep_list: The keep list that was applied; None where all samples are used.
+        teacher_inputs: The teacher's embeddings and clusters; None where no loss needs a teacher.
         fingerprints: Size and hash of each input file.
     """
 
     dataset: Dataset
-    usable: Usable
+    usable: UsableSamples
     training: Selection
     held_out: Selection
     keep_list: AppliedKeepList | None
@@ -55,9 +54,9 @@ class TrainingInputs:
 
 
 def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Path | None:
-    """Find the teacher's embeddings, and make them where there are none; None when no loss asks for them.
+    """Find the teacher's embeddings, and make them where there are none; None when no loss needs them.
 
-    Without ``--teacher`` the work directory's embeddings say who it is.
+    Without ``--teacher`` it is the one whose embeddings the work directory holds.
 
     Raises:
         ClipcidError: when they can neither be found nor made.
@@ -67,7 +66,7 @@ def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Repor
     if settings.embeddings is not None:
         return settings.embeddings
     if settings.online_teacher:
-        return machine.on_main(lambda: _find_axes(settings))
+        return machine.on_main(lambda: _find_for_axes(settings))
     teacher = settings.teacher
     if teacher is None:
         try:
@@ -77,33 +76,33 @@ def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Repor
                 raise
         teacher = DEFAULT_MODEL
         reporter.note(f"Teacher: {teacher}, the default.")
-    # Embeddings of images alone that are there already may serve; new ones are of captions too.
+    # Existing embeddings of images only may suffice; new ones are of captions too.
     folder = WorkDirectory(settings.work).embeddings(with_default_tag(parse_model(teacher)).slug)
-    is_made = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed")) is not None)
-    text = True if needs_teacher_texts(settings) or not is_made else None
+    exists = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed")) is not None)
+    text = True if needs_teacher_texts(settings) or not exists else None
     return ensure_embeddings(settings, machine, reporter, data=settings.data, model=teacher, text=text)
 
 
-def _find_axes(settings: DistillSettings) -> Path | None:
-    """Find what an online teacher has embedded before, which only says where it and the student meet; None for nothing."""
+def _find_for_axes(settings: DistillSettings) -> Path | None:
+    """Find stored embeddings of an online teacher, in which only the axes of the shared space are found; None for none."""
     teacher = named_teacher(settings)
     try:
         folder = WorkDirectory(settings.work).find_embeddings(None if teacher is None else teacher.slug)
     except ClipcidError:
         return None
-    made = read_sidecar(sidecar_path(folder, "embed"))
-    others = teacher is not None and (made is None or not is_of(made["model"], teacher))
-    return None if others or settings.teacher_space == "project" else folder
+    sidecar = read_sidecar(sidecar_path(folder, "embed"))
+    of_another = teacher is not None and (sidecar is None or not is_of(sidecar["model"], teacher))
+    return None if of_another or settings.teacher_space == "project" else folder
 
 
 def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, reporter: Reporter) -> TrainingInputs:
-    """Find, open and join the inputs, saying which were taken.
+    """Find, open and join the inputs, and report which were taken.
 
     Args:
         embeddings_folder: What `find_embeddings` found.
 
     Raises:
-        ClipcidError: when one is missing or they are not of one data set and one teacher; the fix names the command.
+        ClipcidError: when one is missing, or they are of different data or teachers; the fix names the command.
     """
     work = WorkDirectory(settings.work)
     teacher = named_teacher(settings) if settings.needs_teacher else None
@@ -113,7 +112,7 @@ def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, repor
     dataset = _open_data(settings, work, embeddings, reporter)
     usable = find_usable(dataset, settings.max_bad_fraction)
     fingerprints = dataset.fingerprints()
-    wanted, held_out = usable.split(settings.val_fraction)
+    selected, held_out = usable.split(settings.val_fraction)
     keep_list = apply_keep_list(
         settings.keep_list,
         work,
@@ -124,24 +123,24 @@ def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, repor
         reporter=reporter,
     )
     if keep_list is not None:
-        wanted &= keep_list.is_kept
+        selected &= keep_list.is_kept
         fingerprints.append(fingerprint_file(keep_list.path))
     teacher_inputs = None
     if settings.needs_teacher:
         if settings.online_teacher:
-            teacher_inputs = _take_online(teacher, embeddings, usable, reporter)
+            teacher_inputs = _choose_online(teacher, embeddings, usable, reporter)
         else:
             assert embeddings is not None, "find_embeddings made them"
-            teacher_inputs = join_teacher(settings, embeddings, dataset, usable, wanted, reporter)
-            wanted &= teacher_inputs.places >= 0
-        teacher_inputs = join_clusters(settings, teacher_inputs, usable, wanted, reporter)
+            teacher_inputs = join_teacher(settings, embeddings, dataset, usable, selected, reporter)
+            selected &= teacher_inputs.embedding_rows >= 0
+        teacher_inputs = join_clusters(settings, teacher_inputs, usable, selected, reporter)
         if keep_list is not None and teacher_inputs.clusters is not None:
             refuse_old_clusters(teacher_inputs.clusters, keep_list.path)
         fingerprints += teacher_inputs.fingerprints()
     return TrainingInputs(
         dataset,
         usable,
-        usable.selection.narrow(wanted),
+        usable.selection.narrow(selected),
         usable.selection.narrow(held_out),
         keep_list,
         teacher_inputs,
@@ -149,20 +148,20 @@ def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, repor
     )
 
 
-def _take_online(
-    teacher: ModelName | None, embeddings: Embeddings | None, usable: Usable, reporter: Reporter
+def _choose_online(
+    teacher: ModelName | None, embeddings: Embeddings | None, usable: UsableSamples, reporter: Reporter
 ) -> TeacherInputs:
-    """Take a teacher that runs beside the student: the one that was named, else the embeddings', else the default one.
+    """Choose a teacher that runs alongside the student: the one named, else the embeddings', else the default one.
 
     Raises:
-        ClipcidError: when another tool's embeddings do not say who that was.
+        ClipcidError: when embeddings of another tool do not name their model.
     """
     if teacher is None and embeddings is not None:
         if embeddings.sidecar is None:
-            raise ClipcidError(f"{embeddings.folder} does not say which model it is of.", "Name the --teacher.")
+            raise ClipcidError(f"{embeddings.folder} does not record which model made it.", "Name the --teacher.")
         teacher = parse_model(embeddings.sidecar["model"]["spec"])
     teacher = teacher or with_default_tag(parse_model(DEFAULT_MODEL))
-    reporter.note(f"Teacher: {teacher.spec}, run beside the student on the same views and captions.")
+    reporter.note(f"Teacher: {teacher.spec}, run alongside the student on the same views and captions.")
     places = np.full(len(usable.keys), -1) if embeddings is None else join_keys(usable.keys, embeddings.keys)
     return TeacherInputs(embeddings, places, online=teacher)
 

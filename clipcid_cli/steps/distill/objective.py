@@ -1,23 +1,64 @@
-"""What a student is trained for: the weighted sum of a run's losses over one global batch."""
+"""What a student is trained for: the weighted sum of a run's losses over one global batch, with the teacher's part in it."""
 
 from __future__ import annotations
 
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.runtime.gradients import gather_rows, sum_values
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.training import LossParameters
 from clipcid_cli.steps.distill.batches import TrainingBatch
+from clipcid_cli.steps.distill.cluster_targets import ClusterLookup
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.distill import DistillSettings
 
-if TYPE_CHECKING:
-    from clipcid_cli.steps.distill.teacher_space import Teacher
+
+@dataclasses.dataclass(frozen=True)
+class Teacher(ABC):
+    """The teacher's part of every batch: from stored embeddings, or computed on the fly.
+
+    Attributes:
+        space: Where its features and the student's are compared.
+        clusters: Its clusters; None where no loss needs them.
+        device: Where the losses are computed.
+        size: Number of processes.
+    """
+
+    space: SharedSpace
+    teacher_scale: float
+    clusters: ClusterLookup | None
+    device: torch.device
+    size: int
+
+    @abstractmethod
+    def add_targets(self, batch: LossBatch, local: TrainingBatch, step: int) -> LossBatch:
+        """Add the teacher's features, scale and clusters to a global batch; call it on every process.
+
+        Args:
+            local: This process's part of the batch, as a worker made it.
+        """
+
+    def add_clusters(self, batch: LossBatch, rows: npt.NDArray[np.int64], step: int) -> LossBatch:
+        """Add the teacher's scale and the clusters of samples: of the images, whatever view is shown, and first captions.
+
+        Args:
+            rows: Rows of the global batch's samples among the usable ones, int64 [B].
+            step: Number of the step; decides the draw of centroids.
+        """
+        images, texts = (None, None) if self.clusters is None else self.clusters.targets(rows, step)
+        return dataclasses.replace(batch, teacher_scale=self.teacher_scale, image_clusters=images, text_clusters=texts)
 
 
 class Objective:
@@ -32,7 +73,7 @@ class Objective:
         self,
         weights: Mapping[str, float],
         parameters: LossParameters,
-        targets: Teacher | None,
+        teacher: Teacher | None,
         machine: Machine,
         *,
         local: bool = False,
@@ -42,27 +83,28 @@ class Objective:
         Args:
             weights: Factor of each loss by name.
             parameters: The losses' own scales and maps.
-            targets: What the teacher said of each sample; None when no loss asks.
+            teacher: None where no loss needs one.
             local: Whether each process computes the losses of its own rows only, against everybody's.
         """
         self.weights = dict(weights)
         self._functions = {name: load_loss(name) for name in weights}
         self.parameters = parameters
-        self._targets, self._machine = targets, machine
+        self._teacher, self._machine = teacher, machine
         self._local = local and machine.size > 1
 
     def __call__(
-        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, seen: TrainingBatch, step: int
+        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, local: TrainingBatch, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a step.
 
         Args:
             image_bd: This process's image features, not normalised, [b, d].
-            seen: Its part of the batch, by which the teacher's side is found.
+            text_bd: Its text features, likewise.
+            local: Its part of the batch, by which the teacher's part is found.
             step: Number of the step; decides the draw of cluster centroids.
 
         Returns:
-            What to find the gradients of: the weighted sum of the losses of the global batch, or (`local`) of this
+            What the gradients are of: the weighted sum of the losses of the global batch, or (with `local` losses) of this
             process's rows, times the number of processes. And each loss by name without its weight; `values` makes them
             the global batch's.
         """
@@ -85,13 +127,13 @@ class Objective:
             text_BD=gathered[-1],
             own=slice(start, start + count) if self._local else slice(0, len(together)),
         )
-        if self._targets is not None:
+        if self._teacher is not None:
             with torch.no_grad():
-                batch = self._targets.add_targets(batch, seen, step)
+                batch = self._teacher.add_targets(batch, local, step)
         terms: dict[str, Tensor] = {}
         for name, function in self._functions.items():
-            own = LOSSES[name].own_scale
-            terms[name] = function(batch, self.parameters.scale(name)) if own else function(batch)
+            own_scale = LOSSES[name].own_scale
+            terms[name] = function(batch, self.parameters.scale(name)) if own_scale else function(batch)
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return total * machine.size if self._local else total, terms
 
@@ -101,3 +143,19 @@ class Objective:
         if self._local:
             found = sum_values(found, self._machine.size)
         return dict(zip(terms, found.tolist(), strict=True))
+
+
+def make_objective(
+    settings: DistillSettings, student_width: int, teacher: Teacher | None, machine: Machine, reporter: Reporter
+) -> Objective:
+    """Make the losses that the settings ask for, with their own parameters."""
+    width = student_width if teacher is None else teacher.space.width
+    weights = {name: weight.at(width) for name, weight in settings.losses().items()}
+    reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + ".")
+    parameters = LossParameters(
+        [name for name in weights if LOSSES[name].own_scale],
+        student_width,
+        teacher.space.width if teacher is not None and teacher.space.is_learned else None,
+        derive_seed("loss parameters", settings.seed),
+    )
+    return Objective(weights, parameters.to(machine.device), teacher, machine, local=settings.local_loss)

@@ -1,4 +1,4 @@
-"""A teacher that runs beside the student, on the very views and captions the student sees."""
+"""A teacher that runs alongside the student, on the same views and captions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.cluster_targets import open_lookup
+from clipcid_cli.steps.distill.objective import Teacher
+from clipcid_cli.steps.distill.stored_teacher import choose_space
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
-from clipcid_cli.steps.distill.teacher_space import Teacher, choose_space
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -30,23 +31,23 @@ SAMPLES_AT_ONCE = 256
 
 @dataclasses.dataclass(frozen=True)
 class OnlineTeacher(Teacher):
-    """The teacher's side of every batch, computed as it comes.
+    """The teacher's part of every batch, computed on the fly.
 
     Attributes:
         model: The teacher, its products cast to `precision`.
         precision: Number format of its products.
-        changes_colors: Whether batches carry colour maps worth applying.
+        changes_colors: Whether batches carry colour maps that change anything.
     """
 
     model: ClipModel
     precision: Precision
     changes_colors: bool
 
-    def add_targets(self, batch: LossBatch, seen: TrainingBatch, step: int) -> LossBatch:
+    def add_targets(self, batch: LossBatch, local: TrainingBatch, step: int) -> LossBatch:
         """Embed this process's part and gather everybody's rows."""
-        image, text = self.embed(seen)
+        image, text = self.embed(local)
         width = image.shape[1]
-        rows = gather_rows(seen.rows.to(self.device), self.size).cpu().numpy()
+        rows = gather_rows(local.rows.to(self.device), self.size).cpu().numpy()
         gathered = gather_rows(torch.cat([image, text], dim=1), self.size)
         return dataclasses.replace(
             self.add_clusters(batch, rows, step),
@@ -54,30 +55,30 @@ class OnlineTeacher(Teacher):
             teacher_text_BD=gathered[:, width:].contiguous(),
         )
 
-    def embed(self, seen: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Embed what the student sees.
+    def embed(self, local: TrainingBatch) -> tuple[Tensor, Tensor]:
+        """Embed what the student is shown.
 
         Returns:
-            Image and text rows in the meeting space, unit, float32 [b, D] each, without gradients.
+            Image and text rows in the shared space, unit, float32 [b, D] each, without gradients.
         """
-        assert seen.teacher_pixels is not None, "the maker of batches was told of the teacher"
-        assert seen.teacher_tokens is not None, "likewise"
+        assert local.teacher_pixels is not None, "the batch maker has the teacher's processor"
+        assert local.teacher_tokens is not None, "likewise"
         images, texts = [], []
         with torch.no_grad():
-            for start in range(0, len(seen.rows), SAMPLES_AT_ONCE):
+            for start in range(0, len(local.rows), SAMPLES_AT_ONCE):
                 part = slice(start, start + SAMPLES_AT_ONCE)
-                pixels = seen.teacher_pixels[part].to(self.device, non_blocking=True)
+                pixels = local.teacher_pixels[part].to(self.device, non_blocking=True)
                 if self.changes_colors:
-                    shown = apply_colors(pixels, seen.colors[part].to(self.device, non_blocking=True))
+                    shown = apply_colors(pixels, local.colors[part].to(self.device, non_blocking=True))
                     pixels = normalize_pixels(shown, self.model.info.preprocess)
                 images.append(self.model.encode_images(pixels, self.precision))
-                texts.append(self.model.encode_texts(seen.teacher_tokens[part], self.precision))
+                texts.append(self.model.encode_texts(local.teacher_tokens[part], self.precision))
             axes = self.space.axes
             return project(torch.cat(images), axes), project(torch.cat(texts), axes)
 
 
 def load_online_teacher(teacher_inputs: TeacherInputs | None, machine: Machine) -> ClipModel | None:
-    """Load the teacher that runs beside the student; None where none does.
+    """Load the teacher that runs alongside the student; None where none does.
 
     Raises:
         ClipcidError: when its weights cannot be reached or read.
@@ -92,7 +93,7 @@ def load_online_teacher(teacher_inputs: TeacherInputs | None, machine: Machine) 
 
 
 def describe_weights(model: ClipModel) -> dict[str, Any]:
-    """Describe an online teacher as an input of the run: by its weights and what decides the pixels it sees."""
+    """Describe an online teacher as an input of the run: by its weights, and what decides its pixels and tokens."""
     info = model.info
     return {
         "path": f"the teacher {info.spec}",
@@ -113,8 +114,8 @@ def open_online_teacher(
     """Make a loaded teacher ready to teach.
 
     Args:
-        teacher_inputs: What it left on disk: clusters, and embeddings to find the axes of the meeting space in.
-        changes_colors: Whether batches carry colour maps worth applying.
+        teacher_inputs: Its clusters, and stored embeddings to find the axes of the shared space in.
+        changes_colors: Whether batches carry colour maps that change anything.
 
     Raises:
         ClipcidError: when the clusters are of another width than the teacher.

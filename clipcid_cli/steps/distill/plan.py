@@ -1,4 +1,4 @@
-"""The numbers of a training run, settled before anything is written."""
+"""The numbers of a training run, decided before anything is written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.randomness import SHARDS_MIXED
+from clipcid_cli.runtime.sample_order import SHARDS_MIXED
 from clipcid_cli.runtime.training import OptimiserPlan
 from clipcid_cli.steps.distill.inputs import TrainingInputs
 from clipcid_cli.steps.reporting import Reporter
@@ -35,7 +35,7 @@ class Plan:
 
 
 def plan_run(settings: DistillSettings, inputs: TrainingInputs, machine: Machine, reporter: Reporter) -> Plan:
-    """Settle batch size, number of steps and warm-up.
+    """Decide batch size, number of steps and warm-up.
 
     Raises:
         UsageError: when the batch does not divide among the processes.
@@ -59,7 +59,7 @@ def plan_run(settings: DistillSettings, inputs: TrainingInputs, machine: Machine
     steps = settings.steps or max(1, epochs * samples // batch_size)
     warmup = min(steps // 10, 2_000) if settings.warmup is None else settings.warmup
     if warmup > steps:
-        raise UsageError(f"--warmup {warmup:,} exceeds the {steps:,} steps of the run.", "Give fewer steps of warm-up.")
+        raise UsageError(f"--warmup {warmup:,} exceeds the {steps:,} steps of the run.", "Give fewer warm-up steps.")
     reporter.note(
         f"{samples:,} samples, {steps:,} steps of {batch_size:,}: {steps * batch_size / samples:.1f} epochs, "
         f"{warmup:,} steps of warm-up.\n{_describe_shuffle(inputs.training.sizes)}"
@@ -88,6 +88,6 @@ def _describe_shuffle(shard_sizes: list[int]) -> str:
 
 
 def default_name(settings: DistillSettings, student: ClipModel, inputs: TrainingInputs) -> str:
-    """Name a run after its student, preset and seed, and after the keep list when there is none to be had."""
+    """Name a run after its student, preset and seed, with `all` where there is no keep list."""
     parts = [student.info.slug, settings.chosen_preset, f"s{settings.seed}"]
     return "-".join(parts if inputs.keep_list is not None else [*parts, "all"])

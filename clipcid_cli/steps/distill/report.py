@@ -1,4 +1,4 @@
-"""The report of a training run: curves, student beside teacher, retrieval a person can look at."""
+"""The report of a training run: curves, student next to teacher, examples of retrieval."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg,
 from clipcid_cli.formats.results.run_folder import RunFolder, read_lines
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
-from clipcid_cli.steps.distill.batches import HeldOut
-from clipcid_cli.steps.distill.evaluation import embed_held_out
+from clipcid_cli.steps.distill.evaluation import HeldOut, embed_held_out
 from clipcid_cli.steps.distill.inputs import TrainingInputs
 from clipcid_cli.steps.distill.loop import Loop
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -76,7 +75,7 @@ def _compare(held_out: HeldOut, images: Tensor, texts: Tensor, inputs: TrainingI
     stored = inputs.teacher_inputs
     if stored is None or stored.embeddings is None or not stored.embeddings.has_texts:
         return []
-    places = stored.places[np.array(held_out.rows, dtype=np.int64)]
+    places = stored.embedding_rows[np.array(held_out.rows, dtype=np.int64)]
     known = np.flatnonzero(places >= 0)
     if len(known) < 2:
         return []
@@ -193,7 +192,7 @@ def _list_inputs(inputs: TrainingInputs) -> list[tuple[str, str]]:
     found = [("data", inputs.dataset.spec), ("keep list", keep_list)]
     if inputs.teacher_inputs is not None:
         if inputs.teacher_inputs.online is not None:
-            found.append(("teacher", f"{inputs.teacher_inputs.online.spec}, run beside the student"))
+            found.append(("teacher", f"{inputs.teacher_inputs.online.spec}, run alongside the student"))
         if inputs.teacher_inputs.embeddings is not None:
             found.append(("embeddings", str(inputs.teacher_inputs.embeddings.folder)))
         if inputs.teacher_inputs.clusters is not None:

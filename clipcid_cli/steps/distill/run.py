@@ -69,9 +69,9 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
 
 
 def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: TrainingInputs) -> dict[str, Any]:
-    """Return all that decides the student, beside the inputs' content, as JSON values."""
+    """Return the identity of a run: all that determines the student, except its inputs' content, as JSON values."""
     given = output_settings(settings)
-    # Data and teacher are inputs: they are told by their content, however they were named.
+    # Data and teacher are inputs, identified by their content, however they were named.
     for name in ("data", "teacher", "epochs", "init_from"):
         del given[name]
     precision = choose_precision(settings.precision, student.device, "train", student.info.parameters)

@@ -1,4 +1,4 @@
-"""The student a run begins with: loaded, filled from a larger model, its frozen towers set aside."""
+"""The student before training: loaded, filled from a larger model, its frozen towers and unused tokens set aside."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.inherit import inherit
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
-from clipcid_cli.runtime.models.used_tokens import freeze
+from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows
+from clipcid_cli.steps.distill.samples import UsableSamples, used_tokens
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -22,14 +24,14 @@ class Student:
     """A model to train.
 
     Attributes:
-        model: The model; its ``info.weights_hash`` says what it starts from.
+        model: The model; its ``info.weights_hash`` identifies its initial weights.
         frozen: Modules that stay in evaluation mode.
-        spare_unused_tokens: Whether token embeddings no caption uses may be set aside while training.
+        trains_text: Whether the text tower is trained.
     """
 
     model: ClipModel
     frozen: list[nn.Module]
-    spare_unused_tokens: bool
+    trains_text: bool
 
 
 def load_student(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Student:
@@ -44,28 +46,50 @@ def load_student(settings: DistillSettings, machine: Machine, reporter: Reporter
 def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -> Student:
     model = load_model(parse_model(str(settings.student)), device, fresh_seed=settings.seed)
     if settings.init_from is not None:
-        source = load_model(with_default_tag(parse_model(settings.init_from)))
-        left = inherit(model.module, source.module, settings.init_towers)
-        which = "Both towers" if settings.init_towers == "both" else f"The {settings.init_towers} tower"
-        kept = f"; not of it: {', '.join(left)}" if left else ""
-        verb = "start" if settings.init_towers == "both" else "starts"
-        reporter.note(f"{which} {verb} from {source.info.spec}{kept}.")
-        weights_hash = f"{model.info.weights_hash}+{settings.init_towers}:{source.info.weights_hash}"
-        model = dataclasses.replace(model, info=dataclasses.replace(model.info, weights_hash=weights_hash))
+        model = _inherit(model, settings.init_from, settings.init_towers, reporter)
     frozen: list[nn.Module] = []
-    for tower, wanted in (("image", settings.freeze_image), ("text", settings.freeze_text)):
-        if wanted:
+    for tower, is_frozen in (("image", settings.freeze_image), ("text", settings.freeze_text)):
+        if is_frozen:
             frozen += freeze(model.module, tower)
     if settings.grad_checkpointing:
         _checkpoint_layers(model)
-    return Student(model, frozen, spare_unused_tokens=not settings.freeze_text)
+    return Student(model, frozen, trains_text=not settings.freeze_text)
+
+
+def _inherit(model: ClipModel, init_from: str, towers: str, reporter: Reporter) -> ClipModel:
+    source = load_model(with_default_tag(parse_model(init_from)))
+    not_inherited = inherit(model.module, source.module, towers)
+    subject = "Both towers start" if towers == "both" else f"The {towers} tower starts"
+    fresh = f", except {', '.join(not_inherited)}" if not_inherited else ""
+    reporter.note(f"{subject} from {source.info.spec}{fresh}.")
+    weights_hash = f"{model.info.weights_hash}+{towers}:{source.info.weights_hash}"
+    return dataclasses.replace(model, info=dataclasses.replace(model.info, weights_hash=weights_hash))
 
 
 def _checkpoint_layers(model: ClipModel) -> None:
     try:
         model.module.set_grad_checkpointing(True)  # type: ignore[operator]  # every CLIP of open_clip has it
     except (AttributeError, NotImplementedError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ClipcidError(
-            f"--grad-checkpointing: a tower of {model.info.spec} cannot do it ({' '.join(str(error).split())[:200]}).",
-            "Leave it away and use --accum-freq, which saves memory with any model.",
+            f"--grad-checkpointing: a tower of {model.info.spec} does not support it ({reason}).",
+            "Omit it and use --accum-freq, which saves memory with any model.",
         ) from error
+
+
+def set_unused_tokens_aside(student: ClipModel, dataset: Dataset, usable: UsableSamples, reporter: Reporter) -> None:
+    """Train only the embeddings of tokens that some caption has, where that saves much."""
+    used = used_tokens(dataset, usable, student.tokenizer)
+    if used is not None and train_used_rows(student.module, used):
+        reporter.note(
+            f"The captions use {len(used):,} tokens: only their embeddings are trained, the others decay as in AdamW."
+        )
+
+
+def warn_of_batch_statistics(student: ClipModel, reporter: Reporter) -> None:
+    """Warn where a batch is cut into parts and the student has batch normalisation."""
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in student.module.modules()):
+        reporter.warn(
+            "The student has batch normalisation, whose statistics are those of each part of a batch: "
+            "--accum-freq and several processes change what it learns."
+        )

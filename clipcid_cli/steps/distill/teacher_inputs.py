@@ -1,4 +1,4 @@
-"""The teacher's side of what `distill` reads: embeddings and clusters, checked against teacher and data, joined by key."""
+"""What a teacher provides on disk: its embeddings, checked against teacher and data, and joined with the data by key."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.output import fingerprint_file
-from clipcid_cli.formats.results.clusters import CENTROIDS, TABLE, Clusters, open_clusters
+from clipcid_cli.formats.results.clusters import CENTROIDS, TABLE, Clusters
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
-from clipcid_cli.steps.distill.batches import Usable
-from clipcid_cli.steps.distill.stored_views import StoredViews
+from clipcid_cli.steps.distill.batches import StoredViews
+from clipcid_cli.steps.distill.samples import UsableSamples
 from clipcid_cli.steps.model_identity import find_difference
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -30,23 +30,23 @@ Rows = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class TeacherInputs:
-    """What the teacher left on disk, joined with the data by key.
+    """What the teacher provides, joined with the data by key.
 
     Attributes:
-        embeddings: Its embeddings; None for an online teacher that left none.
-        places: Row of the embeddings of each usable sample; −1 where there is none.
-        clusters: Clusters; None when no loss asks.
-        cluster_places: Row of the clusters' table of each usable sample; −1 where there is none.
+        embeddings: Its stored embeddings; None for an online teacher without any.
+        embedding_rows: Row of the embeddings of each usable sample; −1 where there is none.
+        clusters: Clusters; None where no loss needs them.
+        cluster_rows: Row of the clusters' table of each usable sample; −1 where there is none.
         num_views: Stored views of each image that are replayed, 0 for none.
         all_captions: Whether every caption of a sample is embedded, so that any may be shown.
-        online: The teacher that runs beside the student; None where its embeddings teach.
+        online: The teacher that runs alongside the student; None where stored embeddings teach.
         text_clusters: Whether clusters teach the text tower as well.
     """
 
     embeddings: Embeddings | None
-    places: Rows
+    embedding_rows: Rows
     clusters: Clusters | None = None
-    cluster_places: Rows | None = None
+    cluster_rows: Rows | None = None
     num_views: int = 0
     all_captions: bool = False
     online: ModelName | None = None
@@ -54,7 +54,7 @@ class TeacherInputs:
 
     @property
     def first_captions(self) -> bool:
-        """Whether a sample may only show its first caption: stored embeddings of texts know no other."""
+        """Whether a sample may only show its first caption, the only one that is embedded."""
         return (
             self.embeddings is not None and self.embeddings.has_texts and self.online is None and not self.all_captions
         )
@@ -63,16 +63,16 @@ class TeacherInputs:
         """Return the stored views for training; None where none are replayed."""
         if self.embeddings is None or not self.num_views:
             return None
-        return StoredViews(self.embeddings.view_params(), self.places, seed)
+        return StoredViews(self.embeddings.view_params(), self.embedding_rows, seed)
 
     def augmentation(self, chosen: Augmentation) -> Augmentation:
-        """Return how what the student sees is varied: as the stored views were, else as was chosen."""
+        """Return how images are augmented: as the stored views were, else as chosen."""
         if self.embeddings is None or not self.num_views:
             return chosen
         if self.embeddings.sidecar is None:  # another tool's views may have changed anything
             return Augmentation(color_jitter=1.0, gray_probability=1.0)
-        made = self.embeddings.sidecar["settings"]
-        return Augmentation(made["crop_scale"], made["color_jitter"], made["gray_probability"])
+        views = self.embeddings.sidecar["settings"]
+        return Augmentation(views["crop_scale"], views["color_jitter"], views["gray_probability"])
 
     def fingerprints(self) -> list[dict[str, Any]]:
         """Describe the files a run reads, for its sidecar."""
@@ -86,18 +86,18 @@ class TeacherInputs:
 
 
 def needs_teacher_texts(settings: DistillSettings) -> bool:
-    """Tell whether any loss of the run cannot do without the teacher's embeddings of captions."""
+    """Tell whether any loss of the run needs the teacher's embeddings of captions."""
     return not all(served_by_one_tower(settings.losses()).values())
 
 
 def open_teacher(settings: DistillSettings, folder: Path, teacher: ModelName | None, reporter: Reporter) -> Embeddings:
-    """Open the teacher's embeddings and check that they are its.
+    """Open the teacher's embeddings and check that the teacher made them.
 
     Args:
         teacher: The teacher, where it was named or runs online.
 
     Raises:
-        ClipcidError: when they are another model's, or lack captions that a loss needs.
+        ClipcidError: when another model made them, or they lack captions that a loss needs.
     """
     embeddings = open_embeddings(folder, settings.keys, settings.npz_array, WorkDirectory(settings.work).fingerprints)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
@@ -107,30 +107,30 @@ def open_teacher(settings: DistillSettings, folder: Path, teacher: ModelName | N
         needing = [name for name, served in served_by_one_tower(settings.losses()).items() if not served]
         if needing:
             raise ClipcidError(
-                f"{folder} holds embeddings of images alone, and captions are needed by: {', '.join(needing)}.",
-                "Run: clipcid embed DATA --text; or use losses that do with one tower: "
+                f"{folder} holds embeddings of images only, and captions are needed by: {', '.join(needing)}.",
+                "Run: clipcid embed DATA --text; or use losses that need one tower only: "
                 + ", ".join(name for name, served in served_by_one_tower(LOSSES).items() if served),
             )
-        reporter.note("They are of images alone: the teacher teaches what it can with those.")
+        reporter.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
 
 
 def named_teacher(settings: DistillSettings) -> ModelName | None:
-    """Return the teacher as the user named it; None where the embeddings say who it is."""
+    """Return the teacher as the user named it; None where the embeddings name it."""
     return None if settings.teacher is None else with_default_tag(parse_model(settings.teacher))
 
 
 def _check_teacher(name: ModelName, embeddings: Embeddings) -> None:
-    """Refuse embeddings of another model than the teacher; those of other tools cannot be checked."""
+    """Refuse embeddings of another model than the teacher's; those of other tools cannot be checked."""
     if embeddings.sidecar is None:
         return
-    made_by = embeddings.sidecar["model"]
-    difference = find_difference(made_by, name)
+    model = embeddings.sidecar["model"]
+    difference = find_difference(model, name)
     if difference is not None:
         raise ClipcidError(
-            f"The embeddings in {embeddings.folder} are of {made_by['spec']}, {difference.what} {difference.recorded}; the "
+            f"The embeddings in {embeddings.folder} are of {model['spec']}, {difference.what} {difference.recorded}; the "
             f"teacher is {name.spec}, {difference.what} {difference.named}.",
-            f"Run: clipcid embed DATA --model {name.spec}, or leave --embeddings away.",
+            f"Run: clipcid embed DATA --model {name.spec}, or omit --embeddings.",
         )
 
 
@@ -138,155 +138,72 @@ def join_teacher(
     settings: DistillSettings,
     embeddings: Embeddings,
     dataset: Dataset,
-    usable: Usable,
-    wanted: npt.NDArray[np.bool_],
+    usable: UsableSamples,
+    selected: npt.NDArray[np.bool_],
     reporter: Reporter,
 ) -> TeacherInputs:
-    """TiledSearch stored embeddings with the data.
+    """Join stored embeddings with the data.
+
+    Args:
+        selected: Which of the usable samples the run trains on, bool [N].
 
     Raises:
         ClipcidError: when they are of other data.
     """
     _check_keys(embeddings, dataset)
-    places = join_keys(usable.keys, embeddings.keys)
-    missing = int(np.count_nonzero(wanted & (places < 0)))
-    if missing > settings.max_bad_fraction * np.count_nonzero(wanted):
+    rows = join_keys(usable.keys, embeddings.keys)
+    missing = int(np.count_nonzero(selected & (rows < 0)))
+    if missing > settings.max_bad_fraction * np.count_nonzero(selected):
         raise ClipcidError(
-            f"{missing:,} of {np.count_nonzero(wanted):,} samples have no embedding in {embeddings.folder}.",
-            "Give the data the embeddings were made of, or run: clipcid embed DATA",
+            f"{missing:,} of {np.count_nonzero(selected):,} samples have no embedding in {embeddings.folder}.",
+            "Give the data that was embedded, or run: clipcid embed DATA",
         )
     views = embeddings.num_views if settings.views == "stored" else 0
     if views:
         reporter.note(
             f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
-            "have no part in it (--views none draws views anew)."
+            "have no effect (--views none draws views anew)."
         )
     return TeacherInputs(
         embeddings,
-        places,
+        rows,
         num_views=views,
-        all_captions=_has_all_captions(embeddings, usable, wanted & (places >= 0), places, reporter),
+        all_captions=_has_all_captions(embeddings, usable, selected & (rows >= 0), rows, reporter),
     )
 
 
 def _check_keys(embeddings: Embeddings, dataset: Dataset) -> None:
-    made = None if embeddings.sidecar is None else embeddings.sidecar["settings"]["keys"]
-    if made is not None and made != dataset.keys:
+    keys = None if embeddings.sidecar is None else embeddings.sidecar["settings"]["keys"]
+    if keys is not None and keys != dataset.keys:
         raise ClipcidError(
-            f"The embeddings in {embeddings.folder} were made with --keys {made}, the data is read with --keys "
+            f"The embeddings in {embeddings.folder} were made with --keys {keys}, the data is read with --keys "
             f"{dataset.keys}: they cannot be joined.",
-            f"Add --keys {made}.",
+            f"Add --keys {keys}.",
         )
 
 
 def _has_all_captions(
-    embeddings: Embeddings, usable: Usable, wanted: npt.NDArray[np.bool_], places: Rows, reporter: Reporter
+    embeddings: Embeddings, usable: UsableSamples, selected: npt.NDArray[np.bool_], rows: Rows, reporter: Reporter
 ) -> bool:
     """Tell whether the teacher embedded every caption of every sample.
 
     Raises:
-        ClipcidError: when it embedded several of some, but of a sample another number than it has now.
+        ClipcidError: when it embedded several captions of a sample, but not as many as the sample has now.
     """
-    counts = usable.caption_counts[wanted]
+    counts = usable.caption_counts[selected]
     several = bool((counts > 1).any())
     if not (several and embeddings.has_texts):
         return False
     if not embeddings.has_further_captions:
-        reporter.note("Captions: the first of each sample alone is embedded, and alone is shown.")
+        reporter.note("Captions: only the first of each sample is embedded, so only the first is shown.")
         return False
-    embedded = embeddings.caption_counts[places[wanted]]
+    embedded = embeddings.caption_counts[rows[selected]]
     if (other := np.flatnonzero(embedded != counts)).size:
-        key = usable.keys[int(np.flatnonzero(wanted)[other[0]])]
+        key = usable.keys[int(np.flatnonzero(selected)[other[0]])]
         raise ClipcidError(
-            f"Sample {key!r} has {counts[other[0]]} captions, and {embedded[other[0]]} of it are embedded in "
+            f"Sample {key!r} has {counts[other[0]]} captions, but {embedded[other[0]]} were embedded in "
             f"{embeddings.folder}: the data has changed.",
             "Run: clipcid embed DATA --overwrite",
         )
     reporter.note(f"Captions: {counts.sum():,} of {len(counts):,} samples, one drawn anew each epoch.")
     return True
-
-
-def join_clusters(
-    settings: DistillSettings,
-    teacher_inputs: TeacherInputs,
-    usable: Usable,
-    wanted: npt.NDArray[np.bool_],
-    reporter: Reporter,
-) -> TeacherInputs:
-    """Open and join the clusters, where a loss asks for them.
-
-    Raises:
-        ClipcidError: when there are none, or they are another teacher's or of other images; the fix remakes them.
-    """
-    if not any(LOSSES[name].needs_clusters for name in settings.losses()):
-        return teacher_inputs
-    clusters = open_clusters(settings.clusters or WorkDirectory(settings.work).find_clusters())
-    several = bool((usable.caption_counts[wanted] > 1).any()) and not teacher_inputs.first_captions
-    text_clusters = _teaches_text(clusters, settings, several)
-    embeddings, online = teacher_inputs.embeddings, teacher_inputs.online
-    remake = "Run: clipcid cluster" + (f" --embeddings {embeddings.folder}" if embeddings is not None else "")
-    remake += " --overwrite"
-    made_of = clusters.sidecar.get("model")
-    if made_of is not None and online is not None and (difference := find_difference(made_of, online)) is not None:
-        raise ClipcidError(
-            f"The clusters in {clusters.folder} are of {made_of['spec']}, {difference.what} {difference.recorded}; the "
-            f"teacher is {online.spec}, {difference.what} {difference.named}.",
-            f"Run: clipcid embed DATA --model {online.spec}, then clipcid cluster --overwrite",
-        )
-    if embeddings is not None:
-        _check_clusters(clusters, embeddings, remake)
-    if text_clusters and clusters.captions is None:
-        raise ClipcidError(
-            f"--cluster-towers both, but the clusters in {clusters.folder} say nothing of captions.",
-            f"Embed the captions too, then make the clusters again. {remake}",
-        )
-    places = join_keys(usable.keys, clusters.keys.tolist())
-    missing = int(np.count_nonzero(wanted & (places < 0)))
-    if missing:
-        raise ClipcidError(
-            f"{missing:,} of {np.count_nonzero(wanted):,} samples to train on are not in {clusters.folder}: the clusters "
-            "were made from another keep list.",
-            remake,
-        )
-    taught = "both towers" if text_clusters else "the image tower"
-    reporter.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {taught}.")
-    return dataclasses.replace(teacher_inputs, clusters=clusters, cluster_places=places, text_clusters=text_clusters)
-
-
-def _teaches_text(clusters: Clusters, settings: DistillSettings, several: bool) -> bool:
-    """Tell whether the cluster loss teaches the text tower as well.
-
-    [O] By default it does where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and
-    6.2 points (R@10) worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without the loss.
-
-    Args:
-        clusters: What `cluster` wrote.
-        several: Whether a sample may show another caption than its first, which is the one whose clusters are known.
-    """
-    if settings.cluster_towers == "auto":
-        return clusters.captions is not None and not settings.freeze_text and not several
-    return settings.cluster_towers == "both"
-
-
-def _check_clusters(clusters: Clusters, embeddings: Embeddings, remake: str) -> None:
-    of_model, model = clusters.sidecar.get("model"), (embeddings.sidecar or {}).get("model")
-    if of_model is not None and model is not None and of_model["weights_hash"] != model["weights_hash"]:
-        raise ClipcidError(
-            f"The clusters in {clusters.folder} are of {of_model['spec']}, the embeddings of {model['spec']}.", remake
-        )
-    if clusters.centroids.shape[1] != embeddings.width:
-        raise ClipcidError(
-            f"The clusters in {clusters.folder} have width {clusters.centroids.shape[1]}, the embeddings "
-            f"{embeddings.width}: they are of another teacher.",
-            remake,
-        )
-
-
-def refuse_old_clusters(clusters: Clusters, keep_list: Path) -> None:
-    """Refuse clusters of an earlier keep list: those of all images, made without one, fit any."""
-    made_from = clusters.sidecar.get("keep_list")
-    if made_from is not None and made_from["hash"] != fingerprint_file(keep_list)["hash"]:
-        raise ClipcidError(
-            f"The clusters in {clusters.folder} were made from another keep list than {keep_list} holds now.",
-            f"Run: clipcid cluster --keep-list {keep_list} --overwrite",
-        )

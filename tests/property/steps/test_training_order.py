@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from clipcid_cli.formats.data.dataset import Columns, Dataset
 from clipcid_cli.formats.data.samples import Location, Sample
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.steps.distill.batches import BatchOrder, find_usable
+from clipcid_cli.steps.distill.batches import BatchOrder
+from clipcid_cli.steps.distill.samples import find_usable
 
 
 @dataclasses.dataclass(frozen=True)

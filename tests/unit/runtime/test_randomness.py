@@ -1,30 +1,6 @@
-"""Orders and seeds depend on their arguments only."""
+"""Seeds and shares of keys depend on their arguments only."""
 
-import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
-
-from clipcid_cli.runtime.randomness import derive_seed, epoch_order, key_fraction
-
-sizes = st.lists(st.integers(0, 20), max_size=30)
-
-
-@given(sizes, st.integers(0, 2**31), st.integers(0, 100), st.integers(1, 8))
-def test_an_epoch_holds_every_row_once(shard_sizes: list[int], seed: int, epoch: int, group: int) -> None:
-    order = epoch_order(seed, epoch, shard_sizes, group)
-    np.testing.assert_array_equal(np.sort(order), np.arange(sum(shard_sizes)))
-    np.testing.assert_array_equal(order, epoch_order(seed, epoch, shard_sizes, group))
-
-
-def test_a_group_reads_few_shards_at_a_time() -> None:
-    order = epoch_order(0, 0, [10] * 12, group=3)
-    for start in range(0, 120, 30):
-        assert len(set(order[start : start + 30] // 10)) == 3
-
-
-def test_epochs_and_seeds_differ() -> None:
-    orders = {tuple(epoch_order(seed, epoch, [50, 50])) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
+from clipcid_cli.runtime.randomness import derive_seed, key_fraction
 
 
 def test_seeds_are_the_same_on_every_machine() -> None:

@@ -135,7 +135,7 @@ def test_refuses_a_model_that_is_smaller(changes: dict[str, int], words: str) ->
 
 
 def test_refuses_a_model_of_another_kind() -> None:
-    with pytest.raises(ClipcidError, match="other kinds"):
+    with pytest.raises(ClipcidError, match="different kinds"):
         inherit(nn.Sequential(nn.Linear(3, 3)), make(TEACHER, 1), "both")
 
 

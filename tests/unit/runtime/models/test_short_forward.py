@@ -74,8 +74,8 @@ def test_equal_to_open_clip(tmp_path: Path, changes: dict[str, Any]) -> None:
     # In float64, where what a wrong pass would change cannot hide behind rounding.
     image, text, gradients, _ = features(model, False, tokens, torch.float64)
     lean_image, lean_text, lean_gradients, towers = features(model, True, tokens, torch.float64)
-    assert towers.image_is_lean
-    assert towers.text_is_lean
+    assert towers.image_is_short
+    assert towers.text_is_short
     torch.testing.assert_close(lean_image, image, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(lean_text, text, rtol=1e-9, atol=1e-9)
     assert lean_gradients.keys() == gradients.keys()
@@ -122,7 +122,7 @@ def test_other_structures_go_open_clips_way(tmp_path: Path, changes: dict[str, A
     model.module.eval()
     plain_image, plain_text, _, _ = features(model, False, tokens)
     lean_image, lean_text, _, towers = features(model, True, tokens)
-    assert (towers.image_is_lean, towers.text_is_lean) == (image, text)
+    assert (towers.image_is_short, towers.text_is_short) == (image, text)
     torch.testing.assert_close(lean_image, plain_image, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lean_text, plain_text, rtol=1e-4, atol=1e-5)
 
@@ -134,8 +134,8 @@ def test_a_tower_that_computes_something_else_is_noticed(tmp_path: Path) -> None
         block.register_forward_hook(lambda _module, _given, result: 2 * result)
     tokens = model.tokenizer(CAPTIONS)
     image, text, _, towers = features(model, True, tokens)
-    assert not towers.image_is_lean
-    assert not towers.text_is_lean
+    assert not towers.image_is_short
+    assert not towers.text_is_short
     plain_image, plain_text, _, _ = features(model, False, tokens)
     assert torch.equal(image, plain_image)
     assert torch.equal(text, plain_text)
@@ -161,8 +161,8 @@ def test_bfloat16_is_as_near_as_open_clips(tmp_path: Path) -> None:
     image, text, _, _ = features(model, False, tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lean_image, lean_text, _, towers = features(model, True, tokens)
-    assert towers.image_is_lean
-    assert towers.text_is_lean
+    assert towers.image_is_short
+    assert towers.text_is_short
     assert lean_image.dtype == torch.bfloat16
     torch.testing.assert_close(lean_image.float(), image, rtol=0.05, atol=0.05)
     torch.testing.assert_close(lean_text.float(), text, rtol=0.05, atol=0.05)
@@ -178,8 +178,8 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, dtype: torch.dtyp
         _, _, expected, _ = features(model, True, tokens)
         tower.set_grad_checkpointing()
         _, _, found, towers = features(model, True, tokens)
-    assert towers.image_is_lean
-    assert towers.text_is_lean
+    assert towers.image_is_short
+    assert towers.text_is_short
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from loss_data import unit
 
+from clipcid_cli.algorithms.losses import centroids as projected_centroids
+from clipcid_cli.algorithms.losses.centroids import ProjectedCentroids
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, principal_axes
 from clipcid_cli.formats.results.clusters import TopClusters
-from clipcid_cli.steps.distill import cluster_targets as cluster_lookup
-from clipcid_cli.steps.distill.cluster_targets import Centroids, ClusterLookup, open_centroids
+from clipcid_cli.steps.distill import cluster_targets
+from clipcid_cli.steps.distill.cluster_targets import ClusterLookup, open_centroids
 
 K, D, CUT, N, M = 300, 24, 10, 40, 4
 CPU = torch.device("cpu")
@@ -31,15 +33,15 @@ def axes_of(file: np.ndarray) -> PrincipalAxes:
     return principal_axes(file.astype(np.float64).T @ file.astype(np.float64), CUT)
 
 
-@pytest.mark.parametrize("is_rotated", [False, True])
+@pytest.mark.parametrize("is_projected", [False, True])
 @pytest.mark.parametrize("is_kept", [False, True])
-def test_taken_rows_are_the_file_rows_brought(
-    file: np.ndarray, is_rotated: bool, is_kept: bool, monkeypatch: pytest.MonkeyPatch
+def test_taken_rows_are_the_file_rows_projected(
+    file: np.ndarray, is_projected: bool, is_kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    axes = axes_of(file) if is_rotated else None
-    width = CUT if is_rotated else D
-    monkeypatch.setattr(cluster_lookup, "_KEPT_BYTES", K * width * 4 - (not is_kept))
-    monkeypatch.setattr(cluster_lookup, "_ROWS_AT_ONCE", 7)
+    axes = axes_of(file) if is_projected else None
+    width = CUT if is_projected else D
+    monkeypatch.setattr(cluster_targets, "_KEPT_BYTES", K * width * 4 - (not is_kept))
+    monkeypatch.setattr(projected_centroids, "_ROWS_AT_ONCE", 7)
     centroids = open_centroids(file, axes, CPU)
     assert (centroids.kept_Kd is not None) == is_kept
     assert (len(centroids), centroids.width) == (K, width)
@@ -57,10 +59,10 @@ def make_lookup(file: np.ndarray, captions: bool, *, corrected: bool = True) -> 
         clusters = np.array([random.permutation(K)[:M] for _ in range(N)], dtype=np.int32)
         return TopClusters(clusters, -np.sort(-random.uniform(0.2, 0.9, (N, M)), axis=1).astype(np.float16))
 
-    places = random.permutation(N)  # rows of the samples are not rows of the table
+    table_rows = random.permutation(N)  # rows of the samples are not rows of the table
     return ClusterLookup(
-        centroids=Centroids(file, None, CPU),
-        places=places,
+        centroids=ProjectedCentroids(file, None, CPU),
+        table_rows=table_rows,
         images=top(),
         captions=top() if captions else None,
         image_temperature=0.1,
@@ -80,12 +82,14 @@ def test_targets_lead_back_to_the_stored_clusters(file: np.ndarray) -> None:
     assert lookup.captions is not None
     for targets, top, temperature in ((images, lookup.images, 0.1), (texts, lookup.captions, 0.3)):
         named = targets.centroids_SD[targets.positions_Bm].numpy()
-        np.testing.assert_allclose(named, unit(file[top.clusters[lookup.places[rows]]]), atol=1e-6)
-        share = np.exp(top.similarities[lookup.places[rows]].astype(np.float64) / temperature)
+        np.testing.assert_allclose(named, unit(file[top.clusters[lookup.table_rows[rows]]]), atol=1e-6)
+        share = np.exp(top.similarities[lookup.table_rows[rows]].astype(np.float64) / temperature)
         share = 0.5 * share / share.sum(axis=1, keepdims=True) + 0.5 * (np.arange(M) == 0)
         np.testing.assert_allclose(targets.weights_Bm.numpy(), share, atol=1e-6)
         assert not targets.log_correction_S[targets.positions_Bm].any()
-    named = np.union1d(lookup.images.clusters[lookup.places[rows]], lookup.captions.clusters[lookup.places[rows]])
+    named = np.union1d(
+        lookup.images.clusters[lookup.table_rows[rows]], lookup.captions.clusters[lookup.table_rows[rows]]
+    )
     assert len(images.centroids_SD) == len(named) + 0.1 * K
 
 

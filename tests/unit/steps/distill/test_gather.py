@@ -13,24 +13,24 @@ import torch.distributed as dist
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.runtime.gradients import GradientAverager, gather_rows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.training import LossParameters
 from clipcid_cli.steps.distill.batches import TrainingBatch
-from clipcid_cli.steps.distill.objective import Objective
-from clipcid_cli.steps.distill.teacher_space import Space, Teacher
+from clipcid_cli.steps.distill.objective import Objective, Teacher
 
 BATCH, WIDTH, TEACHER_WIDTH = 12, 6, 9
 WEIGHTS = {name: 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
 
 
-class FixedTargets(Teacher):
+class FixedTeacher(Teacher):
     """A teacher whose rows are given."""
 
-    def add_targets(self, batch: LossBatch, seen: TrainingBatch, step: int) -> LossBatch:
+    def add_targets(self, batch: LossBatch, local: TrainingBatch, step: int) -> LossBatch:
         random = torch.Generator().manual_seed(7)
         rows = torch.nn.functional.normalize(torch.randn(2, BATCH, TEACHER_WIDTH, generator=random), dim=2)
-        image, text = rows[:, gather_rows(seen.rows, self.size)]
+        image, text = rows[:, gather_rows(local.rows, self.size)]
         with_clusters = self.add_clusters(batch, np.arange(BATCH), step)
         return dataclasses.replace(with_clusters, teacher_image_BD=image, teacher_text_BD=text)
 
@@ -51,8 +51,8 @@ def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.
     trained = [*towers.parameters(), *of_losses]
     averager = GradientAverager(list(towers.parameters()), of_losses, size)
     machine = Machine(rank, size, rank, torch.device("cpu"))
-    targets = FixedTargets(Space("project", None, TEACHER_WIDTH), 30.0, None, torch.device("cpu"), size)
-    objective = Objective(WEIGHTS, parameters, targets, machine, local=local)
+    teacher = FixedTeacher(SharedSpace(TEACHER_WIDTH, is_learned=True), 30.0, None, torch.device("cpu"), size)
+    objective = Objective(WEIGHTS, parameters, teacher, machine, local=local)
     share = BATCH // size
     mine = slice(rank * share, (rank + 1) * share)
     features = [tower(rows[mine]) for tower, rows in zip(towers, (images, texts), strict=True)]

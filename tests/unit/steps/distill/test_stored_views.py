@@ -239,7 +239,7 @@ def test_with_first_captions_alone_those_are_shown(captioned: tuple[Path, Path],
 
 def test_other_captions_than_were_embedded_are_refused(captioned: tuple[Path, Path], tmp_path: Path) -> None:
     changed = write_captions(tmp_path / "changed", (1, 3, 2, 4, 1, 4))
-    with pytest.raises(ClipcidError, match="Sample 's3' has 4 captions, and 5 of it are embedded") as raised:
+    with pytest.raises(ClipcidError, match="Sample 's3' has 4 captions, but 5 were embedded") as raised:
         join(changed, captioned[1])
     assert "clipcid embed DATA --overwrite" in raised.value.fix
 

@@ -23,8 +23,9 @@ from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.batches import BatchMaker, Processor
+from clipcid_cli.steps.distill.cluster_targets import _teaches_text
 from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
-from clipcid_cli.steps.distill.teacher_inputs import _teaches_text, named_teacher, open_teacher
+from clipcid_cli.steps.distill.teacher_inputs import named_teacher, open_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 Change = Callable[[dict[str, Any]], None]
@@ -127,7 +128,7 @@ def test_a_loss_that_needs_captions_says_how_to_embed_them(tiny_shards: Path, tm
 def test_an_online_teacher_needs_a_name_beside_anothers_embeddings(tiny_shards: Path, tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(24, 32)).astype(np.float16)
     folder = write_embeddings(tmp_path / "foreign", rows)
-    with pytest.raises(ClipcidError, match="does not say which model it is of"):
+    with pytest.raises(ClipcidError, match="does not record which model made it"):
         train(
             tmp_path / "work",
             tiny_shards,
@@ -145,11 +146,11 @@ def test_embeddings_of_a_namesake_are_no_axes_for_an_online_teacher(
     namesake = write_tiny_model(tmp_path / "tiny", seed=4)
     settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "online_teacher": True, "steps": 1}
     _, said = train(tmp_path / "work", tiny_shards, teacher=str(namesake), **settings)
-    assert "no stored embeddings of it" in said
+    assert "no stored embeddings" in said
     _, said = train(
         tmp_path / "work", tiny_shards, teacher=str(tiny_model), name="own", teacher_space="pca", **settings
     )
-    assert "24 of the teacher's 32 dimensions keep" in said
+    assert "24 of the teacher's 32 dimensions, which keep" in said
 
 
 @pytest.mark.parametrize(

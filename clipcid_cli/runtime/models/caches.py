@@ -7,39 +7,42 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.runtime.models.clip_model import Tokenizer
-from clipcid_cli.runtime.models.decode import SkippedImage, read_image
+from clipcid_cli.runtime.models.decode import Readable, SkippedImage, read_image
 
-# Captions whose tokens are remembered.
-TOKENS_KEPT = 200_000
+# Captions whose tokens are kept.
+MAX_CAPTIONS = 200_000
 
 
 class ImageCache:
-    """Decoded images, kept until a number of bytes is reached; then no more are added."""
+    """Decoded images, kept until they take a number of bytes; then no more are added."""
 
-    def __init__(self, limit: int) -> None:
-        self._left = limit
+    def __init__(self, max_bytes: int) -> None:
+        self._bytes_left = max_bytes
         self._images: dict[str, Image.Image] = {}
 
-    def decode(self, sample: Sample, bad: list[tuple[str, str]]) -> Image.Image | None:
-        """Return the sample's image; None, and noted in `bad`, when it cannot be decoded."""
-        kept = self._images.get(sample.key)
+    def read(self, key: str, source: Readable) -> Image.Image | SkippedImage:
+        """Return the image of a sample, as `read_image` does.
+
+        Args:
+            key: The sample's key, by which its image is found again.
+            source: Where its bytes come from.
+        """
+        kept = self._images.get(key)
         if kept is not None:
             return kept
-        image = read_image(sample.image)
+        image = read_image(source)
         if isinstance(image, SkippedImage):
-            bad.append((image.reason, sample.key))
-            return None
+            return image
         size = 3 * image.width * image.height
-        if size <= self._left:
-            self._left -= size
-            self._images[sample.key] = image
+        if size <= self._bytes_left:
+            self._bytes_left -= size
+            self._images[key] = image
         return image
 
 
 class TokenCache:
-    """A tokenizer that remembers."""
+    """A tokenizer that keeps the tokens of the captions it has seen."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -49,7 +52,7 @@ class TokenCache:
         """Return the tokens of n captions, int64 [n, L]."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._tokens]
         if new:
-            if len(self._tokens) > TOKENS_KEPT:
+            if len(self._tokens) > MAX_CAPTIONS:
                 self._tokens.clear()
                 new = list(dict.fromkeys(captions))
             self._tokens.update(zip(new, self._tokenizer(new), strict=True))
