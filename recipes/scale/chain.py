@@ -31,6 +31,8 @@ from table import print_run, print_slopes
 from tiny_teacher import write_teacher
 from watch import Outcome, watch
 
+import clipcid_cli
+
 HERE = Path(__file__).parent
 STEPS = ("embed", "balance", "cluster", "distill")
 
@@ -114,7 +116,7 @@ def run_chain(place: Place, pairs: int, processes: int, arguments: argparse.Name
             "shards": pairs // arguments.shard_size,
             "processes": processes,
             "exit": outcome.code,
-            "error": "" if outcome.code == 0 else outcome.errors[-2000:],
+            "error": "" if outcome.code == 0 else outcome.errors[:4000],
             "wall": round(outcome.seconds, 2),
             "cpu": round(outcome.cpu, 2),
             # Embeddings that are there already answer with the times of their making.
@@ -171,9 +173,10 @@ def describe_machine() -> dict[str, Any]:
     """Name the processor, the libraries and the commit."""
     import torch
 
+    package = Path(clipcid_cli.__file__).parent
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=package, capture_output=True, text=True)
     return {
         "processor": name,
         "cores": os.cpu_count(),

@@ -77,15 +77,15 @@ def print_run(run: Run) -> None:
         f"{run['disk'] / 1e6:,.0f}",
     ]
     phases = ", ".join(f"{name} {value:.1f}" for name, value in run["seconds"].items())
-    end = phases if run["exit"] == 0 else f"exit {run['exit']}: {last_line(run['error'])}"
+    end = phases if run["exit"] == 0 else f"exit {run['exit']}: {error_line(run['error'])}"
     cells = (f"{value:>{width}}" for value, (_, width) in zip(values, COLUMNS, strict=True))
     print(" ".join(cells), "", end, flush=True)
 
 
-def last_line(text: str) -> str:
+def error_line(text: str) -> str:
     """Return the error of a command without its fix and without what torchrun adds."""
-    lines = [line for line in text.splitlines() if line.startswith("Error")] or text.splitlines() or [""]
-    return lines[0]
+    lines = text.splitlines() or [""]
+    return next((line for line in lines if line.startswith("Error")), lines[-1])
 
 
 def print_slopes(runs: list[Run]) -> None:

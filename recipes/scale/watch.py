@@ -97,7 +97,7 @@ def watch(command: list[str], folder: Path, environment: dict[str, str], open_fi
                         peak.take(look(pid, data))
                 time.sleep(max(0.0, INTERVAL - (time.perf_counter() - now)))
         finally:
-            process.kill()
+            process.terminate()  # torchrun ends its children then
             process.wait()
         seconds = time.perf_counter() - began
         output.seek(0)
