@@ -38,6 +38,21 @@ STEPS = ("embed", "balance", "cluster", "distill")
 
 
 @dataclasses.dataclass(frozen=True)
+class Command:
+    """One step.
+
+    Attributes:
+        step: One of STEPS.
+        name: Its name in the table.
+        program: What Python is to run.
+    """
+
+    step: str
+    name: str
+    program: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Place:
     """Where one size is run with one number of processes.
 
@@ -86,8 +101,8 @@ def main() -> None:
         for processes in arguments.processes:
             work = arguments.scratch / f"work-{pairs}-{arguments.shard_size}-{processes}"
             place = Place(data, teacher, work, work / "exact")
-            for run in run_chain(place, pairs, processes, arguments):
-                runs.append(context | run)
+            for taken in run_chain(place, pairs, processes, arguments):
+                runs.append(context | taken)
                 print_run(runs[-1])
                 with (arguments.scratch / "log.jsonl").open("a") as log:
                     log.write(json.dumps(runs[-1]) + "\n")
@@ -104,14 +119,14 @@ def run_chain(place: Place, pairs: int, processes: int, arguments: argparse.Name
     began = time.perf_counter()
     write_embeddings(place.work, place.data, place.teacher, arguments.rows, left=processes, seed=0)
     print(f"{pairs:,} rows written in {time.perf_counter() - began:.1f} s", flush=True)
-    for step, name, flags, work in list_commands(place, pairs, arguments):
-        if step not in arguments.only and step != "embed":
+    for command in list_commands(place, pairs, arguments):
+        if command.step not in arguments.only and command.step != "embed":
             continue
-        outcome = run_clipcid([step, *flags, "--work", str(work)], place, processes, arguments)
+        outcome = run(command.program, place, processes, arguments)
         answer = json.loads(outcome.output) if outcome.code == 0 else {}
         yield {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-            "step": name,
+            "step": command.name,
             "pairs": pairs,
             "shards": pairs // arguments.shard_size,
             "processes": processes,
@@ -120,44 +135,50 @@ def run_chain(place: Place, pairs: int, processes: int, arguments: argparse.Name
             "wall": round(outcome.seconds, 2),
             "cpu": round(outcome.cpu, 2),
             # Embeddings that are there already answer with the times of their making.
-            "seconds": {} if name == "embed again" else answer.get("seconds", {}),
+            "seconds": {} if command.name == "embed again" else answer.get("seconds", {}),
             "images": answer.get("images", answer.get("samples")),
             "peaks": {role: dataclasses.asdict(peak) for role, peak in outcome.peaks.items() if peak.files},
             "disk": measure_disk(place.work),
         }
 
 
-def list_commands(
-    place: Place, pairs: int, arguments: argparse.Namespace
-) -> Iterator[tuple[str, str, list[str], Path]]:
-    """Yield the steps: subcommand, name in the table, flags, work directory."""
+def list_commands(place: Place, pairs: int, arguments: argparse.Namespace) -> Iterator[Command]:
+    """Yield the steps in order."""
+
+    def clipcid(name: str, *flags: str, work: Path = place.work) -> Command:
+        step = name.split()[0]
+        program = ["-m", "clipcid_cli", step, *flags, "--work", str(work), "--quiet", "--json"]
+        return Command(step, name, program)
+
     workers = ["--workers", str(arguments.workers)]
+    index = [str(HERE / "make_index.py"), str(place.data), str(place.work), *workers]
+    yield Command("embed", "index", index)
     embed = [str(place.data), *embed_flags(place.teacher), *workers]
-    yield "embed", "embed", embed, place.work
-    yield "embed", "embed again", embed, place.work
+    yield clipcid("embed", *embed)
+    yield clipcid("embed again", *embed)
     if pairs <= arguments.exact_limit:
-        found = next((place.work / "embeddings").iterdir())
-        yield "balance", "balance exact", ["--keep", "0.563", "--embeddings", str(found)], place.side
-    yield "balance", "balance partitioned", ["--keep", "0.563", "--neighbors", "partitioned"], place.work
+        embeddings = next((place.work / "embeddings").iterdir())
+        yield clipcid("balance exact", "--keep", "0.563", "--embeddings", str(embeddings), work=place.side)
+    yield clipcid("balance partitioned", "--keep", "0.563", "--neighbors", "partitioned")
     # As many centroids and iterations at every size, so that cost is one a row; real ones grow with N.
-    yield "cluster", "cluster", ["--num-clusters", str(arguments.num_clusters), "--iterations", "3"], place.work
+    yield clipcid("cluster", "--num-clusters", str(arguments.num_clusters), "--iterations", "3")
     distill = ["--teacher", str(place.teacher), "--student", str(HERE / "student.json"), "--steps", "5", *workers]
-    yield "distill", "distill clip-kd", [*distill, "--preset", "clip-kd", "--keep-list", "none"], place.work
-    yield "distill", "distill cid", [*distill, "--preset", "cid"], place.work
-    yield "distill", "distill again", [*distill, "--preset", "cid", "--name", "again"], place.work
+    yield clipcid("distill clip-kd", *distill, "--preset", "clip-kd", "--keep-list", "none")
+    yield clipcid("distill cid", *distill, "--preset", "cid")
+    yield clipcid("distill again", *distill, "--preset", "cid", "--name", "again")
 
 
-def run_clipcid(command: list[str], place: Place, processes: int, arguments: argparse.Namespace) -> Outcome:
-    """Run a subcommand with some processes, watched."""
-    launcher = [sys.executable, "-m", "clipcid_cli"]
+def run(program: list[str], place: Place, processes: int, arguments: argparse.Namespace) -> Outcome:
+    """Run a program with some processes, watched."""
+    launcher = [sys.executable]
     if processes > 1:
         torchrun = str(Path(sys.executable).with_name("torchrun"))
         launcher = [torchrun, "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
-        launcher += ["-m", "clipcid_cli"]
     threads = max(1, (os.cpu_count() or 1) // processes)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    # The package that is installed, not one that lies in the current folder.
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
     environment.pop("CLIPCID_WORK", None)
-    return watch([*launcher, *command, "--quiet", "--json"], place.work.parent, environment, arguments.open_files)
+    return watch([*launcher, *program], place.work.parent, environment, arguments.open_files)
 
 
 def measure_disk(work: Path) -> int:

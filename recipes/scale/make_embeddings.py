@@ -78,9 +78,10 @@ def write_embeddings(work: Path, data: Path, model: Path, kind: str, left: int, 
 def read_example(folder: Path, model: Path) -> dict:
     """Embed ten pairs with the model and return what the sidecar says."""
     make_data(folder / "data", pairs=10, shards=1)
-    command = [sys.executable, "-m", "clipcid_cli", "embed", str(folder / "data"), *embed_flags(model)]
-    subprocess.run([*command, "--out", str(folder / "out"), "--quiet", "--workers", "0"], check=True)
-    sidecar = read_sidecar(sidecar_path(folder / "out", "embed"))
+    command = [str(Path(sys.executable).with_name("clipcid")), "embed", str(folder / "data"), *embed_flags(model)]
+    subprocess.run([*command, "--work", str(folder), "--quiet", "--workers", "0"], check=True)
+    embeddings = WorkDirectory(folder).embeddings(parse_model(str(model)).slug)
+    sidecar = read_sidecar(sidecar_path(embeddings, "embed"))
     assert sidecar is not None  # the command has ended well
     return sidecar
 

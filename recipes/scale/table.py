@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # What DESIGN allows: bytes a row and process, caches of a fixed size apart; first rank, and the others.
-LIMITS = {"embed": (8, 8), "balance": (128, 64), "cluster": (24, 24), "distill": (8, 8)}
+LIMITS = {"index": (8, 8), "embed": (8, 8), "balance": (128, 64), "cluster": (24, 24), "distill": (8, 8)}
 MANY = 400_000_000
 
 COLUMNS = (
