@@ -7,12 +7,15 @@ Needs Chromium, which takes the reports' pictures. The terminal's is drawn from 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import pty
 import re
 import subprocess
 import sys
 import tempfile
+import termios
 from pathlib import Path
 
 from PIL import Image
@@ -52,16 +55,31 @@ def shoot(page: Path, picture: Path, height: int) -> None:
 
 def draw_terminal(command: list[str], embeddings: Path, picture: Path) -> None:
     """Draw what a command prints about some embeddings, in an empty directory and a terminal of 80 columns."""
-    terminal = {"COLUMNS": str(COLUMNS), "TERM": "xterm-256color", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "0"}
+    terminal = {"COLUMNS": str(COLUMNS), "TERM": "xterm-256color", "TTY_INTERACTIVE": "0"}
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | terminal | {"CLIPCID_BALANCE_EMBEDDINGS": str(embeddings)}
-        done = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
-    shown = re.sub(r"\x1b\[\?25[lh]", "", done.stderr)  # the cursor, hidden and shown again
+        shown = run_in_terminal(command, Path(folder), environment)
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     console.print(Text.from_ansi(f"$ {' '.join(command)}\n{shown}"))
     drawing = console.export_svg(title="clipcid")
     drawing = re.sub(r"@font-face\s*\{[^}]*\}\s*", "", drawing)  # which would be fetched from another site
     picture.write_text(drawing, encoding="utf-8")
+
+
+def run_in_terminal(command: list[str], folder: Path, environment: dict[str, str]) -> str:
+    """Return what a command prints on a terminal, with its colours."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, COLUMNS))
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    output = b""
+    with contextlib.suppress(OSError):  # as Linux says that the other end is closed
+        while data := os.read(ours, 2**16):
+            output += data
+    os.close(ours)
+    if process.wait():
+        raise SystemExit(output.decode())
+    return re.sub(r"\x1b\[\?25[lh]", "", output.decode().replace("\r\n", "\n"))  # the cursor, hidden and shown again
 
 
 if __name__ == "__main__":
