@@ -37,6 +37,15 @@ Prepared = TypeVar("Prepared")
 STALL_SECONDS = 600.0
 """A batch that takes longer than this to prepare is taken for a stall."""
 
+# What workers need, imported once by the server that they are forked from. Nothing here may import faiss.
+_WORKER_IMPORTS = [
+    "clipcid_cli.runtime.models.lean_open_clip",
+    "clipcid_cli.runtime.models.clip_model",
+    "clipcid_cli.runtime.models.decode",
+    "clipcid_cli.runtime.loading",
+    "clipcid_cli.formats.data.samples",
+]
+
 
 def default_workers() -> int:
     """Return how many workers to start when the user does not say: one per core beyond the first, at most 8.
@@ -48,8 +57,11 @@ def default_workers() -> int:
 
 
 def start_worker_server() -> None:
-    """Start the server that workers are forked from, so that its imports run beside the caller's; once is enough."""
-    _context().set_forkserver_preload(["clipcid_cli.runtime.worker_imports"])
+    """Start the server that workers are forked from, so that its imports run in parallel with the caller's.
+
+    Calling it again has no effect.
+    """
+    _context().set_forkserver_preload(_WORKER_IMPORTS)
     multiprocessing.forkserver.ensure_running()
 
 

@@ -1,4 +1,4 @@
-"""CLIP models: the only file that knows open_clip.
+"""CLIP models, loaded by open_clip.
 
 Legend of shapes: B samples, H × W pixels, L tokens, D width of the embedding.
 """
@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.imports import give_towers, import_open_clip
 from clipcid_cli.runtime.models.hub import reaching_hub
 from clipcid_cli.runtime.models.names import CONFIG_NAME, HF_CONFIG_NAME, ModelName, find_weights, read_config
 from clipcid_cli.runtime.models.preprocess import PixelTransform, hash_preprocess, normalize_pixels
@@ -127,9 +126,10 @@ class ClipModel:
         return cast(Transform, self._open_clip_transform())
 
     def _open_clip_transform(self) -> Any:
-        from open_clip.transform import PreprocessCfg, image_transform_v2
+        from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
-        return image_transform_v2(PreprocessCfg(**self.info.preprocess), is_train=False)
+        preprocess = open_clip.transform.PreprocessCfg(**self.info.preprocess)
+        return open_clip.transform.image_transform_v2(preprocess, is_train=False)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Bring pixels to what the model's image tower takes.
@@ -190,7 +190,6 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
         raise ClipcidError(f"Model {name.spec} names no weights.", _FOLDER_HINT)
     weights: Path | None = None
     with quiet_libraries():
-        import_open_clip()
         match name.kind:
             case "tag":
                 module, config, weights = _load_tag(name)
@@ -237,8 +236,7 @@ def _describe(
 
 
 def _load_tag(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
-    import open_clip
-    from open_clip.pretrained import download_pretrained
+    from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
     architecture, tag = cast(str, name.architecture), cast(str, name.tag)
     known = open_clip.get_pretrained_cfg(architecture, tag)
@@ -249,7 +247,7 @@ def _load_tag(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
             f"Tags it has: {', '.join(tags)}. " + _FOLDER_HINT if tags else _FOLDER_HINT,
         )
     with reaching_hub(name.spec, _FOLDER_HINT):
-        weights = Path(download_pretrained(known))
+        weights = Path(open_clip.pretrained.download_pretrained(known))
     # The activation is that of the weights: the tag says which one they were trained with, whatever the architecture.
     quick_gelu = bool(known.get("quick_gelu", False))
     preprocess = {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode", "size") if key in known}
@@ -261,18 +259,17 @@ def _load_tag(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
 
 
 def _load_hub(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
-    import open_clip
-    from open_clip.pretrained import download_pretrained_from_hf
+    from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
     with reaching_hub(name.spec, _FOLDER_HINT):
-        weights = Path(download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
+        weights = Path(open_clip.pretrained.download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
         config = open_clip.get_model_config(name.spec)
     return _create(name, name.spec, config, require_pretrained=True), config, weights
 
 
 def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str, Any], Tokenizer]:
     """Build an architecture with random weights that depend on the seed only; global generators stay as they are."""
-    import open_clip
+    from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
     if name.path is not None:
         config, preprocess = read_config(name.path)
@@ -307,9 +304,9 @@ def _own_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any) -> torch.nn.Module:
-    import open_clip
+    from clipcid_cli.runtime.models.lean_open_clip import import_towers, open_clip
 
-    give_towers(config)
+    import_towers(config)
     try:
         return cast(torch.nn.Module, open_clip.create_model(source, precision="fp32", device="cpu", **options))
     except Exception as error:  # open_clip raises whatever PyTorch, safetensors or json do for a file that does not fit
@@ -321,7 +318,7 @@ def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any
 
 
 def _load_tokenizer(name: ModelName, source: str) -> Tokenizer:
-    import open_clip
+    from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
     try:
         return cast(Tokenizer, open_clip.get_tokenizer(source))
@@ -334,8 +331,7 @@ def _load_tokenizer(name: ModelName, source: str) -> Tokenizer:
 
 def builtin_templates(name: str) -> tuple[str, ...]:
     """Return open_clip's templates, ``{c}`` for the class name: ``openai`` (80) or ``simple`` (the best 7 of them)."""
-    import_open_clip()
-    import open_clip
+    from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
     lists = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
     return tuple(template("{c}") for template in lists[name])
@@ -346,9 +342,9 @@ def builtin_class_names(name: str) -> dict[str, str]:
 
     The numbers are timm's, which open_clip brings along.
     """
-    import_open_clip()
-    import open_clip
     from timm.data.imagenet_info import ImageNetInfo
+
+    from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
     assert name == "imagenet", name
     synsets = cast(Any, ImageNetInfo("imagenet-1k")).label_names()

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
-from clipcid_cli.runtime.imports import give_towers
 from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.lean_open_clip import import_towers
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.precision import choose_precision
 
@@ -46,7 +46,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "context_length": 9,
         },
     }
-    give_towers(config)  # a test before may have imported open_clip as clipcid does
+    import_towers(config)  # a test before may have imported open_clip as clipcid does
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     torch.manual_seed(0)
