@@ -32,7 +32,7 @@ class MissingSplitError(ClipcidError):
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkFolder:
-    """What a data set says of itself.
+    """A data set with the text files that describe it.
 
     Attributes:
         name: Name for tables and metrics files.

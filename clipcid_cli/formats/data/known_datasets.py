@@ -22,8 +22,8 @@ RECALL = "image_retrieval_recall@5"
 
 
 @dataclasses.dataclass(frozen=True)
-class Preset:
-    """What is known of a data set by its name.
+class KnownDataset:
+    """A data set of the usual suite.
 
     Attributes:
         name: Its name here, in tables and metrics files.
@@ -42,76 +42,77 @@ class Preset:
     source: str | None = None
 
 
-def _imagenet(name: str, folder: str) -> Preset:
-    return Preset(name, folder, class_names="imagenet", templates="openai")
+def _imagenet(name: str, folder: str) -> KnownDataset:
+    return KnownDataset(name, folder, class_names="imagenet", templates="openai")
 
 
-PRESETS = {
-    preset.name: preset
-    for preset in (
+KNOWN_DATASETS = {
+    known.name: known
+    for known in (
         _imagenet("imagenet", "wds_imagenet1k"),
         _imagenet("imagenetv2", "wds_imagenetv2"),
         _imagenet("imagenet-a", "wds_imagenet-a"),
         _imagenet("imagenet-r", "wds_imagenet-r"),
         _imagenet("imagenet-sketch", "wds_imagenet_sketch"),
-        Preset("objectnet", "wds_objectnet", templates="openai"),
-        Preset("food101", "wds_food101"),
-        Preset("cifar10", "wds_vtab-cifar10"),
-        Preset("cifar100", "wds_vtab-cifar100"),
-        Preset(
+        KnownDataset("objectnet", "wds_objectnet", templates="openai"),
+        KnownDataset("food101", "wds_food101"),
+        KnownDataset("cifar10", "wds_vtab-cifar10"),
+        KnownDataset("cifar100", "wds_vtab-cifar100"),
+        KnownDataset(
             "birdsnap",
             None,
             source="Birdsnap is published as a list of addresses (thomasberg.org): download them into one folder per class",
         ),
-        Preset("sun397", "wds_sun397"),
-        Preset("cars", "wds_cars"),
-        Preset("aircraft", "wds_fgvc_aircraft", metric=PER_CLASS),
-        Preset("voc2007", "wds_voc2007_multilabel", metric=ELEVEN_POINT),
-        Preset("dtd", "wds_vtab-dtd"),
-        Preset("pets", "wds_vtab-pets", metric=PER_CLASS),
-        Preset("caltech101", "wds_vtab-caltech101", metric=PER_CLASS),
-        Preset("flowers", "wds_vtab-flowers", metric=PER_CLASS),
-        Preset("eurosat", "wds_vtab-eurosat"),
-        Preset("resisc45", "wds_vtab-resisc45"),
-        Preset("mnist", "wds_mnist"),
-        Preset("svhn", "wds_vtab-svhn"),
-        Preset("stl10", "wds_stl10"),
-        Preset("gtsrb", "wds_gtsrb"),
-        Preset("country211", "wds_country211"),
-        Preset("fer2013", "wds_fer2013"),
-        Preset("pcam", "wds_vtab-pcam"),
-        Preset("sst2", "wds_renderedsst2"),
-        Preset("flickr30k", "wds_flickr30k", metric=RECALL),
-        Preset("mscoco", "wds_mscoco_captions", metric=RECALL),
+        KnownDataset("sun397", "wds_sun397"),
+        KnownDataset("cars", "wds_cars"),
+        KnownDataset("aircraft", "wds_fgvc_aircraft", metric=PER_CLASS),
+        KnownDataset("voc2007", "wds_voc2007_multilabel", metric=ELEVEN_POINT),
+        KnownDataset("dtd", "wds_vtab-dtd"),
+        KnownDataset("pets", "wds_vtab-pets", metric=PER_CLASS),
+        KnownDataset("caltech101", "wds_vtab-caltech101", metric=PER_CLASS),
+        KnownDataset("flowers", "wds_vtab-flowers", metric=PER_CLASS),
+        KnownDataset("eurosat", "wds_vtab-eurosat"),
+        KnownDataset("resisc45", "wds_vtab-resisc45"),
+        KnownDataset("mnist", "wds_mnist"),
+        KnownDataset("svhn", "wds_vtab-svhn"),
+        KnownDataset("stl10", "wds_stl10"),
+        KnownDataset("gtsrb", "wds_gtsrb"),
+        KnownDataset("country211", "wds_country211"),
+        KnownDataset("fer2013", "wds_fer2013"),
+        KnownDataset("pcam", "wds_vtab-pcam"),
+        KnownDataset("sst2", "wds_renderedsst2"),
+        KnownDataset("flickr30k", "wds_flickr30k", metric=RECALL),
+        KnownDataset("mscoco", "wds_mscoco_captions", metric=RECALL),
     )
 }
 
 
-def find_known_dataset(name: str, root: Path) -> tuple[Preset, Path] | None:
-    """Find the local copy of a data set that is named by its preset.
+def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | None:
+    """Find the local copy of a data set of the usual suite.
 
     Args:
-        name: What the user named. The name of a preset is one whatever lies beside it; ``./name`` is a path.
+        name: As the user wrote it. A name of the suite means its data set even where a folder has that name too; ``./name`` is
+            a path.
         root: Folder of the local copies.
 
     Returns:
-        The preset and its folder; None when the name is no preset's.
+        The data set and its folder; None when the name is not in the suite.
 
     Raises:
         ClipcidError: when there is no copy, naming where it is expected and how to get it.
     """
-    preset = PRESETS.get(name)
-    if preset is None:
+    known = KNOWN_DATASETS.get(name)
+    if known is None:
         return None
-    places = [root / folder for folder in (preset.folder, preset.name) if folder is not None]
+    places = [root / folder for folder in (known.folder, known.name) if folder is not None]
     found = next((place for place in places if place.is_dir()), None)
     if found is not None:
-        return preset, found
-    expected = f"{places[0]} (CLIP_benchmark's shards) or " if preset.folder is not None else ""
+        return known, found
+    expected = f"{places[0]} (CLIP_benchmark's shards) or " if known.folder is not None else ""
     get = (
-        f"hf download clip-benchmark/{preset.folder} --repo-type dataset --local-dir {places[0]}"
-        if preset.folder is not None
-        else f"{preset.source}, in {places[-1] / 'test'}."
+        f"hf download clip-benchmark/{known.folder} --repo-type dataset --local-dir {places[0]}"
+        if known.folder is not None
+        else f"{known.source}, in {places[-1] / 'test'}."
     )
     raise ClipcidError(
         f"There is no local copy of {name}: expected in {expected}{places[-1]} (one folder of images per class).",
@@ -124,9 +125,9 @@ def customary_metric(name: str, possible: Sequence[str]) -> str:
     """Return the metric a data set is usually reported by.
 
     Args:
-        name: Name of the data set: a preset's, or that of its folder, with or without ``/`` and a split.
+        name: Name of the data set: its name in the suite, or that of its folder, with or without ``/`` and a split.
         possible: The metrics its task has; the first is that of data which is not known or has another task here.
     """
     folder = name.partition("/")[0]
-    known = next((preset.metric for preset in PRESETS.values() if folder in (preset.name, preset.folder)), None)
-    return known if known is not None and known in possible else possible[0]
+    metric = next((known.metric for known in KNOWN_DATASETS.values() if folder in (known.name, known.folder)), None)
+    return metric if metric is not None and metric in possible else possible[0]

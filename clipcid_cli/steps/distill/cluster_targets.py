@@ -24,7 +24,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.distill.samples import UsableSamples
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
-from clipcid_cli.steps.model_identity import find_difference
+from clipcid_cli.steps.model_identity import find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -56,7 +56,7 @@ def join_clusters(
     remake = "Run: clipcid cluster" + (f" --embeddings {embeddings.folder}" if embeddings is not None else "")
     remake += " --overwrite"
     model = clusters.sidecar.get("model")
-    if model is not None and online is not None and (difference := find_difference(model, online)) is not None:
+    if model is not None and online is not None and (difference := find_mismatch(model, online)) is not None:
         raise ClipcidError(
             f"The clusters in {clusters.folder} are of {model['spec']}, {difference.what} {difference.recorded}; the "
             f"teacher is {online.spec}, {difference.what} {difference.named}.",

@@ -21,7 +21,7 @@ from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps.distill.batches import StoredViews
 from clipcid_cli.steps.distill.samples import UsableSamples
-from clipcid_cli.steps.model_identity import find_difference
+from clipcid_cli.steps.model_identity import find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -125,7 +125,7 @@ def _check_teacher(name: ModelName, embeddings: Embeddings) -> None:
     if embeddings.sidecar is None:
         return
     model = embeddings.sidecar["model"]
-    difference = find_difference(model, name)
+    difference = find_mismatch(model, name)
     if difference is not None:
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} are of {model['spec']}, {difference.what} {difference.recorded}; the "

@@ -14,7 +14,7 @@ from clipcid_cli.formats.data.class_files import (
     read_templates,
 )
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.known_datasets import Preset
+from clipcid_cli.formats.data.known_datasets import KnownDataset
 from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
 from clipcid_cli.steps.class_names import match_class_names, plain_name, read_folder_numbers
 from clipcid_cli.steps.reporting import Reporter
@@ -22,7 +22,7 @@ from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 
 def find_templates(
-    folder: BenchmarkFolder, settings: EvalZeroshotSettings, preset: Preset | None, reporter: Reporter
+    folder: BenchmarkFolder, settings: EvalZeroshotSettings, known: KnownDataset | None, reporter: Reporter
 ) -> tuple[str, ...]:
     """Return the prompt templates: those asked for, else the data set's own, else the default one, and report which.
 
@@ -30,8 +30,8 @@ def find_templates(
         ClipcidError: when the file cannot be read.
     """
     named = settings.templates
-    if named is None and folder.templates is None and preset is not None:
-        named = preset.templates
+    if named is None and folder.templates is None and known is not None:
+        named = known.templates
     if named in BUILTIN_TEMPLATES:
         templates = builtin_templates(str(named))
         reporter.note(f"{folder.name}: open_clip's {len(templates)} templates named {named}.")
@@ -47,7 +47,7 @@ def find_class_names(
     folder: BenchmarkFolder,
     dataset: Dataset,
     settings: EvalZeroshotSettings,
-    preset: Preset | None,
+    known: KnownDataset | None,
     reporter: Reporter,
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     """Return the class names and, where folders of classes are in another order, the label of each folder.
@@ -56,8 +56,8 @@ def find_class_names(
         ClipcidError: when nothing says what the classes are called, or folders and names do not match.
     """
     named = settings.classnames
-    if named is None and folder.class_names is None and preset is not None:
-        named = preset.class_names
+    if named is None and folder.class_names is None and known is not None:
+        named = known.class_names
     if named in BUILTIN_CLASS_NAMES:
         return _imagenet_names(builtin_class_names(str(named)), folder, dataset, reporter)
     path = Path(named) if named is not None else folder.class_names

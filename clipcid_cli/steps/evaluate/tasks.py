@@ -15,7 +15,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder, find_benchmark_folder
 from clipcid_cli.formats.data.class_files import fill_template
 from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_dataset, open_described
-from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, Preset, customary_metric, find_known_dataset
+from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, KnownDataset, customary_metric, find_known_dataset
 from clipcid_cli.formats.data.multi_label import read_classes
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -143,32 +143,32 @@ def _plan_held_out(settings: EvalZeroshotSettings, reporter: Reporter) -> Zerosh
 
 def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotTask:
     found = find_copy(data, settings.data_root, reporter)
-    preset = found[0] if found is not None else None
+    known = found[0] if found is not None else None
     if found is not None:
         data = str(found[1])
     folder = find_benchmark_folder(data, settings.split)
-    if preset is not None:
-        folder = dataclasses.replace(folder, name=preset.name)
+    if known is not None:
+        folder = dataclasses.replace(folder, name=known.name)
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
     dataset = open_dataset(folder.data, keys=settings.keys, columns=columns)
     kind = _choose_task(folder, dataset, settings)
     if _TASKS[kind] == RETRIEVAL:
         return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL)
-    class_names, label_of = find_class_names(folder, dataset, settings, preset, reporter)
+    class_names, label_of = find_class_names(folder, dataset, settings, known, reporter)
     multi_label = kind == MULTI_LABEL
     return ZeroshotTask(
         folder.name,
         CLASSIFICATION,
         dataset,
         class_names,
-        find_templates(folder, settings, preset, reporter),
+        find_templates(folder, settings, known, reporter),
         label_of=label_of,
         multi_label=multi_label,
         customary=customary_metric(folder.name, MULTI_LABEL_METRICS if multi_label else SINGLE_LABEL_METRICS),
     )
 
 
-def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[Preset, Path] | None:
+def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[KnownDataset, Path] | None:
     """Find the local copy of a known data set, and report where it was found.
 
     Args:
@@ -182,8 +182,8 @@ def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[Preset, Path] 
     """
     found = find_known_dataset(name, root)
     if found is not None:
-        preset, folder = found
-        reporter.note(f"Data: {preset.name} (usually reported: {preset.metric}) in {folder}.")
+        known, folder = found
+        reporter.note(f"Data: {known.name} (usually reported: {known.metric}) in {folder}.")
         if Path(name).exists() and not Path(name).samefile(folder):
             reporter.note(f"The path {name} in this directory is not used; to use it, write ./{name}.")
     return found

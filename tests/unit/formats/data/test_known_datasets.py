@@ -9,7 +9,7 @@ from conftest import make_image
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
 from clipcid_cli.formats.data.class_files import BUILTIN_CLASS_NAMES, BUILTIN_TEMPLATES, fill_template
-from clipcid_cli.formats.data.known_datasets import PRESETS, customary_metric, find_known_dataset
+from clipcid_cli.formats.data.known_datasets import KNOWN_DATASETS, customary_metric, find_known_dataset
 from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
 from clipcid_cli.steps.evaluate.probe_data import open_probe_data
 from clipcid_cli.steps.evaluate.tasks import find_copy, plan_tasks
@@ -19,21 +19,21 @@ from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 
 def test_customary_metrics_are_clips() -> None:
-    per_class = {name for name, preset in PRESETS.items() if preset.metric == "mean_per_class_recall"}
+    per_class = {name for name, known in KNOWN_DATASETS.items() if known.metric == "mean_per_class_recall"}
     assert per_class == {"aircraft", "pets", "caltech101", "flowers"}
-    assert PRESETS["voc2007"].metric == "mean_average_precision_11_point"
-    assert PRESETS["imagenet"].metric == PRESETS["food101"].metric == "acc1"
-    assert all(preset.folder or preset.source for preset in PRESETS.values())
-    for preset in PRESETS.values():
-        assert preset.class_names is None or preset.class_names in BUILTIN_CLASS_NAMES
-        assert preset.templates is None or preset.templates in BUILTIN_TEMPLATES
+    assert KNOWN_DATASETS["voc2007"].metric == "mean_average_precision_11_point"
+    assert KNOWN_DATASETS["imagenet"].metric == KNOWN_DATASETS["food101"].metric == "acc1"
+    assert all(known.folder or known.source for known in KNOWN_DATASETS.values())
+    for known in KNOWN_DATASETS.values():
+        assert known.class_names is None or known.class_names in BUILTIN_CLASS_NAMES
+        assert known.templates is None or known.templates in BUILTIN_TEMPLATES
 
 
 def test_a_copy_is_found_under_either_name(tmp_path: Path) -> None:
     (tmp_path / "pets").mkdir()
-    assert find_known_dataset("pets", tmp_path) == (PRESETS["pets"], tmp_path / "pets")
+    assert find_known_dataset("pets", tmp_path) == (KNOWN_DATASETS["pets"], tmp_path / "pets")
     (tmp_path / "wds_vtab-pets").mkdir()
-    assert find_known_dataset("pets", tmp_path) == (PRESETS["pets"], tmp_path / "wds_vtab-pets")
+    assert find_known_dataset("pets", tmp_path) == (KNOWN_DATASETS["pets"], tmp_path / "wds_vtab-pets")
 
 
 class Listener(SilentReporter):
@@ -47,11 +47,13 @@ class Listener(SilentReporter):
         self.notes.append(text)
 
 
-def test_a_name_is_a_preset_whatever_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_of_the_suite_means_its_data_set_even_beside_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pets").mkdir()
     (tmp_path / "copies" / "pets").mkdir(parents=True)
-    found = (PRESETS["pets"], tmp_path / "copies" / "pets")
+    found = (KNOWN_DATASETS["pets"], tmp_path / "copies" / "pets")
     assert find_known_dataset("pets", tmp_path / "copies") == found
     assert find_known_dataset("./pets", tmp_path / "copies") is None
     assert find_known_dataset("my-own", tmp_path) is None
@@ -61,7 +63,7 @@ def test_a_name_is_a_preset_whatever_lies_beside_it(tmp_path: Path, monkeypatch:
     assert find_copy("pets", tmp_path / "copies", listener) == found
     assert "to use it, write ./pets" in listener.notes[1]
     listener = Listener()
-    assert find_copy("pets", Path(), listener) == (PRESETS["pets"], Path("pets"))
+    assert find_copy("pets", Path(), listener) == (KNOWN_DATASETS["pets"], Path("pets"))
     assert len(listener.notes) == 1  # the path is the copy
 
 
