@@ -91,8 +91,8 @@ def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | Non
     """Find the local copy of a data set of the usual suite.
 
     Args:
-        name: As the user wrote it. A name of the suite means its data set even where a folder has that name too; ``./name`` is
-            a path.
+        name: As the user wrote it. A name of the suite means its data set even where a folder has that name too; a path is
+            written ``./name``.
         root: Folder of the local copies.
 
     Returns:
