@@ -1,8 +1,8 @@
-"""The errors a user can cause and mend. Everything else is a bug and keeps its traceback under ``--debug``."""
+"""Errors that a user can cause and fix. Everything else is a bug and keeps its traceback under ``--debug``."""
 
 
 class ClipcidError(Exception):
-    """A step cannot go on, and the user can do something about it.
+    """A step cannot continue, and the user can do something about it.
 
     Attributes:
         message: What is wrong, where, and both numbers when two disagree.

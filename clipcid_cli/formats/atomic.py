@@ -1,7 +1,7 @@
 """Files appear whole or not at all.
 
-Everything is written to a hidden sibling, flushed to the disk, and renamed. The sibling's name is fixed, so what a killed
-run left is overwritten by the next one instead of piling up; the lock of the output folder keeps two writers apart.
+Everything is written to a hidden sibling, flushed to the disk, and renamed. The sibling's name is fixed, so the next run
+overwrites what a killed one left; the lock of the output folder keeps two writers apart.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def atomic_file(path: Path, sibling: str = "partial") -> Iterator[IO[bytes]]:
     """Open `path` for writing such that it exists under its name only when complete.
 
     Args:
-        path: Final name; missing parent folders are made.
+        path: Final name; missing parent folders are created.
         sibling: Suffix of the hidden sibling. Where several runs may write the same file, each needs one of its own.
 
     Yields:
@@ -56,29 +56,29 @@ def atomic_file(path: Path, sibling: str = "partial") -> Iterator[IO[bytes]]:
 
 @contextmanager
 def named_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
-    """Open a file that the user named, as `atomic_file` does; one of other content is not replaced unasked.
+    """Open a file that the user named, as `atomic_file` does; a file of other content is replaced only on request.
 
     Args:
-        overwrite: Whether a file of other content may be replaced. One of the same bytes is no obstacle.
+        overwrite: Whether a file of other content may be replaced. One with the same bytes is always accepted.
 
     Raises:
-        ClipcidError: when a file of other content is there; it is left as it is.
+        ClipcidError: when a file of other content exists; it is left unchanged.
     """
     with atomic_file(path) as file:
         yield file
         file.flush()
         if path.exists() and not (overwrite and path.is_file()) and not filecmp.cmp(file.name, path, shallow=False):
             raise ClipcidError(
-                f"{path} is there already, and holds something else.",
-                "Add --overwrite to replace it, or give another name.",
+                f"{path} already exists with other content.",
+                "Add --overwrite to replace it, or choose another name.",
             )
 
 
 def write_error(path: Path, error: OSError) -> ClipcidError:
-    """Say why `path` could not be written."""
+    """Return the error for a `path` that could not be written."""
     return ClipcidError(
         f"Could not write {path}: {error.strerror or error}.",
-        "Free some space or choose another folder, then give the same command again: it continues where it stopped.",
+        "Free some space or choose another folder, then run the same command again: it continues where it stopped.",
     )
 
 
@@ -106,7 +106,7 @@ def write_npy(path: Path, array: np.ndarray[Any, Any]) -> None:
 
 def write_parquet(path: Path, table: pa.Table) -> None:
     """Write a table to `path` as parquet (zstd); the same table gives the same bytes."""
-    import pyarrow.parquet as pq  # not for the commands that write none
+    import pyarrow.parquet as pq  # only commands that write parquet wait for it
 
     with atomic_file(path) as file:
         pq.write_table(table, file, compression="zstd")

@@ -1,16 +1,16 @@
-"""An output folder of a step: its lock, its plan and its sidecar.
+"""The output folder of a step: its lock, its plan and its sidecar.
 
 The life of an output:
 
 1. ``open_output`` takes a lock that dies with the process, so a second run in the same folder is refused at once.
 2. Is there a sidecar ``<step>.json``? Then the output is finished: it is reused when settings and inputs are the same, and
    an error names the difference when they are not.
-3. Otherwise the plan ``.<step>.plan.json`` tells what an unfinished run was making. The same settings and inputs: the step
-   resumes on what is there. Others: an error names the difference. What an earlier plan left is cleared away before the new
-   plan says so, lest a run that is killed in between passes the old files on as its own.
+3. Otherwise the plan ``.<step>.plan.json`` records what an unfinished run was making. With the same settings and inputs the
+   step resumes from the existing files; with others an error names the difference. The files of an earlier plan are removed
+   before the new plan is marked as cleared, so that a run killed in between cannot leave old files as its own.
    A step that never resumes writes no plan: an earlier output stays whole until the step calls ``Output.drop_earlier``
-   right before it writes its own, so a run that fails costs nothing.
-4. ``Output.commit`` writes the sidecar last; it is the mark that everything before it is complete.
+   right before it writes its own, so a failed run loses nothing.
+4. ``Output.commit`` writes the sidecar last; it marks everything before it as complete.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from clipcid_cli.formats.atomic import write_error, write_json
 
 FORMAT_VERSION = 1
 
-# Files up to this size are hashed whole; of larger ones the head, the middle and the tail are, since reading a petabyte
-# of shards to start a run would cost more than the run.
+# Files up to this size are hashed whole, larger ones at the head, the middle and the tail: reading a petabyte of shards to
+# start a run would cost more than the run.
 _WHOLE_FILE = 64 * 2**20
 _WINDOW = 2**20
 
 
 def fingerprint_file(path: Path) -> dict[str, Any]:
-    """Describe an input file so that a later run can tell whether it changed.
+    """Describe an input file such that a later run can detect a change.
 
     Returns:
         ``{"path": str, "size": bytes, "hash": "blake2b:…"}``; the hash of a file above 64 MiB is ``blake2b-sampled:…``,
@@ -73,11 +73,11 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
         sidecar = json.loads(text)
         version = sidecar["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ClipcidError(f"{path} is not a sidecar of clipcid.", "Remove it, or give another folder.") from error
+        raise ClipcidError(f"{path} is not a sidecar of clipcid.", "Remove it, or choose another folder.") from error
     if version > FORMAT_VERSION:
         raise ClipcidError(
             f"{path} has format version {version}; this clipcid {__version__} knows up to {FORMAT_VERSION}.",
-            "Upgrade clipcid, or give another folder.",
+            "Upgrade clipcid, or choose another folder.",
         )
     assert isinstance(sidecar, dict)
     return sidecar
@@ -89,11 +89,11 @@ class Output:
 
     Attributes:
         step: Name of the step; the sidecar is ``<step>.json``.
-        settings: Settings that decide the content, as JSON values.
-        inputs: Fingerprints of what is read.
+        settings: Settings that determine the content, as JSON values.
+        inputs: Fingerprints of the input files.
         finished: The sidecar when the output is complete and of the same settings and inputs, else None.
-        resumed: Whether an unfinished run of the same settings and inputs was here before.
-        earlier: The sidecar of a complete output that differs in replaceable settings only and still is there.
+        resumed: Whether the folder holds an unfinished run of the same settings and inputs.
+        earlier: The sidecar of an existing complete output that differs in replaceable settings only.
     """
 
     folder: Path
@@ -105,19 +105,19 @@ class Output:
     earlier: dict[str, Any] | None = None
 
     def drop_earlier(self, *files: Path) -> None:
-        """Remove an earlier output: its sidecar first, so that what is killed in between passes for unfinished.
+        """Remove an earlier output: its sidecar first, so that a run killed in between leaves it unfinished.
 
         Args:
-            files: What else it consists of.
+            files: Its other files.
         """
         for path in (sidecar_path(self.folder, self.step), *files):
             path.unlink(missing_ok=True)
 
     def commit(self, *, counts: dict[str, Any], seconds: dict[str, float], **more: Any) -> dict[str, Any]:
-        """Write the sidecar, which declares the output complete, and return its content.
+        """Write the sidecar, which marks the output as complete, and return its content.
 
         Args:
-            counts: What was read, used and skipped, by reason.
+            counts: Numbers of samples or rows read, used and skipped by reason.
             seconds: Time by phase.
             more: Further entries, such as ``model`` or ``result``.
         """
@@ -138,12 +138,12 @@ class Output:
 
 
 def sidecar_path(folder: Path, step: str) -> Path:
-    """Return where the sidecar of a step's output lies."""
+    """Return the path of the sidecar of a step's output."""
     return folder / f"{step}.json"
 
 
 def plan_path(folder: Path, step: str) -> Path:
-    """Return where an unfinished output says what it is going to be."""
+    """Return the path of the plan of an unfinished output."""
     return folder / f".{step}.plan.json"
 
 
@@ -159,21 +159,21 @@ def open_output(
     clear: Callable[[], None] = lambda: None,
     resumable: bool = True,
 ) -> Iterator[Output]:
-    """Lock an output folder and find out whether it is finished, unfinished or new.
+    """Lock an output folder and determine whether it is finished, unfinished or new.
 
     Args:
-        folder: The output folder; made when missing.
-        settings: Settings that decide the content, as JSON values.
-        inputs: Fingerprints of what is read.
-        overwrite: Treat an output of other settings or inputs as if it were not there.
-        replaceable: Names of settings in which an existing output may differ without an error: it is then simply made
-            anew (``finished`` is None and ``resumed`` False).
-        clear: Removes what the step would otherwise take for its own unfinished work; called unless the output is finished
-            or resumed.
-        resumable: Whether the step builds on what an unfinished run left. When not, nothing is written or removed here.
+        folder: The output folder; created when missing.
+        settings: Settings that determine the content, as JSON values.
+        inputs: Fingerprints of the input files.
+        overwrite: Treat an output of other settings or inputs as missing.
+        replaceable: Names of settings in which an existing output may differ without an error: it is then made again
+            (``finished`` is None and ``resumed`` False).
+        clear: Removes files that the step would otherwise take for its own unfinished work; called unless the output is
+            finished or resumed.
+        resumable: Whether the step continues from an unfinished run. When not, nothing is written or removed here.
 
     Raises:
-        ClipcidError: when another run holds the folder, or an output of other settings or inputs is there.
+        ClipcidError: when another run holds the folder, or it holds an output of other settings or inputs.
     """
     folder = Path(folder)
     try:
@@ -182,12 +182,12 @@ def open_output(
         raise write_error(folder, error) from error
     with _lock(folder, step):
         sidecar, plan = sidecar_path(folder, step), plan_path(folder, step)
-        wanted = {"format_version": FORMAT_VERSION, "settings": settings, "inputs": inputs}
+        identity = {"format_version": FORMAT_VERSION, "settings": settings, "inputs": inputs}
         finished, begun = read_sidecar(sidecar), read_sidecar(plan) if resumable else None
         existing = finished or begun
         earlier, resumed = None, False
         if existing is not None:
-            differences = list_differences(existing, wanted)
+            differences = list_differences(existing, identity)
             serious = [name for name in differences if name.removeprefix("settings.").split(".")[0] not in replaceable]
             if serious and not overwrite:
                 state = "holds" if finished else "holds an unfinished"
@@ -202,27 +202,27 @@ def open_output(
                 finished = None
             resumed = finished is None and not differences and existing.get("cleared", False)
         if resumable and finished is None and not resumed:
-            write_json(plan, wanted | {"cleared": False})
+            write_json(plan, identity | {"cleared": False})
             sidecar.unlink(missing_ok=True)
             clear()
-            write_json(plan, wanted | {"cleared": True})
+            write_json(plan, identity | {"cleared": True})
         yield Output(folder, step, settings, inputs, finished, resumed, earlier)
 
 
-def list_differences(existing: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
-    """Compare the settings and inputs of two sidecars.
+def list_differences(existing: dict[str, Any], identity: dict[str, Any]) -> dict[str, str]:
+    """Compare the settings and inputs of an existing sidecar or plan with those of a new run.
 
     Returns:
         For each entry that differs, how: ``{"settings.keep": "0.5 there, 0.6 now"}``; of nested ones, the innermost.
     """
-    found = _value_differences("settings", existing.get("settings", {}), wanted["settings"])
-    # Inputs are compared by content: a folder that was moved or reached by another path is still the same input.
+    found = _value_differences("settings", existing.get("settings", {}), identity["settings"])
+    # Inputs are compared by content: a folder that was moved, or is reached by another path, is still the same input.
     old_inputs = [(entry.get("size"), entry.get("hash")) for entry in existing.get("inputs", [])]
-    new_inputs = [(entry.get("size"), entry.get("hash")) for entry in wanted["inputs"]]
+    new_inputs = [(entry.get("size"), entry.get("hash")) for entry in identity["inputs"]]
     if len(old_inputs) != len(new_inputs):
         found["inputs"] = f"{len(old_inputs)} files there, {len(new_inputs)} now"
     else:
-        for old, new, entry in zip(old_inputs, new_inputs, wanted["inputs"], strict=True):
+        for old, new, entry in zip(old_inputs, new_inputs, identity["inputs"], strict=True):
             if old != new:
                 found[f"input {entry['path']}"] = f"{old[0]} bytes ({old[1]}) there, {new[0]} bytes ({new[1]}) now"
     return found

@@ -1,4 +1,4 @@
-"""Reports: one self-contained HTML page each, made of a shared base page, inline SVG figures and inline thumbnails."""
+"""Reports: self-contained HTML pages with a shared base page, inline SVG figures and inline thumbnails."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from PIL import Image
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Of a light and a dark page alike: text and axes take the page's own colour through `currentColor`.
+# Readable on light and dark pages; text and axes take the page's own colour through `currentColor`.
 PALETTE = ("#3b78c3", "#d9822b", "#3f9b6c", "#b0579f", "#8a8f98")
 
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-# Widest a figure is shown, for its width in inches.
+# Largest width at which a figure is shown, per inch of its own width.
 _PIXELS_PER_INCH = 105
 
 
@@ -38,10 +38,10 @@ def render_report(template: str, **context: Any) -> str:
 
     Args:
         template: File name of the template.
-        context: Its variables; a missing one is an error, text is escaped.
+        context: Its variables; a missing one is an error, and text is escaped.
 
     Returns:
-        The whole page; it loads nothing from anywhere.
+        The whole page, without external resources.
     """
     return _environment().get_template(template).render(**context)
 
@@ -58,7 +58,7 @@ def svg(figure: Figure, label: str) -> Markup:
 
     Args:
         figure: The figure; text that is drawn black takes the page's text colour.
-        label: What it shows, for those who cannot see it.
+        label: Description of the figure for screen readers.
     """
     import matplotlib as mpl
 
@@ -68,8 +68,8 @@ def svg(figure: Figure, label: str) -> Markup:
         figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace("#000000", "currentColor")
-    # Text that has no fill of its own is black by default in SVG; the class gives it the page's colour.
-    # Figures of any width have text about as large as the page's.
+    # SVG text without a fill is black; the class gives it the page's colour. Scaling by the figure's width keeps its text
+    # about as large as the page's.
     width = round(_PIXELS_PER_INCH * figure.get_figwidth())
     frame = Markup('<div class="figure" role="img" aria-label="{}" style="max-width: {}px">{}</div>')
     return frame.format(label, width, Markup(text))

@@ -1,4 +1,4 @@
-"""Samples that cannot be used: counted by reason, the first few named, refused when they are too many."""
+"""Samples that cannot be used: counted by reason, the first few named, an error when they are too many."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 
-# Why a sample is not used. The names are those of the `skipped` entry of results and sidecars.
+# Why a sample is not used. The keys are those of the `skipped` entry of results and sidecars.
 REASONS = {
     "no_image": "no image",
     "no_caption": "no caption",
@@ -23,7 +23,7 @@ _NAMED = 5
 
 @dataclasses.dataclass
 class Skips:
-    """A count of unusable samples.
+    """Counts of unusable samples.
 
     Attributes:
         counts: Number by reason, for the reasons that occurred.
@@ -43,7 +43,7 @@ class Skips:
 
         Args:
             reason: A key of `REASONS`.
-            name: What a user would look for: its key, with the shard where that helps.
+            name: What a user would search for: its key, with the shard where that helps.
         """
         assert reason in REASONS, reason
         self.counts[reason] = self.counts.get(reason, 0) + 1
@@ -59,7 +59,7 @@ class Skips:
             names.extend(other.examples.get(reason, [])[: _NAMED - len(names)])
 
     def describe(self) -> str:
-        """Say what was skipped, one reason a line; empty when nothing was."""
+        """Return what was skipped, one reason per line; empty when nothing was."""
         lines = []
         for reason, number in sorted(self.counts.items()):
             names = self.examples.get(reason, [])
@@ -68,13 +68,13 @@ class Skips:
         return "\n".join(lines)
 
     def check(self, read: int, max_bad_fraction: float, where: str, fix: str = "") -> None:
-        """Refuse to go on when too many samples are unusable.
+        """Raise an error when too many samples are unusable.
 
         Args:
-            read: Samples that were looked at, usable or not.
-            max_bad_fraction: Largest allowed share, in [0, 1].
+            read: Number of samples examined, usable or not.
+            max_bad_fraction: Largest allowed fraction, in [0, 1].
             where: The data, for the error.
-            fix: What else would help, for the error.
+            fix: A further remedy, for the error.
 
         Raises:
             ClipcidError: with the numbers and the first names by reason.
@@ -83,15 +83,15 @@ class Skips:
             return
         raise ClipcidError(
             f"{self.total:,} of {read:,} samples in {where} cannot be used: {self.total / read:.1%}, "
-            f"and at most {max_bad_fraction:.1%} may be.\n{self.describe()}",
-            f"{fix + ' ' if fix else ''}Mend the data, or allow more with --max-bad-fraction.",
+            f"more than the allowed {max_bad_fraction:.1%}.\n{self.describe()}",
+            f"{fix + ' ' if fix else ''}Fix the data, or allow more with --max-bad-fraction.",
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the count as JSON values, for files."""
+        """Return the counts as JSON values, for files."""
         return {"counts": dict(sorted(self.counts.items())), "examples": dict(sorted(self.examples.items()))}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Skips:
-        """Read what `to_json` gave."""
+        """Restore what `to_json` returned."""
         return cls(dict(value["counts"]), {reason: list(names) for reason, names in value["examples"].items()})

@@ -1,7 +1,7 @@
-"""The work directory: where each step's output lies, and how a later step finds it.
+"""The work directory: the folder of each step's output, and how a later step finds it.
 
-Nothing here creates files. A ``find_…`` method returns what is there, complete, or raises an error that names the flag which
-would point elsewhere and the command which would make it.
+Nothing here creates files. A ``find_…`` method returns a complete output, or raises an error with the flag to point
+elsewhere and the command to make it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class WorkDirectory:
 
     @property
     def eval_summary(self) -> Path:
-        """The folder of the table and the report of the last `eval-zeroshot`: `eval` itself holds metrics files only."""
+        """The folder of the table and report of the last `eval-zeroshot`; `eval` itself holds metrics files only."""
         return self.path / "eval-zeroshot"
 
     @property
@@ -72,7 +72,7 @@ class WorkDirectory:
         return self.path / "export" / name
 
     def name_of(self, folder: Path) -> str:
-        """Return how a sidecar here names a folder: from here where it lies within, so that a copy reads its own."""
+        """Return a folder's name for sidecars: relative if it is inside, so that a copied work directory finds its own."""
         folder, here = folder.resolve(), self.path.resolve()
         return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
@@ -80,10 +80,10 @@ class WorkDirectory:
         """Find finished embeddings.
 
         Args:
-            model_slug: Slug of the model they must be of; None takes those `balance` used, or else the only ones there.
+            model_slug: Slug of their model; None for the embeddings that `balance` used, or else the only ones.
 
         Raises:
-            ClipcidError: when there are none, or several and nothing says which.
+            ClipcidError: when there are none, or several to choose from.
         """
         if model_slug is not None:
             folder = self.embeddings(model_slug)
@@ -100,22 +100,22 @@ class WorkDirectory:
             raise self._missing("embeddings", self.path / "embeddings", "--embeddings", "clipcid embed DATA")
         if len(found) > 1:
             raise ClipcidError(
-                f"{self.path / 'embeddings'} holds those of {len(found)} models: {', '.join(path.name for path in found)}.",
-                "Say which with --embeddings.",
+                f"{self.path / 'embeddings'} has those of {len(found)} models: {', '.join(path.name for path in found)}.",
+                "Choose one with --embeddings.",
             )
         return found[0]
 
     def find_keep_list(self) -> Path | None:
-        """Find the keep list of a finished `balance`; None when nothing was balanced here.
+        """Find the keep list of a finished `balance`; None when there was no `balance` here.
 
         Raises:
-            ClipcidError: when a `balance` was begun here and did not finish: going on without it would take all images.
+            ClipcidError: when a `balance` here is unfinished: continuing without its list would take all images.
         """
         found = self._finished(self.balance, "balance", "keep.parquet")
         if found is None and (plan_path(self.balance, "balance").exists() or (self.balance / "keep.parquet").exists()):
             raise ClipcidError(
                 f"The balance in {self.balance} is unfinished.",
-                "Give its command again, which finishes it, or --keep-list none to take all images.",
+                "Run its command again, which finishes it, or give --keep-list none to take all images.",
             )
         return found
 
@@ -148,13 +148,13 @@ class WorkDirectory:
         return self.find_student().parent
 
     def find_data(self, embeddings: Path | None = None) -> dict[str, Any]:
-        """Find which data the embeddings were made of.
+        """Find the data that embeddings were made from.
 
         Args:
             embeddings: Folder of the embeddings; None takes what `find_embeddings` finds.
 
         Returns:
-            The ``data`` entry of their sidecar: how the data was named and read.
+            The ``data`` entry of their sidecar, for `open_described`.
 
         Raises:
             ClipcidError: when there are no embeddings, or they were made by another tool.
@@ -163,7 +163,7 @@ class WorkDirectory:
         sidecar = read_sidecar(sidecar_path(folder, "embed"))
         if sidecar is None or "data" not in sidecar:
             raise ClipcidError(
-                f"{folder} does not say which data it was made of.",
+                f"{folder} does not record which data it was made from.",
                 "Give the data as the first argument (a folder of shards, …).",
             )
         data = sidecar["data"]
@@ -175,5 +175,5 @@ class WorkDirectory:
         return path if read_sidecar(sidecar_path(folder, step)) is not None and path.exists() else None
 
     def _missing(self, what: str, folder: Path, flag: str, command: str) -> ClipcidError:
-        unfinished = " (what is there is unfinished)" if folder.is_dir() and any(folder.iterdir()) else ""
+        unfinished = " (only unfinished ones)" if folder.is_dir() and any(folder.iterdir()) else ""
         return ClipcidError(f"There are no {what} in {folder}{unfinished}.", f"Give {flag}, or run: {command}")

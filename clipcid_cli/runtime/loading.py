@@ -1,12 +1,12 @@
 """Batches prepared by worker processes, in order.
 
-Workers hold no state: a batch is a list of small descriptions, `prepare` turns it into tensors, and what it returns depends
-on the batch alone. So the result is the same for any number of workers.
+Workers have no state: a batch is a list of small descriptions, and the tensors that `prepare` makes of it depend on the
+batch alone. So the result is the same for any number of workers.
 
-Workers are forked from a server process that has imported PyTorch and the decoders already: a worker starts in
-milliseconds, without what the main process has loaded since (a model, CUDA, threads that hold locks). PyTorch's DataLoader
-does not fit that: it notices the death of such a worker only when its timeout for stalls is over, and its workers outlive a
-main process that was killed.
+Workers are forked from a server process that has already imported PyTorch and the decoders: a worker starts in milliseconds,
+without what the main process has loaded since (a model, CUDA, threads that hold locks). PyTorch's DataLoader does not fit:
+it notices the death of such a worker only after its timeout for stalls, and its workers outlive a main process that was
+killed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Batch = TypeVar("Batch")
 Prepared = TypeVar("Prepared")
 
 STALL_SECONDS = 600.0
-"""A batch that takes longer than this to prepare is taken for a stall."""
+"""Time to prepare a batch after which loading counts as stalled."""
 
 # What workers need, imported once by the server that they are forked from. Nothing here may import faiss.
 _WORKER_IMPORTS = [
@@ -48,7 +48,7 @@ _WORKER_IMPORTS = [
 
 
 def default_workers() -> int:
-    """Return how many workers to start when the user does not say: one per core beyond the first, at most 8.
+    """Return the default number of workers: one per core beyond the first, at most 8.
 
     Cores are those this process may use, divided among the processes of this host.
     """
@@ -77,14 +77,14 @@ def load_batches(
 
     Args:
         batches: What to prepare; consumed as workers become free, so it may be a generator over any number of shards.
-            Each item is sent to a worker and must be picklable and small (places in files, not their content).
+            Each item is sent to a worker and must be picklable and small (offsets in files, not their content).
         prepare: Picklable function of one batch. A ClipcidError it raises is raised here.
         workers: Number of worker processes; 0 prepares in this process.
-        ahead: Batches that each worker has in hand, so that it never waits for this process.
-        stall_seconds: Time after which a batch that does not come is taken for a stall.
+        ahead: Batches queued for each worker, so that it never waits for this process.
+        stall_seconds: Time to wait for a batch before loading counts as stalled.
 
     Yields:
-        What `prepare` returned for each batch, in the order of `batches`. Tensors come through shared memory.
+        The result of `prepare` for each batch, in the order of `batches`. Tensors are passed through shared memory.
 
     Raises:
         ClipcidError: when a worker ended or stalled, or `prepare` raised one.
@@ -112,7 +112,7 @@ def load_batches(
 
 @dataclasses.dataclass
 class _Outcome(Generic[Prepared]):
-    """What became of one batch."""
+    """The result of one batch, or its error."""
 
     value: Prepared | None
     error: ClipcidError | None = None
@@ -120,10 +120,10 @@ class _Outcome(Generic[Prepared]):
 
 
 class _Worker:
-    """A process that prepares the batches it is given, one after the other."""
+    """A process that prepares batches, one after the other."""
 
     def __init__(self, context: ForkServerContext, prepare: Callable[[Any], Any]) -> None:
-        # A queue takes any number of batches without waiting; a pipe would not while the worker is busy.
+        # Putting into a queue never blocks; writing to a pipe could while the worker is busy.
         self._batches: Queue[Any] = context.Queue()
         self._results, sender = context.Pipe(duplex=False)
         self._process: ForkServerProcess = context.Process(
@@ -133,16 +133,16 @@ class _Worker:
         sender.close()
 
     def give(self, batch: Any) -> None:
-        """Hand over a batch."""
+        """Queue a batch."""
         self._batches.put(batch)
 
     def take(self, stall_seconds: float) -> Any:
-        """Wait for the result of the batch that was given first."""
+        """Wait for the result of the oldest batch."""
         ready = multiprocessing.connection.wait([self._results, self._process.sentinel], timeout=stall_seconds)
         if not ready:
             raise ClipcidError(
-                f"No batch came from a process that decodes images for {stall_seconds:.0f} seconds: reading stalls.",
-                "Look at the disk or network the data is on; --workers 0 reads in the main process.",
+                f"A process that decodes images returned no batch for {stall_seconds:.0f} seconds: reading has stalled.",
+                "Check the disk or network that holds the data; --workers 0 reads in the main process.",
             )
         try:
             outcome: _Outcome[Any] = self._results.recv()
@@ -150,7 +150,7 @@ class _Worker:
             self._process.join(5)
             raise ClipcidError(
                 f"A process that decodes images ended ({_describe_exit(self._process.exitcode)}).",
-                "If memory ran out, or the space of /dev/shm: use fewer --workers or a smaller --batch-size.",
+                "If memory or the space in /dev/shm ran out, use fewer --workers or a smaller --batch-size.",
             ) from error
         if outcome.error is not None:
             raise outcome.error
@@ -159,7 +159,7 @@ class _Worker:
         return outcome.value
 
     def end(self) -> None:
-        """End the process, whatever it is doing: it holds nothing."""
+        """End the process, whatever it is doing: it has no state to lose."""
         self._process.terminate()
         self._process.join()
         self._results.close()
@@ -168,8 +168,8 @@ class _Worker:
 
 
 def _work(prepare: Callable[[Any], Any], batches: Queue[Any], results: Connection) -> None:
-    """Run in a worker: prepare batches until ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends this one.
+    """Prepare batches until ended; runs in the worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C, and ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     while True:
@@ -185,7 +185,7 @@ def _work(prepare: Callable[[Any], Any], batches: Queue[Any], results: Connectio
 
 
 def _end_with_parent() -> None:
-    """End this process when the main one is gone, even by kill -9, which tells nobody."""
+    """End this process when the main one has ended, even by kill -9, which sends no signal here."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
     multiprocessing.connection.wait([parent.sentinel])

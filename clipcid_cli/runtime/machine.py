@@ -1,7 +1,7 @@
-"""The processes of one run and the device each of them has.
+"""The processes of one run and the device of each.
 
 One process, or as many as torchrun started: ``torch.distributed`` (NCCL on GPUs, gloo on CPUs) is the one engine. Steps are
-written for any number of processes; with one, every call here is free.
+written for any number of processes; with a single one, the calls here cost nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clipcid_cli.errors import ClipcidError
 
 T = TypeVar("T")
 
-# A process may wait long for another that reads slower shards; a lost one is noticed by torchrun, not by this limit.
+# A process may wait long for another that reads slower shards; torchrun, not this limit, detects a lost process.
 _PATIENCE = datetime.timedelta(hours=12)
 
 
@@ -30,7 +30,7 @@ class Machine:
 
     Attributes:
         rank: Number of this process, 0 … size − 1.
-        local_rank: Number of this process on its host.
+        local_rank: Number of this process on its host, from 0.
     """
 
     rank: int
@@ -40,7 +40,7 @@ class Machine:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes shared files and talks to the user."""
+        """Whether this is the process that writes shared files and reports to the user."""
         return self.rank == 0
 
     def share(self, number: int) -> tuple[int, int]:
@@ -53,7 +53,7 @@ class Machine:
             dist.barrier()
 
     def broadcast(self, value: T, source: int = 0) -> T:
-        """Return `source`'s value on every process; it travels pickled, between our own processes only."""
+        """Return `source`'s value on every process; it is pickled, between our own processes only."""
         if self.size == 1:
             return value
         box: list[Any] = [value]
@@ -69,17 +69,17 @@ class Machine:
         return values
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add the tensor up over all processes, in place."""
+        """Sum the tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` on the first process only and give its result, or its error, to all.
+        """Run `action` on the first process only and return its result, or raise its error, on all.
 
         Raises:
-            ClipcidError: whatever the action raised; on the other processes marked as told already, so that the user
-                reads it once.
+            ClipcidError: what the action raised; marked as already reported on the other processes, so that the user reads
+                it once.
         """
         if self.size == 1:
             return action()
@@ -96,11 +96,11 @@ class Machine:
         return outcome[0]
 
     def on_all(self, action: Callable[[], T]) -> T:
-        """Run `action` on every process and give each its own result, unless it failed on any.
+        """Run `action` on every process and return its result on each, unless it failed on any.
 
         Raises:
-            ClipcidError: on every process what the action raised on the lowest rank where it did, so that none waits for
-                one that is gone and the user reads it once.
+            ClipcidError: on every process, the error of the lowest rank that failed, so that no process waits for one
+                that has ended and the user reads it once.
         """
         outcome: list[T] = []
         failure: ClipcidError | None = None
@@ -112,7 +112,7 @@ class Machine:
         return outcome[0]
 
     def agree(self, error: ClipcidError | None) -> None:
-        """Raise on every process when any of them met an error, so that none waits for one that is gone.
+        """Raise on every process when any of them has an error, so that none waits for one that has ended.
 
         Raises:
             ClipcidError: the error of the lowest rank that had one.
@@ -130,14 +130,14 @@ class Machine:
 def open_machine(device: str = "auto") -> Iterator[Machine]:
     """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
 
-    Where the caller has joined them already (``torch.distributed`` is initialised), its group is used, and is left to it; it
-    must reach the device (gloo for ``cpu``, nccl for ``cuda``), which on a host of several GPUs LOCAL_RANK says.
+    Where the caller has already initialised ``torch.distributed``, its group is used and left open; its backend must fit the
+    device (gloo for ``cpu``, nccl for ``cuda``). On a host of several GPUs, LOCAL_RANK gives the device.
 
     Args:
-        device: ``auto`` (a GPU when there is one), ``cpu`` or ``cuda``.
+        device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
 
     Raises:
-        ClipcidError: when ``cuda`` is asked for and there is none, or there are more processes on this host than GPUs.
+        ClipcidError: when ``cuda`` is requested and there is none, or there are more processes on this host than GPUs.
     """
     joined = dist.is_available() and dist.is_initialized()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -165,22 +165,22 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 0:
-        raise ClipcidError("--device cuda was asked for, but PyTorch sees no GPU.", "Use --device cpu or auto.")
+        raise ClipcidError("--device cuda: PyTorch finds no GPU.", "Use --device cpu or auto.")
     if local_rank >= count:
         raise ClipcidError(
-            f"Process {local_rank} of this host has no GPU of its own: there are {count}.",
-            f"Start at most {count} processes a host (torchrun --nproc-per-node {count}).",
+            f"Process {local_rank} of this host has no GPU of its own: it has {count}.",
+            f"Start at most {count} processes per host (torchrun --nproc-per-node {count}).",
         )
     return torch.device("cuda", local_rank)
 
 
 def _share_cores(local_size: int) -> None:
-    """Give each of several processes of this host its share of the cores, where the user has not said otherwise.
+    """Give each of several processes of this host its share of the cores, unless the user has set OMP_NUM_THREADS.
 
     torchrun sets OMP_NUM_THREADS=1 for several processes when it is unset, which leaves most cores of a CPU run idle;
     that value is indistinguishable from a user's own 1. For one process it sets nothing, so what is set is the user's.
     """
     if local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # Of the cores a scheduler gave this job, not of all the host has.
+        # Of the cores that a scheduler assigned to this job, not all of the host.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_size))

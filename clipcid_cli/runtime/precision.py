@@ -1,4 +1,4 @@
-"""Which number format the heavy arithmetic runs in, decided once, with the reason said."""
+"""The number format of the heavy arithmetic, chosen once, with the reason."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Purpose = Literal["embed", "train", "evaluate"]
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """A number format for matrix products; weights and stored results keep their own.
+    """The number format of matrix products; weights and stored results keep their own.
 
     Attributes:
-        name: ``fp32``, ``bf16`` or ``fp16``; also ``int8`` where near pairs are looked for.
+        name: ``fp32``, ``bf16`` or ``fp16``; also ``int8`` in the search for near pairs.
         reason: Why it was chosen, for the user.
     """
 
@@ -29,7 +29,7 @@ class Precision:
     reason: str
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """Run what is inside in this format where PyTorch holds it to be safe; nothing changes for fp32."""
+        """Return PyTorch's autocast to this format; for fp32 a context without effect."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.dtype)
@@ -42,22 +42,22 @@ _LEAST_TO_TRAIN = 8_000_000
 
 
 def choose_precision(requested: str, device: torch.device, purpose: Purpose, parameters: int) -> Precision:
-    """Decide the number format of a step.
+    """Choose the number format of a step.
 
     Args:
-        requested: ``fp32``, ``bf16``, ``fp16``, or ``auto``: fp32 in evaluation; on a GPU fp16 to embed (rows are
-            stored in it) and bf16 to train; on a CPU bf16 where it has tile units (AMX) and, to train, the model is large
-            enough to gain.
+        requested: ``fp32``, ``bf16``, ``fp16``, or ``auto``: fp32 in evaluation; on a GPU fp16 to embed (rows are stored
+            in it) and bf16 to train; on a CPU with tile units (AMX) bf16, to train only if the model is large enough to
+            gain.
 
     Raises:
-        ClipcidError: for fp16 on a CPU, which PyTorch has no fast and safe way to compute.
+        ClipcidError: for fp16 on a CPU, where PyTorch has no fast and safe kernels.
     """
     if requested == "fp16" and device.type == "cpu":
         raise ClipcidError("--precision fp16 needs a GPU.", "Use --precision bf16 or fp32 on a CPU.")
     if requested != "auto":
-        return _precision(requested, "asked for")
+        return _precision(requested, "requested")
     if purpose == "evaluate":
-        return _precision("fp32", "evaluation is done in full precision")
+        return _precision("fp32", "evaluation uses full precision")
     if device.type == "cuda":
         return _precision("fp16", "rows are stored in it") if purpose == "embed" else _precision("bf16", "GPU")
     if not has_amx():
@@ -68,14 +68,14 @@ def choose_precision(requested: str, device: torch.device, purpose: Purpose, par
 
 
 def choose_scan(requested: str, device: torch.device) -> Precision:
-    """Decide the format in which near pairs are looked for; what is found is the same in each.
+    """Choose the format of the search for near pairs; the result is the same in each.
 
-    Measured on 2 cores of a Xeon without AMX, products of 2,048 × 512 by 512 × 2,048, in 10⁹ operations a second: fp32 386,
-    bf16 178, int8 1,480.
+    Measured on 2 cores of a Xeon without AMX, products of 2,048 × 512 by 512 × 2,048, in 10⁹ operations per second:
+    fp32 386, bf16 178, int8 1,480.
 
     Args:
-        requested: As for :func:`choose_precision`; ``auto`` is what that gives to embed, and int8 on CPUs that have
-            dot-product instructions for it (AVX-512 VNNI) and no AMX.
+        requested: As for `choose_precision`; ``auto`` is its choice for embedding, but int8 on CPUs with int8 dot products
+            (AVX-512 VNNI) and without AMX.
     """
     if requested == "auto" and device.type == "cpu" and not has_amx() and "avx512_vnni" in _cpu_flags():
         return _precision("int8", "this CPU has int8 dot products (AVX-512 VNNI)")

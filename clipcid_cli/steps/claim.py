@@ -1,4 +1,4 @@
-"""Claiming an output folder with any number of processes."""
+"""Claiming an output folder from any number of processes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ def claim_output(
     clear: Callable[[], None] = lambda: None,
     resumable: bool = True,
 ) -> Iterator[Output]:
-    """Lock `folder` on the first process and tell all processes what state it is in.
+    """Lock `folder` on the first process and give its state to all processes.
 
-    The arguments are those of `open_output`. Only the first process may call ``drop_earlier`` and ``commit`` on what is
-    yielded.
+    The arguments are those of `open_output`. Only the first process may call ``drop_earlier`` and ``commit`` of the result.
 
     Raises:
-        ClipcidError: on every process, when the folder is held by another run or holds an output of other settings.
+        ClipcidError: on every process, when another run holds the folder or it holds an output of other settings.
     """
     with ExitStack() as stack:
 

@@ -1,4 +1,4 @@
-"""Which of a list's class names each folder of classes stands for."""
+"""Matching folders of classes to a list of class names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from clipcid_cli.errors import ClipcidError
 
 @dataclasses.dataclass(frozen=True)
 class ClassMatch:
-    """How folders of classes and class names belong together.
+    """A class name for each folder of a class.
 
     Attributes:
-        labels: For each folder the number of its class name.
-        by: ``name``: folders are called as classes; ``number``: they are called 0, 1, … by the lines of the list;
-            ``order``: the names stand for the folders in the order of the folders' names.
+        labels: For each folder, the number of its class name.
+        by: ``name``: folders have the names of the classes; ``number``: their names 0, 1, … are line numbers of the list;
+            ``order``: the lines of the list are in the order of the folders' names.
     """
 
     labels: tuple[int, ...]
@@ -32,9 +32,9 @@ def match_class_names(names: Sequence[str], folders: Sequence[str]) -> ClassMatc
         folders: Names of the folders of classes, sorted.
 
     Raises:
-        ClipcidError: when the folders are called by neither names nor numbers, and there are more or fewer than names.
+        ClipcidError: when the folders have neither names nor numbers of classes, and their number differs from the names'.
     """
-    # Names come first: a list may hold digits in an order of its own.
+    # Names come first: the class names themselves may be digits, in any order.
     by_name = {plain_name(name).casefold(): label for label, name in enumerate(names)}
     found = [by_name.get(plain_name(folder).casefold()) for folder in folders]
     named = tuple(label for label in found if label is not None)
@@ -46,13 +46,13 @@ def match_class_names(names: Sequence[str], folders: Sequence[str]) -> ClassMatc
     if len(names) != len(folders):
         raise ClipcidError(
             f"{len(names)} class names were given; the data has {len(folders)} folders of classes.",
-            "Write one class name for each folder, in the order of the folders' names.",
+            "Write one class name per folder, in the order of the folders' names.",
         )
     return ClassMatch(tuple(range(len(folders))), "order")
 
 
 def read_folder_numbers(folders: Sequence[str], num_classes: int) -> tuple[int, ...] | None:
-    """Read folders called 0, 1, … as labels, since sorting their names would put 10 before 2; None when they are not."""
+    """Read folder names 0, 1, … as labels (sorted as text, 10 would precede 2); None when they are not such numbers."""
     if not all(re.fullmatch(r"\d+", name) for name in folders):
         return None
     numbers = tuple(int(name) for name in folders)
@@ -60,5 +60,5 @@ def read_folder_numbers(folders: Sequence[str], num_classes: int) -> tuple[int, 
 
 
 def plain_name(name: str) -> str:
-    """Return a class as it is spoken of: the name of its folder with spaces."""
+    """Return a class's name for prompts: that of its folder, with spaces for underscores."""
     return name.replace("_", " ").strip()

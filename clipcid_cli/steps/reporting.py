@@ -1,4 +1,4 @@
-"""How a step tells what it is doing, without knowing who listens."""
+"""How a step reports what it is doing, independent of where it is shown."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """One bar of progress."""
+    """A progress bar."""
 
     def advance(self, amount: float = 1) -> None:
         """Count `amount` more units as done."""
 
     def show(self, **fields: Any) -> None:
-        """Show current values beside the bar, e.g. ``loss=1.23``."""
+        """Show current values next to the bar, e.g. ``loss=1.23``."""
 
 
 class Reporter(Protocol):
-    """The listener of a step: a terminal, or nobody."""
+    """Receives a step's reports: the terminal, or nothing."""
 
     def note(self, text: str) -> None:
-        """Tell something worth knowing, such as which input was taken or which default was chosen."""
+        """Report something worth knowing, such as which input was taken or which default was chosen."""
 
     def warn(self, text: str) -> None:
-        """Tell something that may surprise the user; printed even under ``--quiet``."""
+        """Report something that may surprise the user; printed even under ``--quiet``."""
 
     def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
         """Show a bar that counts to `total` units (unknown when None)."""
 
 
 class SilentProgress:
-    """A bar nobody sees."""
+    """A bar that is not shown."""
 
     def advance(self, amount: float = 1) -> None:
         """Do nothing."""
@@ -40,7 +40,7 @@ class SilentProgress:
 
 
 class SilentReporter:
-    """A listener that drops everything: for all processes but the first, and for use from Python."""
+    """Drops all reports: for all processes but the first, and for use from Python."""
 
     def note(self, text: str) -> None:
         """Do nothing."""
@@ -49,7 +49,7 @@ class SilentReporter:
         """Do nothing."""
 
     def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
-        """Return a bar nobody sees."""
+        """Return a bar that is not shown."""
         return nullcontext(SilentProgress())
 
 

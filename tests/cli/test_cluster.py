@@ -213,7 +213,7 @@ def test_keys_that_repeat_across_files_need_a_flag(clipcid: Callable[..., Run], 
         pq.write_table(pa.table({"key": [f"{row:05d}" for row in range(NUM_ROWS // 2)]}), path)
     refused = clipcid("cluster", "--embeddings", embeddings, check=False)
     assert refused.returncode == 1
-    assert "Key '00000' names rows 0 and 450" in " ".join(refused.stderr.split()), refused
+    assert "Key '00000' belongs to rows 0 and 450" in " ".join(refused.stderr.split()), refused
     assert "--keys shard" in refused.stderr
     run = clipcid("cluster", "--embeddings", embeddings, "--keys", "shard", "--num-clusters", NUM_CLUSTERS)
     keys = open_clusters(run.cwd / "clipcid-work" / "clusters").keys

@@ -1,11 +1,11 @@
-"""CLIP_benchmark's webdataset folders: shards by split, and text files that say what to do with them.
+"""CLIP_benchmark's webdataset folders: shards by split, and text files that describe the task.
 
     food101/
       train/  nshards.txt 0.tar 1.tar …
       test/   nshards.txt 0.tar 1.tar …
       classnames.txt  zeroshot_classification_templates.txt  dataset_type.txt
 
-A folder with nothing but splits in it (train/, test/, val/, …) is read the same way, whatever they hold: shards, or one
+A folder that contains nothing but splits (train/, test/, val/, …) is read the same way, whether they contain shards or one
 folder of images per class.
 
 Source: LAION-AI/CLIP_benchmark 1.6.2, datasets/builder.py, build_wds_dataset.
@@ -22,7 +22,7 @@ CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 DATASET_TYPE = "dataset_type.txt"
 NUM_SHARDS = "nshards.txt"
-# What the folders of splits are called; a folder with any other folder in it is taken as it is.
+# Names of the folders of splits; a folder that contains any other folder has no splits.
 SPLITS = frozenset({"train", "trainval", "test", "val", "valid", "validation"})
 
 
@@ -36,10 +36,10 @@ class BenchmarkFolder:
 
     Attributes:
         name: Name for tables and metrics files.
-        data: Where the samples lie: the folder of the split, or the data as it was given.
-        dataset_type: ``classification``, ``retrieval`` or ``multilabel``, where the data set says so.
-        class_names: File of class names, where there is one.
-        templates: File of templates, where there is one.
+        data: The folder of the split, or the data as given.
+        dataset_type: ``classification``, ``retrieval`` or ``multilabel``; None where the data set does not say.
+        class_names: File of class names; None where there is none.
+        templates: File of templates; None where there is none.
     """
 
     name: str
@@ -53,7 +53,7 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
     """Find the split and the text files of a data set.
 
     Args:
-        data: A CLIP_benchmark folder, the folder of one of its splits, or any other data, which is taken as it is.
+        data: A CLIP_benchmark folder, the folder of one of its splits, or any other data, which is used as given.
         split: The split to use of a CLIP_benchmark folder.
 
     Raises:
@@ -63,7 +63,7 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
     if "://" in data or not folder.is_dir():
         return BenchmarkFolder(name=_last_parts(data, 1), data=data)
     if (folder / NUM_SHARDS).is_file():
-        # The folder of a split; its text files lie beside it, or in it where a data set has no splits.
+        # The folder of a split; its text files are next to it, or in it where a data set has no splits.
         about = (
             folder if (folder / DATASET_TYPE).is_file() or (folder / CLASS_NAMES).is_file() else folder.resolve().parent
         )

@@ -1,4 +1,4 @@
-"""Image-text data in any of its forms, opened by one name: shards in order, each a list of samples."""
+"""Image-text data in any supported form: shards in order, each a list of samples."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _FORMS = (
     "or parquet list."
 )
 
-# Data up to this size has its keys compared across all shards before anything else is done; larger data only those of the
-# first two shards, and all of them once they are known.
+# Up to this size, keys are compared across all shards when data is opened; of larger data only those of the first two shards
+# are, and all once they have been read.
 _SMALL = 2**30
 
 _ESTIMATED_FROM = 4
@@ -60,7 +60,7 @@ class Dataset:
     index: DataIndex | None = None
 
     def fingerprints(self) -> list[dict[str, Any]]:
-        """Describe the content of every shard, for a sidecar. Reads a little of each, unless the index has it."""
+        """Describe the content of every shard for a sidecar: from the index, or from a small part of each."""
         if self.index is not None:
             return [record.fingerprint for record in self.index.records]
         with ThreadPoolExecutor(16) as pool:
@@ -78,12 +78,12 @@ class Dataset:
         return round(sum(len(shard.samples()) for shard in probed) * len(self.shards) / len(probed))
 
     def describe(self) -> dict[str, Any]:
-        """Say how the data was named and read, such that `open_described` opens it again."""
+        """Return the name and the options of the data, from which `open_described` opens it again."""
         return {"spec": self.spec, "keys": self.keys, **dataclasses.asdict(self.columns)}
 
 
 def open_described(description: dict[str, Any], index_root: Path | None = None) -> Dataset:
-    """Open data again from what `Dataset.describe` said."""
+    """Open data from what `Dataset.describe` returned."""
     columns = {field.name: description[field.name] for field in dataclasses.fields(Columns)}
     return open_dataset(
         description["spec"], keys=description["keys"], columns=Columns(**columns), index_root=index_root
@@ -103,14 +103,14 @@ def open_dataset(
         index_root: Folder of indexes. Data whose index is there and up to date is opened without a look into its shards.
 
     Raises:
-        ClipcidError: within seconds, when there is no such data, nothing in it is a shard or image, a local shard is cut
-            off or not a tar, the first shards hold no image, or keys repeat across shards.
+        ClipcidError: within seconds, when there is no such data, it contains no shard or image, a local shard is truncated
+            or not a tar, the first shards contain no image, or keys repeat across shards.
     """
     spec, columns = str(spec), columns if columns is not None else Columns()
     if spec.startswith("file://"):
         spec = spec.removeprefix("file://")
     if spec.startswith("pipe:"):
-        raise ClipcidError(f"{spec}: commands are never run to get data.", _FORMS)
+        raise ClipcidError(f"{spec}: clipcid does not run commands to get data.", _FORMS)
     if not is_url(spec):
         spec = os.path.abspath(os.path.expanduser(spec))
     prefix = keys == "shard"
@@ -125,7 +125,7 @@ def open_dataset(
         kind = "images"
         shards, classes = read_image_folder(Path(spec), prefix_keys=prefix)
         if not shards:
-            raise ClipcidError(f"{spec} holds no .tar shard and no image.", _explain_subfolders(Path(spec)))
+            raise ClipcidError(f"{spec} contains no .tar shard and no image.", _explain_subfolders(Path(spec)))
     dataset = Dataset(spec, kind, tuple(shards), classes, keys, columns)
     if index_root is not None:
         folder = index_root / index_identity(kind, dataset.describe(), shards)
@@ -149,7 +149,7 @@ def _check_shards(dataset: Dataset) -> None:
 
 
 def refuse_repeated_keys(shards: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Refuse keys that occur in more than one shard, since files of later steps are joined by key.
+    """Refuse keys that occur in more than one shard, since later files are joined by key.
 
     Args:
         shards: Name and keys of each shard; within a shard all keys differ.
@@ -170,7 +170,7 @@ def refuse_repeated_keys(shards: Sequence[tuple[str, Sequence[str]]]) -> None:
 
 
 def _find_tars(spec: str) -> list[str] | None:
-    """List the tars that `spec` names, in natural order; None when it is a folder without any."""
+    """List the tars that `spec` refers to, in natural order; None for a folder without any."""
     if "{" in spec:
         return sorted(_expand(spec), key=natural_key)
     if is_url(spec):
@@ -190,7 +190,7 @@ def _expand(spec: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(spec))
     except ValueError as error:  # braceexpand.UnbalancedBracesError
-        raise ClipcidError(f"{spec}: a brace has no partner.", _FORMS) from error
+        raise ClipcidError(f"{spec}: the braces are unbalanced.", _FORMS) from error
 
 
 def _list_remote(spec: str) -> list[str]:
@@ -202,7 +202,7 @@ def _list_remote(spec: str) -> list[str]:
     tars = [str(filesystem.unstrip_protocol(name)) for name in names if str(name).lower().endswith(".tar")]
     if not tars:
         raise ClipcidError(
-            f"{spec} lists no .tar shard.", "Give a pattern such as s3://bucket/data/{00000..00099}.tar."
+            f"{spec} contains no .tar shard.", "Give a pattern such as s3://bucket/data/{00000..00099}.tar."
         )
     return sorted(tars, key=natural_key)
 
@@ -214,25 +214,25 @@ def _is_benchmark(spec: str) -> bool:
 def _benchmark_tars(folder: Path) -> list[str]:
     text = (folder / "nshards.txt").read_text(encoding="utf-8", errors="replace").strip()
     if not text.isdigit() or int(text) == 0:
-        raise ClipcidError(f"{folder / 'nshards.txt'} holds {text[:40]!r}, not a number of shards.", "Mend the file.")
+        raise ClipcidError(f"{folder / 'nshards.txt'} contains {text[:40]!r}, not a number of shards.", "Fix the file.")
     tars = [folder / f"{number}.tar" for number in range(int(text))]
     missing = [tar.name for tar in tars if not tar.is_file()]
     if missing:
         raise ClipcidError(
-            f"{folder} should hold {len(tars)} shards (nshards.txt); {len(missing)} are missing, first {missing[0]}.",
-            "Copy them there, or mend nshards.txt.",
+            f"{folder} should contain {len(tars)} shards (nshards.txt); {len(missing)} are missing, first {missing[0]}.",
+            "Copy them there, or fix nshards.txt.",
         )
     return [str(tar) for tar in tars]
 
 
 def _name_tars(tars: list[str], *, prefix_keys: bool, caption_lines: bool) -> tuple[TarShard, ...]:
-    """Name shards by their files, with as many folders before as it takes to tell them apart."""
+    """Name shards by their files, preceded by as many folders as it takes to distinguish them."""
     parts = [tar[: -len(".tar")].split("/") if tar.lower().endswith(".tar") else tar.split("/") for tar in tars]
     depth = 1
     while len({tuple(part[-depth:]) for part in parts}) < len(set(tars)):
         depth += 1
     if len(set(tars)) < len(tars):
-        raise ClipcidError("The pattern names a shard twice.", "Write each shard once.")
+        raise ClipcidError("The pattern lists a shard twice.", "List each shard once.")
     names = ["/".join(part[-depth:]) for part in parts]
     return tuple(TarShard(name, tar, prefix_keys, caption_lines) for name, tar in zip(names, tars, strict=True))
 
@@ -241,12 +241,12 @@ def _explain_subfolders(folder: Path) -> str:
     inner = sorted(path.parent.name for path in folder.glob("*/*.tar"))
     if inner:
         names = sorted(set(inner), key=natural_key)
-        return f"Its folders {', '.join(names[:6])} hold shards: give one of them, as in {folder / names[0]}."
+        return f"Its folders {', '.join(names[:6])} contain shards: give one of them, e.g. {folder / names[0]}."
     return _FORMS
 
 
 def _require_images(spec: str, shards: Sequence[Shard]) -> None:
-    """Refuse data of which the first shards hold no image at all."""
+    """Refuse data whose first shards contain no image."""
     skips = Skips()
     for shard in shards[:10]:
         if shard.samples(skips):

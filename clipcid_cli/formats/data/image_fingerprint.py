@@ -1,9 +1,9 @@
-"""A fingerprint of a data set's images, classes and captions, for what is measured or kept of them.
+"""A fingerprint of a data set's images, classes and captions, for metrics and features computed from them.
 
-A shard's own fingerprint tells a moved or resized file; an image that was replaced by another of the same size, in a folder,
-a list or the midst of a tar, it may not. Here every image counts: its size, its bytes, its classes and its captions. Of
-JPEG, PNG, WebP and GIF the first and last 4 KiB are read: compressed images of one size that differ do so there, in their
-tables, their data or a checksum. Of others (BMP, TIFF, …), where a white border may fill both ends, all bytes are.
+A shard's own fingerprint detects a moved or resized file, but perhaps not an image that was replaced by another of the same
+size in a folder, a list or the middle of a tar. Here every image counts: its size, bytes, classes and captions. Of JPEG,
+PNG, WebP and GIF the first and last 4 KiB are read: different compressed images of the same size differ there, in their
+tables, their data or a checksum. Of other forms (BMP, TIFF, …), where a white border may fill both ends, all bytes are.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _SAMPLES_A_TASK = 256
 
 
 def fingerprint_images(dataset: Dataset, uses: Callable[[Sample], bool] = lambda _: True) -> dict[str, Any]:
-    """Describe all images of a data set, where they lie in local files.
+    """Describe all images of a data set.
 
     Args:
-        uses: Tells whether a sample is used; the others do not count.
+        uses: Tells whether a sample is used; others are not included.
 
     Returns:
-        ``path``, ``size`` (number of images used) and ``hash``, as of a sidecar's input. Of a remote image only
-        the name counts.
+        ``path``, ``size`` (number of images used) and ``hash``, as of a sidecar's input. Of a remote image only the name is
+        included.
     """
     samples = [sample for shard in dataset.shards for sample in shard.samples() if uses(sample)]
     parts = [samples[start : start + _SAMPLES_A_TASK] for start in range(0, len(samples), _SAMPLES_A_TASK)]
@@ -58,7 +58,7 @@ def _digest(samples: Sequence[Sample]) -> bytes:
 
 
 def _read(location: Location) -> bytes:
-    """Return the size and what counts of the bytes; the name where they are remote, nothing where they are missing."""
+    """Return the size and the bytes to hash; the URL of a remote image, nothing of a missing one."""
     if "://" in location.path:
         return location.path.encode("utf-8", errors="surrogateescape")
     try:

@@ -1,4 +1,4 @@
-"""A folder of images: captions in ``.txt`` files beside them, or one folder per class."""
+"""A folder of images: captions in ``.txt`` files next to them, or one folder per class."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FolderShard(VirtualShard[_Entry]):
-    """A slice of an image folder; images that share their name up to the suffix are one key, the first is kept."""
+    """A slice of an image folder. Images whose names differ in the suffix only have the same key; the first is kept."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe the slice: bytes of its images, and a hash of their names and sizes."""
@@ -48,7 +48,7 @@ def read_image_folder(root: Path, *, prefix_keys: bool) -> tuple[tuple[FolderSha
     """List a folder of images, in natural order of their paths.
 
     Args:
-        root: The folder; folders within it are read too, hidden files are not.
+        root: The folder; folders within it are included, hidden files are not.
         prefix_keys: Whether keys begin with the shard's name.
 
     Returns:
@@ -77,7 +77,7 @@ def read_image_folder(root: Path, *, prefix_keys: bool) -> tuple[tuple[FolderSha
 
 
 def _walk(root: Path) -> Iterator[tuple[str, int]]:
-    """Yield relative path and size of every file; links to folders are followed, each folder once."""
+    """Yield relative path and size of every file; links to folders are followed, and each folder is visited once."""
     visited: set[tuple[int, int]] = set()
     pending = [""]
     while pending:

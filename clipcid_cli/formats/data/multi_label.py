@@ -1,7 +1,7 @@
-"""Classes of images that have several each: a list of numbers, or a vector with a 1 for each class the image has.
+"""Classes of images with several each: a list of numbers, or a vector with a 1 for each class of the image.
 
 In tars the vector is the sample's ``.npy``, as in CLIP_benchmark's folders of ``dataset_type.txt`` multilabel; in
-lists the `label` column holds the numbers (see `formats.sample_list`).
+lists the ``label`` column holds the numbers (see `formats.data.sample_list`).
 
 Source: LAION-AI/CLIP_benchmark 1.6.2, datasets/builder.py, build_wds_dataset.
 """
@@ -19,16 +19,16 @@ from clipcid_cli.formats.data.samples import Sample
 
 
 def read_classes(sample: Sample, num_classes: int) -> tuple[int, ...] | None:
-    """Read which classes a sample has; a sample with one class has that one.
+    """Read the classes of a sample, also of one with a single class.
 
     Args:
         num_classes: Number of class names there are.
 
     Returns:
-        Their numbers, ascending, possibly none; None when the sample says nothing of classes.
+        Their numbers, ascending, possibly none; None when the sample has no class information.
 
     Raises:
-        ClipcidError: when its vector is not one of zeros and ones for each class, or a number is of no class.
+        ClipcidError: when its vector is not zeros and ones for each class, or a number is out of range.
     """
     if sample.multi_hot is not None:
         return _read_vector(sample, num_classes)
@@ -38,17 +38,17 @@ def read_classes(sample: Sample, num_classes: int) -> tuple[int, ...] | None:
     wrong = next((number for number in classes if not 0 <= number < num_classes), None)
     if wrong is not None:
         raise ClipcidError(
-            f"Sample {sample.key} has class {wrong}, and there are {num_classes} class names (0 … {num_classes - 1}).",
+            f"Sample {sample.key} has class {wrong}; there are {num_classes} class names (0 … {num_classes - 1}).",
             "Give the matching list of class names with --classnames.",
         )
     return tuple(sorted(classes))
 
 
 def read_vector_length(sample: Sample) -> int:
-    """Read for how many classes a sample's vector is.
+    """Read the length of a sample's vector, the number of classes.
 
     Raises:
-        ClipcidError: when it is no vector of zeros and ones.
+        ClipcidError: when it is not a vector of zeros and ones.
     """
     vector = _load(sample)
     if vector.ndim != 1 or not np.isin(vector, (0, 1)).all():

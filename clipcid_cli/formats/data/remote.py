@@ -1,4 +1,4 @@
-"""Data behind a URL: fsspec lists it, and a file is copied once to a local cache, from where it is read like any other."""
+"""Data at a URL: fsspec lists it, and each file is copied once to a local cache and read from there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_url(spec: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return where copies are kept: ``CLIPCID_CACHE``, or ``clipcid`` in the user's cache folder. It is never emptied."""
+    """Return the folder of copies: ``CLIPCID_CACHE``, or ``clipcid`` in the user's cache folder. It is never emptied."""
     configured = os.environ.get("CLIPCID_CACHE")
     if configured:
         return Path(configured)
@@ -27,10 +27,10 @@ def cache_folder() -> Path:
 
 
 def local_copy(path: str) -> Path:
-    """Return a local path with the content of `path`, fetching it first where it is a URL that was not fetched before.
+    """Return a local path with the content of `path`; a URL is fetched unless it was before.
 
     Raises:
-        ClipcidError: when it cannot be fetched, or the disk is too full for it.
+        ClipcidError: when it cannot be fetched, or does not fit on the disk.
     """
     if not is_url(path):
         return Path(path)
@@ -47,7 +47,7 @@ def local_copy(path: str) -> Path:
         free = shutil.disk_usage(copy.parent).free
         if size > free:
             raise ClipcidError(
-                f"{path} has {size:,} bytes, and {copy.parent} only {free:,} free.",
+                f"{path} has {size:,} bytes; {copy.parent} has {free:,} free.",
                 "Free some space, or set CLIPCID_CACHE to a folder on a larger disk.",
             )
         filesystem.get_file(inner, str(partial))
@@ -71,12 +71,13 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]  # fsspec has no types
     except (ImportError, ValueError) as error:
         raise ClipcidError(
-            f"{url} cannot be opened: {error}", "Install what fsspec names, or copy the data to a local folder."
+            f"{url} cannot be opened: {error}",
+            "Install the package that fsspec asks for, or copy the data to a local folder.",
         ) from error
 
 
 def fetch_error(url: str, error: Exception) -> ClipcidError:
-    """Say that a URL could not be read."""
+    """Return the error for a URL that could not be read."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return ClipcidError(
         f"{url} could not be fetched: {reason[:300]}", "Check the address, the network and the credentials."

@@ -26,15 +26,15 @@ LABEL_COLUMN = "label"
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Names of a list's columns; a ``label`` column, where there is one, numbers the classes.
+    """Names of a list's columns; an optional ``label`` column numbers the classes.
 
-    Where one cell of that column holds several numbers (a parquet list, or ``3 7`` in text), every image may have any number
-    of classes, and an empty cell is an image with none.
+    Where any cell of that column contains several numbers (a parquet list, or ``3 7`` in text), every image may have
+    any number of classes, and an empty cell means none.
 
     Attributes:
         image: Path of the image, relative to the list's folder or absolute, or a URL.
-        caption: The caption; the list need not have it.
-        key: The key; where the list has no such column the path as written is the key.
+        caption: The caption; optional.
+        key: The key; without such a column, the path as written.
     """
 
     image: str = "filepath"
@@ -81,13 +81,13 @@ def read_sample_list(spec: str, columns: Columns, *, prefix_keys: bool) -> tuple
         Slices of the rows.
 
     Raises:
-        ClipcidError: when the file is not of that kind, has no rows, or lacks the column of paths.
+        ClipcidError: when the file is not of that kind, has no rows, or lacks the column of image paths.
     """
     frame = _read_frame(spec, local_copy(spec))
     if columns.image not in frame:
         raise ClipcidError(
             f"List {spec} has no column {columns.image!r}; it has {', '.join(map(str, frame.columns[:12]))}.",
-            "Name the column of image paths with --image-column (and --caption-column, --key-column).",
+            "Give the column of image paths with --image-column (likewise --caption-column, --key-column).",
         )
     if frame.empty:
         raise ClipcidError(f"List {spec} has a header and no rows.", "Give a list with one row per image.")
@@ -109,7 +109,7 @@ def read_sample_list(spec: str, columns: Columns, *, prefix_keys: bool) -> tuple
 
 
 def _read_frame(spec: str, path: Path) -> pd.DataFrame:
-    import pandas as pd  # 0.3 s, which data of other kinds should not wait for
+    import pandas as pd  # 0.15 s, which other kinds of data should not wait for
 
     try:
         if spec.lower().endswith(".parquet"):
@@ -133,13 +133,13 @@ def _text(frame: pd.DataFrame, column: str) -> list[str]:
 
 
 def _classes(spec: str, frame: pd.DataFrame) -> list[tuple[int, ...]]:
-    """Read the numbers of classes in each cell: none, one or several."""
+    """Read the class numbers in each cell: none, one or several."""
     try:
         return [_numbers(cell) for cell in frame[LABEL_COLUMN]]
     except ValueError as error:
         raise ClipcidError(
-            f"Column {LABEL_COLUMN!r} of list {spec} holds something other than whole numbers: {error}.",
-            "Number the classes from 0 (several of one image with a space between), or name the column otherwise.",
+            f"Column {LABEL_COLUMN!r} of list {spec} contains something other than integers: {error}.",
+            "Number the classes from 0 (several of one image separated by spaces), or rename the column.",
         ) from error
 
 
@@ -150,7 +150,7 @@ def _numbers(cell: Any) -> tuple[int, ...]:
     numbers = [float(part) for part in parts if part != ""]
     broken = next((number for number in numbers if not number.is_integer()), None)
     if broken is not None:
-        raise ValueError(f"{broken:g} is no whole number")
+        raise ValueError(f"{broken:g} is not an integer")
     return tuple(dict.fromkeys(int(number) for number in numbers))
 
 

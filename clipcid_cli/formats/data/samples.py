@@ -1,4 +1,4 @@
-"""A sample of image-text data and the shards they come in, whatever kind of files they are stored in."""
+"""Samples of image-text data and their shards, whatever kind of file they are stored in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import fsspec
 
 from clipcid_cli.formats.skips import Skips
 
-# Suffixes of images; where a sample has several, the first of these is taken (open_clip's order, then what Pillow reads).
+# Suffixes of images; of several in one sample the first in this order is taken (open_clip's, then others that Pillow reads).
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
 
 _OPEN_FILES = 64
@@ -21,7 +21,7 @@ _OPEN_FILES = 64
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Location:
-    """Where the bytes of an image or of an attributes file lie.
+    """Where the bytes of an image or of an attributes file are stored.
 
     Attributes:
         path: A local file, or a URL that fsspec knows.
@@ -33,10 +33,10 @@ class Location:
     size: int | None = None
 
     def read(self) -> bytes:
-        """Read the bytes. Handles of local files are kept open between calls, in each process its own.
+        """Read the bytes. Handles of local files are kept open between calls, separately in each process.
 
         Raises:
-            OSError: when the file is missing or shorter than it was.
+            OSError: when the file is missing or has become shorter.
         """
         if "://" in self.path:
             stop = None if self.size is None else self.offset + self.size
@@ -52,15 +52,15 @@ class Location:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One image with what is known of it.
+    """One image with its captions and classes.
 
     Attributes:
         key: Its name, unique in the data set.
         captions: Its captions; empty when it has none.
         label: Number of its class, where each image has one.
         labels: Numbers of its classes, none or several, where a list says so.
-        multi_hot: Where its vector of classes lies, a ``.npy`` of zeros and ones (see `formats.multi_label`).
-        attributes: Where its JSON attributes lie.
+        multi_hot: Its vector of classes, a ``.npy`` of zeros and ones (see `formats.data.multi_label`).
+        attributes: Its JSON attributes.
         captions_at: Where the text of its captions is; None where they are not in the shard's own file.
     """
 
@@ -85,7 +85,8 @@ class Shard(Protocol):
         """List its samples in order.
 
         Args:
-            skips: Where samples that have no image, or a key seen before in the shard, are counted. They are left out.
+            skips: Counts the samples that are omitted: those without an image or with a key that occurs earlier in the
+                shard.
         """
 
     def fingerprint(self) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def natural_key(text: str) -> tuple[object, ...]:
 
 
 class _Handle:
-    """A file that is closed when the cache lets go of it."""
+    """A file that is closed when the cache drops it."""
 
     def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

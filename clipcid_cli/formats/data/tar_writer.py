@@ -1,4 +1,4 @@
-"""New shards out of old ones: the members of chosen samples, copied byte for byte with their headers."""
+"""New shards from existing ones: the members of chosen samples, copied byte for byte with their headers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import IO, NamedTuple
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.data.tar_index import Member, group_members, read_members
 
-# An archive ends with two empty blocks and fills a record of twenty, as every tar program writes it.
+# An archive ends with two empty blocks and is padded to records of twenty, as tar programs write it.
 _END = bytes(2 * 512)
 _RECORD = 20 * 512
 _COPY = 2**24
 
 
 class Copied(NamedTuple):
-    """What came of copying a shard.
+    """The outcome of copying from a shard.
 
     Attributes:
-        read: Samples that the source has.
+        samples: Samples copied.
+        read: Samples in the source.
     """
 
     samples: int
@@ -28,7 +29,7 @@ class Copied(NamedTuple):
 
 
 def count_samples(source: Path) -> int:
-    """Count the samples of a tar, those without an image too.
+    """Count the samples of a tar, including those without an image.
 
     Raises:
         ClipcidError: when it is damaged.
@@ -39,8 +40,8 @@ def count_samples(source: Path) -> int:
 def copy_samples(source: Path, target: Path, keys: Set[str]) -> Copied:
     """Copy the samples with the given keys from one tar to another.
 
-    Every byte of their members, headers and padding included, is the source's; nothing is decoded or named anew. Of a key
-    that occurs twice the first sample is taken, as when reading.
+    Every byte of their members, headers and padding included, is the source's; nothing is decoded or renamed. Of a key that
+    occurs twice the first sample is taken, as when reading.
 
     Args:
         target: The tar to write; it exists under its name only when complete.
@@ -62,7 +63,7 @@ def copy_samples(source: Path, target: Path, keys: Set[str]) -> Copied:
 
 
 class _Choice:
-    """The members of chosen samples, and a count of all that were passed on the way."""
+    """The members of chosen samples, and a count of all samples."""
 
     def __init__(self, keys: Set[str]) -> None:
         self._keys = keys
@@ -78,7 +79,7 @@ class _Choice:
 
 
 def _join_ranges(members: Iterator[Member]) -> Iterator[tuple[int, int]]:
-    """Merge the byte ranges of members that lie side by side."""
+    """Merge the byte ranges of adjacent members."""
     start = end = 0
     for member in members:
         if member.start != end:

@@ -1,10 +1,10 @@
-"""What may lie beside a shard's embeddings: views of its images, and the captions after the first.
+"""Optional embeddings of a shard: views of its images, and captions after the first.
 
 - ``view_emb/view_emb_0000.npy``, float16 [n, V, D], unit rows: V augmented views of each image.
-- ``view_params/view_params_0000.npy``, float32 [n, V, 16], what replays each: left, top, right, bottom of its crop in the
-  image's pixels, then its colour map [3, 4] row by row.
-- ``captions_emb/captions_emb_0000.npy``, float16 [Σ (count − 1), D], unit rows: captions after the first, row after row; how
-  many captions a row has is column ``captions`` of the metadata.
+- ``view_params/view_params_0000.npy``, float32 [n, V, 16], the parameters that reproduce each: left, top, right, bottom
+  of its crop in the image's pixels, then its colour map [3, 4] row by row.
+- ``captions_emb/captions_emb_0000.npy``, float16 [Σ (count − 1), D], unit rows: captions after the first, row after row;
+  column ``captions`` of the metadata has the number of captions of each row.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _AGAIN = "Make the folder again: clipcid embed DATA --overwrite"
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-    """The files of one shard beside those every folder of embeddings has.
+    """The optional files of one shard.
 
     Attributes:
         views: Embeddings of views, [n, V, D]; None where there are none.
-        view_params: What replays them, [n, V, 16]; None likewise.
+        view_params: Their parameters, [n, V, 16]; None likewise.
         further: Embeddings of the captions after the first; None where no row has several.
     """
 
@@ -54,13 +54,13 @@ class Extras:
             views = (rows, self.num_views, width)
             _check(self.views, views, np.dtype(np.float16))
             if self.view_params is None:
-                raise ClipcidError(f"{self.views.path} has no view_params of the same number beside it.", _AGAIN)
+                raise ClipcidError(f"{self.views.path} has no view_params of the same number.", _AGAIN)
             _check(self.view_params, (rows, self.num_views, 16), np.dtype(np.float32))
         if self.further is not None:
             _check(self.further, (self.further.shape[0], width), np.dtype(np.float16))
 
     def read_counts(self, metadata: Path | None, rows: int) -> npt.NDArray[np.int64]:
-        """Read how many captions of each row are embedded, int64 [rows].
+        """Read the number of embedded captions of each row, int64 [rows].
 
         Raises:
             ClipcidError: when they do not add up to the embeddings of further captions.
@@ -80,7 +80,7 @@ class Extras:
 
 
 def find_extras(folder: Path, number: str) -> Extras:
-    """Find what lies beside the embeddings of a shard; `number` is the end of its files' names.
+    """Find the optional files of a shard; `number` is the end of its files' names.
 
     Raises:
         ClipcidError: when a file cannot be read.
@@ -93,7 +93,7 @@ def find_extras(folder: Path, number: str) -> Extras:
 
 
 class ViewParams:
-    """What replays the views of N rows, mapped from several files; 16 numbers a view."""
+    """The parameters of the views of N rows, mapped from several files; 16 numbers per view."""
 
     def __init__(self, files: list[NpyFile], num_views: int) -> None:
         self._files, self.num_views = files, num_views
@@ -109,6 +109,6 @@ class ViewParams:
 def _check(file: NpyFile, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     if file.shape != shape or file.dtype != dtype:
         raise ClipcidError(
-            f"{file.path} holds {file.dtype} {list(file.shape)}, where the images ask for {dtype} {list(shape)}.",
+            f"{file.path} holds {file.dtype} {list(file.shape)}; {dtype} {list(shape)} would match the image embeddings.",
             _AGAIN,
         )

@@ -4,9 +4,9 @@
     text_emb/text_emb_0000.npy      the same, of the captions
     metadata/metadata_0000.parquet  key, shard, caption; row i belongs to row i of both
 
-One set of files per shard; `embedding_extras` has what may lie beside them. Folders made by other tools are read as they
-are: rows of another number format, or that are not unit, are normalised and cast to float16 as they are read, each row by
-itself. DataComp's metadata are such a folder:
+One group of files per shard; `extras` describes optional ones. Folders made by other tools are read as they are: rows of
+another number format, or that are not unit rows, are normalised and cast to float16 when they are read, each row by itself.
+DataComp's metadata is such a folder:
 
     0a1b….npz      arrays l14_img, l14_txt, b32_img, b32_txt, …, float16 [n, D]
     0a1b….parquet  uid, text, …; row i belongs to row i of every array
@@ -40,7 +40,7 @@ from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_p
 
 _DIGITS = re.compile(r"(\d+)$")
 
-# Names made at once for rows that have none.
+# Names generated at once for rows without keys.
 _NAMES_AT_ONCE = 65_536
 
 
@@ -50,10 +50,10 @@ class EmbeddingFile:
 
     Attributes:
         images: Image embeddings: an npy, or an array of an npz.
-        texts: Text embeddings likewise, where there are any.
-        metadata: parquet of keys and captions, where there is one.
+        texts: Text embeddings likewise; None where there are none.
+        metadata: parquet of keys and captions; None where there is none.
         first: Number of its first row among all rows.
-        extras: Views and further captions, where there are any.
+        extras: Views and further captions.
     """
 
     images: RowFile
@@ -65,19 +65,19 @@ class EmbeddingFile:
 
     @cached_property
     def name(self) -> str:
-        """Name of the file without its suffix, which stands for the shard where another tool did not record that."""
+        """Name of the file without its suffix, used as the shard's where another tool did not record it."""
         return self.images.path.stem
 
     def fingerprints(
         self, of_file: Fingerprint, *, texts: bool = False, further: bool = False, views: bool = False
     ) -> list[dict[str, Any]]:
-        """Describe its files: those of image embeddings and metadata, and of what else is asked for and there."""
+        """Describe its files: image embeddings, metadata, and the requested kinds that exist."""
         extras = self.extras
-        wanted: list[RowFile | None] = [self.images]
-        wanted += [self.texts] if texts else []
-        wanted += [extras.further] if further else []
-        wanted += [extras.views, extras.view_params] if views else []
-        found = [part.fingerprint(of_file) for part in wanted if part is not None]
+        parts: list[RowFile | None] = [self.images]
+        parts += [self.texts] if texts else []
+        parts += [extras.further] if further else []
+        parts += [extras.views, extras.view_params] if views else []
+        found = [part.fingerprint(of_file) for part in parts if part is not None]
         return found if self.metadata is None else [*found, of_file(self.metadata)]
 
 
@@ -86,7 +86,7 @@ class Embeddings:
 
     Attributes:
         files: Its files, in order of rows.
-        sidecar: What `embed` wrote of them; None for a folder of another tool.
+        sidecar: That of `embed`; None for a folder of another tool.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Embeddings:
 
     @property
     def has_texts(self) -> bool:
-        """Whether there are text embeddings beside the image embeddings."""
+        """Whether there are text embeddings."""
         return all(file.texts is not None for file in self.files)
 
     def images(self) -> Rows:
@@ -120,14 +120,14 @@ class Embeddings:
         """
         if not self.has_texts:
             raise ClipcidError(
-                f"{self.folder} holds no text embeddings.",
+                f"{self.folder} contains no text embeddings.",
                 "Make them with: clipcid embed DATA --text --overwrite (the data needs captions).",
             )
         return self._map(lambda file: file.texts)
 
     @property
     def num_views(self) -> int:
-        """Number V of views embedded of each image, 0 for none."""
+        """Number V of embedded views per image, 0 for none."""
         return self.files[0].extras.num_views
 
     def views(self) -> Rows:
@@ -136,7 +136,7 @@ class Embeddings:
         return Rows(parts, self.width, self.sidecar is not None)
 
     def view_params(self) -> ViewParams:
-        """Map what replays the views."""
+        """Map the parameters that reproduce the views."""
         parts = [file.extras.view_params for file in self.files]
         return ViewParams([part for part in parts if part is not None], self.num_views)
 
@@ -146,12 +146,12 @@ class Embeddings:
         return any(file.extras.further is not None for file in self.files)
 
     def further_captions(self) -> Rows:
-        """Map the embeddings of the captions after the first: caption k ≥ 1 of row i is row k − 1 from where i's begin."""
+        """Map the embeddings of the captions after the first: caption k ≥ 1 of row i is row k − 1 of those of i."""
         return self._map(lambda file: file.extras.further)
 
     @cached_property
     def caption_counts(self) -> npt.NDArray[np.int64]:
-        """How many captions of each row are embedded (or would be, in a folder without text embeddings), int64 [N]."""
+        """Number of captions of each row that are embedded (1 in a folder without text embeddings), int64 [N]."""
         return np.concatenate([file.extras.read_counts(file.metadata, file.rows) for file in self.files])
 
     @cached_property
@@ -186,7 +186,7 @@ class Embeddings:
         return self._column(("uid",), lambda file, row: "")
 
     def fingerprints(self, *, texts: bool = False, further: bool = False, views: bool = False) -> list[dict[str, Any]]:
-        """Describe the files of every shard for a sidecar: what is asked for beside images and metadata."""
+        """Describe the files of every shard for a sidecar: image embeddings, metadata, and the requested kinds."""
         look = partial(EmbeddingFile.fingerprints, texts=texts, further=further, views=views)
         return [entry for part in self._fingerprint(look) for entry in part]
 
@@ -209,12 +209,12 @@ class Embeddings:
         return found
 
     def captions_by_file(self) -> Iterator[tuple[EmbeddingFile, pa.ChunkedArray]]:
-        """Yield each file with the captions of its rows, empty where there is none, one file in memory at a time."""
+        """Yield each file with the captions of its rows (empty where there is none), one file in memory at a time."""
         for file in self.files:
             yield file, self._column(("caption", "text"), lambda file, row: "", (file,))
 
     def refuse_repeated_keys(self) -> None:
-        """Refuse keys that name two rows, in a folder of another tool; `embed` has looked already.
+        """Refuse keys of two rows in a folder of another tool; `embed` has checked its own.
 
         Raises:
             ClipcidError: when there are any.
@@ -223,14 +223,14 @@ class Embeddings:
         if repeat is not None:
             key, one, other = repeat
             raise ClipcidError(
-                f"Key {key!r} names rows {one:,} and {other:,} of {self.folder}.",
-                "Add --keys shard, which puts the shard's name before each key, or give the rows keys that differ.",
+                f"Key {key!r} belongs to rows {one:,} and {other:,} of {self.folder}.",
+                "Add --keys shard, which puts the shard's name before each key, or give the rows distinct keys.",
             )
 
     def find_bad_rows(self) -> npt.NDArray[np.int64]:
-        """Find rows that are not finite (or were zero): nothing can be said of their distance to others.
+        """Find rows that are not finite (or were zero): their distances to others are undefined.
 
-        Rows that `embed` wrote are finite already, so its folders are not read for this.
+        Rows that `embed` wrote are finite, so its folders are not read for this.
         """
         if self.sidecar is not None:
             return np.empty(0, dtype=np.int64)
@@ -241,9 +241,9 @@ class Embeddings:
         parts = [part for part in map(choose, self.files) if part is not None]
         if (size := sum(part.unpacked for part in parts)) > MOST_UNPACKED:
             raise ClipcidError(
-                f"The arrays in {self.folder} are compressed, so that they cannot be mapped: {size / 2**30:.1f} GiB would "
-                f"have to be unpacked into memory, and at most {MOST_UNPACKED / 2**30:g} GiB are.",
-                "Write them again uncompressed: numpy.savez(new, **numpy.load(old)).",
+                f"The arrays in {self.folder} are compressed, so that they cannot be mapped: unpacked, they take "
+                f"{size / 2**30:.1f} GiB of memory, more than the allowed {MOST_UNPACKED / 2**30:g} GiB.",
+                "Save them uncompressed: numpy.savez(new, **numpy.load(old)).",
             )
         return Rows(parts, self.width, self.sidecar is not None)
 
@@ -258,7 +258,7 @@ class Embeddings:
             present = pq.read_schema(file.metadata).names if file.metadata is not None else []
             name = next((name for name in names if name in present), None)
             if name is None:
-                # In pieces: Python's own strings take several times the memory of Arrow's.
+                # In pieces, since Python's strings take several times the memory of Arrow's.
                 pieces = [range(file.rows)[at : at + _NAMES_AT_ONCE] for at in range(0, file.rows, _NAMES_AT_ONCE)]
                 chunks.extend(pa.array([default(file, row) for row in piece], pa.large_string()) for piece in pieces)
             else:
@@ -277,18 +277,18 @@ def open_embeddings(
             ``metadata/*.parquet`` (and ``text_emb/*.npy``) of the same numbers, or a folder of bare ``.npy``, or one of
             DataComp's ``.npz`` with a ``.parquet`` of the same name beside each, in folders below it where it has none.
         keys: ``shard`` puts the shard's name before each key of another tool's folder, where keys repeat across shards;
-            `embed` has done so already where it was told to.
+            the keys of `embed` are as its own option made them.
         npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
         cache: Table in which the fingerprints of the files are remembered; None hashes them each time.
 
     Raises:
-        ClipcidError: when there are no embeddings, they are unfinished, or files do not belong together.
+        ClipcidError: when there are no embeddings, they are unfinished, or files do not match.
     """
     folder = Path(folder)
     sidecar = read_sidecar(sidecar_path(folder, "embed"))
     if sidecar is None and (folder / ".embed.plan.json").exists():
         raise ClipcidError(
-            f"The embeddings in {folder} are unfinished.", "Give the same embed command again: it continues."
+            f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
         )
     inside = folder / "img_emb"
     images = _list_files(inside if inside.is_dir() else folder, "*.npy")
@@ -298,10 +298,10 @@ def open_embeddings(
     elif archives:
         parts = _pair_by_name(archives, npz_array)
     elif images:
-        raise ClipcidError(f"{folder} holds no .npz to take array {npz_array} from.", "Leave out --npz-array.")
+        raise ClipcidError(f"{folder} contains no .npz, so there is no array {npz_array}.", "Omit --npz-array.")
     else:
         raise ClipcidError(
-            f"{folder} holds no embeddings (img_emb/*.npy, or *.npz).",
+            f"{folder} contains no embeddings (img_emb/*.npy, or *.npz).",
             "Give --embeddings DIR, or make them: clipcid embed DATA",
         )
     with_texts, with_metadata = (any(part[place] is not None for part in parts) for place in (1, 2))
@@ -322,7 +322,7 @@ def open_embeddings(
         files.append(file)
         first += file.rows
     if first == 0:
-        raise ClipcidError(f"{folder} holds {len(files)} files of embeddings without a row.", "Make them again.")
+        raise ClipcidError(f"{folder} contains {len(files)} files of embeddings, all without rows.", "Make them again.")
     return Embeddings(folder, tuple(files), width, sidecar, prefix_keys=keys == "shard", cache=cache)
 
 
@@ -335,7 +335,7 @@ def _list_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def _pair_by_number(folder: Path, images: list[Path]) -> list[_Part]:
-    """Find what belongs to each npy: the files of the same number in the folders beside it."""
+    """Match each npy with the files of the same number in the sibling folders."""
     texts, metadata = _by_number(folder / "text_emb", ".npy"), _by_number(folder / "metadata", ".parquet")
     parts: list[_Part] = []
     for path in images:
@@ -345,7 +345,7 @@ def _pair_by_number(folder: Path, images: list[Path]) -> list[_Part]:
 
 
 def _pair_by_name(archives: list[Path], npz_array: str | None) -> list[_Part]:
-    """Find what belongs to each npz: the arrays in it, and the parquet of the same name beside it."""
+    """Match the arrays of each npz with the parquet of the same name."""
     images, texts = choose_arrays(archives[0], npz_array)
     parts: list[_Part] = []
     for path in archives:
@@ -360,7 +360,7 @@ def _check_rows(file: RowFile) -> None:
     if len(file.shape) != 2 or not np.issubdtype(file.dtype, np.floating):
         raise ClipcidError(
             f"{file.label} holds {file.dtype} {list(file.shape)}, not rows of floating-point numbers.",
-            "Give other embeddings.",
+            "Choose other embeddings.",
         )
 
 
@@ -368,14 +368,13 @@ def _check_file(file: EmbeddingFile, width: int, with_texts: bool, with_metadata
     images = file.images.label
     if file.images.shape[1] != width:
         raise ClipcidError(
-            f"{images} has width {file.images.shape[1]}, the files before it {width}.", "They are of different models."
+            f"{images} has width {file.images.shape[1]}, the files before it {width}.",
+            "Keep embeddings of different models in separate folders.",
         )
     same = "number" if file.images.path.suffix == ".npy" else "name"
     missing = "text embeddings" if file.texts is None and with_texts else ""
     if missing or (file.metadata is None and with_metadata):
-        raise ClipcidError(
-            f"{images} has no {missing or 'metadata'} of the same {same} beside it.", "Make the folder again."
-        )
+        raise ClipcidError(f"{images} has no {missing or 'metadata'} of the same {same}.", "Make the folder again.")
     others = {}
     if file.texts is not None:
         _check_rows(file.texts)
@@ -386,7 +385,7 @@ def _check_file(file: EmbeddingFile, width: int, with_texts: bool, with_metadata
         if rows != file.rows:
             raise ClipcidError(
                 f"{images} has {file.rows:,} rows and {other} has {rows:,}.",
-                "Make the folder again; nothing was read.",
+                "Make the folder again.",
             )
 
 
@@ -395,6 +394,6 @@ def _by_number(folder: Path, suffix: str) -> dict[str, Path]:
 
 
 def _number(path: Path) -> str:
-    """Return what tells the files of one shard from those of another: the number at the end of the name."""
+    """Return the number at the end of a file's name, which identifies its shard."""
     digits = _DIGITS.search(path.stem)
     return str(int(digits.group(1))) if digits else path.stem

@@ -1,4 +1,4 @@
-"""One file of rows in numpy's ``.npy`` form, mapped rather than read."""
+"""A file of rows in numpy's ``.npy`` form, mapped rather than read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Fingerprint = Callable[[Path], dict[str, Any]]
 
 
 class RowFile(Protocol):
-    """Rows [n, D] in a file of some form, known by their header until they are mapped."""
+    """Rows [n, D] in a file of any form, described by its header until they are mapped."""
 
     @property
     def path(self) -> Path:
@@ -26,11 +26,11 @@ class RowFile(Protocol):
 
     @property
     def label(self) -> str:
-        """What names the rows in an error: the file, and the part of it where it holds several."""
+        """Name of the rows for errors: the file, and the array within it where it holds several."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Their shape as the header states it."""
+        """Their shape according to the header."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -41,7 +41,7 @@ class RowFile(Protocol):
         """Bytes of memory that mapping takes; 0 where the rows stay on the disk."""
 
     def map(self) -> npt.NDArray[Any]:
-        """Return the rows, mapped where that can be done."""
+        """Return the rows, mapped where possible."""
 
     def fingerprint(self, of_file: Fingerprint) -> dict[str, Any]:
         """Describe the content for a sidecar: ``path``, ``size``, ``hash``; `of_file` does that for a whole file."""
@@ -52,7 +52,7 @@ class RowFile(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class NpyFile:
-    """An npy."""
+    """An npy file."""
 
     path: Path
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class NpyFile:
         """Return the array, mapped.
 
         Raises:
-            ClipcidError: when it cannot be read any more.
+            ClipcidError: when it can no longer be read.
         """
         if 0 in self.shape:  # nothing to map
             return np.empty(self.shape, self.dtype)
@@ -89,7 +89,7 @@ def find_npy(path: Path) -> NpyFile:
     """Look at an npy's header; the file is not mapped for it.
 
     Raises:
-        ClipcidError: when it cannot be read, is cut off, or holds Python objects.
+        ClipcidError: when it cannot be read, is truncated, or holds Python objects.
     """
     try:
         with path.open("rb") as file:
@@ -110,4 +110,4 @@ def find_npy(path: Path) -> NpyFile:
 
 
 def _unreadable(path: Path, why: str) -> ClipcidError:
-    return ClipcidError(f"{path} cannot be read: {why}.", "Make it again, or give other embeddings.")
+    return ClipcidError(f"{path} cannot be read: {why}.", "Make it again, or choose other embeddings.")

@@ -1,6 +1,6 @@
-"""Arrays of rows in ``.npz`` archives, as DataComp's metadata has them: mapped where they lie, not read.
+"""Arrays of rows in ``.npz`` archives, as in DataComp's metadata: mapped in place, not read.
 
-numpy's ``savez`` stores its members without compression, so an array is a stretch of bytes of the archive that can be
+numpy's ``savez`` stores its members without compression, so an array is a contiguous part of the archive that can be
 mapped like a ``.npy``. Members of ``savez_compressed`` can only be unpacked into memory, which is done up to a limit.
 """
 
@@ -18,25 +18,25 @@ import numpy.typing as npt
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.npy import Fingerprint
 
-# What compressed arrays may take of each process's memory, all files together.
+# Limit on the memory of each process for compressed arrays, all files together.
 MOST_UNPACKED = 4 * 2**30
 
 _LOCAL_HEADER = 30
 _ENCRYPTED = 1
-_FIX = "Copy or download it again, or give other embeddings."
+_FIX = "Copy or download it again, or choose other embeddings."
 _FORMATS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 @dataclasses.dataclass(frozen=True)
 class NpzArray:
-    """One array of an archive, known by its headers.
+    """One array of an archive, described by its headers.
 
     Attributes:
         name: Name of the array in it.
-        by_column: Whether it is stored in Fortran's order.
+        by_column: Whether it is stored in Fortran order.
         offset: First byte of its values in the archive; None where they are compressed.
         size: Bytes of the member, its npy header included.
-        checksum: CRC-32 of the member, as the archive states it.
+        checksum: CRC-32 of the member according to the archive.
     """
 
     path: Path
@@ -55,14 +55,14 @@ class NpzArray:
 
     @property
     def unpacked(self) -> int:
-        """Bytes of memory that mapping takes: those of a compressed array, 0 for one stored as it is."""
+        """Bytes of memory that mapping takes: the size of a compressed array, 0 of an uncompressed one."""
         return self.size if self.offset is None else 0
 
     def map(self) -> npt.NDArray[Any]:
-        """Return the array, mapped from the archive where it is stored as it is, and unpacked where it is compressed.
+        """Return the array: mapped from the archive, or unpacked if it is compressed.
 
         Raises:
-            ClipcidError: when the archive is cut off or damaged.
+            ClipcidError: when the archive is truncated or damaged.
         """
         array: npt.NDArray[Any]
         try:
@@ -79,7 +79,7 @@ class NpzArray:
         return array
 
     def fingerprint(self, of_file: Fingerprint) -> dict[str, Any]:
-        """Describe the array for a sidecar, as `fingerprint_file` does a file: by the checksum of all its bytes."""
+        """Describe the array for a sidecar, as `fingerprint_file` describes a file: by the checksum of all its bytes."""
         return {"path": self.label, "size": self.size, "hash": f"crc32:{self.checksum:08x}"}
 
 
@@ -87,14 +87,14 @@ def list_arrays(path: Path) -> list[str]:
     """Return the names of the arrays in an archive, in its order.
 
     Raises:
-        ClipcidError: when it is no archive.
+        ClipcidError: when it is not an archive.
     """
     with _open(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
 def find_array(path: Path, name: str) -> NpzArray:
-    """Look an array up by its headers; its values are not read.
+    """Find an array by its headers; its values are not read.
 
     Raises:
         ClipcidError: when there is no such array, it holds Python objects, or the archive is damaged or encrypted.
@@ -105,8 +105,8 @@ def find_array(path: Path, name: str) -> NpzArray:
         except KeyError as error:
             there = ", ".join(list_arrays(path)) or "none"
             raise ClipcidError(
-                f"{path} holds no array {name}; its arrays: {there}.",
-                "Name one that every .npz of the folder holds with --npz-array.",
+                f"{path} contains no array {name}; its arrays: {there}.",
+                "Choose one that every .npz of the folder contains with --npz-array.",
             ) from error
         if member.flag_bits & _ENCRYPTED:
             raise ClipcidError(f"{path} is encrypted.", "Write it again without a password.")
@@ -119,37 +119,37 @@ def find_array(path: Path, name: str) -> NpzArray:
         except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
             raise ClipcidError(f"{path}, array {name}, cannot be read: {error}.", _FIX) from error
     if dtype.hasobject:
-        raise ClipcidError(f"{path}, array {name}, holds Python objects (a pickle).", "Give other embeddings.")
+        raise ClipcidError(f"{path}, array {name}, holds Python objects (a pickle).", "Choose other embeddings.")
     return NpzArray(path, name, shape, dtype, by_column, offset, member.file_size, member.CRC)
 
 
-def choose_arrays(path: Path, wanted: str | None) -> tuple[str, str | None]:
+def choose_arrays(path: Path, requested: str | None) -> tuple[str, str | None]:
     """Choose which arrays of an archive are the embeddings.
 
     Args:
         path: The first archive of a folder.
-        wanted: Name of the array of image embeddings; None for the only one whose name ends in ``_img``.
+        requested: Name of the array of image embeddings; None for the only one whose name ends in ``_img``.
 
     Returns:
-        The name of the array of image embeddings, and of the text embeddings beside it (``l14_txt`` beside ``l14_img``),
+        The name of the array of image embeddings, and of the matching text embeddings (``l14_txt`` for ``l14_img``),
         None where there are none.
 
     Raises:
-        ClipcidError: when nothing says which of several it is.
+        ClipcidError: when there are several to choose from, or none.
     """
     names = list_arrays(path)
-    if wanted is None:
+    if requested is None:
         choices = [name for name in names if name.endswith("_img")]
         if len(choices) != 1:
             several = f"{len(choices)} arrays of image embeddings: {', '.join(choices)}"
             none = f"no array whose name ends in _img; its arrays: {', '.join(names) or 'none'}"
             raise ClipcidError(
-                f"{path} holds {several if choices else none}.",
-                f"Say which with --npz-array, for example --npz-array {(choices or names or ['l14_img'])[-1]}.",
+                f"{path} contains {several if choices else none}.",
+                f"Choose one with --npz-array, for example --npz-array {(choices or names or ['l14_img'])[-1]}.",
             )
-        wanted = choices[0]
-    texts = wanted.removesuffix("_img") + "_txt"
-    return wanted, texts if wanted.endswith("_img") and texts in names else None
+        requested = choices[0]
+    texts = requested.removesuffix("_img") + "_txt"
+    return requested, texts if requested.endswith("_img") and texts in names else None
 
 
 def _open(path: Path) -> zipfile.ZipFile:
@@ -162,18 +162,18 @@ def _open(path: Path) -> zipfile.ZipFile:
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
     if version not in _FORMATS:
-        raise ValueError(f"npy format {version[0]}.{version[1]} is not one of rows of numbers")
+        raise ValueError(f"npy format {version[0]}.{version[1]} is not supported")
     shape, by_column, dtype = _FORMATS[version](file)
     return shape, by_column, dtype
 
 
 def _find_values(path: Path, member: zipfile.ZipInfo) -> int:
-    """Return the first byte of a stored array's values: behind the member's own header and that of the npy in it."""
+    """Return the first byte of an uncompressed array's values: after the member's header and that of the npy in it."""
     with path.open("rb") as file:
         file.seek(member.header_offset)
         header = file.read(_LOCAL_HEADER)
-        # The lengths of the name and of the extra field stand in the last four bytes; the extra field may differ from
-        # that in the archive's directory, so it is this one that counts.
+        # The last four bytes are the lengths of the name and of the extra field, which may differ from the lengths in the
+        # archive's directory.
         name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
         file.seek(member.header_offset + _LOCAL_HEADER + name + extra)
         _read_header(file)

@@ -25,7 +25,7 @@ MAPS_KEPT = 96
 
 _ROWS_IN_CACHE = 512
 
-# A float16 row whose norm is this close to 1 is taken as it is: rounding D ≤ 4,096 unit-row entries moves it by less.
+# A float16 row whose norm is this close to 1 is used unchanged: rounding D ≤ 4,096 entries of a unit row changes it by less.
 _UNIT_TOLERANCE = 2e-3
 
 
@@ -48,7 +48,7 @@ class Rows:
         self._files = files
         # Compressed arrays are unpacked once and stay: unpacking them again would take longer than all else.
         self._unpacked = {number: file.map() for number, file in enumerate(files) if file.unpacked}
-        # Whether a file's rows need no normalising; None until it is looked through, once.
+        # Whether a file's rows are unit rows already; None until they have been checked, once.
         self._is_unit: list[bool | None] = [as_stored or None] * len(files)
         self._starts = np.concatenate([[0], np.cumsum([math.prod(file.shape[:-1]) for file in files], dtype=np.int64)])
         self.shape = (int(self._starts[-1]), width)
@@ -57,7 +57,7 @@ class Rows:
         return self.shape[0]
 
     def read(self, start: int, stop: int) -> Float16:
-        """Return rows start … stop − 1, float16 [n, D]; a view of the file where they lie in one, unit rows always."""
+        """Return rows start … stop − 1, float16 [n, D]; a view of the file where they come from a single one."""
         parts = []
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         for number in range(max(0, first), len(self._files)):
@@ -106,13 +106,13 @@ class Rows:
 
 
 def unit_rows(rows: npt.NDArray[Any]) -> Float16:
-    """Normalise rows and round them once to float16; float16 rows that are unit already stay as they are.
+    """Normalise rows and round them once to float16; float16 rows that are unit rows already are unchanged.
 
     Args:
         rows: [n, D] of any floating-point format.
 
     Returns:
-        float16 [n, D]; each row depends on its own values only. Zero rows and rows that are not finite come out as NaN.
+        float16 [n, D]; each row depends on its own values only. Zero rows and rows that are not finite become NaN.
     """
     exact = rows.astype(np.float64)
     norms = np.sqrt((exact * exact).sum(axis=1, keepdims=True))
@@ -124,7 +124,7 @@ def unit_rows(rows: npt.NDArray[Any]) -> Float16:
 
 
 def holds_unit_rows(rows: npt.NDArray[Any]) -> bool:
-    """Tell whether :func:`unit_rows` would leave all rows [n, D] as they are."""
+    """Tell whether `unit_rows` would leave all rows [n, D] unchanged."""
     if rows.dtype != np.float16:
         return False
     for start in range(0, len(rows), _ROWS_IN_CACHE):

@@ -1,7 +1,7 @@
-"""Writing embeddings shard by shard; see `embeddings` for the layout.
+"""Writing embeddings shard by shard; see `folder` for the layout.
 
-The metadata file of a shard is written last and is its commit mark. Its schema's metadata records what became of the shard,
-and the identity of the run's plan, so that files left by another plan are never taken for this one's.
+The metadata file of a shard is written last and is its commit mark. Its schema's metadata records the outcome of the shard
+and the identity of the run's plan, so that files of another plan are never taken for this one's.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class ShardRecord:
-    """What became of one shard.
+    """The outcome of one shard.
 
     Attributes:
-        read: Samples looked at, usable or not.
+        read: Samples listed, usable or not.
         skips: Samples that could not be used.
-        flattened: Images whose transparent pixels were laid on white.
+        flattened: Images with transparent pixels, which were shown on white.
     """
 
     shard: str
@@ -59,8 +59,8 @@ class ShardRows:
         texts: float16 [n, D], unit rows of the first captions; None when texts are not embedded.
         caption_counts: Number of captions of each row, n numbers ≥ 1; None where no row has several.
         further: float16 [Σ (count − 1), D], unit rows of the captions after the first, row after row; None likewise.
-        views: float16 [n, V, D], unit rows of augmented views; None when none were asked for.
-        view_params: float32 [n, V, 16], what replays each view: its crop box and colour map; None likewise.
+        views: float16 [n, V, D], unit rows of augmented views; None without views.
+        view_params: float32 [n, V, 16], the crop box and colour map of each view; None likewise.
     """
 
     images: npt.NDArray[np.float16]
@@ -71,7 +71,7 @@ class ShardRows:
     view_params: npt.NDArray[np.float32] | None = None
 
     def by_kind(self) -> dict[str, npt.NDArray[Any] | None]:
-        """Return the arrays by the folder they are written to."""
+        """Return the arrays by the name of their folder."""
         return {
             "img_emb": self.images,
             "text_emb": self.texts,
@@ -88,7 +88,7 @@ class EmbeddingWriter:
         """Prepare to write.
 
         Args:
-            num_shards: Number of shards; sets the width of the numbers in file names, four digits at least.
+            num_shards: Number of shards; determines the number of digits in file names, at least four.
             plan: Identity of settings and inputs, see `plan_identity`.
         """
         self.folder = folder
@@ -105,7 +105,7 @@ class EmbeddingWriter:
             number: Number of the shard, from 0.
             rows: Embeddings of the same n samples.
         """
-        # The mark of an earlier plan must not stand beside rows of this one, not even for the moment of a kill.
+        # The commit mark of an earlier plan must never accompany rows of this one, even if the run is killed in between.
         self._path("metadata", number, "parquet").unlink(missing_ok=True)
         for kind, array in rows.by_kind().items():
             if array is None:
@@ -124,7 +124,7 @@ class EmbeddingWriter:
         write_parquet(self._path("metadata", number, "parquet"), table)
 
     def read_record(self, number: int) -> ShardRecord | None:
-        """Read what became of a shard; None when it is not finished, or was made under another plan."""
+        """Read the outcome of a shard; None when it is unfinished, or belongs to another plan."""
         path = self._path("metadata", number, "parquet")
         if not path.is_file() or not self._path("img_emb", number, "npy").is_file():
             return None
@@ -137,12 +137,12 @@ class EmbeddingWriter:
         return ShardRecord(**(content | {"skips": Skips.from_json(content["skips"])}))
 
     def remove_others(self, with_texts: bool) -> None:
-        """Remove files of earlier runs that do not belong to this one, such as those of shards that are no more."""
+        """Remove files of earlier runs that do not belong to this one, such as those of shards that no longer exist."""
         kinds = [kind for kind in _FORMS if with_texts or kind != "text_emb"]
         self._remove_all_but({self._path(kind, number, _FORMS[kind]) for kind in kinds for number in self._numbers})
 
     def remove_all(self) -> None:
-        """Remove every file: nothing that was read can be used."""
+        """Remove every file, when no sample can be used."""
         self._remove_all_but(set())
 
     def _remove_all_but(self, keep: set[Path]) -> None:
@@ -156,7 +156,7 @@ class EmbeddingWriter:
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """Refuse to write where embeddings lie that `embed` did not make, since it replaces and removes files there.
+    """Refuse a folder with embeddings that `embed` did not write, since it would replace and remove files there.
 
     Raises:
         ClipcidError: when there are any.
@@ -164,11 +164,12 @@ def refuse_foreign_folder(folder: Path) -> None:
     ours = (folder / "embed.json").exists() or (folder / ".embed.plan.json").exists()
     if not ours and any((folder / "img_emb").glob("*.npy")):
         raise ClipcidError(
-            f"{folder} holds embeddings that clipcid did not write.", "Give another folder with --out, or remove them."
+            f"{folder} contains embeddings that clipcid did not write.",
+            "Choose another folder with --out, or remove them.",
         )
 
 
 def plan_identity(settings: dict[str, Any], inputs: list[dict[str, Any]]) -> str:
-    """Hash settings and the content of inputs, wherever those lie."""
+    """Hash settings and the content of inputs, independent of their paths."""
     content = [settings, [(entry["size"], entry["hash"]) for entry in inputs]]
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

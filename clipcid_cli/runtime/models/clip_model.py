@@ -37,19 +37,19 @@ _FOLDER_HINT = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """What a model is, as sidecars record it.
+    """Description of a model, as sidecars record it.
 
     Attributes:
-        spec: The name it was loaded by, with the tag its weights have.
+        spec: The name it was loaded by, including the tag of its weights.
         slug: The name for files and folders.
-        architecture: open_clip's name of it, None for a folder or file.
+        architecture: open_clip's name of the architecture, None for a folder or file.
         tag: open_clip's tag of the weights, None for a folder or file.
         weights_hash: ``blake2b:…`` of the weights file's bytes; ``fresh:SEED`` for random weights.
         preprocess: open_clip's PreprocessCfg: size, mode, mean, std, interpolation, resize_mode, fill_color.
         context_length: Tokens of a text, L.
         embed_dim: Width D of the embeddings.
         tokenizer: Class of the tokenizer and, where it has one, its Hugging Face name.
-        config: open_clip's ``model_cfg``, from which the architecture can be built again.
+        config: open_clip's ``model_cfg``, from which the architecture can be built.
     """
 
     spec: str
@@ -67,13 +67,13 @@ class ModelInfo:
 
     @property
     def preprocess_hash(self) -> str:
-        """Hash of everything that decides the pixels a model sees, without --fast-decode."""
+        """Hash of everything that determines the pixels a model sees, without --fast-decode."""
         return hash_preprocess(self.preprocess, fast_decode=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipModel:
-    """A CLIP model on its device, in evaluation mode, weights in float32.
+    """A CLIP model on its device, in evaluation mode, with float32 weights.
 
     Attributes:
         tokenizer: Texts to int64 [B, L]; picklable.
@@ -90,14 +90,14 @@ class ClipModel:
         return float(cast(torch.Tensor, self.module.logit_scale).detach().exp())
 
     def cast_products(self, precision: Precision) -> None:
-        """Keep the weights of matrix products and convolutions in `precision` from now on; for a model that only encodes.
+        """Convert the weights of matrix products and convolutions to `precision`, for a model that only encodes.
 
-        Autocast alone casts them anew at every call, and for attention layers once per sample: a ViT-B-32 embedded 33
-        images a second in fp32, 38 under bf16 autocast, and 151 with its weights cast once (2 cores with AMX).
+        Autocast alone casts them at every call, and for attention layers once per sample: a ViT-B-32 embedded 33 images per
+        second in fp32, 38 under bf16 autocast, and 151 with its weights cast once (2 cores with AMX).
         """
         if precision.dtype == torch.float32:
             return
-        # Compared with open_clip's own passes while the weights are still exact.
+        # The short forward passes are compared with open_clip's while the weights are still exact.
         self._towers.check(
             torch.zeros(1, 3, *self.info.image_size, device=self.device), self.tokenizer(["a photo", "a"])
         )
@@ -116,8 +116,8 @@ class ClipModel:
     def pixel_transform(self) -> Transform:
         """Return the model's own resize and crop: RGB image to uint8 [H, W, 3]; picklable.
 
-        `normalize` of what it returns equals open_clip's evaluation transform bit for bit. Bytes are what travels
-        between processes and to the device: a quarter of float32.
+        `normalize` of its result equals open_clip's evaluation transform bit for bit. Bytes are passed between processes and
+        to the device: a quarter of float32.
         """
         return PixelTransform(self._open_clip_transform().transforms[:-2])
 
@@ -132,7 +132,7 @@ class ClipModel:
         return open_clip.transform.image_transform_v2(preprocess, is_train=False)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Bring pixels to what the model's image tower takes.
+        """Normalise pixels for the model's image tower.
 
         Args:
             pixels: uint8 [B, H, W, 3], 0…255, on any device.
@@ -177,17 +177,16 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
 
     Args:
         name: What to load. A teacher's name goes through `with_default_tag` first.
-        fresh_seed: Seed of the random weights an ``architecture`` or ``config`` starts from; such a name is an error
-            without one.
+        fresh_seed: Seed of the random weights of an ``architecture`` or ``config``; such a name is an error without one.
 
     Returns:
-        The model in evaluation mode with float32 weights, whatever format the file stores.
+        The model in evaluation mode with float32 weights, whatever the format in the file.
 
     Raises:
-        ClipcidError: when weights cannot be reached or read, do not fit the architecture, or there are none.
+        ClipcidError: when weights cannot be reached or read, do not match the architecture, or there are none.
     """
     if name.kind in ("architecture", "config") and fresh_seed is None:
-        raise ClipcidError(f"Model {name.spec} names no weights.", _FOLDER_HINT)
+        raise ClipcidError(f"Model {name.spec} has no weights.", _FOLDER_HINT)
     weights: Path | None = None
     with quiet_libraries():
         match name.kind:
@@ -214,7 +213,7 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
 def _describe(
     name: ModelName, module: torch.nn.Module, tokenizer: Any, config: dict[str, Any], weights_hash: str
 ) -> ModelInfo:
-    # Through JSON, so that tuples are lists here as they are in sidecars.
+    # Through JSON, so that tuples become lists, as in sidecars.
     preprocess = json.loads(json.dumps(dict(cast(Any, module).visual.preprocess_cfg)))
     size = preprocess["size"]
     text = config["text_cfg"]
@@ -248,7 +247,7 @@ def _load_tag(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
         )
     with reaching_hub(name.spec, _FOLDER_HINT):
         weights = Path(open_clip.pretrained.download_pretrained(known))
-    # The activation is that of the weights: the tag says which one they were trained with, whatever the architecture.
+    # The activation must be the one the weights were trained with: the tag's, whatever the architecture's.
     quick_gelu = bool(known.get("quick_gelu", False))
     preprocess = {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode", "size") if key in known}
     config = open_clip.get_model_config(architecture) | {"quick_gelu": quick_gelu}
@@ -268,7 +267,7 @@ def _load_hub(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
 
 
 def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str, Any], Tokenizer]:
-    """Build an architecture with random weights that depend on the seed only; global generators stay as they are."""
+    """Build an architecture with random weights that depend on the seed only; global generators are unchanged."""
     from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
     if name.path is not None:
@@ -282,7 +281,7 @@ def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str,
         Path(scratch, CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
         torch.manual_seed(seed)
         module = _create(name, f"local-dir:{scratch}", config, load_weights=False, pretrained_text=False)
-        # Where the configuration names a Hugging Face tokenizer, its files lie beside the configuration.
+        # The files of a Hugging Face tokenizer are next to the configuration.
         from_folder = folder if folder is not None and (folder / CONFIG_NAME).is_file() else Path(scratch)
         source = f"local-dir:{from_folder}" if name.path is not None else name.architecture
         tokenizer = _load_tokenizer(name, cast(str, source))
@@ -290,12 +289,12 @@ def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str,
 
 
 def _own_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Let a Hugging Face text tower be read from the model's own folder where its config.json is there.
+    """Read a Hugging Face text tower from the model's own folder, where that has its config.json.
 
-    open_clip takes it from a hub or from a fixed path, which a machine without a network or a copied folder does not have.
+    open_clip takes it from a hub or from a fixed path, which do not exist without a network or for a copied folder.
 
     Returns:
-        The ``text_cfg`` to use instead of the configuration's, under that name; nothing where it stands as it is.
+        A replacement for the configuration's ``text_cfg``, under that name; empty where the original is to be used.
     """
     text = config["text_cfg"]
     if not text.get("hf_model_name") or not (folder / HF_CONFIG_NAME).is_file():
@@ -313,7 +312,7 @@ def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any
         reason = " ".join(str(error).split())
         raise ClipcidError(
             f"Model {name.spec} could not be loaded: {reason[:400]}{'…' if len(reason) > 400 else ''}",
-            f"Check that the weights are whole and of the architecture in {CONFIG_NAME}; copy or download them again.",
+            f"Check that the weights are complete and match the architecture in {CONFIG_NAME}; copy or download them again.",
         ) from error
 
 
@@ -325,7 +324,7 @@ def _load_tokenizer(name: ModelName, source: str) -> Tokenizer:
     except Exception as error:  # transformers raises OSError, ValueError, ImportError and its own
         raise ClipcidError(
             f"The tokenizer of model {name.spec} could not be loaded: {' '.join(str(error).split())[:400]}",
-            "Put its files (tokenizer.json, tokenizer_config.json, …) beside the model's configuration, in one folder.",
+            "Put its files (tokenizer.json, tokenizer_config.json, …) in the folder of the model's configuration.",
         ) from error
 
 
@@ -340,7 +339,7 @@ def builtin_templates(name: str) -> tuple[str, ...]:
 def builtin_class_names(name: str) -> dict[str, str]:
     """Return open_clip's class names of ``imagenet`` in the order of the labels, by WordNet number (n01440764, …).
 
-    The numbers are timm's, which open_clip brings along.
+    The numbers are timm's, which open_clip depends on.
     """
     from timm.data.imagenet_info import ImageNetInfo
 

@@ -42,7 +42,7 @@ class UnreadableImage(Exception):  # noqa: N818  # an event counted per sample, 
 
 
 def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:
-    """Read and decode an image; this is where every step learns that a sample has to be skipped, and why.
+    """Read and decode an image; every step learns here that a sample has to be skipped, and why.
 
     Args:
         draft_size: As in `decode_image`.
@@ -58,24 +58,24 @@ def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> I
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, draft_size: tuple[int, int] | None = None) -> Image.Image:
     """Decode an image.
 
-    EXIF orientation is ignored, as open_clip ignores it. Transparent pixels are laid on white, where open_clip would show
-    whatever colour lies under them (`had_alpha` tells where that happened). Of an animation the first frame is taken.
+    EXIF orientation is ignored, as in open_clip. Transparent pixels are shown on white, where open_clip would show the
+    colour stored under them (`had_alpha` tells whether there were any). Of an animation the first frame is taken.
 
     Args:
         data: The file's bytes.
         max_pixels: Largest width × height; larger images are not decoded.
-        draft_size: (width, height) the decoded image must at least have; a JPEG is then decoded at ½, ¼ or ⅛ of its size
-            where that is still large enough. None decodes at full size.
+        draft_size: Minimal (width, height) of the decoded image; a JPEG is decoded at ½, ¼ or ⅛ of its size where that is
+            large enough. None decodes at full size.
 
     Returns:
-        An RGB image; its ``info`` has ``flattened`` when transparent pixels were laid on white.
+        An RGB image; its ``info`` has ``flattened`` when there were transparent pixels.
 
     Raises:
-        UnreadableImage: when it is no image, is cut off, or is too large.
+        UnreadableImage: when it is not an image, truncated, or too large.
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns of damaged metadata, which we do not read.
+            # Pillow warns of damaged metadata, which is not used.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > max_pixels:
@@ -107,7 +107,7 @@ def read_size(source: Readable) -> tuple[int, int] | SkippedImage:
 
 
 def had_alpha(image: Image.Image) -> bool:
-    """Tell whether `decode_image` laid transparent pixels of this image on white."""
+    """Tell whether `decode_image` found transparent pixels, which it shows on white."""
     return bool(image.info.get("flattened", False))
 
 

@@ -1,4 +1,4 @@
-"""Running a Hugging Face folder on this machine's CPU: the only file that knows transformers."""
+"""Running a Hugging Face folder on this machine's CPU with transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clipcid_cli.runtime.quiet import quiet_libraries
 
 
 def check_transformers_installed() -> None:
-    """Make sure that what reads a Hugging Face folder is there.
+    """Check that transformers is installed.
 
     Raises:
         ClipcidError: with the command that installs it.
@@ -28,7 +28,7 @@ def check_transformers_installed() -> None:
 
 
 class HfClip:
-    """A ``CLIPModel`` with its processor, loaded from a folder without a network, in float32.
+    """A ``CLIPModel`` with its processor, loaded from a local folder in float32.
 
     Args:
         folder: As `write_hf_folder` wrote it.

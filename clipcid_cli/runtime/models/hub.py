@@ -1,4 +1,4 @@
-"""The Hugging Face hub: fetch from it where it can be reached, and fail within seconds where it cannot."""
+"""The Hugging Face hub: used where it can be reached, an error within seconds where it cannot."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from clipcid_cli.errors import ClipcidError
 
 @contextlib.contextmanager
 def reaching_hub(model: str, fix: str) -> Iterator[None]:
-    """Let a library fetch from the hub; without a network it looks into the local cache only.
+    """Let a library fetch from the hub; without a network, from the local cache only.
 
     huggingface_hub retries each file six times with growing pauses: 46 s for one model that cannot be reached.
 
     Args:
         model: Name of the model, for the error.
-        fix: What to do instead, for the error.
+        fix: The alternative, for the error.
 
     Raises:
-        ClipcidError: when what is inside fails, whatever it raised.
+        ClipcidError: when the block raises any exception.
     """
     offline = hub.HF_HUB_OFFLINE
     reachable = offline or _answers(hub.ENDPOINT)
@@ -33,9 +33,9 @@ def reaching_hub(model: str, fix: str) -> Iterator[None]:
         yield
     except Exception as error:  # the http client, the hub's client and open_clip each raise their own
         if offline:
-            why = "the hub is switched off (HF_HUB_OFFLINE)"
+            why = "the hub is disabled (HF_HUB_OFFLINE)"
         elif reachable:
-            why = f"{hub.ENDPOINT} did not give them: {' '.join(str(error).split())[:200]}"
+            why = f"{hub.ENDPOINT} did not provide them: {' '.join(str(error).split())[:200]}"
         else:
             why = f"{hub.ENDPOINT} cannot be reached from here"
         raise ClipcidError(f"The weights of model {model} are not in the local cache, and {why}.", fix) from error
@@ -44,7 +44,7 @@ def reaching_hub(model: str, fix: str) -> Iterator[None]:
 
 
 def _answers(url: str, timeout_seconds: float = 5.0) -> bool:
-    """Tell whether the host of `url` takes connections; a proxy is trusted to."""
+    """Tell whether the host of `url` accepts connections; a proxy is assumed to."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme in urllib.request.getproxies():
         return True

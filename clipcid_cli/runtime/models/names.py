@@ -1,4 +1,4 @@
-"""What a user calls a model, read without importing PyTorch: so that a wrong name is an error at once.
+"""Names of models, parsed without importing PyTorch, so that a wrong name is an error at once.
 
 A model is one of: an open_clip architecture (``ViT-B-32``); an architecture with the tag of its weights
 (``ViT-B-32:laion2b_s34b_b79k``); a Hugging Face repository (``hf-hub:org/name``); a folder with configuration and
@@ -22,7 +22,7 @@ Kind = Literal["architecture", "tag", "hub", "folder", "config"]
 
 CONFIG_NAME = "open_clip_config.json"
 HF_CONFIG_NAME = "config.json"
-"""Configuration of a Hugging Face text tower, beside the model's own."""
+"""Configuration of a Hugging Face text tower, next to the model's own."""
 
 # The order in which open_clip 3.3 picks one of several weight files of a folder (factory._find_checkpoint_in_dir).
 _WEIGHT_NAMES = (
@@ -36,8 +36,8 @@ _WEIGHT_NAMES = (
     "model.pth",
 )
 
-# Weights of a bare architecture used as a teacher. Only tags trained with the architecture's own activation are here:
-# the first tag open_clip lists is often `openai`, whose QuickGELU the bare architecture lacks.
+# Weights of a bare architecture used as a teacher. Only tags trained with the architecture's own activation are listed: the
+# first tag of open_clip is often `openai`, whose QuickGELU the bare architecture lacks.
 DEFAULT_TAGS = {
     "ViT-B-32": "laion2b_s34b_b79k",
     "ViT-B-32-256": "datacomp_s34b_b86k",
@@ -68,7 +68,7 @@ DEFAULT_TAGS = {
 }
 
 _LOCAL_HINT = (
-    f"Give a local folder that holds {CONFIG_NAME} and the weights: /path/to/folder (open_clip's "
+    f"Give a local folder with {CONFIG_NAME} and the weights: /path/to/folder (open_clip's "
     "local-dir:/path/to/folder means the same)."
 )
 
@@ -78,8 +78,8 @@ class ModelName:
     """A model as the user named it.
 
     Attributes:
-        spec: The words the user gave.
-        kind: What they name, see the module's docstring.
+        spec: The name as given.
+        kind: What it refers to, see the module's docstring.
         architecture: Architecture of open_clip, for kinds ``architecture`` and ``tag``.
         tag: Tag of its weights, for kind ``tag``.
         path: The folder or file, for kinds ``folder`` and ``config``.
@@ -95,7 +95,7 @@ class ModelName:
     def slug(self) -> str:
         """Name for files and folders: letters, digits, dot, dash and underscore only.
 
-        A folder gives its own name; one called ``student``, as every distill run has it, also gives its run's.
+        A folder has its own name; one called ``student``, as in every distill run, is preceded by the run's.
         """
         if self.path is not None:
             path = self.path.resolve()
@@ -106,13 +106,13 @@ class ModelName:
 
 
 def parse_model(spec: str) -> ModelName:
-    """Read the name of a model.
+    """Parse the name of a model.
 
     Args:
         spec: As given on the command line.
 
     Raises:
-        ClipcidError: when it names neither a folder, a file, nor an architecture that open_clip knows.
+        ClipcidError: when it is neither a folder, a file, nor an architecture of open_clip.
     """
     if spec.startswith("hf-hub:"):
         return ModelName(spec, "hub")
@@ -140,16 +140,16 @@ def _parse_folder(spec: str, path: Path) -> ModelName:
     if not (path / CONFIG_NAME).is_file():
         raise ClipcidError(
             f"Model folder {path} has no {CONFIG_NAME}.",
-            "Give a folder in open_clip's form: one that clipcid exported, a distill run's student/, or a download.",
+            "Give a folder in open_clip's form: an export of clipcid, a distill run's student/, or a download.",
         )
     return ModelName(spec, "folder" if find_weights(path) else "config", path=path)
 
 
 def with_default_tag(name: ModelName) -> ModelName:
-    """Give a bare architecture, used as a teacher, the weights it most likely means.
+    """Give a bare architecture, used as a teacher, its default weights.
 
     Raises:
-        ClipcidError: when the architecture is not in `DEFAULT_TAGS`, or the name stands for no weights at all.
+        ClipcidError: when the architecture is not in `DEFAULT_TAGS`, or the name is a configuration without weights.
     """
     if name.kind == "config":
         raise ClipcidError(f"Model {name.spec} is a configuration without weights.", _LOCAL_HINT)
@@ -158,8 +158,8 @@ def with_default_tag(name: ModelName) -> ModelName:
     assert name.architecture is not None
     if name.architecture not in DEFAULT_TAGS:
         raise ClipcidError(
-            f"Model {name.spec} is an architecture; clipcid has no default weights for it.",
-            f"Name a tag of open_clip, as in {name.spec}:TAG, or a local folder.",
+            f"Model {name.spec} is an architecture without default weights.",
+            f"Add a tag of open_clip, as in {name.spec}:TAG, or give a local folder.",
         )
     tag = DEFAULT_TAGS[name.architecture]
     return ModelName(f"{name.architecture}:{tag}", "tag", architecture=name.architecture, tag=tag)

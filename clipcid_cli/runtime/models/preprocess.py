@@ -1,4 +1,4 @@
-"""What a model's preprocessing makes of an image: bytes in the worker, numbers on the device.
+"""A model's preprocessing: an image becomes bytes in the worker, and numbers on the device.
 
 Legend of shapes: B samples, H × W pixels.
 """
@@ -17,7 +17,7 @@ from PIL import Image
 
 @dataclasses.dataclass(frozen=True)
 class PixelTransform:
-    """Steps of open_clip's transform that act on a PIL image, then its bytes."""
+    """The steps of open_clip's transform on a PIL image, then conversion to bytes."""
 
     steps: list[Callable[[Image.Image], Image.Image]]
 
@@ -29,7 +29,7 @@ class PixelTransform:
 
 
 def normalize_pixels(pixels: torch.Tensor, preprocess: dict[str, Any]) -> torch.Tensor:
-    """Scale and shift bytes as torchvision's ToTensor and Normalize do, on a whole batch.
+    """Scale and shift a batch of bytes as torchvision's ToTensor and Normalize do.
 
     Args:
         pixels: uint8 [B, H, W, 3], 0…255.
@@ -45,7 +45,7 @@ def normalize_pixels(pixels: torch.Tensor, preprocess: dict[str, Any]) -> torch.
 
 
 def hash_preprocess(preprocess: dict[str, Any], *, fast_decode: bool) -> str:
-    """Hash everything of our own doing that decides the pixels a model sees.
+    """Hash everything that determines the pixels a model sees.
 
     Args:
         fast_decode: Whether JPEGs are decoded at a reduced size.

@@ -39,7 +39,7 @@ def test_too_many_is_an_error_with_both_numbers() -> None:
     skips.add("unreadable_image", "shard 3: 00017")
     skips.check(100, 0.01, "data")
     with pytest.raises(
-        ClipcidError, match=r"1 of 50 samples in data cannot be used: 2\.0%, and at most 1\.0%"
+        ClipcidError, match=r"1 of 50 samples in data cannot be used: 2\.0%, more than the allowed 1\.0%"
     ) as raised:
         skips.check(50, 0.01, "data", "Do that.")
     assert "shard 3: 00017" in raised.value.message

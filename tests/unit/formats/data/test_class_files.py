@@ -19,7 +19,7 @@ def test_class_names_are_stripped_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "holds no class name"), ("a\n\nb\n", "line 2 is empty"), ("\na\n", "line 1 is empty")]
+    ("text", "message"), [("", "contains no class name"), ("a\n\nb\n", "line 2 is empty"), ("\na\n", "line 1 is empty")]
 )
 def test_class_names_that_would_shift_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ClipcidError, match=message):
@@ -41,7 +41,7 @@ def test_both_spellings_of_a_template(tmp_path: Path) -> None:
 
 
 def test_template_without_a_place_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ClipcidError, match=r"line 2: 'a cat' has no place"):
+    with pytest.raises(ClipcidError, match=r"line 2: 'a cat' has no placeholder"):
         read_templates(write(tmp_path / "templates.txt", "a {c}\na cat\n"))
 
 

@@ -123,7 +123,7 @@ def test_benchmark_folder(tmp_path: Path) -> None:
     assert [sample.label for sample in samples] == [number % 3 for number in range(11)]
     assert samples[0].captions == ("one caption", "another")
     (tmp_path / "7.tar").unlink()
-    with pytest.raises(ClipcidError, match=r"should hold 11 shards .* 1 are missing, first 7\.tar"):
+    with pytest.raises(ClipcidError, match=r"should contain 11 shards .* 1 are missing, first 7\.tar"):
         open_dataset(tmp_path)
     (tmp_path / "nshards.txt").write_text("many")
     with pytest.raises(ClipcidError, match="not a number of shards"):
@@ -132,7 +132,7 @@ def test_benchmark_folder(tmp_path: Path) -> None:
 
 def test_a_bad_label_is_named(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", [("a.png", make_image(0)), ("a.cls", b"cat")])
-    with pytest.raises(ClipcidError, match=r"\.cls of sample 0/a holds b'cat'"):
+    with pytest.raises(ClipcidError, match=r"\.cls of sample 0/a contains b'cat'"):
         open_dataset(path)
 
 
@@ -259,14 +259,14 @@ def write_bad_parquet(folder: Path) -> Path:
     [
         (lambda folder: folder / "absent", "There is no data at"),
         (lambda folder: folder / "absent.csv", "There is no list"),
-        (lambda folder: folder, "holds no .tar shard and no image"),
+        (lambda folder: folder, "contains no .tar shard and no image"),
         (lambda folder: f"{folder}/{{0..3}}.tar", "0.tar cannot be read: No such file"),
-        (lambda folder: f"{folder}/{{0..3.tar", "a brace has no partner"),
-        (lambda folder: "pipe:cat x.tar", "commands are never run"),
+        (lambda folder: f"{folder}/{{0..3.tar", "the braces are unbalanced"),
+        (lambda folder: "pipe:cat x.tar", "does not run commands"),
         (write_text_tar, "notes.tar is not a tar file"),
-        (write_cut_tar, r"is cut off: 00000\d\.\w+ should end at byte [\d,]+, the file has 1,900"),
+        (write_cut_tar, r"is truncated: 00000\d\.\w+ should end at byte [\d,]+, the file has 1,900"),
         (write_compressed, r"is compressed \(gzip\)"),
-        (write_nested, "holds no .tar shard and no image"),
+        (write_nested, "contains no .tar shard and no image"),
         (write_captions_only, r"no sample with an image in what it has \(2 without one, first a/1\)"),
         (write_no_rows, "has a header and no rows"),
         (write_empty_file, "is empty: 0 bytes"),

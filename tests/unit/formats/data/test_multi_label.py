@@ -73,11 +73,11 @@ def test_a_list_with_one_class_each_stays_what_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cell", ["cat", "1.5", "1 x"])
 def test_labels_that_are_no_whole_numbers_are_refused(tmp_path: Path, cell: str) -> None:
     (tmp_path / "list.csv").write_text(f"filepath,label\na.png,{cell}\n")
-    with pytest.raises(ClipcidError, match="other than whole numbers"):
+    with pytest.raises(ClipcidError, match="other than integers"):
         open_dataset(tmp_path / "list.csv")
 
 
 def test_a_number_of_no_class_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("filepath,label\na.png,0 4\n")
-    with pytest.raises(ClipcidError, match="has class 4, and there are 4 class names"):
+    with pytest.raises(ClipcidError, match="has class 4; there are 4 class names"):
         classes_of(tmp_path / "list.csv")

@@ -128,7 +128,7 @@ def test_other_tools_folders_are_read_as_they_are(tmp_path: Path) -> None:
     assert np.array_equal(whole, exact.astype(np.float16))
     assert np.array_equal(embeddings.images().take(np.arange(22)), whole)
     assert np.array_equal(np.concatenate([part for _, part in embeddings.images().blocks(3)]), whole)
-    with pytest.raises(ClipcidError, match="holds no text embeddings"):
+    with pytest.raises(ClipcidError, match="contains no text embeddings"):
         embeddings.texts()
 
 
@@ -226,7 +226,7 @@ def test_files_that_do_not_belong_together_are_refused(damage: Any, message: str
 
 
 def test_nothing_there_and_unfinished(tmp_path: Path) -> None:
-    with pytest.raises(ClipcidError, match="holds no embeddings") as raised:
+    with pytest.raises(ClipcidError, match="contains no embeddings") as raised:
         open_embeddings(tmp_path)
     assert "clipcid embed" in raised.value.fix
     write_folder(tmp_path)

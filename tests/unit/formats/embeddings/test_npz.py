@@ -133,13 +133,13 @@ def whole_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "message"),
     [
-        (whole_folder, None, "holds 2 arrays of image embeddings: b32_img, l14_img"),
-        (whole_folder, "h14_img", "holds no array h14_img; its arrays: b32_img, b32_txt, l14_img, l14_txt, dedup"),
+        (whole_folder, None, "contains 2 arrays of image embeddings: b32_img, l14_img"),
+        (whole_folder, "h14_img", "contains no array h14_img; its arrays: b32_img, b32_txt, l14_img, l14_txt, dedup"),
         (cut_off, "l14_img", "cannot be read"),
         (pickle_it, "l14_img", "holds Python objects"),
         (other_rows, "l14_img", r"l14_img\] has 6 rows and .*parquet has 7"),
         (no_metadata, "l14_img", "has no metadata of the same name"),
-        (no_array, "l14_img", "holds no array l14_img"),
+        (no_array, "l14_img", "contains no array l14_img"),
         (not_an_array, "l14_img", "array l14_img, cannot be read"),
     ],
 )
@@ -152,5 +152,5 @@ def test_what_cannot_be_read_is_one_error(damage: Any, name: str | None, message
 
 def test_an_array_is_asked_for_where_there_is_no_archive(tmp_path: Path) -> None:
     np.save(tmp_path / "img_emb_0.npy", np.ones((2, 4), np.float16))
-    with pytest.raises(ClipcidError, match=r"holds no \.npz"):
+    with pytest.raises(ClipcidError, match=r"contains no \.npz"):
         open_embeddings(tmp_path, npz_array="l14_img")

@@ -92,7 +92,7 @@ def test_fresh_weights_depend_on_the_seed_alone(tmp_path: Path, tiny_model: Path
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert one.info.weights_hash == "fresh:1"
-    with pytest.raises(ClipcidError, match="names no weights"):
+    with pytest.raises(ClipcidError, match="has no weights"):
         load_model(name)
 
 

@@ -202,7 +202,7 @@ def test_other_embeddings_are_refused_until_overwrite(embeddings: Path, rows: np
         ("text", {}, "cannot be read"),
         ("empty", {}, "without a row"),
         ("nan", {}, "None of the 4 rows"),
-        ("good", {"select": "similarity"}, "holds no text embeddings"),
+        ("good", {"select": "similarity"}, "contains no text embeddings"),
         ("good", {"select": "resolution"}, "needs the data itself"),
         ("good", {"write_shards": Path("out")}, "needs the data itself"),
         ("good", {"write_shards": Path("out"), "data": "no-such-data"}, "There is no data at"),
@@ -292,7 +292,7 @@ def _components(condensed: np.ndarray, cutoff: float) -> list[int]:
 def test_keys_that_repeat_in_a_foreign_folder_are_refused_until_told_apart(rows: np.ndarray, tmp_path: Path) -> None:
     keys, shards = [f"{row % 10}" for row in range(20)], ["a"] * 10 + ["b"] * 10
     folder = write_embeddings(tmp_path / "e", rows[:20], keys=keys, shards=shards)
-    with pytest.raises(ClipcidError, match="Key '0' names rows 0 and 10") as refused:
+    with pytest.raises(ClipcidError, match="Key '0' belongs to rows 0 and 10") as refused:
         balance(tmp_path, folder, keep=0.5)
     assert "--keys shard" in refused.value.fix
     balance(tmp_path, folder, keep=0.5, keys="shard")

@@ -44,7 +44,7 @@ def test_pairs_join_with_the_keep_list_and_nothing_is_searched_for_them(rows: np
     kept = keep[keep["kept"]]["key"].tolist()
     assert asked["keys"].read_text().splitlines() == kept
     assert np.array_equal(np.load(asked["uids"]), datacomp_subset(kept))
-    with pytest.raises(ClipcidError, match=r"u\.npy is there already"):
+    with pytest.raises(ClipcidError, match=r"u\.npy already exists"):
         balance(tmp_path / "w", folder, keep=0.6, write_uids=asked["uids"])
     with pytest.raises(UsageError, match="neither parquet nor csv"):
         BalanceSettings(keep=0.5, write_pairs=tmp_path / "p.txt")

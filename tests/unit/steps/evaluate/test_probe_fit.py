@@ -10,7 +10,7 @@ import torch
 
 from clipcid_cli.algorithms.probe.probe import choose_point
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.known_datasets import PRESETS
+from clipcid_cli.formats.data.known_datasets import KNOWN_DATASETS
 from clipcid_cli.steps.evaluate.probe_data import choose_metric
 from clipcid_cli.steps.evaluate.probe_fit import LabelledFeatures, ProbeFits
 from clipcid_cli.steps.reporting import SilentReporter
@@ -117,5 +117,5 @@ def test_what_cannot_be_drawn_or_held_out_is_refused() -> None:
     ],
 )
 def test_the_strength_is_chosen_by_the_customary_metric(name: str, several: bool, metric: str) -> None:
-    assert name == "mine" or any(name in (preset.name, preset.folder) for preset in PRESETS.values())
+    assert name == "mine" or any(name in (known.name, known.folder) for known in KNOWN_DATASETS.values())
     assert choose_metric("auto", name, several=several) == metric
