@@ -10,7 +10,7 @@ from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to
 from clipcid_cli.algorithms.sets.star import star_curve
-from clipcid_cli.steps.balance.pairs import collect_few_pairs
+from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs
 from clipcid_cli.steps.balance.search import Survey
 from clipcid_cli.steps.balance.sets import Inputs, Sets, among_unique, share_beyond, unique_positions
 
@@ -35,7 +35,7 @@ class OtherLinkage:
     curve: Curve
 
 
-def compare_linkages(inputs: Inputs, sets: Sets, forest: Edges) -> OtherLinkage | str:
+def compare_linkages(inputs: Inputs, sets: Sets, forest: Edges) -> OtherLinkage | NotComputed:
     """Apply the other linkage to the same images at the same cut-off; the same on every process.
 
     Single linkage follows from the forest, with the central image kept of each set. Stars need all pairs within the
@@ -47,16 +47,16 @@ def compare_linkages(inputs: Inputs, sets: Sets, forest: Edges) -> OtherLinkage 
         forest: The forest, ascending.
 
     Returns:
-        The other linkage, or the reason why it is not computed.
+        The other linkage, or why it is not computed.
     """
     threshold = sets.threshold
     if threshold is None:
-        return "nothing was to be merged"
+        return NotComputed("nothing was to be merged")
     if inputs.settings.linkage == "star":
         return inputs.machine.on_main(lambda: _single(inputs.survey, forest, threshold))
     survey, precision = inputs.survey, inputs.settings.precision
     pairs = collect_few_pairs(inputs.machine, survey, sets.labels, threshold, precision, inputs.reporter)
-    if isinstance(pairs, str):
+    if isinstance(pairs, NotComputed):
         return pairs
     return inputs.machine.on_main(lambda: _star(survey, pairs, threshold))
 

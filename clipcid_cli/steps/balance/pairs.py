@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from clipcid_cli.algorithms.search.distances import IntArray
@@ -21,6 +23,17 @@ _SMALL_PANEL = 2048
 # Pairs that `collect_pairs` collects at most, and the memory each takes while they are sorted and covered (measured).
 _MOST_COLLECTED = 2**26
 _BYTES_A_PAIR = 75
+
+
+@dataclasses.dataclass(frozen=True)
+class NotComputed:
+    """The result of what was not computed.
+
+    Attributes:
+        reason: Ends the sentence "… is not computed: ".
+    """
+
+    reason: str
 
 
 def collect_pairs(
@@ -50,19 +63,21 @@ def collect_pairs(
 
 def collect_few_pairs(
     machine: Machine, survey: Survey, labels: IntArray, cutoff: float, precision: str, reporter: Reporter
-) -> Edges | str:
+) -> Edges | NotComputed:
     """Find the pairs that :func:`collect_pairs` finds, unless they are so many that it would take long.
 
     Returns:
-        The pairs, or a sentence that says what there is too much of; the same for any number of processes.
+        The pairs, or what there is too much of; the same for any number of processes.
     """
     join, tiles = _join_within(machine, survey, labels, precision, _SMALL_PANEL)
     compared = sum(map(join.num_pairs, tiles))
     if compared > _MOST_COMPARED:
-        return f"it takes {compared:,} comparisons within the sets, more than the {_MOST_COMPARED:,} made for a report"
+        return NotComputed(
+            f"it takes {compared:,} comparisons within the sets, more than the {_MOST_COMPARED:,} made for a report"
+        )
     found, is_whole = _search_within(machine, join, tiles, labels, cutoff, _MOST_FOUND, reporter)
     if not all(machine.gather(is_whole)) or sum(machine.gather(len(found))) > _MOST_FOUND:
-        return f"more than {_MOST_FOUND:,} pairs are within the cut-off"
+        return NotComputed(f"more than {_MOST_FOUND:,} pairs are within the cut-off")
     return Edges.concatenate(machine.gather(found))
 
 

@@ -22,6 +22,7 @@ from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
 from clipcid_cli.steps.balance.composition import compare_classes
+from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data
 from clipcid_cli.steps.balance.search import Survey
 from clipcid_cli.steps.balance.sets import Sets
@@ -58,7 +59,7 @@ def write_report(
     survey: Survey,
     forest: Edges,
     sets: Sets,
-    other: OtherLinkage | str,
+    other: OtherLinkage | NotComputed,
     result: dict[str, Any],
     warnings: list[str],
 ) -> None:
@@ -85,7 +86,7 @@ def write_report(
             linkage=settings.linkage,
             warnings=warnings,
             num_sets=int(np.count_nonzero(np.bincount(sets.labels) > 1)),
-            why_no_other=other if isinstance(other, str) else "",
+            why_no_other=other.reason if isinstance(other, NotComputed) else "",
             curve_figure=_draw_curves(sets, settings.linkage, other),
             sizes=_count_sizes(sets),
             sets=[
@@ -181,11 +182,11 @@ def _thumbnail(finder: SampleFinder, shard: str, key: str) -> str:
     return "" if image is None or isinstance(image, SkippedImage) else thumbnail(image, _THUMBNAIL)
 
 
-def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | str) -> Markup:
+def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | NotComputed) -> Markup:
     """Draw the share kept over the cut-off, by both linkages where both are known, and the points at the cut-off."""
     num_images = len(sets.labels)
     lines = [(linkage, sets.curve, sets.num_kept)]
-    if not isinstance(other, str):
+    if not isinstance(other, NotComputed):
         lines.append((other.linkage, other.curve, other.kept))
     most_kept = max(num_kept for _, _, num_kept in lines)
     figure = make_figure(_FIGURE_WIDTH, 2.9)

@@ -25,6 +25,7 @@ from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.audit import Audit, audit_kept
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage, compare_linkages
 from clipcid_cli.steps.balance.cost import estimate_cost
+from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.report import write_report
 from clipcid_cli.steps.balance.samples import require_data
 from clipcid_cli.steps.balance.search import Survey, survey_rows
@@ -144,8 +145,8 @@ def _balance(
     if was_there:
         reporter.note("The forest of these embeddings was there: keep list, curve and report are made anew from it.")
     other = compare_linkages(inputs, sets, forest)
-    if isinstance(other, str) and sets.threshold is not None:
-        reporter.note(f"What --linkage star would keep at this cut-off is not computed: {other}.")
+    if isinstance(other, NotComputed) and sets.threshold is not None:
+        reporter.note(f"What --linkage star would keep at this cut-off is not computed: {other.reason}.")
 
     audit = _audit(inputs, sets)
     result = _summarise(settings, sets, other, audit, embeddings, skips)
@@ -230,7 +231,7 @@ def _audit(inputs: Inputs, sets: Sets) -> Audit | None:
 def _summarise(
     settings: BalanceSettings,
     sets: Sets,
-    other: OtherLinkage | str,
+    other: OtherLinkage | NotComputed,
     audit: Audit | None,
     embeddings: Embeddings,
     skips: Skips,
@@ -246,7 +247,7 @@ def _summarise(
         "largest_component": int(sets.sizes.max()),
         "coverage": sets.coverage,
         "other_linkage": None
-        if isinstance(other, str)
+        if isinstance(other, NotComputed)
         else {"linkage": other.linkage, "kept": other.kept, "coverage": other.coverage},
         "neighbors": settings.neighbors,
         "audit": None if audit is None else dataclasses.asdict(audit) | {"rate": audit.rate},
