@@ -59,7 +59,7 @@ def test_list_with_labels(clipcid: Callable[..., Run], tiny_model: Path, folders
         "eval-zeroshot", tiny_model, "list.csv", "--classnames", "names.txt", "--work", "other", check=False
     )
     assert refused.returncode == 1
-    assert "has class 2; there are 2 class names" in refused.stderr
+    assert "has class 2, and there are 2 class names" in refused.stderr
 
 
 def test_unreadable_images_are_counted_and_named(clipcid: Callable[..., Run], tiny_model: Path, folders: Path) -> None:

@@ -200,7 +200,7 @@ def test_other_embeddings_are_refused_until_overwrite(embeddings: Path, rows: np
     ("folder", "settings", "message"),
     [
         ("text", {}, "cannot be read"),
-        ("empty", {}, "without a row"),
+        ("empty", {}, "all without rows"),
         ("nan", {}, "None of the 4 rows"),
         ("good", {"select": "similarity"}, "contains no text embeddings"),
         ("good", {"select": "resolution"}, "needs the data itself"),
