@@ -13,18 +13,23 @@ if TYPE_CHECKING:
 
 
 _BARS = "▁▂▃▄▅▆▇█"
+_DIGITS = 2
 
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the metrics, how the strength was chosen, and the few-shot curve where there is one."""
     facts = {"model": result["model"], "data": result["dataset"]}
     if "metrics" in result:
-        facts |= {name: f"{_percent(value)}%" for name, value in result["metrics"].items() if value is not None}
+        facts |= {
+            name: f"{format_percent(value, _DIGITS)}%" for name, value in result["metrics"].items() if value is not None
+        }
         facts["measured on"] = f"{count(result['images'], 'image')} of {count(result['classes'], 'class', 'classes')}"
         facts["fitted on"] = count(result["train_images"], "image")
         chosen, tried = result["c"], result["sweep"]["c"]
         facts["C"] = f"{chosen:.3g}, best of {len(tried)} by {result['metric']} on held-out images"
-        facts["held out"] = f"{_percent(result['validation_score'])}% on {count(result['validation_images'], 'image')}"
+        facts["held out"] = (
+            f"{format_percent(result['validation_score'], _DIGITS)}% on {count(result['validation_images'], 'image')}"
+        )
         facts["by C"] = f"{tried[0]:.0e} {_sketch(result['sweep']['score'])} {tried[-1]:.0e}"
     files = {f"{name} file": path for name, path in file_facts(result).items()}
     print_facts(console, "Linear probe" if "metrics" in result else "Would fit a linear probe", facts | files)
@@ -54,22 +59,18 @@ def _print_shots(result: dict[str, Any], console: Console) -> None:
         ]
         for point in curve
     ]
-    whole = [_percent(result["metrics"][name]) for name in names]
+    whole = [format_percent(result["metrics"][name], _DIGITS) for name in names]
     rows.append(["all", f"{result['train_images']:,}", *whole, f"{result['c']:.2g}"])
     print_table(console, title, ["images per class", "images", *map(shorten_metric, names), "C"], rows, left=0)
 
 
 def _with_spread(value: dict[str, Any]) -> str:
-    return _percent(value["mean"]) + ("" if value["std"] is None else f" ± {100 * value['std']:.1f}")
+    return format_percent(value["mean"], _DIGITS) + ("" if value["std"] is None else f" ± {100 * value['std']:.1f}")
 
 
 def _range(values: list[float]) -> str:
     low, high = f"{min(values):.2g}", f"{max(values):.2g}"
     return low if low == high else f"{low} … {high}"
-
-
-def _percent(value: float) -> str:
-    return format_percent(value, 2)
 
 
 command = step_command(
