@@ -126,7 +126,7 @@ def _repeats(
     column: pa.ChunkedArray, hashes: npt.NDArray[np.uint64], order: npt.NDArray[np.int64]
 ) -> Iterator[tuple[str, int, int]]:
     """Yield each repeated key with its first position and a later one."""
-    # Rows of one hash lie together, each run in order of position.
+    # Rows with the same hash are adjacent, in order of position.
     same = np.flatnonzero(hashes[1:] == hashes[:-1])
     for stretch in np.split(same, np.flatnonzero(np.diff(same) > 1) + 1) if len(same) else []:
         first: dict[str, int] = {}  # the keys of one hash: nearly always a single one

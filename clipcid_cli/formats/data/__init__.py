@@ -1,1 +1,1 @@
-"""What users bring: tar shards, image folders, lists, benchmark folders, behind paths or URLs."""
+"""Image-text data: tar shards, image folders, lists, benchmark folders, at local paths or URLs."""

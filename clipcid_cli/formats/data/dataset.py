@@ -100,7 +100,7 @@ def open_dataset(
             a csv, tsv or parquet list; local or a URL that fsspec knows.
         keys: ``shard`` puts the shard's name before each key, for data whose keys repeat across shards.
         columns: Names of a list's columns.
-        index_root: Folder of indexes. Data whose index is there and up to date is opened without a look into its shards.
+        index_root: Folder of indexes. Data with an up-to-date index is opened without reading its shards.
 
     Raises:
         ClipcidError: within seconds, when there is no such data, it contains no shard or image, a local shard is truncated

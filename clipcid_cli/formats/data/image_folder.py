@@ -53,7 +53,7 @@ def read_image_folder(root: Path, *, prefix_keys: bool) -> tuple[tuple[FolderSha
 
     Returns:
         Slices of the images, none when there are no images; and the names of the classes when every image
-        lies in a folder of its class (sorted as torchvision's ImageFolder sorts them, so that labels agree), else None.
+        is in a folder of its class (sorted as torchvision's ImageFolder sorts them, so that labels agree), else None.
     """
     texts: set[str] = set()
     images: list[tuple[str, int]] = []

@@ -29,8 +29,8 @@ class KnownDataset:
         name: Its name here, in tables and metrics files.
         folder: Folder of CLIP_benchmark's copy; None where there is none.
         metric: Name of the customary metric.
-        class_names: Built-in class names for a copy that brings none.
-        templates: Built-in templates for a copy that brings none.
+        class_names: Built-in class names for a copy without its own.
+        templates: Built-in templates for a copy without its own.
         source: Where else to get it.
     """
 

@@ -275,7 +275,7 @@ def open_embeddings(
     Args:
         folder: One that `embed` finished, or one of clip-retrieval or embedding-reader: ``img_emb/*.npy`` with
             ``metadata/*.parquet`` (and ``text_emb/*.npy``) of the same numbers, or a folder of bare ``.npy``, or one of
-            DataComp's ``.npz`` with a ``.parquet`` of the same name beside each, in folders below it where it has none.
+            DataComp's ``.npz`` with a ``.parquet`` of the same name for each, in subfolders where it has none itself.
         keys: ``shard`` puts the shard's name before each key of another tool's folder, where keys repeat across shards;
             the keys of `embed` are as its own option made them.
         npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
