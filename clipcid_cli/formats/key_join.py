@@ -56,9 +56,9 @@ class KeyIndex:
     def find(self, keys: Keys) -> npt.NDArray[np.int64]:
         """Find each of n keys: int64 [n], its position, −1 where it is not there."""
         sought, column, order = _as_column(keys), self._column, self._order
-        wanted = hash_keys(sought)
-        first = np.searchsorted(self._hashes, wanted, side="left")
-        last = np.searchsorted(self._hashes, wanted, side="right")
+        hashes = hash_keys(sought)
+        first = np.searchsorted(self._hashes, hashes, side="left")
+        last = np.searchsorted(self._hashes, hashes, side="right")
         positions = np.full(len(sought), -1, dtype=np.int64)
         found = last > first
         positions[found] = order[first[found]]

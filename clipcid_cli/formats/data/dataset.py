@@ -46,7 +46,7 @@ class Dataset:
         classes: Names of the classes, for a folder with one folder per class.
         keys: ``sample`` or ``shard``: whether a key is the sample's own or begins with its shard's name.
         columns: Names of a list's columns.
-        index_folder: Where its index belongs; None where none is wanted.
+        index_folder: Where its index belongs; None without one.
         index: Its index, where it is finished and no shard has changed since.
     """
 

@@ -82,9 +82,9 @@ class Rows:
             return self._unit(int(numbers[0]), part)
         rows = np.empty((len(positions), self.shape[1]), dtype=np.float16)
         for number in numbers:
-            wanted = np.flatnonzero(owners == number)
-            part = self._rows(int(number))[positions[wanted] - self._starts[number]]
-            rows[wanted] = self._unit(int(number), part)
+            places = np.flatnonzero(owners == number)
+            part = self._rows(int(number))[positions[places] - self._starts[number]]
+            rows[places] = self._unit(int(number), part)
         return rows
 
     def _rows(self, number: int) -> npt.NDArray[Any]:
