@@ -111,6 +111,7 @@ def main() -> None:
         if not arguments.keep:
             shutil.rmtree(data)
     print_slopes(runs)
+    sys.exit(any(taken["exit"] for taken in runs))
 
 
 def run_chain(place: Place, pairs: int, processes: int, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
