@@ -89,6 +89,12 @@ class ClipModel:
         """Factor on cosine similarities before the softmax: exp of the learned parameter."""
         return float(cast(torch.Tensor, self.module.logit_scale).detach().exp())
 
+    @property
+    def logit_bias(self) -> float:
+        """What is added to scaled cosine similarities, in models trained with a sigmoid loss; 0 in others."""
+        bias = getattr(self.module, "logit_bias", None)
+        return float(bias.detach()) if isinstance(bias, torch.Tensor) else 0.0
+
     def cast_products(self, precision: Precision) -> None:
         """Convert the weights of matrix products and convolutions to `precision`, for a model that only encodes.
 

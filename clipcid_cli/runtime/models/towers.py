@@ -65,6 +65,11 @@ def has_patches(clip: torch.nn.Module) -> bool:
     )
 
 
+def image_tower_kind(clip: torch.nn.Module) -> str:
+    """Return the class name of the image tower, for messages."""
+    return type(cast(Any, clip).visual).__name__
+
+
 class TextTower(torch.nn.Module):
     """Tokens, int64 [B, L], to unit rows, float32 [B, D].
 

@@ -55,7 +55,7 @@ def write_classifiers(model: ClipModel, folder: Path, checker: Checker, options:
             folder / quantized_name(IMAGE_ENCODER, kind),
             weights.numpy(),
             scale=model.logit_scale,
-            bias=_bias(model),
+            bias=model.logit_bias,
             preprocess=model.info.preprocess,
             class_names=classes.names,
             templates=classes.templates,
@@ -74,7 +74,7 @@ def _check_classifier(
     """
     session = OnnxSession(path, torch.get_num_threads())
     inputs, transform, encode = checker.inputs, model.transform(), checker.references["image"]
-    bias = _bias(model)
+    bias = model.logit_bias
 
     def ours(image: Image.Image) -> torch.Tensor:
         return encode(transform(image)[None]) @ weights.T
@@ -113,8 +113,3 @@ def _check_classifier(
         "zeroshot": checker.compare_predictions(name, top[:, 1], gated=kind != "fp32") if labelled else None,
         "engine": session.engine,
     }
-
-
-def _bias(model: ClipModel) -> float:
-    bias = getattr(model.module, "logit_bias", None)
-    return float(bias.detach()) if isinstance(bias, torch.Tensor) else 0.0

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -25,7 +25,7 @@ from clipcid_cli.formats.models.onnx_file import (
 from clipcid_cli.formats.models.onnx_quantized import write_quantized
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.onnx_session import OnnxSession
-from clipcid_cli.runtime.models.towers import DenseImageTower, ImageTower, TextTower, has_patches
+from clipcid_cli.runtime.models.towers import DenseImageTower, ImageTower, TextTower, has_patches, image_tower_kind
 from clipcid_cli.runtime.quiet import quiet_libraries
 from clipcid_cli.steps.export.check import BATCH_SIZES, Checker
 from clipcid_cli.steps.export.check_inputs import CheckInputs
@@ -43,7 +43,7 @@ def check_onnx_expressible(model: ClipModel, options: ExportOptions) -> None:
     if options.dense and not has_patches(model.module):
         raise ClipcidError(
             f"--dense: the image tower of {model.info.spec} is not a ViT of open_clip whose patches share the space of its "
-            f"images ({type(cast(Any, model.module).visual).__name__}).",
+            f"images ({image_tower_kind(model.module)}).",
             "Omit --dense.",
         )
     if options.classes is not None:

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcid_cli.runtime.sample_order import epoch_order
+from clipcid_cli.runtime.sample_order import SampleOrder, epoch_order
 
 sizes = st.lists(st.integers(0, 20), max_size=30)
 
@@ -25,3 +25,12 @@ def test_a_group_reads_few_shards_at_a_time() -> None:
 def test_epochs_and_seeds_differ() -> None:
     orders = {tuple(epoch_order(seed, epoch, [50, 50])) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
+
+
+def test_a_run_goes_through_one_epoch_after_the_other() -> None:
+    order = SampleOrder(7, [3, 4])
+    assert len(order) == 7
+    run = order.between(0, 14)
+    assert [epoch for epoch, _ in run] == [0] * 7 + [1] * 7
+    assert [row for _, row in run[7:]] == epoch_order(7, 1, [3, 4]).tolist()
+    assert SampleOrder(7, [3, 4]).between(5, 9) == run[5:9]

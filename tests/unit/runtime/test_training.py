@@ -1,4 +1,4 @@
-"""The trainer's parts: groups, schedule, token embeddings in use, checkpoints, logs, the meeting space."""
+"""The trainer's parts: groups, schedule, token embeddings in use, checkpoints, logs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import pytest
 import torch
 from conftest import TINY_CONFIG
 from torch import nn
 
-from clipcid_cli.algorithms.losses.shared_space import principal_axes
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint, write_checkpoint
 from clipcid_cli.formats.results.run_folder import RunFolder, append_lines, read_lines
@@ -160,17 +158,3 @@ def test_logs_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert [line["step"] for line in read_lines(run.train_log)] == [1, 2, 3, 4, 5]
     assert read_lines(run.results_log) == [{"step": 4}]
     assert all(json.loads(line) for line in run.train_log.read_text().splitlines())
-
-
-def test_rotation_keeps_what_lies_in_few_dimensions() -> None:
-    random = np.random.default_rng(0)
-    rows = random.normal(size=(200, 3)) @ random.normal(size=(3, 10))
-    rotation = principal_axes(rows.T @ rows, 3)
-    assert rotation.kept == pytest.approx(1)
-    axes = rotation.basis_Dd.astype(np.float64)
-    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-6)
-    # Dot products survive: that is what the losses see.
-    np.testing.assert_allclose((rows @ axes) @ (rows @ axes).T, rows @ rows.T, rtol=1e-4, atol=1e-3)
-    half = principal_axes(rows.T @ rows, 1)
-    assert half.kept == pytest.approx(((rows @ half.basis_Dd) ** 2).sum() / (rows**2).sum(), rel=1e-6)
-    assert (axes[np.abs(axes).argmax(axis=0), range(3)] > 0).all()
