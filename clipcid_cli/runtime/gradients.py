@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Gradients travel in pieces of about this many bytes, so that sending begins while the backward pass still runs.
+# Gradients are sent in buckets of about this many bytes, so that sending begins while the backward pass still runs.
 _BUCKET_BYTES = 25 * 2**20
 
 
@@ -64,7 +64,7 @@ def gather_rows(rows_bD: Tensor, size: int, *, shared: bool = False) -> Tensor:
 
 
 def sum_values(values: Tensor, size: int) -> Tensor:
-    """Add a tensor without gradient up over the processes; the same bits on each."""
+    """Sum a tensor without gradient over the processes; the same bits on each."""
     if size > 1:
         dist.all_reduce(values)
     return values
@@ -75,7 +75,7 @@ class GradientAverager:
 
     DistributedDataParallel regroups parameters into other buckets after its first backward pass; with three or more
     processes that changes the order of gloo's sums, so a resumed run would differ in its last bits from one that was
-    never stopped. Here the buckets depend on the parameters alone.
+    never stopped. Here the buckets depend on the parameters only.
     """
 
     def __init__(self, towers: Sequence[torch.nn.Parameter], losses: Sequence[torch.nn.Parameter], size: int) -> None:

@@ -119,7 +119,7 @@ def part_bounds(num_rows: int) -> list[tuple[int, int]]:
 
 
 def part_path(folder: Path, part: int) -> Path:
-    """Return where a part of the table lies until all are joined."""
+    """Return the path of a part of the table, until all are joined."""
     return folder / f".{TABLE}.part-{part:03d}"
 
 
@@ -211,7 +211,7 @@ def remove_scratch(folder: Path) -> None:
 
 
 def join_parts(folder: Path, num_parts: int, *, captions: bool) -> None:
-    """Join the parts into ``clusters.parquet``, one row group each. The parts stay: remove them once all is committed."""
+    """Join the parts into ``clusters.parquet``, one row group each. The parts stay: remove them after the commit."""
     columns = _IMAGE_COLUMNS | (_CAPTION_COLUMNS if captions else {})
     with (
         atomic_file(folder / TABLE) as file,

@@ -28,7 +28,7 @@ _ASPECT = math.log(4 / 3)
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How training images are varied.
+    """How training images are augmented.
 
     Attributes:
         crop_scale: Smallest share of the image's area a crop keeps; the largest is 1. At 1 the whole image is taken.
@@ -64,7 +64,7 @@ class View:
 
     @classmethod
     def unpack(cls, packed: npt.NDArray[np.float32]) -> View:
-        """Return what `pack` made 16 numbers of."""
+        """Undo `pack`."""
         left, top, right, bottom = (float(edge) for edge in packed[:4])
         return cls((left, top, right, bottom), packed[4:].reshape(3, 4))
 
@@ -85,7 +85,7 @@ def choose_view(augmentation: Augmentation, width: int, height: int, seed: int) 
 
 @dataclasses.dataclass(frozen=True)
 class ViewPixels:
-    """Shows an image to one model as a view has it; picklable.
+    """Renders a view of an image for one model; picklable.
 
     Attributes:
         preprocess: The model's PreprocessCfg (size, interpolation).

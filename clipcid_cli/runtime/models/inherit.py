@@ -1,4 +1,4 @@
-"""A small CLIP that starts from a large one's weights: evenly spaced layers, heads and channels.
+"""Initialises a small CLIP from a large one's weights: evenly spaced layers, heads and channels.
 
 Letters of axes: w width of the residual stream, h heads × head width, q the same for queries, keys and values, m width of
 the MLP, d width of the embedding; ``=`` must be equal.
@@ -139,7 +139,7 @@ def _head_channels(count: int, available: int, heads: tuple[int, ...]) -> Tensor
 
 
 def _resize_positions(positions: Tensor, count: int, *, is_image: bool) -> Tensor:
-    """Bring position embeddings [n, w] to another number of positions: a grid is resampled, a text cut."""
+    """Resize position embeddings [n, w] to another number of positions: those of an image are resampled, a text's cut."""
     if len(positions) == count:
         return positions
     if not is_image:

@@ -176,7 +176,7 @@ class Processor:
 class BatchMaker:
     """Makes a batch in a worker: decodes, crops, tokenises. What it keeps only saves time.
 
-    A sample with several captions shows one of them, drawn anew each epoch, unless the teacher has embedded the first alone.
+    A sample with several captions shows one of them, drawn in each epoch, unless only the first is embedded.
     """
 
     def __init__(

@@ -162,8 +162,8 @@ def _choose_online(
         teacher = parse_model(embeddings.sidecar["model"]["spec"])
     teacher = teacher or with_default_tag(parse_model(DEFAULT_MODEL))
     reporter.note(f"Teacher: {teacher.spec}, run alongside the student on the same views and captions.")
-    places = np.full(len(usable.keys), -1) if embeddings is None else join_keys(usable.keys, embeddings.keys)
-    return TeacherInputs(embeddings, places, online=teacher)
+    rows = np.full(len(usable.keys), -1) if embeddings is None else join_keys(usable.keys, embeddings.keys)
+    return TeacherInputs(embeddings, rows, online=teacher)
 
 
 def _open_data(
@@ -173,5 +173,5 @@ def _open_data(
         columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
         return open_dataset(settings.data, settings.keys, columns)
     dataset = open_described(work.find_data(None if embeddings is None else embeddings.folder))
-    reporter.note(f"Data: {dataset.spec}, which the embeddings were made of.")
+    reporter.note(f"Data: {dataset.spec}, from which the embeddings were made.")
     return dataset

@@ -42,13 +42,13 @@ def plan_run(settings: DistillSettings, inputs: TrainingInputs, machine: Machine
         ClipcidError: when there are fewer training samples than a batch has.
     """
     samples = inputs.training.total
-    least = machine.size * settings.accum_freq
-    batch_size = settings.batch_size or max(least, min(DEFAULT_BATCH_SIZE, samples) // least * least)
-    if batch_size % least:
+    divisor = machine.size * settings.accum_freq
+    batch_size = settings.batch_size or max(divisor, min(DEFAULT_BATCH_SIZE, samples) // divisor * divisor)
+    if batch_size % divisor:
         raise UsageError(
             f"--batch-size {batch_size} does not divide into {machine.size} x {settings.accum_freq} equal parts "
             "(processes x --accum-freq).",
-            f"Use a multiple of {least}.",
+            f"Use a multiple of {divisor}.",
         )
     if samples < batch_size:
         raise ClipcidError(
@@ -80,7 +80,7 @@ def plan_run(settings: DistillSettings, inputs: TrainingInputs, machine: Machine
 def _describe_shuffle(shard_sizes: list[int]) -> str:
     shards = sum(size > 0 for size in shard_sizes)
     if shards <= SHARDS_MIXED:
-        return "Shuffle: uniform over all samples, anew each epoch."
+        return "Shuffle: uniform over all samples, in each epoch."
     return (
         f"Shuffle: {shards:,} shards in a new order each epoch, samples uniformly among {SHARDS_MIXED} shards at a time "
         f"({SHARDS_MIXED / shards:.1%} of the data)."

@@ -71,7 +71,7 @@ def write_report(
 
 
 def _compare(held_out: HeldOut, images: Tensor, texts: Tensor, inputs: TrainingInputs) -> list[dict[str, Any]]:
-    """Measure student and teacher on the held-out samples the teacher has embedded too; nothing without a teacher."""
+    """Measure student and teacher on the held-out samples with a stored embedding; nothing without a teacher."""
     stored = inputs.teacher_inputs
     if stored is None or stored.embeddings is None or not stored.embeddings.has_texts:
         return []
@@ -142,7 +142,7 @@ def _draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
 
 
 def _draw_named(results: Sequence[dict[str, Any]]) -> Markup:
-    """Draw what the data sets of --eval-data gave: acc1 of classes, R@1 of captions."""
+    """Draw the metrics of the data sets of --eval-data: acc1 of classes, R@1 of captions."""
     figure = make_figure()
     axes = figure.subplots()
     names = [name for name in results[0] if name.endswith(("/acc1", "/image_retrieval_recall@1"))]
@@ -181,7 +181,7 @@ def _thin(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Running mean over about a fiftieth of the run, over what there is at its ends."""
+    """Running mean over about a fiftieth of the run, over fewer values at its ends."""
     width = max(1, len(values) // 50)
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")

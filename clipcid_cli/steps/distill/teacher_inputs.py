@@ -205,5 +205,5 @@ def _has_all_captions(
             f"{embeddings.folder}: the data has changed.",
             "Run: clipcid embed DATA --overwrite",
         )
-    reporter.note(f"Captions: {counts.sum():,} of {len(counts):,} samples, one drawn anew each epoch.")
+    reporter.note(f"Captions: {counts.sum():,} of {len(counts):,} samples, one drawn in each epoch.")
     return True
