@@ -125,7 +125,7 @@ def check_shots(clipcid: Callable[..., Run], plain: dict[str, Any], arguments: l
 
     shown = clipcid("eval-linear", *arguments).stderr
     assert "Few-shot, mean ± standard deviation of 3 draws" in shown
-    assert "images a class" in shown
+    assert "images per class" in shown
 
 
 def test_features_are_kept_until_weights_preprocessing_or_data_change(
@@ -256,7 +256,7 @@ def test_bad_input_gives_one_error_and_leaves_nothing(
         ([tiny_model, colours, "--test", lonely, "--train", colours / "test"], 1, "1 classes that"),
         ([tiny_model, "--train", tiny_shards, "--test", tiny_shards], 1, "no sample has a class"),
         (["no-such-model", colours], 1, "no-such-model"),
-        ([colours, colours], 1, "first positional is the model"),
+        ([colours, colours], 1, "first positional argument is the model"),
         ([tiny_model, colours, "--val-fraction", 0], 2, "--val-fraction"),
         ([tiny_model, colours, "--shots", "1,two"], 2, "--shots is '1,two'"),
         ([tiny_model, colours, "--shots", "0"], 2, "--shots is '0'"),
