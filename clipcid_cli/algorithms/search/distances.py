@@ -28,28 +28,31 @@ DoubleArray = npt.NDArray[np.float64]
 # Reads stored rows, float16 [n, D], by their row numbers, int64 [n].
 ReadRows = Callable[[IntArray], HalfArray]
 
+# A bound is changed by this share before it is rounded to float32: twice as much as rounding can change it.
+ROUNDING_MARGIN = 2.0**-22
+
 # Longest row for which the sums above are exact; unit rows rounded to float16 are within 1e-3 of length 1.
 LONGEST_ROW = 2.0
 
-# A pair costs as much to gather and multiply on its own as this many entries of a float64 matrix product (measured on two
-# cores: 0.8 million pairs a second against 91); it only chooses between two ways to the same bits.
+# Gathering and multiplying one pair costs as much as this many entries of a float64 matrix product (measured on two cores:
+# 0.8 million pairs a second against 91 million entries); it only chooses between two ways to the same bits.
 _ENTRIES_PER_PAIR = 120
 # Gathered at once, they stay in the processor's cache: 2,048 at once took 1.4 times as long.
 _PAIRS_AT_ONCE = 512
 
-# Intermediate copies of so many rows stay in the processor's cache: five times as fast as fresh memory for each.
+# Intermediate copies of this many rows stay in the processor's cache, which is five times as fast as fresh memory.
 ROWS_IN_CACHE = 512
 
 
 def round_distances(squared_P: torch.Tensor) -> torch.Tensor:
-    """Turn exact squared distances, float64, into edge weights: float32(√max(0, d²))."""
+    """Convert exact squared distances, float64, to edge weights: float32(√max(0, d²))."""
     return root(squared_P.clamp(min=0.0)).to(torch.float32)
 
 
 def root(values: torch.Tensor) -> torch.Tensor:
-    """Return square roots, float64 or float32, rounded as IEEE 754 asks.
+    """Return square roots, float64 or float32, rounded as IEEE 754 requires.
 
-    PyTorch's of float64 on CPUs are not for one value in 150, in one place of an array and not in another; NumPy's are.
+    On CPUs, PyTorch's float64 roots differ from that for one value in 150, depending on its place in the array.
     """
     return torch.from_numpy(np.sqrt(values.numpy())) if values.device.type == "cpu" else values.sqrt()
 
@@ -99,8 +102,8 @@ def selected_distances(
         j_P: Positions in `b`, int64 [P].
 
     Returns:
-        float32 [P]; the way they are computed (pair by pair, or as a matrix product of the rows that occur) follows from
-        how dense the pairs are and does not change a bit.
+        float32 [P]. How dense the pairs are decides whether they are computed pair by pair or as a matrix product of the
+        rows that occur; the bits are the same.
     """
     rows, row_P = occurring(i_P, len(a_MD))
     columns, column_P = occurring(j_P, len(b_ND))
@@ -125,7 +128,7 @@ def distance_matrix(
 
 
 def occurring(position_P: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which positions occur, ascending, and the place of each entry among them, int64 [P]; without a sort.
+    """Return which positions occur, ascending, and the index of each entry among them, int64 [P]; without a sort.
 
     Args:
         position_P: Positions, int64 [P] in [0, size).

@@ -1,4 +1,4 @@
-"""Identical rows, found by hashing: copies of one placeholder image must cost their number, not its square.
+"""Identical rows, found by hashing: the time for copies of a placeholder image must grow with their number, not its square.
 
 Source: docs/method.md#identical-rows.
 """
@@ -25,7 +25,7 @@ def hash_rows(rows_ND: HalfArray) -> HashArray:
     if padding:
         bits = np.pad(bits, ((0, 0), (0, padding)))
     words = bits.view(np.uint64)
-    # One odd constant a column, spread by the golden ratio; the shift lets high bits of a word reach low bits of the sum.
+    # One odd constant a column, spread by the golden ratio; the shift carries high bits of a word into low bits of the sum.
     constants = (np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
     mixed = words * constants
     mixed ^= mixed >> np.uint64(29)
@@ -36,13 +36,13 @@ def collapse_duplicates(read: ReadRows, rows: IntArray, hashes: HashArray) -> tu
     """Find rows that are equal to an earlier one.
 
     Args:
-        rows: Row numbers to look at, int64 [N], ascending.
-        hashes: Their :func:`hash_rows`, uint64 [N].
+        rows: Row numbers to compare, int64 [N], ascending.
+        hashes: Their :func:`hash_rows`, uint64 [N]; rows of one hash are compared.
 
     Returns:
-        The rows that are the first of their kind, int64, ascending; and the edges, all of weight 0, that tie each of the
-        others to the first of its kind. Those are the edges that Kruskal's algorithm would take from the complete graph
-        of the copies, since ties go to the smaller row. Equality of hashes is checked on the rows.
+        The unique rows, each the first of its kind, int64, ascending; and the edges, all of weight 0, that join each copy to
+        the first of its kind. Kruskal's algorithm would take these edges from the complete graph of the copies, since ties
+        go to the smaller row.
     """
     if not len(rows):
         return rows, Edges.empty()
@@ -62,7 +62,7 @@ def collapse_duplicates(read: ReadRows, rows: IntArray, hashes: HashArray) -> tu
         )
         smaller.append(firsts[equal])
         larger.append(copies[equal])
-        # Different rows with one hash: the first of those left over heads its own group.
+        # Different rows of one hash: the first of the remaining ones heads a group of its own.
         copies, firsts = copies[~equal], firsts[~equal]
         if len(copies):
             _, group_start, group = np.unique(firsts, return_index=True, return_inverse=True)
@@ -76,3 +76,15 @@ def collapse_duplicates(read: ReadRows, rows: IntArray, hashes: HashArray) -> tu
     unique[np.concatenate(larger)] = False
     a, b = rows[np.concatenate(smaller)], rows[np.concatenate(larger)]
     return rows[unique], Edges(a, b, np.zeros(len(a), np.float32))
+
+
+def unique_positions(num_rows: int, unique: IntArray, copies: Edges) -> IntArray:
+    """Map rows 0 … N − 1 to the unique rows that they equal, given what :func:`collapse_duplicates` found among them.
+
+    Returns:
+        The position in `unique` of each row, int64 [N].
+    """
+    positions = np.zeros(num_rows, np.int64)
+    positions[unique] = np.arange(len(unique))
+    positions[copies.b] = positions[copies.a]
+    return positions

@@ -46,6 +46,10 @@ class Edges:
             np.concatenate([part.weight for part in parts]),
         )
 
+    def renumbered(self, numbers: IntArray) -> Edges:
+        """Return the edges, ascending, with each row replaced by its number, int64 [N]; numbers keep the order of rows."""
+        return sort_edges(Edges(numbers[self.a], numbers[self.b], self.weight))
+
     def up_to(self, cutoff: float) -> Edges:
         """Return the edges whose weight is at most `cutoff`; they must be in ascending order."""
         return self[: int(np.searchsorted(self.weight, np.float32(cutoff), side="right"))]
@@ -53,8 +57,8 @@ class Edges:
 
 def sort_edges(edges: Edges) -> Edges:
     """Order edges by (weight, smaller row, larger row)."""
-    # Non-negative floats order like their bit patterns, so weight and smaller row make one 64-bit key, whose vectorised
-    # sort is many times faster than a sort by three columns; what ties there is sorted by the larger row afterwards.
+    # Non-negative floats order like their bit patterns, so weight and smaller row form one 64-bit key, whose vectorised
+    # sort is many times faster than a sort by three columns; ties are then sorted by the larger row.
     if len(edges) and int(edges.a.max()) >= 2**32:
         return edges[np.lexsort((edges.b, edges.a, edges.weight))]
     weight = edges.weight + np.float32(0.0)  # −0.0 would sort above everything

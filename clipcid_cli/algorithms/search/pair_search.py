@@ -1,9 +1,10 @@
-"""All pairs of rows within a distance: proposed by a fast, low-precision matrix product, decided exactly.
+"""All pairs of rows within a distance: filtered by a fast, low-precision matrix product, refined exactly.
 
 The rows are cut into panels, and the tiles of the upper triangle (panel i with panel j, i ≤ j) are searched one by one, in
 any order and on any number of processes. A tile's dot products are computed in whatever format the machine multiplies
 fastest (bfloat16 on CPUs with matrix units, int8 on those with dot-product instructions, float16 on GPUs, float32
-elsewhere); the few entries that may be near enough are recomputed exactly (:mod:`clipcid_cli.algorithms.search.distances`).
+elsewhere); the few candidates that may be near enough are recomputed exactly
+(:mod:`clipcid_cli.algorithms.search.distances`).
 Low precision only discards, within the bound proven at :func:`clipcid_cli.algorithms.search.blocks.lowest_score`.
 
 Shape letters: N rows, D width, M and N also rows of two blocks, P pairs.
@@ -34,6 +35,7 @@ from clipcid_cli.algorithms.search.blocks import (
     score_threshold,
 )
 from clipcid_cli.algorithms.search.distances import (
+    ROUNDING_MARGIN,
     FloatArray,
     IntArray,
     ReadRows,
@@ -43,29 +45,29 @@ from clipcid_cli.algorithms.search.distances import (
 )
 from clipcid_cli.algorithms.search.edges import Edges
 
-# Rows multiplied at once on each side: the scores of one product stay near the cores' caches.
+# Rows a side of one product: its scores stay near the cores' caches.
 _BLOCK_ROWS = 2048
 _LARGEST_PANEL = 8 * _BLOCK_ROWS
-# Panels kept for the next tiles, at most, in the format of the fast product and as stored.
-_REMEMBERED_BYTES = 2**30
+# Limit of the panels cached for the next tiles, in the format of the fast product and as stored.
+_CACHE_BYTES = 2**30
 # Scores whose maximum is taken at once.
 _STRETCH = 128
-# Proposed pairs that are decided at once.
+# Candidates that are refined at once.
 _MANY_PAIRS = 2**16
-# Where one pair of so many entries is proposed, a float32 product of their rows tells first which are near (measured: an
-# entry takes 2.6 ns of two cores, a pair decided on its own 1.3 µs).
+# Where at least one entry in this many is a candidate, a float32 product of their rows filters once more (measured: an entry
+# takes 2.6 ns on two cores, a pair refined on its own 1.3 µs).
 _ENTRIES_PER_PAIR = 256
-# Where one pair of so few entries is proposed, the exact matrix takes less time than lists of pairs.
+# Where at least one entry in this many is a candidate, the exact matrix takes less time than lists of pairs.
 _ENTRIES_PER_DENSE_PAIR = 4
 # Enough panels that a handful of processes get equal shares and a killed run loses little.
 _SMALLEST_NUM_PANELS = 8
 
-# Tells, from rows a, rows b and lower bounds of the distances, which pairs are of use.
-Wanted = Callable[[IntArray, IntArray, FloatArray], npt.NDArray[np.bool_]]
+# Tells, from rows a, rows b and lower bounds of their distances, which pairs are worth computing.
+PairFilter = Callable[[IntArray, IntArray, FloatArray], npt.NDArray[np.bool_]]
 
 
 class TiledSearch:
-    """The search of some rows for pairs within a distance, cut into tiles.
+    """A search among some rows for pairs within a distance, divided into tiles.
 
     Attributes:
         rows: Rows to compare, int64 [N], each once.
@@ -80,7 +82,7 @@ class TiledSearch:
         scan_dtype: torch.dtype,
         panel_rows: int | None = None,
     ) -> None:
-        """Cut the work into tiles.
+        """Divide the work into tiles.
 
         Args:
             rows: Rows to compare, int64 [N], each once.
@@ -94,10 +96,15 @@ class TiledSearch:
         self._read, self._device, self._scan_dtype = read, device, scan_dtype
         self._scores = torch.empty(_BLOCK_ROWS * _BLOCK_ROWS, dtype=score_dtype(scan_dtype), device=device)
         self._panels: OrderedDict[int, Block] = OrderedDict()
-        self._known: dict[int, Block] = {}
+        self._bounds: dict[int, Block] = {}
+
+    @property
+    def name(self) -> str:
+        """Identifies how the work is divided."""
+        return str(self.panel_rows)
 
     def tiles(self) -> list[tuple[int, int]]:
-        """List the tiles (panel i, panel j), i ≤ j, to and fro: panels last read are the next ones needed."""
+        """List the tiles (panel i, panel j), i ≤ j, back and forth: the panels read last are needed next."""
         num_panels = -(-len(self.rows) // self.panel_rows)
         return [
             (i, j)
@@ -112,48 +119,48 @@ class TiledSearch:
         return size_i * (size_i - 1) // 2 if i == j else size_i * size_j
 
     def panel(self, index: int) -> Block:
-        """Read a panel, or take it from those that are remembered, of at most ``_REMEMBERED_BYTES``.
+        """Read a panel, or take it from the cache, which holds at most ``_CACHE_BYTES``.
 
-        Lengths and bounds are computed the first time and remembered of every panel, 8 bytes a row.
+        Lengths and bounds are computed once and kept for every panel, 8 bytes a row.
         """
         if index in self._panels:
             self._panels.move_to_end(index)
             return self._panels[index]
-        if index not in self._known:
+        if index not in self._bounds:
             panel = load_block(self._read, self.panel_rows_of(index), self._device, self._scan_dtype)
-            nothing = panel.stored[:0]
-            self._known[index] = dataclasses.replace(panel, stored=nothing.clone(), scan=nothing.clone())
+            empty = panel.stored[:0]
+            self._bounds[index] = dataclasses.replace(panel, stored=empty.clone(), scan=empty.clone())
         else:
-            panel = reload_block(self._read, self._known[index], self._scan_dtype)
+            panel = reload_block(self._read, self._bounds[index], self._scan_dtype)
         self._panels[index] = panel
-        room = max(2, _REMEMBERED_BYTES // (panel.stored.nbytes + panel.scan.nbytes))
+        room = max(2, _CACHE_BYTES // (panel.stored.nbytes + panel.scan.nbytes))
         while len(self._panels) > room:
             self._panels.popitem(last=False)
         return panel
 
     def load(self, rows: IntArray) -> Block:
-        """Read some rows, int64 [M], ready to :meth:`search`; they are not remembered."""
+        """Read some rows, int64 [M], ready to :meth:`search`; they are not cached."""
         return load_block(self._read, rows, self._device, self._scan_dtype)
 
-    def search_tile(self, tile: tuple[int, int], cutoff: float, wanted: Wanted) -> Iterator[Edges]:
+    def search_tile(self, tile: tuple[int, int], cutoff: float, pair_filter: PairFilter) -> Iterator[Edges]:
         """Read the panels of a tile and :meth:`search` them."""
         i, j = tile
         panel_i = self.panel(i)
-        yield from self.search(panel_i, panel_i if i == j else self.panel(j), cutoff, wanted)
+        yield from self.search(panel_i, panel_i if i == j else self.panel(j), cutoff, pair_filter)
 
-    def search(self, panel_i: Block, panel_j: Block, cutoff: float, wanted: Wanted) -> Iterator[Edges]:
+    def search(self, panel_i: Block, panel_j: Block, cutoff: float, pair_filter: PairFilter) -> Iterator[Edges]:
         """Find the pairs of one row of each panel that are within a distance.
 
         Args:
             panel_j: Another, or the same: then each pair is found once.
             cutoff: Largest distance, inclusive.
-            wanted: Which pairs, told from lower bounds of their distances, are worth computing.
+            pair_filter: Which pairs are worth computing.
 
         Yields:
-            The wanted pairs within the distance, with exact weights, a < b, in pieces of bounded size.
+            The pairs within the distance that pass the filter, with exact weights, a < b, in pieces of bounded size.
         """
         threshold = score_threshold(panel_i, panel_j, lowest_score(panel_i, panel_j, cutoff)).to(self._device)
-        waiting: list[_Proposed] = []
+        waiting: list[_CandidatePairs] = []
         num_waiting = 0
         with exact_accumulation(self._device):
             for start_j in range(0, len(panel_j), _BLOCK_ROWS):
@@ -163,18 +170,18 @@ class TiledSearch:
                         break
                     a = panel_i.scan[start_i : start_i + _BLOCK_ROWS]
                     is_diagonal = panel_i is panel_j and start_i == start_j
-                    found = _propose(a, b, threshold, self._scores, is_diagonal).moved(start_i, start_j)
-                    # Few pairs of many blocks are decided together; many of one block at once, by matrix products.
+                    found = _find_candidates(a, b, threshold, self._scores, is_diagonal).shifted(start_i, start_j)
+                    # Few candidates of many blocks are refined together; many of one block at once, by matrix products.
                     if len(found) * _ENTRIES_PER_PAIR > len(a) * len(b):
-                        yield from _decide_block(panel_i, panel_j, found, cutoff, wanted)
+                        yield from _refine_block(panel_i, panel_j, found, cutoff, pair_filter)
                     elif len(found):
                         waiting.append(found)
                         num_waiting += len(found)
                     if num_waiting > _MANY_PAIRS:
-                        yield from _decide(panel_i, panel_j, waiting, cutoff, wanted)
+                        yield from _refine(panel_i, panel_j, waiting, cutoff, pair_filter)
                         waiting, num_waiting = [], 0
             if waiting:
-                yield from _decide(panel_i, panel_j, waiting, cutoff, wanted)
+                yield from _refine(panel_i, panel_j, waiting, cutoff, pair_filter)
 
     def panel_rows_of(self, index: int) -> IntArray:
         """Return the row numbers of a panel."""
@@ -182,13 +189,13 @@ class TiledSearch:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Proposed:
+class _CandidatePairs:
     """Pairs that may be near enough.
 
     Attributes:
         i: Positions in one block, int64 [P].
         j: Positions in the other, int64 [P].
-        score: Fast scores [P].
+        score: Low-precision scores [P].
     """
 
     i: torch.Tensor
@@ -198,18 +205,20 @@ class _Proposed:
     def __len__(self) -> int:
         return len(self.score)
 
-    def moved(self, start_i: int, start_j: int) -> _Proposed:
-        return _Proposed(self.i + start_i, self.j + start_j, self.score)
+    def shifted(self, start_i: int, start_j: int) -> _CandidatePairs:
+        return _CandidatePairs(self.i + start_i, self.j + start_j, self.score)
 
 
-def _decide_block(a: Block, b: Block, found: _Proposed, cutoff: float, wanted: Wanted) -> Iterator[Edges]:
-    """As :func:`_decide`, for all that was proposed of one block of each; near copies of one image fill whole matrices."""
+def _refine_block(
+    a: Block, b: Block, found: _CandidatePairs, cutoff: float, pair_filter: PairFilter
+) -> Iterator[Edges]:
+    """As :func:`_refine`, for all candidates of one block of each; near copies of one image fill whole matrices."""
     rows, _ = occurring(found.i, len(a))
     columns, _ = occurring(found.j, len(b))
     if len(rows) * len(columns) > _ENTRIES_PER_DENSE_PAIR * len(found):
-        yield from _decide(a, b, [found], cutoff, wanted)
+        yield from _refine(a, b, [found], cutoff, pair_filter)
         return
-    # What was not proposed is beyond the cut-off, so all of the matrix may be looked at.
+    # Entries that are no candidates are beyond the cut-off, so the whole matrix may be compared with it.
     weight_MN = distance_matrix(a.stored[rows], b.stored[columns], a.squared[rows], b.squared[columns]).cpu().numpy()
     within_MN = weight_MN <= np.float32(cutoff)
     if a is b:
@@ -217,18 +226,20 @@ def _decide_block(a: Block, b: Block, found: _Proposed, cutoff: float, wanted: W
     m_P, n_P = np.nonzero(within_MN)
     i_P, j_P = a.rows[rows.cpu().numpy()][m_P], b.rows[columns.cpu().numpy()][n_P]
     edges = Edges(np.minimum(i_P, j_P), np.maximum(i_P, j_P), weight_MN[within_MN])
-    useful = edges[wanted(edges.a, edges.b, edges.weight)]
-    if len(useful):
-        yield useful
+    edges = edges[pair_filter(edges.a, edges.b, edges.weight)]
+    if len(edges):
+        yield edges
 
 
-def _decide(a: Block, b: Block, proposed: list[_Proposed], cutoff: float, wanted: Wanted) -> Iterator[Edges]:
-    """Yield the wanted ones of the proposed pairs that are within the distance, with exact weights."""
-    i_P, j_P, score_P = (torch.cat([getattr(each, name) for each in proposed]) for name in ("i", "j", "score"))
-    use_P = _are_wanted(a, b, _Proposed(i_P, j_P, score_P), wanted)
+def _refine(
+    a: Block, b: Block, candidates: list[_CandidatePairs], cutoff: float, pair_filter: PairFilter
+) -> Iterator[Edges]:
+    """Yield the candidates that are within the distance and pass the filter, with exact weights."""
+    i_P, j_P, score_P = (torch.cat([getattr(each, name) for each in candidates]) for name in ("i", "j", "score"))
+    use_P = _pass_filter(a, b, _CandidatePairs(i_P, j_P, score_P), pair_filter)
     i_P, j_P = i_P[use_P], j_P[use_P]
     if a.scan.dtype != torch.float32:
-        near_P = _look_closer(a, b, i_P, j_P, cutoff, wanted)
+        near_P = _filter_in_float32(a, b, i_P, j_P, cutoff, pair_filter)
         i_P, j_P = i_P[near_P], j_P[near_P]
     if not len(i_P):
         return
@@ -239,21 +250,20 @@ def _decide(a: Block, b: Block, proposed: list[_Proposed], cutoff: float, wanted
         yield Edges(np.minimum(i, j), np.maximum(i, j), weight[within])
 
 
-def _are_wanted(a: Block, b: Block, pairs: _Proposed, wanted: Wanted) -> torch.Tensor:
-    """Tell which pairs are wanted, bool [P], from what their scores say of their distances at least."""
+def _pass_filter(a: Block, b: Block, pairs: _CandidatePairs, pair_filter: PairFilter) -> torch.Tensor:
+    """Tell which pairs pass the filter, bool [P], by the lower bounds that their scores give for their distances."""
     _, highest_P = score_bounds(a, b, pairs.score)
     squared_P = a.squared[pairs.i] + b.squared[pairs.j] - 2.0 * highest_P
-    # Going to float32 may round up by one unit; the factor takes two off.
-    at_least_P = (squared_P.clamp(min=0.0).sqrt() * (1.0 - 2.0**-22)).to(torch.float32)
+    at_least_P = (squared_P.clamp(min=0.0).sqrt() * (1.0 - ROUNDING_MARGIN)).to(torch.float32)
     i, j = a.rows[pairs.i.cpu().numpy()], b.rows[pairs.j.cpu().numpy()]
-    use = wanted(np.minimum(i, j), np.maximum(i, j), at_least_P.cpu().numpy())
+    use = pair_filter(np.minimum(i, j), np.maximum(i, j), at_least_P.cpu().numpy())
     return torch.from_numpy(use).to(pairs.i.device)
 
 
-def _look_closer(
-    a: Block, b: Block, i_P: torch.Tensor, j_P: torch.Tensor, cutoff: float, wanted: Wanted
+def _filter_in_float32(
+    a: Block, b: Block, i_P: torch.Tensor, j_P: torch.Tensor, cutoff: float, pair_filter: PairFilter
 ) -> torch.Tensor:
-    """Tell which pairs a float32 product still holds to be near and wanted, bool [P]; all where they lie too far apart."""
+    """Tell which pairs a float32 product cannot rule out, bool [P]; all of them where they are too sparse for a product."""
     rows, row_P = occurring(i_P, len(a))
     columns, column_P = occurring(j_P, len(b))
     if len(rows) * len(columns) > _ENTRIES_PER_PAIR * len(i_P):
@@ -261,21 +271,21 @@ def _look_closer(
     fine_a, fine_b = a.chosen(rows), b.chosen(columns)
     score_P = multiply(fine_a.scan, fine_b.scan)[row_P, column_P]
     near_P = score_P >= score_threshold(fine_a, fine_b, lowest_score(fine_a, fine_b, cutoff)).to(score_P.device)
-    near_P[near_P.clone()] = _are_wanted(
-        fine_a, fine_b, _Proposed(row_P[near_P], column_P[near_P], score_P[near_P]), wanted
+    near_P[near_P.clone()] = _pass_filter(
+        fine_a, fine_b, _CandidatePairs(row_P[near_P], column_P[near_P], score_P[near_P]), pair_filter
     )
     return near_P
 
 
-def _propose(
+def _find_candidates(
     a_MD: torch.Tensor, b_ND: torch.Tensor, threshold: torch.Tensor, buffer: torch.Tensor, is_diagonal: bool
-) -> _Proposed:
-    """Return the pairs whose fast score is not below the threshold; of a block with itself, those with i < j."""
+) -> _CandidatePairs:
+    """Return the pairs whose score is not below the threshold; of a block with itself, those with i < j."""
     scores_MN = multiply(a_MD, b_ND, buffer)
     if is_diagonal:
         scores_MN.fill_diagonal_(-math.inf if scores_MN.is_floating_point() else torch.iinfo(scores_MN.dtype).min)
-    # Positive floats order like integers of their bits (and negative ones lie below them), which CPUs compare faster;
-    # and most stretches of a row have no hit, which their maximum tells many times faster than a comparison of all entries.
+    # Positive floats order like the integers of their bits (negative ones lie below them), which CPUs compare faster. Most
+    # stretches of a row have no hit, and their maximum shows it many times faster than a comparison of every entry.
     keys_MN, key = scores_MN, threshold
     if scores_MN.element_size() == 2 and float(threshold) > 0.0:
         keys_MN, key = scores_MN.view(torch.int16), threshold.view(torch.int16)
@@ -288,4 +298,4 @@ def _propose(
     if is_diagonal:
         above = i_P < j_P
         i_P, j_P = i_P[above], j_P[above]
-    return _Proposed(i_P, j_P, scores_MN[i_P, j_P])
+    return _CandidatePairs(i_P, j_P, scores_MN[i_P, j_P])

@@ -59,14 +59,14 @@ def sample_neighbours(
     # Where nearly all pairs are within the reach, fewer rows suffice: how many, some rows and one panel show.
     first = tiled.load(rows[:_ROWS_AT_ONCE])
     few = NearestPairs(rows[np.sort(sample[:_FEWEST_SAMPLED])], _NEIGHBOURS)
-    proposed = sum(len(edges) for edges in tiled.search(tiled.load(few.rows), first, reach, few.wanted))
+    proposed = sum(len(edges) for edges in tiled.search(tiled.load(few.rows), first, reach, few.may_be_nearest))
     number = int(_MOST_PROPOSED / max(1.0, proposed / len(few.rows) * len(rows) / len(first)))
     found = NearestPairs(rows[np.sort(sample[: max(_FEWEST_SAMPLED, number)])], _NEIGHBOURS)
     block = tiled.load(found.rows)
     start, stop = share(len(rows))
     for at in range(start, stop, _ROWS_AT_ONCE):
         panel = tiled.load(rows[at : min(at + _ROWS_AT_ONCE, stop)])
-        for edges in tiled.search(block, panel, reach, found.wanted):
+        for edges in tiled.search(block, panel, reach, found.may_be_nearest):
             found.add(edges)
     for edges in gather(found.edges):  # a process adds its own again, which changes nothing
         found.add(edges)

@@ -1,4 +1,4 @@
-"""The search of partitions: rows of each against each other and against its visitors, cut into tiles like a full join.
+"""A search of partitions: the rows of each against each other and against its visitors, in tiles like a full search.
 
 Source: docs/method.md#partitioned-search.
 """
@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.search.blocks import Block, load_block
+from clipcid_cli.algorithms.search.blocks import Block
 from clipcid_cli.algorithms.search.distances import IntArray, ReadRows
 from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.pair_search import TiledSearch, Wanted
+from clipcid_cli.algorithms.search.pair_search import PairFilter, TiledSearch
 
 # Rows read at once on each side: a partition of more is compared in pieces, so memory does not depend on its size.
 _PANEL_ROWS = 8192
@@ -49,9 +49,9 @@ class Groups:
 
 
 class PartitionedSearch:
-    """The search of partitions for pairs within a distance. A tile is a piece of one partition.
+    """A search of partitions for pairs within a distance. A tile is a piece of one partition.
 
-    It finds pairs of rows at home in one partition, and pairs of which one row visits the other's home; some twice.
+    It finds pairs of rows at home in one partition, and pairs of which one row visits the other's home; some of them twice.
 
     Args:
         rows: Rows to compare, int64 [N], each once.
@@ -72,14 +72,14 @@ class PartitionedSearch:
         panel_rows: int = _PANEL_ROWS,
     ) -> None:
         self.panel_rows = panel_rows
-        self._read, self._rows, self._device, self._scan_dtype = read, rows, device, scan_dtype
+        self._rows = rows
         self._homes, self._visitors = homes, visitors
         self._home_sizes, self._visitor_sizes = homes.sizes(), visitors.sizes()
-        self._join = TiledSearch(read, rows, device, scan_dtype)
+        self._search = TiledSearch(read, rows, device, scan_dtype)
 
     @property
     def name(self) -> str:
-        """A name that no search of other partitions has."""
+        """Identifies the partitions and how the work is divided."""
         sizes = hashlib.blake2b(digest_size=6)
         for groups in (self._homes, self._visitors):
             sizes.update(groups.sizes().tobytes())
@@ -98,12 +98,11 @@ class PartitionedSearch:
         size = stop - start
         return size * (size - 1) // 2 + size * (total - stop + int(self._visitor_sizes[partition]))
 
-    def search_tile(self, tile: tuple[int, int], cutoff: float, wanted: Wanted) -> Iterator[Edges]:
+    def search_tile(self, tile: tuple[int, int], cutoff: float, pair_filter: PairFilter) -> Iterator[Edges]:
         """Compare a piece of a partition with itself, the pieces after it, and the partition's visitors.
 
         Args:
             cutoff: Largest distance, inclusive.
-            wanted: As for :meth:`TiledSearch.search`.
 
         Yields:
             As :meth:`TiledSearch.search`.
@@ -112,10 +111,12 @@ class PartitionedSearch:
         home, visitors = self._homes.of(partition), self._visitors.of(partition)
         start, stop = piece * self.panel_rows, (piece + 1) * self.panel_rows
         panel = self._load(home[start:stop])
-        yield from self._join.search(panel, panel, cutoff, wanted)
+        yield from self._search.search(panel, panel, cutoff, pair_filter)
         for others in (home[stop:], visitors):
             for at in range(0, len(others), self.panel_rows):
-                yield from self._join.search(panel, self._load(others[at : at + self.panel_rows]), cutoff, wanted)
+                yield from self._search.search(
+                    panel, self._load(others[at : at + self.panel_rows]), cutoff, pair_filter
+                )
 
     def _load(self, positions: RowArray) -> Block:
-        return load_block(self._read, self._rows[positions], self._device, self._scan_dtype)
+        return self._search.load(self._rows[positions])

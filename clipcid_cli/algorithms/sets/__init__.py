@@ -1,1 +1,1 @@
-"""From pairs to sets of near images: forest, star cover, representatives, what the sets are made of."""
+"""From pairs to groups of near images: forest, star cover, representatives, composition of the data."""

@@ -1,6 +1,7 @@
-"""What a search keeps of the pairs it finds: their forest, and the pairs themselves while they are few.
+"""What a search keeps of the pairs it finds: their forest, and all of the pairs while they are few.
 
-Source: [O]. Stars (:mod:`clipcid_cli.algorithms.sets.star`) need all pairs; kept on the way, they cost no second search.
+Source: [O]. Stars (:mod:`clipcid_cli.algorithms.sets.star`) need all pairs; collected on the way, these cost no
+second search.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from clipcid_cli.algorithms.sets.forest import ForestBuilder
 
 
 class PairCollector:
-    """Takes the pairs of a search as they come, each once.
+    """Collects the pairs of a search, each added once, in any order.
 
     Args:
         known: Forest edges known before the search.
-        most_pairs: Pairs that are kept, 20 bytes each; where more are found, none is, and the forest is all there is.
+        most_pairs: Limit of the pairs kept, 20 bytes each; beyond it only their forest is kept.
     """
 
     def __init__(self, num_rows: int, known: Edges, most_pairs: int) -> None:
@@ -28,13 +29,13 @@ class PairCollector:
         self._num_pairs = 0
 
     def may_matter(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
-        """Tell which pairs are worth computing: all while they are kept, then what :meth:`ForestBuilder.may_join` says."""
+        """Tell which pairs are worth computing: all while they are kept, then those of :meth:`ForestBuilder.may_join`."""
         if self._pairs is not None:
             return np.ones(len(a), np.bool_)
         return self._builder.may_join(a, b, at_least)
 
     def add(self, edges: Edges) -> None:
-        """Take pairs."""
+        """Add pairs."""
         self._builder.add(edges)
         if self._pairs is not None:
             self._pairs.append(edges)
@@ -43,15 +44,15 @@ class PairCollector:
                 self._pairs = None
 
     def forget_pairs(self) -> None:
-        """Keep the forest only, as where too many pairs were found."""
+        """Keep the forest only, as beyond the limit."""
         self._pairs = None
 
     def forest(self) -> Edges:
-        """Return the forest of all edges known and taken, ascending by (weight, smaller row, larger row)."""
+        """Return the forest of all known and added edges, ascending by (weight, smaller row, larger row)."""
         return self._builder.build()
 
     def pairs(self) -> Edges | None:
-        """Return all pairs taken, ascending by (weight, smaller row, larger row); None where they were too many."""
+        """Return all added pairs, ascending by (weight, smaller row, larger row); None where only the forest was kept."""
         if self._pairs is None:
             return None
         self._pairs = [sort_edges(Edges.concatenate(self._pairs))]

@@ -1,4 +1,4 @@
-"""What a data set is made of, before and after images are dropped: shares of its classes, or of the words of its captions.
+"""The composition of a data set before and after images are dropped: shares of its classes, or of words in its captions.
 
 Letters: N images, C classes or words.
 
@@ -8,31 +8,31 @@ Source: [O].
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.search.distances import IntArray
 
 BoolArray = npt.NDArray[np.bool_]
 
 _SHORTEST_WORD = 3
-# English words of three letters and more that say nothing of what an image shows.
-_STOP_WORDS = (
+# English words of three letters and more that do not describe an image.
+_ENGLISH = (
     "about above after again all also and any are because been before being below between both but can could did does "
     "doing down during each few for from further had has have having her here hers him his how into its itself just may "
     "might more most much must nor not now off once only other our out over own per same she should some such than that "
     "the their them then there these they this those through too under until upon very via was were what when where which "
     "while who whom why will with within without would you your"
 )
+_STOP_WORDS = frozenset(_ENGLISH.split())
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """How much of the data one class or word is, before and after.
+    """The share of one class or word in the data, before and after.
 
     Attributes:
         name: Name of the class, or the word.
@@ -51,6 +51,25 @@ class Change:
     def rise(self) -> float:
         """By how much the share grew; negative where it shrank."""
         return self.share_after - self.share_before
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionWords:
+    """The words of N captions.
+
+    Attributes:
+        words: Distinct lower-case words, W of them.
+        caption: Caption of each of P occurrences of words, int64 [P] in [0, N).
+        word: The word, int64 [P] in [0, W).
+        has_caption: Which of the images have a caption, bool [N].
+        kept: Which of them are kept, bool [N].
+    """
+
+    words: list[str]
+    caption: IntArray
+    word: IntArray
+    has_caption: BoolArray
+    kept: BoolArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,27 +117,31 @@ def compose_classes(labels: IntArray, kept: BoolArray, names: list[str]) -> Comp
     return Composition(names, before, after, len(labels), int(np.count_nonzero(kept)))
 
 
-def compose_words(parts: Iterable[tuple[pa.Array, BoolArray]]) -> Composition:
+def compose_words(parts: Iterable[CaptionWords]) -> Composition:
     """Count the images whose caption has a word, for every word of three letters or more but `_STOP_WORDS`.
 
     Args:
-        parts: Captions, N strings of which empty ones count as none, and which of their images are kept, bool [N]; in as
-            many parts as one likes.
+        parts: Captions in any number of parts.
 
     Returns:
-        The words lower-cased and in the order of their characters.
+        The words in the order of their characters.
     """
-    before: dict[str, int] = {}
-    after: dict[str, int] = {}
+    before: Counter[str] = Counter()
+    after: Counter[str] = Counter()
     num_before = num_after = 0
-    for captions, kept in parts:
-        has_caption = np.asarray(pc.not_equal(captions, "").to_numpy(zero_copy_only=False), np.bool_)
-        num_before += int(np.count_nonzero(has_caption))
-        num_after += int(np.count_nonzero(has_caption & kept))
-        words, row_P, word_P = _find_words(captions)
-        for counts, found in ((before, word_P), (after, word_P[kept[row_P]])):
-            for word, count in zip(words, np.bincount(found, minlength=len(words)).tolist(), strict=True):
-                counts[word] = counts.get(word, 0) + count
+    for part in parts:
+        num_before += int(np.count_nonzero(part.has_caption))
+        num_after += int(np.count_nonzero(part.has_caption & part.kept))
+        is_counted = np.array(
+            [len(word) >= _SHORTEST_WORD and word not in _STOP_WORDS for word in part.words], np.bool_
+        )
+        chosen = is_counted[part.word]
+        # Each pair of a caption and a word once, however often the word occurs in it.
+        pairs = np.unique(part.caption[chosen] * len(part.words) + part.word[chosen])
+        caption_P, word_P = np.divmod(pairs, max(1, len(part.words)))
+        for counts, found in ((before, word_P), (after, word_P[part.kept[caption_P]])):
+            count = np.bincount(found, minlength=len(part.words))
+            counts.update({part.words[word]: int(count[word]) for word in np.flatnonzero(count).tolist()})
     names = sorted(before)
     return Composition(
         names,
@@ -127,20 +150,3 @@ def compose_words(parts: Iterable[tuple[pa.Array, BoolArray]]) -> Composition:
         num_before,
         num_after,
     )
-
-
-def _find_words(captions: pa.Array) -> tuple[list[str], IntArray, IntArray]:
-    """Return the words that occur, and each pair of a caption and a word in it once, int64 [P] each."""
-    lists = pc.split_pattern_regex(pc.utf8_lower(captions), r"[^\p{L}\p{M}]+")
-    encoded = pc.list_flatten(lists).dictionary_encode()
-    row, word = pc.list_parent_indices(lists).to_numpy(), encoded.indices.to_numpy().astype(np.int64)
-    names = encoded.dictionary
-    is_of_use = pc.and_not(
-        pc.greater_equal(pc.utf8_length(names), _SHORTEST_WORD),
-        pc.is_in(names, value_set=pa.array(_STOP_WORDS.split(), names.type)),
-    ).to_numpy(zero_copy_only=False)
-    number = np.cumsum(is_of_use) - 1
-    chosen = is_of_use[word]
-    pairs = np.unique(row[chosen] * len(names) + number[word[chosen]])
-    row_P, word_P = np.divmod(pairs, max(1, len(names)))
-    return names.filter(pa.array(is_of_use)).to_pylist(), row_P, word_P

@@ -1,8 +1,8 @@
-"""Single-linkage forests: minimum spanning forests of the distance graph, folded together from any pieces in any order.
+"""Single-linkage forests: minimum spanning forests of the distance graph, merged from any pieces in any order.
 
 Edges are totally ordered by (weight, smaller row, larger row), so the minimum spanning forest of a graph is unique, and
-MSF(A ∪ B) = MSF(MSF(A) ∪ MSF(B)): a forest can be collected edge by edge, tile by tile or process by process. The sets of
-images within ε of each other, chains included, are its components when edges heavier than ε are cut away.
+MSF(A ∪ B) = MSF(MSF(A) ∪ MSF(B)): a forest can be built edge by edge, tile by tile or process by process. Its components
+without the edges heavier than ε are the groups of images within ε of each other, chains included.
 
 Source: docs/method.md#minimum-spanning-forest. Borůvka 1926 for the rounds; the order of ties is ours.
 """
@@ -17,12 +17,12 @@ import numpy.typing as npt
 from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
 from clipcid_cli.algorithms.search.edges import Edges, sort_edges
 
-# Weights at which a growing forest remembers its components, to turn away edges that close a cycle before they are kept.
+# Weights at which a growing forest stores its components, to reject edges that close a cycle before they are kept.
 _NUM_LEVELS = 16
-# Edges collected before they are folded into the forest, beside one time the forest's own size.
+# Edges collected before they are merged into the forest; at least as many as the forest has.
 _SMALLEST_FOLD = 2**18
-# Where so many edges come at once, and so many times as many as the rows they join, their own forest is found first: it is
-# far smaller.
+# From this many edges at once, and this many times the number of rows they join, their own forest is built first: it is far
+# smaller.
 _MANY = 2**12
 _DENSE = 4
 
@@ -87,10 +87,10 @@ def minimum_forest(num_rows: int, edges: Edges) -> Edges:
 
 
 class ForestBuilder:
-    """Folds edges into a minimum spanning forest as they come, in memory bounded by the number of rows.
+    """Merges edges into a minimum spanning forest as they are added, in memory bounded by the number of rows.
 
     Args:
-        smallest_fold: Edges collected, at least, before they are folded; only speed and memory depend on it.
+        smallest_fold: Least number of edges collected before they are merged; only speed and memory depend on it.
     """
 
     def __init__(self, num_rows: int, known: Edges | None = None, smallest_fold: int = _SMALLEST_FOLD) -> None:
@@ -109,7 +109,7 @@ class ForestBuilder:
         """Tell which pairs can still be edges of the forest, from lower bounds of their weights.
 
         A pair whose rows are joined already by strictly lighter edges closes a cycle as its heaviest edge and is in no
-        minimum spanning forest. Only some weights are looked at, so True promises nothing.
+        minimum spanning forest. Components are known at some weights only, so True does not mean that it joins.
 
         Args:
             a: One row of each pair, int64 [P].
@@ -124,7 +124,7 @@ class ForestBuilder:
         return possible
 
     def add(self, edges: Edges) -> None:
-        """Take more edges of the graph."""
+        """Add edges of the graph."""
         edges = edges[self.may_join(edges.a, edges.b, edges.weight)]
         if len(edges) >= _MANY:
             edges = self._thin_out(edges)
@@ -134,18 +134,18 @@ class ForestBuilder:
             self._fold()
 
     def _thin_out(self, edges: Edges) -> Edges:
-        """Return the forest of edges that are dense, as those of near copies of one image are, and others as they are."""
+        """Return the forest of the edges where they are dense, as between near copies of one image; else the edges."""
         occurs = np.zeros(self.num_rows, np.bool_)
         occurs[edges.a] = occurs[edges.b] = True
         rows = np.flatnonzero(occurs)
         if len(edges) <= _DENSE * len(rows):
             return edges
-        place = np.cumsum(occurs) - 1  # rows keep their order, so ties fall as among all rows
+        place = np.cumsum(occurs) - 1  # rows keep their order, so ties are broken as among all rows
         forest = minimum_forest(len(rows), Edges(place[edges.a], place[edges.b], edges.weight))
         return Edges(rows[forest.a], rows[forest.b], forest.weight)
 
     def build(self) -> Edges:
-        """Return the forest of all edges taken so far, ascending by (weight, smaller row, larger row)."""
+        """Return the forest of all edges added so far, ascending by (weight, smaller row, larger row)."""
         self._fold()
         return self._forest
 
@@ -157,17 +157,12 @@ class ForestBuilder:
         forest = self._forest
         ends = np.unique(np.linspace(0, len(forest), _NUM_LEVELS + 1).astype(np.int64)[1:])
         self._level_weights = forest.weight[ends - 1]
-        # A level stands for all edges up to its weight, ties included.
+        # A level covers all edges up to its weight, ties included.
         ends = np.searchsorted(forest.weight, self._level_weights, side="right")
         kind = np.int32 if self.num_rows < 2**31 else np.int64
         self._level_labels = np.stack(
             [connected_components(self.num_rows, forest.a[:end], forest.b[:end]).astype(kind) for end in ends]
         )
-
-
-def component_sizes(labels: IntArray) -> IntArray:
-    """Return the size of each row's component, int64 [N], from labels that name one row of it."""
-    return np.bincount(labels, minlength=len(labels))[labels]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +181,7 @@ class Curve:
 
 
 def forest_curve(num_rows: int, forest: Edges, chosen: float | None, num_points: int = 1000) -> Curve:
-    """Trace components and the largest one over the cut-off.
+    """Count components, and measure the largest, over the cut-off.
 
     Args:
         forest: Its forest, ascending.
@@ -206,7 +201,7 @@ def forest_curve(num_rows: int, forest: Edges, chosen: float | None, num_points:
     sizes = np.ones(num_rows, dtype=np.int64)
     largest, largest_at, start = 1, np.empty(len(ends), np.int64), 0
     for point, end in enumerate(ends.tolist()):
-        # Only the components that this stretch of edges touches are relabelled, so the whole curve costs one pass.
+        # Only components that these edges touch are relabelled, so the whole curve costs one pass.
         roots_a, roots_b = _find(labels, forest.a[start:end]), _find(labels, forest.b[start:end])
         roots, position = np.unique(np.concatenate([roots_a, roots_b]), return_inverse=True)
         joined = connected_components(len(roots), position[: len(roots_a)], position[len(roots_a) :])
@@ -219,7 +214,7 @@ def forest_curve(num_rows: int, forest: Edges, chosen: float | None, num_points:
 
 
 def _find(labels: IntArray, nodes: IntArray) -> IntArray:
-    """Follow labels to their roots, shortening the paths on the way."""
+    """Follow labels to their roots, and shorten the paths."""
     roots = labels[nodes]
     while True:
         further = labels[roots]

@@ -1,6 +1,6 @@
-"""The image that stands for each set.
+"""The representative of each group of near images, and how far the others are from it.
 
-Shape letters: N rows, D width, S sets, M rows of a set.
+Shape letters: N rows, D width, S groups, M rows of a group.
 
 Source: docs/method.md#representatives: the paper's central image; ties and the other choices are ours.
 """
@@ -23,20 +23,20 @@ from clipcid_cli.algorithms.search.distances import (
     squared_lengths,
 )
 
-# Temporary copies of so many rows stay in the cache.
+# Temporary copies of this many rows stay in the cache.
 _ROWS_AT_ONCE = 1024
 
 
 def central_rows(read: ReadRows, rows: IntArray, labels: IntArray) -> IntArray:
-    """Choose the row nearest to the mean of each set.
+    """Choose the row nearest to the mean of each group.
 
     Args:
         rows: Row numbers, int64 [N].
-        labels: Set of each row, int64 [N].
+        labels: Group of each row, int64 [N].
 
     Returns:
-        int64 [N]: for each row, the position in `rows` of the one that stands for its set. Means are float64 means of the
-        stored rows, whose sums are exact; of equal distances the smaller position wins.
+        The position in `rows` of each row's representative, int64 [N]. Means are float64 means of the stored rows, whose
+        sums are exact; of equal distances the smaller position wins.
     """
     scores_N = np.zeros(len(labels))
     for members_M, starts_S in _batches(labels):
@@ -45,7 +45,7 @@ def central_rows(read: ReadRows, rows: IntArray, labels: IntArray) -> IntArray:
 
 
 def medoid_rows(read: ReadRows, rows: IntArray, labels: IntArray, device: torch.device) -> IntArray:
-    """Choose the row of each set with the smallest sum of distances to the others; as :func:`central_rows` otherwise."""
+    """Choose the row of each group with the smallest sum of distances to the others; as :func:`central_rows` otherwise."""
     scores_N = np.zeros(len(labels))
     for members_M, starts_S in _batches(labels):
         for start, end in zip(starts_S, np.append(starts_S[1:], len(members_M)), strict=True):
@@ -55,7 +55,7 @@ def medoid_rows(read: ReadRows, rows: IntArray, labels: IntArray, device: torch.
 
 
 def best_rows(scores: DoubleArray, labels: IntArray) -> IntArray:
-    """Choose the row of each set with the highest score, float64 [N], not NaN; as :func:`central_rows` otherwise."""
+    """Choose the row of each group with the highest score, float64 [N], not NaN; as :func:`central_rows` otherwise."""
     order = np.lexsort((-scores, labels))  # stable: of equal scores the smaller position comes first
     is_first = np.append(True, np.diff(labels[order]) != 0)
     chosen = np.empty(len(labels), np.int64)
@@ -64,7 +64,7 @@ def best_rows(scores: DoubleArray, labels: IntArray) -> IntArray:
 
 
 def random_scores(rows: IntArray, seed: int) -> DoubleArray:
-    """Draw a number in [0, 1) for each row number: a function of the seed and the row only, so of no order of work."""
+    """Draw a number in [0, 1) for each row number; it depends on the seed and the row only."""
     mixed = rows.astype(np.uint64) + np.uint64(seed * 0xD1342543DE82EF95 % 2**64)
     # splitmix64's finaliser (Steele, Lea, Flood 2014)
     mixed += np.uint64(0x9E3779B97F4A7C15)
@@ -75,14 +75,14 @@ def random_scores(rows: IntArray, seed: int) -> DoubleArray:
 
 
 def distances_to(read: ReadRows, rows: IntArray, representatives: IntArray) -> FloatArray:
-    """Measure the exact distance of each row to the one that stands for it.
+    """Return the exact distance of each row to its representative.
 
     Args:
         rows: Row numbers, int64 [N].
         representatives: Positions in `rows`, int64 [N].
 
     Returns:
-        float32 [N], 0 for rows that stand for themselves.
+        float32 [N], 0 for rows that represent themselves.
     """
     distances = np.zeros(len(rows), np.float32)
     others = np.flatnonzero(representatives != np.arange(len(rows)))
@@ -93,11 +93,21 @@ def distances_to(read: ReadRows, rows: IntArray, representatives: IntArray) -> F
     return distances
 
 
-def _batches(labels: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
-    """Yield whole sets, together of about ``_ROWS_AT_ONCE`` rows, as positions [M] and where each set starts [S].
+def share_beyond(distances: FloatArray, cutoff: float, num_dropped: int) -> float:
+    """Return the share of the dropped rows that are farther than the cut-off from their representative.
 
-    Sets of one or two rows are left out: two rows are equally far from their mean, and from each other, so the smaller
-    position stands for them without a look at the rows.
+    Args:
+        distances: Distance of every row to its representative, float32 [N].
+        num_dropped: Number of rows that another row represents.
+    """
+    return float(np.count_nonzero(distances > np.float32(cutoff)) / num_dropped) if num_dropped else 0.0
+
+
+def _batches(labels: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
+    """Yield whole groups, together of about ``_ROWS_AT_ONCE`` rows, as positions [M] and where each group starts [S].
+
+    Groups of one or two rows are omitted: two rows are equally far from their mean, and from each other, so the smaller
+    position represents them and the rows need not be read.
     """
     sizes = np.bincount(labels)[labels]
     order = np.argsort(labels, kind="stable")
@@ -112,22 +122,22 @@ def _batches(labels: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
 
 
 def _from_means(read: ReadRows, members: IntArray, starts_S: IntArray) -> DoubleArray:
-    """Return each row's squared distance to the mean of its set, float64 [M]; the sets lie one after another."""
+    """Return each row's squared distance to the mean of its group, float64 [M]; the groups lie one after another."""
     sizes_S = np.diff(np.append(starts_S, len(members)))
-    set_M = np.repeat(np.arange(len(starts_S)), sizes_S)
+    group_M = np.repeat(np.arange(len(starts_S)), sizes_S)
     chunks = [slice(at, at + _ROWS_AT_ONCE) for at in range(0, len(members), _ROWS_AT_ONCE)]
     totals_SD: DoubleArray | None = None
     for chunk in chunks:
         rows_MD = read(members[chunk]).astype(np.float64)
-        sets, begins = np.unique(set_M[chunk], return_index=True)
+        groups, begins = np.unique(group_M[chunk], return_index=True)
         if totals_SD is None:
             totals_SD = np.zeros((len(starts_S), rows_MD.shape[1]))
-        totals_SD[sets] += np.add.reduceat(rows_MD, begins, axis=0)
+        totals_SD[groups] += np.add.reduceat(rows_MD, begins, axis=0)
     assert totals_SD is not None  # a batch has rows
     means_SD = totals_SD / sizes_S[:, None]
-    # One row at a time along the contiguous axis: a row's sum does not depend on which rows are beside it.
+    # Summed along the contiguous axis, a row's sum does not depend on which other rows are in the chunk.
     return np.concatenate(
-        [((read(members[chunk]).astype(np.float64) - means_SD[set_M[chunk]]) ** 2).sum(axis=1) for chunk in chunks]
+        [((read(members[chunk]).astype(np.float64) - means_SD[group_M[chunk]]) ** 2).sum(axis=1) for chunk in chunks]
     )
 
 

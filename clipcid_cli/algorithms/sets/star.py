@@ -1,8 +1,8 @@
-"""The star cover: every dropped image is within ε of the image that stands for it, and no two of those are within ε.
+"""The star cover: every dropped image is within ε of its representative, and no two representatives are within ε.
 
-Single linkage chains: at the end of a chain an image may be far from the one kept. The star cover visits images by their
-number of neighbours within ε (ties by row), keeps each that no kept one covers, and assigns the rest to their nearest
-keeper. A star never crosses a single-linkage component, since its edges are within ε.
+Single linkage chains: at the end of a chain an image may be far from its representative. The star cover visits images by
+descending number of neighbours within ε (ties by row), keeps each that no kept one covers, and assigns the others to the
+nearest kept image. A star never crosses the border of a single-linkage component, since its edges are within ε.
 
 Shape letters: N rows, P pairs.
 
@@ -25,11 +25,11 @@ def star_cover(num_rows: int, pairs: Edges, copies: IntArray | None = None) -> I
 
     Args:
         pairs: All pairs within ε, each once, in any order.
-        copies: How many equal rows each row stands for, itself included, int64 [N]; by default 1. They count as
-            neighbours, and follow the row that stands for them.
+        copies: How many equal rows each row represents, itself included, int64 [N]; by default 1. They count as
+            neighbours.
 
     Returns:
-        int64 [N]: the row that stands for each row, itself where it is kept.
+        The representative of each row, itself where it is kept, int64 [N].
     """
     count = np.ones(num_rows, np.int64) if copies is None else copies
     degree = count - 1
@@ -41,11 +41,11 @@ def star_cover(num_rows: int, pairs: Edges, copies: IntArray | None = None) -> I
     covering = keeps[pairs.a] != keeps[pairs.b]
     kept = np.where(keeps[pairs.a], pairs.a, pairs.b)[covering]
     dropped = np.where(keeps[pairs.a], pairs.b, pairs.a)[covering]
-    # Nearest keeper last, the smaller row of equals, so that it is the one that stays written.
+    # The nearest kept row last, the smaller row of equals, so that it is the one that remains.
     order = np.lexsort((-kept, -pairs.weight[covering]))
-    stands_for = np.arange(num_rows, dtype=np.int64)
-    stands_for[dropped[order]] = kept[order]
-    return stands_for
+    representatives = np.arange(num_rows, dtype=np.int64)
+    representatives[dropped[order]] = kept[order]
+    return representatives
 
 
 def _keep_in_order(num_rows: int, place: IntArray, pairs: Edges) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
@@ -70,57 +70,70 @@ def _keep_in_order(num_rows: int, place: IntArray, pairs: Edges) -> np.ndarray[t
 
 
 @dataclasses.dataclass(frozen=True)
-class StarSearch:
-    """The smallest cut-off found at which the star cover keeps few enough rows.
+class StarCover:
+    """A star cover and its cut-off.
 
     Attributes:
-        cutoff: ε, one of the pairs' distances.
-        stands_for: The cover at it, int64 [N].
+        cutoff: ε.
+        representatives: The representative of each row, itself where it is kept, int64 [N].
     """
 
     cutoff: float
-    stands_for: IntArray
+    representatives: IntArray
+
+    @property
+    def num_kept(self) -> int:
+        """Number of rows kept."""
+        return count_kept(self.representatives)
 
 
 def find_star_cutoff(
     num_rows: int, pairs: Edges, num_kept: int, copies: IntArray | None = None, above: float = -1.0
-) -> StarSearch | None:
-    """Find ε for a number of rows to keep, by bisection over the distances of the pairs.
+) -> StarCover | None:
+    """Find the ε that keeps a given number of rows, by bisection over the distances of the pairs.
 
     Args:
         pairs: All pairs up to some distance, ascending by weight.
-        num_kept: Rows to keep, at most.
+        num_kept: Rows to keep at most.
         copies: As for :func:`star_cover`.
-        above: Distance that ε is beyond.
+        above: Lower limit of ε, exclusive.
 
     Returns:
-        A cut-off at which at most `num_kept` rows are kept while at the next smaller distance tried more are; None when
-        even all pairs keep more.
+        A cover that keeps at most `num_kept` rows, while the next smaller distance tried keeps more; None when even all
+        pairs keep more.
     """
     distances = np.unique(pairs.weight)
     if not len(distances):
         return None
     low, high = int(np.searchsorted(distances, np.float32(above), side="right")) - 1, len(distances) - 1
-    best = StarSearch(float(distances[high]), star_cover(num_rows, pairs, copies))
-    if count_kept(best.stands_for) > num_kept:
+    best = StarCover(float(distances[high]), star_cover(num_rows, pairs, copies))
+    if best.num_kept > num_kept:
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        cover = star_cover(num_rows, pairs.up_to(float(distances[middle])), copies)
-        if count_kept(cover) <= num_kept:
-            high, best = middle, StarSearch(float(distances[middle]), cover)
+        cutoff = float(distances[middle])
+        cover = StarCover(cutoff, star_cover(num_rows, pairs.up_to(cutoff), copies))
+        if cover.num_kept <= num_kept:
+            high, best = middle, cover
         else:
             low = middle
     return best
 
 
-def count_kept(stands_for: IntArray) -> int:
-    """Count the rows that stand for themselves."""
-    return int(np.count_nonzero(stands_for == np.arange(len(stands_for))))
+def count_kept(representatives: IntArray) -> int:
+    """Count the rows that are kept, each its own representative."""
+    return int(np.count_nonzero(representatives == np.arange(len(representatives))))
+
+
+def label_by_smallest(representatives: IntArray) -> IntArray:
+    """Label each row with the smallest row of its star, int64 [N]."""
+    smallest = np.full(len(representatives), len(representatives))
+    np.minimum.at(smallest, representatives, np.arange(len(representatives)))
+    return smallest[representatives]
 
 
 def star_curve(num_rows: int, pairs: Edges, copies: IntArray, chosen: float, num_points: int = 24) -> Curve:
-    """Trace rows kept and the largest star over the cut-off.
+    """Count rows kept, and measure the largest star, over the cut-off.
 
     Args:
         pairs: All pairs up to some distance, ascending by weight.

@@ -1,4 +1,4 @@
-"""What a search in partitions left: how many kept images still have another kept image within the cut-off."""
+"""An estimate of what a search in partitions missed: kept images with another kept image within the cut-off."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
-from clipcid_cli.algorithms.search.blocks import load_block
 from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
 from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.steps.balance.search import Survey
+from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.reporting import Reporter
 
-# None among so many bounds the rate at 1.3e-4.
+# If none of this many has another, the rate is at most 1.3e-4 (95 %).
 SAMPLE = 30_000
 _PANEL_ROWS = 8192
 
@@ -26,11 +25,11 @@ class Audit:
     """The outcome.
 
     Attributes:
-        sampled: Kept images looked at, drawn at random.
-        kept: Kept images each was compared with.
-        near: How many of the sampled have another kept image within the cut-off.
+        sampled: Kept images in the random sample.
+        kept: Kept images that each was compared with.
+        near: Sampled images that have another kept image within the cut-off.
         low: Lower end of the 95 % interval of that rate among all kept images.
-        high: Upper end; both are the rate itself when all were looked at.
+        high: Upper end; both are the rate itself when the sample holds all kept images.
     """
 
     sampled: int
@@ -46,40 +45,38 @@ class Audit:
 
 
 def audit_kept(
-    machine: Machine, survey: Survey, kept: IntArray, cutoff: float, scan: Precision, reporter: Reporter
+    machine: Machine, rows: BalanceRows, kept: IntArray, cutoff: float, scan: Precision, reporter: Reporter
 ) -> Audit:
     """Compare a random sample of the kept images with all kept ones, exactly; the same on every process.
 
     Args:
         kept: Rows that are kept, int64 [M], ascending, M ≥ 1.
         cutoff: The distance, inclusive.
-        scan: Format in which near pairs are looked for.
+        scan: Format of the fast product.
     """
     sample = np.sort(np.random.default_rng(0).permutation(kept)[:SAMPLE])
     found = np.zeros(len(sample), np.bool_)
 
-    def place(rows: IntArray) -> IntArray:
-        """Return where rows lie in the sample; its length for others, whose place counts as found already."""
-        at = np.searchsorted(sample, rows)
-        return np.where(sample[np.minimum(at, len(sample) - 1)] == rows, at, len(sample))
+    def position(numbers: IntArray) -> IntArray:
+        """Return the positions of rows in the sample; its length for others."""
+        at = np.searchsorted(sample, numbers)
+        return np.where(sample[np.minimum(at, len(sample) - 1)] == numbers, at, len(sample))
 
-    def wanted(a: IntArray, b: IntArray, _: FloatArray) -> npt.NDArray[np.bool_]:
-        known = np.append(found, True)
-        return np.asarray((a != b) & ~(known[place(a)] & known[place(b)]))
+    def may_count(a: IntArray, b: IntArray, _: FloatArray) -> npt.NDArray[np.bool_]:
+        """Tell which pairs have a sampled row that has no near one yet."""
+        settled = np.append(found, True)
+        return np.asarray((a != b) & ~(settled[position(a)] & settled[position(b)]))
 
-    join = TiledSearch(survey.read, kept, machine.device, scan.dtype)
-    blocks = [
-        load_block(survey.read, sample[at : at + _PANEL_ROWS], machine.device, scan.dtype)
-        for at in range(0, len(sample), _PANEL_ROWS)
-    ]
+    search = TiledSearch(rows.read, kept, machine.device, scan.dtype)
+    blocks = [search.load(sample[at : at + _PANEL_ROWS]) for at in range(0, len(sample), _PANEL_ROWS)]
     starts = range(machine.rank * _PANEL_ROWS, len(kept), machine.size * _PANEL_ROWS)
     with reporter.progress("audit", sum(min(_PANEL_ROWS, len(kept) - at) for at in starts), "images") as progress:
         for at in starts:
-            panel = load_block(survey.read, kept[at : at + _PANEL_ROWS], machine.device, scan.dtype)
+            panel = search.load(kept[at : at + _PANEL_ROWS])
             for block in blocks:
-                for edges in join.search(block, panel, cutoff, wanted):
-                    place_P = np.concatenate([place(edges.a), place(edges.b)])
-                    found[place_P[place_P < len(sample)]] = True
+                for edges in search.search(block, panel, cutoff, may_count):
+                    position_P = np.concatenate([position(edges.a), position(edges.b)])
+                    found[position_P[position_P < len(sample)]] = True
             progress.advance(len(panel))
     near = int(np.count_nonzero(np.any(machine.gather(found), axis=0)))
     if len(sample) == len(kept):

@@ -1,4 +1,4 @@
-"""What the linkage that was not asked for would do at the same cut-off, as far as that is had without a new search."""
+"""What the other linkage would keep at the same cut-off, as far as that is known without a long search."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import numpy as np
 
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
-from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to
+from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to, share_beyond
 from clipcid_cli.algorithms.sets.star import star_curve
+from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs
-from clipcid_cli.steps.balance.search import Survey
-from clipcid_cli.steps.balance.sets import Inputs, Sets, among_unique, share_beyond, unique_positions
+from clipcid_cli.steps.balance.rows import BalanceRows
+from clipcid_cli.steps.balance.sets import Sets
 
-# Pairs that all covers of the star's curve go through together: some seconds.
+# Pairs that all covers of the star's curve process together: some seconds.
 _MOST_COVERED = 2**25
 _CURVE_POINTS = 24
 
@@ -25,7 +26,8 @@ class OtherLinkage:
 
     Attributes:
         linkage: ``single`` or ``star``.
-        coverage: Share of the images it drops that are farther than the cut-off from the one that stands for them.
+        kept: Number of images it keeps.
+        coverage: Share of the images it drops that are farther than the cut-off from their representative.
         curve: Images it keeps over the cut-off: single linkage as far as the forest reaches, stars up to the cut-off.
     """
 
@@ -35,44 +37,39 @@ class OtherLinkage:
     curve: Curve
 
 
-def compare_linkages(inputs: Inputs, sets: Sets, forest: Edges) -> OtherLinkage | NotComputed:
+def compare_linkages(context: Context, sets: Sets, forest: Edges) -> OtherLinkage | NotComputed:
     """Apply the other linkage to the same images at the same cut-off; the same on every process.
 
-    Single linkage follows from the forest, with the central image kept of each set. Stars need all pairs within the
-    cut-off, which lie within the sets of single linkage and are collected when they are few.
+    Single linkage follows from the forest, with the central image kept of each component. Stars need all pairs within the
+    cut-off, which are within the components of single linkage and are collected when they are few.
 
     Args:
-        inputs: What the sets were made from.
         sets: The sets of the linkage that was asked for.
         forest: The forest, ascending.
-
-    Returns:
-        The other linkage, or why it is not computed.
     """
-    threshold = sets.threshold
+    threshold, rows, machine = sets.threshold, context.rows, context.machine
     if threshold is None:
         return NotComputed("nothing was to be merged")
-    if inputs.settings.linkage == "star":
-        return inputs.machine.on_main(lambda: _single(inputs.survey, forest, threshold))
-    survey, precision = inputs.survey, inputs.settings.precision
-    pairs = collect_few_pairs(inputs.machine, survey, sets.labels, threshold, precision, inputs.reporter)
+    if context.settings.linkage == "star":
+        return machine.on_main(lambda: _single(rows, forest, threshold))
+    pairs = collect_few_pairs(machine, rows, sets.labels, threshold, context.settings.precision, context.reporter)
     if isinstance(pairs, NotComputed):
         return pairs
-    return inputs.machine.on_main(lambda: _star(survey, pairs, threshold))
+    return machine.on_main(lambda: _star(rows, pairs, threshold))
 
 
-def _single(survey: Survey, forest: Edges, threshold: float) -> OtherLinkage:
-    part, rows = forest.up_to(threshold), np.arange(survey.num_rows)
-    labels = connected_components(survey.num_rows, part.a, part.b)
-    distances = distances_to(survey.read, rows, central_rows(survey.read, rows, labels))
-    curve = forest_curve(survey.num_rows, forest, threshold)
-    return OtherLinkage("single", len(rows) - len(part), share_beyond(distances, len(part), threshold), curve)
+def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
+    part, numbers = forest.up_to(threshold), np.arange(len(rows))
+    labels = connected_components(len(rows), part.a, part.b)
+    distances = distances_to(rows.read, numbers, central_rows(rows.read, numbers, labels))
+    curve = forest_curve(len(rows), forest, threshold)
+    return OtherLinkage("single", len(rows) - len(part), share_beyond(distances, threshold, len(part)), curve)
 
 
-def _star(survey: Survey, found: Edges, threshold: float) -> OtherLinkage:
-    positions = unique_positions(survey)
-    pairs = among_unique(found, positions)
+def _star(rows: BalanceRows, pairs: Edges, threshold: float) -> OtherLinkage:
+    positions = rows.unique_positions()
+    pairs = pairs.renumbered(positions)
     num_points = min(_CURVE_POINTS, _MOST_COVERED // max(1, len(pairs)))
-    curve = star_curve(len(survey.unique), pairs, np.bincount(positions), threshold, num_points)
-    # The cut-off is the last point, and a star's members are all within it of the image that stands for them.
+    curve = star_curve(len(rows.unique), pairs, np.bincount(positions), threshold, num_points)
+    # The cut-off is the last point, and all members of a star are within it of their representative.
     return OtherLinkage("star", int(curve.kept[-1]), 0.0, curve)

@@ -1,4 +1,4 @@
-"""`balance --dry-run`: what a new search costs, told from a second of real work on some of the rows."""
+"""`balance --dry-run`: the cost of a new search, estimated from a second of real work on some of the rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.search.blocks import Block, load_block
+from clipcid_cli.algorithms.search.blocks import Block
+from clipcid_cli.algorithms.search.cutoff import SAMPLE_ROWS as CUTOFF_SAMPLE
 from clipcid_cli.algorithms.search.distances import HalfArray, IntArray, ReadRows
 from clipcid_cli.algorithms.search.duplicates import hash_rows
 from clipcid_cli.algorithms.search.pair_search import TiledSearch
@@ -21,36 +22,35 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.balance.audit import SAMPLE as AUDIT_SAMPLE
-from clipcid_cli.steps.balance.search import CUTOFF_SAMPLE
 from clipcid_cli.steps.reporting import Reporter, format_duration
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 _TILE_ROWS = 8192
 _SHORTEST = 0.1
-# Partitions a row visits beside its own where the margin is as measured on synthetic rows and photographs: 0.1 to 1.
+# Partitions a row visits besides its own; with the margins measured on synthetic rows and photographs, 0.1 to 1.
 _VISITS = 1.0
-# Where a share to keep is asked for: a cosine distance of 0.1 (docs/method.md#balance) for the tile that is measured. What
-# is kept at a threshold nobody knows before the search; the audit is reckoned with the paper's share.
+# With --keep, the measured tile is searched to a cosine distance of 0.1 (docs/method.md#balance). With --threshold, the
+# share that will be kept is not known; the audit is estimated with the paper's.
 _USUAL_CUTOFF = math.sqrt(0.2)
 _USUAL_SHARE = 0.563
 
 # Measured above the mapped file, exact: 486 MiB for 50,000 rows of width 512, 1,759 MiB for 1,000,000 (partitioned 1,686).
-# Libraries and tiles take half a GiB, remembered panels (as stored and as scanned) up to 1 GiB, forest and lists the rest.
+# Libraries and tiles take half a GiB, cached panels (as stored and as scanned) up to 1 GiB, forest and lists the rest.
 _BYTES_OF_TILES = 2**29
-_MOST_REMEMBERED = 2**30
+_MOST_CACHED = 2**30
 _BYTES_AN_IMAGE = 300
-# Measured, with keys of ten letters: 18 where half of the images go.
+# Measured with keys of ten letters: 18 where half of the images are dropped.
 _BYTES_ON_DISK = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one way to search takes.
+    """The cost of one kind of search.
 
     Attributes:
-        pairs: Pairs of rows compared: all of them, or those in and near partitions, with centroids, and of the audit.
+        pairs: Pairs of rows compared: all of them; or those in and near partitions, with centroids, and in the audit.
         flop: Floating-point operations of their products.
-        seconds: Time of the search and, where there is one, of the audit, on these processes.
+        seconds: Time of the search, and of the audit where there is one, on these processes.
     """
 
     pairs: int
@@ -61,23 +61,23 @@ class Cost:
 def estimate_cost(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
 ) -> dict[str, Any]:
-    """Say what a new search takes; one from a forest that is there takes seconds.
+    """Estimate the cost of a new search; with an existing forest, `balance` takes seconds.
 
     Returns:
         The JSON object: ``images, width, neighbors, pairs, flop, seconds, exact{pairs, flop, seconds}, partitioned{pairs,
-        flop, seconds}, memory{mapped, resident}, disk``; pairs, flop and seconds are those of the neighbors asked for,
-        memory and disk are bytes, resident those above the mapped files.
+        flop, seconds}, memory{mapped, resident}, disk``. The first pairs, flop and seconds are those of ``neighbors``;
+        memory and disk are in bytes, resident without the mapped files.
     """
     exact, partitioned = machine.on_main(lambda: _measure(settings, machine, embeddings))
     images, width = embeddings.num_rows, embeddings.width
     chosen = exact if settings.neighbors == "exact" else partitioned
     mapped = 2 * images * width
     scan = choose_scan(settings.precision, machine.device).dtype
-    remembered = min(_MOST_REMEMBERED, (2 + scan.itemsize) * images * width)
-    resident = _BYTES_OF_TILES + remembered + _BYTES_AN_IMAGE * images
+    cached = min(_MOST_CACHED, (2 + scan.itemsize) * images * width)
+    resident = _BYTES_OF_TILES + cached + _BYTES_AN_IMAGE * images
     disk = _BYTES_ON_DISK * images
     processes = f", {machine.size} processes" if machine.size > 1 else ""
-    reporter.note(f"{images:,} images of width {width}. A new search, as measured on some of them{processes}:")
+    reporter.note(f"{images:,} images of width {width}. Cost of a new search, estimated from some of them{processes}:")
     for name, cost in (("exact", exact), ("partitioned", partitioned)):
         audit = " with its audit" if name == "partitioned" else ""
         reporter.note(
@@ -100,62 +100,60 @@ def estimate_cost(
 
 
 def _measure(settings: BalanceSettings, machine: Machine, embeddings: Embeddings) -> tuple[Cost, Cost]:
-    """Time the parts of a search on some rows of the embeddings, and multiply."""
+    """Time the parts of a search on some rows of the embeddings, and extrapolate."""
     images, width, rows = embeddings.num_rows, embeddings.width, embeddings.images()
-    readable = _some_readable(rows.take, images)
-    if len(readable) < 2:
+    finite = _sample_finite(rows.take, images)
+    if len(finite) < 2:
         return Cost(0, 0, 0.0), Cost(0, 0, 0.0)
     scan = choose_scan(settings.precision, machine.device).dtype
     cutoff = _USUAL_CUTOFF if settings.distance is None else settings.distance
-    half = len(readable) // 2
+    half = len(finite) // 2
+
+    search = TiledSearch(rows.take, finite, machine.device, scan)
 
     def load(start: int, number: int) -> Block:
-        return load_block(rows.take, readable[start : start + number], machine.device, scan)
+        return search.load(finite[start : start + number])
 
     def compare(number: int) -> float:
-        """Return the seconds to compare so many rows with as many others."""
-        join, panel, others = (
-            TiledSearch(rows.take, readable, machine.device, scan),
-            load(0, number),
-            load(half, number),
-        )
+        """Return the seconds to compare `number` rows with as many others."""
+        panel, others = load(0, number), load(half, number)
 
         def work() -> None:
-            for _ in join.search(panel, others, cutoff, lambda a, b, _: np.ones(len(a), np.bool_)):
+            for _ in search.search(panel, others, cutoff, lambda a, b, _: np.ones(len(a), np.bool_)):
                 pass
 
         return time_trial(work, machine.device, at_least=_SHORTEST).seconds
 
-    look = min(512, len(readable))
-    survey_row = time_trial(lambda: _survey(rows.take(readable[:look])), at_least=_SHORTEST).seconds / look
+    few = min(512, len(finite))
+    read_row = time_trial(lambda: _read_once(rows.take(finite[:few])), at_least=_SHORTEST).seconds / few
     large = min(half, _TILE_ROWS)
     pair = compare(large) / large**2
     load_row = time_trial(lambda: load(0, large), machine.device, at_least=_SHORTEST).seconds / large
     pairs = images * (images - 1) // 2
     sampled = CUTOFF_SAMPLE * images if settings.keep is not None else 0
-    # All rows are prepared once, and once more where the cut-off is looked for.
-    seconds = (survey_row + load_row * (1 if settings.keep is None else 2)) * images + pair * (pairs + sampled)
+    # All rows are prepared once, and once more where the cut-off is estimated.
+    seconds = (read_row + load_row * (1 if settings.keep is None else 2)) * images + pair * (pairs + sampled)
 
     count = default_num_partitions(images)
     home = max(1, min(half, round(images / count)))
     load_home = time_trial(lambda: load(0, home), machine.device, at_least=_SHORTEST).seconds
     a_partition = (compare(home) * (0.5 + _VISITS) + load_home * (1.0 + _VISITS)) * (images / count / home) ** 2
-    assigned = _seconds_a_row(rows.take, readable, count, machine.device)
+    assigned = _seconds_a_row(rows.take, finite, count, machine.device)
     kept = images * (_USUAL_SHARE if settings.keep is None else settings.keep)
     in_all = sampled + MARGIN_SAMPLE * images + min(AUDIT_SAMPLE, kept) * kept
     looks = images + LOOKS_AT_SAMPLE * min(images, ROWS_PER_CENTROID * count)
     compared = int(in_all + looks * count + (0.5 + _VISITS) * images * images / count)
-    # The rows among which the cut-off, the margin and the audit look for near ones are prepared each time.
+    # Rows are prepared anew for the cut-off, for the margin and for the audit.
     prepared = images * (1 if settings.keep is None else 2) + kept
-    partly = survey_row * images + load_row * prepared + pair * in_all + assigned * looks + a_partition * count
+    partly = read_row * images + load_row * prepared + pair * in_all + assigned * looks + a_partition * count
     return (
         Cost(pairs, 2 * pairs * width, seconds / machine.size),
         Cost(compared, 2 * compared * width, partly / machine.size),
     )
 
 
-def _some_readable(read: ReadRows, images: int) -> IntArray:
-    """Return numbers of some rows that are finite, from all over the files."""
+def _sample_finite(read: ReadRows, images: int) -> IntArray:
+    """Return the numbers of some finite rows, spread over all files, in random order."""
     numbers = np.unique(np.linspace(0, images - 1, min(images, 2 * _TILE_ROWS)).astype(np.int64))
     finite = np.concatenate(
         [np.isfinite(read(numbers[at : at + 512])).all(axis=1) for at in range(0, len(numbers), 512)]
@@ -163,17 +161,17 @@ def _some_readable(read: ReadRows, images: int) -> IntArray:
     return np.asarray(np.random.default_rng(0).permutation(numbers[finite]))
 
 
-def _survey(rows: HalfArray) -> None:
+def _read_once(rows: HalfArray) -> None:
     hash_rows(rows)
     np.isfinite(rows).all(axis=1)
 
 
 def _seconds_a_row(read: ReadRows, rows: IntArray, num_partitions: int, device: torch.device) -> float:
-    """Measure how long it takes to find a row's partition and those it visits."""
+    """Measure the time to find the partition of a row and those it visits."""
     centroids = np.resize(rows, num_partitions)
     partitions = Partitions(torch.from_numpy(read(centroids)).to(device))
     block = rows[: partitions.rows_at_once]
-    # Rows themselves are taken for centroids, so borders are near by chance only: few visits, as in a search.
+    # The centroids are rows, so borders are near by chance only: few visits, as in a search.
 
     def work() -> None:
         partitions.visits(torch.from_numpy(read(block)).to(device), 0.05)

@@ -1,4 +1,4 @@
-"""The report of `balance`: how much is kept where, how large the sets are, and what some of them look like."""
+"""The report of `balance`: how much is kept at each cut-off, how large the sets are, and what some of them look like."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
 from clipcid_cli.steps.balance.composition import compare_classes
+from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data
-from clipcid_cli.steps.balance.search import Survey
 from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 
@@ -42,8 +42,8 @@ class Picture:
 
     Attributes:
         source: Its thumbnail as a ``data:`` URL; empty where it cannot be shown.
-        kept: Whether it is the one that stands for its set.
-        distance: Its distance to that one.
+        kept: Whether it is the representative of its set.
+        distance: Its distance to the representative.
     """
 
     key: str
@@ -54,9 +54,7 @@ class Picture:
 
 def write_report(
     path: Path,
-    settings: BalanceSettings,
-    embeddings: Embeddings,
-    survey: Survey,
+    context: Context,
     forest: Edges,
     sets: Sets,
     other: OtherLinkage | NotComputed,
@@ -66,17 +64,17 @@ def write_report(
     """Write the report as one page.
 
     Args:
-        settings: Settings of `balance`.
         forest: The forest, ascending.
-        other: What the other linkage would do, or why that is not known.
+        other: What the other linkage would keep.
+        result: The JSON object.
         warnings: What the user was warned of.
     """
+    settings, embeddings = context.settings, context.embeddings
     shown = [_choose_members(sets, label) for label in _largest(sets)]
     inside, outside = _around(forest, sets.threshold)
     rows = np.unique(np.concatenate([np.empty(0, np.int64), *shown, inside.a, inside.b, outside.a, outside.b]))
     data, why_no_images = _open_data(settings, embeddings)
-    pictures = _load_pictures(data, embeddings, survey, sets, rows)
-    kept = sets.representatives == np.arange(len(sets.labels))
+    pictures = _load_pictures(data, context, sets, rows)
     write_text(
         path,
         render_report(
@@ -96,7 +94,7 @@ def write_report(
             inside=_pair_up(inside, pictures),
             outside=_pair_up(outside, pictures),
             why_no_images=why_no_images,
-            classes=compare_classes(data, embeddings, survey, kept),
+            classes=compare_classes(data, embeddings, context.rows, sets.kept),
             reasons=REASONS,
             embeddings=str(embeddings.folder),
         ),
@@ -122,7 +120,7 @@ def _largest(sets: Sets) -> list[int]:
 
 
 def _choose_members(sets: Sets, label: int) -> IntArray:
-    """Return the kept image and then others by distance: all of a small set; of a large one as many from both ends."""
+    """Return the kept image and then others by distance: all of a small set, the nearest and farthest of a large one."""
     members = np.flatnonzero(sets.labels == label)
     is_kept = sets.representatives[members] == members
     members = members[np.lexsort((members, sets.distances[members], ~is_kept))]
@@ -141,7 +139,7 @@ def _around(forest: Edges, threshold: float | None) -> tuple[Edges, Edges]:
 
 
 def _pair_up(edges: Edges, pictures: dict[int, Picture]) -> list[dict[str, Any]]:
-    """Put pictures beside each other."""
+    """Pair the pictures of the two ends of each edge."""
     return [
         {"a": pictures[a], "b": pictures[b], "distance": distance}
         for a, b, distance in zip(edges.a.tolist(), edges.b.tolist(), edges.weight.tolist(), strict=True)
@@ -149,21 +147,19 @@ def _pair_up(edges: Edges, pictures: dict[int, Picture]) -> list[dict[str, Any]]
 
 
 def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> tuple[Dataset | None, str]:
-    """Open the data the embeddings were made of, or say why there is none."""
+    """Open the data the embeddings were made from; without it, return the reason."""
     try:
         data = open_data(settings, embeddings)
     except ClipcidError as error:
         return None, error.message
-    return data, "" if data is not None else "nothing says which data the embeddings were made of."
+    return data, "" if data is not None else "it is not recorded which data the embeddings were made from."
 
 
-def _load_pictures(
-    data: Dataset | None, embeddings: Embeddings, survey: Survey, sets: Sets, rows: IntArray
-) -> dict[int, Picture]:
+def _load_pictures(data: Dataset | None, context: Context, sets: Sets, rows: IntArray) -> dict[int, Picture]:
     """Load the thumbnails of some rows; without the data there are keys only."""
-    numbers = pa.array(survey.readable[rows])
-    keys = embeddings.keys.take(numbers).to_pylist()
-    shards = embeddings.shards.take(numbers).to_pylist()
+    numbers = pa.array(context.rows.numbers[rows])
+    keys = context.embeddings.keys.take(numbers).to_pylist()
+    shards = context.embeddings.shards.take(numbers).to_pylist()
     finder = None if data is None else SampleFinder(data)
     pictures = {}
     for row, key, shard in zip(rows.tolist(), keys, shards, strict=True):
@@ -195,13 +191,13 @@ def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | NotComputed) ->
         color = PALETTE[LINKAGES.index(name)]
         distances = np.concatenate([[0.0], curve.distance])
         kept = np.concatenate([[num_images], curve.kept]) / num_images
-        # Of single linkage all is known between two points, of stars only that it lies between them.
+        # Single linkage is known between two points, stars are not: only that the curve lies between them.
         style: dict[str, Any] = {"drawstyle": "steps-post"} if name == "single" else {}
         axes.plot(distances, kept, color=color, label=f"{name} (chosen)" if name == linkage else name, **style)
         if sets.threshold is not None:
             point = (sets.threshold, num_kept / num_images)
             axes.plot(*point, "o", color=color)
-            # The upper line's number above it, the lower one's below, unless the axis is there.
+            # The number of the upper line is placed above it, that of the lower one below, unless the axis is there.
             place: dict[str, Any] = {"xytext": (4, 5), "horizontalalignment": "left"}
             if (num_kept < most_kept or len(lines) == 1) and point[1] > 0.12:
                 place = {"xytext": (-7, -13), "horizontalalignment": "right"}

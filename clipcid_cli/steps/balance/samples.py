@@ -1,4 +1,4 @@
-"""From rows of embeddings back to the samples they were made of, by shard and key."""
+"""The samples that rows of embeddings were made from, found by shard and key."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _THREADS = 16
 
 
 def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
-    """Open the data that was named, or else what the embeddings say they were made of.
+    """Open the data that was named, or else the data that the embeddings record.
 
     Returns:
-        The data; None when nothing says which it is.
+        None when neither says which data it is.
 
     Raises:
         ClipcidError: when it cannot be opened.
@@ -41,22 +41,22 @@ def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | No
 
 
 def require_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:
-    """Open the data as :func:`open_data` does, for a purpose that cannot do without.
+    """Open the data as :func:`open_data` does, for a purpose that needs it.
 
     Raises:
-        ClipcidError: also when nothing says which data it is.
+        ClipcidError: also when it is not known which data it is.
     """
     data = open_data(settings, embeddings)
     if data is None:
         raise ClipcidError(
-            f"{purpose} needs the data itself, and {embeddings.folder} does not say what it was made of.",
+            f"{purpose} needs the data itself, and {embeddings.folder} does not record which data it was made from.",
             "Give the data as the first argument: clipcid balance DATA …",
         )
     return data
 
 
 def read_uid(sample: Sample | None) -> str | None:
-    """Read ``uid`` from a sample's attributes, as img2dataset leaves it there; None where there is none."""
+    """Read ``uid`` from a sample's attributes, where img2dataset stores it; None where there is none."""
     if sample is None or sample.attributes is None:
         return None
     try:
@@ -68,7 +68,7 @@ def read_uid(sample: Sample | None) -> str | None:
 
 
 class SampleFinder:
-    """Finds samples; remembers the shard it looked in last, so ask in the order of the rows."""
+    """Finds samples by shard and key. It caches the samples of one shard, so look-ups should be in the order of the rows."""
 
     def __init__(self, data: Dataset) -> None:
         self._shards = {shard.name: shard for shard in data.shards}
@@ -79,7 +79,7 @@ class SampleFinder:
         """Find a sample; None when the data has no such key.
 
         Args:
-            shard: Name of its shard. Embeddings of other tools do not record it; then all shards are looked through.
+            shard: Name of its shard. Embeddings of other tools do not record it; then all shards are searched.
         """
         if shard not in self._shards:
             if self._all is None:
@@ -89,33 +89,35 @@ class SampleFinder:
             self._last = shard, {sample.key: sample for sample in self._shards[shard].samples()}
         return self._last[1].get(key)
 
+    def find_rows(self, embeddings: Embeddings, numbers: IntArray) -> list[Sample | None]:
+        """Find the samples of some rows of embeddings, int64 [n]; None for those that the data does not have."""
+        rows = pa.array(numbers)
+        names = zip(embeddings.shards.take(rows).to_pylist(), embeddings.keys.take(rows).to_pylist(), strict=True)
+        return [self.find(shard, key) for shard, key in names]
+
 
 def count_pixels(settings: BalanceSettings, embeddings: Embeddings, rows: IntArray, reporter: Reporter) -> DoubleArray:
     """Read the sizes of some images.
 
     Args:
-        settings: Settings of `balance`, which may name the data.
-        embeddings: The embeddings of the images.
-        rows: Rows of them, int64 [n], ascending.
+        rows: Rows of the embeddings, int64 [n], ascending.
 
     Returns:
         Width × height, float64 [n]; 0 where an image cannot be found or read.
 
     Raises:
-        ClipcidError: when nothing says which data the embeddings were made of, or it cannot be opened.
+        ClipcidError: when it is not known which data the embeddings were made from, or it cannot be opened.
     """
     finder = SampleFinder(require_data(settings, embeddings, "--select resolution"))
     pixels: DoubleArray = np.zeros(len(rows))
     with ThreadPoolExecutor(_THREADS) as pool, reporter.progress("image sizes", len(rows), "images") as progress:
         for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = pa.array(rows[start : start + _ROWS_AT_ONCE])
-            names = zip(embeddings.shards.take(part).to_pylist(), embeddings.keys.take(part).to_pylist(), strict=True)
-            samples = [finder.find(shard, key) for shard, key in names]
-            pixels[start : start + len(part)] = list(pool.map(_pixels, samples))
-            progress.advance(len(part))
+            samples = finder.find_rows(embeddings, rows[start : start + _ROWS_AT_ONCE])
+            pixels[start : start + len(samples)] = list(pool.map(_pixels, samples))
+            progress.advance(len(samples))
     missing = int(np.count_nonzero(pixels == 0))
     if missing:
-        reporter.warn(f"The size of {missing:,} of {len(rows):,} images is not known; they are kept last.")
+        reporter.warn(f"The size of {missing:,} of {len(rows):,} images is unknown; they are kept last.")
     return pixels
 
 

@@ -1,17 +1,15 @@
-"""The part of `balance` that turns a forest into sets of repeats and chooses the image that stands for each."""
+"""From the forest to sets of near images, each with the one image that is kept."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from clipcid_cli.algorithms.search.distances import DoubleArray, FloatArray, IntArray
-from clipcid_cli.algorithms.search.edges import Edges, sort_edges
+from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,
@@ -19,29 +17,34 @@ from clipcid_cli.algorithms.sets.representatives import (
     distances_to,
     medoid_rows,
     random_scores,
+    share_beyond,
 )
-from clipcid_cli.algorithms.sets.star import StarSearch, count_kept, find_star_cutoff, star_cover, star_curve
-from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.steps.balance.pairs import collect_pairs
+from clipcid_cli.algorithms.sets.star import (
+    StarCover,
+    count_kept,
+    find_star_cutoff,
+    label_by_smallest,
+    star_cover,
+    star_curve,
+)
+from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.samples import count_pixels
-from clipcid_cli.steps.balance.search import Forest, Survey, find_forest
-from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.balance.search import Forest
 
-# A star cover keeps more than single linkage at one distance, mostly little more: each look beyond takes a cover.
+# A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
 _STAR_STEP = 1.05
+# No two unit rows are farther apart.
 _FARTHEST = 2.0
 _ROWS_AT_ONCE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class Sets:
-    """Which images are repeats of each other, and which one of them is kept.
+    """Which images are near each other, and which one of each set is kept.
 
     Attributes:
         labels: The smallest row of each row's set, int64 [N].
-        representatives: The row that stands for each row, itself where it is kept, int64 [N].
+        representatives: The representative of each row, itself where it is kept, int64 [N].
         distances: Distance to it, float32 [N].
         threshold: The cut-off; None when nothing was to be merged.
         curve: Images kept over the cut-off.
@@ -52,6 +55,11 @@ class Sets:
     distances: FloatArray
     threshold: float | None
     curve: Curve
+
+    @property
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """Which rows are kept, bool [N]."""
+        return np.asarray(self.representatives == np.arange(len(self.representatives)))
 
     @property
     def num_kept(self) -> int:
@@ -65,105 +73,33 @@ class Sets:
 
     @property
     def coverage(self) -> float:
-        """Share of the dropped images that are farther than the cut-off from the one that stands for them."""
+        """Share of the dropped images that are farther than the cut-off from their representative."""
         num_dropped = len(self.labels) - self.num_kept
-        return 0.0 if self.threshold is None else share_beyond(self.distances, num_dropped, self.threshold)
+        return 0.0 if self.threshold is None else share_beyond(self.distances, self.threshold, num_dropped)
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What sets are made from.
-
-    Attributes:
-        settings: Settings of `balance`.
-        folder: Where the forest is kept.
-        seconds: Time by phase; what searching takes is added to ``search``.
-    """
-
-    settings: BalanceSettings
-    machine: Machine
-    folder: Path
-    embeddings: Embeddings
-    fingerprints: list[dict[str, Any]]
-    survey: Survey
-    reporter: Reporter
-    seconds: dict[str, float]
-
-    def forest(self, *, cutoff: float | None = None, num_edges: int = 0) -> tuple[Forest, bool]:
-        """Call :func:`find_forest` on these inputs, and count its time."""
-        started = time.perf_counter()
-        found = find_forest(
-            self.machine,
-            self.folder,
-            self.survey,
-            self.fingerprints,
-            cutoff=cutoff,
-            num_edges=num_edges,
-            neighbors=self.settings.neighbors,
-            precision=self.settings.precision,
-            reporter=self.reporter,
-            for_stars=self.settings.linkage == "star",
-        )
-        self.seconds["search"] += time.perf_counter() - started
-        return found
-
-    def pairs(self, labels: IntArray, cutoff: float) -> Edges:
-        """Call :func:`collect_pairs` on these inputs, and count its time."""
-        started = time.perf_counter()
-        found = collect_pairs(self.machine, self.survey, labels, cutoff, self.settings.precision, self.reporter)
-        self.seconds["search"] += time.perf_counter() - started
-        return found
-
-
-def make_sets(inputs: Inputs) -> tuple[Sets, Edges, bool]:
+def make_sets(context: Context) -> tuple[Sets, Edges, bool]:
     """Make the sets that the settings ask for; the same on every process.
 
     Returns:
-        The sets, the forest they were made from, and whether that was there already.
+        The sets, the forest they were made from, and whether it was there already.
     """
-    num_rows, settings = inputs.survey.num_rows, inputs.settings
-    num_kept = num_rows
-    if settings.keep is not None:
-        num_kept = max(1, round(settings.keep * num_rows))
-        if num_kept == num_rows:
-            # Nothing to merge, not even copies: there is no cut-off, and a forest up to 0 to draw the curve from.
-            forest, was_there = inputs.forest(num_edges=0)
-            alone = np.arange(num_rows)
-            curve = forest_curve(num_rows, forest.edges, None)
-            return Sets(alone, alone, np.zeros(num_rows, np.float32), None, curve), forest.edges, was_there
-    forest, was_there = inputs.forest(cutoff=settings.distance, num_edges=num_rows - num_kept)
+    num_rows, settings = len(context.rows), context.settings
+    num_kept = num_rows if settings.keep is None else max(1, round(settings.keep * num_rows))
+    if settings.keep is not None and num_kept == num_rows:
+        # Nothing to merge, not even copies: there is no cut-off, and a forest up to 0 to draw the curve from.
+        forest, was_there = context.find_forest(num_edges=0)
+        return _each_alone(num_rows, forest.edges), forest.edges, was_there
+    forest, was_there = context.find_forest(cutoff=settings.distance, num_edges=num_rows - num_kept)
     threshold = settings.distance
     if threshold is None:
         threshold = float(forest.edges.weight[num_rows - num_kept - 1])
     threshold = shortest_decimal(threshold)
     if settings.linkage == "star":
-        reach = forest.cutoff
-        sets, forest = _star_sets(inputs, forest, threshold, num_kept)
-        return sets, forest.edges, was_there and forest.cutoff == reach
-    part = forest.edges.up_to(threshold)
-    labels = connected_components(num_rows, part.a, part.b)
-    representatives = inputs.machine.on_main(lambda: _SELECT[settings.select](inputs, labels))
-    distances = distances_to(inputs.survey.read, np.arange(num_rows), representatives)
-    curve = forest_curve(num_rows, forest.edges, threshold)
-    return Sets(labels, representatives, distances, threshold, curve), forest.edges, was_there
-
-
-def unique_positions(survey: Survey) -> IntArray:
-    """Return where, among the unique rows, the one lies that each row equals, int64 [N]."""
-    positions = np.zeros(survey.num_rows, np.int64)
-    positions[survey.unique] = np.arange(len(survey.unique))
-    positions[survey.copies.b] = positions[survey.copies.a]
-    return positions
-
-
-def among_unique(pairs: Edges, positions: IntArray) -> Edges:
-    """Number the rows of pairs among the unique ones, as :func:`unique_positions` tells, and sort the pairs."""
-    return sort_edges(Edges(positions[pairs.a], positions[pairs.b], pairs.weight))
-
-
-def share_beyond(distances: FloatArray, num_dropped: int, threshold: float) -> float:
-    """Return the share of the dropped images that are farther than the cut-off from the one that stands for them."""
-    return float(np.count_nonzero(distances > np.float32(threshold)) / num_dropped) if num_dropped else 0.0
+        searched = forest.cutoff
+        sets, forest = _make_stars(context, forest, threshold, num_kept)
+        return sets, forest.edges, was_there and forest.cutoff == searched
+    return _make_components(context, forest.edges, threshold), forest.edges, was_there
 
 
 def shortest_decimal(distance: float) -> float:
@@ -171,89 +107,116 @@ def shortest_decimal(distance: float) -> float:
     return float(str(np.float32(distance)))
 
 
-def _star_sets(inputs: Inputs, forest: Forest, threshold: float, num_kept: int) -> tuple[Sets, Forest]:
+def _each_alone(num_rows: int, forest: Edges) -> Sets:
+    rows = np.arange(num_rows)
+    return Sets(rows, rows, np.zeros(num_rows, np.float32), None, forest_curve(num_rows, forest, None))
+
+
+def _make_components(context: Context, forest: Edges, threshold: float) -> Sets:
+    """Single linkage: the components of the forest up to the threshold."""
+    num_rows, part = len(context.rows), forest.up_to(threshold)
+    labels = connected_components(num_rows, part.a, part.b)
+    representatives = context.machine.on_main(lambda: _select_representatives(context, labels))
+    distances = distances_to(context.rows.read, np.arange(num_rows), representatives)
+    return Sets(labels, representatives, distances, threshold, forest_curve(num_rows, forest, threshold))
+
+
+def _make_stars(context: Context, forest: Forest, threshold: float, num_kept: int) -> tuple[Sets, Forest]:
     """Cover the rows by stars, at the threshold given, or from the single-linkage one up to where few enough are kept."""
-    num_rows, unique = inputs.survey.num_rows, inputs.survey.unique
-    positions = unique_positions(inputs.survey)
+    rows, num_rows, num_unique = context.rows, len(context.rows), len(context.rows.unique)
+    positions = rows.unique_positions()
     copies = np.bincount(positions)
 
     def pairs_up_to(cutoff: float) -> Edges:
         if forest.pairs is not None and cutoff <= forest.cutoff:
-            return among_unique(forest.pairs.up_to(cutoff), positions)
+            return forest.pairs.up_to(cutoff).renumbered(positions)
         part = forest.edges.up_to(cutoff)
         labels = connected_components(num_rows, part.a, part.b)
-        return among_unique(inputs.pairs(labels, cutoff), positions)
+        return context.collect_pairs(labels, cutoff).renumbered(positions)
 
-    if inputs.settings.keep is None:
+    cover: StarCover | None = None
+    if context.settings.keep is None:
         pairs = pairs_up_to(threshold)
-        found = StarSearch(threshold, star_cover(len(unique), pairs, copies))
-    elif num_kept >= len(unique):
+        cover = StarCover(threshold, star_cover(num_unique, pairs, copies))
+    elif num_kept >= num_unique:
         pairs = Edges.empty()
-        found = StarSearch(0.0, np.arange(len(unique)))
-    else:
-        # Always the same steps, so that the cut-off does not depend on how far the forest or its pairs reach.
-        # Below the threshold single linkage keeps more than asked, and stars never fewer than it.
-        below = float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
-        reach, search = threshold, None
-        while search is None:
-            reach = min(_STAR_STEP * reach + 1e-6, _FARTHEST)
-            if reach > forest.cutoff:
-                forest, _ = inputs.forest(cutoff=reach)
-            pairs = pairs_up_to(reach)
-            search = find_star_cutoff(len(unique), pairs, num_kept, copies, below)
-            below = reach
-            if search is None and reach == _FARTHEST:
-                search = StarSearch(reach, star_cover(len(unique), pairs, copies))
-        found = search
-    representatives = unique[found.stands_for][positions]
-    smallest = np.full(num_rows, num_rows)
-    np.minimum.at(smallest, representatives, np.arange(num_rows))
-    labels = smallest[representatives]
-    distances = distances_to(inputs.survey.read, np.arange(num_rows), representatives)
-    curve = star_curve(len(unique), pairs, copies, found.cutoff)
-    return Sets(labels, representatives, distances, shortest_decimal(found.cutoff), curve), forest
+        cover = StarCover(0.0, np.arange(num_unique))
+    # Always the same steps, so that the cut-off does not depend on how far the forest or its pairs reach.
+    # Below the threshold single linkage keeps more than asked, and stars never fewer than it.
+    reach, below = threshold, float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
+    while cover is None:
+        reach = min(_STAR_STEP * reach + 1e-6, _FARTHEST)
+        if reach > forest.cutoff:
+            forest, _ = context.find_forest(cutoff=reach)
+        pairs = pairs_up_to(reach)
+        cover = find_star_cutoff(num_unique, pairs, num_kept, copies, below)
+        below = reach
+        if cover is None and reach == _FARTHEST:
+            cover = StarCover(reach, star_cover(num_unique, pairs, copies))
+    representatives = rows.unique[cover.representatives][positions]
+    labels = label_by_smallest(representatives)
+    distances = distances_to(rows.read, np.arange(num_rows), representatives)
+    curve = star_curve(num_unique, pairs, copies, cover.cutoff)
+    return Sets(labels, representatives, distances, shortest_decimal(cover.cutoff), curve), forest
 
 
-def _central(inputs: Inputs, labels: IntArray) -> IntArray:
-    return central_rows(inputs.survey.read, np.arange(len(labels)), labels)
+def _select_representatives(context: Context, labels: IntArray) -> IntArray:
+    """Choose the representative of each set by the rule of ``--select``.
+
+    Args:
+        labels: Set of each row, named by its smallest row, int64 [N].
+
+    Returns:
+        The representative of each row, itself where it is kept, int64 [N].
+    """
+    return _SELECT[context.settings.select](context, labels)
 
 
-def _medoid(inputs: Inputs, labels: IntArray) -> IntArray:
-    return medoid_rows(inputs.survey.read, np.arange(len(labels)), labels, inputs.machine.device)
+def _central(context: Context, labels: IntArray) -> IntArray:
+    return central_rows(context.rows.read, np.arange(len(labels)), labels)
 
 
-def _first(inputs: Inputs, labels: IntArray) -> IntArray:
+def _medoid(context: Context, labels: IntArray) -> IntArray:
+    return medoid_rows(context.rows.read, np.arange(len(labels)), labels, context.machine.device)
+
+
+def _first(context: Context, labels: IntArray) -> IntArray:
     return labels
 
 
-def _random(inputs: Inputs, labels: IntArray) -> IntArray:
-    return best_rows(random_scores(np.arange(len(labels)), inputs.settings.seed), labels)
+def _random(context: Context, labels: IntArray) -> IntArray:
+    return best_rows(random_scores(np.arange(len(labels)), context.settings.seed), labels)
 
 
-def _similarity(inputs: Inputs, labels: IntArray) -> IntArray:
+def _similarity(context: Context, labels: IntArray) -> IntArray:
     """Keep the image most similar to its caption; images without a caption come last."""
-    texts, survey = inputs.embeddings.texts(), inputs.survey
+    embeddings, rows = context.embeddings, context.rows
+    texts = embeddings.texts()
     scores: DoubleArray = np.full(len(labels), -np.inf)
-    sizes = np.bincount(labels, minlength=len(labels))[labels]
-    members = np.flatnonzero(sizes > 1)
+    members = _rows_of_several(labels)
     for start in range(0, len(members), _ROWS_AT_ONCE):
-        rows = members[start : start + _ROWS_AT_ONCE]
-        text = texts.take(survey.readable[rows]).astype(np.float64)
-        captions = inputs.embeddings.captions.take(survey.readable[rows]).to_pylist()
+        part = members[start : start + _ROWS_AT_ONCE]
+        text = texts.take(rows.numbers[part]).astype(np.float64)
+        captions = embeddings.captions.take(rows.numbers[part]).to_pylist()
         usable = np.array([caption != "" for caption in captions]) & np.isfinite(text).all(axis=1)
-        scores[rows[usable]] = (survey.read(rows).astype(np.float64) * text).sum(axis=1)[usable]
+        scores[part[usable]] = (rows.read(part).astype(np.float64) * text).sum(axis=1)[usable]
     return best_rows(scores, labels)
 
 
-def _resolution(inputs: Inputs, labels: IntArray) -> IntArray:
-    sizes = np.bincount(labels, minlength=len(labels))[labels]
-    members = np.flatnonzero(sizes > 1)
+def _resolution(context: Context, labels: IntArray) -> IntArray:
+    members = _rows_of_several(labels)
     scores = np.zeros(len(labels))
-    scores[members] = count_pixels(inputs.settings, inputs.embeddings, inputs.survey.readable[members], inputs.reporter)
+    numbers = context.rows.numbers[members]
+    scores[members] = count_pixels(context.settings, context.embeddings, numbers, context.reporter)
     return best_rows(scores, labels)
 
 
-_SELECT: dict[str, Callable[[Inputs, IntArray], IntArray]] = {
+def _rows_of_several(labels: IntArray) -> IntArray:
+    """Return the rows of sets of two or more: the others need no score."""
+    return np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
+
+
+_SELECT: dict[str, Callable[[Context, IntArray], IntArray]] = {
     "central": _central,
     "medoid": _medoid,
     "first": _first,

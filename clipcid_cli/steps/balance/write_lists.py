@@ -1,4 +1,4 @@
-"""``balance --write-uids``, ``--write-pairs`` and ``--write-keys``: the keep list in the forms of other tools."""
+"""``balance --write-uids``, ``--write-pairs`` and ``--write-keys``: the keep list in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _ROWS_AT_ONCE = 4096
 
 
 def check_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
-    """Look whether the first sample has an identifier, so that a search is not followed by an error.
+    """Check that the first sample has an identifier, so that no search is wasted.
 
     Raises:
-        ClipcidError: when ``--write-uids`` is asked for and it has none.
+        ClipcidError: when ``--write-uids`` is given and it has none.
     """
     if settings.write_uids is not None:
         stored = embeddings.uids[:1] if embeddings.has_uids else None
@@ -34,17 +34,16 @@ def check_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
 def write_kept(
     settings: BalanceSettings, embeddings: Embeddings, keep_list: Path, reporter: Reporter
 ) -> dict[str, str]:
-    """Write what was asked for; nothing is searched for it.
+    """Write the lists that the settings name; no search is needed for them.
 
     Args:
-        settings: Settings of `balance`.
-        embeddings: The embeddings, whose metadata may hold identifiers.
+        keep_list: The keep list.
 
     Returns:
         Path of each file by its name in the JSON object.
 
     Raises:
-        ClipcidError: when a file of other content is there, a kept sample has no identifier, or a file cannot be written.
+        ClipcidError: when a file with other content exists, a kept sample has no identifier, or a file cannot be written.
     """
     files: dict[str, str] = {}
     if settings.write_keys is not None:
@@ -58,7 +57,7 @@ def write_kept(
         uids = _kept_uids(settings, embeddings, read_keep_list(keep_list))
         written = write_uids(settings.write_uids, uids, overwrite=settings.overwrite)
         if written < len(uids):
-            reporter.warn(f"{len(uids):,} kept images have {written:,} uids: those that come twice are written once.")
+            reporter.warn(f"{len(uids):,} kept images have {written:,} different uids: each is written once.")
         files["uids"] = str(settings.write_uids)
     return files
 
@@ -82,9 +81,8 @@ def _find_uids(
     """Find the identifier of each sample: in the embeddings' metadata, else its key, else in its ``.json``.
 
     Args:
-        settings: Settings of `balance`, which may name the data.
         keys: Keys of n samples, in row order.
-        stored: What the metadata have under ``uid``; None where they have no such column.
+        stored: The column ``uid`` of the metadata; None where there is none.
 
     Returns:
         n strings of 32 hexadecimal digits.
@@ -114,6 +112,6 @@ def _find_uids(
 def _no_uid(key: str) -> ClipcidError:
     return ClipcidError(
         f"Sample {key!r} has no uid of DataComp's: its key is not 32 hexadecimal digits, and neither the embeddings' "
-        "metadata nor the .json of the data have one under `uid`.",
-        "Name data whose .json has it (clipcid balance DATA …), or write the keys instead: --write-keys FILE.txt.",
+        "metadata nor the .json files of the data have one under `uid`.",
+        "Name data whose .json files have it (clipcid balance DATA …), or write the keys: --write-keys FILE.txt.",
     )

@@ -21,28 +21,28 @@ from clipcid_cli.steps.balance.samples import read_uid
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter
 
-# open_clip and webdataset's tools look for this file to know how many samples each shard has.
+# open_clip and webdataset's tools read the number of samples of each shard from this file.
 _SIZES = "sizes.json"
-# img2dataset's name for what became of one shard; DataComp's tools take `successes` for the size of the tar.
+# img2dataset's name for the statistics of a shard; DataComp's tools read the size of the tar from `successes`.
 _STATS = "_stats.json"
 _STEP = "write-shards"
 
 
 def tar_shards(data: Dataset, target: Path) -> list[TarShard]:
-    """Return the data's shards as tars, or say why there is nothing to copy from.
+    """Return the shards of the data, which must be tars.
 
     Raises:
-        ClipcidError: when the data is not made of tars, or `target` is where they lie.
+        ClipcidError: when they are not, or `target` is the folder of the data.
     """
     shards = [shard for shard in data.shards if isinstance(shard, TarShard)]
     if len(shards) < len(data.shards):
         raise ClipcidError(
-            f"--write-shards copies tar members, and {data.spec} is not made of tars.",
-            "Leave it out: the keep list names what is kept.",
+            f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
+            "Omit it: the keep list names what is kept.",
         )
     for shard in shards:
         if "://" not in shard.path and _target_of(target, shard).resolve() == Path(shard.path).resolve():
-            raise ClipcidError(f"--write-shards {target} would replace the data itself.", "Give another folder.")
+            raise ClipcidError(f"--write-shards {target} would overwrite the data itself.", "Give another folder.")
     return shards
 
 
@@ -56,18 +56,18 @@ def write_shards(
     overwrite: bool,
     reporter: Reporter,
 ) -> None:
-    """Write the new shards; processes share them out, and a run that was killed goes on with those not written yet.
+    """Write the new shards, divided among the processes; a run that was killed continues with those not written yet.
 
-    A shard that keeps nothing is not written. ``sizes.json`` tells the samples of each, and ``<shard>_stats.json``, in
-    img2dataset's words, what became of the samples of the shard it was made from.
+    A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
+    ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
 
     Args:
-        shards: The shards to copy from, as :func:`tar_shards` gives them.
-        overwrite: Replace shards that another keep list left there.
+        shards: The shards to copy from, see :func:`tar_shards`.
+        overwrite: Replace shards made from another keep list.
 
     Raises:
-        ClipcidError: when the folder holds shards of another keep list, a shard is damaged, one lacks a kept sample, or
-            none of the kept samples is in the data.
+        ClipcidError: when the folder holds shards of another keep list, a shard is damaged or lacks a kept sample, or none
+            of the kept samples is in the data.
     """
     choice = ShardChoice(keep, shards)
     machine.on_main(lambda: _refuse_foreign(target))
@@ -81,7 +81,7 @@ def write_shards(
         clear=lambda: _clear(target),
     ) as output:
         if output.finished is not None:
-            reporter.note(f"{target} holds these shards already.")
+            reporter.note(f"{target} already holds these shards.")
             return
         mine = shards[machine.rank :: machine.size]
         sizes: dict[str, int] = {}
@@ -101,7 +101,7 @@ def write_shards(
 
 
 def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bool) -> int:
-    """Write one shard, or leave it when this run, before it was killed, has: what it holds is written down after it."""
+    """Write one shard, unless this run wrote it before it was killed: its statistics are written after it."""
     path, stats_path = _target_of(target, shard), target / f"{shard.name}{_STATS}"
     if resumed and stats_path.exists():
         return int(json.loads(stats_path.read_text(encoding="utf-8"))["successes"])
@@ -115,20 +115,20 @@ def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bo
     if copied.samples < len(keys) or copied.read < len(keys) + num_dropped:
         path.unlink(missing_ok=True)
         raise ClipcidError(
-            f"Shard {shard.path} has {copied.samples:,} of the {len(keys):,} samples to keep from it, and {copied.read:,} "
-            f"samples in all, where the keep list has {len(keys) + num_dropped:,}.",
-            "It changed since it was embedded: run clipcid embed and balance again.",
+            f"Shard {shard.path} holds {copied.samples:,} of its {len(keys):,} samples to keep, and {copied.read:,} samples "
+            f"in total, where the keep list has {len(keys) + num_dropped:,}.",
+            "It has changed since it was embedded: run clipcid embed and balance again.",
         )
     write_json(stats_path, _describe(copied, num_dropped))
     return copied.samples
 
 
 def _describe(copied: Copied, num_dropped: int) -> dict[str, Any]:
-    """Say what became of a shard's samples in the fields of img2dataset's ``_stats.json``; times would change each run."""
+    """Return what became of a shard's samples in img2dataset's fields, without those that hold times."""
     reasons = {
         "success": copied.samples,
         "repeat": num_dropped,
-        # Without an image or caption, unreadable, of a key seen before: the sidecar of `embed` counts them by reason.
+        # No image or caption, unreadable, or a repeated key: the sidecar of `embed` counts them by reason.
         "not_in_keep_list": copied.read - copied.samples - num_dropped,
     }
     return {
@@ -148,7 +148,7 @@ def _finish(output: Output, shards: list[TarShard], sizes: dict[str, int], keep:
         found = "none" if not written else f"{written:,} samples, more than one for some,"
         raise ClipcidError(
             f"Of the {keep.num_kept:,} images kept, {found} are in the {len(shards):,} shards to copy from.",
-            "Give the data that the embeddings were made of as the first argument: clipcid balance DATA …",
+            "Give the data that the embeddings were made from as the first argument: clipcid balance DATA …",
         )
     if written < keep.num_kept:
         reporter.warn(f"{keep.num_kept - written:,} of the {keep.num_kept:,} images kept are not in the shards.")
@@ -158,7 +158,7 @@ def _finish(output: Output, shards: list[TarShard], sizes: dict[str, int], keep:
 
 
 def _clear(target: Path) -> None:
-    """Remove the shards of another keep list; `_refuse_foreign` has made sure that all that is here is ours."""
+    """Remove the shards of another keep list; `_refuse_foreign` has made sure that all of them are ours."""
     for path in _shard_files(target):
         path.unlink()
 
@@ -172,7 +172,7 @@ def _refuse_foreign(target: Path) -> None:
     ours = sidecar_path(target, _STEP).exists() or plan_path(target, _STEP).exists()
     if not ours and target.is_dir() and _shard_files(target):
         raise ClipcidError(
-            f"{target} holds shards that are not from --write-shards.",
+            f"{target} holds shards that --write-shards did not write.",
             "Give a new or empty folder: nothing was written.",
         )
 
@@ -184,9 +184,9 @@ def _target_of(target: Path, shard: TarShard) -> Path:
 class ShardChoice:
     """Finds the kept samples of each shard.
 
-    `embed` records which shard a row is from. Other tools do not, and the keep list then has the names of their files, which
-    are those of no shard: each sample is looked up by its key instead, or, where the rows' keys are uids of DataComp's and
-    the samples' are not, by the uid in its ``.json``.
+    `embed` records the shard of each row. Other tools do not; the keep list then holds the names of their files, which match
+    no shard. Each sample is then looked up by its key or, where the rows' keys are DataComp's uids and the samples' keys are
+    not, by the uid in its ``.json``.
     """
 
     def __init__(self, keep: KeepList, shards: list[TarShard]) -> None:
@@ -200,7 +200,7 @@ class ShardChoice:
             self._may_be_uids = len(keep.keys) > 0 and is_uid(keep.keys[0].as_py())
 
     def of(self, shard: TarShard) -> tuple[set[str], int]:
-        """Return the keys, as stored in the tar, of the samples to keep of a shard, and how many others it has to drop.
+        """Return the keys, as stored in the tar, of a shard's samples to keep, and how many of its samples to drop.
 
         Raises:
             ClipcidError: when the shard is damaged.

@@ -131,7 +131,7 @@ def test_nearest_pairs_do_not_depend_on_the_order_they_come_in(seed: int, count:
     kept = NearestPairs(rows, count)
     for part in np.array_split(order, pieces):
         edges = Edges(a[part], b[part], weight[a[part], b[part]])
-        kept.add(edges[kept.wanted(edges.a, edges.b, edges.weight)])
+        kept.add(edges[kept.may_be_nearest(edges.a, edges.b, edges.weight)])
     expected = set()
     for row in rows.tolist():
         others = [other for other in range(30) if other != row]

@@ -63,8 +63,8 @@ def test_star_cutoff_for_a_number_of_rows(seed: int, num_rows: int, share: float
     wanted = max(1, round(share * num_rows))
     found = find_star_cutoff(num_rows, pairs, wanted)
     assert found is not None
-    assert count_kept(found.stands_for) <= wanted
-    assert found.stands_for.tolist() == cover_row_by_row(num_rows, pairs.up_to(found.cutoff))
+    assert count_kept(found.representatives) <= wanted
+    assert found.representatives.tolist() == cover_row_by_row(num_rows, pairs.up_to(found.cutoff))
     smaller = pairs.weight[pairs.weight < found.cutoff]
     if len(smaller):
         assert count_kept(star_cover(num_rows, pairs.up_to(float(smaller[-1])))) > wanted

@@ -56,9 +56,9 @@ def test_cutoffs_grow_until_everything_is_within_reach() -> None:
     nearest, exact = look(torch.bfloat16)
     steps = [first_cutoff(nearest, 0.2)]
     reached = np.count_nonzero(exact <= steps[0])
-    assert wider_cutoff(nearest, steps[0], found=100, wanted=150) == np.sort(exact)[int(np.ceil(1.05 * 1.5 * reached))]
+    assert wider_cutoff(nearest, steps[0], found=100, needed=150) == np.sort(exact)[int(np.ceil(1.05 * 1.5 * reached))]
     while steps[-1] < FARTHEST:
-        steps.append(wider_cutoff(nearest, steps[-1], found=399, wanted=400))
+        steps.append(wider_cutoff(nearest, steps[-1], found=399, needed=400))
         assert steps[-1] >= min(1.05 * steps[-2], FARTHEST)
     assert len(steps) < 60
-    assert wider_cutoff(nearest, 0.0, found=0, wanted=5) > 0
+    assert wider_cutoff(nearest, 0.0, found=0, needed=5) > 0

@@ -8,7 +8,8 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 
-from clipcid_cli.algorithms.sets.composition import Change, compose_classes, compose_words
+from clipcid_cli.algorithms.sets.composition import CaptionWords, Change, compose_classes, compose_words
+from clipcid_cli.formats.data.caption_words import split_words
 
 VOCABULARY = (
     "Red",
@@ -28,12 +29,17 @@ VOCABULARY = (
 )
 
 
+def words_of(captions: list[str], kept: np.ndarray) -> CaptionWords:
+    has_caption = np.array([caption != "" for caption in captions], bool)
+    return CaptionWords(*split_words(pa.array(captions, pa.large_string())), has_caption, kept)
+
+
 def test_words_are_counted_once_an_image() -> None:
     generator = np.random.default_rng(0)
     captions = [", ".join(generator.choice(VOCABULARY, generator.integers(0, 7))) for _ in range(500)]
     kept = generator.random(500) < 0.4
-    parts = [(pa.array(captions[part], pa.large_string()), kept[part]) for part in (slice(0, 333), slice(333, 500))]
-    found = compose_words([*parts, (pa.array([], pa.large_string()), np.empty(0, bool))])
+    parts = [words_of(captions[part], kept[part]) for part in (slice(0, 333), slice(333, 500))]
+    found = compose_words([*parts, words_of([], np.empty(0, bool))])
     before: Counter[str] = Counter()
     after: Counter[str] = Counter()
     for caption, is_kept in zip(captions, kept, strict=True):
@@ -62,7 +68,7 @@ def test_the_largest_changes_of_shares_come_first() -> None:
 
 
 def test_nothing_to_count() -> None:
-    words = compose_words([(pa.array(["", "of a"], pa.large_string()), np.array([True, False]))])
+    words = compose_words([words_of(["", "of a"], np.array([True, False]))])
     assert (words.names, words.num_before, words.num_after) == ([], 1, 0)
     assert words.largest_changes(3) == ([], [])
     assert compose_words([]).largest_changes(3) == ([], [])

@@ -1,0 +1,64 @@
+"""What all parts of one `balance` share: its settings and rows, and searches whose time is counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.algorithms.search.distances import IntArray
+from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.balance.pairs import collect_pairs
+from clipcid_cli.steps.balance.rows import BalanceRows
+from clipcid_cli.steps.balance.search import Forest, find_forest
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.balance import BalanceSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """One run of `balance`.
+
+    Attributes:
+        folder: Where the forest is stored.
+        fingerprints: Of the files of the embeddings.
+        rows: The rows to balance.
+        seconds: Time by phase; searches add theirs to ``search``.
+    """
+
+    settings: BalanceSettings
+    machine: Machine
+    folder: Path
+    embeddings: Embeddings
+    fingerprints: list[dict[str, Any]]
+    rows: BalanceRows
+    reporter: Reporter
+    seconds: dict[str, float]
+
+    def find_forest(self, *, cutoff: float | None = None, num_edges: int = 0) -> tuple[Forest, bool]:
+        """Call :func:`find_forest` for these rows."""
+        started = time.perf_counter()
+        found = find_forest(
+            self.machine,
+            self.folder,
+            self.rows,
+            self.fingerprints,
+            cutoff=cutoff,
+            num_edges=num_edges,
+            neighbors=self.settings.neighbors,
+            precision=self.settings.precision,
+            reporter=self.reporter,
+            for_stars=self.settings.linkage == "star",
+        )
+        self.seconds["search"] += time.perf_counter() - started
+        return found
+
+    def collect_pairs(self, labels: IntArray, cutoff: float) -> Edges:
+        """Call :func:`collect_pairs` for these rows."""
+        started = time.perf_counter()
+        found = collect_pairs(self.machine, self.rows, labels, cutoff, self.settings.precision, self.reporter)
+        self.seconds["search"] += time.perf_counter() - started
+        return found

@@ -1,0 +1,136 @@
+"""What `balance` starts from: embeddings, found or made, and their rows: which are finite, and which are equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clipcid_cli.algorithms.search.distances import HalfArray, IntArray
+from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows, unique_positions
+from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.embed.ensure import ensure_embeddings
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
+
+# What is computed from so few rows stays in the processor's cache.
+_ROWS_AT_ONCE = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceRows:
+    """The finite rows of the embeddings, numbered 0 … N − 1 in their order, as in the keep list.
+
+    Attributes:
+        images: All rows of the embeddings.
+        numbers: Numbers of the finite ones among them, int64 [N], ascending.
+        unique: The rows that equal no earlier one, int64 [U], ascending.
+        copies: Edges of weight 0 that join each other row to the first of its kind.
+    """
+
+    images: Rows
+    numbers: IntArray
+    unique: IntArray
+    copies: Edges
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, rows: IntArray) -> HalfArray:
+        """Read some rows, float16 [n, D]."""
+        return self.images.take(self.numbers[rows])
+
+    def unique_positions(self) -> IntArray:
+        """Return the position in `unique` of the row that each row equals, int64 [N]."""
+        return unique_positions(len(self), self.unique, self.copies)
+
+
+def find_embeddings(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> Path:
+    """Return the folder of the embeddings to balance, and make them where there are none.
+
+    Raises:
+        ClipcidError: when they can neither be found nor made.
+    """
+    if settings.embeddings is not None:
+        return settings.embeddings
+    work = WorkDirectory(settings.work)
+    if settings.data is None and settings.model is None:
+        folder = machine.on_main(work.find_embeddings)
+        reporter.note(f"Embeddings: {folder}.")
+        return folder
+    model = settings.model or machine.on_main(lambda: _model_of(work)) or DEFAULT_MODEL
+    return ensure_embeddings(settings, machine, reporter, data=settings.data, model=model)
+
+
+def _model_of(work: WorkDirectory) -> str | None:
+    """Return the model of the work directory's embeddings, when there are those of one model."""
+    try:
+        sidecar = read_sidecar(sidecar_path(work.find_embeddings(), "embed"))
+    except ClipcidError:
+        return None
+    return None if sidecar is None else str(sidecar["model"]["spec"])
+
+
+def output_identity(settings: BalanceSettings, embeddings: Embeddings) -> dict[str, Any]:
+    """Return the settings that decide what is written; all of them may change on an existing forest."""
+    texts = None
+    if settings.select == "similarity":
+        hashes = [entry["hash"] for entry in embeddings.text_fingerprints()]
+        texts = hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
+    names = ("keep", "threshold", "cosine_distance", "linkage", "select", "neighbors")
+    return {name: getattr(settings, name) for name in names} | {
+        "seed": settings.seed if settings.select == "random" else None,
+        "texts": texts,
+    }
+
+
+def find_rows(machine: Machine, images: Rows, reporter: Reporter) -> BalanceRows:
+    """Read every row once, each process its share, to find rows that are not finite and rows that are equal."""
+    start, stop = machine.share(len(images))
+    hashes, finite = [np.empty(0, np.uint64)], [np.empty(0, np.bool_)]
+    for begin in range(start, stop, _ROWS_AT_ONCE):
+        rows = images.read(begin, min(begin + _ROWS_AT_ONCE, stop))
+        hashes.append(hash_rows(rows))
+        finite.append(np.all(np.isfinite(rows), axis=1, keepdims=True)[:, 0])
+    gathered = machine.gather((np.concatenate(hashes), np.concatenate(finite)))
+    numbers = np.flatnonzero(np.concatenate([part[1] for part in gathered]))
+    hash_N = np.concatenate([part[0] for part in gathered])[numbers]
+    unique, copies = machine.on_main(
+        lambda: collapse_duplicates(lambda rows: images.take(numbers[rows]), np.arange(len(numbers)), hash_N)
+    )
+    if len(copies):
+        reporter.note(f"{len(copies):,} rows are exact copies of earlier ones.")
+    return BalanceRows(images, numbers, unique, copies)
+
+
+def count_skipped(settings: BalanceSettings, embeddings: Embeddings, rows: BalanceRows, reporter: Reporter) -> Skips:
+    """Count and name the rows that are not finite.
+
+    Raises:
+        ClipcidError: when they are too many.
+    """
+    skips = Skips()
+    bad = np.setdiff1d(np.arange(embeddings.num_rows), rows.numbers, assume_unique=True)
+    for key in embeddings.keys.take(pa.array(bad)).to_pylist():
+        skips.add("nan_row", key)
+    if not len(rows):
+        raise ClipcidError(
+            f"None of the {embeddings.num_rows:,} rows of {embeddings.folder} is finite.", "Make the embeddings again."
+        )
+    skips.check(embeddings.num_rows, settings.max_bad_fraction, str(embeddings.folder))
+    if skips.total:
+        reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
+    return skips
