@@ -88,7 +88,7 @@ def test_keep_ratio_gives_the_partition_of_single_linkage(
 def test_a_set_of_more_than_a_hundredth_is_warned_of(clipcid: Callable[..., Run], embeddings: Path) -> None:
     run = clipcid("balance", "--embeddings", embeddings, "--threshold", 1.0, "--quiet", "--json")
     assert run.json["largest_component"] > 3
-    assert f"One set holds {run.json['largest_component']} of 300 images" in " ".join(run.stderr.split())
+    assert f"One group holds {run.json['largest_component']} of 300 images" in " ".join(run.stderr.split())
 
 
 def test_rows_that_are_not_finite_are_counted_and_named(
@@ -216,7 +216,7 @@ def test_new_shards_hold_the_kept_samples_byte_for_byte(
                 assert after.extractfile(member.name).read() == before.extractfile(member).read()
     report = (tmp_path / "clipcid-work" / "balance" / "report.html").read_text()
     assert report.count("data:image/webp;base64,") >= 12
-    assert "holds these shards already" in clipcid(*arguments, "out").stderr
+    assert "already holds these shards" in clipcid(*arguments, "out").stderr
     torchrun(2, *arguments, "two")
     for name in ("00000.tar", "00001.tar", "sizes.json", "00000_stats.json", "00001_stats.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
@@ -226,7 +226,10 @@ def test_new_shards_hold_the_kept_samples_byte_for_byte(
     assert clipcid(*changed, check=False).returncode == 1
     clipcid(*changed, "--overwrite")
     assert tar_names(tmp_path / "out" / "00000.tar") == tar_names(tiny_shards / "00000.tar")
-    for target, message in ((tiny_shards, "would replace the data"), (tmp_path / "foreign", "not from --write-shards")):
+    for target, message in (
+        (tiny_shards, "would overwrite the data"),
+        (tmp_path / "foreign", "that --write-shards did not write"),
+    ):
         (tmp_path / "foreign").mkdir(exist_ok=True)
         (tmp_path / "foreign" / "mine.tar").write_bytes(b"precious")
         refused = clipcid(*arguments, target, check=False)
@@ -283,7 +286,7 @@ def test_what_is_not_embedded_yet_is_embedded_first(
     assert "data:image/webp;base64," in (tmp_path / run.json["files"]["report"]).read_text()
     again = clipcid("balance", "--threshold", 0.0, "--json")
     assert (again.json["kept"], again.json["seconds"]["embed"] < 1.0) == (23, True)
-    assert "Taking the embeddings in" in again.stderr
+    assert "Embeddings: " in again.stderr
 
 
 def test_too_few_captions_name_the_command_that_needs_none(

@@ -18,7 +18,7 @@ from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.balance import audit
 from clipcid_cli.steps.balance import partition as partitioning
-from clipcid_cli.steps.balance import search as forest_search
+from clipcid_cli.steps.balance.rows import find_rows
 from clipcid_cli.steps.balance.run import run
 from clipcid_cli.steps.reporting import SilentReporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -95,17 +95,17 @@ def test_the_two_kinds_of_forest_are_never_taken_for_each_other(embeddings: Path
     first, _ = balance(tmp_path, embeddings, threshold=CUTOFF)
     forest = (tmp_path / "balance" / "forest-partitioned.parquet").read_bytes()
     exact, said = balance(tmp_path, embeddings, threshold=CUTOFF, neighbors="exact")
-    assert "was there" not in said
+    assert "forest of these embeddings" not in said
     assert exact["files"]["forest"].endswith("/forest.parquet")
     for neighbors, name in (("exact", "forest"), ("partitioned", "forest-partitioned")):
         sidecar = json.loads((tmp_path / "balance" / f"{name}.json").read_text())
         assert (sidecar["step"], sidecar["settings"]) == (name, {"neighbors": neighbors})
     again, said = balance(tmp_path, embeddings, threshold=CUTOFF)
-    assert "forest of these embeddings was there" in said
+    assert "forest of these embeddings exists" in said
     assert (tmp_path / "balance" / "forest-partitioned.parquet").read_bytes() == forest
     assert {**again, "seconds": None} == {**first, "seconds": None}
     shorter, said = balance(tmp_path, embeddings, threshold=0.2)
-    assert "was there" in said
+    assert "forest of these embeddings exists" in said
     assert shorter["audit"]["kept"] == shorter["kept"] > first["kept"]
 
 
@@ -121,7 +121,7 @@ def test_an_audit_counts_what_is_left(
     kept = np.arange(0, len(unique), 2)
     expected = near[np.ix_(kept, kept)].any(axis=1)
     with open_machine("cpu") as machine:
-        survey = forest_search.survey_rows(machine, open_embeddings(folder).images(), SilentReporter())
+        survey = find_rows(machine, open_embeddings(folder).images(), SilentReporter())
         scan = choose_precision("fp32", machine.device, "embed", parameters=0)
         whole = audit.audit_kept(machine, survey, kept, CUTOFF, scan, SilentReporter())
         assert 100 < whole.near == np.count_nonzero(expected) < len(kept)
@@ -159,7 +159,7 @@ def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Pat
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
     folder = write_embeddings(tmp_path / "crowd", rows)
     with open_machine("cpu") as machine:
-        survey = forest_search.survey_rows(machine, open_embeddings(folder).images(), SilentReporter())
+        survey = find_rows(machine, open_embeddings(folder).images(), SilentReporter())
         join = TiledSearch(survey.read, survey.unique, machine.device, torch.float32)
         found = partitioning.partition_rows(machine, join, survey.read, torch.float32, 0.1, SilentReporter())
     assert found is not None

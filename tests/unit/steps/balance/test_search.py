@@ -16,6 +16,7 @@ from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.balance import pairs as set_pairs
 from clipcid_cli.steps.balance import search as forest_search
+from clipcid_cli.steps.balance.rows import find_rows
 
 NUM_ROWS = 300
 
@@ -38,23 +39,23 @@ def read_bytes(work: Path, name: str) -> bytes:
 def test_another_keep_ratio_reuses_the_forest_and_a_smaller_one_extends_it(embeddings: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     _, said = balance(work, embeddings, keep=0.6)
-    assert "was there" not in said
+    assert "forest of these embeddings" not in said
     forest = read_bytes(work, "forest.parquet")
     _, said = balance(work, embeddings, keep=0.7)
-    assert "forest of these embeddings was there" in said
+    assert "forest of these embeddings exists" in said
     assert read_bytes(work, "forest.parquet") == forest
     balance(tmp_path / "fresh", embeddings, keep=0.7)
     assert read_bytes(work, "keep.parquet") == read_bytes(tmp_path / "fresh", "keep.parquet")
 
     smaller, said = balance(work, embeddings, keep=0.05)
     assert smaller["kept"] == 15
-    assert "was there" not in said
+    assert "forest of these embeddings" not in said
     assert len(read_bytes(work, "forest.parquet")) > len(forest)
     balance(tmp_path / "small", embeddings, keep=0.05)
     assert read_bytes(work, "keep.parquet") == read_bytes(tmp_path / "small", "keep.parquet")
 
     again, said = balance(work, embeddings, keep=0.05)
-    assert "holds this result already" in said
+    assert "already holds this result" in said
     assert again == smaller
 
 
@@ -78,7 +79,7 @@ def test_copies_beyond_the_target_all_go_and_it_is_said(tmp_path: Path) -> None:
     result, said = balance(tmp_path, write_embeddings(tmp_path / "copies", rows), keep=0.5)
     distinct = len(np.unique(rows, axis=0))
     assert (result["kept"], result["threshold"]) == (distinct, 0.0)
-    assert f"keeps {distinct} images, {100 - distinct} fewer than asked" in said
+    assert f"{distinct} images are kept, {100 - distinct} fewer than requested" in said
     check_keep_list(read_keep(tmp_path), rows)
 
 
@@ -137,9 +138,15 @@ def test_report_tells_what_moved_and_loads_nothing(rows: np.ndarray, tmp_path: P
     for name, data in (("classes", str(tmp_path / "photos")), ("words", None)):
         balance(tmp_path / name, folder, threshold=0.0, data=data)
         reports[name] = (tmp_path / name / "balance" / "report.html").read_text()
-        for title in ("kept at each cut-off", "How large the sets are", "What moved", "largest sets", "What was read"):
+        for title in (
+            "kept at each cut-off",
+            "Sizes of the groups",
+            "Changes in composition",
+            "largest groups",
+            "Input",
+        ):
             assert f"{title}</h2>" in reports[name]
-        risen, fallen = reports[name].split("Fell most")
+        risen, fallen = reports[name].split("Largest decreases")
         assert [risen.count(f'class="name">{word}<') for word in ("bee", "cat", "ant")] == [1, 1, 0]
         assert 'class="name">ant<' in fallen
         assert "42.86 → 20.00 %<br><small>3 → 1</small>" in fallen
@@ -148,7 +155,7 @@ def test_report_tells_what_moved_and_loads_nothing(rows: np.ndarray, tmp_path: P
     assert "each of 3 classes, among the 7 images and the 5 kept ones" in reports["classes"]
     assert "whose caption has the word" in reports["words"]
     assert reports["classes"].count("data:image/webp") == 3 + 2 * 2  # the set, and the pairs that join it
-    assert "not shown: nothing says which data" in " ".join(reports["words"].split())
+    assert "not shown: it is not recorded which data" in " ".join(reports["words"].split())
 
 
 def test_other_images_can_stand_for_a_set(rows: np.ndarray, tmp_path: Path) -> None:
@@ -260,7 +267,7 @@ def test_an_interrupted_search_goes_on_with_the_tiles_left(
 
     def find(reporter: Listener) -> Any:
         with open_machine("cpu") as machine:
-            survey = forest_search.survey_rows(machine, open_embeddings(embeddings).images(), reporter)
+            survey = find_rows(machine, open_embeddings(embeddings).images(), reporter)
             forest, _ = forest_search.find_forest(
                 machine, tmp_path, survey, [], cutoff=0.8, num_edges=0, precision="fp32", reporter=reporter
             )

@@ -46,7 +46,7 @@ def test_pairs_join_with_the_keep_list_and_nothing_is_searched_for_them(rows: np
     assert np.array_equal(np.load(asked["uids"]), datacomp_subset(kept))
     with pytest.raises(ClipcidError, match=r"u\.npy already exists"):
         balance(tmp_path / "w", folder, keep=0.6, write_uids=asked["uids"])
-    with pytest.raises(UsageError, match="neither parquet nor csv"):
+    with pytest.raises(UsageError, match=r"neither a \.parquet nor a \.csv file"):
         BalanceSettings(keep=0.5, write_pairs=tmp_path / "p.txt")
 
 
