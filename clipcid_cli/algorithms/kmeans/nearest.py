@@ -16,12 +16,9 @@ for what the product returns, and |a − x·c| ≤ e as proven in :mod:`clipcid_
   ŝ ≥ round(s − e). Others are discarded: :meth:`NearestCentroids.nearest`, where the approximately nearest centroid is
   decided first, so that s is known.
 - The same is done once more with the products of single pairs in float32, of smaller e.
-- Let v > 0 be such that m centroids have ŝ ≥ v. Each of them has a ≥ v·(1 − u) with u the unit roundoff of the output (0 for
-  integers). A centroid j among the true m nearest that is not one of them is at least as near as some centroid i of them, so
-  a_j ≥ x·c_j − e ≥ x·c_i − e ≥ a_i − 2e ≥ v·(1 − u) − 2e =: t, and ŝ_j ≥ round(t): :meth:`NearestCentroids.top`.
 
 What is not discarded is decided in float64, equal similarities in favour of the smaller number. Rows with so many candidates
-that a full product is cheaper take one with all centroids, in float32 for the nearest and in float64 for several.
+that a full product is cheaper take one with all centroids of the chunk in float32.
 
 **The maximum is found in groups.** A positive float orders like its bit pattern read as an integer, and negative floats
 have negative patterns, so maxima are taken over integers (several times faster on CPUs than over bfloat16). The maxima of
@@ -33,6 +30,7 @@ from __future__ import annotations
 import torch
 
 from clipcid_cli.algorithms.kmeans.best_so_far import BestSoFar, Nearest
+from clipcid_cli.algorithms.kmeans.pairwise import pair_similarities
 from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_centroids
 
 # Rows multiplied with centroids at once. On a CPU the products stay near the caches; a GPU needs more work at a time.
@@ -40,11 +38,7 @@ BLOCK_ROWS = {"cpu": 1024, "cuda": 16_384}
 GROUP = 64
 # Centroids multiplied at once: with 1,024 rows the product is 16 MiB in int32, near the size of a second-level cache.
 _CHUNK = 4096
-# Pairs decided at once in float64: the operands stay within the cache.
-_PAIRS = {"cpu": 256, "cuda": 65_536}
-# A row that has candidates in more than this share of the groups is multiplied with all centroids instead.
-_DENSE_SHARE = 2
-# In more than this share, with all centroids of the chunk in float32.
+# A row that has candidates in more than this share of the groups is multiplied with all centroids of the chunk instead.
 _COSTLY_SHARE = 6
 _PATTERNS = {
     torch.bfloat16: torch.int16,
@@ -154,7 +148,7 @@ class NearestCentroids:
     def _decide(self, rows: PreparedRows, row_P: torch.Tensor, centroid_P: torch.Tensor, best: BestSoFar) -> None:
         """Take candidates into account that are not their row's centroid so far."""
         # In float32, where rows and centroids are exact, most are told apart at a quarter of the cost.
-        about_P = self._pairwise(rows.rows_BD, row_P, centroid_P, torch.float32).double()
+        about_P = pair_similarities(rows.rows_BD, self.centroids_KD, row_P, centroid_P, torch.float32).double()
         error_B = self._prepared.float32_error(rows)
         lowest_B = best.similarities_B.scatter_reduce(0, row_P, about_P - error_B[row_P], "amax") - error_B
         open_P = about_P >= lowest_B[row_P]
@@ -178,58 +172,9 @@ class NearestCentroids:
         about_RC[pair_P, centroid_P] = -torch.inf
         best.bound_others(row_R, about_RC.amax(dim=1) + error_R)
 
-    def top(self, rows: PreparedRows, m: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find the `m` nearest centroids of each row, the most similar first.
-
-        Args:
-            rows: The rows, on the device of the centroids and in the format of the search.
-            m: Centroids per row, in [1, K].
-
-        Returns:
-            The centroids, int64 [B, m], and the exact similarities, float64 [B, m], descending; of equally similar centroids
-            the smaller number comes first.
-
-        Raises:
-            ValueError: when the rows are of another width or format, or `m` is outside [1, K].
-        """
-        self._check(rows)
-        if not 1 <= m <= len(self.centroids_KD):
-            raise ValueError(f"m must lie in [1, {len(self.centroids_KD)}], not {m}")
-        row_P, centroid_P, dense_B = self._candidates(rows, m)
-        dense_row_P, dense_centroid_P, dense_similarity_P = self._dense_pairs(rows.rows_BD, dense_B.nonzero()[:, 0], m)
-        similarity_P = torch.cat([self.similarities(rows.rows_BD, row_P, centroid_P), dense_similarity_P])
-        row_P, centroid_P = torch.cat([row_P, dense_row_P]), torch.cat([centroid_P, dense_centroid_P])
-        # Stable sorts, the least important key first.
-        order_P = torch.sort(centroid_P).indices
-        order_P = order_P[torch.sort(similarity_P[order_P], descending=True, stable=True).indices]
-        order_P = order_P[torch.sort(row_P[order_P], stable=True).indices]
-        counts_B = torch.bincount(row_P, minlength=len(rows))
-        firsts_B = counts_B.cumsum(0) - counts_B
-        chosen_Bm = order_P[firsts_B[:, None] + torch.arange(m, device=row_P.device)]
-        return centroid_P[chosen_Bm], similarity_P[chosen_Bm]
-
     def similarities(self, rows_BD: torch.Tensor, row_P: torch.Tensor, centroid_P: torch.Tensor) -> torch.Tensor:
         """Return the exact similarity of each (row, centroid) pair, float64 [P]."""
-        return self._pairwise(rows_BD, row_P, centroid_P, torch.float64)
-
-    def _pairwise(
-        self, rows_BD: torch.Tensor, row_P: torch.Tensor, centroid_P: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        at_once, width = max(1, min(len(row_P), _PAIRS[rows_BD.device.type])), rows_BD.shape[1]
-        buffers = (torch.float16, torch.float32, torch.float32, dtype, dtype)
-        half, row, centroid, left, right = (
-            torch.empty(at_once, width, dtype=d, device=rows_BD.device) for d in buffers
-        )
-        result_P = torch.empty(len(row_P), dtype=dtype, device=rows_BD.device)
-        for first in range(0, len(row_P), at_once):
-            part = slice(first, first + at_once)
-            n = len(row_P[part])
-            torch.index_select(rows_BD, 0, row_P[part], out=half[:n])
-            torch.index_select(self.centroids_KD, 0, centroid_P[part], out=centroid[:n])
-            # float16 to float64 in one go is several times slower.
-            left[:n].copy_(row[:n].copy_(half[:n]))
-            torch.sum(left[:n].mul_(right[:n].copy_(centroid[:n])), dim=1, out=result_P[part])
-        return result_P
+        return pair_similarities(rows_BD, self.centroids_KD, row_P, centroid_P)
 
     def _check(self, rows: PreparedRows) -> None:
         width = self.centroids_KD.shape[1]
@@ -274,85 +219,7 @@ class NearestCentroids:
         # Negative ones do not order like their patterns: 0 bounds them all.
         return pattern_B.view(self._output_dtype).double().clamp(min=0.0) * (1 + torch.finfo(self._output_dtype).eps)
 
-    def _candidates(self, rows: PreparedRows, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """List the pairs among which the `m` nearest centroids of each row are.
-
-        Returns:
-            Rows and centroids of the pairs, int64 [P] each, and which rows have none listed because all centroids must be
-            looked at, bool [B].
-        """
-        num_rows, num_groups = len(rows), len(self._prepared.cast_KD) // GROUP
-        device = rows.rows_BD.device
-        if num_groups < m:
-            nothing = torch.empty(0, dtype=torch.int64, device=device)
-            return nothing, nothing, torch.ones(num_rows, dtype=torch.bool, device=device)
-        error_B = self._prepared.error(rows)
-        most = max(4 * m, num_groups // _DENSE_SHARE)
-        reached_B = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        pieces: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        best_Bm: torch.Tensor | None = None
-        for first in range(0, len(self.centroids_KD), _CHUNK):
-            pattern_BC = self._multiply(rows, first, min(len(self.centroids_KD), first + _CHUNK))
-            grouped_BGg = pattern_BC.view(num_rows, -1, GROUP)
-            maxima_BG = grouped_BGg.amax(dim=2)
-            best_Bm = _largest(maxima_BG if best_Bm is None else torch.cat([best_Bm, maxima_BG], dim=1), m)
-            threshold_B = self._threshold(best_Bm, m, error_B, rows)
-            near_BG = maxima_BG >= threshold_B[:, None]
-            reached_B += near_BG.sum(dim=1)
-            near_BG &= (reached_B <= most)[:, None]
-            row_Q, group_Q = near_BG.nonzero(as_tuple=True)
-            members_Qg = grouped_BGg[row_Q, group_Q]
-            pair_P, offset_P = (members_Qg >= threshold_B[row_Q, None]).nonzero(as_tuple=True)
-            centroid_P = self._numbers_K[first + group_Q[pair_P] * GROUP + offset_P]
-            pieces.append((row_Q[pair_P], centroid_P, members_Qg[pair_P, offset_P]))
-        assert best_Bm is not None
-        # The threshold has risen since the first chunks were looked at.
-        threshold_B, dense_B = self._threshold(best_Bm, m, error_B, rows), reached_B > most
-        row_P, centroid_P, pattern_P = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        stays_P = (pattern_P >= threshold_B[row_P]) & ~dense_B[row_P]
-        return row_P[stays_P], centroid_P[stays_P], dense_B
-
-    def _threshold(self, best_Bm: torch.Tensor, m: int, error_B: torch.Tensor, rows: PreparedRows) -> torch.Tensor:
-        """Return the pattern that the products of the `m` nearest centroids reach, given patterns that m centroids reach."""
-        if best_Bm.shape[1] < m:
-            return torch.full_like(best_Bm[:, 0], self._lowest + 1)
-        v_B = best_Bm.amin(dim=1)
-        roundoff = 0.0 if self.dtype == torch.int8 else torch.finfo(self._output_dtype).eps
-        lowest_B = self._at_most(v_B, rows)
-        return self._patterns_of(lowest_B - lowest_B.abs() * 2 * roundoff - 2 * error_B, rows)
-
-    def _dense_pairs(
-        self, rows_BD: torch.Tensor, row_R: torch.Tensor, m: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Multiply some rows with all centroids in float64.
-
-        Returns:
-            Rows, centroids and similarities of the pairs whose similarity is among the `m` largest distinct places of
-            their row; all pairs that tie with the last one are listed.
-        """
-        chosen_RD = rows_BD[row_R].double()
-        pieces: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        best_Rm = torch.empty(len(row_R), 0, dtype=torch.float64, device=rows_BD.device)
-        for first in range(0, len(self.centroids_KD) if len(row_R) else 0, _CHUNK):
-            similarity_RC = chosen_RD @ self.centroids_KD[first : first + _CHUNK].double().T
-            best_Rm = _largest(torch.cat([best_Rm, similarity_RC], dim=1), m)
-            pair_P, centroid_P = (similarity_RC >= best_Rm.amin(dim=1)[:, None]).nonzero(as_tuple=True)
-            pieces.append((pair_P, centroid_P + first, similarity_RC[pair_P, centroid_P]))
-        if not pieces:
-            nothing = torch.empty(0, dtype=torch.int64, device=rows_BD.device)
-            return nothing, nothing, nothing.double()
-        pair_P, centroid_P, similarity_P = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        stays_P = similarity_P >= best_Rm.amin(dim=1)[pair_P]
-        return row_R[pair_P[stays_P]], centroid_P[stays_P], similarity_P[stays_P]
-
 
 def _on_grid(centroids_CD: torch.Tensor) -> bool:
     scaled_CD = centroids_CD * 2.0**24
     return torch.equal(scaled_CD, scaled_CD.round()) and float(centroids_CD.abs().max()) <= 1.0
-
-
-def _largest(values_BC: torch.Tensor, m: int) -> torch.Tensor:
-    """Return the `m` largest values of each row in any order; all of them when there are fewer."""
-    if m == 1:
-        return values_BC.amax(dim=1, keepdim=True)
-    return values_BC.topk(min(m, values_BC.shape[1]), dim=1, sorted=False).values

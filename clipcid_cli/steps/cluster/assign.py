@@ -12,8 +12,7 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.kmeans.kmeans import temperature_for_perplexity
-from clipcid_cli.algorithms.kmeans.nearest import BLOCK_ROWS, NearestCentroids
-from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
+from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
 from clipcid_cli.formats.embeddings.rows import Float16
 from clipcid_cli.formats.results.clusters import TopClusters, part_bounds, part_path, read_part, write_part
 from clipcid_cli.runtime.machine import Machine
@@ -22,6 +21,8 @@ from clipcid_cli.steps.reporting import Reporter
 
 # Nearest centroids stored of each image and caption: docs/method.md#soft-labels.
 NUM_NEAREST = 16
+# Rows looked up together.
+_ROWS_AT_ONCE = 8192
 # The temperature's median is taken over about this many rows, evenly spaced: more would not change its digits.
 _TEMPERATURE_ROWS = 65_536
 
@@ -32,17 +33,17 @@ def search_width(num_clusters: int) -> int:
 
 
 def assign_clusters(
-    machine: Machine, rows: ClusterRows, search: NearestCentroids, folder: Path, reporter: Reporter
+    machine: Machine, rows: ClusterRows, centroids_KD: torch.Tensor, folder: Path, reporter: Reporter
 ) -> None:
     """Write the parts of the table that are not there yet, dealt to the processes."""
     bounds = part_bounds(len(rows))
     with reporter.progress("assign", len(rows), "images") as progress:
         for part, (start, stop) in enumerate(bounds):
             if part % machine.size == machine.rank and not part_path(folder, part).exists():
-                images, exact = _find_top(machine, search, rows.features, start, stop)
+                images, exact = _find_top(machine, centroids_KD, rows.features, start, stop)
                 captions = None
                 if rows.embeddings.has_texts:
-                    captions, _ = _find_top(machine, search, rows.captions, start, stop)
+                    captions, _ = _find_top(machine, centroids_KD, rows.captions, start, stop)
                 write_part(
                     part_path(folder, part),
                     keys=rows.keys(start, stop),
@@ -55,17 +56,16 @@ def assign_clusters(
 
 
 def _find_top(
-    machine: Machine, search: NearestCentroids, read: Callable[[int, int], Float16], start: int, stop: int
+    machine: Machine, centroids_KD: torch.Tensor, read: Callable[[int, int], Float16], start: int, stop: int
 ) -> tuple[TopClusters, npt.NDArray[np.float64]]:
     """Find the nearest centroids of rows start … stop − 1, and the exact similarity to the first."""
-    m = search_width(len(search.centroids_KD))
+    m = search_width(len(centroids_KD))
     clusters = np.empty((stop - start, m), dtype=np.int32)
     similarities = np.empty((stop - start, m), dtype=np.float64)
-    size = BLOCK_ROWS[machine.device.type]
-    for first in range(start, stop, size):
-        last = min(stop, first + size)
+    for first in range(start, stop, _ROWS_AT_ONCE):
+        last = min(stop, first + _ROWS_AT_ONCE)
         rows_BD = torch.from_numpy(np.array(read(first, last))).to(machine.device)
-        found_Bm, exact_Bm = search.top(prepare_rows(rows_BD, search.dtype), m)
+        found_Bm, exact_Bm = top_nearest(rows_BD, centroids_KD, m)
         mine = slice(first - start, last - start)
         clusters[mine], similarities[mine] = found_Bm.cpu().numpy(), exact_Bm.cpu().numpy()
     return TopClusters(clusters, similarities.astype(np.float16)), similarities[:, 0]

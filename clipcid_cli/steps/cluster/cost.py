@@ -17,9 +17,9 @@ from clipcid_cli.algorithms.kmeans.subspace import (
     find_subspace,
     subspace_iterations,
 )
+from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
 from clipcid_cli.algorithms.search.centroids import centroids_of_sums
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.cluster.train import choose_format
@@ -114,6 +114,10 @@ def _measure(
     block = rows.features(0, min(len(rows), _SAMPLE))
     subspace = None if subspace is None else subspace.to(machine.device)
 
+    def over_all(seconds: float) -> float:
+        """Scale the time of a comparison to all rows and all centroids."""
+        return seconds * num_clusters / len(centroids_CD) * len(rows) / len(block) / machine.size
+
     def pass_over_all(
         dtype: torch.dtype, look: Callable[[NearestCentroids, PreparedRows], object], subspace: Subspace | None = None
     ) -> float:
@@ -124,13 +128,14 @@ def _measure(
         search = NearestCentroids(centroids_CD if subspace is None else subspace.project_centroids(centroids_CD), dtype)
         prepare, block_rows = time_trial(load, machine.device, at_least=_SHORTEST)
         compare = time_trial(lambda: look(search, block_rows), machine.device, at_least=_SHORTEST).seconds
-        return (prepare + compare * num_clusters / len(centroids_CD)) * len(rows) / len(block) / machine.size
+        return prepare * len(rows) / len(block) / machine.size + over_all(compare)
 
-    assign = choose_precision(settings.precision, machine.device, "embed", parameters=0).dtype
+    rows_BD = torch.from_numpy(np.array(block)).to(machine.device)
     num_nearest = min(num_nearest, len(centroids_CD))
     sides = 2 if rows.embeddings.has_texts else 1
+    look_up = time_trial(lambda: top_nearest(rows_BD, centroids_CD, num_nearest), machine.device, at_least=_SHORTEST)
     return (
         pass_over_all(scan, NearestCentroids.nearest),
         0.0 if subspace is None else pass_over_all(scan, NearestCentroids.nearest, subspace),
-        sides * pass_over_all(assign, lambda search, block: search.top(block, num_nearest)),
+        sides * over_all(look_up.seconds),
     )

@@ -9,7 +9,6 @@ import torch
 
 from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState
-from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.seeding import first_centroids
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
@@ -26,7 +25,6 @@ from clipcid_cli.formats.results.clusters import (
 )
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
-from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.cluster.assign import assign_clusters, search_width, summarise
 from clipcid_cli.steps.cluster.cost import estimate_cost
@@ -153,10 +151,7 @@ def _cluster(
     seconds["kmeans"] = time.perf_counter() - started
 
     started = time.perf_counter()
-    # The nearest 16 are close to each other: int8 would leave many more to decide than it saves.
-    precision = choose_precision(settings.precision, machine.device, "embed", parameters=0)
-    search = NearestCentroids(state.centroids_KD.to(machine.device), precision.dtype)
-    assign_clusters(machine, rows, search, output.folder, reporter)
+    assign_clusters(machine, rows, state.centroids_KD.to(machine.device), output.folder, reporter)
     seconds["assign"] = time.perf_counter() - started
 
     def write() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from clipcid_cli.algorithms.kmeans import nearest as nearest_centroids
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_centroids, prepare_rows
+from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
 from clipcid_cli.algorithms.search.centroids import centroids_of_sums
 
 DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32]
@@ -63,10 +64,18 @@ def test_answers_equal_a_float64_product_with_all_centroids(case: str, dtype: to
     assert torch.equal(nearest.similarities_B, ranked.values[:, 0])
     if len(centroids) > 1:
         assert bool((nearest.others_B >= ranked.values[:, 1]).all())
-    m = min(16, len(centroids))
-    found, similarities = search.top(prepare_rows(rows, dtype), m)
-    assert torch.equal(similarities, ranked.values[:, :m])
+
+
+@pytest.mark.parametrize("m", [1, 2, 16])
+@pytest.mark.parametrize("case", CASES)
+def test_the_top_ones_equal_a_float64_product(case: str, m: int) -> None:
+    rows, centroids = make_case(case)
+    ranked = torch.sort(rows.double() @ centroids.double().T, dim=1, descending=True, stable=True)
+    m = min(m, len(centroids))
+    found, similarities = top_nearest(rows, centroids, m)
     assert torch.equal(found, ranked.indices[:, :m])
+    assert torch.equal(similarities[:, 0], ranked.values[:, 0])
+    assert np.array_equal(similarities.numpy().astype(np.float16), ranked.values[:, :m].numpy().astype(np.float16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,7 +91,11 @@ def test_near_ties_that_the_product_cannot_tell_are_decided_exactly(dtype: torch
     assert float(exact.max() - exact.min()) < 2.0**-24
     search, prepared = NearestCentroids(centroids, dtype), prepare_rows(row, dtype)
     assert int(search.nearest(prepared).centroids_B) == int(exact.argmax())
-    assert torch.equal(search.top(prepared, 96)[0], torch.sort(exact, descending=True, stable=True).indices)
+    assert torch.equal(top_nearest(row, centroids, 96)[0], torch.sort(exact, descending=True, stable=True).indices)
+    for m in (1, 5, 60):
+        assert torch.equal(
+            top_nearest(row, centroids, m)[0], torch.sort(exact, descending=True, stable=True).indices[:, :m]
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
@@ -102,11 +115,11 @@ def test_most_centroids_are_discarded_by_the_fast_product(dtype: torch.dtype) ->
 
 def test_the_block_size_of_centroids_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, centroids = make_case("several chunks")
-    whole = NearestCentroids(centroids, torch.bfloat16).top(prepare_rows(rows, torch.bfloat16), 16)
+    whole = NearestCentroids(centroids, torch.bfloat16).nearest(prepare_rows(rows, torch.bfloat16))
     monkeypatch.setattr(nearest_centroids, "_CHUNK", 256)
-    chunked = NearestCentroids(centroids, torch.bfloat16).top(prepare_rows(rows, torch.bfloat16), 16)
-    assert torch.equal(whole[0], chunked[0])
-    assert torch.equal(whole[1], chunked[1])
+    chunked = NearestCentroids(centroids, torch.bfloat16).nearest(prepare_rows(rows, torch.bfloat16))
+    assert torch.equal(whole.centroids_B, chunked.centroids_B)
+    assert torch.equal(whole.similarities_B, chunked.similarities_B)
 
 
 def test_similarities_are_exact_in_any_order() -> None:
@@ -130,7 +143,9 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"8 wide in torch.float32, not 8 in torch.bfloat16"):
         search.nearest(prepare_rows(torch.zeros(3, 8).half(), torch.bfloat16))
     with pytest.raises(ValueError, match=r"m must lie in \[1, 4\], not 5"):
-        search.top(prepare_rows(torch.zeros(3, 8).half(), torch.float32), 5)
+        top_nearest(torch.zeros(3, 8).half(), search.centroids_KD, 5)
+    with pytest.raises(ValueError, match=r"rows must be float16 \[B, 8\], not torch.float32 \[3, 8\]"):
+        top_nearest(torch.zeros(3, 8), search.centroids_KD, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
