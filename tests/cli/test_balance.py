@@ -123,7 +123,7 @@ def test_rows_that_are_not_finite_are_counted_and_named(
         ([], 2, "No amount to keep was given"),
         (["--keep", "0.5", "--threshold", "0.1"], 2, "--keep and --threshold were given together"),
         (["--keep", "0.5", "--linkage", "star", "--select", "first"], 2, "cannot be combined with --linkage star"),
-        (["--keep", "0.5", "--embeddings", "nowhere"], 1, "nowhere holds no embeddings"),
+        (["--keep", "0.5", "--embeddings", "nowhere"], 1, "nowhere contains no embeddings"),
     ],
 )
 def test_what_cannot_be_balanced_is_one_clear_error(
@@ -250,7 +250,7 @@ def test_datacomps_archives_in_and_datacomps_subset_out(
     call = ("balance", "--embeddings", "pool", "--keep", 0.5)
     refused = clipcid(*call, check=False)
     assert refused.returncode == 1
-    assert "holds 2 arrays of image embeddings: b32_img, l14_img" in " ".join(refused.stderr.split())
+    assert "contains 2 arrays of image embeddings: b32_img, l14_img" in " ".join(refused.stderr.split())
     names = {"uids": "u.npy", "pairs": "p.parquet", "keys": "k.txt"}
     asked = [word for name, file in names.items() for word in (f"--write-{name}", file)]
     result = clipcid(*call, "--npz-array", "l14_img", *asked, "--json").json

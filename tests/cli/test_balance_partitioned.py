@@ -29,7 +29,7 @@ def test_any_number_of_processes_and_a_killed_run_write_the_same_bytes(
     run = clipcid(*arguments, "--work", "one")
     audit = " ".join(run.stderr.split())
     assert re.search(
-        r"[\d,]+ of [\d,]+ kept images looked at ha\w+ another kept one within the cut-off \([\d.e-]+%", audit
+        r"[\d,]+ of [\d,]+ sampled kept images ha\w+ another kept image within the cut-off \([\d.e-]+%", audit
     )
     expected = read_outputs(tmp_path / "one")
     forest = pd.read_parquet(tmp_path / "one" / "balance" / "forest-partitioned.parquet")

@@ -24,9 +24,9 @@ def write_curve(
     """Write the curve, whole or not at all.
 
     Args:
-        distances: Cut-offs, ascending, float32 [C]; written with the digits that give back the same float32.
+        distances: Cut-offs, ascending, float32 [C]; written with the fewest digits that denote the same float32.
         kept: Images kept at each, int64 [C].
-        largest: Images of the largest set at each, int64 [C].
+        largest: Images in the largest set at each, int64 [C].
     """
     frame = pd.DataFrame(
         {

@@ -1,4 +1,4 @@
-"""The single-linkage forest as a file, and the parts of it that a search leaves behind while it runs."""
+"""The single-linkage forest as a file, and the parts that a search saves while it runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, write_parquet
 from clipcid_cli.formats.output import Output, read_sidecar, sidecar_path
 
-# Pairs are compared all with all, or only where partitions are near: then some edges may be missing. The two kinds have
-# files of their own, so that neither is ever taken, or replaced, for the other.
+# All pairs are compared, or only those in and near partitions, where some edges may be missed. The two kinds have files of
+# their own, so that neither is ever used, or replaced, as the other.
 _STEPS = {"exact": "forest", "partitioned": "forest-partitioned"}
 _PARTS = ".forest-parts"
 
@@ -37,9 +37,9 @@ class StoredForest:
         a: Smaller row of each edge, int64 [E].
         b: Larger row, int64 [E].
         distance: Their distance, float32 [E], ascending.
-        cutoff: The distance up to which the forest is complete, or was searched for in partitions.
-        num_rows: Rows it is a forest of.
-        neighbors: How it was searched for: ``exact`` or ``partitioned``.
+        cutoff: The distance up to which it was searched.
+        num_rows: Number of rows.
+        neighbors: How it was searched: ``exact`` or ``partitioned``.
     """
 
     a: npt.NDArray[np.int64]
@@ -59,13 +59,13 @@ def write_forest(
 
     Args:
         folder: The folder of `balance`, whose lock the caller holds.
-        inputs: Fingerprints of the embeddings it was made of.
+        inputs: Fingerprints of the embeddings it was made from.
         seconds: Time by phase.
     """
     step = _STEPS[forest.neighbors]
     sidecar = read_sidecar(sidecar_path(folder, step))
     if sidecar is not None and _contents(sidecar["inputs"]) != _contents(inputs):
-        # A run killed between the two files must not leave this forest under the sidecar of other embeddings.
+        # A run killed between the two files must not leave this forest with the sidecar of other embeddings.
         sidecar_path(folder, step).unlink()
     write_parquet(
         forest_path(folder, forest.neighbors),
@@ -77,11 +77,11 @@ def write_forest(
 
 
 def read_forest(folder: Path, inputs: list[dict[str, Any]], neighbors: str = "exact") -> StoredForest | None:
-    """Read a forest that was made of these embeddings; None when there is none, or one of others.
+    """Read the forest of these embeddings; None when there is none, or one of others.
 
     Args:
         folder: The folder of `balance`.
-        neighbors: How it must have been searched for.
+        neighbors: How it must have been searched.
 
     Raises:
         ClipcidError: when the file that the sidecar describes is missing or damaged.
@@ -97,9 +97,9 @@ def read_forest(folder: Path, inputs: list[dict[str, Any]], neighbors: str = "ex
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise ClipcidError(
             f"Forest {path} cannot be read: {error}.",
-            f"Remove {sidecar_path(folder, step)}; it is then made again.",
+            f"Remove {sidecar_path(folder, step)}; the forest is then searched again.",
         ) from error
-    # A run killed while it replaced the forest by a longer one leaves the longer one under the old sidecar.
+    # A run killed while it replaced the forest by a longer one leaves the longer one with the old sidecar.
     end = int(np.searchsorted(distance, np.float32(cutoff), side="right"))
     return StoredForest(a[:end], b[:end], distance[:end], cutoff, int(sidecar["counts"]["images"]), neighbors)
 
@@ -110,14 +110,14 @@ def _contents(inputs: list[dict[str, Any]]) -> list[tuple[int, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class ForestPart:
-    """What one process had found when it last saved: all pairs of some tiles, or the forest of them.
+    """What one process has found in some tiles: all pairs, or their forest.
 
     Attributes:
-        tiles: Tiles whose pairs it holds, int64 [T, 2].
+        tiles: The tiles, int64 [T, 2].
         a: Smaller row of each edge, int64 [E].
         b: Larger row, int64 [E].
         distance: Their distance, float32 [E].
-        has_all: Whether these are all pairs, bool without dimensions.
+        has_all: Whether these are all pairs, a bool array of no dimensions.
     """
 
     tiles: npt.NDArray[np.int64]
@@ -129,11 +129,11 @@ class ForestPart:
 
 @dataclasses.dataclass(frozen=True)
 class ForestParts:
-    """The parts of a search in progress; a killed search resumes on them, and processes hand their finds over by them.
+    """The parts of a search in progress: a killed search resumes from them, and the first process merges them.
 
     Attributes:
         folder: The folder of `balance`.
-        search: Name of the search: parts of another cut-off or another tiling are no use to it.
+        search: Name of the search; parts of another cut-off or other tiles have another name.
     """
 
     folder: Path
@@ -145,7 +145,7 @@ class ForestParts:
         return self.folder / _PARTS / self.search
 
     def next_session(self) -> int:
-        """Return a number that no part of an earlier run has."""
+        """Return a session number that no earlier run has used."""
         return 1 + max((int(path.name.split("-")[0]) for path in self.path.glob("*-*.npz")), default=-1)
 
     def write(self, session: int, rank: int, part: ForestPart) -> None:
@@ -154,7 +154,7 @@ class ForestParts:
             np.savez(file, **dataclasses.asdict(part))
 
     def read(self) -> Iterator[ForestPart]:
-        """Read all parts. One that cannot be read is left out: its tiles are then searched again."""
+        """Read all parts. One that cannot be read is skipped: its tiles are searched again."""
         for path in sorted(self.path.glob("*-*.npz")):
             try:
                 with np.load(path, allow_pickle=False) as arrays:

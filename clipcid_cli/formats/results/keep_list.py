@@ -1,4 +1,4 @@
-"""The keep list: one row per readable image: its set, the image that stands for the set, and whether it is kept."""
+"""The keep list: one row per readable image, with its set, the representative of the set, and whether it is kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SCHEMA = pa.schema(
         ("distance", pa.float32()),
     ]
 )
-_NEEDED = {"key", "kept"}
+_REQUIRED = {"key", "kept"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,9 @@ class KeepList:
     """Which images of a data set are kept.
 
     Attributes:
-        keys: Keys of all images looked at, in row order.
-        shards: Their shards; None when the list does not say.
-        kept: Which are kept, bool, aligned with `keys`.
+        keys: Keys of all N images, in row order.
+        shards: Their shards; None when the list does not have them.
+        kept: Which are kept, bool [N].
     """
 
     keys: pa.ChunkedArray
@@ -62,10 +62,10 @@ class KeepList:
         return is_listed & self.kept[np.maximum(rows, 0)], int(np.count_nonzero(~is_listed))
 
     def kept_by_shard(self) -> dict[str, set[str]]:
-        """Return the keys of the kept images of each shard; shards that lose all of theirs have an empty set.
+        """Return the keys of the kept images of each shard; the set is empty for a shard whose images are all dropped.
 
         Raises:
-            ClipcidError: when the list does not say which shard each image is in.
+            ClipcidError: when the list has no shards.
         """
         if self.shards is None:
             raise ClipcidError("The keep list has no column `shard`.", "Make it with: clipcid balance")
@@ -78,7 +78,7 @@ class KeepList:
         return found
 
     def count_by_shard(self) -> dict[str, int]:
-        """Return the number of images looked at in each shard, kept or not; empty when the list does not say."""
+        """Return the number of images in each shard, kept or not; empty when the list has no shards."""
         counts = [] if self.shards is None else pc.value_counts(self.shards).to_pylist()
         return {entry["values"]: entry["counts"] for entry in counts}
 
@@ -97,7 +97,7 @@ def write_keep_list(
     Args:
         keys: Key of each of N images.
         labels: The smallest row of each image's set, int64 [N].
-        representatives: The row that stands for each image, itself where it is kept, int64 [N].
+        representatives: The representative of each image, itself where it is kept, int64 [N].
         distances: Distance to it, float32 [N].
     """
     rows = np.arange(len(labels), dtype=np.int64)
@@ -117,31 +117,31 @@ def read_keep_list(path: Path) -> KeepList:
     """Read a keep list, ours or any parquet file with the columns `key` and `kept`.
 
     Raises:
-        ClipcidError: when there is no such file, or it is no keep list.
+        ClipcidError: when there is no such file, or it is not a keep list.
     """
-    make = "Give --keep-list another file, or run: clipcid balance DATA --keep R"
+    fix = "Give another --keep-list, or make one: clipcid balance DATA --keep R"
     try:
         names = set(pq.read_schema(path).names)
-        missing = _NEEDED - names
+        missing = _REQUIRED - names
         if missing:
-            raise ClipcidError(f"{path} is no keep list: it has no column {', '.join(sorted(missing))}.", make)
-        table = pq.read_table(path, columns=sorted(_NEEDED | ({"shard"} & names)))
+            raise ClipcidError(f"{path} is not a keep list: it has no column {', '.join(sorted(missing))}.", fix)
+        table = pq.read_table(path, columns=sorted(_REQUIRED | ({"shard"} & names)))
     except (OSError, pa.ArrowInvalid) as error:
-        raise ClipcidError(f"Keep list {path} cannot be read: {error}.", make) from error
+        raise ClipcidError(f"Keep list {path} cannot be read: {error}.", fix) from error
     if table["kept"].type != pa.bool_() or table["kept"].null_count or table["key"].null_count:
-        raise ClipcidError(f"{path}: `kept` must be true or false, and `key` given, in every row.", make)
+        raise ClipcidError(f"Keep list {path} has rows without a `key`, or without true or false as `kept`.", fix)
     shards = table["shard"] if "shard" in names else None
     return KeepList(table["key"].cast(pa.string()), shards, table["kept"].to_numpy())
 
 
 def read_dropped(path: Path) -> pa.Table:
-    """Read which image stands for each dropped one.
+    """Read the dropped images and their representatives.
 
     Args:
-        path: A keep list that `write_keep_list` wrote.
+        path: A keep list written by `write_keep_list`.
 
     Returns:
-        One row per dropped image, in row order: ``from`` (its key), ``to`` (the key of the image kept), ``distance``
+        One row per dropped image, in row order: ``from`` (its key), ``to`` (the key of its representative), ``distance``
         (float32).
     """
     table = pq.read_table(path, columns=["key", "representative", "distance", "kept"])

@@ -1,4 +1,4 @@
-"""What is kept and what is dropped, in the forms of other tools: DataComp's subset, a table of pairs, a list of keys."""
+"""Kept and dropped images in the formats of other tools: DataComp's subset, a table of pairs, a list of keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import named_file, pack_csv
 
-# DataComp's subset: its resharder loads the file, asserts this type and looks each sample up by bisection.
+# DataComp's subset: its resharder loads the file, asserts this dtype and finds each sample by bisection.
 UID_HALVES = np.dtype([("f0", "<u8"), ("f1", "<u8")])
 
 _UID = "[0-9a-fA-F]{32}"
@@ -22,29 +22,29 @@ _AT_ONCE = 2**20
 
 
 def are_uids(keys: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
-    """Tell which of n strings are DataComp's identifiers, 32 hexadecimal digits: bool [n]."""
+    """Tell which of n strings are identifiers of DataComp, 32 hexadecimal digits: bool [n]."""
     found: npt.NDArray[np.bool_] = pc.match_substring_regex(keys, f"^{_UID}$").to_numpy()
     return found
 
 
 def is_uid(key: object) -> bool:
-    """Tell whether a value is one of DataComp's identifiers."""
+    """Tell whether a value is an identifier of DataComp."""
     return isinstance(key, str) and re.fullmatch(_UID, key) is not None
 
 
 def write_uids(path: Path, uids: pa.ChunkedArray, *, overwrite: bool) -> int:
-    """Write identifiers as DataComp's resharder and leaderboard take them: npy of their 64-bit halves, sorted, each once.
+    """Write identifiers as DataComp's resharder and leaderboard read them: npy of their 64-bit halves, sorted, each once.
 
     Args:
-        uids: Strings of 32 hexadecimal digits, in any order. One that comes twice is written once: a repeat would tell the
-            resharder to take the sample twice.
-        overwrite: Replace a file of other content.
+        uids: Strings of 32 hexadecimal digits, in any order. Repeated ones are written once: for each occurrence the
+            resharder would write the sample.
+        overwrite: Replace a file with other content.
 
     Returns:
-        How many were written.
+        The number written.
 
     Raises:
-        ClipcidError: when a file of other content is there, or it cannot be written.
+        ClipcidError: when a file with other content exists, or it cannot be written.
     """
     halves = np.empty((len(uids), 2), np.uint64)
     for start in range(0, len(uids), _AT_ONCE):
@@ -59,12 +59,12 @@ def write_uids(path: Path, uids: pa.ChunkedArray, *, overwrite: bool) -> int:
 
 
 def write_pairs(path: Path, pairs: pa.Table, *, overwrite: bool) -> None:
-    """Write a table of dropped images as parquet or, where the name says so, as csv.
+    """Write a table of dropped images as parquet or csv.
 
     Args:
-        path: Where to; `.csv` at its end makes it csv.
-        pairs: Columns ``from`` and ``to`` (string), ``distance`` (float32), as `read_dropped` gives them.
-        overwrite: Replace a file of other content.
+        path: The file; csv where its name ends in `.csv`.
+        pairs: Columns ``from`` and ``to`` (string), ``distance`` (float32), see `read_dropped`.
+        overwrite: Replace a file with other content.
 
     Raises:
         ClipcidError: as `write_uids`.
@@ -72,7 +72,7 @@ def write_pairs(path: Path, pairs: pa.Table, *, overwrite: bool) -> None:
     with named_file(path, overwrite) as file:
         if path.suffix == ".csv":
             frame = pairs.to_pandas()
-            # The digits that give back the same float32.
+            # The fewest digits that denote the same float32.
             frame["distance"] = [str(distance) for distance in frame["distance"].to_numpy()]
             file.write(pack_csv(frame))
         else:
@@ -88,8 +88,8 @@ def write_keys(path: Path, keys: pa.ChunkedArray, *, overwrite: bool) -> None:
     broken = pc.match_substring_regex(keys, r"[\r\n]").to_numpy()
     if broken.any():
         raise ClipcidError(
-            f"Key {keys[int(np.argmax(broken))].as_py()!r} holds a line break, so it is no line of {path}.",
-            "Leave out --write-keys: the keep list has the keys.",
+            f"Key {keys[int(np.argmax(broken))].as_py()!r} contains a line break, so it cannot be a line of {path}.",
+            "Omit --write-keys: the keep list has the keys.",
         )
     with named_file(path, overwrite) as file:
         for start in range(0, len(keys), _AT_ONCE):

@@ -42,7 +42,7 @@ def test_a_file_of_other_content_is_replaced_only_when_asked_for(tmp_path: Path)
     assert path.read_text(encoding="utf-8") == "a/1\nb c\nü\n"
     write_keys(path, keys[:2], overwrite=True)
     assert path.read_text(encoding="utf-8") == "a/1\nb c\n"
-    with pytest.raises(ClipcidError, match="holds a line break"):
+    with pytest.raises(ClipcidError, match="contains a line break"):
         write_keys(tmp_path / "b.txt", pa.chunked_array([["a", "b\nc"]]), overwrite=False)
     with pytest.raises(ClipcidError, match="already exists with other content"):
         write_keys(tmp_path, keys, overwrite=True)
