@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from balance_data import distance_matrix, make_rows
+from scipy.sparse.csgraph import minimum_spanning_tree
 
 from clipcid_cli.algorithms.search import cutoff as module
 from clipcid_cli.algorithms.search.cutoff import FARTHEST, NearestSample, first_cutoff, wider_cutoff
@@ -41,10 +42,31 @@ def test_order_statistics_and_counts_are_exact_in_any_format(
 
 def test_first_cutoff_is_a_little_beyond_the_share_wanted() -> None:
     nearest, exact = look(torch.float32)
-    assert first_cutoff(nearest, 0.27) == np.sort(exact)[95]
+    # 2 · 0.2 and two standard deviations √(0.4 · 0.6 / 200) more; from a third on, half way to 1.
+    assert first_cutoff(nearest, 0.2) == np.sort(exact)[94]
+    assert first_cutoff(nearest, 0.27) == np.sort(exact)[122]
+    assert first_cutoff(nearest, 0.5) == np.sort(exact)[150]
     assert first_cutoff(nearest, 0.27, for_stars=True) == np.sort(exact)[98]
     assert first_cutoff(nearest, 0.8) == np.sort(exact)[180]
     assert first_cutoff(nearest, 0.999) == exact.max()
+
+
+@pytest.mark.parametrize("kind", ["uniform", "clustered", "heavy-tailed"])
+@pytest.mark.parametrize("keep", [0.95, 0.9, 0.8, 0.7, 0.563])
+def test_the_first_search_finds_enough_edges(kind: str, keep: float) -> None:
+    """Whatever the rows are like: a search that falls short is done again in full."""
+    random = np.random.default_rng(0)
+    if kind == "uniform":
+        rows = random.normal(size=(1500, 32))
+    else:
+        owners = random.integers(60, size=1500) if kind == "clustered" else random.zipf(1.3, size=1500) % 500
+        rows = random.normal(size=(500, 32))[owners] + 0.4 * random.random((1500, 1)) * random.normal(size=(1500, 32))
+    stored = np.unique((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16), axis=0)
+    forest = minimum_spanning_tree(distance_matrix(stored).astype(np.float64)).data
+    sample = np.sort(np.random.default_rng(0).choice(len(stored), 1024, replace=False))
+    nearest = NearestSample(stored.__getitem__, np.arange(len(stored)), sample, CPU, torch.float32)
+    share = 1 - keep
+    assert np.count_nonzero(forest <= first_cutoff(nearest, share)) >= share * len(stored)
 
 
 def test_a_row_alone_is_searched_to_the_end() -> None:
