@@ -13,6 +13,9 @@ from typing import Any
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.output import plan_path, read_sidecar, sidecar_path
 
+KEEP_LIST = "keep.parquet"
+"""Name of the keep list in its folder."""
+
 
 @dataclasses.dataclass(frozen=True)
 class WorkDirectory:
@@ -111,8 +114,8 @@ class WorkDirectory:
         Raises:
             ClipcidError: when a `balance` here is unfinished: continuing without its list would take all images.
         """
-        found = self._finished(self.balance, "balance", "keep.parquet")
-        if found is None and (plan_path(self.balance, "balance").exists() or (self.balance / "keep.parquet").exists()):
+        found = self._finished(self.balance, "balance", KEEP_LIST)
+        if found is None and (plan_path(self.balance, "balance").exists() or (self.balance / KEEP_LIST).exists()):
             raise ClipcidError(
                 f"The balance in {self.balance} is unfinished.",
                 "Run its command again, which finishes it, or give --keep-list none to take all images.",

@@ -16,8 +16,6 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_parquet
 from clipcid_cli.formats.key_join import Keys, join_keys
 
-KEEP_LIST = "keep.parquet"
-
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),

@@ -9,8 +9,8 @@ from typing import Any
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.results.curve import CURVE
 from clipcid_cli.formats.results.forest import forest_path
-from clipcid_cli.formats.results.keep_list import KEEP_LIST
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.work_directory import KEEP_LIST
 from clipcid_cli.steps.balance.audit import Audit
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
 from clipcid_cli.steps.balance.pairs import NotComputed

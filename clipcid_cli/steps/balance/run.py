@@ -11,8 +11,8 @@ import pyarrow as pa
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.output import Output, fingerprint_file
 from clipcid_cli.formats.results.curve import CURVE, write_curve
-from clipcid_cli.formats.results.keep_list import KEEP_LIST, read_keep_list, write_keep_list
-from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
+from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.audit import Audit, audit_kept
