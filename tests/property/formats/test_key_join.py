@@ -60,6 +60,25 @@ def test_a_repeated_key_on_the_right_is_refused() -> None:
         join_keys(["a"], ["a", "b", "c", "b"])
 
 
+@given(keys=st.lists(st.text(max_size=30), max_size=20, unique=True), cut=st.integers(0, 20))
+def test_hashes_are_of_the_text_alone(keys: list[str], cut: int) -> None:
+    alone = [hash_keys(pa.chunked_array([[key]], type=pa.string()))[0] for key in keys]
+    column = pa.chunked_array(
+        [pa.array(keys, pa.large_string()).slice(cut), pa.array(keys, pa.string()).cast("large_string")]
+    )
+    assert hash_keys(column).tolist() == alone[cut:] + alone
+    assert len(set(alone)) == len(keys)
+
+
+def test_hashes_are_the_same_on_every_machine() -> None:
+    assert hash_keys(pa.chunked_array([["", "a", "12345678", "123456789"]], type=pa.large_string())).tolist() == [
+        16294208416658607535,
+        6774081908283191102,
+        9501447833425779875,
+        9003943604911055402,
+    ]
+
+
 def test_hashes_do_not_depend_on_how_the_column_is_cut() -> None:
     keys = [f"{number:05d}" for number in range(100)]
     whole = pa.chunked_array([pa.array(keys, pa.large_string())])
