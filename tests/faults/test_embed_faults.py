@@ -56,9 +56,9 @@ def empty_folder(folder: Path) -> str:
     ("make", "message"),
     [
         (lambda folder: "absent", "There is no data at"),
-        (empty_folder, "holds no .tar shard and no image"),
+        (empty_folder, "contains no .tar shard and no image"),
         (text_for_tar, "is not a tar file"),
-        (cut_tar, "is cut off"),
+        (cut_tar, "is truncated"),
         (no_image, "no sample with an image"),
         (no_caption, "Add --no-text"),
         (unreadable, "None of the 2 samples"),
