@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,7 +25,6 @@ _WIDTH_OF_A_FILE = 10_000
 _WIDEST_BAR, _NARROWEST_BAR = 16, 4
 # What stands behind a bar at most: "400,000,000/400,000,000 images  12,345/s  12:34:56 left".
 _ROOM_FOR_NUMBERS = 42
-_SPACE = "\N{NO-BREAK SPACE}"
 
 
 def make_console() -> Console:
@@ -61,7 +59,9 @@ class ConsoleReporter(QuietReporter):
         self.console.print(Text(wrap(text, self.console.width), style="dim"), soft_wrap=True)
 
     def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
-        """Show a live bar on a terminal, a line every few seconds elsewhere."""
+        """Show a live bar on a terminal, a line every few seconds elsewhere; nothing where there is nothing to do."""
+        if total == 0:
+            return super().progress(label, total, unit)
         return (
             _bar(self.console, label, total, unit)
             if self.console.is_terminal
@@ -130,10 +130,13 @@ class _Bar:
         lines: list[RenderableType] = [Text(self.head)] if self.head else []
         lines.append(self.bars)
         if self.values:
-            # A value stays whole: spaces inside it do not end a line.
-            whole = "  ".join(value.replace(" ", _SPACE) for value in self.values)
-            wrapped = textwrap.indent(wrap(whole, self.bars.console.width - 2), "  ").replace(_SPACE, " ")
-            lines.append(Text(wrapped, style="dim", no_wrap=True, overflow="ellipsis"))
+            text = [""]
+            for value in self.values:
+                # A value stays whole: lines break between them only.
+                if text[-1] and len(text[-1]) + 2 + len(value) > self.bars.console.width:
+                    text.append("")
+                text[-1] += f"  {value}"
+            lines.append(Text("\n".join(text), style="dim", no_wrap=True, overflow="ellipsis"))
         return Group(*lines)
 
 

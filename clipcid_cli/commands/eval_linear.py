@@ -61,7 +61,7 @@ def _print_shots(result: dict[str, Any], console: Console) -> None:
     ]
     whole = [format_percent(result["metrics"][name], _DIGITS) for name in names]
     rows.append(["all", f"{result['train_images']:,}", *whole, f"{result['c']:.2g}"])
-    print_table(console, title, ["images per class", "images", *map(shorten_metric, names), "C"], rows, left=0)
+    print_table(console, title, ["shots", "images", *map(shorten_metric, names), "C"], rows, left=0)
 
 
 def _with_spread(value: dict[str, Any]) -> str:

@@ -190,12 +190,12 @@ def open_output(
             differences = list_differences(existing, identity)
             serious = [name for name in differences if name.removeprefix("settings.").split(".")[0] not in replaceable]
             if serious and not overwrite:
-                state = "holds" if finished else "holds an unfinished"
+                state = "holds" if finished else "holds unfinished"
                 raise ClipcidError(
-                    f"{folder} {state} {step} of other settings or inputs:\n"
+                    f"{folder} {state} {step} output made with other settings or inputs:\n"
                     + "\n".join(f"  {name}: {differences[name]}" for name in serious[:8])
                     + (f"\n  … and {len(serious) - 8} more" if len(serious) > 8 else ""),
-                    "Add --overwrite to replace it, or work elsewhere (--work, or --out where the command has it).",
+                    "Add --overwrite to replace it, or write elsewhere (--work, or --out where the command has it).",
                 )
             if differences:
                 earlier = finished if not resumable and not serious else None

@@ -125,7 +125,7 @@ def check_shots(clipcid: Callable[..., Run], plain: dict[str, Any], arguments: l
 
     shown = clipcid("eval-linear", *arguments).stderr
     assert "Few-shot, mean ± standard deviation of 3 draws" in shown
-    assert "images per class" in shown
+    assert "shots" in shown
 
 
 def test_features_are_kept_until_weights_preprocessing_or_data_change(

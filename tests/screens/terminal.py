@@ -9,6 +9,7 @@ import re
 import select
 import signal
 import struct
+import sys
 import termios
 import time
 from collections.abc import Callable
@@ -88,11 +89,16 @@ def run_in_terminal(
     """
     child, terminal = pty.fork()
     if child == 0:
+        code = 70
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, columns, 0, 0))
         try:
             program()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
         finally:
-            os._exit(70)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, columns, 0, 0))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     received = b""
     end = time.monotonic() + timeout_seconds
     while True:

@@ -151,7 +151,7 @@ def write_part(
 
 
 @dataclasses.dataclass(frozen=True)
-class ClusterTablePart:
+class Part:
     """A part of the table.
 
     Attributes:
@@ -167,13 +167,11 @@ class ClusterTablePart:
     captions: TopClusters | None
 
 
-def read_part(path: Path) -> ClusterTablePart:
+def read_part(path: Path) -> Part:
     """Read a part, or the whole table."""
     table = pq.read_table(path)
     captions = _read_tops(table, "caption_") if "caption_top_clusters" in table.column_names else None
-    return ClusterTablePart(
-        table["cluster"].to_numpy(), table["similarity"].to_numpy(), _read_tops(table, ""), captions
-    )
+    return Part(table["cluster"].to_numpy(), table["similarity"].to_numpy(), _read_tops(table, ""), captions)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,6 +124,8 @@ def read_keep_list(path: Path) -> KeepList:
         if missing:
             raise ClipcidError(f"{path} is not a keep list: it has no column {', '.join(sorted(missing))}.", fix)
         table = pq.read_table(path, columns=sorted(_REQUIRED | ({"shard"} & names)))
+    except FileNotFoundError as error:
+        raise ClipcidError(f"There is no keep list {path}.", fix) from error
     except (OSError, pa.ArrowInvalid) as error:
         raise ClipcidError(f"Keep list {path} cannot be read: {error}.", fix) from error
     if table["kept"].type != pa.bool_() or table["kept"].null_count or table["key"].null_count:

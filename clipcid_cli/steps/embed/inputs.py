@@ -23,7 +23,14 @@ def open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
     """Open the data that was named, or else that of the embeddings in the work directory."""
     work = WorkDirectory(settings.work)
     if settings.data is None:
-        dataset = open_described(work.find_data(), work.indexes)
+        try:
+            described = work.find_data()
+        except ClipcidError as error:
+            raise ClipcidError(
+                f"No data was given, and the work directory names none: {error.message}",
+                "Give the data as the first argument: a folder of tar shards, one tar, a folder of images or a list.",
+            ) from error
+        dataset = open_described(described, work.indexes)
         reporter.note(f"Taking the data of the embeddings in {settings.work}: {dataset.spec}.")
         return dataset
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)

@@ -194,7 +194,7 @@ def test_the_image_with_most_pixels_can_stand_for_a_set(tmp_path: Path) -> None:
 def test_other_embeddings_are_refused_until_overwrite(embeddings: Path, rows: np.ndarray, tmp_path: Path) -> None:
     balance(tmp_path, embeddings, keep=0.5)
     other = write_embeddings(tmp_path / "other", rows[::-1].copy())
-    with pytest.raises(ClipcidError, match="of other settings or inputs") as refused:
+    with pytest.raises(ClipcidError, match="made with other settings or inputs") as refused:
         balance(tmp_path, other, keep=0.5)
     assert "--overwrite" in refused.value.fix
     balance(tmp_path, other, keep=0.5, overwrite=True)

@@ -92,6 +92,6 @@ def test_an_archive_balances_as_the_same_rows_in_clip_retrievals_layout(rows: np
     assert np.array_equal(np.load(tmp_path / "u.npy"), datacomp_subset(one[one["kept"]]["key"].tolist()))
     assert result["kept"] == one["kept"].sum()
     # Another array of the same archives is another input.
-    with pytest.raises(ClipcidError, match="of other settings or inputs"):
+    with pytest.raises(ClipcidError, match="made with other settings or inputs"):
         balance(tmp_path / "b", tmp_path / "pool", npz_array="b32_img")
     balance(tmp_path / "b", tmp_path / "pool", npz_array="l14_img", select="similarity")

@@ -196,7 +196,7 @@ def test_an_export_that_is_there_is_held_to_the_limits_asked_for_now(
         export(max_difference=1e-9)
     # Other images, or fewer of them, are another check.
     for changes in ({"data": str(tiny_shards)}, {"check_images": 18}):
-        with pytest.raises(ClipcidError, match="of other settings or inputs") as caught:
+        with pytest.raises(ClipcidError, match="made with other settings or inputs") as caught:
             export(**changes)
         assert "#compared" in caught.value.message
     assert {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()} == before

@@ -1,0 +1,105 @@
+"""Keep what every command shows: ``python tests/screens/make.py`` runs them all and writes ``80/`` and ``120/``.
+
+Each command runs on a terminal of its own in a folder with a little of the shipped data. What is seen in the end is kept as
+text, a file per subcommand; measured numbers are written as zeros, and the folder as ``/home/me/clip-data``.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import os
+import re
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+from place import make_place
+from scenes import SCENES, Scene
+from terminal import run_in_terminal
+
+from clipcid_cli.cli import main
+from clipcid_cli.runtime.imports import importing
+
+HERE = Path(__file__).parent
+WIDTHS = (80, 120)
+_FOLDER = "/home/me/clip-data"  # as long as the real one, so that lines break alike
+_STEPS = (
+    "balance.run",
+    "cluster.run",
+    "distill.run",
+    "embed.run",
+    "evaluate.zeroshot",
+    "evaluate.linear",
+    "export.run",
+)
+_DIGITS = r"\d[\d,]*"
+_UNITS = r"/s|%|\s(?:images/s|samples/s|s|ms|MB|MiB|GiB|bytes|pairs|iterations|hours)"
+_HASH = re.compile(r"(?<=blake2b:)[0-9a-f]{32}")
+# What differs from run to run, or between machines.
+_VARYING = re.compile(
+    rf"(?<![\w.-])(?:{_DIGITS})?\.?\d+e[+-]?\d+"  # 1.5e-06
+    rf"|(?<![\w.-]){_DIGITS}\.\d+"  # measured values
+    rf"|(?<![\w.-])(?!95%){_DIGITS}(?=(?:{_UNITS})(?!\w))"
+    rf"|(?<![\w.-]){_DIGITS}(?:/{_DIGITS}(?= samples)|(?=/{_DIGITS} \w))"  # done of total; total of what was left to train
+    r"|\b\d?\d:\d\d(?::\d\d)?\b"  # durations
+    rf"|(?<=iterations  ){' *'}{_DIGITS}|(?<=at step ){_DIGITS}|(?<=images/s: ){_DIGITS}"
+)
+# The last column of a table: images/s, or C.
+_LAST_COLUMN = re.compile(rf"(?<=[\d%*] ) *{_DIGITS}$", re.MULTILINE)
+
+
+def make_screens(width: int, target: Path) -> None:
+    """Run every command on terminals of a width and write what they show."""
+    target.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"TERM": "xterm-256color", "HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": "0", "CLIPCID_WORKERS": "0"}
+    os.environ |= {"CLIPCID_PRECISION": "fp32", "CLIPCID_DEVICE": "cpu"}  # what `auto` chooses depends on the machine
+    for name in ("COLUMNS", "LINES"):  # they would stand above the size of the terminal
+        os.environ.pop(name, None)
+    with importing():  # once for all: a command is then a fork of this process
+        for step in _STEPS:
+            importlib.import_module(f"clipcid_cli.steps.{step}")
+    with tempfile.TemporaryDirectory(prefix="clip-", dir="/tmp") as name:
+        place = make_place(Path(name))
+        for subcommand, scenes in SCENES.items():
+            shown = [_play(scene, place, width) for scene in scenes]
+            (target / f"{subcommand}.txt").write_text("\n".join(shown), encoding="utf-8")
+
+
+def _play(scene: Scene, place: Path, width: int) -> str:
+    if scene.before is not None:
+        scene.before(place)
+    command, _, log = scene.command.partition(" 2> ")
+
+    def run() -> None:
+        os.chdir(place)
+        if "--compare" in command:
+            del os.environ["CLIPCID_PRECISION"]  # a comparison takes none
+        if log:
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # open until the process ends
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        main(shlex.split(command)[1:])
+
+    def is_time() -> bool:
+        assert scene.interrupt_at is not None
+        return bool(glob.glob(str(place / scene.interrupt_at)))
+
+    text, code = run_in_terminal(run, width, is_time if scene.interrupt_at is not None else None)
+    if log:
+        text += (place / log).read_text(encoding="utf-8")
+    text = _HASH.sub("0" * 32, text.replace(str(place), _FOLDER))
+    if not scene.exact:
+        text = _LAST_COLUMN.sub(_hide, _VARYING.sub(_hide, text))
+    return f"=== {scene.about}\n$ {scene.command}\n{text.lstrip()}[exit {code}]\n"
+
+
+def _hide(found: re.Match[str]) -> str:
+    """Return the same shape in zeros, so that columns stay where they were."""
+    return re.sub(r"\d", "0", found[0])
+
+
+if __name__ == "__main__":
+    for columns in WIDTHS if len(sys.argv) == 1 else [int(sys.argv[1])]:
+        make_screens(columns, Path(sys.argv[2]) if len(sys.argv) > 2 else HERE / str(columns))

@@ -1,0 +1,75 @@
+"""Every screen is the one that was looked at, and none of them cuts a name.
+
+After an intended change: ``python tests/screens/make.py``, and look at what it wrote.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from make import HERE, WIDTHS
+from scenes import SCENES
+
+_BAR = re.compile("[━╸╺]+")
+_MEASURED = re.compile(r"\b0[0,.:]*")
+
+
+def read_screens(folder: Path) -> dict[str, str]:
+    """Read the screens of a width: text by subcommand and heading."""
+    screens = {}
+    for subcommand, scenes in SCENES.items():
+        parts = (folder / f"{subcommand}.txt").read_text(encoding="utf-8").split("=== ")[1:]
+        assert [part.partition("\n")[0] for part in parts] == [scene.about for scene in scenes]
+        for scene, part in zip(scenes, parts, strict=True):
+            screens[f"{subcommand}, {scene.about}"] = part
+    return screens
+
+
+def fold(screen: str) -> str:
+    """Forget how long a measured number is, and what follows from that: where lines end and columns begin."""
+    return " ".join(_MEASURED.sub("0", _BAR.sub("━", screen)).split())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_commands_show_what_was_looked_at(width: int, tmp_path: Path) -> None:
+    command = [sys.executable, str(HERE / "make.py"), str(width), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=600)
+    shown, expected = read_screens(tmp_path), read_screens(HERE / str(width))
+    exact = {f"{subcommand}, {scene.about}": scene.exact for subcommand, scenes in SCENES.items() for scene in scenes}
+    differences = [
+        "\n".join(difflib.unified_diff(expected[name].splitlines(), shown[name].splitlines(), name, "now", lineterm=""))
+        for name in expected
+        if (shown[name] != expected[name] if exact[name] else fold(shown[name]) != fold(expected[name]))
+    ]
+    assert not differences, "\n\n".join(differences)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+    for name, screen in read_screens(HERE / str(width)).items():
+        heading, typed, *lines = screen.splitlines()
+        if " 2> " not in typed:
+            assert all(len(line) <= width for line in lines), name
+        assert heading
+
+
+def test_no_name_is_cut() -> None:
+    narrow, wide = (read_screens(HERE / str(width)) for width in WIDTHS)
+    cut = []
+    for name, screen in narrow.items():
+        if "JSON" in name:  # one line, whatever the terminal
+            continue
+        whole = fold(wide[name])
+        for word in set(fold(screen).split()) - {"\\"}:
+            # Paths may end a line after a slash, and what is a column of a wide table has a colon in a narrow one.
+            end = "" if word.endswith("/") else r"(?!\S)"
+            if not re.search(
+                rf"(?<![^\s/]){re.escape(word)}{end}|(?<!\S){re.escape(word.removesuffix(':'))}(?!\S)", whole
+            ):
+                cut.append(f"{name}: {word}")
+    assert not cut
