@@ -8,6 +8,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.index import finish_index, lock_index, open_index, read_record, write_part
 from clipcid_cli.formats.data.samples import Sample, Shard
@@ -37,6 +40,14 @@ def list_shard(dataset: Dataset, number: int) -> tuple[list[Sample], int, Skips]
     if dataset.index_folder is not None:
         write_part(dataset.index_folder, number, shard, samples, read, skips)
     return samples, read, skips
+
+
+def take_samples(dataset: Dataset, number: int, places: npt.NDArray[np.int64]) -> list[Sample]:
+    """Return some samples of a shard by their places in it, from the index where there is one."""
+    if dataset.index is not None:
+        return [dataset.index.sample(number, place) for place in places.tolist()]
+    listed = dataset.shards[number].samples() if len(places) else []
+    return [listed[place] for place in places.tolist()]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.sample_order import SHARDS_MIXED, SampleOrder
 from clipcid_cli.steps.distill.samples import Selection
 
-# Lists of samples of this many shards are kept: two groups of the epoch's order, so that a group is listed once.
+# Without an index, this many shards' samples are kept: two groups of the epoch's order, so that a group is listed once.
 _MAX_LISTED_SHARDS = 2 * SHARDS_MIXED
 # Decoded images a worker keeps, so that small data is decoded once and not once an epoch.
 _MAX_IMAGE_BYTES = 512 * 2**20
@@ -104,6 +104,7 @@ class BatchOrder:
         self._rows = np.concatenate(selection.rows)
         self._positions = np.concatenate(selection.positions)
         self._shard_ends = np.cumsum(selection.sizes)
+        self._index = dataset.index
         self._samples = lru_cache(_MAX_LISTED_SHARDS)(lambda shard: dataset.shards[shard].samples())
 
     def __len__(self) -> int:
@@ -123,8 +124,8 @@ class BatchOrder:
 
     def _item(self, epoch: int, place: int) -> Item:
         shard = int(np.searchsorted(self._shard_ends, place, side="right"))
-        sample = self._samples(shard)[int(self._positions[place])]
-        row = int(self._rows[place])
+        position, row = int(self._positions[place]), int(self._rows[place])
+        sample = self._samples(shard)[position] if self._index is None else self._index.sample(shard, position)
         view = None if self._stored_views is None else self._stored_views.choose(row, epoch, sample.key)
         return Item(row, epoch, sample, view)
 
@@ -158,11 +159,7 @@ class TrainingBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """How one model takes images and captions; picklable.
-
-    Attributes:
-        pixels: An image as a view shows it, at the model's size.
-    """
+    """How one model takes images (as a view shows them, at the model's size) and captions; picklable."""
 
     pixels: ViewPixels
     tokenizer: Tokenizer

@@ -19,6 +19,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.models.used_tokens import whole_table
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.steps.data_index import take_samples
 from clipcid_cli.steps.distill.samples import Selection
 from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.measure import measure
@@ -127,13 +128,11 @@ def read_held_out(
 ) -> HeldOut | None:
     """Read the first `limit` held-out samples; None when there are fewer than two, which retrieval cannot use."""
     samples, rows = list[Sample](), list[int]()
-    for shard, positions, shard_rows in zip(dataset.shards, selection.positions, selection.rows, strict=True):
+    for number, (positions, shard_rows) in enumerate(zip(selection.positions, selection.rows, strict=True)):
         if len(samples) >= limit:
             break
-        if len(positions):
-            listed = shard.samples()
-            samples.extend(listed[int(position)] for position in positions)
-            rows.extend(shard_rows.tolist())
+        samples.extend(take_samples(dataset, number, positions))
+        rows.extend(shard_rows.tolist())
     pixels, readable = list[torch.Tensor](), list[int]()
     for number, sample in enumerate(samples[:limit]):
         image = read_image(sample.image)

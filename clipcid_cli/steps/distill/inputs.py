@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
@@ -14,8 +15,10 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.cluster_targets import join_clusters, refuse_old_clusters
 from clipcid_cli.steps.distill.samples import Selection, UsableSamples, find_usable
 from clipcid_cli.steps.distill.teacher_inputs import (
@@ -171,7 +174,12 @@ def _open_data(
 ) -> Dataset:
     if settings.data is not None:
         columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-        return open_dataset(settings.data, settings.keys, columns)
-    dataset = open_described(work.find_data(None if embeddings is None else embeddings.folder))
-    reporter.note(f"Data: {dataset.spec}, from which the embeddings were made.")
-    return dataset
+        dataset = open_dataset(settings.data, settings.keys, columns, work.indexes)
+    else:
+        dataset = open_described(work.find_data(None if embeddings is None else embeddings.folder), work.indexes)
+        reporter.note(f"Data: {dataset.spec}, from which the embeddings were made.")
+    if settings.dry_run:  # which writes nothing: shards that are not in an index are listed here and now
+        return dataset
+    # By this process and its workers, while the others wait for what is found; `embed` has mostly done it before.
+    alone = Machine(0, 1, 0, torch.device("cpu"))
+    return ensure_index(dataset, alone, default_workers() if settings.workers is None else settings.workers, reporter)

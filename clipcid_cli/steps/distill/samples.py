@@ -14,6 +14,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.models.caches import MAX_CAPTIONS
 from clipcid_cli.runtime.models.clip_model import Tokenizer
 from clipcid_cli.runtime.randomness import key_fraction
+from clipcid_cli.steps.data_index import take_samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,31 +77,41 @@ def find_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
     Raises:
         ClipcidError: when too many have no image or no caption, or a key repeats.
     """
-    skips, keys, counts = Skips(), list[str](), list[int]()
+    skips, keys, counts = Skips(), list[str](), list[npt.NDArray[np.int32]]()
     positions, rows = list[npt.NDArray[np.int64]](), list[npt.NDArray[np.int64]]()
     read = 0
     by_shard: list[tuple[str, list[str]]] = []
-    for shard in dataset.shards:
+    for number, shard in enumerate(dataset.shards):
         skipped_before = skips.total
-        samples = shard.samples(skips)
-        read += len(samples) + skips.total - skipped_before
-        usable = [place for place, sample in enumerate(samples) if sample.captions]
-        for sample in samples:
-            if not sample.captions:
-                skips.add("no_caption", sample.key)
-        positions.append(np.array(usable, dtype=np.int64))
+        listed, num_captions = _list_shard(dataset, number, skips)
+        read += len(listed) + skips.total - skipped_before
+        usable = np.flatnonzero(num_captions)
+        for place in np.flatnonzero(num_captions == 0).tolist():
+            skips.add("no_caption", listed[place])
+        positions.append(usable)
         rows.append(np.arange(len(keys), len(keys) + len(usable), dtype=np.int64))
-        by_shard.append((shard.name, [samples[place].key for place in usable]))
+        by_shard.append((shard.name, [listed[place] for place in usable.tolist()]))
         keys.extend(by_shard[-1][1])
-        counts.extend(len(samples[place].captions) for place in usable)
+        counts.append(num_captions[usable])
     if not keys:
         raise ClipcidError(
             f"{dataset.spec}: none of {read:,} samples has a caption.",
             "Training needs captions: a .txt file next to each image, or --caption-column for a list.",
         )
     skips.check(read, max_bad_fraction, dataset.spec)
-    refuse_repeated_keys(by_shard)
-    return UsableSamples(Selection(positions, rows), keys, np.array(counts, dtype=np.int32), skips, read)
+    if dataset.index is None:  # which was refused if a key repeats
+        refuse_repeated_keys(by_shard)
+    return UsableSamples(Selection(positions, rows), keys, np.concatenate(counts), skips, read)
+
+
+def _list_shard(dataset: Dataset, number: int, skips: Skips) -> tuple[list[str], npt.NDArray[np.int32]]:
+    """Return the keys of a shard's samples and how many captions each has, from the index where there is one."""
+    if dataset.index is not None:
+        part = dataset.index.part(number)
+        skips.merge(dataset.index.records[number].skips)
+        return part.keys.to_pylist(), part.num_captions
+    samples = dataset.shards[number].samples(skips)
+    return [sample.key for sample in samples], np.array([len(sample.captions) for sample in samples], dtype=np.int32)
 
 
 def used_tokens(dataset: Dataset, usable: UsableSamples, tokenizer: Tokenizer) -> torch.Tensor | None:
@@ -112,10 +123,9 @@ def used_tokens(dataset: Dataset, usable: UsableSamples, tokenizer: Tokenizer) -
     if len(usable.keys) > MAX_CAPTIONS:
         return None
     found = [torch.empty(0, dtype=torch.int64)]
-    for shard, positions in zip(dataset.shards, usable.selection.positions, strict=True):
-        if len(positions):
-            samples = shard.samples()
-            captions = {caption for position in positions for caption in samples[int(position)].captions}
+    for number, positions in enumerate(usable.selection.positions):
+        captions = {caption for sample in take_samples(dataset, number, positions) for caption in sample.captions}
+        if captions:
             found.append(torch.unique(tokenizer(sorted(captions))))
     tokens: torch.Tensor = torch.unique(torch.cat(found))
     return tokens
