@@ -149,7 +149,8 @@ def test_bad_data_is_one_clear_error(command: str, tmp_path: Path, tiny_model: P
         assert "This is a bug" not in outcome["err"], outcome
         for words in CASES[outcome["name"]][1]:
             assert words in outcome["err"], outcome
-        left = outcome["files"]
+        # The index only says where samples are: it is whole, and serves the next command on this data.
+        left = [file for file in outcome["files"] if "/index/" not in file]
         if outcome["name"] == "keys repeat within a shard":
             # Half of the samples are good: their rows are an unfinished output, which a higher --max-bad-fraction finishes.
             left = [file for file in left if "/embeddings/" not in file or file.endswith(".json")]

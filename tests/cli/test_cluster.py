@@ -191,7 +191,7 @@ def test_bad_input_gives_one_error_and_leaves_nothing(
     cases: list[tuple[list[object], int, str]] = [
         (["--embeddings", images_only, "--num-clusters", 41], 1, "--num-clusters 41 is more than the 40 images"),
         (["--embeddings", images_only, "--features", "joint"], 1, "needs text embeddings"),
-        (["--embeddings", tmp_path / "nowhere"], 1, "holds no embeddings"),
+        (["--embeddings", tmp_path / "nowhere"], 1, "contains no embeddings"),
         ([], 1, "clipcid embed DATA"),
         (["--embeddings", embeddings, "--keep-list", nobody], 1, "Nothing is left to cluster"),
         (["--embeddings", embeddings, "--keep-list", foreign], 1, "lacks 900 of the 900 rows"),
