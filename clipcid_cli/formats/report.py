@@ -46,8 +46,8 @@ def render_report(template: str, **context: Any) -> str:
     return _environment().get_template(template).render(**context)
 
 
-def make_figure(width: float = 7.0, height: float = 3.2) -> Figure:
-    """Make a matplotlib figure (inches) without touching pyplot's global state."""
+def make_figure(width: float = 4.6, height: float = 2.9) -> Figure:
+    """Make a matplotlib figure (inches; by default its text can be read on a phone) without touching pyplot's state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -44,7 +44,7 @@ def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, distill_p
     assert known["Training"] == "6 steps, 48 samples"
     assert known["Licence of the weights"] == "unknown"
     report = (run / "report.html").read_text()
-    assert "What it finds" in report
+    assert "Retrieval examples" in report
     assert "Student and teacher" in report
     assert "http" not in report.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""

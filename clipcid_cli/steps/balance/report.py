@@ -31,8 +31,6 @@ from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 _SETS_SHOWN = 12
 _IMAGES_SHOWN = 9
 _PAIRS_SHOWN = 8
-# Inches; at this width the figures' text can be read on a phone.
-_FIGURE_WIDTH = 4.6
 _THUMBNAIL = 96
 
 
@@ -185,7 +183,7 @@ def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | NotComputed) ->
     if not isinstance(other, NotComputed):
         lines.append((other.linkage, other.curve, other.kept))
     most_kept = max(num_kept for _, _, num_kept in lines)
-    figure = make_figure(_FIGURE_WIDTH, 2.9)
+    figure = make_figure()
     axes = figure.add_subplot()
     for name, curve, num_kept in lines:
         color = PALETTE[LINKAGES.index(name)]

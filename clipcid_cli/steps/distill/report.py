@@ -61,7 +61,8 @@ def write_report(
         loss_figure=_draw_losses(log, list(loop.objective.weights)),
         recall_figure=_draw_recalls(results) if loop.evaluation.held_out is not None and len(results) > 1 else None,
         named_figure=_draw_named(results) if loop.evaluation.tasks and len(results) > 1 else None,
-        rate_figure=_draw_rates(log),
+        rate_figure=_draw_rate(log),
+        scale_figure=_draw_scales(log),
         compared=compared,
         compared_on=0 if loop.evaluation.held_out is None else len(loop.evaluation.held_out.samples),
         examples=examples,
@@ -155,21 +156,28 @@ def _draw_named(results: Sequence[dict[str, Any]]) -> Markup:
     return svg(figure, "Measurements on the named data sets over the steps of the run")
 
 
-def _draw_rates(log: Sequence[dict[str, Any]]) -> Markup:
+def _draw_rate(log: Sequence[dict[str, Any]]) -> Markup:
     lines = _thin(log)
-    figure = make_figure(height=2.6)
-    left, right = figure.subplots(1, 2)
-    left.plot([line["step"] for line in lines], [line["lr"] for line in lines], color=PALETTE[0])
-    left.set_xlabel("step")
-    left.set_ylabel("learning rate")
+    figure = make_figure()
+    axes = figure.subplots()
+    axes.plot([line["step"] for line in lines], [line["lr"] for line in lines], color=PALETTE[0])
+    axes.set_xlabel("step")
+    axes.set_ylabel("learning rate")
+    return svg(figure, "Learning rate over the steps of the run")
+
+
+def _draw_scales(log: Sequence[dict[str, Any]]) -> Markup:
+    lines = _thin(log)
+    figure = make_figure()
+    axes = figure.subplots()
     scales = [name for name in (lines[0] if lines else {}) if name.startswith("scale_")]
     for name, color in zip(scales, _colors(len(scales)), strict=True):
         label = name.removeprefix("scale_")
-        right.plot([line["step"] for line in lines], [line[name] for line in lines], color=color, label=label)
-    right.set_xlabel("step")
-    right.set_ylabel("logit scale")
-    right.legend(frameon=False)
-    return svg(figure, "Learning rate and logit scales over the steps of the run")
+        axes.plot([line["step"] for line in lines], [line[name] for line in lines], color=color, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("logit scale")
+    axes.legend(frameon=False)
+    return svg(figure, "Logit scales over the steps of the run")
 
 
 def _colors(count: int) -> list[str]:
