@@ -61,7 +61,8 @@ def make_embeddings(
     if finished is not None:
         reporter.note(f"{folder} already holds the embeddings of {dataset.spec} with {name.spec}.")
         return describe_result(folder, finished)
-    reporter.note(f"Embedding {dataset.spec} ({len(dataset.shards)} shards) with {name.spec}.")
+    shards = "1 shard" if len(dataset.shards) == 1 else f"{len(dataset.shards):,} shards"
+    reporter.note(f"Embedding {dataset.spec} ({shards}) with {name.spec}.")
     embedder = _load_embedder(settings, machine, name, dataset)
     info = embedder.model.info
     reporter.note(
