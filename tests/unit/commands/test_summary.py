@@ -22,7 +22,7 @@ def test_a_line_ends_between_words_and_a_path_after_a_slash() -> None:
 
 def test_a_command_goes_on_after_a_backslash() -> None:
     assert wrap_command("clipcid distill --teacher A --student B", 28) == (
-        "clipcid distill \\\n    --teacher A --student B"
+        "clipcid distill \\\n    --teacher A \\\n    --student B"
     )
     assert wrap("Run: clipcid cluster --overwrite", 24) == "Run:\n  clipcid cluster \\\n      --overwrite"
 
