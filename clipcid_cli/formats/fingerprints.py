@@ -7,12 +7,14 @@ another size or time is hashed again. Only speed depends on the table: it may be
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.output import fingerprint_file
 
@@ -53,12 +55,18 @@ class FingerprintCache:
         return found
 
     def save(self) -> None:
-        """Write the table where something was added to it."""
+        """Write the table where something was added to it, and it can be written."""
         if not self._new:
             return
-        rows = [(name, *entry) for name, entry in sorted(self._known.items())]
+        named = {name: entry for name, entry in self._known.items() if _is_text(name)}
+        rows = [(name, *entry) for name, entry in sorted(named.items())]
         table = pa.table([pa.array(column) for column in zip(*rows, strict=True)], schema=_SCHEMA)
         # Two runs may save at once: each writes a file of its own, and the last one stays.
-        with atomic_file(self._path, f"{os.getpid()}.partial") as file:
+        with suppress(ClipcidError, OSError), atomic_file(self._path, f"{os.getpid()}.partial") as file:
             pq.write_table(table, file)
         self._new = False
+
+
+def _is_text(name: str) -> bool:
+    """Tell whether a path is valid UTF-8, as the table's are."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)

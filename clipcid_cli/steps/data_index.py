@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.index import finish_index, lock_index, open_index, read_record, write_part
+from clipcid_cli.formats.data.index import DataIndex, finish_index, lock_index, open_index, read_record, write_part
 from clipcid_cli.formats.data.samples import Sample, Shard
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import load_batches
@@ -34,11 +35,11 @@ def list_shard(dataset: Dataset, number: int) -> tuple[list[Sample], int, Skips]
         record = dataset.index.records[number]
         samples = [dataset.index.sample(number, place) for place in range(record.samples)]
         return samples, record.read, copy.deepcopy(record.skips)
-    skips = Skips()
+    stamp, skips = shard.stamp(), Skips()
     samples = shard.samples(skips)
     read = len(samples) + skips.total
     if dataset.index_folder is not None:
-        write_part(dataset.index_folder, number, shard, samples, read, skips)
+        write_part(dataset.index_folder, number, shard, stamp, samples, read, skips)
     return samples, read, skips
 
 
@@ -82,9 +83,7 @@ def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Rep
         mine = missing[machine.rank :: machine.size]
         with reporter.progress("index", len(mine), "shards") as progress:
             machine.on_all(lambda: _list(dataset, mine, workers, progress))
-        machine.on_main(lambda: _finish(folder, shards))
-    index = open_index(folder, shards)
-    assert index is not None, "finished a moment ago"
+        index = machine.on_main(lambda: _finish(dataset, folder))
     return dataclasses.replace(dataset, index=index)
 
 
@@ -97,8 +96,21 @@ def _list(dataset: Dataset, mine: list[int], workers: int, progress: Progress) -
         progress.advance()
 
 
-def _finish(folder: Path, shards: Sequence[Shard]) -> None:
+def _finish(dataset: Dataset, folder: Path) -> DataIndex:
     """Declare the index complete, unless another run has in the meantime."""
-    if open_index(folder, shards) is None:
-        records = [read_record(folder, number, shard) for number, shard in enumerate(shards)]
-        finish_index(folder, shards, [record for record in records if record is not None])
+    index = open_index(folder, dataset.shards)
+    if index is not None:
+        return index
+    records = []
+    for number, shard in enumerate(dataset.shards):
+        record = read_record(folder, number, shard)
+        if record is None:  # it changed while the others were listed
+            list_shard(dataset, number)
+            record = read_record(folder, number, shard)
+        if record is None:
+            raise ClipcidError(
+                f"Shard {shard.name} of {dataset.spec} changes while it is listed.",
+                "Give the command again once nothing writes to the data.",
+            )
+        records.append(record)
+    return finish_index(folder, dataset.shards, records)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -33,6 +34,20 @@ class FolderShard(VirtualShard[_Entry]):
         size = sum(entry.size for entry in self.rows)
         return {"path": f"{self.source}#{self.name}", "size": size, "hash": f"blake2b-names:{digest}"}
 
+    def stamp(self) -> tuple[int, int]:
+        """Return the size and a hash of the slice, the sizes and times of its caption files included."""
+        size, content = super().stamp()
+        digest = hashlib.blake2b(str(content).encode(), digest_size=7)
+        for row in self.rows:
+            if row.has_caption:
+                with contextlib.suppress(OSError):  # a caption that is gone changes the stamp as well
+                    found = os.stat(self._caption_path(row))
+                    digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+        return size, int.from_bytes(digest.digest(), "big")
+
+    def _caption_path(self, row: _Entry) -> Path:
+        return Path(self.source, relative_key(Path(row.path)) + ".txt")
+
     def _label(self, row: _Entry) -> str:
         return row.path
 
@@ -40,7 +55,7 @@ class FolderShard(VirtualShard[_Entry]):
         key = relative_key(Path(row.path))
         text = ""
         if row.has_caption:
-            text = Path(self.source, key + ".txt").read_text(encoding="utf-8", errors="replace").strip()
+            text = self._caption_path(row).read_text(encoding="utf-8", errors="replace").strip()
         return Sample(key, Location(os.path.join(self.source, row.path)), (text,) if text else (), row.label)
 
 

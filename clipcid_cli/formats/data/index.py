@@ -15,8 +15,9 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file, write_parquet
+from clipcid_cli.formats.atomic import atomic_file, write_error, write_parquet
 from clipcid_cli.formats.data.samples import Location, Sample, Shard
 from clipcid_cli.formats.key_join import hash_keys
 from clipcid_cli.formats.skips import Skips
@@ -36,8 +37,13 @@ PARTS_KEPT = 48
 """Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB."""
 
 _TABLE = "shards.parquet"
+_VERSION = 1
+_ABANDONED_SECONDS = 3600.0
 # Hashes sorted together: half a GiB.
 _SORTED_AT_ONCE = 2**26
+_READ_AT_ONCE = 2**22
+# Of hashes that occur twice, the keys of this many a bucket are compared: nearly always the keys are equal.
+_NAMED = 1024
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -147,26 +153,27 @@ class DataIndex:
 
 def index_identity(kind: str, settings: dict[str, Any], shards: Sequence[Shard]) -> str:
     """Hash what decides the index but the content of the shards: how they are read, their names and files, in order."""
-    content = [kind, settings, [(shard.name, shard.file) for shard in shards]]
+    content = [_VERSION, kind, settings, [(shard.name, shard.source) for shard in shards]]
     return hashlib.blake2b(
         json.dumps(content, sort_keys=True).encode("utf-8", "surrogateescape"), digest_size=8
     ).hexdigest()
 
 
 def write_part(
-    folder: Path, number: int, shard: Shard, samples: Sequence[Sample], read: int, skips: Skips
+    folder: Path, number: int, shard: Shard, stamp: tuple[int, int], samples: Sequence[Sample], read: int, skips: Skips
 ) -> IndexedShard:
     """Write down what the listing of one shard found, whole or not at all.
 
     Args:
         folder: Folder of the index.
         number: Number of the shard, from 0.
+        stamp: The shard's stamp before it was listed, so that a change meanwhile is noticed.
         samples: What `shard.samples(skips)` returned.
         read: Samples looked at.
         skips: Those left out.
     """
     with_captions = sum(bool(sample.captions) for sample in samples)
-    record = IndexedShard(len(samples), with_captions, read, skips, shard.stamp(), shard.fingerprint())
+    record = IndexedShard(len(samples), with_captions, read, skips, stamp, shard.fingerprint())
     columns: dict[str, Iterable[Any]] = {
         "key": (sample.key for sample in samples),
         "path": (None if sample.image.path == shard.file else sample.image.path for sample in samples),
@@ -181,7 +188,13 @@ def write_part(
     ):
         found = [(location.offset, -1 if location.size is None else location.size) for location in locations]
         columns |= {f"{prefix}offset": (offset for offset, _ in found), f"{prefix}size": (size for _, size in found)}
-    table = pa.table({name: list(values) for name, values in columns.items()}, schema=_SCHEMA)
+    try:
+        table = pa.table({name: list(values) for name, values in columns.items()}, schema=_SCHEMA)
+    except UnicodeEncodeError as error:
+        name = error.object[:100].encode("utf-8", "backslashreplace").decode()
+        raise ClipcidError(
+            f"{shard.source}: the name of a file is not UTF-8: {name}.", "Rename the file; keys are text."
+        ) from error
     table = table.replace_schema_metadata({b"clipcid": json.dumps(_to_json(record)).encode()})
     # Runs that embed with different models list the same shards, each when it comes to them.
     own = f"{os.getpid()}.partial"
@@ -208,8 +221,10 @@ def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[Indexe
     """
     index = DataIndex(folder, tuple(shards), tuple(records))
     _refuse_repeated_keys(index)
-    for left in folder.glob(".*.partial"):  # by runs that were killed
-        left.unlink(missing_ok=True)
+    for left in folder.glob(".*.partial"):
+        with suppress(FileNotFoundError):  # by a run that was killed, or that is writing this part just now
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                left.unlink()
     write_parquet(folder / _TABLE, pa.table({"shard": [json.dumps(_to_json(record)) for record in records]}))
     return index
 
@@ -228,10 +243,18 @@ def open_index(folder: Path, shards: Sequence[Shard]) -> DataIndex | None:
 
 @contextmanager
 def lock_index(folder: Path) -> Iterator[None]:
-    """Hold an index while shards are added to it: a second run waits, and then finds what the first has listed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:  # the kernel drops the lock when the process ends, however it ends
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold an index while shards are added to it: a second run waits, and then finds what the first has listed.
+
+    Raises:
+        ClipcidError: when the folder cannot be written to.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # The kernel drops the lock when the process ends, however it ends.
+            fcntl.flock(stack.enter_context((folder / ".lock").open("w")), fcntl.LOCK_EX)
+        except OSError as error:
+            raise write_error(folder, error) from error
         yield
 
 
@@ -246,13 +269,16 @@ def _refuse_repeated_keys(index: DataIndex) -> None:
     try:
         for number, end in enumerate(ends.tolist()):
             hashes[end - index.records[number].samples : end] = hash_keys(index.part(number).keys)
-        buckets = -(-len(hashes) // _SORTED_AT_ONCE)
+        slices = [slice(first, first + _READ_AT_ONCE) for first in range(0, len(hashes), _READ_AT_ONCE)]
+        buckets = np.uint64(-(-len(hashes) // _SORTED_AT_ONCE))
         found: list[npt.NDArray[np.uint64]] = []
-        for bucket in range(buckets):
-            inside = np.sort(hashes[hashes % np.uint64(buckets) == bucket])
-            found.append(np.unique(inside[1:][inside[1:] == inside[:-1]]))
+        for bucket in range(int(buckets)):
+            inside = np.sort(
+                np.concatenate([part[part % buckets == bucket] for part in map(hashes.__getitem__, slices)])
+            )
+            found.append(np.unique(inside[1:][inside[1:] == inside[:-1]])[:_NAMED])
         repeated = np.concatenate(found)
-        rows = np.flatnonzero(np.isin(hashes, repeated)) if len(repeated) else np.empty(0, np.int64)
+        rows = np.concatenate([part.start + np.flatnonzero(np.isin(hashes[part], repeated)) for part in slices])
     finally:
         del hashes
         path.unlink(missing_ok=True)
@@ -276,8 +302,18 @@ def _part_path(folder: Path, number: int) -> Path:
 @lru_cache(maxsize=PARTS_KEPT)
 def _read_part(path: str, stamp: tuple[int, int]) -> Part:
     """Read a part, or give the one held; `stamp` tells it from what the shard was before."""
-    with pa.OSFile(path) as file:
-        return Part(pa.ipc.open_file(file).read_all())
+    try:
+        with pa.OSFile(path) as file:
+            reader = pa.ipc.open_file(file)
+            recorded = json.loads((reader.schema.metadata or {})[b"clipcid"])["stamp"]
+            if tuple(recorded) == stamp:
+                return Part(reader.read_all())
+    except (OSError, pa.ArrowInvalid, ValueError, KeyError):
+        pass
+    raise ClipcidError(
+        f"{path} is missing, damaged, or of another version of its shard.",
+        f"Remove {Path(path).parent} and give the command again: the data is listed anew.",
+    )
 
 
 def _to_json(record: IndexedShard) -> dict[str, Any]:

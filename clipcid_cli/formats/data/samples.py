@@ -93,6 +93,10 @@ class Shard(Protocol):
         """Describe the shard's content for a sidecar: ``path``, ``size``, ``hash``."""
 
     @property
+    def source(self) -> str:
+        """Path or URL of the tar, folder or list that it is read from."""
+
+    @property
     def file(self) -> str:
         """The file its samples are in, as their locations name it; empty where each image is a file of its own."""
 

@@ -112,6 +112,11 @@ class TarShard:
         return {"path": self.path, "size": size, "hash": f"blake2b-sampled:{digest.hexdigest()}"}
 
     @property
+    def source(self) -> str:
+        """The tar's path or URL."""
+        return self.path
+
+    @property
     def file(self) -> str:
         """The tar, or the local copy of it."""
         return str(local_copy(self.path)) if is_url(self.path) else self.path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -71,7 +72,9 @@ class VirtualShard(Generic[RowT]):
     def stamp(self) -> tuple[int, int]:
         """Return the size and a hash of the slice."""
         fingerprint = self.fingerprint()
-        return fingerprint["size"], int(fingerprint["hash"].rpartition(":")[2][:15], 16)
+        digest = hashlib.blake2b(fingerprint["hash"].encode(), digest_size=7)
+        digest.update(bytes(row.repeated for row in self.rows))
+        return fingerprint["size"], int.from_bytes(digest.digest(), "big")
 
     def split_captions(self, text: bytes) -> tuple[str, ...]:
         """Return the text as one caption."""

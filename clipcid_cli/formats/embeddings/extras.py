@@ -42,7 +42,7 @@ class Extras:
     @property
     def num_views(self) -> int:
         """V, 0 where there are none."""
-        return 0 if self.views is None else self.views.shape[1]
+        return 0 if self.views is None or len(self.views.shape) < 2 else self.views.shape[1]
 
     def check(self, rows: int, width: int) -> None:
         """Check shapes and formats against those of the image embeddings, [rows, width].

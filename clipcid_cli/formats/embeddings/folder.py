@@ -305,7 +305,8 @@ def open_embeddings(
             "Give --embeddings DIR, or make them: clipcid embed DATA",
         )
     with_texts, with_metadata = (any(part[place] is not None for part in parts) for place in (1, 2))
-    first, width = 0, parts[0][0].shape[-1]
+    _check_rows(parts[0][0])
+    first, width = 0, parts[0][0].shape[1]
     files: list[EmbeddingFile] = []
     for image, text, metadata in parts:
         _check_rows(image)
@@ -357,7 +358,7 @@ def _pair_by_name(archives: list[Path], npz_array: str | None) -> list[_Part]:
 
 
 def _check_rows(file: RowFile) -> None:
-    if len(file.shape) != 2 or not np.issubdtype(file.dtype, np.floating):
+    if len(file.shape) != 2 or not file.shape[1] or not np.issubdtype(file.dtype, np.floating):
         raise ClipcidError(
             f"{file.label} holds {file.dtype} {list(file.shape)}, not rows of floating-point numbers.",
             "Choose other embeddings.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -58,6 +59,7 @@ class NpyFile:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     offset: int
+    stamp: tuple[int, int]
     fortran_order: bool = False
     unpacked: int = 0
 
@@ -98,15 +100,15 @@ def find_npy(path: Path) -> NpyFile:
                 np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             )
             shape, fortran_order, dtype = read_header(file)
-            offset, size = file.tell(), os.fstat(file.fileno()).st_size
-    except (OSError, ValueError, EOFError) as error:
+            offset, stat = file.tell(), os.fstat(file.fileno())
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError) as error:
         raise _unreadable(path, str(error)) from error
     if dtype.hasobject or any(length < 0 for length in shape):
         raise _unreadable(path, f"it holds {dtype} {list(shape)}")
     needed = offset + math.prod(shape) * dtype.itemsize
-    if size < needed:
-        raise _unreadable(path, f"it is cut off: its header promises {needed:,} bytes, and it has {size:,}")
-    return NpyFile(path, shape, dtype, offset, fortran_order)
+    if stat.st_size < needed:
+        raise _unreadable(path, f"it is cut off: its header promises {needed:,} bytes, and it has {stat.st_size:,}")
+    return NpyFile(path, shape, dtype, offset, (stat.st_ino, stat.st_mtime_ns), fortran_order)
 
 
 def _unreadable(path: Path, why: str) -> ClipcidError:

@@ -117,7 +117,8 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     """
     work = WorkDirectory(settings.work)
     folder = settings.embeddings if settings.embeddings is not None else work.find_embeddings()
-    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, WorkDirectory(settings.work).fingerprints)
+    cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
+    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     if settings.features == "joint" and not embeddings.has_texts:
         raise ClipcidError(
@@ -149,7 +150,8 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
     # Opened anew, without the keys that were read for the join: each process reads those itself.
-    fresh = open_embeddings(folder, settings.keys, settings.npz_array, WorkDirectory(settings.work).fingerprints)
+    cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
+    fresh = open_embeddings(folder, settings.keys, settings.npz_array, cache)
     path = None if keep_list is None else keep_list.path
     return ClusterRows(fresh, path, np.flatnonzero(usable), settings.features == "joint", skips, Sources(fresh))
 

@@ -99,7 +99,8 @@ def open_teacher(settings: DistillSettings, folder: Path, teacher: ModelName | N
     Raises:
         ClipcidError: when another model made them, or they lack captions that a loss needs.
     """
-    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, WorkDirectory(settings.work).fingerprints)
+    cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
+    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     if teacher is not None:
         _check_teacher(teacher, embeddings)

@@ -45,3 +45,11 @@ def test_a_damaged_table_only_costs_time(tmp_path: Path, content: bytes) -> None
 def test_nothing_new_writes_nothing(tmp_path: Path) -> None:
     FingerprintCache(tmp_path / "table").save()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "file").write_text("in the way of a folder")
+    cache = FingerprintCache(tmp_path / "file" / "table")
+    assert cache(tmp_path / "a") == fingerprint_file(tmp_path / "a")
+    cache.save()

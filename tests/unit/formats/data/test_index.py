@@ -140,3 +140,62 @@ def test_different_keys_of_one_hash_are_no_repeat(tmp_path: Path, monkeypatch: p
     for number in range(2):
         write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
     assert indexed(tmp_path / "data", tmp_path / "index").index is not None
+
+
+def test_a_caption_that_was_rewritten_is_read_again(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "images")
+    first = indexed(folder, tmp_path / "index")
+    (folder / "0" / "4.txt").write_text("another caption")
+    again = indexed(folder, tmp_path / "index")
+    assert first.index is not None
+    assert again.index is not None
+    place = again.index.part(0).keys.to_pylist().index("0/4")
+    assert again.index.sample(0, place).captions == ("another caption",)
+
+
+def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
+    samples, touched = tar_index.TarShard.samples, iter(range(1, 100))
+
+    def touch(shard: tar_index.TarShard, *arguments: object) -> object:
+        if shard.name == "1" and (time := next(touched)) <= most:
+            os.utime(shard.path, ns=(0, time))
+        return samples(shard, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tar_index.TarShard, "samples", touch)
+    most = 2  # once when the data is opened, once when it is listed
+    found = indexed(tmp_path / "data", tmp_path / "once").index
+    assert found is not None
+    assert [found.part(number).keys[0].as_py() for number in range(2)] == ["000000", "000010"]
+    most = 100
+    with pytest.raises(ClipcidError, match=r"Shard 1 of .* changes while it is listed"):
+        indexed(tmp_path / "data", tmp_path / "always")
+
+
+def test_a_part_of_another_version_of_its_shard_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
+    index = indexed(tiny_shards, tmp_path / "index").index
+    assert index is not None
+    parts = sorted(index.folder.glob("*.arrow"))
+    parts[0].write_bytes(parts[1].read_bytes())
+    parts[1].unlink()
+    module._read_part.cache_clear()
+    for number in range(2):
+        with pytest.raises(ClipcidError, match="missing, damaged, or of another version") as error:
+            index.part(number)
+        assert str(index.folder) in error.value.fix
+
+
+def test_the_identity_of_data_behind_a_url_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_index, "local_copy", lambda path: pytest.fail("a shard was fetched"))
+    shards = [tar_index.TarShard(f"{number}", f"memory://bucket/{number}.tar") for number in range(2)]
+    assert len(module.index_identity("webdataset", {}, shards)) == 16
+
+
+def test_names_that_are_not_utf_8_are_one_error(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "images")
+    (folder / "0" / os.fsdecode(b"caf\xe9.png")).write_bytes(make_image(9))
+    with pytest.raises(ClipcidError, match=r"the name of a file is not UTF-8: .*caf\\udce9"):
+        indexed(folder, tmp_path / "index")

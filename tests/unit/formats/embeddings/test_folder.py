@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, holds_unit_rows, unit_rows
 from clipcid_cli.formats.embeddings.writer import (
@@ -273,3 +274,26 @@ def test_many_files_take_few_descriptors_and_maps(tmp_path: Path) -> None:
     assert MAPS_KEPT <= 128
     maps = Path("/proc/self/maps").read_text().count(str(tmp_path))
     assert 0 < maps <= MAPS_KEPT
+
+
+def test_a_file_that_was_replaced_is_not_taken_for_the_one_mapped_before(tmp_path: Path) -> None:
+    (tmp_path / "img_emb").mkdir()
+    path = tmp_path / "img_emb" / "img_emb_0.npy"
+    for value in (1.0, -1.0):
+        write_npy(path, np.full((3, 1), value, np.float16))
+        assert open_embeddings(tmp_path).images().read(0, 3).tolist() == [[value]] * 3
+
+
+@pytest.mark.parametrize("array", [np.float16(1), np.ones(3, np.float16), np.ones((3, 0), np.float16)])
+def test_arrays_that_are_no_rows_are_named(tmp_path: Path, array: np.ndarray) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ClipcidError, match=r"a\.npy holds float16|a\.npy .*float16"):
+        open_embeddings(tmp_path)
+
+
+@pytest.mark.parametrize("header", [b"{'descr': '<f2", b"{[]: 1}", b"", b"\0" * 20])
+def test_a_damaged_header_is_one_error(tmp_path: Path, header: bytes) -> None:
+    padded = header.ljust(117) + b"\n"
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded)
+    with pytest.raises(ClipcidError, match="cannot be read"):
+        open_embeddings(tmp_path)
