@@ -70,7 +70,7 @@ def test_keep_list_is_read_back(tmp_path: Path) -> None:
 
 def test_what_is_no_keep_list_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.parquet"
-    with pytest.raises(ClipcidError, match="cannot be read"):
+    with pytest.raises(ClipcidError, match="There is no keep list"):
         read_keep_list(path)
     path.write_bytes(b"not parquet")
     with pytest.raises(ClipcidError, match="cannot be read"):
