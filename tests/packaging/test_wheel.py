@@ -56,6 +56,6 @@ def test_a_wheel_in_an_empty_environment_runs(tmp_path: Path, tiny_model: Path) 
     exported = json.loads(
         run(binaries / "clipcid", "export", tiny_model, "--format", "open-clip", "--json", cwd=tmp_path)
     )
-    assert all(Path(path).exists() for path in exported["files"].values())
+    assert all((tmp_path / path).exists() for path in exported["files"].values())
     assert np.isfinite(list(balanced["seconds"].values())).all()
     assert not os.path.samefile(binaries / "clipcid", Path(sys.executable).with_name("clipcid"))
