@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -30,7 +31,7 @@ RowT = TypeVar("RowT", bound=Row)
 
 
 @dataclasses.dataclass(frozen=True)
-class VirtualShard(Generic[RowT]):
+class VirtualShard(ABC, Generic[RowT]):
     """A slice of rows, read as a shard.
 
     Attributes:
@@ -60,9 +61,9 @@ class VirtualShard(Generic[RowT]):
                 )
         return found
 
+    @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """Describe the slice for a sidecar: ``path``, ``size``, ``hash``."""
-        raise NotImplementedError
 
     @property
     def file(self) -> str:
@@ -80,13 +81,13 @@ class VirtualShard(Generic[RowT]):
         """Return the text as one caption."""
         return (text.decode("utf-8", errors="replace").strip(),)
 
+    @abstractmethod
     def _label(self, row: RowT) -> str:
         """Return what a user would look for to find a skipped row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _sample(self, row: RowT) -> Sample:
         """Return the row as a sample with its own key."""
-        raise NotImplementedError
 
 
 def slice_rows(rows: Sequence[RowT]) -> Iterator[tuple[str, tuple[RowT, ...]]]:
