@@ -19,6 +19,8 @@ from conftest import TINY_CONFIG, Run, make_caption, make_image, write_tiny_mode
 from PIL import Image
 from safetensors.torch import load_file
 
+import clipcid_cli
+
 QUICK_GELU = {**TINY_CONFIG, "quick_gelu": True}
 
 
@@ -80,6 +82,8 @@ assert not any(name.startswith("clipcid") for name in sys.modules)
     metadata = {entry.key: entry.value for entry in graph.metadata_props}
     assert json.loads(metadata["preprocess"])["size"] == [32, 32]
     assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    package = str(Path(clipcid_cli.__file__).parent).encode()
+    assert package not in (folder / "image_encoder.onnx").read_bytes(), "the file must not name paths of its machine"
 
     parity = json.loads((folder / "parity.json").read_text())
     assert parity["parity"] == result["parity"]

@@ -78,5 +78,9 @@ def write_onnx(
             "Try another --opset, or export with --format open-clip; --debug shows where it stopped.",
         ) from error
     assert program is not None
+    for graph in program.model.graphs():
+        for node in graph:
+            node.metadata_props.clear()  # the exporter's stack traces: paths of the machine it ran on
+            node.doc_string = None
     program.model.metadata_props.update(metadata)
     program.save(str(path))
