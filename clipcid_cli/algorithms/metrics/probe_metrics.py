@@ -41,6 +41,5 @@ def measure(
     parts = []
     for rows, own in zip(torch.split(features_ND, _BLOCK), torch.split(labels, _BLOCK), strict=True):
         ones = torch.ones(len(rows), 1, dtype=torch.float64, device=rows.device)
-        parts.append(rank_classes(torch.cat([rows.double(), ones], dim=1), extended_CD, own))
-    predictions_N, ranks_N = (torch.cat(found) for found in zip(*parts, strict=True))
-    return classification_metrics(predictions_N, ranks_N, labels, num_classes)
+        parts.append(rank_classes(torch.cat([rows.double(), ones], dim=1), extended_CD, own)[1])
+    return classification_metrics(torch.cat(parts), labels, num_classes)

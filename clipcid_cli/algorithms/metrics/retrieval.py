@@ -41,7 +41,7 @@ def retrieval_metrics(
         ValueError: when there is no image or no text, or a caption names no image.
 
     Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_retrieval.py, names and definitions; equal similarities
-        rank in row order here, where a top-k breaks ties arbitrarily.
+        rank in row order here, where its ``torch.topk`` promises no order.
     """
     return recall_metrics(*retrieval_ranks(images_ND, texts_MD, image_of_text_M, chunk_entries), recall_at)
 
@@ -64,7 +64,7 @@ def retrieval_ranks(
 
     Returns:
         For each caption the images before its own, int64 [M]; for each image the captions before the first of its own,
-        int64 [N], the largest int64 where it has none.
+        int64 [N]. The largest int64 where an image has no caption, or the similarity is NaN.
     """
     if not len(images_ND) or not len(texts_MD):
         raise ValueError(f"retrieval needs images and texts, not {len(images_ND)} and {len(texts_MD)}")
@@ -118,10 +118,12 @@ def _text_ranks(
 def _count_before(
     scores_BM: torch.Tensor, own_B1: torch.Tensor, column_B: torch.Tensor, columns_M: torch.Tensor
 ) -> torch.Tensor:
-    """Count the entries of each row that are higher than its own one, or equal and in an earlier column."""
-    higher_B = (scores_BM > own_B1).sum(dim=1)
-    equal_before_B = ((scores_BM == own_B1) & (columns_M < column_B[:, None])).sum(dim=1)
-    return higher_B + equal_before_B
+    """Count the entries of each row that are not lower than its own one, without equal ones in the same or a later column.
+
+    The largest int64 where its own is NaN: what cannot be compared is never found, however few the candidates are.
+    """
+    after_BM = (scores_BM < own_B1) | ((scores_BM == own_B1) & (columns_M >= column_B[:, None]))
+    return (~after_BM).sum(dim=1).masked_fill(own_B1.squeeze(1).isnan(), torch.iinfo(torch.int64).max)
 
 
 def retrieval_intervals(

@@ -41,8 +41,9 @@ def rank_classes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find, for each image, the most similar class and how many classes come before the right one.
 
-    Equal similarities rank in the order of the classes, so the result never depends on how a sort breaks ties, and an
-    image is right (its prediction is its label) exactly when its rank is 0.
+    Equal similarities rank in the order of the classes, so the result never depends on how a sort breaks ties. A class is
+    outranked by every class that is not surely less similar: one whose similarity is NaN comes last, and an image is right
+    exactly when the rank of its class is 0.
 
     Args:
         images_ND: Image embeddings, float [N, D], unit rows.
@@ -50,7 +51,8 @@ def rank_classes(
         labels_N: Right classes, int64 [N], in [0, C).
 
     Returns:
-        The predicted classes, int64 [N], and the ranks of the right classes, int64 [N] in [0, C).
+        The predicted classes, int64 [N], and the ranks of the right classes, int64 [N] in [0, C]; C where the right
+        class's similarity is NaN.
 
     Raises:
         ValueError: when a label names no class.
@@ -62,8 +64,9 @@ def rank_classes(
     scores_NC = images_ND @ weights_CD.T
     own_N1 = scores_NC.gather(1, labels_N[:, None])
     earlier_NC = torch.arange(num_classes, device=labels_N.device) < labels_N[:, None]
-    before_NC = (scores_NC > own_N1) | ((scores_NC == own_N1) & earlier_NC)
-    return scores_NC.argmax(dim=1), before_NC.sum(dim=1)
+    # "Not less" rather than "greater": a comparison with NaN is false, and must not put the right class first.
+    after_NC = (scores_NC < own_N1) | ((scores_NC == own_N1) & ~earlier_NC)
+    return scores_NC.nan_to_num(nan=-torch.inf).argmax(dim=1), (~after_NC).sum(dim=1)
 
 
 def top_classes(images_ND: torch.Tensor, weights_CD: torch.Tensor, k: int = ACCURACY_TOP_K) -> tuple[torch.Tensor, ...]:
@@ -81,13 +84,18 @@ def top_classes(images_ND: torch.Tensor, weights_CD: torch.Tensor, k: int = ACCU
     return scores_NC[:, :k], classes_NC[:, :k]
 
 
-def classification_metrics(
-    predictions_N: torch.Tensor, ranks_N: torch.Tensor, labels_N: torch.Tensor, num_classes: int
-) -> dict[str, float]:
+def count_ties(images_ND: torch.Tensor, weights_CD: torch.Tensor) -> int:
+    """Count the images that are equally similar to several classes, more than to any other class."""
+    if len(weights_CD) < 2:
+        return 0
+    best_N2 = (images_ND @ weights_CD.T).topk(2, dim=1).values
+    return int((best_N2[:, 0] == best_N2[:, 1]).sum())
+
+
+def classification_metrics(ranks_N: torch.Tensor, labels_N: torch.Tensor, num_classes: int) -> dict[str, float]:
     """Compute the metrics of a classification as CLIP_benchmark does.
 
     Args:
-        predictions_N: Predicted classes, int64 [N].
         ranks_N: How many classes come before the right one, int64 [N], as :func:`rank_classes` returns them.
         labels_N: Right classes, int64 [N].
 
@@ -104,7 +112,7 @@ def classification_metrics(
     if not len(labels_N):
         raise ValueError("no image to measure")
     images_C = torch.bincount(labels_N, minlength=num_classes)
-    right_C = torch.bincount(labels_N[predictions_N == labels_N], minlength=num_classes)
+    right_C = torch.bincount(labels_N[ranks_N == 0], minlength=num_classes)
     present = images_C > 0
     recall = (right_C[present].double() / images_C[present].double()).mean()
     top_k = (ranks_N < ACCURACY_TOP_K).double().mean() if num_classes >= ACCURACY_TOP_K else torch.tensor(float("nan"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,11 @@ def read_features(path: Path) -> Features | None:
         return None
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return Features(file["rows"], file["labels"], Skips.from_json(json.loads(str(file["skips"]))))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ClipcidError(f"{path} cannot be read: {error}", f"Remove it: rm {path}") from error
+            found = Features(file["rows"], file["labels"], Skips.from_json(json.loads(str(file["skips"]))))
+        if found.rows.ndim != 2 or len(found.rows) != len(found.labels) or not np.isfinite(found.rows).all():
+            raise ValueError(
+                f"{list(found.rows.shape)} rows for {len(found.labels):,} labels, or rows that are not finite"
+            )
+        return found
+    except Exception as error:  # zipfile, zlib, json and numpy raise what they like for a damaged archive
+        raise ClipcidError(f"{path} cannot be read: {error}.", f"Remove it: rm {path}") from error

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from clipcid_cli.runtime.models.clip_model import Tokenizer
 from clipcid_cli.runtime.models.decode import Readable, SkippedImage, read_image
+from clipcid_cli.runtime.models.tokenizer import Tokenizer
 
 # Captions whose tokens are kept.
 MAX_CAPTIONS = 200_000

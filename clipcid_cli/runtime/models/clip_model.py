@@ -23,10 +23,10 @@ from clipcid_cli.runtime.models.hub import reaching_hub
 from clipcid_cli.runtime.models.names import CONFIG_NAME, HF_CONFIG_NAME, ModelName, find_weights, read_config
 from clipcid_cli.runtime.models.preprocess import PixelTransform, hash_preprocess, normalize_pixels
 from clipcid_cli.runtime.models.short_forward import ShortForward
+from clipcid_cli.runtime.models.tokenizer import BoundedTokenizer, load_tokenizer
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.quiet import quiet_libraries
 
-Tokenizer = Callable[[list[str]], torch.Tensor]
 Transform = Callable[[Image.Image], torch.Tensor]
 
 _FOLDER_HINT = (
@@ -81,7 +81,7 @@ class ClipModel:
 
     info: ModelInfo
     module: torch.nn.Module
-    tokenizer: Tokenizer
+    tokenizer: BoundedTokenizer
     device: torch.device
 
     @property
@@ -189,7 +189,8 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
         The model in evaluation mode with float32 weights, whatever the format in the file.
 
     Raises:
-        ClipcidError: when weights cannot be reached or read, do not match the architecture, or there are none.
+        ClipcidError: when weights cannot be reached or read, do not match the architecture, are not finite, or there are
+            none.
     """
     if name.kind in ("architecture", "config") and fresh_seed is None:
         raise ClipcidError(f"Model {name.spec} has no weights.", _FOLDER_HINT)
@@ -198,32 +199,33 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
         match name.kind:
             case "tag":
                 module, config, weights = _load_tag(name)
-                tokenizer = _load_tokenizer(name, name.architecture or "")
+                tokenizer = load_tokenizer(name.spec, name.architecture or "")
             case "hub":
                 module, config, weights = _load_hub(name)
-                tokenizer = _load_tokenizer(name, name.spec)
+                tokenizer = load_tokenizer(name.spec, name.spec)
             case "folder":
                 assert name.path is not None
                 config, _ = read_config(name.path)
                 weights = find_weights(name.path)
                 own = _own_text_tower(config, name.path)
                 module = _create(name, f"local-dir:{name.path}", config, require_pretrained=True, **own)
-                tokenizer = _load_tokenizer(name, f"local-dir:{name.path}")
+                tokenizer = load_tokenizer(name.spec, f"local-dir:{name.path}")
             case _:
                 module, config, tokenizer = _start_fresh(name, cast(int, fresh_seed))
+    _refuse_not_finite(name, module)
     weights_hash = f"fresh:{fresh_seed}" if weights is None else hash_weights(weights)
     module.eval().to(device)
     return ClipModel(_describe(name, module, tokenizer, config, weights_hash), module, tokenizer, torch.device(device))
 
 
 def _describe(
-    name: ModelName, module: torch.nn.Module, tokenizer: Any, config: dict[str, Any], weights_hash: str
+    name: ModelName, module: torch.nn.Module, tokenizer: BoundedTokenizer, config: dict[str, Any], weights_hash: str
 ) -> ModelInfo:
     # Through JSON, so that tuples become lists, as in sidecars.
     preprocess = json.loads(json.dumps(dict(cast(Any, module).visual.preprocess_cfg)))
     size = preprocess["size"]
     text = config["text_cfg"]
-    kind = type(tokenizer).__name__
+    kind = type(tokenizer.whole).__name__
     return ModelInfo(
         spec=name.spec,
         slug=name.slug,
@@ -231,7 +233,7 @@ def _describe(
         tag=name.tag,
         weights_hash=weights_hash,
         preprocess=preprocess,
-        context_length=int(tokenizer.context_length),
+        context_length=int(tokenizer.whole.context_length),
         embed_dim=int(config["embed_dim"]),
         image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
@@ -272,7 +274,7 @@ def _load_hub(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
     return _create(name, name.spec, config, require_pretrained=True), config, weights
 
 
-def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str, Any], Tokenizer]:
+def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str, Any], BoundedTokenizer]:
     """Build an architecture with random weights that depend on the seed only; global generators are unchanged."""
     from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
@@ -290,7 +292,7 @@ def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str,
         # The files of a Hugging Face tokenizer are next to the configuration.
         from_folder = folder if folder is not None and (folder / CONFIG_NAME).is_file() else Path(scratch)
         source = f"local-dir:{from_folder}" if name.path is not None else name.architecture
-        tokenizer = _load_tokenizer(name, cast(str, source))
+        tokenizer = load_tokenizer(name.spec, cast(str, source))
     return module, original, tokenizer
 
 
@@ -311,8 +313,8 @@ def _own_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any) -> torch.nn.Module:
     from clipcid_cli.runtime.models.lean_open_clip import import_towers, open_clip
 
-    import_towers(config)
     try:
+        import_towers(config)
         return cast(torch.nn.Module, open_clip.create_model(source, precision="fp32", device="cpu", **options))
     except Exception as error:  # open_clip raises whatever PyTorch, safetensors or json do for a file that does not fit
         reason = " ".join(str(error).split())
@@ -322,16 +324,19 @@ def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any
         ) from error
 
 
-def _load_tokenizer(name: ModelName, source: str) -> Tokenizer:
-    from clipcid_cli.runtime.models.lean_open_clip import open_clip
+def _refuse_not_finite(name: ModelName, module: torch.nn.Module) -> None:
+    """Refuse weights with NaN or infinite entries: every embedding would be NaN, and no comparison with it means anything.
 
-    try:
-        return cast(Tokenizer, open_clip.get_tokenizer(source))
-    except Exception as error:  # transformers raises OSError, ValueError, ImportError and its own
-        raise ClipcidError(
-            f"The tokenizer of model {name.spec} could not be loaded: {' '.join(str(error).split())[:400]}",
-            "Put its files (tokenizer.json, tokenizer_config.json, …) in the folder of the model's configuration.",
-        ) from error
+    Buffers are not looked at, since masks of attention hold infinities.
+    """
+    for parameter, values in module.named_parameters():
+        low, high = torch.aminmax(values.detach()) if values.numel() else (torch.zeros(()), torch.zeros(()))
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            total, bad = values.numel(), int((~torch.isfinite(values)).sum())
+            raise ClipcidError(
+                f"Model {name.spec} has weights that are not finite: {bad:,} of the {total:,} entries of {parameter}.",
+                "Choose another model, or an earlier checkpoint: a training that diverged leaves such weights.",
+            )
 
 
 def builtin_templates(name: str) -> tuple[str, ...]:

@@ -16,8 +16,9 @@ from clipcid_cli.formats.data.dataset import Dataset, Sample
 from clipcid_cli.formats.embeddings.extras import ViewParams
 from clipcid_cli.runtime.models.augment import Augmentation, View, ViewPixels, choose_view
 from clipcid_cli.runtime.models.caches import ImageCache, TokenCache
-from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer
+from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage
+from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.sample_order import SHARDS_MIXED, SampleOrder
 from clipcid_cli.steps.distill.samples import Selection

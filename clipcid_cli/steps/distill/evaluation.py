@@ -15,8 +15,9 @@ from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, Sample
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer
+from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
+from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.models.used_tokens import whole_table
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import take_samples

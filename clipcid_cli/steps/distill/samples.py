@@ -12,7 +12,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, refuse_repeated_keys
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.models.caches import MAX_CAPTIONS
-from clipcid_cli.runtime.models.clip_model import Tokenizer
+from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.randomness import key_fraction
 from clipcid_cli.steps.data_index import take_samples
 

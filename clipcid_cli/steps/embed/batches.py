@@ -11,8 +11,9 @@ import torch
 
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.runtime.models.augment import PACKED_VIEW
-from clipcid_cli.runtime.models.clip_model import Tokenizer, Transform
+from clipcid_cli.runtime.models.clip_model import Transform
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
+from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.steps.embed.views import ViewMaker
 
 

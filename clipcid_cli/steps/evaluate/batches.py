@@ -14,8 +14,8 @@ from PIL import Image
 
 from clipcid_cli.formats.data.dataset import Sample
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.models.clip_model import Tokenizer
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
+from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
 
 

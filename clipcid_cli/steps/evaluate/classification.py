@@ -14,6 +14,7 @@ from clipcid_cli.algorithms.metrics.zeroshot import (
     classification_intervals,
     classification_metrics,
     confuse_classes,
+    count_ties,
     rank_classes,
     top_classes,
 )
@@ -44,6 +45,7 @@ def measure_classification(embeddings: TaskEmbeddings, weights: torch.Tensor, re
         reporter.note(
             f"{task.name}: {absent} of {num_classes} classes have no image; the mean over classes ignores them."
         )
+    _warn_of_ties(embeddings, weights, reporter)
     intervals = {}
     if embeddings.replicates:
         intervals = classification_intervals(ranks, labels, num_classes, embeddings.replicates, embeddings.seed)
@@ -54,13 +56,24 @@ def measure_classification(embeddings: TaskEmbeddings, weights: torch.Tensor, re
         columns = {"label": labels.numpy(), "predicted": predicted.numpy(), "top": top.tolist()}
         kept = embeddings.make_predictions(predictions.CLASSIFICATION, columns | {"scores": scores.tolist()})
     return TaskResult(
-        metrics=classification_metrics(predicted, ranks, labels, num_classes),
+        metrics=classification_metrics(ranks, labels, num_classes),
         intervals=intervals,
         per_class=_describe_classes(task.class_names, labels.numpy(), predicted.numpy()),
         examples=_choose_examples(embeddings, labels.numpy(), predicted.numpy()),
         predictions=kept,
         texts=num_classes * len(task.templates),
     )
+
+
+def _warn_of_ties(embeddings: TaskEmbeddings, weights: torch.Tensor, reporter: Reporter) -> None:
+    """Say how many images have several most similar classes, of which the first in order is predicted."""
+    tied = sum(count_ties(batch.images, weights) for batch in embeddings.batches)
+    if tied:
+        images = sum(len(batch.keys) for batch in embeddings.batches)
+        reporter.warn(
+            f"{embeddings.task.name}: {tied:,} of {images:,} images are equally similar to several classes; the first of "
+            "these classes is predicted. Does the model, or do the class names, tell the classes apart?"
+        )
 
 
 def _describe_classes(names: tuple[str, ...], labels: Array, predicted: Array) -> list[dict[str, Any]]:

@@ -131,18 +131,32 @@ class TaskEncoder:
         return map_threads(decoded, lambda batch: self._embed(task, batch), threads)
 
     def _embed(self, task: ZeroshotTask, batch: DecodedBatch) -> tuple[EmbeddedBatch | None, Skips]:
-        """Embed one batch, whose number the caller knows; None when no image of it could be decoded."""
+        """Embed one batch, whose number the caller knows; None when no image of it can be used."""
         if batch.pixels is None:
             return None, batch.skips
-        model, precision = self.model, self.precision
+        model, precision, samples = self.model, self.precision, batch.samples
+        images = model.encode_images(batch.pixels, precision).cpu()
+        texts = model.encode_texts(batch.tokens, precision).cpu() if batch.tokens is not None else None
+        finite_B = torch.isfinite(images).all(dim=1)
+        if texts is not None:
+            captions_B = torch.tensor([len(sample.captions) for sample in samples])
+            owners_M = torch.repeat_interleave(torch.arange(len(samples)), captions_B)
+            finite_B[owners_M[~torch.isfinite(texts).all(dim=1)]] = False
+            texts = texts[finite_B[owners_M]]
+        for sample, finite in zip(samples, finite_B.tolist(), strict=True):
+            if not finite:
+                batch.skips.add("nan_row", sample.key)
+        samples = [sample for sample, finite in zip(samples, finite_B.tolist(), strict=True) if finite]
+        if not samples:
+            return None, batch.skips
         embedded = EmbeddedBatch(
             number=-1,
-            keys=[sample.key for sample in batch.samples],
-            locations=[sample.image for sample in batch.samples],
-            images=model.encode_images(batch.pixels, precision).cpu(),
-            labels=task.labels(batch.samples) if task.task == CLASSIFICATION else None,
-            texts=model.encode_texts(batch.tokens, precision).cpu() if batch.tokens is not None else None,
-            captions_per_image=[len(sample.captions) for sample in batch.samples],
+            keys=[sample.key for sample in samples],
+            locations=[sample.image for sample in samples],
+            images=images[finite_B],
+            labels=task.labels(samples) if task.task == CLASSIFICATION else None,
+            texts=texts,
+            captions_per_image=[len(sample.captions) for sample in samples],
         )
         return embedded, batch.skips
 
@@ -151,6 +165,9 @@ class TaskEncoder:
 
         Returns:
             float32 [C, T, D], unit rows, on the CPU of every process.
+
+        Raises:
+            ClipcidError: when a prompt's row is not finite.
         """
         machine = self.machine
         classes_per_batch = max(1, self.batch_size // len(task.templates))
@@ -167,7 +184,16 @@ class TaskEncoder:
 
         mine = list(map_threads(starts, encode, threads_for_batches(machine.device)))
         everything = sorted((part for parts in machine.gather(mine) for part in parts), key=lambda part: part[0])
-        return torch.cat([prompts for _, prompts in everything])
+        prompts_CTD = torch.cat([prompts for _, prompts in everything])
+        bad_C = ~torch.isfinite(prompts_CTD).all(dim=2).all(dim=1)
+        if bool(bad_C.any()):
+            first = task.class_names[int(bad_C.int().argmax())]
+            raise ClipcidError(
+                f"{task.name}: the prompts of {int(bad_C.sum()):,} of {len(bad_C):,} classes have embeddings that are not "
+                f"finite, first those of {first!r}.",
+                "Use --precision fp32, or another model.",
+            )
+        return prompts_CTD
 
 
 def warn_of_skips(task: ZeroshotTask, skips: Skips, reporter: Reporter) -> None:

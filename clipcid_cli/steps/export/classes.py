@@ -13,7 +13,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import CLASS_NAMES, find_benchmark_folder
 from clipcid_cli.formats.data.class_files import DEFAULT_TEMPLATES, fill_template, read_class_names, read_templates
 from clipcid_cli.formats.data.dataset import Dataset, Sample
-from clipcid_cli.runtime.models.clip_model import Tokenizer
+from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.models.towers import Encode
 from clipcid_cli.steps.class_names import match_class_names, plain_name
 from clipcid_cli.steps.settings.export import ExportSettings

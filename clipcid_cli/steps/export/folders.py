@@ -101,7 +101,7 @@ def write_hf(model: ClipModel, folder: Path, checker: Checker, options: ExportOp
     Raises:
         ClipcidError: when the model cannot be expressed there or differs by more than the limit.
     """
-    tokenizer = cast(Any, model.tokenizer)
+    tokenizer = model.tokenizer.whole
     write_hf_folder(
         folder,
         describe_hf(model),
@@ -175,7 +175,7 @@ def _check_tokenizer(model: ClipModel, written: HfClip, checker: Checker) -> dic
     texts = list(dict.fromkeys([*TOKENIZER_TEXTS, *SENTENCES, *checker.inputs.texts, *prompts]))
     ours, theirs = model.tokenizer(texts), written.prepare_texts(texts)
     different = [place for place in range(len(texts)) if not _same_text(ours[place], theirs[place])]
-    cleaned = [cast(Any, model.tokenizer).clean_fn(texts[place]) for place in different]
+    cleaned = [model.tokenizer.whole.clean_fn(texts[place]) for place in different]
     again = written.prepare_texts(cleaned) if cleaned else theirs[:0]
     wrong = [place for place, tokens in zip(different, again, strict=True) if not _same_text(ours[place], tokens)]
     if wrong:

@@ -31,6 +31,17 @@ def test_ties_count_in_row_order() -> None:
     }
 
 
+def test_a_similarity_that_is_nan_is_not_found_however_few_the_candidates() -> None:
+    images, texts = torch.eye(3), torch.eye(3)
+    images[1] = torch.nan
+    metrics = retrieval_metrics(images, texts, torch.arange(3), recall_at=(1, 2, 10))
+    # Image 1 comes before the right one for captions 0 and 2: nothing says that it is less similar.
+    assert metrics["image_retrieval_recall@1"] == 0
+    assert metrics["image_retrieval_recall@10"] == metrics["text_retrieval_recall@10"] == pytest.approx(2 / 3)
+    nothing = retrieval_metrics(torch.full((3, 3), torch.nan), texts, torch.arange(3), recall_at=(1, 5, 10))
+    assert set(nothing.values()) == {0.0}
+
+
 def test_image_without_caption_is_not_found() -> None:
     metrics = retrieval_metrics(torch.eye(2), torch.eye(2)[:1], torch.tensor([0]), recall_at=(1, 5))
     assert metrics["image_retrieval_recall@1"] == 1.0

@@ -32,7 +32,7 @@ def test_metrics_agree_with_scikit_learn() -> None:
     labels = torch.randint(0, 11, (300,), generator=torch.Generator().manual_seed(2))  # class 11 has no image
     scores = (images @ weights.T).numpy()
 
-    metrics = classification_metrics(*rank_classes(images, weights, labels), labels, num_classes=12)
+    metrics = classification_metrics(rank_classes(images, weights, labels)[1], labels, num_classes=12)
 
     assert metrics["acc1"] == pytest.approx((scores.argmax(1) == labels.numpy()).mean(), abs=1e-12)
     assert metrics["acc5"] == pytest.approx(top_k_accuracy_score(labels, scores, k=5, labels=np.arange(12)), abs=1e-12)
@@ -42,13 +42,13 @@ def test_metrics_agree_with_scikit_learn() -> None:
 
 def test_mean_per_class_recall_is_balanced_accuracy() -> None:
     labels, predictions = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 2, 0])
-    metrics = classification_metrics(predictions, (predictions != labels).long(), labels, num_classes=3)
+    metrics = classification_metrics((predictions != labels).long(), labels, num_classes=3)
     assert metrics["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(labels, predictions), abs=1e-12)
 
 
 def test_acc5_says_nothing_below_five_classes() -> None:
     labels = torch.tensor([0, 1, 2, 3])
-    metrics = classification_metrics(labels, torch.zeros(4, dtype=torch.int64), labels, num_classes=4)
+    metrics = classification_metrics(torch.zeros(4, dtype=torch.int64), labels, num_classes=4)
     assert metrics["acc1"] == 1.0
     assert math.isnan(metrics["acc5"])
 
@@ -61,6 +61,24 @@ def test_equal_similarities_count_in_class_order() -> None:
     assert ranks.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("spoilt", ["image", "own class", "other class", "everything"])
+def test_a_similarity_that_is_nan_never_counts_for_the_model(spoilt: str) -> None:
+    weights, labels = torch.eye(6), torch.arange(6)
+    images = weights.clone()
+    if spoilt == "image":
+        images[2] = math.nan
+    elif spoilt == "own class":
+        weights[2] = math.nan
+    elif spoilt == "other class":  # every comparison with it is undecided
+        weights = torch.cat([weights, torch.full((1, 6), math.nan)])
+    else:
+        images[:] = math.nan
+    _, ranks = rank_classes(images, weights, labels)
+    metrics = classification_metrics(ranks, labels, num_classes=len(weights))
+    right = {"image": 5 / 6, "own class": 0.0, "other class": 0.0, "everything": 0.0}[spoilt]
+    assert metrics["acc1"] == metrics["mean_per_class_recall"] == pytest.approx(right)
+
+
 def test_label_outside_the_classes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"labels are in \[0, 3\], classes in \[0, 2\]"):
         rank_classes(unit_rows(2, 4, seed=0), unit_rows(3, 4, seed=1), torch.tensor([0, 3]))
@@ -69,4 +87,4 @@ def test_label_outside_the_classes_is_refused() -> None:
 def test_no_image_is_refused() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     with pytest.raises(ValueError, match="no image"):
-        classification_metrics(none, none, none, num_classes=3)
+        classification_metrics(none, none, num_classes=3)

@@ -1,0 +1,110 @@
+"""Models whose embeddings cannot be compared: refused, skipped, or scored as the guess that they are."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_image, write_tar, write_tiny_model
+from one_process import OneProcess
+from safetensors.torch import load_file, save_file
+
+from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.models.tokenizer import LONGEST_TEXT
+
+CLASSES = 6
+
+
+@pytest.fixture(scope="module")
+def clipcid() -> Iterator[OneProcess]:
+    process = OneProcess()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images with a caption each, of six classes."""
+    folder = tmp_path_factory.mktemp("data")
+    members = [
+        member
+        for number in range(12)
+        for member in (
+            (f"{number:03d}.png", make_image(number)),
+            (f"{number:03d}.txt", f"drawing {number}".encode()),
+            (f"{number:03d}.cls", str(number % CLASSES).encode()),
+        )
+    ]
+    write_tar(folder / "0.tar", members)
+    (folder / "classnames.txt").write_text("".join(f"class {number}\n" for number in range(CLASSES)))
+    return folder
+
+
+def change_weights(model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """Copy a model folder with changed weights."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "open_clip_model.safetensors")
+    change(weights)
+    save_file(weights, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def spoil(weights: dict[str, torch.Tensor]) -> None:
+    weights["visual.conv1.weight"][0, 0, 0, 0] = torch.nan
+
+
+def make_constant(weights: dict[str, torch.Tensor]) -> None:
+    weights["visual.proj"].zero_()
+    weights["text_projection"].zero_()
+
+
+def test_weights_that_are_not_finite_are_refused_by_every_step(
+    clipcid: OneProcess, tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    model = change_weights(tiny_model, tmp_path / "nan", spoil)
+    steps = (
+        ("eval-zeroshot", model, data, "--task", "retrieval"),
+        ("eval-linear", model, "--train", data, "--test", data),
+        ("embed", data, "--model", model),
+        ("export", model, "--format", "open-clip"),
+    )
+    for arguments in steps:
+        found = clipcid(*arguments, cwd=tmp_path)
+        assert found.code == 1, found
+        assert not found.problems(), found
+        assert (
+            f"Model {model} has weights that are not finite: 1 of the 6,144 entries of visual.conv1.weight."
+            in found.err
+        )
+    assert not (tmp_path / "clipcid-work" / "eval").exists() or not list(
+        (tmp_path / "clipcid-work/eval").glob("*.json")
+    )
+
+
+def test_constant_rows_score_as_a_guess(clipcid: OneProcess, tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    model = change_weights(tiny_model, tmp_path / "constant", make_constant)
+    found = clipcid("eval-zeroshot", model, data, "--task", "classification", "--json", cwd=tmp_path)
+    assert found.code == 0, found
+    assert found.json["metrics"] == {
+        "acc1": pytest.approx(1 / CLASSES),
+        "acc5": pytest.approx(5 / CLASSES),
+        "mean_per_class_recall": pytest.approx(1 / CLASSES),
+    }
+    assert "12 of 12 images are equally similar to several classes" in found.err
+    captions = clipcid("eval-zeroshot", model, data, "--task", "retrieval", "--json", cwd=tmp_path)
+    assert captions.json["metrics"]["image_retrieval_recall@1"] == pytest.approx(1 / 12)
+    assert captions.json["metrics"]["text_retrieval_recall@1"] == pytest.approx(1 / 12)
+
+
+def test_a_long_caption_is_tokenized_by_its_beginning_alone(tmp_path: Path) -> None:
+    model = load_model(parse_model(str(write_tiny_model(tmp_path / "model"))))
+    started = time.perf_counter()
+    tokens = model.tokenizer(["\n" * 10_000_000, "a photo of a cat" + " and a dog" * 2_000_000])
+    # The whole took more than 80 s; the bound is that it does not grow with the text.
+    assert time.perf_counter() - started < 20
+    assert torch.equal(tokens[1], model.tokenizer(["a photo of a cat" + " and a dog" * 20])[0])
+    assert torch.equal(tokens[0], model.tokenizer([""])[0])
+    assert LONGEST_TEXT >= 100 * 77
