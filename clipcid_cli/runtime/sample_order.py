@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,9 @@ SHARDS_MIXED = 16
 """Shards whose samples are shuffled together."""
 
 
-def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], group: int = SHARDS_MIXED) -> npt.NDArray[np.int64]:
+def epoch_groups(
+    seed: int, epoch: int, shard_sizes: Sequence[int], group: int = SHARDS_MIXED
+) -> Iterator[npt.NDArray[np.int64]]:
     """Order one epoch's samples: shards are shuffled and dealt into groups, samples are shuffled within each group.
 
     Reading stays local to `group` shards at a time while every sample can still meet samples of any other shard; with at
@@ -25,34 +26,54 @@ def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], group: int = 
         shard_sizes: Samples of each shard; rows are numbered through all shards in order.
         group: Shards that are mixed at once.
 
-    Returns:
-        int64 [sum(shard_sizes)], each row once; a function of the arguments only.
+    Yields:
+        The rows of each group, int64; all groups together hold each row once. A function of the arguments only.
     """
     generator = np.random.default_rng(derive_seed("epoch", seed, epoch))
     starts = np.concatenate([[0], np.cumsum(shard_sizes, dtype=np.int64)])
     shards = generator.permutation(len(shard_sizes))
-    parts: list[npt.NDArray[np.int64]] = []
     for first in range(0, len(shards), group):
         rows = [np.arange(starts[shard], starts[shard + 1], dtype=np.int64) for shard in shards[first : first + group]]
         mixed = np.concatenate(rows)
         generator.shuffle(mixed)
-        parts.append(mixed)
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        yield mixed
 
 
 class SampleOrder:
-    """The samples of a run, one epoch after the other without end."""
+    """The samples of a run, one epoch after the other without end; one group of an epoch is held at a time.
+
+    Groups are generated in sequence, so reading on costs nothing extra. A start in the middle of an epoch generates the
+    groups before it, some 10 ns a sample: 4 s at the end of an epoch of 400 million. Going back starts the epoch anew.
+    """
 
     def __init__(self, seed: int, shard_sizes: Sequence[int]) -> None:
+        self._seed, self._shard_sizes = seed, shard_sizes
         self._size = sum(shard_sizes)
-        # A batch may run on across the end of an epoch.
-        self._epoch_order = lru_cache(2)(lambda epoch: epoch_order(seed, epoch, shard_sizes))
+        self._start_epoch(0)
 
     def __len__(self) -> int:
         """Samples of one epoch."""
         return self._size
 
     def between(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Return (epoch, row) of samples number start … stop − 1 of the run; rows as in `epoch_order`."""
-        epochs = ((number // self._size, number % self._size) for number in range(start, stop))
-        return [(epoch, int(self._epoch_order(epoch)[place])) for epoch, place in epochs]
+        """Return (epoch, row) of samples number start … stop − 1 of the run; rows as in `epoch_groups`."""
+        found = list[tuple[int, int]]()
+        while start < stop:
+            epoch, place = divmod(start, self._size)
+            rows = self._rows_from(epoch, place)[: stop - start]
+            found.extend((epoch, row) for row in rows.tolist())
+            start += len(rows)
+        return found
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch, self._groups = epoch, epoch_groups(self._seed, epoch, self._shard_sizes)
+        self._first, self._rows = 0, np.empty(0, dtype=np.int64)
+
+    def _rows_from(self, epoch: int, place: int) -> npt.NDArray[np.int64]:
+        """Return the rows of an epoch from a place on, to the end of its group."""
+        if epoch != self._epoch or place < self._first:
+            self._start_epoch(epoch)
+        while place >= self._first + len(self._rows):
+            self._first += len(self._rows)
+            self._rows = next(self._groups)
+        return self._rows[place - self._first :]

@@ -4,9 +4,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcid_cli.runtime.sample_order import SampleOrder, epoch_order
+from clipcid_cli.runtime.sample_order import SHARDS_MIXED, SampleOrder, epoch_groups
 
 sizes = st.lists(st.integers(0, 20), max_size=30)
+
+
+def epoch_order(seed: int, epoch: int, shard_sizes: list[int], group: int = SHARDS_MIXED) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.int64), *epoch_groups(seed, epoch, shard_sizes, group)])
 
 
 @given(sizes, st.integers(0, 2**31), st.integers(0, 100), st.integers(1, 8))
@@ -34,3 +38,18 @@ def test_a_run_goes_through_one_epoch_after_the_other() -> None:
     assert [epoch for epoch, _ in run] == [0] * 7 + [1] * 7
     assert [row for _, row in run[7:]] == epoch_order(7, 1, [3, 4]).tolist()
     assert SampleOrder(7, [3, 4]).between(5, 9) == run[5:9]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60).filter(sum), st.lists(st.integers(0, 500), max_size=8))
+def test_any_stretch_is_the_same_wherever_reading_was_before(shard_sizes: list[int], starts: list[int]) -> None:
+    order = SampleOrder(3, shard_sizes)
+    whole = [(epoch, int(row)) for epoch in range(600) for row in epoch_order(3, epoch, shard_sizes)][:600]
+    for start in starts:  # back and forth, across groups and epochs
+        assert order.between(start, start + 70) == whole[start : start + 70]
+
+
+def test_the_order_is_what_it_always_was() -> None:
+    rows = [row for _, row in SampleOrder(1, [3, 0, 4, 2]).between(3, 13)]
+    assert rows == [5, 2, 1, 8, 6, 0, 3, 5, 6, 1]
+    rows = [row for _, row in SampleOrder(5, [3, 1] * 20).between(70, 90)]
+    assert rows == [38, 55, 24, 37, 21, 42, 26, 36, 22, 41, 46, 44, 43, 24, 2, 6, 26, 17, 11, 72]
