@@ -10,12 +10,14 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_url, local_copy
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample
+from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.skips import Skips
 
 _BLOCK = 512
@@ -23,6 +25,11 @@ _READ = 16 * _BLOCK  # a header, and often the small members after it, in one re
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext, without the 0.2 s of its import
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset reserves
+_CLASS = re.compile(rb"[+-]?[0-9]{1,9}")
+_OCTAL = re.compile(rb"[0-7]*")
+_LONGEST_NUMBER = 20  # digits of 2^64
+_LARGEST_EXTENSION = 2**20  # bytes of a long name or of pax records; real ones have a few hundred
+_SPARSE = "GNU.sparse"
 _FIX = "Make the shard again, or remove it from the data."
 
 
@@ -102,10 +109,10 @@ class TarShard:
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe the tar: size, and a hash of its size and of windows of 64 KiB at its head, middle and tail."""
-        path = local_copy(self.path)
-        size, window = path.stat().st_size, 2**16
-        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-        with path.open("rb") as file:
+        window = 2**16
+        with _open(local_copy(self.path)) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.blake2b(str(size).encode(), digest_size=16)
             for start in (0, max(0, (size - window) // 2), max(0, size - window)):
                 file.seek(start)
                 digest.update(file.read(window))
@@ -164,20 +171,22 @@ def _by_suffix(members: list[Member]) -> dict[str, Member]:
 
 
 def _read(path: Path, member: Member) -> bytes:
-    return Location(str(path), member.offset, member.size).read()
+    try:
+        return Location(str(path), member.offset, member.size).read()
+    except OSError as error:
+        raise ClipcidError(f"Shard {path} cannot be read: {error.strerror or error}.", _FIX) from error
 
 
 def _read_label(path: Path, member: Member | None, where: str) -> int | None:
     if member is None:
         return None
-    text = _read(path, member)
-    try:
-        return int(text)
-    except ValueError as error:
+    text = _read(path, member).strip()
+    if not _CLASS.fullmatch(text):
         raise ClipcidError(
             f"The .cls of sample {where} contains {text[:40]!r}, not the number of a class.",
-            "Write one integer, from 0.",
-        ) from error
+            "Write one integer, from 0 to 999,999,999.",
+        )
+    return int(text)
 
 
 def check_tar(path: Path) -> None:
@@ -188,16 +197,11 @@ def check_tar(path: Path) -> None:
     Raises:
         ClipcidError: when it is compressed, not a tar, or truncated.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(_BLOCK)
-            file.seek(max(0, size - 2 * _BLOCK))
-            tail = file.read()
-    except OSError as error:
-        raise ClipcidError(
-            f"Shard {path} cannot be read: {error.strerror or error}.", "Check the path and its permissions."
-        ) from error
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(_BLOCK)
+        file.seek(max(0, size - 2 * _BLOCK))
+        tail = file.read()
     if size == 0:
         raise ClipcidError(f"Shard {path} is empty: 0 bytes.", _FIX)
     for magic, form in _COMPRESSED.items():
@@ -213,15 +217,27 @@ def check_tar(path: Path) -> None:
             pass
 
 
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    """Open a tar unbuffered; whatever the system refuses within the block becomes one error."""
+    try:
+        with open_regular(path) as file:
+            yield file
+    except OSError as error:
+        raise ClipcidError(
+            f"Shard {path} cannot be read: {error.strerror or error}.", "Check the path and its permissions."
+        ) from error
+
+
 def read_members(path: Path) -> Iterator[Member]:
     """List the regular files of a tar, in order, from its headers.
 
     Understands POSIX (ustar, pax) and GNU long names, as Python, GNU tar and bsdtar write them.
 
     Raises:
-        ClipcidError: when a header is damaged or content extends beyond the end of the file.
+        ClipcidError: when a header is damaged, content extends beyond the end of the file, or a member is sparse.
     """
-    with path.open("rb", buffering=0) as file:
+    with _open(path) as file:
         end = os.fstat(file.fileno()).st_size
         window = _Window(file.fileno())
         position = 0
@@ -232,30 +248,49 @@ def read_members(path: Path) -> Iterator[Member]:
             if len(header) == _BLOCK and not any(header):
                 return
             if len(header) < _BLOCK or not _checksum_fits(header):
-                raise ClipcidError(
-                    f"Shard {path} is damaged at byte {position:,} of {end:,}: there is no tar header.", _FIX
-                )
+                raise _damaged(path, position, end, "there is no tar header")
             kind = header[156:157]
-            size = int(overrides["size"]) if "size" in overrides and kind not in b"xgLK" else _number(header[124:136])
+            is_extension = kind in b"xgLK"
+            try:
+                own = None if is_extension else overrides.get("size")
+                size = _number(header[124:136]) if own is None else _decimal(own)
+                if is_extension and size > _LARGEST_EXTENSION:
+                    raise ValueError(f"its extended header has {size:,} bytes")
+            except ValueError as error:
+                raise _damaged(path, position, end, str(error)) from error
             content = position + _BLOCK
             # Content is padded to whole blocks, so a tar may also be truncated within the padding.
-            position = content + -(-size // _BLOCK) * _BLOCK
-            if position > end:
+            following = content + -(-size // _BLOCK) * _BLOCK
+            if following > end:
                 raise ClipcidError(
-                    f"Shard {path} is truncated: {_name(header)} should end at byte {position:,}, the file has {end:,}.",
+                    f"Shard {path} is truncated: {_name(header)} should end at byte {following:,}, the file has {end:,}.",
                     "Copy or download it again, or remove it from the data.",
                 )
-            start = content - _BLOCK if start is None else start
+            start = position if start is None else start
             if kind == b"x":
-                overrides |= _parse_pax(window.read(content, size))
+                try:
+                    overrides |= _parse_pax(window.read(content, size))
+                except ValueError as error:
+                    raise _damaged(path, position, end, str(error)) from error
             elif kind == b"L":
                 overrides["path"] = window.read(content, size).rstrip(b"\0").decode("utf-8", errors="surrogateescape")
             elif kind == b"g":
                 start = None
             elif kind != b"K":
+                name = overrides.get("path") or _name(header)
+                if kind == b"S" or _SPARSE in overrides:
+                    raise ClipcidError(
+                        f"Shard {path} holds {name} as a sparse file, whose content is stored in pieces.",
+                        "Make the shard again without tar's --sparse.",
+                    )
                 if kind in b"0\x007":
-                    yield Member(overrides.get("path") or _name(header), content, size, start)
+                    yield Member(name, content, size, start)
                 overrides, start = {}, None
+            position = following
+
+
+def _damaged(path: Path, position: int, end: int, why: str) -> ClipcidError:
+    return ClipcidError(f"Shard {path} is damaged at byte {position:,} of {end:,}: {why}.", _FIX)
 
 
 class _Window:
@@ -280,10 +315,23 @@ def _checksum_fits(header: bytes) -> bool:
 
 
 def _number(field: bytes) -> int:
-    """Read an octal number, or GNU's binary form of a larger one."""
-    if field[0] & 0x80:
-        return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
-    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+    """Read an octal number, or GNU's binary form of a larger one.
+
+    Raises:
+        ValueError: when it is neither, or negative.
+    """
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = field.split(b"\0", 1)[0].strip()
+    if not _OCTAL.fullmatch(digits):
+        raise ValueError(f"{field!r} is not a size")
+    return int(digits or b"0", 8)
+
+
+def _decimal(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < _LONGEST_NUMBER):
+        raise ValueError(f"{text[:40]!r} is not a size")
+    return int(text)
 
 
 def _name(header: bytes) -> str:
@@ -295,12 +343,25 @@ def _name(header: bytes) -> str:
 
 
 def _parse_pax(data: bytes) -> dict[str, str]:
-    """Read records ``LENGTH KEY=VALUE``, one per line; only the next member's name and size are used."""
-    found = {}
-    while data and data[0]:
-        length = int(data.split(b" ", 1)[0])
-        key, _, value = data[:length].split(b" ", 1)[1].partition(b"=")
+    """Read records ``LENGTH KEY=VALUE``, one per line.
+
+    Returns:
+        The next member's ``path`` and ``size``, and `_SPARSE` where it is stored as a sparse file.
+
+    Raises:
+        ValueError: when a record's length does not end at its line, or it has no key.
+    """
+    found, start = {}, 0
+    while start < len(data) and data[start]:
+        space = data.find(b" ", start, start + _LONGEST_NUMBER)
+        length = data[start : max(start, space)]
+        end = start + int(length) if length.isdigit() else start
+        if not space < end <= len(data) or data[end - 1 : end] != b"\n" or b"=" not in data[space:end]:
+            raise ValueError("its pax record is broken")
+        key, _, value = data[space + 1 : end - 1].partition(b"=")
         if key in (b"path", b"size"):
-            found[key.decode()] = value.rstrip(b"\n").decode("utf-8", errors="surrogateescape")
-        data = data[length:]
+            found[key.decode()] = value.decode("utf-8", errors="surrogateescape")
+        elif key.startswith(b"GNU.sparse."):
+            found[_SPARSE] = ""
+        start = end
     return found

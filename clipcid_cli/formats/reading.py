@@ -1,0 +1,59 @@
+"""Opening files that someone else may have damaged: whatever a library raises over one becomes one error that names it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from clipcid_cli.errors import ClipcidError
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading, unbuffered.
+
+    Raises:
+        OSError: when it cannot be opened, or is no regular file: reading a FIFO would wait for ever.
+    """
+    # Without O_NONBLOCK already opening a FIFO waits for its writer; regular files do not heed it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "folder" if stat.S_ISDIR(mode) else "pipe or device"
+            raise OSError(f"it is a {kind}, not a file")
+        return os.fdopen(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+@contextmanager
+def reading(path: Path, expected: str, fix: str) -> Iterator[None]:
+    """Turn whatever is raised while `path` is read into one error.
+
+    Args:
+        expected: What the file should be, with its article: "a parquet file".
+        fix: What to do about it.
+
+    Raises:
+        ClipcidError: when the path is no regular file, cannot be opened, or the block raises anything but a ClipcidError.
+    """
+    try:
+        open_regular(path).close()
+        yield
+    except (ClipcidError, MemoryError):
+        raise
+    except OSError as error:
+        raise ClipcidError(f"{path} cannot be read: {describe(error)}.", fix) from error
+    except Exception as error:
+        raise ClipcidError(f"{path} is not {expected}: {describe(error)}.", fix) from error
+
+
+def describe(error: Exception) -> str:
+    """Return the reason an error gives, on one line of bounded length and without a full stop."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(reason.split())[:300].rstrip(".")
