@@ -112,10 +112,10 @@ def write_parquet(path: Path, table: pa.Table) -> None:
         pq.write_table(table, file, compression="zstd")
 
 
-def pack_csv(frame: pd.DataFrame) -> bytes:
-    """Return a frame as comma-separated text with a header and no index, UTF-8."""
+def pack_csv(frame: pd.DataFrame, header: bool = True) -> bytes:
+    """Return a frame as comma-separated text without its index, UTF-8."""
     text = io.StringIO()
-    frame.to_csv(text, index=False, lineterminator="\n")
+    frame.to_csv(text, index=False, header=header, lineterminator="\n")
     return text.getvalue().encode("utf-8")
 
 

@@ -76,7 +76,7 @@ def apply_keep_list(
             f"Give the data or embeddings it was made from, another --keep-list, or --keep-list none to use all {samples}.",
         )
     reporter.note(f"Keep list: {path}, {np.count_nonzero(is_kept):,} of {len(is_kept):,} {samples} kept.")
-    return AppliedKeepList(path, is_kept, keep_list.num_kept, len(keep_list.keys))
+    return AppliedKeepList(path, is_kept, keep_list.num_kept, len(keep_list))
 
 
 def _choose(option: str | None, work: WorkDirectory) -> Path | None:

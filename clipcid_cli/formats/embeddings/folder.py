@@ -157,17 +157,32 @@ class Embeddings:
     @cached_property
     def keys(self) -> pa.ChunkedArray:
         """Keys of the rows, N strings: column ``key``, else ``image_path``, else ``uid``, else file and row."""
-        keys = self._column(("key", "image_path", "uid"), lambda file, row: f"{file.name}/{row}")
-        if not self._prefix_keys:
-            return keys
-        slash = pa.scalar("/", type=pa.large_string())
-        joined = pc.binary_join_element_wise(self.shards.combine_chunks(), keys.combine_chunks(), slash)
-        return pa.chunked_array([joined], type=pa.large_string())
+        return _join_columns(self.keys_by_file())
 
     @cached_property
     def shards(self) -> pa.ChunkedArray:
         """Names of the rows' shards, N strings; the file's name where another tool did not record them."""
-        return self._column(("shard",), lambda file, row: file.name)
+        return _join_columns(self.shards_by_file())
+
+    def keys_by_file(self) -> Iterator[tuple[EmbeddingFile, pa.ChunkedArray]]:
+        """Yield each file with the :attr:`keys` of its rows, one file in memory at a time."""
+        for file in self.files:
+            keys = self._column(("key", "image_path", "uid"), lambda file, row: f"{file.name}/{row}", (file,))
+            if self._prefix_keys:
+                slash = pa.scalar("/", type=pa.large_string())
+                joined = pc.binary_join_element_wise(
+                    self._shards_of(file).combine_chunks(), keys.combine_chunks(), slash
+                )
+                keys = pa.chunked_array([joined], type=pa.large_string())
+            yield file, keys
+
+    def shards_by_file(self) -> Iterator[tuple[EmbeddingFile, pa.ChunkedArray]]:
+        """Yield each file with the :attr:`shards` of its rows, one file in memory at a time."""
+        for file in self.files:
+            yield file, self._shards_of(file)
+
+    def _shards_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
+        return self._column(("shard",), lambda file, row: file.name, (file,))
 
     @cached_property
     def captions(self) -> pa.ChunkedArray:
@@ -265,6 +280,10 @@ class Embeddings:
                 column = pq.read_table(file.metadata, columns=[name])[name].cast(pa.large_string())
                 chunks.extend(column.fill_null("").chunks)
         return pa.chunked_array(chunks, type=pa.large_string())
+
+
+def _join_columns(parts: Iterator[tuple[EmbeddingFile, pa.ChunkedArray]]) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for _, part in parts for chunk in part.chunks], type=pa.large_string())
 
 
 def open_embeddings(

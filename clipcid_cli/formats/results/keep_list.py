@@ -1,10 +1,14 @@
-"""The keep list: one row per readable image, with its set, the representative of the set, and whether it is kept."""
+"""The keep list: one row per readable image, with its set, the representative of the set, and whether it is kept.
+
+It is written and read row group by row group: its keys may be more than memory, or a string column of Arrow, can hold.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +17,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_parquet
+from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.key_join import Keys, join_keys
+from clipcid_cli.formats.mapped_strings import map_strings
+
+ROWS_AT_ONCE = 2**20
+"""Rows of a row group."""
 
 _SCHEMA = pa.schema(
     [
@@ -27,58 +35,140 @@ _SCHEMA = pa.schema(
         ("distance", pa.float32()),
     ]
 )
-_REQUIRED = {"key", "kept"}
+_REQUIRED = ("key", "kept")
+_FIX = "Give another --keep-list, or make one: clipcid balance DATA --keep R"
+
+# Rows compared at once, and how many more a step's samples may have among them, where the list follows their order.
+_BATCH = 2**16
+_FURTHER = 2**16
+
+BoolArray = npt.NDArray[np.bool_]
 
 
-@dataclasses.dataclass(frozen=True)
 class KeepList:
-    """Which images of a data set are kept.
+    """Which images of a data set are kept. Only `kept` is in memory; keys and shards are read as they are needed.
 
     Attributes:
-        keys: Keys of all N images, in row order.
-        shards: Their shards; None when the list does not have them.
-        kept: Which are kept, bool [N].
+        path: The file.
+        kept: Which of its N images are kept, bool [N], in row order.
+        has_shards: Whether it names their shards.
     """
 
-    keys: pa.ChunkedArray
-    shards: pa.ChunkedArray | None
-    kept: npt.NDArray[np.bool_]
+    def __init__(self, path: Path, kept: BoolArray, has_shards: bool) -> None:
+        self.path, self.kept, self.has_shards = path, kept, has_shards
+        self._held: tuple[int, pa.ChunkedArray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.kept)
 
     @property
     def num_kept(self) -> int:
         """Number of images kept."""
         return int(np.count_nonzero(self.kept))
 
-    def look_up(self, keys: Keys) -> tuple[npt.NDArray[np.bool_], int]:
+    @cached_property
+    def keys(self) -> pa.ChunkedArray:
+        """Keys of all images, N strings; they stay in memory."""
+        return pa.chunked_array(list(self._batches("key")), type=pa.large_string())
+
+    def kept_rows(self, *columns: str) -> Iterator[tuple[pa.Array, ...]]:
+        """Yield columns of strings of the kept images, a part of the list at a time."""
+        start = 0
+        for parts in zip(*map(self._batches, columns), strict=True):
+            kept = pa.array(self.kept[start : start + len(parts[0])])
+            start += len(kept)
+            yield tuple(part.filter(kept) for part in parts)
+
+    def look_up(self, keys: Keys) -> tuple[BoolArray, int]:
         """Tell which of n keys are kept, bool [n], and how many are missing from the list; those are not kept.
+
+        Args:
+            keys: Keys, each there once.
 
         Raises:
             ClipcidError: when a key occurs twice in the list.
         """
+        if isinstance(keys, pa.ChunkedArray):
+            found = self._look_up_in_order(keys.cast(pa.large_string()))
+            if found is not None:
+                return found, len(keys) - len(self)
         rows = join_keys(keys, self.keys)
         is_listed = rows >= 0
         return is_listed & self.kept[np.maximum(rows, 0)], int(np.count_nonzero(~is_listed))
 
-    def kept_by_shard(self) -> dict[str, set[str]]:
-        """Return the keys of the kept images of each shard; the set is empty for a shard whose images are all dropped.
+    def _look_up_in_order(self, keys: pa.ChunkedArray) -> BoolArray | None:
+        """Look up keys among which are all of the list's, in its order; None where that is not so.
+
+        Since each key is there once, each is once in the list as well.
+        """
+        found, at, start = np.zeros(len(keys), np.bool_), 0, 0
+        for batch in self._batches("key", _BATCH):
+            places = np.arange(len(batch))
+            if not keys.slice(at, len(batch)).combine_chunks().equals(batch):
+                window = keys.slice(at, len(batch) + _FURTHER).combine_chunks()
+                places = pc.index_in(batch, value_set=window).fill_null(-1).to_numpy(zero_copy_only=False)
+                if int(places.min()) < 0 or (places[1:] <= places[:-1]).any():
+                    return None
+            found[at + places] = self.kept[start : start + len(batch)]
+            at, start = at + int(places[-1]) + 1, start + len(batch)
+        return found
+
+    @cached_property
+    def _shards(self) -> dict[str, list[tuple[int, int]]]:
+        """Where each shard's rows are: stretches of them, the first row and the one after the last."""
+        if not self.has_shards:
+            raise ClipcidError("The keep list has no column `shard`.", "Make it with: clipcid balance")
+        found: dict[str, list[tuple[int, int]]] = {}
+        first = 0
+        for batch in self._batches("shard"):
+            runs = pc.run_end_encode(batch)
+            start = 0
+            for name, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
+                stretches = found.setdefault(name, [])
+                if stretches and stretches[-1][1] == first + start:
+                    stretches[-1] = stretches[-1][0], first + end
+                else:
+                    stretches.append((first + start, first + end))
+                start = end
+            first += len(batch)
+        return found
+
+    def kept_of_shard(self, shard: str) -> set[str]:
+        """Return the keys of the kept images of a shard; quickest for one shard after another in the order of the rows.
 
         Raises:
             ClipcidError: when the list has no shards.
         """
-        if self.shards is None:
-            raise ClipcidError("The keep list has no column `shard`.", "Make it with: clipcid balance")
-        found: dict[str, set[str]] = {}
-        rows = zip(self.shards.to_pylist(), self.keys.to_pylist(), self.kept.tolist(), strict=True)
-        for shard, key, kept in rows:
-            keys = found.setdefault(shard, set())
-            if kept:
-                keys.add(key)
+        found: set[str] = set()
+        for start, stop in self._shards.get(shard, []):
+            for first, keys in self._groups(start, stop):
+                part = slice(max(start - first, 0), min(stop - first, len(keys)))
+                kept = pa.array(self.kept[first + part.start : first + part.stop])
+                found.update(keys[part].filter(kept).to_pylist())
         return found
 
     def count_by_shard(self) -> dict[str, int]:
         """Return the number of images in each shard, kept or not; empty when the list has no shards."""
-        counts = [] if self.shards is None else pc.value_counts(self.shards).to_pylist()
-        return {entry["values"]: entry["counts"] for entry in counts}
+        if not self.has_shards:
+            return {}
+        return {shard: sum(stop - start for start, stop in stretches) for shard, stretches in self._shards.items()}
+
+    def _groups(self, start: int, stop: int) -> Iterator[tuple[int, pa.ChunkedArray]]:
+        """Yield the keys of each row group that has some of the rows, and the number of its first row."""
+        first = 0
+        with _open(self.path) as file:
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if first < stop and start < first + rows:
+                    if self._held is None or self._held[0] != group:
+                        self._held = group, file.read_row_group(group, columns=["key"])["key"]
+                    yield first, self._held[1]
+                first += rows
+
+    def _batches(self, column: str, rows: int = ROWS_AT_ONCE) -> Iterator[pa.Array]:
+        with _open(self.path) as file:
+            for batch in file.iter_batches(rows, columns=[column]):
+                yield batch.column(0).cast(pa.large_string())
 
 
 def write_keep_list(
@@ -86,63 +176,103 @@ def write_keep_list(
     *,
     keys: pa.ChunkedArray,
     shards: pa.ChunkedArray,
-    labels: npt.NDArray[np.int64],
-    representatives: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.signedinteger],
+    representatives: npt.NDArray[np.signedinteger],
     distances: npt.NDArray[np.float32],
 ) -> None:
     """Write a keep list, whole or not at all; the same values give the same bytes.
 
     Args:
         keys: Key of each of N images.
-        labels: The smallest row of each image's set, int64 [N].
-        representatives: The representative of each image, itself where it is kept, int64 [N].
+        labels: The smallest row of each image's set, integers [N].
+        representatives: The representative of each image, itself where it is kept, integers [N].
         distances: Distance to it, float32 [N].
     """
-    rows = np.arange(len(labels), dtype=np.int64)
-    columns: list[Any] = [
-        keys.cast(pa.string()),
-        shards.cast(pa.string()),
-        labels,
-        np.bincount(labels, minlength=len(labels))[labels],
-        representatives == rows,
-        keys.cast(pa.string()).take(pa.array(representatives)),
-        distances,
-    ]
-    write_parquet(path, pa.table(columns, schema=_SCHEMA))
+    sizes = np.zeros(len(labels), np.int32 if len(labels) < 2**31 else np.int64)
+    parts = [slice(start, min(start + ROWS_AT_ONCE, len(labels))) for start in range(0, len(labels), ROWS_AT_ONCE)]
+    for part in parts:
+        np.add.at(sizes, labels[part], 1)
+    all_keys = keys.chunk(0) if keys.num_chunks == 1 else map_strings(path.parent, keys.chunks)
+    with atomic_file(path) as file, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+        for part in parts or [slice(0, 0)]:
+            chosen = representatives[part]
+            columns = [
+                _text(keys[part]),
+                _text(shards[part]),
+                labels[part].astype(np.int64, copy=False),
+                sizes[labels[part]].astype(np.int64),
+                chosen == np.arange(part.start, part.stop),
+                _text(all_keys.take(pa.array(chosen))),
+                distances[part],
+            ]
+            writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=ROWS_AT_ONCE)
+
+
+def _text(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    return column.cast(pa.string())
 
 
 def read_keep_list(path: Path) -> KeepList:
-    """Read a keep list, ours or any parquet file with the columns `key` and `kept`.
+    """Open a keep list, ours or any parquet file with the columns `key` and `kept`.
 
     Raises:
         ClipcidError: when there is no such file, or it is not a keep list.
     """
-    fix = "Give another --keep-list, or make one: clipcid balance DATA --keep R"
-    try:
-        names = set(pq.read_schema(path).names)
-        missing = _REQUIRED - names
+    with _open(path) as file:
+        schema = file.schema_arrow
+        missing = sorted(set(_REQUIRED) - set(schema.names))
         if missing:
-            raise ClipcidError(f"{path} is not a keep list: it has no column {', '.join(sorted(missing))}.", fix)
-        table = pq.read_table(path, columns=sorted(_REQUIRED | ({"shard"} & names)))
+            raise ClipcidError(f"{path} is not a keep list: it has no column {', '.join(missing)}.", _FIX)
+        has_nulls = schema.field("kept").type != pa.bool_()
+        kept, start = np.empty(file.metadata.num_rows, np.bool_), 0
+        if not has_nulls:
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=["kept"]):
+                has_nulls |= bool(batch.column(0).null_count)
+                kept[start : start + len(batch)] = batch.column(0).fill_null(False).to_numpy(zero_copy_only=False)
+                start += len(batch)
+        if has_nulls or _has_null_keys(file):
+            raise ClipcidError(f"Keep list {path} has rows without a `key`, or without true or false as `kept`.", _FIX)
+    return KeepList(path, kept, "shard" in schema.names)
+
+
+def _has_null_keys(file: pq.ParquetFile) -> bool:
+    """Tell whether a key is null, from the file's statistics where it has them."""
+    columns = file.metadata.schema
+    column = next(number for number in range(len(columns)) if columns.column(number).path == "key")
+    for group in range(file.num_row_groups):
+        found = file.metadata.row_group(group).column(column).statistics
+        if found is not None and found.has_null_count:
+            nulls = found.null_count
+        else:
+            nulls = file.read_row_group(group, columns=["key"])["key"].null_count
+        if nulls:
+            return True
+    return False
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
     except FileNotFoundError as error:
-        raise ClipcidError(f"There is no keep list {path}.", fix) from error
+        raise ClipcidError(f"There is no keep list {path}.", _FIX) from error
     except (OSError, pa.ArrowInvalid) as error:
-        raise ClipcidError(f"Keep list {path} cannot be read: {error}.", fix) from error
-    if table["kept"].type != pa.bool_() or table["kept"].null_count or table["key"].null_count:
-        raise ClipcidError(f"Keep list {path} has rows without a `key`, or without true or false as `kept`.", fix)
-    shards = table["shard"] if "shard" in names else None
-    return KeepList(table["key"].cast(pa.string()), shards, table["kept"].to_numpy())
+        raise ClipcidError(f"Keep list {path} cannot be read: {error}.", _FIX) from error
 
 
-def read_dropped(path: Path) -> pa.Table:
-    """Read the dropped images and their representatives.
+def read_dropped(path: Path) -> Iterator[pa.Table]:
+    """Read the dropped images and their representatives, a part of the list at a time.
 
     Args:
         path: A keep list written by `write_keep_list`.
 
-    Returns:
+    Yields:
         One row per dropped image, in row order: ``from`` (its key), ``to`` (the key of its representative), ``distance``
         (float32).
     """
-    table = pq.read_table(path, columns=["key", "representative", "distance", "kept"])
-    return table.filter(pc.invert(table["kept"])).drop_columns("kept").rename_columns(["from", "to", "distance"])
+    with _open(path) as file:
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=["key", "representative", "distance", "kept"]):
+            table = pa.Table.from_batches([batch])
+            dropped = table.filter(pc.invert(table["kept"]))
+            yield dropped.select(["key", "representative", "distance"]).rename_columns(["from", "to", "distance"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from clipcid_cli.formats.atomic import named_file, pack_csv
 # DataComp's subset: its resharder loads the file, asserts this dtype and finds each sample by bisection.
 UID_HALVES = np.dtype([("f0", "<u8"), ("f1", "<u8")])
 
+_PAIRS = pa.schema([("from", pa.string()), ("to", pa.string()), ("distance", pa.float32())])
 _UID = "[0-9a-fA-F]{32}"
 _AT_ONCE = 2**20
+_NOTHING_AND_LINE_END = [pa.scalar(text, pa.large_string()) for text in ("", "\n")]
 
 
 def are_uids(keys: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
@@ -58,39 +61,63 @@ def write_uids(path: Path, uids: pa.ChunkedArray, *, overwrite: bool) -> int:
     return len(halves)
 
 
-def write_pairs(path: Path, pairs: pa.Table, *, overwrite: bool) -> None:
+def write_pairs(path: Path, pairs: Iterable[pa.Table], *, overwrite: bool) -> None:
     """Write a table of dropped images as parquet or csv.
 
     Args:
         path: The file; csv where its name ends in `.csv`.
-        pairs: Columns ``from`` and ``to`` (string), ``distance`` (float32), see `read_dropped`.
+        pairs: Columns ``from`` and ``to`` (string), ``distance`` (float32), in parts, see `read_dropped`.
         overwrite: Replace a file with other content.
 
     Raises:
-        ClipcidError: as `write_uids`.
+        ClipcidError: when a file with other content exists, or it cannot be written.
     """
     with named_file(path, overwrite) as file:
         if path.suffix == ".csv":
-            frame = pairs.to_pandas()
-            # The fewest digits that denote the same float32.
-            frame["distance"] = [str(distance) for distance in frame["distance"].to_numpy()]
-            file.write(pack_csv(frame))
+            for number, part in enumerate(pairs):
+                frame = part.to_pandas()
+                # The fewest digits that denote the same float32.
+                frame["distance"] = [str(distance) for distance in frame["distance"].to_numpy()]
+                file.write(pack_csv(frame, header=number == 0))
         else:
-            pq.write_table(pairs, file, compression="zstd")
+            with pq.ParquetWriter(file, _PAIRS, compression="zstd") as writer:
+                for group in _regroup(pairs):
+                    writer.write_table(group, row_group_size=_AT_ONCE)
 
 
-def write_keys(path: Path, keys: pa.ChunkedArray, *, overwrite: bool) -> None:
-    """Write keys as UTF-8 text, one a line.
+def _regroup(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the rows of some tables as tables of `_AT_ONCE` rows; the last may be shorter, an only one empty."""
+    waiting, written = _PAIRS.empty_table(), False
+    for part in parts:
+        waiting = pa.concat_tables([waiting, part])
+        while len(waiting) >= _AT_ONCE:
+            yield waiting.slice(0, _AT_ONCE)
+            waiting, written = waiting.slice(_AT_ONCE), True
+    if len(waiting) or not written:
+        yield waiting
+
+
+def write_keys(path: Path, keys: Iterable[pa.Array], *, overwrite: bool) -> None:
+    """Write keys, in parts, as UTF-8 text, one a line.
 
     Raises:
-        ClipcidError: when a key holds a line break, so that its line would be two; and as `write_uids`.
+        ClipcidError: when a key holds a line break, so that its line would be two; and as `write_pairs`.
     """
-    broken = pc.match_substring_regex(keys, r"[\r\n]").to_numpy()
-    if broken.any():
-        raise ClipcidError(
-            f"Key {keys[int(np.argmax(broken))].as_py()!r} contains a line break, so it cannot be a line of {path}.",
-            "Omit --write-keys: the keep list has the keys.",
-        )
     with named_file(path, overwrite) as file:
-        for start in range(0, len(keys), _AT_ONCE):
-            file.write("".join(f"{key}\n" for key in keys.slice(start, _AT_ONCE).to_pylist()).encode())
+        for part in keys:
+            broken = pc.match_substring_regex(part, r"[\r\n]").to_numpy(zero_copy_only=False)
+            if broken.any():
+                raise ClipcidError(
+                    f"Key {part[int(np.argmax(broken))].as_py()!r} contains a line break, so it cannot be a line of {path}.",
+                    "Omit --write-keys: the keep list has the keys.",
+                )
+            if len(part):
+                lines = pc.binary_join_element_wise(part.cast(pa.large_string()), *_NOTHING_AND_LINE_END)
+                file.write(_text_of(lines))
+
+
+def _text_of(lines: pa.LargeBinaryArray) -> memoryview:
+    """Return the bytes of all strings of an array, one after the other."""
+    _, offsets, data = lines.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[lines.offset : lines.offset + len(lines) + 1]
+    return memoryview(data)[int(bounds[0]) : int(bounds[-1])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from clipcid_cli.algorithms.search.distances import HalfArray, IntArray
 from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows, unique_positions
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
@@ -52,6 +53,13 @@ class BalanceRows:
     def read(self, rows: IntArray) -> HalfArray:
         """Read some rows, float16 [n, D]."""
         return self.images.take(self.numbers[rows])
+
+    def pick(self, parts: Iterable[tuple[EmbeddingFile, pa.ChunkedArray]]) -> Iterator[pa.Array]:
+        """Yield the values of the finite rows, of a column of the embeddings that comes file by file."""
+        for file, values in parts:
+            start, stop = np.searchsorted(self.numbers, [file.first, file.first + file.rows])
+            part = self.numbers[start:stop] - file.first
+            yield from (values if len(part) == file.rows else values.take(pa.array(part))).chunks
 
     def unique_positions(self) -> IntArray:
         """Return the position in `unique` of the row that each row equals, int64 [N]."""
@@ -124,8 +132,11 @@ def count_skipped(settings: BalanceSettings, embeddings: Embeddings, rows: Balan
     """
     skips = Skips()
     bad = np.setdiff1d(np.arange(embeddings.num_rows), rows.numbers, assume_unique=True)
-    for key in embeddings.keys.take(pa.array(bad)).to_pylist():
-        skips.add("nan_row", key)
+    if len(bad):
+        for file, keys in embeddings.keys_by_file():
+            start, stop = np.searchsorted(bad, [file.first, file.first + file.rows])
+            for key in keys.take(pa.array(bad[start:stop] - file.first)).to_pylist():
+                skips.add("nan_row", key)
     if not len(rows):
         raise ClipcidError(
             f"None of the {embeddings.num_rows:,} rows of {embeddings.folder} is finite.", "Make the embeddings again."

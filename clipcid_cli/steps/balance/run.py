@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
+from clipcid_cli.formats.mapped_strings import map_strings
 from clipcid_cli.formats.output import Output, fingerprint_file
 from clipcid_cli.formats.results.curve import CURVE, write_curve
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
@@ -148,11 +150,15 @@ def _audit(context: Context, sets: Sets) -> Audit | None:
 
 def _write_tables(context: Context, sets: Sets) -> None:
     """Write the keep list and the curve."""
-    embeddings, numbers = context.embeddings, pa.array(context.rows.numbers)
+    embeddings = context.embeddings
+
+    def map_names(parts: Iterable[tuple[EmbeddingFile, pa.ChunkedArray]]) -> pa.ChunkedArray:
+        return pa.chunked_array([map_strings(context.folder, context.rows.pick(parts))])
+
     write_keep_list(
         context.folder / KEEP_LIST,
-        keys=embeddings.keys.take(numbers),
-        shards=embeddings.shards.take(numbers),
+        keys=map_names(embeddings.keys_by_file()),
+        shards=map_names(embeddings.shards_by_file()),
         labels=sets.labels,
         representatives=sets.representatives,
         distances=sets.distances,

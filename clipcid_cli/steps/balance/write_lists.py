@@ -47,8 +47,8 @@ def write_kept(
     """
     files: dict[str, str] = {}
     if settings.write_keys is not None:
-        keep = read_keep_list(keep_list)
-        write_keys(settings.write_keys, keep.keys.filter(pa.array(keep.kept)), overwrite=settings.overwrite)
+        keys = (part for (part,) in read_keep_list(keep_list).kept_rows("key"))
+        write_keys(settings.write_keys, keys, overwrite=settings.overwrite)
         files["keys"] = str(settings.write_keys)
     if settings.write_pairs is not None:
         write_pairs(settings.write_pairs, read_dropped(keep_list), overwrite=settings.overwrite)
@@ -63,8 +63,7 @@ def write_kept(
 
 
 def _kept_uids(settings: BalanceSettings, embeddings: Embeddings, keep: KeepList) -> pa.ChunkedArray:
-    assert keep.shards is not None  # our own keep lists have them
-    keys, shards = (column.filter(pa.array(keep.kept)) for column in (keep.keys, keep.shards))
+    keys, shards = map(pa.chunked_array, zip(*keep.kept_rows("key", "shard"), strict=True))
     stored = None
     if embeddings.has_uids:
         stored = embeddings.uids.take(pa.array(join_keys(keys, embeddings.keys)))

@@ -192,10 +192,8 @@ class ShardChoice:
     def __init__(self, keep: KeepList, shards: list[TarShard]) -> None:
         self._keep = keep
         self._num_rows = keep.count_by_shard()
-        self._by_shard: dict[str, set[str]] | None = None
-        if any(shard.name in self._num_rows for shard in shards):
-            self._by_shard = keep.kept_by_shard()
-        else:
+        self._has_shards = any(shard.name in self._num_rows for shard in shards)
+        if not self._has_shards:
             self._index = KeyIndex(keep.keys)
             self._may_be_uids = len(keep.keys) > 0 and is_uid(keep.keys[0].as_py())
 
@@ -206,8 +204,8 @@ class ShardChoice:
             ClipcidError: when the shard is damaged.
         """
         prefix = f"{shard.name}/" if shard.prefix_keys else ""
-        if self._by_shard is not None:
-            kept = self._by_shard.get(shard.name, set())
+        if self._has_shards:
+            kept = self._keep.kept_of_shard(shard.name)
             return {key.removeprefix(prefix) for key in kept}, self._num_rows.get(shard.name, 0) - len(kept)
         samples = shard.samples()
         rows = self._index.find([sample.key for sample in samples])

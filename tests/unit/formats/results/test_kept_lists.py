@@ -34,16 +34,16 @@ def test_uids_are_what_datacomp_makes_of_them_each_once(tmp_path: Path) -> None:
 
 def test_a_file_of_other_content_is_replaced_only_when_asked_for(tmp_path: Path) -> None:
     path, keys = tmp_path / "new" / "keys.txt", pa.chunked_array([["a/1", "b c", "ü"]])
-    write_keys(path, keys, overwrite=False)
+    write_keys(path, keys.chunks, overwrite=False)
     assert path.read_text(encoding="utf-8") == "a/1\nb c\nü\n"
-    write_keys(path, keys, overwrite=False)
+    write_keys(path, keys.chunks, overwrite=False)
     with pytest.raises(ClipcidError, match="already exists with other content"):
-        write_keys(path, keys[:2], overwrite=False)
+        write_keys(path, keys[:2].chunks, overwrite=False)
     assert path.read_text(encoding="utf-8") == "a/1\nb c\nü\n"
-    write_keys(path, keys[:2], overwrite=True)
+    write_keys(path, keys[:2].chunks, overwrite=True)
     assert path.read_text(encoding="utf-8") == "a/1\nb c\n"
     with pytest.raises(ClipcidError, match="contains a line break"):
-        write_keys(tmp_path / "b.txt", pa.chunked_array([["a", "b\nc"]]), overwrite=False)
+        write_keys(tmp_path / "b.txt", [pa.array(["a", "b\nc"])], overwrite=False)
     with pytest.raises(ClipcidError, match="already exists with other content"):
-        write_keys(tmp_path, keys, overwrite=True)
+        write_keys(tmp_path, keys.chunks, overwrite=True)
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["keys.txt", "new"]
