@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_p
 
 _DIGITS = re.compile(r"(\d+)$")
 
-# Names generated at once for rows without keys.
+# Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
 _NAMES_AT_ONCE = 65_536
 
 
@@ -157,37 +157,33 @@ class Embeddings:
     @cached_property
     def keys(self) -> pa.ChunkedArray:
         """Keys of the rows, N strings: column ``key``, else ``image_path``, else ``uid``, else file and row."""
-        return _join_columns(self.keys_by_file())
+        return self._join(self.keys_of)
 
     @cached_property
     def shards(self) -> pa.ChunkedArray:
         """Names of the rows' shards, N strings; the file's name where another tool did not record them."""
-        return _join_columns(self.shards_by_file())
-
-    def keys_by_file(self) -> Iterator[tuple[EmbeddingFile, pa.ChunkedArray]]:
-        """Yield each file with the :attr:`keys` of its rows, one file in memory at a time."""
-        for file in self.files:
-            keys = self._column(("key", "image_path", "uid"), lambda file, row: f"{file.name}/{row}", (file,))
-            if self._prefix_keys:
-                slash = pa.scalar("/", type=pa.large_string())
-                joined = pc.binary_join_element_wise(
-                    self._shards_of(file).combine_chunks(), keys.combine_chunks(), slash
-                )
-                keys = pa.chunked_array([joined], type=pa.large_string())
-            yield file, keys
-
-    def shards_by_file(self) -> Iterator[tuple[EmbeddingFile, pa.ChunkedArray]]:
-        """Yield each file with the :attr:`shards` of its rows, one file in memory at a time."""
-        for file in self.files:
-            yield file, self._shards_of(file)
-
-    def _shards_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
-        return self._column(("shard",), lambda file, row: file.name, (file,))
+        return self._join(self.shards_of)
 
     @cached_property
     def captions(self) -> pa.ChunkedArray:
         """Captions of the rows, N strings: column ``caption``, else DataComp's ``text``; empty where there is none."""
-        return self._column(("caption", "text"), lambda file, row: "")
+        return self._join(self.captions_of)
+
+    def keys_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
+        """Read the :attr:`keys` of one file's rows."""
+        keys = _read_column(file, ("key", "image_path", "uid"), lambda row: f"{file.name}/{row}")
+        if not self._prefix_keys:
+            return keys
+        parts = (self.shards_of(file).combine_chunks(), keys.combine_chunks(), pa.scalar("/", pa.large_string()))
+        return pa.chunked_array([pc.binary_join_element_wise(*parts)])
+
+    def shards_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
+        """Read the :attr:`shards` of one file's rows."""
+        return _read_column(file, ("shard",), lambda row: file.name)
+
+    def captions_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
+        """Read the :attr:`captions` of one file's rows."""
+        return _read_column(file, ("caption", "text"), lambda row: "")
 
     @property
     def has_uids(self) -> bool:
@@ -198,7 +194,7 @@ class Embeddings:
     @cached_property
     def uids(self) -> pa.ChunkedArray:
         """DataComp's identifiers of the rows, N strings; empty where the metadata have no column ``uid``."""
-        return self._column(("uid",), lambda file, row: "")
+        return self._join(lambda file: _read_column(file, ("uid",), lambda row: ""))
 
     def fingerprints(self, *, texts: bool = False, further: bool = False, views: bool = False) -> list[dict[str, Any]]:
         """Describe the files of every shard for a sidecar: image embeddings, metadata, and the requested kinds."""
@@ -222,11 +218,6 @@ class Embeddings:
         if cache is not None:
             cache.save()
         return found
-
-    def captions_by_file(self) -> Iterator[tuple[EmbeddingFile, pa.ChunkedArray]]:
-        """Yield each file with the captions of its rows (empty where there is none), one file in memory at a time."""
-        for file in self.files:
-            yield file, self._column(("caption", "text"), lambda file, row: "", (file,))
 
     def refuse_repeated_keys(self) -> None:
         """Refuse keys of two rows in a folder of another tool; `embed` has checked its own.
@@ -262,28 +253,19 @@ class Embeddings:
             )
         return Rows(parts, self.width, self.sidecar is not None)
 
-    def _column(
-        self,
-        names: tuple[str, ...],
-        default: Callable[[EmbeddingFile, int], str],
-        files: tuple[EmbeddingFile, ...] | None = None,
-    ) -> pa.ChunkedArray:
-        chunks: list[pa.Array] = []
-        for file in self.files if files is None else files:
-            present = pq.read_schema(file.metadata).names if file.metadata is not None else []
-            name = next((name for name in names if name in present), None)
-            if name is None:
-                # In pieces, since Python's strings take several times the memory of Arrow's.
-                pieces = [range(file.rows)[at : at + _NAMES_AT_ONCE] for at in range(0, file.rows, _NAMES_AT_ONCE)]
-                chunks.extend(pa.array([default(file, row) for row in piece], pa.large_string()) for piece in pieces)
-            else:
-                column = pq.read_table(file.metadata, columns=[name])[name].cast(pa.large_string())
-                chunks.extend(column.fill_null("").chunks)
-        return pa.chunked_array(chunks, type=pa.large_string())
+    def _join(self, read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.ChunkedArray:
+        return pa.chunked_array([chunk for file in self.files for chunk in read(file).chunks], type=pa.large_string())
 
 
-def _join_columns(parts: Iterator[tuple[EmbeddingFile, pa.ChunkedArray]]) -> pa.ChunkedArray:
-    return pa.chunked_array([chunk for _, part in parts for chunk in part.chunks], type=pa.large_string())
+def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[[int], str]) -> pa.ChunkedArray:
+    """Read the first of some columns that the metadata have, nulls as empty strings; else make the defaults."""
+    present = pq.read_schema(file.metadata).names if file.metadata is not None else []
+    name = next((name for name in names if name in present), None)
+    if name is not None:
+        return pq.read_table(file.metadata, columns=[name])[name].cast(pa.large_string()).fill_null("")
+    pieces = (range(file.rows)[at : at + _NAMES_AT_ONCE] for at in range(0, file.rows, _NAMES_AT_ONCE))
+    chunks = [pa.array(map(default, piece), pa.large_string()) for piece in pieces]
+    return pa.chunked_array(chunks, type=pa.large_string())
 
 
 def open_embeddings(

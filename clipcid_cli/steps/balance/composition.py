@@ -98,7 +98,8 @@ def _split_captions(embeddings: Embeddings, rows: BalanceRows, kept: BoolArray, 
     """Yield the words in the captions of every `step`-th row."""
     sampled = np.arange(0, len(rows), step)
     numbers = rows.numbers[sampled]
-    for file, captions in embeddings.captions_by_file():
+    for file in embeddings.files:
+        captions = embeddings.captions_of(file)
         start, stop = np.searchsorted(numbers, [file.first, file.first + file.rows])
         for at in range(int(start), int(stop), _CAPTIONS_AT_ONCE):
             part = slice(at, min(at + _CAPTIONS_AT_ONCE, int(stop)))

@@ -133,10 +133,11 @@ def count_skipped(settings: BalanceSettings, embeddings: Embeddings, rows: Balan
     skips = Skips()
     bad = np.setdiff1d(np.arange(embeddings.num_rows), rows.numbers, assume_unique=True)
     if len(bad):
-        for file, keys in embeddings.keys_by_file():
+        for file in embeddings.files:
             start, stop = np.searchsorted(bad, [file.first, file.first + file.rows])
-            for key in keys.take(pa.array(bad[start:stop] - file.first)).to_pylist():
-                skips.add("nan_row", key)
+            if stop > start:
+                for key in embeddings.keys_of(file).take(pa.array(bad[start:stop] - file.first)).to_pylist():
+                    skips.add("nan_row", key)
     if not len(rows):
         raise ClipcidError(
             f"None of the {embeddings.num_rows:,} rows of {embeddings.folder} is finite.", "Make the embeddings again."

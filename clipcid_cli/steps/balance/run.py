@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -152,13 +152,14 @@ def _write_tables(context: Context, sets: Sets) -> None:
     """Write the keep list and the curve."""
     embeddings = context.embeddings
 
-    def map_names(parts: Iterable[tuple[EmbeddingFile, pa.ChunkedArray]]) -> pa.ChunkedArray:
-        return pa.chunked_array([map_strings(context.folder, context.rows.pick(parts))])
+    def map_names(read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.ChunkedArray:
+        picked = context.rows.pick((file, read(file)) for file in embeddings.files)
+        return pa.chunked_array([map_strings(context.folder, picked)])
 
     write_keep_list(
         context.folder / KEEP_LIST,
-        keys=map_names(embeddings.keys_by_file()),
-        shards=map_names(embeddings.shards_by_file()),
+        keys=map_names(embeddings.keys_of),
+        shards=map_names(embeddings.shards_of),
         labels=sets.labels,
         representatives=sets.representatives,
         distances=sets.distances,
