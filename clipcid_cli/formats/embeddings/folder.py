@@ -264,8 +264,7 @@ def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[
     if name is not None:
         return pq.read_table(file.metadata, columns=[name])[name].cast(pa.large_string()).fill_null("")
     pieces = (range(file.rows)[at : at + _NAMES_AT_ONCE] for at in range(0, file.rows, _NAMES_AT_ONCE))
-    chunks = [pa.array(map(default, piece), pa.large_string()) for piece in pieces]
-    return pa.chunked_array(chunks, type=pa.large_string())
+    return pa.chunked_array([pa.array(map(default, piece)) for piece in pieces], type=pa.large_string())
 
 
 def open_embeddings(
