@@ -39,9 +39,9 @@ from clipcid_cli.formats.key_join import find_repeated_key
 from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
 
 _DIGITS = re.compile(r"(\d+)$")
-
 # Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
 _NAMES_AT_ONCE = 65_536
+_TEXT = pa.large_string()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +174,8 @@ class Embeddings:
         keys = _read_column(file, ("key", "image_path", "uid"), lambda row: f"{file.name}/{row}")
         if not self._prefix_keys:
             return keys
-        parts = (self.shards_of(file).combine_chunks(), keys.combine_chunks(), pa.scalar("/", pa.large_string()))
-        return pa.chunked_array([pc.binary_join_element_wise(*parts)])
+        shards, slash = self.shards_of(file).combine_chunks(), pa.scalar("/", _TEXT)
+        return pa.chunked_array([pc.binary_join_element_wise(shards, keys.combine_chunks(), slash)])
 
     def shards_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read the :attr:`shards` of one file's rows."""
@@ -254,7 +254,7 @@ class Embeddings:
         return Rows(parts, self.width, self.sidecar is not None)
 
     def _join(self, read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.ChunkedArray:
-        return pa.chunked_array([chunk for file in self.files for chunk in read(file).chunks], type=pa.large_string())
+        return pa.chunked_array([chunk for file in self.files for chunk in read(file).chunks], _TEXT)
 
 
 def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[[int], str]) -> pa.ChunkedArray:
@@ -262,9 +262,9 @@ def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[
     present = pq.read_schema(file.metadata).names if file.metadata is not None else []
     name = next((name for name in names if name in present), None)
     if name is not None:
-        return pq.read_table(file.metadata, columns=[name])[name].cast(pa.large_string()).fill_null("")
+        return pq.read_table(file.metadata, columns=[name])[name].cast(_TEXT).fill_null("")
     pieces = (range(file.rows)[at : at + _NAMES_AT_ONCE] for at in range(0, file.rows, _NAMES_AT_ONCE))
-    return pa.chunked_array([pa.array(map(default, piece)) for piece in pieces], type=pa.large_string())
+    return pa.chunked_array([pa.array(map(default, piece), _TEXT) for piece in pieces], type=_TEXT)
 
 
 def open_embeddings(
