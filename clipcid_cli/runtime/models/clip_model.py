@@ -111,9 +111,10 @@ class ClipModel:
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
                 module.to(precision.dtype)
             elif isinstance(module, torch.nn.MultiheadAttention) and module.in_proj_weight is not None:
-                module.in_proj_weight.data = module.in_proj_weight.data.to(precision.dtype)
-                if module.in_proj_bias is not None:
-                    module.in_proj_bias.data = module.in_proj_bias.data.to(precision.dtype)
+                for name in ("in_proj_weight", "in_proj_bias"):
+                    exact = getattr(module, name)
+                    if exact is not None:
+                        setattr(module, name, torch.nn.Parameter(exact.detach().to(precision.dtype), requires_grad=False))
 
     @cached_property
     def _towers(self) -> ShortForward:

@@ -1,0 +1,230 @@
+"""A simulated CUDA device: real values on the CPU under ``cuda:0``, and errors where CUDA would raise them.
+
+    with simulated_cuda() as device:
+        ...                     # tensors made with device="cuda" live there
+        device.operators        # operators that reached the device, by name
+        device.waits            # what would have made the host wait for it, by kind
+
+Mixed devices, ``.numpy()`` of a device tensor and a CPU generator for a device's draw fail as they would on a GPU. It says
+nothing of kernels, streams, races, memory, NCCL or speed. PyTorch stays changed: use it in a process of its own, and end
+that with `os._exit`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+CUDA = torch.device("cuda", 0)
+# Their results' sizes, or values, are read by the host.
+WAITING = {
+    "aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal", "aten::masked_select",
+    "aten::unique_dim", "aten::_unique2", "aten::bincount",
+}  # fmt: skip
+TAKES_CPU_INDEX = {
+    "aten::index",
+    "aten::index_put",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+    "aten::_unsafe_index",
+}
+COPIES = {"aten::_to_copy", "aten::copy_", "aten::to"}
+SOFTMAX = {"aten::_softmax", "aten::_log_softmax"}
+SOFTMAX_BACKWARD = {"aten::_softmax_backward_data", "aten::_log_softmax_backward_data"}
+
+
+class DeviceTensor(torch.Tensor):
+    """A tensor that says it is on ``cuda:0``; `held` has its values."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> DeviceTensor:
+        """Wrap a CPU tensor."""
+        wrapper = torch.Tensor._make_wrapper_subclass(
+            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=CUDA
+        )
+        wrapper.held = held
+        return wrapper
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Only within `simulated_cuda` is there a device to run an operator."""
+        return _current.run(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """Show the values."""
+        return f"DeviceTensor({self.held})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Go into a checkpoint by value; what reads it moves it to its device."""
+        _current.waits["to the host"] += 1
+        return self.held.__reduce_ex__(protocol)
+
+    def tolist(self) -> Any:
+        """Return the values: PyTorch reads them without an operator."""
+        _current.waits["tolist"] += 1
+        return self.held.tolist()
+
+
+class SimulatedCuda(TorchDispatchMode):
+    """Runs every operator, on the device where its tensors are there.
+
+    Attributes:
+        operators: Number of operators that reached the device, by name.
+        waits: Number of times that the host would have waited for the device, by cause.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has run."""
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `run`."""
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operator on the values, as the device would.
+
+        Raises:
+            RuntimeError: where tensors are on both devices.
+        """
+        name = func._schema.name
+        flat, _ = tree_flatten((args, kwargs))
+        on_device = [value for value in flat if isinstance(value, DeviceTensor)]
+        target = kwargs.get("device")
+        to_device = target is not None and torch.device(target).type == "cuda"
+        to_host = target is not None and torch.device(target).type == "cpu"
+        if on_device and name not in COPIES:
+            self._refuse_host_tensors(name, flat)
+        if on_device or to_device:
+            self.operators[name] += 1
+        if on_device:
+            self._count_waits(name, flat, to_host, args, kwargs)
+        held_args, held_kwargs = tree_map(_held, args), tree_map(_held, dict(kwargs))
+        if to_device:
+            held_kwargs["device"] = torch.device("cpu")
+        held_kwargs.pop("pin_memory", None)
+        result = _compute(func, name, held_args, held_kwargs)
+        lands = isinstance(args[0], DeviceTensor) if name == "aten::copy_" else to_device or (on_device and not to_host)
+        if not lands:
+            return result
+        known = {id(value.held): value for value in on_device}
+
+        def wrap(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return known[id(value)] if id(value) in known else DeviceTensor(value)
+
+        return tree_map(wrap, result)
+
+    def _refuse_host_tensors(self, name: str, flat: list[Any]) -> None:
+        for value in flat:
+            if not isinstance(value, torch.Tensor) or isinstance(value, DeviceTensor):
+                continue
+            # A scalar of the host is passed by value, but not to products.
+            if (value.dim() > 0 and name not in TAKES_CPU_INDEX) or name in ("aten::mm", "aten::addmm"):
+                raise RuntimeError(
+                    f"Expected all tensors to be on the same device, but found cuda:0 and cpu {tuple(value.shape)} in {name}"
+                )
+
+    def _count_waits(self, name: str, flat: list[Any], to_host: bool, args: Any, kwargs: dict[str, Any]) -> None:
+        if name in WAITING:
+            self.waits[name] += 1
+        elif to_host or (name == "aten::copy_" and not isinstance(args[0], DeviceTensor)):
+            self.waits["to the host"] += 1
+        elif name in ("aten::index", "aten::index_put_", "aten::_index_put_impl_") and any(
+            isinstance(value, DeviceTensor) and value.dtype == torch.bool for value in flat[1:]
+        ):
+            self.waits["boolean index"] += 1
+
+
+_current = SimulatedCuda()
+
+
+@contextmanager
+def simulated_cuda() -> Iterator[SimulatedCuda]:
+    """Make this process's PyTorch see one CUDA device; `stub.load` must have come before PyTorch."""
+    _replace_calls()
+    with _current:
+        yield _current
+
+
+def _held(value: Any) -> Any:
+    return value.held if isinstance(value, DeviceTensor) else value
+
+
+def _compute(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operator on the CPU, also in the forms that only CUDA has."""
+    if name == "aten::mm" and func._overloadname.startswith("dtype"):
+        return (args[0].float() @ args[1].float()).to(args[2] if len(args) > 2 else kwargs["out_dtype"])
+    if name in SOFTMAX and args[2]:
+        return func(args[0].float(), args[1], False)
+    if name in SOFTMAX_BACKWARD and args[3] == torch.float16 and args[0].dtype == torch.float32:
+        return func(args[0], args[1], args[2], torch.float32).half()
+    return func(*args, **kwargs)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention by products: PyTorch's fused kernels are chosen by the device."""
+    assert (dropout_p, scale) == (0.0, None)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(-1).to(value.dtype) @ value
+
+
+def _replace_calls() -> None:
+    """Replace what PyTorch answers or computes outside of its operators."""
+    make_tensor = torch.tensor
+
+    def tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> Any:
+        made = make_tensor(data, dtype=dtype)
+        if device is not None and torch.device(device).type == "cuda":
+            _current.waits["from the host"] += 1
+            made = made.to(device)
+        return made.requires_grad_(requires_grad)
+
+    class Properties:
+        total_memory = 80 * 2**30
+
+    answers: dict[str, Any] = {
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda *_, **__: True,
+        "device_count": lambda: 1,
+        "set_device": lambda _: None,
+        "synchronize": lambda *_: _current.waits.update(["synchronize"]),
+        "manual_seed_all": lambda _: None,
+        "memory_reserved": lambda *_: 0,
+        "get_device_properties": lambda *_: Properties,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.tensor = tensor
+    torch.inference_mode = torch.no_grad
+    torch.nn.functional.scaled_dot_product_attention = _attention
+    # Weights cast by `.to` are replaced, not filled: a wrapper's storage cannot be swapped.
+    torch.__future__.set_overwrite_module_params_on_conversion(True)

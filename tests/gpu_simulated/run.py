@@ -1,0 +1,47 @@
+"""Run command lines of clipcid, one after another, on the simulated device; print what each did as a line of JSON.
+
+python tests/gpu_simulated/run.py '[["embed", "shards", "--device", "cuda"], …]'
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+
+from stub import load
+
+load()
+
+from device import SimulatedCuda, simulated_cuda  # noqa: E402  # PyTorch must find the device when it starts
+
+from clipcid_cli.cli import main  # noqa: E402
+
+
+def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
+    """Run one command line: its exit status, its output, and what it cost the device."""
+    device.operators.clear()
+    device.waits.clear()
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            main(command)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    return {
+        "command": command,
+        "exit": code,
+        "stdout": stdout.getvalue(),
+        "stderr": stderr.getvalue(),
+        "operators": dict(device.operators),
+        "waits": dict(device.waits),
+    }
+
+
+if __name__ == "__main__":
+    with simulated_cuda() as simulated:
+        for line in json.loads(sys.argv[1]):
+            print(json.dumps(run(line, simulated)), flush=True)
+    os._exit(0)  # PyTorch's own end would ask the device that is not there

@@ -1,0 +1,77 @@
+"""`balance` and `cluster` on the simulated device: the bytes of a CPU run, in any form of search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from balance_data import make_rows, write_embeddings
+from simulation import simulate, total
+
+SEARCHES = {
+    "exact": ("balance", "--keep", 0.6),
+    "fp32": ("balance", "--keep", 0.6, "--precision", "fp32", "--select", "medoid"),
+    "star": ("balance", "--keep", 0.6, "--linkage", "star"),
+    "partitioned": ("balance", "--keep", 0.8, "--neighbors", "partitioned"),
+    "image": ("cluster", "--num-clusters", 40, "--iterations", 5),
+    "joint": ("cluster", "--num-clusters", 40, "--iterations", 5, "--features", "joint"),
+}
+OUTPUTS = {
+    "balance": ("keep.parquet", "forest.parquet", "curve.csv"),
+    "cluster": ("centroids.npy", "clusters.parquet"),
+}
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every search on both devices, each in a work directory of its own."""
+    place = tmp_path_factory.mktemp("searched")
+    rows = make_rows(3000, 48)
+    write_embeddings(place / "embeddings", rows, texts=rows[::-1].copy(), captions=["a caption"] * len(rows))
+    simulate(
+        place,
+        [
+            (*command, "--embeddings", "embeddings", "--work", f"{name}-{device}", "--device", device)
+            for name, command in SEARCHES.items()
+            for device in ("cpu", "cuda")
+        ],
+    )
+    return place
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_files_have_the_bytes_of_a_cpu_run(name: str, searched: Path) -> None:
+    step = str(SEARCHES[name][0])
+    folder = "balance" if step == "balance" else "clusters"
+    for file in ("keep.parquet",) if name == "partitioned" else OUTPUTS[step]:
+        there, here = (searched / f"{name}-{device}" / folder / file for device in ("cpu", "cuda"))
+        assert there.read_bytes() == here.read_bytes(), file
+
+
+# Operators that a GPU is given, and waits of the host for it: raising one of these numbers needs a reason.
+TILE = {"operators": 43, "waits": 8}
+ITERATION = {"operators": 393, "waits": 41}
+
+
+def test_budget_of_a_tile(tmp_path: Path) -> None:
+    """Tiles without near pairs are nearly all of a large search."""
+    commands: list[tuple[object, ...]] = []
+    for rows in (4096, 8192):
+        write_embeddings(tmp_path / str(rows), make_rows(rows, 16, num_centroids=2 * rows))
+        work = f"work-{rows}"
+        commands.append(("balance", "--threshold", 0.02, "--embeddings", rows, "--work", work, "--device", "cuda"))
+    few, many = simulate(tmp_path, commands)
+    tiles = 8 * 9 // 2 - 4 * 5 // 2
+    for kind, allowed in TILE.items():
+        assert (total(many[kind]) - total(few[kind])) / tiles <= allowed, kind
+
+
+def test_budget_of_an_iteration(tmp_path: Path) -> None:
+    """One iteration of k-means, all rows in one chunk."""
+    write_embeddings(tmp_path / "embeddings", make_rows(4096, 16, noise=2.0))
+    options = ("--embeddings", "embeddings", "--num-clusters", 64, "--device", "cuda")
+    few, many = simulate(
+        tmp_path, [("cluster", *options, "--iterations", count, "--work", f"work-{count}") for count in (3, 8)]
+    )
+    for kind, allowed in ITERATION.items():
+        assert (total(many[kind]) - total(few[kind])) / 5 <= allowed, kind
