@@ -114,7 +114,9 @@ class ClipModel:
                 for name in ("in_proj_weight", "in_proj_bias"):
                     exact = getattr(module, name)
                     if exact is not None:
-                        setattr(module, name, torch.nn.Parameter(exact.detach().to(precision.dtype), requires_grad=False))
+                        setattr(
+                            module, name, torch.nn.Parameter(exact.detach().to(precision.dtype), requires_grad=False)
+                        )
 
     @cached_property
     def _towers(self) -> ShortForward:
