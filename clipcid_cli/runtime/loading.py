@@ -17,6 +17,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import queue
 import signal
 import threading
 import traceback
@@ -108,6 +109,49 @@ def load_batches(
     finally:
         for worker in crew:
             worker.end()
+
+
+def read_ahead(items: Iterable[Batch], count: int) -> Iterator[Batch]:
+    """Take items in a thread of its own, so that waiting for a network overlaps with what the caller does.
+
+    Args:
+        count: Items that may wait to be taken.
+
+    Yields:
+        The items, in order.
+    """
+    ready: queue.Queue[tuple[Any, bool]] = queue.Queue(count)
+    stopped = threading.Event()
+
+    def give(entry: tuple[Any, bool]) -> bool:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(entry, timeout=0.1)
+                return True
+        return False
+
+    def take() -> None:
+        failure = None
+        try:
+            for item in items:
+                if not give((item, False)):
+                    return
+        except BaseException as error:
+            failure = error
+        give((failure, True))
+
+    threading.Thread(target=take, daemon=True).start()
+    try:
+        while True:
+            item, ended = ready.get()
+            if not ended:
+                yield item
+            elif item is None:
+                return
+            else:
+                raise item
+    finally:
+        stopped.set()
 
 
 @dataclasses.dataclass

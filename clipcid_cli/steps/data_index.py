@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.index import DataIndex, finish_index, lock_index, open_index, read_record, write_part
+from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Sample, Shard
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import load_batches
@@ -24,23 +24,27 @@ from clipcid_cli.steps.reporting import Progress, Reporter
 _FEW_SHARDS = 8
 
 
-def list_shard(dataset: Dataset, number: int) -> tuple[list[Sample], int, Skips]:
-    """List a shard's samples for a step that reads all of it: from the index, or else into it.
+def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample]:
+    """Yield a shard's samples for a step that reads all of it: from the index, or else into it.
 
-    Returns:
-        Its samples, how many were looked at, and those left out.
+    A shard behind a URL or a command is read in any case, and its samples come with their bytes.
+
+    Args:
+        skips: Counts the samples left out; complete once all were taken.
     """
     shard = dataset.shards[number]
-    if dataset.index is not None:
-        record = dataset.index.records[number]
-        samples = [dataset.index.sample(number, place) for place in range(record.samples)]
-        return samples, record.read, copy.deepcopy(record.skips)
-    stamp, skips = shard.stamp(), Skips()
-    samples = shard.samples(skips)
-    read = len(samples) + skips.total
-    if dataset.index_folder is not None:
-        write_part(dataset.index_folder, number, shard, stamp, samples, read, skips)
-    return samples, read, skips
+    if dataset.index is not None and not is_remote(shard.file):
+        skips.merge(dataset.index.records[number].skips)
+        for place in range(dataset.index.records[number].samples):
+            yield dataset.index.sample(number, place)
+        return
+    stamp, listed = shard.stamp(), list[Sample]()
+    for sample in shard.stream(skips):
+        if dataset.index_folder is not None and dataset.index is None:
+            listed.append(sample.without_data())
+        yield sample
+    if dataset.index_folder is not None and dataset.index is None:
+        write_part(dataset.index_folder, number, shard, stamp, listed, len(listed) + skips.total, skips)
 
 
 def take_samples(dataset: Dataset, number: int, places: npt.NDArray[np.int64]) -> list[Sample]:
@@ -59,7 +63,8 @@ class ShardLister:
 
     def __call__(self, number: int) -> None:
         """List one shard."""
-        list_shard(self.dataset, number)
+        for _ in stream_shard(self.dataset, number, Skips()):
+            pass
 
 
 def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Reporter) -> Dataset:
@@ -105,7 +110,7 @@ def _finish(dataset: Dataset, folder: Path) -> DataIndex:
     for number, shard in enumerate(dataset.shards):
         record = read_record(folder, number, shard)
         if record is None:  # it changed while the others were listed
-            list_shard(dataset, number)
+            ShardLister(dataset)(number)
             record = read_record(folder, number, shard)
         if record is None:
             raise ClipcidError(

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import braceexpand
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_folder import read_image_folder
 from clipcid_cli.formats.data.index import DataIndex, index_identity, open_index
-from clipcid_cli.formats.data.remote import fetch_error, is_url, open_filesystem
+from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
 from clipcid_cli.formats.data.sample_list import LIST_SUFFIXES, Columns, read_sample_list
 from clipcid_cli.formats.data.samples import Location, Sample, Shard, natural_key
 from clipcid_cli.formats.data.tar_index import TarShard, check_tar
@@ -28,12 +29,15 @@ _FORMS = (
     "Give a folder of .tar shards, one .tar, a pattern such as data/{00000..00099}.tar, a folder of images, or a csv, tsv "
     "or parquet list."
 )
+_SEPARATOR = "::"  # webdataset's, between several folders, tars or patterns
 
 # Up to this size, keys are compared across all shards when data is opened; of larger data only those of the first two shards
 # are, and all once they have been read.
 _SMALL = 2**30
 
 _ESTIMATED_FROM = 4
+_PROBED = 100
+_SAMPLES_OF_COMMAND = 10_000  # as img2dataset makes shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,21 +73,35 @@ class Dataset:
     def estimate_samples(self) -> int:
         """Estimate how many samples there are from a few shards spread over the data; exact when there are no more.
 
-        Exact too where there is an index.
+        Exact too where there is an index. Of shards behind a URL the first samples are read, of commands nothing is known.
         """
         if self.index is not None:
             return int(self.index.sizes.sum())
         step = max(1, len(self.shards) // _ESTIMATED_FROM)
         probed = self.shards[::step][:_ESTIMATED_FROM]
-        return round(sum(len(shard.samples()) for shard in probed) * len(self.shards) / len(probed))
+        return round(sum(map(_estimate_samples, probed)) * len(self.shards) / len(probed))
 
     def describe(self) -> dict[str, Any]:
         """Return the name and the options of the data, from which `open_described` opens it again."""
         return {"spec": self.spec, "keys": self.keys, **dataclasses.asdict(self.columns)}
 
 
+def names_command(spec: str) -> bool:
+    """Tell whether the name of a data set holds a ``pipe:`` command."""
+    return any(map(is_pipe, spec.split(_SEPARATOR)))
+
+
 def open_described(description: dict[str, Any], index_root: Path | None = None) -> Dataset:
-    """Open data from what `Dataset.describe` returned."""
+    """Open data from what `Dataset.describe` returned.
+
+    Raises:
+        ClipcidError: also for commands, since the description is from a file, which may be someone else's.
+    """
+    if names_command(description["spec"]):
+        raise ClipcidError(
+            f"The data is the output of a command, {description['spec']}, which is not run unless you give it yourself.",
+            "If you trust the command, give it as the data.",
+        )
     columns = {field.name: description[field.name] for field in dataclasses.fields(Columns)}
     return open_dataset(
         description["spec"], keys=description["keys"], columns=Columns(**columns), index_root=index_root
@@ -96,8 +114,9 @@ def open_dataset(
     """Open image-text data.
 
     Args:
-        spec: A folder of tar shards (CLIP_benchmark's among them), one tar, a brace pattern of tars, a folder of images,
-            a csv, tsv or parquet list; local or a URL that fsspec knows.
+        spec: A folder of tar shards (CLIP_benchmark's among them), one tar, a brace pattern of tars, several of these
+            with ``::`` between them, a folder of images, a csv, tsv or parquet list; local or a URL that fsspec knows. A
+            ``pipe:`` command is run by a shell: pass on only what the user wrote.
         keys: ``shard`` puts the shard's name before each key, for data whose keys repeat across shards.
         columns: Names of a list's columns.
         index_root: Folder of indexes. Data with an up-to-date index is opened without reading its shards.
@@ -106,13 +125,7 @@ def open_dataset(
         ClipcidError: within seconds, when there is no such data, it contains no shard or image, a local shard is truncated
             or not a tar, the first shards contain no image, or keys repeat across shards.
     """
-    spec, columns = str(spec), columns if columns is not None else Columns()
-    if spec.startswith("file://"):
-        spec = spec.removeprefix("file://")
-    if spec.startswith("pipe:"):
-        raise ClipcidError(f"{spec}: clipcid does not run commands to get data.", _FORMS)
-    if not is_url(spec):
-        spec = os.path.abspath(os.path.expanduser(spec))
+    spec, columns = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR))), columns or Columns()
     prefix = keys == "shard"
     classes: tuple[str, ...] | None = None
     shards: Sequence[Shard]
@@ -135,16 +148,30 @@ def open_dataset(
     return dataset
 
 
+def _estimate_samples(shard: Shard) -> int:
+    if is_pipe(shard.file):
+        return _SAMPLES_OF_COMMAND
+    if not is_url(shard.file):
+        return len(shard.samples())
+    first = list(islice(shard.stream(), _PROBED))
+    if len(first) < _PROBED:
+        return len(first)
+    size: int = shard.fingerprint()["size"]
+    return round(size * (_PROBED - 1) / (first[-1].image.offset - first[0].image.offset))
+
+
 def _check_shards(dataset: Dataset) -> None:
     """Look into the shards: all are whole, some of the first have an image, and keys differ, as far as that is quick."""
     tars = [shard for shard in dataset.shards if isinstance(shard, TarShard)]
-    local = [Path(shard.path) for shard in tars if not is_url(shard.path)]
+    local = [Path(shard.path) for shard in tars if not is_remote(shard.path)]
     with ThreadPoolExecutor(16) as pool:
         for _ in pool.map(check_tar, local):
             pass
     _require_images(dataset.spec, dataset.shards)
     small = sum(os.path.getsize(path) for path in local) <= _SMALL
     first = tars if small and dataset.index_folder is None else tars[:2]
+    if len(local) < len(tars):  # reading them whole would take longer than "quick"
+        return
     refuse_repeated_keys([(shard.name, [sample.key for sample in shard.samples()]) for shard in first])
 
 
@@ -171,8 +198,10 @@ def refuse_repeated_keys(shards: Sequence[tuple[str, Sequence[str]]]) -> None:
 
 def _find_tars(spec: str) -> list[str] | None:
     """List the tars that `spec` refers to, in natural order; None for a folder without any."""
-    if "{" in spec:
-        return sorted(_expand(spec), key=natural_key)
+    if _SEPARATOR in spec or "{" in spec:
+        return sorted((tar for part in _expand(spec) for tar in _find_part(part)), key=natural_key)
+    if is_pipe(spec):
+        return [spec]
     if is_url(spec):
         return [spec] if spec.lower().endswith(".tar") else _list_remote(spec)
     path = Path(spec)
@@ -186,20 +215,38 @@ def _find_tars(spec: str) -> list[str] | None:
     return sorted(tars, key=natural_key) or None
 
 
+def _find_part(spec: str) -> list[str]:
+    """List the tars of one of several parts: a tar, which may turn out to be missing, or a folder of tars."""
+    if is_remote(spec) or Path(spec).is_dir():
+        tars = _find_tars(spec)
+        if tars is None:
+            raise ClipcidError(f"{spec} contains no .tar shard.", _FORMS)
+        return tars
+    return [spec]
+
+
 def _expand(spec: str) -> list[str]:
+    from webdataset.shardlists import expand_urls  # 0.2 s, which only patterns cost
+
     try:
-        return list(braceexpand.braceexpand(spec))
+        return [part for part in expand_urls(spec) if part]
     except ValueError as error:  # braceexpand.UnbalancedBracesError
         raise ClipcidError(f"{spec}: the braces are unbalanced.", _FORMS) from error
+    except AssertionError as error:
+        raise ClipcidError(
+            f"{spec}: webdataset takes ${{NAME}} from the environment variable WDS_NAME, which is not set.",
+            "Set it, or write the value in place of it.",
+        ) from error
+
+
+def _normalize(spec: str) -> str:
+    """Make a local path absolute."""
+    spec = spec.removeprefix("file://")
+    return spec if not spec or is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
 
 
 def _list_remote(spec: str) -> list[str]:
-    filesystem, inner = open_filesystem(spec)
-    try:
-        names = filesystem.ls(inner, detail=False)
-    except Exception as error:  # every fsspec backend raises its client's own errors
-        raise fetch_error(spec, error) from error
-    tars = [str(filesystem.unstrip_protocol(name)) for name in names if str(name).lower().endswith(".tar")]
+    tars = [name for name in list_folder(spec) if name.lower().endswith(".tar")]
     if not tars:
         raise ClipcidError(
             f"{spec} contains no .tar shard.", "Give a pattern such as s3://bucket/data/{00000..00099}.tar."
@@ -208,7 +255,7 @@ def _list_remote(spec: str) -> list[str]:
 
 
 def _is_benchmark(spec: str) -> bool:
-    return not is_url(spec) and Path(spec, "nshards.txt").is_file()
+    return not is_remote(spec) and Path(spec, "nshards.txt").is_file()
 
 
 def _benchmark_tars(folder: Path) -> list[str]:
@@ -227,14 +274,21 @@ def _benchmark_tars(folder: Path) -> list[str]:
 
 def _name_tars(tars: list[str], *, prefix_keys: bool, caption_lines: bool) -> tuple[TarShard, ...]:
     """Name shards by their files, preceded by as many folders as it takes to distinguish them."""
-    parts = [tar[: -len(".tar")].split("/") if tar.lower().endswith(".tar") else tar.split("/") for tar in tars]
+    paths = [_path_in_command(tar) if is_pipe(tar) else tar for tar in tars]
+    parts = [path[: -len(".tar")].split("/") if path.lower().endswith(".tar") else path.split("/") for path in paths]
     depth = 1
-    while len({tuple(part[-depth:]) for part in parts}) < len(set(tars)):
-        depth += 1
-    if len(set(tars)) < len(tars):
+    if len(set(map(tuple, parts))) < len(tars):
         raise ClipcidError("The pattern lists a shard twice.", "List each shard once.")
+    while len({tuple(part[-depth:]) for part in parts}) < len(tars):
+        depth += 1
     names = ["/".join(part[-depth:]) for part in parts]
     return tuple(TarShard(name, tar, prefix_keys, caption_lines) for name, tar in zip(names, tars, strict=True))
+
+
+def _path_in_command(command: str) -> str:
+    """Return the last word of a command that ends in ``.tar``, else the command without what a name cannot hold."""
+    words = re.findall(r"[^\s'\"|;&<>()=]+\.tar(?![^\s'\"|;&<>()])", command, re.IGNORECASE)
+    return words[-1] if words else re.sub(r"[^\w.-]+", "-", command)[-64:].strip("-.")
 
 
 def _explain_subfolders(folder: Path) -> str:
@@ -249,7 +303,7 @@ def _require_images(spec: str, shards: Sequence[Shard]) -> None:
     """Refuse data whose first shards contain no image."""
     skips = Skips()
     for shard in shards[:10]:
-        if shard.samples(skips):
+        if next(shard.stream(skips), None) is not None:
             return
     looked = "it has" if len(shards) <= 10 else "the first 10 of its shards have"
     seen = f" ({skips.total} without one, first {skips.examples['no_image'][0]})" if "no_image" in skips.counts else ""

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.remote import is_remote, is_url
 from clipcid_cli.formats.data.samples import Location, Sample
 
 _WINDOW = 4096
@@ -30,8 +31,16 @@ def fingerprint_images(dataset: Dataset, uses: Callable[[Sample], bool] = lambda
 
     Returns:
         ``path``, ``size`` (number of images used) and ``hash``, as of a sidecar's input. Of a remote image only the name is
-        included.
+        included. Tars behind a URL are not read for it: their own fingerprints are included, and ``size`` is their bytes.
     """
+    if any(is_remote(shard.file) for shard in dataset.shards):
+        found = dataset.fingerprints()
+        content = repr([(entry["size"], entry["hash"]) for entry in found]).encode()
+        return {
+            "path": f"{dataset.spec}#images",
+            "size": sum(entry["size"] for entry in found),
+            "hash": f"blake2b-shards:{hashlib.blake2b(content, digest_size=16).hexdigest()}",
+        }
     samples = [sample for shard in dataset.shards for sample in shard.samples() if uses(sample)]
     parts = [samples[start : start + _SAMPLES_A_TASK] for start in range(0, len(samples), _SAMPLES_A_TASK)]
     digest = hashlib.blake2b(digest_size=16)
@@ -59,7 +68,7 @@ def _digest(samples: Sequence[Sample]) -> bytes:
 
 def _read(location: Location) -> bytes:
     """Return the size and the bytes to hash; the URL of a remote image, nothing of a missing one."""
-    if "://" in location.path:
+    if is_url(location.path):
         return location.path.encode("utf-8", errors="surrogateescape")
     try:
         handle = os.open(location.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import is_url, local_copy
+from clipcid_cli.formats.data.remote import is_url, local_file
 from clipcid_cli.formats.data.samples import Location, Sample
 from clipcid_cli.formats.data.virtual_shard import VirtualShard, slice_rows
 from clipcid_cli.formats.key_join import mark_repeats
@@ -83,7 +83,8 @@ def read_sample_list(spec: str, columns: Columns, *, prefix_keys: bool) -> tuple
     Raises:
         ClipcidError: when the file is not of that kind, has no rows, or lacks the column of image paths.
     """
-    frame = _read_frame(spec, local_copy(spec))
+    with local_file(spec) as file:
+        frame = _read_frame(spec, file)
     if columns.image not in frame:
         raise ClipcidError(
             f"List {spec} has no column {columns.image!r}; it has {', '.join(map(str, frame.columns[:12]))}.",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from functools import cache, lru_cache
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import fsspec
-
+from clipcid_cli.formats.data.remote import is_pipe, is_url, read_range, read_whole
 from clipcid_cli.formats.skips import Skips
 
 # Suffixes of images; of several in one sample the first in this order is taken (open_clip's, then others that Pillow reads).
@@ -24,23 +24,30 @@ class Location:
     """Where the bytes of an image or of an attributes file are stored.
 
     Attributes:
-        path: A local file, or a URL that fsspec knows.
+        path: A local file, a URL that fsspec knows, or a ``pipe:`` command.
         size: Number of bytes; None for a whole file.
+        data: The bytes themselves, where they came with a stream.
     """
 
     path: str
     offset: int = 0
     size: int | None = None
+    data: bytes | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def read(self) -> bytes:
         """Read the bytes. Handles of local files are kept open between calls, separately in each process.
 
         Raises:
-            OSError: when the file is missing or has become shorter.
+            OSError: when the file is missing or has become shorter. Commands are never run here: a path may come from a
+                file that someone else wrote.
+            ClipcidError: when part of a file behind a URL cannot be fetched.
         """
-        if "://" in self.path:
-            stop = None if self.size is None else self.offset + self.size
-            return bytes(_filesystem(self.path.partition("://")[0]).cat_file(self.path, self.offset, stop))
+        if self.data is not None:
+            return self.data
+        if is_pipe(self.path):
+            raise OSError(f"the output of {self.path} has passed")
+        if is_url(self.path):
+            return read_whole(self.path) if self.size is None else read_range(self.path, self.offset, self.size)
         if self.size is None:
             with open(self.path, "rb") as file:
                 return file.read()
@@ -48,6 +55,10 @@ class Location:
         if len(data) != self.size:
             raise OSError(f"{self.path} ends {self.size - len(data)} bytes early")
         return data
+
+    def without_data(self) -> Location:
+        """Return where the bytes are, without the bytes."""
+        return self if self.data is None else dataclasses.replace(self, data=None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,6 +84,22 @@ class Sample:
     attributes: Location | None = None
     captions_at: Location | None = None
 
+    def without_image_data(self) -> Sample:
+        """Return the sample without the bytes of its image, which are most of it."""
+        return self if self.image.data is None else dataclasses.replace(self, image=self.image.without_data())
+
+    def without_data(self) -> Sample:
+        """Return the sample without the bytes that came with a stream."""
+        if self.image.data is None:
+            return self
+        return dataclasses.replace(
+            self,
+            image=self.image.without_data(),
+            multi_hot=self.multi_hot and self.multi_hot.without_data(),
+            attributes=self.attributes and self.attributes.without_data(),
+            captions_at=self.captions_at and self.captions_at.without_data(),
+        )
+
 
 class Shard(Protocol):
     """Some thousands of samples that are read together: a tar, or a slice of a folder or list. Picklable and small."""
@@ -89,6 +116,13 @@ class Shard(Protocol):
                 shard.
         """
 
+    def stream(self, skips: Skips | None = None) -> Iterator[Sample]:
+        """Yield its samples in order while it is read; those of a shard behind a URL or a command come with their bytes.
+
+        Args:
+            skips: As of `samples`; complete once all samples were taken.
+        """
+
     def fingerprint(self) -> dict[str, Any]:
         """Describe the shard's content for a sidecar: ``path``, ``size``, ``hash``."""
 
@@ -103,7 +137,7 @@ class Shard(Protocol):
     def stamp(self) -> tuple[int, int]:
         """Return two numbers that change when the shard does, at the cost of a look at its file's size and time.
 
-        (0, 0) where that cannot be told: of a file behind a URL.
+        (0, 0) for a file behind a URL, which is not asked for at each start.
         """
 
     def split_captions(self, text: bytes) -> tuple[str, ...]:
@@ -130,11 +164,6 @@ class _Handle:
 @lru_cache(maxsize=_OPEN_FILES)
 def _handle(path: str) -> _Handle:
     return _Handle(path)
-
-
-@cache
-def _filesystem(protocol: str) -> Any:
-    return fsspec.filesystem(protocol)
 
 
 def relative_key(path: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import is_url, local_copy
+from clipcid_cli.formats.data.remote import RemoteStream, describe_file, is_remote
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample
 from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.skips import Skips
@@ -40,12 +40,14 @@ class Member(NamedTuple):
         offset: First byte of its content.
         size: Bytes of its content.
         start: First byte of its headers, including those of a long name.
+        data: Its content, where it was read from a stream.
     """
 
     name: str
     offset: int
     size: int
     start: int
+    data: bytes | None = None
 
     @property
     def end(self) -> int:
@@ -59,7 +61,7 @@ class TarShard:
 
     Attributes:
         name: Name of the shard: its file's name without ``.tar``, preceded by folders where names repeat.
-        path: The tar, or its URL.
+        path: The tar, its URL, or a ``pipe:`` command whose output it is.
         prefix_keys: Whether keys begin with the shard's name.
         caption_lines: Whether each line of a ``.txt`` is a caption of its own, as in CLIP_benchmark's folders.
     """
@@ -70,19 +72,24 @@ class TarShard:
     caption_lines: bool = False
 
     def samples(self, skips: Skips | None = None) -> list[Sample]:
-        """List the shard's samples: consecutive members whose names agree up to the first dot, as in webdataset.
+        """List the shard's samples, as `stream` yields them, without their bytes."""
+        return [sample.without_data() for sample in self.stream(skips)]
+
+    def stream(self, skips: Skips | None = None) -> Iterator[Sample]:
+        """Yield the shard's samples: consecutive members whose names agree up to the first dot, as in webdataset.
+
+        What is behind a URL or a command is read once, in order, and the samples come with their bytes. Of a local file only
+        the headers and captions are read.
 
         Args:
             skips: Counts the samples without an image or with a repeated key, which are omitted.
 
         Raises:
-            ClipcidError: when the tar is damaged.
+            ClipcidError: when the tar is damaged, or cannot be fetched.
         """
         skips = skips if skips is not None else Skips()
-        path = local_copy(self.path)
-        found: list[Sample] = []
         seen: set[str] = set()
-        for key, members in group_members(read_members(path)):
+        for key, members in group_members(read_members(self.path)):
             files = _by_suffix(members)
             where = f"{self.name}/{key}"
             if key in seen:
@@ -94,23 +101,25 @@ class TarShard:
                 skips.add("no_image", where)
                 continue
             attributes, multi_hot, text = files.get("json"), files.get("npy"), files.get("txt")
-            found.append(
-                Sample(
-                    key=where if self.prefix_keys else key,
-                    image=Location(str(path), image.offset, image.size),
-                    captions=() if text is None else self.split_captions(_read(path, text)),
-                    label=_read_label(path, files.get("cls"), where),
-                    multi_hot=Location(str(path), multi_hot.offset, multi_hot.size) if multi_hot else None,
-                    attributes=Location(str(path), attributes.offset, attributes.size) if attributes else None,
-                    captions_at=Location(str(path), text.offset, text.size) if text else None,
-                )
+            yield Sample(
+                key=where if self.prefix_keys else key,
+                image=self._locate(image),
+                captions=() if text is None else self.split_captions(_read(self._locate(text))),
+                label=_read_label(self._locate(files["cls"]), where) if "cls" in files else None,
+                multi_hot=self._locate(multi_hot) if multi_hot else None,
+                attributes=self._locate(attributes) if attributes else None,
+                captions_at=self._locate(text) if text else None,
             )
-        return found
 
     def fingerprint(self) -> dict[str, Any]:
-        """Describe the tar: size, and a hash of its size and of windows of 64 KiB at its head, middle and tail."""
+        """Describe the tar: size, and a hash of its size and of windows of 64 KiB at its head, middle and tail.
+
+        Behind a URL it is a hash of what the server says of the file, see `remote.describe_file`.
+        """
+        if is_remote(self.path):
+            return describe_file(self.path)
         window = 2**16
-        with _open(local_copy(self.path)) as file:
+        with _open(Path(self.path)) as file:
             size = os.fstat(file.fileno()).st_size
             digest = hashlib.blake2b(str(size).encode(), digest_size=16)
             for start in (0, max(0, (size - window) // 2), max(0, size - window)):
@@ -120,13 +129,13 @@ class TarShard:
 
     @property
     def source(self) -> str:
-        """The tar's path or URL."""
+        """The tar's path or URL, or the command."""
         return self.path
 
     @property
     def file(self) -> str:
-        """The tar, or the local copy of it."""
-        return str(local_copy(self.path)) if is_url(self.path) else self.path
+        """The tar's path or URL, or the command."""
+        return self.path
 
     def stamp(self) -> tuple[int, int]:
         """Return the tar's size and modification time, (0, 0) where it is gone or behind a URL."""
@@ -141,6 +150,9 @@ class TarShard:
         whole = text.decode("utf-8", errors="replace")
         captions = whole.splitlines() if self.caption_lines else [whole]
         return tuple(caption.strip() for caption in captions if caption.strip())
+
+    def _locate(self, member: Member) -> Location:
+        return Location(self.path, member.offset, member.size, member.data)
 
 
 def group_members(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
@@ -170,17 +182,15 @@ def _by_suffix(members: list[Member]) -> dict[str, Member]:
     return files
 
 
-def _read(path: Path, member: Member) -> bytes:
+def _read(location: Location) -> bytes:
     try:
-        return Location(str(path), member.offset, member.size).read()
+        return location.read()
     except OSError as error:
-        raise ClipcidError(f"Shard {path} cannot be read: {error.strerror or error}.", _FIX) from error
+        raise ClipcidError(f"Shard {location.path} cannot be read: {error.strerror or error}.", _FIX) from error
 
 
-def _read_label(path: Path, member: Member | None, where: str) -> int | None:
-    if member is None:
-        return None
-    text = _read(path, member).strip()
+def _read_label(location: Location, where: str) -> int:
+    text = _read(location).strip()
     if not _CLASS.fullmatch(text):
         raise ClipcidError(
             f"The .cls of sample {where} contains {text[:40]!r}, not the number of a class.",
@@ -229,82 +239,101 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         ) from error
 
 
-def read_members(path: Path) -> Iterator[Member]:
-    """List the regular files of a tar, in order, from its headers.
+def read_members(path: str | Path) -> Iterator[Member]:
+    """List the regular files of a tar, in order, from its headers; of a URL or a command, with their content.
 
     Understands POSIX (ustar, pax) and GNU long names, as Python, GNU tar and bsdtar write them.
 
     Raises:
-        ClipcidError: when a header is damaged, content extends beyond the end of the file, or a member is sparse.
+        ClipcidError: when a header is damaged, content extends beyond the end of the file, a member is sparse, or the tar
+            cannot be read or fetched.
     """
-    with _open(path) as file:
-        end = os.fstat(file.fileno()).st_size
-        window = _Window(file.fileno())
-        position = 0
-        overrides: dict[str, str] = {}
-        start: int | None = None
-        while position < end:
-            header = window.read(position, _BLOCK)
-            if len(header) == _BLOCK and not any(header):
-                return
-            if len(header) < _BLOCK or not _checksum_fits(header):
-                raise _damaged(path, position, end, "there is no tar header")
-            kind = header[156:157]
-            is_extension = kind in b"xgLK"
+    if is_remote(str(path)):
+        with RemoteStream(str(path)) as stream:
+            yield from _parse(stream, str(path))
+            stream.finish()
+    else:
+        with _open(Path(path)) as file:
+            yield from _parse(_Window(file.fileno()), str(path))
+
+
+def _parse(tar: _Window | RemoteStream, path: str) -> Iterator[Member]:
+    position = 0
+    overrides: dict[str, str] = {}
+    start: int | None = None
+    while header := tar.read_at(position, _BLOCK):
+        if len(header) == _BLOCK and not any(header):
+            return
+        if len(header) < _BLOCK or not _checksum_fits(header):
+            raise _damaged(path, position, tar.end, "there is no tar header")
+        kind = header[156:157]
+        is_extension = kind in b"xgLK"
+        try:
+            own = None if is_extension else overrides.get("size")
+            size = _number(header[124:136]) if own is None else _decimal(own)
+            if is_extension and size > _LARGEST_EXTENSION:
+                raise ValueError(f"its extended header has {size:,} bytes")
+        except ValueError as error:
+            raise _damaged(path, position, tar.end, str(error)) from error
+        content = position + _BLOCK
+        # Content is padded to whole blocks, so a tar may also be truncated within the padding.
+        following = content + -(-size // _BLOCK) * _BLOCK
+        if tar.end is not None and following > tar.end:
+            raise ClipcidError(
+                f"Shard {path} is truncated: {_name(header)} should end at byte {following:,}, the file has {tar.end:,}.",
+                "Copy or download it again, or remove it from the data.",
+            )
+        start = position if start is None else start
+        if kind == b"x":
             try:
-                own = None if is_extension else overrides.get("size")
-                size = _number(header[124:136]) if own is None else _decimal(own)
-                if is_extension and size > _LARGEST_EXTENSION:
-                    raise ValueError(f"its extended header has {size:,} bytes")
+                overrides |= _parse_pax(tar.read_at(content, size))
             except ValueError as error:
-                raise _damaged(path, position, end, str(error)) from error
-            content = position + _BLOCK
-            # Content is padded to whole blocks, so a tar may also be truncated within the padding.
-            following = content + -(-size // _BLOCK) * _BLOCK
-            if following > end:
+                raise _damaged(path, position, tar.end, str(error)) from error
+        elif kind == b"L":
+            overrides["path"] = tar.read_at(content, size).rstrip(b"\0").decode("utf-8", errors="surrogateescape")
+        elif kind == b"g":
+            start = None
+        elif kind != b"K":
+            name = overrides.get("path") or _name(header)
+            if kind == b"S" or _SPARSE in overrides:
                 raise ClipcidError(
-                    f"Shard {path} is truncated: {_name(header)} should end at byte {following:,}, the file has {end:,}.",
-                    "Copy or download it again, or remove it from the data.",
+                    f"Shard {path} holds {name} as a sparse file, whose content is stored in pieces.",
+                    "Make the shard again without tar's --sparse.",
                 )
-            start = position if start is None else start
-            if kind == b"x":
-                try:
-                    overrides |= _parse_pax(window.read(content, size))
-                except ValueError as error:
-                    raise _damaged(path, position, end, str(error)) from error
-            elif kind == b"L":
-                overrides["path"] = window.read(content, size).rstrip(b"\0").decode("utf-8", errors="surrogateescape")
-            elif kind == b"g":
-                start = None
-            elif kind != b"K":
-                name = overrides.get("path") or _name(header)
-                if kind == b"S" or _SPARSE in overrides:
-                    raise ClipcidError(
-                        f"Shard {path} holds {name} as a sparse file, whose content is stored in pieces.",
-                        "Make the shard again without tar's --sparse.",
-                    )
-                if kind in b"0\x007":
-                    yield Member(name, content, size, start)
-                overrides, start = {}, None
-            position = following
+            if kind in b"0\x007":
+                data = tar.content(content, size)
+                if data is not None and len(data) < size:
+                    raise ClipcidError(f"Shard {path} is truncated: it ends within {name}.", _FIX)
+                yield Member(name, content, size, start, data)
+            overrides, start = {}, None
+        position = following
 
 
-def _damaged(path: Path, position: int, end: int, why: str) -> ClipcidError:
-    return ClipcidError(f"Shard {path} is damaged at byte {position:,} of {end:,}: {why}.", _FIX)
+def _damaged(path: str, position: int, end: int | None, why: str) -> ClipcidError:
+    where = f"{position:,}" if end is None else f"{position:,} of {end:,}"
+    return ClipcidError(f"Shard {path} is damaged at byte {where}: {why}.", _FIX)
 
 
 class _Window:
-    """A file read in pieces somewhat larger than requested."""
+    """A file read in pieces somewhat larger than requested.
+
+    Attributes:
+        end: Its number of bytes.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd, self._start, self._data = fd, 0, b""
+        self.end: int | None = os.fstat(fd).st_size
 
-    def read(self, offset: int, size: int) -> bytes:
+    def read_at(self, offset: int, size: int) -> bytes:
         begin = offset - self._start
         if begin < 0 or begin + size > len(self._data):
             self._data = os.pread(self._fd, max(size, _READ), offset)
             self._start, begin = offset, 0
         return self._data[begin : begin + size]
+
+    def content(self, offset: int, size: int) -> bytes | None:
+        """Return None: what a member holds is read from the file when it is needed."""
 
 
 def _checksum_fits(header: bytes) -> bool:

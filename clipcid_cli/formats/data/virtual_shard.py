@@ -47,8 +47,11 @@ class VirtualShard(ABC, Generic[RowT]):
 
     def samples(self, skips: Skips | None = None) -> list[Sample]:
         """List the slice's samples; rows without an image, or with a key that an earlier row has, are counted."""
+        return list(self.stream(skips))
+
+    def stream(self, skips: Skips | None = None) -> Iterator[Sample]:
+        """Yield what `samples` lists."""
         skips = skips if skips is not None else Skips()
-        found = []
         for row in self.rows:
             if not row.path:
                 skips.add("no_image", self._label(row))
@@ -56,10 +59,7 @@ class VirtualShard(ABC, Generic[RowT]):
                 skips.add("duplicate_key", self._label(row))
             else:
                 sample = self._sample(row)
-                found.append(
-                    dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
-                )
-        return found
+                yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
 from clipcid_cli.formats.data.caption_words import split_words
 from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.remote import is_url
+from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.balance.samples import SampleFinder
@@ -58,7 +58,7 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
         kept: Which of the rows are kept, bool [N].
     """
     unread = ""
-    if data is not None and not is_url(data.spec):
+    if data is not None and not any(is_remote(shard.file) for shard in data.shards):
         try:
             if any(sample.label is not None for sample in data.shards[0].samples()):
                 if len(rows) <= _MOST_LABELS:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from clipcid_cli.algorithms.search.distances import DoubleArray, IntArray
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.dataset import Columns, Dataset, names_command, open_dataset, open_described
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.results.kept_lists import is_uid
@@ -27,7 +27,7 @@ def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | No
     """Open the data that was named, or else the data that the embeddings record.
 
     Returns:
-        None when neither says which data it is.
+        None when neither says which data it is, or it is the output of a recorded command, which is not run.
 
     Raises:
         ClipcidError: when it cannot be opened.
@@ -36,6 +36,8 @@ def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | No
         columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
         return open_dataset(settings.data, keys=settings.keys, columns=columns)
     if embeddings.sidecar is None or "data" not in embeddings.sidecar:
+        return None
+    if names_command(embeddings.sidecar["data"]["spec"]):
         return None
     return open_described(embeddings.sidecar["data"])
 

@@ -9,7 +9,7 @@ from typing import Any
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.remote import local_copy
+from clipcid_cli.formats.data.remote import local_file
 from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
 from clipcid_cli.formats.key_join import KeyIndex
@@ -106,12 +106,12 @@ def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bo
     if resumed and stats_path.exists():
         return int(json.loads(stats_path.read_text(encoding="utf-8"))["successes"])
     keys, num_dropped = choice.of(shard)
-    source = local_copy(shard.path)
-    if not keys:
-        path.unlink(missing_ok=True)
-        copied = Copied(0, count_samples(source))
-    else:
-        copied = copy_samples(source, path, keys)
+    with local_file(shard.path) as source:
+        if keys:
+            copied = copy_samples(source, path, keys)
+        else:
+            path.unlink(missing_ok=True)
+            copied = Copied(0, count_samples(source))
     if copied.samples < len(keys) or copied.read < len(keys) + num_dropped:
         path.unlink(missing_ok=True)
         raise ClipcidError(

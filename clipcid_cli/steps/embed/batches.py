@@ -10,11 +10,25 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.models.augment import PACKED_VIEW
 from clipcid_cli.runtime.models.clip_model import Transform
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.steps.embed.views import ViewMaker
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What reading a shard found.
+
+    Attributes:
+        read: Samples looked at, usable or not.
+        skips: Those that are not embedded.
+    """
+
+    read: int
+    skips: Skips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +38,16 @@ class EmbedBatch:
     Attributes:
         number: Number of the shard.
         samples: At most as many as a batch holds.
-        last: Whether the shard ends here.
+        listing: What reading the shard found, with its last batch.
     """
 
     number: int
     samples: Sequence[Sample]
-    last: bool
+    listing: Listing | None = None
+
+    def without_data(self) -> EmbedBatch:
+        """Return the batch without the bytes that came with a stream."""
+        return dataclasses.replace(self, samples=[sample.without_data() for sample in self.samples])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +64,6 @@ class PreparedEmbedBatch:
         flattened: Number of images with transparent pixels, which are shown on white.
     """
 
-    batch: EmbedBatch
     pixels: torch.Tensor
     params: npt.NDArray[np.float32] | None
     tokens: torch.Tensor | None
@@ -74,8 +91,8 @@ class Preparation:
     context_length: int
     fast_decode: bool
 
-    def __call__(self, batch: EmbedBatch) -> PreparedEmbedBatch:
-        """Prepare one batch."""
+    def __call__(self, samples: Sequence[Sample]) -> PreparedEmbedBatch:
+        """Prepare the samples of one batch."""
         height, width = self.image_size
         draft = (2 * width, 2 * height) if self.fast_decode else None
         number = 0 if self.views is None else self.views.views.number
@@ -83,7 +100,7 @@ class Preparation:
         params = None if self.views is None else np.zeros((self.batch_size, number, PACKED_VIEW), dtype=np.float32)
         failures: dict[int, str] = {}
         flattened = 0
-        for row, sample in enumerate(batch.samples):
+        for row, sample in enumerate(samples):
             image = read_image(sample.image, draft)
             if isinstance(image, SkippedImage):
                 failures[row] = image.reason
@@ -94,8 +111,8 @@ class Preparation:
                 shown, params[row] = self.views(image, sample.key)
                 for place, view in enumerate(shown, start=1):
                     pixels[place, row] = torch.from_numpy(view.copy())
-        tokens, further = self._tokenize(batch.samples)
-        return PreparedEmbedBatch(batch, pixels.flatten(0, 1), params, tokens, further, failures, flattened)
+        tokens, further = self._tokenize(samples)
+        return PreparedEmbedBatch(pixels.flatten(0, 1), params, tokens, further, failures, flattened)
 
     def _tokenize(self, samples: Sequence[Sample]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.tokenizer is None:

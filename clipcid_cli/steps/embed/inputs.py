@@ -39,7 +39,9 @@ def open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
 
 def has_captions(dataset: Dataset) -> bool:
     """Tell whether any sample of the first shard has a caption."""
-    return any(sample.captions for sample in dataset.shards[0].samples())
+    if dataset.index is not None:
+        return dataset.index.records[0].with_captions > 0
+    return any(sample.captions for sample in dataset.shards[0].stream())
 
 
 def require_captions(dataset: Dataset, without_text: str) -> None:

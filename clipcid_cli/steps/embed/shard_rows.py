@@ -50,11 +50,11 @@ class PendingShard:
     """A shard of which some batches are still to come.
 
     Attributes:
-        read: Samples listed in the shard, usable or not.
+        skips: Samples whose image or embedding is not usable.
+        flattened: Images with transparent pixels.
     """
 
-    read: int
-    skips: Skips
+    skips: Skips = dataclasses.field(default_factory=Skips)
     flattened: int = 0
     keys: list[str] = dataclasses.field(default_factory=list)
     captions: list[str] = dataclasses.field(default_factory=list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,16 +12,18 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.remote import is_remote
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRecord
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.loading import load_batches
+from clipcid_cli.runtime.loading import load_batches, read_ahead
 from clipcid_cli.runtime.models.augment import ViewPixels, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.timing import time_trial
-from clipcid_cli.steps.data_index import list_shard
-from clipcid_cli.steps.embed.batches import EmbedBatch, Preparation, PreparedEmbedBatch
+from clipcid_cli.steps.data_index import stream_shard
+from clipcid_cli.steps.embed.batches import EmbedBatch, Listing, Preparation, PreparedEmbedBatch
 from clipcid_cli.steps.embed.shard_rows import BatchRows, PendingShard
 from clipcid_cli.steps.embed.views import ViewMaker, Views
 from clipcid_cli.steps.reporting import Progress
@@ -81,23 +84,26 @@ class ShardEmbedder:
         Raises:
             ClipcidError: when too many samples are unusable, a shard is damaged, or a worker ended.
         """
-        opened: dict[int, PendingShard] = {}
+        opened: defaultdict[int, PendingShard] = defaultdict(PendingShard)
+        sent = deque[EmbedBatch]()
         timings, total, read = Timings(), Skips(), 0
         clock = time.perf_counter()
-        for prepared in load_batches(self._batches(numbers, opened), self._preparation(), self.workers):
+        for prepared in load_batches(self._send(numbers, sent), self._preparation(), self.workers):
             ready = time.perf_counter()
             timings.read += ready - clock
-            shard = opened[prepared.batch.number]
-            self._encode(prepared, shard)
+            batch = sent.popleft()
+            shard = opened[batch.number]
+            self._encode(prepared, batch, shard)
             clock = time.perf_counter()
             timings.encode += clock - ready
-            progress.advance(len(prepared.batch.samples) * weight)
-            if prepared.batch.last:
-                del opened[prepared.batch.number]
-                self._write(writer, prepared.batch.number, shard)
+            progress.advance(len(batch.samples) * weight)
+            if batch.listing is not None:
+                del opened[batch.number]
+                shard.skips.merge(batch.listing.skips)
+                self._write(writer, batch.number, batch.listing.read, shard)
                 timings.images += len(shard.keys)
                 total.merge(shard.skips)
-                read += shard.read
+                read += batch.listing.read
                 if read >= _EARLY_CHECK:
                     total.check(read, self.max_bad_fraction, self.dataset.spec)
                 timings.write += time.perf_counter() - clock
@@ -109,7 +115,7 @@ class ShardEmbedder:
 
         Its captions are of typical length, since tokens after a text's end are not encoded.
         """
-        prepared = self._preparation()(EmbedBatch(0, (), last=True))
+        prepared = self._preparation()(())
         tokens = self.model.tokenizer([TYPICAL_CAPTION] * self.samples_at_once)
 
         def encode() -> None:
@@ -133,24 +139,36 @@ class ShardEmbedder:
             fast_decode=self.fast_decode,
         )
 
-    def _batches(self, numbers: Sequence[int], opened: dict[int, PendingShard]) -> Iterator[EmbedBatch]:
+    def _send(self, numbers: Sequence[int], sent: deque[EmbedBatch]) -> Iterator[Sequence[Sample]]:
+        """Yield the samples of each batch for a worker, and note the batch."""
+        batches = self._batches(numbers)
+        if any(is_remote(self.dataset.shards[number].file) for number in numbers):
+            batches = read_ahead(batches, max(2, self.workers))
+        for batch in batches:
+            sent.append(batch.without_data())
+            yield batch.samples
+
+    def _batches(self, numbers: Sequence[int]) -> Iterator[EmbedBatch]:
         """List the batches of the shards; a shard without a sample has one empty batch, so that it is written as well."""
         for number in numbers:
-            shard = self.dataset.shards[number]
-            samples, read, skips = list_shard(self.dataset, number)
-            if self.with_texts:
-                for sample in samples:
-                    if not sample.captions:
-                        skips.add("no_caption", f"{shard.name}: {sample.key}")
-                samples = [sample for sample in samples if sample.captions]
-            opened[number] = PendingShard(read, skips)
-            for start in range(0, max(1, len(samples)), self.samples_at_once):
-                stop = start + self.samples_at_once
-                yield EmbedBatch(number, samples[start:stop], last=stop >= len(samples))
+            skips, without_caption = Skips(), Skips()
+            name, read, samples = self.dataset.shards[number].name, 0, list[Sample]()
+            for sample in stream_shard(self.dataset, number, skips):
+                read += 1
+                if self.with_texts and not sample.captions:
+                    without_caption.add("no_caption", f"{name}: {sample.key}")
+                    continue
+                if len(samples) == self.samples_at_once:
+                    yield EmbedBatch(number, samples)
+                    samples = []
+                samples.append(sample)
+            read += skips.total
+            skips.merge(without_caption)
+            yield EmbedBatch(number, samples, Listing(read, skips))
 
-    def _encode(self, prepared: PreparedEmbedBatch, shard: PendingShard) -> None:
+    def _encode(self, prepared: PreparedEmbedBatch, batch: EmbedBatch, shard: PendingShard) -> None:
         """Embed a batch and add its usable rows to its shard."""
-        samples, count = prepared.batch.samples, len(prepared.batch.samples)
+        samples, count = batch.samples, len(batch.samples)
         if not samples:
             return
         images, views = self._encode_pixels(prepared)
@@ -162,7 +180,7 @@ class ShardEmbedder:
             further = self._encode_further(prepared.further)[: len(owners)]
         params = None if prepared.params is None else prepared.params[:count]
         rows = BatchRows(images[:count], views[:count], params, texts, further, owners)
-        name = self.dataset.shards[prepared.batch.number].name
+        name = self.dataset.shards[batch.number].name
         kept = []
         for row, (sample, usable) in enumerate(zip(samples, rows.finite().tolist(), strict=True)):
             reason = prepared.failures.get(row) or (None if usable else "nan_row")
@@ -200,9 +218,9 @@ class ShardEmbedder:
         half: npt.NDArray[np.float16] = rows.to(torch.float16).cpu().numpy()
         return half
 
-    def _write(self, writer: EmbeddingWriter, number: int, shard: PendingShard) -> None:
+    def _write(self, writer: EmbeddingWriter, number: int, read: int, shard: PendingShard) -> None:
         name = self.dataset.shards[number].name
-        record = ShardRecord(name, shard.read, len(shard.keys), shard.skips, shard.flattened)
+        record = ShardRecord(name, read, len(shard.keys), shard.skips, shard.flattened)
         num_views = 0 if self.views is None else self.views.number
         rows = shard.join(self.model.info.embed_dim, with_texts=self.with_texts, num_views=num_views)
         writer.write(number, record, shard.keys, shard.captions, rows)

@@ -57,7 +57,7 @@ class BatchDecoder:
                 skips.add(image.reason, sample.key)
                 continue
             pixels.append(self.transform(image))
-            readable.append(sample)
+            readable.append(sample.without_image_data())
         tokens = None
         if self.tokenizer is not None and readable:
             tokens = self.tokenizer([caption for sample in readable for caption in sample.captions])
@@ -79,14 +79,17 @@ class TaskReader:
     def batches(self) -> Iterator[list[Sample]]:
         """Yield the batches of all shards in order."""
         for shard in self.task.dataset.shards:
-            before = self.skips.total
-            samples = [sample for sample in shard.samples(self.skips) if self.task.uses(sample)]
-            self.read += len(samples) + self.skips.total - before
-            usable = iter([sample for sample in samples if self._is_usable(sample)])
+            listed = Skips()
+            usable = (sample for sample in shard.stream(listed) if self._is_usable(sample))
             while batch := list(islice(usable, self.batch_size)):
                 yield batch
+            self.read += listed.total
+            self.skips.merge(listed)
 
     def _is_usable(self, sample: Sample) -> bool:
+        if not self.task.uses(sample):
+            return False
+        self.read += 1
         if self.task.task == CLASSIFICATION:
             if not self.task.has_label(sample):
                 self.skips.add("no_label", sample.key)

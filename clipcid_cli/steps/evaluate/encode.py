@@ -9,8 +9,9 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Location, Sample
+from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.loading import default_workers, load_batches, start_worker_server
+from clipcid_cli.runtime.loading import default_workers, load_batches, read_ahead, start_worker_server
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.precision import Precision
@@ -125,6 +126,8 @@ class TaskEncoder:
             self.model.pixel_transform(), None if task.task == CLASSIFICATION else self.model.tokenizer
         )
         threads = threads_for_batches(device)
+        if any(is_remote(shard.file) for shard in task.dataset.shards):
+            batches = read_ahead(batches, threads)
         if workers is None and device.type == "cpu":
             return map_threads(batches, lambda samples: self._embed(task, decode(samples)), threads)
         decoded = load_batches(batches, decode, default_workers() if workers is None else workers)

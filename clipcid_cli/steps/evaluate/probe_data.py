@@ -116,7 +116,7 @@ def _has_several(data: str, train: Dataset) -> bool:
     """Tell whether an image may have several classes."""
     if find_benchmark_folder(data, "train").dataset_type == MULTI_LABEL:
         return True
-    first = next(samples[0] for shard in train.shards if (samples := shard.samples()))
+    first = next(sample for shard in train.shards for sample in shard.stream())
     return first.label is None and (first.labels is not None or first.multi_hot is not None)
 
 
@@ -144,7 +144,7 @@ def _class_names(data: str, splits: Sequence[Dataset]) -> tuple[str, ...]:
     path = find_benchmark_folder(data, "train").class_names
     if path is not None:
         return read_class_names(path)
-    samples = [sample for dataset in splits for shard in dataset.shards for sample in shard.samples()]
+    samples = (sample for dataset in splits for shard in dataset.shards for sample in shard.stream())
     count = max((_min_classes(sample) for sample in samples), default=0)
     if not count:
         raise ClipcidError(

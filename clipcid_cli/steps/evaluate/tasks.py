@@ -200,7 +200,7 @@ def _choose_task(folder: BenchmarkFolder, dataset: Dataset, settings: EvalZerosh
                 "Give another data set, or say what to measure with --task.",
             )
         return folder.dataset_type
-    first = next(samples[0] for shard in dataset.shards if (samples := shard.samples()))
+    first = next(sample for shard in dataset.shards for sample in shard.stream())
     if first.label is not None:
         return "classification"
     if first.labels is not None:

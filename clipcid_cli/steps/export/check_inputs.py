@@ -212,7 +212,7 @@ def _read(
 
 
 def _choose(dataset: Dataset, limit: int) -> Iterator[Sample]:
-    everything = (sample for shard in dataset.shards for sample in shard.samples())
+    everything = (sample.without_data() for shard in dataset.shards for sample in shard.stream())
     first = next(everything, None)
     if first is None:
         return

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import http.server
 import pickle
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -262,7 +259,6 @@ def write_bad_parquet(folder: Path) -> Path:
         (lambda folder: folder, "contains no .tar shard and no image"),
         (lambda folder: f"{folder}/{{0..3}}.tar", "0.tar cannot be read: No such file"),
         (lambda folder: f"{folder}/{{0..3.tar", "the braces are unbalanced"),
-        (lambda folder: "pipe:cat x.tar", "does not run commands"),
         (write_text_tar, "notes.tar is not a tar file"),
         (write_cut_tar, r"is truncated: 00000\d\.\w+ should end at byte [\d,]+, the file has 1,900"),
         (write_compressed, r"is compressed \(gzip\)"),
@@ -303,31 +299,16 @@ def test_shards_travel_between_processes(tiny_shards: Path) -> None:
     assert dataset.estimate_samples() == 24
 
 
-@pytest.fixture
-def served(tiny_shards: Path) -> Iterator[str]:
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tiny_shards))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def test_shards_behind_a_url_are_fetched_once(
-    served: str, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CLIPCID_CACHE", str(tmp_path / "cache"))
-    local = list_samples(open_dataset(tiny_shards))
-    for _ in range(2):
-        samples = list_samples(open_dataset(f"{served}/{{00000..00001}}.tar"))
-        assert [sample.key for sample in samples] == [sample.key for sample in local]
-        assert samples[20].image.read() == local[20].image.read()
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-    assert capfd.readouterr().err.count('"GET /00000.tar') == 1
-    with pytest.raises(ClipcidError, match="could not be fetched"):
-        open_dataset(f"{served}/absent.tar")
-
-
 def test_file_urls_are_local(tiny_shards: Path) -> None:
     assert list_keys(open_dataset(f"file://{tiny_shards}")) == list_keys(open_dataset(tiny_shards))
+
+
+def test_several_patterns_are_one_data_set(tiny_shards: Path) -> None:
+    whole = list_samples(open_dataset(tiny_shards))
+    joined = open_dataset(f"{tiny_shards}/00001.tar::{tiny_shards}/{{00000..00000}}.tar")
+    assert list_samples(joined) == whole
+    assert list_samples(open_described(joined.describe())) == whole
+    with pytest.raises(ClipcidError, match="lists a shard twice"):
+        open_dataset(f"{tiny_shards}::{tiny_shards}/00001.tar")
+    with pytest.raises(ClipcidError, match="environment variable WDS_NAME, which is not set"):
+        open_dataset(f"{tiny_shards}/${{NOWHERE}}.tar")

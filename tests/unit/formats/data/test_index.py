@@ -158,14 +158,14 @@ def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(
 ) -> None:
     for number in range(2):
         write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
-    samples, touched = tar_index.TarShard.samples, iter(range(1, 100))
+    stream, touched = tar_index.TarShard.stream, iter(range(1, 100))
 
     def touch(shard: tar_index.TarShard, *arguments: object) -> object:
         if shard.name == "1" and (time := next(touched)) <= most:
             os.utime(shard.path, ns=(0, time))
-        return samples(shard, *arguments)  # type: ignore[arg-type]
+        return stream(shard, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tar_index.TarShard, "samples", touch)
+    monkeypatch.setattr(tar_index.TarShard, "stream", touch)
     most = 2  # once when the data is opened, once when it is listed
     found = indexed(tmp_path / "data", tmp_path / "once").index
     assert found is not None
@@ -189,7 +189,7 @@ def test_a_part_of_another_version_of_its_shard_is_refused(tiny_shards: Path, tm
 
 
 def test_the_identity_of_data_behind_a_url_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_index, "local_copy", lambda path: pytest.fail("a shard was fetched"))
+    monkeypatch.setattr(tar_index, "RemoteStream", lambda path: pytest.fail("a shard was fetched"))
     shards = [tar_index.TarShard(f"{number}", f"memory://bucket/{number}.tar") for number in range(2)]
     assert len(module.index_identity("webdataset", {}, shards)) == 16
 

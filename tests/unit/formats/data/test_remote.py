@@ -1,0 +1,170 @@
+"""Streams and ranges of files behind URLs and of commands, with connections that break."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import shlex
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import make_image, shard_members, write_tar
+from shard_server import serve
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data import remote
+from clipcid_cli.formats.data.dataset import open_dataset, open_described
+from clipcid_cli.formats.data.remote import RemoteStream, describe_file, read_range
+from clipcid_cli.formats.data.samples import Location, Sample
+from clipcid_cli.formats.data.tar_index import TarShard
+from clipcid_cli.formats.skips import Skips
+
+
+def contents(samples: list[Sample]) -> list[tuple[object, ...]]:
+    return [(s.key, s.captions, s.label, s.image.offset, s.image.size, s.image.read()) for s in samples]
+
+
+@pytest.mark.parametrize("sends_ranges", [True, False])
+def test_a_stream_survives_broken_connections(
+    sends_ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_REQUEST", 5000)
+    data = bytes(range(256)) * 200
+    (tmp_path / "a.bin").write_bytes(data)
+    with serve(tmp_path, drop_every=3, sends_ranges=sends_ranges) as server:
+        with RemoteStream(f"{server.url}/a.bin") as stream:
+            head = stream.read(1000)
+            parts = [head, data[1000:1700], stream.read_at(1700, 300)]
+            assert stream.end == len(data)
+            while part := stream.read(6000):
+                parts.append(part)
+            with pytest.raises(ClipcidError, match=r"is truncated: it ends at byte 51,200"):
+                stream.read_at(len(data) + 10, 5)
+        assert server.dropped > 0 if sends_ranges else server.requests["a.bin"] < 5
+    assert b"".join(parts) == data
+
+
+def test_what_stays_broken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_WAITS", (0.01, 0.02))
+    (tmp_path / "a.bin").write_bytes(bytes(10_000))
+    with serve(tmp_path, drop_every=1) as server:
+        with pytest.raises(ClipcidError, match=r"/a\.bin could not be fetched \(tried 3 times\)"):
+            RemoteStream(f"{server.url}/a.bin").read(9000)
+        assert server.requests["a.bin"] == 3
+        with pytest.raises(ClipcidError, match=r"/b\.bin could not be fetched: ") as raised:
+            RemoteStream(f"{server.url}/b.bin").read(1)
+    assert raised.value.fix
+    with pytest.raises(ClipcidError, match=r"could not be fetched \(tried 3 times\)"):
+        describe_file(f"{server.url}/a.bin")
+    with pytest.raises(ClipcidError, match="nosuch://x cannot be opened"):
+        describe_file("nosuch://x")
+
+
+@pytest.mark.parametrize("sends_ranges", [True, False])
+def test_ranges(sends_ranges: bool, tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(bytes(range(200)))
+    with serve(tmp_path, sends_ranges=sends_ranges) as server:
+        assert read_range(f"{server.url}/a.bin", 20, 30) == bytes(range(20, 50))
+        assert Location(f"{server.url}/a.bin").read() == bytes(range(200))
+        with pytest.raises(OSError, match="ends 20 bytes early"):
+            read_range(f"{server.url}/a.bin", 190, 30)
+        with pytest.raises(OSError, match="could not be fetched"):
+            Location(f"{server.url}/absent.jpg").read()
+
+
+@pytest.mark.parametrize("sends_ranges", [True, False])
+def test_a_shard_behind_a_url_is_the_local_one(sends_ranges: bool, tmp_path: Path) -> None:
+    members = [
+        *shard_members(0, 7),
+        ("0000009.txt", b"no image"),
+        *shard_members(3, 1),
+        ("x/" + "n" * 200 + ".png", make_image(3)),
+    ]
+    path = write_tar(tmp_path / "0.tar", members)
+    skips, expected = Skips(), Skips()
+    with serve(tmp_path, drop_every=4, sends_ranges=sends_ranges) as server:
+        shard = TarShard("0", f"{server.url}/0.tar")
+        streamed = list(shard.stream(skips))
+        assert all(sample.image.data is not None for sample in streamed)
+        assert contents(streamed) == contents(TarShard("0", str(path)).samples(expected))
+        assert skips == expected
+        listed = shard.samples()
+        assert [sample.image.data for sample in listed] == [None] * 8
+        assert listed[5].image.read() == streamed[5].image.read()
+        assert listed == [dataclasses.replace(sample) for sample in streamed]  # data is not compared
+        assert len(pickle.dumps(listed)) < 4000
+
+
+def test_pipes_are_read_as_their_tars(tiny_shards: Path) -> None:
+    local = open_dataset(tiny_shards)
+    command = f"pipe:cat {shlex.quote(str(tiny_shards))}/{{00000..00001}}.tar"
+    piped = open_dataset(command)
+    assert [shard.name for shard in piped.shards] == [shard.name for shard in local.shards]
+    for one, other in zip(piped.shards, local.shards, strict=True):
+        assert contents(list(one.stream())) == contents(other.samples())
+        assert one.stamp() == (0, 0)
+    assert piped.estimate_samples() == 20_000
+    assert piped.fingerprints() != open_dataset(command.replace("cat", "cat -u")).fingerprints()
+    with pytest.raises(OSError, match="has passed"):
+        piped.shards[0].samples()[0].image.read()
+    with pytest.raises(ClipcidError, match="not run unless you give it"):
+        open_described(piped.describe())
+
+
+def test_commands_that_fail_are_named(tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_WAITS", (0.01,))
+    path = shlex.quote(str(tiny_shards / "00000.tar"))
+    with pytest.raises(ClipcidError, match=r"The command pipe:exit 3 failed \(tried 2 times\): exit 3"):
+        open_dataset("pipe:exit 3")
+    with pytest.raises(ClipcidError, match=r"failed \(tried 2 times\): exit 4"):
+        list(TarShard("0", f"pipe:cat {path}; exit 4").stream())
+    for size, where in ((700, "within 000000.png"), (3000, "at byte 3,000, within a member")):
+        with pytest.raises(ClipcidError, match=f"is truncated: it ends {where}"):
+            list(TarShard("0", f"pipe:head -c {size} {path}").stream())
+    with pytest.raises(ClipcidError, match="is damaged at byte 0: there is no tar header"):
+        list(TarShard("0", "pipe:seq 1000").stream())
+
+
+def test_a_command_that_fails_once_is_run_again(tiny_shards: Path, tmp_path: Path) -> None:
+    path, mark = shlex.quote(str(tiny_shards / "00000.tar")), shlex.quote(str(tmp_path / "mark"))
+    command = f"pipe:if [ -e {mark} ]; then cat {path}; else touch {mark}; head -c 4000 {path}; exit 1; fi"
+    assert contents(list(TarShard("0", command).stream())) == contents(
+        TarShard("0", str(tiny_shards / "00000.tar")).samples()
+    )
+
+
+def test_commands_of_lists_and_other_files_are_not_run(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    path = tmp_path / "list.csv"
+    path.write_text(f'filepath,title\n"pipe:touch {mark}; echo x://y",text\n')
+    (sample,) = open_dataset(path).shards[0].samples()
+    with pytest.raises(OSError, match="No such file"):
+        sample.image.read()
+    with pytest.raises(OSError, match="has passed"):
+        Location(f"pipe:touch {mark}").read()
+    assert not mark.exists()
+
+
+def test_damaged_shards_behind_urls_are_named(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "0.tar", shard_members(0, 9)).read_bytes()
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        third = tar.getmembers()[4].offset
+    (tmp_path / "cut.tar").write_bytes(whole[: third + 700])
+    (tmp_path / "damaged.tar").write_bytes(whole[:third] + b"x" * 512 + whole[third + 512 :])
+    with serve(tmp_path) as server:
+        with pytest.raises(ClipcidError, match=r"/cut\.tar is truncated: 000001\.\w+ should end at byte"):
+            list(TarShard("0", f"{server.url}/cut.tar").stream())
+        with pytest.raises(ClipcidError, match=rf"/damaged\.tar is damaged at byte {third:,} of {len(whole):,}"):
+            list(TarShard("0", f"{server.url}/damaged.tar").stream())
+
+
+def test_fingerprints_of_urls_follow_what_the_server_says(tiny_shards: Path, tmp_path: Path) -> None:
+    for name in ("0.tar", "1.tar"):
+        (tmp_path / name).write_bytes((tiny_shards / "00000.tar").read_bytes())
+    with serve(tmp_path) as server:
+        first = describe_file(f"{server.url}/0.tar")
+        assert first["size"] == (tmp_path / "0.tar").stat().st_size
+        assert describe_file(f"{server.url}/0.tar") == first
+        assert describe_file(f"{server.url}/1.tar")["hash"] != first["hash"]  # its ETag differs
+        assert not server.bytes_sent
