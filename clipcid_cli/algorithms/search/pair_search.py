@@ -44,6 +44,7 @@ from clipcid_cli.algorithms.search.distances import (
     selected_distances,
 )
 from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.algorithms.search.tiles import TriangleTiles
 
 # Rows a side of one product: its scores stay near the cores' caches.
 _BLOCK_ROWS = 2048
@@ -64,6 +65,12 @@ _SMALLEST_NUM_PANELS = 8
 
 # Tells, from rows a, rows b and lower bounds of their distances, which pairs are worth computing.
 PairFilter = Callable[[IntArray, IntArray, FloatArray], npt.NDArray[np.bool_]]
+
+
+def default_panel_rows(num_rows: int) -> int:
+    """Choose the rows a side of a tile: some panels of whole blocks."""
+    even = -(-num_rows // _SMALLEST_NUM_PANELS)
+    return min(_LARGEST_PANEL, max(1, -(-even // _BLOCK_ROWS)) * _BLOCK_ROWS)
 
 
 class TiledSearch:
@@ -87,12 +94,9 @@ class TiledSearch:
         Args:
             rows: Rows to compare, int64 [N], each once.
             scan_dtype: Format of the fast product: int8, bfloat16, float16 or float32.
-            panel_rows: Rows a side of a tile; by default some panels of whole blocks.
+            panel_rows: Rows a side of a tile, by default :func:`default_panel_rows`.
         """
-        if panel_rows is None:
-            even = -(-len(rows) // _SMALLEST_NUM_PANELS)
-            panel_rows = min(_LARGEST_PANEL, max(1, -(-even // _BLOCK_ROWS)) * _BLOCK_ROWS)
-        self.rows, self.panel_rows = rows, panel_rows
+        self.rows, self.panel_rows = rows, default_panel_rows(len(rows)) if panel_rows is None else panel_rows
         self._read, self._device, self._scan_dtype = read, device, scan_dtype
         self._scores = torch.empty(_BLOCK_ROWS * _BLOCK_ROWS, dtype=score_dtype(scan_dtype), device=device)
         self._panels: OrderedDict[int, Block] = OrderedDict()
@@ -103,14 +107,14 @@ class TiledSearch:
         """Identifies how the work is divided."""
         return str(self.panel_rows)
 
-    def tiles(self) -> list[tuple[int, int]]:
-        """List the tiles (panel i, panel j), i ≤ j, back and forth: the panels read last are needed next."""
-        num_panels = -(-len(self.rows) // self.panel_rows)
-        return [
-            (i, j)
-            for i in range(num_panels)
-            for j in (range(i, num_panels) if i % 2 == 0 else range(num_panels - 1, i - 1, -1))
-        ]
+    def tiles(self) -> TriangleTiles:
+        """Return the tiles (panel i, panel j), i ≤ j."""
+        return TriangleTiles(-(-len(self.rows) // self.panel_rows))
+
+    @property
+    def num_all_pairs(self) -> int:
+        """Number of pairs that all tiles compare."""
+        return len(self.rows) * (len(self.rows) - 1) // 2
 
     def num_pairs(self, tile: tuple[int, int]) -> int:
         """Count the pairs of rows a tile compares."""

@@ -17,6 +17,7 @@ from clipcid_cli.algorithms.search.blocks import Block
 from clipcid_cli.algorithms.search.distances import IntArray, ReadRows
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.search.pair_search import PairFilter, TiledSearch
+from clipcid_cli.algorithms.search.tiles import PieceTiles
 
 # Rows read at once on each side: a partition of more is compared in pieces, so memory does not depend on its size.
 _PANEL_ROWS = 8192
@@ -85,10 +86,14 @@ class PartitionedSearch:
             sizes.update(groups.sizes().tobytes())
         return f"partitioned-{sizes.hexdigest()}-{self.panel_rows}"
 
-    def tiles(self) -> list[tuple[int, int]]:
-        """List the tiles (partition, piece)."""
-        pieces = -(-self._home_sizes // self.panel_rows)
-        return [(partition, piece) for partition, number in enumerate(pieces.tolist()) for piece in range(number)]
+    def tiles(self) -> PieceTiles:
+        """Return the tiles (partition, piece)."""
+        return PieceTiles(-(-self._home_sizes // self.panel_rows))
+
+    @property
+    def num_all_pairs(self) -> int:
+        """Number of pairs that all tiles compare."""
+        return int((self._home_sizes * (self._home_sizes - 1) // 2 + self._home_sizes * self._visitor_sizes).sum())
 
     def num_pairs(self, tile: tuple[int, int]) -> int:
         """Count the pairs of rows a tile compares."""

@@ -110,21 +110,31 @@ def _contents(inputs: list[dict[str, Any]]) -> list[tuple[int, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class ForestPart:
-    """What one process has found in some tiles: all pairs, or their forest.
+    """What one process has found in the first tiles of its share: all pairs, or their forest.
+
+    A session is one run of a search; the next one, after it was stopped, divides what is left of its tiles.
 
     Attributes:
-        tiles: The tiles, int64 [T, 2].
-        a: Smaller row of each edge, int64 [E].
-        b: Larger row, int64 [E].
+        session: Number of the session.
+        rank: Number of the process.
+        size: Number of processes.
+        tiles: The tiles that the session divides, ranges of their numbers: start, stop and step, int64 [R, 3].
+        done: How many tiles of its share the process has finished.
+        a: Smaller row of each edge, integers [E].
+        b: Larger row, integers [E].
         distance: Their distance, float32 [E].
-        has_all: Whether these are all pairs, a bool array of no dimensions.
+        has_all: Whether these are all pairs.
     """
 
+    session: int
+    rank: int
+    size: int
     tiles: npt.NDArray[np.int64]
-    a: npt.NDArray[np.int64]
-    b: npt.NDArray[np.int64]
+    done: int
+    a: npt.NDArray[np.signedinteger]
+    b: npt.NDArray[np.signedinteger]
     distance: npt.NDArray[np.float32]
-    has_all: npt.NDArray[np.bool_]
+    has_all: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,17 +158,18 @@ class ForestParts:
         """Return a session number that no earlier run has used."""
         return 1 + max((int(path.name.split("-")[0]) for path in self.path.glob("*-*.npz")), default=-1)
 
-    def write(self, session: int, rank: int, part: ForestPart) -> None:
+    def write(self, part: ForestPart) -> None:
         """Save the part of one process, replacing what it saved before in the same session."""
-        with atomic_file(self.path / f"{session}-{rank}.npz") as file:
+        with atomic_file(self.path / f"{part.session}-{part.rank}.npz") as file:
             np.savez(file, **dataclasses.asdict(part))
 
-    def read(self) -> Iterator[ForestPart]:
-        """Read all parts. One that cannot be read is skipped: its tiles are searched again."""
-        for path in sorted(self.path.glob("*-*.npz")):
+    def read(self, session: int) -> Iterator[ForestPart]:
+        """Read the parts of a session. One that cannot be read is skipped: its tiles are searched again."""
+        for path in sorted(self.path.glob(f"{session}-*.npz")):
             try:
                 with np.load(path, allow_pickle=False) as arrays:
-                    yield ForestPart(*(arrays[field.name] for field in dataclasses.fields(ForestPart)))
+                    found = {field.name: arrays[field.name] for field in dataclasses.fields(ForestPart)}
+                yield ForestPart(**{name: value if value.ndim else value.item() for name, value in found.items()})
             except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
                 continue
 

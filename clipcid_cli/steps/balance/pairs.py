@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 
 from clipcid_cli.algorithms.search.distances import IntArray
 from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
+from clipcid_cli.algorithms.search.pair_search import TiledSearch, default_panel_rows
+from clipcid_cli.algorithms.search.tiles import Tile
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
@@ -49,8 +52,8 @@ def collect_pairs(
     Raises:
         ClipcidError: when they would not fit into memory.
     """
-    search, tiles = _search_within_components(machine, rows, labels, precision)
-    found = _collect(machine, search, tiles, labels, cutoff, _MOST_COLLECTED, reporter)
+    tiles = ComponentTiles(rows, labels)
+    found = _collect(machine, tiles, rows, precision, cutoff, _MOST_COLLECTED, reporter)
     if found is None:
         raise ClipcidError(
             f"More than {_MOST_COLLECTED:,} pairs of images are within {cutoff:.4f} of each other. A star cover holds all "
@@ -69,52 +72,69 @@ def collect_few_pairs(
     Returns:
         The pairs, or what there is too much of; the same for any number of processes.
     """
-    search, tiles = _search_within_components(machine, rows, labels, precision, _SMALL_PANEL)
-    compared = sum(map(search.num_pairs, tiles))
+    compared = machine.on_main(lambda: ComponentTiles(rows, labels, _SMALL_PANEL).num_pairs)
     if compared > _MOST_COMPARED:
         return NotComputed(
             f"it takes {compared:,} comparisons within the groups, more than the {_MOST_COMPARED:,} made for a report"
         )
-    found = _collect(machine, search, tiles, labels, cutoff, _MOST_FOUND, reporter)
+    tiles = ComponentTiles(rows, labels, _SMALL_PANEL)
+    found = _collect(machine, tiles, rows, precision, cutoff, _MOST_FOUND, reporter)
     if found is None:
         return NotComputed(f"more than {_MOST_FOUND:,} pairs are within the cut-off")
     return found
 
 
-def _search_within_components(
-    machine: Machine, rows: BalanceRows, labels: IntArray, precision: str, panel_rows: int | None = None
-) -> tuple[TiledSearch, list[tuple[int, int]]]:
-    """Return a search of the unique rows that are not alone in their component, and its tiles that may hold pairs of one."""
-    sizes = np.bincount(labels[rows.unique], minlength=len(rows))
-    members = rows.unique[sizes[labels[rows.unique]] > 1]
-    members = members[np.argsort(labels[members], kind="stable")]
-    scan = choose_scan(precision, machine.device)
-    search = TiledSearch(rows.read, members, machine.device, scan.dtype, panel_rows)
-    # Members are sorted by component, so two panels share one only where the later begins with what the earlier ends with.
-    return search, [tile for tile in search.tiles() if _shares_component(search, labels, tile)]
+class ComponentTiles:
+    """The tiles of a search that may hold pairs of one component; how many pairs they compare is known before any is made.
 
+    Args:
+        labels: Component of each row, int64 [N].
+        panel_rows: Rows a side of a tile, see `TiledSearch`.
 
-def _shares_component(search: TiledSearch, labels: IntArray, tile: tuple[int, int]) -> bool:
-    i, j = tile
-    return i == j or bool(labels[search.panel_rows_of(i)[-1]] == labels[search.panel_rows_of(j)[0]])
+    Attributes:
+        members: Unique rows that are not alone in their component, by component, int64 [M].
+    """
+
+    def __init__(self, rows: BalanceRows, labels: IntArray, panel_rows: int | None = None) -> None:
+        sizes = np.bincount(labels[rows.unique], minlength=len(rows))
+        members = rows.unique[sizes[labels[rows.unique]] > 1]
+        self.labels, self.members = labels, members[np.argsort(labels[members], kind="stable")]
+        self.panel_rows = default_panel_rows(len(members)) if panel_rows is None else panel_rows
+        starts = np.arange(0, len(members), self.panel_rows)
+        self._ends = np.append(starts, len(members))[1:]
+        # Members are sorted by component, so a panel shares one with those that begin with what it ends with.
+        first, last = labels[self.members[starts]], labels[self.members[self._ends - 1]]
+        self._farthest = np.maximum(np.searchsorted(first, last, side="right") - 1, np.arange(len(starts)))
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of pairs that all tiles compare."""
+        sizes = np.diff(self._ends, prepend=0)
+        return int((sizes * (sizes - 1) // 2 + sizes * (self._ends[self._farthest] - self._ends)).sum())
+
+    def __iter__(self) -> Iterator[Tile]:
+        for i, farthest in enumerate(self._farthest.tolist()):
+            for j in range(i, farthest + 1):
+                yield i, j
 
 
 def _collect(
     machine: Machine,
-    search: TiledSearch,
-    tiles: list[tuple[int, int]],
-    labels: IntArray,
+    tiles: ComponentTiles,
+    rows: BalanceRows,
+    precision: str,
     cutoff: float,
     most: int,
     reporter: Reporter,
 ) -> Edges | None:
     """Find the pairs of one component in the tiles, each process in its share; None where they are more than `most`."""
-    mine = tiles[machine.rank :: machine.size]
+    scan, labels = choose_scan(precision, machine.device), tiles.labels
+    search = TiledSearch(rows.read, tiles.members, machine.device, scan.dtype, tiles.panel_rows)
     found: list[Edges] = []
     number = 0
-    if mine:
-        with reporter.progress("pairs", sum(map(search.num_pairs, mine)), "pairs") as progress:
-            for tile in mine:
+    if len(tiles.members):
+        with reporter.progress("pairs", tiles.num_pairs // machine.size, "pairs") as progress:
+            for tile in islice(tiles, machine.rank, None, machine.size):
                 for edges in search.search_tile(tile, cutoff, lambda a, b, _: labels[a] == labels[b]):
                     number += len(edges)
                     if number > most:

@@ -77,7 +77,7 @@ def build(
     read = rows.__getitem__
     unique, stars = collapse_duplicates(read, np.arange(len(rows)), hash_rows(rows))
     join = TiledSearch(read, unique, CPU, dtype, panel_rows)
-    tiles = join.tiles()
+    tiles = list(join.tiles())
     np.random.default_rng(order_seed).shuffle(tiles)
     forests = [stars]
     for process in range(processes):

@@ -255,7 +255,7 @@ def test_an_interrupted_search_goes_on_with_the_tiles_left(
     monkeypatch.setattr(
         forest_search, "TiledSearch", lambda *given: cut_small(*given, panel_rows=-(-len(given[1]) // 4))
     )
-    monkeypatch.setattr(forest_search, "_SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(forest_search.SavePace, "is_due", lambda pace: True)
     searched = []
     search_tile = cut_small.search_tile
 
@@ -284,6 +284,45 @@ def test_an_interrupted_search_goes_on_with_the_tiles_left(
     assert "3 of 10 tiles are done" in "\n".join(listener.told)
     assert len(searched) == len(set(searched)) == 10
     assert searched[:3] == first
+    expected = distance_matrix(rows)[np.triu_indices(NUM_ROWS, 1)]
+    assert len(forest.edges) == NUM_ROWS - len(set(_components(expected, 0.8)))
+
+
+@pytest.mark.parametrize("lost", [None, 0, 1])
+def test_a_part_that_is_lost_between_two_stops_is_searched_again(
+    rows: np.ndarray, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int | None
+) -> None:
+    cut_small = forest_search.TiledSearch
+    monkeypatch.setattr(
+        forest_search, "TiledSearch", lambda *given: cut_small(*given, panel_rows=-(-len(given[1]) // 4))
+    )
+    monkeypatch.setattr(forest_search.SavePace, "is_due", lambda pace: True)
+    searched, search_tile = list[tuple[int, int]](), cut_small.search_tile
+
+    def run_until(stop: int) -> Any:
+        def count(search: Any, tile: tuple[int, int], *given: Any) -> Any:
+            if len(searched) == stop:
+                raise KeyboardInterrupt
+            searched.append(tile)
+            return search_tile(search, tile, *given)
+
+        monkeypatch.setattr(cut_small, "search_tile", count)
+        with open_machine("cpu") as machine:
+            survey = find_rows(machine, open_embeddings(embeddings).images(), Listener())
+            return forest_search.find_forest(
+                machine, tmp_path, survey, [], cutoff=0.8, num_edges=0, precision="fp32", reporter=Listener()
+            )[0]
+
+    for stop in (3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            run_until(stop)
+    if lost is not None:
+        (part,) = tmp_path.glob(f".forest-parts/*/{lost}-0.npz")
+        part.unlink()
+    forest = run_until(-1)
+    # What was done after the first part is of use only as long as that part is there.
+    assert len(searched) == {None: 10, 0: 16, 1: 13}[lost]
+    assert set(searched) == {(i, j) for j in range(4) for i in range(j + 1)}
     expected = distance_matrix(rows)[np.triu_indices(NUM_ROWS, 1)]
     assert len(forest.edges) == NUM_ROWS - len(set(_components(expected, 0.8)))
 

@@ -67,11 +67,11 @@ def test_a_search_goes_on_from_what_the_other_linkage_left(
     first: str, second: str, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(neighbors, "_BLOCK_ROWS", 32)
-    monkeypatch.setattr(forest_search, "_SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(forest_search.SavePace, "is_due", lambda pace: True)
     written, write = [], ForestParts.write
 
-    def write_and_stop(parts: ForestParts, session: int, rank: int, part: ForestPart) -> None:
-        write(parts, session, rank, part)
+    def write_and_stop(parts: ForestParts, part: ForestPart) -> None:
+        write(parts, part)
         written.append(part)
         if len(written) == 9:
             raise KeyboardInterrupt
@@ -80,7 +80,7 @@ def test_a_search_goes_on_from_what_the_other_linkage_left(
         patch.setattr(ForestParts, "write", write_and_stop)
         with pytest.raises(KeyboardInterrupt):
             balance(tmp_path / "cut", embeddings, threshold=0.6, linkage=first)
-    assert [bool(part.has_all) for part in written] == [first == "star"] * 9
+    assert [part.has_all for part in written] == [first == "star"] * 9
     _, said = balance(tmp_path / "cut", embeddings, threshold=0.6, linkage=second, overwrite=True)
     assert "Resuming the search: 9 of" in said
     balance(tmp_path / "whole", embeddings, threshold=0.6, linkage=second)

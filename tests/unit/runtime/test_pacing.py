@@ -1,0 +1,26 @@
+"""Saves are at most one a minute, and take at most a twentieth of the time."""
+
+from __future__ import annotations
+
+import pytest
+
+from clipcid_cli.runtime.pacing import SavePace
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.5])
+@pytest.mark.parametrize("cost", [0.1, 2.0, 240.0])
+def test_saves_take_at_most_their_share(cost: float, growth: float) -> None:
+    now, spent, saved, longest = 0.0, 0.0, 0.0, 0.0
+    pace = SavePace(cost, clock=lambda: now)
+    while now < 200_000.0:
+        now += 1.0
+        if pace.is_due():
+            assert now - saved > 60.0
+            longest = max(longest, now - saved)
+            with pace.saving():
+                now += cost
+                spent += cost
+            saved, cost = now, cost * (1.0 + growth * (saved < 50_000.0 and cost < 400.0))
+            assert spent <= 0.05 * now * (1.0 + growth)
+    assert longest <= max(61.0, 21.0 * 1.5 * cost)
+    assert spent > 0.0
