@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -12,16 +14,18 @@ from balance_data import Listener
 from conftest import make_caption, make_image, write_tar
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.formats.data.dataset import open_dataset
+from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.augment import apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill import run as distill
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, TrainingBatch
-from clipcid_cli.steps.distill.samples import find_usable
-from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs, join_teacher
+from clipcid_cli.steps.distill.samples import Sources, match_samples
+from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs, check_keys, use_stored
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -71,21 +75,29 @@ def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]]
     return [{name: line[name] for name in line if name not in clock} for line in log], "\n".join(listener.told)
 
 
-def join(data: Path, folder: Path, **settings: Any) -> tuple[Embeddings, TeacherInputs, Any, Any]:
-    """Join embeddings with the data they were made of: embeddings, teacher_inputs, data set and usable samples."""
-    dataset, embeddings = open_dataset(str(data)), open_embeddings(folder)
-    usable = find_usable(dataset, 0.01)
+def index_data(dataset: Dataset, folder: Path) -> Dataset:
+    """Return a data set with an index of its own."""
+    dataset = dataclasses.replace(dataset, index_folder=folder / "index")
+    with open_machine("cpu") as machine:
+        return ensure_index(dataset, machine, 0, Listener())
+
+
+def join(data: Path, folder: Path, **settings: Any) -> tuple[Embeddings, TeacherInputs, Dataset]:
+    """Match embeddings with the data they were made of; all samples are trained on."""
+    scratch = Path(mkdtemp(dir=folder.parent))
+    dataset, embeddings = index_data(open_dataset(str(data)), scratch), open_embeddings(folder)
+    check_keys(embeddings, dataset)
     given = DistillSettings(student="student.json", preset="clip-kd", **settings)
-    wanted = np.ones(len(usable.keys), dtype=np.bool_)
-    return embeddings, join_teacher(given, embeddings, dataset, usable, wanted, Listener()), dataset, usable
+    matched = match_samples(dataset, Sources(embeddings=embeddings), 0.0, scratch, Listener())
+    return embeddings, use_stored(given, embeddings, matched.training, matched.counts, Listener()), dataset
 
 
 def make_epoch(
-    teacher_inputs: TeacherInputs | None, dataset: Any, usable: Any, maker: BatchMaker, epoch: int
+    teacher_inputs: TeacherInputs, dataset: Dataset, maker: BatchMaker, epoch: int, *, replay: bool = False
 ) -> TrainingBatch:
-    """Make one batch of a whole epoch, seed 3."""
-    stored_views = None if teacher_inputs is None else teacher_inputs.stored_views(3)
-    order = BatchOrder(dataset, usable.selection, 3, len(usable.keys), stored_views)
+    """Make one batch of a whole epoch, seed 3; with the stored views if `replay`."""
+    samples, stored_views = teacher_inputs.samples, teacher_inputs.stored_views(3) if replay else None
+    order = BatchOrder(dataset, samples, 3, samples.total, stored_views)
     return maker(order.items(epoch, 0, 1))
 
 

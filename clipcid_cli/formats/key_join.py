@@ -99,19 +99,23 @@ def mark_repeats(keys: Keys) -> npt.NDArray[np.bool_]:
     return repeated
 
 
-def hash_keys(keys: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    """Hash every key to 64 bits, the same on every machine; no key becomes a Python object."""
+def hash_keys(keys: pa.ChunkedArray, variant: int = 0) -> npt.NDArray[np.uint64]:
+    """Hash every key to 64 bits, the same on every machine; no key becomes a Python object.
+
+    Args:
+        variant: Hashes of different variants are independent.
+    """
     hashes = np.empty(len(keys), dtype=np.uint64)
     first = 0
     for chunk in keys.chunks:
         for start in range(0, len(chunk), _HASHED_AT_ONCE):
             part = chunk.slice(start, _HASHED_AT_ONCE).cast(pa.large_binary())
-            hashes[first : first + len(part)] = _hash_texts(part)
+            hashes[first : first + len(part)] = _hash_texts(part, variant)
             first += len(part)
     return hashes
 
 
-def _hash_texts(texts: pa.Array) -> npt.NDArray[np.uint64]:
+def _hash_texts(texts: pa.Array, variant: int) -> npt.NDArray[np.uint64]:
     """Hash n byte strings (large_binary), eight bytes of all of them at a time."""
     _, offsets, data = texts.buffers()
     bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
@@ -119,7 +123,7 @@ def _hash_texts(texts: pa.Array) -> npt.NDArray[np.uint64]:
     starts, left = bounds[:-1] - bounds[0], np.diff(bounds)
     # The eight bytes that begin at any byte, as one number.
     words = np.ndarray(len(text) + 1, dtype="<u8", buffer=text + bytes(8), strides=(1,))
-    hashes = _mix(left.astype(np.uint64))
+    hashes = _mix(left.astype(np.uint64) ^ np.uint64(variant))
     rows = np.flatnonzero(left > 0)
     while len(rows):
         word = words[starts[rows]]

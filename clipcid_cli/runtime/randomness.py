@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -14,3 +18,9 @@ def derive_seed(*parts: int | str) -> int:
 def key_fraction(key: str) -> float:
     """Map a sample's key to [0, 1) evenly; a hold-out is the keys below its fraction, whatever the order of the data."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64
+
+
+def key_fractions(keys: Iterable[str]) -> npt.NDArray[np.float64]:
+    """Return `key_fraction` of each of n keys, float64 [n]."""
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(digests, dtype="<u8") / 2.0**64

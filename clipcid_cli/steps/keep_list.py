@@ -19,23 +19,84 @@ NO_KEEP_LIST = "none"
 
 
 @dataclasses.dataclass(frozen=True)
-class AppliedKeepList:
-    """A keep list and what it says of a step's samples.
+class ChosenKeepList:
+    """A keep list.
 
     Attributes:
-        is_kept: Which of the step's N samples it keeps, bool [N].
         kept: Number of images it keeps.
         images: Number of images it lists.
     """
 
     path: Path
-    is_kept: npt.NDArray[np.bool_]
     kept: int
     images: int
 
     def describe(self) -> dict[str, Any]:
         """Return where it is and its counts as JSON values, for a sidecar."""
         return {"path": str(self.path), "kept": self.kept, "images": self.images}
+
+
+@dataclasses.dataclass(frozen=True)
+class AppliedKeepList(ChosenKeepList):
+    """A keep list and what it says of a step's samples.
+
+    Attributes:
+        is_kept: Which of the step's N samples it keeps, bool [N].
+    """
+
+    is_kept: npt.NDArray[np.bool_]
+
+
+def choose_keep_list(
+    option: str | None, work: WorkDirectory, samples: str, reporter: Reporter
+) -> ChosenKeepList | None:
+    """Choose the keep list of a step; None where all samples are to be used, which is reported.
+
+    Args:
+        option: Value of ``--keep-list``: a file, ``none``, or None for the work directory's list where there is one.
+        samples: What the step's samples are called in messages: ``rows`` or ``samples``.
+
+    Raises:
+        ClipcidError: when the list cannot be read.
+    """
+    path = _choose(option, work)
+    if path is None:
+        reporter.note(f"Keep list: none, all {samples} are used.")
+        return None
+    keep_list = read_keep_list(path)
+    return ChosenKeepList(path, keep_list.num_kept, len(keep_list))
+
+
+def report_keep_list(
+    path: Path,
+    *,
+    kept: int,
+    missing: int,
+    total: int,
+    samples: str,
+    source: str,
+    max_missing: float,
+    reporter: Reporter,
+) -> None:
+    """Report that a keep list was taken.
+
+    Args:
+        kept: How many of the step's samples it keeps.
+        missing: How many of them it lacks.
+        total: How many there are.
+        samples: What they are called in messages: ``rows`` or ``samples``.
+        source: Where they come from, for messages.
+        max_missing: Largest share of them that the list may lack.
+
+    Raises:
+        ClipcidError: when it lacks more: it was made from other data.
+    """
+    if missing > max_missing * total:
+        raise ClipcidError(
+            f"Keep list {path} lacks {missing:,} of the {total:,} {samples} of {source}: it was made from other data.",
+            f"Give the data or embeddings it was made from, another --keep-list, or --keep-list none to use all {samples}.",
+        )
+    reporter.note(f"Keep list: {path}, {kept:,} of {total:,} {samples} kept.")
 
 
 def apply_keep_list(
@@ -69,14 +130,17 @@ def apply_keep_list(
         return None
     keep_list = read_keep_list(path)
     is_kept, num_missing = keep_list.look_up(keys)
-    if num_missing > max_missing * len(is_kept):
-        raise ClipcidError(
-            f"Keep list {path} lacks {num_missing:,} of the {len(is_kept):,} {samples} of {source}: it was made from other "
-            "data.",
-            f"Give the data or embeddings it was made from, another --keep-list, or --keep-list none to use all {samples}.",
-        )
-    reporter.note(f"Keep list: {path}, {np.count_nonzero(is_kept):,} of {len(is_kept):,} {samples} kept.")
-    return AppliedKeepList(path, is_kept, keep_list.num_kept, len(keep_list))
+    report_keep_list(
+        path,
+        kept=int(np.count_nonzero(is_kept)),
+        missing=num_missing,
+        total=len(is_kept),
+        samples=samples,
+        source=source,
+        max_missing=max_missing,
+        reporter=reporter,
+    )
+    return AppliedKeepList(path, keep_list.num_kept, len(keep_list), is_kept)
 
 
 def _choose(option: str | None, work: WorkDirectory) -> Path | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Float16, Rows
+from clipcid_cli.formats.key_streams import KeyStream, Values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,30 +48,50 @@ class CaptionRows:
     Attributes:
         first: Of each sample's first caption, [N, D].
         further: Of the captions after the first, sample after sample; None where only the first are shown.
-        starts: Where each sample's begin in `further`, int64 [N]; None likewise.
     """
 
     first: Rows
     further: Rows | None = None
-    starts: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def of(cls, embeddings: Embeddings, *, all_captions: bool) -> CaptionRows:
         """Map the rows of the first captions, or of all."""
-        if not all_captions:
-            return cls(embeddings.texts())
-        further = embeddings.caption_counts - 1
-        return cls(embeddings.texts(), embeddings.further_captions(), np.cumsum(further) - further)
+        return cls(embeddings.texts(), embeddings.further_captions() if all_captions else None)
 
-    def take(self, images: npt.NDArray[np.int64], captions: npt.NDArray[np.int64]) -> Float16:
+    def take(
+        self, images: npt.NDArray[np.int64], captions: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]
+    ) -> Float16:
         """Return the rows of B samples, float16 [B, D].
 
         Args:
             images: Their rows among the embeddings, int64 [B].
             captions: Which caption each shows, int64 [B], 0 for the first.
+            starts: Where the further captions of each begin, int64 [B].
         """
         rows = self.first.take(images)
         later = captions > 0
-        if self.further is not None and self.starts is not None and later.any():
-            rows[later] = self.further.take(self.starts[images[later]] + captions[later] - 1)
+        if self.further is not None and later.any():
+            rows[later] = self.further.take(starts[later] + captions[later] - 1)
         return rows
+
+
+def sample_keys(embeddings: Embeddings) -> tuple[KeyStream, int]:
+    """Read the keys of embeddings with the numbers of each row, one file in memory at a time.
+
+    Returns:
+        The stream, and how many numbers a key has: its row; where captions after the first are embedded, also the first row
+        of its own among them, and how many captions it has.
+    """
+
+    def read() -> Iterator[tuple[pa.Array, Values]]:
+        further = 0
+        for file in embeddings.files:
+            columns = [np.arange(file.first, file.first + file.rows, dtype=np.int64)]
+            if embeddings.has_further_captions:
+                counts = file.extras.read_counts(file.metadata, file.rows)
+                ends = further + np.cumsum(counts - 1)
+                columns += [ends - (counts - 1), counts]
+                further = int(ends[-1]) if len(ends) else further
+            yield embeddings.keys_of(file).combine_chunks(), np.stack(columns, axis=1)
+
+    return read, 3 if embeddings.has_further_captions else 1

@@ -70,6 +70,10 @@ class Clusters:
     caption_temperature: float | None
     sidecar: dict[str, Any]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let another process open the files itself instead of receiving their rows."""
+        return open_clusters, (self.folder,)
+
 
 def open_clusters(folder: Path) -> Clusters:
     """Read what `cluster` wrote.

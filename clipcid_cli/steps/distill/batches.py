@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,16 @@ from PIL import Image
 
 from clipcid_cli.formats.data.dataset import Dataset, Sample
 from clipcid_cli.formats.embeddings.extras import ViewParams
+from clipcid_cli.formats.results.matched_samples import Column, SampleRows
 from clipcid_cli.runtime.models.augment import Augmentation, View, ViewPixels, choose_view
 from clipcid_cli.runtime.models.caches import ImageCache, TokenCache
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.runtime.sample_order import SHARDS_MIXED, SampleOrder
-from clipcid_cli.steps.distill.samples import Selection
+from clipcid_cli.runtime.sample_order import SampleOrder
+from clipcid_cli.steps.distill.samples import index_of
 
-# Without an index, this many shards' samples are kept: two groups of the epoch's order, so that a group is listed once.
-_MAX_LISTED_SHARDS = 2 * SHARDS_MIXED
 # Decoded images a worker keeps, so that small data is decoded once and not once an epoch.
 _MAX_IMAGE_BYTES = 512 * 2**20
 
@@ -51,16 +49,16 @@ class StoredViews:
     """The views that `embed --views` stored of a run's samples. In V epochs a sample shows each of its V views once.
 
     Attributes:
-        embedding_rows: Row of the embeddings of each usable sample, int64; −1 where there is none.
+        embedding_rows: Row of the embeddings of each sample, [N], mapped.
         seed: Decides with which view a sample begins.
     """
 
     params: ViewParams
-    embedding_rows: npt.NDArray[np.int64]
+    embedding_rows: Column
     seed: int
 
     def choose(self, row: int, epoch: int, key: str) -> StoredView:
-        """Return the view that a sample, its row among the usable ones, shows in an epoch."""
+        """Return the view that a sample, by its row, shows in an epoch."""
         number = (derive_seed("view", self.seed, key) + epoch) % self.params.num_views
         return StoredView(number, tuple(self.params.read(int(self.embedding_rows[row]), number).tolist()))
 
@@ -70,7 +68,7 @@ class Item:
     """One sample of a batch, as it is sent to a worker.
 
     Attributes:
-        row: Its row among the usable samples.
+        row: Its row among the samples to train on.
         epoch: The pass over the data; its view and caption are drawn anew in each.
         sample: Its key and captions, and where its image is read from.
         view: The stored view to show; None draws one.
@@ -88,7 +86,7 @@ class BatchOrder:
     def __init__(
         self,
         dataset: Dataset,
-        selection: Selection,
+        samples: SampleRows,
         seed: int,
         batch_size: int,
         stored_views: StoredViews | None = None,
@@ -96,17 +94,15 @@ class BatchOrder:
         """Prepare the order.
 
         Args:
-            selection: The samples to train on.
+            samples: The samples to train on.
             batch_size: Samples of a global batch.
             stored_views: Stored views to show; None draws a view of each sample.
         """
         self.batch_size, self._stored_views = batch_size, stored_views
-        self._order = SampleOrder(seed, selection.sizes)
-        self._rows = np.concatenate(selection.rows)
-        self._positions = np.concatenate(selection.positions)
-        self._shard_ends = np.cumsum(selection.sizes)
-        self._index = dataset.index
-        self._samples = lru_cache(_MAX_LISTED_SHARDS)(lambda shard: dataset.shards[shard].samples())
+        self._order = SampleOrder(seed, samples.sizes.tolist())
+        self._places = samples.places()
+        self._shard_ends = np.cumsum(samples.sizes)
+        self._index = index_of(dataset)
 
     def __len__(self) -> int:
         """Samples of one epoch."""
@@ -116,17 +112,16 @@ class BatchOrder:
         """Return one process's part of a step's batch: a contiguous slice, so that gathering restores the batch."""
         share = self.batch_size // size
         start = step * self.batch_size + rank * share
-        return [self._item(epoch, place) for epoch, place in self._order.between(start, start + share)]
+        return [self._item(epoch, row) for epoch, row in self._order.between(start, start + share)]
 
     def iterate(self, start: int, stop: int, rank: int, size: int) -> Iterator[list[Item]]:
         """Yield one process's parts of the batches from step `start` to before `stop`."""
         for step in range(start, stop):
             yield self.items(step, rank, size)
 
-    def _item(self, epoch: int, place: int) -> Item:
-        shard = int(np.searchsorted(self._shard_ends, place, side="right"))
-        position, row = int(self._positions[place]), int(self._rows[place])
-        sample = self._samples(shard)[position] if self._index is None else self._index.sample(shard, position)
+    def _item(self, epoch: int, row: int) -> Item:
+        shard = int(np.searchsorted(self._shard_ends, row, side="right"))
+        sample = self._index.sample(shard, int(self._places[row]))
         view = None if self._stored_views is None else self._stored_views.choose(row, epoch, sample.key)
         return Item(row, epoch, sample, view)
 
@@ -139,7 +134,7 @@ class TrainingBatch:
         pixels: uint8 [b, H, W, 3].
         colors: Colour maps, float32 [b, 3, 4].
         tokens: int64 [b, L].
-        rows: Rows among the usable samples, int64 [b].
+        rows: Rows among the samples to train on, int64 [b].
         views: Numbers of the stored views that are shown, int64 [b]; −1 for views drawn anew.
         captions: Which of its captions each sample shows, int64 [b], 0 for the first.
         bad: (reason, key) of images that could not be decoded; they are white in `pixels`.

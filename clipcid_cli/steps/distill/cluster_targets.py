@@ -17,12 +17,13 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.output import fingerprint_file
 from clipcid_cli.formats.results.clusters import Clusters, TopClusters, open_clusters
+from clipcid_cli.formats.results.matched_samples import Column
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.steps.distill.samples import UsableSamples
+from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
 from clipcid_cli.steps.model_identity import find_mismatch
 from clipcid_cli.steps.reporting import Reporter
@@ -32,29 +33,20 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 _KEPT_BYTES = 64 * 2**20
 
 
-def join_clusters(
-    settings: DistillSettings,
-    teacher_inputs: TeacherInputs,
-    usable: UsableSamples,
-    selected: npt.NDArray[np.bool_],
-    reporter: Reporter,
-) -> TeacherInputs:
-    """Open and join the clusters, where a loss asks for them.
+def find_clusters(
+    settings: DistillSettings, embeddings: Embeddings | None, online: ModelName | None, keep_list: Path | None
+) -> Clusters | None:
+    """Open the clusters, where a loss asks for them.
 
     Args:
-        selected: Which of the usable samples the run trains on, bool [N].
+        online: The teacher that runs alongside the student; None where stored embeddings teach.
 
     Raises:
-        ClipcidError: when there are none, or they are another teacher's or of other images; the fix remakes them.
+        ClipcidError: when there are none, or they are another teacher's or of an earlier keep list; the fix remakes them.
     """
     if not any(LOSSES[name].needs_clusters for name in settings.losses()):
-        return teacher_inputs
+        return None
     clusters = open_clusters(settings.clusters or WorkDirectory(settings.work).find_clusters())
-    several_captions = bool((usable.caption_counts[selected] > 1).any()) and not teacher_inputs.first_captions
-    text_clusters = _teaches_text(clusters, settings, several_captions)
-    embeddings, online = teacher_inputs.embeddings, teacher_inputs.online
-    remake = "Run: clipcid cluster" + (f" --embeddings {embeddings.folder}" if embeddings is not None else "")
-    remake += " --overwrite"
     model = clusters.sidecar.get("model")
     if model is not None and online is not None and (difference := find_mismatch(model, online)) is not None:
         raise ClipcidError(
@@ -63,23 +55,45 @@ def join_clusters(
             f"Run: clipcid embed DATA --model {online.spec}, then clipcid cluster --overwrite",
         )
     if embeddings is not None:
-        _check_clusters(clusters, embeddings, remake)
-    if text_clusters and clusters.captions is None:
+        _check_clusters(clusters, embeddings)
+    if settings.cluster_towers == "both" and clusters.captions is None:
         raise ClipcidError(
             f"--cluster-towers both, but the clusters in {clusters.folder} were made without captions.",
-            f"Embed the captions too, then make the clusters again. {remake}",
+            f"Embed the captions too, then make the clusters again. {_remake(embeddings)}",
         )
-    rows = join_keys(usable.keys, clusters.keys.tolist())
-    missing = int(np.count_nonzero(selected & (rows < 0)))
-    if missing:
+    if keep_list is not None:
+        _refuse_old_clusters(clusters, keep_list)
+    return clusters
+
+
+def use_clusters(
+    settings: DistillSettings,
+    teacher_inputs: TeacherInputs,
+    clusters: Clusters,
+    counts: MatchCounts,
+    reporter: Reporter,
+) -> TeacherInputs:
+    """Let clusters teach.
+
+    Raises:
+        ClipcidError: when they are of other images; the fix remakes them.
+    """
+    if counts.without_cluster:
         raise ClipcidError(
-            f"{missing:,} of {np.count_nonzero(selected):,} samples to train on are not in {clusters.folder}: the clusters "
-            "were made from another keep list.",
-            remake,
+            f"{counts.without_cluster:,} of {counts.selected:,} samples to train on are not in {clusters.folder}: the "
+            "clusters were made from another keep list.",
+            _remake(teacher_inputs.embeddings),
         )
+    several_captions = bool(counts.several_captions) and not teacher_inputs.first_captions
+    text_clusters = _teaches_text(clusters, settings, several_captions)
     towers = "both towers" if text_clusters else "the image tower"
     reporter.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {towers}.")
-    return dataclasses.replace(teacher_inputs, clusters=clusters, cluster_rows=rows, text_clusters=text_clusters)
+    return dataclasses.replace(teacher_inputs, clusters=clusters, text_clusters=text_clusters)
+
+
+def _remake(embeddings: Embeddings | None) -> str:
+    named = f" --embeddings {embeddings.folder}" if embeddings is not None else ""
+    return f"Run: clipcid cluster{named} --overwrite"
 
 
 def _teaches_text(clusters: Clusters, settings: DistillSettings, several_captions: bool) -> bool:
@@ -97,27 +111,23 @@ def _teaches_text(clusters: Clusters, settings: DistillSettings, several_caption
     return settings.cluster_towers == "both"
 
 
-def _check_clusters(clusters: Clusters, embeddings: Embeddings, remake: str) -> None:
+def _check_clusters(clusters: Clusters, embeddings: Embeddings) -> None:
     clustered, embedded = clusters.sidecar.get("model"), (embeddings.sidecar or {}).get("model")
     if clustered is not None and embedded is not None and clustered["weights_hash"] != embedded["weights_hash"]:
         raise ClipcidError(
             f"The clusters in {clusters.folder} are of {clustered['spec']}, the embeddings of {embedded['spec']}.",
-            remake,
+            _remake(embeddings),
         )
     if clusters.centroids.shape[1] != embeddings.width:
         raise ClipcidError(
             f"The clusters in {clusters.folder} have width {clusters.centroids.shape[1]}, the embeddings "
             f"{embeddings.width}: they are of another teacher.",
-            remake,
+            _remake(embeddings),
         )
 
 
-def refuse_old_clusters(clusters: Clusters, keep_list: Path) -> None:
-    """Refuse clusters of an earlier keep list; those of all images, made without one, fit any.
-
-    Raises:
-        ClipcidError: with the command that remakes them.
-    """
+def _refuse_old_clusters(clusters: Clusters, keep_list: Path) -> None:
+    """Refuse clusters of an earlier keep list; those of all images, made without one, fit any."""
     made_from = clusters.sidecar.get("keep_list")
     if made_from is not None and made_from["hash"] != fingerprint_file(keep_list)["hash"]:
         raise ClipcidError(
@@ -131,7 +141,7 @@ class ClusterLookup:
     """The cluster targets of any batch.
 
     Attributes:
-        table_rows: Row of the clusters' table of each usable sample, int64; −1 where there is none.
+        table_rows: Row of the clusters' table of each sample to train on, [N], mapped.
         images: The table's nearest centroids of the images.
         captions: The same of the captions; None where only the image tower is taught.
         image_temperature: τ_T of the images' distribution.
@@ -141,7 +151,7 @@ class ClusterLookup:
     """
 
     centroids: ProjectedCentroids
-    table_rows: npt.NDArray[np.int64]
+    table_rows: Column
     images: TopClusters
     captions: TopClusters | None
     image_temperature: float
@@ -156,10 +166,10 @@ class ClusterLookup:
         """Return the targets of a global batch: of its images, and of its captions where both towers are taught.
 
         Args:
-            rows: Rows of its samples among the usable ones, int64 [B].
+            rows: Rows of its samples among those to train on, int64 [B].
             step: Number of the step; decides the draw of centroids.
         """
-        table_rows = self.table_rows[rows]
+        table_rows = self.table_rows[rows].astype(np.int64)
         tops = [self.images] if self.captions is None else [self.images, self.captions]
         active = np.concatenate([top.clusters[table_rows].reshape(-1) for top in tops])
         candidates = draw_candidates(
@@ -204,20 +214,14 @@ def temperatures(clusters: Clusters, settings: DistillSettings) -> tuple[float, 
 def open_lookup(
     teacher_inputs: TeacherInputs, axes: PrincipalAxes | None, settings: DistillSettings, device: torch.device
 ) -> ClusterLookup | None:
-    """Make the lookup of a run; None where no loss asks for clusters.
-
-    Args:
-        teacher_inputs: Clusters, where they are joined with the data, and whether they teach the text tower.
-        axes: Axes of the shared space; None where it is the teacher's own.
-        device: Where the losses are computed.
-    """
-    clusters, rows = teacher_inputs.clusters, teacher_inputs.cluster_rows
-    if clusters is None or rows is None:
+    """Make the lookup of a run; None where no loss asks for clusters."""
+    clusters = teacher_inputs.clusters
+    if clusters is None:
         return None
     image_temperature, caption_temperature = temperatures(clusters, settings)
     return ClusterLookup(
         centroids=open_centroids(clusters.centroids, axes, device),
-        table_rows=rows,
+        table_rows=teacher_inputs.samples.clusters(),
         images=clusters.images,
         captions=clusters.captions if teacher_inputs.text_clusters else None,
         image_temperature=image_temperature,
@@ -238,7 +242,6 @@ def open_centroids(
     Args:
         stored_KD: Unit rows in the teacher's space, float32 [K, D], mapped from the file.
         axes: Axes of the shared space; None where it is the teacher's own.
-        device: Where the losses are computed.
     """
     max_bytes = _KEPT_BYTES
     if device.type == "cuda":

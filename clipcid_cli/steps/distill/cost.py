@@ -116,7 +116,7 @@ def _measure_teacher(run: TrainingRun, step_seconds: float) -> TeacherCost | Non
     seconds = _time_teacher(teacher, run.plan.batch_size // run.machine.size, run.settings.precision)
     step = step_seconds if run.online_teacher is not None else step_seconds + seconds
     # What is embedded once may be more than what is trained on: all images, not only the kept ones, and every view.
-    rows = len(run.inputs.usable.keys) if embeddings is None else embeddings.num_rows
+    rows = run.inputs.usable.total if embeddings is None else embeddings.num_rows
     passes = rows * (1 + teacher_inputs.num_views) / run.inputs.training.total
     return TeacherCost(teacher.info.parameters, seconds, min(1.0, seconds / step), passes)
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, Sample
+from clipcid_cli.formats.results.matched_samples import SampleRows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
@@ -21,7 +23,6 @@ from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.models.used_tokens import whole_table
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import take_samples
-from clipcid_cli.steps.distill.samples import Selection
 from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
@@ -43,7 +44,7 @@ class HeldOut:
         pixels: uint8 [n, H, W, 3], the model's own evaluation pixels.
         tokens: int64 [n, L].
         samples: The samples themselves, for the report's pictures.
-        rows: Their rows among the usable samples.
+        rows: Their rows among all samples held out.
     """
 
     pixels: torch.Tensor
@@ -104,7 +105,7 @@ class Evaluation:
 def prepare_evaluation(
     settings: DistillSettings,
     dataset: Dataset,
-    held_out: Selection,
+    held_out: SampleRows,
     student: ClipModel,
     machine: Machine,
     reporter: Reporter,
@@ -122,18 +123,19 @@ def prepare_evaluation(
 
 def read_held_out(
     dataset: Dataset,
-    selection: Selection,
+    held_out: SampleRows,
     transform: Callable[[Image.Image], torch.Tensor],
     tokenizer: Tokenizer,
     limit: int,
 ) -> HeldOut | None:
     """Read the first `limit` held-out samples; None when there are fewer than two, which retrieval cannot use."""
-    samples, rows = list[Sample](), list[int]()
-    for number, (positions, shard_rows) in enumerate(zip(selection.positions, selection.rows, strict=True)):
+    samples, first = list[Sample](), 0
+    places = held_out.places()
+    for number, size in enumerate(held_out.sizes.tolist()):
         if len(samples) >= limit:
             break
-        samples.extend(take_samples(dataset, number, positions))
-        rows.extend(shard_rows.tolist())
+        samples.extend(take_samples(dataset, number, places[first : first + size].astype(np.int64)))
+        first += size
     pixels, readable = list[torch.Tensor](), list[int]()
     for number, sample in enumerate(samples[:limit]):
         image = read_image(sample.image)
@@ -144,7 +146,7 @@ def read_held_out(
         return None
     chosen = [samples[number] for number in readable]
     tokens = tokenizer([sample.captions[0] for sample in chosen])
-    return HeldOut(torch.stack(pixels), tokens, chosen, [rows[number] for number in readable])
+    return HeldOut(torch.stack(pixels), tokens, chosen, readable)
 
 
 def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ZeroshotTask]:

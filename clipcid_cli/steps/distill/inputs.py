@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.index import lock_index
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.key_join import join_keys
-from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
+from clipcid_cli.formats.output import fingerprint_file
+from clipcid_cli.formats.results.clusters import TABLE
+from clipcid_cli.formats.results.matched_samples import (
+    SampleRows,
+    begin_matched,
+    finish_matched,
+    matched_folder,
+    read_matched,
+)
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.distill.cluster_targets import join_clusters, refuse_old_clusters
-from clipcid_cli.steps.distill.samples import Selection, UsableSamples, find_usable
+from clipcid_cli.steps.distill.cluster_targets import find_clusters, use_clusters
+from clipcid_cli.steps.distill.samples import MatchedSamples, Sources, UsableSamples, count_usable, match_samples
 from clipcid_cli.steps.distill.teacher_inputs import (
     TeacherInputs,
-    join_teacher,
+    check_keys,
     named_teacher,
-    needs_teacher_texts,
     open_teacher,
+    use_stored,
 )
-from clipcid_cli.steps.embed.ensure import ensure_embeddings
-from clipcid_cli.steps.keep_list import AppliedKeepList, apply_keep_list
-from clipcid_cli.steps.model_identity import is_of
+from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list, report_keep_list
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
@@ -41,68 +48,31 @@ class TrainingInputs:
     """Everything a run reads.
 
     Attributes:
-        usable: The samples that have an image and a caption.
-        keep_list: The keep list that was applied; None where all samples are used.
+        usable: How many samples have an image and a caption.
+        training: The samples to train on.
+        held_out: Those held out.
+        keep_list: The keep list; None where all samples are used.
         teacher_inputs: The teacher's embeddings and clusters; None where no loss needs a teacher.
         fingerprints: Size and hash of each input file.
     """
 
     dataset: Dataset
     usable: UsableSamples
-    training: Selection
-    held_out: Selection
-    keep_list: AppliedKeepList | None
+    training: SampleRows
+    held_out: SampleRows
+    keep_list: ChosenKeepList | None
     teacher_inputs: TeacherInputs | None
     fingerprints: list[dict[str, Any]]
 
 
-def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Path | None:
-    """Find the teacher's embeddings, and make them where there are none; None when no loss needs them.
-
-    Without ``--teacher`` it is the one whose embeddings the work directory holds.
-
-    Raises:
-        ClipcidError: when they can neither be found nor made.
-    """
-    if not settings.needs_teacher:
-        return None
-    if settings.embeddings is not None:
-        return settings.embeddings
-    if settings.online_teacher:
-        return machine.on_main(lambda: _find_for_axes(settings))
-    teacher = settings.teacher
-    if teacher is None:
-        try:
-            return machine.on_main(WorkDirectory(settings.work).find_embeddings)
-        except ClipcidError:
-            if settings.data is None or any((settings.work / "embeddings").glob("*/embed.json")):
-                raise
-        teacher = DEFAULT_MODEL
-        reporter.note(f"Teacher: {teacher}, the default.")
-    # Existing embeddings of images only may suffice; new ones are of captions too.
-    folder = WorkDirectory(settings.work).embeddings(with_default_tag(parse_model(teacher)).slug)
-    exists = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed")) is not None)
-    text = True if needs_teacher_texts(settings) or not exists else None
-    return ensure_embeddings(settings, machine, reporter, data=settings.data, model=teacher, text=text)
-
-
-def _find_for_axes(settings: DistillSettings) -> Path | None:
-    """Find stored embeddings of an online teacher, in which only the axes of the shared space are found; None for none."""
-    teacher = named_teacher(settings)
-    try:
-        folder = WorkDirectory(settings.work).find_embeddings(None if teacher is None else teacher.slug)
-    except ClipcidError:
-        return None
-    sidecar = read_sidecar(sidecar_path(folder, "embed"))
-    of_another = teacher is not None and (sidecar is None or not is_of(sidecar["model"], teacher))
-    return None if of_another or settings.teacher_space == "project" else folder
-
-
-def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, reporter: Reporter) -> TrainingInputs:
-    """Find, open and join the inputs, and report which were taken.
+def find_inputs(
+    settings: DistillSettings, embeddings_folder: Path | None, scratch: Path | None, reporter: Reporter
+) -> TrainingInputs:
+    """Find, open and match the inputs, and report which were taken.
 
     Args:
         embeddings_folder: What `find_embeddings` found.
+        scratch: Folder for what a run keeps in the work directory, which a dry run leaves as it is.
 
     Raises:
         ClipcidError: when one is missing, or they are of different data or teachers; the fix names the command.
@@ -111,49 +81,90 @@ def find_inputs(settings: DistillSettings, embeddings_folder: Path | None, repor
     teacher = named_teacher(settings) if settings.needs_teacher else None
     embeddings = None
     if embeddings_folder is not None:
-        embeddings = open_teacher(settings, embeddings_folder, teacher, reporter)
-    dataset = _open_data(settings, work, embeddings, reporter)
-    usable = find_usable(dataset, settings.max_bad_fraction)
+        cache = work.fingerprints if scratch is None else _copy_fingerprints(work, scratch)
+        embeddings = open_teacher(settings, embeddings_folder, teacher, cache, reporter)
+    dataset = _open_data(settings, work, embeddings, scratch, reporter)
+    usable = count_usable(dataset, settings.max_bad_fraction)
+    keep_list = choose_keep_list(settings.keep_list, work, "samples", reporter)
+    if settings.online_teacher:
+        teacher = _choose_online(teacher, embeddings)
+    elif embeddings is not None:
+        check_keys(embeddings, dataset)
+    online = teacher if settings.online_teacher else None
+    clusters = find_clusters(settings, embeddings, online, None if keep_list is None else keep_list.path)
     fingerprints = dataset.fingerprints()
-    selected, held_out = usable.split(settings.val_fraction)
-    keep_list = apply_keep_list(
-        settings.keep_list,
-        work,
-        usable.keys,
-        samples="samples",
-        source=dataset.spec,
-        max_missing=settings.max_bad_fraction,
-        reporter=reporter,
-    )
     if keep_list is not None:
-        selected &= keep_list.is_kept
         fingerprints.append(fingerprint_file(keep_list.path))
-    teacher_inputs = None
-    if settings.needs_teacher:
-        if settings.online_teacher:
-            teacher_inputs = _choose_online(teacher, embeddings, usable, reporter)
-        else:
-            assert embeddings is not None, "find_embeddings made them"
-            teacher_inputs = join_teacher(settings, embeddings, dataset, usable, selected, reporter)
-            selected &= teacher_inputs.embedding_rows >= 0
-        teacher_inputs = join_clusters(settings, teacher_inputs, usable, selected, reporter)
-        if keep_list is not None and teacher_inputs.clusters is not None:
-            refuse_old_clusters(teacher_inputs.clusters, keep_list.path)
+    sources = Sources(None if keep_list is None else keep_list.path, embeddings, online is None, clusters)
+    matched = _find_samples(settings, dataset, sources, fingerprints, scratch, reporter)
+    counts, teacher_inputs = matched.counts, None
+    if keep_list is not None:
+        report_keep_list(
+            keep_list.path,
+            kept=counts.kept,
+            missing=usable.total - counts.listed,
+            total=usable.total,
+            samples="samples",
+            source=dataset.spec,
+            max_missing=settings.max_bad_fraction,
+            reporter=reporter,
+        )
+    if online is not None:
+        reporter.note(f"Teacher: {online.spec}, run alongside the student on the same views and captions.")
+        teacher_inputs = TeacherInputs(embeddings, matched.training, online=online)
+    elif embeddings is not None:
+        teacher_inputs = use_stored(settings, embeddings, matched.training, counts, reporter)
+    if teacher_inputs is not None:
+        if clusters is not None:
+            teacher_inputs = use_clusters(settings, teacher_inputs, clusters, counts, reporter)
         fingerprints += teacher_inputs.fingerprints()
-    return TrainingInputs(
-        dataset,
-        usable,
-        usable.selection.narrow(selected),
-        usable.selection.narrow(held_out),
-        keep_list,
-        teacher_inputs,
-        fingerprints,
-    )
+    return TrainingInputs(dataset, usable, matched.training, matched.held_out, keep_list, teacher_inputs, fingerprints)
 
 
-def _choose_online(
-    teacher: ModelName | None, embeddings: Embeddings | None, usable: UsableSamples, reporter: Reporter
-) -> TeacherInputs:
+def _find_samples(
+    settings: DistillSettings,
+    dataset: Dataset,
+    sources: Sources,
+    fingerprints: list[dict[str, Any]],
+    scratch: Path | None,
+    reporter: Reporter,
+) -> MatchedSamples:
+    """Open the samples of the run, matched by an earlier start or another run of the same inputs; else match them now.
+
+    Args:
+        fingerprints: Those of the data and the keep list.
+        scratch: Where a dry run writes them.
+    """
+    assert dataset.index_folder is not None, "opened with a folder for the index"
+    content = list(fingerprints)
+    if sources.embeddings is not None:
+        content += sources.embeddings.fingerprints()
+    if sources.clusters is not None:
+        content.append(fingerprint_file(sources.clusters.folder / TABLE))
+    identity = {
+        # Keys of foreign embeddings may be made of the files' names.
+        "files": [[Path(file["path"]).name, file["size"], file["hash"]] for file in content],
+        "kinds": [sources.keep_list is not None, sources.embeddings is not None, sources.clusters is not None],
+        "required": sources.required,
+        "keys": settings.keys,
+        "val_fraction": settings.val_fraction,
+    }
+    folder = matched_folder(dataset.index_folder, identity)
+    counts = read_matched(folder)
+    if counts is None:
+        if scratch is not None:
+            folder = matched_folder(scratch, identity)
+        with lock_index(folder.parent):
+            counts = read_matched(folder)  # another run may just have made it
+            if counts is None:
+                partial = begin_matched(folder)
+                found = match_samples(dataset, sources, settings.val_fraction, partial, reporter)
+                counts = dataclasses.asdict(found.counts)
+                finish_matched(partial, folder, counts)
+    return MatchedSamples.open(folder, counts)
+
+
+def _choose_online(teacher: ModelName | None, embeddings: Embeddings | None) -> ModelName:
     """Choose a teacher that runs alongside the student: the one named, else the embeddings', else the default one.
 
     Raises:
@@ -163,14 +174,22 @@ def _choose_online(
         if embeddings.sidecar is None:
             raise ClipcidError(f"{embeddings.folder} does not record which model made it.", "Name the --teacher.")
         teacher = parse_model(embeddings.sidecar["model"]["spec"])
-    teacher = teacher or with_default_tag(parse_model(DEFAULT_MODEL))
-    reporter.note(f"Teacher: {teacher.spec}, run alongside the student on the same views and captions.")
-    rows = np.full(len(usable.keys), -1) if embeddings is None else join_keys(usable.keys, embeddings.keys)
-    return TeacherInputs(embeddings, rows, online=teacher)
+    return teacher or with_default_tag(parse_model(DEFAULT_MODEL))
+
+
+def _copy_fingerprints(work: WorkDirectory, scratch: Path) -> Path:
+    """Copy the table of fingerprints for a dry run, which adds to its copy."""
+    with suppress(FileNotFoundError):
+        shutil.copy(work.fingerprints, scratch)
+    return scratch / work.fingerprints.name
 
 
 def _open_data(
-    settings: DistillSettings, work: WorkDirectory, embeddings: Embeddings | None, reporter: Reporter
+    settings: DistillSettings,
+    work: WorkDirectory,
+    embeddings: Embeddings | None,
+    scratch: Path | None,
+    reporter: Reporter,
 ) -> Dataset:
     if settings.data is not None:
         columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
@@ -178,8 +197,8 @@ def _open_data(
     else:
         dataset = open_described(work.find_data(None if embeddings is None else embeddings.folder), work.indexes)
         reporter.note(f"Data: {dataset.spec}, from which the embeddings were made.")
-    if settings.dry_run:  # which writes nothing: shards that are not in an index are listed here and now
-        return dataset
+    if scratch is not None and dataset.index is None:
+        dataset = dataclasses.replace(dataset, index_folder=scratch / "index")
     # By this process and its workers, while the others wait for what is found; `embed` has mostly done it before.
     alone = Machine(0, 1, 0, torch.device("cpu"))
     return ensure_index(dataset, alone, default_workers() if settings.workers is None else settings.workers, reporter)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
@@ -62,7 +64,7 @@ def plan_run(settings: DistillSettings, inputs: TrainingInputs, machine: Machine
         raise UsageError(f"--warmup {warmup:,} exceeds the {steps:,} steps of the run.", "Give fewer warm-up steps.")
     reporter.note(
         f"{samples:,} samples, {steps:,} steps of {batch_size:,}: {steps * batch_size / samples:.1f} epochs, "
-        f"{warmup:,} steps of warm-up.\n{_describe_shuffle(inputs.training.sizes)}"
+        f"{warmup:,} steps of warm-up.\n{_describe_shuffle(int(np.count_nonzero(inputs.training.sizes)))}"
     )
     optimiser = OptimiserPlan(
         lr=settings.lr,
@@ -77,8 +79,7 @@ def plan_run(settings: DistillSettings, inputs: TrainingInputs, machine: Machine
     return Plan(optimiser, batch_size, workers, settings.eval_every or max(1, steps // 10))
 
 
-def _describe_shuffle(shard_sizes: list[int]) -> str:
-    shards = sum(size > 0 for size in shard_sizes)
+def _describe_shuffle(shards: int) -> str:
     if shards <= SHARDS_MIXED:
         return "Shuffle: uniform over all samples, in each epoch."
     return (

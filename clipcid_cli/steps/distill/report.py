@@ -76,7 +76,7 @@ def _compare(held_out: HeldOut, images: Tensor, texts: Tensor, inputs: TrainingI
     stored = inputs.teacher_inputs
     if stored is None or stored.embeddings is None or not stored.embeddings.has_texts:
         return []
-    places = stored.embedding_rows[np.array(held_out.rows, dtype=np.int64)]
+    places = inputs.held_out.embeddings()[held_out.rows].astype(np.int64)
     known = np.flatnonzero(places >= 0)
     if len(known) < 2:
         return []

@@ -17,12 +17,14 @@ from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.distill.cluster_targets import temperatures
 from clipcid_cli.steps.distill.cost import estimate_cost
-from clipcid_cli.steps.distill.inputs import TrainingInputs, find_embeddings, find_inputs
+from clipcid_cli.steps.distill.inputs import TrainingInputs, find_inputs
 from clipcid_cli.steps.distill.online_teacher import describe_weights, load_online_teacher
 from clipcid_cli.steps.distill.plan import Plan, default_name, plan_run
 from clipcid_cli.steps.distill.student import load_student
+from clipcid_cli.steps.distill.teacher_inputs import find_embeddings
 from clipcid_cli.steps.distill.training_run import TrainingRun
 from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.scratch import scratch_folder
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.fields import output_settings
 
@@ -41,9 +43,9 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         start_worker_server()
     if settings.report_to == "tensorboard":
         import_tensorboard()  # before hours of embedding, and on every process, so that none waits for one that failed
-    with open_machine(settings.device) as machine:
+    with open_machine(settings.device) as machine, scratch_folder(machine, dry_run=settings.dry_run) as scratch:
         embeddings = find_embeddings(settings, machine, reporter)
-        inputs = machine.on_main(lambda: find_inputs(settings, embeddings, reporter))
+        inputs = machine.on_main(lambda: find_inputs(settings, embeddings, scratch, reporter))
         student = load_student(settings, machine, reporter)
         teacher = load_online_teacher(inputs.teacher_inputs, machine)
         plan = machine.on_main(lambda: plan_run(settings, inputs, machine, reporter))

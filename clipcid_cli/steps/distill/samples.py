@@ -1,131 +1,238 @@
-"""Which samples of the data can be trained on, and which of those a run trains on and holds out."""
+"""The samples of a run: which can be trained on, which are held out, and where each is in the files of earlier steps."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
+import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Dataset, refuse_repeated_keys
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.index import DataIndex
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.sample_rows import sample_keys
+from clipcid_cli.formats.key_streams import JoinedMatch, KeyStream, OrderedMatch, Values, join_stream, parquet_keys
+from clipcid_cli.formats.results.clusters import TABLE, Clusters
+from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, SampleRowsWriter, open_rows
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.models.caches import MAX_CAPTIONS
-from clipcid_cli.runtime.models.tokenizer import Tokenizer
-from clipcid_cli.runtime.randomness import key_fraction
-from clipcid_cli.steps.data_index import take_samples
+from clipcid_cli.runtime.randomness import key_fractions
+from clipcid_cli.steps.reporting import Reporter
 
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """The samples of one kind (training or held-out), by shard.
-
-    Attributes:
-        positions: For each shard, the places in its list of samples, int64, ascending.
-        rows: For each shard, the row of each sample among all the data's usable samples, int64.
-    """
-
-    positions: list[npt.NDArray[np.int64]]
-    rows: list[npt.NDArray[np.int64]]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Samples of each shard."""
-        return [len(positions) for positions in self.positions]
-
-    @property
-    def total(self) -> int:
-        """Samples of all shards."""
-        return sum(self.sizes)
-
-    def narrow(self, keep: npt.NDArray[np.bool_]) -> Selection:
-        """Keep the samples whose row is marked; `keep` has one entry per usable sample of the data."""
-        masks = [keep[rows] for rows in self.rows]
-        return Selection(
-            [positions[mask] for positions, mask in zip(self.positions, masks, strict=True)],
-            [rows[mask] for rows, mask in zip(self.rows, masks, strict=True)],
-        )
+# Captionless samples that are named.
+_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class UsableSamples:
-    """All samples that have an image and a caption.
+    """How many samples have an image and a caption.
 
     Attributes:
-        keys: Their keys, in order of row.
-        caption_counts: Number of captions of each, int32, in order of row.
+        total: Their number.
         skips: Samples that are not usable, by reason.
         read: Samples that were listed, usable or not.
     """
 
-    selection: Selection
-    keys: list[str]
-    caption_counts: npt.NDArray[np.int32]
+    total: int
     skips: Skips
     read: int
 
-    def split(self, val_fraction: float) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Mark the rows to train on and those held out: the keys whose hash falls below the fraction."""
-        held_out = np.fromiter((key_fraction(key) < val_fraction for key in self.keys), bool, len(self.keys))
-        return ~held_out, held_out
 
-
-def find_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
-    """List the samples that can be trained on.
+def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
+    """Count the samples that can be trained on, from the records of the data's index.
 
     Raises:
-        ClipcidError: when too many have no image or no caption, or a key repeats.
+        ClipcidError: when too many have no image or no caption.
     """
-    skips, keys, counts = Skips(), list[str](), list[npt.NDArray[np.int32]]()
-    positions, rows = list[npt.NDArray[np.int64]](), list[npt.NDArray[np.int64]]()
-    read = 0
-    by_shard: list[tuple[str, list[str]]] = []
-    for number, shard in enumerate(dataset.shards):
-        skipped_before = skips.total
-        listed, num_captions = _list_shard(dataset, number, skips)
-        read += len(listed) + skips.total - skipped_before
-        usable = np.flatnonzero(num_captions)
-        for place in np.flatnonzero(num_captions == 0).tolist():
-            skips.add("no_caption", listed[place])
-        positions.append(usable)
-        rows.append(np.arange(len(keys), len(keys) + len(usable), dtype=np.int64))
-        by_shard.append((shard.name, [listed[place] for place in usable.tolist()]))
-        keys.extend(by_shard[-1][1])
-        counts.append(num_captions[usable])
-    if not keys:
+    index = index_of(dataset)
+    skips, without_caption = Skips(), Skips()
+    for number, record in enumerate(index.records):
+        skips.merge(record.skips)
+        if record.with_captions < record.samples:
+            without_caption.merge(_find_captionless(index, number))
+    skips.merge(without_caption)
+    total, read = sum(record.with_captions for record in index.records), sum(record.read for record in index.records)
+    if not total:
         raise ClipcidError(
             f"{dataset.spec}: none of {read:,} samples has a caption.",
             "Training needs captions: a .txt file next to each image, or --caption-column for a list.",
         )
     skips.check(read, max_bad_fraction, dataset.spec)
-    if dataset.index is None:  # which was refused if a key repeats
-        refuse_repeated_keys(by_shard)
-    return UsableSamples(Selection(positions, rows), keys, np.concatenate(counts), skips, read)
+    return UsableSamples(total, skips, read)
 
 
-def _list_shard(dataset: Dataset, number: int, skips: Skips) -> tuple[list[str], npt.NDArray[np.int32]]:
-    """Return the keys of a shard's samples and how many captions each has, from the index where there is one."""
-    if dataset.index is not None:
-        part = dataset.index.part(number)
-        skips.merge(dataset.index.records[number].skips)
-        return part.keys.to_pylist(), part.num_captions
-    samples = dataset.shards[number].samples(skips)
-    return [sample.key for sample in samples], np.array([len(sample.captions) for sample in samples], dtype=np.int32)
+def _find_captionless(index: DataIndex, number: int) -> Skips:
+    part = index.part(number)
+    places = np.flatnonzero(part.num_captions == 0)
+    named = part.keys.take(pa.array(places[:_NAMED])).to_pylist()
+    return Skips({"no_caption": len(places)}, {"no_caption": named})
 
 
-def used_tokens(dataset: Dataset, usable: UsableSamples, tokenizer: Tokenizer) -> torch.Tensor | None:
-    """List the tokens of all captions of usable samples; None where there are too many samples for that to pay.
+def index_of(dataset: Dataset) -> DataIndex:
+    """Return the index of data for which `ensure_index` was called."""
+    assert dataset.index is not None, "ensure_index was called"
+    return dataset.index
 
-    Returns:
-        int64, ascending, each once.
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The files that the data is matched with.
+
+    Attributes:
+        keep_list: The keep list; None where all samples are used.
+        embeddings: The teacher's; None where there are none.
+        required: Whether a sample without an embedding is left out of training.
+        clusters: Clusters; None where no loss needs them.
     """
-    if len(usable.keys) > MAX_CAPTIONS:
-        return None
-    found = [torch.empty(0, dtype=torch.int64)]
-    for number, positions in enumerate(usable.selection.positions):
-        captions = {caption for sample in take_samples(dataset, number, positions) for caption in sample.captions}
-        if captions:
-            found.append(torch.unique(tokenizer(sorted(captions))))
-    tokens: torch.Tensor = torch.unique(torch.cat(found))
-    return tokens
+
+    keep_list: Path | None = None
+    embeddings: Embeddings | None = None
+    required: bool = True
+    clusters: Clusters | None = None
+
+    def streams(self) -> dict[str, tuple[KeyStream, int]]:
+        """Return the keys of each file with their numbers, and how many numbers a key has."""
+        found: dict[str, tuple[KeyStream, int]] = {}
+        if self.keep_list is not None:
+            found["keep_list"] = parquet_keys(self.keep_list, "kept"), 1
+        if self.embeddings is not None:
+            found["embeddings"] = sample_keys(self.embeddings)
+        if self.clusters is not None:
+            found["clusters"] = parquet_keys(self.clusters.folder / TABLE), 1
+        return found
+
+
+@dataclasses.dataclass
+class MatchCounts:
+    """What matching found.
+
+    Attributes:
+        listed: Usable samples in the keep list.
+        kept: Usable samples that it keeps.
+        candidates: Samples to train on, before those without an embedding are left out.
+        without_embedding: Those of them without an embedding.
+        without_cluster: Samples to train on that are not in the clusters' table.
+        selected: Samples to train on.
+        several_captions: Those of them that have several captions.
+        captions: All their captions.
+        changed: The first whose number of captions differs from what was embedded: key, captions, captions embedded.
+    """
+
+    listed: int = 0
+    kept: int = 0
+    candidates: int = 0
+    without_embedding: int = 0
+    without_cluster: int = 0
+    selected: int = 0
+    several_captions: int = 0
+    captions: int = 0
+    changed: tuple[str, int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchedSamples:
+    """The samples of a run; `counts` are those of their making."""
+
+    training: SampleRows
+    held_out: SampleRows
+    counts: MatchCounts
+
+    @classmethod
+    def open(cls, folder: Path, counts: dict[str, Any]) -> MatchedSamples:
+        """Open finished files."""
+        return cls(open_rows(folder, TRAINING), open_rows(folder, HELD_OUT), MatchCounts(**counts))
+
+
+def match_samples(
+    dataset: Dataset, sources: Sources, val_fraction: float, folder: Path, reporter: Reporter
+) -> MatchedSamples:
+    """Match the data with other files, shard by shard, and write down the samples to train on and those held out.
+
+    A file in the data's order is read in step with the shards; one that turns out not to be is joined, and all begins anew.
+
+    Args:
+        sources: The files.
+        val_fraction: Share of the samples held out: the keys whose hash falls below it.
+        folder: Where the result is written.
+    """
+    index, joined = index_of(dataset), dict[str, Values]()
+    while True:
+        matches = {
+            name: JoinedMatch(joined[name]) if name in joined else OrderedMatch(stream, width)
+            for name, (stream, width) in sources.streams().items()
+        }
+        writers = _open_writers(index, sources, folder)
+        with reporter.progress("match", len(index.records), "shards") as progress:
+            counts = MatchCounts()
+            for number in range(len(index.records)):
+                part = index.part(number)
+                keys = part.keys.combine_chunks().cast(pa.large_string())
+                found = {name: match.match(keys) for name, match in matches.items()}
+                _match_shard(keys, part.num_captions, found, sources, val_fraction, writers, counts)
+                progress.advance()
+        unordered = [name for name, match in matches.items() if not match.is_complete()]
+        if not unordered:
+            rows = {part: writer.finish() for part, writer in writers.items()}
+            return MatchedSamples(rows[TRAINING], rows[HELD_OUT], counts)
+        for name in unordered:
+            scratch = folder / name
+            scratch.mkdir()
+            stream, width = sources.streams()[name]
+            shards = (index.part(number).keys.combine_chunks() for number in range(len(index.records)))
+            joined[name] = join_stream(shards, int(index.sizes.sum()), stream, width, scratch)
+
+
+def _open_writers(index: DataIndex, sources: Sources, folder: Path) -> dict[str, SampleRowsWriter]:
+    """Begin the columns of both parts."""
+    limits, embeddings, clusters = {"places": int(index.sizes.max())}, sources.embeddings, sources.clusters
+    if embeddings is not None:
+        limits["embeddings"] = embeddings.num_rows
+        if embeddings.has_further_captions:
+            limits["captions"] = len(embeddings.further_captions()) + 1
+    if clusters is not None:
+        limits["clusters"] = len(clusters.labels)
+    return {part: SampleRowsWriter(folder, part, limits) for part in (TRAINING, HELD_OUT)}
+
+
+def _match_shard(
+    keys: pa.Array,
+    num_captions: npt.NDArray[np.int32],
+    found: dict[str, Values],
+    sources: Sources,
+    val_fraction: float,
+    writers: dict[str, SampleRowsWriter],
+    counts: MatchCounts,
+) -> None:
+    """Decide which samples of a shard are trained on and held out, write them down and count them."""
+    usable = num_captions > 0
+    held_out = usable & (key_fractions(keys.to_pylist()) < val_fraction)
+    selected = usable & ~held_out
+    columns: dict[str, npt.NDArray[Any]] = {"places": np.arange(len(keys))}
+    if "keep_list" in found:
+        kept = found["keep_list"][:, 0]
+        counts.listed += int(np.count_nonzero(usable & (kept >= 0)))
+        counts.kept += int(np.count_nonzero(usable & (kept > 0)))
+        selected &= kept > 0
+    counts.candidates += int(np.count_nonzero(selected))
+    if "embeddings" in found:
+        columns["embeddings"] = rows = found["embeddings"][:, 0]
+        counts.without_embedding += int(np.count_nonzero(selected & (rows < 0)))
+        if sources.required:
+            selected &= rows >= 0
+        if found["embeddings"].shape[1] > 1:
+            columns["captions"], embedded = found["embeddings"][:, 1], found["embeddings"][:, 2]
+            changed = np.flatnonzero(selected & (embedded != num_captions))
+            if len(changed) and counts.changed is None:
+                place = int(changed[0])
+                counts.changed = keys[place].as_py(), int(num_captions[place]), int(embedded[place])
+    if "clusters" in found:
+        columns["clusters"] = found["clusters"][:, 0]
+        counts.without_cluster += int(np.count_nonzero(selected & (columns["clusters"] < 0)))
+    counts.selected += int(np.count_nonzero(selected))
+    counts.several_captions += int(np.count_nonzero(num_captions[selected] > 1))
+    counts.captions += int(num_captions[selected].sum())
+    for part, chosen in ((TRAINING, selected), (HELD_OUT, held_out)):
+        writers[part].append({name: values[chosen] for name, values in columns.items()})

@@ -14,6 +14,7 @@ from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.sample_rows import CaptionRows, ImageRows
+from clipcid_cli.formats.results.matched_samples import Column
 from clipcid_cli.runtime.gradients import gather_rows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.distill.batches import TrainingBatch
@@ -85,22 +86,25 @@ class StoredTeacher(Teacher):
 
     Attributes:
         texts: Embeddings of captions; None where the teacher has none.
-        embedding_rows: Row of the embeddings of each usable sample, int64; −1 where there is none.
+        embedding_rows: Row of the embeddings of each sample to train on, [N], mapped.
+        caption_rows: First row of each sample's captions after the first, [N], mapped; None where only the first are shown.
     """
 
     images: ImageRows
     texts: CaptionRows | None
-    embedding_rows: npt.NDArray[np.int64]
+    embedding_rows: Column
+    caption_rows: Column | None
 
     def add_targets(self, batch: LossBatch, local: TrainingBatch, step: int) -> LossBatch:
         """Add the rows of the views and captions that are shown."""
         shown = torch.stack([local.rows, local.views, local.captions], dim=1)
         rows, views, captions = gather_rows(shown.to(self.device), self.size).cpu().numpy().T
-        embedded = self.embedding_rows[rows]
+        embedded = self.embedding_rows[rows].astype(np.int64)
+        further = np.zeros_like(rows) if self.caption_rows is None else self.caption_rows[rows].astype(np.int64)
         return dataclasses.replace(
             self.add_clusters(batch, rows, step),
             teacher_image_BD=self._project(self.images.take(embedded, views)),
-            teacher_text_BD=None if self.texts is None else self._project(self.texts.take(embedded, captions)),
+            teacher_text_BD=None if self.texts is None else self._project(self.texts.take(embedded, captions, further)),
         )
 
     def _project(self, rows: npt.NDArray[np.float16]) -> Tensor:
@@ -122,7 +126,8 @@ def open_stored_teacher(
         size=machine.size,
         images=ImageRows.of(embeddings, views=teacher_inputs.num_views > 0),
         texts=CaptionRows.of(embeddings, all_captions=teacher_inputs.all_captions) if embeddings.has_texts else None,
-        embedding_rows=teacher_inputs.embedding_rows,
+        embedding_rows=teacher_inputs.samples.embeddings(),
+        caption_rows=teacher_inputs.samples.captions() if teacher_inputs.all_captions else None,
     )
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import nn
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.caches import MAX_CAPTIONS
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.inherit import inherit
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
+from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows
-from clipcid_cli.steps.distill.samples import UsableSamples, used_tokens
+from clipcid_cli.steps.data_index import take_samples
+from clipcid_cli.steps.distill.samples import UsableSamples, index_of
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -79,11 +83,29 @@ def _checkpoint_layers(model: ClipModel) -> None:
 
 def set_unused_tokens_aside(student: ClipModel, dataset: Dataset, usable: UsableSamples, reporter: Reporter) -> None:
     """Train only the embeddings of tokens that some caption has, where that saves much."""
-    used = used_tokens(dataset, usable, student.tokenizer)
+    used = _used_tokens(dataset, usable, student.tokenizer)
     if used is not None and train_used_rows(student.module, used):
         reporter.note(
             f"The captions use {len(used):,} tokens: only their embeddings are trained, the others decay as in AdamW."
         )
+
+
+def _used_tokens(dataset: Dataset, usable: UsableSamples, tokenizer: Tokenizer) -> torch.Tensor | None:
+    """List the tokens of all captions of usable samples; None where there are too many samples for that to pay.
+
+    Returns:
+        int64, ascending, each once.
+    """
+    if usable.total > MAX_CAPTIONS:
+        return None
+    index, found = index_of(dataset), [torch.empty(0, dtype=torch.int64)]
+    for number in range(len(index.records)):
+        places = np.flatnonzero(index.part(number).num_captions)
+        captions = {caption for sample in take_samples(dataset, number, places) for caption in sample.captions}
+        if captions:
+            found.append(torch.unique(tokenizer(sorted(captions))))
+    tokens: torch.Tensor = torch.unique(torch.cat(found))
+    return tokens
 
 
 def warn_of_batch_statistics(student: ClipModel, reporter: Reporter) -> None:

@@ -1,4 +1,4 @@
-"""What a teacher provides on disk: its embeddings, checked against teacher and data, and joined with the data by key."""
+"""What a teacher provides on disk: its embeddings, checked against teacher and data."""
 
 from __future__ import annotations
 
@@ -6,37 +6,34 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from clipcid_cli.algorithms.losses.registry import LOSSES, served_by_one_tower
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
-from clipcid_cli.formats.key_join import join_keys
-from clipcid_cli.formats.output import fingerprint_file
+from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
 from clipcid_cli.formats.results.clusters import CENTROIDS, TABLE, Clusters
+from clipcid_cli.formats.results.matched_samples import SampleRows
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps.distill.batches import StoredViews
-from clipcid_cli.steps.distill.samples import UsableSamples
-from clipcid_cli.steps.model_identity import find_mismatch
+from clipcid_cli.steps.distill.samples import MatchCounts
+from clipcid_cli.steps.embed.ensure import ensure_embeddings
+from clipcid_cli.steps.model_identity import find_mismatch, is_of
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
-
-Rows = npt.NDArray[np.int64]
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherInputs:
-    """What the teacher provides, joined with the data by key.
+    """What the teacher provides.
 
     Attributes:
         embeddings: Its stored embeddings; None for an online teacher without any.
-        embedding_rows: Row of the embeddings of each usable sample; −1 where there is none.
+        samples: The samples to train on, with their rows of embeddings and clusters.
         clusters: Clusters; None where no loss needs them.
-        cluster_rows: Row of the clusters' table of each usable sample; −1 where there is none.
         num_views: Stored views of each image that are replayed, 0 for none.
         all_captions: Whether every caption of a sample is embedded, so that any may be shown.
         online: The teacher that runs alongside the student; None where stored embeddings teach.
@@ -44,9 +41,8 @@ class TeacherInputs:
     """
 
     embeddings: Embeddings | None
-    embedding_rows: Rows
+    samples: SampleRows
     clusters: Clusters | None = None
-    cluster_rows: Rows | None = None
     num_views: int = 0
     all_captions: bool = False
     online: ModelName | None = None
@@ -63,7 +59,7 @@ class TeacherInputs:
         """Return the stored views for training; None where none are replayed."""
         if self.embeddings is None or not self.num_views:
             return None
-        return StoredViews(self.embeddings.view_params(), self.embedding_rows, seed)
+        return StoredViews(self.embeddings.view_params(), self.samples.embeddings(), seed)
 
     def augmentation(self, chosen: Augmentation) -> Augmentation:
         """Return how images are augmented: as the stored views were, else as chosen."""
@@ -90,16 +86,60 @@ def needs_teacher_texts(settings: DistillSettings) -> bool:
     return not all(served_by_one_tower(settings.losses()).values())
 
 
-def open_teacher(settings: DistillSettings, folder: Path, teacher: ModelName | None, reporter: Reporter) -> Embeddings:
+def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Path | None:
+    """Find the teacher's embeddings, and make them where there are none; None when no loss needs them.
+
+    Without ``--teacher`` it is the one whose embeddings the work directory holds.
+
+    Raises:
+        ClipcidError: when they can neither be found nor made.
+    """
+    if not settings.needs_teacher:
+        return None
+    if settings.embeddings is not None:
+        return settings.embeddings
+    if settings.online_teacher:
+        return machine.on_main(lambda: _find_for_axes(settings))
+    teacher = settings.teacher
+    if teacher is None:
+        try:
+            return machine.on_main(WorkDirectory(settings.work).find_embeddings)
+        except ClipcidError:
+            if settings.data is None or any((settings.work / "embeddings").glob("*/embed.json")):
+                raise
+        teacher = DEFAULT_MODEL
+        reporter.note(f"Teacher: {teacher}, the default.")
+    # Existing embeddings of images only may suffice; new ones are of captions too.
+    folder = WorkDirectory(settings.work).embeddings(with_default_tag(parse_model(teacher)).slug)
+    exists = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed")) is not None)
+    text = True if needs_teacher_texts(settings) or not exists else None
+    return ensure_embeddings(settings, machine, reporter, data=settings.data, model=teacher, text=text)
+
+
+def _find_for_axes(settings: DistillSettings) -> Path | None:
+    """Find stored embeddings of an online teacher, in which only the axes of the shared space are found; None for none."""
+    teacher = named_teacher(settings)
+    try:
+        folder = WorkDirectory(settings.work).find_embeddings(None if teacher is None else teacher.slug)
+    except ClipcidError:
+        return None
+    sidecar = read_sidecar(sidecar_path(folder, "embed"))
+    of_another = teacher is not None and (sidecar is None or not is_of(sidecar["model"], teacher))
+    return None if of_another or settings.teacher_space == "project" else folder
+
+
+def open_teacher(
+    settings: DistillSettings, folder: Path, teacher: ModelName | None, cache: Path | None, reporter: Reporter
+) -> Embeddings:
     """Open the teacher's embeddings and check that the teacher made them.
 
     Args:
         teacher: The teacher, where it was named or runs online.
+        cache: Table in which the fingerprints of the files are remembered.
 
     Raises:
         ClipcidError: when another model made them, or they lack captions that a loss needs.
     """
-    cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
     embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     if teacher is not None:
@@ -135,45 +175,12 @@ def _check_teacher(name: ModelName, embeddings: Embeddings) -> None:
         )
 
 
-def join_teacher(
-    settings: DistillSettings,
-    embeddings: Embeddings,
-    dataset: Dataset,
-    usable: UsableSamples,
-    selected: npt.NDArray[np.bool_],
-    reporter: Reporter,
-) -> TeacherInputs:
-    """Join stored embeddings with the data.
-
-    Args:
-        selected: Which of the usable samples the run trains on, bool [N].
+def check_keys(embeddings: Embeddings, dataset: Dataset) -> None:
+    """Refuse embeddings whose keys are of another form than the data's.
 
     Raises:
-        ClipcidError: when they are of other data.
+        ClipcidError: naming both forms.
     """
-    _check_keys(embeddings, dataset)
-    rows = join_keys(usable.keys, embeddings.keys)
-    missing = int(np.count_nonzero(selected & (rows < 0)))
-    if missing > settings.max_bad_fraction * np.count_nonzero(selected):
-        raise ClipcidError(
-            f"{missing:,} of {np.count_nonzero(selected):,} samples have no embedding in {embeddings.folder}.",
-            "Give the data that was embedded, or run: clipcid embed DATA",
-        )
-    views = embeddings.num_views if settings.views == "stored" else 0
-    if views:
-        reporter.note(
-            f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
-            "have no effect (--views none draws views anew)."
-        )
-    return TeacherInputs(
-        embeddings,
-        rows,
-        num_views=views,
-        all_captions=_has_all_captions(embeddings, usable, selected & (rows >= 0), rows, reporter),
-    )
-
-
-def _check_keys(embeddings: Embeddings, dataset: Dataset) -> None:
     keys = None if embeddings.sidecar is None else embeddings.sidecar["settings"]["keys"]
     if keys is not None and keys != dataset.keys:
         raise ClipcidError(
@@ -183,28 +190,49 @@ def _check_keys(embeddings: Embeddings, dataset: Dataset) -> None:
         )
 
 
-def _has_all_captions(
-    embeddings: Embeddings, usable: UsableSamples, selected: npt.NDArray[np.bool_], rows: Rows, reporter: Reporter
-) -> bool:
+def use_stored(
+    settings: DistillSettings, embeddings: Embeddings, samples: SampleRows, counts: MatchCounts, reporter: Reporter
+) -> TeacherInputs:
+    """Let stored embeddings teach.
+
+    Args:
+        samples: The samples to train on.
+        counts: What matching them with the embeddings found.
+
+    Raises:
+        ClipcidError: when they are of other data.
+    """
+    if counts.without_embedding > settings.max_bad_fraction * counts.candidates:
+        raise ClipcidError(
+            f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {embeddings.folder}.",
+            "Give the data that was embedded, or run: clipcid embed DATA",
+        )
+    views = embeddings.num_views if settings.views == "stored" else 0
+    if views:
+        reporter.note(
+            f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
+            "have no effect (--views none draws views anew)."
+        )
+    all_captions = _has_all_captions(embeddings, counts, reporter)
+    return TeacherInputs(embeddings, samples, num_views=views, all_captions=all_captions)
+
+
+def _has_all_captions(embeddings: Embeddings, counts: MatchCounts, reporter: Reporter) -> bool:
     """Tell whether the teacher embedded every caption of every sample.
 
     Raises:
         ClipcidError: when it embedded several captions of a sample, but not as many as the sample has now.
     """
-    counts = usable.caption_counts[selected]
-    several = bool((counts > 1).any())
-    if not (several and embeddings.has_texts):
+    if not (counts.several_captions and embeddings.has_texts):
         return False
     if not embeddings.has_further_captions:
         reporter.note("Captions: only the first of each sample is embedded, so only the first is shown.")
         return False
-    embedded = embeddings.caption_counts[rows[selected]]
-    if (other := np.flatnonzero(embedded != counts)).size:
-        key = usable.keys[int(np.flatnonzero(selected)[other[0]])]
+    if counts.changed is not None:
+        key, now, embedded = counts.changed
         raise ClipcidError(
-            f"Sample {key!r} has {counts[other[0]]} captions, but {embedded[other[0]]} were embedded in "
-            f"{embeddings.folder}: the data has changed.",
+            f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
             "Run: clipcid embed DATA --overwrite",
         )
-    reporter.note(f"Captions: {counts.sum():,} of {len(counts):,} samples, one drawn in each epoch.")
+    reporter.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
     return True

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.formats.data.dataset import Columns, Dataset
 from clipcid_cli.formats.data.samples import Location, Sample
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.batches import BatchOrder
-from clipcid_cli.steps.distill.samples import find_usable
+from clipcid_cli.steps.distill.samples import Sources, match_samples
+from clipcid_cli.steps.reporting import SilentReporter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +32,8 @@ class ListedShard:
     name: str
     first: int
     count: int
+    source: str = ""
+    file: str = "none"
 
     def samples(self, skips: Skips | None = None) -> list[Sample]:
         return [
@@ -34,17 +44,34 @@ class ListedShard:
     def fingerprint(self) -> dict[str, Any]:
         return {"path": self.name, "size": self.count, "hash": ""}
 
+    def stamp(self) -> tuple[int, int]:
+        return self.count, self.first
 
-def make_order(sizes: list[int], seed: int, batch_size: int, dropped: int) -> tuple[BatchOrder, set[str]]:
+    def split_captions(self, text: bytes) -> tuple[str, ...]:
+        return (text.decode(),)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("orders")
+
+
+def make_order(root: Path, sizes: list[int], seed: int, batch_size: int, dropped: int) -> tuple[BatchOrder, list[str]]:
+    """Make the order of shards of some sizes, without every seventh sample, and list the keys it should hold."""
+    folder = Path(tempfile.mkdtemp(dir=root))
     starts = np.cumsum([0, *sizes])
     shards = tuple(ListedShard(str(number), int(starts[number]), size) for number, size in enumerate(sizes))
-    dataset = Dataset("none", "list", shards, None, "sample", Columns())
-    usable = find_usable(dataset, 1.0)
-    keep = np.arange(len(usable.keys)) % 7 != dropped
-    selection = usable.selection.narrow(keep)
-    return BatchOrder(dataset, selection, seed, batch_size), {
-        key for key, kept in zip(usable.keys, keep, strict=True) if kept
-    }
+    dataset = Dataset("none", "list", shards, None, "sample", Columns(), folder / "index")
+    with open_machine("cpu") as machine:
+        dataset = ensure_index(dataset, machine, 0, SilentReporter())
+    numbers = np.arange(starts[-1])
+    kept = numbers % 7 != dropped
+    keys = [f"{number:05d}" for number in numbers]
+    pq.write_table(pa.table({"key": keys, "kept": kept}), folder / "keep.parquet")
+    matched = match_samples(dataset, Sources(folder / "keep.parquet"), 0.0, folder, SilentReporter())
+    expected = [key for number, key in enumerate(keys) if kept[number] and number % 5 < 4]
+    assert matched.training.total == matched.counts.selected == len(expected)
+    return BatchOrder(dataset, matched.training, seed, batch_size), expected
 
 
 @given(
@@ -55,8 +82,10 @@ def make_order(sizes: list[int], seed: int, batch_size: int, dropped: int) -> tu
     dropped=st.integers(0, 6),
 )
 @settings(max_examples=60)
-def test_no_sample_is_lost_or_doubled(sizes: list[int], seed: int, processes: int, share: int, dropped: int) -> None:
-    order, expected = make_order(sizes, seed, share * processes, dropped)
+def test_no_sample_is_lost_or_doubled(
+    root: Path, sizes: list[int], seed: int, processes: int, share: int, dropped: int
+) -> None:
+    order, expected = make_order(root, sizes, seed, share * processes, dropped)
     epochs = 3
     steps = -(-epochs * len(expected) // order.batch_size)
     parts = [list(order.iterate(0, steps, rank, processes)) for rank in range(processes)]
@@ -66,7 +95,7 @@ def test_no_sample_is_lost_or_doubled(sizes: list[int], seed: int, processes: in
         counted.setdefault(item.epoch, Counter())[item.sample.key] += 1
     for epoch in range(epochs):
         assert counted[epoch] == Counter(expected)
-    whole, _ = make_order(sizes, seed, share * processes, dropped)
+    whole, _ = make_order(root, sizes, seed, share * processes, dropped)
     alone = [item for step in range(steps) for item in whole.items(step, 0, 1)]
     assert [(item.epoch, item.sample.key, item.row) for item in seen] == [
         (item.epoch, item.sample.key, item.row) for item in alone
@@ -75,17 +104,17 @@ def test_no_sample_is_lost_or_doubled(sizes: list[int], seed: int, processes: in
 
 @given(seed=st.integers(0, 50), start=st.integers(0, 20))
 @settings(max_examples=20)
-def test_resuming_anywhere_goes_on_with_the_same_batches(seed: int, start: int) -> None:
-    order, _ = make_order([9, 17, 4], seed, 6, 0)
-    later, _ = make_order([9, 17, 4], seed, 6, 0)
+def test_resuming_anywhere_goes_on_with_the_same_batches(root: Path, seed: int, start: int) -> None:
+    order, _ = make_order(root, [9, 17, 4], seed, 6, 0)
+    later, _ = make_order(root, [9, 17, 4], seed, 6, 0)
     full = list(order.iterate(0, 25, 0, 1))
     assert list(later.iterate(start, 25, 0, 1)) == full[start:]
 
 
-def test_epochs_and_seeds_differ() -> None:
+def test_epochs_and_seeds_differ(root: Path) -> None:
     keys = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        order, expected = make_order([30, 30], seed, 1, 0)
+        order, expected = make_order(root, [30, 30], seed, 1, 0)
         total = len(expected)
         keys.append([order.items(epoch * total + step, 0, 1)[0].sample.key for step in range(total)])
     assert sorted(keys[0]) == sorted(keys[1]) == sorted(keys[2])

@@ -56,7 +56,7 @@ def teach(
 
 
 def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
-    _, teacher_inputs, dataset, usable = join(tiny_shards, work / "embeddings" / "tiny")
+    _, teacher_inputs, dataset = join(tiny_shards, work / "embeddings" / "tiny")
     teacher = load_model(parse_model(str(tiny_model)))
     config: dict[str, Any] = TINY_CONFIG | {"text_cfg": TINY_CONFIG["text_cfg"] | {"context_length": 7}}
     config["vision_cfg"] = TINY_CONFIG["vision_cfg"] | {"image_size": 48}
@@ -65,7 +65,7 @@ def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny
     augmentation = Augmentation(0.3, 0.5, 0.2)
     for model in (teacher, larger):
         maker = BatchMaker(Processor.of(teacher), augmentation, 3, first_caption=False, teacher=Processor.of(model))
-        batch = make_epoch(None, dataset, usable, maker, 1)
+        batch = make_epoch(teacher_inputs, dataset, maker, 1)
         size, length = model.info.image_size[0], model.info.context_length
         assert batch.teacher_pixels is not None
         assert batch.teacher_tokens is not None
@@ -73,7 +73,7 @@ def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny
         assert batch.teacher_tokens.shape == (24, length)
         told = teach(teacher_inputs, model, batch, changes_colors=True)
         own = BatchMaker(Processor.of(model), augmentation, 3, first_caption=False)
-        images, texts = encode_shown(model, make_epoch(None, dataset, usable, own, 1))
+        images, texts = encode_shown(model, make_epoch(teacher_inputs, dataset, own, 1))
         assert told.teacher_image_BD is not None
         assert told.teacher_text_BD is not None
         np.testing.assert_allclose(told.teacher_image_BD.numpy(), images, atol=1e-5)
@@ -85,10 +85,10 @@ def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny
 
 
 def test_on_whole_images_it_gives_the_stored_targets(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
-    _, teacher_inputs, dataset, usable = join(tiny_shards, work / "embeddings" / "tiny")
+    _, teacher_inputs, dataset = join(tiny_shards, work / "embeddings" / "tiny")
     model = load_model(parse_model(str(tiny_model)))
     maker = BatchMaker(Processor.of(model), Augmentation(1.0), 3, first_caption=True, teacher=Processor.of(model))
-    batch = make_epoch(None, dataset, usable, maker, 0)
+    batch = make_epoch(teacher_inputs, dataset, maker, 0)
     for width in (32, 24):  # as they are, and where the student's width cuts them
         settings = DistillSettings(student="student.json", preset="clip-kd", teacher_space="pca", precision="fp32")
         with open_machine("cpu") as machine:

@@ -25,7 +25,7 @@ from teaching_data import (
 from torchvision.transforms.functional import resized_crop, to_tensor
 
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.augment import Augmentation, View
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
@@ -65,6 +65,10 @@ def captioned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 def read_all(folder: Path) -> dict[str, bytes]:
     files = [path for path in folder.rglob("*") if path.suffix in (".npy", ".parquet")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def caption_counts(embeddings: Embeddings) -> list[int]:
+    return [count for file in embeddings.files for count in file.extras.read_counts(file.metadata, file.rows).tolist()]
 
 
 def test_views_are_what_their_parameters_say(stored: Path, tiny_model: Path) -> None:
@@ -112,7 +116,7 @@ def test_the_same_bytes_for_any_workers_and_batches_of_the_same_size(
 def test_a_replayed_view_is_the_very_picture_the_teacher_embedded(
     stored: Path, tiny_shards: Path, teacher: ClipModel
 ) -> None:
-    embeddings, teacher_inputs, dataset, usable = join(tiny_shards, stored)
+    embeddings, teacher_inputs, dataset = join(tiny_shards, stored)
     augmentation = teacher_inputs.augmentation(Augmentation())
     assert augmentation == Augmentation(0.3, 0.4, 0.2)
     maker = BatchMaker(Processor.of(teacher), augmentation, 3, first_caption=teacher_inputs.first_captions)
@@ -121,7 +125,7 @@ def test_a_replayed_view_is_the_very_picture_the_teacher_embedded(
         targets = open_stored_teacher(settings, teacher_inputs, 32, machine, Listener())
     seen = []
     for epoch in range(4):
-        batch = make_epoch(teacher_inputs, dataset, usable, maker, epoch)
+        batch = make_epoch(teacher_inputs, dataset, maker, epoch, replay=True)
         images, texts = encode_shown(teacher, batch)
         told = targets.add_targets(student_side(24, 32), batch, epoch)
         assert told.teacher_image_BD is not None
@@ -188,7 +192,7 @@ def test_every_caption_has_its_row(captioned: tuple[Path, Path], tiny_model: Pat
     _, folder = captioned
     embeddings = open_embeddings(folder)
     assert embeddings.has_further_captions
-    assert embeddings.caption_counts.tolist() == list(COUNTS)
+    assert caption_counts(embeddings) == list(COUNTS)
     first = [make_caption(100 * number) for number in range(6)]
     lines = [100 * number + line for number, count in enumerate(COUNTS) for line in range(1, count)]
     further = [make_caption(line) for line in lines]
@@ -202,12 +206,12 @@ def test_plain_data_has_no_further_files(stored: Path) -> None:
     embeddings = open_embeddings(stored)
     assert not embeddings.has_further_captions
     assert not (stored / "captions_emb").exists()
-    assert embeddings.caption_counts.tolist() == [1] * 24
+    assert caption_counts(embeddings) == [1] * 24
 
 
 def test_a_caption_is_drawn_anew_each_epoch_with_its_own_row(captioned: tuple[Path, Path], teacher: ClipModel) -> None:
     data, folder = captioned
-    _, teacher_inputs, dataset, usable = join(data, folder)
+    _, teacher_inputs, dataset = join(data, folder)
     assert teacher_inputs.all_captions
     maker = BatchMaker(Processor.of(teacher), Augmentation(1.0), 3, first_caption=teacher_inputs.first_captions)
     with open_machine("cpu") as machine:
@@ -215,7 +219,7 @@ def test_a_caption_is_drawn_anew_each_epoch_with_its_own_row(captioned: tuple[Pa
         targets = open_stored_teacher(settings, teacher_inputs, 32, machine, Listener())
     seen = [set[int]() for _ in range(6)]
     for epoch in range(12):
-        batch = make_epoch(None, dataset, usable, maker, epoch)
+        batch = make_epoch(teacher_inputs, dataset, maker, epoch)
         for row, caption in zip(batch.rows.tolist(), batch.captions.tolist(), strict=True):
             expected = teacher.tokenizer([make_caption(100 * row + caption)])[0]
             assert torch.equal(batch.tokens[batch.rows.tolist().index(row)], expected)
@@ -233,7 +237,7 @@ def test_with_first_captions_alone_those_are_shown(captioned: tuple[Path, Path],
     data, folder = captioned
     shutil.copytree(folder, tmp_path / "first")
     shutil.rmtree(tmp_path / "first" / "captions_emb")
-    _, teacher_inputs, _, _ = join(data, tmp_path / "first")
+    _, teacher_inputs, _ = join(data, tmp_path / "first")
     assert teacher_inputs.first_captions
 
 
@@ -249,4 +253,4 @@ def test_counts_that_do_not_add_up_are_refused(captioned: tuple[Path, Path], tmp
     path = tmp_path / "copy" / "captions_emb" / "captions_emb_0000.npy"
     np.save(path, np.load(path)[:-1])
     with pytest.raises(ClipcidError, match=r"has 2 rows; .* counts 3 captions after the first"):
-        _ = open_embeddings(tmp_path / "copy").caption_counts
+        caption_counts(open_embeddings(tmp_path / "copy"))

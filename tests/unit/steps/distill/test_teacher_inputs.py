@@ -52,7 +52,7 @@ def change_heads(config: dict[str, Any]) -> None:
 
 def open_for(model: Path, folder: Path) -> None:
     settings = DistillSettings(student="student.json", teacher=str(model), embeddings=folder)
-    open_teacher(settings, folder, named_teacher(settings), Listener())
+    open_teacher(settings, folder, named_teacher(settings), None, Listener())
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_keys_of_another_form_are_refused(tiny_shards: Path, tiny_model: Path, t
 
 def test_a_teacher_of_images_alone_gives_its_images(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny", text=False)
-    embeddings, teacher_inputs, dataset, usable = join(tiny_shards, tmp_path / "tiny")
+    embeddings, teacher_inputs, dataset = join(tiny_shards, tmp_path / "tiny")
     assert not teacher_inputs.first_captions, "any caption may be shown where the teacher knows none"
     model = load_model(parse_model(str(tiny_model)))
     maker = BatchMaker(Processor.of(model), Augmentation(), 3, first_caption=teacher_inputs.first_captions)
-    batch = make_epoch(None, dataset, usable, maker, 0)
+    batch = make_epoch(teacher_inputs, dataset, maker, 0)
     settings = DistillSettings(student="student.json", preset="clip-kd")
     for width in (32, 24):
         with open_machine("cpu") as machine:

@@ -1,0 +1,65 @@
+"""The columns of matched samples: written shard by shard, mapped as one, whole or not there."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipcid_cli.formats.results.matched_samples import (
+    HELD_OUT,
+    TRAINING,
+    SampleRowsWriter,
+    begin_matched,
+    finish_matched,
+    matched_folder,
+    open_rows,
+    read_matched,
+)
+
+
+@pytest.mark.parametrize(("limit", "dtype"), [(2**31 - 1, np.int32), (2**31, np.int64)])
+def test_columns_are_as_wide_as_they_must_be(limit: int, dtype: type, tmp_path: Path) -> None:
+    writer = SampleRowsWriter(tmp_path, TRAINING, {"places": 100, "embeddings": limit})
+    for first, size in ((0, 3), (10, 0), (40, 2)):
+        rows = np.arange(first, first + size)
+        writer.append({"places": rows, "embeddings": limit - 1 - rows, "clusters": rows})
+    rows = writer.finish()
+    assert rows.sizes.tolist() == [3, 0, 2]
+    assert rows.total == 5
+    assert rows.places().dtype == np.int32
+    assert rows.places().tolist() == [0, 1, 2, 40, 41]
+    assert rows.embeddings().dtype == dtype
+    assert (limit - 1 - rows.embeddings().astype(np.int64)).tolist() == [0, 1, 2, 40, 41]
+    assert not (tmp_path / "training.clusters.npy").exists(), "a column that was not begun is not written"
+    assert isinstance(rows.places(), np.memmap)
+
+
+def test_rows_are_sent_without_their_columns(tmp_path: Path) -> None:
+    writer = SampleRowsWriter(tmp_path, TRAINING, {"places": 10**6})
+    writer.append({"places": np.arange(100_000)})
+    rows = writer.finish()
+    rows.places()
+    sent = pickle.dumps(rows)
+    assert len(sent) < 1_000
+    assert np.array_equal(pickle.loads(sent).places(), np.arange(100_000))
+
+
+def test_a_folder_appears_with_its_counts(tmp_path: Path) -> None:
+    folder = matched_folder(tmp_path, {"val_fraction": 0.1})
+    assert folder != matched_folder(tmp_path, {"val_fraction": 0.2})
+    for _ in range(2):  # what a killed run left is removed
+        partial = begin_matched(folder)
+        assert not list(partial.iterdir())
+        writers = [SampleRowsWriter(partial, part, {"places": 2}) for part in (TRAINING, HELD_OUT)]
+        writers[0].append({"places": np.arange(2)})
+        for writer in writers:
+            writer.finish()
+        assert read_matched(folder) is None
+    finish_matched(partial, folder, {"selected": 2})
+    assert read_matched(folder) == {"selected": 2}
+    assert open_rows(folder, TRAINING).places().tolist() == [0, 1]
+    assert open_rows(folder, HELD_OUT).places().tolist() == []
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
