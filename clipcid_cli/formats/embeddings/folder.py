@@ -150,11 +150,6 @@ class Embeddings:
         return self._map(lambda file: file.extras.further)
 
     @cached_property
-    def caption_counts(self) -> npt.NDArray[np.int64]:
-        """Number of captions of each row that are embedded (1 in a folder without text embeddings), int64 [N]."""
-        return np.concatenate([file.extras.read_counts(file.metadata, file.rows) for file in self.files])
-
-    @cached_property
     def keys(self) -> pa.ChunkedArray:
         """Keys of the rows, N strings: column ``key``, else ``image_path``, else ``uid``, else file and row."""
         return self._join(self.keys_of)
