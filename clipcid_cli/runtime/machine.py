@@ -1,7 +1,8 @@
 """The processes of one run and the device of each.
 
-One process, or as many as torchrun started: ``torch.distributed`` (NCCL on GPUs, gloo on CPUs) is the one engine. Steps are
-written for any number of processes; with a single one, the calls here cost nothing.
+One process, or as many as torchrun started. ``torch.distributed`` is the one engine: NCCL for tensors on GPUs, gloo for
+tensors on CPUs and for objects. Steps are written for any number of processes; with a single one, the calls here cost
+nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Machine:
         if self.size == 1:
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=source, device=self._wire())
+        dist.broadcast_object_list(box, src=source)
         return box[0]  # type: ignore[no-any-return]  # the box is a list of anything by torch's signature
 
     def gather(self, value: T) -> list[T]:
@@ -122,16 +123,13 @@ class Machine:
                 found.already_reported = rank != self.rank
                 raise found
 
-    def _wire(self) -> torch.device | None:
-        return self.device if self.device.type == "cuda" else None
-
 
 @contextmanager
 def open_machine(device: str = "auto") -> Iterator[Machine]:
     """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
 
     Where the caller has already initialised ``torch.distributed``, its group is used and left open; its backend must fit the
-    device (gloo for ``cpu``, nccl for ``cuda``). On a host of several GPUs, LOCAL_RANK gives the device.
+    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``). On a host of several GPUs, LOCAL_RANK gives the device.
 
     Args:
         device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
@@ -152,7 +150,10 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
         return
     _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if not joined:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
+        on_gpu = chosen.type == "cuda"
+        # Objects, and numbers that only the host needs, never travel through a GPU.
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE, device_id=chosen if on_gpu else None)
     try:
         yield Machine(rank, size, local_rank, chosen)
     finally:

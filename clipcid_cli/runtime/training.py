@@ -129,11 +129,11 @@ class Trainer:
         """Compute the gradients of a loss, scaled up where that is needed."""
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
 
-    def limit_gradient(self) -> float:
-        """Scale the gradient down to the plan's largest norm, and return the norm it had (NaN or infinite if it is)."""
+    def limit_gradient(self) -> Tensor:
+        """Scale the gradient down to the plan's largest norm, and return the norm it had, float32 [] on the device."""
         self._scaler.unscale_(self.optimizer)
         limit = math.inf if self.plan.max_norm is None else self.plan.max_norm
-        return float(nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True))
+        return nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True)
 
     @property
     def may_overflow(self) -> bool:
@@ -149,14 +149,10 @@ class Trainer:
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for log_scale in self._log_scales().values():
+            for log_scale in self.log_scales().values():
                 log_scale.clamp_(0, MAX_LOG_SCALE)
         self.step += 1
         return rate
-
-    def scales(self) -> dict[str, float]:
-        """Return the logit scales, the student's own under ``student``."""
-        return {name: math.exp(float(value.detach())) for name, value in self._log_scales().items()}
 
     def state(self) -> dict[str, Any]:
         """Return all that a checkpoint needs; randomness is derived from the step, so there is no generator's state."""
@@ -176,7 +172,8 @@ class Trainer:
         self._scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
-    def _log_scales(self) -> dict[str, Tensor]:
+    def log_scales(self) -> dict[str, Tensor]:
+        """Return the logarithms of the logit scales, float32 [] each on the device, the student's own under ``student``."""
         own: Any = self.module.logit_scale
         return {"student": own, **dict(self.loss_parameters.log_scales.items())}
 

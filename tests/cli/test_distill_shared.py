@@ -206,7 +206,7 @@ def test_float16_gradients_are_scaled_and_an_overflow_is_left_out() -> None:
     trainer = Trainer(model, LossParameters([], 2, None, seed=0), plan, scaled=True)
     trainer.backward(3 * model.weight.sum())
     assert float(model.weight.grad.max()) > 1000  # scaled up
-    assert trainer.limit_gradient() == pytest.approx(6.0)  # and down again before it is limited
+    assert float(trainer.limit_gradient()) == pytest.approx(6.0)  # and down again before it is limited
     trainer.update()
     assert not torch.equal(model.weight.detach(), torch.ones(2, 2))
     before, state = model.weight.detach().clone(), trainer.state()["scaler"]["scale"]

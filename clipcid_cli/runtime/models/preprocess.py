@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,10 +39,15 @@ def normalize_pixels(pixels: torch.Tensor, preprocess: dict[str, Any]) -> torch.
     Returns:
         float32 [B, 3, H, W], contiguous, on the device of `pixels`.
     """
-    mean = torch.tensor(preprocess["mean"], dtype=torch.float32, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(preprocess["std"], dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+    mean, std = (_per_channel(tuple(preprocess[name]), pixels.device) for name in ("mean", "std"))
     channels_first = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return channels_first.div_(255).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return float32 [3, 1, 1]; kept, since every copy to a GPU makes the host wait."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 def hash_preprocess(preprocess: dict[str, Any], *, fast_decode: bool) -> str:

@@ -38,6 +38,7 @@ class UsedRows(nn.Module):
         # Both follow from the start of the run, so checkpoints omit them.
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("first", whole.clone(), persistent=False)
+        self.register_buffer("used", used, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up int64 tokens of any shape; float [..., W]. A token that is not in use is an error, not a wrong row."""
@@ -45,10 +46,7 @@ class UsedRows(nn.Module):
 
     def whole(self, decay: float) -> Tensor:
         """Return the whole table [V, W]: rows in use as trained, the others times `decay`."""
-        table = self.get_buffer("first") * decay
-        rows = self.get_buffer("places") >= 0
-        table[rows] = self.weight.detach()
-        return table
+        return (self.get_buffer("first") * decay).index_copy_(0, self.get_buffer("used"), self.weight.detach())
 
 
 def train_used_rows(module: nn.Module, used: Tensor) -> bool:

@@ -23,32 +23,13 @@ from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.grad_cache import BatchEncoder
 from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.runtime.step_values import StepValues
 from clipcid_cli.runtime.training import Trainer
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
+from clipcid_cli.steps.distill.plan import Schedule
 from clipcid_cli.steps.reporting import Progress, Reporter
-
-# The log has at most about this many lines, whatever the length of the run.
-_MAX_LOG_LINES = 5_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Steps of a run, and how many lie between evaluations and between checkpoints."""
-
-    steps: int
-    eval_every: int
-    checkpoint_every: int
-
-    @property
-    def log_every(self) -> int:
-        """Steps between lines of the training log."""
-        return max(1, self.steps // _MAX_LOG_LINES)
-
-    def is_due(self, step: int, every: int) -> bool:
-        """Tell whether something done every `every` steps is due after `step` steps; all is at the end of the run."""
-        return step % every == 0 or step == self.steps
 
 
 @dataclasses.dataclass
@@ -86,6 +67,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.averager = GradientAverager(self.trainer.of_towers, self.trainer.of_losses, self.machine.size)
+        self.values = StepValues(self.machine.device)
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
 
@@ -109,19 +91,24 @@ class Loop:
                 self.bad.update({key: reason for reason, key in batch.bad})
                 if self.trainer.step == 0:
                     self._require_images()
-                line = self.step(batch)
+                rate = self.step(batch)
                 progress.advance(batch_size)
                 step = self.trainer.step
-                if schedule.is_due(step, schedule.log_every):
+                logs, evaluates, saves = (
+                    schedule.is_due(step, every)
+                    for every in (schedule.log_every, schedule.eval_every, schedule.checkpoint_every)
+                )
+                if logs or evaluates or saves:
+                    line = self._read(step - first, rate)
+                if logs:
                     seconds = time.monotonic() - started
                     line["samples_per_second"] = round((step - first) * batch_size / seconds, 1)
                     line["data_wait_share"] = round(waited / seconds, 3)
                     self.log.add(line)
                     self._show(progress, line)
-                saves = schedule.is_due(step, schedule.checkpoint_every)
                 if saves:
                     self.log.flush()
-                if schedule.is_due(step, schedule.eval_every):
+                if evaluates:
                     self._evaluate()
                 if saves:
                     self._save()
@@ -137,12 +124,8 @@ class Loop:
                 return
             yield batch, time.monotonic() - started
 
-    def step(self, batch: TrainingBatch) -> dict[str, Any]:
-        """Make one optimiser step and return its line of the log.
-
-        Raises:
-            ClipcidError: when the loss or its gradient is no longer finite.
-        """
+    def step(self, batch: TrainingBatch) -> float:
+        """Make one optimiser step and return its learning rate; what it found stays on the device until it is read."""
         trainer, module = self.trainer, self.student.module
         module.train()
         for tower in self.frozen:
@@ -155,20 +138,38 @@ class Loop:
         trainer.backward(total)
         self.encoder.backward(features, self.averager.watch)
         self.averager.finish()
-        norm = trainer.limit_gradient()
-        losses = self.objective.values(terms)
-        loss = sum(self.objective.weights[name] * value for name, value in losses.items())
-        if not (math.isfinite(loss) and (math.isfinite(norm) or trainer.may_overflow)):
-            self._stop(loss, norm, losses)
+        norm, losses = trainer.limit_gradient(), self.objective.values(terms)
+        # A scaled gradient may overflow: the update is then skipped and the scale lowered.
+        checked, others = ([losses], [norm]) if trainer.may_overflow else ([losses, norm], [])
         rate = trainer.update()
+        self.values.add(checked, [*others, *trainer.log_scales().values()])
+        return rate
+
+    def _read(self, num_steps: int, rate: float) -> dict[str, Any]:
+        """Return the last step's line of the log.
+
+        Args:
+            num_steps: Number of steps made since the run began or was resumed.
+            rate: The last step's learning rate.
+
+        Raises:
+            ClipcidError: when the loss or its gradient was not finite in one of them.
+        """
+        num_finite, values = self.values.read()
+        weights, scales = self.objective.weights, self.trainer.log_scales()
+        losses = dict(zip(weights, values, strict=False))
+        norm, log_scales = values[len(weights)], values[len(weights) + 1 :]
+        loss = sum(weights[name] * value for name, value in losses.items())
+        if num_finite < num_steps:
+            self._stop(self.trainer.step - num_steps + num_finite, loss, norm, losses)
         self.losses = losses
         return {
-            "step": trainer.step,
+            "step": self.trainer.step,
             "loss": loss,
             **{f"loss_{name}": value for name, value in losses.items()},
             "lr": rate,
             "gradient_norm": norm if math.isfinite(norm) else None,
-            **{f"scale_{name}": value for name, value in trainer.scales().items()},
+            **{f"scale_{name}": math.exp(value) for name, value in zip(scales, log_scales, strict=True)},
         }
 
     def _require_images(self) -> None:
@@ -192,12 +193,11 @@ class Loop:
                 skips.add(reason, key)
         return skips
 
-    def _stop(self, loss: float, norm: float, losses: dict[str, float]) -> None:
+    def _stop(self, step: int, loss: float, norm: float, losses: dict[str, float]) -> None:
         """Save the keys of the batch whose loss or gradient is not finite, and raise.
 
         All processes hold the same loss and gradient, so all of them arrive here.
         """
-        step = self.trainer.step
         keys = [item.sample.key for item in self.order.items(step, 0, 1)]
         path = self.folder.diverged(step)
         values = {name: value if math.isfinite(value) else str(value) for name, value in losses.items()}
@@ -225,7 +225,7 @@ class Loop:
         progress.show(
             **self.losses,
             lr=line["lr"],
-            **{f"σ {name}": value for name, value in self.trainer.scales().items()},
+            **{f"σ {name}": line[f"scale_{name}"] for name in self.trainer.log_scales()},
             waiting=f"{line['data_wait_share']:.0%}",
             memory=f"{memory_in_use(self.student.device) / 2**30:.1f} GiB",
         )

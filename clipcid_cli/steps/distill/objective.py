@@ -137,12 +137,10 @@ class Objective:
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return total * machine.size if self._local else total, terms
 
-    def values(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return each loss of the global batch as a number, the same on every process."""
+    def values(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Return the losses of the global batch in order, float32 [len(terms)] on the device, the same on every process."""
         found = torch.stack([term.detach() for term in terms.values()])
-        if self._local:
-            found = sum_values(found, self._machine.size)
-        return dict(zip(terms, found.tolist(), strict=True))
+        return sum_values(found, self._machine.size) if self._local else found
 
 
 def make_objective(

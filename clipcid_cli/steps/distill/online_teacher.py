@@ -47,7 +47,7 @@ class OnlineTeacher(Teacher):
         """Embed this process's part and gather everybody's rows."""
         image, text = self.embed(local)
         width = image.shape[1]
-        rows = gather_rows(local.rows.to(self.device), self.size).cpu().numpy()
+        rows = gather_rows(local.rows, self.size).numpy()
         gathered = gather_rows(torch.cat([image, text], dim=1), self.size)
         return dataclasses.replace(
             self.add_clusters(batch, rows, step),

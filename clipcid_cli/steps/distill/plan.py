@@ -19,6 +19,9 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 DEFAULT_EPOCHS = 32
 DEFAULT_BATCH_SIZE = 256
 
+# The log has at most about this many lines, whatever the length of the run.
+_MAX_LOG_LINES = 5_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -34,6 +37,24 @@ class Plan:
     batch_size: int
     workers: int
     eval_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Steps of a run, and how many lie between evaluations and between checkpoints."""
+
+    steps: int
+    eval_every: int
+    checkpoint_every: int
+
+    @property
+    def log_every(self) -> int:
+        """Steps between lines of the training log."""
+        return max(1, self.steps // _MAX_LOG_LINES)
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Tell whether something done every `every` steps is due after `step` steps; all is at the end of the run."""
+        return step % every == 0 or step == self.steps
 
 
 def plan_run(settings: DistillSettings, inputs: TrainingInputs, machine: Machine, reporter: Reporter) -> Plan:

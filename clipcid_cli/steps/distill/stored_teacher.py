@@ -98,7 +98,7 @@ class StoredTeacher(Teacher):
     def add_targets(self, batch: LossBatch, local: TrainingBatch, step: int) -> LossBatch:
         """Add the rows of the views and captions that are shown."""
         shown = torch.stack([local.rows, local.views, local.captions], dim=1)
-        rows, views, captions = gather_rows(shown.to(self.device), self.size).cpu().numpy().T
+        rows, views, captions = gather_rows(shown, self.size).numpy().T
         embedded = self.embedding_rows[rows].astype(np.int64)
         further = np.zeros_like(rows) if self.caption_rows is None else self.caption_rows[rows].astype(np.int64)
         return dataclasses.replace(

@@ -30,10 +30,10 @@ from clipcid_cli.runtime.training import Trainer
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, Processor
 from clipcid_cli.steps.distill.evaluation import prepare_evaluation
 from clipcid_cli.steps.distill.inputs import TrainingInputs
-from clipcid_cli.steps.distill.loop import Loop, Schedule
+from clipcid_cli.steps.distill.loop import Loop
 from clipcid_cli.steps.distill.objective import Teacher, make_objective
 from clipcid_cli.steps.distill.online_teacher import open_online_teacher
-from clipcid_cli.steps.distill.plan import Plan
+from clipcid_cli.steps.distill.plan import Plan, Schedule
 from clipcid_cli.steps.distill.report import write_report
 from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
 from clipcid_cli.steps.distill.student import Student, set_unused_tokens_aside, warn_of_batch_statistics

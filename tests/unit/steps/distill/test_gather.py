@@ -62,7 +62,7 @@ def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.
     total.backward()  # type: ignore[no-untyped-call]
     averager.finish()
     assert all(parameter.grad is not None for parameter in trained)
-    loss = sum(objective.values(terms).values())
+    loss = float(objective.values(terms).sum())
     return loss, [parameter.grad.numpy().copy() for parameter in trained if parameter.grad is not None]
 
 
