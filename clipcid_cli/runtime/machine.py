@@ -129,7 +129,8 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
     """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
 
     Where the caller has already initialised ``torch.distributed``, its group is used and left open; its backend must fit the
-    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``). On a host of several GPUs, LOCAL_RANK gives the device.
+    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``). On a host of several GPUs, LOCAL_RANK gives the
+    device.
 
     Args:
         device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
