@@ -20,7 +20,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 from clipcid_cli import __version__
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_error, write_json
+from clipcid_cli.formats.reading import open_regular, reading
 
 FORMAT_VERSION = 1
 
@@ -44,9 +46,9 @@ def fingerprint_file(path: Path) -> dict[str, Any]:
         ``{"path": str, "size": bytes, "hash": "blake2b:…"}``; the hash of a file above 64 MiB is ``blake2b-sampled:…``,
         of its size and three windows of 1 MiB.
     """
-    size = path.stat().st_size
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         if size <= _WHOLE_FILE:
             digest.update(file.read())
             kind = "blake2b"
@@ -65,15 +67,13 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     Raises:
         ClipcidError: when it is not JSON, or of a newer format than this version knows.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    try:
-        sidecar = json.loads(text)
+    with reading(path, "a sidecar of clipcid", "Remove it, or choose another folder."):
+        sidecar = json.loads(path.read_bytes())
         version = sidecar["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ClipcidError(f"{path} is not a sidecar of clipcid.", "Remove it, or choose another folder.") from error
+        if not isinstance(version, int):
+            raise ValueError(f"its format_version is {version!r}")
     if version > FORMAT_VERSION:
         raise ClipcidError(
             f"{path} has format version {version}; this clipcid {__version__} knows up to {FORMAT_VERSION}.",
@@ -113,12 +113,20 @@ class Output:
         for path in (sidecar_path(self.folder, self.step), *files):
             path.unlink(missing_ok=True)
 
-    def commit(self, *, counts: dict[str, Any], seconds: dict[str, float], **more: Any) -> dict[str, Any]:
+    def commit(
+        self,
+        *,
+        counts: dict[str, Any],
+        seconds: dict[str, float],
+        outputs: Sequence[dict[str, Any]] = (),
+        **more: Any,
+    ) -> dict[str, Any]:
         """Write the sidecar, which marks the output as complete, and return its content.
 
         Args:
             counts: Numbers of samples or rows read, used and skipped by reason.
             seconds: Time by phase.
+            outputs: The files it stands for, as `describe_outputs` describes them: `refuse_changed` compares.
             more: Further entries, such as ``model`` or ``result``.
         """
         sidecar = {
@@ -128,6 +136,7 @@ class Output:
             "step": self.step,
             "settings": self.settings,
             "inputs": self.inputs,
+            **({"outputs": list(outputs)} if outputs else {}),
             "counts": counts,
             "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
             **more,
@@ -145,6 +154,88 @@ def sidecar_path(folder: Path, step: str) -> Path:
 def plan_path(folder: Path, step: str) -> Path:
     """Return the path of the plan of an unfinished output."""
     return folder / f".{step}.plan.json"
+
+
+def describe_outputs(folder: Path, files: Iterable[Path]) -> list[dict[str, Any]]:
+    """Describe finished files of an output for its sidecar, such that `refuse_changed` recognises them.
+
+    Returns:
+        For each ``{"path": relative to the folder, "size", "time": of modification in ns, "hash"}``.
+    """
+    found = []
+    for path in files:
+        entry = fingerprint_file(path)
+        place = path.relative_to(folder).as_posix()
+        found.append({"path": place, "size": entry["size"], "time": path.stat().st_mtime_ns, "hash": entry["hash"]})
+    return found
+
+
+def is_unchanged(folder: Path, recorded: dict[str, Any], fingerprint: Callable[[Path], dict[str, Any]]) -> bool:
+    """Tell whether a file is still the one that was recorded.
+
+    The same size and time are enough; of another time, as in a copy, the hash decides.
+
+    Args:
+        recorded: An entry of `describe_outputs`.
+        fingerprint: `fingerprint_file`, or one that remembers.
+    """
+    path = folder / recorded["path"]
+    try:
+        stat = path.stat()
+        if stat.st_size != recorded["size"]:
+            return False
+        return stat.st_mtime_ns == recorded["time"] or bool(fingerprint(path)["hash"] == recorded["hash"])
+    except OSError:
+        return False
+
+
+def find_changed(
+    folder: Path,
+    step: str,
+    sidecar: dict[str, Any],
+    names: Collection[str] | None = None,
+    fingerprint: Callable[[Path], dict[str, Any]] = fingerprint_file,
+) -> str | None:
+    """Find files of a finished output that were removed, replaced or edited since its sidecar was written.
+
+    Args:
+        names: The files to look at, relative to the folder; None for all.
+        fingerprint: `fingerprint_file`, or one that remembers.
+
+    Returns:
+        What is wrong with the first of them, a sentence; None where none changed, or the sidecar does not record them.
+    """
+    entries = sidecar.get("outputs", [])
+    chosen = [entry for entry in entries if names is None or entry["path"] in names]
+    with ThreadPoolExecutor(16) as pool:  # a look at a file on a network takes a millisecond
+        same = pool.map(lambda entry: is_unchanged(folder, entry, fingerprint), chosen)
+        changed = next((entry for entry, found in zip(chosen, same, strict=True) if not found), None)
+    if changed is None:
+        return None
+    path, record = folder / changed["path"], sidecar_path(folder, step)
+    if not path.is_file():
+        return f"{path} is missing, which {record} says was written."
+    now = fingerprint(path)
+    return (
+        f"{path} has changed since {record} was written: {changed['size']:,} bytes ({changed['hash']}) then, "
+        f"{now['size']:,} bytes ({now['hash']}) now."
+    )
+
+
+def refuse_changed(
+    folder: Path, step: str, sidecar: dict[str, Any], fix: str, names: Collection[str] | None = None
+) -> None:
+    """Raise what `find_changed` finds.
+
+    Args:
+        fix: What to run to make the output again.
+
+    Raises:
+        ClipcidError: when a file is no longer what was written.
+    """
+    changed = find_changed(folder, step, sidecar, names)
+    if changed is not None:
+        raise ClipcidError(changed, fix)
 
 
 @contextmanager
@@ -173,7 +264,8 @@ def open_output(
         resumable: Whether the step continues from an unfinished run. When not, nothing is written or removed here.
 
     Raises:
-        ClipcidError: when another run holds the folder, or it holds an output of other settings or inputs.
+        ClipcidError: when another run holds the folder, or it holds an output of other settings or inputs, or one whose
+            files have changed since.
     """
     folder = Path(folder)
     try:
@@ -201,12 +293,22 @@ def open_output(
                 earlier = finished if not resumable and not serious else None
                 finished = None
             resumed = finished is None and not differences and existing.get("cleared", False)
+            changed = None if finished is None else find_changed(folder, step, finished)
+            if changed is not None and not overwrite:
+                raise ClipcidError(changed, "Add --overwrite to make it again.")
+            finished = finished if changed is None else None
         if resumable and finished is None and not resumed:
             write_json(plan, identity | {"cleared": False})
             sidecar.unlink(missing_ok=True)
             clear()
             write_json(plan, identity | {"cleared": True})
         yield Output(folder, step, settings, inputs, finished, resumed, earlier)
+
+
+def plan_identity(settings: dict[str, Any], inputs: list[dict[str, Any]]) -> str:
+    """Hash settings and the content of inputs, independent of their paths."""
+    content = [settings, [(entry["size"], entry["hash"]) for entry in inputs]]
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def list_differences(existing: dict[str, Any], identity: dict[str, Any]) -> dict[str, str]:

@@ -45,15 +45,19 @@ def reading(path: Path, expected: str, fix: str) -> Iterator[None]:
     try:
         open_regular(path).close()
         yield
-    except (ClipcidError, MemoryError):
+    except ClipcidError:
         raise
     except OSError as error:
         raise ClipcidError(f"{path} cannot be read: {describe(error)}.", fix) from error
     except Exception as error:
-        raise ClipcidError(f"{path} is not {expected}: {describe(error)}.", fix) from error
+        raise ClipcidError(f"{path} cannot be read as {expected}: {describe(error)}.", fix) from error
 
 
 def describe(error: Exception) -> str:
     """Return the reason an error gives, on one line of bounded length and without a full stop."""
+    if isinstance(error, KeyError):
+        return f"it has no entry {error}"
+    if isinstance(error, MemoryError):
+        return "it asks for more memory than there is"
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return " ".join(reason.split())[:300].rstrip(".")

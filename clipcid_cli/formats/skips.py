@@ -15,7 +15,7 @@ REASONS = {
     "duplicate_key": "key seen before in the shard",
     "unreadable_image": "unreadable image",
     "too_many_pixels": "image with too many pixels",
-    "nan_row": "embedding that is not finite",
+    "nan_row": "embedding that is zero or not finite",
 }
 
 _NAMED = 5

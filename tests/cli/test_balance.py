@@ -100,7 +100,7 @@ def test_rows_that_are_not_finite_are_counted_and_named(
     write_embeddings(tmp_path / "nan", damaged)
     run = clipcid("balance", "--embeddings", "nan", "--keep", 0.5, "--json")
     assert (run.json["images"], run.json["skipped"]) == (297, {"nan_row": 3})
-    assert "3 × embedding that is not finite: 000005, 000009, 000200" in " ".join(run.stderr.split())
+    assert "3 × embedding that is zero or not finite: 000005, 000009, 000200" in " ".join(run.stderr.split())
     keep = pd.read_parquet(tmp_path / "clipcid-work" / "balance" / "keep.parquet")
     assert len(keep) == 297
     assert not set(keep["key"]) & {"000005", "000009", "000200"}

@@ -134,12 +134,12 @@ def test_killed_and_resumed_gives_the_same_bytes(clipcid: Call, tiny_model: Path
     process = subprocess.Popen(
         [*clipcid_command(), *command, "cut"], cwd=tmp_path, env=clean_environment(), stderr=subprocess.DEVNULL
     )
-    while not (tmp_path / "cut" / "metadata").is_dir() or not any((tmp_path / "cut" / "metadata").glob("m*")):
+    while not (tmp_path / "cut" / ".shards").is_dir() or not any((tmp_path / "cut" / ".shards").glob("0*")):
         assert process.poll() is None
         time.sleep(0.001)
     process.kill()
     process.wait()
-    done = len(list((tmp_path / "cut" / "metadata").glob("m*")))
+    done = len(list((tmp_path / "cut" / ".shards").glob("0*")))
     assert not (tmp_path / "cut" / "embed.json").exists()
     assert 0 < done < 24
     resumed = clipcid(*command, "cut", "--json")

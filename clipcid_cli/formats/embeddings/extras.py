@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.npy import NpyFile, find_npy
 from clipcid_cli.formats.embeddings.rows import map_file
+from clipcid_cli.formats.parquet import column_names, read_columns
 
 COUNTS_COLUMN = "captions"
 _AGAIN = "Make the folder again: clipcid embed DATA --overwrite"
@@ -67,10 +68,10 @@ class Extras:
         """
         if self.further is None or metadata is None:
             return np.ones(rows, dtype=np.int64)
-        has_counts = COUNTS_COLUMN in pq.read_schema(metadata).names
-        found = pq.read_table(metadata, columns=[COUNTS_COLUMN])[COUNTS_COLUMN].to_numpy() if has_counts else None
-        counts = np.ones(rows, dtype=np.int64) if found is None else found.astype(np.int64)
-        if int(counts.sum()) - rows != self.further.shape[0]:
+        counts = np.ones(rows, dtype=np.int64)
+        if COUNTS_COLUMN in column_names(metadata, _AGAIN):
+            counts = read_columns(metadata, {COUNTS_COLUMN: pa.int64()}, _AGAIN)[COUNTS_COLUMN].to_numpy()
+        if len(counts) != rows or int(counts.min(initial=1)) < 1 or int(counts.sum()) - rows != self.further.shape[0]:
             raise ClipcidError(
                 f"{self.further.path} has {self.further.shape[0]:,} rows; {metadata} counts {int(counts.sum()) - rows:,} "
                 "captions after the first.",

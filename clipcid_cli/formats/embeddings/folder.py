@@ -15,9 +15,9 @@ DataComp's metadata is such a folder:
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,28 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.samples import natural_key
+from clipcid_cli.formats.atomic import write_npy
+from clipcid_cli.formats.embeddings.checks import (
+    AGAIN,
+    REMAKE,
+    check_file,
+    check_rows,
+    check_sidecar,
+    find_unusable_rows,
+    refuse_added,
+)
 from clipcid_cli.formats.embeddings.extras import Extras, ViewParams, find_extras
 from clipcid_cli.formats.embeddings.npy import Fingerprint, RowFile, find_npy
-from clipcid_cli.formats.embeddings.npz import MOST_UNPACKED, choose_arrays, find_array
+from clipcid_cli.formats.embeddings.npz import MOST_UNPACKED
+from clipcid_cli.formats.embeddings.pairing import DIGITS, list_files, pair_by_name, pair_by_number
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprints import FingerprintCache
 from clipcid_cli.formats.key_join import find_repeated_key
-from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
+from clipcid_cli.formats.output import find_changed, fingerprint_file, plan_identity, read_sidecar, sidecar_path
+from clipcid_cli.formats.parquet import column_names, read_columns
 
-_DIGITS = re.compile(r"(\d+)$")
 # Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
 _NAMES_AT_ONCE = 65_536
 _TEXT = pa.large_string()
@@ -104,6 +113,11 @@ class Embeddings:
         self.num_rows = sum(file.rows for file in files)
 
     @property
+    def is_verified(self) -> bool:
+        """Whether `embed` wrote the files, as its sidecar records them: all rows are then unit float16."""
+        return self.sidecar is not None and bool(self.sidecar.get("outputs"))
+
+    @property
     def has_texts(self) -> bool:
         """Whether there are text embeddings."""
         return all(file.texts is not None for file in self.files)
@@ -133,7 +147,7 @@ class Embeddings:
     def views(self) -> Rows:
         """Map the embeddings of the views, [N·V, D]: view v of row i is row i·V + v."""
         parts = [file.extras.views for file in self.files if file.extras.views is not None]
-        return Rows(parts, self.width, self.sidecar is not None)
+        return Rows(parts, self.width, self.is_verified)
 
     def view_params(self) -> ViewParams:
         """Map the parameters that reproduce the views."""
@@ -184,7 +198,7 @@ class Embeddings:
     def has_uids(self) -> bool:
         """Whether the metadata have a column ``uid``."""
         file = self.files[0].metadata
-        return file is not None and "uid" in pq.read_schema(file).names
+        return file is not None and "uid" in column_names(file, AGAIN)
 
     @cached_property
     def uids(self) -> pa.ChunkedArray:
@@ -208,8 +222,18 @@ class Embeddings:
         self, look: Callable[[EmbeddingFile, Fingerprint], list[dict[str, Any]]]
     ) -> list[list[dict[str, Any]]]:
         cache = None if self._cache is None else FingerprintCache(self._cache)
+        recorded = {entry["path"]: entry for entry in (self.sidecar or {}).get("outputs", [])}
+
+        def describe(path: Path) -> dict[str, Any]:
+            entry = recorded.get(path.relative_to(self.folder).as_posix())
+            # Its size and time were compared when the folder was opened.
+            same = entry is not None and path.stat().st_mtime_ns == entry["time"]
+            if entry is not None and same:
+                return {"path": str(path), "size": entry["size"], "hash": entry["hash"]}
+            return (cache or fingerprint_file)(path)
+
         with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(lambda file: look(file, cache or fingerprint_file), self.files))
+            found = list(pool.map(lambda file: look(file, describe), self.files))
         if cache is not None:
             cache.save()
         return found
@@ -228,15 +252,33 @@ class Embeddings:
                 "Add --keys shard, which puts the shard's name before each key, or give the rows distinct keys.",
             )
 
-    def find_bad_rows(self) -> npt.NDArray[np.int64]:
-        """Find rows that are not finite (or were zero): their distances to others are undefined.
+    def find_bad_rows(self, *, texts: bool) -> npt.NDArray[np.int64]:
+        """Find rows that are zero or not finite: their distances to others are undefined.
 
-        Rows that `embed` wrote are finite, so its folders are not read for this.
+        Verified folders are not read for this: `embed` leaves such rows out. Of others the answer is remembered.
+
+        Args:
+            texts: Whether text embeddings count too, where there are any.
+
+        Returns:
+            Their numbers, int64, ascending.
         """
-        if self.sidecar is not None:
+        if self.is_verified:
             return np.empty(0, dtype=np.int64)
-        bad = [start + np.flatnonzero(~np.isfinite(rows).all(axis=1)) for start, rows in self.images().blocks()]
-        return np.concatenate(bad) if bad else np.empty(0, dtype=np.int64)
+        texts = texts and self.has_texts
+        remembered = None
+        if self._cache is not None and self._cache.parent.is_dir():
+            identity = plan_identity({"texts": texts}, self.fingerprints(texts=texts))
+            remembered = self._cache.with_name(".bad-rows") / f"{identity}.npy"
+            if remembered.is_file():
+                with suppress(ClipcidError):
+                    return np.array(find_npy(remembered).map(), dtype=np.int64)
+        sides = [self.images(), *([self.texts()] if texts else [])]
+        found = np.unique(np.concatenate([find_unusable_rows(side) for side in sides]))
+        if remembered is not None:
+            with suppress(ClipcidError):  # a work directory that is read-only
+                write_npy(remembered, found)
+        return found
 
     def _map(self, choose: Callable[[EmbeddingFile], RowFile | None]) -> Rows:
         parts = [part for part in map(choose, self.files) if part is not None]
@@ -246,7 +288,7 @@ class Embeddings:
                 f"{size / 2**30:.1f} GiB of memory, more than the allowed {MOST_UNPACKED / 2**30:g} GiB.",
                 "Save them uncompressed: numpy.savez(new, **numpy.load(old)).",
             )
-        return Rows(parts, self.width, self.sidecar is not None)
+        return Rows(parts, self.width, self.is_verified)
 
     def _join(self, read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.ChunkedArray:
         return pa.chunked_array([chunk for file in self.files for chunk in read(file).chunks], _TEXT)
@@ -254,10 +296,13 @@ class Embeddings:
 
 def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[[int], str]) -> pa.ChunkedArray:
     """Read the first of some columns that the metadata have, nulls as empty strings; else make the defaults."""
-    present = pq.read_schema(file.metadata).names if file.metadata is not None else []
+    present = column_names(file.metadata, AGAIN) if file.metadata is not None else []
     name = next((name for name in names if name in present), None)
-    if name is not None:
-        return pq.read_table(file.metadata, columns=[name])[name].cast(_TEXT).fill_null("")
+    if name is not None and file.metadata is not None:
+        column = read_columns(file.metadata, {name: _TEXT}, AGAIN)[name]
+        if len(column) != file.rows:
+            raise ClipcidError(f"{file.metadata} has {len(column):,} rows; {file.rows:,} were found before.", AGAIN)
+        return column.fill_null("")
     pieces = (range(file.rows)[at : at + _NAMES_AT_ONCE] for at in range(0, file.rows, _NAMES_AT_ONCE))
     return pa.chunked_array([pa.array(map(default, piece), _TEXT) for piece in pieces], type=_TEXT)
 
@@ -285,13 +330,20 @@ def open_embeddings(
         raise ClipcidError(
             f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
         )
+    if sidecar is not None:
+        check_sidecar(folder, sidecar)
+        remembered = fingerprint_file if cache is None else FingerprintCache(cache)
+        if (changed := find_changed(folder, "embed", sidecar, fingerprint=remembered)) is not None:
+            raise ClipcidError(changed, REMAKE)
+        if isinstance(remembered, FingerprintCache):
+            remembered.save()
     inside = folder / "img_emb"
-    images = _list_files(inside if inside.is_dir() else folder, "*.npy")
-    archives = _list_files(folder, "*.npz") or _list_files(folder, "*/*.npz")
+    images = list_files(inside if inside.is_dir() else folder, "*.npy")
+    archives = list_files(folder, "*.npz") or list_files(folder, "*/*.npz")
     if images and npz_array is None:
-        parts = _pair_by_number(folder, images)
+        parts = pair_by_number(folder, images)
     elif archives:
-        parts = _pair_by_name(archives, npz_array)
+        parts = pair_by_name(archives, npz_array)
     elif images:
         raise ClipcidError(f"{folder} contains no .npz, so there is no array {npz_array}.", "Omit --npz-array.")
     else:
@@ -300,14 +352,14 @@ def open_embeddings(
             "Give --embeddings DIR, or make them: clipcid embed DATA",
         )
     with_texts, with_metadata = (any(part[place] is not None for part in parts) for place in (1, 2))
-    _check_rows(parts[0][0])
+    check_rows(parts[0][0])
     first, width = 0, parts[0][0].shape[1]
     files: list[EmbeddingFile] = []
     for image, text, metadata in parts:
-        _check_rows(image)
-        extras = find_extras(folder, digits[1]) if (digits := _DIGITS.search(image.path.stem)) else Extras()
+        check_rows(image)
+        extras = find_extras(folder, digits[1]) if (digits := DIGITS.search(image.path.stem)) else Extras()
         file = EmbeddingFile(image, text, metadata, first, image.shape[0], extras)
-        _check_file(file, width, with_texts, with_metadata)
+        check_file(file, width, with_texts, with_metadata)
         extras.check(file.rows, width)
         if files and extras.num_views != files[0].extras.num_views:
             raise ClipcidError(
@@ -319,77 +371,6 @@ def open_embeddings(
         first += file.rows
     if first == 0:
         raise ClipcidError(f"{folder} contains {len(files)} files of embeddings, all without rows.", "Make them again.")
+    if sidecar is not None and sidecar.get("outputs"):
+        refuse_added(folder, files, sidecar)
     return Embeddings(folder, tuple(files), width, sidecar, prefix_keys=keys == "shard", cache=cache)
-
-
-_Part = tuple[RowFile, RowFile | None, Path | None]  # image embeddings, text embeddings, metadata
-
-
-def _list_files(folder: Path, pattern: str) -> list[Path]:
-    found = (path for path in folder.glob(pattern) if not path.name.startswith("."))
-    return sorted(found, key=lambda path: natural_key(str(path.relative_to(folder))))
-
-
-def _pair_by_number(folder: Path, images: list[Path]) -> list[_Part]:
-    """Match each npy with the files of the same number in the sibling folders."""
-    texts, metadata = _by_number(folder / "text_emb", ".npy"), _by_number(folder / "metadata", ".parquet")
-    parts: list[_Part] = []
-    for path in images:
-        text = texts.get(_number(path))
-        parts.append((find_npy(path), None if text is None else find_npy(text), metadata.get(_number(path))))
-    return parts
-
-
-def _pair_by_name(archives: list[Path], npz_array: str | None) -> list[_Part]:
-    """Match the arrays of each npz with the parquet of the same name."""
-    images, texts = choose_arrays(archives[0], npz_array)
-    parts: list[_Part] = []
-    for path in archives:
-        metadata = path.with_suffix(".parquet")
-        image = find_array(path, images)
-        text = None if texts is None else find_array(path, texts)
-        parts.append((image, text, metadata if metadata.exists() else None))
-    return parts
-
-
-def _check_rows(file: RowFile) -> None:
-    if len(file.shape) != 2 or not file.shape[1] or not np.issubdtype(file.dtype, np.floating):
-        raise ClipcidError(
-            f"{file.label} holds {file.dtype} {list(file.shape)}, not rows of floating-point numbers.",
-            "Choose other embeddings.",
-        )
-
-
-def _check_file(file: EmbeddingFile, width: int, with_texts: bool, with_metadata: bool) -> None:
-    images = file.images.label
-    if file.images.shape[1] != width:
-        raise ClipcidError(
-            f"{images} has width {file.images.shape[1]}, the files before it {width}.",
-            "Keep embeddings of different models in separate folders.",
-        )
-    same = "number" if file.images.path.suffix == ".npy" else "name"
-    missing = "text embeddings" if file.texts is None and with_texts else ""
-    if missing or (file.metadata is None and with_metadata):
-        raise ClipcidError(f"{images} has no {missing or 'metadata'} of the same {same}.", "Make the folder again.")
-    others = {}
-    if file.texts is not None:
-        _check_rows(file.texts)
-        others[file.texts.label] = file.texts.shape[0]
-    if file.metadata is not None:
-        others[str(file.metadata)] = pq.read_metadata(file.metadata).num_rows
-    for other, rows in others.items():
-        if rows != file.rows:
-            raise ClipcidError(
-                f"{images} has {file.rows:,} rows and {other} has {rows:,}.",
-                "Make the folder again.",
-            )
-
-
-def _by_number(folder: Path, suffix: str) -> dict[str, Path]:
-    return {_number(path): path for path in folder.glob(f"*{suffix}")} if folder.is_dir() else {}
-
-
-def _number(path: Path) -> str:
-    """Return the number at the end of a file's name, which identifies its shard."""
-    digits = _DIGITS.search(path.stem)
-    return str(int(digits.group(1))) if digits else path.stem

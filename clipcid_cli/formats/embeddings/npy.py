@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import tokenize
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,6 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.reading import open_regular, reading
+
+_FIX = "Make it again, or choose other embeddings."
 
 Fingerprint = Callable[[Path], dict[str, Any]]
 
@@ -93,16 +95,11 @@ def find_npy(path: Path) -> NpyFile:
     Raises:
         ClipcidError: when it cannot be read, is truncated, or holds Python objects.
     """
-    try:
-        with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            shape, fortran_order, dtype = read_header(file)
-            offset, stat = file.tell(), os.fstat(file.fileno())
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError) as error:
-        raise _unreadable(path, str(error)) from error
+    with reading(path, "an .npy", _FIX), open_regular(path) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(file)
+        offset, stat = file.tell(), os.fstat(file.fileno())
     if dtype.hasobject or any(length < 0 for length in shape):
         raise _unreadable(path, f"it holds {dtype} {list(shape)}")
     needed = offset + math.prod(shape) * dtype.itemsize
@@ -112,4 +109,4 @@ def find_npy(path: Path) -> NpyFile:
 
 
 def _unreadable(path: Path, why: str) -> ClipcidError:
-    return ClipcidError(f"{path} cannot be read: {why}.", "Make it again, or choose other embeddings.")
+    return ClipcidError(f"{path} cannot be read: {why}.", _FIX)

@@ -7,8 +7,8 @@ mapped like a ``.npy``. Members of ``savez_compressed`` can only be unpacked int
 from __future__ import annotations
 
 import dataclasses
+import math
 import zipfile
-import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.npy import Fingerprint
+from clipcid_cli.formats.reading import reading
 
 # Limit on the memory of each process for compressed arrays, all files together.
 MOST_UNPACKED = 4 * 2**30
@@ -74,7 +75,7 @@ class NpzArray:
             else:
                 order = "F" if self.by_column else "C"
                 array = np.memmap(self.path, self.dtype, "r", offset=self.offset, shape=self.shape, order=order)  # type: ignore[call-overload]  # numpy's types know only the literal orders
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # likewise
             raise ClipcidError(f"{self.path} cannot be read: {error}.", _FIX) from error
         return array
 
@@ -116,10 +117,14 @@ def find_array(path: Path, name: str) -> NpzArray:
             offset = None
             if member.compress_type == zipfile.ZIP_STORED:
                 offset = _find_values(path, member)
-        except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # zipfile, zlib, tokenize and numpy raise what they like for a damaged archive
             raise ClipcidError(f"{path}, array {name}, cannot be read: {error}.", _FIX) from error
     if dtype.hasobject:
         raise ClipcidError(f"{path}, array {name}, holds Python objects (a pickle).", "Choose other embeddings.")
+    if any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ClipcidError(
+            f"{path}, array {name}, promises {dtype} {list(shape)} and has {member.file_size:,} bytes.", _FIX
+        )
     return NpzArray(path, name, shape, dtype, by_column, offset, member.file_size, member.CRC)
 
 
@@ -153,10 +158,8 @@ def choose_arrays(path: Path, requested: str | None) -> tuple[str, str | None]:
 
 
 def _open(path: Path) -> zipfile.ZipFile:
-    try:
+    with reading(path, "an .npz", _FIX):
         return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ClipcidError(f"{path} cannot be read: {error}.", _FIX) from error
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

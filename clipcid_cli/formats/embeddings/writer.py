@@ -1,14 +1,15 @@
 """Writing embeddings shard by shard; see `folder` for the layout.
 
-The metadata file of a shard is written last and is its commit mark. Its schema's metadata records the outcome of the shard
-and the identity of the run's plan, so that files of another plan are never taken for this one's.
+The schema of a shard's metadata file records the outcome of the shard and the identity of the run's plan, so that files of
+another plan are never taken for this one's. Until the folder is finished, each shard also has a note, written last: size,
+time and hash of its files, by which a resumed run tells whole files from damaged ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_npy, write_parquet
+from clipcid_cli.formats.atomic import write_json, write_npy, write_parquet
+from clipcid_cli.formats.output import describe_outputs, fingerprint_file, is_unchanged
 from clipcid_cli.formats.skips import Skips
 
 _RECORD = b"clipcid"
+_NOTES = ".shards"
 _FORMS = {
     "img_emb": "npy",
     "text_emb": "npy",
@@ -106,6 +109,7 @@ class EmbeddingWriter:
             rows: Embeddings of the same n samples.
         """
         # The commit mark of an earlier plan must never accompany rows of this one, even if the run is killed in between.
+        self._note(number).unlink(missing_ok=True)
         self._path("metadata", number, "parquet").unlink(missing_ok=True)
         for kind, array in rows.by_kind().items():
             if array is None:
@@ -122,19 +126,40 @@ class EmbeddingWriter:
             columns["captions"] = pa.array(rows.caption_counts, type=pa.int32())
         table = pa.table(columns).replace_schema_metadata({_RECORD: json.dumps(content, sort_keys=True)})
         write_parquet(self._path("metadata", number, "parquet"), table)
+        kinds = [kind for kind, array in rows.by_kind().items() if array is not None]
+        written = [self._path(kind, number, _FORMS[kind]) for kind in (*kinds, "metadata")]
+        write_json(self._note(number), describe_outputs(self.folder, written))
 
     def read_record(self, number: int) -> ShardRecord | None:
-        """Read the outcome of a shard; None when it is unfinished, or belongs to another plan."""
-        path = self._path("metadata", number, "parquet")
-        if not path.is_file() or not self._path("img_emb", number, "npy").is_file():
+        """Read the outcome of a shard; None when it is unfinished, was changed or damaged, or belongs to another plan."""
+        files = self._read_note(number)
+        if not files or not all(is_unchanged(self.folder, entry, fingerprint_file) for entry in files):
             return None
         try:
-            content = json.loads((pq.read_schema(path).metadata or {})[_RECORD])
-        except (pa.ArrowInvalid, KeyError, ValueError):
+            content = json.loads((pq.read_schema(self._path("metadata", number, "parquet")).metadata or {})[_RECORD])
+            if content.pop("plan") != self._plan:
+                return None
+            return ShardRecord(**(content | {"skips": Skips.from_json(content["skips"])}))
+        except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, AttributeError):
             return None
-        if content.pop("plan") != self._plan:
-            return None
-        return ShardRecord(**(content | {"skips": Skips.from_json(content["skips"])}))
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Describe the files of all shards for the sidecar."""
+        return [entry for number in self._numbers for entry in self._read_note(number)]
+
+    def remove_notes(self) -> None:
+        """Remove the notes of the shards, once the sidecar says the same."""
+        shutil.rmtree(self.folder / _NOTES, ignore_errors=True)
+
+    def _read_note(self, number: int) -> list[dict[str, Any]]:
+        try:
+            entries = json.loads(self._note(number).read_bytes())
+            return [{name: entry[name] for name in ("path", "size", "time", "hash")} for entry in entries]
+        except (OSError, LookupError, TypeError, ValueError):
+            return []
+
+    def _note(self, number: int) -> Path:
+        return self.folder / _NOTES / f"{number:0{self._digits}d}.json"
 
     def remove_others(self, with_texts: bool) -> None:
         """Remove files of earlier runs that do not belong to this one, such as those of shards that no longer exist."""
@@ -167,9 +192,3 @@ def refuse_foreign_folder(folder: Path) -> None:
             f"{folder} contains embeddings that clipcid did not write.",
             "Choose another folder with --out, or remove them.",
         )
-
-
-def plan_identity(settings: dict[str, Any], inputs: list[dict[str, Any]]) -> str:
-    """Hash settings and the content of inputs, independent of their paths."""
-    content = [settings, [(entry["size"], entry["hash"]) for entry in inputs]]
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

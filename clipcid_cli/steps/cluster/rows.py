@@ -128,7 +128,7 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     embeddings.refuse_repeated_keys()
     usable = np.ones(embeddings.num_rows, dtype=np.bool_)
     skips = Skips()
-    for row in embeddings.find_bad_rows().tolist():
+    for row in embeddings.find_bad_rows(texts=True).tolist():
         usable[row] = False
         skips.add("nan_row", embeddings.keys[row].as_py())
     skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))

@@ -55,7 +55,8 @@ def finish(
     seconds = {
         phase: sum(getattr(each, phase) for each in timings) / len(timings) for phase in ("read", "encode", "write")
     }
-    return output.commit(
+    sidecar = output.commit(
+        outputs=writer.describe(),
         counts={
             "images": sum(record.rows for record in whole),
             "read": sum(record.read for record in whole),
@@ -68,6 +69,8 @@ def finish(
         data=dataset.describe(),
         run={"processes": len(timings), "device": embedder.model.device.type, "pillow": PIL.__version__},
     )
+    writer.remove_notes()
+    return sidecar
 
 
 def describe_result(folder: Path, sidecar: dict[str, Any]) -> dict[str, Any]:

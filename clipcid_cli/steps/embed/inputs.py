@@ -7,8 +7,7 @@ from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
-from clipcid_cli.formats.embeddings.writer import plan_identity
-from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.output import find_changed, plan_identity, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.model_identity import is_of
@@ -93,4 +92,4 @@ def find_finished(
         and plan_identity({}, sidecar["inputs"]) == plan_identity({}, inputs)
         and is_of(sidecar["model"], name)
     )
-    return sidecar if same else None
+    return sidecar if same and find_changed(folder, "embed", sidecar) is None else None

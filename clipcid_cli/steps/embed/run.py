@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, plan_identity, refuse_foreign_folder
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, refuse_foreign_folder
+from clipcid_cli.formats.output import plan_identity
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine

@@ -37,7 +37,7 @@ class BatchRows:
     owners: npt.NDArray[np.int64]
 
     def finite(self) -> npt.NDArray[np.bool_]:
-        """Mark the samples all of whose rows are finite, bool [n]."""
+        """Mark the samples all of whose rows are finite and not zero, bool [n]."""
         usable = _finite(self.images) & _finite(self.views).all(axis=1)
         if self.texts is not None:
             usable &= _finite(self.texts)
@@ -105,4 +105,5 @@ class PendingShard:
 
 
 def _finite(rows: Float16) -> npt.NDArray[np.bool_]:
-    return np.asarray(np.isfinite(rows).all(axis=-1), dtype=np.bool_)
+    """Mark the rows that are finite and not zero, which no distance can be measured from."""
+    return np.asarray(np.isfinite(rows).all(axis=-1) & rows.any(axis=-1), dtype=np.bool_)

@@ -134,7 +134,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 
 def test_a_sidecar_that_is_no_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "balance.json").write_text("{")
-    with pytest.raises(ClipcidError, match=r"balance\.json is not a sidecar"):
+    with pytest.raises(ClipcidError, match=r"balance\.json cannot be read as a sidecar"):
         open_it(tmp_path).__enter__()
 
 

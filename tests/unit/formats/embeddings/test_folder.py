@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from clipcid_cli.formats.embeddings.writer import (
     EmbeddingWriter,
     ShardRecord,
     ShardRows,
-    plan_identity,
     refuse_foreign_folder,
 )
+from clipcid_cli.formats.output import plan_identity
 from clipcid_cli.formats.skips import Skips
 
 RANDOM = np.random.default_rng(0)
@@ -45,7 +46,15 @@ def write_folder(folder: Path, *, texts: bool = True) -> dict[str, Any]:
         record = ShardRecord(f"s{number}", size + 1, size, skips, flattened=number)
         keys, words = [f"{number}-{row}" for row in range(size)], [f"caption {row}" for row in range(size)]
         writer.write(number, record, keys, words, ShardRows(images[number], captions[number] if texts else None))
-    sidecar = {"format_version": 1, "step": "embed"}
+    sidecar = {
+        "format_version": 1,
+        "step": "embed",
+        "settings": {"keys": "sample"},
+        "inputs": [],
+        "outputs": writer.describe(),
+        "counts": {"images": sum(SIZES)},
+        "model": {"spec": "tiny", "weights_hash": "blake2b:0"},
+    }
     (folder / "embed.json").write_text(json.dumps(sidecar))
     return {"images": np.concatenate(images), "texts": np.concatenate(captions), "writer": writer}
 
@@ -82,8 +91,55 @@ def test_records_of_shards_belong_to_a_plan(tmp_path: Path) -> None:
     assert writer.read_record(0) is not None
 
 
-def test_files_of_more_shards_are_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "file", ["img_emb/img_emb_0000.npy", "text_emb/text_emb_0000.npy", "metadata/metadata_0000.parquet"]
+)
+def test_a_shard_whose_files_changed_is_embedded_again(tmp_path: Path, file: str) -> None:
+    writer, path = write_folder(tmp_path)["writer"], tmp_path / file
+    content, stat = path.read_bytes(), path.stat()
+    path.write_bytes(bytes(len(content)))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert writer.read_record(0) is None
+    path.write_bytes(content)  # the same bytes, copied at another time
+    assert writer.read_record(0) is not None
+
+
+@pytest.mark.parametrize(
+    "file", ["img_emb/img_emb_0000.npy", "text_emb/text_emb_0002.npy", "metadata/metadata_0002.parquet"]
+)
+def test_finished_files_that_were_replaced_are_refused(tmp_path: Path, file: str) -> None:
     write_folder(tmp_path)
+    for name in ("img_emb", "text_emb", "metadata"):
+        shutil.copytree(tmp_path / name, tmp_path / "copy" / name)
+    shutil.copy(tmp_path / "embed.json", tmp_path / "copy")
+    assert open_embeddings(tmp_path / "copy").is_verified
+    changed = tmp_path / "copy" / file
+    content = bytearray(changed.read_bytes())
+    content[-9] ^= 1
+    changed.write_bytes(content)
+    with pytest.raises(ClipcidError, match=rf"{changed.name} has changed since .*embed.json was written"):
+        open_embeddings(tmp_path / "copy")
+    changed.unlink()
+    with pytest.raises(ClipcidError, match=rf"{changed.name} is missing"):
+        open_embeddings(tmp_path / "copy")
+
+
+def test_rows_that_are_zero_or_not_finite_are_found_in_images_and_texts_of_any_writer(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "embed.json").write_text(
+        json.dumps(json.loads((tmp_path / "embed.json").read_text()) | {"outputs": []})
+    )
+    for file, row, value in (("img_emb/img_emb_0000.npy", 1, np.nan), ("text_emb/text_emb_0002.npy", 3, 0)):
+        rows = np.load(tmp_path / file)
+        rows[row] = value
+        np.save(tmp_path / file, rows)
+    embeddings = open_embeddings(tmp_path)
+    assert embeddings.find_bad_rows(texts=False).tolist() == [1]
+    assert embeddings.find_bad_rows(texts=True).tolist() == [1, 8]
+
+
+def test_files_of_more_shards_are_removed(tmp_path: Path) -> None:
+    write_folder(tmp_path)["writer"].remove_notes()
     (tmp_path / "mine.txt").touch()
     EmbeddingWriter(tmp_path, 2, "plan").remove_others(with_texts=False)
     names = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
@@ -181,7 +237,7 @@ def test_bad_rows_of_other_tools_are_found(tmp_path: Path) -> None:
     rows = np.load(path)
     rows[1] = 0
     np.save(path, rows)
-    assert open_embeddings(tmp_path).find_bad_rows().tolist() == [9]
+    assert open_embeddings(tmp_path).find_bad_rows(texts=False).tolist() == [9]
 
 
 def break_width(folder: Path) -> None:
