@@ -79,7 +79,8 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
 
 
 def _by_class(data: Dataset, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
-    samples = SampleFinder(data).find_rows(embeddings, rows.numbers)
+    # The index does not hold classes.
+    samples = SampleFinder(dataclasses.replace(data, index=None)).find_rows(embeddings, rows.numbers)
     labels = np.array([-1 if sample is None or sample.label is None else sample.label for sample in samples], np.int64)
     classes, position = np.unique(labels[labels >= 0], return_inverse=True)
     composition = compose_classes(position, kept[labels >= 0], _class_names(data, classes))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from markupsafe import Markup
 
 from clipcid_cli.algorithms.search.distances import IntArray
@@ -24,6 +23,7 @@ from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
 from clipcid_cli.steps.balance.composition import compare_classes
 from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.pairs import NotComputed
+from clipcid_cli.steps.balance.rows import take_texts
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data
 from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
@@ -155,9 +155,8 @@ def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> tuple[Datas
 
 def _load_pictures(data: Dataset | None, context: Context, sets: Sets, rows: IntArray) -> dict[int, Picture]:
     """Load the thumbnails of some rows; without the data there are keys only."""
-    numbers = pa.array(context.rows.numbers[rows])
-    keys = context.embeddings.keys.take(numbers).to_pylist()
-    shards = context.embeddings.shards.take(numbers).to_pylist()
+    embeddings, numbers = context.embeddings, context.rows.numbers[rows]
+    keys, shards = (take_texts(embeddings, read, numbers) for read in (embeddings.keys_of, embeddings.shards_of))
     finder = None if data is None else SampleFinder(data)
     pictures = {}
     for row, key, shard in zip(rows.tolist(), keys, shards, strict=True):

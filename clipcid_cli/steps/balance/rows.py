@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,24 @@ def find_rows(machine: Machine, images: Rows, reporter: Reporter) -> BalanceRows
     return BalanceRows(images, numbers, unique, copies)
 
 
+def take_texts(
+    embeddings: Embeddings, read: Callable[[EmbeddingFile], pa.ChunkedArray], numbers: IntArray
+) -> list[str]:
+    """Read a column of the embeddings at some rows, n strings; one file's column is in memory at a time.
+
+    Args:
+        read: Reads the column of one file.
+        numbers: Numbers of the rows, int64 [n].
+    """
+    found = np.empty(len(numbers), object)
+    owners = np.searchsorted([file.first for file in embeddings.files], numbers, side="right") - 1
+    for owner in np.unique(owners).tolist():
+        places, file = np.flatnonzero(owners == owner), embeddings.files[owner]
+        found[places] = read(file).take(pa.array(numbers[places] - file.first)).to_pylist()
+    texts: list[str] = found.tolist()
+    return texts
+
+
 def count_skipped(settings: BalanceSettings, embeddings: Embeddings, rows: BalanceRows, reporter: Reporter) -> Skips:
     """Count and name the rows that are not finite.
 
@@ -132,12 +150,8 @@ def count_skipped(settings: BalanceSettings, embeddings: Embeddings, rows: Balan
     """
     skips = Skips()
     bad = np.setdiff1d(np.arange(embeddings.num_rows), rows.numbers, assume_unique=True)
-    if len(bad):
-        for file in embeddings.files:
-            start, stop = np.searchsorted(bad, [file.first, file.first + file.rows])
-            if stop > start:
-                for key in embeddings.keys_of(file).take(pa.array(bad[start:stop] - file.first)).to_pylist():
-                    skips.add("nan_row", key)
+    for key in take_texts(embeddings, embeddings.keys_of, bad):
+        skips.add("nan_row", key)
     if not len(rows):
         raise ClipcidError(
             f"None of the {embeddings.num_rows:,} rows of {embeddings.folder} is finite.", "Make the embeddings again."

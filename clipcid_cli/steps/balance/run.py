@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.mapped_strings import map_strings
 from clipcid_cli.formats.output import Output, fingerprint_file
@@ -56,9 +57,10 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         seconds = {"embed": time.perf_counter() - started}
         if settings.dry_run:
             return estimate_cost(settings, machine, embeddings, reporter)
-        shards = None
+        data, shards = None, list[TarShard]()
         if settings.write_shards is not None:
-            shards = tar_shards(require_data(settings, embeddings, "--write-shards"), settings.write_shards)
+            data = require_data(settings, embeddings, "--write-shards")
+            shards = tar_shards(data, settings.write_shards)
         machine.on_main(lambda: check_uids(settings, embeddings))
         folder, identity = work.balance, output_identity(settings, embeddings)
         fingerprints = machine.on_main(embeddings.fingerprints)
@@ -79,9 +81,10 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             result["files"] = name_files(folder, settings.neighbors)
             keep_list = folder / KEEP_LIST
             result["files"] |= machine.on_main(lambda: write_kept(settings, embeddings, keep_list, reporter))
-            if settings.write_shards is not None and shards is not None:
+            if settings.write_shards is not None and data is not None:
                 write_shards(
                     machine,
+                    data,
                     shards,
                     read_keep_list(keep_list),
                     fingerprint_file(keep_list),

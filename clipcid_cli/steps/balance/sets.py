@@ -28,6 +28,7 @@ from clipcid_cli.algorithms.sets.star import (
     star_curve,
 )
 from clipcid_cli.steps.balance.context import Context
+from clipcid_cli.steps.balance.rows import take_texts
 from clipcid_cli.steps.balance.samples import count_pixels
 from clipcid_cli.steps.balance.search import Forest
 
@@ -197,7 +198,7 @@ def _similarity(context: Context, labels: IntArray) -> IntArray:
     for start in range(0, len(members), _ROWS_AT_ONCE):
         part = members[start : start + _ROWS_AT_ONCE]
         text = texts.take(rows.numbers[part]).astype(np.float64)
-        captions = embeddings.captions.take(rows.numbers[part]).to_pylist()
+        captions = take_texts(embeddings, embeddings.captions_of, rows.numbers[part])
         usable = np.array([caption != "" for caption in captions]) & np.isfinite(text).all(axis=1)
         scores[part[usable]] = (rows.read(part).astype(np.float64) * text).sum(axis=1)[usable]
     return best_rows(scores, labels)

@@ -27,8 +27,9 @@ def check_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
         ClipcidError: when ``--write-uids`` is given and it has none.
     """
     if settings.write_uids is not None:
+        first = next(file for file in embeddings.files if file.rows)
         stored = embeddings.uids[:1] if embeddings.has_uids else None
-        _find_uids(settings, embeddings, embeddings.keys[:1], embeddings.shards[:1], stored)
+        _find_uids(settings, embeddings, embeddings.keys_of(first)[:1], embeddings.shards_of(first)[:1], stored)
 
 
 def write_kept(
@@ -100,9 +101,10 @@ def _find_uids(
     for start in range(0, len(missing), _ROWS_AT_ONCE):
         rows = missing[start : start + _ROWS_AT_ONCE]
         part = pa.array(rows)
-        names = zip(rows.tolist(), shards.take(part).to_pylist(), keys.take(part).to_pylist(), strict=True)
-        for row, shard, key in names:
-            found[row] = read_uid(finder.find(shard, key))
+        names = keys.take(part).to_pylist()
+        samples = finder.find_all(shards.take(part).to_pylist(), names)
+        for row, key, sample in zip(rows.tolist(), names, samples, strict=True):
+            found[row] = read_uid(sample)
             if found[row] is None:
                 raise _no_uid(key)
     return pa.chunked_array([found], type=pa.large_string())

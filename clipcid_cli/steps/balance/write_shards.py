@@ -10,6 +10,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import local_file
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
 from clipcid_cli.formats.key_join import KeyIndex
@@ -48,6 +49,7 @@ def tar_shards(data: Dataset, target: Path) -> list[TarShard]:
 
 def write_shards(
     machine: Machine,
+    data: Dataset,
     shards: list[TarShard],
     keep: KeepList,
     keep_fingerprint: dict[str, Any],
@@ -62,14 +64,15 @@ def write_shards(
     ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
 
     Args:
-        shards: The shards to copy from, see :func:`tar_shards`.
+        data: The data.
+        shards: Its shards, see :func:`tar_shards`.
         overwrite: Replace shards made from another keep list.
 
     Raises:
         ClipcidError: when the folder holds shards of another keep list, a shard is damaged or lacks a kept sample, or none
             of the kept samples is in the data.
     """
-    choice = ShardChoice(keep, shards)
+    choice = ShardChoice(keep, data)
     machine.on_main(lambda: _refuse_foreign(target))
     with claim_output(
         machine,
@@ -189,10 +192,11 @@ class ShardChoice:
     not, by the uid in its ``.json``.
     """
 
-    def __init__(self, keep: KeepList, shards: list[TarShard]) -> None:
-        self._keep = keep
+    def __init__(self, keep: KeepList, data: Dataset) -> None:
+        self._keep, self._data = keep, data
+        self._numbers = {shard.name: number for number, shard in enumerate(data.shards)}
         self._num_rows = keep.count_by_shard()
-        self._has_shards = any(shard.name in self._num_rows for shard in shards)
+        self._has_shards = any(shard.name in self._num_rows for shard in data.shards)
         if not self._has_shards:
             self._index = KeyIndex(keep.keys)
             self._may_be_uids = len(keep.keys) > 0 and is_uid(keep.keys[0].as_py())
@@ -207,10 +211,17 @@ class ShardChoice:
         if self._has_shards:
             kept = self._keep.kept_of_shard(shard.name)
             return {key.removeprefix(prefix) for key in kept}, self._num_rows.get(shard.name, 0) - len(kept)
-        samples = shard.samples()
+        samples = self._list(shard)
         rows = self._index.find([sample.key for sample in samples])
         if self._may_be_uids and not (rows >= 0).any():
             rows = self._index.find([read_uid(sample) or "" for sample in samples])
         found = [(sample.key, row) for sample, row in zip(samples, rows.tolist(), strict=True) if row >= 0]
         keys = {key.removeprefix(prefix) for key, row in found if self._keep.kept[row]}
         return keys, len(found) - len(keys)
+
+    def _list(self, shard: TarShard) -> list[Sample]:
+        index = self._data.index
+        if index is None:
+            return shard.samples()
+        number = self._numbers[shard.name]
+        return [index.sample(number, place) for place in range(index.records[number].samples)]
