@@ -16,13 +16,14 @@ from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
 from clipcid_cli.formats.embeddings.rows import Float16
 from clipcid_cli.formats.results.clusters import TopClusters, part_bounds, part_path, read_part, write_part
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter
 
 # Nearest centroids stored of each image and caption: docs/method.md#soft-labels.
 NUM_NEAREST = 16
-# Rows looked up together.
-_ROWS_AT_ONCE = 8192
+# Rows looked up together; on a CPU by one thread, so a part of the table has many times as many.
+_ROWS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 # The temperature's median is taken over about this many rows, evenly spaced: more would not change its digits.
 _TEMPERATURE_ROWS = 65_536
 
@@ -62,12 +63,18 @@ def _find_top(
     m = search_width(len(centroids_KD))
     clusters = np.empty((stop - start, m), dtype=np.int32)
     similarities = np.empty((stop - start, m), dtype=np.float64)
-    for first in range(start, stop, _ROWS_AT_ONCE):
-        last = min(stop, first + _ROWS_AT_ONCE)
+
+    at_once = _ROWS_AT_ONCE[machine.device.type]
+
+    def look_up(first: int) -> None:
+        last = min(stop, first + at_once)
         rows_BD = torch.from_numpy(np.array(read(first, last))).to(machine.device)
         found_Bm, exact_Bm = top_nearest(rows_BD, centroids_KD, m)
         mine = slice(first - start, last - start)
         clusters[mine], similarities[mine] = found_Bm.cpu().numpy(), exact_Bm.cpu().numpy()
+
+    for _ in map_threads(range(start, stop, at_once), look_up, threads_for_batches(machine.device)):
+        pass
     return TopClusters(clusters, similarities.astype(np.float16)), similarities[:, 0]
 
 
