@@ -165,7 +165,7 @@ def describe_outputs(folder: Path, files: Iterable[Path]) -> list[dict[str, Any]
     found = []
     for path in files:
         entry = fingerprint_file(path)
-        place = path.relative_to(folder).as_posix()
+        place = os.path.relpath(path, folder)
         found.append({"path": place, "size": entry["size"], "time": path.stat().st_mtime_ns, "hash": entry["hash"]})
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.output import plan_path, read_sidecar, sidecar_path
+from clipcid_cli.formats.output import plan_path, read_sidecar, refuse_changed, sidecar_path
 
 KEEP_LIST = "keep.parquet"
 """Name of the keep list in its folder."""
@@ -112,9 +112,13 @@ class WorkDirectory:
         """Find the keep list of a finished `balance`; None when there was no `balance` here.
 
         Raises:
-            ClipcidError: when a `balance` here is unfinished: continuing without its list would take all images.
+            ClipcidError: when a `balance` here is unfinished: continuing without its list would take all images. When the
+            list was edited since: which of the two is meant, the user must say.
         """
-        found = self._finished(self.balance, "balance", KEEP_LIST)
+        edited = (
+            f"Run clipcid balance --overwrite, or name the list as it is now: --keep-list {self.balance / KEEP_LIST}"
+        )
+        found = self._finished(self.balance, "balance", KEEP_LIST, edited)
         if found is None and (plan_path(self.balance, "balance").exists() or (self.balance / KEEP_LIST).exists()):
             raise ClipcidError(
                 f"The balance in {self.balance} is unfinished.",
@@ -128,7 +132,7 @@ class WorkDirectory:
         Raises:
             ClipcidError: when there is none.
         """
-        if self._finished(self.clusters, "cluster", "clusters.parquet") is None:
+        if self._finished(self.clusters, "cluster", "clusters.parquet", "Run: clipcid cluster --overwrite") is None:
             raise self._missing("clusters", self.clusters, "--clusters", "clipcid cluster")
         return self.clusters
 
@@ -173,9 +177,12 @@ class WorkDirectory:
         assert isinstance(data, dict)
         return data
 
-    def _finished(self, folder: Path, step: str, file: str) -> Path | None:
-        path = folder / file
-        return path if read_sidecar(sidecar_path(folder, step)) is not None and path.exists() else None
+    def _finished(self, folder: Path, step: str, file: str, changed: str) -> Path | None:
+        path, sidecar = folder / file, read_sidecar(sidecar_path(folder, step))
+        if sidecar is None or not path.exists():
+            return None
+        refuse_changed(folder, step, sidecar, changed, names={file})
+        return path
 
     def _missing(self, what: str, folder: Path, flag: str, command: str) -> ClipcidError:
         unfinished = " (only unfinished ones)" if folder.is_dir() and any(folder.iterdir()) else ""

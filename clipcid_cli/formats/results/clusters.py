@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, write_parquet
-from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.output import read_sidecar, refuse_changed, sidecar_path
 
 CENTROIDS = "centroids.npy"
 TABLE = "clusters.parquet"
@@ -85,6 +85,7 @@ def open_clusters(folder: Path) -> Clusters:
     remake = "Run clipcid cluster --overwrite again, or give another folder with --clusters."
     if sidecar is None:
         raise ClipcidError(f"{folder} holds no finished clusters: there is no cluster.json.", "Run: clipcid cluster")
+    refuse_changed(folder, "cluster", sidecar, remake)
     try:
         centroids = np.load(folder / CENTROIDS, mmap_mode="r", allow_pickle=False)
         keys = pq.read_table(folder / TABLE, columns=["key"])["key"].to_numpy()

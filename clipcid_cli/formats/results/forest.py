@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, write_parquet
-from clipcid_cli.formats.output import Output, read_sidecar, sidecar_path
+from clipcid_cli.formats.output import Output, describe_outputs, find_changed, read_sidecar, sidecar_path
+from clipcid_cli.formats.parquet import read_columns
+from clipcid_cli.formats.reading import reading
 
 # All pairs are compared, or only those in and near partitions, where some edges may be missed. The two kinds have files of
 # their own, so that neither is ever used, or replaced, as the other.
@@ -67,12 +69,17 @@ def write_forest(
     if sidecar is not None and _contents(sidecar["inputs"]) != _contents(inputs):
         # A run killed between the two files must not leave this forest with the sidecar of other embeddings.
         sidecar_path(folder, step).unlink()
+    path = forest_path(folder, forest.neighbors)
     write_parquet(
-        forest_path(folder, forest.neighbors),
+        path,
         pa.table({"a": forest.a, "b": forest.b, "distance": pa.array(forest.distance, pa.float32())}),
     )
     Output(folder, step, {"neighbors": forest.neighbors}, inputs, finished=None, resumed=False).commit(
-        counts={"images": forest.num_rows, "edges": len(forest.a)}, seconds=seconds, cutoff=forest.cutoff
+        counts={"images": forest.num_rows, "edges": len(forest.a)},
+        seconds=seconds,
+        outputs=describe_outputs(folder, [path]),
+        cutoff=forest.cutoff,
+        edges=_hash_edges(forest.a, forest.b, forest.distance),
     )
 
 
@@ -84,24 +91,38 @@ def read_forest(folder: Path, inputs: list[dict[str, Any]], neighbors: str = "ex
         neighbors: How it must have been searched.
 
     Raises:
-        ClipcidError: when the file that the sidecar describes is missing or damaged.
+        ClipcidError: when the file that the sidecar describes is missing, damaged or no longer the same.
     """
     step = _STEPS[neighbors]
     sidecar = read_sidecar(sidecar_path(folder, step))
     if sidecar is None or _contents(sidecar["inputs"]) != _contents(inputs):
         return None
-    path, cutoff = forest_path(folder, neighbors), float(sidecar["cutoff"])
-    try:
-        table = pq.read_table(path, columns=["a", "b", "distance"])
-        a, b, distance = (table[name].to_numpy() for name in ("a", "b", "distance"))
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
-        raise ClipcidError(
-            f"Forest {path} cannot be read: {error}.",
-            f"Remove {sidecar_path(folder, step)}; the forest is then searched again.",
-        ) from error
+    path, fix = (
+        forest_path(folder, neighbors),
+        f"Remove {sidecar_path(folder, step)}; the forest is then searched again.",
+    )
+    with reading(sidecar_path(folder, step), "a sidecar of a forest", fix):
+        cutoff, num_rows = float(sidecar["cutoff"]), int(sidecar["counts"]["images"])
+    table = read_columns(path, {"a": pa.int64(), "b": pa.int64(), "distance": pa.float32()}, fix)
+    a, b, distance = (table[name].to_numpy() for name in ("a", "b", "distance"))
     # A run killed while it replaced the forest by a longer one leaves the longer one with the old sidecar.
     end = int(np.searchsorted(distance, np.float32(cutoff), side="right"))
-    return StoredForest(a[:end], b[:end], distance[:end], cutoff, int(sidecar["counts"]["images"]), neighbors)
+    a, b, distance = a[:end], b[:end], distance[:end]
+    changed = find_changed(folder, step, sidecar)
+    if changed is not None and _hash_edges(a, b, distance) != sidecar["edges"]:
+        raise ClipcidError(changed, fix)
+    if len(a) and not (
+        int(a.min()) >= 0 and (a < b).all() and int(b.max()) < num_rows and (distance[1:] >= distance[:-1]).all()
+    ):
+        raise ClipcidError(f"{path} is not a forest of {num_rows:,} rows with ascending distances.", fix)
+    return StoredForest(a, b, distance, cutoff, num_rows, neighbors)
+
+
+def _hash_edges(*columns: npt.NDArray[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for column in columns:
+        digest.update(np.ascontiguousarray(column).data)
+    return f"blake2b:{digest.hexdigest()}"
 
 
 def _contents(inputs: list[dict[str, Any]]) -> list[tuple[int, str]]:

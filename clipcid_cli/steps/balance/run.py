@@ -12,7 +12,7 @@ import pyarrow as pa
 from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.mapped_strings import map_strings
-from clipcid_cli.formats.output import Output, fingerprint_file
+from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file
 from clipcid_cli.formats.results.curve import CURVE, write_curve
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
@@ -133,7 +133,8 @@ def _balance(
         result["seconds"] = phases()
         counts = {"read": embeddings.num_rows, "used": len(rows), "skipped": result["skipped"]}
         made_of = WorkDirectory(settings.work).name_of(embeddings.folder)
-        output.commit(counts=counts, seconds=phases(), embeddings=made_of, result=result)
+        outputs = describe_outputs(output.folder, [output.folder / KEEP_LIST])
+        output.commit(counts=counts, seconds=phases(), outputs=outputs, embeddings=made_of, result=result)
         return result
 
     return machine.on_main(write)

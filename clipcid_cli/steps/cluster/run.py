@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.kmeans.lloyd import LloydState
 from clipcid_cli.algorithms.kmeans.seeding import first_centroids
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
-from clipcid_cli.formats.output import Output, fingerprint_file
+from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     TABLE,
@@ -173,6 +173,7 @@ def _cluster(
         output.commit(
             counts={"read": rows.embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
             seconds=seconds,
+            outputs=describe_outputs(output.folder, [output.folder / name for name in (CENTROIDS, TABLE)]),
             embeddings=WorkDirectory(settings.work).name_of(rows.embeddings.folder),
             keep_list=None if rows.keep_list is None else fingerprint_file(rows.keep_list),
             model=(rows.embeddings.sidecar or {}).get("model"),

@@ -159,6 +159,9 @@ def match_samples(
         folder: Where the result is written.
     """
     index, joined = index_of(dataset), dict[str, Values]()
+    bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
+    if len(bad):
+        reporter.warn(f"{len(bad):,} rows of the embeddings are zero or not finite: their samples are left out.")
     while True:
         matches = {
             name: JoinedMatch(joined[name]) if name in joined else OrderedMatch(stream, width)
@@ -171,6 +174,8 @@ def match_samples(
                 part = index.part(number)
                 keys = part.keys.combine_chunks().cast(pa.large_string())
                 found = {name: match.match(keys) for name, match in matches.items()}
+                if "embeddings" in found and len(bad):
+                    found["embeddings"][np.isin(found["embeddings"][:, 0], bad), 0] = -1
                 _match_shard(keys, part.num_captions, found, sources, val_fraction, writers, counts)
                 progress.advance()
         unordered = [name for name, match in matches.items() if not match.is_complete()]

@@ -77,7 +77,9 @@ def choose_space(
 def _second_moment(embeddings: Embeddings) -> npt.NDArray[np.float64]:
     sides = [embeddings.images(), *([embeddings.texts()] if embeddings.has_texts else [])]
     stride = -(-embeddings.num_rows // _AXES_ROWS)
-    return second_moment((block[::stride] for side in sides for _, block in side.blocks()), embeddings.width)
+    # Rows of another tool that are not finite are left out of training, and here.
+    blocks = (np.nan_to_num(block[::stride], posinf=0, neginf=0) for side in sides for _, block in side.blocks())
+    return second_moment(blocks, embeddings.width)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, build_export, refuse_foreign_folder
 from clipcid_cli.formats.models.model_card import render_card
 from clipcid_cli.formats.models.onnx_file import check_onnx_installed
-from clipcid_cli.formats.output import fingerprint_file, open_output
+from clipcid_cli.formats.output import describe_outputs, fingerprint_file, open_output
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
@@ -130,6 +130,7 @@ def _export(
                 "skipped": dict(sorted(compared.skips.counts.items())),
             },
             seconds=seconds,
+            outputs=describe_outputs(folder, [folder / name for name in written if name != CARD]),
             model=dataclasses.asdict(model.info),
             written=written,
             parity=parity,

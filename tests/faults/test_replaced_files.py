@@ -1,0 +1,183 @@
+"""Files that are replaced or edited between the steps: no step takes them for what the step before wrote."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from one_process import OneProcess
+
+MODEL = "clipcid-work/embeddings/tiny"
+BALANCE = ("balance", "--keep", "0.8")
+CLUSTER = ("cluster", "--num-clusters", "3", "--iterations", "2")
+DISTILL = ("distill", "--student", "student.json", "--steps", "1", "--batch-size", "4", "--val-fraction", "0")
+
+
+@pytest.fixture(scope="module")
+def clipcid() -> Iterator[OneProcess]:
+    process = OneProcess(patience=60)
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def chain(clipcid: OneProcess, distill_prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory after embed, balance and cluster."""
+    folder = tmp_path_factory.mktemp("chain") / "place"
+    shutil.copytree(distill_prepared, folder)
+    for step in (BALANCE, (*CLUSTER, "--overwrite")):
+        found = clipcid(*step, cwd=folder)
+        assert found.code == 0, found
+    return folder
+
+
+def change_rows(path: Path) -> None:
+    rows = np.load(path)
+    np.save(path, rows[::-1])
+
+
+def change_keys(path: Path) -> None:
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(0, "key", pc.binary_join_element_wise(table["key"], pa.scalar("x"), "")), path)
+
+
+def change_distances(path: Path) -> None:
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(2, "distance", pc.multiply(table["distance"], pa.scalar(0.5, pa.float32()))), path)
+
+
+def keep_all(path: Path) -> None:
+    table = pq.read_table(path)
+    place = table.column_names.index("kept")
+    pq.write_table(table.set_column(place, "kept", pa.array([True] * len(table))), path)
+
+
+def change_labels(path: Path) -> None:
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(1, "cluster", pa.array([0] * len(table), pa.int32())), path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "step"),
+    [
+        (f"{MODEL}/img_emb/img_emb_0000.npy", change_rows, BALANCE),
+        (f"{MODEL}/img_emb/img_emb_0001.npy", change_rows, (*CLUSTER, "--overwrite")),
+        (f"{MODEL}/text_emb/text_emb_0000.npy", change_rows, DISTILL),
+        (f"{MODEL}/metadata/metadata_0001.parquet", change_keys, DISTILL),
+        ("clipcid-work/clusters/centroids.npy", change_rows, DISTILL),
+        ("clipcid-work/clusters/clusters.parquet", change_labels, DISTILL),
+        ("clipcid-work/balance/forest.parquet", change_distances, ("balance", "--keep", "0.5")),
+        ("clipcid-work/balance/keep.parquet", keep_all, (*CLUSTER, "--overwrite")),
+        ("clipcid-work/balance/keep.parquet", keep_all, (*BALANCE, "--write-shards", "out")),
+        ("clipcid-work/balance/keep.parquet", keep_all, DISTILL),
+    ],
+)
+def test_a_changed_file_is_refused_and_the_error_says_what_to_run(
+    clipcid: OneProcess, chain: Path, tmp_path: Path, file: str, change: Callable[[Path], None], step: tuple[str, ...]
+) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(chain, place)
+    change(place / file)
+    found = clipcid(*step, cwd=place)
+    assert found.code == 1, found
+    assert not found.problems(), found
+    assert f"{file.rpartition('/')[2]} has changed since" in found.err
+    assert "--overwrite" in found.err or "searched again" in found.err
+
+
+def test_a_copied_work_directory_is_the_same_one(clipcid: OneProcess, chain: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(chain, place, copy_function=shutil.copyfile)  # other times
+    for step in (BALANCE, ("balance", "--keep", "0.5"), (*CLUSTER, "--overwrite"), DISTILL):
+        found = clipcid(*step, cwd=place)
+        assert found.code == 0, found
+
+
+def test_an_edited_keep_list_that_is_named_is_taken(clipcid: OneProcess, chain: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(chain, place)
+    keep_all(place / "clipcid-work/balance/keep.parquet")
+    named = ("--keep-list", "clipcid-work/balance/keep.parquet")
+    found = clipcid(*CLUSTER, *named, "--overwrite", "--json", cwd=place)
+    assert found.code == 0, found
+    assert found.json["images"] == 24
+
+
+def test_zero_and_infinite_rows_of_another_tool_are_skipped_and_counted(
+    clipcid: OneProcess, chain: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "rows"
+    shutil.copytree(chain / MODEL, folder)
+    (folder / "embed.json").unlink()
+    for name, row, value in (("img_emb/img_emb_0000", 2, np.nan), ("text_emb/text_emb_0001", 5, 0)):
+        rows = np.load(folder / f"{name}.npy")
+        rows[row] = value
+        np.save(folder / f"{name}.npy", rows)
+    allowed = ("--embeddings", folder, "--max-bad-fraction", "0.1", "--keep-list", "none")
+    found = clipcid(*CLUSTER, "--features", "joint", *allowed, "--json", cwd=tmp_path)
+    assert found.code == 0, found
+    assert json.loads((tmp_path / "clipcid-work/clusters/cluster.json").read_text())["counts"] == {
+        "read": 24,
+        "used": 22,
+        "skipped": {"nan_row": 2},
+    }
+    shutil.copy(chain / "student.json", tmp_path)
+    data = json.loads((chain / MODEL / "embed.json").read_text())["data"]["spec"]
+    taught = clipcid(*DISTILL, data, *allowed, "--preset", "clip-kd", "--json", cwd=tmp_path)
+    assert taught.code == 0, taught
+    assert "2 rows of the embeddings are zero or not finite" in taught.err
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"\0" * 1000])
+def test_a_resumed_embed_makes_a_damaged_shard_again(
+    clipcid: OneProcess, chain: Path, tmp_path: Path, content: bytes
+) -> None:
+    """The state of a run that was killed after its last shard: notes, a plan that is cleared, no sidecar."""
+    data, model = _sources(chain)
+    command = ("embed", data, "--model", model, "--out", "rows", "--json")
+    assert clipcid(*command, cwd=tmp_path).code == 0
+    folder = tmp_path / "rows"
+    sidecar = json.loads((folder / "embed.json").read_text())
+    whole = (folder / "img_emb/img_emb_0000.npy").read_bytes()
+    plan = {name: sidecar[name] for name in ("format_version", "settings", "inputs")} | {"cleared": True}
+    (folder / ".embed.plan.json").write_text(json.dumps(plan))
+    (folder / "embed.json").unlink()
+    (folder / ".shards").mkdir()
+    for number in range(2):
+        entries = [entry for entry in sidecar["outputs"] if f"_{number:04d}." in entry["path"]]
+        (folder / ".shards" / f"{number:04d}.json").write_text(json.dumps(entries))
+    (folder / "img_emb/img_emb_0000.npy").write_bytes(content)
+    found = clipcid(*command, cwd=tmp_path)
+    assert found.code == 0, found
+    assert "1 of 2 shards are already embedded" in found.err
+    assert (folder / "img_emb/img_emb_0000.npy").read_bytes() == whole
+    assert not (folder / ".shards").exists()
+
+
+def _sources(chain: Path) -> tuple[str, str]:
+    sidecar = json.loads((chain / MODEL / "embed.json").read_text())
+    return sidecar["data"]["spec"], sidecar["model"]["spec"]
+
+
+def test_a_folder_or_a_pipe_in_the_place_of_rows_is_refused(clipcid: OneProcess, chain: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    shutil.copytree(chain / MODEL, folder)
+    (folder / "embed.json").unlink()
+    path = folder / "img_emb/img_emb_0000.npy"
+    for make in (os.mkfifo, os.mkdir):
+        path.unlink()
+        make(path)
+        found = clipcid("balance", "--keep", "0.5", "--embeddings", folder, cwd=tmp_path)
+        assert found.code == 1, found
+        assert not found.problems(), found
+        assert "not a file" in found.err
+        if make is os.mkfifo:
+            continue
+        path.rmdir()
+        path.touch()
