@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -34,6 +35,7 @@ TAKES_CPU_INDEX = {
     "aten::_index_put_impl_",
     "aten::_unsafe_index",
 }
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::to"}
 SOFTMAX = {"aten::_softmax", "aten::_log_softmax"}
 SOFTMAX_BACKWARD = {"aten::_softmax_backward_data", "aten::_log_softmax_backward_data"}
@@ -81,6 +83,7 @@ class SimulatedCuda(TorchDispatchMode):
     Attributes:
         operators: Number of operators that reached the device, by name.
         waits: Number of times that the host would have waited for the device, by cause.
+        inexact: Number of products that a GPU may compute in less than float32, by name.
     """
 
     def __init__(self) -> None:
@@ -88,6 +91,7 @@ class SimulatedCuda(TorchDispatchMode):
         super().__init__()
         self.operators: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.inexact: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `run`."""
@@ -109,6 +113,8 @@ class SimulatedCuda(TorchDispatchMode):
             self._refuse_host_tensors(name, flat)
         if on_device or to_device:
             self.operators[name] += 1
+        if on_device and name in PRODUCTS and not _sums_exactly(flat):
+            self.inexact[name] += 1
         if on_device:
             self._count_waits(name, flat, to_host, args, kwargs)
         held_args, held_kwargs = tree_map(_held, args), tree_map(_held, dict(kwargs))
@@ -162,6 +168,20 @@ def simulated_cuda() -> Iterator[SimulatedCuda]:
 
 def _held(value: Any) -> Any:
     return value.held if isinstance(value, DeviceTensor) else value
+
+
+def _sums_exactly(flat: list[Any]) -> bool:
+    """Tell whether the products of these factors would be added up in float32 at least, each factor as it is."""
+    matmul = torch.backends.cuda.matmul
+    reduced = (
+        matmul.allow_tf32,
+        matmul.allow_fp16_accumulation,
+        # A pair of flags in some versions of PyTorch: reduction, and splitting of the sum.
+        np.any(matmul.allow_fp16_reduced_precision_reduction),
+        np.any(matmul.allow_bf16_reduced_precision_reduction),
+    )
+    factors = [value.dtype for value in flat if isinstance(value, torch.Tensor)]
+    return torch.float64 in factors or not any(reduced)
 
 
 def _compute(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -24,6 +24,7 @@ def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
     """Run one command line: its exit status, its output, and what it cost the device."""
     device.operators.clear()
     device.waits.clear()
+    device.inexact.clear()
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(stdout), redirect_stderr(stderr):
         try:
@@ -37,6 +38,7 @@ def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
         "stderr": stderr.getvalue(),
         "operators": dict(device.operators),
         "waits": dict(device.waits),
+        "inexact": dict(device.inexact),
     }
 
 

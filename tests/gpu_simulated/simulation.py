@@ -22,6 +22,7 @@ def simulate(place: Path, commands: Sequence[Sequence[object]]) -> list[dict[str
         pytest.skip("no g++, which compiles the simulated device")
     lines = json.dumps([[str(word) for word in command] for command in commands])
     environment = clean_environment() | {"CLIPCID_WORKERS": "0", "OMP_NUM_THREADS": "1"}
+    environment |= {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}  # as in common containers
     done = subprocess.run(
         [sys.executable, str(RUN), lines],
         cwd=place,

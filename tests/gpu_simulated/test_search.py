@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,16 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("searched")
     rows = make_rows(3000, 48)
     write_embeddings(place / "embeddings", rows, texts=rows[::-1].copy(), captions=["a caption"] * len(rows))
-    simulate(
+    results = simulate(
         place,
         [
             (*command, "--embeddings", "embeddings", "--work", f"{name}-{device}", "--device", device)
             for name, command in SEARCHES.items()
             for device in ("cpu", "cuda")
         ],
+    )
+    (place / "inexact.json").write_text(
+        json.dumps({name: result["inexact"] for name, result in zip(SEARCHES, results[1::2], strict=True)})
     )
     return place
 
@@ -46,6 +50,11 @@ def test_files_have_the_bytes_of_a_cpu_run(name: str, searched: Path) -> None:
     for file in ("keep.parquet",) if name == "partitioned" else OUTPUTS[step]:
         there, here = (searched / f"{name}-{device}" / folder / file for device in ("cpu", "cuda"))
         assert there.read_bytes() == here.read_bytes(), file
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_products_are_as_exact_as_proofs_assume(name: str, searched: Path) -> None:
+    assert json.loads((searched / "inexact.json").read_text())[name] == {}
 
 
 # Operators that a GPU is given, and waits of the host for it: raising one of these numbers needs a reason.

@@ -32,6 +32,7 @@ import torch
 from clipcid_cli.algorithms.kmeans.best_so_far import BestSoFar, Nearest
 from clipcid_cli.algorithms.kmeans.pairwise import pair_similarities
 from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_centroids
+from clipcid_cli.algorithms.search.blocks import exact_accumulation
 
 # Rows multiplied with centroids at once. On a CPU the products stay near the caches; a GPU needs more work at a time.
 BLOCK_ROWS = {"cpu": 1024, "cuda": 16_384}
@@ -161,7 +162,8 @@ class NearestCentroids:
         """Multiply some rows with the centroids of a chunk in float32 and take what that cannot discard into account."""
         if not len(row_R):
             return
-        about_RC = rows.rows_BD[row_R].float() @ self.centroids_KD[number_C].T
+        with exact_accumulation(number_C.device):
+            about_RC = rows.rows_BD[row_R].float() @ self.centroids_KD[number_C].T
         about_RC.masked_fill_(number_C == best.centroids_B[row_R, None], -torch.inf)
         error_R = self._prepared.float32_error(rows)[row_R]
         lowest_R = torch.maximum(best.similarities_B[row_R], about_RC.amax(dim=1) - error_R) - error_R
@@ -190,15 +192,16 @@ class NearestCentroids:
             The bit patterns of the products as integers, [B, C rounded up to whole groups], the lowest in the added places.
         """
         cast_CD = self._prepared.cast_KD[first : -(-last // GROUP) * GROUP]
-        if self._output_dtype != self.dtype and self.dtype != torch.int8:
-            product_BC = torch.mm(rows.cast_BD, cast_CD.T, out_dtype=self._output_dtype)
-        else:
-            # Fresh memory for each product would cost a sixth of its time.
-            size = len(rows) * len(cast_CD)
-            if len(self._product) < size:
-                self._product = torch.empty(size, dtype=self._output_dtype, device=cast_CD.device)
-            product_BC = self._product[:size].view(len(rows), len(cast_CD))
-            (torch._int_mm if self.dtype == torch.int8 else torch.mm)(rows.cast_BD, cast_CD.T, out=product_BC)
+        with exact_accumulation(cast_CD.device):
+            if self._output_dtype != self.dtype and self.dtype != torch.int8:
+                product_BC = torch.mm(rows.cast_BD, cast_CD.T, out_dtype=self._output_dtype)
+            else:
+                # Fresh memory for each product would cost a sixth of its time.
+                size = len(rows) * len(cast_CD)
+                if len(self._product) < size:
+                    self._product = torch.empty(size, dtype=self._output_dtype, device=cast_CD.device)
+                product_BC = self._product[:size].view(len(rows), len(cast_CD))
+                (torch._int_mm if self.dtype == torch.int8 else torch.mm)(rows.cast_BD, cast_CD.T, out=product_BC)
         pattern_BC = product_BC.view(_PATTERNS[self._output_dtype])
         pattern_BC[:, last - first :] = self._lowest
         return pattern_BC

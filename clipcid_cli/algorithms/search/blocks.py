@@ -207,12 +207,19 @@ def score_bounds(a: Block, b: Block, score_P: torch.Tensor) -> tuple[torch.Tenso
 
 @contextmanager
 def exact_accumulation(device: torch.device) -> Iterator[None]:
-    """Keep GPUs from adding up partial products in less than float32, as :func:`score_error` requires."""
+    """Keep GPUs from adding up partial products in less than float32, and from rounding their factors to TF32.
+
+    Every bound on a product's error relies on it, whatever the process was started with
+    (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1`` is set in common containers).
+    """
     if device.type != "cuda":
         yield
         return
     matmul = torch.backends.cuda.matmul
-    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_tf32")
+    names = (
+        *("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"),
+        *("allow_fp16_accumulation", "allow_tf32"),
+    )
     before = {name: getattr(matmul, name) for name in names}
     try:
         for name in names:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.search.blocks import read_stored
+from clipcid_cli.algorithms.search.blocks import exact_accumulation, read_stored
 from clipcid_cli.algorithms.search.distances import IntArray, ReadRows, root, squared_lengths
 from clipcid_cli.algorithms.search.low_precision import ACCUMULATION_UNIT
 from clipcid_cli.algorithms.search.partitioned_search import Groups, RowArray
@@ -145,7 +145,8 @@ class Partitions:
         longest = float(wide_BD.norm(dim=1).max()) * 1.001
         # A score is a sum of D products and of −|c|²/2, which is rounded once more.
         error = (wide_BD.shape[1] + 4) * ACCUMULATION_UNIT * max(longest, 1.0) * max(self._longest, 1.0)
-        return torch.addmm(-self._half_K.float(), wide_BD, self._wide_KD.T), error
+        with exact_accumulation(wide_BD.device):
+            return torch.addmm(-self._half_K.float(), wide_BD, self._wide_KD.T), error
 
     def _nearest(self, rows_BD: torch.Tensor, scores_BK: torch.Tensor, error: float) -> torch.Tensor:
         """Return the exactly nearest centroid of each row, int64 [B]."""
