@@ -17,6 +17,7 @@ class ShardServer(http.server.ThreadingHTTPServer):
     Attributes:
         drop_every: Of so many requests for content, the connection of one ends half-way; 0 for none.
         delay: Seconds before each answer.
+        damaged: Name of a file whose third block of 512 bytes is sent as question marks.
         sends_ranges: Whether a request for a part is answered with the part.
         requests: Requests for content by file.
         bytes_sent: Bytes of content by file.
@@ -30,7 +31,7 @@ class ShardServer(http.server.ThreadingHTTPServer):
         self.folder, self.drop_every, self.delay, self.sends_ranges = folder, drop_every, delay, sends_ranges
         self.requests: Counter[str] = Counter()
         self.bytes_sent: Counter[str] = Counter()
-        self.dropped = 0
+        self.dropped, self.damaged = 0, ""
         self.lock = threading.Lock()
 
     @property
@@ -56,6 +57,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(404)
             return
         content = path.read_bytes()
+        if name == server.damaged:
+            content = content[:1024] + b"?" * 512 + content[1536:]
         start, stop, total = 0, len(content), len(content)
         asked = self.headers.get("Range")
         if asked and server.sends_ranges:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,11 @@ def epoch_groups(
         yield mixed
 
 
+def epoch_shards(seed: int, epoch: int, num_shards: int) -> npt.NDArray[np.int64]:
+    """Return the order in which `epoch_groups` deals the shards, int64 [num_shards]."""
+    return np.random.default_rng(derive_seed("epoch", seed, epoch)).permutation(num_shards)
+
+
 class SampleOrder:
     """The samples of a run, one epoch after the other without end; one group of an epoch is held at a time.
 
@@ -46,8 +51,15 @@ class SampleOrder:
     groups before it, some 10 ns a sample: 4 s at the end of an epoch of 400 million. Going back starts the epoch anew.
     """
 
-    def __init__(self, seed: int, shard_sizes: Sequence[int]) -> None:
-        self._seed, self._shard_sizes = seed, shard_sizes
+    def __init__(
+        self, seed: int, shard_sizes: Sequence[int], on_group: Callable[[Sequence[int]], None] | None = None
+    ) -> None:
+        """Prepare an order.
+
+        Args:
+            on_group: Called as each group begins with the numbers of its shards and of those of the next group.
+        """
+        self._seed, self._shard_sizes, self._on_group = seed, shard_sizes, on_group
         self._size = sum(shard_sizes)
         self._start_epoch(0)
 
@@ -68,6 +80,7 @@ class SampleOrder:
     def _start_epoch(self, epoch: int) -> None:
         self._epoch, self._groups = epoch, epoch_groups(self._seed, epoch, self._shard_sizes)
         self._first, self._rows = 0, np.empty(0, dtype=np.int64)
+        self._group = -1
 
     def _rows_from(self, epoch: int, place: int) -> npt.NDArray[np.int64]:
         """Return the rows of an epoch from a place on, to the end of its group."""
@@ -76,4 +89,16 @@ class SampleOrder:
         while place >= self._first + len(self._rows):
             self._first += len(self._rows)
             self._rows = next(self._groups)
+            self._group += 1
+            if self._on_group is not None and place < self._first + len(self._rows):
+                self._on_group(self._upcoming_shards())
         return self._rows[place - self._first :]
+
+    def _upcoming_shards(self) -> list[int]:
+        """List the shards of the current group and of the next one, which may be the first of the next epoch."""
+        shards = np.concatenate(
+            [epoch_shards(self._seed, epoch, len(self._shard_sizes)) for epoch in (self._epoch, self._epoch + 1)]
+        )
+        begin = self._group * SHARDS_MIXED
+        count = min(begin + SHARDS_MIXED, len(self._shard_sizes)) - begin + SHARDS_MIXED
+        return [shard for shard in shards[begin : begin + count].tolist() if self._shard_sizes[shard]]

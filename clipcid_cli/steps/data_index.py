@@ -15,13 +15,17 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.index import DataIndex, finish_index, lock_index, open_index, read_record, write_part
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Sample, Shard
+from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache, cache_folder
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.sample_order import SHARDS_MIXED
 from clipcid_cli.steps.reporting import Progress, Reporter
 
 # Fewer shards than this are listed before a worker has started.
 _FEW_SHARDS = 8
+# The group that is read, the one before, of which batches are still being made, and what is being fetched.
+_SHARDS_IN_USE = 2 * SHARDS_MIXED + FETCHED_AT_ONCE + 1
 
 
 def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample]:
@@ -90,6 +94,30 @@ def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Rep
             machine.on_all(lambda: _list(dataset, mine, workers, progress))
         index = machine.on_main(lambda: _finish(dataset, folder))
     return dataclasses.replace(dataset, index=index)
+
+
+def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:
+    """Return the data, read from local copies where it is behind a URL or from commands.
+
+    Args:
+        dataset: Data with an index.
+        gigabytes: Most disk space that copies may take.
+
+    Raises:
+        ClipcidError: when the copies that training needs at a time do not fit in.
+    """
+    index = dataset.index
+    if index is None or not any(is_remote(shard.file) for shard in dataset.shards):
+        return dataset
+    needed = sum(sorted((record.fingerprint["size"] for record in index.records), reverse=True)[:_SHARDS_IN_USE])
+    if needed > gigabytes * 1e9:
+        raise ClipcidError(
+            f"--cache-size {gigabytes:g} is too small: the {min(_SHARDS_IN_USE, len(dataset.shards))} shards that are read, "
+            f"fetched ahead or still in use at a time have up to {needed / 1e9:.3g} GB.",
+            f"Give --cache-size {-(-needed // 10**7) / 100:g} or more, or make smaller shards.",
+        )
+    cache = ShardCache(cache_folder(), int(gigabytes * 1e9))
+    return dataclasses.replace(dataset, index=dataclasses.replace(index, cache=cache))
 
 
 def _find_missing(folder: Path, shards: Sequence[Shard]) -> list[int]:

@@ -4,14 +4,52 @@ from __future__ import annotations
 
 import json
 import shlex
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from conftest import Run, shard_members, write_tar
+import pytest
+from conftest import STUDENT, Run, shard_members, write_tar
 from shard_server import serve
 
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import open_dataset
+from clipcid_cli.formats.data.shard_cache import ShardCache
+from clipcid_cli.steps.data_index import cache_shards
+
 Clipcid = Callable[..., Run]
+
+
+class Watch:
+    """Measures the space that copies take while the block runs, whenever none is being added or removed.
+
+    Attributes:
+        most: Most bytes of the copies at any time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._cache, self._ended, self.most = ShardCache(folder, 0), threading.Event(), 0
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.005):
+            with self._cache.lock():
+                taken = 0
+                for path in self._cache.folder.iterdir():
+                    with suppress(FileNotFoundError):
+                        taken += path.stat().st_size
+            self.most = max(self.most, taken)
 
 
 def write_shards(folder: Path, shards: int, each: int) -> Path:
@@ -50,3 +88,43 @@ def test_embeddings_are_those_of_the_same_data_on_a_disk(clipcid: Clipcid, tiny_
     for work in ("url", "pipe"):
         assert rows(tmp_path / work) == expected, work
         assert counts(tmp_path / work) == counts(tmp_path / "disk")
+
+
+def test_the_chain_from_urls_with_little_disk(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
+    """One connection in ten breaks, every answer is slow, and one shard arrives damaged at first."""
+    data = write_shards(tmp_path / "data", 60, 4)
+    size = (data / "00041.tar").stat().st_size
+    (tmp_path / "student.json").write_text(json.dumps(STUDENT))
+    limit, work = 45 * size, tmp_path / "clipcid-work"
+    distill = ("--teacher", tiny_model, "--preset", "clip-kd", "--student", "student.json", "--name", "one")
+    distill += ("--batch-size", 8, "--epochs", 2, "--val-fraction", 0.1)
+    with serve(data, drop_every=10, delay=0.005) as server:
+        server.damaged = "00041.tar"
+        embed = ("embed", f"{server.url}/{{00000..00059}}.tar", "--model", tiny_model)
+        failed = clipcid(*embed, check=False)
+        assert failed.returncode == 1
+        assert "00041.tar is damaged at byte 1,024" in " ".join(failed.stderr.split())
+        server.damaged = ""
+        done = clipcid(*embed)
+        assert "41 of 60 shards are already embedded" in " ".join(done.stderr.split())
+        clipcid("balance", "--keep", 0.9)
+        before = server.bytes_sent.total()
+        with Watch(tmp_path / "cache") as watch:
+            environment = {"CLIPCID_CACHE": str(tmp_path / "cache"), "CLIPCID_WORKERS": "2"}
+            clipcid("distill", *distill, "--cache-size", limit / 1e9, env=environment)
+        # Each epoch reads each shard once; the held-out samples and connections that broke take some more.
+        assert server.bytes_sent.total() - before < 4 * 60 * size
+        assert server.dropped > 10
+        indexed = open_dataset(embed[1], index_root=work / "index")
+        with pytest.raises(ClipcidError, match="37 shards that are read, fetched ahead or still in use"):
+            cache_shards(indexed, 36.9 * size / 1e9)
+    assert 30 * size < watch.most <= limit
+    assert not list(work.rglob("*.tar"))
+    inputs = ("--embeddings", work / "embeddings" / "tiny", "--keep-list", work / "balance" / "keep.parquet")
+    clipcid("distill", data, *distill, *inputs, "--work", "disk")
+    url, disk = (
+        json.loads((folder / "distill" / "one" / "distill.json").read_text())["result"]
+        for folder in (work, tmp_path / "disk")
+    )
+    assert url["losses"] == disk["losses"]
+    assert url["metrics"] == disk["metrics"]

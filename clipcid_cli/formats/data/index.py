@@ -29,7 +29,9 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, write_error, write_parquet
+from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Location, Sample, Shard
+from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
 from clipcid_cli.formats.key_join import hash_keys
 from clipcid_cli.formats.skips import Skips
 
@@ -100,23 +102,25 @@ class Part:
     def __len__(self) -> int:
         return len(self.num_captions)
 
-    def sample(self, place: int, shard: Shard) -> Sample:
+    def sample(self, place: int, shard: Shard, copy: ShardCopy | None = None) -> Sample:
         """Return a sample by its place in the shard; see `DataIndex.sample`."""
-        own = shard.file
+        own, path = Location(shard.file, copy=copy), self._paths[place].as_py()
         captions = self._captions[place].as_py()
         if captions is None:
-            captions = shard.split_captions(_locate(own, self._text, place).read())
+            captions = shard.split_captions(_part_of(own, self._text, place).read())
         return Sample(
             key=self.keys[place].as_py(),
-            image=_locate(self._paths[place].as_py() or own, self._image, place),
+            image=_part_of(own if path is None else Location(path), self._image, place),
             captions=tuple(captions),
-            attributes=_locate(own, self._attributes, place) if self._attributes[1][place] >= 0 else None,
+            attributes=_part_of(own, self._attributes, place) if self._attributes[1][place] >= 0 else None,
         )
 
 
-def _locate(path: str, offsets_and_sizes: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], place: int) -> Location:
+def _part_of(
+    file: Location, offsets_and_sizes: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], place: int
+) -> Location:
     offset, size = (int(values[place]) for values in offsets_and_sizes)
-    return Location(path, offset, None if size < 0 else size)
+    return dataclasses.replace(file, offset=offset, size=None if size < 0 else size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +131,13 @@ class DataIndex:
         folder: Where it is.
         shards: The data's shards, in order.
         records: What was found in each.
+        cache: Where shards behind URLs are copied to, for reading many of their samples; None reads a part at a time.
     """
 
     folder: Path
     shards: tuple[Shard, ...]
     records: tuple[IndexedShard, ...]
+    cache: ShardCache | None = None
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -148,7 +154,19 @@ class DataIndex:
         Raises:
             OSError: when the shard's file is gone or shorter than it was.
         """
-        return self.part(number).sample(place, self.shards[number])
+        return self.part(number).sample(place, self.shards[number], self._copy(number))
+
+    def fetch_ahead(self, numbers: Sequence[int]) -> None:
+        """Copy shards to the cache in the background, in order; see `ShardCache.fetch_ahead`."""
+        copies = [copy for copy in map(self._copy, numbers) if copy is not None]
+        if self.cache is not None and copies:
+            self.cache.fetch_ahead(copies)
+
+    def _copy(self, number: int) -> ShardCopy | None:
+        path = self.shards[number].file
+        if self.cache is None or not is_remote(path):
+            return None
+        return ShardCopy(self.cache, path, self.records[number].fingerprint["hash"])
 
 
 def index_identity(kind: str, settings: dict[str, Any], shards: Sequence[Shard]) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import fsspec
 
@@ -235,13 +235,13 @@ def list_folder(url: str) -> list[str]:
     return _retry(url, fetch)
 
 
-def download(path: str, target: Path) -> None:
+def download(path: str, file: IO[bytes]) -> None:
     """Write the bytes behind a URL, or a command's output, to a file.
 
     Raises:
         ClipcidError: when it cannot be fetched.
     """
-    with RemoteStream(path) as stream, target.open("wb") as file:
+    with RemoteStream(path) as stream:
         while part := stream.read(_COPY):
             file.write(part)
 
@@ -258,7 +258,8 @@ def local_file(path: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="clipcid-") as folder:
         copy = Path(folder, "copy" + Path(path).suffix)
-        download(path, copy)
+        with copy.open("wb") as file:
+            download(path, file)
         yield copy
 
 

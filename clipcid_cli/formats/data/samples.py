@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clipcid_cli.formats.data.remote import is_pipe, is_url, read_range, read_whole
+from clipcid_cli.formats.data.shard_cache import ShardCopy
 from clipcid_cli.formats.skips import Skips
 
 # Suffixes of images; of several in one sample the first in this order is taken (open_clip's, then others that Pillow reads).
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
 
 _OPEN_FILES = 64
+# Copies a process holds, so that they are not removed: one for each shard whose samples are shuffled together.
+_OPEN_COPIES = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,12 +30,14 @@ class Location:
         path: A local file, a URL that fsspec knows, or a ``pipe:`` command.
         size: Number of bytes; None for a whole file.
         data: The bytes themselves, where they came with a stream.
+        copy: Local copy of a file behind a URL, to read from.
     """
 
     path: str
     offset: int = 0
     size: int | None = None
     data: bytes | None = dataclasses.field(default=None, compare=False, repr=False)
+    copy: ShardCopy | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def read(self) -> bytes:
         """Read the bytes. Handles of local files are kept open between calls, separately in each process.
@@ -44,6 +49,8 @@ class Location:
         """
         if self.data is not None:
             return self.data
+        if self.copy is not None and self.size is not None:
+            return self._read_from(_copy_handle(self.copy))
         if is_pipe(self.path):
             raise OSError(f"the output of {self.path} has passed")
         if is_url(self.path):
@@ -51,7 +58,11 @@ class Location:
         if self.size is None:
             with open(self.path, "rb") as file:
                 return file.read()
-        data = os.pread(_handle(self.path).fd, self.size, self.offset)
+        return self._read_from(_handle(self.path))
+
+    def _read_from(self, handle: _Handle) -> bytes:
+        assert self.size is not None, "part of a file"
+        data = os.pread(handle.fd, self.size, self.offset)
         if len(data) != self.size:
             raise OSError(f"{self.path} ends {self.size - len(data)} bytes early")
         return data
@@ -154,8 +165,8 @@ def natural_key(text: str) -> tuple[object, ...]:
 class _Handle:
     """A file that is closed when the cache drops it."""
 
-    def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -163,7 +174,12 @@ class _Handle:
 
 @lru_cache(maxsize=_OPEN_FILES)
 def _handle(path: str) -> _Handle:
-    return _Handle(path)
+    return _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+@lru_cache(maxsize=_OPEN_COPIES)
+def _copy_handle(copy: ShardCopy) -> _Handle:
+    return _Handle(copy.open())
 
 
 def relative_key(path: Path) -> str:

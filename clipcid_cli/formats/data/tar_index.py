@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import RemoteStream, describe_file, is_remote
+from clipcid_cli.formats.data.remote import RemoteStream, describe_file, is_pipe, is_remote
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample
 from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.skips import Skips
@@ -108,7 +108,8 @@ class TarShard:
                 label=_read_label(self._locate(files["cls"]), where) if "cls" in files else None,
                 multi_hot=self._locate(multi_hot) if multi_hot else None,
                 attributes=self._locate(attributes) if attributes else None,
-                captions_at=self._locate(text) if text else None,
+                # A command's output passes, so that its captions are to be kept in the index.
+                captions_at=self._locate(text) if text and not is_pipe(self.path) else None,
             )
 
     def fingerprint(self) -> dict[str, Any]:

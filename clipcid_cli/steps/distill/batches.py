@@ -99,10 +99,10 @@ class BatchOrder:
             stored_views: Stored views to show; None draws a view of each sample.
         """
         self.batch_size, self._stored_views = batch_size, stored_views
-        self._order = SampleOrder(seed, samples.sizes.tolist())
+        self._index = index_of(dataset)
+        self._order = SampleOrder(seed, samples.sizes.tolist(), self._index.fetch_ahead)
         self._places = samples.places()
         self._shard_ends = np.cumsum(samples.sizes)
-        self._index = index_of(dataset)
 
     def __len__(self) -> int:
         """Samples of one epoch."""

@@ -27,7 +27,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
-from clipcid_cli.steps.data_index import ensure_index
+from clipcid_cli.steps.data_index import cache_shards, ensure_index
 from clipcid_cli.steps.distill.cluster_targets import find_clusters, use_clusters
 from clipcid_cli.steps.distill.samples import MatchedSamples, Sources, UsableSamples, count_usable, match_samples
 from clipcid_cli.steps.distill.teacher_inputs import (
@@ -201,4 +201,5 @@ def _open_data(
         dataset = dataclasses.replace(dataset, index_folder=scratch / "index")
     # By this process and its workers, while the others wait for what is found; `embed` has mostly done it before.
     alone = Machine(0, 1, 0, torch.device("cpu"))
-    return ensure_index(dataset, alone, default_workers() if settings.workers is None else settings.workers, reporter)
+    workers = default_workers() if settings.workers is None else settings.workers
+    return cache_shards(ensure_index(dataset, alone, workers, reporter), settings.cache_size)

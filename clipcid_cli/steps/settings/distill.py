@@ -79,6 +79,16 @@ class DistillSettings(ReadingSettings):
         operational=True,
     )
     npz_array: str | None = npz_array_option(_INPUTS)
+    cache_size: float = option(
+        50.0,
+        "Most disk space, in GB, for copies of shards behind a URL; the least recently used make room. The folder is "
+        "CLIPCID_CACHE, by default ~/.cache/clipcid.",
+        group=_INPUTS,
+        minimum=0.0,
+        above_minimum=True,
+        metavar="GB",
+        operational=True,
+    )
     views: str = option(
         "stored",
         "`stored` trains on the views of `embed --views`, if there are any, each with its own teacher embedding. `none` "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ class ListedShard:
     file: str = "none"
 
     def samples(self, skips: Skips | None = None) -> list[Sample]:
-        return [
-            Sample(f"{number:05d}", Location("none"), () if number % 5 == 4 else (f"caption {number}",))
-            for number in range(self.first, self.first + self.count)
-        ]
+        return list(self.stream(skips))
+
+    def stream(self, skips: Skips | None = None) -> Iterator[Sample]:
+        for number in range(self.first, self.first + self.count):
+            yield Sample(f"{number:05d}", Location("none"), () if number % 5 == 4 else (f"caption {number}",))
 
     def fingerprint(self) -> dict[str, Any]:
         return {"path": self.name, "size": self.count, "hash": ""}

@@ -53,3 +53,20 @@ def test_the_order_is_what_it_always_was() -> None:
     assert rows == [5, 2, 1, 8, 6, 0, 3, 5, 6, 1]
     rows = [row for _, row in SampleOrder(5, [3, 1] * 20).between(70, 90)]
     assert rows == [38, 55, 24, 37, 21, 42, 26, 36, 22, 41, 46, 44, 43, 24, 2, 6, 26, 17, 11, 72]
+
+
+def test_shards_are_announced_a_group_ahead() -> None:
+    sizes = [3] * 40 + [0]
+    announced: list[list[int]] = []
+    order = SampleOrder(5, sizes, lambda shards: announced.append(list(shards)))
+    owners = [place // 3 for _, place in order.between(0, 2 * 120)]
+    assert len(announced) == 6
+    for begin, group in zip((0, 48, 96, 120, 168, 216), announced, strict=True):
+        # The last group of an epoch has 8 shards or 9, one of them empty; groups of 16 follow each other otherwise.
+        ahead = owners[begin : begin + 48]
+        assert set(ahead[:24]) <= set(group)
+        assert len(group) <= 32
+        assert 40 not in group
+    resumed: list[list[int]] = []
+    SampleOrder(5, sizes, lambda shards: resumed.append(list(shards))).between(100, 101)
+    assert resumed == announced[2:3]

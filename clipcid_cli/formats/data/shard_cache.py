@@ -1,0 +1,199 @@
+"""Local copies of shards behind URLs and of commands, for reading samples in any order: a folder of limited size.
+
+A shard is fetched by the first process of the host that needs it, the least recently opened copies make room for it, and a
+copy that any process holds open is left alone. The kernel drops the locks this rests on when a process ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_error
+from clipcid_cli.formats.data.remote import describe_file, download
+
+FETCHED_AT_ONCE = 4
+"""Copies that a process fetches ahead at a time."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of copies: ``CLIPCID_CACHE``, or ``clipcid`` in the user's cache folder."""
+    configured = os.environ.get("CLIPCID_CACHE")
+    if configured:
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipcid"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardCache:
+    """A folder of copies.
+
+    Attributes:
+        max_bytes: Most bytes that the copies may have, those being fetched included.
+    """
+
+    folder: Path
+    max_bytes: int
+
+    def fetch_ahead(self, copies: Sequence[ShardCopy]) -> None:
+        """Fetch copies in the background, in order; those asked for earlier and not begun are given up.
+
+        What goes wrong shows when a copy is opened.
+        """
+        waiting = _start_fetching(self)
+        with suppress(queue.Empty):
+            while True:
+                waiting.get_nowait()
+        for copy in copies:
+            waiting.put(copy)
+
+    def make_room(self, size: int, apart: Path | None = None) -> None:
+        """Remove the copies least recently opened until `size` bytes more are within the limit; call it within `lock`.
+
+        Args:
+            apart: A file whose bytes do not count.
+
+        Raises:
+            ClipcidError: when the copies in use take too much.
+        """
+        files = list[tuple[int, int, Path]]()
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # given up just now
+                if path != apart and path.name != ".lock":
+                    files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        used = sum(taken for _, taken, _ in files)
+        for _, taken, path in sorted(files):
+            if used + size <= self.max_bytes:
+                return
+            if _remove_unused(path):
+                used -= taken
+        if used + size > self.max_bytes:
+            raise ClipcidError(
+                f"{self.folder} may take {self.max_bytes:,} bytes: copies in use have {used:,}, and the next has {size:,}.",
+                "Raise --cache-size, or set CLIPCID_CACHE to a folder of its own for each run.",
+            )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder: room is made for one copy at a time."""
+        with (self.folder / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardCopy:
+    """The copy of one shard, whether it exists or not.
+
+    Attributes:
+        path: The shard's URL or command.
+        version: Hash of the shard's content: another version is another copy.
+    """
+
+    cache: ShardCache
+    path: str
+    version: str
+
+    def open(self) -> int:
+        """Return a descriptor of the copy, which is fetched where it is missing. It stays whole while it is open.
+
+        Raises:
+            ClipcidError: when it cannot be fetched, or there is no room for it.
+        """
+        while True:
+            try:
+                descriptor = os.open(self.local, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                self.fetch()
+                continue
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            os.utime(descriptor)
+            return descriptor
+
+    def fetch(self) -> None:
+        """Fetch the copy where it is missing, or wait for the process that is fetching it.
+
+        Raises:
+            ClipcidError: as `open` does.
+        """
+        partial = self.local.with_name(f".{self.local.name}.partial")
+        try:
+            self.cache.folder.mkdir(parents=True, exist_ok=True)
+            while not self.local.exists():
+                with partial.open("ab") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    if not _is_at(file.fileno(), partial):
+                        continue  # the process that held it has finished or given up
+                    if self.local.exists():
+                        partial.unlink()
+                    else:
+                        self._fetch_into(partial)
+        except OSError as error:
+            raise write_error(self.cache.folder, error) from error
+
+    @property
+    def local(self) -> Path:
+        """Where the copy is, or would be."""
+        digest = hashlib.blake2b(f"{self.path} {self.version}".encode("utf-8", "surrogateescape"), digest_size=16)
+        return self.cache.folder / f"{digest.hexdigest()}.tar"
+
+    def _fetch_into(self, partial: Path) -> None:
+        try:
+            size = describe_file(self.path)["size"]  # 0 of a command
+            with self.cache.lock():
+                self.cache.make_room(size, partial)
+                os.truncate(partial, size)  # so that others see what it will take
+            with partial.open("r+b") as file:
+                download(self.path, file)
+                file.truncate()
+            with self.cache.lock():
+                self.cache.make_room(partial.stat().st_size, partial)
+                partial.replace(self.local)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Tell whether an open file still has the name it was opened by."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove a file unless a process holds it."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        pass
+    return True
+
+
+@lru_cache(maxsize=1)
+def _start_fetching(cache: ShardCache) -> queue.Queue[ShardCopy]:
+    """Start the threads that fetch ahead; they end with the process, whatever they are doing."""
+    waiting: queue.Queue[ShardCopy] = queue.Queue()
+
+    def fetch() -> None:
+        while True:
+            with suppress(ClipcidError):
+                waiting.get().fetch()
+
+    for _ in range(FETCHED_AT_ONCE):
+        threading.Thread(target=fetch, daemon=True).start()
+    return waiting
