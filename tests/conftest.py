@@ -23,6 +23,16 @@ from hypothesis import settings
 settings.register_profile("clipcid", deadline=None)
 settings.load_profile("clipcid")
 
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 # Before torch loads: OpenMP's idle threads must not spin while another process of the test needs the core.
 os.environ["GOMP_SPINCOUNT"] = "0"
 

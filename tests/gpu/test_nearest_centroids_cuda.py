@@ -12,10 +12,7 @@ from clipcid_cli.algorithms.kmeans.subspace import Subspace
 from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
 from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums, round_to_grid
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0])

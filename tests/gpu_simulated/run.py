@@ -1,6 +1,7 @@
-"""Run command lines of clipcid, one after another, on the simulated device; print what each did as a line of JSON.
+"""Run command lines of clipcid, one after another, in one process; print what each did as a line of JSON.
 
-python tests/gpu_simulated/run.py '[["embed", "shards", "--device", "cuda"], …]'
+python tests/gpu_simulated/run.py simulated '[["embed", "shards", "--device", "cuda"], …]'
+python tests/gpu_simulated/run.py real '[["embed", "shards", "--device", "cuda"], …]'
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ import io
 import json
 import os
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 
 from stub import load
 
-load()
+if sys.argv[1] == "simulated":
+    load()
 
-from device import SimulatedCuda, simulated_cuda  # noqa: E402  # PyTorch must find the device when it starts
+from device import SimulatedCuda, simulated_cuda  # PyTorch must find the device when it starts
 
-from clipcid_cli.cli import main  # noqa: E402
+from clipcid_cli.cli import main
 
 
 def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
@@ -43,7 +45,8 @@ def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    with simulated_cuda() as simulated:
-        for line in json.loads(sys.argv[1]):
-            print(json.dumps(run(line, simulated)), flush=True)
+    kind, commands = sys.argv[1:]
+    with simulated_cuda() if kind == "simulated" else nullcontext(SimulatedCuda()) as counters:
+        for line in json.loads(commands):
+            print(json.dumps(run(line, counters)), flush=True)
     os._exit(0)  # PyTorch's own end would ask the device that is not there

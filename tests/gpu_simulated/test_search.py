@@ -1,4 +1,4 @@
-"""`balance` and `cluster` on the simulated device: the bytes of a CPU run, in any form of search."""
+"""`balance` and `cluster` on a GPU, simulated or real: the bytes of a CPU run, in any form of search."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from balance_data import make_rows, write_embeddings
-from simulation import simulate, total
+from simulation import KINDS, run_all, total
 
 SEARCHES = {
     "exact": ("balance", "--keep", 0.6),
@@ -23,13 +23,14 @@ OUTPUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=KINDS)
+def searched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every search on both devices, each in a work directory of its own."""
     place = tmp_path_factory.mktemp("searched")
     rows = make_rows(3000, 48)
     write_embeddings(place / "embeddings", rows, texts=rows[::-1].copy(), captions=["a caption"] * len(rows))
-    results = simulate(
+    results = run_all(
+        request.param,
         place,
         [
             (*command, "--embeddings", "embeddings", "--work", f"{name}-{device}", "--device", device)
@@ -69,7 +70,7 @@ def test_budget_of_a_tile(tmp_path: Path) -> None:
         write_embeddings(tmp_path / str(rows), make_rows(rows, 16, num_centroids=2 * rows))
         work = f"work-{rows}"
         commands.append(("balance", "--threshold", 0.02, "--embeddings", rows, "--work", work, "--device", "cuda"))
-    few, many = simulate(tmp_path, commands)
+    few, many = run_all("simulated", tmp_path, commands)
     tiles = 8 * 9 // 2 - 4 * 5 // 2
     for kind, allowed in TILE.items():
         assert (total(many[kind]) - total(few[kind])) / tiles <= allowed, kind
@@ -79,8 +80,7 @@ def test_budget_of_an_iteration(tmp_path: Path) -> None:
     """One iteration of k-means, all rows in one chunk."""
     write_embeddings(tmp_path / "embeddings", make_rows(4096, 16, noise=2.0))
     options = ("--embeddings", "embeddings", "--num-clusters", 64, "--device", "cuda")
-    few, many = simulate(
-        tmp_path, [("cluster", *options, "--iterations", count, "--work", f"work-{count}") for count in (3, 8)]
-    )
+    commands = [("cluster", *options, "--iterations", count, "--work", f"work-{count}") for count in (3, 8)]
+    few, many = run_all("simulated", tmp_path, commands)
     for kind, allowed in ITERATION.items():
         assert (total(many[kind]) - total(few[kind])) / 5 <= allowed, kind
