@@ -8,13 +8,16 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
 import click
 
 from clipcid_cli import __version__
+from clipcid_cli.commands.failures import explain, read_world
 from clipcid_cli.commands.help_page import HelpPage, format_page
+from clipcid_cli.commands.signals import Signals
 from clipcid_cli.commands.wrapping import wrap
 from clipcid_cli.errors import ClipcidError
 
@@ -81,39 +84,76 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get("CLIPCID_DEBUG", "").lower() in ("1", "true", "yes", "on")
     as_json = "--json" in arguments or os.environ.get("CLIPCID_JSON", "").lower() in ("1", "true", "yes", "on")
+    signals, rank, size = Signals(), 0, 1
     try:
+        rank, size = read_world()
+        signals.watch(lambda: _report_interrupt(rank))
         cli.main(args=arguments, prog_name="clipcid", standalone_mode=False)
+        sys.stdout.flush()
         code = 0
     except ClipcidError as error:
         code = _report(error, error.message, error.fix, error.exit_code, debug=debug, as_json=as_json)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        _say(error.format_message())
         code = 2
     except click.UsageError as error:
         code = _report_usage(error, as_json=as_json)
     except click.exceptions.Exit as error:
         code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted. Run the same command again to continue where it stopped.", err=True)
-        code = 130
     except BrokenPipeError:
         # The reader of our pipe has gone, as with `| head`: nobody is left to read an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         code = 1
+    except (KeyboardInterrupt, click.Abort) as error:
+        # click takes an EOFError, which a library raises for a file that is cut, for a Ctrl-D.
+        if isinstance(error.__cause__, EOFError):
+            code = _report_unforeseen(error.__cause__, debug=debug, as_json=as_json)
+        else:
+            _report_interrupt(rank)
+            code = signals.exit_code
     except Exception as error:
-        fix = "This is a bug in clipcid or a failure of the machine. Add --debug to see where it happened."
-        code = _report(error, f"{type(error).__name__}: {error}", fix, 1, debug=debug, as_json=as_json)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        code = _report_unforeseen(error, debug=debug, as_json=as_json)
+    if signals.received is not None:  # whatever it made fail first
+        code = signals.exit_code
+    signals.stop()
+    if size > 1:
         # Library threads may still be ending while Python shuts down. About once in a hundred runs that aborts a process
         # whose work is done, and torchrun then reports the whole run as failed.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _report_unforeseen(error: Exception, *, debug: bool, as_json: bool) -> int:
+    if isinstance(error, OSError) and error.filename is None:
+        # Perhaps stdout's own, as of `> /dev/full`; what is left in its buffer would fail again when Python ends.
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _close_stdout()
+    found = explain(error)
+    return _report(error, found.message, found.fix, 1, debug=debug, as_json=as_json)
+
+
+def _report_interrupt(rank: int) -> None:
+    if rank == 0:
+        _say("Interrupted. Run the same command again to continue where it stopped.")
+
+
+def _close_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(text: str) -> None:
+    """Write to stderr, where that can be written to."""
+    with suppress(OSError):
+        click.echo(text, err=True)
 
 
 def _report(error: Exception, message: str, fix: str, code: int, *, debug: bool, as_json: bool) -> int:
@@ -121,13 +161,12 @@ def _report(error: Exception, message: str, fix: str, code: int, *, debug: bool,
         traceback.print_exception(error)
     if not (isinstance(error, ClipcidError) and error.already_reported):
         head, _, rest = _fit(f"Error: {message}").partition(" ")
-        click.echo(
-            (head if "NO_COLOR" in os.environ else click.style(head, fg="red", bold=True)) + f" {rest}", err=True
-        )
+        _say((head if "NO_COLOR" in os.environ else click.style(head, fg="red", bold=True)) + f" {rest}")
         if fix:
-            click.echo(_fit(fix), err=True)
-        if as_json and int(os.environ.get("RANK", "0")) == 0:
-            click.echo(json.dumps({"error": message, "fix": fix}))
+            _say(_fit(fix))
+        if as_json and os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):
+                click.echo(json.dumps({"error": message, "fix": fix}))
     return code
 
 

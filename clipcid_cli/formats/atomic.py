@@ -6,12 +6,13 @@ overwrites what a killed one left; the lock of the output folder keeps two write
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ from clipcid_cli.errors import ClipcidError
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
+
+# What the system says of a disk that is full, over its quota or limit, or failing.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 @contextmanager
@@ -48,10 +52,20 @@ def atomic_file(path: Path, sibling: str = "partial") -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(path), str(partial), str(path.parent)):
-            raise write_error(path, error) from error
+        with suppress(OSError):  # where its folder could not be made
+            partial.unlink(missing_ok=True)
+        refusal = _find_refusal(error)
+        if refusal is not None and refusal.filename in (None, *map(str, (path, partial, *path.parents))):
+            raise write_error(path, refusal) from error
         raise
+
+
+def _find_refusal(error: BaseException) -> OSError | None:
+    """Return what the system refused: the error itself, or the one beneath a library's own, as of `torch.save`."""
+    if isinstance(error, OSError):
+        return error
+    beneath = error.__cause__ or error.__context__
+    return beneath if isinstance(beneath, OSError) and beneath.errno in _DISK_ERRORS else None
 
 
 @contextmanager
@@ -76,10 +90,15 @@ def named_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
 
 def write_error(path: Path, error: OSError) -> ClipcidError:
     """Return the error for a `path` that could not be written."""
-    return ClipcidError(
-        f"Could not write {path}: {error.strerror or error}.",
-        "Free some space or choose another folder, then run the same command again: it continues where it stopped.",
-    )
+    if isinstance(error, IsADirectoryError | FileExistsError | NotADirectoryError):
+        fix = "Remove or rename what is in its place, then run the same command again."
+    elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        fix = "Allow writing there, or choose another folder."
+    else:
+        fix = (
+            "Free some space or choose another folder, then run the same command again: it continues where it stopped."
+        )
+    return ClipcidError(f"Could not write {path}: {error.strerror or error}.", fix)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -22,7 +22,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -350,18 +350,24 @@ def _short(value: Any) -> str:
 def _lock(folder: Path, step: str) -> Iterator[None]:
     """Hold the folder for one run; the kernel drops the lock when the process ends, however it ends."""
     path = folder / f".{step}.lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        raise write_error(path, error) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             holder = os.pread(handle, 64, 0).decode(errors="replace").strip()
             raise ClipcidError(
                 f"Another run ({holder or 'of unknown process number'}) is writing to {folder}.",
                 "Wait for it, stop it, or work elsewhere (--work, or --out where the command has it).",
             ) from error
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()}\n".encode(), 0)
+        except OSError as error:  # a file system without locks
+            raise write_error(path, error) from error
+        with suppress(OSError):  # a full disk; the name only serves the message above
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(handle)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from clipcid_cli.errors import ClipcidError
 
@@ -23,6 +24,9 @@ T = TypeVar("T")
 
 # A process may wait long for another that reads slower shards; torchrun, not this limit, detects a lost process.
 _PATIENCE = datetime.timedelta(hours=12)
+
+MEETING = datetime.timedelta(minutes=10)
+"""How long a process waits for the others to start: importing PyTorch on many hosts from one disk takes minutes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +55,16 @@ class Machine:
     def barrier(self) -> None:
         """Wait for every process."""
         if self.size > 1:
-            dist.barrier()
+            with _together():
+                dist.barrier()
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """Return `source`'s value on every process; it is pickled, between our own processes only."""
         if self.size == 1:
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=source)
+        with _together():
+            dist.broadcast_object_list(box, src=source)
         return box[0]  # type: ignore[no-any-return]  # the box is a list of anything by torch's signature
 
     def gather(self, value: T) -> list[T]:
@@ -66,13 +72,15 @@ class Machine:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with _together():
+            dist.all_gather_object(values, value)
         return values
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum the tensor over all processes, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with _together():
+                dist.all_reduce(tensor)
         return tensor
 
     def on_main(self, action: Callable[[], T]) -> T:
@@ -136,7 +144,8 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
         device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
 
     Raises:
-        ClipcidError: when ``cuda`` is requested and there is none, or there are more processes on this host than GPUs.
+        ClipcidError: when ``cuda`` is requested and there is none, there are more processes on this host than GPUs, or not
+            all processes of the run arrive.
     """
     joined = dist.is_available() and dist.is_initialized()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -154,12 +163,68 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
         on_gpu = chosen.type == "cuda"
         # Objects, and numbers that only the host needs, never travel through a GPU.
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE, device_id=chosen if on_gpu else None)
+        store = meet(rank, size)
+        with _together():
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=_PATIENCE,
+                device_id=chosen if on_gpu else None,
+            )
     try:
         yield Machine(rank, size, local_rank, chosen)
     finally:
         if not joined:
             dist.destroy_process_group()
+
+
+def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
+    """Wait until all processes of the run have started.
+
+    Returns:
+        The store through which they find each other.
+
+    Raises:
+        ClipcidError: when some have not arrived within the limit, or the environment does not say where to meet.
+    """
+    try:
+        store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=limit)))
+        store.set(f"clipcid/arrived/{rank}", b"")
+        store.wait([f"clipcid/arrived/{other}" for other in range(size)], limit)
+    except (RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, ValueError):
+            raise ClipcidError(
+                f"WORLD_SIZE is {size}, but the environment does not say where the processes meet: {error}.",
+                "Start the run with torchrun, or unset WORLD_SIZE.",
+            ) from error
+        raise ClipcidError(
+            f"Process {rank} waited {limit.total_seconds() / 60:g} minutes for the other {size - 1} of the run, and not all "
+            "of them arrived.",
+            "Look for the error of the one that ended first; check that all hosts are started with the same "
+            "--rdzv-endpoint and can reach it.",
+        ) from error
+    return store
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Turn what the engine raises in the middle of an exchange into one error.
+
+    Raises:
+        ClipcidError: when another process has ended, or cannot be reached any more.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ClipcidError(
+            f"Another process of the run has ended, or cannot be reached: {' '.join(str(error).split())[:200]}.",
+            "Its own error says why; without one it was killed, perhaps for memory. Run the same command again: it "
+            "continues where it stopped.",
+        ) from error
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

@@ -55,5 +55,9 @@ def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
             f"Checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}",
             "Remove it to resume from the one before, or start over with --resume never.",
         ) from error
-    assert isinstance(state, dict)
+    if not isinstance(state, dict):
+        raise ClipcidError(
+            f"Checkpoint {path} holds a {type(state).__name__}, not the state of a run.",
+            "Remove it to resume from the one before, or start over with --resume never.",
+        )
     return state

@@ -1,0 +1,77 @@
+"""What went wrong outside clipcid: memory, disks, files and other processes, told from bugs by what libraries raise.
+
+Nothing here imports PyTorch: its errors are recognised by their names and words.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from clipcid_cli.errors import ClipcidError, UsageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+_NO_PEER = ("gloo", "NCCL", "ncclRemoteError", "TCPStore", "Connection closed by peer", "Connection reset by peer")
+_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def explain(error: Exception) -> ClipcidError:
+    """Return the error to show for one that no step has foreseen."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
+        return ClipcidError(
+            f"Memory ran out: {text.rstrip('.')}.",
+            "Use a smaller --batch-size or fewer --workers, or a machine with more memory.",
+        )
+    if isinstance(error, OSError):
+        return _explain_system(error, text)
+    # torch.distributed's errors are RuntimeErrors, of which those of gloo have no class of their own.
+    if isinstance(error, RuntimeError) and (
+        type(error).__name__.startswith("Dist") or any(words in text for words in _NO_PEER)
+    ):
+        return ClipcidError(
+            f"Another process of the run has ended, or cannot be reached: {text.rstrip('.')}.",
+            "Its own error says why; without one it was killed, perhaps for memory. Run the same command again: it "
+            "continues where it stopped.",
+        )
+    return ClipcidError(
+        f"{type(error).__name__}: {text}",
+        "This is a bug in clipcid or a failure of the machine. Add --debug to see where it happened.",
+    )
+
+
+def _explain_system(error: OSError, text: str) -> ClipcidError:
+    what = f"{error.filename}: {error.strerror}" if error.filename is not None and error.strerror else text
+    if error.errno in _FULL:
+        fix = "Free some space, then run the same command again: it continues where it stopped."
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        fix = "Allow more open files: ulimit -n 4096."
+    elif isinstance(error, ConnectionError | TimeoutError):
+        fix = "Check the network, then run the same command again: it continues where it stopped."
+    else:
+        fix = "Check that it exists, what it is and its permissions, then run the same command again."
+    return ClipcidError(f"The system refused: {what.rstrip('.')}.", fix)
+
+
+def read_world() -> tuple[int, int]:
+    """Return this process's rank and the number of processes, as torchrun's environment gives them.
+
+    Raises:
+        UsageError: when one of its variables is not a number, or they contradict each other.
+    """
+    found = {}
+    for name in _RANKS:
+        text = os.environ.get(name) or ("0" if name.endswith("RANK") else "1")
+        if not (text.isascii() and text.isdigit()):
+            raise UsageError(
+                f"{name} is {text!r}, not a number of processes.", f"Start with torchrun, or unset {name}."
+            )
+        found[name] = int(text)
+    rank, size = found["RANK"], found["WORLD_SIZE"]
+    if rank >= max(size, 1) or size < 1:
+        raise UsageError(
+            f"RANK is {rank} and WORLD_SIZE is {size}; a rank is from 0 to the size less 1.",
+            "Start with torchrun, or unset both.",
+        )
+    return rank, size

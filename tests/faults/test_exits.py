@@ -1,0 +1,183 @@
+"""How a run ends that is stopped from outside: signals, full disks, readers and peers that are gone, odd environments."""
+
+import datetime
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run, clean_environment, clipcid_command, shard_members, write_tar
+
+from clipcid_cli.commands.failures import explain
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.results.checkpoint import write_checkpoint
+from clipcid_cli.runtime.machine import meet
+
+# A run in which the main thread is in a library's call that no handler of Python's interrupts.
+_DEAF = """
+import ctypes, sys, time
+from clipcid_cli import cli
+cli.cli.main = lambda **_: (print("ready", flush=True), ctypes.CDLL(None).sleep(60))
+cli.main(["balance"])
+"""
+_HEEDFUL = _DEAF.replace("ctypes.CDLL(None).sleep(60)", "time.sleep(60)")
+
+
+@pytest.mark.parametrize(
+    ("program", "number", "code"),
+    [
+        (_HEEDFUL, signal.SIGTERM, 143),
+        (_HEEDFUL, signal.SIGINT, 130),
+        (_DEAF, signal.SIGTERM, 143),
+    ],
+)
+def test_a_signal_ends_the_run_within_seconds_and_says_how_to_continue(program: str, number: int, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # pytest's parent may ignore it
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    started = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - started < 10
+    assert process.returncode == code
+    assert errors.strip() == "Interrupted. Run the same command again to continue where it stopped."
+
+
+def test_a_terminated_embed_is_continued(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
+    for number in range(40):
+        write_tar(tmp_path / "data" / f"{number}.tar", shard_members(6 * number, 6))
+    command = ["embed", "data", "--model", str(tiny_model), "--batch-size", "2", "--out", "rows", "--workers", "0"]
+    process = subprocess.Popen(
+        [*clipcid_command(), *command], cwd=tmp_path, env=clean_environment(), stderr=subprocess.PIPE, text=True
+    )
+    while not any((tmp_path / "rows").glob(".shards/*.json")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    assert "shards are already embedded" in " ".join(clipcid(*command).stderr.split())
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5", "٣"])
+def test_an_odd_environment_is_a_usage_error(clipcid: Callable[..., Run], name: str, value: str) -> None:
+    run = clipcid("--version", check=False, env={name: value})
+    assert run.returncode == 2, run
+    assert run.stderr.startswith(f"Error: {name} is {value!r}, not a number of processes."), run
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device of a full disk")
+@pytest.mark.parametrize("arguments", [["--help"], ["balance", "--json", "--keep", "2"]])
+def test_a_full_disk_behind_stdout_is_no_traceback(arguments: list[str], tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*clipcid_command(), *arguments],
+            cwd=tmp_path,
+            env=clean_environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert "bug" not in done.stderr
+
+
+def test_a_reader_that_has_gone_is_no_traceback(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*clipcid_command(), "--help"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+def test_a_process_that_never_arrives_is_missed_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    started = time.monotonic()
+    with pytest.raises(
+        ClipcidError, match=r"waited 0\.05 minutes for the other 1 of the run, and not all of them arrived"
+    ):
+        meet(0, 2, datetime.timedelta(seconds=3))
+    assert time.monotonic() - started < 30
+
+
+def test_a_world_without_a_place_to_meet_is_refused(clipcid: Callable[..., Run], tmp_path: Path) -> None:
+    run = clipcid("balance", "--keep", "0.5", "--device", "cpu", check=False, env={"WORLD_SIZE": "2", "RANK": "0"})
+    assert run.returncode == 1, run
+    assert "the environment does not say where the processes meet" in run.stderr
+    assert "bug" not in run.stderr
+
+
+def test_a_full_disk_in_a_checkpoint_is_named(tmp_path: Path) -> None:
+    program = f"""
+import resource, signal
+from pathlib import Path
+import torch
+from clipcid_cli.formats.results.checkpoint import write_checkpoint
+from clipcid_cli.errors import ClipcidError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_checkpoint(Path({str(tmp_path)!r}), 1, {{"weights": torch.zeros(100000)}})
+except ClipcidError as error:
+    print(error.message)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Could not write" in done.stdout
+    assert "step_00000001.pt" in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_in_the_place_of_an_output_is_named(tmp_path: Path) -> None:
+    (tmp_path / "step_00000001.pt").mkdir()
+    with pytest.raises(ClipcidError, match=r"Could not write .*step_00000001.pt: Is a directory") as caught:
+        write_checkpoint(tmp_path, 1, {"weights": torch.zeros(3)})
+    assert "in its place" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "Memory ran out"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "Memory ran out"),
+        (OSError(28, "No space left on device", "/x/y"), "The system refused: /x/y: No space left on device."),
+        (PermissionError(13, "Permission denied", "/x/y"), "The system refused: /x/y: Permission denied."),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5"), "Another process"),
+        (ValueError("x"), "ValueError: x"),
+    ],
+)
+def test_what_is_no_bug_is_not_called_one(error: Exception, message: str) -> None:
+    found = explain(error)
+    assert found.message.startswith(message)
+    assert ("bug" in found.fix) == isinstance(error, ValueError)
