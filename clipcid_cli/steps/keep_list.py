@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.key_join import Keys
+from clipcid_cli.formats.key_streams import JoinedMatch, OrderedMatch, join_stream, parquet_keys
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.reporting import Reporter
@@ -102,7 +105,8 @@ def report_keep_list(
 def apply_keep_list(
     option: str | None,
     work: WorkDirectory,
-    keys: Keys,
+    keys: Callable[[], Iterable[pa.ChunkedArray]],
+    count: int,
     *,
     samples: str,
     source: str,
@@ -113,7 +117,8 @@ def apply_keep_list(
 
     Args:
         option: Value of ``--keep-list``: a file, ``none``, or None for the work directory's list where there is one.
-        keys: Keys of the step's N samples.
+        keys: Starts reading the keys of the step's samples, all different.
+        count: N, how many there are.
         samples: What they are called in messages: ``rows`` or ``samples``.
         source: Where they come from, for messages.
         max_missing: Largest share of the samples that may be missing from the list; missing ones are not kept.
@@ -124,23 +129,47 @@ def apply_keep_list(
     Raises:
         ClipcidError: when the list cannot be read, or was made from other data.
     """
-    path = _choose(option, work)
-    if path is None:
-        reporter.note(f"Keep list: none, all {samples} are used.")
+    keep_list = choose_keep_list(option, work, samples, reporter)
+    if keep_list is None:
         return None
-    keep_list = read_keep_list(path)
-    is_kept, num_missing = keep_list.look_up(keys)
+    is_kept, num_missing = _look_up(keep_list.path, keys, count)
     report_keep_list(
-        path,
+        keep_list.path,
         kept=int(np.count_nonzero(is_kept)),
         missing=num_missing,
-        total=len(is_kept),
+        total=count,
         samples=samples,
         source=source,
         max_missing=max_missing,
         reporter=reporter,
     )
-    return AppliedKeepList(path, keep_list.num_kept, len(keep_list), is_kept)
+    return AppliedKeepList(**vars(keep_list), is_kept=is_kept)
+
+
+def _look_up(
+    path: Path, keys: Callable[[], Iterable[pa.ChunkedArray]], count: int
+) -> tuple[npt.NDArray[np.bool_], int]:
+    """Tell which samples a keep list keeps, bool [N], and how many it lacks: in one pass where it has their order."""
+
+    def chunks() -> Iterator[pa.Array]:
+        return (part.combine_chunks().cast(pa.large_string()) for part in keys())
+
+    def pass_through(match: OrderedMatch | JoinedMatch) -> tuple[npt.NDArray[np.bool_], int]:
+        is_kept, first, missing = np.zeros(count, dtype=np.bool_), 0, 0
+        for part in chunks():
+            found = match.match(part)[:, 0]
+            is_kept[first : first + len(found)] = found > 0
+            missing += int(np.count_nonzero(found < 0))
+            first += len(found)
+        return is_kept, missing
+
+    stream = parquet_keys(path, "kept")
+    ordered = OrderedMatch(stream, 1)
+    answer = pass_through(ordered)
+    if ordered.is_complete():
+        return answer
+    with tempfile.TemporaryDirectory(prefix="clipcid-") as scratch:
+        return pass_through(JoinedMatch(join_stream(chunks(), count, stream, 1, Path(scratch))))
 
 
 def _choose(option: str | None, work: WorkDirectory) -> Path | None:

@@ -67,9 +67,13 @@ def test_the_table_is_what_a_plain_computation_gives(clipcid: Callable[..., Run]
     assert 1 < result["iterations"] <= 20
     folder = run.cwd / "clipcid-work" / "clusters"
     assert sorted(path.name for path in folder.iterdir() if path.name != ".cluster.lock") == [
+        "caption_top_clusters.npy",
+        "caption_top_similarities.npy",
         "centroids.npy",
         "cluster.json",
         "clusters.parquet",
+        "top_clusters.npy",
+        "top_similarities.npy",
     ]
     found = open_clusters(folder)
     centroids = found.centroids.astype(np.float64)
@@ -81,8 +85,9 @@ def test_the_table_is_what_a_plain_computation_gives(clipcid: Callable[..., Run]
         np.testing.assert_array_equal(tops.clusters, order)
         np.testing.assert_array_equal(tops.similarities, np.take_along_axis(exact, order, axis=1).astype(np.float16))
     np.testing.assert_array_equal(found.labels, found.images.clusters[:, 0])
-    assert result["objective"] == pytest.approx(float(found.similarities.mean(dtype=np.float64)), rel=1e-12)
-    assert list(found.keys) == [f"{row:05d}" for row in range(NUM_ROWS)]
+    table = pd.read_parquet(folder / "clusters.parquet")
+    assert result["objective"] == pytest.approx(float(table["similarity"].astype(float).mean()), rel=1e-12)
+    assert list(table["key"]) == [f"{row:05d}" for row in range(NUM_ROWS)]
     # The groups the rows were drawn around are found: far nearer to the own centroid than rows of one cluster would be.
     assert result["objective"] > 0.75
     weights = np.exp(found.images.similarities.astype(np.float64) / found.image_temperature)
@@ -216,9 +221,9 @@ def test_keys_that_repeat_across_files_need_a_flag(clipcid: Callable[..., Run], 
     assert "Key '00000' belongs to rows 0 and 450" in " ".join(refused.stderr.split()), refused
     assert "--keys shard" in refused.stderr
     run = clipcid("cluster", "--embeddings", embeddings, "--keys", "shard", "--num-clusters", NUM_CLUSTERS)
-    keys = open_clusters(run.cwd / "clipcid-work" / "clusters").keys
-    assert keys[0] == "img_emb_0000/00000"
-    assert keys[-1] == "img_emb_0001/00449"
+    keys = pd.read_parquet(run.cwd / "clipcid-work" / "clusters" / "clusters.parquet")["key"]
+    assert keys.iloc[0] == "img_emb_0000/00000"
+    assert keys.iloc[-1] == "img_emb_0001/00449"
 
 
 def test_a_few_rows_that_are_not_finite_are_counted_and_named(clipcid: Callable[..., Run], embeddings: Path) -> None:

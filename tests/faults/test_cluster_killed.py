@@ -45,11 +45,13 @@ def test_killed_in_each_phase_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
         assert not (folder / "cluster.json").exists(), "it was over before it could be killed"
     again = run_command(command(embeddings, tmp_path / "broken"), tmp_path, True, 300, None)
     assert "Resuming after" in again.stderr
-    for name in ("centroids.npy", "clusters.parquet"):
+    for name in ("centroids.npy", "clusters.parquet", "top_clusters.npy", "top_similarities.npy"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / "clusters" / name).read_bytes()
     assert sorted(path.name for path in folder.iterdir()) == [
         ".cluster.lock",
         "centroids.npy",
         "cluster.json",
         "clusters.parquet",
+        "top_clusters.npy",
+        "top_similarities.npy",
     ]

@@ -1,13 +1,19 @@
-"""Clusters of the images: ``centroids.npy`` and ``clusters.parquet``.
+"""Clusters of the images: ``centroids.npy``, ``clusters.parquet``, and its nearest centroids once more as arrays.
 
 The table is written in parts by any number of processes, each part a parquet file of its own that appears whole, and
 joined in order at the end. Where parts begin depends on the number of rows only, so the table's bytes do not depend on
 who wrote what, and a killed run continues with the missing parts.
+
+Parquet cannot be read row by row: its columns of nearest centroids lie beside it in files that are mapped, one copy for all
+processes of a host. They are made again where they are missing, as they are of earlier versions.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +56,8 @@ class Clusters:
 
     Attributes:
         centroids: Unit rows, float32 [K, D], mapped from the file, not read.
-        keys: Keys of the clustered images, str [N].
-        labels: Nearest centroid of each, int32 [N].
-        similarities: Cosine similarity to it, float32 [N].
-        images: The m nearest centroids of each image's features (of its joint features, where those were clustered).
+        images: Mapped likewise: the m nearest centroids of each image's features (of its joint features, where those were
+            clustered).
         captions: The same for the captions' embeddings; None when there were none.
         image_temperature: τ_T at which softmax(similarity/τ_T) over an image's m centroids has a median perplexity of 3.5.
         sidecar: What ``cluster.json`` says.
@@ -61,14 +65,16 @@ class Clusters:
 
     folder: Path
     centroids: npt.NDArray[np.float32]
-    keys: npt.NDArray[np.object_]
-    labels: npt.NDArray[np.int32]
-    similarities: npt.NDArray[np.float32]
     images: TopClusters
     captions: TopClusters | None
     image_temperature: float
     caption_temperature: float | None
     sidecar: dict[str, Any]
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """Nearest centroid of each clustered image, int32 [N]."""
+        return self.images.clusters[:, 0]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process open the files itself instead of receiving their rows."""
@@ -88,27 +94,27 @@ def open_clusters(folder: Path) -> Clusters:
     refuse_changed(folder, "cluster", sidecar, remake)
     try:
         centroids = np.load(folder / CENTROIDS, mmap_mode="r", allow_pickle=False)
-        keys = pq.read_table(folder / TABLE, columns=["key"])["key"].to_numpy()
-        table = read_part(folder / TABLE)
+        with pq.ParquetFile(folder / TABLE) as table:
+            most = _largest_cluster(table)
+            if not _are_mappable(folder, table):
+                _extract_tops(folder, table)
+            has_captions = "caption_top_clusters" in table.schema_arrow.names
+        tops = [map_tops(folder, prefix) for prefix in ("", *(["caption_"] if has_captions else []))]
         temperatures = sidecar["temperatures"]
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise ClipcidError(f"{folder} cannot be read as clusters: {error}", remake) from error
-    if int(table.images.clusters.max()) >= len(centroids):
+    if most >= len(centroids):
         raise ClipcidError(
-            f"{folder / TABLE} names cluster {int(table.images.clusters.max())}; "
-            f"{CENTROIDS} has {len(centroids)} centroids.",
+            f"{folder / TABLE} names cluster {most}; {CENTROIDS} has {len(centroids)} centroids.",
             remake,
         )
     return Clusters(
         folder=folder,
         centroids=centroids,
-        keys=keys,
-        labels=table.labels,
-        similarities=table.similarities,
-        images=table.images,
-        captions=table.captions,
+        images=tops[0],
+        captions=tops[1] if has_captions else None,
         image_temperature=float(temperatures["image"]),
-        caption_temperature=None if table.captions is None else float(temperatures["caption"]),
+        caption_temperature=float(temperatures["caption"]) if has_captions else None,
         sidecar=sidecar,
     )
 
@@ -131,7 +137,7 @@ def part_path(folder: Path, part: int) -> Path:
 def write_part(
     path: Path,
     *,
-    keys: npt.NDArray[np.object_],
+    keys: pa.Array | pa.ChunkedArray,
     similarities: npt.NDArray[np.float64],
     images: TopClusters,
     captions: TopClusters | None,
@@ -140,13 +146,13 @@ def write_part(
 
     Args:
         path: Where, from :func:`part_path`.
-        keys: Keys of its images, str [n].
+        keys: Keys of its n images, strings.
         similarities: Similarity to the nearest centroid, [n], before its rounding to float16.
         images: Nearest centroids of the images.
         captions: Nearest centroids of the captions, where there are text embeddings.
     """
     columns = {
-        "key": pa.array(keys, pa.string()),
+        "key": keys.cast(pa.string()),
         "cluster": pa.array(images.clusters[:, 0], pa.int32()),
         "similarity": pa.array(similarities.astype(np.float32)),
         **_top_columns("", images),
@@ -155,28 +161,18 @@ def write_part(
     write_parquet(path, pa.table(columns))
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A part of the table.
-
-    Attributes:
-        labels: Nearest centroid of each image, int32 [n].
-        similarities: Cosine similarity to it, float32 [n].
-        images: Nearest centroids of the images.
-        captions: Nearest centroids of the captions; None when there are none.
-    """
-
-    labels: npt.NDArray[np.int32]
-    similarities: npt.NDArray[np.float32]
-    images: TopClusters
-    captions: TopClusters | None
+def read_part(path: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Read from a part the nearest centroid of each image and its similarity, [n] each."""
+    table = pq.read_table(path, columns=["cluster", "similarity"])
+    return table["cluster"].to_numpy(), table["similarity"].to_numpy()
 
 
-def read_part(path: Path) -> Part:
-    """Read a part, or the whole table."""
-    table = pq.read_table(path)
-    captions = _read_tops(table, "caption_") if "caption_top_clusters" in table.column_names else None
-    return Part(table["cluster"].to_numpy(), table["similarity"].to_numpy(), _read_tops(table, ""), captions)
+def map_tops(folder: Path, prefix: str) -> TopClusters:
+    """Map the nearest centroids of the images (prefix ``""``) or of the captions (``caption_``)."""
+    clusters, similarities = (
+        np.asarray(np.load(_array_path(folder, f"{prefix}{name}"), mmap_mode="r", allow_pickle=False)) for name in _TOPS
+    )
+    return TopClusters(clusters, similarities)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,14 +212,25 @@ def remove_scratch(folder: Path) -> None:
 
 
 def join_parts(folder: Path, num_parts: int, *, captions: bool) -> None:
-    """Join the parts into ``clusters.parquet``, one row group each. The parts stay: remove them after the commit."""
+    """Join the parts into ``clusters.parquet``, one row group each, and its arrays.
+
+    The parts stay: remove them after the commit.
+    """
     columns = _IMAGE_COLUMNS | (_CAPTION_COLUMNS if captions else {})
+    paths = [part_path(folder, part) for part in range(num_parts)]
+    num_rows = sum(pq.read_metadata(path).num_rows for path in paths)
     with (
+        _top_arrays(folder, num_rows, captions=captions) as append,
         atomic_file(folder / TABLE) as file,
         pq.ParquetWriter(file, pa.schema(list(columns.items())), compression="zstd") as writer,
     ):
-        for part in range(num_parts):
-            writer.write_table(pq.read_table(part_path(folder, part)))
+        for path in paths:
+            part = pq.read_table(path)
+            writer.write_table(part)
+            append(part)
+    if not captions:
+        for name in _CAPTION_COLUMNS:  # of clusters that these replace
+            _array_path(folder, name).unlink(missing_ok=True)
 
 
 def _top_columns(prefix: str, tops: TopClusters) -> dict[str, pa.Array]:
@@ -237,10 +244,56 @@ def _top_columns(prefix: str, tops: TopClusters) -> dict[str, pa.Array]:
     }
 
 
-def _read_tops(table: pa.Table, prefix: str) -> TopClusters:
-    def read(name: str) -> npt.NDArray[Any]:
-        column = table[f"{prefix}{name}"].combine_chunks()
-        values: npt.NDArray[Any] = column.flatten().to_numpy(zero_copy_only=False)
-        return values.reshape(len(table), -1)
+def _array_path(folder: Path, column: str) -> Path:
+    return folder / f"{column}.npy"
 
-    return TopClusters(read("top_clusters"), read("top_similarities"))
+
+def _top_names(names: Iterable[str]) -> list[str]:
+    return [name for name in (*_TOPS, *_CAPTION_COLUMNS) if name in names]
+
+
+def _are_mappable(folder: Path, table: pq.ParquetFile) -> bool:
+    """Tell whether each column of nearest centroids has its array, with as many rows."""
+    paths = [_array_path(folder, name) for name in _top_names(table.schema_arrow.names)]
+    rows = table.metadata.num_rows
+    return all(path.exists() and len(np.load(path, mmap_mode="r", allow_pickle=False)) == rows for path in paths)
+
+
+def _extract_tops(folder: Path, table: pq.ParquetFile) -> None:
+    """Write the arrays of a table that has none."""
+    names = _top_names(table.schema_arrow.names)
+    # Several processes may do so at once: each writes files of its own, and the last ones stay.
+    captions, sibling = "caption_top_clusters" in names, f"{os.getpid()}.partial"
+    with _top_arrays(folder, table.metadata.num_rows, captions=captions, sibling=sibling) as append:
+        for group in range(table.num_row_groups):
+            append(table.read_row_group(group, columns=names))
+
+
+@contextmanager
+def _top_arrays(
+    folder: Path, num_rows: int, *, captions: bool, sibling: str = "partial"
+) -> Iterator[Callable[[pa.Table], None]]:
+    """Write the arrays of nearest centroids: yields what appends the next rows of the table to them."""
+    with ExitStack() as stack:
+        names = [*_TOPS, *(_CAPTION_COLUMNS if captions else [])]
+        files = {name: stack.enter_context(atomic_file(_array_path(folder, name), sibling)) for name in names}
+
+        def append(rows: pa.Table) -> None:
+            for name, file in files.items():
+                for chunk in rows[name].chunks:
+                    values = chunk.flatten().to_numpy(zero_copy_only=False)
+                    values = values.reshape(len(chunk), -1)
+                    if not file.tell():
+                        kind = np.lib.format.dtype_to_descr(values.dtype)
+                        header = {"descr": kind, "fortran_order": False, "shape": (num_rows, values.shape[1])}
+                        np.lib.format.write_array_header_1_0(file, header)
+                    file.write(values.data)
+
+        yield append
+
+
+def _largest_cluster(table: pq.ParquetFile) -> int:
+    """Return the largest number of a cluster that a table holds, from its statistics: its rows are not read."""
+    groups = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
+    columns = [group.column(column) for group in groups for column in range(group.num_columns)]
+    return max(int(column.statistics.max) for column in columns if column.path_in_schema.startswith("top_clusters."))

@@ -14,7 +14,7 @@ import torch
 from clipcid_cli.algorithms.kmeans.kmeans import temperature_for_perplexity
 from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
 from clipcid_cli.formats.embeddings.rows import Float16
-from clipcid_cli.formats.results.clusters import TopClusters, part_bounds, part_path, read_part, write_part
+from clipcid_cli.formats.results.clusters import TopClusters, map_tops, part_bounds, part_path, read_part, write_part
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.cluster.rows import ClusterRows
@@ -79,26 +79,22 @@ def _find_top(
 
 
 def summarise(rows: ClusterRows, num_clusters: int, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the counts and the objective of the result, and the temperatures, from the parts of the table.
+    """Return the counts and the objective of the result, and the temperatures, from the table and its parts.
 
     Sums are taken in the order of the parts, which depends on the number of rows only.
     """
     totals: list[float] = []
     sizes = np.zeros(num_clusters, dtype=np.int64)
+    for number in range(len(part_bounds(len(rows)))):
+        labels, similarities = read_part(part_path(folder, number))
+        totals.append(float(similarities.sum(dtype=np.float64)))
+        sizes += np.bincount(labels, minlength=num_clusters)
     every = -(-len(rows) // _TEMPERATURE_ROWS)
-    images: list[npt.NDArray[np.float16]] = []
-    captions: list[npt.NDArray[np.float16]] = []
-    for number, (start, _) in enumerate(part_bounds(len(rows))):
-        part = read_part(part_path(folder, number))
-        totals.append(float(part.similarities.sum(dtype=np.float64)))
-        sizes += np.bincount(part.labels, minlength=num_clusters)
-        sampled = slice(-start % every, None, every)
-        images.append(part.images.similarities[sampled])
-        if part.captions is not None:
-            captions.append(part.captions.similarities[sampled])
-    temperatures = {"image": temperature_for_perplexity(np.concatenate(images))}
-    if captions:
-        temperatures["caption"] = temperature_for_perplexity(np.concatenate(captions))
+    prefixes = {"image": ""} | ({"caption": "caption_"} if rows.embeddings.has_texts else {})
+    temperatures = {
+        name: temperature_for_perplexity(map_tops(folder, prefix).similarities[::every])
+        for name, prefix in prefixes.items()
+    }
     result = {
         "images": len(rows),
         "clusters": num_clusters,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from clipcid_cli.formats.output import fingerprint_file
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.steps.cluster.selection import Selection
 from clipcid_cli.steps.keep_list import apply_keep_list
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -26,7 +28,7 @@ from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """The files of some embeddings, mapped once: of thousands that takes seconds.
+    """The files of some embeddings, looked at once: of thousands that takes seconds.
 
     It must not have been used when it is sent to another process: a mapped array would be copied whole.
     """
@@ -43,6 +45,22 @@ class Sources:
         """Captions' embeddings."""
         return self.embeddings.texts()
 
+    @cached_property
+    def keys(self) -> Callable[[int], pa.ChunkedArray]:
+        """Reads the keys of a file, by its place among the files; those of the last one are kept."""
+        return lru_cache(maxsize=1)(lambda place: self.embeddings.keys_of(self.embeddings.files[place]))
+
+    @cached_property
+    def firsts(self) -> npt.NDArray[np.int64]:
+        """Number of the first row of each file, and of all rows at the end."""
+        return np.array([*(file.first for file in self.embeddings.files), self.embeddings.num_rows])
+
+    def key(self, number: int) -> str:
+        """Read the key of a row."""
+        file = int(np.searchsorted(self.firsts, number, side="right")) - 1
+        key: str = self.keys(file)[number - int(self.firsts[file])].as_py()
+        return key
+
 
 @dataclasses.dataclass(frozen=True)
 class ClusterRows:
@@ -50,20 +68,20 @@ class ClusterRows:
 
     Attributes:
         keep_list: The keep list that chose them; None for all.
-        numbers: Their numbers among all rows of the embeddings, int64 [N], ascending.
+        chosen: Which of all rows of the embeddings they are.
         joint: Whether the features are joint ones of image and caption.
         skips: Rows that cannot be used.
     """
 
     embeddings: Embeddings
     keep_list: Path | None
-    numbers: npt.NDArray[np.int64]
+    chosen: Selection
     joint: bool
     skips: Skips
     sources: Sources
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.chosen)
 
     @property
     def width(self) -> int:
@@ -73,8 +91,8 @@ class ClusterRows:
     def sample(self, count: int, seed: int) -> ClusterRows:
         """Return `count` of the rows, each set of them as likely as another. They share the mapped files."""
         random = np.random.default_rng(derive_seed("cluster rows", seed))
-        chosen = np.sort(random.choice(len(self), count, replace=False, shuffle=False))
-        return dataclasses.replace(self, numbers=self.numbers[chosen])
+        positions = np.sort(random.choice(len(self), count, replace=False, shuffle=False))
+        return dataclasses.replace(self, chosen=self.chosen.subset(positions))
 
     def features(self, start: int, stop: int) -> Float16:
         """Read what is clustered of rows start … stop − 1: unit rows, float16 [n, D]."""
@@ -83,19 +101,26 @@ class ClusterRows:
 
     def features_at(self, positions: npt.NDArray[np.int64]) -> Float16:
         """Read what is clustered of single rows: unit rows, float16 [n, D]."""
-        images = self.sources.images.take(self.numbers[positions])
+        numbers = self.chosen.at(positions)
+        images = self.sources.images.take(numbers)
         if not self.joint:
             return images
-        return joint_features(images, _without_nan(self.sources.texts.take(self.numbers[positions])))
+        return joint_features(images, _without_nan(self.sources.texts.take(numbers)))
 
     def captions(self, start: int, stop: int) -> Float16:
         """Read the captions' embeddings: unit rows, float16 [n, D]; zero where another tool left no finite row."""
         return _without_nan(self._read(self.sources.texts, start, stop))
 
-    def keys(self, start: int, stop: int) -> npt.NDArray[np.object_]:
-        """Return the keys of rows start … stop − 1."""
-        keys: npt.NDArray[np.object_] = self.embeddings.keys.take(pa.array(self.numbers[start:stop])).to_numpy()
-        return keys
+    def keys(self, start: int, stop: int) -> pa.ChunkedArray:
+        """Read the keys of rows start … stop − 1, strings."""
+        numbers, firsts = self.chosen.between(start, stop), self.sources.firsts
+        files = np.unique(np.searchsorted(firsts, numbers, side="right") - 1)
+        bounds = np.searchsorted(numbers, firsts)
+        parts = [
+            self.sources.keys(file).take(pa.array(numbers[bounds[file] : bounds[file + 1]] - firsts[file]))
+            for file in files.tolist()
+        ]
+        return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.large_string())
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Describe every input file."""
@@ -103,9 +128,9 @@ class ClusterRows:
         return found if self.keep_list is None else [*found, fingerprint_file(self.keep_list)]
 
     def _read(self, rows: Rows, start: int, stop: int) -> Float16:
-        if len(self.numbers) == len(rows):
+        if len(self) == len(rows):
             return rows.read(start, stop)
-        return rows.take(self.numbers[start:stop])
+        return rows.take(self.chosen.between(start, stop))
 
 
 def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
@@ -126,18 +151,19 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
             "Embed with captions (clipcid embed DATA), or use --features image.",
         )
     embeddings.refuse_repeated_keys()
-    usable = np.ones(embeddings.num_rows, dtype=np.bool_)
+    sources, usable = Sources(embeddings), np.ones(embeddings.num_rows, dtype=np.bool_)
     skips = Skips()
     for row in embeddings.find_bad_rows(texts=True).tolist():
         usable[row] = False
-        skips.add("nan_row", embeddings.keys[row].as_py())
+        skips.add("nan_row", sources.key(row))
     skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
     if skips.total:
         reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
     keep_list = apply_keep_list(
         settings.keep_list,
         work,
-        embeddings.keys,
+        lambda: (embeddings.keys_of(file) for file in embeddings.files),
+        embeddings.num_rows,
         samples="rows",
         source=str(folder),
         max_missing=settings.max_bad_fraction,
@@ -149,11 +175,11 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
         raise ClipcidError(
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
-    # Opened anew, without the keys that were read for the join: each process reads those itself.
+    # Opened anew, without what was read so far: each process reads that itself.
     cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
     fresh = open_embeddings(folder, settings.keys, settings.npz_array, cache)
     path = None if keep_list is None else keep_list.path
-    return ClusterRows(fresh, path, np.flatnonzero(usable), settings.features == "joint", skips, Sources(fresh))
+    return ClusterRows(fresh, path, Selection(usable), settings.features == "joint", skips, Sources(fresh))
 
 
 def _without_nan(rows: Float16) -> Float16:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from clipcid_cli.errors import ClipcidError
@@ -27,7 +30,7 @@ def write_clusters(folder: Path, num_rows: int, *, captions: bool = True, num_cl
     similarities = -np.sort(-random.random((num_rows, m)), axis=1)
     clusters = random.integers(0, num_clusters, (num_rows, m)).astype(np.int32)
     tops = TopClusters(clusters, similarities.astype(np.float16))
-    keys = np.array([f"key {row}" for row in range(num_rows)], dtype=object)
+    keys = pa.array([f"key {row}" for row in range(num_rows)], pa.large_string())
     bounds = part_bounds(num_rows)
     for part, (first, last) in enumerate(bounds):
         piece = TopClusters(clusters[first:last], tops.similarities[first:last])
@@ -48,15 +51,49 @@ def write_clusters(folder: Path, num_rows: int, *, captions: bool = True, num_cl
 def test_what_is_written_is_read_back(tmp_path: Path, captions: bool) -> None:
     keys, tops, similarities = write_clusters(tmp_path, 20_000, captions=captions)
     found = open_clusters(tmp_path)
-    assert list(found.keys) == list(keys)
+    table = pq.read_table(tmp_path / "clusters.parquet")
+    assert table["key"].to_pylist() == keys.to_pylist()
+    np.testing.assert_array_equal(table["similarity"].to_numpy(), similarities[:, 0].astype(np.float32))
     assert found.labels.dtype == np.int32
     assert found.images.similarities.dtype == np.float16
     np.testing.assert_array_equal(found.labels, tops.clusters[:, 0])
-    np.testing.assert_array_equal(found.similarities, similarities[:, 0].astype(np.float32))
     np.testing.assert_array_equal(found.images.clusters, tops.clusters)
     np.testing.assert_array_equal(found.images.similarities, tops.similarities)
     assert (found.captions is not None) == captions
     assert found.caption_temperature == (0.03 if captions else None)
+
+
+def read_arrays(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*top_*.npy")}
+
+
+def test_arrays_are_made_again_where_they_are_missing_or_of_other_clusters(tmp_path: Path) -> None:
+    _, tops, _ = write_clusters(tmp_path, 20_000)
+    written = read_arrays(tmp_path)
+    assert len(written) == 4
+    for name in written:
+        (tmp_path / name).unlink()
+    np.testing.assert_array_equal(open_clusters(tmp_path).images.clusters, tops.clusters)
+    assert read_arrays(tmp_path) == written
+    np.save(tmp_path / "top_clusters.npy", tops.clusters[1:])
+    open_clusters(tmp_path)
+    assert read_arrays(tmp_path) == written
+
+
+def test_clusters_without_captions_leave_no_arrays_of_those_before(tmp_path: Path) -> None:
+    write_clusters(tmp_path, 10)
+    write_clusters(tmp_path, 10, captions=False)
+    assert set(read_arrays(tmp_path)) == {"top_clusters.npy", "top_similarities.npy"}
+
+
+def test_rows_are_mapped_and_another_process_opens_the_files_itself(tmp_path: Path) -> None:
+    write_clusters(tmp_path, 20_000)
+    found = open_clusters(tmp_path)
+    assert not found.images.clusters.flags.owndata
+    assert isinstance(found.images.clusters.base, np.memmap)
+    sent = pickle.dumps(found)
+    assert len(sent) < 1000
+    np.testing.assert_array_equal(pickle.loads(sent).images.clusters, found.images.clusters)
 
 
 def test_other_tools_read_the_table(tmp_path: Path) -> None:
