@@ -15,17 +15,19 @@ Source: docs/method.md#distance.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-IntArray = npt.NDArray[np.int64]
+# Row numbers and the like, in as few bytes as hold them, see `row_type`.
+IntArray = npt.NDArray[np.signedinteger[Any]]
 HalfArray = npt.NDArray[np.float16]
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
 
-# Reads stored rows, float16 [n, D], by their row numbers, int64 [n].
+# Reads stored rows, float16 [n, D], by their row numbers, integers [n].
 ReadRows = Callable[[IntArray], HalfArray]
 
 # A bound is changed by this share before it is rounded to float32: twice as much as rounding can change it.
@@ -42,6 +44,11 @@ _PAIRS_AT_ONCE = 512
 
 # Intermediate copies of this many rows stay in the processor's cache, which is five times as fast as fresh memory.
 ROWS_IN_CACHE = 512
+
+
+def row_type(num_rows: int) -> type[np.signedinteger[Any]]:
+    """Return the type of the numbers of so many rows: int32 where that holds them and their number, else int64."""
+    return np.int32 if num_rows < 2**31 else np.int64
 
 
 def round_distances(squared_P: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,8 @@ class Edges:
     """Weighted pairs of rows.
 
     Attributes:
-        a: Smaller row of each pair, int64 [E].
-        b: Larger row of each pair, int64 [E].
+        a: Smaller row of each pair, integers [E].
+        b: Larger row of each pair, integers [E].
         weight: Distance of each pair, float32 [E], at least 0.
     """
 
@@ -34,7 +34,7 @@ class Edges:
     @staticmethod
     def empty() -> Edges:
         """Return no edges."""
-        return Edges(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+        return Edges(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 
     @staticmethod
     def concatenate(parts: Iterable[Edges]) -> Edges:
@@ -45,6 +45,10 @@ class Edges:
             np.concatenate([part.b for part in parts]),
             np.concatenate([part.weight for part in parts]),
         )
+
+    def in_type(self, kind: type[np.signedinteger]) -> Edges:
+        """Return the edges with row numbers of a type that holds them."""
+        return Edges(self.a.astype(kind, copy=False), self.b.astype(kind, copy=False), self.weight)
 
     def renumbered(self, numbers: IntArray) -> Edges:
         """Return the edges, ascending, with each row replaced by its number, int64 [N]; numbers keep the order of rows."""
@@ -62,12 +66,15 @@ def sort_edges(edges: Edges) -> Edges:
     if len(edges) and int(edges.a.max()) >= 2**32:
         return edges[np.lexsort((edges.b, edges.a, edges.weight))]
     weight = edges.weight + np.float32(0.0)  # −0.0 would sort above everything
-    key = (weight.view(np.uint32).astype(np.uint64) << np.uint64(32)) | edges.a.astype(np.uint64)
+    key = weight.view(np.uint32).astype(np.uint64)
+    key <<= np.uint64(32)
+    key |= edges.a.view(f"u{edges.a.itemsize}")
     order = np.argsort(key)
-    sorted_key = key[order]
-    equal = sorted_key[1:] == sorted_key[:-1]
+    key = key[order]
+    equal = key[1:] == key[:-1]
     if equal.any():
         tied = np.flatnonzero(np.concatenate([equal, [False]]) | np.concatenate([[False], equal]))
         among = order[tied]
-        order[tied] = among[np.lexsort((edges.b[among], key[among]))]
+        order[tied] = among[np.lexsort((edges.b[among], key[tied]))]
+    del key, weight
     return edges[order]

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.search.blocks import Block
@@ -22,9 +20,6 @@ from clipcid_cli.algorithms.search.tiles import PieceTiles
 # Rows read at once on each side: a partition of more is compared in pieces, so memory does not depend on its size.
 _PANEL_ROWS = 8192
 
-# Row numbers in as few bytes as hold them: int32 below 2³¹.
-RowArray = npt.NDArray[np.signedinteger[Any]]
-
 
 class Groups:
     """Lists of rows, one a partition, in one array.
@@ -34,7 +29,7 @@ class Groups:
         rows: The row of each entry, integers [E].
     """
 
-    def __init__(self, partitions: RowArray, rows: RowArray, num_partitions: int) -> None:
+    def __init__(self, partitions: IntArray, rows: IntArray, num_partitions: int) -> None:
         order = np.argsort(partitions, kind="stable")
         self._rows = rows[order]
         self._ends = np.cumsum(np.bincount(partitions, minlength=num_partitions))
@@ -43,7 +38,7 @@ class Groups:
         """Return the length of each list, int64 [K]."""
         return np.diff(self._ends, prepend=0)
 
-    def of(self, partition: int) -> RowArray:
+    def of(self, partition: int) -> IntArray:
         """Return the rows of one partition in the order they were given."""
         start = int(self._ends[partition - 1]) if partition else 0
         return self._rows[start : int(self._ends[partition])]
@@ -123,5 +118,5 @@ class PartitionedSearch:
                     panel, self._load(others[at : at + self.panel_rows]), cutoff, pair_filter
                 )
 
-    def _load(self, positions: RowArray) -> Block:
+    def _load(self, positions: IntArray) -> Block:
         return self._search.load(self._rows[positions])

@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 from clipcid_cli.algorithms.search.blocks import exact_accumulation, read_stored
-from clipcid_cli.algorithms.search.distances import IntArray, ReadRows, root, squared_lengths
+from clipcid_cli.algorithms.search.distances import IntArray, ReadRows, root, row_type, squared_lengths
 from clipcid_cli.algorithms.search.low_precision import ACCUMULATION_UNIT
-from clipcid_cli.algorithms.search.partitioned_search import Groups, RowArray
+from clipcid_cli.algorithms.search.partitioned_search import Groups
 
 # Scores computed at once: they and what is made of them stay near the cores' caches.
 _SCORES_AT_ONCE = 2**21
@@ -199,8 +199,8 @@ def assign_rows(
         Positions in `rows` by home partition, and by the partitions they visit.
     """
     start, stop = share
-    small: type[np.signedinteger[Any]] = np.int32 if len(rows) < 2**31 else np.int64
-    parts: list[tuple[RowArray, RowArray, RowArray]] = []
+    small = row_type(len(rows))
+    parts: list[tuple[IntArray, IntArray, IntArray]] = []
     for at in range(start, stop, partitions.rows_at_once):
         positions = np.arange(at, min(at + partitions.rows_at_once, stop))
         stored_BD = read_stored(read, rows[positions], partitions.centroids_KD.device)

@@ -14,13 +14,12 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
+from clipcid_cli.algorithms.search.distances import FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.search.edges import Edges, sort_edges
 
-# Weights at which a growing forest stores its components, to reject edges that close a cycle before they are kept.
-_NUM_LEVELS = 16
-# Edges collected before they are merged into the forest; at least as many as the forest has.
+# Edges collected before they are merged into the forest; at least half as many as the forest has.
 _SMALLEST_FOLD = 2**18
+_MOST_PIECES = 2**10
 # From this many edges at once, and this many times the number of rows they join, their own forest is built first: it is far
 # smaller.
 _MANY = 2**12
@@ -31,13 +30,13 @@ def connected_components(num_nodes: int, a: IntArray, b: IntArray) -> IntArray:
     """Label the components of a graph by their smallest node.
 
     Args:
-        a: One end of each edge, int64 [E] in [0, num_nodes).
-        b: The other end, int64 [E].
+        a: One end of each edge, integers [E] in [0, num_nodes).
+        b: The other end, integers [E].
 
     Returns:
-        int64 [num_nodes]: the smallest node reachable from each node.
+        Integers [num_nodes]: the smallest node reachable from each node.
     """
-    labels = np.arange(num_nodes, dtype=np.int64)
+    labels = np.arange(num_nodes, dtype=row_type(num_nodes))
     while True:
         label_a, label_b = labels[a], labels[b]
         apart = label_a != label_b
@@ -61,33 +60,63 @@ def minimum_forest(num_rows: int, edges: Edges) -> Edges:
     Returns:
         At most num_rows − 1 of the edges; the same ones whatever the order they came in.
     """
-    edges = sort_edges(edges)
-    rank = np.arange(len(edges))
+    return _contract(num_rows, sort_edges(edges))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Round:
+    """A round of Borůvka's algorithm among the M nodes that earlier rounds have left.
+
+    Attributes:
+        weight: Weight of each node's lightest edge, float32 [M], infinite where it has none.
+        parent: The node of the next round that it is merged into, integers [M]; of no meaning where it has no edge.
+    """
+
+    weight: FloatArray
+    parent: IntArray
+
+
+def _contract(num_rows: int, edges: Edges) -> tuple[Edges, list[_Round]]:
+    """Build the minimum spanning forest of a graph whose edges ascend; nodes without further edges leave after a round."""
+    kind = row_type(max(num_rows, len(edges)))
+    none = len(edges)
+    rank = np.arange(none, dtype=kind)
     a, b = edges.a, edges.b
     num_nodes = num_rows
-    picked = []
+    picked, rounds = list[IntArray](), list[_Round]()
     while len(rank):
         # Ranks ascend, so writing them in reverse leaves the lightest edge at each node.
-        lightest = np.full(num_nodes, len(edges), dtype=np.int64)
+        lightest = np.full(num_nodes, none, dtype=kind)
         lightest[a[::-1]] = rank[::-1]
-        lightest_b = np.full(num_nodes, len(edges), dtype=np.int64)
+        lightest_b = np.full(num_nodes, none, dtype=kind)
         lightest_b[b[::-1]] = rank[::-1]
         np.minimum(lightest, lightest_b, out=lightest)
-        chosen = np.unique(lightest[lightest < len(edges)])
+        del lightest_b
+        has_edge = lightest < none
+        chosen = np.unique(lightest[has_edge])
         picked.append(chosen)
+        weight = np.full(num_nodes, np.inf, np.float32)
+        weight[has_edge] = edges.weight[lightest[has_edge]]
+        del lightest
         position = np.searchsorted(rank, chosen)
         labels = connected_components(num_nodes, a[position], b[position])
-        is_root = labels == np.arange(num_nodes)
-        labels = (np.cumsum(is_root) - 1)[labels]
-        num_nodes = int(np.count_nonzero(is_root))
-        a, b = labels[a], labels[b]
+        has_edge &= labels == np.arange(num_nodes, dtype=kind)  # the first node of each component
+        number = np.cumsum(has_edge, dtype=kind)
+        num_nodes = int(number[-1])
+        number -= 1
+        rounds.append(_Round(weight, number[labels]))
+        a, b = rounds[-1].parent[a], rounds[-1].parent[b]
         apart = a != b
         a, b, rank = a[apart], b[apart], rank[apart]
-    return edges[np.sort(np.concatenate([np.empty(0, np.int64), *picked]))]
+    return edges[np.sort(np.concatenate([np.empty(0, kind), *picked]))], rounds
 
 
 class ForestBuilder:
     """Merges edges into a minimum spanning forest as they are added, in memory bounded by the number of rows.
+
+    The rounds that built the forest tell how light the path between two rows is: the heaviest edge of the path weighs as
+    much as the heaviest lightest edge of the nodes that the rows are merged into, round by round, until both are one node
+    (King 1997, "A simpler minimum spanning tree verification algorithm"). They take about 12 bytes a row, at most 16.
 
     Args:
         smallest_fold: Least number of edges collected before they are merged; only speed and memory depend on it.
@@ -97,10 +126,11 @@ class ForestBuilder:
         self.num_rows = num_rows
         self._smallest_fold = smallest_fold
         self._forest = Edges.empty()
+        self._rounds: list[_Round] = []
         self._waiting: list[Edges] = []
         self._num_waiting = 0
-        self._level_weights: FloatArray = np.empty(0, np.float32)
-        self._level_labels: npt.NDArray[np.int32 | np.int64] = np.empty((0, num_rows), np.int32)
+        # Small pieces, each three arrays of its own, are put together before they are many.
+        self._pieces: list[Edges] = []
         if known is not None:
             self.add(known)
             self._fold()
@@ -109,28 +139,39 @@ class ForestBuilder:
         """Tell which pairs can still be edges of the forest, from lower bounds of their weights.
 
         A pair whose rows are joined already by strictly lighter edges closes a cycle as its heaviest edge and is in no
-        minimum spanning forest. Components are known at some weights only, so True does not mean that it joins.
+        minimum spanning forest. Edges added since the last merge are not considered, so True does not mean that it joins.
 
         Args:
-            a: One row of each pair, int64 [P].
-            b: The other row, int64 [P].
+            a: One row of each pair, integers [P].
+            b: The other row, integers [P].
             at_least: Lower bounds of the weights, float32 [P].
         """
-        level = np.searchsorted(self._level_weights, at_least, side="left") - 1
         possible = np.ones(len(a), np.bool_)
-        known = np.flatnonzero(level >= 0)
-        level = level[known]
-        possible[known] = self._level_labels[level, a[known]] != self._level_labels[level, b[known]]
+        pair = np.arange(len(a))
+        for each in self._rounds:
+            lighter = (each.weight[a] < at_least) & (each.weight[b] < at_least)
+            a, b, pair, at_least = a[lighter], b[lighter], pair[lighter], at_least[lighter]
+            if not len(pair):
+                break
+            a, b = each.parent[a], each.parent[b]
+            apart = a != b
+            possible[pair[~apart]] = False
+            a, b, pair, at_least = a[apart], b[apart], pair[apart], at_least[apart]
         return possible
 
     def add(self, edges: Edges) -> None:
         """Add edges of the graph."""
         edges = edges[self.may_join(edges.a, edges.b, edges.weight)]
+        if not len(edges):
+            return
         if len(edges) >= _MANY:
             edges = self._thin_out(edges)
-        self._waiting.append(edges)
+        self._pieces.append(edges.in_type(row_type(self.num_rows)))
+        if len(self._pieces) >= _MOST_PIECES:
+            self._waiting.append(Edges.concatenate(self._pieces))
+            self._pieces = []
         self._num_waiting += len(edges)
-        if self._num_waiting >= max(self._smallest_fold, len(self._forest)):
+        if self._num_waiting >= max(self._smallest_fold, len(self._forest) // 2):
             self._fold()
 
     def _thin_out(self, edges: Edges) -> Edges:
@@ -140,8 +181,9 @@ class ForestBuilder:
         rows = np.flatnonzero(occurs)
         if len(edges) <= _DENSE * len(rows):
             return edges
-        place = np.cumsum(occurs) - 1  # rows keep their order, so ties are broken as among all rows
-        forest = minimum_forest(len(rows), Edges(place[edges.a], place[edges.b], edges.weight))
+        # Rows keep their order, so ties are broken as among all rows.
+        places = (np.searchsorted(rows, edges.a), np.searchsorted(rows, edges.b))
+        forest = minimum_forest(len(rows), Edges(*places, edges.weight))
         return Edges(rows[forest.a], rows[forest.b], forest.weight)
 
     def build(self) -> Edges:
@@ -152,17 +194,11 @@ class ForestBuilder:
     def _fold(self) -> None:
         if not self._num_waiting:
             return
-        self._forest = minimum_forest(self.num_rows, Edges.concatenate([self._forest, *self._waiting]))
-        self._waiting, self._num_waiting = [], 0
-        forest = self._forest
-        ends = np.unique(np.linspace(0, len(forest), _NUM_LEVELS + 1).astype(np.int64)[1:])
-        self._level_weights = forest.weight[ends - 1]
-        # A level covers all edges up to its weight, ties included.
-        ends = np.searchsorted(forest.weight, self._level_weights, side="right")
-        kind = np.int32 if self.num_rows < 2**31 else np.int64
-        self._level_labels = np.stack(
-            [connected_components(self.num_rows, forest.a[:end], forest.b[:end]).astype(kind) for end in ends]
-        )
+        edges = Edges.concatenate([self._forest, *self._waiting, *self._pieces])
+        # What is not needed any more would lie beside the sorted edges.
+        self._forest, self._waiting, self._pieces, self._num_waiting, self._rounds = Edges.empty(), [], [], 0, []
+        edges = sort_edges(edges)
+        self._forest, self._rounds = _contract(self.num_rows, edges)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,8 +56,8 @@ def _keep_in_order(num_rows: int, place: IntArray, pairs: Edges) -> np.ndarray[t
     (Blelloch, Fineman, Shun 2012, "Greedy sequential maximal independent set and matching are parallel on average").
     """
     keeps, decided = np.zeros(num_rows, np.bool_), np.zeros(num_rows, np.bool_)
-    early = np.where(place[pairs.a] < place[pairs.b], pairs.a, pairs.b)
-    late = pairs.a + pairs.b - early
+    is_ordered = place[pairs.a] < place[pairs.b]
+    early, late = np.where(is_ordered, pairs.a, pairs.b), np.where(is_ordered, pairs.b, pairs.a)
     while len(early):
         waits = np.zeros(num_rows, np.bool_)
         waits[late] = True

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file, write_parquet
+from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.output import Output, describe_outputs, find_changed, read_sidecar, sidecar_path
 from clipcid_cli.formats.parquet import read_columns
 from clipcid_cli.formats.reading import reading
@@ -24,6 +25,12 @@ from clipcid_cli.formats.reading import reading
 # their own, so that neither is ever used, or replaced, as the other.
 _STEPS = {"exact": "forest", "partitioned": "forest-partitioned"}
 _PARTS = ".forest-parts"
+_SCHEMA = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("distance", pa.float32())])
+# Rows of a row group.
+_ROWS_AT_ONCE = 2**20
+
+# Row numbers: int32 below 2³¹ rows, else int64.
+IntArray = npt.NDArray[np.signedinteger[Any]]
 
 
 def forest_path(folder: Path, neighbors: str) -> Path:
@@ -36,16 +43,16 @@ class StoredForest:
     """A forest read from its file.
 
     Attributes:
-        a: Smaller row of each edge, int64 [E].
-        b: Larger row, int64 [E].
+        a: Smaller row of each edge, integers [E].
+        b: Larger row, integers [E].
         distance: Their distance, float32 [E], ascending.
         cutoff: The distance up to which it was searched.
         num_rows: Number of rows.
         neighbors: How it was searched: ``exact`` or ``partitioned``.
     """
 
-    a: npt.NDArray[np.int64]
-    b: npt.NDArray[np.int64]
+    a: IntArray
+    b: IntArray
     distance: npt.NDArray[np.float32]
     cutoff: float
     num_rows: int
@@ -70,10 +77,11 @@ def write_forest(
         # A run killed between the two files must not leave this forest with the sidecar of other embeddings.
         sidecar_path(folder, step).unlink()
     path = forest_path(folder, forest.neighbors)
-    write_parquet(
-        path,
-        pa.table({"a": forest.a, "b": forest.b, "distance": pa.array(forest.distance, pa.float32())}),
-    )
+    with atomic_file(path) as file, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+        for start in range(0, len(forest.a), _ROWS_AT_ONCE) or [0]:
+            part = slice(start, start + _ROWS_AT_ONCE)
+            columns = [_wide(forest.a[part]), _wide(forest.b[part]), forest.distance[part]]
+            writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=_ROWS_AT_ONCE)
     Output(folder, step, {"neighbors": forest.neighbors}, inputs, finished=None, resumed=False).commit(
         counts={"images": forest.num_rows, "edges": len(forest.a)},
         seconds=seconds,
@@ -104,10 +112,12 @@ def read_forest(folder: Path, inputs: list[dict[str, Any]], neighbors: str = "ex
     with reading(sidecar_path(folder, step), "a sidecar of a forest", fix):
         cutoff, num_rows = float(sidecar["cutoff"]), int(sidecar["counts"]["images"])
     table = read_columns(path, {"a": pa.int64(), "b": pa.int64(), "distance": pa.float32()}, fix)
-    a, b, distance = (table[name].to_numpy() for name in ("a", "b", "distance"))
+    distance = table["distance"].to_numpy()
     # A run killed while it replaced the forest by a longer one leaves the longer one with the old sidecar.
     end = int(np.searchsorted(distance, np.float32(cutoff), side="right"))
-    a, b, distance = a[:end], b[:end], distance[:end]
+    kind = np.int32 if num_rows < 2**31 else np.int64
+    a, b = (table[name].slice(0, end).to_numpy() for name in ("a", "b"))
+    distance = distance[:end]
     changed = find_changed(folder, step, sidecar)
     if changed is not None and _hash_edges(a, b, distance) != sidecar["edges"]:
         raise ClipcidError(changed, fix)
@@ -115,14 +125,20 @@ def read_forest(folder: Path, inputs: list[dict[str, Any]], neighbors: str = "ex
         int(a.min()) >= 0 and (a < b).all() and int(b.max()) < num_rows and (distance[1:] >= distance[:-1]).all()
     ):
         raise ClipcidError(f"{path} is not a forest of {num_rows:,} rows with ascending distances.", fix)
-    return StoredForest(a, b, distance, cutoff, num_rows, neighbors)
+    return StoredForest(a.astype(kind), b.astype(kind), distance, cutoff, num_rows, neighbors)
 
 
-def _hash_edges(*columns: npt.NDArray[Any]) -> str:
+def _hash_edges(a: IntArray, b: IntArray, distance: npt.NDArray[np.float32]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for column in columns:
-        digest.update(np.ascontiguousarray(column).data)
+    for column in (a, b):
+        for start in range(0, len(column), _ROWS_AT_ONCE):
+            digest.update(_wide(np.ascontiguousarray(column[start : start + _ROWS_AT_ONCE])).data)
+    digest.update(np.ascontiguousarray(distance).data)
     return f"blake2b:{digest.hexdigest()}"
+
+
+def _wide(rows: IntArray) -> npt.NDArray[np.int64]:
+    return rows.astype(np.int64, copy=False)
 
 
 def _contents(inputs: list[dict[str, Any]]) -> list[tuple[int, str]]:
@@ -152,8 +168,8 @@ class ForestPart:
     size: int
     tiles: npt.NDArray[np.int64]
     done: int
-    a: npt.NDArray[np.signedinteger]
-    b: npt.NDArray[np.signedinteger]
+    a: IntArray
+    b: IntArray
     distance: npt.NDArray[np.float32]
     has_all: bool
 
