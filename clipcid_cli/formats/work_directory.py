@@ -51,6 +51,10 @@ class WorkDirectory:
         """The folder of the indexes of data sets."""
         return self.path / "index"
 
+    def second_moment(self, identity: str) -> Path:
+        """Return the file of the second moment of embeddings, in which `distill` finds principal axes."""
+        return self.path / ".second-moments" / f"{identity}.npy"
+
     def distill(self, name: str) -> Path:
         """Return the folder of one training run."""
         return self.path / "distill" / name

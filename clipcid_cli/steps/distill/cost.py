@@ -56,12 +56,11 @@ def estimate_cost(run: TrainingRun) -> dict[str, Any]:
     samples_per_second = plan.batch_size / seconds_per_step
     total_seconds = seconds_per_step * plan.optimiser.steps
     parameters = student.info.parameters
+    by_workers = f", by {plan.workers} worker{'' if plan.workers == 1 else 's'}" if plan.workers else ""
     reporter.note(
-        f"Student: {parameters / 1e6:.1f} M parameters; {memory / 2**30:.2f} GiB in use during a step.\n"
         f"A step of {plan.batch_size:,} takes {1e3 * step_seconds:,.0f} ms, preparing its batch "
-        f"{1e3 * batch_seconds:,.0f} ms of one core ({plan.workers} workers): {samples_per_second:,.0f} samples/s, "
-        f"{total_seconds / 3600:.2g} hours in total (median of {_MEASURED} steps).\n"
-        f"Losses: {', '.join(run.settings.losses())}. Held out: {run.inputs.held_out.total:,} samples."
+        f"{1e3 * batch_seconds:,.0f} ms of one core{by_workers} (medians of {_MEASURED}).\n"
+        f"Held out: {run.inputs.held_out.total:,} samples."
     )
     if teacher is not None:
         verb = "takes" if run.online_teacher is not None else "would take"
@@ -69,7 +68,6 @@ def estimate_cost(run: TrainingRun) -> dict[str, Any]:
             f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it {verb} {1e3 * teacher.seconds:,.0f} ms a "
             f"step, {teacher.share:.0%} of it. Embedding everything once pays after {teacher.break_even:.1f} epochs."
         )
-    reporter.note(f"Would write to {run.folder.path}.")
     return {
         "student": str(run.folder.student),
         "steps": plan.optimiser.steps,

@@ -121,9 +121,7 @@ def open_online_teacher(
         ClipcidError: when the clusters are of another width than the teacher.
     """
     info, clusters = model.info, teacher_inputs.clusters
-    space = choose_space(
-        settings.teacher_space, info.embed_dim, teacher_inputs.embeddings, student_width, machine, reporter
-    )
+    space = choose_space(settings, info.embed_dim, teacher_inputs.embeddings, student_width, machine, reporter)
     if clusters is not None and clusters.centroids.shape[1] != info.embed_dim:
         raise ClipcidError(
             f"The clusters in {clusters.folder} have width {clusters.centroids.shape[1]}, the teacher {info.spec} "

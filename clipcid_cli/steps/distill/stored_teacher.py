@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,12 @@ from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
+from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.sample_rows import CaptionRows, ImageRows
+from clipcid_cli.formats.output import plan_identity
 from clipcid_cli.formats.results.matched_samples import Column
+from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.gradients import gather_rows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.distill.batches import TrainingBatch
@@ -33,7 +38,7 @@ _AXES_ROWS = 2**20
 
 
 def choose_space(
-    requested: str,
+    settings: DistillSettings,
     teacher_width: int,
     embeddings: Embeddings | None,
     student_width: int,
@@ -43,7 +48,6 @@ def choose_space(
     """Choose the space in which student and teacher are compared.
 
     Args:
-        requested: ``auto``, ``pca`` or ``project``.
         embeddings: Stored ones, in which the axes of ``pca`` are found; None where there are none.
         machine: The processes; all take the first one's axes.
 
@@ -51,6 +55,7 @@ def choose_space(
         For equal widths the teacher's space as it is, unless a layer is requested; else as requested, but ``pca`` cannot
         widen: a student wider than its teacher takes ``project``, and so does one whose teacher has no stored embeddings.
     """
+    requested = settings.teacher_space
     by_layer = f"Shared space: the teacher's {teacher_width} dimensions, by a learned layer per student tower."
     if requested == "project" or student_width > teacher_width:
         reporter.note(by_layer)
@@ -62,7 +67,7 @@ def choose_space(
             f"{by_layer} There are no stored embeddings to find the axes of --teacher-space pca in (clipcid embed)."
         )
         return SharedSpace(teacher_width, is_learned=True)
-    axes = machine.on_main(lambda: principal_axes(_second_moment(embeddings), student_width))
+    axes = machine.on_main(lambda: principal_axes(_find_second_moment(settings, embeddings), student_width))
     dimensions = f"{student_width} of the teacher's {teacher_width} dimensions"
     if requested == "auto" and axes.kept < ENOUGH_VARIANCE:
         reporter.note(
@@ -72,6 +77,21 @@ def choose_space(
         return SharedSpace(teacher_width, is_learned=True)
     reporter.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its variance.")
     return SharedSpace(student_width, axes)
+
+
+def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> npt.NDArray[np.float64]:
+    """Read the second moment of the teacher's rows that an earlier start kept; compute and keep it where there is none."""
+    identity = plan_identity({"axes_rows": _AXES_ROWS}, embeddings.fingerprints(texts=True))
+    path = WorkDirectory(settings.work).second_moment(identity)
+    with suppress(OSError, ValueError, EOFError):
+        kept: npt.NDArray[np.float64] = np.load(path, allow_pickle=False)
+        return kept
+    found = _second_moment(embeddings)
+    if not settings.dry_run:
+        # Two runs may keep it at once: each writes a file of its own.
+        with atomic_file(path, f"{os.getpid()}.partial") as file:
+            np.save(file, found, allow_pickle=False)
+    return found
 
 
 def _second_moment(embeddings: Embeddings) -> npt.NDArray[np.float64]:
@@ -119,7 +139,7 @@ def open_stored_teacher(
     """Make stored embeddings ready to teach."""
     embeddings = teacher_inputs.embeddings
     assert embeddings is not None, "only an online teacher may have none"
-    space = choose_space(settings.teacher_space, embeddings.width, embeddings, student_width, machine, reporter)
+    space = choose_space(settings, embeddings.width, embeddings, student_width, machine, reporter)
     return StoredTeacher(
         space=space,
         teacher_scale=teacher_scale(embeddings.sidecar, reporter) if "crd" in settings.losses() else MAX_SCALE,

@@ -65,10 +65,10 @@ def make_embeddings(
     shards = "1 shard" if len(dataset.shards) == 1 else f"{len(dataset.shards):,} shards"
     reporter.note(f"Embedding {dataset.spec} ({shards}) with {name.spec}.")
     embedder = _load_embedder(settings, machine, name, dataset)
-    info = embedder.model.info
+    info, workers = embedder.model.info, f"{embedder.workers} worker{'' if embedder.workers == 1 else 's'}"
     reporter.note(
         f"{info.parameters / 1e6:.1f} M parameters, precision {embedder.precision.name} ({embedder.precision.reason}), "
-        f"batches of {embedder.batch_size}, {embedder.workers} workers per process."
+        f"batches of {embedder.batch_size}, {workers} per process."
         + (f" {settings.views} augmented views of each image." if settings.views else "")
     )
     if settings.dry_run:
