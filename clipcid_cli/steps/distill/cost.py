@@ -91,7 +91,9 @@ def _measure_steps(run: TrainingRun) -> tuple[float, float, int]:
     for items in loop.order.iterate(0, _WARM_UP + _MEASURED, machine.rank, machine.size):
         preparation = time_trial(partial(loop.maker, items), warm_up=0)
         prepared.append(preparation.seconds)
-        trained.append(time_trial(partial(loop.step, preparation.result), device, warm_up=0).seconds)
+        step = time_trial(partial(loop.step, preparation.result), device, warm_up=0)
+        trained.append(step.seconds)
+    loop.read(len(trained), step.result)  # which refuses steps that diverged
     return statistics.median(prepared[_WARM_UP:]), statistics.median(trained[_WARM_UP:]), memory_in_use(device)
 
 

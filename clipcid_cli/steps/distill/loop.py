@@ -99,7 +99,7 @@ class Loop:
                     for every in (schedule.log_every, schedule.eval_every, schedule.checkpoint_every)
                 )
                 if logs or evaluates or saves:
-                    line = self._read(step - first, rate)
+                    line = self.read(step - first, rate)
                 if logs:
                     seconds = time.monotonic() - started
                     line["samples_per_second"] = round((step - first) * batch_size / seconds, 1)
@@ -145,7 +145,7 @@ class Loop:
         self.values.add(checked, [*others, *trainer.log_scales().values()])
         return rate
 
-    def _read(self, num_steps: int, rate: float) -> dict[str, Any]:
+    def read(self, num_steps: int, rate: float) -> dict[str, Any]:
         """Return the last step's line of the log.
 
         Args:

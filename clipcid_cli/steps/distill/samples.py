@@ -20,10 +20,12 @@ from clipcid_cli.formats.results.clusters import TABLE, Clusters
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, SampleRowsWriter, open_rows
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.randomness import key_fractions
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.reporting import Reporter, SilentReporter
 
 # Captionless samples that are named.
 _NAMED = 5
+# Fewer shards than this are matched in a second or two.
+_FEW_SHARDS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +170,8 @@ def match_samples(
             for name, (stream, width) in sources.streams().items()
         }
         writers = _open_writers(index, sources, folder)
-        with reporter.progress("match", len(index.records), "shards") as progress:
+        bar = reporter if len(index.records) > _FEW_SHARDS else SilentReporter()
+        with bar.progress("match", len(index.records), "shards") as progress:
             counts = MatchCounts()
             for number in range(len(index.records)):
                 part = index.part(number)
