@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
+from clipcid_cli.commands.options import Number
 from clipcid_cli.errors import UsageError
+from clipcid_cli.formats.reading import open_regular
 
 
 def load_config(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -23,12 +25,13 @@ def load_config(ctx: click.Context, parameter: click.Parameter, path: Path | Non
     if path is None or ctx.resilient_parsing:
         return path
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            tables = tomllib.loads(file.read().decode("utf-8"))
     except OSError as error:
         raise UsageError(
-            f"--config {path} cannot be read: {error.strerror}.", "Give the path of a TOML file."
+            f"--config {path} cannot be read: {error.strerror or error}.", "Give the path of a TOML file."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"--config {path} is not TOML: {error}.", "Write one table per command, e.g. [balance]."
         ) from error
@@ -58,5 +61,36 @@ def _read_table(ctx: click.Context, path: Path, table: dict[str, Any]) -> dict[s
             hint = f"Did you mean {close[0].replace('_', '-')}?" if close else "Keys are spelled like the flags."
             raise UsageError(f"{path}: [{ctx.command.name}] has an unknown key {key!r}.", hint)
         assert found.name is not None
-        values[found.name] = value
+        try:
+            values[found.name] = _check_type(found, value)
+        except TypeError as error:
+            raise UsageError(
+                f"{path}: [{ctx.command.name}] {key} is {value!r}, not {error}.",
+                "Write it as the flag's help describes it.",
+            ) from error
     return values
+
+
+def _check_type(parameter: click.Parameter, value: Any) -> Any:
+    """Return a value of the file in the type that click converts for this parameter, as it does a flag's text.
+
+    Raises:
+        TypeError: with what it should be, where click would take it for something else, or fail.
+    """
+    if isinstance(parameter, click.Option) and parameter.is_flag:
+        if not isinstance(value, bool):
+            raise TypeError("true or false")
+        return value
+    if getattr(parameter, "multiple", False) or parameter.nargs == -1:
+        return [_check_item(parameter.type, item) for item in (value if isinstance(value, list) else [value])]
+    return _check_item(parameter.type, value)
+
+
+def _check_item(kind: click.ParamType[Any], value: Any) -> Any:
+    if isinstance(kind, Number):  # checks the type as well
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and kind is click.STRING:  # such as `shots = 4`
+        return str(value)
+    if not isinstance(value, str) or "\0" in value:
+        raise TypeError("a path" if isinstance(kind, click.Path) else "text")
+    return value

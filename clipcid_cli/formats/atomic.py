@@ -88,6 +88,21 @@ def named_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
             )
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Refuse a path at which no file can be made, before the work whose result it is to hold; nothing is made.
+
+    Raises:
+        ClipcidError: when there is a folder, or a parent is no folder or may not be written to.
+    """
+    if path.is_dir():
+        raise write_error(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        raise write_error(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
 def write_error(path: Path, error: OSError) -> ClipcidError:
     """Return the error for a `path` that could not be written."""
     if isinstance(error, IsADirectoryError | FileExistsError | NotADirectoryError):

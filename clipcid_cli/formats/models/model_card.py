@@ -90,7 +90,7 @@ def render_card(card: ModelCard, files: Sequence[str]) -> str:
     """
     header = [
         "---",
-        f"license: {json.dumps(card.license, ensure_ascii=False)}",
+        "license: " + json.dumps(card.license, ensure_ascii=False).replace("<", "\\u003c"),  # which YAML reads as <
         f"library_name: {card.library}",
         "pipeline_tag: zero-shot-image-classification",
         "tags: [clip, clipcid]",
@@ -99,7 +99,7 @@ def render_card(card: ModelCard, files: Sequence[str]) -> str:
     metrics = [[data, task, metric, f"{value:.4f}"] for data, task, metric, value in card.metrics]
     sections = [
         "\n".join(header),
-        f"# {card.name}",
+        f"# {_as_text(card.name)}",
         f"A CLIP model, exported by clipcid {__version__}. Facts that no file of the work directory states are {UNKNOWN}.",
         _table(["", ""], [[name, value] for name, value in card.facts.items()]),
         "## Metrics",
@@ -166,4 +166,9 @@ def _uses(files: Sequence[str], dense: bool) -> list[str]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [list(head), ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_as_text(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _as_text(words: str) -> str:
+    """Return words that Markdown shows on one line as they are: a name must not become a tag of the page."""
+    return " ".join(words.replace("<", "&lt;").splitlines())

@@ -190,17 +190,51 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         model = content.get("model_cfg", content)
         preprocess = content.get("preprocess_cfg") or {}
         missing = [entry for entry in ("embed_dim", "vision_cfg", "text_cfg") if entry not in model]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        _check_entries(model, preprocess)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ClipcidError(f"{file} is not an open_clip configuration: {error}.", _LOCAL_HINT) from error
     if missing:
         raise ClipcidError(f"{file} is not an open_clip configuration: it has no {', '.join(missing)}.", _LOCAL_HINT)
     return model, preprocess
 
 
+def _check_entries(model: dict[str, Any], preprocess: dict[str, Any]) -> None:
+    """Refuse entries of a type that no open_clip architecture has.
+
+    Raises:
+        TypeError: naming the entry.
+    """
+    if not isinstance(preprocess, dict):
+        raise TypeError(f"preprocess_cfg is {preprocess!r:.40}, not an object")
+    for name in ("vision_cfg", "text_cfg"):
+        if name in model and not isinstance(model[name], dict):
+            raise TypeError(f"{name} is {model[name]!r:.40}, not an object")
+    width = model.get("embed_dim", 1)
+    if not isinstance(width, int) or isinstance(width, bool) or not 0 < width < 2**20:
+        raise TypeError(f"embed_dim is {width!r:.40}, not a width")
+
+
+def read_width(name: ModelName) -> int | None:
+    """Return the width of a model's embeddings from its configuration, without loading it; None for one on a hub.
+
+    Raises:
+        ClipcidError: when the configuration cannot be read.
+    """
+    if name.path is not None:
+        return int(read_config(name.path)[0]["embed_dim"])
+    if name.architecture is None:
+        return None
+    return int(read_config(_config_folder() / f"{name.architecture}.json")[0]["embed_dim"])
+
+
 @cache
 def known_architectures() -> tuple[str, ...]:
     """List the architectures of the installed open_clip from its files, without importing it."""
+    return tuple(sorted(path.stem for path in _config_folder().glob("*.json")))
+
+
+def _config_folder() -> Path:
     found = importlib.util.find_spec("open_clip")
     assert found is not None, "open_clip is a dependency"
     assert found.origin is not None, "open_clip is a package on disk"
-    return tuple(sorted(path.stem for path in (Path(found.origin).parent / "model_configs").glob("*.json")))
+    return Path(found.origin).parent / "model_configs"

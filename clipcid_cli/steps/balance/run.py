@@ -28,7 +28,7 @@ from clipcid_cli.steps.balance.result import REPORT, find_warnings, name_files, 
 from clipcid_cli.steps.balance.rows import count_skipped, find_embeddings, find_rows, output_identity
 from clipcid_cli.steps.balance.samples import require_data
 from clipcid_cli.steps.balance.sets import Sets, make_sets
-from clipcid_cli.steps.balance.write_lists import check_uids, write_kept
+from clipcid_cli.steps.balance.write_lists import check_targets, check_uids, write_kept
 from clipcid_cli.steps.balance.write_shards import tar_shards, write_shards
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter
@@ -51,6 +51,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
     """
     with open_machine(settings.device) as machine:
         started = time.perf_counter()
+        machine.on_main(lambda: check_targets(settings))
         work = WorkDirectory(settings.work)
         found = find_embeddings(settings, machine, reporter)
         embeddings = open_embeddings(found, settings.keys, settings.npz_array, work.fingerprints)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import refuse_unwritable
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.key_join import join_keys
 from clipcid_cli.formats.results.keep_list import KeepList, read_dropped, read_keep_list
@@ -30,6 +31,17 @@ def check_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
         first = next(file for file in embeddings.files if file.rows)
         stored = embeddings.uids[:1] if embeddings.has_uids else None
         _find_uids(settings, embeddings, embeddings.keys_of(first)[:1], embeddings.shards_of(first)[:1], stored)
+
+
+def check_targets(settings: BalanceSettings) -> None:
+    """Check that the lists that the settings name can be written, before the search.
+
+    Raises:
+        ClipcidError: naming the first that cannot.
+    """
+    for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
+        if path is not None:
+            refuse_unwritable(path)
 
 
 def write_kept(

@@ -16,7 +16,7 @@ from clipcid_cli.formats.results.matched_samples import SampleRows
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import Augmentation
-from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
 from clipcid_cli.steps.distill.batches import StoredViews
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.embed.ensure import ensure_embeddings
@@ -162,8 +162,15 @@ def named_teacher(settings: DistillSettings) -> ModelName | None:
 
 
 def _check_teacher(name: ModelName, embeddings: Embeddings) -> None:
-    """Refuse embeddings of another model than the teacher's; those of other tools cannot be checked."""
+    """Refuse embeddings of another model than the teacher's; of those of other tools only the width can be checked."""
     if embeddings.sidecar is None:
+        width = read_width(name)
+        if width is not None and width != embeddings.width:
+            raise ClipcidError(
+                f"The embeddings in {embeddings.folder} have width {embeddings.width}; those of the teacher {name.spec} "
+                f"have {width}.",
+                f"Name the model that made them with --teacher, or run: clipcid embed DATA --model {name.spec}",
+            )
         return
     model = embeddings.sidecar["model"]
     difference = find_mismatch(model, name)

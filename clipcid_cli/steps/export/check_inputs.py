@@ -123,7 +123,7 @@ def make_check_inputs(
         ClipcidError: when ``--data`` cannot be read, holds no readable image or too many unreadable ones, or has labels
             without a class.
     """
-    dataset = _find_data(settings)
+    dataset = find_data(settings)
     limit = settings.check_images or (_MANY_IMAGES if settings.data is not None or settings.quantize else _FEW_IMAGES)
     skips = Skips()
     samples, openers, images = _read(dataset, limit, model, skips) if dataset is not None else ([], [], [])
@@ -157,7 +157,12 @@ def make_check_inputs(
     )
 
 
-def _find_data(settings: ExportSettings) -> Dataset | None:
+def find_data(settings: ExportSettings) -> Dataset | None:
+    """Open ``--data``, else the work directory's data; None where there is none.
+
+    Raises:
+        ClipcidError: when ``--data`` cannot be read.
+    """
     if settings.data is not None:
         try:
             return open_dataset(find_benchmark_folder(settings.data).data)

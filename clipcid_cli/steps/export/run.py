@@ -23,7 +23,7 @@ from clipcid_cli.runtime.models.hf_model import check_transformers_installed
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.export.card import describe_export
 from clipcid_cli.steps.export.check import LIMITS, Checker
-from clipcid_cli.steps.export.check_inputs import make_check_inputs
+from clipcid_cli.steps.export.check_inputs import find_data, make_check_inputs
 from clipcid_cli.steps.export.classes import Classes, read_classes
 from clipcid_cli.steps.export.folders import ExportOptions, describe_hf, write_hf, write_open_clip
 from clipcid_cli.steps.export.onnx import check_measurable, check_onnx_expressible, write_onnx_files
@@ -56,6 +56,7 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
     _refuse_own_folder(source, folder)
     refuse_foreign_folder(folder, settings.format)
     if settings.dry_run:
+        find_data(settings)
         reporter.note(f"Would write {', '.join(settings.format)} of {source.spec} to {folder}.")
         return _result(source, folder, {"written": [], "parity": {}, "seconds": {}})
     with open_machine("cpu") as machine:
