@@ -38,6 +38,8 @@ _CENTROIDS_AT_ONCE = 16_384
 # With fewer centroids to compare with, more than a block of rows is multiplied at once.
 _FEW_CENTROIDS = 1024
 _MOST_BLOCKS = 8
+# Rows that seeds are chosen from at once.
+_SEEDS_FROM = 2**20
 # Prepared rows that a process keeps from iteration to iteration; beyond them rows are read and cast anew each time.
 KEPT_BYTES = 2**31
 
@@ -98,10 +100,35 @@ def run_lloyd(
         yield state
 
 
+class _CompactNearest:
+    """The nearest centroids of a process's N rows from iteration to iteration, as few bytes as serve.
+
+    Attributes:
+        similarities_N: Exact similarities to them, float64 [N].
+    """
+
+    def __init__(self, number: int, device: torch.device) -> None:
+        self._centroids_N = torch.full((number,), -1, dtype=torch.int32, device=device)
+        self.similarities_N = torch.empty(number, dtype=torch.float64, device=device)
+        self._others_N = torch.empty(number, dtype=torch.float32, device=device)
+
+    def read(self, which: slice) -> Nearest:
+        """Return those of some rows, as copies."""
+        similarities_B = self.similarities_N[which].clone()
+        return Nearest(self._centroids_N[which].long(), similarities_B, self._others_N[which].double())
+
+    def write(self, which: slice, nearest: Nearest) -> None:
+        """Keep those of some rows. A bound remains one: it is rounded up."""
+        self._centroids_N[which], self.similarities_N[which] = nearest.centroids_B.int(), nearest.similarities_B
+        others_B = nearest.others_B.float()
+        above_B = torch.nextafter(others_B, torch.full_like(others_B, torch.inf))
+        self._others_N[which] = torch.where(others_B < nearest.others_B, above_B, others_B)
+
+
 class Lloyd:
     """A process's share of the rows, with what is known of them from the last iteration.
 
-    Memory: 12·K·D bytes for centroids and sums, those of the centroids' copy while rows are assigned, 24 a row, and kept
+    Memory: 12·K·D bytes for centroids and sums, those of the centroids' copy while rows are assigned, 16 a row, and kept
         rows.
 
     Args:
@@ -126,11 +153,7 @@ class Lloyd:
         self._subspace: Subspace | None = None
         self._sums = ClusterSums(len(centroids_KD), rows.width, self._device)
         number = self._stop - self._start
-        self._nearest = Nearest(
-            torch.full((number,), -1, dtype=torch.int64, device=self._device),
-            torch.empty(number, dtype=torch.float64, device=self._device),
-            torch.empty(number, dtype=torch.float64, device=self._device),
-        )
+        self._nearest = _CompactNearest(number, self._device)
         self._drift: CentroidDrift | None = None
         self._kept: dict[int, PreparedRows] = {}
         self._kept_bytes = 0
@@ -168,7 +191,8 @@ class Lloyd:
 
     def _assign(self, search: NearestCentroids, first: int, last: int) -> None:
         """Find the nearest centroids of a run of rows and update the sums."""
-        mine = self._nearest.chosen(slice(first - self._start, last - self._start))
+        run = slice(first - self._start, last - self._start)
+        mine = self._nearest.read(run)
         before_B = mine.centroids_B.clone()
         is_known = bool((before_B >= 0).all())
         rows: PreparedRows | None = None
@@ -189,6 +213,7 @@ class Lloyd:
             count_B, rest_B = self._drift.leading(mine.similarities_B, now_B, mine.others_B)
             mine.similarities_B[:], mine.others_B[:] = now_B, rest_B
         if not bool(count_B.any()):
+            self._nearest.write(run, mine)
             return
 
         # Compare: centroids looked at now and bounds of those that were not give the new nearest and its bound.
@@ -200,6 +225,7 @@ class Lloyd:
             mine.centroids_B[piece], mine.similarities_B[piece] = found.centroids_B, found.similarities_B
             others_B = found.others_B if known is None else torch.maximum(found.others_B, known.others_B)
             mine.others_B[piece] = others_B
+        self._nearest.write(run, mine)
 
         # Sums are those of the rows in full.
         if not torch.equal(mine.centroids_B, before_B):
@@ -268,10 +294,13 @@ class Lloyd:
 
     def _farthest_rows(self, count: int) -> torch.Tensor:
         """Find rows to re-seed empty clusters with; the same on every process. Float32 [≤ count, D], unit rows."""
-        similarities = self._nearest.similarities_B.cpu().numpy()
-        numbers = np.arange(self._start, self._stop, dtype=np.int64)
-        local = choose_seeds(similarities, numbers, self._read_row, count)
-        gathered = self._gather((similarities[local], numbers[local]))
+        similarities = self._nearest.similarities_N.cpu().numpy()
+        numbers = np.empty(0, dtype=np.int64)
+        for first in range(0, len(similarities), _SEEDS_FROM):
+            more = np.arange(first, min(len(similarities), first + _SEEDS_FROM), dtype=np.int64) + self._start
+            numbers = np.concatenate([numbers, more])
+            numbers = numbers[choose_seeds(similarities[numbers - self._start], numbers, self._read_row, count)]
+        gathered = self._gather((similarities[numbers - self._start], numbers))
         all_similarities, all_numbers = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
         chosen = all_numbers[choose_seeds(all_similarities, all_numbers, self._read_row, count)]
         return rows_as_centroids(self._rows, chosen).to(self._device)

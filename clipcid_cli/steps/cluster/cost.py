@@ -30,7 +30,7 @@ _SAMPLE = 1024
 _SHORTEST = 0.1
 # Libraries, products and other work in progress, and what a row takes in addition to its embedding.
 _BYTES_OF_LIBRARIES = 450 * 2**20
-_BYTES_A_ROW = 60
+_BYTES_A_ROW = 20
 
 
 def estimate_cost(
