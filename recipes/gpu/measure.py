@@ -1,0 +1,283 @@
+"""Measure one part of the package on this machine, beside what it competes with; a line of JSON a figure.
+
+    python recipes/gpu/measure.py balance --scratch DIR            on the first GPU
+    python recipes/gpu/measure.py balance --scratch DIR --cpu      in small, to see that it runs
+
+Parts: product, balance, cluster, embed, distill, loss, evaluate. `embed` comes before `distill` and `evaluate`: its model,
+images and embeddings are theirs. Each figure has its own unit; `ratio` is the figure beside the peer's, or its share of
+the rate of plain matrix products, measured by `product` in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from balance import make_rows, write_rows
+
+PARTS = ("product", "balance", "cluster", "embed", "distill", "loss", "evaluate")
+WORDS = ("a", "photo", "of", "the", "red", "small", "old", "wooden", "boat", "river", "dogs", "trees", "night")
+CLASSES = 40
+# Images that are drawn; shards hold them again and again, under other keys.
+DRAWN = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured, by device.
+
+    Attributes:
+        product: Side of the square matrices.
+        search_rows: Rows of `balance`, 512 wide.
+        cluster_rows: Rows of `cluster`, and its number of clusters.
+        images: Images that are embedded, of `side` pixels.
+        models: Models that are embedded with; the last one teaches.
+        student: Trained for `steps` steps of `batch` samples.
+        centroids: Number of centroids of the loss alone.
+    """
+
+    product: int
+    search_rows: int
+    cluster_rows: tuple[int, int]
+    images: int
+    side: int
+    models: tuple[str, ...]
+    student: str
+    steps: int
+    batch: int
+    centroids: int
+
+
+GPU = Sizes(16_384, 600_000, (500_000, 8_192), 16_384, 256, ("ViT-B-32", "ViT-L-14"), "ViT-B-32", 60, 1_024, 1_000_000)
+CPU = Sizes(2_048, 8_192, (20_000, 256), 512, 64, ("ViT-S-32-alt",), "ViT-S-32-alt", 6, 64, 20_000)
+
+
+class Bench:
+    """A device, its sizes, and the folder that everything is in."""
+
+    def __init__(self, scratch: Path, cpu: bool) -> None:
+        self.scratch, self.sizes = scratch, CPU if cpu else GPU
+        self.device = torch.device("cpu" if cpu else "cuda")
+        self.precision = torch.float32 if cpu else torch.float16
+
+    def report(
+        self, part: str, what: str, value: float, unit: str, beside: str = "", ratio: float | None = None
+    ) -> None:
+        """Print a figure.
+
+        Args:
+            beside: What it is compared with, and that one's figure.
+        """
+        figure = {"part": part, "what": what, "value": value, "unit": unit, "beside": beside, "ratio": ratio}
+        print(json.dumps(figure), flush=True)
+
+    def clipcid(self, *words: object) -> dict[str, Any]:
+        """Run a command in the scratch folder; return its JSON."""
+        command = ["clipcid", *map(str, words), "--device", self.device.type, "--work", "work", "--json", "--quiet"]
+        done = subprocess.run(command, cwd=self.scratch, stdout=subprocess.PIPE, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {done.stdout.decode()}")
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def time(self, action: Callable[[], object], repeats: int) -> float:
+        """Return the seconds one call takes, without the first two."""
+        for _ in range(2):
+            action()
+        self.wait()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            action()
+        self.wait()
+        return (time.perf_counter() - started) / repeats
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def rate(self, name: str) -> float:
+        """Return the operations a second of plain products in a number format, as `product` measured them."""
+        rates: dict[str, float] = json.loads((self.scratch / "rates.json").read_text())
+        return rates[name]
+
+    @property
+    def best_rate(self) -> float:
+        """The rate in bfloat16, which models run in by default, or in float32 where that is quicker."""
+        return max(self.rate("bfloat16"), self.rate("float32"))
+
+
+def product(bench: Bench) -> None:
+    """Plain matrix products: what the other parts are a share of."""
+    size, rates = bench.sizes.product, {}
+    for name in ("float32", "bfloat16", "float16"):
+        a, b = (torch.randn(size, size, device=bench.device).to(getattr(torch, name)) for _ in range(2))
+        seconds = bench.time(lambda a=a, b=b: a @ b, 10)
+        rates[name] = 2 * size**3 / seconds
+        bench.report("product", f"{name}, {size:,} x {size:,}", rates[name] / 1e12, "TFLOP/s")
+    (bench.scratch / "rates.json").write_text(json.dumps(rates))
+
+
+def balance(bench: Bench) -> None:
+    """The exact search among all pairs."""
+    num_rows = bench.sizes.search_rows
+    rows = make_rows(num_rows, None, 0)
+    write_rows(bench.scratch / "rows", rows)
+    answer = bench.clipcid("balance", "--embeddings", "rows", "--threshold", 0.4)
+    seconds, name = answer["seconds"]["search"], str(bench.precision).removeprefix("torch.")
+    rate = num_rows**2 * rows.shape[1] / seconds
+    beside = f"{name} product, {bench.rate(name) / 1e12:.1f} TFLOP/s"
+    bench.report("balance", f"search of {num_rows:,} rows", rate / 1e12, "TFLOP/s", beside, rate / bench.rate(name))
+
+
+def cluster(bench: Bench) -> None:
+    """k-means beside faiss, on its GPU where this build has one."""
+    import faiss
+
+    num_rows, num_clusters = bench.sizes.cluster_rows
+    rows = make_rows(num_rows, None, 1)
+    write_rows(bench.scratch / "cluster-rows", rows)
+    options = ("--num-clusters", num_clusters, "--iterations", 10, "--keep-list", "none", "--overwrite")
+    answer = bench.clipcid("cluster", "--embeddings", "cluster-rows", *options)
+    own = answer["seconds"]["kmeans"]
+    on_gpu = bench.device.type == "cuda" and faiss.get_num_gpus() > 0
+    peer = faiss.Kmeans(
+        rows.shape[1], num_clusters, niter=10, spherical=True, gpu=on_gpu, max_points_per_centroid=num_rows
+    )
+    wide = rows.astype(np.float32)
+    started = time.perf_counter()
+    peer.train(wide)
+    seconds = time.perf_counter() - started
+    where = "GPU" if on_gpu else "CPU"
+    what = f"{num_rows:,} rows, {num_clusters:,} clusters, at most 10 iterations"
+    bench.report("cluster", what, own, "s", f"faiss on its {where}, {seconds:.2f} s", seconds / own)
+
+
+def embed(bench: Bench) -> None:
+    """Images and captions, beside a plain loop of open_clip with as many workers."""
+    from peer import embed_with_open_clip, write_random_model
+
+    write_shards(bench)
+    for name in bench.sizes.models:
+        flops = write_random_model(name, bench.scratch / name)
+        own = bench.clipcid("embed", "shards", "--model", name, "--overwrite")["images_per_second"]
+        theirs = embed_with_open_clip(bench.scratch / name, bench.scratch / "shards", bench.device)
+        bench.report(
+            "embed", f"{name}, {bench.sizes.images:,} pairs", own, "pairs/s", f"open_clip, {theirs:,.0f}", own / theirs
+        )
+        bench.report("embed", f"{name}: share of the product's rate", own * flops / bench.best_rate, "")
+
+
+def write_shards(bench: Bench) -> None:
+    """Write shards of random JPEGs with captions, and labelled ones for the evaluations."""
+    random, folder = np.random.default_rng(0), bench.scratch / "shards"
+    pictures = []
+    for _ in range(DRAWN):
+        small = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(small).resize((bench.sizes.side, bench.sizes.side), Image.Resampling.BICUBIC).save(
+            buffer, "JPEG"
+        )
+        pictures.append(buffer.getvalue())
+    places = {"shards": range(bench.sizes.images)}
+    places |= {f"labeled/{split}": range(bench.sizes.images // 4) for split in ("train", "test")}
+    for name, numbers in places.items():
+        folder = bench.scratch / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for shard in range(8):
+            with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
+                for number in numbers[shard::8]:
+                    caption = " ".join(random.choice(WORDS, 8))
+                    extra = (".txt", caption) if name == "shards" else (".cls", str(number % CLASSES))
+                    for suffix, content in ((".jpg", pictures[number % DRAWN]), (extra[0], extra[1].encode())):
+                        member = tarfile.TarInfo(f"{number:08d}{suffix}")
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
+
+
+def distill(bench: Bench) -> None:
+    """Training from the last model's embeddings, the default preset."""
+    from peer import count_flops
+
+    sizes, teacher = bench.sizes, bench.sizes.models[-1]
+    options = ("--embeddings", f"work/embeddings/{teacher}", "--keep-list", "none")
+    bench.clipcid("cluster", *options, "--num-clusters", sizes.images // 16, "--iterations", 5, "--overwrite")
+    schedule = ("--steps", sizes.steps, "--batch-size", sizes.batch, "--eval-every", sizes.steps)
+    bench.clipcid("distill", "--student", sizes.student, *options, *schedule, "--name", "bench", "--overwrite")
+    lines = (bench.scratch / "work" / "distill" / "bench" / "train.jsonl").read_text().splitlines()
+    first, last = json.loads(lines[sizes.steps // 3]), json.loads(lines[-1])
+    # Both are means since the start: the first third warms up.
+    seconds = last["step"] / last["samples_per_second"] - first["step"] / first["samples_per_second"]
+    speed = (last["step"] - first["step"]) / seconds
+    bench.report("distill", f"{sizes.student} from {teacher}, steps of {sizes.batch:,}", speed, "samples/s")
+    share = 3 * count_flops(sizes.student) * speed / bench.best_rate
+    bench.report("distill", f"{sizes.student}: share of the product's rate", share, "")
+    bench.report("distill", "share of the time spent waiting for data", last["data_wait_share"], "")
+
+
+def loss(bench: Bench) -> None:
+    """The cluster loss alone: choosing candidates, copying their centroids to the device, forward and backward."""
+    from clipcid_cli.algorithms.losses.batch import LossBatch
+    from clipcid_cli.algorithms.losses.cluster import cluster as cluster_loss
+    from clipcid_cli.algorithms.losses.cluster import cluster_targets, draw_candidates
+
+    width, batch, total = 512, bench.sizes.batch, bench.sizes.centroids
+    random, draws = np.random.default_rng(0), torch.Generator(bench.device).manual_seed(0)
+
+    def unit(rows: int) -> torch.Tensor:
+        return F.normalize(torch.randn(rows, width, device=bench.device, generator=draws), dim=1)
+
+    centroids = F.normalize(torch.randn(total, width), dim=1)
+    top = random.integers(0, total, (batch, 16), dtype=np.int32)
+    similarities = -np.sort(-random.uniform(size=top.shape)).astype(np.float16)
+    features = [unit(batch).requires_grad_() for _ in range(2)]
+    scale = torch.tensor(14.0, device=bench.device, requires_grad=True)
+
+    def step() -> None:
+        candidates = draw_candidates(top, total, ratio=0.1, minimum=4096, seed=0)
+        chosen = centroids[torch.from_numpy(candidates.ids)].to(bench.device)
+        targets = cluster_targets(candidates, chosen, top, similarities, temperature=0.05, label_share=0.5)
+        batch = LossBatch(features[0], features[1], scale, features[0], features[1], image_clusters=targets)
+        cluster_loss(batch, scale).backward()
+
+    what = f"batch {batch:,}, {total:,} centroids, a tenth of them candidates"
+    bench.report("loss", what, 1000 * bench.time(step, 3), "ms a step")
+
+
+def evaluate(bench: Bench) -> None:
+    """Zero-shot classification and the linear probe."""
+    name = bench.sizes.models[0]
+    (bench.scratch / "names.txt").write_text("".join(f"thing {number}\n" for number in range(CLASSES)))
+    found = bench.clipcid("eval-zeroshot", name, "labeled/test", "--classnames", "names.txt", "--overwrite")
+    bench.report("evaluate", f"zero-shot, {name}", found["images_per_second"], "images/s")
+    found = bench.clipcid("eval-linear", name, "labeled", "--overwrite")
+    bench.report("evaluate", f"probe of {found['train_images']:,} images, sweep", found["seconds"]["sweep"], "s")
+
+
+def main() -> None:
+    """Measure one part."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--cpu", action="store_true", help="small sizes, on the CPU")
+    arguments = parser.parse_args()
+    globals()[arguments.part](Bench(arguments.scratch, arguments.cpu))
+
+
+if __name__ == "__main__":
+    main()
