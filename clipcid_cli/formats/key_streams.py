@@ -122,7 +122,7 @@ def join_stream(keys: Iterable[pa.Array], count: int, stream: KeyStream, width: 
         count: How many there are.
         stream: The file; each of the keys is there at most once.
         width: k, the numbers of each key.
-        folder: Where intermediate files are written; the caller removes it once the result is no longer used.
+        folder: Where files are written; it may be removed as soon as the result is there.
 
     Returns:
         int64 [count, k], mapped; −1 for keys not in the file. Keys are equal where two independent 64-bit hashes are.

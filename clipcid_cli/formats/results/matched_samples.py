@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,17 @@ class SampleRowsWriter:
             column.append(columns[name])
 
     def finish(self) -> SampleRows:
-        """Complete the files."""
+        """Complete the files and close them."""
         for column in self._columns.values():
             column.finish()
         sizes = np.array(self._sizes, dtype=np.int64)
         write_npy(_column_path(self._folder, self._part, "sizes"), sizes)
         return SampleRows(self._folder, self._part, sizes)
+
+    def close(self) -> None:
+        """Close the files, complete or not."""
+        for column in self._columns.values():
+            column.close()
 
 
 def matched_folder(root: Path, identity: Mapping[str, Any]) -> Path:
@@ -172,6 +178,10 @@ class _NpyAppender:
             self._file.close()
         except OSError as error:
             raise write_error(self._path, error) from error
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is left to write to a full disk
+            self._file.close()
 
     def _write_header(self) -> None:
         shape = {"shape": (self._length,), "fortran_order": False, "descr": np.lib.format.dtype_to_descr(self._dtype)}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +72,7 @@ def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
 def _find_captionless(index: DataIndex, number: int) -> Skips:
     part = index.part(number)
     places = np.flatnonzero(part.num_captions == 0)
-    named = part.keys.take(pa.array(places[:_NAMED])).to_pylist()
-    return Skips({"no_caption": len(places)}, {"no_caption": named})
+    return Skips({"no_caption": len(places)}, {"no_caption": part.keys.take(pa.array(places[:_NAMED])).to_pylist()})
 
 
 def index_of(dataset: Dataset) -> DataIndex:
@@ -156,9 +158,7 @@ def match_samples(
     A file in the data's order is read in step with the shards; one that turns out not to be is joined, and all begins anew.
 
     Args:
-        sources: The files.
         val_fraction: Share of the samples held out: the keys whose hash falls below it.
-        folder: Where the result is written.
     """
     index, joined = index_of(dataset), dict[str, Values]()
     bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
@@ -169,10 +169,11 @@ def match_samples(
             name: JoinedMatch(joined[name]) if name in joined else OrderedMatch(stream, width)
             for name, (stream, width) in sources.streams().items()
         }
-        writers = _open_writers(index, sources, folder)
-        bar = reporter if len(index.records) > _FEW_SHARDS else SilentReporter()
-        with bar.progress("match", len(index.records), "shards") as progress:
-            counts = MatchCounts()
+        counts, bar = MatchCounts(), reporter if len(index.records) > _FEW_SHARDS else SilentReporter()
+        with (
+            _open_writers(index, sources, folder) as writers,
+            bar.progress("match", len(index.records), "shards") as progress,
+        ):
             for number in range(len(index.records)):
                 part = index.part(number)
                 keys = part.keys.combine_chunks().cast(pa.large_string())
@@ -181,20 +182,20 @@ def match_samples(
                     found["embeddings"][np.isin(found["embeddings"][:, 0], bad), 0] = -1
                 _match_shard(keys, part.num_captions, found, sources, val_fraction, writers, counts)
                 progress.advance()
-        unordered = [name for name, match in matches.items() if not match.is_complete()]
-        if not unordered:
-            rows = {part: writer.finish() for part, writer in writers.items()}
-            return MatchedSamples(rows[TRAINING], rows[HELD_OUT], counts)
+            unordered = [name for name, match in matches.items() if not match.is_complete()]
+            if not unordered:
+                rows = {part: writer.finish() for part, writer in writers.items()}
+                return MatchedSamples(rows[TRAINING], rows[HELD_OUT], counts)
         for name in unordered:
-            scratch = folder / name
-            scratch.mkdir()
             stream, width = sources.streams()[name]
             shards = (index.part(number).keys.combine_chunks() for number in range(len(index.records)))
-            joined[name] = join_stream(shards, int(index.sizes.sum()), stream, width, scratch)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # the result stays mapped without its name
+                joined[name] = join_stream(shards, int(index.sizes.sum()), stream, width, Path(scratch))
 
 
-def _open_writers(index: DataIndex, sources: Sources, folder: Path) -> dict[str, SampleRowsWriter]:
-    """Begin the columns of both parts."""
+@contextmanager
+def _open_writers(index: DataIndex, sources: Sources, folder: Path) -> Iterator[dict[str, SampleRowsWriter]]:
+    """Begin the columns of both parts; they are closed in the end."""
     limits, embeddings, clusters = {"places": int(index.sizes.max())}, sources.embeddings, sources.clusters
     if embeddings is not None:
         limits["embeddings"] = embeddings.num_rows
@@ -202,7 +203,10 @@ def _open_writers(index: DataIndex, sources: Sources, folder: Path) -> dict[str,
             limits["captions"] = len(embeddings.further_captions()) + 1
     if clusters is not None:
         limits["clusters"] = len(clusters.labels)
-    return {part: SampleRowsWriter(folder, part, limits) for part in (TRAINING, HELD_OUT)}
+    with ExitStack() as stack:
+        yield {
+            part: stack.enter_context(closing(SampleRowsWriter(folder, part, limits))) for part in (TRAINING, HELD_OUT)
+        }
 
 
 def _match_shard(

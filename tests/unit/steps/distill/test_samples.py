@@ -1,0 +1,132 @@
+"""Samples matched with the files of earlier steps: in any order, once for all runs of the same inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from balance_data import write_embeddings
+from teaching_data import Listener, embed_data, index_data, train, write_student
+
+from clipcid_cli.formats.data.dataset import Dataset, open_dataset
+from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.results.matched_samples import SampleRows
+from clipcid_cli.runtime.randomness import key_fraction
+from clipcid_cli.steps.distill import inputs
+from clipcid_cli.steps.distill.samples import MatchedSamples, Sources, count_usable, match_samples
+
+HELD_OUT = 0.3
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return index_data(open_dataset(str(tiny_shards)), tmp_path_factory.mktemp("index"))
+
+
+def list_keys(dataset: Dataset) -> list[str]:
+    assert dataset.index is not None
+    return [key for number in range(len(dataset.shards)) for key in dataset.index.part(number).keys.to_pylist()]
+
+
+def list_samples(dataset: Dataset, rows: SampleRows) -> list[str]:
+    """Return the keys of samples by shard and place."""
+    assert dataset.index is not None
+    shards = np.repeat(np.arange(len(rows.sizes)), rows.sizes)
+    return [
+        dataset.index.sample(int(shard), int(place)).key for shard, place in zip(shards, rows.places(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("order", ["as the data", "reversed", "shuffled"])
+def test_rows_are_found_in_any_order(order: str, dataset: Dataset, tmp_path: Path) -> None:
+    keys = list_keys(dataset)
+    numbers = {"as the data": np.arange(24), "reversed": np.arange(24)[::-1]}.get(
+        order, np.random.default_rng(0).permutation(24)
+    )
+    listed = [keys[number] for number in numbers if number % 8 != 3]
+    embedded = [keys[number] for number in numbers if number % 12 != 7]
+    pq.write_table(pa.table({"key": listed, "kept": [key < keys[20] for key in listed]}), tmp_path / "keep.parquet")
+    embeddings = open_embeddings(
+        write_embeddings(tmp_path / "foreign", np.eye(len(embedded), 32, dtype=np.float16), keys=embedded)
+    )
+    found = match_samples(dataset, Sources(tmp_path / "keep.parquet", embeddings), HELD_OUT, tmp_path, Listener())
+    held = [key for key in keys if key_fraction(key) < HELD_OUT]
+    assert 0 < len(held) < 24
+    assert list_samples(dataset, found.held_out) == held
+    candidates = [key for key in keys if key not in held and key in listed and key < keys[20]]
+    expected = [key for key in candidates if key in embedded]
+    assert list_samples(dataset, found.training) == expected
+    assert found.training.embeddings().tolist() == [embedded.index(key) for key in expected]
+    assert found.held_out.embeddings().tolist() == [embedded.index(key) if key in embedded else -1 for key in held]
+    assert found.counts.listed == len(listed)
+    assert found.counts.kept == sum(key < keys[20] for key in listed)
+    assert (found.counts.candidates, found.counts.selected) == (len(candidates), len(expected))
+    assert found.counts.without_embedding == len(candidates) - len(expected)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "foreign"]
+    again = MatchedSamples.open(tmp_path, dataclasses.asdict(found.counts))
+    assert again.counts == found.counts
+    assert again.training.places().tolist() == found.training.places().tolist()
+
+
+def test_samples_that_cannot_be_used_are_counted_by_the_index(dataset: Dataset) -> None:
+    usable = count_usable(dataset, 0.01)
+    assert (usable.total, usable.read, usable.skips.total) == (24, 24, 0)
+
+
+def test_training_is_the_same_whatever_the_order_of_files(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    embed_data(tiny_shards, tiny_model, tmp_path / "own")
+    own = open_embeddings(tmp_path / "own")
+    keys, order = own.keys.to_pylist(), np.random.default_rng(0).permutation(24)
+    rows, texts = own.images().read(0, 24)[order], own.texts().read(0, 24)[order]
+    foreign = write_embeddings(tmp_path / "foreign", rows, keys=[keys[row] for row in order], texts=texts)
+    settings = {
+        "student": str(write_student(tmp_path)),
+        "preset": "clip-kd",
+        "teacher_space": "project",
+        "loss": ("crd=0",),
+    }
+    logs = [
+        train(tmp_path / folder.name / "work", tiny_shards, embeddings=folder, **settings)[0]
+        for folder in (tmp_path / "own", foreign)
+    ]
+    assert logs[0] == logs[1]
+
+
+def find_matched(work: Path) -> list[Path]:
+    return sorted(work.glob("index/*/matched-*"))
+
+
+def test_samples_are_matched_once(
+    tiny_shards: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    embed_data(tiny_shards, tiny_model, work / "embeddings" / "tiny")
+    settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "steps": 1}
+    dry = settings | {"dry_run": True, "val_fraction": 0.3}
+    before = sorted(work.rglob("*"))
+    with pytest.raises(KeyError):  # nothing was trained, so that there is no log
+        train(work, tiny_shards, **dry)
+    assert sorted(work.rglob("*")) == before
+    first, _ = train(work, tiny_shards, **settings)
+    (matched,) = find_matched(work)
+    # A run that was killed while it matched left a folder.
+    (matched.with_name(f".{matched.name}.partial")).mkdir()
+    shutil.rmtree(matched)
+    assert train(work, tiny_shards, name="again", **settings)[0] == first
+    assert find_matched(work) == [matched]
+    assert not list(matched.parent.glob(".*.partial"))
+
+    def refuse(*_: Any) -> NoReturn:
+        raise AssertionError("matched again")
+
+    monkeypatch.setattr(inputs, "match_samples", refuse)
+    assert train(work, tiny_shards, name="once more", **settings)[0] == first
+    train(work, tiny_shards, name="another", lr=1e-4, **settings)
+    with pytest.raises(AssertionError, match="matched again"):
+        train(work, tiny_shards, name="other", **settings | {"val_fraction": 0.3})
