@@ -48,13 +48,15 @@ _WORKER_IMPORTS = [
 ]
 
 
-def default_workers() -> int:
-    """Return the default number of workers: one per core beyond the first, at most 8.
+def default_workers(device: torch.device) -> int:
+    """Return the default number of workers: one per core beyond the first, on a CPU at most 8.
 
-    Cores are those this process may use, divided among the processes of this host.
+    Cores are those this process may use, divided among the processes of this host. A GPU takes thousands of images a
+    second, of which a core decodes some hundreds; a CPU computes with the cores that do not decode.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    free = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
+    return max(1, free if device.type == "cuda" else min(8, free))
 
 
 def start_worker_server() -> None:

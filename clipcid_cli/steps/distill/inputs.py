@@ -201,5 +201,5 @@ def _open_data(
         dataset = dataclasses.replace(dataset, index_folder=scratch / "index")
     # By this process and its workers, while the others wait for what is found; `embed` has mostly done it before.
     alone = Machine(0, 1, 0, torch.device("cpu"))
-    workers = default_workers() if settings.workers is None else settings.workers
+    workers = default_workers(alone.device) if settings.workers is None else settings.workers
     return cache_shards(ensure_index(dataset, alone, workers, reporter), settings.cache_size)

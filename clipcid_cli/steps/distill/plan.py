@@ -17,7 +17,11 @@ from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 DEFAULT_EPOCHS = 32
-DEFAULT_BATCH_SIZE = 256
+# Samples of a batch by default: at least so many (fewer if the data has fewer), and on GPUs up to so many for each as long
+# as that leaves so many steps.
+_SMALLEST_BATCH = 256
+_LARGEST_BATCH_PER_GPU = 512
+_ENOUGH_STEPS = 20_000
 
 # The log has at most about this many lines, whatever the length of the run.
 _MAX_LOG_LINES = 5_000
@@ -57,6 +61,21 @@ class Schedule:
         return step % every == 0 or step == self.steps
 
 
+def default_batch_size(settings: DistillSettings, samples: int, machine: Machine) -> int:
+    """Choose a batch size: the largest power of two that leaves enough steps, within the bounds; it divides evenly.
+
+    Args:
+        samples: Number of samples to train on.
+    """
+    size = _SMALLEST_BATCH
+    if machine.device.type == "cuda" and settings.steps is None:
+        shown = (settings.epochs or DEFAULT_EPOCHS) * samples
+        while 2 * size <= min(_LARGEST_BATCH_PER_GPU * machine.size, shown // _ENOUGH_STEPS):
+            size *= 2
+    divisor = machine.size * settings.accum_freq
+    return max(divisor, min(size, samples) // divisor * divisor)
+
+
 def plan_run(settings: DistillSettings, inputs: TrainingInputs, machine: Machine, reporter: Reporter) -> Plan:
     """Decide batch size, number of steps and warm-up.
 
@@ -66,7 +85,7 @@ def plan_run(settings: DistillSettings, inputs: TrainingInputs, machine: Machine
     """
     samples = inputs.training.total
     divisor = machine.size * settings.accum_freq
-    batch_size = settings.batch_size or max(divisor, min(DEFAULT_BATCH_SIZE, samples) // divisor * divisor)
+    batch_size = settings.batch_size or default_batch_size(settings, samples, machine)
     if batch_size % divisor:
         raise UsageError(
             f"--batch-size {batch_size} does not divide into {machine.size} x {settings.accum_freq} equal parts "
@@ -96,7 +115,7 @@ def plan_run(settings: DistillSettings, inputs: TrainingInputs, machine: Machine
         steps=steps,
         max_norm=settings.grad_clip_norm or None,
     )
-    workers = default_workers() if settings.workers is None else settings.workers
+    workers = default_workers(machine.device) if settings.workers is None else settings.workers
     return Plan(optimiser, batch_size, workers, settings.eval_every or max(1, steps // 10))
 
 

@@ -96,7 +96,7 @@ def make_embeddings(
 
 
 def _load_embedder(settings: EmbedSettings, machine: Machine, name: ModelName, dataset: Dataset) -> ShardEmbedder:
-    workers = default_workers() if settings.workers is None else settings.workers
+    workers = default_workers(machine.device) if settings.workers is None else settings.workers
     if workers:
         start_worker_server()
     model = machine.on_all(lambda: load_model(name, machine.device))

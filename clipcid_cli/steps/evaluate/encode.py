@@ -130,7 +130,7 @@ class TaskEncoder:
             batches = read_ahead(batches, threads)
         if workers is None and device.type == "cpu":
             return map_threads(batches, lambda samples: self._embed(task, decode(samples)), threads)
-        decoded = load_batches(batches, decode, default_workers() if workers is None else workers)
+        decoded = load_batches(batches, decode, default_workers(device) if workers is None else workers)
         return map_threads(decoded, lambda batch: self._embed(task, batch), threads)
 
     def _embed(self, task: ZeroshotTask, batch: DecodedBatch) -> tuple[EmbeddedBatch | None, Skips]:

@@ -172,7 +172,11 @@ class DistillSettings(ReadingSettings):
         above_minimum=True,
     )
     batch_size: int | None = option(
-        None, "Samples per batch over all processes; by default at most 256.", group=_LENGTH, minimum=1
+        None,
+        "Samples per batch over all processes; by default at most 256, on GPUs up to 512 for each if that leaves 20,000 "
+        "steps.",
+        group=_LENGTH,
+        minimum=1,
     )
     epochs: int | None = option(None, "Passes over the data; by default 32.", group=_LENGTH, minimum=1)
     steps: int | None = option(None, "Optimizer steps, instead of --epochs.", group=_LENGTH, minimum=1)

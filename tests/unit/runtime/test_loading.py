@@ -95,10 +95,13 @@ def test_workers_are_forked_from_a_server_with_what_they_need_and_no_faiss() -> 
 
 
 def test_workers_are_fewer_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = default_workers()
-    assert 1 <= alone <= 8
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
+    assert (default_workers(cpu), default_workers(gpu)) == (8, 95)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (default_workers(cpu), default_workers(gpu)) == (8, 11)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert default_workers() == 1
+    assert (default_workers(cpu), default_workers(gpu)) == (1, 1)
 
 
 def write_pid_and_wait(batch: str) -> str:

@@ -1,0 +1,35 @@
+"""The numbers of a training run that follow from the data and the processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.distill.plan import default_batch_size
+from clipcid_cli.steps.settings.distill import DistillSettings
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "samples", "settings", "expected"),
+    [
+        ("cpu", 1, 400_000_000, {}, 256),
+        ("cpu", 1, 100, {}, 100),
+        ("cpu", 3, 100, {"accum_freq": 2}, 96),
+        ("cuda", 8, 400_000_000, {}, 4096),
+        ("cuda", 1, 400_000_000, {}, 512),
+        ("cuda", 8, 400_000_000, {"steps": 1000}, 256),
+        ("cuda", 8, 640_000, {}, 1024),  # 32 epochs are 20,000 steps of 1,024
+        ("cuda", 8, 639_999, {}, 512),
+        ("cuda", 8, 640_000, {"epochs": 16}, 512),
+        ("cuda", 6, 400_000_000, {}, 2046),  # as many for each process
+        ("cuda", 8, 3, {}, 8),  # refused later: fewer samples than processes
+    ],
+)
+def test_batches_grow_with_the_data_where_there_are_gpus(
+    device: str, gpus: int, samples: int, settings: dict[str, Any], expected: int
+) -> None:
+    machine = Machine(0, gpus, 0, torch.device(device))
+    assert default_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, machine) == expected
