@@ -1,6 +1,6 @@
 """Many processes, one batch: features are gathered and gradients averaged such that the result is a single process's.
 
-Every process computes the whole loss from everybody's features, or (``--local-loss``) its own rows' share of it; the
+Every process computes its own rows' share of the loss from everybody's features, or (``--no-local-loss``) the whole; the
 gradient is the whole batch's either way.
 """
 

@@ -26,7 +26,6 @@ SLOW = ("--lr", 1e-4)
 FORMS = {
     "fp16": ("--precision", "fp16", "--accum-freq", 2, "--grad-checkpointing"),
     "online": ("--online-teacher",),
-    "local": ("--preset", "clip-kd", "--precision", "fp32", "--local-loss"),
 }
 
 

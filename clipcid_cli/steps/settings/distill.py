@@ -187,9 +187,9 @@ class DistillSettings(ReadingSettings):
         minimum=1,
     )
     local_loss: bool = option(
-        False,
-        "Compute in each process only the losses of its own rows, which saves time and memory with many processes; the "
-        "gradient is the same.",
+        True,
+        "Compute in each process only the losses of its own rows; without it, each computes those of all, in more time and "
+        "memory. The gradient is the same.",
         group=_MEMORY,
     )
     gather_with_grad: bool = option(
