@@ -1,6 +1,7 @@
 """Tar shards: the offset of each member, read from the headers alone, so that any sample is one read away.
 
-Python's tarfile takes four to five times as long (3,000 members: 0.11 s against 0.025 s).
+Python's tarfile takes 2.7 times as long (47 µs a sample of three members against 17), and takes a damaged header for the end
+of the archive. webdataset's reader tells no offsets and takes twice as long on a stream (102 µs against 57).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from clipcid_cli.runtime.models.augment import ViewPixels, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.data_index import stream_shard
 from clipcid_cli.steps.embed.batches import EmbedBatch, Listing, Preparation, PreparedEmbedBatch
@@ -85,19 +86,15 @@ class ShardEmbedder:
             ClipcidError: when too many samples are unusable, a shard is damaged, or a worker ended.
         """
         opened: defaultdict[int, PendingShard] = defaultdict(PendingShard)
-        sent = deque[EmbedBatch]()
         timings, total, read = Timings(), Skips(), 0
-        clock = time.perf_counter()
-        for prepared in load_batches(self._send(numbers, sent), self._preparation(), self.workers):
-            ready = time.perf_counter()
-            timings.read += ready - clock
-            batch = sent.popleft()
+        start = time.perf_counter()
+        for batch, prepared, rows in map_threads(self._prepare(numbers, timings), self._encode, self._threads):
             shard = opened[batch.number]
-            self._encode(prepared, batch, shard)
-            clock = time.perf_counter()
-            timings.encode += clock - ready
+            if rows is not None:
+                self._add(batch, prepared, rows, shard)
             progress.advance(len(batch.samples) * weight)
             if batch.listing is not None:
+                clock = time.perf_counter()
                 del opened[batch.number]
                 shard.skips.merge(batch.listing.skips)
                 self._write(writer, batch.number, batch.listing.read, shard)
@@ -107,7 +104,7 @@ class ShardEmbedder:
                 if read >= _EARLY_CHECK:
                     total.check(read, self.max_bad_fraction, self.dataset.spec)
                 timings.write += time.perf_counter() - clock
-                clock = time.perf_counter()
+        timings.encode = time.perf_counter() - start - timings.read - timings.write
         return timings
 
     def measure_batch(self) -> float:
@@ -118,12 +115,19 @@ class ShardEmbedder:
         prepared = self._preparation()(())
         tokens = self.model.tokenizer([TYPICAL_CAPTION] * self.samples_at_once)
 
-        def encode() -> None:
+        def encode(_: int) -> None:
             self._encode_pixels(prepared)
             if prepared.tokens is not None:
                 self._rows(self.model.encode_texts(tokens, self.precision))
 
-        return time_trial(encode, self.model.device, repeats=3).seconds
+        def encode_together() -> None:
+            deque(map_threads(range(self._threads), encode, self._threads), maxlen=0)
+
+        return time_trial(encode_together, self.model.device, repeats=3).seconds / self._threads
+
+    @property
+    def _threads(self) -> int:
+        return threads_for_batches(self.model.device)
 
     def _preparation(self) -> Preparation:
         views = None
@@ -138,6 +142,18 @@ class ShardEmbedder:
             context_length=self.model.info.context_length,
             fast_decode=self.fast_decode,
         )
+
+    def _prepare(self, numbers: Sequence[int], timings: Timings) -> Iterator[tuple[EmbedBatch, PreparedEmbedBatch]]:
+        """Yield each batch of the shards as a worker prepared it, and count the seconds spent waiting for workers."""
+        sent = deque[EmbedBatch]()
+        prepared = load_batches(self._send(numbers, sent), self._preparation(), self.workers)
+        while True:
+            start = time.perf_counter()
+            ready = next(prepared, None)
+            timings.read += time.perf_counter() - start
+            if ready is None:
+                return
+            yield sent.popleft(), ready
 
     def _send(self, numbers: Sequence[int], sent: deque[EmbedBatch]) -> Iterator[Sequence[Sample]]:
         """Yield the samples of each batch for a worker, and note the batch."""
@@ -166,11 +182,14 @@ class ShardEmbedder:
             skips.merge(without_caption)
             yield EmbedBatch(number, samples, Listing(read, skips))
 
-    def _encode(self, prepared: PreparedEmbedBatch, batch: EmbedBatch, shard: PendingShard) -> None:
-        """Embed a batch and add its usable rows to its shard."""
+    def _encode(
+        self, pair: tuple[EmbedBatch, PreparedEmbedBatch]
+    ) -> tuple[EmbedBatch, PreparedEmbedBatch, BatchRows | None]:
+        """Embed a batch; None without a sample. Several threads may do so at once."""
+        batch, prepared = pair
         samples, count = batch.samples, len(batch.samples)
         if not samples:
-            return
+            return batch, prepared, None
         images, views = self._encode_pixels(prepared)
         texts, further = None, np.empty((0, images.shape[1]), dtype=np.float16)
         owners = np.empty(0, dtype=np.int64)
@@ -179,17 +198,20 @@ class ShardEmbedder:
             owners = np.repeat(np.arange(count), [len(sample.captions) - 1 for sample in samples])
             further = self._encode_further(prepared.further)[: len(owners)]
         params = None if prepared.params is None else prepared.params[:count]
-        rows = BatchRows(images[:count], views[:count], params, texts, further, owners)
+        return batch, prepared, BatchRows(images[:count], views[:count], params, texts, further, owners)
+
+    def _add(self, batch: EmbedBatch, prepared: PreparedEmbedBatch, rows: BatchRows, shard: PendingShard) -> None:
+        """Add the usable rows of a batch to its shard."""
         name = self.dataset.shards[batch.number].name
         kept = []
-        for row, (sample, usable) in enumerate(zip(samples, rows.finite().tolist(), strict=True)):
+        for row, (sample, usable) in enumerate(zip(batch.samples, rows.finite().tolist(), strict=True)):
             reason = prepared.failures.get(row) or (None if usable else "nan_row")
             if reason is None:
                 kept.append(row)
             else:
                 shard.skips.add(reason, f"{name}: {sample.key}")
         shard.flattened += prepared.flattened
-        shard.add(samples, rows, kept)
+        shard.add(batch.samples, rows, kept)
 
     def _encode_pixels(self, prepared: PreparedEmbedBatch) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
         """Embed a batch's images and views: float16 [B, D] and [B, V, D], V = 0 without views."""
