@@ -90,9 +90,12 @@ class ClusterSums:
         """
         moved_B = (old_B != new_B).nonzero()[:, 0]
         for part_B in torch.split(moved_B, _ROWS_AT_ONCE):
-            self._add(rows_BD[part_B].double(), new_B[part_B], 1)
-            left_B = part_B[old_B[part_B] >= 0]
-            self._add(rows_BD[left_B].double().neg(), old_B[left_B], -1)
+            exact_BD, left_B = rows_BD.index_select(0, part_B).double(), old_B[part_B]
+            self._add(exact_BD, new_B[part_B], 1)
+            was_in_one_B = left_B >= 0
+            if not bool(was_in_one_B.all()):
+                exact_BD, left_B = exact_BD[was_in_one_B], left_B[was_in_one_B]
+            self._add(exact_BD.neg_(), left_B, -1)
         return len(moved_B)
 
     def _add(self, rows_BD: torch.Tensor, clusters_B: torch.Tensor, count: int) -> None:
