@@ -78,29 +78,32 @@ class GradientAverager:
     never stopped. Here the buckets depend on the parameters only.
     """
 
-    def __init__(self, towers: Sequence[torch.nn.Parameter], losses: Sequence[torch.nn.Parameter], size: int) -> None:
+    def __init__(
+        self, towers: Sequence[Sequence[torch.nn.Parameter]], losses: Sequence[torch.nn.Parameter], size: int
+    ) -> None:
         """Hook into the parameters.
 
         Args:
-            towers: Parameters the towers' backward pass reaches, in the same order on every process.
+            towers: Parameters of each tower, towers and parameters in the order in which the backward pass reaches them.
             losses: Those the losses' backward pass reaches, before it: their gradients are sent last.
         """
         self._size = size
-        self._parameters = [*towers, *losses]
+        self._parameters = [parameter for tower in towers for parameter in tower] + list(losses)
         self._buckets: list[_Bucket] = []
         self._next = 0
         self._watching = False
         if size == 1:
             return
-        # The backward pass reaches the last layers first.
-        current: list[torch.nn.Parameter] = []
-        for parameter in reversed(towers):
-            full = sum(p.numel() * p.element_size() for p in current) >= _BUCKET_BYTES
-            if current and (full or parameter.dtype != current[0].dtype):
-                self._buckets.append(_Bucket(current))
-                current = []
-            current.append(parameter)
-        self._buckets += [_Bucket(part) for part in (current, list(losses)) if part]
+        for tower in towers:
+            current: list[torch.nn.Parameter] = []
+            for parameter in tower:
+                full = sum(p.numel() * p.element_size() for p in current) >= _BUCKET_BYTES
+                if current and (full or parameter.dtype != current[0].dtype):
+                    self._buckets.append(_Bucket(current))
+                    current = []
+                current.append(parameter)
+            self._buckets += [_Bucket(current)] if current else []
+        self._buckets += [_Bucket(list(losses))] if losses else []
         for bucket in self._buckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(partial(self._ready, bucket))  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -97,11 +97,25 @@ def make_optimizer(module: nn.Module, loss_parameters: LossParameters, plan: Opt
     return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, eps=plan.eps, fused=True)
 
 
+def backward_order(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters of the text and the image tower, each in the order in which their gradients arrive.
+
+    Texts are encoded last, so their tower comes first. Layers arrive from the last to the first; embeddings of tokens and
+    positions at the very end, wherever a model defines them.
+    """
+    towers: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    stems: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in reversed(list(module.named_parameters())):
+        (stems if "embed" in name else towers)[name.startswith("visual.")].append(parameter)
+    return towers[0] + stems[0], towers[1] + stems[1]
+
+
 class Trainer:
     """A student in training: its parameters, the losses' and the optimiser's, and the count of steps done.
 
     Attributes:
-        of_towers: Parameters that features depend on.
+        of_towers: Parameters that features depend on: the text tower's and the image tower's, each about in the order in
+            which a backward pass reaches them.
         of_losses: Parameters that only the losses use: logit scales (the student's too) and maps into the shared space.
     """
 
@@ -121,7 +135,10 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=scaled)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         of_losses = {id(parameter) for parameter in (*loss_parameters.parameters(), module.logit_scale)}
-        self.of_towers = [parameter for parameter in self.parameters if id(parameter) not in of_losses]
+        trained = {id(parameter) for parameter in self.parameters} - of_losses
+        self.of_towers = [
+            [parameter for parameter in tower if id(parameter) in trained] for tower in backward_order(module)
+        ]
         self.of_losses = [parameter for parameter in self.parameters if id(parameter) in of_losses]
         self.step = 0
 

@@ -58,6 +58,28 @@ def test_schedule_warms_up_then_follows_a_cosine_to_zero() -> None:
     assert PLAN.rate_at(8) == pytest.approx(0)
 
 
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_gradients_arrive_in_the_order_in_which_they_are_sent(grad_checkpointing: bool) -> None:
+    model = make_model()
+    model.set_grad_checkpointing(grad_checkpointing)  # type: ignore[operator]
+    model.train()
+    trainer = Trainer(model, LossParameters([], 32, None, seed=0), PLAN)
+    arrived: list[int] = []
+    for parameter in trainer.parameters:
+        parameter.register_post_accumulate_grad_hook(lambda parameter: arrived.append(id(parameter)))
+    tokens = torch.randint(1, 49407, (4, 12))
+    image, text = model.encode_image(torch.randn(4, 3, 32, 32)), model.encode_text(tokens)  # type: ignore[operator]
+    torch.autograd.backward([image, text], [torch.ones_like(image), torch.ones_like(text)])
+    sent = [id(parameter) for tower in trainer.of_towers for parameter in tower]
+    assert sorted(arrived) == sorted(sent)
+    place = {parameter: number for number, parameter in enumerate(arrived)}
+    # Until any number of them can be sent, at most a layer's further ones arrive.
+    latest = 0
+    for number, parameter in enumerate(sent):
+        latest = max(latest, place[parameter])
+        assert latest - number <= 4
+
+
 def test_scales_start_at_clips_and_never_exceed_a_hundred() -> None:
     model, parameters = make_model(), LossParameters(["instance"], 32, None, seed=0)
     trainer = Trainer(model, parameters, PLAN)

@@ -49,7 +49,7 @@ def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.
     parameters = LossParameters([n for n in WEIGHTS if LOSSES[n].own_scale], WIDTH, TEACHER_WIDTH, seed=1)
     of_losses = [scale, *parameters.parameters()]
     trained = [*towers.parameters(), *of_losses]
-    averager = GradientAverager(list(towers.parameters()), of_losses, size)
+    averager = GradientAverager([list(tower.parameters()) for tower in reversed(towers)], of_losses, size)
     machine = Machine(rank, size, rank, torch.device("cpu"))
     teacher = FixedTeacher(SharedSpace(TEACHER_WIDTH, is_learned=True), 30.0, None, torch.device("cpu"), size)
     objective = Objective(WEIGHTS, parameters, teacher, machine, local=local)
