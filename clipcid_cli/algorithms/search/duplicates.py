@@ -48,10 +48,12 @@ def collapse_duplicates(read: ReadRows, rows: IntArray, hashes: HashArray) -> tu
         return rows, Edges.empty()
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
-    same = np.concatenate([[False], ordered[1:] == ordered[:-1]])
-    starts = np.flatnonzero(~same)
-    first = np.repeat(order[starts], np.diff(np.append(starts, len(order))))
-    copies, firsts = order[same], first[same]
+    # Places in the order whose hash is that of the place before, and where the run of each begins.
+    place = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+    del ordered
+    begins = np.append(True, np.diff(place) > 1)[: len(place)]
+    copies, firsts = order[place], order[np.maximum.accumulate(np.where(begins, place - 1, 0))]
+    del order
     smaller, larger = [], []
     while len(copies):
         equal = np.concatenate(

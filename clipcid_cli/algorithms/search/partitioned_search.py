@@ -5,6 +5,7 @@ Source: docs/method.md#partitioned-search.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 
@@ -21,27 +22,32 @@ from clipcid_cli.algorithms.search.tiles import PieceTiles
 _PANEL_ROWS = 8192
 
 
+@dataclasses.dataclass(frozen=True)
 class Groups:
     """Lists of rows, one a partition, in one array.
 
-    Args:
-        partitions: The partition of each entry, integers [E] in [0, K).
-        rows: The row of each entry, integers [E].
+    Attributes:
+        rows: The rows of all lists, integers [E].
+        ends: Where each list ends, int64 [K].
     """
 
-    def __init__(self, partitions: IntArray, rows: IntArray, num_partitions: int) -> None:
-        order = np.argsort(partitions, kind="stable")
-        self._rows = rows[order]
-        self._ends = np.cumsum(np.bincount(partitions, minlength=num_partitions))
+    rows: IntArray
+    ends: IntArray
+
+    @staticmethod
+    def of_entries(partitions: IntArray, rows: IntArray, num_partitions: int) -> Groups:
+        """Make the lists of entries, each a partition in [0, K) and a row, integers [E]; a list keeps their order."""
+        ends = np.cumsum(np.bincount(partitions, minlength=num_partitions))
+        return Groups(rows[np.argsort(partitions, kind="stable")], ends)
 
     def sizes(self) -> IntArray:
         """Return the length of each list, int64 [K]."""
-        return np.diff(self._ends, prepend=0)
+        return np.diff(self.ends, prepend=0)
 
     def of(self, partition: int) -> IntArray:
         """Return the rows of one partition in the order they were given."""
-        start = int(self._ends[partition - 1]) if partition else 0
-        return self._rows[start : int(self._ends[partition])]
+        start = int(self.ends[partition - 1]) if partition else 0
+        return self.rows[start : int(self.ends[partition])]
 
 
 class PartitionedSearch:

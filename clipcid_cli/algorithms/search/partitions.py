@@ -24,8 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -176,6 +175,21 @@ class Partitions:
         return root(squared_CK.clamp(min=0.0))
 
 
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """The partitions of consecutive rows.
+
+    Attributes:
+        home: Home of each of M rows, int32 [M].
+        visited: A partition that a row visits, int32 [E].
+        visitor: Position of that row among all rows, integers [E].
+    """
+
+    home: IntArray
+    visited: IntArray
+    visitor: IntArray
+
+
 def assign_rows(
     partitions: Partitions,
     read: ReadRows,
@@ -183,20 +197,15 @@ def assign_rows(
     margin: float,
     *,
     share: tuple[int, int],
-    gather: Callable[[Any], list[Any]],
     advance: Callable[[int], object],
-) -> tuple[Groups, Groups]:
-    """Find the home of every row and the partitions it visits; the same on every process.
+) -> Assignment:
+    """Find the home of rows and the partitions they visit.
 
     Args:
-        rows: Row numbers, int64 [N].
+        rows: Row numbers, integers [N].
         margin: How near to a border a row visits the partition beyond it.
-        share: Positions in `rows` that this process looks at: the first, and the one after the last.
-        gather: Returns every process's value, in the order of their shares.
+        share: Positions in `rows` to look at: the first, and the one after the last.
         advance: Called with the number of rows looked at.
-
-    Returns:
-        Positions in `rows` by home partition, and by the partitions they visit.
     """
     start, stop = share
     small = row_type(len(rows))
@@ -209,7 +218,17 @@ def assign_rows(
         parts.append((home.astype(np.int32), visited.astype(np.int32), (row + at).astype(small)))
         advance(len(positions))
     empty = np.empty(0, np.int32)
-    mine = tuple(np.concatenate([empty, *each]) for each in zip(*parts, strict=True)) if parts else (empty,) * 3
-    home, visited, visitor = (np.concatenate(each) for each in zip(*gather(mine), strict=True))
-    homes = Groups(home, np.arange(len(rows)).astype(small), len(partitions))
-    return homes, Groups(visited, visitor, len(partitions))
+    return Assignment(*(np.concatenate(each) for each in zip((empty,) * 3, *parts, strict=True)))
+
+
+def group_rows(assignments: Sequence[Assignment], num_partitions: int) -> tuple[Groups, Groups]:
+    """Return the positions of rows by home partition, and by the partitions they visit.
+
+    Args:
+        assignments: Of all rows, in order.
+    """
+    home, visited, visitor = (
+        np.concatenate([getattr(each, name) for each in assignments]) for name in ("home", "visited", "visitor")
+    )
+    positions = np.arange(len(home), dtype=row_type(len(home)))
+    return Groups.of_entries(home, positions, num_partitions), Groups.of_entries(visited, visitor, num_partitions)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import numpy.typing as npt
 
 from clipcid_cli.algorithms.search.distances import IntArray
 from clipcid_cli.algorithms.search.edges import Edges
@@ -120,9 +121,14 @@ def find_star_cutoff(
     return best
 
 
+def is_kept(representatives: IntArray) -> npt.NDArray[np.bool_]:
+    """Tell which rows are kept, each its own representative, bool [N]."""
+    return np.asarray(representatives == np.arange(len(representatives), dtype=representatives.dtype))
+
+
 def count_kept(representatives: IntArray) -> int:
-    """Count the rows that are kept, each its own representative."""
-    return int(np.count_nonzero(representatives == np.arange(len(representatives))))
+    """Count the rows that are kept."""
+    return int(np.count_nonzero(is_kept(representatives)))
 
 
 def label_by_smallest(representatives: IntArray) -> IntArray:

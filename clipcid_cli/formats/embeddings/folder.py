@@ -244,7 +244,7 @@ class Embeddings:
         Raises:
             ClipcidError: when there are any.
         """
-        repeat = None if self.sidecar is not None else find_repeated_key(self.keys)
+        repeat = None if self.sidecar is not None else find_repeated_key(self._join(self.keys_of))
         if repeat is not None:
             key, one, other = repeat
             raise ClipcidError(

@@ -59,6 +59,7 @@ class Context:
     def collect_pairs(self, labels: IntArray, cutoff: float) -> Edges:
         """Call :func:`collect_pairs` for these rows."""
         started = time.perf_counter()
-        found = collect_pairs(self.machine, self.rows, labels, cutoff, self.settings.precision, self.reporter)
+        given = (self.machine, self.folder, self.rows)
+        found = collect_pairs(*given, labels, cutoff, self.settings.precision, self.reporter)
         self.seconds["search"] += time.perf_counter() - started
         return found

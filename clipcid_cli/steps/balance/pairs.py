@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.shared_arrays import share_arrays
 
 # Limits of `collect_few_pairs`, some seconds on two cores: rows compared, and pairs found (20 bytes each, and several times
 # that to sort and cover them). Small panels compare few rows of different components.
@@ -40,11 +42,18 @@ class NotComputed:
 
 
 def collect_pairs(
-    machine: Machine, rows: BalanceRows, labels: IntArray, cutoff: float, precision: str, reporter: Reporter
+    machine: Machine,
+    folder: Path,
+    rows: BalanceRows,
+    labels: IntArray,
+    cutoff: float,
+    precision: str,
+    reporter: Reporter,
 ) -> Edges:
     """Find all pairs of unique rows within a distance, given the components at it; the same on every process.
 
     Args:
+        folder: Where processes share what they find.
         labels: Component of each row at the distance, int64 [N]; only pairs within one are compared.
         cutoff: The distance, inclusive.
         precision: Format of the fast product, see `choose_scan`.
@@ -52,7 +61,7 @@ def collect_pairs(
     Raises:
         ClipcidError: when they would not fit into memory.
     """
-    tiles = ComponentTiles(rows, labels)
+    tiles = _share_tiles(machine, folder, rows, labels)
     found = _collect(machine, tiles, rows, precision, cutoff, _MOST_COLLECTED, reporter)
     if found is None:
         raise ClipcidError(
@@ -65,40 +74,56 @@ def collect_pairs(
 
 
 def collect_few_pairs(
-    machine: Machine, rows: BalanceRows, labels: IntArray, cutoff: float, precision: str, reporter: Reporter
+    machine: Machine,
+    folder: Path,
+    rows: BalanceRows,
+    labels: IntArray,
+    cutoff: float,
+    precision: str,
+    reporter: Reporter,
 ) -> Edges | NotComputed:
     """Find the pairs that :func:`collect_pairs` finds, unless that would take long.
 
     Returns:
         The pairs, or what there is too much of; the same for any number of processes.
     """
-    compared = machine.on_main(lambda: ComponentTiles(rows, labels, _SMALL_PANEL).num_pairs)
+    tiles = _share_tiles(machine, folder, rows, labels, _SMALL_PANEL)
+    compared = tiles.num_pairs
     if compared > _MOST_COMPARED:
         return NotComputed(
             f"it takes {compared:,} comparisons within the groups, more than the {_MOST_COMPARED:,} made for a report"
         )
-    tiles = ComponentTiles(rows, labels, _SMALL_PANEL)
     found = _collect(machine, tiles, rows, precision, cutoff, _MOST_FOUND, reporter)
     if found is None:
         return NotComputed(f"more than {_MOST_FOUND:,} pairs are within the cut-off")
     return found
 
 
+def _share_tiles(
+    machine: Machine, folder: Path, rows: BalanceRows, labels: IntArray, panel_rows: int | None = None
+) -> ComponentTiles:
+    (members,) = share_arrays(machine, folder, lambda: (_find_members(rows, labels),))
+    return ComponentTiles(labels, members, panel_rows)
+
+
+def _find_members(rows: BalanceRows, labels: IntArray) -> IntArray:
+    """Return the unique rows that are not alone in their component, by component, integers [M]."""
+    label_U = labels[rows.unique]
+    members = rows.unique[np.bincount(label_U, minlength=1)[label_U] > 1]
+    return members[np.argsort(labels[members], kind="stable")]
+
+
 class ComponentTiles:
     """The tiles of a search that may hold pairs of one component; how many pairs they compare is known before any is made.
 
     Args:
-        labels: Component of each row, int64 [N].
+        labels: Component of each row, integers [N].
+        members: Unique rows that are not alone in their component, by component, integers [M].
         panel_rows: Rows a side of a tile, see `TiledSearch`.
-
-    Attributes:
-        members: Unique rows that are not alone in their component, by component, int64 [M].
     """
 
-    def __init__(self, rows: BalanceRows, labels: IntArray, panel_rows: int | None = None) -> None:
-        sizes = np.bincount(labels[rows.unique], minlength=len(rows))
-        members = rows.unique[sizes[labels[rows.unique]] > 1]
-        self.labels, self.members = labels, members[np.argsort(labels[members], kind="stable")]
+    def __init__(self, labels: IntArray, members: IntArray, panel_rows: int | None = None) -> None:
+        self.labels, self.members = labels, members
         self.panel_rows = default_panel_rows(len(members)) if panel_rows is None else panel_rows
         starts = np.arange(0, len(members), self.panel_rows)
         self._ends = np.append(starts, len(members))[1:]

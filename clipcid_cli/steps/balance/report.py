@@ -68,7 +68,9 @@ def write_report(
         warnings: What the user was warned of.
     """
     settings, embeddings = context.settings, context.embeddings
-    shown = [_choose_members(sets, label) for label in _largest(sets)]
+    sizes = np.bincount(sets.labels)
+    largest = _largest(sizes)
+    shown = [_choose_members(sets, label) for label in largest]
     inside, outside = _around(forest, sets.threshold)
     rows = np.unique(np.concatenate([np.empty(0, np.int64), *shown, inside.a, inside.b, outside.a, outside.b]))
     data, why_no_images = _open_data(settings, embeddings)
@@ -81,13 +83,13 @@ def write_report(
             rule=_describe_rule(settings),
             linkage=settings.linkage,
             warnings=warnings,
-            num_sets=int(np.count_nonzero(np.bincount(sets.labels) > 1)),
+            num_sets=int(np.count_nonzero(sizes > 1)),
             why_no_other=other.reason if isinstance(other, NotComputed) else "",
             curve_figure=_draw_curves(sets, settings.linkage, other),
-            sizes=_count_sizes(sets),
+            sizes=_count_sizes(sizes[sizes > 0]),
             sets=[
-                {"size": int(sets.sizes[members[0]]), "images": [pictures[row] for row in members.tolist()]}
-                for members in shown
+                {"size": int(sizes[label]), "images": [pictures[row] for row in members.tolist()]}
+                for label, members in zip(largest, shown, strict=True)
             ],
             inside=_pair_up(inside, pictures),
             outside=_pair_up(outside, pictures),
@@ -110,11 +112,13 @@ def _describe_rule(settings: BalanceSettings) -> str:
     return f"{amount} --linkage {settings.linkage} --select {settings.select}{neighbors}"
 
 
-def _largest(sets: Sets) -> list[int]:
+def _largest(sizes: IntArray) -> list[int]:
     """Return the labels of the largest sets of two or more images, the largest first, ties by row."""
-    sizes = np.bincount(sets.labels)
-    order = np.lexsort((np.arange(len(sizes)), -sizes))[:_SETS_SHOWN]
-    return [int(label) for label in order if sizes[label] > 1]
+    labels = np.flatnonzero(sizes > 1)
+    if len(labels) > _SETS_SHOWN:
+        labels = labels[sizes[labels] >= np.partition(sizes[labels], -_SETS_SHOWN)[-_SETS_SHOWN]]
+    order = np.lexsort((labels, -sizes[labels]))[:_SETS_SHOWN]
+    return [int(label) for label in labels[order]]
 
 
 def _choose_members(sets: Sets, label: int) -> IntArray:
@@ -208,10 +212,8 @@ def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | NotComputed) ->
     return svg(figure, "Share of images kept over the cut-off")
 
 
-def _count_sizes(sets: Sets) -> list[dict[str, Any]]:
-    """Count sets and the images in them by size, sizes by powers of two, those that occur."""
-    sizes = np.bincount(sets.labels)
-    sizes = sizes[sizes > 0]
+def _count_sizes(sizes: IntArray) -> list[dict[str, Any]]:
+    """Count sets and the images in them by size, int64 [S], sizes by powers of two, those that occur."""
     power = np.ceil(np.log2(sizes)).astype(np.int64)
     num_sets, images = np.bincount(power), np.bincount(power, weights=sizes).astype(np.int64)
     names = ["1", "2", *(f"{2 ** (p - 1) + 1:,}–{2**p:,}" for p in range(2, len(images)))]

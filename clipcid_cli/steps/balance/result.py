@@ -40,7 +40,7 @@ def summarise(
         "keep_ratio": kept / images,
         "threshold": sets.threshold,
         "components": kept,
-        "largest_component": int(sets.sizes.max()),
+        "largest_component": sets.largest,
         "coverage": sets.coverage,
         "other_linkage": None
         if isinstance(other, NotComputed)
@@ -67,7 +67,7 @@ def find_warnings(settings: BalanceSettings, sets: Sets) -> list[str]:
                 f"Pairs tie at the cut-off {sets.threshold:.6g}, and all of them merge: {kept:,} images are kept, "
                 f"{missed:,} fewer than requested."
             )
-    largest = int(sets.sizes.max())
+    largest = sets.largest
     if largest > 1 and largest > _LARGE_SET * images:
         advice = "; --linkage star keeps groups compact" if settings.linkage == "single" else ""
         warnings.append(

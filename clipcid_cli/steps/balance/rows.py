@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clipcid_cli.algorithms.search.distances import HalfArray, IntArray
+from clipcid_cli.algorithms.search.distances import HalfArray, IntArray, row_type
 from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows, unique_positions
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.errors import ClipcidError
@@ -26,6 +26,7 @@ from clipcid_cli.steps.embed.ensure import ensure_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
+from clipcid_cli.steps.shared_arrays import Arrays, collect_arrays, share_arrays
 
 # What is computed from so few rows stays in the processor's cache.
 _ROWS_AT_ONCE = 512
@@ -37,8 +38,8 @@ class BalanceRows:
 
     Attributes:
         images: All rows of the embeddings.
-        numbers: Numbers of the finite ones among them, int64 [N], ascending.
-        unique: The rows that equal no earlier one, int64 [U], ascending.
+        numbers: Numbers of the finite ones among them, integers [N], ascending.
+        unique: The rows that equal no earlier one, integers [U], ascending.
         copies: Edges of weight 0 that join each other row to the first of its kind.
     """
 
@@ -105,23 +106,38 @@ def output_identity(settings: BalanceSettings, embeddings: Embeddings) -> dict[s
     }
 
 
-def find_rows(machine: Machine, images: Rows, reporter: Reporter) -> BalanceRows:
-    """Read every row once, each process its share, to find rows that are not finite and rows that are equal."""
+def find_rows(machine: Machine, folder: Path, images: Rows, reporter: Reporter) -> BalanceRows:
+    """Read every row once, each process its share, to find rows that are not finite and rows that are equal.
+
+    Args:
+        folder: Where processes share what they find.
+    """
     start, stop = machine.share(len(images))
-    hashes, finite = [np.empty(0, np.uint64)], [np.empty(0, np.bool_)]
+    hashes, finite = np.empty(stop - start, np.uint64), np.empty(stop - start, np.bool_)
     for begin in range(start, stop, _ROWS_AT_ONCE):
-        rows = images.read(begin, min(begin + _ROWS_AT_ONCE, stop))
-        hashes.append(hash_rows(rows))
-        finite.append(np.all(np.isfinite(rows), axis=1, keepdims=True)[:, 0])
-    gathered = machine.gather((np.concatenate(hashes), np.concatenate(finite)))
-    numbers = np.flatnonzero(np.concatenate([part[1] for part in gathered]))
-    hash_N = np.concatenate([part[0] for part in gathered])[numbers]
-    unique, copies = machine.on_main(
-        lambda: collapse_duplicates(lambda rows: images.take(numbers[rows]), np.arange(len(numbers)), hash_N)
-    )
-    if len(copies):
-        reporter.note(f"{len(copies):,} rows are exact copies of earlier ones.")
-    return BalanceRows(images, numbers, unique, copies)
+        rows, part = (
+            images.read(begin, min(begin + _ROWS_AT_ONCE, stop)),
+            slice(begin - start, begin - start + _ROWS_AT_ONCE),
+        )
+        hashes[part] = hash_rows(rows)
+        finite[part] = np.all(np.isfinite(rows), axis=1)
+    parts = collect_arrays(machine, folder, (hashes, finite))
+    del hashes, finite
+
+    def survey() -> Arrays:
+        kind = row_type(len(images))
+        hash_N, finite_N = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        numbers = np.flatnonzero(finite_N).astype(kind)
+        if len(numbers) < len(hash_N):
+            hash_N = hash_N[numbers]
+        rows = np.arange(len(numbers), dtype=kind)
+        unique, copies = collapse_duplicates(lambda rows: images.take(numbers[rows]), rows, hash_N)
+        return numbers, unique, copies.a, copies.b
+
+    numbers, unique, a, b = share_arrays(machine, folder, survey)
+    if len(b):
+        reporter.note(f"{len(b):,} rows are exact copies of earlier ones.")
+    return BalanceRows(images, numbers, unique, Edges(a, b, np.zeros(len(b), np.float32)))
 
 
 def take_texts(

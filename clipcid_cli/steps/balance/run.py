@@ -106,7 +106,7 @@ def _balance(
     reporter: Reporter,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    rows = find_rows(machine, embeddings.images(), reporter)
+    rows = find_rows(machine, output.folder, embeddings.images(), reporter)
     seconds["search"] = time.perf_counter() - started
     skips = count_skipped(settings, embeddings, rows, reporter)
     machine.on_main(embeddings.refuse_repeated_keys)

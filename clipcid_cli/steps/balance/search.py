@@ -31,6 +31,7 @@ from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.partition import partition_rows
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.shared_arrays import Arrays, share_arrays
 
 # Measured at 1 and 4 million rows, 1.8 and 9.9 s: what the first save is expected to take.
 _SECONDS_TO_SAVE_A_ROW = 2.5e-6
@@ -81,13 +82,10 @@ def find_forest(
         The forest, and whether the stored one reached far enough.
     """
     started = time.perf_counter()
-    stored = machine.on_main(lambda: read_forest(folder, inputs, neighbors))
+    stored = _read_stored(machine, folder, inputs, neighbors)
     is_new = stored is None
-    if stored is not None:
-        forest = Forest(Edges(stored.a, stored.b, stored.distance), stored.cutoff)
-    else:
-        # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
-        forest = Forest(rows.copies, 0.0)
+    # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
+    forest = Forest(rows.copies, 0.0) if stored is None else stored
     scan = choose_scan(precision, machine.device)
     all_pairs = TiledSearch(rows.read, rows.unique, machine.device, scan.dtype)
     if is_new and len(rows.unique) > 1:
@@ -103,7 +101,7 @@ def find_forest(
         search: TiledSearch | PartitionedSearch = all_pairs
         # At the largest distance only a search of all pairs is sure to find what is missing.
         if neighbors == "partitioned" and forest.cutoff < reach < FARTHEST:
-            partitioned = partition_rows(machine, all_pairs, rows.read, scan.dtype, reach, reporter)
+            partitioned = partition_rows(machine, folder, all_pairs, rows.read, scan.dtype, reach, reporter)
             if partitioned is None:
                 reporter.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
             else:
@@ -127,6 +125,15 @@ def find_forest(
         machine.on_main(lambda: write_forest(folder, found_forest, inputs=inputs, seconds=seconds))
     machine.on_main(ForestParts(folder, "").clear)
     return forest, not is_new
+
+
+def _read_stored(machine: Machine, folder: Path, inputs: list[dict[str, Any]], neighbors: str) -> Forest | None:
+    def read() -> Arrays:
+        stored = read_forest(folder, inputs, neighbors)
+        return () if stored is None else (stored.a, stored.b, stored.distance, np.array([stored.cutoff]))
+
+    found = share_arrays(machine, folder, read)
+    return Forest(Edges(*found[:3]), float(found[3][0])) if found else None
 
 
 def _is_enough(forest: Forest, cutoff: float | None, num_edges: int) -> bool:
@@ -161,7 +168,7 @@ def _search_tiles(
     Returns:
         The forest, and all pairs where they were kept.
     """
-    everything = search.tiles()
+    everything, folder = search.tiles(), parts.folder
 
     def load() -> tuple[list[range], PairCollector, int]:
         collector = PairCollector(num_rows, known, most_pairs * machine.size)
@@ -180,43 +187,52 @@ def _search_tiles(
             remaining = left_after(remaining, done) if done else remaining
         return remaining, collector, sessions
 
-    def resume() -> tuple[list[range], Edges, int]:
+    def resume() -> Arrays:
         remaining, collector, sessions = load()
-        return remaining, collector.forest(), sessions
+        forest = collector.forest()
+        return np.array(_describe(remaining), np.int64), np.array([sessions]), forest.a, forest.b, forest.weight
 
-    def finish() -> tuple[Edges, Edges | None]:
+    def finish() -> Arrays:
         _, collector, _ = load()
-        return collector.forest(), collector.pairs()
+        forest, pairs = collector.forest(), collector.pairs()
+        return (forest.a, forest.b, forest.weight, *(() if pairs is None else (pairs.a, pairs.b, pairs.weight)))
 
-    remaining, forest, session = machine.on_main(resume)
+    forest, remaining, session = known, [range(len(everything))], 0
+    if machine.on_main(parts.next_session):
+        left, sessions, *edges = share_arrays(machine, folder, resume)
+        forest, remaining, session = Edges(*edges), [range(*each) for each in left.tolist()], int(sessions[0])
     num_left = sum(map(len, remaining))
     if num_left < len(everything):
         reporter.note(f"Resuming the search: {len(everything) - num_left} of {len(everything)} tiles are done.")
-    mine = deal(remaining, machine.size)[machine.rank]
-    collector = PairCollector(num_rows, forest, most_pairs)
-    pace = SavePace(_SECONDS_TO_SAVE_A_ROW * num_rows)
+    whose = (session, machine.rank, machine.size)
 
-    def save(done: int) -> None:
-        pairs = collector.pairs()
-        kept = collector.forest() if pairs is None else pairs
-        tiles = np.array(_describe(remaining), np.int64)
-        whose = (session, machine.rank, machine.size)
-        parts.write(ForestPart(*whose, tiles, done, kept.a, kept.b, kept.weight, pairs is not None))
+    def search_share() -> None:
+        collector, mine = PairCollector(num_rows, forest, most_pairs), deal(remaining, machine.size)[machine.rank]
 
-    number, total = 0, sum(map(len, mine))
-    # Tiles compare nearly equal numbers of pairs; to add up those of hundreds of millions of tiles takes minutes.
-    pairs_of_mine = search.num_all_pairs * total // max(1, len(everything))
-    with reporter.progress("search", pairs_of_mine, "pairs") as progress:
-        for tile in map(everything.at, chain.from_iterable(mine)):
-            for edges in search.search_tile(tile, cutoff, collector.may_matter):
-                collector.add(edges)
-            progress.advance(search.num_pairs(tile))
-            number += 1
-            if number == total or pace.is_due():
-                with pace.saving():
-                    save(number)
+        def save(done: int) -> None:
+            pairs = collector.pairs()
+            kept = collector.forest() if pairs is None else pairs
+            tiles = np.array(_describe(remaining), np.int64)
+            parts.write(ForestPart(*whose, tiles, done, kept.a, kept.b, kept.weight, pairs is not None))
+
+        pace = SavePace(_SECONDS_TO_SAVE_A_ROW * num_rows)
+        done, total = 0, sum(map(len, mine))
+        # Tiles compare nearly equal numbers of pairs; to add up those of hundreds of millions of tiles takes minutes.
+        num_pairs = search.num_all_pairs * total // max(1, len(everything))
+        with reporter.progress("search", num_pairs, "pairs") as progress:
+            for tile in map(everything.at, chain.from_iterable(mine)):
+                for found in search.search_tile(tile, cutoff, collector.may_matter):
+                    collector.add(found)
+                progress.advance(search.num_pairs(tile))
+                done += 1
+                if done == total or pace.is_due():
+                    with pace.saving():
+                        save(done)
+
+    search_share()  # what it has collected is gone before all parts are merged
     machine.barrier()
-    return machine.on_main(finish)
+    found = share_arrays(machine, folder, finish)
+    return Edges(*found[:3]), Edges(*found[3:]) if found[3:] else None
 
 
 def _describe(tiles: Sequence[range]) -> list[list[int]]:

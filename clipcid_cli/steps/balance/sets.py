@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.search.distances import DoubleArray, FloatArray, IntArray
+from clipcid_cli.algorithms.search.distances import DoubleArray, FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
@@ -23,6 +23,7 @@ from clipcid_cli.algorithms.sets.star import (
     StarCover,
     count_kept,
     find_star_cutoff,
+    is_kept,
     label_by_smallest,
     star_cover,
     star_curve,
@@ -31,6 +32,7 @@ from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.rows import take_texts
 from clipcid_cli.steps.balance.samples import count_pixels
 from clipcid_cli.steps.balance.search import Forest
+from clipcid_cli.steps.shared_arrays import Arrays, share_arrays
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
 _STAR_STEP = 1.05
@@ -44,11 +46,14 @@ class Sets:
     """Which images are near each other, and which one of each set is kept.
 
     Attributes:
-        labels: The smallest row of each row's set, int64 [N].
-        representatives: The representative of each row, itself where it is kept, int64 [N].
+        labels: The smallest row of each row's set, integers [N].
+        representatives: The representative of each row, itself where it is kept, integers [N].
         distances: Distance to it, float32 [N].
         threshold: The cut-off; None when nothing was to be merged.
         curve: Images kept over the cut-off.
+        num_kept: Number of images kept.
+        largest: Size of the largest set.
+        coverage: Share of the dropped images that are farther than the cut-off from their representative.
     """
 
     labels: IntArray
@@ -56,27 +61,14 @@ class Sets:
     distances: FloatArray
     threshold: float | None
     curve: Curve
+    num_kept: int
+    largest: int
+    coverage: float
 
     @property
     def kept(self) -> npt.NDArray[np.bool_]:
         """Which rows are kept, bool [N]."""
-        return np.asarray(self.representatives == np.arange(len(self.representatives)))
-
-    @property
-    def num_kept(self) -> int:
-        """Number of images kept."""
-        return count_kept(self.representatives)
-
-    @property
-    def sizes(self) -> IntArray:
-        """Size of each row's set, int64 [N]."""
-        return np.asarray(np.bincount(self.labels, minlength=len(self.labels))[self.labels])
-
-    @property
-    def coverage(self) -> float:
-        """Share of the dropped images that are farther than the cut-off from their representative."""
-        num_dropped = len(self.labels) - self.num_kept
-        return 0.0 if self.threshold is None else share_beyond(self.distances, self.threshold, num_dropped)
+        return is_kept(self.representatives)
 
 
 def make_sets(context: Context) -> tuple[Sets, Edges, bool]:
@@ -90,7 +82,7 @@ def make_sets(context: Context) -> tuple[Sets, Edges, bool]:
     if settings.keep is not None and num_kept == num_rows:
         # Nothing to merge, not even copies: there is no cut-off, and a forest up to 0 to draw the curve from.
         forest, was_there = context.find_forest(num_edges=0)
-        return _each_alone(num_rows, forest.edges), forest.edges, was_there
+        return _each_alone(context, forest.edges), forest.edges, was_there
     forest, was_there = context.find_forest(cutoff=settings.distance, num_edges=num_rows - num_kept)
     threshold = settings.distance
     if threshold is None:
@@ -108,18 +100,52 @@ def shortest_decimal(distance: float) -> float:
     return float(str(np.float32(distance)))
 
 
-def _each_alone(num_rows: int, forest: Edges) -> Sets:
-    rows = np.arange(num_rows)
-    return Sets(rows, rows, np.zeros(num_rows, np.float32), None, forest_curve(num_rows, forest, None))
+def _share_sets(
+    context: Context,
+    threshold: float | None,
+    make: Callable[[], tuple[IntArray, IntArray]],
+    make_curve: Callable[[], Curve],
+) -> Sets:
+    """Make sets on the first process and share them with the others.
+
+    Args:
+        make: Makes labels and representatives.
+        make_curve: Makes the curve.
+    """
+    num_rows = len(context.rows)
+    kind = row_type(num_rows)
+
+    def write() -> Arrays:
+        labels, representatives = (each.astype(kind, copy=False) for each in make())
+        distances = distances_to(context.rows.read, np.arange(num_rows, dtype=kind), representatives)
+        return labels, representatives, distances
+
+    labels, representatives, distances = share_arrays(context.machine, context.folder, write)
+
+    def measure() -> tuple[Curve, int, int, float]:
+        num_kept = count_kept(representatives)
+        beyond = 0.0 if threshold is None else share_beyond(distances, threshold, num_rows - num_kept)
+        return make_curve(), num_kept, int(np.bincount(labels).max()), beyond
+
+    return Sets(labels, representatives, distances, threshold, *context.machine.on_main(measure))
+
+
+def _each_alone(context: Context, forest: Edges) -> Sets:
+    num_rows = len(context.rows)
+    rows = np.arange(num_rows, dtype=row_type(num_rows))
+    return _share_sets(context, None, lambda: (rows, rows), lambda: forest_curve(num_rows, forest, None))
 
 
 def _make_components(context: Context, forest: Edges, threshold: float) -> Sets:
     """Single linkage: the components of the forest up to the threshold."""
-    num_rows, part = len(context.rows), forest.up_to(threshold)
-    labels = connected_components(num_rows, part.a, part.b)
-    representatives = context.machine.on_main(lambda: _select_representatives(context, labels))
-    distances = distances_to(context.rows.read, np.arange(num_rows), representatives)
-    return Sets(labels, representatives, distances, threshold, forest_curve(num_rows, forest, threshold))
+    num_rows = len(context.rows)
+
+    def make() -> tuple[IntArray, IntArray]:
+        part = forest.up_to(threshold)
+        labels = connected_components(num_rows, part.a, part.b)
+        return labels, _SELECT[context.settings.select](context, labels)
+
+    return _share_sets(context, threshold, make, lambda: forest_curve(num_rows, forest, threshold))
 
 
 def _make_stars(context: Context, forest: Forest, threshold: float, num_kept: int) -> tuple[Sets, Forest]:
@@ -154,23 +180,16 @@ def _make_stars(context: Context, forest: Forest, threshold: float, num_kept: in
         below = reach
         if cover is None and reach == _FARTHEST:
             cover = StarCover(reach, star_cover(num_unique, pairs, copies))
-    representatives = rows.unique[cover.representatives][positions]
-    labels = label_by_smallest(representatives)
-    distances = distances_to(rows.read, np.arange(num_rows), representatives)
-    curve = star_curve(num_unique, pairs, copies, cover.cutoff)
-    return Sets(labels, representatives, distances, shortest_decimal(cover.cutoff), curve), forest
+    chosen = cover
 
+    def make() -> tuple[IntArray, IntArray]:
+        representatives = rows.unique[chosen.representatives][positions]
+        return label_by_smallest(representatives), representatives
 
-def _select_representatives(context: Context, labels: IntArray) -> IntArray:
-    """Choose the representative of each set by the rule of ``--select``.
+    def make_curve() -> Curve:
+        return star_curve(num_unique, pairs, copies, chosen.cutoff)
 
-    Args:
-        labels: Set of each row, named by its smallest row, int64 [N].
-
-    Returns:
-        The representative of each row, itself where it is kept, int64 [N].
-    """
-    return _SELECT[context.settings.select](context, labels)
+    return _share_sets(context, shortest_decimal(chosen.cutoff), make, make_curve), forest
 
 
 def _central(context: Context, labels: IntArray) -> IntArray:
@@ -217,6 +236,7 @@ def _rows_of_several(labels: IntArray) -> IntArray:
     return np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
 
 
+# Each rule of ``--select`` chooses the representative of each row from the sets, integers [N] both.
 _SELECT: dict[str, Callable[[Context, IntArray], IntArray]] = {
     "central": _central,
     "medoid": _medoid,

@@ -50,8 +50,8 @@ def all_of_them(a: IntArray, b: IntArray, at_least: np.ndarray) -> np.ndarray:
 
 def join_partitions(rows: np.ndarray, centroids: np.ndarray, margin: float, panel_rows: int) -> PartitionedSearch:
     found = Partitions(torch.from_numpy(centroids)).visits(torch.from_numpy(rows), margin)
-    homes = Groups(found.home.numpy(), np.arange(len(rows), dtype=np.int32), len(centroids))
-    visitors = Groups(found.partition.numpy(), found.row.numpy(), len(centroids))
+    homes = Groups.of_entries(found.home.numpy(), np.arange(len(rows), dtype=np.int32), len(centroids))
+    visitors = Groups.of_entries(found.partition.numpy(), found.row.numpy(), len(centroids))
     return PartitionedSearch(
         rows.__getitem__, np.arange(len(rows)), homes, visitors, CPU, torch.float32, panel_rows=panel_rows
     )

@@ -121,7 +121,7 @@ def test_an_audit_counts_what_is_left(
     kept = np.arange(0, len(unique), 2)
     expected = near[np.ix_(kept, kept)].any(axis=1)
     with open_machine("cpu") as machine:
-        survey = find_rows(machine, open_embeddings(folder).images(), SilentReporter())
+        survey = find_rows(machine, tmp_path, open_embeddings(folder).images(), SilentReporter())
         scan = choose_precision("fp32", machine.device, "embed", parameters=0)
         whole = audit.audit_kept(machine, survey, kept, CUTOFF, scan, SilentReporter())
         assert 100 < whole.near == np.count_nonzero(expected) < len(kept)
@@ -159,9 +159,9 @@ def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Pat
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
     folder = write_embeddings(tmp_path / "crowd", rows)
     with open_machine("cpu") as machine:
-        survey = find_rows(machine, open_embeddings(folder).images(), SilentReporter())
+        survey = find_rows(machine, tmp_path, open_embeddings(folder).images(), SilentReporter())
         join = TiledSearch(survey.read, survey.unique, machine.device, torch.float32)
-        found = partitioning.partition_rows(machine, join, survey.read, torch.float32, 0.1, SilentReporter())
+        found = partitioning.partition_rows(machine, tmp_path, join, survey.read, torch.float32, 0.1, SilentReporter())
     assert found is not None
     compared = sum(found.num_pairs(tile) for tile in found.tiles())
     assert compared < 0.1 * len(rows) ** 2 / 2

@@ -267,7 +267,7 @@ def test_an_interrupted_search_goes_on_with_the_tiles_left(
 
     def find(reporter: Listener) -> Any:
         with open_machine("cpu") as machine:
-            survey = find_rows(machine, open_embeddings(embeddings).images(), reporter)
+            survey = find_rows(machine, tmp_path, open_embeddings(embeddings).images(), reporter)
             forest, _ = forest_search.find_forest(
                 machine, tmp_path, survey, [], cutoff=0.8, num_edges=0, precision="fp32", reporter=reporter
             )
@@ -308,7 +308,7 @@ def test_a_part_that_is_lost_between_two_stops_is_searched_again(
 
         monkeypatch.setattr(cut_small, "search_tile", count)
         with open_machine("cpu") as machine:
-            survey = find_rows(machine, open_embeddings(embeddings).images(), Listener())
+            survey = find_rows(machine, tmp_path, open_embeddings(embeddings).images(), Listener())
             return forest_search.find_forest(
                 machine, tmp_path, survey, [], cutoff=0.8, num_edges=0, precision="fp32", reporter=Listener()
             )[0]
