@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.loading import default_workers, load_batches
+from clipcid_cli.runtime.loading import default_workers, load_batches, read_ahead
 
 # Functions sent to workers are found there by name.
 
@@ -130,3 +131,36 @@ def test_workers_end_with_a_main_process_that_was_killed(tmp_path: Path) -> None
     while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{worker}").exists()
+
+
+def test_items_are_read_ahead_in_order_and_errors_come_in_their_place() -> None:
+    begun: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(20):
+            begun.append(number)
+            yield number
+        raise ClipcidError("the end is missing", "look for it")
+
+    taken = read_ahead(numbers(), 3)
+    assert next(taken) == 0
+    end = time.monotonic() + 5
+    while len(begun) < 5 and time.monotonic() < end:  # three that wait, and one in hand
+        time.sleep(0.005)
+    time.sleep(0.05)
+    assert begun == [0, 1, 2, 3, 4]
+    assert [next(taken) for _ in range(19)] == list(range(1, 20))
+    with pytest.raises(ClipcidError, match="the end is missing"):
+        next(taken)
+    assert begun == list(range(20))
+
+
+def test_reading_ahead_ends_with_its_reader() -> None:
+    before = threading.active_count()
+    taken = read_ahead(iter(range(10**9)), 2)
+    assert [next(taken) for _ in range(3)] == [0, 1, 2]
+    taken.close()  # type: ignore[attr-defined]  # it is a generator
+    end = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threading.active_count() == before

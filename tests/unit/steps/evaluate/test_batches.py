@@ -1,0 +1,69 @@
+"""The batches of an evaluated data set: the same from a disk and from a server that drops connections."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+from conftest import make_image, write_tar
+from shard_server import serve
+
+from clipcid_cli.formats.data.dataset import open_dataset
+from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
+from clipcid_cli.steps.evaluate.batches import BatchDecoder, TaskReader
+from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three shards of seven images; one has no class, one no image, one key is repeated, one image is damaged."""
+    for shard in range(3):
+        members = [("odd.cls", b"1"), ("odd.txt", b"no image")] if shard == 1 else []
+        for number in range(shard * 7, shard * 7 + 7):
+            members.append((f"{number}.png", make_image(number)[: 99 if number == 9 else None]))
+            members += [(f"{number}.cls", b"%d" % (number % 2))] if number != 16 else []
+        members += [("14.png", make_image(1)), ("14.cls", b"0")] if shard == 2 else []
+        write_tar(tmp_path / "data" / f"{shard}.tar", members)
+    return tmp_path / "data"
+
+
+def read(spec: str) -> tuple[list[list[tuple[object, ...]]], TaskReader]:
+    reader = TaskReader(ZeroshotTask("data", CLASSIFICATION, open_dataset(spec), ("no", "yes")), 4)
+    return [[(sample.key, sample.label, sample.image.read()) for sample in batch] for batch in reader.batches()], reader
+
+
+def test_batches_from_a_url_are_those_of_the_disk(data: Path) -> None:
+    expected, reader = read(str(data))
+    assert [len(batch) for batch in expected] == [4, 3, 4, 3, 4, 2]
+    with serve(data, drop_every=4) as server:
+        found, other = read(f"{server.url}/{{0..2}}.tar")
+        assert server.dropped > 0
+    assert found == expected
+    assert (other.read, other.skips) == (reader.read, reader.skips)
+    assert reader.read == 23
+    assert reader.skips.counts == {"no_image": 1, "no_label": 1, "duplicate_key": 1}
+
+
+def test_workers_return_no_bytes_of_images(data: Path) -> None:
+    import torch
+
+    decode = BatchDecoder(lambda image: torch.zeros(1, dtype=torch.uint8), None)
+    with serve(data) as server:
+        batch = list(open_dataset(f"{server.url}/{{0..2}}.tar").shards[1].stream())
+        decoded = decode(batch)
+    assert [sample.key for sample in decoded.samples] == ["7", "8", "10", "11", "12", "13"]
+    assert decoded.skips.counts == {"unreadable_image": 1}
+    assert all(sample.image.data is None for sample in decoded.samples)
+    assert len(pickle.dumps(decoded.samples)) < 1500 < len(pickle.dumps(batch))
+
+
+def test_images_behind_a_url_are_identified_without_reading_them(data: Path) -> None:
+    with serve(data) as server:
+        dataset = open_dataset(f"{server.url}/{{0..2}}.tar")
+        sent = server.bytes_sent.total()
+        before = fingerprint_images(dataset)
+        assert server.bytes_sent.total() == sent
+        assert fingerprint_images(dataset) == before
+        write_tar(data / "2.tar", [("14.png", make_image(2)), ("14.cls", b"0")])
+        assert fingerprint_images(dataset)["hash"] != before["hash"]
