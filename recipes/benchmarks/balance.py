@@ -9,7 +9,8 @@ threads, one after another, in turn:
 
 - clipcid: `clipcid balance --threshold ε`, the real command. Its time is `seconds.search`: from the mapped file to the
   forest, with everything that is exact about it; the whole command takes the time under `whole`.
-- star: the same command with `--keep` and `--linkage star`, and its ratio to `--keep` alone.
+- keep: the same command with `--keep`: it finds the cut-off as well.
+- star: that one with `--linkage star`, and its ratio to `--keep` alone.
 - faiss: `IndexFlatIP.range_search` of float32 rows against themselves, a little beyond ε, with the few pairs that float32
   cannot tell decided in float64, then SciPy's `connected_components`; reading is not counted. Its OpenBLAS may not know a
   newer processor and take a slow kernel: where there is AVX-512 it is told to take SkylakeX's, three times as fast, unless
@@ -89,13 +90,14 @@ def compare(folder: Path, num_rows: int, arguments: argparse.Namespace) -> float
                 else:
                     runs[side].append(call_side(side, folder, cutoff, arguments.threads))
         own = median(run["seconds"] for run in runs["clipcid"])
-        runs["star"], alone = [], []
+        runs["keep"], runs["star"] = [], []
         for _ in range(arguments.repeat):
-            alone.append(call_clipcid(folder, ["--keep", str(keep)], arguments.threads)["seconds"])
+            runs["keep"].append(call_clipcid(folder, ["--keep", str(keep)], arguments.threads))
             runs["star"].append(call_clipcid(folder, ["--keep", str(keep), "--linkage", "star"], arguments.threads))
+        alone = median(run["seconds"] for run in runs["keep"])
         for side, results in runs.items():
             taken, last = median(run["seconds"] for run in results), results[-1]
-            beside = median(alone) if side == "star" else own
+            beside = alone if side == "star" else own
             equal = np.array_equal(last["labels"], runs["clipcid"][-1]["labels"])
             columns = [
                 f"{num_rows:,}",
@@ -107,7 +109,7 @@ def compare(folder: Path, num_rows: int, arguments: argparse.Namespace) -> float
                 f"{median(run['whole'] for run in results):.2f}",
                 f"{max(run['memory'] for run in results) / 2**20:,.0f}",
                 f"{last['recall']:.4f}" if "recall" in last else "all",
-                "" if side == "star" else "equal" if equal else "differs",
+                "" if side in ("keep", "star") else "equal" if equal else "differs",
             ]
             print(" ".join(f"{column:>10}" for column in columns), flush=True)
     return own
