@@ -72,8 +72,7 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     with reading(path, "a sidecar of clipcid", "Remove it, or choose another folder."):
         sidecar = json.loads(path.read_bytes())
         version = sidecar["format_version"]
-        if not isinstance(version, int):
-            raise ValueError(f"its format_version is {version!r}")
+        _check_entries(sidecar)
     if version > FORMAT_VERSION:
         raise ClipcidError(
             f"{path} has format version {version}; this clipcid {__version__} knows up to {FORMAT_VERSION}.",
@@ -81,6 +80,26 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
         )
     assert isinstance(sidecar, dict)
     return sidecar
+
+
+def _check_entries(sidecar: dict[str, Any]) -> None:
+    """Check the types of the entries that every sidecar and plan has.
+
+    Raises:
+        TypeError: naming the first of another type.
+    """
+    kinds = {"format_version": int, "settings": dict, "inputs": list, "outputs": list, "counts": dict, "result": dict}
+    for name, kind in kinds.items():
+        if name in sidecar and not isinstance(sidecar[name], kind):
+            raise TypeError(f"its entry {name!r} is {str(sidecar[name])[:40]!r}")
+    described: dict[str, dict[str, type]] = {
+        "inputs": {"hash": str},
+        "outputs": {"path": str, "size": int, "time": int, "hash": str},
+    }
+    for name, fields in described.items():
+        for entry in sidecar.get(name, []):
+            if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in fields.items()):
+                raise TypeError(f"its entry {name!r} holds {str(entry)[:80]!r}")
 
 
 @dataclasses.dataclass

@@ -12,14 +12,17 @@ from typing import IO
 from clipcid_cli.errors import ClipcidError
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path | str) -> IO[bytes]:
     """Open a file for reading, unbuffered.
 
     Raises:
         OSError: when it cannot be opened, or is no regular file: reading a FIFO would wait for ever.
     """
     # Without O_NONBLOCK already opening a FIFO waits for its writer; regular files do not heed it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # Python's, of a null character in the name
+        raise OSError(f"its name is impossible: {error}") from error
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
@@ -29,6 +32,12 @@ def open_regular(path: Path) -> IO[bytes]:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def read_regular(path: Path | str) -> bytes:
+    """Return the content of a file; errors as `open_regular`'s."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.reading import describe, read_regular
 
 # Placeholders of the class name: CLIP_benchmark writes {c}, open_clip {}.
 PLACEHOLDERS = ("{c}", "{}")
@@ -49,10 +50,10 @@ def fill_template(template: str, class_name: str) -> str:
 
 def _read_lines(path: Path, what: str) -> tuple[str, ...]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
     except OSError as error:
         raise ClipcidError(
-            f"{path} cannot be read: {error.strerror}.", f"Give a text file with one {what} per line."
+            f"{path} cannot be read: {describe(error)}.", f"Give a text file with one {what} per line."
         ) from error
     except UnicodeDecodeError as error:
         raise ClipcidError(f"{path} is not UTF-8 text.", f"Give a text file with one {what} per line.") from error

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample, natural_key, relative_key
 from clipcid_cli.formats.data.virtual_shard import VirtualShard, slice_rows
 from clipcid_cli.formats.key_join import mark_repeats
+from clipcid_cli.formats.reading import read_regular
 
 
 class _Entry(NamedTuple):
@@ -55,7 +56,8 @@ class FolderShard(VirtualShard[_Entry]):
         key = relative_key(Path(row.path))
         text = ""
         if row.has_caption:
-            text = self._caption_path(row).read_text(encoding="utf-8", errors="replace").strip()
+            with contextlib.suppress(OSError):  # a caption that cannot be read is a missing one, and counted as such
+                text = read_regular(self._caption_path(row)).decode("utf-8", errors="replace").strip()
         return Sample(key, Location(os.path.join(self.source, row.path)), (text,) if text else (), row.label)
 
 

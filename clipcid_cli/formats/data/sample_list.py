@@ -16,6 +16,7 @@ from clipcid_cli.formats.data.remote import is_url, local_file
 from clipcid_cli.formats.data.samples import Location, Sample
 from clipcid_cli.formats.data.virtual_shard import VirtualShard, slice_rows
 from clipcid_cli.formats.key_join import mark_repeats
+from clipcid_cli.formats.reading import describe, open_regular
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,6 +114,7 @@ def _read_frame(spec: str, path: Path) -> pd.DataFrame:
     import pandas as pd  # 0.15 s, which other kinds of data should not wait for
 
     try:
+        open_regular(path).close()
         if spec.lower().endswith(".parquet"):
             return pd.read_parquet(path)
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -122,10 +124,9 @@ def _read_frame(spec: str, path: Path) -> pd.DataFrame:
         return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
     except FileNotFoundError as error:
         raise ClipcidError(f"There is no list {spec}.", "Check the path.") from error
-    except (OSError, ValueError) as error:  # pandas' and pyarrow's parsing errors are ValueErrors
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # pandas and pyarrow raise what they like for a damaged file
         raise ClipcidError(
-            f"List {spec} cannot be read: {reason}", "Give a csv, tsv or parquet file with a header."
+            f"List {spec} cannot be read: {describe(error)}.", "Give a csv, tsv or parquet file with a header."
         ) from error
 
 

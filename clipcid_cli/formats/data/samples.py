@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from clipcid_cli.formats.data.remote import is_pipe, is_url, read_range, read_whole
 from clipcid_cli.formats.data.shard_cache import ShardCopy
+from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.skips import Skips
 
 # Suffixes of images; of several in one sample the first in this order is taken (open_clip's, then others that Pillow reads).
@@ -56,8 +57,7 @@ class Location:
         if is_url(self.path):
             return read_whole(self.path) if self.size is None else read_range(self.path, self.offset, self.size)
         if self.size is None:
-            with open(self.path, "rb") as file:
-                return file.read()
+            return read_regular(self.path)
         return self._read_from(_handle(self.path))
 
     def _read_from(self, handle: _Handle) -> bytes:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, write_parquet
 from clipcid_cli.formats.output import read_sidecar, refuse_changed, sidecar_path
+from clipcid_cli.formats.reading import describe, open_regular
 
 CENTROIDS = "centroids.npy"
 TABLE = "clusters.parquet"
@@ -93,16 +94,22 @@ def open_clusters(folder: Path) -> Clusters:
         raise ClipcidError(f"{folder} holds no finished clusters: there is no cluster.json.", "Run: clipcid cluster")
     refuse_changed(folder, "cluster", sidecar, remake)
     try:
+        for name in (CENTROIDS, TABLE):
+            open_regular(folder / name).close()
         centroids = np.load(folder / CENTROIDS, mmap_mode="r", allow_pickle=False)
+        if centroids.ndim != 2 or centroids.dtype != np.float32 or not np.isfinite(centroids).all():
+            raise ValueError(f"{CENTROIDS} holds {centroids.dtype} {list(centroids.shape)}, not finite float32 [K, D]")
         with pq.ParquetFile(folder / TABLE) as table:
             most = _largest_cluster(table)
             if not _are_mappable(folder, table):
                 _extract_tops(folder, table)
             has_captions = "caption_top_clusters" in table.schema_arrow.names
         tops = [map_tops(folder, prefix) for prefix in ("", *(["caption_"] if has_captions else []))]
-        temperatures = sidecar["temperatures"]
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise ClipcidError(f"{folder} cannot be read as clusters: {error}", remake) from error
+        temperatures = {
+            tower: float(sidecar["temperatures"][tower]) for tower in ("image", *(["caption"] * has_captions))
+        }
+    except Exception as error:  # numpy and pyarrow raise what they like for a damaged file
+        raise ClipcidError(f"{folder} cannot be read as clusters: {describe(error)}.", remake) from error
     if most >= len(centroids):
         raise ClipcidError(
             f"{folder / TABLE} names cluster {most}; {CENTROIDS} has {len(centroids)} centroids.",
@@ -113,8 +120,8 @@ def open_clusters(folder: Path) -> Clusters:
         centroids=centroids,
         images=tops[0],
         captions=tops[1] if has_captions else None,
-        image_temperature=float(temperatures["image"]),
-        caption_temperature=float(temperatures["caption"]) if has_captions else None,
+        image_temperature=temperatures["image"],
+        caption_temperature=temperatures.get("caption"),
         sidecar=sidecar,
     )
 

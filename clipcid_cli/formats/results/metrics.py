@@ -19,9 +19,11 @@ from typing import Any
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.reading import describe, read_regular
 
 SIDECARS = "sidecars"
 FIELDS = ("dataset", "model", "pretrained", "task", "language", "metrics")
+_NAMES = ("dataset", "model", "task")
 
 
 def make_metrics(
@@ -78,11 +80,14 @@ def read_metrics(path: Path) -> dict[str, Any]:
         ClipcidError: when it cannot be read or lacks a field.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {field: content[field] for field in FIELDS}
+        content = json.loads(read_regular(path))
+        found = {field: content[field] for field in FIELDS}
+        if not isinstance(found["metrics"], dict) or not all(isinstance(found[name], str) for name in _NAMES):
+            raise TypeError
+        return found
     except OSError as error:
-        raise ClipcidError(f"{path} cannot be read: {error.strerror}.", "Run the evaluation again.") from error
-    except (ValueError, KeyError, TypeError) as error:
+        raise ClipcidError(f"{path} cannot be read: {describe(error)}.", "Run the evaluation again.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ClipcidError(
             f"{path} is not a metrics file: it must be a JSON object with {', '.join(FIELDS)}.",
             "Remove it and run the evaluation again.",

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_parquet
+from clipcid_cli.formats.reading import describe, open_regular
 from clipcid_cli.formats.results.metrics import SIDECARS
 
 CLASSIFICATION, MULTI_LABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
@@ -149,15 +150,16 @@ def read_predictions(path: Path) -> Predictions:
     import pyarrow.parquet as pq  # only --compare needs it
 
     try:
+        open_regular(path).close()
         table = pq.read_table(path)
     except FileNotFoundError as error:
         raise ClipcidError(
             f"There are no predictions for each image: {path} is missing.",
             "Run eval-zeroshot for that model and data set again, with --predictions.",
         ) from error
-    except (OSError, pa.ArrowException) as error:
+    except Exception as error:  # pyarrow raises what it likes for a damaged file
         raise ClipcidError(
-            f"{path} cannot be read: {error}.", "Remove it and run eval-zeroshot --predictions."
+            f"{path} cannot be read: {describe(error)}.", "Remove it and run eval-zeroshot --predictions."
         ) from error
     try:
         about = json.loads(table.schema.metadata[_ABOUT])

@@ -13,7 +13,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.checkpoint import list_checkpoints, read_checkpoint
+from clipcid_cli.formats.reading import reading
+from clipcid_cli.formats.results.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.results.training_log import TrainingLog
 from clipcid_cli.formats.skips import Skips
@@ -189,10 +190,12 @@ class TrainingRun:
             self.machine.on_main(self.folder.clear)
             return {}
         state = read_checkpoint(self.folder.checkpoints, steps[-1])
-        trainer.load(state)
+        path = checkpoint_path(self.folder.checkpoints, steps[-1])
+        with reading(path, "the state of this run", "Remove it to resume from the one before, or use --resume never."):
+            trainer.load(state)
+            bad: dict[str, str] = dict(state["bad"])
         self.machine.on_main(lambda: self.folder.rewind(trainer.step))
         self.reporter.note(f"Resuming at step {trainer.step:,} of {trainer.plan.steps:,}.")
-        bad: dict[str, str] = state["bad"]
         return bad
 
     def _finish(self, loop: Loop, skips: Skips, samples_per_second: float, seconds: dict[str, float]) -> dict[str, Any]:
