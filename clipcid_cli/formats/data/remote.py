@@ -26,6 +26,12 @@ _COPY = 2**22
 _LASTING = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)
 _LASTING_STATUSES = set(range(400, 500)) - {408, 425, 429}  # timeouts and "too many requests" pass
 
+# What servers call that which changes with a file's content (HTTP, S3, GCS, Azure, Hugging Face), the surest first.
+_VERSIONS = (
+    *("etag", "md5hash", "content-md5", "digest", "blob_id", "crc32c"),
+    *("lastmodified", "last-modified", "last_modified", "mtime"),
+)
+
 Result = TypeVar("Result")
 
 
@@ -204,21 +210,20 @@ def describe_file(path: str) -> dict[str, Any]:
     Raises:
         ClipcidError: when there is no such file, or its server does not answer.
     """
-    known: dict[str, Any] = {"command": path} if is_pipe(path) else _retry(path, lambda: _read_info(path))
-    size = int(known.get("size") or 0)
-    # Addresses and storage classes may change between two answers; these do with the content alone.
-    told = {
-        name: str(value)
-        for name, value in known.items()
-        if re.search(r"size|etag|md5|digest|checksum|crc|sha256|modified|mtime|command", name, re.IGNORECASE)
-    }
-    digest = hashlib.blake2b(repr(sorted(told.items())).encode(), digest_size=16)
+    if is_pipe(path):
+        size, version = 0, path
+    else:
+        known = {name.lower(): value for name, value in _retry(path, partial(_read_info, path)).items()}
+        size = int(known.get("size") or 0)
+        version = next((str(known[name]) for name in _VERSIONS if known.get(name)), "")
+    digest = hashlib.blake2b(f"{size} {version}".encode("utf-8", "surrogateescape"), digest_size=16)
     return {"path": path, "size": size, "hash": f"blake2b-remote:{digest.hexdigest()}"}
 
 
 def _read_info(url: str) -> dict[str, Any]:
     filesystem, inner = open_filesystem(url)
-    return dict(filesystem.info(inner))
+    info: dict[str, Any] = filesystem.info(inner)
+    return info
 
 
 def list_folder(url: str) -> list[str]:
