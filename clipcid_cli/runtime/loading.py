@@ -45,6 +45,7 @@ _WORKER_IMPORTS = [
     "clipcid_cli.runtime.models.decode",
     "clipcid_cli.runtime.loading",
     "clipcid_cli.formats.data.samples",
+    "clipcid_cli.formats.data.index",
 ]
 
 

@@ -102,11 +102,16 @@ class Part:
     def __len__(self) -> int:
         return len(self.num_captions)
 
-    def sample(self, place: int, shard: Shard, copy: ShardCopy | None = None) -> Sample:
-        """Return a sample by its place in the shard; see `DataIndex.sample`."""
-        own, path = Location(shard.file, copy=copy), self._paths[place].as_py()
+    def sample(self, place: int, shard: Shard | None, copy: ShardCopy | None = None) -> Sample:
+        """Return a sample by its place in the shard; see `DataIndex.sample`.
+
+        Args:
+            shard: The shard; None will do where each image is a file of its own.
+        """
+        own, path = Location("" if shard is None else shard.file, copy=copy), self._paths[place].as_py()
         captions = self._captions[place].as_py()
         if captions is None:
+            assert shard is not None, "captions are in the shard's own file"
             captions = shard.split_captions(_part_of(own, self._text, place).read())
         return Sample(
             key=self.keys[place].as_py(),
@@ -120,7 +125,54 @@ def _part_of(
     file: Location, offsets_and_sizes: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], place: int
 ) -> Location:
     offset, size = (int(values[place]) for values in offsets_and_sizes)
-    return dataclasses.replace(file, offset=offset, size=None if size < 0 else size)
+    return Location(file.path, offset, None if size < 0 else size, copy=file.copy)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartSource:
+    """Where the part of one shard is; small, to be sent to another process.
+
+    Attributes:
+        shard: The shard; None where each image is a file of its own.
+        copy: Local copy of a shard behind a URL, to read from.
+    """
+
+    path: str
+    stamp: tuple[int, int]
+    shard: Shard | None
+    copy: ShardCopy | None
+
+    def read(self) -> Part:
+        """Return the part, read or as this process holds it."""
+        return _read_part(self.path, self.stamp)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplePlace:
+    """A sample by its place in a shard, to be read in another process."""
+
+    source: PartSource
+    place: int
+
+    @property
+    def key(self) -> str:
+        """The sample's key."""
+        key: str = self.source.read().keys[self.place].as_py()
+        return key
+
+    def read(self) -> Sample:
+        """Return the sample; see `DataIndex.sample`.
+
+        Raises:
+            ClipcidError: when the shard's file is gone or shorter than it was.
+        """
+        try:
+            return self.source.read().sample(self.place, self.source.shard, self.source.copy)
+        except OSError as error:
+            file = self.source.path if self.source.shard is None else self.source.shard.file
+            raise ClipcidError(
+                f"The captions in {file} cannot be read: {error}.", "Put the file back, then give the command again."
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +207,12 @@ class DataIndex:
             OSError: when the shard's file is gone or shorter than it was.
         """
         return self.part(number).sample(place, self.shards[number], self._copy(number))
+
+    def source(self, number: int) -> PartSource:
+        """Return where the part of a shard is."""
+        shard = self.shards[number]
+        path, stamp = str(_part_path(self.folder, number)), self.records[number].stamp
+        return PartSource(path, stamp, shard if shard.file else None, self._copy(number))
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Copy shards to the cache in the background, in order; see `ShardCache.fetch_ahead`."""

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from clipcid_cli.formats.data.dataset import Dataset, Sample
+from clipcid_cli.formats.data.index import SamplePlace
 from clipcid_cli.formats.embeddings.extras import ViewParams
 from clipcid_cli.formats.results.matched_samples import Column, SampleRows
 from clipcid_cli.runtime.models.augment import Augmentation, View, ViewPixels, choose_view
@@ -70,13 +71,13 @@ class Item:
     Attributes:
         row: Its row among the samples to train on.
         epoch: The pass over the data; its view and caption are drawn anew in each.
-        sample: Its key and captions, and where its image is read from.
+        sample: Where it is in the data's index.
         view: The stored view to show; None draws one.
     """
 
     row: int
     epoch: int
-    sample: Sample
+    sample: SamplePlace
     view: StoredView | None = None
 
 
@@ -112,16 +113,21 @@ class BatchOrder:
         """Return one process's part of a step's batch: a contiguous slice, so that gathering restores the batch."""
         share = self.batch_size // size
         start = step * self.batch_size + rank * share
-        return [self._item(epoch, row) for epoch, row in self._order.between(start, start + share)]
+        pairs = self._order.between(start, start + share)
+        rows = np.array([row for _, row in pairs])
+        shards = np.searchsorted(self._shard_ends, rows, side="right").tolist()
+        sources = {shard: self._index.source(shard) for shard in set(shards)}
+        return [
+            self._item(epoch, row, SamplePlace(sources[shard], place))
+            for (epoch, row), shard, place in zip(pairs, shards, self._places[rows].tolist(), strict=True)
+        ]
 
     def iterate(self, start: int, stop: int, rank: int, size: int) -> Iterator[list[Item]]:
         """Yield one process's parts of the batches from step `start` to before `stop`."""
         for step in range(start, stop):
             yield self.items(step, rank, size)
 
-    def _item(self, epoch: int, row: int) -> Item:
-        shard = int(np.searchsorted(self._shard_ends, row, side="right"))
-        sample = self._index.sample(shard, int(self._places[row]))
+    def _item(self, epoch: int, row: int, sample: SamplePlace) -> Item:
         view = None if self._stored_views is None else self._stored_views.choose(row, epoch, sample.key)
         return Item(row, epoch, sample, view)
 
@@ -199,8 +205,9 @@ class BatchMaker:
     def __call__(self, items: Sequence[Item]) -> TrainingBatch:
         """Make the batch of `items`, in order."""
         bad = list[tuple[str, str]]()
-        shown = [self._show(item, bad) for item in items]
-        captions = [self._caption(item) for item in items]
+        samples = [item.sample.read() for item in items]
+        shown = [self._show(item, sample, bad) for item, sample in zip(items, samples, strict=True)]
+        captions = [self._caption(item, sample) for item, sample in zip(items, samples, strict=True)]
         texts = [caption for _, caption in captions]
         teacher = self._teacher
         return TrainingBatch(
@@ -215,23 +222,23 @@ class BatchMaker:
             teacher_tokens=None if self._teacher_tokens is None else self._teacher_tokens(texts),
         )
 
-    def _show(self, item: Item, bad: list[tuple[str, str]]) -> tuple[Image.Image, View]:
+    def _show(self, item: Item, sample: Sample, bad: list[tuple[str, str]]) -> tuple[Image.Image, View]:
         """Decode the image and say how it is shown: by the stored view, or by one drawn for this epoch."""
-        image = self._images.read(item.sample.key, item.sample.image)
+        image = self._images.read(sample.key, sample.image)
         if isinstance(image, SkippedImage):
-            bad.append((image.reason, item.sample.key))
+            bad.append((image.reason, sample.key))
             image = Image.new("RGB", (64, 64), (255, 255, 255))
         elif item.view is not None:
             return image, item.view.unpack()
-        seed = derive_seed("augment", self._seed, item.epoch, item.sample.key)
+        seed = derive_seed("augment", self._seed, item.epoch, sample.key)
         return image, choose_view(self._augmentation, image.width, image.height, seed)
 
-    def _caption(self, item: Item) -> tuple[int, str]:
+    def _caption(self, item: Item, sample: Sample) -> tuple[int, str]:
         """Choose a caption, and say which of the sample's it is."""
-        captions = item.sample.captions
+        captions = sample.captions
         if self._first_caption or (len(captions) == 1 and not self._caption_dropout):
             return 0, captions[0]
-        random = np.random.default_rng(derive_seed("caption", self._seed, item.epoch, item.sample.key))
+        random = np.random.default_rng(derive_seed("caption", self._seed, item.epoch, sample.key))
         number = int(random.integers(len(captions)))
         if not self._caption_dropout:
             return number, captions[number]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data import index as module
 from clipcid_cli.formats.data import tar_index
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
+from clipcid_cli.formats.data.index import SamplePlace
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.reporting import SilentReporter
@@ -85,6 +87,19 @@ def test_it_says_what_a_listing_says_and_later_starts_open_no_shard(
             assert found.image.read() == sample.image.read()
             assert found.captions == sample.captions
             assert (found.attributes and found.attributes.read()) == (sample.attributes and sample.attributes.read())
+            sent = pickle.dumps(SamplePlace(dataset.index.source(number), place))
+            assert len(sent) < 1_000, "neither shards nor their samples are sent to workers"
+            assert pickle.loads(sent).read() == found
+            assert pickle.loads(sent).key == found.key
+
+
+def test_captions_of_a_shard_that_was_cut_are_an_error(tmp_path: Path) -> None:
+    write_tar(tmp_path / "data" / "0.tar", shard_members(0, 4))
+    dataset = indexed(tmp_path / "data", tmp_path / "index")
+    os.truncate(tmp_path / "data" / "0.tar", 512)
+    assert dataset.index is not None
+    with pytest.raises(ClipcidError, match=r"captions in .*0\.tar cannot be read"):
+        SamplePlace(dataset.index.source(0), 1).read()
 
 
 def test_workers_write_the_same_index(tmp_path: Path) -> None:
