@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.key_join import hash_keys
+from clipcid_cli.formats.parquet import is_text
+from clipcid_cli.formats.reading import reading
 
 Number = TypeVar("Number", bound=np.generic)
 Values = npt.NDArray[np.int64]
@@ -38,7 +40,9 @@ def parquet_keys(path: Path, value: str | None = None) -> KeyStream:
 
     def read() -> Iterator[tuple[pa.Array, Values]]:
         first = 0
-        with pq.ParquetFile(path) as file:
+        with reading(path, "a parquet file with a column key of text", "Make it again."), pq.ParquetFile(path) as file:
+            if not is_text(kind := file.schema_arrow.field("key").type):
+                raise TypeError(f"its keys are of type {kind}")
             for batch in file.iter_batches(_ROWS_OF_PARQUET, columns=["key", *([value] if value else [])]):
                 rows = np.arange(first, first + len(batch), dtype=np.int64)
                 values = batch[value].to_numpy(zero_copy_only=False).astype(np.int64) if value else rows

@@ -33,11 +33,18 @@ def count_rows(path: Path, fix: str) -> int:
         return int(pq.read_metadata(path).num_rows)
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Tell whether a column holds text, plain or by the numbers of a dictionary."""
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain))
+
+
 def read_columns(path: Path, columns: Mapping[str, pa.DataType], fix: str) -> pa.Table:
     """Read columns as the given types.
 
     Raises:
-        ClipcidError: when the file cannot be read, lacks a column, or holds one that these types cannot express.
+        ClipcidError: when the file cannot be read, lacks a column, holds one that these types cannot express, or numbers
+            that are missing.
     """
     with reading(path, _EXPECTED, fix):
         present = pq.read_schema(path).names
@@ -45,4 +52,7 @@ def read_columns(path: Path, columns: Mapping[str, pa.DataType], fix: str) -> pa
         if missing:
             raise ValueError(f"it has no column {', '.join(missing)}; its columns: {', '.join(present)}")
         table = pq.read_table(path, columns=list(columns))
+        empty = [name for name, kind in columns.items() if table[name].null_count and not is_text(kind)]
+        if empty:
+            raise ValueError(f"its column {empty[0]} has {table[empty[0]].null_count:,} rows without a value")
         return pa.table({name: table[name].cast(kind) for name, kind in columns.items()})

@@ -119,6 +119,7 @@ TARGETS = {
     "labels": Target("classified/0.tar", ("eval-linear", "model", "--train", "classified", "--test", "classified")),
     "settings": Target("c.toml", ("balance", "--config", "c.toml"), "text"),
     "plan": Target("clipcid-work/balance/.balance.plan.json", ("balance", "--keep", "0.7"), "json"),
+    "matched samples": Target("clipcid-work/index/*/matched-*", _DISTILL, "folder"),
     "index": Target("clipcid-work/index", (*_DISTILL, "--keep-list", "none"), "folder"),
 }
 
@@ -190,7 +191,8 @@ def damage(place: Path, target: Target, chance: random.Random) -> str:
         _replace(place / target.unrecorded, json.dumps(sidecar).encode())
     path = place / target.file
     if target.form == "folder":
-        path = chance.choice(sorted(found for found in path.rglob("*") if found.is_file()))
+        folders = place.glob(target.file)
+        path = chance.choice(sorted(found for folder in folders for found in folder.rglob("*") if found.is_file()))
     own: list[Callable[[Path, random.Random], str]] = {
         "json": [_change_json] * 3,
         "parquet": [_change_parquet] * 3,
@@ -209,7 +211,7 @@ def _replace(path: Path, content: bytes) -> None:
 def _change_bytes(path: Path, chance: random.Random) -> str:
     content = bytearray(path.read_bytes())
     size = len(content)
-    kind = chance.choice(("cut", "flip", "zero", "insert", "repeat", "empty", "swap"))
+    kind = chance.choice(("cut", "flip", "zero", "insert", "repeat", "empty", "swap") if size else ("insert",))
     start = chance.randrange(size + 1)
     stop = min(size, start + chance.choice((1, 8, 100, 512, 5000)))
     if kind == "cut":

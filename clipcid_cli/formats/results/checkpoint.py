@@ -10,6 +10,7 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.reading import open_regular
 
 _NAME = re.compile(r"step_(\d{8})\.pt")
 
@@ -49,7 +50,8 @@ def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
     """
     path = checkpoint_path(folder, step)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises RuntimeError, EOFError, pickle and zip errors for a damaged file
         raise ClipcidError(
             f"Checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}",

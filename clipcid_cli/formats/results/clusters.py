@@ -11,6 +11,7 @@ processes of a host. They are made again where they are missing, as they are of 
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -203,12 +204,12 @@ def write_progress(folder: Path, progress: KMeansProgress) -> None:
 
 
 def read_progress(folder: Path) -> KMeansProgress | None:
-    """Read what `write_progress` saved; None when there is nothing."""
-    path = folder / _PROGRESS
-    if not path.exists():
+    """Read what `write_progress` saved; None when there is nothing, or it is damaged: the run then starts over."""
+    try:
+        with open_regular(folder / _PROGRESS) as file, np.load(io.BytesIO(file.read()), allow_pickle=False) as saved:
+            return KMeansProgress(saved["centroids"], int(saved["iterations"]), bool(saved["converged"]))
+    except Exception:  # numpy and zipfile raise what they like for a damaged archive
         return None
-    with np.load(path, allow_pickle=False) as saved:
-        return KMeansProgress(saved["centroids"], int(saved["iterations"]), bool(saved["converged"]))
 
 
 def remove_scratch(folder: Path) -> None:

@@ -20,6 +20,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.key_join import Keys, join_keys
 from clipcid_cli.formats.mapped_strings import map_strings
+from clipcid_cli.formats.parquet import is_text
+from clipcid_cli.formats.reading import describe, open_regular
 
 ROWS_AT_ONCE = 2**20
 """Rows of a row group."""
@@ -223,6 +225,8 @@ def read_keep_list(path: Path) -> KeepList:
         missing = sorted(set(_REQUIRED) - set(schema.names))
         if missing:
             raise ClipcidError(f"{path} is not a keep list: it has no column {', '.join(missing)}.", _FIX)
+        if not is_text(kind := schema.field("key").type):
+            raise ClipcidError(f"{path} is not a keep list: its column `key` is of type {kind}, not text.", _FIX)
         has_nulls = schema.field("kept").type != pa.bool_()
         kept, start = np.empty(file.metadata.num_rows, np.bool_), 0
         if not has_nulls:
@@ -253,12 +257,14 @@ def _has_null_keys(file: pq.ParquetFile) -> bool:
 @contextmanager
 def _open(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(path) as file:
+        with open_regular(path), pq.ParquetFile(path) as file:
             yield file
     except FileNotFoundError as error:
         raise ClipcidError(f"There is no keep list {path}.", _FIX) from error
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ClipcidError(f"Keep list {path} cannot be read: {error}.", _FIX) from error
+    except ClipcidError:
+        raise
+    except Exception as error:  # pyarrow raises what it likes for a damaged file
+        raise ClipcidError(f"Keep list {path} cannot be read: {describe(error)}.", _FIX) from error
 
 
 def read_dropped(path: Path) -> Iterator[pa.Table]:

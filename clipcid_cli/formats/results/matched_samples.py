@@ -19,8 +19,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.formats.atomic import write_error, write_json, write_npy
+from clipcid_cli.formats.output import describe_outputs, fingerprint_file, is_unchanged
+from clipcid_cli.formats.reading import read_regular
 
 TRAINING, HELD_OUT = "training", "held_out"
-_VERSION = 1
+_VERSION = 2
 _COUNTS = "matched.json"
 
 Column = npt.NDArray[np.int32] | npt.NDArray[np.int64]
@@ -120,12 +122,14 @@ def matched_folder(root: Path, identity: Mapping[str, Any]) -> Path:
 
 
 def read_matched(folder: Path) -> dict[str, Any] | None:
-    """Read the counts of finished files; None when there are none."""
+    """Read the counts of finished files; None when there are none, or one of them has changed since."""
     try:
-        counts: dict[str, Any] = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        found = json.loads(read_regular(folder / _COUNTS))
+        counts: dict[str, Any] = dict(found["counts"])
+        same = all(is_unchanged(folder, entry, fingerprint_file) for entry in found["outputs"])
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    return counts
+    return counts if same else None
 
 
 def open_rows(folder: Path, part: str) -> SampleRows:
@@ -133,8 +137,9 @@ def open_rows(folder: Path, part: str) -> SampleRows:
     return SampleRows(folder, part, np.load(_column_path(folder, part, "sizes"), allow_pickle=False))
 
 
-def begin_matched(folder: Path) -> Path:
-    """Return an empty folder to write the files of `folder` in; what a killed run left there is removed.
+@contextmanager
+def begin_matched(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write the files of `folder` in; it is removed where the block fails, or a run was killed.
 
     Raises:
         ClipcidError: when it cannot be written to.
@@ -145,12 +150,18 @@ def begin_matched(folder: Path) -> Path:
         partial.mkdir(parents=True)
     except OSError as error:
         raise write_error(partial, error) from error
-    return partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def finish_matched(partial: Path, folder: Path, counts: Mapping[str, Any]) -> None:
-    """Let the files of `partial` appear as `folder`."""
-    write_json(partial / _COUNTS, counts)
+    """Let the files of `partial` appear as `folder`, in the place of damaged ones."""
+    files = sorted(path for path in partial.iterdir() if path.is_file())
+    write_json(partial / _COUNTS, {"counts": counts, "outputs": describe_outputs(partial, files)})
+    shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 

@@ -170,7 +170,9 @@ def find_weights(folder: Path) -> Path | None:
     for name in _WEIGHT_NAMES:
         if (folder / name).is_file():
             return folder / name
-    others = sorted(path for suffix in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(suffix))
+    others = sorted(
+        path for suffix in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(suffix) if path.is_file()
+    )
     others.sort(key=lambda path: path.suffix != ".safetensors")
     return others[0] if others else None
 

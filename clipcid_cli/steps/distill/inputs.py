@@ -157,10 +157,10 @@ def _find_samples(
         with lock_index(folder.parent):
             counts = read_matched(folder)  # another run may just have made it
             if counts is None:
-                partial = begin_matched(folder)
-                found = match_samples(dataset, sources, settings.val_fraction, partial, reporter)
-                counts = dataclasses.asdict(found.counts)
-                finish_matched(partial, folder, counts)
+                with begin_matched(folder) as partial:
+                    found = match_samples(dataset, sources, settings.val_fraction, partial, reporter)
+                    counts = dataclasses.asdict(found.counts)
+                    finish_matched(partial, folder, counts)
     return MatchedSamples.open(folder, counts)
 
 

@@ -50,16 +50,31 @@ def test_rows_are_sent_without_their_columns(tmp_path: Path) -> None:
 def test_a_folder_appears_with_its_counts(tmp_path: Path) -> None:
     folder = matched_folder(tmp_path, {"val_fraction": 0.1})
     assert folder != matched_folder(tmp_path, {"val_fraction": 0.2})
-    for _ in range(2):  # what a killed run left is removed
-        partial = begin_matched(folder)
+    folder.with_name(f".{folder.name}.partial").mkdir()  # what a killed run left is removed
+    folder.with_name(f".{folder.name}.partial").joinpath("old").touch()
+    with begin_matched(folder) as partial:
         assert not list(partial.iterdir())
         writers = [SampleRowsWriter(partial, part, {"places": 2}) for part in (TRAINING, HELD_OUT)]
         writers[0].append({"places": np.arange(2)})
         for writer in writers:
             writer.finish()
         assert read_matched(folder) is None
-    finish_matched(partial, folder, {"selected": 2})
+        finish_matched(partial, folder, {"selected": 2})
     assert read_matched(folder) == {"selected": 2}
     assert open_rows(folder, TRAINING).places().tolist() == [0, 1]
     assert open_rows(folder, HELD_OUT).places().tolist() == []
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_a_failed_match_leaves_nothing_and_a_changed_file_is_made_again(tmp_path: Path) -> None:
+    folder = matched_folder(tmp_path, {})
+    with pytest.raises(ZeroDivisionError), begin_matched(folder):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    for content in (b"a", b"b"):
+        with begin_matched(folder) as partial:
+            (partial / "column.npy").write_bytes(content)
+            finish_matched(partial, folder, {"selected": 2})
+        assert read_matched(folder) == {"selected": 2}
+        (folder / "column.npy").write_bytes(b"other")
+        assert read_matched(folder) is None
