@@ -24,8 +24,8 @@ import numpy as np
 from make_data import make_data
 
 from clipcid_cli.formats.data.dataset import open_dataset
-from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRecord, ShardRows, plan_identity
-from clipcid_cli.formats.output import open_output, read_sidecar, sidecar_path
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRecord, ShardRows
+from clipcid_cli.formats.output import open_output, plan_identity, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import parse_model
