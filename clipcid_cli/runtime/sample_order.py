@@ -48,7 +48,7 @@ class SampleOrder:
     """The samples of a run, one epoch after the other without end; one group of an epoch is held at a time.
 
     Groups are generated in sequence, so reading on costs nothing extra. A start in the middle of an epoch generates the
-    groups before it, some 10 ns a sample: 4 s at the end of an epoch of 400 million. Going back starts the epoch anew.
+    groups before it, 13 ns a sample: 5 s at the end of an epoch of 400 million. Going back starts the epoch anew.
     """
 
     def __init__(
