@@ -17,7 +17,7 @@ import numpy.typing as npt
 from clipcid_cli.algorithms.search.distances import FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.search.edges import Edges, sort_edges
 
-# Edges collected before they are merged into the forest; at least half as many as the forest has.
+# Edges collected before they are merged into the forest; at least a quarter as many as the forest has.
 _SMALLEST_FOLD = 2**18
 _MOST_PIECES = 2**10
 # From this many edges at once, and this many times the number of rows they join, their own forest is built first: it is far
@@ -171,7 +171,7 @@ class ForestBuilder:
             self._waiting.append(Edges.concatenate(self._pieces))
             self._pieces = []
         self._num_waiting += len(edges)
-        if self._num_waiting >= max(self._smallest_fold, len(self._forest) // 2):
+        if self._num_waiting >= max(self._smallest_fold, len(self._forest) // 4):
             self._fold()
 
     def _thin_out(self, edges: Edges) -> Edges:

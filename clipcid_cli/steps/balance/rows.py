@@ -165,7 +165,9 @@ def count_skipped(settings: BalanceSettings, embeddings: Embeddings, rows: Balan
         ClipcidError: when they are too many.
     """
     skips = Skips()
-    bad = np.setdiff1d(np.arange(embeddings.num_rows), rows.numbers, assume_unique=True)
+    is_bad = np.ones(embeddings.num_rows, np.bool_)
+    is_bad[rows.numbers] = False
+    bad = np.flatnonzero(is_bad)
     for key in take_texts(embeddings, embeddings.keys_of, bad):
         skips.add("nan_row", key)
     if not len(rows):

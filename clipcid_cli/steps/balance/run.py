@@ -63,7 +63,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             data = require_data(settings, embeddings, "--write-shards")
             shards = tar_shards(data, settings.write_shards)
         machine.on_main(lambda: check_uids(settings, embeddings))
-        folder, identity = work.balance, output_identity(settings, embeddings)
+        folder, identity = work.balance, machine.on_main(lambda: output_identity(settings, embeddings))
         fingerprints = machine.on_main(embeddings.fingerprints)
         with claim_output(
             machine,
