@@ -34,8 +34,8 @@ _VISITS = 1.0
 _USUAL_CUTOFF = math.sqrt(0.2)
 _USUAL_SHARE = 0.563
 
-# Libraries and tiles take half a GiB, cached panels (as stored and as scanned) up to 1 GiB; then come forest, sets and lists,
-# on the first process: 99 to 124 bytes an image were measured.
+# Libraries and tiles take half a GiB, cached panels (as stored and as scanned) up to 1 GiB; then come forest, sets and
+# lists: 97 to 124 bytes an image were measured on the first process.
 _BYTES_OF_TILES = 2**29
 _MOST_CACHED = 2**30
 _BYTES_AN_IMAGE = 128
