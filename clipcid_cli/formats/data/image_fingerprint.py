@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,33 +23,35 @@ _COMPRESSED = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8")
 _SAMPLES_A_TASK = 256
 
 
-def fingerprint_images(dataset: Dataset, uses: Callable[[Sample], bool] = lambda _: True) -> dict[str, Any]:
+def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None) -> dict[str, Any]:
     """Describe all images of a data set.
 
     Args:
-        uses: Tells whether a sample is used; others are not included.
+        samples: Those of its samples that are used, in order; None for all.
 
     Returns:
         ``path``, ``size`` (number of images used) and ``hash``, as of a sidecar's input. Of a remote image only the name is
         included. Tars behind a URL are not read for it: their own fingerprints are included, and ``size`` is their bytes.
     """
     if any(is_remote(shard.file) for shard in dataset.shards):
-        found = dataset.fingerprints()
-        content = repr([(entry["size"], entry["hash"]) for entry in found]).encode()
+        shards = dataset.fingerprints()
+        content = repr([(entry["size"], entry["hash"]) for entry in shards]).encode()
         return {
             "path": f"{dataset.spec}#images",
-            "size": sum(entry["size"] for entry in found),
+            "size": sum(entry["size"] for entry in shards),
             "hash": f"blake2b-shards:{hashlib.blake2b(content, digest_size=16).hexdigest()}",
         }
-    samples = [sample for shard in dataset.shards for sample in shard.samples() if uses(sample)]
-    parts = [samples[start : start + _SAMPLES_A_TASK] for start in range(0, len(samples), _SAMPLES_A_TASK)]
+    if samples is None:
+        samples = (sample for shard in dataset.shards for sample in shard.samples())
+    found = list(samples)
+    parts = [found[start : start + _SAMPLES_A_TASK] for start in range(0, len(found), _SAMPLES_A_TASK)]
     digest = hashlib.blake2b(digest_size=16)
     with ThreadPoolExecutor(16) as pool:
         for part in pool.map(_digest, parts):
             digest.update(part)
     return {
         "path": f"{dataset.spec}#images",
-        "size": len(samples),
+        "size": len(found),
         "hash": f"blake2b-windows:{digest.hexdigest()}",
     }
 

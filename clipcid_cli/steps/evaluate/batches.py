@@ -78,17 +78,15 @@ class TaskReader:
 
     def batches(self) -> Iterator[list[Sample]]:
         """Yield the batches of all shards in order."""
-        for shard in self.task.dataset.shards:
-            listed = Skips()
-            usable = (sample for sample in shard.stream(listed) if self._is_usable(sample))
+        listed = Skips()
+        for samples in self.task.samples(listed):
+            usable = filter(self._is_usable, samples)
             while batch := list(islice(usable, self.batch_size)):
                 yield batch
-            self.read += listed.total
-            self.skips.merge(listed)
+        self.read += listed.total
+        self.skips.merge(listed)
 
     def _is_usable(self, sample: Sample) -> bool:
-        if not self.task.uses(sample):
-            return False
         self.read += 1
         if self.task.task == CLASSIFICATION:
             if not self.task.has_label(sample):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
@@ -18,8 +19,9 @@ from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_data
 from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, KnownDataset, customary_metric, find_known_dataset
 from clipcid_cli.formats.data.multi_label import read_classes
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.randomness import key_fraction
+from clipcid_cli.runtime.randomness import key_fraction, key_fractions
 from clipcid_cli.steps.evaluate.class_prompts import find_class_names, find_templates
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
@@ -60,9 +62,28 @@ class ZeroshotTask:
         """Return the prompts of one class."""
         return [fill_template(template, class_name) for template in self.templates]
 
-    def uses(self, sample: Sample) -> bool:
-        """Tell whether a sample belongs to the part that is used."""
-        return self.held_out is None or key_fraction(sample.key) < self.held_out
+    def samples(self, skips: Skips) -> Iterator[Iterator[Sample]]:
+        """Yield for each shard its samples that belong to the part that is used.
+
+        Of a held-out part nothing else is read, where the data has an index.
+
+        Args:
+            skips: Counts the samples without an image or with a repeated key, of each shard once its samples were taken.
+        """
+        for number in range(len(self.dataset.shards)):
+            yield self._samples_of(number, skips)
+
+    def _samples_of(self, number: int, skips: Skips) -> Iterator[Sample]:
+        index, held_out = self.dataset.index, self.held_out
+        if held_out is None or index is None:
+            for sample in self.dataset.shards[number].stream(skips):
+                if held_out is None or key_fraction(sample.key) < held_out:
+                    yield sample
+            return
+        skips.merge(index.records[number].skips)
+        fractions = key_fractions(index.part(number).keys.to_pylist())
+        for place in np.flatnonzero(fractions < held_out).tolist():
+            yield index.sample(number, place)
 
     def label(self, sample: Sample) -> int | None:
         """Return the sample's class, None when it has none.
@@ -135,7 +156,7 @@ def _plan_held_out(settings: EvalZeroshotSettings, reporter: Reporter) -> Zerosh
             f"{run} held nothing out (--val-fraction 0), and no data set was named.",
             "Name one: clipcid eval-zeroshot MODEL DATA",
         )
-    dataset = open_described(sidecar["data"])
+    dataset = open_described(sidecar["data"], WorkDirectory(settings.work).indexes)
     reporter.note(f"Data: the {fraction:.2%} of {dataset.spec} that {run} held out.")
     name = f"{find_benchmark_folder(dataset.spec).name}-held-out"
     return ZeroshotTask(name, RETRIEVAL, dataset, held_out=fraction, customary=RECALL)

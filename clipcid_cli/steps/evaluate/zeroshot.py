@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.results.metrics import SIDECARS, metrics_stem, read_metrics, write_metrics
 from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.models.names import ModelName
@@ -94,7 +96,7 @@ def _describe_plan(
 
 
 def _fingerprint_data(task: ZeroshotTask) -> list[dict[str, Any]]:
-    return [*task.dataset.fingerprints(), fingerprint_images(task.dataset, task.uses)]
+    return [*task.dataset.fingerprints(), fingerprint_images(task.dataset, chain.from_iterable(task.samples(Skips())))]
 
 
 def _evaluate_pair(

@@ -9,10 +9,14 @@ import pytest
 from conftest import make_image, write_tar
 from shard_server import serve
 
-from clipcid_cli.formats.data.dataset import open_dataset
+from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.evaluate.batches import BatchDecoder, TaskReader
-from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
+from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, RETRIEVAL, ZeroshotTask
+from clipcid_cli.steps.reporting import SilentReporter
 
 
 @pytest.fixture
@@ -67,3 +71,21 @@ def test_images_behind_a_url_are_identified_without_reading_them(data: Path) -> 
         assert fingerprint_images(dataset) == before
         write_tar(data / "2.tar", [("14.png", make_image(2)), ("14.cls", b"0")])
         assert fingerprint_images(dataset)["hash"] != before["hash"]
+
+
+def read_part(dataset: Dataset) -> tuple[list[str], list[bytes], Skips]:
+    skips = Skips()
+    task = ZeroshotTask("part", RETRIEVAL, dataset, held_out=0.4)
+    used = [sample for samples in task.samples(skips) for sample in samples]
+    return [sample.key for sample in used], [sample.image.read() for sample in used], skips
+
+
+def test_a_held_out_part_is_read_from_the_index_alone(data: Path, tmp_path: Path) -> None:
+    expected = read_part(open_dataset(data))
+    assert 4 < len(expected[0]) < 14
+    with open_machine("cpu") as machine, serve(data) as server:
+        for spec in (str(data), f"{server.url}/{{0..2}}.tar"):
+            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), machine, 0, SilentReporter())
+            before = server.bytes_sent.total()
+            assert read_part(dataset) == expected
+        assert server.bytes_sent.total() - before == sum(map(len, expected[1]))
