@@ -198,7 +198,8 @@ def refuse_repeated_keys(shards: Sequence[tuple[str, Sequence[str]]]) -> None:
 
 def _find_tars(spec: str) -> list[str] | None:
     """List the tars that `spec` refers to, in natural order; None for a folder without any."""
-    if _SEPARATOR in spec or "{" in spec:
+    # A folder may be called like a pattern.
+    if (_SEPARATOR in spec or "{" in spec) and (is_remote(spec) or not os.path.exists(spec)):
         return sorted((tar for part in _expand(spec) for tar in _find_part(part)), key=natural_key)
     if is_pipe(spec):
         return [spec]

@@ -117,11 +117,17 @@ class EmbeddingWriter:
             else:
                 write_npy(self._path(kind, number, "npy"), array)
         content = dataclasses.asdict(record) | {"skips": record.skips.to_json(), "plan": self._plan}
-        columns = {
-            "key": pa.array(keys, type=pa.string()),
-            "shard": pa.array([record.shard] * len(keys), type=pa.string()),
-            "caption": pa.array(captions, type=pa.string()),
-        }
+        try:
+            columns = {
+                "key": pa.array(keys, type=pa.string()),
+                "shard": pa.array([record.shard] * len(keys), type=pa.string()),
+                "caption": pa.array(captions, type=pa.string()),
+            }
+        except UnicodeEncodeError as error:
+            raise ClipcidError(
+                f"Shard {record.shard}: the name of a file is not UTF-8: {ascii(error.object)[1:-1]}.",
+                "Rename the file; keys and names of shards are text.",
+            ) from error
         if rows.caption_counts is not None:
             columns["captions"] = pa.array(rows.caption_counts, type=pa.int32())
         table = pa.table(columns).replace_schema_metadata({_RECORD: json.dumps(content, sort_keys=True)})

@@ -105,6 +105,15 @@ class Predictions:
         """For each image the captions before the first of its own, int64 [N]; of retrieval."""
         return self._column("text_rank")
 
+    def is_consistent(self) -> bool:
+        """Tell whether classes are in range and lists of the lengths that the kind has."""
+        if self.kind == RETRIEVAL:
+            return len(self.image_ranks) == self.captions.sum() and bool((self.text_ranks >= 0).all())
+        if self.kind == CLASSIFICATION:
+            classes = np.concatenate([self.labels, self.predicted, self.top.reshape(-1)])
+            return bool(((classes >= 0) & (classes < self.num_classes)).all())
+        return self.positive.shape == self.class_scores.shape
+
     def has_truth_of(self, other: Predictions) -> bool:
         """Tell whether the right answers are the same: classes, or numbers of captions; kind and keys must be."""
         if self.kind == RETRIEVAL:
@@ -163,9 +172,13 @@ def read_predictions(path: Path) -> Predictions:
         ) from error
     try:
         about = json.loads(table.schema.metadata[_ABOUT])
-        ordered = table.select(["key", *_COLUMNS[about["kind"]]]).sort_by("key")
-        return Predictions(about["kind"], about["model"], about["dataset"], about["num_classes"], ordered)
-    except (KeyError, TypeError, ValueError) as error:
+        types = {"key": pa.string(), **_COLUMNS[about["kind"]]}
+        ordered = table.select(list(types)).cast(pa.schema(list(types.items()))).sort_by("key")
+        found = Predictions(about["kind"], about["model"], about["dataset"], int(about["num_classes"]), ordered)
+        if any(column.null_count for column in ordered.columns) or not found.is_consistent():
+            raise ValueError("its columns do not fit together")
+        return found
+    except Exception as error:  # whatever another tool's table, or a changed one, gives rise to
         raise ClipcidError(
             f"{path} is not a file of predictions of clipcid.", "Name a metrics file, eval/*.json, of eval-zeroshot."
         ) from error

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -116,7 +117,8 @@ def parse_model(spec: str) -> ModelName:
     """
     if spec.startswith("hf-hub:"):
         return ModelName(spec, "hub")
-    path = Path(spec.removeprefix("local-dir:")).expanduser()
+    # Before it becomes a Path, which forgets the "./" that makes a name such as ./~x no user's.
+    path = Path(os.path.expanduser(spec.removeprefix("local-dir:")))
     if path.is_dir():
         return _parse_folder(spec, path)
     if spec.startswith(("local-dir:", ".", "/", "~")) or spec.endswith(".json"):
@@ -211,9 +213,26 @@ def _check_entries(model: dict[str, Any], preprocess: dict[str, Any]) -> None:
     for name in ("vision_cfg", "text_cfg"):
         if name in model and not isinstance(model[name], dict):
             raise TypeError(f"{name} is {model[name]!r:.40}, not an object")
+    for name in ("mean", "std"):
+        if not _are_numbers(preprocess.get(name, [0.5] * 3), 3):
+            raise TypeError(f"{name} is {preprocess[name]!r:.40}, not three numbers")
+    size = preprocess.get("size", 1)
+    if not _are_numbers(size if isinstance(size, list) else [size, size], 2):
+        raise TypeError(f"size is {size!r:.40}, not one or two numbers")
+    for name in ("interpolation", "resize_mode", "mode"):
+        if not isinstance(preprocess.get(name, ""), str):
+            raise TypeError(f"{name} is {preprocess[name]!r:.40}, not a word")
     width = model.get("embed_dim", 1)
     if not isinstance(width, int) or isinstance(width, bool) or not 0 < width < 2**20:
         raise TypeError(f"embed_dim is {width!r:.40}, not a width")
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    )
 
 
 def read_width(name: ModelName) -> int | None:

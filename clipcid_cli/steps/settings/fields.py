@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import UsageError
@@ -108,12 +109,22 @@ def check_ranges(settings: Any) -> None:
         for item in value if isinstance(value, tuple) else (value,):
             if item is None or isinstance(item, bool):
                 continue
+            if isinstance(item, Path) and not _is_utf8(item):
+                raise UsageError(
+                    f"{flag_of(field)} is {str(item)!a}, which is not UTF-8.",
+                    "Rename the folder or file: parquet files can only be opened by names that are text.",
+                )
             if setting.choices is not None and item not in setting.choices:
                 raise UsageError(
                     f"{flag_of(field)} cannot be {item!r}.", f"Choose one of: {', '.join(setting.choices)}."
                 )
             if isinstance(item, int | float):
                 _check_number(flag_of(field), item, setting)
+
+
+def _is_utf8(path: Path) -> bool:
+    """Tell whether a path is text: Linux allows any bytes, which Python keeps as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
 
 
 def _check_number(flag: str, value: float, setting: Setting) -> None:
