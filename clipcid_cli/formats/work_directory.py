@@ -180,7 +180,7 @@ class WorkDirectory:
             )
         data: dict[str, Any] = sidecar["data"]
         with reading(sidecar_path(folder, "embed"), "a sidecar of embed", "Give the data as the first argument."):
-            names = ("spec", "keys", "image_column", "caption_column", "key_column")
+            names = ("spec", "keys", "image", "caption", "key")
             if any(not isinstance(data[name], str) for name in names):
                 raise TypeError(f"its entry 'data' is {str(data)[:80]}")
         return data

@@ -106,7 +106,7 @@ def open_clusters(folder: Path) -> Clusters:
                 _extract_tops(folder, table)
             has_captions = "caption_top_clusters" in table.schema_arrow.names
         tops = [map_tops(folder, prefix) for prefix in ("", *(["caption_"] if has_captions else []))]
-        keep_list = sidecar["keep_list"]
+        keep_list = sidecar.get("keep_list")
         if keep_list is not None and not (isinstance(keep_list["path"], str) and isinstance(keep_list["hash"], str)):
             raise TypeError(f"the entry 'keep_list' of cluster.json is {str(keep_list)[:80]}")
         temperatures = {
