@@ -1,0 +1,105 @@
+"""How long does `cluster` take to find the 16 nearest centroids of each row, compared with faiss's flat search?
+
+    python recipes/benchmarks/assignment.py                     four kinds of rows and sizes
+
+Ours is `top_nearest` on blocks of 1,024 rows, a thread each, as `cluster` calls it: float32 products, proof and order in
+float64. Theirs is `faiss.knn` of 16 in float32 alone, all rows at once. Both begin with the same float16 rows in memory and
+alternate in one process; printed are medians of seconds and of processor seconds, and their ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before libraries: waiting threads of one must not slow the other's
+
+import faiss
+import torch
+from balance import describe_machine
+
+from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
+from clipcid_cli.algorithms.search.centroids import centroids_of_sums
+from clipcid_cli.runtime.threads import map_threads
+
+CASES = [
+    ("random", 200_000, 192, 1024),
+    ("clustered", 100_000, 512, 4096),
+    ("cone", 100_000, 512, 1024),
+    ("random", 50_000, 768, 4096),
+]
+NEAREST, BLOCK, PART = 16, 1024, 8192
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(describe_machine(arguments.threads))
+    names = ("rows", "N", "D", "K", "clipcid s", "faiss s", "ratio", "clipcid cpu", "faiss cpu", "ratio")
+    print(" ".join(f"{name:>11}" for name in names))
+    for kind, num_rows, width, num_centroids in CASES:
+        rows, centroids = make(kind, num_rows, width, num_centroids)
+        sides = {
+            "clipcid": partial(ours, rows, centroids, arguments.threads),
+            "faiss": partial(theirs, rows, centroids),
+        }
+        taken: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+        for _ in range(arguments.runs + 1):
+            for side, run in sides.items():
+                taken[side].append(measure(run))
+        columns = [kind, f"{num_rows:,}", str(width), f"{num_centroids:,}"]
+        for kind_of_seconds in range(2):
+            # The first run loads libraries and starts threads.
+            own, other = (median(run[kind_of_seconds] for run in taken[side][1:]) for side in sides)
+            columns += [f"{own:.2f}", f"{other:.2f}", f"{own / other:.2f}"]
+        print(" ".join(f"{column:>11}" for column in columns), flush=True)
+
+
+def make(kind: str, num_rows: int, width: int, num_centroids: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make unit rows, float16 [N, D], and centroids, float32 [K, D]."""
+    random = torch.Generator().manual_seed(0)
+    centroids = unit(torch.randn(num_centroids, width, generator=random))
+    rows = torch.randn(num_rows, width, generator=random)
+    if kind == "cone":
+        centroids = centroids / 2 + centroids[:1]
+        rows = rows / width**0.5 / 2 + centroids[:1]
+    elif kind == "clustered":
+        rows = 0.7 * rows / width**0.5 + centroids[torch.randint(num_centroids, (num_rows,), generator=random)]
+    return unit(rows).half(), centroids_of_sums(centroids.double(), torch.zeros(centroids.shape))
+
+
+def unit(rows: torch.Tensor) -> torch.Tensor:
+    """Normalise rows."""
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def measure(run: Callable[[], None]) -> tuple[float, float]:
+    """Return seconds and processor seconds."""
+    wall, processor = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def ours(rows: torch.Tensor, centroids: torch.Tensor, threads: int) -> None:
+    """Look up all rows as `cluster` does."""
+    for part in torch.split(rows, PART):
+        for _ in map_threads(torch.split(part, BLOCK), lambda block: top_nearest(block, centroids, NEAREST), threads):
+            pass
+
+
+def theirs(rows: torch.Tensor, centroids: torch.Tensor) -> None:
+    """Look up all rows with faiss."""
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    faiss.knn(rows.float().numpy(), centroids.numpy(), NEAREST, metric=faiss.METRIC_INNER_PRODUCT)
+
+
+if __name__ == "__main__":
+    main()
