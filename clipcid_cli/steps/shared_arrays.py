@@ -41,7 +41,7 @@ def share_arrays(machine: Machine, folder: Path, make: Callable[[], Arrays]) -> 
 
     number = machine.on_main(write)
     found = machine.on_all(lambda: _map(folder, 0, number))
-    machine.on_main(lambda: _remove(folder))
+    machine.on_main(lambda: clear_shared(folder))
     return found
 
 
@@ -51,8 +51,13 @@ def collect_arrays(machine: Machine, folder: Path, arrays: Arrays) -> list[Array
         return [arrays]
     machine.on_all(lambda: _write(folder, machine.rank, arrays))
     found = [_map(folder, rank, len(arrays)) for rank in range(machine.size)] if machine.is_main else []
-    machine.on_main(lambda: _remove(folder))  # nobody goes on, and writes again, before
+    machine.on_main(lambda: clear_shared(folder))  # nobody goes on, and writes again, before
     return found
+
+
+def clear_shared(folder: Path) -> None:
+    """Remove what a run that was killed has left."""
+    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
 
 
 def _write(folder: Path, rank: int, arrays: Arrays) -> None:
@@ -67,10 +72,6 @@ def _map(folder: Path, rank: int, number: int) -> Arrays:
 def _map_one(path: Path) -> npt.NDArray[Any]:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     return array.view(np.ndarray) if len(array) else np.empty(0, array.dtype)
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
 
 
 def _path(folder: Path, rank: int, number: int) -> Path:

@@ -33,6 +33,7 @@ from clipcid_cli.steps.balance.write_shards import tar_shards, write_shards
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.shared_arrays import clear_shared
 
 
 def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
@@ -106,6 +107,7 @@ def _balance(
     reporter: Reporter,
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    machine.on_main(lambda: clear_shared(output.folder))
     rows = find_rows(machine, output.folder, embeddings.images(), reporter)
     seconds["search"] = time.perf_counter() - started
     skips = count_skipped(settings, embeddings, rows, reporter)
