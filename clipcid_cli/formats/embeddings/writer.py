@@ -175,6 +175,7 @@ class EmbeddingWriter:
     def remove_all(self) -> None:
         """Remove every file, when no sample can be used."""
         self._remove_all_but(set())
+        self.remove_notes()
 
     def _remove_all_but(self, keep: set[Path]) -> None:
         for kind, form in _FORMS.items():
