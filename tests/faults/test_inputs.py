@@ -89,6 +89,7 @@ def test_a_target_in_folders_to_be_made_is_fine(tmp_path: Path) -> None:
         {"model_cfg": {"embed_dim": True, "vision_cfg": {}, "text_cfg": {}}},
         {"model_cfg": {"embed_dim": -4, "vision_cfg": {}, "text_cfg": {}}},
         {"model_cfg": {"embed_dim": 32, "vision_cfg": [], "text_cfg": {}}},
+        {"model_cfg": {"embed_dim": 32, "vision_cfg": {}, "text_cfg": {"layers": -1}}},
         {"model_cfg": {"embed_dim": 32, "vision_cfg": {}, "text_cfg": "x"}},
         {"model_cfg": {"embed_dim": 32, "vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": 3},
     ],

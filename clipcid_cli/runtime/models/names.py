@@ -74,6 +74,10 @@ _LOCAL_HINT = (
 )
 
 
+# Entries of a tower that count something, where they are numbers; `layers` of a ResNet are a list.
+_SIZES = {"layers", "width", "heads", "head_width", "patch_size", "image_size", "context_length", "vocab_size"}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelName:
     """A model as the user named it.
@@ -213,6 +217,10 @@ def _check_entries(model: dict[str, Any], preprocess: dict[str, Any]) -> None:
     for name in ("vision_cfg", "text_cfg"):
         if name in model and not isinstance(model[name], dict):
             raise TypeError(f"{name} is {model[name]!r:.40}, not an object")
+        for entry in _SIZES & model.get(name, {}).keys():
+            size = model[name][entry]
+            if isinstance(size, int) and size < 1:
+                raise TypeError(f"{name}.{entry} is {size!r:.40}, below 1")
     for name in ("mean", "std"):
         if not _are_numbers(preprocess.get(name, [0.5] * 3), 3):
             raise TypeError(f"{name} is {preprocess[name]!r:.40}, not three numbers")
