@@ -132,6 +132,43 @@ def test_a_process_that_never_arrives_is_missed_after_the_limit(monkeypatch: pyt
     assert time.monotonic() - started < 30
 
 
+_PEER = """
+import os, sys
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.machine import open_machine
+with open_machine("cpu") as machine:
+    machine.gather(machine.rank)
+    if machine.rank == 1:
+        os._exit(9)
+    try:
+        machine.gather(0)
+    except ClipcidError as error:
+        print(error.message)
+        os._exit(0)
+"""
+
+
+def test_a_process_that_is_killed_in_the_middle_is_missed_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", _PEER],
+            env=clean_environment() | world | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    )
+    said, _ = first.communicate(timeout=120)
+    second.communicate(timeout=60)
+    assert second.returncode == 9
+    assert said.startswith("Another process of the run has ended, or cannot be reached"), said
+
+
 def test_a_world_without_a_place_to_meet_is_refused(clipcid: Callable[..., Run], tmp_path: Path) -> None:
     run = clipcid("balance", "--keep", "0.5", "--device", "cpu", check=False, env={"WORLD_SIZE": "2", "RANK": "0"})
     assert run.returncode == 1, run
