@@ -17,6 +17,7 @@ from clipcid_cli.formats.results.curve import CURVE, write_curve
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.memory import keep_few_kernels
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.audit import Audit, audit_kept
 from clipcid_cli.steps.balance.compare_linkage import compare_linkages
@@ -55,6 +56,8 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         machine.on_main(lambda: check_targets(settings))
         work = WorkDirectory(settings.work)
         found = find_embeddings(settings, machine, reporter)
+        if settings.neighbors == "partitioned":  # the tiles of partitions are of many sizes
+            keep_few_kernels()
         embeddings = open_embeddings(found, settings.keys, settings.npz_array, work.fingerprints)
         seconds = {"embed": time.perf_counter() - started}
         if settings.dry_run:
