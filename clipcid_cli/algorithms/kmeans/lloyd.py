@@ -113,16 +113,13 @@ class _CompactNearest:
         self._others_N = torch.empty(number, dtype=torch.float32, device=device)
 
     def read(self, which: slice) -> Nearest:
-        """Return those of some rows, as copies."""
-        similarities_B = self.similarities_N[which].clone()
-        return Nearest(self._centroids_N[which].long(), similarities_B, self._others_N[which].double())
+        """Return those of some rows: a copy of the centroids; similarities are the kept ones and change in place."""
+        return Nearest(self._centroids_N[which].long(), self.similarities_N[which], self._others_N[which])
 
     def write(self, which: slice, nearest: Nearest) -> None:
-        """Keep those of some rows. A bound remains one: it is rounded up."""
-        self._centroids_N[which], self.similarities_N[which] = nearest.centroids_B.int(), nearest.similarities_B
-        others_B = nearest.others_B.float()
-        above_B = torch.nextafter(others_B, torch.full_like(others_B, torch.inf))
-        self._others_N[which] = torch.where(others_B < nearest.others_B, above_B, others_B)
+        """Keep centroids and bounds of some rows. A bound, float64 below 4, remains one: rounding takes at most 2⁻²³ off."""
+        self._centroids_N[which] = nearest.centroids_B
+        self._others_N[which] = nearest.others_B + 2.0**-22
 
 
 class Lloyd:
@@ -200,18 +197,18 @@ class Lloyd:
         # How many centroids, the leading ones of the search's order, must each row be compared with?
         if self._drift is None:
             count_B = torch.full_like(before_B, len(self.centroids_KD))
+            mine = dataclasses.replace(mine, others_B=torch.full_like(mine.similarities_B, -torch.inf))
             if is_known:
                 rows, every_B = self._prepared(first, last), torch.arange(len(before_B), device=before_B.device)
                 mine.similarities_B[:] = search.similarities(rows.rows_BD, every_B, before_B)
-                mine.others_B.fill_(-torch.inf)
         else:
             moved_B = self._drift.moved_K[before_B].nonzero()[:, 0]
-            now_B = mine.similarities_B.clone()
+            similar_B = mine.similarities_B.clone()
             if len(moved_B):
                 rows = self._prepared(first, last)
-                now_B[moved_B] = search.similarities(rows.rows_BD, moved_B, before_B[moved_B])
-            count_B, rest_B = self._drift.leading(mine.similarities_B, now_B, mine.others_B)
-            mine.similarities_B[:], mine.others_B[:] = now_B, rest_B
+                mine.similarities_B[moved_B] = search.similarities(rows.rows_BD, moved_B, before_B[moved_B])
+            count_B, rest_B = self._drift.leading(similar_B, mine.similarities_B, mine.others_B)
+            mine = dataclasses.replace(mine, others_B=rest_B)
         if not bool(count_B.any()):
             self._nearest.write(run, mine)
             return
