@@ -49,3 +49,9 @@ def test_nothing_is_called_utils() -> None:
 def test_every_folder_says_what_it_is() -> None:
     for folder in FOLDERS:
         assert (folder / "__init__.py").read_text(encoding="utf-8").startswith('"""'), relative(folder)
+
+
+def test_no_two_test_files_have_the_same_name() -> None:
+    # pytest imports them by name; a run of one folder alone would not notice.
+    names = [path.name for path in (PACKAGE.parent / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -12,6 +12,7 @@ import hashlib
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -23,6 +24,9 @@ from clipcid_cli.formats.data.remote import describe_file, download
 
 FETCHED_AT_ONCE = 4
 """Copies that a process fetches ahead at a time."""
+
+# Seconds between looks at a copy that another process is fetching.
+_ASK_AGAIN = 0.02
 
 
 def cache_folder() -> Path:
@@ -130,7 +134,12 @@ class ShardCopy:
             self.cache.folder.mkdir(parents=True, exist_ok=True)
             while not self.local.exists():
                 with partial.open("ab") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        # Asked again, not waited for: once whole, this very file is the copy, and its readers hold it.
+                        time.sleep(_ASK_AGAIN)
+                        continue
                     if not _is_at(file.fileno(), partial):
                         continue  # the process that held it has finished or given up
                     if self.local.exists():

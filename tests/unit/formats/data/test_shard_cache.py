@@ -150,3 +150,19 @@ def test_a_reader_waits_for_no_reader(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     for descriptor in descriptors:
         os.close(descriptor)
+
+
+def test_who_waits_for_a_fetch_does_not_wait_for_the_readers_of_its_copy(data: Path, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 8 * SIZE)
+    cache.folder.mkdir()
+    with serve(data) as server, ThreadPoolExecutor(1) as pool:
+        copy = copies_of(server, cache)[0]
+        partial = copy.local.with_name(f".{copy.local.name}.partial")
+        with partial.open("wb") as file:
+            # The lock of a reader who was quicker when the fetch ended: it lasts.
+            fcntl.flock(file, fcntl.LOCK_SH)
+            waiting = pool.submit(copy.fetch)
+            time.sleep(0.1)  # it has opened the file that will be the copy
+            file.write(bytes(SIZE))
+            partial.replace(copy.local)
+            waiting.result(timeout=20)
