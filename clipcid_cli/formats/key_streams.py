@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.key_join import hash_keys
+from clipcid_cli.formats.mapped_arrays import create_mapped
 from clipcid_cli.formats.parquet import is_text
 from clipcid_cli.formats.reading import reading
 
-Number = TypeVar("Number", bound=np.generic)
 Values = npt.NDArray[np.int64]
 KeyStream: TypeAlias = Callable[[], Iterator[tuple[pa.Array, Values]]]
 """Starts reading a file: chunks of n keys, with k numbers ≥ 0 for each, int64 [n, k]."""
@@ -116,7 +116,9 @@ class JoinedMatch:
         return True
 
 
-def join_stream(keys: Iterable[pa.Array], count: int, stream: KeyStream, width: int, folder: Path) -> Values:
+def join_stream(
+    keys: Iterable[pa.Array], count: int, stream: KeyStream, width: int, folder: Path, source: Path
+) -> Values:
     """Look up keys in a file that lists them in any order.
 
     Memory is of a fixed size; on the disk it takes 24 + 8·k bytes a key.
@@ -127,19 +129,20 @@ def join_stream(keys: Iterable[pa.Array], count: int, stream: KeyStream, width: 
         stream: The file; each of the keys is there at most once.
         width: k, the numbers of each key.
         folder: Where files are written; it may be removed as soon as the result is there.
+        source: What `stream` reads, for errors.
 
     Returns:
         int64 [count, k], mapped; −1 for keys not in the file. Keys are equal where two independent 64-bit hashes are.
 
     Raises:
-        ClipcidError: when one of the keys is there twice.
+        ClipcidError: when one of the keys is there twice, or the disk is full.
     """
-    values = _map(folder / "values", np.dtype(np.int64), (count, width))
+    values = create_mapped(folder / "values", np.dtype(np.int64), (count, width))
     if not count:
         return values
     for start in range(0, count, _READ_AT_ONCE):
         values[start : start + _READ_AT_ONCE] = -1
-    hashes, checks = (_map(folder / name, np.dtype(np.uint64), (count,)) for name in ("hashes", "checks"))
+    hashes, checks = (create_mapped(folder / name, np.dtype(np.uint64), (count,)) for name in ("hashes", "checks"))
     first = 0
     for chunk in keys:
         column = pa.chunked_array([chunk])
@@ -156,7 +159,7 @@ def join_stream(keys: Iterable[pa.Array], count: int, stream: KeyStream, width: 
             repeated[np.setdiff1d(np.arange(len(owners)), np.unique(owners, return_index=True)[1])] = True
             if repeated.any():
                 place = int(places[repeated].min())
-                raise _repeated_key(part[place].as_py(), seen + start + place, stream)
+                raise _repeated_key(part[place].as_py(), seen + start + place, stream, source)
             values[owners] = numbers[start : start + _READ_AT_ONCE][places]
         seen += len(chunk)
     return values
@@ -187,8 +190,8 @@ def _find(
 def _sort(hashes: npt.NDArray[np.uint64], folder: Path) -> npt.NDArray[np.int64]:
     """Sort mapped hashes in place, a range of them at a time, and return the row each had, int64, mapped."""
     count = len(hashes)
-    rows = _map(folder / "rows", np.dtype(np.int64), (count,))
-    ordered = _map(folder / "ordered", np.dtype(np.uint64), (count,))
+    rows = create_mapped(folder / "rows", np.dtype(np.int64), (count,))
+    ordered = create_mapped(folder / "ordered", np.dtype(np.uint64), (count,))
     buckets = np.uint64(-(-count // _SORTED_AT_ONCE))
     first = 0
     for bucket in range(int(buckets)):
@@ -209,13 +212,7 @@ def _sort(hashes: npt.NDArray[np.uint64], folder: Path) -> npt.NDArray[np.int64]
     return rows
 
 
-def _map(path: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:
-    if not all(shape):
-        return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "w+", shape=shape)
-
-
-def _repeated_key(key: str, row: int, stream: KeyStream) -> ClipcidError:
+def _repeated_key(key: str, row: int, stream: KeyStream, source: Path) -> ClipcidError:
     first = earlier = 0
     for chunk, _ in stream():
         place = pc.index(chunk.cast(pa.large_string()), pa.scalar(key, pa.large_string())).as_py()
@@ -224,6 +221,6 @@ def _repeated_key(key: str, row: int, stream: KeyStream) -> ClipcidError:
             break
         first += len(chunk)
     return ClipcidError(
-        f"Key {key!r} occurs in row {earlier:,} and again in row {row:,}.",
+        f"Key {key!r} occurs in row {earlier:,} and again in row {row:,} of {source}.",
         "Keys must be unique: make the file again with --keys shard, or remove one of the rows.",
     )

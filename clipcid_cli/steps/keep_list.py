@@ -169,7 +169,7 @@ def _look_up(
     if ordered.is_complete():
         return answer
     with tempfile.TemporaryDirectory(prefix="clipcid-") as scratch:
-        return pass_through(JoinedMatch(join_stream(chunks(), count, stream, 1, Path(scratch))))
+        return pass_through(JoinedMatch(join_stream(chunks(), count, stream, 1, Path(scratch), path)))
 
 
 def _choose(option: str | None, work: WorkDirectory) -> Path | None:

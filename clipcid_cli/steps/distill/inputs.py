@@ -29,7 +29,14 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps.data_index import cache_shards, ensure_index
 from clipcid_cli.steps.distill.cluster_targets import find_clusters, use_clusters
-from clipcid_cli.steps.distill.samples import MatchedSamples, Sources, UsableSamples, count_usable, match_samples
+from clipcid_cli.steps.distill.samples import (
+    MatchedSamples,
+    Sources,
+    UsableSamples,
+    count_usable,
+    index_of,
+    match_samples,
+)
 from clipcid_cli.steps.distill.teacher_inputs import (
     TeacherInputs,
     check_keys,
@@ -98,6 +105,8 @@ def find_inputs(
     sources = Sources(None if keep_list is None else keep_list.path, embeddings, online is None, clusters)
     matched = _find_samples(settings, dataset, sources, fingerprints, scratch, reporter)
     counts, teacher_inputs = matched.counts, None
+    if counts.bad_rows:
+        reporter.warn(f"{counts.bad_rows:,} rows of the embeddings are zero or not finite: their samples are left out.")
     if keep_list is not None:
         report_keep_list(
             keep_list.path,
@@ -136,14 +145,17 @@ def _find_samples(
         scratch: Where a dry run writes them.
     """
     assert dataset.index_folder is not None, "opened with a folder for the index"
+    records = index_of(dataset).records
     content = list(fingerprints)
     if sources.embeddings is not None:
-        content += sources.embeddings.fingerprints()
+        content += sources.embeddings.fingerprints(texts=True, further=True)
     if sources.clusters is not None:
         content.append(fingerprint_file(sources.clusters.folder / TABLE))
     identity = {
         # Keys of foreign embeddings may be made of the files' names.
         "files": [[Path(file["path"]).name, file["size"], file["hash"]] for file in content],
+        # Captions in files of their own change without a shard's file.
+        "shards": [[*record.stamp, record.samples, record.with_captions] for record in records],
         "kinds": [sources.keep_list is not None, sources.embeddings is not None, sources.clusters is not None],
         "required": sources.required,
         "keys": settings.keys,

@@ -97,15 +97,15 @@ class Sources:
     required: bool = True
     clusters: Clusters | None = None
 
-    def streams(self) -> dict[str, tuple[KeyStream, int]]:
-        """Return the keys of each file with their numbers, and how many numbers a key has."""
-        found: dict[str, tuple[KeyStream, int]] = {}
+    def streams(self) -> dict[str, tuple[KeyStream, int, Path]]:
+        """Return the keys of each file with their numbers, how many numbers a key has, and the file."""
+        found: dict[str, tuple[KeyStream, int, Path]] = {}
         if self.keep_list is not None:
-            found["keep_list"] = parquet_keys(self.keep_list, "kept"), 1
+            found["keep_list"] = parquet_keys(self.keep_list, "kept"), 1, self.keep_list
         if self.embeddings is not None:
-            found["embeddings"] = sample_keys(self.embeddings)
+            found["embeddings"] = *sample_keys(self.embeddings), self.embeddings.folder
         if self.clusters is not None:
-            found["clusters"] = parquet_keys(self.clusters.folder / TABLE), 1
+            found["clusters"] = parquet_keys(self.clusters.folder / TABLE), 1, self.clusters.folder / TABLE
         return found
 
 
@@ -122,6 +122,7 @@ class MatchCounts:
         selected: Samples to train on.
         several_captions: Those of them that have several captions.
         captions: All their captions.
+        bad_rows: Rows of the embeddings that are zero or not finite.
         changed: The first whose number of captions differs from what was embedded: key, captions, captions embedded.
     """
 
@@ -133,6 +134,7 @@ class MatchCounts:
     selected: int = 0
     several_captions: int = 0
     captions: int = 0
+    bad_rows: int = 0
     changed: tuple[str, int, int] | None = None
 
 
@@ -162,14 +164,12 @@ def match_samples(
     """
     index, joined = index_of(dataset), dict[str, Values]()
     bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
-    if len(bad):
-        reporter.warn(f"{len(bad):,} rows of the embeddings are zero or not finite: their samples are left out.")
     while True:
         matches = {
             name: JoinedMatch(joined[name]) if name in joined else OrderedMatch(stream, width)
-            for name, (stream, width) in sources.streams().items()
+            for name, (stream, width, _) in sources.streams().items()
         }
-        counts, bar = MatchCounts(), reporter if len(index.records) > _FEW_SHARDS else SilentReporter()
+        counts, bar = MatchCounts(bad_rows=len(bad)), reporter if len(index.records) > _FEW_SHARDS else SilentReporter()
         with (
             _open_writers(index, sources, folder) as writers,
             bar.progress("match", len(index.records), "shards") as progress,
@@ -184,13 +184,13 @@ def match_samples(
                 progress.advance()
             unordered = [name for name, match in matches.items() if not match.is_complete()]
             if not unordered:
-                rows = {part: writer.finish() for part, writer in writers.items()}
-                return MatchedSamples(rows[TRAINING], rows[HELD_OUT], counts)
+                return MatchedSamples(writers[TRAINING].finish(), writers[HELD_OUT].finish(), counts)
         for name in unordered:
-            stream, width = sources.streams()[name]
+            stream, width, source = sources.streams()[name]
             shards = (index.part(number).keys.combine_chunks() for number in range(len(index.records)))
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # the result stays mapped without its name
-                joined[name] = join_stream(shards, int(index.sizes.sum()), stream, width, Path(scratch))
+            # The result stays mapped without its name, which NFS keeps until it is closed.
+            with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+                joined[name] = join_stream(shards, int(index.sizes.sum()), stream, width, Path(scratch), source)
 
 
 @contextmanager

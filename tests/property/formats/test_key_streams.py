@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,15 +108,29 @@ def test_a_join_is_a_dictionary(bad: bool, keys: list[str], listed: list[str], s
         if bad:
             patch.setattr(key_streams, "hash_keys", hash_badly)
         shards = map(strings, cut(keys, size))
-        found = join_stream(shards, len(keys), stream(listed, chunk), 2, Path(folder)).tolist()
+        found = join_stream(shards, len(keys), stream(listed, chunk), 2, Path(folder), Path("keys")).tolist()
     assert found == [[rows[key], 10 * rows[key]] if key in rows else [-1, -1] for key in keys]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 9])
 def test_a_key_that_a_file_has_twice_is_refused(chunk: int, tmp_path: Path) -> None:
     listed = ["c", "b", "x", "x", "b", "c"]  # x, which no sample has, may repeat
-    with pytest.raises(ClipcidError, match="Key 'b' occurs in row 1 and again in row 4"):
-        join_stream([strings(["a", "b"]), strings(["c"])], 3, stream(listed, chunk), 2, tmp_path)
+    with pytest.raises(ClipcidError, match=r"Key 'b' occurs in row 1 and again in row 4 of list\.parquet"):
+        join_stream([strings(["a", "b"]), strings(["c"])], 3, stream(listed, chunk), 2, tmp_path, Path("list.parquet"))
+
+
+def test_a_disk_without_room_is_an_error_not_a_killed_process(tmp_path: Path) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(ClipcidError, match=r"Could not write .*values: File too large"):
+            join_stream([strings(["a"] * 1000)], 1000, stream(["a"], 1), 1, tmp_path, Path("list.parquet"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert not list(tmp_path.iterdir())
 
 
 def test_parquet_is_read_with_its_rows_or_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
