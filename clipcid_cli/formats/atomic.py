@@ -11,7 +11,9 @@ import filecmp
 import io
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 # What the system says of a disk that is full, over its quota or limit, or failing.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+_ABANDONED_SECONDS = 3600.0
 
 
 @contextmanager
@@ -101,6 +105,18 @@ def refuse_unwritable(path: Path) -> None:
         raise write_error(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def remove_abandoned(partials: Iterable[Path]) -> None:
+    """Remove those of the hidden siblings, files or folders, that nobody has written to for an hour."""
+    for path in partials:
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime <= _ABANDONED_SECONDS:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def write_error(path: Path, error: OSError) -> ClipcidError:

@@ -24,7 +24,8 @@ from clipcid_cli.steps.reporting import Progress, Reporter
 
 # Fewer shards than this are listed before a worker has started.
 _FEW_SHARDS = 8
-# The group that is read, the one before, of which batches are still being made, and what is being fetched.
+# Each worker holds one copy for each shard of a group at most, those it read last: together the group that is read, and the
+# one before, of which batches are still being made. And what is being fetched ahead, and by a worker.
 _SHARDS_IN_USE = 2 * SHARDS_MIXED + FETCHED_AT_ONCE + 1
 
 

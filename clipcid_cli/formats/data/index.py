@@ -15,9 +15,8 @@ import fcntl
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file, write_error, write_parquet
-from clipcid_cli.formats.data.remote import is_remote
+from clipcid_cli.formats.atomic import atomic_file, remove_abandoned, write_error, write_parquet
+from clipcid_cli.formats.data.remote import is_remote, tells_content
 from clipcid_cli.formats.data.samples import Location, Sample, Shard
-from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
+from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, hash_listing
 from clipcid_cli.formats.key_join import hash_keys
+from clipcid_cli.formats.mapped_arrays import create_mapped
 from clipcid_cli.formats.skips import Skips
 
 PARTS_KEPT = 48
@@ -40,7 +40,6 @@ PARTS_KEPT = 48
 
 _TABLE = "shards.parquet"
 _VERSION = 1
-_ABANDONED_SECONDS = 3600.0
 # Hashes sorted together: half a GiB.
 _SORTED_AT_ONCE = 2**26
 _READ_AT_ONCE = 2**22
@@ -224,7 +223,9 @@ class DataIndex:
         path = self.shards[number].file
         if self.cache is None or not is_remote(path):
             return None
-        return ShardCopy(self.cache, path, self.records[number].fingerprint["hash"])
+        listed = self.records[number].fingerprint
+        listing = "" if tells_content(listed) else hash_listing(_part_path(self.folder, number))
+        return ShardCopy(self.cache, path, listed["hash"], listing)
 
 
 def index_identity(kind: str, settings: dict[str, Any], shards: Sequence[Shard]) -> str:
@@ -297,10 +298,7 @@ def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[Indexe
     """
     index = DataIndex(folder, tuple(shards), tuple(records))
     _refuse_repeated_keys(index)
-    for left in folder.glob(".*.partial"):
-        with suppress(FileNotFoundError):  # by a run that was killed, or that is writing this part just now
-            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
-                left.unlink()
+    remove_abandoned([*folder.glob(".*.arrow.*.partial"), *folder.glob(".matched-*.partial")])
     write_parquet(folder / _TABLE, pa.table({"shard": [json.dumps(_to_json(record)) for record in records]}))
     return index
 
@@ -341,7 +339,7 @@ def _refuse_repeated_keys(index: DataIndex) -> None:
         return
     # On the disk, and sorted a bucket at a time: 8 bytes a key would be 3 GB of memory for 400 million.
     path = index.folder / ".hashes"
-    hashes = np.memmap(path, np.uint64, "w+", shape=(int(ends[-1]),))
+    hashes = create_mapped(path, np.dtype(np.uint64), (int(ends[-1]),))
     try:
         for number, end in enumerate(ends.tolist()):
             hashes[end - index.records[number].samples : end] = hash_keys(index.part(number).keys)

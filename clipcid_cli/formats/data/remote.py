@@ -216,8 +216,17 @@ def describe_file(path: str) -> dict[str, Any]:
         known = {name.lower(): value for name, value in _retry(path, partial(_read_info, path)).items()}
         size = int(known.get("size") or 0)
         version = next((str(known[name]) for name in _VERSIONS if known.get(name)), "")
+    return {"path": path, "size": size, "hash": _hash_version(size, version)}
+
+
+def tells_content(described: dict[str, Any]) -> bool:
+    """Tell whether the hash of `describe_file` changes with the content: neither a command's does, nor a bare size's."""
+    return not is_pipe(described["path"]) and described["hash"] != _hash_version(described["size"], "")
+
+
+def _hash_version(size: int, version: str) -> str:
     digest = hashlib.blake2b(f"{size} {version}".encode("utf-8", "surrogateescape"), digest_size=16)
-    return {"path": path, "size": size, "hash": f"blake2b-remote:{digest.hexdigest()}"}
+    return f"blake2b-remote:{digest.hexdigest()}"
 
 
 def _read_info(url: str) -> dict[str, Any]:

@@ -182,6 +182,11 @@ def _copy_handle(copy: ShardCopy) -> _Handle:
     return _Handle(copy.open())
 
 
+def close_copies() -> None:
+    """Close the copies of shards that this process holds open, so that they can make room for others."""
+    _copy_handle.cache_clear()
+
+
 def relative_key(path: Path) -> str:
     """Return a file's key: its relative path without the suffix, with forward slashes."""
     return path.with_suffix("").as_posix()

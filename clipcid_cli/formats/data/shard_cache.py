@@ -100,18 +100,20 @@ class ShardCopy:
 
     Attributes:
         path: The shard's URL or command.
-        version: Hash of the shard's content: another version is another copy.
+        version: The shard's hash when it was listed, see `describe_file`: another version is another copy.
+        listing: Hash of what the listing found, where `version` does not depend on the content.
     """
 
     cache: ShardCache
     path: str
     version: str
+    listing: str = ""
 
     def open(self) -> int:
         """Return a descriptor of the copy, which is fetched where it is missing. It stays whole while it is open.
 
         Raises:
-            ClipcidError: when it cannot be fetched, or there is no room for it.
+            ClipcidError: when it cannot be fetched, has changed since it was listed, or there is no room for it.
         """
         while True:
             try:
@@ -120,7 +122,8 @@ class ShardCopy:
                 self.fetch()
                 continue
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            os.utime(descriptor)
+            with suppress(OSError):  # another user's copy
+                os.utime(descriptor)
             return descriptor
 
     def fetch(self) -> None:
@@ -152,12 +155,19 @@ class ShardCopy:
     @property
     def local(self) -> Path:
         """Where the copy is, or would be."""
-        digest = hashlib.blake2b(f"{self.path} {self.version}".encode("utf-8", "surrogateescape"), digest_size=16)
+        content = f"{self.path} {self.version} {self.listing}".rstrip()
+        digest = hashlib.blake2b(content.encode("utf-8", "surrogateescape"), digest_size=16)
         return self.cache.folder / f"{digest.hexdigest()}.tar"
 
     def _fetch_into(self, partial: Path) -> None:
         try:
-            size = describe_file(self.path)["size"]  # 0 of a command
+            found = describe_file(self.path)
+            if found["hash"] != self.version:
+                raise ClipcidError(
+                    f"{self.path} has changed since it was listed.",
+                    "Remove index/ from the work directory, then run the same command again: the data is listed anew.",
+                )
+            size = found["size"]  # 0 of a command
             with self.cache.lock():
                 self.cache.make_room(size, partial)
                 os.truncate(partial, size)  # so that others see what it will take
@@ -172,6 +182,12 @@ class ShardCopy:
             raise
 
 
+@lru_cache(maxsize=64)
+def hash_listing(path: Path) -> str:
+    """Hash the file of what the listing of a shard found, see `ShardCopy.listing`."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
 def _is_at(descriptor: int, path: Path) -> bool:
     """Tell whether an open file still has the name it was opened by."""
     try:
@@ -183,10 +199,10 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _remove_unused(path: Path) -> bool:
     """Remove a file unless a process holds it."""
     try:
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # NFS grants an exclusive lock only to a file open for writing
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         return False
     except FileNotFoundError:
         pass

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
+from clipcid_cli.formats.data.samples import close_copies
 from clipcid_cli.formats.results.checkpoint import write_checkpoint
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.results.training_log import TrainingLog
@@ -84,6 +85,7 @@ class Loop:
             # The run was killed between its last checkpoint and its sidecar.
             self.losses, self.metrics = self.folder.last_values()
             return
+        close_copies()
         started, waited = time.monotonic(), 0.0
         with self.reporter.progress("distill", (schedule.steps - first) * batch_size, "samples") as progress:
             for batch, seconds_waited in self._batches():
@@ -188,10 +190,13 @@ class Loop:
     def bad_images(self) -> Skips:
         """Return the unreadable images met so far, of all processes; call it on every process."""
         skips = Skips()
-        for bad in self.machine.gather(self.bad):
-            for key, reason in bad.items():
-                skips.add(reason, key)
+        for key, reason in self._gather_bad().items():
+            skips.add(reason, key)
         return skips
+
+    def _gather_bad(self) -> dict[str, str]:
+        """Merge what the processes met: in another epoch, an image may have come to another of them."""
+        return {key: reason for bad in self.machine.gather(self.bad) for key, reason in bad.items()}
 
     def _stop(self, step: int, loss: float, norm: float, losses: dict[str, float]) -> None:
         """Save the keys of the batch whose loss or gradient is not finite, and raise.
@@ -232,8 +237,7 @@ class Loop:
 
     def _save(self) -> None:
         self.bad_images().check(len(self.order), self.max_bad_fraction, "the training data")
-        everyone = self.machine.gather(self.bad)
+        bad = self._gather_bad()
         if self.machine.is_main:
-            bad = {key: reason for one in everyone for key, reason in one.items()}
             write_checkpoint(self.folder.checkpoints, self.trainer.step, self.trainer.state() | {"bad": bad})
         self.machine.barrier()

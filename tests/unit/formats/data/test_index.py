@@ -168,6 +168,21 @@ def test_a_caption_that_was_rewritten_is_read_again(tmp_path: Path) -> None:
     assert again.index.sample(0, place).captions == ("another caption",)
 
 
+def test_what_a_killed_run_left_is_removed_after_an_hour(tiny_shards: Path, tmp_path: Path) -> None:
+    folder = indexed(tiny_shards, tmp_path).index_folder
+    assert folder is not None
+    matched, part, new = (folder / f".{name}.partial" for name in ("matched-1", "00000000.arrow.1", "00000000.arrow.2"))
+    matched.mkdir()
+    (matched / "training.places.npy").touch()
+    part.touch()
+    new.touch()
+    for path in (matched, part):
+        os.utime(path, (1, 1))
+    (folder / "shards.parquet").unlink()
+    indexed(tiny_shards, tmp_path)
+    assert list(folder.glob(".*.partial")) == [new]
+
+
 def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 from shard_server import ShardServer, serve
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.samples import Location
+from clipcid_cli.formats.data.remote import describe_file
+from clipcid_cli.formats.data.samples import Location, close_copies
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
 
 SIZE = 1000
@@ -31,7 +33,11 @@ def data(tmp_path: Path) -> Path:
 
 
 def copies_of(server: ShardServer, cache: ShardCache) -> list[ShardCopy]:
-    return [ShardCopy(cache, f"{server.url}/{number}.tar", "1") for number in range(8)]
+    return [copy_of(cache, f"{server.url}/{number}.tar") for number in range(8)]
+
+
+def copy_of(cache: ShardCache, path: str) -> ShardCopy:
+    return ShardCopy(cache, path, describe_file(path)["hash"])
 
 
 def bytes_in(cache: ShardCache) -> int:
@@ -63,8 +69,21 @@ def test_the_least_recently_opened_copies_make_room(data: Path, tmp_path: Path) 
             time.sleep(0.01)  # so that times of files differ
         assert [copy.local.exists() for copy in copies] == [True, False, False, True, True, False, False, False]
         assert server.requests["0.tar"] == 1
-        assert read(ShardCopy(cache, copies[0].path, "2")) == bytes(SIZE)
-        assert server.requests["0.tar"] == 2  # another version is another copy
+
+
+def test_another_version_is_another_copy_and_never_taken_for_the_one_listed(data: Path, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 3 * SIZE)
+    with serve(data) as server:
+        listed = copy_of(cache, f"{server.url}/0.tar")
+        (data / "0.tar").write_bytes(b"x" * SIZE)
+        os.utime(data / "0.tar", (1, 1))  # the ETag
+        with pytest.raises(ClipcidError, match=r"0\.tar has changed since it was listed"):
+            listed.open()
+        assert [path.name for path in cache.folder.iterdir()] == []
+        assert read(copy_of(cache, listed.path)) == b"x" * SIZE
+        assert not listed.local.exists()
+    pipe = copy_of(cache, "pipe:printf 0123456789")
+    assert dataclasses.replace(pipe, listing="1").local != dataclasses.replace(pipe, listing="2").local
 
 
 def test_a_copy_in_use_stays(data: Path, tmp_path: Path) -> None:
@@ -89,10 +108,12 @@ def test_processes_and_threads_fetch_a_copy_once(data: Path, tmp_path: Path) -> 
     script = """
 import sys
 from pathlib import Path
+from clipcid_cli.formats.data.remote import describe_file
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
 cache = ShardCache(Path(sys.argv[2]), 10**6)
 for number in range(8):
-    ShardCopy(cache, f"{sys.argv[1]}/{number}.tar", "1").open()
+    path = f"{sys.argv[1]}/{number}.tar"
+    ShardCopy(cache, path, describe_file(path)["hash"]).open()
 """
     cache = ShardCache(tmp_path / "cache", 10**6)
     with serve(data, delay=0.02) as server:
@@ -136,15 +157,26 @@ def test_what_a_killed_process_left_is_fetched_again(data: Path, tmp_path: Path)
 
 def test_commands_are_copied_too(tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", 100)
-    copy = ShardCopy(cache, "pipe:printf 0123456789", "1")
+    copy = copy_of(cache, "pipe:printf 0123456789")
     assert Location(copy.path, 3, 4, copy=copy).read() == b"3456"
     assert copy.local.read_bytes() == b"0123456789"
     with pytest.raises(ClipcidError, match="may take 5 bytes: copies in use have 0, and the next has 10"):
-        ShardCopy(ShardCache(tmp_path / "other", 5), copy.path, "1").open()
+        copy_of(ShardCache(tmp_path / "other", 5), copy.path).open()
+
+
+def test_copies_that_a_process_has_read_from_make_room_once_it_closes_them(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 10)
+    one, other = (copy_of(cache, f"pipe:printf {text}") for text in ("0123456789", "abcdefghij"))
+    assert Location(one.path, 3, 4, copy=one).read() == b"3456"
+    with pytest.raises(ClipcidError, match="copies in use have 10, and the next has"):
+        Location(other.path, 3, 4, copy=other).read()
+    close_copies()
+    assert Location(other.path, 3, 4, copy=other).read() == b"defg"
+    close_copies()
 
 
 def test_a_reader_waits_for_no_reader(tmp_path: Path) -> None:
-    copy = ShardCopy(ShardCache(tmp_path, 100), "pipe:printf 0123456789", "1")
+    copy = copy_of(ShardCache(tmp_path, 100), "pipe:printf 0123456789")
     descriptors = [copy.open() for _ in range(3)]
     with copy.local.open("rb") as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
