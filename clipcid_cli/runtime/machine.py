@@ -187,7 +187,8 @@ def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
         The store through which they find each other.
 
     Raises:
-        ClipcidError: when some have not arrived within the limit, or the environment does not say where to meet.
+        ClipcidError: when some have not arrived within the limit or cannot be reached, or the environment does not say where
+                to meet.
     """
     try:
         store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=limit)))
@@ -198,6 +199,11 @@ def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
             raise ClipcidError(
                 f"WORLD_SIZE is {size}, but the environment does not say where the processes meet: {error}.",
                 "Start the run with torchrun, or unset WORLD_SIZE.",
+            ) from error
+        if not isinstance(error, dist.DistStoreError):  # what PyTorch raises when a limit has passed
+            raise ClipcidError(
+                f"Process {rank} could not meet the other {size - 1} of the run: {' '.join(str(error).split())[:200]}.",
+                "Check MASTER_ADDR and MASTER_PORT (torchrun: --rdzv-endpoint): the host must be reachable, the port free.",
             ) from error
         raise ClipcidError(
             f"Process {rank} waited {limit.total_seconds() / 60:g} minutes for the other {size - 1} of the run, and not all "
