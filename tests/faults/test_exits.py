@@ -132,6 +132,23 @@ def test_a_process_that_never_arrives_is_missed_after_the_limit(monkeypatch: pyt
     assert time.monotonic() - started < 30
 
 
+def test_a_port_that_is_taken_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+        }.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        with pytest.raises(ClipcidError, match=rf"Process 0 could not meet the other 1 of the run: .*{port}"):
+            meet(0, 2, datetime.timedelta(seconds=3))
+
+
 _PEER = """
 import os, sys
 from clipcid_cli.errors import ClipcidError

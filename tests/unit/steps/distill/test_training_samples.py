@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from balance_data import write_embeddings
+from conftest import make_caption, make_image
 from teaching_data import Listener, embed_data, index_data, train, write_student
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
@@ -130,3 +132,39 @@ def test_samples_are_matched_once(
     train(work, tiny_shards, name="another", lr=1e-4, **settings)
     with pytest.raises(AssertionError, match="matched again"):
         train(work, tiny_shards, name="other", **settings | {"val_fraction": 0.3})
+
+
+def test_captions_that_changed_are_matched_anew(tmp_path: Path) -> None:
+    data, work = tmp_path / "data", tmp_path / "work"
+    data.mkdir()
+    for number in range(24):
+        (data / f"{number}.png").write_bytes(make_image(number))
+        (data / f"{number}.txt").write_text(make_caption(number))
+    settings = {
+        "student": str(write_student(tmp_path)),
+        "preset": "clip",
+        "steps": 1,
+        "max_bad_fraction": 0.1,
+        "val_fraction": 0,
+    }
+    train(work, data, **settings)
+    (data / "3.txt").unlink()
+    train(work, data, name="again", **settings)
+    used = [json.loads((path / "matched.json").read_text())["counts"]["selected"] for path in find_matched(work)]
+    assert sorted(used) == [23, 24]
+
+
+def test_bad_rows_are_told_on_each_start_and_other_texts_are_matched_anew(
+    tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    embed_data(tiny_shards, tiny_model, tmp_path / "own")
+    own, work = open_embeddings(tmp_path / "own"), tmp_path / "work"
+    rows, texts = own.images().read(0, 24), own.texts().read(0, 24)
+    settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "steps": 1, "max_bad_fraction": 0.2}
+    for name, bad, matched in (("first", 1, 1), ("again", 1, 1), ("other", 2, 2)):
+        texts[:bad] = 0
+        shutil.rmtree(tmp_path / "foreign", ignore_errors=True)
+        folder = write_embeddings(tmp_path / "foreign", rows, keys=own.keys.to_pylist(), texts=texts)
+        _, told = train(work, tiny_shards, name=name, embeddings=folder, **settings)
+        assert f"{bad} rows of the embeddings are zero or not finite" in told
+        assert len(find_matched(work)) == matched
