@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -37,8 +37,35 @@ class Groups:
     @staticmethod
     def of_entries(partitions: IntArray, rows: IntArray, num_partitions: int) -> Groups:
         """Make the lists of entries, each a partition in [0, K) and a row, integers [E]; a list keeps their order."""
-        ends = np.cumsum(np.bincount(partitions, minlength=num_partitions))
-        return Groups(rows[np.argsort(partitions, kind="stable")], ends)
+        return Groups.of_parts(
+            lambda: [(partitions, rows)], num_partitions, lambda length: np.empty(length, rows.dtype)
+        )
+
+    @staticmethod
+    def of_parts(
+        parts: Callable[[], Iterable[tuple[IntArray, IntArray]]],
+        num_partitions: int,
+        allocate: Callable[[int], IntArray],
+    ) -> Groups:
+        """Make the lists of entries that come part by part, as `of_entries` would of all of them, in the memory of a part.
+
+        Args:
+            parts: Gives the parts, partitions and rows; it is called twice.
+            allocate: Makes the array of all lists, of a length.
+        """
+        sizes = np.zeros(num_partitions, np.int64)
+        for partitions, _ in parts():
+            sizes += np.bincount(partitions, minlength=num_partitions)
+        ends = np.cumsum(sizes)
+        lists, free = allocate(int(ends[-1])), ends - sizes
+        for partitions, rows in parts():
+            counts = np.bincount(partitions, minlength=num_partitions)
+            order = np.argsort(partitions, kind="stable")
+            # An entry's place among those of its partition in this part, behind those of the parts before.
+            within = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+            lists[np.repeat(free, counts) + within] = rows[order]
+            free += counts
+        return Groups(lists, ends)
 
     def sizes(self) -> IntArray:
         """Return the length of each list, int64 [K]."""

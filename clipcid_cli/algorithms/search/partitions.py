@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ from clipcid_cli.algorithms.search.partitioned_search import Groups
 _SCORES_AT_ONCE = 2**21
 _PAIRS_AT_ONCE = 2048
 _CENTROIDS_AT_ONCE = 1024
+_ENTRIES_AT_ONCE = 2**20
+
+# Makes an array of a length and dtype.
+Allocate = Callable[[int, type[np.signedinteger]], IntArray]
 # Above the rounding of a float32.
 _ROUNDED_UP = 1.0 + 2.0**-22
 
@@ -198,8 +202,8 @@ def assign_rows(
     *,
     share: tuple[int, int],
     advance: Callable[[int], object],
-) -> Assignment:
-    """Find the home of rows and the partitions they visit.
+) -> Iterator[Assignment]:
+    """Find the home of rows and the partitions they visit, some rows after another.
 
     Args:
         rows: Row numbers, integers [N].
@@ -209,26 +213,39 @@ def assign_rows(
     """
     start, stop = share
     small = row_type(len(rows))
-    parts: list[tuple[IntArray, IntArray, IntArray]] = []
     for at in range(start, stop, partitions.rows_at_once):
         positions = np.arange(at, min(at + partitions.rows_at_once, stop))
         stored_BD = read_stored(read, rows[positions], partitions.centroids_KD.device)
         found = partitions.visits(stored_BD, margin)
         home, row, visited = (each.cpu().numpy() for each in (found.home, found.row, found.partition))
-        parts.append((home.astype(np.int32), visited.astype(np.int32), (row + at).astype(small)))
+        yield Assignment(home.astype(np.int32), visited.astype(np.int32), (row + at).astype(small))
         advance(len(positions))
-    empty = np.empty(0, np.int32)
-    return Assignment(*(np.concatenate(each) for each in zip((empty,) * 3, *parts, strict=True)))
 
 
-def group_rows(assignments: Sequence[Assignment], num_partitions: int) -> tuple[Groups, Groups]:
+def group_rows(assignments: Sequence[Assignment], num_partitions: int, allocate: Allocate) -> tuple[Groups, Groups]:
     """Return the positions of rows by home partition, and by the partitions they visit.
 
     Args:
-        assignments: Of all rows, in order.
+        assignments: Of all rows, in order; their arrays may be mapped, and are read a part at a time.
+        allocate: Makes the arrays of the lists.
     """
-    home, visited, visitor = (
-        np.concatenate([getattr(each, name) for each in assignments]) for name in ("home", "visited", "visitor")
+    small = row_type(sum(len(each.home) for each in assignments))
+
+    def homes() -> Iterator[tuple[IntArray, IntArray]]:
+        first = 0
+        for each in assignments:
+            for at in range(0, len(each.home), _ENTRIES_AT_ONCE):
+                part = each.home[at : at + _ENTRIES_AT_ONCE]
+                yield part, np.arange(first + at, first + at + len(part), dtype=small)
+            first += len(each.home)
+
+    def visits() -> Iterator[tuple[IntArray, IntArray]]:
+        for each in assignments:
+            for at in range(0, len(each.visited), _ENTRIES_AT_ONCE):
+                part = slice(at, at + _ENTRIES_AT_ONCE)
+                yield each.visited[part], each.visitor[part]
+
+    return (
+        Groups.of_parts(homes, num_partitions, lambda length: allocate(length, small)),
+        Groups.of_parts(visits, num_partitions, lambda length: allocate(length, small)),
     )
-    positions = np.arange(len(home), dtype=row_type(len(home)))
-    return Groups.of_entries(home, positions, num_partitions), Groups.of_entries(visited, visitor, num_partitions)

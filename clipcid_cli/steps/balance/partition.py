@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
 
+import numpy as np
 import torch
 
-from clipcid_cli.algorithms.search.distances import ReadRows
+from clipcid_cli.algorithms.search.distances import IntArray, ReadRows
 from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.algorithms.search.partition_margin import measure_margin, sample_neighbours
 from clipcid_cli.algorithms.search.partition_training import train_partitions
@@ -62,13 +69,41 @@ def partition_rows(
     )
     start, stop = machine.share(len(rows))
     with reporter.progress("assign", stop - start, "images") as progress:
-        found = assign_rows(partitions, read, rows, margin, share=(start, stop), advance=progress.advance)
-    parts = collect_arrays(machine, folder, (found.home, found.visited, found.visitor))
+        found = _spool(
+            folder, assign_rows(partitions, read, rows, margin, share=(start, stop), advance=progress.advance)
+        )
+    parts = collect_arrays(machine, folder, found)
 
     def group() -> Arrays:
-        homes, visitors = group_rows([Assignment(*part) for part in parts], len(partitions))
+        homes, visitors = group_rows([Assignment(*part) for part in parts], len(partitions), partial(_allocate, folder))
         return homes.rows, homes.ends, visitors.rows, visitors.ends
 
     home_rows, home_ends, visitor_rows, visitor_ends = share_arrays(machine, folder, group)
     homes, visitors = Groups(home_rows, home_ends), Groups(visitor_rows, visitor_ends)
     return PartitionedSearch(read, rows, homes, visitors, machine.device, scan_dtype)
+
+
+def _spool(folder: Path, assignments: Iterable[Assignment]) -> Arrays:
+    """Write the partitions of rows to files without a name as they are found; a row may visit dozens."""
+    names = ("home", "visited", "visitor")
+    dtypes = dict.fromkeys(names, np.dtype(np.int32))
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(TemporaryFile(dir=folder)) for name in names}
+        for each in assignments:
+            for name, file in files.items():
+                values = getattr(each, name)
+                dtypes[name] = values.dtype
+                values.tofile(file)
+        return tuple(_map(files[name], dtypes[name]) for name in names)
+
+
+def _allocate(folder: Path, length: int, dtype: type[np.signedinteger]) -> IntArray:
+    """Make an array in a file without a name."""
+    with TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, length * np.dtype(dtype).itemsize))
+        return np.memmap(file, dtype, "r+", shape=length) if length else np.empty(0, dtype)
+
+
+def _map(file: IO[bytes], dtype: Any) -> IntArray:
+    file.flush()
+    return np.memmap(file, dtype, "r") if os.fstat(file.fileno()).st_size else np.empty(0, dtype)
