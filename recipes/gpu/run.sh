@@ -22,7 +22,8 @@ python=${PYTHON:-python3}
     exit 1
 }
 export GOMP_SPINCOUNT=0 HF_HUB_OFFLINE=1
-if "$python" -c 'import clipcid_cli, hypothesis, pytest, sklearn' 2> /dev/null; then
+# -P: from the checkout, clipcid_cli could be imported without being installed
+if "$python" -P -c 'import clipcid_cli, hypothesis, pytest, sklearn' 2> /dev/null; then
     export PATH="$(dirname "$("$python" -c 'import sys; print(sys.executable)')"):$PATH"
 else
     "$python" -m venv --system-site-packages "$scratch/venv" || exit 1

@@ -44,7 +44,7 @@ def pair_by_name(archives: list[Path], npz_array: str | None) -> list[Part]:
 
 
 def _by_number(folder: Path, suffix: str) -> dict[str, Path]:
-    return {_number(path): path for path in folder.glob(f"*{suffix}")} if folder.is_dir() else {}
+    return {_number(path): path for path in list_files(folder, f"*{suffix}")} if folder.is_dir() else {}
 
 
 def _number(path: Path) -> str:

@@ -204,7 +204,7 @@ class ForestParts:
         """Read the parts of a session. One that cannot be read is skipped: its tiles are searched again."""
         for path in sorted(self.path.glob(f"{session}-*.npz")):
             try:
-                with np.load(path, allow_pickle=False) as arrays:
+                with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                     found = {field.name: arrays[field.name] for field in dataclasses.fields(ForestPart)}
                 yield ForestPart(**{name: value if value.ndim else value.item() for name, value in found.items()})
             except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):

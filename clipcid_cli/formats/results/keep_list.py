@@ -204,14 +204,16 @@ def write_keep_list(
                 labels[part].astype(np.int64, copy=False),
                 sizes[labels[part]].astype(np.int64),
                 chosen == np.arange(part.start, part.stop),
-                _text(all_keys.take(pa.array(chosen))),
+                all_keys.take(pa.array(chosen)).cast(pa.string()),
                 distances[part],
             ]
             writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=ROWS_AT_ONCE)
 
 
-def _text(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
-    return column.cast(pa.string())
+def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    # A cast of a slice checks the offsets of the whole array, which may exceed the 2 GiB of a string column: copy it first.
+    parts = [chunk.take(pa.array(np.arange(len(chunk)))).cast(pa.string()) for chunk in column.chunks]
+    return pa.chunked_array(parts, pa.string())
 
 
 def read_keep_list(path: Path) -> KeepList:

@@ -58,7 +58,8 @@ class BalanceRows:
     def pick(self, parts: Iterable[tuple[EmbeddingFile, pa.ChunkedArray]]) -> Iterator[pa.Array]:
         """Yield the values of the finite rows, of a column of the embeddings that comes file by file."""
         for file, values in parts:
-            start, stop = np.searchsorted(self.numbers, [file.first, file.first + file.rows])
+            bounds = [file.first, file.first + file.rows]  # of another type, they would convert all numbers
+            start, stop = np.searchsorted(self.numbers, np.array(bounds, self.numbers.dtype))
             part = self.numbers[start:stop] - file.first
             yield from (values if len(part) == file.rows else values.take(pa.array(part))).chunks
 

@@ -58,7 +58,8 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         found = find_embeddings(settings, machine, reporter)
         if settings.neighbors == "partitioned":  # the tiles of partitions are of many sizes
             keep_few_kernels()
-        embeddings = open_embeddings(found, settings.keys, settings.npz_array, work.fingerprints)
+        cache = None if settings.dry_run else work.fingerprints
+        embeddings = open_embeddings(found, settings.keys, settings.npz_array, cache)
         seconds = {"embed": time.perf_counter() - started}
         if settings.dry_run:
             return estimate_cost(settings, machine, embeddings, reporter)

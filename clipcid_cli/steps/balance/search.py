@@ -24,6 +24,7 @@ from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.algorithms.search.partitioned_search import PartitionedSearch
 from clipcid_cli.algorithms.search.tiles import deal, left_after
 from clipcid_cli.algorithms.sets.collector import PairCollector
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.forest import ForestPart, ForestParts, StoredForest, read_forest, write_forest
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.pacing import SavePace
@@ -193,7 +194,12 @@ def _search_tiles(
         return np.array(_describe(remaining), np.int64), np.array([sessions]), forest.a, forest.b, forest.weight
 
     def finish() -> Arrays:
-        _, collector, _ = load()
+        remaining, collector, _ = load()
+        if num_lost := sum(map(len, remaining)):
+            raise ClipcidError(
+                f"{folder}: the results of {num_lost:,} of {len(everything):,} tiles cannot be read.",
+                "Run the same command again.",
+            )
         forest, pairs = collector.forest(), collector.pairs()
         return (forest.a, forest.b, forest.weight, *(() if pairs is None else (pairs.a, pairs.b, pairs.weight)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import mmap
 import tarfile
 from pathlib import Path
 
@@ -57,6 +58,27 @@ def test_keep_list_has_the_columns_of_the_contract_and_the_same_bytes_each_time(
     ]
     write_example(tmp_path / "again.parquet")
     assert (tmp_path / "keep.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
+
+
+def test_keys_beyond_the_first_2_gib_of_a_column_are_written(tmp_path: Path) -> None:
+    start = 2**31 + 5
+    with open(tmp_path / "text", "w+b") as file:  # sparse: it takes no room
+        file.seek(start)
+        file.write(b"abcd")
+        file.flush()
+        text = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    offsets = pa.py_buffer(np.arange(start, start + 5, dtype=np.int64))
+    names = pa.chunked_array([pa.LargeStringArray.from_buffers(4, offsets, text)])
+    write_keep_list(
+        tmp_path / "keep.parquet",
+        keys=names,
+        shards=names,
+        labels=np.array([0, 1, 0, 0]),
+        representatives=np.array([2, 1, 2, 2]),
+        distances=np.zeros(4, np.float32),
+    )
+    table = pq.read_table(tmp_path / "keep.parquet").to_pydict()
+    assert (table["key"], table["shard"], table["representative"]) == ([*"abcd"], [*"abcd"], [*"cbcc"])
 
 
 def test_keep_list_is_read_back(tmp_path: Path) -> None:

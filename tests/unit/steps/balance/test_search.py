@@ -13,6 +13,7 @@ from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.results.forest import ForestPart, ForestParts
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.balance import pairs as set_pairs
 from clipcid_cli.steps.balance import search as forest_search
@@ -66,6 +67,31 @@ def test_threshold_and_cosine_distance_are_the_same_cutoff(embeddings: Path, row
     for name in ("keep.parquet", "forest.parquet", "curve.csv"):
         assert read_bytes(tmp_path / "c", name) == read_bytes(tmp_path / "t", name)
     check_keep_list(read_keep(tmp_path / "c"), rows)
+
+
+def test_results_that_can_no_longer_be_read_are_an_error(
+    embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = ForestParts.write
+
+    def damage(parts: ForestParts, part: ForestPart) -> None:
+        write(parts, part)
+        for path in parts.path.iterdir():
+            path.write_bytes(path.read_bytes()[:-100])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ForestParts, "write", damage)
+        with pytest.raises(ClipcidError, match=r"results of (\d+) of \1 tiles cannot be read"):
+            balance(tmp_path / "work", embeddings, keep=0.5)
+    assert not (tmp_path / "work" / "balance" / "forest.json").exists()
+    balance(tmp_path / "work", embeddings, keep=0.5)
+    balance(tmp_path / "whole", embeddings, keep=0.5)
+    assert read_bytes(tmp_path / "work", "keep.parquet") == read_bytes(tmp_path / "whole", "keep.parquet")
+
+
+def test_a_dry_run_writes_nothing(embeddings: Path, tmp_path: Path) -> None:
+    balance(tmp_path / "work", embeddings, keep=0.5, dry_run=True)
+    assert not (tmp_path / "work").exists()
 
 
 def test_keeping_everything_merges_nothing(embeddings: Path, tmp_path: Path) -> None:
