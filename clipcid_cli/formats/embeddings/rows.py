@@ -58,18 +58,24 @@ class Rows:
 
     def read(self, start: int, stop: int) -> Float16:
         """Return rows start … stop − 1, float16 [n, D]; a view of the file where they come from a single one."""
-        parts = []
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        for number in range(max(0, first), len(self._files)):
-            begin = int(self._starts[number])
-            if begin >= stop:
-                break
-            part = self._rows(number)[max(0, start - begin) : stop - begin]
-            if len(part):
-                parts.append(self._unit(number, part))
-        if not parts:
+        first = max(0, int(np.searchsorted(self._starts, start, side="right")) - 1)
+        last = int(np.searchsorted(self._starts, stop, side="left"))
+        if start >= stop or first >= last:
             return np.empty((0, self.shape[1]), dtype=np.float16)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if last - first == 1:
+            return self._part(first, start, stop)
+        # Copied one by one: views would hold all their files open.
+        rows = np.empty((min(stop, len(self)) - start, self.shape[1]), dtype=np.float16)
+        for number in range(first, last):
+            part = self._part(number, start, stop)
+            begin = max(0, int(self._starts[number]) - start)
+            rows[begin : begin + len(part)] = part
+        return rows
+
+    def _part(self, number: int, start: int, stop: int) -> Float16:
+        """Return those of a file's rows that are rows start … stop − 1."""
+        begin = int(self._starts[number])
+        return self._unit(number, self._rows(number)[max(0, start - begin) : max(0, stop - begin)])
 
     def take(self, positions: npt.NDArray[np.int64]) -> Float16:
         """Return the rows at `positions` (int64 [n], any order), float16 [n, D], as an array of its own."""
