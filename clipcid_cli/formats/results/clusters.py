@@ -80,11 +80,14 @@ class Clusters:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process open the files itself instead of receiving their rows."""
-        return open_clusters, (self.folder,)
+        return open_clusters, (self.folder, True)
 
 
-def open_clusters(folder: Path) -> Clusters:
+def open_clusters(folder: Path, is_checked: bool = False) -> Clusters:
     """Read what `cluster` wrote.
+
+    Args:
+        is_checked: Whether the centroids are known to be finite, so that they need not be read.
 
     Raises:
         ClipcidError: when the output is unfinished, or its files do not fit together.
@@ -98,7 +101,7 @@ def open_clusters(folder: Path) -> Clusters:
         for name in (CENTROIDS, TABLE):
             open_regular(folder / name).close()
         centroids = np.load(folder / CENTROIDS, mmap_mode="r", allow_pickle=False)
-        if centroids.ndim != 2 or centroids.dtype != np.float32 or not np.isfinite(centroids).all():
+        if centroids.ndim != 2 or centroids.dtype != np.float32 or not (is_checked or _are_finite(centroids)):
             raise ValueError(f"{CENTROIDS} holds {centroids.dtype} {list(centroids.shape)}, not finite float32 [K, D]")
         with pq.ParquetFile(folder / TABLE) as table:
             most = _largest_cluster(table)
@@ -128,6 +131,10 @@ def open_clusters(folder: Path) -> Clusters:
         caption_temperature=temperatures.get("caption"),
         sidecar=sidecar,
     )
+
+
+def _are_finite(rows: npt.NDArray[np.float32]) -> bool:
+    return all(np.isfinite(rows[start : start + _MIN_PART_ROWS]).all() for start in range(0, len(rows), _MIN_PART_ROWS))
 
 
 def part_bounds(num_rows: int) -> list[tuple[int, int]]:

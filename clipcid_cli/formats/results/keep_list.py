@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.key_join import Keys, join_keys
 from clipcid_cli.formats.mapped_strings import map_strings
 from clipcid_cli.formats.parquet import is_text
 from clipcid_cli.formats.reading import describe, open_regular
@@ -39,10 +38,6 @@ _SCHEMA = pa.schema(
 )
 _REQUIRED = ("key", "kept")
 _FIX = "Give another --keep-list, or make one: clipcid balance DATA --keep R"
-
-# Rows compared at once, and how many more a step's samples may have among them, where the list follows their order.
-_BATCH = 2**16
-_FURTHER = 2**16
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -80,40 +75,6 @@ class KeepList:
             kept = pa.array(self.kept[start : start + len(parts[0])])
             start += len(kept)
             yield tuple(part.filter(kept) for part in parts)
-
-    def look_up(self, keys: Keys) -> tuple[BoolArray, int]:
-        """Tell which of n keys are kept, bool [n], and how many are missing from the list; those are not kept.
-
-        Args:
-            keys: Keys, each there once.
-
-        Raises:
-            ClipcidError: when a key occurs twice in the list.
-        """
-        if isinstance(keys, pa.ChunkedArray):
-            found = self._look_up_in_order(keys.cast(pa.large_string()))
-            if found is not None:
-                return found, len(keys) - len(self)
-        rows = join_keys(keys, self.keys)
-        is_listed = rows >= 0
-        return is_listed & self.kept[np.maximum(rows, 0)], int(np.count_nonzero(~is_listed))
-
-    def _look_up_in_order(self, keys: pa.ChunkedArray) -> BoolArray | None:
-        """Look up keys among which are all of the list's, in its order; None where that is not so.
-
-        Since each key is there once, each is once in the list as well.
-        """
-        found, at, start = np.zeros(len(keys), np.bool_), 0, 0
-        for batch in self._batches("key", _BATCH):
-            places = np.arange(len(batch))
-            if not keys.slice(at, len(batch)).combine_chunks().equals(batch):
-                window = keys.slice(at, len(batch) + _FURTHER).combine_chunks()
-                places = pc.index_in(batch, value_set=window).fill_null(-1).to_numpy(zero_copy_only=False)
-                if int(places.min()) < 0 or (places[1:] <= places[:-1]).any():
-                    return None
-            found[at + places] = self.kept[start : start + len(batch)]
-            at, start = at + int(places[-1]) + 1, start + len(batch)
-        return found
 
     @cached_property
     def _shards(self) -> dict[str, list[tuple[int, int]]]:
@@ -167,9 +128,9 @@ class KeepList:
                     yield first, self._held[1]
                 first += rows
 
-    def _batches(self, column: str, rows: int = ROWS_AT_ONCE) -> Iterator[pa.Array]:
+    def _batches(self, column: str) -> Iterator[pa.Array]:
         with _open(self.path) as file:
-            for batch in file.iter_batches(rows, columns=[column]):
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column]):
                 yield batch.column(0).cast(pa.large_string())
 
 

@@ -85,36 +85,10 @@ def test_keep_list_is_read_back(tmp_path: Path) -> None:
     write_example(tmp_path / "keep.parquet")
     keep = read_keep_list(tmp_path / "keep.parquet")
     assert keep.num_kept == 2
-    is_kept, num_missing = keep.look_up(["d", "elsewhere", "c", "a", "b"])
-    assert (is_kept.tolist(), num_missing) == ([False, False, True, False, True], 1)
+    assert keep.kept.tolist() == [False, True, True, False]
+    assert keep.keys.to_pylist() == ["a", "b", "c", "d"]
     assert [keep.kept_of_shard(shard) for shard in ("s0", "s1", "s2")] == [{"b"}, {"c"}, set()]
     assert keep.count_by_shard() == {"s0": 2, "s1": 2}
-
-
-@pytest.mark.parametrize(
-    ("listed", "sought"),
-    [
-        ("abcdef", "abcdef"),
-        ("abcdef", "xabcydefz"),  # as the list's order has it, with samples that could not be read
-        ("abcdef", "fedcba"),
-        ("abcdef", "cd"),
-        ("abcdef", "xyz"),
-        ("abcdef", ""),
-    ],
-)
-def test_keys_are_looked_up_in_any_order(tmp_path: Path, listed: str, sought: str) -> None:
-    kept = {key: key in "adef" for key in listed}
-    pq.write_table(pa.table({"key": list(kept), "kept": list(kept.values())}), tmp_path / "k.parquet")
-    chunks = [list(sought[:4]), list(sought[4:])]
-    is_kept, num_missing = read_keep_list(tmp_path / "k.parquet").look_up(pa.chunked_array(chunks, pa.string()))
-    assert is_kept.tolist() == [kept.get(key, False) for key in sought]
-    assert num_missing == sum(key not in kept for key in sought)
-
-
-def test_a_key_that_a_keep_list_has_twice_is_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"key": ["a", "b", "a"], "kept": [True, True, False]}), tmp_path / "k.parquet")
-    with pytest.raises(ClipcidError, match="Key 'a' occurs in row 0 and again in row 2"):
-        read_keep_list(tmp_path / "k.parquet").look_up(pa.chunked_array([["a", "b", "c"]]))
 
 
 def test_what_is_no_keep_list_is_refused(tmp_path: Path) -> None:
