@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.runtime.machine import Machine
 
@@ -50,7 +51,8 @@ def collect_arrays(machine: Machine, folder: Path, arrays: Arrays) -> list[Array
     if machine.size == 1:
         return [arrays]
     machine.on_all(lambda: _write(folder, machine.rank, arrays))
-    found = [_map(folder, rank, len(arrays)) for rank in range(machine.size)] if machine.is_main else []
+    found: list[Arrays] = []
+    machine.on_main(lambda: found.extend(_map(folder, rank, len(arrays)) for rank in range(machine.size)))
     machine.on_main(lambda: clear_shared(folder))  # nobody goes on, and writes again, before
     return found
 
@@ -70,7 +72,13 @@ def _map(folder: Path, rank: int, number: int) -> Arrays:
 
 
 def _map_one(path: Path) -> npt.NDArray[Any]:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise ClipcidError(
+            f"{path} was written by another process of the run, but not every host has it.",
+            "Use a --work that all hosts share.",
+        ) from error
     return array.view(np.ndarray) if len(array) else np.empty(0, array.dtype)
 
 
