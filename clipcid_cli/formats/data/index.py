@@ -40,8 +40,8 @@ PARTS_KEPT = 48
 
 _TABLE = "shards.parquet"
 _VERSION = 1
-# Hashes sorted together: half a GiB.
-_SORTED_AT_ONCE = 2**26
+# Hashes sorted together: 128 MiB, and seven times that while they are.
+_SORTED_AT_ONCE = 2**24
 _READ_AT_ONCE = 2**22
 # Of hashes that occur twice, the keys of this many a bucket are compared: nearly always the keys are equal.
 _NAMED = 1024
