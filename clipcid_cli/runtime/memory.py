@@ -48,8 +48,8 @@ def keep_few_kernels(number: int = 64) -> None:
     """Let this process keep fewer of the kernels that oneDNN compiles, one for each shape of a product; 1,024 by default.
 
     Products of hundreds of shapes, few of which come twice, then do not fill a GiB of memory (measured, bfloat16 with AMX:
-    1,040 MB above the libraries, and 250 MB with 64 kernels, in the same time). Of no effect once oneDNN has been used, nor
-    where the user has set the limits.
+    1,040 MB above the libraries, and 250 MB with 64 kernels). Of no effect once oneDNN has been used, nor where the user has
+    set the limits.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(number))
