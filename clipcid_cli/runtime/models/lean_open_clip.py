@@ -52,7 +52,7 @@ def import_towers(config: Mapping[str, Any]) -> None:
 def _left_out() -> Iterator[None]:
     """Put stand-ins in the places of modules that are not imported yet, and take them away again."""
     utils = ModuleType("torch._dynamo.utils")
-    utils.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
+    utils.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]  # of a stand-in, made here
     # None is Python's own mark of a module that cannot be imported.
     stand_ins = {
         "transformers": None,
