@@ -72,6 +72,7 @@ def test_the_table_is_what_a_plain_computation_gives(clipcid: Callable[..., Run]
         "centroids.npy",
         "cluster.json",
         "clusters.parquet",
+        "top_arrays.json",
         "top_clusters.npy",
         "top_similarities.npy",
     ]

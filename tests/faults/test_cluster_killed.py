@@ -52,6 +52,7 @@ def test_killed_in_each_phase_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
         "centroids.npy",
         "cluster.json",
         "clusters.parquet",
+        "top_arrays.json",
         "top_clusters.npy",
         "top_similarities.npy",
     ]

@@ -4,14 +4,16 @@ The table is written in parts by any number of processes, each part a parquet fi
 joined in order at the end. Where parts begin depends on the number of rows only, so the table's bytes do not depend on
 who wrote what, and a killed run continues with the missing parts.
 
-Parquet cannot be read row by row: its columns of nearest centroids lie beside it in files that are mapped, one copy for all
-processes of a host. They are made again where they are missing, as they are of earlier versions.
+Parquet cannot be read row by row: its columns of nearest centroids are also stored as arrays that are mapped, one copy for
+all processes of a host. ``top_arrays.json`` records the table and the arrays made from it; they are made again where any of
+these files is missing or has changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,11 +27,19 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, write_parquet
-from clipcid_cli.formats.output import read_sidecar, refuse_changed, sidecar_path
+from clipcid_cli.formats.output import (
+    describe_outputs,
+    fingerprint_file,
+    is_unchanged,
+    read_sidecar,
+    refuse_changed,
+    sidecar_path,
+)
 from clipcid_cli.formats.reading import describe, open_regular
 
 CENTROIDS = "centroids.npy"
 TABLE = "clusters.parquet"
+ARRAYS_RECORD = "top_arrays.json"
 _PROGRESS = ".progress.npz"
 
 _MIN_PART_ROWS = 8192
@@ -249,6 +259,7 @@ def join_parts(folder: Path, num_parts: int, *, captions: bool) -> None:
     if not captions:
         for name in _CAPTION_COLUMNS:  # of clusters that these replace
             _array_path(folder, name).unlink(missing_ok=True)
+    _record_arrays(folder, columns)
 
 
 def _top_columns(prefix: str, tops: TopClusters) -> dict[str, pa.Array]:
@@ -271,20 +282,33 @@ def _top_names(names: Iterable[str]) -> list[str]:
 
 
 def _are_mappable(folder: Path, table: pq.ParquetFile) -> bool:
-    """Tell whether each column of nearest centroids has its array, with as many rows."""
-    paths = [_array_path(folder, name) for name in _top_names(table.schema_arrow.names)]
-    rows = table.metadata.num_rows
-    return all(path.exists() and len(np.load(path, mmap_mode="r", allow_pickle=False)) == rows for path in paths)
+    """Tell whether each column of nearest centroids has its array, made from this very table and unchanged since."""
+    needed = {TABLE, *(_array_path(folder, name).name for name in _top_names(table.schema_arrow.names))}
+    try:
+        recorded = json.loads((folder / ARRAYS_RECORD).read_bytes())["files"]
+        return needed == {entry["path"] for entry in recorded} and all(
+            is_unchanged(folder, entry, fingerprint_file) for entry in recorded
+        )
+    except (OSError, ValueError, TypeError, KeyError):  # missing or damaged: the arrays are made again
+        return False
 
 
 def _extract_tops(folder: Path, table: pq.ParquetFile) -> None:
-    """Write the arrays of a table that has none."""
+    """Write the arrays of a table whose own are missing or belong to another table."""
     names = _top_names(table.schema_arrow.names)
     # Several processes may do so at once: each writes files of its own, and the last ones stay.
     captions, sibling = "caption_top_clusters" in names, f"{os.getpid()}.partial"
     with _top_arrays(folder, table.metadata.num_rows, captions=captions, sibling=sibling) as append:
         for group in range(table.num_row_groups):
             append(table.read_row_group(group, columns=names))
+    _record_arrays(folder, names, sibling)
+
+
+def _record_arrays(folder: Path, columns: Iterable[str], sibling: str = "partial") -> None:
+    """Record the table and the arrays made from it, such that `_are_mappable` recognises them."""
+    files = [folder / TABLE, *(_array_path(folder, name) for name in _top_names(columns))]
+    with atomic_file(folder / ARRAYS_RECORD, sibling) as file:
+        file.write(json.dumps({"files": describe_outputs(folder, files)}, indent=2).encode() + b"\n")
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from clipcid_cli.formats.results.clusters import (
 )
 
 
-def write_clusters(folder: Path, num_rows: int, *, captions: bool = True, num_clusters: int = 6, m: int = 3) -> Any:
-    random = np.random.default_rng(0)
+def write_clusters(
+    folder: Path, num_rows: int, *, captions: bool = True, num_clusters: int = 6, m: int = 3, seed: int = 0
+) -> Any:
+    random = np.random.default_rng(seed)
     similarities = -np.sort(-random.random((num_rows, m)), axis=1)
     clusters = random.integers(0, num_clusters, (num_rows, m)).astype(np.int32)
     tops = TopClusters(clusters, similarities.astype(np.float16))
@@ -78,6 +82,35 @@ def test_arrays_are_made_again_where_they_are_missing_or_of_other_clusters(tmp_p
     np.save(tmp_path / "top_clusters.npy", tops.clusters[1:])
     open_clusters(tmp_path)
     assert read_arrays(tmp_path) == written
+
+
+def test_arrays_are_made_again_where_the_table_was_replaced_by_one_of_equal_size(tmp_path: Path) -> None:
+    write_clusters(tmp_path / "here", 100)
+    _, tops, _ = write_clusters(tmp_path / "other", 100, seed=1)
+    open_clusters(tmp_path / "here")
+    for name in ("centroids.npy", "clusters.parquet", "cluster.json"):
+        shutil.copyfile(tmp_path / "other" / name, tmp_path / "here" / name)
+    np.testing.assert_array_equal(open_clusters(tmp_path / "here").images.clusters, tops.clusters)
+    assert read_arrays(tmp_path / "here") == read_arrays(tmp_path / "other")
+
+
+def test_an_array_that_was_replaced_by_one_of_equal_shape_is_made_again(tmp_path: Path) -> None:
+    _, tops, _ = write_clusters(tmp_path, 100)
+    np.save(tmp_path / "top_clusters.npy", tops.clusters[::-1])
+    np.testing.assert_array_equal(open_clusters(tmp_path).images.clusters, tops.clusters)
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b'{"files": [{}]}', b'{"files": 3}'])
+def test_a_damaged_record_of_the_arrays_is_made_again(tmp_path: Path, content: bytes | None) -> None:
+    _, tops, _ = write_clusters(tmp_path, 100)
+    record = tmp_path / "top_arrays.json"
+    written = json.loads(record.read_bytes())
+    record.unlink()
+    if content is not None:
+        record.write_bytes(content)
+    np.testing.assert_array_equal(open_clusters(tmp_path).images.clusters, tops.clusters)
+    again = json.loads(record.read_bytes())
+    assert [entry["hash"] for entry in again["files"]] == [entry["hash"] for entry in written["files"]]
 
 
 def test_clusters_without_captions_leave_no_arrays_of_those_before(tmp_path: Path) -> None:
