@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import remove_abandoned, write_error
 from clipcid_cli.formats.key_streams import JoinedMatch, OrderedMatch, join_stream, parquet_keys
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.reporting import Reporter
 
 NO_KEEP_LIST = "none"
+_SCRATCH = ".clipcid-join-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +114,7 @@ def apply_keep_list(
     samples: str,
     source: str,
     max_missing: float,
+    dry_run: bool,
     reporter: Reporter,
 ) -> AppliedKeepList | None:
     """Look up the step's samples in the keep list, and report which list was taken.
@@ -122,17 +126,19 @@ def apply_keep_list(
         samples: What they are called in messages: ``rows`` or ``samples``.
         source: Where they come from, for messages.
         max_missing: Largest share of the samples that may be missing from the list; missing ones are not kept.
+        dry_run: Whether the work directory must stay as it is: a list in another order than the samples is then joined in
+            the system's folder for temporary files, else in the work directory, which has room for outputs of that size.
 
     Returns:
         None where all samples are to be used.
 
     Raises:
-        ClipcidError: when the list cannot be read, or was made from other data.
+        ClipcidError: when the list cannot be read, was made from other data, or cannot be joined for lack of space.
     """
     keep_list = choose_keep_list(option, work, samples, reporter)
     if keep_list is None:
         return None
-    is_kept, num_missing = _look_up(keep_list.path, keys, count)
+    is_kept, num_missing = _look_up(keep_list.path, keys, count, None if dry_run else work.path)
     report_keep_list(
         keep_list.path,
         kept=int(np.count_nonzero(is_kept)),
@@ -147,7 +153,7 @@ def apply_keep_list(
 
 
 def _look_up(
-    path: Path, keys: Callable[[], Iterable[pa.ChunkedArray]], count: int
+    path: Path, keys: Callable[[], Iterable[pa.ChunkedArray]], count: int, folder: Path | None
 ) -> tuple[npt.NDArray[np.bool_], int]:
     """Tell which samples a keep list keeps, bool [N], and how many it lacks: in one pass where it has their order."""
 
@@ -168,8 +174,25 @@ def _look_up(
     answer = pass_through(ordered)
     if ordered.is_complete():
         return answer
-    with tempfile.TemporaryDirectory(prefix="clipcid-") as scratch:
-        return pass_through(JoinedMatch(join_stream(chunks(), count, stream, 1, Path(scratch), path)))
+    with _scratch_folder(folder) as scratch:
+        return pass_through(JoinedMatch(join_stream(chunks(), count, stream, 1, scratch, path)))
+
+
+@contextmanager
+def _scratch_folder(parent: Path | None) -> Iterator[Path]:
+    """Make a temporary folder, in the system's place for them where there is no `parent`."""
+    if parent is not None:
+        remove_abandoned(parent.glob(f"{_SCRATCH}*"))  # of runs that were killed
+    with ExitStack() as stack:
+        try:
+            if parent is not None:
+                parent.mkdir(parents=True, exist_ok=True)
+            # On NFS a mapped file stays in its folder until it is closed.
+            made = tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=parent, ignore_cleanup_errors=True)
+            scratch = stack.enter_context(made)
+        except OSError as error:
+            raise write_error(parent or Path(tempfile.gettempdir()), error) from error
+        yield Path(scratch)
 
 
 def _choose(option: str | None, work: WorkDirectory) -> Path | None:

@@ -167,6 +167,7 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
         samples="rows",
         source=str(folder),
         max_missing=settings.max_bad_fraction,
+        dry_run=settings.dry_run,
         reporter=reporter,
     )
     if keep_list is not None:

@@ -1,0 +1,64 @@
+"""A keep list in another order than the samples: where it is joined with them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.steps.keep_list import apply_keep_list
+from clipcid_cli.steps.reporting import SilentReporter
+
+KEYS = [f"{row:04d}" for row in range(100)]
+
+
+@pytest.fixture
+def keep_list(tmp_path: Path) -> Path:
+    path = tmp_path / "keep.parquet"
+    kept = [row % 3 == 0 for row in range(100)]
+    pq.write_table(pa.table({"key": KEYS[::-1], "kept": kept[::-1]}), path)
+    return path
+
+
+def apply(keep_list: Path, work: Path, dry_run: bool) -> list[bool]:
+    found = apply_keep_list(
+        str(keep_list),
+        WorkDirectory(work),
+        lambda: [pa.chunked_array([KEYS[:60]]), pa.chunked_array([KEYS[60:]])],
+        100,
+        samples="rows",
+        source="here",
+        max_missing=0.0,
+        dry_run=dry_run,
+        reporter=SilentReporter(),
+    )
+    assert found is not None
+    return list(found.is_kept)
+
+
+def test_it_is_joined_in_the_work_directory_not_in_the_folder_for_temporary_files(
+    keep_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+    work = tmp_path / "work"
+    assert apply(keep_list, work, dry_run=False) == list(np.arange(100) % 3 == 0)
+    assert list(work.iterdir()) == []
+    with pytest.raises(ClipcidError, match="Could not write .*no such folder"):
+        apply(keep_list, work, dry_run=True)
+
+
+def test_a_dry_run_leaves_the_work_directory_as_it_is(keep_list: Path, tmp_path: Path) -> None:
+    assert apply(keep_list, tmp_path / "work", dry_run=True) == list(np.arange(100) % 3 == 0)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_work_directory_that_cannot_be_written_is_an_error(keep_list: Path, tmp_path: Path) -> None:
+    (tmp_path / "work").touch()
+    with pytest.raises(ClipcidError, match=r"Could not write .*work"):
+        apply(keep_list, tmp_path / "work", dry_run=False)
