@@ -48,6 +48,11 @@ class Machine:
         """Whether this is the process that writes shared files and reports to the user."""
         return self.rank == 0
 
+    @property
+    def spans_hosts(self) -> bool:
+        """Whether the run has processes on several hosts, or may have them: nobody says how many are on this one."""
+        return self.size > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
     def share(self, number: int) -> tuple[int, int]:
         """Return this process's even share of 0 … number − 1: the first, and the one after the last."""
         return number * self.rank // self.size, number * (self.rank + 1) // self.size

@@ -144,7 +144,10 @@ def _balance(
         output.commit(counts=counts, seconds=phases(), outputs=outputs, embeddings=made_of, result=result)
         return result
 
-    return machine.on_main(write)
+    result = machine.on_main(write)
+    machine.barrier()  # until here another process may read what it has mapped
+    machine.on_main(lambda: clear_shared(output.folder))
+    return result
 
 
 def _audit(context: Context, sets: Sets) -> Audit | None:

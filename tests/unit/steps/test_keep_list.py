@@ -49,7 +49,7 @@ def test_it_is_joined_in_the_work_directory_not_in_the_folder_for_temporary_file
     work = tmp_path / "work"
     assert apply(keep_list, work, dry_run=False) == list(np.arange(100) % 3 == 0)
     assert list(work.iterdir()) == []
-    with pytest.raises(ClipcidError, match="Could not write .*no such folder"):
+    with pytest.raises(ClipcidError, match=r"Could not write .*no such folder"):
         apply(keep_list, work, dry_run=True)
 
 
