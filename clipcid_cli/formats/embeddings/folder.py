@@ -46,7 +46,7 @@ from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprints import FingerprintCache
 from clipcid_cli.formats.key_join import find_repeated_key, hash_keys
 from clipcid_cli.formats.output import find_changed, fingerprint_file, plan_identity, read_sidecar, sidecar_path
-from clipcid_cli.formats.parquet import column_names, read_columns
+from clipcid_cli.formats.parquet import column_names, read_first_column
 
 # Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
 _NAMES_AT_ONCE = 65_536
@@ -117,7 +117,7 @@ class Embeddings:
         """Whether `embed` wrote the files, as its sidecar records them: all rows are then unit float16."""
         return self.sidecar is not None and bool(self.sidecar.get("outputs"))
 
-    @property
+    @cached_property
     def has_texts(self) -> bool:
         """Whether there are text embeddings."""
         return all(file.texts is not None for file in self.files)
@@ -154,7 +154,7 @@ class Embeddings:
         parts = [file.extras.view_params for file in self.files]
         return ViewParams([part for part in parts if part is not None], self.num_views)
 
-    @property
+    @cached_property
     def has_further_captions(self) -> bool:
         """Whether captions after the first are embedded, for any row."""
         return any(file.extras.further is not None for file in self.files)
@@ -306,10 +306,8 @@ class Embeddings:
 
 def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[[int], str]) -> pa.ChunkedArray:
     """Read the first of some columns that the metadata have, nulls as empty strings; else make the defaults."""
-    present = column_names(file.metadata, AGAIN) if file.metadata is not None else []
-    name = next((name for name in names if name in present), None)
-    if name is not None and file.metadata is not None:
-        column = read_columns(file.metadata, {name: _TEXT}, AGAIN)[name]
+    column = None if file.metadata is None else read_first_column(file.metadata, names, _TEXT, AGAIN)
+    if column is not None:
         if len(column) != file.rows:
             raise ClipcidError(f"{file.metadata} has {len(column):,} rows; {file.rows:,} were found before.", AGAIN)
         return column.fill_null("")
