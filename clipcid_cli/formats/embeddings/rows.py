@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ Float16 = npt.NDArray[np.float16]
 BLOCK_ROWS = 65_536
 
 MAPS_KEPT = 96
-"""Files that a process holds mapped; mapping one anew takes 50 µs."""
+"""Files that a process holds mapped; mapping one anew takes 50 µs, reading one of at most 64 KiB 5 µs."""
 
 _ROWS_IN_CACHE = 512
 
@@ -82,15 +83,13 @@ class Rows:
         if len(positions) and np.array_equal(positions, np.arange(positions[0], positions[0] + len(positions))):
             return np.array(self.read(int(positions[0]), int(positions[0]) + len(positions)))
         owners = np.searchsorted(self._starts, positions, side="right") - 1
-        numbers = np.unique(owners)
-        if len(numbers) == 1:
-            part = self._rows(int(numbers[0]))[positions - self._starts[numbers[0]]]
-            return self._unit(int(numbers[0]), part)
+        order = np.argsort(owners, kind="stable")
+        bounds = np.append(np.flatnonzero(np.diff(owners[order], prepend=-1)), len(order))
         rows = np.empty((len(positions), self.shape[1]), dtype=np.float16)
-        for number in numbers:
-            places = np.flatnonzero(owners == number)
-            part = self._rows(int(number))[positions[places] - self._starts[number]]
-            rows[places] = self._unit(int(number), part)
+        for begin, end in pairwise(bounds.tolist()):
+            places = order[begin:end]
+            number = int(owners[places[0]])
+            rows[places] = self._unit(number, self._rows(number)[positions[places] - self._starts[number]])
         return rows
 
     def _rows(self, number: int) -> npt.NDArray[Any]:
