@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,12 @@ from clipcid_cli.algorithms.kmeans.seeding import choose_seeds, rows_as_centroid
 from clipcid_cli.algorithms.kmeans.subspace import Subspace, subspace_iterations
 from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums
 
-# Rows read at once and sorted by the number of centroids they must be compared with.
-_RUN_ROWS = {"cpu": 16_384, "cuda": 131_072}
+# Computes runs of rows, one or several at once, and returns in their order.
+MapRuns = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
+
+# Rows read at once and sorted by the number of centroids they must be compared with. On a CPU a run is computed by a
+# thread, which is 1.3 times as fast as all threads on each of its operations (60,000 rows, 2,048 centroids, 2 threads).
+_RUN_ROWS = {"cpu": 8192, "cuda": 131_072}
 _CENTROIDS_AT_ONCE = 16_384
 # With fewer centroids to compare with, more than a block of rows is multiplied at once.
 _FEW_CENTROIDS = 1024
@@ -73,6 +78,7 @@ def run_lloyd(
     subspace: Subspace | None,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
     gather: Callable[[Any], list[Any]],
+    map_runs: MapRuns = map,
 ) -> Iterator[LloydState]:
     """Iterate until no centroid moves, or `iterations` are done.
 
@@ -85,12 +91,13 @@ def run_lloyd(
         subspace: Where the first iterations compare; None compares in full from the start.
         sum_over_processes: Returns the sum of a tensor over all processes; may change its argument.
         gather: Returns every process's value, in the same order on every process.
+        map_runs: As the built-in; may compute several runs of rows at once, a thread each.
 
     Yields:
         The state after each iteration, the same on every process; the next iteration may overwrite its centroids.
     """
     num_short = 0 if subspace is None else subspace_iterations(iterations)
-    lloyd = Lloyd(rows, state.centroids_KD.to(device), dtype, share, sum_over_processes, gather)
+    lloyd = Lloyd(rows, state.centroids_KD.to(device), dtype, share, sum_over_processes, gather, map_runs)
     while state.iterations < iterations and not state.converged:
         current = subspace if state.iterations < num_short else None
         similarity, num_empty = lloyd.iterate(current)
@@ -142,11 +149,12 @@ class Lloyd:
         share: tuple[int, int],
         sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
         gather: Callable[[Any], list[Any]],
+        map_runs: MapRuns = map,
     ) -> None:
         self.centroids_KD = centroids_KD
         self._rows, self._dtype, self._device = rows, dtype, centroids_KD.device
         self._start, self._stop = share
-        self._sum, self._gather = sum_over_processes, gather
+        self._sum, self._gather, self._map_runs = sum_over_processes, gather, map_runs
         self._subspace: Subspace | None = None
         self._sums = ClusterSums(len(centroids_KD), rows.width, self._device)
         number = self._stop - self._start
@@ -154,6 +162,7 @@ class Lloyd:
         self._drift: CentroidDrift | None = None
         self._kept: dict[int, PreparedRows] = {}
         self._kept_bytes = 0
+        self._changing = threading.Lock()  # of sums and kept rows, which runs share
 
     @property
     def any_moved(self) -> bool:
@@ -174,17 +183,23 @@ class Lloyd:
             self._subspace, self._drift = subspace, None
             self._kept, self._kept_bytes = {}, 0
         compared_KD = self.centroids_KD if subspace is None else subspace.project_centroids(self.centroids_KD)
-        order_K = None if self._drift is None else self._drift.order_K
-        search = NearestCentroids(compared_KD, self._dtype, order_K)
-        size = _RUN_ROWS[self._device.type]
-        for first in range(self._start, self._stop, size):
-            self._assign(search, first, min(self._stop, first + size))
-        del search  # the copy of the centroids: memory for what follows
+        self._assign_all(compared_KD)
         counts_K = self._sum(self._sums.counts_K.clone())
         empty = (counts_K == 0).nonzero()[:, 0]
         # Only similarities in full tell which rows are far from every centroid.
         seeds_KD = self._farthest_rows(len(empty)) if len(empty) and subspace is None else self.centroids_KD[:0]
         return self._move_centroids(empty[: len(seeds_KD)], seeds_KD) / len(self._rows), len(empty)
+
+    def _assign_all(self, compared_KD: torch.Tensor) -> None:
+        """Find the nearest centroids of all rows; the copy of the centroids is freed before what follows."""
+        search = NearestCentroids(compared_KD, self._dtype, None if self._drift is None else self._drift.order_K)
+        size = _RUN_ROWS[self._device.type]
+
+        def assign(first: int) -> None:
+            self._assign(search, first, min(self._stop, first + size))
+
+        for _ in self._map_runs(assign, range(self._start, self._stop, size)):
+            pass
 
     def _assign(self, search: NearestCentroids, first: int, last: int) -> None:
         """Find the nearest centroids of a run of rows and update the sums."""
@@ -227,7 +242,8 @@ class Lloyd:
         # Sums are those of the rows in full.
         if not torch.equal(mine.centroids_B, before_B):
             rows_BD = rows.rows_BD if self._subspace is None else self._read(first, last)
-            self._sums.move(rows_BD, before_B, mine.centroids_B)
+            with self._changing:
+                self._sums.move(rows_BD, before_B, mine.centroids_B)
 
     def _pieces(self, count_B: torch.Tensor) -> Iterator[tuple[torch.Tensor | slice, int]]:
         """Cut rows into pieces that are multiplied at once: which rows, and the number of leading centroids for all."""
@@ -253,9 +269,10 @@ class Lloyd:
             if self._subspace is not None:
                 rows_BD = self._subspace.project_rows(rows_BD)
             rows = prepare_rows(rows_BD, self._dtype)
-            if self._kept_bytes + rows.num_bytes <= KEPT_BYTES:
-                self._kept[first] = rows
-                self._kept_bytes += rows.num_bytes
+            with self._changing:
+                if self._kept_bytes + rows.num_bytes <= KEPT_BYTES:
+                    self._kept[first] = rows
+                    self._kept_bytes += rows.num_bytes
         return rows
 
     def _move_centroids(self, seeded: torch.Tensor, seeds_KD: torch.Tensor) -> float:

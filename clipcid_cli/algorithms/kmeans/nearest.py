@@ -27,6 +27,8 @@ groups of 64 centroids are a 64th of the work for everything after, and only gro
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from clipcid_cli.algorithms.kmeans.best_so_far import BestSoFar, Nearest
@@ -50,7 +52,7 @@ _PATTERNS = {
 
 
 class NearestCentroids:
-    """Finds the exactly nearest of fixed centroids.
+    """Finds the exactly nearest of fixed centroids; several threads may ask at once.
 
     Args:
         centroids_KD: Unit rows on the 2⁻²⁴ grid, float32 [K, D], on the device of the search.
@@ -74,7 +76,7 @@ class NearestCentroids:
         self._numbers_K = torch.arange(len(centroids_KD), device=centroids_KD.device) if order_K is None else order_K
         # GPUs can return the float32 accumulators; CPUs round them to the format of the operands.
         self._output_dtype = torch.int32 if dtype == torch.int8 else torch.float32 if centroids_KD.is_cuda else dtype
-        self._product = torch.empty(0, dtype=self._output_dtype, device=centroids_KD.device)
+        self._products = _Products(self._output_dtype, centroids_KD.device)
         self._lowest = torch.iinfo(_PATTERNS[self._output_dtype]).min
 
     def nearest(self, rows: PreparedRows, known: Nearest | None = None, leading: int | None = None) -> Nearest:
@@ -196,11 +198,7 @@ class NearestCentroids:
             if self._output_dtype != self.dtype and self.dtype != torch.int8:
                 product_BC = torch.mm(rows.cast_BD, cast_CD.T, out_dtype=self._output_dtype)
             else:
-                # Fresh memory for each product would cost a sixth of its time.
-                size = len(rows) * len(cast_CD)
-                if len(self._product) < size:
-                    self._product = torch.empty(size, dtype=self._output_dtype, device=cast_CD.device)
-                product_BC = self._product[:size].view(len(rows), len(cast_CD))
+                product_BC = self._products.take(len(rows), len(cast_CD))
                 (torch._int_mm if self.dtype == torch.int8 else torch.mm)(rows.cast_BD, cast_CD.T, out=product_BC)
         pattern_BC = product_BC.view(_PATTERNS[self._output_dtype])
         pattern_BC[:, last - first :] = self._lowest
@@ -221,6 +219,19 @@ class NearestCentroids:
             return pattern_B.double() * (rows.steps_B.double() * self._prepared.step)
         # Negative ones do not order like their patterns: 0 bounds them all.
         return pattern_B.view(self._output_dtype).double().clamp(min=0.0) * (1 + torch.finfo(self._output_dtype).eps)
+
+
+class _Products(threading.local):
+    """Memory for products, of each thread its own: fresh memory for each would cost a sixth of its time."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=dtype, device=device)
+
+    def take(self, rows: int, columns: int) -> torch.Tensor:
+        """Return memory for one product at a time, [rows, columns]."""
+        if len(self._memory) < rows * columns:
+            self._memory = self._memory.new_empty(rows * columns)
+        return self._memory[: rows * columns].view(rows, columns)
 
 
 def _on_grid(centroids_CD: torch.Tensor) -> bool:

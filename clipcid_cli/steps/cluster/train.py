@@ -15,6 +15,7 @@ from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
 from clipcid_cli.algorithms.kmeans.subspace import SUBSPACE_WIDTH, find_subspace, subspace_iterations
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision, choose_precision, choose_scan
+from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter
@@ -93,6 +94,7 @@ def train_centroids(
         subspace=subspace,
         sum_over_processes=machine.sum_,
         gather=machine.gather,
+        map_runs=lambda compute, runs: map_threads(runs, compute, threads_for_batches(machine.device)),
     )
     with reporter.progress("k-means", iterations - state.iterations, "iterations") as progress:
         for state in states:
