@@ -20,7 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any
 from clipcid_cli import __version__
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_error, write_json
+from clipcid_cli.formats.listing import Stat, is_as_listed, list_recorded
 from clipcid_cli.formats.reading import open_regular, reading
 
 FORMAT_VERSION = 1
@@ -37,6 +38,8 @@ FORMAT_VERSION = 1
 # start a run would cost more than the run.
 _WHOLE_FILE = 64 * 2**20
 _WINDOW = 2**20
+# More files than this are compared with a listing of their folders.
+_FEW_FILES = 64
 
 
 def fingerprint_file(path: Path) -> dict[str, Any]:
@@ -214,19 +217,25 @@ def find_changed(
     sidecar: dict[str, Any],
     names: Collection[str] | None = None,
     fingerprint: Callable[[Path], dict[str, Any]] = fingerprint_file,
+    stats: Mapping[str, Stat] | None = None,
 ) -> str | None:
     """Find files of a finished output that were removed, replaced or edited since its sidecar was written.
 
     Args:
         names: The files to look at, relative to the folder; None for all.
         fingerprint: `fingerprint_file`, or one that remembers.
+        stats: What `list_recorded` found; None to look now.
 
     Returns:
         What is wrong with the first of them, a sentence; None where none changed, or the sidecar does not record them.
     """
     entries = sidecar.get("outputs", [])
     chosen = [entry for entry in entries if names is None or entry["path"] in names]
-    with ThreadPoolExecutor(16) as pool:  # a look at a file on a network takes a millisecond
+    if stats is None and len(chosen) > _FEW_FILES:
+        stats = list_recorded(folder, chosen)
+    if stats is not None:
+        chosen = [entry for entry in chosen if not is_as_listed(stats.get(os.path.join(folder, entry["path"])), entry)]
+    with ThreadPoolExecutor(16) as pool:  # hashing waits for the disk
         same = pool.map(lambda entry: is_unchanged(folder, entry, fingerprint), chosen)
         changed = next((entry for entry, found in zip(chosen, same, strict=True) if not found), None)
     if changed is None:

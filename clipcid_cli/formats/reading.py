@@ -51,8 +51,21 @@ def reading(path: Path, expected: str, fix: str) -> Iterator[None]:
     Raises:
         ClipcidError: when the path is no regular file, cannot be opened, or the block raises anything but a ClipcidError.
     """
-    try:
+    with _naming(path, expected, fix):
         open_regular(path).close()
+        yield
+
+
+@contextmanager
+def reading_from(path: Path, expected: str, fix: str) -> Iterator[IO[bytes]]:
+    """Open `path` for reading, unbuffered; arguments and errors as `reading`'s."""
+    with _naming(path, expected, fix), open_regular(path) as file:
+        yield file
+
+
+@contextmanager
+def _naming(path: Path, expected: str, fix: str) -> Iterator[None]:
+    try:
         yield
     except ClipcidError:
         raise

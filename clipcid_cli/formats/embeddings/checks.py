@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import numpy.typing as npt
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.npy import RowFile
 from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.listing import Stat, is_as_listed
 from clipcid_cli.formats.output import sidecar_path
 from clipcid_cli.formats.parquet import count_rows
 from clipcid_cli.formats.reading import reading
@@ -36,20 +39,39 @@ def check_sidecar(folder: Path, sidecar: dict[str, Any]) -> None:
         sidecar["model"]["weights_hash"], sidecar["inputs"], sidecar["counts"]["images"]
 
 
-def refuse_added(folder: Path, files: list[EmbeddingFile], sidecar: dict[str, Any]) -> None:
+def describe_recorded(
+    folder: Path, sidecar: dict[str, Any], stats: Mapping[str, Stat]
+) -> dict[str, dict[str, Any]] | None:
+    """Describe the files that are as the sidecar records, for other sidecars, by path; None where it records none.
+
+    A file of another time, as in a copy of the folder, is known but not described here.
+    """
+    if not sidecar.get("outputs"):
+        return None
+    found: dict[str, dict[str, Any]] = {}
+    for entry in sidecar["outputs"]:
+        path = os.path.join(folder, entry["path"])
+        same = is_as_listed(stats.get(path), entry)
+        found[path] = {"path": path, "size": entry["size"], "hash": entry["hash"]} if same else {}
+    return found
+
+
+def refuse_added(folder: Path, files: list[EmbeddingFile], known: Container[str]) -> None:
     """Refuse files among those of `embed` that it did not write.
+
+    Args:
+        known: Paths of those it did.
 
     Raises:
         ClipcidError: naming the first.
     """
-    known = {entry["path"] for entry in sidecar["outputs"]}
     for file in files:
         parts = (file.images, file.texts, file.extras.views, file.extras.view_params, file.extras.further)
         paths = [part.path for part in parts if part is not None] + (
             [file.metadata] if file.metadata is not None else []
         )
         for path in paths:
-            if path.relative_to(folder).as_posix() not in known:
+            if str(path) not in known:
                 raise ClipcidError(f"{path} was added since {sidecar_path(folder, 'embed')} was written.", REMAKE)
 
 
@@ -66,13 +88,14 @@ def check_rows(file: RowFile) -> None:
         )
 
 
-def check_file(file: EmbeddingFile, width: int, with_texts: bool, with_metadata: bool) -> None:
+def check_file(file: EmbeddingFile, width: int, with_texts: bool, with_metadata: bool, *, count_metadata: bool) -> None:
     """Refuse a shard whose files do not fit together, or not the shards before it.
 
     Args:
         width: D of the shards before it.
         with_texts: Whether any shard has text embeddings.
         with_metadata: Whether any shard has metadata.
+        count_metadata: Whether to look into the metadata; those that `embed` wrote have as many rows as the rest.
 
     Raises:
         ClipcidError: naming the files and both numbers.
@@ -96,7 +119,7 @@ def check_file(file: EmbeddingFile, width: int, with_texts: bool, with_metadata:
                 "Keep embeddings of different models in separate folders.",
             )
         others[file.texts.label] = file.texts.shape[0]
-    if file.metadata is not None:
+    if file.metadata is not None and count_metadata:
         others[str(file.metadata)] = count_rows(file.metadata, AGAIN)
     for other, rows in others.items():
         if rows != file.rows:

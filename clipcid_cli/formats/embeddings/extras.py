@@ -19,10 +19,12 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.npy import NpyFile, find_npy
+from clipcid_cli.formats.embeddings.pairing import list_files
 from clipcid_cli.formats.embeddings.rows import map_file
 from clipcid_cli.formats.parquet import column_names, read_columns
 
 COUNTS_COLUMN = "captions"
+_KINDS = ("view_emb", "view_params", "captions_emb")  # in the order of `Extras`
 _AGAIN = "Make the folder again: clipcid embed DATA --overwrite"
 
 
@@ -80,17 +82,22 @@ class Extras:
         return counts
 
 
-def find_extras(folder: Path, number: str) -> Extras:
-    """Find the optional files of a shard; `number` is the end of its files' names.
+class ExtrasFinder:
+    """Finds the optional files of each shard of a folder, whose subfolders are listed once."""
 
-    Raises:
-        ClipcidError: when a file cannot be read.
-    """
-    files: list[NpyFile | None] = []
-    for kind in ("view_emb", "view_params", "captions_emb"):
-        path = folder / kind / f"{kind}_{number}.npy"
-        files.append(find_npy(path) if path.is_file() else None)
-    return Extras(*files)
+    def __init__(self, folder: Path) -> None:
+        self._folders = [folder / kind for kind in _KINDS]
+        self._names = [{path.name for path in list_files(inside, ".npy")} for inside in self._folders]
+
+    def find(self, number: str) -> Extras:
+        """Find those of a shard; `number` is the end of its files' names.
+
+        Raises:
+            ClipcidError: when a file cannot be read.
+        """
+        names = [f"{kind}_{number}.npy" for kind in _KINDS]
+        parts = zip(self._folders, self._names, names, strict=True)
+        return Extras(*(find_npy(inside / name) if name in present else None for inside, present, name in parts))
 
 
 class ViewParams:

@@ -35,17 +35,25 @@ from clipcid_cli.formats.embeddings.checks import (
     check_file,
     check_rows,
     check_sidecar,
+    describe_recorded,
     find_unusable_rows,
     refuse_added,
 )
-from clipcid_cli.formats.embeddings.extras import Extras, ViewParams, find_extras
+from clipcid_cli.formats.embeddings.extras import Extras, ExtrasFinder, ViewParams
 from clipcid_cli.formats.embeddings.npy import Fingerprint, RowFile, find_npy
 from clipcid_cli.formats.embeddings.npz import MOST_UNPACKED
-from clipcid_cli.formats.embeddings.pairing import DIGITS, list_files, pair_by_name, pair_by_number
+from clipcid_cli.formats.embeddings.pairing import DIGITS, list_files, list_inner_files, pair_by_name, pair_by_number
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprints import FingerprintCache
 from clipcid_cli.formats.key_join import find_repeated_key, hash_keys
-from clipcid_cli.formats.output import find_changed, fingerprint_file, plan_identity, read_sidecar, sidecar_path
+from clipcid_cli.formats.listing import list_recorded
+from clipcid_cli.formats.output import (
+    find_changed,
+    fingerprint_file,
+    plan_identity,
+    read_sidecar,
+    sidecar_path,
+)
 from clipcid_cli.formats.parquet import column_names, read_first_column
 
 # Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
@@ -95,7 +103,7 @@ class Embeddings:
 
     Attributes:
         files: Its files, in order of rows.
-        sidecar: That of `embed`; None for a folder of another tool.
+        sidecar: That of `embed`, without its lists of files; None for a folder of another tool.
     """
 
     def __init__(
@@ -104,18 +112,19 @@ class Embeddings:
         files: tuple[EmbeddingFile, ...],
         width: int,
         sidecar: dict[str, Any] | None,
+        recorded: dict[str, dict[str, Any]] | None = None,
         prefix_keys: bool = False,
         cache: Path | None = None,
     ) -> None:
         self.folder, self.files, self.width, self.sidecar = folder, files, width, sidecar
-        self._cache = cache
+        self._recorded, self._cache = recorded, cache
         self._prefix_keys = prefix_keys and sidecar is None
         self.num_rows = sum(file.rows for file in files)
 
     @property
     def is_verified(self) -> bool:
         """Whether `embed` wrote the files, as its sidecar records them: all rows are then unit float16."""
-        return self.sidecar is not None and bool(self.sidecar.get("outputs"))
+        return self._recorded is not None
 
     @cached_property
     def has_texts(self) -> bool:
@@ -221,16 +230,14 @@ class Embeddings:
     def _fingerprint(
         self, look: Callable[[EmbeddingFile, Fingerprint], list[dict[str, Any]]]
     ) -> list[list[dict[str, Any]]]:
+        recorded = self._recorded or {}
+        if recorded and all(recorded.values()):
+            return [look(file, lambda path: recorded[str(path)]) for file in self.files]
         cache = None if self._cache is None else FingerprintCache(self._cache)
-        recorded = {entry["path"]: entry for entry in (self.sidecar or {}).get("outputs", [])}
+        of_file = cache or fingerprint_file
 
         def describe(path: Path) -> dict[str, Any]:
-            entry = recorded.get(path.relative_to(self.folder).as_posix())
-            # Its size and time were compared when the folder was opened.
-            same = entry is not None and path.stat().st_mtime_ns == entry["time"]
-            if entry is not None and same:
-                return {"path": str(path), "size": entry["size"], "hash": entry["hash"]}
-            return (cache or fingerprint_file)(path)
+            return recorded.get(str(path)) or of_file(path)
 
         with ThreadPoolExecutor(16) as pool:
             found = list(pool.map(lambda file: look(file, describe), self.files))
@@ -332,7 +339,7 @@ def open_embeddings(
     Raises:
         ClipcidError: when there are no embeddings, they are unfinished, or files do not match.
     """
-    folder = Path(folder)
+    folder, recorded = Path(folder), None
     sidecar = read_sidecar(sidecar_path(folder, "embed"))
     if sidecar is None and (folder / ".embed.plan.json").exists():
         raise ClipcidError(
@@ -341,13 +348,18 @@ def open_embeddings(
     if sidecar is not None:
         check_sidecar(folder, sidecar)
         remembered = fingerprint_file if cache is None else FingerprintCache(cache)
-        if (changed := find_changed(folder, "embed", sidecar, fingerprint=remembered)) is not None:
+        stats = list_recorded(folder, sidecar.get("outputs", []))
+        if (changed := find_changed(folder, "embed", sidecar, fingerprint=remembered, stats=stats)) is not None:
             raise ClipcidError(changed, REMAKE)
         if isinstance(remembered, FingerprintCache):
             remembered.save()
+        recorded = describe_recorded(folder, sidecar, stats)
+        del stats
+        # Those of 41,000 shards take 100 MB.
+        sidecar = {name: value for name, value in sidecar.items() if name not in ("inputs", "outputs")}
     inside = folder / "img_emb"
-    images = list_files(inside if inside.is_dir() else folder, "*.npy")
-    archives = list_files(folder, "*.npz") or list_files(folder, "*/*.npz")
+    images = list_files(inside if inside.is_dir() else folder, ".npy")
+    archives = list_files(folder, ".npz") or list_inner_files(folder, ".npz")
     if images and npz_array is None:
         parts = pair_by_number(folder, images)
     elif archives:
@@ -363,11 +375,12 @@ def open_embeddings(
     check_rows(parts[0][0])
     first, width = 0, parts[0][0].shape[1]
     files: list[EmbeddingFile] = []
+    finder = ExtrasFinder(folder)
     for image, text, metadata in parts:
         check_rows(image)
-        extras = find_extras(folder, digits[1]) if (digits := DIGITS.search(image.path.stem)) else Extras()
+        extras = finder.find(digits[1]) if (digits := DIGITS.search(image.path.stem)) else Extras()
         file = EmbeddingFile(image, text, metadata, first, image.shape[0], extras)
-        check_file(file, width, with_texts, with_metadata)
+        check_file(file, width, with_texts, with_metadata, count_metadata=recorded is None)
         extras.check(file.rows, width)
         if files and extras.num_views != files[0].extras.num_views:
             raise ClipcidError(
@@ -379,6 +392,6 @@ def open_embeddings(
         first += file.rows
     if first == 0:
         raise ClipcidError(f"{folder} contains {len(files)} files of embeddings, all without rows.", "Make them again.")
-    if sidecar is not None and sidecar.get("outputs"):
-        refuse_added(folder, files, sidecar)
-    return Embeddings(folder, tuple(files), width, sidecar, prefix_keys=keys == "shard", cache=cache)
+    if recorded is not None:
+        refuse_added(folder, files, recorded)
+    return Embeddings(folder, tuple(files), width, sidecar, recorded, prefix_keys=keys == "shard", cache=cache)

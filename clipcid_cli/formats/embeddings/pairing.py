@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -15,9 +16,18 @@ DIGITS = re.compile(r"(\d+)$")
 Part = tuple[RowFile, RowFile | None, Path | None]  # image embeddings, text embeddings, metadata
 
 
-def list_files(folder: Path, pattern: str) -> list[Path]:
-    """Return the files that match, hidden ones apart, in natural order."""
-    found = (path for path in folder.glob(pattern) if not path.name.startswith("."))
+def list_files(folder: Path, suffix: str) -> list[Path]:
+    """Return the files whose names end so, hidden ones apart, in natural order; none where there is no such folder."""
+    try:
+        names = [name for name in os.listdir(folder) if name.endswith(suffix) and not name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in sorted(names, key=natural_key)]
+
+
+def list_inner_files(folder: Path, suffix: str) -> list[Path]:
+    """Return those of the folders in a folder, likewise."""
+    found = (path for path in folder.glob(f"*/*{suffix}") if not path.name.startswith("."))
     return sorted(found, key=lambda path: natural_key(str(path.relative_to(folder))))
 
 
@@ -26,8 +36,9 @@ def pair_by_number(folder: Path, images: list[Path]) -> list[Part]:
     texts, metadata = _by_number(folder / "text_emb", ".npy"), _by_number(folder / "metadata", ".parquet")
     parts: list[Part] = []
     for path in images:
-        text = texts.get(_number(path))
-        parts.append((find_npy(path), None if text is None else find_npy(text), metadata.get(_number(path))))
+        number = _number(path)
+        text = texts.get(number)
+        parts.append((find_npy(path), None if text is None else find_npy(text), metadata.get(number)))
     return parts
 
 
@@ -44,7 +55,7 @@ def pair_by_name(archives: list[Path], npz_array: str | None) -> list[Part]:
 
 
 def _by_number(folder: Path, suffix: str) -> dict[str, Path]:
-    return {_number(path): path for path in list_files(folder, f"*{suffix}")} if folder.is_dir() else {}
+    return {_number(path): path for path in list_files(folder, suffix)}
 
 
 def _number(path: Path) -> str:
