@@ -87,6 +87,11 @@ class Partitions:
     def __len__(self) -> int:
         return len(self.centroids_KD)
 
+    @property
+    def width(self) -> int:
+        """Width D of the rows."""
+        return self.centroids_KD.shape[1]
+
     def nearest(self, rows_ND: torch.Tensor) -> torch.Tensor:
         """Find the nearest centroid of each row, float16 [N, D]; int64 [N], of equally near ones the smaller number."""
         blocks = torch.split(rows_ND, self.rows_at_once)

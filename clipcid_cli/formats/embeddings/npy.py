@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.reading import reading_from
+from clipcid_cli.formats.reading import describe, reading_from
 
 _FIX = "Make it again, or choose other embeddings."
 # Arrays of at most this size are read whole: that takes a tenth of the time to map a file, and no descriptor.
@@ -127,6 +127,21 @@ def find_npy(path: Path) -> NpyFile:
     if stat.st_size < needed:
         raise _unreadable(path, f"it is cut off: its header promises {needed:,} bytes, and it has {stat.st_size:,}")
     return NpyFile(path, shape, dtype, end, (stat.st_ino, stat.st_mtime_ns), fortran_order)
+
+
+def raw_file(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NpyFile:
+    """Describe a file of bare values as if it were an npy without a header.
+
+    Raises:
+        ClipcidError: when there is none, or it is too short.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise _unreadable(path, describe(error)) from error
+    if stat.st_size < (needed := math.prod(shape) * dtype.itemsize):
+        raise _unreadable(path, f"it should have {needed:,} bytes, and it has {stat.st_size:,}")
+    return NpyFile(path, shape, dtype, 0, (stat.st_ino, stat.st_mtime_ns))
 
 
 @lru_cache(maxsize=4096)

@@ -41,6 +41,8 @@ _MOST_CACHED = 2**30
 _BYTES_AN_IMAGE = 128
 # Measured with keys of ten letters: 18 where half of the images are dropped.
 _BYTES_ON_DISK = 24
+# While partitions are searched: of each row its place, its home, and each visit twice.
+_BYTES_OF_PLACES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,8 @@ def estimate_cost(
     cached = min(_MOST_CACHED, (2 + scan.itemsize) * images * width)
     resident = _BYTES_OF_TILES + cached + _BYTES_AN_IMAGE * images
     disk = _BYTES_ON_DISK * images
+    if settings.neighbors == "partitioned":  # the rows are copied, and their places and visits listed
+        disk += (2 * width + _BYTES_OF_PLACES) * images
     processes = f", {machine.size} processes" if machine.size > 1 else ""
     reporter.note(f"{images:,} images of width {width}. Cost of a new search, estimated from some of them{processes}:")
     for name, cost in (("exact", exact), ("partitioned", partitioned)):

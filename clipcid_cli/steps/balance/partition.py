@@ -13,18 +13,20 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.search.distances import IntArray, ReadRows
+from clipcid_cli.algorithms.search.distances import HalfArray, IntArray, ReadRows, row_type
 from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.algorithms.search.partition_margin import measure_margin, sample_neighbours
 from clipcid_cli.algorithms.search.partition_training import train_partitions
 from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedSearch
-from clipcid_cli.algorithms.search.partitions import Assignment, assign_rows, group_rows
+from clipcid_cli.algorithms.search.partitions import Assignment, Partitions, assign_rows, group_rows
+from clipcid_cli.formats.embeddings.grouped import create_copy, open_copies
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.reporting import Progress, Reporter
 from clipcid_cli.steps.shared_arrays import Arrays, collect_arrays, share_arrays
 
 # Where this share of all pairs would be compared, all of them may as well be.
 _LARGEST_SHARE = 0.5
+_ROWS_AT_ONCE = 16_384
 
 
 def partition_rows(
@@ -39,7 +41,7 @@ def partition_rows(
     """Divide the rows of a search into partitions so that few pairs within `reach` are missed.
 
     Args:
-        folder: Where processes share what they find.
+        folder: Where processes share what they find, and where the rows are copied to: `remove_copies` in the end.
         search: The search of all pairs of rows.
         scan_dtype: Format of the fast product.
         reach: The distance to search to.
@@ -69,18 +71,69 @@ def partition_rows(
     )
     start, stop = machine.share(len(rows))
     with reporter.progress("assign", stop - start, "images") as progress:
-        found = _spool(
-            folder, assign_rows(partitions, read, rows, margin, share=(start, stop), advance=progress.advance)
-        )
-    parts = collect_arrays(machine, folder, found)
+        assigned = assign_rows(partitions, read, rows, margin, share=(start, stop), advance=progress.advance)
+        home, visited, visitor = _spool(folder, assigned)
+    with reporter.progress("group", stop - start, "images") as progress:
+        places = machine.on_all(lambda: _copy_grouped(machine, folder, read, rows, home, partitions, progress))
+    parts = collect_arrays(machine, folder, (home, visited, visitor, places))
 
     def group() -> Arrays:
-        homes, visitors = group_rows([Assignment(*part) for part in parts], len(partitions), partial(_allocate, folder))
-        return homes.rows, homes.ends, visitors.rows, visitors.ends
+        assignments = [Assignment(*part[:3]) for part in parts]
+        homes, visitors = group_rows(assignments, len(partitions), partial(_allocate, folder))
+        place_of = _allocate(folder, int(rows[-1]) + 1, row_type(len(rows)))
+        first = 0
+        for *_, part in parts:
+            place_of[rows[first : first + len(part)]] = part
+            first += len(part)
+        return homes.rows, homes.ends, visitors.rows, visitors.ends, place_of
 
-    home_rows, home_ends, visitor_rows, visitor_ends = share_arrays(machine, folder, group)
-    homes, visitors = Groups(home_rows, home_ends), Groups(visitor_rows, visitor_ends)
-    return PartitionedSearch(read, rows, homes, visitors, machine.device, scan_dtype)
+    *lists, place_of = share_arrays(machine, folder, group)
+    homes, visitors = Groups(*lists[:2]), Groups(*lists[2:])
+    sizes = machine.gather(stop - start)
+    copies = machine.on_all(lambda: open_copies(folder, sizes, partitions.width))
+
+    def read_copies(numbers: IntArray) -> HalfArray:
+        return copies.take(place_of[numbers].astype(np.int64))
+
+    return PartitionedSearch(read_copies, rows, homes, visitors, machine.device, scan_dtype)
+
+
+def _copy_grouped(
+    machine: Machine,
+    folder: Path,
+    read: ReadRows,
+    rows: IntArray,
+    home: IntArray,
+    partitions: Partitions,
+    progress: Progress,
+) -> IntArray:
+    """Copy this process's share of the rows, partition by partition: the rows of one are then read at once.
+
+    Args:
+        home: Home of each row of the share, int32 [M].
+
+    Returns:
+        The place of each among the copies of all processes, integers [M], mapped.
+    """
+    (start, stop), number = machine.share(len(rows)), len(partitions)
+    copies = create_copy(folder, machine.rank, stop - start, partitions.width)
+    places = _allocate(folder, stop - start, row_type(len(rows)))
+    blocks = [slice(at, min(at + _ROWS_AT_ONCE, stop - start)) for at in range(0, stop - start, _ROWS_AT_ONCE)]
+    sizes = sum((np.bincount(home[block], minlength=number) for block in blocks), np.zeros(number, np.int64))
+    free = np.cumsum(sizes) - sizes
+    for block in blocks:
+        counts = np.bincount(home[block], minlength=number)
+        place = np.empty(block.stop - block.start, np.int64)
+        # Behind those of the blocks before it, in the order of the rows.
+        ordered = np.arange(len(place)) + np.repeat(free - (np.cumsum(counts) - counts), counts)
+        place[np.argsort(home[block], kind="stable")] = ordered
+        copies[place] = read(rows[start + block.start : start + block.stop])
+        places[block] = start + place
+        free += counts
+        progress.advance(len(place))
+    if machine.spans_hosts and isinstance(copies, np.memmap):
+        copies.flush()
+    return places
 
 
 def _spool(folder: Path, assignments: Iterable[Assignment]) -> Arrays:

@@ -25,6 +25,7 @@ from clipcid_cli.algorithms.search.partitioned_search import PartitionedSearch
 from clipcid_cli.algorithms.search.tiles import deal, left_after
 from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.grouped import remove_copies
 from clipcid_cli.formats.results.forest import ForestPart, ForestParts, StoredForest, read_forest, write_forest
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.pacing import SavePace
@@ -83,6 +84,7 @@ def find_forest(
         The forest, and whether the stored one reached far enough.
     """
     started = time.perf_counter()
+    machine.on_main(lambda: remove_copies(folder))  # of a run that was killed
     stored = _read_stored(machine, folder, inputs, neighbors)
     is_new = stored is None
     # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
@@ -96,8 +98,7 @@ def find_forest(
     complete, num_copies = len(rows) - 1, len(rows.copies)
     while len(forest.edges) < complete and not _is_enough(forest, cutoff, num_edges):
         # The sample holds unique rows, so edges of copies are not counted.
-        found, needed = len(forest.edges) - num_copies, num_edges - num_copies
-        choose = partial(estimator.choose, forest.cutoff, found, needed)
+        choose = partial(estimator.choose, forest.cutoff, len(forest.edges) - num_copies, num_edges - num_copies)
         reach = machine.on_main(choose) if cutoff is None else float(np.float32(cutoff))
         search: TiledSearch | PartitionedSearch = all_pairs
         # At the largest distance only a search of all pairs is sure to find what is missing.
@@ -111,7 +112,11 @@ def find_forest(
         parts = ForestParts(folder, name)
         # Partitions may miss pairs, and find some twice: stars then take theirs from within the components.
         most = most_pairs if search is all_pairs else 0
-        edges, pairs = _search_tiles(machine, search, parts, len(rows), forest.edges, reach, most, reporter)
+        try:
+            edges, pairs = _search_tiles(machine, search, parts, len(rows), forest.edges, reach, most, reporter)
+        finally:
+            if machine.is_main:
+                remove_copies(folder)
         forest = Forest(edges, reach, pairs)
         is_new = True
         if not _is_enough(forest, cutoff, num_edges) and len(edges) < complete:

@@ -1,0 +1,51 @@
+"""Copies of rows on the disk, in groups of rows that are read together, for the time of a computation.
+
+A group's rows lie in as many files as there are shards, and opening each file for every group takes longer than to compare
+the rows. So rows are read once, in order, and copied: each process copies a share of the rows into one file, group by group.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from clipcid_cli.formats.embeddings.npy import raw_file
+from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.mapped_arrays import create_mapped
+
+_FOLDER = ".grouped"
+
+
+def create_copy(folder: Path, rank: int, rows: int, width: int) -> npt.NDArray[np.float16]:
+    """Create the file of a process's copies and map it, float16 [rows, width].
+
+    Raises:
+        ClipcidError: when the disk has no room for it.
+    """
+    (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+    return create_mapped(_path(folder, rank), np.dtype(np.float16), (rows, width))
+
+
+def open_copies(folder: Path, sizes: Sequence[int], width: int) -> Rows:
+    """Return the copies of all processes, one process's after another's.
+
+    Args:
+        sizes: Rows that each copied.
+    """
+    copied = [
+        raw_file(_path(folder, rank), (size, width), np.dtype(np.float16)) for rank, size in enumerate(sizes) if size
+    ]
+    return Rows(copied, width, as_stored=True)
+
+
+def remove_copies(folder: Path) -> None:
+    """Remove all copies, those of a run that was killed too."""
+    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / _FOLDER / f"{rank}.rows"
