@@ -99,14 +99,21 @@ def _split_captions(embeddings: Embeddings, rows: BalanceRows, kept: BoolArray, 
     """Yield the words in the captions of every `step`-th row."""
     sampled = np.arange(0, len(rows), step)
     numbers = rows.numbers[sampled]
-    for file in embeddings.files:
+    firsts = np.array([*(file.first for file in embeddings.files), embeddings.num_rows], numbers.dtype)
+    bounds = np.searchsorted(numbers, firsts).tolist()
+    held, first = list[pa.Array](), 0  # captions not yet split, of rows `first` and after it
+    for file, start, stop in zip(embeddings.files, bounds, bounds[1:], strict=False):
+        if start == stop:
+            continue
         captions = embeddings.captions_of(file)
-        start, stop = np.searchsorted(numbers, [file.first, file.first + file.rows])
-        for at in range(int(start), int(stop), _CAPTIONS_AT_ONCE):
-            part = slice(at, min(at + _CAPTIONS_AT_ONCE, int(stop)))
-            chosen = captions.take(pa.array(numbers[part] - file.first)).combine_chunks()
-            has_caption = np.asarray(pc.not_equal(chosen, "").to_numpy(zero_copy_only=False), np.bool_)
-            yield CaptionWords(*split_words(chosen), has_caption, kept[sampled[part]])
+        for at in range(start, stop, _CAPTIONS_AT_ONCE):
+            end = min(at + _CAPTIONS_AT_ONCE, stop)
+            held.extend(captions.take(pa.array(numbers[at:end] - file.first)).chunks)
+            if end - first >= _CAPTIONS_AT_ONCE or end == len(numbers):
+                chosen = pa.concat_arrays(held)
+                has_caption = np.asarray(pc.not_equal(chosen, "").to_numpy(zero_copy_only=False), np.bool_)
+                yield CaptionWords(*split_words(chosen), has_caption, kept[sampled[first:end]])
+                held, first = [], end
 
 
 def _of(composition: Composition) -> str:
