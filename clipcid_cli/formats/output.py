@@ -34,8 +34,7 @@ from clipcid_cli.formats.reading import open_regular, reading
 
 FORMAT_VERSION = 1
 
-# Files up to this size are hashed whole, larger ones at the head, the middle and the tail: reading a petabyte of shards to
-# start a run would cost more than the run.
+# Files up to this size are hashed whole, larger ones at the head, the middle and the tail: a petabyte would take too long.
 _WHOLE_FILE = 64 * 2**20
 _WINDOW = 2**20
 # More files than this are compared with a listing of their folders.

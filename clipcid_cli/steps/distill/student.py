@@ -22,6 +22,9 @@ from clipcid_cli.steps.distill.samples import UsableSamples, index_of
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
+# A call of the tokenizer takes half a millisecond, however few captions it has.
+_TOKENIZED_AT_ONCE = 8192
+
 
 @dataclasses.dataclass(frozen=True)
 class Student:
@@ -98,13 +101,14 @@ def _used_tokens(dataset: Dataset, usable: UsableSamples, tokenizer: Tokenizer) 
     """
     if usable.total > MAX_CAPTIONS:
         return None
-    index, found = index_of(dataset), [torch.empty(0, dtype=torch.int64)]
+    index, tokens, captions = index_of(dataset), torch.empty(0, dtype=torch.int64), set[str]()
+    last = len(index.records) - 1
     for number in range(len(index.records)):
         places = np.flatnonzero(index.part(number).num_captions)
-        captions = {caption for sample in take_samples(dataset, number, places) for caption in sample.captions}
-        if captions:
-            found.append(torch.unique(tokenizer(sorted(captions))))
-    tokens: torch.Tensor = torch.unique(torch.cat(found))
+        captions.update(caption for sample in take_samples(dataset, number, places) for caption in sample.captions)
+        if captions and (len(captions) >= _TOKENIZED_AT_ONCE or number == last):
+            tokens = torch.unique(torch.cat([tokens, tokenizer(sorted(captions)).flatten()]))
+            captions.clear()
     return tokens
 
 
