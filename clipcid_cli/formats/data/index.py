@@ -62,7 +62,7 @@ _SCHEMA = pa.schema(
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class IndexedShard:
     """What the listing of a shard found.
 

@@ -56,7 +56,7 @@ class Member(NamedTuple):
         return self.offset + -(-self.size // _BLOCK) * _BLOCK
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TarShard:
     """One tar of a webdataset.
 

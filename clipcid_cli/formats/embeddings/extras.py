@@ -28,7 +28,7 @@ _KINDS = ("view_emb", "view_params", "captions_emb")  # in the order of `Extras`
 _AGAIN = "Make the folder again: clipcid embed DATA --overwrite"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Extras:
     """The optional files of one shard.
 
@@ -82,6 +82,9 @@ class Extras:
         return counts
 
 
+_NONE = Extras()
+
+
 class ExtrasFinder:
     """Finds the optional files of each shard of a folder, whose subfolders are listed once."""
 
@@ -97,6 +100,8 @@ class ExtrasFinder:
         """
         names = [f"{kind}_{number}.npy" for kind in _KINDS]
         parts = zip(self._folders, self._names, names, strict=True)
+        if not any(self._names):
+            return _NONE
         return Extras(*(find_npy(inside / name) if name in present else None for inside, present, name in parts))
 
 

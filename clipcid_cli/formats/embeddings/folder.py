@@ -61,7 +61,7 @@ _NAMES_AT_ONCE = 65_536
 _TEXT = pa.large_string()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class EmbeddingFile:
     """The files of one shard.
 
@@ -80,7 +80,7 @@ class EmbeddingFile:
     rows: int
     extras: Extras
 
-    @cached_property
+    @property
     def name(self) -> str:
         """Name of the file without its suffix, used as the shard's where another tool did not record it."""
         return self.images.path.stem

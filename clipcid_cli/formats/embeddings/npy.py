@@ -61,7 +61,7 @@ class RowFile(Protocol):
         """Files are told apart by path and part, so that maps of them can be remembered."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class NpyFile:
     """An npy file."""
 
