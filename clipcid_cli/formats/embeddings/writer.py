@@ -169,18 +169,19 @@ class EmbeddingWriter:
 
     def remove_others(self, with_texts: bool) -> None:
         """Remove files of earlier runs that do not belong to this one, such as those of shards that no longer exist."""
-        kinds = [kind for kind in _FORMS if with_texts or kind != "text_emb"]
-        self._remove_all_but({self._path(kind, number, _FORMS[kind]) for kind in kinds for number in self._numbers})
+        self._remove_all_but([kind for kind in _FORMS if with_texts or kind != "text_emb"])
 
     def remove_all(self) -> None:
         """Remove every file, when no sample can be used."""
-        self._remove_all_but(set())
+        self._remove_all_but([])
         self.remove_notes()
 
-    def _remove_all_but(self, keep: set[Path]) -> None:
+    def _remove_all_but(self, kinds: Sequence[str]) -> None:
+        """Remove the files that are not of some shard, or not of one of these kinds."""
         for kind, form in _FORMS.items():
+            keep = {self._path(kind, number, form).name for number in self._numbers} if kind in kinds else set()
             for path in (self.folder / kind).glob(f"{kind}_*.{form}"):
-                if path not in keep:
+                if path.name not in keep:
                     path.unlink()
 
     def _path(self, kind: str, number: int, form: str) -> Path:
