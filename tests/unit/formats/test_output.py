@@ -2,13 +2,22 @@
 
 import json
 import multiprocessing
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.output import fingerprint_file, list_differences, open_output, read_sidecar
+from clipcid_cli.formats.output import (
+    describe_outputs,
+    find_changed,
+    fingerprint_file,
+    list_differences,
+    open_output,
+    read_sidecar,
+)
 
 SETTINGS = {"keep": 0.5, "seed": 0}
 
@@ -201,3 +210,36 @@ def test_of_nested_settings_the_innermost_difference_is_told() -> None:
         "settings.losses.fd": '{"value": 2.0} there, null now'
     }
     assert list_differences(sidecar(0.5), sidecar(0.5)) == {}
+
+
+@pytest.mark.parametrize("change", ["edited", "same size", "removed", "folder removed", "touched", "copied link"])
+def test_of_many_files_one_that_changed_is_found(tmp_path: Path, change: str) -> None:
+    """Many files are compared with a listing of their folders; a file of another time by its hash."""
+    files = [tmp_path / kind / f"{number}.bin" for kind in ("a", "b") for number in range(50)]
+    for number, path in enumerate(files):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes([number]) * 9)
+    sidecar = {"outputs": describe_outputs(tmp_path, files)}
+    assert find_changed(tmp_path, "embed", sidecar) is None
+    victim = files[70]
+    if change == "edited":
+        victim.write_bytes(b"longer than it was")
+    elif change == "same size":
+        victim.write_bytes(b"unlike it")
+        os.utime(victim, ns=(0, 0))
+    elif change == "removed":
+        victim.unlink()
+    elif change == "folder removed":
+        shutil.rmtree(victim.parent)
+        victim = files[50]
+    elif change == "touched":
+        os.utime(victim, ns=(0, 0))
+    else:
+        victim.rename(tmp_path / "elsewhere")
+        victim.symlink_to(tmp_path / "elsewhere")
+    found = find_changed(tmp_path, "embed", sidecar)
+    if change in ("touched", "copied link"):
+        assert found is None
+    else:
+        assert found is not None
+        assert found.startswith(f"{victim} {'is missing' if 'removed' in change else 'has changed'}")

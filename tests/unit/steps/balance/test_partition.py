@@ -70,6 +70,7 @@ def test_edges_are_true_few_are_missing_and_the_audit_is_brute_force(
     result, said = balance(tmp_path / "parts", embeddings, threshold=CUTOFF)
     exact, _ = balance(tmp_path / "exact", embeddings, threshold=CUTOFF, neighbors="exact")
     assert "partitions; rows within" in said
+    assert not list((tmp_path / "parts").rglob(".grouped")), "the copies of the rows are removed"
     found, true = read_forest(tmp_path / "parts"), read_forest(tmp_path / "exact", "forest")
     distances = distance_matrix(rows)
     np.testing.assert_array_equal(found["distance"], distances[found["a"], found["b"]])
