@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,11 @@ def _look_up(
         return pass_through(JoinedMatch(join_stream(chunks(), count, stream, 1, scratch, path)))
 
 
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
 @contextmanager
 def _scratch_folder(parent: Path | None) -> Iterator[Path]:
     """Make a temporary folder, in the system's place for them where there is no `parent`."""
@@ -185,8 +190,9 @@ def _scratch_folder(parent: Path | None) -> Iterator[Path]:
         remove_abandoned(parent.glob(f"{_SCRATCH}*"))  # of runs that were killed
     with ExitStack() as stack:
         try:
-            if parent is not None:
-                parent.mkdir(parents=True, exist_ok=True)
+            if parent is not None and not parent.exists():
+                parent.mkdir(parents=True)
+                stack.callback(_remove_if_empty, parent)  # a list that does not fit the data leaves nothing
             # On NFS a mapped file stays in its folder until it is closed.
             made = tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=parent, ignore_cleanup_errors=True)
             scratch = stack.enter_context(made)
