@@ -167,7 +167,9 @@ def test_two_data_sets_of_one_name_are_refused(whole: Path, tiny_classes: Path, 
 
 def test_dry_run_measures_and_writes_nothing(clipcid: Clipcid, distill_place: Path) -> None:
     before = sorted(path.name for path in (distill_place / "clipcid-work").rglob("*"))
-    found = clipcid("distill", *SHORT, "--epochs", 3, "--dry-run", "--json").json
+    run = clipcid("distill", *SHORT, "--epochs", 3, "--dry-run", "--json")
+    assert "checked 2 of 2 shards, 6 samples: all can be decoded." in run.stderr
+    found = run.json
     assert sorted(path.name for path in (distill_place / "clipcid-work").rglob("*")) == before
     assert found["steps"] * 8 == found["samples"] <= 3 * 24
     assert found["seconds_per_step"] > 0

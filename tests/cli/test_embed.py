@@ -213,6 +213,7 @@ def test_other_forms_of_data(clipcid: Call, tiny_model: Path, tmp_path: Path) ->
 def test_dry_run_writes_nothing(clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     run = clipcid("embed", tiny_shards, "--model", tiny_model, "--dry-run", "--json")
     assert (run.json["images"], run.json["shards"], run.json["bytes"]) == (24, 2, 24 * 32 * 2 * 2)
+    assert "checked 2 of 2 shards, 6 samples: all can be decoded." in run.stderr
     run = clipcid("embed", tiny_shards, "--model", tiny_model, "--views", 3, "--dry-run", "--json")
     assert run.json["bytes"] == 24 * 32 * 2 * 2 + 24 * 3 * (32 * 2 + 16 * 4)
     assert not (tmp_path / "clipcid-work").exists()

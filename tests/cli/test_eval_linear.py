@@ -290,4 +290,5 @@ def test_unreadable_images_are_counted_and_too_many_refused(
 def test_a_dry_run_writes_nothing(clipcid: Callable[..., Run], tiny_model: Path, colours: Path) -> None:
     run = clipcid("eval-linear", tiny_model, colours, "--dry-run", "--json")
     assert run.json["files"]["metrics"].endswith("colours_tiny_linear_probe.json")
+    assert run.stderr.count("samples: all can be decoded.") == 2
     assert not (run.cwd / "clipcid-work").exists()

@@ -231,6 +231,7 @@ def test_dry_run_writes_nothing(
 ) -> None:
     run = clipcid("eval-zeroshot", tiny_model, classification, "--dry-run")
     assert "Would measure zeroshot_classification" in run.stderr
+    assert "samples: all can be decoded." in run.stderr
     assert not (tmp_path / "clipcid-work").exists()
 
 

@@ -23,6 +23,7 @@ from clipcid_cli.steps.distill.plan import Plan, default_name, plan_run
 from clipcid_cli.steps.distill.student import load_student
 from clipcid_cli.steps.distill.teacher_inputs import find_embeddings
 from clipcid_cli.steps.distill.training_run import TrainingRun
+from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.scratch import scratch_folder
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -52,6 +53,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         name = settings.name or default_name(settings, student.model, inputs)
         folder = RunFolder(WorkDirectory(settings.work).distill(name))
         if settings.dry_run:
+            check_samples(inputs.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
             return estimate_cost(TrainingRun(settings, machine, inputs, student, teacher, plan, folder, None, reporter))
         with claim_output(
             machine,
@@ -65,6 +67,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
             if output.finished is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")
                 return result(folder, output.finished)
+            check_samples(inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
             training = TrainingRun(settings, machine, inputs, student, teacher, plan, folder, output, reporter)
             sidecar = training.train({"prepare": time.perf_counter() - started})
     return result(folder, sidecar)

@@ -22,6 +22,7 @@ from clipcid_cli.steps.embed.finish import describe_result, finish
 from clipcid_cli.steps.embed.inputs import find_finished, open_data, require_captions, view_settings
 from clipcid_cli.steps.embed.shards import ShardEmbedder, Timings
 from clipcid_cli.steps.embed.views import Views
+from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -64,6 +65,7 @@ def make_embeddings(
         return describe_result(folder, finished)
     shards = "1 shard" if len(dataset.shards) == 1 else f"{len(dataset.shards):,} shards"
     reporter.note(f"Embedding {dataset.spec} ({shards}) with {name.spec}.")
+    check_samples(dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
     embedder = _load_embedder(settings, machine, name, dataset)
     info, workers = embedder.model.info, f"{embedder.workers} worker{'' if embedder.workers == 1 else 's'}"
     reporter.note(

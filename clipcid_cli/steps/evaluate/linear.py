@@ -23,6 +23,7 @@ from clipcid_cli.steps.evaluate.model import EvaluatedModel
 from clipcid_cli.steps.evaluate.probe_data import ProbeData, extract_features, open_probe_data
 from clipcid_cli.steps.evaluate.probe_fit import LabelledFeatures, ProbeFits
 from clipcid_cli.steps.model_choice import choose_model
+from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
@@ -53,6 +54,8 @@ def run(settings: EvalLinearSettings, reporter: Reporter) -> dict[str, Any]:
             )
         )
         path = WorkDirectory(settings.work).eval / f"{metrics_stem(data.name, name.slug, TASK)}.json"
+        for task in data.tasks:
+            check_samples(task.dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
         if settings.dry_run:
             reporter.note(f"Would fit {name.spec} on {data.train.dataset.spec} and write {path}.")
             return {"dataset": data.name, "model": name.spec, "task": TASK, "files": {"metrics": str(path)}}

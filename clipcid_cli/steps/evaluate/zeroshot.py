@@ -23,6 +23,7 @@ from clipcid_cli.steps.evaluate.model import EvaluatedModel
 from clipcid_cli.steps.evaluate.report import write_summary
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
 from clipcid_cli.steps.model_choice import choose_model
+from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -43,6 +44,8 @@ def run(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[str, Any]:
     with open_machine(settings.device) as machine:
         names, tasks = machine.on_main(lambda: (_choose_models(settings, reporter), plan_tasks(settings, reporter)))
         _refuse_clashes(names, tasks)
+        for task in tasks:
+            check_samples(task.dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
         if settings.dry_run:
             return _describe_plan(names, tasks, settings, reporter)
         start_workers(machine, settings.workers)

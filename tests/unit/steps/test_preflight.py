@@ -1,0 +1,98 @@
+"""The look at the data before long work: which shards are looked at, for how long, and what is said of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from balance_data import Listener
+from conftest import make_image, shard_members, write_tar
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Dataset, open_dataset
+from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.steps import preflight
+from clipcid_cli.steps.data_index import ensure_index
+from clipcid_cli.steps.preflight import Findings, check_samples, choose_order
+from clipcid_cli.steps.reporting import SilentReporter
+
+
+@pytest.fixture(scope="module")
+def machine() -> Machine:
+    with open_machine("cpu") as opened:
+        return opened
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six shards of five samples; the last image of the fifth is cut off."""
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    for number in range(6):
+        members = shard_members(10 * number, 5)
+        if number == 4:
+            members = [(name, make_image(1)[:60] if name == "000044.png" else data) for name, data in members]
+        write_tar(folder / f"{number:05d}.tar", members)
+    return folder
+
+
+def check(dataset: Dataset, machine: Machine, *, dry_run: bool = True) -> tuple[Findings, list[str]]:
+    listener = Listener()
+    found = check_samples(dataset, machine, 0, dry_run=dry_run, reporter=listener)
+    return found, listener.told
+
+
+def test_all_shards_are_looked_at_and_it_is_said_what_was_found(shards: Path, machine: Machine, tmp_path: Path) -> None:
+    dataset = open_dataset(shards, index_root=tmp_path)
+    found, told = check(dataset, machine)  # the first three samples of each: the cut image is the fifth
+    assert told == [f"{shards}: checked 6 of 6 shards, 18 samples: all can be decoded."]
+    assert (found.shards, found.samples, found.bad.total) == (6, 18, 0)
+    assert check(dataset, machine, dry_run=False)[1] == []
+
+    indexed = ensure_index(dataset, machine, 0, SilentReporter())
+    for dry_run in (True, False):  # the first, the middle and the last of each
+        assert check(indexed, machine, dry_run=dry_run)[1] == [
+            f"{shards}: checked 6 of 6 shards, 18 samples: 1 cannot be decoded.\n  1 × unreadable image: 00004: 000044"
+        ]
+
+
+def test_a_shard_that_cannot_be_read_is_an_error_that_names_it(shards: Path, machine: Machine, tmp_path: Path) -> None:
+    folder = shutil.copytree(shards, tmp_path / "data")
+    dataset = open_dataset(folder, index_root=tmp_path)
+    (folder / "00002.tar").unlink()
+    with pytest.raises(ClipcidError, match=r"00002.* No such file"):
+        check(dataset, machine)
+    (folder / "00002.tar").write_bytes((shards / "00002.tar").read_bytes()[:600])
+    with pytest.raises(ClipcidError, match=r"00002\.tar"):
+        check(dataset, machine)
+
+
+def test_without_time_for_all_an_even_part_of_them_is_looked_at(
+    shards: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(shards)
+    many = dataclasses.replace(dataset, shards=dataset.shards * 400)  # as 2,400 shards of five samples
+    monkeypatch.setattr(preflight, "_MOMENT", 0.0)
+    found, _ = check(many, machine, dry_run=False)
+    assert found.samples == 3 * found.shards
+    # A third of each of them is read: a hundredth of 2,400 shards is in 72, and 16 are looked at together.
+    assert 64 <= found.shards <= 88
+    order = choose_order(many, 0, dry_run=False)
+    assert sorted(order) == list(range(2400))
+    gaps = np.diff(np.sort(order[: found.shards]))
+    assert gaps.max() < 4 * 2400 / found.shards
+    assert order != choose_order(many, 1, dry_run=False)
+    assert order == choose_order(many, 0, dry_run=True)
+
+
+def test_of_remote_data_a_dry_run_looks_at_few_shards_and_a_run_at_none(shards: Path) -> None:
+    dataset = open_dataset(shards)
+    for prefix, looked_at in (("https://example.org/", 4), ("pipe:cat ", 0)):
+        remote = dataclasses.replace(
+            dataset,
+            shards=tuple(dataclasses.replace(shard, path=f"{prefix}{shard.file}") for shard in dataset.shards),  # type: ignore[type-var]  # all are tars
+        )
+        assert len(choose_order(remote, 0, dry_run=True)) == looked_at
+        assert choose_order(remote, 0, dry_run=False) == []
