@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clipcid_cli.algorithms.search.distances import HalfArray, IntArray, row_type
+from clipcid_cli.algorithms.search.distances import DoubleArray, HalfArray, IntArray, row_type
 from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows, unique_positions
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.errors import ClipcidError
@@ -30,6 +30,7 @@ from clipcid_cli.steps.shared_arrays import Arrays, collect_arrays, share_arrays
 
 # What is computed from so few rows stays in the processor's cache.
 _ROWS_AT_ONCE = 512
+_CAPTIONS_AT_ONCE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +158,37 @@ def take_texts(
         found[places] = read(file).take(pa.array(numbers[places] - file.first)).to_pylist()
     texts: list[str] = found.tolist()
     return texts
+
+
+def caption_similarities(
+    embeddings: Embeddings, rows: BalanceRows, members: IntArray, reporter: Reporter
+) -> DoubleArray:
+    """Return the cosine similarity of some images to their captions, float64 [M].
+
+    It is −inf where there is no caption, or its embedding is zero or not finite; the latter are counted in a warning.
+
+    Args:
+        members: Which rows, integers [M].
+    """
+    texts, skips = embeddings.texts(), Skips()
+    scores: DoubleArray = np.full(len(members), -np.inf)
+    for start in range(0, len(members), _CAPTIONS_AT_ONCE):
+        part = slice(start, start + _CAPTIONS_AT_ONCE)
+        numbers = rows.numbers[members[part]]
+        text = texts.take(numbers).astype(np.float64)
+        has_caption = np.array([caption != "" for caption in take_texts(embeddings, embeddings.captions_of, numbers)])
+        usable = np.isfinite(text).all(axis=1) & text.any(axis=1)
+        text[~usable] = 0.0
+        similarities = (rows.read(members[part]).astype(np.float64) * text).sum(axis=1)
+        scores[part] = np.where(has_caption & usable, similarities, -np.inf)
+        for key in take_texts(embeddings, embeddings.keys_of, numbers[has_caption & ~usable]):
+            skips.add("nan_row", key)
+    if skips.total:
+        reporter.warn(
+            f"{skips.total:,} text embeddings of images in groups are zero or not finite: such an image is kept only where "
+            f"no other image of its group has a usable one.\n{skips.describe()}"
+        )
+    return scores
 
 
 def count_skipped(settings: BalanceSettings, embeddings: Embeddings, rows: BalanceRows, reporter: Reporter) -> Skips:

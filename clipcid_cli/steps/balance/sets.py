@@ -29,7 +29,7 @@ from clipcid_cli.algorithms.sets.star import (
     star_curve,
 )
 from clipcid_cli.steps.balance.context import Context
-from clipcid_cli.steps.balance.rows import take_texts
+from clipcid_cli.steps.balance.rows import caption_similarities
 from clipcid_cli.steps.balance.samples import count_pixels
 from clipcid_cli.steps.balance.search import Forest
 from clipcid_cli.steps.shared_arrays import Arrays, share_arrays
@@ -38,7 +38,6 @@ from clipcid_cli.steps.shared_arrays import Arrays, share_arrays
 _STAR_STEP = 1.05
 # No two unit rows are farther apart.
 _FARTHEST = 2.0
-_ROWS_AT_ONCE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,17 +208,10 @@ def _random(context: Context, labels: IntArray) -> IntArray:
 
 
 def _similarity(context: Context, labels: IntArray) -> IntArray:
-    """Keep the image most similar to its caption; images without a caption come last."""
-    embeddings, rows = context.embeddings, context.rows
-    texts = embeddings.texts()
+    """Keep the image most similar to its caption; images without one, or without a usable text embedding, come last."""
     scores: DoubleArray = np.full(len(labels), -np.inf)
     members = _rows_of_several(labels)
-    for start in range(0, len(members), _ROWS_AT_ONCE):
-        part = members[start : start + _ROWS_AT_ONCE]
-        text = texts.take(rows.numbers[part]).astype(np.float64)
-        captions = take_texts(embeddings, embeddings.captions_of, rows.numbers[part])
-        usable = np.array([caption != "" for caption in captions]) & np.isfinite(text).all(axis=1)
-        scores[part[usable]] = (rows.read(part).astype(np.float64) * text).sum(axis=1)[usable]
+    scores[members] = caption_similarities(context.embeddings, context.rows, members, context.reporter)
     return best_rows(scores, labels)
 
 

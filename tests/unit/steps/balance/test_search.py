@@ -207,6 +207,21 @@ def test_other_images_can_stand_for_a_set(rows: np.ndarray, tmp_path: Path) -> N
     assert len(set(chosen.values())) == 5
 
 
+def test_captions_without_a_usable_embedding_come_last_and_are_counted(tmp_path: Path) -> None:
+    rows = np.repeat(make_rows(1), 5, axis=0)
+    texts = np.stack([rows[0] * np.float16("nan"), rows[0] * 0, -rows[0], rows[0], rows[0]])
+    captions = ["a", "b", "c", "d", ""]
+    folder = write_embeddings(tmp_path / "e", rows[:3], 1, texts=texts[:3], captions=captions[:3])
+    _, said = balance(tmp_path / "bad", folder, threshold=0.0, select="similarity")
+    assert read_keep(tmp_path / "bad")["representative"].unique().tolist() == ["000002"]
+    assert "2 text embeddings of images in groups are zero or not finite" in said
+    assert "000000, 000001" in said
+    folder = write_embeddings(tmp_path / "f", rows[2:], 1, texts=texts[2:], captions=captions[2:])
+    _, said = balance(tmp_path / "good", folder, threshold=0.0, select="similarity")
+    assert read_keep(tmp_path / "good")["representative"].unique().tolist() == ["000001"]
+    assert "zero or not finite" not in said
+
+
 def test_the_image_with_most_pixels_can_stand_for_a_set(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for number, size in enumerate([(20, 10), (30, 10), (30, 10), (40, 40), (50, 50)]):
