@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipcid_cli.formats.reading import reading
+from clipcid_cli.formats.reading import reading_from
 
 _EXPECTED = "a parquet file"
 # To read so few with threads takes longer.
 _FEW_ROWS = 65_536
+_SMALL = 2**20
 
 
 def column_names(path: Path, fix: str) -> list[str]:
@@ -71,9 +73,11 @@ def read_first_column(path: Path, names: Sequence[str], kind: pa.DataType, fix: 
 
 @contextmanager
 def _open(path: Path, fix: str) -> Iterator[pq.ParquetFile]:
-    # Not through `pq.read_table`, whose data sets and threads take 1 ms a file.
-    with reading(path, _EXPECTED, fix), pa.OSFile(str(path)) as source, pq.ParquetFile(source) as file:
-        yield file
+    # Not through `pq.read_table`, whose data sets and threads take 1 ms a file; small files are read at once.
+    with reading_from(path, _EXPECTED, fix) as found:
+        small = os.fstat(found.fileno()).st_size <= _SMALL
+        with pa.BufferReader(found.read()) if small else pa.OSFile(str(path)) as source, pq.ParquetFile(source) as file:
+            yield file
 
 
 def _read(file: pq.ParquetFile, columns: Mapping[str, pa.DataType]) -> pa.Table:
