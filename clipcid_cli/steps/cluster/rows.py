@@ -176,11 +176,9 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
         raise ClipcidError(
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
-    # Opened anew, without what was read so far: each process reads that itself.
-    cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
-    fresh = open_embeddings(folder, settings.keys, settings.npz_array, cache)
     path = None if keep_list is None else keep_list.path
-    return ClusterRows(fresh, path, Selection(usable), settings.features == "joint", skips, Sources(fresh))
+    # Sources of their own, without what was read so far: each process reads that itself.
+    return ClusterRows(embeddings, path, Selection(usable), settings.features == "joint", skips, Sources(embeddings))
 
 
 def _without_nan(rows: Float16) -> Float16:
