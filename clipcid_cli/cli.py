@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get("CLIPCID_DEBUG", "").lower() in ("1", "true", "yes", "on")
     as_json = "--json" in arguments or os.environ.get("CLIPCID_JSON", "").lower() in ("1", "true", "yes", "on")
+    command = next((word for word in arguments if word in COMMANDS), "")
     signals, rank, size = Signals(), 0, 1
     try:
         rank, size = read_world()
@@ -111,12 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, click.Abort) as error:
         # click takes an EOFError, which a library raises for a file that is cut, for a Ctrl-D.
         if isinstance(error.__cause__, EOFError):
-            code = _report_unforeseen(error.__cause__, debug=debug, as_json=as_json)
+            code = _report_unforeseen(error.__cause__, command, debug=debug, as_json=as_json)
         else:
             _report_interrupt(rank)
             code = signals.exit_code
     except Exception as error:
-        code = _report_unforeseen(error, debug=debug, as_json=as_json)
+        code = _report_unforeseen(error, command, debug=debug, as_json=as_json)
     if signals.received is not None:  # whatever it made fail first
         code = signals.exit_code
     signals.stop()
@@ -130,14 +131,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _report_unforeseen(error: Exception, *, debug: bool, as_json: bool) -> int:
+def _report_unforeseen(error: Exception, command: str, *, debug: bool, as_json: bool) -> int:
     if isinstance(error, OSError) and error.filename is None:
         # Perhaps stdout's own, as of `> /dev/full`; what is left in its buffer would fail again when Python ends.
         try:
             sys.stdout.flush()
         except OSError:
             _close_stdout()
-    found = explain(error)
+    found = explain(error, command)
     return _report(error, found.message, found.fix, 1, debug=debug, as_json=as_json)
 
 

@@ -12,18 +12,32 @@ from clipcid_cli.errors import ClipcidError, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+_OF_GPU = ("CUDA", "CUBLAS", "HIP ")
+# What each command can be told so that it takes less memory, on a GPU or not.
+_LESS_MEMORY = {
+    "embed": "a smaller --batch-size",
+    "balance": "fewer processes on this machine, or clipcid embed DATA with a smaller --batch-size before it; --dry-run "
+    "estimates the memory of the search",
+    "cluster": "fewer --num-clusters, or --train-rows",
+    "distill": "--grad-checkpointing, a larger --accum-freq or a smaller --batch-size",
+    "eval-zeroshot": "a smaller --batch-size",
+    "eval-linear": "a smaller --batch-size",
+    "export": "fewer --check-images",
+}
+_WITH_WORKERS = ("embed", "distill", "eval-zeroshot", "eval-linear")
 _NO_PEER = ("gloo", "NCCL", "ncclRemoteError", "TCPStore", "Connection closed by peer", "Connection reset by peer")
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
-def explain(error: Exception) -> ClipcidError:
-    """Return the error to show for one that no step has foreseen."""
+def explain(error: Exception, command: str = "") -> ClipcidError:
+    """Return the error to show for one that no step has foreseen.
+
+    Args:
+        command: The subcommand that ran, whose flags a fix may name.
+    """
     text = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
-        return ClipcidError(
-            f"Memory ran out: {text.rstrip('.')}.",
-            "Use a smaller --batch-size or fewer --workers, or a machine with more memory.",
-        )
+        return _explain_memory(text, command)
     if isinstance(error, OSError):
         return _explain_system(error, text)
     # torch.distributed's errors are RuntimeErrors, of which those of gloo have no class of their own.
@@ -39,6 +53,16 @@ def explain(error: Exception) -> ClipcidError:
         f"{type(error).__name__}: {text}",
         "This is a bug in clipcid or a failure of the machine. Add --debug to see where it happened.",
     )
+
+
+def _explain_memory(text: str, command: str) -> ClipcidError:
+    on_gpu = any(words in text for words in _OF_GPU)
+    what = "The memory of the GPU ran out" if on_gpu else "Memory ran out"
+    less = _LESS_MEMORY.get(command, "a smaller --batch-size")
+    if not on_gpu and command in _WITH_WORKERS:
+        less += " or fewer --workers"
+    machine = "a GPU with more memory" if on_gpu else "a machine with more memory"
+    return ClipcidError(f"{what}: {text.rstrip('.')}.", f"Use {less}; or use {machine}.")
 
 
 def _explain_system(error: OSError, text: str) -> ClipcidError:

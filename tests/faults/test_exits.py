@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import re
+import resource
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 import torch
 from conftest import Run, clean_environment, clipcid_command, shard_members, write_tar
 
+from clipcid_cli.cli import cli
 from clipcid_cli.commands.failures import explain
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.checkpoint import write_checkpoint
@@ -224,7 +227,7 @@ def test_a_folder_in_the_place_of_an_output_is_named(tmp_path: Path) -> None:
     ("error", "message"),
     [
         (MemoryError(), "Memory ran out"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "Memory ran out"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "The memory of the GPU ran out: CUDA out of"),
         (OSError(28, "No space left on device", "/x/y"), "The system refused: /x/y: No space left on device."),
         (PermissionError(13, "Permission denied", "/x/y"), "The system refused: /x/y: Permission denied."),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5"), "Another process"),
@@ -235,3 +238,48 @@ def test_what_is_no_bug_is_not_called_one(error: Exception, message: str) -> Non
     found = explain(error)
     assert found.message.startswith(message)
     assert ("bug" in found.fix) == isinstance(error, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("embed", ["--batch-size", "--workers"]),
+        ("balance", ["clipcid embed DATA", "--batch-size", "--dry-run"]),
+        ("cluster", ["--num-clusters", "--train-rows"]),
+        ("distill", ["--grad-checkpointing", "--accum-freq", "--batch-size", "--workers"]),
+        ("eval-zeroshot", ["--batch-size", "--workers"]),
+        ("eval-linear", ["--batch-size", "--workers"]),
+        ("export", ["--check-images"]),
+    ],
+)
+def test_where_memory_runs_out_the_fix_names_flags_of_the_command(command: str, flags: list[str]) -> None:
+    parameters = {option for parameter in cli.get_command(None, command).params for option in parameter.opts}  # type: ignore[union-attr, arg-type]  # each of them is a command, which needs no context
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError()):
+        fix = explain(error, command).fix
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        assert all(flag in fix for flag in flags if not (on_gpu and flag == "--workers")), fix
+        assert on_gpu == ("GPU" in fix), fix
+        named = set(re.findall(r"--[a-z-]+", fix.replace("clipcid embed DATA with a smaller --batch-size", "")))
+        assert named <= parameters, fix
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_told_with_the_flag(
+    tiny_model: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    limit = 16 * 2**30  # a batch of ten million images of 32 × 32 pixels has 31 GB
+    command = ["embed", str(tiny_shards), "--model", str(tiny_model), "--batch-size", "10000000", "--workers", "0"]
+    done = subprocess.run(
+        [*clipcid_command(), *command],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Error: Memory ran out: " in done.stderr
+    assert done.stderr.strip().endswith(
+        "Use a smaller --batch-size or fewer --workers; or use a machine with more memory."
+    )
+    assert "Traceback" not in done.stderr
