@@ -20,16 +20,24 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}.pt"
 
 
-def write_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> None:
+def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write a checkpoint, then remove all but the newest ones.
 
     Args:
         folder: Folder of the run's checkpoints.
         state: Tensors, numbers, texts, and dicts and lists of them.
-        keep: How many to keep. Two: should the newest be damaged on a failing disk, the run is not lost.
     """
     with atomic_file(checkpoint_path(folder, step)) as file:
         torch.save(state, file)
+    remove_old_checkpoints(folder)
+
+
+def remove_old_checkpoints(folder: Path, keep: int = 2) -> None:
+    """Remove all but the newest checkpoints.
+
+    Args:
+        keep: How many to keep. Two: should the newest be damaged on a failing disk, the run is not lost.
+    """
     for old in list_checkpoints(folder)[:-keep]:
         checkpoint_path(folder, old).unlink(missing_ok=True)
 

@@ -14,7 +14,12 @@ from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.reading import reading
-from clipcid_cli.formats.results.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
+from clipcid_cli.formats.results.checkpoint import (
+    checkpoint_path,
+    list_checkpoints,
+    read_checkpoint,
+    remove_old_checkpoints,
+)
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.results.training_log import TrainingLog
 from clipcid_cli.formats.skips import Skips
@@ -195,6 +200,7 @@ class TrainingRun:
             trainer.load(state)
             bad: dict[str, str] = dict(state["bad"])
         self.machine.on_main(lambda: self.folder.rewind(trainer.step))
+        self.machine.on_main(lambda: remove_old_checkpoints(self.folder.checkpoints))
         self.reporter.note(f"Resuming at step {trainer.step:,} of {trainer.plan.steps:,}.")
         return bad
 

@@ -1,0 +1,239 @@
+"""The faults: the cases of each, and what must hold after a case."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fault_child import Operations, kill, shift_clock
+from fault_disks import can_mount, heed_permissions, limit_file_sizes, limit_room, set_read_only
+from fault_place import Site, Step, read_tree
+from one_process import Outcome
+
+_PAGE = 4096
+_YEAR = 366 * 86400.0
+_PROMPT = 10.0
+"""Seconds in which a signalled run ends on a machine that does other things too; 5 are promised."""
+_INTERRUPTED = "Interrupted. Run the same command again to continue where it stopped."
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A kind of fault.
+
+    Attributes:
+        result: What happens, for docs/faults.md; the cases check it.
+        everyday: How many cases the everyday run draws.
+        list_cases: All cases of a step.
+        run_case: Runs one of them; returns the exit code of the disturbed run and what breaks the rules.
+    """
+
+    name: str
+    result: str
+    everyday: int
+    list_cases: Callable[[Site, Step, random.Random], list[Any]]
+    run_case: Callable[[Site, Step, Any], tuple[int | None, list[str]]]
+
+
+def killed_problems(found: Outcome) -> list[str]:
+    """Return what a run said that must not have said anything but its progress."""
+    problems = [] if found.code in (-9, 0) else [f"exit {found.code}"]
+    problems += [mark for mark in ("Traceback", "bug in clipcid", "Error: ") if mark in found.err]
+    return [f"killed: {', '.join(problems)}{found!r}"] if problems else []
+
+
+def list_kills(site: Site, step: Step, chance: random.Random) -> list[tuple[int, bool]]:
+    """Before and after every file operation."""
+    return [(number, after) for number in range(len(site.operations[step.name])) for after in (False, True)]
+
+
+def run_kill(site: Site, step: Step, case: tuple[int, bool]) -> tuple[int | None, list[str]]:
+    """Kill a run at a file operation, then give the command again."""
+    found = site.run(step, Operations(site.log, *case, act=kill).install)
+    problems = killed_problems(found) + site.find_half(step)
+    site.age_partials()
+    return found.code, problems + site.check_again(step)
+
+
+def refused_problems(site: Site, step: Step, found: Outcome) -> list[str]:
+    """Return what is wrong with a run that could not do its work: one error, or a whole result where it could after all."""
+    problems = [f"refused: {', '.join(found.problems())}{found!r}"] if found.problems() else []
+    if found.code == 1:
+        _, _, error = found.err.rpartition("Error: ")
+        problems += [] if len(error.strip().splitlines()) >= 2 else [f"no fix: {found!r}"]
+        return problems + site.find_half(step)
+    return problems or site.compare(step)
+
+
+def list_rooms(site: Site, step: Step, chance: random.Random) -> list[int]:
+    """Free bytes from none to a little more than the outputs take."""
+    if not can_mount():
+        return []
+    made = sum(map(len, site.expected[step.name].values())) - sum(map(len, read_tree(site.before(step)).values()))
+    return [_PAGE * int(part * made / _PAGE) for part in (0, *sorted(chance.uniform(0, 1.3) for _ in range(15)))]
+
+
+def run_full_disk(site: Site, step: Step, room: int) -> tuple[int | None, list[str]]:
+    """Run on a disk with little room, then give the command again with more."""
+    with site.disk(step):
+        limit_room(site.place, room)
+        found = site.run(step)
+        problems = refused_problems(site, step, found)
+        limit_room(site.place, None)
+        return found.code, problems + site.check_again(step)
+
+
+def list_sizes(site: Site, step: Step, chance: random.Random) -> list[int]:
+    """Limits below the sizes of the files it makes."""
+    before = read_tree(site.before(step))
+    sizes = [len(content) for name, content in site.expected[step.name].items() if name not in before]
+    return [1, *sorted({size - 1 for size in sizes if size > 1})]
+
+
+def run_limited_sizes(site: Site, step: Step, size: int) -> tuple[int | None, list[str]]:
+    """Run where no file may grow beyond a size (EFBIG, as a quota), then give the command again."""
+    found = site.run(step, lambda: limit_file_sizes(size))
+    return found.code, refused_problems(site, step, found) + site.check_again(step)
+
+
+def list_read_only(site: Site, step: Step, chance: random.Random) -> list[str]:
+    """The one case."""
+    return ["all"] if can_mount() else []
+
+
+def run_read_only(site: Site, step: Step, case: str) -> tuple[int | None, list[str]]:
+    """Run on a read-only disk, then give the command again on one that is not."""
+    with site.disk(step):
+        set_read_only(site.place, True)
+        found = site.run(step)
+        set_read_only(site.place, False)
+        return found.code, refused_problems(site, step, found) + site.check_again(step)
+
+
+def list_permissions(site: Site, step: Step, chance: random.Random) -> list[str]:
+    """Every file and folder that is there before the step."""
+    return [".", *read_tree(site.before(step))]
+
+
+def run_without_permission(site: Site, step: Step, name: str) -> tuple[int | None, list[str]]:
+    """Run where a file may not be read, or a folder not be written to, then give the command again."""
+    path = site.place / name
+    mode = path.stat().st_mode
+    path.chmod(0o555 if path.is_dir() else 0)
+    found = site.run(step, heed_permissions)
+    path.chmod(mode)
+    return found.code, refused_problems(site, step, found) + site.check_again(step)
+
+
+def list_outputs(site: Site, step: Step, chance: random.Random) -> list[str]:
+    """Every file that the step makes."""
+    before = read_tree(site.before(step))
+    return [name for name in site.expected[step.name] if name not in before and not name.endswith("/")]
+
+
+def run_folder_in_place(site: Site, step: Step, name: str) -> tuple[int | None, list[str]]:
+    """Run with a folder where an output belongs, then give the command again without it."""
+    path = site.place / name
+    path.mkdir(parents=True)
+    found = site.run(step)
+    problems = refused_problems(site, step, found)
+    if path.is_dir():
+        path.rmdir()
+    return found.code, problems + site.check_again(step)
+
+
+def list_moments(site: Site, step: Step, chance: random.Random) -> list[tuple[int, float]]:
+    """Both signals at moments of a run, as parts of its time."""
+    return [(number, chance.random()) for number in (signal.SIGINT, signal.SIGTERM) for _ in range(20)]
+
+
+def run_signal(site: Site, step: Step, case: tuple[int, float]) -> tuple[int | None, list[str]]:
+    """Send a signal, then give the command again."""
+    number, part = case
+    running = site.start(step)
+    running.wait_until_ready()
+    time.sleep(part * site.seconds[step.name])
+    os.kill(running.process, number)
+    began = time.monotonic()
+    found = running.finish()
+    problems = []
+    if found.code not in (0, 128 + number):
+        problems.append(f"exit {found.code}{found!r}")
+    if found.code and found.err.strip().splitlines()[-1:] != [_INTERRUPTED]:
+        problems.append(f"it did not say that it was interrupted{found!r}")
+    problems += [f"{mark}{found!r}" for mark in ("Traceback", "bug in clipcid", "Error: ") if mark in found.err]
+    if time.monotonic() - began > _PROMPT:
+        problems.append(f"it took {time.monotonic() - began:.1f} s to end")
+    return found.code, problems + site.find_half(step) + site.check_again(step)
+
+
+def list_clocks(site: Site, step: Step, chance: random.Random) -> list[tuple[int, float, float, float]]:
+    """At an operation; the clock's offset before the kill, its drift, and its offset after."""
+    count = len(site.operations[step.name])
+    wrong = ((_YEAR, 0, -_YEAR), (-_YEAR, 0, _YEAR), (0, -10, -_YEAR), (-50 * _YEAR, 0, 0))
+    return [(chance.randrange(count), *clocks) for clocks in wrong]
+
+
+def run_wrong_clock(site: Site, step: Step, case: tuple[int, float, float, float]) -> tuple[int | None, list[str]]:
+    """Kill a run whose clock is wrong, and give the command again under another wrong clock; all files are of the future."""
+    number, offset, drift, later = case
+    for path in site.place.rglob("*"):
+        os.utime(path, (time.time() + _YEAR,) * 2)
+
+    def hook() -> None:
+        shift_clock(offset, drift)
+        Operations(site.log, number, act=kill).install()
+
+    found = site.run(step, hook)
+    problems = killed_problems(found) + site.find_half(step)
+    site.age_partials()
+    problems += site.check_again(step, lambda: shift_clock(later, -0.5))
+    return found.code, [problem for problem in problems if "/index/" not in problem]  # it records times of files
+
+
+def run_delayed(site: Site, step: Step, number: int) -> tuple[int | None, list[str]]:
+    """Start a second run while the first one is slow at a file operation; then give the command again."""
+
+    def wait(name: str, target: Any) -> None:
+        os.write(writer, b".")
+        time.sleep(2 * site.seconds[step.name] + 0.5)
+
+    reader, writer = os.pipe()
+    first = site.start(step, Operations(site.log, number, act=wait).install)
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)
+    found = [site.run(step), first.finish()]
+    problems = []
+    for outcome in found:
+        if outcome.problems() or (outcome.code == 1 and "Another run" not in outcome.err):
+            problems.append(f"{outcome.problems()}{outcome!r}")
+    if all(outcome.code for outcome in found):
+        problems.append(f"neither of the two runs ended well{found!r}")
+    return found[0].code, problems + site.check_again(step)
+
+
+def list_operations(site: Site, step: Step, chance: random.Random) -> list[int]:
+    """A part of the file operations."""
+    count = len(site.operations[step.name])
+    return sorted(chance.sample(range(count), min(15, count)))
+
+
+_WHOLE = "The same command again leaves the bytes of an undisturbed run, and no other files."
+_REFUSED = "One error that names the file and the fix, exit 1, or a whole result where the file is not needed."
+FAULTS = (
+    Fault("killed", f"Nothing is half under its final name. {_WHOLE}", 9, list_kills, run_kill),
+    Fault("full disk", f"{_REFUSED} {_WHOLE}", 4, list_rooms, run_full_disk),
+    Fault("limit of file sizes", f"{_REFUSED} {_WHOLE}", 2, list_sizes, run_limited_sizes),
+    Fault("read-only disk", f"{_REFUSED} {_WHOLE}", 1, list_read_only, run_read_only),
+    Fault("no permission", f"{_REFUSED} {_WHOLE}", 3, list_permissions, run_without_permission),
+    Fault("a folder in an output's place", f"{_REFUSED} {_WHOLE}", 2, list_outputs, run_folder_in_place),
+    Fault("Ctrl-C, SIGTERM", f"Exit 130 or 143 within 5 s. {_WHOLE}", 4, list_moments, run_signal),
+    Fault("two runs at once", f"One of them says so and exits 1, or waits. {_WHOLE}", 3, list_operations, run_delayed),
+    Fault("clock set back", f"No difference, killed or not. {_WHOLE}", 2, list_clocks, run_wrong_clock),
+)

@@ -1,0 +1,208 @@
+"""One command line in a forked child of a process that has imported everything, with faults put into it at its start."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import dataclasses
+import importlib
+import io
+import itertools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from one_process import Outcome
+
+from clipcid_cli.cli import main
+from clipcid_cli.commands.signals import Signals
+from clipcid_cli.runtime.imports import importing
+
+_WRITING = os.O_WRONLY | os.O_RDWR
+_COUNTED = ("replace", "rename", "fsync", "unlink", "remove", "rmdir", "mkdir", "ftruncate", "posix_fallocate")
+
+_IMPORTED = (
+    *(f"clipcid_cli.steps.{step}.run" for step in ("balance", "cluster", "distill", "embed", "export")),
+    *(f"clipcid_cli.steps.evaluate.{step}" for step in ("zeroshot", "linear")),
+    "clipcid_cli.commands.console",
+    *("faiss", "jinja2", "matplotlib.figure", "open_clip", "pyarrow.dataset"),
+    *(
+        f"transformers.models.clip.{name}_clip"
+        for name in ("modeling", "processing", "image_processing", "tokenization")
+    ),
+)
+
+Act = Callable[[str, Any], None]
+Hook = Callable[[], None]
+
+
+def import_everything() -> None:
+    """Import once what the command lines import, so that a case is a fork."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "100", "GOMP_SPINCOUNT": "0"}
+    os.environ |= {"CLIPCID_WORKERS": "0", "CLIPCID_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with importing():
+        for module in _IMPORTED:
+            importlib.import_module(module)
+
+
+class Operations:
+    """Counts the file operations of this process, logs them, and acts before or after one of them.
+
+    Counted are those of `os` that create, rename, flush or remove, and the opening of a file for writing.
+    """
+
+    def __init__(self, log: Path, at: int | None = None, after: bool = False, act: Act | None = None) -> None:
+        self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self._numbers = itertools.count()
+        self._act_at = (at, after)
+        self._act = act
+
+    def install(self) -> None:
+        """Wrap the functions, for the rest of this process."""
+        for name in _COUNTED:
+            setattr(os, name, self._wrap(name, getattr(os, name)))
+        os.open = self._wrap("open", os.open, lambda flags=0, *_, **__: flags & _WRITING)  # type: ignore[assignment]
+        opened = self._wrap("open", io.open, lambda mode="r", *_, **__: set(mode) & set("wax+"))
+        builtins.open = io.open = opened
+
+    def _wrap(self, name: str, real: Any, is_counted: Callable[..., Any] = lambda *_, **__: True) -> Any:
+        def counted(target: Any, *rest: Any, **named: Any) -> Any:
+            if not is_counted(*rest, **{key: value for key, value in named.items() if key in ("mode", "flags")}):
+                return real(target, *rest, **named)
+            number = next(self._numbers)
+            os.write(self._log, f"{name} {target}\n".encode(errors="surrogateescape"))
+            if self._act is not None and self._act_at == (number, False):
+                self._act(name, target)
+            result = real(target, *rest, **named)
+            if self._act is not None and self._act_at == (number, True):
+                self._act(name, target)
+            return result
+
+        return counted
+
+
+def read_operations(log: Path) -> list[str]:
+    """Return what `Operations` logged: the function and its first argument."""
+    return log.read_text(errors="replace").splitlines()
+
+
+def kill(name: str, target: Any) -> None:
+    """Die as of `kill -9` or a power cut; half of what was not yet flushed to the disk is lost."""
+    if name == "fsync":
+        os.truncate(target, os.fstat(target).st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def shift_clock(offset: float, drift: float = 0.0) -> None:
+    """Let the clock of this process go wrong: by `offset` seconds, and by `drift` more whenever it is read."""
+    real, reads = time.time, itertools.count()
+
+    def now() -> float:
+        return real() + offset + drift * next(reads)
+
+    time.time = now
+    time.time_ns = lambda: int(now() * 1e9)
+
+
+@dataclasses.dataclass
+class Running:
+    """A command line that runs in a child.
+
+    Attributes:
+        process: The number of the child.
+        out: The reading end of the pipe that is its stdout.
+        err: That of its stderr.
+        ready: That of a pipe into which it writes when it heeds signals.
+    """
+
+    arguments: tuple[str, ...]
+    process: int
+    out: int
+    err: int
+    ready: int
+
+    def wait_until_ready(self) -> None:
+        """Wait until it heeds signals, or has ended."""
+        os.read(self.ready, 1)
+
+    def finish(self, patience: float = 30.0) -> Outcome:
+        """Wait for its end; one that takes longer is said to hang, and killed.
+
+        Returns:
+            What it did; a signal that killed it is a negative exit code.
+        """
+        deadline, code = time.monotonic() + patience, None
+        while (ended := os.waitpid(self.process, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        if ended[0]:
+            code = os.waitstatus_to_exitcode(ended[1])
+        else:
+            os.kill(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+        os.close(self.ready)
+        return Outcome(self.arguments, code, _read_rest(self.out), _read_rest(self.err))
+
+
+def _read_rest(pipe: int) -> str:
+    """Read what is in a pipe and close it; a process that the child left may still hold the other end."""
+    os.set_blocking(pipe, False)
+    found = b""
+    with contextlib.suppress(BlockingIOError):
+        while part := os.read(pipe, 1 << 16):
+            found += part
+    os.close(pipe)
+    return found.decode(errors="replace")
+
+
+def start(
+    arguments: tuple[str, ...], cwd: Path, hook: Hook | None = None, environment: dict[str, str] | None = None
+) -> Running:
+    """Start a command line in a child.
+
+    Args:
+        hook: Called in the child first; puts a fault in.
+    """
+    pipes = [os.pipe() for _ in range(3)]
+    process = os.fork()
+    if process == 0:
+        code = 70
+        try:
+            code = _run_here(arguments, cwd, [writer for _, writer in pipes], hook, environment or {})
+        finally:
+            os._exit(code)
+    for _, writer in pipes:
+        os.close(writer)
+    return Running(arguments, process, *(reader for reader, _ in pipes))
+
+
+def _run_here(
+    arguments: tuple[str, ...], cwd: Path, pipes: list[int], hook: Hook | None, environment: dict[str, str]
+) -> int:
+    os.chdir(cwd)
+    os.environ |= environment
+    out, err, ready = pipes
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # open until the process ends
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background has it ignored
+    watch = Signals.watch
+
+    def watch_and_say(self: Signals, report: Callable[[], None]) -> None:
+        watch(self, report)
+        os.write(ready, b".")
+
+    Signals.watch = watch_and_say  # type: ignore[method-assign]
+    if hook is not None:
+        hook()
+    try:
+        main(arguments)
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()

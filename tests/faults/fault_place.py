@@ -1,0 +1,215 @@
+"""The steps that the harness disturbs, the folder they run in, and what that folder holds in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from conftest import make_image, shard_members, write_tar, write_tiny_model
+from distill_data import STUDENT
+from fault_child import Hook, Operations, Running, read_operations, start
+from fault_disks import own_disk
+from one_process import Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A command that is disturbed.
+
+    Attributes:
+        name: Its column in docs/faults.md.
+        after: The step whose place it starts in; None: the data and a model alone.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    after: str | None = None
+
+
+_DISTILL = ("distill", "--student", "student.json", "--name", "run", "--steps", "3", "--batch-size", "4")
+STEPS = (
+    Step("embed", ("embed", "data", "--model", "model", "--batch-size", "8")),
+    Step("balance", ("balance", "--keep", "0.7"), "embed"),
+    Step("balance, partitioned", ("balance", "--keep", "0.7", "--neighbors", "partitioned"), "embed"),
+    Step("balance, new shards", ("balance", "--keep", "0.7", "--write-shards", "made"), "balance"),
+    Step("cluster", ("cluster", "--num-clusters", "3", "--iterations", "2"), "balance"),
+    Step("distill", (*_DISTILL, "--checkpoint-every", "1", "--val-fraction", "0.2"), "cluster"),
+    Step("eval-zeroshot", ("eval-zeroshot", "model", "classified", "--predictions")),
+    Step("eval-linear", ("eval-linear", "model", "--train", "classified", "--test", "classified")),
+    Step("export", ("export", "model", "--format", "open-clip", "--format", "hf", "--out", "out")),
+)
+
+Tree = dict[str, bytes]
+
+
+class Site:
+    """A folder in which steps run one at a time, always under the same path, so that equal runs leave equal bytes.
+
+    Attributes:
+        place: Where they run.
+        log: Where a disturbed run logs its file operations.
+        expected: By step, what an undisturbed run leaves.
+        operations: By step, the file operations of an undisturbed run.
+        seconds: By step, how long it takes.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.place = root / "place"
+        self.log = root / "operations"
+        self.expected: dict[str, Tree] = {}
+        self.operations: dict[str, list[str]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def prepare(self) -> None:
+        """Write the data and a model, and run every step undisturbed."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        base = self.root / "before-None"
+        child = os.fork()  # a parent whose PyTorch has computed could not be forked
+        if child == 0:
+            try:
+                _write_inputs(base)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        for step in STEPS:
+            self.reset(step)
+            began = time.monotonic()
+            found = self.run(step, Operations(self.log).install)
+            self.seconds[step.name] = time.monotonic() - began
+            assert found.code == 0, found
+            self.operations[step.name] = read_operations(self.log)
+            self.expected[step.name] = read_tree(self.place)
+            shutil.copytree(self.place, self.root / f"before-{step.name}", symlinks=True)
+
+    def reset(self, step: Step) -> None:
+        """Make the place that of the moment before a step."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.fill(step)
+
+    def fill(self, step: Step) -> None:
+        """Copy what there is before a step into the place."""
+        shutil.copytree(self.before(step), self.place, symlinks=True, dirs_exist_ok=True)
+
+    def start(self, step: Step, hook: Hook | None = None, **environment: str) -> Running:
+        """Start a step in the place."""
+        return start(step.command, self.place, hook, environment)
+
+    def run(self, step: Step, hook: Hook | None = None) -> Outcome:
+        """Run a step in the place to its end."""
+        return self.start(step, hook).finish()
+
+    def before(self, step: Step) -> Path:
+        """Return the folder that the place is a copy of before a step."""
+        return self.root / f"before-{step.after}"
+
+    @contextmanager
+    def disk(self, step: Step) -> Iterator[None]:
+        """Give the place a disk of its own for the time of a case."""
+        shutil.rmtree(self.place)
+        with own_disk(self.place):
+            self.fill(step)
+            yield
+
+    def check_again(self, step: Step, hook: Hook | None = None) -> list[str]:
+        """Give the command once more, and return what is not as if nothing had happened."""
+        found = self.run(step, hook)
+        if found.code != 0 or found.problems():
+            return [f"given again: {', '.join(found.problems())}{found!r}"]
+        return self.compare(step)
+
+    def compare(self, step: Step) -> list[str]:
+        """Return the files that are not those of an undisturbed run: other bytes, missing, or left over."""
+        found, expected = read_tree(self.place), self.expected[step.name]
+        kinds = {name: "other bytes" if name in expected else "left over" for name in found}
+        kinds |= dict.fromkeys(expected.keys() - found.keys(), "missing")
+        return [
+            f"{kind}: {name}"
+            for name, kind in kinds.items()
+            if found.get(name) != expected.get(name) and not _NOTES.search(name)
+        ]
+
+    def age_partials(self) -> None:
+        """Let two hours pass for partial files, since those of a run that may go on are left alone for one."""
+        for path in self.place.rglob("*.partial"):
+            os.utime(path, (time.time() - 7200,) * 2)
+
+    def find_half(self, step: Step) -> list[str]:
+        """Return the files under final names that are neither whole nor as before the step."""
+        found, expected = read_tree(self.place), self.expected[step.name]
+        before = read_tree(self.before(step))
+        return [
+            f"half under its final name: {name}"
+            for name, content in found.items()
+            if name in expected and content not in (expected[name], before.get(name)) and not name.endswith(".jsonl")
+        ]
+
+
+def _write_inputs(place: Path) -> None:
+    write_tiny_model(place / "model")
+    write_tar(place / "data/00000.tar", shard_members(0, 10))
+    write_tar(place / "data/00001.tar", shard_members(10, 8))
+    members = [
+        member
+        for number in range(12)
+        for member in ((f"{number}.png", make_image(number)), (f"{number}.cls", str(number % 3).encode()))
+    ]
+    write_tar(place / "classified/0.tar", members)
+    (place / "classified/classnames.txt").write_text("one\ntwo\nthree\n")
+    (place / "student.json").write_text(json.dumps(STUDENT))
+
+
+# What a run that is killed right after its sidecar leaves of `embed`; the next run of other settings removes it.
+_NOTES = re.compile(r"/\.(shards/|embed\.plan\.json$)")
+_MEASURED = ("seconds", "time", "samples_per_second", "images_per_second", "data_wait_share")
+_NUMBERS = re.compile(rb"\d[\d.,]*")
+_FOR_PEOPLE = (".html", ".md", ".csv")  # their numbers are rounded ones of the JSON files
+_WITH_TIMES = (*_FOR_PEOPLE, ".json", ".jsonl")
+
+
+def read_tree(place: Path) -> Tree:
+    """Read all files and folders below a place, without what was measured: times, rates, and who held a lock."""
+    tree = {}
+    for path in sorted(place.rglob("*")):
+        name = str(path.relative_to(place))
+        if path.is_dir():
+            tree[name + "/"] = b""
+        elif path.suffix == ".lock":
+            tree[name] = b""
+        else:
+            tree[name] = _without_times(path)
+    return tree
+
+
+def _without_times(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix == ".pt" and zipfile.is_zipfile(path):  # equal states differ in which of their texts are one object
+        with zipfile.ZipFile(path) as archive:
+            return b"".join(archive.read(name) for name in archive.namelist() if "/data/" in name)
+    if path.suffix in _FOR_PEOPLE:
+        return _NUMBERS.sub(b"0", content)
+    if path.suffix not in (".json", ".jsonl"):
+        return content
+    lines = content.splitlines() if path.suffix == ".jsonl" else [content]
+    try:
+        return b"\n".join(json.dumps(_drop_measured(json.loads(line))).encode() for line in lines)
+    except ValueError:
+        return content
+
+
+def _drop_measured(value: Any) -> Any:
+    if isinstance(value, dict):
+        dropped = _MEASURED
+        if str(value.get("path", "")).endswith(_WITH_TIMES):  # the entry of a file with times in it
+            dropped += ("size", "hash")
+        return {name: _drop_measured(entry) for name, entry in value.items() if name not in dropped}
+    return [_drop_measured(entry) for entry in value] if isinstance(value, list) else value

@@ -1,0 +1,162 @@
+"""Puts faults into every step and counts what is lost: ``python tests/faults/harness.py --seed 0 [--all] [--write]``.
+
+Without ``--all`` a seeded sample is run, as in the everyday suite. ``--write`` puts the counts into docs/faults.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a command; under pytest it is there already
+
+from fault_cases import FAULTS, Fault
+from fault_child import import_everything
+from fault_place import STEPS, Site, Step
+
+DOCUMENT = Path(__file__).parents[2] / "clipcid_cli" / "docs" / "faults.md"
+_BEGIN, _END = "<!-- written by tests/faults/harness.py -->", "<!-- end -->"
+
+
+@dataclasses.dataclass
+class Row:
+    """What the cases of a fault gave.
+
+    Attributes:
+        cases: Their number by step.
+        codes: How often a disturbed run ended with an exit code.
+        losses: What broke the rules, by case.
+    """
+
+    cases: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    codes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    losses: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+
+def run_faults(faults: list[Fault], seed: int, everything: bool, jobs: int) -> dict[str, Row]:
+    """Run the cases of faults, in several processes where asked.
+
+    Returns:
+        What they gave, by the name of the fault.
+    """
+    import_everything()
+    rows = {fault.name: Row() for fault in faults}
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:
+        workers = []
+        for number in range(jobs):
+            child = os.fork()
+            if child == 0:
+                try:
+                    _work(Path(name, str(number)), faults, seed, everything, number, jobs)
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+            workers.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in workers]
+        assert not any(codes), f"workers ended with {codes}"
+        for number in range(jobs):
+            for fault, found in json.loads(Path(name, f"{number}.json").read_text()).items():
+                rows[fault].cases.update(found["cases"])
+                rows[fault].codes.update(found["codes"])
+                rows[fault].losses += found["losses"]
+                rows[fault].seconds += found["seconds"]
+    return rows
+
+
+def _work(root: Path, faults: list[Fault], seed: int, everything: bool, number: int, jobs: int) -> None:
+    site = Site(root)
+    site.prepare()
+    rows: dict[str, Any] = {}
+    for fault in faults:
+        row, began = Row(), time.monotonic()
+        for step, case in draw_cases(site, fault, seed, everything)[number::jobs]:
+            site.reset(step)
+            code, problems = fault.run_case(site, step, case)
+            row.cases[step.name] += 1
+            row.codes[str(code)] += 1
+            if problems:
+                row.losses.append(f"{fault.name}, {step.name}, {case}: " + "; ".join(problems))
+                print(row.losses[-1], file=sys.stderr, flush=True)
+        row.seconds = time.monotonic() - began
+        rows[fault.name] = vars(row)
+    root.with_suffix(".json").write_text(json.dumps(rows))
+    shutil.rmtree(root)
+
+
+def draw_cases(site: Site, fault: Fault, seed: int, everything: bool) -> list[tuple[Step, Any]]:
+    """Return the cases of a fault: all, or a sample that goes round the steps."""
+    chance = random.Random(seed + zlib.crc32(fault.name.encode()))
+    by_step = {step: fault.list_cases(site, step, chance) for step in STEPS}
+    if everything:
+        return [(step, case) for step, cases in by_step.items() for case in cases]
+    steps = [step for step, cases in by_step.items() if cases]
+    chance.shuffle(steps)
+    return [(step, chance.choice(by_step[step])) for step in (steps * fault.everyday)[: fault.everyday]]
+
+
+def write_table(rows: dict[str, Row], seed: int) -> None:
+    """Put the counts between the marks of docs/faults.md; faults that were not run keep their lines."""
+    page = DOCUMENT.read_text(encoding="utf-8")
+    head, _, rest = page.partition(_BEGIN)
+    old, _, tail = rest.partition(_END)
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in old.splitlines() if line.startswith("| ")}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    for name, row in rows.items():
+        counts = [f"{row.cases[step.name] or '–'}" for step in STEPS]
+        codes = ", ".join(f"{code} ({count:,})" for code, count in sorted(row.codes.items()))
+        measured = [
+            f"{sum(row.cases.values()):,}",
+            str(len(row.losses)),
+            str(seed),
+            commit.strip(),
+            f"{row.seconds:,.0f}",
+        ]
+        lines[name] = f"| {' | '.join([name, codes, *counts, *measured])} |"
+    heading = ["fault", "exit (runs)", *(step.name for step in STEPS), "cases", "losses", "seed", "commit", "seconds"]
+    table = [f"| {' | '.join(heading)} |", "|" + "---|" * len(heading)]
+    table += [lines[fault.name] for fault in FAULTS if fault.name in lines]
+    results = [f"- **{fault.name}**: {fault.result}" for fault in FAULTS]
+    body = "\n".join([*results, "", *table])
+    DOCUMENT.write_text(f"{head}{_BEGIN}\n{body}\n{_END}{tail}", encoding="utf-8")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--all", action="store_true", help="run every case, not a sample")
+    parser.add_argument("--only", action="append", metavar="FAULT", help="run this fault alone; may be repeated")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cases that run at a time")
+    parser.add_argument("--write", action="store_true", help="put the counts into docs/faults.md")
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    chosen = parse_arguments()
+    names = chosen.only or [fault.name for fault in FAULTS]
+    given = run_faults([fault for fault in FAULTS if fault.name in names], chosen.seed, chosen.all, chosen.jobs)
+    if chosen.json:
+        print(json.dumps({name: vars(row) for name, row in given.items()}))
+    for name, row in {} if chosen.json else given.items():
+        print(
+            f"{name}: {sum(row.cases.values())} cases, {len(row.losses)} losses, {dict(row.codes)}, {row.seconds:.0f} s"
+        )
+    if chosen.write:
+        write_table(given, chosen.seed)
+    sys.exit(any(row.losses for row in given.values()))
