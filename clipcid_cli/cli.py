@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     debug = "--debug" in arguments or os.environ.get("CLIPCID_DEBUG", "").lower() in ("1", "true", "yes", "on")
     as_json = "--json" in arguments or os.environ.get("CLIPCID_JSON", "").lower() in ("1", "true", "yes", "on")
     command = next((word for word in arguments if word in COMMANDS), "")
-    signals, rank, size = Signals(), 0, 1
+    signals, rank, size, code = Signals(), 0, 1, 1
     try:
         rank, size = read_world()
         signals.watch(lambda: _report_interrupt(rank))
@@ -117,7 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             _report_interrupt(rank)
             code = signals.exit_code
     except Exception as error:
-        code = _report_unforeseen(error, command, debug=debug, as_json=as_json)
+        if signals.received is None:
+            code = _report_unforeseen(error, command, debug=debug, as_json=as_json)
+        else:  # a library turned the interrupt into an error of its own
+            _report_interrupt(rank)
     if signals.received is not None:  # whatever it made fail first
         code = signals.exit_code
     signals.stop()

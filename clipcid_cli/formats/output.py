@@ -329,9 +329,6 @@ def open_output(
             sidecar.unlink(missing_ok=True)
             clear()
             write_json(plan, identity | {"cleared": True})
-        elif finished is not None:
-            with suppress(OSError):  # of a run that was killed right after its sidecar; a read-only folder keeps it
-                plan.unlink(missing_ok=True)
         yield Output(folder, step, settings, inputs, finished, resumed, earlier)
 
 

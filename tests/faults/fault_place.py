@@ -168,8 +168,8 @@ def _write_inputs(place: Path) -> None:
     (place / "student.json").write_text(json.dumps(STUDENT))
 
 
-# What a run that is killed right after its sidecar leaves of `embed`; the next run of other settings removes it.
-_NOTES = re.compile(r"/\.(shards/|embed\.plan\.json$)")
+# What a run that is killed right after its sidecar leaves; the next run of other settings removes it.
+_NOTES = re.compile(r"/\.(shards/|[\w-]+\.plan\.json$)")
 _MEASURED = ("seconds", "time", "samples_per_second", "images_per_second", "data_wait_share")
 _NUMBERS = re.compile(rb"\d[\d.,]*")
 _FOR_PEOPLE = (".html", ".md", ".csv")  # their numbers are rounded ones of the JSON files
