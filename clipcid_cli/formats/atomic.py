@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 _ABANDONED_SECONDS = 3600.0
+_PIECES_AT_ONCE = 8192
 
 
 @contextmanager
@@ -145,12 +147,19 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON; NaN and infinities are refused since JSON has none."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     try:
-        text.encode("utf-8")
+        _write_json(path, value, ensure_ascii=False)
     except UnicodeEncodeError:  # the name of a file that is not UTF-8: escaped, it is read back as it is
-        text = json.dumps(value, indent=2, allow_nan=False)
-    write_text(path, text + "\n")
+        _write_json(path, value, ensure_ascii=True)
+
+
+def _write_json(path: Path, value: Any, *, ensure_ascii: bool) -> None:
+    # Some at a time: the sidecar of 41,000 shards would take 150 MB as a whole.
+    pieces = json.JSONEncoder(indent=2, ensure_ascii=ensure_ascii, allow_nan=False).iterencode(value)
+    with atomic_file(path) as file:
+        while text := "".join(islice(pieces, _PIECES_AT_ONCE)):
+            file.write(text.encode("utf-8"))
+        file.write(b"\n")
 
 
 def write_npy(path: Path, array: np.ndarray[Any, Any]) -> None:

@@ -317,7 +317,7 @@ def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[
     if column is not None:
         if len(column) != file.rows:
             raise ClipcidError(f"{file.metadata} has {len(column):,} rows; {file.rows:,} were found before.", AGAIN)
-        return column.fill_null("")
+        return column.fill_null("") if column.null_count else column
     pieces = (range(file.rows)[at : at + _NAMES_AT_ONCE] for at in range(0, file.rows, _NAMES_AT_ONCE))
     return pa.chunked_array([pa.array(map(default, piece), _TEXT) for piece in pieces], type=_TEXT)
 
