@@ -24,6 +24,7 @@ from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill import run as distill
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, TrainingBatch
+from clipcid_cli.steps.distill.objective import Teacher
 from clipcid_cli.steps.distill.samples import Sources, match_samples
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs, check_keys, use_stored
 from clipcid_cli.steps.embed import run as embed
@@ -105,6 +106,12 @@ def encode_shown(model: ClipModel, batch: TrainingBatch) -> tuple[np.ndarray, np
     """Embed what a batch shows, pixels in their colours and tokens: float32 rows [b, D] of images and of texts."""
     pixels = normalize_pixels(apply_colors(batch.pixels, batch.colors), model.info.preprocess)
     return model.encode_images(pixels, FP32).numpy(), model.encode_texts(batch.tokens, FP32).numpy()
+
+
+def add_targets(teacher: Teacher, batch: TrainingBatch, width: int, step: int = 0) -> LossBatch:
+    """Return some student's side of a whole batch with the teacher's."""
+    targets = teacher.prepare(batch, batch.rows.numpy(), step)
+    return teacher.add_targets(student_side(len(batch.rows), width), batch, targets)
 
 
 def student_side(rows: int, width: int) -> LossBatch:

@@ -22,7 +22,7 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.queues import Queue
@@ -76,7 +76,7 @@ def load_batches(
     *,
     ahead: int = 2,
     stall_seconds: float = STALL_SECONDS,
-) -> Iterator[Prepared]:
+) -> Generator[Prepared]:
     """Prepare batches, in order.
 
     Args:

@@ -4,14 +4,17 @@
         ...                     # tensors made with device="cuda" live there
         device.operators        # operators that reached the device, by name
         device.waits            # what would have made the host wait for it, by kind
+        device.prefetched       # operators in other threads than the main one, by name
 
-Mixed devices, ``.numpy()`` of a device tensor and a CPU generator for a device's draw fail as they would on a GPU. It says
-nothing of kernels, streams, races, memory, NCCL or speed. PyTorch stays changed: use it in a process of its own, and end
+Mixed devices, ``.numpy()`` of a device tensor and a CPU generator for a device's draw fail as they would on a GPU; so does
+a tensor that was made in another stream which the current one has not waited for. It says nothing of kernels, races within
+a stream, memory, NCCL or speed. PyTorch stays changed: use it in a process of its own, and end
 that with `os._exit`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +48,9 @@ class DeviceTensor(torch.Tensor):
     """A tensor that says it is on ``cuda:0``; `held` has its values."""
 
     held: torch.Tensor
+    made_in: Stream
+    made_at: int
+    used_in: Stream | None = None
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> DeviceTensor:
@@ -53,6 +59,8 @@ class DeviceTensor(torch.Tensor):
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=CUDA
         )
         wrapper.held = held
+        wrapper.made_in = stream = _streams.current()
+        wrapper.made_at = stream.time
         return wrapper
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -70,6 +78,10 @@ class DeviceTensor(torch.Tensor):
         """Go into a checkpoint by value; what reads it moves it to its device."""
         _current.waits["to the host"] += 1
         return self.held.__reduce_ex__(protocol)
+
+    def record_stream(self, stream: Stream) -> None:  # type: ignore[override]
+        """Keep the memory until a stream has used it."""
+        self.used_in = stream
 
     def tolist(self) -> Any:
         """Return the values: PyTorch reads them without an operator."""
@@ -92,6 +104,7 @@ class SimulatedCuda(TorchDispatchMode):
         self.operators: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.inexact: Counter[str] = Counter()
+        self.prefetched: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `run`."""
@@ -111,12 +124,15 @@ class SimulatedCuda(TorchDispatchMode):
         to_host = target is not None and torch.device(target).type == "cpu"
         if on_device and name not in COPIES:
             self._refuse_host_tensors(name, flat)
+        for value in on_device:
+            _streams.current().check(value, name)
+        ahead = threading.current_thread().name.startswith("prefetch")
         if on_device or to_device:
-            self.operators[name] += 1
+            (self.prefetched if ahead else self.operators)[name] += 1
+        if on_device and not ahead:
+            self._count_waits(name, flat, to_host, args, kwargs)
         if on_device and name in PRODUCTS and not _sums_exactly(flat):
             self.inexact[name] += 1
-        if on_device:
-            self._count_waits(name, flat, to_host, args, kwargs)
         held_args, held_kwargs = tree_map(_held, args), tree_map(_held, dict(kwargs))
         if to_device:
             held_kwargs["device"] = torch.device("cpu")
@@ -155,6 +171,67 @@ class SimulatedCuda(TorchDispatchMode):
             self.waits["boolean index"] += 1
 
 
+class Stream:
+    """A stream: it may use what it made itself, and what was made before an event it has waited for."""
+
+    def __init__(self, device: object = None) -> None:
+        """Nothing has been made."""
+        self.time = 0
+        self._seen: dict[Stream, int] = {}
+
+    def record_event(self) -> tuple[Stream, int]:
+        """Return an event after all that was made so far."""
+        self.time += 1
+        return self, self.time
+
+    def wait_event(self, event: tuple[Stream, int]) -> None:
+        """Use what was made before an event from now on."""
+        self._seen[event[0]] = event[1]
+
+    def wait_stream(self, other: Stream) -> None:
+        """Use what another stream made so far from now on."""
+        self.wait_event(other.record_event())
+
+    def check(self, value: DeviceTensor, name: str) -> None:
+        """Refuse a tensor of another stream that may not be there yet, or whose memory may be given away.
+
+        Raises:
+            RuntimeError: when this stream has not waited for it, or its memory was not recorded as used here.
+        """
+        if value.made_in is self:
+            return
+        if self._seen.get(value.made_in, 0) <= value.made_at:
+            raise RuntimeError(f"{name} uses a tensor of another stream without waiting for it")
+        if value.made_in is not _streams.default and value.used_in is not self:
+            raise RuntimeError(f"{name} uses a tensor of another stream without record_stream")
+
+
+class _Streams(threading.local):
+    """The current stream of each thread."""
+
+    default = Stream()
+    chosen: Stream | None = None
+
+    def current(self) -> Stream:
+        return self.chosen or self.default
+
+    @contextmanager
+    def use(self, stream: Stream) -> Iterator[None]:
+        before, self.chosen = self.chosen, stream
+        try:
+            yield
+        finally:
+            self.chosen = before
+
+
+class _InThread(TorchDispatchMode):
+    """The device in another thread than the one that began to simulate it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _current.run(func, args, kwargs or {})
+
+
+_streams = _Streams()
 _current = SimulatedCuda()
 
 
@@ -239,10 +316,21 @@ def _replace_calls() -> None:
         "manual_seed_all": lambda _: None,
         "memory_reserved": lambda *_: 0,
         "get_device_properties": lambda *_: Properties,
+        "Stream": Stream,
+        "stream": _streams.use,
+        "current_stream": lambda *_: _streams.current(),
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    run_thread = threading.Thread.run
+
+    def run(thread: threading.Thread) -> None:
+        with _InThread():
+            run_thread(thread)
+
+    threading.Thread.run = run  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = lambda tensor: tensor
     torch.tensor = tensor
     torch.inference_mode = torch.no_grad
     torch.nn.functional.scaled_dot_product_attention = _attention

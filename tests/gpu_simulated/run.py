@@ -27,6 +27,7 @@ def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
     device.operators.clear()
     device.waits.clear()
     device.inexact.clear()
+    device.prefetched.clear()
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(stdout), redirect_stderr(stderr):
         try:
@@ -41,6 +42,7 @@ def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
         "operators": dict(device.operators),
         "waits": dict(device.waits),
         "inexact": dict(device.inexact),
+        "prefetched": dict(device.prefetched),
     }
 
 

@@ -62,5 +62,7 @@ class ProjectedCentroids:
         taken_nd = torch.empty(len(ids), self.width, device=self.device)
         for first in range(0, len(ids), _ROWS_AT_ONCE):
             rows_bD = torch.from_numpy(np.take(self.stored_KD, ids[first : first + _ROWS_AT_ONCE], axis=0))
-            taken_nd[first : first + _ROWS_AT_ONCE] = project(rows_bD.to(self.device), self.axes)
+            if self.device.type == "cuda":
+                rows_bD = rows_bD.pin_memory()  # neither the host nor another stream waits for the copy
+            taken_nd[first : first + _ROWS_AT_ONCE] = project(rows_bD.to(self.device, non_blocking=True), self.axes)
         return taken_nd

@@ -21,12 +21,16 @@ class PrincipalAxes:
     """The first d principal axes of the teacher's rows.
 
     Attributes:
-        basis_Dd: The axes as orthonormal columns, float32 [D, d].
+        basis_Dd: The axes as orthonormal columns, float32 [D, d], on the device of the rows to be projected.
         kept: Share of the rows' squared length that lies in them, in [0, 1].
     """
 
-    basis_Dd: npt.NDArray[np.float32]
+    basis_Dd: Tensor
     kept: float
+
+    def to(self, device: torch.device) -> PrincipalAxes:
+        """Return them on a device."""
+        return dataclasses.replace(self, basis_Dd=self.basis_Dd.to(device))
 
 
 def second_moment(blocks: Iterable[npt.NDArray[Any]], width: int) -> npt.NDArray[np.float64]:
@@ -58,7 +62,7 @@ def principal_axes(moment_DD: npt.NDArray[np.float64], width: int) -> PrincipalA
     largest = np.abs(axes).argmax(axis=0)
     axes = axes * np.sign(axes[largest, np.arange(axes.shape[1])])
     kept = float(values[::-1][:width].sum() / values.sum())
-    return PrincipalAxes(axes.astype(np.float32), kept)
+    return PrincipalAxes(torch.from_numpy(axes.astype(np.float32)), kept)
 
 
 def project(rows_nD: Tensor, axes: PrincipalAxes | None) -> Tensor:
@@ -72,7 +76,7 @@ def project(rows_nD: Tensor, axes: PrincipalAxes | None) -> Tensor:
         Unit rows [n, d], or [n, D] without axes.
     """
     if axes is not None:
-        rows_nD = rows_nD @ torch.from_numpy(axes.basis_Dd).to(rows_nD.device)
+        rows_nD = rows_nD @ axes.basis_Dd
     return F.normalize(rows_nD, dim=1)
 
 

@@ -16,6 +16,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.tokenizer import Tokenizer
+
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -105,6 +108,19 @@ class ViewPixels:
         height, width = (size, size) if isinstance(size, int) else size
         resampling = _RESAMPLING.get(self.preprocess.get("interpolation", "bicubic"), Image.Resampling.BICUBIC)
         return np.asarray(image.resize((width, height), resampling, box=view.box))
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """How one model takes images (as a view shows them, at the model's size) and captions; picklable."""
+
+    pixels: ViewPixels
+    tokenizer: Tokenizer
+
+    @classmethod
+    def of(cls, model: ClipModel) -> Processor:
+        """Return the processor of `model`."""
+        return cls(ViewPixels(model.info.preprocess), model.tokenizer)
 
 
 def apply_colors(pixels: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:

@@ -15,11 +15,9 @@ from clipcid_cli.formats.data.dataset import Dataset, Sample
 from clipcid_cli.formats.data.index import SamplePlace
 from clipcid_cli.formats.embeddings.extras import ViewParams
 from clipcid_cli.formats.results.matched_samples import Column, SampleRows
-from clipcid_cli.runtime.models.augment import Augmentation, View, ViewPixels, choose_view
+from clipcid_cli.runtime.models.augment import Augmentation, Processor, View, choose_view
 from clipcid_cli.runtime.models.caches import ImageCache, TokenCache
-from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage
-from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.sample_order import SampleOrder
 from clipcid_cli.steps.distill.samples import index_of
@@ -102,6 +100,8 @@ class BatchOrder:
         self.batch_size, self._stored_views = batch_size, stored_views
         self._index = index_of(dataset)
         self._order = SampleOrder(seed, samples.sizes.tolist(), self._index.fetch_ahead)
+        # Of its own, as `rows` is called in another thread than `items`, and for steps before those of `items`.
+        self._whole = SampleOrder(seed, samples.sizes.tolist())
         self._places = samples.places()
         self._shard_ends = np.cumsum(samples.sizes)
 
@@ -121,6 +121,11 @@ class BatchOrder:
             self._item(epoch, row, SamplePlace(sources[shard], place))
             for (epoch, row), shard, place in zip(pairs, shards, self._places[rows].tolist(), strict=True)
         ]
+
+    def rows(self, step: int) -> npt.NDArray[np.int64]:
+        """Return the rows of a step's whole batch, int64 [B], in the order of `items` with one process."""
+        start = step * self.batch_size
+        return np.array([row for _, row in self._whole.between(start, start + self.batch_size)])
 
     def iterate(self, start: int, stop: int, rank: int, size: int) -> Iterator[list[Item]]:
         """Yield one process's parts of the batches from step `start` to before `stop`."""
@@ -157,19 +162,6 @@ class TrainingBatch:
     bad: list[tuple[str, str]]
     teacher_pixels: torch.Tensor | None = None
     teacher_tokens: torch.Tensor | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Processor:
-    """How one model takes images (as a view shows them, at the model's size) and captions; picklable."""
-
-    pixels: ViewPixels
-    tokenizer: Tokenizer
-
-    @classmethod
-    def of(cls, model: ClipModel) -> Processor:
-        """Return the processor of `model`."""
-        return cls(ViewPixels(model.info.preprocess), model.tokenizer)
 
 
 class BatchMaker:

@@ -88,10 +88,11 @@ def _measure_steps(run: TrainingRun) -> tuple[float, float, int]:
     loop = run.make_loop(lambda _: {})
     machine, device = run.machine, run.student.model.device
     prepared, trained = list[float](), list[float]()
-    for items in loop.order.iterate(0, _WARM_UP + _MEASURED, machine.rank, machine.size):
+    for number, items in enumerate(loop.order.iterate(0, _WARM_UP + _MEASURED, machine.rank, machine.size)):
         preparation = time_trial(partial(loop.maker, items), warm_up=0)
         prepared.append(preparation.seconds)
-        step = time_trial(partial(loop.step, preparation.result), device, warm_up=0)
+        batch = loop.prepare(preparation.result, number)
+        step = time_trial(partial(loop.step, batch), device, warm_up=0)
         trained.append(step.seconds)
     loop.read(len(trained), step.result)  # which refuses steps that diverged
     return statistics.median(prepared[_WARM_UP:]), statistics.median(trained[_WARM_UP:]), memory_in_use(device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,12 +24,13 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.grad_cache import BatchEncoder
+from clipcid_cli.runtime.prefetch import prefetch
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.step_values import StepValues
 from clipcid_cli.runtime.training import Trainer
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
-from clipcid_cli.steps.distill.objective import Objective
+from clipcid_cli.steps.distill.objective import Objective, PreparedBatch
 from clipcid_cli.steps.distill.plan import Schedule
 from clipcid_cli.steps.reporting import Progress, Reporter
 
@@ -87,10 +89,11 @@ class Loop:
             return
         close_copies()
         started, waited = time.monotonic(), 0.0
-        with self.reporter.progress("distill", (schedule.steps - first) * batch_size, "samples") as progress:
-            for batch, seconds_waited in self._batches():
+        left = (schedule.steps - first) * batch_size
+        with closing(self._batches()) as batches, self.reporter.progress("distill", left, "samples") as progress:
+            for batch, seconds_waited in batches:
                 waited += seconds_waited
-                self.bad.update({key: reason for reason, key in batch.bad})
+                self.bad.update({key: reason for reason, key in batch.local.bad})
                 if self.trainer.step == 0:
                     self._require_images()
                 rate = self.step(batch)
@@ -115,28 +118,32 @@ class Loop:
                 if saves:
                     self._save()
 
-    def _batches(self) -> Iterator[tuple[TrainingBatch, float]]:
-        """Yield each batch with the seconds spent waiting for it."""
-        items = self.order.iterate(self.trainer.step, self.schedule.steps, self.machine.rank, self.machine.size)
-        batches = load_batches(items, self.maker, self.workers)
-        while True:
+    def _batches(self) -> Generator[tuple[PreparedBatch, float]]:
+        """Yield each batch, prepared during the step before, with the seconds spent waiting for it."""
+        steps, machine = (self.trainer.step, self.schedule.steps), self.machine
+        made = load_batches(self.order.iterate(*steps, machine.rank, machine.size), self.maker, self.workers)
+        prepared = prefetch(zip(made, range(*steps), strict=True), lambda pair: self.prepare(*pair), machine.device)
+        with closing(made), closing(prepared):
             started = time.monotonic()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch, time.monotonic() - started
+            for batch in prepared:
+                yield batch, time.monotonic() - started
+                started = time.monotonic()
 
-    def step(self, batch: TrainingBatch) -> float:
+    def prepare(self, batch: TrainingBatch, step: int) -> PreparedBatch:
+        """Prepare a step's batch; a function of the batch and the step, whatever the steps before it change."""
+        rows = batch.rows.numpy() if self.machine.size == 1 else self.order.rows(step)
+        return self.objective.prepare(batch, rows, step)
+
+    def step(self, batch: PreparedBatch) -> float:
         """Make one optimiser step and return its learning rate; what it found stays on the device until it is read."""
-        trainer, module = self.trainer, self.student.module
+        trainer, module, rank = self.trainer, self.student.module, self.machine.rank
         module.train()
         for tower in self.frozen:
             tower.eval()
-        rank = self.machine.rank
         seeds = [derive_seed("step", self.seed, trainer.step, rank, part) for part in range(self.encoder.num_parts)]
-        features = self.encoder(batch.pixels, batch.colors, batch.tokens, seeds)
+        features = self.encoder(batch.local.pixels, batch.local.colors, batch.local.tokens, seeds)
         scale: Tensor = module.logit_scale.exp()  # type: ignore[operator]  # a parameter of every CLIP
-        total, terms = self.objective(features.image, features.text, scale, batch, trainer.step)
+        total, terms = self.objective(features.image, features.text, scale, batch)
         trainer.backward(total)
         self.encoder.backward(features, self.averager.watch)
         self.averager.finish()

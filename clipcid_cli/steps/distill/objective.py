@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.runtime.gradients import gather_rows, sum_values
@@ -23,6 +23,31 @@ from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.cluster_targets import ClusterLookup
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """A teacher's part of a batch, prepared before its step, on the device.
+
+    Attributes:
+        image_clusters: Cluster targets of the global batch's images; None where no loss needs them.
+        text_clusters: Those of its captions, where both towers are taught.
+        image_bD: Stored rows of the images or views that this process shows, float16 [b, D]; None without stored ones.
+        text_bD: Those of its captions.
+    """
+
+    image_clusters: ClusterTargets | None = None
+    text_clusters: ClusterTargets | None = None
+    image_bD: Tensor | None = None
+    text_bD: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedBatch:
+    """A process's part of a batch, and the teacher's of it; None without a teacher."""
+
+    local: TrainingBatch
+    targets: Targets | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,23 +67,37 @@ class Teacher(ABC):
     device: torch.device
     size: int
 
-    @abstractmethod
-    def add_targets(self, batch: LossBatch, local: TrainingBatch, step: int) -> LossBatch:
-        """Add the teacher's features, scale and clusters to a global batch; call it on every process.
+    def prepare(self, local: TrainingBatch, rows: npt.NDArray[np.int64], step: int) -> Targets:
+        """Prepare what no other process and no model is needed for; it may run in a thread, before the step.
 
         Args:
             local: This process's part of the batch, as a worker made it.
-        """
-
-    def add_clusters(self, batch: LossBatch, rows: npt.NDArray[np.int64], step: int) -> LossBatch:
-        """Add the teacher's scale and the clusters of samples: of the images, whatever view is shown, and first captions.
-
-        Args:
-            rows: Rows of the global batch's samples among the usable ones, int64 [B].
+            rows: Rows of the global batch's samples among those to train on, int64 [B].
             step: Number of the step; decides the draw of centroids.
         """
+        # Clusters are those of the images, whatever view is shown, and of first captions.
         images, texts = (None, None) if self.clusters is None else self.clusters.targets(rows, step)
-        return dataclasses.replace(batch, teacher_scale=self.teacher_scale, image_clusters=images, text_clusters=texts)
+        return Targets(images, texts)
+
+    @abstractmethod
+    def teacher_rows(self, local: TrainingBatch, targets: Targets) -> tuple[Tensor, Tensor | None]:
+        """Return t and u of the global batch in the shared space, [B, D] each; call it on every process.
+
+        Args:
+            targets: What `prepare` returned for `local`.
+        """
+
+    def add_targets(self, batch: LossBatch, local: TrainingBatch, targets: Targets) -> LossBatch:
+        """Add the teacher's features, scale and clusters to a global batch; call it on every process."""
+        image, text = self.teacher_rows(local, targets)
+        return dataclasses.replace(
+            batch,
+            teacher_image_BD=image,
+            teacher_text_BD=text,
+            teacher_scale=self.teacher_scale,
+            image_clusters=targets.image_clusters,
+            text_clusters=targets.text_clusters,
+        )
 
 
 class Objective:
@@ -92,16 +131,21 @@ class Objective:
         self._teacher, self._machine = teacher, machine
         self._local = local and machine.size > 1
 
+    def prepare(self, local: TrainingBatch, rows: npt.NDArray[np.int64], step: int) -> PreparedBatch:
+        """Prepare the teacher's part of a batch, as `Teacher.prepare`, and its pixels for the copy to the device."""
+        if self._machine.device.type == "cuda":
+            local = dataclasses.replace(local, pixels=local.pixels.pin_memory())
+        return PreparedBatch(local, None if self._teacher is None else self._teacher.prepare(local, rows, step))
+
     def __call__(
-        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, local: TrainingBatch, step: int
+        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, batch: PreparedBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a step.
 
         Args:
             image_bd: This process's image features, not normalised, [b, d].
             text_bd: Its text features, likewise.
-            local: Its part of the batch, by which the teacher's part is found.
-            step: Number of the step; decides the draw of cluster centroids.
+            batch: Its part of the batch, prepared.
 
         Returns:
             What the gradients are of: the weighted sum of the losses of the global batch, or (with `local` losses) of this
@@ -119,7 +163,7 @@ class Objective:
         together = gather_rows(torch.cat(parts, dim=1), machine.size, shared=self._local)
         gathered = torch.split(together, widths, dim=1)
         start = machine.rank * count if self._local else 0
-        batch = LossBatch(
+        everything = LossBatch(
             image_Bd=gathered[0],
             text_Bd=gathered[1],
             student_scale=student_scale,
@@ -127,13 +171,13 @@ class Objective:
             text_BD=gathered[-1],
             own=slice(start, start + count) if self._local else slice(0, len(together)),
         )
-        if self._teacher is not None:
+        if self._teacher is not None and batch.targets is not None:
             with torch.no_grad():
-                batch = self._teacher.add_targets(batch, local, step)
+                everything = self._teacher.add_targets(everything, batch.local, batch.targets)
         terms: dict[str, Tensor] = {}
         for name, function in self._functions.items():
             own_scale = LOSSES[name].own_scale
-            terms[name] = function(batch, self.parameters.scale(name)) if own_scale else function(batch)
+            terms[name] = function(everything, self.parameters.scale(name)) if own_scale else function(everything)
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return total * machine.size if self._local else total, terms
 

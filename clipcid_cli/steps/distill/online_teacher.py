@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.shared_space import project
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.gradients import gather_rows
@@ -19,7 +18,7 @@ from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.cluster_targets import open_lookup
-from clipcid_cli.steps.distill.objective import Teacher
+from clipcid_cli.steps.distill.objective import Targets, Teacher
 from clipcid_cli.steps.distill.stored_teacher import choose_space
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
 from clipcid_cli.steps.reporting import Reporter
@@ -43,17 +42,12 @@ class OnlineTeacher(Teacher):
     precision: Precision
     changes_colors: bool
 
-    def add_targets(self, batch: LossBatch, local: TrainingBatch, step: int) -> LossBatch:
+    def teacher_rows(self, local: TrainingBatch, targets: Targets) -> tuple[Tensor, Tensor | None]:
         """Embed this process's part and gather everybody's rows."""
         image, text = self.embed(local)
         width = image.shape[1]
-        rows = gather_rows(local.rows, self.size).numpy()
         gathered = gather_rows(torch.cat([image, text], dim=1), self.size)
-        return dataclasses.replace(
-            self.add_clusters(batch, rows, step),
-            teacher_image_BD=gathered[:, :width].contiguous(),
-            teacher_text_BD=gathered[:, width:].contiguous(),
-        )
+        return gathered[:, :width].contiguous(), gathered[:, width:].contiguous()
 
     def embed(self, local: TrainingBatch) -> tuple[Tensor, Tensor]:
         """Embed what the student is shown.

@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -22,9 +21,10 @@ from clipcid_cli.formats.results.matched_samples import Column
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.gradients import gather_rows
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.prefetch import to_device
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.cluster_targets import open_lookup
-from clipcid_cli.steps.distill.objective import Teacher
+from clipcid_cli.steps.distill.objective import Targets, Teacher
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -76,7 +76,7 @@ def choose_space(
         )
         return SharedSpace(teacher_width, is_learned=True)
     reporter.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its variance.")
-    return SharedSpace(student_width, axes)
+    return SharedSpace(student_width, axes.to(machine.device))
 
 
 def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> npt.NDArray[np.float64]:
@@ -117,20 +117,29 @@ class StoredTeacher(Teacher):
     embedding_rows: Column
     caption_rows: Column | None
 
-    def add_targets(self, batch: LossBatch, local: TrainingBatch, step: int) -> LossBatch:
-        """Add the rows of the views and captions that are shown."""
-        shown = torch.stack([local.rows, local.views, local.captions], dim=1)
-        rows, views, captions = gather_rows(shown, self.size).numpy().T
-        embedded = self.embedding_rows[rows].astype(np.int64)
-        further = np.zeros_like(rows) if self.caption_rows is None else self.caption_rows[rows].astype(np.int64)
+    def prepare(self, local: TrainingBatch, rows: npt.NDArray[np.int64], step: int) -> Targets:
+        """Read the rows of the views and captions that this process shows."""
+        own = local.rows.numpy()
+        embedded = self.embedding_rows[own].astype(np.int64)
+        images = self.images.take(embedded, local.views.numpy())
+        texts = None
+        if self.texts is not None:
+            further = np.zeros_like(own) if self.caption_rows is None else self.caption_rows[own].astype(np.int64)
+            texts = to_device(torch.from_numpy(self.texts.take(embedded, local.captions.numpy(), further)), self.device)
         return dataclasses.replace(
-            self.add_clusters(batch, rows, step),
-            teacher_image_BD=self._project(self.images.take(embedded, views)),
-            teacher_text_BD=None if self.texts is None else self._project(self.texts.take(embedded, captions, further)),
+            super().prepare(local, rows, step),
+            image_bD=to_device(torch.from_numpy(images), self.device),
+            text_bD=texts,
         )
 
-    def _project(self, rows: npt.NDArray[np.float16]) -> Tensor:
-        return project(torch.from_numpy(rows).to(self.device).float(), self.space.axes)
+    def teacher_rows(self, local: TrainingBatch, targets: Targets) -> tuple[Tensor, Tensor | None]:
+        """Gather everybody's rows as they are stored, and project them."""
+        assert targets.image_bD is not None, "a stored teacher prepares it"
+        image, text = targets.image_bD, targets.text_bD
+        return self._project(image), None if text is None else self._project(text)
+
+    def _project(self, rows_bD: Tensor) -> Tensor:
+        return project(gather_rows(rows_bD, self.size).float(), self.space.axes)
 
 
 def open_stored_teacher(

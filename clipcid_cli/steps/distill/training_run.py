@@ -25,7 +25,7 @@ from clipcid_cli.formats.results.training_log import TrainingLog
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import keep_freed_memory
-from clipcid_cli.runtime.models.augment import Augmentation
+from clipcid_cli.runtime.models.augment import Augmentation, Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.grad_cache import BatchEncoder, compile_towers
 from clipcid_cli.runtime.models.names import parse_model
@@ -33,7 +33,7 @@ from clipcid_cli.runtime.models.short_forward import ShortForward
 from clipcid_cli.runtime.models.used_tokens import whole_state
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.training import Trainer
-from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, Processor
+from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder
 from clipcid_cli.steps.distill.evaluation import prepare_evaluation
 from clipcid_cli.steps.distill.inputs import TrainingInputs
 from clipcid_cli.steps.distill.loop import Loop

@@ -13,12 +13,12 @@ def test_axes_keep_what_lies_in_few_dimensions() -> None:
     rows = random.normal(size=(200, 3)) @ random.normal(size=(3, 10))
     found = principal_axes(second_moment([rows[:90], rows[90:]], 10), 3)
     assert found.kept == pytest.approx(1)
-    axes = found.basis_Dd.astype(np.float64)
+    axes = found.basis_Dd.double().numpy()
     np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-6)
     # Dot products survive: that is what the losses see.
     np.testing.assert_allclose((rows @ axes) @ (rows @ axes).T, rows @ rows.T, rtol=1e-4, atol=1e-3)
     half = principal_axes(rows.T @ rows, 1)
-    assert half.kept == pytest.approx(((rows @ half.basis_Dd) ** 2).sum() / (rows**2).sum(), rel=1e-6)
+    assert half.kept == pytest.approx(((rows @ half.basis_Dd.numpy()) ** 2).sum() / (rows**2).sum(), rel=1e-6)
     assert (axes[np.abs(axes).argmax(axis=0), range(3)] > 0).all()
 
 

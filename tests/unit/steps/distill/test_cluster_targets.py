@@ -48,7 +48,7 @@ def test_taken_rows_are_the_file_rows_projected(
     ids = np.random.default_rng(1).permutation(K)[:50]
     expected = file[ids].astype(np.float64)
     if axes is not None:
-        expected = expected @ axes.basis_Dd.astype(np.float64)
+        expected = expected @ axes.basis_Dd.double().numpy()
     np.testing.assert_allclose(centroids.take(ids).numpy(), unit(expected), atol=1e-6)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 from pathlib import Path
 
@@ -11,14 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.runtime.gradients import GradientAverager, gather_rows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.training import LossParameters
 from clipcid_cli.steps.distill.batches import TrainingBatch
-from clipcid_cli.steps.distill.objective import Objective, Teacher
+from clipcid_cli.steps.distill.objective import Objective, Targets, Teacher
 
 BATCH, WIDTH, TEACHER_WIDTH = 12, 6, 9
 WEIGHTS = {name: 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
@@ -27,12 +25,11 @@ WEIGHTS = {name: 1.0 for name, entry in LOSSES.items() if not entry.needs_cluste
 class FixedTeacher(Teacher):
     """A teacher whose rows are given."""
 
-    def add_targets(self, batch: LossBatch, local: TrainingBatch, step: int) -> LossBatch:
+    def teacher_rows(self, local: TrainingBatch, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
         random = torch.Generator().manual_seed(7)
         rows = torch.nn.functional.normalize(torch.randn(2, BATCH, TEACHER_WIDTH, generator=random), dim=2)
         image, text = rows[:, gather_rows(local.rows, self.size)]
-        with_clusters = self.add_clusters(batch, np.arange(BATCH), step)
-        return dataclasses.replace(with_clusters, teacher_image_BD=image, teacher_text_BD=text)
+        return image, text
 
 
 def make_batch(rows: torch.Tensor) -> TrainingBatch:
@@ -57,7 +54,8 @@ def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.
     mine = slice(rank * share, (rank + 1) * share)
     features = [tower(rows[mine]) for tower, rows in zip(towers, (images, texts), strict=True)]
     seen = make_batch(torch.arange(BATCH)[mine])
-    total, terms = objective(features[0], features[1], scale.exp(), seen, 0)
+    prepared = objective.prepare(seen, np.arange(BATCH), 0)
+    total, terms = objective(features[0], features[1], scale.exp(), prepared)
     averager.watch()
     total.backward()  # type: ignore[no-untyped-call]
     averager.finish()

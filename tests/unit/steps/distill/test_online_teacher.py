@@ -11,11 +11,11 @@ import torch
 from conftest import TINY_CONFIG, write_tiny_model
 from teaching_data import (
     Listener,
+    add_targets,
     embed_data,
     encode_shown,
     join,
     make_epoch,
-    student_side,
     train,
     write_captions,
     write_student,
@@ -24,11 +24,11 @@ from teaching_data import (
 from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.models.augment import Augmentation
+from clipcid_cli.runtime.models.augment import Augmentation, Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.cluster import run as cluster
-from clipcid_cli.steps.distill.batches import BatchMaker, Processor, TrainingBatch
+from clipcid_cli.steps.distill.batches import BatchMaker, TrainingBatch
 from clipcid_cli.steps.distill.online_teacher import load_online_teacher, open_online_teacher
 from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
@@ -52,7 +52,7 @@ def teach(
     settings = DistillSettings(student="student.json", preset="clip-kd", online_teacher=True, precision="fp32")
     with open_machine("cpu") as machine:
         teacher = open_online_teacher(settings, teacher_inputs, model, width, changes_colors, machine, Listener())
-        return teacher.add_targets(student_side(len(batch.rows), width), batch, 0)
+        return add_targets(teacher, batch, width)
 
 
 def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
@@ -93,10 +93,9 @@ def test_on_whole_images_it_gives_the_stored_targets(tiny_shards: Path, tiny_mod
         settings = DistillSettings(student="student.json", preset="clip-kd", teacher_space="pca", precision="fp32")
         with open_machine("cpu") as machine:
             stored = open_stored_teacher(settings, teacher_inputs, width, machine, Listener())
-            side = student_side(24, width)
-            expected = stored.add_targets(side, batch, 0)
+            expected = add_targets(stored, batch, width)
             online = open_online_teacher(settings, teacher_inputs, model, width, False, machine, Listener())
-            found = online.add_targets(side, batch, 0)
+            found = add_targets(online, batch, width)
         for name in ("teacher_image_BD", "teacher_text_BD"):
             one, other = getattr(expected, name), getattr(found, name)
             assert one.shape == other.shape == (24, width)

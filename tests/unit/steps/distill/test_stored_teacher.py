@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+import torch
 from balance_data import Listener, write_embeddings
 
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, second_moment
@@ -39,7 +40,7 @@ def test_axes_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(stored_teacher, "second_moment", refuse)
     for space in (dry, first, choose(work, folder), choose(work, folder, dry_run=True)):
         assert space.axes is not None
-        assert np.array_equal(space.axes.basis_Dd, expected.basis_Dd)
+        assert torch.equal(space.axes.basis_Dd, expected.basis_Dd)
     with pytest.raises(AssertionError, match="again"):
         choose(work, write_embeddings(tmp_path / "others", rows[:-1]))
     (kept,) = work.rglob("*.npy")

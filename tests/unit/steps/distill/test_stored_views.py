@@ -14,11 +14,11 @@ from PIL import Image
 from teaching_data import (
     FP32,
     Listener,
+    add_targets,
     embed_data,
     encode_shown,
     join,
     make_epoch,
-    student_side,
     train,
     write_captions,
     write_student,
@@ -28,11 +28,11 @@ from torchvision.transforms.functional import resized_crop, to_tensor
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.models.augment import Augmentation, View
+from clipcid_cli.runtime.models.augment import Augmentation, Processor, View
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.decode import decode_image
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill.batches import BatchMaker, Processor
+from clipcid_cli.steps.distill.batches import BatchMaker
 from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -128,7 +128,7 @@ def test_a_replayed_view_is_the_very_picture_the_teacher_embedded(
     for epoch in range(4):
         batch = make_epoch(teacher_inputs, dataset, maker, epoch, replay=True)
         images, texts = encode_shown(teacher, batch)
-        told = targets.add_targets(student_side(24, 32), batch, epoch)
+        told = add_targets(targets, batch, 32, epoch)
         assert told.teacher_image_BD is not None
         assert told.teacher_text_BD is not None
         # float16 storage is all that lies between them.
@@ -233,7 +233,7 @@ def test_a_caption_is_drawn_anew_each_epoch_with_its_own_row(captioned: tuple[Pa
             expected = teacher.tokenizer([make_caption(100 * row + caption)])[0]
             assert torch.equal(batch.tokens[batch.rows.tolist().index(row)], expected)
             seen[row].add(caption)
-        told = targets.add_targets(student_side(6, 32), batch, epoch)
+        told = add_targets(targets, batch, 32, epoch)
         assert told.teacher_text_BD is not None
         expected_rows = teacher.encode_texts(batch.tokens, FP32)
         assert (told.teacher_text_BD - expected_rows).abs().max() < 6e-4

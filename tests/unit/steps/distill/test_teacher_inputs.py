@@ -14,15 +14,15 @@ import pytest
 from balance_data import write_embeddings
 from conftest import write_tiny_model
 from safetensors.numpy import load_file, save_file
-from teaching_data import Listener, embed_data, join, make_epoch, student_side, train, write_student
+from teaching_data import Listener, add_targets, embed_data, join, make_epoch, train, write_student
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.clusters import TopClusters
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.models.augment import Augmentation
+from clipcid_cli.runtime.models.augment import Augmentation, Processor
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill.batches import BatchMaker, Processor
+from clipcid_cli.steps.distill.batches import BatchMaker
 from clipcid_cli.steps.distill.cluster_targets import _teaches_text
 from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
 from clipcid_cli.steps.distill.teacher_inputs import named_teacher, open_teacher
@@ -106,7 +106,7 @@ def test_a_teacher_of_images_alone_gives_its_images(tiny_shards: Path, tiny_mode
     for width in (32, 24):
         with open_machine("cpu") as machine:
             targets = open_stored_teacher(settings, teacher_inputs, width, machine, Listener())
-        told = targets.add_targets(student_side(24, width), batch, 0)
+        told = add_targets(targets, batch, width)
         assert told.teacher_text_BD is None
         assert told.teacher_image_BD is not None
         assert told.teacher_image_BD.shape == (24, width)
