@@ -146,7 +146,7 @@ def soft_label_cross_entropy(
 
     # Blocks of candidates rather than of rows: a matrix product repacks its right side every time, and the candidates are
     # the larger one (1,024 rows, 116,241 candidates, 768 dimensions: two thirds of the time).
-    normalisers = over_blocks(normaliser, 0, len(targets.centroids_SD), stop - first)
+    normalisers = over_blocks(normaliser, 0, len(targets.centroids_SD), stop - first, features_BD.device)
     normaliser_b = normalisers[0] if len(normalisers) == 1 else torch.stack(normalisers).logsumexp(dim=0)
     # Σ_j q_j·logit_j = σ_c·s'·Σ_j q_j·c_j, as the correction of active candidates is 0. Picking the logits out of a block
     # would cost another block for their gradient.

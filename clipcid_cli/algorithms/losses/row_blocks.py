@@ -19,6 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 # Blocks hold at most this many similarities, 32 MiB in float32; with their gradients a few of that size live at once.
 BLOCK_ENTRIES = 1 << 23
+# On a GPU, where the host launches each block, at most 1 GiB in float32, and this part of the card's memory. Not of what
+# is free: sums in other blocks have other last bits, and a resumed run gives those of one that was never stopped.
+_GPU_BLOCK_ENTRIES = 1 << 28
+_GPU_PARTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,17 @@ def add(sums: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, sums)
 
 
-def over_blocks(function: Callable[[int, int], Tensor], first: int, stop: int, width: int) -> list[Tensor]:
+def block_entries(device: torch.device) -> int:
+    """Return how many similarities a block holds at most; never fewer than on a CPU."""
+    if device.type != "cuda":
+        return BLOCK_ENTRIES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(BLOCK_ENTRIES, min(_GPU_BLOCK_ENTRIES, memory // _GPU_PARTS // 4))
+
+
+def over_blocks(
+    function: Callable[[int, int], Tensor], first: int, stop: int, width: int, device: torch.device
+) -> list[Tensor]:
     """Call `function(start, end)` for the blocks of first … stop − 1.
 
     Args:
@@ -66,11 +80,12 @@ def over_blocks(function: Callable[[int, int], Tensor], first: int, stop: int, w
             must then return the same.
         stop: The row after the last.
         width: Similarities of each row; decides how many rows make a block.
+        device: Where they are; decides it too.
 
     Returns:
         What it returned for each block, in order.
     """
-    rows = max(1, BLOCK_ENTRIES // max(1, width))
+    rows = max(1, block_entries(device) // max(1, width))
     if stop - first <= rows:
         return [function(first, stop)]
     return [
@@ -94,7 +109,7 @@ def sum_one_way(block_sum: Callable[..., Tensor], own: slice, *compared: Similar
         return block_sum(first, *(similarities.rows(first, stop) for similarities in compared))
 
     first, stop, _ = own.indices(num_rows)
-    return add(over_blocks(block, first, stop, num_rows))
+    return add(over_blocks(block, first, stop, num_rows, compared[0].left_BD.device))
 
 
 def sum_both_ways(block_sum: Callable[..., Tensor], own: slice, *compared: Similarities) -> Tensor:
@@ -102,8 +117,8 @@ def sum_both_ways(block_sum: Callable[..., Tensor], own: slice, *compared: Simil
 
     Where this process takes all rows and they fit one block, one matrix serves both ways.
     """
-    num_rows = len(compared[0].left_BD)
-    if own.indices(num_rows)[:2] == (0, num_rows) and num_rows**2 <= BLOCK_ENTRIES:
+    num_rows, device = len(compared[0].left_BD), compared[0].left_BD.device
+    if own.indices(num_rows)[:2] == (0, num_rows) and num_rows**2 <= block_entries(device):
         logits = [similarities.rows(0, num_rows) for similarities in compared]
         return block_sum(0, *logits) + block_sum(0, *(matrix.T for matrix in logits))
     transposed = [similarities.transposed() for similarities in compared]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +119,14 @@ def test_large_batch_keeps_no_matrix_for_the_backward_pass(monkeypatch: pytest.M
     assert largest_kept() < rows**2
     monkeypatch.setattr(row_blocks, "BLOCK_ENTRIES", rows**2)
     assert largest_kept() == rows**2
+
+
+@pytest.mark.parametrize(("memory", "entries"), [(80, 1 << 28), (16, 1 << 26), (1, 1 << 23)])
+def test_blocks_on_a_gpu_fit_its_memory(memory: int, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(total_memory=memory * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert row_blocks.block_entries(torch.device("cuda", 0)) == entries
+    assert row_blocks.block_entries(torch.device("cpu")) == row_blocks.BLOCK_ENTRIES == 1 << 23
 
 
 def keep(kept: list[int], tensor: torch.Tensor) -> torch.Tensor:
