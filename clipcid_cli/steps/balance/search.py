@@ -101,18 +101,18 @@ def find_forest(
         choose = partial(estimator.choose, forest.cutoff, len(forest.edges) - num_copies, num_edges - num_copies)
         reach = machine.on_main(choose) if cutoff is None else float(np.float32(cutoff))
         search: TiledSearch | PartitionedSearch = all_pairs
-        # At the largest distance only a search of all pairs is sure to find what is missing.
-        if neighbors == "partitioned" and forest.cutoff < reach < FARTHEST:
-            partitioned = partition_rows(machine, folder, all_pairs, rows.read, scan.dtype, reach, reporter)
-            if partitioned is None:
-                reporter.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
-            else:
-                search = partitioned
-        name = f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{search.name}"
-        parts = ForestParts(folder, name)
-        # Partitions may miss pairs, and find some twice: stars then take theirs from within the components.
-        most = most_pairs if search is all_pairs else 0
         try:
+            # At the largest distance only a search of all pairs is sure to find what is missing.
+            if neighbors == "partitioned" and forest.cutoff < reach < FARTHEST:
+                partitioned = partition_rows(machine, folder, all_pairs, rows.read, scan.dtype, reach, reporter)
+                if partitioned is None:
+                    reporter.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
+                else:
+                    search = partitioned
+            name = f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{search.name}"
+            parts = ForestParts(folder, name)
+            # Partitions may miss pairs, and find some twice: stars then take theirs from within the components.
+            most = most_pairs if search is all_pairs else 0
             edges, pairs = _search_tiles(machine, search, parts, len(rows), forest.edges, reach, most, reporter)
         finally:
             if machine.is_main:
