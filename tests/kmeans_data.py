@@ -63,6 +63,7 @@ def run(
     dtype: torch.dtype = torch.float32,
     subspace: Subspace | None = None,
     processes: int = 1,
+    kept_bytes: int = 2**31,
 ) -> list[LloydState]:
     """Return the states after each iteration, once it is clear that they are the same on every process."""
     exchange = Exchange(processes)
@@ -78,6 +79,7 @@ def run(
             device=torch.device("cpu"),
             share=(len(values) * rank // processes, len(values) * (rank + 1) // processes),
             subspace=subspace,
+            kept_bytes=kept_bytes,
             sum_over_processes=lambda tensor: torch.stack(gather(tensor)).sum(dim=0),
             gather=gather,
         ):

@@ -28,6 +28,17 @@ def memory_in_use(device: torch.device) -> int:
     return pages * resource.getpagesize()
 
 
+def memory_for_rows(device: torch.device) -> int:
+    """Return how many bytes of rows a process may keep on its device: 2 GiB on a CPU, 60 % of what is free on a GPU.
+
+    The rest is for products and their like.
+    """
+    if device.type != "cuda":
+        return 2**31
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(0.6 * free)
+
+
 def keep_freed_memory() -> bool:
     """Let this process keep the memory it frees, until it ends; for loops that allocate the same amounts again and again.
 

@@ -1,4 +1,4 @@
-"""Run command lines of clipcid, one after another, in one process; print what each did as a line of JSON.
+"""Run command lines of clipcid, or ``-c`` and Python code, in one process; print what each did as a line of JSON.
 
 python tests/gpu_simulated/run.py simulated '[["embed", "shards", "--device", "cuda"], …]'
 python tests/gpu_simulated/run.py real '[["embed", "shards", "--device", "cuda"], …]'
@@ -31,7 +31,10 @@ def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(stdout), redirect_stderr(stderr):
         try:
-            main(command)
+            if command[0] == "-c":
+                exec(command[1], {})
+            else:
+                main(command)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
     return {

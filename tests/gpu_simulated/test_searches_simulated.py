@@ -60,7 +60,8 @@ def test_products_are_as_exact_as_proofs_assume(name: str, searched: Path) -> No
 
 # Operators that a GPU is given, and waits of the host for it: raising one of these numbers needs a reason.
 TILE = {"operators": 43, "waits": 8}
-ITERATION = {"operators": 393, "waits": 41}
+CHUNK = {"operators": 34, "waits": 2}
+ITERATION = {"operators": 268, "waits": 10}
 
 
 def test_budget_of_a_tile(tmp_path: Path) -> None:
@@ -74,6 +75,28 @@ def test_budget_of_a_tile(tmp_path: Path) -> None:
     tiles = 8 * 9 // 2 - 4 * 5 // 2
     for kind, allowed in TILE.items():
         assert (total(many[kind]) - total(few[kind])) / tiles <= allowed, kind
+
+
+# One block of rows, and a check and a search of chunks of 64 centroids.
+CHUNKS = """
+import torch
+from clipcid_cli.algorithms.kmeans import nearest
+from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
+from clipcid_cli.algorithms.search.centroids import round_to_grid
+nearest._CHUNK = {"cuda": 64}
+random = torch.Generator().manual_seed(0)
+rows, centroids = (
+    torch.nn.functional.normalize(torch.randn(count, 16, generator=random), dim=1).cuda() for count in (256, NUMBER)
+)
+search = nearest.NearestCentroids(round_to_grid(centroids.double()), torch.float16)
+search.nearest(prepare_rows(rows.half(), torch.float16))
+"""
+
+
+def test_budget_of_a_chunk_of_centroids(tmp_path: Path) -> None:
+    few, many = run_all("simulated", tmp_path, [("-c", CHUNKS.replace("NUMBER", count)) for count in ("128", "704")])
+    for kind, allowed in CHUNK.items():
+        assert (total(many[kind]) - total(few[kind])) / 9 <= allowed, kind
 
 
 def test_budget_of_an_iteration(tmp_path: Path) -> None:

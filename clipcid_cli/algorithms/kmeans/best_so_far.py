@@ -44,14 +44,13 @@ class BestSoFar:
         self.others_B = fill(-torch.inf, torch.float64)
 
     def take(self, row_P: torch.Tensor, centroid_P: torch.Tensor, similarity_P: torch.Tensor) -> None:
-        """Take pairs into account, none twice and none of a row with its centroid so far."""
+        """Take pairs into account; those that were before, and those with a row's centroid so far, change nothing."""
         best_B = self.similarities_B.scatter_reduce(0, row_P, similarity_P, "amax")
-        wins_P = similarity_P == best_B[row_P]
-        stays_B = self.similarities_B == best_B
-        centroids_B = torch.where(stays_B, self.centroids_B, _NONE)
-        centroids_B.scatter_reduce_(0, row_P[wins_P], centroid_P[wins_P], "amin")
-        loses_P = centroid_P != centroids_B[row_P]
-        self.bound_others(row_P[loses_P], similarity_P[loses_P])
+        # Masked, not selected: a GPU would make the host wait for the size of a selection.
+        winner_P = torch.where(similarity_P == best_B[row_P], centroid_P, _NONE)
+        centroids_B = torch.where(self.similarities_B == best_B, self.centroids_B, _NONE)
+        centroids_B.scatter_reduce_(0, row_P, winner_P, "amin")
+        self.bound_others(row_P, similarity_P.masked_fill(centroid_P == centroids_B[row_P], -torch.inf))
         replaced_B = torch.where(centroids_B == self.centroids_B, -torch.inf, self.similarities_B)
         self.others_B = torch.maximum(self.others_B, replaced_B)
         self.centroids_B, self.similarities_B = centroids_B, best_B

@@ -82,17 +82,20 @@ def joint_features(images_BD: npt.NDArray[np.float16], texts_BD: npt.NDArray[np.
     return joint_BD.numpy()
 
 
-def sum_of_similarities(sums_KD: torch.Tensor, centroids_KD: torch.Tensor) -> float:
+def sum_of_similarities(sums_KD: torch.Tensor, centroids_KD: torch.Tensor) -> torch.Tensor:
     """Return the sum, over all rows, of the similarity to the own centroid, from the clusters' sums alone.
 
     Args:
         sums_KD: Sums of the rows assigned to each centroid, float64 [K, D].
         centroids_KD: Those centroids, float32 [K, D].
+
+    Returns:
+        float64, without dimensions.
     """
-    total = 0.0
+    total = sums_KD.new_zeros(())
     for first in range(0, len(sums_KD), 4096):
         products_CD = sums_KD[first : first + 4096] * centroids_KD[first : first + 4096].double()
-        total += float(fold_sum(fold_sum(products_CD)[None, :])[0])
+        total += fold_sum(fold_sum(products_CD)[None, :])[0]
     return total
 
 

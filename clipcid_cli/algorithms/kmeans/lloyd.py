@@ -45,8 +45,6 @@ _FEW_CENTROIDS = 1024
 _MOST_BLOCKS = 8
 # Rows that seeds are chosen from at once.
 _SEEDS_FROM = 2**20
-# Prepared rows that a process keeps from iteration to iteration; beyond them rows are read and cast anew each time.
-KEPT_BYTES = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +74,7 @@ def run_lloyd(
     device: torch.device,
     share: tuple[int, int],
     subspace: Subspace | None,
+    kept_bytes: int,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
     gather: Callable[[Any], list[Any]],
     map_runs: MapRuns = map,
@@ -89,6 +88,8 @@ def run_lloyd(
         dtype: Format of the product that discards, see `NearestCentroids`.
         share: First row of this process and the row after its last.
         subspace: Where the first iterations compare; None compares in full from the start.
+        kept_bytes: Prepared rows that this process keeps from iteration to iteration; others are read and cast anew each
+            time.
         sum_over_processes: Returns the sum of a tensor over all processes; may change its argument.
         gather: Returns every process's value, in the same order on every process.
         map_runs: As the built-in; may compute several runs of rows at once, a thread each.
@@ -97,7 +98,7 @@ def run_lloyd(
         The state after each iteration, the same on every process; the next iteration may overwrite its centroids.
     """
     num_short = 0 if subspace is None else subspace_iterations(iterations)
-    lloyd = Lloyd(rows, state.centroids_KD.to(device), dtype, share, sum_over_processes, gather, map_runs)
+    lloyd = Lloyd(rows, state.centroids_KD.to(device), dtype, share, kept_bytes, sum_over_processes, gather, map_runs)
     while state.iterations < iterations and not state.converged:
         current = subspace if state.iterations < num_short else None
         similarity, num_empty = lloyd.iterate(current)
@@ -147,6 +148,7 @@ class Lloyd:
         centroids_KD: torch.Tensor,
         dtype: torch.dtype,
         share: tuple[int, int],
+        kept_bytes: int,
         sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
         gather: Callable[[Any], list[Any]],
         map_runs: MapRuns = map,
@@ -160,8 +162,9 @@ class Lloyd:
         number = self._stop - self._start
         self._nearest = _CompactNearest(number, self._device)
         self._drift: CentroidDrift | None = None
+        self._is_assigned = False
         self._kept: dict[int, PreparedRows] = {}
-        self._kept_bytes = 0
+        self._most_bytes, self._kept_bytes = kept_bytes, 0
         self._changing = threading.Lock()  # of sums and kept rows, which runs share
 
     @property
@@ -184,6 +187,7 @@ class Lloyd:
             self._kept, self._kept_bytes = {}, 0
         compared_KD = self.centroids_KD if subspace is None else subspace.project_centroids(self.centroids_KD)
         self._assign_all(compared_KD)
+        self._is_assigned = True
         counts_K = self._sum(self._sums.counts_K.clone())
         empty = (counts_K == 0).nonzero()[:, 0]
         # Only similarities in full tell which rows are far from every centroid.
@@ -206,33 +210,28 @@ class Lloyd:
         run = slice(first - self._start, last - self._start)
         mine = self._nearest.read(run)
         before_B = mine.centroids_B.clone()
-        is_known = bool((before_B >= 0).all())
         rows: PreparedRows | None = None
 
         # How many centroids, the leading ones of the search's order, must each row be compared with?
         if self._drift is None:
             count_B = torch.full_like(before_B, len(self.centroids_KD))
             mine = dataclasses.replace(mine, others_B=torch.full_like(mine.similarities_B, -torch.inf))
-            if is_known:
-                rows, every_B = self._prepared(first, last), torch.arange(len(before_B), device=before_B.device)
+            if self._is_assigned:
+                rows, every_B = self._prepared(first, last), self._with_moved_centroids(before_B)
                 mine.similarities_B[:] = search.similarities(rows.rows_BD, every_B, before_B)
         else:
-            moved_B = self._drift.moved_K[before_B].nonzero()[:, 0]
+            moved_B = self._with_moved_centroids(before_B)
             similar_B = mine.similarities_B.clone()
             if len(moved_B):
                 rows = self._prepared(first, last)
                 mine.similarities_B[moved_B] = search.similarities(rows.rows_BD, moved_B, before_B[moved_B])
             count_B, rest_B = self._drift.leading(similar_B, mine.similarities_B, mine.others_B)
             mine = dataclasses.replace(mine, others_B=rest_B)
-        if not bool(count_B.any()):
-            self._nearest.write(run, mine)
-            return
 
         # Compare: centroids looked at now and bounds of those that were not give the new nearest and its bound.
-        if rows is None:
-            rows = self._prepared(first, last)
         for piece, leading in self._pieces(count_B):
-            known = mine.chosen(piece) if is_known else None
+            rows = rows or self._prepared(first, last)
+            known = mine.chosen(piece) if self._is_assigned else None
             found = search.nearest(rows.chosen(piece), known, leading)
             mine.centroids_B[piece], mine.similarities_B[piece] = found.centroids_B, found.similarities_B
             others_B = found.others_B if known is None else torch.maximum(found.others_B, known.others_B)
@@ -240,10 +239,19 @@ class Lloyd:
         self._nearest.write(run, mine)
 
         # Sums are those of the rows in full.
-        if not torch.equal(mine.centroids_B, before_B):
+        changed_B = (mine.centroids_B != before_B).nonzero()[:, 0]
+        if rows is not None and len(changed_B):
             rows_BD = rows.rows_BD if self._subspace is None else self._read(first, last)
+            old_B = before_B[changed_B] if self._is_assigned else None
+            changed_BD = rows_BD.index_select(0, changed_B)
             with self._changing:
-                self._sums.move(rows_BD, before_B, mine.centroids_B)
+                self._sums.move(changed_BD, old_B, mine.centroids_B[changed_B])
+
+    def _with_moved_centroids(self, before_B: torch.Tensor) -> torch.Tensor:
+        """List rows whose similarity to their centroid may have changed, int64 [n]: on a GPU all, without waiting."""
+        if self._drift is None or before_B.is_cuda:
+            return torch.arange(len(before_B), device=before_B.device)
+        return self._drift.moved_K[before_B].nonzero()[:, 0]
 
     def _pieces(self, count_B: torch.Tensor) -> Iterator[tuple[torch.Tensor | slice, int]]:
         """Cut rows into pieces that are multiplied at once: which rows, and the number of leading centroids for all."""
@@ -253,6 +261,7 @@ class Lloyd:
                 yield slice(at, at + size), len(self.centroids_KD)
             return
         sorted_B, order_B = torch.sort(count_B, descending=True)
+        sorted_B = sorted_B.cpu()  # a GPU is waited for once
         at, end = 0, int((sorted_B > 0).sum())
         while at < end:
             leading = int(sorted_B[at])
@@ -270,7 +279,7 @@ class Lloyd:
                 rows_BD = self._subspace.project_rows(rows_BD)
             rows = prepare_rows(rows_BD, self._dtype)
             with self._changing:
-                if self._kept_bytes + rows.num_bytes <= KEPT_BYTES:
+                if self._kept_bytes + rows.num_bytes <= self._most_bytes:
                     self._kept[first] = rows
                     self._kept_bytes += rows.num_bytes
         return rows
@@ -285,7 +294,7 @@ class Lloyd:
         Returns:
             The sum of the similarities of all rows to the centroids as they were.
         """
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
         distances_K = torch.empty(len(self.centroids_KD), dtype=torch.float64, device=self._device)
         for first in range(0, len(self.centroids_KD), _CENTROIDS_AT_ONCE):
             part = slice(first, first + _CENTROIDS_AT_ONCE)
@@ -293,12 +302,13 @@ class Lloyd:
             sums_CD = self._sum(self._sums.sums_KD[part].clone())
             total += sum_of_similarities(sums_CD, old_CD)
             new_CD = centroids_of_sums(sums_CD, old_CD)
-            here = (seeded >= first) & (seeded < first + _CENTROIDS_AT_ONCE)
-            new_CD[seeded[here] - first] = seeds_KD[here]
+            if len(seeded):
+                here = (seeded >= first) & (seeded < first + _CENTROIDS_AT_ONCE)
+                new_CD[seeded[here] - first] = seeds_KD[here]
             distances_K[part] = self._distances_moved(old_CD, new_CD)
             old_CD.copy_(new_CD)
         self._drift = CentroidDrift.of(distances_K)
-        return total
+        return float(total)
 
     def _distances_moved(self, old_CD: torch.Tensor, new_CD: torch.Tensor) -> torch.Tensor:
         """Return how far centroids moved in the space where rows are compared, float64 [C]."""

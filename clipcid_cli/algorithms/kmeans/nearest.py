@@ -23,24 +23,28 @@ that a full product is cheaper take one with all centroids of the chunk in float
 **The maximum is found in groups.** A positive float orders like its bit pattern read as an integer, and negative floats
 have negative patterns, so maxima are taken over integers (several times faster on CPUs than over bfloat16). The maxima of
 groups of 64 centroids are a 64th of the work for everything after, and only groups that reach the threshold are looked into.
+
+**On a GPU** the same is done in fewer and larger operators (:mod:`clipcid_cli.algorithms.kmeans.wide`).
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import torch
 
 from clipcid_cli.algorithms.kmeans.best_so_far import BestSoFar, Nearest
 from clipcid_cli.algorithms.kmeans.pairwise import pair_similarities
 from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_centroids
+from clipcid_cli.algorithms.kmeans.wide import nearest_at_once
 from clipcid_cli.algorithms.search.blocks import exact_accumulation
 
 # Rows multiplied with centroids at once. On a CPU the products stay near the caches; a GPU needs more work at a time.
 BLOCK_ROWS = {"cpu": 1024, "cuda": 16_384}
 GROUP = 64
 # Centroids multiplied at once: with 1,024 rows the product is 16 MiB in int32, near the size of a second-level cache.
-_CHUNK = 4096
+_CHUNK = {"cpu": 4096, "cuda": 16_384}
 # A row that has candidates in more than this share of the groups is multiplied with all centroids of the chunk instead.
 _COSTLY_SHARE = 6
 _PATTERNS = {
@@ -68,14 +72,15 @@ class NearestCentroids:
     def __init__(self, centroids_KD: torch.Tensor, dtype: torch.dtype, order_K: torch.Tensor | None = None) -> None:
         if centroids_KD.ndim != 2 or centroids_KD.dtype != torch.float32 or not len(centroids_KD):
             raise ValueError(f"centroids must be float32 [K, D], not {centroids_KD.dtype} {list(centroids_KD.shape)}")
-        if not all(_on_grid(part_CD) for part_CD in torch.split(centroids_KD, _CHUNK)):
+        self._chunk = _CHUNK[centroids_KD.device.type]
+        if not torch.stack([_on_grid(part_CD) for part_CD in torch.split(centroids_KD, self._chunk)]).all():
             raise ValueError("centroids are not on the grid of multiples of 2⁻²⁴ within [−1, 1]; see round_to_grid")
         self.centroids_KD = centroids_KD
         self.dtype = dtype
         self._prepared = prepare_centroids(centroids_KD, dtype, order_K, GROUP)
-        self._numbers_K = torch.arange(len(centroids_KD), device=centroids_KD.device) if order_K is None else order_K
-        # GPUs can return the float32 accumulators; CPUs round them to the format of the operands.
-        self._output_dtype = torch.int32 if dtype == torch.int8 else torch.float32 if centroids_KD.is_cuda else dtype
+        numbers_K = torch.arange(len(centroids_KD), device=centroids_KD.device) if order_K is None else order_K
+        self._numbers_K = torch.cat([numbers_K, numbers_K[-1:].expand(len(self._prepared.cast_KD) - len(numbers_K))])
+        self._output_dtype = torch.int32 if dtype == torch.int8 else dtype
         self._products = _Products(self._output_dtype, centroids_KD.device)
         self._lowest = torch.iinfo(_PATTERNS[self._output_dtype]).min
 
@@ -96,12 +101,23 @@ class NearestCentroids:
         """
         self._check(rows)
         num_centroids = len(self.centroids_KD)
-        best = BestSoFar(known, len(rows), rows.rows_BD.device)
         error_B = self._prepared.error(rows)
         last = num_centroids if leading is None else min(num_centroids, -(-leading // GROUP) * GROUP)
-        for first in range(0, last, _CHUNK):
-            self._search_chunk(rows, first, min(last, first + _CHUNK), error_B, best)
+        if self.centroids_KD.is_cuda:
+            found = nearest_at_once(rows, self.centroids_KD, self._chunks(last), error_B, known)
+            if found is not None:
+                return found
+        best = BestSoFar(known, len(rows), rows.rows_BD.device)
+        for first in range(0, last, self._chunk):
+            self._search_chunk(rows, first, min(last, first + self._chunk), error_B, best)
         return Nearest(best.centroids_B, best.similarities_B, best.others_B)
+
+    def _chunks(self, last: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the copies and the numbers of the first centroids of the order, the numbers by group, chunk by chunk."""
+        last = -(-last // GROUP) * GROUP
+        for first in range(0, last, self._chunk):
+            part = slice(first, min(last, first + self._chunk))
+            yield self._prepared.cast_KD[part], self._numbers_K[part].view(-1, GROUP)
 
     def _search_chunk(self, rows: PreparedRows, first: int, last: int, error_B: torch.Tensor, best: BestSoFar) -> None:
         """Take centroids `first` … `last` − 1 of the order into account."""
@@ -195,11 +211,8 @@ class NearestCentroids:
         """
         cast_CD = self._prepared.cast_KD[first : -(-last // GROUP) * GROUP]
         with exact_accumulation(cast_CD.device):
-            if self._output_dtype != self.dtype and self.dtype != torch.int8:
-                product_BC = torch.mm(rows.cast_BD, cast_CD.T, out_dtype=self._output_dtype)
-            else:
-                product_BC = self._products.take(len(rows), len(cast_CD))
-                (torch._int_mm if self.dtype == torch.int8 else torch.mm)(rows.cast_BD, cast_CD.T, out=product_BC)
+            product_BC = self._products.take(len(rows), len(cast_CD))
+            (torch._int_mm if self.dtype == torch.int8 else torch.mm)(rows.cast_BD, cast_CD.T, out=product_BC)
         pattern_BC = product_BC.view(_PATTERNS[self._output_dtype])
         pattern_BC[:, last - first :] = self._lowest
         return pattern_BC
@@ -234,6 +247,6 @@ class _Products(threading.local):
         return self._memory[: rows * columns].view(rows, columns)
 
 
-def _on_grid(centroids_CD: torch.Tensor) -> bool:
+def _on_grid(centroids_CD: torch.Tensor) -> torch.Tensor:
     scaled_CD = centroids_CD * 2.0**24
-    return torch.equal(scaled_CD, scaled_CD.round()) and float(centroids_CD.abs().max()) <= 1.0
+    return (scaled_CD == scaled_CD.round()).all() & (centroids_CD.abs().max() <= 1.0)

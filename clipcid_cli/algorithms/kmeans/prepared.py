@@ -30,6 +30,8 @@ _ROUNDED_UP = 1.001
 
 # Centroids up to this size are kept with their rotated copy while they are prepared.
 _KEPT_BYTES = 2**26
+# Copies of this many rows are made at once: on a CPU they stay near the caches.
+_ROWS_AT_ONCE = {"cpu": ROWS_IN_CACHE, "cuda": 65_536}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ def prepare_rows(rows_BD: torch.Tensor, dtype: torch.dtype) -> PreparedRows:
     if rows_BD.ndim != 2 or rows_BD.dtype != torch.float16:
         raise ValueError(f"rows must be float16 [B, D], not {rows_BD.dtype} {list(rows_BD.shape)}")
     check_format(dtype, rows_BD.device)
-    parts = [_prepare(part_BD, dtype) for part_BD in torch.split(rows_BD, ROWS_IN_CACHE)]
+    parts = [_prepare(part_BD, dtype) for part_BD in torch.split(rows_BD, _ROWS_AT_ONCE[rows_BD.device.type])]
     return PreparedRows(rows_BD, *(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
 
@@ -99,7 +101,7 @@ def _prepare(rows_BD: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, .
 
 @dataclasses.dataclass(frozen=True)
 class PreparedCentroids:
-    """Centroids in the format of the product, some zero rows after them to fill the last group.
+    """Centroids in the format of the product, the last one more than once to fill the last group.
 
     Attributes:
         cast_KD: Copies, [K rounded up, D]; [.., 2] for int8 of width 1.
@@ -144,8 +146,9 @@ def prepare_centroids(
     # In parts: neither a reordered nor a rotated copy of all centroids need fit into memory. Where one does, it is kept: the
     # step is that of all, and rotating them twice would take a tenth of an iteration's time.
     def read() -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        for first in range(0, num_centroids, ROWS_IN_CACHE):
-            place = slice(first, min(num_centroids, first + ROWS_IN_CACHE))
+        at_once = _ROWS_AT_ONCE[centroids_KD.device.type]
+        for first in range(0, num_centroids, at_once):
+            place = slice(first, min(num_centroids, first + at_once))
             part_CD = centroids_KD[place if order_K is None else order_K[place]]
             yield place, part_CD, widen(part_CD, dtype)
 
@@ -153,12 +156,14 @@ def prepare_centroids(
     step = common_step(wide_CD for _, _, wide_CD in kept or read()) if dtype == torch.int8 else 1.0
     cast_width = max(width, 2) if dtype == torch.int8 else width
     padded = -(-num_centroids // multiple) * multiple
-    cast_KD = torch.zeros(padded, cast_width, dtype=dtype, device=centroids_KD.device)
-    longest, residual = 0.0, 0.0
+    cast_KD = torch.empty(padded, cast_width, dtype=dtype, device=centroids_KD.device)
+    largest = []
     for place, part_CD, wide_CD in kept or read():
         lengths_C = part_CD.norm(dim=1)
         cast_KD[place] = narrow(wide_CD, dtype, step)
-        longest = max(longest, float(lengths_C.max()))
-        if not is_lossless(part_CD.dtype, dtype):
-            residual = max(residual, float(residuals(wide_CD, cast_KD[place], lengths_C, step).max()))
+        is_exact = is_lossless(part_CD.dtype, dtype)
+        apart_C = torch.zeros_like(lengths_C) if is_exact else residuals(wide_CD, cast_KD[place], lengths_C, step)
+        largest.append(torch.stack([lengths_C, apart_C]).amax(dim=1))
+    cast_KD[num_centroids:] = cast_KD[num_centroids - 1]
+    longest, residual = torch.stack(largest).amax(dim=0).tolist()
     return PreparedCentroids(cast_KD, step, longest, residual)

@@ -16,8 +16,8 @@ import torch
 from clipcid_cli.algorithms.search.distances import root
 
 _GRID = 2.0**24
-# Rows added to sums at once: their float64 copies stay near the caches.
-_ROWS_AT_ONCE = 4096
+# Rows added to sums at once: on a CPU their float64 copies stay near the caches.
+_ROWS_AT_ONCE = {"cpu": 4096, "cuda": 65_536}
 
 
 def round_to_grid(centroids_KD: torch.Tensor) -> torch.Tensor:
@@ -60,9 +60,10 @@ def fold_sum(values_KD: torch.Tensor) -> torch.Tensor:
         [K], in the dtype of the values.
     """
     while (width := values_KD.shape[1]) > 1:
-        half = width // 2
-        folded_KD = values_KD[:, :half] + values_KD[:, half : 2 * half]
-        values_KD = folded_KD if width % 2 == 0 else torch.cat([folded_KD, values_KD[:, -1:]], dim=1)
+        first_KH, second_KH, *last = torch.split(values_KD, width // 2, dim=1)
+        values_KD = first_KH + second_KH
+        if last:
+            values_KD = torch.cat([values_KD, *last], dim=1)
     return values_KD[:, 0]
 
 
@@ -77,26 +78,21 @@ class ClusterSums:
         self.sums_KD = torch.zeros(num_clusters, width, dtype=torch.float64, device=device)
         self.counts_K = torch.zeros(num_clusters, dtype=torch.int64, device=device)
 
-    def move(self, rows_BD: torch.Tensor, old_B: torch.Tensor, new_B: torch.Tensor) -> int:
+    def move(self, rows_BD: torch.Tensor, old_B: torch.Tensor | None, new_B: torch.Tensor) -> None:
         """Move rows from their old clusters to new ones.
 
         Args:
             rows_BD: float16 [B, D].
-            old_B: Clusters the rows were counted in, int64 [B]; −1 for a row that was in none.
+            old_B: Clusters the rows were counted in, int64 [B]; None for rows that were in none.
             new_B: Clusters they belong to now, int64 [B].
-
-        Returns:
-            How many rows moved.
         """
-        moved_B = (old_B != new_B).nonzero()[:, 0]
-        for part_B in torch.split(moved_B, _ROWS_AT_ONCE):
-            exact_BD, left_B = rows_BD.index_select(0, part_B).double(), old_B[part_B]
-            self._add(exact_BD, new_B[part_B], 1)
-            was_in_one_B = left_B >= 0
-            if not bool(was_in_one_B.all()):
-                exact_BD, left_B = exact_BD[was_in_one_B], left_B[was_in_one_B]
-            self._add(exact_BD.neg_(), left_B, -1)
-        return len(moved_B)
+        at_once = _ROWS_AT_ONCE[rows_BD.device.type]
+        for first in range(0, len(rows_BD), at_once):
+            part = slice(first, first + at_once)
+            exact_BD = rows_BD[part].double()
+            self._add(exact_BD, new_B[part], 1)
+            if old_B is not None:
+                self._add(exact_BD.neg_(), old_B[part], -1)
 
     def _add(self, rows_BD: torch.Tensor, clusters_B: torch.Tensor, count: int) -> None:
         self.sums_KD.index_add_(0, clusters_B, rows_BD)

@@ -24,7 +24,6 @@ _ITERATIONS = 4
 _SPLIT_ROUNDS = 2
 # Times each of those is compared with all centroids, at most: at every move of the centroids and after each round.
 LOOKS_AT_SAMPLE = _ITERATIONS + 1 + _SPLIT_ROUNDS * (_ITERATIONS // 2 + 1)
-_ROWS_AT_ONCE = 8192
 
 
 def train_partitions(
@@ -99,6 +98,5 @@ def _nearest(partitions: Partitions, rows_BD: torch.Tensor) -> torch.Tensor:
 
 def _sum_rows(rows_BD: torch.Tensor, home_B: torch.Tensor, num_partitions: int) -> ClusterSums:
     sums = ClusterSums(num_partitions, rows_BD.shape[1], rows_BD.device)
-    for rows, home in zip(torch.split(rows_BD, _ROWS_AT_ONCE), torch.split(home_B, _ROWS_AT_ONCE), strict=True):
-        sums.move(rows, torch.full_like(home, -1), home)
+    sums.move(rows_BD, None, home_B)
     return sums

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.kmeans.lloyd import KEPT_BYTES
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_rows
 from clipcid_cli.algorithms.kmeans.subspace import (
@@ -20,6 +19,7 @@ from clipcid_cli.algorithms.kmeans.subspace import (
 from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
 from clipcid_cli.algorithms.search.centroids import centroids_of_sums
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.memory import memory_for_rows
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.cluster.train import choose_format
@@ -63,7 +63,7 @@ def estimate_cost(
     flop = 2 * trained * num_clusters * (rows.width * num_full + SUBSPACE_WIDTH * num_short)
     centroids_CD = _some_centroids(settings, rows, num_clusters)
     scan = machine.on_main(lambda: choose_format(settings.precision, rows, machine, centroids_CD)).dtype
-    kept = min(KEPT_BYTES, (2 + scan.itemsize) * rows.width * trained // machine.size)
+    kept = min(memory_for_rows(machine.device), (2 + scan.itemsize) * rows.width * trained // machine.size)
     memory = num_clusters * rows.width * (4 + 8 + scan.itemsize) + kept
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
     full, in_subspace, assign = machine.on_main(

@@ -14,6 +14,7 @@ from clipcid_cli.algorithms.kmeans.nearest import BLOCK_ROWS, NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
 from clipcid_cli.algorithms.kmeans.subspace import SUBSPACE_WIDTH, find_subspace, subspace_iterations
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.memory import memory_for_rows
 from clipcid_cli.runtime.precision import Precision, choose_precision, choose_scan
 from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial
@@ -92,6 +93,7 @@ def train_centroids(
         device=machine.device,
         share=machine.share(len(rows)),
         subspace=subspace,
+        kept_bytes=memory_for_rows(machine.device),
         sum_over_processes=machine.sum_,
         gather=machine.gather,
         map_runs=lambda compute, runs: map_threads(runs, compute, threads_for_batches(machine.device)),

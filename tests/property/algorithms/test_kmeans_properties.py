@@ -27,10 +27,8 @@ def iterate(
 ) -> tuple[torch.Tensor, float]:
     search, sums = NearestCentroids(centroids, dtype), ClusterSums(len(centroids), rows.shape[1], torch.device("cpu"))
     for block in blocks:
-        sums.move(
-            rows[block], torch.full((len(block),), -1), search.nearest(prepare_rows(rows[block], dtype)).centroids_B
-        )
-    return centroids_of_sums(sums.sums_KD, centroids), sum_of_similarities(sums.sums_KD, centroids) / len(rows)
+        sums.move(rows[block], None, search.nearest(prepare_rows(rows[block], dtype)).centroids_B)
+    return centroids_of_sums(sums.sums_KD, centroids), float(sum_of_similarities(sums.sums_KD, centroids)) / len(rows)
 
 
 @settings(max_examples=25)

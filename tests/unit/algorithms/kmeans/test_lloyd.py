@@ -48,8 +48,7 @@ def test_processes_and_formats_change_no_bit(
     expected = run(values, start)
     monkeypatch.setattr(lloyd, "_RUN_ROWS", {"cpu": 300})
     assert_same(run(values, start, dtype=dtype, processes=processes), expected)
-    monkeypatch.setattr(lloyd, "KEPT_BYTES", 0)
-    assert_same(run(values, start, dtype=dtype, processes=processes), expected)
+    assert_same(run(values, start, dtype=dtype, processes=processes, kept_bytes=0), expected)
 
 
 def test_empty_clusters_get_the_farthest_rows_on_any_number_of_processes(values: npt.NDArray[np.float16]) -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from clipcid_cli.algorithms.kmeans import nearest as nearest_centroids
+from clipcid_cli.algorithms.kmeans import wide
+from clipcid_cli.algorithms.kmeans.best_so_far import Nearest
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_centroids, prepare_rows
 from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
@@ -66,6 +68,29 @@ def test_answers_equal_a_float64_product_with_all_centroids(case: str, dtype: to
         assert bool((nearest.others_B >= ranked.values[:, 1]).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_the_wide_search_of_gpus_gives_the_same_answers(
+    case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, centroids = make_case(case)
+    search, prepared = NearestCentroids(centroids, dtype), prepare_rows(rows, dtype)
+    expected = search.nearest(prepared)
+    given = (prepared, centroids, list(search._chunks(len(centroids))), search._prepared.error(prepared))
+    if case == "copies":
+        assert wide.nearest_at_once(*given, None) is None, "it would fill the memory"
+    monkeypatch.setattr(wide, "_MOST_GROUPS", 1000)
+    of_other = search.similarities(rows, torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.int64))
+    for known in (None, Nearest(torch.zeros(len(rows), dtype=torch.int64), of_other, of_other), expected):
+        found = wide.nearest_at_once(*given, known)
+        assert found is not None
+        assert torch.equal(found.centroids_B, expected.centroids_B)
+        assert torch.equal(found.similarities_B, expected.similarities_B)
+        if len(centroids) > 1:
+            second = torch.sort(rows.double() @ centroids.double().T, dim=1, descending=True).values[:, 1]
+            assert bool((found.others_B >= second).all())
+
+
 @pytest.mark.parametrize("m", [1, 2, 16])
 @pytest.mark.parametrize("case", CASES)
 def test_the_top_ones_equal_a_float64_product(case: str, m: int) -> None:
@@ -116,7 +141,7 @@ def test_most_centroids_are_discarded_by_the_fast_product(dtype: torch.dtype) ->
 def test_the_block_size_of_centroids_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, centroids = make_case("several chunks")
     whole = NearestCentroids(centroids, torch.bfloat16).nearest(prepare_rows(rows, torch.bfloat16))
-    monkeypatch.setattr(nearest_centroids, "_CHUNK", 256)
+    monkeypatch.setattr(nearest_centroids, "_CHUNK", {"cpu": 256})
     chunked = NearestCentroids(centroids, torch.bfloat16).nearest(prepare_rows(rows, torch.bfloat16))
     assert torch.equal(whole.centroids_B, chunked.centroids_B)
     assert torch.equal(whole.similarities_B, chunked.similarities_B)

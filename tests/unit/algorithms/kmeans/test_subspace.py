@@ -218,7 +218,7 @@ def test_drift_in_the_subspace_bounds_what_rows_see() -> None:
         centroids_of_sums((outside_D + 0.01 * along_D)[None], torch.zeros(1, WIDTH)) for along_D in (inside_D, other_D)
     )
     lloyd = Lloyd(
-        rows, old.repeat(NUM_CLUSTERS, 1), torch.float32, (0, NUM_ROWS), lambda tensor: tensor, lambda value: [value]
+        rows, old.repeat(NUM_CLUSTERS, 1), torch.float32, (0, NUM_ROWS), 0, lambda tensor: tensor, lambda value: [value]
     )
     assert float(lloyd._distances_moved(old, new)) < 0.02
     lloyd._subspace = subspace
