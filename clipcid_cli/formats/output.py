@@ -320,7 +320,10 @@ def open_output(
                 earlier = finished if not resumable and not serious else None
                 finished = None
             resumed = finished is None and not differences and existing.get("cleared", False)
-            changed = None if finished is None else find_changed(folder, step, finished)
+            # A step that does not resume makes a file again that was removed.
+            outputs = [entry["path"] for entry in existing.get("outputs", [])]
+            there = outputs if resumable else [name for name in outputs if (folder / name).exists()]
+            changed = None if finished is None else find_changed(folder, step, finished, there)
             if changed is not None and not overwrite:
                 raise ClipcidError(changed, "Add --overwrite to make it again.")
             finished = finished if changed is None else None

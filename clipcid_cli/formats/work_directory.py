@@ -145,7 +145,7 @@ class WorkDirectory:
         """Find the student of the training run that finished last.
 
         Raises:
-            ClipcidError: when no run has finished.
+            ClipcidError: when no run has finished, or the student was replaced or edited since.
         """
         runs = sorted((self.path / "distill").glob("*/distill.json"), key=lambda path: (path.stat().st_mtime_ns, path))
         if not runs:
@@ -153,7 +153,10 @@ class WorkDirectory:
                 f"No model was named, and there is no trained student in {self.path / 'distill'}.",
                 "Name a model (an architecture:tag or a folder), or run: clipcid distill --teacher M --student M",
             )
-        return runs[-1].parent / "student"
+        run, student = runs[-1].parent, runs[-1].parent / "student"
+        fix = f"Run clipcid distill --overwrite, or name the model as it is now: {student}"
+        refuse_changed(run, "distill", read_sidecar(runs[-1]) or {}, fix)
+        return student
 
     def find_run(self) -> Path:
         """Find the folder of the training run that finished last, as `find_student` does."""

@@ -109,6 +109,53 @@ def test_an_edited_keep_list_that_is_named_is_taken(clipcid: OneProcess, chain: 
     assert found.json["images"] == 24
 
 
+def test_a_replaced_student_is_refused_unless_it_is_named(clipcid: OneProcess, chain: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(chain, place)
+    assert clipcid(*DISTILL, "--name", "small", cwd=place).code == 0
+    student = place / "clipcid-work/distill/small/student"
+    weights = bytearray((student / "open_clip_model.safetensors").read_bytes())
+    weights[-4:] = bytes(4)
+    (student / "open_clip_model.safetensors").write_bytes(weights)
+    for step in (("eval-zeroshot",), ("export",), (*DISTILL, "--name", "small")):
+        found = clipcid(*step, cwd=place)
+        assert found.code == 1, found
+        assert not found.problems(), found
+        assert "open_clip_model.safetensors has changed since" in found.err
+        assert "--overwrite" in found.err
+    found = clipcid("export", student, "--out", "named", "--dry-run", cwd=place)
+    assert found.code == 0, found
+
+
+def test_edited_metrics_are_refused_and_removed_ones_made_again(
+    clipcid: OneProcess, chain: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    data, _ = _sources(chain)
+    call = ("eval-zeroshot", tiny_model, data, "--task", "retrieval", "--predictions", "--bootstrap", "10")
+    first = clipcid(*call, "--json", cwd=tmp_path)
+    assert first.code == 0, first
+    path = tmp_path / first.json["files"]["metrics"]
+    written, rows = path.read_bytes(), tmp_path / first.json["files"]["predictions"]
+    predicted = rows.read_bytes()
+    compare = ("eval-zeroshot", "--compare", path, path)
+    assert clipcid(*compare, cwd=tmp_path).code == 0
+    for changed, content in ((path, written.replace(b"0.", b"1.", 1)), (rows, predicted[:-1] + b"X")):
+        before = changed.read_bytes()
+        changed.write_bytes(content)
+        for step in (call, compare):
+            found = clipcid(*step, cwd=tmp_path)
+            assert found.code == 1, found
+            assert not found.problems(), found
+            assert f"{changed.name} has changed since" in found.err
+            assert "--overwrite" in found.err
+        changed.write_bytes(before)
+    path.unlink()
+    again = clipcid(*call, "--json", cwd=tmp_path)
+    assert again.code == 0, again
+    assert again.json["metrics"] == first.json["metrics"]
+    assert path.read_bytes() == written
+
+
 def test_zero_and_infinite_rows_of_another_tool_are_skipped_and_counted(
     clipcid: OneProcess, chain: Path, tmp_path: Path
 ) -> None:

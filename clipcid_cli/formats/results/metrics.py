@@ -18,7 +18,7 @@ from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
-from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.output import read_sidecar, refuse_changed, sidecar_path
 from clipcid_cli.formats.reading import describe, read_regular
 
 SIDECARS = "sidecars"
@@ -71,6 +71,20 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
 def read_metrics_sidecar(path: Path) -> dict[str, Any] | None:
     """Read the sidecar that says how a metrics file was made; None when there is none."""
     return read_sidecar(sidecar_path(path.parent / SIDECARS, path.stem))
+
+
+def refuse_changed_metrics(path: Path, fix: str) -> None:
+    """Refuse a metrics file, or its predictions, that differ from what their sidecar records; without one, none does.
+
+    Args:
+        fix: What to run to make them again.
+
+    Raises:
+        ClipcidError: naming the file.
+    """
+    sidecar = read_metrics_sidecar(path)
+    if sidecar is not None:
+        refuse_changed(path.parent / SIDECARS, path.stem, sidecar, fix)
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

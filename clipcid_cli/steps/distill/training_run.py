@@ -12,7 +12,7 @@ import torch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
-from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.output import Output, describe_outputs
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.results.checkpoint import (
     checkpoint_path,
@@ -228,6 +228,7 @@ class TrainingRun:
                 "skipped": dict(sorted(skips.counts.items())),
             },
             seconds=seconds,
+            outputs=describe_outputs(self.folder.path, sorted(self.folder.student.iterdir())),
             model={"spec": info.spec, "parameters": info.parameters, "embed_dim": info.embed_dim},
             data=inputs.dataset.describe(),
             keep_list=None if inputs.keep_list is None else inputs.keep_list.describe(),

@@ -17,7 +17,7 @@ from clipcid_cli.algorithms.metrics.comparison import (
     compare_retrieval,
 )
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.metrics import read_metrics
+from clipcid_cli.formats.results.metrics import read_metrics, refuse_changed_metrics
 from clipcid_cli.formats.results.predictions import (
     CLASSIFICATION,
     MULTI_LABEL,
@@ -40,6 +40,8 @@ def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[
         ClipcidError: when a file or its predictions are missing, or the two are of different data.
     """
     paths = settings.compared
+    for path in paths:
+        refuse_changed_metrics(path, "Run eval-zeroshot --predictions --overwrite for that model and data set again.")
     records = [read_metrics(path) for path in paths]
     first, second = (read_predictions(predictions_path(path)) for path in paths)
     _refuse_other_data(first, second)

@@ -13,6 +13,7 @@ from clipcid_cli.algorithms.metrics.zeroshot import ACCURACY_TOP_K
 from clipcid_cli.algorithms.probe.logistic_regression import PROMISED_DECREASE
 from clipcid_cli.algorithms.probe.probe import TOLERANCE, Solution, SweepPoint, choose_point, regularisation_grid
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
+from clipcid_cli.formats.output import describe_outputs
 from clipcid_cli.formats.results.features import Features
 from clipcid_cli.formats.results.metrics import SIDECARS, metrics_stem, read_metrics, write_metrics
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -111,6 +112,7 @@ def _evaluate(
             output.commit(
                 counts={count: result[count] for count in ("images", "train_images", "validation_images", "skipped")},
                 seconds=all_seconds,
+                outputs=describe_outputs(output.folder, [path]),
                 result=result,
                 solution=_describe(fitted.solution),
                 sweep=[

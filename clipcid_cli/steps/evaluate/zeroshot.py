@@ -9,6 +9,7 @@ from typing import Any
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
+from clipcid_cli.formats.output import describe_outputs
 from clipcid_cli.formats.results.metrics import SIDECARS, metrics_stem, read_metrics, write_metrics
 from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
 from clipcid_cli.formats.skips import Skips
@@ -149,9 +150,11 @@ def _evaluate_pair(
             if result.predictions is not None:
                 write_predictions(rows, result.predictions)
             write_metrics(path, record)
+            files = [path, *([] if result.predictions is None else [rows])]
             return output.commit(
                 counts={"images": measured.images, "texts": result.texts, "skipped": measured.skips.counts},
                 seconds=measured.seconds,
+                outputs=describe_outputs(output.folder, files),
                 images_per_second=measured.images / measured.seconds["encode"],
                 customary=task.customary,
                 intervals={name: list(bounds) for name, bounds in result.intervals.items()},

@@ -9,7 +9,7 @@ from typing import Any
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.model_card import UNKNOWN, ModelCard
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
-from clipcid_cli.formats.results.metrics import read_metrics, read_metrics_sidecar
+from clipcid_cli.formats.results.metrics import read_metrics, read_metrics_sidecar, refuse_changed_metrics
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ModelInfo
 from clipcid_cli.runtime.models.names import ModelName
@@ -110,8 +110,9 @@ def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str,
     for path in sorted(work.eval.glob("*.json")):
         try:
             sidecar, content = read_metrics_sidecar(path), read_metrics(path)
+            refuse_changed_metrics(path, "")
         except ClipcidError:
-            continue  # not ours, or damaged: it states nothing
+            continue  # not ours, changed, or damaged: it states nothing
         if sidecar is None or weights_hash not in [entry.get("hash") for entry in sidecar.get("inputs", [])]:
             continue
         for name, value in content["metrics"].items():
