@@ -5,6 +5,7 @@ than all of them.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -38,7 +39,7 @@ for line in sys.stdin:
             main(case["arguments"])
         except SystemExit as leaving:
             code = leaving.code
-    files = sorted(str(path) for path in Path().rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = sorted(str(path) for path in Path().rglob("*") if path.is_file())
     print(json.dumps({"name": case["name"], "code": code, "err": err.getvalue(), "files": files}), flush=True)
 """
 
@@ -114,6 +115,23 @@ CASES: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "keys repeat within a shard": (keys_repeat_within_a_shard, ["3 of 6 samples", "00000/000000"]),
     "no captions or classes": (no_captions_or_classes, []),
 }
+# These are found when the data is read, not when it is opened: what was listed by then stays. All others leave nothing.
+FOUND_LATE = {"unreadable images", "keys repeat within a shard", "no captions or classes"}
+# What docs/files.md calls caches, and what belongs to an unfinished output: none of it has the name of a result.
+MAY_STAY = re.compile(
+    r"clipcid-work/(index/[0-9a-f]{16}/(\.lock|\d{8}\.arrow|shards\.parquet|matched-[0-9a-f]{16}/[a-z_.]+)"
+    r"|[\w/-]+/\.[\w-]+\.(lock|plan\.json))"
+)
+# Half of the samples are good: their rows are an unfinished output, which a higher --max-bad-fraction finishes.
+HALF = [
+    f"clipcid-work/embeddings/tiny/{name}"
+    for name in (
+        ".shards/0000.json",
+        "img_emb/img_emb_0000.npy",
+        "metadata/metadata_0000.parquet",
+        "text_emb/text_emb_0000.npy",
+    )
+]
 # An image needs no caption to be balanced.
 FINE = {("balance", "no captions or classes")}
 
@@ -149,12 +167,10 @@ def test_bad_data_is_one_clear_error(command: str, tmp_path: Path, tiny_model: P
         assert "This is a bug" not in outcome["err"], outcome
         for words in CASES[outcome["name"]][1]:
             assert words in outcome["err"], outcome
-        # The index only says where samples are: it is whole, and serves the next command on this data.
-        left = [file for file in outcome["files"] if "/index/" not in file]
-        if outcome["name"] == "keys repeat within a shard":
-            # Half of the samples are good: their rows are an unfinished output, which a higher --max-bad-fraction finishes.
-            left = [file for file in left if "/embeddings/" not in file or file.endswith("/embed.json")]
-        assert left == [], outcome
+        late = outcome["name"] in FOUND_LATE
+        left = [file for file in outcome["files"] if not (late and MAY_STAY.fullmatch(file))]
+        is_half = command in ("embed", "balance") and outcome["name"] == "keys repeat within a shard"
+        assert left == (HALF if is_half else []), outcome
 
 
 def test_the_truncated_tar_of_these_tests_is_one(tmp_path: Path) -> None:
