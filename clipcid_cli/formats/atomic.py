@@ -125,6 +125,10 @@ def write_error(path: Path, error: OSError) -> ClipcidError:
     """Return the error for a `path` that could not be written."""
     if isinstance(error, IsADirectoryError | FileExistsError | NotADirectoryError):
         fix = "Remove or rename what is in its place, then run the same command again."
+    elif isinstance(error, FileNotFoundError):
+        fix = (
+            "Check that its folder is there and that it is no link to a missing file, then run the same command again."
+        )
     elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
         fix = "Allow writing there, or choose another folder."
     else:

@@ -73,6 +73,8 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
         return None
     with reading(path, "a sidecar of clipcid", "Remove it, or choose another folder."):
         sidecar = json.loads(path.read_bytes())
+        if not isinstance(sidecar, dict):
+            raise TypeError("it is no JSON object")
         version = sidecar["format_version"]
         _check_entries(sidecar)
     if version > FORMAT_VERSION:
@@ -80,7 +82,6 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
             f"{path} has format version {version}; this clipcid {__version__} knows up to {FORMAT_VERSION}.",
             "Upgrade clipcid, or choose another folder.",
         )
-    assert isinstance(sidecar, dict)
     return sidecar
 
 
@@ -185,8 +186,7 @@ def describe_outputs(folder: Path, files: Iterable[Path]) -> list[dict[str, Any]
     """
     found = []
     for path in files:
-        entry = fingerprint_file(path)
-        place = os.path.relpath(path, folder)
+        entry, place = fingerprint_file(path), os.path.relpath(path, folder)
         found.append({"path": place, "size": entry["size"], "time": path.stat().st_mtime_ns, "hash": entry["hash"]})
     return found
 
@@ -256,9 +256,6 @@ def refuse_changed(
 
     Args:
         fix: What to run to make the output again.
-
-    Raises:
-        ClipcidError: when a file is no longer what was written.
     """
     changed = find_changed(folder, step, sidecar, names)
     if changed is not None:
@@ -320,9 +317,9 @@ def open_output(
                 earlier = finished if not resumable and not serious else None
                 finished = None
             resumed = finished is None and not differences and existing.get("cleared", False)
-            # A step that does not resume makes a file again that was removed.
-            outputs = [entry["path"] for entry in existing.get("outputs", [])]
-            there = outputs if resumable else [name for name in outputs if (folder / name).exists()]
+            # A step that does not resume makes a removed file again.
+            names = (entry["path"] for entry in existing.get("outputs", []))
+            there = [name for name in names if resumable or (folder / name).exists()]
             changed = None if finished is None else find_changed(folder, step, finished, there)
             if changed is not None and not overwrite:
                 raise ClipcidError(changed, "Add --overwrite to make it again.")

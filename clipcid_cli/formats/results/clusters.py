@@ -125,6 +125,8 @@ def open_clusters(folder: Path, is_checked: bool = False) -> Clusters:
         temperatures = {
             tower: float(sidecar["temperatures"][tower]) for tower in ("image", *(["caption"] * has_captions))
         }
+    except ClipcidError:  # the arrays could not be written
+        raise
     except Exception as error:  # numpy and pyarrow raise what they like for a damaged file
         raise ClipcidError(f"{folder} cannot be read as clusters: {describe(error)}.", remake) from error
     if most >= len(centroids):

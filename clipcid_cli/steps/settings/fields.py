@@ -114,6 +114,10 @@ def check_ranges(settings: Any) -> None:
                     f"{flag_of(field)} is {str(item)!a}, which is not UTF-8.",
                     "Rename the folder or file: parquet files can only be opened by names that are text.",
                 )
+            if isinstance(item, str | Path) and "\0" in str(item):
+                raise UsageError(
+                    f"{flag_of(field)} holds a NUL character: {str(item)!a}.", "Remove it: no name of a file has one."
+                )
             if setting.choices is not None and item not in setting.choices:
                 raise UsageError(
                     f"{flag_of(field)} cannot be {item!r}.", f"Choose one of: {', '.join(setting.choices)}."

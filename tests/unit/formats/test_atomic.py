@@ -11,6 +11,7 @@ import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, write_json, write_npy, write_text
+from clipcid_cli.formats.output import open_output
 
 
 def test_the_old_file_survives_a_failed_write(tmp_path: Path) -> None:
@@ -62,6 +63,14 @@ except ClipcidError as error:
 def test_an_error_about_another_file_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "file"):
         (tmp_path / "missing").read_bytes()
+
+
+def test_a_link_to_a_missing_file_in_the_place_of_a_lock_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".embed.lock").symlink_to(tmp_path / "nowhere" / "lock")
+    with pytest.raises(ClipcidError, match=r"Could not write .*\.embed\.lock") as caught:  # noqa: SIM117  # it is not opened
+        with open_output(tmp_path, "embed", settings={}, inputs=[], overwrite=False):
+            pass
+    assert "link to a missing file" in caught.value.fix
 
 
 def test_json_refuses_nan(tmp_path: Path) -> None:

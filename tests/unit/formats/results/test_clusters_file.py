@@ -113,6 +113,14 @@ def test_a_damaged_record_of_the_arrays_is_made_again(tmp_path: Path, content: b
     assert [entry["hash"] for entry in again["files"]] == [entry["hash"] for entry in written["files"]]
 
 
+def test_a_folder_in_the_place_of_the_record_is_named(tmp_path: Path) -> None:
+    write_clusters(tmp_path, 100)
+    (tmp_path / "top_arrays.json").unlink()
+    (tmp_path / "top_arrays.json").mkdir()
+    with pytest.raises(ClipcidError, match=r"Could not write .*top_arrays\.json: Is a directory"):
+        open_clusters(tmp_path)
+
+
 def test_clusters_without_captions_leave_no_arrays_of_those_before(tmp_path: Path) -> None:
     write_clusters(tmp_path, 10)
     write_clusters(tmp_path, 10, captions=False)
