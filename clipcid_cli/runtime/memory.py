@@ -28,13 +28,16 @@ def memory_in_use(device: torch.device) -> int:
     return pages * resource.getpagesize()
 
 
-def memory_for_rows(device: torch.device) -> int:
-    """Return how many bytes of rows a process may keep on its device: 2 GiB on a CPU, 60 % of what is free on a GPU.
+def memory_for_rows(device: torch.device, on_cpu: int = 2**31) -> int:
+    """Return how many bytes of rows a process may keep on its device: 60 % of what is free on a GPU.
 
     The rest is for products and their like.
+
+    Args:
+        on_cpu: The answer for a CPU.
     """
     if device.type != "cuda":
-        return 2**31
+        return on_cpu
     free, _ = torch.cuda.mem_get_info(device)
     return int(0.6 * free)
 

@@ -163,7 +163,9 @@ class SimulatedCuda(TorchDispatchMode):
     def _count_waits(self, name: str, flat: list[Any], to_host: bool, args: Any, kwargs: dict[str, Any]) -> None:
         if name in WAITING:
             self.waits[name] += 1
-        elif to_host or (name == "aten::copy_" and not isinstance(args[0], DeviceTensor)):
+        elif (to_host and not kwargs.get("non_blocking")) or (
+            name == "aten::copy_" and not isinstance(args[0], DeviceTensor)
+        ):
             self.waits["to the host"] += 1
         elif name in ("aten::index", "aten::index_put_", "aten::_index_put_impl_") and any(
             isinstance(value, DeviceTensor) and value.dtype == torch.bool for value in flat[1:]
@@ -303,10 +305,18 @@ def _replace_calls() -> None:
             made = made.to(device)
         return made.requires_grad_(requires_grad)
 
+    class Event:
+        def record(self) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            _current.waits["event"] += 1
+
     class Properties:
         total_memory = 80 * 2**30
 
     answers: dict[str, Any] = {
+        "Event": Event,
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,

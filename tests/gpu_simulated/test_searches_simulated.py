@@ -59,7 +59,7 @@ def test_products_are_as_exact_as_proofs_assume(name: str, searched: Path) -> No
 
 
 # Operators that a GPU is given, and waits of the host for it: raising one of these numbers needs a reason.
-TILE = {"operators": 43, "waits": 8}
+TILE = {"operators": 45.5, "waits": 1.9}
 CHUNK = {"operators": 34, "waits": 2}
 ITERATION = {"operators": 268, "waits": 10}
 
@@ -72,7 +72,7 @@ def test_budget_of_a_tile(tmp_path: Path) -> None:
         work = f"work-{rows}"
         commands.append(("balance", "--threshold", 0.02, "--embeddings", rows, "--work", work, "--device", "cuda"))
     few, many = run_all("simulated", tmp_path, commands)
-    tiles = 8 * 9 // 2 - 4 * 5 // 2
+    tiles = 4 * 5 // 2 - 2 * 3 // 2  # of 2,048 rows a side; loading the two panels more is a part of it
     for kind, allowed in TILE.items():
         assert (total(many[kind]) - total(few[kind])) / tiles <= allowed, kind
 

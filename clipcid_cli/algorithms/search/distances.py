@@ -39,8 +39,8 @@ LONGEST_ROW = 2.0
 # Gathering and multiplying one pair costs as much as this many entries of a float64 matrix product (measured on two cores:
 # 0.8 million pairs a second against 91 million entries); it only chooses between two ways to the same bits.
 _ENTRIES_PER_PAIR = 120
-# Gathered at once, they stay in the processor's cache: 2,048 at once took 1.4 times as long.
-_PAIRS_AT_ONCE = 512
+# Gathered at once, they stay in a processor's cache: 2,048 at once took 1.4 times as long.
+_PAIRS_AT_ONCE = {"cpu": 512, "cuda": 65_536}
 
 # Intermediate copies of this many rows stay in the processor's cache, which is five times as fast as fresh memory.
 ROWS_IN_CACHE = 512
@@ -115,7 +115,8 @@ def selected_distances(
     rows, row_P = occurring(i_P, len(a_MD))
     columns, column_P = occurring(j_P, len(b_ND))
     if len(rows) * len(columns) > _ENTRIES_PER_PAIR * len(i_P):
-        chunks = [slice(at, at + _PAIRS_AT_ONCE) for at in range(0, len(i_P), _PAIRS_AT_ONCE)]
+        at_once = _PAIRS_AT_ONCE[i_P.device.type]
+        chunks = [slice(at, at + at_once) for at in range(0, len(i_P), at_once)]
         return torch.cat(
             [
                 paired_distances(a_MD[i], b_ND[j], squared_a_M[i], squared_b_N[j])

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -44,13 +44,14 @@ from clipcid_cli.algorithms.search.distances import (
     selected_distances,
 )
 from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.tiles import TriangleTiles
+from clipcid_cli.algorithms.search.queued import QueuedTile
+from clipcid_cli.algorithms.search.tiles import Tile, TriangleTiles
 
 # Rows a side of one product: its scores stay near the cores' caches.
 _BLOCK_ROWS = 2048
 _LARGEST_PANEL = 8 * _BLOCK_ROWS
 # Limit of the panels cached for the next tiles, in the format of the fast product and as stored.
-_CACHE_BYTES = 2**30
+CACHE_BYTES = 2**30
 # Scores whose maximum is taken at once.
 _STRETCH = 128
 # Candidates that are refined at once.
@@ -88,6 +89,7 @@ class TiledSearch:
         device: torch.device,
         scan_dtype: torch.dtype,
         panel_rows: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Divide the work into tiles.
 
@@ -95,10 +97,12 @@ class TiledSearch:
             rows: Rows to compare, int64 [N], each once.
             scan_dtype: Format of the fast product: int8, bfloat16, float16 or float32.
             panel_rows: Rows a side of a tile, by default :func:`default_panel_rows`.
+            cache_bytes: Memory for the panels of the next tiles.
         """
         self.rows, self.panel_rows = rows, default_panel_rows(len(rows)) if panel_rows is None else panel_rows
         self._read, self._device, self._scan_dtype = read, device, scan_dtype
         self._scores = torch.empty(_BLOCK_ROWS * _BLOCK_ROWS, dtype=score_dtype(scan_dtype), device=device)
+        self._cache_bytes = cache_bytes
         self._panels: OrderedDict[int, Block] = OrderedDict()
         self._bounds: dict[int, Block] = {}
 
@@ -123,7 +127,7 @@ class TiledSearch:
         return size_i * (size_i - 1) // 2 if i == j else size_i * size_j
 
     def panel(self, index: int) -> Block:
-        """Read a panel, or take it from the cache, which holds at most ``_CACHE_BYTES``.
+        """Read a panel, or take it from the cache, which holds at most ``cache_bytes``.
 
         Lengths and bounds are computed once and kept for every panel, 8 bytes a row.
         """
@@ -137,7 +141,7 @@ class TiledSearch:
         else:
             panel = reload_block(self._read, self._bounds[index], self._scan_dtype)
         self._panels[index] = panel
-        room = max(2, _CACHE_BYTES // (panel.stored.nbytes + panel.scan.nbytes))
+        room = max(2, self._cache_bytes // (panel.stored.nbytes + panel.scan.nbytes))
         while len(self._panels) > room:
             self._panels.popitem(last=False)
         return panel
@@ -146,11 +150,33 @@ class TiledSearch:
         """Read some rows, int64 [M], ready to :meth:`search`; they are not cached."""
         return load_block(self._read, rows, self._device, self._scan_dtype)
 
-    def search_tile(self, tile: tuple[int, int], cutoff: float, pair_filter: PairFilter) -> Iterator[Edges]:
+    def search_tiles(
+        self, tiles: Iterable[Tile], cutoff: float, pair_filter: PairFilter
+    ) -> Iterator[tuple[Tile, Iterable[Edges]]]:
+        """Search tiles one after another; on a GPU each is queued before the results of the one before it are read.
+
+        Yields:
+            Each tile, and what :meth:`search` yields for it.
+        """
+        if self._device.type != "cuda":
+            yield from ((tile, self.search_tile(tile, cutoff, pair_filter)) for tile in tiles)
+            return
+        before: tuple[Tile, QueuedTile] | None = None
+        for tile in tiles:
+            queued = self._queue(*self._panels_of(tile), cutoff)
+            if before is not None:
+                yield before[0], self._read_queued(before[1], cutoff, pair_filter)
+            before = tile, queued
+        if before is not None:
+            yield before[0], self._read_queued(before[1], cutoff, pair_filter)
+
+    def search_tile(self, tile: Tile, cutoff: float, pair_filter: PairFilter) -> Iterator[Edges]:
         """Read the panels of a tile and :meth:`search` them."""
-        i, j = tile
-        panel_i = self.panel(i)
-        yield from self.search(panel_i, panel_i if i == j else self.panel(j), cutoff, pair_filter)
+        yield from self.search(*self._panels_of(tile), cutoff, pair_filter)
+
+    def _panels_of(self, tile: Tile) -> tuple[Block, Block]:
+        panel_i = self.panel(tile[0])
+        return panel_i, panel_i if tile[0] == tile[1] else self.panel(tile[1])
 
     def search(self, panel_i: Block, panel_j: Block, cutoff: float, pair_filter: PairFilter) -> Iterator[Edges]:
         """Find the pairs of one row of each panel that are within a distance.
@@ -163,6 +189,25 @@ class TiledSearch:
         Yields:
             The pairs within the distance that pass the filter, with exact weights, a < b, in pieces of bounded size.
         """
+        if self._device.type == "cuda":
+            yield from self._read_queued(self._queue(panel_i, panel_j, cutoff), cutoff, pair_filter)
+        else:
+            yield from self._search_blocks(panel_i, panel_j, cutoff, pair_filter)
+
+    def _queue(self, panel_i: Block, panel_j: Block, cutoff: float) -> QueuedTile:
+        threshold = score_threshold(panel_i, panel_j, lowest_score(panel_i, panel_j, cutoff))
+        return QueuedTile(panel_i, panel_j, float(threshold))
+
+    def _read_queued(self, queued: QueuedTile, cutoff: float, pair_filter: PairFilter) -> Iterator[Edges]:
+        """Yield what was found on a GPU; a tile with many near pairs is searched again in blocks."""
+        edges = queued.pairs_within(cutoff)
+        if edges is None:
+            yield from self._search_blocks(queued.a, queued.b, cutoff, pair_filter)
+        elif len(edges := edges[pair_filter(edges.a, edges.b, edges.weight)]):
+            yield edges
+
+    def _search_blocks(self, panel_i: Block, panel_j: Block, cutoff: float, pair_filter: PairFilter) -> Iterator[Edges]:
+        """As :meth:`search`, block by block."""
         threshold = score_threshold(panel_i, panel_j, lowest_score(panel_i, panel_j, cutoff)).to(self._device)
         waiting: list[_CandidatePairs] = []
         num_waiting = 0

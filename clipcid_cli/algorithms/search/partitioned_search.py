@@ -131,6 +131,12 @@ class PartitionedSearch:
         size = stop - start
         return size * (size - 1) // 2 + size * (total - stop + int(self._visitor_sizes[partition]))
 
+    def search_tiles(
+        self, tiles: Iterable[tuple[int, int]], cutoff: float, pair_filter: PairFilter
+    ) -> Iterator[tuple[tuple[int, int], Iterable[Edges]]]:
+        """As :meth:`TiledSearch.search_tiles`."""
+        return ((tile, self.search_tile(tile, cutoff, pair_filter)) for tile in tiles)
+
     def search_tile(self, tile: tuple[int, int], cutoff: float, pair_filter: PairFilter) -> Iterator[Edges]:
         """Compare a piece of a partition with itself, the pieces after it, and the partition's visitors.
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from clipcid_cli.algorithms.search.cutoff import FARTHEST, CutoffEstimator
 from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
+from clipcid_cli.algorithms.search.pair_search import CACHE_BYTES, TiledSearch
 from clipcid_cli.algorithms.search.partitioned_search import PartitionedSearch
 from clipcid_cli.algorithms.search.tiles import deal, left_after
 from clipcid_cli.algorithms.sets.collector import PairCollector
@@ -28,6 +29,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.grouped import remove_copies
 from clipcid_cli.formats.results.forest import ForestPart, ForestParts, StoredForest, read_forest, write_forest
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.memory import memory_for_rows
 from clipcid_cli.runtime.pacing import SavePace
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.partition import partition_rows
@@ -89,8 +91,8 @@ def find_forest(
     is_new = stored is None
     # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
     forest = Forest(rows.copies, 0.0) if stored is None else stored
-    scan = choose_scan(precision, machine.device)
-    all_pairs = TiledSearch(rows.read, rows.unique, machine.device, scan.dtype)
+    scan, room = choose_scan(precision, machine.device), memory_for_rows(machine.device, on_cpu=CACHE_BYTES)
+    all_pairs = TiledSearch(rows.read, rows.unique, machine.device, scan.dtype, cache_bytes=room)
     if is_new and len(rows.unique) > 1:
         reporter.note(f"Near pairs are searched in {scan.name} ({scan.reason}) and verified in fp64.")
     estimator = CutoffEstimator(rows.read, rows.unique, machine.device, scan.dtype, for_stars)
@@ -109,8 +111,7 @@ def find_forest(
                     reporter.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
                 else:
                     search = partitioned
-            name = f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{search.name}"
-            parts = ForestParts(folder, name)
+            parts = ForestParts(folder, f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{search.name}")
             # Partitions may miss pairs, and find some twice: stars then take theirs from within the components.
             most = most_pairs if search is all_pairs else 0
             edges, pairs = _search_tiles(machine, search, parts, len(rows), forest.edges, reach, most, reporter)
@@ -183,7 +184,7 @@ def _search_tiles(
             done: list[int] = []
             for part in parts.read(session):
                 # Where an earlier part has been lost since, a session divided other tiles than are left now: forget it.
-                if part.tiles.tolist() != _describe(remaining):
+                if part.tiles.tolist() != _describe(remaining).tolist():
                     continue
                 done = done or [0] * part.size
                 done[part.rank] = part.done
@@ -196,7 +197,7 @@ def _search_tiles(
     def resume() -> Arrays:
         remaining, collector, sessions = load()
         forest = collector.forest()
-        return np.array(_describe(remaining), np.int64), np.array([sessions]), forest.a, forest.b, forest.weight
+        return _describe(remaining), np.array([sessions]), forest.a, forest.b, forest.weight
 
     def finish() -> Arrays:
         remaining, collector, _ = load()
@@ -212,8 +213,7 @@ def _search_tiles(
     if machine.on_main(parts.next_session):
         left, sessions, *edges = share_arrays(machine, folder, resume)
         forest, remaining, session = Edges(*edges), [range(*each) for each in left.tolist()], int(sessions[0])
-    num_left = sum(map(len, remaining))
-    if num_left < len(everything):
+    if (num_left := sum(map(len, remaining))) < len(everything):
         reporter.note(f"Resuming the search: {len(everything) - num_left} of {len(everything)} tiles are done.")
     whose = (session, machine.rank, machine.size)
 
@@ -223,17 +223,17 @@ def _search_tiles(
         def save(done: int) -> None:
             pairs = collector.pairs()
             kept = collector.forest() if pairs is None else pairs
-            tiles = np.array(_describe(remaining), np.int64)
-            parts.write(ForestPart(*whose, tiles, done, kept.a, kept.b, kept.weight, pairs is not None))
+            parts.write(ForestPart(*whose, _describe(remaining), done, kept.a, kept.b, kept.weight, pairs is not None))
 
         pace = SavePace(_SECONDS_TO_SAVE_A_ROW * num_rows)
         done, total = 0, sum(map(len, mine))
         # Tiles compare nearly equal numbers of pairs; to add up those of hundreds of millions of tiles takes minutes.
         num_pairs = search.num_all_pairs * total // max(1, len(everything))
         with reporter.progress("search", num_pairs, "pairs") as progress:
-            for tile in map(everything.at, chain.from_iterable(mine)):
-                for found in search.search_tile(tile, cutoff, collector.may_matter):
-                    collector.add(found)
+            tiles = map(everything.at, chain.from_iterable(mine))
+            for tile, found in search.search_tiles(tiles, cutoff, collector.may_matter):
+                for edges in found:
+                    collector.add(edges)
                 progress.advance(search.num_pairs(tile))
                 done += 1
                 if done == total or pace.is_due():
@@ -246,5 +246,5 @@ def _search_tiles(
     return Edges(*found[:3]), Edges(*found[3:]) if found[3:] else None
 
 
-def _describe(tiles: Sequence[range]) -> list[list[int]]:
-    return [[part.start, part.stop, part.step] for part in tiles]
+def _describe(tiles: Sequence[range]) -> npt.NDArray[np.int64]:
+    return np.array([[part.start, part.stop, part.step] for part in tiles], np.int64)

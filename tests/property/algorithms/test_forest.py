@@ -11,6 +11,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components as scipy_components
 
+from clipcid_cli.algorithms.search import queued
 from clipcid_cli.algorithms.search.blocks import load_block, lowest_score
 from clipcid_cli.algorithms.search.distances import LONGEST_ROW, IntArray, paired_distances
 from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows
@@ -188,6 +189,22 @@ def test_rows_made_to_round_the_worst_way_lose_no_pair(seed: int, dtype: torch.d
             for part in join.search(panel, other, float(cutoff), lambda a, b, at_least: np.ones(len(a), np.bool_)):
                 found |= set(as_list(part))
         assert found == set(as_list(edges[edges.weight <= cutoff]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_tile_queued_as_on_a_gpu_has_the_same_pairs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = unit_rows(12, 400, 48, 30, 0.2)
+    expected = all_edges(rows)
+    join = TiledSearch(rows.__getitem__, np.arange(400), CPU, dtype, 256)
+    cutoff = float(np.quantile(expected.weight, 0.02))
+    found = []
+    for i, j in join.tiles():
+        edges = join._queue(join.panel(i), join.panel(j), cutoff).pairs_within(cutoff)
+        assert edges is not None
+        found += as_list(edges)
+    assert sorted(found) == sorted(as_list(expected[expected.weight <= np.float32(cutoff)]))
+    monkeypatch.setattr(queued, "_MOST_PAIRS", 100)
+    assert join._queue(join.panel(0), join.panel(0), cutoff).pairs_within(cutoff) is None
 
 
 def test_lower_bounds_given_for_proposed_pairs_hold() -> None:

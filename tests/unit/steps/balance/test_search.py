@@ -294,7 +294,7 @@ def test_an_interrupted_search_goes_on_with_the_tiles_left(
     """Stop a search after three saved tiles; the next one does the other seven and ends with the same forest."""
     cut_small = forest_search.TiledSearch
     monkeypatch.setattr(
-        forest_search, "TiledSearch", lambda *given: cut_small(*given, panel_rows=-(-len(given[1]) // 4))
+        forest_search, "TiledSearch", lambda *given, **_: cut_small(*given, panel_rows=-(-len(given[1]) // 4))
     )
     monkeypatch.setattr(forest_search.SavePace, "is_due", lambda pace: True)
     searched = []
@@ -335,7 +335,7 @@ def test_a_part_that_is_lost_between_two_stops_is_searched_again(
 ) -> None:
     cut_small = forest_search.TiledSearch
     monkeypatch.setattr(
-        forest_search, "TiledSearch", lambda *given: cut_small(*given, panel_rows=-(-len(given[1]) // 4))
+        forest_search, "TiledSearch", lambda *given, **_: cut_small(*given, panel_rows=-(-len(given[1]) // 4))
     )
     monkeypatch.setattr(forest_search.SavePace, "is_due", lambda pace: True)
     searched, search_tile = list[tuple[int, int]](), cut_small.search_tile
