@@ -112,13 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, click.Abort) as error:
         # click takes an EOFError, which a library raises for a file that is cut, for a Ctrl-D.
         if isinstance(error.__cause__, EOFError):
-            code = _report_unforeseen(error.__cause__, command, debug=debug, as_json=as_json)
+            code = _report_unforeseen(error.__cause__, command, (rank, size), debug=debug, as_json=as_json)
         else:
             _report_interrupt(rank)
             code = signals.exit_code
     except Exception as error:
         if signals.received is None:
-            code = _report_unforeseen(error, command, debug=debug, as_json=as_json)
+            code = _report_unforeseen(error, command, (rank, size), debug=debug, as_json=as_json)
         else:  # a library turned the interrupt into an error of its own
             _report_interrupt(rank)
     if signals.received is not None:  # whatever it made fail first
@@ -134,15 +134,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _report_unforeseen(error: Exception, command: str, *, debug: bool, as_json: bool) -> int:
+def _report_unforeseen(error: Exception, command: str, place: tuple[int, int], *, debug: bool, as_json: bool) -> int:
     if isinstance(error, OSError) and error.filename is None:
         # Perhaps stdout's own, as of `> /dev/full`; what is left in its buffer would fail again when Python ends.
         try:
             sys.stdout.flush()
         except OSError:
             _close_stdout()
-    found = explain(error, command)
-    return _report(error, found.message, found.fix, 1, debug=debug, as_json=as_json)
+    found, (rank, size) = explain(error, command), place
+    # Nobody foresaw it, so no other process has it.
+    message = found.message if size == 1 else f"Process {rank}: {found.message}"
+    return _report(error, message, found.fix, 1, debug=debug, as_json=as_json)
 
 
 def _report_interrupt(rank: int) -> None:

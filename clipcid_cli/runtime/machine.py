@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,14 @@ T = TypeVar("T")
 
 # A process may wait long for another that reads slower shards; torchrun, not this limit, detects a lost process.
 _PATIENCE = datetime.timedelta(hours=12)
+
+# In errors of a collective that another process no longer takes part in.
+_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+
+
+class LostProcessError(ClipcidError):
+    """Another process of the run has ended, or cannot be reached."""
+
 
 MEETING = datetime.timedelta(minutes=10)
 """How long a process waits for the others to start: importing PyTorch on many hosts from one disk takes minutes."""
@@ -164,8 +173,8 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
         yield Machine(0, 1, local_rank, chosen)
         return
     _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    on_gpu = chosen.type == "cuda"
     if not joined:
-        on_gpu = chosen.type == "cuda"
         # Objects, and numbers that only the host needs, never travel through a GPU.
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         store = meet(rank, size)
@@ -178,11 +187,19 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
                 timeout=_PATIENCE,
                 device_id=chosen if on_gpu else None,
             )
+    machine = Machine(rank, size, local_rank, chosen)
+    if joined:
+        yield machine
+        return
     try:
-        yield Machine(rank, size, local_rank, chosen)
-    finally:
-        if not joined:
+        with _name_failures(store, rank):
+            yield machine
+    except BaseException:
+        # NCCL would first wait for what the other processes will never send; ending the process ends its part, too.
+        if not on_gpu:
             dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
@@ -220,6 +237,38 @@ def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
 
 
 @contextmanager
+def _name_failures(store: Any, rank: int) -> Iterator[None]:
+    """Tell the other processes of an error that only this one has; where it is the loss of another, say why that failed.
+
+    Raises:
+        ClipcidError: when another process failed first.
+    """
+    key, failed = "clipcid/failed", None
+    try:
+        yield
+    except Exception as error:
+        lost = isinstance(error, LostProcessError) or any(words in str(error) for words in _LOST)
+        # The store ends with the process that has it.
+        with suppress(RuntimeError, ValueError, OSError):
+            if not lost:
+                text = error.message if isinstance(error, ClipcidError) else _describe(error)
+                store.set(key, json.dumps([rank, text.rstrip(".")]))
+            elif store.check([key]):
+                failed = json.loads(store.get(key))
+        if failed is None:
+            raise
+        raise LostProcessError(
+            f"Process {failed[0]} of the run failed: {failed[1]}.",
+            "What that process said tells how to fix it. Then run the same command again: it continues where it stopped.",
+        ) from error
+
+
+def _describe(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
 def _together() -> Iterator[None]:
     """Turn what the engine raises in the middle of an exchange into one error.
 
@@ -231,7 +280,7 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ClipcidError(
+        raise LostProcessError(
             f"Another process of the run has ended, or cannot be reached: {' '.join(str(error).split())[:200]}.",
             "Its own error says why; without one it was killed, perhaps for memory. Run the same command again: it "
             "continues where it stopped.",
