@@ -17,10 +17,13 @@ class Stat(NamedTuple):
 
 
 def list_recorded(folder: Path, entries: Iterable[dict[str, Any]]) -> dict[str, Stat]:
-    """List the folders that hold some files, and return what is known of every file in them, by path.
+    """List the folders that hold some files, and return what is known of every file in them.
 
     Args:
         entries: What a sidecar records of the files, each with its ``path`` in the folder.
+
+    Returns:
+        By path in the folder, as the sidecar names the files.
     """
     found: dict[str, Stat] = {}
     for parent in {os.path.dirname(entry["path"]) for entry in entries}:
@@ -28,7 +31,7 @@ def list_recorded(folder: Path, entries: Iterable[dict[str, Any]]) -> dict[str, 
             for file in files:
                 with suppress(OSError):  # a link that leads nowhere
                     stat = file.stat()
-                    found[file.path] = Stat(stat.st_size, stat.st_mtime_ns)
+                    found[os.path.join(parent, file.name)] = Stat(stat.st_size, stat.st_mtime_ns)
     return found
 
 

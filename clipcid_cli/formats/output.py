@@ -233,7 +233,7 @@ def find_changed(
     if stats is None and len(chosen) > _FEW_FILES:
         stats = list_recorded(folder, chosen)
     if stats is not None:
-        chosen = [entry for entry in chosen if not is_as_listed(stats.get(os.path.join(folder, entry["path"])), entry)]
+        chosen = [entry for entry in chosen if not is_as_listed(stats.get(entry["path"]), entry)]
     with ThreadPoolExecutor(16) as pool:  # hashing waits for the disk
         same = pool.map(lambda entry: is_unchanged(folder, entry, fingerprint), chosen)
         changed = next((entry for entry, found in zip(chosen, same, strict=True) if not found), None)

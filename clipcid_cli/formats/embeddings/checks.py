@@ -42,25 +42,31 @@ def check_sidecar(folder: Path, sidecar: dict[str, Any]) -> None:
 def describe_recorded(
     folder: Path, sidecar: dict[str, Any], stats: Mapping[str, Stat]
 ) -> dict[str, dict[str, Any]] | None:
-    """Describe the files that are as the sidecar records, for other sidecars, by path; None where it records none.
+    """Describe the files that are as the sidecar records, for other sidecars; None where it records none.
 
-    A file of another time, as in a copy of the folder, is known but not described here.
+    They are named by their paths in the folder (`place_in`). A file of another time, as in a copy of the folder, is known
+    but not described here.
     """
     if not sidecar.get("outputs"):
         return None
     found: dict[str, dict[str, Any]] = {}
     for entry in sidecar["outputs"]:
-        path = os.path.join(folder, entry["path"])
-        same = is_as_listed(stats.get(path), entry)
-        found[path] = {"path": path, "size": entry["size"], "hash": entry["hash"]} if same else {}
+        same = is_as_listed(stats.get(entry["path"]), entry)
+        described = {"path": str(folder / entry["path"]), "size": entry["size"], "hash": entry["hash"]}
+        found[entry["path"]] = described if same else {}
     return found
+
+
+def place_in(folder: Path, path: Path) -> str:
+    """Return the path in a folder of a file that was found there."""
+    return str(path).removeprefix(os.path.join(folder, ""))  # Path(".") / name has no "./" to remove
 
 
 def refuse_added(folder: Path, files: list[EmbeddingFile], known: Container[str]) -> None:
     """Refuse files among those of `embed` that it did not write.
 
     Args:
-        known: Paths of those it did.
+        known: Those it did write, by path in the folder.
 
     Raises:
         ClipcidError: naming the first.
@@ -71,7 +77,7 @@ def refuse_added(folder: Path, files: list[EmbeddingFile], known: Container[str]
             [file.metadata] if file.metadata is not None else []
         )
         for path in paths:
-            if str(path) not in known:
+            if place_in(folder, path) not in known:
                 raise ClipcidError(f"{path} was added since {sidecar_path(folder, 'embed')} was written.", REMAKE)
 
 

@@ -37,6 +37,7 @@ from clipcid_cli.formats.embeddings.checks import (
     check_sidecar,
     describe_recorded,
     find_unusable_rows,
+    place_in,
     refuse_added,
 )
 from clipcid_cli.formats.embeddings.extras import Extras, ExtrasFinder, ViewParams
@@ -232,12 +233,12 @@ class Embeddings:
     ) -> list[list[dict[str, Any]]]:
         recorded = self._recorded or {}
         if recorded and all(recorded.values()):
-            return [look(file, lambda path: recorded[str(path)]) for file in self.files]
+            return [look(file, lambda path: recorded[place_in(self.folder, path)]) for file in self.files]
         cache = None if self._cache is None else FingerprintCache(self._cache)
         of_file = cache or fingerprint_file
 
         def describe(path: Path) -> dict[str, Any]:
-            return recorded.get(str(path)) or of_file(path)
+            return recorded.get(place_in(self.folder, path)) or of_file(path)
 
         with ThreadPoolExecutor(16) as pool:
             found = list(pool.map(lambda file: look(file, describe), self.files))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.listing import is_as_listed, list_recorded
 from clipcid_cli.formats.output import (
     describe_outputs,
     find_changed,
@@ -243,3 +244,17 @@ def test_of_many_files_one_that_changed_is_found(tmp_path: Path, change: str) ->
     else:
         assert found is not None
         assert found.startswith(f"{victim} {'is missing' if 'removed' in change else 'has changed'}")
+
+
+def test_many_files_of_the_current_folder_are_known_by_a_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / kind / f"{number}.bin" for kind in ("a", ".") for number in range(50)]
+    for path in files:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"content")
+    sidecar = {"outputs": describe_outputs(tmp_path, files)}
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, Path(".")):
+        stats = list_recorded(folder, sidecar["outputs"])
+        assert all(is_as_listed(stats.get(entry["path"]), entry) for entry in sidecar["outputs"])

@@ -81,6 +81,20 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "metadata").iterdir())[0] == "metadata_0000.parquet"
 
 
+def test_the_folder_is_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path)
+    expected = open_embeddings(tmp_path).fingerprints(texts=True)
+    monkeypatch.chdir(tmp_path)
+    found = open_embeddings(Path("."))
+    assert found.is_verified
+    assert [{**entry, "path": str(tmp_path / entry["path"])} for entry in found.fingerprints(texts=True)] == expected
+    sidecar = json.loads(Path("embed.json").read_text())
+    others = [entry for entry in sidecar["outputs"] if entry["path"] != "text_emb/text_emb_0002.npy"]
+    Path("embed.json").write_text(json.dumps(sidecar | {"outputs": others}))
+    with pytest.raises(ClipcidError, match=r"^text_emb/text_emb_0002.npy was added since embed.json was written"):
+        open_embeddings(Path("."))
+
+
 def test_records_of_shards_belong_to_a_plan(tmp_path: Path) -> None:
     writer = write_folder(tmp_path)["writer"]
     record = writer.read_record(2)
