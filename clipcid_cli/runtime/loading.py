@@ -176,7 +176,10 @@ class _Worker:
         self._process: ForkServerProcess = context.Process(
             target=_work, args=(prepare, self._batches, sender), daemon=True
         )
-        self._process.start()
+        try:
+            self._process.start()
+        except (EOFError, OSError) as error:  # it, or the server it is forked from, ended before it was told its work
+            raise _ended(None) from error
         sender.close()
 
     def give(self, batch: Any) -> None:
@@ -195,10 +198,7 @@ class _Worker:
             outcome: _Outcome[Any] = self._results.recv()
         except (EOFError, OSError) as error:
             self._process.join(5)
-            raise ClipcidError(
-                f"A process that decodes images ended ({_describe_exit(self._process.exitcode)}).",
-                "If memory or the space in /dev/shm ran out, use fewer --workers or a smaller --batch-size.",
-            ) from error
+            raise _ended(self._process.exitcode) from error
         if outcome.error is not None:
             raise outcome.error
         if outcome.trace is not None:
@@ -212,6 +212,13 @@ class _Worker:
         self._results.close()
         self._batches.cancel_join_thread()
         self._batches.close()
+
+
+def _ended(code: int | None) -> ClipcidError:
+    return ClipcidError(
+        f"A process that decodes images ended ({_describe_exit(code)}).",
+        "If memory or the space in /dev/shm ran out, use fewer --workers or a smaller --batch-size.",
+    )
 
 
 def _work(prepare: Callable[[Any], Any], batches: Queue[Any], results: Connection) -> None:
@@ -243,7 +250,7 @@ def _describe_exit(code: int | None) -> str:
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}"
+    return "at its start" if code is None else f"exit code {code}"
 
 
 def _context() -> ForkServerContext:

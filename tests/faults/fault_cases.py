@@ -13,6 +13,7 @@ from typing import Any
 from fault_child import Operations, kill, shift_clock
 from fault_disks import can_mount, heed_permissions, limit_file_sizes, limit_room, set_read_only
 from fault_place import Site, Step, read_tree
+from fault_processes import list_rank_kills, list_worker_kills, run_rank_kill, run_worker_kill
 from one_process import Outcome
 
 _PAGE = 4096
@@ -160,7 +161,7 @@ def run_signal(site: Site, step: Step, case: tuple[int, float]) -> tuple[int | N
     time.sleep(part * site.seconds[step.name])
     os.kill(running.process, number)
     began = time.monotonic()
-    found = running.finish()
+    found = running.finish(site.patience(step))
     problems = []
     if found.code not in (0, 128 + number):
         problems.append(f"exit {found.code}{found!r}")
@@ -208,7 +209,7 @@ def run_delayed(site: Site, step: Step, number: int) -> tuple[int | None, list[s
     os.close(writer)
     os.read(reader, 1)
     os.close(reader)
-    found = [site.run(step), first.finish()]
+    found = [site.run(step), first.finish(2 * site.patience(step))]
     problems = []
     for outcome in found:
         if outcome.problems() or (outcome.code == 1 and "Another run" not in outcome.err):
@@ -228,12 +229,26 @@ _WHOLE = "The same command again leaves the bytes of an undisturbed run, and no 
 _REFUSED = "One error that names the file and the fix, exit 1, or a whole result where the file is not needed."
 FAULTS = (
     Fault("killed", f"Nothing is half under its final name. {_WHOLE}", 9, list_kills, run_kill),
-    Fault("full disk", f"{_REFUSED} {_WHOLE}", 4, list_rooms, run_full_disk),
-    Fault("limit of file sizes", f"{_REFUSED} {_WHOLE}", 2, list_sizes, run_limited_sizes),
+    Fault("full disk", f"{_REFUSED} {_WHOLE}", 1, list_rooms, run_full_disk),
+    Fault("limit of file sizes", f"{_REFUSED} {_WHOLE}", 1, list_sizes, run_limited_sizes),
     Fault("read-only disk", f"{_REFUSED} {_WHOLE}", 1, list_read_only, run_read_only),
-    Fault("no permission", f"{_REFUSED} {_WHOLE}", 3, list_permissions, run_without_permission),
-    Fault("a folder in an output's place", f"{_REFUSED} {_WHOLE}", 2, list_outputs, run_folder_in_place),
-    Fault("Ctrl-C, SIGTERM", f"Exit 130 or 143 within 5 s. {_WHOLE}", 4, list_moments, run_signal),
-    Fault("two runs at once", f"One of them says so and exits 1, or waits. {_WHOLE}", 3, list_operations, run_delayed),
-    Fault("clock set back", f"No difference, killed or not. {_WHOLE}", 2, list_clocks, run_wrong_clock),
+    Fault("no permission", f"{_REFUSED} {_WHOLE}", 1, list_permissions, run_without_permission),
+    Fault("a folder in an output's place", f"{_REFUSED} {_WHOLE}", 1, list_outputs, run_folder_in_place),
+    Fault("Ctrl-C, SIGTERM", f"Exit 130 or 143 within 5 s. {_WHOLE}", 1, list_moments, run_signal),
+    Fault("two runs at once", f"One of them says so and exits 1, or waits. {_WHOLE}", 1, list_operations, run_delayed),
+    Fault("clock set back", f"No difference, killed or not. {_WHOLE}", 1, list_clocks, run_wrong_clock),
+    Fault(
+        "one of two ranks killed",
+        f"The other ends with exit 1 and says that a process has ended. {_WHOLE}",
+        1,
+        list_rank_kills,
+        run_rank_kill,
+    ),
+    Fault(
+        "a decoding process killed",
+        f"The run ends with exit 1 and says so; one that needs it no more is whole. {_WHOLE}",
+        1,
+        list_worker_kills,
+        run_worker_kill,
+    ),
 )

@@ -129,6 +129,10 @@ class Running:
         """Wait until it heeds signals, or has ended."""
         os.read(self.ready, 1)
 
+    def has_ended(self) -> bool:
+        """Tell whether it has ended; `finish` collects it."""
+        return os.waitid(os.P_PID, self.process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def finish(self, patience: float = 30.0) -> Outcome:
         """Wait for its end; one that takes longer is said to hang, and killed.
 

@@ -106,7 +106,11 @@ class Site:
 
     def run(self, step: Step, hook: Hook | None = None) -> Outcome:
         """Run a step in the place to its end."""
-        return self.start(step, hook).finish()
+        return self.start(step, hook).finish(self.patience(step))
+
+    def patience(self, step: Step) -> float:
+        """Return the seconds after which a step is said to hang: 30, more where the machine is busy or at first."""
+        return max(30.0, 15 * self.seconds.get(step.name, 20.0))
 
     def before(self, step: Step) -> Path:
         """Return the folder that the place is a copy of before a step."""
@@ -127,9 +131,9 @@ class Site:
             return [f"given again: {', '.join(found.problems())}{found!r}"]
         return self.compare(step)
 
-    def compare(self, step: Step) -> list[str]:
+    def compare(self, step: Step, expectation: str = "") -> list[str]:
         """Return the files that are not those of an undisturbed run: other bytes, missing, or left over."""
-        found, expected = read_tree(self.place), self.expected[step.name]
+        found, expected = read_tree(self.place), self.expected[expectation or step.name]
         kinds = {name: "other bytes" if name in expected else "left over" for name in found}
         kinds |= dict.fromkeys(expected.keys() - found.keys(), "missing")
         return [
@@ -143,9 +147,9 @@ class Site:
         for path in self.place.rglob("*.partial"):
             os.utime(path, (time.time() - 7200,) * 2)
 
-    def find_half(self, step: Step) -> list[str]:
+    def find_half(self, step: Step, expectation: str = "") -> list[str]:
         """Return the files under final names that are neither whole nor as before the step."""
-        found, expected = read_tree(self.place), self.expected[step.name]
+        found, expected = read_tree(self.place), self.expected[expectation or step.name]
         before = read_tree(self.before(step))
         return [
             f"half under its final name: {name}"

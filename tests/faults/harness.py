@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -47,8 +48,12 @@ class Row:
     seconds: float = 0.0
 
 
-def run_faults(faults: list[Fault], seed: int, everything: bool, jobs: int) -> dict[str, Row]:
+def run_faults(faults: list[Fault], seed: int, cases: int | None, everything: bool, jobs: int) -> dict[str, Row]:
     """Run the cases of faults, in several processes where asked.
+
+    Args:
+        cases: How many of each fault; None: as many as on every day.
+        everything: Run all cases.
 
     Returns:
         What they gave, by the name of the fault.
@@ -61,7 +66,7 @@ def run_faults(faults: list[Fault], seed: int, everything: bool, jobs: int) -> d
             child = os.fork()
             if child == 0:
                 try:
-                    _work(Path(name, str(number)), faults, seed, everything, number, jobs)
+                    _work(Path(name, str(number)), faults, seed, cases, everything, number, jobs)
                     os._exit(0)
                 except BaseException:
                     traceback.print_exc()
@@ -78,13 +83,16 @@ def run_faults(faults: list[Fault], seed: int, everything: bool, jobs: int) -> d
     return rows
 
 
-def _work(root: Path, faults: list[Fault], seed: int, everything: bool, number: int, jobs: int) -> None:
+def _work(
+    root: Path, faults: list[Fault], seed: int, cases: int | None, everything: bool, number: int, jobs: int
+) -> None:
     site = Site(root)
     site.prepare()
     rows: dict[str, Any] = {}
     for fault in faults:
         row, began = Row(), time.monotonic()
-        for step, case in draw_cases(site, fault, seed, everything)[number::jobs]:
+        count = None if everything else cases or fault.everyday
+        for step, case in draw_cases(site, fault, seed, count)[number::jobs]:
             site.reset(step)
             code, problems = fault.run_case(site, step, case)
             row.cases[step.name] += 1
@@ -98,15 +106,17 @@ def _work(root: Path, faults: list[Fault], seed: int, everything: bool, number: 
     shutil.rmtree(root)
 
 
-def draw_cases(site: Site, fault: Fault, seed: int, everything: bool) -> list[tuple[Step, Any]]:
-    """Return the cases of a fault: all, or a sample that goes round the steps."""
+def draw_cases(site: Site, fault: Fault, seed: int, count: int | None) -> list[tuple[Step, Any]]:
+    """Return cases of a fault: all, or `count` of them that go round the steps."""
     chance = random.Random(seed + zlib.crc32(fault.name.encode()))
     by_step = {step: fault.list_cases(site, step, chance) for step in STEPS}
-    if everything:
+    if count is None:
         return [(step, case) for step, cases in by_step.items() for case in cases]
-    steps = [step for step, cases in by_step.items() if cases]
-    chance.shuffle(steps)
-    return [(step, chance.choice(by_step[step])) for step in (steps * fault.everyday)[: fault.everyday]]
+    for cases in by_step.values():
+        chance.shuffle(cases)
+    steps = chance.sample(STEPS, len(STEPS))
+    rounds = itertools.zip_longest(*([(step, case) for case in by_step[step]] for step in steps))
+    return [drawn for found in rounds for drawn in found if drawn is not None][:count]
 
 
 def write_table(rows: dict[str, Row], seed: int) -> None:
@@ -139,6 +149,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, metavar="N", help="cases of each fault in the sample")
     parser.add_argument("--all", action="store_true", help="run every case, not a sample")
     parser.add_argument("--only", action="append", metavar="FAULT", help="run this fault alone; may be repeated")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cases that run at a time")
@@ -150,7 +161,9 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     chosen = parse_arguments()
     names = chosen.only or [fault.name for fault in FAULTS]
-    given = run_faults([fault for fault in FAULTS if fault.name in names], chosen.seed, chosen.all, chosen.jobs)
+    given = run_faults(
+        [fault for fault in FAULTS if fault.name in names], chosen.seed, chosen.cases, chosen.all, chosen.jobs
+    )
     if chosen.json:
         print(json.dumps({name: vars(row) for name, row in given.items()}))
     for name, row in {} if chosen.json else given.items():

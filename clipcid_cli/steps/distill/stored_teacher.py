@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
-from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.atomic import atomic_file, remove_abandoned
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.sample_rows import CaptionRows, ImageRows
 from clipcid_cli.formats.output import plan_identity
@@ -89,6 +89,7 @@ def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> np
     found = _second_moment(embeddings)
     if not settings.dry_run:
         # Two runs may keep it at once: each writes a file of its own.
+        remove_abandoned(path.parent.glob(".*.partial"))
         with atomic_file(path, f"{os.getpid()}.partial") as file:
             np.save(file, found, allow_pickle=False)
     return found
