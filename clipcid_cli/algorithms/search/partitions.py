@@ -34,9 +34,9 @@ from clipcid_cli.algorithms.search.distances import IntArray, ReadRows, root, ro
 from clipcid_cli.algorithms.search.low_precision import ACCUMULATION_UNIT
 from clipcid_cli.algorithms.search.partitioned_search import Groups
 
-# Scores computed at once: they and what is made of them stay near the cores' caches.
+# Scores and pairs computed at once: on a CPU they and what is made of them stay near the cores' caches.
 _SCORES_AT_ONCE = 2**21
-_PAIRS_AT_ONCE = 2048
+_PAIRS_AT_ONCE = {"cpu": 2048, "cuda": 65_536}
 _CENTROIDS_AT_ONCE = 1024
 _ENTRIES_AT_ONCE = 2**20
 
@@ -124,8 +124,9 @@ class Partitions:
             float64 [P]; 0 where both are one.
         """
         parts = []
-        for at in range(0, len(rows_PD), _PAIRS_AT_ONCE):
-            part = slice(at, at + _PAIRS_AT_ONCE)
+        at_once = _PAIRS_AT_ONCE[rows_PD.device.type]
+        for at in range(0, len(rows_PD), at_once):
+            part = slice(at, at + at_once)
             home, other = home_P[part], other_P[part]
             # Differences of float16 numbers are exact in float64, and so is each sum here.
             normal_PD = self.centroids_KD[home].double() - self.centroids_KD[other].double()
@@ -162,9 +163,8 @@ class Partitions:
         near_BK = scores_BK >= (best_B - 2.0 * error)[:, None]
         unsure_U = (near_BK.sum(dim=1) > 1).nonzero()[:, 0]
         which_P, centroid_P = near_BK[unsure_U].nonzero(as_tuple=True)
-        parts = zip(
-            torch.split(unsure_U[which_P], _PAIRS_AT_ONCE), torch.split(centroid_P, _PAIRS_AT_ONCE), strict=True
-        )
+        at_once = _PAIRS_AT_ONCE[rows_BD.device.type]
+        parts = zip(torch.split(unsure_U[which_P], at_once), torch.split(centroid_P, at_once), strict=True)
         exact = [
             (rows_BD[row].double() * self.centroids_KD[centroid].double()).sum(dim=1) - self._half_K[centroid]
             for row, centroid in parts
