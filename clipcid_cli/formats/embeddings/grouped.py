@@ -31,7 +31,9 @@ def create_copy(folder: Path, rank: int, rows: int, width: int) -> npt.NDArray[n
 
 
 def open_copies(folder: Path, sizes: Sequence[int], width: int) -> Rows:
-    """Return the copies of all processes, one process's after another's.
+    """Return the copies of all processes, one process's after another's, mapped as long as they are referred to.
+
+    A mapped file keeps its space on the disk after it is removed.
 
     Args:
         sizes: Rows that each copied.
@@ -39,7 +41,7 @@ def open_copies(folder: Path, sizes: Sequence[int], width: int) -> Rows:
     copied = [
         raw_file(_path(folder, rank), (size, width), np.dtype(np.float16)) for rank, size in enumerate(sizes) if size
     ]
-    return Rows(copied, width, as_stored=True)
+    return Rows(copied, width, as_stored=True, hold=True)
 
 
 def remove_copies(folder: Path) -> None:

@@ -39,16 +39,17 @@ def map_file(file: RowFile) -> npt.NDArray[Any]:
 class Rows:
     """Rows [N, D] in several files, mapped into memory as they are needed; read in slices or picked one by one."""
 
-    def __init__(self, files: Sequence[RowFile], width: int, as_stored: bool) -> None:
+    def __init__(self, files: Sequence[RowFile], width: int, as_stored: bool, hold: bool = False) -> None:
         """Prepare to read.
 
         Args:
             files: Files of [n, D], or of [n, V, D], which are n·V rows.
             as_stored: Whether all rows are unit float16 for sure, so that none has to be looked at.
+            hold: Whether to map all files now, for as long as this object lives; else as they are needed, among `MAPS_KEPT`.
         """
         self._files = files
         # Compressed arrays are unpacked once and stay: unpacking them again would take longer than all else.
-        self._unpacked = {number: file.map() for number, file in enumerate(files) if file.unpacked}
+        self._held = {number: file.map() for number, file in enumerate(files) if hold or file.unpacked}
         # Whether a file's rows are unit rows already; None until they have been checked, once.
         self._is_unit: list[bool | None] = [as_stored or None] * len(files)
         self._starts = np.concatenate([[0], np.cumsum([math.prod(file.shape[:-1]) for file in files], dtype=np.int64)])
@@ -93,7 +94,7 @@ class Rows:
         return rows
 
     def _rows(self, number: int) -> npt.NDArray[Any]:
-        rows = self._unpacked[number] if number in self._unpacked else map_file(self._files[number])
+        rows = self._held[number] if number in self._held else map_file(self._files[number])
         return rows.reshape(-1, self.shape[1])
 
     def _unit(self, number: int, part: npt.NDArray[Any]) -> Float16:

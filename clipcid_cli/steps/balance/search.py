@@ -106,15 +106,15 @@ def find_forest(
         try:
             # At the largest distance only a search of all pairs is sure to find what is missing.
             if neighbors == "partitioned" and forest.cutoff < reach < FARTHEST:
-                partitioned = partition_rows(machine, folder, all_pairs, rows.read, scan.dtype, reach, reporter)
-                if partitioned is None:
+                search = partition_rows(machine, folder, all_pairs, rows.read, scan.dtype, reach, reporter) or all_pairs
+                if search is all_pairs:
                     reporter.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
-                else:
-                    search = partitioned
             parts = ForestParts(folder, f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{search.name}")
             # Partitions may miss pairs, and find some twice: stars then take theirs from within the components.
             most = most_pairs if search is all_pairs else 0
             edges, pairs = _search_tiles(machine, search, parts, len(rows), forest.edges, reach, most, reporter)
+            search = all_pairs  # drops the maps of the copies, which keep their space on the disk
+            machine.barrier()
         finally:
             if machine.is_main:
                 remove_copies(folder)

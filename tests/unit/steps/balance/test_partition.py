@@ -71,6 +71,7 @@ def test_edges_are_true_few_are_missing_and_the_audit_is_brute_force(
     exact, _ = balance(tmp_path / "exact", embeddings, threshold=CUTOFF, neighbors="exact")
     assert "partitions; rows within" in said
     assert not list((tmp_path / "parts").rglob(".grouped")), "the copies of the rows are removed"
+    assert ".grouped" not in Path("/proc/self/maps").read_text(), "a map of a removed file keeps its space on the disk"
     found, true = read_forest(tmp_path / "parts"), read_forest(tmp_path / "exact", "forest")
     distances = distance_matrix(rows)
     np.testing.assert_array_equal(found["distance"], distances[found["a"], found["b"]])
