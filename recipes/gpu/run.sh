@@ -28,10 +28,17 @@ if "$python" -P -c 'import clipcid_cli, hypothesis, pytest, sklearn' 2> /dev/nul
 else
     "$python" -m venv --system-site-packages "$scratch/venv" || exit 1
     export PATH="$scratch/venv/bin:$PATH"
+    # Where $python is of an environment itself, the new one would see the system's packages only, not that one's PyTorch.
+    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sep="\n")' \
+        > "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth" || exit 1
     offline=()
     [ -z "${WHEELS:-}" ] || offline=(--no-index --find-links "$WHEELS")
     python -m pip install --quiet "${offline[@]}" --editable . 'pytest>=8.2' 'hypothesis>=6.100' 'scikit-learn>=1.5' || exit 1
 fi
+
+# Workers hand batches over in shared memory, of which containers often have 64 MiB.
+shared=$(df --output=avail -k /dev/shm 2> /dev/null | tail -1)
+[ "${shared:-8388608}" -ge 4194304 ] || echo "/dev/shm has $((shared / 1024)) MiB: start the container with --shm-size 16g." >&2
 
 # part SECONDS NAME COMMAND...: its figures go to figures.jsonl, the rest to NAME.log
 part() {
