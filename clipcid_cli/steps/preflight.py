@@ -1,8 +1,8 @@
 """A look at the data before long work begins: a few samples of every shard are read and decoded, in parallel.
 
-It takes no more than a hundredth of the data, and so of the run, which reads and decodes all of it; or a moment, where that
-is longer. Where not all shards can be looked at in that time, those that are lie evenly in the data, in an order that
-depends on the seed.
+In a dry run it takes at most 2 s. Before a run it takes at most a hundredth of the data, and so of the run, which reads and
+decodes all of it, or 0.1 s where that is longer; never more than 10 s. Where not all shards can be looked at in that time,
+those that are lie evenly in the data, in an order that depends on the seed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from clipcid_cli.steps.reporting import Reporter
 
 SAMPLES_OF_A_SHARD = 3
 SHARE = 0.01
-"""Largest share of the data that is looked at where it takes longer than a moment."""
+"""Largest share of the data that is looked at before a run, where that takes longer than 0.1 s."""
 
-_MOMENT, _MOMENT_OF_DRY_RUN = 0.1, 2.0  # seconds
+_MIN_SECONDS, _MAX_SECONDS = 0.1, 10.0
+_DRY_RUN_SECONDS = 2.0
 _SHARDS_BEHIND_URLS = 4
 _THREADS = 16
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -73,10 +74,9 @@ def check_samples(dataset: Dataset, machine: Machine, seed: int, *, dry_run: boo
         ClipcidError: when a shard cannot be read.
     """
     order = choose_order(dataset, seed, dry_run=dry_run)
-    moment = _MOMENT_OF_DRY_RUN if dry_run else _MOMENT
     mine = order[machine.rank :: machine.size]
     found: Findings = reduce(
-        lambda one, other: one + other, machine.gather(machine.on_all(lambda: _look_at(dataset, mine, moment)))
+        lambda one, other: one + other, machine.gather(machine.on_all(lambda: _look_at(dataset, mine, dry_run)))
     )
     if found.bad.total or dry_run:
         _report(dataset, found, reporter)
@@ -98,12 +98,15 @@ def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
     return [number for number in order if number not in passed_over]
 
 
-def _look_at(dataset: Dataset, order: Sequence[int], moment: float) -> Findings:
-    """Look at shards in the given order until the moment has passed and a hundredth of the shards has been looked at."""
+def _look_at(dataset: Dataset, order: Sequence[int], dry_run: bool) -> Findings:
+    """Look at shards in the given order until the time is up, or before a run enough of the data has been looked at."""
+    least, most = (_DRY_RUN_SECONDS, _DRY_RUN_SECONDS) if dry_run else (_MIN_SECONDS, _MAX_SECONDS)
     found, started = Findings(), time.perf_counter()
     with ThreadPoolExecutor(_THREADS) as pool:
         for first in range(0, len(order), _THREADS):
-            if found.share > SHARE * len(order) and time.perf_counter() - started > moment:
+            elapsed = time.perf_counter() - started
+            # Of an indexed shard of 10,000 samples three are 0.03 %: the share alone would never stop it.
+            if elapsed > most or (elapsed > least and found.share > SHARE * len(order)):
                 break
             for shard in pool.map(lambda number: _look(dataset, number), order[first : first + _THREADS]):
                 found += shard

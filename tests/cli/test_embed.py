@@ -128,8 +128,10 @@ def test_overwriting_replaces_all(clipcid: Call, tiny_shards: Path, tiny_model: 
 
 def test_killed_and_resumed_gives_the_same_bytes(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
     for number in range(24):
-        write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 10))
-    options = ["--precision", "fp32", "--batch-size", "4", "--views", "2", "--color-jitter", "0.3", "--out"]
+        members = [(f"bad{number}.png", b"no image"), *shard_members(10 * number, 10)]
+        write_tar(tmp_path / "data" / f"{number}.tar", members)
+    options = ["--precision", "fp32", "--batch-size", "4", "--views", "2", "--color-jitter", "0.3"]
+    options += ["--max-bad-fraction", "0.1", "--out"]
     command = ["embed", "data", "--model", str(tiny_model), *options]
     process = subprocess.Popen(
         [*clipcid_command(), *command, "cut"], cwd=tmp_path, env=clean_environment(), stderr=subprocess.DEVNULL
@@ -145,8 +147,10 @@ def test_killed_and_resumed_gives_the_same_bytes(clipcid: Call, tiny_model: Path
     resumed = clipcid(*command, "cut", "--json")
     assert f"{done} of 24 shards are already embedded" in " ".join(resumed.stderr.split())
     assert resumed.json["images"] == 240
-    clipcid(*command, "whole")
+    whole = clipcid(*command, "whole")
     assert hash_rows(tmp_path / "cut") == hash_rows(tmp_path / "whole")
+    assert "cannot be decoded" in whole.stderr
+    assert "cannot be decoded" not in resumed.stderr  # the killed run looked at the data
     assert len(list((tmp_path / "cut").glob("view_*/view_*.npy"))) == 48
 
 

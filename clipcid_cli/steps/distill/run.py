@@ -7,6 +7,7 @@ import json
 import time
 from typing import Any
 
+from clipcid_cli.formats.results.checkpoint import list_checkpoints
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.results.tensorboard import import_tensorboard
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -67,7 +68,9 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
             if output.finished is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")
                 return result(folder, output.finished)
-            check_samples(inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
+            # An unfinished run without a checkpoint may have ended because of what this finds.
+            if not (output.resumed and machine.on_main(lambda: list_checkpoints(folder.checkpoints))):
+                check_samples(inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
             training = TrainingRun(settings, machine, inputs, student, teacher, plan, folder, output, reporter)
             sidecar = training.train({"prepare": time.perf_counter() - started})
     return result(folder, sidecar)

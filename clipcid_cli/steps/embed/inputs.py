@@ -7,7 +7,14 @@ from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
-from clipcid_cli.formats.output import find_changed, plan_identity, read_sidecar, sidecar_path
+from clipcid_cli.formats.output import (
+    find_changed,
+    list_differences,
+    plan_identity,
+    plan_path,
+    read_sidecar,
+    sidecar_path,
+)
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.model_identity import is_of
@@ -93,3 +100,11 @@ def find_finished(
         and is_of(sidecar["model"], name)
     )
     return sidecar if same and find_changed(folder, "embed", sidecar) is None else None
+
+
+def is_begun(folder: Path, inputs: list[dict[str, Any]]) -> bool:
+    """Tell whether an unfinished run on the very same data has left its plan, which it writes once the data is checked."""
+    plan = read_sidecar(plan_path(folder, "embed"))
+    return plan is not None and not list_differences(
+        {"inputs": plan.get("inputs", [])}, {"settings": {}, "inputs": inputs}
+    )

@@ -19,7 +19,7 @@ from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.embed.finish import describe_result, finish
-from clipcid_cli.steps.embed.inputs import find_finished, open_data, require_captions, view_settings
+from clipcid_cli.steps.embed.inputs import find_finished, is_begun, open_data, require_captions, view_settings
 from clipcid_cli.steps.embed.shards import ShardEmbedder, Timings
 from clipcid_cli.steps.embed.views import Views
 from clipcid_cli.steps.preflight import check_samples
@@ -65,7 +65,8 @@ def make_embeddings(
         return describe_result(folder, finished)
     shards = "1 shard" if len(dataset.shards) == 1 else f"{len(dataset.shards):,} shards"
     reporter.note(f"Embedding {dataset.spec} ({shards}) with {name.spec}.")
-    check_samples(dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
+    if settings.dry_run or not machine.on_main(lambda: is_begun(folder, inputs)):
+        check_samples(dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
     embedder = _load_embedder(settings, machine, name, dataset)
     info, workers = embedder.model.info, f"{embedder.workers} worker{'' if embedder.workers == 1 else 's'}"
     reporter.note(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from conftest import make_image, shard_members, write_tar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.steps import preflight
 from clipcid_cli.steps.data_index import ensure_index
@@ -74,7 +77,7 @@ def test_without_time_for_all_an_even_part_of_them_is_looked_at(
 ) -> None:
     dataset = open_dataset(shards)
     many = dataclasses.replace(dataset, shards=dataset.shards * 400)  # as 2,400 shards of five samples
-    monkeypatch.setattr(preflight, "_MOMENT", 0.0)
+    monkeypatch.setattr(preflight, "_MIN_SECONDS", 0.0)
     found, _ = check(many, machine, dry_run=False)
     assert found.samples == 3 * found.shards
     # A third of each of them is read: a hundredth of 2,400 shards is in 72, and 16 are looked at together.
@@ -85,6 +88,18 @@ def test_without_time_for_all_an_even_part_of_them_is_looked_at(
     assert gaps.max() < 4 * 2400 / found.shards
     assert order != choose_order(many, 1, dry_run=False)
     assert order == choose_order(many, 0, dry_run=True)
+
+
+@pytest.mark.parametrize(("dry_run", "seconds"), [(True, 2), (False, 10)])
+def test_shards_of_which_little_is_read_are_looked_at_until_the_time_is_up(
+    shards: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, dry_run: bool, seconds: int
+) -> None:
+    dataset = open_dataset(shards)
+    many = dataclasses.replace(dataset, shards=dataset.shards * 400)  # as 2,400 indexed shards of 10,000 samples
+    monkeypatch.setattr(preflight, "_look", lambda _dataset, _number: Findings(1, 3, Skips(), 0.0003))
+    # Reading the clock takes 0.25 s: it is read at the start and before each 16 shards.
+    monkeypatch.setattr(preflight, "time", SimpleNamespace(perf_counter=itertools.count(0, 0.25).__next__))
+    assert check(many, machine, dry_run=dry_run)[0].shards == 16 * 4 * seconds
 
 
 def test_of_remote_data_a_dry_run_looks_at_few_shards_and_a_run_at_none(shards: Path) -> None:
