@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 from clipcid_cli.algorithms.losses.registry import PRESETS
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.steps.distill import run
+from clipcid_cli.steps.distill.training_run import TrainingRun
 
 Clipcid = Callable[..., Run]
 SCRIPT = Path(__file__).parents[1] / "distill_data.py"
@@ -103,6 +105,29 @@ def test_killed_run_goes_on_to_the_same_bits(
     assert "Resuming at step" in resumed.stderr
     assert losses(runs / "killed") == losses(runs / "whole")
     assert student_bytes(runs / "killed") == student_bytes(runs / "whole")
+
+
+def test_the_data_is_checked_until_there_is_a_checkpoint(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def check(*_arguments: object, **_options: object) -> None:
+        calls.append(None)
+        if len(calls) == 1:
+            raise ClipcidError("A shard cannot be read.", "")
+
+    def end(*_arguments: object) -> None:
+        raise ClipcidError("The run ends early.", "")
+
+    monkeypatch.setattr(run, "check_samples", check)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "_finish", end)
+        with pytest.raises(ClipcidError, match=r"cannot be read"):
+            train(whole, "checked", ("cid",))
+        with pytest.raises(ClipcidError, match=r"ends early"):
+            train(whole, "checked", ("cid",))
+        assert len(calls) == 2
+    train(whole, "checked", ("cid",))
+    assert len(calls) == 2
 
 
 def test_clusters_teach_both_towers_where_they_know_captions(whole: Path) -> None:
