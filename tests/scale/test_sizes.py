@@ -144,7 +144,7 @@ def test_clusters_hold_more_rows_than_32_bits_count_neighbours(folder: Path, lim
 
     # What `distill` may hold a row.
     with limit_memory(8 * CLUSTER_ROWS + 2 * GIB):
-        found = open_clusters(folder)
+        found = open_clusters(folder, folder / "unused")
         random = np.random.default_rng(0)
         for start in (
             0,

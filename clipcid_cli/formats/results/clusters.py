@@ -5,8 +5,8 @@ joined in order at the end. Where parts begin depends on the number of rows only
 who wrote what, and a killed run continues with the missing parts.
 
 Parquet cannot be read row by row: its columns of nearest centroids are also stored as arrays that are mapped, one copy for
-all processes of a host. ``top_arrays.json`` records the table and the arrays made from it; they are made again where any of
-these files is missing or has changed.
+all processes of a host. ``top_arrays.json`` records the table and the arrays made from it; where any of these files is
+missing or has changed, the arrays are made again, in a folder of the reader's own.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Clusters:
         captions: The same for the captions' embeddings; None when there were none.
         image_temperature: τ_T at which softmax(similarity/τ_T) over an image's m centroids has a median perplexity of 3.5.
         sidecar: What ``cluster.json`` says.
+        cache: Where the arrays are if the folder itself lacks them.
     """
 
     folder: Path
@@ -82,6 +83,7 @@ class Clusters:
     image_temperature: float
     caption_temperature: float | None
     sidecar: dict[str, Any]
+    cache: Path
 
     @property
     def labels(self) -> npt.NDArray[np.int32]:
@@ -90,13 +92,14 @@ class Clusters:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process open the files itself instead of receiving their rows."""
-        return open_clusters, (self.folder, True)
+        return open_clusters, (self.folder, self.cache, True)
 
 
-def open_clusters(folder: Path, is_checked: bool = False) -> Clusters:
-    """Read what `cluster` wrote.
+def open_clusters(folder: Path, cache: Path, is_checked: bool = False) -> Clusters:
+    """Read what `cluster` wrote; nothing is written to its folder.
 
     Args:
+        cache: Folder for the arrays of tables that have none, or others, in their own folder: each in one of its own.
         is_checked: Whether the centroids are known to be finite, so that they need not be read.
 
     Raises:
@@ -115,10 +118,9 @@ def open_clusters(folder: Path, is_checked: bool = False) -> Clusters:
             raise ValueError(f"{CENTROIDS} holds {centroids.dtype} {list(centroids.shape)}, not finite float32 [K, D]")
         with pq.ParquetFile(folder / TABLE) as table:
             most = _largest_cluster(table)
-            if not _are_mappable(folder, table):
-                _extract_tops(folder, table)
+            arrays = _find_arrays(folder, cache, table)
             has_captions = "caption_top_clusters" in table.schema_arrow.names
-        tops = [map_tops(folder, prefix) for prefix in ("", *(["caption_"] if has_captions else []))]
+        tops = [map_tops(arrays, prefix) for prefix in ("", *(["caption_"] if has_captions else []))]
         keep_list = sidecar.get("keep_list")
         if keep_list is not None and not (isinstance(keep_list["path"], str) and isinstance(keep_list["hash"], str)):
             raise TypeError(f"the entry 'keep_list' of cluster.json is {str(keep_list)[:80]}")
@@ -142,6 +144,7 @@ def open_clusters(folder: Path, is_checked: bool = False) -> Clusters:
         image_temperature=temperatures["image"],
         caption_temperature=temperatures.get("caption"),
         sidecar=sidecar,
+        cache=cache,
     )
 
 
@@ -261,7 +264,7 @@ def join_parts(folder: Path, num_parts: int, *, captions: bool) -> None:
     if not captions:
         for name in _CAPTION_COLUMNS:  # of clusters that these replace
             _array_path(folder, name).unlink(missing_ok=True)
-    _record_arrays(folder, columns)
+    _record_arrays(folder, folder, columns)
 
 
 def _top_columns(prefix: str, tops: TopClusters) -> dict[str, pa.Array]:
@@ -283,34 +286,45 @@ def _top_names(names: Iterable[str]) -> list[str]:
     return [name for name in (*_TOPS, *_CAPTION_COLUMNS) if name in names]
 
 
-def _are_mappable(folder: Path, table: pq.ParquetFile) -> bool:
+def _find_arrays(folder: Path, cache: Path, table: pq.ParquetFile) -> Path:
+    """Return the folder of a table's arrays: its own, else one in the cache, where they are made if they are not there."""
+    if _are_mappable(folder, folder, table):
+        return folder
+    arrays = cache / str(fingerprint_file(folder / TABLE)["hash"]).rpartition(":")[2]
+    if not _are_mappable(folder, arrays, table):
+        _extract_tops(folder, arrays, table)
+    return arrays
+
+
+def _are_mappable(folder: Path, arrays: Path, table: pq.ParquetFile) -> bool:
     """Tell whether each column of nearest centroids has its array, made from this very table and unchanged since."""
     needed = {TABLE, *(_array_path(folder, name).name for name in _top_names(table.schema_arrow.names))}
     try:
-        recorded = json.loads((folder / ARRAYS_RECORD).read_bytes())["files"]
+        recorded = json.loads((arrays / ARRAYS_RECORD).read_bytes())["files"]
         return needed == {entry["path"] for entry in recorded} and all(
-            is_unchanged(folder, entry, fingerprint_file) for entry in recorded
+            is_unchanged(folder if entry["path"] == TABLE else arrays, entry, fingerprint_file) for entry in recorded
         )
     except (OSError, ValueError, TypeError, KeyError):  # missing or damaged: the arrays are made again
         return False
 
 
-def _extract_tops(folder: Path, table: pq.ParquetFile) -> None:
-    """Write the arrays of a table whose own are missing or belong to another table."""
+def _extract_tops(folder: Path, arrays: Path, table: pq.ParquetFile) -> None:
+    """Write the arrays of a table to another folder."""
     names = _top_names(table.schema_arrow.names)
     # Several processes may do so at once: each writes files of its own, and the last ones stay.
     captions, sibling = "caption_top_clusters" in names, f"{os.getpid()}.partial"
-    with _top_arrays(folder, table.metadata.num_rows, captions=captions, sibling=sibling) as append:
+    with _top_arrays(arrays, table.metadata.num_rows, captions=captions, sibling=sibling) as append:
         for group in range(table.num_row_groups):
             append(table.read_row_group(group, columns=names))
-    _record_arrays(folder, names, sibling)
+    _record_arrays(folder, arrays, names, sibling)
 
 
-def _record_arrays(folder: Path, columns: Iterable[str], sibling: str = "partial") -> None:
+def _record_arrays(folder: Path, arrays: Path, columns: Iterable[str], sibling: str = "partial") -> None:
     """Record the table and the arrays made from it, such that `_are_mappable` recognises them."""
-    files = [folder / TABLE, *(_array_path(folder, name) for name in _top_names(columns))]
-    with atomic_file(folder / ARRAYS_RECORD, sibling) as file:
-        file.write(json.dumps({"files": describe_outputs(folder, files)}, indent=2).encode() + b"\n")
+    described = describe_outputs(folder, [folder / TABLE])
+    described += describe_outputs(arrays, (_array_path(arrays, name) for name in _top_names(columns)))
+    with atomic_file(arrays / ARRAYS_RECORD, sibling) as file:
+        file.write(json.dumps({"files": described}, indent=2).encode() + b"\n")
 
 
 @contextmanager

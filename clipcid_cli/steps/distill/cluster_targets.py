@@ -34,19 +34,20 @@ _KEPT_BYTES = 64 * 2**20
 
 
 def find_clusters(
-    settings: DistillSettings, embeddings: Embeddings | None, online: ModelName | None, keep_list: Path | None
+    settings: DistillSettings, embeddings: Embeddings | None, online: ModelName | None, cache: Path
 ) -> Clusters | None:
     """Open the clusters, where a loss asks for them.
 
     Args:
         online: The teacher that runs alongside the student; None where stored embeddings teach.
+        cache: Folder for arrays made from their table, see `open_clusters`.
 
     Raises:
-        ClipcidError: when there are none, or they are another teacher's or of an earlier keep list; the fix remakes them.
+        ClipcidError: when there are none, or they are another teacher's; the fix remakes them.
     """
     if not any(LOSSES[name].needs_clusters for name in settings.losses()):
         return None
-    clusters = open_clusters(settings.clusters or WorkDirectory(settings.work).find_clusters())
+    clusters = open_clusters(settings.clusters or WorkDirectory(settings.work).find_clusters(), cache)
     model = clusters.sidecar.get("model")
     if model is not None and online is not None and (difference := find_mismatch(model, online)) is not None:
         raise ClipcidError(
@@ -61,8 +62,6 @@ def find_clusters(
             f"--cluster-towers both, but the clusters in {clusters.folder} were made without captions.",
             f"Embed the captions too, then make the clusters again. {_remake(embeddings)}",
         )
-    if keep_list is not None:
-        _refuse_old_clusters(clusters, keep_list)
     return clusters
 
 
@@ -126,8 +125,8 @@ def _check_clusters(clusters: Clusters, embeddings: Embeddings) -> None:
         )
 
 
-def _refuse_old_clusters(clusters: Clusters, keep_list: Path) -> None:
-    """Refuse clusters of an earlier keep list; those of all images, made without one, fit any."""
+def refuse_old_clusters(clusters: Clusters, keep_list: Path) -> None:
+    """Refuse clusters of an earlier keep list (ClipcidError: the fix remakes them); those made without one fit any."""
     made_from = clusters.sidecar.get("keep_list")
     if made_from is not None and made_from["hash"] != fingerprint_file(keep_list)["hash"]:
         raise ClipcidError(

@@ -28,7 +28,7 @@ from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps.data_index import cache_shards, ensure_index
-from clipcid_cli.steps.distill.cluster_targets import find_clusters, use_clusters
+from clipcid_cli.steps.distill.cluster_targets import find_clusters, refuse_old_clusters, use_clusters
 from clipcid_cli.steps.distill.samples import (
     MatchedSamples,
     Sources,
@@ -98,7 +98,9 @@ def find_inputs(
     elif embeddings is not None:
         check_keys(embeddings, dataset)
     online = teacher if settings.online_teacher else None
-    clusters = find_clusters(settings, embeddings, online, None if keep_list is None else keep_list.path)
+    clusters = find_clusters(settings, embeddings, online, scratch or work.cluster_arrays)
+    if clusters is not None and keep_list is not None:
+        refuse_old_clusters(clusters, keep_list.path)
     fingerprints = dataset.fingerprints()
     if keep_list is not None:
         fingerprints.append(fingerprint_file(keep_list.path))

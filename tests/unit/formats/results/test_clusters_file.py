@@ -54,7 +54,7 @@ def write_clusters(
 @pytest.mark.parametrize("captions", [True, False])
 def test_what_is_written_is_read_back(tmp_path: Path, captions: bool) -> None:
     keys, tops, similarities = write_clusters(tmp_path, 20_000, captions=captions)
-    found = open_clusters(tmp_path)
+    found = open_clusters(tmp_path, tmp_path / "cache")
     table = pq.read_table(tmp_path / "clusters.parquet")
     assert table["key"].to_pylist() == keys.to_pylist()
     np.testing.assert_array_equal(table["similarity"].to_numpy(), similarities[:, 0].astype(np.float32))
@@ -71,54 +71,80 @@ def read_arrays(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*top_*.npy")}
 
 
-def test_arrays_are_made_again_where_they_are_missing_or_of_other_clusters(tmp_path: Path) -> None:
-    _, tops, _ = write_clusters(tmp_path, 20_000)
-    written = read_arrays(tmp_path)
+def read_cache(folder: Path) -> dict[str, bytes]:
+    """Read the arrays of the only table in the cache of a folder."""
+    (arrays,) = (folder / "cache").iterdir()
+    return read_arrays(arrays)
+
+
+def test_arrays_that_are_missing_are_made_in_the_cache_and_nothing_is_written_beside_the_table(tmp_path: Path) -> None:
+    _, tops, _ = write_clusters(tmp_path / "here", 20_000)
+    cache = tmp_path / "cache"
+    open_clusters(tmp_path / "here", cache)
+    assert not cache.exists()
+    written = read_arrays(tmp_path / "here")
     assert len(written) == 4
-    for name in written:
-        (tmp_path / name).unlink()
-    np.testing.assert_array_equal(open_clusters(tmp_path).images.clusters, tops.clusters)
-    assert read_arrays(tmp_path) == written
+    for name in (*written, "top_arrays.json"):
+        (tmp_path / "here" / name).unlink()
+    left = sorted((tmp_path / "here").iterdir())
+    found = open_clusters(tmp_path / "here", cache)
+    np.testing.assert_array_equal(found.images.clusters, tops.clusters)
+    assert read_cache(tmp_path) == written
+    times = [path.stat().st_mtime_ns for path in sorted(cache.rglob("*"))]
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(found)).images.clusters, tops.clusters)
+    assert times == [path.stat().st_mtime_ns for path in sorted(cache.rglob("*"))], "made once"
+    assert sorted((tmp_path / "here").iterdir()) == left
+
+
+def test_arrays_of_another_length_are_not_taken(tmp_path: Path) -> None:
+    _, tops, _ = write_clusters(tmp_path, 100)
+    written = read_arrays(tmp_path)
     np.save(tmp_path / "top_clusters.npy", tops.clusters[1:])
-    open_clusters(tmp_path)
-    assert read_arrays(tmp_path) == written
+    open_clusters(tmp_path, tmp_path / "cache")
+    assert read_cache(tmp_path) == written
+    (made,) = (tmp_path / "cache").iterdir()
+    np.save(made / "top_clusters.npy", tops.clusters[1:])
+    open_clusters(tmp_path, tmp_path / "cache")
+    assert read_cache(tmp_path) == written
 
 
-def test_arrays_are_made_again_where_the_table_was_replaced_by_one_of_equal_size(tmp_path: Path) -> None:
+def test_arrays_of_a_table_replaced_by_one_of_equal_size_are_not_taken(tmp_path: Path) -> None:
     write_clusters(tmp_path / "here", 100)
     _, tops, _ = write_clusters(tmp_path / "other", 100, seed=1)
-    open_clusters(tmp_path / "here")
+    open_clusters(tmp_path / "here", tmp_path / "cache")
     for name in ("centroids.npy", "clusters.parquet", "cluster.json"):
         shutil.copyfile(tmp_path / "other" / name, tmp_path / "here" / name)
-    np.testing.assert_array_equal(open_clusters(tmp_path / "here").images.clusters, tops.clusters)
-    assert read_arrays(tmp_path / "here") == read_arrays(tmp_path / "other")
+    np.testing.assert_array_equal(open_clusters(tmp_path / "here", tmp_path / "cache").images.clusters, tops.clusters)
+    assert read_cache(tmp_path) == read_arrays(tmp_path / "other")
 
 
-def test_an_array_that_was_replaced_by_one_of_equal_shape_is_made_again(tmp_path: Path) -> None:
+def test_an_array_that_was_replaced_by_one_of_equal_shape_is_not_taken(tmp_path: Path) -> None:
     _, tops, _ = write_clusters(tmp_path, 100)
     np.save(tmp_path / "top_clusters.npy", tops.clusters[::-1])
-    np.testing.assert_array_equal(open_clusters(tmp_path).images.clusters, tops.clusters)
+    np.testing.assert_array_equal(open_clusters(tmp_path, tmp_path / "cache").images.clusters, tops.clusters)
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"[]", b'{"files": [{}]}', b'{"files": 3}'])
-def test_a_damaged_record_of_the_arrays_is_made_again(tmp_path: Path, content: bytes | None) -> None:
+def test_arrays_with_a_damaged_record_are_not_taken(tmp_path: Path, content: bytes | None) -> None:
     _, tops, _ = write_clusters(tmp_path, 100)
     record = tmp_path / "top_arrays.json"
     written = json.loads(record.read_bytes())
     record.unlink()
     if content is not None:
         record.write_bytes(content)
-    np.testing.assert_array_equal(open_clusters(tmp_path).images.clusters, tops.clusters)
-    again = json.loads(record.read_bytes())
+    np.testing.assert_array_equal(open_clusters(tmp_path, tmp_path / "cache").images.clusters, tops.clusters)
+    (made,) = (tmp_path / "cache").iterdir()
+    again = json.loads((made / "top_arrays.json").read_bytes())
     assert [entry["hash"] for entry in again["files"]] == [entry["hash"] for entry in written["files"]]
 
 
-def test_a_folder_in_the_place_of_the_record_is_named(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named_with_one_fix(tmp_path: Path) -> None:
     write_clusters(tmp_path, 100)
     (tmp_path / "top_arrays.json").unlink()
-    (tmp_path / "top_arrays.json").mkdir()
-    with pytest.raises(ClipcidError, match=r"Could not write .*top_arrays\.json: Is a directory"):
-        open_clusters(tmp_path)
+    (tmp_path / "cache").write_bytes(b"")
+    with pytest.raises(ClipcidError, match=r"Could not write .*cache.*: Not a directory") as caught:
+        open_clusters(tmp_path, tmp_path / "cache")
+    assert caught.value.fix.startswith("Remove or rename what is in its place")
 
 
 def test_clusters_without_captions_leave_no_arrays_of_those_before(tmp_path: Path) -> None:
@@ -129,7 +155,7 @@ def test_clusters_without_captions_leave_no_arrays_of_those_before(tmp_path: Pat
 
 def test_rows_are_mapped_and_another_process_opens_the_files_itself(tmp_path: Path) -> None:
     write_clusters(tmp_path, 20_000)
-    found = open_clusters(tmp_path)
+    found = open_clusters(tmp_path, tmp_path / "cache")
     assert not found.images.clusters.flags.owndata
     assert isinstance(found.images.clusters.base, np.memmap)
     sent = pickle.dumps(found)
@@ -159,7 +185,7 @@ def test_unfinished_clusters_are_refused(tmp_path: Path) -> None:
     write_clusters(tmp_path, 10)
     (tmp_path / "cluster.json").unlink()
     with pytest.raises(ClipcidError, match=r"no cluster\.json.*\n.*clipcid cluster"):
-        open_clusters(tmp_path)
+        open_clusters(tmp_path, tmp_path / "cache")
 
 
 def test_a_cut_off_table_is_refused(tmp_path: Path) -> None:
@@ -167,11 +193,11 @@ def test_a_cut_off_table_is_refused(tmp_path: Path) -> None:
     table = tmp_path / "clusters.parquet"
     table.write_bytes(table.read_bytes()[:-20])
     with pytest.raises(ClipcidError, match="cannot be read as clusters"):
-        open_clusters(tmp_path)
+        open_clusters(tmp_path, tmp_path / "cache")
 
 
 def test_labels_beyond_the_centroids_are_refused(tmp_path: Path) -> None:
     write_clusters(tmp_path, 100)
     write_npy(tmp_path / "centroids.npy", np.eye(2, 8, dtype=np.float32))
     with pytest.raises(ClipcidError, match=r"names cluster 5; centroids\.npy has 2 centroids"):
-        open_clusters(tmp_path)
+        open_clusters(tmp_path, tmp_path / "cache")
