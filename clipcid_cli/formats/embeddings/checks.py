@@ -1,9 +1,7 @@
-"""Whether the files of a folder of embeddings fit together, and are still what the sidecar records."""
+"""Whether the files of a folder of embeddings fit together."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,6 @@ import numpy.typing as npt
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.npy import RowFile
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.listing import Stat, is_as_listed
 from clipcid_cli.formats.output import sidecar_path
 from clipcid_cli.formats.parquet import count_rows
 from clipcid_cli.formats.reading import reading
@@ -37,48 +34,6 @@ def check_sidecar(folder: Path, sidecar: dict[str, Any]) -> None:
         if "data" in sidecar and not isinstance(sidecar["data"]["spec"], str):
             raise TypeError("its data are of another type")
         sidecar["model"]["weights_hash"], sidecar["inputs"], sidecar["counts"]["images"]
-
-
-def describe_recorded(
-    folder: Path, sidecar: dict[str, Any], stats: Mapping[str, Stat]
-) -> dict[str, dict[str, Any]] | None:
-    """Describe the files that are as the sidecar records, for other sidecars; None where it records none.
-
-    They are named by their paths in the folder (`place_in`). A file of another time, as in a copy of the folder, is known
-    but not described here.
-    """
-    if not sidecar.get("outputs"):
-        return None
-    found: dict[str, dict[str, Any]] = {}
-    for entry in sidecar["outputs"]:
-        same = is_as_listed(stats.get(entry["path"]), entry)
-        described = {"path": str(folder / entry["path"]), "size": entry["size"], "hash": entry["hash"]}
-        found[entry["path"]] = described if same else {}
-    return found
-
-
-def place_in(folder: Path, path: Path) -> str:
-    """Return the path in a folder of a file that was found there."""
-    return str(path).removeprefix(os.path.join(folder, ""))  # Path(".") / name has no "./" to remove
-
-
-def refuse_added(folder: Path, files: list[EmbeddingFile], known: Container[str]) -> None:
-    """Refuse files among those of `embed` that it did not write.
-
-    Args:
-        known: Those it did write, by path in the folder.
-
-    Raises:
-        ClipcidError: naming the first.
-    """
-    for file in files:
-        parts = (file.images, file.texts, file.extras.views, file.extras.view_params, file.extras.further)
-        paths = [part.path for part in parts if part is not None] + (
-            [file.metadata] if file.metadata is not None else []
-        )
-        for path in paths:
-            if place_in(folder, path) not in known:
-                raise ClipcidError(f"{path} was added since {sidecar_path(folder, 'embed')} was written.", REMAKE)
 
 
 def check_rows(file: RowFile) -> None:

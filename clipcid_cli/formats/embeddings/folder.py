@@ -35,15 +35,13 @@ from clipcid_cli.formats.embeddings.checks import (
     check_file,
     check_rows,
     check_sidecar,
-    describe_recorded,
     find_unusable_rows,
-    place_in,
-    refuse_added,
 )
 from clipcid_cli.formats.embeddings.extras import Extras, ExtrasFinder, ViewParams
 from clipcid_cli.formats.embeddings.npy import Fingerprint, RowFile, find_npy
 from clipcid_cli.formats.embeddings.npz import MOST_UNPACKED
 from clipcid_cli.formats.embeddings.pairing import DIGITS, list_files, list_inner_files, pair_by_name, pair_by_number
+from clipcid_cli.formats.embeddings.recorded import RecordedFiles
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprints import FingerprintCache
 from clipcid_cli.formats.key_join import find_repeated_key, hash_keys
@@ -113,7 +111,7 @@ class Embeddings:
         files: tuple[EmbeddingFile, ...],
         width: int,
         sidecar: dict[str, Any] | None,
-        recorded: dict[str, dict[str, Any]] | None = None,
+        recorded: RecordedFiles | None = None,
         prefix_keys: bool = False,
         cache: Path | None = None,
     ) -> None:
@@ -216,7 +214,11 @@ class Embeddings:
         return self._join(lambda file: _read_column(file, ("uid",), lambda row: ""))
 
     def fingerprints(self, *, texts: bool = False, further: bool = False, views: bool = False) -> list[dict[str, Any]]:
-        """Describe the files of every shard for a sidecar: image embeddings, metadata, and the requested kinds."""
+        """Describe the files of every shard for a sidecar: image embeddings, metadata, and the requested kinds.
+
+        Raises:
+            ClipcidError: when a file that the sidecar of `embed` records was replaced since the folder was opened.
+        """
         look = partial(EmbeddingFile.fingerprints, texts=texts, further=further, views=views)
         return [entry for part in self._fingerprint(look) for entry in part]
 
@@ -231,17 +233,12 @@ class Embeddings:
     def _fingerprint(
         self, look: Callable[[EmbeddingFile, Fingerprint], list[dict[str, Any]]]
     ) -> list[list[dict[str, Any]]]:
-        recorded = self._recorded or {}
-        if recorded and all(recorded.values()):
-            return [look(file, lambda path: recorded[place_in(self.folder, path)]) for file in self.files]
+        if self._recorded is not None:
+            self._recorded.refuse_changed()
+            return [look(file, self._recorded.describe) for file in self.files]
         cache = None if self._cache is None else FingerprintCache(self._cache)
-        of_file = cache or fingerprint_file
-
-        def describe(path: Path) -> dict[str, Any]:
-            return recorded.get(place_in(self.folder, path)) or of_file(path)
-
         with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(lambda file: look(file, describe), self.files))
+            found = list(pool.map(lambda file: look(file, cache or fingerprint_file), self.files))
         if cache is not None:
             cache.save()
         return found
@@ -354,7 +351,7 @@ def open_embeddings(
             raise ClipcidError(changed, REMAKE)
         if isinstance(remembered, FingerprintCache):
             remembered.save()
-        recorded = describe_recorded(folder, sidecar, stats)
+        recorded = RecordedFiles(folder, sidecar["outputs"], stats) if sidecar.get("outputs") else None
         del stats
         # Those of 41,000 shards take 100 MB.
         sidecar = {name: value for name, value in sidecar.items() if name not in ("inputs", "outputs")}
@@ -394,5 +391,5 @@ def open_embeddings(
     if first == 0:
         raise ClipcidError(f"{folder} contains {len(files)} files of embeddings, all without rows.", "Make them again.")
     if recorded is not None:
-        refuse_added(folder, files, recorded)
+        recorded.refuse_others(files)
     return Embeddings(folder, tuple(files), width, sidecar, recorded, prefix_keys=keys == "shard", cache=cache)

@@ -18,6 +18,7 @@ import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
+from clipcid_cli.formats.embeddings import folder as folders
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, holds_unit_rows, unit_rows
 from clipcid_cli.formats.embeddings.writer import (
@@ -26,7 +27,7 @@ from clipcid_cli.formats.embeddings.writer import (
     ShardRows,
     refuse_foreign_folder,
 )
-from clipcid_cli.formats.output import plan_identity
+from clipcid_cli.formats.output import find_changed, plan_identity
 from clipcid_cli.formats.skips import Skips
 
 RANDOM = np.random.default_rng(0)
@@ -137,6 +138,40 @@ def test_finished_files_that_were_replaced_are_refused(tmp_path: Path, file: str
     changed.unlink()
     with pytest.raises(ClipcidError, match=rf"{changed.name} is missing"):
         open_embeddings(tmp_path / "copy")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    path.with_suffix(".new").write_bytes(content)
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize("file", ["img_emb/img_emb_0002.npy", "metadata/metadata_0002.parquet"])
+def test_files_replaced_while_a_folder_is_in_use_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    write_folder(tmp_path / "first")
+    write_folder(tmp_path / "other")
+    embeddings = open_embeddings(tmp_path / "first")
+    os.utime(tmp_path / "first" / file, ns=(0, 1))  # the same content at another time is the same file
+    expected = embeddings.fingerprints(texts=True)
+    assert len(expected) == 9
+    embeddings = open_embeddings(tmp_path / "first")
+    assert embeddings.fingerprints(texts=True) == expected
+    other = (tmp_path / "other" / file).read_bytes()[:-1] + b"?"  # of the same size
+    replace_file(tmp_path / "first" / file, other)
+    for fingerprint in (embeddings.fingerprints, embeddings.text_fingerprints):
+        with pytest.raises(ClipcidError, match=rf"{file} has changed since .*embed.json was written"):
+            fingerprint()
+
+    def compare_and_replace(folder: Path, *arguments: Any, **named: Any) -> str | None:
+        found = find_changed(folder, *arguments, **named)
+        replace_file(folder / file, other)
+        return found
+
+    monkeypatch.setattr(folders, "find_changed", compare_and_replace)
+    look = open_embeddings if file.endswith(".npy") else lambda folder: open_embeddings(folder).fingerprints()
+    with pytest.raises(ClipcidError, match=rf"{file} has changed since .*embed.json was written"):
+        look(tmp_path / "other")
 
 
 def test_rows_that_are_zero_or_not_finite_are_found_in_images_and_texts_of_any_writer(tmp_path: Path) -> None:
