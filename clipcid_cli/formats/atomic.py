@@ -7,6 +7,7 @@ overwrites what a killed one left; the lock of the output folder keeps two write
 from __future__ import annotations
 
 import errno
+import fcntl
 import filecmp
 import io
 import json
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 _ABANDONED_SECONDS = 3600.0
+_LOCK = ".lock"
 _PIECES_AT_ONCE = 8192
 
 
@@ -109,13 +111,37 @@ def refuse_unwritable(path: Path) -> None:
         raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Hold a temporary folder, so that `remove_abandoned` of another run leaves it; the kernel ends it with the process."""
+    with (folder / _LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        with (folder / _LOCK).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # held, or nobody can tell
+        return True
+    return False
+
+
 def remove_abandoned(partials: Iterable[Path]) -> None:
-    """Remove those of the hidden siblings, files or folders, that nobody has written to for an hour."""
+    """Remove those of the hidden siblings, files or folders, that are an hour old and that nobody holds or writes to.
+
+    The time of a folder does not change while its files are written: who needs one for longer must hold it.
+    """
     for path in partials:
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime <= _ABANDONED_SECONDS:
                 continue
             if path.is_dir():
+                if _is_held(path):
+                    continue
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.key_streams import KeyStream
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.steps import keep_list as joined
 from clipcid_cli.steps.keep_list import apply_keep_list
 from clipcid_cli.steps.reporting import SilentReporter
 
@@ -56,6 +61,30 @@ def test_it_is_joined_in_the_work_directory_not_in_the_folder_for_temporary_file
 def test_a_dry_run_leaves_the_work_directory_as_it_is(keep_list: Path, tmp_path: Path) -> None:
     assert apply(keep_list, tmp_path / "work", dry_run=True) == list(np.arange(100) % 3 == 0)
     assert not (tmp_path / "work").exists()
+
+
+def test_folders_of_killed_runs_are_removed_but_not_that_of_a_run_of_over_an_hour(
+    keep_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, join = tmp_path / "work", joined.join_stream
+    other_lists: list[list[bool]] = []
+    killed = work / ".clipcid-join-killed"
+    killed.mkdir(parents=True)
+    (killed / ".lock").touch()
+    os.utime(killed, (0, 0))
+
+    def take_long(
+        keys: Iterable[pa.Array], count: int, stream: KeyStream, width: int, folder: Path, source: Path
+    ) -> Any:
+        os.utime(folder, (0, 0))
+        if not other_lists:  # a second run starts now
+            other_lists.append([])
+            other_lists.append(apply(keep_list, work, dry_run=False))
+        return join(keys, count, stream, width, folder, source)
+
+    monkeypatch.setattr(joined, "join_stream", take_long)
+    assert apply(keep_list, work, dry_run=False) == other_lists[1] == list(np.arange(100) % 3 == 0)
+    assert list(work.iterdir()) == []
 
 
 def test_a_work_directory_that_cannot_be_written_is_an_error(keep_list: Path, tmp_path: Path) -> None:
