@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypeVar
+from tempfile import TemporaryFile
+from typing import IO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +26,32 @@ def create_mapped(path: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -
     if not all(shape):
         return np.empty(shape, dtype)
     try:
-        with path.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * dtype.itemsize)
-        return np.memmap(path, dtype, "r+" if path.stat().st_size else "w+", shape=shape)
+        with path.open("w+b") as file:
+            return _map(file, dtype, shape)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise write_error(path, error) from error
+
+
+def create_unnamed(folder: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:
+    """Create an array as `create_mapped` does, in a file without a name, which lasts as long as the array.
+
+    Raises:
+        ClipcidError: when the disk of the folder has no room for it, or the file cannot be created.
+    """
+    if not all(shape):
+        return np.empty(shape, dtype)
+    try:
+        with TemporaryFile(dir=folder) as file:
+            return _map(file, dtype, shape)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def _map(file: IO[bytes], dtype: np.dtype[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:
+    size = int(np.prod(shape)) * dtype.itemsize
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
+    return np.memmap(file, dtype, "r+", shape=shape)

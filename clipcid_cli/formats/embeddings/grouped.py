@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from clipcid_cli.formats.atomic import write_error
 from clipcid_cli.formats.embeddings.npy import raw_file
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.mapped_arrays import create_mapped
@@ -24,9 +25,12 @@ def create_copy(folder: Path, rank: int, rows: int, width: int) -> npt.NDArray[n
     """Create the file of a process's copies and map it, float16 [rows, width].
 
     Raises:
-        ClipcidError: when the disk has no room for it.
+        ClipcidError: when the disk has no room for it, or the file cannot be created.
     """
-    (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder / _FOLDER, error) from error
     return create_mapped(_path(folder, rank), np.dtype(np.float16), (rows, width))
 
 

@@ -19,7 +19,9 @@ from clipcid_cli.algorithms.search.partition_margin import measure_margin, sampl
 from clipcid_cli.algorithms.search.partition_training import train_partitions
 from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedSearch
 from clipcid_cli.algorithms.search.partitions import Assignment, Partitions, assign_rows, group_rows
+from clipcid_cli.formats.atomic import write_error
 from clipcid_cli.formats.embeddings.grouped import create_copy, open_copies
+from clipcid_cli.formats.mapped_arrays import create_unnamed
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.reporting import Progress, Reporter
 from clipcid_cli.steps.shared_arrays import Arrays, collect_arrays, share_arrays
@@ -72,7 +74,7 @@ def partition_rows(
     start, stop = machine.share(len(rows))
     with reporter.progress("assign", stop - start, "images") as progress:
         assigned = assign_rows(partitions, read, rows, margin, share=(start, stop), advance=progress.advance)
-        home, visited, visitor = _spool(folder, assigned)
+        home, visited, visitor = machine.on_all(lambda: _spool(folder, assigned))
     with reporter.progress("group", stop - start, "images") as progress:
         places = machine.on_all(lambda: _copy_grouped(machine, folder, read, rows, home, partitions, progress))
     parts = collect_arrays(machine, folder, (home, visited, visitor, places))
@@ -137,24 +139,28 @@ def _copy_grouped(
 
 
 def _spool(folder: Path, assignments: Iterable[Assignment]) -> Arrays:
-    """Write the partitions of rows to files without a name as they are found; a row may visit dozens."""
+    """Write the partitions of rows to files without a name as they are found; a row may visit dozens.
+
+    Raises:
+        ClipcidError: when the disk has no room for them.
+    """
     names = ("home", "visited", "visitor")
     dtypes = dict.fromkeys(names, np.dtype(np.int32))
-    with ExitStack() as stack:
-        files = {name: stack.enter_context(TemporaryFile(dir=folder)) for name in names}
-        for each in assignments:
-            for name, file in files.items():
-                values = getattr(each, name)
-                dtypes[name] = values.dtype
-                values.tofile(file)
-        return tuple(_map(files[name], dtypes[name]) for name in names)
+    try:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(TemporaryFile(dir=folder)) for name in names}
+            for each in assignments:
+                for name, file in files.items():
+                    values = getattr(each, name)
+                    dtypes[name] = values.dtype
+                    file.write(np.ascontiguousarray(values).data)  # `tofile` would not notice that a disk is full
+            return tuple(_map(files[name], dtypes[name]) for name in names)
+    except OSError as error:
+        raise write_error(folder, error) from error
 
 
 def _allocate(folder: Path, length: int, dtype: type[np.signedinteger]) -> IntArray:
-    """Make an array in a file without a name."""
-    with TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, length * np.dtype(dtype).itemsize))
-        return np.memmap(file, dtype, "r+", shape=length) if length else np.empty(0, dtype)
+    return create_unnamed(folder, np.dtype(dtype), (length,))
 
 
 def _map(file: IO[bytes], dtype: Any) -> IntArray:

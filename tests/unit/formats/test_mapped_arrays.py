@@ -1,0 +1,67 @@
+"""Arrays in mapped files: their disk space is reserved, and a disk without room for them is an error."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.grouped import create_copy
+from clipcid_cli.formats.mapped_arrays import create_mapped, create_unnamed
+
+INT64 = np.dtype(np.int64)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Limit the size of files that this process writes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: create_mapped(folder / "array", INT64, (1000, 2)),
+        lambda folder: create_unnamed(folder, INT64, (1000, 2)),
+        lambda folder: create_copy(folder, 0, 1000, 8),
+    ],
+)
+def test_a_disk_without_room_is_an_error_that_names_the_place(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path)
+    with largest_file(4096), pytest.raises(ClipcidError, match=f"^Could not write {re.escape(str(tmp_path))}"):
+        make(tmp_path)
+
+
+@pytest.mark.parametrize("has_fallocate", [True, False])
+def test_arrays_are_zeros_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_fallocate: bool
+) -> None:
+    """Also on systems that cannot reserve space, as macOS."""
+    if not has_fallocate:
+        monkeypatch.delattr(os, "posix_fallocate")
+    for array in (create_mapped(tmp_path / "array", INT64, (3, 2)), create_unnamed(tmp_path, INT64, (3, 2))):
+        assert (array.shape, array.dtype) == ((3, 2), INT64)
+        assert not array.any()
+        array[:] = 7
+        assert array.sum() == 42
+    assert [path.name for path in tmp_path.iterdir()] == ["array"]
+    assert np.fromfile(tmp_path / "array", INT64).tolist() == [7] * 6
+    assert create_unnamed(tmp_path, INT64, (0, 2)).shape == (0, 2)
+
+
+def test_a_file_in_place_of_the_folder_of_copies_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / ".grouped").touch()
+    with pytest.raises(ClipcidError, match=r"^Could not write .*/\.grouped: File exists"):
+        create_copy(tmp_path, 0, 10, 8)
