@@ -201,10 +201,17 @@ def read_part(path: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32
 
 
 def map_tops(folder: Path, prefix: str) -> TopClusters:
-    """Map the nearest centroids of the images (prefix ``""``) or of the captions (``caption_``)."""
+    """Map the nearest centroids of the images (prefix ``""``) or of the captions (``caption_``).
+
+    Raises:
+        ValueError: when there is not one similarity for each of them.
+    """
     clusters, similarities = (
         np.asarray(np.load(_array_path(folder, f"{prefix}{name}"), mmap_mode="r", allow_pickle=False)) for name in _TOPS
     )
+    if clusters.shape != similarities.shape:
+        shapes = f"{list(clusters.shape)}, {prefix}top_similarities {list(similarities.shape)}"
+        raise ValueError(f"{prefix}top_clusters is {shapes}")
     return TopClusters(clusters, similarities)
 
 

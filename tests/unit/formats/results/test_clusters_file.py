@@ -196,6 +196,16 @@ def test_a_cut_off_table_is_refused(tmp_path: Path) -> None:
         open_clusters(tmp_path, tmp_path / "cache")
 
 
+def test_a_table_without_a_similarity_for_each_of_its_centroids_is_refused(tmp_path: Path) -> None:
+    _, tops, _ = write_clusters(tmp_path, 10)
+    table = pq.read_table(tmp_path / "clusters.parquet")
+    column = pa.array(tops.clusters[:, :1].tolist(), pa.list_(pa.int32()))
+    table = table.set_column(table.schema.get_field_index("top_clusters"), "top_clusters", column)
+    pq.write_table(table, tmp_path / "clusters.parquet")
+    with pytest.raises(ClipcidError, match=r"top_clusters is \[10, 1\], top_similarities \[10, 3\]"):
+        open_clusters(tmp_path, tmp_path / "cache")
+
+
 def test_labels_beyond_the_centroids_are_refused(tmp_path: Path) -> None:
     write_clusters(tmp_path, 100)
     write_npy(tmp_path / "centroids.npy", np.eye(2, 8, dtype=np.float32))
