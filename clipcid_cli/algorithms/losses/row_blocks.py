@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Blocks hold at most this many similarities, 32 MiB in float32; with their gradients a few of that size live at once.
+# Blocks hold at most this many similarities, 32 MiB in float32; with their gradients a few of that size live at once. A sum
+# of more keeps none of them for the backward pass, on any device: each loss makes several such matrices.
 BLOCK_ENTRIES = 1 << 23
 # On a GPU, where the host launches each block, at most 1 GiB in float32, and this part of the card's memory. Not of what
 # is free: sums in other blocks have other last bits, and a resumed run gives those of one that was never stopped.
@@ -76,8 +77,8 @@ def over_blocks(
     """Call `function(start, end)` for the blocks of first … stop − 1.
 
     Args:
-        function: What is computed of a block. Where there is more than one it is called again in the backward pass, and
-            must then return the same.
+        function: What is computed of a block. Where together they hold more than `BLOCK_ENTRIES` it is called again in the
+            backward pass, and must then return the same.
         stop: The row after the last.
         width: Similarities of each row; decides how many rows make a block.
         device: Where they are; decides it too.
@@ -85,9 +86,9 @@ def over_blocks(
     Returns:
         What it returned for each block, in order.
     """
-    rows = max(1, block_entries(device) // max(1, width))
-    if stop - first <= rows:
+    if (stop - first) * width <= BLOCK_ENTRIES:
         return [function(first, stop)]
+    rows = max(1, block_entries(device) // width)
     return [
         checkpoint(function, start, min(start + rows, stop), use_reentrant=False, preserve_rng_state=False)
         for start in range(first, stop, rows)
@@ -119,7 +120,11 @@ def sum_both_ways(block_sum: Callable[..., Tensor], own: slice, *compared: Simil
     """
     num_rows, device = len(compared[0].left_BD), compared[0].left_BD.device
     if own.indices(num_rows)[:2] == (0, num_rows) and num_rows**2 <= block_entries(device):
-        logits = [similarities.rows(0, num_rows) for similarities in compared]
-        return block_sum(0, *logits) + block_sum(0, *(matrix.T for matrix in logits))
+
+        def both_ways(first: int, stop: int) -> Tensor:
+            logits = [similarities.rows(first, stop) for similarities in compared]
+            return block_sum(0, *logits) + block_sum(0, *(matrix.T for matrix in logits))
+
+        return add(over_blocks(both_ways, 0, num_rows, num_rows, device))
     transposed = [similarities.transposed() for similarities in compared]
     return sum_one_way(block_sum, own, *compared) + sum_one_way(block_sum, own, *transposed)

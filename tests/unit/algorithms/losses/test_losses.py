@@ -27,6 +27,7 @@ from loss_data import (
 
 from clipcid_cli.algorithms.losses import row_blocks
 from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.algorithms.losses.cluster import ClusterTargets
 from clipcid_cli.algorithms.losses.registry import LOSSES, served_by_one_tower
 
 NAMES = tuple(LOSSES)
@@ -119,6 +120,37 @@ def test_large_batch_keeps_no_matrix_for_the_backward_pass(monkeypatch: pytest.M
     assert largest_kept() < rows**2
     monkeypatch.setattr(row_blocks, "BLOCK_ENTRIES", rows**2)
     assert largest_kept() == rows**2
+
+
+def test_large_blocks_of_a_gpu_keep_no_matrix_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, num_centroids = 1_024, 9_000
+    random = np.random.default_rng(0)
+    image, text, centroids = (
+        torch.from_numpy(unit(random.normal(size=(count, 4))).astype(np.float32))
+        for count in (rows, rows, num_centroids)
+    )
+    nearest = torch.arange(rows)[:, None]
+    targets = ClusterTargets(centroids, torch.zeros(num_centroids), nearest, torch.ones(rows, 1))
+    image.requires_grad_()
+    batch = LossBatch(image, text, torch.tensor(1.0), image, text, image_clusters=targets)
+
+    def sum_and_num_kept(name: str) -> tuple[float, int]:
+        kept = list[int]()
+        with torch.autograd.graph.saved_tensors_hooks(lambda kept_tensor: keep(kept, kept_tensor), lambda x: x):
+            value = compute(name, batch, SCALES.float())
+        (gradient,) = torch.autograd.grad(value, image)
+        return float(gradient.abs().sum()), sum(kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(row_blocks, "BLOCK_ENTRIES", rows * num_centroids)
+        plain = {name: sum_and_num_kept(name) for name in ("clip", "cluster")}
+    monkeypatch.setattr(row_blocks, "block_entries", lambda _: 1 << 28)
+    monkeypatch.setattr(row_blocks, "BLOCK_ENTRIES", rows**2 - 1)
+    for name, (gradient, num_kept) in plain.items():
+        assert num_kept >= rows**2, name
+        again, num_kept = sum_and_num_kept(name)
+        assert num_kept < rows**2 // 8, name
+        assert again == pytest.approx(gradient, rel=1e-6)
 
 
 @pytest.mark.parametrize(("memory", "entries"), [(80, 1 << 28), (16, 1 << 26), (1, 1 << 23)])
