@@ -31,7 +31,8 @@ def prefetch(
     """
     waiting = iter(batches)
     stream = _PrefetchStream(device) if device.type == "cuda" else None
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    try:
         threads = torch.get_num_threads()
         pool.submit(_use_one_core).result()
         torch.set_num_threads(threads)  # which the other thread has changed for those that start later
@@ -51,6 +52,8 @@ def prefetch(
         while following is not None:
             current, following = following, start()
             yield current.result() if stream is None else stream.receive(*current.result())
+    finally:
+        pool.shutdown(cancel_futures=True)  # waits for the batch in work, but not for the one after it
 
 
 def _use_one_core() -> None:

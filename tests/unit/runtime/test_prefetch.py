@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -58,14 +59,41 @@ def test_an_error_comes_in_the_place_of_its_batch(where: str) -> None:
 
 def test_closing_waits_for_the_batch_in_work_and_ends_the_thread() -> None:
     done = list[int]()
+    second_began = threading.Event()
 
     def prepare(number: int) -> int:
+        if number == 1:
+            second_began.set()
         time.sleep(0.05)
         done.append(number)
         return number
 
     taken = prefetch(range(10**9), prepare, CPU)
     assert next(taken) == 0
+    assert second_began.wait(30)
     taken.close()
     assert prefetch_threads() == []
     assert done == [0, 1]
+
+
+def test_an_interrupt_waits_for_the_batch_in_work_alone() -> None:
+    done = list[int]()
+
+    def prepare(number: int) -> int:
+        time.sleep(0.1)
+        if number == 0:
+            signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.1)
+        done.append(number)
+        return number
+
+    main = threading.main_thread().ident
+    assert main is not None
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(prefetch(range(10**9), prepare, CPU))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert prefetch_threads() == []
+    assert done == [0]
