@@ -12,7 +12,7 @@ from typing import Any
 
 from fault_child import Operations, kill, shift_clock
 from fault_disks import can_mount, heed_permissions, limit_file_sizes, limit_room, set_read_only
-from fault_place import Site, Step, read_tree
+from fault_place import Result, Site, Step, read_tree
 from fault_processes import list_rank_kills, list_worker_kills, run_rank_kill, run_worker_kill
 from one_process import Outcome
 
@@ -29,16 +29,18 @@ class Fault:
 
     Attributes:
         result: What happens, for docs/faults.md; the cases check it.
-        everyday: How many cases the everyday run draws.
+        everyday: How many cases the everyday run draws that the fault reaches.
         list_cases: All cases of a step.
-        run_case: Runs one of them; returns the exit code of the disturbed run and what breaks the rules.
+        run_case: Runs one of them.
+        needs_mount: Whether it takes a process that may mount disks.
     """
 
     name: str
     result: str
     everyday: int
     list_cases: Callable[[Site, Step, random.Random], list[Any]]
-    run_case: Callable[[Site, Step, Any], tuple[int | None, list[str]]]
+    run_case: Callable[[Site, Step, Any], Result]
+    needs_mount: bool = False
 
 
 def killed_problems(found: Outcome) -> list[str]:
@@ -53,12 +55,12 @@ def list_kills(site: Site, step: Step, chance: random.Random) -> list[tuple[int,
     return [(number, after) for number in range(len(site.operations[step.name])) for after in (False, True)]
 
 
-def run_kill(site: Site, step: Step, case: tuple[int, bool]) -> tuple[int | None, list[str]]:
+def run_kill(site: Site, step: Step, case: tuple[int, bool]) -> Result:
     """Kill a run at a file operation, then give the command again."""
     found = site.run(step, Operations(site.log, *case, act=kill).install)
     problems = killed_problems(found) + site.find_half(step)
     site.age_partials()
-    return found.code, problems + site.check_again(step)
+    return Result(found.code, problems + site.check_again(step), found.code == -9)
 
 
 def refused_problems(site: Site, step: Step, found: Outcome) -> list[str]:
@@ -79,14 +81,14 @@ def list_rooms(site: Site, step: Step, chance: random.Random) -> list[int]:
     return [_PAGE * int(part * made / _PAGE) for part in (0, *sorted(chance.uniform(0, 1.3) for _ in range(15)))]
 
 
-def run_full_disk(site: Site, step: Step, room: int) -> tuple[int | None, list[str]]:
+def run_full_disk(site: Site, step: Step, room: int) -> Result:
     """Run on a disk with little room, then give the command again with more."""
     with site.disk(step):
         limit_room(site.place, room)
         found = site.run(step)
         problems = refused_problems(site, step, found)
         limit_room(site.place, None)
-        return found.code, problems + site.check_again(step)
+        return Result(found.code, problems + site.check_again(step), found.code == 1)
 
 
 def list_sizes(site: Site, step: Step, chance: random.Random) -> list[int]:
@@ -96,10 +98,10 @@ def list_sizes(site: Site, step: Step, chance: random.Random) -> list[int]:
     return [1, *sorted({size - 1 for size in sizes if size > 1})]
 
 
-def run_limited_sizes(site: Site, step: Step, size: int) -> tuple[int | None, list[str]]:
+def run_limited_sizes(site: Site, step: Step, size: int) -> Result:
     """Run where no file may grow beyond a size (EFBIG, as a quota), then give the command again."""
     found = site.run(step, lambda: limit_file_sizes(size))
-    return found.code, refused_problems(site, step, found) + site.check_again(step)
+    return Result(found.code, refused_problems(site, step, found) + site.check_again(step), found.code == 1)
 
 
 def list_read_only(site: Site, step: Step, chance: random.Random) -> list[str]:
@@ -107,13 +109,13 @@ def list_read_only(site: Site, step: Step, chance: random.Random) -> list[str]:
     return ["all"] if can_mount() else []
 
 
-def run_read_only(site: Site, step: Step, case: str) -> tuple[int | None, list[str]]:
+def run_read_only(site: Site, step: Step, case: str) -> Result:
     """Run on a read-only disk, then give the command again on one that is not."""
     with site.disk(step):
         set_read_only(site.place, True)
         found = site.run(step)
         set_read_only(site.place, False)
-        return found.code, refused_problems(site, step, found) + site.check_again(step)
+        return Result(found.code, refused_problems(site, step, found) + site.check_again(step), found.code == 1)
 
 
 def list_permissions(site: Site, step: Step, chance: random.Random) -> list[str]:
@@ -121,14 +123,14 @@ def list_permissions(site: Site, step: Step, chance: random.Random) -> list[str]
     return [".", *read_tree(site.before(step))]
 
 
-def run_without_permission(site: Site, step: Step, name: str) -> tuple[int | None, list[str]]:
+def run_without_permission(site: Site, step: Step, name: str) -> Result:
     """Run where a file may not be read, or a folder not be written to, then give the command again."""
     path = site.place / name
     mode = path.stat().st_mode
     path.chmod(0o555 if path.is_dir() else 0)
     found = site.run(step, heed_permissions)
     path.chmod(mode)
-    return found.code, refused_problems(site, step, found) + site.check_again(step)
+    return Result(found.code, refused_problems(site, step, found) + site.check_again(step), found.code == 1)
 
 
 def list_outputs(site: Site, step: Step, chance: random.Random) -> list[str]:
@@ -137,7 +139,7 @@ def list_outputs(site: Site, step: Step, chance: random.Random) -> list[str]:
     return [name for name in site.expected[step.name] if name not in before and not name.endswith("/")]
 
 
-def run_folder_in_place(site: Site, step: Step, name: str) -> tuple[int | None, list[str]]:
+def run_folder_in_place(site: Site, step: Step, name: str) -> Result:
     """Run with a folder where an output belongs, then give the command again without it."""
     path = site.place / name
     path.mkdir(parents=True)
@@ -145,7 +147,7 @@ def run_folder_in_place(site: Site, step: Step, name: str) -> tuple[int | None, 
     problems = refused_problems(site, step, found)
     if path.is_dir():
         path.rmdir()
-    return found.code, problems + site.check_again(step)
+    return Result(found.code, problems + site.check_again(step), found.code == 1)
 
 
 def list_moments(site: Site, step: Step, chance: random.Random) -> list[tuple[int, float]]:
@@ -153,7 +155,7 @@ def list_moments(site: Site, step: Step, chance: random.Random) -> list[tuple[in
     return [(number, chance.random()) for number in (signal.SIGINT, signal.SIGTERM) for _ in range(20)]
 
 
-def run_signal(site: Site, step: Step, case: tuple[int, float]) -> tuple[int | None, list[str]]:
+def run_signal(site: Site, step: Step, case: tuple[int, float]) -> Result:
     """Send a signal, then give the command again."""
     number, part = case
     running = site.start(step)
@@ -170,7 +172,8 @@ def run_signal(site: Site, step: Step, case: tuple[int, float]) -> tuple[int | N
     problems += [f"{mark}{found!r}" for mark in ("Traceback", "bug in clipcid", "Error: ") if mark in found.err]
     if time.monotonic() - began > _PROMPT:
         problems.append(f"it took {time.monotonic() - began:.1f} s to end")
-    return found.code, problems + site.find_half(step) + site.check_again(step)
+    problems += site.find_half(step) + site.check_again(step)
+    return Result(found.code, problems, found.code != 0)
 
 
 def list_clocks(site: Site, step: Step, chance: random.Random) -> list[tuple[int, float, float, float]]:
@@ -180,7 +183,7 @@ def list_clocks(site: Site, step: Step, chance: random.Random) -> list[tuple[int
     return [(chance.randrange(count), *clocks) for clocks in wrong]
 
 
-def run_wrong_clock(site: Site, step: Step, case: tuple[int, float, float, float]) -> tuple[int | None, list[str]]:
+def run_wrong_clock(site: Site, step: Step, case: tuple[int, float, float, float]) -> Result:
     """Kill a run whose clock is wrong, and give the command again under another wrong clock; all files are of the future."""
     number, offset, drift, later = case
     for path in site.place.rglob("*"):
@@ -195,10 +198,11 @@ def run_wrong_clock(site: Site, step: Step, case: tuple[int, float, float, float
     site.age_partials()
     problems += site.check_again(step, lambda: shift_clock(later, -0.5))
     # These record the times of files.
-    return found.code, [text for text in problems if "/index/" not in text and "/.fingerprints." not in text]
+    problems = [text for text in problems if "/index/" not in text and "/.fingerprints." not in text]
+    return Result(found.code, problems, found.code == -9)
 
 
-def run_delayed(site: Site, step: Step, number: int) -> tuple[int | None, list[str]]:
+def run_delayed(site: Site, step: Step, number: int) -> Result:
     """Start a second run while the first one is slow at a file operation; then give the command again."""
 
     def wait(name: str, target: Any) -> None:
@@ -208,7 +212,7 @@ def run_delayed(site: Site, step: Step, number: int) -> tuple[int | None, list[s
     reader, writer = os.pipe()
     first = site.start(step, Operations(site.log, number, act=wait).install)
     os.close(writer)
-    os.read(reader, 1)
+    reached = os.read(reader, 1) == b"."
     os.close(reader)
     found = [site.run(step), first.finish(2 * site.patience(step))]
     problems = []
@@ -217,7 +221,7 @@ def run_delayed(site: Site, step: Step, number: int) -> tuple[int | None, list[s
             problems.append(f"{outcome.problems()}{outcome!r}")
     if all(outcome.code for outcome in found):
         problems.append(f"neither of the two runs ended well{found!r}")
-    return found[0].code, problems + site.check_again(step)
+    return Result(found[0].code, problems + site.check_again(step), reached)
 
 
 def list_operations(site: Site, step: Step, chance: random.Random) -> list[int]:
@@ -230,9 +234,9 @@ _WHOLE = "The same command again leaves the bytes of an undisturbed run, and no 
 _REFUSED = "One error that names the file and the fix, exit 1, or a whole result where the file is not needed."
 FAULTS = (
     Fault("killed", f"Nothing is half under its final name. {_WHOLE}", 9, list_kills, run_kill),
-    Fault("full disk", f"{_REFUSED} {_WHOLE}", 1, list_rooms, run_full_disk),
+    Fault("full disk", f"{_REFUSED} {_WHOLE}", 1, list_rooms, run_full_disk, True),
     Fault("limit of file sizes", f"{_REFUSED} {_WHOLE}", 1, list_sizes, run_limited_sizes),
-    Fault("read-only disk", f"{_REFUSED} {_WHOLE}", 1, list_read_only, run_read_only),
+    Fault("read-only disk", f"{_REFUSED} {_WHOLE}", 1, list_read_only, run_read_only, True),
     Fault("no permission", f"{_REFUSED} {_WHOLE}", 1, list_permissions, run_without_permission),
     Fault("a folder in an output's place", f"{_REFUSED} {_WHOLE}", 1, list_outputs, run_folder_in_place),
     Fault("Ctrl-C, SIGTERM", f"Exit 130 or 143 within 5 s. {_WHOLE}", 1, list_moments, run_signal),

@@ -77,10 +77,11 @@ class Operations:
             os.write(self._log, f"{name} {target}\n".encode(errors="surrogateescape"))
             if self._act is not None and self._act_at == (number, False):
                 self._act(name, target)
-            result = real(target, *rest, **named)
-            if self._act is not None and self._act_at == (number, True):
-                self._act(name, target)
-            return result
+            try:
+                return real(target, *rest, **named)
+            finally:
+                if self._act is not None and self._act_at == (number, True):
+                    self._act(name, target)
 
         return counted
 

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from conftest import make_image, shard_members, write_tar, write_tiny_model
 from distill_data import STUDENT
@@ -49,6 +49,20 @@ STEPS = (
 )
 
 Tree = dict[str, bytes]
+
+
+class Result(NamedTuple):
+    """What a case gave.
+
+    Attributes:
+        code: Exit code of the disturbed run.
+        problems: What breaks the rules.
+        reached: Whether the fault took effect; only such a case counts.
+    """
+
+    code: int | None
+    problems: list[str]
+    reached: bool
 
 
 class Site:

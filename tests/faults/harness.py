@@ -37,7 +37,8 @@ class Row:
     """What the cases of a fault gave.
 
     Attributes:
-        cases: Their number by step.
+        cases: By step, the number of those that the fault reached.
+        unreached: The number of the others.
         codes: How often a disturbed run ended with an exit code.
         losses: What broke the rules, by case.
     """
@@ -45,6 +46,7 @@ class Row:
     cases: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     codes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     losses: list[str] = dataclasses.field(default_factory=list)
+    unreached: int = 0
     seconds: float = 0.0
 
 
@@ -52,7 +54,7 @@ def run_faults(faults: list[Fault], seed: int, cases: int | None, everything: bo
     """Run the cases of faults, in several processes where asked.
 
     Args:
-        cases: How many of each fault; None: as many as on every day.
+        cases: How many of each fault that it reaches; None: as many as on every day.
         everything: Run all cases.
 
     Returns:
@@ -79,6 +81,7 @@ def run_faults(faults: list[Fault], seed: int, cases: int | None, everything: bo
                 rows[fault].cases.update(found["cases"])
                 rows[fault].codes.update(found["codes"])
                 rows[fault].losses += found["losses"]
+                rows[fault].unreached += found["unreached"]
                 rows[fault].seconds += found["seconds"]
     return rows
 
@@ -91,12 +94,16 @@ def _work(
     rows: dict[str, Any] = {}
     for fault in faults:
         row, began = Row(), time.monotonic()
-        count = None if everything else cases or fault.everyday
-        for step, case in draw_cases(site, fault, seed, count)[number::jobs]:
+        drawn = draw_cases(site, fault, seed, everything)[number::jobs]
+        count = len(drawn) if everything else len(range(number, fault.everyday if cases is None else cases, jobs))
+        for step, case in drawn:
+            if row.cases.total() == count:
+                break
             site.reset(step)
-            code, problems = fault.run_case(site, step, case)
-            row.cases[step.name] += 1
-            row.codes[str(code)] += 1
+            code, problems, reached = fault.run_case(site, step, case)
+            row.cases[step.name] += reached
+            row.unreached += not reached
+            row.codes[str(code)] += reached
             if problems:
                 row.losses.append(f"{fault.name}, {step.name}, {case}: " + "; ".join(problems))
                 print(row.losses[-1], file=sys.stderr, flush=True)
@@ -106,17 +113,17 @@ def _work(
     shutil.rmtree(root)
 
 
-def draw_cases(site: Site, fault: Fault, seed: int, count: int | None) -> list[tuple[Step, Any]]:
-    """Return cases of a fault: all, or `count` of them that go round the steps."""
+def draw_cases(site: Site, fault: Fault, seed: int, in_order: bool) -> list[tuple[Step, Any]]:
+    """Return the cases of a fault: in the order of the steps, or shuffled such that they go round the steps."""
     chance = random.Random(seed + zlib.crc32(fault.name.encode()))
     by_step = {step: fault.list_cases(site, step, chance) for step in STEPS}
-    if count is None:
+    if in_order:
         return [(step, case) for step, cases in by_step.items() for case in cases]
     for cases in by_step.values():
         chance.shuffle(cases)
     steps = chance.sample(STEPS, len(STEPS))
     rounds = itertools.zip_longest(*([(step, case) for case in by_step[step]] for step in steps))
-    return [drawn for found in rounds for drawn in found if drawn is not None][:count]
+    return [drawn for found in rounds for drawn in found if drawn is not None]
 
 
 def write_table(rows: dict[str, Row], seed: int) -> None:
@@ -128,16 +135,18 @@ def write_table(rows: dict[str, Row], seed: int) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
     for name, row in rows.items():
         counts = [f"{row.cases[step.name] or '–'}" for step in STEPS]
-        codes = ", ".join(f"{code} ({count:,})" for code, count in sorted(row.codes.items()))
+        codes = ", ".join(f"{code} ({count:,})" for code, count in sorted(row.codes.items()) if count)
         measured = [
-            f"{sum(row.cases.values()):,}",
+            f"{row.cases.total():,}",
+            f"{row.unreached:,}",
             str(len(row.losses)),
             str(seed),
             commit.strip(),
             f"{row.seconds:,.0f}",
         ]
         lines[name] = f"| {' | '.join([name, codes, *counts, *measured])} |"
-    heading = ["fault", "exit (runs)", *(step.name for step in STEPS), "cases", "losses", "seed", "commit", "seconds"]
+    measured_names = ["cases", "not reached", "losses", "seed", "commit", "seconds"]
+    heading = ["fault", "exit (runs)", *(step.name for step in STEPS), *measured_names]
     table = [f"| {' | '.join(heading)} |", "|" + "---|" * len(heading)]
     table += [lines[fault.name] for fault in FAULTS if fault.name in lines]
     results = [f"- **{fault.name}**: {fault.result}" for fault in FAULTS]
@@ -149,7 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, metavar="N", help="cases of each fault in the sample")
+    parser.add_argument("--cases", type=int, metavar="N", help="cases of each fault in the sample that it reaches")
     parser.add_argument("--all", action="store_true", help="run every case, not a sample")
     parser.add_argument("--only", action="append", metavar="FAULT", help="run this fault alone; may be repeated")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cases that run at a time")
@@ -168,7 +177,8 @@ if __name__ == "__main__":
         print(json.dumps({name: vars(row) for name, row in given.items()}))
     for name, row in {} if chosen.json else given.items():
         print(
-            f"{name}: {sum(row.cases.values())} cases, {len(row.losses)} losses, {dict(row.codes)}, {row.seconds:.0f} s"
+            f"{name}: {row.cases.total()} cases, {row.unreached} not reached, {len(row.losses)} losses, "
+            f"{dict(row.codes)}, {row.seconds:.0f} s"
         )
     if chosen.write:
         write_table(given, chosen.seed)
