@@ -4,15 +4,14 @@ Sizes of results that the host must know to go on would make it wait several tim
 scores is taken, their pairs are computed exactly, and the host picks those within the distance. Where more scores than that
 reach the threshold the tile is *crowded*, and must be searched in another way.
 
-Shape letters: M and N rows of two blocks, S stretches of a row of scores, P pairs.
+Shape letters: M and N rows of two blocks, S stretches of a row of scores, s scores of a stretch, P pairs.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from clipcid_cli.algorithms.search.blocks import Block, exact_accumulation, multiply
 from clipcid_cli.algorithms.search.distances import paired_distances
@@ -36,16 +35,21 @@ class QueuedTile:
     def __init__(self, a: Block, b: Block, threshold: float) -> None:
         self.a, self.b = a, b
         device = a.scan.device
+        # Rows of zeros make whole stretches of the scores. Their scores are 0, and so are those of each pair's second place:
+        # where even 0 reaches the threshold the tile is crowded, or all of its pairs are computed.
+        padding = -len(b) % _STRETCH
+        self._width = len(b) + padding
         with exact_accumulation(device):
-            score_MN = multiply(a.scan, b.scan)
+            score_MN = multiply(a.scan, F.pad(b.scan, (0, 0, 0, padding)) if padding else b.scan)
         if a is b:
-            score_MN.fill_diagonal_(-math.inf)
-        width = _STRETCH if len(b) % _STRETCH == 0 else len(b)
-        stretch_SW = score_MN.view(-1, width)
-        largest_S, place_S = _top(stretch_SW.amax(dim=1))
-        score_P, place_P = _top(stretch_SW[place_S].view(-1))
-        entry_P = place_S[place_P // width] * width + place_P % width
-        i_P, j_P = entry_P // len(b), entry_P % len(b)
+            score_MN.triu_(1)
+        stretch_Ss = score_MN.view(-1, _STRETCH)
+        largest_S, place_S = _top(stretch_Ss.amax(dim=1))
+        score_P, place_P = _top(stretch_Ss[place_S].view(-1))
+        entry_P = place_S[place_P // _STRETCH] * _STRETCH + place_P % _STRETCH
+        i_P, j_P = entry_P // self._width, entry_P % self._width
+        if padding:
+            j_P.clamp_(max=len(b) - 1)
         distance_P = paired_distances(a.stored[i_P], b.stored[j_P], a.squared[i_P], b.squared[j_P])
         is_crowded = torch.maximum(largest_S.amin(), score_P.amin()) >= threshold
         # Both are exact in float64: one copy to the host's pinned memory, which does not wait.
@@ -64,8 +68,10 @@ class QueuedTile:
             return None
         entry_P, weight_P = np.split(results[:-1], 2)
         near_P = weight_P <= np.float32(cutoff)
-        i_P, j_P = np.divmod(entry_P[near_P].astype(np.int64), len(self.b))
-        once_P = i_P < j_P if self.a is self.b else np.ones(len(i_P), np.bool_)
+        i_P, j_P = np.divmod(entry_P[near_P].astype(np.int64), self._width)
+        once_P = j_P < len(self.b)
+        if self.a is self.b:
+            once_P &= i_P < j_P
         i_P, j_P = self.a.rows[i_P[once_P]], self.b.rows[j_P[once_P]]
         weight_P = weight_P[near_P][once_P].astype(np.float32)
         return Edges(np.minimum(i_P, j_P), np.maximum(i_P, j_P), weight_P)

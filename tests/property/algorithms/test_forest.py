@@ -207,6 +207,42 @@ def test_a_tile_queued_as_on_a_gpu_has_the_same_pairs(dtype: torch.dtype, monkey
     assert join._queue(join.panel(0), join.panel(0), cutoff).pairs_within(cutoff) is None
 
 
+@settings(max_examples=20)
+@given(st.integers(1, 300), st.integers(1, 300), st.booleans(), st.integers(0, 2**32 - 1))
+def test_a_queued_tile_of_any_size_looks_into_few_scores(m: int, n: int, is_diagonal: bool, seed: int) -> None:
+    n = m if is_diagonal else n
+    rows = unit_rows(seed, m + n, 16, 40, 0.2)
+    join = TiledSearch(rows.__getitem__, np.arange(m + n), CPU, torch.float32)
+    a = join.load(np.arange(m))
+    b = a if is_diagonal else join.load(np.arange(m, m + n))
+    looked_into, take = [], queued._top
+
+    def top(score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        looked_into.append(len(score))
+        return take(score)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queued, "_top", top)
+        patch.setattr(queued, "_MOST_PAIRS", 150)
+        edges = join._queue(a, b, 0.1).pairs_within(0.1)
+    stretches, scores = looked_into
+    assert stretches == m * -(-n // 128)
+    assert scores == 128 * min(150, stretches)
+    if edges is not None:
+        near = [edge for edge in as_list(all_edges(rows)) if edge[0] <= np.float32(0.1)]
+        expected = [(weight, i, j) for weight, i, j in near if (j < m if is_diagonal else i < m <= j)]
+        assert sorted(as_list(edges)) == sorted(expected)
+
+
+def test_near_copies_take_one_place_a_pair() -> None:
+    rows = unit_rows(3, 129, 32, 1, 0.01)
+    join = TiledSearch(rows.__getitem__, np.arange(129), CPU, torch.float32)
+    panel = join.panel(0)
+    edges = join._queue(panel, panel, 0.5).pairs_within(0.5)
+    assert edges is not None
+    assert len(edges) == 129 * 128 // 2
+
+
 def test_lower_bounds_given_for_proposed_pairs_hold() -> None:
     rows = unit_rows(11, 300, 96, 12, 0.1)
     exact = {(a, b): weight for weight, a, b in as_list(all_edges(rows))}
