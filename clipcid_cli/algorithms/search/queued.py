@@ -46,7 +46,7 @@ class QueuedTile:
         stretch_Ss = score_MN.view(-1, _STRETCH)
         largest_S, place_S = _top(stretch_Ss.amax(dim=1))
         score_P, place_P = _top(stretch_Ss[place_S].view(-1))
-        entry_P = place_S[place_P // _STRETCH] * _STRETCH + place_P % _STRETCH
+        entry_P = torch.add(place_P % _STRETCH, place_S[place_P // _STRETCH], alpha=_STRETCH)
         i_P, j_P = entry_P // self._width, entry_P % self._width
         if padding:
             j_P.clamp_(max=len(b) - 1)
