@@ -58,6 +58,78 @@ def test_products_are_as_exact_as_proofs_assume(name: str, searched: Path) -> No
     assert json.loads((searched / "inexact.json").read_text())[name] == {}
 
 
+# Runs of rows that are not kept are read only where a centroid has moved.
+NOT_KEPT = """
+import numpy as np
+import torch
+from clipcid_cli.algorithms.kmeans.lloyd import Lloyd
+from clipcid_cli.algorithms.search.centroids import round_to_grid
+
+class Rows:
+    width = 16
+    num_reads = 0
+    def __len__(self):
+        return 256
+    def features(self, start, stop):
+        self.num_reads += 1
+        return values[start:stop]
+
+values = np.repeat(np.eye(16), 16, axis=0) + 0.1 * np.random.default_rng(0).normal(size=(256, 16))
+values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
+centroids = round_to_grid(torch.eye(16, dtype=torch.float64)).cuda()
+rows = Rows()
+lloyd = Lloyd(rows, centroids, torch.float16, (0, 256), 0, lambda sums: sums, lambda value: [value])
+for _ in range(5):
+    lloyd.iterate()
+assert not lloyd.any_moved
+before = rows.num_reads
+lloyd.iterate()
+assert before and rows.num_reads == before, (before, rows.num_reads)
+"""
+# Of many equal centroids the first is the nearest; rows are not multiplied with 16,384 at once.
+EQUAL_CENTROIDS = """
+import torch
+from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
+from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
+from clipcid_cli.algorithms.search.centroids import round_to_grid
+unit = torch.nn.functional.normalize(torch.randn(1, 16, generator=torch.Generator().manual_seed(0)).double())
+rows = torch.nn.functional.normalize(unit + 0.1 * torch.eye(16).double()).half().cuda()
+search = NearestCentroids(round_to_grid(unit).repeat(9000, 1).cuda(), torch.float16)
+decide, widths = search._decide_densely, []
+def decide_densely(rows, row_R, number_C, best):
+    widths.append(len(number_C))
+    decide(rows, row_R, number_C, best)
+search._decide_densely = decide_densely
+found = search.nearest(prepare_rows(rows, torch.float16))
+assert found.centroids_B.tolist() == [0] * 16
+assert widths and max(widths) <= 4096, widths
+"""
+# A tile with more near pairs than are queued has those of a CPU.
+CROWDED_TILE = """
+import numpy as np
+import torch
+from clipcid_cli.algorithms.search.pair_search import TiledSearch
+values = 1 + 0.1 * np.random.default_rng(0).normal(size=(300, 16))
+values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
+
+def near_pairs(device, dtype):
+    search = TiledSearch(values.__getitem__, np.arange(300), torch.device(device), dtype)
+    panel = search.panel(0)
+    assert device == "cpu" or search._queue(panel, panel, 0.5).pairs_within(0.5) is None
+    found = search.search(panel, panel, 0.5, lambda a, b, weight: np.ones(len(a), np.bool_))
+    return sorted(pair for part in found for pair in zip(part.a, part.b, part.weight))
+
+here = near_pairs("cpu", torch.float32)
+assert len(here) > 16_384
+assert near_pairs("cuda", torch.float16) == here
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_not_kept_and_crowded_searches(kind: str, tmp_path: Path) -> None:
+    run_all(kind, tmp_path, [("-c", code) for code in (NOT_KEPT, EQUAL_CENTROIDS, CROWDED_TILE)])
+
+
 # Operators that a GPU is given, and waits of the host for it: raising one of these numbers needs a reason.
 TILE = {"operators": 45.5, "waits": 1.9}
 CHUNK = {"operators": 34, "waits": 2}

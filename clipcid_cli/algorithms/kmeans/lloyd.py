@@ -217,10 +217,10 @@ class Lloyd:
             count_B = torch.full_like(before_B, len(self.centroids_KD))
             mine = dataclasses.replace(mine, others_B=torch.full_like(mine.similarities_B, -torch.inf))
             if self._is_assigned:
-                rows, every_B = self._prepared(first, last), self._with_moved_centroids(before_B)
+                rows, every_B = self._prepared(first, last), self._with_moved_centroids(first, before_B)
                 mine.similarities_B[:] = search.similarities(rows.rows_BD, every_B, before_B)
         else:
-            moved_B = self._with_moved_centroids(before_B)
+            moved_B = self._with_moved_centroids(first, before_B)
             similar_B = mine.similarities_B.clone()
             if len(moved_B):
                 rows = self._prepared(first, last)
@@ -247,9 +247,12 @@ class Lloyd:
             with self._changing:
                 self._sums.move(changed_BD, old_B, mine.centroids_B[changed_B])
 
-    def _with_moved_centroids(self, before_B: torch.Tensor) -> torch.Tensor:
-        """List rows whose similarity to their centroid may have changed, int64 [n]: on a GPU all, without waiting."""
-        if self._drift is None or before_B.is_cuda:
+    def _with_moved_centroids(self, first: int, before_B: torch.Tensor) -> torch.Tensor:
+        """List rows of a run whose similarity to their centroid may have changed, int64 [n].
+
+        On a GPU all rows of a run that is kept: to compute them takes less time than to wait. Others would have to be read.
+        """
+        if self._drift is None or (before_B.is_cuda and first in self._kept):
             return torch.arange(len(before_B), device=before_B.device)
         return self._drift.moved_K[before_B].nonzero()[:, 0]
 

@@ -45,6 +45,8 @@ BLOCK_ROWS = {"cpu": 1024, "cuda": 16_384}
 GROUP = 64
 # Centroids multiplied at once: with 1,024 rows the product is 16 MiB in int32, near the size of a second-level cache.
 _CHUNK = {"cpu": 4096, "cuda": 16_384}
+# Where many centroids are nearly as near as the nearest, a GPU makes products of this many in float32, and lists of pairs.
+_CROWDED_CHUNK = 4096
 # A row that has candidates in more than this share of the groups is multiplied with all centroids of the chunk instead.
 _COSTLY_SHARE = 6
 _PATTERNS = {
@@ -108,8 +110,9 @@ class NearestCentroids:
             if found is not None:
                 return found
         best = BestSoFar(known, len(rows), rows.rows_BD.device)
-        for first in range(0, last, self._chunk):
-            self._search_chunk(rows, first, min(last, first + self._chunk), error_B, best)
+        chunk = min(self._chunk, _CROWDED_CHUNK)
+        for first in range(0, last, chunk):
+            self._search_chunk(rows, first, min(last, first + chunk), error_B, best)
         return Nearest(best.centroids_B, best.similarities_B, best.others_B)
 
     def _chunks(self, last: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
