@@ -10,6 +10,7 @@ import io
 import itertools
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -36,7 +37,8 @@ _IMPORTED = (
     ),
 )
 
-Act = Callable[[str, Any], None]
+Act = Callable[[str, list[int]], None]
+"""Takes the name of the operation and open descriptors of the files that were written and not flushed to the disk."""
 Hook = Callable[[], None]
 
 
@@ -60,6 +62,8 @@ class Operations:
         self._numbers = itertools.count()
         self._act_at = (at, after)
         self._act = act
+        self._unflushed: dict[tuple[int, int], int] = {}
+        self._open = os.open
 
     def install(self) -> None:
         """Wrap the functions, for the rest of this process."""
@@ -76,14 +80,30 @@ class Operations:
             number = next(self._numbers)
             os.write(self._log, f"{name} {target}\n".encode(errors="surrogateescape"))
             if self._act is not None and self._act_at == (number, False):
-                self._act(name, target)
+                self._act(name, list(self._unflushed.values()))
             try:
-                return real(target, *rest, **named)
+                result = real(target, *rest, **named)
+                self._follow(name, target)
+                return result
             finally:
                 if self._act is not None and self._act_at == (number, True):
-                    self._act(name, target)
+                    self._act(name, list(self._unflushed.values()))
 
         return counted
+
+    def _follow(self, name: str, target: Any) -> None:
+        """Keep a descriptor of a file from its opening for writing until it is flushed, whatever it is called by then."""
+        if name == "fsync":
+            found = os.fstat(target)
+            os.close(self._unflushed.pop((found.st_dev, found.st_ino), os.dup(target)))
+        elif name == "open" and not isinstance(target, int):
+            with contextlib.suppress(OSError):  # relative to a folder that is open
+                descriptor = self._open(target, os.O_WRONLY | os.O_NONBLOCK)
+                found = os.fstat(descriptor)
+                if not stat.S_ISREG(found.st_mode) or (found.st_dev, found.st_ino) in self._unflushed:
+                    os.close(descriptor)
+                else:
+                    self._unflushed[found.st_dev, found.st_ino] = descriptor
 
 
 def read_operations(log: Path) -> list[str]:
@@ -91,10 +111,10 @@ def read_operations(log: Path) -> list[str]:
     return log.read_text(errors="replace").splitlines()
 
 
-def kill(name: str, target: Any) -> None:
-    """Die as of `kill -9` or a power cut; half of what was not yet flushed to the disk is lost."""
-    if name == "fsync":
-        os.truncate(target, os.fstat(target).st_size // 2)
+def kill(name: str, unflushed: list[int]) -> None:
+    """Die as of `kill -9`, or at a flush or a renaming of a power cut: half of what is not on the disk is lost."""
+    for descriptor in unflushed if name in ("fsync", "rename", "replace") else ():
+        os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fault_cases import FAULTS, killed_problems
+from fault_child import Operations, kill, read_operations
 from fault_disks import can_mount
 from fault_place import STEPS, Site, read_tree
 from harness import DOCUMENT
 from one_process import Outcome
+
+from clipcid_cli.formats.atomic import write_bytes
 
 HARNESS = Path(__file__).with_name("harness.py")
 
@@ -52,6 +58,29 @@ def test_losses_are_noticed(tmp_path: Path) -> None:
     (site.place / ".stray.partial").touch()
     assert sorted(site.compare(step)) == ["left over: .stray.partial", "missing: gone.npy", "other bytes: half.npy"]
     assert site.find_half(step) == ["half under its final name: half.npy"]
+
+
+def kill_after(write: Callable[[], None], number: int, log: Path) -> None:
+    process = os.fork()
+    if process == 0:
+        try:
+            Operations(log, number, after=True, act=kill).install()
+            write()
+        finally:
+            os._exit(0)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    assert read_operations(log)[number].startswith(("replace", "rename"))
+
+
+def test_half_of_a_file_that_is_renamed_before_it_is_flushed_is_lost(tmp_path: Path) -> None:
+    def write_unflushed() -> None:
+        (tmp_path / "new").write_bytes(b"half")
+        (tmp_path / "new").rename(tmp_path / "unflushed")
+
+    kill_after(write_unflushed, 1, tmp_path / "log")  # open, rename
+    assert (tmp_path / "unflushed").read_bytes() == b"ha"
+    kill_after(lambda: write_bytes(tmp_path / "whole", b"whole"), 3, tmp_path / "log")  # mkdir, open, fsync, replace
+    assert (tmp_path / "whole").read_bytes() == b"whole"
 
 
 def test_words_of_a_killed_run_are_noticed() -> None:
