@@ -9,6 +9,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fault_child import Operations, kill, shift_clock
@@ -20,7 +21,7 @@ from one_process import Outcome
 _PAGE = 4096
 _YEAR = 366 * 86400.0
 _PROMPT = 10.0
-"""Seconds in which a signalled run ends on a machine that does other things too; 5 are promised."""
+"""Seconds in which a signalled run ends on a machine that does other things too."""
 _INTERRUPTED = "Interrupted. Run the same command again to continue where it stopped."
 
 _TIMES_OF_FILES = re.compile(
@@ -80,6 +81,13 @@ def refused_problems(site: Site, step: Step, found: Outcome) -> list[str]:
     return problems or site.compare(step)
 
 
+def unnamed_problems(found: Outcome, name: str) -> list[str]:
+    """Return what is wrong where an error names neither a file nor its folder; one in the place itself has no folder."""
+    path = Path(name)
+    named = found.code != 1 or any(str(part) in found.err for part in (path, path.parent) if part != Path())
+    return [] if named or path == Path() else [f"{name} is not named{found!r}"]
+
+
 def list_rooms(site: Site, step: Step, chance: random.Random) -> list[int]:
     """Free bytes from none to a little more than the outputs take."""
     if not can_mount():
@@ -137,7 +145,8 @@ def run_without_permission(site: Site, step: Step, name: str) -> Result:
     path.chmod(0o555 if path.is_dir() else 0)
     found = site.run(step, heed_permissions)
     path.chmod(mode)
-    return Result(found.code, refused_problems(site, step, found) + site.check_again(step), found.code == 1)
+    problems = refused_problems(site, step, found) + unnamed_problems(found, name) + site.check_again(step)
+    return Result(found.code, problems, found.code == 1)
 
 
 def list_outputs(site: Site, step: Step, chance: random.Random) -> list[str]:
@@ -151,7 +160,7 @@ def run_folder_in_place(site: Site, step: Step, name: str) -> Result:
     path = site.place / name
     path.mkdir(parents=True)
     found = site.run(step)
-    problems = refused_problems(site, step, found)
+    problems = refused_problems(site, step, found) + unnamed_problems(found, name)
     if path.is_dir():
         path.rmdir()
     return Result(found.code, problems + site.check_again(step), found.code == 1)
@@ -237,15 +246,18 @@ def list_operations(site: Site, step: Step, chance: random.Random) -> list[int]:
 
 
 _WHOLE = "The same command again leaves the bytes of an undisturbed run, and no other files."
-_REFUSED = "One error that names the file and the fix, exit 1, or a whole result where the file is not needed."
+_REFUSED = "One error with its fix and exit 1, or the whole result."
+_NAMED = (
+    "One error that names the file or its folder, with its fix, and exit 1; the whole result where it is not needed."
+)
 FAULTS = (
     Fault("killed", f"Nothing is half under its final name. {_WHOLE}", 9, list_kills, run_kill),
     Fault("full disk", f"{_REFUSED} {_WHOLE}", 1, list_rooms, run_full_disk, True),
     Fault("limit of file sizes", f"{_REFUSED} {_WHOLE}", 1, list_sizes, run_limited_sizes),
     Fault("read-only disk", f"{_REFUSED} {_WHOLE}", 1, list_read_only, run_read_only, True),
-    Fault("no permission", f"{_REFUSED} {_WHOLE}", 1, list_permissions, run_without_permission),
-    Fault("a folder in an output's place", f"{_REFUSED} {_WHOLE}", 1, list_outputs, run_folder_in_place),
-    Fault("Ctrl-C, SIGTERM", f"Exit 130 or 143 within 5 s. {_WHOLE}", 1, list_moments, run_signal),
+    Fault("no permission", f"{_NAMED} {_WHOLE}", 1, list_permissions, run_without_permission),
+    Fault("a folder in an output's place", f"{_NAMED} {_WHOLE}", 1, list_outputs, run_folder_in_place),
+    Fault("Ctrl-C, SIGTERM", f"Exit 130 or 143 within 10 s. {_WHOLE}", 1, list_moments, run_signal),
     Fault("two runs at once", f"One of them says so and exits 1, or waits. {_WHOLE}", 1, list_operations, run_delayed),
     Fault("clock set back", f"No difference, killed or not. {_WHOLE}", 1, list_clocks, run_wrong_clock),
     Fault(
