@@ -4,7 +4,8 @@
         ...                     # tensors made with device="cuda" live there
         device.operators        # operators that reached the device, by name
         device.waits            # what would have made the host wait for it, by kind
-        device.prefetched       # operators in other threads than the main one, by name
+        device.prefetched       # operators in the thread that prefetches, by name
+        device.prefetch_waits   # what would have made that thread wait, by kind
 
 Mixed devices, ``.numpy()`` of a device tensor and a CPU generator for a device's draw fail as they would on a GPU; so does
 a tensor that was made in another stream which the current one has not waited for. It says nothing of kernels, races within
@@ -76,7 +77,7 @@ class DeviceTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Go into a checkpoint by value; what reads it moves it to its device."""
-        _current.waits["to the host"] += 1
+        _current.add_waits("to the host")
         return self.held.__reduce_ex__(protocol)
 
     def record_stream(self, stream: Stream) -> None:  # type: ignore[override]
@@ -85,7 +86,7 @@ class DeviceTensor(torch.Tensor):
 
     def tolist(self) -> Any:
         """Return the values: PyTorch reads them without an operator."""
-        _current.waits["tolist"] += 1
+        _current.add_waits("tolist")
         return self.held.tolist()
 
 
@@ -105,6 +106,7 @@ class SimulatedCuda(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.inexact: Counter[str] = Counter()
         self.prefetched: Counter[str] = Counter()
+        self.prefetch_waits: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `run`."""
@@ -126,11 +128,10 @@ class SimulatedCuda(TorchDispatchMode):
             self._refuse_host_tensors(name, flat)
         for value in on_device:
             _streams.current().check(value, name)
-        ahead = threading.current_thread().name.startswith("prefetch")
         if on_device or to_device:
-            (self.prefetched if ahead else self.operators)[name] += 1
-        if on_device and not ahead:
-            self._count_waits(name, flat, to_host, args, kwargs)
+            (self.prefetched if _is_prefetching() else self.operators)[name] += 1
+        if on_device:
+            self.add_waits(*_causes_of_waiting(name, flat, to_host, args, kwargs))
         if on_device and name in PRODUCTS and not _sums_exactly(flat):
             self.inexact[name] += 1
         held_args, held_kwargs = tree_map(_held, args), tree_map(_held, dict(kwargs))
@@ -150,6 +151,10 @@ class SimulatedCuda(TorchDispatchMode):
 
         return tree_map(wrap, result)
 
+    def add_waits(self, *causes: str) -> None:
+        """Count waits of the current thread."""
+        (self.prefetch_waits if _is_prefetching() else self.waits).update(causes)
+
     def _refuse_host_tensors(self, name: str, flat: list[Any]) -> None:
         for value in flat:
             if not isinstance(value, torch.Tensor) or isinstance(value, DeviceTensor):
@@ -159,18 +164,6 @@ class SimulatedCuda(TorchDispatchMode):
                 raise RuntimeError(
                     f"Expected all tensors to be on the same device, but found cuda:0 and cpu {tuple(value.shape)} in {name}"
                 )
-
-    def _count_waits(self, name: str, flat: list[Any], to_host: bool, args: Any, kwargs: dict[str, Any]) -> None:
-        if name in WAITING:
-            self.waits[name] += 1
-        elif (to_host and not kwargs.get("non_blocking")) or (
-            name == "aten::copy_" and not isinstance(args[0], DeviceTensor)
-        ):
-            self.waits["to the host"] += 1
-        elif name in ("aten::index", "aten::index_put_", "aten::_index_put_impl_") and any(
-            isinstance(value, DeviceTensor) and value.dtype == torch.bool for value in flat[1:]
-        ):
-            self.waits["boolean index"] += 1
 
 
 class Stream:
@@ -249,6 +242,25 @@ def _held(value: Any) -> Any:
     return value.held if isinstance(value, DeviceTensor) else value
 
 
+def _is_prefetching() -> bool:
+    return threading.current_thread().name.startswith("prefetch")
+
+
+def _causes_of_waiting(name: str, flat: list[Any], to_host: bool, args: Any, kwargs: dict[str, Any]) -> list[str]:
+    """Return why the host waits for an operator: one cause, or none."""
+    if name in WAITING:
+        return [name]
+    if (to_host and not kwargs.get("non_blocking")) or (
+        name == "aten::copy_" and not isinstance(args[0], DeviceTensor)
+    ):
+        return ["to the host"]
+    if name in ("aten::index", "aten::index_put_", "aten::_index_put_impl_") and any(
+        isinstance(value, DeviceTensor) and value.dtype == torch.bool for value in flat[1:]
+    ):
+        return ["boolean index"]
+    return []
+
+
 def _sums_exactly(flat: list[Any]) -> bool:
     """Tell whether the products of these factors would be added up in float32 at least, each factor as it is."""
     matmul = torch.backends.cuda.matmul
@@ -301,7 +313,7 @@ def _replace_calls() -> None:
     def tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> Any:
         made = make_tensor(data, dtype=dtype)
         if device is not None and torch.device(device).type == "cuda":
-            _current.waits["from the host"] += 1
+            _current.add_waits("from the host")
             made = made.to(device)
         return made.requires_grad_(requires_grad)
 
@@ -310,7 +322,7 @@ def _replace_calls() -> None:
             pass
 
         def synchronize(self) -> None:
-            _current.waits["event"] += 1
+            _current.add_waits("event")
 
     class Properties:
         total_memory = 80 * 2**30
@@ -322,7 +334,7 @@ def _replace_calls() -> None:
         "is_bf16_supported": lambda *_, **__: True,
         "device_count": lambda: 1,
         "set_device": lambda _: None,
-        "synchronize": lambda *_: _current.waits.update(["synchronize"]),
+        "synchronize": lambda *_: _current.add_waits("synchronize"),
         "manual_seed_all": lambda _: None,
         "memory_reserved": lambda *_: 0,
         "mem_get_info": lambda *_: (79 * 2**30, 80 * 2**30),

@@ -28,6 +28,7 @@ def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
     device.waits.clear()
     device.inexact.clear()
     device.prefetched.clear()
+    device.prefetch_waits.clear()
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(stdout), redirect_stderr(stderr):
         try:
@@ -46,6 +47,7 @@ def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
         "waits": dict(device.waits),
         "inexact": dict(device.inexact),
         "prefetched": dict(device.prefetched),
+        "prefetch_waits": dict(device.prefetch_waits),
     }
 
 

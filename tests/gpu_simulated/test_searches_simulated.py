@@ -131,7 +131,9 @@ def test_rows_that_are_not_kept_and_crowded_searches(kind: str, tmp_path: Path) 
 
 
 # Operators that a GPU is given, and waits of the host for it: raising one of these numbers needs a reason.
-TILE = {"operators": 45.5, "waits": 1.9}
+# A tile has 2,048 rows a side; loading the panels, 2 for 7 tiles, is counted. The 43 operators and 8 waits that were allowed
+# before were not fewer: they were for a 26th of the work of the same 7 tiles, 160 operators and 30 waits a tile.
+TILE = {"operators": 44.8, "waits": 1.9}
 CHUNK = {"operators": 34, "waits": 2}
 ITERATION = {"operators": 268, "waits": 10}
 
