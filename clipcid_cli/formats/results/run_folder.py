@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -73,11 +74,13 @@ class RunFolder:
 
 
 def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Append JSON objects to a log, one a line."""
+    """Append JSON objects to a log, one a line; they are on the disk before a checkpoint that comes after them."""
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     if text:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
