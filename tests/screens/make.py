@@ -6,14 +6,16 @@ text, a file per subcommand; measured numbers are written as zeros, and the fold
 
 from __future__ import annotations
 
-import glob
 import importlib
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from place import make_place
 from scenes import SCENES, Scene
@@ -78,21 +80,34 @@ def _play(scene: Scene, place: Path, width: int) -> str:
             del os.environ["CLIPCID_PRECISION"]  # a comparison takes none
         if log:
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+        if scene.interrupt_at is not None:
+            _interrupt_after(scene.interrupt_at)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # open until the process ends
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         main(shlex.split(command)[1:])
 
-    def is_time() -> bool:
-        assert scene.interrupt_at is not None
-        return bool(glob.glob(str(place / scene.interrupt_at)))
-
-    text, code = run_in_terminal(run, width, is_time if scene.interrupt_at is not None else None)
+    text, code = run_in_terminal(run, width)
     if log:
         text += (place / log).read_text(encoding="utf-8")
     text = _HASH.sub("0" * 32, text.replace(str(place), _FOLDER))
     if not scene.exact:
         text = _LAST_COLUMN.sub(_hide, _VARYING.sub(_hide, text))
     return f"=== {scene.about}\n$ {scene.command}\n{text.lstrip()}[exit {code}]\n"
+
+
+def _interrupt_after(pattern: str) -> None:
+    """Interrupt this process, as Ctrl-C does, right after the first file of a pattern has its name: always at one place."""
+    is_named = is_over = False
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal is_named, is_over
+        if event == "os.rename" and fnmatch(os.fsdecode(arguments[1]), f"*{pattern}"):
+            is_named = True  # with the next event, the renaming is done
+        elif is_named and not is_over and event == "open":
+            is_over = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sys.addaudithook(watch)
 
 
 def _hide(found: re.Match[str]) -> str:

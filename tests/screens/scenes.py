@@ -21,7 +21,7 @@ class Scene:
         command: The line typed.
         exact: Whether every character is compared: the screen has no time, speed or measured value.
         before: Done in the folder before the command.
-        interrupt_at: Ctrl-C is pressed once a file of this pattern is there.
+        interrupt_at: The command is interrupted, as by Ctrl-C, once a file of this pattern is there.
     """
 
     about: str

@@ -75,14 +75,12 @@ class Screen:
 def run_in_terminal(
     program: Callable[[], None],
     columns: int,
-    interrupt_when: Callable[[], bool] | None = None,
     timeout_seconds: float = 300.0,
 ) -> tuple[str, int]:
     """Run a program in a child process on a terminal of its own.
 
     Args:
         program: Called in the child; does not return (exec, or sys.exit).
-        interrupt_when: Ctrl-C is pressed when this first holds.
 
     Returns:
         What is on the terminal in the end, and the exit status.
@@ -105,9 +103,6 @@ def run_in_terminal(
         if time.monotonic() > end:
             os.kill(child, signal.SIGKILL)
             raise TimeoutError(received.decode(errors="replace"))
-        if interrupt_when is not None and interrupt_when():
-            interrupt_when = None
-            os.write(terminal, b"\x03")
         if not select.select([terminal], [], [], 0.05)[0]:
             continue
         try:
