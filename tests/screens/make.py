@@ -97,6 +97,9 @@ def _play(scene: Scene, place: Path, width: int) -> str:
 
 def _interrupt_after(pattern: str) -> None:
     """Interrupt this process, as Ctrl-C does, right after the first file of a pattern has its name: always at one place."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where the tests run in the background of a script
     is_named = is_over = False
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
