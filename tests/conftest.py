@@ -237,6 +237,17 @@ def shard_members(first: int, count: int, *, captions: bool = True) -> list[tupl
     return members
 
 
+def write_classified(folder: Path) -> None:
+    """Write a tar of 12 images of three classes, and the classes' names."""
+    members = [
+        member
+        for number in range(12)
+        for member in ((f"{number}.png", make_image(number)), (f"{number}.cls", str(number % 3).encode()))
+    ]
+    write_tar(folder / "0.tar", members)
+    (folder / "classnames.txt").write_text("one\ntwo\nthree\n")
+
+
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of two shards, 14 and 10 samples, images 3 and 20 the same picture; treat it as read-only."""

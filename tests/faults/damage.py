@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from conftest import make_caption, make_image, shard_members, write_tar, write_tiny_model
+from conftest import make_caption, make_image, shard_members, write_classified, write_tar, write_tiny_model
 from distill_data import STUDENT
 from one_process import OneProcess
 
@@ -139,13 +139,7 @@ def make_place(clipcid: OneProcess, place: Path) -> None:
     frame.to_csv(place / "list.csv", index=False)
     frame.to_csv(place / "list.tsv", index=False, sep="\t")
     frame.to_parquet(place / "list.parquet")
-    members = [
-        member
-        for number in range(12)
-        for member in ((f"{number}.png", make_image(number)), (f"{number}.cls", str(number % 3).encode()))
-    ]
-    write_tar(place / "classified/0.tar", members)
-    (place / "classified/classnames.txt").write_text("one\ntwo\nthree\n")
+    write_classified(place / "classified")
     (place / "classes.txt").write_text("one\ntwo\nthree\n")
     (place / "templates.txt").write_text("a photo of a {c}.\na {c}\n")
     (place / "c.toml").write_text('[balance]\nkeep = 0.7\nembeddings = "rows"\nseed = 3\nlinkage = "single"\n')

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conftest import make_image, shard_members, write_tar, write_tiny_model
+from conftest import shard_members, write_classified, write_tar, write_tiny_model
 from distill_data import STUDENT
 from fault_child import Hook, Operations, Running, read_operations, start
 from fault_disks import own_disk
@@ -184,13 +184,7 @@ def _write_inputs(place: Path) -> None:
     write_tiny_model(place / "model")
     write_tar(place / "data/00000.tar", shard_members(0, 10))
     write_tar(place / "data/00001.tar", shard_members(10, 8))
-    members = [
-        member
-        for number in range(12)
-        for member in ((f"{number}.png", make_image(number)), (f"{number}.cls", str(number % 3).encode()))
-    ]
-    write_tar(place / "classified/0.tar", members)
-    (place / "classified/classnames.txt").write_text("one\ntwo\nthree\n")
+    write_classified(place / "classified")
     (place / "student.json").write_text(json.dumps(STUDENT))
 
 
