@@ -109,7 +109,7 @@ class TiledSearch:
     @property
     def name(self) -> str:
         """Identifies how the work is divided."""
-        return str(self.panel_rows)
+        return f"strips-{self.panel_rows}"
 
     def tiles(self) -> TriangleTiles:
         """Return the tiles (panel i, panel j), i ≤ j."""

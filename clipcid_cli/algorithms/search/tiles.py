@@ -6,7 +6,6 @@ finished is how far it came in them.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +14,10 @@ import numpy as np
 from clipcid_cli.algorithms.search.distances import IntArray
 
 Tile = tuple[int, int]
+
+# Strips of panels that tiles are ordered by first: with as many processes or fewer, each compares panels of its own with
+# others and has its part of the diagonal, where near rows often are.
+_STRIPS = 8
 
 
 class Tiles(ABC):
@@ -32,26 +35,47 @@ class Tiles(ABC):
 
 
 class TriangleTiles(Tiles):
-    """The tiles (panel i, panel j), i ≤ j < `num_panels`, back and forth: the panels read last are needed next."""
+    """The tiles (panel i, panel j), i ≤ j < `num_panels`, so ordered that any stretch of numbers has few different panels.
+
+    On a circle each panel is compared with itself and the half of the others that follow it. That makes a rectangle of
+    panels by offsets, which is cut into strips of panels and those into halves, again and again along the longer side; the
+    tiles of one half come before those of the other. So, however many panels a process keeps, the tiles it has them for
+    follow one another, and processes that each take a stretch of the numbers read few of the same panels.
+    """
 
     def __init__(self, num_panels: int) -> None:
         self._panels = num_panels
+        first, rest = (num_panels + 1) // 2, num_panels // 2
+        # First panel, number of panels, number of offsets: of an even number of panels only half have one exactly opposite.
+        self._rectangles = (
+            [(0, num_panels, first)] if num_panels % 2 else [(0, rest, rest + 1), (rest, num_panels - rest, rest)]
+        )
 
     def __len__(self) -> int:
         return self._panels * (self._panels + 1) // 2
 
     def at(self, number: int) -> Tile:
         """Return the tile of a number."""
-        side = 2 * self._panels + 1
-        i = (side - math.isqrt(side * side - 8 * number)) // 2
-        if self._before(i) > number:  # the root was rounded down
-            i -= 1
-        beyond = number - self._before(i)
-        return i, i + beyond if i % 2 == 0 else self._panels - 1 - beyond
-
-    def _before(self, i: int) -> int:
-        """Count the tiles of the panels before a panel."""
-        return i * (2 * self._panels - i + 1) // 2
+        start, rows, offsets = self._rectangles[0]
+        if number >= rows * offsets:
+            number -= rows * offsets
+            start, rows, offsets = self._rectangles[1]
+        offset = 0
+        while rows * offsets > 1:
+            if rows > 1 and (rows >= offsets or rows * _STRIPS > self._panels):
+                half = rows // 2
+                if number < half * offsets:
+                    rows = half
+                else:
+                    start, rows, number = start + half, rows - half, number - half * offsets
+            else:
+                half = offsets // 2
+                if number < half * rows:
+                    offsets = half
+                else:
+                    offset, offsets, number = offset + half, offsets - half, number - half * rows
+        other = (start + offset) % self._panels
+        return min(start, other), max(start, other)
 
 
 class PieceTiles(Tiles):
@@ -71,13 +95,11 @@ class PieceTiles(Tiles):
 
 
 def deal(numbers: Sequence[range], size: int) -> list[list[range]]:
-    """Divide numbers evenly among processes: a single range in turn, several by their order.
+    """Divide numbers evenly among processes by their order, so that each has a stretch of them.
 
     Returns:
         The share of each of `size` processes.
     """
-    if len(numbers) == 1:
-        return [[numbers[0][rank::size]] for rank in range(size)]
     total = sum(map(len, numbers))
     return [cut(numbers, total * rank // size, total * (rank + 1) // size) for rank in range(size)]
 
