@@ -3,9 +3,9 @@
     python recipes/gpu/measure.py balance --scratch DIR            on the first GPU
     python recipes/gpu/measure.py balance --scratch DIR --cpu      in small, to see that it runs
 
-Parts: product, balance, cluster, embed, distill, loss, evaluate. `embed` comes before `distill` and `evaluate`: its model,
-images and embeddings are theirs. Each figure has its own unit; `ratio` is the figure beside the peer's, or its share of
-the rate of plain matrix products, measured by `product` in the same run.
+Parts: product, balance, cluster, embed, distill, loss, evaluate. `distill` and `evaluate` use the images, models and
+embeddings of `embed`, and make those that are missing. Each figure has its own unit; `ratio` is the figure beside the
+peer's, or its share of the rate of plain matrix products, measured by `product` in the same run.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Sizes:
 
 
 GPU = Sizes(16_384, 600_000, (500_000, 8_192), 16_384, 256, ("ViT-B-32", "ViT-L-14"), "ViT-B-32", 60, 1_024, 1_000_000)
-CPU = Sizes(2_048, 8_192, (20_000, 256), 512, 64, ("ViT-S-32-alt",), "ViT-S-32-alt", 6, 64, 20_000)
+CPU = Sizes(512, 8_192, (20_000, 256), 256, 64, ("ViT-S-32-alt",), "ViT-S-32-alt", 6, 64, 20_000)
 
 
 class Bench:
@@ -111,15 +111,20 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def rate(self, name: str) -> float:
-        """Return the operations a second of plain products in a number format, as `product` measured them."""
-        rates: dict[str, float] = json.loads((self.scratch / "rates.json").read_text())
-        return rates[name]
+    def report_rate(self, part: str, what: str, value: float, rates: dict[str, float]) -> None:
+        """Print operations a second, beside the quickest of some rates of plain products; alone where there is none."""
+        if not rates:
+            self.report(part, what, value / 1e12, "TFLOP/s")
+            return
+        name = max(rates, key=lambda each: rates[each])
+        beside = f"{name} product, {rates[name] / 1e12:.3g} TFLOP/s"
+        self.report(part, what, value / 1e12, "TFLOP/s", beside, value / rates[name])
 
-    @property
-    def best_rate(self) -> float:
-        """The rate in bfloat16, which models run in by default, or in float32 where that is quicker."""
-        return max(self.rate("bfloat16"), self.rate("float32"))
+    def rates(self, *names: str) -> dict[str, float]:
+        """Return the operations a second of plain products in number formats, those that `product` has measured."""
+        path = self.scratch / "rates.json"
+        rates: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        return {name: rates[name] for name in names if name in rates}
 
 
 def product(bench: Bench) -> None:
@@ -130,7 +135,8 @@ def product(bench: Bench) -> None:
         seconds = bench.time(lambda a=a, b=b: a @ b, 10)
         rates[name] = 2 * size**3 / seconds
         bench.report("product", f"{name}, {size:,} x {size:,}", rates[name] / 1e12, "TFLOP/s")
-    (bench.scratch / "rates.json").write_text(json.dumps(rates))
+        # Each at once: a format that this machine multiplies slowly may reach the limit of the part.
+        (bench.scratch / "rates.json").write_text(json.dumps(rates))
 
 
 def balance(bench: Bench) -> None:
@@ -141,8 +147,7 @@ def balance(bench: Bench) -> None:
     answer = bench.clipcid("balance", "--embeddings", "rows", "--threshold", 0.4)
     seconds, name = answer["seconds"]["search"], str(bench.precision).removeprefix("torch.")
     rate = num_rows**2 * rows.shape[1] / seconds
-    beside = f"{name} product, {bench.rate(name) / 1e12:.1f} TFLOP/s"
-    bench.report("balance", f"search of {num_rows:,} rows", rate / 1e12, "TFLOP/s", beside, rate / bench.rate(name))
+    bench.report_rate("balance", f"search of {num_rows:,} rows", rate, bench.rates(name))
 
 
 def cluster(bench: Bench) -> None:
@@ -180,12 +185,14 @@ def embed(bench: Bench) -> None:
         bench.report(
             "embed", f"{name}, {bench.sizes.images:,} pairs", own, "pairs/s", f"open_clip, {theirs:,.0f}", own / theirs
         )
-        bench.report("embed", f"{name}: share of the product's rate", own * flops / bench.best_rate, "")
+        bench.report_rate("embed", f"{name}: operations", own * flops, bench.rates("bfloat16", "float32"))
 
 
 def write_shards(bench: Bench) -> None:
-    """Write shards of random JPEGs with captions, and labelled ones for the evaluations."""
-    random, folder = np.random.default_rng(0), bench.scratch / "shards"
+    """Write shards of random JPEGs with captions, and labelled ones for the evaluations, unless an earlier part has."""
+    random, written = np.random.default_rng(0), bench.scratch / "written"
+    if written.exists():
+        return
     pictures = []
     for _ in range(DRAWN):
         small = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -208,13 +215,17 @@ def write_shards(bench: Bench) -> None:
                         member = tarfile.TarInfo(f"{number:08d}{suffix}")
                         member.size = len(content)
                         archive.addfile(member, io.BytesIO(content))
+    written.touch()
 
 
 def distill(bench: Bench) -> None:
     """Training from the last model's embeddings, the default preset."""
-    from peer import count_flops
+    from peer import count_flops, write_random_model
 
     sizes, teacher = bench.sizes, bench.sizes.models[-1]
+    write_shards(bench)
+    write_random_model(teacher, bench.scratch / teacher)
+    bench.clipcid("embed", "shards", "--model", teacher)  # at once where the part `embed` has
     options = ("--embeddings", f"work/embeddings/{teacher}", "--keep-list", "none")
     bench.clipcid("cluster", *options, "--num-clusters", sizes.images // 16, "--iterations", 5, "--overwrite")
     schedule = ("--steps", sizes.steps, "--batch-size", sizes.batch, "--eval-every", sizes.steps)
@@ -225,8 +236,9 @@ def distill(bench: Bench) -> None:
     seconds = last["step"] / last["samples_per_second"] - first["step"] / first["samples_per_second"]
     speed = (last["step"] - first["step"]) / seconds
     bench.report("distill", f"{sizes.student} from {teacher}, steps of {sizes.batch:,}", speed, "samples/s")
-    share = 3 * count_flops(sizes.student) * speed / bench.best_rate
-    bench.report("distill", f"{sizes.student}: share of the product's rate", share, "")
+    rate = 3 * count_flops(sizes.student) * speed
+    bench.report_rate("distill", f"{sizes.student}: operations", rate, bench.rates("bfloat16", "float32"))
+    (bench.scratch / "step.json").write_text(json.dumps(sizes.batch / speed))
     bench.report("distill", "share of the time spent waiting for data", last["data_wait_share"], "")
 
 
@@ -261,13 +273,22 @@ def loss(bench: Bench) -> None:
         cluster_loss(batch, scale).backward()
 
     what = f"batch {batch:,}, {total:,} centroids, a tenth of them candidates"
-    bench.report("loss", what, 1000 * bench.time(step, 3), "ms a step")
+    seconds, whole = bench.time(step, 3), bench.scratch / "step.json"
+    beside, ratio = "", None
+    if whole.exists():
+        ratio = seconds / json.loads(whole.read_text())
+        beside = f"a step of distill, {1000 * seconds / ratio:,.0f} ms"
+    bench.report("loss", what, 1000 * seconds, "ms a step", beside, ratio)
     bench.report("loss", "its candidates, prepared during the step before", 1000 * bench.time(prepare, 3), "ms a step")
 
 
 def evaluate(bench: Bench) -> None:
     """Zero-shot classification and the linear probe."""
+    from peer import write_random_model
+
     name = bench.sizes.models[0]
+    write_shards(bench)
+    write_random_model(name, bench.scratch / name)
     (bench.scratch / "names.txt").write_text("".join(f"thing {number}\n" for number in range(CLASSES)))
     found = bench.clipcid("eval-zeroshot", name, "labeled/test", "--classnames", "names.txt", "--overwrite")
     bench.report("evaluate", f"zero-shot, {name}", found["images_per_second"], "images/s")

@@ -27,7 +27,9 @@ def write_random_model(name: str, folder: Path) -> int:
     """Write a model folder of an architecture with random weights; return the operations that a pair takes."""
     if not folder.exists():
         model, config = open_clip.create_model(name), open_clip.get_model_config(name)
-        write_model_folder(folder, config, dict(model.visual.preprocess_cfg), model.state_dict())
+        unfinished = folder.with_name(f"{name}.unfinished")
+        write_model_folder(unfinished, config, dict(model.visual.preprocess_cfg), model.state_dict())
+        unfinished.rename(folder)
     return count_flops(name)
 
 

@@ -4,12 +4,15 @@
 #   bash recipes/gpu/run.sh --cpu             in small on the CPU: does it run?
 #   WHEELS=folder bash recipes/gpu/run.sh     offline: packages that are missing are taken from wheels in a folder
 # It uses the Python that has PyTorch (PYTHON names another), and puts what that lacks into an environment in the scratch
-# folder. A part that fails or takes too long leaves the others; the table says so. CLIPCID_GPU_OUT, by default
-# /tmp/clipcid-gpu, receives the table, figures and logs.
+# folder. A part that fails or takes too long leaves the others; the table says so. CLIPCID_GPU_PATIENCE multiplies the time
+# limits of the parts, by default by 1 on a GPU and by 5 on a CPU. CLIPCID_GPU_OUT, by default /tmp/clipcid-gpu, receives
+# the table, figures and logs.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 cpu=${1:-}
 [ -z "$cpu" ] || [ "$cpu" = --cpu ] || { echo "Usage: bash recipes/gpu/run.sh [--cpu]" >&2; exit 2; }
+patience=${CLIPCID_GPU_PATIENCE:-$([ -z "$cpu" ] && echo 1 || echo 5)}
+[[ $patience =~ ^[1-9][0-9]*$ ]] || { echo "CLIPCID_GPU_PATIENCE is $patience; it must be a whole number from 1." >&2; exit 2; }
 out=$(realpath -m "${CLIPCID_GPU_OUT:-/tmp/clipcid-gpu}")
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -40,9 +43,9 @@ fi
 shared=$(df --output=avail -k /dev/shm 2> /dev/null | tail -1)
 [ "${shared:-8388608}" -ge 4194304 ] || echo "/dev/shm has $((shared / 1024)) MiB: start the container with --shm-size 16g." >&2
 
-# part SECONDS NAME COMMAND...: its figures go to figures.jsonl, the rest to NAME.log
+# part SECONDS NAME COMMAND..., on a GPU: its figures go to figures.jsonl, the rest to NAME.log
 part() {
-    local limit=$1 name=$2 began=$SECONDS code=0
+    local limit=$(($1 * patience)) name=$2 began=$SECONDS code=0
     shift 2
     timeout --kill-after=10 "$limit" "$@" > "$scratch/figures" 2> "$out/$name.log" || code=$?
     grep '^{' "$scratch/figures" >> "$out/figures.jsonl"
