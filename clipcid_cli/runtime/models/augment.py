@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.decode import full_size
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
 
 _RESAMPLING = {
@@ -27,6 +28,8 @@ _RESAMPLING = {
 # ITU-R 601 luma, as Pillow and torchvision turn images grey.
 _LUMA = np.array([0.299, 0.587, 0.114])
 _ASPECT = math.log(4 / 3)
+
+Box = tuple[float, float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +57,11 @@ class View:
     """How an image is shown.
 
     Attributes:
-        box: left, top, right, bottom of the crop, in pixels of the decoded image.
+        box: left, top, right, bottom of the crop, in pixels of the image at its full size.
         colors: Colour map, float32 [3, 4], see `apply_colors`.
     """
 
-    box: tuple[float, float, float, float]
+    box: Box
     colors: npt.NDArray[np.float32]
 
     def pack(self) -> npt.NDArray[np.float32]:
@@ -104,10 +107,24 @@ class ViewPixels:
         Returns:
             uint8 [H, W, 3] of the model's size, by its interpolation.
         """
+        resampling = _RESAMPLING.get(self.preprocess.get("interpolation", "bicubic"), Image.Resampling.BICUBIC)
+        box, full = view.box, full_size(image)
+        if full != image.size:
+            sides = zip(box, full * 2, image.size * 2, strict=True)
+            box = cast(Box, tuple(min(edge * here / there, here) for edge, there, here in sides))
+        return np.asarray(image.resize(self.size, resampling, box=box))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height that the model takes."""
         size = self.preprocess["size"]
         height, width = (size, size) if isinstance(size, int) else size
-        resampling = _RESAMPLING.get(self.preprocess.get("interpolation", "bicubic"), Image.Resampling.BICUBIC)
-        return np.asarray(image.resize((width, height), resampling, box=view.box))
+        return width, height
+
+    def draft_size(self, augmentation: Augmentation) -> tuple[int, int]:
+        """Return the least width and height to decode, of which a crop of the smallest area has twice those of the model."""
+        width, height = (math.ceil(2 * side / math.sqrt(augmentation.crop_scale)) for side in self.size)
+        return width, height
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +156,7 @@ def apply_colors(pixels: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
     return mapped.clamp_(0, 255).view(batch, height, width, 3)
 
 
-def _choose_box(
-    width: int, height: int, crop_scale: float, random: np.random.Generator
-) -> tuple[float, float, float, float]:
+def _choose_box(width: int, height: int, crop_scale: float, random: np.random.Generator) -> Box:
     if crop_scale >= 1:
         return 0, 0, width, height
     for _ in range(10):

@@ -17,8 +17,13 @@ MAX_CAPTIONS = 200_000
 class ImageCache:
     """Decoded images, kept until they take a number of bytes; then no more are added."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._bytes_left = max_bytes
+    def __init__(self, max_bytes: int, draft_size: tuple[int, int] | None = None) -> None:
+        """Nothing is kept yet.
+
+        Args:
+            draft_size: How images are decoded, see `decode_image`.
+        """
+        self._bytes_left, self._draft_size = max_bytes, draft_size
         self._images: dict[str, Image.Image] = {}
 
     def read(self, key: str, source: Readable) -> Image.Image | SkippedImage:
@@ -31,7 +36,7 @@ class ImageCache:
         kept = self._images.get(key)
         if kept is not None:
             return kept
-        image = read_image(source)
+        image = read_image(source, self._draft_size)
         if isinstance(image, SkippedImage):
             return image
         size = 3 * image.width * image.height

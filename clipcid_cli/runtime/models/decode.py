@@ -68,7 +68,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, draft_size: tuple[in
             large enough. None decodes at full size.
 
     Returns:
-        An RGB image; its ``info`` has ``flattened`` when there were transparent pixels.
+        An RGB image; see `had_alpha` and `full_size` for what else is known of it.
 
     Raises:
         UnreadableImage: when it is not an image, truncated, or too large.
@@ -81,7 +81,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, draft_size: tuple[in
             if image.width * image.height > max_pixels:
                 raise UnreadableImage("too_many_pixels")
             if draft_size is not None:
+                size = image.size
                 image.draft("RGB", draft_size)
+                image.info["full_size"] = size
             image.load()
             return _to_rgb(image)
     except UnreadableImage:
@@ -109,6 +111,12 @@ def read_size(source: Readable) -> tuple[int, int] | SkippedImage:
 def had_alpha(image: Image.Image) -> bool:
     """Tell whether `decode_image` found transparent pixels, which it shows on white."""
     return bool(image.info.get("flattened", False))
+
+
+def full_size(image: Image.Image) -> tuple[int, int]:
+    """Return the (width, height) that an image of `decode_image` has in its file."""
+    size: tuple[int, int] = image.info.get("full_size", image.size)
+    return size
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

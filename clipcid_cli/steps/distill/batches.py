@@ -17,7 +17,7 @@ from clipcid_cli.formats.embeddings.extras import ViewParams
 from clipcid_cli.formats.results.matched_samples import Column, SampleRows
 from clipcid_cli.runtime.models.augment import Augmentation, Processor, View, choose_view
 from clipcid_cli.runtime.models.caches import ImageCache, TokenCache
-from clipcid_cli.runtime.models.decode import SkippedImage
+from clipcid_cli.runtime.models.decode import SkippedImage, full_size
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.sample_order import SampleOrder
 from clipcid_cli.steps.distill.samples import index_of
@@ -179,6 +179,7 @@ class BatchMaker:
         first_caption: bool,
         caption_dropout: float = 0.0,
         teacher: Processor | None = None,
+        fast_decode: bool = False,
     ) -> None:
         """Prepare a maker; it is sent to each worker.
 
@@ -187,10 +188,13 @@ class BatchMaker:
             first_caption: Always show a sample's first caption.
             caption_dropout: Probability with which a comma-separated part of a caption, but the first, is omitted.
             teacher: Processor of an online teacher, which is shown the same views and captions. None without one.
+            fast_decode: Whether JPEGs are decoded at a reduced size, large enough for student and teacher.
         """
         self._student, self._teacher, self._augmentation, self._seed = student, teacher, augmentation, seed
         self._first_caption, self._caption_dropout = first_caption, caption_dropout
-        self._images = ImageCache(_MAX_IMAGE_BYTES)
+        shown_to = [student] if teacher is None else [student, teacher]
+        widths, heights = zip(*(processor.pixels.draft_size(augmentation) for processor in shown_to), strict=True)
+        self._images = ImageCache(_MAX_IMAGE_BYTES, (max(widths), max(heights)) if fast_decode else None)
         self._tokens = TokenCache(student.tokenizer)
         self._teacher_tokens = None if teacher is None else TokenCache(teacher.tokenizer)
 
@@ -223,7 +227,7 @@ class BatchMaker:
         elif item.view is not None:
             return image, item.view.unpack()
         seed = derive_seed("augment", self._seed, item.epoch, sample.key)
-        return image, choose_view(self._augmentation, image.width, image.height, seed)
+        return image, choose_view(self._augmentation, *full_size(image), seed)
 
     def _caption(self, item: Item, sample: Sample) -> tuple[int, str]:
         """Choose a caption, and say which of the sample's it is."""

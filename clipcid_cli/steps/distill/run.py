@@ -14,6 +14,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import start_worker_server
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.preprocess import hash_preprocess
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.distill.cluster_targets import temperatures
@@ -91,7 +92,7 @@ def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: 
         "student": {
             "config": student.info.config,
             "weights": student.info.weights_hash,
-            "pixels": student.info.preprocess_hash,
+            "pixels": hash_preprocess(student.info.preprocess, fast_decode=settings.fast_decode),
         },
         "batch_size": plan.batch_size,
         "eval_every": plan.eval_every,

@@ -65,8 +65,8 @@ class TeacherInputs:
         """Return how images are augmented: as the stored views were, else as chosen."""
         if self.embeddings is None or not self.num_views:
             return chosen
-        if self.embeddings.sidecar is None:  # another tool's views may have changed anything
-            return Augmentation(color_jitter=1.0, gray_probability=1.0)
+        if self.embeddings.sidecar is None:  # another tool's views may have any crop and colours
+            return Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
         views = self.embeddings.sidecar["settings"]
         return Augmentation(views["crop_scale"], views["color_jitter"], views["gray_probability"])
 

@@ -167,6 +167,7 @@ class TrainingRun:
             first_caption=teacher_inputs is not None and teacher_inputs.first_captions,
             caption_dropout=self.settings.caption_dropout,
             teacher=None if self.online_teacher is None else Processor.of(self.online_teacher),
+            fast_decode=self.settings.fast_decode,
         )
 
     def _make_encoder(self, precision: Precision, changes_colors: bool) -> BatchEncoder:

@@ -204,6 +204,12 @@ class DistillSettings(ReadingSettings):
         group=_MEMORY,
         operational=True,
     )
+    fast_decode: bool = option(
+        False,
+        "Decode large JPEGs at reduced resolution, at least twice the student's input size, or more with a small "
+        "--crop-scale. Faster; pixels differ slightly. Evaluation does not use it.",
+        group=_MEMORY,
+    )
     torchcompile: bool = option(
         False, "Compile the towers with torch.compile; the first steps take longer.", group=_MEMORY
     )

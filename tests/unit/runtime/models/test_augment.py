@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.transforms.functional import adjust_brightness, adjust_saturation, resized_crop, to_tensor
 
 from clipcid_cli.runtime.models.augment import Augmentation, View, ViewPixels, apply_colors, choose_view
+from clipcid_cli.runtime.models.decode import decode_image, full_size
 
 PREPROCESS = {"size": 32, "interpolation": "bicubic"}
 
@@ -77,6 +78,22 @@ def test_crop_is_torchvisions_resized_crop(monkeypatch: pytest.MonkeyPatch) -> N
     assert 0.35 < share <= 1
     expected = resized_crop(image, int(top), int(left), int(bottom - top), int(right - left), [32, 32], interpolation=3)
     assert np.array_equal(found, np.asarray(expected))
+
+
+@pytest.mark.parametrize(("crop_scale", "decoded"), [(1.0, (82, 75)), (0.08, (325, 300))])
+def test_a_draft_shows_the_view_of_the_whole_image(crop_scale: float, decoded: tuple[int, int]) -> None:
+    augmentation = Augmentation(crop_scale)
+    buffer = io.BytesIO()
+    picture(650, 600).save(buffer, "JPEG")
+    whole, draft = (
+        decode_image(buffer.getvalue(), draft_size=size) for size in (None, PIXELS.draft_size(augmentation))
+    )
+    assert (whole.size, draft.size) == ((650, 600), decoded)
+    for seed in range(8):
+        view = choose_view(augmentation, *full_size(draft), seed)
+        assert view.pack().tolist() == choose_view(augmentation, *whole.size, seed).pack().tolist()
+        difference = np.abs(PIXELS(draft, view).astype(int) - PIXELS(whole, view))
+        assert difference.mean() < 1.5
 
 
 def test_colors_are_torchvisions() -> None:

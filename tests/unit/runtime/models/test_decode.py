@@ -17,6 +17,7 @@ from clipcid_cli.runtime.models.decode import (
     SkippedImage,
     UnreadableImage,
     decode_image,
+    full_size,
     had_alpha,
     read_image,
     read_size,
@@ -126,6 +127,7 @@ def test_a_draft_is_smaller_but_large_enough() -> None:
     full, draft = decode_image(data), decode_image(data, draft_size=(128, 128))
     assert full.size == (512, 512)
     assert draft.size == (128, 128)
+    assert full_size(draft) == full_size(full) == (512, 512)
     small = np.asarray(full.resize((32, 32), Image.Resampling.BICUBIC), dtype=float)
     close = np.asarray(draft.resize((32, 32), Image.Resampling.BICUBIC), dtype=float)
     assert 0 < np.abs(small - close).mean() < 4
