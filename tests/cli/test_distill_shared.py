@@ -130,6 +130,11 @@ def test_the_data_is_checked_until_there_is_a_checkpoint(whole: Path, monkeypatc
     assert len(calls) == 2
 
 
+def test_images_decoded_at_a_reduced_size_make_another_run(whole: Path) -> None:
+    with pytest.raises(ClipcidError, match=r"settings\.fast_decode: false there, true now"):
+        train(whole, "whole", ("clip",), fast_decode=True)
+
+
 def test_clusters_teach_both_towers_where_they_know_captions(whole: Path) -> None:
     runs = whole / "clipcid-work" / "distill"
     train(whole, "auto", ("cid",), cluster_towers="auto")

@@ -73,11 +73,29 @@ def test_fp32_losses_are_those_of_a_cpu(trained: Path, request: pytest.FixtureRe
 STEP = {"operators": 703, "waits": 1, "prefetched": 14, "prefetch_waits": 0}
 
 
+# Products of the losses are in float32, also where TF32 is forced on.
+WATCH = """
+import torch
+from clipcid_cli.runtime.training import Trainer
+from clipcid_cli.steps.distill.objective import Objective
+
+def watch(function):
+    def watched(*arguments):
+        assert not torch.backends.cuda.matmul.allow_tf32, function
+        return function(*arguments)
+    return watched
+
+assert torch.backends.cuda.matmul.allow_tf32
+Objective.__call__, Trainer.backward = watch(Objective.__call__), watch(Trainer.backward)
+"""
+
+
 def test_budget_of_a_step(distill_place: Path) -> None:
-    few, many = run_all(
+    _, few, many = run_all(
         "simulated",
         distill_place,
-        [
+        [("-c", WATCH)]
+        + [
             (*TRAIN, "--steps", steps, "--checkpoint-every", 100, "--eval-every", 100, "--name", f"{steps} steps")
             for steps in (2, 9)
         ],

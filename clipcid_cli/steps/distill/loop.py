@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from clipcid_cli.algorithms.search.blocks import exact_accumulation
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.samples import close_copies
@@ -99,10 +100,7 @@ class Loop:
                 rate = self.step(batch)
                 progress.advance(batch_size)
                 step = self.trainer.step
-                logs, evaluates, saves = (
-                    schedule.is_due(step, every)
-                    for every in (schedule.log_every, schedule.eval_every, schedule.checkpoint_every)
-                )
+                logs, evaluates, saves = schedule.due_after(step)
                 if logs or evaluates or saves:
                     line = self.read(step - first, rate)
                 if logs:
@@ -143,8 +141,10 @@ class Loop:
         seeds = [derive_seed("step", self.seed, trainer.step, rank, part) for part in range(self.encoder.num_parts)]
         features = self.encoder(batch.local.pixels, batch.local.colors, batch.local.tokens, seeds)
         scale: Tensor = module.logit_scale.exp()  # type: ignore[operator]  # a parameter of every CLIP
-        total, terms = self.objective(features.image, features.text, scale, batch)
-        trainer.backward(total)
+        # Where the cluster loss is small it is the difference of two large terms: TF32 would leave nothing of its gradient.
+        with exact_accumulation(self.machine.device):
+            total, terms = self.objective(features.image, features.text, scale, batch)
+            trainer.backward(total)
         self.encoder.backward(features, self.averager.watch)
         self.averager.finish()
         norm, losses = trainer.limit_gradient(), self.objective.values(terms)

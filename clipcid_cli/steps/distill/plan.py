@@ -56,9 +56,13 @@ class Schedule:
         """Steps between lines of the training log."""
         return max(1, self.steps // _MAX_LOG_LINES)
 
-    def is_due(self, step: int, every: int) -> bool:
-        """Tell whether something done every `every` steps is due after `step` steps; all is at the end of the run."""
-        return step % every == 0 or step == self.steps
+    def due_after(self, step: int) -> tuple[bool, bool, bool]:
+        """Tell whether a line of the log, an evaluation and a checkpoint are due after `step` steps; all are at the end."""
+        logs, evaluates, saves = (
+            step % every == 0 or step == self.steps
+            for every in (self.log_every, self.eval_every, self.checkpoint_every)
+        )
+        return logs, evaluates, saves
 
 
 def default_batch_size(settings: DistillSettings, samples: int, machine: Machine) -> int:
