@@ -1,8 +1,9 @@
-"""What tests share: the real binary, real processes, a real (tiny, random) CLIP and real shards."""
+"""What tests share: the command line in processes of its own, a real (tiny, random) CLIP and real shards."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 from distill_data import STUDENT
@@ -31,6 +33,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+def pytest_sessionfinish() -> None:
+    """End the processes that commands are forked from."""
+    forks.close()
 
 
 # Before torch loads: OpenMP's idle threads must not spin while another process of the test needs the core.
@@ -93,23 +100,53 @@ def torchrun_command(processes: int) -> list[str]:
 
 
 def run_command(command: list[str], cwd: Path, check: bool, timeout: float, environment: dict[str, str] | None) -> Run:
-    """Run a command to its end; with `check`, a non-zero exit fails the test and shows everything.
-
-    Images are decoded without workers where the command does not say how many: starting the server they are forked from
-    takes as long as the rest of most tests. The evaluations, which start none by default on a CPU, keep their default.
-    """
-    workers = {} if any(word.startswith("eval-") for word in command) else {"CLIPCID_WORKERS": "0"}
+    """Run a command to its end; with `check`, a non-zero exit fails the test and shows everything."""
     done = subprocess.run(
         command,
         cwd=cwd,
-        env=clean_environment() | workers | (environment or {}),
+        env=_command_environment(command, environment),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
     )
-    run = Run(tuple(command), cwd, done.returncode, done.stdout, done.stderr)
+    return _finish(Run(tuple(command), cwd, done.returncode, done.stdout, done.stderr), check)
+
+
+def start_clipcid(
+    *arguments: object, cwd: Path, env: dict[str, str] | None = None, processes: int = 1
+) -> forks.Started:
+    """Start a command line in a process, or in several as torchrun would; see `forks`."""
+    words = list(map(str, arguments))
+    return forks.start(words, cwd, _command_environment(words, env), processes)
+
+
+def run_clipcid(
+    *arguments: object,
+    cwd: Path,
+    check: bool = True,
+    timeout: float = 300,
+    env: dict[str, str] | None = None,
+    processes: int = 1,
+) -> Run:
+    """Run a command line to its end, as `start_clipcid` starts it."""
+    command = ("clipcid", *map(str, arguments)) if processes == 1 else (f"{processes} × clipcid", *map(str, arguments))
+    started = start_clipcid(*arguments, cwd=cwd, env=env, processes=processes)
+    return _finish(Run(command, cwd, started.wait(timeout), *started.read()), check)
+
+
+def _command_environment(command: list[str], environment: dict[str, str] | None) -> dict[str, str]:
+    """Return the environment of a command.
+
+    Images are decoded without workers where the command does not say how many: starting the server they are forked from
+    takes as long as the rest of most tests. The evaluations, which start none by default on a CPU, keep their default.
+    """
+    workers = {} if any(word.startswith("eval-") for word in command) else {"CLIPCID_WORKERS": "0"}
+    return clean_environment() | workers | (environment or {})
+
+
+def _finish(run: Run, check: bool) -> Run:
     if check and run.returncode != 0:
         pytest.fail(repr(run))
     return run
@@ -117,33 +154,26 @@ def run_command(command: list[str], cwd: Path, check: bool, timeout: float, envi
 
 @pytest.fixture
 def clipcid(tmp_path: Path) -> Callable[..., Run]:
-    """Run the real binary in the test's own folder: ``clipcid("balance", …, check=False)``."""
+    """Run a command line in the test's own folder: ``clipcid("balance", …, check=False)``."""
+    return functools.partial(run_clipcid, cwd=tmp_path)
 
-    def call(
-        *arguments: object,
-        check: bool = True,
-        cwd: Path = tmp_path,
-        timeout: float = 300,
-        env: dict[str, str] | None = None,
-    ) -> Run:
-        return run_command([*clipcid_command(), *map(str, arguments)], cwd, check, timeout, env)
+
+@pytest.fixture
+def torchrun(tmp_path: Path) -> Callable[..., Run]:
+    """Run a command line in several processes of one run (gloo): ``torchrun(2, "balance", …)``."""
+
+    def call(processes: int, *arguments: object, cwd: Path = tmp_path, **options: Any) -> Run:
+        return run_clipcid(*arguments, cwd=cwd, processes=processes, **options)
 
     return call
 
 
 @pytest.fixture
-def torchrun(tmp_path: Path) -> Callable[..., Run]:
-    """Run the command line under torchrun with `processes` real processes (gloo): ``torchrun(2, "balance", …)``."""
+def binary(tmp_path: Path) -> Callable[..., Run]:
+    """Run the installed binary, as a user does: where what happens while Python starts and ends is tested, too."""
 
-    def call(
-        processes: int,
-        *arguments: object,
-        check: bool = True,
-        cwd: Path = tmp_path,
-        timeout: float = 300,
-        env: dict[str, str] | None = None,
-    ) -> Run:
-        return run_command([*torchrun_command(processes), *map(str, arguments)], cwd, check, timeout, env)
+    def call(*arguments: object, check: bool = True, env: dict[str, str] | None = None) -> Run:
+        return run_command([*clipcid_command(), *map(str, arguments)], tmp_path, check, 300, env)
 
     return call
 
@@ -267,7 +297,7 @@ def distill_prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path,
         ("embed", tiny_shards, "--model", tiny_model, "--workers", 0),
         ("cluster", "--num-clusters", 4, "--iterations", 3),
     ):
-        run_command([*clipcid_command(), *map(str, arguments)], folder, True, 120, None)
+        run_clipcid(*arguments, cwd=folder)
     (folder / "student.json").write_text(json.dumps(STUDENT))
     return folder
 

@@ -1,4 +1,4 @@
-"""`clipcid balance` through the real binary, from embeddings in clip-retrieval's layout."""
+"""`clipcid balance` from the command line, from embeddings in clip-retrieval's layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import signal
-import subprocess
 import tarfile
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
-from conftest import Run, clean_environment, clipcid_command, shard_members, write_tar
+from conftest import Run, shard_members, start_clipcid, write_tar
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
@@ -85,8 +84,8 @@ def test_keep_ratio_gives_the_partition_of_single_linkage(
     assert "<svg" in (tmp_path / result["files"]["report"]).read_text()
 
 
-def test_a_set_of_more_than_a_hundredth_is_warned_of(clipcid: Callable[..., Run], embeddings: Path) -> None:
-    run = clipcid("balance", "--embeddings", embeddings, "--threshold", 1.0, "--quiet", "--json")
+def test_a_set_of_more_than_a_hundredth_is_warned_of(binary: Callable[..., Run], embeddings: Path) -> None:
+    run = binary("balance", "--embeddings", embeddings, "--threshold", 1.0, "--quiet", "--json")
     assert run.json["largest_component"] > 3
     assert f"One group holds {run.json['largest_component']} of 300 images" in " ".join(run.stderr.split())
 
@@ -158,13 +157,7 @@ def test_killed_and_given_again_writes_the_same_bytes(
 ) -> None:
     arguments = ["balance", "--embeddings", str(embeddings), "--keep", "0.5"]
     clipcid(*arguments, "--work", "whole")
-    process = subprocess.Popen(
-        [*clipcid_command(), *arguments, "--work", "killed"],
-        cwd=tmp_path,
-        env=clean_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_clipcid(*arguments, "--work", "killed", cwd=tmp_path)
     while process.poll() is None and not list((tmp_path / "killed" / "balance").glob(after)):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)

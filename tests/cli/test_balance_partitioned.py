@@ -1,17 +1,16 @@
-"""`clipcid balance --neighbors partitioned` through the real binary: any number of processes, killed and given again."""
+"""`clipcid balance --neighbors partitioned` from the command line: any number of processes, killed and given again."""
 
 from __future__ import annotations
 
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 from balance_data import make_rows, write_embeddings
-from conftest import Run, clean_environment, clipcid_command
+from conftest import Run, start_clipcid
 
 OUTPUTS = ("keep.parquet", "forest-partitioned.parquet", "curve.csv")
 
@@ -39,13 +38,7 @@ def test_any_number_of_processes_and_a_killed_run_write_the_same_bytes(
         torchrun(processes, *arguments, "--work", str(processes))
         assert read_outputs(tmp_path / str(processes)) == expected
 
-    process = subprocess.Popen(
-        [*clipcid_command(), *arguments, "--work", "killed"],
-        cwd=tmp_path,
-        env=clean_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_clipcid(*arguments, "--work", "killed", cwd=tmp_path)
     while process.poll() is None and not list((tmp_path / "killed" / "balance").glob(".forest-parts/*/*.npz")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)

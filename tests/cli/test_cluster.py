@@ -1,4 +1,4 @@
-"""`clipcid cluster` through the real binary: the table against a plain computation, inputs it takes, errors it gives."""
+"""`clipcid cluster` from the command line: the table against a plain computation, inputs it takes, errors it gives."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_table_is_what_a_plain_computation_gives(clipcid: Callable[..., Run]
 
 
 def test_two_processes_write_the_bytes_of_one(
-    clipcid: Callable[..., Run], torchrun: Callable[..., Run], tmp_path: Path
+    clipcid: Callable[..., Run], binary: Callable[..., Run], torchrun: Callable[..., Run], tmp_path: Path
 ) -> None:
     """Also with other products and threads, from the first iterations, in few directions, to the last."""
     random = np.random.default_rng(3)
@@ -110,7 +110,7 @@ def test_two_processes_write_the_bytes_of_one(
     arguments += ["--features", "joint"]
     one = clipcid(*arguments, "--work", tmp_path / "one")
     assert "The first 3 iterations compare images along 64 of 256 directions" in " ".join(one.stderr.split())
-    clipcid(*arguments, "--work", tmp_path / "fp32", "--precision", "fp32", env={"OMP_NUM_THREADS": "1"})
+    binary(*arguments, "--work", tmp_path / "fp32", "--precision", "fp32", env={"OMP_NUM_THREADS": "1"})
     torchrun(2, *arguments, "--work", tmp_path / "two")
     assert hash_outputs(tmp_path / "one") == hash_outputs(tmp_path / "two") == hash_outputs(tmp_path / "fp32")
 

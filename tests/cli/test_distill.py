@@ -1,4 +1,4 @@
-"""`distill` through the real binary: what it writes, that it resumes and shares out exactly, and how it refuses."""
+"""`distill` from the command line: what it writes, that it resumes and shares out exactly, and how it refuses."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, distill_p
     assert "--overwrite" in other.stderr
 
 
-def test_needs_no_teacher_for_preset_clip(clipcid: Clipcid, tmp_path: Path, tiny_shards: Path) -> None:
+def test_needs_no_teacher_for_preset_clip(binary: Clipcid, tmp_path: Path, tiny_shards: Path) -> None:
     (tmp_path / "student.json").write_text(json.dumps(STUDENT))
     arguments = (
         "distill",
@@ -99,7 +99,7 @@ def test_needs_no_teacher_for_preset_clip(clipcid: Clipcid, tmp_path: Path, tiny
         "--warmup",
         0,
     )
-    result = clipcid(*arguments, "--json").json
+    result = binary(*arguments, "--json").json
     assert set(result["losses"]) == {"clip"}
     assert not (tmp_path / "clipcid-work" / "embeddings").exists()
     # Tokens that no caption uses are decayed as AdamW decays a row without gradient, Π(1 − lr·wd), though never touched.

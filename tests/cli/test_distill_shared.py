@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, clean_environment, make_image, run_command, torchrun_command, write_tar
+from conftest import Run, make_image, run_command, start_clipcid, torchrun_command, write_tar
 from distill_data import SHORT, losses, student_bytes, train
 from safetensors.torch import load_file
 
@@ -74,34 +71,21 @@ def test_two_processes_train_as_one(whole: Path, flags: tuple[str, ...]) -> None
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_run_goes_on_to_the_same_bits(
-    processes: int, torchrun: Clipcid, clipcid: Clipcid, distill_place: Path
-) -> None:
+def test_killed_run_goes_on_to_the_same_bits(processes: int, torchrun: Clipcid, distill_place: Path) -> None:
     arguments = ["distill", *map(str, SHORT), "--steps", "30", "--checkpoint-every", "3", "--color-jitter", "0.3"]
     # A worker's queue runs ahead of the steps: it must leave no trace.
     arguments += ["--workers", "2", "--cluster-towers", "both"]
-    command = [sys.executable, "-m", "clipcid_cli"] if processes == 1 else torchrun_command(processes)
-    run_command([*command, *arguments, "--name", "whole"], distill_place, True, 300, None)
-    process = subprocess.Popen(
-        [*command, *arguments, "--name", "killed"],
-        cwd=distill_place,
-        env=clean_environment(),
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    torchrun(processes, *arguments, "--name", "whole")
+    process = start_clipcid(*arguments, "--name", "killed", cwd=distill_place, processes=processes)
     checkpoints = distill_place / "clipcid-work" / "distill" / "killed" / "checkpoints"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("step_*.pt")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    # torchrun starts its processes in sessions of their own.
-    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    for group in (process.pid, *(pid for pid in workers if processes > 1)):
-        os.killpg(group, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     process.wait()
     runs = distill_place / "clipcid-work" / "distill"
     assert not (runs / "killed" / "distill.json").exists(), "it was too fast to be killed"
-    resumed = run_command([*command, *arguments, "--name", "killed"], distill_place, True, 300, None)
+    resumed = torchrun(processes, *arguments, "--name", "killed")
     assert "Resuming at step" in resumed.stderr
     assert losses(runs / "killed") == losses(runs / "whole")
     assert student_bytes(runs / "killed") == student_bytes(runs / "whole")

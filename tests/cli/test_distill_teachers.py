@@ -1,4 +1,4 @@
-"""`distill` with stored views or with its teacher beside it, by the real binary and by two real processes."""
+"""`distill` with stored views or with its teacher beside it, in one process and in two."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""`clipcid embed` through the real binary: what it writes, how it resumes, and that its bytes never vary."""
+"""`clipcid embed` from the command line: what it writes, how it resumes, and that its bytes never vary."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-import subprocess
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +15,13 @@ import pytest
 import torch
 from conftest import (
     Run,
-    clean_environment,
-    clipcid_command,
     make_caption,
     make_image,
+    run_clipcid,
     run_command,
     shard_members,
+    start_clipcid,
+    torchrun_command,
     write_tar,
 )
 from PIL import Image
@@ -41,7 +42,7 @@ def embedded(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("embedded")
     arguments = ["embed", str(tiny_shards), "--model", str(tiny_model)]
     options = ["--precision", "fp32", "--batch-size", "8", "--workers", "1", "--json"]
-    return run_command([*clipcid_command(), *arguments, *options], folder, True, 120, None)
+    return run_clipcid(*arguments, *options, cwd=folder)
 
 
 def test_result_and_files(embedded: Run, tiny_shards: Path, tiny_model: Path) -> None:
@@ -88,14 +89,14 @@ def test_rows_are_open_clips(embedded: Run, tiny_model: Path) -> None:
 
 
 def test_bytes_do_not_depend_on_workers_or_processes(
-    embedded: Run, clipcid: Call, torchrun: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+    embedded: Run, clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     expected = hash_rows(embedded.cwd)
     command = ["embed", tiny_shards, "--model", tiny_model, "--precision", "fp32", "--batch-size", 8, "--json"]
     clipcid(*command, "--workers", 0, "--out", tmp_path / "none")
     clipcid(*command, "--workers", 3, "--out", tmp_path / "three")
-    run = torchrun(2, *command, "--out", tmp_path / "two-processes")
-    assert run.json["images"] == 24
+    together = [*torchrun_command(2), *map(str, command), "--out", "two-processes"]
+    assert run_command(together, tmp_path, True, 300, None).json["images"] == 24
     prefix = "clipcid-work/embeddings/tiny/"
     for name in ("none", "three", "two-processes"):
         assert {prefix + path: value for path, value in hash_rows(tmp_path / name).items()} == expected
@@ -133,13 +134,11 @@ def test_killed_and_resumed_gives_the_same_bytes(clipcid: Call, tiny_model: Path
     options = ["--precision", "fp32", "--batch-size", "4", "--views", "2", "--color-jitter", "0.3"]
     options += ["--max-bad-fraction", "0.1", "--out"]
     command = ["embed", "data", "--model", str(tiny_model), *options]
-    process = subprocess.Popen(
-        [*clipcid_command(), *command, "cut"], cwd=tmp_path, env=clean_environment(), stderr=subprocess.DEVNULL
-    )
+    process = start_clipcid(*command, "cut", cwd=tmp_path)
     while not (tmp_path / "cut" / ".shards").is_dir() or not any((tmp_path / "cut" / ".shards").glob("0*")):
         assert process.poll() is None
         time.sleep(0.001)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
     done = len(list((tmp_path / "cut" / ".shards").glob("0*")))
     assert not (tmp_path / "cut" / "embed.json").exists()
@@ -223,8 +222,8 @@ def test_dry_run_writes_nothing(clipcid: Call, tiny_shards: Path, tiny_model: Pa
     assert not (tmp_path / "clipcid-work").exists()
 
 
-def test_a_teacher_no_hub_gives_is_told_within_seconds(clipcid: Call, tiny_shards: Path) -> None:
-    run = clipcid("embed", tiny_shards, check=False, env={"HF_HUB_OFFLINE": "0"})
+def test_a_teacher_no_hub_gives_is_told_within_seconds(binary: Call, tiny_shards: Path) -> None:
+    run = binary("embed", tiny_shards, check=False, env={"HF_HUB_OFFLINE": "0"})
     assert run.returncode == 1
     text = " ".join(run.stderr.split())
     assert "ViT-L-14:laion2b_s32b_b82k" in text

@@ -1,4 +1,4 @@
-"""`clipcid eval-linear` through the real binary: metrics against scikit-learn, the feature cache, data forms, errors."""
+"""`clipcid eval-linear` from the command line: metrics against scikit-learn, the feature cache, data forms, errors."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def read_features(work: Path, images: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_metrics_are_those_of_scikit_learn_on_the_same_features(
-    clipcid: Callable[..., Run], tiny_model: Path, colours: Path
+    binary: Callable[..., Run], clipcid: Callable[..., Run], tiny_model: Path, colours: Path
 ) -> None:
-    run = clipcid("eval-linear", tiny_model, colours, "--json")
+    run = binary("eval-linear", tiny_model, colours, "--json")
     result, work = run.json, run.cwd / "clipcid-work"
     assert result["task"] == "linear_probe"
     assert result["dataset"] == "colours"

@@ -1,4 +1,4 @@
-"""`eval-zeroshot` through the real binary, on real shards with a real (tiny, random) model."""
+"""`eval-zeroshot` from the command line, on real shards with a real (tiny, random) model."""
 
 import json
 import os
@@ -91,9 +91,9 @@ def test_classification_equals_open_clip_and_plain_formulas(
 
 
 def test_retrieval_equals_open_clip_and_plain_formulas(
-    clipcid: Callable[..., Run], tiny_model: Path, retrieval: Path
+    binary: Callable[..., Run], tiny_model: Path, retrieval: Path
 ) -> None:
-    result = clipcid("eval-zeroshot", tiny_model, retrieval, "--json").json
+    result = binary("eval-zeroshot", tiny_model, retrieval, "--json").json
 
     owners, texts = [], []
     for number in range(24):

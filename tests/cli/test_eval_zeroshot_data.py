@@ -1,4 +1,4 @@
-"""`eval-zeroshot` through the real binary: the forms of data, class names and labels it reads."""
+"""`eval-zeroshot` from the command line: the forms of data, class names and labels it reads."""
 
 import io
 import json

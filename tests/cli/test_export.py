@@ -1,4 +1,4 @@
-"""`export` through the real binary; what it writes is read by open_clip, transformers and ONNX Runtime by themselves."""
+"""`export` from the command line; what it writes is read by open_clip, transformers and ONNX Runtime by themselves."""
 
 import io
 import json
@@ -31,9 +31,9 @@ def quick_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_form_computes_what_the_model_does(
-    clipcid: Callable[..., Run], quick_model: Path, tiny_shards: Path, tmp_path: Path
+    binary: Callable[..., Run], clipcid: Callable[..., Run], quick_model: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    result = clipcid(
+    result = binary(
         "export", quick_model, "--format", "open-clip", "--format", "onnx", "--data", tiny_shards, "--json"
     ).json
     folder = tmp_path / "clipcid-work" / "export" / "quick"

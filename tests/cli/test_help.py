@@ -1,4 +1,4 @@
-"""Help pages, usage errors and exit codes of the real binary."""
+"""Help pages, usage errors and exit codes of the command line."""
 
 import json
 import re

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Run, clean_environment, clipcid_command, make_image, shard_members, write_tar
+from conftest import Run, make_image, shard_members, start_clipcid, write_tar
 
 
 def text_for_tar(folder: Path) -> str:
@@ -103,19 +103,17 @@ def test_two_runs_in_one_folder(clipcid: Callable[..., Run], tiny_model: Path, t
     for number in range(40):
         write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 10))
     command = ["embed", "data", "--model", str(tiny_model), "--batch-size", "1", "--workers", "0"]
-    first = subprocess.Popen(
-        [*clipcid_command(), *command], cwd=tmp_path, env=clean_environment(), stderr=subprocess.PIPE
-    )
+    first = start_clipcid(*command, cwd=tmp_path)
     lock = tmp_path / "clipcid-work" / "embeddings" / "tiny" / ".embed.lock"
     while not lock.exists() or not lock.read_text():
         assert first.poll() is None
         time.sleep(0.002)
-    first.send_signal(19)  # stopped, so that it holds the folder while the second one tries
+    first.send_signal(signal.SIGSTOP)  # stopped, so that it holds the folder while the second one tries
     try:
         second = clipcid(*command, check=False)
     finally:
-        first.send_signal(18)
-        first.communicate(timeout=60)
+        first.send_signal(signal.SIGCONT)
+        first.wait(60)
     assert second.returncode == 1
-    assert f"Another run (process {first.pid}) is writing" in " ".join(second.stderr.split())
-    assert first.returncode == 0
+    assert f"Another run (process {first.pids[0]}) is writing" in " ".join(second.stderr.split())
+    assert first.poll() == 0

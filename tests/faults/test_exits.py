@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, clean_environment, clipcid_command, shard_members, write_tar
+from conftest import Run, clean_environment, clipcid_command, shard_members, start_clipcid, write_tar
 
 from clipcid_cli.cli import cli
 from clipcid_cli.commands.failures import explain
@@ -63,15 +63,14 @@ def test_a_terminated_embed_is_continued(clipcid: Callable[..., Run], tiny_model
     for number in range(40):
         write_tar(tmp_path / "data" / f"{number}.tar", shard_members(6 * number, 6))
     command = ["embed", "data", "--model", str(tiny_model), "--batch-size", "2", "--out", "rows", "--workers", "0"]
-    process = subprocess.Popen(
-        [*clipcid_command(), *command], cwd=tmp_path, env=clean_environment(), stderr=subprocess.PIPE, text=True
-    )
+    process = start_clipcid(*command, cwd=tmp_path)
     while not any((tmp_path / "rows").glob(".shards/*.json")):
         assert process.poll() is None
         time.sleep(0.001)
-    process.terminate()
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 143, errors
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(30)
+    _, errors = process.read()
+    assert code == 143, errors
     assert "Traceback" not in errors
     assert "shards are already embedded" in " ".join(clipcid(*command).stderr.split())
 

@@ -1,0 +1,222 @@
+"""Command lines in forks of a process that has imported everything: loading PyTorch takes longer than most of them.
+
+A fork has its own folder, environment, output and end, as a program that was started has. Forks are made of two processes
+in turn, whose hashes of strings differ, so that what depends on the order of a set differs from run to run.
+
+As a program: the process that is forked. It reads a request a line from stdin and answers each with a line.
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+_IMPORTED = (
+    *(f"clipcid_cli.steps.{step}.run" for step in ("balance", "cluster", "distill", "embed", "export")),
+    *(f"clipcid_cli.steps.evaluate.{step}" for step in ("zeroshot", "linear")),
+    *(f"clipcid_cli.commands.{command}" for command in ("balance", "cluster", "distill", "embed", "export")),
+    *("clipcid_cli.commands.eval_linear", "clipcid_cli.commands.eval_zeroshot", "clipcid_cli.commands.console"),
+    *("clipcid_cli.runtime.models.lean_open_clip", "faiss", "jinja2", "matplotlib.figure", "pyarrow.dataset"),
+)
+
+
+class Started:
+    """A command line that runs in one process or in several."""
+
+    def __init__(self, processes: Sequence[tuple[_Parent, int]], outputs: tuple[Path, Path]) -> None:
+        self.pids = [pid for _, pid in processes]
+        self._parents = dict(zip(self.pids, (parent for parent, _ in processes), strict=True))
+        self._codes: dict[int, int] = {}
+        self._outputs = outputs
+
+    def poll(self) -> int | None:
+        """Return None while a process runs, then 0 or the exit code of the first that failed.
+
+        A signal that ended it is a negative code. Once one of several fails, the others are terminated, as by torchrun.
+        """
+        for pid in self._list_running():
+            code = self._parents[pid].ask({"poll": pid})
+            if code is not None:
+                self._codes[pid] = code
+                if code:
+                    self.send_signal(signal.SIGTERM)
+        return None if self._list_running() else next((code for code in self._codes.values() if code), 0)
+
+    def wait(self, timeout: float = 300) -> int:
+        """Wait for the end of all.
+
+        Raises:
+            subprocess.TimeoutExpired: when it takes longer; they are killed.
+        """
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                self.send_signal(signal.SIGKILL)
+                self.wait()
+                raise subprocess.TimeoutExpired("clipcid", timeout, *self.read())
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to those that have not ended."""
+        for pid in self._list_running():
+            os.kill(pid, number)  # at worst to a child that has ended and is not collected yet
+
+    def read(self) -> tuple[str, str]:
+        """Return what was written to stdout and to stderr."""
+        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in self._outputs)
+        return out, err
+
+    def _list_running(self) -> list[int]:
+        return [pid for pid in self.pids if pid not in self._codes]
+
+
+class _Parent:
+    """A process that is forked; started when it is first asked."""
+
+    def __init__(self, hash_seed: int) -> None:
+        self._hash_seed = hash_seed
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: Mapping[str, object]) -> Any:
+        """Send a request and return its answer."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"PYTHONHASHSEED": str(self._hash_seed), "PYTHONWARNINGS": "default"},
+                cwd=os.sep,
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
+        self._process = None
+
+
+_parents = [_Parent(1), _Parent(2)]
+_turns = itertools.cycle(_parents)
+_folders: list[tempfile.TemporaryDirectory[str]] = []
+_meetings: collections.deque[Any] = collections.deque(maxlen=2)
+_numbers = itertools.count()
+
+
+def start(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], processes: int = 1) -> Started:
+    """Start a command line of clipcid with a whole environment; in several processes, with what torchrun adds to it."""
+    if not _folders:
+        _folders.append(tempfile.TemporaryDirectory(prefix="forks-", ignore_cleanup_errors=True))
+    number = next(_numbers)
+    out, err = (Path(_folders[0].name, f"{number}.{name}") for name in ("out", "err"))
+    started = []
+    for world in _describe_worlds(processes):
+        parent = next(_turns)
+        request = {"arguments": list(arguments), "cwd": str(cwd), "environment": {**environment, **world}}
+        started.append((parent, parent.ask(request | {"outputs": [str(out), str(err)]})))
+    return Started(started, (out, err))
+
+
+def _describe_worlds(processes: int) -> list[dict[str, str]]:
+    """Return what torchrun puts into the environment of each process of a run."""
+    if processes == 1:
+        return [{}]
+    from torch.distributed import TCPStore
+
+    # The last ones stay: processes of their run talk through them.
+    _meetings.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    world = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_meetings[-1].port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "OMP_NUM_THREADS": "1",
+    }
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def close() -> None:
+    """End the processes that are forked, and forget what forks wrote."""
+    for parent in _parents:
+        parent.close()
+    while _folders:
+        _folders.pop().cleanup()
+
+
+def _serve() -> None:
+    """Fork for each request; return in the forks only."""
+    from clipcid_cli.runtime.imports import importing
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    with importing():
+        for module in _IMPORTED:
+            importlib.import_module(module)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                answers.close()
+                _run(**request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _run(arguments: list[str], cwd: str, environment: dict[str, str], outputs: list[str]) -> NoReturn:
+    """Be the program: its folder, environment, streams and end."""
+    from clipcid_cli.cli import main
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    files = [(os.devnull, os.O_RDONLY), *((path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in outputs)]
+    for number, (path, flags) in enumerate(files):
+        descriptor = os.open(path, flags, 0o600)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # open until the process ends
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where the tests run in the background of a script
+    sys.argv = ["clipcid", *arguments]
+    code: object = 1
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    # As Python ends, but for freeing each object, which takes longer than many a command.
+    threading._shutdown()  # type: ignore[attr-defined]  # what Python itself calls
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else code is not None)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        _serve()
