@@ -17,7 +17,7 @@ import click
 from clipcid_cli import __version__
 from clipcid_cli.commands.failures import explain, read_world
 from clipcid_cli.commands.help_page import HelpPage, format_page
-from clipcid_cli.commands.signals import Signals
+from clipcid_cli.commands.signals import UNREAD, Signals, drop, drop_unread
 from clipcid_cli.commands.wrapping import wrap
 from clipcid_cli.errors import ClipcidError
 
@@ -84,7 +84,7 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated."""
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 not read, 143 terminated."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get("CLIPCID_DEBUG", "").lower() in ("1", "true", "yes", "on")
     as_json = "--json" in arguments or os.environ.get("CLIPCID_JSON", "").lower() in ("1", "true", "yes", "on")
@@ -93,7 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         rank, size = read_world()
         signals.watch(lambda: _report_interrupt(rank))
-        cli.main(args=arguments, prog_name="clipcid", standalone_mode=False)
+        # click's own `main` makes exit 1 of every broken pipe; it is for shells that ask for completions.
+        if "_CLIPCID_COMPLETE" in os.environ:
+            cli.main(args=arguments, prog_name="clipcid", standalone_mode=False)
+        with cli.make_context("clipcid", arguments) as context:
+            cli.invoke(context)
         sys.stdout.flush()
         code = 0
     except ClipcidError as error:
@@ -105,17 +109,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = _report_usage(error, as_json=as_json)
     except click.exceptions.Exit as error:
         code = error.exit_code
-    except BrokenPipeError:
-        # The reader of our pipe has gone, as with `| head`: nobody is left to read an error.
-        _close_stdout()
-        code = 1
-    except (KeyboardInterrupt, click.Abort) as error:
-        # click takes an EOFError, which a library raises for a file that is cut, for a Ctrl-D.
-        if isinstance(error.__cause__, EOFError):
-            code = _report_unforeseen(error.__cause__, command, (rank, size), debug=debug, as_json=as_json)
-        else:
-            _report_interrupt(rank)
-            code = signals.exit_code
+    except BrokenPipeError as error:
+        code = UNREAD  # as with `| head`: nobody is left to read an error
+        if not drop_unread():  # another pipe, to a process that has died
+            code = _report_unforeseen(error, command, (rank, size), debug=debug, as_json=as_json)
+    except (KeyboardInterrupt, click.Abort):
+        _report_interrupt(rank)
+        code = signals.exit_code
     except Exception as error:
         if signals.received is None:
             code = _report_unforeseen(error, command, (rank, size), debug=debug, as_json=as_json)
@@ -123,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             _report_interrupt(rank)
     if signals.received is not None:  # whatever it made fail first
         code = signals.exit_code
+    drop_unread()  # what is left in a buffer would fail again when Python ends
     signals.stop()
     if size > 1:
         # Library threads may still be ending while Python shuts down. About once in a hundred runs that aborts a process
@@ -140,7 +141,7 @@ def _report_unforeseen(error: Exception, command: str, place: tuple[int, int], *
         try:
             sys.stdout.flush()
         except OSError:
-            _close_stdout()
+            drop(sys.stdout)
     found, (rank, size) = explain(error, command), place
     # Nobody foresaw it, so no other process has it.
     message = found.message if size == 1 else f"Process {rank}: {found.message}"
@@ -150,10 +151,6 @@ def _report_unforeseen(error: Exception, command: str, place: tuple[int, int], *
 def _report_interrupt(rank: int) -> None:
     if rank == 0:
         _say("Interrupted. Run the same command again to continue where it stopped.")
-
-
-def _close_stdout() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(text: str) -> None:

@@ -20,6 +20,10 @@ from clipcid_cli.cli import main
 real = sys.stdout
 for line in sys.stdin:
     case = json.loads(line)
+    # What a process holds of files by their names: here another file may have the name.
+    for module, held in (("index", "_read_part"), ("samples", "_handle")):
+        if (loaded := sys.modules.get(f"clipcid_cli.formats.data.{module}")) is not None:
+            getattr(loaded, held).cache_clear()
     os.chdir(case["cwd"])
     out, err, code = io.StringIO(), io.StringIO(), None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

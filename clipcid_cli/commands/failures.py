@@ -71,6 +71,12 @@ def _explain_system(error: OSError, text: str) -> ClipcidError:
         fix = "Free some space, then run the same command again: it continues where it stopped."
     elif error.errno in (errno.EMFILE, errno.ENFILE):
         fix = "Allow more open files: ulimit -n 4096."
+    elif isinstance(error, BrokenPipeError):
+        what = "a process that this one was writing to has ended (broken pipe)"
+        fix = (
+            "Its own error says why; without one it was killed, perhaps for memory: try fewer --workers. Run the same "
+            "command again: it continues where it stopped."
+        )
     elif isinstance(error, ConnectionError | TimeoutError):
         fix = "Check the network, then run the same command again: it continues where it stopped."
     else:

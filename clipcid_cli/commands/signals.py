@@ -1,18 +1,21 @@
-"""Ctrl-C and SIGTERM: the run ends within seconds, and the same command continues it."""
+"""Ctrl-C and SIGTERM: the run ends within seconds, and the same command continues it. And what stands for SIGPIPE."""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 GRACE = 4.0
 """Seconds in which a signalled run can end by itself; a product or a wait inside a library does not let Python's handlers
 run. Every output is whole or absent at any moment, so that it may end anywhere."""
+UNREAD = 128 + signal.SIGPIPE
+"""What a shell reports of a program that writes to a pipe nobody reads: 141."""
 
 
 class Signals:
@@ -66,3 +69,31 @@ class Signals:
         report()
         sys.stderr.flush()
         os._exit(self.exit_code)
+
+
+def drop_unread() -> bool:
+    """Let stdout and stderr go nowhere where their reader has gone, and tell whether one has."""
+    unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+    for stream in unread:
+        drop(stream)
+    return bool(unread)
+
+
+def drop(stream: IO[str]) -> None:
+    """Let what is written to a stream go nowhere, with what is in its buffer."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _is_unread(stream: IO[str]) -> bool:
+    """Tell whether a stream is a pipe whose reading end is closed."""
+    if not hasattr(select, "poll"):
+        return False
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):  # a stream of a program that calls us, or closed
+        return False
+    poll = select.poll()
+    poll.register(number, 0)  # errors are told in any case
+    return any(state & select.POLLERR for _, state in poll.poll(0))

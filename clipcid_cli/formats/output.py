@@ -31,6 +31,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_error, write_json
 from clipcid_cli.formats.listing import Stat, is_as_listed, list_recorded
 from clipcid_cli.formats.reading import open_regular, reading
+from clipcid_cli.formats.sidecar_entries import check_entries
 
 FORMAT_VERSION = 1
 
@@ -76,33 +77,13 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
         if not isinstance(sidecar, dict):
             raise TypeError("it is no JSON object")
         version = sidecar["format_version"]
-        _check_entries(sidecar)
+        check_entries(sidecar)
     if version > FORMAT_VERSION:
         raise ClipcidError(
             f"{path} has format version {version}; this clipcid {__version__} knows up to {FORMAT_VERSION}.",
             "Upgrade clipcid, or choose another folder.",
         )
     return sidecar
-
-
-def _check_entries(sidecar: dict[str, Any]) -> None:
-    """Check the types of the entries that every sidecar and plan has.
-
-    Raises:
-        TypeError: naming the first of another type.
-    """
-    kinds = {"format_version": int, "settings": dict, "inputs": list, "outputs": list, "counts": dict, "result": dict}
-    for name, kind in kinds.items():
-        if name in sidecar and not isinstance(sidecar[name], kind):
-            raise TypeError(f"its entry {name!r} is {str(sidecar[name])[:40]!r}")
-    described: dict[str, dict[str, type]] = {
-        "inputs": {"hash": str},
-        "outputs": {"path": str, "size": int, "time": int, "hash": str},
-    }
-    for name, fields in described.items():
-        for entry in sidecar.get(name, []):
-            if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in fields.items()):
-                raise TypeError(f"its entry {name!r} holds {str(entry)[:80]!r}")
 
 
 @dataclasses.dataclass
@@ -164,7 +145,7 @@ class Output:
             **more,
         }
         write_json(sidecar_path(self.folder, self.step), sidecar)
-        plan_path(self.folder, self.step).unlink(missing_ok=True)
+        drop_plan(self.folder, self.step)
         return sidecar
 
 
@@ -176,6 +157,12 @@ def sidecar_path(folder: Path, step: str) -> Path:
 def plan_path(folder: Path, step: str) -> Path:
     """Return the path of the plan of an unfinished output."""
     return folder / f".{step}.plan.json"
+
+
+def drop_plan(folder: Path, step: str) -> None:
+    """Remove the plan of an output that is finished; a run that is killed right after its sidecar leaves it."""
+    with suppress(OSError):  # it is ignored in any case
+        plan_path(folder, step).unlink(missing_ok=True)
 
 
 def describe_outputs(folder: Path, files: Iterable[Path]) -> list[dict[str, Any]]:
@@ -296,7 +283,7 @@ def open_output(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
-    with _lock(folder, step):
+    with lock_output(folder, step):
         sidecar, plan = sidecar_path(folder, step), plan_path(folder, step)
         identity = {"format_version": FORMAT_VERSION, "settings": settings, "inputs": inputs}
         finished, begun = read_sidecar(sidecar), read_sidecar(plan) if resumable else None
@@ -329,6 +316,8 @@ def open_output(
             sidecar.unlink(missing_ok=True)
             clear()
             write_json(plan, identity | {"cleared": True})
+        if begun is not None and finished is not None:
+            drop_plan(folder, step)
         yield Output(folder, step, settings, inputs, finished, resumed, earlier)
 
 
@@ -374,8 +363,12 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def _lock(folder: Path, step: str) -> Iterator[None]:
-    """Hold the folder for one run; the kernel drops the lock when the process ends, however it ends."""
+def lock_output(folder: Path, step: str) -> Iterator[None]:
+    """Hold the folder for one run; the kernel drops the lock when the process ends, however it ends.
+
+    Raises:
+        ClipcidError: when another run holds it, or the lock cannot be written.
+    """
     path = folder / f".{step}.lock"
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)

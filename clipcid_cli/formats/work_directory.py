@@ -12,7 +12,6 @@ from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.output import plan_path, read_sidecar, refuse_changed, sidecar_path
-from clipcid_cli.formats.reading import reading
 
 KEEP_LIST = "keep.parquet"
 """Name of the keep list in its folder."""
@@ -187,10 +186,6 @@ class WorkDirectory:
                 "Give the data as the first argument (a folder of shards, …).",
             )
         data: dict[str, Any] = sidecar["data"]
-        with reading(sidecar_path(folder, "embed"), "a sidecar of embed", "Give the data as the first argument."):
-            names = ("spec", "keys", "image", "caption", "key")
-            if any(not isinstance(data[name], str) for name in names):
-                raise TypeError(f"its entry 'data' is {str(data)[:80]}")
         return data
 
     def _finished(self, folder: Path, step: str, file: str, changed: str) -> Path | None:

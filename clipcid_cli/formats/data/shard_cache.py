@@ -182,12 +182,6 @@ class ShardCopy:
             raise
 
 
-@lru_cache(maxsize=64)
-def hash_listing(path: Path) -> str:
-    """Hash the file of what the listing of a shard found, see `ShardCopy.listing`."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-
-
 def _is_at(descriptor: int, path: Path) -> bool:
     """Tell whether an open file still has the name it was opened by."""
     try:

@@ -31,8 +31,6 @@ def check_sidecar(folder: Path, sidecar: dict[str, Any]) -> None:
     with reading(sidecar_path(folder, "embed"), "a sidecar of embed", REMAKE):
         if not isinstance(sidecar["model"]["spec"], str) or not isinstance(sidecar["settings"]["keys"], str):
             raise TypeError("its model or settings are of another type")
-        if "data" in sidecar and not isinstance(sidecar["data"]["spec"], str):
-            raise TypeError("its data are of another type")
         sidecar["model"]["weights_hash"], sidecar["inputs"], sidecar["counts"]["images"]
 
 

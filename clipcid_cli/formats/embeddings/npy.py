@@ -85,7 +85,7 @@ class NpyFile:
         """Return the array, mapped, or read where it is small.
 
         Raises:
-            ClipcidError: when it can no longer be read.
+            ClipcidError: when it can no longer be read, or was replaced since its header was.
         """
         if 0 in self.shape:  # nothing to map
             return np.empty(self.shape, self.dtype)
@@ -93,16 +93,32 @@ class NpyFile:
         size = math.prod(self.shape) * self.dtype.itemsize
         try:
             if size <= _SMALL:
-                return np.frombuffer(_read_part(self.path, size, self.offset), self.dtype).reshape(
-                    self.shape, order=order
-                )
-            return np.memmap(self.path, self.dtype, "r", self.offset, self.shape, order)
+                return np.frombuffer(self._read(size), self.dtype).reshape(self.shape, order=order)
+            with self.path.open("rb") as file:
+                self._require_same(file.fileno())
+                return np.memmap(file, self.dtype, "r", self.offset, self.shape, order)
         except (OSError, ValueError) as error:
             raise _unreadable(self.path, str(error)) from error
 
     def fingerprint(self, of_file: Fingerprint) -> dict[str, Any]:
         """Describe the file for a sidecar."""
         return of_file(self.path)
+
+    def _read(self, size: int) -> bytes:
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._require_same(descriptor)
+            data = os.pread(descriptor, size, self.offset)
+        finally:
+            os.close(descriptor)
+        if len(data) < size:
+            raise ValueError(f"it ends {size - len(data):,} bytes early")
+        return data
+
+    def _require_same(self, descriptor: int) -> None:
+        stat = os.fstat(descriptor)
+        if (stat.st_ino, stat.st_mtime_ns) != self.stamp:
+            raise ValueError("it was replaced after this run had begun")
 
 
 def find_npy(path: Path) -> NpyFile:
@@ -154,17 +170,6 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)
-
-
-def _read_part(path: Path, size: int, offset: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        data = os.pread(descriptor, size, offset)
-    finally:
-        os.close(descriptor)
-    if len(data) < size:
-        raise ValueError(f"it ends {size - len(data):,} bytes early")
-    return data
 
 
 def _unreadable(path: Path, why: str) -> ClipcidError:

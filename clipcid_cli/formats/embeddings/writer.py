@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_npy, write_parquet
-from clipcid_cli.formats.output import describe_outputs, fingerprint_file, is_unchanged
+from clipcid_cli.formats.output import (
+    describe_outputs,
+    drop_plan,
+    fingerprint_file,
+    is_unchanged,
+    lock_output,
+    plan_path,
+    sidecar_path,
+)
 from clipcid_cli.formats.skips import Skips
 
 _RECORD = b"clipcid"
@@ -200,3 +209,13 @@ def refuse_foreign_folder(folder: Path) -> None:
             f"{folder} contains embeddings that clipcid did not write.",
             "Choose another folder with --out, or remove them.",
         )
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the plan and the notes of a run that was killed right after its sidecar, but not those of one that goes on."""
+    if not (plan_path(folder, "embed").exists() or (folder / _NOTES).exists()):
+        return
+    with suppress(ClipcidError), lock_output(folder, "embed"):
+        if sidecar_path(folder, "embed").exists():
+            drop_plan(folder, "embed")
+            shutil.rmtree(folder / _NOTES, ignore_errors=True)

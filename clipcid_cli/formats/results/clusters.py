@@ -311,6 +311,8 @@ def _are_mappable(folder: Path, arrays: Path, table: pq.ParquetFile) -> bool:
         return needed == {entry["path"] for entry in recorded} and all(
             is_unchanged(folder if entry["path"] == TABLE else arrays, entry, fingerprint_file) for entry in recorded
         )
+    except PermissionError:  # they are there
+        raise
     except (OSError, ValueError, TypeError, KeyError):  # missing or damaged: the arrays are made again
         return False
 

@@ -76,6 +76,12 @@ _LOCAL_HINT = (
 
 # Entries of a tower that count something, where they are numbers; `layers` of a ResNet are a list.
 _SIZES = {"layers", "width", "heads", "head_width", "patch_size", "image_size", "context_length", "vocab_size"}
+# What open_clip makes of these words; it asserts that they are its own.
+_WORDS = {
+    "interpolation": ("bicubic", "bilinear", "random"),
+    "resize_mode": ("shortest", "longest", "squash"),
+    "mode": ("RGB",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,9 +233,9 @@ def _check_entries(model: dict[str, Any], preprocess: dict[str, Any]) -> None:
     size = preprocess.get("size", 1)
     if not _are_numbers(size if isinstance(size, list) else [size, size], 2):
         raise TypeError(f"size is {size!r:.40}, not one or two numbers")
-    for name in ("interpolation", "resize_mode", "mode"):
-        if not isinstance(preprocess.get(name, ""), str):
-            raise TypeError(f"{name} is {preprocess[name]!r:.40}, not a word")
+    for name, words in _WORDS.items():
+        if name in preprocess and preprocess[name] not in words:
+            raise TypeError(f"{name} is {preprocess[name]!r:.40}, not one of {', '.join(words)}")
     width = model.get("embed_dim", 1)
     if not isinstance(width, int) or isinstance(width, bool) or not 0 < width < 2**20:
         raise TypeError(f"embed_dim is {width!r:.40}, not a width")

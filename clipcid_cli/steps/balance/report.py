@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,15 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.reading import describe
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.skips import REASONS
-from clipcid_cli.runtime.models.decode import SkippedImage, read_image
+from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
 from clipcid_cli.steps.balance.composition import compare_classes
 from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.pairs import NotComputed
+from clipcid_cli.steps.balance.result import describe_rule, explain_unread
 from clipcid_cli.steps.balance.rows import take_texts
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data
 from clipcid_cli.steps.balance.sets import Sets
@@ -32,6 +33,7 @@ _SETS_SHOWN = 12
 _IMAGES_SHOWN = 9
 _PAIRS_SHOWN = 8
 _THUMBNAIL = 96
+_UNKNOWN = "it is not recorded which data the embeddings were made from."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ def write_report(
     other: OtherLinkage | NotComputed,
     result: dict[str, Any],
     warnings: list[str],
-) -> None:
+) -> dict[str, Any]:
     """Write the report as one page.
 
     Args:
@@ -66,6 +68,9 @@ def write_report(
         other: What the other linkage would keep.
         result: The JSON object.
         warnings: What the user was warned of.
+
+    Returns:
+        For the sidecar, which pictures are in it: ``{"shown": number, "unread": [[shard, key], …], "why": reason}``.
     """
     settings, embeddings = context.settings, context.embeddings
     sizes = np.bincount(sets.labels)
@@ -73,16 +78,18 @@ def write_report(
     shown = [_choose_members(sets, label) for label in largest]
     inside, outside = _around(forest, sets.threshold)
     rows = np.unique(np.concatenate([np.empty(0, np.int64), *shown, inside.a, inside.b, outside.a, outside.b]))
-    data, why_no_images = _open_data(settings, embeddings)
-    pictures = _load_pictures(data, context, sets, rows)
+    data, closed = _open_data(settings, embeddings)
+    pictures, unread = _load_pictures(data, closed, context, sets, rows)
+    read = 0 if data is None else len(pictures) - len(unread)
+    gallery = {"shown": read, "unread": list(unread), "why": next(iter(unread.values()), "")}
     write_text(
         path,
         render_report(
             "balance.html",
             result=result,
-            rule=_describe_rule(settings),
+            rule=describe_rule(settings),
             linkage=settings.linkage,
-            warnings=warnings,
+            warnings=[*warnings, *explain_unread(gallery)],
             num_sets=int(np.count_nonzero(sizes > 1)),
             why_no_other=other.reason if isinstance(other, NotComputed) else "",
             curve_figure=_draw_curves(sets, settings.linkage, other),
@@ -93,23 +100,23 @@ def write_report(
             ],
             inside=_pair_up(inside, pictures),
             outside=_pair_up(outside, pictures),
-            why_no_images=why_no_images,
+            why_no_images=closed or (_UNKNOWN if data is None else ""),
             classes=compare_classes(data, embeddings, context.rows, sets.kept),
             reasons=REASONS,
             embeddings=str(embeddings.folder),
         ),
     )
+    return gallery
 
 
-def _describe_rule(settings: BalanceSettings) -> str:
-    if settings.keep is not None:
-        amount = f"--keep {settings.keep:g}"
-    elif settings.threshold is not None:
-        amount = f"--threshold {settings.threshold:g}"
-    else:
-        amount = f"--cosine-distance {settings.cosine_distance:g}"
-    neighbors = "" if settings.neighbors == "exact" else f" --neighbors {settings.neighbors}"
-    return f"{amount} --linkage {settings.linkage} --select {settings.select}{neighbors}"
+def has_new_pictures(settings: BalanceSettings, embeddings: Embeddings, finished: dict[str, Any] | None) -> bool:
+    """Tell whether a picture can be read now that the report of a finished output could not show."""
+    unread = (finished or {}).get("pictures", {}).get("unread", [])
+    data = _open_data(settings, embeddings)[0] if unread else None
+    if data is None:
+        return False
+    finder = SampleFinder(data)
+    return any(_read_thumbnail(finder, shard, key)[0] for shard, key in unread)
 
 
 def _largest(sizes: IntArray) -> list[int]:
@@ -149,34 +156,49 @@ def _pair_up(edges: Edges, pictures: dict[int, Picture]) -> list[dict[str, Any]]
 
 
 def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> tuple[Dataset | None, str]:
-    """Open the data the embeddings were made from; without it, return the reason."""
+    """Open the data the embeddings were made from, or return why it cannot be; "" where it is not known which it is."""
     try:
-        data = open_data(settings, embeddings)
+        return open_data(settings, embeddings), ""
     except ClipcidError as error:
         return None, error.message
-    return data, "" if data is not None else "it is not recorded which data the embeddings were made from."
 
 
-def _load_pictures(data: Dataset | None, context: Context, sets: Sets, rows: IntArray) -> dict[int, Picture]:
-    """Load the thumbnails of some rows; without the data there are keys only."""
+def _load_pictures(
+    data: Dataset | None, closed: str, context: Context, sets: Sets, rows: IntArray
+) -> tuple[dict[int, Picture], dict[tuple[str, str], str]]:
+    """Load the thumbnails of some rows; without the data there are keys only.
+
+    Returns:
+        The pictures by row; and why they could not be read, by shard and key.
+    """
     embeddings, numbers = context.embeddings, context.rows.numbers[rows]
     keys, shards = (take_texts(embeddings, read, numbers) for read in (embeddings.keys_of, embeddings.shards_of))
     finder = None if data is None else SampleFinder(data)
-    pictures = {}
+    pictures, unread = {}, {}
     for row, key, shard in zip(rows.tolist(), keys, shards, strict=True):
-        source = "" if finder is None else _thumbnail(finder, shard, key)
+        source, why = ("", closed) if finder is None else _read_thumbnail(finder, shard, key)
+        if why:
+            unread[shard, key] = why
         kept = bool(sets.representatives[row] == row)
         pictures[row] = Picture(key, source, kept, float(sets.distances[row]))
-    return pictures
+    return pictures, unread
 
 
-def _thumbnail(finder: SampleFinder, shard: str, key: str) -> str:
+def _read_thumbnail(finder: SampleFinder, shard: str, key: str) -> tuple[str, str]:
+    """Return a thumbnail and "", or "" and why there is none."""
+    where = f"shard {shard}"
     try:
         sample = finder.find(shard, key)
-    except (ClipcidError, OSError):
-        return ""
-    image = None if sample is None else read_image(sample.image, draft_size=(_THUMBNAIL, _THUMBNAIL))
-    return "" if image is None or isinstance(image, SkippedImage) else thumbnail(image, _THUMBNAIL)
+        if sample is None:
+            return "", f"the data has no image {key}."
+        where = sample.image.path
+        return thumbnail(decode_image(sample.image.read(), draft_size=(_THUMBNAIL, _THUMBNAIL)), _THUMBNAIL), ""
+    except ClipcidError as error:
+        return "", error.message
+    except UnreadableImage as error:
+        return "", f"{where} has an {REASONS[error.reason]}, {key}."
+    except OSError as error:
+        return "", f"{error.filename or where} cannot be read: {describe(error)}."
 
 
 def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | NotComputed) -> Markup:
@@ -208,7 +230,8 @@ def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | NotComputed) ->
     farthest = max(float(curve.distance[-1]) for _, curve, _ in lines)
     axes.set(xlabel="cut-off ε", ylabel="share kept", xlim=(0, 1.15 * farthest or 1), ylim=(0, 1.02))
     axes.legend(loc="lower left", frameon=False)
-    _lighten(axes.spines.values())
+    for spine in axes.spines.values():
+        spine.set_alpha(0.4)
     return svg(figure, "Share of images kept over the cut-off")
 
 
@@ -222,8 +245,3 @@ def _count_sizes(sizes: IntArray) -> list[dict[str, Any]]:
         for name, number, count in zip(names, num_sets, images, strict=False)
         if number
     ]
-
-
-def _lighten(spines: Iterable[Any]) -> None:
-    for spine in spines:
-        spine.set_alpha(0.4)

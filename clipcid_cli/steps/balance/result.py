@@ -77,6 +77,33 @@ def find_warnings(settings: BalanceSettings, sets: Sets) -> list[str]:
     return warnings
 
 
+def describe_rule(settings: BalanceSettings) -> str:
+    """Return the flags that decide what is kept."""
+    if settings.keep is not None:
+        amount = f"--keep {settings.keep:g}"
+    elif settings.threshold is not None:
+        amount = f"--threshold {settings.threshold:g}"
+    else:
+        amount = f"--cosine-distance {settings.cosine_distance:g}"
+    neighbors = "" if settings.neighbors == "exact" else f" --neighbors {settings.neighbors}"
+    return f"{amount} --linkage {settings.linkage} --select {settings.select}{neighbors}"
+
+
+def explain_unread(pictures: dict[str, Any]) -> list[str]:
+    """Warn of pictures that the report does not show.
+
+    Args:
+        pictures: What `write_report` returned.
+    """
+    missing = len(pictures["unread"])
+    if not missing:
+        return []
+    return [
+        f"The report shows {pictures['shown']:,} of {pictures['shown'] + missing:,} pictures: {pictures['why']} Once they "
+        "can be read, the same command writes it with them."
+    ]
+
+
 def name_files(folder: Path, neighbors: str) -> dict[str, str]:
     """Return the path of each file by its name in the JSON object."""
     forest = forest_path(folder, neighbors).name

@@ -24,8 +24,8 @@ from clipcid_cli.steps.balance.compare_linkage import compare_linkages
 from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.cost import estimate_cost
 from clipcid_cli.steps.balance.pairs import NotComputed
-from clipcid_cli.steps.balance.report import write_report
-from clipcid_cli.steps.balance.result import REPORT, find_warnings, name_files, summarise
+from clipcid_cli.steps.balance.report import has_new_pictures, write_report
+from clipcid_cli.steps.balance.result import REPORT, explain_unread, find_warnings, name_files, summarise
 from clipcid_cli.steps.balance.rows import count_skipped, find_embeddings, find_rows, output_identity
 from clipcid_cli.steps.balance.samples import require_data
 from clipcid_cli.steps.balance.sets import Sets, make_sets
@@ -79,9 +79,13 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             overwrite=settings.overwrite,
             replaceable=frozenset(identity),
         ) as output:
-            if output.finished is not None:
+            finished = output.finished
+            if machine.on_main(lambda: has_new_pictures(settings, embeddings, output.finished)):
+                reporter.note("Pictures that the report does not show can be read now: it is written again.")
+                finished = None
+            if finished is not None:
                 reporter.note(f"{folder} already holds this result.")
-                result: dict[str, Any] = output.finished["result"]
+                result: dict[str, Any] = finished["result"]
             else:
                 result = _balance(settings, machine, embeddings, output, seconds, reporter)
             result["files"] = name_files(folder, settings.neighbors)
@@ -136,12 +140,15 @@ def _balance(
     def write() -> dict[str, Any]:
         _write_tables(context, sets)
         shown = result | {"seconds": phases()}
-        write_report(output.folder / REPORT, context, forest, sets, other, shown, warnings)
+        pictures = write_report(output.folder / REPORT, context, forest, sets, other, shown, warnings)
+        for warning in explain_unread(pictures):
+            reporter.warn(warning)
         result["seconds"] = phases()
         counts = {"read": embeddings.num_rows, "used": len(rows), "skipped": result["skipped"]}
         made_of = WorkDirectory(settings.work).name_of(embeddings.folder)
         outputs = describe_outputs(output.folder, [output.folder / KEEP_LIST])
-        output.commit(counts=counts, seconds=phases(), outputs=outputs, embeddings=made_of, result=result)
+        more = {"embeddings": made_of, "pictures": pictures, "result": result}
+        output.commit(counts=counts, seconds=phases(), outputs=outputs, **more)
         return result
 
     result = machine.on_main(write)

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, refuse_foreign_folder
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, refuse_foreign_folder, remove_leftovers
 from clipcid_cli.formats.output import plan_identity
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
@@ -61,6 +61,7 @@ def make_embeddings(
     inputs = machine.on_main(dataset.fingerprints)
     finished = machine.on_main(lambda: find_finished(folder, settings, name, dataset, inputs))
     if finished is not None:
+        machine.on_main(lambda: remove_leftovers(folder))
         reporter.note(f"{folder} already holds the embeddings of {dataset.spec} with {name.spec}.")
         return describe_result(folder, finished)
     shards = "1 shard" if len(dataset.shards) == 1 else f"{len(dataset.shards):,} shards"

@@ -45,6 +45,46 @@ def test_what_was_committed_is_found_finished(tmp_path: Path) -> None:
     assert not (tmp_path / ".balance.plan.json").exists()
 
 
+def test_the_plan_of_a_run_killed_right_after_its_sidecar_is_removed_by_the_next(tmp_path: Path) -> None:
+    with open_it(tmp_path):
+        plan = (tmp_path / ".balance.plan.json").read_bytes()
+    with open_it(tmp_path) as output:
+        output.commit(counts={}, seconds={})
+    (tmp_path / ".balance.plan.json").write_bytes(plan)
+    with open_it(tmp_path) as output:
+        assert output.finished is not None
+        assert not (tmp_path / ".balance.plan.json").exists()
+
+
+DATA = {"spec": "a", "keys": "sample", "image": "i", "caption": "c", "key": "k"}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"counts": {"skipped": []}},
+        {"counts": {"skipped": {"no_image": "2"}}},
+        {"counts": {"skipped": {"train": {"no_image": None}}}},
+        {"data": {name: DATA[name] for name in DATA if name != "image"}},
+        {"data": DATA | {"key": 3}},
+        {"data": "a"},
+        {"data": None},
+        {"pictures": []},
+        {"pictures": {"unread": [["0"]]}},
+        {"inputs": [{"hash": 1}]},
+        {"outputs": [{"path": "a", "size": 1, "time": "1", "hash": "b"}]},
+    ],
+)
+def test_a_sidecar_with_entries_of_other_types_is_refused_where_it_is_read(tmp_path: Path, entry: Any) -> None:
+    whole = {"format_version": 1, "counts": {"skipped": {"train": {"no_image": 1}, "val": {}}}, "data": DATA}
+    path = tmp_path / "embed.json"
+    path.write_text(json.dumps(whole))
+    assert read_sidecar(path) == whole
+    path.write_text(json.dumps(whole | entry))
+    with pytest.raises(ClipcidError, match=r"embed\.json cannot be read as a sidecar of clipcid: its entry"):
+        read_sidecar(path)
+
+
 def test_what_was_not_committed_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="killed"), open_it(tmp_path):
         raise RuntimeError("killed")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import make_caption, make_image, shard_members, write_tar
 
@@ -213,9 +217,42 @@ def test_a_part_of_another_version_of_its_shard_is_refused(tiny_shards: Path, tm
     parts[1].unlink()
     module._read_part.cache_clear()
     for number in range(2):
-        with pytest.raises(ClipcidError, match="missing, damaged, or of another version") as error:
+        with pytest.raises(ClipcidError, match="missing, edited, damaged, or of another version") as error:
             index.part(number)
         assert str(index.folder) in error.value.fix
+
+
+def test_an_edited_part_is_refused_until_the_index_is_removed(tiny_shards: Path, tmp_path: Path) -> None:
+    index = indexed(tiny_shards, tmp_path / "index").index
+    assert index is not None
+    path = index.folder / "00000000.arrow"
+    stat, part = path.stat(), pa.ipc.open_file(path.read_bytes()).read_all()
+    keys = part["key"].to_pylist()
+    edited = part.set_column(0, "key", pa.array([keys[1], keys[0], *keys[2:]]))
+    with pa.ipc.new_file(path, part.schema) as writer:
+        writer.write_table(edited.cast(part.schema))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    module._read_part.cache_clear()
+    with pytest.raises(ClipcidError, match=r"00000000\.arrow is missing, edited, damaged") as error:
+        index.part(0)
+    assert f"Remove {index.folder} and give the command again" in error.value.fix
+    shutil.rmtree(index.folder)
+    again = indexed(tiny_shards, tmp_path / "index").index
+    assert again is not None
+    assert again.part(0).keys.to_pylist() == keys
+    assert again.records == index.records
+
+
+def test_an_index_that_does_not_record_the_hashes_of_its_parts_is_made_again(tiny_shards: Path, tmp_path: Path) -> None:
+    index = indexed(tiny_shards, tmp_path / "index").index
+    assert index is not None
+    rows = [json.loads(row) for row in pq.read_table(index.folder / "shards.parquet")["shard"].to_pylist()]
+    table = pa.table({"shard": [json.dumps({name: row[name] for name in row if name != "digest"}) for row in rows]})
+    pq.write_table(table, index.folder / "shards.parquet")
+    assert module.open_index(index.folder, index.shards) is None
+    again = indexed(tiny_shards, tmp_path / "index").index
+    assert again is not None
+    assert again.records == index.records
 
 
 def test_the_identity_of_data_behind_a_url_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

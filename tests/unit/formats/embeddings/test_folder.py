@@ -18,6 +18,7 @@ import pytest
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings import folder as folders
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.npy import find_npy
 from clipcid_cli.formats.embeddings.rows import holds_unit_rows, unit_rows
 from clipcid_cli.formats.embeddings.writer import (
     EmbeddingWriter,
@@ -170,6 +171,20 @@ def test_files_replaced_while_a_folder_is_in_use_are_refused(
     look = open_embeddings if file.endswith(".npy") else lambda folder: open_embeddings(folder).fingerprints()
     with pytest.raises(ClipcidError, match=rf"{file} has changed since .*embed.json was written"):
         look(tmp_path / "other")
+
+
+@pytest.mark.parametrize("rows", [3, 2**14])
+def test_rows_replaced_between_their_header_and_their_first_use_are_refused(tmp_path: Path, rows: int) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.ones((rows, 4), np.float16))
+    found, (more, stat) = find_npy(path), (path.read_bytes(), path.stat())
+    assert found.map().shape == (rows, 4)
+    replace_file(path, more[:-1] + b"?")
+    with pytest.raises(ClipcidError, match="it was replaced after this run had begun"):
+        found.map()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # still another file
+    with pytest.raises(ClipcidError, match="it was replaced after this run had begun"):
+        found.map()
 
 
 def test_rows_that_are_zero_or_not_finite_are_found_in_images_and_texts_of_any_writer(tmp_path: Path) -> None:

@@ -154,11 +154,7 @@ class Site:
         found, expected = read_tree(self.place), self.expected[expectation or step.name]
         kinds = {name: "other bytes" if name in expected else "left over" for name in found}
         kinds |= dict.fromkeys(expected.keys() - found.keys(), "missing")
-        return [
-            f"{kind}: {name}"
-            for name, kind in kinds.items()
-            if found.get(name) != expected.get(name) and not _NOTES.search(name)
-        ]
+        return [f"{kind}: {name}" for name, kind in kinds.items() if found.get(name) != expected.get(name)]
 
     def age_partials(self, offset: float = 0.0) -> None:
         """Let two hours pass for partial files, since those of a run that may go on are left alone for one.
@@ -188,8 +184,6 @@ def _write_inputs(place: Path) -> None:
     (place / "student.json").write_text(json.dumps(STUDENT))
 
 
-# What a run that is killed right after its sidecar leaves; the next run of other settings removes it.
-_NOTES = re.compile(r"/\.(shards/|[\w-]+\.plan\.json$)")
 _MEASURED = {"seconds", "time", "samples_per_second", "images_per_second", "data_wait_share"}
 _NUMBERS = re.compile(rb"\d[\d.,]*")
 _FOR_PEOPLE = (".html", ".md")  # their numbers are rounded ones of the JSON files

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from typing import Any
 
 from fault_child import Operations, kill, shift_clock
 from fault_disks import can_mount, heed_permissions, limit_file_sizes, limit_room, set_read_only
+from fault_hosts import list_host_kills, run_host_kill
 from fault_place import Result, Site, Step, read_tree
 from fault_processes import list_rank_kills, list_worker_kills, run_rank_kill, run_worker_kill
 from one_process import Outcome
@@ -133,6 +136,12 @@ def run_read_only(site: Site, step: Step, case: str) -> Result:
         return Result(found.code, refused_problems(site, step, found) + site.check_again(step), found.code == 1)
 
 
+def is_told(found: Outcome, name: str) -> bool:
+    """Tell whether a run warned that its result lacks something because of a file, and then ended well."""
+    _, warning, text = "".join(found.err.split()).partition("warning:Thereport")
+    return found.code == 0 and bool(warning) and Path(name).name in text
+
+
 def list_permissions(site: Site, step: Step, chance: random.Random) -> list[str]:
     """Every file and folder that is there before the step."""
     return [".", *read_tree(site.before(step))]
@@ -145,8 +154,35 @@ def run_without_permission(site: Site, step: Step, name: str) -> Result:
     path.chmod(0o555 if path.is_dir() else 0)
     found = site.run(step, heed_permissions)
     path.chmod(mode)
-    problems = refused_problems(site, step, found) + unnamed_problems(found, name) + site.check_again(step)
-    return Result(found.code, problems, found.code == 1)
+    return judge_unusable(site, step, found, name)
+
+
+def judge_unusable(site: Site, step: Step, found: Outcome, name: str) -> Result:
+    """Judge a run that could not use a file, and give the command again with the file in order."""
+    told = is_told(found, name)
+    problems = found.problems() if told else refused_problems(site, step, found) + unnamed_problems(found, name)
+    return Result(found.code, problems + site.check_again(step), told or found.code == 1)
+
+
+def list_recorded(site: Site, step: Step, chance: random.Random) -> list[str]:
+    """Every file that an earlier step wrote and recorded the hash of."""
+    work, found = site.before(step) / "clipcid-work", list[Path]()
+    for sidecar in work.rglob("*.json"):
+        entries = json.loads(sidecar.read_text()).get("outputs", [])
+        found += [sidecar.parent / entry["path"] for entry in entries]
+    found += work.glob("index/*/*.arrow")
+    return sorted({os.path.relpath(path, site.before(step)) for path in found})
+
+
+def run_replaced(site: Site, step: Step, name: str) -> Result:
+    """Run with another file of the same size in a file's place, then give the command again with the right one."""
+    path, content = site.place / name, bytearray((site.place / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    found = site.run(step)
+    shutil.copy2(site.before(step) / name, path)
+    return judge_unusable(site, step, found, name)
 
 
 def list_outputs(site: Site, step: Step, chance: random.Random) -> list[str]:
@@ -248,7 +284,8 @@ def list_operations(site: Site, step: Step, chance: random.Random) -> list[int]:
 _WHOLE = "The same command again leaves the bytes of an undisturbed run, and no other files."
 _REFUSED = "One error with its fix and exit 1, or the whole result."
 _NAMED = (
-    "One error that names the file or its folder, with its fix, and exit 1; the whole result where it is not needed."
+    "One error that names the file or its folder, with its fix, and exit 1; the whole result where it is not needed; where "
+    "only pictures of a report need it, the result without them and a warning that names it."
 )
 FAULTS = (
     Fault("killed", f"Nothing is half under its final name. {_WHOLE}", 9, list_kills, run_kill),
@@ -256,6 +293,7 @@ FAULTS = (
     Fault("limit of file sizes", f"{_REFUSED} {_WHOLE}", 1, list_sizes, run_limited_sizes),
     Fault("read-only disk", f"{_REFUSED} {_WHOLE}", 1, list_read_only, run_read_only, True),
     Fault("no permission", f"{_NAMED} {_WHOLE}", 1, list_permissions, run_without_permission),
+    Fault("a file of an earlier step replaced", f"{_NAMED} {_WHOLE}", 1, list_recorded, run_replaced),
     Fault("a folder in an output's place", f"{_NAMED} {_WHOLE}", 1, list_outputs, run_folder_in_place),
     Fault("Ctrl-C, SIGTERM", f"Exit 130 or 143 within 10 s. {_WHOLE}", 1, list_moments, run_signal),
     Fault("two runs at once", f"One of them says so and exits 1, or waits. {_WHOLE}", 1, list_operations, run_delayed),
@@ -266,6 +304,13 @@ FAULTS = (
         1,
         list_rank_kills,
         run_rank_kill,
+    ),
+    Fault(
+        "one of two hosts killed",
+        f"The other's torchrun ends with exit 1, and its process says that another has ended. {_WHOLE}",
+        0,
+        list_host_kills,
+        run_host_kill,
     ),
     Fault(
         "a decoding process killed",

@@ -15,7 +15,7 @@ from fault_cases import FAULTS, killed_problems
 from fault_child import Operations, kill, read_operations
 from fault_disks import can_mount
 from fault_place import STEPS, Site, read_tree
-from harness import DOCUMENT
+from fault_tables import DOCUMENT
 from one_process import Outcome
 
 from clipcid_cli.formats.atomic import write_bytes

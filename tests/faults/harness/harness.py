@@ -1,4 +1,4 @@
-"""Puts faults into every step and counts what is lost: ``python tests/faults/harness.py --seed 0 [--all] [--write]``.
+"""Puts faults into every step and counts what is lost: ``python tests/faults/harness/harness.py [--all] [--write]``.
 
 Without ``--all`` a seeded sample is run, as in the everyday suite. ``--write`` puts the counts into docs/faults.md.
 """
@@ -13,7 +13,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,14 +21,14 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # as a command; under pytest it is there already
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a command; under pytest it is there already
 
 from fault_cases import FAULTS, Fault
 from fault_child import import_everything
 from fault_place import STEPS, Site, Step
+from fault_tables import read_commit, read_rows, write_table
 
-DOCUMENT = Path(__file__).parents[2] / "clipcid_cli" / "docs" / "faults.md"
-_BEGIN, _END = "<!-- written by tests/faults/harness.py -->", "<!-- end -->"
+_PROGRAM = "tests/faults/harness/harness.py"
 
 
 @dataclasses.dataclass
@@ -126,32 +125,18 @@ def draw_cases(site: Site, fault: Fault, seed: int, in_order: bool) -> list[tupl
     return [drawn for found in rounds for drawn in found if drawn is not None]
 
 
-def write_table(rows: dict[str, Row], seed: int) -> None:
-    """Put the counts between the marks of docs/faults.md; faults that were not run keep their lines."""
-    page = DOCUMENT.read_text(encoding="utf-8")
-    head, _, rest = page.partition(_BEGIN)
-    old, _, tail = rest.partition(_END)
-    lines = {line.split(" | ")[0].removeprefix("| "): line for line in old.splitlines() if line.startswith("| ")}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+def write_counts(rows: dict[str, Row], seed: int) -> None:
+    """Put the counts into docs/faults.md; faults that were not run keep their lines."""
+    lines, commit = read_rows(_PROGRAM), read_commit()
     for name, row in rows.items():
         counts = [f"{row.cases[step.name] or '–'}" for step in STEPS]
         codes = ", ".join(f"{code} ({count:,})" for code, count in sorted(row.codes.items()) if count)
-        measured = [
-            f"{row.cases.total():,}",
-            f"{row.unreached:,}",
-            str(len(row.losses)),
-            str(seed),
-            commit.strip(),
-            f"{row.seconds:,.0f}",
-        ]
-        lines[name] = f"| {' | '.join([name, codes, *counts, *measured])} |"
+        measured = [f"{row.cases.total():,}", f"{row.unreached:,}", str(len(row.losses)), str(seed), commit]
+        lines[name] = f"| {' | '.join([name, codes, *counts, *measured, f'{row.seconds:,.0f}'])} |"
     measured_names = ["cases", "not reached", "losses", "seed", "commit", "seconds"]
     heading = ["fault", "exit (runs)", *(step.name for step in STEPS), *measured_names]
-    table = [f"| {' | '.join(heading)} |", "|" + "---|" * len(heading)]
-    table += [lines[fault.name] for fault in FAULTS if fault.name in lines]
     results = [f"- **{fault.name}**: {fault.result}" for fault in FAULTS]
-    body = "\n".join([*results, "", *table])
-    DOCUMENT.write_text(f"{head}{_BEGIN}\n{body}\n{_END}{tail}", encoding="utf-8")
+    write_table(_PROGRAM, heading, [lines[fault.name] for fault in FAULTS if fault.name in lines], results)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -181,5 +166,5 @@ if __name__ == "__main__":
             f"{dict(row.codes)}, {row.seconds:.0f} s"
         )
     if chosen.write:
-        write_table(given, chosen.seed)
+        write_counts(given, chosen.seed)
     sys.exit(any(row.losses for row in given.values()))

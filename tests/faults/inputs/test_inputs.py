@@ -92,6 +92,7 @@ def test_a_target_in_folders_to_be_made_is_fine(tmp_path: Path) -> None:
         {"model_cfg": {"embed_dim": 32, "vision_cfg": {}, "text_cfg": {"layers": -1}}},
         {"model_cfg": {"embed_dim": 32, "vision_cfg": {}, "text_cfg": "x"}},
         {"model_cfg": {"embed_dim": 32, "vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": 3},
+        {"model_cfg": {"embed_dim": 32, "vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": {"resize_mode": "x"}},
     ],
 )
 def test_a_configuration_of_other_types_is_refused(tmp_path: Path, content: Any) -> None:

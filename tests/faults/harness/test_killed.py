@@ -30,7 +30,7 @@ saves = [n for n, line in enumerate(read_operations(log)) if line.startswith("re
 runs += [run("broken", saves[int(which)]), run("broken")]
 print(json.dumps([[found.code, found.err] for found in runs]))
 """
-_TESTS = Path(__file__).parents[1]
+_HERE = Path(__file__).parent
 
 
 def kill_and_resume(place: Path, command: tuple[str, ...], saved: str, which: int, folder: str) -> str:
@@ -39,7 +39,7 @@ def kill_and_resume(place: Path, command: tuple[str, ...], saved: str, which: in
     Returns:
         The messages of the second run.
     """
-    paths = {"PYTHONPATH": os.pathsep.join(map(str, (_TESTS, _TESTS / "faults")))}
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (_HERE.parents[1], _HERE)))}
     done = run_command([sys.executable, "-c", _PROGRAM, saved, str(which), *command], place, True, 900, paths)
     runs = json.loads(done.stdout)
     assert [code for code, _ in runs] == [0, -9, 0], runs

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, clean_environment, clipcid_command, shard_members, start_clipcid, write_tar
+from conftest import Run, clean_environment, clipcid_command, run_command, shard_members, start_clipcid, write_tar
 
 from clipcid_cli.cli import cli
 from clipcid_cli.commands.failures import explain
@@ -102,21 +102,43 @@ def test_a_full_disk_behind_stdout_is_no_traceback(arguments: list[str], tmp_pat
     assert "bug" not in done.stderr
 
 
-def test_a_reader_that_has_gone_is_no_traceback(tmp_path: Path) -> None:
+_BROKEN_PIPE = """
+import sys, os
+from clipcid_cli import cli
+from clipcid_cli.commands import command
+def run_step(*_):
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.write(writer, b"x")
+command.run_step = run_step
+cli.main(["balance", "--keep", "0.5"])
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["balance", "--json", "--keep", "0.5"], ["balance", "--keep", "2"]])
+def test_a_program_that_nobody_reads_ends_as_others_do(arguments: list[str], tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [*clipcid_command(), "--help"],
+        [*clipcid_command(), *arguments],
         cwd=tmp_path,
         env=clean_environment(),
         stdout=writer,
-        stderr=subprocess.PIPE,
+        stderr=writer if "--json" in arguments else subprocess.PIPE,
         text=True,
         check=False,
     )
     os.close(writer)
+    # An error is written to stderr, and its code stays; nothing was to be written to stdout.
+    assert done.returncode == {"--help": 141, "balance": 1 if "--json" in arguments else 2}[arguments[0]]
+    assert done.stderr in ("", None) or arguments[-1] == "2"
+
+
+def test_another_process_behind_a_broken_pipe_is_told(tmp_path: Path) -> None:
+    done = run_command([sys.executable, "-c", _BROKEN_PIPE], tmp_path, False, 60, None)
     assert done.returncode == 1
-    assert done.stderr == ""
+    assert "a process that this one was writing to has ended (broken pipe)" in done.stderr
+    assert "bug" not in done.stderr
 
 
 def test_a_process_that_never_arrives_is_missed_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:

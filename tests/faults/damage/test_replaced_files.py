@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -109,6 +110,59 @@ def test_an_edited_keep_list_that_is_named_is_taken(clipcid: OneProcess, chain: 
     assert found.json["images"] == 24
 
 
+@pytest.mark.parametrize(
+    ("gone", "reason"), [("data/00001.tar", "the data has no image"), ("data", "There is no data at")]
+)
+def test_the_report_is_written_again_once_its_pictures_can_be_read(
+    clipcid: OneProcess, chain: Path, tiny_shards: Path, tmp_path: Path, gone: str, reason: str
+) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(tiny_shards, place / "data")
+    shutil.copytree(chain / MODEL, place / MODEL)
+    sidecar = json.loads((place / MODEL / "embed.json").read_text())
+    sidecar["data"]["spec"] = str(place / "data")
+    (place / MODEL / "embed.json").write_text(json.dumps(sidecar))
+    (place / gone).rename(tmp_path / "aside")
+
+    def balance() -> tuple[str, dict[str, Any], int]:
+        found = clipcid(*BALANCE, cwd=place)
+        assert found.code == 0, found
+        folder = place / "clipcid-work/balance"
+        recorded = json.loads((folder / "balance.json").read_text())["pictures"]
+        return " ".join(found.err.split()), recorded, (folder / "report.html").read_text().count("data:image/webp")
+
+    said, without, num_without = balance()
+    missing = len(without["unread"])
+    assert f"warning: The report shows {without['shown']} of {without['shown'] + missing} pictures: {reason}" in said
+    assert missing > 0
+    assert (without["shown"] == 0) == (num_without == 0) == (gone == "data")
+    assert "already holds this result" in balance()[0]
+    (tmp_path / "aside").rename(place / gone)
+    said, whole, number = balance()
+    assert "Pictures that the report does not show can be read now" in said
+    assert whole == {"shown": without["shown"] + missing, "unread": [], "why": ""}
+    assert number > num_without
+    assert "already holds this result" in balance()[0]
+
+
+def test_an_edited_index_is_refused_until_it_is_removed(clipcid: OneProcess, chain: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(chain, place)
+    (path, *_) = sorted((place / "clipcid-work/index").glob("*/*.arrow"))
+    content = bytearray(path.read_bytes())
+    place_of_key = content.find(b"000001")
+    content[place_of_key : place_of_key + 6] = b"999999"
+    path.write_bytes(content)
+    found = clipcid(*DISTILL, cwd=place)
+    assert found.code == 1, found
+    assert not found.problems(), found
+    said = " ".join(found.err.split())
+    assert f"{path.name} is missing, edited, damaged, or of another version of its shard." in said
+    assert "Remove" in said
+    shutil.rmtree(path.parent)
+    assert clipcid(*DISTILL, cwd=place).code == 0
+
+
 def test_a_replaced_student_is_refused_unless_it_is_named(clipcid: OneProcess, chain: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     shutil.copytree(chain, place)
@@ -205,6 +259,11 @@ def test_a_resumed_embed_makes_a_damaged_shard_again(
     assert "1 of 2 shards are already embedded" in found.err
     assert (folder / "img_emb/img_emb_0000.npy").read_bytes() == whole
     assert not (folder / ".shards").exists()
+    # Those that a run leaves which is killed right after its sidecar are removed by the next.
+    (folder / ".embed.plan.json").write_text(json.dumps(plan))
+    (folder / ".shards").mkdir()
+    assert clipcid(*command, cwd=tmp_path).code == 0
+    assert not [path for path in folder.glob(".*") if path.suffix != ".lock"]
 
 
 def _sources(chain: Path) -> tuple[str, str]:

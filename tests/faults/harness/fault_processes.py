@@ -97,10 +97,11 @@ def run_worker_kill(site: Site, step: Step, delay: float) -> Result:
 
 def _grandchildren(process: int) -> list[int]:
     """Return the processes that a child's server of workers has forked."""
-    return [worker for server in _children(process) for worker in _children(server)]
+    return [worker for server in children_of(process) for worker in children_of(server)]
 
 
-def _children(process: int) -> list[int]:
+def children_of(process: int) -> list[int]:
+    """Return the processes that a process has started and that go on."""
     try:
         return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     except FileNotFoundError:

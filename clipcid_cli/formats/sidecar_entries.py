@@ -1,0 +1,59 @@
+"""The types of what sidecars and plans hold: an edited or damaged one is refused where it is read, not where it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_KINDS = {
+    "format_version": int,
+    "settings": dict,
+    "inputs": list,
+    "outputs": list,
+    "counts": dict,
+    "data": dict,
+    "pictures": dict,
+    "result": dict,
+}
+_DESCRIBED: dict[str, dict[str, type]] = {
+    "inputs": {"hash": str},
+    "outputs": {"path": str, "size": int, "time": int, "hash": str},
+}
+# What opens a data set again: see `Dataset.describe`.
+_OF_DATA = ("spec", "keys", "image", "caption", "key")
+
+
+def check_entries(sidecar: dict[str, Any]) -> None:
+    """Check the types of the entries of a sidecar or plan that steps read.
+
+    Raises:
+        TypeError: naming the first of another type.
+    """
+    for name, kind in _KINDS.items():
+        if name in sidecar and not isinstance(sidecar[name], kind):
+            raise TypeError(f"its entry {name!r} is {str(sidecar[name])[:40]!r}")
+    for name, fields in _DESCRIBED.items():
+        for entry in sidecar.get(name, []):
+            if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in fields.items()):
+                raise TypeError(f"its entry {name!r} holds {str(entry)[:80]!r}")
+    inner = {
+        "counts.skipped": _are_counts(sidecar.get("counts", {}).get("skipped", {})),
+        "data": all(isinstance(sidecar["data"].get(name), str) for name in _OF_DATA) if "data" in sidecar else True,
+        "pictures": _are_places(sidecar.get("pictures", {}).get("unread", [])),
+    }
+    for name, fits in inner.items():
+        if not fits:
+            raise TypeError(f"its entry {name!r} is {str(sidecar[name.partition('.')[0]])[:80]!r}")
+
+
+def _are_counts(skipped: Any) -> bool:
+    """Tell whether they are numbers by reason, or by part of the data and reason."""
+    if not isinstance(skipped, dict):
+        return False
+    return all(_are_counts(count) if isinstance(count, dict) else isinstance(count, int) for count in skipped.values())
+
+
+def _are_places(unread: Any) -> bool:
+    """Tell whether they are pairs of shard and key."""
+    return isinstance(unread, list) and all(
+        isinstance(place, list) and [type(name) for name in place] == [str, str] for place in unread
+    )
