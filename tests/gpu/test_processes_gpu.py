@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from balance_data import make_rows, write_embeddings
-from conftest import Run
+from conftest import Run, clean_environment, torchrun_command
 from distill_data import SHORT, losses
 
 pytestmark = [
@@ -39,3 +43,30 @@ def test_distill(clipcid: Callable[..., Run], torchrun: Callable[..., Run], dist
     runs = distill_place / "clipcid-work" / "distill"
     for one, two in zip(losses(runs / "one"), losses(runs / "two"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+
+
+def test_a_killed_process_ends_the_others_within_half_a_minute(distill_place: Path) -> None:
+    options = (*SHORT, "--steps", 100_000, "--checkpoint-every", 2, "--device", "cuda", "--name", "killed")
+    command = [*torchrun_command(2), "distill", *map(str, options)]
+    checkpoints, deadline = (
+        distill_place / "clipcid-work" / "distill" / "killed" / "checkpoints",
+        time.monotonic() + 120,
+    )
+    with subprocess.Popen(command, cwd=distill_place, env=clean_environment()) as process:
+        while not list(checkpoints.glob("*.pt")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(find_rank(process.pid, 1), signal.SIGKILL)
+        assert process.wait(30) != 0
+
+
+def find_rank(launcher: int, rank: int) -> int:
+    """Return the number of a launcher's process that has a rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    (found,) = (
+        int(child)
+        for child in children
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    )
+    return found
