@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,21 +22,19 @@ import plan
 import pyarrow.parquet as pq
 
 HERE = Path(__file__).resolve().parent
-STUDENT = HERE / "student.json"
 SETS = tuple(
     f"{side}-{what}-{task}"
     for side in ("tune", "report")
     for what in ("concepts", "drawings")
     for task in ("retrieval", "classes")
 )
-PROBED = ("clip", "clip-kd", "instance", "cid", "cid+fd", "fd+cluster")
-# Of the settings of the cluster term, the first so many.
-PROBED_VARIANTS = 4
-# Linear probes are fitted after each phase from this one on: by then the weights are chosen.
+# Linear probes are fitted after each phase from this one on: by then rates and weights are chosen.
 PROBED_FROM = 2
+QUICK_STEPS = 40
 # Students measured by one process: starting it costs as much as measuring three of them.
 GROUP = 4
-BATCH_SIZE = 64
+# Texts without images that a step shows, beside its batch.
+EXTRA_TEXTS = 64
 
 
 class Log:
@@ -56,56 +55,89 @@ class Log:
 class Ablation:
     """The whole of it in one work directory."""
 
-    def __init__(self, work: Path, log: Log, steps: int, parallel: int) -> None:
-        self.work, self.log, self.steps = work, log, steps
+    def __init__(self, work: Path, log: Log, jobs: int, *, is_quick: bool) -> None:
+        self.work, self.log, self.is_quick = work, log, is_quick
         self.inputs = inputs.Inputs(work)
-        self.parallel = parallel
-        self.about = {"commit": commit(), "machine": machine(), "steps": steps, "batch_size": BATCH_SIZE}
+        self.jobs = jobs
+        self.about = {"commit": commit(), "machine": machine()}
 
-    def run(self, phases: Iterable[list[plan.Run]]) -> None:
+    def phases(self) -> Iterator[list[plan.Run]]:
+        """Yield the lists of runs, as the log stands when each is asked for."""
+        return plan.quick() if self.is_quick else plan.phases(self.log.entries)
+
+    def run(self) -> None:
         """Do all runs that are not in the log, phase by phase."""
         self.inputs.prepare()
         self.measure_teacher()
-        for number, phase in enumerate(phases, 1):
-            left = [run for run in phase if run.name not in self.log.entries]
+        for number, phase in enumerate(self.phases(), 1):
+            left = self.left(phase)
             say(f"phase {number}: {len(phase)} runs, {len(left)} left")
             for group in chunks(left, GROUP):
                 self.do(group)
+                say(self.estimate())
             if number >= PROBED_FROM:
                 self.probe()
 
+    def left(self, runs: Iterable[plan.Run]) -> list[plan.Run]:
+        """Return the runs that are not in the log, each once."""
+        return list({run.name: run for run in runs if run.name not in self.log.entries}.values())
+
+    def estimate(self) -> str:
+        """Say how much is left of the whole plan, if the trials that are best now stay so."""
+        left = self.left(run for phase in self.phases() for run in phase)
+        spent = [(entry["samples"], entry["took"]) for entry in self.log.entries.values() if "took" in entry]
+        samples, seconds = (sum(column) for column in zip(*spent, strict=True))
+        # A student of the larger kind takes longer; how much is seen when the first is trained.
+        hours = sum(self.samples(run.setting) for run in left) * seconds / samples / self.jobs / 3600
+        return f"{len(left)} runs left in all, about {hours:.1f} h"
+
+    def steps(self, setting: plan.Setting) -> int:
+        """Return the steps of a setting's runs."""
+        return QUICK_STEPS if self.is_quick else setting.steps
+
+    def samples(self, setting: plan.Setting) -> int:
+        """Return how many samples a run shows."""
+        return self.steps(setting) * setting.batch_size
+
     def do(self, group: list[plan.Run]) -> None:
         """Train and measure some runs."""
-        # Clusters are shared: made before the runs that read them start side by side.
+        # Clusters and embeddings are shared: made before the runs that read them start side by side.
         for setting in {run.setting.name: run.setting for run in group}.values():
             if setting.clusters is not None:
                 self.inputs.clusters(setting.clusters, setting.keep)
-        with ThreadPoolExecutor(self.parallel) as pool:
+            self.inputs.embeddings_with(setting.extras)
+        with ThreadPoolExecutor(self.jobs) as pool:
             trained = dict(zip([run.name for run in group], pool.map(self.train, group), strict=True))
-            parts = [part for part in (group[start :: self.parallel] for start in range(self.parallel)) if part]
+            parts = [part for part in (group[start :: self.jobs] for start in range(self.jobs)) if part]
             for part, measured in zip(parts, pool.map(self.measure, parts), strict=True):
                 for run in part:
                     self.log.add(describe(run) | trained[run.name] | measured[run.name] | self.about)
 
     def train(self, run: plan.Run) -> dict[str, Any]:
         """Train one student."""
-        setting = run.setting
+        setting, steps, started = run.setting, self.steps(run.setting), time.monotonic()
         arguments: list[object] = [
-            self.inputs.pairs, "--student", STUDENT, "--preset", "clip", "--keep-list",
-            self.inputs.keep_list(setting.keep), "--lr", setting.lr, "--steps", self.steps, "--batch-size", BATCH_SIZE,
-            "--val-fraction", 0, "--checkpoint-every", self.steps, "--seed", run.seed, "--work", self.work,
+            self.inputs.pairs, "--student", HERE / f"{setting.student}.json", "--preset", "clip", "--keep-list",
+            self.inputs.keep_list(setting.keep), "--lr", setting.lr, "--steps", steps, "--batch-size", setting.batch_size,
+            "--val-fraction", 0, "--checkpoint-every", steps, "--seed", run.seed, "--work", self.work,
             "--name", folder_name(run), *setting.flags,
         ]  # fmt: skip
-        for name, weight in setting.weights.items():
+        for name, weight in {"clip": 0.0, **setting.weights}.items():
             arguments += ["--loss", f"{name}={weight:.6g}"]
-        if setting.weights:
-            arguments += ["--teacher", inputs.TEACHER, "--embeddings", self.inputs.embeddings]
+        if setting.is_taught:
+            arguments += ["--teacher", inputs.TEACHER, "--embeddings", self.inputs.embeddings_with(setting.extras)]
+        if "texts" in setting.extras:
+            arguments += ["--extra-texts", EXTRA_TEXTS]
         if setting.clusters is not None:
             arguments += ["--clusters", self.inputs.clusters(setting.clusters, setting.keep)]
         result = inputs.clipcid("distill", *arguments)
         say(f"{run.name}: {result['samples_per_second']:.0f} samples/s, losses {result['losses']}")
         return {
             "losses": result["losses"],
+            "steps": steps,
+            "batch_size": setting.batch_size,
+            "samples": self.samples(setting),
+            "took": round(time.monotonic() - started, 1),
             "seconds": result["seconds"],
             "samples_per_second": result["samples_per_second"],
         }
@@ -153,8 +185,7 @@ class Ablation:
 
     def probe(self) -> None:
         """Fit linear probes on the students of the tuned presets, and on the teacher's features."""
-        settings = [plan.tuned(name, self.log.entries) for name in PROBED]
-        settings += plan.cid_variants(plan.best_factor("cid", self.log.entries))[:PROBED_VARIANTS]
+        settings = [plan.tuned(name, self.log.entries) for name in plan.MAIN]
         names = [plan.Run(setting, seed).name for seed in plan.SEEDS for setting in settings]
         wanted = [name for name in dict.fromkeys(["teacher", *names]) if name in self.log.entries]
         left = [name for name in wanted if "report concepts probe" not in self.log.entries[name]["metrics"]]
@@ -164,21 +195,21 @@ class Ablation:
                 f"no probe for {', '.join(gone)}: trained in another work directory; to train again, take out of the log"
             )
         left = [name for name in left if name not in gone]
-        with ThreadPoolExecutor(self.parallel) as pool:
+        with ThreadPoolExecutor(self.jobs) as pool:
             for name, value in zip(left, pool.map(self.fit_probe, left), strict=True):
                 entry = self.log.entries[name]
                 self.log.add(entry | {"metrics": entry["metrics"] | {"report concepts probe": value}})
 
     def model(self, name: str) -> Path:
         """Return the folder of a run's student, or of the teacher."""
-        return inputs.TEACHER if name == "teacher" else self.work / "distill" / name.replace("/", "-") / "student"
+        return inputs.TEACHER if name == "teacher" else self.work / "distill" / as_folder(name) / "student"
 
     def fit_probe(self, name: str) -> float:
         """Return the accuracy of a linear probe on the report split's images."""
         result = inputs.clipcid(
             "eval-linear", self.model(name), "--train", inputs.DATA / "classification" / "train",
             "--test", self.work / "sets" / "report-concepts-classes" / "test",
-            "--work", self.work / "probed" / name.replace("/", "-"),
+            "--work", self.work / "probed" / as_folder(name),
         )  # fmt: skip
         value = float(result["metrics"]["lp_acc1"])
         say(f"{name}: probe {value:.3f}")
@@ -187,7 +218,12 @@ class Ablation:
 
 def folder_name(run: plan.Run) -> str:
     """Return the run's name as one folder's."""
-    return run.name.replace("/", "-")
+    return as_folder(run.name)
+
+
+def as_folder(name: str) -> str:
+    """Return a name without what folders cannot have in theirs."""
+    return name.replace("/", "-").replace(" ", "-")
 
 
 def describe(run: plan.Run) -> dict[str, Any]:
@@ -197,8 +233,10 @@ def describe(run: plan.Run) -> dict[str, Any]:
         "run": run.name,
         "setting": setting.name,
         "seed": run.seed,
-        "weights": {name: round(weight, 4) for name, weight in {"clip": 1.0, **setting.weights}.items()},
+        "weights": {name: round(weight, 4) for name, weight in setting.weights.items()},
         "lr": setting.lr,
+        "extras": list(setting.extras),
+        "student": setting.student,
         "keep": setting.keep,
         "clusters": setting.clusters,
         "flags": list(setting.flags),
@@ -264,11 +302,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--log", type=Path, default=HERE / "log.jsonl")
     parser.add_argument("--quick", action="store_true", help="few runs of few steps, to prove that it works")
-    parser.add_argument("--parallel", type=int, default=2, help="runs side by side")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     given = parser.parse_args()
-    log = Log(given.log)
-    ablation = Ablation(given.work, log, 40 if given.quick else 2000, given.parallel)
-    ablation.run(plan.quick() if given.quick else plan.phases(log.entries))
+    ablation = Ablation(given.work, Log(given.log), given.jobs, is_quick=given.quick)
+    ablation.run()
     ablation.probe()
 
 

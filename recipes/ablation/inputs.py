@@ -8,7 +8,7 @@ import io
 import json
 import subprocess
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ KEEP = "0.563"
 TUNING_SHARE = 0.4
 # Share of the trained concepts of which students see one vendor's drawings only.
 WITHHELD_SHARE = 0.5
+# Stored views of an image, variants of a caption, and texts without images made of one.
+VIEWS, TEXT_VARIANTS, TEXTS_PER_CAPTION = 8, 8, 8
 VENDORS = ("google", "twitter")
 
 
@@ -50,6 +52,7 @@ class Inputs:
         self.pairs = work / "pairs"
         self.embeddings = work / "embeddings" / "teacher"
         self._clustered = set[Path]()
+        self._embedded = set[Path]()
 
     def prepare(self) -> None:
         """Cut the data, embed what is trained on with the teacher, balance it both ways, and draw the random subset."""
@@ -62,6 +65,39 @@ class Inputs:
             )  # fmt: skip
         self._draw_random()
 
+    def embeddings_with(self, extras: Sequence[str]) -> Path:
+        """Return the teacher's embeddings with further inputs, names of `plan.EXTRAS`; made where they are not there yet."""
+        if not extras:
+            return self.embeddings
+        work = self.work / "embedded" / "+".join(sorted(extras))
+        folder = work / "embeddings" / "teacher"
+        if folder in self._embedded:
+            return folder
+        kinds = [kind for kind in ("strong", "mix") if kind in extras]
+        flags: list[object] = ["--views", VIEWS, "--view-kind", ",".join(kinds)] if kinds else []
+        if "variants" in extras:
+            flags += ["--text-variants", TEXT_VARIANTS]
+        if "texts" in extras:
+            flags += ["--texts", self._texts()]
+        clipcid("embed", self.pairs, "--model", TEACHER, *flags, "--work", work)
+        self._embedded.add(folder)
+        return folder
+
+    def _texts(self) -> Path:
+        """Write texts without images: of each trained caption's keywords some, drawn and shuffled several times."""
+        path = self.work / "texts.txt"
+        if not path.exists():
+            random, lines = np.random.default_rng(0), list[str]()
+            shards = [read_samples(shard) for shard in sorted(self.pairs.glob("*.tar"))]
+            captions = {sample.members[".txt"].decode() for shard in shards for sample in shard.values()}
+            for caption in sorted(captions):
+                words = [word.strip() for word in caption.split(",")]
+                for _ in range(TEXTS_PER_CAPTION):
+                    count = int(random.integers(1, len(words), endpoint=True))
+                    lines.append(", ".join(words[place] for place in random.permutation(len(words))[:count]))
+            path.write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")
+        return path
+
     def keep_list(self, name: str) -> str:
         """Return what ``--keep-list`` is given for `all`, `single`, `star` or `random`."""
         if name == "all":
@@ -71,8 +107,14 @@ class Inputs:
         return str(self.work / "balanced" / name / "balance" / "keep.parquet")
 
     def clusters(self, name: str, keep: str) -> Path:
-        """Make clusters ``FEATURES-K`` of the images that `keep` keeps, where they are not there yet."""
+        """Make clusters ``FEATURES-K`` of the images that `keep` keeps, where they are not there yet.
+
+        K may be ``all``: then every image is a centroid, and the cluster loss compares with all stored rows of the teacher.
+        """
         features, number, *perplexity = name.split("-")
+        if number == "all":
+            tables = (self.embeddings / "metadata").glob("*.parquet")
+            number = str(sum(pq.read_metadata(table).num_rows for table in tables))
         plain = self.work / "clustered" / f"{features}-{number}-{keep}"
         if plain not in self._clustered:
             clipcid(

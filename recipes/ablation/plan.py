@@ -7,38 +7,72 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-# Each preset is tried with its weights times these, on the tuning split; the best factor goes to the report split.
+Log = Mapping[str, Mapping[str, Any]]
+
+# Every sum of losses has as many trials on the tuning split, with seed 0: three rates by three factors on its weights.
+# `clip` has no weights to try: its nine are of the rate.
+RATES = (3e-3, 6e-3, 1e-3)
 FACTORS = (1.0, 1 / 3, 3.0)
+CLIP_RATES = (1e-3, 2e-3, 5e-4, 3e-3, 7e-4, 1.4e-3, 6e-3, 2.5e-4, 1e-2)
 SEEDS = (0, 1, 2, 3, 4)
-# Settings of the cluster term have these seeds before any has more.
+# What is not among the main contenders has these seeds.
 FIRST_SEEDS = SEEDS[:3]
-WIDTH = 96
-# `fd` sums over the width; CLIP-KD's 2000 is for a mean over it.
-FD = 2000 / WIDTH
-# The last three are not presets of clipcid: `cid` and the cluster term with what pulls the student to the teacher's own
-# features.
-RIVALS = ("clip", "clip-kd", "instance", "cid", "cid+intra", "cid+fd", "fd+cluster")
-PARTS = ("fd", "icl", "crd", "cluster")
-REST = (*PARTS, "dr", "clip-rd")
-PRESETS = RIVALS + REST
-# Weights at factor 1. `clip` has none to try: its trials are of the learning rate.
-WEIGHTS: Mapping[str, Mapping[str, float]] = {
-    "clip": {},
-    "fd": {"fd": FD},
-    "icl": {"icl": 1.0},
-    "crd": {"crd": 1.0},
-    "clip-kd": {"fd": FD, "icl": 1.0, "crd": 1.0},
-    "clip-rd": {"fd": FD, "icl": 1.0, "crd": 1.0, "vrd": 1.0, "xrd": 1.0},
-    "dr": {"clip": 0.25, "affinity": 0.75},
-    "instance": {"instance": 1.0},
-    "cluster": {"cluster": 1.0},
-    "cid": {"instance": 1.0, "cluster": 0.25},
-    "cid+intra": {"instance": 1.0, "instance-intra": 1.0, "cluster": 0.25},
-    "cid+fd": {"instance": 1.0, "fd": FD, "cluster": 0.25},
-    "fd+cluster": {"fd": FD, "cluster": 1.0},
-}
-LEARNING_RATE = 1e-3
+STEPS, LONG = 2_000, 8_000
+BATCH_SIZE, LARGE_BATCH = 64, 256
+# Students: 0.13 M parameters beside the token table at 32 px, and 3.8 M at 48 px.
+STUDENT, LARGE_STUDENT = "student", "student-large"
+WIDTHS = {STUDENT: 96, LARGE_STUDENT: 192}
 CLUSTERS = "joint-256"
+BOTH_TOWERS = ("--cluster-towers", "both")
+# The batch's own centroids and a tenth of the others, instead of all.
+FEW = ("--candidate-ratio", "0.1", "--min-candidates", "1")
+# What a run may read beside images and their captions; `inputs.py` makes it. Stored views of strong crops and of mixed
+# images; variants of captions; texts without images.
+EXTRAS = ("strong", "mix", "variants", "texts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A sum of losses and what it reads.
+
+    Attributes:
+        weights: Weights at factor 1 for a student 96 wide. `fd` and `mfd` sum over the width: CLIP-KD's 2000 is for a mean.
+        extras: Names of `EXTRAS`.
+    """
+
+    weights: Mapping[str, float]
+    extras: tuple[str, ...] = ()
+
+
+FD = 2000 / WIDTHS[STUDENT]
+_CLIP_KD = {"clip": 1.0, "fd": FD, "icl": 1.0, "crd": 1.0}
+RECIPES: Mapping[str, Recipe] = {
+    "clip": Recipe({"clip": 1.0}),
+    "clip-kd": Recipe(_CLIP_KD),
+    "candidate": Recipe({"fd": FD, "instance": 1.0}, EXTRAS),
+    "cid": Recipe({"clip": 1.0, "instance": 1.0, "cluster": 0.5}),
+    # What the candidate reads beside the pairs could serve a rival too.
+    "clip-kd+extras": Recipe(_CLIP_KD, EXTRAS),
+    "clip-rd": Recipe({**_CLIP_KD, "vrd": 1.0, "xrd": 1.0}),
+    "fd+instance": Recipe({"fd": FD, "instance": 1.0}),
+    "fd+intra": Recipe({"fd": FD, "instance-intra": 1.0}),
+    "fd": Recipe({"clip": 1.0, "fd": FD}),
+    "fd alone": Recipe({"fd": FD}),
+    "cid+fd": Recipe({"clip": 1.0, "instance": 1.0, "cluster": 0.5, "fd": FD}),
+    "instance": Recipe({"clip": 1.0, "instance": 1.0}),
+    "cluster": Recipe({"clip": 1.0, "cluster": 1.0}),
+    "icl": Recipe({"clip": 1.0, "icl": 1.0}),
+    "crd": Recipe({"clip": 1.0, "crd": 1.0}),
+    "mfd": Recipe({"clip": 1.0, "mfd": FD}),
+    "gd": Recipe({"clip": 1.0, "gd": 0.03}),
+    "afd": Recipe({"clip": 1.0, "afd": 1.0}),
+    "clip-td": Recipe({"clip": 1.0, "td": 1.0}),
+    "dr": Recipe({"clip": 0.25, "affinity": 0.75}),
+}
+MAIN = ("clip", "clip-kd", "candidate", "cid", "clip-kd+extras", "clip-rd")
+REST = tuple(name for name in RECIPES if name not in MAIN)
+# The larger student, the longer run and the larger batch are tried with these.
+SCALED = ("clip", "clip-kd", "candidate", "cid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +81,10 @@ class Setting:
 
     Attributes:
         name: Its name in log and table.
-        weights: Weights given as ``--loss``, over the preset `clip`.
+        weights: Weights of all losses, for `student`.
         lr: Peak learning rate.
+        extras: Names of `EXTRAS`.
+        student: The name of its file, without suffix.
         keep: Keep list: ``all``, ``single``, ``star`` or ``random``.
         clusters: Which clusters, ``FEATURES-K`` or ``FEATURES-K-pPERPLEXITY``; None where no loss asks.
         flags: Further flags of ``distill``.
@@ -56,7 +92,11 @@ class Setting:
 
     name: str
     weights: Mapping[str, float]
-    lr: float = LEARNING_RATE
+    lr: float
+    extras: tuple[str, ...] = ()
+    student: str = STUDENT
+    steps: int = STEPS
+    batch_size: int = BATCH_SIZE
     keep: str = "all"
     clusters: str | None = None
     flags: tuple[str, ...] = ()
@@ -64,6 +104,11 @@ class Setting:
     def __post_init__(self) -> None:
         if (self.clusters is not None) != ("cluster" in self.weights):
             raise ValueError(f"{self.name}: clusters and the cluster loss go together")
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether any loss needs the teacher."""
+        return set(self.weights) != {"clip"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,97 +124,150 @@ class Run:
         return f"{self.setting.name}-s{self.seed}"
 
 
-def preset(name: str, factor: float) -> Setting:
-    """Return a preset with its weights times `factor` (clip's own stays; `clip` alone: the learning rate)."""
-    label = name if factor == 1 else f"{name}-x{factor:.2g}"
+def recipe(name: str, lr: float, factor: float) -> Setting:
+    """Return a recipe at a learning rate, with its weights but that of `clip` times a factor."""
+    weights = {loss: weight * (1.0 if loss == "clip" else factor) for loss, weight in RECIPES[name].weights.items()}
+    label = f"{name}/lr{lr:g}" + ("" if factor == 1 else f"-x{factor:.2g}")
+    clusters: dict[str, Any] = {"clusters": CLUSTERS, "flags": BOTH_TOWERS} if "cluster" in weights else {}
+    return Setting(label, weights, lr, RECIPES[name].extras, **clusters)
+
+
+def trials(name: str) -> list[Setting]:
+    """Return a recipe's trials, the most promising first; as many for each."""
     if name == "clip":
-        return Setting(label, {}, lr=LEARNING_RATE * factor)
-    weights = {loss: weight if loss == "clip" else weight * factor for loss, weight in WEIGHTS[name].items()}
-    if "cluster" not in weights:
-        return Setting(label, weights)
-    return Setting(label, weights, clusters=CLUSTERS, flags=("--cluster-towers", "both"))
+        return [recipe(name, lr, 1.0) for lr in CLIP_RATES]
+    return [recipe(name, lr, factor) for factor in FACTORS for lr in RATES]
 
 
-def without_cluster(factor: float) -> Setting:
-    """Return `cid` at λ_clu = 0: `instance` at the same weight."""
-    return preset("instance", factor)
+def tuning_score(entry: Mapping[str, Any]) -> float:
+    """Return what trials are chosen by: the mean of R@1, R@10 and acc1 on the tuning splits of concepts and drawings."""
+    names = [f"tune {what} {metric}" for what in ("concepts", "drawings") for metric in ("R@1", "R@10", "acc1")]
+    return float(statistics.mean(entry["metrics"][name] for name in names))
 
 
-def cid_variants(factor: float) -> list[Setting]:
-    """Return `cid` at its tuned weights with one thing changed at a time, the most asked-for first."""
-    base = preset("cid", factor)
+def best(settings: list[Setting], log: Log) -> Setting:
+    """Return the best of some settings with the first seed so far; the first of them where none is logged."""
+    entries = [(setting, log.get(Run(setting, SEEDS[0]).name)) for setting in settings]
+    tried = [(tuning_score(entry), setting) for setting, entry in entries if entry is not None]
+    return max(tried, key=lambda pair: pair[0])[1] if tried else settings[0]
+
+
+def tuned(name: str, log: Log) -> Setting:
+    """Return a recipe at its best trial so far."""
+    return best(trials(name), log)
+
+
+def left_out(log: Log) -> list[Setting]:
+    """Return the candidate at its best trial with one ingredient taken away or added at a time."""
+    base = tuned("candidate", log)
 
     def changed(name: str, **changes: Any) -> Setting:
-        return dataclasses.replace(base, name=f"cid/{name}", **changes)
+        return dataclasses.replace(base, name=f"{base.name}/{name}", **changes)
+
+    slow = 1e-3 if base.lr != 1e-3 else 3e-3
+    found = [changed(f"no {extra}", extras=tuple(other for other in EXTRAS if other != extra)) for extra in EXTRAS]
+    found += [changed("no extras", extras=()), changed(f"lr {slow:g}", lr=slow)]
+    for loss in base.weights:
+        without = {other: weight for other, weight in base.weights.items() if other != loss}
+        # Texts without images are for `fd` alone.
+        extras = tuple(extra for extra in base.extras if extra != "texts") if loss == "fd" else base.extras
+        found.append(changed(f"no {loss}", weights=without, extras=extras))
+    clustered = {**base.weights, "cluster": base.weights["instance"] / 2}
+    found.append(changed("with cluster", weights=clustered, clusters=CLUSTERS, flags=BOTH_TOWERS))
+    # Instance discrimination beyond the batch: against the teacher's rows of all images, the nearest of them and a draw.
+    found.append(changed("with bank", weights=clustered, clusters="image-all", flags=(*BOTH_TOWERS, *FEW)))
+    found.append(changed("with clip", weights={**base.weights, "clip": 1.0}))
+    return found
+
+
+def longer(name: str, log: Log) -> Setting:
+    """Return a recipe at its best trial, trained four times as long."""
+    base = tuned(name, log)
+    return dataclasses.replace(base, name=f"{base.name}/{LONG} steps", steps=LONG)
+
+
+def large_students(name: str, log: Log) -> list[Setting]:
+    """Return a recipe at its best weights with the larger student, at each rate: trials of the rule of `--lr` too."""
+    base, narrower = tuned(name, log), WIDTHS[STUDENT] / WIDTHS[LARGE_STUDENT]
+    weights = {loss: weight * (narrower if loss in ("fd", "mfd") else 1.0) for loss, weight in base.weights.items()}
+    return [
+        dataclasses.replace(base, name=f"{base.name}/large-lr{lr:g}", weights=weights, lr=lr, student=LARGE_STUDENT)
+        for lr in RATES
+    ]
+
+
+def large_batches(name: str, log: Log) -> list[Setting]:
+    """Return a recipe at its best weights in batches of 256, at each rate and twice the highest."""
+    base = tuned(name, log)
+    return [
+        dataclasses.replace(base, name=f"{base.name}/batch{LARGE_BATCH}-lr{lr:g}", lr=lr, batch_size=LARGE_BATCH)
+        for lr in (*RATES, 2 * max(RATES))
+    ]
+
+
+def cid_variants(log: Log) -> list[Setting]:
+    """Return `cid` at its best trial with one thing changed at a time, the most asked-for first."""
+    base = tuned("cid", log)
+
+    def changed(name: str, **changes: Any) -> Setting:
+        return dataclasses.replace(base, name=f"{base.name}/{name}", **changes)
 
     def cluster_weight(value: float) -> Setting:
         weights = {**base.weights, "cluster": value * base.weights["instance"]}
         return changed(f"lambda-{value:g}", weights=weights)
 
-    alone = without_cluster(factor)
-    # The batch's own centroids and a tenth of the others, instead of all.
-    few = ("--candidate-ratio", "0.1", "--min-candidates", "1")
+    alone = {loss: weight for loss, weight in base.weights.items() if loss != "cluster"}
     return [
-        alone,
+        changed("no cluster", weights=alone, clusters=None, flags=()),
         cluster_weight(1.0),
         cluster_weight(0.1),
         changed("image-towers", flags=("--cluster-towers", "image")),
         changed("image-features", clusters="image-256"),
-        changed("image-features-and-towers", clusters="image-256", flags=("--cluster-towers", "image")),
         changed("project", flags=(*base.flags, "--teacher-space", "project")),
         changed("keep-single", keep="single"),
         changed("keep-star", keep="star"),
         changed("keep-random", keep="random"),
         changed("k-32", clusters="joint-32"),
         changed("k-512", clusters="joint-512"),
+        changed("bank", clusters="image-all", flags=(*base.flags, *FEW)),
         changed("alpha-0", flags=(*base.flags, "--label-share", "0")),
         changed("alpha-1", flags=(*base.flags, "--label-share", "1")),
         changed("perplexity-1.5", clusters=f"{CLUSTERS}-p1.5"),
         changed("perplexity-8", clusters=f"{CLUSTERS}-p8"),
-        changed("k-512-ratio-0.1", clusters="joint-512", flags=(*base.flags, *few)),
+        changed("k-512-ratio-0.1", clusters="joint-512", flags=(*base.flags, *FEW)),
         changed(
-            "k-512-ratio-0.1-uncorrected", clusters="joint-512", flags=(*base.flags, *few, "--no-candidate-correction")
+            "k-512-ratio-0.1-uncorrected", clusters="joint-512", flags=(*base.flags, *FEW, "--no-candidate-correction")
         ),
-        cluster_weight(0.5),
-        cluster_weight(0.05),
-        changed("k-128", clusters="joint-128"),
-        dataclasses.replace(alone, name=f"{alone.name}/project", flags=("--teacher-space", "project")),
     ]
 
 
-def tuning_score(entry: Mapping[str, Any]) -> float:
-    """Return what factors are chosen by: the mean of R@1, R@10 and acc1 on the tuning splits of concepts and drawings."""
-    names = [f"tune {what} {metric}" for what in ("concepts", "drawings") for metric in ("R@1", "R@10", "acc1")]
-    return float(statistics.mean(entry["metrics"][name] for name in names))
-
-
-def best_factor(name: str, log: Mapping[str, Mapping[str, Any]]) -> float:
-    """Return the best of the factors tried with seed 0 so far; 1 where none is logged."""
-    tried = {factor: log.get(Run(preset(name, factor), SEEDS[0]).name) for factor in FACTORS}
-    scores = {factor: tuning_score(entry) for factor, entry in tried.items() if entry is not None}
-    return max(scores, key=lambda factor: scores[factor], default=1.0)
-
-
-def phases(log: Mapping[str, Mapping[str, Any]]) -> Iterator[list[Run]]:
-    """Yield lists of runs; each is made only when those before are in `log`, which tells the tuned factors."""
-    yield [Run(preset(name, factor), SEEDS[0]) for factor in FACTORS for name in PRESETS]
-    yield _seeds((tuned(name, log) for name in RIVALS), SEEDS)
-    yield _seeds((tuned(name, log) for name in PARTS), FIRST_SEEDS)
-    yield _seeds(cid_variants(best_factor("cid", log)), FIRST_SEEDS)
-    yield _seeds((tuned(name, log) for name in REST), SEEDS)
-    yield _seeds(cid_variants(best_factor("cid", log)), SEEDS)
+def phases(log: Log) -> Iterator[list[Run]]:
+    """Yield lists of runs; each is made only when those before are in `log`, which tells the best trials."""
+    yield _tried(MAIN)
+    yield _seeds((tuned(name, log) for name in MAIN), SEEDS)
+    yield _seeds(left_out(log), FIRST_SEEDS)
+    yield _tried(REST)
+    yield _seeds((tuned(name, log) for name in REST), FIRST_SEEDS)
+    yield _seeds((longer(name, log) for name in SCALED), FIRST_SEEDS)
+    yield _seeds((setting for name in SCALED for setting in large_students(name, log)), SEEDS[:1])
+    yield _seeds((best(large_students(name, log), log) for name in SCALED), FIRST_SEEDS)
+    yield _seeds((setting for name in SCALED for setting in large_batches(name, log)), SEEDS[:1])
+    yield _seeds(cid_variants(log), FIRST_SEEDS)
 
 
 def quick() -> Iterator[list[Run]]:
     """Yield a few runs of every kind, to prove that the recipe works."""
-    yield [Run(preset(name, 1.0), 0) for name in ("clip", "clip-kd", "cid")]
-    variants = {setting.name: setting for setting in cid_variants(1.0)}
-    yield [Run(variants[name], 0) for name in ("instance", "cid/keep-random", "cid/perplexity-8")]
+    names = ("clip", "clip-kd", "candidate", "cid", "mfd", "gd", "afd", "clip-td")
+    yield _seeds((trials(name)[0] for name in names), SEEDS[:1])
+    chosen = ("no mix", "with cluster", "no cluster", "keep-random", "perplexity-8", "bank")
+    variants = [*left_out({}), *cid_variants({})]
+    yield _seeds((setting for setting in variants if setting.name.rsplit("/", 1)[1] in chosen), SEEDS[:1])
+    yield _seeds((large_students("cid", {})[0], large_batches("clip-kd", {})[0], longer("clip", {})), SEEDS[:1])
 
 
-def tuned(name: str, log: Mapping[str, Mapping[str, Any]]) -> Setting:
-    """Return a preset at its best factor so far."""
-    return preset(name, best_factor(name, log))
+def _tried(names: Iterable[str]) -> list[Run]:
+    """Trials of some recipes: the first of each, then the second of each, and so on."""
+    return [Run(setting, SEEDS[0]) for settings in zip(*map(trials, names), strict=True) for setting in settings]
 
 
 def _seeds(settings: Iterable[Setting], seeds: Iterable[int]) -> list[Run]:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Which losses and settings help a small student, and by how much? See README.md.
 #   bash recipes/ablation/run.sh            hours on 2 cores; stop it when you like, it goes on where it was
+#   bash recipes/ablation/run.sh --jobs 8   as many runs side by side
 #   bash recipes/ablation/run.sh --quick    the same commands with 40 steps, to prove that it runs: minutes
 # ABLATION_WORK names another work directory.
 set -euo pipefail
@@ -12,10 +13,10 @@ cd recipes/ablation
 export OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0
 if [ "${1:-}" = --quick ]; then
     work=${ABLATION_WORK:-work-quick}
-    python ablation.py --quick --work "$work" --log "$work.jsonl"
+    python ablation.py "$@" --work "$work" --log "$work.jsonl"
     python table.py "$work.jsonl"
 else
-    python ablation.py --work "${ABLATION_WORK:-work}"
+    python ablation.py "$@" --work "${ABLATION_WORK:-work}"
     python table.py log.jsonl >table.md
     cat table.md
 fi

@@ -27,8 +27,6 @@ COLUMNS = {
 DRAWS = 4000
 # An interval over fewer seeds says little of how another seed would do.
 SEEDS_FOR_BOLD = 3
-# Presets among which ours is chosen.
-OURS = ("instance", "cid", "cluster", "cid+intra", "cid+fd", "fd+cluster")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,86 +150,135 @@ def points(differences: Array) -> str:
 
 
 def tuning(results: Results) -> list[str]:
-    """Return the table of trials on the tuning split."""
-    lines = ["| preset | ×1/3 | ×1 | ×3 | chosen |", "|---|---|---|---|---|"]
-    for name in plan.PRESETS:
-        cells = []
-        for factor in sorted(plan.FACTORS):
-            entry = results.entries.get(plan.Run(plan.preset(name, factor), plan.SEEDS[0]).name)
-            cells.append("" if entry is None else f"{100 * plan.tuning_score(entry):.1f}")
-        lines.append(f"| {name} | {' | '.join(cells)} | ×{plan.best_factor(name, results.entries):.2g} |")
+    """Return the table of trials on the tuning split: each learning rate at its best weights, and what was chosen."""
+    rates = sorted({setting.lr for name in plan.RECIPES for setting in plan.trials(name)})
+    lines = [
+        f"| recipe | trials | {' | '.join(f'lr {rate:g}' for rate in rates)} | chosen |",
+        f"|{'---|' * (len(rates) + 3)}",
+    ]
+    for name in plan.RECIPES:
+        found: dict[float, float] = {}
+        trials = [
+            (setting, results.entries.get(plan.Run(setting, plan.SEEDS[0]).name)) for setting in plan.trials(name)
+        ]
+        tried = [(setting.lr, plan.tuning_score(entry)) for setting, entry in trials if entry is not None]
+        for rate, score in tried:
+            found[rate] = max(score, found.get(rate, 0.0))
+        if tried:
+            cells = [f"{100 * found[rate]:.1f}" if rate in found else "" for rate in rates]
+            chosen = plan.tuned(name, results.entries).name.removeprefix(f"{name}/")
+            lines.append(f"| {name} | {len(tried)} | {' | '.join(cells)} | {chosen} |")
     return [*lines, ""]
 
 
-def best_of_ours(results: Results) -> str:
-    """Return our best preset by the tuning split."""
-    entries, first = results.entries, plan.SEEDS[0]
-    trained = [name for name in OURS if results.seeds(plan.tuned(name, entries).name)]
-    return max(trained, key=lambda name: plan.tuning_score(entries[plan.Run(plan.tuned(name, entries), first).name]))
-
-
-def goals(results: Results, best: str) -> list[str]:
-    """Return how far a preset reaches the goals."""
-    names = {name: plan.tuned(name, results.entries).name for name in ("clip", "clip-kd", best)}
+def goals(results: Results, ours: str) -> list[str]:
+    """Return how far a recipe reaches the goals."""
+    names = {name: plan.tuned(name, results.entries).name for name in ("clip", "clip-kd", ours)}
+    if not all(results.seeds(name) for name in names.values()):
+        return []
     lines = [
-        f"| metric | clip | clip-kd | {best} | {best} − clip-kd | gain − 1.5 × clip-kd's gain | gap to the teacher closed |",
-        f"|{'---|' * 7}",
+        f"| metric | clip | clip-kd | {ours} | {ours} − clip-kd | gain by clip-kd's gain "
+        "| gain − 1.2 × clip-kd's gain | gain − 1.5 × clip-kd's gain | gap to the teacher closed |",
+        f"|{'---|' * 9}",
     ]
     for column in COLUMNS:
         level = {name: results.mean(setting, column) for name, setting in names.items()}
-        gain, _ = results.difference(names[best], names["clip"], column)
+        gain, _ = results.difference(names[ours], names["clip"], column)
         rival, _ = results.difference(names["clip-kd"], names["clip"], column)
         shared = min(len(gain), len(rival))
-        closed = (level[best] - level["clip"]) / (results.mean("teacher", column) - level["clip"])
+        ratio = f"{gain[:shared].mean() / rival[:shared].mean():.2f}" if rival[:shared].mean() > 0 else ""
+        closed = (level[ours] - level["clip"]) / (results.mean("teacher", column) - level["clip"])
         lines.append(
             f"| {column} | {' | '.join(f'{100 * level[name]:.1f}' for name in names)} "
-            f"| {signed(results, names[best], names['clip-kd'], column)} "
-            f"| {points(gain[:shared] - 1.5 * rival[:shared])} | {closed:.0%} |"
+            f"| {signed(results, names[ours], names['clip-kd'], column)} | {ratio} "
+            f"| {points(gain[:shared] - 1.2 * rival[:shared])} | {points(gain[:shared] - 1.5 * rival[:shared])} "
+            f"| {closed:.0%} |"
         )
     return [*lines, ""]
+
+
+def compared(results: Results, settings: list[str], against: str) -> list[str]:
+    """Return a table of means and one of paired differences from `against`; nothing where none is trained."""
+    if not any(results.seeds(setting) for setting in settings):
+        return []
+    return [*means(results, [against, *settings]), f"Against `{against}`:", "", *gains(results, settings, against)]
+
+
+def scaled(results: Results) -> list[str]:
+    """Return the tables of the longer run, the larger student and the larger batch, each against `clip` there."""
+    log = results.entries
+    parts = {
+        f"{plan.LONG:,} steps": [plan.longer(name, log).name for name in plan.SCALED],
+        "Student of 3.8 M parameters, 48 px, at the best rate": [
+            plan.best(plan.large_students(name, log), log).name for name in plan.SCALED
+        ],
+    }
+    lines = []
+    for title, names in parts.items():
+        lines += [f"### {title}", "", *compared(results, names[1:], names[0])]
+    return lines
+
+
+def rates(results: Results) -> list[str]:
+    """Return the trials of learning rates that the rule of `--lr` is checked by, on the tuning split, with seed 0."""
+    log, found = results.entries, list[str]()
+    for kind, make in (("large student", plan.large_students), ("batches of 256", plan.large_batches)):
+        for name in plan.SCALED:
+            tried = [(setting, log.get(plan.Run(setting, plan.SEEDS[0]).name)) for setting in make(name, log)]
+            cells = [
+                f"{100 * plan.tuning_score(entry):.1f} at {setting.lr:g}"
+                for setting, entry in sorted(tried, key=lambda pair: pair[0].lr)
+                if entry is not None
+            ]
+            if cells:
+                found.append(f"| {kind} | {name} | {', '.join(cells)} |")
+    return ["| what | recipe | score at rate |", "|---|---|---|", *found, ""] if found else []
 
 
 def main() -> None:
     """Print all tables."""
     lines = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()
     results = Results({entry["run"]: entry for entry in map(json.loads, lines)})
-    last = list(results.entries.values())[-1]
-    presets = [plan.tuned(name, results.entries).name for name in plan.PRESETS]
-    cid = plan.tuned("cid", results.entries).name
-    factor = plan.best_factor("cid", results.entries)
-    variants = [setting.name for setting in plan.cid_variants(factor)]
-    commits = sorted({entry["commit"] for entry in results.entries.values()})
+    log = results.entries
+    students = [entry for entry in log.values() if entry["run"] != "teacher"]
+    presets = [plan.tuned(name, log).name for name in plan.RECIPES]
+    clip, rival, ours, cid = (plan.tuned(name, log).name for name in ("clip", "clip-kd", "candidate", "cid"))
+    commits, machines = (sorted({entry[name] for entry in log.values()}) for name in ("commit", "machine"))
     out = [
-        f"{len(results.entries) - 1} students of {last['steps']:,} steps of {last['batch_size']};"
-        f" commit {', '.join(commits)}; {last['machine']}.",
+        f"{len(students)} students; commit {', '.join(commits)}; {'; '.join(machines)}.",
         "Percent; Δ in points, paired by seed, with 95 % intervals over seeds and concepts (probe: smallest … largest of"
         " the seeds); bold where 0 is outside and there are three seeds.",
         "",
         "## Trials, on the tuning split: mean of R@1, R@10 and acc1 of concepts and drawings, seed 0",
         "",
+        "At each rate the best of the weights tried; `-x0.33` and `-x3` in a name are the factor on them.",
+        "",
         *tuning(results),
-        "## Presets at their chosen weights, on the report split",
+        "## Recipes at their chosen rate and weights, on the report split",
         "",
         *means(results, ["teacher", *presets]),
         "## Gains over `clip`",
         "",
-        *gains(results, presets, presets[0]),
+        *gains(results, presets, clip),
         "## Gains over `clip-kd`",
         "",
-        *gains(results, presets[1:], presets[1]),
-        "## The goals, by our best preset on the tuning split, and by `cid`",
+        *gains(results, presets, rival),
+        "## The goals, by `candidate` and by `cid`",
         "",
-        *goals(results, best_of_ours(results)),
+        *goals(results, "candidate"),
         *goals(results, "cid"),
+        "## `candidate`, one thing changed at a time",
+        "",
+        *compared(results, [setting.name for setting in plan.left_out(log)], ours),
+        "## Longer, and larger",
+        "",
+        *scaled(results),
+        "## Learning rates of other students and batches",
+        "",
+        *rates(results),
         "## `cid`, one thing changed at a time",
         "",
-        *means(results, [cid, *variants]),
-        "## The same, against `cid`",
-        "",
-        *gains(results, variants, cid),
-        "## The cluster term: against the same student without it",
-        "",
-        *gains(results, [cid, *variants], plan.without_cluster(factor).name),
+        *compared(results, [setting.name for setting in plan.cid_variants(log)], cid),
     ]
     print("\n".join(out))
 
