@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from clipcid_cli.algorithms.losses.learning_rate import default_rate
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
@@ -80,8 +81,10 @@ def default_batch_size(settings: DistillSettings, samples: int, machine: Machine
     return max(divisor, min(size, samples) // divisor * divisor)
 
 
-def plan_run(settings: DistillSettings, inputs: TrainingInputs, machine: Machine, reporter: Reporter) -> Plan:
-    """Decide batch size, number of steps and warm-up.
+def plan_run(
+    settings: DistillSettings, inputs: TrainingInputs, student_width: int, machine: Machine, reporter: Reporter
+) -> Plan:
+    """Decide batch size, number of steps, warm-up and learning rate.
 
     Raises:
         UsageError: when the batch does not divide among the processes.
@@ -110,8 +113,13 @@ def plan_run(settings: DistillSettings, inputs: TrainingInputs, machine: Machine
         f"{samples:,} samples, {steps:,} steps of {batch_size:,}: {steps * batch_size / samples:.1f} epochs, "
         f"{warmup:,} steps of warm-up.\n{_describe_shuffle(int(np.count_nonzero(inputs.training.sizes)))}"
     )
+    lr = settings.lr
+    if lr is None:
+        rate = default_rate(settings.losses(), batch_size, student_width)
+        reporter.note(f"Learning rate: {rate.value:g} ({rate.reason}).")
+        lr = rate.value
     optimiser = OptimiserPlan(
-        lr=settings.lr,
+        lr=lr,
         weight_decay=settings.wd,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,

@@ -51,7 +51,8 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         inputs = machine.on_main(lambda: find_inputs(settings, embeddings, scratch, reporter))
         student = load_student(settings, machine, reporter)
         teacher = load_online_teacher(inputs.teacher_inputs, machine)
-        plan = machine.on_main(lambda: plan_run(settings, inputs, machine, reporter))
+        width = student.model.info.embed_dim
+        plan = machine.on_main(lambda: plan_run(settings, inputs, width, machine, reporter))
         name = settings.name or default_name(settings, student.model, inputs)
         folder = RunFolder(WorkDirectory(settings.work).distill(name))
         if settings.dry_run:
@@ -88,6 +89,7 @@ def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: 
         "preset": settings.chosen_preset,
         "precision": precision.name,
         "warmup": plan.optimiser.warmup,
+        "lr": plan.optimiser.lr,
         "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses().items()},
         "student": {
             "config": student.info.config,

@@ -213,7 +213,13 @@ class DistillSettings(ReadingSettings):
     torchcompile: bool = option(
         False, "Compile the towers with torch.compile; the first steps take longer.", group=_MEMORY
     )
-    lr: float = option(1e-3, "Peak learning rate.", group=_OPTIMISER, minimum=0.0, above_minimum=True)
+    lr: float | None = option(
+        None,
+        "Peak learning rate; by default it follows from losses, batch size and the student's width, and the run says how.",
+        group=_OPTIMISER,
+        minimum=0.0,
+        above_minimum=True,
+    )
     wd: float = option(
         0.2,
         "Weight decay; not applied to norms, biases, scales and the parameters of losses.",
@@ -327,6 +333,11 @@ class DistillSettings(ReadingSettings):
         if self.online_teacher and not self.needs_teacher:
             raise UsageError(
                 "--online-teacher was given, but no loss of the run needs a teacher.", "Omit --online-teacher."
+            )
+        if self.torchcompile and any(LOSSES[name].reads_tokens for name in self.losses()):
+            raise UsageError(
+                "--torchcompile compiles no pass that gives the features of patches and tokens, which td reads.",
+                "Omit --torchcompile, or use --loss td=0.",
             )
         if not self.losses():
             raise UsageError("All losses have a weight of 0.", "Give at least one --loss a weight above 0.")

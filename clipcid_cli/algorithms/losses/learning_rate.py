@@ -1,0 +1,54 @@
+"""The peak learning rate of a run that is given none: by its losses, its batch and the width of its student.
+
+Does not import torch, as `registry` does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+from clipcid_cli.algorithms.losses.registry import LOSSES
+
+# What was best for the student of recipes/ablation, 96 wide, with batches of 64 and 2,000 steps, by what leads the losses:
+# captions alone (1e-3; 6e-3 was no better), a teacher (3e-3), or a teacher's features themselves (`fd`: 1, 3 and 6e-3 gave
+# R@1 of 41.8, 55.0 and 59.3). All of one data set; see recipes/ablation/README.md.
+RATES = {"captions": 1e-3, "teacher": 3e-3, "features": 6e-3}
+AT_BATCH = 64
+# Adam's best rate grows as the square root of the batch (Malladi et al. 2022, arXiv 2205.10287), up to where training
+# becomes unstable, which is inverse to the width (Yang et al. 2022, arXiv 2203.03466). The product of rate and width is the
+# largest that was tried on that student; for a ViT-B/32, 512 wide, it gives the 1e-3 that the CLIP-CID group publishes.
+LARGEST_BY_WIDTH = 6e-3 * 96
+
+_LED_BY = {"captions": "captions", "teacher": "a teacher", "features": "a teacher's features"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRate:
+    """A peak learning rate, and why."""
+
+    value: float
+    reason: str
+
+
+def default_rate(losses: Iterable[str], batch_size: int, width: int) -> LearningRate:
+    """Choose the peak learning rate of a run.
+
+    min(rate by what leads the losses · √(batch/64), 0.576/width), rounded to two digits.
+
+    Args:
+        losses: Names of the run's losses.
+        batch_size: Samples of a global batch.
+        width: Dimensions of the student's embeddings.
+
+    Source: our own, docs/method.md#training-recipe.
+    """
+    entries = [LOSSES[name] for name in losses]
+    by_features = any(entry.compares_features for entry in entries)
+    kind = "features" if by_features else "teacher" if any(entry.needs_teacher for entry in entries) else "captions"
+    wanted, largest = RATES[kind] * math.sqrt(batch_size / AT_BATCH), LARGEST_BY_WIDTH / width
+    reason = f"losses led by {_LED_BY[kind]}: {RATES[kind]:g} x sqrt(batch size/{AT_BATCH})"
+    if wanted > largest:
+        reason += f", at most {LARGEST_BY_WIDTH:g}/{width} for an embedding of {width} dimensions"
+    return LearningRate(float(f"{min(wanted, largest):.2g}"), reason)

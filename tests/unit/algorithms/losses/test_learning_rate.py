@@ -1,0 +1,44 @@
+"""The learning rate of a run that is given none."""
+
+from __future__ import annotations
+
+import pytest
+
+from clipcid_cli.algorithms.losses.learning_rate import RATES, default_rate
+from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS
+
+
+@pytest.mark.parametrize(
+    ("losses", "batch_size", "width", "expected"),
+    [
+        (("clip",), 64, 96, 1e-3),
+        (("clip", "instance", "cluster"), 64, 96, 3e-3),
+        (("fd",), 64, 96, 6e-3),
+        (("clip", "mfd"), 64, 96, 6e-3),
+        (("clip",), 256, 96, 2e-3),
+        (("clip",), 16, 96, 5e-4),
+        (("clip",), 90, 96, 1.2e-3),  # 1.186e-3 to two digits
+        (("fd",), 256, 96, 6e-3),  # where the width's share ends
+        (("clip",), 4096, 512, 1.1e-3),
+        (("clip", "fd"), 4096, 512, 1.1e-3),
+        (("clip",), 4096, 768, 7.5e-4),
+    ],
+)
+def test_rate_follows_losses_batch_and_width(
+    losses: tuple[str, ...], batch_size: int, width: int, expected: float
+) -> None:
+    assert default_rate(losses, batch_size, width).value == expected
+
+
+def test_reason_says_which_part_of_the_rule_decides() -> None:
+    assert default_rate(("clip",), 64, 96).reason == "losses led by captions: 0.001 x sqrt(batch size/64)"
+    assert default_rate(("fd",), 256, 512).reason == (
+        "losses led by a teacher's features: 0.006 x sqrt(batch size/64), "
+        "at most 0.576/512 for an embedding of 512 dimensions"
+    )
+
+
+def test_only_presets_without_a_teacher_are_led_by_captions() -> None:
+    for losses in PRESETS.values():
+        has_teacher = any(LOSSES[name].needs_teacher for name in losses)
+        assert (default_rate(losses, 64, 96).value > RATES["captions"]) == has_teacher
