@@ -7,14 +7,15 @@ import dataclasses
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
+from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch, RowMap
 from clipcid_cli.algorithms.losses.cluster import cluster_targets, draw_candidates
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
 
 B, D, K, M = 7, 5, 12, 3
-SCALE, STUDENT_SCALE, TEACHER_SCALE, TAU, ALPHA = 9.0, 14.0, 40.0, 0.2, 0.5
+SCALE, STUDENT_SCALE, TEACHER_SCALE, TAU, ALPHA = 9.0, 14.0, 10.0, 0.2, 0.5
 
-# Student s, v and teacher t, u [B, D]; centroids C; stored clusters and similarities; σ and the student's own σ.
+# Student s, v and teacher t, u [B, D]; centroids C; stored clusters and similarities; σ and the student's own σ; layers F of
+# images and captions that join student and teacher, [D, 2D], and what they add, [D].
 Numbers = dict[str, np.ndarray]
 
 
@@ -29,6 +30,7 @@ def make_numbers(seed: int = 3) -> Numbers:
     found["top"] = np.stack([random.permutation(K)[:M] for _ in range(B)])
     found["similarity"] = -np.sort(-random.uniform(0, 1, (B, M)), axis=1)
     found["caption_top"] = np.stack([random.permutation(K)[:M] for _ in range(B)])
+    found["F"], found["added"] = random.normal(size=(2, D, 2 * D)), random.normal(size=(2, D))
     return found | {"scale": np.array(SCALE), "student_scale": np.array(STUDENT_SCALE)}
 
 
@@ -47,18 +49,36 @@ def make_batch(numbers: Numbers, towers: str = "tu", cluster_towers: str = "s", 
         return dataclasses.replace(made, log_correction_S=made.log_correction_S.double(), weights_Bm=weights)
 
     return LossBatch(
-        image_Bd=tensors["s"],
-        text_Bd=tensors["v"],
+        **student_rows(tensors["s"], tensors["v"], own),
         student_scale=torch.from_numpy(numbers["student_scale"]),
-        image_BD=tensors["s"],
-        text_BD=tensors["v"],
         teacher_image_BD=tensors["t"] if "t" in towers else None,
         teacher_text_BD=tensors["u"] if "u" in towers else None,
         teacher_scale=TEACHER_SCALE,
         image_clusters=targets(numbers["top"]) if "s" in cluster_towers else None,
         text_clusters=targets(numbers["caption_top"]) if "v" in cluster_towers else None,
+        fusion=(layer(numbers["F"][0], numbers["added"][0]), layer(numbers["F"][1], numbers["added"][1])),
         own=own,
     )
+
+
+def student_rows(s: torch.Tensor, v: torch.Tensor, own: slice) -> dict[str, torch.Tensor]:
+    """All that a batch has of the student; masked images are stood for by other unit rows that move with s."""
+    tokens = {"image_tokens_bLD": tokens_of(s)[own], "text_tokens_bLD": tokens_of(v)[own]}
+    return {"image_Bd": s, "text_Bd": v, "image_BD": s, "text_BD": v, "masked_image_BD": s.flip(1), **tokens}
+
+
+def tokens_of(rows: torch.Tensor) -> torch.Tensor:
+    """Stand for the features of five patches or tokens: other unit rows, that move with these; some samples have fewer."""
+    tokens = torch.stack([rows.roll(shift, 1) for shift in range(5)], dim=1)
+    return tokens * torch.from_numpy(token_exists())[:, :, None]
+
+
+def token_exists() -> np.ndarray:
+    return np.arange(5) < np.array([5, 4, 1, 5, 3, 2, 5])[:, None]
+
+
+def layer(weights: np.ndarray, added: np.ndarray) -> RowMap:
+    return lambda rows: rows @ torch.from_numpy(weights).T + torch.from_numpy(added)
 
 
 def compute(name: str, batch: LossBatch, scale: torch.Tensor) -> torch.Tensor:
@@ -73,7 +93,7 @@ def with_gradients(name: str, batch: LossBatch, scale: float = SCALE) -> tuple[f
     s, v = batch.image_Bd.detach().clone().requires_grad_(), batch.text_Bd.detach().clone().requires_grad_()
     own_scale = torch.tensor(scale, dtype=s.dtype, requires_grad=True)
     student_scale = batch.student_scale.detach().clone().requires_grad_()
-    live = dataclasses.replace(batch, image_Bd=s, text_Bd=v, image_BD=s, text_BD=v, student_scale=student_scale)
+    live = dataclasses.replace(batch, student_scale=student_scale, **student_rows(s, v, batch.own))
     value = compute(name, live, own_scale)
     value.backward()
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in (s, v, own_scale, student_scale)]
@@ -105,6 +125,15 @@ def divergence(target: np.ndarray, row: np.ndarray) -> float:
 def soft_cross_entropy(target: np.ndarray, row: np.ndarray) -> float:
     q, p = log_softmax(target), log_softmax(row)
     return float(-sum(np.exp(q[j]) * p[j] for j in range(len(row))))
+
+
+def contrast_gradient(a: np.ndarray, b: np.ndarray, sigma: float, i: int) -> np.ndarray:
+    """Derivative by a[i] of the sum over the batch of ½[cross-entropy of a_j among b + of b_j among a]."""
+    total = -sigma * b[i]
+    for j in range(len(b)):
+        as_query, as_key = log_softmax(sigma * b @ a[i])[j], log_softmax(sigma * a @ b[j])[i]
+        total = total + sigma * (np.exp(as_query) + np.exp(as_key)) / 2 * b[j]
+    return total
 
 
 def formula_rows(  # one branch a loss
@@ -140,9 +169,30 @@ def formula_rows(  # one branch a loss
                 return float(np.mean([cross_entropy(scale * b @ a[i], i) for a, b in across]))
             case "fd":
                 return float(sum(sum((a[i] - b[i]) ** 2) for a, b in beside))
+            case "mfd":
+                image, text = (s[i][::-1] - t[i]) ** 2, (v[i] - u[i]) ** 2
+                return float(sum(image) * ("t" in towers) + sum(text) * ("u" in towers))
             case "crd":
                 image = divergence(TEACHER_SCALE * u @ t[i], student_scale * v @ s[i])
                 return (image + divergence(TEACHER_SCALE * t @ u[i], student_scale * s @ v[i])) / 2
+            case "gd":
+                image = contrast_gradient(s, v, student_fixed, i) - contrast_gradient(t, u, TEACHER_SCALE, i)
+                text = contrast_gradient(v, s, student_fixed, i) - contrast_gradient(u, t, TEACHER_SCALE, i)
+                return float(sum(image**2) + sum(text**2))
+            case "afd":
+                joined = (np.hstack([s, t]), np.hstack([v, u]))
+                fused = [unit(rows @ n["F"][k].T + n["added"][k]) for k, rows in enumerate(joined)]
+                return both_ways(i, *fused, scale)
+            case "td":
+                to_text, to_image = TEACHER_SCALE * u @ t[i], TEACHER_SCALE * t @ u[i]
+                confidence = (np.exp(log_softmax(to_text)[i]) + np.exp(log_softmax(to_image)[i])) / 2
+                total = 0.0
+                for rows, target, other in ((s, t, u), (v, u, t)):
+                    tokens = [np.roll(rows[i], shift) for shift in range(token_exists()[i].sum())]
+                    tokens.sort(key=lambda token: -float(token @ other[i]))  # used at once
+                    chosen = tokens[: -(-len(tokens) // 4)]
+                    total += sum(float(abs(token - target[i]).sum()) for token in chosen) / len(chosen)
+                return confidence * total / 2
             case "affinity":
                 image = soft_cross_entropy(100 * u @ t[i], student_scale * v @ s[i])
                 return (image + soft_cross_entropy(100 * t @ u[i], student_scale * s @ v[i])) / 2

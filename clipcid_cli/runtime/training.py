@@ -52,15 +52,31 @@ class OptimiserPlan:
 
 
 class LossParameters(nn.Module):
-    """What the losses themselves learn: logarithms of logit scales, and linear maps into the teacher's space."""
+    """What the losses themselves learn: logarithms of logit scales, and linear layers.
 
-    def __init__(self, scales: Iterable[str], student_width: int, projected_width: int | None, seed: int) -> None:
+    Attributes:
+        image_map: Layer from the student's image features into the teacher's space; None where that is not learned.
+        text_map: The same for captions.
+        fusion: Layers that join the features of student and teacher, for images and for captions; None where no loss has
+            them.
+    """
+
+    def __init__(
+        self,
+        scales: Iterable[str],
+        student_width: int,
+        projected_width: int | None,
+        seed: int,
+        *,
+        fused_width: int | None = None,
+    ) -> None:
         """Make them.
 
         Args:
             scales: Names of the losses that own a scale.
             projected_width: D when a linear layer per tower maps the student's features there, else None.
             seed: Decides the layers' first weights.
+            fused_width: Width of the teacher's features where layers join them with the student's, to the student's width.
         """
         super().__init__()
         self.log_scales = nn.ParameterDict(
@@ -68,16 +84,23 @@ class LossParameters(nn.Module):
         )
         self.image_map: nn.Linear | None = None
         self.text_map: nn.Linear | None = None
-        if projected_width is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+        self.fusion: nn.ModuleList | None = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if projected_width is not None:
                 self.image_map = nn.Linear(student_width, projected_width)
                 self.text_map = nn.Linear(student_width, projected_width)
+            if fused_width is not None:
+                self.fusion = nn.ModuleList(nn.Linear(student_width + fused_width, student_width) for _ in range(2))
 
     def scale(self, name: str) -> Tensor:
         """Return σ of a loss, a scalar."""
         log_scale: Tensor = self.log_scales[name]
         return log_scale.exp()
+
+    def fusion_pair(self) -> tuple[nn.Module, nn.Module] | None:
+        """Return the layers of images and of captions."""
+        return None if self.fusion is None else (self.fusion[0], self.fusion[1])
 
 
 def make_optimizer(module: nn.Module, loss_parameters: LossParameters, plan: OptimiserPlan) -> torch.optim.AdamW:

@@ -74,7 +74,7 @@ def test_two_processes_train_as_one(whole: Path, flags: tuple[str, ...]) -> None
 def test_killed_run_goes_on_to_the_same_bits(processes: int, torchrun: Clipcid, distill_place: Path) -> None:
     arguments = ["distill", *map(str, SHORT), "--steps", "30", "--checkpoint-every", "3", "--color-jitter", "0.3"]
     # A worker's queue runs ahead of the steps: it must leave no trace.
-    arguments += ["--workers", "2", "--cluster-towers", "both"]
+    arguments += ["--workers", "2", "--cluster-towers", "both", "--loss", "mfd=1", "--loss", "afd=1"]
     torchrun(processes, *arguments, "--name", "whole")
     process = start_clipcid(*arguments, "--name", "killed", cwd=distill_place, processes=processes)
     checkpoints = distill_place / "clipcid-work" / "distill" / "killed" / "checkpoints"

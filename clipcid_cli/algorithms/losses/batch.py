@@ -1,14 +1,18 @@
 """What a loss is computed from: the features of one global batch, and which of its rows are this process's own.
 
-Shape legend: B global batch, d student width, D width of the shared space, S candidate centroids, m stored clusters a
-sample.
+Shape legend: B global batch, b own rows, d student width, D width of the shared space, L patches or tokens, S candidate
+centroids, m stored clusters a sample.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from torch import Tensor
+
+# A learned layer: rows to rows.
+RowMap = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,13 @@ class LossBatch:
         teacher_scale: exp(logit_scale) of the teacher, a scalar.
         image_clusters: Targets of the images; present when a loss needs clusters.
         text_clusters: Targets of the captions, with the same candidates; present for ``--cluster-towers both``.
+        masked_image_BD: Student image features in the shared space of a pass that saw few patches of each image; present
+            when a loss needs them.
+        image_tokens_bLD: Student features there of the patches of the own rows' images, unit rows, or 0 where there is none;
+            present when a loss needs them.
+        text_tokens_bLD: Those of the tokens of the own rows' captions, likewise.
+        fusion: Layers that join student and teacher, of images and of captions: [B, d + D] → [B, d]; present when a loss
+            needs them.
         own: The rows whose queries this process takes, step 1; all by default.
     """
 
@@ -61,6 +72,10 @@ class LossBatch:
     teacher_scale: float | None = None
     image_clusters: ClusterTargets | None = None
     text_clusters: ClusterTargets | None = None
+    masked_image_BD: Tensor | None = None
+    image_tokens_bLD: Tensor | None = None
+    text_tokens_bLD: Tensor | None = None
+    fusion: tuple[RowMap, RowMap] | None = None
     own: slice = dataclasses.field(default_factory=lambda: slice(None))
 
     def __len__(self) -> int:

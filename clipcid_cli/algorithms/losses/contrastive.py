@@ -80,3 +80,17 @@ def interactive(batch: LossBatch, scale: Tensor) -> Tensor:
     """
     sums = [contrast_one_way(student, teacher, scale, batch.own) for student, teacher in batch.cross_tower_pairs()]
     return add(sums) / (len(sums) * len(batch))
+
+
+def fused(batch: LossBatch, scale: Tensor) -> Tensor:
+    """`afd` = CE(F_I[s; t] ↔ F_T[v; u]; σ): the contrastive loss of student and teacher joined by a linear layer each.
+
+    The layers F_I and F_T, [d + D → d], belong to the loss. They can learn to pass the student over, whose features then
+    learn nothing: watch the student's own retrieval, not this loss.
+
+    Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), augmented feature distillation.
+    """
+    assert batch.fusion is not None
+    sides = zip((batch.image_Bd, batch.text_Bd), batch.teacher(), batch.fusion, strict=True)
+    image, text = (F.normalize(fuse(torch.cat([student, teacher], dim=1)), dim=1) for student, teacher, fuse in sides)
+    return contrast_both_ways(image, text, scale, batch.own) / (2 * len(batch))

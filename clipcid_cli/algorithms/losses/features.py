@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
@@ -19,6 +21,24 @@ def feature_distance(batch: LossBatch) -> Tensor:
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), feature distillation. Their code averages over the width and
     multiplies by 2000; a sum does not depend on the width, so the preset divides 2000 by it.
     """
+    return _squared_distances(batch)
+
+
+def masked_feature_distance(batch: LossBatch) -> Tensor:
+    """`mfd` = mean over the batch of |s'_m − t|² + |v' − u|², where s'_m saw a quarter of the image's patches.
+
+    Other losses never see s'_m (in the published code its pass replaces the whole one, for the task's loss too).
+
+    Returns:
+        This process's share, a scalar; of all rows in [0, 8].
+
+    Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), masked feature distillation; the weight as for `fd`.
+    """
+    assert batch.masked_image_BD is not None
+    return _squared_distances(dataclasses.replace(batch, image_BD=batch.masked_image_BD))
+
+
+def _squared_distances(batch: LossBatch) -> Tensor:
     first, stop, _ = batch.own.indices(len(batch))
     differences = (
         rows_between(student, first, stop) - rows_between(teacher, first, stop)

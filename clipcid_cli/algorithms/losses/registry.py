@@ -22,8 +22,15 @@ class LossEntry:
         function: ``module:function`` of its implementation, called as ``f(batch)``, or ``f(batch, scale)`` when it owns a
             logit scale.
         own_scale: Whether it learns a logit scale of its own (starting at 1/0.07, kept at or below 100).
+        fuses: Whether it learns layers that join student and teacher.
+        masked_patches: Share of an image's patches that are hidden in a further pass of the student's image tower, whose
+            features the loss reads; 0 for a loss that has none.
+        reads_tokens: Whether it reads the student's features of patches and of caption tokens.
         needs_teacher: Whether it reads teacher embeddings.
+        needs_teacher_scale: Whether it reads the teacher's logit scale.
         needs_clusters: Whether it reads the centroids and assignments that `clipcid cluster` writes.
+        compares_features: Whether it is a distance of single features, student to teacher; such losses allow a higher
+            learning rate.
         teacher_towers: Which towers of the teacher it needs: ``both``, or ``any``: it uses those that are available.
         space: Where features are compared: ``own`` compares student with student only, ``teacher`` compares across and
             so needs equal widths (see ``--teacher-space``).
@@ -33,8 +40,13 @@ class LossEntry:
     summary: str
     function: str
     own_scale: bool = False
+    fuses: bool = False
+    masked_patches: float = 0.0
+    reads_tokens: bool = False
     needs_teacher: bool = True
+    needs_teacher_scale: bool = False
     needs_clusters: bool = False
+    compares_features: bool = False
     teacher_towers: Literal["both", "any"] = "both"
     space: Literal["own", "teacher"] = "own"
 
@@ -79,6 +91,16 @@ LOSSES: Mapping[str, LossEntry] = {
             "fd",
             "squared distance of student and teacher features, summed over the width",
             f"{_PACKAGE}.features:feature_distance",
+            compares_features=True,
+            teacher_towers="any",
+            space="teacher",
+        ),
+        LossEntry(
+            "mfd",
+            "`fd` with three quarters of each image's patches hidden from the student, in a further pass",
+            f"{_PACKAGE}.features:masked_feature_distance",
+            masked_patches=0.75,
+            compares_features=True,
             teacher_towers="any",
             space="teacher",
         ),
@@ -94,6 +116,29 @@ LOSSES: Mapping[str, LossEntry] = {
             "crd",
             "divergence of the student's in-batch similarities from the teacher's",
             f"{_PACKAGE}.relations:relation_divergence",
+            needs_teacher_scale=True,
+        ),
+        LossEntry(
+            "gd",
+            "squared distance of the gradients that the contrastive loss has by student and by teacher features",
+            f"{_PACKAGE}.gradients:gradient_distance",
+            needs_teacher_scale=True,
+            space="teacher",
+        ),
+        LossEntry(
+            "afd",
+            "contrastive loss of student and teacher features joined by a learned layer for images and one for captions",
+            f"{_PACKAGE}.contrastive:fused",
+            own_scale=True,
+            fuses=True,
+        ),
+        LossEntry(
+            "td",
+            "distance of the student's patches and tokens nearest to the teacher's other tower, by the teacher's confidence",
+            f"{_PACKAGE}.tokens:token_distance",
+            reads_tokens=True,
+            needs_teacher_scale=True,
+            space="teacher",
         ),
         LossEntry(
             "vrd",
@@ -138,7 +183,8 @@ class Weight:
 # cid: cross-entropy + KL at λ_clu = 1 had four times the gradient of either contrastive term in a trial. At 0.25 they are on
 # an equal footing, which is 0.5 here, where α = ½ gives each of the two half of the weight. In recipes/ablation 0.5 and 1
 # were better than 0.25 (R@10 +1.4 and +2.4 on drawings) and worse in nothing that it could tell.
-# clip-kd and clip-rd: the weights of their papers. dr: λ within the range MobileCLIP studies.
+# clip-kd and clip-rd: the weights of their papers. clip-td: our weight of our form of its loss. dr: λ within the range
+# MobileCLIP studies.
 _CLIP_KD = {"clip": Weight(1.0), "fd": Weight(2000.0, per_width=True), "icl": Weight(1.0), "crd": Weight(1.0)}
 
 PRESETS: Mapping[str, Mapping[str, Weight]] = {
@@ -146,6 +192,7 @@ PRESETS: Mapping[str, Mapping[str, Weight]] = {
     "cid": {"clip": Weight(1.0), "instance": Weight(1.0), "cluster": Weight(0.5)},
     "clip-kd": _CLIP_KD,
     "clip-rd": {**_CLIP_KD, "vrd": Weight(1.0), "xrd": Weight(1.0)},
+    "clip-td": {"clip": Weight(1.0), "td": Weight(1.0)},
     "dr": {"clip": Weight(0.25), "affinity": Weight(0.75)},
 }
 

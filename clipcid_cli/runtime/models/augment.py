@@ -186,3 +186,25 @@ def _choose_colors(augmentation: Augmentation, random: np.random.Generator) -> n
     colors[:, :3] = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * _LUMA)
     colors[:, 3] = 0.5 * (1 - contrast)
     return colors
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """A pass of the student's image tower that sees some patches of each image, drawn anew in each epoch.
+
+    Attributes:
+        kept: How many it sees.
+        patches: Of how many.
+    """
+
+    kept: int
+    patches: int
+
+    @classmethod
+    def of(cls, masked_share: float, patches: int) -> Masking:
+        """Mask at least a share of the patches, but leave one."""
+        return cls(max(1, int(patches * (1 - masked_share))), patches)
+
+    def choose(self, seed: int) -> npt.NDArray[np.int64]:
+        """Draw the patches that are seen, int64 [kept], ascending."""
+        return np.sort(np.random.default_rng(seed).permutation(self.patches)[: self.kept])

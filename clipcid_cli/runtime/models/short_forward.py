@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -65,6 +65,27 @@ class ShortForward:
         if not self.image_is_short:
             return cast(Tensor, self._module.encode_image(pixels))
         return self._encode_images(pixels)
+
+    @property
+    def num_patches(self) -> int | None:
+        """Patches of an image, of which some can be hidden; None where the image tower has none of that kind."""
+        visual = self._module.visual
+        if not _supports_images(visual) or not isinstance(visual.patch_dropout, nn.Identity):
+            return None
+        height, width = visual.grid_size
+        return int(height * width)
+
+    def encode_masked_images(self, pixels: Tensor, kept_Bn: Tensor) -> Tensor:
+        """Embed images from some of their patches; the others do not enter the tower.
+
+        Args:
+            pixels: As `encode_images` takes them.
+            kept_Bn: Numbers of the patches that are seen, int64 [B, n], in [0, `num_patches`).
+
+        Returns:
+            Features [B, D], not normalised, with gradients.
+        """
+        return self._encode_images(pixels, kept_Bn)
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """Embed texts.
@@ -121,9 +142,47 @@ class ShortForward:
                 part.training = True
         return bool(difference <= _TOLERANCE * expected.abs().max())
 
-    def _encode_images(self, pixels: Tensor) -> Tensor:
+    @property
+    def has_tokens(self) -> bool:
+        """Whether `encode_tokens` knows both towers."""
+        return self.num_patches is not None and _supports_texts(self._text)
+
+    def encode_tokens(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Embed images and texts, and each patch and token.
+
+        Returns:
+            Features of images and texts as `encode_images` and `encode_texts` give them, up to rounding; those of each
+            patch, [B, P, D], and of each token up to the text's last, [B, L, D], then zeros: rows of the last layer, taken
+            the same way as the one that becomes the feature.
+        """
+        image_BLD = self._encode_whole_images(pixels)
+        text_BD, text_BLD = self._encode_whole_texts(tokens)
+        return image_BLD[:, 0], text_BD, image_BLD[:, 1:], text_BLD
+
+    def _encode_whole_images(self, pixels: Tensor) -> Tensor:
+        visual = self._module.visual
+        layers = [partial(_pass_block, block) for block in visual.transformer.resblocks]
+        rows_BLW = visual.ln_post(_pass_layers(visual.transformer, layers, visual._embeds(pixels)))
+        return cast(Tensor, rows_BLW if visual.proj is None else rows_BLW @ visual.proj)
+
+    def _encode_whole_texts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed texts, [B, D], and their tokens, [B, L, D]."""
+        text = self._text
+        packing = _pack(tokens, text, self._module.logit_scale.device)
+        layers = [partial(_pass_block, block, packing=packing) for block in text.transformer.resblocks]
+        x_TW = text.ln_final(_pass_layers(text.transformer, layers, _embed_texts(text, packing)))
+        rows_TD = _project_texts(text, x_TW)
+        rows_BlD = packing.spread(rows_TD)
+        whole_BLD = F.pad(rows_BlD, (0, 0, 0, tokens.shape[1] - rows_BlD.shape[1]))
+        return rows_TD.index_select(0, packing.ends_B), whole_BLD
+
+    def _encode_images(self, pixels: Tensor, kept_Bn: Tensor | None = None) -> Tensor:
         visual = self._module.visual
         x_BLW = visual._embeds(pixels)
+        if kept_Bn is not None:
+            # The class token comes first; positions are in the rows already.
+            places_BL = F.pad(kept_Bn + 1, (1, 0))
+            x_BLW = x_BLW.gather(1, places_BL[:, :, None].expand(-1, -1, x_BLW.shape[2]))
         *blocks, last = visual.transformer.resblocks
         layers = [partial(_pass_block, block) for block in blocks]
 
@@ -140,7 +199,7 @@ class ShortForward:
     def _encode_texts(self, tokens: Tensor) -> Tensor:
         text = self._text
         packing = _pack(tokens, text, self._module.logit_scale.device)
-        x_TW = text.token_embedding(packing.tokens_T) + F.embedding(packing.positions_T, text.positional_embedding)
+        x_TW = _embed_texts(text, packing)
         *blocks, last = text.transformer.resblocks
         layers = [partial(_pass_block, block, packing=packing) for block in blocks]
 
@@ -149,11 +208,7 @@ class ShortForward:
             attended = _attend_from(last, normed, normed.index_select(0, packing.ends_B), packing)
             return _finish_block(last, x_TW.index_select(0, packing.ends_B), attended)
 
-        pooled = text.ln_final(_pass_layers(text.transformer, [*layers, pool], x_TW))
-        projection = text.text_projection
-        if projection is None:
-            return cast(Tensor, pooled)
-        return cast(Tensor, projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection)
+        return _project_texts(text, text.ln_final(_pass_layers(text.transformer, [*layers, pool], x_TW)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +259,19 @@ def _pack(tokens: Tensor, text: Any, device: torch.device) -> _Packing:
     )
 
 
-def _pass_layers(transformer: Any, layers: list[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+def _embed_texts(text: Any, packing: _Packing) -> Tensor:
+    embedded: Tensor = text.token_embedding(packing.tokens_T)
+    return embedded + F.embedding(packing.positions_T, text.positional_embedding)
+
+
+def _project_texts(text: Any, rows: Tensor) -> Tensor:
+    projection = text.text_projection
+    if projection is None:
+        return rows
+    return cast(Tensor, projection(rows) if isinstance(projection, nn.Linear) else rows @ projection)
+
+
+def _pass_layers(transformer: Any, layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
     """One layer after the other; with gradient checkpointing only the input of each is kept for the backward pass."""
     for layer in layers:
         # Nothing in a layer is random, so there is no generator's state to restore.

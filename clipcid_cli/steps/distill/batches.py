@@ -15,7 +15,7 @@ from clipcid_cli.formats.data.dataset import Dataset, Sample
 from clipcid_cli.formats.data.index import SamplePlace
 from clipcid_cli.formats.embeddings.extras import ViewParams
 from clipcid_cli.formats.results.matched_samples import Column, SampleRows
-from clipcid_cli.runtime.models.augment import Augmentation, Processor, View, choose_view
+from clipcid_cli.runtime.models.augment import Augmentation, Masking, Processor, View, choose_view
 from clipcid_cli.runtime.models.caches import ImageCache, TokenCache
 from clipcid_cli.runtime.models.decode import SkippedImage, full_size
 from clipcid_cli.runtime.randomness import derive_seed
@@ -151,6 +151,7 @@ class TrainingBatch:
         bad: (reason, key) of images that could not be decoded; they are white in `pixels`.
         teacher_pixels: The same views at an online teacher's size, uint8 [b, H, W, 3]; None without one.
         teacher_tokens: The same captions by its tokenizer, int64 [b, L]; None likewise.
+        kept_patches: Patches of each image that are seen where the others are masked, int64 [b, n]; None where none are.
     """
 
     pixels: torch.Tensor
@@ -162,6 +163,7 @@ class TrainingBatch:
     bad: list[tuple[str, str]]
     teacher_pixels: torch.Tensor | None = None
     teacher_tokens: torch.Tensor | None = None
+    kept_patches: torch.Tensor | None = None
 
 
 class BatchMaker:
@@ -180,6 +182,7 @@ class BatchMaker:
         caption_dropout: float = 0.0,
         teacher: Processor | None = None,
         fast_decode: bool = False,
+        masking: Masking | None = None,
     ) -> None:
         """Prepare a maker; it is sent to each worker.
 
@@ -189,9 +192,10 @@ class BatchMaker:
             caption_dropout: Probability with which a comma-separated part of a caption, but the first, is omitted.
             teacher: Processor of an online teacher, which is shown the same views and captions. None without one.
             fast_decode: Whether JPEGs are decoded at a reduced size, large enough for student and teacher.
+            masking: A further pass over images whose patches are masked; None without one.
         """
         self._student, self._teacher, self._augmentation, self._seed = student, teacher, augmentation, seed
-        self._first_caption, self._caption_dropout = first_caption, caption_dropout
+        self._first_caption, self._caption_dropout, self._masking = first_caption, caption_dropout, masking
         shown_to = [student] if teacher is None else [student, teacher]
         widths, heights = zip(*(processor.pixels.draft_size(augmentation) for processor in shown_to), strict=True)
         self._images = ImageCache(_MAX_IMAGE_BYTES, (max(widths), max(heights)) if fast_decode else None)
@@ -203,19 +207,19 @@ class BatchMaker:
         bad = list[tuple[str, str]]()
         samples = [item.sample.read() for item in items]
         shown = [self._show(item, sample, bad) for item, sample in zip(items, samples, strict=True)]
-        captions = [self._caption(item, sample) for item, sample in zip(items, samples, strict=True)]
-        texts = [caption for _, caption in captions]
-        teacher = self._teacher
+        numbers, texts = zip(*(self._caption(*pair) for pair in zip(items, samples, strict=True)), strict=True)
+        seeds = [derive_seed("mask", self._seed, item.epoch, item.sample.key) for item in items]
         return TrainingBatch(
             pixels=_stack([self._student.pixels(image, view) for image, view in shown]),
             colors=_stack([view.colors for _, view in shown]),
             tokens=self._tokens(texts),
             rows=torch.tensor([item.row for item in items]),
             views=torch.tensor([-1 if item.view is None else item.view.number for item in items]),
-            captions=torch.tensor([number for number, _ in captions]),
+            captions=torch.tensor(numbers),
             bad=bad,
-            teacher_pixels=None if teacher is None else _stack([teacher.pixels(*pair) for pair in shown]),
+            teacher_pixels=None if self._teacher is None else _stack([self._teacher.pixels(*pair) for pair in shown]),
             teacher_tokens=None if self._teacher_tokens is None else self._teacher_tokens(texts),
+            kept_patches=None if self._masking is None else _stack([self._masking.choose(seed) for seed in seeds]),
         )
 
     def _show(self, item: Item, sample: Sample, bad: list[tuple[str, str]]) -> tuple[Image.Image, View]:

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from clipcid_cli.algorithms.search.blocks import exact_accumulation
 from clipcid_cli.errors import ClipcidError
@@ -135,17 +135,17 @@ class Loop:
     def step(self, batch: PreparedBatch) -> float:
         """Make one optimiser step and return its learning rate; what it found stays on the device until it is read."""
         trainer, module, rank = self.trainer, self.student.module, self.machine.rank
+        local, encoder = batch.local, self.encoder
         module.train()
         for tower in self.frozen:
             tower.eval()
-        seeds = [derive_seed("step", self.seed, trainer.step, rank, part) for part in range(self.encoder.num_parts)]
-        features = self.encoder(batch.local.pixels, batch.local.colors, batch.local.tokens, seeds)
-        scale: Tensor = module.logit_scale.exp()  # type: ignore[operator]  # a parameter of every CLIP
+        seeds = [derive_seed("step", self.seed, trainer.step, rank, part) for part in range(encoder.num_parts)]
+        encoded = encoder(local.pixels, local.colors, local.tokens, seeds, local.kept_patches)
         # Where the cluster loss is small it is the difference of two large terms: TF32 would leave nothing of its gradient.
         with exact_accumulation(self.machine.device):
-            total, terms = self.objective(features.image, features.text, scale, batch)
+            total, terms = self.objective(encoded.features, module.logit_scale.exp(), batch)  # type: ignore[operator]
             trainer.backward(total)
-        self.encoder.backward(features, self.averager.watch)
+        encoder.backward(encoded, self.averager.watch)
         self.averager.finish()
         norm, losses = trainer.limit_gradient(), self.objective.values(terms)
         # A scaled gradient may overflow: the update is then skipped and the scale lowered.

@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.runtime.gradients import gather_rows, sum_values
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.grad_cache import Features
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.training import LossParameters
 from clipcid_cli.steps.distill.batches import TrainingBatch
@@ -138,13 +139,12 @@ class Objective:
         return PreparedBatch(local, None if self._teacher is None else self._teacher.prepare(local, rows, step))
 
     def __call__(
-        self, image_bd: Tensor, text_bd: Tensor, student_scale: Tensor, batch: PreparedBatch
+        self, features: Features, student_scale: Tensor, batch: PreparedBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a step.
 
         Args:
-            image_bd: This process's image features, not normalised, [b, d].
-            text_bd: Its text features, likewise.
+            features: Of this process's part of the batch.
             batch: Its part of the batch, prepared.
 
         Returns:
@@ -152,24 +152,20 @@ class Objective:
             process's rows, times the number of processes. And each loss by name without its weight; `values` makes them
             the global batch's.
         """
-        machine, count = self._machine, len(image_bd)
-        # float32 from here on, whatever the towers ran in: the losses subtract numbers that are nearly equal.
-        image, text = F.normalize(image_bd.float(), dim=1), F.normalize(text_bd.float(), dim=1)
-        parts = [image, text]
-        if self.parameters.image_map is not None and self.parameters.text_map is not None:
-            parts.append(F.normalize(self.parameters.image_map(image_bd.float()), dim=1))
-            parts.append(F.normalize(self.parameters.text_map(text_bd.float()), dim=1))
-        widths = [part.shape[1] for part in parts]
-        together = gather_rows(torch.cat(parts, dim=1), machine.size, shared=self._local)
-        gathered = torch.split(together, widths, dim=1)
+        machine, count = self._machine, len(features.image)
+        rows = self._gather(self._rows(features))
         start = machine.rank * count if self._local else 0
         everything = LossBatch(
-            image_Bd=gathered[0],
-            text_Bd=gathered[1],
+            image_Bd=rows["image_Bd"],
+            text_Bd=rows["text_Bd"],
             student_scale=student_scale,
-            image_BD=gathered[-2],
-            text_BD=gathered[-1],
-            own=slice(start, start + count) if self._local else slice(0, len(together)),
+            image_BD=rows.get("image_BD", rows["image_Bd"]),
+            text_BD=rows.get("text_BD", rows["text_Bd"]),
+            masked_image_BD=rows.get("masked_image_BD"),
+            image_tokens_bLD=self._tokens(features.image_tokens, self.parameters.image_map),
+            text_tokens_bLD=self._tokens(features.text_tokens, self.parameters.text_map),
+            fusion=self.parameters.fusion_pair(),
+            own=slice(start, start + count) if self._local else slice(0, machine.size * count),
         )
         if self._teacher is not None and batch.targets is not None:
             with torch.no_grad():
@@ -180,6 +176,36 @@ class Objective:
             terms[name] = function(everything, self.parameters.scale(name)) if own_scale else function(everything)
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return total * machine.size if self._local else total, terms
+
+    def _rows(self, features: Features) -> dict[str, Tensor]:
+        """Return the unit rows that losses compare, by their names in `LossBatch`."""
+        # float32 from here on, whatever the towers ran in: the losses subtract numbers that are nearly equal.
+        image, text = features.image.float(), features.text.float()
+        rows = {"image_Bd": image, "text_Bd": text}
+        image_map, text_map = self.parameters.image_map, self.parameters.text_map
+        if image_map is not None and text_map is not None:
+            rows |= {"image_BD": image_map(image), "text_BD": text_map(text)}
+        if features.masked_image is not None:
+            masked = features.masked_image.float()
+            rows["masked_image_BD"] = masked if image_map is None else image_map(masked)
+        return {name: F.normalize(found, dim=1) for name, found in rows.items()}
+
+    def _tokens(self, tokens_bLd: Tensor | None, learned: nn.Module | None) -> Tensor | None:
+        """Return unit rows of patches or tokens in the shared space, and zeros where there is none, for the own rows."""
+        if tokens_bLd is None:
+            return None
+        found = tokens_bLd.float()
+        exists_bL1 = found.detach().any(dim=2, keepdim=True)
+        found = F.normalize(found if learned is None else learned(found), dim=2) * exists_bL1
+        if self._local:
+            return found
+        return gather_rows(found.flatten(1), self._machine.size).view(-1, *found.shape[1:])
+
+    def _gather(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Collect everybody's rows, all in one exchange."""
+        widths = [found.shape[1] for found in rows.values()]
+        together = gather_rows(torch.cat(list(rows.values()), dim=1), self._machine.size, shared=self._local)
+        return dict(zip(rows, torch.split(together, widths, dim=1), strict=True))
 
     def values(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Return the losses of the global batch in order, float32 [len(terms)] on the device, the same on every process."""
@@ -199,5 +225,6 @@ def make_objective(
         student_width,
         teacher.space.width if teacher is not None and teacher.space.is_learned else None,
         derive_seed("loss parameters", settings.seed),
+        fused_width=width if any(LOSSES[name].fuses for name in weights) else None,
     )
     return Objective(weights, parameters.to(machine.device), teacher, machine, local=settings.local_loss)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
 from clipcid_cli.formats.atomic import atomic_file, remove_abandoned
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -150,9 +151,10 @@ def open_stored_teacher(
     embeddings = teacher_inputs.embeddings
     assert embeddings is not None, "only an online teacher may have none"
     space = choose_space(settings, embeddings.width, embeddings, student_width, machine, reporter)
+    reads_scale = any(LOSSES[name].needs_teacher_scale for name in settings.losses())
     return StoredTeacher(
         space=space,
-        teacher_scale=teacher_scale(embeddings.sidecar, reporter) if "crd" in settings.losses() else MAX_SCALE,
+        teacher_scale=teacher_scale(embeddings.sidecar, reporter) if reads_scale else MAX_SCALE,
         clusters=open_lookup(teacher_inputs, space.axes, settings, machine.device),
         device=machine.device,
         size=machine.size,

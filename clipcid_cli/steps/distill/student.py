@@ -8,14 +8,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.augment import Masking
 from clipcid_cli.runtime.models.caches import MAX_CAPTIONS
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.inherit import inherit
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
+from clipcid_cli.runtime.models.short_forward import ShortForward
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
+from clipcid_cli.runtime.models.towers import image_tower_kind
 from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows
 from clipcid_cli.steps.data_index import take_samples
 from clipcid_cli.steps.distill.samples import UsableSamples, index_of
@@ -34,11 +38,13 @@ class Student:
         model: The model; its ``info.weights_hash`` identifies its initial weights.
         frozen: Modules that stay in evaluation mode.
         trains_text: Whether the text tower is trained.
+        masking: The further pass over images whose patches are masked; None where no loss has one.
     """
 
     model: ClipModel
     frozen: list[nn.Module]
     trains_text: bool
+    masking: Masking | None = None
 
 
 def load_student(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Student:
@@ -58,9 +64,46 @@ def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -
     for tower, is_frozen in (("image", settings.freeze_image), ("text", settings.freeze_text)):
         if is_frozen:
             frozen += freeze(model.module, tower)
+    if reads_tokens(settings) and not ShortForward(model.module).has_tokens:
+        raise ClipcidError(
+            f"The loss td reads patches and tokens, which {model.info.spec} does not give: its image tower, "
+            f"{image_tower_kind(model.module)}, must be a ViT of open_clip with a class token and without patch dropout, "
+            "its text tower open_clip's own.",
+            "Use --loss td=0, or fd in its place.",
+        )
     if settings.grad_checkpointing:
         _checkpoint_layers(model)
-    return Student(model, frozen, trains_text=not settings.freeze_text)
+    return Student(
+        model, frozen, trains_text=not settings.freeze_text, masking=_plan_masking(settings, model, reporter)
+    )
+
+
+def _plan_masking(settings: DistillSettings, model: ClipModel, reporter: Reporter) -> Masking | None:
+    """Plan the further pass over masked images that a loss asks for; say what it costs."""
+    shares = {name: LOSSES[name].masked_patches for name in settings.losses() if LOSSES[name].masked_patches}
+    if not shares:
+        return None
+    name, share = max(shares.items(), key=lambda item: item[1])
+    patches = ShortForward(model.module).num_patches
+    if patches is None:
+        raise ClipcidError(
+            f"--loss {name} masks patches of the images. The image tower of {model.info.spec}, "
+            f"{image_tower_kind(model.module)}, is not a ViT of open_clip with a class token and without patch dropout.",
+            f"Use --loss {name}=0, or fd in its place.",
+        )
+    masking = Masking.of(share, patches)
+    # With the class token, which is always seen.
+    cost = (masking.kept + 1) / (patches + 1)
+    reporter.note(
+        f"{name} encodes each image once more, with {masking.kept} of its {patches} patches: {cost:.0%} more work for the "
+        "image tower."
+    )
+    return masking
+
+
+def reads_tokens(settings: DistillSettings) -> bool:
+    """Tell whether a loss reads features of patches and tokens."""
+    return any(LOSSES[name].reads_tokens for name in settings.losses())
 
 
 def _inherit(model: ClipModel, init_from: str, towers: str, reporter: Reporter) -> ClipModel:

@@ -42,7 +42,7 @@ from clipcid_cli.steps.distill.online_teacher import open_online_teacher
 from clipcid_cli.steps.distill.plan import Plan, Schedule
 from clipcid_cli.steps.distill.report import write_report
 from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
-from clipcid_cli.steps.distill.student import Student, set_unused_tokens_aside, warn_of_batch_statistics
+from clipcid_cli.steps.distill.student import Student, reads_tokens, set_unused_tokens_aside, warn_of_batch_statistics
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -166,14 +166,18 @@ class TrainingRun:
             self.settings.seed,
             first_caption=teacher_inputs is not None and teacher_inputs.first_captions,
             caption_dropout=self.settings.caption_dropout,
+            masking=self.student.masking,
             teacher=None if self.online_teacher is None else Processor.of(self.online_teacher),
             fast_decode=self.settings.fast_decode,
         )
 
     def _make_encoder(self, precision: Precision, changes_colors: bool) -> BatchEncoder:
         model = self.student.model
-        encode = compile_towers(model.module) if self.settings.torchcompile else ShortForward(model.module)
-        return BatchEncoder(model, encode, precision, changes_colors, self.settings.accum_freq)
+        short = ShortForward(model.module)
+        encode = compile_towers(model.module) if self.settings.torchcompile else short
+        return BatchEncoder(
+            model, encode, precision, changes_colors, self.settings.accum_freq, short, reads_tokens(self.settings)
+        )
 
     def _restore(self, trainer: Trainer) -> dict[str, str]:
         """Resume from the newest checkpoint of an unfinished run of the same settings and inputs, or clear the folder.

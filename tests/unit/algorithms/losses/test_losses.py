@@ -21,6 +21,7 @@ from loss_data import (
     make_batch,
     make_numbers,
     slopes,
+    student_rows,
     unit,
     with_gradients,
 )
@@ -29,11 +30,14 @@ from clipcid_cli.algorithms.losses import row_blocks
 from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.cluster import ClusterTargets
 from clipcid_cli.algorithms.losses.registry import LOSSES, served_by_one_tower
+from clipcid_cli.runtime.training import LossParameters
 
 NAMES = tuple(LOSSES)
 ONE_TOWER = [name for name in NAMES if LOSSES[name].needs_teacher and served_by_one_tower(NAMES)[name]]
 # Their gradient is not that of their value: part of it is a target that is held.
 FIXED_TARGETS = ("vrd", "xrd")
+# They take the student's scale as a constant.
+HELD_SCALE = ("gd",)
 SCALES = torch.tensor(SCALE, dtype=torch.float64)
 ALL, SOME = slice(None), slice(2, 5)
 
@@ -61,11 +65,14 @@ def test_gradient_passes_gradcheck(name: str, own: slice, monkeypatch: pytest.Mo
     batch = make_batch(make_numbers(), own=own)
 
     def loss(s: torch.Tensor, v: torch.Tensor, scale: torch.Tensor, student_scale: torch.Tensor) -> torch.Tensor:
-        changed = dataclasses.replace(batch, image_Bd=s, text_Bd=v, image_BD=s, text_BD=v, student_scale=student_scale)
-        return compute(name, changed, scale)
+        rows = student_rows(s, v, own)
+        return compute(name, dataclasses.replace(batch, student_scale=student_scale, **rows), scale)
 
-    inputs = (batch.image_Bd, batch.text_Bd, SCALES, batch.student_scale)
-    assert torch.autograd.gradcheck(loss, [tensor.clone().requires_grad_() for tensor in inputs])
+    inputs = [
+        tensor.clone().requires_grad_() for tensor in (batch.image_Bd, batch.text_Bd, SCALES, batch.student_scale)
+    ]
+    inputs[3].requires_grad_(name not in HELD_SCALE)
+    assert torch.autograd.gradcheck(loss, inputs)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -195,11 +202,34 @@ def test_fixed_targets_are_held(name: str) -> None:
     assert slope != pytest.approx(gradients[1][0, 0], rel=1e-3)
 
 
+def test_gradient_distance_compares_the_gradients_of_the_contrastive_loss() -> None:
+    """With a teacher that is flat, what is left is the squared gradient of `clip` itself, as autograd finds it."""
+    numbers = make_numbers()
+    batch = dataclasses.replace(make_batch(numbers), teacher_scale=0.0)
+    _, (by_image, by_text, _, _) = with_gradients("clip", batch)
+    expected = float((by_image**2).sum() + (by_text**2).sum()) * B
+    assert float(compute("gd", batch, SCALES)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_fusion_layers_learn_from_any_share_of_rows() -> None:
+    parameters = LossParameters(["afd"], 5, None, seed=0, fused_width=5).double()
+    assert sum(p.numel() for p in parameters.fusion.parameters()) == 2 * 5 * (10 + 1)
+
+    def gradients(own: slice) -> list[torch.Tensor]:
+        batch = dataclasses.replace(make_batch(make_numbers(), own=own), fusion=parameters.fusion_pair())
+        return list(torch.autograd.grad(compute("afd", batch, parameters.scale("afd")), list(parameters.parameters())))
+
+    for whole, *parts in zip(gradients(ALL), gradients(slice(0, 3)), gradients(slice(3, B)), strict=True):
+        assert whole.abs().sum() > 0
+        torch.testing.assert_close(sum(parts), whole)
+
+
 def test_losses_vanish_where_student_equals_teacher() -> None:
     numbers = make_numbers()
     batch = make_batch(numbers | {"s": numbers["t"], "v": numbers["u"], "student_scale": np.array(TEACHER_SCALE)})
     assert float(compute("fd", batch, SCALES)) == 0
     assert float(compute("crd", batch, SCALES)) == pytest.approx(0, abs=1e-12)
+    assert float(compute("gd", batch, SCALES)) == pytest.approx(0, abs=1e-12)
 
 
 def test_cross_relation_vanishes_where_both_modalities_agree() -> None:

@@ -48,7 +48,15 @@ def test_overrides_change_a_preset() -> None:
 
 def test_one_tower_serves_what_compares_single_towers() -> None:
     served = served_by_one_tower(LOSSES)
-    assert {name for name, is_served in served.items() if not is_served} == {"crd", "vrd", "xrd", "affinity"}
+    assert {name for name, is_served in served.items() if not is_served} == {
+        "crd",
+        "gd",
+        "afd",
+        "td",
+        "vrd",
+        "xrd",
+        "affinity",
+    }
 
 
 def test_registry_is_read_without_torch() -> None:

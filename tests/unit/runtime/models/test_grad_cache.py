@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipcid_cli.runtime.models.grad_cache import BatchPart, GradCache
+from clipcid_cli.runtime.models.grad_cache import BatchPart, Features, GradCache
 
 BATCH = 8
 
@@ -20,50 +20,54 @@ class Towers(nn.Module):
         self.visual = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 5))
         self.text = nn.Sequential(nn.Embedding(11, 12), nn.Flatten(), nn.Dropout(0.3), nn.Linear(24, 5))
 
-    def forward(self, part: BatchPart) -> tuple[Tensor, Tensor]:
-        return self.visual(part.pixels), self.text(part.tokens)
+    def forward(self, part: BatchPart) -> Features:
+        masked = None if part.kept_patches is None else self.visual(part.pixels * part.kept_patches)
+        return Features(self.visual(part.pixels), self.text(part.tokens), masked)
 
 
-def parts_of(count: int, *, seed: int | None = None) -> list[BatchPart]:
+def parts_of(count: int, *, masked: bool = False) -> list[BatchPart]:
+    """Cut a batch into parts; what masks it hides some of the 6 numbers that stand for an image."""
     random = torch.Generator().manual_seed(1)
     pixels, tokens = torch.randn(BATCH, 6, generator=random), torch.randint(0, 11, (BATCH, 2), generator=random)
-    cut = zip(pixels.chunk(count), tokens.chunk(count), strict=True)
-    return [BatchPart(p, torch.empty(0), t, number if seed is None else seed) for number, (p, t) in enumerate(cut)]
+    kept = torch.randint(0, 2, (BATCH, 6), generator=random)
+    cut = zip(pixels.chunk(count), tokens.chunk(count), kept.chunk(count), strict=True)
+    return [BatchPart(p, torch.empty(0), t, number, k if masked else None) for number, (p, t, k) in enumerate(cut)]
 
 
-def loss_of(image: Tensor, text: Tensor) -> Tensor:
-    image, text = nn.functional.normalize(image, dim=1), nn.functional.normalize(text, dim=1)
-    return nn.functional.cross_entropy(5 * image @ text.T, torch.arange(BATCH))
+def loss_of(features: Features) -> Tensor:
+    image, text, *masked = (nn.functional.normalize(rows, dim=1) for rows in features.by_name().values())
+    loss = nn.functional.cross_entropy(5 * image @ text.T, torch.arange(BATCH))
+    return loss + sum((rows - text.roll(1, 1)).square().sum() for rows in masked)
 
 
 def gradients(towers: Towers, parts: list[BatchPart], calls: list[int] | None = None) -> list[Tensor]:
     done = GradCache(towers, parts)
-    loss_of(done.image, done.text).backward()  # type: ignore[no-untyped-call]
+    loss_of(done.features).backward()  # type: ignore[no-untyped-call]
     seen = [] if calls is None else calls
     done.backward(lambda: seen.append(sum(p.grad is not None for p in towers.parameters())))
     return [torch.zeros(()) if p.grad is None else p.grad.clone() for p in towers.parameters()]
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_parts_give_the_gradients_of_autograd(count: int) -> None:
+def test_parts_give_the_gradients_of_autograd(count: int, masked: bool) -> None:
     towers = Towers().eval()
-    image, text = towers(parts_of(1)[0])
-    loss_of(image, text).backward()  # type: ignore[no-untyped-call]
+    loss_of(towers(parts_of(1, masked=masked)[0])).backward()  # type: ignore[no-untyped-call]
     expected = [p.grad.clone() for p in towers.parameters() if p.grad is not None]
     towers.zero_grad()
-    for found, wanted in zip(gradients(towers, parts_of(count)), expected, strict=True):
+    for found, wanted in zip(gradients(towers, parts_of(count, masked=masked)), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_dropout_is_the_same_both_times_a_part_is_encoded() -> None:
     towers = Towers().train()
     parts = parts_of(4)
-    sides = []
+    found = []
     for part in parts:
         torch.manual_seed(part.seed)
-        sides.append(towers(part))
-    image, text = (torch.cat(side) for side in zip(*sides, strict=True))
-    loss_of(image, text).backward()  # type: ignore[no-untyped-call]
+        found.append(towers(part))
+    whole = Features(*(torch.cat(side) for side in zip(*((part.image, part.text) for part in found), strict=True)))
+    loss_of(whole).backward()  # type: ignore[no-untyped-call]
     expected = [p.grad.clone() for p in towers.parameters() if p.grad is not None]
     towers.zero_grad()
     for found, wanted in zip(gradients(towers, parts), expected, strict=True):
@@ -75,7 +79,7 @@ def test_gradients_may_be_sent_from_the_last_part_on(count: int) -> None:
     towers, calls = Towers().eval(), list[int]()
     parts = parts_of(8)[:count]
     done = GradCache(towers, parts)
-    (done.image.sum() + done.text.sum()).backward()  # type: ignore[no-untyped-call]
+    (done.features.image.sum() + done.features.text.sum()).backward()  # type: ignore[no-untyped-call]
     done.backward(lambda: calls.append(sum(p.grad is not None for p in towers.parameters())))
     # Once, before the last part: with one part nothing has a gradient yet, else everything has.
     assert calls == [0 if count == 1 else len(list(towers.parameters()))]

@@ -11,6 +11,7 @@ from torch import Tensor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.short_forward import ShortForward
+from clipcid_cli.runtime.models.towers import DenseImageTower
 from clipcid_cli.runtime.models.used_tokens import train_used_rows
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.training import fast_attention
@@ -199,3 +200,61 @@ def test_the_number_of_threads_changes_no_bit(tmp_path: Path, image_size: int) -
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+class Keep(torch.nn.Module):
+    """Stands where open_clip drops patches, and keeps given ones."""
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, rows: Tensor) -> Tensor:
+        patches = torch.stack([image[numbers] for image, numbers in zip(rows[:, 1:], self.kept, strict=True)])
+        return torch.cat([rows[:, :1], patches], dim=1)
+
+
+def test_masked_images_are_those_of_open_clip_without_the_other_patches(tmp_path: Path) -> None:
+    module: Any = load(tmp_path).module.double()
+    short = ShortForward(module)
+    assert short.num_patches == 16
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randn(3, 3, 32, 32, generator=random).double()
+    kept = torch.stack([torch.randperm(16, generator=random)[:4].sort().values for _ in range(3)])
+    found = short.encode_masked_images(pixels, kept)
+    module.visual.patch_dropout = Keep(kept)
+    torch.testing.assert_close(found, module.encode_image(pixels), rtol=1e-9, atol=1e-9)
+    assert short.num_patches is None  # whose numbers would be those of other patches
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"custom_text": True}, {"text_cfg__proj_bias": True}, {"vision_cfg__layers": 1, "text_cfg__layers": 1}],
+)
+def test_tokens_are_those_of_open_clip(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = load(tmp_path, **changes)
+    module: Any = model.module.double()
+    short, tokens = ShortForward(module), model.tokenizer(CAPTIONS)
+    assert short.has_tokens
+    pixels = torch.randn(len(CAPTIONS), 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    image, text, patches, pieces = short.encode_tokens(pixels, tokens)
+    torch.testing.assert_close(image, module.encode_image(pixels), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(text, module.encode_text(tokens), rtol=1e-9, atol=1e-9)
+    _, dense = DenseImageTower(module)(pixels)
+    torch.testing.assert_close(patches, dense.flatten(1, 2), rtol=1e-9, atol=1e-9)
+    assert pieces.shape == (len(CAPTIONS), 20, 24)
+    whole: Any = getattr(module, "text", module)
+    for number, end in enumerate(tokens.argmax(dim=1).tolist()):
+        assert pieces[number, end + 1 :].abs().sum() == 0
+        row = whole.token_embedding(tokens[number, : end + 1]) + whole.positional_embedding[: end + 1]
+        mask = whole.attn_mask[: end + 1, : end + 1].double()
+        through = whole.ln_final(whole.transformer(row[None], attn_mask=mask))[0]
+        projection = whole.text_projection
+        expected = projection(through) if isinstance(projection, torch.nn.Linear) else through @ projection
+        torch.testing.assert_close(pieces[number, : end + 1], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_other_image_towers_have_no_patches_to_mask(tmp_path: Path) -> None:
+    model = load(tmp_path, vision_cfg={"image_size": 32, "layers": [1, 1, 1, 1], "width": 8})
+    assert ShortForward(model.module).num_patches is None
+    assert not ShortForward(model.module).has_tokens

@@ -14,12 +14,14 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.runtime.gradients import GradientAverager, gather_rows
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.grad_cache import Features
 from clipcid_cli.runtime.training import LossParameters
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.objective import Objective, Targets, Teacher
 
 BATCH, WIDTH, TEACHER_WIDTH = 12, 6, 9
 WEIGHTS = {name: 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
+OWN_SCALES = [name for name in WEIGHTS if LOSSES[name].own_scale]
 
 
 class FixedTeacher(Teacher):
@@ -43,7 +45,9 @@ def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.
     towers = torch.nn.ModuleList([torch.nn.Linear(5, WIDTH), torch.nn.Linear(4, WIDTH)])
     scale = torch.nn.Parameter(torch.tensor(2.0))
     images, texts = torch.randn(BATCH, 5), torch.randn(BATCH, 4)
-    parameters = LossParameters([n for n in WEIGHTS if LOSSES[n].own_scale], WIDTH, TEACHER_WIDTH, seed=1)
+    parameters = LossParameters(
+        [n for n in WEIGHTS if LOSSES[n].own_scale], WIDTH, TEACHER_WIDTH, 1, fused_width=TEACHER_WIDTH
+    )
     of_losses = [scale, *parameters.parameters()]
     trained = [*towers.parameters(), *of_losses]
     averager = GradientAverager([list(tower.parameters()) for tower in reversed(towers)], of_losses, size)
@@ -52,10 +56,14 @@ def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.
     objective = Objective(WEIGHTS, parameters, teacher, machine, local=local)
     share = BATCH // size
     mine = slice(rank * share, (rank + 1) * share)
-    features = [tower(rows[mine]) for tower, rows in zip(towers, (images, texts), strict=True)]
+    image, text = (tower(rows[mine]) for tower, rows in zip(towers, (images, texts), strict=True))
+    image_tokens = torch.stack([towers[0](images[mine] * factor) for factor in (1, -1, 0.3)], dim=1)
+    exists = torch.arange(BATCH)[mine, None] % 3 >= torch.arange(3)  # some captions have one token, some three
+    text_tokens = torch.stack([towers[1](texts[mine] * factor) for factor in (1, -1, 0.3)], dim=1) * exists[:, :, None]
+    features = Features(image, text, towers[0](images[mine].relu()), image_tokens, text_tokens)
     seen = make_batch(torch.arange(BATCH)[mine])
     prepared = objective.prepare(seen, np.arange(BATCH), 0)
-    total, terms = objective(features[0], features[1], scale.exp(), prepared)
+    total, terms = objective(features, scale.exp(), prepared)
     averager.watch()
     total.backward()  # type: ignore[no-untyped-call]
     averager.finish()
@@ -99,3 +107,26 @@ def test_processes_together_equal_one(size: int, local: bool, tmp_path: Path) ->
 def test_one_process_gathers_nothing() -> None:
     rows = torch.randn(3, 2)
     assert gather_rows(rows, 1) is rows
+
+
+def test_masked_images_reach_no_other_loss() -> None:
+    """Neither the value nor the gradients of the other losses depend on them."""
+
+    def terms(masked: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        parameters = LossParameters(OWN_SCALES, WIDTH, TEACHER_WIDTH, 1, fused_width=TEACHER_WIDTH)
+        teacher = FixedTeacher(SharedSpace(TEACHER_WIDTH, is_learned=True), 30.0, None, torch.device("cpu"), 1)
+        objective = Objective(WEIGHTS, parameters, teacher, Machine(0, 1, 0, torch.device("cpu")))
+        prepared = objective.prepare(make_batch(torch.arange(BATCH)), np.arange(BATCH), 0)
+        random = torch.Generator().manual_seed(2)
+        image, text = torch.randn(2, BATCH, WIDTH, generator=random)
+        _, found = objective(
+            Features(image, text, masked.requires_grad_(), image[:, None], text[:, None]), torch.tensor(5.0), prepared
+        )
+        others = torch.stack([value for name, value in found.items() if name != "mfd"]).sum()
+        (gradient,) = torch.autograd.grad(others, masked, allow_unused=True, materialize_grads=True, retain_graph=True)
+        assert torch.autograd.grad(found["mfd"], masked)[0].abs().sum() > 0
+        return found, gradient
+
+    (some, gradient), (other, _) = terms(torch.ones(BATCH, WIDTH)), terms(torch.eye(BATCH, WIDTH))
+    assert gradient.abs().sum() == 0
+    assert [name for name in WEIGHTS if some[name] != other[name]] == ["mfd"]
