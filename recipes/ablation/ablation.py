@@ -126,8 +126,10 @@ class Ablation:
             arguments += ["--loss", f"{name}={weight:.6g}"]
         if setting.is_taught:
             arguments += ["--teacher", inputs.TEACHER, "--embeddings", self.inputs.embeddings_with(setting.extras)]
-        if "texts" in setting.extras:
-            arguments += ["--extra-texts", EXTRA_TEXTS]
+        if setting.extras:
+            arguments += ["--extra-texts", EXTRA_TEXTS if "texts" in setting.extras else 0]
+        if "texts" in setting.extras and "variants" not in setting.extras:
+            arguments += ["--text-variant-share", 0]
         if setting.clusters is not None:
             arguments += ["--clusters", self.inputs.clusters(setting.clusters, setting.keep)]
         result = inputs.clipcid("distill", *arguments)

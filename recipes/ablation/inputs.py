@@ -25,8 +25,8 @@ KEEP = "0.563"
 TUNING_SHARE = 0.4
 # Share of the trained concepts of which students see one vendor's drawings only.
 WITHHELD_SHARE = 0.5
-# Stored views of an image, variants of a caption, and texts without images made of one.
-VIEWS, TEXT_VARIANTS, TEXTS_PER_CAPTION = 8, 8, 8
+# Stored views of an image; variants of a caption.
+VIEWS, TEXT_VARIANTS = 8, 8
 VENDORS = ("google", "twitter")
 
 
@@ -69,34 +69,19 @@ class Inputs:
         """Return the teacher's embeddings with further inputs, names of `plan.EXTRAS`; made where they are not there yet."""
         if not extras:
             return self.embeddings
-        work = self.work / "embedded" / "+".join(sorted(extras))
+        # `variants` and `texts` read the same rows.
+        stored = dict.fromkeys("variants" if extra == "texts" else extra for extra in extras)
+        work = self.work / "embedded" / "+".join(sorted(stored))
         folder = work / "embeddings" / "teacher"
         if folder in self._embedded:
             return folder
-        kinds = [kind for kind in ("strong", "mix") if kind in extras]
+        kinds = [kind for kind in ("strong", "mix") if kind in stored]
         flags: list[object] = ["--views", VIEWS, "--view-kind", ",".join(kinds)] if kinds else []
-        if "variants" in extras:
+        if "variants" in stored:
             flags += ["--text-variants", TEXT_VARIANTS]
-        if "texts" in extras:
-            flags += ["--texts", self._texts()]
         clipcid("embed", self.pairs, "--model", TEACHER, *flags, "--work", work)
         self._embedded.add(folder)
         return folder
-
-    def _texts(self) -> Path:
-        """Write texts without images: of each trained caption's keywords some, drawn and shuffled several times."""
-        path = self.work / "texts.txt"
-        if not path.exists():
-            random, lines = np.random.default_rng(0), list[str]()
-            shards = [read_samples(shard) for shard in sorted(self.pairs.glob("*.tar"))]
-            captions = {sample.members[".txt"].decode() for shard in shards for sample in shard.values()}
-            for caption in sorted(captions):
-                words = [word.strip() for word in caption.split(",")]
-                for _ in range(TEXTS_PER_CAPTION):
-                    count = int(random.integers(1, len(words), endpoint=True))
-                    lines.append(", ".join(words[place] for place in random.permutation(len(words))[:count]))
-            path.write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")
-        return path
 
     def keep_list(self, name: str) -> str:
         """Return what ``--keep-list`` is given for `all`, `single`, `star` or `random`."""
