@@ -85,6 +85,13 @@ def test_a_sidecar_with_entries_of_other_types_is_refused_where_it_is_read(tmp_p
         read_sidecar(path)
 
 
+def test_a_folder_in_the_place_of_a_lock_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / ".balance.lock").mkdir()
+    with pytest.raises(ClipcidError, match=r"Could not write .*\.balance\.lock") as found, open_it(tmp_path):
+        pytest.fail("it was locked")
+    assert found.value.fix
+
+
 def test_what_was_not_committed_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="killed"), open_it(tmp_path):
         raise RuntimeError("killed")
