@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
 
+# Edges merged at once: about 60 bytes each while they are sorted.
+_MERGED_AT_ONCE = 2**18
+
 
 @dataclasses.dataclass(frozen=True)
 class Edges:
@@ -38,8 +41,10 @@ class Edges:
 
     @staticmethod
     def concatenate(parts: Iterable[Edges]) -> Edges:
-        """Return all edges of `parts` in their order."""
-        parts = [Edges.empty(), *parts]
+        """Return all edges of `parts` in their order; not a copy where only one has any."""
+        parts = [part for part in parts if len(part)] or [Edges.empty()]
+        if len(parts) == 1:
+            return parts[0]
         return Edges(
             np.concatenate([part.a for part in parts]),
             np.concatenate([part.b for part in parts]),
@@ -59,8 +64,24 @@ class Edges:
         return self[: int(np.searchsorted(self.weight, np.float32(cutoff), side="right"))]
 
 
+def _ascends(edges: Edges) -> bool:
+    """Tell whether edges are in ascending order already, as those of a saved forest are."""
+    for start in range(0, len(edges) - 1, _MERGED_AT_ONCE):
+        stop = min(start + _MERGED_AT_ONCE, len(edges) - 1)
+        now, after = edges[start:stop], edges[start + 1 : stop + 1]
+        if (now.weight > after.weight).any():
+            return False
+        tied = np.flatnonzero(now.weight == after.weight)
+        now, after = now[tied], after[tied]
+        if ((now.a > after.a) | ((now.a == after.a) & (now.b > after.b))).any():
+            return False
+    return True
+
+
 def sort_edges(edges: Edges) -> Edges:
     """Order edges by (weight, smaller row, larger row)."""
+    if _ascends(edges):
+        return edges
     # Non-negative floats order like their bit patterns, so weight and smaller row form one 64-bit key, whose vectorised
     # sort is many times faster than a sort by three columns; ties are then sorted by the larger row.
     if len(edges) and int(edges.a.max()) >= 2**32:
@@ -78,3 +99,26 @@ def sort_edges(edges: Edges) -> Edges:
         order[tied] = among[np.lexsort((edges.b[among], key[tied]))]
     del key, weight
     return edges[order]
+
+
+def merge_edges(one: Edges, other: Edges) -> Edges:
+    """Return all edges of both, ascending; each must ascend. The memory is that of the result, and of a part of it.
+
+    Equal weights are sorted at once, however many they are.
+    """
+    if not len(one) or not len(other):
+        return one if len(one) else other
+    length = len(one) + len(other)
+    merged = Edges(
+        np.empty(length, np.result_type(one.a, other.a)),
+        np.empty(length, np.result_type(one.b, other.b)),
+        np.empty(length, np.float32),
+    )
+    start_one = start_other = 0
+    for last in [*one.weight[_MERGED_AT_ONCE - 1 :: _MERGED_AT_ONCE].tolist(), np.inf]:
+        end_one, end_other = (int(np.searchsorted(each.weight, np.float32(last), "right")) for each in (one, other))
+        part = sort_edges(Edges.concatenate([one[start_one:end_one], other[start_other:end_other]]))
+        place = slice(start_one + start_other, end_one + end_other)
+        merged.a[place], merged.b[place], merged.weight[place] = part.a, part.b, part.weight
+        start_one, start_other = end_one, end_other
+    return merged

@@ -54,6 +54,8 @@ _LARGEST_PANEL = 8 * _BLOCK_ROWS
 CACHE_BYTES = 2**30
 # Scores whose maximum is taken at once.
 _STRETCH = 128
+# Of these, most whose candidates are looked for and refined at once: each pair takes up to 150 bytes until it is merged.
+_STRETCHES_AT_ONCE = 2**11
 # Candidates that are refined at once.
 _MANY_PAIRS = 2**16
 # Where at least one entry in this many is a candidate, a float32 product of their rows filters once more (measured: an entry
@@ -219,16 +221,17 @@ class TiledSearch:
                         break
                     a = panel_i.scan[start_i : start_i + _BLOCK_ROWS]
                     is_diagonal = panel_i is panel_j and start_i == start_j
-                    found = _find_candidates(a, b, threshold, self._scores, is_diagonal).shifted(start_i, start_j)
-                    # Few candidates of many blocks are refined together; many of one block at once, by matrix products.
-                    if len(found) * _ENTRIES_PER_PAIR > len(a) * len(b):
-                        yield from _refine_block(panel_i, panel_j, found, cutoff, pair_filter)
-                    elif len(found):
-                        waiting.append(found)
-                        num_waiting += len(found)
-                    if num_waiting > _MANY_PAIRS:
-                        yield from _refine(panel_i, panel_j, waiting, cutoff, pair_filter)
-                        waiting, num_waiting = [], 0
+                    for entries, candidates in _find_candidates(a, b, threshold, self._scores, is_diagonal):
+                        found = candidates.shifted(start_i, start_j)
+                        # Few candidates of many blocks are refined together; many of one at once, by matrix products.
+                        if len(found) * _ENTRIES_PER_PAIR > entries:
+                            yield from _refine_block(panel_i, panel_j, found, cutoff, pair_filter)
+                        elif len(found):
+                            waiting.append(found)
+                            num_waiting += len(found)
+                        if num_waiting > _MANY_PAIRS:
+                            yield from _refine(panel_i, panel_j, waiting, cutoff, pair_filter)
+                            waiting, num_waiting = [], 0
             if waiting:
                 yield from _refine(panel_i, panel_j, waiting, cutoff, pair_filter)
 
@@ -328,8 +331,11 @@ def _filter_in_float32(
 
 def _find_candidates(
     a_MD: torch.Tensor, b_ND: torch.Tensor, threshold: torch.Tensor, buffer: torch.Tensor, is_diagonal: bool
-) -> _CandidatePairs:
-    """Return the pairs whose score is not below the threshold; of a block with itself, those with i < j."""
+) -> Iterator[tuple[int, _CandidatePairs]]:
+    """Yield the pairs whose score is not below the threshold; of a block with itself, those with i < j.
+
+    They come in parts of bounded size, each with the number of entries of the block that it stands for.
+    """
     scores_MN = multiply(a_MD, b_ND, buffer)
     if is_diagonal:
         scores_MN.fill_diagonal_(-math.inf if scores_MN.is_floating_point() else torch.iinfo(scores_MN.dtype).min)
@@ -341,10 +347,13 @@ def _find_candidates(
     stretch = _STRETCH if len(b_ND) % _STRETCH == 0 else len(b_ND)
     stretches_SW = keys_MN.view(-1, stretch)
     hit_S = torch.nonzero(stretches_SW.amax(dim=1) >= key)[:, 0]
-    p_P, within_P = torch.nonzero(stretches_SW[hit_S] >= key, as_tuple=True)
-    entry_P = hit_S[p_P] * stretch + within_P
-    i_P, j_P = entry_P // len(b_ND), entry_P % len(b_ND)
-    if is_diagonal:
-        above = i_P < j_P
-        i_P, j_P = i_P[above], j_P[above]
-    return _CandidatePairs(i_P, j_P, scores_MN[i_P, j_P])
+    at_once = max(1, _STRETCHES_AT_ONCE * _STRETCH // stretch)
+    for part_S in (hit_S[at : at + at_once] for at in range(0, len(hit_S), at_once)):
+        p_P, within_P = torch.nonzero(stretches_SW[part_S] >= key, as_tuple=True)
+        entry_P = part_S[p_P] * stretch + within_P
+        i_P, j_P = entry_P // len(b_ND), entry_P % len(b_ND)
+        if is_diagonal:
+            above = i_P < j_P
+            i_P, j_P = i_P[above], j_P[above]
+        entries = scores_MN.numel() * len(part_S) // len(hit_S)
+        yield entries, _CandidatePairs(i_P, j_P, scores_MN[i_P, j_P])

@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.algorithms.search.distances import FloatArray, IntArray, row_type
-from clipcid_cli.algorithms.search.edges import Edges, sort_edges
+from clipcid_cli.algorithms.search.edges import Edges, merge_edges, sort_edges
 
 # Edges collected before they are merged into the forest; at least a quarter as many as the forest has.
 _SMALLEST_FOLD = 2**18
 _MOST_PIECES = 2**10
 # From this many edges at once, and this many times the number of rows they join, their own forest is built first: it is far
-# smaller.
-_MANY = 2**12
+# smaller. More than the second number are a forest that has been saved.
+_MANY, _MOST = 2**12, 2**20
 _DENSE = 4
 
 
@@ -127,6 +127,8 @@ class ForestBuilder:
         self._smallest_fold = smallest_fold
         self._forest = Edges.empty()
         self._rounds: list[_Round] = []
+        # Of `_thin_out`; pages never written take no memory.
+        self._place = np.empty(num_rows, row_type(num_rows))
         self._waiting: list[Edges] = []
         self._num_waiting = 0
         # Small pieces, each three arrays of its own, are put together before they are many.
@@ -161,10 +163,11 @@ class ForestBuilder:
 
     def add(self, edges: Edges) -> None:
         """Add edges of the graph."""
-        edges = edges[self.may_join(edges.a, edges.b, edges.weight)]
+        if self._rounds:
+            edges = edges[self.may_join(edges.a, edges.b, edges.weight)]
         if not len(edges):
             return
-        if len(edges) >= _MANY:
+        if _MANY <= len(edges) <= _MOST:
             edges = self._thin_out(edges)
         self._pieces.append(edges.in_type(row_type(self.num_rows)))
         if len(self._pieces) >= _MOST_PIECES:
@@ -176,14 +179,15 @@ class ForestBuilder:
 
     def _thin_out(self, edges: Edges) -> Edges:
         """Return the forest of the edges where they are dense, as between near copies of one image; else the edges."""
-        occurs = np.zeros(self.num_rows, np.bool_)
-        occurs[edges.a] = occurs[edges.b] = True
-        rows = np.flatnonzero(occurs)
+        ends = np.concatenate([edges.a, edges.b])
+        number = np.arange(len(ends), dtype=self._place.dtype)
+        self._place[ends] = number
+        rows = np.sort(ends[self._place[ends] == number])
         if len(edges) <= _DENSE * len(rows):
             return edges
         # Rows keep their order, so ties are broken as among all rows.
-        places = (np.searchsorted(rows, edges.a), np.searchsorted(rows, edges.b))
-        forest = minimum_forest(len(rows), Edges(*places, edges.weight))
+        self._place[rows] = number[: len(rows)]
+        forest = minimum_forest(len(rows), Edges(self._place[edges.a], self._place[edges.b], edges.weight))
         return Edges(rows[forest.a], rows[forest.b], forest.weight)
 
     def build(self) -> Edges:
@@ -194,10 +198,12 @@ class ForestBuilder:
     def _fold(self) -> None:
         if not self._num_waiting:
             return
-        edges = Edges.concatenate([self._forest, *self._waiting, *self._pieces])
-        # What is not needed any more would lie beside the sorted edges.
-        self._forest, self._waiting, self._pieces, self._num_waiting, self._rounds = Edges.empty(), [], [], 0, []
-        edges = sort_edges(edges)
+        self._rounds = []
+        added = Edges.concatenate([*self._waiting, *self._pieces])
+        self._waiting, self._pieces, self._num_waiting = [], [], 0
+        edges = merge_edges(self._forest, sort_edges(added))
+        del added
+        self._forest = Edges.empty()
         self._forest, self._rounds = _contract(self.num_rows, edges)
 
 
@@ -233,8 +239,8 @@ def forest_curve(num_rows: int, forest: Edges, chosen: float | None, num_points:
         distances = np.append(distances, np.float32(chosen))
     distances = np.unique(distances)
     ends = np.searchsorted(forest.weight, distances, side="right")
-    labels = np.arange(num_rows, dtype=np.int64)
-    sizes = np.ones(num_rows, dtype=np.int64)
+    kind = row_type(num_rows)
+    labels, sizes = np.arange(num_rows, dtype=kind), np.ones(num_rows, dtype=kind)
     largest, largest_at, start = 1, np.empty(len(ends), np.int64), 0
     for point, end in enumerate(ends.tolist()):
         # Only components that these edges touch are relabelled, so the whole curve costs one pass.
@@ -242,7 +248,7 @@ def forest_curve(num_rows: int, forest: Edges, chosen: float | None, num_points:
         roots, position = np.unique(np.concatenate([roots_a, roots_b]), return_inverse=True)
         joined = connected_components(len(roots), position[: len(roots_a)], position[len(roots_a) :])
         labels[roots] = roots[joined]
-        total = np.bincount(joined, weights=sizes[roots], minlength=len(roots)).astype(np.int64)
+        total = np.bincount(joined, weights=sizes[roots], minlength=len(roots)).astype(kind)
         sizes[roots] = total
         largest = max(largest, int(total.max(initial=0)))
         largest_at[point], start = largest, end

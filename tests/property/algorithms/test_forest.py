@@ -11,11 +11,12 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components as scipy_components
 
-from clipcid_cli.algorithms.search import queued
+from clipcid_cli.algorithms.search import edges as edges_module
+from clipcid_cli.algorithms.search import pair_search, queued
 from clipcid_cli.algorithms.search.blocks import load_block, lowest_score
 from clipcid_cli.algorithms.search.distances import LONGEST_ROW, IntArray, paired_distances
 from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows
-from clipcid_cli.algorithms.search.edges import Edges, sort_edges
+from clipcid_cli.algorithms.search.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.algorithms.sets.forest import ForestBuilder, connected_components, forest_curve, minimum_forest
 
@@ -137,7 +138,14 @@ def test_minimum_forest_of_any_graph_with_many_ties(data: st.DataObject) -> None
         np.array([weight for _, weight in pairs], np.float32),
     )
     assert as_list(minimum_forest(num_rows, edges)) == kruskal(num_rows, edges)
-    assert as_list(sort_edges(edges)) == sorted(as_list(edges))
+    ascending = sort_edges(edges)
+    assert as_list(ascending) == sorted(as_list(edges))
+    assert sort_edges(ascending) is ascending
+    cut = data.draw(st.integers(0, len(edges)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(edges_module, "_MERGED_AT_ONCE", data.draw(st.integers(1, 9)))
+        merged = merge_edges(sort_edges(edges[:cut]), sort_edges(edges[cut:]))
+    assert as_list(merged) == sorted(as_list(edges))
     graph = coo_array((np.ones(len(edges)), (edges.a, edges.b)), shape=(num_rows, num_rows))
     labels = connected_components(num_rows, edges.a, edges.b)
     assert partition(labels) == partition(scipy_components(graph, directed=False)[1]) == labels.tolist()
@@ -232,6 +240,27 @@ def test_a_queued_tile_of_any_size_looks_into_few_scores(m: int, n: int, is_diag
         near = [edge for edge in as_list(all_edges(rows)) if edge[0] <= np.float32(0.1)]
         expected = [(weight, i, j) for weight, i, j in near if (j < m if is_diagonal else i < m <= j)]
         assert sorted(as_list(edges)) == sorted(expected)
+
+
+@pytest.mark.parametrize("dtype", SCAN_DTYPES, ids=str)
+@pytest.mark.parametrize("others", [128, 100])
+def test_near_pairs_come_in_pieces_of_bounded_size(
+    dtype: torch.dtype, others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair_search, "_STRETCHES_AT_ONCE", 2)
+    rows = unit_rows(5, 256 + others, 16, 1, 0.05)
+    expected = all_edges(rows)
+    join = TiledSearch(rows.__getitem__, np.arange(len(rows)), CPU, dtype, 256)
+    one, other = join.panel(0), join.panel(1)
+    for pair, is_asked in (
+        ((one, one), expected.b < 256),
+        ((one, other), (expected.a < 256) & (expected.b >= 256)),
+    ):
+        cutoff = float(np.quantile(expected.weight, 0.8))
+        pieces = list(join.search(*pair, cutoff, lambda a, b, at_least: np.ones(len(a), np.bool_)))
+        assert max(map(len, pieces)) <= 256
+        near = expected[is_asked & (expected.weight <= np.float32(cutoff))]
+        assert sorted(as_list(Edges.concatenate(pieces))) == sorted(as_list(near))
 
 
 def test_near_copies_take_one_place_a_pair() -> None:
