@@ -24,6 +24,7 @@ from clipcid_cli.formats.reading import describe, open_regular
 
 ROWS_AT_ONCE = 2**20
 """Rows of a row group."""
+_TAKEN_AT_ONCE = 2**16
 
 _SCHEMA = pa.schema(
     [
@@ -155,26 +156,40 @@ def write_keep_list(
     parts = [slice(start, min(start + ROWS_AT_ONCE, len(labels))) for start in range(0, len(labels), ROWS_AT_ONCE)]
     for part in parts:
         np.add.at(sizes, labels[part], 1)
-    all_keys = keys.chunk(0) if keys.num_chunks == 1 else map_strings(path.parent, keys.chunks)
+    all_keys, all_shards = (
+        column.chunk(0) if column.num_chunks == 1 else map_strings(path.parent, column.chunks)
+        for column in (keys.cast(pa.large_string()), shards.cast(pa.large_string()))
+    )
     with atomic_file(path) as file, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
         for part in parts or [slice(0, 0)]:
             chosen = representatives[part]
+            blocks = (chosen[at : at + _TAKEN_AT_ONCE] for at in range(0, len(chosen), _TAKEN_AT_ONCE))
+            names = map_strings(path.parent, (all_keys.take(pa.array(block)) for block in blocks))
             columns = [
-                _text(keys[part]),
-                _text(shards[part]),
+                _text(all_keys, part),
+                _text(all_shards, part),
                 labels[part].astype(np.int64, copy=False),
                 sizes[labels[part]].astype(np.int64),
                 chosen == np.arange(part.start, part.stop),
-                all_keys.take(pa.array(chosen)).cast(pa.string()),
+                _text(names, slice(0, len(names))),
                 distances[part],
             ]
             writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=ROWS_AT_ONCE)
 
 
-def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    # A cast of a slice checks the offsets of the whole array, which may exceed the 2 GiB of a string column: copy it first.
-    parts = [chunk.take(pa.array(np.arange(len(chunk)))).cast(pa.string()) for chunk in column.chunks]
-    return pa.chunked_array(parts, pa.string())
+def _text(column: pa.LargeStringArray, part: slice) -> pa.StringArray:
+    """Return some of the strings, whose bytes are not copied: of mapped ones only the offsets take memory."""
+    _, bounds, data = column.buffers()
+    if bounds is None or part.start == part.stop:
+        return pa.array([], pa.string())
+    ends = np.frombuffer(bounds, np.int64)[column.offset + part.start : column.offset + part.stop + 1]
+    first, last = int(ends[0]), int(ends[-1])
+    if last - first >= 2**31:
+        raise ValueError(
+            f"the strings of {len(ends) - 1:,} rows take {last - first:,} bytes, more than a column can hold"
+        )
+    offsets = pa.py_buffer((ends - first).astype(np.int32))
+    return pa.StringArray.from_buffers(len(ends) - 1, offsets, data.slice(first, last - first))
 
 
 def read_keep_list(path: Path) -> KeepList:
