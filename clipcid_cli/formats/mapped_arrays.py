@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.formats.atomic import write_error
 
+Arrays = tuple[npt.NDArray[Any], ...]
 Number = TypeVar("Number", bound=np.generic)
 
 
@@ -46,6 +49,35 @@ def create_unnamed(folder: Path, dtype: np.dtype[Number], shape: tuple[int, ...]
             return _map(file, dtype, shape)
     except OSError as error:
         raise write_error(folder, error) from error
+
+
+def spool_arrays(folder: Path, dtypes: Sequence[Any], parts: Iterable[Sequence[npt.NDArray[Any]]]) -> Arrays:
+    """Write arrays that come part by part to files without a name; return them whole, mapped.
+
+    Args:
+        folder: Where the files lie.
+        dtypes: Of each array, K of them.
+        parts: K arrays [n] each, of these dtypes.
+
+    Raises:
+        ClipcidError: when the disk of the folder has no room for them.
+    """
+    try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(TemporaryFile(dir=folder)) for _ in dtypes]
+            for part in parts:
+                for file, dtype, values in zip(files, dtypes, part, strict=True):
+                    file.write(
+                        np.ascontiguousarray(values, dtype).data
+                    )  # `tofile` would not notice that a disk is full
+            return tuple(map(_map_written, files, dtypes))
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def _map_written(file: IO[bytes], dtype: Any) -> npt.NDArray[Any]:
+    file.flush()
+    return np.memmap(file, dtype, "r") if os.fstat(file.fileno()).st_size else np.empty(0, dtype)
 
 
 def _map(file: IO[bytes], dtype: np.dtype[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:

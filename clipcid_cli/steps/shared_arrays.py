@@ -17,11 +17,10 @@ import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_error, write_npy
+from clipcid_cli.formats.mapped_arrays import Arrays
 from clipcid_cli.runtime.machine import Machine
 
 _FOLDER = ".shared"
-
-Arrays = tuple[npt.NDArray[Any], ...]
 
 
 def share_arrays(machine: Machine, folder: Path, make: Callable[[], Arrays]) -> Arrays:

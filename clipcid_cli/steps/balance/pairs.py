@@ -11,20 +11,23 @@ import numpy as np
 
 from clipcid_cli.algorithms.search.distances import IntArray
 from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.pair_search import TiledSearch, default_panel_rows
+from clipcid_cli.algorithms.search.pair_search import CACHE_BYTES, TiledSearch, default_panel_rows
 from clipcid_cli.algorithms.search.tiles import Tile
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.mapped_arrays import Arrays, spool_arrays
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.shared_arrays import share_arrays
+from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
 
 # Limits of `collect_few_pairs`, some seconds on two cores: rows compared, and pairs found (20 bytes each, and several times
 # that to sort and cover them). Small panels compare few rows of different components.
 _MOST_COMPARED = 2**31
 _MOST_FOUND = 2**23
 _SMALL_PANEL = 2048
+# Limit of the small panels kept for the next tiles: few components have more than two.
+_SMALL_CACHE = 2**26
 # Limit of `collect_pairs`, and the memory a pair takes while pairs are sorted and covered (measured).
 _MOST_COLLECTED = 2**26
 _BYTES_A_PAIR = 75
@@ -62,15 +65,20 @@ def collect_pairs(
         ClipcidError: when they would not fit into memory.
     """
     tiles = _share_tiles(machine, folder, rows, labels)
-    found = _collect(machine, tiles, rows, precision, cutoff, _MOST_COLLECTED, reporter)
-    if found is None:
+    parts = _collect(machine, folder, tiles, rows, precision, cutoff, _MOST_COLLECTED, CACHE_BYTES, reporter)
+    if parts is None:
         raise ClipcidError(
             f"More than {_MOST_COLLECTED:,} pairs of images are within {cutoff:.4f} of each other. A star cover holds all "
             f"of them in memory, about {_BYTES_A_PAIR} bytes each: "
             f"over {_MOST_COLLECTED * _BYTES_A_PAIR / 2**30:.0f} GiB.",
             "Use --linkage single, or drop fewer images: a larger --keep or a smaller --threshold.",
         )
-    return found
+
+    def join() -> Arrays:
+        found = Edges.concatenate(parts)
+        return found.a, found.b, found.weight
+
+    return Edges(*share_arrays(machine, folder, join))
 
 
 def collect_few_pairs(
@@ -85,7 +93,7 @@ def collect_few_pairs(
     """Find the pairs that :func:`collect_pairs` finds, unless that would take long.
 
     Returns:
-        The pairs, or what there is too much of; the same for any number of processes.
+        The pairs on the first process, none on the others; or what there is too much of, on all.
     """
     tiles = _share_tiles(machine, folder, rows, labels, _SMALL_PANEL)
     compared = tiles.num_pairs
@@ -93,10 +101,10 @@ def collect_few_pairs(
         return NotComputed(
             f"it takes {compared:,} comparisons within the groups, more than the {_MOST_COMPARED:,} made for a report"
         )
-    found = _collect(machine, tiles, rows, precision, cutoff, _MOST_FOUND, reporter)
-    if found is None:
+    parts = _collect(machine, folder, tiles, rows, precision, cutoff, _MOST_FOUND, _SMALL_CACHE, reporter)
+    if parts is None:
         return NotComputed(f"more than {_MOST_FOUND:,} pairs are within the cut-off")
-    return found
+    return Edges.concatenate(parts)
 
 
 def _share_tiles(
@@ -109,7 +117,7 @@ def _share_tiles(
 def _find_members(rows: BalanceRows, labels: IntArray) -> IntArray:
     """Return the unique rows that are not alone in their component, by component, integers [M]."""
     label_U = labels[rows.unique]
-    members = rows.unique[np.bincount(label_U, minlength=1)[label_U] > 1]
+    members = rows.unique[(np.bincount(label_U, minlength=1) > 1)[label_U]]
     return members[np.argsort(labels[members], kind="stable")]
 
 
@@ -145,29 +153,37 @@ class ComponentTiles:
 
 def _collect(
     machine: Machine,
+    folder: Path,
     tiles: ComponentTiles,
     rows: BalanceRows,
     precision: str,
     cutoff: float,
     most: int,
+    cache_bytes: int,
     reporter: Reporter,
-) -> Edges | None:
-    """Find the pairs of one component in the tiles, each process in its share; None where they are more than `most`."""
+) -> list[Edges] | None:
+    """Find the pairs of one component in the tiles, each process in its share.
+
+    Returns:
+        On the first process what each found, mapped, and nothing on the others; None where they are more than `most`.
+    """
     scan, labels = choose_scan(precision, machine.device), tiles.labels
-    search = TiledSearch(rows.read, tiles.members, machine.device, scan.dtype, tiles.panel_rows)
-    found: list[Edges] = []
     number = 0
-    if len(tiles.members):
+
+    def find() -> Iterator[Arrays]:
+        nonlocal number
+        search = TiledSearch(rows.read, tiles.members, machine.device, scan.dtype, tiles.panel_rows, cache_bytes)
         with reporter.progress("pairs", tiles.num_pairs // machine.size, "pairs") as progress:
             for tile in islice(tiles, machine.rank, None, machine.size):
                 for edges in search.search_tile(tile, cutoff, lambda a, b, _: labels[a] == labels[b]):
                     number += len(edges)
                     if number > most:
-                        break
-                    found.append(edges)
-                if number > most:
-                    break
+                        return
+                    yield edges.a, edges.b, edges.weight
                 progress.advance(search.num_pairs(tile))
+
+    kinds = (tiles.members.dtype, tiles.members.dtype, np.float32)
+    found = machine.on_all(lambda: spool_arrays(folder, kinds, find() if len(tiles.members) else ()))
     if sum(machine.gather(number)) > most:
         return None
-    return Edges.concatenate(machine.gather(Edges.concatenate(found)))
+    return [Edges(*each) for each in collect_arrays(machine, folder, found)]

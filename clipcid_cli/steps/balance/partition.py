@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,12 +15,11 @@ from clipcid_cli.algorithms.search.partition_margin import measure_margin, sampl
 from clipcid_cli.algorithms.search.partition_training import train_partitions
 from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedSearch
 from clipcid_cli.algorithms.search.partitions import Assignment, Partitions, assign_rows, group_rows
-from clipcid_cli.formats.atomic import write_error
 from clipcid_cli.formats.embeddings.grouped import create_copy, open_copies
-from clipcid_cli.formats.mapped_arrays import create_unnamed
+from clipcid_cli.formats.mapped_arrays import Arrays, create_unnamed, spool_arrays
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.reporting import Progress, Reporter
-from clipcid_cli.steps.shared_arrays import Arrays, collect_arrays, share_arrays
+from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
 
 # Where this share of all pairs would be compared, all of them may as well be.
 _LARGEST_SHARE = 0.5
@@ -74,7 +69,7 @@ def partition_rows(
     start, stop = machine.share(len(rows))
     with reporter.progress("assign", stop - start, "images") as progress:
         assigned = assign_rows(partitions, read, rows, margin, share=(start, stop), advance=progress.advance)
-        home, visited, visitor = machine.on_all(lambda: _spool(folder, assigned))
+        home, visited, visitor = machine.on_all(lambda: _spool(folder, assigned, len(rows)))
     with reporter.progress("group", stop - start, "images") as progress:
         places = machine.on_all(lambda: _copy_grouped(machine, folder, read, rows, home, partitions, progress))
     parts = collect_arrays(machine, folder, (home, visited, visitor, places))
@@ -138,31 +133,11 @@ def _copy_grouped(
     return places
 
 
-def _spool(folder: Path, assignments: Iterable[Assignment]) -> Arrays:
-    """Write the partitions of rows to files without a name as they are found; a row may visit dozens.
-
-    Raises:
-        ClipcidError: when the disk has no room for them.
-    """
-    names = ("home", "visited", "visitor")
-    dtypes = dict.fromkeys(names, np.dtype(np.int32))
-    try:
-        with ExitStack() as stack:
-            files = {name: stack.enter_context(TemporaryFile(dir=folder)) for name in names}
-            for each in assignments:
-                for name, file in files.items():
-                    values = getattr(each, name)
-                    dtypes[name] = values.dtype
-                    file.write(np.ascontiguousarray(values).data)  # `tofile` would not notice that a disk is full
-            return tuple(_map(files[name], dtypes[name]) for name in names)
-    except OSError as error:
-        raise write_error(folder, error) from error
+def _spool(folder: Path, assignments: Iterable[Assignment], num_rows: int) -> Arrays:
+    """Write the partitions of rows to files without a name as they are found; a row may visit dozens."""
+    found = ((each.home, each.visited, each.visitor) for each in assignments)
+    return spool_arrays(folder, (np.int32, np.int32, row_type(num_rows)), found)
 
 
 def _allocate(folder: Path, length: int, dtype: type[np.signedinteger]) -> IntArray:
     return create_unnamed(folder, np.dtype(dtype), (length,))
-
-
-def _map(file: IO[bytes], dtype: Any) -> IntArray:
-    file.flush()
-    return np.memmap(file, dtype, "r") if os.fstat(file.fileno()).st_size else np.empty(0, dtype)

@@ -18,6 +18,7 @@ from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
 from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.mapped_arrays import Arrays
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -26,7 +27,7 @@ from clipcid_cli.steps.embed.ensure import ensure_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
-from clipcid_cli.steps.shared_arrays import Arrays, collect_arrays, share_arrays
+from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
 
 # What is computed from so few rows stays in the processor's cache.
 _ROWS_AT_ONCE = 512
@@ -65,7 +66,7 @@ class BalanceRows:
             yield from (values if len(part) == file.rows else values.take(pa.array(part))).chunks
 
     def unique_positions(self) -> IntArray:
-        """Return the position in `unique` of the row that each row equals, int64 [N]."""
+        """Return the position in `unique` of the row that each row equals, integers [N]."""
         return unique_positions(len(self), self.unique, self.copies)
 
 

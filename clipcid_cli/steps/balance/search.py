@@ -27,6 +27,7 @@ from clipcid_cli.algorithms.search.tiles import deal, left_after
 from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.grouped import remove_copies
+from clipcid_cli.formats.mapped_arrays import Arrays
 from clipcid_cli.formats.results.forest import ForestPart, ForestParts, StoredForest, read_forest, write_forest
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_for_rows
@@ -35,7 +36,7 @@ from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.partition import partition_rows
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.shared_arrays import Arrays, share_arrays
+from clipcid_cli.steps.shared_arrays import share_arrays
 
 # Measured at 1 and 4 million rows, 1.8 and 9.9 s: what the first save is expected to take.
 _SECONDS_TO_SAVE_A_ROW = 2.5e-6

@@ -28,11 +28,12 @@ from clipcid_cli.algorithms.sets.star import (
     star_cover,
     star_curve,
 )
+from clipcid_cli.formats.mapped_arrays import Arrays
 from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.rows import caption_similarities
 from clipcid_cli.steps.balance.samples import count_pixels
 from clipcid_cli.steps.balance.search import Forest
-from clipcid_cli.steps.shared_arrays import Arrays, share_arrays
+from clipcid_cli.steps.shared_arrays import share_arrays
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
 _STAR_STEP = 1.05
@@ -192,11 +193,11 @@ def _make_stars(context: Context, forest: Forest, threshold: float, num_kept: in
 
 
 def _central(context: Context, labels: IntArray) -> IntArray:
-    return central_rows(context.rows.read, np.arange(len(labels)), labels)
+    return central_rows(context.rows.read, np.arange(len(labels), dtype=labels.dtype), labels)
 
 
 def _medoid(context: Context, labels: IntArray) -> IntArray:
-    return medoid_rows(context.rows.read, np.arange(len(labels)), labels, context.machine.device)
+    return medoid_rows(context.rows.read, np.arange(len(labels), dtype=labels.dtype), labels, context.machine.device)
 
 
 def _first(context: Context, labels: IntArray) -> IntArray:

@@ -14,7 +14,7 @@ import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.grouped import create_copy
-from clipcid_cli.formats.mapped_arrays import create_mapped, create_unnamed
+from clipcid_cli.formats.mapped_arrays import create_mapped, create_unnamed, spool_arrays
 
 INT64 = np.dtype(np.int64)
 
@@ -42,6 +42,23 @@ def test_a_disk_without_room_is_an_error_that_names_the_place(tmp_path: Path, ma
     make(tmp_path)
     with largest_file(4096), pytest.raises(ClipcidError, match=f"^Could not write {re.escape(str(tmp_path))}"):
         make(tmp_path)
+
+
+def test_arrays_that_come_in_parts(tmp_path: Path) -> None:
+    numbers = np.arange(2000, dtype=np.int32)
+    kinds = (np.int32, np.int64)
+    found = spool_arrays(tmp_path, kinds, [(numbers, numbers[::2]), (numbers, numbers[:0]), (numbers[:0], numbers[:2])])
+    assert [(part.tolist(), part.dtype) for part in found] == [
+        ([*numbers, *numbers], np.int32),
+        ([*numbers[::2], 0, 1], np.int64),
+    ]
+    assert [part.shape for part in spool_arrays(tmp_path, kinds, [])] == [(0,), (0,)]
+    with (
+        largest_file(4096),
+        pytest.raises(ClipcidError, match=f"^Could not write {re.escape(str(tmp_path))}: File too"),
+    ):
+        spool_arrays(tmp_path, kinds, [(numbers, numbers)])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("has_fallocate", [True, False])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ import torch
 from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
 
 from clipcid_cli.algorithms.search.pair_search import TiledSearch
-from clipcid_cli.algorithms.search.partitions import Assignment
-from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.precision import choose_precision
@@ -173,19 +170,6 @@ def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Pat
     result, _ = balance(tmp_path / "parts", folder, threshold=0.1)
     exact, _ = balance(tmp_path / "exact", folder, threshold=0.1, neighbors="exact")
     assert result["kept"] == exact["kept"] == 3000
-
-
-def test_a_disk_that_fills_while_partitions_are_written_is_an_error(tmp_path: Path) -> None:
-    numbers = np.arange(2000, dtype=np.int32)
-    found = partitioning._spool(tmp_path, [Assignment(numbers, numbers[:0], numbers[:0]), Assignment(*[numbers] * 3)])
-    assert [part.tolist() for part in found] == [[*numbers, *numbers], [*numbers], [*numbers]]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(ClipcidError, match=f"^Could not write {tmp_path}: File too large"):
-            partitioning._spool(tmp_path, [Assignment(*[numbers] * 3)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_where_partitions_spare_nothing_all_pairs_are_compared(tmp_path: Path) -> None:
