@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.search.distances import HalfArray, IntArray, ReadRows
+from clipcid_cli.algorithms.search.distances import HalfArray, IntArray, ReadRows, row_type
 from clipcid_cli.algorithms.search.edges import Edges
 
 HashArray = npt.NDArray[np.uint64]
@@ -84,9 +84,10 @@ def unique_positions(num_rows: int, unique: IntArray, copies: Edges) -> IntArray
     """Map rows 0 … N − 1 to the unique rows that they equal, given what :func:`collapse_duplicates` found among them.
 
     Returns:
-        The position in `unique` of each row, int64 [N].
+        The position in `unique` of each row, integers [N].
     """
-    positions = np.zeros(num_rows, np.int64)
-    positions[unique] = np.arange(len(unique))
+    kind = row_type(num_rows)
+    positions = np.zeros(num_rows, kind)
+    positions[unique] = np.arange(len(unique), dtype=kind)
     positions[copies.b] = positions[copies.a]
     return positions

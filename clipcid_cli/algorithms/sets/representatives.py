@@ -22,6 +22,7 @@ from clipcid_cli.algorithms.search.distances import (
     round_distances,
     squared_lengths,
 )
+from clipcid_cli.algorithms.sets.star import is_kept
 
 # Temporary copies of this many rows stay in the cache.
 _ROWS_AT_ONCE = 1024
@@ -31,36 +32,47 @@ def central_rows(read: ReadRows, rows: IntArray, labels: IntArray) -> IntArray:
     """Choose the row nearest to the mean of each group.
 
     Args:
-        rows: Row numbers, int64 [N].
-        labels: Group of each row, int64 [N].
+        rows: Row numbers, integers [N].
+        labels: Group of each row, the smallest position in it, integers [N].
 
     Returns:
-        The position in `rows` of each row's representative, int64 [N]. Means are float64 means of the stored rows, whose
+        The position in `rows` of each row's representative, integers [N]. Means are float64 means of the stored rows, whose
         sums are exact; of equal distances the smaller position wins.
     """
-    scores_N = np.zeros(len(labels))
+    chosen_N = labels.copy()
     for members_M, starts_S in _batches(labels):
-        scores_N[members_M] = _from_means(read, rows[members_M], starts_S)
-    return best_rows(-scores_N, labels)
+        _choose_least(chosen_N, members_M, starts_S, _from_means(read, rows[members_M], starts_S))
+    return chosen_N
 
 
 def medoid_rows(read: ReadRows, rows: IntArray, labels: IntArray, device: torch.device) -> IntArray:
     """Choose the row of each group with the smallest sum of distances to the others; as :func:`central_rows` otherwise."""
-    scores_N = np.zeros(len(labels))
+    chosen_N = labels.copy()
     for members_M, starts_S in _batches(labels):
-        for start, end in zip(starts_S, np.append(starts_S[1:], len(members_M)), strict=True):
-            members = members_M[start:end]
-            scores_N[members] = _from_members(read, rows[members], device)
-    return best_rows(-scores_N, labels)
+        parts = np.split(members_M, starts_S[1:])
+        sums_M = np.concatenate([_from_members(read, rows[members], device) for members in parts])
+        _choose_least(chosen_N, members_M, starts_S, sums_M)
+    return chosen_N
+
+
+def _choose_least(chosen_N: IntArray, members_M: IntArray, starts_S: IntArray, scores_M: DoubleArray) -> None:
+    """Write the member with the least score of each group, of equal ones the first, for all its members."""
+    sizes_S = np.diff(starts_S, append=len(members_M))
+    least_M = np.repeat(np.minimum.reduceat(scores_M, starts_S), sizes_S)
+    places = np.flatnonzero(scores_M == least_M)
+    first_S = places[np.searchsorted(places, starts_S)]
+    chosen_N[members_M] = np.repeat(members_M[first_S], sizes_S)
 
 
 def best_rows(scores: DoubleArray, labels: IntArray) -> IntArray:
     """Choose the row of each group with the highest score, float64 [N], not NaN; as :func:`central_rows` otherwise."""
-    order = np.lexsort((-scores, labels))  # stable: of equal scores the smaller position comes first
-    is_first = np.append(True, np.diff(labels[order]) != 0)
-    chosen = np.empty(len(labels), np.int64)
-    chosen[order] = order[is_first][np.cumsum(is_first) - 1]
-    return chosen
+    highest = np.full(len(labels), -np.inf)
+    np.maximum.at(highest, labels, scores)
+    best = np.flatnonzero(scores == highest[labels]).astype(labels.dtype)
+    del highest
+    chosen = np.full(len(labels), len(labels), labels.dtype)
+    np.minimum.at(chosen, labels[best], best)
+    return chosen[labels]
 
 
 def random_scores(rows: IntArray, seed: int) -> DoubleArray:
@@ -78,14 +90,14 @@ def distances_to(read: ReadRows, rows: IntArray, representatives: IntArray) -> F
     """Return the exact distance of each row to its representative.
 
     Args:
-        rows: Row numbers, int64 [N].
-        representatives: Positions in `rows`, int64 [N].
+        rows: Row numbers, integers [N].
+        representatives: Positions in `rows`, integers [N].
 
     Returns:
         float32 [N], 0 for rows that represent themselves.
     """
     distances = np.zeros(len(rows), np.float32)
-    others = np.flatnonzero(representatives != np.arange(len(rows)))
+    others = np.flatnonzero(~is_kept(representatives)).astype(representatives.dtype)
     for start in range(0, len(others), _ROWS_AT_ONCE):
         part = others[start : start + _ROWS_AT_ONCE]
         a, b = torch.from_numpy(read(rows[part])), torch.from_numpy(read(rows[representatives[part]]))
@@ -109,10 +121,12 @@ def _batches(labels: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
     Groups of one or two rows are omitted: two rows are equally far from their mean, and from each other, so the smaller
     position represents them and the rows need not be read.
     """
-    sizes = np.bincount(labels)[labels]
-    order = np.argsort(labels, kind="stable")
-    order = order[sizes[order] > 2]
-    starts = np.flatnonzero(np.append(True, np.diff(labels[order]) != 0)) if len(order) else np.empty(0, np.int64)
+    is_large = np.bincount(labels) > 2
+    order = np.flatnonzero(is_large[labels]).astype(labels.dtype)
+    order = order[np.argsort(labels[order], kind="stable")]
+    ordered = labels[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(order)])
+    del is_large, ordered
     first = 0
     while first < len(starts):
         last = max(first + 1, int(np.searchsorted(starts, starts[first] + _ROWS_AT_ONCE)))

@@ -50,7 +50,7 @@ def audit_kept(
     """Compare a random sample of the kept images with all kept ones, exactly; the same on every process.
 
     Args:
-        kept: Rows that are kept, int64 [M], ascending, M ≥ 1.
+        kept: Rows that are kept, integers [M], ascending, M ≥ 1.
         cutoff: The distance, inclusive.
         scan: Format of the fast product.
     """

@@ -60,8 +60,9 @@ def compare_linkages(context: Context, sets: Sets, forest: Edges) -> OtherLinkag
 
 
 def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
-    part, numbers = forest.up_to(threshold), np.arange(len(rows))
+    part = forest.up_to(threshold)
     labels = connected_components(len(rows), part.a, part.b)
+    numbers = np.arange(len(rows), dtype=labels.dtype)
     distances = distances_to(rows.read, numbers, central_rows(rows.read, numbers, labels))
     curve = forest_curve(len(rows), forest, threshold)
     return OtherLinkage("single", len(rows) - len(part), share_beyond(distances, threshold, len(part)), curve)

@@ -163,7 +163,7 @@ def _audit(context: Context, sets: Sets) -> Audit | None:
         return None
     started = time.perf_counter()
     scan = choose_scan(context.settings.precision, context.machine.device)
-    kept = np.flatnonzero(sets.kept)
+    kept = np.flatnonzero(sets.kept).astype(sets.labels.dtype)
     audit = audit_kept(context.machine, context.rows, kept, sets.threshold, scan, context.reporter)
     context.seconds["audit"] = time.perf_counter() - started
     return audit

@@ -68,6 +68,15 @@ def test_ties_keep_the_smaller_row() -> None:
     assert best_rows(np.array([1.0, 3.0, 3.0, 2.0, 0.0]), labels).tolist() == [1, 1, 1, 1, 4]
 
 
+def test_the_best_row_is_the_first_of_those_with_the_highest_score(labels: np.ndarray) -> None:
+    scores = np.random.default_rng(2).integers(4, size=len(labels)).astype(np.float64)
+    scores[labels == labels[7]] = -np.inf
+    chosen = best_rows(scores, labels)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        assert (chosen[members] == members[np.argmax(scores[members])]).all()
+
+
 def test_random_scores_depend_on_seed_and_row_only() -> None:
     numbers = np.arange(100_000)
     scores = random_scores(numbers, 5)
