@@ -126,11 +126,10 @@ def find_forest(
                 f"Up to distance {reach:.4f} there are {len(edges):,} of the {num_edges:,} edges needed; searching further."
             )
     if is_new:
-        found_forest = StoredForest(
-            forest.edges.a, forest.edges.b, forest.edges.weight, forest.cutoff, len(rows), neighbors
-        )
+        edges = forest.edges
+        made = StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, len(rows), neighbors)
         seconds = {"search": time.perf_counter() - started}
-        machine.on_main(lambda: write_forest(folder, found_forest, inputs=inputs, seconds=seconds))
+        machine.on_main(lambda: write_forest(folder, made, inputs=inputs, seconds=seconds))
     machine.on_main(ForestParts(folder, "").clear)
     return forest, not is_new
 
