@@ -11,7 +11,7 @@ import numpy.typing as npt
 from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
 
 # Edges merged at once: about 60 bytes each while they are sorted.
-_MERGED_AT_ONCE = 2**18
+_MERGED_AT_ONCE = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
