@@ -105,8 +105,7 @@ def test_budget_of_a_step(distill_place: Path) -> None:
 
 
 def test_killed_run_goes_on_to_the_same_bits(distill_place: Path) -> None:
-    options = (*TRAIN, "--steps", 30, "--checkpoint-every", 2, "--name")
-    run_all("simulated", distill_place, [(*options, "whole")])
+    options = (*TRAIN, "--steps", 24, "--checkpoint-every", 2, "--name")
     process = start("simulated", distill_place, [(*options, "killed")], stdout=subprocess.DEVNULL)
     killed = distill_place / WORK / "distill" / "killed"
     deadline = time.monotonic() + 120
@@ -117,7 +116,7 @@ def test_killed_run_goes_on_to_the_same_bits(distill_place: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "distill.json").exists(), "it was too fast to be killed"
-    (resumed,) = run_all("simulated", distill_place, [(*options, "killed")])
+    resumed, _ = run_all("simulated", distill_place, [(*options, "killed"), (*options, "whole")])
     assert "Resuming at step" in resumed["stderr"]
     whole = distill_place / WORK / "distill" / "whole"
     assert losses(killed) == losses(whole)
