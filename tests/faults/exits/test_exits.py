@@ -26,7 +26,7 @@ from clipcid_cli.runtime.machine import meet
 _DEAF = """
 import ctypes, sys, time
 from clipcid_cli import cli
-cli.cli.main = lambda **_: (print("ready", flush=True), ctypes.CDLL(None).sleep(60))
+cli.cli.invoke = lambda _: (print("ready", flush=True), ctypes.CDLL(None).sleep(60))
 cli.main(["balance"])
 """
 _HEEDFUL = _DEAF.replace("ctypes.CDLL(None).sleep(60)", "time.sleep(60)")
