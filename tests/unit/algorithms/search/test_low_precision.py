@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from clipcid_cli.algorithms.search.int8 import distortion, rotate, rotation_error
 from clipcid_cli.algorithms.search.low_precision import (
     FORMATS,
     check_format,
@@ -54,6 +55,18 @@ def test_scores_are_within_the_proven_error(kind: str, width: int, dtype: torch.
         assert bool((apart <= found[0]).all())
         assert float(found[0].max()) < 1.2 * float(apart.max())
         assert float(error.max()) < 0.2
+
+
+@pytest.mark.parametrize("width", [1, 2, 31, 33, 192, 512])
+def test_rotation_is_as_exact_and_as_orthogonal_as_claimed(width: int) -> None:
+    rows = make_rows(width, "spikes")
+    rotated = rotate(rows).double()
+    matrix = rotate(torch.eye(width)).double().T  # T·e_i is exact: one product an entry of each factor
+    lengths = rows.double().norm(dim=1)
+    assert float(torch.linalg.matrix_norm(matrix.T @ matrix - torch.eye(width), 2)) <= distortion(width) + 1e-6
+    assert distortion(width) < 1e-5
+    assert bool(((rotated - rows.double() @ matrix.T).norm(dim=1) <= 2 * rotation_error(width) * lengths).all())
+    assert float(rotate(torch.eye(width)).abs().max()) <= 2.0 / width**0.5 + 1e-6  # a single column is spread over all
 
 
 def test_one_step_of_a_block_is_the_largest_of_its_rows() -> None:
