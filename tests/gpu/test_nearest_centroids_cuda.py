@@ -8,9 +8,10 @@ import torch
 
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
+from clipcid_cli.algorithms.kmeans.start import CodedRows, code_centroids, nearest_codes
 from clipcid_cli.algorithms.kmeans.subspace import Subspace
 from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
-from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums, round_to_grid
+from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums
 
 pytestmark = pytest.mark.gpu
 
@@ -40,8 +41,13 @@ def test_rows_and_centroids_in_few_directions_are_those_of_the_cpu() -> None:
     random = np.random.default_rng(0)
     values = random.normal(size=(3000, 256)) * np.arange(1.0, 257) ** -0.8
     rows = torch.from_numpy((values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16))
-    subspace = Subspace.of(rows, 64)
+    subspace = Subspace.of(rows)
     there = subspace.to(torch.device("cuda"))
-    assert torch.equal(there.project_rows(rows.cuda()).cpu(), subspace.project_rows(rows))
-    centroids = round_to_grid(rows[:700].double())
-    assert torch.equal(there.project_centroids(centroids.cuda()).cpu(), subspace.project_centroids(centroids))
+    here_Bd, there_Bd = subspace.project(rows), there.project(rows.cuda())
+    assert torch.equal(there_Bd.cpu(), here_Bd)
+    coded, coded_there = CodedRows.of(here_Bd), CodedRows.of(there_Bd)
+    assert torch.equal(coded_there.codes_Bd.cpu(), coded.codes_Bd)
+    assert torch.equal(coded_there.values().cpu(), coded.values())
+    codes, codes_there = code_centroids(here_Bd[:700]), code_centroids(there_Bd[:700])
+    expected = nearest_codes(coded.codes_Bd, codes, torch.float32)
+    assert torch.equal(nearest_codes(coded_there.codes_Bd, codes_there, torch.float16).cpu(), expected)

@@ -136,7 +136,8 @@ def test_rows_that_are_not_kept_and_crowded_searches(kind: str, tmp_path: Path) 
 # before were not fewer: they were for a 26th of the work of the same 7 tiles, 160 operators and 30 waits a tile.
 TILE = {"operators": 44.8, "waits": 1.9}
 CHUNK = {"operators": 34, "waits": 2}
-ITERATION = {"operators": 268, "waits": 10}
+# One of the waits is for which clusters changed: only their sums are exchanged and made into centroids.
+ITERATION = {"operators": 276, "waits": 11}
 # What is counted, and how often it is in the larger of two runs beyond the smaller. Tiles of 2,048 rows a side without near
 # pairs, nearly all of a large search: loading the two panels more is a part of them. Of k-means, all rows are in one chunk.
 BUDGETS = {"tile": (TILE, 4 * 5 // 2 - 2 * 3 // 2), "chunk": (CHUNK, 9), "iteration": (ITERATION, 5)}

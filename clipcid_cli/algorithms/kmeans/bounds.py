@@ -42,11 +42,13 @@ class CentroidDrift:
     Attributes:
         order_K: Numbers of the centroids, those that moved farthest first, int64 [K].
         moved_K: Which centroids moved at all, bool [K], by number.
+        reach_K: How much more similar a row can be to any centroid after the first n of the order than it was to any other
+            than its nearest, by n from 0 to K: float64 [K + 1]; −∞ after all K.
     """
 
     order_K: torch.Tensor
     moved_K: torch.Tensor
-    _reach_K: torch.Tensor
+    reach_K: torch.Tensor
 
     @classmethod
     def of(cls, distances_K: torch.Tensor) -> CentroidDrift:
@@ -56,28 +58,23 @@ class CentroidDrift:
             distances_K: |c'_j − c_j|, float64 [K].
         """
         reach_K, order_K = torch.sort(distances_K * (_LONGEST_ROW * _ROUNDED_UP), descending=True, stable=True)
-        return cls(order_K, distances_K > 0, torch.cat([reach_K, reach_K.new_zeros(1)]))
+        return cls(order_K, distances_K > 0, torch.cat([reach_K, torch.full_like(reach_K[:1], -torch.inf)]))
 
-    def leading(
-        self, before_B: torch.Tensor, now_B: torch.Tensor, others_B: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def leading(self, before_B: torch.Tensor, now_B: torch.Tensor, others_B: torch.Tensor) -> torch.Tensor:
         """Tell how many of the centroids, in their order, rows must be compared with.
 
         Args:
             before_B: Similarity s to the nearest centroid before, float64 [B].
             now_B: Similarity s' to that centroid now, float64 [B].
-            others_B: Bound u of the similarity to any other centroid before, float64 [B].
+            others_B: Bound u ≤ s of the similarity to any other centroid before, float64 [B].
 
         Returns:
-            Numbers of centroids, int64 [B] in [0, K], and a bound of the similarities to those after them now, float64 [B].
+            Numbers of centroids, int64 [B] in [0, K]. Those after them are less similar than the nearest; those after n, any
+            number, are at most u plus ``reach_K[n]``.
         """
-        num_centroids = len(self.order_K)
-        others_B = torch.minimum(others_B, before_B)
         gap_B = now_B - others_B
-        count_B = torch.searchsorted(-self._reach_K[:-1], -_SHARE_OF_GAP * gap_B, right=True)
-        num_moved = self.moved_K.sum()
-        count_B = torch.where(gap_B > 0, count_B, torch.where(now_B >= before_B, num_moved, num_centroids))
-        return count_B, torch.where(count_B < num_centroids, others_B + self._reach_K[count_B], -torch.inf)
+        count_B = torch.searchsorted(-self.reach_K[:-1], -_SHARE_OF_GAP * gap_B, right=True)
+        return torch.where(gap_B > 0, count_B, torch.where(now_B >= before_B, self.moved_K.sum(), len(self.order_K)))
 
 
 def distances_moved(before_KD: torch.Tensor, after_KD: torch.Tensor) -> torch.Tensor:

@@ -82,21 +82,21 @@ def joint_features(images_BD: npt.NDArray[np.float16], texts_BD: npt.NDArray[np.
     return joint_BD.numpy()
 
 
-def sum_of_similarities(sums_KD: torch.Tensor, centroids_KD: torch.Tensor) -> torch.Tensor:
-    """Return the sum, over all rows, of the similarity to the own centroid, from the clusters' sums alone.
+def sums_of_similarities(sums_KD: torch.Tensor, centroids_KD: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the similarities of each cluster's rows to a centroid, from the rows' sum alone.
 
     Args:
         sums_KD: Sums of the rows assigned to each centroid, float64 [K, D].
         centroids_KD: Those centroids, float32 [K, D].
 
     Returns:
-        float64, without dimensions.
+        float64 [K].
     """
-    total = sums_KD.new_zeros(())
+    similarities_K = sums_KD.new_empty(len(sums_KD))
     for first in range(0, len(sums_KD), 4096):
-        products_CD = sums_KD[first : first + 4096] * centroids_KD[first : first + 4096].double()
-        total += fold_sum(fold_sum(products_CD)[None, :])[0]
-    return total
+        part = slice(first, first + 4096)
+        similarities_K[part] = fold_sum(sums_KD[part] * centroids_KD[part].double())
+    return similarities_K
 
 
 def temperature_for_perplexity(similarities_Nm: npt.NDArray[np.floating], perplexity: float = 3.5) -> float:

@@ -1,25 +1,23 @@
-"""The first iterations of k-means in a subspace that holds most of the rows' length, at a fraction of the cost.
+"""Few directions that hold most of the rows' length: the first iterations of k-means compare there, at little cost.
 
 They move centroids far, so bounds spare few of their comparisons, and which centroid is nearest by a hair does not matter
-yet. Embeddings have most of their length along few directions, so rows and centroids are compared there; the iterations in
-full begin with what was found. In the manner of Ding and He 2004, who show that the principal directions span the
-clusters' means.
+yet. Embeddings have most of their length along few directions, so rows and centroids are compared there
+(:mod:`clipcid_cli.algorithms.kmeans.start`); the iterations in full begin with what was found. In the manner of Ding and He
+2004, who show that the principal directions span the clusters' means.
 
-Shape letters: B rows of a block, K centroids, D width, d directions.
+Shape letters: B rows of a block, D width, d directions.
 
-**The same bits everywhere.** Every product here is of numbers on grids so coarse that float64 holds all sums of them
-exactly, in any order; the rest is element-wise arithmetic in a fixed order, which IEEE 754 fixes to the bit.
+**The same bits everywhere.** Every product here is of numbers on grids so coarse that all sums of them are exact, in any
+order; the rest is element-wise arithmetic in a fixed order, which IEEE 754 fixes to the bit.
 
 - The sampled rows are rounded to multiples of 2⁻²⁰: entries of their Gram matrix are multiples of 2⁻⁴⁰ and at most their
   number, 4,096, as are all partial sums (Cauchy–Schwarz).
 - The Gram matrix, scaled by a power of 2 to a trace of at most 1.01, is rounded to multiples of 2⁻²⁶ and multiplied again
   and again with orthonormal columns rounded to multiples of 2⁻²⁵ (randomised subspace iteration: Halko, Martinsson and
-  Tropp 2011): sums are multiples of 2⁻⁵¹ below 2.
-- Directions are rounded to multiples of 2⁻¹⁶, the entries of rows and centroids are multiples of 2⁻²⁴
-  (:mod:`clipcid_cli.algorithms.kmeans.nearest`): sums are multiples of 2⁻⁴⁰ below 2. Projected rows are those sums rounded
-  to float32 and then to float16, projected centroids are normalised and rounded to the grid as centroids in full are; so
-  the nearest are found exactly, by the same search. Rows of length ≤ 1.002 stay below 1.01: rounding the
-  directions stretches by at most 1 + √(dD)·2⁻¹⁷, 1.004 for 64 of 4,096.
+  Tropp 2011): sums are multiples of 2⁻⁵¹ below 2. So are those of the columns' products with each other, and of their
+  products with an orthogonal matrix of entries ±1/8.
+- To project, rows are rounded to multiples of 2⁻¹² and directions are multiples of 2⁻¹¹: sums are multiples of 2⁻²³ below 2
+  while rows are no longer than 1.01 and no wider than 2¹⁶, which float32 holds exactly.
 """
 
 from __future__ import annotations
@@ -28,10 +26,12 @@ import dataclasses
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.kmeans.kmeans import RowReader
-from clipcid_cli.algorithms.search.centroids import centroids_of_sums, fold_sum
+from clipcid_cli.algorithms.search.blocks import exact_accumulation
+from clipcid_cli.algorithms.search.centroids import fold_sum
 
 # Directions; how many of the iterations compare there (at most three, at most one in four); and where it pays: the share of
 # squared length along the directions, of all rows and of nine rows in ten, and the number of centroids. On 100,000 rows and
@@ -47,14 +47,16 @@ _FEWEST_CENTROIDS = 1024
 
 # More sampled rows would not fit the exact sums.
 _MOST_ROWS = 4096
-_ROW_GRID, _GRAM_GRID, _COLUMN_GRID, _GRID = 2.0**20, 2.0**26, 2.0**25, 2.0**16
+_SAMPLE_GRID, _GRAM_GRID, _COLUMN_GRID, _ROW_GRID, _GRID = 2.0**20, 2.0**26, 2.0**25, 2.0**12, 2.0**11
 # Multiplications with the Gram matrix: on three kinds of rows the directions then held 0.1 to 0.6 points less than the exact
 # principal ones, on rows without structure 1.7.
 _POWERS = 4
 # A column of which less than this is left without the columns before it counts as their rounding.
-_ROUNDING = 2.0**-36
-# Products of float64 stay near the caches.
+_ROUNDING = 2.0**-18
+# Rows projected at once stay near the caches.
 _AT_ONCE = 1024
+
+Columns = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Subspace:
     """The span of some directions.
 
     Attributes:
-        vectors_Dd: Orthonormal but for their rounding, float64 [D, d], multiples of 2⁻¹⁶.
+        vectors_Dd: Orthonormal but for their rounding, float32 [D, d], multiples of 2⁻¹¹. They are mixed, so that no
+            direction has much larger entries than another.
         share: Share of the sampled rows' squared length that lies along them.
         low_share: What nine of ten sampled rows have at least.
     """
@@ -72,54 +75,47 @@ class Subspace:
     low_share: float
 
     @classmethod
-    def of(cls, rows_BD: torch.Tensor, number: int) -> Subspace:
+    def of(cls, rows_BD: torch.Tensor) -> Subspace:
         """Find directions of some rows.
 
         Args:
-            rows_BD: Rows from all over the data, float16 [B, D] on the CPU, B ≤ 4,096.
-            number: How many directions, d ≤ D.
+            rows_BD: Rows from all over the data, float16 [B, D] on the CPU, B ≤ 4,096, D ≥ 64.
 
         Returns:
-            A function of the rows and the number, to the bit.
+            A function of the rows, to the bit.
 
         Raises:
             ValueError: when there are more rows.
         """
         if len(rows_BD) > _MOST_ROWS:
             raise ValueError(f"directions are found from at most {_MOST_ROWS} rows, not {len(rows_BD)}")
-        exact_BD = rows_BD.double()
-        sampled_BD = (exact_BD * _ROW_GRID).round() / _ROW_GRID
+        sampled_BD = rows_BD.float().mul_(_SAMPLE_GRID).round_().div_(_SAMPLE_GRID).double()
         gram_DD = sampled_BD.T @ sampled_BD / 2.0 ** math.ceil(math.log2(len(rows_BD)))
         gram_DD = (gram_DD * _GRAM_GRID).round() / _GRAM_GRID
-        columns_Dd = _first_columns(rows_BD.shape[1], number)
+        columns_dD = _first_columns(rows_BD.shape[1])
         for _ in range(_POWERS):
-            columns_Dd = _orthonormal((gram_DD @ columns_Dd).T).T
-        vectors_Dd = ((columns_Dd * _GRID).round() / _GRID).contiguous()
-        inside_B, all_B = fold_sum((exact_BD @ vectors_Dd).square()), fold_sum(exact_BD.square())
+            columns_dD = _orthonormal((gram_DD @ torch.from_numpy(columns_dD).T).T.numpy())
+        mixed_dD = _mixing() @ columns_dD
+        vectors_Dd = torch.from_numpy((mixed_dD.T * _GRID).round() / _GRID).float().contiguous()
+        subspace = cls(vectors_Dd, 0.0, 0.0)
+        inside_B = fold_sum(subspace.project(rows_BD).double().square())
+        all_B = fold_sum(sampled_BD.square())
         shares_B = (inside_B / all_B.clamp(min=torch.finfo(torch.float64).tiny)).sort().values
-        share = fold_sum(inside_B[None])[0] / fold_sum(all_B[None])[0]
-        return cls(vectors_Dd, float(share), float(shares_B[len(shares_B) // 10]))
+        share = float(fold_sum(inside_B[None])[0] / fold_sum(all_B[None])[0])
+        return dataclasses.replace(subspace, share=share, low_share=float(shares_B[len(shares_B) // 10]))
 
     def to(self, device: torch.device) -> Subspace:
         """Return it on a device."""
         return dataclasses.replace(self, vectors_Dd=self.vectors_Dd.to(device))
 
-    def project_rows(self, rows_BD: torch.Tensor) -> torch.Tensor:
-        """Project rows onto these directions: float16 [B, d] of float16 [B, D]."""
-        parts = torch.split(rows_BD, _AT_ONCE)
-        return torch.cat([(part_BD.double() @ self.vectors_Dd).float().half() for part_BD in parts])
-
-    def project_centroids(self, centroids_KD: torch.Tensor) -> torch.Tensor:
-        """Project centroids onto these directions: unit rows, float32 [K, d] on the grid, of float32 [K, D] on the grid.
-
-        Unit rows, since a row must be nearest to a centroid of its own direction; 0 where it has no length along them.
-        """
-        projected_Kd = centroids_KD.new_empty(len(centroids_KD), self.vectors_Dd.shape[1])
-        for first in range(0, len(centroids_KD), _AT_ONCE):
-            part = slice(first, first + _AT_ONCE)
-            exact_Cd = centroids_KD[part].double() @ self.vectors_Dd
-            projected_Kd[part] = centroids_of_sums(exact_Cd, torch.zeros_like(projected_Kd[part]))
-        return projected_Kd
+    def project(self, rows_BD: torch.Tensor) -> torch.Tensor:
+        """Project unit rows, float16 or float32 [B, D], onto these directions: float32 [B, d], multiples of 2⁻²³."""
+        with exact_accumulation(rows_BD.device):
+            parts = [
+                part_BD.float().mul(_ROW_GRID).round_().div_(_ROW_GRID) @ self.vectors_Dd
+                for part_BD in torch.split(rows_BD, _AT_ONCE)
+            ]
+        return torch.cat(parts)
 
 
 def subspace_iterations(iterations: int) -> int:
@@ -135,34 +131,46 @@ def find_subspace(rows: RowReader, num_clusters: int) -> Subspace | None:
     if num_clusters < _FEWEST_CENTROIDS or rows.width < 4 * SUBSPACE_WIDTH:
         return None
     places = np.linspace(0, len(rows) - 1, min(len(rows), _MOST_ROWS), dtype=np.int64)
-    subspace = Subspace.of(torch.from_numpy(rows.features_at(places)), SUBSPACE_WIDTH)
+    subspace = Subspace.of(torch.from_numpy(rows.features_at(places)))
     return subspace if subspace.share >= _LEAST_SHARE and subspace.low_share >= _LEAST_LOW_SHARE else None
 
 
-def _first_columns(width: int, number: int) -> torch.Tensor:
-    """Return random columns on the grid, of length at most 1: float64 [D, d]."""
-    signs = np.random.default_rng(0).integers(0, 2, size=(width, number)) * 2.0 - 1.0
-    return torch.from_numpy(signs) * 2.0 ** -math.ceil(math.log2(width) / 2)
+def _first_columns(width: int) -> Columns:
+    """Return random columns on the grid, of length at most 1: float64 [d, D]."""
+    signs = np.random.default_rng(0).integers(0, 2, size=(width, SUBSPACE_WIDTH)).T * 2.0 - 1.0
+    return (signs * 2.0 ** -math.ceil(math.log2(width) / 2)).astype(np.float64)
 
 
-def _orthonormal(rows_dD: torch.Tensor) -> torch.Tensor:
+def _mixing() -> Columns:
+    """Return the orthogonal matrix of entries ±1/8, float64 [64, 64]: Sylvester's of Hadamard, its columns' signs random."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < SUBSPACE_WIDTH:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    signs = np.random.default_rng(1).integers(0, 2, size=SUBSPACE_WIDTH) * 2.0 - 1.0
+    return (matrix * signs / 8.0).astype(np.float64)
+
+
+def _orthonormal(rows_dD: Columns) -> Columns:
     """Return unit rows on the column grid that span what some rows do, float64 [d, D]: Gram–Schmidt, each row twice.
 
     Rows of which only rounding is left without those before them become 0.
     """
-    result_dD = torch.zeros_like(rows_dD)
+    result_dD = np.zeros_like(rows_dD)
     for number, row_D in enumerate(rows_dD):
-        before_nD = result_dD[:number]
-        least = _ROUNDING * _length(row_D)
+        row_D, length = _unit(row_D)
         for _ in range(2):
-            if number:
-                along_n = fold_sum(before_nD * row_D)
-                row_D = row_D - fold_sum((before_nD * along_n[:, None]).T.contiguous())
-        length = _length(row_D)
-        if length > least:
-            result_dD[number] = row_D / length
-    return (result_dD * _COLUMN_GRID).round() / _COLUMN_GRID
+            if number and length:
+                along_n = _on_grid(result_dD[:number] @ row_D)
+                row_D, length = _unit(row_D - along_n @ result_dD[:number])
+        result_dD[number] = row_D
+    return result_dD
 
 
-def _length(row_D: torch.Tensor) -> float:
-    return math.sqrt(float(fold_sum(row_D.square()[None])[0]))
+def _unit(row_D: Columns) -> tuple[Columns, float]:
+    """Return a row at length 1 on the column grid and its length before; 0 where it is as short as rounding is."""
+    length = math.sqrt(math.fsum((row_D * row_D).tolist()))  # the exact sum, rounded once
+    return (_on_grid(row_D / length), length) if length > _ROUNDING else (np.zeros_like(row_D), 0.0)
+
+
+def _on_grid(values: Columns) -> Columns:
+    return (values * _COLUMN_GRID).round() / _COLUMN_GRID

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
-from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_rows
+from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
+from clipcid_cli.algorithms.kmeans.start import CodedRows, code_centroids, nearest_codes
 from clipcid_cli.algorithms.kmeans.subspace import (
     SUBSPACE_WIDTH,
     Subspace,
@@ -25,6 +26,8 @@ from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.cluster.train import choose_format
 from clipcid_cli.steps.reporting import Reporter, format_duration
 from clipcid_cli.steps.settings.cluster import ClusterSettings
+
+Loaded = TypeVar("Loaded")
 
 _SAMPLE = 1024
 _SHORTEST = 0.1
@@ -118,24 +121,25 @@ def _measure(
         """Scale the time of a comparison to all rows and all centroids."""
         return seconds * num_clusters / len(centroids_CD) * len(rows) / len(block) / machine.size
 
-    def pass_over_all(
-        dtype: torch.dtype, look: Callable[[NearestCentroids, PreparedRows], object], subspace: Subspace | None = None
-    ) -> float:
-        def load() -> PreparedRows:
-            read_BD = torch.from_numpy(np.array(block)).to(machine.device)
-            return prepare_rows(read_BD if subspace is None else subspace.project_rows(read_BD), dtype)
-
-        search = NearestCentroids(centroids_CD if subspace is None else subspace.project_centroids(centroids_CD), dtype)
-        prepare, block_rows = time_trial(load, machine.device, at_least=_SHORTEST)
-        compare = time_trial(lambda: look(search, block_rows), machine.device, at_least=_SHORTEST).seconds
+    def pass_over_all(load: Callable[[], Loaded], look: Callable[[Loaded], object]) -> float:
+        prepare, loaded = time_trial(load, machine.device, at_least=_SHORTEST)
+        compare = time_trial(lambda: look(loaded), machine.device, at_least=_SHORTEST).seconds
         return prepare * len(rows) / len(block) / machine.size + over_all(compare)
 
-    rows_BD = torch.from_numpy(np.array(block)).to(machine.device)
+    def read() -> torch.Tensor:
+        return torch.from_numpy(np.array(block)).to(machine.device)
+
+    in_subspace = 0.0
+    if subspace is not None:
+        directions, codes_Cd = subspace, code_centroids(subspace.project(centroids_CD))
+        in_subspace = pass_over_all(
+            lambda: CodedRows.of(directions.project(read())).codes_Bd,
+            lambda codes: nearest_codes(codes, codes_Cd, scan),
+        )
+    search = NearestCentroids(centroids_CD, scan)
+    in_full = pass_over_all(lambda: prepare_rows(read(), scan), search.nearest)
+    rows_BD = read()
     num_nearest = min(num_nearest, len(centroids_CD))
     sides = 2 if rows.embeddings.has_texts else 1
     look_up = time_trial(lambda: top_nearest(rows_BD, centroids_CD, num_nearest), machine.device, at_least=_SHORTEST)
-    return (
-        pass_over_all(scan, NearestCentroids.nearest),
-        0.0 if subspace is None else pass_over_all(scan, NearestCentroids.nearest, subspace),
-        sides * over_all(look_up.seconds),
-    )
+    return in_full, in_subspace, sides * over_all(look_up.seconds)

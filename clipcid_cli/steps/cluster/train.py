@@ -1,4 +1,4 @@
-"""From rows to centroids: k-means on all processes, with a checkpoint after each iteration."""
+"""From rows to centroids: k-means on all processes, with a checkpoint after the start and each iteration in full."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter
 
-# Centroids that formats are tried with, at most.
+# Centroids and rows that formats are tried with, at most; a GPU is given a block of rows.
 _TRIAL_CENTROIDS = 16_384
+_TRIAL_ROWS = {"cpu": 256, "cuda": BLOCK_ROWS["cuda"]}
 # int8 gains most after the first iteration, when centroids are means: on rows without structure it takes as long as fp32 at
 # first and half as long later.
 _PATIENCE = 1.4
@@ -43,7 +44,7 @@ def choose_format(requested: str, rows: ClusterRows, machine: Machine, centroids
     if scan.dtype == other.dtype:
         return scan
     centroids_KD = centroids_KD[:_TRIAL_CENTROIDS].to(machine.device)
-    stored = rows.features(0, min(len(rows), BLOCK_ROWS[machine.device.type]))
+    stored = rows.features(0, min(len(rows), _TRIAL_ROWS[machine.device.type]))
     rows_BD = torch.from_numpy(np.array(stored)).to(machine.device)
     seconds = {}
     for precision in (scan, other):
@@ -73,17 +74,16 @@ def train_centroids(
         state: Where to begin.
         iterations: Most iterations in all, those of `state` included.
         dtype: Format of the product that discards, see `NearestCentroids`.
-        save: Called on the first process after each iteration.
+        save: Called on the first process after the iterations along few directions, and after each other one.
     """
-    num_short = subspace_iterations(iterations)
-    subspace = machine.on_main(lambda: find_subspace(rows, len(state.centroids_KD))) if num_short else None
+    num_short, done = subspace_iterations(iterations), state.iterations
+    subspace = machine.on_main(lambda: find_subspace(rows, len(state.centroids_KD))) if done < num_short else None
     if subspace is not None:
-        if state.iterations < num_short:
-            which = "The first iteration compares" if num_short == 1 else f"The first {num_short} iterations compare"
-            reporter.note(
-                f"{which} images along {SUBSPACE_WIDTH} of {rows.width} directions, which hold {subspace.share:.0%} of "
-                "their squared length; the others compare in full."
-            )
+        which = "The first iteration compares" if num_short == 1 else f"The first {num_short} iterations compare"
+        reporter.note(
+            f"{which} images along {SUBSPACE_WIDTH} of {rows.width} directions, which hold {subspace.share:.0%} of their "
+            "squared length; the others compare in full."
+        )
         subspace = subspace.to(machine.device)
     states = run_lloyd(
         rows,
@@ -102,6 +102,7 @@ def train_centroids(
         for state in states:
             if machine.is_main:
                 save(state)
-            progress.advance()
+            progress.advance(state.iterations - done)
+            done = state.iterations
             progress.show(similarity=state.similarity, **({"empty": state.num_empty} if state.num_empty else {}))
     return state

@@ -28,8 +28,9 @@ def follow(rows: torch.Tensor, steps: list[torch.Tensor], dtype: torch.dtype) ->
         drift = CentroidDrift.of(distances_moved(before, after))
         search = NearestCentroids(after, dtype, drift.order_K)
         now = search.similarities(rows, torch.arange(len(rows)), found.centroids_B)
-        count, rest = drift.leading(found.similarities_B, now, found.others_B)
-        known = Nearest(found.centroids_B.clone(), now, rest)
+        others = torch.minimum(found.others_B, found.similarities_B)
+        count = drift.leading(found.similarities_B, now, others)
+        known = Nearest(found.centroids_B.clone(), now, others + drift.reach_K[count])
         for row in range(len(rows)):
             one = slice(row, row + 1)
             looked = search.nearest(prepared.chosen(one), known.chosen(one), int(count[row]))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.kmeans.kmeans import sum_of_similarities
+from clipcid_cli.algorithms.kmeans.kmeans import sums_of_similarities
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
 from clipcid_cli.algorithms.kmeans.seeding import choose_first_rows
@@ -28,7 +28,9 @@ def iterate(
     search, sums = NearestCentroids(centroids, dtype), ClusterSums(len(centroids), rows.shape[1], torch.device("cpu"))
     for block in blocks:
         sums.move(rows[block], None, search.nearest(prepare_rows(rows[block], dtype)).centroids_B)
-    return centroids_of_sums(sums.sums_KD, centroids), float(sum_of_similarities(sums.sums_KD, centroids)) / len(rows)
+    return centroids_of_sums(sums.sums_KD, centroids), float(sums_of_similarities(sums.sums_KD, centroids).sum()) / len(
+        rows
+    )
 
 
 @settings(max_examples=25)

@@ -9,7 +9,7 @@ import torch
 from clipcid_cli.algorithms.kmeans.kmeans import (
     default_num_clusters,
     joint_features,
-    sum_of_similarities,
+    sums_of_similarities,
     temperature_for_perplexity,
 )
 from clipcid_cli.algorithms.kmeans.seeding import choose_first_rows, choose_seeds, spread_out
@@ -64,7 +64,7 @@ def test_the_objective_comes_from_the_sums_alone() -> None:
     sums = ClusterSums(5, 16, torch.device("cpu"))
     sums.move(rows, None, similarities.argmax(dim=1))
     total = float(similarities.amax(dim=1).sum())
-    assert float(sum_of_similarities(sums.sums_KD, centroids)) == pytest.approx(total, rel=1e-14)
+    assert float(sums_of_similarities(sums.sums_KD, centroids).sum()) == pytest.approx(total, rel=1e-14)
 
 
 @pytest.mark.parametrize("num_clusters", [1, 20, 513, 600])
