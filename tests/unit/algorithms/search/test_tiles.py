@@ -7,7 +7,9 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
+import torch
 
+from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.algorithms.search.tiles import PieceTiles, TriangleTiles, cut, deal, left_after
 
 
@@ -55,6 +57,26 @@ def test_a_process_reads_few_panels_again(num_panels: int, size: int, room: int,
     if room == num_panels:
         # None twice: a process whose panels fit into its memory reads its own, and the half of the others that follow.
         assert most <= num_panels * (1 / 2 + 1 / size) + 4
+
+
+@pytest.mark.parametrize("room", [3, 10, 40])
+def test_a_search_reads_what_was_counted(room: int) -> None:
+    values = np.random.default_rng(0).uniform(-1, 1, size=(320, 4)).astype(np.float16)
+    reads: list[int] = []
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        reads.append(int(rows[0]))
+        return values[rows]
+
+    stored_and_cast = 8 * 4 * (2 + 4)
+    device = torch.device("cpu")
+    search = TiledSearch(read, np.arange(320), device, torch.float32, panel_rows=8, cache_bytes=room * stored_and_cast)
+    tiles = search.tiles()
+    (share,) = deal([range(len(tiles))], 8)[3]
+    for _, found in search.search_tiles(map(tiles.at, share), 0.01, lambda a, b, weight: np.ones(len(a), np.bool_)):
+        list(found)
+    assert len(reads) == count_reads(share, tiles, room)
+    assert (len(set(reads)) == len(reads)) == (room == 40)
 
 
 def test_every_share_of_a_triangle_has_a_part_of_its_diagonal() -> None:
