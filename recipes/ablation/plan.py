@@ -172,7 +172,7 @@ def left_out(log: Log) -> list[Setting]:
         # Texts without images are for `fd` alone.
         extras = tuple(extra for extra in base.extras if extra != "texts") if loss == "fd" else base.extras
         found.append(changed(f"no {loss}", weights=without, extras=extras))
-    clustered = {**base.weights, "cluster": base.weights["instance"] / 2}
+    clustered = {**base.weights, "cluster": base.weights.get("instance", 1.0) / 2}
     found.append(changed("with cluster", weights=clustered, clusters=CLUSTERS, flags=BOTH_TOWERS))
     # Instance discrimination beyond the batch: against the teacher's rows of all images, the nearest of them and a draw.
     found.append(changed("with bank", weights=clustered, clusters="image-all", flags=(*BOTH_TOWERS, *FEW)))
