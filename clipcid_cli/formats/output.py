@@ -29,6 +29,7 @@ from typing import Any
 from clipcid_cli import __version__
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_error, write_json
+from clipcid_cli.formats.differences import are_among, list_differences
 from clipcid_cli.formats.listing import Stat, is_as_listed, list_recorded
 from clipcid_cli.formats.reading import open_regular, reading
 from clipcid_cli.formats.sidecar_entries import check_entries
@@ -260,6 +261,7 @@ def open_output(
     replaceable: frozenset[str] = frozenset(),
     clear: Callable[[], None] = lambda: None,
     resumable: bool = True,
+    may_grow: bool = False,
 ) -> Iterator[Output]:
     """Lock an output folder and determine whether it is finished, unfinished or new.
 
@@ -273,6 +275,7 @@ def open_output(
         clear: Removes files that the step would otherwise take for its own unfinished work; called unless the output is
             finished or resumed.
         resumable: Whether the step continues from an unfinished run. When not, nothing is written or removed here.
+        may_grow: Whether inputs may have been added without an error, as settings that are replaceable may differ.
 
     Raises:
         ClipcidError: when another run holds the folder, or it holds an output of other settings or inputs, or one whose
@@ -292,6 +295,8 @@ def open_output(
         if existing is not None:
             differences = list_differences(existing, identity)
             serious = [name for name in differences if name.removeprefix("settings.").split(".")[0] not in replaceable]
+            if may_grow and are_among(existing.get("inputs", []), inputs):
+                serious = [name for name in serious if name.startswith("settings.")]
             if serious and not overwrite:
                 state = "holds" if finished else "holds unfinished"
                 raise ClipcidError(
@@ -325,41 +330,6 @@ def plan_identity(settings: dict[str, Any], inputs: list[dict[str, Any]]) -> str
     """Hash settings and the content of inputs, independent of their paths."""
     content = [settings, [(entry["size"], entry["hash"]) for entry in inputs]]
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def list_differences(existing: dict[str, Any], identity: dict[str, Any]) -> dict[str, str]:
-    """Compare the settings and inputs of an existing sidecar or plan with those of a new run.
-
-    Returns:
-        For each entry that differs, how: ``{"settings.keep": "0.5 there, 0.6 now"}``; of nested ones, the innermost.
-    """
-    found = _value_differences("settings", existing.get("settings", {}), identity["settings"])
-    # Inputs are compared by content: a folder that was moved, or is reached by another path, is still the same input.
-    old_inputs = [(entry.get("size"), entry.get("hash")) for entry in existing.get("inputs", [])]
-    new_inputs = [(entry.get("size"), entry.get("hash")) for entry in identity["inputs"]]
-    if len(old_inputs) != len(new_inputs):
-        found["inputs"] = f"{len(old_inputs)} files there, {len(new_inputs)} now"
-    else:
-        for old, new, entry in zip(old_inputs, new_inputs, identity["inputs"], strict=True):
-            if old != new:
-                found[f"input {entry['path']}"] = f"{old[0]} bytes ({old[1]}) there, {new[0]} bytes ({new[1]}) now"
-    return found
-
-
-def _value_differences(name: str, old: Any, new: Any) -> dict[str, str]:
-    if old == new:
-        return {}
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return {name: f"{_short(old)} there, {_short(new)} now"}
-    found: dict[str, str] = {}
-    for key in [*new, *(key for key in old if key not in new)]:
-        found |= _value_differences(f"{name}.{key}", old.get(key), new.get(key))
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "…"
 
 
 @contextmanager

@@ -23,6 +23,7 @@ def claim_output(
     replaceable: frozenset[str] = frozenset(),
     clear: Callable[[], None] = lambda: None,
     resumable: bool = True,
+    may_grow: bool = False,
 ) -> Iterator[Output]:
     """Lock `folder` on the first process and give its state to all processes.
 
@@ -44,6 +45,7 @@ def claim_output(
                     replaceable=replaceable,
                     clear=clear,
                     resumable=resumable,
+                    may_grow=may_grow,
                 )
             )
 

@@ -127,6 +127,28 @@ def test_overwriting_replaces_all(clipcid: Call, tiny_shards: Path, tiny_model: 
     assert len(np.load(out / "img_emb" / "img_emb_0000.npy")) == 5
 
 
+def test_shards_that_were_added_are_embedded_alone(
+    clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    write_tar(tmp_path / "data" / "00000.tar", shard_members(0, 5))
+    call = ("embed", "data", "--model", tiny_model, "--out", "out")
+    clipcid(*call)
+    first = hash_rows(tmp_path / "out")
+    write_tar(tmp_path / "data" / "00002.tar", shard_members(9, 4))
+    assert "1 of 2 shards are already embedded." in clipcid(*call).stderr
+    assert first.items() < hash_rows(tmp_path / "out").items()
+    # One in between: it and those after it are embedded, since their files have other numbers now.
+    write_tar(tmp_path / "data" / "00001.tar", shard_members(5, 4))
+    assert "1 of 3 shards are already embedded." in clipcid(*call).stderr
+    clipcid(*call[:4], "--out", "whole")
+    assert hash_rows(tmp_path / "out") == hash_rows(tmp_path / "whole")
+    assert not (tmp_path / "out" / ".shards").exists()
+    (tmp_path / "data" / "00000.tar").unlink()
+    refused = clipcid(*call, check=False)
+    assert refused.returncode == 1
+    assert "3 files there, 2 now; changed or gone: 00000.tar" in " ".join(refused.stderr.split())
+
+
 def test_killed_and_resumed_gives_the_same_bytes(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
     for number in range(24):
         members = [(f"bad{number}.png", b"no image"), *shard_members(10 * number, 10)]

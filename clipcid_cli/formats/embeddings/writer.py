@@ -96,17 +96,32 @@ class ShardRows:
 class EmbeddingWriter:
     """Writer of one folder; several processes may write different shards of it at once."""
 
-    def __init__(self, folder: Path, num_shards: int, plan: str) -> None:
+    def __init__(self, folder: Path, plans: Sequence[str]) -> None:
         """Prepare to write.
 
         Args:
-            num_shards: Number of shards; determines the number of digits in file names, at least four.
-            plan: Identity of settings and inputs, see `plan_identity`.
+            plans: Identity of settings and input of each shard, see `plan_identity`. Their number determines the number of
+                digits in file names, at least four.
         """
         self.folder = folder
-        self._digits = max(4, len(str(num_shards - 1)))
-        self._numbers = range(num_shards)
-        self._plan = plan
+        self._digits = max(4, len(str(len(plans) - 1)))
+        self._numbers = range(len(plans))
+        self._plans = plans
+
+    def reopen(self, outputs: Sequence[dict[str, Any]]) -> None:
+        """Write the notes of the shards of a finished folder again, so that those that are still wanted stay.
+
+        Args:
+            outputs: What its sidecar says of its files.
+        """
+        owners = {self._path(kind, number, form): number for number in self._numbers for kind, form in _FORMS.items()}
+        notes: dict[int, list[dict[str, Any]]] = {}
+        for entry in outputs:
+            number = owners.get(self.folder / entry["path"])
+            if number is not None:
+                notes.setdefault(number, []).append(entry)
+        for number, entries in notes.items():
+            write_json(self._note(number), entries)
 
     def write(
         self, number: int, record: ShardRecord, keys: Sequence[str], captions: Sequence[str], rows: ShardRows
@@ -125,7 +140,7 @@ class EmbeddingWriter:
                 self._path(kind, number, "npy").unlink(missing_ok=True)
             else:
                 write_npy(self._path(kind, number, "npy"), array)
-        content = dataclasses.asdict(record) | {"skips": record.skips.to_json(), "plan": self._plan}
+        content = dataclasses.asdict(record) | {"skips": record.skips.to_json(), "plan": self._plans[number]}
         try:
             columns = {
                 "key": pa.array(keys, type=pa.string()),
@@ -152,7 +167,7 @@ class EmbeddingWriter:
             return None
         try:
             content = json.loads((pq.read_schema(self._path("metadata", number, "parquet")).metadata or {})[_RECORD])
-            if content.pop("plan") != self._plan:
+            if content.pop("plan") != self._plans[number]:
                 return None
             return ShardRecord(**(content | {"skips": Skips.from_json(content["skips"])}))
         except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, AttributeError):

@@ -7,9 +7,10 @@ from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.differences import are_among, list_differences
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
 from clipcid_cli.formats.output import (
     find_changed,
-    list_differences,
     plan_identity,
     plan_path,
     read_sidecar,
@@ -100,6 +101,19 @@ def find_finished(
         and is_of(sidecar["model"], name)
     )
     return sidecar if same and find_changed(folder, "embed", sidecar) is None else None
+
+
+def reopen_grown(writer: EmbeddingWriter, identity: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
+    """Prepare a finished folder for shards that were added since: those that it has stay.
+
+    Args:
+        identity: The settings, as in the sidecar.
+    """
+    sidecar = read_sidecar(sidecar_path(writer.folder, "embed"))
+    if sidecar is None or sidecar["settings"] != identity or not are_among(sidecar["inputs"], inputs):
+        return
+    if len(sidecar["inputs"]) < len(inputs) and find_changed(writer.folder, "embed", sidecar) is None:
+        writer.reopen(sidecar.get("outputs", []))
 
 
 def is_begun(folder: Path, inputs: list[dict[str, Any]]) -> bool:

@@ -19,7 +19,14 @@ from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.embed.finish import describe_result, finish
-from clipcid_cli.steps.embed.inputs import find_finished, is_begun, open_data, require_captions, view_settings
+from clipcid_cli.steps.embed.inputs import (
+    find_finished,
+    is_begun,
+    open_data,
+    reopen_grown,
+    require_captions,
+    view_settings,
+)
 from clipcid_cli.steps.embed.shards import ShardEmbedder, Timings
 from clipcid_cli.steps.embed.views import Views
 from clipcid_cli.steps.preflight import check_samples
@@ -89,10 +96,11 @@ def make_embeddings(
         **view_settings(settings),
     }
     machine.on_main(lambda: refuse_foreign_folder(folder))
+    writer = EmbeddingWriter(folder, [plan_identity(identity, [shard]) for shard in inputs])
+    machine.on_main(lambda: reopen_grown(writer, identity, inputs))
     with claim_output(
-        machine, folder, "embed", settings=identity, inputs=inputs, overwrite=settings.overwrite
+        machine, folder, "embed", settings=identity, inputs=inputs, overwrite=settings.overwrite, may_grow=True
     ) as output:
-        writer = EmbeddingWriter(folder, len(dataset.shards), plan_identity(identity, inputs))
         timings, elapsed = _embed_missing(embedder, writer, machine, reporter)
         ensure_index(dataset, machine, embedder.workers, reporter)
         sidecar = machine.on_main(lambda: finish(output, embedder, writer, timings, elapsed, reporter, without_text))

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.differences import list_differences
 from clipcid_cli.formats.listing import is_as_listed, list_recorded
 from clipcid_cli.formats.output import (
     describe_outputs,
     find_changed,
     fingerprint_file,
-    list_differences,
     open_output,
     read_sidecar,
 )

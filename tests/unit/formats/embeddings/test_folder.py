@@ -39,7 +39,7 @@ def make_rows(count: int, width: int = 8) -> npt.NDArray[np.float16]:
 
 def write_folder(folder: Path, *, texts: bool = True) -> dict[str, Any]:
     """Write three shards as `embed` does, the middle one without a row."""
-    writer = EmbeddingWriter(folder, len(SIZES), "plan")
+    writer = EmbeddingWriter(folder, ["plan"] * len(SIZES))
     images, captions = [make_rows(size) for size in SIZES], [make_rows(size) for size in SIZES]
     for number, size in enumerate(SIZES):
         skips = Skips()
@@ -100,7 +100,7 @@ def test_records_of_shards_belong_to_a_plan(tmp_path: Path) -> None:
     record = writer.read_record(2)
     assert (record.shard, record.read, record.rows, record.flattened) == ("s2", 8, 7, 2)
     assert record.skips.examples == {"no_caption": ["2: x"]}
-    assert EmbeddingWriter(tmp_path, 3, "another plan").read_record(2) is None
+    assert EmbeddingWriter(tmp_path, ["another plan"] * 3).read_record(2) is None
     (tmp_path / "img_emb" / "img_emb_0002.npy").unlink()
     assert writer.read_record(2) is None
     assert writer.read_record(0) is not None
@@ -204,7 +204,7 @@ def test_rows_that_are_zero_or_not_finite_are_found_in_images_and_texts_of_any_w
 def test_files_of_more_shards_are_removed(tmp_path: Path) -> None:
     write_folder(tmp_path)["writer"].remove_notes()
     (tmp_path / "mine.txt").touch()
-    EmbeddingWriter(tmp_path, 2, "plan").remove_others(with_texts=False)
+    EmbeddingWriter(tmp_path, ["plan"] * 2).remove_others(with_texts=False)
     names = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     assert names == [
         "embed.json",

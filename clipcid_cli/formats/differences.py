@@ -1,0 +1,54 @@
+"""How the settings and inputs of an existing output differ from those of a new run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def list_differences(existing: dict[str, Any], identity: dict[str, Any]) -> dict[str, str]:
+    """Compare the settings and inputs of an existing sidecar or plan with those of a new run.
+
+    Returns:
+        For each entry that differs, how: ``{"settings.keep": "0.5 there, 0.6 now"}``; of nested ones, the innermost.
+    """
+    found = _value_differences("settings", existing.get("settings", {}), identity["settings"])
+    # Inputs are compared by content: a folder that was moved, or is reached by another path, is still the same input.
+    old_inputs = [(entry.get("size"), entry.get("hash")) for entry in existing.get("inputs", [])]
+    new_inputs = [(entry.get("size"), entry.get("hash")) for entry in identity["inputs"]]
+    if len(old_inputs) != len(new_inputs):
+        found["inputs"] = f"{len(old_inputs)} files there, {len(new_inputs)} now"
+        there = set(new_inputs)
+        gone = [entry for entry, content in zip(existing["inputs"], old_inputs, strict=True) if content not in there]
+        if gone:
+            names = ", ".join(Path(str(entry.get("path"))).name for entry in gone[:3])
+            found["inputs"] += f"; changed or gone: {names}" + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
+    else:
+        for old, new, entry in zip(old_inputs, new_inputs, identity["inputs"], strict=True):
+            if old != new:
+                found[f"input {entry['path']}"] = f"{old[0]} bytes ({old[1]}) there, {new[0]} bytes ({new[1]}) now"
+    return found
+
+
+def are_among(earlier: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether all inputs are still there, in the same order, whatever lies between them."""
+    rest = iter([(entry.get("size"), entry.get("hash")) for entry in now])
+    return all((entry.get("size"), entry.get("hash")) in rest for entry in earlier)
+
+
+def _value_differences(name: str, old: Any, new: Any) -> dict[str, str]:
+    if old == new:
+        return {}
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {name: f"{_short(old)} there, {_short(new)} now"}
+    found: dict[str, str] = {}
+    for key in [*new, *(key for key in old if key not in new)]:
+        found |= _value_differences(f"{name}.{key}", old.get(key), new.get(key))
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "…"
