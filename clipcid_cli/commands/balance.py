@@ -30,6 +30,19 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
     elif threshold is not None:
         facts["with star"] = "not computed"
+    if (against := result.get("against")) is not None:
+        names = ", ".join(f"{each['nearest']:,} by {each['name']}" for each in against["references"])
+        facts["against"] = f"{count(against['dropped'], 'image')} dropped, within {against['threshold']:g}: {names}"
+    if (window := result.get("caption_window")) is not None:
+        facts["captions"] = (
+            f"{window['inside']:,} inside the window of similarity, {window['below']:,} below, {window['above']:,} above, "
+            f"{window['without']:,} without a caption"
+        )
+    if (cap := result.get("cluster_cap")) is not None:
+        facts["clusters"] = (
+            f"{cap['dropped']:,} dropped of the {count(cap['capped'], 'cluster')} of {cap['clusters']:,} that had more than "
+            f"{count(cap['most'], 'image')}"
+        )
     if audit is not None:
         facts["audit"] = _format_audit(audit)
     if result["skipped"]:

@@ -51,6 +51,11 @@ class WorkDirectory:
         """The folder of the indexes of data sets."""
         return self.path / "index"
 
+    @property
+    def references(self) -> Path:
+        """The folder of embeddings of the images that `balance` compares others with."""
+        return self.path / "references"
+
     def second_moment(self, identity: str) -> Path:
         """Return the file of the second moment of embeddings, in which `distill` finds principal axes."""
         return self.path / ".second-moments" / f"{identity}.npy"

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,15 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import hold_folder, remove_abandoned, write_error
-from clipcid_cli.formats.key_streams import JoinedMatch, OrderedMatch, join_stream, parquet_keys
+from clipcid_cli.formats.key_streams import JoinedMatch, OrderedMatch, Values, join_stream, parquet_keys
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.reporting import Reporter
 
 NO_KEEP_LIST = "none"
 _SCRATCH = ".clipcid-join-"
+
+Found = TypeVar("Found")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,27 +157,63 @@ def apply_keep_list(
 def _look_up(
     path: Path, keys: Callable[[], Iterable[pa.ChunkedArray]], count: int, folder: Path | None
 ) -> tuple[npt.NDArray[np.bool_], int]:
-    """Tell which samples a keep list keeps, bool [N], and how many it lacks: in one pass where it has their order."""
+    """Tell which samples a keep list keeps, bool [N], and how many it lacks."""
 
-    def chunks() -> Iterator[pa.Array]:
-        return (part.combine_chunks().cast(pa.large_string()) for part in keys())
-
-    def pass_through(match: OrderedMatch | JoinedMatch) -> tuple[npt.NDArray[np.bool_], int]:
+    def read(parts: Iterable[Values]) -> tuple[npt.NDArray[np.bool_], int]:
         is_kept, first, missing = np.zeros(count, dtype=np.bool_), 0, 0
-        for part in chunks():
-            found = match.match(part)[:, 0]
-            is_kept[first : first + len(found)] = found > 0
+        for found in parts:
+            is_kept[first : first + len(found)] = found[:, 0] > 0
             missing += int(np.count_nonzero(found < 0))
             first += len(found)
         return is_kept, missing
 
-    stream = parquet_keys(path, "kept")
+    return _read_matches(path, "kept", keys, count, folder, read)
+
+
+def find_rows_of_keys(
+    path: Path, keys: Callable[[], Iterable[pa.ChunkedArray]], count: int, folder: Path
+) -> npt.NDArray[np.int64]:
+    """Find keys in the column `key` of a parquet file.
+
+    Args:
+        keys: Starts reading the keys, all different.
+        count: N, how many there are.
+        folder: Where they are joined if the file has another order.
+
+    Returns:
+        The row of each key, int64 [N]; −1 where it is not there.
+    """
+
+    def read(parts: Iterable[Values]) -> npt.NDArray[np.int64]:
+        rows, first = np.empty(count, np.int64), 0
+        for found in parts:
+            rows[first : first + len(found)] = found[:, 0]
+            first += len(found)
+        return rows
+
+    return _read_matches(path, None, keys, count, folder, read)
+
+
+def _read_matches(
+    path: Path,
+    value: str | None,
+    keys: Callable[[], Iterable[pa.ChunkedArray]],
+    count: int,
+    folder: Path | None,
+    read: Callable[[Iterator[Values]], Found],
+) -> Found:
+    """Give what a parquet file says of keys to `read`: in one pass where it has their order, else once more when joined."""
+
+    def chunks() -> Iterator[pa.Array]:
+        return (part.combine_chunks().cast(pa.large_string()) for part in keys())
+
+    stream = parquet_keys(path, value)
     ordered = OrderedMatch(stream, 1)
-    answer = pass_through(ordered)
+    answer = read(map(ordered.match, chunks()))
     if ordered.is_complete():
         return answer
     with _scratch_folder(folder) as scratch:
-        return pass_through(JoinedMatch(join_stream(chunks(), count, stream, 1, scratch, path)))
+        return read(map(JoinedMatch(join_stream(chunks(), count, stream, 1, scratch, path)).match, chunks()))
 
 
 def _remove_if_empty(folder: Path) -> None:

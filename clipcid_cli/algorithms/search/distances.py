@@ -135,6 +135,19 @@ def distance_matrix(
     return round_distances(squared_a_M[:, None] + squared_b_N - 2.0 * dots_MN)
 
 
+def cosine_similarities(a_ND: HalfArray, b_ND: HalfArray) -> FloatArray:
+    """Return the cosine of each row of `a` with the same row of `b`, float16 [N, D] both.
+
+    Returns:
+        float32 [N], the same bits on every machine: all sums are exact. NaN where a row is zero or not finite.
+    """
+    a_ND, b_ND = a_ND.astype(np.float64), b_ND.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        dots_N = (a_ND * b_ND).sum(axis=1)
+        lengths_N = np.sqrt((a_ND * a_ND).sum(axis=1)) * np.sqrt((b_ND * b_ND).sum(axis=1))
+        return np.asarray(np.where(np.isfinite(lengths_N), dots_N / lengths_N, np.nan), np.float32)
+
+
 def occurring(position_P: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which positions occur, ascending, and the index of each entry among them, int64 [P]; without a sort.
 

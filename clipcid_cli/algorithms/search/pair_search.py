@@ -45,7 +45,7 @@ from clipcid_cli.algorithms.search.distances import (
 )
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.search.queued import QueuedTile
-from clipcid_cli.algorithms.search.tiles import Tile, TriangleTiles
+from clipcid_cli.algorithms.search.tiles import GrownTiles, Tile, Tiles, TriangleTiles
 
 # Rows a side of one product: its scores stay near the cores' caches.
 _BLOCK_ROWS = 2048
@@ -113,7 +113,7 @@ class TiledSearch:
         """Identifies how the work is divided."""
         return f"strips-{self.panel_rows}"
 
-    def tiles(self) -> TriangleTiles:
+    def tiles(self) -> Tiles:
         """Return the tiles (panel i, panel j), i ≤ j."""
         return TriangleTiles(-(-len(self.rows) // self.panel_rows))
 
@@ -238,6 +238,48 @@ class TiledSearch:
     def panel_rows_of(self, index: int) -> IntArray:
         """Return the row numbers of a panel."""
         return self.rows[index * self.panel_rows : (index + 1) * self.panel_rows]
+
+
+class GrownSearch(TiledSearch):
+    """A search for the pairs that have a new row; what is known of old rows is not compared again.
+
+    Up to a panel of old rows, those that fill the last panel of new ones, are compared with all.
+    """
+
+    def __init__(
+        self,
+        read: ReadRows,
+        new: IntArray,
+        old: IntArray,
+        device: torch.device,
+        scan_dtype: torch.dtype,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """Divide the work into tiles.
+
+        Args:
+            new: New rows, integers [M], each once.
+            old: Old rows, likewise.
+        """
+        # No larger than the new rows fill.
+        panel_rows = min(default_panel_rows(len(new) + len(old)), max(1, -(-len(new) // _BLOCK_ROWS)) * _BLOCK_ROWS)
+        super().__init__(read, np.concatenate([new, old]), device, scan_dtype, panel_rows, cache_bytes)
+        self._num_first = -(-len(new) // panel_rows)
+
+    @property
+    def name(self) -> str:
+        """Identifies how the work is divided."""
+        return f"{self.panel_rows}-grown"
+
+    def tiles(self) -> Tiles:
+        """Return the tiles (panel i, panel j), i ≤ j, whose panel i has new rows."""
+        return GrownTiles(self._num_first, -(-len(self.rows) // self.panel_rows))
+
+    @property
+    def num_all_pairs(self) -> int:
+        """Number of pairs that all tiles compare."""
+        first = min(self._num_first * self.panel_rows, len(self.rows))
+        return first * (first - 1) // 2 + first * (len(self.rows) - first)
 
 
 @dataclasses.dataclass(frozen=True)

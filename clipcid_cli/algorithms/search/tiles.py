@@ -78,6 +78,28 @@ class TriangleTiles(Tiles):
         return min(start, other), max(start, other)
 
 
+class GrownTiles(Tiles):
+    """The tiles (panel i, panel j), i ≤ j < `num_panels`, of the first panels i: first those of two first panels.
+
+    The others follow in strips of some first panels, which stay while the rest pass by once.
+    """
+
+    def __init__(self, num_first: int, num_panels: int) -> None:
+        self._first, self._rest = num_first, num_panels - num_first
+        self._inner = TriangleTiles(num_first)
+
+    def __len__(self) -> int:
+        return len(self._inner) + self._first * self._rest
+
+    def at(self, number: int) -> Tile:
+        """Return the tile of a number."""
+        if number < len(self._inner):
+            return self._inner.at(number)
+        strip, place = divmod(number - len(self._inner), _STRIPS * self._rest)
+        other, each = divmod(place, min(_STRIPS, self._first - strip * _STRIPS))
+        return strip * _STRIPS + each, self._first + other
+
+
 class PieceTiles(Tiles):
     """The tiles (partition, piece) of partitions divided into pieces, int64 [K]."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.search.blocks import load_block
@@ -73,6 +74,25 @@ def best_rows(scores: DoubleArray, labels: IntArray) -> IntArray:
     chosen = np.full(len(labels), len(labels), labels.dtype)
     np.minimum.at(chosen, labels[best], best)
     return chosen[labels]
+
+
+def best_of_groups(scores: DoubleArray, labels: IntArray, most: int) -> npt.NDArray[np.bool_]:
+    """Tell which rows are among the best of their group.
+
+    Args:
+        scores: Higher is better; of equal ones the smaller position, float64 [N], not NaN.
+        labels: Group of each row, integers [N].
+        most: How many rows of a group at most.
+
+    Returns:
+        bool [N].
+    """
+    order = np.lexsort((-scores, labels))
+    starts = np.flatnonzero(np.append(True, np.diff(labels[order]) != 0)) if len(order) else np.empty(0, np.int64)
+    rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
+    chosen = np.zeros(len(order), np.bool_)
+    chosen[order] = rank < most
+    return chosen
 
 
 def random_scores(rows: IntArray, seed: int) -> DoubleArray:

@@ -35,6 +35,7 @@ from clipcid_cli.formats.output import (
     refuse_changed,
     sidecar_path,
 )
+from clipcid_cli.formats.parquet import read_columns
 from clipcid_cli.formats.reading import describe, open_regular
 
 CENTROIDS = "centroids.npy"
@@ -198,6 +199,17 @@ def read_part(path: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32
     """Read from a part the nearest centroid of each image and its similarity, [n] each."""
     table = pq.read_table(path, columns=["cluster", "similarity"])
     return table["cluster"].to_numpy(), table["similarity"].to_numpy()
+
+
+def read_labels(table: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Read from the table the nearest centroid of each image and its similarity, [N] each.
+
+    Raises:
+        ClipcidError: when it cannot be read.
+    """
+    kinds = {"cluster": pa.int32(), "similarity": pa.float32()}
+    found = read_columns(table, kinds, "Run: clipcid cluster --overwrite")
+    return found["cluster"].to_numpy(), found["similarity"].to_numpy()
 
 
 def map_tops(folder: Path, prefix: str) -> TopClusters:

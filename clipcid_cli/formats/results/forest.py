@@ -21,9 +21,14 @@ from clipcid_cli.formats.output import Output, describe_outputs, find_changed, r
 from clipcid_cli.formats.parquet import read_columns
 from clipcid_cli.formats.reading import reading
 
-# All pairs are compared, or only those in and near partitions, where some edges may be missed. The two kinds have files of
-# their own, so that neither is ever used, or replaced, as the other.
-_STEPS = {"exact": "forest", "partitioned": "forest-partitioned"}
+# All pairs are compared, or only those in and near partitions, where some edges may be missed; of all rows, or of those that
+# filters have left. Each kind has files of its own, so that none is ever used, or replaced, as another.
+_STEPS = {
+    "exact": "forest",
+    "partitioned": "forest-partitioned",
+    "exact-filtered": "forest-filtered",
+    "partitioned-filtered": "forest-partitioned-filtered",
+}
 _PARTS = ".forest-parts"
 _SCHEMA = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("distance", pa.float32())])
 # Rows of a row group.
@@ -48,7 +53,8 @@ class StoredForest:
         distance: Their distance, float32 [E], ascending.
         cutoff: The distance up to which it was searched.
         num_rows: Number of rows.
-        neighbors: How it was searched: ``exact`` or ``partitioned``.
+        neighbors: How it was searched: ``exact`` or ``partitioned``; of rows that filters have left, followed by
+            ``-filtered``.
     """
 
     a: IntArray

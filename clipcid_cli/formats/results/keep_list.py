@@ -5,7 +5,8 @@ It is written and read row group by row group: its keys may be more than memory,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -50,10 +51,11 @@ class KeepList:
         path: The file.
         kept: Which of its N images are kept, bool [N], in row order.
         has_shards: Whether it names their shards.
+        has_reasons: Whether it says by what each image was dropped: not all are repeats.
     """
 
-    def __init__(self, path: Path, kept: BoolArray, has_shards: bool) -> None:
-        self.path, self.kept, self.has_shards = path, kept, has_shards
+    def __init__(self, path: Path, kept: BoolArray, has_shards: bool, has_reasons: bool) -> None:
+        self.path, self.kept, self.has_shards, self.has_reasons = path, kept, has_shards, has_reasons
         self._held: tuple[int, pa.ChunkedArray] | None = None
 
     def __len__(self) -> int:
@@ -135,6 +137,24 @@ class KeepList:
                 yield batch.column(0).cast(pa.large_string())
 
 
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column that a keep list has beside the usual ones.
+
+    Attributes:
+        read: Makes the values of some rows.
+    """
+
+    name: str
+    kind: pa.DataType
+    read: Callable[[slice], pa.Array]
+
+
+def float_column(name: str, values: npt.NDArray[np.float32]) -> Column:
+    """Return a column of float32, with nulls where values are NaN."""
+    return Column(name, pa.float32(), lambda part: pa.array(values[part], pa.float32(), from_pandas=True))
+
+
 def write_keep_list(
     path: Path,
     *,
@@ -143,14 +163,17 @@ def write_keep_list(
     labels: npt.NDArray[np.signedinteger],
     representatives: npt.NDArray[np.signedinteger],
     distances: npt.NDArray[np.float32],
+    more: Sequence[Column] = (),
 ) -> None:
     """Write a keep list, whole or not at all; the same values give the same bytes.
 
     Args:
         keys: Key of each of N images.
         labels: The smallest row of each image's set, integers [N].
-        representatives: The representative of each image, itself where it is kept, integers [N].
+        representatives: The representative of each image, itself where it is kept, integers [N]; −1 where no image is kept
+            in its place: `representative` and `distance` are then null.
         distances: Distance to it, float32 [N].
+        more: Further columns.
     """
     sizes = np.zeros(len(labels), np.int32 if len(labels) < 2**31 else np.int64)
     parts = [slice(start, min(start + ROWS_AT_ONCE, len(labels))) for start in range(0, len(labels), ROWS_AT_ONCE)]
@@ -160,10 +183,13 @@ def write_keep_list(
         column.chunk(0) if column.num_chunks == 1 else map_strings(path.parent, column.chunks)
         for column in (keys.cast(pa.large_string()), shards.cast(pa.large_string()))
     )
-    with atomic_file(path) as file, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+    schema = pa.schema([*_SCHEMA, *((column.name, column.kind) for column in more)])
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for part in parts or [slice(0, 0)]:
             chosen = representatives[part]
-            blocks = (chosen[at : at + _TAKEN_AT_ONCE] for at in range(0, len(chosen), _TAKEN_AT_ONCE))
+            is_none = chosen < 0
+            someone = np.maximum(chosen, 0)
+            blocks = (someone[at : at + _TAKEN_AT_ONCE] for at in range(0, len(someone), _TAKEN_AT_ONCE))
             names = map_strings(path.parent, (all_keys.take(pa.array(block)) for block in blocks))
             columns = [
                 _text(all_keys, part),
@@ -171,10 +197,15 @@ def write_keep_list(
                 labels[part].astype(np.int64, copy=False),
                 sizes[labels[part]].astype(np.int64),
                 chosen == np.arange(part.start, part.stop),
-                _text(names, slice(0, len(names))),
-                distances[part],
+                _or_null(_text(names, slice(0, len(names))), is_none),
+                pa.array(distances[part], mask=is_none),
+                *(column.read(part) for column in more),
             ]
-            writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=ROWS_AT_ONCE)
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=ROWS_AT_ONCE)
+
+
+def _or_null(names: pa.StringArray, is_none: BoolArray) -> pa.StringArray:
+    return pc.if_else(pa.array(is_none), pa.scalar(None, pa.string()), names) if is_none.any() else names
 
 
 def _text(column: pa.LargeStringArray, part: slice) -> pa.StringArray:
@@ -214,7 +245,7 @@ def read_keep_list(path: Path) -> KeepList:
                 start += len(batch)
         if has_nulls or _has_null_keys(file):
             raise ClipcidError(f"Keep list {path} has rows without a `key`, or without true or false as `kept`.", _FIX)
-    return KeepList(path, kept, "shard" in schema.names)
+    return KeepList(path, kept, "shard" in schema.names, "dropped_by" in schema.names)
 
 
 def _has_null_keys(file: pq.ParquetFile) -> bool:
@@ -252,11 +283,11 @@ def read_dropped(path: Path) -> Iterator[pa.Table]:
         path: A keep list written by `write_keep_list`.
 
     Yields:
-        One row per dropped image, in row order: ``from`` (its key), ``to`` (the key of its representative), ``distance``
-        (float32).
+        One row per dropped image that another is kept for, in row order: ``from`` (its key), ``to`` (the key of its
+        representative), ``distance`` (float32).
     """
     with _open(path) as file:
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=["key", "representative", "distance", "kept"]):
             table = pa.Table.from_batches([batch])
-            dropped = table.filter(pc.invert(table["kept"]))
+            dropped = table.filter(pc.and_(pc.invert(table["kept"]), table["representative"].is_valid()))
             yield dropped.select(["key", "representative", "distance"]).rename_columns(["from", "to", "distance"])

@@ -11,9 +11,12 @@ from clipcid_cli.algorithms.search.distances import IntArray
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.balance.filters.select import Filters
+from clipcid_cli.steps.balance.forests.grown import list_row_files
+from clipcid_cli.steps.balance.forests.stored import Forest
 from clipcid_cli.steps.balance.pairs import collect_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows
-from clipcid_cli.steps.balance.search import Forest, find_forest
+from clipcid_cli.steps.balance.search import find_forest
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -24,8 +27,8 @@ class Context:
 
     Attributes:
         folder: Where the forest is stored.
-        fingerprints: Of the files of the embeddings.
-        rows: The rows to balance.
+        fingerprints: Of the files of the embeddings, and of the rows to balance where those are not all.
+        filters: What was dropped before, and what is left.
         seconds: Time by phase; searches add theirs to ``search``.
     """
 
@@ -34,9 +37,14 @@ class Context:
     folder: Path
     embeddings: Embeddings
     fingerprints: list[dict[str, Any]]
-    rows: BalanceRows
+    filters: Filters
     reporter: Reporter
     seconds: dict[str, float]
+
+    @property
+    def rows(self) -> BalanceRows:
+        """The rows to balance."""
+        return self.filters.rows
 
     def find_forest(self, *, cutoff: float | None = None, num_edges: int = 0) -> tuple[Forest, bool]:
         """Call :func:`find_forest` for these rows."""
@@ -52,6 +60,7 @@ class Context:
             precision=self.settings.precision,
             reporter=self.reporter,
             for_stars=self.settings.linkage == "star",
+            files=() if self.rows.positions is not None else list_row_files(self.embeddings, self.fingerprints),
         )
         self.seconds["search"] += time.perf_counter() - started
         return found

@@ -80,6 +80,11 @@ def estimate_cost(
     disk = _BYTES_ON_DISK * images
     if settings.neighbors == "partitioned":  # the rows are copied, and their places and visits listed
         disk += (2 * width + _BYTES_OF_PLACES) * images
+    if settings.has_filters:
+        reporter.note(
+            "Images that are dropped before the search do not take part in it, so it takes less than this; "
+            "comparing with references is not in it."
+        )
     processes = f", {machine.size} processes" if machine.size > 1 else ""
     reporter.note(f"{images:,} images of width {width}. Cost of a new search, estimated from some of them{processes}:")
     for name, cost in (("exact", exact), ("partitioned", partitioned)):

@@ -15,17 +15,22 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.reading import describe
-from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
+from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
+from clipcid_cli.formats.results.set_table import SetTable
 from clipcid_cli.formats.skips import REASONS
-from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
 from clipcid_cli.steps.balance.composition import compare_classes
 from clipcid_cli.steps.balance.context import Context
+from clipcid_cli.steps.balance.filters.captions import draw_window
+from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
+from clipcid_cli.steps.balance.filters.keep_rows import KeepRows
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.result import describe_rule, explain_unread
 from clipcid_cli.steps.balance.rows import take_texts
-from clipcid_cli.steps.balance.samples import SampleFinder, open_data
+from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_thumbnail
+from clipcid_cli.steps.balance.sections.chains import find_chains
+from clipcid_cli.steps.balance.sections.reference_pairs import show_near
+from clipcid_cli.steps.balance.sections.sizes import compare_sizes, count_sizes
 from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 
@@ -57,6 +62,9 @@ def write_report(
     context: Context,
     forest: Edges,
     sets: Sets,
+    listed: KeepRows,
+    measured: SetTable,
+    cap: ClusterCap | None,
     other: OtherLinkage | NotComputed,
     result: dict[str, Any],
     warnings: list[str],
@@ -65,6 +73,9 @@ def write_report(
 
     Args:
         forest: The forest, ascending.
+        listed: The rows of the keep list.
+        measured: How wide the sets are.
+        cap: What was dropped of crowded clusters.
         other: What the other linkage would keep.
         result: The JSON object.
         warnings: What the user was warned of.
@@ -73,11 +84,16 @@ def write_report(
         For the sidecar, which pictures are in it: ``{"shown": number, "unread": [[shard, key], …], "why": reason}``.
     """
     settings, embeddings = context.settings, context.embeddings
+    near, captions = context.filters.near, context.filters.captions
     sizes = np.bincount(sets.labels)
     largest = _largest(sizes)
     shown = [_choose_members(sets, label) for label in largest]
     inside, outside = _around(forest, sets.threshold)
-    rows = np.unique(np.concatenate([np.empty(0, np.int64), *shown, inside.a, inside.b, outside.a, outside.b]))
+    chains = find_chains(context, sets, measured)
+    chained = [[chain.representative, chain.farthest, *chain.stars] for chain in chains]
+    rows = np.unique(
+        np.concatenate([np.empty(0, np.int64), *shown, *chained, inside.a, inside.b, outside.a, outside.b])
+    )
     data, closed = _open_data(settings, embeddings)
     pictures, unread = _load_pictures(data, closed, context, sets, rows)
     read = 0 if data is None else len(pictures) - len(unread)
@@ -93,15 +109,26 @@ def write_report(
             num_sets=int(np.count_nonzero(sizes > 1)),
             why_no_other=other.reason if isinstance(other, NotComputed) else "",
             curve_figure=_draw_curves(sets, settings.linkage, other),
-            sizes=_count_sizes(sizes[sizes > 0]),
+            sizes=count_sizes(sizes[sizes > 0]),
             sets=[
                 {"size": int(sizes[label]), "images": [pictures[row] for row in members.tolist()]}
                 for label, members in zip(largest, shown, strict=True)
             ],
+            chains=[
+                {
+                    "set": chain,
+                    "ends": [pictures[chain.representative], pictures[chain.farthest]],
+                    "stars": [pictures[row] for row in chain.stars],
+                }
+                for chain in chains
+            ],
             inside=_pair_up(inside, pictures),
             outside=_pair_up(outside, pictures),
             why_no_images=closed or (_UNKNOWN if data is None else ""),
-            classes=compare_classes(data, embeddings, context.rows, sets.kept),
+            classes=compare_classes(data, embeddings, context.filters.everything, listed.kept),
+            cluster_sizes=[] if cap is None else compare_sizes(cap),
+            near=[] if near is None else show_near(near, context, data, _THUMBNAIL),
+            window_figure=None if captions is None else draw_window(captions),
             reasons=REASONS,
             embeddings=str(embeddings.folder),
         ),
@@ -116,7 +143,7 @@ def has_new_pictures(settings: BalanceSettings, embeddings: Embeddings, finished
     if data is None:
         return False
     finder = SampleFinder(data)
-    return any(_read_thumbnail(finder, shard, key)[0] for shard, key in unread)
+    return any(read_thumbnail(finder, shard, key, _THUMBNAIL)[0] for shard, key in unread)
 
 
 def _largest(sizes: IntArray) -> list[int]:
@@ -176,29 +203,12 @@ def _load_pictures(
     finder = None if data is None else SampleFinder(data)
     pictures, unread = {}, {}
     for row, key, shard in zip(rows.tolist(), keys, shards, strict=True):
-        source, why = ("", closed) if finder is None else _read_thumbnail(finder, shard, key)
+        source, why = ("", closed) if finder is None else read_thumbnail(finder, shard, key, _THUMBNAIL)
         if why:
             unread[shard, key] = why
         kept = bool(sets.representatives[row] == row)
         pictures[row] = Picture(key, source, kept, float(sets.distances[row]))
     return pictures, unread
-
-
-def _read_thumbnail(finder: SampleFinder, shard: str, key: str) -> tuple[str, str]:
-    """Return a thumbnail and "", or "" and why there is none."""
-    where = f"shard {shard}"
-    try:
-        sample = finder.find(shard, key)
-        if sample is None:
-            return "", f"the data has no image {key}."
-        where = sample.image.path
-        return thumbnail(decode_image(sample.image.read(), draft_size=(_THUMBNAIL, _THUMBNAIL)), _THUMBNAIL), ""
-    except ClipcidError as error:
-        return "", error.message
-    except UnreadableImage as error:
-        return "", f"{where} has an {REASONS[error.reason]}, {key}."
-    except OSError as error:
-        return "", f"{error.filename or where} cannot be read: {describe(error)}."
 
 
 def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | NotComputed) -> Markup:
@@ -233,15 +243,3 @@ def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | NotComputed) ->
     for spine in axes.spines.values():
         spine.set_alpha(0.4)
     return svg(figure, "Share of images kept over the cut-off")
-
-
-def _count_sizes(sizes: IntArray) -> list[dict[str, Any]]:
-    """Count sets and the images in them by size, int64 [S], sizes by powers of two, those that occur."""
-    power = np.ceil(np.log2(sizes)).astype(np.int64)
-    num_sets, images = np.bincount(power), np.bincount(power, weights=sizes).astype(np.int64)
-    names = ["1", "2", *(f"{2 ** (p - 1) + 1:,}–{2**p:,}" for p in range(2, len(images)))]
-    return [
-        {"name": name, "sets": int(number), "images": int(count), "share": count / images.max()}
-        for name, number, count in zip(names, num_sets, images, strict=False)
-        if number
-    ]

@@ -9,10 +9,13 @@ from typing import Any
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.results.curve import CURVE
 from clipcid_cli.formats.results.forest import forest_path
+from clipcid_cli.formats.results.set_table import SET_TABLE
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import KEEP_LIST
 from clipcid_cli.steps.balance.audit import Audit
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
+from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
+from clipcid_cli.steps.balance.filters.select import Filters
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -28,18 +31,21 @@ def summarise(
     sets: Sets,
     other: OtherLinkage | NotComputed,
     audit: Audit | None,
+    filters: Filters,
+    cap: ClusterCap | None,
     embeddings: Embeddings,
     skips: Skips,
 ) -> dict[str, Any]:
     """Return the fields of the JSON object, without ``seconds`` and ``files``."""
-    kept, images = sets.num_kept, len(sets.labels)
+    images, capped = len(filters.everything), None if cap is None else cap.summarise()
+    kept = sets.num_kept - (0 if capped is None else capped["dropped"])
     embedded = (embeddings.sidecar or {}).get("counts", {}).get("skipped", {})
     return {
         "images": images,
         "kept": kept,
         "keep_ratio": kept / images,
         "threshold": sets.threshold,
-        "components": kept,
+        "components": sets.num_kept,
         "largest_component": sets.largest,
         "coverage": sets.coverage,
         "other_linkage": None
@@ -47,6 +53,8 @@ def summarise(
         else {"linkage": other.linkage, "kept": other.kept, "coverage": other.coverage},
         "neighbors": settings.neighbors,
         "audit": None if audit is None else dataclasses.asdict(audit) | {"rate": audit.rate},
+        **filters.summarise(),
+        "cluster_cap": capped,
         "skipped": {**embedded, **skips.counts},
     }
 
@@ -86,7 +94,13 @@ def describe_rule(settings: BalanceSettings) -> str:
     else:
         amount = f"--cosine-distance {settings.cosine_distance:g}"
     neighbors = "" if settings.neighbors == "exact" else f" --neighbors {settings.neighbors}"
-    return f"{amount} --linkage {settings.linkage} --select {settings.select}{neighbors}"
+    against = "".join(f" --against {name}" for name in settings.against)
+    if settings.against_threshold is not None:
+        against += f" --against-threshold {settings.against_threshold:g}"
+    ends = {"min": settings.min_caption_similarity, "max": settings.max_caption_similarity}
+    window = "".join(f" --{name}-caption-similarity {end:g}" for name, end in ends.items() if end is not None)
+    cap = "" if settings.max_per_cluster is None else f" --max-per-cluster {settings.max_per_cluster}"
+    return f"{amount}{against}{window} --linkage {settings.linkage} --select {settings.select}{neighbors}{cap}"
 
 
 def explain_unread(pictures: dict[str, Any]) -> list[str]:
@@ -104,8 +118,19 @@ def explain_unread(pictures: dict[str, Any]) -> list[str]:
     ]
 
 
-def name_files(folder: Path, neighbors: str) -> dict[str, str]:
-    """Return the path of each file by its name in the JSON object."""
-    forest = forest_path(folder, neighbors).name
-    names = {"keep_list": KEEP_LIST, "forest": forest, "curve": CURVE, "report": REPORT, "sidecar": "balance.json"}
+def name_files(folder: Path, forest_kind: str) -> dict[str, str]:
+    """Return the path of each file by its name in the JSON object.
+
+    Args:
+        forest_kind: Which forest was made, see `forest_path`.
+    """
+    forest = forest_path(folder, forest_kind).name
+    names = {
+        "keep_list": KEEP_LIST,
+        "forest": forest,
+        "sets": SET_TABLE,
+        "curve": CURVE,
+        "report": REPORT,
+        "sidecar": "balance.json",
+    }
     return {name: str(folder / file) for name, file in names.items()}

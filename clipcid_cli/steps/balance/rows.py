@@ -43,15 +43,28 @@ class BalanceRows:
         numbers: Numbers of the finite ones among them, integers [N], ascending.
         unique: The rows that equal no earlier one, integers [U], ascending.
         copies: Edges of weight 0 that join each other row to the first of its kind.
+        positions: Where filters have chosen among the finite rows: positions of the chosen ones, integers [N], ascending.
+        num_finite: Number of the finite rows that they were chosen from.
     """
 
     images: Rows
     numbers: IntArray
     unique: IntArray
     copies: Edges
+    positions: IntArray | None = None
+    num_finite: int = 0
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def describe_choice(self) -> list[dict[str, Any]]:
+        """Describe which of the finite rows these are, as an input of what is made of them; nothing where all are."""
+        if self.positions is None:
+            return []
+        is_chosen = np.zeros(self.num_finite, np.bool_)
+        is_chosen[self.positions] = True
+        digest = hashlib.blake2b(np.packbits(is_chosen).tobytes(), digest_size=16).hexdigest()
+        return [{"path": "rows that filters have left", "size": len(self), "hash": f"blake2b:{digest}"}]
 
     def read(self, rows: IntArray) -> HalfArray:
         """Read some rows, float16 [n, D]."""
@@ -99,11 +112,14 @@ def _model_of(work: WorkDirectory) -> str | None:
 def output_identity(settings: BalanceSettings, embeddings: Embeddings) -> dict[str, Any]:
     """Return the settings that decide what is written; all of them may change on an existing forest."""
     texts = None
-    if settings.select == "similarity":
+    if settings.has_window:
+        embeddings.texts()  # refuses those without, before anything is written
+    if settings.select == "similarity" or settings.has_window:
         hashes = [entry["hash"] for entry in embeddings.text_fingerprints()]
         texts = hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
     names = ("keep", "threshold", "cosine_distance", "linkage", "select", "neighbors")
-    return {name: getattr(settings, name) for name in names} | {
+    window = ("min_caption_similarity", "max_caption_similarity")
+    return {name: getattr(settings, name) for name in (*names, *window)} | {
         "seed": settings.seed if settings.select == "random" else None,
         "texts": texts,
     }

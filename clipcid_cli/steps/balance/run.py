@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from clipcid_cli.formats.mapped_strings import map_strings
 from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file
 from clipcid_cli.formats.results.curve import CURVE, write_curve
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
+from clipcid_cli.formats.results.set_table import SET_TABLE, SetTable, write_set_table
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.memory import keep_few_kernels
@@ -23,11 +25,16 @@ from clipcid_cli.steps.balance.audit import Audit, audit_kept
 from clipcid_cli.steps.balance.compare_linkage import compare_linkages
 from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.cost import estimate_cost
+from clipcid_cli.steps.balance.filters.cluster_cap import cap_clusters, find_clusters
+from clipcid_cli.steps.balance.filters.keep_rows import KeepRows, list_rows
+from clipcid_cli.steps.balance.filters.references import Reference, open_references
+from clipcid_cli.steps.balance.filters.select import apply_filters
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.report import has_new_pictures, write_report
 from clipcid_cli.steps.balance.result import REPORT, explain_unread, find_warnings, name_files, summarise
 from clipcid_cli.steps.balance.rows import count_skipped, find_embeddings, find_rows, output_identity
 from clipcid_cli.steps.balance.samples import require_data
+from clipcid_cli.steps.balance.sections.chains import measure_sets
 from clipcid_cli.steps.balance.sets import Sets, make_sets
 from clipcid_cli.steps.balance.write_lists import check_targets, check_uids, write_kept
 from clipcid_cli.steps.balance.write_shards import tar_shards, write_shards
@@ -42,11 +49,16 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
 
     Returns:
         The JSON object: ``images, kept, keep_ratio, threshold, components, largest_component, coverage, other_linkage{
-        linkage, kept, coverage}, neighbors, audit{sampled, kept, near, rate, low, high}, skipped{}, seconds{embed, search,
-        write}, files{}``. ``coverage`` is the share of dropped images that are farther than the threshold from their
-        representative. ``other_linkage`` is what the other linkage gives at the same threshold, null where that is not
-        computed. ``audit`` is null for exact neighbors; for partitioned ones it holds how many of the sampled kept images
-        have another kept one within the threshold, the rate and the ends of its 95 % interval.
+        linkage, kept, coverage}, neighbors, audit{sampled, kept, near, rate, low, high}, against{threshold, dropped,
+        references[{name, rows, near, nearest}]}, caption_window{min, max, inside, below, above, without}, cluster_cap{most,
+        clusters, capped, dropped, largest}, skipped{}, seconds{embed, search, write}, files{}``. ``coverage`` is the share
+        of the dropped repeats that are farther than the threshold from their representative. ``other_linkage`` is what the
+        other linkage gives at the same threshold, null where that is not computed. ``audit`` is null for exact neighbors;
+        for partitioned ones it holds how many of the sampled kept images have another kept one within the threshold, the
+        rate and the ends of its 95 % interval. ``against`` holds for each reference its rows, the images near one of them,
+        and those for which it is the nearest reference; ``cluster_cap`` the clusters of the images that repeats have left,
+        how many had more images than `most`, and the size of the largest before. ``against``, ``caption_window`` and
+        ``cluster_cap`` are null where they are not asked for.
 
     Raises:
         ClipcidError: when there is nothing to balance, too much of it is unusable, or another run is active.
@@ -68,7 +80,13 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             data = require_data(settings, embeddings, "--write-shards")
             shards = tar_shards(data, settings.write_shards)
         machine.on_main(lambda: check_uids(settings, embeddings))
+        references = open_references(settings, machine, embeddings, reporter)
         folder, identity = work.balance, machine.on_main(lambda: output_identity(settings, embeddings))
+        clusters = machine.on_main(lambda: find_clusters(settings))
+        identity["max_per_cluster"] = settings.max_per_cluster
+        identity["clusters"] = None if clusters is None else clusters[1]
+        identity["against"] = [[each.name, each.identity] for each in references] or None
+        identity["against_threshold"] = settings.reference_distance if references else None
         fingerprints = machine.on_main(embeddings.fingerprints)
         with claim_output(
             machine,
@@ -78,6 +96,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             inputs=fingerprints,
             overwrite=settings.overwrite,
             replaceable=frozenset(identity),
+            may_grow=True,
         ) as output:
             finished = output.finished
             if machine.on_main(lambda: has_new_pictures(settings, embeddings, output.finished)):
@@ -87,8 +106,8 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
                 reporter.note(f"{folder} already holds this result.")
                 result: dict[str, Any] = finished["result"]
             else:
-                result = _balance(settings, machine, embeddings, output, seconds, reporter)
-            result["files"] = name_files(folder, settings.neighbors)
+                result = _balance(settings, machine, embeddings, references, clusters, output, seconds, reporter)
+            result["files"] = name_files(folder, settings.forest_kind)
             keep_list = folder / KEEP_LIST
             result["files"] |= machine.on_main(lambda: write_kept(settings, embeddings, keep_list, reporter))
             if settings.write_shards is not None and data is not None:
@@ -110,6 +129,8 @@ def _balance(
     settings: BalanceSettings,
     machine: Machine,
     embeddings: Embeddings,
+    references: list[Reference],
+    clusters: tuple[Path, str] | None,
     output: Output,
     seconds: dict[str, float],
     reporter: Reporter,
@@ -120,7 +141,9 @@ def _balance(
     seconds["search"] = time.perf_counter() - started
     skips = count_skipped(settings, embeddings, rows, reporter)
     machine.on_main(embeddings.refuse_repeated_keys)
-    context = Context(settings, machine, output.folder, embeddings, output.inputs, rows, reporter, seconds)
+    filters = apply_filters(settings, machine, output.folder, embeddings, rows, output.inputs, references, reporter)
+    inputs = [*output.inputs, *filters.rows.describe_choice()]
+    context = Context(settings, machine, output.folder, embeddings, inputs, filters, reporter, seconds)
     sets, forest, was_there = make_sets(context)
     if was_there:
         reporter.note("The forest of these embeddings exists: keep list, curve and report are made from it.")
@@ -128,7 +151,8 @@ def _balance(
     if isinstance(other, NotComputed) and sets.threshold is not None:
         reporter.note(f"What --linkage star would keep at this cut-off is not computed: {other.reason}.")
     audit = _audit(context, sets)
-    result = summarise(settings, sets, other, audit, embeddings, skips)
+    cap = None if clusters is None else cap_clusters(context, clusters[0], sets)
+    result = summarise(settings, sets, other, audit, filters, cap, embeddings, skips)
     warnings = find_warnings(settings, sets)
     for warning in warnings:
         reporter.warn(warning)
@@ -138,9 +162,13 @@ def _balance(
         return {phase: round(value, 3) for phase, value in (seconds | {"write": write}).items()}
 
     def write() -> dict[str, Any]:
-        _write_tables(context, sets)
+        listed = list_rows(output.folder, filters, sets, cap)
+        measured = measure_sets(context, sets)
+        _write_tables(context, sets, listed, measured)
         shown = result | {"seconds": phases()}
-        pictures = write_report(output.folder / REPORT, context, forest, sets, other, shown, warnings)
+        pictures = write_report(
+            output.folder / REPORT, context, forest, sets, listed, measured, cap, other, shown, warnings
+        )
         for warning in explain_unread(pictures):
             reporter.warn(warning)
         result["seconds"] = phases()
@@ -169,22 +197,27 @@ def _audit(context: Context, sets: Sets) -> Audit | None:
     return audit
 
 
-def _write_tables(context: Context, sets: Sets) -> None:
-    """Write the keep list and the curve."""
+def _write_tables(context: Context, sets: Sets, listed: KeepRows, measured: SetTable) -> None:
+    """Write the keep list, the sets and the curve."""
     embeddings = context.embeddings
 
     def map_names(read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.ChunkedArray:
-        picked = context.rows.pick((file, read(file)) for file in embeddings.files)
+        picked = context.filters.everything.pick((file, read(file)) for file in embeddings.files)
         return pa.chunked_array([map_strings(context.folder, picked)])
 
+    keys = map_names(embeddings.keys_of)
     write_keep_list(
         context.folder / KEEP_LIST,
-        keys=map_names(embeddings.keys_of),
+        keys=keys,
         shards=map_names(embeddings.shards_of),
-        labels=sets.labels,
-        representatives=sets.representatives,
-        distances=sets.distances,
+        labels=listed.labels,
+        representatives=listed.representatives,
+        distances=listed.distances,
+        more=listed.columns,
     )
+    positions = context.rows.positions
+    table = measured if positions is None else measured.renumbered(positions)
+    write_set_table(context.folder / SET_TABLE, table, keys.chunk(0))
     write_curve(
         context.folder / CURVE,
         distances=sets.curve.distance,

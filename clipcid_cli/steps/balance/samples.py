@@ -20,9 +20,12 @@ from clipcid_cli.formats.data.index import DataIndex
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.key_join import KeyIndex
+from clipcid_cli.formats.reading import describe
+from clipcid_cli.formats.report import thumbnail
 from clipcid_cli.formats.results.kept_lists import is_uid
+from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.models.decode import SkippedImage, read_size
+from clipcid_cli.runtime.models.decode import SkippedImage, UnreadableImage, decode_image, read_size
 from clipcid_cli.steps.balance.rows import take_texts
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -140,6 +143,23 @@ class SampleFinder:
         if self._all is None:
             self._all = {sample.key: sample for shard in self._shards for sample in shard.samples()}
         return self._all
+
+
+def read_thumbnail(finder: SampleFinder, shard: str, key: str, side: int) -> tuple[str, str]:
+    """Return a thumbnail as a ``data:`` URL, at most `side` pixels wide and high, and ""; or "" and why there is none."""
+    where = f"shard {shard}"
+    try:
+        sample = finder.find(shard, key)
+        if sample is None:
+            return "", f"the data has no image {key}."
+        where = sample.image.path
+        return thumbnail(decode_image(sample.image.read(), draft_size=(side, side)), side), ""
+    except ClipcidError as error:
+        return "", error.message
+    except UnreadableImage as error:
+        return "", f"{where} has an {REASONS[error.reason]}, {key}."
+    except OSError as error:
+        return "", f"{error.filename or where} cannot be read: {describe(error)}."
 
 
 def count_pixels(settings: BalanceSettings, embeddings: Embeddings, rows: IntArray, reporter: Reporter) -> DoubleArray:

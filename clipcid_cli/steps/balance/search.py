@@ -6,7 +6,6 @@ forest and saves that regularly; the first process merges what all have saved. A
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -28,11 +27,13 @@ from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.grouped import remove_copies
 from clipcid_cli.formats.mapped_arrays import Arrays
-from clipcid_cli.formats.results.forest import ForestPart, ForestParts, StoredForest, read_forest, write_forest
+from clipcid_cli.formats.results.forest import ForestPart, ForestParts
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_for_rows
 from clipcid_cli.runtime.pacing import SavePace
 from clipcid_cli.runtime.precision import choose_scan
+from clipcid_cli.steps.balance.forests.grown import RowFile, read_smaller, search_new
+from clipcid_cli.steps.balance.forests.stored import Forest, ForestStore
 from clipcid_cli.steps.balance.partition import partition_rows
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.reporting import Reporter
@@ -42,21 +43,6 @@ from clipcid_cli.steps.shared_arrays import share_arrays
 _SECONDS_TO_SAVE_A_ROW = 2.5e-6
 # Pairs that all processes of a search for stars keep: 20 bytes each, and several times that to sort and cover them.
 _MOST_PAIRS = 2**24
-
-
-@dataclasses.dataclass(frozen=True)
-class Forest:
-    """A forest that is complete up to a distance; after a search in partitions it may lack edges.
-
-    Attributes:
-        edges: Ascending by (weight, smaller row, larger row).
-        cutoff: The distance.
-        pairs: All pairs of unique rows up to it, ascending, where the search that made it kept them.
-    """
-
-    edges: Edges
-    cutoff: float
-    pairs: Edges | None = None
 
 
 def find_forest(
@@ -71,6 +57,7 @@ def find_forest(
     reporter: Reporter,
     neighbors: str = "exact",
     for_stars: bool = False,
+    files: Sequence[RowFile] = (),
 ) -> tuple[Forest, bool]:
     """Return a forest that reaches far enough: the stored one, that one extended, or a new one.
 
@@ -82,13 +69,15 @@ def find_forest(
         precision: Format of the fast product, see `choose_scan`.
         neighbors: ``exact`` or ``partitioned``: compare all pairs, or those in and near partitions.
         for_stars: Keep the pairs that a search finds, while they are few, and search as far as a star cover needs.
+        files: The files of all rows: where the stored forest is of some of them, only the rows of the others are compared.
 
     Returns:
         The forest, and whether the stored one reached far enough.
     """
     started = time.perf_counter()
     machine.on_main(lambda: remove_copies(folder))  # of a run that was killed
-    stored = _read_stored(machine, folder, inputs, neighbors)
+    store = ForestStore(folder, rows, inputs, neighbors)
+    stored = store.read(machine)
     is_new = stored is None
     # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
     forest = Forest(rows.copies, 0.0) if stored is None else stored
@@ -99,21 +88,38 @@ def find_forest(
     estimator = CutoffEstimator(rows.read, rows.unique, machine.device, scan.dtype, for_stars)
     most_pairs = _MOST_PAIRS // machine.size if for_stars else 0
     complete, num_copies = len(rows) - 1, len(rows.copies)
+    smaller = None
+    if is_new and files and neighbors == "exact":
+        smaller = read_smaller(machine, folder, rows, files, reporter)
     while len(forest.edges) < complete and not _is_enough(forest, cutoff, num_edges):
         # The sample holds unique rows, so edges of copies are not counted.
         choose = partial(estimator.choose, forest.cutoff, len(forest.edges) - num_copies, num_edges - num_copies)
         reach = machine.on_main(choose) if cutoff is None else float(np.float32(cutoff))
         search: TiledSearch | PartitionedSearch = all_pairs
+        known, name = forest.edges, ""
+        if smaller is not None:
+            if cutoff is None:
+                reach = min(reach, smaller.cutoff)  # as far as it is known; where that is not enough, all pairs follow
+            if reach <= smaller.cutoff:
+                known, name = Edges.concatenate([known, smaller.edges.up_to(reach)]), f"-{smaller.name}"
+                search = search_new(rows, smaller, machine, scan.dtype, room, reporter)
+            else:
+                reporter.note(
+                    f"The forest that is there ends at distance {smaller.cutoff:.4f}: all pairs are compared."
+                )
+            smaller = None
         try:
             # At the largest distance only a search of all pairs is sure to find what is missing.
             if neighbors == "partitioned" and forest.cutoff < reach < FARTHEST:
                 search = partition_rows(machine, folder, all_pairs, rows.read, scan.dtype, reach, reporter) or all_pairs
                 if search is all_pairs:
                     reporter.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
-            parts = ForestParts(folder, f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{search.name}")
+            parts = ForestParts(
+                folder, f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{search.name}{name}"
+            )
             # Partitions may miss pairs, and find some twice: stars then take theirs from within the components.
             most = most_pairs if search is all_pairs else 0
-            edges, pairs = _search_tiles(machine, search, parts, len(rows), forest.edges, reach, most, reporter)
+            edges, pairs = _search_tiles(machine, search, parts, len(rows), known, reach, most, reporter)
             search = all_pairs  # drops the maps of the copies, which keep their space on the disk
             machine.barrier()
         finally:
@@ -126,21 +132,10 @@ def find_forest(
                 f"Up to distance {reach:.4f} there are {len(edges):,} of the {num_edges:,} edges needed; searching further."
             )
     if is_new:
-        edges = forest.edges
-        made = StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, len(rows), neighbors)
-        seconds = {"search": time.perf_counter() - started}
-        machine.on_main(lambda: write_forest(folder, made, inputs=inputs, seconds=seconds))
+        seconds = time.perf_counter() - started
+        machine.on_main(lambda: store.write(forest, seconds))
     machine.on_main(ForestParts(folder, "").clear)
     return forest, not is_new
-
-
-def _read_stored(machine: Machine, folder: Path, inputs: list[dict[str, Any]], neighbors: str) -> Forest | None:
-    def read() -> Arrays:
-        stored = read_forest(folder, inputs, neighbors)
-        return () if stored is None else (stored.a, stored.b, stored.distance, np.array([stored.cutoff]))
-
-    found = share_arrays(machine, folder, read)
-    return Forest(Edges(*found[:3]), float(found[3][0])) if found else None
 
 
 def _is_enough(forest: Forest, cutoff: float | None, num_edges: int) -> bool:

@@ -30,9 +30,9 @@ from clipcid_cli.algorithms.sets.star import (
 )
 from clipcid_cli.formats.mapped_arrays import Arrays
 from clipcid_cli.steps.balance.context import Context
+from clipcid_cli.steps.balance.forests.stored import Forest
 from clipcid_cli.steps.balance.rows import caption_similarities
 from clipcid_cli.steps.balance.samples import count_pixels
-from clipcid_cli.steps.balance.search import Forest
 from clipcid_cli.steps.shared_arrays import share_arrays
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.

@@ -122,15 +122,15 @@ def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bo
             f"in total, where the keep list has {len(keys) + num_dropped:,}.",
             "It has changed since it was embedded: run clipcid embed and balance again.",
         )
-    write_json(stats_path, _describe(copied, num_dropped))
+    write_json(stats_path, _describe(copied, num_dropped, choice.keep.has_reasons))
     return copied.samples
 
 
-def _describe(copied: Copied, num_dropped: int) -> dict[str, Any]:
+def _describe(copied: Copied, num_dropped: int, has_reasons: bool) -> dict[str, Any]:
     """Return what became of a shard's samples in img2dataset's fields, without those that hold times."""
     reasons = {
         "success": copied.samples,
-        "repeat": num_dropped,
+        "dropped" if has_reasons else "repeat": num_dropped,
         # No image or caption, unreadable, or a repeated key: the sidecar of `embed` counts them by reason.
         "not_in_keep_list": copied.read - copied.samples - num_dropped,
     }
@@ -193,7 +193,7 @@ class ShardChoice:
     """
 
     def __init__(self, keep: KeepList, data: Dataset) -> None:
-        self._keep, self._data = keep, data
+        self.keep, self._data = keep, data
         self._numbers = {shard.name: number for number, shard in enumerate(data.shards)}
         self._num_rows = keep.count_by_shard()
         self._has_shards = any(shard.name in self._num_rows for shard in data.shards)
@@ -209,14 +209,14 @@ class ShardChoice:
         """
         prefix = f"{shard.name}/" if shard.prefix_keys else ""
         if self._has_shards:
-            kept = self._keep.kept_of_shard(shard.name)
+            kept = self.keep.kept_of_shard(shard.name)
             return {key.removeprefix(prefix) for key in kept}, self._num_rows.get(shard.name, 0) - len(kept)
         samples = self._list(shard)
         rows = self._index.find([sample.key for sample in samples])
         if self._may_be_uids and not (rows >= 0).any():
             rows = self._index.find([read_uid(sample) or "" for sample in samples])
         found = [(sample.key, row) for sample, row in zip(samples, rows.tolist(), strict=True) if row >= 0]
-        keys = {key.removeprefix(prefix) for key, row in found if self._keep.kept[row]}
+        keys = {key.removeprefix(prefix) for key, row in found if self.keep.kept[row]}
         return keys, len(found) - len(keys)
 
     def _list(self, shard: TarShard) -> list[Sample]:

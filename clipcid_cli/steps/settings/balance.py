@@ -18,6 +18,7 @@ SELECTIONS = ("central", "medoid", "first", "random", "similarity", "resolution"
 PAIR_SUFFIXES = (".parquet", ".csv")
 
 _HOW_MUCH = "How much to keep (exactly one)"
+_FIRST = "What is dropped first"
 _SETS = "Groups and the image kept of each"
 _FILES = "Inputs and outputs"
 
@@ -56,6 +57,35 @@ class BalanceSettings(ReadingSettings):
         minimum=0.0,
         maximum=2.0,
     )
+    against: tuple[str, ...] = option(
+        (),
+        "Images that must not be kept again, such as evaluation sets: a folder of embeddings, or images, which are embedded "
+        "with the same model. What lies within --against-threshold of one is dropped first. May be repeated.",
+        group=_FIRST,
+        metavar="EMB|DATA",
+    )
+    against_threshold: float | None = option(
+        None,
+        "Euclidean distance for --against, inclusive; by default that of --threshold or --cosine-distance.",
+        group=_FIRST,
+        minimum=0.0,
+        maximum=2.0,
+    )
+    min_caption_similarity: float | None = option(
+        None,
+        "Smallest cosine similarity of an image to its caption: images below are dropped before groups are made, and --keep "
+        "is a share of those that remain. Needs text embeddings.",
+        group=_FIRST,
+        minimum=-1.0,
+        maximum=1.0,
+    )
+    max_caption_similarity: float | None = option(
+        None,
+        "Largest cosine similarity of an image to its caption, likewise.",
+        group=_FIRST,
+        minimum=-1.0,
+        maximum=1.0,
+    )
     linkage: str = option(
         "single",
         "`single`: a chain of near-duplicates is one group, as in the CLIP-CID paper. `star`: every dropped image is "
@@ -69,6 +99,14 @@ class BalanceSettings(ReadingSettings):
         "most similar to its caption, or most pixels.",
         group=_SETS,
         choices=SELECTIONS,
+    )
+    max_per_cluster: int | None = option(
+        None,
+        "After repeats are dropped, keep at most so many images of each cluster of `clipcid cluster`, chosen by --select: "
+        "nearest to the centroid (`central`), most similar to their captions, …",
+        group=_SETS,
+        minimum=1,
+        metavar="N",
     )
     neighbors: str = option(
         "exact",
@@ -91,6 +129,12 @@ class BalanceSettings(ReadingSettings):
         operational=True,
     )
     npz_array: str | None = npz_array_option(_FILES)
+    clusters: Path | None = option(
+        None,
+        "Folder of clusters for --max-per-cluster; by default those in the work directory.",
+        group=_FILES,
+        operational=True,
+    )
     write_keys: Path | None = option(
         None,
         "Also write the keys of the kept images to a text file, one per line.",
@@ -130,16 +174,56 @@ class BalanceSettings(ReadingSettings):
                 f"{' and '.join(given)} were given together." if given else "No amount to keep was given.",
                 "Give exactly one of --keep, --threshold and --cosine-distance, for example --keep 0.563.",
             )
+        if self.against and self.reference_distance is None:
+            raise UsageError(
+                "--against needs a distance, and that of --keep is only known when repeats have been searched.",
+                "Add --against-threshold E, for example 0.2.",
+            )
+        if self.against_threshold is not None and not self.against:
+            raise UsageError("--against-threshold was given without --against.", "Add --against EMB, or omit it.")
         if self.linkage == "star" and self.select != "central":
             raise UsageError(
                 f"--select {self.select} cannot be combined with --linkage star, which itself determines the kept image.",
                 "Omit one of the two.",
+            )
+        if self.max_per_cluster is not None and self.select == "medoid":
+            raise UsageError(
+                "--select medoid chooses one image of a group; it cannot choose several of a cluster.",
+                "Use --select central with --max-per-cluster.",
+            )
+        if self.clusters is not None and self.max_per_cluster is None:
+            raise UsageError("--clusters was given without --max-per-cluster.", "Add --max-per-cluster N, or omit it.")
+        low, high = self.min_caption_similarity, self.max_caption_similarity
+        if low is not None and high is not None and low > high:
+            raise UsageError(
+                f"--min-caption-similarity {low:g} is above --max-caption-similarity {high:g}: no image is in between.",
+                "Give a smaller minimum or a larger maximum.",
             )
         if self.write_pairs is not None and self.write_pairs.suffix not in PAIR_SUFFIXES:
             raise UsageError(
                 f"--write-pairs {self.write_pairs} is neither a .parquet nor a .csv file.",
                 f"Use a file name that ends in {' or '.join(PAIR_SUFFIXES)}.",
             )
+
+    @property
+    def has_filters(self) -> bool:
+        """Whether images are dropped before groups are made."""
+        return self.has_window or bool(self.against)
+
+    @property
+    def has_window(self) -> bool:
+        """Whether images are dropped by how similar they are to their captions."""
+        return self.min_caption_similarity is not None or self.max_caption_similarity is not None
+
+    @property
+    def reference_distance(self) -> float | None:
+        """The distance for `against`; None where there is none."""
+        return self.distance if self.against_threshold is None else self.against_threshold
+
+    @property
+    def forest_kind(self) -> str:
+        """Which kind of forest is searched, see `forest_path`."""
+        return f"{self.neighbors}-filtered" if self.has_filters else self.neighbors
 
     @property
     def distance(self) -> float | None:

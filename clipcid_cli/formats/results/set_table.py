@@ -1,0 +1,81 @@
+"""The sets of two or more near images: how large each is, how wide, and which image is farthest from the one kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipcid_cli.formats.atomic import atomic_file
+
+SET_TABLE = "sets.parquet"
+"""Name of the table in the folder of `balance`."""
+
+_ROWS_AT_ONCE = 2**20
+_SCHEMA = pa.schema(
+    [
+        ("component", pa.int64()),
+        ("size", pa.int64()),
+        ("representative", pa.string()),
+        ("farthest", pa.string()),
+        ("farthest_distance", pa.float32()),
+        ("diameter", pa.float32()),
+        ("diameter_is_exact", pa.bool_()),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SetTable:
+    """S sets of two or more images, in ascending order of their labels.
+
+    Attributes:
+        label: The smallest row of each, integers [S].
+        size: Its images, int64 [S].
+        representative: The row that represents it, integers [S].
+        farthest: The row farthest from that one, the smaller of equals, integers [S].
+        distance: How far it is, float32 [S].
+        diameter: Largest distance of two of its images, float32 [S]; where it is not exact, at least half of that.
+        is_exact: Whether the diameter is exact, bool [S].
+    """
+
+    label: npt.NDArray[np.signedinteger]
+    size: npt.NDArray[np.int64]
+    representative: npt.NDArray[np.signedinteger]
+    farthest: npt.NDArray[np.signedinteger]
+    distance: npt.NDArray[np.float32]
+    diameter: npt.NDArray[np.float32]
+    is_exact: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def renumbered(self, numbers: npt.NDArray[np.signedinteger]) -> SetTable:
+        """Return the table with each row replaced by its number, integers [N]; numbers keep the order of rows."""
+        rows = {name: numbers[getattr(self, name)] for name in ("label", "representative", "farthest")}
+        return dataclasses.replace(self, **rows)
+
+
+def write_set_table(path: Path, table: SetTable, keys: pa.Array) -> None:
+    """Write the table, whole or not at all; the same values give the same bytes.
+
+    Args:
+        keys: Keys of all rows, strings.
+    """
+    with atomic_file(path) as file, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+        for start in range(0, len(table), _ROWS_AT_ONCE) or [0]:
+            part = slice(start, start + _ROWS_AT_ONCE)
+            columns = [
+                table.label[part].astype(np.int64),
+                table.size[part],
+                keys.take(pa.array(table.representative[part])).cast(pa.string()),
+                keys.take(pa.array(table.farthest[part])).cast(pa.string()),
+                table.distance[part],
+                table.diameter[part],
+                table.is_exact[part],
+            ]
+            writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=_ROWS_AT_ONCE)

@@ -1,0 +1,158 @@
+"""``--max-per-cluster``: at most so many images of each cluster stay after repeats were dropped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from clipcid_cli.algorithms.search.distances import DoubleArray, IntArray
+from clipcid_cli.algorithms.sets.representatives import best_of_groups, random_scores
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.mapped_arrays import Arrays
+from clipcid_cli.formats.output import fingerprint_file, read_sidecar, refuse_changed, sidecar_path
+from clipcid_cli.formats.results.clusters import TABLE, read_labels
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.steps.balance.context import Context
+from clipcid_cli.steps.balance.rows import caption_similarities
+from clipcid_cli.steps.balance.samples import count_pixels
+from clipcid_cli.steps.balance.sets import Sets
+from clipcid_cli.steps.keep_list import find_rows_of_keys
+from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.shared_arrays import share_arrays
+
+_REMAKE = "Cluster all images (clipcid cluster --keep-list none), or name other clusters with --clusters."
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterCap:
+    """Which of the images that repeats have left are dropped because their cluster has more than it may.
+
+    Attributes:
+        most: Images that stay of each cluster at most.
+        cluster: Cluster of each finite row, int32 [N]; −1 where it is in none.
+        dropped: Which rows are dropped, bool [N].
+        before: Images of each cluster before, int64 [K].
+        after: And after, int64 [K].
+    """
+
+    most: int
+    cluster: npt.NDArray[np.int32]
+    dropped: npt.NDArray[np.bool_]
+    before: npt.NDArray[np.int64]
+    after: npt.NDArray[np.int64]
+
+    def summarise(self) -> dict[str, Any]:
+        """Return what the JSON object says."""
+        return {
+            "most": self.most,
+            "clusters": int(np.count_nonzero(self.before)),
+            "capped": int(np.count_nonzero(self.before > self.most)),
+            "dropped": int(self.before.sum() - self.after.sum()),
+            "largest": int(self.before.max(initial=0)),
+        }
+
+
+def find_clusters(settings: BalanceSettings) -> tuple[Path, str] | None:
+    """Return the folder of the clusters and the hash of their table; None without ``--max-per-cluster``.
+
+    Raises:
+        ClipcidError: when there are none, or they are unfinished or changed.
+    """
+    if settings.max_per_cluster is None:
+        return None
+    folder = settings.clusters
+    if folder is None:
+        folder = WorkDirectory(settings.work).find_clusters()
+    sidecar = read_sidecar(sidecar_path(folder, "cluster"))
+    if sidecar is None or not (folder / TABLE).exists():
+        raise ClipcidError(f"{folder} holds no finished clusters.", "Give --clusters DIR, or run: clipcid cluster")
+    refuse_changed(folder, "cluster", sidecar, "Run: clipcid cluster --overwrite", names={TABLE})
+    return folder, str(fingerprint_file(folder / TABLE)["hash"])
+
+
+def cap_clusters(context: Context, folder: Path, sets: Sets) -> ClusterCap:
+    """Choose which images stay; the same on every process.
+
+    Args:
+        folder: The folder of the clusters.
+        sets: The sets, whose kept images are counted.
+
+    Raises:
+        ClipcidError: when one of the kept images is in no cluster.
+    """
+    most = context.settings.max_per_cluster
+    assert most is not None  # the clusters were found
+
+    def cap() -> Arrays:
+        everything, rows = context.filters.everything, context.rows
+        cluster, similarity = _look_up(context, folder / TABLE)
+        kept = np.flatnonzero(sets.kept)
+        place = kept if rows.positions is None else rows.positions[kept]
+        labels = cluster[place]
+        if num_missing := int(np.count_nonzero(labels < 0)):
+            raise ClipcidError(
+                f"{num_missing:,} of the {len(kept):,} images that are kept are in none of the clusters in {folder}, which "
+                "were made from other images.",
+                _REMAKE,
+            )
+        before = np.bincount(labels, minlength=int(cluster.max(initial=-1)) + 1)
+        crowded = before[labels] > most
+        score = _SCORES[context.settings.select](context, kept[crowded], similarity[place[crowded]])
+        stays = best_of_groups(score, labels[crowded], most)
+        dropped = np.zeros(len(everything), np.bool_)
+        dropped[place[crowded][~stays]] = True
+        return cluster, dropped, before, np.minimum(before, most)
+
+    return ClusterCap(most, *share_arrays(context.machine, context.folder, cap))
+
+
+def _look_up(context: Context, table: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Return the cluster of each finite row and its similarity to the centroid, [N] each; −1 and 0 where it is in none."""
+    everything, embeddings = context.filters.everything, context.embeddings
+
+    def keys() -> Iterator[pa.ChunkedArray]:
+        parts = everything.pick((file, embeddings.keys_of(file)) for file in embeddings.files)
+        return (pa.chunked_array([part]) for part in parts)
+
+    place = find_rows_of_keys(table, keys, len(everything), context.settings.work)
+    labels, similarities = read_labels(table)
+    is_there = place >= 0
+    cluster, similarity = np.full(len(place), -1, np.int32), np.zeros(len(place), np.float32)
+    cluster[is_there], similarity[is_there] = labels[place[is_there]], similarities[place[is_there]]
+    return cluster, similarity
+
+
+def _nearest(context: Context, rows: IntArray, similarity: npt.NDArray[np.float32]) -> DoubleArray:
+    return similarity.astype(np.float64)
+
+
+def _first(context: Context, rows: IntArray, similarity: npt.NDArray[np.float32]) -> DoubleArray:
+    return np.zeros(len(rows))
+
+
+def _random(context: Context, rows: IntArray, similarity: npt.NDArray[np.float32]) -> DoubleArray:
+    return random_scores(rows, context.settings.seed)
+
+
+def _caption(context: Context, rows: IntArray, similarity: npt.NDArray[np.float32]) -> DoubleArray:
+    return caption_similarities(context.embeddings, context.rows, rows, context.reporter)
+
+
+def _resolution(context: Context, rows: IntArray, similarity: npt.NDArray[np.float32]) -> DoubleArray:
+    return count_pixels(context.settings, context.embeddings, context.rows.numbers[rows], context.reporter)
+
+
+# Each rule of ``--select`` that can choose several images of a cluster: scores of rows, given their centroids' similarities.
+_SCORES = {
+    "central": _nearest,
+    "first": _first,
+    "random": _random,
+    "similarity": _caption,
+    "resolution": _resolution,
+}

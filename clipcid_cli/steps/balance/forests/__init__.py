@@ -1,0 +1,1 @@
+"""Forests on the disk: read, written, and carried over to other rows."""

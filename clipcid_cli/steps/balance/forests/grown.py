@@ -1,0 +1,160 @@
+"""The forest of fewer files, from which that of all of them follows: only new rows are compared.
+
+MSF(A ∪ B) = MSF(MSF(A) ∪ B) for the pairs B that have a new row. Files may have been added anywhere: rows keep their order,
+so ties are broken as before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clipcid_cli.algorithms.search.distances import row_type
+from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.algorithms.search.pair_search import GrownSearch
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.mapped_arrays import Arrays
+from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.results.forest import forest_path, read_forest
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.balance.rows import BalanceRows
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.shared_arrays import share_arrays
+
+_NAMED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFile:
+    """A file of image embeddings.
+
+    Attributes:
+        content: Its size and hash.
+        first: Number of its first row among all rows of the embeddings.
+        stop: The number after its last.
+    """
+
+    content: tuple[int, str]
+    first: int
+    stop: int
+
+
+def list_row_files(embeddings: Embeddings, inputs: Sequence[dict[str, Any]]) -> list[RowFile]:
+    """List the files of image embeddings.
+
+    Args:
+        inputs: What `Embeddings.fingerprints` returned.
+    """
+    found, at = [], 0
+    for file in embeddings.files:
+        found.append(RowFile(_content(inputs[at]), file.first, file.first + file.rows))
+        at += 1 if file.metadata is None else 2
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallerForest:
+    """The forest of some of the rows.
+
+    Attributes:
+        edges: Ascending by (weight, smaller row, larger row), in the numbers of all rows.
+        cutoff: The distance that it is complete to.
+        is_new: Which rows it is not of, bool [N].
+        name: Identifies it.
+    """
+
+    edges: Edges
+    cutoff: float
+    is_new: npt.NDArray[np.bool_]
+    name: str
+
+
+def read_smaller(
+    machine: Machine, folder: Path, rows: BalanceRows, files: Sequence[RowFile], reporter: Reporter
+) -> SmallerForest | None:
+    """Read the stored forest where all of its files are still among those of the rows; the same on every process.
+
+    Args:
+        folder: The folder of `balance`.
+        rows: All finite rows.
+        files: The files that they are from.
+    """
+
+    def read() -> tuple[SmallerForest | None, str]:
+        sidecar = read_sidecar(sidecar_path(folder, forest_path(folder, "exact").stem))
+        if sidecar is None or not sidecar["cutoff"]:
+            return None, ""
+        earlier = [entry for entry in sidecar["inputs"] if not str(entry["path"]).endswith(".parquet")]
+        kept, number = list[RowFile](), 0
+        for file in files:
+            if number < len(earlier) and file.content == _content(earlier[number]):
+                kept.append(file)
+                number += 1
+        if number < len(earlier):
+            return None, _why_not(earlier, files)
+        stored = read_forest(folder, sidecar["inputs"])
+        kind = row_type(len(rows))
+        bounds = [np.searchsorted(rows.numbers, np.array([file.first, file.stop], rows.numbers.dtype)) for file in kept]
+        places = np.concatenate([np.arange(*ends, dtype=kind) for ends in bounds])
+        if stored is None or stored.num_rows != len(places):
+            return None, "its rows are not those of its files."
+        is_new = np.ones(len(rows), np.bool_)
+        is_new[places] = False
+        edges = Edges(places[stored.a], places[stored.b], stored.distance)
+        return SmallerForest(edges, stored.cutoff, is_new, _digest(sidecar)), ""
+
+    def share() -> Arrays:
+        smaller, why_not = read()
+        if why_not:
+            reporter.note(f"The forest that is there cannot be extended: {why_not}")
+        if smaller is None:
+            return ()
+        edges = smaller.edges
+        name = np.frombuffer(smaller.name.encode(), np.uint8)
+        return edges.a, edges.b, edges.weight, np.array([smaller.cutoff]), smaller.is_new, name
+
+    arrays = share_arrays(machine, folder, share)
+    if not arrays:
+        return None
+    return SmallerForest(Edges(*arrays[:3]), float(arrays[3][0]), arrays[4], bytes(arrays[5]).decode())
+
+
+def search_new(
+    rows: BalanceRows, smaller: SmallerForest, machine: Machine, scan: torch.dtype, room: int, reporter: Reporter
+) -> GrownSearch:
+    """Prepare the comparison of new rows with all."""
+    is_new = smaller.is_new[rows.unique]
+    new, old = rows.unique[is_new], rows.unique[~is_new]
+    number = np.count_nonzero(~smaller.is_new)
+    reporter.note(f"A forest of {number:,} of the {len(rows):,} images exists: only the others are compared.")
+    return GrownSearch(rows.read, new, old, machine.device, scan, room)
+
+
+def _why_not(earlier: Sequence[dict[str, Any]], files: Sequence[RowFile]) -> str:
+    """Name the files that are gone, have changed or are in another order."""
+    there = {file.content for file in files}
+    gone = [Path(str(entry["path"])).name for entry in earlier if _content(entry) not in there]
+    if not gone:
+        return "the files are in another order, and of equal distances the earlier row goes first."
+    more = f" and {len(gone) - _NAMED:,} more" if len(gone) > _NAMED else ""
+    return (
+        f"{', '.join(gone[:_NAMED])}{more} of {len(earlier):,} files have changed or are gone, and what joined "
+        "other images through theirs is not in the forest. All pairs are compared."
+    )
+
+
+def _content(entry: dict[str, Any]) -> tuple[int, str]:
+    return int(entry["size"]), str(entry["hash"])
+
+
+def _digest(sidecar: dict[str, Any]) -> str:
+    content = json.dumps([sidecar["edges"], sidecar["cutoff"], [_content(entry) for entry in sidecar["inputs"]]])
+    return hashlib.blake2b(content.encode(), digest_size=4).hexdigest()

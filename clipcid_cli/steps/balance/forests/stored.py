@@ -1,0 +1,75 @@
+"""The forest of a search on the disk, whose row numbers are those of the keep list whatever rows were searched."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.formats.mapped_arrays import Arrays
+from clipcid_cli.formats.results.forest import StoredForest, read_forest, write_forest
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.balance.rows import BalanceRows
+from clipcid_cli.steps.shared_arrays import share_arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Forest:
+    """A forest that is complete up to a distance; after a search in partitions it may lack edges.
+
+    Attributes:
+        edges: Ascending by (weight, smaller row, larger row).
+        cutoff: The distance.
+        pairs: All pairs of unique rows up to it, ascending, where the search that made it kept them.
+    """
+
+    edges: Edges
+    cutoff: float
+    pairs: Edges | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ForestStore:
+    """Where the forest of some rows is stored.
+
+    Attributes:
+        folder: The folder of `balance`.
+        rows: The rows that it is of.
+        inputs: Fingerprints of what decides them.
+        neighbors: How it is searched: ``exact`` or ``partitioned``.
+    """
+
+    folder: Path
+    rows: BalanceRows
+    inputs: list[dict[str, Any]]
+    neighbors: str
+
+    @property
+    def _kind(self) -> str:
+        return self.neighbors if self.rows.positions is None else f"{self.neighbors}-filtered"
+
+    def read(self, machine: Machine) -> Forest | None:
+        """Read the forest, if one of these rows is stored; the same on every process."""
+
+        def read() -> Arrays:
+            stored = read_forest(self.folder, self.inputs, self._kind)
+            if stored is None:
+                return ()
+            ends = [stored.a, stored.b]
+            if (positions := self.rows.positions) is not None:
+                ends = [np.searchsorted(positions, end).astype(positions.dtype) for end in ends]
+            return (*ends, stored.distance, np.array([stored.cutoff]))
+
+        found = share_arrays(machine, self.folder, read)
+        return Forest(Edges(*found[:3]), float(found[3][0])) if found else None
+
+    def write(self, forest: Forest, seconds: float) -> None:
+        """Write a forest that took so long to search."""
+        a, b, num_rows = forest.edges.a, forest.edges.b, len(self.rows)
+        if (positions := self.rows.positions) is not None:
+            a, b, num_rows = positions[a], positions[b], self.rows.num_finite
+        stored = StoredForest(a, b, forest.edges.weight, forest.cutoff, num_rows, self._kind)
+        write_forest(self.folder, stored, inputs=self.inputs, seconds={"search": seconds})

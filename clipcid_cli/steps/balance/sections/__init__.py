@@ -1,0 +1,1 @@
+"""Parts of the report, and what is computed for them."""

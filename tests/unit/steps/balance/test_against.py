@@ -1,0 +1,154 @@
+"""Images near a reference are dropped first: all of them, by the nearest one, against a comparison of all pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from balance_data import balance, make_rows, read_keep, write_embeddings
+
+from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.algorithms.search.nearest_pairs import NearestReference
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.results.reference_parts import ReferenceParts
+from clipcid_cli.steps.balance.filters import against
+from clipcid_cli.steps.settings.balance import BalanceSettings
+
+NUM_ROWS = 700
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the distances as docs/method.md#distance defines them, float32 [M, N]."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    squared = (a * a).sum(1)[:, None] + (b * b).sum(1) - 2.0 * a @ b.T
+    return np.sqrt(np.maximum(0.0, squared)).astype(np.float32)
+
+
+@pytest.fixture
+def rows() -> np.ndarray:
+    return make_rows(NUM_ROWS)
+
+
+@pytest.fixture
+def others(rows: np.ndarray) -> list[np.ndarray]:
+    """Two references: images of the same kinds, copies and near copies of rows among them; one row is not finite."""
+    generator = np.random.default_rng(1)
+    found = [make_rows(90, seed=2), make_rows(60, seed=3)]
+    for part in found:
+        part[:30] = rows[generator.integers(NUM_ROWS, size=30)]
+        near = rows[generator.integers(NUM_ROWS, size=30)] + 0.03 * generator.normal(size=(30, rows.shape[1]))
+        part[30:60] = near / np.linalg.norm(near, axis=1, keepdims=True)
+    found[1][5] = found[0][7]  # of equally near references the first is named
+    found[0][80] = np.nan
+    return found
+
+
+def test_all_near_images_are_dropped_by_the_nearest_reference(
+    tmp_path: Path, rows: np.ndarray, others: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(against, "_PANEL_ROWS", 64)
+    monkeypatch.setattr(against, "_SHORTEST_STRETCH", 100)
+    folder = write_embeddings(tmp_path / "e", rows)
+    names = [
+        str(write_embeddings(tmp_path / f"r{number}", part, keys=[f"{number}/{row}" for row in range(len(part))]))
+        for number, part in enumerate(others)
+    ]
+    for limit in (0.0, 0.15, 0.6):
+        work = tmp_path / f"w{limit}"
+        result, told = balance(work, folder, keep=0.6, against=tuple(names), against_threshold=limit)
+        keep = read_keep(work)
+        matrices = [np.nan_to_num(distances(rows, part), nan=np.inf) for part in others]
+        is_near = [matrix <= np.float32(limit) for matrix in matrices]
+        drop = is_near[0].any(1) | is_near[1].any(1)
+        assert (keep["dropped_by"] == "reference").tolist() == drop.tolist()
+        assert 30 <= drop.sum() < NUM_ROWS
+        nearest = np.stack([matrix.min(1) for matrix in matrices], axis=1)
+        owner = nearest.argmin(1)
+        for row in np.flatnonzero(drop):
+            expected = matrices[owner[row]][row].argmin()
+            assert keep["reference"][row] == names[owner[row]]
+            assert keep["reference_key"][row] == f"{owner[row]}/{expected}"
+            assert keep["reference_distance"][row] == nearest[row].min()
+        assert keep.loc[~drop, ["reference", "reference_key", "reference_distance"]].isna().all(axis=None)
+        assert result["against"] == {
+            "threshold": limit,
+            "dropped": drop.sum(),
+            "references": [
+                {"name": name, "rows": count, "near": near.any(1).sum(), "nearest": (drop & (owner == number)).sum()}
+                for number, (name, near, count) in enumerate(zip(names, is_near, (89, 60), strict=True))
+            ],
+        }
+        assert "1 rows of" in told or "zero or not finite" in told
+        alone = write_embeddings(tmp_path / f"alone{limit}", rows[~drop], keys=keep["key"][~drop].tolist())
+        expected, _ = balance(tmp_path / f"other{limit}", alone, keep=0.6)
+        assert (result["kept"], result["threshold"]) == (expected["kept"], expected["threshold"])
+        there = read_keep(tmp_path / f"other{limit}")
+        assert keep["key"][keep["kept"]].tolist() == there["key"][there["kept"]].tolist()
+    assert "Images near a reference" in (work / "balance" / "report.html").read_text()
+
+
+def test_the_nearest_reference_does_not_depend_on_the_order_of_pairs() -> None:
+    generator = np.random.default_rng(0)
+    rows = np.array([2, 3, 5, 8, 13])
+    a, b = rows[generator.integers(4, size=300)], 20 + generator.integers(50, size=300)
+    weight = (generator.integers(6, size=300) / 7).astype(np.float32)
+    found = []
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(300)
+        nearest = NearestReference(rows, 20)
+        for part in np.array_split(order, 1 + 7 * seed):
+            edges = Edges(a[part], b[part], weight[part])
+            may = nearest.may_be_nearer(edges.a, edges.b, edges.weight)
+            assert may[edges.weight < nearest.distance[np.searchsorted(rows, edges.a)]].all()
+            nearest.add(edges)
+        found.append((nearest.reference.tolist(), nearest.distance.tolist()))
+    assert all(each == found[0] for each in found)
+    for row, reference, distance in zip(rows.tolist(), *found[0], strict=True):
+        pairs = sorted(zip(weight[a == row].tolist(), (b[a == row] - 20).tolist(), strict=True))
+        assert (distance, reference) == (pairs[0] if pairs else (np.inf, -1))
+
+
+def test_what_is_saved_is_not_compared_again_unless_it_is_damaged(
+    tmp_path: Path, rows: np.ndarray, others: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(against, "_SHORTEST_STRETCH", 100)
+    folder = write_embeddings(tmp_path / "e", rows)
+    call = {"against": (str(write_embeddings(tmp_path / "r", others[1])),), "against_threshold": 0.3}
+    balance(tmp_path / "w", folder, keep=0.6, **call)
+    whole = read_keep(tmp_path / "w")
+    written, write = list[int](), ReferenceParts.write
+
+    def count_and_write(parts: ReferenceParts, stretch: int, *found: np.ndarray) -> None:
+        written.append(stretch)
+        write(parts, stretch, *found)
+
+    monkeypatch.setattr(ReferenceParts, "write", count_and_write)
+    _, told = balance(tmp_path / "w", folder, keep=0.7, **call)
+    assert not written
+    assert "parts of the comparison with" in told
+    parts = sorted((tmp_path / "w" / "balance" / ".references").glob("*/*.npz"))
+    assert len(parts) > 4
+    parts[0].unlink()
+    parts[1].write_bytes(parts[1].read_bytes()[:100])
+    balance(tmp_path / "w", folder, keep=0.6, **call)
+    assert len(written) == 2
+    pd.testing.assert_frame_equal(read_keep(tmp_path / "w"), whole)
+    balance(tmp_path / "w", folder, keep=0.6)
+    assert "reference" not in read_keep(tmp_path / "w")
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, rows: np.ndarray) -> None:
+    folder = write_embeddings(tmp_path / "e", rows)
+    narrow = str(write_embeddings(tmp_path / "narrow", make_rows(20, width=16)))
+    with pytest.raises(ClipcidError, match=r"have width 16, those in .*e 32"):
+        balance(tmp_path / "w", folder, keep=0.5, against=(narrow,), against_threshold=0.1)
+    with pytest.raises(ClipcidError, match="All 700 images are dropped before repeats are searched"):
+        balance(tmp_path / "w", folder, threshold=0.2, against=(str(folder),))
+    with pytest.raises(ClipcidError, match="does not record the model to embed it with"):
+        balance(tmp_path / "w", folder, threshold=0.2, against=("pictures/",))
+    with pytest.raises(UsageError, match="--against needs a distance"):
+        BalanceSettings(keep=0.5, against=("x",))
+    with pytest.raises(UsageError, match="--against-threshold was given without --against"):
+        BalanceSettings(keep=0.5, against_threshold=0.1)

@@ -1,0 +1,120 @@
+"""At most so many images of a cluster, after repeats were dropped: against pandas on the written files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from balance_data import Listener, balance, make_rows, read_keep, write_embeddings
+
+from clipcid_cli.algorithms.sets.representatives import best_of_groups, random_scores
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.steps.cluster.run import run as run_cluster
+from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.cluster import ClusterSettings
+
+NUM_ROWS = 500
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Embeddings with captions, and a work directory whose clusters are of all of them; read-only."""
+    folder = tmp_path_factory.mktemp("cap")
+    rows, generator = make_rows(NUM_ROWS), np.random.default_rng(4)
+    texts = rows + 0.3 * generator.normal(size=rows.shape)
+    texts = (texts / np.linalg.norm(texts, axis=1, keepdims=True)).astype(np.float16)
+    captions = [f"picture {row}" for row in range(NUM_ROWS)]
+    write_embeddings(folder / "e", rows, 3, texts=texts, captions=captions)
+    run_cluster(
+        ClusterSettings(work=folder / "work", embeddings=folder / "e", keep_list="none", num_clusters=20, device="cpu"),
+        Listener(),
+    )
+    return folder
+
+
+@pytest.mark.parametrize("select", ["central", "random", "first", "similarity"])
+@pytest.mark.parametrize("more", [{}, {"min_caption_similarity": 0.55}])
+def test_the_best_of_each_cluster_stay(place: Path, tmp_path: Path, select: str, more: dict) -> None:
+    call = {"keep": 0.7, "select": select, "clusters": place / "work" / "clusters", **more}
+    amounts = {name: value for name, value in call.items() if name != "clusters"}
+    uncapped, _ = balance(tmp_path / "whole", place / "e", **amounts)
+    result, _ = balance(tmp_path / "work", place / "e", **call, max_per_cluster=6)
+    whole, keep = read_keep(tmp_path / "whole"), read_keep(tmp_path / "work")
+    clusters = pd.read_parquet(place / "work" / "clusters" / "clusters.parquet").set_index("key")
+    assert keep["cluster"].tolist() == clusters.loc[keep["key"], "cluster"].tolist()
+    for name in ("key", "component", "component_size"):
+        pd.testing.assert_series_equal(keep[name], whole[name])
+    before = whole["kept"]
+    if select == "central":
+        score = clusters.loc[keep["key"], "similarity"].to_numpy()
+    elif select == "random":
+        balanced = np.flatnonzero(whole["dropped_by"] != "caption") if more else np.arange(NUM_ROWS)
+        score = np.zeros(NUM_ROWS)
+        score[balanced] = random_scores(np.arange(len(balanced)), 0)
+    elif select == "first":
+        score = np.zeros(NUM_ROWS)
+    else:
+        a, b = (
+            np.concatenate([np.load(path) for path in sorted((place / "e" / side).glob("*.npy"))]).astype(np.float64)
+            for side in ("img_emb", "text_emb")
+        )
+        score = (a * b).sum(1)
+    ranked = pd.DataFrame({"cluster": keep["cluster"], "score": -score, "row": np.arange(NUM_ROWS)})[before]
+    best = ranked.sort_values(["score", "row"]).groupby("cluster").head(6)["row"]
+    assert np.flatnonzero(keep["kept"]).tolist() == sorted(best)
+    assert (keep["dropped_by"] == "cluster").tolist() == (before & ~keep["kept"]).tolist()
+    # An image whose set has lost its kept image has no representative.
+    names = set(keep["key"][keep["dropped_by"] == "cluster"])
+    lost = whole["representative"].isin(names) | whole["representative"].isna()
+    assert keep["representative"].isna().tolist() == keep["distance"].isna().tolist() == lost.tolist()
+    assert keep["representative"][~lost].tolist() == whole["representative"][~lost].tolist()
+    sizes = keep["cluster"][before].value_counts()
+    assert result["cluster_cap"] == {
+        "most": 6,
+        "clusters": len(sizes),
+        "capped": (sizes > 6).sum(),
+        "dropped": (sizes - 6).clip(lower=0).sum(),
+        "largest": sizes.max(),
+    }
+    assert 0 < result["cluster_cap"]["dropped"] == uncapped["kept"] - result["kept"]
+    assert result["kept"] == keep["kept"].sum()
+    assert result["keep_ratio"] == result["kept"] / NUM_ROWS
+    assert (result["components"], result["threshold"]) == (uncapped["components"], uncapped["threshold"])
+    sidecar = json.loads((tmp_path / "work" / "balance" / "balance.json").read_text())
+    assert sidecar["result"]["cluster_cap"] == result["cluster_cap"]
+    page = (tmp_path / "work" / "balance" / "report.html").read_text()
+    assert "Sizes of the clusters" in page
+    assert "Sizes of the clusters" not in (tmp_path / "whole" / "balance" / "report.html").read_text()
+
+
+def test_groups_of_any_size() -> None:
+    generator = np.random.default_rng(0)
+    for most in (1, 3, 100):
+        labels, scores = generator.integers(9, size=200), generator.integers(5, size=200).astype(np.float64)
+        frame = pd.DataFrame({"label": labels, "score": -scores, "row": np.arange(200)}).sort_values(["score", "row"])
+        expected = sorted(frame.groupby("label").head(most)["row"])
+        assert np.flatnonzero(best_of_groups(scores, labels, most)).tolist() == expected
+    assert best_of_groups(np.empty(0), np.empty(0, np.int64), 2).tolist() == []
+
+
+def test_clusters_of_other_images_are_refused(place: Path, tmp_path: Path) -> None:
+    rows = make_rows(60, seed=9)
+    folder = write_embeddings(tmp_path / "e", rows, keys=[f"other{row}" for row in range(60)])
+    with pytest.raises(ClipcidError, match="60 images that are kept are in none of the clusters in"):
+        balance(tmp_path / "w", folder, keep=1.0, max_per_cluster=2, clusters=place / "work" / "clusters")
+    with pytest.raises(ClipcidError, match="There are no clusters in"):
+        balance(tmp_path / "w", folder, keep=1.0, max_per_cluster=2)
+    damaged = tmp_path / "clusters"
+    damaged.mkdir()
+    for path in (place / "work" / "clusters").iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    (damaged / "clusters.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ClipcidError, match=r"clusters\.parquet has changed since"):
+        balance(tmp_path / "w", place / "e", keep=1.0, max_per_cluster=2, clusters=damaged)
+    with pytest.raises(UsageError, match="--select medoid chooses one image of a group"):
+        BalanceSettings(keep=0.5, max_per_cluster=3, select="medoid")
+    with pytest.raises(UsageError, match="--clusters was given without --max-per-cluster"):
+        BalanceSettings(keep=0.5, clusters=Path("x"))
