@@ -2,6 +2,9 @@
 
 Each command runs on a terminal of its own in a folder with a little of the shipped data. What is seen in the end is kept as
 text, a file per subcommand; measured numbers are written as zeros, and the folder as ``/home/me/clip-data``.
+
+``make.py WIDTH [FOLDER [WIDTH FOLDER]]``: one width alone, into another folder; the second time only exact screens, whose
+commands are repeated where they were given the first time.
 """
 
 from __future__ import annotations
@@ -52,9 +55,12 @@ _VARYING = re.compile(
 _LAST_COLUMN = re.compile(rf"(?<=[\d%*] ) *{_DIGITS}$", re.MULTILINE)
 
 
-def make_screens(width: int, target: Path) -> None:
-    """Run every command on terminals of a width and write what they show."""
-    target.mkdir(parents=True, exist_ok=True)
+def make_screens(width: int, target: Path, exact: tuple[int, Path] | None = None) -> None:
+    """Run every command on terminals of a width and write what they show.
+
+    Args:
+        exact: Another width, and where what exact scenes show on it is written.
+    """
     os.environ |= {"TERM": "xterm-256color", "HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": "0", "CLIPCID_WORKERS": "0"}
     os.environ |= {"CLIPCID_PRECISION": "fp32", "CLIPCID_DEVICE": "cpu"}  # what `auto` chooses depends on the machine
     for name in ("COLUMNS", "LINES"):  # they would stand above the size of the terminal
@@ -65,8 +71,20 @@ def make_screens(width: int, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="clip-", dir="/tmp") as name:
         place = make_place(Path(name))
         for subcommand, scenes in SCENES.items():
-            shown = [_play(scene, place, width) for scene in scenes]
-            (target / f"{subcommand}.txt").write_text("\n".join(shown), encoding="utf-8")
+            shown: list[str] = []
+            repeated: list[str] = []
+            for scene in scenes:
+                shown.append(_play(scene, place, width))
+                if exact is not None and scene.exact:
+                    repeated.append(_play(scene, place, exact[0]))
+            _write_screens(target, subcommand, shown)
+            if exact is not None:
+                _write_screens(exact[1], subcommand, repeated)
+
+
+def _write_screens(folder: Path, subcommand: str, shown: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{subcommand}.txt").write_text("\n".join(shown), encoding="utf-8")
 
 
 def _play(scene: Scene, place: Path, width: int) -> str:
@@ -120,4 +138,5 @@ def _hide(found: re.Match[str]) -> str:
 
 if __name__ == "__main__":
     for columns in WIDTHS if len(sys.argv) == 1 else [int(sys.argv[1])]:
-        make_screens(columns, Path(sys.argv[2]) if len(sys.argv) > 2 else HERE / str(columns))
+        again = (int(sys.argv[3]), Path(sys.argv[4])) if len(sys.argv) > 3 else None
+        make_screens(columns, Path(sys.argv[2]) if len(sys.argv) > 2 else HERE / str(columns), again)
