@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,14 @@ def run_clipcid(
     command = ("clipcid", *map(str, arguments)) if processes == 1 else (f"{processes} × clipcid", *map(str, arguments))
     started = start_clipcid(*arguments, cwd=cwd, env=env, processes=processes)
     return _finish(Run(command, cwd, started.wait(timeout), *started.read()), check)
+
+
+def process_context() -> ForkServerContext:
+    """Return the context in which tests start processes of their own: they are forked where PyTorch is loaded already."""
+    from clipcid_cli.runtime.loading import start_worker_server
+
+    start_worker_server()
+    return multiprocessing.get_context("forkserver")
 
 
 def _command_environment(command: list[str], environment: dict[str, str] | None) -> dict[str, str]:

@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh
+unset PYTHONDONTWRITEBYTECODE  # the package is compiled once, not by every process of a test
 
 ruff check .
 ruff format --check .

@@ -1,19 +1,16 @@
 """Every subcommand that reads data meets every kind of bad data with one clear error and leaves nothing behind.
 
-A subcommand's cases run one after another in one process, each in a folder of its own, since loading PyTorch takes longer
-than all of them.
+They run one after another in one process, each in a folder of its own, since loading PyTorch takes longer than all of them.
 """
 
 import json
 import re
-import subprocess
-import sys
-import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import clean_environment, make_image, shard_members, write_tar
+from conftest import make_image, shard_members, write_tar
+from one_process import OneProcess
 
 # How each subcommand is told its data; DATA, MODEL and STUDENT are filled in.
 COMMANDS = {
@@ -24,24 +21,12 @@ COMMANDS = {
     "eval-linear": ["eval-linear", "MODEL", "--train", "DATA", "--test", "DATA"],
 }
 
-PROGRAM = """
-import contextlib, io, json, os, sys, time
-from pathlib import Path
-from clipcid_cli.cli import main
 
-for line in sys.stdin:
-    case = json.loads(line)
-    Path(case["cwd"]).mkdir()
-    os.chdir(case["cwd"])
-    out, err, started = io.StringIO(), io.StringIO(), time.monotonic()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main(case["arguments"])
-        except SystemExit as leaving:
-            code = leaving.code
-    files = sorted(str(path) for path in Path().rglob("*") if path.is_file())
-    print(json.dumps({"name": case["name"], "code": code, "err": err.getvalue(), "files": files}), flush=True)
-"""
+@pytest.fixture(scope="module")
+def run() -> Iterator[OneProcess]:
+    process = OneProcess(patience=60)
+    yield process
+    process.close()
 
 
 def by_sample(members: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
@@ -137,43 +122,22 @@ FINE = {("balance", "no captions or classes")}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_bad_data_is_one_clear_error(command: str, tmp_path: Path, tiny_model: Path) -> None:
+def test_bad_data_is_one_clear_error(command: str, run: OneProcess, tmp_path: Path, tiny_model: Path) -> None:
     student = tmp_path / "student.json"
     student.write_text(json.dumps(json.loads((tiny_model / "open_clip_config.json").read_text())["model_cfg"]))
-    cases = []
-    for name, (make, _) in CASES.items():
+    for name, (make, words) in CASES.items():
         fill = {"DATA": str(make(tmp_path / name)), "MODEL": str(tiny_model), "STUDENT": str(student)}
-        arguments = [fill.get(word, word) for word in COMMANDS[command]]
-        cases.append({"name": name, "cwd": str(tmp_path / f"in {name}"), "arguments": [*arguments, "--workers", "0"]})
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        input="\n".join(map(json.dumps, cases)),
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [outcome["name"] for outcome in outcomes] == list(CASES)
-    for outcome in outcomes:
-        if (command, outcome["name"]) in FINE:
-            assert outcome["code"] == 0, outcome
+        place = tmp_path / f"in {name}"
+        place.mkdir()
+        found = run(*[fill.get(word, word) for word in COMMANDS[command]], "--workers", "0", cwd=place)
+        if (command, name) in FINE:
+            assert found.code == 0, found
             continue
-        assert outcome["code"] in (1, 2), outcome
-        assert outcome["err"].count("Error: ") == 1, outcome
-        assert "Traceback" not in outcome["err"], outcome
-        assert "This is a bug" not in outcome["err"], outcome
-        for words in CASES[outcome["name"]][1]:
-            assert words in outcome["err"], outcome
-        late = outcome["name"] in FOUND_LATE
-        left = [file for file in outcome["files"] if not (late and MAY_STAY.fullmatch(file))]
-        is_half = command in ("embed", "balance") and outcome["name"] == "keys repeat within a shard"
-        assert left == (HALF if is_half else []), outcome
-
-
-def test_the_truncated_tar_of_these_tests_is_one(tmp_path: Path) -> None:
-    truncated_tar(tmp_path)
-    with pytest.raises(tarfile.ReadError), tarfile.open(tmp_path / "00000.tar") as archive:
-        archive.getmembers()
+        assert found.code in (1, 2), found
+        assert not found.problems(), found
+        for text in words:
+            assert text in found.err, found
+        files = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+        left = [file for file in files if not (name in FOUND_LATE and MAY_STAY.fullmatch(file))]
+        is_half = command in ("embed", "balance") and name == "keys repeat within a shard"
+        assert left == (HALF if is_half else []), found

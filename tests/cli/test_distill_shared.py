@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run, make_image, run_command, start_clipcid, torchrun_command, write_tar
-from distill_data import SHORT, losses, student_bytes, train
+from distill_data import FULL_PRESETS, SHORT, losses, student_bytes, train
 from safetensors.torch import load_file
 
-from clipcid_cli.algorithms.losses.registry import PRESETS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.steps.distill import run
 from clipcid_cli.steps.distill.training_run import TrainingRun
@@ -36,10 +35,10 @@ def assert_alike(folder: Path, one: str, other: str) -> None:
 
 @pytest.fixture(scope="module")
 def whole(distill_prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work directory with a run of each preset: one process, whole batches."""
+    """A work directory with a run of each full preset, and of CLIP's own loss: one process, whole batches."""
     folder = tmp_path_factory.mktemp("whole")
     shutil.copytree(distill_prepared, folder, dirs_exist_ok=True)
-    train(folder, "whole")
+    train(folder, "whole", ("clip", *FULL_PRESETS))
     return folder
 
 
@@ -58,16 +57,16 @@ def tiny_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_parts_of_a_batch_train_as_the_whole(whole: Path) -> None:
     train(whole, "parts", accum_freq=4)
-    for preset in PRESETS:
+    for preset in FULL_PRESETS:
         assert_alike(whole, f"{preset}-whole", f"{preset}-parts")
 
 
-@pytest.mark.parametrize("flags", [("local_loss=0",), ("accum_freq=2",)])
-def test_two_processes_train_as_one(whole: Path, flags: tuple[str, ...]) -> None:
-    name = "two" + "".join(flags)
-    run_command([*torchrun_command(2)[:-2], str(SCRIPT), str(whole), name, *flags], whole, True, 300, None)
-    for preset in PRESETS:
-        assert_alike(whole, f"{preset}-whole", f"{preset}-{name}")
+def test_two_processes_train_as_one(whole: Path) -> None:
+    ways = ("two-gathered,local_loss=0", "two-parts,accum_freq=2")
+    run_command([*torchrun_command(2)[:-2], str(SCRIPT), str(whole), *ways], whole, True, 300, None)
+    for preset in FULL_PRESETS:
+        for way in ways:
+            assert_alike(whole, f"{preset}-whole", f"{preset}-{way.partition(',')[0]}")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -9,6 +9,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from conftest import process_context
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.machine import LostProcessError, open_machine
@@ -30,7 +31,7 @@ def test_the_others_name_the_process_that_failed_and_its_error() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = process_context()
     results = context.Queue()
     workers = [context.Process(target=process, args=(rank, port, results)) for rank in range(2)]
     for worker in workers:

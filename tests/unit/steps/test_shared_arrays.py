@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from balance_data import balance, make_rows, write_embeddings
+from conftest import process_context
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.machine import open_machine
@@ -55,7 +56,7 @@ def _process(rank: int, folder: Path, results: multiprocessing.Queue[Any]) -> No
 
 def test_files_stay_while_another_host_may_read_them(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "embeddings", make_rows(60))
-    context = multiprocessing.get_context("spawn")
+    context = process_context()
     results = context.Queue()
     workers = [context.Process(target=_process, args=(rank, tmp_path, results)) for rank in range(2)]
     for worker in workers:

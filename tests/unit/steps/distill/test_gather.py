@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import process_context
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
@@ -82,7 +83,7 @@ def process(rank: int, size: int, local: bool, store: str, results: multiprocess
 
 @pytest.mark.parametrize(("size", "local"), [(2, False), (2, True), (3, True)])
 def test_processes_together_equal_one(size: int, local: bool, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = process_context()
     results = context.Queue()
     workers = [
         context.Process(target=process, args=(rank, size, local, str(tmp_path / "store"), results))
