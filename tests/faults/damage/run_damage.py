@@ -24,7 +24,7 @@ from fault_tables import read_commit, read_rows, write_table
 from one_process import OneProcess
 
 SEED = 13
-EVERYDAY, MANY = 8, 140
+EVERYDAY, MANY = 4, 144
 """Cases of each kind of file, every day and in the slow suite."""
 _PROGRAM = "tests/faults/damage/run_damage.py"
 
