@@ -25,12 +25,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+# Not faiss: with a GPU it loads CUDA's libraries, which must not be loaded where forks are made.
 _IMPORTED = (
     *(f"clipcid_cli.steps.{step}.run" for step in ("balance", "cluster", "distill", "embed", "export")),
     *(f"clipcid_cli.steps.evaluate.{step}" for step in ("zeroshot", "linear")),
     *(f"clipcid_cli.commands.{command}" for command in ("balance", "cluster", "distill", "embed", "export")),
     *("clipcid_cli.commands.eval_linear", "clipcid_cli.commands.eval_zeroshot", "clipcid_cli.commands.console"),
-    *("clipcid_cli.runtime.models.lean_open_clip", "faiss", "jinja2", "matplotlib.figure", "pyarrow.dataset"),
+    *("clipcid_cli.runtime.models.lean_open_clip", "jinja2", "matplotlib.figure", "pyarrow.dataset"),
 )
 
 
