@@ -56,7 +56,7 @@ def write_embeddings(work: Path, data: Path, model: Path, kind: str, left: int, 
     with open_output(folder, "embed", settings=settings, inputs=inputs, overwrite=False) as output:
         if output.finished is not None:
             return
-        writer = EmbeddingWriter(folder, len(dataset.shards), plan_identity(settings, inputs))
+        writer = EmbeddingWriter(folder, [plan_identity(settings, [shard]) for shard in inputs])
         # Shards are equal but for the number that their keys begin with.
         samples = dataset.shards[0].samples()
         captions = [sample.captions[0] for sample in samples]

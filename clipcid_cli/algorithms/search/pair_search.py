@@ -241,10 +241,7 @@ class TiledSearch:
 
 
 class GrownSearch(TiledSearch):
-    """A search for the pairs that have a new row; what is known of old rows is not compared again.
-
-    Up to a panel of old rows, those that fill the last panel of new ones, are compared with all.
-    """
+    """A search for the pairs that have a new row; old rows that fill its last panel are compared with all, too."""
 
     def __init__(
         self,
