@@ -98,7 +98,8 @@ def print_slopes(runs: list[Run]) -> None:
     if not slopes:
         return
     print(
-        "\nA row adds (bytes of private memory a process: allowed in brackets; µs by phase), and 400 million rows take:"
+        "\nA row adds (bytes of private memory a process: allowed in brackets; µs by phase), and 400 million rows take.\n"
+        "No cache is subtracted; those of a fixed size (balance: 1 GiB of panels, cluster: 2 GiB of rows) count until full."
     )
     for (step, processes), (few, many) in slopes.items():
         print_slope(step, processes, latest[step, processes, few], latest[step, processes, many])
