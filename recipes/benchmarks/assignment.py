@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/assignment.py                     four kinds of rows and sizes
 
-Ours is `top_nearest` on blocks of 1,024 rows, a thread each, as `cluster` calls it: float32 products, proof and order in
+Ours is `top_nearest` on blocks of 2,048 rows, a thread each, as `cluster` calls it: float32 products, proof and order in
 float64. Theirs is `faiss.knn` of 16 in float32 alone, all rows at once. Both begin with the same float16 rows in memory and
 alternate in one process; printed are medians of seconds and of processor seconds, and their ratios.
 """
@@ -32,7 +32,7 @@ CASES = [
     ("cone", 100_000, 512, 1024),
     ("random", 50_000, 768, 4096),
 ]
-NEAREST, BLOCK, PART = 16, 1024, 8192
+NEAREST, BLOCK, PART = 16, 2048, 8192
 
 
 def main() -> None:

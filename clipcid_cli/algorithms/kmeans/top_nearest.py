@@ -25,7 +25,6 @@ would leave three times as many pairs to decide (D = 512). Callers look up sever
 from __future__ import annotations
 
 import math
-import threading
 
 import torch
 
@@ -35,8 +34,9 @@ from clipcid_cli.algorithms.search.low_precision import ACCUMULATION_UNIT
 
 # More centroids than asked for, so that the m-th is told from the first that is not returned: each makes the search slower.
 _SPARE = 3
-# Centroids multiplied at once: on a CPU a product of 1,024 rows stays near the caches.
+# Centroids multiplied at once; a CPU searches among as many as keep the product near its caches.
 _CHUNK = {"cpu": 1024, "cuda": 4096}
+_PRODUCT_ENTRIES = 2**21
 # Entries of a row that one float32 product sums on a CPU.
 _DEPTH = 192
 # Of rows and centroids: unit vectors, rounded. Its square covers terms of second order in u as well.
@@ -125,20 +125,17 @@ def _search(wide_BD: torch.Tensor, centroids_KD: torch.Tensor, k: int) -> tuple[
     return best[0]
 
 
-class _Memory(threading.local):
-    """Memory for products, of each thread its own: fresh memory for each would cost a fifth of the time."""
-
-    def __init__(self) -> None:
-        self._values = torch.empty(0)
-
-    def take(self, number: int) -> torch.Tensor:
-        """Return memory for one search at a time, float32 [number]."""
-        if len(self._values) < number:
-            self._values = torch.empty(number)
-        return self._values[:number]
+# Memory for products that no thread uses now, of ended threads as well: fresh memory each time costs a fifth of a search.
+_free_memory: list[torch.Tensor] = []
 
 
-_memory = _Memory()
+def _take_memory(number: int) -> torch.Tensor:
+    """Return memory for at least so many float32 numbers; what is put into the list again is used again."""
+    try:
+        memory = _free_memory.pop()
+    except IndexError:
+        memory = torch.empty(0)
+    return memory if len(memory) >= number else torch.empty(number)
 
 
 def _search_on_cpu(wide_BD: torch.Tensor, centroids_KD: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,9 +148,11 @@ def _search_on_cpu(wide_BD: torch.Tensor, centroids_KD: torch.Tensor, k: int) ->
     heaps.val, heaps.ids = faiss.swig_ptr(score_Bk.numpy()), faiss.swig_ptr(found_Bk.numpy())
     heaps.heapify()
     rows = torch.split(wide_BD, _DEPTH, dim=1)
-    buffers = _memory.take(2 * len(wide_BD) * min(len(centroids_KD), _CHUNK["cpu"])).view(2, -1)
-    for first in range(0, len(centroids_KD), _CHUNK["cpu"]):
-        centroids = torch.split(centroids_KD[first : first + _CHUNK["cpu"]], _DEPTH, dim=1)
+    chunk = min(len(centroids_KD), max(1, _PRODUCT_ENTRIES // len(wide_BD)))
+    memory = _take_memory(2 * len(wide_BD) * chunk)
+    buffers = memory[: 2 * len(wide_BD) * chunk].view(2, -1)
+    for first in range(0, len(centroids_KD), chunk):
+        centroids = torch.split(centroids_KD[first : first + chunk], _DEPTH, dim=1)
         shape = len(wide_BD), len(centroids[0])
         sum_BC, product_BC = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
         torch.mm(rows[0], centroids[0].T, out=sum_BC)
@@ -162,6 +161,7 @@ def _search_on_cpu(wide_BD: torch.Tensor, centroids_KD: torch.Tensor, k: int) ->
             sum_BC += torch.mm(rows_Bd, centroids_Cd.T, out=product_BC)
         heaps.addn(shape[1], faiss.swig_ptr(sum_BC.numpy()), first)  # type: ignore[call-arg]  # its stub has no j0
     heaps.reorder()
+    _free_memory.append(memory)
     return score_Bk, found_Bk
 
 

@@ -22,8 +22,9 @@ from clipcid_cli.steps.reporting import Reporter
 
 # Nearest centroids stored of each image and caption: docs/method.md#soft-labels.
 NUM_NEAREST = 16
-# Rows looked up together; on a CPU by one thread, so a part of the table has many times as many.
-_ROWS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
+# Rows looked up together, at most and, on a CPU, at least; there a thread looks up a share of a part of the table.
+_MOST_ROWS = {"cpu": 2048, "cuda": 8192}
+_FEWEST_ROWS = 512
 # The temperature's median is taken over about this many rows, evenly spaced: more would not change its digits.
 _TEMPERATURE_ROWS = 65_536
 
@@ -64,7 +65,8 @@ def _find_top(
     clusters = np.empty((stop - start, m), dtype=np.int32)
     similarities = np.empty((stop - start, m), dtype=np.float64)
 
-    at_once = _ROWS_AT_ONCE[machine.device.type]
+    threads = threads_for_batches(machine.device)
+    at_once = min(_MOST_ROWS[machine.device.type], max(_FEWEST_ROWS, -(-(stop - start) // threads)))
 
     def look_up(first: int) -> None:
         last = min(stop, first + at_once)
@@ -73,7 +75,7 @@ def _find_top(
         mine = slice(first - start, last - start)
         clusters[mine], similarities[mine] = found_Bm.cpu().numpy(), exact_Bm.cpu().numpy()
 
-    for _ in map_threads(range(start, stop, at_once), look_up, threads_for_batches(machine.device)):
+    for _ in map_threads(range(start, stop, at_once), look_up, threads):
         pass
     return TopClusters(clusters, similarities.astype(np.float16)), similarities[:, 0]
 
