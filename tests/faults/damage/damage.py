@@ -120,7 +120,7 @@ TARGETS = {
     "settings": Target("c.toml", ("balance", "--config", "c.toml"), "text"),
     "plan": Target("clipcid-work/balance/.balance.plan.json", ("balance", "--keep", "0.7"), "json"),
     "matched samples": Target("clipcid-work/index/*/matched-*", _DISTILL, "folder"),
-    "index": Target("clipcid-work/index", (*_DISTILL, "--keep-list", "none"), "folder"),
+    "index": Target("clipcid-work/index", _DISTILL, "folder"),
 }
 
 
