@@ -99,7 +99,7 @@ def make_epoch(
     """Make one batch of a whole epoch, seed 3; with the stored views if `replay`."""
     samples, stored_views = teacher_inputs.samples, teacher_inputs.stored_views(3) if replay else None
     order = BatchOrder(dataset, samples, 3, samples.total, stored_views)
-    return maker(order.items(epoch, 0, 1))
+    return maker(next(order.iterate(epoch, epoch + 1, 0, 1)))
 
 
 def encode_shown(model: ClipModel, batch: TrainingBatch) -> tuple[np.ndarray, np.ndarray]:

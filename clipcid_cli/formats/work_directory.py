@@ -31,6 +31,10 @@ class WorkDirectory:
         """Return the folder of one model's embeddings."""
         return self.path / "embeddings" / model_slug
 
+    def texts(self, model_slug: str) -> Path:
+        """Return the folder of one model's embeddings of texts without images."""
+        return self.path / "texts" / model_slug
+
     @property
     def balance(self) -> Path:
         """The folder of the keep list, forest, curve and report."""

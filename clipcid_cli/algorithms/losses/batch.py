@@ -1,7 +1,7 @@
 """What a loss is computed from: the features of one global batch, and which of its rows are this process's own.
 
-Shape legend: B global batch, b own rows, d student width, D width of the shared space, L patches or tokens, S candidate
-centroids, m stored clusters a sample.
+Shape legend: B global batch, b own rows, E texts without images, d student width, D width of the shared space, L patches or
+tokens, S candidate centroids, m stored clusters a sample.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ class LossBatch:
         text_tokens_bLD: Those of the tokens of the own rows' captions, likewise.
         fusion: Layers that join student and teacher, of images and of captions: [B, d + D] → [B, d]; present when a loss
             needs them.
+        extra_text_ED: Student features v' of texts without images, [E, D]: this process's own, all where `own` is all; None
+            without any.
+        teacher_extra_text_ED: The teacher's features u of the same texts.
+        num_extra: Texts without images in the global batch.
         own: The rows whose queries this process takes, step 1; all by default.
     """
 
@@ -76,6 +80,9 @@ class LossBatch:
     image_tokens_bLD: Tensor | None = None
     text_tokens_bLD: Tensor | None = None
     fusion: tuple[RowMap, RowMap] | None = None
+    extra_text_ED: Tensor | None = None
+    teacher_extra_text_ED: Tensor | None = None
+    num_extra: int = 0
     own: slice = dataclasses.field(default_factory=lambda: slice(None))
 
     def __len__(self) -> int:

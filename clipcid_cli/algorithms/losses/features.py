@@ -11,9 +11,10 @@ from clipcid_cli.algorithms.losses.row_blocks import add, rows_between
 
 
 def feature_distance(batch: LossBatch) -> Tensor:
-    """`fd` = mean over the batch of |s' − t|² + |v' − u|², summed over the width.
+    """`fd` = mean over images of |s' − t|² + mean over texts of |v' − u|², summed over the width.
 
-    With a teacher of one tower one of the two summands remains, at its usual weight.
+    With a teacher of one tower one of the two summands remains, at its usual weight. Texts without images are texts like
+    captions: they do not change the weight of the mean.
 
     Returns:
         This process's share, a scalar; of all rows in [0, 8]: unit rows are at most 2 apart.
@@ -25,7 +26,7 @@ def feature_distance(batch: LossBatch) -> Tensor:
 
 
 def masked_feature_distance(batch: LossBatch) -> Tensor:
-    """`mfd` = mean over the batch of |s'_m − t|² + |v' − u|², where s'_m saw a quarter of the image's patches.
+    """`mfd` = mean over images of |s'_m − t|² + mean over texts of |v' − u|²; s'_m saw a quarter of an image's patches.
 
     Other losses never see s'_m (in the published code its pass replaces the whole one, for the task's loss too).
 
@@ -40,8 +41,15 @@ def masked_feature_distance(batch: LossBatch) -> Tensor:
 
 def _squared_distances(batch: LossBatch) -> Tensor:
     first, stop, _ = batch.own.indices(len(batch))
-    differences = (
-        rows_between(student, first, stop) - rows_between(teacher, first, stop)
-        for student, teacher in batch.same_tower_pairs()
-    )
-    return add([difference.square().sum() for difference in differences]) / len(batch)
+    image, text = (rows_between(rows, first, stop) for rows in batch.student_in_teacher_space())
+    sums = []
+    if batch.teacher_image_BD is not None:
+        taught = rows_between(batch.teacher_image_BD, first, stop)
+        sums.append((image - taught).square().sum() / len(batch))
+    if batch.teacher_text_BD is not None:
+        taught = rows_between(batch.teacher_text_BD, first, stop)
+        total = (text - taught).square().sum()
+        if batch.extra_text_ED is not None and batch.teacher_extra_text_ED is not None:
+            total = total + (batch.extra_text_ED - batch.teacher_extra_text_ED).square().sum()
+        sums.append(total / (len(batch) + batch.num_extra))
+    return add(sums)

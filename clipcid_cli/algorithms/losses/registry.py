@@ -34,6 +34,7 @@ class LossEntry:
         teacher_towers: Which towers of the teacher it needs: ``both``, or ``any``: it uses those that are available.
         space: Where features are compared: ``own`` compares student with student only, ``teacher`` compares across and
             so needs equal widths (see ``--teacher-space``).
+        takes_extra_texts: Whether it also teaches texts without images (``--extra-texts``).
     """
 
     name: str
@@ -49,6 +50,7 @@ class LossEntry:
     compares_features: bool = False
     teacher_towers: Literal["both", "any"] = "both"
     space: Literal["own", "teacher"] = "own"
+    takes_extra_texts: bool = False
 
 
 _PACKAGE = "clipcid_cli.algorithms.losses"
@@ -94,6 +96,7 @@ LOSSES: Mapping[str, LossEntry] = {
             compares_features=True,
             teacher_towers="any",
             space="teacher",
+            takes_extra_texts=True,
         ),
         LossEntry(
             "mfd",
@@ -103,6 +106,7 @@ LOSSES: Mapping[str, LossEntry] = {
             compares_features=True,
             teacher_towers="any",
             space="teacher",
+            takes_extra_texts=True,
         ),
         LossEntry(
             "icl",
@@ -195,6 +199,25 @@ PRESETS: Mapping[str, Mapping[str, Weight]] = {
     "clip-td": {"clip": Weight(1.0), "td": Weight(1.0)},
     "dr": {"clip": Weight(0.25), "affinity": Weight(0.75)},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherExtras:
+    """What a preset shows of the teacher beside images and captions, where that is embedded.
+
+    Attributes:
+        views: Whether stored views are shown.
+        text_variant_share: Share of the captions shown as a variant.
+        extra_texts: Further texts for the text tower, for each sample of a batch.
+    """
+
+    views: bool = True
+    text_variant_share: float = 2 / 3
+    extra_texts: float = 0.0
+
+
+PRESET_EXTRAS: Mapping[str, TeacherExtras] = {}
+"""Those of presets that were tuned with them; a run whose teacher has none of them says so."""
 
 
 def select_losses(preset: str, overrides: Mapping[str, float]) -> dict[str, Weight]:

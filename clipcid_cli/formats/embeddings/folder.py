@@ -15,7 +15,7 @@ DataComp's metadata is such a folder:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property, partial
@@ -85,15 +85,12 @@ class EmbeddingFile:
         return self.images.path.stem
 
     def fingerprints(
-        self, of_file: Fingerprint, *, texts: bool = False, further: bool = False, views: bool = False
+        self, of_file: Fingerprint, *, texts: bool = False, extras: Collection[str] = ()
     ) -> list[dict[str, Any]]:
-        """Describe its files: image embeddings, metadata, and the requested kinds that exist."""
-        extras = self.extras
-        parts: list[RowFile | None] = [self.images]
-        parts += [self.texts] if texts else []
-        parts += [extras.further] if further else []
-        parts += [extras.views, extras.view_params] if views else []
-        found = [part.fingerprint(of_file) for part in parts if part is not None]
+        """Describe its files: image embeddings, metadata, and those requested that exist: texts, fields of `Extras`."""
+        parts = [self.images, *([self.texts] if texts and self.texts is not None else [])]
+        parts += [file for name, file in self.extras.files().items() if name in extras]
+        found = [part.fingerprint(of_file) for part in parts]
         return found if self.metadata is None else [*found, of_file(self.metadata)]
 
 
@@ -154,13 +151,21 @@ class Embeddings:
 
     def views(self) -> Rows:
         """Map the embeddings of the views, [N·V, D]: view v of row i is row i·V + v."""
-        parts = [file.extras.views for file in self.files if file.extras.views is not None]
-        return Rows(parts, self.width, self.is_verified)
+        return self._map(lambda file: file.extras.views)
 
     def view_params(self) -> ViewParams:
         """Map the parameters that reproduce the views."""
         parts = [file.extras.view_params for file in self.files]
         return ViewParams([part for part in parts if part is not None], self.num_views)
+
+    @property
+    def num_variants(self) -> int:
+        """Number W of embedded variants of each row's captions, 0 for none."""
+        return self.files[0].extras.num_variants
+
+    def variants(self) -> Rows:
+        """Map the embeddings of the text variants, [N·W, D]: variant w of row i is row i·W + w."""
+        return self._map(lambda file: file.extras.variants)
 
     @cached_property
     def has_further_captions(self) -> bool:
@@ -213,13 +218,13 @@ class Embeddings:
         """DataComp's identifiers of the rows, N strings; empty where the metadata have no column ``uid``."""
         return self._join(lambda file: _read_column(file, ("uid",), lambda row: ""))
 
-    def fingerprints(self, *, texts: bool = False, further: bool = False, views: bool = False) -> list[dict[str, Any]]:
-        """Describe the files of every shard for a sidecar: image embeddings, metadata, and the requested kinds.
+    def fingerprints(self, *, texts: bool = False, extras: Collection[str] = ()) -> list[dict[str, Any]]:
+        """Describe the files of every shard for a sidecar: image embeddings, metadata, and what is requested of the rest.
 
         Raises:
             ClipcidError: when a file that the sidecar of `embed` records was replaced since the folder was opened.
         """
-        look = partial(EmbeddingFile.fingerprints, texts=texts, further=further, views=views)
+        look = partial(EmbeddingFile.fingerprints, texts=texts, extras=extras)
         return [entry for part in self._fingerprint(look) for entry in part]
 
     def text_fingerprints(self) -> list[dict[str, Any]]:
@@ -380,12 +385,12 @@ def open_embeddings(
         file = EmbeddingFile(image, text, metadata, first, image.shape[0], extras)
         check_file(file, width, with_texts, with_metadata, count_metadata=recorded is None)
         extras.check(file.rows, width)
-        if files and extras.num_views != files[0].extras.num_views:
-            raise ClipcidError(
-                f"{image.path} has {extras.num_views} views of each image, the files before it "
-                f"{files[0].extras.num_views}.",
-                "Make the folder again.",
-            )
+        for what, count in extras.shape.items() if files else ():
+            if count != (before := files[0].extras.shape[what]):
+                raise ClipcidError(
+                    f"{image.path} has {count} {what} for each image, the files before it {before}.",
+                    "Make the folder again.",
+                )
         files.append(file)
         first += file.rows
     if first == 0:

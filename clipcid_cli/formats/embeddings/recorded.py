@@ -56,8 +56,7 @@ class RecordedFiles:
         """
         replaced = []
         for file in files:
-            extras = file.extras
-            parts = (file.images, file.texts, extras.views, extras.view_params, extras.further)
+            parts = (file.images, file.texts, *file.extras.files().values())
             opened = {self._place(part.path): part for part in parts if part is not None}
             for place in [*opened, *([] if file.metadata is None else [self._place(file.metadata)])]:
                 if place not in self._entries:

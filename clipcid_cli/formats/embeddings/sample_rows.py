@@ -1,4 +1,4 @@
-"""Embeddings of what samples show: of an image or one of its views, of its first caption or a later one."""
+"""Embeddings of what samples show: of an image or one of its views; of its first caption, a later one or a variant."""
 
 from __future__ import annotations
 
@@ -16,29 +16,36 @@ from clipcid_cli.formats.key_streams import KeyStream, Values
 
 @dataclasses.dataclass(frozen=True)
 class ImageRows:
-    """Embeddings of the images themselves, or of their views.
+    """Embeddings of images and of their views.
 
     Attributes:
-        rows: Mapped from their files: [N, D] of the images, or [N·V, D] of their views.
-        num_views: V, 0 where they are of the images themselves.
+        whole: Of the images themselves, [N, D], mapped.
+        views: Of their views, [N·V, D]; None where none are shown.
+        num_views: V.
     """
 
-    rows: Rows
-    num_views: int
+    whole: Rows
+    views: Rows | None = None
+    num_views: int = 0
 
     @classmethod
     def of(cls, embeddings: Embeddings, *, views: bool) -> ImageRows:
-        """Map the rows of the images, or of their views."""
-        return cls(embeddings.views(), embeddings.num_views) if views else cls(embeddings.images(), 0)
+        """Map the rows of the images, and those of their views."""
+        return cls(embeddings.images(), *((embeddings.views(), embeddings.num_views) if views else ()))
 
     def take(self, images: npt.NDArray[np.int64], views: npt.NDArray[np.int64]) -> Float16:
         """Return the rows of B samples, float16 [B, D].
 
         Args:
             images: Their rows among the embeddings, int64 [B].
-            views: Which view each shows, int64 [B].
+            views: Which view each shows, int64 [B]; −1 for none of them.
         """
-        return self.rows.take(images * self.num_views + views if self.num_views else images)
+        if self.views is None:
+            return self.whole.take(images)
+        rows = self.views.take(images * self.num_views + np.maximum(views, 0))
+        if (none := views < 0).any():
+            rows[none] = self.whole.take(images[none])
+        return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +55,28 @@ class CaptionRows:
     Attributes:
         first: Of each sample's first caption, [N, D].
         further: Of the captions after the first, sample after sample; None where only the first are shown.
+        variants: Of variants of the captions, [N·W, D]; None where none are shown.
+        num_variants: W.
     """
 
     first: Rows
     further: Rows | None = None
+    variants: Rows | None = None
+    num_variants: int = 0
 
     @classmethod
-    def of(cls, embeddings: Embeddings, *, all_captions: bool) -> CaptionRows:
-        """Map the rows of the first captions, or of all."""
-        return cls(embeddings.texts(), embeddings.further_captions() if all_captions else None)
+    def of(cls, embeddings: Embeddings, *, all_captions: bool, variants: bool) -> CaptionRows:
+        """Map the rows of the first captions or of all, and those of their variants."""
+        further = embeddings.further_captions() if all_captions else None
+        shown = (embeddings.variants(), embeddings.num_variants) if variants else ()
+        return cls(embeddings.texts(), further, *shown)
 
     def take(
-        self, images: npt.NDArray[np.int64], captions: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]
+        self,
+        images: npt.NDArray[np.int64],
+        captions: npt.NDArray[np.int64],
+        starts: npt.NDArray[np.int64],
+        variants: npt.NDArray[np.int64],
     ) -> Float16:
         """Return the rows of B samples, float16 [B, D].
 
@@ -67,11 +84,15 @@ class CaptionRows:
             images: Their rows among the embeddings, int64 [B].
             captions: Which caption each shows, int64 [B], 0 for the first.
             starts: Where the further captions of each begin, int64 [B].
+            variants: Which variant each shows instead, int64 [B]; −1 for none.
         """
         rows = self.first.take(images)
         later = captions > 0
         if self.further is not None and later.any():
             rows[later] = self.further.take(starts[later] + captions[later] - 1)
+        varied = variants >= 0
+        if self.variants is not None and varied.any():
+            rows[varied] = self.variants.take(images[varied] * self.num_variants + variants[varied])
         return rows
 
 

@@ -41,6 +41,7 @@ _FORMS = {
     "captions_emb": "npy",
     "view_emb": "npy",
     "view_params": "npy",
+    "variant_emb": "npy",
     "metadata": "parquet",
 }
 
@@ -72,7 +73,8 @@ class ShardRows:
         caption_counts: Number of captions of each row, n numbers ≥ 1; None where no row has several.
         further: float16 [Σ (count − 1), D], unit rows of the captions after the first, row after row; None likewise.
         views: float16 [n, V, D], unit rows of augmented views; None without views.
-        view_params: float32 [n, V, 16], the crop box and colour map of each view; None likewise.
+        view_params: float32 [n, V, P], the numbers that reproduce each view; None likewise.
+        variants: float16 [n, W, D], unit rows of variants of the captions; None without variants.
     """
 
     images: npt.NDArray[np.float16]
@@ -81,6 +83,7 @@ class ShardRows:
     further: npt.NDArray[np.float16] | None = None
     views: npt.NDArray[np.float16] | None = None
     view_params: npt.NDArray[np.float32] | None = None
+    variants: npt.NDArray[np.float16] | None = None
 
     def by_kind(self) -> dict[str, npt.NDArray[Any] | None]:
         """Return the arrays by the name of their folder."""
@@ -90,6 +93,7 @@ class ShardRows:
             "captions_emb": self.further,
             "view_emb": self.views,
             "view_params": self.view_params,
+            "variant_emb": self.variants,
         }
 
 

@@ -52,6 +52,10 @@ class Augmentation:
         return self.color_jitter > 0 or self.gray_probability > 0
 
 
+STRONG = Augmentation(crop_scale=0.3, color_jitter=0.4, gray_probability=0.2)
+"""What `embed --view-kind strong` draws views by."""
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """How an image is shown.
@@ -77,6 +81,69 @@ class View:
 
 PACKED_VIEW = 16
 """Numbers of a packed view."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedView:
+    """How two images are shown as one, λ·first + (1 − λ)·second; at λ = 1 the first alone.
+
+    Source: Zhang et al. 2018 (mixup, arXiv 1710.09412).
+
+    Attributes:
+        first: How the image itself is shown.
+        weight: λ, in [½, 1], a float32 number.
+        partner: Place of the other image, counted from this one's: in its batch, or among the rows of its shard. NaN where
+            the other image has no row.
+        second: How the other image is shown.
+    """
+
+    first: View
+    weight: float
+    partner: float
+    second: View
+
+    def pack(self) -> npt.NDArray[np.float32]:
+        """Return it as float32 [34]: the first view, λ, the partner's place, the second view."""
+        between = np.array([self.weight, self.partner], dtype=np.float32)
+        return np.concatenate([self.first.pack(), between, self.second.pack()])
+
+    @classmethod
+    def unpack(cls, packed: npt.NDArray[np.float32]) -> MixedView:
+        """Undo `pack`; of `PACKED_VIEW` numbers, a view that is not mixed."""
+        first = View.unpack(packed[:PACKED_VIEW])
+        if len(packed) == PACKED_VIEW:
+            return cls(first, 1.0, 0.0, first)
+        weight, partner = packed[PACKED_VIEW : PACKED_VIEW + 2]
+        return cls(first, float(weight), float(partner), View.unpack(packed[PACKED_VIEW + 2 :]))
+
+
+PACKED_MIX = 2 * PACKED_VIEW + 2
+"""Numbers of a packed view that may be mixed."""
+PARTNER = PACKED_VIEW + 1
+"""Which of them is the partner's place."""
+
+
+def mix_pixels(view: MixedView, first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Mix the crops of two images, each in its colours.
+
+    Args:
+        first: The crop of the image itself, [H, W, 3].
+        second: That of the other.
+
+    Returns:
+        uint8 [H, W, 3], whose colours are final; the same bytes on any machine.
+    """
+    weight = np.float32(view.weight)
+    mixed = weight * _colored(first, view.first.colors) + (1 - weight) * _colored(second, view.second.colors)
+    return np.rint(mixed).astype(np.uint8)
+
+
+def _colored(pixels: npt.NDArray[np.uint8], colors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Apply a colour map, as `apply_colors` does; sums of products in a fixed order."""
+    red, green, blue = (pixels[:, :, channel].astype(np.float32) for channel in range(3))
+    rows = [row[0] * red + row[1] * green + row[2] * blue + 255 * row[3] for row in colors]
+    shown: npt.NDArray[np.float32] = np.clip(np.stack(rows, axis=2), 0, 255)
+    return shown
 
 
 def choose_view(augmentation: Augmentation, width: int, height: int, seed: int) -> View:
@@ -140,6 +207,11 @@ class Processor:
         return cls(ViewPixels(model.info.preprocess), model.tokenizer)
 
 
+def identity_colors() -> npt.NDArray[np.float32]:
+    """Return the colour map that changes nothing, float32 [3, 4]."""
+    return np.eye(3, 4, dtype=np.float32)
+
+
 def apply_colors(pixels: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
     """Apply a colour map to each image.
 
@@ -176,8 +248,7 @@ def _choose_box(width: int, height: int, crop_scale: float, random: np.random.Ge
 
 def _choose_colors(augmentation: Augmentation, random: np.random.Generator) -> npt.NDArray[np.float32]:
     """Compose brightness, contrast (about mid-grey) and saturation into one affine map of RGB in [0, 1]."""
-    colors = np.zeros((3, 4), dtype=np.float32)
-    colors[:, :3] = np.eye(3)
+    colors = identity_colors()
     if not augmentation.changes_colors:
         return colors
     brightness, contrast, saturation = 1 + augmentation.color_jitter * random.uniform(-1, 1, 3)

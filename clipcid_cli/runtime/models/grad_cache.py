@@ -36,7 +36,7 @@ class BatchPart:
     Attributes:
         pixels: As a worker made them, [b, H, W, 3].
         colors: Colour maps, [b, 3, 4].
-        tokens: int64 [b, L].
+        tokens: int64 [b, L]; more texts than images where some have none.
         seed: Seed of dropout and the like, the same both times the part is encoded.
         kept_patches: Patches of each image that a further pass sees, int64 [b, n]; None without that pass.
     """
@@ -54,7 +54,7 @@ class Features:
 
     Attributes:
         image: Of the images, [b, d].
-        text: Of the captions, [b, d].
+        text: Of the captions, [b, d]; [b + e, d] with e texts without images.
         masked_image: Of the images by a pass that saw few patches, [b, d]; None without that pass.
         image_tokens: Of the images' patches, [b, P, d]; None where no loss reads them.
         text_tokens: Of the captions' tokens, [b, L, d], zeros after each caption's last; None likewise.
@@ -106,9 +106,9 @@ class GradCache:
         Args:
             before_last: Called before the last part, after which every gradient is complete.
         """
-        sizes = [len(part.tokens) for part in self._parts]
+        images, texts = [len(part.pixels) for part in self._parts], [len(part.tokens) for part in self._parts]
         gradients = {
-            name: torch.split(rows.grad, sizes)
+            name: torch.split(rows.grad, texts if name.startswith("text") else images)
             for name, rows in self.features.by_name().items()
             if rows.grad is not None
         }
@@ -161,12 +161,12 @@ class BatchEncoder:
         Args:
             pixels: uint8 [b, H, W, 3].
             colors: Colour maps, float32 [b, 3, 4].
-            tokens: int64 [b, L], on the CPU.
+            tokens: int64 [b, L], on the CPU; [b + e, L] with e texts without images.
             seeds: Seed of dropout and the like for each part.
             kept_patches: Patches of each image that a further pass sees, int64 [b, n]; None without that pass.
         """
-        cut = (tensor.chunk(self.num_parts) for tensor in (pixels, colors, tokens))
-        kept = [None] * self.num_parts if kept_patches is None else kept_patches.chunk(self.num_parts)
+        cut = (tensor.tensor_split(self.num_parts) for tensor in (pixels, colors, tokens))
+        kept = [None] * self.num_parts if kept_patches is None else kept_patches.tensor_split(self.num_parts)
         return GradCache(self._encode_part, [BatchPart(*part) for part in zip(*cut, seeds, kept, strict=True)])
 
     def backward(self, encoded: GradCache, before_last: Callable[[], None]) -> None:

@@ -17,7 +17,7 @@ from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.distill.online_teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.training_run import TrainingRun
-from clipcid_cli.steps.embed.shards import TYPICAL_CAPTION
+from clipcid_cli.steps.embed.cost import TYPICAL_CAPTION
 
 _MEASURED = 3
 # The first step also allocates, and compiles with --torchcompile.

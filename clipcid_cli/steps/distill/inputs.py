@@ -27,7 +27,9 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.data_index import cache_shards, ensure_index
+from clipcid_cli.steps.distill.augmented.extra_texts import ExtraTexts
 from clipcid_cli.steps.distill.cluster_targets import find_clusters, refuse_old_clusters, use_clusters
 from clipcid_cli.steps.distill.samples import (
     MatchedSamples,
@@ -70,6 +72,16 @@ class TrainingInputs:
     keep_list: ChosenKeepList | None
     teacher_inputs: TeacherInputs | None
     fingerprints: list[dict[str, Any]]
+
+    @property
+    def text_variants(self) -> TextVariants | None:
+        """The embedded variants of captions that are shown; None for none."""
+        return None if self.teacher_inputs is None else self.teacher_inputs.text_variants
+
+    @property
+    def extra_texts(self) -> ExtraTexts | None:
+        """Further texts for the text tower; None without any."""
+        return None if self.teacher_inputs is None else self.teacher_inputs.extra_texts
 
 
 def find_inputs(
@@ -150,7 +162,7 @@ def _find_samples(
     records = index_of(dataset).records
     content = list(fingerprints)
     if sources.embeddings is not None:
-        content += sources.embeddings.fingerprints(texts=True, further=True)
+        content += sources.embeddings.fingerprints(texts=True, extras=("further",))
     if sources.clusters is not None:
         content.append(fingerprint_file(sources.clusters.folder / TABLE))
     identity = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace, project
 from clipcid_cli.runtime.gradients import gather_rows, sum_values
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.grad_cache import Features
@@ -35,12 +35,14 @@ class Targets:
         text_clusters: Those of its captions, where both towers are taught.
         image_bD: Stored rows of the images or views that this process shows, float16 [b, D]; None without stored ones.
         text_bD: Those of its captions.
+        extra_text_eD: Those of its further texts; None without any.
     """
 
     image_clusters: ClusterTargets | None = None
     text_clusters: ClusterTargets | None = None
     image_bD: Tensor | None = None
     text_bD: Tensor | None = None
+    extra_text_eD: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,17 @@ class Teacher(ABC):
             targets: What `prepare` returned for `local`.
         """
 
+    def extra_text_rows(self, targets: Targets, count: int) -> Tensor | None:
+        """Return u of further texts in the shared space, [E, D]; None without any. Call it on every process.
+
+        Args:
+            count: E: all there are, or this process's part.
+        """
+        rows = targets.extra_text_eD
+        if rows is None:
+            return None
+        return project((rows if count == len(rows) else gather_rows(rows, self.size)).float(), self.space.axes)
+
     def add_targets(self, batch: LossBatch, local: TrainingBatch, targets: Targets) -> LossBatch:
         """Add the teacher's features, scale and clusters to a global batch; call it on every process."""
         image, text = self.teacher_rows(local, targets)
@@ -98,6 +111,9 @@ class Teacher(ABC):
             teacher_scale=self.teacher_scale,
             image_clusters=targets.image_clusters,
             text_clusters=targets.text_clusters,
+            teacher_extra_text_ED=self.extra_text_rows(
+                targets, 0 if batch.extra_text_ED is None else len(batch.extra_text_ED)
+            ),
         )
 
 
@@ -153,7 +169,9 @@ class Objective:
             the global batch's.
         """
         machine, count = self._machine, len(features.image)
-        rows = self._gather(self._rows(features))
+        own = self._rows(features)
+        extra = own.get("text_BD", own["text_Bd"])[count:]  # texts without images come last
+        rows = self._gather({name: found[:count] for name, found in own.items()})
         start = machine.rank * count if self._local else 0
         everything = LossBatch(
             image_Bd=rows["image_Bd"],
@@ -162,9 +180,11 @@ class Objective:
             image_BD=rows.get("image_BD", rows["image_Bd"]),
             text_BD=rows.get("text_BD", rows["text_Bd"]),
             masked_image_BD=rows.get("masked_image_BD"),
-            image_tokens_bLD=self._tokens(features.image_tokens, self.parameters.image_map),
-            text_tokens_bLD=self._tokens(features.text_tokens, self.parameters.text_map),
+            image_tokens_bLD=self._tokens(features.image_tokens, self.parameters.image_map, count),
+            text_tokens_bLD=self._tokens(features.text_tokens, self.parameters.text_map, count),
             fusion=self.parameters.fusion_pair(),
+            extra_text_ED=None if not len(extra) else extra if self._local else gather_rows(extra, machine.size),
+            num_extra=machine.size * len(extra),
             own=slice(start, start + count) if self._local else slice(0, machine.size * count),
         )
         if self._teacher is not None and batch.targets is not None:
@@ -190,11 +210,11 @@ class Objective:
             rows["masked_image_BD"] = masked if image_map is None else image_map(masked)
         return {name: F.normalize(found, dim=1) for name, found in rows.items()}
 
-    def _tokens(self, tokens_bLd: Tensor | None, learned: nn.Module | None) -> Tensor | None:
+    def _tokens(self, tokens_bLd: Tensor | None, learned: nn.Module | None, count: int) -> Tensor | None:
         """Return unit rows of patches or tokens in the shared space, and zeros where there is none, for the own rows."""
         if tokens_bLd is None:
             return None
-        found = tokens_bLd.float()
+        found = tokens_bLd[:count].float()
         exists_bL1 = found.detach().any(dim=2, keepdim=True)
         found = F.normalize(found if learned is None else learned(found), dim=2) * exists_bL1
         if self._local:

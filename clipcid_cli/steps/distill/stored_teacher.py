@@ -16,6 +16,7 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
 from clipcid_cli.formats.atomic import atomic_file, remove_abandoned
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.embeddings.sample_rows import CaptionRows, ImageRows
 from clipcid_cli.formats.output import plan_identity
 from clipcid_cli.formats.results.matched_samples import Column
@@ -111,11 +112,13 @@ class StoredTeacher(Teacher):
     Attributes:
         texts: Embeddings of captions; None where the teacher has none.
         embedding_rows: Row of the embeddings of each sample to train on, [N], mapped.
+        extra_texts: Embeddings of further texts; None without any.
         caption_rows: First row of each sample's captions after the first, [N], mapped; None where only the first are shown.
     """
 
     images: ImageRows
     texts: CaptionRows | None
+    extra_texts: Rows | None
     embedding_rows: Column
     caption_rows: Column | None
 
@@ -127,11 +130,16 @@ class StoredTeacher(Teacher):
         texts = None
         if self.texts is not None:
             further = np.zeros_like(own) if self.caption_rows is None else self.caption_rows[own].astype(np.int64)
-            texts = to_device(torch.from_numpy(self.texts.take(embedded, local.captions.numpy(), further)), self.device)
+            found = self.texts.take(embedded, local.captions.numpy(), further, local.variants.numpy())
+            texts = to_device(torch.from_numpy(found), self.device)
+        extra = None
+        if self.extra_texts is not None:
+            extra = to_device(torch.from_numpy(self.extra_texts.take(local.extra_rows.numpy())), self.device)
         return dataclasses.replace(
             super().prepare(local, rows, step),
             image_bD=to_device(torch.from_numpy(images), self.device),
             text_bD=texts,
+            extra_text_eD=extra,
         )
 
     def teacher_rows(self, local: TrainingBatch, targets: Targets) -> tuple[Tensor, Tensor | None]:
@@ -159,7 +167,14 @@ def open_stored_teacher(
         device=machine.device,
         size=machine.size,
         images=ImageRows.of(embeddings, views=teacher_inputs.num_views > 0),
-        texts=CaptionRows.of(embeddings, all_captions=teacher_inputs.all_captions) if embeddings.has_texts else None,
+        texts=CaptionRows.of(
+            embeddings,
+            all_captions=teacher_inputs.all_captions,
+            variants=teacher_inputs.text_variants is not None,
+        )
+        if embeddings.has_texts
+        else None,
+        extra_texts=None if teacher_inputs.extra_texts is None else teacher_inputs.extra_texts.rows,
         embedding_rows=teacher_inputs.samples.embeddings(),
         caption_rows=teacher_inputs.samples.captions() if teacher_inputs.all_captions else None,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -10,7 +12,6 @@ from torch import nn
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import Masking
 from clipcid_cli.runtime.models.caches import MAX_CAPTIONS
@@ -21,8 +22,10 @@ from clipcid_cli.runtime.models.short_forward import ShortForward
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.models.towers import image_tower_kind
 from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows
+from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.data_index import take_samples
-from clipcid_cli.steps.distill.samples import UsableSamples, index_of
+from clipcid_cli.steps.distill.inputs import TrainingInputs
+from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -127,32 +130,42 @@ def _checkpoint_layers(model: ClipModel) -> None:
         ) from error
 
 
-def set_unused_tokens_aside(student: ClipModel, dataset: Dataset, usable: UsableSamples, reporter: Reporter) -> None:
-    """Train only the embeddings of tokens that some caption has, where that saves much."""
-    used = _used_tokens(dataset, usable, student.tokenizer)
+def set_unused_tokens_aside(student: ClipModel, inputs: TrainingInputs, reporter: Reporter) -> None:
+    """Train only the embeddings of tokens that some text of the run has, where that saves much."""
+    used = _used_tokens(inputs, student.tokenizer)
     if used is not None and train_used_rows(student.module, used):
         reporter.note(
             f"The captions use {len(used):,} tokens: only their embeddings are trained, the others decay as in AdamW."
         )
 
 
-def _used_tokens(dataset: Dataset, usable: UsableSamples, tokenizer: Tokenizer) -> torch.Tensor | None:
-    """List the tokens of all captions of usable samples; None where there are too many samples for that to pay.
+def _used_tokens(inputs: TrainingInputs, tokenizer: Tokenizer) -> torch.Tensor | None:
+    """List the tokens of all captions of usable samples, of their variants and of further texts.
 
     Returns:
-        int64, ascending, each once.
+        int64, ascending, each once; None where there are too many texts for that to pay.
     """
-    if usable.total > MAX_CAPTIONS:
+    variants, further = inputs.text_variants, None if inputs.extra_texts is None else inputs.extra_texts.texts
+    count = inputs.usable.total * (1 if variants is None else 1 + variants.number)
+    if count + (0 if further is None else further.total) > MAX_CAPTIONS:
         return None
-    index, tokens, captions = index_of(dataset), torch.empty(0, dtype=torch.int64), set[str]()
-    last = len(index.records) - 1
+    tokens, texts = torch.empty(0, dtype=torch.int64), set[str]()
+    for text in itertools.chain(_captions(inputs, variants), () if further is None else further.lines):
+        texts.add(text)
+        if len(texts) >= _TOKENIZED_AT_ONCE:
+            tokens = torch.unique(torch.cat([tokens, tokenizer(sorted(texts)).flatten()]))
+            texts.clear()
+    return torch.unique(torch.cat([tokens, tokenizer(sorted(texts)).flatten()])) if texts else tokens
+
+
+def _captions(inputs: TrainingInputs, variants: TextVariants | None) -> Iterator[str]:
+    """Yield the captions of usable samples, and their variants."""
+    index = index_of(inputs.dataset)
     for number in range(len(index.records)):
-        places = np.flatnonzero(index.part(number).num_captions)
-        captions.update(caption for sample in take_samples(dataset, number, places) for caption in sample.captions)
-        if captions and (len(captions) >= _TOKENIZED_AT_ONCE or number == last):
-            tokens = torch.unique(torch.cat([tokens, tokenizer(sorted(captions)).flatten()]))
-            captions.clear()
-    return tokens
+        for sample in take_samples(inputs.dataset, number, np.flatnonzero(index.part(number).num_captions)):
+            yield from sample.captions
+            if variants is not None:
+                yield from (variants(sample.captions, sample.key, variant) for variant in range(variants.number))
 
 
 def warn_of_batch_statistics(student: ClipModel, reporter: Reporter) -> None:

@@ -17,9 +17,13 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
-from clipcid_cli.steps.distill.batches import StoredViews
+from clipcid_cli.runtime.text_variants import TextVariants
+from clipcid_cli.steps.distill.augmented.captions import find_text_variants, has_all_captions, report_missing
+from clipcid_cli.steps.distill.augmented.extra_texts import ExtraTexts, find_extra_texts
+from clipcid_cli.steps.distill.augmented.views import StoredViews
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.embed.ensure import ensure_embeddings
+from clipcid_cli.steps.embed.views import Views
 from clipcid_cli.steps.model_identity import find_mismatch, is_of
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -35,6 +39,8 @@ class TeacherInputs:
         samples: The samples to train on, with their rows of embeddings and clusters.
         clusters: Clusters; None where no loss needs them.
         num_views: Stored views of each image that are replayed, 0 for none.
+        text_variants: The embedded variants of captions that are shown; None for none.
+        extra_texts: Further texts for the text tower; None without any.
         all_captions: Whether every caption of a sample is embedded, so that any may be shown.
         online: The teacher that runs alongside the student; None where stored embeddings teach.
         text_clusters: Whether clusters teach the text tower as well.
@@ -44,6 +50,8 @@ class TeacherInputs:
     samples: SampleRows
     clusters: Clusters | None = None
     num_views: int = 0
+    text_variants: TextVariants | None = None
+    extra_texts: ExtraTexts | None = None
     all_captions: bool = False
     online: ModelName | None = None
     text_clusters: bool = False
@@ -62,20 +70,25 @@ class TeacherInputs:
         return StoredViews(self.embeddings.view_params(), self.samples.embeddings(), seed)
 
     def augmentation(self, chosen: Augmentation) -> Augmentation:
-        """Return how images are augmented: as the stored views were, else as chosen."""
+        """Return how images are augmented: as the strongest of the stored views were, else as chosen."""
         if self.embeddings is None or not self.num_views:
             return chosen
         if self.embeddings.sidecar is None:  # another tool's views may have any crop and colours
             return Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
-        views = self.embeddings.sidecar["settings"]
-        return Augmentation(views["crop_scale"], views["color_jitter"], views["gray_probability"])
+        made = self.embeddings.sidecar["settings"]
+        drawn = Augmentation(made["crop_scale"], made["color_jitter"], made["gray_probability"])
+        return Views(self.num_views, tuple(made.get("view_kind", ["crop"])), drawn, made["seed"]).strongest
 
     def fingerprints(self) -> list[dict[str, Any]]:
         """Describe the files a run reads, for its sidecar."""
         found: list[dict[str, Any]] = []
         if self.embeddings is not None:
             # The rows themselves, not their sidecar: the same rows embedded again at another speed are the same input.
-            found += self.embeddings.fingerprints(texts=True, further=self.all_captions, views=self.num_views > 0)
+            shown = ["further"] * self.all_captions + ["views", "view_params"] * (self.num_views > 0)
+            shown += ["variants"] * (self.text_variants is not None)
+            found += self.embeddings.fingerprints(texts=True, extras=shown)
+        if self.extra_texts is not None and self.extra_texts.texts is not None:
+            found += self.extra_texts.texts.fingerprints()
         if self.clusters is not None:
             found += [fingerprint_file(self.clusters.folder / name) for name in (TABLE, CENTROIDS)]
         return found
@@ -214,32 +227,16 @@ def use_stored(
             f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {embeddings.folder}.",
             "Give the data that was embedded, or run: clipcid embed DATA",
         )
-    views = embeddings.num_views if settings.views == "stored" else 0
+    views = embeddings.num_views if settings.extras.views else 0
     if views:
         reporter.note(
             f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
             "have no effect (--views none draws views anew)."
         )
-    all_captions = _has_all_captions(embeddings, counts, reporter)
-    return TeacherInputs(embeddings, samples, num_views=views, all_captions=all_captions)
-
-
-def _has_all_captions(embeddings: Embeddings, counts: MatchCounts, reporter: Reporter) -> bool:
-    """Tell whether the teacher embedded every caption of every sample.
-
-    Raises:
-        ClipcidError: when it embedded several captions of a sample, but not as many as the sample has now.
-    """
-    if not (counts.several_captions and embeddings.has_texts):
-        return False
-    if not embeddings.has_further_captions:
-        reporter.note("Captions: only the first of each sample is embedded, so only the first is shown.")
-        return False
-    if counts.changed is not None:
-        key, now, embedded = counts.changed
-        raise ClipcidError(
-            f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
-            "Run: clipcid embed DATA --overwrite",
-        )
-    reporter.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
-    return True
+    all_captions = has_all_captions(embeddings, counts, reporter)
+    variants = find_text_variants(settings, embeddings, reporter)
+    extra = find_extra_texts(settings, embeddings, samples, variants, reporter)
+    report_missing(settings, views=bool(views), variants=variants is not None, reporter=reporter)
+    return TeacherInputs(
+        embeddings, samples, num_views=views, all_captions=all_captions, text_variants=variants, extra_texts=extra
+    )

@@ -105,15 +105,15 @@ class TrainingRun:
         objective = make_objective(settings, student.info.embed_dim, teacher, machine, self.reporter)
         # A caption cut into parts that are joined anew may use tokens that no whole caption has.
         if self.student.trains_text and not settings.caption_dropout:
-            set_unused_tokens_aside(student, inputs.dataset, inputs.usable, self.reporter)
+            set_unused_tokens_aside(student, inputs, self.reporter)
         precision = choose_precision(settings.precision, machine.device, "train", student.info.parameters)
         self.reporter.note(f"Precision: {precision.name} ({precision.reason}).")
-        scaled = precision.dtype == torch.float16
-        trainer = Trainer(student.module, objective.parameters, self.plan.optimiser, scaled=scaled)
+        scaled, plan = precision.dtype == torch.float16, self.plan
+        trainer = Trainer(student.module, objective.parameters, plan.optimiser, scaled=scaled)
         bad = restore(trainer)
         if settings.accum_freq * machine.size > 1:
             warn_of_batch_statistics(student, self.reporter)
-        steps, writes = self.plan.optimiser.steps, self.output is not None
+        steps, writes = plan.optimiser.steps, self.output is not None
         return Loop(
             machine=machine,
             student=student,
@@ -124,9 +124,7 @@ class TrainingRun:
             evaluation=prepare_evaluation(settings, inputs.dataset, inputs.held_out, student, machine, self.reporter),
             encoder=self._make_encoder(precision, augmentation.changes_colors),
             frozen=self.student.frozen,
-            schedule=Schedule(
-                steps, self.plan.eval_every, settings.checkpoint_every or max(1, min(1_000, steps // 10))
-            ),
+            schedule=Schedule(steps, plan.eval_every, settings.checkpoint_every or max(1, min(1_000, steps // 10))),
             folder=self.folder,
             log=TrainingLog(
                 self.folder,
@@ -136,7 +134,7 @@ class TrainingRun:
             ),
             writes=writes,
             seed=settings.seed,
-            workers=self.plan.workers,
+            workers=plan.workers,
             max_bad_fraction=settings.max_bad_fraction,
             reporter=self.reporter,
             bad=bad if machine.is_main else {},
@@ -154,9 +152,10 @@ class TrainingRun:
         )
 
     def _order_batches(self) -> BatchOrder:
-        settings, inputs = self.settings, self.inputs
-        views = None if inputs.teacher_inputs is None else inputs.teacher_inputs.stored_views(settings.seed)
-        return BatchOrder(inputs.dataset, inputs.training, settings.seed, self.plan.batch_size, views)
+        inputs, plan, seed = self.inputs, self.plan, self.settings.seed
+        extra = inputs.extra_texts and dataclasses.replace(inputs.extra_texts, number=plan.extra_texts)
+        views = None if inputs.teacher_inputs is None else inputs.teacher_inputs.stored_views(seed)
+        return BatchOrder(inputs.dataset, inputs.training, seed, plan.batch_size, views, extra)
 
     def _make_batch_maker(self, augmentation: Augmentation) -> BatchMaker:
         teacher_inputs = self.inputs.teacher_inputs
@@ -166,6 +165,9 @@ class TrainingRun:
             self.settings.seed,
             first_caption=teacher_inputs is not None and teacher_inputs.first_captions,
             caption_dropout=self.settings.caption_dropout,
+            text_variants=self.inputs.text_variants,
+            variant_share=self.settings.extras.text_variant_share,
+            extra_text=None if self.inputs.extra_texts is None else self.inputs.extra_texts.reader,
             masking=self.student.masking,
             teacher=None if self.online_teacher is None else Processor.of(self.online_teacher),
             fast_decode=self.settings.fast_decode,

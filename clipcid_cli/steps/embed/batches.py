@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.models.augment import PACKED_VIEW
 from clipcid_cli.runtime.models.clip_model import Transform
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
+from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.embed.views import ViewMaker
 
 
@@ -56,18 +57,22 @@ class PreparedEmbedBatch:
 
     Attributes:
         pixels: uint8 [B·(1 + V), H, W, 3]: the images preprocessed for evaluation, then view after view.
-        params: float32 [B, V, 16], the views' boxes and colour maps; None without views.
+        colors: Colour maps of the views, float32 [B, V, 3, 4]; None without views.
+        params: float32 [B, V, P], the numbers that reproduce the views, see `ViewMaker`; None likewise.
         tokens: int64 [B, L], of the first captions, or None when texts are not embedded.
         further: int64 [F, L], of the captions after the first, sample after sample, F a multiple of B (0 where no sample has
             several); None likewise.
+        variants: int64 [W·B, L], the first text variant of each sample, then the second; None without variants.
         failures: Reason by position, for images that could not be used.
         flattened: Number of images with transparent pixels, which are shown on white.
     """
 
     pixels: torch.Tensor
+    colors: torch.Tensor | None
     params: npt.NDArray[np.float32] | None
     tokens: torch.Tensor | None
     further: torch.Tensor | None
+    variants: torch.Tensor | None
     failures: dict[int, str]
     flattened: int
 
@@ -79,12 +84,14 @@ class Preparation:
     Attributes:
         transform: RGB image to uint8 [H, W, 3].
         views: Draws augmented views; None for none.
+        text_variants: Makes variants of captions; None for none.
         tokenizer: Texts to int64 [n, L], or None.
         fast_decode: Whether JPEGs are decoded at a reduced size, of at least twice H × W.
     """
 
     transform: Transform
     views: ViewMaker | None
+    text_variants: TextVariants | None
     tokenizer: Tokenizer | None
     batch_size: int
     image_size: tuple[int, int]
@@ -95,11 +102,21 @@ class Preparation:
         """Prepare the samples of one batch."""
         height, width = self.image_size
         draft = (2 * width, 2 * height) if self.fast_decode else None
-        number = 0 if self.views is None else self.views.views.number
+        views = None if self.views is None else self.views.views
+        number = 0 if views is None else views.number
         pixels = torch.zeros(1 + number, self.batch_size, height, width, 3, dtype=torch.uint8)
-        params = None if self.views is None else np.zeros((self.batch_size, number, PACKED_VIEW), dtype=np.float32)
+        colors = None if views is None else torch.zeros(self.batch_size, number, 3, 4)
+        params = None if views is None else np.zeros((self.batch_size, number, views.packed_size), dtype=np.float32)
         failures: dict[int, str] = {}
-        flattened = 0
+        flattened, images, keys = 0, dict[int, Image.Image](), [sample.key for sample in samples]
+
+        def show(row: int) -> None:
+            if self.views is None or colors is None or params is None:
+                return
+            for view, (shown, needed, packed) in enumerate(zip(*self.views(row, images, keys), strict=True)):
+                pixels[1 + view, row] = torch.from_numpy(shown.copy())
+                colors[row, view], params[row, view] = torch.from_numpy(needed), packed
+
         for row, sample in enumerate(samples):
             image = read_image(sample.image, draft)
             if isinstance(image, SkippedImage):
@@ -107,21 +124,28 @@ class Preparation:
                 continue
             flattened += had_alpha(image)
             pixels[0, row] = self.transform(image)
-            if self.views is not None and params is not None:
-                shown, params[row] = self.views(image, sample.key)
-                for place, view in enumerate(shown, start=1):
-                    pixels[place, row] = torch.from_numpy(view.copy())
-        tokens, further = self._tokenize(samples)
-        return PreparedEmbedBatch(pixels.flatten(0, 1), params, tokens, further, failures, flattened)
+            images[row] = image
+            if views is None or not views.mixes:
+                show(row)
+                images.clear()
+        for row in images:
+            show(row)
+        tokens, further, variants = self._tokenize(samples)
+        return PreparedEmbedBatch(pixels.flatten(0, 1), colors, params, tokens, further, variants, failures, flattened)
 
-    def _tokenize(self, samples: Sequence[Sample]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _tokenize(
+        self, samples: Sequence[Sample]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         if self.tokenizer is None:
-            return None, None
+            return None, None, None
         first = [sample.captions[0] for sample in samples]
         further = [caption for sample in samples for caption in sample.captions[1:]]
-        return self._fill(first, self.batch_size), self._fill(
-            further, -(-len(further) // self.batch_size) * self.batch_size
-        )
+        variants, make = None, self.text_variants
+        if make is not None:
+            texts = [[make(sample.captions, sample.key, number) for sample in samples] for number in range(make.number)]
+            variants = torch.cat([self._fill(each, self.batch_size) for each in texts])
+        rows = -(-len(further) // self.batch_size) * self.batch_size
+        return self._fill(first, self.batch_size), self._fill(further, rows), variants
 
     def _fill(self, captions: list[str], rows: int) -> torch.Tensor:
         assert self.tokenizer is not None

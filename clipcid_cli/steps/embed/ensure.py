@@ -11,7 +11,7 @@ from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
-from clipcid_cli.steps.embed.inputs import has_captions, open_data, recorded_view_settings
+from clipcid_cli.steps.embed.inputs import has_captions, open_data, recorded_augmentation
 from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -56,7 +56,7 @@ def ensure_embeddings(
             request,
             text=made["text"] or bool(text),
             fast_decode=made["fast_decode"],
-            **recorded_view_settings(sidecar),
+            **recorded_augmentation(sidecar),
         )
         del sidecar, made  # that of 41,000 shards takes 100 MB
     elif text is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ from clipcid_cli.formats.output import (
     sidecar_path,
 )
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.augment import STRONG
 from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.runtime.text_variants import RULES
 from clipcid_cli.steps.model_identity import is_of
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
-# The settings that determine the views of an image; recorded where views are made.
-VIEW_SETTINGS = ("views", "crop_scale", "color_jitter", "gray_probability", "seed")
+# The settings that determine the views of an image and the variants of its captions; recorded where there are any.
+_VIEW_SETTINGS = ("views", "view_kind", "crop_scale", "color_jitter", "gray_probability", "seed")
+_TEXT_SETTINGS = ("text_variants", "seed")
+_AUGMENTATION = {*_VIEW_SETTINGS, *_TEXT_SETTINGS, "strong_view", "text_variant_rules"}
 
 
 def open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
@@ -68,15 +73,24 @@ def require_captions(dataset: Dataset, without_text: str) -> None:
         )
 
 
-def view_settings(settings: EmbedSettings) -> dict[str, Any]:
-    """Return the settings that determine the views; empty where none are asked for."""
-    return {name: getattr(settings, name) for name in VIEW_SETTINGS} if settings.views else {}
+def augmentation_identity(settings: EmbedSettings) -> dict[str, Any]:
+    """Return what determines the views and text variants, as JSON values; empty where none are asked for."""
+    names = [*(_VIEW_SETTINGS if settings.views else ()), *(_TEXT_SETTINGS if settings.text_variants else ())]
+    found = {name: getattr(settings, name) for name in names}
+    if settings.views:
+        found["view_kind"] = list(settings.view_kinds)
+        if "strong" in settings.view_kinds:
+            found["strong_view"] = dataclasses.asdict(STRONG)
+    if settings.text_variants:
+        found["text_variant_rules"] = RULES
+    return found
 
 
-def recorded_view_settings(sidecar: dict[str, Any]) -> dict[str, Any]:
-    """Return what `view_settings` was for finished embeddings."""
+def recorded_augmentation(sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of `embed` that determined the views and text variants of finished embeddings."""
     made = sidecar["settings"]
-    return {name: made[name] for name in VIEW_SETTINGS if name in made}
+    found = {name: made[name] for name in (*_VIEW_SETTINGS, *_TEXT_SETTINGS) if name in made}
+    return found | ({"view_kind": tuple(found["view_kind"])} if "view_kind" in found else {})
 
 
 def find_finished(
@@ -94,7 +108,7 @@ def find_finished(
         made["text"] == settings.text
         and made["keys"] == dataset.keys
         and made["fast_decode"] == settings.fast_decode
-        and recorded_view_settings(sidecar) == view_settings(settings)
+        and {name: made[name] for name in _AUGMENTATION if name in made} == augmentation_identity(settings)
         and settings.batch_size in (None, made["batch_size"])
         and settings.precision in ("auto", made["precision"])
         and plan_identity({}, sidecar["inputs"]) == plan_identity({}, inputs)

@@ -11,23 +11,26 @@ from clipcid_cli.formats.output import plan_identity
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
-from clipcid_cli.runtime.models.augment import PACKED_VIEW, Augmentation
-from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.augment import Augmentation
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.models.preprocess import hash_preprocess
-from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index
+from clipcid_cli.steps.embed.cost import bytes_per_image, estimate_cost
 from clipcid_cli.steps.embed.finish import describe_result, finish
 from clipcid_cli.steps.embed.inputs import (
+    augmentation_identity,
     find_finished,
     is_begun,
     open_data,
     reopen_grown,
     require_captions,
-    view_settings,
 )
 from clipcid_cli.steps.embed.shards import ShardEmbedder, Timings
+from clipcid_cli.steps.embed.texts import TextEmbedder, embed_texts
 from clipcid_cli.steps.embed.views import Views
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
@@ -49,7 +52,10 @@ def run(settings: EmbedSettings, reporter: Reporter) -> dict[str, Any]:
         ClipcidError: when data or model cannot be used, too many samples are bad, or the output is another run's.
     """
     with open_machine(settings.device) as machine:
-        return make_embeddings(settings, machine, reporter)
+        if settings.texts is None:
+            return make_embeddings(settings, machine, reporter)
+        name = with_default_tag(parse_model(settings.model))
+        return embed_texts(settings, machine, reporter, name, TextEmbedder(*_load_model(settings, machine, name)))
 
 
 def make_embeddings(
@@ -79,11 +85,10 @@ def make_embeddings(
     info, workers = embedder.model.info, f"{embedder.workers} worker{'' if embedder.workers == 1 else 's'}"
     reporter.note(
         f"{info.parameters / 1e6:.1f} M parameters, precision {embedder.precision.name} ({embedder.precision.reason}), "
-        f"batches of {embedder.batch_size}, {workers} per process."
-        + (f" {settings.views} augmented views of each image." if settings.views else "")
+        f"batches of {embedder.batch_size}, {workers} per process." + _describe_extras(settings, embedder)
     )
     if settings.dry_run:
-        return _estimate_cost(embedder, machine)
+        return estimate_cost(embedder, machine)
     identity = {
         "weights": info.weights_hash,
         "preprocess": hash_preprocess(info.preprocess, fast_decode=settings.fast_decode),
@@ -93,7 +98,7 @@ def make_embeddings(
         "batch_size": embedder.batch_size,
         "keys": dataset.keys,
         "fast_decode": settings.fast_decode,
-        **view_settings(settings),
+        **augmentation_identity(settings),
     }
     machine.on_main(lambda: refuse_foreign_folder(folder))
     writer = EmbeddingWriter(folder, [plan_identity(identity, [shard]) for shard in inputs])
@@ -107,13 +112,15 @@ def make_embeddings(
     return describe_result(folder, sidecar)
 
 
+def _describe_extras(settings: EmbedSettings, embedder: ShardEmbedder) -> str:
+    """Say what is embedded beside images and captions, and what an image then takes on the disk."""
+    parts = [f"{settings.views} views ({', '.join(settings.view_kinds)})"] if settings.views else []
+    parts += [f"{settings.text_variants} text variants"] if settings.text_variants else []
+    return f" Of each image {' and '.join(parts)}: {bytes_per_image(embedder):,} bytes an image." if parts else ""
+
+
 def _load_embedder(settings: EmbedSettings, machine: Machine, name: ModelName, dataset: Dataset) -> ShardEmbedder:
-    workers = default_workers(machine.device) if settings.workers is None else settings.workers
-    if workers:
-        start_worker_server()
-    model = machine.on_all(lambda: load_model(name, machine.device))
-    precision = choose_precision(settings.precision, machine.device, "embed", model.info.parameters)
-    model.cast_products(precision)
+    model, precision, batch_size, workers = _load_model(settings, machine, name)
     augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
     return ShardEmbedder(
         model=model,
@@ -121,10 +128,27 @@ def _load_embedder(settings: EmbedSettings, machine: Machine, name: ModelName, d
         dataset=dataset,
         with_texts=settings.text,
         fast_decode=settings.fast_decode,
-        batch_size=settings.batch_size or (_GPU_BATCH if machine.device.type == "cuda" else _CPU_BATCH),
+        batch_size=batch_size,
         workers=workers,
         max_bad_fraction=settings.max_bad_fraction,
-        views=Views(settings.views, augmentation, settings.seed) if settings.views else None,
+        views=Views(settings.views, settings.view_kinds, augmentation, settings.seed) if settings.views else None,
+        text_variants=TextVariants(settings.text_variants, settings.seed) if settings.text_variants else None,
+    )
+
+
+def _load_model(settings: EmbedSettings, machine: Machine, name: ModelName) -> tuple[ClipModel, Precision, int, int]:
+    """Return the model, the number format of its products, the batch size and the number of workers."""
+    workers = default_workers(machine.device) if settings.workers is None else settings.workers
+    if workers:
+        start_worker_server()
+    model = machine.on_all(lambda: load_model(name, machine.device))
+    precision = choose_precision(settings.precision, machine.device, "embed", model.info.parameters)
+    model.cast_products(precision)
+    return (
+        model,
+        precision,
+        settings.batch_size or (_GPU_BATCH if machine.device.type == "cuda" else _CPU_BATCH),
+        workers,
     )
 
 
@@ -143,18 +167,3 @@ def _embed_missing(
         timings = embedder.embed(mine, writer, progress, weight=len(missing) / max(1, len(mine)))
     everyone = machine.gather(timings)
     return everyone, time.perf_counter() - start
-
-
-def _estimate_cost(embedder: ShardEmbedder, machine: Machine) -> dict[str, Any]:
-    """Estimate what embedding would cost from the time of a few batches; nothing is written."""
-    images = machine.on_main(embedder.dataset.estimate_samples)
-    seconds = embedder.measure_batch() * images / embedder.samples_at_once / machine.size
-    rows = 2 if embedder.with_texts else 1
-    views = 0 if embedder.views is None else embedder.views.number
-    return {
-        "dry_run": True,
-        "shards": len(embedder.dataset.shards),
-        "images": images,
-        "bytes": images * (embedder.model.info.embed_dim * 2 * (rows + views) + 4 * PACKED_VIEW * views),
-        "seconds": {"encode": round(seconds, 1)},
-    }

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.writer import ShardRows
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.models.augment import PACKED_VIEW
+from clipcid_cli.runtime.models.augment import PACKED_VIEW, PARTNER
+from clipcid_cli.steps.embed.views import Views
 
 Float16 = npt.NDArray[np.float16]
 
@@ -23,10 +24,11 @@ class BatchRows:
     Attributes:
         images: float16 [n, D].
         views: float16 [n, V, D]; V = 0 without views.
-        params: Parameters of the views, float32 [n, V, 16]; None without views.
+        params: Parameters of the views, float32 [n, V, P]; None without views.
         texts: Of the first captions, float16 [n, D]; None when texts are not embedded.
         further: Of the captions after the first, sample after sample, float16 [F, D].
         owners: Position of the sample of each of those, int64 [F].
+        variants: Of variants of the captions, float16 [n, W, D]; W = 0 without variants.
     """
 
     images: Float16
@@ -35,10 +37,11 @@ class BatchRows:
     texts: Float16 | None
     further: Float16
     owners: npt.NDArray[np.int64]
+    variants: Float16
 
     def finite(self) -> npt.NDArray[np.bool_]:
         """Mark the samples all of whose rows are finite and not zero, bool [n]."""
-        usable = _finite(self.images) & _finite(self.views).all(axis=1)
+        usable = _finite(self.images) & _finite(self.views).all(axis=1) & _finite(self.variants).all(axis=1)
         if self.texts is not None:
             usable &= _finite(self.texts)
         usable[self.owners[~_finite(self.further)]] = False
@@ -64,6 +67,7 @@ class PendingShard:
     further: list[Float16] = dataclasses.field(default_factory=list)
     views: list[Float16] = dataclasses.field(default_factory=list)
     view_params: list[npt.NDArray[np.float32]] = dataclasses.field(default_factory=list)
+    variants: list[Float16] = dataclasses.field(default_factory=list)
 
     def add(self, samples: Sequence[Sample], rows: BatchRows, kept: Sequence[int]) -> None:
         """Append the rows of a batch.
@@ -79,21 +83,25 @@ class PendingShard:
             self.texts.append(rows.texts[kept])
             self.caption_counts.extend(len(samples[row].captions) for row in kept)
             self.further.append(rows.further[np.isin(rows.owners, kept)])
+            self.variants.append(rows.variants[kept])
         if rows.params is not None:
             self.views.append(rows.views[kept])
-            self.view_params.append(rows.params[kept])
+            self.view_params.append(_renumber_partners(rows.params, kept))
 
-    def join(self, width: int, *, with_texts: bool, num_views: int) -> ShardRows:
+    def join(self, width: int, shown: Views | None, *, with_texts: bool, num_variants: int) -> ShardRows:
         """Return all rows as one array each; a shard without a usable sample has none.
 
         Args:
             width: D.
-            num_views: V, 0 for none.
+            shown: The views; None without any.
+            num_variants: Variants of each sample's captions, 0 for none.
         """
         empty = np.empty((0, width), dtype=np.float16)
         several = max(self.caption_counts, default=1) > 1
+        num_views, packed_size = (0, 0) if shown is None else (shown.number, shown.packed_size)
         no_views = np.empty((0, num_views, width), dtype=np.float16)
-        no_params = np.empty((0, num_views, PACKED_VIEW), dtype=np.float32)
+        no_params = np.empty((0, num_views, packed_size), dtype=np.float32)
+        no_variants = np.empty((0, num_variants, width), dtype=np.float16)
         return ShardRows(
             images=np.concatenate([empty, *self.images]),
             texts=np.concatenate([empty, *self.texts]) if with_texts else None,
@@ -101,7 +109,22 @@ class PendingShard:
             further=np.concatenate(self.further) if several else None,
             views=np.concatenate([no_views, *self.views]) if num_views else None,
             view_params=np.concatenate([no_params, *self.view_params]) if num_views else None,
+            variants=np.concatenate([no_variants, *self.variants]) if num_variants else None,
         )
+
+
+def _renumber_partners(params: npt.NDArray[np.float32], kept: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Take the parameters of the kept samples [n, V, P], with the places of partners counted among these.
+
+    A partner that is not kept has no row: its place is NaN.
+    """
+    taken = params[kept]
+    if params.shape[2] > PACKED_VIEW:
+        places = np.full(len(params), np.nan)
+        places[kept] = np.arange(len(kept))
+        partners = np.array(kept, dtype=np.int64)[:, None] + taken[:, :, PARTNER].astype(np.int64)
+        taken[:, :, PARTNER] = places[partners] - np.arange(len(kept))[:, None]
+    return taken
 
 
 def _finite(rows: Float16) -> npt.NDArray[np.bool_]:

@@ -21,16 +21,14 @@ from clipcid_cli.runtime.models.augment import ViewPixels, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.runtime.threads import map_threads, threads_for_batches
-from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.data_index import stream_shard
 from clipcid_cli.steps.embed.batches import EmbedBatch, Listing, Preparation, PreparedEmbedBatch
 from clipcid_cli.steps.embed.shard_rows import BatchRows, PendingShard
 from clipcid_cli.steps.embed.views import ViewMaker, Views
 from clipcid_cli.steps.reporting import Progress
 
-# About as long as the median caption on the web, for estimates.
-TYPICAL_CAPTION = "a photo of a cat on a red chair"
 # From this many samples on, too many unusable ones end the step before all data is read.
 _EARLY_CHECK = 10_000
 
@@ -58,6 +56,7 @@ class ShardEmbedder:
         fast_decode: Whether JPEGs are decoded at a reduced size.
         max_bad_fraction: Largest share of unusable samples.
         views: Augmented views to embed too; None for none.
+        text_variants: Variants of the captions to embed too; None for none.
     """
 
     model: ClipModel
@@ -69,11 +68,17 @@ class ShardEmbedder:
     workers: int
     max_bad_fraction: float
     views: Views | None = None
+    text_variants: TextVariants | None = None
 
     @property
     def samples_at_once(self) -> int:
         """Samples a batch, B: with V views each makes 1 + V pictures, so that a batch's memory stays what it is."""
         return self.batch_size if self.views is None else max(1, self.batch_size // (1 + self.views.number))
+
+    @property
+    def texts_per_image(self) -> int:
+        """Texts embedded of each image of one caption: it, and its variants."""
+        return int(self.with_texts) + (0 if self.text_variants is None else self.text_variants.number)
 
     def embed(self, numbers: Sequence[int], writer: EmbeddingWriter, progress: Progress, weight: float) -> Timings:
         """Embed shards and write each one when it is complete.
@@ -88,7 +93,9 @@ class ShardEmbedder:
         opened: defaultdict[int, PendingShard] = defaultdict(PendingShard)
         timings, total, read = Timings(), Skips(), 0
         start = time.perf_counter()
-        for batch, prepared, rows in map_threads(self._prepare(numbers, timings), self._encode, self._threads):
+        for batch, prepared, rows in map_threads(
+            self._prepare(numbers, timings), self._encode, threads_for_batches(self.model.device)
+        ):
             shard = opened[batch.number]
             if rows is not None:
                 self._add(batch, prepared, rows, shard)
@@ -107,35 +114,15 @@ class ShardEmbedder:
         timings.encode = time.perf_counter() - start - timings.read - timings.write
         return timings
 
-    def measure_batch(self) -> float:
-        """Return the seconds one batch takes to encode, the median of three after a warm-up.
-
-        Its captions are of typical length, since tokens after a text's end are not encoded.
-        """
-        prepared = self._preparation()(())
-        tokens = self.model.tokenizer([TYPICAL_CAPTION] * self.samples_at_once)
-
-        def encode(_: int) -> None:
-            self._encode_pixels(prepared)
-            if prepared.tokens is not None:
-                self._rows(self.model.encode_texts(tokens, self.precision))
-
-        def encode_together() -> None:
-            deque(map_threads(range(self._threads), encode, self._threads), maxlen=0)
-
-        return time_trial(encode_together, self.model.device, repeats=3).seconds / self._threads
-
-    @property
-    def _threads(self) -> int:
-        return threads_for_batches(self.model.device)
-
-    def _preparation(self) -> Preparation:
+    def preparation(self) -> Preparation:
+        """Return what a worker makes of the samples of a batch."""
         views = None
         if self.views is not None:
             views = ViewMaker(self.views, ViewPixels(self.model.info.preprocess))
         return Preparation(
             transform=self.model.pixel_transform(),
             views=views,
+            text_variants=self.text_variants,
             tokenizer=self.model.tokenizer if self.with_texts else None,
             batch_size=self.samples_at_once,
             image_size=self.model.info.image_size,
@@ -146,7 +133,7 @@ class ShardEmbedder:
     def _prepare(self, numbers: Sequence[int], timings: Timings) -> Iterator[tuple[EmbedBatch, PreparedEmbedBatch]]:
         """Yield each batch of the shards as a worker prepared it, and count the seconds spent waiting for workers."""
         sent = deque[EmbedBatch]()
-        prepared = load_batches(self._send(numbers, sent), self._preparation(), self.workers)
+        prepared = load_batches(self._send(numbers, sent), self.preparation(), self.workers)
         while True:
             start = time.perf_counter()
             ready = next(prepared, None)
@@ -190,15 +177,19 @@ class ShardEmbedder:
         samples, count = batch.samples, len(batch.samples)
         if not samples:
             return batch, prepared, None
-        images, views = self._encode_pixels(prepared)
+        images, views = self.encode_pixels(prepared)
         texts, further = None, np.empty((0, images.shape[1]), dtype=np.float16)
         owners = np.empty(0, dtype=np.int64)
         if prepared.tokens is not None and prepared.further is not None:
-            texts = self._rows(self.model.encode_texts(prepared.tokens, self.precision))[:count]
+            texts = self.encode_texts(prepared.tokens)[:count]
             owners = np.repeat(np.arange(count), [len(sample.captions) - 1 for sample in samples])
-            further = self._encode_further(prepared.further)[: len(owners)]
+            further = self.encode_texts(prepared.further)[: len(owners)]
+        variants = np.empty((count, 0, images.shape[1]), dtype=np.float16)
+        if prepared.variants is not None:
+            by_variant = self.encode_texts(prepared.variants).reshape(-1, self.samples_at_once, images.shape[1])
+            variants = by_variant[:, :count].transpose(1, 0, 2)
         params = None if prepared.params is None else prepared.params[:count]
-        return batch, prepared, BatchRows(images[:count], views[:count], params, texts, further, owners)
+        return batch, prepared, BatchRows(images[:count], views[:count], params, texts, further, owners, variants)
 
     def _add(self, batch: EmbedBatch, prepared: PreparedEmbedBatch, rows: BatchRows, shard: PendingShard) -> None:
         """Add the usable rows of a batch to its shard."""
@@ -213,14 +204,12 @@ class ShardEmbedder:
         shard.flattened += prepared.flattened
         shard.add(batch.samples, rows, kept)
 
-    def _encode_pixels(self, prepared: PreparedEmbedBatch) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
+    def encode_pixels(self, prepared: PreparedEmbedBatch) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
         """Embed a batch's images and views: float16 [B, D] and [B, V, D], V = 0 without views."""
         pixels, count = prepared.pixels, self.samples_at_once
-        if self.views is not None and prepared.params is not None and self.views.augmentation.changes_colors:
-            colors = torch.zeros(len(pixels), 3, 4)
-            colors[:, :, :3] = torch.eye(3)
-            maps = prepared.params[:, :, 4:].transpose(1, 0, 2)  # view after view, as the pixels
-            colors[count:] = torch.from_numpy(maps.reshape(-1, 3, 4))
+        if self.views is not None and prepared.colors is not None and self.views.strongest.changes_colors:
+            colors = torch.eye(3, 4).repeat(len(pixels), 1, 1)
+            colors[count:] = prepared.colors.transpose(0, 1).reshape(-1, 3, 4)  # view after view, as the pixels
             device = self.model.device
             shown = apply_colors(pixels.to(device, non_blocking=True), colors.to(device, non_blocking=True))
             pixels = normalize_pixels(shown, self.model.info.preprocess)
@@ -228,8 +217,8 @@ class ShardEmbedder:
         by_view = rows.reshape(-1, count, rows.shape[1])
         return by_view[0], by_view[1:].transpose(1, 0, 2)
 
-    def _encode_further(self, tokens: torch.Tensor) -> npt.NDArray[np.float16]:
-        """Embed captions after the first, B at a time."""
+    def encode_texts(self, tokens: torch.Tensor) -> npt.NDArray[np.float16]:
+        """Embed texts, B at a time: int64 [n, L] to float16 [n, D]."""
         empty = np.empty((0, self.model.info.embed_dim), dtype=np.float16)
         blocks = torch.split(tokens, self.samples_at_once)
         return np.concatenate(
@@ -243,6 +232,6 @@ class ShardEmbedder:
     def _write(self, writer: EmbeddingWriter, number: int, read: int, shard: PendingShard) -> None:
         name = self.dataset.shards[number].name
         record = ShardRecord(name, read, len(shard.keys), shard.skips, shard.flattened)
-        num_views = 0 if self.views is None else self.views.number
-        rows = shard.join(self.model.info.embed_dim, with_texts=self.with_texts, num_views=num_views)
+        num_variants = max(0, self.texts_per_image - 1)
+        rows = shard.join(self.model.info.embed_dim, self.views, with_texts=self.with_texts, num_variants=num_variants)
         writer.write(number, record, shard.keys, shard.captions, rows)

@@ -7,11 +7,25 @@ import math
 from pathlib import Path
 from typing import ClassVar
 
-from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, Weight, select_losses
+from clipcid_cli.algorithms.losses.registry import LOSSES, PRESET_EXTRAS, PRESETS, TeacherExtras, Weight, select_losses
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.augmentation import color_jitter_option, crop_scale_option, gray_probability_option
+from clipcid_cli.steps.settings.cluster_loss import (
+    candidate_correction_option,
+    candidate_ratio_option,
+    cluster_temperature_option,
+    cluster_towers_option,
+    label_share_option,
+    min_candidates_option,
+)
 from clipcid_cli.steps.settings.fields import argument, option
 from clipcid_cli.steps.settings.shared import BRIEF_SPINS, ReadingSettings, npz_array_option
+from clipcid_cli.steps.settings.teacher_extras import (
+    extra_texts_option,
+    text_variant_share_option,
+    texts_option,
+    views_option,
+)
 
 NO_TEACHER = "none"
 
@@ -89,13 +103,10 @@ class DistillSettings(ReadingSettings):
         metavar="GB",
         operational=True,
     )
-    views: str = option(
-        "stored",
-        "`stored` trains on the views of `embed --views`, if there are any, each with its own teacher embedding. `none` "
-        "draws new views and uses the teacher's embedding of the whole image.",
-        group=_INPUTS,
-        choices=("stored", "none"),
-    )
+    views: str | None = views_option(_INPUTS)
+    text_variant_share: float | None = text_variant_share_option(_INPUTS)
+    extra_texts: int | None = extra_texts_option(_INPUTS)
+    texts: Path | None = texts_option(_INPUTS)
     keep_list: str | None = option(
         None,
         "Keep list of `clipcid balance`: train only on its kept images, or on all with `none`. By default, the work "
@@ -131,46 +142,12 @@ class DistillSettings(ReadingSettings):
         group=_LOSS,
         choices=("auto", "pca", "project"),
     )
-    cluster_towers: str = option(
-        "auto",
-        "Student towers that the cluster loss trains. `both` needs clusters made with text embeddings; `auto` uses both "
-        "where possible.",
-        group=_LOSS,
-        choices=("auto", "image", "both"),
-    )
-    label_share: float = option(
-        0.5,
-        "Weight α of the k-means label in the cluster target; the rest is the teacher's soft distribution over clusters.",
-        group=_LOSS,
-        minimum=0.0,
-        maximum=1.0,
-    )
-    candidate_ratio: float = option(
-        0.1,
-        "Share of all centroids that are sampled as negatives for a batch, in addition to the batch's own clusters.",
-        group=_LOSS,
-        minimum=0.0,
-        maximum=1.0,
-    )
-    min_candidates: int = option(
-        4096,
-        "Minimum number of centroids a batch is compared with; all if there are fewer.",
-        group=_LOSS,
-        minimum=1,
-    )
-    candidate_correction: bool = option(
-        True,
-        "Correct the softmax over sampled centroids for their sampling rate; without it, the batch's own clusters are "
-        "overestimated.",
-        group=_LOSS,
-    )
-    cluster_temperature: float | None = option(
-        None,
-        "Temperature of the teacher's distribution over clusters; by default the one that `clipcid cluster` chose.",
-        group=_LOSS,
-        minimum=0.0,
-        above_minimum=True,
-    )
+    cluster_towers: str = cluster_towers_option(_LOSS)
+    label_share: float = label_share_option(_LOSS)
+    candidate_ratio: float = candidate_ratio_option(_LOSS)
+    min_candidates: int = min_candidates_option(_LOSS)
+    candidate_correction: bool = candidate_correction_option(_LOSS)
+    cluster_temperature: float | None = cluster_temperature_option(_LOSS)
     batch_size: int | None = option(
         None,
         "Samples per batch over all processes; by default at most 256, on GPUs up to 512 for each if that leaves 20,000 "
@@ -339,8 +316,45 @@ class DistillSettings(ReadingSettings):
                 "--torchcompile compiles no pass that gives the features of patches and tokens, which td reads.",
                 "Omit --torchcompile, or use --loss td=0.",
             )
+        if self.extra_texts:
+            self._check_extra_texts()
         if not self.losses():
             raise UsageError("All losses have a weight of 0.", "Give at least one --loss a weight above 0.")
+
+    def _check_extra_texts(self) -> None:
+        taking = [name for name, entry in LOSSES.items() if entry.takes_extra_texts]
+        if not self._takes_extra_texts():
+            raise UsageError(
+                f"--extra-texts {self.extra_texts}, but no loss of the run takes texts without images.",
+                f"Add one that does ({', '.join(taking)}), or omit --extra-texts.",
+            )
+        if self.online_teacher or self.freeze_text:
+            flag = "--online-teacher" if self.online_teacher else "--freeze-text"
+            raise UsageError(
+                "--extra-texts trains the text tower on stored embeddings of texts: not with " + flag + ".",
+                "Omit one of the two.",
+            )
+
+    def _takes_extra_texts(self) -> bool:
+        return any(LOSSES[name].takes_extra_texts for name in self.losses())
+
+    def extra_texts_of(self, batch_size: int, processes: int) -> int:
+        """Return the number of further texts in a batch: as given, else as the preset says, where it can be."""
+        if self.extra_texts is not None:
+            return self.extra_texts
+        if self.online_teacher or self.freeze_text or not self._takes_extra_texts():
+            return 0
+        return round(self.extras.extra_texts * batch_size / processes) * processes
+
+    @property
+    def extras(self) -> TeacherExtras:
+        """What is shown of the teacher beside images and captions: as the flags say, else as the preset does."""
+        extras = PRESET_EXTRAS.get(self.chosen_preset, TeacherExtras())
+        if self.views is not None:
+            extras = dataclasses.replace(extras, views=self.views == "stored")
+        if self.text_variant_share is not None:
+            extras = dataclasses.replace(extras, text_variant_share=self.text_variant_share)
+        return extras
 
     @property
     def chosen_preset(self) -> str:

@@ -90,7 +90,7 @@ def test_no_sample_is_lost_or_doubled(
     order, expected = make_order(root, sizes, seed, share * processes, dropped)
     epochs = 3
     steps = -(-epochs * len(expected) // order.batch_size)
-    parts = [list(order.iterate(0, steps, rank, processes)) for rank in range(processes)]
+    parts = [[share.items for share in order.iterate(0, steps, rank, processes)] for rank in range(processes)]
     seen = [item for step in range(steps) for part in parts for item in part[step]]
     counted: dict[int, Counter[str]] = {}
     for item in seen:
@@ -110,7 +110,7 @@ def test_resuming_anywhere_goes_on_with_the_same_batches(root: Path, seed: int, 
     order, _ = make_order(root, [9, 17, 4], seed, 6, 0)
     later, _ = make_order(root, [9, 17, 4], seed, 6, 0)
     full, rest = (
-        [[(item.epoch, item.row, item.sample.key) for item in items] for items in order.iterate(first, 25, 0, 1)]
+        [[(item.epoch, item.row, item.sample.key) for item in share.items] for share in order.iterate(first, 25, 0, 1)]
         for order, first in ((order, 0), (later, start))
     )
     assert rest == full[start:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from clipcid_cli.runtime.training import LossParameters
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.objective import Objective, Targets, Teacher
 
-BATCH, WIDTH, TEACHER_WIDTH = 12, 6, 9
+BATCH, EXTRA, WIDTH, TEACHER_WIDTH = 12, 6, 6, 9
 WEIGHTS = {name: 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
 OWN_SCALES = [name for name in WEIGHTS if LOSSES[name].own_scale]
 
@@ -37,7 +38,7 @@ class FixedTeacher(Teacher):
 
 def make_batch(rows: torch.Tensor) -> TrainingBatch:
     nothing = torch.zeros(len(rows))
-    return TrainingBatch(nothing, nothing, nothing, rows, nothing, nothing, [])
+    return TrainingBatch(nothing, nothing, nothing, rows, nothing, nothing, nothing, rows[:0], [])
 
 
 def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.ndarray]]:
@@ -61,9 +62,17 @@ def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.
     image_tokens = torch.stack([towers[0](images[mine] * factor) for factor in (1, -1, 0.3)], dim=1)
     exists = torch.arange(BATCH)[mine, None] % 3 >= torch.arange(3)  # some captions have one token, some three
     text_tokens = torch.stack([towers[1](texts[mine] * factor) for factor in (1, -1, 0.3)], dim=1) * exists[:, :, None]
+    extra = torch.randn(EXTRA, 4)
+    taught = torch.nn.functional.normalize(torch.randn(EXTRA, TEACHER_WIDTH), dim=1).half()
+    mine_of_extra = slice(rank * EXTRA // size, (rank + 1) * EXTRA // size)
+    text = torch.cat([text, towers[1](extra[mine_of_extra])])
+    text_tokens = torch.cat([text_tokens, text_tokens[: EXTRA // size]])  # of texts without images no loss reads any
     features = Features(image, text, towers[0](images[mine].relu()), image_tokens, text_tokens)
     seen = make_batch(torch.arange(BATCH)[mine])
     prepared = objective.prepare(seen, np.arange(BATCH), 0)
+    assert prepared.targets is not None
+    targets = dataclasses.replace(prepared.targets, extra_text_eD=taught[mine_of_extra])
+    prepared = dataclasses.replace(prepared, targets=targets)
     total, terms = objective(features, scale.exp(), prepared)
     averager.watch()
     total.backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,152 @@
+"""Further texts of a step, for the text tower alone: lines of `embed --texts`, or variants of captions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.index import SamplePlace
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.embeddings.text_folder import EmbeddedTexts, TextLines, open_texts
+from clipcid_cli.formats.results.matched_samples import SampleRows
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.runtime.text_variants import TextVariants
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.distill import DistillSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtraText:
+    """A further text, as it is sent to a worker.
+
+    Attributes:
+        row: Its row among the teacher's embeddings of such texts: of its line, or of the variant.
+        sample: The sample of whose captions it is a variant; None for a line.
+    """
+
+    row: int
+    sample: SamplePlace | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtraTextReader:
+    """Makes the text of an `ExtraText`, in a worker.
+
+    Attributes:
+        lines: The texts of `embed --texts`; None where variants are shown.
+        variants: The variants; None where lines are shown.
+    """
+
+    lines: TextLines | None
+    variants: TextVariants | None
+
+    def __call__(self, text: ExtraText) -> str:
+        """Return it."""
+        if text.sample is None:
+            assert self.lines is not None
+            return self.lines[text.row]
+        assert self.variants is not None
+        sample = text.sample.read()
+        return self.variants(sample.captions, sample.key, text.row % self.variants.number)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtraTexts:
+    """The further texts of a run: drawn uniformly for each step, a function of seed and step.
+
+    Attributes:
+        rows: The teacher's embeddings of all there are.
+        texts: Texts of `embed --texts`; None where they are variants of captions.
+        variants: Those variants.
+        samples: The samples to train on, whose variants they are.
+        seed: Decides the draws.
+        number: Texts a step, N, over all processes.
+    """
+
+    rows: Rows
+    texts: EmbeddedTexts | None
+    variants: TextVariants | None
+    samples: SampleRows
+    seed: int
+    number: int = 0
+
+    @property
+    def reader(self) -> ExtraTextReader:
+        """What makes their texts in a worker."""
+        return ExtraTextReader(None if self.texts is None else self.texts.lines, self.variants)
+
+    def share(self, step: int, rank: int, size: int, place: Callable[[int], SamplePlace]) -> list[ExtraText]:
+        """Draw one process's part of a step's texts: a slice of what one process would take.
+
+        Args:
+            place: Where a sample is, by its row among those to train on.
+        """
+        random = np.random.default_rng(derive_seed("extra texts", self.seed, step))
+        count = len(self.rows) if self.variants is None else self.samples.total * self.variants.number
+        mine = slice(rank * self.number // size, (rank + 1) * self.number // size)
+        chosen = random.integers(count, size=self.number)[mine]
+        if self.variants is None:
+            return [ExtraText(row) for row in chosen.tolist()]
+        samples, variants = np.divmod(chosen, self.variants.number)
+        rows = self.samples.embeddings()[samples].astype(np.int64) * self.variants.number + variants
+        return [ExtraText(row, place(sample)) for row, sample in zip(rows.tolist(), samples.tolist(), strict=True)]
+
+
+def find_extra_texts(
+    settings: DistillSettings,
+    embeddings: Embeddings,
+    samples: SampleRows,
+    variants: TextVariants | None,
+    reporter: Reporter,
+) -> ExtraTexts | None:
+    """Find the further texts of a run: of `embed --texts`, and where there are none variants of captions.
+
+    Args:
+        embeddings: The teacher's.
+        variants: The variants of captions that are shown; None for none.
+
+    Raises:
+        ClipcidError: when there are neither, or the texts were embedded by another model.
+    """
+    if not settings.extra_texts_of(batch_size=2**20, processes=1):
+        return None
+    model = None if embeddings.sidecar is None else embeddings.sidecar["model"]
+    folder = settings.texts
+    if folder is None and model is not None:
+        kept = WorkDirectory(settings.work).texts(parse_model(model["spec"]).slug)
+        folder = kept if (kept / "texts.json").exists() else None
+    if folder is None:
+        if variants is None and settings.extra_texts is None:
+            return None  # the preset would show some
+        if variants is None:
+            raise ClipcidError(
+                f"--extra-texts {settings.extra_texts}, but there are no texts: neither of `embed --texts` in "
+                f"{settings.work}/texts, nor variants of captions in {embeddings.folder}.",
+                "Run: clipcid embed --texts FILE; or: clipcid embed DATA --text-variants 8 --overwrite",
+            )
+        rows, texts, what = embeddings.variants(), None, f"the {variants.number} variants of each sample's captions"
+    else:
+        texts = open_texts(folder)
+        _check_model(texts, embeddings)
+        rows, variants, what = texts.rows(), None, f"{folder}, {texts.total:,} texts"
+    reporter.note(f"Extra texts, for the text tower alone: of {what}.")
+    return ExtraTexts(rows, texts, variants, samples, settings.seed)
+
+
+def _check_model(texts: EmbeddedTexts, embeddings: Embeddings) -> None:
+    made, model = texts.sidecar["model"], None if embeddings.sidecar is None else embeddings.sidecar["model"]
+    if texts.files[0].shape[1] != embeddings.width or (
+        model is not None and made["weights_hash"] != model["weights_hash"]
+    ):
+        of = "another tool's" if model is None else f"of {model['spec']}"
+        raise ClipcidError(
+            f"The texts in {texts.folder} were embedded by {made['spec']}, width {texts.files[0].shape[1]}; "
+            f"the embeddings in {embeddings.folder} are {of}, width {embeddings.width}.",
+            f"Run: clipcid embed --texts FILE --model {made['spec'] if model is None else model['spec']} --overwrite",
+        )

@@ -1,0 +1,198 @@
+"""`embed --texts`: embeddings of the lines of a text file, without images."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_npy
+from clipcid_cli.formats.embeddings.text_folder import (
+    STEP,
+    TextCounts,
+    TextLines,
+    copy_texts,
+    read_texts,
+    rows_path,
+    texts_path,
+)
+from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file, sidecar_path
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.loading import load_batches
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.runtime.models.tokenizer import Tokenizer
+from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.threads import map_threads, threads_for_batches
+from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.reporting import Progress, Reporter
+from clipcid_cli.steps.settings.embed import EmbedSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTokenizer:
+    """Reads and tokenises texts, in a worker; batches are always of one size B, missing rows are zero."""
+
+    lines: TextLines
+    tokenizer: Tokenizer
+    batch_size: int
+    context_length: int
+
+    def __call__(self, rows: range) -> torch.Tensor:
+        """Return the tokens of some texts, int64 [B, L]."""
+        tokens = torch.zeros(self.batch_size, self.context_length, dtype=torch.int64)
+        tokens[: len(rows)] = self.tokenizer([self.lines[row] for row in rows])
+        return tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEmbedder:
+    """Embeds texts and writes their rows, file by file."""
+
+    model: ClipModel
+    precision: Precision
+    batch_size: int
+    workers: int
+
+    def embed(self, folder: Path, numbers: list[int], sizes: list[int], progress: Progress) -> None:
+        """Embed the texts of some files."""
+        firsts = [number * sizes[0] for number in range(len(sizes))]
+        batches = [
+            range(start, min(start + self.batch_size, firsts[number] + sizes[number]))
+            for number in numbers
+            for start in range(firsts[number], firsts[number] + sizes[number], self.batch_size)
+        ]
+        prepare = TextTokenizer(
+            TextLines(str(texts_path(folder))),
+            self.model.tokenizer,
+            self.batch_size,
+            self.model.info.context_length,
+        )
+        tokens = load_batches(batches, prepare, self.workers)
+        threads = threads_for_batches(self.model.device)
+        found = zip(batches, map_threads(tokens, self._encode, threads), strict=True)
+        for number in numbers:
+            rows = np.concatenate(list(self._take(found, sizes[number], progress)))
+            write_npy(rows_path(folder, number), rows)
+
+    def _encode(self, tokens: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float16]]:
+        half: np.ndarray[Any, np.dtype[np.float16]] = (
+            self.model.encode_texts(tokens, self.precision).to(torch.float16).cpu().numpy()
+        )
+        return half
+
+    def _take(
+        self, found: Iterator[tuple[range, Any]], size: int, progress: Progress
+    ) -> Iterator[np.ndarray[Any, np.dtype[np.float16]]]:
+        """Yield the rows of one file, batch by batch."""
+        taken = 0
+        while taken < size:
+            batch, rows = next(found)
+            rows = rows[: len(batch)]
+            usable = np.isfinite(rows).all(axis=1) & rows.any(axis=1)
+            if not usable.all():
+                place = batch.start + int(np.flatnonzero(~usable)[0])
+                raise ClipcidError(
+                    f"The embedding of text {place + 1:,} is not finite.", "Try --precision fp32, or remove the text."
+                )
+            taken += len(rows)
+            progress.advance(len(rows))
+            yield rows
+
+
+def embed_texts(
+    settings: EmbedSettings, machine: Machine, reporter: Reporter, name: ModelName, embedder: TextEmbedder
+) -> dict[str, Any]:
+    """Embed the texts of a file.
+
+    Returns:
+        The JSON object: ``texts, skipped, texts_per_second, seconds{encode}, files{}``.
+
+    Raises:
+        ClipcidError: when the file cannot be used, or the output is another run's.
+    """
+    assert settings.texts is not None
+    source, info = settings.texts, embedder.model.info
+    folder = settings.out or WorkDirectory(settings.work).texts(name.slug)
+    inputs = machine.on_main(lambda: [fingerprint_file(source)])
+    identity = {
+        "weights": info.weights_hash,
+        "tokenizer": f"{info.tokenizer}, {info.context_length} tokens",
+        "precision": embedder.precision.name,
+        "batch_size": embedder.batch_size,
+    }
+    if settings.dry_run:
+        return machine.on_main(lambda: _estimate(source, embedder, machine.size))
+    reporter.note(
+        f"Embedding the texts of {source} with {name.spec}: {2 * info.embed_dim:,} bytes a text and the text."
+    )
+
+    def clear() -> None:
+        for path in (texts_path(folder), *(folder / "text_emb").glob("text_emb_*.npy")):
+            path.unlink(missing_ok=True)
+
+    with claim_output(
+        machine, folder, STEP, settings=identity, inputs=inputs, overwrite=settings.overwrite, clear=clear
+    ) as output:
+        if output.finished is not None:
+            reporter.note(f"{folder} already holds the embeddings of these texts.")
+            return _describe(folder, output.finished)
+        counts = machine.on_main(lambda: copy_texts(source, folder))
+        sizes = TextLines(str(texts_path(folder))).batch_sizes()
+        missing = machine.on_main(lambda: [n for n in range(len(sizes)) if not rows_path(folder, n).exists()])
+        mine = missing[machine.rank :: machine.size]
+        start = time.perf_counter()
+        with reporter.progress("embed", sum(sizes[number] for number in mine), "texts") as progress:
+            machine.on_all(lambda: embedder.embed(folder, mine, sizes, progress))
+        seconds = time.perf_counter() - start
+        embedded = sum(sizes[number] for number in missing)
+        sidecar = machine.on_main(lambda: _finish(output, folder, counts, embedded / seconds, seconds, embedder.model))
+    return _describe(folder, sidecar)
+
+
+def _estimate(source: Path, embedder: TextEmbedder, processes: int) -> dict[str, Any]:
+    """Check the file, and estimate from a few batches what embedding it takes; nothing is written."""
+    counts = TextCounts()
+    first = list(itertools.islice(read_texts(source, counts), embedder.batch_size))
+    for _ in read_texts(source, counts := TextCounts()):
+        pass
+    tokens = embedder.model.tokenizer(first)
+    batch = time_trial(lambda: embedder.model.encode_texts(tokens, embedder.precision), repeats=3).seconds
+    return {
+        "dry_run": True,
+        "texts": counts.texts,
+        "bytes": counts.texts * 2 * embedder.model.info.embed_dim,
+        "seconds": {"encode": round(batch * counts.texts / len(first) / processes, 1)},
+    }
+
+
+def _finish(
+    output: Output, folder: Path, counts: TextCounts, speed: float, seconds: float, model: ClipModel
+) -> dict[str, Any]:
+    files = [rows_path(folder, number) for number in range(len(TextLines(str(texts_path(folder))).batch_sizes()))]
+    return output.commit(
+        outputs=describe_outputs(folder, [texts_path(folder), *files]),
+        counts={"texts": counts.texts, "skipped": {"empty_line": counts.empty} if counts.empty else {}},
+        seconds={"encode": seconds},
+        texts_per_second=round(speed, 1) or None,
+        model=dataclasses.asdict(model.info) | {"logit_scale": model.logit_scale},
+    )
+
+
+def _describe(folder: Path, sidecar: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "texts": sidecar["counts"]["texts"],
+        "skipped": sidecar["counts"]["skipped"],
+        "texts_per_second": sidecar["texts_per_second"],
+        "seconds": sidecar["seconds"],
+        "files": {"texts": str(folder), "sidecar": str(sidecar_path(folder, STEP))},
+    }

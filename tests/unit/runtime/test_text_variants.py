@@ -1,0 +1,66 @@
+"""Variants of captions: which parts they hold, in which order, and that they follow from seed, key and number alone."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from clipcid_cli.runtime.text_variants import TextVariants, vary_caption
+
+KEYWORDS = "woman student with medium skin tone, graduation, female, human, women"
+PROSE = "A dog runs on the beach, wet and happy, at noon. Two cats sleep! It was shot on film, in 1,000 frames."
+
+
+def variants_of(caption: str, count: int = 400) -> Counter[str]:
+    return Counter(vary_caption(caption, random.Random(seed).random) for seed in range(count))
+
+
+def test_keywords_are_dropped_one_by_one_and_shuffled() -> None:
+    parts, found = KEYWORDS.split(", "), variants_of(KEYWORDS)
+    for text in found:
+        kept = text.split(", ")
+        assert kept
+        assert len(set(kept)) == len(kept)
+        assert set(kept) <= set(parts)
+    sizes = Counter(len(text.split(", ")) for text in found.elements())
+    assert set(sizes) == {1, 2, 3, 4, 5}
+    # Each part is kept with probability ½, and one where none is: 400 · 5 / 2 parts and 400 / 32 more.
+    assert 900 < sum(size * count for size, count in sizes.items()) < 1125
+    pairs = [text.split(", ") for text in found.elements() if {"female", "human"} <= set(text.split(", "))]
+    assert 0.3 < sum(kept.index("female") < kept.index("human") for kept in pairs) / len(pairs) < 0.7
+
+
+def test_prose_loses_sentences_and_clauses_but_keeps_its_order() -> None:
+    found = variants_of(PROSE)
+    assert {"Two cats sleep!", "A dog runs on the beach, at noon. Two cats sleep!", "wet and happy."} <= set(found)
+    for text in found:
+        assert text[-1] in ".!"
+        places = [PROSE.index(part) for part in text.rstrip(".!").replace("! ", ", ").replace(". ", ", ").split(", ")]
+        assert places == sorted(places)
+    assert all("1,000 frames" in text for text in found if "1" in text), "a number is not cut"
+    assert variants_of("a man with a red hat and a very long coat, looking out over the sea at dusk").keys() == {
+        "a man with a red hat and a very long coat, looking out over the sea at dusk",
+        "a man with a red hat and a very long coat",
+        "looking out over the sea at dusk",
+    }
+
+
+def test_what_has_one_part_is_its_own_variant() -> None:
+    for caption in ("leafless tree", "A dog.", "", ",", "?!"):
+        assert set(variants_of(caption, 20)) <= {caption, ""}
+    assert variants_of(" leafless \n tree ", 3).keys() == {"leafless tree"}
+    assert variants_of("赤い、丸い、大きい").keys() > {"赤い", "丸い", "大きい", "丸い, 赤い"}
+
+
+def test_they_follow_from_seed_key_and_number() -> None:
+    variants = TextVariants(3, seed=5)
+    texts = [variants([KEYWORDS], "key", number) for number in range(3)]
+    # Written down: embeddings of other machines and versions must stay those of these very texts.
+    assert texts == EXPECTED
+    assert texts == [TextVariants(9, seed=5)([KEYWORDS], "key", number) for number in range(3)]
+    assert len({TextVariants(3, seed)([KEYWORDS], key, 0) for seed in range(4) for key in "abcd"}) > 8
+    several = {variants(["one", "two", "three"], str(key), 0) for key in range(40)}
+    assert several == {"one", "two", "three"}, "of several captions, any is varied"
+
+
+EXPECTED = ["female", "female, women, graduation", "female"]

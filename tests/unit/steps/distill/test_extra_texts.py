@@ -1,0 +1,198 @@
+"""Further texts: embedded without images, drawn by seed and step, and taught to the text tower by `fd`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_caption
+from teaching_data import FP32, Listener, embed_data, index_data, join, student_side, train, write_student
+
+from clipcid_cli.algorithms.losses import registry
+from clipcid_cli.algorithms.losses.features import feature_distance
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.data.dataset import open_dataset
+from clipcid_cli.formats.embeddings import text_folder
+from clipcid_cli.formats.embeddings.text_folder import open_texts
+from clipcid_cli.runtime.models.augment import Augmentation, Processor
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.steps.distill.augmented import captions
+from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder
+from clipcid_cli.steps.embed import run as embed
+from clipcid_cli.steps.settings import distill as distill_settings
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.embed import EmbedSettings
+
+TEXTS = [make_caption(number) for number in range(500, 523)]
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_model: Path) -> ClipModel:
+    return load_model(parse_model(str(tiny_model)))
+
+
+def embed_lines(source: Path, model: Path, out: Path, **settings: object) -> dict:
+    given = {"precision": "fp32", "batch_size": 4, "workers": 0, "device": "cpu"} | settings
+    return embed.run(EmbedSettings(texts=source, model=str(model), out=out, **given), Listener())
+
+
+@pytest.fixture(scope="module")
+def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory with embeddings of the tiny shards, two variants of each caption, and texts in files of ten."""
+    folder = tmp_path_factory.mktemp("extra")
+    embed_data(tiny_shards, tiny_model, folder / "embeddings" / "tiny", text_variants=2)
+    (folder / "lines.txt").write_text("\n".join(TEXTS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_folder, "TEXTS_A_FILE", 10)
+        result = embed_lines(folder / "lines.txt", tiny_model, folder / "texts" / "tiny")
+        assert (result["texts"], result["skipped"]) == (23, {})
+        embed_lines(folder / "lines.txt", tiny_model, folder / "again", workers=1)
+        (folder / "again" / "texts.json").unlink()
+        (folder / "again" / "text_emb" / "text_emb_0001.npy").unlink()
+    return folder
+
+
+def test_each_text_has_its_row(work: Path, teacher: ClipModel) -> None:
+    texts = open_texts(work / "texts" / "tiny")
+    assert [file.shape for file in texts.files] == [(10, 32), (10, 32), (3, 32)]
+    expected = teacher.encode_texts(teacher.tokenizer(TEXTS), FP32).numpy()
+    assert np.abs(texts.rows().read(0, 23) - expected).max() < 6e-4
+    for number in (0, 2):
+        name = f"text_emb/text_emb_000{number}.npy"
+        assert (work / "again" / name).read_bytes() == (work / "texts" / "tiny" / name).read_bytes()
+
+
+def test_texts_of_another_model_or_damaged_ones_are_refused(
+    work: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    embeddings = work / "embeddings" / "tiny"
+    with pytest.raises(ClipcidError, match="There are none in"):
+        join(tiny_shards, embeddings, extra_texts=4, texts=work / "again")
+    copied = tmp_path / "texts"
+    embed_lines(work / "lines.txt", tiny_model, copied)
+    sidecar = json.loads((copied / "texts.json").read_text())
+    sidecar["model"] |= {"weights_hash": "another", "spec": "Other"}
+    (copied / "texts.json").write_text(json.dumps(sidecar))
+    with pytest.raises(ClipcidError, match=r"were embedded by Other, width 32; .* of .*tiny, width 32"):
+        join(tiny_shards, embeddings, extra_texts=4, texts=copied)
+    path = copied / "text_emb" / "text_emb_0000.npy"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ClipcidError, match="text_emb_0000"):
+        join(tiny_shards, embeddings, extra_texts=4, texts=copied)
+
+
+@pytest.mark.parametrize("of_lines", [True, False])
+def test_processes_share_what_one_would_take(
+    of_lines: bool, work: Path, tiny_shards: Path, teacher: ClipModel, tmp_path: Path
+) -> None:
+    texts = work / "texts" / "tiny" if of_lines else None
+    _, inputs, _ = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12, texts=texts)
+    assert inputs.extra_texts is not None
+    extra = dataclasses.replace(inputs.extra_texts, number=12)
+    assert (extra.variants is None) == of_lines
+    dataset = index_data(open_dataset(str(tiny_shards)), tmp_path)
+    order = BatchOrder(dataset, inputs.samples, 3, 6, extra_texts=extra)
+    maker = BatchMaker(Processor.of(teacher), Augmentation(1.0), 3, first_caption=True, extra_text=extra.reader)
+    seen = set()
+    for step in (0, 1, 7):
+        alone = maker(next(order.iterate(step, step + 1, 0, 1)))
+        parts = [maker(next(order.iterate(step, step + 1, rank, 3))) for rank in range(3)]
+        assert torch.equal(torch.cat([part.extra_rows for part in parts]), alone.extra_rows)
+        assert torch.equal(torch.cat([part.tokens[2:] for part in parts]), alone.tokens[6:])
+        rows = extra.rows.take(alone.extra_rows.numpy())
+        assert np.abs(teacher.encode_texts(alone.tokens[6:], FP32).numpy() - rows).max() < 6e-4
+        seen.update(alone.extra_rows.tolist())
+    assert len(seen) > 12, "other steps draw other texts"
+
+
+def test_fd_takes_the_mean_over_captions_and_further_texts() -> None:
+    random = np.random.default_rng(0)
+    rows = [torch.from_numpy(random.normal(size=(5, 7))) for _ in range(4)]
+    extra, taught = (torch.from_numpy(random.normal(size=(3, 7))) for _ in range(2))
+    image, text, teacher_image, teacher_text = rows
+    batch = dataclasses.replace(
+        student_side(5, 7),
+        image_BD=image,
+        text_BD=text,
+        teacher_image_BD=teacher_image,
+        teacher_text_BD=teacher_text,
+        extra_text_ED=extra.clone().requires_grad_(),
+        teacher_extra_text_ED=taught,
+        num_extra=3,
+    )
+    of_images = sum(float(((image[i] - teacher_image[i]) ** 2).sum()) for i in range(5)) / 5
+    of_texts = sum(float(((text[i] - teacher_text[i]) ** 2).sum()) for i in range(5))
+    of_texts = (of_texts + sum(float(((extra[i] - taught[i]) ** 2).sum()) for i in range(3))) / 8
+    loss = feature_distance(batch)
+    assert float(loss.detach()) == pytest.approx(of_images + of_texts, rel=1e-12)
+    loss.backward()
+    assert batch.extra_text_ED is not None
+    assert batch.extra_text_ED.grad is not None
+    np.testing.assert_allclose(batch.extra_text_ED.grad.numpy(), 2 * (extra - taught).numpy() / 8, rtol=1e-12)
+
+
+def test_they_train_the_text_tower_and_parts_change_nothing(work: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    student = str(write_student(tmp_path))
+    common = {"student": student, "embeddings": work / "embeddings" / "tiny", "preset": "clip-kd"}
+    common |= {"teacher_space": "project", "steps": 3, "text_variant_share": 0.0}
+    without, _ = train(tmp_path / "a", tiny_shards, **common)
+    given = {"extra_texts": 5, "texts": work / "texts" / "tiny"}
+    shown, said = train(tmp_path / "b", tiny_shards, **common, **given)
+    assert f"Extra texts, for the text tower alone: of {work / 'texts' / 'tiny'}, 23 texts." in said
+    assert "Each step the text tower sees 5 further texts." in said
+    assert shown[0]["loss_fd"] != without[0]["loss_fd"]
+    assert shown[0]["loss_icl"] == pytest.approx(without[0]["loss_icl"], rel=1e-5)
+    parts, _ = train(tmp_path / "c", tiny_shards, accum_freq=4, workers=1, **common, **given)
+    for one, other in zip(shown, parts, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "cid"}, "no loss of the run takes texts without images"),
+        ({"preset": "clip-kd", "freeze_text": True}, "not with --freeze-text"),
+        ({"preset": "clip-kd", "online_teacher": True}, "not with --online-teacher"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        DistillSettings(student="x", extra_texts=4, **settings)
+
+
+def test_without_any_texts_the_command_is_named(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    embed_data(tiny_shards, tiny_model, tmp_path / "tiny")
+    with pytest.raises(ClipcidError, match="--extra-texts 4, but there are no texts") as raised:
+        join(tiny_shards, tmp_path / "tiny", extra_texts=4)
+    assert "--text-variants 8" in raised.value.fix
+
+
+def test_texts_are_embedded_alone() -> None:
+    with pytest.raises(UsageError, match="--texts embeds a file of texts alone"):
+        EmbedSettings(texts=Path("x"), data="y")
+
+
+def test_a_preset_may_show_them_and_goes_on_without(
+    work: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extras = {"clip-kd": registry.TeacherExtras(text_variant_share=0.5, extra_texts=0.75)}
+    for module in (registry, distill_settings, captions):
+        monkeypatch.setattr(module, "PRESET_EXTRAS", extras)
+    common = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "steps": 2}
+    _, said = train(tmp_path / "a", tiny_shards, embeddings=work / "embeddings" / "tiny", **common)
+    assert "shown, 50% of the time" in said
+    assert "of the 2 variants of each sample's captions" in said
+    assert "Each step the text tower sees 6 further texts." in said
+    assert "was tuned with views that" in said
+    embed_data(tiny_shards, tiny_model, tmp_path / "tiny")
+    _, said = train(tmp_path / "b", tiny_shards, embeddings=tmp_path / "tiny", **common)
+    assert "was tuned with views and text variants that" in said
+    assert "--views 8 --view-kind strong,mix --text-variants 8 --overwrite" in said
+    assert "further texts" not in said
+    _, said = train(tmp_path / "c", tiny_shards, embeddings=tmp_path / "tiny", **(common | {"preset": "clip-rd"}))
+    assert "was tuned with" not in said

@@ -1,0 +1,206 @@
+"""Strong and mixed views: embedded by the teacher as their parameters say, and replayed to the pixel."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_image, write_tar
+from teaching_data import Listener, add_targets, embed_data, encode_shown, join, make_epoch, train, write_student
+
+from clipcid_cli.errors import UsageError
+from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.models.augment import PARTNER, Augmentation, MixedView, Processor, mix_pixels
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.decode import decode_image
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.steps.distill.augmented.views import StoredViews
+from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, BatchShare
+from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.embed import EmbedSettings
+
+# Batches of 8 hold two samples with their 1 + 3 pictures; batches of 40 hold ten.
+VIEWS = {"views": 3, "view_kind": ("strong", "mix,crop"), "crop_scale": 0.8, "seed": 5, "batch_size": 40}
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_model: Path) -> ClipModel:
+    return load_model(parse_model(str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("mixed") / "tiny"
+    embed_data(tiny_shards, tiny_model, out, **VIEWS)
+    return out
+
+
+def image_of(row: int) -> np.ndarray:
+    return decode_image(make_image(3 if row == 20 else row))
+
+
+def test_a_mixture_in_float64() -> None:
+    random = np.random.default_rng(0)
+    first, second = random.integers(0, 256, (2, 7, 5, 3)).astype(np.uint8)
+    maps = random.normal(0, 0.5, (2, 3, 4)).astype(np.float32)
+    packed = np.concatenate([np.arange(4), maps[0].ravel(), [0.625, -3], np.arange(4), maps[1].ravel()])
+    view = MixedView.unpack(packed.astype(np.float32))
+    assert (view.weight, view.partner) == (0.625, -3)
+    assert np.array_equal(view.pack(), packed.astype(np.float32))
+    colored = [
+        np.clip(pixels.astype(np.float64) @ colors[:, :3].T.astype(np.float64) + 255.0 * colors[:, 3], 0, 255)
+        for pixels, colors in zip((first, second), maps, strict=True)
+    ]
+    expected = 0.625 * colored[0] + 0.375 * colored[1]
+    assert np.abs(mix_pixels(view, first, second).astype(np.float64) - expected).max() <= 0.5 + 1e-3
+
+
+def test_kinds_of_views_are_what_their_parameters_say(stored: Path, teacher: ClipModel) -> None:
+    params = open_embeddings(stored).view_params()
+    views = [[MixedView.unpack(params.read(row, number)) for number in range(3)] for row in range(24)]
+    areas = np.array([[np.ptp(v.first.box[::2]) * np.ptp(v.first.box[1::2]) for v in row] for row in views])
+    whole = np.array([image_of(row).width * image_of(row).height for row in range(24)])
+    assert (areas[:, 0] / whole).min() < 0.6, "strong crops are small"
+    assert (areas[:, 1:] / whole[:, None]).min() > 0.75, "the others are as --crop-scale says"
+    identity = np.eye(3, 4, dtype=np.float32)
+    assert not any(np.array_equal(row[0].first.colors, identity) for row in views)
+    assert all(np.array_equal(row[number].first.colors, identity) for row in views for number in (1, 2))
+    weights = np.array([[view.weight for view in row] for row in views])
+    assert (weights[:, [0, 2]] == 1).all()
+    assert weights[:, 1].min() >= 0.5
+    assert weights[:, 1].max() < 1
+    assert np.ptp(weights[:, 1]) > 0.3
+    partners = np.array([row[1].partner for row in views]) + np.arange(24)
+    assert all(partner != row and (partner < 14) == (row < 14) for row, partner in enumerate(partners))
+    assert len(set(partners.tolist())) > 8
+
+
+def test_the_teacher_embedded_the_very_pixels_that_are_replayed(
+    stored: Path, tiny_shards: Path, teacher: ClipModel
+) -> None:
+    embeddings, teacher_inputs, dataset = join(tiny_shards, stored)
+    maker = BatchMaker(Processor.of(teacher), Augmentation(), 3, first_caption=True)
+    with open_machine("cpu") as machine:
+        settings = DistillSettings(student="student.json", preset="clip-kd")
+        targets = open_stored_teacher(settings, teacher_inputs, 32, machine, Listener())
+    for epoch in range(3):
+        batch = make_epoch(teacher_inputs, dataset, maker, epoch, replay=True)
+        images, texts = encode_shown(teacher, batch)
+        told = add_targets(targets, batch, 32, epoch)
+        assert told.teacher_image_BD is not None
+        assert told.teacher_text_BD is not None
+        assert np.abs(told.teacher_image_BD.numpy() - images).max() < 6e-4
+        # A mixed view comes with the caption of its first image, whose weight is at least ½.
+        assert np.abs(told.teacher_text_BD.numpy() - texts).max() < 6e-4
+        for place, number in enumerate(batch.views.tolist()):
+            row = int(batch.rows[place])
+            view = MixedView.unpack(embeddings.view_params().read(row, number))
+            first, second = (
+                np.asarray(image_of(each).resize((32, 32), 3, box=box))
+                for each, box in ((row, view.first.box), (row + int(view.partner), view.second.box))
+            )
+            expected = first if view.weight == 1 else mix_pixels(view, first, second)
+            assert np.array_equal(batch.pixels[place].numpy(), expected)
+
+
+def test_images_that_are_not_trained_on_are_not_mixed_in(stored: Path, tiny_shards: Path, teacher: ClipModel) -> None:
+    embeddings, teacher_inputs, _ = join(tiny_shards, stored)
+    rows = teacher_inputs.samples.embeddings()
+    trained = np.array([row for row in rows if row % 3])
+    views = StoredViews(embeddings.view_params(), trained, 3)
+    first = slice(0, int(np.count_nonzero(trained < 14)))
+    kept, replaced = 0, 0
+    for row in range(first.stop):
+        for epoch in range(3):
+            chosen = views.choose(row, epoch, f"key {row}", first)
+            assert chosen is not None
+            view, partner = chosen
+            mixed = MixedView.unpack(embeddings.view_params().read(int(trained[row]), 1))
+            is_seen = trained[row] + mixed.partner in trained[first]
+            if partner is not None:
+                assert trained[partner] == trained[row] + int(mixed.partner)
+                kept += 1
+            replaced += not is_seen
+            assert (view.number == 1) == (partner is not None)
+            assert is_seen or partner is None
+    assert kept > 3
+    assert replaced > 3
+    alone = StoredViews(embeddings.view_params(), trained[:1], 3)
+    assert {alone.choose(0, epoch, "key", slice(0, 1))[0].number for epoch in range(9)} == {0, 2}
+
+
+def test_without_a_view_that_can_be_shown_the_whole_image_is(
+    tiny_shards: Path, tiny_model: Path, teacher: ClipModel, tmp_path: Path
+) -> None:
+    embed_data(tiny_shards, tiny_model, tmp_path / "tiny", **(VIEWS | {"views": 1, "view_kind": ("mix",)}))
+    _, teacher_inputs, dataset = join(tiny_shards, tmp_path / "tiny")
+    embeddings = teacher_inputs.embeddings
+    assert embeddings is not None
+    assert not teacher_inputs.augmentation(Augmentation()).changes_colors
+    params = embeddings.view_params().read(0, 0)
+    assert params[PARTNER] != 0
+    views = StoredViews(embeddings.view_params(), np.array([0]), 3)
+    assert views.choose(0, 0, "key", slice(0, 1)) is None
+    with open_machine("cpu") as machine:
+        settings = DistillSettings(student="student.json", preset="clip-kd")
+        targets = open_stored_teacher(settings, teacher_inputs, 32, machine, Listener())
+    maker = BatchMaker(Processor.of(teacher), Augmentation(0.1, 0.5), 3, first_caption=True)
+    samples = teacher_inputs.samples
+    order = BatchOrder(dataset, samples, 3, samples.total, dataclasses.replace(views, embedding_rows=np.arange(24)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StoredViews, "choose", lambda *_: None)
+        items = order.items(0, 0, 1)
+    assert all(item.whole for item in items)
+    batch = maker(BatchShare(items))
+    assert set(batch.views.tolist()) == {-1}
+    told = add_targets(targets, batch, 32)
+    assert told.teacher_image_BD is not None
+    assert torch.equal(batch.colors, torch.eye(3, 4).expand(24, 3, 4))
+    whole = embeddings.images().take(batch.rows.numpy())
+    assert (told.teacher_image_BD - torch.from_numpy(whole).float()).abs().max() < 1e-3
+
+
+def test_a_partner_without_a_row_is_marked_and_one_alone_is_mixed_with_itself(tiny_model: Path, tmp_path: Path) -> None:
+    members = []
+    for number in range(4):
+        image = b"damaged" if number == 2 else make_image(number)
+        members += [(f"s{number}.png", image), (f"s{number}.txt", b"a caption")]
+    for name, count in (("many", 8), ("one", 2)):
+        write_tar(tmp_path / f"{name}.tar", members[:count])
+        embed_data(
+            tmp_path / f"{name}.tar", tiny_model, tmp_path / name, views=2, view_kind=("mix",), max_bad_fraction=0.5
+        )
+    params = open_embeddings(tmp_path / "many").view_params()
+    partners = [row + params.read(row, view)[PARTNER] for row in range(3) for view in range(2)]
+    assert all(partner in (0, 1, 2) for partner in partners), "rows are counted without the damaged image"
+    alone = MixedView.unpack(open_embeddings(tmp_path / "one").view_params().read(0, 0))
+    assert alone.partner == 0
+    assert alone.weight < 1
+
+
+def test_bytes_do_not_depend_on_workers_and_runs_replay(
+    stored: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    embed_data(tiny_shards, tiny_model, tmp_path / "two", workers=2, **VIEWS)
+    for kind in ("view_emb", "view_params"):
+        for number in range(2):
+            name = f"{kind}/{kind}_000{number}.npy"
+            assert (tmp_path / "two" / name).read_bytes() == (stored / name).read_bytes()
+    student = str(write_student(tmp_path))
+    common = {"student": student, "embeddings": stored, "preset": "clip-kd", "teacher_space": "project"}
+    one, said = train(tmp_path / "a", tiny_shards, **common)
+    assert "3 of each image are stored and replayed" in said
+    assert all(np.isfinite(line["loss"]) for line in one)
+
+
+def test_kinds_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(UsageError, match="--view-kind cannot be 'cutmix'") as raised:
+        EmbedSettings(data="x", views=2, view_kind=("mix,cutmix",))
+    assert "crop, strong, mix" in raised.value.fix
+    with pytest.raises(UsageError, match="no --views"):
+        EmbedSettings(data="x", view_kind=("mix",))

@@ -1,0 +1,158 @@
+"""Text variants: embedded beside the captions, and shown with the teacher's embedding of that very text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from teaching_data import (
+    FP32,
+    Listener,
+    add_targets,
+    embed_data,
+    join,
+    make_epoch,
+    train,
+    write_captions,
+    write_student,
+)
+
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.models.augment import Augmentation, Processor
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.text_variants import TextVariants
+from clipcid_cli.steps.distill.batches import BatchMaker
+from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.embed import EmbedSettings
+
+COUNTS = (1, 3, 2, 5, 1, 4)
+VARIANTS = {"text_variants": 3, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_model: Path) -> ClipModel:
+    return load_model(parse_model(str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_captions(tmp_path_factory.mktemp("variants") / "data", COUNTS)
+
+
+@pytest.fixture(scope="module")
+def stored(data: Path, tiny_model: Path) -> Path:
+    embed_data(data, tiny_model, data.parent / "tiny", **VARIANTS)
+    return data.parent / "tiny"
+
+
+def captions_of(data: Path) -> list[tuple[str, ...]]:
+    from clipcid_cli.formats.data.dataset import open_dataset
+
+    return [sample.captions for shard in open_dataset(str(data)).shards for sample in shard.samples()]
+
+
+def test_a_variant_has_the_row_of_its_text(stored: Path, data: Path, teacher: ClipModel) -> None:
+    embeddings, make = open_embeddings(stored), TextVariants(3, 5)
+    assert embeddings.num_variants == 3
+    assert embeddings.variants().shape == (18, 32)
+    texts = [make(captions, f"s{row}", number) for row, captions in enumerate(captions_of(data)) for number in range(3)]
+    expected = teacher.encode_texts(teacher.tokenizer(texts), FP32).numpy()
+    assert np.abs(embeddings.variants().read(0, 18) - expected).max() < 6e-4
+
+
+def test_the_rest_is_what_it_is_without_variants(stored: Path, data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    embed_data(data, tiny_model, tmp_path / "plain")
+    for kind in ("img_emb", "text_emb", "captions_emb"):
+        name = f"{kind}/{kind}_0001.npy"
+        assert (tmp_path / "plain" / name).read_bytes() == (stored / name).read_bytes()
+    embed_data(data, tiny_model, tmp_path / "two", **VARIANTS)
+    name = "variant_emb/variant_emb_0001.npy"
+    assert (tmp_path / "two" / name).read_bytes() == (stored / name).read_bytes()
+    with pytest.raises(ClipcidError, match=r"settings\.text_variants: null there, 3 now"):
+        embed_data(data, tiny_model, tmp_path / "plain", **VARIANTS)
+    embed_data(data, tiny_model, tmp_path / "two", overwrite=True)
+    assert not list((tmp_path / "two").glob("variant_emb/*.npy"))
+
+
+def test_variants_are_shown_two_times_in_three_with_their_rows(stored: Path, data: Path, teacher: ClipModel) -> None:
+    _, teacher_inputs, dataset = join(data, stored)
+    assert teacher_inputs.text_variants == TextVariants(3, 5)
+    share = DistillSettings(student="x").extras.text_variant_share
+    maker = BatchMaker(
+        Processor.of(teacher),
+        Augmentation(1.0),
+        3,
+        first_caption=teacher_inputs.first_captions,
+        text_variants=teacher_inputs.text_variants,
+        variant_share=share,
+    )
+    with open_machine("cpu") as machine:
+        settings = DistillSettings(student="student.json", preset="clip-kd")
+        targets = open_stored_teacher(settings, teacher_inputs, 32, machine, Listener())
+    variants = []
+    for epoch in range(30):
+        batch = make_epoch(teacher_inputs, dataset, maker, epoch)
+        variants += batch.variants.tolist()
+        if epoch % 10:
+            continue
+        told = add_targets(targets, batch, 32, epoch)
+        assert told.teacher_text_BD is not None
+        assert (told.teacher_text_BD - teacher.encode_texts(batch.tokens, FP32)).abs().max() < 6e-4
+    counts = np.bincount(np.array(variants) + 1)
+    assert len(counts) == 4
+    assert 38 < counts[0] < 82, "a third of 180 show a caption"
+    assert counts[1:].min() > 20
+    again = make_epoch(teacher_inputs, dataset, maker, 29)
+    assert torch.equal(again.tokens, batch.tokens)
+
+
+def test_distill_shows_them_unless_told_not_to(stored: Path, data: Path, tmp_path: Path) -> None:
+    common = {"student": str(write_student(tmp_path)), "embeddings": stored, "preset": "clip-kd", "batch_size": 4}
+    common |= {"teacher_space": "project", "val_fraction": 0.0}
+    shown, said = train(tmp_path / "a", data, **common)
+    assert "3 of each image's captions are embedded and shown, 67% of the time" in said
+    plain, said = train(tmp_path / "c", data, text_variant_share=0.0, **common)
+    assert "Text variants" not in said
+    assert plain[0]["loss_fd"] != shown[0]["loss_fd"]
+
+
+def change_sidecar(folder: Path, copy: Path, **settings: object) -> Path:
+    shutil.copytree(folder, copy)
+    sidecar = json.loads((copy / "embed.json").read_text())
+    sidecar["settings"] = {**sidecar["settings"], **settings}
+    del sidecar["outputs"]
+    (copy / "embed.json").write_text(json.dumps(sidecar))
+    return copy
+
+
+def test_variants_whose_texts_are_not_known_are_refused(stored: Path, data: Path, tmp_path: Path) -> None:
+    for number, change in enumerate(({"text_variant_rules": 0}, {"text_variants": 2}, {"seed": None})):
+        with pytest.raises(ClipcidError, match=r"holds 3 text variants of each row, but embed\.json") as raised:
+            join(data, change_sidecar(stored, tmp_path / str(number), **change))
+        assert "--text-variants 3 --overwrite" in raised.value.fix
+        _, teacher_inputs, _ = join(data, tmp_path / str(number), text_variant_share=0.0)
+        assert teacher_inputs.text_variants is None
+
+
+def test_variants_of_another_shape_are_refused(stored: Path, tmp_path: Path) -> None:
+    copy = change_sidecar(stored, tmp_path / "copy")
+    path = copy / "variant_emb" / "variant_emb_0001.npy"
+    np.save(path, np.load(path)[:, :2])
+    with pytest.raises(ClipcidError, match="has 2 text variants for each image, the files before it 3"):
+        open_embeddings(copy)
+    np.save(path, np.zeros((2, 3, 32), np.float16))
+    with pytest.raises(ClipcidError, match=r"holds float16 \[2, 3, 32\]; float16 \[3, 3, 32\] would match"):
+        open_embeddings(copy)
+
+
+def test_variants_need_captions() -> None:
+    with pytest.raises(UsageError, match="--text-variants embeds captions, --no-text does not"):
+        EmbedSettings(data="x", text_variants=2, text=False)
