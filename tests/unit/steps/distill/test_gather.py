@@ -22,7 +22,8 @@ from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.objective import Objective, Targets, Teacher
 
 BATCH, EXTRA, WIDTH, TEACHER_WIDTH = 12, 6, 6, 9
-WEIGHTS = {name: 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
+# `gd` is a thousand times as large as the others.
+WEIGHTS = {name: 1e-3 if name == "gd" else 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
 OWN_SCALES = [name for name in WEIGHTS if LOSSES[name].own_scale]
 
 
