@@ -41,7 +41,7 @@ class Target:
 
 
 _EMBED = ("embed", "--model", "model", "--out", "made", "--batch-size", "8")
-_BALANCE = ("balance", "--keep", "0.7", "--embeddings")
+_BALANCE = ("balance", "--keep", "0.7", "--overwrite", "--embeddings")
 _CLUSTER = ("cluster", "--num-clusters", "3", "--iterations", "2")
 _AGAIN = ("--overwrite",)
 
