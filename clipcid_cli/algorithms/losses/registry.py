@@ -201,25 +201,6 @@ PRESETS: Mapping[str, Mapping[str, Weight]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class TeacherExtras:
-    """What a preset shows of the teacher beside images and captions, where that is embedded.
-
-    Attributes:
-        views: Whether stored views are shown.
-        text_variant_share: Share of the captions shown as a variant.
-        extra_texts: Further texts for the text tower, for each sample of a batch.
-    """
-
-    views: bool = True
-    text_variant_share: float = 2 / 3
-    extra_texts: float = 0.0
-
-
-PRESET_EXTRAS: Mapping[str, TeacherExtras] = {}
-"""Those of presets that were tuned with them; a run whose teacher has none of them says so."""
-
-
 def select_losses(preset: str, overrides: Mapping[str, float]) -> dict[str, Weight]:
     """Return the losses of a run: the preset's, with overridden weights put in and those of weight 0 left out.
 

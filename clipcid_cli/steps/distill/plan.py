@@ -36,14 +36,12 @@ class Plan:
         optimiser: How parameters are updated, for how many steps.
         batch_size: Samples of a global batch.
         workers: Processes that prepare batches, for each training process.
-        extra_texts: Further texts of a global batch, for the text tower alone.
     """
 
     optimiser: OptimiserPlan
     batch_size: int
     workers: int
     eval_every: int
-    extra_texts: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +99,9 @@ def plan_run(
             "(processes x --accum-freq).",
             f"Use a multiple of {divisor}.",
         )
-    extra_texts = settings.extra_texts_of(batch_size, machine.size)
-    if extra_texts % machine.size:
+    if settings.extra_texts % machine.size:
         raise UsageError(
-            f"--extra-texts {extra_texts} does not divide among {machine.size} processes.",
+            f"--extra-texts {settings.extra_texts} does not divide among {machine.size} processes.",
             f"Use a multiple of {machine.size}.",
         )
     if samples < batch_size:
@@ -136,10 +133,9 @@ def plan_run(
         max_norm=settings.grad_clip_norm or None,
     )
     workers = default_workers(machine.device) if settings.workers is None else settings.workers
-    extra_texts = 0 if inputs.extra_texts is None else extra_texts
-    if extra_texts:
-        reporter.note(f"Each step the text tower sees {extra_texts:,} further texts.")
-    return Plan(optimiser, batch_size, workers, settings.eval_every or max(1, steps // 10), extra_texts)
+    if settings.extra_texts:
+        reporter.note(f"Each step the text tower sees {settings.extra_texts:,} further texts.")
+    return Plan(optimiser, batch_size, workers, settings.eval_every or max(1, steps // 10))
 
 
 def _describe_shuffle(shards: int) -> str:

@@ -99,9 +99,8 @@ def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: 
         "batch_size": plan.batch_size,
         "eval_every": plan.eval_every,
         "steps": plan.optimiser.steps,
-        "extra_texts": plan.extra_texts,
-        "text_variant_share": settings.extras.text_variant_share,
-        "views": "stored" if settings.extras.views else "none",
+        "text_variant_share": settings.variant_share,
+        "views": "stored" if settings.shows_views else "none",
     }
     given["cluster_towers"] = "image"
     if inputs.teacher_inputs is not None and inputs.teacher_inputs.clusters is not None:

@@ -18,7 +18,7 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
 from clipcid_cli.runtime.text_variants import TextVariants
-from clipcid_cli.steps.distill.augmented.captions import find_text_variants, has_all_captions, report_missing
+from clipcid_cli.steps.distill.augmented.captions import find_text_variants, has_all_captions
 from clipcid_cli.steps.distill.augmented.extra_texts import ExtraTexts, find_extra_texts
 from clipcid_cli.steps.distill.augmented.views import StoredViews
 from clipcid_cli.steps.distill.samples import MatchCounts
@@ -227,7 +227,7 @@ def use_stored(
             f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {embeddings.folder}.",
             "Give the data that was embedded, or run: clipcid embed DATA",
         )
-    views = embeddings.num_views if settings.extras.views else 0
+    views = embeddings.num_views if settings.shows_views else 0
     if views:
         reporter.note(
             f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
@@ -236,7 +236,6 @@ def use_stored(
     all_captions = has_all_captions(embeddings, counts, reporter)
     variants = find_text_variants(settings, embeddings, reporter)
     extra = find_extra_texts(settings, embeddings, samples, variants, reporter)
-    report_missing(settings, views=bool(views), variants=variants is not None, reporter=reporter)
     return TeacherInputs(
         embeddings, samples, num_views=views, all_captions=all_captions, text_variants=variants, extra_texts=extra
     )

@@ -153,9 +153,8 @@ class TrainingRun:
 
     def _order_batches(self) -> BatchOrder:
         inputs, plan, seed = self.inputs, self.plan, self.settings.seed
-        extra = inputs.extra_texts and dataclasses.replace(inputs.extra_texts, number=plan.extra_texts)
         views = None if inputs.teacher_inputs is None else inputs.teacher_inputs.stored_views(seed)
-        return BatchOrder(inputs.dataset, inputs.training, seed, plan.batch_size, views, extra)
+        return BatchOrder(inputs.dataset, inputs.training, seed, plan.batch_size, views, inputs.extra_texts)
 
     def _make_batch_maker(self, augmentation: Augmentation) -> BatchMaker:
         teacher_inputs = self.inputs.teacher_inputs
@@ -166,7 +165,7 @@ class TrainingRun:
             first_caption=teacher_inputs is not None and teacher_inputs.first_captions,
             caption_dropout=self.settings.caption_dropout,
             text_variants=self.inputs.text_variants,
-            variant_share=self.settings.extras.text_variant_share,
+            variant_share=self.settings.variant_share,
             extra_text=None if self.inputs.extra_texts is None else self.inputs.extra_texts.reader,
             masking=self.student.masking,
             teacher=None if self.online_teacher is None else Processor.of(self.online_teacher),

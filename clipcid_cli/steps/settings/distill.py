@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import ClassVar
 
-from clipcid_cli.algorithms.losses.registry import LOSSES, PRESET_EXTRAS, PRESETS, TeacherExtras, Weight, select_losses
+from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, Weight, select_losses
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.augmentation import color_jitter_option, crop_scale_option, gray_probability_option
 from clipcid_cli.steps.settings.cluster_loss import (
@@ -21,6 +21,7 @@ from clipcid_cli.steps.settings.cluster_loss import (
 from clipcid_cli.steps.settings.fields import argument, option
 from clipcid_cli.steps.settings.shared import BRIEF_SPINS, ReadingSettings, npz_array_option
 from clipcid_cli.steps.settings.teacher_extras import (
+    DEFAULT_VARIANT_SHARE,
     extra_texts_option,
     text_variant_share_option,
     texts_option,
@@ -105,7 +106,7 @@ class DistillSettings(ReadingSettings):
     )
     views: str | None = views_option(_INPUTS)
     text_variant_share: float | None = text_variant_share_option(_INPUTS)
-    extra_texts: int | None = extra_texts_option(_INPUTS)
+    extra_texts: int = extra_texts_option(_INPUTS)
     texts: Path | None = texts_option(_INPUTS)
     keep_list: str | None = option(
         None,
@@ -323,7 +324,7 @@ class DistillSettings(ReadingSettings):
 
     def _check_extra_texts(self) -> None:
         taking = [name for name, entry in LOSSES.items() if entry.takes_extra_texts]
-        if not self._takes_extra_texts():
+        if not any(LOSSES[name].takes_extra_texts for name in self.losses()):
             raise UsageError(
                 f"--extra-texts {self.extra_texts}, but no loss of the run takes texts without images.",
                 f"Add one that does ({', '.join(taking)}), or omit --extra-texts.",
@@ -335,26 +336,15 @@ class DistillSettings(ReadingSettings):
                 "Omit one of the two.",
             )
 
-    def _takes_extra_texts(self) -> bool:
-        return any(LOSSES[name].takes_extra_texts for name in self.losses())
-
-    def extra_texts_of(self, batch_size: int, processes: int) -> int:
-        """Return the number of further texts in a batch: as given, else as the preset says, where it can be."""
-        if self.extra_texts is not None:
-            return self.extra_texts
-        if self.online_teacher or self.freeze_text or not self._takes_extra_texts():
-            return 0
-        return round(self.extras.extra_texts * batch_size / processes) * processes
+    @property
+    def shows_views(self) -> bool:
+        """Whether stored views are shown, where there are any."""
+        return self.views != "none"
 
     @property
-    def extras(self) -> TeacherExtras:
-        """What is shown of the teacher beside images and captions: as the flags say, else as the preset does."""
-        extras = PRESET_EXTRAS.get(self.chosen_preset, TeacherExtras())
-        if self.views is not None:
-            extras = dataclasses.replace(extras, views=self.views == "stored")
-        if self.text_variant_share is not None:
-            extras = dataclasses.replace(extras, text_variant_share=self.text_variant_share)
-        return extras
+    def variant_share(self) -> float:
+        """Share of the captions shown as a text variant, where there are any."""
+        return DEFAULT_VARIANT_SHARE if self.text_variant_share is None else self.text_variant_share
 
     @property
     def chosen_preset(self) -> str:

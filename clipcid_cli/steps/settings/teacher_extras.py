@@ -6,6 +6,8 @@ from typing import Any
 
 from clipcid_cli.steps.settings.fields import option
 
+DEFAULT_VARIANT_SHARE = 2 / 3
+
 
 def views_option(group: str) -> Any:
     """Declare the flag that shows stored views."""
@@ -32,9 +34,9 @@ def text_variant_share_option(group: str) -> Any:
 def extra_texts_option(group: str) -> Any:
     """Declare the flag of further texts."""
     return option(
-        None,
+        0,
         "Further texts in each batch, for the text tower alone, by losses fd and mfd: those of `embed --texts`, or else "
-        "variants of captions; by default none.",
+        "variants of captions.",
         group=group,
         minimum=0,
     )

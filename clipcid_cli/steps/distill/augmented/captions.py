@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from clipcid_cli.algorithms.losses.registry import PRESET_EXTRAS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.runtime.randomness import derive_seed
@@ -89,8 +88,8 @@ def find_text_variants(settings: DistillSettings, embeddings: Embeddings, report
         ClipcidError: when it is not known how their texts were made.
     """
     number = embeddings.num_variants if embeddings.has_texts else 0
-    share = settings.extras.text_variant_share
-    if not number or not (share or settings.extra_texts_of(batch_size=2**20, processes=1)):
+    share = settings.variant_share
+    if not number or not (share or settings.extra_texts):
         return None
     made = {} if embeddings.sidecar is None else embeddings.sidecar["settings"]
     rules, seed = made.get("text_variant_rules"), made.get("seed")
@@ -108,21 +107,3 @@ def find_text_variants(settings: DistillSettings, embeddings: Embeddings, report
             f"Text variants: {number} of each image's captions are embedded and shown, {share:.0%} of the time."
         )
     return TextVariants(number, seed)
-
-
-def report_missing(settings: DistillSettings, *, views: bool, variants: bool, reporter: Reporter) -> None:
-    """Say what a preset was tuned with that the teacher's embeddings lack, and how to make it."""
-    if settings.chosen_preset not in PRESET_EXTRAS:
-        return
-    wanted = settings.extras
-    lacking = {
-        "views": ("--views 8 --view-kind strong,mix", wanted.views and not views),
-        "text variants": ("--text-variants 8", bool(wanted.text_variant_share) and not variants),
-    }
-    missing = [name for name, (_, is_missing) in lacking.items() if is_missing]
-    if missing:
-        flags = " ".join(flag for flag, is_missing in lacking.values() if is_missing)
-        reporter.note(
-            f"Preset {settings.chosen_preset} was tuned with {' and '.join(missing)} that the teacher embedded; it goes on "
-            f"without. To make them: clipcid embed DATA {flags} --overwrite"
-        )

@@ -74,7 +74,7 @@ class ExtraTexts:
     variants: TextVariants | None
     samples: SampleRows
     seed: int
-    number: int = 0
+    number: int
 
     @property
     def reader(self) -> ExtraTextReader:
@@ -114,7 +114,7 @@ def find_extra_texts(
     Raises:
         ClipcidError: when there are neither, or the texts were embedded by another model.
     """
-    if not settings.extra_texts_of(batch_size=2**20, processes=1):
+    if not settings.extra_texts:
         return None
     model = None if embeddings.sidecar is None else embeddings.sidecar["model"]
     folder = settings.texts
@@ -122,8 +122,6 @@ def find_extra_texts(
         kept = WorkDirectory(settings.work).texts(parse_model(model["spec"]).slug)
         folder = kept if (kept / "texts.json").exists() else None
     if folder is None:
-        if variants is None and settings.extra_texts is None:
-            return None  # the preset would show some
         if variants is None:
             raise ClipcidError(
                 f"--extra-texts {settings.extra_texts}, but there are no texts: neither of `embed --texts` in "
@@ -136,7 +134,7 @@ def find_extra_texts(
         _check_model(texts, embeddings)
         rows, variants, what = texts.rows(), None, f"{folder}, {texts.total:,} texts"
     reporter.note(f"Extra texts, for the text tower alone: of {what}.")
-    return ExtraTexts(rows, texts, variants, samples, settings.seed)
+    return ExtraTexts(rows, texts, variants, samples, settings.seed, settings.extra_texts)
 
 
 def _check_model(texts: EmbeddedTexts, embeddings: Embeddings) -> None:

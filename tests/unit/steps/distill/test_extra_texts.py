@@ -12,7 +12,6 @@ import torch
 from conftest import make_caption
 from teaching_data import FP32, Listener, embed_data, index_data, join, student_side, train, write_student
 
-from clipcid_cli.algorithms.losses import registry
 from clipcid_cli.algorithms.losses.features import feature_distance
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.dataset import open_dataset
@@ -21,10 +20,8 @@ from clipcid_cli.formats.embeddings.text_folder import open_texts
 from clipcid_cli.runtime.models.augment import Augmentation, Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill.augmented import captions
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder
 from clipcid_cli.steps.embed import run as embed
-from clipcid_cli.steps.settings import distill as distill_settings
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -92,8 +89,8 @@ def test_processes_share_what_one_would_take(
 ) -> None:
     texts = work / "texts" / "tiny" if of_lines else None
     _, inputs, _ = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12, texts=texts)
-    assert inputs.extra_texts is not None
-    extra = dataclasses.replace(inputs.extra_texts, number=12)
+    extra = inputs.extra_texts
+    assert extra is not None
     assert (extra.variants is None) == of_lines
     dataset = index_data(open_dataset(str(tiny_shards)), tmp_path)
     order = BatchOrder(dataset, inputs.samples, 3, 6, extra_texts=extra)
@@ -175,24 +172,3 @@ def test_without_any_texts_the_command_is_named(tiny_shards: Path, tiny_model: P
 def test_texts_are_embedded_alone() -> None:
     with pytest.raises(UsageError, match="--texts embeds a file of texts alone"):
         EmbedSettings(texts=Path("x"), data="y")
-
-
-def test_a_preset_may_show_them_and_goes_on_without(
-    work: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    extras = {"clip-kd": registry.TeacherExtras(text_variant_share=0.5, extra_texts=0.75)}
-    for module in (registry, distill_settings, captions):
-        monkeypatch.setattr(module, "PRESET_EXTRAS", extras)
-    common = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "steps": 2}
-    _, said = train(tmp_path / "a", tiny_shards, embeddings=work / "embeddings" / "tiny", **common)
-    assert "shown, 50% of the time" in said
-    assert "of the 2 variants of each sample's captions" in said
-    assert "Each step the text tower sees 6 further texts." in said
-    assert "was tuned with views that" in said
-    embed_data(tiny_shards, tiny_model, tmp_path / "tiny")
-    _, said = train(tmp_path / "b", tiny_shards, embeddings=tmp_path / "tiny", **common)
-    assert "was tuned with views and text variants that" in said
-    assert "--views 8 --view-kind strong,mix --text-variants 8 --overwrite" in said
-    assert "further texts" not in said
-    _, said = train(tmp_path / "c", tiny_shards, embeddings=tmp_path / "tiny", **(common | {"preset": "clip-rd"}))
-    assert "was tuned with" not in said
