@@ -160,6 +160,11 @@ def plan_path(folder: Path, step: str) -> Path:
     return folder / f".{step}.plan.json"
 
 
+def is_claimed(folder: Path, step: str) -> bool:
+    """Tell whether a folder holds a step's output, finished or begun."""
+    return sidecar_path(folder, step).exists() or plan_path(folder, step).exists()
+
+
 def drop_plan(folder: Path, step: str) -> None:
     """Remove the plan of an output that is finished; a run that is killed right after its sidecar leaves it."""
     with suppress(OSError):  # it is ignored in any case

@@ -22,7 +22,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.embeddings.npy import NpyFile, find_npy
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.output import find_changed, fingerprint_file, read_sidecar, sidecar_path
+from clipcid_cli.formats.output import find_changed, fingerprint_file, is_claimed, plan_path, read_sidecar, sidecar_path
 from clipcid_cli.formats.reading import reading_from
 
 STEP = "texts"
@@ -44,6 +44,23 @@ def texts_path(folder: Path) -> Path:
 def rows_path(folder: Path, number: int) -> Path:
     """Return the path of a file of embeddings."""
     return folder / "text_emb" / f"text_emb_{number:04d}.npy"
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """Refuse a folder with embeddings that `embed --texts` did not write, since it would replace and remove files there.
+
+    Raises:
+        ClipcidError: when there are any.
+    """
+    if is_claimed(folder, "embed"):
+        raise ClipcidError(
+            f"{folder} holds embeddings of images.", "Choose another folder for those of texts alone with --out."
+        )
+    if not is_claimed(folder, STEP) and any(any((folder / kind).glob("*.npy")) for kind in ("text_emb", "img_emb")):
+        raise ClipcidError(
+            f"{folder} contains embeddings that clipcid did not write.",
+            "Choose another folder with --out, or remove them.",
+        )
 
 
 def copy_texts(source: Path, folder: Path) -> TextCounts:
@@ -194,9 +211,7 @@ def open_texts(folder: Path) -> EmbeddedTexts:
     """
     sidecar = read_sidecar(sidecar_path(folder, STEP))
     if sidecar is None:
-        state = (
-            "The embeddings of texts are unfinished" if (folder / f".{STEP}.plan.json").exists() else "There are none"
-        )
+        state = "The embeddings of texts are unfinished" if plan_path(folder, STEP).exists() else "There are none"
         raise ClipcidError(f"{state} in {folder}.", "Run: clipcid embed --texts FILE")
     if (changed := find_changed(folder, STEP, sidecar)) is not None:
         raise ClipcidError(changed, _REMAKE)

@@ -22,10 +22,12 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_npy, write_parquet
+from clipcid_cli.formats.embeddings.text_folder import STEP as TEXTS
 from clipcid_cli.formats.output import (
     describe_outputs,
     drop_plan,
     fingerprint_file,
+    is_claimed,
     is_unchanged,
     lock_output,
     plan_path,
@@ -217,13 +219,18 @@ class EmbeddingWriter:
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """Refuse a folder with embeddings that `embed` did not write, since it would replace and remove files there.
+    """Refuse a folder with embeddings that `embed DATA` did not write, since it would replace and remove files there.
 
     Raises:
         ClipcidError: when there are any.
     """
-    ours = (folder / "embed.json").exists() or (folder / ".embed.plan.json").exists()
-    if not ours and any((folder / "img_emb").glob("*.npy")):
+    if is_claimed(folder, TEXTS):
+        raise ClipcidError(
+            f"{folder} holds embeddings of texts without images.",
+            "Choose another folder for those of the data with --out.",
+        )
+    kinds = (kind for kind, form in _FORMS.items() if form == "npy")
+    if not is_claimed(folder, "embed") and any(any((folder / kind).glob("*.npy")) for kind in kinds):
         raise ClipcidError(
             f"{folder} contains embeddings that clipcid did not write.",
             "Choose another folder with --out, or remove them.",

@@ -55,7 +55,9 @@ def run(settings: EmbedSettings, reporter: Reporter) -> dict[str, Any]:
         if settings.texts is None:
             return make_embeddings(settings, machine, reporter)
         name = with_default_tag(parse_model(settings.model))
-        return embed_texts(settings, machine, reporter, name, TextEmbedder(*_load_model(settings, machine, name)))
+        return embed_texts(
+            settings, machine, reporter, name, lambda: TextEmbedder(*_load_model(settings, machine, name))
+        )
 
 
 def make_embeddings(
@@ -77,6 +79,7 @@ def make_embeddings(
         machine.on_main(lambda: remove_leftovers(folder))
         reporter.note(f"{folder} already holds the embeddings of {dataset.spec} with {name.spec}.")
         return describe_result(folder, finished)
+    machine.on_main(lambda: refuse_foreign_folder(folder))
     shards = "1 shard" if len(dataset.shards) == 1 else f"{len(dataset.shards):,} shards"
     reporter.note(f"Embedding {dataset.spec} ({shards}) with {name.spec}.")
     if settings.dry_run or not machine.on_main(lambda: is_begun(folder, inputs)):
@@ -100,7 +103,6 @@ def make_embeddings(
         "fast_decode": settings.fast_decode,
         **augmentation_identity(settings),
     }
-    machine.on_main(lambda: refuse_foreign_folder(folder))
     writer = EmbeddingWriter(folder, [plan_identity(identity, [shard]) for shard in inputs])
     machine.on_main(lambda: reopen_grown(writer, identity, inputs))
     with claim_output(

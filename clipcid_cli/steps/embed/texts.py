@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,20 @@ from clipcid_cli.formats.embeddings.text_folder import (
     TextLines,
     copy_texts,
     read_texts,
+    refuse_foreign_folder,
     rows_path,
     texts_path,
 )
-from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file, sidecar_path
+from clipcid_cli.formats.output import (
+    Output,
+    describe_outputs,
+    find_changed,
+    fingerprint_file,
+    plan_identity,
+    plan_path,
+    read_sidecar,
+    sidecar_path,
+)
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.machine import Machine
@@ -34,6 +44,7 @@ from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.model_identity import is_of
 from clipcid_cli.steps.reporting import Progress, Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -110,9 +121,12 @@ class TextEmbedder:
 
 
 def embed_texts(
-    settings: EmbedSettings, machine: Machine, reporter: Reporter, name: ModelName, embedder: TextEmbedder
+    settings: EmbedSettings, machine: Machine, reporter: Reporter, name: ModelName, load: Callable[[], TextEmbedder]
 ) -> dict[str, Any]:
     """Embed the texts of a file.
+
+    Args:
+        load: Loads the model; called when there is work for it.
 
     Returns:
         The JSON object: ``texts, skipped, texts_per_second, seconds{encode}, files{}``.
@@ -121,9 +135,15 @@ def embed_texts(
         ClipcidError: when the file cannot be used, or the output is another run's.
     """
     assert settings.texts is not None
-    source, info = settings.texts, embedder.model.info
+    source = settings.texts
     folder = settings.out or WorkDirectory(settings.work).texts(name.slug)
-    inputs = machine.on_main(lambda: [fingerprint_file(source)])
+    inputs = machine.on_main(lambda: _check(source, folder))
+    finished = machine.on_main(lambda: _find_finished(folder, settings, name, inputs))
+    if finished is not None:
+        reporter.note(f"{folder} already holds the embeddings of these texts.")
+        return _describe(folder, finished)
+    embedder = load()
+    info = embedder.model.info
     identity = {
         "weights": info.weights_hash,
         "tokenizer": f"{info.tokenizer}, {info.context_length} tokens",
@@ -157,6 +177,35 @@ def embed_texts(
         embedded = sum(sizes[number] for number in missing)
         sidecar = machine.on_main(lambda: _finish(output, folder, counts, embedded / seconds, seconds, embedder.model))
     return _describe(folder, sidecar)
+
+
+def _check(source: Path, folder: Path) -> list[dict[str, Any]]:
+    """Look at the file and the output folder before a model is loaded; return the file's fingerprint."""
+    refuse_foreign_folder(folder)
+    next(read_texts(source, TextCounts()))
+    return [fingerprint_file(source)]
+
+
+def _find_finished(
+    folder: Path, settings: EmbedSettings, name: ModelName, inputs: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Return the sidecar of finished embeddings that match the request, without loading the model; None otherwise.
+
+    Where the request leaves batch size or precision open, any will do.
+    """
+    sidecar = read_sidecar(sidecar_path(folder, STEP))
+    if (
+        sidecar is None or plan_path(folder, STEP).exists()
+    ):  # a killed run's plan is removed where the folder is claimed
+        return None
+    made = sidecar["settings"]
+    same = (
+        settings.batch_size in (None, made["batch_size"])
+        and settings.precision in ("auto", made["precision"])
+        and plan_identity({}, sidecar["inputs"]) == plan_identity({}, inputs)
+        and is_of(sidecar["model"], name)
+    )
+    return sidecar if same and find_changed(folder, STEP, sidecar) is None else None
 
 
 def _estimate(source: Path, embedder: TextEmbedder, processes: int) -> dict[str, Any]:
