@@ -82,6 +82,6 @@ command = step_command(
     "among 45 values on a part of the training images, as in DINOv2's protocol.",
     examples="clipcid eval-linear --train food101/train --test food101/test\n"
     "clipcid eval-linear ViT-B-32 food101/\n"
-    "clipcid eval-linear ViT-B-32 food101/ --shots 1,2,4,8,16\n"
+    "clipcid eval-linear ViT-B-32 food101/ --shots 1,2,4,8,16 --knn 10,20\n"
     "clipcid eval-linear small/student photos/ --val-fraction 0.1 --json",
 )

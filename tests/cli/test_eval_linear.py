@@ -15,6 +15,7 @@ from conftest import Run, write_tar, write_tiny_model
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
+from sklearn.neighbors import KNeighborsClassifier
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "grey": (120, 120, 120), "red": (210, 50, 40)}
 
@@ -93,16 +94,18 @@ def test_metrics_are_those_of_scikit_learn_on_the_same_features(
     again = clipcid("eval-linear", tiny_model, colours, "--json").json
     assert again == result | {"reused": True}
 
-    check_shots(clipcid, result, [tiny_model, colours, "--shots", "4,1,19", "--shot-repeats", 3])
+    check_shots(clipcid, result, [tiny_model, colours, "--shots", "4,1,19", "--shot-repeats", 3, "--knn", "20,3"])
 
 
 def check_shots(clipcid: Callable[..., Run], plain: dict[str, Any], arguments: list[object]) -> None:
-    """Few-shot probes of the same model and data, beside the probe that was fitted already."""
+    """Few-shot probes and nearest neighbours of the same model and data, beside the probe that was fitted already."""
     run = clipcid("eval-linear", *arguments, "--json")
     result, work = run.json, run.cwd / "clipcid-work"
     # The features and the probe are those of the run without; the metrics file says nothing of shots.
     assert "features of 96 images from" in " ".join(run.stderr.split())
-    assert result["metrics"] == plain["metrics"]
+    of_neighbours = {name: value for name, value in result["metrics"].items() if name.startswith("knn")}
+    assert result["metrics"] == plain["metrics"] | of_neighbours
+    check_neighbours(of_neighbours, read_features(work, 96), read_features(work, 36), [3, 20])
     assert plain["shots"] == []
     written = json.loads((work / "eval" / "colours_tiny_linear_probe.json").read_text())
     assert set(written) == {"dataset", "model", "pretrained", "task", "language", "metrics"}
@@ -125,7 +128,40 @@ def check_shots(clipcid: Callable[..., Run], plain: dict[str, Any], arguments: l
 
     shown = clipcid("eval-linear", *arguments).stderr
     assert "Few-shot, mean ± standard deviation of 3 draws" in shown
+    assert f"{100 * result['metrics']['knn20_acc1']:.2f}%" in shown
     assert "shots" in shown
+
+
+def check_neighbours(
+    metrics: dict[str, float],
+    training: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    counts: list[int],
+) -> None:
+    """Compare with scikit-learn's vote of the same features."""
+
+    def weigh(distances: np.ndarray) -> np.ndarray:
+        return np.exp((1 - distances) / 0.07)
+
+    names = ("acc1", "acc5", "mean_per_class_recall")
+    assert list(metrics) == [f"knn{k}_{name}" for k in counts for name in names]
+    rows, labels = test
+    for k in counts:
+        model = KNeighborsClassifier(k, weights=weigh, metric="cosine", algorithm="brute").fit(*training)
+        right = model.predict(rows) == labels
+        assert metrics[f"knn{k}_acc1"] == pytest.approx(right.mean(), abs=1e-6)
+        recalls = [right[labels == label].mean() for label in np.unique(labels)]
+        assert metrics[f"knn{k}_mean_per_class_recall"] == pytest.approx(np.mean(recalls), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_neighbours_of_the_shipped_evaluation_set_are_scikit_learns(clipcid: Callable[..., Run]) -> None:
+    shipped = Path(__file__).parents[2] / "recipes" / "quickstart"
+    run = clipcid("eval-linear", shipped / "teacher", shipped / "data" / "classification", "--knn", "10,20", "--json")
+    metrics = {name: value for name, value in run.json["metrics"].items() if name.startswith("knn")}
+    work = run.cwd / "clipcid-work"
+    check_neighbours(metrics, read_features(work, 1126), read_features(work, 644), [10, 20])
+    assert metrics["knn20_acc1"] > 0.3
 
 
 def test_features_are_kept_until_weights_preprocessing_or_data_change(
@@ -260,6 +296,7 @@ def test_bad_input_gives_one_error_and_leaves_nothing(
         ([tiny_model, colours, "--val-fraction", 0], 2, "--val-fraction"),
         ([tiny_model, colours, "--shots", "1,two"], 2, "--shots is '1,two'"),
         ([tiny_model, colours, "--shots", "0"], 2, "--shots is '0'"),
+        ([tiny_model, colours, "--knn", "10;20"], 2, "--knn is '10;20'"),
         ([tiny_model, colours, "--metric", "mean_average_precision"], 2, "an image has one class"),
     ]
     for arguments, code, message in cases:
@@ -271,6 +308,9 @@ def test_bad_input_gives_one_error_and_leaves_nothing(
     run = clipcid("eval-linear", tiny_model, "--train", lonely, "--test", colours / "test", check=False)
     assert run.returncode == 1
     assert "none can be held out" in " ".join(run.stderr.split())
+    run = clipcid("eval-linear", tiny_model, colours, "--knn", "3,97", check=False)
+    assert run.returncode == 1
+    assert "--knn 97: there are only 96 training images" in " ".join(run.stderr.split())
     assert not list((run.cwd / "clipcid-work" / "eval").glob("*.json"))
 
 

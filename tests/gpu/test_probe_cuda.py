@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clipcid_cli.algorithms.metrics.probe_metrics import measure
+from clipcid_cli.algorithms.probe.neighbours import nearest_neighbours
 from clipcid_cli.algorithms.probe.probe import ProbeProblem, regularisation_grid, sweep_regularisation
 
 pytestmark = pytest.mark.gpu
@@ -33,3 +34,15 @@ def test_solutions_and_metrics_are_the_cpus(several: bool) -> None:
     assert on_gpu == pytest.approx(objectives, rel=1e-4)
     for mine, theirs in zip(metrics, gpu_metrics, strict=True):
         assert theirs == pytest.approx(mine, abs=5e-3)
+
+
+def test_nearest_neighbours_are_the_cpus_to_the_bit() -> None:
+    rows = torch.nn.functional.normalize(torch.randn(9000, 64, generator=torch.Generator().manual_seed(1)), dim=1)
+    rows[8000:] = rows[:1000]  # equal cosines, also at the last place
+    found = []
+    for device in ("cpu", "cuda"):
+        here = rows.to(device)
+        parts = zip(*nearest_neighbours(here[:5000], here, 21), strict=True)
+        found.append([torch.cat(part) for part in parts])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)

@@ -41,32 +41,48 @@ def rank_classes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find, for each image, the most similar class and how many classes come before the right one.
 
-    Equal similarities rank in the order of the classes, so the result never depends on how a sort breaks ties. A class is
-    outranked by every class that is not surely less similar: one whose similarity is NaN comes last, and an image is right
-    exactly when the rank of its class is 0.
-
     Args:
         images_ND: Image embeddings, float [N, D], unit rows.
         weights_CD: Class weights of :func:`class_weights`, float [C, D].
         labels_N: Right classes, int64 [N], in [0, C).
 
     Returns:
-        The predicted classes, int64 [N], and the ranks of the right classes, int64 [N] in [0, C]; C where the right
-        class's similarity is NaN.
+        As :func:`rank_scores`.
 
     Raises:
         ValueError: when a label names no class.
     """
-    num_classes = len(weights_CD)
+    return rank_scores(images_ND @ weights_CD.T, labels_N)
+
+
+def rank_scores(scores_NC: torch.Tensor, labels_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find, for each image, the class of the largest score and how many classes come before the right one.
+
+    Equal scores rank in the order of the classes, so the result never depends on how a sort breaks ties. A class is
+    outranked by every class whose score is not surely less: one whose score is NaN comes last, and an image is right
+    exactly when the rank of its class is 0.
+
+    Args:
+        scores_NC: Scores, float [N, C]; −∞ for a class that is out of the question.
+        labels_N: Right classes, int64 [N], in [0, C).
+
+    Returns:
+        The predicted classes, int64 [N], and the ranks of the right classes, int64 [N] in [0, C]; C where the right
+        class's score is NaN or −∞.
+
+    Raises:
+        ValueError: when a label names no class.
+    """
+    num_classes = scores_NC.shape[1]
     if len(labels_N) and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < num_classes:
         low, high = int(labels_N.min()), int(labels_N.max())
         raise ValueError(f"labels are in [{low}, {high}], classes in [0, {num_classes - 1}]")
-    scores_NC = images_ND @ weights_CD.T
     own_N1 = scores_NC.gather(1, labels_N[:, None])
     earlier_NC = torch.arange(num_classes, device=labels_N.device) < labels_N[:, None]
     # "Not less" rather than "greater": a comparison with NaN is false, and must not put the right class first.
     after_NC = (scores_NC < own_N1) | ((scores_NC == own_N1) & ~earlier_NC)
-    return scores_NC.nan_to_num(nan=-torch.inf).argmax(dim=1), (~after_NC).sum(dim=1)
+    ranks_N = torch.where(own_N1[:, 0] > -torch.inf, (~after_NC).sum(dim=1), num_classes)
+    return scores_NC.nan_to_num(nan=-torch.inf).argmax(dim=1), ranks_N
 
 
 def top_classes(images_ND: torch.Tensor, weights_CD: torch.Tensor, k: int = ACCURACY_TOP_K) -> tuple[torch.Tensor, ...]:

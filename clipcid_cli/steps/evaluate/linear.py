@@ -30,7 +30,7 @@ from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 TASK = "linear_probe"
 # The probe itself does not depend on them.
-_REPLACEABLE = frozenset({"shots", "shot_repeats"})
+_REPLACEABLE = frozenset({"shots", "shot_repeats", "knn"})
 
 
 def run(settings: EvalLinearSettings, reporter: Reporter) -> dict[str, Any]:
@@ -38,10 +38,12 @@ def run(settings: EvalLinearSettings, reporter: Reporter) -> dict[str, Any]:
 
     Returns:
         The JSON object: CLIP_benchmark's fields with ``lp_acc1, lp_acc5, lp_mean_per_class_recall`` (where images have
-        several classes ``lp_mean_average_precision, lp_mean_average_precision_11_point``), and ``metric`` (by which C was
+        several classes ``lp_mean_average_precision, lp_mean_average_precision_11_point``; of the nearest neighbours the same
+        after ``knn<K>_``), and ``metric`` (by which C was
         chosen), ``c`` (the chosen value), ``validation_score, sweep{c[], score[]}, shots[]`` (as
         `ProbeFits.few_shots` returns them), ``images, train_images`` (all that the final fit uses),
-        ``validation_images, classes, skipped{train{}, test{}, val{}}, seconds{encode, sweep, refit, shots}, files{},
+        ``validation_images, classes, skipped{train{}, test{}, val{}}, seconds{encode, sweep, refit, shots,
+        neighbors}, files{},
         reused``.
 
     Raises:
@@ -85,8 +87,9 @@ def _evaluate(
         replaceable=_REPLACEABLE,
         resumable=False,
     ) as output:
-        # Without --shots, an earlier probe that also has a few-shot curve already answers the question.
-        usable = output.finished if settings.shot_counts else output.finished or output.earlier
+        # An earlier probe that also has a few-shot curve, or nearest neighbours, answers the question without them.
+        more = settings.shot_counts or settings.neighbour_counts
+        usable = output.finished if more else output.finished or output.earlier
         if usable is not None and machine.on_main(path.is_file):
             reporter.note(f"{path} already holds {evaluated.name.spec} on {data.name}.")
             record = machine.on_main(lambda: read_metrics(path))
@@ -104,8 +107,7 @@ def _evaluate(
         def fit_and_write() -> dict[str, Any]:
             fitted = _fit(data, splits, machine.device, settings, reporter)
             all_seconds = seconds | fitted.seconds
-            metrics = {f"lp_{metric}": value for metric, value in fitted.metrics.items()}
-            record = evaluated.make_record(data.name, TASK, metrics)
+            record = evaluated.make_record(data.name, TASK, fitted.metrics)
             result = fitted.result | {"seconds": {phase: round(value, 3) for phase, value in all_seconds.items()}}
             output.drop_earlier(path)
             write_metrics(path, record)
@@ -136,6 +138,7 @@ def _identity(evaluated: EvaluatedModel, data: ProbeData, settings: EvalLinearSe
         "metric": data.metric,
         "shots": list(settings.shot_counts),
         "shot_repeats": settings.shot_repeats if settings.shot_counts else None,
+        "knn": list(settings.neighbour_counts),
         "grid": regularisation_grid(),
         "tolerance": TOLERANCE,
         "promised_decrease": PROMISED_DECREASE,
@@ -151,9 +154,9 @@ class _FittedProbe:
     """A probe and its measurements.
 
     Attributes:
-        metrics: On the test images, by name without ``lp_``.
+        metrics: On the test images, by name.
         result: What the JSON object says of the fit.
-        seconds: Time by phase: ``sweep``, ``refit``, ``shots``.
+        seconds: Time by phase: ``sweep``, ``refit``, ``shots``, ``neighbors``.
     """
 
     solution: Solution
@@ -183,6 +186,8 @@ def _fit(
         reporter.note(f"lp_acc5 is null because there are only {len(data.classes)} classes.")
     refitted = time.perf_counter()
     shots = fits.few_shots(test)
+    with_shots = time.perf_counter()
+    all_metrics = {f"lp_{metric}": value for metric, value in metrics.items()} | fits.measure_neighbours(test)
     result = {
         "metric": data.metric,
         "c": best.c,
@@ -197,8 +202,13 @@ def _fit(
             split: features.skips.counts for split, features in zip(("train", "test", "val"), splits, strict=False)
         },
     }
-    seconds = {"sweep": swept - started, "refit": refitted - swept, "shots": time.perf_counter() - refitted}
-    return _FittedProbe(solution, points, metrics, result, seconds)
+    seconds = {
+        "sweep": swept - started,
+        "refit": refitted - swept,
+        "shots": with_shots - refitted,
+        "neighbors": time.perf_counter() - with_shots,
+    }
+    return _FittedProbe(solution, points, all_metrics, result, seconds)
 
 
 def _warn_of_edge(best: SweepPoint, points: list[SweepPoint], reporter: Reporter) -> None:

@@ -1,4 +1,7 @@
-"""The fits of `eval-linear`: the regularisation strength is chosen on held-out images, then the probe is fitted on all."""
+"""The fits of `eval-linear`: the regularisation strength is chosen on held-out images, then the probe is fitted on all.
+
+The nearest neighbours are looked for among all of them, too.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from typing import Any
 
 import torch
 
-from clipcid_cli.algorithms.metrics.probe_metrics import measure
+from clipcid_cli.algorithms.metrics.probe_metrics import measure, measure_scores
+from clipcid_cli.algorithms.probe.neighbours import nearest_neighbours, vote
 from clipcid_cli.algorithms.probe.probe import (
     TOLERANCE,
     LinearClassifier,
@@ -63,7 +67,8 @@ class ProbeFits:
         settings: Share held out, shots and seed.
 
     Raises:
-        ClipcidError: when nothing can be held out, classes do not differ, or no class has as many images as --shots.
+        ClipcidError: when nothing can be held out, classes do not differ, or --shots or --knn ask for more images than
+            there are.
     """
 
     def __init__(
@@ -84,6 +89,12 @@ class ProbeFits:
         self.grid = regularisation_grid()
         self._check_classes()
         self._check_shots()
+        most = max(self.settings.neighbour_counts, default=0)
+        if most > len(self.images):
+            raise ClipcidError(
+                f"--knn {most}: there are only {len(self.images):,} training images.",
+                f"Give numbers of at most {len(self.images):,}.",
+            )
 
     def _hold_out(self, images: LabelledFeatures) -> tuple[LabelledFeatures, LabelledFeatures]:
         """Split the training images into those to fit on and those to choose a strength on."""
@@ -168,6 +179,25 @@ class ProbeFits:
     def measure(self, classifier: LinearClassifier, images: LabelledFeatures) -> dict[str, float]:
         """Return the metrics of a classifier on some images."""
         return measure(classifier.weights_CD, classifier.bias_C, images.rows, images.labels, self.classes)
+
+    def measure_neighbours(self, test: LabelledFeatures) -> dict[str, float]:
+        """Return the metrics of the weighted vote of the nearest training images, each after ``knn<K>_``; none unasked."""
+        counts = self.settings.neighbour_counts
+        if not counts:
+            return {}
+        blocks = []
+        with self.reporter.progress("Nearest neighbors", len(test), "images") as progress:
+            for block in nearest_neighbours(test.rows, self.images.rows, counts[-1]):
+                blocks.append(block)
+                progress.advance(len(block[0]))
+        cosines, numbers = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        training, own = self.images.labels.cpu(), test.labels.cpu()
+        metrics: dict[str, float] = {}
+        for k in counts:
+            scores = vote(cosines[:, :k], numbers[:, :k], training, self.classes)
+            found = measure_scores(scores, own, self.classes)
+            metrics |= {f"knn{k}_{name}": value for name, value in found.items()}
+        return metrics
 
     def few_shots(self, test: LabelledFeatures) -> list[dict[str, Any]]:
         """Fit on a few images of each class, repeatedly, and measure on the test images.

@@ -12,6 +12,7 @@ from clipcid_cli.steps.settings.shared import ReadingSettings
 _WHAT = "Data"
 _HOW = "Fitting the probe"
 _SHOTS = "Few-shot curve"
+_NEIGHBOURS = "Nearest neighbors"
 METRICS = (
     "acc1",
     "mean_per_class_recall",
@@ -78,10 +79,18 @@ class EvalLinearSettings(ReadingSettings):
         5, "Random draws per number of shots; mean and standard deviation are reported.", group=_SHOTS, minimum=1
     )
 
+    knn: str | None = option(
+        None,
+        "Also classify each test image by this many nearest training images, whose votes weigh exp(cosine/0.07), for "
+        "example 10,20.",
+        group=_NEIGHBOURS,
+        metavar="K,K,…",
+    )
+
     def __post_init__(self) -> None:
         """Check that there is data to fit on and to measure on."""
         super().__post_init__()
-        _ = self.shot_counts
+        _ = self.shot_counts, self.neighbour_counts
         if self.data is None and (self.train is None or self.test is None):
             missing = [flag for flag, value in (("--train", self.train), ("--test", self.test)) if value is None]
             raise UsageError(
@@ -96,12 +105,25 @@ class EvalLinearSettings(ReadingSettings):
         Raises:
             UsageError: when the flag holds something other than whole numbers from 1 on.
         """
-        if self.shots is None:
-            return ()
-        parts = [part.strip() for part in self.shots.split(",")]
-        if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-            raise UsageError(
-                f"--shots is {self.shots!r}, not a list of whole numbers of at least 1, separated by commas.",
-                "For example: --shots 1,2,4,8,16",
-            )
-        return tuple(sorted({int(part) for part in parts}))
+        return _read_counts("--shots", self.shots, "1,2,4,8,16")
+
+    @property
+    def neighbour_counts(self) -> tuple[int, ...]:
+        """Numbers of nearest neighbours, ascending; none without --knn.
+
+        Raises:
+            UsageError: when the flag holds something other than whole numbers from 1 on.
+        """
+        return _read_counts("--knn", self.knn, "10,20")
+
+
+def _read_counts(flag: str, text: str | None, example: str) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(
+            f"{flag} is {text!r}, not a list of whole numbers of at least 1, separated by commas.",
+            f"For example: {flag} {example}",
+        )
+    return tuple(sorted({int(part) for part in parts}))

@@ -1,0 +1,116 @@
+"""Weighted nearest neighbours: against loops in exact arithmetic and against scikit-learn, with ties and in blocks."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, top_k_accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from clipcid_cli.algorithms.metrics.probe_metrics import measure_scores
+from clipcid_cli.algorithms.probe import neighbours
+from clipcid_cli.algorithms.probe.neighbours import TEMPERATURE, nearest_neighbours, vote
+
+
+def unit_rows(count: int, width: int, seed: int) -> torch.Tensor:
+    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def find(images: torch.Tensor, training: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    cosines, numbers = zip(*nearest_neighbours(images, training, k), strict=True)
+    return torch.cat(cosines), torch.cat(numbers)
+
+
+def scikit_learn(k: int, training: torch.Tensor, labels: torch.Tensor) -> KNeighborsClassifier:
+    def weigh(distances: np.ndarray) -> np.ndarray:
+        return np.exp((1 - distances) / TEMPERATURE)
+
+    model = KNeighborsClassifier(k, weights=weigh, metric="cosine", algorithm="brute")
+    return model.fit(training.double().numpy(), labels.long().numpy())
+
+
+@pytest.mark.parametrize("blocks", [(1024, 4096), (3, 7), (5, 2)])
+def test_neighbours_are_those_of_exact_arithmetic_in_any_blocks(
+    blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(neighbours._BLOCK, "cpu", blocks)
+    training, images = unit_rows(12, 4, seed=0), unit_rows(8, 4, seed=1)
+    # Copies, so that many cosines are equal, also at the last place, and rows that differ in the last bits alone.
+    training = torch.cat([training, training[:9], training[3:4].repeat(4, 1)])
+    images = torch.cat([images, training[2:4]])
+    images[0] = torch.nextafter(images[1], torch.tensor(2.0))
+    grid = [[Fraction(round(Fraction(value) * 2**26), 2**26) for value in row] for row in training.tolist()]
+    for k in (1, 2, 5, 11, len(training)):
+        cosines, numbers = find(images, training, k)
+        for image, cosine, number in zip(images.tolist(), cosines.tolist(), numbers.tolist(), strict=True):
+            own = [Fraction(round(Fraction(value) * 2**26), 2**26) for value in image]
+            exact = [sum(a * b for a, b in zip(own, row, strict=True)) for row in grid]
+            order = sorted(range(len(grid)), key=lambda row: (-exact[row], row))[:k]
+            assert number == order
+            assert [Fraction(value) for value in cosine] == [exact[row] for row in order]
+
+
+@pytest.mark.parametrize("scores_at_once", [2**22, 30])
+def test_votes_are_loops_in_float64(scores_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "_SCORES", scores_at_once)
+    training, images = unit_rows(40, 6, seed=2), unit_rows(23, 6, seed=3)
+    labels = torch.randint(0, 9, (40,), generator=torch.Generator().manual_seed(4))
+    several = torch.rand(40, 9, generator=torch.Generator().manual_seed(5)) < 0.2
+    cosines, numbers = find(images, training, 7)
+    scores, shares = (torch.cat(list(vote(cosines, numbers, own, 9))) for own in (labels, several))
+    for row in range(len(images)):
+        weights = [math.exp(cosine / 0.07) for cosine in cosines[row].tolist()]
+        for number in range(9):
+            voters = list(zip(weights, numbers[row].tolist(), strict=True))
+            one = sum(weight for weight, voter in voters if labels[voter] == number) / sum(weights)
+            many = sum(weight for weight, voter in voters if several[voter, number]) / sum(weights)
+            assert float(scores[row, number]) == pytest.approx(one or -math.inf, rel=1e-12)
+            assert float(shares[row, number]) == pytest.approx(many or -math.inf, rel=1e-12)
+
+
+def test_metrics_are_those_of_scikit_learn() -> None:
+    centres = unit_rows(8, 16, seed=6)
+    labels = torch.arange(400) % 8
+    rows = torch.nn.functional.normalize(centres[labels] + 0.6 * unit_rows(400, 16, seed=7), dim=1)
+    training, images, known, wanted = rows[:300], rows[300:], labels[:300], labels[300:]
+    for k in (1, 10, 200):
+        cosines, numbers = find(images, training, k)
+        metrics = measure_scores(vote(cosines, numbers, known, 8), wanted, 8)
+        theirs = scikit_learn(k, training, known)
+        right = theirs.predict(images.double().numpy()) == wanted.numpy()
+        assert metrics["acc1"] == pytest.approx(right.mean(), abs=1e-6)
+        recalls = [right[wanted.numpy() == number].mean() for number in range(8)]
+        assert metrics["mean_per_class_recall"] == pytest.approx(np.mean(recalls), abs=1e-6)
+        shares = theirs.predict_proba(images.double().numpy())
+        ours = torch.cat(list(vote(cosines, numbers, known, 8)))
+        np.testing.assert_allclose(ours.clamp(min=0).numpy(), shares, atol=1e-6)
+    assert metrics["acc5"] == pytest.approx(top_k_accuracy_score(wanted, shares, k=5), abs=1e-6)
+
+
+def test_images_with_several_classes_are_ranked_by_the_share_of_their_votes() -> None:
+    training, images = unit_rows(200, 8, seed=8), unit_rows(90, 8, seed=9)
+    several, wanted = training[:, :5] > 0.1, images[:, :5] > 0.1
+    found = measure_scores(vote(*find(images, training, 20), several, 5), wanted, 5)
+    shares = scikit_learn(20, training, several).predict_proba(images.double().numpy())
+    expected = average_precision_score(wanted, np.stack([share[:, 1] for share in shares], axis=1))
+    assert found["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
+    assert expected > 0.6
+
+
+def test_a_class_without_a_vote_is_never_right() -> None:
+    # One neighbour: of six classes only its own is in question, though classes 0 … 3 would fill up the first five.
+    cosines, numbers = find(torch.eye(3)[:2], torch.eye(3), 1)
+    scores = list(vote(cosines, numbers, torch.tensor([5, 4, 0]), 6))
+    assert measure_scores(scores, torch.tensor([5, 0]), 6)["acc5"] == 0.5
+
+
+def test_what_cannot_be_found_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"k must lie in \[1, 3\], not 4"):
+        find(torch.eye(3), torch.eye(3), 4)
+    with pytest.raises(ValueError, match="images are 2 wide, training images 3"):
+        find(torch.eye(2), torch.eye(3), 1)
