@@ -21,7 +21,7 @@ from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.sample_order import SampleOrder
 from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.distill.augmented.captions import CaptionChooser
-from clipcid_cli.steps.distill.augmented.extra_texts import ExtraTextReader, ExtraTexts
+from clipcid_cli.steps.distill.augmented.extra_texts import ExtraText, ExtraTextReader, ExtraTexts, RowRanges
 from clipcid_cli.steps.distill.augmented.items import BatchShare, Item
 from clipcid_cli.steps.distill.augmented.views import ShownImage, StoredViews
 from clipcid_cli.steps.distill.samples import index_of
@@ -64,11 +64,20 @@ class BatchOrder:
 
     def items(self, step: int, rank: int, size: int) -> list[Item]:
         """Return one process's part of a step's batch: a contiguous slice, so that gathering restores the batch."""
+        return self._items(self._samples_of(step), rank, size)
+
+    def _samples_of(self, step: int) -> list[tuple[int, int]]:
+        """Return (epoch, row) of the samples of a step's whole batch."""
+        return self._order.between(step * self.batch_size, (step + 1) * self.batch_size)
+
+    def _shards_of(self, samples: list[tuple[int, int]]) -> npt.NDArray[np.int64]:
+        """Return the shards of samples given by (epoch, row)."""
+        return np.searchsorted(self._shard_ends, np.array([row for _, row in samples]), side="right")
+
+    def _items(self, batch: list[tuple[int, int]], rank: int, size: int) -> list[Item]:
         share = self.batch_size // size
-        start = step * self.batch_size + rank * share
-        pairs = self._order.between(start, start + share)
-        rows = np.array([row for _, row in pairs])
-        shards = np.searchsorted(self._shard_ends, rows, side="right").tolist()
+        pairs = batch[rank * share : (rank + 1) * share]
+        shards = self._shards_of(pairs).tolist()
         sources = {shard: self._index.source(shard) for shard in set(shards)}
         return [
             self._item(epoch, row, shard, sources[shard]) for (epoch, row), shard in zip(pairs, shards, strict=True)
@@ -82,8 +91,14 @@ class BatchOrder:
     def iterate(self, start: int, stop: int, rank: int, size: int) -> Iterator[BatchShare]:
         """Yield one process's parts of the batches from step `start` to before `stop`."""
         for step in range(start, stop):
-            texts = [] if self._extra_texts is None else self._extra_texts.share(step, rank, size, self._place)
-            yield BatchShare(self.items(step, rank, size), texts)
+            batch, texts = self._samples_of(step), list[ExtraText]()
+            if self._extra_texts is not None:
+                # Captions are read only from shards that the batch reads anyway: another would be fetched for one caption.
+                shards = np.unique(self._shards_of(batch))
+                ends = self._shard_ends[shards]
+                rows = RowRanges(ends - self._sizes[shards], ends)
+                texts = self._extra_texts.share(step, rank, size, rows, self._place)
+            yield BatchShare(self._items(batch, rank, size), texts)
 
     def _place(self, row: int) -> SamplePlace:
         """Return where a sample is, by its row."""

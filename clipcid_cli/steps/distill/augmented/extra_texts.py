@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.index import SamplePlace
@@ -57,8 +58,22 @@ class ExtraTextReader:
 
 
 @dataclasses.dataclass(frozen=True)
+class RowRanges:
+    """Rows starts[i] … stops[i] − 1 for each i, int64 [n] both."""
+
+    starts: npt.NDArray[np.int64]
+    stops: npt.NDArray[np.int64]
+
+    def draw(self, random: np.random.Generator, number: int) -> npt.NDArray[np.int64]:
+        """Draw rows uniformly, int64 [number]."""
+        ends = np.cumsum(self.stops - self.starts)
+        places = random.integers(ends[-1], size=number)
+        return places + (self.stops - ends)[np.searchsorted(ends, places, side="right")]
+
+
+@dataclasses.dataclass(frozen=True)
 class ExtraTexts:
-    """The further texts of a run: drawn uniformly for each step, a function of seed and step.
+    """The further texts of a run, drawn uniformly for each step: of all lines, or of the variants of some samples.
 
     Attributes:
         rows: The teacher's embeddings of all there are.
@@ -81,21 +96,23 @@ class ExtraTexts:
         """What makes their texts in a worker."""
         return ExtraTextReader(None if self.texts is None else self.texts.lines, self.variants)
 
-    def share(self, step: int, rank: int, size: int, place: Callable[[int], SamplePlace]) -> list[ExtraText]:
+    def share(
+        self, step: int, rank: int, size: int, samples: RowRanges, place: Callable[[int], SamplePlace]
+    ) -> list[ExtraText]:
         """Draw one process's part of a step's texts: a slice of what one process would take.
 
         Args:
-            place: Where a sample is, by its row among those to train on.
+            samples: Whose variants may be drawn: rows among those to train on, the same in each process.
+            place: Where a sample is, by its row.
         """
         random = np.random.default_rng(derive_seed("extra texts", self.seed, step))
-        count = len(self.rows) if self.variants is None else self.samples.total * self.variants.number
         mine = slice(rank * self.number // size, (rank + 1) * self.number // size)
-        chosen = random.integers(count, size=self.number)[mine]
         if self.variants is None:
-            return [ExtraText(row) for row in chosen.tolist()]
-        samples, variants = np.divmod(chosen, self.variants.number)
-        rows = self.samples.embeddings()[samples].astype(np.int64) * self.variants.number + variants
-        return [ExtraText(row, place(sample)) for row, sample in zip(rows.tolist(), samples.tolist(), strict=True)]
+            return [ExtraText(row) for row in random.integers(len(self.rows), size=self.number)[mine].tolist()]
+        chosen = samples.draw(random, self.number)[mine]
+        variants = random.integers(self.variants.number, size=self.number)[mine]
+        rows = self.samples.embeddings()[chosen].astype(np.int64) * self.variants.number + variants
+        return [ExtraText(row, place(sample)) for row, sample in zip(rows.tolist(), chosen.tolist(), strict=True)]
 
 
 def find_extra_texts(

@@ -20,6 +20,7 @@ from clipcid_cli.formats.embeddings.text_folder import open_texts
 from clipcid_cli.runtime.models.augment import Augmentation, Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.steps.distill.augmented.extra_texts import RowRanges
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -172,3 +173,23 @@ def test_without_any_texts_the_command_is_named(tiny_shards: Path, tiny_model: P
 def test_texts_are_embedded_alone() -> None:
     with pytest.raises(UsageError, match="--texts embeds a file of texts alone"):
         EmbedSettings(texts=Path("x"), data="y")
+
+
+def test_variants_are_of_the_shards_that_the_batch_reads(tiny_shards: Path, work: Path, tmp_path: Path) -> None:
+    _, inputs, _ = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12)
+    dataset = index_data(open_dataset(str(tiny_shards)), tmp_path)
+    order = BatchOrder(dataset, inputs.samples, 3, 1, extra_texts=inputs.extra_texts)
+    read = set()
+    for share in order.iterate(0, 24, 0, 1):
+        [item] = share.items
+        assert {text.sample.source.path for text in share.extra_texts if text.sample} == {item.sample.source.path}
+        assert len(share.extra_texts) == 12
+        read.update(text.row for text in share.extra_texts)
+    assert len(read) == 48, "all variants come up"
+
+
+def test_rows_are_drawn_uniformly_from_ranges() -> None:
+    ranges = RowRanges(np.array([3, 10, 20]), np.array([5, 11, 23]))
+    drawn, counts = np.unique(ranges.draw(np.random.default_rng(0), 6000), return_counts=True)
+    assert drawn.tolist() == [3, 4, 10, 20, 21, 22]
+    assert (abs(counts - 1000) < 150).all()
