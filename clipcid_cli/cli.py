@@ -17,7 +17,7 @@ import click
 from clipcid_cli import __version__
 from clipcid_cli.commands.failures import explain, read_world
 from clipcid_cli.commands.help_page import HelpPage, format_page
-from clipcid_cli.commands.signals import UNREAD, Signals, drop, drop_unread
+from clipcid_cli.commands.signals import UNREAD, Signals, drop, drop_unread, open_closed
 from clipcid_cli.commands.wrapping import wrap
 from clipcid_cli.errors import ClipcidError
 
@@ -85,6 +85,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 not read, 143 terminated."""
+    open_closed()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get("CLIPCID_DEBUG", "").lower() in ("1", "true", "yes", "on")
     as_json = "--json" in arguments or os.environ.get("CLIPCID_JSON", "").lower() in ("1", "true", "yes", "on")
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         rank, size = read_world()
         signals.watch(lambda: _report_interrupt(rank))
         # click's own `main` makes exit 1 of every broken pipe; it is for shells that ask for completions.
-        if "_CLIPCID_COMPLETE" in os.environ:
+        if os.environ.get("_CLIPCID_COMPLETE"):
             cli.main(args=arguments, prog_name="clipcid", standalone_mode=False)
         with cli.make_context("clipcid", arguments) as context:
             cli.invoke(context)

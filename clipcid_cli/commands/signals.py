@@ -71,6 +71,18 @@ class Signals:
         os._exit(self.exit_code)
 
 
+def open_closed() -> None:
+    """Open a stream that leads nowhere in place of each that is closed, as by `2>&-`.
+
+    Python leaves None there; and the next file opened would take its number, and get what libraries write to it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: that of the stream
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def drop_unread() -> bool:
     """Let stdout and stderr go nowhere where their reader has gone, and tell whether one has."""
     unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
@@ -87,7 +99,7 @@ def drop(stream: IO[str]) -> None:
 
 
 def _is_unread(stream: IO[str]) -> bool:
-    """Tell whether a stream is a pipe whose reading end is closed."""
+    """Tell whether a stream is a pipe, socket or terminal whose other end is closed."""
     if not hasattr(select, "poll"):
         return False
     try:
@@ -95,5 +107,6 @@ def _is_unread(stream: IO[str]) -> bool:
     except (OSError, ValueError):  # a stream of a program that calls us, or closed
         return False
     poll = select.poll()
-    poll.register(number, 0)  # errors are told in any case
-    return any(state & select.POLLERR for _, state in poll.poll(0))
+    # Linux tells errors in any case; macOS only to those who want to write, and of a pipe that its end hung up.
+    poll.register(number, select.POLLOUT)
+    return any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))

@@ -64,6 +64,10 @@ def test_an_unknown_command_is_a_usage_error(clipcid: Callable[..., Run]) -> Non
     assert "balanse" in run.stderr
 
 
+def test_an_empty_request_for_completions_is_none(clipcid: Callable[..., Run]) -> None:
+    assert clipcid("--version", env={"_CLIPCID_COMPLETE": ""}).stdout.count("clipcid, version") == 1
+
+
 def test_with_json_an_error_is_one_json_object_too(clipcid: Callable[..., Run]) -> None:
     run = clipcid("embed", "/no/such/folder", "--json", check=False)
     assert run.returncode == 1

@@ -4,6 +4,7 @@ import datetime
 import os
 import re
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -132,6 +133,24 @@ def test_a_program_that_nobody_reads_ends_as_others_do(arguments: list[str], tmp
     # An error is written to stderr, and its code stays; nothing was to be written to stdout.
     assert done.returncode == {"--help": 141, "balance": 1 if "--json" in arguments else 2}[arguments[0]]
     assert done.stderr in ("", None) or arguments[-1] == "2"
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "told"),
+    [
+        ("--version 2>&-", 0, "clipcid, version"),
+        ("--version <&- >&- 2>&-", 0, ""),
+        ("balance --keep 2 >&-", 2, "Error: Invalid value for '--keep': 2"),
+        ("balance --keep 2 --json 2>&-", 2, '{"error": "Invalid value for'),
+    ],
+)
+def test_a_closed_stream_is_as_good_as_one_that_leads_nowhere(line: str, code: int, told: str, tmp_path: Path) -> None:
+    command = ["sh", "-c", f"exec {shlex.quote(clipcid_command()[0])} {line}"]
+    run = run_command(command, tmp_path, False, 60, None)
+    assert run.returncode == code, run
+    assert (run.stdout + run.stderr).startswith(told), run
+    assert "Traceback" not in run.stderr, run
+    assert "Warning" not in run.stderr, run
 
 
 def test_another_process_behind_a_broken_pipe_is_told(tmp_path: Path) -> None:
