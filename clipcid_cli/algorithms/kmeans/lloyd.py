@@ -309,12 +309,13 @@ class Lloyd:
         sorted_B, order_B = torch.sort(count_B, descending=True)
         sorted_B = sorted_B.cpu()  # a GPU is waited for once
         at, end = 0, int((sorted_B > 0).sum())
+        # In their order where that takes less time than to pick them out: then all of them, wherever those to compare are.
         few = int(sorted_B[0]) <= _SO_FEW_CENTROIDS and 2 * end > len(sorted_B)
+        end = len(sorted_B) if few else end
         while at < end:
             leading = int(sorted_B[0 if few else at])
             # Fewer centroids, more rows: not as many as there is room for, since each row may need fewer still.
-            stop = min(len(sorted_B) if few else end, at + size * max(1, min(_MOST_BLOCKS, _FEW_CENTROIDS // leading)))
-            # In their order where that takes less time than to pick them out.
+            stop = min(end, at + size * max(1, min(_MOST_BLOCKS, _FEW_CENTROIDS // leading)))
             looked_at = min(-(-leading // GROUP) * GROUP, len(self.centroids_KD))
             yield (slice(at, stop) if few else order_B[at:stop]), looked_at
             at = stop
