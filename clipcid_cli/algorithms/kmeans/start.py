@@ -48,7 +48,7 @@ class CodedRows:
     def of(cls, projected_Bd: torch.Tensor) -> CodedRows:
         """Round projections, float32 [B, d], multiples of 2⁻²³."""
         largest_B = projected_Bd.abs().amax(dim=1)
-        steps_B = (largest_B / (_LARGEST * _UNIT)).ceil().clamp(min=1.0) * _UNIT
+        steps_B = _divide(largest_B, _LARGEST * _UNIT).ceil().clamp(min=1.0) * _UNIT
         return cls((projected_Bd / steps_B[:, None]).round().to(torch.int8), steps_B)
 
     def values(self) -> torch.Tensor:
@@ -63,8 +63,13 @@ class CodedRows:
 
 def code_centroids(centroids_Kd: torch.Tensor) -> torch.Tensor:
     """Round projected centroids, float32 [K, d], to integers of at most 127 times one step: int8 [K, d]."""
-    step = (centroids_Kd.abs().max() / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    step = _divide(centroids_Kd.abs().max(), _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
     return (centroids_Kd / step).round().to(torch.int8)
+
+
+def _divide(values: torch.Tensor, divisor: float) -> torch.Tensor:
+    """Divide by a number, rounded once: a GPU multiplies by the reciprocal of a number, but divides by a tensor."""
+    return values / torch.full_like(values, divisor)
 
 
 def nearest_codes(codes_Bd: torch.Tensor, centroids_Kd: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

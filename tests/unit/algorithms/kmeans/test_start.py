@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from kmeans_data import ArrayRows, assert_same, beginning, run, unit
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipcid_cli.algorithms.kmeans import lloyd, start
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState
@@ -52,6 +56,26 @@ def test_codes_are_within_half_a_step_and_steps_as_small_as_they_can_be() -> Non
     assert int(codes.abs().max()) == 127
     assert torch.allclose(codes * (centroids.abs().max() / 127), centroids, atol=float(centroids.abs().max()) / 250)
     assert not code_centroids(torch.zeros(3, 64)).any()
+
+
+class DividesAsCuda(TorchDispatchMode):
+    """Where a tensor is divided by a number, multiplies by its reciprocal in float32, as PyTorch does on CUDA."""
+
+    def __torch_dispatch__(
+        self, call: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if call is torch.ops.aten.div.Tensor and not isinstance(args[1], torch.Tensor):
+            return args[0] * float(np.float32(1) / np.float32(args[1]))
+        return call(*args, **kwargs or {})
+
+
+def test_codes_do_not_depend_on_how_a_device_divides_by_a_number() -> None:
+    """For centroids with entries halfway between two codes."""
+    for largest in torch.arange(1.0, 128.0).rsqrt():
+        centroids = torch.cat([largest * (torch.arange(0.5, 127.5) / 127), largest[None]])[None]
+        codes = code_centroids(centroids)
+        with DividesAsCuda():
+            assert torch.equal(code_centroids(centroids), codes)
 
 
 def test_the_first_of_the_largest_products_wins_in_every_format(monkeypatch: pytest.MonkeyPatch) -> None:
