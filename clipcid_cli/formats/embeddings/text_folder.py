@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shlex
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +34,11 @@ LONGEST_LINE = 8_192
 
 _SCHEMA = pa.schema([("text", pa.large_string())])
 _GIVE = "Give --texts a file with a text a line."
-_REMAKE = "Make it again: clipcid embed --texts FILE --overwrite"
+
+
+def _remake(folder: Path, model: str = "MODEL") -> str:
+    words = ["clipcid", "embed", "--texts", "FILE", "--model", model, "--out", str(folder), "--overwrite"]
+    return f"Make it again: {shlex.join(words)}"
 
 
 def texts_path(folder: Path) -> Path:
@@ -163,7 +168,9 @@ def _open(path: str) -> pa.ipc.RecordBatchFileReader:
     try:
         return pa.ipc.open_file(pa.memory_map(path))
     except (OSError, pa.ArrowInvalid) as error:
-        raise ClipcidError(f"{path} cannot be read: {' '.join(str(error).split())}.", _REMAKE) from error
+        raise ClipcidError(
+            f"{path} cannot be read: {' '.join(str(error).split())}.", _remake(Path(path).parent)
+        ) from error
 
 
 @lru_cache(maxsize=16)
@@ -212,12 +219,15 @@ def open_texts(folder: Path) -> EmbeddedTexts:
     sidecar = read_sidecar(sidecar_path(folder, STEP))
     if sidecar is None:
         state = "The embeddings of texts are unfinished" if plan_path(folder, STEP).exists() else "There are none"
-        raise ClipcidError(f"{state} in {folder}.", "Run: clipcid embed --texts FILE")
+        raise ClipcidError(f"{state} in {folder}.", f"Run: clipcid embed --texts FILE --out {shlex.quote(str(folder))}")
     if (changed := find_changed(folder, STEP, sidecar)) is not None:
-        raise ClipcidError(changed, _REMAKE)
+        raise ClipcidError(changed, _remake(folder, sidecar["model"]["spec"]))
     sizes = TextLines(str(texts_path(folder))).batch_sizes()
     files = tuple(find_npy(rows_path(folder, number)) for number in range(len(sizes)))
     for file, size in zip(files, sizes, strict=True):
         if file.dtype != "float16" or len(file.shape) != 2 or file.shape != (size, files[0].shape[1]):
-            raise ClipcidError(f"{file.path} holds {file.dtype} {list(file.shape)}, beside {size:,} texts.", _REMAKE)
+            raise ClipcidError(
+                f"{file.path} holds {file.dtype} {list(file.shape)}, beside {size:,} texts.",
+                _remake(folder, sidecar["model"]["spec"]),
+            )
     return EmbeddedTexts(folder, files, sidecar)

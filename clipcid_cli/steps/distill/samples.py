@@ -234,12 +234,11 @@ def _match_shard(
         counts.without_embedding += int(np.count_nonzero(selected & (rows < 0)))
         if sources.required:
             selected &= rows >= 0
+        embedded = np.ones_like(rows)  # captions of each, unless they are counted
         if found["embeddings"].shape[1] > 1:
             columns["captions"], embedded = found["embeddings"][:, 1], found["embeddings"][:, 2]
-            changed = np.flatnonzero(selected & (embedded != num_captions))
-            if len(changed) and counts.changed is None:
-                place = int(changed[0])
-                counts.changed = keys[place].as_py(), int(num_captions[place]), int(embedded[place])
+        for place in np.flatnonzero(selected & (rows >= 0) & (embedded != num_captions))[:1].tolist():
+            counts.changed = counts.changed or (keys[place].as_py(), int(num_captions[place]), int(embedded[place]))
     if "clusters" in found:
         columns["clusters"] = found["clusters"][:, 0]
         counts.without_cluster += int(np.count_nonzero(selected & (columns["clusters"] < 0)))

@@ -234,7 +234,7 @@ def use_stored(
             "have no effect (--views none draws views anew)."
         )
     all_captions = has_all_captions(embeddings, counts, reporter)
-    variants = find_text_variants(settings, embeddings, reporter)
+    variants = find_text_variants(settings, embeddings, counts, reporter)
     extra = find_extra_texts(settings, embeddings, samples, variants, reporter)
     return TeacherInputs(
         embeddings, samples, num_views=views, all_captions=all_captions, text_variants=variants, extra_texts=extra

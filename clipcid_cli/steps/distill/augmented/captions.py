@@ -12,6 +12,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
 from clipcid_cli.steps.distill.samples import MatchCounts
+from clipcid_cli.steps.embed.command import data_command
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -71,21 +72,28 @@ def has_all_captions(embeddings: Embeddings, counts: MatchCounts, reporter: Repo
     if not embeddings.has_further_captions:
         reporter.note("Captions: only the first of each sample is embedded, so only the first is shown.")
         return False
-    if counts.changed is not None:
-        key, now, embedded = counts.changed
-        raise ClipcidError(
-            f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
-            "Run: clipcid embed DATA --overwrite",
-        )
+    _refuse_changed(embeddings, counts)
     reporter.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
     return True
 
 
-def find_text_variants(settings: DistillSettings, embeddings: Embeddings, reporter: Reporter) -> TextVariants | None:
+def _refuse_changed(embeddings: Embeddings, counts: MatchCounts) -> None:
+    if counts.changed is not None:
+        key, now, embedded = counts.changed
+        raise ClipcidError(
+            f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
+            f"Run: {data_command(embeddings.folder, embeddings.sidecar)}",
+        )
+
+
+def find_text_variants(
+    settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts, reporter: Reporter
+) -> TextVariants | None:
     """Return the embedded variants of captions; None where there are none, or none are used: shown, or as further texts.
 
     Raises:
-        ClipcidError: when it is not known how their texts were made.
+        ClipcidError: when it is not known how their texts were made, or a sample has not as many captions as were embedded:
+            its variants would be other texts.
     """
     number = embeddings.num_variants if embeddings.has_texts else 0
     share = settings.variant_share
@@ -100,8 +108,10 @@ def find_text_variants(settings: DistillSettings, embeddings: Embeddings, report
         raise ClipcidError(
             f"{embeddings.folder} holds {number} text variants of each row, but embed.json records {recorded}; this version "
             f"makes texts by rules {RULES}.",
-            f"Run: clipcid embed DATA --text-variants {number} --overwrite; or add --text-variant-share 0.",
+            "Add --text-variant-share 0, or run: "
+            + data_command(embeddings.folder, embeddings.sidecar, text_variants=number),
         )
+    _refuse_changed(embeddings, counts)
     if share:
         reporter.note(
             f"Text variants: {number} of each image's captions are embedded and shown, {share:.0%} of the time."

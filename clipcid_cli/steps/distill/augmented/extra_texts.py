@@ -18,6 +18,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.text_variants import TextVariants
+from clipcid_cli.steps.embed.command import data_command, texts_command
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -143,7 +144,8 @@ def find_extra_texts(
             raise ClipcidError(
                 f"--extra-texts {settings.extra_texts}, but there are no texts: neither of `embed --texts` in "
                 f"{settings.work}/texts, nor variants of captions in {embeddings.folder}.",
-                "Run: clipcid embed --texts FILE; or: clipcid embed DATA --text-variants 8 --overwrite",
+                f"Run: {texts_command(model and model['spec'], work=settings.work)}\n"
+                f"Or run: {data_command(embeddings.folder, embeddings.sidecar, text_variants=8)}",
             )
         rows, texts, what = embeddings.variants(), None, f"the {variants.number} variants of each sample's captions"
     else:
@@ -163,5 +165,5 @@ def _check_model(texts: EmbeddedTexts, embeddings: Embeddings) -> None:
         raise ClipcidError(
             f"The texts in {texts.folder} were embedded by {made['spec']}, width {texts.files[0].shape[1]}; "
             f"the embeddings in {embeddings.folder} are {of}, width {embeddings.width}.",
-            f"Run: clipcid embed --texts FILE --model {made['spec'] if model is None else model['spec']} --overwrite",
+            f"Run: {texts_command(model and model['spec'], out=texts.folder, overwrite=True)}",
         )

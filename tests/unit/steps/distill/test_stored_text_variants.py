@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_the_rest_is_what_it_is_without_variants(stored: Path, data: Path, tiny_
 def test_variants_are_shown_two_times_in_three_with_their_rows(stored: Path, data: Path, teacher: ClipModel) -> None:
     _, teacher_inputs, dataset = join(data, stored)
     assert teacher_inputs.text_variants == TextVariants(3, 5)
-    share = DistillSettings(student="x").extras.text_variant_share
+    share = DistillSettings(student="x").variant_share
     maker = BatchMaker(
         Processor.of(teacher),
         Augmentation(1.0),
@@ -137,9 +138,33 @@ def test_variants_whose_texts_are_not_known_are_refused(stored: Path, data: Path
     for number, change in enumerate(({"text_variant_rules": 0}, {"text_variants": 2}, {"seed": None})):
         with pytest.raises(ClipcidError, match=r"holds 3 text variants of each row, but embed\.json") as raised:
             join(data, change_sidecar(stored, tmp_path / str(number), **change))
-        assert "--text-variants 3 --overwrite" in raised.value.fix
+        assert "--text-variants 3" in raised.value.fix
         _, teacher_inputs, _ = join(data, tmp_path / str(number), text_variant_share=0.0)
         assert teacher_inputs.text_variants is None
+
+
+@pytest.mark.parametrize(
+    ("embedded", "now", "differing"),
+    [
+        ((1, 1, 1, 1), (1, 1, 2, 1), "'s2' has 2 captions, but 1 were"),
+        ((1, 2, 1, 1), (1, 1, 1, 1), "'s1' has 1 captions, but 2"),
+    ],
+)
+def test_other_captions_than_those_varied_are_refused(
+    embedded: tuple[int, ...], now: tuple[int, ...], differing: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "embedded by"
+    made = {"views": 2, "view_kind": ("strong", "mix"), "crop_scale": 0.5, "seed": 7, "text_variants": 2}
+    embed_data(write_captions(tmp_path / "then", embedded), tiny_model, folder, batch_size=16, **made)
+    changed = write_captions(tmp_path / "now", now)
+    with pytest.raises(ClipcidError, match=differing) as raised:
+        join(changed, folder)
+    # The command makes all that there is, and can be copied.
+    words = shlex.split(raised.value.fix.removeprefix("Run: "))
+    given = ["--model", str(tiny_model), "--out", str(folder), "--views", "2", "--view-kind", "strong,mix"]
+    given += ["--crop-scale", "0.5", "--text-variants", "2", "--seed", "7", "--overwrite"]
+    assert words[:3] == ["clipcid", "embed", "DATA"]
+    assert sorted(words[3:]) == sorted(given)
 
 
 def test_variants_of_another_shape_are_refused(stored: Path, tmp_path: Path) -> None:
