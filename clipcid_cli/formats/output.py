@@ -9,7 +9,8 @@ The life of an output:
    step resumes from the existing files; with others an error names the difference. The files of an earlier plan are removed
    before the new plan is marked as cleared, so that a run killed in between cannot leave old files as its own.
    A step that never resumes writes no plan: an earlier output stays whole until the step calls ``Output.drop_earlier``
-   right before it writes its own, so a failed run loses nothing.
+   right before it writes its own, so a failed run loses nothing. So does a step that says so, of an output that
+   it replaces without an error.
 4. ``Output.commit`` writes the sidecar last; it marks everything before it as complete.
 """
 
@@ -97,7 +98,8 @@ class Output:
         inputs: Fingerprints of the input files.
         finished: The sidecar when the output is complete and of the same settings and inputs, else None.
         resumed: Whether the folder holds an unfinished run of the same settings and inputs.
-        earlier: The sidecar of an existing complete output that differs in replaceable settings only.
+        earlier: The sidecar of an existing complete output that differs in what may differ only, and is there until
+            ``drop_earlier``.
     """
 
     folder: Path
@@ -267,6 +269,7 @@ def open_output(
     clear: Callable[[], None] = lambda: None,
     resumable: bool = True,
     may_grow: bool = False,
+    keeps_earlier: bool = False,
 ) -> Iterator[Output]:
     """Lock an output folder and determine whether it is finished, unfinished or new.
 
@@ -281,6 +284,8 @@ def open_output(
             finished or resumed.
         resumable: Whether the step continues from an unfinished run. When not, nothing is written or removed here.
         may_grow: Whether inputs may have been added without an error, as settings that are replaceable may differ.
+        keeps_earlier: Whether a finished output that is replaced without an error stays until ``drop_earlier``; then no plan
+            is written.
 
     Raises:
         ClipcidError: when another run holds the folder, or it holds an output of other settings or inputs, or one whose
@@ -311,7 +316,7 @@ def open_output(
                     "Add --overwrite to replace it, or write elsewhere (--work, or --out where the command has it).",
                 )
             if differences:
-                earlier = finished if not resumable and not serious else None
+                earlier = finished if (keeps_earlier or not resumable) and not serious else None
                 finished = None
             resumed = finished is None and not differences and existing.get("cleared", False)
             # A step that does not resume makes a removed file again.
@@ -321,7 +326,7 @@ def open_output(
             if changed is not None and not overwrite:
                 raise ClipcidError(changed, "Add --overwrite to make it again.")
             finished = finished if changed is None else None
-        if resumable and finished is None and not resumed:
+        if resumable and finished is None and earlier is None and not resumed:
             write_json(plan, identity | {"cleared": False})
             sidecar.unlink(missing_ok=True)
             clear()

@@ -24,6 +24,7 @@ def claim_output(
     clear: Callable[[], None] = lambda: None,
     resumable: bool = True,
     may_grow: bool = False,
+    keeps_earlier: bool = False,
 ) -> Iterator[Output]:
     """Lock `folder` on the first process and give its state to all processes.
 
@@ -46,6 +47,7 @@ def claim_output(
                     clear=clear,
                     resumable=resumable,
                     may_grow=may_grow,
+                    keeps_earlier=keeps_earlier,
                 )
             )
 

@@ -303,17 +303,17 @@ class _CandidatePairs:
 def _refine_block(
     a: Block, b: Block, found: _CandidatePairs, cutoff: float, pair_filter: PairFilter
 ) -> Iterator[Edges]:
-    """As :func:`_refine`, for all candidates of one block of each; near copies of one image fill whole matrices."""
-    rows, _ = occurring(found.i, len(a))
-    columns, _ = occurring(found.j, len(b))
+    """As :func:`_refine`, for a part of the candidates of one block of each; near copies of one image fill matrices."""
+    rows, row_P = occurring(found.i, len(a))
+    columns, column_P = occurring(found.j, len(b))
     if len(rows) * len(columns) > _ENTRIES_PER_DENSE_PAIR * len(found):
         yield from _refine(a, b, [found], cutoff, pair_filter)
         return
-    # Entries that are no candidates are beyond the cut-off, so the whole matrix may be compared with it.
+    # Other entries are beyond the cut-off, or come with another part: a part may end inside a row.
+    is_found_MN = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=rows.device)
+    is_found_MN[row_P, column_P] = True
     weight_MN = distance_matrix(a.stored[rows], b.stored[columns], a.squared[rows], b.squared[columns]).cpu().numpy()
-    within_MN = weight_MN <= np.float32(cutoff)
-    if a is b:
-        within_MN &= rows.cpu().numpy()[:, None] < columns.cpu().numpy()
+    within_MN = (weight_MN <= np.float32(cutoff)) & is_found_MN.cpu().numpy()
     m_P, n_P = np.nonzero(within_MN)
     i_P, j_P = a.rows[rows.cpu().numpy()][m_P], b.rows[columns.cpu().numpy()][n_P]
     edges = Edges(np.minimum(i_P, j_P), np.maximum(i_P, j_P), weight_MN[within_MN])

@@ -97,6 +97,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             overwrite=settings.overwrite,
             replaceable=frozenset(identity),
             may_grow=True,
+            keeps_earlier=True,  # filters and the cap may find that nothing can be kept
         ) as output:
             finished = output.finished
             if machine.on_main(lambda: has_new_pictures(settings, embeddings, output.finished)):
@@ -164,6 +165,7 @@ def _balance(
     def write() -> dict[str, Any]:
         listed = list_rows(output.folder, filters, sets, cap)
         measured = measure_sets(context, sets)
+        output.drop_earlier()
         _write_tables(context, sets, listed, measured)
         shown = result | {"seconds": phases()}
         pictures = write_report(

@@ -243,15 +243,15 @@ def test_a_queued_tile_of_any_size_looks_into_few_scores(m: int, n: int, is_diag
 
 
 @pytest.mark.parametrize("dtype", SCAN_DTYPES, ids=str)
-@pytest.mark.parametrize("others", [128, 100])
+@pytest.mark.parametrize("others", [128, 100, 384])  # of 384, a piece ends inside a row of three stretches
 def test_near_pairs_come_in_pieces_of_bounded_size(
     dtype: torch.dtype, others: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pair_search, "_STRETCHES_AT_ONCE", 2)
     rows = unit_rows(5, 256 + others, 16, 1, 0.05)
     expected = all_edges(rows)
-    join = TiledSearch(rows.__getitem__, np.arange(len(rows)), CPU, dtype, 256)
-    one, other = join.panel(0), join.panel(1)
+    join = TiledSearch(rows.__getitem__, np.arange(len(rows)), CPU, dtype)
+    one, other = join.load(np.arange(256)), join.load(np.arange(256, len(rows)))
     for pair, is_asked in (
         ((one, one), expected.b < 256),
         ((one, other), (expected.a < 256) & (expected.b >= 256)),

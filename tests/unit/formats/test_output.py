@@ -233,6 +233,24 @@ def test_an_output_that_is_never_resumed_stays_until_it_is_replaced(tmp_path: Pa
         assert read_sidecar(tmp_path / "balance.json") is None
 
 
+def test_an_output_that_is_kept_until_it_is_replaced_can_be_resumed_where_there_was_none(tmp_path: Path) -> None:
+    once: dict[str, Any] = {"keeps_earlier": True, "replaceable": frozenset({"seed"}), "may_grow": True}
+    old, new = ({"path": name, "size": 1, "hash": name} for name in "ab")
+    with open_it(tmp_path, inputs=[old], **once):
+        pass
+    with open_it(tmp_path, inputs=[old], **once) as output:
+        assert output.resumed
+        written = output.commit(counts={}, seconds={})
+    for settings, inputs in (({"keep": 0.5, "seed": 1}, [old]), (SETTINGS, [old, new])):
+        with open_it(tmp_path, settings, inputs, **once) as output:
+            assert (output.finished, output.earlier, output.resumed) == (None, written, False)
+    with open_it(tmp_path, inputs=[old], **once) as output:
+        assert output.finished == written
+    with open_it(tmp_path, inputs=[new], overwrite=True, **once) as output:
+        assert (output.finished, output.earlier) == (None, None)
+    assert read_sidecar(tmp_path / "balance.json") is None
+
+
 def test_a_finished_output_is_not_cleared(tmp_path: Path) -> None:
     with open_it(tmp_path) as output:
         output.commit(counts={}, seconds={})

@@ -155,5 +155,13 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     ):
         balance(tmp_path / "w", folder, keep=0.5, min_caption_similarity=-1.0, max_caption_similarity=-0.9)
     assert not (tmp_path / "w" / "balance" / "keep.parquet").exists()
+    # Nothing is lost of a result that is there.
+    balance(tmp_path / "w", folder, keep=0.5)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "w" / "balance").glob("*.*")}
+    with pytest.raises(ClipcidError, match=r"is in the window to -0\.9"):
+        balance(tmp_path / "w", folder, keep=0.5, max_caption_similarity=-0.9)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "w" / "balance").glob("*.*")} == before
+    _, told = balance(tmp_path / "w", folder, keep=0.5)
+    assert "already holds this result" in told
     with pytest.raises(UsageError, match=r"--min-caption-similarity 0\.3 is above --max-caption-similarity 0\.2"):
         BalanceSettings(keep=0.5, min_caption_similarity=0.3, max_caption_similarity=0.2)

@@ -103,8 +103,11 @@ def test_groups_of_any_size() -> None:
 def test_clusters_of_other_images_are_refused(place: Path, tmp_path: Path) -> None:
     rows = make_rows(60, seed=9)
     folder = write_embeddings(tmp_path / "e", rows, keys=[f"other{row}" for row in range(60)])
+    balance(tmp_path / "w", folder, keep=1.0)
     with pytest.raises(ClipcidError, match="60 images that are kept are in none of the clusters in"):
         balance(tmp_path / "w", folder, keep=1.0, max_per_cluster=2, clusters=place / "work" / "clusters")
+    assert (tmp_path / "w" / "balance" / "balance.json").exists()
+    assert "already holds this result" in balance(tmp_path / "w", folder, keep=1.0)[1]
     with pytest.raises(ClipcidError, match="There are no clusters in"):
         balance(tmp_path / "w", folder, keep=1.0, max_per_cluster=2)
     damaged = tmp_path / "clusters"
