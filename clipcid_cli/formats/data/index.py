@@ -73,7 +73,7 @@ class IndexedShard:
         skips: Samples left out: without an image, or of a key seen before in the shard.
         stamp: Size and modification time of the shard's file when it was listed, see `Shard.stamp`.
         fingerprint: The shard's fingerprint then.
-        digest: Hash of the part; empty in the part itself.
+        digest: Hash of the part's file; in the file itself, of what it holds.
     """
 
     samples: int
@@ -123,10 +123,8 @@ class Part:
         )
 
 
-def _part_of(
-    file: Location, offsets_and_sizes: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], place: int
-) -> Location:
-    offset, size = (int(values[place]) for values in offsets_and_sizes)
+def _part_of(file: Location, extents: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], place: int) -> Location:
+    offset, size = (int(values[place]) for values in extents)
     return Location(file.path, offset, None if size < 0 else size, copy=file.copy)
 
 
@@ -159,8 +157,7 @@ class SamplePlace:
     @property
     def key(self) -> str:
         """The sample's key."""
-        key: str = self.source.read().keys[self.place].as_py()
-        return key
+        return str(self.source.read().keys[self.place])
 
     def read(self) -> Sample:
         """Return the sample; see `DataIndex.sample`.
@@ -244,12 +241,9 @@ def write_part(
     """Write down what the listing of one shard found, whole or not at all.
 
     Args:
-        folder: Folder of the index.
         number: Number of the shard, from 0.
         stamp: The shard's stamp before it was listed, so that a change meanwhile is noticed.
         samples: What `shard.samples(skips)` returned.
-        read: Samples looked at.
-        skips: Those left out.
     """
     with_captions = sum(bool(sample.captions) for sample in samples)
     record = IndexedShard(len(samples), with_captions, read, skips, stamp, shard.fingerprint())
@@ -274,9 +268,9 @@ def write_part(
         raise ClipcidError(
             f"{shard.source}: the name of a file is not UTF-8: {name}.", "Rename the file; keys are text."
         ) from error
-    table = table.replace_schema_metadata({b"clipcid": json.dumps(_to_json(record)).encode()})
-    # Runs that embed with different models list the same shards, each when it comes to them.
-    own = f"{os.getpid()}.partial"
+    written = dataclasses.replace(record, digest=_hash_content(record, table))
+    table = table.replace_schema_metadata({b"clipcid": json.dumps(_to_json(written)).encode()})
+    own = f"{os.getpid()}.partial"  # runs that embed with different models list the same shards
     with atomic_file(_part_path(folder, number), own) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     return record
@@ -286,10 +280,12 @@ def read_record(folder: Path, number: int, shard: Shard) -> IndexedShard | None:
     """Read what was found in a shard; None when it is not listed yet, or its file has changed since."""
     try:
         content = read_regular(_part_path(folder, number))
-        record = _from_json(json.loads((pa.ipc.open_file(content).schema.metadata or {})[b"clipcid"]))
-    except Exception:  # a damaged part is listed again
+        table = pa.ipc.open_file(content).read_all()
+        written = _from_json(json.loads(table.schema.metadata[b"clipcid"]))
+        whole = written.digest == _hash_content(written, table)
+    except Exception:  # a damaged part is listed again, as an edited one is
         return None
-    return dataclasses.replace(record, digest=_digest(content)) if record.stamp == shard.stamp() else None
+    return dataclasses.replace(written, digest=_digest(content)) if whole and written.stamp == shard.stamp() else None
 
 
 def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[IndexedShard]) -> DataIndex:
@@ -313,10 +309,8 @@ def open_index(folder: Path, shards: Sequence[Shard]) -> DataIndex | None:
     except Exception:  # a damaged table is made again
         return None
     same = [record.stamp for record in records] == [shard.stamp() for shard in shards]
-    # An earlier version recorded no digest.
-    return (
-        DataIndex(folder, tuple(shards), tuple(records)) if same and all(record.digest for record in records) else None
-    )
+    hashed = all(record.digest for record in records)  # an earlier version did not
+    return DataIndex(folder, tuple(shards), tuple(records)) if same and hashed else None
 
 
 @contextmanager
@@ -377,6 +371,12 @@ def _part_path(folder: Path, number: int) -> Path:
 
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _hash_content(record: IndexedShard, table: pa.Table) -> str:
+    """Hash what a part holds, but for the hash itself."""
+    told = json.dumps(_to_json(dataclasses.replace(record, digest="")), sort_keys=True)
+    return _digest(b"".join([told.encode(), *(batch.serialize() for batch in table.to_batches())]))
 
 
 @lru_cache(maxsize=PARTS_KEPT)

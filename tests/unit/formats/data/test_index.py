@@ -222,17 +222,23 @@ def test_a_part_of_another_version_of_its_shard_is_refused(tiny_shards: Path, tm
         assert str(index.folder) in error.value.fix
 
 
-def test_an_edited_part_is_refused_until_the_index_is_removed(tiny_shards: Path, tmp_path: Path) -> None:
-    index = indexed(tiny_shards, tmp_path / "index").index
-    assert index is not None
-    path = index.folder / "00000000.arrow"
+def edit_part(path: Path) -> list[str]:
+    """Exchange the first two keys of a part, which keeps its size and time; return what they were."""
     stat, part = path.stat(), pa.ipc.open_file(path.read_bytes()).read_all()
-    keys = part["key"].to_pylist()
+    keys: list[str] = part["key"].to_pylist()
     edited = part.set_column(0, "key", pa.array([keys[1], keys[0], *keys[2:]]))
     with pa.ipc.new_file(path, part.schema) as writer:
         writer.write_table(edited.cast(part.schema))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     module._read_part.cache_clear()
+    return keys
+
+
+def test_an_edited_part_is_refused_until_the_index_is_removed(tiny_shards: Path, tmp_path: Path) -> None:
+    index = indexed(tiny_shards, tmp_path / "index").index
+    assert index is not None
+    path = index.folder / "00000000.arrow"
+    keys = edit_part(path)
     with pytest.raises(ClipcidError, match=r"00000000\.arrow is missing, edited, damaged") as error:
         index.part(0)
     assert f"Remove {index.folder} and give the command again" in error.value.fix
@@ -241,6 +247,35 @@ def test_an_edited_part_is_refused_until_the_index_is_removed(tiny_shards: Path,
     assert again is not None
     assert again.part(0).keys.to_pylist() == keys
     assert again.records == index.records
+
+
+@pytest.mark.parametrize("table_is_there", [True, False], ids=["another-shard-touched", "table-removed"])
+def test_an_edited_part_is_listed_again_where_the_table_is_made_anew(tmp_path: Path, table_is_there: bool) -> None:
+    for number in range(2):
+        write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
+    index = indexed(tmp_path / "data", tmp_path / "index").index
+    assert index is not None
+    keys = edit_part(index.folder / "00000000.arrow")
+    if table_is_there:
+        os.utime(tmp_path / "data" / "1.tar", ns=(0, 1))
+    else:
+        (index.folder / "shards.parquet").unlink()
+    again = indexed(tmp_path / "data", tmp_path / "index").index
+    assert again is not None
+    assert again.part(0).keys.to_pylist() == keys
+    assert again.records[0] == index.records[0]
+
+
+def test_what_a_part_says_of_its_shard_cannot_be_edited_either(tiny_shards: Path, tmp_path: Path) -> None:
+    index = indexed(tiny_shards, tmp_path / "index").index
+    assert index is not None
+    path = index.folder / "00000000.arrow"
+    content = path.read_bytes()
+    assert content.count(b'"with_captions": 14') == 2, "at the head and at the end"
+    path.write_bytes(content.replace(b'"with_captions": 14', b'"with_captions": 13'))
+    assert module.read_record(index.folder, 0, index.shards[0]) is None
+    path.write_bytes(content)
+    assert module.read_record(index.folder, 0, index.shards[0]) == index.records[0]
 
 
 def test_an_index_that_does_not_record_the_hashes_of_its_parts_is_made_again(tiny_shards: Path, tmp_path: Path) -> None:
