@@ -16,12 +16,13 @@ def list_differences(existing: dict[str, Any], identity: dict[str, Any]) -> dict
     """
     found = _value_differences("settings", existing.get("settings", {}), identity["settings"])
     # Inputs are compared by content: a folder that was moved, or is reached by another path, is still the same input.
-    old_inputs = [(entry.get("size"), entry.get("hash")) for entry in existing.get("inputs", [])]
+    there = existing.get("inputs", [])
+    old_inputs = [(entry.get("size"), entry.get("hash")) for entry in there]
     new_inputs = [(entry.get("size"), entry.get("hash")) for entry in identity["inputs"]]
     if len(old_inputs) != len(new_inputs):
         found["inputs"] = f"{len(old_inputs)} files there, {len(new_inputs)} now"
-        there = set(new_inputs)
-        gone = [entry for entry, content in zip(existing["inputs"], old_inputs, strict=True) if content not in there]
+        contents = set(new_inputs)
+        gone = [entry for entry, content in zip(there, old_inputs, strict=True) if content not in contents]
         if gone:
             names = ", ".join(Path(str(entry.get("path"))).name for entry in gone[:3])
             found["inputs"] += f"; changed or gone: {names}" + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")

@@ -15,7 +15,7 @@ _KINDS = {
     "result": dict,
 }
 _DESCRIBED: dict[str, dict[str, type]] = {
-    "inputs": {"hash": str},
+    "inputs": {"size": int, "hash": str},
     "outputs": {"path": str, "size": int, "time": int, "hash": str},
 }
 # What opens a data set again: see `Dataset.describe`.

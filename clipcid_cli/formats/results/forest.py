@@ -79,7 +79,7 @@ def write_forest(
     """
     step = _STEPS[forest.neighbors]
     sidecar = read_sidecar(sidecar_path(folder, step))
-    if sidecar is not None and _contents(sidecar["inputs"]) != _contents(inputs):
+    if sidecar is not None and _contents(sidecar.get("inputs", [])) != _contents(inputs):
         # A run killed between the two files must not leave this forest with the sidecar of other embeddings.
         sidecar_path(folder, step).unlink()
     path = forest_path(folder, forest.neighbors)
@@ -109,7 +109,7 @@ def read_forest(folder: Path, inputs: list[dict[str, Any]], neighbors: str = "ex
     """
     step = _STEPS[neighbors]
     sidecar = read_sidecar(sidecar_path(folder, step))
-    if sidecar is None or _contents(sidecar["inputs"]) != _contents(inputs):
+    if sidecar is None or _contents(sidecar.get("inputs", [])) != _contents(inputs):
         return None
     path, fix = (
         forest_path(folder, neighbors),

@@ -111,7 +111,7 @@ def find_finished(
         and {name: made[name] for name in _AUGMENTATION if name in made} == augmentation_identity(settings)
         and settings.batch_size in (None, made["batch_size"])
         and settings.precision in ("auto", made["precision"])
-        and plan_identity({}, sidecar["inputs"]) == plan_identity({}, inputs)
+        and plan_identity({}, sidecar.get("inputs", [])) == plan_identity({}, inputs)
         and is_of(sidecar["model"], name)
     )
     return sidecar if same and find_changed(folder, "embed", sidecar) is None else None
@@ -124,9 +124,9 @@ def reopen_grown(writer: EmbeddingWriter, identity: dict[str, Any], inputs: list
         identity: The settings, as in the sidecar.
     """
     sidecar = read_sidecar(sidecar_path(writer.folder, "embed"))
-    if sidecar is None or sidecar["settings"] != identity or not are_among(sidecar["inputs"], inputs):
+    if sidecar is None or sidecar["settings"] != identity or not are_among(sidecar.get("inputs", []), inputs):
         return
-    if len(sidecar["inputs"]) < len(inputs) and find_changed(writer.folder, "embed", sidecar) is None:
+    if len(sidecar.get("inputs", [])) < len(inputs) and find_changed(writer.folder, "embed", sidecar) is None:
         writer.reopen(sidecar.get("outputs", []))
 
 

@@ -202,7 +202,7 @@ def _find_finished(
     same = (
         settings.batch_size in (None, made["batch_size"])
         and settings.precision in ("auto", made["precision"])
-        and plan_identity({}, sidecar["inputs"]) == plan_identity({}, inputs)
+        and plan_identity({}, sidecar.get("inputs", [])) == plan_identity({}, inputs)
         and is_of(sidecar["model"], name)
     )
     return sidecar if same and find_changed(folder, STEP, sidecar) is None else None

@@ -71,7 +71,8 @@ DATA = {"spec": "a", "keys": "sample", "image": "i", "caption": "c", "key": "k"}
         {"data": None},
         {"pictures": []},
         {"pictures": {"unread": [["0"]]}},
-        {"inputs": [{"hash": 1}]},
+        {"inputs": [{"size": 1, "hash": 1}]},
+        {"inputs": [{"hash": "a"}]},
         {"outputs": [{"path": "a", "size": 1, "time": "1", "hash": "b"}]},
     ],
 )
@@ -147,6 +148,19 @@ def test_a_moved_input_is_the_same_input(tmp_path: Path) -> None:
     new.write_bytes(b"same")
     existing = {"settings": SETTINGS, "inputs": [fingerprint_file(old)]}
     assert list_differences(existing, {"settings": SETTINGS, "inputs": [fingerprint_file(new)]}) == {}
+
+
+def test_a_sidecar_without_inputs_has_other_inputs(tmp_path: Path) -> None:
+    data = tmp_path / "data.tar"
+    data.write_bytes(b"data")
+    with open_it(tmp_path / "out", inputs=[fingerprint_file(data)]) as output:
+        output.commit(counts={}, seconds={})
+    path = tmp_path / "out" / "balance.json"
+    path.write_text(
+        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "inputs"})
+    )
+    with pytest.raises(ClipcidError, match="inputs: 0 files there, 1 now"):
+        open_it(tmp_path / "out", inputs=[fingerprint_file(data)]).__enter__()
 
 
 def test_large_files_are_told_apart_by_their_middle(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def read_smaller(
 
     def read() -> tuple[SmallerForest | None, str]:
         sidecar = read_sidecar(sidecar_path(folder, forest_path(folder, "exact").stem))
-        if sidecar is None or not sidecar["cutoff"]:
+        if sidecar is None or not sidecar["cutoff"] or not sidecar.get("inputs"):
             return None, ""
         earlier = [entry for entry in sidecar["inputs"] if not str(entry["path"]).endswith(".parquet")]
         kept, number = list[RowFile](), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -102,6 +103,19 @@ def test_changed_and_removed_files_are_named_and_nothing_of_theirs_is_used(tmp_p
     write_shards(folder, rows, {5: range(10)})
     _, told = balance(tmp_path / "work", folder, threshold=0.6, keys="shard")
     assert "The forest that is there ends at distance 0.5000: all pairs are compared." in told
+
+
+def test_a_forest_that_does_not_say_of_which_files_it_is_is_searched_anew(tmp_path: Path, rows: np.ndarray) -> None:
+    folder = write_shards(tmp_path / "e", rows, {1: range(300)})
+    balance(tmp_path / "work", folder, threshold=0.5)
+    sidecar = tmp_path / "work" / "balance" / "forest.json"
+    told_by = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps({name: value for name, value in told_by.items() if name != "inputs"}))
+    _, told = balance(tmp_path / "work", folder, threshold=0.45)
+    assert "The forest" not in told
+    balance(tmp_path / "new", folder, threshold=0.45)
+    assert read_outputs(tmp_path / "work") == read_outputs(tmp_path / "new")
+    assert json.loads(sidecar.read_text())["inputs"] == told_by["inputs"]
 
 
 def test_tiles_of_new_rows_are_all_that_have_one() -> None:
