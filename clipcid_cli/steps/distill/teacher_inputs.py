@@ -20,6 +20,7 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width,
 from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.distill.augmented.captions import find_text_variants, has_all_captions
 from clipcid_cli.steps.distill.augmented.extra_texts import ExtraTexts, find_extra_texts
+from clipcid_cli.steps.distill.augmented.requested import require_requested
 from clipcid_cli.steps.distill.augmented.views import StoredViews
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.embed.ensure import ensure_embeddings
@@ -125,6 +126,8 @@ def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Repor
     # Existing embeddings of images only may suffice; new ones are of captions too.
     folder = WorkDirectory(settings.work).embeddings(with_default_tag(parse_model(teacher)).slug)
     exists = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed")) is not None)
+    if not exists:
+        require_requested(settings, folder, None, model=teacher)
     text = True if needs_teacher_texts(settings) or not exists else None
     return ensure_embeddings(settings, machine, reporter, data=settings.data, model=teacher, text=text)
 
@@ -220,7 +223,7 @@ def use_stored(
         counts: What matching them with the embeddings found.
 
     Raises:
-        ClipcidError: when they are of other data.
+        ClipcidError: when they are of other data, or lack what is asked for.
     """
     if counts.without_embedding > settings.max_bad_fraction * counts.candidates:
         raise ClipcidError(
@@ -228,14 +231,16 @@ def use_stored(
             "Give the data that was embedded, or run: clipcid embed DATA",
         )
     views = embeddings.num_views if settings.shows_views else 0
+    variants = embeddings.num_variants if embeddings.has_texts else 0
+    require_requested(settings, embeddings.folder, embeddings.sidecar, views=views, variants=variants)
     if views:
         reporter.note(
             f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
             "have no effect (--views none draws views anew)."
         )
     all_captions = has_all_captions(embeddings, counts, reporter)
-    variants = find_text_variants(settings, embeddings, counts, reporter)
-    extra = find_extra_texts(settings, embeddings, samples, variants, reporter)
+    text_variants = find_text_variants(settings, embeddings, counts, reporter)
+    extra = find_extra_texts(settings, embeddings, samples, text_variants, reporter)
     return TeacherInputs(
-        embeddings, samples, num_views=views, all_captions=all_captions, text_variants=variants, extra_texts=extra
+        embeddings, samples, num_views=views, all_captions=all_captions, text_variants=text_variants, extra_texts=extra
     )

@@ -317,10 +317,30 @@ class DistillSettings(ReadingSettings):
                 "--torchcompile compiles no pass that gives the features of patches and tokens, which td reads.",
                 "Omit --torchcompile, or use --loss td=0.",
             )
+        self._check_stored_extras()
         if self.extra_texts:
             self._check_extra_texts()
         if not self.losses():
             raise UsageError("All losses have a weight of 0.", "Give at least one --loss a weight above 0.")
+
+    def _check_stored_extras(self) -> None:
+        given = {
+            "--views stored": self.views == "stored",
+            "--text-variant-share": bool(self.text_variant_share),
+            "--texts": self.texts is not None,
+        }
+        flags = " and ".join(flag for flag, is_given in given.items() if is_given)
+        if flags and (self.online_teacher or not self.needs_teacher):
+            reason = "--online-teacher reads none" if self.online_teacher else "no loss of the run needs a teacher"
+            raise UsageError(
+                f"{flags}: for what the teacher has embedded, but {reason}.",
+                f"Omit {flags}" + (", or --online-teacher." if self.online_teacher else "."),
+            )
+        if self.texts is not None and not self.extra_texts:
+            raise UsageError(
+                "--texts names the texts for --extra-texts, but --extra-texts is 0.",
+                "Add --extra-texts N, the number of them in each batch, or omit --texts.",
+            )
 
     def _check_extra_texts(self) -> None:
         taking = [name for name, entry in LOSSES.items() if entry.takes_extra_texts]

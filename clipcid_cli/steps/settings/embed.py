@@ -99,10 +99,16 @@ class EmbedSettings(ReadingSettings):
                 "--texts embeds a file of texts alone, without DATA, --views, --text-variants or --no-text.",
                 "Give two commands: one for DATA, one for --texts.",
             )
+        if self.texts is not None and self.fast_decode:
+            raise UsageError("--texts decodes no images, --fast-decode decodes them faster.", "Omit --fast-decode.")
         if self.text_variants and not self.text:
             raise UsageError("--text-variants embeds captions, --no-text does not.", "Omit one of the two.")
-        if self.view_kind and not self.views:
-            raise UsageError("--view-kind was given, but no --views.", "Add --views V, the number of views.")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("view_kind", "crop_scale", "color_jitter", "gray_probability"):
+            if not self.views and getattr(self, name) != defaults[name]:
+                flag = f"--{name.replace('_', '-')}"
+                fix = f"Omit {flag}" + (", or add --views V, the number of views." if self.texts is None else ".")
+                raise UsageError(f"{flag} was given, but no --views.", fix)
         for kind in self.view_kinds:
             if kind not in VIEW_KINDS:
                 raise UsageError(f"--view-kind cannot be {kind!r}.", f"Choose from: {', '.join(VIEW_KINDS)}.")

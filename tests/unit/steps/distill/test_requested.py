@@ -1,0 +1,69 @@
+"""What a run asks the teacher's embeddings for by name, and they do not hold: refused with the command that makes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from teaching_data import embed_data, join, train, write_student
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.steps.embed import run as embed
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Embeddings with views, and of images alone."""
+    root = tmp_path_factory.mktemp("requested")
+    embed_data(tiny_shards, tiny_model, root / "views", views=1)
+    embed_data(tiny_shards, tiny_model, root / "images", text=False, fast_decode=True)
+    return {"views": root / "views", "images": root / "images"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "message", "flags"),
+    [
+        ("views", {"text_variant_share": 0.9}, "holds no text variants", " --views 1 --text-variants 8"),
+        (
+            "views",
+            {"text_variant_share": 0.9, "views": "stored"},
+            "share 0.9, but .* no text variants",
+            " --views 1 --text-variants 8",
+        ),
+        (
+            "images",
+            {"text_variant_share": 0.9, "views": "stored"},
+            "--views stored and --text-variant-share 0.9, but .* no views and text variants",
+            " --views 8 --view-kind strong,mix --text-variants 8",
+        ),
+        ("images", {"extra_texts": 4}, "but there are no texts", " --fast-decode --text-variants 8"),
+    ],
+)
+def test_embeddings_that_lack_it(
+    kind: str,
+    asked: dict[str, Any],
+    message: str,
+    flags: str,
+    folders: dict[str, Path],
+    tiny_shards: Path,
+    tiny_model: Path,
+) -> None:
+    with pytest.raises(ClipcidError, match=message) as raised:
+        join(tiny_shards, folders[kind], **asked)
+    command = "clipcid embed" + raised.value.fix.split("clipcid embed")[-1]
+    expected = f"clipcid embed DATA --model {tiny_model} --out {folders[kind]} --overwrite{flags}"
+    assert sorted(command.split(" --")) == sorted(expected.split(" --"))
+
+
+def test_none_are_made_without_it(
+    tiny_shards: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("embedding began")
+
+    monkeypatch.setattr(embed, "load_model", load)
+    common = {"teacher": str(tiny_model), "student": str(write_student(tmp_path)), "preset": "clip-kd"}
+    with pytest.raises(ClipcidError, match="holds no views") as raised:
+        train(tmp_path / "work", tiny_shards, views="stored", **common)
+    assert f"clipcid embed DATA --model {tiny_model} --views 8 --view-kind strong,mix" in raised.value.fix
