@@ -14,7 +14,7 @@ def feature_distance(batch: LossBatch) -> Tensor:
     """`fd` = mean over images of |s' − t|² + mean over texts of |v' − u|², summed over the width.
 
     With a teacher of one tower one of the two summands remains, at its usual weight. Texts without images are texts like
-    captions: they do not change the weight of the mean.
+    captions, and do not change the weight of the mean; where the teacher has no captions, the mean is over them alone.
 
     Returns:
         This process's share, a scalar; of all rows in [0, 8]: unit rows are at most 2 apart.
@@ -46,10 +46,11 @@ def _squared_distances(batch: LossBatch) -> Tensor:
     if batch.teacher_image_BD is not None:
         taught = rows_between(batch.teacher_image_BD, first, stop)
         sums.append((image - taught).square().sum() / len(batch))
+    num_texts = batch.num_extra
     if batch.teacher_text_BD is not None:
+        num_texts += len(batch)
         taught = rows_between(batch.teacher_text_BD, first, stop)
-        total = (text - taught).square().sum()
-        if batch.extra_text_ED is not None and batch.teacher_extra_text_ED is not None:
-            total = total + (batch.extra_text_ED - batch.teacher_extra_text_ED).square().sum()
-        sums.append(total / (len(batch) + batch.num_extra))
+        sums.append((text - taught).square().sum() / num_texts)
+    if batch.extra_text_ED is not None and batch.teacher_extra_text_ED is not None:
+        sums.append((batch.extra_text_ED - batch.teacher_extra_text_ED).square().sum() / num_texts)
     return add(sums)

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clipcid_cli.errors import ClipcidError
+
 # Largest difference to open_clip's own features, as a share of the largest value, at which they count as equal.
 _TOLERANCE = 1e-3
 _CHECKED = 2
@@ -84,7 +86,12 @@ class ShortForward:
 
         Returns:
             Features [B, D], not normalised, with gradients.
+
+        Raises:
+            ClipcidError: when this version of open_clip, or this tower, computes something else.
         """
+        self._check_images(pixels)
+        _require("masked images", self.image_is_short)
         return self._encode_images(pixels, kept_Bn)
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
@@ -154,7 +161,12 @@ class ShortForward:
             Features of images and texts as `encode_images` and `encode_texts` give them, up to rounding; those of each
             patch, [B, P, D], and of each token up to the text's last, [B, L, D], then zeros: rows of the last layer, taken
             the same way as the one that becomes the feature.
+
+        Raises:
+            ClipcidError: as `encode_masked_images`, of either tower.
         """
+        self.check(pixels, tokens)
+        _require("features of patches and tokens", self.image_is_short and self.text_is_short)
         image_BLD = self._encode_whole_images(pixels)
         text_BD, text_BLD = self._encode_whole_texts(tokens)
         return image_BLD[:, 0], text_BD, image_BLD[:, 1:], text_BLD
@@ -209,6 +221,14 @@ class ShortForward:
             return _finish_block(last, x_TW.index_select(0, packing.ends_B), attended)
 
         return _project_texts(text, text.ln_final(_pass_layers(text.transformer, [*layers, pool], x_TW)))
+
+
+def _require(what: str, is_short: bool) -> None:
+    if not is_short:
+        raise ClipcidError(
+            f"The {what} of this model cannot be computed: its own forward pass gives other features than ours.",
+            "Use another model, or leave out the losses td and mfd.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.short_forward import ShortForward
@@ -140,6 +141,11 @@ def test_a_tower_that_computes_something_else_is_noticed(tmp_path: Path) -> None
     plain_image, plain_text, _, _ = features(model, False, tokens)
     assert torch.equal(image, plain_image)
     assert torch.equal(text, plain_text)
+    pixels = torch.zeros(4, 3, 32, 32)
+    with pytest.raises(ClipcidError, match="masked images of this model cannot be computed"):
+        ShortForward(tower).encode_masked_images(pixels, torch.zeros(4, 1, dtype=torch.int64))
+    with pytest.raises(ClipcidError, match="features of patches and tokens of this model cannot be computed"):
+        ShortForward(tower).encode_tokens(pixels, tokens)
 
 
 def test_same_bits_every_time_and_training_mode_is_kept(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_caption
+from safetensors.torch import load_file
 from teaching_data import FP32, Listener, embed_data, index_data, join, student_side, train, write_student
 
 from clipcid_cli.algorithms.losses.features import feature_distance
@@ -132,6 +133,9 @@ def test_fd_takes_the_mean_over_captions_and_further_texts() -> None:
     assert batch.extra_text_ED is not None
     assert batch.extra_text_ED.grad is not None
     np.testing.assert_allclose(batch.extra_text_ED.grad.numpy(), 2 * (extra - taught).numpy() / 8, rtol=1e-12)
+    of_extra = sum(float(((extra[i] - taught[i]) ** 2).sum()) for i in range(3)) / 3
+    without_captions = feature_distance(dataclasses.replace(batch, teacher_text_BD=None))
+    assert float(without_captions.detach()) == pytest.approx(of_images + of_extra, rel=1e-12)
 
 
 def test_they_train_the_text_tower_and_parts_change_nothing(work: Path, tiny_shards: Path, tmp_path: Path) -> None:
@@ -148,6 +152,21 @@ def test_they_train_the_text_tower_and_parts_change_nothing(work: Path, tiny_sha
     parts, _ = train(tmp_path / "c", tiny_shards, accum_freq=4, workers=1, **common, **given)
     for one, other in zip(shown, parts, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_embeddings_of_images_alone_teach_the_text_tower_by_them(
+    work: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    embed_data(tiny_shards, tiny_model, tmp_path / "images", text=False)
+    common = {"student": str(write_student(tmp_path)), "embeddings": tmp_path / "images", "teacher_space": "project"}
+    common |= {"preset": "clip", "loss": ("clip=0", "fd=1"), "steps": 2, "lr": 0.01, "wd": 0.0}
+    students = []
+    for seen, extra in enumerate((1, 5)):
+        given = {"extra_texts": extra, "texts": work / "texts" / "tiny"}
+        train(tmp_path / str(seen), tiny_shards, **common, **given)
+        [path] = (tmp_path / str(seen)).rglob("open_clip_model.safetensors")
+        students.append(load_file(path))
+    assert not torch.equal(*(state["text_projection"] for state in students)), "other texts, another text tower"
 
 
 @pytest.mark.parametrize(
