@@ -26,6 +26,7 @@ import torch
 
 from clipcid_cli.algorithms.kmeans.best_so_far import Nearest
 from clipcid_cli.algorithms.kmeans.bounds import CentroidDrift, distances_moved
+from clipcid_cli.algorithms.kmeans.kept_runs import KeptRuns, Room
 from clipcid_cli.algorithms.kmeans.kmeans import RowReader, sums_of_similarities
 from clipcid_cli.algorithms.kmeans.nearest import BLOCK_ROWS, GROUP, NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_rows
@@ -91,8 +92,8 @@ def run_lloyd(
         dtype: Format of the product that discards, see `NearestCentroids`.
         share: First row of this process and the row after its last.
         subspace: Where the first iterations compare, a state after all of them; None compares in full from the start.
-        kept_bytes: Prepared rows that this process keeps from iteration to iteration; others are read and cast anew each
-            time.
+        kept_bytes: Rows that this process keeps from iteration to iteration, coded or prepared; others are read and cast
+            anew each time.
         sum_over_processes: Returns the sum of a tensor over all processes; may change its argument.
         gather: Returns every process's value, in the same order on every process.
         map_runs: As the built-in; may compute several runs of rows at once, a thread each.
@@ -176,9 +177,9 @@ class Lloyd:
         self._similarities_K = torch.zeros(len(centroids_KD), dtype=torch.float64, device=self._device)
         self._drift: CentroidDrift | None = None
         self._is_labelled = False
-        self._kept: dict[int, PreparedRows] = {}
-        self._most_bytes, self._kept_bytes = kept_bytes, 0
-        self._changing = threading.Lock()  # of sums and kept rows, which runs share
+        self._room = Room(kept_bytes)
+        self._prepared = KeptRuns(lambda first: prepare_rows(self._read(first), dtype), self._room)
+        self._changing = threading.Lock()  # of sums, which runs share
 
     @property
     def any_moved(self) -> bool:
@@ -199,7 +200,7 @@ class Lloyd:
             self.centroids_KD,
             subspace,
             dtype=self._dtype,
-            kept_bytes=self._most_bytes,
+            room=self._room,
             sum_over_processes=self._sum,
             map_runs=self._map_runs,
         )
@@ -207,7 +208,8 @@ class Lloyd:
             start.iterate()
 
         def assign(first: int) -> None:
-            rows, labels_B = self._prepared(first), start.labels(first)
+            labels_B = start.last_labels(first)  # makes room for the rows
+            rows = self._prepared.get(first)
             self._nearest.label(self._places(first), labels_B)
             with self._changing:
                 self._sums.move(rows.rows_BD, None, labels_B)
@@ -265,7 +267,7 @@ class Lloyd:
             moved_B = self._with_moved_centroids(first, before_B)
             similar_B = mine.similarities_B.clone()
             if len(moved_B):
-                rows = self._prepared(first)
+                rows = self._prepared.get(first)
                 mine.similarities_B[moved_B] = search.similarities(rows.rows_BD, moved_B, before_B[moved_B])
             others_B = torch.minimum(others_B, similar_B)  # the nearest was at least as near as any other
             count_B = self._drift.leading(similar_B, mine.similarities_B, others_B)
@@ -273,7 +275,7 @@ class Lloyd:
 
         # Compare: centroids looked at now and bounds of those that were not give the new nearest and its bound.
         for piece, leading in self._pieces(count_B):
-            rows = rows or self._prepared(first)
+            rows = rows or self._prepared.get(first)
             found = search.nearest(rows.chosen(piece), None if self._drift is None else mine.chosen(piece), leading)
             mine.centroids_B[piece], mine.similarities_B[piece] = found.centroids_B, found.similarities_B
             mine.others_B[piece] = found.others_B
@@ -295,7 +297,7 @@ class Lloyd:
         On a GPU all rows of a run that is kept: to compute them takes less time than to wait. Others would have to be read.
         """
         assert self._drift is not None
-        if before_B.is_cuda and first in self._kept:
+        if before_B.is_cuda and first in self._prepared:
             return torch.arange(len(before_B), device=before_B.device)
         return self._drift.moved_K[before_B].nonzero()[:, 0]
 
@@ -319,17 +321,6 @@ class Lloyd:
             looked_at = min(-(-leading // GROUP) * GROUP, len(self.centroids_KD))
             yield (slice(at, stop) if few else order_B[at:stop]), looked_at
             at = stop
-
-    def _prepared(self, first: int) -> PreparedRows:
-        """Return a run of rows: kept from the iteration before while there is room, else read and prepared again."""
-        rows = self._kept.get(first)
-        if rows is None:
-            rows = prepare_rows(self._read(first), self._dtype)
-            with self._changing:
-                if self._kept_bytes + rows.num_bytes <= self._most_bytes:
-                    self._kept[first] = rows
-                    self._kept_bytes += rows.num_bytes
-        return rows
 
     def _read(self, first: int) -> torch.Tensor:
         """Read a run of rows, float16 [B, D]."""

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from clipcid_cli.algorithms.kmeans.kept_runs import KeptRuns, Room
 from clipcid_cli.algorithms.kmeans.subspace import Subspace
 from clipcid_cli.algorithms.search.blocks import exact_accumulation
 from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums
@@ -117,7 +118,7 @@ class SubspaceIterations:
         runs: Numbers of the first rows of all runs.
         centroids_KD: Where to begin, float32 [K, D] on that device.
         dtype: As for :func:`nearest_codes`.
-        kept_bytes: Coded rows that this process keeps from iteration to iteration; others are read and coded anew.
+        room: For coded rows that this process keeps from iteration to iteration; others are read and coded anew.
         sum_over_processes: Returns the sum of a tensor over all processes; may change its argument.
         map_runs: As the built-in; may compute several runs of rows at once, a thread each.
     """
@@ -130,17 +131,16 @@ class SubspaceIterations:
         subspace: Subspace,
         *,
         dtype: torch.dtype,
-        kept_bytes: int,
+        room: Room,
         sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
         map_runs: Callable[[Callable[[int], None], Iterable[int]], Iterable[None]],
     ) -> None:
-        self._read, self._runs, self._subspace, self._dtype = read, runs, subspace, dtype
-        self._room, self._sum, self._map_runs = kept_bytes, sum_over_processes, map_runs
+        self._runs, self._dtype, self._sum, self._map_runs = runs, dtype, sum_over_processes, map_runs
         # Unit rows: a row must be nearest to a centroid of its own direction.
         projected_Kd = subspace.project(centroids_KD)
         self._move_to(centroids_of_sums(projected_Kd.double(), torch.zeros_like(projected_Kd)))
-        self._kept: dict[int, CodedRows] = {}
-        self._changing = threading.Lock()  # of sums and kept rows, which runs share
+        self._coded = KeptRuns(lambda first: CodedRows.of(subspace.project(read(first))), room)
+        self._changing = threading.Lock()  # of sums, which runs share
 
     def iterate(self) -> None:
         """Do one iteration; a cluster without rows keeps its centroid."""
@@ -148,7 +148,7 @@ class SubspaceIterations:
         sums = ClusterSums(num_clusters, width, self._centroids_Kd.device)
 
         def assign(first: int) -> None:
-            coded = self._coded(first)
+            coded = self._coded.get(first)
             labels_B, values_Bd = self._nearest(coded), coded.values()
             with self._changing:
                 sums.move(values_Bd, None, labels_B)
@@ -157,9 +157,9 @@ class SubspaceIterations:
             pass
         self._move_to(centroids_of_sums(self._sum(sums.sums_KD), self._centroids_Kd))
 
-    def labels(self, first: int) -> torch.Tensor:
-        """Return the nearest centroids of a run of rows, int64 [B]."""
-        return self._nearest(self._coded(first))
+    def last_labels(self, first: int) -> torch.Tensor:
+        """Return the nearest centroids of a run of rows, int64 [B], and keep the run no longer."""
+        return self._nearest(self._coded.get_last(first))
 
     def _move_to(self, centroids_Kd: torch.Tensor) -> None:
         self._centroids_Kd, self._codes_Kd = centroids_Kd, code_centroids(centroids_Kd)
@@ -167,14 +167,3 @@ class SubspaceIterations:
     def _nearest(self, coded: CodedRows) -> torch.Tensor:
         parts = torch.split(coded.codes_Bd, _ROWS_AT_ONCE[coded.codes_Bd.device.type])
         return torch.cat([nearest_codes(part_Bd, self._codes_Kd, self._dtype) for part_Bd in parts])
-
-    def _coded(self, first: int) -> CodedRows:
-        """Return a run of rows: kept from the iteration before while there is room, else read, projected and coded again."""
-        coded = self._kept.get(first)
-        if coded is None:
-            coded = CodedRows.of(self._subspace.project(self._read(first)))
-            with self._changing:
-                if coded.num_bytes <= self._room:
-                    self._kept[first] = coded
-                    self._room -= coded.num_bytes
-        return coded

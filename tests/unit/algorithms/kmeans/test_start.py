@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipcid_cli.algorithms.kmeans import lloyd, start
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState
+from clipcid_cli.algorithms.kmeans.prepared import PreparedRows
 from clipcid_cli.algorithms.kmeans.start import CodedRows, code_centroids, nearest_codes
 from clipcid_cli.algorithms.kmeans.subspace import Subspace, find_subspace
 from clipcid_cli.algorithms.search.centroids import centroids_of_sums
@@ -125,6 +127,30 @@ def test_processes_formats_and_memory_change_no_bit(
     options = {"subspace": subspace, "iterations": 4, "dtype": dtype, "processes": 3}
     assert_same(run(values, begun, **options, kept_bytes=0), expected)
     assert_same(run(values, begun, **options, kept_bytes=50_000), expected)
+
+
+def test_kept_rows_of_both_forms_fit_into_the_memory_for_them(
+    values: npt.NDArray[np.float16], subspace: Subspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most: dict[Any, int] = {CodedRows: 0, PreparedRows: 0, "all": 0}
+
+    def watched(make: Callable[..., Any]) -> Callable[..., Any]:
+        def make_and_count(*args: Any) -> Any:
+            run = make(*args)
+            alive.add(run)
+            most[type(run)] = max(most[type(run)], run.num_bytes)
+            most["all"] = max(most["all"], sum(other.num_bytes for other in alive))
+            return run
+
+        return make_and_count
+
+    monkeypatch.setattr(lloyd, "_RUN_ROWS", {"cpu": 300})
+    monkeypatch.setattr(CodedRows, "of", watched(CodedRows.of))
+    monkeypatch.setattr(lloyd, "prepare_rows", watched(lloyd.prepare_rows))
+    # Room for all rows in the first form and two of ten runs in the second.
+    run(values, beginning(values, NUM_CLUSTERS), subspace=subspace, dtype=torch.int8, kept_bytes=500_000)
+    assert 500_000 < most["all"] <= 500_000 + most[CodedRows] + most[PreparedRows]  # and those in hand
 
 
 def test_resumed_after_it_ends_the_same_and_is_as_good(values: npt.NDArray[np.float16], subspace: Subspace) -> None:
