@@ -26,6 +26,7 @@ from clipcid_cli.algorithms.search.blocks import exact_accumulation
 from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums
 
 _LARGEST = 127
+_BELOW_ALL = -(2**24)  # less than any product of codes
 # Steps are integers times this, as projections are.
 _UNIT = 2.0**-23
 # Rows multiplied at once, and centroids: the products stay near the caches of a CPU.
@@ -89,7 +90,7 @@ def nearest_codes(codes_Bd: torch.Tensor, centroids_Kd: torch.Tensor, dtype: tor
     memory = torch.empty(
         len(codes_Bd) * chunk, dtype=torch.float32 if wide else torch.int32, device=device
     )  # fresh memory for each chunk would cost more than its product
-    best_B = torch.full((len(codes_Bd),), -torch.inf, device=device).to(memory.dtype)
+    best_B = torch.full((len(codes_Bd),), _BELOW_ALL, dtype=memory.dtype, device=device)
     nearest_B = torch.zeros(len(codes_Bd), dtype=torch.int64, device=device)
     for first in range(0, len(centroids_Kd), chunk):
         centroids_Cd = centroids_Kd[first : first + chunk]
@@ -98,8 +99,8 @@ def nearest_codes(codes_Bd: torch.Tensor, centroids_Kd: torch.Tensor, dtype: tor
             multiply(codes_Bd, centroids_Cd.T, out=product_BC)
         place_B = _first_largest(product_BC)
         largest_B = product_BC.gather(1, place_B[:, None])[:, 0]
-        nearest_B = torch.where(largest_B > best_B, place_B + first, nearest_B) if first else place_B
-        best_B = torch.maximum(largest_B, best_B) if first else largest_B
+        nearest_B = torch.where(largest_B > best_B, place_B + first, nearest_B)
+        best_B = torch.maximum(largest_B, best_B)
     return nearest_B
 
 

@@ -88,7 +88,7 @@ class ClusterSums:
         """Move rows from their old clusters to new ones.
 
         Args:
-            rows_BD: float16 [B, D].
+            rows_BD: float16 [B, D], or float64 multiples of one power of 2 of which all sums are exact.
             old_B: Clusters the rows were counted in, int64 [B]; None for rows that were in none.
             new_B: Clusters they belong to now, int64 [B].
         """
@@ -98,9 +98,9 @@ class ClusterSums:
             exact_BD = rows_BD[part].double()
             self._add(exact_BD, new_B[part], 1)
             if old_B is not None:
-                self._add(exact_BD.neg_(), old_B[part], -1)
+                self._add(exact_BD, old_B[part], -1)
 
     def _add(self, rows_BD: torch.Tensor, clusters_B: torch.Tensor, count: int) -> None:
-        self.sums_KD.index_add_(0, clusters_B, rows_BD)
+        self.sums_KD.index_add_(0, clusters_B, rows_BD, alpha=count)
         self.counts_K.index_add_(0, clusters_B, torch.full_like(clusters_B, count))
         self.changed_K[clusters_B] = 1

@@ -84,6 +84,8 @@ def test_the_first_of_the_largest_products_wins_in_every_format(monkeypatch: pyt
     random = torch.Generator().manual_seed(0)
     rows, centroids = (torch.randint(-127, 128, (count, 64), generator=random, dtype=torch.int8) for count in (40, 300))
     rows[0], centroids[::2] = 0, centroids[1::2].clone()  # all equal; and each twice
+    centroids[:, 0].clamp_(max=-1)
+    rows[1] = torch.eye(64, dtype=torch.int8)[0] * 127  # all products negative
     expected = (rows.long() @ centroids.long().T).numpy().argmax(axis=1)
     monkeypatch.setattr(start, "_CHUNK", {"cpu": 7})
     for dtype in (torch.int8, torch.bfloat16, torch.float32):
