@@ -21,6 +21,7 @@ import forks
 import numpy as np
 import pytest
 from distill_data import STUDENT
+from forks import clean_environment
 from hypothesis import settings
 
 # No test asserts a time: two run side by side, on machines of any speed.
@@ -78,21 +79,6 @@ class Run:
             f"\n$ cd {self.cwd}\n$ {' '.join(self.command)}\nexit {self.returncode}"
             f"\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
         )
-
-
-def clean_environment() -> dict[str, str]:
-    """Return this process's environment without clipcid's and torchrun's own variables, and offline."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("CLIPCID_", "TORCHELASTIC_")) and name not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
-    }
-    return kept | {
-        "HF_HUB_OFFLINE": "1",
-        "COLUMNS": "100",
-        "NO_COLOR": "1",
-        "PYTHONWARNINGS": "default",
-    }
 
 
 def clipcid_command() -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +35,9 @@ _IMPORTED = (
     *("clipcid_cli.commands.eval_linear", "clipcid_cli.commands.eval_zeroshot", "clipcid_cli.commands.console"),
     *("clipcid_cli.runtime.models.lean_open_clip", "jinja2", "matplotlib.figure", "pyarrow.dataset"),
 )
+
+# Libraries read these when they are imported, which has happened where a fork begins.
+_READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH_", "OMP_", "GOMP_", "MKL_", "PYTHON")
 
 
 class Started:
@@ -101,7 +106,7 @@ class _Parent:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=os.environ | {"PYTHONHASHSEED": str(self._hash_seed), "PYTHONWARNINGS": "default"},
+                env=_parents_environment() | {"PYTHONHASHSEED": str(self._hash_seed)},
                 cwd=os.sep,
             )
         assert self._process.stdin is not None
@@ -123,8 +128,37 @@ _meetings: collections.deque[Any] = collections.deque(maxlen=2)
 _numbers = itertools.count()
 
 
+def clean_environment() -> dict[str, str]:
+    """Return this process's environment without clipcid's and torchrun's own variables, and offline."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("CLIPCID_", "TORCHELASTIC_")) and name not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    }
+    return kept | {
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "100",
+        "NO_COLOR": "1",
+        "PYTHONWARNINGS": "default",
+    }
+
+
+@functools.cache
+def _parents_environment() -> dict[str, str]:
+    """Return the environment of the processes that are forked: the same for both, whatever a test sets between."""
+    return clean_environment()
+
+
 def start(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], processes: int = 1) -> Started:
-    """Start a command line of clipcid with a whole environment; in several processes, with what torchrun adds to it."""
+    """Start a command line of clipcid with a whole environment; in several processes, with what torchrun adds to it.
+
+    Raises:
+        ValueError: when a variable that libraries read while they are imported has another value than it had then.
+    """
+    then = _parents_environment()
+    late = [name for name in {**then, **environment} if environment.get(name) != then.get(name)]
+    if late := [name for name in late if name.startswith(_READ_AT_IMPORT)]:
+        raise ValueError(f"{', '.join(late)} would have no effect in a fork: use the fixture `binary`.")
     if not _folders:
         _folders.append(tempfile.TemporaryDirectory(prefix="forks-", ignore_cleanup_errors=True))
     number = next(_numbers)
@@ -165,7 +199,7 @@ def close() -> None:
 
 
 def _serve() -> None:
-    """Fork for each request; return in the forks only."""
+    """Fork for each request."""
     from clipcid_cli.runtime.imports import importing
 
     answers = os.fdopen(os.dup(1), "w")
@@ -182,7 +216,13 @@ def _serve() -> None:
             answer = os.fork()
             if answer == 0:
                 answers.close()
-                _run(**request)
+                try:
+                    _run(**request)
+                except BaseException:  # what the program lets through fails; so does Ctrl-C while it ends
+                    traceback.print_exc()
+                    sys.stdout.flush()
+                finally:
+                    os._exit(1)
         print(json.dumps(answer), file=answers, flush=True)
 
 
