@@ -23,9 +23,10 @@ def show(result: dict[str, Any], console: Console) -> None:
         "largest group": count(result["largest_component"], "image"),
         "coverage": f"{result['coverage']:.1%} of the dropped images are farther from their kept image than the cut-off",
     }
+    before = "" if result.get("cluster_cap") is None else f" before the cap, not {result['components']:,}"
     if other is not None:
         facts[f"with {other['linkage']}"] = (
-            f"{other['kept']:,} ({other['kept'] / result['images']:.1%}) would be kept at this cut-off, "
+            f"{other['kept']:,} ({other['kept'] / result['images']:.1%}) would be kept at this cut-off{before}, "
             f"and {other['coverage']:.1%} of the dropped images be farther"
         )
     elif threshold is not None:

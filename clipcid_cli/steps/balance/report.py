@@ -47,7 +47,7 @@ class Picture:
 
     Attributes:
         source: Its thumbnail as a ``data:`` URL; empty where it cannot be shown.
-        kept: Whether it is the representative of its set.
+        kept: Whether it is kept.
         distance: Its distance to the representative.
     """
 
@@ -95,7 +95,7 @@ def write_report(
         np.concatenate([np.empty(0, np.int64), *shown, *chained, inside.a, inside.b, outside.a, outside.b])
     )
     data, closed = _open_data(settings, embeddings)
-    pictures, unread = _load_pictures(data, closed, context, sets, rows)
+    pictures, unread = _load_pictures(data, closed, context, sets, listed, rows)
     read = 0 if data is None else len(pictures) - len(unread)
     gallery = {"shown": read, "unread": list(unread), "why": next(iter(unread.values()), "")}
     write_text(
@@ -191,7 +191,7 @@ def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> tuple[Datas
 
 
 def _load_pictures(
-    data: Dataset | None, closed: str, context: Context, sets: Sets, rows: IntArray
+    data: Dataset | None, closed: str, context: Context, sets: Sets, listed: KeepRows, rows: IntArray
 ) -> tuple[dict[int, Picture], dict[tuple[str, str], str]]:
     """Load the thumbnails of some rows; without the data there are keys only.
 
@@ -200,13 +200,14 @@ def _load_pictures(
     """
     embeddings, numbers = context.embeddings, context.rows.numbers[rows]
     keys, shards = (take_texts(embeddings, read, numbers) for read in (embeddings.keys_of, embeddings.shards_of))
+    place = rows if context.rows.positions is None else context.rows.positions[rows]
+    is_kept = (listed.representatives[place] == place).tolist()
     finder = None if data is None else SampleFinder(data)
     pictures, unread = {}, {}
-    for row, key, shard in zip(rows.tolist(), keys, shards, strict=True):
+    for row, key, shard, kept in zip(rows.tolist(), keys, shards, is_kept, strict=True):
         source, why = ("", closed) if finder is None else read_thumbnail(finder, shard, key, _THUMBNAIL)
         if why:
             unread[shard, key] = why
-        kept = bool(sets.representatives[row] == row)
         pictures[row] = Picture(key, source, kept, float(sets.distances[row]))
     return pictures, unread
 

@@ -25,7 +25,7 @@ from clipcid_cli.steps.balance.audit import Audit, audit_kept
 from clipcid_cli.steps.balance.compare_linkage import compare_linkages
 from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.cost import estimate_cost
-from clipcid_cli.steps.balance.filters.cluster_cap import cap_clusters, find_clusters
+from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap, cap_clusters, find_clusters
 from clipcid_cli.steps.balance.filters.keep_rows import KeepRows, list_rows
 from clipcid_cli.steps.balance.filters.references import Reference, open_references
 from clipcid_cli.steps.balance.filters.select import apply_filters
@@ -83,6 +83,9 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         references = open_references(settings, machine, embeddings, reporter)
         folder, identity = work.balance, machine.on_main(lambda: output_identity(settings, embeddings))
         clusters = machine.on_main(lambda: find_clusters(settings))
+        opened = [embeddings, *(each.embeddings for each in references)]
+        # `embed` has made the keys of its own folders.
+        identity["keys"] = settings.keys if any(each.sidecar is None for each in opened) else None
         identity["max_per_cluster"] = settings.max_per_cluster
         identity["clusters"] = None if clusters is None else clusters[1]
         identity["against"] = [[each.name, each.identity] for each in references] or None
@@ -151,8 +154,8 @@ def _balance(
     other = compare_linkages(context, sets, forest)
     if isinstance(other, NotComputed) and sets.threshold is not None:
         reporter.note(f"What --linkage star would keep at this cut-off is not computed: {other.reason}.")
-    audit = _audit(context, sets)
     cap = None if clusters is None else cap_clusters(context, clusters[0], sets)
+    audit = _audit(context, sets, cap)
     result = summarise(settings, sets, other, audit, filters, cap, embeddings, skips)
     warnings = find_warnings(settings, sets)
     for warning in warnings:
@@ -187,13 +190,16 @@ def _balance(
     return result
 
 
-def _audit(context: Context, sets: Sets) -> Audit | None:
+def _audit(context: Context, sets: Sets, cap: ClusterCap | None) -> Audit | None:
     """Estimate what a search in partitions missed, where one was made and something was to be merged."""
     if context.settings.neighbors == "exact" or sets.threshold is None:
         return None
     started = time.perf_counter()
     scan = choose_scan(context.settings.precision, context.machine.device)
-    kept = np.flatnonzero(sets.kept).astype(sets.labels.dtype)
+    is_kept = sets.kept
+    if cap is not None:
+        is_kept &= ~(cap.dropped if context.rows.positions is None else cap.dropped[context.rows.positions])
+    kept = np.flatnonzero(is_kept).astype(sets.labels.dtype)
     audit = audit_kept(context.machine, context.rows, kept, sets.threshold, scan, context.reporter)
     context.seconds["audit"] = time.perf_counter() - started
     return audit

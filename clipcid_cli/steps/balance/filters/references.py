@@ -47,7 +47,7 @@ def open_references(
         embeddings: The embeddings to balance.
 
     Raises:
-        ClipcidError: when one cannot be opened or embedded, or is of another model.
+        ClipcidError: when one cannot be opened or embedded, or is of another model or preprocessing.
     """
     found: list[Reference] = []
     for name in settings.against:
@@ -76,7 +76,7 @@ def _holds_embeddings(folder: Path) -> bool:
 
 
 def _embed(settings: BalanceSettings, machine: Machine, embeddings: Embeddings, data: str, reporter: Reporter) -> Path:
-    """Embed reference images with the model of the embeddings to balance; what is there already is taken."""
+    """Embed reference images as the embeddings to balance were; what is there already is taken."""
     model = settings.model if embeddings.sidecar is None else str(embeddings.sidecar["model"]["spec"])
     if model is None:
         raise ClipcidError(
@@ -89,12 +89,18 @@ def _embed(settings: BalanceSettings, machine: Machine, embeddings: Embeddings, 
     shared = ("work", "config", "device", "workers", "seed", "overwrite", "quiet", "debug", "keys", "max_bad_fraction")
     columns = ("image_column", "caption_column", "key_column")
     given = {each: getattr(settings, each) for each in shared + columns}
+    if embeddings.sidecar is not None:
+        made = embeddings.sidecar["settings"]
+        given |= {"fast_decode": made["fast_decode"], "precision": made["precision"]}
+        if made["precision"] == "fp16" and machine.device.type == "cpu":
+            given["precision"] = "fp32"
+            reporter.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
     make_embeddings(EmbedSettings(**given, data=data, model=model, text=False, out=folder), machine, reporter)
     return folder
 
 
 def _refuse_other_model(embeddings: Embeddings, reference: Embeddings, name: str) -> None:
-    """Refuse a reference of another width, or that another model made where both say which.
+    """Refuse a reference of another width; where both say how they were made, of another model or preprocessing.
 
     Raises:
         ClipcidError: naming both.
@@ -105,10 +111,21 @@ def _refuse_other_model(embeddings: Embeddings, reference: Embeddings, name: str
             f"The embeddings in {name} have width {reference.width}, those in {embeddings.folder} {embeddings.width}.",
             fix,
         )
-    made = [None if each.sidecar is None else each.sidecar["model"] for each in (embeddings, reference)]
-    if made[0] is not None and made[1] is not None and made[0]["weights_hash"] != made[1]["weights_hash"]:
+    sidecars = [each.sidecar for each in (embeddings, reference) if each.sidecar is not None]
+    if len(sidecars) < 2:
+        return
+    made = [sidecar["model"] for sidecar in sidecars]
+    if made[0]["weights_hash"] != made[1]["weights_hash"]:
         raise ClipcidError(
             f"The embeddings in {name} are of {made[1]['spec']} ({made[1]['weights_hash']}), those in {embeddings.folder} "
             f"of {made[0]['spec']} ({made[0]['weights_hash']}).",
             fix,
+        )
+    decoded = [sidecar["settings"] for sidecar in sidecars]
+    if decoded[0]["preprocess"] != decoded[1]["preprocess"]:
+        ways = ["with" if each["fast_decode"] else "without" for each in decoded]
+        raise ClipcidError(
+            f"The images of {name} were preprocessed otherwise ({decoded[1]['preprocess']}, {ways[1]} --fast-decode) than "
+            f"those of {embeddings.folder} ({decoded[0]['preprocess']}, {ways[0]}).",
+            "Embed them likewise: give the images themselves (--against DATA).",
         )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from balance_data import balance, make_rows, read_keep, write_embeddings
+from conftest import shard_members, write_tar
 
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.search.nearest_pairs import NearestReference
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.results.reference_parts import ReferenceParts
 from clipcid_cli.steps.balance.filters import against
+from clipcid_cli.steps.embed.run import run as run_embed
+from clipcid_cli.steps.reporting import SilentReporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.embed import EmbedSettings
 
 NUM_ROWS = 700
 
@@ -137,6 +143,27 @@ def test_what_is_saved_is_not_compared_again_unless_it_is_damaged(
     pd.testing.assert_frame_equal(read_keep(tmp_path / "w"), whole)
     balance(tmp_path / "w", folder, keep=0.6)
     assert "reference" not in read_keep(tmp_path / "w")
+
+
+def test_reference_images_are_embedded_as_the_others_were(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_tar(tmp_path / "data" / "0.tar", shard_members(0, 8))
+    write_tar(tmp_path / "r.tar", shard_members(0, 3))
+    shared: dict[str, Any] = {"model": str(tiny_model), "text": False, "workers": 0, "device": "cpu", "work": tmp_path}
+    like = {"fast_decode": True, "precision": "bf16"}
+    run_embed(EmbedSettings(data=str(tmp_path / "data"), out=tmp_path / "e", **like, **shared), SilentReporter())
+    call = {"threshold": 0.001, "against_threshold": 0.0, "workers": 0}
+    result, _ = balance(tmp_path, tmp_path / "e", against=(str(tmp_path / "r.tar"),), **call)
+    assert result["against"]["dropped"] == 3
+    (folder,) = (tmp_path / "references").iterdir()
+    made = [json.loads((place / "embed.json").read_text())["settings"] for place in (folder, tmp_path / "e")]
+    assert {name: made[0][name] for name in like} == like
+    assert made[0]["preprocess"] == made[1]["preprocess"]
+    run_embed(EmbedSettings(data=str(tmp_path / "r.tar"), out=tmp_path / "other", **shared), SilentReporter())
+    with pytest.raises(
+        ClipcidError, match=r"other were preprocessed otherwise \(.*, without --fast-decode\) than those of"
+    ):
+        balance(tmp_path, tmp_path / "e", against=(str(tmp_path / "other"),), **call)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, rows: np.ndarray) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from balance_data import Listener, balance, make_rows, read_keep, write_embeddings
+from rich.console import Console
 
 from clipcid_cli.algorithms.sets.representatives import best_of_groups, random_scores
+from clipcid_cli.commands.balance import show
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.steps.cluster.run import run as run_cluster
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -87,7 +91,19 @@ def test_the_best_of_each_cluster_stay(place: Path, tmp_path: Path, select: str,
     assert sidecar["result"]["cluster_cap"] == result["cluster_cap"]
     page = (tmp_path / "work" / "balance" / "report.html").read_text()
     assert "Sizes of the clusters" in page
+    framed, kept_keys = re.findall(r'<figure class="kept" title="([^"]+)"', page), set(keep["key"][keep["kept"]])
+    assert set(framed) <= kept_keys
+    assert f'<th>single (chosen)</th><td class="n">{uncapped["kept"]}</td>' in page
     assert "Sizes of the clusters" not in (tmp_path / "whole" / "balance" / "report.html").read_text()
+
+
+def test_what_is_said_of_the_kept_images_is_of_those_that_the_cap_leaves(place: Path, tmp_path: Path) -> None:
+    call = {"threshold": 0.4, "clusters": place / "work" / "clusters", "max_per_cluster": 6}
+    result, _ = balance(tmp_path / "w", place / "e", **call, neighbors="partitioned", min_caption_similarity=0.4)
+    assert result["audit"]["kept"] == result["kept"] < result["components"]
+    screen = io.StringIO()
+    show(result, Console(file=screen, width=200))
+    assert f"would be kept at this cut-off before the cap, not {result['components']}" in screen.getvalue()
 
 
 def test_groups_of_any_size() -> None:

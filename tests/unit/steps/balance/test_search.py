@@ -384,3 +384,12 @@ def test_keys_that_repeat_in_a_foreign_folder_are_refused_until_told_apart(rows:
     assert "--keys shard" in refused.value.fix
     balance(tmp_path, folder, keep=0.5, keys="shard")
     assert read_keep(tmp_path)["key"].tolist() == [f"{shard}/{key}" for shard, key in zip(shards, keys, strict=True)]
+
+
+def test_the_same_command_with_other_keys_writes_them(rows: np.ndarray, tmp_path: Path) -> None:
+    folder = write_embeddings(tmp_path / "e", rows[:20], shards=["a"] * 10 + ["b"] * 10)
+    balance(tmp_path, folder, keep=0.5)
+    names = read_keep(tmp_path)["key"]
+    _, told = balance(tmp_path, folder, keep=0.5, keys="shard")
+    assert "The forest of these embeddings exists" in told
+    assert read_keep(tmp_path)["key"].tolist() == [f"{'ab'[row >= 10]}/{name}" for row, name in enumerate(names)]
