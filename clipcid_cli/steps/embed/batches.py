@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.skips import Skips
@@ -16,7 +15,7 @@ from clipcid_cli.runtime.models.clip_model import Transform
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.text_variants import TextVariants
-from clipcid_cli.steps.embed.views import ViewMaker
+from clipcid_cli.steps.embed.views import BatchViews, ViewMaker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class PreparedEmbedBatch:
     Attributes:
         pixels: uint8 [B·(1 + V), H, W, 3]: the images preprocessed for evaluation, then view after view.
         colors: Colour maps of the views, float32 [B, V, 3, 4]; None without views.
-        params: float32 [B, V, P], the numbers that reproduce the views, see `ViewMaker`; None likewise.
+        params: float32 [B, V, P], the numbers that reproduce the views, see `MixedView.pack`; None likewise.
         tokens: int64 [B, L], of the first captions, or None when texts are not embedded.
         further: int64 [F, L], of the captions after the first, sample after sample, F a multiple of B (0 where no sample has
             several); None likewise.
@@ -102,21 +101,12 @@ class Preparation:
         """Prepare the samples of one batch."""
         height, width = self.image_size
         draft = (2 * width, 2 * height) if self.fast_decode else None
-        views = None if self.views is None else self.views.views
-        number = 0 if views is None else views.number
+        number = 0 if self.views is None else self.views.views.number
         pixels = torch.zeros(1 + number, self.batch_size, height, width, 3, dtype=torch.uint8)
-        colors = None if views is None else torch.zeros(self.batch_size, number, 3, 4)
-        params = None if views is None else np.zeros((self.batch_size, number, views.packed_size), dtype=np.float32)
-        failures: dict[int, str] = {}
-        flattened, images, keys = 0, dict[int, Image.Image](), [sample.key for sample in samples]
-
-        def show(row: int) -> None:
-            if self.views is None or colors is None or params is None:
-                return
-            for view, (shown, needed, packed) in enumerate(zip(*self.views(row, images, keys), strict=True)):
-                pixels[1 + view, row] = torch.from_numpy(shown.copy())
-                colors[row, view], params[row, view] = torch.from_numpy(needed), packed
-
+        keys, views = [sample.key for sample in samples], None
+        if self.views is not None:
+            views = BatchViews(self.views, keys, pixels[1:].numpy())
+        failures, flattened = dict[int, str](), 0
         for row, sample in enumerate(samples):
             image = read_image(sample.image, draft)
             if isinstance(image, SkippedImage):
@@ -124,12 +114,12 @@ class Preparation:
                 continue
             flattened += had_alpha(image)
             pixels[0, row] = self.transform(image)
-            images[row] = image
-            if views is None or not views.mixes:
-                show(row)
-                images.clear()
-        for row in images:
-            show(row)
+            if views is not None:
+                views.add(row, image)
+        colors = params = None
+        if views is not None:
+            views.mix()
+            colors, params = torch.from_numpy(views.colors), views.params
         tokens, further, variants = self._tokenize(samples)
         return PreparedEmbedBatch(pixels.flatten(0, 1), colors, params, tokens, further, variants, failures, flattened)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, refuse_foreign_folder, remove_leftovers
 from clipcid_cli.formats.output import plan_identity
@@ -116,7 +117,10 @@ def make_embeddings(
 
 def _describe_extras(settings: EmbedSettings, embedder: ShardEmbedder) -> str:
     """Say what is embedded beside images and captions, and what an image then takes on the disk."""
-    parts = [f"{settings.views} views ({', '.join(settings.view_kinds)})"] if settings.views else []
+    kinds = ", ".join(settings.view_kinds)
+    if embedder.views is not None and embedder.views.mixes:
+        kinds += f"; mixtures within batches of {embedder.samples_at_once} images"
+    parts = [f"{settings.views} views ({kinds})"] if settings.views else []
     parts += [f"{settings.text_variants} text variants"] if settings.text_variants else []
     return f" Of each image {' and '.join(parts)}: {bytes_per_image(embedder):,} bytes an image." if parts else ""
 
@@ -124,6 +128,13 @@ def _describe_extras(settings: EmbedSettings, embedder: ShardEmbedder) -> str:
 def _load_embedder(settings: EmbedSettings, machine: Machine, name: ModelName, dataset: Dataset) -> ShardEmbedder:
     model, precision, batch_size, workers = _load_model(settings, machine, name)
     augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
+    views = Views(settings.views, settings.view_kinds, augmentation, settings.seed) if settings.views else None
+    if views is not None and views.mixes and batch_size < (least := 2 * (1 + views.number)):
+        raise UsageError(
+            f"--view-kind mix mixes the images of a batch, but with --batch-size {batch_size} and {views.number} views it "
+            "holds one.",
+            f"Give --batch-size {least} or more, or fewer --views: a batch holds batch size/(1 + views) images.",
+        )
     return ShardEmbedder(
         model=model,
         precision=precision,
@@ -133,7 +144,7 @@ def _load_embedder(settings: EmbedSettings, machine: Machine, name: ModelName, d
         batch_size=batch_size,
         workers=workers,
         max_bad_fraction=settings.max_bad_fraction,
-        views=Views(settings.views, settings.view_kinds, augmentation, settings.seed) if settings.views else None,
+        views=views,
         text_variants=TextVariants(settings.text_variants, settings.seed) if settings.text_variants else None,
     )
 

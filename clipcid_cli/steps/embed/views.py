@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -63,54 +64,106 @@ class Views:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mixture:
+    """A view that shows a second image of the batch too.
+
+    Attributes:
+        row: Row of its first image in the batch.
+        number: Number of the view.
+        other: Row of the second.
+        weight: λ, the weight of the first, a float32 number.
+        seed: Decides how the second is cropped.
+    """
+
+    row: int
+    number: int
+    other: int
+    weight: float
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ViewMaker:
     """Draws the views of images, in a worker.
 
     Attributes:
-        pixels: Renders a view as the model takes it.
+        render: Renders a view as the model takes it.
     """
 
     views: Views
-    pixels: ViewPixels
+    render: ViewPixels
 
-    def __call__(
-        self, row: int, images: Mapping[int, Image.Image], keys: Sequence[str]
-    ) -> tuple[list[npt.NDArray[np.uint8]], list[npt.NDArray[np.float32]], list[npt.NDArray[np.float32]]]:
-        """Draw the views of one image of a batch.
+    def draw(self, image: Image.Image, number: int, key: str) -> tuple[View, npt.NDArray[np.uint8]]:
+        """Draw a view of an image, of a mixture its first part: the view, and its pixels, uint8 [H, W, 3]."""
+        strong = self.views.kinds[number % len(self.views.kinds)] == "strong"
+        seed = derive_seed("view", self.views.seed, number, key)
+        view = choose_view(STRONG if strong else self.views.augmentation, *image.size, seed)
+        return view, self.render(image, view)
+
+    def draw_second(self, image: Image.Image, mixture: Mixture) -> tuple[View, npt.NDArray[np.uint8]]:
+        """Draw the second part of a mixture likewise."""
+        view = choose_view(self.views.augmentation, *image.size, mixture.seed)
+        return view, self.render(image, view)
+
+    def mixtures(self, keys: Sequence[str]) -> Iterator[Mixture]:
+        """Choose the second image of each mixture among the others of the batch; none where an image is alone.
 
         Args:
-            row: Its row in the batch.
-            images: The readable images of the batch by row; it alone will do where none is mixed.
             keys: The keys of the batch.
-
-        Returns:
-            Of each view its pixels, uint8 [H, W, 3]; the colour map they still need, float32 [3, 4]; and the numbers that
-            reproduce it, float32 [16], or [34] where any view is mixed.
         """
-        pixels, colors, packed = [], [], []
-        for number in range(self.views.number):
-            kind = self.views.kinds[number % len(self.views.kinds)]
-            augmentation = STRONG if kind == "strong" else self.views.augmentation
-            seed = derive_seed("view", self.views.seed, number, keys[row])
-            view = choose_view(augmentation, *images[row].size, seed)
-            shown, needed = self.pixels(images[row], view), view.colors
-            mixed = MixedView(view, 1.0, 0.0, view)
-            if kind == "mix":
-                mixed, other = self._mix(row, view, images, number, keys[row])
-                shown, needed = mix_pixels(mixed, shown, self.pixels(other, mixed.second)), identity_colors()
-            pixels.append(shown)
-            colors.append(needed)
-            packed.append(mixed.pack()[: self.views.packed_size])
-        return pixels, colors, packed
+        of_mix = [
+            number for number in range(self.views.number) if self.views.kinds[number % len(self.views.kinds)] == "mix"
+        ]
+        for row, key in enumerate(keys if len(keys) > 1 else ()):
+            for number in of_mix:
+                random = np.random.default_rng(derive_seed("mix", self.views.seed, number, key))
+                other = int(random.integers(len(keys) - 1))
+                weight = float(np.float32(random.uniform(0.5, 1)))
+                seed = derive_seed("mixed view", self.views.seed, number, key)
+                yield Mixture(row, number, other + (other >= row), weight, seed)
 
-    def _mix(
-        self, row: int, view: View, images: Mapping[int, Image.Image], number: int, key: str
-    ) -> tuple[MixedView, Image.Image]:
-        """Choose another image of the batch, itself where there is no other, and how it is mixed in."""
-        random = np.random.default_rng(derive_seed("mix", self.views.seed, number, key))
-        others = [other for other in images if other != row] or [row]
-        other = others[int(random.integers(len(others)))]
-        weight = float(np.float32(random.uniform(0.5, 1)))
-        seed = derive_seed("mixed view", self.views.seed, number, key)
-        second = choose_view(self.views.augmentation, *images[other].size, seed)
-        return MixedView(view, weight, other - row, second), images[other]
+
+class BatchViews:
+    """The views of a batch, drawn as its images are decoded: of each it keeps crops alone.
+
+    A mixture whose second image cannot be read is a view of the first alone.
+    """
+
+    def __init__(self, maker: ViewMaker, keys: Sequence[str], pixels: npt.NDArray[np.uint8]) -> None:
+        """Prepare for a batch.
+
+        Args:
+            keys: Its keys.
+            pixels: What the views are written to, uint8 [V, B, H, W, 3], B at least the number of keys.
+        """
+        self._maker, self._keys, self._pixels = maker, keys, pixels
+        number, rows = pixels.shape[:2]
+        self.colors = np.zeros((rows, number, 3, 4), dtype=np.float32)
+        self.params = np.zeros((rows, number, maker.views.packed_size), dtype=np.float32)
+        self._firsts = dict[tuple[int, int], View]()
+        self._seconds = list[tuple[Mixture, View, npt.NDArray[np.uint8]]]()
+        self._wanted = defaultdict[int, list[Mixture]](list)
+        for mixture in maker.mixtures(keys):
+            self._wanted[mixture.other].append(mixture)
+
+    def add(self, row: int, image: Image.Image) -> None:
+        """Draw all that is shown of a row's image."""
+        for number in range(len(self._pixels)):
+            view, self._pixels[number, row] = self._maker.draw(image, number, self._keys[row])
+            self._firsts[row, number] = view
+            self._set(row, number, MixedView(view, 1.0, 0.0, view), view.colors)
+        self._seconds += [(mixture, *self._maker.draw_second(image, mixture)) for mixture in self._wanted[row]]
+
+    def mix(self) -> None:
+        """Mix, once all images are added."""
+        for mixture, second, shown in self._seconds:
+            row, number = mixture.row, mixture.number
+            first = self._firsts.get((row, number))
+            if first is not None:
+                view = MixedView(first, mixture.weight, mixture.other - row, second)
+                self._pixels[number, row] = mix_pixels(view, self._pixels[number, row], shown)
+                self._set(row, number, view, identity_colors())
+
+    def _set(self, row: int, number: int, view: MixedView, colors: npt.NDArray[np.float32]) -> None:
+        self.colors[row, number] = colors
+        self.params[row, number] = view.pack()[: self._maker.views.packed_size]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_image, write_tar
+from PIL import Image
 from teaching_data import Listener, add_targets, embed_data, encode_shown, join, make_epoch, train, write_student
 
 from clipcid_cli.errors import UsageError
@@ -16,15 +19,16 @@ from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.augment import PARTNER, Augmentation, MixedView, Processor, mix_pixels
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
-from clipcid_cli.runtime.models.decode import decode_image
+from clipcid_cli.runtime.models.decode import decode_image, read_image
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.augmented.views import StoredViews
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, BatchShare
 from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
+from clipcid_cli.steps.embed import batches
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
-# Batches of 8 hold two samples with their 1 + 3 pictures; batches of 40 hold ten.
+# Batches of 40 pictures hold ten samples, with 1 + 3 pictures each.
 VIEWS = {"views": 3, "view_kind": ("strong", "mix,crop"), "crop_scale": 0.8, "seed": 5, "batch_size": 40}
 
 
@@ -165,22 +169,41 @@ def test_without_a_view_that_can_be_shown_the_whole_image_is(
     assert (told.teacher_image_BD - torch.from_numpy(whole).float()).abs().max() < 1e-3
 
 
-def test_a_partner_without_a_row_is_marked_and_one_alone_is_mixed_with_itself(tiny_model: Path, tmp_path: Path) -> None:
+def test_what_has_no_other_image_is_not_mixed(tiny_model: Path, tmp_path: Path) -> None:
     members = []
     for number in range(4):
         image = b"damaged" if number == 2 else make_image(number)
         members += [(f"s{number}.png", image), (f"s{number}.txt", b"a caption")]
+    given = {"views": 2, "view_kind": ("mix",), "max_bad_fraction": 0.5, "batch_size": 12}
     for name, count in (("many", 8), ("one", 2)):
         write_tar(tmp_path / f"{name}.tar", members[:count])
-        embed_data(
-            tmp_path / f"{name}.tar", tiny_model, tmp_path / name, views=2, view_kind=("mix",), max_bad_fraction=0.5
-        )
+        embed_data(tmp_path / f"{name}.tar", tiny_model, tmp_path / name, **given)
     params = open_embeddings(tmp_path / "many").view_params()
-    partners = [row + params.read(row, view)[PARTNER] for row in range(3) for view in range(2)]
-    assert all(partner in (0, 1, 2) for partner in partners), "rows are counted without the damaged image"
-    alone = MixedView.unpack(open_embeddings(tmp_path / "one").view_params().read(0, 0))
-    assert alone.partner == 0
-    assert alone.weight < 1
+    views = [(row, MixedView.unpack(params.read(row, number))) for row in range(3) for number in range(2)]
+    assert all(row + view.partner in (0, 1, 2) for row, view in views), "rows are counted without the damaged image"
+    assert {view.weight == 1 for _, view in views} == {True, False}, "a damaged image is mixed into none"
+    assert all((view.partner == 0) == (view.weight == 1) for _, view in views)
+    assert MixedView.unpack(open_embeddings(tmp_path / "one").view_params().read(0, 0)).weight == 1
+    with pytest.raises(UsageError, match="with --batch-size 5 and 2 views it holds one") as raised:
+        embed_data(tmp_path / "one.tar", tiny_model, tmp_path / "five", **(given | {"batch_size": 5}))
+    assert "--batch-size 6" in raised.value.fix
+
+
+def test_images_of_a_batch_are_let_go_one_by_one(
+    tiny_model: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, most = list[weakref.ref[Image.Image]](), list[int]()
+
+    def read(*given: Any) -> Any:
+        image = read_image(*given)
+        held.append(weakref.ref(image))
+        most.append(sum(each() is not None for each in held))
+        return image
+
+    monkeypatch.setattr(batches, "read_image", read)
+    embed_data(tiny_shards, tiny_model, tmp_path / "tiny", **VIEWS)
+    assert len(most) == 24
+    assert max(most) <= 2, "the one before may live until the next is decoded"
 
 
 def test_bytes_do_not_depend_on_workers_and_runs_replay(
