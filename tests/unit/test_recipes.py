@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,3 +20,19 @@ def test_every_name_that_a_recipe_imports_from_the_package_exists(script: str) -
             module = importlib.import_module(str(node.module))
             missing = [name.name for name in node.names if not hasattr(module, name.name)]
             assert not missing, f"{node.module} has no {', '.join(missing)}"
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes" / "ablation"))
+    return importlib.import_module("plan")
+
+
+def test_trials_of_the_ablation_differ_in_rate_or_in_the_ratio_of_weights(plan: Any) -> None:
+    for name in plan.RECIPES:
+        trials = plan.trials(name)
+        ratios = [[weight / next(iter(each.weights.values())) for weight in each.weights.values()] for each in trials]
+        tried = {(each.lr, *(round(ratio, 9) for ratio in of)) for each, of in zip(trials, ratios, strict=True)}
+        assert len(trials) == len(tried) == 9, name
+        assert len({each.name for each in trials}) == 9
+        assert ("clip" in trials[0].weights) <= (next(iter(trials[0].weights)) == "clip")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
-from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.distill.online_teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.training_run import TrainingRun
@@ -114,24 +115,39 @@ def _measure_teacher(run: TrainingRun, step_seconds: float) -> TeacherCost | Non
         except ClipcidError as error:
             run.reporter.note(f"The time that the teacher would take in the loop is not measured: {error.message}")
             return None
-    seconds = _time_teacher(teacher, run.plan.batch_size // run.machine.size, run.settings.precision)
+    images, texts = _time_teacher(teacher, run.plan.batch_size // run.machine.size, run.settings.precision)
+    seconds = images + texts
     step = step_seconds if run.online_teacher is not None else step_seconds + seconds
-    # What is embedded once may be more than what is trained on: all images, not only the kept ones, and every view.
+    # What is embedded once may be more than what is trained on: all images, not only the kept ones.
     rows = run.inputs.usable.total if embeddings is None else embeddings.num_rows
-    passes = rows * (1 + teacher_inputs.num_views) / run.inputs.training.total
+    variants = 0 if teacher_inputs.text_variants is None else teacher_inputs.text_variants.number
+    passes = passes_to_embed(images, texts, teacher_inputs.num_views, variants) * rows / run.inputs.training.total
     return TeacherCost(teacher.info.parameters, seconds, min(1.0, seconds / step), passes)
 
 
-def _time_teacher(teacher: ClipModel, count: int, requested: str) -> float:
+def passes_to_embed(images: float, texts: float, num_views: int, num_variants: int) -> float:
+    """Return what embedding with views and text variants takes, in passes over images and captions alone.
+
+    Args:
+        images: Time for some images.
+        texts: Time for as many captions, in the same unit.
+    """
+    return ((1 + num_views) * images + (1 + num_variants) * texts) / (images + texts)
+
+
+def _time_teacher(teacher: ClipModel, count: int, requested: str) -> tuple[float, float]:
+    """Return the seconds for `count` images and for as many captions."""
     precision = choose_precision(requested, teacher.device, "embed", teacher.info.parameters)
     teacher.cast_products(precision)
     height, width = teacher.info.image_size
     pixels = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
     tokens = teacher.tokenizer([TYPICAL_CAPTION] * count)
 
-    def encode() -> None:
-        for start in range(0, count, SAMPLES_AT_ONCE):
-            teacher.encode_images(pixels[start : start + SAMPLES_AT_ONCE], precision)
-            teacher.encode_texts(tokens[start : start + SAMPLES_AT_ONCE], precision)
+    def measure(encode: Callable[[torch.Tensor, Precision], object], inputs: torch.Tensor) -> float:
+        def encode_all() -> None:
+            for part in torch.split(inputs, SAMPLES_AT_ONCE):
+                encode(part, precision)
 
-    return time_trial(encode, teacher.device, warm_up=_WARM_UP, repeats=_MEASURED).seconds
+        return time_trial(encode_all, teacher.device, warm_up=_WARM_UP, repeats=_MEASURED).seconds
+
+    return measure(teacher.encode_images, pixels), measure(teacher.encode_texts, tokens)
