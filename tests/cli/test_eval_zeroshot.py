@@ -1,10 +1,13 @@
 """`eval-zeroshot` from the command line, on real shards with a real (tiny, random) model."""
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -88,6 +91,35 @@ def test_classification_equals_open_clip_and_plain_formulas(
     for name, (low, high) in result["intervals"].items():
         assert low <= result["metrics"][name] <= high
     assert set(result["intervals"]) == {"acc1", "acc5", "mean_per_class_recall"}
+    check_calibration(result["calibration"], scores.double(), labels)
+    sidecar = json.loads((folder / "sidecars" / Path(result["files"]["metrics"]).name).read_text())
+    assert sidecar["calibration"] == result["calibration"]
+
+
+def check_calibration(found: dict[str, Any], scores: torch.Tensor, labels: torch.Tensor) -> None:
+    """Compare with plain formulas: of all images, and of each half, told apart by the hash of the key."""
+    digests = [hashlib.blake2b(f"s{number:07d}".encode(), digest_size=8).digest() for number in range(SAMPLES)]
+    fitted = torch.tensor([int.from_bytes(digest, "little") / 2**64 < 0.5 for digest in digests])
+    assert 0 < found["fitted_images"] == int(fitted.sum()) < SAMPLES
+
+    def losses(temperature: float, which: torch.Tensor) -> float:
+        return float(torch.nn.functional.cross_entropy(scores[which] / temperature, labels[which]))
+
+    for name, which in (("all", fitted | True), ("before", ~fitted), ("after", ~fitted)):
+        measured = found[name]
+        if measured is None:
+            assert (name, found["temperature"]) == ("after", None)
+            continue
+        assert measured["images"] == int(which.sum())
+        assert measured["temperature"] == pytest.approx(found["temperature"] if name == "after" else 0.07)
+        assert measured["log_loss"] == pytest.approx(losses(measured["temperature"], which), abs=1e-5)
+        confidence, predicted = (scores[which] / measured["temperature"]).softmax(dim=1).max(dim=1)
+        right, bins = predicted == labels[which], torch.linspace(0, 1, 16).double()
+        inside = [(confidence > low) & (confidence <= high) for low, high in itertools.pairwise(bins)]
+        gaps = [abs(float(right[one].sum() - confidence[one].sum())) for one in inside]
+        assert measured["expected_calibration_error"] == pytest.approx(sum(gaps) / len(right), abs=1e-4)
+    if (best := found["temperature"]) is not None:
+        assert all(losses(best, fitted) <= losses(best * factor, fitted) for factor in (0.5, 0.99, 1.01, 2))
 
 
 def test_retrieval_equals_open_clip_and_plain_formulas(

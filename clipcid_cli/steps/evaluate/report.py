@@ -101,10 +101,28 @@ def _detail(result: dict[str, Any]) -> dict[str, Any]:
             "templates": ", ".join(settings["templates"][:3]) + (" …" if len(settings["templates"]) > 3 else ""),
             "precision": settings["precision"],
             "batch size": settings["batch_size"],
+            **_describe_calibration(sidecar["calibration"]),
             "skipped": ", ".join(f"{count} {reason}" for reason, count in result["skipped"].items()) or "nothing",
             "metrics file": result["files"]["metrics"],
         },
     }
+
+
+def _describe_calibration(found: dict[str, Any] | None) -> dict[str, str]:
+    """Say how sure the model is of its answers, and at which temperature it would be as sure as it is right."""
+    if found is None:
+        return {}
+    text = {"calibration error": _describe_error(found["all"])}
+    if found["after"] is not None:
+        share = f"the half that was not fitted on, {found['after']['images']:,} images"
+        text["at the fitted temperature"] = (
+            f"{_describe_error(found['after'])}, before {_describe_error(found['before'])}: {share}"
+        )
+    return text
+
+
+def _describe_error(found: dict[str, Any]) -> str:
+    return f"{100 * found['expected_calibration_error']:.1f}% at {found['temperature']:.4g}"
 
 
 def _thumbnail(example: dict[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from clipcid_cli.algorithms.metrics.calibration import BINS
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.output import describe_outputs
@@ -17,6 +18,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.evaluate.calibration import FITTED_SHARE
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.encode import start_workers
 from clipcid_cli.steps.evaluate.measure import measure
@@ -118,6 +120,7 @@ def _evaluate_pair(
         "precision": evaluated.precision.name,
         "batch_size": evaluated.batch_size,
         "bootstrap": settings.bootstrap,
+        "calibration": {"bins": BINS, "fitted_share": FITTED_SHARE},
         "seed": settings.seed,
     }
     rows = predictions_path(path)
@@ -128,8 +131,8 @@ def _evaluate_pair(
         settings=identity,
         inputs=evaluated.fingerprints() + fingerprints,
         overwrite=settings.overwrite,
-        # They change the intervals only.
-        replaceable=frozenset({"bootstrap", "seed"}),
+        # They change the intervals and the calibration only.
+        replaceable=frozenset({"bootstrap", "seed", "calibration"}),
         resumable=False,
     ) as output:
         has_rows = machine.on_main(rows.is_file)
@@ -141,7 +144,7 @@ def _evaluate_pair(
         if has_rows and (output.finished or output.earlier) is not None:
             # They belong to the same model and data, and do not depend on the draws: keep them up to date.
             settings = dataclasses.replace(settings, predictions=True)
-        measured = measure(evaluated.encoder(), task, settings)
+        measured = measure(evaluated.encoder(), task, settings, with_calibration=True)
         result = measured.result
         record = evaluated.make_record(task.name, task.task, result.metrics)
 
@@ -158,6 +161,7 @@ def _evaluate_pair(
                 images_per_second=measured.images / measured.seconds["encode"],
                 customary=task.customary,
                 intervals={name: list(bounds) for name, bounds in result.intervals.items()},
+                calibration=measured.calibration,
                 per_class=result.per_class,
                 examples=result.examples,
             )
@@ -174,6 +178,7 @@ def _result(record: dict[str, Any], sidecar: dict[str, Any], path: Path, *, reus
         **record,
         "customary": sidecar["customary"],
         "intervals": sidecar["intervals"],
+        "calibration": sidecar["calibration"],
         "images": sidecar["counts"]["images"],
         "skipped": sidecar["counts"]["skipped"],
         "images_per_second": round(sidecar["images_per_second"], 1),
