@@ -168,10 +168,10 @@ class Objective:
             process's rows, times the number of processes. And each loss by name without its weight; `values` makes them
             the global batch's.
         """
-        machine, count = self._machine, len(features.image)
+        machine, count, num_extra = self._machine, len(features.image), len(features.text) - len(features.image)
         own = self._rows(features)
-        extra = own.get("text_BD", own["text_Bd"])[count:]  # texts without images come last
-        rows = self._gather({name: found[:count] for name, found in own.items()})
+        extra = own.get("text_BD", own["text_Bd"])[count:] if num_extra else None  # texts without images come last
+        rows = self._gather({name: found[:count] for name, found in own.items()} if num_extra else own)
         start = machine.rank * count if self._local else 0
         everything = LossBatch(
             image_Bd=rows["image_Bd"],
@@ -183,8 +183,8 @@ class Objective:
             image_tokens_bLD=self._tokens(features.image_tokens, self.parameters.image_map, count),
             text_tokens_bLD=self._tokens(features.text_tokens, self.parameters.text_map, count),
             fusion=self.parameters.fusion_pair(),
-            extra_text_ED=None if not len(extra) else extra if self._local else gather_rows(extra, machine.size),
-            num_extra=machine.size * len(extra),
+            extra_text_ED=extra if extra is None or self._local else gather_rows(extra, machine.size),
+            num_extra=machine.size * num_extra,
             own=slice(start, start + count) if self._local else slice(0, machine.size * count),
         )
         if self._teacher is not None and batch.targets is not None:
