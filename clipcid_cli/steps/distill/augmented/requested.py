@@ -39,8 +39,10 @@ def require_requested(
     if missing:
         flags = " and ".join(missing)
         more = {name: value for fields in missing.values() for name, value in fields.items()}
-        lacking = " and ".join("views" if "views" in fields else "text variants" for fields in missing.values())
+        if sidecar is None:
+            more |= {"work": settings.work} | ({"model": model} if model else {})
+        lacking = " or ".join("views" if "views" in fields else "text variants" for fields in missing.values())
         raise ClipcidError(
             f"{flags}, but {folder} holds no {lacking}.",
-            f"Omit {flags}, or run: {data_command(folder, sidecar, **({'model': model} if model else {}), **more)}",
+            f"Omit {flags}, or run: {data_command(folder, sidecar, **more)}",
         )
