@@ -92,22 +92,21 @@ def find_forest(
     if is_new and files and neighbors == "exact":
         smaller = read_smaller(machine, folder, rows, files, reporter)
     while len(forest.edges) < complete and not _is_enough(forest, cutoff, num_edges):
-        # The sample holds unique rows, so edges of copies are not counted.
-        choose = partial(estimator.choose, forest.cutoff, len(forest.edges) - num_copies, num_edges - num_copies)
-        reach = machine.on_main(choose) if cutoff is None else float(np.float32(cutoff))
         search: TiledSearch | PartitionedSearch = all_pairs
         known, name = forest.edges, ""
-        if smaller is not None:
-            if cutoff is None:
-                reach = min(reach, smaller.cutoff)  # as far as it is known; where that is not enough, all pairs follow
-            if reach <= smaller.cutoff:
-                known, name = Edges.concatenate([known, smaller.edges.up_to(reach)]), f"-{smaller.name}"
-                search = search_new(rows, smaller, machine, scan.dtype, room, reporter)
-            else:
+        if smaller is not None and (cutoff is None or float(np.float32(cutoff)) <= smaller.cutoff):
+            # As far as it is known, so that nothing of it is lost; where that is not enough, all pairs follow.
+            reach, known, name = smaller.cutoff, smaller.edges, f"-{smaller.name}"
+            search = search_new(rows, smaller, machine, scan.dtype, room, reporter)
+        else:
+            # The sample holds unique rows, so edges of copies are not counted.
+            choose = partial(estimator.choose, forest.cutoff, len(forest.edges) - num_copies, num_edges - num_copies)
+            reach = machine.on_main(choose) if cutoff is None else float(np.float32(cutoff))
+            if smaller is not None:
                 reporter.note(
                     f"The forest that is there ends at distance {smaller.cutoff:.4f}: all pairs are compared."
                 )
-            smaller = None
+        smaller = None
         try:
             # At the largest distance only a search of all pairs is sure to find what is missing.
             if neighbors == "partitioned" and forest.cutoff < reach < FARTHEST:

@@ -18,11 +18,12 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.search.distances import row_type
-from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.algorithms.search.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.search.pair_search import GrownSearch
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.mapped_arrays import Arrays
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.results.forest import forest_path, read_forest
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.rows import BalanceRows
@@ -65,7 +66,7 @@ class SmallerForest:
     """The forest of some of the rows.
 
     Attributes:
-        edges: Ascending by (weight, smaller row, larger row), in the numbers of all rows.
+        edges: Its edges and those of all copies, ascending by (weight, smaller row, larger row), in the numbers of all rows.
         cutoff: The distance that it is complete to.
         is_new: Which rows it is not of, bool [N].
         name: Identifies it.
@@ -89,10 +90,15 @@ def read_smaller(
     """
 
     def read() -> tuple[SmallerForest | None, str]:
-        sidecar = read_sidecar(sidecar_path(folder, forest_path(folder, "exact").stem))
-        if sidecar is None or not sidecar["cutoff"] or not sidecar.get("inputs"):
+        path = sidecar_path(folder, forest_path(folder, "exact").stem)
+        sidecar = read_sidecar(path)
+        if sidecar is None or not sidecar.get("inputs"):
             return None, ""
-        earlier = [entry for entry in sidecar["inputs"] if not str(entry["path"]).endswith(".parquet")]
+        with reading(path, "a sidecar of a forest", f"Remove {path}; the forest is then searched again."):
+            cutoff, name = float(sidecar["cutoff"]), _digest(sidecar)
+            earlier = [entry for entry in sidecar["inputs"] if not str(entry["path"]).endswith(".parquet")]
+        if not cutoff:
+            return None, ""
         kept, number = list[RowFile](), 0
         for file in files:
             if number < len(earlier) and file.content == _content(earlier[number]):
@@ -108,8 +114,8 @@ def read_smaller(
             return None, "its rows are not those of its files."
         is_new = np.ones(len(rows), np.bool_)
         is_new[places] = False
-        edges = Edges(places[stored.a], places[stored.b], stored.distance)
-        return SmallerForest(edges, stored.cutoff, is_new, _digest(sidecar)), ""
+        edges = merge_edges(Edges(places[stored.a], places[stored.b], stored.distance), sort_edges(rows.copies))
+        return SmallerForest(edges, stored.cutoff, is_new, name), ""
 
     def share() -> Arrays:
         smaller, why_not = read()

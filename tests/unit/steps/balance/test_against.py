@@ -143,6 +143,7 @@ def test_what_is_saved_is_not_compared_again_unless_it_is_damaged(
     pd.testing.assert_frame_equal(read_keep(tmp_path / "w"), whole)
     balance(tmp_path / "w", folder, keep=0.6)
     assert "reference" not in read_keep(tmp_path / "w")
+    assert not (tmp_path / "w" / "balance" / ".references").exists()
 
 
 def test_reference_images_are_embedded_as_the_others_were(tmp_path: Path, tiny_model: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,11 @@ import pytest
 from balance_data import balance, make_rows, read_keep
 
 from clipcid_cli.algorithms.search import pair_search
+from clipcid_cli.algorithms.search.edges import Edges, sort_edges
 from clipcid_cli.algorithms.search.pair_search import GrownSearch, TiledSearch
 from clipcid_cli.algorithms.search.tiles import GrownTiles
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.steps.balance import search as forest_search
 
 FILES = ("keep.parquet", "forest.parquet", "curve.csv", "sets.parquet")
 
@@ -116,6 +119,40 @@ def test_a_forest_that_does_not_say_of_which_files_it_is_is_searched_anew(tmp_pa
     balance(tmp_path / "new", folder, threshold=0.45)
     assert read_outputs(tmp_path / "work") == read_outputs(tmp_path / "new")
     assert json.loads(sidecar.read_text())["inputs"] == told_by["inputs"]
+
+
+def test_the_forest_reaches_as_far_as_before(tmp_path: Path, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = {1: range(500), 2: range(500, 900)}
+    part = write_shards(tmp_path / "part", rows, {1: shards[1]})
+    balance(tmp_path / "work", part, threshold=0.9)
+    write_shards(part, rows, shards)
+    known, search = list[Edges](), forest_search._search_tiles
+
+    def search_and_remember(*given: Any) -> Any:
+        known.extend(each for each in given if isinstance(each, Edges))
+        return search(*given)
+
+    monkeypatch.setattr(forest_search, "_search_tiles", search_and_remember)
+    balance(tmp_path / "work", part, threshold=0.2)
+    assert sort_edges(known[0]) is known[0]
+    _, told = balance(tmp_path / "work", part, threshold=0.9)
+    assert "The forest of these embeddings exists" in told
+    balance(tmp_path / "new", part, threshold=0.9)
+    assert read_outputs(tmp_path / "work") == read_outputs(tmp_path / "new")
+
+
+@pytest.mark.parametrize("entry", ["cutoff", "edges"])
+def test_a_damaged_sidecar_of_a_forest_is_named(tmp_path: Path, rows: np.ndarray, entry: str) -> None:
+    part = write_shards(tmp_path / "e", rows, {1: range(100)})
+    balance(tmp_path / "work", part, threshold=0.5)
+    sidecar = tmp_path / "work" / "balance" / "forest.json"
+    content = json.loads(sidecar.read_text())
+    del content[entry]
+    sidecar.write_text(json.dumps(content))
+    write_shards(part, rows, {2: range(100, 200)})
+    with pytest.raises(ClipcidError, match=r"forest\.json cannot be read as a sidecar of a forest") as refused:
+        balance(tmp_path / "work", part, threshold=0.5)
+    assert refused.value.fix == f"Remove {sidecar}; the forest is then searched again."
 
 
 def test_tiles_of_new_rows_are_all_that_have_one() -> None:
