@@ -23,7 +23,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         "largest group": count(result["largest_component"], "image"),
         "coverage": f"{result['coverage']:.1%} of the dropped images are farther from their kept image than the cut-off",
     }
-    before = "" if result.get("cluster_cap") is None else f" before the cap, not {result['components']:,}"
+    before = "" if result.get("cluster_cap") is None else " before clusters are capped"
     if other is not None:
         facts[f"with {other['linkage']}"] = (
             f"{other['kept']:,} ({other['kept'] / result['images']:.1%}) would be kept at this cut-off{before}, "
@@ -41,8 +41,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
     if (cap := result.get("cluster_cap")) is not None:
         facts["clusters"] = (
-            f"{cap['dropped']:,} dropped of the {count(cap['capped'], 'cluster')} of {cap['clusters']:,} that had more than "
-            f"{count(cap['most'], 'image')}"
+            f"{cap['dropped']:,} of the {count(result['components'], 'image')} kept before are dropped: "
+            f"{cap['capped']:,} of {count(cap['clusters'], 'cluster')} had more than {count(cap['most'], 'image')}"
         )
     if audit is not None:
         facts["audit"] = _format_audit(audit)

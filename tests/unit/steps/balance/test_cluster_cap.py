@@ -103,7 +103,9 @@ def test_what_is_said_of_the_kept_images_is_of_those_that_the_cap_leaves(place: 
     assert result["audit"]["kept"] == result["kept"] < result["components"]
     screen = io.StringIO()
     show(result, Console(file=screen, width=200))
-    assert f"would be kept at this cut-off before the cap, not {result['components']}" in screen.getvalue()
+    assert "would be kept at this cut-off before clusters are capped" in screen.getvalue()
+    dropped = result["components"] - result["kept"]
+    assert f"{dropped} of the {result['components']} images kept before are dropped" in screen.getvalue()
 
 
 def test_groups_of_any_size() -> None:
