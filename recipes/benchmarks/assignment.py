@@ -1,10 +1,11 @@
 """How long does `cluster` take to find the 16 nearest centroids of each row, compared with faiss's flat search?
 
     python recipes/benchmarks/assignment.py                     four kinds of rows and sizes
+    python recipes/benchmarks/assignment.py --cases 1           the first of them
 
-Ours is `top_nearest` on blocks of 2,048 rows, a thread each, as `cluster` calls it: float32 products, proof and order in
-float64. Theirs is `faiss.knn` of 16 in float32 alone, all rows at once. Both begin with the same float16 rows in memory and
-alternate in one process; printed are medians of seconds and of processor seconds, and their ratios.
+Ours is `top_nearest` on blocks of 2,048 rows by one set of threads, as `cluster` calls it: float32 products, proof and
+order in float64. Theirs is `faiss.knn` of 16 in float32 alone, all rows at once. Both begin with the same float16 rows in
+memory and alternate in one process; printed are medians of seconds and of processor seconds, and their ratios.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CASES = [
     ("cone", 100_000, 512, 1024),
     ("random", 50_000, 768, 4096),
 ]
-NEAREST, BLOCK, PART = 16, 2048, 8192
+NEAREST, BLOCK = 16, 2048
 
 
 def main() -> None:
@@ -40,12 +41,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--cases", type=int, nargs="+", choices=range(1, len(CASES) + 1), help="some of the lines alone"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(describe_machine(arguments.threads))
     names = ("rows", "N", "D", "K", "clipcid s", "faiss s", "ratio", "clipcid cpu", "faiss cpu", "ratio")
     print(" ".join(f"{name:>11}" for name in names))
-    for kind, num_rows, width, num_centroids in CASES:
+    for case in arguments.cases or range(1, len(CASES) + 1):
+        kind, num_rows, width, num_centroids = CASES[case - 1]
         rows, centroids = make(kind, num_rows, width, num_centroids)
         sides = {
             "clipcid": partial(ours, rows, centroids, arguments.threads),
@@ -90,9 +95,8 @@ def measure(run: Callable[[], None]) -> tuple[float, float]:
 
 def ours(rows: torch.Tensor, centroids: torch.Tensor, threads: int) -> None:
     """Look up all rows as `cluster` does."""
-    for part in torch.split(rows, PART):
-        for _ in map_threads(torch.split(part, BLOCK), lambda block: top_nearest(block, centroids, NEAREST), threads):
-            pass
+    for _ in map_threads(torch.split(rows, BLOCK), lambda block: top_nearest(block, centroids, NEAREST), threads):
+        pass
 
 
 def theirs(rows: torch.Tensor, centroids: torch.Tensor) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,50 +35,77 @@ def search_width(num_clusters: int) -> int:
     return min(NUM_NEAREST, num_clusters)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Rows that a thread looks up: images or captions of a part of the table.
+
+    Attributes:
+        read: Reads rows of the kind, by the first and the one after the last.
+        last: Whether it is the last of its part.
+    """
+
+    part: int
+    captions: bool
+    read: Callable[[int, int], Float16]
+    start: int
+    stop: int
+    last: bool
+
+
 def assign_clusters(
     machine: Machine, rows: ClusterRows, centroids_KD: torch.Tensor, folder: Path, reporter: Reporter
 ) -> None:
     """Write the parts of the table that are not there yet, dealt to the processes."""
-    bounds = part_bounds(len(rows))
+    bounds, m = part_bounds(len(rows)), search_width(len(centroids_KD))
+    parts = range(machine.rank, len(bounds), machine.size)
+    parts_left = [part for part in parts if not part_path(folder, part).exists()]
+    threads = threads_for_batches(machine.device)
+
+    def look_up(block: _Block) -> tuple[_Block, TopClusters, npt.NDArray[np.float64]]:
+        rows_BD = torch.from_numpy(np.array(block.read(block.start, block.stop))).to(machine.device)
+        found_Bm, exact_Bm = (found.cpu().numpy() for found in top_nearest(rows_BD, centroids_KD, m))
+        return block, TopClusters(found_Bm.astype(np.int32), exact_Bm.astype(np.float16)), exact_Bm[:, 0].copy()
+
     with reporter.progress("assign", len(rows), "images") as progress:
-        for part, (start, stop) in enumerate(bounds):
-            if part % machine.size == machine.rank and not part_path(folder, part).exists():
-                images, exact = _find_top(machine, centroids_KD, rows.features, start, stop)
-                captions = None
-                if rows.embeddings.has_texts:
-                    captions, _ = _find_top(machine, centroids_KD, rows.captions, start, stop)
+        progress.advance(len(rows) - sum(stop - start for start, stop in (bounds[part] for part in parts_left)))
+        found: dict[bool, list[TopClusters]] = {False: [], True: []}
+        exact: list[npt.NDArray[np.float64]] = []
+        # One set of threads for all parts: new ones for each would share a core until the system has spread them.
+        for block, tops, nearest_B in map_threads(_blocks(rows, parts_left, machine, threads), look_up, threads):
+            found[block.captions].append(tops)
+            if not block.captions:
+                exact.append(nearest_B)
+            if block.last:
+                start, stop = bounds[block.part]
                 write_part(
-                    part_path(folder, part),
+                    part_path(folder, block.part),
                     keys=rows.keys(start, stop),
-                    similarities=exact,
-                    images=images,
-                    captions=captions,
+                    similarities=np.concatenate(exact),
+                    images=_join(found[False]),
+                    captions=_join(found[True]) if rows.embeddings.has_texts else None,
                 )
-            progress.advance(stop - start)
+                progress.advance(stop - start)
+                found, exact = {False: [], True: []}, []
     machine.barrier()
 
 
-def _find_top(
-    machine: Machine, centroids_KD: torch.Tensor, read: Callable[[int, int], Float16], start: int, stop: int
-) -> tuple[TopClusters, npt.NDArray[np.float64]]:
-    """Find the nearest centroids of rows start … stop − 1, and the exact similarity to the first."""
-    m = search_width(len(centroids_KD))
-    clusters = np.empty((stop - start, m), dtype=np.int32)
-    similarities = np.empty((stop - start, m), dtype=np.float64)
+def _blocks(rows: ClusterRows, parts: list[int], machine: Machine, threads: int) -> Iterator[_Block]:
+    """Cut parts of the table into blocks, one part after another: its images, then its captions."""
+    bounds, has_texts = part_bounds(len(rows)), rows.embeddings.has_texts
+    for part in parts:
+        start, stop = bounds[part]
+        at_once = min(_MOST_ROWS[machine.device.type], max(_FEWEST_ROWS, -(-(stop - start) // threads)))
+        for captions in (False, True) if has_texts else (False,):
+            read = rows.captions if captions else rows.features
+            for first in range(start, stop, at_once):
+                last = min(stop, first + at_once)
+                yield _Block(part, captions, read, first, last, captions == has_texts and last == stop)
 
-    threads = threads_for_batches(machine.device)
-    at_once = min(_MOST_ROWS[machine.device.type], max(_FEWEST_ROWS, -(-(stop - start) // threads)))
 
-    def look_up(first: int) -> None:
-        last = min(stop, first + at_once)
-        rows_BD = torch.from_numpy(np.array(read(first, last))).to(machine.device)
-        found_Bm, exact_Bm = top_nearest(rows_BD, centroids_KD, m)
-        mine = slice(first - start, last - start)
-        clusters[mine], similarities[mine] = found_Bm.cpu().numpy(), exact_Bm.cpu().numpy()
-
-    for _ in map_threads(range(start, stop, at_once), look_up, threads):
-        pass
-    return TopClusters(clusters, similarities.astype(np.float16)), similarities[:, 0]
+def _join(tops: list[TopClusters]) -> TopClusters:
+    return TopClusters(
+        np.concatenate([top.clusters for top in tops]), np.concatenate([top.similarities for top in tops])
+    )
 
 
 def summarise(rows: ClusterRows, num_clusters: int, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
