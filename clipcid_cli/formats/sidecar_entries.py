@@ -39,6 +39,7 @@ def check_entries(sidecar: dict[str, Any]) -> None:
         "counts.skipped": _are_counts(sidecar.get("counts", {}).get("skipped", {})),
         "data": all(isinstance(sidecar["data"].get(name), str) for name in _OF_DATA) if "data" in sidecar else True,
         "pictures": _are_places(sidecar.get("pictures", {}).get("unread", [])),
+        "prompts": sidecar.get("prompts") is None or _are_lines(sidecar["prompts"]),
     }
     for name, fits in inner.items():
         if not fits:
@@ -50,6 +51,16 @@ def _are_counts(skipped: Any) -> bool:
     if not isinstance(skipped, dict):
         return False
     return all(_are_counts(count) if isinstance(count, dict) else isinstance(count, int) for count in skipped.values())
+
+
+def _are_lines(prompts: Any) -> bool:
+    """Tell whether they are descriptions of class names and templates."""
+    fields = {"source": str, "number": int, "hash": str}
+    return isinstance(prompts, dict) and all(
+        isinstance(prompts.get(name), dict)
+        and all(isinstance(prompts[name].get(key), kind) for key, kind in fields.items())
+        for name in ("class_names", "templates")
+    )
 
 
 def _are_places(unread: Any) -> bool:

@@ -94,6 +94,12 @@ def test_classification_equals_open_clip_and_plain_formulas(
     check_calibration(result["calibration"], scores.double(), labels)
     sidecar = json.loads((folder / "sidecars" / Path(result["files"]["metrics"]).name).read_text())
     assert sidecar["calibration"] == result["calibration"]
+    assert sidecar["prompts"] == result["prompts"]
+    for kind, name in (("class_names", "classnames.txt"), ("templates", "zeroshot_classification_templates.txt")):
+        path = classification / name
+        digest = hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest()
+        number = len(path.read_text().splitlines())
+        assert result["prompts"][kind] == {"source": str(path), "number": number, "hash": digest}
 
 
 def check_calibration(found: dict[str, Any], scores: torch.Tensor, labels: torch.Tensor) -> None:
@@ -244,6 +250,10 @@ def test_predictions_comparison_and_report(
     assert judged["interval"][0] <= judged["difference"] <= judged["interval"][1]
     assert 0 < judged["p_value"] <= 1
     assert judged["verdict"] in " ".join(compared.stderr.split())
+    assert all(sides["same"] for sides in compared.json["prompts"].values())
+    assert all(one["prompts"][kind]["hash"] in page for kind in ("class_names", "templates"))
+    table = pd.read_csv(tmp_path / run.json["files"]["table"])
+    assert table["templates_hash"].tolist() == [one["prompts"]["templates"]["hash"], np.nan] * 2
     # A model beside itself differs by nothing, whatever is drawn.
     same = clipcid("eval-zeroshot", "--compare", files[1], files[1])
     assert "image_retrieval_recall@1: no difference" in " ".join(same.stderr.split())

@@ -45,7 +45,7 @@ _HASH = re.compile(r"(?<=blake2b:)[0-9a-f]{32}")
 # What differs from run to run, or between machines.
 _VARYING = re.compile(
     rf"(?<![\w.-])(?:{_DIGITS})?\.?\d+e[+-]?\d+"  # 1.5e-06
-    rf"|(?<![\w.-]){_DIGITS}\.\d+"  # measured values
+    rf"|(?:(?<![\w.-])|(?<=[ (\n]-)){_DIGITS}\.\d+"  # measured values
     rf"|(?<![\w.-])(?!95%){_DIGITS}(?=(?:{_UNITS})(?!\w))"
     rf"|(?<![\w.-]){_DIGITS}(?:/{_DIGITS}(?= samples)|(?=/{_DIGITS} \w))"  # done of total; total of what was left to train
     r"|\b\d?\d:\d\d(?::\d\d)?\b"  # durations

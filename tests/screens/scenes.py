@@ -39,6 +39,9 @@ _EMBEDDINGS = "clipcid-work/embeddings/teacher"
 _DISTILL = "clipcid distill --student student.json --name taught --steps 40 --batch-size 32"
 _EVAL = f"clipcid eval-zeroshot {STUDENT} classes retrieval --model teacher --predictions"
 _METRICS = "clipcid-work/eval/classes_{}_zeroshot_classification.json"
+_COMPARE_TEMPLATES = (
+    f"clipcid eval-zeroshot --compare {_METRICS.format('teacher')} simple{_METRICS.format('teacher')[12:]}"
+)
 _COMPARE = f"clipcid eval-zeroshot --compare {_METRICS.format('taught-student')} {_METRICS.format('teacher')}"
 
 SCENES: dict[str, tuple[Scene, ...]] = {
@@ -143,6 +146,10 @@ SCENES: dict[str, tuple[Scene, ...]] = {
         Scene("other settings", "clipcid eval-zeroshot teacher classes --templates simple", exact=True),
         Scene("result on the held-out samples", "clipcid eval-zeroshot"),
         Scene("comparison", _COMPARE),
+        Scene(
+            "other templates", "clipcid eval-zeroshot teacher classes --templates simple --predictions --work simple"
+        ),
+        Scene("comparison across templates", _COMPARE_TEMPLATES),
     ),
     "eval-linear": (
         Scene("help", "clipcid eval-linear --help", exact=True),

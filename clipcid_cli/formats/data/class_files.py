@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.reading import describe, read_regular
@@ -46,6 +49,20 @@ def fill_template(template: str, class_name: str) -> str:
     for placeholder in PLACEHOLDERS:
         template = template.replace(placeholder, class_name)
     return template
+
+
+def hash_lines(lines: Iterable[str]) -> str:
+    """Return 12 hexadecimal digits: BLAKE2b, 6 bytes, of every line in UTF-8 with a newline after it.
+
+    ``b2sum -l 48 FILE`` prints the same of a file whose lines have no spaces around them.
+    """
+    text = "".join(f"{line}\n" for line in lines)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def describe_lines(described: Mapping[str, Any]) -> str:
+    """Write the ``number``, ``source`` and ``hash`` of lines: ``7, simple (3f786850e387)``."""
+    return f"{described['number']:,}, {described['source']} ({described['hash']})"
 
 
 def _read_lines(path: Path, what: str) -> tuple[str, ...]:

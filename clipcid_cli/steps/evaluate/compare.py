@@ -17,10 +17,12 @@ from clipcid_cli.algorithms.metrics.comparison import (
     compare_retrieval,
 )
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.metrics import read_metrics, refuse_changed_metrics
+from clipcid_cli.formats.data.class_files import describe_lines
+from clipcid_cli.formats.results.metrics import read_metrics, read_metrics_sidecar, refuse_changed_metrics
 from clipcid_cli.formats.results.predictions import (
     CLASSIFICATION,
     MULTI_LABEL,
+    RETRIEVAL,
     Predictions,
     predictions_path,
     read_predictions,
@@ -33,8 +35,9 @@ def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[
     """Compare two results on the same images.
 
     Returns:
-        ``{"compared": [A, B], "dataset", "images", "differences": {metric: {first, second, difference, interval, p_value,
-        real, verdict}}, "files": {}}``; differences are second minus first.
+        ``{"compared": [A, B], "dataset", "images", "prompts": {class_names, templates: {first, second, same}},
+        "differences": {metric: {first, second, difference, interval, p_value, real, verdict}}, "files": {}}``; differences
+        are second minus first; ``prompts`` is null for retrieval, and where nothing records them.
 
     Raises:
         ClipcidError: when a file or its predictions are missing, or the two are of different data.
@@ -46,6 +49,7 @@ def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[
     first, second = (read_predictions(predictions_path(path)) for path in paths)
     _refuse_other_data(first, second)
     names = _tell_apart(records, paths)
+    prompts = None if first.kind == RETRIEVAL else _compare_prompts(paths, names, reporter)
     differences = {name: _describe(name, metric, names) for name, metric in _compare(first, second, settings).items()}
     for judged in differences.values():
         reporter.note(judged["verdict"])
@@ -54,6 +58,7 @@ def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[
         "models": [first.model, second.model],
         "dataset": first.dataset,
         "images": len(first),
+        "prompts": prompts,
         "differences": differences,
         "files": {},
     }
@@ -79,6 +84,26 @@ def _refuse_other_data(first: Predictions, second: Predictions) -> None:
             fix,
         )
     raise ClipcidError("The results are of the same images with other captions.", fix)
+
+
+def _compare_prompts(paths: tuple[Path, Path], names: list[str], reporter: Reporter) -> dict[str, Any] | None:
+    """Tell whether both results are of the same class names and templates; warn where they are not, or nothing says so."""
+    sidecars = [read_metrics_sidecar(path) or {} for path in paths]
+    first, second = (sidecar.get("prompts") for sidecar in sidecars)
+    if first is None or second is None:
+        without = " and ".join(name for name, found in zip(names, (first, second), strict=True) if found is None)
+        reporter.warn(f"Nothing records the class names and templates of {without}: they may not be the same.")
+        return None
+    compared = {}
+    for kind in ("class_names", "templates"):
+        one, other = first[kind], second[kind]
+        compared[kind] = {"first": one, "second": other, "same": one["hash"] == other["hash"]}
+        if not compared[kind]["same"]:
+            reporter.warn(
+                f"The {kind.replace('_', ' ')} differ, so the scores differ by more than the models: of A "
+                f"{describe_lines(one)}; of B {describe_lines(other)}."
+            )
+    return compared
 
 
 def _compare(first: Predictions, second: Predictions, settings: EvalZeroshotSettings) -> dict[str, PairedMetric]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.formats.atomic import write_text
+from clipcid_cli.formats.data.class_files import describe_lines
 from clipcid_cli.formats.data.samples import Location
 from clipcid_cli.formats.report import render_report, thumbnail
 from clipcid_cli.formats.results.metrics import read_metrics_sidecar, summary_report, summary_table, write_results
@@ -41,6 +42,7 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     """One row of the csv: every metric with the ends of its interval."""
     row = {name: result[name] for name in ("model", "pretrained", "dataset", "task", "images")}
     row |= {"images_per_second": result["images_per_second"], "customary": result["customary"]}
+    row |= {f"{kind}_hash": described["hash"] for kind, described in (result["prompts"] or {}).items()}
     for name, value in result["metrics"].items():
         low, high = result["intervals"].get(name, (None, None))
         row |= {name: value, f"{name}_low": low, f"{name}_high": high}
@@ -91,6 +93,7 @@ def _detail(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": _model_name(result),
         "dataset": result["dataset"],
+        "prompts": _describe_prompts(result),
         "measure": "average precision" if settings["multi_label"] else "recall",
         "worst": ordered[:_WORST_SHOWN],
         "classes": sidecar["per_class"] if len(present) > _WORST_SHOWN else [],
@@ -106,6 +109,11 @@ def _detail(result: dict[str, Any]) -> dict[str, Any]:
             "metrics file": result["files"]["metrics"],
         },
     }
+
+
+def _describe_prompts(result: dict[str, Any]) -> dict[str, str]:
+    """Say which class names and templates a score is of; nothing for retrieval."""
+    return {kind.replace("_", " "): describe_lines(lines) for kind, lines in (result["prompts"] or {}).items()}
 
 
 def _describe_calibration(found: dict[str, Any] | None) -> dict[str, str]:

@@ -46,6 +46,7 @@ class ZeroshotTask:
         label_of: Label of each class folder, where folders and class names are in different orders; else None.
         multi_label: Whether an image may have any number of classes.
         customary: Name of the metric usually reported for the data set.
+        prompt_lines: For ``class_names`` and ``templates`` their ``source``, ``number`` and ``hash``; None for retrieval.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ZeroshotTask:
     label_of: tuple[int, ...] | None = None
     multi_label: bool = False
     customary: str = ACCURACY
+    prompt_lines: dict[str, Any] | None = None
 
     def prompts(self, class_name: str) -> list[str]:
         """Return the prompts of one class."""
@@ -176,16 +178,18 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
     if _TASKS[kind] == RETRIEVAL:
         return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL)
     class_names, label_of = find_class_names(folder, dataset, settings, known, reporter)
+    templates = find_templates(folder, settings, known, reporter)
     multi_label = kind == MULTI_LABEL
     return ZeroshotTask(
         folder.name,
         CLASSIFICATION,
         dataset,
-        class_names,
-        find_templates(folder, settings, known, reporter),
+        class_names.lines,
+        templates.lines,
         label_of=label_of,
         multi_label=multi_label,
         customary=customary_metric(folder.name, MULTI_LABEL_METRICS if multi_label else SINGLE_LABEL_METRICS),
+        prompt_lines={"class_names": class_names.describe(), "templates": templates.describe()},
     )
 
 

@@ -35,7 +35,7 @@ def run(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[str, Any]:
     """Evaluate models on data sets.
 
     Returns:
-        The JSON object: for one pair CLIP_benchmark's fields and ``customary, intervals{}, images, skipped{},
+        The JSON object: for one pair CLIP_benchmark's fields and ``prompts, customary, intervals{}, images, skipped{},
         images_per_second, seconds{}, files{}, reused``; for several ``{"results": [one such object for each pair],
         "files"{}}``; for ``--compare`` what `compare_results` returns.
 
@@ -139,7 +139,7 @@ def _evaluate_pair(
         if output.finished is not None and machine.on_main(path.is_file):
             if not settings.predictions or has_rows:
                 reporter.note(f"{path} already holds {evaluated.name.spec} on {task.name}.")
-                return _result(machine.on_main(lambda: read_metrics(path)), output.finished, path, reused=True)
+                return _result(machine.on_main(lambda: read_metrics(path)), task, output.finished, path, reused=True)
             reporter.note(f"{path} has no predictions; measuring {evaluated.name.spec} on {task.name} again.")
         if has_rows and (output.finished or output.earlier) is not None:
             # They belong to the same model and data, and do not depend on the draws: keep them up to date.
@@ -159,6 +159,7 @@ def _evaluate_pair(
                 seconds=measured.seconds,
                 outputs=describe_outputs(output.folder, files),
                 images_per_second=measured.images / measured.seconds["encode"],
+                prompts=task.prompt_lines,
                 customary=task.customary,
                 intervals={name: list(bounds) for name, bounds in result.intervals.items()},
                 calibration=measured.calibration,
@@ -166,16 +167,19 @@ def _evaluate_pair(
                 examples=result.examples,
             )
 
-        return _result(record, machine.on_main(write), path, reused=False)
+        return _result(record, task, machine.on_main(write), path, reused=False)
 
 
-def _result(record: dict[str, Any], sidecar: dict[str, Any], path: Path, *, reused: bool) -> dict[str, Any]:
+def _result(
+    record: dict[str, Any], task: ZeroshotTask, sidecar: dict[str, Any], path: Path, *, reused: bool
+) -> dict[str, Any]:
     files = {"metrics": str(path)}
     rows = predictions_path(path)
     if rows.is_file():
         files["predictions"] = str(rows)
     return {
         **record,
+        "prompts": task.prompt_lines,
         "customary": sidecar["customary"],
         "intervals": sidecar["intervals"],
         "calibration": sidecar["calibration"],

@@ -1,11 +1,12 @@
 """Class names and templates: what is read, and what is refused because it would shift labels in silence."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.class_files import fill_template, read_class_names, read_templates
+from clipcid_cli.formats.data.class_files import fill_template, hash_lines, read_class_names, read_templates
 
 
 def write(path: Path, text: str) -> Path:
@@ -24,6 +25,13 @@ def test_class_names_are_stripped_lines(tmp_path: Path) -> None:
 def test_class_names_that_would_shift_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ClipcidError, match=message):
         read_class_names(write(tmp_path / "names.txt", text))
+
+
+def test_the_hash_of_lines_is_that_of_their_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "names.txt", "apple pie\ncafé\n")
+    assert hash_lines(read_class_names(path)) == hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest()
+    hashes = [hash_lines(lines) for lines in (("ab", "c"), ("a", "bc"), ("c", "ab"), ("abc",), ("ab", "c", ""), ())]
+    assert len(set(hashes)) == len(hashes)
 
 
 def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from clipcid_cli.commands.eval_zeroshot import show
 from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.metrics import write_metrics
 from clipcid_cli.formats.results.predictions import make_predictions, predictions_path, write_predictions
+from clipcid_cli.steps.evaluate.class_prompts import NamedLines
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.reporting import SilentReporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
@@ -51,7 +54,13 @@ def test_results_of_one_model_are_told_apart_and_stars_are_shown(tmp_path: Path)
     assert f"B ({tmp_path / 'b.json'}) is better than A ({tmp_path / 'a.json'})" in said
 
     told = io.StringIO()
-    result = record | {"pretrained": "p", "metrics": metrics, "customary": "image_retrieval_recall@5", "intervals": {}}
+    result = record | {
+        "pretrained": "p",
+        "metrics": metrics,
+        "customary": "image_retrieval_recall@5",
+        "intervals": {},
+        "prompts": None,
+    }
     show(result | {"images": 20, "images_per_second": 9.0, "files": {}}, Console(file=told, width=120))
     assert "50.0 / 50.0*" in told.getvalue()
     assert told.getvalue().count("*") == 2  # the value and what the star means
@@ -78,3 +87,56 @@ def test_comparison_of_other_data_is_refused(tmp_path: Path) -> None:
             compare_results(settings, SilentReporter())
     write("b", ["y", "x"], [1, 0])  # the order of the rows does not matter
     assert compare_results(settings, SilentReporter())["images"] == 2
+
+
+class Listener(SilentReporter):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
+    """Of the same model, data and classes: only the sidecars know that the templates were others."""
+    record = {"dataset": "d", "model": "m", "pretrained": "p", "task": "zeroshot_classification", "language": "en"}
+    columns = {"key": ["x", "y"], "label": [0, 1], "predicted": [0, 1], "top": [[0, 1], [1, 0]], "scores": [[1, 0]] * 2}
+
+    def write(name: str, templates: tuple[str, ...] | None) -> None:
+        path = tmp_path / f"{name}.json"
+        write_metrics(path, record | {"metrics": {"acc1": 0.5}})
+        write_predictions(predictions_path(path), make_predictions("classification", "m", "d", 2, columns))
+        if templates is not None:
+            prompts = {"class_names": NamedLines(("cat", "dog"), "folder names").describe()}
+            prompts["templates"] = NamedLines(templates, f"{name}.txt").describe()
+            Output(path.parent / "sidecars", name, {}, [], None, False).commit(counts={}, seconds={}, prompts=prompts)
+
+    def compare() -> tuple[dict[str, Any], list[str], str]:
+        settings = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)
+        listener, told = Listener(), io.StringIO()
+        result = compare_results(settings, listener)
+        show(result, Console(file=told, width=80))
+        return result, listener.warnings, told.getvalue()
+
+    write("a", ("a {c}",))
+    write("b", None)
+    result, warnings, _ = compare()
+    assert result["prompts"] is None
+    assert "Nothing records the class names and templates of B" in warnings[0]
+    write("b", ("a {c}",))
+    result, warnings, told = compare()
+    assert not warnings
+    digest = result["prompts"]["templates"]["first"]["hash"]
+    assert f"templates    1, a.txt ({digest})" in told
+    write("b", ("a {c}", "the {c}"))
+    result, (warning,), told = compare()
+    assert "The templates differ, so the scores differ by more than the models" in warning
+    assert f"of A 1, a.txt ({digest}); of B 2, b.txt ({result['prompts']['templates']['second']['hash']})" in warning
+    assert "templates    not the same" in told
+    assert result["prompts"]["class_names"]["same"]
+    sidecar = tmp_path / "sidecars" / "b.json"
+    sidecar.write_text(sidecar.read_text().replace('"number": 2', '"number": "two"'))
+    with pytest.raises(ClipcidError, match="its entry 'prompts'"):
+        compare()
