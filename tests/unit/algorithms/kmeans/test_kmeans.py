@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,35 @@ def test_spread_out_rows_meet_every_far_group() -> None:
 def test_spread_out_rows_of_equal_rows_are_still_different() -> None:
     chosen = spread_out(torch.eye(4)[:1].half().repeat(9, 1), 5, np.random.default_rng(0))
     assert len(set(chosen.tolist())) == 5
+
+
+@pytest.mark.parametrize("kind", ["spread", "in a cone", "copies", "near copies", "copies of short and long rows"])
+def test_spread_out_rows_are_those_of_weights_computed_in_full(kind: str) -> None:
+    random = np.random.default_rng(1)
+    rows = random.standard_normal((300, 24))
+    rows = rows * 0.05 + 1.0 if kind == "in a cone" else rows
+    rows = rows[random.integers(0, 60, 300)] if "copies" in kind else rows
+    rows += 0.001 * random.standard_normal(rows.shape) if kind == "near copies" else 0.0
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows *= random.uniform(0.999, 1.001, (300, 1)) if kind.endswith("long rows") else 1.0
+    halves = torch.from_numpy(rows.astype(np.float16))
+    exact = halves.double().numpy()
+
+    def weights(chosen: int) -> np.ndarray:
+        found = np.maximum(0, np.rint((1.0 - exact @ exact[chosen]) * 2.0**30)).astype(np.int64)
+        found[chosen] = 0
+        return found
+
+    random = np.random.default_rng(7)
+    chosen = [int(random.integers(300))]
+    least = weights(chosen[0])
+    while len(chosen) < 40:
+        draws = random.integers(least.sum(), size=2 + int(math.log(40)))
+        trials = np.searchsorted(least.cumsum(), draws, side="right")
+        after = np.minimum(least, [weights(trial) for trial in trials])
+        chosen.append(int(trials[after.sum(axis=1).argmin()]))
+        least = after[after.sum(axis=1).argmin()]
+    assert spread_out(halves, 40, np.random.default_rng(7)).tolist() == chosen
 
 
 def test_seeds_are_the_farthest_rows_without_copies() -> None:
