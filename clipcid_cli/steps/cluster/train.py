@@ -24,6 +24,8 @@ from clipcid_cli.steps.reporting import Reporter
 # Centroids and rows that formats are tried with, at most; a GPU is given a block of rows.
 _TRIAL_CENTROIDS = 16_384
 _TRIAL_ROWS = {"cpu": 256, "cuda": BLOCK_ROWS["cuda"]}
+# With few centroids a run takes a millisecond, and another program could decide.
+_TRIAL_SECONDS = 0.01
 # int8 gains most after the first iteration, when centroids are means: on rows without structure it takes as long as fp32 at
 # first and half as long later.
 _PATIENCE = 1.4
@@ -49,7 +51,9 @@ def choose_format(requested: str, rows: ClusterRows, machine: Machine, centroids
     seconds = {}
     for precision in (scan, other):
         search, block = NearestCentroids(centroids_KD, precision.dtype), prepare_rows(rows_BD, precision.dtype)
-        seconds[precision.name] = time_trial(partial(search.nearest, block), machine.device).seconds
+        seconds[precision.name] = time_trial(
+            partial(search.nearest, block), machine.device, repeats=3, at_least=_TRIAL_SECONDS
+        ).seconds
     if seconds[scan.name] <= _PATIENCE * seconds[other.name]:
         return scan
     return dataclasses.replace(
