@@ -46,7 +46,7 @@ def test_first_cutoff_is_a_little_beyond_the_share_wanted() -> None:
     assert first_cutoff(nearest, 0.2) == np.sort(exact)[94]
     assert first_cutoff(nearest, 0.27) == np.sort(exact)[122]
     assert first_cutoff(nearest, 0.5) == np.sort(exact)[150]
-    assert first_cutoff(nearest, 0.27, for_stars=True) == np.sort(exact)[98]
+    assert first_cutoff(nearest, 0.27, for_stars=True) == np.sort(exact)[112]
     assert first_cutoff(nearest, 0.8) == np.sort(exact)[180]
     assert first_cutoff(nearest, 0.999) == exact.max()
 
