@@ -209,7 +209,7 @@ def test_compiled_towers_learn_the_same(whole: Path) -> None:
 
 
 def test_float16_gradients_are_scaled_and_an_overflow_is_left_out() -> None:
-    from clipcid_cli.runtime.training import LossParameters, OptimiserPlan, Trainer
+    from clipcid_cli.runtime.training.trainer import LossParameters, OptimiserPlan, Trainer
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -217,9 +217,11 @@ def test_float16_gradients_are_scaled_and_an_overflow_is_left_out() -> None:
             self.weight = torch.nn.Parameter(torch.ones(2, 2))
             self.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
 
-    plan = OptimiserPlan(lr=0.1, weight_decay=0.0, betas=(0.9, 0.98), eps=1e-6, warmup=0, steps=9, max_norm=1.0)
+    plan = OptimiserPlan(
+        optimizer="adamw", lr=0.1, weight_decay=0.0, betas=(0.9, 0.98), eps=1e-6, warmup=0, steps=9, max_norm=1.0
+    )
     model = Model()
-    trainer = Trainer(model, LossParameters([], 2, None, seed=0), plan, scaled=True)
+    trainer = Trainer(model, LossParameters([], 2, None, seed=0), plan, torch.float16)
     trainer.backward(3 * model.weight.sum())
     assert float(model.weight.grad.max()) > 1000  # scaled up
     assert float(trainer.limit_gradient()) == pytest.approx(6.0)  # and down again before it is limited

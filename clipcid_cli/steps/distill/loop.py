@@ -19,7 +19,6 @@ from clipcid_cli.formats.results.checkpoint import write_checkpoint
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.results.training_log import TrainingLog
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.gradients import GradientAverager
 from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_in_use
@@ -27,8 +26,9 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.grad_cache import BatchEncoder
 from clipcid_cli.runtime.prefetch import prefetch
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.runtime.step_values import StepValues
-from clipcid_cli.runtime.training import Trainer
+from clipcid_cli.runtime.training.gradients import GradientAverager
+from clipcid_cli.runtime.training.step_values import StepValues
+from clipcid_cli.runtime.training.trainer import Trainer
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective, PreparedBatch

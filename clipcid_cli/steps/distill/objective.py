@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, project
-from clipcid_cli.runtime.gradients import gather_rows, sum_values
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.grad_cache import Features
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.runtime.training import LossParameters
+from clipcid_cli.runtime.training.gradients import gather_rows, sum_values
+from clipcid_cli.runtime.training.trainer import LossParameters
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.cluster_targets import ClusterLookup
 from clipcid_cli.steps.reporting import Reporter

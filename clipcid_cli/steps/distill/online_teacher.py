@@ -10,12 +10,12 @@ from torch import Tensor
 
 from clipcid_cli.algorithms.losses.shared_space import project
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.gradients import gather_rows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.runtime.training.gradients import gather_rows
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.cluster_targets import open_lookup
 from clipcid_cli.steps.distill.objective import Targets, Teacher

@@ -12,7 +12,7 @@ from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.sample_order import SHARDS_MIXED
-from clipcid_cli.runtime.training import OptimiserPlan
+from clipcid_cli.runtime.training.trainer import OptimiserPlan
 from clipcid_cli.steps.distill.inputs import TrainingInputs
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -118,12 +118,15 @@ def plan_run(
         f"{samples:,} samples, {steps:,} steps of {batch_size:,}: {steps * batch_size / samples:.1f} epochs, "
         f"{warmup:,} steps of warm-up.\n{_describe_shuffle(int(np.count_nonzero(inputs.training.sizes)))}"
     )
+    if settings.optimizer == "muon":
+        reporter.note("Optimizer: Muon for the matrices of the towers, AdamW for all else.")
     lr = settings.lr
     if lr is None:
         rate = default_rate(settings.losses(), batch_size, student_width)
         reporter.note(f"Learning rate: {rate.value:g} ({rate.reason}).")
         lr = rate.value
     optimiser = OptimiserPlan(
+        optimizer=settings.optimizer,
         lr=lr,
         weight_decay=settings.wd,
         betas=(settings.beta1, settings.beta2),

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
@@ -32,7 +30,7 @@ from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.short_forward import ShortForward
 from clipcid_cli.runtime.models.used_tokens import whole_state
 from clipcid_cli.runtime.precision import Precision, choose_precision
-from clipcid_cli.runtime.training import Trainer
+from clipcid_cli.runtime.training.trainer import Trainer
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder
 from clipcid_cli.steps.distill.evaluation import prepare_evaluation
 from clipcid_cli.steps.distill.inputs import TrainingInputs
@@ -108,8 +106,8 @@ class TrainingRun:
             set_unused_tokens_aside(student, inputs, self.reporter)
         precision = choose_precision(settings.precision, machine.device, "train", student.info.parameters)
         self.reporter.note(f"Precision: {precision.name} ({precision.reason}).")
-        scaled, plan = precision.dtype == torch.float16, self.plan
-        trainer = Trainer(student.module, objective.parameters, plan.optimiser, scaled=scaled)
+        plan = self.plan
+        trainer = Trainer(student.module, objective.parameters, plan.optimiser, precision.dtype)
         bad = restore(trainer)
         if settings.accum_freq * machine.size > 1:
             warn_of_batch_statistics(student, self.reporter)

@@ -19,6 +19,13 @@ from clipcid_cli.steps.settings.cluster_loss import (
     min_candidates_option,
 )
 from clipcid_cli.steps.settings.fields import argument, option
+from clipcid_cli.steps.settings.optimisation import (
+    beta_option,
+    decay_option,
+    eps_option,
+    lr_option,
+    optimizer_option,
+)
 from clipcid_cli.steps.settings.shared import BRIEF_SPINS, ReadingSettings, npz_array_option
 from clipcid_cli.steps.settings.teacher_extras import (
     DEFAULT_VARIANT_SHARE,
@@ -191,26 +198,12 @@ class DistillSettings(ReadingSettings):
     torchcompile: bool = option(
         False, "Compile the towers with torch.compile; the first steps take longer.", group=_MEMORY
     )
-    lr: float | None = option(
-        None,
-        "Peak learning rate; by default it follows from losses, batch size and the student's width, and the run says how.",
-        group=_OPTIMISER,
-        minimum=0.0,
-        above_minimum=True,
-    )
-    wd: float = option(
-        0.2,
-        "Weight decay; not applied to norms, biases, scales and the parameters of losses.",
-        group=_OPTIMISER,
-        minimum=0.0,
-    )
-    beta1: float = option(
-        0.9, "AdamW's decay rate of the gradient mean.", group=_OPTIMISER, minimum=0.0, maximum=0.9999
-    )
-    beta2: float = option(
-        0.98, "AdamW's decay rate of the squared gradient.", group=_OPTIMISER, minimum=0.0, maximum=0.9999
-    )
-    eps: float = option(1e-6, "AdamW's epsilon.", group=_OPTIMISER, minimum=0.0, above_minimum=True)
+    optimizer: str = optimizer_option(_OPTIMISER)
+    lr: float | None = lr_option(_OPTIMISER)
+    wd: float = decay_option(_OPTIMISER)
+    beta1: float = beta_option(_OPTIMISER, 0.9, "gradient mean")
+    beta2: float = beta_option(_OPTIMISER, 0.98, "squared gradient")
+    eps: float = eps_option(_OPTIMISER)
     warmup: int | None = option(
         None,
         "Steps of linear warm-up before the cosine schedule; by default a tenth of the run, at most 2,000.",

@@ -16,9 +16,11 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint, write_checkpoint
 from clipcid_cli.formats.results.run_folder import RunFolder, append_lines, read_lines
 from clipcid_cli.runtime.models.used_tokens import UsedRows, train_used_rows, whole_state, whole_table
-from clipcid_cli.runtime.training import LossParameters, OptimiserPlan, Trainer
+from clipcid_cli.runtime.training.trainer import LossParameters, OptimiserPlan, Trainer
 
-PLAN = OptimiserPlan(lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0)
+PLAN = OptimiserPlan(
+    optimizer="adamw", lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0
+)
 
 
 def make_model() -> nn.Module:

@@ -30,7 +30,7 @@ from clipcid_cli.algorithms.losses import row_blocks
 from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.cluster import ClusterTargets
 from clipcid_cli.algorithms.losses.registry import LOSSES, served_by_one_tower
-from clipcid_cli.runtime.training import LossParameters
+from clipcid_cli.runtime.training.trainer import LossParameters
 
 NAMES = tuple(LOSSES)
 ONE_TOWER = [name for name in NAMES if LOSSES[name].needs_teacher and served_by_one_tower(NAMES)[name]]

@@ -14,10 +14,10 @@ from conftest import process_context
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
-from clipcid_cli.runtime.gradients import GradientAverager, gather_rows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.grad_cache import Features
-from clipcid_cli.runtime.training import LossParameters
+from clipcid_cli.runtime.training.gradients import GradientAverager, gather_rows
+from clipcid_cli.runtime.training.trainer import LossParameters
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.objective import Objective, Targets, Teacher
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clipcid_cli.runtime.training.muon import Muon, is_matrix
+
 # CLIP's limits: logit scales start at 1/0.07 and never exceed 100.
 INITIAL_SCALE = 1 / 0.07
 MAX_LOG_SCALE = math.log(100.0)
@@ -22,12 +24,14 @@ class OptimiserPlan:
     """How parameters are updated.
 
     Attributes:
+        optimizer: ``muon`` for the matrices within the towers and AdamW for all else, or ``adamw`` for all.
         betas: AdamW's decay rates of mean and square.
         eps: AdamW's guard against division by zero.
         steps: Steps of the whole run.
         max_norm: Largest norm of the gradient; None for no limit.
     """
 
+    optimizer: str
     lr: float
     weight_decay: float
     betas: tuple[float, float]
@@ -103,21 +107,29 @@ class LossParameters(nn.Module):
         return None if self.fusion is None else (self.fusion[0], self.fusion[1])
 
 
-def make_optimizer(module: nn.Module, loss_parameters: LossParameters, plan: OptimiserPlan) -> torch.optim.AdamW:
-    """Make AdamW; vectors, scalars and the losses' own parameters are not decayed.
+def make_optimizer(
+    module: nn.Module, loss_parameters: LossParameters, plan: OptimiserPlan, dtype: torch.dtype
+) -> torch.optim.AdamW:
+    """Make AdamW or Muon, whose products are in `dtype`; vectors, scalars and the losses' own parameters are not decayed.
 
     Norms, biases, class tokens' vectors and logit scales all have fewer than two dimensions.
 
     Source: mlfoundations/open_clip, open_clip_train/main.py, exclude rule; ours also covers the losses' parameters.
     """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if parameter.ndim >= 2]
-    plain = [parameter for parameter in trained if parameter.ndim < 2] + list(loss_parameters.parameters())
-    groups = [
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    is_muons = {name: plan.optimizer == "muon" and is_matrix(name, parameter) for name, parameter in trained.items()}
+    decayed = [parameter for name, parameter in trained.items() if parameter.ndim >= 2 and not is_muons[name]]
+    plain = [parameter for parameter in trained.values() if parameter.ndim < 2] + list(loss_parameters.parameters())
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": plan.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, eps=plan.eps, fused=True)
+    if plan.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, eps=plan.eps, fused=True)
+    matrices = [parameter for name, parameter in trained.items() if is_muons[name]]
+    groups = [group | {"matrices": False} for group in groups]
+    groups.append({"params": matrices, "weight_decay": plan.weight_decay, "matrices": True})
+    return Muon(groups, plan.lr, plan.betas, plan.eps, dtype)
 
 
 def backward_order(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -143,19 +155,23 @@ class Trainer:
     """
 
     def __init__(
-        self, module: nn.Module, loss_parameters: LossParameters, plan: OptimiserPlan, *, scaled: bool = False
+        self,
+        module: nn.Module,
+        loss_parameters: LossParameters,
+        plan: OptimiserPlan,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Make the optimiser.
 
         Args:
-            scaled: Whether the loss is scaled up before the backward pass, for gradients in float16.
+            dtype: Number format of the step's matrix products. With float16 the loss is scaled up before the backward pass.
         """
         self.module = module
         self.loss_parameters = loss_parameters
         self.plan = plan
-        self.optimizer = make_optimizer(module, loss_parameters, plan)
+        self.optimizer = make_optimizer(module, loss_parameters, plan, dtype)
         self._device = next(module.parameters()).device
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=scaled)
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=dtype == torch.float16)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         of_losses = {id(parameter) for parameter in (*loss_parameters.parameters(), module.logit_scale)}
         trained = {id(parameter) for parameter in self.parameters} - of_losses

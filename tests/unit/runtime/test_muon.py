@@ -1,0 +1,150 @@
+"""Muon against PyTorch's, against a singular value decomposition, and what it leaves to AdamW."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from conftest import TINY_CONFIG
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from clipcid_cli.runtime.training.muon import Muon, is_matrix, orthogonalise
+from clipcid_cli.runtime.training.trainer import LossParameters, OptimiserPlan, Trainer
+
+PLAN = OptimiserPlan(
+    optimizer="muon", lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0
+)
+SHAPES = ((24, 8), (8, 8), (8, 24), (24, 8))
+
+
+def parameters(shapes: tuple[tuple[int, ...], ...]) -> list[nn.Parameter]:
+    draw = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+
+
+def set_gradients(of: list[nn.Parameter], seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in of:
+        parameter.grad = torch.randn(parameter.shape, generator=draw)
+
+
+def muon(matrices: list[nn.Parameter], others: list[nn.Parameter]) -> Muon:
+    groups = [
+        {"params": others, "weight_decay": 0.1, "matrices": False},
+        {"params": matrices, "weight_decay": 0.1, "matrices": True},
+    ]
+    return Muon(groups, 0.02, (0.9, 0.98), 1e-6, torch.float32)
+
+
+def test_updates_are_pytorchs() -> None:
+    ours, theirs = parameters(SHAPES), parameters(SHAPES)
+    first = copy.deepcopy(ours)
+    optimizer = muon(ours, [])
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for step in range(6):
+        for each, of in ((ours, optimizer), (theirs, reference)):
+            set_gradients(each, step)
+            of.step()
+    for one, other, before in zip(ours, theirs, first, strict=True):
+        # PyTorch's are rounded to bfloat16, eight bits.
+        moved = (other - before).norm()
+        assert (one - other).norm() < 0.02 * moved
+
+
+def test_what_is_no_matrix_is_updated_by_adamw_to_the_bit() -> None:
+    shapes = ((7,), (), (5, 3, 2, 2))
+    ours, theirs = parameters(shapes), parameters(shapes)
+    optimizer = muon(parameters(SHAPES), ours)
+    reference = torch.optim.AdamW(theirs, lr=0.02, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True)
+    for step in range(3):
+        for each, of in ((ours, optimizer), (theirs, reference)):
+            set_gradients(each, step)
+            of.step()
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@given(st.integers(1, 9), st.integers(0, 20), st.integers(1, 3), st.integers(0, 2**20))
+def test_singular_values_come_near_one_and_vectors_stay(rows: int, more: int, number: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(number, rows, rows, generator=draw, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(number, rows + more, rows, generator=draw, dtype=torch.float64)).Q
+    values = torch.rand(number, rows, generator=draw, dtype=torch.float64) * 0.95 + 0.05
+    found = orthogonalise(left @ torch.diag_embed(values) @ right.mT, torch.float64)
+    changed = left.mT @ found @ right
+    diagonal = torch.diagonal(changed, dim1=1, dim2=2)
+    assert (changed - torch.diag_embed(diagonal)).abs().max() < 1e-9
+    assert diagonal.min() > 0.6
+    assert diagonal.max() < 1.3
+
+
+def test_a_zero_gradient_moves_nothing() -> None:
+    assert torch.equal(orthogonalise(torch.zeros(2, 3, 5), torch.bfloat16), torch.zeros(2, 3, 5))
+
+
+def test_matrices_of_the_towers_are_muons_and_tables_are_not() -> None:
+    model = open_clip.CLIP(**TINY_CONFIG)
+    chosen = {name for name, parameter in model.named_parameters() if is_matrix(name, parameter)}
+    assert {"visual.proj", "text_projection", "transformer.resblocks.0.attn.in_proj_weight"} <= chosen
+    tables = {"token_embedding.weight", "positional_embedding", "visual.positional_embedding", "visual.conv1.weight"}
+    assert not tables & chosen
+    trainer = Trainer(model, LossParameters(["instance"], 32, 64, seed=0), PLAN)
+    grouped = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    everything = [*model.parameters(), *trainer.loss_parameters.parameters()]
+    assert sorted(map(id, grouped)) == sorted(map(id, everything))
+
+
+def trainer_of(model: nn.Module) -> Trainer:
+    return Trainer(model, LossParameters([], 32, None, seed=0), PLAN)
+
+
+def train(trainer: Trainer, seeds: range) -> None:
+    for seed in seeds:
+        set_gradients(trainer.parameters, seed)
+        trainer.limit_gradient()
+        trainer.update()
+
+
+def test_a_resumed_run_has_the_same_bits() -> None:
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**TINY_CONFIG)
+    start = copy.deepcopy(model)
+    whole = trainer_of(model)
+    train(whole, range(3))
+    saved: dict[str, Any] = copy.deepcopy(whole.state())
+    train(whole, range(3, 6))
+    resumed = trainer_of(start)
+    resumed.load(saved)
+    train(resumed, range(3, 6))
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), start.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("what", ["matrix", "vector"])
+def test_an_overflow_skips_the_whole_update(what: str) -> None:
+    model = open_clip.CLIP(**TINY_CONFIG)
+    trainer = Trainer(model, LossParameters([], 32, None, seed=0), PLAN, torch.float16)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    trainer.backward(model.text_projection.sum() + model.ln_final.weight.sum())
+    hurt = model.text_projection if what == "matrix" else model.ln_final.weight
+    assert hurt.grad is not None
+    hurt.grad.flatten()[0] = torch.inf
+    trainer.limit_gradient()
+    trainer.update()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_equal_gradients_of_equal_matrices_move_them_equally() -> None:
+    """Matrices of one shape are taken together: each as if it were alone."""
+    together, alone = parameters(SHAPES), parameters(SHAPES)
+    optimizer, single = muon(together, []), [muon([matrix], []) for matrix in alone]
+    set_gradients(together, 1)
+    set_gradients(alone, 1)
+    optimizer.step()
+    for each in single:
+        each.step()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
