@@ -1,4 +1,4 @@
-"""Train and measure what `plan.py` lists: python ablation.py --work DIRECTORY [--quick] (see run.sh).
+"""Train and measure what `plan.py` lists: python ablation.py --work DIRECTORY [--quick | --photographs …] (see run.sh).
 
 Every run is a `clipcid distill`. Finished ones are in the log, with what each held-out image gave, and are not done
 again.
@@ -12,22 +12,18 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import inputs
+import photographs
 import plan
 import pyarrow.parquet as pq
 
 HERE = Path(__file__).resolve().parent
-SETS = tuple(
-    f"{side}-{what}-{task}"
-    for side in ("tune", "report")
-    for what in ("concepts", "drawings")
-    for task in ("retrieval", "classes")
-)
 # Linear probes are fitted after each phase from this one on: by then rates and weights are chosen.
 PROBED_FROM = 2
 QUICK_STEPS = 40
@@ -53,17 +49,24 @@ class Log:
 
 
 class Ablation:
-    """The whole of it in one work directory."""
+    """The whole of it in one work directory.
 
-    def __init__(self, work: Path, log: Log, jobs: int, *, is_quick: bool) -> None:
-        self.work, self.log, self.is_quick = work, log, is_quick
-        self.inputs = inputs.Inputs(work)
-        self.jobs = jobs
+    Attributes:
+        phases: Returns the lists of runs, as the log stands when each is asked for.
+    """
+
+    def __init__(
+        self,
+        made: inputs.Inputs,
+        log: Log,
+        phases: Callable[[], Iterator[list[plan.Run]]],
+        jobs: int,
+        *,
+        is_quick: bool,
+    ) -> None:
+        self.inputs, self.work, self.log, self.phases = made, made.work, log, phases
+        self.jobs, self.is_quick = jobs, is_quick
         self.about = {"commit": commit(), "machine": machine()}
-
-    def phases(self) -> Iterator[list[plan.Run]]:
-        """Yield the lists of runs, as the log stands when each is asked for."""
-        return plan.quick() if self.is_quick else plan.phases(self.log.entries)
 
     def run(self) -> None:
         """Do all runs that are not in the log, phase by phase."""
@@ -118,14 +121,15 @@ class Ablation:
         setting, steps, started = run.setting, self.steps(run.setting), time.monotonic()
         arguments: list[object] = [
             self.inputs.pairs, "--student", HERE / f"{setting.student}.json", "--preset", "clip", "--keep-list",
-            self.inputs.keep_list(setting.keep), "--lr", setting.lr, "--steps", steps, "--batch-size", setting.batch_size,
+            self.inputs.keep_list(setting.keep), "--optimizer", setting.optimizer,
+            "--lr", setting.lr, "--steps", steps, "--batch-size", setting.batch_size,
             "--val-fraction", 0, "--checkpoint-every", steps, "--seed", run.seed, "--work", self.work,
             "--name", folder_name(run), *setting.flags,
         ]  # fmt: skip
         for name, weight in {"clip": 0.0, **setting.weights}.items():
             arguments += ["--loss", f"{name}={weight:.6g}"]
         if setting.is_taught:
-            arguments += ["--teacher", inputs.TEACHER, "--embeddings", self.inputs.embeddings_with(setting.extras)]
+            arguments += ["--teacher", self.inputs.teacher, "--embeddings", self.inputs.embeddings_with(setting.extras)]
         if setting.extras:
             arguments += ["--extra-texts", EXTRA_TEXTS if "texts" in setting.extras else 0]
         if "texts" in setting.extras and "variants" not in setting.extras:
@@ -156,7 +160,7 @@ class Ablation:
     def measure_teacher(self) -> None:
         """Measure the teacher once."""
         if "teacher" not in self.log.entries:
-            found = self.evaluate([inputs.TEACHER], "teacher")[0]
+            found = self.evaluate([self.inputs.teacher], "teacher")[0]
             evaluated = self.work / "evaluated" / "teacher" / "eval"
             found["keys"] = {name: keys_of(evaluated, name) for name in found["items"]}
             self.log.add({"run": "teacher", "setting": "teacher", "seed": 0} | found | self.about)
@@ -164,7 +168,7 @@ class Ablation:
     def evaluate(self, models: list[Path], name: str) -> list[dict[str, Any]]:
         """Return for each model its metrics, and what each image gave, on every set."""
         flags = [flag for model in models for flag in ("--model", model)]
-        sets = [self.work / "sets" / name for name in SETS]
+        sets = [self.work / "sets" / name for name in self.inputs.sets]
         work = self.work / "evaluated" / name
         # The first positional is the model, so the first model is given there.
         answer = inputs.clipcid(
@@ -174,7 +178,7 @@ class Ablation:
         found = []
         for _ in models:
             entry: dict[str, Any] = {"metrics": {}, "items": {}}
-            for dataset in SETS:
+            for dataset in self.inputs.sets:
                 result = next(results)
                 side, what, _ = dataset.split("-")
                 entry["metrics"] |= {
@@ -187,10 +191,10 @@ class Ablation:
 
     def probe(self) -> None:
         """Fit linear probes on the students of the tuned presets, and on the teacher's features."""
-        settings = [plan.tuned(name, self.log.entries) for name in plan.MAIN]
+        settings = self.inputs.probed(self.log.entries)
         names = [plan.Run(setting, seed).name for seed in plan.SEEDS for setting in settings]
         wanted = [name for name in dict.fromkeys(["teacher", *names]) if name in self.log.entries]
-        left = [name for name in wanted if "report concepts probe" not in self.log.entries[name]["metrics"]]
+        left = [name for name in wanted if self.inputs.probe_name not in self.log.entries[name]["metrics"]]
         gone = [name for name in left if not self.model(name).is_dir()]
         if gone:
             say(
@@ -200,17 +204,16 @@ class Ablation:
         with ThreadPoolExecutor(self.jobs) as pool:
             for name, value in zip(left, pool.map(self.fit_probe, left), strict=True):
                 entry = self.log.entries[name]
-                self.log.add(entry | {"metrics": entry["metrics"] | {"report concepts probe": value}})
+                self.log.add(entry | {"metrics": entry["metrics"] | {self.inputs.probe_name: value}})
 
     def model(self, name: str) -> Path:
         """Return the folder of a run's student, or of the teacher."""
-        return inputs.TEACHER if name == "teacher" else self.work / "distill" / as_folder(name) / "student"
+        return self.inputs.teacher if name == "teacher" else self.work / "distill" / as_folder(name) / "student"
 
     def fit_probe(self, name: str) -> float:
         """Return the accuracy of a linear probe on the report split's images."""
         result = inputs.clipcid(
-            "eval-linear", self.model(name), "--train", inputs.DATA / "classification" / "train",
-            "--test", self.work / "sets" / "report-concepts-classes" / "test",
+            "eval-linear", self.model(name), "--train", self.inputs.probe_train, "--test", self.inputs.probe_test,
             "--work", self.work / "probed" / as_folder(name),
         )  # fmt: skip
         value = float(result["metrics"]["lp_acc1"])
@@ -236,6 +239,7 @@ def describe(run: plan.Run) -> dict[str, Any]:
         "setting": setting.name,
         "seed": run.seed,
         "weights": {name: round(weight, 4) for name, weight in setting.weights.items()},
+        "optimizer": setting.optimizer,
         "lr": setting.lr,
         "extras": list(setting.extras),
         "student": setting.student,
@@ -305,8 +309,23 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=HERE / "log.jsonl")
     parser.add_argument("--quick", action="store_true", help="few runs of few steps, to prove that it works")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument(
+        "--photographs",
+        type=Path,
+        nargs=3,
+        metavar=("TRAIN", "TUNE", "TEST"),
+        help="folders of classes instead of drawings",
+    )
     given = parser.parse_args()
-    ablation = Ablation(given.work, Log(given.log), given.jobs, is_quick=given.quick)
+    log = Log(given.log)
+    made, phases = inputs.Inputs(given.work), partial(plan.phases, log.entries)
+    if given.photographs:
+        drawings = Log(HERE / "log.jsonl").entries
+        made = photographs.Photographs(given.work, *given.photographs, drawings)
+        phases = partial(plan.photographs, log.entries, drawings)
+    elif given.quick:
+        phases = partial(plan.quick)
+    ablation = Ablation(made, log, phases, given.jobs, is_quick=given.quick)
     ablation.run()
     ablation.probe()
 

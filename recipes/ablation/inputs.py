@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plan
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -45,11 +46,30 @@ def clipcid(*arguments: object) -> dict[str, Any]:
 
 
 class Inputs:
-    """The shared inputs in one work directory; each is made when first asked for and kept."""
+    """The shared inputs in one work directory; each is made when first asked for and kept.
+
+    Attributes:
+        pairs: What students are trained on.
+        teacher: The teacher.
+        sets: Names of the evaluation sets below ``sets``: side, what and task, joined by ``-``.
+        probe_train, probe_test: Labelled images that linear probes are fitted on and measured on.
+        probe_name: The probe's name among the metrics.
+    """
+
+    sets: tuple[str, ...] = tuple(
+        f"{side}-{what}-{task}"
+        for side in ("tune", "report")
+        for what in ("concepts", "drawings")
+        for task in ("retrieval", "classes")
+    )
+    probe_name = "report concepts probe"
 
     def __init__(self, work: Path) -> None:
         self.work = work
         self.pairs = work / "pairs"
+        self.teacher = TEACHER
+        self.probe_train = DATA / "classification" / "train"
+        self.probe_test = work / "sets" / "report-concepts-classes" / "test"
         self.embeddings = work / "embeddings" / "teacher"
         self._clustered = set[Path]()
         self._embedded = set[Path]()
@@ -57,13 +77,17 @@ class Inputs:
     def prepare(self) -> None:
         """Cut the data, embed what is trained on with the teacher, balance it both ways, and draw the random subset."""
         cut_sets(self.work)
-        clipcid("embed", self.pairs, "--model", TEACHER, "--work", self.work)
+        clipcid("embed", self.pairs, "--model", self.teacher, "--work", self.work)
         for linkage in ("single", "star"):
             clipcid(
                 "balance", "--embeddings", self.embeddings, "--keep", KEEP, "--linkage", linkage,
                 "--work", self.work / "balanced" / linkage,
             )  # fmt: skip
         self._draw_random()
+
+    def probed(self, log: plan.Log) -> list[plan.Setting]:
+        """Return the settings whose students get a linear probe."""
+        return [plan.tuned(name, log) for name in plan.MAIN]
 
     def embeddings_with(self, extras: Sequence[str]) -> Path:
         """Return the teacher's embeddings with further inputs, names of `plan.EXTRAS`; made where they are not there yet."""
@@ -79,7 +103,7 @@ class Inputs:
         flags: list[object] = ["--views", VIEWS, "--view-kind", ",".join(kinds)] if kinds else []
         if "variants" in stored:
             flags += ["--text-variants", TEXT_VARIANTS]
-        clipcid("embed", self.pairs, "--model", TEACHER, *flags, "--work", work)
+        clipcid("embed", self.pairs, "--model", self.teacher, *flags, "--work", work)
         self._embedded.add(folder)
         return folder
 

@@ -12,9 +12,12 @@ Log = Mapping[str, Mapping[str, Any]]
 # Every sum of losses has as many trials on the tuning split, with seed 0: three rates by three factors on the weights of all
 # losses but the first. AdamW hardly notices a factor on all of them, so a loss alone has no weight to try: its nine are of
 # the rate.
-RATES = (3e-3, 6e-3, 1e-3)
+RATES = {"muon": (6e-3, 3e-3, 1.2e-2), "adamw": (3e-3, 6e-3, 1e-3)}
 FACTORS = (1.0, 1 / 3, 3.0)
-RATES_ALONE = (1e-3, 2e-3, 5e-4, 3e-3, 7e-4, 1.4e-3, 6e-3, 2.5e-4, 1e-2)
+RATES_ALONE = {
+    "muon": (3e-3, 6e-3, 2e-3, 4e-3, 1.4e-3, 8e-3, 1e-3, 1.2e-2, 7e-4),
+    "adamw": (1e-3, 2e-3, 5e-4, 3e-3, 7e-4, 1.4e-3, 6e-3, 2.5e-4, 1e-2),
+}
 SEEDS = (0, 1, 2, 3, 4)
 # What is not among the main contenders has these seeds.
 FIRST_SEEDS = SEEDS[:3]
@@ -22,7 +25,9 @@ STEPS, LONG = 2_000, 8_000
 BATCH_SIZE, LARGE_BATCH = 64, 256
 # Students: 0.13 M parameters beside the token table at 32 px, and 3.8 M at 48 px.
 STUDENT, LARGE_STUDENT = "student", "student-large"
-WIDTHS = {STUDENT: 96, LARGE_STUDENT: 192}
+# On photographs: 7.8 M parameters at 64 px, of which 6.3 M are token embeddings; eight epochs of 3,068.
+PHOTOGRAPH_STUDENT, PHOTOGRAPH_STEPS = "../foreign-teacher/student", 400
+WIDTHS = {STUDENT: 96, LARGE_STUDENT: 192, PHOTOGRAPH_STUDENT: 128}
 CLUSTERS = "joint-256"
 BOTH_TOWERS = ("--cluster-towers", "both")
 # The batch's own centroids and a tenth of the others, instead of all.
@@ -44,6 +49,7 @@ class Recipe:
 
     weights: Mapping[str, float]
     extras: tuple[str, ...] = ()
+    optimizer: str = "muon"
 
 
 FD = 2000 / WIDTHS[STUDENT]
@@ -55,6 +61,9 @@ RECIPES: Mapping[str, Recipe] = {
     "cid": Recipe({"clip": 1.0, "instance": 1.0, "cluster": 0.5}),
     # What the candidate reads beside the pairs could serve a rival too.
     "clip-kd+extras": Recipe(_CLIP_KD, EXTRAS),
+    # As CLIP and CLIP-KD were trained.
+    "clip, adamw": Recipe({"clip": 1.0}, optimizer="adamw"),
+    "clip-kd, adamw": Recipe(_CLIP_KD, optimizer="adamw"),
     "clip-rd": Recipe({**_CLIP_KD, "vrd": 1.0, "xrd": 1.0}),
     "fd+instance": Recipe({"fd": FD, "instance": 1.0}),
     "fd+intra": Recipe({"fd": FD, "instance-intra": 1.0}),
@@ -71,7 +80,7 @@ RECIPES: Mapping[str, Recipe] = {
     "clip-td": Recipe({"clip": 1.0, "td": 1.0}),
     "dr": Recipe({"clip": 0.25, "affinity": 0.75}),
 }
-MAIN = ("clip", "clip-kd", "candidate", "cid", "clip-kd+extras", "clip-rd")
+MAIN = ("clip", "clip-kd", "candidate", "cid", "clip, adamw", "clip-kd, adamw", "clip-kd+extras", "clip-rd")
 REST = tuple(name for name in RECIPES if name not in MAIN)
 # The larger student, the longer run and the larger batch are tried with these.
 SCALED = ("clip", "clip-kd", "candidate", "cid")
@@ -86,6 +95,7 @@ class Setting:
         weights: Weights of all losses, for `student`.
         lr: Peak learning rate.
         extras: Names of `EXTRAS`.
+        optimizer: ``muon`` or ``adamw``.
         student: The name of its file, without suffix.
         keep: Keep list: ``all``, ``single``, ``star`` or ``random``.
         clusters: Which clusters, ``FEATURES-K`` or ``FEATURES-K-pPERPLEXITY``; None where no loss asks.
@@ -96,6 +106,7 @@ class Setting:
     weights: Mapping[str, float]
     lr: float
     extras: tuple[str, ...] = ()
+    optimizer: str = "muon"
     student: str = STUDENT
     steps: int = STEPS
     batch_size: int = BATCH_SIZE
@@ -132,20 +143,20 @@ def recipe(name: str, lr: float, factor: float) -> Setting:
     weights = {first: held, **{loss: weight * factor for loss, weight in others}}
     label = f"{name}/lr{lr:g}" + ("" if factor == 1 else f"-x{factor:.2g}")
     clusters: dict[str, Any] = {"clusters": CLUSTERS, "flags": BOTH_TOWERS} if "cluster" in weights else {}
-    return Setting(label, weights, lr, RECIPES[name].extras, **clusters)
+    return Setting(label, weights, lr, RECIPES[name].extras, RECIPES[name].optimizer, **clusters)
 
 
 def trials(name: str) -> list[Setting]:
     """Return a recipe's trials, the most promising first; as many for each."""
+    optimizer = RECIPES[name].optimizer
     if len(RECIPES[name].weights) == 1:
-        return [recipe(name, lr, 1.0) for lr in RATES_ALONE]
-    return [recipe(name, lr, factor) for factor in FACTORS for lr in RATES]
+        return [recipe(name, lr, 1.0) for lr in RATES_ALONE[optimizer]]
+    return [recipe(name, lr, factor) for factor in FACTORS for lr in RATES[optimizer]]
 
 
 def tuning_score(entry: Mapping[str, Any]) -> float:
-    """Return what trials are chosen by: the mean of R@1, R@10 and acc1 on the tuning splits of concepts and drawings."""
-    names = [f"tune {what} {metric}" for what in ("concepts", "drawings") for metric in ("R@1", "R@10", "acc1")]
-    return float(statistics.mean(entry["metrics"][name] for name in names))
+    """Return what trials are chosen by: the mean of all metrics (R@1, R@10, acc1) of all tuning splits."""
+    return float(statistics.mean(value for name, value in entry["metrics"].items() if name.startswith("tune ")))
 
 
 def best(settings: list[Setting], log: Log) -> Setting:
@@ -167,9 +178,10 @@ def left_out(log: Log) -> list[Setting]:
     def changed(name: str, **changes: Any) -> Setting:
         return dataclasses.replace(base, name=f"{base.name}/{name}", **changes)
 
-    slow = 1e-3 if base.lr != 1e-3 else 3e-3
+    slow = base.lr / 6
     found = [changed(f"no {extra}", extras=tuple(other for other in EXTRAS if other != extra)) for extra in EXTRAS]
     found += [changed("no extras", extras=()), changed(f"lr {slow:g}", lr=slow)]
+    found += [changed(f"adamw lr {lr:g}", optimizer="adamw", lr=lr) for lr in RATES["adamw"][:2]]
     for loss in base.weights:
         without = {other: weight for other, weight in base.weights.items() if other != loss}
         # Texts without images are for `fd` alone.
@@ -191,12 +203,19 @@ def longer(name: str, log: Log) -> Setting:
 
 def large_students(name: str, log: Log) -> list[Setting]:
     """Return a recipe at its best weights with the larger student, at each rate: trials of the rule of `--lr` too."""
-    base, narrower = tuned(name, log), WIDTHS[STUDENT] / WIDTHS[LARGE_STUDENT]
+    return _at_rates(tuned(name, log), "large", LARGE_STUDENT, STEPS)
+
+
+def photograph_students(name: str, log: Log) -> list[Setting]:
+    """Return a recipe at the weights that are best on drawings, for photographs, at each rate."""
+    return _at_rates(tuned(name, log), "photographs", PHOTOGRAPH_STUDENT, PHOTOGRAPH_STEPS)
+
+
+def _at_rates(base: Setting, label: str, student: str, steps: int) -> list[Setting]:
+    narrower = WIDTHS[STUDENT] / WIDTHS[student]
     weights = {loss: weight * (narrower if loss in ("fd", "mfd") else 1.0) for loss, weight in base.weights.items()}
-    return [
-        dataclasses.replace(base, name=f"{base.name}/large-lr{lr:g}", weights=weights, lr=lr, student=LARGE_STUDENT)
-        for lr in RATES
-    ]
+    changed = dataclasses.replace(base, weights=weights, student=student, steps=steps)
+    return [dataclasses.replace(changed, name=f"{base.name}/{label}-lr{lr:g}", lr=lr) for lr in RATES[base.optimizer]]
 
 
 def large_batches(name: str, log: Log) -> list[Setting]:
@@ -204,7 +223,7 @@ def large_batches(name: str, log: Log) -> list[Setting]:
     base = tuned(name, log)
     return [
         dataclasses.replace(base, name=f"{base.name}/batch{LARGE_BATCH}-lr{lr:g}", lr=lr, batch_size=LARGE_BATCH)
-        for lr in (*RATES, 2 * max(RATES))
+        for lr in (*RATES[base.optimizer], 2 * max(RATES[base.optimizer]))
     ]
 
 
@@ -256,6 +275,13 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds((best(large_students(name, log), log) for name in SCALED), FIRST_SEEDS)
     yield _seeds((setting for name in SCALED for setting in large_batches(name, log)), SEEDS[:1])
     yield _seeds(cid_variants(log), FIRST_SEEDS)
+
+
+def photographs(log: Log, drawings: Log) -> Iterator[list[Run]]:
+    """Yield the runs on photographs: trials of the rates, and the best with each of the first seeds."""
+    settings = {name: photograph_students(name, drawings) for name in SCALED}
+    yield _seeds((setting for of in settings.values() for setting in of), SEEDS[:1])
+    yield _seeds((best(of, log) for of in settings.values()), FIRST_SEEDS)
 
 
 def quick() -> Iterator[list[Run]]:

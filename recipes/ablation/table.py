@@ -1,8 +1,12 @@
-"""Tell what the log holds, with paired intervals: python table.py log.jsonl > table.md."""
+"""Tell what a log holds, with paired intervals: python table.py log.jsonl [DRAWINGS.jsonl] > table.md.
+
+With two logs the first is of students of photographs, and the second of those of drawings, which decided their weights.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Mapping
@@ -15,15 +19,6 @@ import plan
 from inputs import concept
 
 Array = npt.NDArray[np.float64]
-# Heading → (set, which value of an item).
-COLUMNS = {
-    "concepts R@1": ("report-concepts-retrieval", 1),
-    "concepts R@10": ("report-concepts-retrieval", 10),
-    "concepts acc1": ("report-concepts-classes", 0),
-    "drawings R@1": ("report-drawings-retrieval", 1),
-    "drawings R@10": ("report-drawings-retrieval", 10),
-    "drawings acc1": ("report-drawings-classes", 0),
-}
 DRAWS = 4000
 # An interval over fewer seeds says little of how another seed would do.
 SEEDS_FOR_BOLD = 3
@@ -39,6 +34,16 @@ class Results:
 
     entries: Mapping[str, Mapping[str, Any]]
 
+    @functools.cached_property
+    def columns(self) -> Mapping[str, tuple[str, int]]:
+        """Heading → set and which value of an item: that many first ranks, or 0 for whether the first class was right."""
+        found = {}
+        for dataset in self.entries["teacher"]["items"]:
+            _, what, task = dataset.split("-")
+            measured = {"R@1": 1, "R@10": 10} if task == "retrieval" else {"acc1": 0}
+            found |= {f"{what} {metric}": (dataset, k) for metric, k in measured.items()}
+        return found
+
     def seeds(self, setting: str) -> list[int]:
         """Return the seeds a setting was trained with."""
         return sorted(entry["seed"] for entry in self.entries.values() if entry["setting"] == setting)
@@ -49,7 +54,7 @@ class Results:
 
     def values(self, setting: str, seed: int, column: str) -> Array:
         """Return a run's value for each item of the report split, in [0, 1]."""
-        dataset, k = COLUMNS[column]
+        dataset, k = self.columns[column]
         items = self.entry(setting, seed)["items"][dataset]
         if "right" in items:
             return np.array([mark == "1" for mark in items["right"]], dtype=np.float64)
@@ -58,8 +63,9 @@ class Results:
 
     def concepts(self, column: str) -> npt.NDArray[np.int64]:
         """Number each item's concept: its drawings are not independent."""
-        keys = self.entries["teacher"]["keys"][COLUMNS[column][0]]
-        return np.unique([concept(key) for key in keys], return_inverse=True)[1]
+        keys = self.entries["teacher"]["keys"][self.columns[column][0]]
+        grouped = keys if column.startswith("photographs") else [concept(key) for key in keys]
+        return np.unique(grouped, return_inverse=True)[1]
 
     def mean(self, setting: str, column: str) -> float:
         """Return the mean over seeds and items."""
@@ -69,10 +75,8 @@ class Results:
         """Return the probe's accuracy by seed."""
         found = {}
         for seed in self.seeds(setting):
-            value = self.entries["teacher" if setting == "teacher" else f"{setting}-s{seed}"]["metrics"].get(
-                "report concepts probe"
-            )
-            if value is not None:
+            probes = (value for name, value in self.entry(setting, seed)["metrics"].items() if name.endswith("probe"))
+            if (value := next(probes, None)) is not None:
                 found[seed] = value
         return found
 
@@ -99,14 +103,20 @@ def interval(differences: Array) -> tuple[float, float, float]:
     return float(differences.mean()), float(low), float(high)
 
 
+def heading(results: Results) -> list[str]:
+    """Return a table's first lines."""
+    names = ("setting", "seeds", *results.columns, "probe")
+    return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+
+
 def means(results: Results, settings: list[str]) -> list[str]:
     """Return the lines of a table of means."""
-    lines = [f"| setting | seeds | {' | '.join(COLUMNS)} | probe |", f"|---|---|{'---|' * (len(COLUMNS) + 1)}"]
+    lines = heading(results)
     for setting in settings:
         if results.seeds(setting):
             probe = results.probe(setting)
             cells = [setting, str(len(results.seeds(setting)))]
-            cells += [f"{100 * results.mean(setting, column):.1f}" for column in COLUMNS]
+            cells += [f"{100 * results.mean(setting, column):.1f}" for column in results.columns]
             cells.append(f"{100 * np.mean(list(probe.values())):.1f}" if probe else "")
             lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
@@ -114,12 +124,12 @@ def means(results: Results, settings: list[str]) -> list[str]:
 
 def gains(results: Results, settings: list[str], against: str) -> list[str]:
     """Return the lines of a table of paired differences from `against`."""
-    lines = [f"| setting | seeds | {' | '.join(COLUMNS)} | probe |", f"|---|---|{'---|' * (len(COLUMNS) + 1)}"]
+    lines = heading(results)
     for setting in settings:
         shared = [seed for seed in results.seeds(setting) if seed in results.seeds(against)]
         if shared and setting != against:
             cells = [setting, str(len(shared))]
-            cells += [signed(results, setting, against, column) for column in COLUMNS]
+            cells += [signed(results, setting, against, column) for column in results.columns]
             cells.append(probe_gain(results.probe(setting), results.probe(against)))
             lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
@@ -171,27 +181,27 @@ def tuning(results: Results) -> list[str]:
     return [*lines, ""]
 
 
-def goals(results: Results, ours: str) -> list[str]:
-    """Return how far a recipe reaches the goals."""
-    names = {name: plan.tuned(name, results.entries).name for name in ("clip", "clip-kd", ours)}
+def goals(results: Results, ours: str, clip: str, rival: str) -> list[str]:
+    """Return how far a recipe reaches the goals, beside a rival and `clip`."""
+    names = {name: plan.tuned(name, results.entries).name for name in (clip, rival, ours)}
     if not all(results.seeds(name) for name in names.values()):
         return []
     lines = [
-        f"| metric | clip | clip-kd | {ours} | {ours} − clip-kd | gain by clip-kd's gain "
-        "| gain − 1.2 × clip-kd's gain | gain − 1.5 × clip-kd's gain | gap to the teacher closed |",
+        f"| metric | {clip} | {rival} | {ours} | {ours} − {rival} | gain by {rival}'s gain "
+        f"| gain − 1.2 × {rival}'s gain | gain − 1.5 × {rival}'s gain | gap to the teacher closed |",
         f"|{'---|' * 9}",
     ]
-    for column in COLUMNS:
+    for column in results.columns:
         level = {name: results.mean(setting, column) for name, setting in names.items()}
-        gain, _ = results.difference(names[ours], names["clip"], column)
-        rival, _ = results.difference(names["clip-kd"], names["clip"], column)
-        shared = min(len(gain), len(rival))
-        ratio = f"{gain[:shared].mean() / rival[:shared].mean():.2f}" if rival[:shared].mean() > 0 else ""
-        closed = (level[ours] - level["clip"]) / (results.mean("teacher", column) - level["clip"])
+        gain, _ = results.difference(names[ours], names[clip], column)
+        theirs, _ = results.difference(names[rival], names[clip], column)
+        shared = min(len(gain), len(theirs))
+        ratio = f"{gain[:shared].mean() / theirs[:shared].mean():.2f}" if theirs[:shared].mean() > 0 else ""
+        closed = (level[ours] - level[clip]) / (results.mean("teacher", column) - level[clip])
         lines.append(
             f"| {column} | {' | '.join(f'{100 * level[name]:.1f}' for name in names)} "
-            f"| {signed(results, names[ours], names['clip-kd'], column)} | {ratio} "
-            f"| {points(gain[:shared] - 1.2 * rival[:shared])} | {points(gain[:shared] - 1.5 * rival[:shared])} "
+            f"| {signed(results, names[ours], names[rival], column)} | {ratio} "
+            f"| {points(gain[:shared] - 1.2 * theirs[:shared])} | {points(gain[:shared] - 1.5 * theirs[:shared])} "
             f"| {closed:.0%} |"
         )
     return [*lines, ""]
@@ -221,34 +231,79 @@ def scaled(results: Results) -> list[str]:
 
 def rates(results: Results) -> list[str]:
     """Return the trials of learning rates that the rule of `--lr` is checked by, on the tuning split, with seed 0."""
-    log, found = results.entries, list[str]()
-    for kind, make in (("large student", plan.large_students), ("batches of 256", plan.large_batches)):
-        for name in plan.SCALED:
-            tried = [(setting, log.get(plan.Run(setting, plan.SEEDS[0]).name)) for setting in make(name, log)]
-            cells = [
-                f"{100 * plan.tuning_score(entry):.1f} at {setting.lr:g}"
-                for setting, entry in sorted(tried, key=lambda pair: pair[0].lr)
-                if entry is not None
-            ]
-            if cells:
-                found.append(f"| {kind} | {name} | {', '.join(cells)} |")
+    kinds = (("large student", plan.large_students), ("batches of 256", plan.large_batches))
+    return rate_table(
+        {(kind, name): make(name, results.entries) for kind, make in kinds for name in plan.SCALED}, results.entries
+    )
+
+
+def rate_table(trials: Mapping[tuple[str, str], list[plan.Setting]], log: plan.Log) -> list[str]:
+    """Return the tuning scores of trials that differ in their rate, by what they are of and recipe."""
+    found = list[str]()
+    for (kind, name), settings in trials.items():
+        tried = [(setting, log.get(plan.Run(setting, plan.SEEDS[0]).name)) for setting in settings]
+        cells = [
+            f"{100 * plan.tuning_score(entry):.1f} at {setting.lr:g}"
+            for setting, entry in sorted(tried, key=lambda pair: pair[0].lr)
+            if entry is not None
+        ]
+        if cells:
+            found.append(f"| {kind} | {name} | {', '.join(cells)} |")
     return ["| what | recipe | score at rate |", "|---|---|---|", *found, ""] if found else []
 
 
 def main() -> None:
     """Print all tables."""
-    lines = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()
-    results = Results({entry["run"]: entry for entry in map(json.loads, lines)})
+    results, *drawings = (read(Path(path)) for path in sys.argv[1:])
+    tables = of_photographs(results, drawings[0].entries) if drawings else of_drawings(results)
+    print("\n".join([*head(results), *tables]))
+
+
+def read(path: Path) -> Results:
+    """Read a log."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return Results({entry["run"]: entry for entry in map(json.loads, lines)})
+
+
+def head(results: Results) -> list[str]:
+    """Return what the tables are of and how they are to be read."""
+    commits, machines = (sorted({entry[name] for entry in results.entries.values()}) for name in ("commit", "machine"))
+    students = [entry for entry in results.entries.values() if entry["run"] != "teacher"]
+    return [
+        f"{len(students)} students; commit {', '.join(commits)}; {'; '.join(machines)}.",
+        "Percent; Δ in points, paired by seed, with 95 % intervals over seeds and concepts or photographs (probe: smallest …"
+        " largest of the seeds); bold where 0 is outside and there are three seeds.",
+        "",
+    ]
+
+
+def of_photographs(results: Results, drawings: plan.Log) -> list[str]:
+    """Return the tables of the students of photographs."""
     log = results.entries
-    students = [entry for entry in log.values() if entry["run"] != "teacher"]
+    tried = {name: plan.photograph_students(name, drawings) for name in plan.SCALED}
+    clip, rival, *_ = chosen = [plan.best(settings, log).name for settings in tried.values()]
+    return [
+        "## Trials of the learning rate, on the tuning split, seed 0",
+        "",
+        *rate_table({("photographs", name): settings for name, settings in tried.items()}, log),
+        "## On the test split",
+        "",
+        *means(results, ["teacher", *chosen]),
+        "## Gains over `clip`",
+        "",
+        *gains(results, chosen, clip),
+        "## Gains over `clip-kd`",
+        "",
+        *gains(results, chosen, rival),
+    ]
+
+
+def of_drawings(results: Results) -> list[str]:
+    """Return the tables of the students of drawings."""
+    log = results.entries
     presets = [plan.tuned(name, log).name for name in plan.RECIPES]
     clip, rival, ours, cid = (plan.tuned(name, log).name for name in ("clip", "clip-kd", "candidate", "cid"))
-    commits, machines = (sorted({entry[name] for entry in log.values()}) for name in ("commit", "machine"))
-    out = [
-        f"{len(students)} students; commit {', '.join(commits)}; {'; '.join(machines)}.",
-        "Percent; Δ in points, paired by seed, with 95 % intervals over seeds and concepts (probe: smallest … largest of"
-        " the seeds); bold where 0 is outside and there are three seeds.",
-        "",
+    return [
         "## Trials, on the tuning split: mean of R@1, R@10 and acc1 of concepts and drawings, seed 0",
         "",
         "At each rate the best of the weights tried; `-x0.33` and `-x3` in a name are the factor on them.",
@@ -265,8 +320,9 @@ def main() -> None:
         *gains(results, presets, rival),
         "## The goals, by `candidate` and by `cid`",
         "",
-        *goals(results, "candidate"),
-        *goals(results, "cid"),
+        *goals(results, "candidate", "clip", "clip-kd"),
+        *goals(results, "candidate", "clip, adamw", "clip-kd, adamw"),
+        *goals(results, "cid", "clip", "clip-kd"),
         "## `candidate`, one thing changed at a time",
         "",
         *compared(results, [setting.name for setting in plan.left_out(log)], ours),
@@ -280,7 +336,6 @@ def main() -> None:
         "",
         *compared(results, [setting.name for setting in plan.cid_variants(log)], cid),
     ]
-    print("\n".join(out))
 
 
 if __name__ == "__main__":

