@@ -7,7 +7,13 @@ import dataclasses
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.search.distances import IntArray, distance_matrix, squared_lengths
+from clipcid_cli.algorithms.search.distances import (
+    ROWS_IN_CACHE,
+    IntArray,
+    distance_matrix,
+    row_type,
+    squared_lengths,
+)
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.sets.diameters import find_diameters
 from clipcid_cli.algorithms.sets.star import count_kept, star_cover
@@ -104,11 +110,20 @@ def _find_stars(context: Context, sets: Sets, label: int, cutoff: float, copies:
     if len(place) > _MOST_STARRED:
         return None
     stored = torch.from_numpy(rows.read(rows.unique[place])).to(context.machine.device)
-    squared = squared_lengths(stored)
-    weight = distance_matrix(stored, stored, squared, squared).cpu().numpy()
-    a, b = np.nonzero(np.triu(weight <= np.float32(cutoff), 1))
-    representatives = star_cover(len(place), Edges(a, b, weight[a, b]), copies[place])
+    representatives = star_cover(len(place), _near_pairs(stored, cutoff), copies[place])
     represented = np.bincount(representatives, weights=copies[place], minlength=len(place))
     order = np.lexsort((np.arange(len(place)), -represented))[: count_kept(representatives)]
     found: list[int] = rows.unique[place[order]].tolist()
     return found
+
+
+def _near_pairs(stored_ND: torch.Tensor, cutoff: float) -> Edges:
+    """Return the pairs of rows, float16 [N, D], within a distance; the distances of few rows to all are held at once."""
+    squared_N = squared_lengths(stored_ND)
+    parts = []
+    for first in range(0, len(stored_ND), ROWS_IN_CACHE):
+        part = slice(first, first + ROWS_IN_CACHE)
+        weight_PN = distance_matrix(stored_ND[part], stored_ND, squared_N[part], squared_N).cpu().numpy()
+        a, b = np.nonzero(np.triu(weight_PN <= np.float32(cutoff), first + 1))
+        parts.append(Edges(a + first, b, weight_PN[a, b]).in_type(row_type(len(stored_ND))))
+    return Edges.concatenate(parts)
