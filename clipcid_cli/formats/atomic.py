@@ -1,7 +1,9 @@
 """Files appear whole or not at all.
 
 Everything is written to a hidden sibling, flushed to the disk, and renamed. The sibling's name is fixed, so the next run
-overwrites what a killed one left; the lock of the output folder keeps two writers apart.
+overwrites what a killed one left; the lock of the output folder keeps two writers apart. Where no folder is locked, each
+writer has a sibling of its own and locks that: the kernel ends the lock with the process, so a sibling or temporary folder
+that nobody holds is what a killed run left, whatever the clock says.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ import filecmp
 import io
 import json
 import os
+import secrets
 import shutil
-import time
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -31,18 +34,18 @@ if TYPE_CHECKING:
 # What the system says of a disk that is full, over its quota or limit, or failing.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
-_ABANDONED_SECONDS = 3600.0
 _LOCK = ".lock"
 _PIECES_AT_ONCE = 8192
 
 
 @contextmanager
-def atomic_file(path: Path, sibling: str = "partial") -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """Open `path` for writing such that it exists under its name only when complete.
 
     Args:
         path: Final name; missing parent folders are created.
-        sibling: Suffix of the hidden sibling. Where several runs may write the same file, each needs one of its own.
+        shared: Whether several processes may write the file at once: each writes a sibling of its own, and the last one
+            stays. `remove_abandoned` removes those of killed processes.
 
     Yields:
         A binary file. When the block ends without an error the file is synced and renamed to `path`; when it raises,
@@ -51,14 +54,15 @@ def atomic_file(path: Path, sibling: str = "partial") -> Iterator[IO[bytes]]:
     Raises:
         ClipcidError: when the disk is full or the folder cannot be written to.
     """
-    partial = path.with_name(f".{path.name}.{sibling}")
+    own = f".{secrets.token_hex(4)}" if shared else ""
+    partial = path.with_name(f".{path.name}{own}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with _hold_new(partial) if shared else partial.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+            partial.replace(path)  # while it is held
     except BaseException as error:
         with suppress(OSError):  # where its folder could not be made
             partial.unlink(missing_ok=True)
@@ -66,6 +70,28 @@ def atomic_file(path: Path, sibling: str = "partial") -> Iterator[IO[bytes]]:
         if refusal is not None and refusal.filename in (None, *map(str, (path, partial, *path.parents))):
             raise write_error(path, refusal) from error
         raise
+
+
+def _hold_new(path: Path) -> IO[bytes]:
+    """Open a file for writing and hold it, so that `remove_abandoned` of another process leaves it."""
+    while True:
+        file = path.open("wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if is_at(file.fileno(), path):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # removed before it was held
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Tell whether an open file still has the name it was opened by."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _find_refusal(error: BaseException) -> OSError | None:
@@ -112,39 +138,40 @@ def refuse_unwritable(path: Path) -> None:
 
 
 @contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
-    """Hold a temporary folder, so that `remove_abandoned` of another run leaves it; the kernel ends it with the process."""
-    with (folder / _LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def held_folder(prefix: str, parent: Path | None) -> Iterator[Path]:
+    """Make a temporary folder and hold it, so that `remove_abandoned` of another process leaves it.
 
-
-def _is_held(folder: Path) -> bool:
-    try:
-        with (folder / _LOCK).open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:  # held, or nobody can tell
-        return True
-    return False
-
-
-def remove_abandoned(partials: Iterable[Path]) -> None:
-    """Remove those of the hidden siblings, files or folders, that are an hour old and that nobody holds or writes to.
-
-    The time of a folder does not change while its files are written: who needs one for longer must hold it.
+    Args:
+        prefix: How its name begins.
+        parent: Where it is made; None: in the system's place for them.
     """
-    for path in partials:
-        with suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime <= _ABANDONED_SECONDS:
+    with ExitStack() as stack:
+        while True:
+            # On NFS a mapped file stays in its folder until it is closed.
+            made = tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(made))
+            with suppress(FileNotFoundError):  # removed before it was held
+                stack.enter_context(_hold_new(folder / _LOCK))
+                break
+        yield folder
+
+
+def remove_abandoned(found: Iterable[Path]) -> None:
+    """Remove those of hidden siblings and temporary folders that nobody holds: what killed processes left.
+
+    Args:
+        found: Files of `atomic_file` that are shared, or folders of `held_folder`. Others that are given must be nobody's.
+    """
+    for path in found:
+        mark = path / _LOCK if path.is_dir() else path
+        with suppress(OSError), mark.open("ab" if mark is not path else "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not is_at(file.fileno(), mark):  # it has got its final name
                 continue
-            if path.is_dir():
-                if _is_held(path):
-                    continue
-                shutil.rmtree(path, ignore_errors=True)
-            else:
+            if mark is path:
                 path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def write_error(path: Path, error: OSError) -> ClipcidError:

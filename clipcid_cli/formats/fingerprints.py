@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.atomic import atomic_file, remove_abandoned
 from clipcid_cli.formats.output import fingerprint_file
 
 _SCHEMA = pa.schema([("path", pa.string()), ("size", pa.int64()), ("time", pa.int64()), ("hash", pa.string())])
@@ -61,8 +61,8 @@ class FingerprintCache:
         named = {name: entry for name, entry in self._known.items() if _is_text(name)}
         rows = [(name, *entry) for name, entry in sorted(named.items())]
         table = pa.table([pa.array(column) for column in zip(*rows, strict=True)], schema=_SCHEMA)
-        # Two runs may save at once: each writes a file of its own, and the last one stays.
-        with suppress(ClipcidError, OSError), atomic_file(self._path, f"{os.getpid()}.partial") as file:
+        remove_abandoned(self._path.parent.glob(f".{self._path.name}.*.partial"))
+        with suppress(ClipcidError, OSError), atomic_file(self._path, shared=True) as file:  # two runs may save at once
             pq.write_table(table, file)
         self._new = False
 

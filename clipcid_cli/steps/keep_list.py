@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import hold_folder, remove_abandoned, write_error
+from clipcid_cli.formats.atomic import held_folder, remove_abandoned, write_error
 from clipcid_cli.formats.key_streams import JoinedMatch, OrderedMatch, Values, join_stream, parquet_keys
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -231,10 +231,7 @@ def _scratch_folder(parent: Path | None) -> Iterator[Path]:
             if parent is not None and not parent.exists():
                 parent.mkdir(parents=True)
                 stack.callback(_remove_if_empty, parent)  # a list that does not fit the data leaves nothing
-            # On NFS a mapped file stays in its folder until it is closed.
-            made = tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=parent, ignore_cleanup_errors=True)
-            scratch = Path(stack.enter_context(made))
-            stack.enter_context(hold_folder(scratch))
+            scratch = stack.enter_context(held_folder(_SCRATCH, parent))
         except OSError as error:
             raise write_error(parent or Path(tempfile.gettempdir()), error) from error
         yield scratch

@@ -14,7 +14,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
@@ -270,8 +269,8 @@ def write_part(
         ) from error
     written = dataclasses.replace(record, digest=_hash_content(record, table))
     table = table.replace_schema_metadata({b"clipcid": json.dumps(_to_json(written)).encode()})
-    own = f"{os.getpid()}.partial"  # runs that embed with different models list the same shards
-    with atomic_file(_part_path(folder, number), own) as file, pa.ipc.new_file(file, table.schema) as writer:
+    path = _part_path(folder, number)  # also written by a worker process that outlives its run for a moment
+    with atomic_file(path, shared=True) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     return record
 
@@ -296,7 +295,6 @@ def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[Indexe
     """
     index = DataIndex(folder, tuple(shards), tuple(records))
     _refuse_repeated_keys(index)
-    remove_abandoned([*folder.glob(".*.arrow.*.partial"), *folder.glob(".matched-*.partial")])
     write_parquet(folder / _TABLE, pa.table({"shard": [json.dumps(_to_json(record)) for record in records]}))
     return index
 
@@ -315,7 +313,7 @@ def open_index(folder: Path, shards: Sequence[Shard]) -> DataIndex | None:
 
 @contextmanager
 def lock_index(folder: Path) -> Iterator[None]:
-    """Hold an index while shards are added to it: a second run waits, and then finds what the first has listed.
+    """Hold an index while files are added to it, and remove what killed runs left. A second run waits for the first one's.
 
     Raises:
         ClipcidError: when the folder cannot be written to.
@@ -327,6 +325,7 @@ def lock_index(folder: Path) -> Iterator[None]:
             fcntl.flock(stack.enter_context((folder / ".lock").open("w")), fcntl.LOCK_EX)
         except OSError as error:
             raise write_error(folder, error) from error
+        remove_abandoned(folder.glob(".*.partial"))
         yield
 
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_error
+from clipcid_cli.formats.atomic import is_at, write_error
 from clipcid_cli.formats.data.remote import describe_file, download
 
 FETCHED_AT_ONCE = 4
@@ -143,7 +143,7 @@ class ShardCopy:
                         # Asked again, not waited for: once whole, this very file is the copy, and its readers hold it.
                         time.sleep(_ASK_AGAIN)
                         continue
-                    if not _is_at(file.fileno(), partial):
+                    if not is_at(file.fileno(), partial):
                         continue  # the process that held it has finished or given up
                     if self.local.exists():
                         partial.unlink()
@@ -180,14 +180,6 @@ class ShardCopy:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Tell whether an open file still has the name it was opened by."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _remove_unused(path: Path) -> bool:

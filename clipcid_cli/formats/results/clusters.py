@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file, write_parquet
+from clipcid_cli.formats.atomic import atomic_file, remove_abandoned, write_parquet
 from clipcid_cli.formats.output import (
     describe_outputs,
     fingerprint_file,
@@ -332,30 +331,30 @@ def _are_mappable(folder: Path, arrays: Path, table: pq.ParquetFile) -> bool:
 def _extract_tops(folder: Path, arrays: Path, table: pq.ParquetFile) -> None:
     """Write the arrays of a table to another folder."""
     names = _top_names(table.schema_arrow.names)
-    # Several processes may do so at once: each writes files of its own, and the last ones stay.
-    captions, sibling = "caption_top_clusters" in names, f"{os.getpid()}.partial"
-    with _top_arrays(arrays, table.metadata.num_rows, captions=captions, sibling=sibling) as append:
+    captions = "caption_top_clusters" in names
+    remove_abandoned(arrays.glob(".*.partial"))
+    with _top_arrays(arrays, table.metadata.num_rows, captions=captions, shared=True) as append:  # by several at once
         for group in range(table.num_row_groups):
             append(table.read_row_group(group, columns=names))
-    _record_arrays(folder, arrays, names, sibling)
+    _record_arrays(folder, arrays, names, shared=True)
 
 
-def _record_arrays(folder: Path, arrays: Path, columns: Iterable[str], sibling: str = "partial") -> None:
+def _record_arrays(folder: Path, arrays: Path, columns: Iterable[str], shared: bool = False) -> None:
     """Record the table and the arrays made from it, such that `_are_mappable` recognises them."""
     described = describe_outputs(folder, [folder / TABLE])
     described += describe_outputs(arrays, (_array_path(arrays, name) for name in _top_names(columns)))
-    with atomic_file(arrays / ARRAYS_RECORD, sibling) as file:
+    with atomic_file(arrays / ARRAYS_RECORD, shared) as file:
         file.write(json.dumps({"files": described}, indent=2).encode() + b"\n")
 
 
 @contextmanager
 def _top_arrays(
-    folder: Path, num_rows: int, *, captions: bool, sibling: str = "partial"
+    folder: Path, num_rows: int, *, captions: bool, shared: bool = False
 ) -> Iterator[Callable[[pa.Table], None]]:
     """Write the arrays of nearest centroids: yields what appends the next rows of the table to them."""
     with ExitStack() as stack:
         names = [*_TOPS, *(_CAPTION_COLUMNS if captions else [])]
-        files = {name: stack.enter_context(atomic_file(_array_path(folder, name), sibling)) for name in names}
+        files = {name: stack.enter_context(atomic_file(_array_path(folder, name), shared)) for name in names}
 
         def append(rows: pa.Table) -> None:
             for name, file in files.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from contextlib import suppress
 from typing import Any
 
@@ -90,9 +89,8 @@ def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> np
         return kept
     found = _second_moment(embeddings)
     if not settings.dry_run:
-        # Two runs may keep it at once: each writes a file of its own.
         remove_abandoned(path.parent.glob(".*.partial"))
-        with atomic_file(path, f"{os.getpid()}.partial") as file:
+        with atomic_file(path, shared=True) as file:  # two runs may keep it at once
             np.save(file, found, allow_pickle=False)
     return found
 

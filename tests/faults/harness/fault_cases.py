@@ -70,7 +70,6 @@ def run_kill(site: Site, step: Step, case: tuple[int, bool]) -> Result:
     """Kill a run at a file operation, then give the command again."""
     found = site.run(step, Operations(site.log, *case, act=kill).install)
     problems = killed_problems(found) + site.find_half(step)
-    site.age_partials()
     return Result(found.code, problems + site.check_again(step), found.code == -9)
 
 
@@ -247,7 +246,6 @@ def run_wrong_clock(site: Site, step: Step, case: tuple[int, float, float, float
 
     found = site.run(step, hook)
     problems = killed_problems(found) + site.find_half(step)
-    site.age_partials(later)
     problems += site.check_again(step, lambda: shift_clock(later, -0.5))
     problems = [text for text in problems if not _TIMES_OF_FILES.fullmatch(text)]
     return Result(found.code, problems, found.code == -9)

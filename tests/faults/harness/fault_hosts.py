@@ -42,7 +42,6 @@ def run_host_kill(site: Site, step: Step, case: tuple[int, float]) -> Result:
             problems.append("it does not say that a process has ended")
         problems += ["it calls it a bug"] if "bug in clipcid" in left.err else []
         problems += site.find_half(step, name)
-    site.age_partials()
     again = _run_hosts(site, step)
     problems += [f"given again: exit {outcome.code}{outcome!r}" for outcome in again if outcome.code != 0]
     problems += site.compare(step, name)

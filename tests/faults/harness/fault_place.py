@@ -156,15 +156,6 @@ class Site:
         kinds |= dict.fromkeys(expected.keys() - found.keys(), "missing")
         return [f"{kind}: {name}" for name, kind in kinds.items() if found.get(name) != expected.get(name)]
 
-    def age_partials(self, offset: float = 0.0) -> None:
-        """Let two hours pass for partial files, since those of a run that may go on are left alone for one.
-
-        Args:
-            offset: That of the clock of the next run.
-        """
-        for path in self.place.rglob("*.partial"):
-            os.utime(path, (time.time() + offset - 7200,) * 2)
-
     def find_half(self, step: Step, expectation: str = "") -> list[str]:
         """Return the files under final names that are neither whole nor as before the step."""
         found, expected = read_tree(self.place), self.expected[expectation or step.name]

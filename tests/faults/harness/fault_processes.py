@@ -45,7 +45,6 @@ def run_rank_kill(site: Site, step: Step, case: tuple[int, float]) -> Result:
         if survivor.code and "Another process of the run has ended" not in survivor.err:
             problems.append("it does not say that a process has ended")
         problems += site.find_half(step, name)
-    site.age_partials()
     again = _run_ranks(site, step)
     problems += [f"given again: exit {outcome.code}{outcome!r}" for outcome in again if outcome.code != 0]
     problems += site.compare(step, name)

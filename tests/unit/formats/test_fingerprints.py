@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def test_a_damaged_table_only_costs_time(tmp_path: Path, content: bytes) -> None
     assert cache(tmp_path / "a") == fingerprint_file(tmp_path / "a")
     cache.save()
     assert FingerprintCache(tmp_path / "table")(tmp_path / "a") == fingerprint_file(tmp_path / "a")
+
+
+def test_what_killed_runs_left_is_removed_whatever_the_clock_says(tmp_path: Path) -> None:
+    left = tmp_path / ".table.1234.partial"
+    left.write_bytes(b"PAR1 half")
+    os.utime(left, (time.time() + 366 * 86400,) * 2)
+    (tmp_path / "a").write_text("a")
+    cache = FingerprintCache(tmp_path / "table")
+    cache(tmp_path / "a")
+    cache.save()
+    assert sorted(os.listdir(tmp_path)) == ["a", "table"]
 
 
 def test_nothing_new_writes_nothing(tmp_path: Path) -> None:

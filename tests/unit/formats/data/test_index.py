@@ -15,6 +15,7 @@ import pytest
 from conftest import make_caption, make_image, shard_members, write_tar
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.data import index as module
 from clipcid_cli.formats.data import tar_index
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
@@ -172,19 +173,18 @@ def test_a_caption_that_was_rewritten_is_read_again(tmp_path: Path) -> None:
     assert again.index.sample(0, place).captions == ("another caption",)
 
 
-def test_what_a_killed_run_left_is_removed_after_an_hour(tiny_shards: Path, tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_removed_and_not_what_another_one_writes(tiny_shards: Path, tmp_path: Path) -> None:
     folder = indexed(tiny_shards, tmp_path).index_folder
     assert folder is not None
-    matched, part, new = (folder / f".{name}.partial" for name in ("matched-1", "00000000.arrow.1", "00000000.arrow.2"))
+    matched, part = (folder / f".{name}.partial" for name in ("matched-1", "00000000.arrow.1"))
     matched.mkdir()
     (matched / "training.places.npy").touch()
     part.touch()
-    new.touch()
-    for path in (matched, part):
-        os.utime(path, (1, 1))
     (folder / "shards.parquet").unlink()
-    indexed(tiny_shards, tmp_path)
-    assert list(folder.glob(".*.partial")) == [new]
+    with atomic_file(folder / "00000000.arrow", shared=True) as written:
+        indexed(tiny_shards, tmp_path)
+        assert [str(path) for path in folder.glob(".*.partial")] == [written.name]
+        written.write((folder / "00000000.arrow").read_bytes())
 
 
 def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(
