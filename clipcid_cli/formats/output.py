@@ -32,7 +32,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_error, write_json
 from clipcid_cli.formats.differences import are_among, list_differences
 from clipcid_cli.formats.listing import Stat, is_as_listed, list_recorded
-from clipcid_cli.formats.reading import open_regular, reading
+from clipcid_cli.formats.reading import Entries, open_regular, reading
 from clipcid_cli.formats.sidecar_entries import check_entries
 
 FORMAT_VERSION = 1
@@ -69,12 +69,16 @@ def fingerprint_file(path: Path) -> dict[str, Any]:
 def read_sidecar(path: Path) -> dict[str, Any] | None:
     """Read a sidecar; None when there is none.
 
+    Returns:
+        Its entries: reading one that is missing raises a ClipcidError.
+
     Raises:
         ClipcidError: when it is not JSON, or of a newer format than this version knows.
     """
     if not path.exists():
         return None
-    with reading(path, "a sidecar of clipcid", "Remove it, or choose another folder."):
+    fix = "Remove it, or choose another folder."
+    with reading(path, "a sidecar of clipcid", fix):
         sidecar = json.loads(path.read_bytes())
         if not isinstance(sidecar, dict):
             raise TypeError("it is no JSON object")
@@ -85,7 +89,7 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
             f"{path} has format version {version}; this clipcid {__version__} knows up to {FORMAT_VERSION}.",
             "Upgrade clipcid, or choose another folder.",
         )
-    return sidecar
+    return Entries(sidecar, str(path), fix)
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from clipcid_cli.errors import ClipcidError
 
@@ -83,3 +83,30 @@ def describe(error: Exception) -> str:
         return "it asks for more memory than there is"
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return " ".join(reason.split())[:300].rstrip(".")
+
+
+class Entries(dict[str, Any]):
+    """The entries of a JSON object from a file: to read one that is missing is an error that names it and the file."""
+
+    def __init__(self, content: dict[str, Any], source: str, fix: str, prefix: str = "") -> None:
+        """Take the entries, and those of objects in them.
+
+        Args:
+            source: What to call the file in the error.
+            fix: What to do about it.
+            prefix: What goes before the name of an entry.
+        """
+        super().__init__(
+            (name, Entries(value, source, fix, f"{prefix}{name}.") if isinstance(value, dict) else value)
+            for name, value in content.items()
+        )
+        self._source, self._fix, self._prefix = source, fix, prefix
+
+    def __or__(self, other: dict[str, Any]) -> Entries:  # type: ignore[override]
+        return Entries({**self, **other}, self._source, self._fix, self._prefix)
+
+    def __ror__(self, other: dict[str, Any]) -> Entries:  # type: ignore[override]
+        return Entries({**other, **self}, self._source, self._fix, self._prefix)
+
+    def __missing__(self, name: str) -> Any:
+        raise ClipcidError(f"{self._source} has no entry {self._prefix + name!r}.", self._fix)

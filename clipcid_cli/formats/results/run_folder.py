@@ -9,7 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_text
+from clipcid_cli.formats.reading import Entries, describe, reading
+
+# What the lines of a log hold.
+_VALUES = int | float | None
 
 
 class RunFolder:
@@ -69,7 +74,9 @@ class RunFolder:
     def last_values(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the losses and the metrics that were logged last, by name."""
         log, results = read_lines(self.train_log), read_lines(self.results_log)
-        losses = {name.removeprefix("loss_"): value for name, value in log[-1].items() if name.startswith("loss_")}
+        losses = {
+            name.removeprefix("loss_"): value for name, value in (log or [{}])[-1].items() if name.startswith("loss_")
+        }
         return losses, {name: value for name, value in (results or [{}])[-1].items() if name != "step"}
 
 
@@ -84,13 +91,25 @@ def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a log; a last line that a kill left incomplete is omitted."""
+    """Read a log; a last line that a kill left incomplete is omitted.
+
+    Raises:
+        ClipcidError: when another line is none of a log, or to read an entry that its line lacks.
+    """
     found: list[dict[str, Any]] = []
     if not path.exists():
         return found
-    for line in path.read_text(encoding="utf-8").splitlines():
+    fix = "Restore it, or train again, by the command of the run and --overwrite."
+    with reading(path, "a log of training", fix):
+        lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
+            content = json.loads(line)
+            if not isinstance(content["step"], int) or not all(isinstance(each, _VALUES) for each in content.values()):
+                raise TypeError("a value is of another type")
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise ClipcidError(f"Line {number:,} of {path} is none of a log: {describe(error)}.", fix) from error
+        found.append(Entries(content, f"Line {number:,} of {path}", fix))
     return found

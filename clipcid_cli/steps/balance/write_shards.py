@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
 from clipcid_cli.formats.key_join import KeyIndex
 from clipcid_cli.formats.output import Output, plan_path, sidecar_path
+from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.results.keep_list import KeepList
 from clipcid_cli.formats.results.kept_lists import is_uid
 from clipcid_cli.runtime.machine import Machine
@@ -106,8 +108,9 @@ def write_shards(
 def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bool) -> int:
     """Write one shard, unless this run wrote it before it was killed: its statistics are written after it."""
     path, stats_path = _target_of(target, shard), target / f"{shard.name}{_STATS}"
-    if resumed and stats_path.exists():
-        return int(json.loads(stats_path.read_text(encoding="utf-8"))["successes"])
+    if resumed:
+        with suppress(OSError, ValueError, TypeError, LookupError):  # missing or damaged: it is written again
+            return int(json.loads(read_regular(stats_path))["successes"])
     keys, num_dropped = choice.of(shard)
     with local_file(shard.path) as source:
         if keys:

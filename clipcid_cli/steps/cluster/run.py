@@ -81,7 +81,7 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
                 if machine.is_main:
                     remove_scratch(folder)
         names = {"centroids": CENTROIDS, "clusters": TABLE, "sidecar": "cluster.json"}
-        return {**result, "files": {name: str(folder / file) for name, file in names.items()}}
+        return result | {"files": {name: str(folder / file) for name, file in names.items()}}
 
 
 def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter: Reporter) -> int:

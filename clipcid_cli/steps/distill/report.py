@@ -118,7 +118,8 @@ def _draw_losses(log: Sequence[dict[str, Any]], names: Sequence[str]) -> Markup:
     figure = make_figure()
     axes = figure.subplots()
     for name, color in zip(names, _colors(len(names)), strict=True):
-        lines = _thin([line for line in log if f"loss_{name}" in line])
+        if not (lines := _thin([line for line in log if f"loss_{name}" in line])):
+            continue
         steps, values = [line["step"] for line in lines], np.array([line[f"loss_{name}"] for line in lines])
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         axes.plot(steps, _smooth(values), color=color, label=name)

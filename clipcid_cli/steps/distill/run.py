@@ -119,9 +119,6 @@ def result(folder: RunFolder, sidecar: dict[str, Any]) -> dict[str, Any]:
         "report": folder.report,
         "sidecar": folder.path / "distill.json",
     }
-    return {
-        "student": str(folder.student),
-        **sidecar["result"],
-        "seconds": sidecar["seconds"],
-        "files": {name: str(path) for name, path in files.items()},
-    }
+    student, measured = {"student": str(folder.student)}, {"seconds": sidecar["seconds"]}
+    found: dict[str, Any] = student | sidecar["result"] | measured
+    return found | {"files": {name: str(path) for name, path in files.items()}}

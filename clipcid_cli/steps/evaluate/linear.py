@@ -93,7 +93,8 @@ def _evaluate(
         if usable is not None and machine.on_main(path.is_file):
             reporter.note(f"{path} already holds {evaluated.name.spec} on {data.name}.")
             record = machine.on_main(lambda: read_metrics(path))
-            return {**record, **usable["result"], "files": {"metrics": str(path)}, "reused": True}
+            found: dict[str, Any] = record | usable["result"]
+            return found | {"files": {"metrics": str(path)}, "reused": True}
         started = time.perf_counter()
         folder, encoder = WorkDirectory(settings.work).features, evaluated.encoder()
         splits = [

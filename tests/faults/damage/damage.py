@@ -44,6 +44,12 @@ _EMBED = ("embed", "--model", "model", "--out", "made", "--batch-size", "8")
 _BALANCE = ("balance", "--keep", "0.7", "--overwrite", "--embeddings")
 _CLUSTER = ("cluster", "--num-clusters", "3", "--iterations", "2")
 _AGAIN = ("--overwrite",)
+_SAVED = ("--checkpoint-every", "1")
+_RUN_AGAIN = (*_DISTILL, "--name", "done", *_SAVED)
+_TEXTS = ("embed", "--texts", "classes.txt", "--model", "model", "--out", "texts")
+_EXPORT = ("export", "model", "--format", "open-clip", "--out", "exported")
+_ZEROSHOT = ("eval-zeroshot", "model", "classified", "--predictions")
+_LINEAR = ("eval-linear", "model", "--train", "classified", "--test", "classified", "--work", "linear")
 
 TARGETS = {
     "tar": Target("data/00000.tar", (*_EMBED, "data")),
@@ -96,7 +102,7 @@ TARGETS = {
     "centroids": Target("clipcid-work/clusters/centroids.npy", _DISTILL, "npy", "clipcid-work/clusters/cluster.json"),
     "student": Target("student.json", _DISTILL, "json"),
     "checkpoint": Target(
-        "clipcid-work/distill/run/checkpoints/step_00000002.pt", (*_DISTILL, "--name", "run", "--checkpoint-every", "1")
+        "clipcid-work/distill/run/checkpoints/step_00000002.pt", (*_DISTILL, "--name", "run", *_SAVED)
     ),
     "model": Target("model/open_clip_config.json", ("export", "model", "--format", "open-clip"), "json"),
     "weights": Target("model/open_clip_model.safetensors", ("export", "model", "--format", "open-clip")),
@@ -119,6 +125,17 @@ TARGETS = {
     "labels": Target("classified/0.tar", ("eval-linear", "model", "--train", "classified", "--test", "classified")),
     "settings": Target("c.toml", ("balance", "--config", "c.toml"), "text"),
     "plan": Target("clipcid-work/balance/.balance.plan.json", ("balance", "--keep", "0.7"), "json"),
+    "texts.json": Target("texts/texts.json", _TEXTS, "json"),
+    "distill.json": Target("clipcid-work/distill/done/distill.json", _RUN_AGAIN, "json"),
+    "distill.json of export": Target(
+        "clipcid-work/distill/done/distill.json",
+        ("export", "clipcid-work/distill/done/student", "--format", "open-clip"),
+        "json",
+    ),
+    "log": Target("clipcid-work/distill/run/train.jsonl", (*_DISTILL, "--name", "run", *_SAVED), "text"),
+    "export.json": Target("exported/export.json", _EXPORT, "json"),
+    "sidecar of eval-zeroshot": Target("clipcid-work/eval/sidecars/*model*.json", _ZEROSHOT, "json"),
+    "sidecar of eval-linear": Target("linear/eval/sidecars/*.json", _LINEAR, "json"),
     "matched samples": Target("clipcid-work/index/*/matched-*", _DISTILL, "folder"),
     "index": Target("clipcid-work/index", _DISTILL, "folder"),
 }
@@ -152,8 +169,12 @@ def make_place(clipcid: OneProcess, place: Path) -> None:
         ("embed", "data", "--model", "model"),
         ("balance", "--keep", "0.8"),
         _CLUSTER,
-        (*_DISTILL, "--name", "run", "--checkpoint-every", "1"),
-        ("eval-zeroshot", "model", "classified", "--predictions"),
+        _RUN_AGAIN,
+        (*_DISTILL, "--name", "run", *_SAVED),
+        _ZEROSHOT,
+        _LINEAR,
+        _TEXTS,
+        _EXPORT,
     )
     for step in steps:
         found = clipcid(*step, cwd=place)
@@ -183,12 +204,12 @@ def damage(place: Path, target: Target, chance: random.Random) -> str:
         sidecar = json.loads((place / target.unrecorded).read_text())
         sidecar.pop("outputs", None)
         _replace(place / target.unrecorded, json.dumps(sidecar).encode())
-    path = place / target.file
+    path = next(place.glob(target.file))
     if target.form == "folder":
         folders = place.glob(target.file)
         path = chance.choice(sorted(found for folder in folders for found in folder.rglob("*") if found.is_file()))
     own: list[Callable[[Path, random.Random], str]] = {
-        "json": [_change_json] * 3,
+        "json": [*[_change_json] * 3, *[_remove_entry] * 2],
         "parquet": [_change_parquet] * 3,
         "npy": [_change_npy] * 2,
         "text": [_change_text] * 2,
@@ -270,6 +291,22 @@ def _change_json(path: Path, chance: random.Random) -> str:
         done = f"{holder[key]!r} for"
     _replace(path, json.dumps(value).encode())
     return f"{done} {where}"
+
+
+def _remove_entry(path: Path, chance: random.Random) -> str:
+    """Take an entry away, at whatever depth it is."""
+    value = json.loads(path.read_text())
+    found: list[tuple[Any, str]] = []
+    waiting = [value]
+    while waiting:
+        holder = waiting.pop()
+        found += [(holder, key) for key in holder] if isinstance(holder, dict) else []
+        inner = holder.values() if isinstance(holder, dict) else holder
+        waiting += [each for each in inner if isinstance(each, dict | list)]
+    holder, key = chance.choice(found)
+    del holder[key]
+    _replace(path, json.dumps(value).encode())
+    return f"without {key}"
 
 
 def _change_parquet(path: Path, chance: random.Random) -> str:

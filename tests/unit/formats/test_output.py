@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,25 @@ def test_a_sidecar_with_entries_of_other_types_is_refused_where_it_is_read(tmp_p
     path.write_text(json.dumps(whole | entry))
     with pytest.raises(ClipcidError, match=r"embed\.json cannot be read as a sidecar of clipcid: its entry"):
         read_sidecar(path)
+
+
+def test_an_entry_that_a_sidecar_lacks_is_named_where_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "embed.json").write_text(json.dumps({"format_version": 1, "settings": {"view": {"kind": "crop"}}}))
+    sidecar = read_sidecar(tmp_path / "embed.json")
+    assert sidecar is not None
+    assert sidecar == pickle.loads(pickle.dumps(sidecar)) == json.loads(json.dumps(sidecar))
+    result = {"first": 1} | sidecar["settings"] | {"last": 2}
+    assert list(result) == ["first", "view", "last"]
+    for read, name in (
+        (lambda: sidecar["model"], "model"),
+        (lambda: sidecar["settings"]["precision"], "settings.precision"),
+        (lambda: sidecar["settings"]["view"]["scale"], "settings.view.scale"),
+        (lambda: result["precision"], "settings.precision"),
+    ):
+        with pytest.raises(ClipcidError, match=rf"embed\.json has no entry '{re.escape(name)}'\.") as found:
+            read()
+        assert found.value.fix
+    assert sidecar.get("model") is None
 
 
 def test_a_folder_in_the_place_of_a_lock_is_one_error(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results import training_log
 from clipcid_cli.formats.results.run_folder import RunFolder, read_lines
 from clipcid_cli.formats.results.training_log import TrainingLog
@@ -46,3 +47,27 @@ def test_a_process_that_does_not_write_leaves_no_file(tmp_path: Path) -> None:
     log.flush()
     log.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["", "{", "5", "[]", '{"loss": 1}', '{"step": "1"}', '{"step": 1, "loss": "x"}', "\0", "\ud800"]
+)
+def test_a_damaged_line_is_named_unless_it_is_the_last_one(tmp_path: Path, line: str) -> None:
+    log, whole = tmp_path / "train.jsonl", b'{"step": 1, "loss": 0.5}\n'
+    log.write_bytes(whole + line.encode(errors="surrogatepass"))
+    assert read_lines(log) == [{"step": 1, "loss": 0.5}]
+    log.write_bytes(whole + line.encode(errors="surrogatepass") + b"\n" + whole)
+    with pytest.raises(ClipcidError, match=r"Line 2 of .*train\.jsonl is none of a log"):
+        read_lines(log)
+
+
+def test_an_entry_that_a_line_lacks_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"step": 1}\n')
+    (line,) = read_lines(tmp_path / "train.jsonl")
+    with pytest.raises(ClipcidError, match=r"Line 1 of .*train\.jsonl has no entry 'lr'"):
+        line["lr"]
+
+
+def test_a_folder_in_the_place_of_a_log_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(ClipcidError, match="cannot be read"):
+        read_lines(tmp_path)
