@@ -1,5 +1,13 @@
 """Errors that a user can cause and fix. Everything else is a bug and keeps its traceback under ``--debug``."""
 
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+_DEFAULT_WORK = Path("clipcid-work")
+
 
 class ClipcidError(Exception):
     """A step cannot continue, and the user can do something about it.
@@ -21,7 +29,7 @@ class ClipcidError(Exception):
     def __str__(self) -> str:
         return f"{self.message}\n{self.fix}" if self.fix else self.message
 
-    def __reduce__(self) -> tuple[type["ClipcidError"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[ClipcidError], tuple[str, str]]:
         """Pickle by message and fix: errors of one process are told to the others and to the parent of a worker."""
         return type(self), (self.message, self.fix)
 
@@ -30,3 +38,21 @@ class UsageError(ClipcidError):
     """The command line itself does not make sense; nothing was read or written."""
 
     exit_code = 2
+
+
+def command_line(*words: str | Path, **flags: Any) -> str:
+    """Return a command for a fix, such that it can be pasted into a shell.
+
+    Args:
+        words: What comes before the flags.
+        flags: Values by name, several in a tuple; None gives no flag, and neither does the default of `work`.
+    """
+    line = ["clipcid", *map(str, words)]
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None and not (name == "work" and value == _DEFAULT_WORK):
+            for each in value if isinstance(value, tuple) else (value,):
+                line += [f"--{flag}", str(each)]
+    return shlex.join(line)

@@ -7,14 +7,25 @@ elsewhere and the command to make it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.output import plan_path, read_sidecar, refuse_changed, sidecar_path
 
 KEEP_LIST = "keep.parquet"
 """Name of the keep list in its folder."""
+# Flags by which an output is made again, and the values that need none.
+BALANCE_FLAGS = {
+    **dict.fromkeys(("keep", "threshold", "cosine_distance", "against_threshold", "max_per_cluster", "seed")),
+    **dict.fromkeys(("min_caption_similarity", "max_caption_similarity")),
+    "linkage": "single",
+    "select": "central",
+    "neighbors": "exact",
+}
+CLUSTER_FLAGS = {"num_clusters": None, "features": "image", "iterations": 20, "train_rows": None, "seed": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +120,7 @@ class WorkDirectory:
         if model_slug is not None:
             folder = self.embeddings(model_slug)
             if read_sidecar(sidecar_path(folder, "embed")) is None:
-                raise self._missing("embeddings", folder, "--embeddings", f"clipcid embed DATA --model {model_slug}")
+                raise self._missing("embeddings", folder, "--embeddings", "embed", "DATA", model="MODEL")
             return folder
         balanced = read_sidecar(sidecar_path(self.balance, "balance"))
         if balanced is not None and "embeddings" in balanced:
@@ -118,7 +129,7 @@ class WorkDirectory:
                 return folder
         found = sorted(path.parent for path in (self.path / "embeddings").glob("*/embed.json"))
         if not found:
-            raise self._missing("embeddings", self.path / "embeddings", "--embeddings", "clipcid embed DATA")
+            raise self._missing("embeddings", self.path / "embeddings", "--embeddings", "embed", "DATA")
         if len(found) > 1:
             raise ClipcidError(
                 f"{self.path / 'embeddings'} has those of {len(found)} models: {', '.join(path.name for path in found)}.",
@@ -133,10 +144,7 @@ class WorkDirectory:
             ClipcidError: when a `balance` here is unfinished: continuing without its list would take all images. When the
             list was edited since: which of the two is meant, the user must say.
         """
-        edited = (
-            f"Run clipcid balance --overwrite, or name the list as it is now: --keep-list {self.balance / KEEP_LIST}"
-        )
-        found = self._finished(self.balance, "balance", KEEP_LIST, edited)
+        found = self._finished(self.balance, "balance", KEEP_LIST, self._balance_again)
         if found is None and (plan_path(self.balance, "balance").exists() or (self.balance / KEEP_LIST).exists()):
             raise ClipcidError(
                 f"The balance in {self.balance} is unfinished.",
@@ -150,8 +158,11 @@ class WorkDirectory:
         Raises:
             ClipcidError: when there is none.
         """
-        if self._finished(self.clusters, "cluster", "clusters.parquet", "Run: clipcid cluster --overwrite") is None:
-            raise self._missing("clusters", self.clusters, "--clusters", "clipcid cluster")
+        if (
+            self._finished(self.clusters, "cluster", "clusters.parquet", partial(remake_clusters, self.clusters))
+            is None
+        ):
+            raise self._missing("clusters", self.clusters, "--clusters", "cluster")
         return self.clusters
 
     def find_student(self) -> Path:
@@ -164,10 +175,11 @@ class WorkDirectory:
         if not runs:
             raise ClipcidError(
                 f"No model was named, and there is no trained student in {self.path / 'distill'}.",
-                "Name a model (an architecture:tag or a folder), or run: clipcid distill --teacher M --student M",
+                "Name a model (an architecture:tag or a folder), or run: "
+                + command_line("distill", teacher="M", student="M", work=self.path),
             )
         run, student = runs[-1].parent, runs[-1].parent / "student"
-        fix = f"Run clipcid distill --overwrite, or name the model as it is now: {student}"
+        fix = f"Name the model as it is now: {student}; or train it again, by its command and --overwrite."
         refuse_changed(run, "distill", read_sidecar(runs[-1]) or {}, fix)
         return student
 
@@ -197,13 +209,39 @@ class WorkDirectory:
         data: dict[str, Any] = sidecar["data"]
         return data
 
-    def _finished(self, folder: Path, step: str, file: str, changed: str) -> Path | None:
+    def _finished(self, folder: Path, step: str, file: str, fix: Callable[[dict[str, Any]], str]) -> Path | None:
         path, sidecar = folder / file, read_sidecar(sidecar_path(folder, step))
         if sidecar is None or not path.exists():
             return None
-        refuse_changed(folder, step, sidecar, changed, names={file})
+        refuse_changed(folder, step, sidecar, fix(sidecar), names={file})
         return path
 
-    def _missing(self, what: str, folder: Path, flag: str, command: str) -> ClipcidError:
+    def _balance_again(self, sidecar: dict[str, Any]) -> str:
+        flags = _made_with(sidecar, self.path, BALANCE_FLAGS)
+        against = tuple(each[0] for each in sidecar.get("settings", {}).get("against") or ())
+        command = command_line("balance", **flags, against=against, overwrite=True)
+        return f"Name the list as it is now: --keep-list {self.balance / KEEP_LIST}\nOr make it again: {command}"
+
+    def _missing(self, what: str, folder: Path, flag: str, *words: str, **flags: str) -> ClipcidError:
         unfinished = " (only unfinished ones)" if folder.is_dir() and any(folder.iterdir()) else ""
+        command = command_line(*words, **flags, work=self.path)
         return ClipcidError(f"There are no {what} in {folder}{unfinished}.", f"Give {flag}, or run: {command}")
+
+
+def remake_clusters(folder: Path, sidecar: dict[str, Any], **more: Any) -> str:
+    """Return the fix that makes clusters again.
+
+    Args:
+        folder: Their folder.
+        sidecar: Theirs.
+        more: Flags in which the new ones differ.
+    """
+    flags = _made_with(sidecar, folder.parent, CLUSTER_FLAGS) | more
+    return f"Run: {command_line('cluster', **flags, overwrite=True)}"
+
+
+def _made_with(sidecar: dict[str, Any], work: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags of the command that made an output of a work directory, as far as their defaults differ."""
+    made, embeddings = sidecar.get("settings", {}), sidecar.get("embeddings")
+    found = {name: made[name] for name, default in flags.items() if made.get(name, default) != default}
+    return found | {"embeddings": work / embeddings if isinstance(embeddings, str) else None, "work": work}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
+from clipcid_cli.errors import command_line
+from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import hash_weights
 from clipcid_cli.runtime.models.names import ModelName, find_weights, read_config
 
@@ -63,3 +66,21 @@ def _compare(what: str, recorded: dict[str, Any], named: dict[str, Any], keys: t
             old, new = (json.dumps(values.get(key)) for values in (recorded, named))
             return ModelMismatch(what, f"{key} {old}", f"{key} {new}")
     return None
+
+
+def embed_with(name: ModelName, work: Path, data: str | None, sidecar: dict[str, Any] | None = None) -> str:
+    """Return the command that embeds data with another model, for a fix.
+
+    Args:
+        data: The data; None for that of the sidecar.
+        sidecar: That of embeddings of the data, if there are any.
+    """
+    found = data or (sidecar or {}).get("data", {}).get("spec") or "DATA"
+    return command_line("embed", found, model=name.spec, work=work)
+
+
+def cluster_with(name: ModelName, work: Path, data: str | None) -> str:
+    """Return the fix that makes clusters of a model whose embeddings may not exist yet."""
+    embeddings = WorkDirectory(work).embeddings(name.slug)
+    cluster = command_line("cluster", embeddings=embeddings, work=work, overwrite=True)
+    return f"Run: {embed_with(name, work, data)}\nThen run: {cluster}"

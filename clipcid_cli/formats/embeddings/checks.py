@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from clipcid_cli.formats.embeddings.folder import EmbeddingFile
 
 AGAIN = "Copy or make the folder again."
-REMAKE = "Run: clipcid embed DATA --overwrite; or copy the rows to another folder, without embed.json, and name it."
+_REMAKE = (
+    "Give the command that made it again, with --overwrite; or copy the rows to another folder, without embed.json, and "
+    "name that one."
+)
 
 
 def check_sidecar(folder: Path, sidecar: dict[str, Any]) -> None:
@@ -28,7 +31,7 @@ def check_sidecar(folder: Path, sidecar: dict[str, Any]) -> None:
     Raises:
         ClipcidError: naming the entry.
     """
-    with reading(sidecar_path(folder, "embed"), "a sidecar of embed", REMAKE):
+    with reading(sidecar_path(folder, "embed"), "a sidecar of embed", _REMAKE):
         if not isinstance(sidecar["model"]["spec"], str) or not isinstance(sidecar["settings"]["keys"], str):
             raise TypeError("its model or settings are of another type")
         sidecar["model"]["weights_hash"], sidecar["inputs"], sidecar["counts"]["images"]

@@ -29,7 +29,7 @@ from clipcid_cli.formats.parquet import column_names, read_columns
 COUNTS_COLUMN = "captions"
 _KINDS = ("view_emb", "view_params", "captions_emb", "variant_emb")  # in the order of `Extras`
 _PARAMS = (16, 34)  # numbers of a view, without and with mixed ones
-_AGAIN = "Make the folder again: clipcid embed DATA --overwrite"
+_AGAIN = "Make the folder again, by the command that made it and --overwrite."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -31,12 +31,12 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.embeddings.checks import (
     AGAIN,
-    REMAKE,
     check_file,
     check_rows,
     check_sidecar,
     find_unusable_rows,
 )
+from clipcid_cli.formats.embeddings.command import data_command, remake
 from clipcid_cli.formats.embeddings.extras import Extras, ExtrasFinder, ViewParams
 from clipcid_cli.formats.embeddings.npy import Fingerprint, RowFile, find_npy
 from clipcid_cli.formats.embeddings.npz import MOST_UNPACKED
@@ -140,7 +140,7 @@ class Embeddings:
         if not self.has_texts:
             raise ClipcidError(
                 f"{self.folder} contains no text embeddings.",
-                "Make them with: clipcid embed DATA --text --overwrite (the data needs captions).",
+                f"Embed captions too; the data needs some: {data_command(self.folder, self.sidecar, text=True)}",
             )
         return self._map(lambda file: file.texts)
 
@@ -353,13 +353,13 @@ def open_embeddings(
         remembered = fingerprint_file if cache is None else FingerprintCache(cache)
         stats = list_recorded(folder, sidecar.get("outputs", []))
         if (changed := find_changed(folder, "embed", sidecar, fingerprint=remembered, stats=stats)) is not None:
-            raise ClipcidError(changed, REMAKE)
+            raise ClipcidError(changed, remake(folder, sidecar))
         if isinstance(remembered, FingerprintCache):
             remembered.save()
-        recorded = RecordedFiles(folder, sidecar["outputs"], stats) if sidecar.get("outputs") else None
+        if sidecar.get("outputs"):
+            recorded = RecordedFiles(folder, sidecar["outputs"], stats, remake(folder, sidecar))
         del stats
-        # Those of 41,000 shards take 100 MB.
-        sidecar = {name: value for name, value in sidecar.items() if name not in ("inputs", "outputs")}
+        sidecar.pop("inputs", None), sidecar.pop("outputs", None)  # those of 41,000 shards take 100 MB
     inside = folder / "img_emb"
     images = list_files(inside if inside.is_dir() else folder, ".npy")
     archives = list_files(folder, ".npz") or list_inner_files(folder, ".npz")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.checks import REMAKE
 from clipcid_cli.formats.embeddings.npy import NpyFile
 from clipcid_cli.formats.listing import Stat
 from clipcid_cli.formats.output import refuse_changed, sidecar_path
@@ -20,14 +19,15 @@ if TYPE_CHECKING:
 class RecordedFiles:
     """The files that `embed` wrote, when they have been found unchanged."""
 
-    def __init__(self, folder: Path, outputs: list[dict[str, Any]], stats: Mapping[str, Stat]) -> None:
+    def __init__(self, folder: Path, outputs: list[dict[str, Any]], stats: Mapping[str, Stat], fix: str) -> None:
         """Take what the sidecar records of each.
 
         Args:
             outputs: Entries of `describe_outputs`.
             stats: What `list_recorded` found before they were compared: files of a copied folder have other times.
+            fix: What to do where one has changed.
         """
-        self._folder = folder
+        self._folder, self._fix = folder, fix
         self._prefix = os.path.join(folder, "")
         self._entries: dict[str, dict[str, Any]] = {}
         for entry in outputs:
@@ -46,7 +46,7 @@ class RecordedFiles:
         Raises:
             ClipcidError: naming the first.
         """
-        refuse_changed(self._folder, "embed", {"outputs": list(self._entries.values())}, REMAKE)
+        refuse_changed(self._folder, "embed", {"outputs": list(self._entries.values())}, self._fix)
 
     def refuse_others(self, files: list[EmbeddingFile]) -> None:
         """Refuse files that were opened and that `embed` did not write, or that were replaced before they were opened.
@@ -62,12 +62,12 @@ class RecordedFiles:
                 if place not in self._entries:
                     raise ClipcidError(
                         f"{self._folder / place} was added since {sidecar_path(self._folder, 'embed')} was written.",
-                        REMAKE,
+                        self._fix,
                     )
                 part = opened.get(place)
                 if isinstance(part, NpyFile) and part.stamp[1] != self._entries[place]["time"]:
                     replaced.append(self._entries[place])
-        refuse_changed(self._folder, "embed", {"outputs": replaced}, REMAKE)
+        refuse_changed(self._folder, "embed", {"outputs": replaced}, self._fix)
 
     def _place(self, path: Path) -> str:
         """Return the path in the folder of a file that was found there."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import shlex
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,7 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.embeddings.command import texts_command
 from clipcid_cli.formats.embeddings.npy import NpyFile, find_npy
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.output import find_changed, fingerprint_file, is_claimed, plan_path, read_sidecar, sidecar_path
@@ -36,9 +36,11 @@ _SCHEMA = pa.schema([("text", pa.large_string())])
 _GIVE = "Give --texts a file with a text a line."
 
 
-def _remake(folder: Path, model: str = "MODEL") -> str:
-    words = ["clipcid", "embed", "--texts", "FILE", "--model", model, "--out", str(folder), "--overwrite"]
-    return f"Make it again: {shlex.join(words)}"
+def _remake(folder: Path, sidecar: dict[str, Any] | None = None) -> str:
+    model = texts = None
+    if sidecar is not None:
+        model, texts = sidecar["model"]["spec"], next((entry.get("path") for entry in sidecar.get("inputs", [])), None)
+    return f"Make it again: {texts_command(model, texts, out=folder, overwrite=True)}"
 
 
 def texts_path(folder: Path) -> Path:
@@ -210,8 +212,11 @@ class EmbeddedTexts:
         return [fingerprint_file(path) for path in (texts_path(self.folder), *(file.path for file in self.files))]
 
 
-def open_texts(folder: Path) -> EmbeddedTexts:
+def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
     """Open a folder that `embed --texts` finished.
+
+    Args:
+        model: Which model should have embedded them, where that is known.
 
     Raises:
         ClipcidError: when there is none, it is unfinished, or its files are not those that were written.
@@ -219,15 +224,15 @@ def open_texts(folder: Path) -> EmbeddedTexts:
     sidecar = read_sidecar(sidecar_path(folder, STEP))
     if sidecar is None:
         state = "The embeddings of texts are unfinished" if plan_path(folder, STEP).exists() else "There are none"
-        raise ClipcidError(f"{state} in {folder}.", f"Run: clipcid embed --texts FILE --out {shlex.quote(str(folder))}")
+        raise ClipcidError(f"{state} in {folder}.", f"Run: {texts_command(model, out=folder)}")
     if (changed := find_changed(folder, STEP, sidecar)) is not None:
-        raise ClipcidError(changed, _remake(folder, sidecar["model"]["spec"]))
+        raise ClipcidError(changed, _remake(folder, sidecar))
     sizes = TextLines(str(texts_path(folder))).batch_sizes()
     files = tuple(find_npy(rows_path(folder, number)) for number in range(len(sizes)))
     for file, size in zip(files, sizes, strict=True):
         if file.dtype != "float16" or len(file.shape) != 2 or file.shape != (size, files[0].shape[1]):
             raise ClipcidError(
                 f"{file.path} holds {file.dtype} {list(file.shape)}, beside {size:,} texts.",
-                _remake(folder, sidecar["model"]["spec"]),
+                _remake(folder, sidecar),
             )
     return EmbeddedTexts(folder, files, sidecar)

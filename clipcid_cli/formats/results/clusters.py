@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.atomic import atomic_file, remove_abandoned, write_parquet
 from clipcid_cli.formats.output import (
     describe_outputs,
@@ -36,6 +36,7 @@ from clipcid_cli.formats.output import (
 )
 from clipcid_cli.formats.parquet import read_columns
 from clipcid_cli.formats.reading import describe, open_regular
+from clipcid_cli.formats.work_directory import remake_clusters
 
 CENTROIDS = "centroids.npy"
 TABLE = "clusters.parquet"
@@ -106,9 +107,12 @@ def open_clusters(folder: Path, cache: Path, is_checked: bool = False) -> Cluste
         ClipcidError: when the output is unfinished, or its files do not fit together.
     """
     sidecar = read_sidecar(sidecar_path(folder, "cluster"))
-    remake = "Run clipcid cluster --overwrite again, or give another folder with --clusters."
     if sidecar is None:
-        raise ClipcidError(f"{folder} holds no finished clusters: there is no cluster.json.", "Run: clipcid cluster")
+        raise ClipcidError(
+            f"{folder} holds no finished clusters: there is no cluster.json.",
+            f"Run: {command_line('cluster', work=folder.parent)}",
+        )
+    remake = f"Give another folder with --clusters, or make it again. {remake_clusters(folder, sidecar)}"
     refuse_changed(folder, "cluster", sidecar, remake)
     try:
         for name in (CENTROIDS, TABLE):
@@ -207,7 +211,7 @@ def read_labels(table: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.floa
         ClipcidError: when it cannot be read.
     """
     kinds = {"cluster": pa.int32(), "similarity": pa.float32()}
-    found = read_columns(table, kinds, "Run: clipcid cluster --overwrite")
+    found = read_columns(table, kinds, "Make the clusters again, by their command and --overwrite.")
     return found["cluster"].to_numpy(), found["similarity"].to_numpy()
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from clipcid_cli.algorithms.kmeans.kmeans import joint_features
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.rows import Float16, Rows
 from clipcid_cli.formats.output import fingerprint_file
@@ -148,7 +149,7 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     if settings.features == "joint" and not embeddings.has_texts:
         raise ClipcidError(
             f"--features joint needs text embeddings, but {folder} has none.",
-            "Embed with captions (clipcid embed DATA), or use --features image.",
+            f"Use --features image, or embed the captions too: {data_command(folder, embeddings.sidecar, text=True)}",
         )
     embeddings.refuse_repeated_keys()
     sources, usable = Sources(embeddings), np.ones(embeddings.num_rows, dtype=np.bool_)

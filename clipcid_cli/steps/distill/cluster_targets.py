@@ -20,12 +20,12 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.output import fingerprint_file
 from clipcid_cli.formats.results.clusters import Clusters, TopClusters, open_clusters
 from clipcid_cli.formats.results.matched_samples import Column
-from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
-from clipcid_cli.steps.model_identity import find_mismatch
+from clipcid_cli.steps.model_identity import cluster_with, find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -53,14 +53,14 @@ def find_clusters(
         raise ClipcidError(
             f"The clusters in {clusters.folder} are of {model['spec']}, {difference.what} {difference.recorded}; the "
             f"teacher is {online.spec}, {difference.what} {difference.named}.",
-            f"Run: clipcid embed DATA --model {online.spec}, then clipcid cluster --overwrite",
+            cluster_with(online, settings.work, settings.data),
         )
     if embeddings is not None:
-        _check_clusters(clusters, embeddings)
+        _check_clusters(settings, clusters, embeddings)
     if settings.cluster_towers == "both" and clusters.captions is None:
         raise ClipcidError(
             f"--cluster-towers both, but the clusters in {clusters.folder} were made without captions.",
-            f"Embed the captions too, then make the clusters again. {_remake(embeddings)}",
+            f"Make them again of embeddings with captions. {_remake(settings, clusters, embeddings)}",
         )
     return clusters
 
@@ -81,7 +81,7 @@ def use_clusters(
         raise ClipcidError(
             f"{counts.without_cluster:,} of {counts.selected:,} samples to train on are not in {clusters.folder}: the "
             "clusters were made from another keep list.",
-            _remake(teacher_inputs.embeddings),
+            _remake(settings, clusters, teacher_inputs.embeddings),
         )
     several_captions = bool(counts.several_captions) and not teacher_inputs.first_captions
     text_clusters = _teaches_text(clusters, settings, several_captions)
@@ -90,9 +90,9 @@ def use_clusters(
     return dataclasses.replace(teacher_inputs, clusters=clusters, text_clusters=text_clusters)
 
 
-def _remake(embeddings: Embeddings | None) -> str:
-    named = f" --embeddings {embeddings.folder}" if embeddings is not None else ""
-    return f"Run: clipcid cluster{named} --overwrite"
+def _remake(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None) -> str:
+    named = {} if embeddings is None else {"embeddings": embeddings.folder}
+    return remake_clusters(clusters.folder, clusters.sidecar, work=settings.work, **named)
 
 
 def _teaches_text(clusters: Clusters, settings: DistillSettings, several_captions: bool) -> bool:
@@ -110,18 +110,18 @@ def _teaches_text(clusters: Clusters, settings: DistillSettings, several_caption
     return settings.cluster_towers == "both"
 
 
-def _check_clusters(clusters: Clusters, embeddings: Embeddings) -> None:
+def _check_clusters(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings) -> None:
     clustered, embedded = clusters.sidecar.get("model"), (embeddings.sidecar or {}).get("model")
     if clustered is not None and embedded is not None and clustered["weights_hash"] != embedded["weights_hash"]:
         raise ClipcidError(
             f"The clusters in {clusters.folder} are of {clustered['spec']}, the embeddings of {embedded['spec']}.",
-            _remake(embeddings),
+            _remake(settings, clusters, embeddings),
         )
     if clusters.centroids.shape[1] != embeddings.width:
         raise ClipcidError(
             f"The clusters in {clusters.folder} have width {clusters.centroids.shape[1]}, the embeddings "
             f"{embeddings.width}: they are of another teacher.",
-            _remake(embeddings),
+            _remake(settings, clusters, embeddings),
         )
 
 
@@ -131,7 +131,7 @@ def refuse_old_clusters(clusters: Clusters, keep_list: Path) -> None:
     if made_from is not None and made_from["hash"] != fingerprint_file(keep_list)["hash"]:
         raise ClipcidError(
             f"The clusters in {clusters.folder} were made from another keep list than {keep_list} holds now.",
-            f"Run: clipcid cluster --keep-list {keep_list} --overwrite",
+            remake_clusters(clusters.folder, clusters.sidecar, keep_list=keep_list),
         )
 
 

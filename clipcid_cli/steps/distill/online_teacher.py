@@ -13,6 +13,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.training.gradients import gather_rows
@@ -21,6 +22,7 @@ from clipcid_cli.steps.distill.cluster_targets import open_lookup
 from clipcid_cli.steps.distill.objective import Targets, Teacher
 from clipcid_cli.steps.distill.stored_teacher import choose_space
 from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
+from clipcid_cli.steps.model_identity import cluster_with
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -120,7 +122,7 @@ def open_online_teacher(
         raise ClipcidError(
             f"The clusters in {clusters.folder} have width {clusters.centroids.shape[1]}, the teacher {info.spec} "
             f"{info.embed_dim}: they are of another teacher.",
-            f"Run: clipcid embed DATA --model {info.spec}, then clipcid cluster --overwrite",
+            cluster_with(parse_model(info.spec), settings.work, settings.data),
         )
     lookup = open_lookup(teacher_inputs, space.axes, settings, machine.device)
     precision = choose_precision(settings.precision, machine.device, "embed", info.parameters)

@@ -9,6 +9,7 @@ from typing import Any
 from clipcid_cli.algorithms.losses.registry import LOSSES, served_by_one_tower
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
 from clipcid_cli.formats.results.clusters import CENTROIDS, TABLE, Clusters
@@ -25,7 +26,7 @@ from clipcid_cli.steps.distill.augmented.views import StoredViews
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.embed.ensure import ensure_embeddings
 from clipcid_cli.steps.embed.views import Views
-from clipcid_cli.steps.model_identity import find_mismatch, is_of
+from clipcid_cli.steps.model_identity import embed_with, find_mismatch, is_of
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
@@ -159,14 +160,15 @@ def open_teacher(
     embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     if teacher is not None:
-        _check_teacher(teacher, embeddings)
+        _check_teacher(settings, teacher, embeddings)
     if not embeddings.has_texts and not settings.online_teacher:
         needing = [name for name, served in served_by_one_tower(settings.losses()).items() if not served]
         if needing:
             raise ClipcidError(
                 f"{folder} holds embeddings of images only, and captions are needed by: {', '.join(needing)}.",
-                "Run: clipcid embed DATA --text; or use losses that need one tower only: "
-                + ", ".join(name for name, served in served_by_one_tower(LOSSES).items() if served),
+                "Use losses that need one tower only: "
+                + ", ".join(name for name, served in served_by_one_tower(LOSSES).items() if served)
+                + f"\nOr embed the captions too: {data_command(folder, embeddings.sidecar, text=True)}",
             )
         reporter.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
@@ -177,7 +179,7 @@ def named_teacher(settings: DistillSettings) -> ModelName | None:
     return None if settings.teacher is None else with_default_tag(parse_model(settings.teacher))
 
 
-def _check_teacher(name: ModelName, embeddings: Embeddings) -> None:
+def _check_teacher(settings: DistillSettings, name: ModelName, embeddings: Embeddings) -> None:
     """Refuse embeddings of another model than the teacher's; of those of other tools only the width can be checked."""
     if embeddings.sidecar is None:
         width = read_width(name)
@@ -185,7 +187,7 @@ def _check_teacher(name: ModelName, embeddings: Embeddings) -> None:
             raise ClipcidError(
                 f"The embeddings in {embeddings.folder} have width {embeddings.width}; those of the teacher {name.spec} "
                 f"have {width}.",
-                f"Name the model that made them with --teacher, or run: clipcid embed DATA --model {name.spec}",
+                f"Name the model that made them with --teacher, or run: {embed_with(name, settings.work, settings.data)}",
             )
         return
     model = embeddings.sidecar["model"]
@@ -194,7 +196,7 @@ def _check_teacher(name: ModelName, embeddings: Embeddings) -> None:
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} are of {model['spec']}, {difference.what} {difference.recorded}; the "
             f"teacher is {name.spec}, {difference.what} {difference.named}.",
-            f"Run: clipcid embed DATA --model {name.spec}, or omit --embeddings.",
+            f"Omit --embeddings, or run: {embed_with(name, settings.work, settings.data, embeddings.sidecar)}",
         )
 
 
@@ -228,7 +230,8 @@ def use_stored(
     if counts.without_embedding > settings.max_bad_fraction * counts.candidates:
         raise ClipcidError(
             f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {embeddings.folder}.",
-            "Give the data that was embedded, or run: clipcid embed DATA",
+            "Give the data that was embedded, or run: "
+            + data_command(embeddings.folder, embeddings.sidecar, settings.data),
         )
     views = embeddings.num_views if settings.shows_views else 0
     variants = embeddings.num_variants if embeddings.has_texts else 0

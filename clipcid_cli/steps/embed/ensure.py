@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
@@ -69,7 +69,8 @@ def ensure_embeddings(
         raise ClipcidError(
             f"There are no embeddings of {name.spec} in {folder}; making them would take about "
             f"{result['seconds']['encode']:,} s for {result['images']:,} images.",
-            "Make them first (clipcid embed), then --dry-run can estimate the cost of this step.",
+            "--dry-run can estimate the cost of this step once they are made: "
+            + command_line("embed", data or "DATA", model=model, work=settings.work),
         )
     return folder
 

@@ -1,6 +1,7 @@
 """Puts faults into every step and counts what is lost: ``python tests/faults/harness/harness.py [--all] [--write]``.
 
-Without ``--all`` a seeded sample is run, as in the everyday suite. ``--write`` puts the counts into docs/faults.md.
+Without ``--all`` a seeded sample is run, as in the everyday suite; with ``--minutes`` as many cases as they allow, each
+fault its share. ``--write`` puts the counts into docs/faults.md.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -40,21 +42,26 @@ class Row:
         unreached: The number of the others.
         codes: How often a disturbed run ended with an exit code.
         losses: What broke the rules, by case.
+        possible: The number of all cases there are.
     """
 
     cases: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     codes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     losses: list[str] = dataclasses.field(default_factory=list)
     unreached: int = 0
+    possible: int = 0
     seconds: float = 0.0
 
 
-def run_faults(faults: list[Fault], seed: int, cases: int | None, everything: bool, jobs: int) -> dict[str, Row]:
+def run_faults(
+    faults: list[Fault], seed: int, cases: int | None, everything: bool, jobs: int, minutes: float = math.inf
+) -> dict[str, Row]:
     """Run the cases of faults, in several processes where asked.
 
     Args:
         cases: How many of each fault that it reaches; None: as many as on every day.
         everything: Run all cases.
+        minutes: Time after which no further case is begun.
 
     Returns:
         What they gave, by the name of the fault.
@@ -67,7 +74,7 @@ def run_faults(faults: list[Fault], seed: int, cases: int | None, everything: bo
             child = os.fork()
             if child == 0:
                 try:
-                    _work(Path(name, str(number)), faults, seed, cases, everything, number, jobs)
+                    _work(Path(name, str(number)), faults, seed, cases, everything, number, jobs, minutes)
                     os._exit(0)
                 except BaseException:
                     traceback.print_exc()
@@ -81,22 +88,35 @@ def run_faults(faults: list[Fault], seed: int, cases: int | None, everything: bo
                 rows[fault].codes.update(found["codes"])
                 rows[fault].losses += found["losses"]
                 rows[fault].unreached += found["unreached"]
+                rows[fault].possible = found["possible"]
                 rows[fault].seconds += found["seconds"]
     return rows
 
 
 def _work(
-    root: Path, faults: list[Fault], seed: int, cases: int | None, everything: bool, number: int, jobs: int
+    root: Path,
+    faults: list[Fault],
+    seed: int,
+    cases: int | None,
+    everything: bool,
+    number: int,
+    jobs: int,
+    minutes: float,
 ) -> None:
+    began = time.monotonic()
     site = Site(root)
     site.prepare()
-    rows: dict[str, Any] = {}
-    for fault in faults:
-        row, began = Row(), time.monotonic()
-        drawn = draw_cases(site, fault, seed, everything)[number::jobs]
-        count = len(drawn) if everything else len(range(number, fault.everyday if cases is None else cases, jobs))
-        for step, case in drawn:
-            if row.cases.total() == count:
+    in_order = everything and minutes == math.inf
+    drawn = {fault.name: draw_cases(site, fault, seed, in_order) for fault in faults}
+    rows = {fault.name: Row(possible=len(drawn[fault.name])) for fault in faults}
+    # Those of few cases go first: what they do not need of their share is for the others.
+    for place, fault in enumerate(sorted(faults, key=lambda fault: len(drawn[fault.name]))):
+        row, fault_began = rows[fault.name], time.monotonic()
+        share = (60 * minutes - (fault_began - began)) / (len(faults) - place)
+        mine = drawn[fault.name][number::jobs]
+        count = len(mine) if everything else len(range(number, fault.everyday if cases is None else cases, jobs))
+        for step, case in mine:
+            if row.cases.total() == count or time.monotonic() - fault_began > share:
                 break
             site.reset(step)
             code, problems, reached = fault.run_case(site, step, case)
@@ -106,9 +126,9 @@ def _work(
             if problems:
                 row.losses.append(f"{fault.name}, {step.name}, {case}: " + "; ".join(problems))
                 print(row.losses[-1], file=sys.stderr, flush=True)
-        row.seconds = time.monotonic() - began
-        rows[fault.name] = vars(row)
-    root.with_suffix(".json").write_text(json.dumps(rows))
+        row.seconds = time.monotonic() - fault_began
+        print(f"{fault.name}: {row.cases.total()} cases by process {number}", file=sys.stderr, flush=True)
+    root.with_suffix(".json").write_text(json.dumps({name: vars(row) for name, row in rows.items()}))
     shutil.rmtree(root)
 
 
@@ -131,9 +151,10 @@ def write_counts(rows: dict[str, Row], seed: int) -> None:
     for name, row in rows.items():
         counts = [f"{row.cases[step.name] or '–'}" for step in STEPS]
         codes = ", ".join(f"{code} ({count:,})" for code, count in sorted(row.codes.items()) if count)
-        measured = [f"{row.cases.total():,}", f"{row.unreached:,}", str(len(row.losses)), str(seed), commit]
+        numbers = (row.cases.total(), row.unreached, row.possible, len(row.losses))
+        measured = [*(f"{number:,}" for number in numbers), str(seed), commit]
         lines[name] = f"| {' | '.join([name, codes, *counts, *measured, f'{row.seconds:,.0f}'])} |"
-    measured_names = ["cases", "not reached", "losses", "seed", "commit", "seconds"]
+    measured_names = ["cases", "not reached", "of all", "losses", "seed", "commit", "seconds"]
     heading = ["fault", "exit (runs)", *(step.name for step in STEPS), *measured_names]
     results = [f"- **{fault.name}**: {fault.result}" for fault in FAULTS]
     write_table(_PROGRAM, heading, [lines[fault.name] for fault in FAULTS if fault.name in lines], results)
@@ -144,6 +165,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, metavar="N", help="cases of each fault in the sample that it reaches")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="M", help="begin no further case after M minutes"
+    )
     parser.add_argument("--all", action="store_true", help="run every case, not a sample")
     parser.add_argument("--only", action="append", metavar="FAULT", help="run this fault alone; may be repeated")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cases that run at a time")
@@ -156,7 +180,12 @@ if __name__ == "__main__":
     chosen = parse_arguments()
     names = chosen.only or [fault.name for fault in FAULTS]
     given = run_faults(
-        [fault for fault in FAULTS if fault.name in names], chosen.seed, chosen.cases, chosen.all, chosen.jobs
+        [fault for fault in FAULTS if fault.name in names],
+        chosen.seed,
+        chosen.cases,
+        chosen.all,
+        chosen.jobs,
+        chosen.minutes,
     )
     if chosen.json:
         print(json.dumps({name: vars(row) for name, row in given.items()}))

@@ -13,11 +13,11 @@ import pyarrow as pa
 
 from clipcid_cli.algorithms.search.distances import DoubleArray, IntArray
 from clipcid_cli.algorithms.sets.representatives import best_of_groups, random_scores
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.mapped_arrays import Arrays
 from clipcid_cli.formats.output import fingerprint_file, read_sidecar, refuse_changed, sidecar_path
 from clipcid_cli.formats.results.clusters import TABLE, read_labels
-from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.rows import caption_similarities
 from clipcid_cli.steps.balance.samples import count_pixels
@@ -25,8 +25,6 @@ from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.steps.keep_list import find_rows_of_keys
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.shared_arrays import share_arrays
-
-_REMAKE = "Cluster all images (clipcid cluster --keep-list none), or name other clusters with --clusters."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +69,11 @@ def find_clusters(settings: BalanceSettings) -> tuple[Path, str] | None:
         folder = WorkDirectory(settings.work).find_clusters()
     sidecar = read_sidecar(sidecar_path(folder, "cluster"))
     if sidecar is None or not (folder / TABLE).exists():
-        raise ClipcidError(f"{folder} holds no finished clusters.", "Give --clusters DIR, or run: clipcid cluster")
-    refuse_changed(folder, "cluster", sidecar, "Run: clipcid cluster --overwrite", names={TABLE})
+        raise ClipcidError(
+            f"{folder} holds no finished clusters.",
+            f"Give --clusters DIR, or run: {command_line('cluster', work=settings.work)}",
+        )
+    refuse_changed(folder, "cluster", sidecar, remake_clusters(folder, sidecar), names={TABLE})
     return folder, str(fingerprint_file(folder / TABLE)["hash"])
 
 
@@ -99,7 +100,8 @@ def cap_clusters(context: Context, folder: Path, sets: Sets) -> ClusterCap:
             raise ClipcidError(
                 f"{num_missing:,} of the {len(kept):,} images that are kept are in none of the clusters in {folder}, which "
                 "were made from other images.",
-                _REMAKE,
+                "Name other clusters with --clusters, or cluster all images: "
+                + command_line("cluster", keep_list="none", work=context.settings.work, overwrite=True),
             )
         before = np.bincount(labels, minlength=int(cluster.max(initial=-1)) + 1)
         crowded = before[labels] > most

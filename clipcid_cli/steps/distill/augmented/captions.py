@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
 from clipcid_cli.steps.distill.samples import MatchCounts
-from clipcid_cli.steps.embed.command import data_command
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 

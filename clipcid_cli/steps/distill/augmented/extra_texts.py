@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.index import SamplePlace
+from clipcid_cli.formats.embeddings.command import data_command, texts_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.embeddings.text_folder import EmbeddedTexts, TextLines, open_texts
@@ -18,7 +19,6 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.text_variants import TextVariants
-from clipcid_cli.steps.embed.command import data_command, texts_command
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -149,7 +149,7 @@ def find_extra_texts(
             )
         rows, texts, what = embeddings.variants(), None, f"the {variants.number} variants of each sample's captions"
     else:
-        texts = open_texts(folder)
+        texts = open_texts(folder, model and model["spec"])
         _check_model(texts, embeddings)
         rows, variants, what = texts.rows(), None, f"{folder}, {texts.total:,} texts"
     reporter.note(f"Extra texts, for the text tower alone: of {what}.")

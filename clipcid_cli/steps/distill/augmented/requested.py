@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.embed.command import data_command
+from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -44,5 +44,5 @@ def require_requested(
         lacking = " or ".join("views" if "views" in fields else "text variants" for fields in missing.values())
         raise ClipcidError(
             f"{flags}, but {folder} holds no {lacking}.",
-            f"Omit {flags}, or run: {data_command(folder, sidecar, **more)}",
+            f"Omit {flags}, or run: {data_command(folder, sidecar, settings.data, **more)}",
         )

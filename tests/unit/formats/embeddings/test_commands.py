@@ -1,12 +1,20 @@
-"""The command that makes embeddings again: all they hold, and no flag at its default."""
+"""The commands of fixes can be pasted: they name the model, the data, the work directory, and no flag at its default."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from clipcid_cli.steps.embed.command import data_command, texts_command
+from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.formats.atomic import write_json, write_text
+from clipcid_cli.formats.embeddings.command import DEFAULTS, data_command, texts_command
+from clipcid_cli.formats.work_directory import BALANCE_FLAGS, CLUSTER_FLAGS, WorkDirectory, remake_clusters
+from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.cluster import ClusterSettings
+from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.settings.shared import DEFAULT_WORK
 
 
 def sidecar(**settings: object) -> dict:
@@ -36,7 +44,7 @@ def test_a_command_has_what_was_made_and_what_is_missing(made: dict, more: dict,
 
 
 def test_others_are_not_replaced() -> None:
-    assert data_command(Path("other"), None, text_variants=8) == "clipcid embed DATA --text-variants 8"
+    assert data_command(Path("other"), None, text_variants=8) == "clipcid embed DATA --model MODEL --text-variants 8"
 
 
 def test_texts() -> None:
@@ -44,4 +52,68 @@ def test_texts() -> None:
     found = texts_command("ViT-L-14", work=Path("w"), overwrite=True)
     assert sorted(found.split(" --")) == sorted(
         ["clipcid embed", "texts FILE", "model ViT-L-14", "work w", "overwrite"]
+    )
+
+
+def test_the_data_and_its_columns_are_those_of_the_sidecar() -> None:
+    described = {"spec": "my list.csv", "keys": "sample", "image": "url", "caption": "title", "key": "id"}
+    words = data_command(Path("emb"), sidecar() | {"data": described})
+    assert words == (
+        "clipcid embed 'my list.csv' --model ViT-B-32:laion2b_s34b_b79k --image-column url --key-column id --out emb "
+        "--overwrite"
+    )
+    assert data_command(Path("emb"), sidecar() | {"data": described}, "other/").startswith(
+        "clipcid embed other/ --model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [(DEFAULTS, EmbedSettings), (BALANCE_FLAGS, BalanceSettings), (CLUSTER_FLAGS, ClusterSettings)],
+)
+def test_the_values_that_need_no_flag_are_the_defaults(flags: dict, settings: type) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    for name, value in flags.items():
+        assert value == (
+            ("crop",)
+            if name == "view_kind"
+            else None
+            if settings is BalanceSettings and name == "seed"
+            else defaults[name]
+        )
+
+
+def test_a_work_directory_is_named_unless_it_is_the_default_one() -> None:
+    assert command_line("cluster", work=DEFAULT_WORK) == "clipcid cluster"
+    assert (
+        command_line("cluster", work=Path("my work"), overwrite=True) == "clipcid cluster --work 'my work' --overwrite"
+    )
+
+
+def test_clusters_are_made_again_as_they_were() -> None:
+    made = {"features": "joint", "num_clusters": 3, "iterations": 20, "train_rows": None, "seed": 0, "images": 18}
+    found = remake_clusters(Path("w/clusters"), {"settings": made, "embeddings": "embeddings/m"})
+    assert found == (
+        "Run: clipcid cluster --num-clusters 3 --features joint --embeddings w/embeddings/m --work w --overwrite"
+    )
+    assert remake_clusters(Path("clipcid-work/clusters"), {}) == "Run: clipcid cluster --overwrite"
+
+
+def test_an_edited_keep_list_is_made_again_as_it_was(tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path)
+    write_text(work.balance / "keep.parquet", "edited")
+    output = {"path": "keep.parquet", "size": 1, "time": 1, "hash": "blake2b:1"}
+    settings = {
+        "keep": 0.5,
+        "threshold": None,
+        "linkage": "star",
+        "select": "central",
+        "seed": None,
+        "against": [["a", "1"]],
+    }
+    write_json(work.balance / "balance.json", {"format_version": 1, "settings": settings, "outputs": [output]})
+    with pytest.raises(ClipcidError) as found:
+        work.find_keep_list()
+    assert f"Or make it again: clipcid balance --keep 0.5 --linkage star --work {tmp_path} --against a --overwrite" in (
+        found.value.fix
     )

@@ -1,0 +1,68 @@
+"""The command that makes embeddings as they are, or with more beside them: for the fix of an error."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.errors import command_line
+from clipcid_cli.formats.data.sample_list import Columns
+
+# What a command of `embed` omits.
+DEFAULTS = {
+    "text": True,
+    "keys": "sample",
+    "fast_decode": False,
+    "views": 0,
+    "view_kind": ("crop",),
+    "crop_scale": 0.9,
+    "color_jitter": 0.0,
+    "gray_probability": 0.0,
+    "text_variants": 0,
+    "seed": 0,
+    **{f"{name}_column": value for name, value in dataclasses.asdict(Columns()).items()},
+}
+
+
+def data_command(folder: Path, sidecar: dict[str, Any] | None, data: str | None = None, **more: Any) -> str:
+    """Return the command that replaces embeddings of data by ones of the same settings.
+
+    Args:
+        folder: Where they are.
+        sidecar: Theirs; None for those of another tool, which are not replaced.
+        data: The data; None for that of the sidecar.
+        more: Flags in which the new ones differ.
+    """
+    if sidecar is None:
+        return command_line("embed", data or "DATA", **_differing({"model": "MODEL"} | more))
+    described = sidecar.get("data", {})
+    if data is None:
+        more |= {f"{name}_column": described[name] for name in dataclasses.asdict(Columns()) if name in described}
+    made = {name: sidecar["settings"][name] for name in DEFAULTS if name in sidecar["settings"]}
+    settings = {"model": sidecar["model"]["spec"]} | made | more
+    replaced = _differing(settings) | {"out": folder, "overwrite": True}
+    return command_line("embed", data or described.get("spec", "DATA"), **replaced)
+
+
+def remake(folder: Path, sidecar: dict[str, Any]) -> str:
+    """Return the fix of a finished folder whose files are not those that were written."""
+    copy = "Or copy the rows to another folder, without embed.json, and name that one."
+    return f"Run: {data_command(folder, sidecar)}\n{copy}"
+
+
+def texts_command(model: str | None, texts: str | None = None, **more: Any) -> str:
+    """Return the command that embeds a file of texts.
+
+    Args:
+        model: The model; None where it is not known.
+        texts: The file; None where it is not known.
+        more: Other flags.
+    """
+    return command_line("embed", texts=texts or "FILE", model=model or "MODEL", **more)
+
+
+def _differing(settings: dict[str, Any]) -> dict[str, Any]:
+    listed = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    found = {name: value for name, value in listed.items() if name not in DEFAULTS or value != DEFAULTS[name]}
+    return found | ({"view_kind": ",".join(found["view_kind"])} if "view_kind" in found else {})
