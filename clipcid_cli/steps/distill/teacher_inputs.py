@@ -241,7 +241,7 @@ def use_stored(
             f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
             "have no effect (--views none draws views anew)."
         )
-    all_captions = has_all_captions(embeddings, counts, reporter)
+    all_captions = has_all_captions(settings, embeddings, counts, reporter)
     text_variants = find_text_variants(settings, embeddings, counts, reporter)
     extra = find_extra_texts(settings, embeddings, samples, text_variants, reporter)
     return TeacherInputs(

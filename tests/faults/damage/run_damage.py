@@ -1,6 +1,7 @@
 """Damages every kind of file and counts what is lost: ``python tests/faults/damage/run_damage.py [--cases N] [--write]``.
 
 ``--write`` puts the counts into docs/faults.md, each kind of file as soon as it is done; ``--only`` continues a stopped run.
+With ``--minutes`` as many cases are run as they allow, each kind of file its share.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import math
 import os
 import random
 import shutil
@@ -43,15 +45,20 @@ class Counts:
     seconds: float = 0.0
 
 
-def run_cases(clipcid: OneProcess, whole: Path, scratch: Path, name: str, numbers: range) -> Counts:
+def run_cases(
+    clipcid: OneProcess, whole: Path, scratch: Path, name: str, numbers: range, seconds: float = math.inf
+) -> Counts:
     """Run cases of one kind of file.
 
     Args:
         whole: What `make_place` made.
         scratch: Where there is room for a copy of it.
+        seconds: Time after which no further case is begun.
     """
     target, counts, began = TARGETS[name], Counts(), time.monotonic()
     for number in numbers:
+        if time.monotonic() - began > seconds:
+            break
         chance = random.Random(SEED + number * 1_000_003 + zlib.crc32(name.encode()))
         place = scratch / "place"
         shutil.copytree(whole, place, copy_function=os.link, symlinks=True)
@@ -84,16 +91,22 @@ def main() -> int:
     """Run as told on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=EVERYDAY + MANY, metavar="N", help="cases of each kind of file")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="M", help="begin no further case after M minutes"
+    )
+    parser.add_argument("--patience", type=float, default=30, metavar="S", help="seconds after which a command hangs")
     parser.add_argument("--only", action="append", metavar="KIND", help="damage this kind alone; may be repeated")
     parser.add_argument("--write", action="store_true", help="put the counts into docs/faults.md")
     chosen = parser.parse_args()
-    clipcid, losses = OneProcess(), 0
+    clipcid, losses, began = OneProcess(chosen.patience), 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="damage-") as name:
         whole = Path(name, "whole")
         whole.mkdir()
         make_place(clipcid, whole)
-        for kind in chosen.only or TARGETS:
-            counts = run_cases(clipcid, whole, Path(name), kind, range(chosen.cases))
+        kinds = list(chosen.only or TARGETS)
+        for place, kind in enumerate(kinds):
+            share = (60 * chosen.minutes - (time.monotonic() - began)) / (len(kinds) - place)
+            counts = run_cases(clipcid, whole, Path(name), kind, range(chosen.cases), share)
             losses += len(counts.losses)
             print(f"{kind}: {dict(counts.codes)}, {len(counts.losses)} losses, {counts.seconds:.0f} s", flush=True)
             print(*counts.losses, sep="\n", end="", file=sys.stderr, flush=True)

@@ -61,7 +61,9 @@ class CaptionChooser:
         return ShownCaption(",".join([first, *kept]), number)
 
 
-def has_all_captions(embeddings: Embeddings, counts: MatchCounts, reporter: Reporter) -> bool:
+def has_all_captions(
+    settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts, reporter: Reporter
+) -> bool:
     """Tell whether the teacher embedded every caption of every sample.
 
     Raises:
@@ -72,17 +74,17 @@ def has_all_captions(embeddings: Embeddings, counts: MatchCounts, reporter: Repo
     if not embeddings.has_further_captions:
         reporter.note("Captions: only the first of each sample is embedded, so only the first is shown.")
         return False
-    _refuse_changed(embeddings, counts)
+    _refuse_changed(settings, embeddings, counts)
     reporter.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
     return True
 
 
-def _refuse_changed(embeddings: Embeddings, counts: MatchCounts) -> None:
+def _refuse_changed(settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts) -> None:
     if counts.changed is not None:
         key, now, embedded = counts.changed
         raise ClipcidError(
             f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
-            f"Run: {data_command(embeddings.folder, embeddings.sidecar)}",
+            f"Run: {data_command(embeddings.folder, embeddings.sidecar, settings.data)}",
         )
 
 
@@ -109,9 +111,9 @@ def find_text_variants(
             f"{embeddings.folder} holds {number} text variants of each row, but embed.json records {recorded}; this version "
             f"makes texts by rules {RULES}.",
             "Add --text-variant-share 0, or run: "
-            + data_command(embeddings.folder, embeddings.sidecar, text_variants=number),
+            + data_command(embeddings.folder, embeddings.sidecar, settings.data, text_variants=number),
         )
-    _refuse_changed(embeddings, counts)
+    _refuse_changed(settings, embeddings, counts)
     if share:
         reporter.note(
             f"Text variants: {number} of each image's captions are embedded and shown, {share:.0%} of the time."

@@ -154,7 +154,7 @@ def test_clusters_of_another_teacher_are_refused(tiny_shards: Path, work: Path, 
         ClipcidError, match=r"clusters in .* weights blake2b.*the teacher is .*, weights blake2b"
     ) as raised:
         train(work, tiny_shards, student=str(write_student(tmp_path)), teacher=str(other), online_teacher=True)
-    assert f"clipcid embed DATA --model {other}" in raised.value.fix
+    assert f"clipcid embed {tiny_shards} --model {other}" in raised.value.fix
 
 
 def test_it_needs_a_loss_that_learns_from_it() -> None:

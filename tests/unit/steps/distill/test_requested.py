@@ -52,7 +52,7 @@ def test_embeddings_that_lack_it(
     with pytest.raises(ClipcidError, match=message) as raised:
         join(tiny_shards, folders[kind], **asked)
     command = "clipcid embed" + raised.value.fix.split("clipcid embed")[-1]
-    expected = f"clipcid embed DATA --model {tiny_model} --out {folders[kind]} --overwrite{flags}"
+    expected = f"clipcid embed {tiny_shards} --model {tiny_model} --out {folders[kind]} --overwrite{flags}"
     assert sorted(command.split(" --")) == sorted(expected.split(" --"))
 
 
@@ -67,5 +67,7 @@ def test_none_are_made_without_it(
     with pytest.raises(ClipcidError, match="holds no views") as raised:
         train(tmp_path / "work", tiny_shards, views="stored", **common)
     command = raised.value.fix.partition("run: ")[2]
-    expected = f"clipcid embed DATA --work {tmp_path / 'work'} --model {tiny_model} --views 8 --view-kind strong,mix"
+    expected = (
+        f"clipcid embed {tiny_shards} --work {tmp_path / 'work'} --model {tiny_model} --views 8 --view-kind strong,mix"
+    )
     assert sorted(command.split(" --")) == sorted(expected.split(" --"))

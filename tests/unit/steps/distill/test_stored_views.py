@@ -254,7 +254,7 @@ def test_other_captions_than_were_embedded_are_refused(captioned: tuple[Path, Pa
     changed = write_captions(tmp_path / "changed", (1, 3, 2, 4, 1, 4))
     with pytest.raises(ClipcidError, match="Sample 's3' has 4 captions, but 5 were embedded") as raised:
         join(changed, captioned[1])
-    assert raised.value.fix.startswith("Run: clipcid embed DATA --model ")
+    assert raised.value.fix.startswith(f"Run: clipcid embed {changed} --model ")
 
 
 def test_counts_that_do_not_add_up_are_refused(captioned: tuple[Path, Path], tmp_path: Path) -> None:
