@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.commands.command import step_command
+from clipcid_cli.commands.scores.tables import show_tables
 from clipcid_cli.commands.summary import count, file_facts, format_seconds, print_facts
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -24,12 +25,26 @@ def show(result: dict[str, Any], console: Console) -> None:
         return
     facts["speed"] = f"{result['samples_per_second']:,.0f} samples/s"
     facts["losses"] = ", ".join(f"{name} {value:.4f}" for name, value in result["losses"].items())
-    facts["held out"] = _format_recalls(result["metrics"])
+    shown = {one["dataset"] for one in result["evaluations"]}
+    facts |= {name: _format_recalls(found) for name, found in _by_data(result["metrics"]).items() if name not in shown}
     print_facts(console, "Distilled", facts | file_facts(result))
+    if result["evaluations"]:
+        console.print()
+        show_tables(result["evaluations"], console)
+        print_facts(console, "", {"metrics": "\n".join(one["files"]["metrics"] for one in result["evaluations"])})
+
+
+def _by_data(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Divide metrics by what they were measured on: the held-out part and named data sets."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        data, _, metric = name.rpartition("/")
+        found.setdefault(data or "held out", {})[metric] = value
+    return found
 
 
 def _format_recalls(metrics: dict[str, float]) -> str:
-    """Write the metrics of the held-out part, a line for each direction of retrieval."""
+    """Write metrics, those of retrieval on a line for each direction."""
     lines: dict[str, list[str]] = {}
     for name, value in metrics.items():
         direction, recall, at = name.partition("_retrieval_recall")

@@ -26,7 +26,17 @@ def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, distill_p
     assert result["samples"] == 48
     assert set(result["losses"]) == {"clip", "instance", "cluster"}
     assert 0 <= result["metrics"]["image_retrieval_recall@1"] <= 1
-    assert {"student", "steps", "samples", "samples_per_second", "losses", "metrics", "seconds", "files"} == set(result)
+    assert {
+        "student",
+        "steps",
+        "samples",
+        "samples_per_second",
+        "losses",
+        "metrics",
+        "evaluations",
+        "seconds",
+        "files",
+    } == set(result)
     for name in result["files"].values():
         assert (distill_place / name).exists()
     assert [line["step"] for line in losses(run)] == [1, 2, 3, 4, 5, 6]

@@ -171,6 +171,54 @@ def test_data_sets_are_measured_while_it_trains(whole: Path, tiny_classes: Path)
     assert [event.step for event in board.Scalars(f"eval/{tiny_classes.name}/acc1")] == [0, 6]
 
 
+def test_a_run_ends_with_what_eval_zeroshot_writes(
+    torchrun: Clipcid, clipcid: Clipcid, distill_place: Path, tiny_classes: Path, tiny_shards: Path
+) -> None:
+    given = ("distill", *SHORT, "--preset", "clip", "--steps", 2, "--name", "run")
+    named = ("--eval-data", tiny_classes, "--eval-data", tiny_shards, "--eval-data", tiny_classes)
+    folder, run = distill_place / "clipcid-work" / "eval", distill_place / "clipcid-work" / "distill" / "run"
+    # Killed once the student is there: what is left to measure is measured when the command is given again.
+    process = start_clipcid(*given, *named, cwd=distill_place, processes=2)
+    deadline = time.monotonic() + 120
+    while not (run / "distill.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    student = student_bytes(run)
+    assert len(list(folder.glob("*.json"))) < 2, "it was too fast to be killed"
+    ended = torchrun(2, *given, *named, "--json").json
+    assert student_bytes(run) == student
+    assert [one["dataset"] for one in ended["evaluations"]] == ["shades", tiny_shards.name]
+    assert not ended["evaluations"][1]["reused"]
+
+    written = {path.name: path.read_bytes() for path in folder.glob("*.json")}
+    folder.rename(folder.with_name("eval-of-distill"))
+    alone = clipcid("eval-zeroshot", ended["student"], tiny_classes, tiny_shards, "--json").json
+    assert {path.name: path.read_bytes() for path in folder.glob("*.json")} == written
+    measured = ("metrics", "intervals", "calibration", "prompts", "customary", "images", "skipped", "files")
+    for one, other in zip(ended["evaluations"], alone["results"], strict=True):
+        assert {name: one[name] for name in measured} == {name: other[name] for name in measured}
+    sidecars = [
+        json.loads((folder.with_name(name) / "sidecars" / f"{next(iter(written))}").read_text())
+        for name in ("eval-of-distill", "eval")
+    ]
+    for sidecar in sidecars:
+        del sidecar["seconds"], sidecar["images_per_second"], sidecar["outputs"]
+    assert sidecars[0] == sidecars[1]
+
+    again = clipcid(*given, *named)
+    assert again.stderr.count("already holds") == 2
+    assert "class names: 2" in again.stderr
+    # Metrics of an earlier student are in the way of another one of its name before it is trained.
+    (run / "distill.json").unlink()
+    refused = clipcid(*given, *named, check=False)
+    assert refused.returncode == 1
+    assert "holds metrics of an earlier student" in " ".join(refused.stderr.split())
+    assert not (run / "student").exists()
+    replaced = clipcid(*given, *named, "--overwrite", "--json").json
+    assert not any(one["reused"] for one in replaced["evaluations"])
+
+
 def test_two_data_sets_of_one_name_are_refused(whole: Path, tiny_classes: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tiny_classes, tmp_path / tiny_classes.name)
     with pytest.raises(ClipcidError, match="both called shades"):

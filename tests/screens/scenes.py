@@ -130,6 +130,7 @@ SCENES: dict[str, tuple[Scene, ...]] = {
         Scene("resumed, result", f"{_DISTILL} --checkpoint-every 5"),
         Scene("result, to a file", f"{_DISTILL} --name other --steps 10 --preset clip 2> distill.log"),
         Scene("nothing to do", f"{_DISTILL} --checkpoint-every 5"),
+        Scene("a data set to measure", f"{_DISTILL} --name other --steps 10 --preset clip --eval-data classes"),
     ),
     "eval-zeroshot": (
         Scene("help", "clipcid eval-zeroshot --help", exact=True),

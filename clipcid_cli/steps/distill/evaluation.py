@@ -102,23 +102,23 @@ class Evaluation:
         return metrics
 
 
-def prepare_evaluation(
-    settings: DistillSettings,
-    dataset: Dataset,
-    held_out: SampleRows,
-    student: ClipModel,
-    machine: Machine,
-    reporter: Reporter,
-) -> Evaluation:
-    """Read the held-out samples and open the data sets of ``--eval-data``.
+def zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
+    """Return the settings that `eval-zeroshot` would have by default on the data sets of ``--eval-data``."""
+    return EvalZeroshotSettings(
+        work=settings.work, data=settings.eval_data, workers=settings.workers, overwrite=settings.overwrite
+    )
 
-    Raises:
-        ClipcidError: when a data set cannot be opened.
+
+def prepare_evaluation(
+    settings: DistillSettings, dataset: Dataset, held_out: SampleRows, student: ClipModel, tasks: list[ZeroshotTask]
+) -> Evaluation:
+    """Read the held-out samples.
+
+    Args:
+        tasks: The data sets of ``--eval-data``.
     """
     samples = read_held_out(dataset, held_out, student.pixel_transform(), student.tokenizer, _MAX_HELD_OUT)
-    zeroshot = EvalZeroshotSettings(work=settings.work, data=settings.eval_data, bootstrap=0, workers=0)
-    tasks = machine.on_main(lambda: plan_evaluation(zeroshot, reporter)) if settings.eval_data else []
-    return Evaluation(samples, tasks, zeroshot)
+    return Evaluation(samples, tasks, dataclasses.replace(zeroshot_settings(settings), bootstrap=0, workers=0))
 
 
 def read_held_out(
@@ -150,22 +150,23 @@ def read_held_out(
 
 
 def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ZeroshotTask]:
-    """Open the data sets of ``--eval-data``, of which no two may have one name: metrics are logged as ``NAME/METRIC``.
+    """Open the data sets of ``--eval-data``, each once: metrics are logged as ``NAME/METRIC``.
 
     Raises:
         ClipcidError: for the first that cannot be opened, or that names two of one name.
     """
-    tasks = plan_tasks(settings, reporter)
-    places: dict[str, Path] = {}
-    for task in tasks:
+    if not settings.data:
+        return []
+    tasks: dict[str, ZeroshotTask] = {}
+    for task in plan_tasks(settings, reporter):
         place = Path(task.dataset.spec).resolve()
-        other = places.setdefault(task.name, place)
+        other = Path(tasks.setdefault(task.name, task).dataset.spec).resolve()
         if other != place:
             raise ClipcidError(
                 f"--eval-data: {other} and {place} are both called {task.name}, so their metrics would be too.",
                 "Rename one of the folders, or link it by another name.",
             )
-    return tasks
+    return list(tasks.values())
 
 
 def embed_held_out(student: ClipModel, held_out: HeldOut) -> tuple[Tensor, Tensor]:

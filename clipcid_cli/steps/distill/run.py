@@ -14,17 +14,20 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import start_worker_server
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.models.preprocess import hash_preprocess
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.distill.cluster_targets import temperatures
 from clipcid_cli.steps.distill.cost import estimate_cost
+from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
 from clipcid_cli.steps.distill.inputs import TrainingInputs, find_inputs
 from clipcid_cli.steps.distill.online_teacher import describe_weights, load_online_teacher
 from clipcid_cli.steps.distill.plan import Plan, default_name, plan_run
 from clipcid_cli.steps.distill.student import load_student
 from clipcid_cli.steps.distill.teacher_inputs import find_embeddings
 from clipcid_cli.steps.distill.training_run import TrainingRun
+from clipcid_cli.steps.evaluate.zeroshot import evaluate_models, plan_results, refuse_measured
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.scratch import scratch_folder
@@ -36,7 +39,8 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
     """Train a student.
 
     Returns:
-        The JSON object: ``student, steps, samples, samples_per_second, losses{}, metrics{}, seconds{}, files{}``.
+        The JSON object: ``student, steps, samples, samples_per_second, losses{}, metrics{}, evaluations[], seconds{},
+        files{}``; ``evaluations`` holds what `eval-zeroshot` returns for each data set of ``--eval-data``.
 
     Raises:
         ClipcidError: when an input is missing or does not fit, or training diverges.
@@ -55,9 +59,13 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         plan = machine.on_main(lambda: plan_run(settings, inputs, width, machine, reporter))
         name = settings.name or default_name(settings, student.model, inputs)
         folder = RunFolder(WorkDirectory(settings.work).distill(name))
+        zeroshot = zeroshot_settings(settings)
+        tasks = machine.on_main(lambda: plan_evaluation(zeroshot, reporter))
+        written = [ModelName(str(path), "folder", path=path) for path in (folder.student,)]
         if settings.dry_run:
             check_samples(inputs.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
-            return estimate_cost(TrainingRun(settings, machine, inputs, student, teacher, plan, folder, None, reporter))
+            training = TrainingRun(settings, machine, inputs, student, teacher, plan, tasks, folder, None, reporter)
+            return estimate_cost(training) | {"evaluations": plan_results(written, tasks, zeroshot, reporter)}
         with claim_output(
             machine,
             folder.path,
@@ -67,15 +75,21 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
             overwrite=settings.overwrite,
             clear=folder.clear,
         ) as output:
-            if output.finished is not None:
+            sidecar = output.finished
+            if sidecar is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")
-                return result(folder, output.finished)
-            # An unfinished run without a checkpoint may have ended because of what this finds.
-            if not (output.resumed and machine.on_main(lambda: list_checkpoints(folder.checkpoints))):
-                check_samples(inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
-            training = TrainingRun(settings, machine, inputs, student, teacher, plan, folder, output, reporter)
-            sidecar = training.train({"prepare": time.perf_counter() - started})
-    return result(folder, sidecar)
+            else:
+                machine.on_main(lambda: refuse_measured(written, tasks, zeroshot))
+                # An unfinished run without a checkpoint may have ended because of what this finds.
+                if not (output.resumed and machine.on_main(lambda: list_checkpoints(folder.checkpoints))):
+                    check_samples(inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
+                training = TrainingRun(
+                    settings, machine, inputs, student, teacher, plan, tasks, folder, output, reporter
+                )
+                sidecar = training.train({"prepare": time.perf_counter() - started})
+            # After the sidecar: a run that is killed here is finished, and evaluates what is left when it is run again.
+            evaluations, summary = evaluate_models(written, tasks, machine, zeroshot, reporter) if tasks else ([], {})
+    return result(folder, sidecar, evaluations, summary)
 
 
 def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: TrainingInputs) -> dict[str, Any]:
@@ -110,8 +124,14 @@ def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: 
     return plain
 
 
-def result(folder: RunFolder, sidecar: dict[str, Any]) -> dict[str, Any]:
-    """Build the step's JSON object from the sidecar."""
+def result(
+    folder: RunFolder, sidecar: dict[str, Any], evaluations: list[dict[str, Any]], summary: dict[str, str]
+) -> dict[str, Any]:
+    """Build the step's JSON object.
+
+    Args:
+        summary: Paths of the table and the report of the evaluations.
+    """
     files = {
         "student": folder.student,
         "train_log": folder.train_log,
@@ -119,6 +139,7 @@ def result(folder: RunFolder, sidecar: dict[str, Any]) -> dict[str, Any]:
         "report": folder.report,
         "sidecar": folder.path / "distill.json",
     }
-    student, measured = {"student": str(folder.student)}, {"seconds": sidecar["seconds"]}
+    student, measured = {"student": str(folder.student)}, {"evaluations": evaluations, "seconds": sidecar["seconds"]}
     found: dict[str, Any] = student | sidecar["result"] | measured
-    return found | {"files": {name: str(path) for name, path in files.items()}}
+    written = {name: str(path) for name, path in files.items()}
+    return found | {"files": written | {f"evaluation_{name}": path for name, path in summary.items()}}

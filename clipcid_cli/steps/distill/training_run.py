@@ -41,6 +41,7 @@ from clipcid_cli.steps.distill.plan import Plan, Schedule
 from clipcid_cli.steps.distill.report import write_report
 from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
 from clipcid_cli.steps.distill.student import Student, reads_tokens, set_unused_tokens_aside, warn_of_batch_statistics
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -52,6 +53,7 @@ class TrainingRun:
     Attributes:
         settings: As the user gave them.
         online_teacher: The model that teaches alongside the student; None where stored embeddings teach, or nobody.
+        tasks: The data sets of ``--eval-data``.
         output: The claim on the run's folder; None for a run that writes nothing.
     """
 
@@ -61,6 +63,7 @@ class TrainingRun:
     student: Student
     online_teacher: ClipModel | None
     plan: Plan
+    tasks: list[ZeroshotTask]
     folder: RunFolder
     output: Output | None
     reporter: Reporter
@@ -119,7 +122,7 @@ class TrainingRun:
             objective=objective,
             order=self._order_batches(),
             maker=self._make_batch_maker(augmentation),
-            evaluation=prepare_evaluation(settings, inputs.dataset, inputs.held_out, student, machine, self.reporter),
+            evaluation=prepare_evaluation(settings, inputs.dataset, inputs.held_out, student, self.tasks),
             encoder=self._make_encoder(precision, augmentation.changes_colors),
             frozen=self.student.frozen,
             schedule=Schedule(steps, plan.eval_every, settings.checkpoint_every or max(1, min(1_000, steps // 10))),

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.algorithms.metrics.calibration import BINS
-from clipcid_cli.errors import UsageError
+from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.output import describe_outputs
-from clipcid_cli.formats.results.metrics import SIDECARS, metrics_stem, read_metrics, write_metrics
+from clipcid_cli.formats.results.metrics import (
+    SIDECARS,
+    metrics_stem,
+    read_metrics,
+    read_metrics_sidecar,
+    write_metrics,
+)
 from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -47,21 +53,58 @@ def run(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[str, Any]:
     with open_machine(settings.device) as machine:
         names, tasks = machine.on_main(lambda: (_choose_models(settings, reporter), plan_tasks(settings, reporter)))
         _refuse_clashes(names, tasks)
-        for task in tasks:
-            check_samples(task.dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
         if settings.dry_run:
-            return _describe_plan(names, tasks, settings, reporter)
-        start_workers(machine, settings.workers)
-        data = machine.on_main(lambda: [_fingerprint_data(task) for task in tasks])
-        results: list[dict[str, Any]] = []
-        for name in names:
-            evaluated = EvaluatedModel(name, machine, settings, reporter)
-            for task, fingerprints in zip(tasks, data, strict=True):
-                results.append(_evaluate_pair(evaluated, task, fingerprints, machine, settings, reporter))
-        files = machine.on_main(lambda: write_summary(WorkDirectory(settings.work), results, reporter))
+            for task in tasks:
+                check_samples(task.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
+            results = plan_results(names, tasks, settings, reporter)
+            return results[0] if len(results) == 1 else {"results": results}
+        results, files = evaluate_models(names, tasks, machine, settings, reporter)
     if len(results) == 1:
         return results[0] | {"files": results[0]["files"] | files}
     return {"results": results, "files": files}
+
+
+def evaluate_models(
+    names: list[ModelName],
+    tasks: list[ZeroshotTask],
+    machine: Machine,
+    settings: EvalZeroshotSettings,
+    reporter: Reporter,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Measure every model on every data set and write the metrics files, the table and the report; on every process.
+
+    `distill` ends with it, too.
+
+    Returns:
+        One object for each pair, and the paths of table and report.
+
+    Raises:
+        ClipcidError: when a model or data set cannot be read, or too many samples cannot be used.
+    """
+    for task in tasks:
+        check_samples(task.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
+    start_workers(machine, settings.workers)
+    data = machine.on_main(lambda: [_fingerprint_data(task) for task in tasks])
+    results: list[dict[str, Any]] = []
+    for name in names:
+        evaluated = EvaluatedModel(name, machine, settings, reporter)
+        for task, fingerprints in zip(tasks, data, strict=True):
+            results.append(_evaluate_pair(evaluated, task, fingerprints, machine, settings, reporter))
+    return results, machine.on_main(lambda: write_summary(WorkDirectory(settings.work), results, reporter))
+
+
+def refuse_measured(names: list[ModelName], tasks: list[ZeroshotTask], settings: EvalZeroshotSettings) -> None:
+    """Refuse, before models are trained, the metrics files of earlier ones in the same folders.
+
+    Raises:
+        ClipcidError: for the first there is, unless it may be overwritten.
+    """
+    for path in [_metrics_path(name, task, settings) for name in names for task in tasks]:
+        if read_metrics_sidecar(path) is not None and not settings.overwrite:
+            raise ClipcidError(
+                f"{path} holds metrics of an earlier student, which training would replace in the end.",
+                "Add --overwrite to replace them, choose another --name, or omit --eval-data.",
+            )
 
 
 def _choose_models(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ModelName]:
@@ -75,6 +118,10 @@ def _stem(name: ModelName, task: ZeroshotTask) -> str:
     return metrics_stem(task.name, name.slug, task.task)
 
 
+def _metrics_path(name: ModelName, task: ZeroshotTask, settings: EvalZeroshotSettings) -> Path:
+    return WorkDirectory(settings.work).eval / f"{_stem(name, task)}.json"
+
+
 def _refuse_clashes(names: list[ModelName], tasks: list[ZeroshotTask]) -> None:
     stems = [_stem(name, task) for name in names for task in tasks]
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
@@ -86,19 +133,19 @@ def _refuse_clashes(names: list[ModelName], tasks: list[ZeroshotTask]) -> None:
         )
 
 
-def _describe_plan(
+def plan_results(
     names: list[ModelName], tasks: list[ZeroshotTask], settings: EvalZeroshotSettings, reporter: Reporter
-) -> dict[str, Any]:
-    folder = WorkDirectory(settings.work).eval
+) -> list[dict[str, Any]]:
+    """Report what would be measured, and return an object for each pair: ``dataset, model, task, files{metrics}``."""
     results = []
     for name in names:
         for task in tasks:
-            path = folder / f"{_stem(name, task)}.json"
+            path = _metrics_path(name, task, settings)
             reporter.note(f"Would measure {task.task} of {name.spec} on {task.dataset.spec} and write {path}.")
             results.append(
                 {"dataset": task.name, "model": name.spec, "task": task.task, "files": {"metrics": str(path)}}
             )
-    return results[0] if len(results) == 1 else {"results": results}
+    return results
 
 
 def _fingerprint_data(task: ZeroshotTask) -> list[dict[str, Any]]:
@@ -114,7 +161,7 @@ def _evaluate_pair(
     reporter: Reporter,
 ) -> dict[str, Any]:
     stem = _stem(evaluated.name, task)
-    path = WorkDirectory(settings.work).eval / f"{stem}.json"
+    path = _metrics_path(evaluated.name, task, settings)
     identity = task.describe() | {
         "model": evaluated.name.slug,
         "precision": evaluated.precision.name,

@@ -246,7 +246,7 @@ class DistillSettings(ReadingSettings):
     )
     eval_data: tuple[str, ...] = option(
         (),
-        "Data set to measure at each evaluation, as with `clipcid eval-zeroshot`; may be repeated.",
+        "Data set to measure at each evaluation, and at the end by `clipcid eval-zeroshot`; may be repeated.",
         group=_OUTPUT,
         metavar="DATA",
         operational=True,
