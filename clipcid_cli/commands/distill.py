@@ -26,7 +26,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     facts["speed"] = f"{result['samples_per_second']:,.0f} samples/s"
     facts["losses"] = ", ".join(f"{name} {value:.4f}" for name, value in result["losses"].items())
     shown = {one["dataset"] for one in result["evaluations"]}
-    facts |= {name: _format_recalls(found) for name, found in _by_data(result["metrics"]).items() if name not in shown}
+    for name, found in _by_data(result["metrics"]).items():
+        if name.removesuffix(", EMA") not in shown:
+            facts[name] = _format_recalls(found)
     print_facts(console, "Distilled", facts | file_facts(result))
     if result["evaluations"]:
         console.print()
@@ -38,8 +40,8 @@ def _by_data(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
     """Divide metrics by what they were measured on: the held-out part and named data sets."""
     found: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
-        data, _, metric = name.rpartition("/")
-        found.setdefault(data or "held out", {})[metric] = value
+        data, _, metric = name.removeprefix("ema/").rpartition("/")
+        found.setdefault((data or "held out") + ", EMA" * name.startswith("ema/"), {})[metric] = value
     return found
 
 

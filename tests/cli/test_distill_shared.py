@@ -73,7 +73,7 @@ def test_two_processes_train_as_one(whole: Path) -> None:
 def test_killed_run_goes_on_to_the_same_bits(processes: int, torchrun: Clipcid, distill_place: Path) -> None:
     arguments = ["distill", *map(str, SHORT), "--steps", "30", "--checkpoint-every", "3", "--color-jitter", "0.3"]
     # A worker's queue runs ahead of the steps: it must leave no trace.
-    arguments += ["--workers", "2", "--cluster-towers", "both", "--loss", "mfd=1", "--loss", "afd=1"]
+    arguments += ["--workers", "2", "--cluster-towers", "both", "--loss", "mfd=1", "--loss", "afd=1", "--ema", "0.9"]
     torchrun(processes, *arguments, "--name", "whole")
     process = start_clipcid(*arguments, "--name", "killed", cwd=distill_place, processes=processes)
     checkpoints = distill_place / "clipcid-work" / "distill" / "killed" / "checkpoints"
@@ -88,6 +88,9 @@ def test_killed_run_goes_on_to_the_same_bits(processes: int, torchrun: Clipcid, 
     assert "Resuming at step" in resumed.stderr
     assert losses(runs / "killed") == losses(runs / "whole")
     assert student_bytes(runs / "killed") == student_bytes(runs / "whole")
+    assert (runs / "killed" / "results.jsonl").read_bytes() == (runs / "whole" / "results.jsonl").read_bytes()
+    averages = [runs / name / "student-ema" / "open_clip_model.safetensors" for name in ("killed", "whole")]
+    assert averages[0].read_bytes() == averages[1].read_bytes()
 
 
 def test_the_data_is_checked_until_there_is_a_checkpoint(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

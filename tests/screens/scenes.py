@@ -128,8 +128,10 @@ SCENES: dict[str, tuple[Scene, ...]] = {
         ),
         Scene("other settings", f"{_DISTILL} --lr 0.01"),
         Scene("resumed, result", f"{_DISTILL} --checkpoint-every 5"),
+        Scene("an average of the weights", f"{_DISTILL} --name averaged --steps 10 --preset clip --ema 0.9"),
         Scene("result, to a file", f"{_DISTILL} --name other --steps 10 --preset clip 2> distill.log"),
         Scene("nothing to do", f"{_DISTILL} --checkpoint-every 5"),
+        Scene("usage: an average out of range", "clipcid distill --student student.json --ema 1", exact=True),
         Scene("a data set to measure", f"{_DISTILL} --name other --steps 10 --preset clip --eval-data classes"),
     ),
     "eval-zeroshot": (
@@ -175,5 +177,7 @@ SCENES: dict[str, tuple[Scene, ...]] = {
         Scene("result", "clipcid export --format open-clip --format hf"),
         Scene("nothing to do", "clipcid export --format open-clip --format hf"),
         Scene("other settings", "clipcid export", exact=True),
+        Scene("average of the weights", "clipcid export clipcid-work/distill/averaged/student --ema"),
+        Scene("average: a run without", "clipcid export clipcid-work/distill/taught/student --ema", exact=True),
     ),
 }

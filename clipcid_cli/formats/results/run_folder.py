@@ -29,6 +29,19 @@ class RunFolder:
         return self.path / "student"
 
     @property
+    def student_ema(self) -> Path:
+        """Folder of the same model with the average of its weights over the training, where one was kept."""
+        return self.path / "student-ema"
+
+    def students(self, *, ema: bool) -> list[Path]:
+        """Return the folders of the models that a run ends with.
+
+        Args:
+            ema: Whether it keeps an average.
+        """
+        return [self.student, self.student_ema] if ema else [self.student]
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
@@ -59,7 +72,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what an earlier run left."""
-        for folder in (self.student, self.checkpoints, self.tensorboard):
+        for folder in (self.student, self.student_ema, self.checkpoints, self.tensorboard):
             if folder.is_dir():
                 shutil.rmtree(folder)
         for file in (self.train_log, self.results_log, self.report, *self.path.glob("diverged_step_*.json")):

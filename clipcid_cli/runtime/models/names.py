@@ -106,11 +106,12 @@ class ModelName:
     def slug(self) -> str:
         """Name for files and folders: letters, digits, dot, dash and underscore only.
 
-        A folder has its own name; one called ``student``, as in every distill run, is preceded by the run's.
+        A folder has its own name; one called ``student`` or ``student-ema``, as in distill runs, is preceded by the run's.
         """
         if self.path is not None:
             path = self.path.resolve()
-            text = f"{path.parent.name}-{path.name}" if path.name == "student" else path.name.removesuffix(".json")
+            is_student = path.name in ("student", "student-ema")
+            text = f"{path.parent.name}-{path.name}" if is_student else path.name.removesuffix(".json")
         else:
             text = self.spec.removeprefix("hf-hub:")
         return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "model"

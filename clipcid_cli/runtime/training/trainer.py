@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipcid_cli.runtime.training.muon import Muon, is_matrix
+from clipcid_cli.runtime.training.weight_average import WeightAverage
 
 # CLIP's limits: logit scales start at 1/0.07 and never exceed 100.
 INITIAL_SCALE = 1 / 0.07
@@ -152,6 +153,7 @@ class Trainer:
         of_towers: Parameters that features depend on: the text tower's and the image tower's, each about in the order in
             which a backward pass reaches them.
         of_losses: Parameters that only the losses use: logit scales (the student's too) and maps into the shared space.
+        average: The average of the student's weights; None where none is kept.
     """
 
     def __init__(
@@ -160,11 +162,14 @@ class Trainer:
         loss_parameters: LossParameters,
         plan: OptimiserPlan,
         dtype: torch.dtype = torch.float32,
+        *,
+        ema: float | None = None,
     ) -> None:
         """Make the optimiser.
 
         Args:
             dtype: Number format of the step's matrix products. With float16 the loss is scaled up before the backward pass.
+            ema: Decay of the average of the weights; None keeps none.
         """
         self.module = module
         self.loss_parameters = loss_parameters
@@ -179,6 +184,7 @@ class Trainer:
             [parameter for parameter in tower if id(parameter) in trained] for tower in backward_order(module)
         ]
         self.of_losses = [parameter for parameter in self.parameters if id(parameter) in of_losses]
+        self.average = None if ema is None else WeightAverage(module, ema)
         self.step = 0
 
     def backward(self, loss: Tensor) -> None:
@@ -207,6 +213,8 @@ class Trainer:
         with torch.no_grad():
             for log_scale in self.log_scales().values():
                 log_scale.clamp_(0, MAX_LOG_SCALE)
+        if self.average is not None:
+            self.average.update(1 - rate * self.plan.weight_decay)
         self.step += 1
         return rate
 
@@ -218,6 +226,7 @@ class Trainer:
             "loss_parameters": self.loss_parameters.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
+            **({} if self.average is None else {"average": self.average.state()}),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -226,6 +235,8 @@ class Trainer:
         self.loss_parameters.load_state_dict(state["loss_parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load(state["average"])
         self.step = state["step"]
 
     def log_scales(self) -> dict[str, Tensor]:

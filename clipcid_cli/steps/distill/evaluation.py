@@ -22,6 +22,7 @@ from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.models.used_tokens import whole_table
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.training.trainer import Trainer
 from clipcid_cli.steps.data_index import take_samples
 from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.measure import measure
@@ -33,6 +34,8 @@ from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 # Held-out samples beyond this many are left to eval-zeroshot: evaluation during training should take seconds.
 _MAX_HELD_OUT = 5_000
 _BATCH = 256
+# What the names of metrics of the averaged weights begin with.
+EMA = "ema/"
 _FP32 = Precision("fp32", torch.float32, "evaluation")
 
 
@@ -71,15 +74,28 @@ class Evaluation:
         """Whether there is anything to measure."""
         return self.held_out is not None or bool(self.tasks)
 
-    def measure(self, student: ClipModel, machine: Machine, decay: float) -> dict[str, float]:
-        """Measure the student as it is, in full precision; call it on every process.
-
-        Args:
-            decay: What the steps so far leave of the embedding of a token that no caption uses; prompts may use it.
+    def measure(self, student: ClipModel, machine: Machine, trainer: Trainer) -> dict[str, float]:
+        """Measure the student as it is, and with its averaged weights, in full precision; call it on every process.
 
         Returns:
             Metrics of the held-out part by name, those of a named data set as ``NAME/METRIC``, without those it has no value
-            for (acc5 of four classes); whole on the first process.
+            for (acc5 of four classes), those of the average as ``ema/…``; whole on the first process.
+        """
+        average, step = trainer.average, trainer.step
+        metrics = self._measure(student, machine, trainer.plan.decay_after(step))
+        if average is None:
+            return metrics
+        averaged = metrics  # before the first step
+        if step:
+            with average.in_place():
+                averaged = self._measure(student, machine, average.unused)
+        return metrics | {f"{EMA}{name}": value for name, value in averaged.items()}
+
+    def _measure(self, student: ClipModel, machine: Machine, decay: float) -> dict[str, float]:
+        """Measure a model.
+
+        Args:
+            decay: What the steps so far leave of the embedding of a token that no caption uses; prompts may use it.
         """
         student.module.eval()
         metrics: dict[str, float] = {}

@@ -226,10 +226,9 @@ class Loop:
     def _evaluate(self) -> None:
         if not self.evaluation.has_data:
             return
-        step = self.trainer.step
-        metrics = self.evaluation.measure(self.student, self.machine, self.trainer.plan.decay_after(step))
+        metrics = self.evaluation.measure(self.student, self.machine, self.trainer)
         if self.machine.is_main:
-            self.log.add_evaluation(step, metrics)
+            self.log.add_evaluation(self.trainer.step, metrics)
         self.metrics = self.machine.broadcast(metrics)
 
     def _show(self, progress: Progress, line: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg,
 from clipcid_cli.formats.results.run_folder import RunFolder, read_lines
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
-from clipcid_cli.steps.distill.evaluation import HeldOut, embed_held_out
+from clipcid_cli.steps.distill.evaluation import EMA, HeldOut, embed_held_out
 from clipcid_cli.steps.distill.inputs import TrainingInputs
 from clipcid_cli.steps.distill.loop import Loop
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -43,7 +43,11 @@ def write_report(
     if loop.evaluation.held_out is not None:
         images, texts = embed_held_out(student, loop.evaluation.held_out)
         examples = _find_examples(loop.evaluation.held_out, images, texts)
-        compared = _compare(loop.evaluation.held_out, images, texts, inputs)
+        students = {"student": (images, texts)}
+        if loop.trainer.average is not None:
+            with loop.trainer.average.in_place():
+                students["average (EMA)"] = embed_held_out(student, loop.evaluation.held_out)
+        compared = _compare(loop.evaluation.held_out, students, inputs)
     return render_report(
         "distill.html",
         name=folder.path.name,
@@ -71,22 +75,25 @@ def write_report(
     )
 
 
-def _compare(held_out: HeldOut, images: Tensor, texts: Tensor, inputs: TrainingInputs) -> list[dict[str, Any]]:
-    """Measure student and teacher on the held-out samples with a stored embedding; nothing without a teacher."""
-    stored = inputs.teacher_inputs
-    if stored is None or stored.embeddings is None or not stored.embeddings.has_texts:
+def _compare(
+    held_out: HeldOut, students: dict[str, tuple[Tensor, Tensor]], inputs: TrainingInputs
+) -> list[dict[str, Any]]:
+    """Measure students and teacher on the held-out samples with a stored embedding; of a student alone, nothing.
+
+    Args:
+        students: Image and text rows by name.
+    """
+    stored, known, rows = inputs.teacher_inputs, np.arange(len(held_out.samples)), dict(students)
+    if stored is not None and stored.embeddings is not None and stored.embeddings.has_texts:
+        places = inputs.held_out.embeddings()[held_out.rows].astype(np.int64)
+        known = np.flatnonzero(places >= 0)
+        of_teacher = [side.take(places[known]) for side in (stored.embeddings.images(), stored.embeddings.texts())]
+        rows = {name: (images[known], texts[known]) for name, (images, texts) in students.items()}
+        rows["teacher"] = (torch.from_numpy(of_teacher[0]).float(), torch.from_numpy(of_teacher[1]).float())
+    if len(known) < 2 or len(rows) < 2:
         return []
-    places = inputs.held_out.embeddings()[held_out.rows].astype(np.int64)
-    known = np.flatnonzero(places >= 0)
-    if len(known) < 2:
-        return []
-    embeddings, own = stored.embeddings, torch.arange(len(known))
-    teacher = [torch.from_numpy(rows.take(places[known])).float() for rows in (embeddings.images(), embeddings.texts())]
-    mine = [rows[torch.from_numpy(known)] for rows in (images, texts)]
-    return [
-        {"name": "student", "metrics": retrieval_metrics(mine[0], mine[1], own)},
-        {"name": "teacher", "metrics": retrieval_metrics(teacher[0], teacher[1], own)},
-    ]
+    own = torch.arange(len(known))
+    return [{"name": name, "metrics": retrieval_metrics(*sides, own)} for name, sides in rows.items()]
 
 
 def _find_examples(held_out: HeldOut, images: Tensor, texts: Tensor) -> list[dict[str, Any]]:
@@ -132,10 +139,13 @@ def _draw_losses(log: Sequence[dict[str, Any]], names: Sequence[str]) -> Markup:
 def _draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
     figure = make_figure()
     axes = figure.subplots()
+    steps = [line["step"] for line in results]
     for side, color in zip(("image", "text"), PALETTE, strict=False):
         for k, style in ((1, "-"), (5, "--")):
             values = [line[f"{side}_retrieval_recall@{k}"] for line in results]
-            axes.plot([line["step"] for line in results], values, style, color=color, label=f"{side} R@{k}")
+            axes.plot(steps, values, style, color=color, label=f"{side} R@{k}")
+        if (name := f"{EMA}{side}_retrieval_recall@1") in results[0]:
+            axes.plot(steps, [line[name] for line in results], ":", color=color, label=f"{side} R@1, EMA")
     axes.set_xlabel("step")
     axes.set_ylabel("recall")
     axes.set_ylim(0, 1)

@@ -61,7 +61,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         folder = RunFolder(WorkDirectory(settings.work).distill(name))
         zeroshot = zeroshot_settings(settings)
         tasks = machine.on_main(lambda: plan_evaluation(zeroshot, reporter))
-        written = [ModelName(str(path), "folder", path=path) for path in (folder.student,)]
+        written = [ModelName(str(path), "folder", path=path) for path in folder.students(ema=settings.ema is not None)]
         if settings.dry_run:
             check_samples(inputs.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
             training = TrainingRun(settings, machine, inputs, student, teacher, plan, tasks, folder, None, reporter)
@@ -134,6 +134,7 @@ def result(
     """
     files = {
         "student": folder.student,
+        **({"student_ema": folder.student_ema} if sidecar["settings"]["ema"] is not None else {}),
         "train_log": folder.train_log,
         "results_log": folder.results_log,
         "report": folder.report,

@@ -1,10 +1,11 @@
-"""The student before training: loaded, filled from a larger model, its frozen towers and unused tokens set aside."""
+"""The student before training (loaded, filled from a larger model, frozen towers and unused tokens set aside) and after."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.models.open_clip_folder import write_model_folder
+from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import Masking
 from clipcid_cli.runtime.models.caches import MAX_CAPTIONS
@@ -21,8 +24,9 @@ from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.models.short_forward import ShortForward
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.models.towers import image_tower_kind
-from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows
+from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows, whole_state
 from clipcid_cli.runtime.text_variants import TextVariants
+from clipcid_cli.runtime.training.trainer import Trainer
 from clipcid_cli.steps.data_index import take_samples
 from clipcid_cli.steps.distill.inputs import TrainingInputs
 from clipcid_cli.steps.distill.samples import index_of
@@ -166,6 +170,33 @@ def _captions(inputs: TrainingInputs, variants: TextVariants | None) -> Iterator
             yield from sample.captions
             if variants is not None:
                 yield from (variants(sample.captions, sample.key, variant) for variant in range(variants.number))
+
+
+def write_students(folder: RunFolder, student: ClipModel, source: str, trainer: Trainer) -> list[Path]:
+    """Write the trained model, and the one with averaged weights where there is one, as open_clip folders.
+
+    Args:
+        source: What was trained, as the user named it; tokenizer files of a folder are taken along.
+
+    Returns:
+        The folders.
+    """
+    path, average = parse_model(source).path, trainer.average
+
+    def write(target: Path, decay: float) -> None:
+        write_model_folder(
+            target,
+            student.info.config,
+            student.info.preprocess,
+            whole_state(student.module, decay),
+            tokenizer_from=path if path is not None and path.is_dir() else None,
+        )
+
+    write(folder.student, trainer.plan.decay_after(trainer.step))
+    if average is not None:
+        with average.in_place():
+            write(folder.student_ema, average.unused)
+    return folder.students(ema=average is not None)
 
 
 def warn_of_batch_statistics(student: ClipModel, reporter: Reporter) -> None:

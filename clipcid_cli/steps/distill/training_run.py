@@ -9,7 +9,6 @@ from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_text
-from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.output import Output, describe_outputs
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.results.checkpoint import (
@@ -26,9 +25,7 @@ from clipcid_cli.runtime.memory import keep_freed_memory
 from clipcid_cli.runtime.models.augment import Augmentation, Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.grad_cache import BatchEncoder, compile_towers
-from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.short_forward import ShortForward
-from clipcid_cli.runtime.models.used_tokens import whole_state
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.training.trainer import Trainer
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder
@@ -40,7 +37,13 @@ from clipcid_cli.steps.distill.online_teacher import open_online_teacher
 from clipcid_cli.steps.distill.plan import Plan, Schedule
 from clipcid_cli.steps.distill.report import write_report
 from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
-from clipcid_cli.steps.distill.student import Student, reads_tokens, set_unused_tokens_aside, warn_of_batch_statistics
+from clipcid_cli.steps.distill.student import (
+    Student,
+    reads_tokens,
+    set_unused_tokens_aside,
+    warn_of_batch_statistics,
+    write_students,
+)
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -110,7 +113,7 @@ class TrainingRun:
         precision = choose_precision(settings.precision, machine.device, "train", student.info.parameters)
         self.reporter.note(f"Precision: {precision.name} ({precision.reason}).")
         plan = self.plan
-        trainer = Trainer(student.module, objective.parameters, plan.optimiser, precision.dtype)
+        trainer = Trainer(student.module, objective.parameters, plan.optimiser, precision.dtype, ema=settings.ema)
         bad = restore(trainer)
         if settings.accum_freq * machine.size > 1:
             warn_of_batch_statistics(student, self.reporter)
@@ -216,14 +219,7 @@ class TrainingRun:
         started = time.perf_counter()
         student, inputs, steps = self.student.model, self.inputs, self.plan.optimiser.steps
         info = student.info
-        source = parse_model(str(self.settings.student)).path
-        write_model_folder(
-            self.folder.student,
-            info.config,
-            info.preprocess,
-            whole_state(student.module, self.plan.optimiser.decay_after(steps)),
-            tokenizer_from=source if source is not None and source.is_dir() else None,
-        )
+        written = write_students(self.folder, student, str(self.settings.student), loop.trainer)
         write_text(self.folder.report, write_report(self.folder, self.settings, student, inputs, loop))
         seconds["write"] = time.perf_counter() - started
         assert self.output is not None
@@ -235,7 +231,9 @@ class TrainingRun:
                 "skipped": dict(sorted(skips.counts.items())),
             },
             seconds=seconds,
-            outputs=describe_outputs(self.folder.path, sorted(self.folder.student.iterdir())),
+            outputs=describe_outputs(
+                self.folder.path, [file for folder in written for file in sorted(folder.iterdir())]
+            ),
             model={"spec": info.spec, "parameters": info.parameters, "embed_dim": info.embed_dim},
             data=inputs.dataset.describe(),
             keep_list=None if inputs.keep_list is None else inputs.keep_list.describe(),

@@ -10,6 +10,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.model_card import UNKNOWN, ModelCard
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.results.metrics import read_metrics, read_metrics_sidecar, refuse_changed_metrics
+from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ModelInfo
 from clipcid_cli.runtime.models.names import ModelName
@@ -30,6 +31,9 @@ def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings
     if run is not None and WorkDirectory(run.parents[1]).distill(run.name) == run:
         work = run.parents[1]
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
+    if run is not None and source.path is not None and source.path.resolve() == RunFolder(run).student_ema:
+        decay = (_read(run, "distill") or {}).get("settings", {}).get("ema", UNKNOWN)
+        weights += f", an exponential moving average of those in training (decay {decay})"
     facts = {
         "Architecture": info.architecture or _shape(info),
         "Weights": weights,

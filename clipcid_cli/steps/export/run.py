@@ -15,12 +15,21 @@ from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, build_export, refuse_foreign_folder
 from clipcid_cli.formats.models.model_card import render_card
 from clipcid_cli.formats.models.onnx_file import check_onnx_installed
-from clipcid_cli.formats.output import describe_outputs, fingerprint_file, open_output
+from clipcid_cli.formats.output import (
+    describe_outputs,
+    fingerprint_file,
+    is_claimed,
+    open_output,
+    read_sidecar,
+    refuse_changed,
+    sidecar_path,
+)
+from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.hf_model import check_transformers_installed
-from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.export.card import describe_export
 from clipcid_cli.steps.export.check import LIMITS, Checker
 from clipcid_cli.steps.export.check_inputs import find_data, make_check_inputs
@@ -47,6 +56,8 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
             holds the model itself or other files.
     """
     source = choose_model(settings.model, settings.work, reporter)
+    if settings.ema:
+        source = _find_average(source, reporter)
     folder = settings.out or WorkDirectory(settings.work).export(_export_name(source))
     if "onnx" in settings.format:
         check_onnx_installed()
@@ -64,11 +75,38 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
     return _result(source, folder, sidecar)
 
 
+def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
+    """Find the model with averaged weights of a student's run.
+
+    Raises:
+        ClipcidError: when there is none, or the model is no student of a run.
+    """
+    fix = "Train with clipcid distill --ema DECAY, such as 0.999, or omit --ema."
+    path = None if student.path is None else student.path.resolve()
+    if path is None or not is_claimed(path.parent, "distill"):
+        raise ClipcidError(
+            f"--ema: {student.spec} is no student of clipcid distill, so there is no average of it.", fix
+        )
+    run = RunFolder(path.parent)
+    sidecar = read_sidecar(sidecar_path(run.path, "distill"))
+    if sidecar is None:
+        raise ClipcidError(f"--ema: the run in {run.path} is unfinished.", "Run its command again, which finishes it.")
+    if sidecar["settings"].get("ema") is None:
+        raise ClipcidError(f"--ema: the run in {run.path} kept no average of the weights.", fix)
+    refuse_changed(
+        run.path, "distill", sidecar, f"Run clipcid distill --overwrite, or name the model: {run.student_ema}"
+    )
+    average = Path(str(student.path)).with_name(run.student_ema.name)
+    reporter.note(f"Average of the weights: {average}, decay {sidecar['settings']['ema']}.")
+    return parse_model(str(average))
+
+
 def _export_name(source: ModelName) -> str:
     """Name the export of a training run's student after the run, and any other after the model."""
-    if source.path is not None and source.path.resolve().name == "student":
-        return source.path.resolve().parent.name
-    return source.slug
+    path = None if source.path is None else source.path.resolve()
+    if path is None or path.name not in ("student", "student-ema"):
+        return source.slug
+    return path.parent.name + path.name.removeprefix("student")
 
 
 def _refuse_own_folder(source: ModelName, folder: Path) -> None:

@@ -22,6 +22,7 @@ from clipcid_cli.steps.settings.fields import argument, option
 from clipcid_cli.steps.settings.optimisation import (
     beta_option,
     decay_option,
+    ema_option,
     eps_option,
     lr_option,
     optimizer_option,
@@ -213,6 +214,7 @@ class DistillSettings(ReadingSettings):
     grad_clip_norm: float | None = option(
         1.0, "Maximum gradient norm; 0 disables clipping.", group=_OPTIMISER, minimum=0.0
     )
+    ema: float | None = ema_option(_OPTIMISER)
     crop_scale: float = crop_scale_option(_AUGMENT)
     color_jitter: float = color_jitter_option(_AUGMENT)
     gray_probability: float = gray_probability_option(_AUGMENT)

@@ -25,6 +25,12 @@ class ExportSettings(SharedSettings):
     model: str | None = argument(
         None, "Model to export: a folder or architecture:tag. By default, the newest student in the work directory."
     )
+    ema: bool = option(
+        False,
+        "Export the average of the student's weights that `clipcid distill --ema` kept, instead of the student.",
+        group=_WRITE,
+        operational=True,  # the weights count, which are among the inputs
+    )
     format: tuple[str, ...] = option(
         ("open-clip",),
         "Format to write; may be repeated. `open-clip`: a folder for open_clip (local-dir:DIR). `hf`: a folder for "

@@ -48,3 +48,17 @@ def beta_option(group: str, value: float, what: str) -> Any:
 def eps_option(group: str) -> Any:
     """Declare the flag of AdamW's epsilon."""
     return option(1e-6, "AdamW's epsilon.", group=group, minimum=0.0, above_minimum=True)
+
+
+def ema_option(group: str) -> Any:
+    """Declare the decay of the average of the weights."""
+    return option(
+        None,
+        "Also keep an exponential moving average of the student's weights with this decay, such as 0.999; it is evaluated "
+        "beside the student and written to student-ema/, for `clipcid export --ema`. Takes 4 bytes per trained parameter.",
+        group=group,
+        minimum=0.0,
+        above_minimum=True,
+        maximum=0.999999,
+        metavar="DECAY",
+    )

@@ -1,0 +1,145 @@
+"""The average of the weights: its formula, what it covers, that it comes and goes without a trace, and checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from conftest import TINY_CONFIG
+from torch import nn
+
+from clipcid_cli.formats.results.checkpoint import read_checkpoint, write_checkpoint
+from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows, whole_state
+from clipcid_cli.runtime.training.trainer import MAX_LOG_SCALE, LossParameters, OptimiserPlan, Trainer
+from clipcid_cli.runtime.training.weight_average import WeightAverage
+
+PLAN = OptimiserPlan(
+    optimizer="adamw", lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=14, max_norm=1.0
+)
+USED = torch.tensor([3, 17, 999, 49406, 49407])
+DECAY = 0.6  # below it for three steps, then at it
+
+
+class WithStatistics(nn.Module):
+    """A tower with batch normalisation, and what every CLIP has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        self.text = nn.Linear(3, 4)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6))
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = open_clip.CLIP(**TINY_CONFIG)
+    return model
+
+
+def make_trainer(model: nn.Module) -> Trainer:
+    return Trainer(model, LossParameters([], 32, None, seed=0), PLAN, ema=DECAY)
+
+
+def step_once(model: nn.Module, trainer: Trainer, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    pixels = torch.randn(2, 3, 32, 32, generator=generator)
+    tokens = USED[torch.randint(0, len(USED), (2, 12), generator=generator)]
+    image, text = model.encode_image(pixels), model.encode_text(tokens)  # type: ignore[operator]
+    # It drives the logit scale to its limit.
+    ((image - text).square().mean() - 9 * model.logit_scale).backward()
+    trainer.limit_gradient()
+    trainer.update()
+
+
+def copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_it_is_the_average_of_all_steps_also_of_tokens_set_aside() -> None:
+    whole, part = make_model(), make_model()
+    assert train_used_rows(part, USED)
+    with torch.no_grad():
+        for model in (whole, part):
+            model.logit_scale.fill_(MAX_LOG_SCALE - 0.05)
+    trainers = make_trainer(whole), make_trainer(part)
+    expected = {name: tensor.double() for name, tensor in copy_state(whole).items()}
+    for step in range(14):
+        for model, trainer in zip((whole, part), trainers, strict=True):
+            step_once(model, trainer, step)
+        keep = min(DECAY, (2 + step) / (11 + step))
+        expected = {
+            name: keep * expected[name] + (1 - keep) * tensor.double() for name, tensor in whole.state_dict().items()
+        }
+        for model, trainer in zip((whole, part), trainers, strict=True):
+            assert trainer.average is not None
+            with trainer.average.in_place():
+                found = whole_state(model, trainer.average.unused)
+                assert 0 <= float(found["logit_scale"]) <= MAX_LOG_SCALE
+                for name, tensor in expected.items():
+                    torch.testing.assert_close(found[name].double(), tensor, rtol=1e-5, atol=1e-6, msg=name)
+    assert float(whole.logit_scale.detach()) == pytest.approx(MAX_LOG_SCALE)
+
+
+def test_the_student_comes_back_bit_for_bit() -> None:
+    model = make_model()
+    trainer = make_trainer(model)
+    step_once(model, trainer, 0)
+    before, average = copy_state(model), trainer.average
+    assert average is not None
+
+    def interrupt() -> None:
+        with average.in_place():
+            assert not torch.equal(model.state_dict()["visual.proj"], before["visual.proj"])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_statistics_are_averaged_and_counts_and_frozen_weights_are_the_students() -> None:
+    model = WithStatistics()
+    freeze(model, "text")
+    average = WeightAverage(model, DECAY)
+    means = [model.visual[1].running_mean.clone()]
+    for step in range(3):
+        model.visual(torch.randn(5, 3, generator=torch.Generator().manual_seed(step)))
+        means.append(model.visual[1].running_mean.clone())
+        average.update(1.0)
+    expected = means[0]
+    for number, mean in enumerate(means[1:], start=1):
+        keep = min(DECAY, (1 + number) / (10 + number))
+        expected = keep * expected + (1 - keep) * mean
+    assert set(average.state()["averages"]) == {
+        "visual.0.weight", "visual.0.bias", "visual.1.weight", "visual.1.bias", "visual.1.running_mean",
+        "visual.1.running_var", "logit_scale",
+    }  # fmt: skip
+    with average.in_place():
+        torch.testing.assert_close(model.visual[1].running_mean, expected)
+        assert int(model.visual[1].num_batches_tracked) == 3
+
+
+def test_a_checkpoint_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    model, other = make_model(), make_model()
+    for one in (model, other):
+        train_used_rows(one, USED)
+    trainer, resumed = make_trainer(model), make_trainer(other)
+    for step in range(6):
+        if step == 4:
+            write_checkpoint(tmp_path, step, trainer.state())
+        step_once(model, trainer, step)
+    resumed.load(read_checkpoint(tmp_path, 4))
+    for step in range(4, 6):
+        step_once(other, resumed, step)
+    assert trainer.average is not None
+    assert resumed.average is not None
+    one, two = trainer.average.state(), resumed.average.state()
+    assert one["averages"].keys() == two["averages"].keys()
+    assert all(torch.equal(tensor, two["averages"][name]) for name, tensor in one["averages"].items())
+    assert {name: one[name] for name in ("step", "left", "unused")} == {
+        name: two[name] for name in ("step", "left", "unused")
+    }
+    assert "average" not in Trainer(make_model(), LossParameters([], 32, None, seed=0), PLAN).state()
