@@ -27,7 +27,7 @@ from clipcid_cli.steps.distill.plan import Plan, default_name, plan_run
 from clipcid_cli.steps.distill.student import load_student
 from clipcid_cli.steps.distill.teacher_inputs import find_embeddings
 from clipcid_cli.steps.distill.training_run import TrainingRun
-from clipcid_cli.steps.evaluate.zeroshot import evaluate_models, plan_results, refuse_measured
+from clipcid_cli.steps.evaluate.zeroshot import evaluate_models, plan_results, refuse_clashes, refuse_measured
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.scratch import scratch_folder
@@ -62,6 +62,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         zeroshot = zeroshot_settings(settings)
         tasks = machine.on_main(lambda: plan_evaluation(zeroshot, reporter))
         written = [ModelName(str(path), "folder", path=path) for path in folder.students(ema=settings.ema is not None)]
+        refuse_clashes(written, tasks)
         if settings.dry_run:
             check_samples(inputs.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
             training = TrainingRun(settings, machine, inputs, student, teacher, plan, tasks, folder, None, reporter)
@@ -134,7 +135,7 @@ def result(
     """
     files = {
         "student": folder.student,
-        **({"student_ema": folder.student_ema} if sidecar["settings"]["ema"] is not None else {}),
+        **({"student_ema": folder.student_ema} if sidecar["settings"].get("ema") is not None else {}),
         "train_log": folder.train_log,
         "results_log": folder.results_log,
         "report": folder.report,

@@ -52,7 +52,7 @@ def run(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[str, Any]:
         return compare_results(settings, reporter)
     with open_machine(settings.device) as machine:
         names, tasks = machine.on_main(lambda: (_choose_models(settings, reporter), plan_tasks(settings, reporter)))
-        _refuse_clashes(names, tasks)
+        refuse_clashes(names, tasks)
         if settings.dry_run:
             for task in tasks:
                 check_samples(task.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
@@ -122,7 +122,12 @@ def _metrics_path(name: ModelName, task: ZeroshotTask, settings: EvalZeroshotSet
     return WorkDirectory(settings.work).eval / f"{_stem(name, task)}.json"
 
 
-def _refuse_clashes(names: list[ModelName], tasks: list[ZeroshotTask]) -> None:
+def refuse_clashes(names: list[ModelName], tasks: list[ZeroshotTask]) -> None:
+    """Refuse pairs that would write one metrics file.
+
+    Raises:
+        UsageError: naming the file.
+    """
     stems = [_stem(name, task) for name in names for task in tasks]
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice is not None:

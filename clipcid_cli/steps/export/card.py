@@ -31,8 +31,10 @@ def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings
     if run is not None and WorkDirectory(run.parents[1]).distill(run.name) == run:
         work = run.parents[1]
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
+    name = run.name if run is not None else source.slug
     if run is not None and source.path is not None and source.path.resolve() == RunFolder(run).student_ema:
         decay = (_read(run, "distill") or {}).get("settings", {}).get("ema", UNKNOWN)
+        name = f"{run.name}-ema"
         weights += f", an exponential moving average of those in training (decay {decay})"
     facts = {
         "Architecture": info.architecture or _shape(info),
@@ -46,7 +48,7 @@ def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings
         "Licence of the training data": UNKNOWN,
     }
     return ModelCard(
-        name=run.name if run is not None else source.slug,
+        name=name,
         license=settings.license or UNKNOWN,
         library=_LIBRARIES[settings.format[0]],
         facts=facts,
