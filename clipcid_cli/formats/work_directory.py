@@ -152,8 +152,11 @@ class WorkDirectory:
             )
         return found
 
-    def find_clusters(self) -> Path:
+    def find_clusters(self, **flags: str) -> Path:
         """Find the folder of a finished `cluster`.
+
+        Args:
+            flags: Those of the command that makes it, for the error.
 
         Raises:
             ClipcidError: when there is none.
@@ -162,7 +165,7 @@ class WorkDirectory:
             self._finished(self.clusters, "cluster", "clusters.parquet", partial(remake_clusters, self.clusters))
             is None
         ):
-            raise self._missing("clusters", self.clusters, "--clusters", "cluster")
+            raise self._missing("clusters", self.clusters, "--clusters", "cluster", **flags)
         return self.clusters
 
     def find_student(self) -> Path:

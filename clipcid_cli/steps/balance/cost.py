@@ -22,6 +22,9 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.balance.audit import SAMPLE as AUDIT_SAMPLE
+from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters
+from clipcid_cli.steps.balance.filters.cost import FilterCost, describe_filters, estimate_filters
+from clipcid_cli.steps.balance.filters.references import PlannedReference
 from clipcid_cli.steps.reporting import Reporter, format_duration
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -61,58 +64,82 @@ class Cost:
 
 
 def estimate_cost(
-    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
+    settings: BalanceSettings,
+    machine: Machine,
+    embeddings: Embeddings,
+    references: list[PlannedReference],
+    clusters: FoundClusters | None,
+    reporter: Reporter,
 ) -> dict[str, Any]:
-    """Estimate the cost of a new search; with an existing forest, `balance` takes seconds.
+    """Estimate the cost of a new search, and of the filters; with an existing forest, `balance` takes seconds.
+
+    Args:
+        clusters: Those of ``--max-per-cluster``.
 
     Returns:
-        The JSON object: ``images, width, neighbors, pairs, flop, seconds, exact{pairs, flop, seconds}, partitioned{pairs,
-        flop, seconds}, memory{mapped, resident}, disk``. The first pairs, flop and seconds are those of ``neighbors``;
-        memory and disk are in bytes, resident without the mapped files.
+        The JSON object: ``images, searched, width, neighbors, pairs, flop, seconds, exact{pairs, flop, seconds},
+        partitioned{pairs, flop, seconds}, against[{name, rows, to_embed, embed_seconds, pairs, seconds}],
+        caption_window{sampled, inside, seconds}, clusters, memory{mapped, resident}, disk``. The first pairs, flop and
+        seconds are those of ``neighbors``; of ``searched`` images, fewer than all where a caption window drops some.
+        ``against``, ``caption_window`` and ``clusters`` (the images in them) are null where they are not asked for. Memory
+        and disk are in bytes, resident without the mapped files.
+
+    Raises:
+        ClipcidError: when no image is in the caption window.
     """
-    exact, partitioned = machine.on_main(lambda: _measure(settings, machine, embeddings))
+
+    def measure() -> tuple[Cost, Cost, FilterCost, int]:
+        finite = _sample_finite(embeddings.images().take, embeddings.num_rows)
+        filters = estimate_filters(settings, machine, embeddings, finite, references, clusters)
+        searched = round(filters.share_searched * embeddings.num_rows)
+        return *_measure(settings, machine, embeddings, finite, searched), filters, searched
+
+    exact, partitioned, filters, searched = machine.on_main(measure)
     images, width = embeddings.num_rows, embeddings.width
     chosen = exact if settings.neighbors == "exact" else partitioned
-    mapped = 2 * images * width
+    mapped = 2 * images * width + filters.mapped
     scan = choose_scan(settings.precision, machine.device).dtype
-    cached = min(_MOST_CACHED, (2 + scan.itemsize) * images * width)
+    most_rows = max(searched, *(each.num_rows for each in references), 0)
+    cached = min(_MOST_CACHED, (2 + scan.itemsize) * most_rows * width)
     resident = _BYTES_OF_TILES + cached + _BYTES_AN_IMAGE * images
-    disk = _BYTES_ON_DISK * images
+    disk = _BYTES_ON_DISK * images + filters.disk
     if settings.neighbors == "partitioned":  # the rows are copied, and their places and visits listed
-        disk += (2 * width + _BYTES_OF_PLACES) * images
-    if settings.has_filters:
-        reporter.note(
-            "Images that are dropped before the search do not take part in it, so it takes less than this; "
-            "comparing with references is not in it."
-        )
+        disk += (2 * width + _BYTES_OF_PLACES) * searched
     processes = f", {machine.size} processes" if machine.size > 1 else ""
-    reporter.note(f"{images:,} images of width {width}. Cost of a new search, estimated from some of them{processes}:")
+    of = f" of {searched:,} of them" if searched < images else ""
+    reporter.note(f"{images:,} images of width {width}. Cost of a new search{of}, estimated from some{processes}:")
     for name, cost in (("exact", exact), ("partitioned", partitioned)):
         audit = " with its audit" if name == "partitioned" else ""
         reporter.note(
             f"  {name}: {cost.pairs:,} pairs, {cost.flop:.3g} FLOP, about {format_duration(cost.seconds)}{audit}."
         )
+    describe_filters(settings, filters, clusters, reporter)
     reporter.note(
-        f"  memory: {resident / 2**30:.1f} GiB a process above the {mapped / 2**30:.2f} GiB of mapped rows; "
+        f"Memory: {resident / 2**30:.1f} GiB a process above the {mapped / 2**30:.2f} GiB of mapped rows; "
         f"disk: {disk / 2**20:,.0f} MiB."
     )
     return {
         "images": images,
+        "searched": searched,
         "width": width,
         "neighbors": settings.neighbors,
         **dataclasses.asdict(chosen),
         "exact": dataclasses.asdict(exact),
         "partitioned": dataclasses.asdict(partitioned),
+        "against": None if filters.against is None else [dataclasses.asdict(each) for each in filters.against],
+        "caption_window": None if filters.captions is None else dataclasses.asdict(filters.captions),
+        "clusters": filters.clusters,
         "memory": {"mapped": mapped, "resident": resident},
         "disk": disk,
     }
 
 
-def _measure(settings: BalanceSettings, machine: Machine, embeddings: Embeddings) -> tuple[Cost, Cost]:
-    """Time the parts of a search on some rows of the embeddings, and extrapolate."""
-    images, width, rows = embeddings.num_rows, embeddings.width, embeddings.images()
-    finite = _sample_finite(rows.take, images)
-    if len(finite) < 2:
+def _measure(
+    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, finite: IntArray, images: int
+) -> tuple[Cost, Cost]:
+    """Time the parts of a search on some finite rows of the embeddings, and extrapolate to so many images."""
+    width, rows = embeddings.width, embeddings.images()
+    if min(len(finite), images) < 2:
         return Cost(0, 0, 0.0), Cost(0, 0, 0.0)
     scan = choose_scan(settings.precision, machine.device).dtype
     cutoff = _USUAL_CUTOFF if settings.distance is None else settings.distance

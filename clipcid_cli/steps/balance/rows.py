@@ -6,11 +6,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.search.distances import DoubleArray, HalfArray, IntArray, row_type
 from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows, unique_positions
@@ -31,7 +34,6 @@ from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
 
 # What is computed from so few rows stays in the processor's cache.
 _ROWS_AT_ONCE = 512
-_CAPTIONS_AT_ONCE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +111,15 @@ def _model_of(work: WorkDirectory) -> str | None:
     return None if sidecar is None else str(sidecar["model"]["spec"])
 
 
+def needs_texts(settings: BalanceSettings) -> bool:
+    """Tell whether images are compared with their captions."""
+    return settings.has_window or settings.select == "similarity"
+
+
 def output_identity(settings: BalanceSettings, embeddings: Embeddings) -> dict[str, Any]:
     """Return the settings that decide what is written; all of them may change on an existing forest."""
     texts = None
-    if settings.has_window:
-        embeddings.texts()  # refuses those without, before anything is written
-    if settings.select == "similarity" or settings.has_window:
+    if needs_texts(settings):
         hashes = [entry["hash"] for entry in embeddings.text_fingerprints()]
         texts = hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
     names = ("keep", "threshold", "cosine_distance", "linkage", "select", "neighbors")
@@ -177,6 +182,11 @@ def take_texts(
     return texts
 
 
+def has_caption(embeddings: Embeddings, file: EmbeddingFile) -> npt.NDArray[np.bool_]:
+    """Tell which rows of a file have a caption, bool [n]."""
+    return np.asarray(pc.not_equal(embeddings.captions_of(file), pa.scalar("", pa.large_string())).to_numpy())
+
+
 def caption_similarities(
     embeddings: Embeddings, rows: BalanceRows, members: IntArray, reporter: Reporter
 ) -> DoubleArray:
@@ -185,20 +195,25 @@ def caption_similarities(
     It is −inf where there is no caption, or its embedding is zero or not finite; the latter are counted in a warning.
 
     Args:
-        members: Which rows, integers [M].
+        members: Which rows, integers [M], ascending.
     """
-    texts, skips = embeddings.texts(), Skips()
+    texts, skips, numbers = embeddings.texts(), Skips(), rows.numbers[members]
     scores: DoubleArray = np.full(len(members), -np.inf)
-    for start in range(0, len(members), _CAPTIONS_AT_ONCE):
-        part = slice(start, start + _CAPTIONS_AT_ONCE)
-        numbers = rows.numbers[members[part]]
-        text = texts.take(numbers).astype(np.float64)
-        has_caption = np.array([caption != "" for caption in take_texts(embeddings, embeddings.captions_of, numbers)])
-        usable = np.isfinite(text).all(axis=1) & text.any(axis=1)
-        text[~usable] = 0.0
-        similarities = (rows.read(members[part]).astype(np.float64) * text).sum(axis=1)
-        scores[part] = np.where(has_caption & usable, similarities, -np.inf)
-        for key in take_texts(embeddings, embeddings.keys_of, numbers[has_caption & ~usable]):
+    bounds = np.searchsorted(numbers, np.array([file.first for file in embeddings.files], numbers.dtype))
+    for file, (begin, end) in zip(embeddings.files, pairwise([*bounds.tolist(), len(numbers)]), strict=True):
+        if begin == end:
+            continue
+        captioned, unusable = has_caption(embeddings, file), list[IntArray]()
+        for start in range(begin, end, _ROWS_AT_ONCE):
+            some = numbers[start : min(start + _ROWS_AT_ONCE, end)]
+            text = texts.take(some).astype(np.float64)
+            usable = np.isfinite(text).all(axis=1) & text.any(axis=1)
+            text[~usable] = 0.0
+            similarity = (rows.images.take(some).astype(np.float64) * text).sum(axis=1)
+            is_captioned = captioned[some - file.first]
+            scores[start : start + len(some)] = np.where(is_captioned & usable, similarity, -np.inf)
+            unusable.append(some[is_captioned & ~usable])
+        for key in take_texts(embeddings, embeddings.keys_of, np.concatenate(unusable)):
             skips.add("nan_row", key)
     if skips.total:
         reporter.warn(

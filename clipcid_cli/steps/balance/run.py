@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,14 +25,14 @@ from clipcid_cli.steps.balance.audit import Audit, audit_kept
 from clipcid_cli.steps.balance.compare_linkage import compare_linkages
 from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.cost import estimate_cost
-from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap, cap_clusters, find_clusters
+from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap, FoundClusters, cap_clusters, find_clusters
 from clipcid_cli.steps.balance.filters.keep_rows import KeepRows, list_rows
-from clipcid_cli.steps.balance.filters.references import Reference, open_references
+from clipcid_cli.steps.balance.filters.references import Reference, open_references, plan_references
 from clipcid_cli.steps.balance.filters.select import apply_filters
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.report import has_new_pictures, write_report
 from clipcid_cli.steps.balance.result import REPORT, explain_unread, find_warnings, name_files, summarise
-from clipcid_cli.steps.balance.rows import count_skipped, find_embeddings, find_rows, output_identity
+from clipcid_cli.steps.balance.rows import count_skipped, find_embeddings, find_rows, needs_texts, output_identity
 from clipcid_cli.steps.balance.samples import require_data
 from clipcid_cli.steps.balance.sections.chains import measure_sets
 from clipcid_cli.steps.balance.sets import Sets, make_sets
@@ -74,21 +73,24 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         cache = None if settings.dry_run else work.fingerprints
         embeddings = open_embeddings(found, settings.keys, settings.npz_array, cache)
         seconds = {"embed": time.perf_counter() - started}
-        if settings.dry_run:
-            return estimate_cost(settings, machine, embeddings, reporter)
         data, shards = None, list[TarShard]()
         if settings.write_shards is not None:
             data = require_data(settings, embeddings, "--write-shards")
             shards = tar_shards(data, settings.write_shards)
         machine.on_main(lambda: check_uids(settings, embeddings))
+        if needs_texts(settings):
+            embeddings.texts()  # refuses those without, before anything is searched
+        clusters = machine.on_main(lambda: find_clusters(settings, reporter))
+        if settings.dry_run:
+            planned = plan_references(settings, machine, embeddings, reporter)
+            return estimate_cost(settings, machine, embeddings, planned, clusters, reporter)
         references = open_references(settings, machine, embeddings, reporter)
         folder, identity = work.balance, machine.on_main(lambda: output_identity(settings, embeddings))
-        clusters = machine.on_main(lambda: find_clusters(settings))
         opened = [embeddings, *(each.embeddings for each in references)]
         # `embed` has made the keys of its own folders.
         identity["keys"] = settings.keys if any(each.sidecar is None for each in opened) else None
         identity["max_per_cluster"] = settings.max_per_cluster
-        identity["clusters"] = None if clusters is None else clusters[1]
+        identity["clusters"] = None if clusters is None else clusters.identity
         identity["against"] = [[each.name, each.identity] for each in references] or None
         identity["against_threshold"] = settings.reference_distance if references else None
         fingerprints = machine.on_main(embeddings.fingerprints)
@@ -135,7 +137,7 @@ def _balance(
     machine: Machine,
     embeddings: Embeddings,
     references: list[Reference],
-    clusters: tuple[Path, str] | None,
+    clusters: FoundClusters | None,
     output: Output,
     seconds: dict[str, float],
     reporter: Reporter,
@@ -155,7 +157,7 @@ def _balance(
     other = compare_linkages(context, sets, forest)
     if isinstance(other, NotComputed) and sets.threshold is not None:
         reporter.note(f"What --linkage star would keep at this cut-off is not computed: {other.reason}.")
-    cap = None if clusters is None else cap_clusters(context, clusters[0], sets)
+    cap = None if clusters is None else cap_clusters(context, clusters, sets)
     audit = _audit(context, sets, cap)
     result = summarise(settings, sets, other, audit, filters, cap, embeddings, skips)
     warnings = find_warnings(settings, sets)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 from markupsafe import Markup
 
 from clipcid_cli.algorithms.search.distances import FloatArray, cosine_similarities
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.steps.balance.rows import BalanceRows
+from clipcid_cli.steps.balance.rows import BalanceRows, has_caption
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
@@ -66,6 +65,24 @@ class CaptionWindow:
             "without": int(np.count_nonzero(np.isnan(self.similarity))),
         }
 
+    def refuse_empty(self) -> None:
+        """Refuse a window that no image is in.
+
+        Raises:
+            ClipcidError: naming the range of the similarities.
+        """
+        if self.is_inside.any():
+            return
+        usable = self.similarity[~np.isnan(self.similarity)]
+        span = (
+            f"they range from {usable.min():.4f} to {usable.max():.4f}" if len(usable) else "none has a usable caption"
+        )
+        raise ClipcidError(
+            f"The caption similarity of none of the {len(self.similarity):,} images is in the window {self.describe()}: "
+            f"{span}.",
+            "Give another --min-caption-similarity or --max-caption-similarity.",
+        )
+
     def describe(self) -> str:
         """Name the window: ``from 0.2 to 0.4``."""
         ends = [("from", self.low), ("to", self.high)]
@@ -98,9 +115,8 @@ def measure_captions(
             begin, end = np.searchsorted(rows.numbers, ends).clip(start, stop).tolist()
             if begin == end:
                 continue
-            is_caption = pc.not_equal(embeddings.captions_of(file), pa.scalar("", pa.large_string()))
             part = slice(begin - start, end - start)
-            captioned[part] = is_caption.to_numpy()[rows.numbers[begin:end] - file.first]
+            captioned[part] = has_caption(embeddings, file)[rows.numbers[begin:end] - file.first]
             for at in range(begin, end, _ROWS_AT_ONCE):
                 numbers = rows.numbers[at : min(at + _ROWS_AT_ONCE, end)]
                 found = cosine_similarities(rows.images.take(numbers), texts.take(numbers))
@@ -109,24 +125,34 @@ def measure_captions(
     parts = collect_arrays(machine, folder, (similarity, captioned))
 
     def merge() -> tuple[FloatArray]:
-        whole, has_caption = map(np.concatenate, zip(*parts, strict=True))
-        # Folders of other tools may lack the captions of their text embeddings.
-        if has_caption.any():
-            whole[~has_caption] = np.nan
-        return (whole,)
+        whole, is_captioned = map(np.concatenate, zip(*parts, strict=True))
+        return (_without_captions(whole, is_captioned),)
 
     (shared,) = share_arrays(machine, folder, merge)
     window = CaptionWindow(settings.min_caption_similarity, settings.max_caption_similarity, shared)
-    if not window.is_inside.any():
-        usable = shared[~np.isnan(shared)]
-        span = (
-            f"they range from {usable.min():.4f} to {usable.max():.4f}" if len(usable) else "none has a usable caption"
-        )
-        raise ClipcidError(
-            f"The caption similarity of none of the {len(rows):,} images is in the window {window.describe()}: {span}.",
-            "Give another --min-caption-similarity or --max-caption-similarity.",
-        )
+    window.refuse_empty()
     return window
+
+
+def sample_captions(settings: BalanceSettings, embeddings: Embeddings, files: Sequence[EmbeddingFile]) -> CaptionWindow:
+    """Compare the images of some files with their captions, in this process; rows that are not finite have none."""
+    images, texts = embeddings.images(), embeddings.texts()
+    numbers = [np.arange(file.first, file.first + file.rows) for file in files]
+    found = [
+        cosine_similarities(images.take(part[at : at + _ROWS_AT_ONCE]), texts.take(part[at : at + _ROWS_AT_ONCE]))
+        for part in numbers
+        for at in range(0, len(part), _ROWS_AT_ONCE)
+    ]
+    captioned = np.concatenate([has_caption(embeddings, file) for file in files])
+    similarity = _without_captions(np.concatenate(found), captioned)
+    return CaptionWindow(settings.min_caption_similarity, settings.max_caption_similarity, similarity)
+
+
+def _without_captions(similarity: FloatArray, captioned: npt.NDArray[np.bool_]) -> FloatArray:
+    """Take the similarities of images without a caption away; folders of other tools may lack those of all."""
+    if captioned.any():
+        similarity[~captioned] = np.nan
+    return similarity
 
 
 def draw_window(window: CaptionWindow) -> Markup:

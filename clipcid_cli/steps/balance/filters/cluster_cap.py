@@ -16,6 +16,7 @@ from clipcid_cli.algorithms.sets.representatives import best_of_groups, random_s
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.mapped_arrays import Arrays
 from clipcid_cli.formats.output import fingerprint_file, read_sidecar, refuse_changed, sidecar_path
+from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.results.clusters import TABLE, read_labels
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.steps.balance.context import Context
@@ -23,6 +24,7 @@ from clipcid_cli.steps.balance.rows import caption_similarities
 from clipcid_cli.steps.balance.samples import count_pixels
 from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.steps.keep_list import find_rows_of_keys
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.shared_arrays import share_arrays
 
@@ -56,8 +58,23 @@ class ClusterCap:
         }
 
 
-def find_clusters(settings: BalanceSettings) -> tuple[Path, str] | None:
-    """Return the folder of the clusters and the hash of their table; None without ``--max-per-cluster``.
+@dataclasses.dataclass(frozen=True)
+class FoundClusters:
+    """The clusters of ``--max-per-cluster``.
+
+    Attributes:
+        folder: Their folder.
+        identity: Hash of their table.
+        images: Number of images in them.
+    """
+
+    folder: Path
+    identity: str
+    images: int
+
+
+def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
+    """Find the clusters of ``--max-per-cluster``, and say which they are; None without it.
 
     Raises:
         ClipcidError: when there are none, or they are unfinished or changed.
@@ -66,22 +83,29 @@ def find_clusters(settings: BalanceSettings) -> tuple[Path, str] | None:
         return None
     folder = settings.clusters
     if folder is None:
-        folder = WorkDirectory(settings.work).find_clusters()
+        folder = WorkDirectory(settings.work).find_clusters(keep_list="none")
     sidecar = read_sidecar(sidecar_path(folder, "cluster"))
     if sidecar is None or not (folder / TABLE).exists():
         raise ClipcidError(
-            f"{folder} holds no finished clusters.",
-            f"Give --clusters DIR, or run: {command_line('cluster', work=settings.work)}",
+            f"{folder} holds no finished clusters.", f"Give --clusters DIR, or run: {_cluster_all(settings)}"
         )
     refuse_changed(folder, "cluster", sidecar, remake_clusters(folder, sidecar), names={TABLE})
-    return folder, str(fingerprint_file(folder / TABLE)["hash"])
+    path = sidecar_path(folder, "cluster")
+    with reading(path, "a sidecar of cluster", remake_clusters(folder, sidecar)):
+        images = int(sidecar["result"]["images"])
+    reporter.note(f"Clusters: {folder}, of {images:,} images.")
+    return FoundClusters(folder, str(fingerprint_file(folder / TABLE)["hash"]), images)
 
 
-def cap_clusters(context: Context, folder: Path, sets: Sets) -> ClusterCap:
+def _cluster_all(settings: BalanceSettings, **more: Any) -> str:
+    """Return the command that clusters all images: a later keep list may keep others than the one that is there."""
+    return command_line("cluster", keep_list="none", work=settings.work, **more)
+
+
+def cap_clusters(context: Context, clusters: FoundClusters, sets: Sets) -> ClusterCap:
     """Choose which images stay; the same on every process.
 
     Args:
-        folder: The folder of the clusters.
         sets: The sets, whose kept images are counted.
 
     Raises:
@@ -92,16 +116,16 @@ def cap_clusters(context: Context, folder: Path, sets: Sets) -> ClusterCap:
 
     def cap() -> Arrays:
         everything, rows = context.filters.everything, context.rows
-        cluster, similarity = _look_up(context, folder / TABLE)
+        cluster, similarity = _look_up(context, clusters.folder / TABLE)
         kept = np.flatnonzero(sets.kept)
         place = kept if rows.positions is None else rows.positions[kept]
         labels = cluster[place]
         if num_missing := int(np.count_nonzero(labels < 0)):
             raise ClipcidError(
-                f"{num_missing:,} of the {len(kept):,} images that are kept are in none of the clusters in {folder}, which "
-                "were made from other images.",
+                f"{num_missing:,} of the {len(kept):,} images that are kept are in none of the clusters in "
+                f"{clusters.folder}, which were made from other images.",
                 "Name other clusters with --clusters, or cluster all images: "
-                + command_line("cluster", keep_list="none", work=context.settings.work, overwrite=True),
+                + _cluster_all(context.settings, overwrite=True),
             )
         before = np.bincount(labels, minlength=int(cluster.max(initial=-1)) + 1)
         crowded = before[labels] > most

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,46 @@ class Reference:
     numbers: IntArray
 
 
+@dataclasses.dataclass(frozen=True)
+class PlannedReference:
+    """One reference before anything is made of it.
+
+    Attributes:
+        name: As given by the user.
+        num_rows: Its images.
+        embeddings: Its embeddings; None where they are yet to be made.
+        embedding: What making them would cost: the JSON object of ``embed --dry-run``; None where they are there.
+    """
+
+    name: str
+    num_rows: int
+    embeddings: Embeddings | None
+    embedding: dict[str, Any] | None
+
+
+def plan_references(
+    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
+) -> list[PlannedReference]:
+    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made or written.
+
+    Raises:
+        ClipcidError: when one cannot be opened, or is of another model or preprocessing.
+    """
+    found: list[PlannedReference] = []
+    for name in settings.against:
+        folder, cost = Path(name), None
+        if not _holds_embeddings(folder):
+            folder, made = _embed(settings, machine, embeddings, name, reporter)
+            cost = made if made.get("dry_run") else None
+        if cost is not None:
+            found.append(PlannedReference(name, cost["images"], None, cost))
+            continue
+        reference = open_embeddings(folder, settings.keys, settings.npz_array)
+        _refuse_other_model(embeddings, reference, name)
+        found.append(PlannedReference(name, reference.num_rows, reference, None))
+    return found
+
+
 def open_references(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
 ) -> list[Reference]:
@@ -51,7 +92,9 @@ def open_references(
     """
     found: list[Reference] = []
     for name in settings.against:
-        folder = Path(name) if _holds_embeddings(Path(name)) else _embed(settings, machine, embeddings, name, reporter)
+        folder = Path(name)
+        if not _holds_embeddings(folder):
+            folder, _ = _embed(settings, machine, embeddings, name, reporter)
         cache = WorkDirectory(settings.work).fingerprints
         reference = open_embeddings(folder, settings.keys, settings.npz_array, cache)
         _refuse_other_model(embeddings, reference, name)
@@ -75,8 +118,14 @@ def _holds_embeddings(folder: Path) -> bool:
     return bool(list_files(folder, ".npy") or list_files(folder, ".npz") or list_inner_files(folder, ".npz"))
 
 
-def _embed(settings: BalanceSettings, machine: Machine, embeddings: Embeddings, data: str, reporter: Reporter) -> Path:
-    """Embed reference images as the embeddings to balance were; what is there already is taken."""
+def _embed(
+    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, data: str, reporter: Reporter
+) -> tuple[Path, dict[str, Any]]:
+    """Embed reference images as the embeddings to balance were; what is there already is taken.
+
+    Returns:
+        The folder, and the JSON object of `embed`.
+    """
     model = settings.model if embeddings.sidecar is None else str(embeddings.sidecar["model"]["spec"])
     if model is None:
         raise ClipcidError(
@@ -86,17 +135,22 @@ def _embed(settings: BalanceSettings, machine: Machine, embeddings: Embeddings, 
     name = with_default_tag(parse_model(model))
     digest = hashlib.blake2b(str(data).encode(), digest_size=4).hexdigest()
     folder = WorkDirectory(settings.work).references / f"{name.slug}-{digest}"
-    shared = ("work", "config", "device", "workers", "seed", "overwrite", "quiet", "debug", "keys", "max_bad_fraction")
-    columns = ("image_column", "caption_column", "key_column")
-    given = {each: getattr(settings, each) for each in shared + columns}
+    shared = ("work", "config", "device", "workers", "seed", "overwrite", "dry_run", "quiet", "debug", "keys")
+    reading = ("max_bad_fraction", "image_column", "caption_column", "key_column")
+    given = {each: getattr(settings, each) for each in shared + reading}
     if embeddings.sidecar is not None:
         made = embeddings.sidecar["settings"]
         given |= {"fast_decode": made["fast_decode"], "precision": made["precision"]}
         if made["precision"] == "fp16" and machine.device.type == "cpu":
             given["precision"] = "fp32"
             reporter.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
-    make_embeddings(EmbedSettings(**given, data=data, model=model, text=False, out=folder), machine, reporter)
-    return folder
+    try:
+        made = make_embeddings(
+            EmbedSettings(**given, data=data, model=model, text=False, out=folder), machine, reporter
+        )
+    except ClipcidError as error:
+        raise ClipcidError(f"--against {data}: {error.message}", error.fix) from error
+    return folder, made
 
 
 def _refuse_other_model(embeddings: Embeddings, reference: Embeddings, name: str) -> None:
