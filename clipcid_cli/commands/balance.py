@@ -23,10 +23,13 @@ def show(result: dict[str, Any], console: Console) -> None:
         "largest group": count(result["largest_component"], "image"),
         "coverage": f"{result['coverage']:.1%} of the dropped images are farther from their kept image than the cut-off",
     }
-    before = "" if result.get("cluster_cap") is None else " before clusters are capped"
+    searched, cap = result.get("searched", result["images"]), result.get("cluster_cap")
+    if searched < result["images"] or cap is not None:
+        facts["dropped"] = _format_dropped(result["dropped_by"], searched)
+    before = "" if cap is None else " before clusters are capped"
     if other is not None:
         facts[f"with {other['linkage']}"] = (
-            f"{other['kept']:,} ({other['kept'] / result['images']:.1%}) would be kept at this cut-off{before}, "
+            f"{other['kept']:,} ({other['kept'] / searched:.1%}) would be kept at this cut-off{before}, "
             f"and {other['coverage']:.1%} of the dropped images be farther"
         )
     elif threshold is not None:
@@ -39,7 +42,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{window['inside']:,} inside the window of similarity, {window['below']:,} below, {window['above']:,} above, "
             f"{window['without']:,} without a caption"
         )
-    if (cap := result.get("cluster_cap")) is not None:
+    if cap is not None:
         facts["clusters"] = (
             f"{cap['dropped']:,} of the {count(result['components'], 'image')} kept before are dropped: "
             f"{cap['capped']:,} of {count(cap['clusters'], 'cluster')} had more than {count(cap['most'], 'image')}"
@@ -50,6 +53,17 @@ def show(result: dict[str, Any], console: Console) -> None:
         facts["skipped"] = ", ".join(f"{number:,} {reason}" for reason, number in result["skipped"].items())
     facts["time"] = format_phases(result["seconds"])
     print_facts(console, "Balanced", facts | file_facts(result))
+
+
+def _format_dropped(numbers: dict[str, int], searched: int) -> str:
+    """Write by what images were dropped, in this order."""
+    parts = {
+        "reference": "near references",
+        "caption": "outside the window of caption similarity",
+        "repeat": f"repeats among the {searched:,} left",
+        "cluster": "in clusters of too many",
+    }
+    return ", ".join(f"{numbers[name]:,} {text}" for name, text in parts.items() if numbers[name])
 
 
 def _format_audit(audit: dict[str, Any]) -> str:

@@ -72,6 +72,8 @@ def test_planted_evaluation_images_are_found_and_no_other_near_one_is_missed(
     keep = pd.read_parquet(tmp_path / "one" / "balance" / "keep.parquet")
     assert set(keep["dropped_by"].dropna()) == {"reference", "caption", "repeat", "cluster"}
     assert keep[keep["kept"]].groupby("cluster").size().max() == 3
+    assert one.json["dropped_by"] == keep["dropped_by"].value_counts().to_dict()
+    assert one.json["searched"] == (~keep["dropped_by"].isin(["reference", "caption"])).sum()
     assert one.json["kept"] == keep["kept"].sum() == keep["dropped_by"].isna().sum()
 
 

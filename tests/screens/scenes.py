@@ -35,7 +35,14 @@ def _forget_balance(place: Path) -> None:
     shutil.rmtree(place / "clipcid-work" / "balance", ignore_errors=True)
 
 
+def _forget_filters(place: Path) -> None:
+    for name in ("balance", "clusters", "references"):
+        shutil.rmtree(place / "clipcid-work" / name)
+
+
 _EMBEDDINGS = "clipcid-work/embeddings/teacher"
+_AGAINST = "clipcid balance --keep 0.8 --against retrieval/test --against-threshold 0.6"
+_WINDOW = "--min-caption-similarity 0.7 --max-caption-similarity 0.9"
 _DISTILL = "clipcid distill --student student.json --name taught --steps 40 --batch-size 32"
 _EVAL = f"clipcid eval-zeroshot {STUDENT} classes retrieval --model teacher --predictions"
 _METRICS = "clipcid-work/eval/classes_{}_zeroshot_classification.json"
@@ -86,7 +93,19 @@ SCENES: dict[str, tuple[Scene, ...]] = {
         Scene("missing input: no embeddings", "clipcid balance --keep 0.5 --work empty", exact=True),
         Scene("wrong model: embeddings of another one", "clipcid balance --keep 0.5 --model ViT-B-33", exact=True),
         Scene("dry run", "clipcid balance --keep 0.5 --dry-run"),
-        Scene("result", "clipcid balance --keep 0.5"),
+        Scene(
+            "usage: references without a distance", "clipcid balance --keep 0.8 --against retrieval/test", exact=True
+        ),
+        Scene("missing input: no such reference", f"{_AGAINST.replace('retrieval/test', 'nowhere')}", exact=True),
+        Scene("missing input: no clusters to cap", "clipcid balance --keep 0.8 --max-per-cluster 9", exact=True),
+        Scene("dry run with filters", f"{_AGAINST} --min-caption-similarity 0.7 --dry-run"),
+        Scene("dropped against references", _AGAINST),
+        Scene("bad data: no image in the window", "clipcid balance --keep 0.8 --max-caption-similarity -0.9"),
+        Scene("dropped by caption similarity", f"clipcid balance --keep 0.8 {_WINDOW}"),
+        Scene("all images clustered, to cap clusters", "clipcid cluster --num-clusters 16 --keep-list none"),
+        Scene("capped clusters", "clipcid balance --keep 0.8 --max-per-cluster 9"),
+        Scene("all filters and the cap", f"{_AGAINST} {_WINDOW} --max-per-cluster 9"),
+        Scene("result", "clipcid balance --keep 0.5", before=_forget_filters),
         Scene("nothing to do", "clipcid balance --keep 0.5"),
         Scene("another amount to keep", "clipcid balance --threshold 0.6 --linkage star --write-keys kept.txt"),
         Scene("searched in partitions", "clipcid balance --keep 0.6 --neighbors partitioned", before=_forget_balance),

@@ -20,6 +20,7 @@ from clipcid_cli.algorithms.search.distances import (
     ReadRows,
     distance_matrix,
     round_distances,
+    row_type,
     squared_lengths,
 )
 
@@ -51,7 +52,7 @@ def find_diameters(read: ReadRows, rows: IntArray, labels: IntArray, device: tor
         rows: Row numbers, integers [N], each once.
         labels: Set of each row, integers [N]; sets of one row are omitted.
     """
-    order = np.argsort(labels, kind="stable")
+    order = np.argsort(labels, kind="stable").astype(row_type(len(rows)))
     ordered = labels[order]
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(order) else np.empty(0, np.int64)
     sizes = np.diff(np.append(starts, len(order)))

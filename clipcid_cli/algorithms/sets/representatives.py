@@ -27,6 +27,8 @@ from clipcid_cli.algorithms.sets.star import is_kept
 
 # Temporary copies of this many rows stay in the cache.
 _ROWS_AT_ONCE = 1024
+# Rows that lie anywhere are read together: from each file once, of which few are mapped at a time.
+_ROWS_READ = 2**15
 
 
 def central_rows(read: ReadRows, rows: IntArray, labels: IntArray) -> IntArray:
@@ -118,10 +120,14 @@ def distances_to(read: ReadRows, rows: IntArray, representatives: IntArray) -> F
     """
     distances = np.zeros(len(rows), np.float32)
     others = np.flatnonzero(~is_kept(representatives)).astype(representatives.dtype)
-    for start in range(0, len(others), _ROWS_AT_ONCE):
-        part = others[start : start + _ROWS_AT_ONCE]
-        a, b = torch.from_numpy(read(rows[part])), torch.from_numpy(read(rows[representatives[part]]))
-        distances[part] = paired_distances(a, b, squared_lengths(a), squared_lengths(b)).numpy()
+    for start in range(0, len(others), _ROWS_READ):
+        part = others[start : start + _ROWS_READ]
+        pairs = zip(
+            *(torch.from_numpy(read(each)).split(_ROWS_AT_ONCE) for each in (rows[part], rows[representatives[part]])),
+            strict=True,
+        )
+        found = [paired_distances(a, b, squared_lengths(a), squared_lengths(b)) for a, b in pairs]
+        distances[part] = torch.cat(found).numpy()
     return distances
 
 

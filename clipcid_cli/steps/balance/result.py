@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.results.curve import CURVE
 from clipcid_cli.formats.results.forest import forest_path
@@ -37,11 +39,14 @@ def summarise(
     skips: Skips,
 ) -> dict[str, Any]:
     """Return the fields of the JSON object, without ``seconds`` and ``files``."""
-    images, capped = len(filters.everything), None if cap is None else cap.summarise()
-    kept = sets.num_kept - (0 if capped is None else capped["dropped"])
+    images, searched, capped = len(filters.everything), len(sets.labels), None if cap is None else cap.summarise()
+    too_many = 0 if capped is None else capped["dropped"]
+    kept = sets.num_kept - too_many
+    near = 0 if filters.near is None else int(np.count_nonzero(~filters.near.is_far))
     embedded = (embeddings.sidecar or {}).get("counts", {}).get("skipped", {})
     return {
         "images": images,
+        "searched": searched,
         "kept": kept,
         "keep_ratio": kept / images,
         "threshold": sets.threshold,
@@ -53,6 +58,12 @@ def summarise(
         else {"linkage": other.linkage, "kept": other.kept, "coverage": other.coverage},
         "neighbors": settings.neighbors,
         "audit": None if audit is None else dataclasses.asdict(audit) | {"rate": audit.rate},
+        "dropped_by": {
+            "reference": near,
+            "caption": images - searched - near,
+            "repeat": searched - sets.num_kept,
+            "cluster": too_many,
+        },
         **filters.summarise(),
         "cluster_cap": capped,
         "skipped": {**embedded, **skips.counts},

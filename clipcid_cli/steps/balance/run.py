@@ -48,12 +48,14 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
     """Balance a data set.
 
     Returns:
-        The JSON object: ``images, kept, keep_ratio, threshold, components, largest_component, coverage, other_linkage{
-        linkage, kept, coverage}, neighbors, audit{sampled, kept, near, rate, low, high}, against{threshold, dropped,
-        references[{name, rows, near, nearest}]}, caption_window{min, max, inside, below, above, without}, cluster_cap{most,
-        clusters, capped, dropped, largest}, skipped{}, seconds{embed, search, write}, files{}``. ``coverage`` is the share
-        of the dropped repeats that are farther than the threshold from their representative. ``other_linkage`` is what the
-        other linkage gives at the same threshold, null where that is not computed. ``audit`` is null for exact neighbors;
+        The JSON object: ``images, searched, kept, keep_ratio, threshold, components, largest_component, coverage,
+        other_linkage{linkage, kept, coverage}, neighbors, audit{sampled, kept, near, rate, low, high}, dropped_by{reference,
+        caption, repeat, cluster}, against{threshold, dropped, references[{name, rows, near, nearest}]}, caption_window{min,
+        max, inside, below, above, without}, cluster_cap{most, clusters, capped, dropped, largest}, skipped{},
+        seconds{embed, search, write}, files{}``. ``searched`` counts the images that references and caption window leave.
+        ``coverage`` is the share of the dropped repeats that are farther than the threshold from their representative.
+        ``other_linkage`` is what the other linkage gives at the same threshold, null where that is not computed. ``audit``
+        is null for exact neighbors;
         for partitioned ones it holds how many of the sampled kept images have another kept one within the threshold, the
         rate and the ends of its 95 % interval. ``against`` holds for each reference its rows, the images near one of them,
         and those for which it is the nearest reference; ``cluster_cap`` the clusters of the images that repeats have left,
@@ -78,6 +80,8 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             data = require_data(settings, embeddings, "--write-shards")
             shards = tar_shards(data, settings.write_shards)
         machine.on_main(lambda: check_uids(settings, embeddings))
+        if settings.select == "resolution":
+            require_data(settings, embeddings, "--select resolution")
         if needs_texts(settings):
             embeddings.texts()  # refuses those without, before anything is searched
         clusters = machine.on_main(lambda: find_clusters(settings, reporter))

@@ -39,7 +39,7 @@ class NearReferences:
         references: The references, in the order given.
         threshold: The distance, inclusive.
         owner: Which reference has the row nearest to each row, int16 [N]; the first of equals, −1 where none is near enough.
-        row: That row of its embeddings, int64 [N]; of no meaning where there is none.
+        row: That row of its embeddings, integers [N]; of no meaning where there is none.
         distance: Its distance, float32 [N]; NaN where there is none.
         near: How many rows lie near each reference, whatever other references they are near.
     """
@@ -47,7 +47,7 @@ class NearReferences:
     references: list[Reference]
     threshold: float
     owner: npt.NDArray[np.int16]
-    row: npt.NDArray[np.int64]
+    row: IntArray
     distance: FloatArray
     near: list[int]
 
@@ -100,7 +100,8 @@ def find_near(
 
     def merge() -> Arrays:
         owner, near = np.full(len(rows), -1, np.int16), np.zeros(len(references), np.int64)
-        row, distance = np.zeros(len(rows), np.int64), np.full(len(rows), np.inf, np.float32)
+        kind = row_type(max(each.embeddings.num_rows for each in references))
+        row, distance = np.zeros(len(rows), kind), np.full(len(rows), np.inf, np.float32)
         copies = np.ones(len(rows), np.int32)
         np.add.at(copies, rows.copies.a, 1)
         for number, name in enumerate(names):

@@ -164,7 +164,7 @@ def _estimate_captions(settings: BalanceSettings, machine: Machine, embeddings: 
     files = [file for file in embeddings.files if file.rows]
     number = min(len(files), max(1, _PANEL_ROWS // max(1, embeddings.num_rows // len(files))))
     chosen = [files[place] for place in np.linspace(0, len(files) - 1, number).astype(np.int64).tolist()]
-    trial = time_trial(lambda: sample_captions(settings, embeddings, chosen))
+    trial = time_trial(lambda: sample_captions(settings, embeddings, chosen), warm_up=0)
     window, rows = trial.result, sum(file.rows for file in chosen)
     if number == len(files):
         window.refuse_empty()

@@ -18,8 +18,9 @@ from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
 from clipcid_cli.steps.balance.filters.select import Filters
 from clipcid_cli.steps.balance.sets import Sets
 
-# What `dropped_by` says; null where an image is kept.
-_REFERENCE, _CAPTION, _REPEAT, _CLUSTER = "reference", "caption", "repeat", "cluster"
+# What `dropped_by` says, by its number here; null where an image is kept.
+_REASONS = ("reference", "caption", "repeat", "cluster")
+_REFERENCE, _CAPTION, _REPEAT, _CLUSTER = range(len(_REASONS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +71,14 @@ def list_rows(folder: Path, filters: Filters, sets: Sets, cap: ClusterCap | None
         representatives = np.where(is_gone, representatives.dtype.type(-1), representatives)
 
     def read_reasons(part: slice) -> pa.Array:
-        reasons = np.full(part.stop - part.start, _REPEAT, object)
+        reasons = np.full(part.stop - part.start, _REPEAT, np.int8)
         reasons[~is_balanced[part]] = _CAPTION
         if filters.near is not None:
             reasons[filters.near.owner[part] >= 0] = _REFERENCE
         if cap is not None:
             reasons[cap.dropped[part]] = _CLUSTER
-        reasons[representatives[part] == np.arange(part.start, part.stop)] = None
-        return pa.array(reasons, pa.string())
+        is_kept = representatives[part] == np.arange(part.start, part.stop)
+        return pa.array(_REASONS, pa.string()).take(pa.array(reasons, mask=is_kept))
 
     columns = [Column("dropped_by", pa.string(), read_reasons)]
     if filters.near is not None:

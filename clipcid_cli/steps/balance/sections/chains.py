@@ -32,17 +32,22 @@ def measure_sets(context: Context, sets: Sets) -> SetTable:
     rows, labels, distances = context.rows, sets.labels, sets.distances
     sizes = np.bincount(labels, minlength=len(labels))
     label = np.flatnonzero(sizes > 1).astype(labels.dtype)
+    size = sizes[label]
+    del sizes
     reach = np.zeros(len(labels), np.float32)
     np.maximum.at(reach, labels, distances)
     at_reach = np.flatnonzero(distances == reach[labels]).astype(labels.dtype)
-    farthest = np.full(len(labels), len(labels), labels.dtype)
-    np.minimum.at(farthest, labels[at_reach], at_reach)
+    reach = reach[label]
+    first = np.full(len(labels), len(labels), labels.dtype)
+    np.minimum.at(first, labels[at_reach], at_reach)
+    farthest = first[label]
+    del at_reach, first
     # Copies are at distance 0 of each other, and sets of copies alone have no diameter to find.
     found = find_diameters(rows.read, rows.unique, labels[rows.unique], context.machine.device)
     diameter, is_exact = np.zeros(len(label), np.float32), np.ones(len(label), np.bool_)
     place = np.searchsorted(label, found.label)
     diameter[place], is_exact[place] = found.diameter, found.is_exact
-    return SetTable(label, sizes[label], sets.representatives[label], farthest[label], reach[label], diameter, is_exact)
+    return SetTable(label, size, sets.representatives[label], farthest, reach, diameter, is_exact)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,27 +11,36 @@ import numpy as np
 import pandas as pd
 import pytest
 from balance_data import Listener, balance, make_rows, read_keep, write_embeddings
+from PIL import Image
 from rich.console import Console
 
 from clipcid_cli.algorithms.sets.representatives import best_of_groups, random_scores
 from clipcid_cli.commands.balance import show
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.steps.cluster.run import run as run_cluster
-from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.balance import SELECTIONS, BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 NUM_ROWS = 500
 
 
+def size_of(row: int) -> tuple[int, int]:
+    """Width and height of an image; many have as many pixels as another."""
+    return 1 + row * 7 % 11, 1 + row % 5
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Embeddings with captions, and a work directory whose clusters are of all of them; read-only."""
+    """Embeddings with captions, their images, and a work directory whose clusters are of all; read-only."""
     folder = tmp_path_factory.mktemp("cap")
     rows, generator = make_rows(NUM_ROWS), np.random.default_rng(4)
     texts = rows + 0.3 * generator.normal(size=rows.shape)
     texts = (texts / np.linalg.norm(texts, axis=1, keepdims=True)).astype(np.float16)
     captions = [f"picture {row}" for row in range(NUM_ROWS)]
     write_embeddings(folder / "e", rows, 3, texts=texts, captions=captions)
+    (folder / "photos").mkdir()
+    for row in range(NUM_ROWS):
+        Image.new("L", size_of(row)).save(folder / "photos" / f"{row:06d}.png")
     run_cluster(
         ClusterSettings(work=folder / "work", embeddings=folder / "e", keep_list="none", num_clusters=20, device="cpu"),
         Listener(),
@@ -39,10 +48,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("select", ["central", "random", "first", "similarity"])
+@pytest.mark.parametrize("select", sorted(set(SELECTIONS) - {"medoid"}))
 @pytest.mark.parametrize("more", [{}, {"min_caption_similarity": 0.55}])
 def test_the_best_of_each_cluster_stay(place: Path, tmp_path: Path, select: str, more: dict) -> None:
     call = {"keep": 0.7, "select": select, "clusters": place / "work" / "clusters", **more}
+    if select == "resolution":
+        call["data"] = str(place / "photos")
     amounts = {name: value for name, value in call.items() if name != "clusters"}
     uncapped, _ = balance(tmp_path / "whole", place / "e", **amounts)
     result, _ = balance(tmp_path / "work", place / "e", **call, max_per_cluster=6)
@@ -60,6 +71,8 @@ def test_the_best_of_each_cluster_stay(place: Path, tmp_path: Path, select: str,
         score[balanced] = random_scores(np.arange(len(balanced)), 0)
     elif select == "first":
         score = np.zeros(NUM_ROWS)
+    elif select == "resolution":
+        score = np.array([width * height for width, height in map(size_of, range(NUM_ROWS))])
     else:
         a, b = (
             np.concatenate([np.load(path) for path in sorted((place / "e" / side).glob("*.npy"))]).astype(np.float64)
@@ -106,6 +119,14 @@ def test_what_is_said_of_the_kept_images_is_of_those_that_the_cap_leaves(place: 
     assert "would be kept at this cut-off before clusters are capped" in screen.getvalue()
     dropped = result["components"] - result["kept"]
     assert f"{dropped} of the {result['components']} images kept before are dropped" in screen.getvalue()
+    left = result["searched"]
+    assert (
+        f"{NUM_ROWS - left} outside the window of caption similarity, {left - result['components']} repeats among the "
+        f"{left} left, {dropped} in clusters of too many"
+    ) in screen.getvalue()
+    page = " ".join((tmp_path / "w" / "balance" / "report.html").read_text().split())
+    assert f"<b>{dropped}</b> in clusters of too many images." in page
+    assert f"share of the {left} searched" in page
 
 
 def test_groups_of_any_size() -> None:

@@ -123,6 +123,7 @@ def test_what_the_run_refuses_at_its_start_a_dry_run_refuses(tmp_path: Path, emb
         (embeddings, {"max_per_cluster": 2}, "There are no clusters in"),
         (embeddings, {"max_per_cluster": 2, "clusters": tmp_path}, "holds no finished clusters"),
         (embeddings, {"write_shards": tmp_path / "s"}, "needs the data itself"),
+        (embeddings, {"select": "resolution"}, "--select resolution needs the data itself"),
         (embeddings, {"write_uids": tmp_path / "u.npy"}, "uid"),
     ]
     for folder, settings, message in refused:
