@@ -122,10 +122,8 @@ def distances_to(read: ReadRows, rows: IntArray, representatives: IntArray) -> F
     others = np.flatnonzero(~is_kept(representatives)).astype(representatives.dtype)
     for start in range(0, len(others), _ROWS_READ):
         part = others[start : start + _ROWS_READ]
-        pairs = zip(
-            *(torch.from_numpy(read(each)).split(_ROWS_AT_ONCE) for each in (rows[part], rows[representatives[part]])),
-            strict=True,
-        )
+        sides = (torch.from_numpy(read(each)) for each in (rows[part], rows[representatives[part]]))
+        pairs = zip(*(torch.split(side, _ROWS_AT_ONCE) for side in sides), strict=True)
         found = [paired_distances(a, b, squared_lengths(a), squared_lengths(b)) for a, b in pairs]
         distances[part] = torch.cat(found).numpy()
     return distances
