@@ -100,7 +100,6 @@ SCENES: dict[str, tuple[Scene, ...]] = {
         Scene("missing input: no clusters to cap", "clipcid balance --keep 0.8 --max-per-cluster 9", exact=True),
         Scene("dry run with filters", f"{_AGAINST} --min-caption-similarity 0.7 --dry-run"),
         Scene("dropped against references", _AGAINST),
-        Scene("bad data: no image in the window", "clipcid balance --keep 0.8 --max-caption-similarity -0.9"),
         Scene("dropped by caption similarity", f"clipcid balance --keep 0.8 {_WINDOW}"),
         Scene("all images clustered, to cap clusters", "clipcid cluster --num-clusters 16 --keep-list none"),
         Scene("capped clusters", "clipcid balance --keep 0.8 --max-per-cluster 9"),
