@@ -27,6 +27,7 @@ _CONTENT = {
     PARITY: "how each export was compared with the original",
 }
 
+_METRICS = ("data", "task", "metric", "value", "class names, templates")
 _OPEN_CLIP = """```python
 import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
@@ -66,7 +67,8 @@ class ModelCard:
     Attributes:
         library: Library that reads the main format: ``open_clip``, ``transformers`` or ``onnx``.
         facts: What it is and how it was made, by name.
-        metrics: (data set, task, metric, value) of each measurement of the original model.
+        metrics: (data set, task, metric, value, hashes of class names and templates) of each measurement of the original
+            model.
         precision: Number format of the stored weights of folders.
         parity: Entry ``parity`` of `parity.json`.
         dense: Whether the ONNX image encoder returns patches.
@@ -76,7 +78,7 @@ class ModelCard:
     license: str
     library: str
     facts: Mapping[str, str]
-    metrics: Sequence[tuple[str, str, str, float]]
+    metrics: Sequence[tuple[str, str, str, float, str]]
     precision: str
     parity: Mapping[str, Any]
     dense: bool
@@ -96,14 +98,14 @@ def render_card(card: ModelCard, files: Sequence[str]) -> str:
         "tags: [clip, clipcid]",
         "---",
     ]
-    metrics = [[data, task, metric, f"{value:.4f}"] for data, task, metric, value in card.metrics]
+    metrics = [[*names, f"{value:.4f}", prompts] for *names, value, prompts in card.metrics]
     sections = [
         "\n".join(header),
         f"# {_as_text(card.name)}",
         f"A CLIP model, exported by clipcid {__version__}. Facts that no file of the work directory states are {UNKNOWN}.",
         _table(["", ""], [[name, value] for name, value in card.facts.items()]),
         "## Metrics",
-        *([_explain_metrics(card.precision), _table(["data", "task", "metric", "value"], metrics)] if metrics else []),
+        *([_explain_metrics(card.precision), _table(_METRICS, metrics)] if metrics else []),
         *([] if metrics else [f"{UNKNOWN.capitalize()}."]),
         "## Files",
         _table(["file", "content"], [[f"`{name}`", what] for name in files if (what := _describe(name))]),
@@ -118,7 +120,10 @@ def render_card(card: ModelCard, files: Sequence[str]) -> str:
 
 def _explain_metrics(precision: str) -> str:
     other = "" if precision == "fp32" else f", not on the {precision} weights here"
-    return f"Measured on the original model{other}; 'How it was checked' below shows how close each export is to it."
+    measured = (
+        f"Measured on the original model{other}; 'How it was checked' below shows how close each export is to it."
+    )
+    return f"{measured} Scores of class names or templates with other hashes are not comparable."
 
 
 def _describe(name: str) -> str | None:

@@ -111,7 +111,7 @@ def _keep_ratio(sidecar: dict[str, Any]) -> str:
     return f"{keep['kept'] / keep['images']:.4g} ({keep['kept']:,} of {keep['images']:,} images)"
 
 
-def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, float]]:
+def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, float, str]]:
     """Yield the metrics that were measured on exactly these weights, by the hash of the whole file."""
     for path in sorted(work.eval.glob("*.json")):
         try:
@@ -121,9 +121,11 @@ def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str,
             continue  # not ours, changed, or damaged: it states nothing
         if sidecar is None or weights_hash not in [entry.get("hash") for entry in sidecar.get("inputs", [])]:
             continue
+        lines = sidecar.get("prompts") or {}
+        prompts = ", ".join(lines[kind]["hash"] for kind in ("class_names", "templates") if kind in lines)
         for name, value in content["metrics"].items():
             if isinstance(value, int | float):
-                yield content["dataset"], content["task"], name, float(value)
+                yield content["dataset"], content["task"], name, float(value), prompts
 
 
 def _read(folder: Path | None, step: str) -> dict[str, Any] | None:

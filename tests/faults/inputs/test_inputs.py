@@ -133,5 +133,5 @@ def test_a_model_whose_configuration_holds_nonsense_is_one_error(
 
 def test_names_never_become_tags_of_the_model_card() -> None:
     evil = "<script>alert(1)</script>"
-    card = ModelCard(evil, evil, "open_clip", {evil: evil}, [(evil, "t", "m", 0.5)], "fp32", {}, dense=False)
+    card = ModelCard(evil, evil, "open_clip", {evil: evil}, [(evil, "t", "m", 0.5, evil)], "fp32", {}, dense=False)
     assert "<script" not in render_card(card, [])

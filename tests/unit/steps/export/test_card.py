@@ -35,7 +35,9 @@ def write_evaluation(work: Path, name: str, weights_hash: str, value: float) -> 
         dataset=name, model="m", pretrained="p", task="zeroshot_classification", metrics={"acc1": value}
     )
     write_metrics(work / "eval" / f"{name}.json", record)
-    sidecar = {"format_version": 1, "inputs": [{"path": "m", "size": 1, "hash": weights_hash}]}
+    sidecar: dict[str, Any] = {"format_version": 1, "inputs": [{"path": "m", "size": 1, "hash": weights_hash}]}
+    lines = [{"source": "default", "number": 1, "hash": digest} for digest in ("aa01", "bb02")]
+    sidecar["prompts"] = dict(zip(("class_names", "templates"), lines, strict=True))
     (work / "eval" / SIDECARS / f"{name}.json").write_text(json.dumps(sidecar))
 
 
@@ -53,7 +55,7 @@ def test_metrics_are_those_of_the_whole_weights_file_however_the_model_is_named(
     tagged = ModelName("ViT-B-32:laion2b_s34b_b79k", "tag", architecture="ViT-B-32", tag="laion2b_s34b_b79k")
     for source in (tagged, parse_model(str(tiny_model))):
         card = describe(own, source, work=tmp_path)
-        assert list(card.metrics) == [("own", "zeroshot_classification", "acc1", 0.5)]
+        assert list(card.metrics) == [("own", "zeroshot_classification", "acc1", 0.5, "aa01, bb02")]
 
 
 def test_metrics_of_other_weights_than_those_written_say_so(info: ModelInfo, tiny_model: Path, tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_metrics_of_other_weights_than_those_written_say_so(info: ModelInfo, tin
     ):
         text = render_card(describe(info, source, work=tmp_path, precision=precision), [])
         assert said in text
-        assert "| own | zeroshot_classification | acc1 | 0.5000 |" in text
+        assert "| own | zeroshot_classification | acc1 | 0.5000 | aa01, bb02 |" in text
     assert "Measured on" not in render_card(describe(info, source, work=tmp_path / "empty"), [])
 
 
