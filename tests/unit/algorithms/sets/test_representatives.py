@@ -86,10 +86,15 @@ def test_random_scores_depend_on_seed_and_row_only() -> None:
     assert abs(np.corrcoef(scores, random_scores(numbers, 6))[0, 1]) < 0.02
 
 
-def test_distances_are_exact_and_zero_for_the_kept(rows: np.ndarray, labels: np.ndarray) -> None:
+def test_distances_are_exact_and_zero_for_the_kept(
+    rows: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     numbers = np.arange(len(rows))
     chosen = central_rows(rows.__getitem__, numbers, labels)
     wide = rows.astype(np.float64)
     expected = np.sqrt(((wide - wide[chosen]) ** 2).sum(axis=1)).astype(np.float32)
+    np.testing.assert_array_equal(distances_to(rows.__getitem__, numbers, chosen), expected)
+    monkeypatch.setattr(representatives, "_ROWS_READ", 333)
+    monkeypatch.setattr(representatives, "_ROWS_AT_ONCE", 100)
     np.testing.assert_array_equal(distances_to(rows.__getitem__, numbers, chosen), expected)
     assert (expected[chosen] == 0).all()
