@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from clipcid_cli.errors import ClipcidError
@@ -184,9 +185,10 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
                 store=store,
                 rank=rank,
                 world_size=size,
-                timeout=_PATIENCE,
+                timeout=MEETING,  # one may have ended since it arrived
                 device_id=chosen if on_gpu else None,
             )
+        _set_pg_timeout(_PATIENCE)
     machine = Machine(rank, size, local_rank, chosen)
     if joined:
         yield machine

@@ -229,6 +229,52 @@ def test_a_process_that_is_killed_in_the_middle_is_missed_at_once() -> None:
     assert said.startswith("Another process of the run has ended, or cannot be reached"), said
 
 
+_CONNECTION = """
+import datetime, os, sys, time
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime import machine as module
+from clipcid_cli.runtime.machine import meet, open_machine
+limit, dies = float(sys.argv[1]), sys.argv[2] == "dies"
+if dies and os.environ["RANK"] == "1":
+    meet(1, 2)
+    os._exit(9)
+module.MEETING = datetime.timedelta(seconds=limit)
+try:
+    with open_machine("cpu") as machine:
+        time.sleep(2 * limit * machine.rank)  # a collective may wait for longer
+        print(machine.gather(machine.rank))
+except ClipcidError as error:
+    print(error.message)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fate", "said"),
+    [
+        ("dies", "Another process of the run has ended, or cannot be reached"),
+        pytest.param("lives", "[0, 1]", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_ends_between_meeting_and_connecting_is_missed_after_the_limit(fate: str, said: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", _CONNECTION, "6", fate],
+            env=clean_environment() | world | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    )
+    heard, _ = first.communicate(timeout=150)
+    second.communicate(timeout=60)
+    assert heard.startswith(said), heard
+
+
 def test_a_world_without_a_place_to_meet_is_refused(clipcid: Callable[..., Run], tmp_path: Path) -> None:
     run = clipcid("balance", "--keep", "0.5", "--device", "cpu", check=False, env={"WORLD_SIZE": "2", "RANK": "0"})
     assert run.returncode == 1, run
