@@ -375,3 +375,11 @@ def test_rows_of_other_tools_are_normalised_only_where_they_need_it(tmp_path: Pa
         folder.mkdir()
         np.save(folder / "0.npy", rows)
         np.testing.assert_array_equal(open_embeddings(folder).images().read(0, 700), unit_rows(rows))
+
+
+def test_captions_that_are_wider_than_the_images_are_refused(tmp_path: Path) -> None:
+    for kind, width in (("img_emb", 8), ("text_emb", 9)):
+        (tmp_path / kind).mkdir()
+        np.save(tmp_path / kind / f"{kind}_0.npy", make_rows(4, width))
+    with pytest.raises(ClipcidError, match=r"text_emb_0\.npy has width 9, the image embeddings have 8"):
+        open_embeddings(tmp_path)
