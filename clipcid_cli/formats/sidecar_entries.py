@@ -38,6 +38,7 @@ def check_entries(sidecar: dict[str, Any]) -> None:
     inner = {
         "counts.skipped": _are_counts(sidecar.get("counts", {}).get("skipped", {})),
         "data": all(isinstance(sidecar["data"].get(name), str) for name in _OF_DATA) if "data" in sidecar else True,
+        "model": _is_model(sidecar["model"], sidecar.get("step")) if "model" in sidecar else True,
         "pictures": _are_places(sidecar.get("pictures", {}).get("unread", [])),
         "prompts": sidecar.get("prompts") is None or _are_lines(sidecar["prompts"]),
     }
@@ -61,6 +62,16 @@ def _are_lines(prompts: Any) -> bool:
         and all(isinstance(prompts[name].get(key), kind) for key, kind in fields.items())
         for name in ("class_names", "templates")
     )
+
+
+def _is_model(model: Any, step: Any) -> bool:
+    """Tell whether it describes a model; clusters of another tool's embeddings have none."""
+    if not isinstance(model, dict):
+        return model is None and step == "cluster"
+    config = model.get("config", {})
+    towers = [config.get(name, {}) for name in ("text_cfg", "vision_cfg")] if isinstance(config, dict) else [config]
+    objects = all(isinstance(found, dict) for found in (*towers, model.get("preprocess", {})))
+    return objects and all(isinstance(model.get(name, ""), str) for name in ("spec", "weights_hash"))
 
 
 def _are_places(unread: Any) -> bool:

@@ -72,6 +72,10 @@ DATA = {"spec": "a", "keys": "sample", "image": "i", "caption": "c", "key": "k"}
         {"data": "a"},
         {"data": None},
         {"pictures": []},
+        {"model": None},
+        {"model": {"spec": 1}},
+        {"model": {"config": []}},
+        {"model": {"config": {"text_cfg": 1}}},
         {"pictures": {"unread": [["0"]]}},
         {"inputs": [{"size": 1, "hash": 1}]},
         {"inputs": [{"hash": "a"}]},
@@ -79,7 +83,13 @@ DATA = {"spec": "a", "keys": "sample", "image": "i", "caption": "c", "key": "k"}
     ],
 )
 def test_a_sidecar_with_entries_of_other_types_is_refused_where_it_is_read(tmp_path: Path, entry: Any) -> None:
-    whole = {"format_version": 1, "counts": {"skipped": {"train": {"no_image": 1}, "val": {}}}, "data": DATA}
+    model = {"spec": "a", "weights_hash": "b", "config": {"text_cfg": {}}}
+    whole = {
+        "format_version": 1,
+        "counts": {"skipped": {"train": {"no_image": 1}, "val": {}}},
+        "data": DATA,
+        "model": model,
+    }
     path = tmp_path / "embed.json"
     path.write_text(json.dumps(whole))
     assert read_sidecar(path) == whole
