@@ -34,6 +34,7 @@ from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
 
 # What is computed from so few rows stays in the processor's cache.
 _ROWS_AT_ONCE = 512
+_CAPTIONS_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,23 +199,22 @@ def caption_similarities(
         members: Which rows, integers [M], ascending.
     """
     texts, skips, numbers = embeddings.texts(), Skips(), rows.numbers[members]
-    scores: DoubleArray = np.full(len(members), -np.inf)
+    captioned, scores = np.empty(len(members), np.bool_), np.empty(len(members), np.float64)
     bounds = np.searchsorted(numbers, np.array([file.first for file in embeddings.files], numbers.dtype))
     for file, (begin, end) in zip(embeddings.files, pairwise([*bounds.tolist(), len(numbers)]), strict=True):
-        if begin == end:
-            continue
-        captioned, unusable = has_caption(embeddings, file), list[IntArray]()
-        for start in range(begin, end, _ROWS_AT_ONCE):
-            some = numbers[start : min(start + _ROWS_AT_ONCE, end)]
-            text = texts.take(some).astype(np.float64)
-            usable = np.isfinite(text).all(axis=1) & text.any(axis=1)
-            text[~usable] = 0.0
-            similarity = (rows.images.take(some).astype(np.float64) * text).sum(axis=1)
-            is_captioned = captioned[some - file.first]
-            scores[start : start + len(some)] = np.where(is_captioned & usable, similarity, -np.inf)
-            unusable.append(some[is_captioned & ~usable])
-        for key in take_texts(embeddings, embeddings.keys_of, np.concatenate(unusable)):
-            skips.add("nan_row", key)
+        if begin < end:
+            captioned[begin:end] = has_caption(embeddings, file)[numbers[begin:end] - file.first]
+    unusable = [np.empty(0, numbers.dtype)]
+    for start in range(0, len(members), _CAPTIONS_AT_ONCE):
+        part = slice(start, start + _CAPTIONS_AT_ONCE)
+        text = texts.take(numbers[part]).astype(np.float64)
+        usable = np.isfinite(text).all(axis=1) & text.any(axis=1)
+        text[~usable] = 0.0
+        similarity = (rows.images.take(numbers[part]).astype(np.float64) * text).sum(axis=1)
+        scores[part] = np.where(captioned[part] & usable, similarity, -np.inf)
+        unusable.append(numbers[part][captioned[part] & ~usable])
+    for key in take_texts(embeddings, embeddings.keys_of, np.concatenate(unusable)):
+        skips.add("nan_row", key)
     if skips.total:
         reporter.warn(
             f"{skips.total:,} text embeddings of images in groups are zero or not finite: such an image is kept only where "
