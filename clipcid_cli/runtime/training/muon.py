@@ -96,9 +96,16 @@ class Muon(torch.optim.AdamW):
             torch._foreach_add_(alike, list(changes.unbind()), alpha=-group["lr"] * size)
 
 
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Tell whether Muon updates a parameter: a matrix of a tower, but not a table of embeddings; a convolution is none."""
-    return parameter.ndim == 2 and "embed" not in name
+def matrices_of(module: nn.Module) -> set[str]:
+    """Name the parameters that Muon updates: the weights of linear layers and of attention's first projection.
+
+    Tables are none of them, even where a layer shares one: of tokens, positions, relative positions, learned queries.
+    """
+    tables = {part.weight for part in module.modules() if isinstance(part, nn.Embedding)}
+    linear = {part.weight for part in module.modules() if isinstance(part, nn.Linear)} - tables
+    return {
+        name for name, parameter in module.named_parameters() if parameter in linear or name.endswith("in_proj_weight")
+    }
 
 
 def _by_shape(matrices: list[Tensor], updates: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clipcid_cli.runtime.training.muon import Muon, is_matrix
+from clipcid_cli.runtime.training.muon import Muon, matrices_of
 from clipcid_cli.runtime.training.weight_average import WeightAverage
 
 # CLIP's limits: logit scales start at 1/0.07 and never exceed 100.
@@ -118,8 +118,8 @@ def make_optimizer(
     Source: mlfoundations/open_clip, open_clip_train/main.py, exclude rule; ours also covers the losses' parameters.
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    is_muons = {name: plan.optimizer == "muon" and is_matrix(name, parameter) for name, parameter in trained.items()}
-    decayed = [parameter for name, parameter in trained.items() if parameter.ndim >= 2 and not is_muons[name]]
+    muons = matrices_of(module) if plan.optimizer == "muon" else set[str]()
+    decayed = [parameter for name, parameter in trained.items() if parameter.ndim >= 2 and name not in muons]
     plain = [parameter for parameter in trained.values() if parameter.ndim < 2] + list(loss_parameters.parameters())
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": plan.weight_decay},
@@ -127,7 +127,7 @@ def make_optimizer(
     ]
     if plan.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, eps=plan.eps, fused=True)
-    matrices = [parameter for name, parameter in trained.items() if is_muons[name]]
+    matrices = [parameter for name, parameter in trained.items() if name in muons]
     groups = [group | {"matrices": False} for group in groups]
     groups.append({"params": matrices, "weight_decay": plan.weight_decay, "matrices": True})
     return Muon(groups, plan.lr, plan.betas, plan.eps, dtype)

@@ -119,10 +119,10 @@ def plan_run(
         f"{warmup:,} steps of warm-up.\n{_describe_shuffle(int(np.count_nonzero(inputs.training.sizes)))}"
     )
     if settings.optimizer == "muon":
-        reporter.note("Optimizer: Muon for the matrices of the towers, AdamW for all else.")
+        reporter.note("Optimizer: Muon for the layers of the towers, AdamW for all else.")
     lr = settings.lr
     if lr is None:
-        rate = default_rate(settings.losses(), batch_size, student_width)
+        rate = default_rate(settings.losses(), settings.optimizer, batch_size, student_width)
         reporter.note(f"Learning rate: {rate.value:g} ({rate.reason}).")
         lr = rate.value
     optimiser = OptimiserPlan(

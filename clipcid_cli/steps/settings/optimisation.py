@@ -13,7 +13,7 @@ def optimizer_option(group: str) -> Any:
     """Declare the flag of the optimizer."""
     return option(
         "muon",
-        "`muon` updates the matrices within the towers by Muon, the rest by AdamW; `adamw` updates all by AdamW.",
+        "`muon` updates the layers of the towers by Muon, the rest by AdamW; `adamw` updates all by AdamW.",
         group=group,
         choices=OPTIMIZERS,
     )
@@ -23,7 +23,8 @@ def lr_option(group: str) -> Any:
     """Declare the flag of the peak learning rate."""
     return option(
         None,
-        "Peak learning rate; by default it follows from losses, batch size and the student's width, and the run says how.",
+        "Peak learning rate; by default it follows from losses, optimizer, batch and the student's width, and the run says "
+        "how.",
         group=group,
         minimum=0.0,
         above_minimum=True,

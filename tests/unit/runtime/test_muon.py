@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from clipcid_cli.runtime.training.muon import Muon, is_matrix, orthogonalise
+from clipcid_cli.runtime.training.muon import Muon, matrices_of, orthogonalise
 from clipcid_cli.runtime.training.trainer import LossParameters, OptimiserPlan, Trainer
 
 PLAN = OptimiserPlan(
@@ -88,14 +88,28 @@ def test_a_zero_gradient_moves_nothing() -> None:
 
 def test_matrices_of_the_towers_are_muons_and_tables_are_not() -> None:
     model = open_clip.CLIP(**TINY_CONFIG)
-    chosen = {name for name, parameter in model.named_parameters() if is_matrix(name, parameter)}
-    assert {"visual.proj", "text_projection", "transformer.resblocks.0.attn.in_proj_weight"} <= chosen
-    tables = {"token_embedding.weight", "positional_embedding", "visual.positional_embedding", "visual.conv1.weight"}
-    assert not tables & chosen
+    kinds = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    layers = [name for name in dict(model.named_parameters()) if ".resblocks." in name and name.endswith(kinds)]
+    assert matrices_of(model) == set(layers) != set()
     trainer = Trainer(model, LossParameters(["instance"], 32, 64, seed=0), PLAN)
     grouped = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
     everything = [*model.parameters(), *trainer.loss_parameters.parameters()]
     assert sorted(map(id, grouped)) == sorted(map(id, everything))
+
+
+class Odd(nn.Module):
+    """What other towers have beside linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.bias = nn.Embedding(7, 4), nn.Embedding(5, 2)
+        self.head, self.layer, self.convolution = nn.Linear(4, 7), nn.Linear(4, 4), nn.Conv2d(3, 4, 2)
+        self.head.weight = self.words.weight
+        self.query, self.relative_position_bias_table = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(9, 2))
+
+
+def test_no_table_is_a_matrix_whatever_its_name() -> None:
+    assert matrices_of(Odd()) == {"layer.weight"}
 
 
 def trainer_of(model: nn.Module) -> Trainer:

@@ -6,39 +6,45 @@ import pytest
 
 from clipcid_cli.algorithms.losses.learning_rate import RATES, default_rate
 from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS
+from clipcid_cli.steps.settings.optimisation import OPTIMIZERS
 
 
 @pytest.mark.parametrize(
-    ("losses", "batch_size", "width", "expected"),
+    ("losses", "optimizer", "batch_size", "width", "expected"),
     [
-        (("clip",), 64, 96, 1e-3),
-        (("clip", "instance", "cluster"), 64, 96, 3e-3),
-        (("fd",), 64, 96, 6e-3),
-        (("clip", "mfd"), 64, 96, 6e-3),
-        (("clip",), 256, 96, 2e-3),
-        (("clip",), 16, 96, 5e-4),
-        (("clip",), 90, 96, 1.2e-3),  # 1.186e-3 to two digits
-        (("fd",), 256, 96, 6e-3),  # where the width's share ends
-        (("clip",), 4096, 512, 1.1e-3),
-        (("clip", "fd"), 4096, 512, 1.1e-3),
-        (("clip",), 4096, 768, 7.5e-4),
+        (("clip",), "adamw", 64, 96, 1e-3),
+        (("clip", "instance", "cluster"), "adamw", 64, 96, 3e-3),
+        (("fd",), "adamw", 64, 96, 6e-3),
+        (("clip", "mfd"), "adamw", 64, 96, 6e-3),
+        (("clip",), "adamw", 256, 96, 2e-3),
+        (("clip",), "adamw", 16, 96, 5e-4),
+        (("clip",), "adamw", 90, 96, 1.2e-3),  # 1.186e-3 to two digits
+        (("fd",), "adamw", 256, 96, 6e-3),  # where the width's share ends
+        (("clip",), "adamw", 4096, 512, 1.1e-3),
+        (("clip", "fd"), "adamw", 4096, 512, 1.1e-3),
+        (("clip",), "adamw", 4096, 768, 7.5e-4),
+        (("clip",), "muon", 64, 96, 3e-3),
+        (("clip", "instance"), "muon", 64, 96, 6e-3),
+        (("fd",), "muon", 16, 96, 3e-3),
+        (("clip",), "muon", 4096, 512, 1.1e-3),
     ],
 )
 def test_rate_follows_losses_batch_and_width(
-    losses: tuple[str, ...], batch_size: int, width: int, expected: float
+    losses: tuple[str, ...], optimizer: str, batch_size: int, width: int, expected: float
 ) -> None:
-    assert default_rate(losses, batch_size, width).value == expected
+    assert default_rate(losses, optimizer, batch_size, width).value == expected
 
 
 def test_reason_says_which_part_of_the_rule_decides() -> None:
-    assert default_rate(("clip",), 64, 96).reason == "losses led by captions: 0.001 x sqrt(batch size/64)"
-    assert default_rate(("fd",), 256, 512).reason == (
+    assert default_rate(("clip",), "muon", 64, 96).reason == "losses led by captions: 0.003 x sqrt(batch size/64)"
+    assert default_rate(("fd",), "adamw", 256, 512).reason == (
         "losses led by a teacher's features: 0.006 x sqrt(batch size/64), "
         "at most 0.576/512 for an embedding of 512 dimensions"
     )
 
 
-def test_only_presets_without_a_teacher_are_led_by_captions() -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_only_presets_without_a_teacher_are_led_by_captions(optimizer: str) -> None:
     for losses in PRESETS.values():
         has_teacher = any(LOSSES[name].needs_teacher for name in losses)
-        assert (default_rate(losses, 64, 96).value > RATES["captions"]) == has_teacher
+        assert (default_rate(losses, optimizer, 64, 96).value > RATES[optimizer]["captions"]) == has_teacher
