@@ -39,6 +39,13 @@ def check_entries(sidecar: dict[str, Any]) -> None:
         "counts.skipped": _are_counts(sidecar.get("counts", {}).get("skipped", {})),
         "data": all(isinstance(sidecar["data"].get(name), str) for name in _OF_DATA) if "data" in sidecar else True,
         "model": _is_model(sidecar["model"], sidecar.get("step")) if "model" in sidecar else True,
+        "intervals": all(map(_is_interval, _values(sidecar.get("intervals", {})))),
+        "parity": all(isinstance(found, dict) for found in _values(sidecar.get("parity", {}))),
+        "seconds": all(isinstance(time, int | float) for time in _values(sidecar.get("seconds", {}))),
+        "counts": all(isinstance(count, int | float | dict | None) for count in _values(sidecar.get("counts", {}))),
+        "calibration": isinstance(sidecar.get("calibration"), dict | None),
+        "images_per_second": isinstance(sidecar.get("images_per_second"), int | float | None),
+        "texts_per_second": isinstance(sidecar.get("texts_per_second"), int | float | None),
         "pictures": _are_places(sidecar.get("pictures", {}).get("unread", [])),
         "prompts": sidecar.get("prompts") is None or _are_lines(sidecar["prompts"]),
     }
@@ -62,6 +69,16 @@ def _are_lines(prompts: Any) -> bool:
         and all(isinstance(prompts[name].get(key), kind) for key, kind in fields.items())
         for name in ("class_names", "templates")
     )
+
+
+def _values(found: Any) -> list[Any]:
+    """Return the values of an object; of anything else, one that is none of the right type."""
+    return list(found.values()) if isinstance(found, dict) else [None]
+
+
+def _is_interval(bounds: Any) -> bool:
+    """Tell whether it is a lower and an upper bound."""
+    return isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(bound, int | float) for bound in bounds)
 
 
 def _is_model(model: Any, step: Any) -> bool:

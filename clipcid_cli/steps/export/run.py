@@ -24,6 +24,7 @@ from clipcid_cli.formats.output import (
     refuse_changed,
     sidecar_path,
 )
+from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
@@ -148,7 +149,9 @@ def _export(
     with open_output(folder, "export", settings=identity, inputs=inputs, overwrite=settings.overwrite) as output:
         if output.finished is not None:
             # Limits do not change the content, so an existing export is checked against those of this run.
-            checker.require_limits(output.finished["parity"])
+            record = sidecar_path(folder, "export")
+            with reading(record, "a sidecar of export", f"Remove {record}; the model is then exported again."):
+                checker.require_limits(output.finished["parity"])
             reporter.note(f"{folder} already holds this export.")
             return output.finished
         parity: dict[str, Any] = {}
