@@ -96,10 +96,13 @@ class Entries(dict[str, Any]):
             fix: What to do about it.
             prefix: What goes before the name of an entry.
         """
-        super().__init__(
-            (name, Entries(value, source, fix, f"{prefix}{name}.") if isinstance(value, dict) else value)
-            for name, value in content.items()
-        )
+
+        def enter(name: str, value: Any) -> Any:
+            if isinstance(value, list) and name not in ("inputs", "outputs"):  # long lists, which are checked
+                return [enter(name, each) for each in value]
+            return Entries(value, source, fix, f"{prefix}{name}.") if isinstance(value, dict) else value
+
+        super().__init__((name, enter(name, value)) for name, value in content.items())
         self._source, self._fix, self._prefix = source, fix, prefix
 
     def __or__(self, other: dict[str, Any]) -> Entries:  # type: ignore[override]

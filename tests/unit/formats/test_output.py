@@ -109,7 +109,9 @@ def test_a_sidecar_with_entries_of_other_types_is_refused_where_it_is_read(tmp_p
 
 
 def test_an_entry_that_a_sidecar_lacks_is_named_where_it_is_read(tmp_path: Path) -> None:
-    (tmp_path / "embed.json").write_text(json.dumps({"format_version": 1, "settings": {"view": {"kind": "crop"}}}))
+    (tmp_path / "embed.json").write_text(
+        json.dumps({"format_version": 1, "settings": {"view": {"kind": "crop"}}, "examples": [{}]})
+    )
     sidecar = read_sidecar(tmp_path / "embed.json")
     assert sidecar is not None
     assert sidecar == pickle.loads(pickle.dumps(sidecar)) == json.loads(json.dumps(sidecar))
@@ -120,6 +122,7 @@ def test_an_entry_that_a_sidecar_lacks_is_named_where_it_is_read(tmp_path: Path)
         (lambda: sidecar["settings"]["precision"], "settings.precision"),
         (lambda: sidecar["settings"]["view"]["scale"], "settings.view.scale"),
         (lambda: result["precision"], "settings.precision"),
+        (lambda: sidecar["examples"][0]["path"], "examples.path"),
     ):
         with pytest.raises(ClipcidError, match=rf"embed\.json has no entry '{re.escape(name)}'\.") as found:
             read()
