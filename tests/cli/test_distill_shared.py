@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 import signal
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,8 @@ from safetensors.torch import load_file
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.steps.distill import run
+from clipcid_cli.steps.distill.loop import Loop
+from clipcid_cli.steps.distill.objective import PreparedBatch
 from clipcid_cli.steps.distill.training_run import TrainingRun
 
 Clipcid = Callable[..., Run]
@@ -214,16 +219,67 @@ def test_a_run_ends_with_what_eval_zeroshot_writes(
     assert "class names: 2" in again.stderr
     # Metrics of an earlier student are in the way of another one of its name before it is trained.
     (run / "distill.json").unlink()
-    refused = clipcid(*given, *named, check=False)
-    assert refused.returncode == 1
-    assert "holds metrics of an earlier student" in " ".join(refused.stderr.split())
-    assert not (run / "student").exists()
+    for more in ((), ("--dry-run",)):
+        refused = clipcid(*given, *named, *more, check=False)
+        assert refused.returncode == 1
+        assert "holds metrics of an earlier student" in " ".join(refused.stderr.split())
+    assert student_bytes(run) == student
     replaced = clipcid(*given, *named, "--overwrite", "--json").json
     assert not any(one["reused"] for one in replaced["evaluations"])
 
 
+def test_a_run_goes_on_with_other_data_sets(
+    whole: Path, tiny_classes: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured may change where a run is resumed; its report shows each data set where it was measured."""
+    step = Loop.step
+
+    def stop(loop: Loop, batch: PreparedBatch) -> float:
+        if loop.trainer.step == 4:
+            raise ClipcidError("The run ends early.", "")
+        return step(loop, batch)
+
+    given = {"eval_every": 2, "checkpoint_every": 2, "ema": 0.9}
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", stop)
+        with pytest.raises(ClipcidError, match="ends early"):
+            train(whole, "other-data", ("clip",), eval_data=(str(tiny_classes),), **given)
+    train(whole, "other-data", ("clip",), eval_data=(str(tiny_shards),), with_report=True, **given)
+    report = (whole / "clipcid-work" / "distill" / "clip-other-data" / "report.html").read_text()
+    drawn = re.findall(
+        r">([^<>]+ (?:acc1|image R@1)(?:, EMA)?)<", report.partition("Zero-shot metrics during training")[2]
+    )
+    own = [f"{tiny_classes.name} acc1", f"{tiny_shards.name} image R@1"]
+    assert sorted(drawn) == sorted([*own, *(f"{name}, EMA" for name in own)])
+
+
+def test_flags_that_reach_data_sets(whole: Path, tiny_classes: Path, tmp_path: Path) -> None:
+    """How much may be unusable is said for all data; how a list is read, for the training data alone."""
+    damaged = shutil.copytree(tiny_classes, tmp_path / "damaged")
+    with tarfile.open(damaged / "test" / "0.tar", "a") as tar:
+        for name, content in (("x.png", b"no image"), ("x.cls", b"0")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    with pytest.raises(ClipcidError, match=r"1 of 7 samples in .* cannot be used"):
+        train(whole, "few", ("clip",), eval_data=(str(damaged),))
+    train(whole, "many", ("clip",), eval_data=(str(damaged),), max_bad_fraction=0.2)
+    results = (whole / "clipcid-work" / "distill" / "clip-many" / "results.jsonl").read_text()
+    assert "damaged/acc1" in results
+
+    named = tmp_path / "named.csv"
+    named.write_text("picture,title\n0.png,a\n")
+    with pytest.raises(ClipcidError, match=r"^--eval-data: .*filepath") as refused:
+        train(whole, "list", ("clip",), eval_data=(str(named),), image_column="picture")
+    assert "--image-column" in refused.value.fix
+    assert "run clipcid eval-zeroshot after the training" in refused.value.fix
+
+
 def test_two_data_sets_of_one_name_are_refused(whole: Path, tiny_classes: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tiny_classes, tmp_path / tiny_classes.name)
+    average = shutil.copytree(tiny_classes, tmp_path / "ema")
+    with pytest.raises(ClipcidError, match="is called ema, as which the average of the weights is logged"):
+        train(whole, "twice", ("clip",), eval_data=(str(average),))
     with pytest.raises(ClipcidError, match="both called shades"):
         train(whole, "twice", ("clip",), eval_data=(str(tiny_classes), str(other)))
     assert not (whole / "clipcid-work" / "distill" / "clip-twice" / "distill.json").exists()

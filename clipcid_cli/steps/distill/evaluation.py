@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
 from clipcid_cli.errors import ClipcidError
@@ -98,6 +98,7 @@ class Evaluation:
             decay: What the steps so far leave of the embedding of a token that no caption uses; prompts may use it.
         """
         student.module.eval()
+        share_statistics(student.module, machine)
         metrics: dict[str, float] = {}
         if self.held_out is not None and machine.is_main:
             images, texts = embed_held_out(student, self.held_out)
@@ -118,10 +119,31 @@ class Evaluation:
         return metrics
 
 
+def share_statistics(module: nn.Module, machine: Machine) -> None:
+    """Give every process the first one's running statistics of batch normalisation, which are those that are written.
+
+    In training each process gathers those of its own rows, and reads none.
+    """
+    normed = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    if machine.size == 1 or not normed:
+        return
+    buffers = [buffer for part in normed for buffer in part.buffers()]
+    first = machine.broadcast([buffer.cpu() for buffer in buffers] if machine.is_main else [])
+    for buffer, value in zip(buffers, first, strict=True):
+        buffer.copy_(value)
+
+
 def zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
-    """Return the settings that `eval-zeroshot` would have by default on the data sets of ``--eval-data``."""
+    """Return the settings of `eval-zeroshot` on the data sets of ``--eval-data``.
+
+    The defaults, but for what speaks of no data set in particular: columns and keys are those of the training data.
+    """
     return EvalZeroshotSettings(
-        work=settings.work, data=settings.eval_data, workers=settings.workers, overwrite=settings.overwrite
+        work=settings.work,
+        data=settings.eval_data,
+        workers=settings.workers,
+        overwrite=settings.overwrite,
+        max_bad_fraction=settings.max_bad_fraction,
     )
 
 
@@ -169,12 +191,27 @@ def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[
     """Open the data sets of ``--eval-data``, each once: metrics are logged as ``NAME/METRIC``.
 
     Raises:
-        ClipcidError: for the first that cannot be opened, or that names two of one name.
+        ClipcidError: for the first that cannot be opened, that has the name of another, or the one of the average.
     """
     if not settings.data:
         return []
+    try:
+        planned = plan_tasks(settings, reporter)
+    except ClipcidError as error:
+        fix = error.fix
+        if "--" in fix:  # flags that distill lacks, or that it reads its training data by
+            fix += (
+                " Not in distill, which measures with eval-zeroshot's defaults: omit this --eval-data, and run clipcid "
+                "eval-zeroshot after the training."
+            )
+        raise ClipcidError(f"--eval-data: {error.message}", fix) from error
     tasks: dict[str, ZeroshotTask] = {}
-    for task in plan_tasks(settings, reporter):
+    for task in planned:
+        if task.name == EMA.rstrip("/"):
+            raise ClipcidError(
+                f"--eval-data: {task.dataset.spec} is called {task.name}, as which the average of the weights is logged.",
+                "Rename the folder, or link it by another name.",
+            )
         place = Path(task.dataset.spec).resolve()
         other = Path(tasks.setdefault(task.name, task).dataset.spec).resolve()
         if other != place:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _NUM_EXAMPLES = 8
 _NUM_FOUND = 6
 _POINTS = 1_000
+# What is drawn of a data set of --eval-data, and what it is called.
+_NAMED = {"acc1": "acc1", "image_retrieval_recall@1": "image R@1"}
 
 
 def write_report(
@@ -64,7 +66,7 @@ def write_report(
         ],
         loss_figure=_draw_losses(log, list(loop.objective.weights)),
         recall_figure=_draw_recalls(results) if loop.evaluation.held_out is not None and len(results) > 1 else None,
-        named_figure=_draw_named(results) if loop.evaluation.tasks and len(results) > 1 else None,
+        named_figure=_draw_named(results) if len(results) > 1 else None,
         rate_figure=_draw_rate(log),
         scale_figure=_draw_scales(log),
         compared=compared,
@@ -153,14 +155,23 @@ def _draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
     return svg(figure, "Recall on the held-out part over the steps of the run")
 
 
-def _draw_named(results: Sequence[dict[str, Any]]) -> Markup:
-    """Draw the metrics of the data sets of --eval-data: acc1 of classes, R@1 of captions."""
+def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
+    """Draw the metrics of the data sets of --eval-data: acc1 of classes, R@1 of captions; None where there are none.
+
+    A run that was resumed may have been given other data sets: each is drawn over the lines that have it.
+    """
+    labels: dict[str, str] = {}
+    for name in dict.fromkeys(name for line in results for name in line):
+        data, slash, metric = name.removeprefix(EMA).rpartition("/")
+        if slash and metric in _NAMED:
+            labels[name] = f"{data} {_NAMED[metric]}" + ", EMA" * name.startswith(EMA)
+    if not labels:
+        return None
     figure = make_figure()
     axes = figure.subplots()
-    names = [name for name in results[0] if name.endswith(("/acc1", "/image_retrieval_recall@1"))]
-    for name, color in zip(names, _colors(len(names)), strict=True):
-        label = name.replace("/acc1", " acc1").replace("/image_retrieval_recall@1", " image R@1")
-        axes.plot([line["step"] for line in results], [line[name] for line in results], color=color, label=label)
+    for (name, label), color in zip(labels.items(), _colors(len(labels)), strict=True):
+        lines = [line for line in results if name in line]
+        axes.plot([line["step"] for line in lines], [line[name] for line in lines], color=color, label=label)
     axes.set_xlabel("step")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)

@@ -7,6 +7,7 @@ import json
 import time
 from typing import Any
 
+from clipcid_cli.formats.output import sidecar_path
 from clipcid_cli.formats.results.checkpoint import list_checkpoints
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.results.tensorboard import import_tensorboard
@@ -63,6 +64,9 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         tasks = machine.on_main(lambda: plan_evaluation(zeroshot, reporter))
         written = [ModelName(str(path), "folder", path=path) for path in folder.students(ema=settings.ema is not None)]
         refuse_clashes(written, tasks)
+        # Before the claim, which removes what an unfinished run left.
+        if not machine.on_main(sidecar_path(folder.path, "distill").exists):
+            machine.on_main(lambda: refuse_measured(written, tasks, zeroshot))
         if settings.dry_run:
             check_samples(inputs.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
             training = TrainingRun(settings, machine, inputs, student, teacher, plan, tasks, folder, None, reporter)
@@ -80,7 +84,6 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
             if sidecar is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")
             else:
-                machine.on_main(lambda: refuse_measured(written, tasks, zeroshot))
                 # An unfinished run without a checkpoint may have ended because of what this finds.
                 if not (output.resumed and machine.on_main(lambda: list_checkpoints(folder.checkpoints))):
                     check_samples(inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
