@@ -51,7 +51,8 @@ def test_the_average_is_measured_written_and_exported(
         np.testing.assert_allclose(parts[name], tensor, rtol=1e-3, atol=1e-5, err_msg=name)
     assert len(losses(run.parent / "parts")) == 6
 
-    exported = clipcid("export", result["student"], "--ema", "--json").json
+    (distill_place / "link").symlink_to(run / "student")
+    exported = clipcid("export", "link", "--ema", "--json").json
     folder = distill_place / "clipcid-work" / "export" / "a-ema"
     assert exported["model"] == "clipcid-work/distill/a/student-ema"
     written = load_file(folder / WEIGHTS)

@@ -97,7 +97,9 @@ def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
     refuse_changed(
         run.path, "distill", sidecar, f"Run clipcid distill --overwrite, or name the model: {run.student_ema}"
     )
-    average = Path(str(student.path)).with_name(run.student_ema.name)
+    average, here = run.student_ema, Path.cwd()
+    if average.is_relative_to(here):
+        average = average.relative_to(here)
     reporter.note(f"Average of the weights: {average}, decay {sidecar['settings']['ema']}.")
     return parse_model(str(average))
 
