@@ -92,7 +92,10 @@ def _compare_prompts(paths: tuple[Path, Path], names: list[str], reporter: Repor
     first, second = (sidecar.get("prompts") for sidecar in sidecars)
     if first is None or second is None:
         without = " and ".join(name for name, found in zip(names, (first, second), strict=True) if found is None)
-        reporter.warn(f"Nothing records the class names and templates of {without}: they may not be the same.")
+        reporter.warn(
+            f"No entry `prompts` records the class names and templates of {without}: they may not be the same. Results "
+            "of this version of eval-zeroshot have one."
+        )
         return None
     compared = {}
     for kind in ("class_names", "templates"):

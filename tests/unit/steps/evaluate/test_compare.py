@@ -124,7 +124,7 @@ def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
     write("b", None)
     result, warnings, _ = compare()
     assert result["prompts"] is None
-    assert "Nothing records the class names and templates of B" in warnings[0]
+    assert "No entry `prompts` records the class names and templates of B" in warnings[0]
     write("b", ("a {c}",))
     result, warnings, told = compare()
     assert not warnings
