@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
-# A command line that ends a sentence: "Give --embeddings, or run: clipcid embed DATA".
-_COMMAND = re.compile(r"(?P<before>.*:) (?P<command>(?:clipcid|torchrun) .*)")
+_PART = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\]"""  # of a word, as a shell reads it
+_WORD = re.compile(rf"(?:{_PART}|\S)+")
+_FLAG = re.compile(r"--?[A-Za-z]")
+# A command line, or a flag with its value, that ends a sentence: "Give --embeddings, or run: clipcid embed DATA".
+_COMMAND = re.compile(rf"(?P<before>.*:) (?P<command>(?:clipcid|torchrun) .*|--[a-z-]+ (?:{_PART})+)")
 
 
 def wrap(text: str, width: int) -> str:
@@ -18,9 +21,14 @@ def wrap(text: str, width: int) -> str:
 
 def wrap_command(command: str, width: int) -> str:
     r"""Break a command line before its flags with a trailing ``\``, as a shell reads it."""
-    first, *flags = re.split(r" (?=-)", command)
-    lines = [first]
-    for flag in flags:
+    parts: list[str] = []
+    for word in _WORD.findall(command):
+        if _FLAG.match(word) or not parts:
+            parts.append(word)
+        else:
+            parts[-1] += f" {word}"
+    lines = parts[:1]
+    for flag in parts[1:]:
         if len(lines[-1]) + 1 + len(flag) + 2 > width:
             lines[-1] += " \\"
             lines.append(f"    {flag}")

@@ -66,18 +66,20 @@ def fingerprint_file(path: Path) -> dict[str, Any]:
     return {"path": str(path), "size": size, "hash": f"{kind}:{digest.hexdigest()}"}
 
 
-def read_sidecar(path: Path) -> dict[str, Any] | None:
+def read_sidecar(path: Path, fix: str = "Remove it, or choose another folder.") -> dict[str, Any] | None:
     """Read a sidecar; None when there is none.
 
+    Args:
+        fix: What to do about one that is damaged.
+
     Returns:
-        Its entries: reading one that is missing raises a ClipcidError.
+        Its entries: reading one that is missing raises a ClipcidError with this fix.
 
     Raises:
         ClipcidError: when it is not JSON, or of a newer format than this version knows.
     """
     if not path.exists():
         return None
-    fix = "Remove it, or choose another folder."
     with reading(path, "a sidecar of clipcid", fix):
         sidecar = json.loads(path.read_bytes())
         if not isinstance(sidecar, dict):
@@ -249,16 +251,16 @@ def find_changed(
 
 
 def refuse_changed(
-    folder: Path, step: str, sidecar: dict[str, Any], fix: str, names: Collection[str] | None = None
+    folder: Path, step: str, sidecar: dict[str, Any], fix: Callable[[], str], names: Collection[str] | None = None
 ) -> None:
     """Raise what `find_changed` finds.
 
     Args:
-        fix: What to run to make the output again.
+        fix: Says what to run to make the output again; called where something has changed.
     """
     changed = find_changed(folder, step, sidecar, names)
     if changed is not None:
-        raise ClipcidError(changed, fix)
+        raise ClipcidError(changed, fix())
 
 
 @contextmanager

@@ -49,7 +49,8 @@ def reading(path: Path, expected: str, fix: str) -> Iterator[None]:
         fix: What to do about it.
 
     Raises:
-        ClipcidError: when the path is no regular file, cannot be opened, or the block raises anything but a ClipcidError.
+        ClipcidError: when the path is no regular file, cannot be opened, or the block raises anything but a ClipcidError;
+            of an entry that is missing, with this fix.
     """
     with _naming(path, expected, fix):
         open_regular(path).close()
@@ -67,6 +68,8 @@ def reading_from(path: Path, expected: str, fix: str) -> Iterator[IO[bytes]]:
 def _naming(path: Path, expected: str, fix: str) -> Iterator[None]:
     try:
         yield
+    except MissingEntryError as error:
+        raise ClipcidError(error.message, fix) from error
     except ClipcidError:
         raise
     except OSError as error:
@@ -83,6 +86,10 @@ def describe(error: Exception) -> str:
         return "it asks for more memory than there is"
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return " ".join(reason.split())[:300].rstrip(".")
+
+
+class MissingEntryError(ClipcidError):
+    """A JSON object from a file lacks an entry."""
 
 
 class Entries(dict[str, Any]):
@@ -112,4 +119,4 @@ class Entries(dict[str, Any]):
         return Entries({**other, **self}, self._source, self._fix, self._prefix)
 
     def __missing__(self, name: str) -> Any:
-        raise ClipcidError(f"{self._source} has no entry {self._prefix + name!r}.", self._fix)
+        raise MissingEntryError(f"{self._source} has no entry {self._prefix + name!r}.", self._fix)

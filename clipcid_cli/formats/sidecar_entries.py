@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 _KINDS = {
@@ -13,6 +14,7 @@ _KINDS = {
     "data": dict,
     "pictures": dict,
     "result": dict,
+    "flags": dict,
 }
 _DESCRIBED: dict[str, dict[str, type]] = {
     "inputs": {"size": int, "hash": str},
@@ -49,9 +51,27 @@ def check_entries(sidecar: dict[str, Any]) -> None:
         "pictures": _are_places(sidecar.get("pictures", {}).get("unread", [])),
         "prompts": sidecar.get("prompts") is None or _are_lines(sidecar["prompts"]),
     }
+    made, keep_list = sidecar.get("settings", {}), sidecar.get("keep_list")
+    inner |= {
+        "settings.against": _are_all(made.get("against"), _is_reference),
+        "settings.view_kind": _are_all(made.get("view_kind"), lambda kind: isinstance(kind, str)),
+        "keep_list": keep_list is None or (isinstance(keep_list, dict) and isinstance(keep_list.get("path"), str)),
+    }
     for name, fits in inner.items():
         if not fits:
-            raise TypeError(f"its entry {name!r} is {str(sidecar[name.partition('.')[0]])[:80]!r}")
+            outer, _, name_there = name.partition(".")
+            found = sidecar[outer][name_there] if name_there else sidecar[outer]
+            raise TypeError(f"its entry {name!r} is {str(found)[:80]!r}")
+
+
+def _are_all(values: Any, fits: Callable[[Any], bool]) -> bool:
+    """Tell whether it is nothing or a list of such values."""
+    return values is None or (isinstance(values, list) and all(map(fits, values)))
+
+
+def _is_reference(value: Any) -> bool:
+    """Tell whether it is the name of a reference and the hash of its rows."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], str)
 
 
 def _are_counts(skipped: Any) -> bool:

@@ -7,6 +7,7 @@ elsewhere and the command to make it.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,17 @@ BALANCE_FLAGS = {
     "linkage": "single",
     "select": "central",
     "neighbors": "exact",
+    "clusters": None,
+    "keys": "sample",
+    "npz_array": None,
 }
-CLUSTER_FLAGS = {"num_clusters": None, "features": "image", "iterations": 20, "train_rows": None, "seed": 0}
+CLUSTER_FLAGS = {
+    **dict.fromkeys(("num_clusters", "train_rows", "npz_array")),
+    "features": "image",
+    "iterations": 20,
+    "seed": 0,
+    "keys": "sample",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +171,8 @@ class WorkDirectory:
         Raises:
             ClipcidError: when there is none.
         """
-        if (
-            self._finished(self.clusters, "cluster", "clusters.parquet", partial(remake_clusters, self.clusters))
-            is None
-        ):
+        remake = partial(remake_clusters, self.clusters, work=self.path)
+        if self._finished(self.clusters, "cluster", "clusters.parquet", remake) is None:
             raise self._missing("clusters", self.clusters, "--clusters", "cluster", **flags)
         return self.clusters
 
@@ -183,7 +191,7 @@ class WorkDirectory:
             )
         run, student = runs[-1].parent, runs[-1].parent / "student"
         fix = f"Name the model as it is now: {student}; or train it again, by its command and --overwrite."
-        refuse_changed(run, "distill", read_sidecar(runs[-1]) or {}, fix)
+        refuse_changed(run, "distill", read_sidecar(runs[-1]) or {}, lambda: fix)
         return student
 
     def find_run(self) -> Path:
@@ -216,14 +224,15 @@ class WorkDirectory:
         path, sidecar = folder / file, read_sidecar(sidecar_path(folder, step))
         if sidecar is None or not path.exists():
             return None
-        refuse_changed(folder, step, sidecar, fix(sidecar), names={file})
+        refuse_changed(folder, step, sidecar, lambda: fix(sidecar), names={file})
         return path
 
     def _balance_again(self, sidecar: dict[str, Any]) -> str:
         flags = _made_with(sidecar, self.path, BALANCE_FLAGS)
         against = tuple(each[0] for each in sidecar.get("settings", {}).get("against") or ())
         command = command_line("balance", **flags, against=against, overwrite=True)
-        return f"Name the list as it is now: --keep-list {self.balance / KEEP_LIST}\nOr make it again: {command}"
+        edited = shlex.join(["--keep-list", str(self.balance / KEEP_LIST)])
+        return f"Name the list as it is now: {edited}\nOr make it again: {command}"
 
     def _missing(self, what: str, folder: Path, flag: str, *words: str, **flags: str) -> ClipcidError:
         unfinished = " (only unfinished ones)" if folder.is_dir() and any(folder.iterdir()) else ""
@@ -231,20 +240,36 @@ class WorkDirectory:
         return ClipcidError(f"There are no {what} in {folder}{unfinished}.", f"Give {flag}, or run: {command}")
 
 
-def remake_clusters(folder: Path, sidecar: dict[str, Any], **more: Any) -> str:
-    """Return the fix that makes clusters again.
+def remake_clusters(folder: Path, sidecar: dict[str, Any], work: Path | None, **more: Any) -> str:
+    """Return the fix that makes clusters again: a command where they are those of the step's work directory.
 
     Args:
         folder: Their folder.
         sidecar: Theirs.
+        work: The work directory of the step; None where it is not known.
         more: Flags in which the new ones differ.
     """
-    flags = _made_with(sidecar, folder.parent, CLUSTER_FLAGS) | more
+    if work is None or folder.resolve() != WorkDirectory(work).clusters.resolve():
+        again = "" if more else ", or give the command that made these again, with --overwrite"
+        return f"Name other clusters with --clusters{again}."
+    flags = _made_with(sidecar, work, CLUSTER_FLAGS) | {"keep_list": _keep_list_of(sidecar, WorkDirectory(work))} | more
     return f"Run: {command_line('cluster', **flags, overwrite=True)}"
 
 
 def _made_with(sidecar: dict[str, Any], work: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """Return the flags of the command that made an output of a work directory, as far as their defaults differ."""
-    made, embeddings = sidecar.get("settings", {}), sidecar.get("embeddings")
+    # The settings of `balance` have the hash of its clusters by that name.
+    made = {**sidecar.get("settings", {}), "clusters": None, **sidecar.get("flags", {})}
+    embeddings = sidecar.get("embeddings")
     found = {name: made[name] for name, default in flags.items() if made.get(name, default) != default}
     return found | {"embeddings": work / embeddings if isinstance(embeddings, str) else None, "work": work}
+
+
+def _keep_list_of(sidecar: dict[str, Any], work: WorkDirectory) -> str | None:
+    """Return the flag by which clusters are made of the same images again; None for the work directory's own list."""
+    if "keep_list" not in sidecar:
+        return None
+    if sidecar["keep_list"] is None:
+        return "none"  # there may be a list by now
+    path = str(sidecar["keep_list"]["path"])
+    return None if Path(path).resolve() == (work.balance / KEEP_LIST).resolve() else path

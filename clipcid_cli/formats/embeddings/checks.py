@@ -11,7 +11,7 @@ import numpy.typing as npt
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.npy import RowFile
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.output import sidecar_path
+from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.parquet import count_rows
 from clipcid_cli.formats.reading import reading
 
@@ -25,16 +25,20 @@ _REMAKE = (
 )
 
 
-def check_sidecar(folder: Path, sidecar: dict[str, Any]) -> None:
-    """Refuse a sidecar without the entries that steps read from it.
+def read_embed_sidecar(folder: Path) -> dict[str, Any] | None:
+    """Read the sidecar of a folder of embeddings; None when there is none.
 
     Raises:
-        ClipcidError: naming the entry.
+        ClipcidError: when it is damaged, or lacks an entry that steps read.
     """
-    with reading(sidecar_path(folder, "embed"), "a sidecar of embed", _REMAKE):
-        if not isinstance(sidecar["model"]["spec"], str) or not isinstance(sidecar["settings"]["keys"], str):
-            raise TypeError("its model or settings are of another type")
-        sidecar["model"]["weights_hash"], sidecar["inputs"], sidecar["counts"]["images"]
+    path = sidecar_path(folder, "embed")
+    sidecar = read_sidecar(path, _REMAKE)
+    if sidecar is not None:
+        with reading(path, "a sidecar of embed", _REMAKE):
+            if not isinstance(sidecar["model"]["spec"], str) or not isinstance(sidecar["settings"]["keys"], str):
+                raise TypeError("its model or settings are of another type")
+            sidecar["model"]["weights_hash"], sidecar["inputs"], sidecar["counts"]["images"]
+    return sidecar
 
 
 def check_rows(file: RowFile) -> None:

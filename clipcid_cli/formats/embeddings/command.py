@@ -25,6 +25,10 @@ DEFAULTS = {
 }
 
 
+# Settings whose defaults depend on the machine.
+_OF_MACHINE = ("precision", "batch_size")
+
+
 def data_command(folder: Path, sidecar: dict[str, Any] | None, data: str | None = None, **more: Any) -> str:
     """Return the command that replaces embeddings of data by ones of the same settings.
 
@@ -39,7 +43,7 @@ def data_command(folder: Path, sidecar: dict[str, Any] | None, data: str | None 
     described = sidecar.get("data", {})
     if data is None:
         more |= {f"{name}_column": described[name] for name in dataclasses.asdict(Columns()) if name in described}
-    made = {name: sidecar["settings"][name] for name in DEFAULTS if name in sidecar["settings"]}
+    made = {name: sidecar["settings"][name] for name in (*DEFAULTS, *_OF_MACHINE) if name in sidecar["settings"]}
     settings = {"model": sidecar["model"]["spec"]} | made | more
     replaced = _differing(settings) | {"out": folder, "overwrite": True}
     return command_line("embed", data or described.get("spec", "DATA"), **replaced)

@@ -33,8 +33,8 @@ from clipcid_cli.formats.embeddings.checks import (
     AGAIN,
     check_file,
     check_rows,
-    check_sidecar,
     find_unusable_rows,
+    read_embed_sidecar,
 )
 from clipcid_cli.formats.embeddings.command import data_command, remake
 from clipcid_cli.formats.embeddings.extras import Extras, ExtrasFinder, ViewParams
@@ -50,8 +50,6 @@ from clipcid_cli.formats.output import (
     find_changed,
     fingerprint_file,
     plan_identity,
-    read_sidecar,
-    sidecar_path,
 )
 from clipcid_cli.formats.parquet import column_names, read_first_column
 
@@ -343,13 +341,12 @@ def open_embeddings(
         ClipcidError: when there are no embeddings, they are unfinished, or files do not match.
     """
     folder, recorded = Path(folder), None
-    sidecar = read_sidecar(sidecar_path(folder, "embed"))
+    sidecar = read_embed_sidecar(folder)
     if sidecar is None and (folder / ".embed.plan.json").exists():
         raise ClipcidError(
             f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
         )
     if sidecar is not None:
-        check_sidecar(folder, sidecar)
         remembered = fingerprint_file if cache is None else FingerprintCache(cache)
         stats = list_recorded(folder, sidecar.get("outputs", []))
         if (changed := find_changed(folder, "embed", sidecar, fingerprint=remembered, stats=stats)) is not None:
@@ -357,7 +354,7 @@ def open_embeddings(
         if isinstance(remembered, FingerprintCache):
             remembered.save()
         if sidecar.get("outputs"):
-            recorded = RecordedFiles(folder, sidecar["outputs"], stats, remake(folder, sidecar))
+            recorded = RecordedFiles(folder, sidecar["outputs"], stats, partial(remake, folder, sidecar))
         del stats
         sidecar.pop("inputs", None), sidecar.pop("outputs", None)  # those of 41,000 shards take 100 MB
     inside = folder / "img_emb"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 class RecordedFiles:
     """The files that `embed` wrote, when they have been found unchanged."""
 
-    def __init__(self, folder: Path, outputs: list[dict[str, Any]], stats: Mapping[str, Stat], fix: str) -> None:
+    def __init__(
+        self, folder: Path, outputs: list[dict[str, Any]], stats: Mapping[str, Stat], fix: Callable[[], str]
+    ) -> None:
         """Take what the sidecar records of each.
 
         Args:
             outputs: Entries of `describe_outputs`.
             stats: What `list_recorded` found before they were compared: files of a copied folder have other times.
-            fix: What to do where one has changed.
+            fix: Says what to do where one has changed.
         """
         self._folder, self._fix = folder, fix
         self._prefix = os.path.join(folder, "")
@@ -62,7 +64,7 @@ class RecordedFiles:
                 if place not in self._entries:
                     raise ClipcidError(
                         f"{self._folder / place} was added since {sidecar_path(self._folder, 'embed')} was written.",
-                        self._fix,
+                        self._fix(),
                     )
                 part = opened.get(place)
                 if isinstance(part, NpyFile) and part.stamp[1] != self._entries[place]["time"]:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, remove_abandoned, write_parquet
 from clipcid_cli.formats.output import (
     describe_outputs,
@@ -35,7 +35,7 @@ from clipcid_cli.formats.output import (
     sidecar_path,
 )
 from clipcid_cli.formats.parquet import read_columns
-from clipcid_cli.formats.reading import describe, open_regular
+from clipcid_cli.formats.reading import MissingEntryError, describe, open_regular
 from clipcid_cli.formats.work_directory import remake_clusters
 
 CENTROIDS = "centroids.npy"
@@ -96,12 +96,13 @@ class Clusters:
         return open_clusters, (self.folder, self.cache, True)
 
 
-def open_clusters(folder: Path, cache: Path, is_checked: bool = False) -> Clusters:
+def open_clusters(folder: Path, cache: Path, is_checked: bool = False, work: Path | None = None) -> Clusters:
     """Read what `cluster` wrote; nothing is written to its folder.
 
     Args:
         cache: Folder for the arrays of tables that have none, or others, in their own folder: each in one of its own.
         is_checked: Whether the centroids are known to be finite, so that they need not be read.
+        work: The work directory of the step, for the fix of an error.
 
     Raises:
         ClipcidError: when the output is unfinished, or its files do not fit together.
@@ -110,9 +111,12 @@ def open_clusters(folder: Path, cache: Path, is_checked: bool = False) -> Cluste
     if sidecar is None:
         raise ClipcidError(
             f"{folder} holds no finished clusters: there is no cluster.json.",
-            f"Run: {command_line('cluster', work=folder.parent)}",
+            "Name another folder with --clusters, or omit it for those in the work directory.",
         )
-    remake = f"Give another folder with --clusters, or make it again. {remake_clusters(folder, sidecar)}"
+
+    def remake() -> str:
+        return remake_clusters(folder, sidecar, work)
+
     refuse_changed(folder, "cluster", sidecar, remake)
     try:
         for name in (CENTROIDS, TABLE):
@@ -131,14 +135,16 @@ def open_clusters(folder: Path, cache: Path, is_checked: bool = False) -> Cluste
         temperatures = {
             tower: float(sidecar["temperatures"][tower]) for tower in ("image", *(["caption"] * has_captions))
         }
+    except MissingEntryError as error:
+        raise ClipcidError(error.message, remake()) from error
     except ClipcidError:  # the arrays could not be written
         raise
     except Exception as error:  # numpy and pyarrow raise what they like for a damaged file
-        raise ClipcidError(f"{folder} cannot be read as clusters: {describe(error)}.", remake) from error
+        raise ClipcidError(f"{folder} cannot be read as clusters: {describe(error)}.", remake()) from error
     if most >= len(centroids):
         raise ClipcidError(
             f"{folder / TABLE} names cluster {most}; {CENTROIDS} has {len(centroids)} centroids.",
-            remake,
+            remake(),
         )
     return Clusters(
         folder=folder,

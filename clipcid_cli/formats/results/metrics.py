@@ -84,7 +84,7 @@ def refuse_changed_metrics(path: Path, fix: str) -> None:
     """
     sidecar = read_metrics_sidecar(path)
     if sidecar is not None:
-        refuse_changed(path.parent / SIDECARS, path.stem, sidecar, fix)
+        refuse_changed(path.parent / SIDECARS, path.stem, sidecar, lambda: fix)
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

@@ -187,7 +187,9 @@ def _balance(
         counts = {"read": embeddings.num_rows, "used": len(rows), "skipped": result["skipped"]}
         made_of = WorkDirectory(settings.work).name_of(embeddings.folder)
         outputs = describe_outputs(output.folder, [output.folder / KEEP_LIST])
-        more = {"embeddings": made_of, "pictures": pictures, "result": result}
+        named = None if settings.clusters is None else str(settings.clusters)
+        flags = {"clusters": named, "keys": settings.keys, "npz_array": settings.npz_array}
+        more = {"embeddings": made_of, "flags": flags, "pictures": pictures, "result": result}
         output.commit(counts=counts, seconds=phases(), outputs=outputs, **more)
         return result
 

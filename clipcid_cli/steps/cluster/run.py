@@ -176,6 +176,7 @@ def _cluster(
             outputs=describe_outputs(output.folder, [output.folder / name for name in (CENTROIDS, TABLE)]),
             embeddings=WorkDirectory(settings.work).name_of(rows.embeddings.folder),
             keep_list=None if rows.keep_list is None else fingerprint_file(rows.keep_list),
+            flags={"num_clusters": settings.num_clusters, "keys": settings.keys, "npz_array": settings.npz_array},
             model=(rows.embeddings.sidecar or {}).get("model"),
             num_nearest=search_width(num_clusters),
             temperatures=temperatures,

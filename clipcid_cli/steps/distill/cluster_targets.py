@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +48,8 @@ def find_clusters(
     """
     if not any(LOSSES[name].needs_clusters for name in settings.losses()):
         return None
-    clusters = open_clusters(settings.clusters or WorkDirectory(settings.work).find_clusters(), cache)
+    folder = settings.clusters or WorkDirectory(settings.work).find_clusters()
+    clusters = open_clusters(folder, cache, work=settings.work)
     model = clusters.sidecar.get("model")
     if model is not None and online is not None and (difference := find_mismatch(model, online)) is not None:
         raise ClipcidError(
@@ -60,7 +62,7 @@ def find_clusters(
     if settings.cluster_towers == "both" and clusters.captions is None:
         raise ClipcidError(
             f"--cluster-towers both, but the clusters in {clusters.folder} were made without captions.",
-            f"Make them again of embeddings with captions. {_remake(settings, clusters, embeddings)}",
+            f"Use clusters of embeddings with captions. {_remake(settings, clusters, embeddings)}",
         )
     return clusters
 
@@ -81,7 +83,7 @@ def use_clusters(
         raise ClipcidError(
             f"{counts.without_cluster:,} of {counts.selected:,} samples to train on are not in {clusters.folder}: the "
             "clusters were made from another keep list.",
-            _remake(settings, clusters, teacher_inputs.embeddings),
+            _remake(settings, clusters, teacher_inputs.embeddings, keep_list=settings.keep_list),
         )
     several_captions = bool(counts.several_captions) and not teacher_inputs.first_captions
     text_clusters = _teaches_text(clusters, settings, several_captions)
@@ -90,9 +92,9 @@ def use_clusters(
     return dataclasses.replace(teacher_inputs, clusters=clusters, text_clusters=text_clusters)
 
 
-def _remake(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None) -> str:
+def _remake(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None, **more: Any) -> str:
     named = {} if embeddings is None else {"embeddings": embeddings.folder}
-    return remake_clusters(clusters.folder, clusters.sidecar, work=settings.work, **named)
+    return remake_clusters(clusters.folder, clusters.sidecar, settings.work, **named, **more)
 
 
 def _teaches_text(clusters: Clusters, settings: DistillSettings, several_captions: bool) -> bool:
@@ -125,13 +127,13 @@ def _check_clusters(settings: DistillSettings, clusters: Clusters, embeddings: E
         )
 
 
-def refuse_old_clusters(clusters: Clusters, keep_list: Path) -> None:
+def refuse_old_clusters(clusters: Clusters, keep_list: Path, work: Path) -> None:
     """Refuse clusters of an earlier keep list (ClipcidError: the fix remakes them); those made without one fit any."""
     made_from = clusters.sidecar.get("keep_list")
     if made_from is not None and made_from["hash"] != fingerprint_file(keep_list)["hash"]:
         raise ClipcidError(
             f"The clusters in {clusters.folder} were made from another keep list than {keep_list} holds now.",
-            remake_clusters(clusters.folder, clusters.sidecar, keep_list=keep_list),
+            remake_clusters(clusters.folder, clusters.sidecar, work, keep_list=keep_list),
         )
 
 

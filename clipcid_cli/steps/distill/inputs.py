@@ -112,7 +112,7 @@ def find_inputs(
     online = teacher if settings.online_teacher else None
     clusters = find_clusters(settings, embeddings, online, scratch or work.cluster_arrays)
     if clusters is not None and keep_list is not None:
-        refuse_old_clusters(clusters, keep_list.path)
+        refuse_old_clusters(clusters, keep_list.path, settings.work)
     fingerprints = dataset.fingerprints()
     if keep_list is not None:
         fingerprints.append(fingerprint_file(keep_list.path))

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError, command_line
-from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.embeddings.checks import read_embed_sidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
@@ -49,7 +49,7 @@ def ensure_embeddings(
         model=model,
         text=bool(text),
     )
-    sidecar = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed")))
+    sidecar = machine.on_main(lambda: read_embed_sidecar(folder))
     if sidecar is not None:
         made = sidecar["settings"]
         request = dataclasses.replace(

@@ -95,7 +95,10 @@ def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
     if sidecar["settings"].get("ema") is None:
         raise ClipcidError(f"--ema: the run in {run.path} kept no average of the weights.", fix)
     refuse_changed(
-        run.path, "distill", sidecar, f"Run clipcid distill --overwrite, or name the model: {run.student_ema}"
+        run.path,
+        "distill",
+        sidecar,
+        lambda: f"Name the model as it is now: {run.student_ema}; or train it again, by its command and --overwrite.",
     )
     average, here = run.student_ema, Path.cwd()
     if average.is_relative_to(here):

@@ -24,6 +24,13 @@ def test_a_command_goes_on_after_a_backslash() -> None:
     assert wrap_command("clipcid distill --teacher A --student B", 28) == (
         "clipcid distill \\\n    --teacher A \\\n    --student B"
     )
+    quoted = "clipcid cluster --keep-list '/mnt/summer holidays - copy/keep.parquet' --work /mnt"
+    assert wrap_command(quoted, 40) == (
+        "clipcid cluster \\\n    --keep-list '/mnt/summer holidays - copy/keep.parquet' \\\n    --work /mnt"
+    )
+    assert wrap("Name the list: --keep-list '/mnt/a b/keep.parquet'", 24) == (
+        "Name the list:\n  --keep-list '/mnt/a b/keep.parquet'"
+    )
     assert wrap("Run: clipcid cluster --overwrite", 24) == "Run:\n  clipcid cluster \\\n      --overwrite"
 
 

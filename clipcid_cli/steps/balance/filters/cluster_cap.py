@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,10 @@ def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundCluster
         raise ClipcidError(
             f"{folder} holds no finished clusters.", f"Give --clusters DIR, or run: {_cluster_all(settings)}"
         )
-    refuse_changed(folder, "cluster", sidecar, remake_clusters(folder, sidecar), names={TABLE})
+    remake = partial(remake_clusters, folder, sidecar, settings.work)
+    refuse_changed(folder, "cluster", sidecar, remake, names={TABLE})
     path = sidecar_path(folder, "cluster")
-    with reading(path, "a sidecar of cluster", remake_clusters(folder, sidecar)):
+    with reading(path, "a sidecar of cluster", remake()):
         images = int(sidecar["result"]["images"])
     reporter.note(f"Clusters: {folder}, of {images:,} images.")
     return FoundClusters(folder, str(fingerprint_file(folder / TABLE)["hash"]), images)

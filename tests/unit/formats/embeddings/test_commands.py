@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,8 @@ VIEWS = {"views": 4, "view_kind": ["crop"], "crop_scale": 0.9, "color_jitter": 0
 def test_a_command_has_what_was_made_and_what_is_missing(made: dict, more: dict, flags: str) -> None:
     words = data_command(Path("some where"), sidecar(**made), **more).split(" --")
     assert words[0] == "clipcid embed DATA"
-    expected = f" --model ViT-B-32:laion2b_s34b_b79k --out 'some where'{flags} --overwrite".split(" --")[1:]
+    shared = "--model ViT-B-32:laion2b_s34b_b79k --precision fp32 --batch-size 64"
+    expected = f" {shared} --out 'some where'{flags} --overwrite".split(" --")[1:]
     assert sorted(words[1:]) == sorted(expected)
 
 
@@ -59,8 +61,8 @@ def test_the_data_and_its_columns_are_those_of_the_sidecar() -> None:
     described = {"spec": "my list.csv", "keys": "sample", "image": "url", "caption": "title", "key": "id"}
     words = data_command(Path("emb"), sidecar() | {"data": described})
     assert words == (
-        "clipcid embed 'my list.csv' --model ViT-B-32:laion2b_s34b_b79k --image-column url --key-column id --out emb "
-        "--overwrite"
+        "clipcid embed 'my list.csv' --model ViT-B-32:laion2b_s34b_b79k --precision fp32 --batch-size 64 "
+        "--image-column url --key-column id --out emb --overwrite"
     )
     assert data_command(Path("emb"), sidecar() | {"data": described}, "other/").startswith(
         "clipcid embed other/ --model"
@@ -78,7 +80,7 @@ def test_the_values_that_need_no_flag_are_the_defaults(flags: dict, settings: ty
             ("crop",)
             if name == "view_kind"
             else None
-            if settings is BalanceSettings and name == "seed"
+            if settings is BalanceSettings and name == "seed"  # recorded where the choice is random
             else defaults[name]
         )
 
@@ -92,15 +94,38 @@ def test_a_work_directory_is_named_unless_it_is_the_default_one() -> None:
 
 def test_clusters_are_made_again_as_they_were() -> None:
     made = {"features": "joint", "num_clusters": 3, "iterations": 20, "train_rows": None, "seed": 0, "images": 18}
-    found = remake_clusters(Path("w/clusters"), {"settings": made, "embeddings": "embeddings/m"})
+    of = {"settings": made, "embeddings": "embeddings/m"}
+    found = remake_clusters(Path("w/clusters"), of, Path("w"))
     assert found == (
         "Run: clipcid cluster --num-clusters 3 --features joint --embeddings w/embeddings/m --work w --overwrite"
     )
-    assert remake_clusters(Path("clipcid-work/clusters"), {}) == "Run: clipcid cluster --overwrite"
+    of["flags"] = {"num_clusters": None, "keys": "shard", "npz_array": "l14_img"}
+    flags = shlex.split(remake_clusters(Path("w/clusters"), of, Path("w")))
+    assert "--num-clusters" not in flags
+    assert {"--keys", "shard", "--npz-array", "l14_img"} < set(flags)
+    assert remake_clusters(DEFAULT_WORK / "clusters", {}, DEFAULT_WORK) == "Run: clipcid cluster --overwrite"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "flags"),
+    [
+        (None, " --keep-list none"),  # a list that exists by now would take other images
+        ({"path": "my lists/a.parquet", "size": 1, "hash": "h"}, " --keep-list 'my lists/a.parquet'"),
+        ({"path": "w/balance/keep.parquet", "size": 1, "hash": "h"}, ""),
+    ],
+)
+def test_clusters_are_made_again_of_the_same_images(recorded: dict | None, flags: str) -> None:
+    found = remake_clusters(Path("w/clusters"), {"keep_list": recorded}, Path("w"))
+    assert found == f"Run: clipcid cluster --work w{flags} --overwrite"
+
+
+def test_clusters_elsewhere_are_made_again_by_no_command() -> None:
+    for work in (Path("w"), None):
+        assert "clipcid cluster" not in remake_clusters(Path("backup/clusters-2024"), {}, work)
 
 
 def test_an_edited_keep_list_is_made_again_as_it_was(tmp_path: Path) -> None:
-    work = WorkDirectory(tmp_path)
+    work = WorkDirectory(tmp_path / "my work")
     write_text(work.balance / "keep.parquet", "edited")
     output = {"path": "keep.parquet", "size": 1, "time": 1, "hash": "blake2b:1"}
     settings = {
@@ -109,11 +134,16 @@ def test_an_edited_keep_list_is_made_again_as_it_was(tmp_path: Path) -> None:
         "linkage": "star",
         "select": "central",
         "seed": None,
+        "max_per_cluster": 3,
+        "clusters": "a hash",
         "against": [["a", "1"]],
     }
-    write_json(work.balance / "balance.json", {"format_version": 1, "settings": settings, "outputs": [output]})
+    flags = {"clusters": "other", "keys": "sample", "npz_array": None}
+    content = {"format_version": 1, "settings": settings, "flags": flags, "outputs": [output]}
+    write_json(work.balance / "balance.json", content)
     with pytest.raises(ClipcidError) as found:
         work.find_keep_list()
-    assert f"Or make it again: clipcid balance --keep 0.5 --linkage star --work {tmp_path} --against a --overwrite" in (
-        found.value.fix
-    )
+    named, again = found.value.fix.split("\n")
+    assert named == f"Name the list as it is now: --keep-list '{work.balance / 'keep.parquet'}'"
+    flags = f"--keep 0.5 --max-per-cluster 3 --linkage star --clusters other --work '{work.path}' --against a"
+    assert again == f"Or make it again: clipcid balance {flags} --overwrite"

@@ -95,6 +95,18 @@ def test_the_folder_is_the_current_one(tmp_path: Path, monkeypatch: pytest.Monke
         open_embeddings(Path("."))
 
 
+def test_a_damaged_sidecar_is_not_to_be_removed(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    sidecar = json.loads((tmp_path / "embed.json").read_text())
+    for content in (
+        {name: sidecar[name] for name in sidecar if name != "model"},
+        [],
+    ):  # without it they are another tool's
+        (tmp_path / "embed.json").write_text(json.dumps(content))
+        with pytest.raises(ClipcidError, match="Give the command that made it again, with --overwrite"):
+            open_embeddings(tmp_path)
+
+
 def test_records_of_shards_belong_to_a_plan(tmp_path: Path) -> None:
     writer = write_folder(tmp_path)["writer"]
     record = writer.read_record(2)

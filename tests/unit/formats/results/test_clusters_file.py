@@ -182,10 +182,19 @@ def test_parts_cover_all_rows_once(num_rows: int) -> None:
 
 
 def test_unfinished_clusters_are_refused(tmp_path: Path) -> None:
-    write_clusters(tmp_path, 10)
-    (tmp_path / "cluster.json").unlink()
-    with pytest.raises(ClipcidError, match=r"no cluster\.json.*\n.*clipcid cluster"):
-        open_clusters(tmp_path, tmp_path / "cache")
+    folder = tmp_path / "clusters"
+    write_clusters(folder, 10)
+    (folder / "cluster.json").unlink()
+    with pytest.raises(ClipcidError, match=r"no cluster\.json.*\nName another folder with --clusters"):
+        open_clusters(folder, tmp_path / "cache")
+
+
+def test_an_entry_that_clusters_lack_is_named_with_the_command_that_makes_them_again(tmp_path: Path) -> None:
+    folder = tmp_path / "clusters"
+    write_clusters(folder, 10)
+    write_json(folder / "cluster.json", {"format_version": 1})
+    with pytest.raises(ClipcidError, match=r"no entry 'temperatures'\.\nRun: clipcid cluster --work .* --overwrite"):
+        open_clusters(folder, tmp_path / "cache", work=tmp_path)
 
 
 def test_a_cut_off_table_is_refused(tmp_path: Path) -> None:
