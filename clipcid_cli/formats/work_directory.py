@@ -162,7 +162,7 @@ class WorkDirectory:
             )
         return found
 
-    def find_clusters(self, **flags: str) -> Path:
+    def find_clusters(self, **flags: Any) -> Path:
         """Find the folder of a finished `cluster`.
 
         Args:
@@ -234,7 +234,7 @@ class WorkDirectory:
         edited = shlex.join(["--keep-list", str(self.balance / KEEP_LIST)])
         return f"Name the list as it is now: {edited}\nOr make it again: {command}"
 
-    def _missing(self, what: str, folder: Path, flag: str, *words: str, **flags: str) -> ClipcidError:
+    def _missing(self, what: str, folder: Path, flag: str, *words: str, **flags: Any) -> ClipcidError:
         unfinished = " (only unfinished ones)" if folder.is_dir() and any(folder.iterdir()) else ""
         command = command_line(*words, **flags, work=self.path)
         return ClipcidError(f"There are no {what} in {folder}{unfinished}.", f"Give {flag}, or run: {command}")

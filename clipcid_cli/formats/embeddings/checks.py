@@ -97,7 +97,14 @@ def check_file(file: EmbeddingFile, width: int, with_texts: bool, with_metadata:
 
 def find_unusable_rows(rows: Rows) -> npt.NDArray[np.int64]:
     """Read all rows and return the numbers of those that are zero or not finite, int64, ascending."""
-    bad = [
-        start + np.flatnonzero(~np.isfinite(block).all(axis=1) | ~block.any(axis=1)) for start, block in rows.blocks()
-    ]
+    bad = [start + np.flatnonzero(~_is_usable(block)) for start, block in rows.blocks()]
     return np.concatenate([np.empty(0, dtype=np.int64), *bad])
+
+
+def has_usable_row(rows: Rows) -> bool:
+    """Tell whether any row is neither zero nor not finite; rows are read until one is found."""
+    return any(_is_usable(block).any() for _, block in rows.blocks())
+
+
+def _is_usable(block: npt.NDArray[np.float16]) -> npt.NDArray[np.bool_]:
+    return np.asarray(np.isfinite(block).all(axis=1) & block.any(axis=1))

@@ -17,6 +17,7 @@ from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.algorithms.search.partition_margin import MARGIN_SAMPLE
 from clipcid_cli.algorithms.search.partition_training import LOOKS_AT_SAMPLE, ROWS_PER_CENTROID
 from clipcid_cli.algorithms.search.partitions import Partitions, default_num_partitions
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
@@ -79,17 +80,18 @@ def estimate_cost(
     Returns:
         The JSON object: ``images, searched, width, neighbors, pairs, flop, seconds, exact{pairs, flop, seconds},
         partitioned{pairs, flop, seconds}, against[{name, rows, to_embed, embed_seconds, pairs, seconds}],
-        caption_window{sampled, inside, seconds}, clusters, memory{mapped, resident}, disk``. The first pairs, flop and
-        seconds are those of ``neighbors``; of ``searched`` images, fewer than all where a caption window drops some.
-        ``against``, ``caption_window`` and ``clusters`` (the images in them) are null where they are not asked for. Memory
-        and disk are in bytes, resident without the mapped files.
+        caption_window{sampled, inside, seconds}, clustered_images, memory{mapped, resident}, disk``. The first pairs, flop
+        and seconds are those of ``neighbors``; of ``searched`` images, fewer than all where a caption window drops some,
+        the most they may be where it drops all that were sampled. ``against``, ``caption_window`` and
+        ``clustered_images`` (those in the clusters) are null where they are not asked for. Memory and disk are in bytes,
+        resident without the mapped files.
 
     Raises:
-        ClipcidError: when no image is in the caption window.
+        ClipcidError: when no row is finite, or no image is in the caption window.
     """
 
     def measure() -> tuple[Cost, Cost, FilterCost, int]:
-        finite = _sample_finite(embeddings.images().take, embeddings.num_rows)
+        finite = _sample_finite(embeddings)
         filters = estimate_filters(settings, machine, embeddings, finite, references, clusters)
         searched = round(filters.share_searched * embeddings.num_rows)
         return *_measure(settings, machine, embeddings, finite, searched), filters, searched
@@ -106,14 +108,14 @@ def estimate_cost(
     if settings.neighbors == "partitioned":  # the rows are copied, and their places and visits listed
         disk += (2 * width + _BYTES_OF_PLACES) * searched
     processes = f", {machine.size} processes" if machine.size > 1 else ""
-    of = f" of {searched:,} of them" if searched < images else ""
+    of = f" of {'at most ' if filters.is_bound else ''}{searched:,} of them" if searched < images else ""
     reporter.note(f"{images:,} images of width {width}. Cost of a new search{of}, estimated from some{processes}:")
     for name, cost in (("exact", exact), ("partitioned", partitioned)):
         audit = " with its audit" if name == "partitioned" else ""
         reporter.note(
             f"  {name}: {cost.pairs:,} pairs, {cost.flop:.3g} FLOP, about {format_duration(cost.seconds)}{audit}."
         )
-    describe_filters(settings, filters, clusters, reporter)
+    describe_filters(filters, clusters, reporter)
     reporter.note(
         f"Memory: {resident / 2**30:.1f} GiB a process above the {mapped / 2**30:.2f} GiB of mapped rows; "
         f"disk: {disk / 2**20:,.0f} MiB."
@@ -128,7 +130,7 @@ def estimate_cost(
         "partitioned": dataclasses.asdict(partitioned),
         "against": None if filters.against is None else [dataclasses.asdict(each) for each in filters.against],
         "caption_window": None if filters.captions is None else dataclasses.asdict(filters.captions),
-        "clusters": filters.clusters,
+        "clustered_images": filters.clusters,
         "memory": {"mapped": mapped, "resident": resident},
         "disk": disk,
     }
@@ -188,12 +190,23 @@ def _measure(
     )
 
 
-def _sample_finite(read: ReadRows, images: int) -> IntArray:
-    """Return the numbers of some finite rows, spread over all files, in random order."""
+def _sample_finite(embeddings: Embeddings) -> IntArray:
+    """Return the numbers of some finite rows, spread over all files, in random order.
+
+    Raises:
+        ClipcidError: when none of those that were looked at is finite.
+    """
+    read, images = embeddings.images().take, embeddings.num_rows
     numbers = np.unique(np.linspace(0, images - 1, min(images, 2 * _TILE_ROWS)).astype(np.int64))
     finite = np.concatenate(
         [np.isfinite(read(numbers[at : at + 512])).all(axis=1) for at in range(0, len(numbers), 512)]
     )
+    if not finite.any():
+        sampled = "" if len(numbers) == images else "sampled "
+        raise ClipcidError(
+            f"None of the {len(numbers):,} {sampled}rows of {embeddings.folder} is finite.",
+            "Make the embeddings again.",
+        )
     return np.asarray(np.random.default_rng(0).permutation(numbers[finite]))
 
 

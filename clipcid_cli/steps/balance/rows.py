@@ -194,6 +194,7 @@ def caption_similarities(
     """Return the cosine similarity of some images to their captions, float64 [M].
 
     It is −inf where there is no caption, or its embedding is zero or not finite; the latter are counted in a warning.
+    Folders of other tools may have text embeddings without captions: all their images then count as captioned.
 
     Args:
         members: Which rows, integers [M], ascending.
@@ -204,6 +205,8 @@ def caption_similarities(
     for file, (begin, end) in zip(embeddings.files, pairwise([*bounds.tolist(), len(numbers)]), strict=True):
         if begin < end:
             captioned[begin:end] = has_caption(embeddings, file)[numbers[begin:end] - file.first]
+    if not captioned.any() and not any(has_caption(embeddings, file).any() for file in embeddings.files):
+        captioned[:] = True
     unusable = [np.empty(0, numbers.dtype)]
     for start in range(0, len(members), _CAPTIONS_AT_ONCE):
         part = slice(start, start + _CAPTIONS_AT_ONCE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from clipcid_cli.algorithms.search.distances import FloatArray, cosine_similarities
+from clipcid_cli.algorithms.search.distances import FloatArray, IntArray, cosine_similarities
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.rows import BalanceRows, has_caption
@@ -134,17 +133,25 @@ def measure_captions(
     return window
 
 
-def sample_captions(settings: BalanceSettings, embeddings: Embeddings, files: Sequence[EmbeddingFile]) -> CaptionWindow:
-    """Compare the images of some files with their captions, in this process; rows that are not finite have none."""
+def sample_captions(
+    settings: BalanceSettings, embeddings: Embeddings, numbers: IntArray, captioned: npt.NDArray[np.bool_]
+) -> CaptionWindow:
+    """Compare some images with their captions, in this process.
+
+    Args:
+        numbers: Numbers of rows of the embeddings, int64 [n], ascending; those that are not finite are left out.
+        captioned: Which have a caption, bool [n].
+    """
     images, texts = embeddings.images(), embeddings.texts()
-    numbers = [np.arange(file.first, file.first + file.rows) for file in files]
-    found = [
-        cosine_similarities(images.take(part[at : at + _ROWS_AT_ONCE]), texts.take(part[at : at + _ROWS_AT_ONCE]))
-        for part in numbers
-        for at in range(0, len(part), _ROWS_AT_ONCE)
-    ]
-    captioned = np.concatenate([has_caption(embeddings, file) for file in files])
-    similarity = _without_captions(np.concatenate(found), captioned)
+    found, is_finite = np.empty(len(numbers), np.float32), np.empty(len(numbers), np.bool_)
+    for at in range(0, len(numbers), _ROWS_AT_ONCE):
+        part = slice(at, at + _ROWS_AT_ONCE)
+        rows = images.take(numbers[part])
+        found[part], is_finite[part] = (
+            cosine_similarities(rows, texts.take(numbers[part])),
+            np.isfinite(rows).all(axis=1),
+        )
+    similarity = _without_captions(found, captioned)[is_finite]
     return CaptionWindow(settings.min_caption_similarity, settings.max_caption_similarity, similarity)
 
 

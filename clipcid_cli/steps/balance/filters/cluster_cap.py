@@ -84,11 +84,12 @@ def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundCluster
         return None
     folder = settings.clusters
     if folder is None:
-        folder = WorkDirectory(settings.work).find_clusters(keep_list="none")
+        folder = WorkDirectory(settings.work).find_clusters(**_flags_for_all(settings))
     sidecar = read_sidecar(sidecar_path(folder, "cluster"))
     if sidecar is None or not (folder / TABLE).exists():
         raise ClipcidError(
-            f"{folder} holds no finished clusters.", f"Give --clusters DIR, or run: {_cluster_all(settings)}"
+            f"{folder} holds no finished clusters.",
+            f"Give --clusters DIR, or run: {_cluster_all(settings)}",
         )
     remake = partial(remake_clusters, folder, sidecar, settings.work)
     refuse_changed(folder, "cluster", sidecar, remake, names={TABLE})
@@ -99,9 +100,19 @@ def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundCluster
     return FoundClusters(folder, str(fingerprint_file(folder / TABLE)["hash"]), images)
 
 
+def _flags_for_all(settings: BalanceSettings) -> dict[str, Any]:
+    """Return the flags by which all images are clustered: a later keep list may keep others than the one that is there."""
+    keys = None if settings.keys == "sample" else settings.keys
+    return {
+        "embeddings": settings.embeddings,
+        "npz_array": settings.npz_array,
+        "keys": keys,
+        "keep_list": "none",
+    }
+
+
 def _cluster_all(settings: BalanceSettings, **more: Any) -> str:
-    """Return the command that clusters all images: a later keep list may keep others than the one that is there."""
-    return command_line("cluster", keep_list="none", work=settings.work, **more)
+    return command_line("cluster", **_flags_for_all(settings), work=settings.work, **more)
 
 
 def cap_clusters(context: Context, clusters: FoundClusters, sets: Sets) -> ClusterCap:
@@ -123,11 +134,11 @@ def cap_clusters(context: Context, clusters: FoundClusters, sets: Sets) -> Clust
         place = kept if rows.positions is None else rows.positions[kept]
         labels = cluster[place]
         if num_missing := int(np.count_nonzero(labels < 0)):
+            again = _cluster_all(context.settings, overwrite=True)
             raise ClipcidError(
                 f"{num_missing:,} of the {len(kept):,} images that are kept are in none of the clusters in "
                 f"{clusters.folder}, which were made from other images.",
-                "Name other clusters with --clusters, or cluster all images: "
-                + _cluster_all(context.settings, overwrite=True),
+                f"Name other clusters with --clusters, or cluster all images: {again}",
             )
         before = np.bincount(labels, minlength=int(cluster.max(initial=-1)) + 1)
         crowded = before[labels] > most

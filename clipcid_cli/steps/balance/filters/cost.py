@@ -15,10 +15,13 @@ from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.balance.filters.captions import sample_captions
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters
 from clipcid_cli.steps.balance.filters.references import PlannedReference
+from clipcid_cli.steps.balance.rows import has_caption
 from clipcid_cli.steps.reporting import Reporter, format_duration
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 _PANEL_ROWS = 8192
+# Rows of a file whose captions are compared, in one piece: far fewer than a file has, and enough for a fast read.
+_STRETCH = 512
 _SHORTEST = 0.1
 # While and after they are compared: the nearest reference row of each image and its distance, saved for each reference; the
 # names of reference and key, and the distance, in the keep list.
@@ -52,7 +55,7 @@ class CaptionCost:
     """What the caption window takes.
 
     Attributes:
-        sampled: Images whose similarity was measured: those of some files.
+        sampled: Images whose similarity was measured: some of some files.
         inside: The share of them inside the window.
         seconds: Time to measure all on these processes.
     """
@@ -60,6 +63,11 @@ class CaptionCost:
     sampled: int
     inside: float
     seconds: float
+
+    @property
+    def share(self) -> float:
+        """Share of all images inside the window; where none of those measured is, the most it is with 95 % confidence."""
+        return self.inside or min(1.0, 3.0 / max(1, self.sampled))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +91,12 @@ class FilterCost:
     @property
     def share_searched(self) -> float:
         """Share of the images that is searched, as far as it is known: those near a reference are not taken off."""
-        return 1.0 if self.captions is None else self.captions.inside
+        return 1.0 if self.captions is None else self.captions.share
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether that share is only the most it may be."""
+        return self.captions is not None and not self.captions.inside
 
 
 def estimate_filters(
@@ -160,21 +173,39 @@ def _estimate_reference(
 
 
 def _estimate_captions(settings: BalanceSettings, machine: Machine, embeddings: Embeddings) -> CaptionCost:
-    """Measure some files, spread over all: one, and as many more as have the rows of one panel."""
-    files = [file for file in embeddings.files if file.rows]
-    number = min(len(files), max(1, _PANEL_ROWS // max(1, embeddings.num_rows // len(files))))
+    """Measure the rows of one panel, of as many files as have so many; where they have more, stretches of each.
+
+    Raises:
+        ClipcidError: when all images were measured, and none is in the window.
+    """
+    files, num_rows = [file for file in embeddings.files if file.rows], embeddings.num_rows
+    number = min(len(files), max(1, _PANEL_ROWS // max(1, num_rows // len(files))))
     chosen = [files[place] for place in np.linspace(0, len(files) - 1, number).astype(np.int64).tolist()]
-    trial = time_trial(lambda: sample_captions(settings, embeddings, chosen), warm_up=0)
-    window, rows = trial.result, sum(file.rows for file in chosen)
-    if number == len(files):
+    most = _PANEL_ROWS if num_rows <= _PANEL_ROWS else _PANEL_ROWS // number
+    places = [_spread(file.rows, most) for file in chosen]
+    numbers = np.concatenate([file.first + place for file, place in zip(chosen, places, strict=True)])
+    # Captions are read file by file, whole.
+    reading = time_trial(lambda: [has_caption(embeddings, file) for file in chosen], warm_up=0)
+    captioned = np.concatenate([found[place] for found, place in zip(reading.result, places, strict=True)])
+    comparing = time_trial(lambda: sample_captions(settings, embeddings, numbers, captioned), warm_up=0)
+    window, sampled = comparing.result, len(comparing.result.similarity)
+    if len(numbers) == num_rows:
         window.refuse_empty()
-    inside = int(np.count_nonzero(window.is_inside)) / rows
-    return CaptionCost(rows, inside, trial.seconds * embeddings.num_rows / rows / machine.size)
+    inside = int(np.count_nonzero(window.is_inside)) / max(1, sampled)
+    a_row = reading.seconds / sum(file.rows for file in chosen) + comparing.seconds / len(numbers)
+    return CaptionCost(sampled, inside, a_row * num_rows / machine.size)
 
 
-def describe_filters(
-    settings: BalanceSettings, cost: FilterCost, clusters: FoundClusters | None, reporter: Reporter
-) -> None:
+def _spread(num_rows: int, most: int) -> IntArray:
+    """Return all of the rows, or at most so many in stretches spread over them, int64 [n], ascending."""
+    if num_rows <= most:
+        return np.arange(num_rows)
+    length = min(most, _STRETCH)
+    starts = np.linspace(0, num_rows - length, most // length).astype(np.int64)
+    return np.unique(starts[:, None] + np.arange(length))
+
+
+def describe_filters(cost: FilterCost, clusters: FoundClusters | None, reporter: Reporter) -> None:
     """Say what the filters take.
 
     Args:
@@ -189,9 +220,12 @@ def describe_filters(
             f"{format_duration(each.seconds)}."
         )
     if cost.captions is not None:
-        reporter.note(
-            f"  captions: about {format_duration(cost.captions.seconds)}; {cost.captions.inside:.1%} of "
-            f"{cost.captions.sampled:,} sampled images are inside the window."
+        found = (
+            f"none of {cost.captions.sampled:,} sampled images is inside the window, so at most "
+            f"{100 * cost.captions.share:.2g}% of all images are (95 % confidence)."
+            if cost.is_bound
+            else f"{cost.captions.inside:.1%} of {cost.captions.sampled:,} sampled images are inside the window."
         )
+        reporter.note(f"  captions: about {format_duration(cost.captions.seconds)}; {found}")
     if clusters is not None:
         reporter.note(f"After it, clusters are capped: {clusters.folder}, {clusters.images:,} images.")

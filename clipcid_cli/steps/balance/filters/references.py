@@ -12,6 +12,7 @@ import numpy as np
 
 from clipcid_cli.algorithms.search.distances import IntArray
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.checks import has_usable_row
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.pairing import list_files, list_inner_files
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -59,10 +60,10 @@ class PlannedReference:
 def plan_references(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
 ) -> list[PlannedReference]:
-    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made or written.
+    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made.
 
     Raises:
-        ClipcidError: when one cannot be opened, or is of another model or preprocessing.
+        ClipcidError: when one cannot be opened, is of another model or preprocessing, or has no usable row.
     """
     found: list[PlannedReference] = []
     for name in settings.against:
@@ -75,6 +76,8 @@ def plan_references(
             continue
         reference = open_embeddings(folder, settings.keys, settings.npz_array)
         _refuse_other_model(embeddings, reference, name)
+        if machine.on_main(lambda opened=reference: not has_usable_row(opened.images())):  # type: ignore[misc]
+            raise _no_usable_row(reference, name)
         found.append(PlannedReference(name, reference.num_rows, reference, None))
     return found
 
@@ -106,9 +109,13 @@ def open_references(
         identity = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
         numbers = np.delete(np.arange(reference.num_rows), bad)
         if not len(numbers):
-            raise ClipcidError(f"None of the {reference.num_rows:,} rows of {name} is finite.", "Make them again.")
+            raise _no_usable_row(reference, name)
         found.append(Reference(name, identity, reference, numbers))
     return found
+
+
+def _no_usable_row(reference: Embeddings, name: str) -> ClipcidError:
+    return ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Make them again.")
 
 
 def _holds_embeddings(folder: Path) -> bool:

@@ -143,6 +143,25 @@ def test_folders_without_captions_but_with_texts_have_similarities(tmp_path: Pat
     assert result["caption_window"]["without"] == 2
 
 
+def test_without_captions_the_image_most_similar_to_its_text_is_kept(tmp_path: Path) -> None:
+    rows = np.repeat(make_rows(20), 3, axis=0)
+    generator = np.random.default_rng(1)
+    texts = rows + generator.random((60, 1)) * generator.normal(size=rows.shape)
+    texts = (texts / np.linalg.norm(texts, axis=1, keepdims=True)).astype(np.float16)
+    texts[4] = np.nan
+    folder = write_embeddings(tmp_path / "e", rows, texts=texts)
+    _, told = balance(tmp_path / "w", folder, threshold=0.0, select="similarity")
+    keep = read_keep(tmp_path / "w")
+    score = (rows.astype(np.float64) * texts).sum(1)
+    score[4] = -np.inf
+    expected = (
+        keep.assign(score=-score, row=np.arange(60)).sort_values(["score", "row"]).groupby("component")["row"].first()
+    )
+    assert np.flatnonzero(keep["kept"]).tolist() == sorted(expected)
+    assert sorted(expected) != keep.groupby("component")["key"].first().astype(int).tolist()
+    assert "1 text embeddings of images in groups are zero or not finite" in told
+
+
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     rows, texts, captions = make_pairs()
     bare = write_embeddings(tmp_path / "bare", rows)

@@ -147,8 +147,13 @@ def test_clusters_of_other_images_are_refused(place: Path, tmp_path: Path) -> No
         balance(tmp_path / "w", folder, keep=1.0, max_per_cluster=2, clusters=place / "work" / "clusters")
     assert (tmp_path / "w" / "balance" / "balance.json").exists()
     assert "already holds this result" in balance(tmp_path / "w", folder, keep=1.0)[1]
-    with pytest.raises(ClipcidError, match="There are no clusters in"):
-        balance(tmp_path / "w", folder, keep=1.0, max_per_cluster=2)
+    with pytest.raises(ClipcidError, match="There are no clusters in") as error:
+        balance(tmp_path / "w", folder, keep=1.0, max_per_cluster=2, keys="shard")
+    flags = f"--embeddings {folder} --keys shard --keep-list none --work {tmp_path / 'w'}"
+    assert error.value.fix == f"Give --clusters, or run: clipcid cluster {flags}"
+    with pytest.raises(ClipcidError, match="holds no finished clusters") as error:
+        balance(tmp_path / "w", folder, keep=1.0, max_per_cluster=2, keys="shard", clusters=tmp_path)
+    assert error.value.fix == f"Give --clusters DIR, or run: clipcid cluster {flags}"
     damaged = tmp_path / "clusters"
     damaged.mkdir()
     for path in (place / "work" / "clusters").iterdir():

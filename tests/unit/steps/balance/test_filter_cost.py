@@ -11,6 +11,7 @@ from balance_data import Listener, balance, make_rows, write_embeddings
 from conftest import shard_members, write_tar
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.steps.balance.filters import cost
 from clipcid_cli.steps.cluster.run import run as run_cluster
 from clipcid_cli.steps.embed.run import run as run_embed
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -50,7 +51,7 @@ def test_each_filter_says_what_it_takes(tmp_path: Path, embeddings: Path, is_unt
     )
     is_untouched()
     plain, _ = balance(work, embeddings, keep=0.5, dry_run=True)
-    assert (plain["against"], plain["caption_window"], plain["clusters"]) == (None, None, None)
+    assert (plain["against"], plain["caption_window"], plain["clustered_images"]) == (None, None, None)
     assert plain["searched"] == plain["images"] == NUM_ROWS
     window = {"min_caption_similarity": 0.5, "max_caption_similarity": 0.9}
     call = {"keep": 0.5, "against": (reference, reference), "against_threshold": 0.3, "max_per_cluster": 4, **window}
@@ -71,23 +72,53 @@ def test_each_filter_says_what_it_takes(tmp_path: Path, embeddings: Path, is_unt
     )
     assert 0.0 < one["seconds"] < 60.0
     found, _ = balance(tmp_path / "real", embeddings, keep=0.5, **window)
-    assert result["caption_window"]["sampled"] == NUM_ROWS
-    assert result["caption_window"]["inside"] == found["caption_window"]["inside"] / NUM_ROWS
+    assert result["caption_window"]["sampled"] == NUM_ROWS - 1
+    assert result["caption_window"]["inside"] == found["caption_window"]["inside"] / (NUM_ROWS - 1)
     assert 0.0 < result["caption_window"]["seconds"] < 60.0
     searched = result["searched"]
     assert searched == found["caption_window"]["inside"] < NUM_ROWS
     assert result["pairs"] == searched * (searched - 1) // 2
-    assert result["clusters"] == NUM_ROWS - 1
+    assert result["clustered_images"] == NUM_ROWS - 1
     width = 32
     assert result["memory"]["mapped"] == 2 * width * (2 * NUM_ROWS + 2 * 90)  # images, captions, two references
     assert result["disk"] > plain["disk"]
     for line in (
         f"Cost of a new search of {searched} of them",
         f"against {reference}: 90 images; 27,000 pairs",
-        f"{searched / NUM_ROWS:.1%} of 300 sampled images are inside the window",
+        f"{searched / (NUM_ROWS - 1):.1%} of 299 sampled images are inside the window",
         f"clusters are capped: {work / 'clusters'}, 299 images",
     ):
         assert line in told
+
+
+def test_of_large_files_some_stretches_are_measured_and_a_rare_window_has_an_upper_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "_PANEL_ROWS", 40)
+    monkeypatch.setattr(cost, "_STRETCH", 8)
+    rows = make_rows(NUM_ROWS)
+    texts = -rows
+    texts[250] = rows[250]
+    folder = write_embeddings(tmp_path / "e", rows, 1, texts=texts)
+    balanced, told = balance(tmp_path / "w", folder, keep=0.5, min_caption_similarity=0.5, dry_run=True)
+    assert (balanced["caption_window"]["sampled"], balanced["caption_window"]["inside"]) == (40, 0.0)
+    assert balanced["searched"] == 22
+    assert balanced["pairs"] == 22 * 21 // 2
+    assert "Cost of a new search of at most 22 of them" in told
+    assert "none of 40 sampled images is inside the window, so at most 7.5% of all images are" in told
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "most"), [(5, 8), (8, 8), (9, 8), (700, 512), (10**7, 8192), (1000, 600), (50, 1)]
+)
+def test_stretches_are_spread_over_all_rows(num_rows: int, most: int) -> None:
+    places = cost._spread(num_rows, most)
+    assert len(places) == len(np.unique(places)) <= most
+    assert (len(places) == num_rows) == (num_rows <= most)
+    assert places.min() == 0
+    assert places.max() < num_rows
+    if most >= 1024:
+        assert places.max() == num_rows - 1
 
 
 def test_images_to_embed_are_counted_and_not_embedded(
@@ -103,9 +134,9 @@ def test_images_to_embed_are_counted_and_not_embedded(
     result, told = balance(tmp_path / "w", folder, dry_run=True, **call)
     assert is_untouched()
     assert "3 images to embed first, about" in told
-    (cost,) = result["against"]
-    assert (cost["rows"], cost["to_embed"], cost["pairs"]) == (3, True, 24)
-    assert cost["embed_seconds"] >= 0.0
+    (found,) = result["against"]
+    assert (found["rows"], found["to_embed"], found["pairs"]) == (3, True, 24)
+    assert found["embed_seconds"] >= 0.0
     balance(tmp_path / "w", folder, **call)
     result, told = balance(tmp_path / "w", folder, dry_run=True, **call)
     assert not result["against"][0]["to_embed"]
@@ -114,8 +145,14 @@ def test_images_to_embed_are_counted_and_not_embedded(
 def test_what_the_run_refuses_at_its_start_a_dry_run_refuses(tmp_path: Path, embeddings: Path) -> None:
     narrow = str(write_embeddings(tmp_path / "narrow", make_rows(20, width=16)))
     without_texts = write_embeddings(tmp_path / "images", make_rows(20))
+    unusable = np.zeros((20, 32), np.float16)
+    zeros = str(write_embeddings(tmp_path / "zeros", unusable))
+    not_finite = write_embeddings(tmp_path / "nan", np.full_like(unusable, np.nan))
     refused = [
         (embeddings, {"against": (narrow,), "against_threshold": 0.1}, "have width 16, those in"),
+        (embeddings, {"against": (zeros,), "against_threshold": 0.1}, "All 20 rows of .*zeros are zero or not finite"),
+        (not_finite, {}, "None of the 20 rows of .*nan is finite"),
+        (not_finite, {"against": (str(embeddings),), "against_threshold": 0.1}, "None of the 20 rows of .*nan is"),
         (embeddings, {"against": ("pictures/",), "against_threshold": 0.1}, "does not record the model to embed it"),
         (embeddings, {"max_caption_similarity": -0.99}, r"of none of the \d+ images is in the window to -0.99: they"),
         (without_texts, {"min_caption_similarity": 0.1}, "contains no text embeddings"),
@@ -126,11 +163,11 @@ def test_what_the_run_refuses_at_its_start_a_dry_run_refuses(tmp_path: Path, emb
         (embeddings, {"select": "resolution"}, "--select resolution needs the data itself"),
         (embeddings, {"write_uids": tmp_path / "u.npy"}, "uid"),
     ]
-    for folder, settings, message in refused:
+    for number, (folder, settings, message) in enumerate(refused):
         told = []
-        for work in (tmp_path / "dry", tmp_path / "run"):
+        for work in (tmp_path / "dry", tmp_path / f"run{number}"):
             with pytest.raises(ClipcidError, match=message) as error:
                 balance(work, folder, keep=0.5, dry_run=work.name == "dry", **settings)
-            told.append(str(error.value).replace(str(work), "W").replace("299 images", "300 images"))
+            told.append(str(error.value).replace(str(work), "W"))
         assert not (tmp_path / "dry").exists()
         assert told[0] == told[1]
