@@ -1,4 +1,4 @@
-"""Gathered features and averaged gradients: two and three real gloo processes give what one gives with the whole batch."""
+"""What real gloo processes share: features and gradients, which together are those of one, and the first's statistics."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from clipcid_cli.runtime.models.grad_cache import Features
 from clipcid_cli.runtime.training.gradients import GradientAverager, gather_rows
 from clipcid_cli.runtime.training.trainer import LossParameters
 from clipcid_cli.steps.distill.batches import TrainingBatch
+from clipcid_cli.steps.distill.evaluation import share_statistics
 from clipcid_cli.steps.distill.objective import Objective, Targets, Teacher
 
 BATCH, EXTRA, WIDTH, TEACHER_WIDTH = 12, 6, 6, 9
@@ -83,10 +84,19 @@ def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.
     return loss, [parameter.grad.numpy().copy() for parameter in trained if parameter.grad is not None]
 
 
+def gather_statistics(rank: int, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Normalise this process's rows in training; return the running statistics before and after they are shared."""
+    norm = torch.nn.Sequential(torch.nn.BatchNorm1d(5))
+    norm(torch.randn(BATCH, 5, generator=torch.Generator().manual_seed(rank)))
+    own = [buffer.numpy().copy() for buffer in norm.buffers()]
+    share_statistics(norm, Machine(rank, size, rank, torch.device("cpu")))
+    return own, [buffer.numpy() for buffer in norm.buffers()]
+
+
 def process(rank: int, size: int, local: bool, store: str, results: multiprocessing.Queue) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
-        results.put((rank, one_step(rank, size, local)))
+        results.put((rank, (*one_step(rank, size, local), *gather_statistics(rank, size))))
     finally:
         dist.destroy_process_group()
 
@@ -112,6 +122,10 @@ def test_processes_together_equal_one(size: int, local: bool, tmp_path: Path) ->
             np.testing.assert_allclose(mine, single, atol=1e-5, rtol=1e-4)
         # The processes must not drift apart by a bit, or they would train different students.
         for mine, first in zip(found[rank][1], found[0][1], strict=True):
+            np.testing.assert_array_equal(mine, first)
+        own, shared = found[rank][2:]
+        assert not np.array_equal(own[0], found[0][2][0]) or rank == 0
+        for mine, first in zip(shared, found[0][2], strict=True):
             np.testing.assert_array_equal(mine, first)
 
 
