@@ -272,7 +272,7 @@ def test_flags_that_reach_data_sets(whole: Path, tiny_classes: Path, tmp_path: P
     with pytest.raises(ClipcidError, match=r"^--eval-data: .*filepath") as refused:
         train(whole, "list", ("clip",), eval_data=(str(named),), image_column="picture")
     assert "--image-column" in refused.value.fix
-    assert "run clipcid eval-zeroshot after the training" in refused.value.fix
+    assert "run clipcid eval-zeroshot with them after the training" in refused.value.fix
 
 
 def test_two_data_sets_of_one_name_are_refused(whole: Path, tiny_classes: Path, tmp_path: Path) -> None:

@@ -201,8 +201,8 @@ def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[
         fix = error.fix
         if "--" in fix:  # flags that distill lacks, or that it reads its training data by
             fix += (
-                " Not in distill, which measures with eval-zeroshot's defaults: omit this --eval-data, and run clipcid "
-                "eval-zeroshot after the training."
+                " Such flags do not reach --eval-data: omit it here, and run clipcid eval-zeroshot with them after the "
+                "training."
             )
         raise ClipcidError(f"--eval-data: {error.message}", fix) from error
     tasks: dict[str, ZeroshotTask] = {}
