@@ -42,7 +42,7 @@ def _sketch(scores: list[float]) -> str:
     """Draw scores along the grid of C, each as high as its share of the best; every other one, to fit a terminal."""
     low, high = min(scores), max(scores)
     width = (high - low) or 1.0
-    return "".join(_BARS[round((len(_BARS) - 1) * (score - low) / width)] for score in scores[::2])
+    return "".join(_BARS[round((len(_BARS) - 1) * ((score - low) / width))] for score in scores[::2])
 
 
 def _print_shots(result: dict[str, Any], console: Console) -> None:

@@ -22,6 +22,35 @@ _DESCRIBED: dict[str, dict[str, type]] = {
 }
 # What opens a data set again: see `Dataset.describe`.
 _OF_DATA = ("spec", "keys", "image", "caption", "key")
+_NUMBER = int | float
+# What a finished step says again when it is run once more, by name: see `_fits`.
+_RESULT: dict[str, Any] = {
+    **dict.fromkeys(("images", "searched", "clusters", "classes", "train_images", "validation_images"), _NUMBER),
+    **dict.fromkeys(("kept", "keep_ratio", "components", "largest_component", "coverage"), _NUMBER),
+    **dict.fromkeys(("objective", "iterations", "c", "validation_score"), _NUMBER),
+    **dict.fromkeys(("steps", "samples", "samples_per_second"), _NUMBER),
+    **{name: {...: _NUMBER} for name in ("seconds", "losses", "metrics", "dropped_by")},
+    "threshold": _NUMBER | None,
+    "other_linkage": {None: None, "kept": _NUMBER, "coverage": _NUMBER},
+    "audit": {None: None, ...: _NUMBER},
+    "caption_window": {None: None, **dict.fromkeys(("inside", "below", "above", "without"), _NUMBER)},
+    "cluster_cap": {None: None, ...: _NUMBER},
+    "against": {
+        None: None,
+        "dropped": _NUMBER,
+        "threshold": _NUMBER,
+        "references": [{"name": str, "nearest": _NUMBER}],
+    },
+    "sweep": {"c": [_NUMBER, ...], "score": [_NUMBER, ...]},
+    "shots": [
+        {
+            "shots": _NUMBER,
+            "images": _NUMBER,
+            "c": [_NUMBER, ...],
+            "metrics": {...: dict.fromkeys(("mean", "std"), _NUMBER | None)},
+        }
+    ],
+}
 
 
 def check_entries(sidecar: dict[str, Any]) -> None:
@@ -57,6 +86,11 @@ def check_entries(sidecar: dict[str, Any]) -> None:
         "settings.view_kind": _are_all(made.get("view_kind"), lambda kind: isinstance(kind, str)),
         "keep_list": keep_list is None or (isinstance(keep_list, dict) and isinstance(keep_list.get("path"), str)),
     }
+    result = sidecar.get("result", {})
+    inner |= {f"result.{name}": _fits(result[name], shape) for name, shape in _RESULT.items() if name in result}
+    for name in {"images", "searched"} & result.keys():  # shares of them are shown
+        inner[f"result.{name}"] &= result[name] != 0
+    inner["result.skipped"] = _are_counts(result.get("skipped", {}))
     for name, fits in inner.items():
         if not fits:
             outer, _, name_there = name.partition(".")
@@ -72,6 +106,23 @@ def _are_all(values: Any, fits: Callable[[Any], bool]) -> bool:
 def _is_reference(value: Any) -> bool:
     """Tell whether it is the name of a reference and the hash of its rows."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], str)
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Tell whether a value has a shape.
+
+    Args:
+        shape: A type; the shape of each item in a list, followed by ``...`` where there must be one; or those of the
+            entries of an object by name, with that of all others under ``...`` and a None where the object may be null.
+            A missing entry is told where it is read.
+    """
+    if isinstance(shape, list):
+        return isinstance(value, list) and len(value) >= len(shape) - 1 and all(_fits(item, shape[0]) for item in value)
+    if not isinstance(shape, dict):
+        return isinstance(value, shape)
+    if not isinstance(value, dict):
+        return value is None and None in shape
+    return all(_fits(entry, shape.get(name, shape.get(..., object))) for name, entry in value.items())
 
 
 def _are_counts(skipped: Any) -> bool:

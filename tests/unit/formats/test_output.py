@@ -97,6 +97,21 @@ DATA = {"spec": "a", "keys": "sample", "image": "i", "caption": "c", "key": "k"}
         {"flags": []},
         {"inputs": [{"hash": "a"}]},
         {"outputs": [{"path": "a", "size": 1, "time": "1", "hash": "b"}]},
+        {"result": []},
+        {"result": {"validation_images": {"a": 1}}},
+        {"result": {"searched": 0}},
+        {"result": {"skipped": {"no_image": []}}},
+        {"result": {"seconds": {"fit": None}}},
+        {"result": {"sweep": []}},
+        {"result": {"sweep": {"c": []}}},
+        {"result": {"sweep": {"score": [0.5, None]}}},
+        {"result": {"shots": [None]}},
+        {"result": {"shots": [{"c": "x"}]}},
+        {"result": {"shots": [{"metrics": {"lp_acc1": {"mean": "x"}}}]}},
+        {"result": {"threshold": "x"}},
+        {"result": {"other_linkage": {"kept": []}}},
+        {"result": {"audit": {"rate": None}}},
+        {"result": {"against": {"references": [{"name": "a", "nearest": "x"}]}}},
     ],
 )
 def test_a_sidecar_with_entries_of_other_types_is_refused_where_it_is_read(tmp_path: Path, entry: Any) -> None:
@@ -106,6 +121,7 @@ def test_a_sidecar_with_entries_of_other_types_is_refused_where_it_is_read(tmp_p
         "counts": {"skipped": {"train": {"no_image": 1}, "val": {}}},
         "data": DATA,
         "model": model,
+        "result": {"threshold": None, "audit": None, "shots": [{"metrics": {"lp_acc1": {"mean": 0.5, "std": None}}}]},
     }
     path = tmp_path / "embed.json"
     path.write_text(json.dumps(whole))
