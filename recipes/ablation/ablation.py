@@ -152,6 +152,10 @@ class Ablation:
         """Measure students of several runs in one process."""
         models = [self.work / "distill" / folder_name(run) / "student" for run in runs]
         found = self.evaluate(models, folder_name(runs[0]))
+        for entry in found:
+            for items in entry["items"].values():
+                # The teacher's line has them.
+                del items["keys"]
         for run, entry in zip(runs, found, strict=True):
             metrics = entry["metrics"]
             say(f"{run.name}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
@@ -161,8 +165,7 @@ class Ablation:
         """Measure the teacher once."""
         if "teacher" not in self.log.entries:
             found = self.evaluate([self.inputs.teacher], "teacher")[0]
-            evaluated = self.work / "evaluated" / "teacher" / "eval"
-            found["keys"] = {name: keys_of(evaluated, name) for name in found["items"]}
+            found["keys"] = {name: items.pop("keys") for name, items in found["items"].items()}
             self.log.add({"run": "teacher", "setting": "teacher", "seed": 0} | found | self.about)
 
     def evaluate(self, models: list[Path], name: str) -> list[dict[str, Any]]:
@@ -262,18 +265,12 @@ def named_metrics(metrics: dict[str, float]) -> dict[str, float]:
 def read_items(path: Path) -> dict[str, Any]:
     """Return keys, and for each its ranks (retrieval) or whether the first class was right (classification)."""
     table = pq.read_table(path).sort_by("key")
+    keys = table["key"].to_pylist()
     if "text_rank" in table.column_names:
         ranks = [ranks[0] for ranks in table["image_ranks"].to_pylist()]
-        return {"image_ranks": ranks, "text_ranks": table["text_rank"].to_pylist()}
+        return {"keys": keys, "image_ranks": ranks, "text_ranks": table["text_rank"].to_pylist()}
     right = zip(table["label"].to_pylist(), table["predicted"].to_pylist(), strict=True)
-    return {"right": "".join("1" if label == predicted else "0" for label, predicted in right)}
-
-
-def keys_of(evaluated: Path, dataset: str) -> list[str]:
-    """Return the keys of a set's images, in the order of `read_items`."""
-    path = next((evaluated / "sidecars").glob(f"{dataset}_*.predictions.parquet"))
-    keys: list[str] = pq.read_table(path, columns=["key"]).sort_by("key")["key"].to_pylist()
-    return keys
+    return {"keys": keys, "right": "".join("1" if label == predicted else "0" for label, predicted in right)}
 
 
 def chunks(runs: list[plan.Run], size: int) -> Iterator[list[plan.Run]]:
