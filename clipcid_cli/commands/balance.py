@@ -21,16 +21,18 @@ def show(result: dict[str, Any], console: Console) -> None:
         "kept": f"{result['kept']:,} of {count(result['images'], 'image')} ({result['keep_ratio']:.1%})",
         "cut-off": "none, since nothing is merged" if threshold is None else f"{threshold:.6g} (Euclidean distance)",
         "largest group": count(result["largest_component"], "image"),
-        "coverage": f"{result['coverage']:.1%} of the dropped images are farther from their kept image than the cut-off",
     }
-    searched, cap = result.get("searched", result["images"]), result.get("cluster_cap")
-    if searched < result["images"] or cap is not None:
-        facts["dropped"] = _format_dropped(result["dropped_by"], searched)
+    searched, cap, dropped_by = result["searched"], result.get("cluster_cap"), result["dropped_by"]
+    is_filtered = any(result.get(name) is not None for name in ("against", "caption_window", "cluster_cap"))
+    repeats = "dropped repeats" if is_filtered else "dropped images"
+    facts["coverage"] = f"{result['coverage']:.1%} of the {repeats} are farther from their kept image than the cut-off"
+    if is_filtered:
+        facts["dropped"] = _format_dropped(dropped_by, searched, result["images"])
     before = "" if cap is None else " before clusters are capped"
     if other is not None:
         facts[f"with {other['linkage']}"] = (
             f"{other['kept']:,} ({other['kept'] / searched:.1%}) would be kept at this cut-off{before}, "
-            f"and {other['coverage']:.1%} of the dropped images be farther"
+            f"and {other['coverage']:.1%} of the {repeats} be farther"
         )
     elif threshold is not None:
         facts["with star"] = "not computed"
@@ -55,15 +57,15 @@ def show(result: dict[str, Any], console: Console) -> None:
     print_facts(console, "Balanced", facts | file_facts(result))
 
 
-def _format_dropped(numbers: dict[str, int], searched: int) -> str:
+def _format_dropped(numbers: dict[str, int], searched: int, images: int) -> str:
     """Write by what images were dropped, in this order."""
     parts = {
         "reference": "near references",
         "caption": "outside the window of caption similarity",
-        "repeat": f"repeats among the {searched:,} left",
+        "repeat": f"repeats among the {searched:,} left" if searched < images else "repeats",
         "cluster": "in clusters of too many",
     }
-    return ", ".join(f"{numbers[name]:,} {text}" for name, text in parts.items() if numbers[name])
+    return ", ".join(f"{numbers[name]:,} {text}" for name, text in parts.items() if numbers[name]) or "none"
 
 
 def _format_audit(audit: dict[str, Any]) -> str:

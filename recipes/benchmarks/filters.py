@@ -116,6 +116,7 @@ def draw_data(folder: Path, arguments: argparse.Namespace) -> None:
     """Write embeddings with captions, references and clusters."""
     generator, width = np.random.default_rng(0), arguments.width
     centres = unit(generator.standard_normal((arguments.rows // 4, width), dtype=np.float32))
+    num_copies = arguments.references // 10
     near: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     for number, part in enumerate(np.array_split(np.arange(arguments.rows), arguments.shards)):
@@ -126,9 +127,9 @@ def draw_data(folder: Path, arguments: argparse.Namespace) -> None:
         texts = unit(rows + mixed * generator.standard_normal(rows.shape, dtype=np.float32))
         captions = [f"a photo of thing {each} beside thing {row}" for each, row in zip(label, part, strict=True)]
         write_shard(folder / "embeddings", number, rows, [f"{row:09d}" for row in part], texts, captions)
-        near.append(rows[: max(1, arguments.references // 10 // arguments.shards)])
+        near.append(rows[: -(-num_copies // arguments.shards)])
         labels.append(label.astype(np.int32) // (CLUSTER_SIZE // 4))
-    copies = np.concatenate(near)[: arguments.references // 10]
+    copies = np.concatenate(near)[:num_copies]
     copies = unit(copies + 0.02 / width**0.5 * generator.standard_normal(copies.shape, dtype=np.float32))
     others = unit(generator.standard_normal((arguments.references - len(copies), width), dtype=np.float32))
     keys = [f"r{row:06d}" for row in range(arguments.references)]
@@ -163,7 +164,7 @@ def write_clusters(folder: Path, labels: np.ndarray, generator: np.random.Genera
             pa.table({"key": keys, "cluster": labels, "similarity": similarity}), folder / "clusters.parquet"
         )
         outputs = describe_outputs(folder, [folder / "clusters.parquet"])
-        output.commit(counts={}, seconds={}, outputs=outputs, result={"images": len(labels)})
+        output.commit(counts={"skipped": {}}, seconds={}, outputs=outputs, result={"images": len(labels)})
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     shards = arguments.rows // SHARD_ROWS
+    if shards < 2:
+        parser.error(f"--rows {arguments.rows}: at least {2 * SHARD_ROWS}, two shards")
     new = round(arguments.new * shards)
     pairs = arguments.rows * (arguments.rows - 1) // 2
     old_rows = (shards - new) * SHARD_ROWS
@@ -51,12 +53,12 @@ def main() -> None:
             path.rename(folder / "embeddings" / "img_emb" / path.name)
         grown, whole = balance(folder, "grown", arguments), balance(folder, "whole", arguments)
         equal = [read(folder / "grown", name) == read(folder / "whole", name) for name in FILES]
-        edges = (folder / "whole" / "balance" / "forest.parquet").stat().st_size
+        size = (folder / "whole" / "balance" / "forest.parquet").stat().st_size
     for name, (cpu, wall) in (("grown", grown), ("from nothing", whole)):
         print(f"{name:>14}: {cpu:8.1f} CPU s, {wall:8.1f} s")
     print(f"{'ratio':>14}: {grown[0] / whole[0]:8.3f} of CPU, {grown[1] / whole[1]:8.3f}")
     print(
-        f"{', '.join(FILES)}: {'the same bytes' if all(equal) else f'differ: {equal}'}; the forest has {edges:,} bytes"
+        f"{', '.join(FILES)}: {'the same bytes' if all(equal) else f'differ: {equal}'}; the forest has {size:,} bytes"
     )
 
 

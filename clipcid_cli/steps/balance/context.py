@@ -9,6 +9,7 @@ from typing import Any
 
 from clipcid_cli.algorithms.search.distances import IntArray
 from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.filters.select import Filters
@@ -27,6 +28,7 @@ class Context:
 
     Attributes:
         folder: Where the forest is stored.
+        data: The data itself where ``--select resolution`` reads it; else None.
         fingerprints: Of the files of the embeddings, and of the rows to balance where those are not all.
         filters: What was dropped before, and what is left.
         seconds: Time by phase; searches add theirs to ``search``.
@@ -36,6 +38,7 @@ class Context:
     machine: Machine
     folder: Path
     embeddings: Embeddings
+    data: Dataset | None
     fingerprints: list[dict[str, Any]]
     filters: Filters
     reporter: Reporter

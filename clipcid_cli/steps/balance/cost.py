@@ -116,6 +116,8 @@ def estimate_cost(
             f"  {name}: {cost.pairs:,} pairs, {cost.flop:.3g} FLOP, about {format_duration(cost.seconds)}{audit}."
         )
     describe_filters(filters, clusters, reporter)
+    if clusters is not None:
+        clusters.warn_of_few(settings, searched, reporter)
     reporter.note(
         f"Memory: {resident / 2**30:.1f} GiB a process above the {mapped / 2**30:.2f} GiB of mapped rows; "
         f"disk: {disk / 2**20:,.0f} MiB."

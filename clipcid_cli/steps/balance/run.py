@@ -33,7 +33,7 @@ from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.report import has_new_pictures, write_report
 from clipcid_cli.steps.balance.result import REPORT, explain_unread, find_warnings, name_files, summarise
 from clipcid_cli.steps.balance.rows import count_skipped, find_embeddings, find_rows, needs_texts, output_identity
-from clipcid_cli.steps.balance.samples import require_data
+from clipcid_cli.steps.balance.samples import open_for_sizes, require_data
 from clipcid_cli.steps.balance.sections.chains import measure_sets
 from clipcid_cli.steps.balance.sets import Sets, make_sets
 from clipcid_cli.steps.balance.write_lists import check_targets, check_uids, write_kept
@@ -55,12 +55,11 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         seconds{embed, search, write}, files{}``. ``searched`` counts the images that references and caption window leave.
         ``coverage`` is the share of the dropped repeats that are farther than the threshold from their representative.
         ``other_linkage`` is what the other linkage gives at the same threshold, null where that is not computed. ``audit``
-        is null for exact neighbors;
-        for partitioned ones it holds how many of the sampled kept images have another kept one within the threshold, the
-        rate and the ends of its 95 % interval. ``against`` holds for each reference its rows, the images near one of them,
-        and those for which it is the nearest reference; ``cluster_cap`` the clusters of the images that repeats have left,
-        how many had more images than `most`, and the size of the largest before. ``against``, ``caption_window`` and
-        ``cluster_cap`` are null where they are not asked for.
+        is null for exact neighbors; for partitioned ones it holds how many of the sampled kept images have another kept one
+        within the threshold, the rate and the ends of its 95 % interval. ``against`` holds for each reference its rows, the
+        images near one of them, and those for which it is the nearest reference; ``cluster_cap`` the clusters of the
+        images that repeats have left, how many had more images than `most`, and the size of the largest before. These three
+        are null where they are not asked for.
 
     Raises:
         ClipcidError: when there is nothing to balance, too much of it is unusable, or another run is active.
@@ -80,12 +79,11 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             data = require_data(settings, embeddings, "--write-shards")
             shards = tar_shards(data, settings.write_shards)
         machine.on_main(lambda: check_uids(settings, embeddings))
-        if settings.select == "resolution":
-            require_data(settings, embeddings, "--select resolution")
         if needs_texts(settings):
             embeddings.texts()  # refuses those without, before anything is searched
         clusters = machine.on_main(lambda: find_clusters(settings, reporter))
         if settings.dry_run:
+            open_for_sizes(settings, embeddings)  # refuses unknown data
             planned = plan_references(settings, machine, embeddings, reporter)
             return estimate_cost(settings, machine, embeddings, planned, clusters, reporter)
         references = open_references(settings, machine, embeddings, reporter)
@@ -147,6 +145,7 @@ def _balance(
     reporter: Reporter,
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    data = open_for_sizes(settings, embeddings)
     machine.on_main(lambda: clear_shared(output.folder))
     rows = find_rows(machine, output.folder, embeddings.images(), reporter)
     seconds["search"] = time.perf_counter() - started
@@ -154,7 +153,9 @@ def _balance(
     machine.on_main(embeddings.refuse_repeated_keys)
     filters = apply_filters(settings, machine, output.folder, embeddings, rows, output.inputs, references, reporter)
     inputs = [*output.inputs, *filters.rows.describe_choice()]
-    context = Context(settings, machine, output.folder, embeddings, inputs, filters, reporter, seconds)
+    if clusters is not None:
+        clusters.warn_of_few(settings, len(filters.rows), reporter)
+    context = Context(settings, machine, output.folder, embeddings, data, inputs, filters, reporter, seconds)
     sets, forest, was_there = make_sets(context)
     if was_there:
         reporter.note("The forest of these embeddings exists: keep list, curve and report are made from it.")

@@ -162,19 +162,28 @@ def read_thumbnail(finder: SampleFinder, shard: str, key: str, side: int) -> tup
         return "", f"{error.filename or where} cannot be read: {describe(error)}."
 
 
-def count_pixels(settings: BalanceSettings, embeddings: Embeddings, rows: IntArray, reporter: Reporter) -> DoubleArray:
-    """Read the sizes of some images.
-
-    Args:
-        rows: Rows of the embeddings, int64 [n], ascending.
-
-    Returns:
-        Width × height, float64 [n]; 0 where an image cannot be found or read.
+def open_for_sizes(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
+    """Open the data for ``--select resolution`` where anything is to be chosen by it; else None.
 
     Raises:
         ClipcidError: when it is not known which data the embeddings were made from, or it cannot be opened.
     """
-    finder = SampleFinder(require_data(settings, embeddings, "--select resolution"))
+    if settings.select != "resolution" or (settings.keep == 1.0 and settings.max_per_cluster is None):
+        return None
+    return require_data(settings, embeddings, "--select resolution")
+
+
+def count_pixels(data: Dataset, embeddings: Embeddings, rows: IntArray, reporter: Reporter) -> DoubleArray:
+    """Read the sizes of some images.
+
+    Args:
+        data: What the embeddings were made from.
+        rows: Rows of the embeddings, int64 [n], ascending.
+
+    Returns:
+        Width × height, float64 [n]; 0 where an image cannot be found or read.
+    """
+    finder = SampleFinder(data)
     pixels: DoubleArray = np.zeros(len(rows))
     with ThreadPoolExecutor(_THREADS) as pool, reporter.progress("image sizes", len(rows), "images") as progress:
         for start in range(0, len(rows), _ROWS_AT_ONCE):

@@ -219,8 +219,9 @@ def _similarity(context: Context, labels: IntArray) -> IntArray:
 def _resolution(context: Context, labels: IntArray) -> IntArray:
     members = _rows_of_several(labels)
     scores = np.zeros(len(labels))
+    assert context.data is not None  # it was opened before the search
     numbers = context.rows.numbers[members]
-    scores[members] = count_pixels(context.settings, context.embeddings, numbers, context.reporter)
+    scores[members] = count_pixels(context.data, context.embeddings, numbers, context.reporter)
     return best_rows(scores, labels)
 
 

@@ -67,11 +67,26 @@ class FoundClusters:
         folder: Their folder.
         identity: Hash of their table.
         images: Number of images in them.
+        skipped: Number of images that were left out when they were made, since their rows are not usable.
     """
 
     folder: Path
     identity: str
     images: int
+    skipped: int
+
+    def warn_of_few(self, settings: BalanceSettings, num_rows: int, reporter: Reporter) -> None:
+        """Warn, before the search, where they are of fewer images than the rows to balance.
+
+        Args:
+            num_rows: Number of those.
+        """
+        if self.images + self.skipped < num_rows:
+            reporter.warn(
+                f"The clusters in {self.folder} are of {self.images:,} images, and {num_rows:,} are balanced: where one "
+                f"that is kept is in none of them, the run ends with an error. To cluster all images: "
+                f"{_cluster_all(settings, overwrite=True)}"
+            )
 
 
 def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
@@ -96,8 +111,9 @@ def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundCluster
     path = sidecar_path(folder, "cluster")
     with reading(path, "a sidecar of cluster", remake()):
         images = int(sidecar["result"]["images"])
+        skipped = sum(sidecar["counts"]["skipped"].values())
     reporter.note(f"Clusters: {folder}, of {images:,} images.")
-    return FoundClusters(folder, str(fingerprint_file(folder / TABLE)["hash"]), images)
+    return FoundClusters(folder, str(fingerprint_file(folder / TABLE)["hash"]), images, skipped)
 
 
 def _flags_for_all(settings: BalanceSettings) -> dict[str, Any]:
@@ -184,7 +200,8 @@ def _caption(context: Context, rows: IntArray, similarity: npt.NDArray[np.float3
 
 
 def _resolution(context: Context, rows: IntArray, similarity: npt.NDArray[np.float32]) -> DoubleArray:
-    return count_pixels(context.settings, context.embeddings, context.rows.numbers[rows], context.reporter)
+    assert context.data is not None  # it was opened before the search
+    return count_pixels(context.data, context.embeddings, context.rows.numbers[rows], context.reporter)
 
 
 # Each rule of ``--select`` that can choose several images of a cluster: scores of rows, given their centroids' similarities.

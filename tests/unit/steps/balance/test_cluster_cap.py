@@ -17,6 +17,7 @@ from rich.console import Console
 from clipcid_cli.algorithms.sets.representatives import best_of_groups, random_scores
 from clipcid_cli.commands.balance import show
 from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.steps.balance.run import run
 from clipcid_cli.steps.cluster.run import run as run_cluster
 from clipcid_cli.steps.settings.balance import SELECTIONS, BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -129,6 +130,23 @@ def test_what_is_said_of_the_kept_images_is_of_those_that_the_cap_leaves(place: 
     assert f"share of the {left} searched" in page
 
 
+def test_where_nothing_is_dropped_screen_and_report_say_so(place: Path, tmp_path: Path) -> None:
+    call = {"clusters": place / "work" / "clusters", "max_per_cluster": NUM_ROWS}
+    for keep, on_screen, on_page in (
+        (1.0, "dropped none ", "<p>No image is dropped.</p>"),
+        (0.7, "dropped 150 repeats ", "in this order: <b>150</b> repeats.</p>"),
+    ):
+        result, _ = balance(tmp_path / "w", place / "e", keep=keep, **call)
+        screen = io.StringIO()
+        show(result, Console(file=screen, width=200))
+        told = " ".join(screen.getvalue().split())
+        assert on_screen in told
+        assert "of the dropped repeats are farther from their kept image" in told
+        page = " ".join((tmp_path / "w" / "balance" / "report.html").read_text().split())
+        assert on_page in page
+        assert "of the dropped repeats farther than" in page
+
+
 def test_groups_of_any_size() -> None:
     generator = np.random.default_rng(0)
     for most in (1, 3, 100):
@@ -145,6 +163,17 @@ def test_clusters_of_other_images_are_refused(place: Path, tmp_path: Path) -> No
     balance(tmp_path / "w", folder, keep=1.0)
     with pytest.raises(ClipcidError, match="60 images that are kept are in none of the clusters in"):
         balance(tmp_path / "w", folder, keep=1.0, max_per_cluster=2, clusters=place / "work" / "clusters")
+    # Clusters of fewer images than are balanced: a warning before the search, in a dry run as well.
+    few = ClusterSettings(work=tmp_path / "few", embeddings=folder, keep_list="none", num_clusters=4, device="cpu")
+    run_cluster(few, Listener())
+    call = {"keep": 0.5, "max_per_cluster": 2, "clusters": tmp_path / "few" / "clusters"}
+    for dry_run in (True, False):
+        assert "are balanced" not in balance(tmp_path / "y", folder, dry_run=dry_run, **call)[1]
+    assert "are of 60 images, and 500 are balanced" in balance(tmp_path / "x", place / "e", dry_run=True, **call)[1]
+    said = Listener()
+    with pytest.raises(ClipcidError, match="images that are kept are in none of the clusters in"):
+        run(BalanceSettings(work=tmp_path / "x", embeddings=place / "e", device="cpu", **call), said)
+    assert "are of 60 images, and 500 are balanced" in "\n".join(said.told)
     assert (tmp_path / "w" / "balance" / "balance.json").exists()
     assert "already holds this result" in balance(tmp_path / "w", folder, keep=1.0)[1]
     with pytest.raises(ClipcidError, match="There are no clusters in") as error:

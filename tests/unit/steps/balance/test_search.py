@@ -230,6 +230,13 @@ def test_the_image_with_most_pixels_can_stand_for_a_set(tmp_path: Path) -> None:
     folder = write_embeddings(tmp_path / "e", rows, keys=["0", "1", "2", "3", "4"])
     balance(tmp_path, folder, data=str(tmp_path / "photos"), threshold=0.0, select="resolution")
     assert read_keep(tmp_path)["representative"].tolist() == ["1", "1", "1", "4", "4"]
+    # The data is needed only where something is to be chosen.
+    _, said = balance(tmp_path, folder, threshold=0.0, select="resolution")
+    assert "already holds this result" in said
+    result, _ = balance(tmp_path, folder, keep=1.0, select="resolution")
+    assert result["kept"] == 5
+    with pytest.raises(ClipcidError, match="--select resolution needs the data itself"):
+        balance(tmp_path, folder, keep=0.8, select="resolution")
 
 
 def test_other_embeddings_are_refused_until_overwrite(embeddings: Path, rows: np.ndarray, tmp_path: Path) -> None:
