@@ -77,7 +77,8 @@ def make_embeddings(
     inputs = machine.on_main(dataset.fingerprints)
     finished = machine.on_main(lambda: find_finished(folder, settings, name, dataset, inputs))
     if finished is not None:
-        machine.on_main(lambda: remove_leftovers(folder))
+        if not settings.dry_run:
+            machine.on_main(lambda: remove_leftovers(folder))
         reporter.note(f"{folder} already holds the embeddings of {dataset.spec} with {name.spec}.")
         return describe_result(folder, finished)
     machine.on_main(lambda: refuse_foreign_folder(folder))

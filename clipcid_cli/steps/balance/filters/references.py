@@ -60,7 +60,7 @@ class PlannedReference:
 def plan_references(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
 ) -> list[PlannedReference]:
-    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made.
+    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made or written.
 
     Raises:
         ClipcidError: when one cannot be opened, is of another model or preprocessing, or has no usable row.
