@@ -88,7 +88,7 @@ def join(data: Path, folder: Path, **settings: Any) -> tuple[Embeddings, Teacher
     scratch = Path(mkdtemp(dir=folder.parent))
     dataset, embeddings = index_data(open_dataset(str(data)), scratch), open_embeddings(folder)
     check_keys(embeddings, dataset)
-    given = DistillSettings(student="student.json", preset="clip-kd", **settings)
+    given = DistillSettings(data=str(data), student="student.json", preset="clip-kd", **settings)
     matched = match_samples(dataset, Sources(embeddings=embeddings), 0.0, scratch, Listener())
     return embeddings, use_stored(given, embeddings, matched.training, matched.counts, Listener()), dataset
 

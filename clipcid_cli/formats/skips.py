@@ -84,7 +84,7 @@ class Skips:
         raise ClipcidError(
             f"{self.total:,} of {read:,} samples in {where} cannot be used: {self.total / read:.1%}, "
             f"more than the allowed {max_bad_fraction:.1%}.\n{self.describe()}",
-            f"{fix + ' ' if fix else ''}Fix the data, or allow more with --max-bad-fraction.",
+            fix + "\n" * bool(fix) + "Fix the data, or allow more with --max-bad-fraction.",
         )
 
     def to_json(self) -> dict[str, Any]:

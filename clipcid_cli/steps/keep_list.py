@@ -224,8 +224,7 @@ def _remove_if_empty(folder: Path) -> None:
 @contextmanager
 def _scratch_folder(parent: Path | None) -> Iterator[Path]:
     """Make a temporary folder, in the system's place for them where there is no `parent`."""
-    if parent is not None:
-        remove_abandoned(parent.glob(f"{_SCRATCH}*"))  # of runs that were killed
+    remove_abandoned((parent or Path(tempfile.gettempdir())).glob(f"{_SCRATCH}*"))  # of runs that were killed
     with ExitStack() as stack:
         try:
             if parent is not None and not parent.exists():

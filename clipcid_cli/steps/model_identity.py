@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import command_line
+from clipcid_cli.formats.embeddings.command import embed_command
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import hash_weights
 from clipcid_cli.runtime.models.names import ModelName, find_weights, read_config
+from clipcid_cli.steps.settings.distill import DistillSettings
 
 # The entries of a configuration's text tower that determine the tokens.
 _TOKENS = ("context_length", "hf_tokenizer_name", "tokenizer_kwargs")
@@ -68,19 +69,18 @@ def _compare(what: str, recorded: dict[str, Any], named: dict[str, Any], keys: t
     return None
 
 
-def embed_with(name: ModelName, work: Path, data: str | None, sidecar: dict[str, Any] | None = None) -> str:
-    """Return the command that embeds data with another model, for a fix.
+def embed_with(name: ModelName, settings: DistillSettings, sidecar: dict[str, Any] | None = None) -> str:
+    """Return the command that embeds the data of a run with another model, for a fix.
 
     Args:
-        data: The data; None for that of the sidecar.
-        sidecar: That of embeddings of the data, if there are any.
+        sidecar: That of embeddings, whose data it is where the run names none.
     """
-    found = data or (sidecar or {}).get("data", {}).get("spec") or "DATA"
-    return command_line("embed", found, model=name.spec, work=work)
+    described = (sidecar or {}).get("data", {})
+    return embed_command(name.spec, described, settings.data, **settings.data_flags, work=settings.work)
 
 
-def cluster_with(name: ModelName, work: Path, data: str | None) -> str:
+def cluster_with(name: ModelName, settings: DistillSettings) -> str:
     """Return the fix that makes clusters of a model whose embeddings may not exist yet."""
-    embeddings = WorkDirectory(work).embeddings(name.slug)
-    cluster = command_line("cluster", embeddings=embeddings, work=work, overwrite=True)
-    return f"Run: {embed_with(name, work, data)}\nThen run: {cluster}"
+    embeddings = WorkDirectory(settings.work).embeddings(name.slug)
+    cluster = command_line("cluster", embeddings=embeddings, work=settings.work, overwrite=True)
+    return f"Run: {embed_with(name, settings)}\nThen run: {cluster}"

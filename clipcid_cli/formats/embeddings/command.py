@@ -36,17 +36,27 @@ def data_command(folder: Path, sidecar: dict[str, Any] | None, data: str | None 
         folder: Where they are.
         sidecar: Theirs; None for those of another tool, which are not replaced.
         data: The data; None for that of the sidecar.
-        more: Flags in which the new ones differ.
+        more: Flags in which the new ones differ, and by which `data` is read.
     """
     if sidecar is None:
         return command_line("embed", data or "DATA", **_differing({"model": "MODEL"} | more))
     described = sidecar.get("data", {})
-    if data is None:
-        more |= {f"{name}_column": described[name] for name in dataclasses.asdict(Columns()) if name in described}
     made = {name: sidecar["settings"][name] for name in (*DEFAULTS, *_OF_MACHINE) if name in sidecar["settings"]}
-    settings = {"model": sidecar["model"]["spec"]} | made | more
+    settings = {"model": sidecar["model"]["spec"]} | made | _flags_of_data(described, data, more)
     replaced = _differing(settings) | {"out": folder, "overwrite": True}
     return command_line("embed", data or described.get("spec", "DATA"), **replaced)
+
+
+def embed_command(model: str, described: dict[str, Any], data: str | None, **flags: Any) -> str:
+    """Return the command that embeds data with another model.
+
+    Args:
+        described: The data that embeddings record, see `Dataset.describe`; empty where there are none.
+        data: The data; None for that.
+        flags: Flags of the command, and by which `data` is read.
+    """
+    named = data or described.get("spec") or "DATA"
+    return command_line("embed", named, model=model, **_differing(_flags_of_data(described, data, flags)))
 
 
 def remake(folder: Path, sidecar: dict[str, Any]) -> str:
@@ -64,6 +74,15 @@ def texts_command(model: str | None, texts: str | None = None, **more: Any) -> s
         more: Other flags.
     """
     return command_line("embed", texts=texts or "FILE", model=model or "MODEL", **more)
+
+
+def _flags_of_data(described: dict[str, Any], data: str | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """Return flags and those by which the recorded data was read, where that is the data of the command."""
+    if data is not None and data != described.get("spec"):
+        return flags
+    recorded = {f"{name}_column": described[name] for name in dataclasses.asdict(Columns()) if name in described}
+    recorded |= {"keys": described["keys"]} if "keys" in described else {}
+    return flags | recorded if data is None else recorded | flags
 
 
 def _differing(settings: dict[str, Any]) -> dict[str, Any]:

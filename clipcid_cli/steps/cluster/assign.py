@@ -66,8 +66,9 @@ def assign_clusters(
         found_Bm, exact_Bm = (found.cpu().numpy() for found in top_nearest(rows_BD, centroids_KD, m))
         return block, TopClusters(found_Bm.astype(np.int32), exact_Bm.astype(np.float16)), exact_Bm[:, 0].copy()
 
-    with reporter.progress("assign", len(rows), "images") as progress:
-        progress.advance(len(rows) - sum(stop - start for start, stop in (bounds[part] for part in parts_left)))
+    own, left = (sum(stop - start for start, stop in map(bounds.__getitem__, each)) for each in (parts, parts_left))
+    with reporter.progress("assign", own, "images") as progress:
+        progress.advance(own - left)
         found: dict[bool, list[TopClusters]] = {False: [], True: []}
         exact: list[npt.NDArray[np.float64]] = []
         # One set of threads for all parts: new ones for each would share a core until the system has spread them.

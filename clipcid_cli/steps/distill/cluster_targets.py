@@ -55,7 +55,7 @@ def find_clusters(
         raise ClipcidError(
             f"The clusters in {clusters.folder} are of {model['spec']}, {difference.what} {difference.recorded}; the "
             f"teacher is {online.spec}, {difference.what} {difference.named}.",
-            cluster_with(online, settings.work, settings.data),
+            cluster_with(online, settings),
         )
     if embeddings is not None:
         _check_clusters(settings, clusters, embeddings)

@@ -122,7 +122,7 @@ def open_online_teacher(
         raise ClipcidError(
             f"The clusters in {clusters.folder} have width {clusters.centroids.shape[1]}, the teacher {info.spec} "
             f"{info.embed_dim}: they are of another teacher.",
-            cluster_with(parse_model(info.spec), settings.work, settings.data),
+            cluster_with(parse_model(info.spec), settings),
         )
     lookup = open_lookup(teacher_inputs, space.axes, settings, machine.device)
     precision = choose_precision(settings.precision, machine.device, "embed", info.parameters)

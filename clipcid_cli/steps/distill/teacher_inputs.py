@@ -168,7 +168,8 @@ def open_teacher(
                 f"{folder} holds embeddings of images only, and captions are needed by: {', '.join(needing)}.",
                 "Use losses that need one tower only: "
                 + ", ".join(name for name, served in served_by_one_tower(LOSSES).items() if served)
-                + f"\nOr embed the captions too: {data_command(folder, embeddings.sidecar, text=True)}",
+                + "\nOr embed the captions too: "
+                + data_command(folder, embeddings.sidecar, settings.data, **settings.data_flags, text=True),
             )
         reporter.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
@@ -187,7 +188,7 @@ def _check_teacher(settings: DistillSettings, name: ModelName, embeddings: Embed
             raise ClipcidError(
                 f"The embeddings in {embeddings.folder} have width {embeddings.width}; those of the teacher {name.spec} "
                 f"have {width}.",
-                f"Name the model that made them with --teacher, or run: {embed_with(name, settings.work, settings.data)}",
+                f"Name the model that made them with --teacher, or run: {embed_with(name, settings)}",
             )
         return
     model = embeddings.sidecar["model"]
@@ -196,7 +197,7 @@ def _check_teacher(settings: DistillSettings, name: ModelName, embeddings: Embed
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} are of {model['spec']}, {difference.what} {difference.recorded}; the "
             f"teacher is {name.spec}, {difference.what} {difference.named}.",
-            f"Omit --embeddings, or run: {embed_with(name, settings.work, settings.data, embeddings.sidecar)}",
+            f"Omit --embeddings, or run: {embed_with(name, settings, embeddings.sidecar)}",
         )
 
 
@@ -231,7 +232,7 @@ def use_stored(
         raise ClipcidError(
             f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {embeddings.folder}.",
             "Give the data that was embedded, or run: "
-            + data_command(embeddings.folder, embeddings.sidecar, settings.data),
+            + data_command(embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags),
         )
     views = embeddings.num_views if settings.shows_views else 0
     variants = embeddings.num_variants if embeddings.has_texts else 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from pathlib import Path
+from typing import Any
 
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.checks import read_embed_sidecar
@@ -64,22 +64,20 @@ def ensure_embeddings(
         request = dataclasses.replace(request, text=has_captions(dataset))
         if not request.text:
             reporter.note(f"{dataset.spec} has no captions: only its images are embedded.")
-    result = make_embeddings(request, machine, reporter, "" if text else _embed_images_first(request, name))
+    result = make_embeddings(request, machine, reporter, "" if text else embed_images_first(request, name))
     if result.get("dry_run"):
         raise ClipcidError(
             f"There are no embeddings of {name.spec} in {folder}; making them would take about "
             f"{result['seconds']['encode']:,} s for {result['images']:,} images.",
             "--dry-run can estimate the cost of this step once they are made: "
-            + command_line("embed", data or "DATA", model=model, work=settings.work),
+            + command_line("embed", data or "DATA", model=model, work=settings.work, **settings.data_flags),
         )
     return folder
 
 
-def _embed_images_first(request: EmbedSettings, name: ModelName) -> str:
+def embed_images_first(request: EmbedSettings, name: ModelName) -> str:
     """Give the command for embeddings that a step without captions accepts; this run has begun ones with text."""
-    words = ["clipcid", "embed", *([] if request.data is None else [request.data]), "--model", name.spec]
-    for field in dataclasses.fields(ReadingSettings):
-        value = getattr(request, field.name)
-        if field.name in ("work", "keys", "image_column", "key_column") and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
-    return f"Embed the images alone first ({shlex.join([*words, '--no-text', '--overwrite'])})."
+    data = () if request.data is None else (request.data,)
+    flags: dict[str, Any] = {**request.data_flags, "work": request.work, "text": False, "overwrite": True}
+    flags.pop("caption_column", None)
+    return f"Embed the images alone first: {command_line('embed', *data, model=name.spec, **flags)}"

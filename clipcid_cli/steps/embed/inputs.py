@@ -69,7 +69,7 @@ def require_captions(dataset: Dataset, without_text: str) -> None:
         captions = "captions next to the images (.txt, or --caption-column of a list)."
         raise ClipcidError(
             f"{dataset.spec}: no sample of the first shard has a caption.",
-            f"{without_text} Or put {captions}" if without_text else f"Put {captions}",
+            f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
         )
 
 

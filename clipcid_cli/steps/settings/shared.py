@@ -102,6 +102,13 @@ class ReadingSettings(KeyedSettings):
         maximum=1.0,
     )
 
+    @property
+    def data_flags(self) -> dict[str, Any]:
+        """The flags by which data is read, as far as they differ from their defaults: for the command of a fix."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = {name: getattr(self, name) for name in ("keys", "image_column", "caption_column", "key_column")}
+        return {name: value for name, value in given.items() if value != defaults[name]}
+
 
 def npz_array_option(group: str) -> Any:
     """Declare the flag that names the array of image embeddings in ``.npz`` files, for steps that read embeddings."""

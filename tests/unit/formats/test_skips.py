@@ -43,7 +43,7 @@ def test_too_many_is_an_error_with_both_numbers() -> None:
     ) as raised:
         skips.check(50, 0.01, "data", "Do that.")
     assert "shard 3: 00017" in raised.value.message
-    assert raised.value.fix.startswith("Do that. Fix")
+    assert raised.value.fix.startswith("Do that.\nFix")
     assert "--max-bad-fraction" in raised.value.fix
 
 

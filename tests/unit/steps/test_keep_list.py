@@ -62,6 +62,17 @@ def test_a_dry_run_leaves_the_work_directory_as_it_is(keep_list: Path, tmp_path:
     assert not (tmp_path / "work").exists()
 
 
+def test_a_dry_run_removes_what_a_killed_one_left(
+    keep_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    killed = tmp_path / "temporary" / ".clipcid-join-killed"
+    killed.mkdir(parents=True)
+    (killed / ".lock").touch()
+    apply(keep_list, tmp_path / "work", dry_run=True)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
 def test_folders_of_killed_runs_are_removed_but_not_that_of_a_run_that_goes_on(
     keep_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

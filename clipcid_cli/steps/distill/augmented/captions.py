@@ -84,7 +84,7 @@ def _refuse_changed(settings: DistillSettings, embeddings: Embeddings, counts: M
         key, now, embedded = counts.changed
         raise ClipcidError(
             f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
-            f"Run: {data_command(embeddings.folder, embeddings.sidecar, settings.data)}",
+            "Run: " + data_command(embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags),
         )
 
 
@@ -111,7 +111,9 @@ def find_text_variants(
             f"{embeddings.folder} holds {number} text variants of each row, but embed.json records {recorded}; this version "
             f"makes texts by rules {RULES}.",
             "Add --text-variant-share 0, or run: "
-            + data_command(embeddings.folder, embeddings.sidecar, settings.data, text_variants=number),
+            + data_command(
+                embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, text_variants=number
+            ),
         )
     _refuse_changed(settings, embeddings, counts)
     if share:

@@ -141,11 +141,12 @@ def find_extra_texts(
         folder = kept if (kept / "texts.json").exists() else None
     if folder is None:
         if variants is None:
+            more = settings.data_flags | {"text": True, "text_variants": 8}
             raise ClipcidError(
                 f"--extra-texts {settings.extra_texts}, but there are no texts: neither of `embed --texts` in "
                 f"{settings.work}/texts, nor variants of captions in {embeddings.folder}.",
                 f"Run: {texts_command(model and model['spec'], work=settings.work)}\n"
-                f"Or run: {data_command(embeddings.folder, embeddings.sidecar, text=True, text_variants=8)}",
+                f"Or run: {data_command(embeddings.folder, embeddings.sidecar, settings.data, **more)}",
             )
         rows, texts, what = embeddings.variants(), None, f"the {variants.number} variants of each sample's captions"
     else:

@@ -38,11 +38,11 @@ def require_requested(
         missing[f"--text-variant-share {settings.text_variant_share:g}"] = {"text": True, "text_variants": 8}
     if missing:
         flags = " and ".join(missing)
-        more = {name: value for fields in missing.values() for name, value in fields.items()}
+        more: dict[str, Any] = {name: value for fields in missing.values() for name, value in fields.items()}
         if sidecar is None:
             more |= {"work": settings.work} | ({"model": model} if model else {})
         lacking = " or ".join("views" if "views" in fields else "text variants" for fields in missing.values())
         raise ClipcidError(
             f"{flags}, but {folder} holds no {lacking}.",
-            f"Omit {flags}, or run: {data_command(folder, sidecar, settings.data, **more)}",
+            f"Omit {flags}, or run: {data_command(folder, sidecar, settings.data, **settings.data_flags, **more)}",
         )

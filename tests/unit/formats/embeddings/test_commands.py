@@ -12,8 +12,13 @@ from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.embeddings.command import DEFAULTS, data_command, texts_command
 from clipcid_cli.formats.work_directory import BALANCE_FLAGS, CLUSTER_FLAGS, WorkDirectory, remake_clusters
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.steps.distill.augmented.requested import require_requested
+from clipcid_cli.steps.embed.ensure import embed_images_first
+from clipcid_cli.steps.model_identity import cluster_with, embed_with
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
+from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 from clipcid_cli.steps.settings.shared import DEFAULT_WORK
 
@@ -64,8 +69,36 @@ def test_the_data_and_its_columns_are_those_of_the_sidecar() -> None:
         "clipcid embed 'my list.csv' --model ViT-B-32:laion2b_s34b_b79k --precision fp32 --batch-size 64 "
         "--image-column url --key-column id --out emb --overwrite"
     )
-    assert data_command(Path("emb"), sidecar() | {"data": described}, "other/").startswith(
-        "clipcid embed other/ --model"
+    assert data_command(Path("emb"), sidecar() | {"data": described}, "my list.csv") == words
+    other = data_command(Path("emb"), sidecar() | {"data": described}, "other.csv", key_column="number")
+    assert other.startswith("clipcid embed other.csv --model")
+    assert " --key-column number " in other
+    assert "--image-column" not in other
+
+
+def test_the_data_of_a_run_is_embedded_with_another_model_as_the_run_reads_it() -> None:
+    run = DistillSettings(data="list.csv", student="s", keys="shard", image_column="url", work=Path("w"))
+    model = parse_model("ViT-B-32:laion2b_s34b_b79k")
+    expected = f"clipcid embed list.csv --model {model.spec} --keys shard --image-column url --work w"
+    assert embed_with(model, run) == expected
+    assert f"Run: {expected}\n" in cluster_with(model, run)
+    made = {"data": {"spec": "list.csv", "keys": "shard", "image": "url", "caption": "title", "key": "key"}}
+    found = embed_with(model, DistillSettings(student="s", work=Path("w")), made)
+    assert sorted(found.split(" --")) == sorted(expected.split(" --"))
+
+
+def test_a_run_whose_data_is_named_names_its_columns_in_the_command_for_what_is_missing() -> None:
+    run = DistillSettings(data="list.csv", student="s", image_column="url", views="stored")
+    with pytest.raises(ClipcidError, match="holds no views") as found:
+        require_requested(run, Path("emb"), sidecar())
+    assert "run: clipcid embed list.csv --model" in found.value.fix
+    assert " --image-column url " in found.value.fix
+
+
+def test_images_alone_are_embedded_by_a_command_of_its_own() -> None:
+    request = EmbedSettings(data="a b.csv", image_column="url", caption_column="text", work=Path("w"))
+    assert embed_images_first(request, parse_model("ViT-B-32:openai")).endswith(
+        ": clipcid embed 'a b.csv' --model ViT-B-32:openai --image-column url --work w --no-text --overwrite"
     )
 
 

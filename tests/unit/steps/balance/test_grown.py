@@ -150,7 +150,7 @@ def test_a_damaged_sidecar_of_a_forest_is_named(tmp_path: Path, rows: np.ndarray
     del content[entry]
     sidecar.write_text(json.dumps(content))
     write_shards(part, rows, {2: range(100, 200)})
-    with pytest.raises(ClipcidError, match=r"forest\.json cannot be read as a sidecar of a forest") as refused:
+    with pytest.raises(ClipcidError, match=rf"forest\.json has no entry '{entry}'") as refused:
         balance(tmp_path / "work", part, threshold=0.5)
     assert refused.value.fix == f"Remove {sidecar}; the forest is then searched again."
 

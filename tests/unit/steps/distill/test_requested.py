@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def test_embeddings_that_lack_it(
         join(tiny_shards, folders[kind], **asked)
     command = "clipcid embed" + raised.value.fix.split("clipcid embed")[-1]
     expected = f"clipcid embed {tiny_shards} --model {tiny_model} --out {folders[kind]} --overwrite{flags}"
+    made = json.loads((folders[kind] / "embed.json").read_text())["settings"]
+    expected += f" --precision {made['precision']} --batch-size {made['batch_size']}"
     assert sorted(command.split(" --")) == sorted(expected.split(" --"))
 
 

@@ -163,7 +163,8 @@ def test_other_captions_than_those_varied_are_refused(
     words = shlex.split(raised.value.fix.removeprefix("Run: "))
     given = ["--model", str(tiny_model), "--out", str(folder), "--views", "2", "--view-kind", "strong,mix"]
     given += ["--crop-scale", "0.5", "--text-variants", "2", "--seed", "7", "--overwrite"]
-    assert words[:3] == ["clipcid", "embed", "DATA"]
+    given += ["--precision", "fp32", "--batch-size", "16"]
+    assert words[:3] == ["clipcid", "embed", str(changed)]
     assert sorted(words[3:]) == sorted(given)
 
 

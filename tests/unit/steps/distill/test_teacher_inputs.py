@@ -123,7 +123,7 @@ def test_a_loss_that_needs_captions_says_how_to_embed_them(tiny_shards: Path, tm
     student = str(write_student(tmp_path))
     with pytest.raises(ClipcidError, match="captions are needed by: crd") as raised:
         train(tmp_path / "work", tiny_shards, student=student, embeddings=folder, preset="clip-kd")
-    assert "--text" in raised.value.fix
+    assert raised.value.fix.endswith(f"Or embed the captions too: clipcid embed {tiny_shards} --model MODEL")
 
 
 def test_an_online_teacher_needs_a_name_beside_anothers_embeddings(tiny_shards: Path, tmp_path: Path) -> None:
