@@ -112,10 +112,10 @@ class Entries(dict[str, Any]):
         super().__init__((name, enter(name, value)) for name, value in content.items())
         self._source, self._fix, self._prefix = source, fix, prefix
 
-    def __or__(self, other: dict[str, Any]) -> Entries:  # type: ignore[override]
+    def __or__(self, other: dict[str, Any]) -> Entries:  # type: ignore[override]  # dict's has overloads
         return Entries({**self, **other}, self._source, self._fix, self._prefix)
 
-    def __ror__(self, other: dict[str, Any]) -> Entries:  # type: ignore[override]
+    def __ror__(self, other: dict[str, Any]) -> Entries:  # type: ignore[override]  # dict's has overloads
         return Entries({**other, **self}, self._source, self._fix, self._prefix)
 
     def __missing__(self, name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def plan_references(
             continue
         reference = open_embeddings(folder, settings.keys, settings.npz_array)
         _refuse_other_model(embeddings, reference, name)
-        if machine.on_main(lambda opened=reference: not has_usable_row(opened.images())):  # type: ignore[misc]
+        if not machine.on_main(partial(has_usable_row, reference.images())):
             raise _no_usable_row(reference, name)
         found.append(PlannedReference(name, reference.num_rows, reference, None))
     return found
