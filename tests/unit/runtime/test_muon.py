@@ -142,8 +142,10 @@ def test_an_overflow_skips_the_whole_update(what: str) -> None:
     model = open_clip.CLIP(**TINY_CONFIG)
     trainer = Trainer(model, LossParameters([], 32, None, seed=0), PLAN, torch.float16)
     before = copy.deepcopy(dict(model.named_parameters()))
-    trainer.backward(model.text_projection.sum() + model.ln_final.weight.sum())
-    hurt = model.text_projection if what == "matrix" else model.ln_final.weight
+    matrix = model.transformer.resblocks[0].mlp.c_fc.weight
+    assert any(matrix is each for each in trainer.optimizer.param_groups[2]["params"])
+    trainer.backward(matrix.sum() + model.ln_final.weight.sum())
+    hurt = matrix if what == "matrix" else model.ln_final.weight
     assert hurt.grad is not None
     hurt.grad.flatten()[0] = torch.inf
     trainer.limit_gradient()
