@@ -26,12 +26,14 @@ STUDENT = {
 }
 # Losses that no preset has: the runs of one preset have them too.
 FURTHER = {"clip-rd": ("mfd=1", "gd=0.001", "afd=1")}
-SHORT = ("--student", "student.json", "--batch-size", 8, "--workers", 1, "--val-fraction", 0.2)
+SHORT = ("--student", "student.json", "--preset", "cid", "--batch-size", 8, "--workers", 1, "--val-fraction", 0.2)
 
 FULL_PRESETS = tuple(
-    name for name, losses in PRESETS.items() if not any(losses.keys() < other.keys() for other in PRESETS.values())
+    name
+    for name, losses in PRESETS.items()
+    if losses.keys() - {loss for other in PRESETS if other != name for loss in PRESETS[other]}
 )
-"""Presets that have a loss which no larger one has: together they have the losses of all."""
+"""Presets that have a loss which no other has: together they have the losses of all."""
 
 
 def losses(run: Path) -> list[dict[str, Any]]:

@@ -69,7 +69,15 @@ def embed_data(data: Path, model: Path, out: Path, **settings: Any) -> dict[str,
 def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]], str]:
     """Run `distill` in this process; returns its log without what depends on the clock, and what it said."""
     listener = Listener()
-    given = {"batch_size": 8, "workers": 0, "device": "cpu", "steps": 4, "name": "run", "val_fraction": 0.2} | settings
+    given = {
+        "preset": "cid",
+        "batch_size": 8,
+        "workers": 0,
+        "device": "cpu",
+        "steps": 4,
+        "name": "run",
+        "val_fraction": 0.2,
+    } | settings
     result = distill.run(DistillSettings(work=work, data=str(data), **given), listener)
     log = [json.loads(line) for line in Path(result["files"]["train_log"]).read_text().splitlines()]
     clock = ("samples_per_second", "data_wait_share")
@@ -88,7 +96,7 @@ def join(data: Path, folder: Path, **settings: Any) -> tuple[Embeddings, Teacher
     scratch = Path(mkdtemp(dir=folder.parent))
     dataset, embeddings = index_data(open_dataset(str(data)), scratch), open_embeddings(folder)
     check_keys(embeddings, dataset)
-    given = DistillSettings(data=str(data), student="student.json", preset="clip-kd", **settings)
+    given = DistillSettings(data=str(data), student="student.json", **({"preset": "clip-kd"} | settings))
     matched = match_samples(dataset, Sources(embeddings=embeddings), 0.0, scratch, Listener())
     return embeddings, use_stored(given, embeddings, matched.training, matched.counts, Listener()), dataset
 

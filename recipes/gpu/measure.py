@@ -219,7 +219,7 @@ def write_shards(bench: Bench) -> None:
 
 
 def distill(bench: Bench) -> None:
-    """Training from the last model's embeddings, the default preset."""
+    """Training from the last model's embeddings, preset cid."""
     from peer import count_flops, write_random_model
 
     sizes, teacher = bench.sizes, bench.sizes.models[-1]
@@ -228,7 +228,7 @@ def distill(bench: Bench) -> None:
     bench.clipcid("embed", "shards", "--model", teacher)  # at once where the part `embed` has
     options = ("--embeddings", f"work/embeddings/{teacher}", "--keep-list", "none")
     bench.clipcid("cluster", *options, "--num-clusters", sizes.images // 16, "--iterations", 5, "--overwrite")
-    schedule = ("--steps", sizes.steps, "--batch-size", sizes.batch, "--eval-every", sizes.steps)
+    schedule = ("--preset", "cid", "--steps", sizes.steps, "--batch-size", sizes.batch, "--eval-every", sizes.steps)
     bench.clipcid("distill", "--student", sizes.student, *options, *schedule, "--name", "bench", "--overwrite")
     lines = (bench.scratch / "work" / "distill" / "bench" / "train.jsonl").read_text().splitlines()
     first, last = json.loads(lines[sizes.steps // 3]), json.loads(lines[-1])

@@ -101,6 +101,8 @@ def test_needs_no_teacher_for_preset_clip(binary: Clipcid, tmp_path: Path, tiny_
         *SHORT,
         "--teacher",
         "none",
+        "--preset",
+        "clip",
         "--steps",
         3,
         "--wd",
@@ -151,7 +153,12 @@ def test_divergence_stops_with_the_keys_of_the_batch(clipcid: Clipcid, distill_p
         (("--student", "student.json", "--steps", 5, "--epochs", 2), 2, ["--steps", "--epochs"]),
         (("--student", "student.json", "--teacher", "none", "--preset", "cid"), 2, ["instance", "--preset clip"]),
         (("--student", "nowhere.json", "--preset", "clip"), 1, ["nowhere.json"]),
-        (("--student", "student.json", "--clusters", "nowhere"), 1, ["nowhere", "another folder with --clusters"]),
+        (("--student", "student.json", "--clusters", "nowhere"), 2, ["--clusters", "no loss of the run", "--preset cid"]),
+        (
+            ("--student", "student.json", "--preset", "cid", "--clusters", "nowhere"),
+            1,
+            ["nowhere", "another folder with --clusters"],
+        ),
         (("--student", "student.json", "--keep-list", "nowhere.parquet"), 1, ["nowhere.parquet", "clipcid balance"]),
         (("--student", "student.json", "--batch-size", 500), 1, ["500", "--batch-size"]),
         (("--student", "student.json", "--resume", "latest", "--batch-size", 8), 1, ["no checkpoint"]),
@@ -206,6 +213,6 @@ def test_refuses_clusters_of_an_older_keep_list(clipcid: Clipcid, distill_place:
 def test_data_without_captions_is_refused(clipcid: Clipcid, tmp_path: Path) -> None:
     (tmp_path / "student.json").write_text(json.dumps(STUDENT))
     write_tar(tmp_path / "data" / "0.tar", shard_members(0, 9, captions=False))
-    run = clipcid("distill", "data", *SHORT, "--teacher", "none", check=False)
+    run = clipcid("distill", "data", *SHORT, "--preset", "clip", "--teacher", "none", check=False)
     assert run.returncode == 1
     assert "caption" in run.stderr

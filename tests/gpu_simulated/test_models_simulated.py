@@ -21,6 +21,7 @@ from clipcid_cli.formats.embeddings.folder import open_embeddings
 
 WORK = "clipcid-work"
 TRAIN = ("distill", "--student", "student.json", "--batch-size", 8, "--val-fraction", 0.2, "--device", "cuda")
+CID = (*TRAIN, "--preset", "cid")
 # Where a gradient is 0 but for rounding, Adam moves a weight by the whole rate, in either direction.
 SLOW = ("--lr", 1e-4)
 FORMS = {
@@ -40,10 +41,10 @@ def trained(
         (*TRAIN, "--steps", 4, "--preset", preset, "--name", preset, "--cluster-towers", "both") for preset in PRESETS
     ]
     commands += [
-        (*TRAIN, "--steps", 4, "--teacher", tiny_model, "--name", name, *options) for name, options in FORMS.items()
+        (*CID, "--steps", 4, "--teacher", tiny_model, "--name", name, *options) for name, options in FORMS.items()
     ]
     commands += [
-        (*TRAIN, *SLOW, "--steps", 4, "--precision", "fp32", "--name", f"fp32-{device}", "--device", device)
+        (*CID, *SLOW, "--steps", 4, "--precision", "fp32", "--name", f"fp32-{device}", "--device", device)
         for device in ("cpu", "cuda")
     ]
     run_all(request.param, place, commands)
@@ -69,7 +70,7 @@ def test_fp32_losses_are_those_of_a_cpu(trained: Path, request: pytest.FixtureRe
                 assert other[name] == pytest.approx(value, rel=tolerance), name
 
 
-# Of a logged step of the default preset with AdamW, and towers of one layer: raising one of these numbers needs a reason.
+# Of a logged step of preset cid with AdamW, and towers of one layer: raising one of these numbers needs a reason.
 # What Muon adds depends on how many shapes the matrices have, not on the number of layers.
 STEP = {"operators": 703, "waits": 1, "prefetched": 14, "prefetch_waits": 0}
 OPERATORS_OF_MUON = 435
@@ -100,7 +101,7 @@ def test_budget_of_a_step(distill_place: Path) -> None:
         "ema": ("--optimizer", "adamw", "--ema", 0.9),
     }
     trained = [
-        (*TRAIN, *rarely, *options, "--steps", steps, "--name", f"{form} {steps}")
+        (*CID, *rarely, *options, "--steps", steps, "--name", f"{form} {steps}")
         for form, options in forms.items()
         for steps in (2, 9)
     ]
@@ -114,7 +115,7 @@ def test_budget_of_a_step(distill_place: Path) -> None:
 
 
 def test_killed_run_goes_on_to_the_same_bits(distill_place: Path) -> None:
-    options = (*TRAIN, "--steps", 24, "--checkpoint-every", 2, "--name")
+    options = (*CID, "--steps", 24, "--checkpoint-every", 2, "--name")
     process = start("simulated", distill_place, [(*options, "killed")], stdout=subprocess.DEVNULL)
     killed = distill_place / WORK / "distill" / "killed"
     deadline = time.monotonic() + 120

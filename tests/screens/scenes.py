@@ -134,7 +134,11 @@ SCENES: dict[str, tuple[Scene, ...]] = {
             exact=True,
         ),
         Scene("missing input: no embeddings", "clipcid distill --student student.json --work empty", exact=True),
-        Scene("missing input: no clusters", "clipcid distill --student student.json --clusters nowhere", exact=True),
+        Scene(
+            "missing input: no clusters",
+            "clipcid distill --student student.json --preset cid --clusters nowhere",
+            exact=True,
+        ),
         Scene(
             "wrong model: embeddings of another teacher", "clipcid distill --student student.json --teacher ViT-B-32"
         ),

@@ -189,16 +189,21 @@ class Weight:
 # were better than 0.25 (R@10 +1.4 and +2.4 on drawings) and worse in nothing that it could tell.
 # clip-kd and clip-rd: the weights of their papers. clip-td: our weight of our form of its loss. dr: λ within the range
 # MobileCLIP studies.
-_CLIP_KD = {"clip": Weight(1.0), "fd": Weight(2000.0, per_width=True), "icl": Weight(1.0), "crd": Weight(1.0)}
+_FD = Weight(2000.0, per_width=True)
+_CLIP_KD = {"clip": Weight(1.0), "fd": _FD, "icl": Weight(1.0), "crd": Weight(1.0)}
 
 PRESETS: Mapping[str, Mapping[str, Weight]] = {
     "clip": {"clip": Weight(1.0)},
+    "fd-instance": {"fd": _FD, "instance": Weight(1.0)},
     "cid": {"clip": Weight(1.0), "instance": Weight(1.0), "cluster": Weight(0.5)},
     "clip-kd": _CLIP_KD,
     "clip-rd": {**_CLIP_KD, "vrd": Weight(1.0), "xrd": Weight(1.0)},
     "clip-td": {"clip": Weight(1.0), "td": Weight(1.0)},
     "dr": {"clip": Weight(0.25), "affinity": Weight(0.75)},
 }
+
+# With a teacher: the best of recipes/ablation.
+DEFAULT_PRESET = "fd-instance"
 
 
 def select_losses(preset: str, overrides: Mapping[str, float]) -> dict[str, Weight]:

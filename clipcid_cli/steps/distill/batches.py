@@ -97,7 +97,7 @@ class BatchOrder:
                 shards = np.unique(self._shards_of(batch))
                 ends = self._shard_ends[shards]
                 rows = RowRanges(ends - self._sizes[shards], ends)
-                texts = self._extra_texts.share(step, rank, size, rows, self._place)
+                texts = self._extra_texts.share(step, self.batch_size, rank, size, rows, self._place)
             yield BatchShare(self._items(batch, rank, size), texts)
 
     def _place(self, row: int) -> SamplePlace:

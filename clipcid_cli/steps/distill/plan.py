@@ -35,11 +35,13 @@ class Plan:
     Attributes:
         optimiser: How parameters are updated, for how many steps.
         batch_size: Samples of a global batch.
+        extra_texts: Further texts of a step, over all processes.
         workers: Processes that prepare batches, for each training process.
     """
 
     optimiser: OptimiserPlan
     batch_size: int
+    extra_texts: int
     workers: int
     eval_every: int
 
@@ -99,9 +101,10 @@ def plan_run(
             "(processes x --accum-freq).",
             f"Use a multiple of {divisor}.",
         )
-    if settings.extra_texts % machine.size:
+    extra_texts = 0 if inputs.extra_texts is None else inputs.extra_texts.number_at(batch_size)
+    if extra_texts % machine.size:
         raise UsageError(
-            f"--extra-texts {settings.extra_texts} does not divide among {machine.size} processes.",
+            f"--extra-texts {extra_texts} does not divide among {machine.size} processes.",
             f"Use a multiple of {machine.size}.",
         )
     if samples < batch_size:
@@ -136,9 +139,9 @@ def plan_run(
         max_norm=settings.grad_clip_norm or None,
     )
     workers = default_workers(machine.device) if settings.workers is None else settings.workers
-    if settings.extra_texts:
-        reporter.note(f"Each step the text tower sees {settings.extra_texts:,} further texts.")
-    return Plan(optimiser, batch_size, workers, settings.eval_every or max(1, steps // 10))
+    if extra_texts:
+        reporter.note(f"Each step the text tower sees {extra_texts:,} further texts.")
+    return Plan(optimiser, batch_size, extra_texts, workers, settings.eval_every or max(1, steps // 10))
 
 
 def _describe_shuffle(shards: int) -> str:

@@ -115,6 +115,7 @@ def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: 
             "pixels": hash_preprocess(student.info.preprocess, fast_decode=settings.fast_decode),
         },
         "batch_size": plan.batch_size,
+        "extra_texts": plan.extra_texts,
         "eval_every": plan.eval_every,
         "steps": plan.optimiser.steps,
         "text_variant_share": settings.variant_share,

@@ -7,6 +7,16 @@ from typing import Any
 from clipcid_cli.steps.settings.fields import option
 
 
+def clusters_option(group: str) -> Any:
+    """Declare the flag of the clusters it reads."""
+    return option(
+        None,
+        "Output folder of `clipcid cluster`; by default the one in the work directory.",
+        group=group,
+        operational=True,
+    )
+
+
 def cluster_towers_option(group: str) -> Any:
     """Declare the flag of which towers it trains."""
     return option(

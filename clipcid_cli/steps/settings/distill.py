@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import ClassVar
 
-from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, Weight, select_losses
+from clipcid_cli.algorithms.losses.registry import DEFAULT_PRESET, LOSSES, PRESETS, Weight, select_losses
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.augmentation import color_jitter_option, crop_scale_option, gray_probability_option
 from clipcid_cli.steps.settings.cluster_loss import (
@@ -15,6 +15,7 @@ from clipcid_cli.steps.settings.cluster_loss import (
     candidate_ratio_option,
     cluster_temperature_option,
     cluster_towers_option,
+    clusters_option,
     label_share_option,
     min_candidates_option,
 )
@@ -114,7 +115,7 @@ class DistillSettings(ReadingSettings):
     )
     views: str | None = views_option(_INPUTS)
     text_variant_share: float | None = text_variant_share_option(_INPUTS)
-    extra_texts: int = extra_texts_option(_INPUTS)
+    extra_texts: int | None = extra_texts_option(_INPUTS)
     texts: Path | None = texts_option(_INPUTS)
     keep_list: str | None = option(
         None,
@@ -124,17 +125,12 @@ class DistillSettings(ReadingSettings):
         metavar="FILE",
         operational=True,
     )
-    clusters: Path | None = option(
-        None,
-        "Output folder of `clipcid cluster`; by default the one in the work directory.",
-        group=_INPUTS,
-        operational=True,
-    )
+    clusters: Path | None = clusters_option(_INPUTS)
     preset: str | None = option(
         None,
         "Combination of losses: "
         + "; ".join(f"`{name}` = {' + '.join(losses)}" for name, losses in PRESETS.items())
-        + ". By default cid, or clip without a teacher.",
+        + f". By default {DEFAULT_PRESET}, or clip without a teacher.",
         group=_LOSS,
         choices=tuple(PRESETS),
     )
@@ -312,8 +308,13 @@ class DistillSettings(ReadingSettings):
                 "--torchcompile compiles no pass that gives the features of patches and tokens, which td reads.",
                 "Omit --torchcompile, or use --loss td=0.",
             )
+        if self.clusters is not None and not any(LOSSES[name].needs_clusters for name in self.losses()):
+            raise UsageError(
+                "--clusters was given, but no loss of the run compares with clusters.",
+                "Omit --clusters, or use --preset cid or --loss cluster=0.5.",
+            )
         self._check_stored_extras()
-        if self.extra_texts:
+        if self.extra_texts or self.texts is not None:
             self._check_extra_texts()
         if not self.losses():
             raise UsageError("All losses have a weight of 0.", "Give at least one --loss a weight above 0.")
@@ -331,18 +332,16 @@ class DistillSettings(ReadingSettings):
                 f"{flags}: for what the teacher has embedded, but {reason}.",
                 f"Omit {flags}" + (", or --online-teacher." if self.online_teacher else "."),
             )
-        if self.texts is not None and not self.extra_texts:
-            raise UsageError(
-                "--texts names the texts for --extra-texts, but --extra-texts is 0.",
-                "Add --extra-texts N, the number of them in each batch, or omit --texts.",
-            )
 
     def _check_extra_texts(self) -> None:
+        flag = f"--extra-texts {self.extra_texts}" if self.extra_texts else "--texts"
+        if self.extra_texts == 0:
+            raise UsageError("--texts names the texts for --extra-texts, but that is 0.", "Omit one of the two.")
         taking = [name for name, entry in LOSSES.items() if entry.takes_extra_texts]
-        if not any(LOSSES[name].takes_extra_texts for name in self.losses()):
+        if not set(taking) & self.losses().keys():
             raise UsageError(
-                f"--extra-texts {self.extra_texts}, but no loss of the run takes texts without images.",
-                f"Add one that does ({', '.join(taking)}), or omit --extra-texts.",
+                f"{flag}, but no loss of the run takes texts without images.",
+                f"Add one that does ({', '.join(taking)}), or omit {flag}.",
             )
         if self.online_teacher or self.freeze_text:
             flag = "--online-teacher" if self.online_teacher else "--freeze-text"
@@ -357,14 +356,20 @@ class DistillSettings(ReadingSettings):
         return self.views != "none"
 
     @property
+    def shows_extra_texts(self) -> bool:
+        """Whether further texts are shown, where there are any."""
+        taken = any(LOSSES[name].takes_extra_texts for name in self.losses())
+        return taken and self.extra_texts != 0 and not (self.online_teacher or self.freeze_text)
+
+    @property
     def variant_share(self) -> float:
         """Share of the captions shown as a text variant, where there are any."""
         return DEFAULT_VARIANT_SHARE if self.text_variant_share is None else self.text_variant_share
 
     @property
     def chosen_preset(self) -> str:
-        """The preset: as given, else `clip` without a teacher and `cid` with one."""
-        return self.preset or ("clip" if self.teacher == NO_TEACHER else "cid")
+        """The preset: as given, else the default with a teacher or without."""
+        return self.preset or ("clip" if self.teacher == NO_TEACHER else DEFAULT_PRESET)
 
     def losses(self) -> dict[str, Weight]:
         """Return the losses of the run with their weights, in registry order.

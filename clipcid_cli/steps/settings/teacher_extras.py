@@ -34,9 +34,9 @@ def text_variant_share_option(group: str) -> Any:
 def extra_texts_option(group: str) -> Any:
     """Declare the flag of further texts."""
     return option(
-        0,
+        None,
         "Further texts in each batch, for the text tower alone, by losses fd and mfd: those of `embed --texts`, or else "
-        "variants of captions.",
+        "variants of captions. By default as many as samples, where there are such texts; 0 for none.",
         group=group,
         minimum=0,
     )

@@ -20,7 +20,8 @@ from distill_data import STUDENT
 from one_process import OneProcess
 
 EMBEDDINGS = "clipcid-work/embeddings/model"
-_DISTILL = ("distill", "--student", "student.json", "--steps", "2", "--batch-size", "4", "--val-fraction", "0")
+_SHORT = ("--steps", "2", "--batch-size", "4", "--val-fraction", "0")
+_DISTILL = ("distill", "--student", "student.json", "--preset", "cid", *_SHORT)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,8 @@ from one_process import OneProcess
 MODEL = "clipcid-work/embeddings/tiny"
 BALANCE = ("balance", "--keep", "0.8")
 CLUSTER = ("cluster", "--num-clusters", "3", "--iterations", "2")
-DISTILL = ("distill", "--student", "student.json", "--steps", "1", "--batch-size", "4", "--val-fraction", "0")
+SHORT = ("--steps", "1", "--batch-size", "4", "--val-fraction", "0")
+DISTILL = ("distill", "--student", "student.json", "--preset", "cid", *SHORT)
 
 
 @pytest.fixture(scope="module")

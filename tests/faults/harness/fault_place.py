@@ -39,7 +39,8 @@ class Step:
     after: str | None = None
 
 
-_DISTILL = ("distill", "--student", "student.json", "--name", "run", "--steps", "3", "--batch-size", "4")
+_SHORT = ("--preset", "cid", "--steps", "3", "--batch-size", "4")
+_DISTILL = ("distill", "--student", "student.json", "--name", "run", *_SHORT)
 STEPS = (
     Step("embed", ("embed", "data", "--model", "model", "--batch-size", "8")),
     Step("balance", ("balance", "--keep", "0.7"), "embed"),

@@ -82,7 +82,7 @@ class ExtraTexts:
         variants: Those variants.
         samples: The samples to train on, whose variants they are.
         seed: Decides the draws.
-        number: Texts a step, N, over all processes.
+        number: Texts a step, over all processes; None for as many as the batch has samples.
     """
 
     rows: Rows
@@ -90,28 +90,34 @@ class ExtraTexts:
     variants: TextVariants | None
     samples: SampleRows
     seed: int
-    number: int
+    number: int | None
 
     @property
     def reader(self) -> ExtraTextReader:
         """What makes their texts in a worker."""
         return ExtraTextReader(None if self.texts is None else self.texts.lines, self.variants)
 
+    def number_at(self, batch_size: int) -> int:
+        """Return how many texts a step has, over all processes."""
+        return batch_size if self.number is None else self.number
+
     def share(
-        self, step: int, rank: int, size: int, samples: RowRanges, place: Callable[[int], SamplePlace]
+        self, step: int, batch_size: int, rank: int, size: int, samples: RowRanges, place: Callable[[int], SamplePlace]
     ) -> list[ExtraText]:
         """Draw one process's part of a step's texts: a slice of what one process would take.
 
         Args:
+            batch_size: Samples of the whole batch.
             samples: Whose variants may be drawn: rows among those to train on, the same in each process.
             place: Where a sample is, by its row.
         """
         random = np.random.default_rng(derive_seed("extra texts", self.seed, step))
-        mine = slice(rank * self.number // size, (rank + 1) * self.number // size)
+        number = self.number_at(batch_size)
+        mine = slice(rank * number // size, (rank + 1) * number // size)
         if self.variants is None:
-            return [ExtraText(row) for row in random.integers(len(self.rows), size=self.number)[mine].tolist()]
-        chosen = samples.draw(random, self.number)[mine]
-        variants = random.integers(self.variants.number, size=self.number)[mine]
+            return [ExtraText(row) for row in random.integers(len(self.rows), size=number)[mine].tolist()]
+        chosen = samples.draw(random, number)[mine]
+        variants = random.integers(self.variants.number, size=number)[mine]
         rows = self.samples.embeddings()[chosen].astype(np.int64) * self.variants.number + variants
         return [ExtraText(row, place(sample)) for row, sample in zip(rows.tolist(), chosen.tolist(), strict=True)]
 
@@ -132,7 +138,7 @@ def find_extra_texts(
     Raises:
         ClipcidError: when there are neither, or the texts were embedded by another model.
     """
-    if not settings.extra_texts:
+    if not settings.shows_extra_texts:
         return None
     model = None if embeddings.sidecar is None else embeddings.sidecar["model"]
     folder = settings.texts
@@ -141,6 +147,8 @@ def find_extra_texts(
         folder = kept if (kept / "texts.json").exists() else None
     if folder is None:
         if variants is None:
+            if settings.extra_texts is None:
+                return None
             more = settings.data_flags | {"text": True, "text_variants": 8}
             raise ClipcidError(
                 f"--extra-texts {settings.extra_texts}, but there are no texts: neither of `embed --texts` in "

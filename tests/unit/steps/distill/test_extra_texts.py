@@ -142,7 +142,7 @@ def test_they_train_the_text_tower_and_parts_change_nothing(work: Path, tiny_sha
     student = str(write_student(tmp_path))
     common = {"student": student, "embeddings": work / "embeddings" / "tiny", "preset": "clip-kd"}
     common |= {"teacher_space": "project", "steps": 3, "text_variant_share": 0.0}
-    without, _ = train(tmp_path / "a", tiny_shards, **common)
+    without, _ = train(tmp_path / "a", tiny_shards, **common, extra_texts=0)
     given = {"extra_texts": 5, "texts": work / "texts" / "tiny"}
     shown, said = train(tmp_path / "b", tiny_shards, **common, **given)
     assert f"Extra texts, for the text tower alone: of {work / 'texts' / 'tiny'}, 23 texts." in said
@@ -187,6 +187,29 @@ def test_without_any_texts_the_command_is_named(tiny_shards: Path, tiny_model: P
     with pytest.raises(ClipcidError, match="--extra-texts 4, but there are no texts") as raised:
         join(tiny_shards, tmp_path / "tiny", extra_texts=4)
     assert "--text-variants 8" in raised.value.fix
+
+
+def test_by_default_they_are_as_many_as_samples_where_there_are_any(
+    work: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    embeddings = work / "embeddings" / "tiny"
+    _, inputs, _ = join(tiny_shards, embeddings)
+    assert inputs.extra_texts is not None
+    assert inputs.extra_texts.number_at(6) == 6
+    _, inputs, _ = join(tiny_shards, embeddings, preset="cid")
+    assert inputs.extra_texts is None, "no loss takes them"
+    embed_data(tiny_shards, tiny_model, tmp_path / "tiny")
+    _, inputs, _ = join(tiny_shards, tmp_path / "tiny")
+    assert inputs.extra_texts is None, "there are none"
+    common = {
+        "student": str(write_student(tmp_path)),
+        "teacher_space": "project",
+        "steps": 1,
+        "batch_size": 6,
+        "preset": "fd-instance",
+    }
+    _, said = train(tmp_path / "run", tiny_shards, embeddings=embeddings, **common)
+    assert "Each step the text tower sees 6 further texts." in said
 
 
 def test_texts_are_embedded_alone() -> None:

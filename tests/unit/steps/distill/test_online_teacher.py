@@ -108,7 +108,7 @@ def test_training_beside_it_is_training_from_its_embeddings(
 ) -> None:
     # Stored rows are compared with in fp32: bf16, which `auto` takes on CPUs with matrix units, is off by more.
     common = {"student": str(write_student(tmp_path)), "crop_scale": 1.0, "teacher_space": "pca", "name": tmp_path.name}
-    common["precision"] = "fp32"
+    common |= {"precision": "fp32", "preset": "cid"}
     stored, _ = train(work, tiny_shards, **common)
     online, said = train(
         work, tiny_shards, **(common | {"name": "online"}), teacher=str(tiny_model), online_teacher=True

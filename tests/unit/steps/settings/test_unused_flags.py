@@ -27,7 +27,8 @@ ONLINE: dict[str, Any] = {"online_teacher": True, "preset": "clip-kd"}
             "--views stored and --text-variant-share and --texts: .*, but --online-teacher reads none",
             "Omit --views stored and --text-variant-share and --texts, or --online-teacher.",
         ),
-        ({"preset": "clip-kd"} | TEXTS, "--texts names the texts for --extra-texts, but", "Add --extra-texts N"),
+        ({"preset": "cid"} | TEXTS, "--texts, but no loss of the run takes texts", "Add one that does (fd, mfd)"),
+        ({"extra_texts": 0} | TEXTS, "--texts names the texts for --extra-texts, but", "Omit one"),
     ],
 )
 def test_of_distill(settings: dict[str, Any], message: str, fix: str) -> None:
