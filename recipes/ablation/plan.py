@@ -9,15 +9,12 @@ from typing import Any
 
 Log = Mapping[str, Mapping[str, Any]]
 
-# Every sum of losses has as many trials on the tuning split, with seed 0: three rates by three factors on the weights of all
-# losses but the first. AdamW hardly notices a factor on all of them, so a loss alone has no weight to try: its nine are of
-# the rate.
+# Every sum of losses has as many trials on the tuning split, with seed 0: three rates, and at the best of them two factors
+# on the weights of all losses but the first. The optimizers hardly notice a factor on all of them, so a loss alone has no
+# weight to try: it has two more rates.
 RATES = {"muon": (6e-3, 3e-3, 1.2e-2), "adamw": (3e-3, 6e-3, 1e-3)}
-FACTORS = (1.0, 1 / 3, 3.0)
-RATES_ALONE = {
-    "muon": (3e-3, 6e-3, 2e-3, 4e-3, 1.4e-3, 8e-3, 1e-3, 1.2e-2, 7e-4),
-    "adamw": (1e-3, 2e-3, 5e-4, 3e-3, 7e-4, 1.4e-3, 6e-3, 2.5e-4, 1e-2),
-}
+FACTORS = (1 / 3, 3.0)
+FURTHER_RATES = {"muon": (4.2e-3, 1.5e-3), "adamw": (2e-3, 5e-4)}
 SEEDS = (0, 1, 2, 3, 4)
 # What is not among the main contenders has these seeds.
 FIRST_SEEDS = SEEDS[:3]
@@ -146,12 +143,17 @@ def recipe(name: str, lr: float, factor: float) -> Setting:
     return Setting(label, weights, lr, RECIPES[name].extras, RECIPES[name].optimizer, **clusters)
 
 
-def trials(name: str) -> list[Setting]:
-    """Return a recipe's trials, the most promising first; as many for each."""
-    optimizer = RECIPES[name].optimizer
+def rates_tried(name: str) -> list[Setting]:
+    """Return a recipe's first trials, of the learning rate."""
+    return [recipe(name, lr, 1.0) for lr in RATES[RECIPES[name].optimizer]]
+
+
+def trials(name: str, log: Log) -> list[Setting]:
+    """Return a recipe's trials, as many for each: of the rate, and of the weights at the best rate so far."""
+    first = rates_tried(name)
     if len(RECIPES[name].weights) == 1:
-        return [recipe(name, lr, 1.0) for lr in RATES_ALONE[optimizer]]
-    return [recipe(name, lr, factor) for factor in FACTORS for lr in RATES[optimizer]]
+        return first + [recipe(name, lr, 1.0) for lr in FURTHER_RATES[RECIPES[name].optimizer]]
+    return first + [recipe(name, best(first, log).lr, factor) for factor in FACTORS]
 
 
 def tuning_score(entry: Mapping[str, Any]) -> float:
@@ -168,7 +170,7 @@ def best(settings: list[Setting], log: Log) -> Setting:
 
 def tuned(name: str, log: Log) -> Setting:
     """Return a recipe at its best trial so far."""
-    return best(trials(name), log)
+    return best(trials(name, log), log)
 
 
 def left_out(log: Log) -> list[Setting]:
@@ -265,10 +267,10 @@ def cid_variants(log: Log) -> list[Setting]:
 
 def phases(log: Log) -> Iterator[list[Run]]:
     """Yield lists of runs; each is made only when those before are in `log`, which tells the best trials."""
-    yield _tried(MAIN)
+    yield from _tried(MAIN, log)
     yield _seeds((tuned(name, log) for name in MAIN), SEEDS)
     yield _seeds(left_out(log), FIRST_SEEDS)
-    yield _tried(REST)
+    yield from _tried(REST, log)
     yield _seeds((tuned(name, log) for name in REST), FIRST_SEEDS)
     yield _seeds((longer(name, log) for name in SCALED), FIRST_SEEDS)
     yield _seeds((setting for name in SCALED for setting in large_students(name, log)), SEEDS[:1])
@@ -287,16 +289,18 @@ def photographs(log: Log, drawings: Log) -> Iterator[list[Run]]:
 def quick() -> Iterator[list[Run]]:
     """Yield a few runs of every kind, to prove that the recipe works."""
     names = ("clip", "clip-kd", "candidate", "cid", "mfd", "gd", "afd", "clip-td")
-    yield _seeds((trials(name)[0] for name in names), SEEDS[:1])
+    yield _seeds((rates_tried(name)[0] for name in names), SEEDS[:1])
     chosen = ("no mix", "with cluster", "no cluster", "keep-random", "perplexity-8", "bank")
     variants = [*left_out({}), *cid_variants({})]
     yield _seeds((setting for setting in variants if setting.name.rsplit("/", 1)[1] in chosen), SEEDS[:1])
     yield _seeds((large_students("cid", {})[0], large_batches("clip-kd", {})[0], longer("clip", {})), SEEDS[:1])
 
 
-def _tried(names: Iterable[str]) -> list[Run]:
-    """Trials of some recipes: the first of each, then the second of each, and so on."""
-    return [Run(setting, SEEDS[0]) for settings in zip(*map(trials, names), strict=True) for setting in settings]
+def _tried(names: Iterable[str], log: Log) -> Iterator[list[Run]]:
+    """Yield the trials of some recipes, first those of the rate; the first of each recipe, then the second, and so on."""
+    chosen = tuple(names)
+    for settings in (map(rates_tried, chosen), (trials(name, log) for name in chosen)):
+        yield [Run(setting, SEEDS[0]) for of_each in zip(*settings, strict=True) for setting in of_each]
 
 
 def _seeds(settings: Iterable[Setting], seeds: Iterable[int]) -> list[Run]:

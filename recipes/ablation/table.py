@@ -161,7 +161,7 @@ def points(differences: Array) -> str:
 
 def tuning(results: Results) -> list[str]:
     """Return the table of trials on the tuning split: each learning rate at its best weights, and what was chosen."""
-    rates = sorted({setting.lr for name in plan.RECIPES for setting in plan.trials(name)})
+    rates = sorted({setting.lr for name in plan.RECIPES for setting in plan.trials(name, results.entries)})
     lines = [
         f"| recipe | trials | {' | '.join(f'lr {rate:g}' for rate in rates)} | chosen |",
         f"|{'---|' * (len(rates) + 3)}",
@@ -169,7 +169,8 @@ def tuning(results: Results) -> list[str]:
     for name in plan.RECIPES:
         found: dict[float, float] = {}
         trials = [
-            (setting, results.entries.get(plan.Run(setting, plan.SEEDS[0]).name)) for setting in plan.trials(name)
+            (setting, results.entries.get(plan.Run(setting, plan.SEEDS[0]).name))
+            for setting in plan.trials(name, results.entries)
         ]
         tried = [(setting.lr, plan.tuning_score(entry)) for setting, entry in trials if entry is not None]
         for rate, score in tried:

@@ -153,7 +153,11 @@ def test_divergence_stops_with_the_keys_of_the_batch(clipcid: Clipcid, distill_p
         (("--student", "student.json", "--steps", 5, "--epochs", 2), 2, ["--steps", "--epochs"]),
         (("--student", "student.json", "--teacher", "none", "--preset", "cid"), 2, ["instance", "--preset clip"]),
         (("--student", "nowhere.json", "--preset", "clip"), 1, ["nowhere.json"]),
-        (("--student", "student.json", "--clusters", "nowhere"), 2, ["--clusters", "no loss of the run", "--preset cid"]),
+        (
+            ("--student", "student.json", "--clusters", "nowhere"),
+            2,
+            ["--clusters", "no loss of the run", "--preset cid"],
+        ),
         (
             ("--student", "student.json", "--preset", "cid", "--clusters", "nowhere"),
             1,

@@ -36,9 +36,9 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_trials_of_the_ablation_differ_in_rate_or_in_the_ratio_of_weights(plan: Any) -> None:
     for name in plan.RECIPES:
-        trials = plan.trials(name)
+        trials = plan.trials(name, {})
         ratios = [[weight / next(iter(each.weights.values())) for weight in each.weights.values()] for each in trials]
         tried = {(each.lr, *(round(ratio, 9) for ratio in of)) for each, of in zip(trials, ratios, strict=True)}
-        assert len(trials) == len(tried) == 9, name
-        assert len({each.name for each in trials}) == 9
+        assert len(trials) == len(tried) == 5, name
+        assert len({each.name for each in trials}) == 5
         assert ("clip" in trials[0].weights) <= (next(iter(trials[0].weights)) == "clip")
