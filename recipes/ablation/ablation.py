@@ -29,8 +29,6 @@ PROBED_FROM = 2
 QUICK_STEPS = 40
 # Students measured by one process: starting it costs as much as measuring three of them.
 GROUP = 4
-# Texts without images that a step shows, beside its batch.
-EXTRA_TEXTS = 64
 
 
 class Log:
@@ -130,8 +128,7 @@ class Ablation:
             arguments += ["--loss", f"{name}={weight:.6g}"]
         if setting.is_taught:
             arguments += ["--teacher", self.inputs.teacher, "--embeddings", self.inputs.embeddings_with(setting.extras)]
-        if setting.extras:
-            arguments += ["--extra-texts", EXTRA_TEXTS if "texts" in setting.extras else 0]
+            arguments += ["--extra-texts", setting.batch_size if "texts" in setting.extras else 0]
         if "texts" in setting.extras and "variants" not in setting.extras:
             arguments += ["--text-variant-share", 0]
         if setting.clusters is not None:

@@ -54,9 +54,9 @@ _CLIP_KD = {"clip": 1.0, "fd": FD, "icl": 1.0, "crd": 1.0}
 RECIPES: Mapping[str, Recipe] = {
     "clip": Recipe({"clip": 1.0}),
     "clip-kd": Recipe(_CLIP_KD),
-    "candidate": Recipe({"fd": FD, "instance": 1.0}, EXTRAS),
+    "fd-instance": Recipe({"fd": FD, "instance": 1 / 3, "clip": 0.1}, EXTRAS),
     "cid": Recipe({"clip": 1.0, "instance": 1.0, "cluster": 0.5}),
-    # What the candidate reads beside the pairs could serve a rival too.
+    # What `fd-instance` reads beside the pairs could serve a rival too.
     "clip-kd+extras": Recipe(_CLIP_KD, EXTRAS),
     # As CLIP and CLIP-KD were trained.
     "clip, adamw": Recipe({"clip": 1.0}, optimizer="adamw"),
@@ -77,10 +77,10 @@ RECIPES: Mapping[str, Recipe] = {
     "clip-td": Recipe({"clip": 1.0, "td": 1.0}),
     "dr": Recipe({"clip": 0.25, "affinity": 0.75}),
 }
-MAIN = ("clip", "clip-kd", "candidate", "cid", "clip, adamw", "clip-kd, adamw", "clip-kd+extras", "clip-rd")
+MAIN = ("clip", "clip-kd", "fd-instance", "cid", "clip, adamw", "clip-kd, adamw", "clip-kd+extras", "clip-rd")
 REST = tuple(name for name in RECIPES if name not in MAIN)
 # The larger student, the longer run and the larger batch are tried with these.
-SCALED = ("clip", "clip-kd", "candidate", "cid")
+SCALED = ("clip", "clip-kd", "fd-instance", "cid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +174,8 @@ def tuned(name: str, log: Log) -> Setting:
 
 
 def left_out(log: Log) -> list[Setting]:
-    """Return the candidate at its best trial with one ingredient taken away or added at a time."""
-    base = tuned("candidate", log)
+    """Return `fd-instance` at its best trial with one ingredient taken away or added at a time."""
+    base = tuned("fd-instance", log)
 
     def changed(name: str, **changes: Any) -> Setting:
         return dataclasses.replace(base, name=f"{base.name}/{name}", **changes)
@@ -189,7 +189,7 @@ def left_out(log: Log) -> list[Setting]:
         # Texts without images are for `fd` alone.
         extras = tuple(extra for extra in base.extras if extra != "texts") if loss == "fd" else base.extras
         found.append(changed(f"no {loss}", weights=without, extras=extras))
-    clustered = {**base.weights, "cluster": base.weights.get("instance", 1.0) / 2}
+    clustered = {**base.weights, "cluster": base.weights["instance"] / 2}
     found.append(changed("with cluster", weights=clustered, clusters=CLUSTERS, flags=BOTH_TOWERS))
     # Instance discrimination beyond the batch: against the teacher's rows of all images, the nearest of them and a draw.
     found.append(changed("with bank", weights=clustered, clusters="image-all", flags=(*BOTH_TOWERS, *FEW)))
@@ -288,7 +288,7 @@ def photographs(log: Log, drawings: Log) -> Iterator[list[Run]]:
 
 def quick() -> Iterator[list[Run]]:
     """Yield a few runs of every kind, to prove that the recipe works."""
-    names = ("clip", "clip-kd", "candidate", "cid", "mfd", "gd", "afd", "clip-td")
+    names = ("clip", "clip-kd", "fd-instance", "cid", "mfd", "gd", "afd", "clip-td")
     yield _seeds((rates_tried(name)[0] for name in names), SEEDS[:1])
     chosen = ("no mix", "with cluster", "no cluster", "keep-random", "perplexity-8", "bank")
     variants = [*left_out({}), *cid_variants({})]

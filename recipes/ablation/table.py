@@ -303,7 +303,7 @@ def of_drawings(results: Results) -> list[str]:
     """Return the tables of the students of drawings."""
     log = results.entries
     presets = [plan.tuned(name, log).name for name in plan.RECIPES]
-    clip, rival, ours, cid = (plan.tuned(name, log).name for name in ("clip", "clip-kd", "candidate", "cid"))
+    clip, rival, ours, cid = (plan.tuned(name, log).name for name in ("clip", "clip-kd", "fd-instance", "cid"))
     return [
         "## Trials, on the tuning split: mean of R@1, R@10 and acc1 of concepts and drawings, seed 0",
         "",
@@ -319,12 +319,12 @@ def of_drawings(results: Results) -> list[str]:
         "## Gains over `clip-kd`",
         "",
         *gains(results, presets, rival),
-        "## The goals, by `candidate` and by `cid`",
+        "## The goals, by `fd-instance` and by `cid`",
         "",
-        *goals(results, "candidate", "clip", "clip-kd"),
-        *goals(results, "candidate", "clip, adamw", "clip-kd, adamw"),
+        *goals(results, "fd-instance", "clip", "clip-kd"),
+        *goals(results, "fd-instance", "clip, adamw", "clip-kd, adamw"),
         *goals(results, "cid", "clip", "clip-kd"),
-        "## `candidate`, one thing changed at a time",
+        "## `fd-instance`, one thing changed at a time",
         "",
         *compared(results, [setting.name for setting in plan.left_out(log)], ours),
         "## Longer, and larger",

@@ -156,7 +156,7 @@ def test_divergence_stops_with_the_keys_of_the_batch(clipcid: Clipcid, distill_p
         (
             ("--student", "student.json", "--clusters", "nowhere"),
             2,
-            ["--clusters", "no loss of the run", "--preset cid"],
+            ["--clusters: for the cluster loss", "--preset cid"],
         ),
         (
             ("--student", "student.json", "--preset", "cid", "--clusters", "nowhere"),

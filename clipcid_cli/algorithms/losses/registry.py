@@ -187,6 +187,8 @@ class Weight:
 # cid: cross-entropy + KL at λ_clu = 1 had four times the gradient of either contrastive term in a trial. At 0.25 they are on
 # an equal footing, which is 0.5 here, where α = ½ gives each of the two half of the weight. In recipes/ablation 0.5 and 1
 # were better than 0.25 (R@10 +1.4 and +2.4 on drawings) and worse in nothing that it could tell.
+# fd-instance: `clip` is there to train the student's logit scale, which the other two do not read; Adam moves a scale as
+# far at any weight.
 # clip-kd and clip-rd: the weights of their papers. clip-td: our weight of our form of its loss. dr: λ within the range
 # MobileCLIP studies.
 _FD = Weight(2000.0, per_width=True)
@@ -194,7 +196,7 @@ _CLIP_KD = {"clip": Weight(1.0), "fd": _FD, "icl": Weight(1.0), "crd": Weight(1.
 
 PRESETS: Mapping[str, Mapping[str, Weight]] = {
     "clip": {"clip": Weight(1.0)},
-    "fd-instance": {"fd": _FD, "instance": Weight(1.0)},
+    "fd-instance": {"clip": Weight(0.1), "instance": Weight(1 / 3), "fd": _FD},
     "cid": {"clip": Weight(1.0), "instance": Weight(1.0), "cluster": Weight(0.5)},
     "clip-kd": _CLIP_KD,
     "clip-rd": {**_CLIP_KD, "vrd": Weight(1.0), "xrd": Weight(1.0)},

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from clipcid_cli.steps.settings.fields import option
+from clipcid_cli.errors import UsageError
+from clipcid_cli.steps.settings.fields import flag_of, option
+
+_FLAGS = (
+    "clusters",
+    "cluster_towers",
+    "label_share",
+    "candidate_ratio",
+    "min_candidates",
+    "candidate_correction",
+    "cluster_temperature",
+)
 
 
 def clusters_option(group: str) -> Any:
@@ -79,3 +91,25 @@ def cluster_temperature_option(group: str) -> Any:
         minimum=0.0,
         above_minimum=True,
     )
+
+
+def refuse_cluster_flags(settings: Any) -> None:
+    """Refuse flags of the cluster loss in a run without it.
+
+    Args:
+        settings: Those of `distill`.
+
+    Raises:
+        UsageError: for each that is not at its default.
+    """
+    given = [
+        flag_of(field)
+        for field in dataclasses.fields(settings)
+        if field.name in _FLAGS and getattr(settings, field.name) != field.default
+    ]
+    if given:
+        flags = ", ".join(given)
+        fix = f"Omit {flags}"
+        if settings.teacher != "none":
+            fix += ", or use --preset cid or --loss cluster=0.5"
+        raise UsageError(f"{flags}: for the cluster loss, which the run does not have.", f"{fix}.")

@@ -18,6 +18,7 @@ from clipcid_cli.steps.settings.cluster_loss import (
     clusters_option,
     label_share_option,
     min_candidates_option,
+    refuse_cluster_flags,
 )
 from clipcid_cli.steps.settings.fields import argument, option
 from clipcid_cli.steps.settings.optimisation import (
@@ -308,11 +309,8 @@ class DistillSettings(ReadingSettings):
                 "--torchcompile compiles no pass that gives the features of patches and tokens, which td reads.",
                 "Omit --torchcompile, or use --loss td=0.",
             )
-        if self.clusters is not None and not any(LOSSES[name].needs_clusters for name in self.losses()):
-            raise UsageError(
-                "--clusters was given, but no loss of the run compares with clusters.",
-                "Omit --clusters, or use --preset cid or --loss cluster=0.5.",
-            )
+        if not any(LOSSES[name].needs_clusters for name in self.losses()):
+            refuse_cluster_flags(self)
         self._check_stored_extras()
         if self.extra_texts or self.texts is not None:
             self._check_extra_texts()
@@ -344,10 +342,9 @@ class DistillSettings(ReadingSettings):
                 f"Add one that does ({', '.join(taking)}), or omit {flag}.",
             )
         if self.online_teacher or self.freeze_text:
-            flag = "--online-teacher" if self.online_teacher else "--freeze-text"
+            other = "--online-teacher" if self.online_teacher else "--freeze-text"
             raise UsageError(
-                "--extra-texts trains the text tower on stored embeddings of texts: not with " + flag + ".",
-                "Omit one of the two.",
+                f"{flag} trains the text tower on stored embeddings of texts: not with {other}.", "Omit one of the two."
             )
 
     @property

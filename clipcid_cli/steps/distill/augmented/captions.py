@@ -99,7 +99,7 @@ def find_text_variants(
     """
     number = embeddings.num_variants if embeddings.has_texts else 0
     share = settings.variant_share
-    if not number or not (share or settings.extra_texts):
+    if not number or not (share or settings.shows_extra_texts):
         return None
     made = {} if embeddings.sidecar is None else embeddings.sidecar["settings"]
     rules, seed = made.get("text_variant_rules"), made.get("seed")
@@ -110,7 +110,7 @@ def find_text_variants(
         raise ClipcidError(
             f"{embeddings.folder} holds {number} text variants of each row, but embed.json records {recorded}; this version "
             f"makes texts by rules {RULES}.",
-            "Add --text-variant-share 0, or run: "
+            "Add --text-variant-share 0 --extra-texts 0, or run: "
             + data_command(
                 embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, text_variants=number
             ),

@@ -173,6 +173,6 @@ def _check_model(texts: EmbeddedTexts, embeddings: Embeddings) -> None:
         of = "another tool's" if model is None else f"of {model['spec']}"
         raise ClipcidError(
             f"The texts in {texts.folder} were embedded by {made['spec']}, width {texts.files[0].shape[1]}; "
-            f"the embeddings in {embeddings.folder} are {of}, width {embeddings.width}.",
-            f"Run: {texts_command(model and model['spec'], out=texts.folder, overwrite=True)}",
+            f"the embeddings in {embeddings.folder} are {of}, width {embeddings.width}, other weights.",
+            f"Add --extra-texts 0, or run: {texts_command(model and model['spec'], out=texts.folder, overwrite=True)}",
         )
