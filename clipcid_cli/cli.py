@@ -27,14 +27,13 @@ COMMANDS = {
     "embed": "Embed images and captions with a CLIP.",
     "balance": "Remove near-duplicates: keep one image of each group.",
     "cluster": "Cluster the embeddings of the kept images (k-means).",
-    "distill": "Train a small CLIP on a teacher's embeddings and clusters.",
+    "distill": "Train a small CLIP on a teacher's embeddings.",
     "eval-zeroshot": "Measure zero-shot classification and retrieval.",
     "eval-linear": "Measure a linear probe on frozen image features.",
     "export": "Export a model to open_clip, Hugging Face or ONNX.",
 }
 EXAMPLES = (
     "clipcid balance laion/ --keep 0.563",
-    "clipcid cluster",
     "clipcid distill --teacher ViT-L-14 --student ViT-B-32",
     "clipcid eval-zeroshot",
     "clipcid eval-linear --train food101/train --test food101/test",

@@ -59,9 +59,9 @@ command = step_command(
     settings=DistillSettings,
     step="clipcid_cli.steps.distill.run",
     summary=show,
-    help="Train a small CLIP on a teacher's embeddings and clusters, or without a teacher. To continue a run that was "
+    help="Train a small CLIP on a teacher's embeddings, or without a teacher. To continue a run that was "
     "stopped, run the same command again: it resumes from the last checkpoint.",
     examples="clipcid distill --teacher ViT-L-14 --student ViT-B-32\n"
     "clipcid distill laion/ --teacher none --student student.json --steps 2000 --batch-size 64\n"
-    "clipcid distill --student student.json --preset clip-kd --loss crd=0.5 --name kd",
+    "clipcid distill --student student.json --preset cid --loss fd=10 --name cid",
 )

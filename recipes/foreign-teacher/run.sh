@@ -35,7 +35,7 @@ say clipcid embed "$photos" --model teacher
 say clipcid balance --keep 0.8
 say clipcid cluster --features joint
 length=(--steps "${STEPS:-400}" --batch-size 64 --val-fraction 0.05 --workers 0)
-say clipcid distill --teacher teacher --student student.json --name taught "${length[@]}"
+say clipcid distill --teacher teacher --preset cid --student student.json --name taught "${length[@]}"
 say clipcid distill --preset clip --student student.json --name alone "${length[@]}"
 
 student=$CLIPCID_WORK/distill/taught/student

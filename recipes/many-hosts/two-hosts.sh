@@ -9,7 +9,7 @@ cd recipes/many-hosts
 export HEAD=localhost HOSTS=2 PROCESSES=1 JOB=two-hosts-$$ CLIPCID_WORK=work
 export DATA=../quickstart/data/pairs TEACHER=../quickstart/teacher STUDENT=../quickstart/student.json
 export CLUSTER_FLAGS="--num-clusters 256 --features joint"
-export DISTILL_FLAGS="--steps ${1:-100} --batch-size 64 --workers 0"
+export DISTILL_FLAGS="--preset cid --steps ${1:-100} --batch-size 64 --workers 0"
 # Two hosts have cores of their own; here both share these, and idle threads must not spin on them.
 OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
 export OMP_NUM_THREADS GOMP_SPINCOUNT=0

@@ -41,4 +41,20 @@ def test_trials_of_the_ablation_differ_in_rate_or_in_the_ratio_of_weights(plan: 
         tried = {(each.lr, *(round(ratio, 9) for ratio in of)) for each, of in zip(trials, ratios, strict=True)}
         assert len(trials) == len(tried) == 5, name
         assert len({each.name for each in trials}) == 5
-        assert ("clip" in trials[0].weights) <= (next(iter(trials[0].weights)) == "clip")
+        assert next(iter(trials[0].weights)) in ("clip", "fd")
+
+
+def test_the_ablation_tries_weights_at_the_best_rate(plan: Any) -> None:
+    log: dict[str, Any] = {}
+    rate = {"muon": 1.2e-2, "adamw": 6e-3}
+    phases = plan.phases(log)
+    first = next(phases)
+    assert len(first) == 3 * len(plan.MAIN)
+    for run in first:
+        score = float(run.setting.lr == rate[run.setting.optimizer])
+        log[run.name] = {"metrics": {"tune x": score, "report x": 1 - score}}
+    second = [run for run in next(phases) if run.name not in log]
+    assert len(second) == 2 * len(plan.MAIN)
+    for run in second:
+        if len(run.setting.weights) > 1:
+            assert run.setting.lr == rate[run.setting.optimizer]

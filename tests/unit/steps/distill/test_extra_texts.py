@@ -196,6 +196,8 @@ def test_by_default_they_are_as_many_as_samples_where_there_are_any(
     _, inputs, _ = join(tiny_shards, embeddings)
     assert inputs.extra_texts is not None
     assert inputs.extra_texts.number_at(6) == 6
+    _, inputs, _ = join(tiny_shards, embeddings, text_variant_share=0.0)
+    assert inputs.extra_texts is not None, "though no caption is shown as a variant"
     _, inputs, _ = join(tiny_shards, embeddings, preset="cid")
     assert inputs.extra_texts is None, "no loss takes them"
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny")

@@ -28,6 +28,17 @@ ONLINE: dict[str, Any] = {"online_teacher": True, "preset": "clip-kd"}
             "Omit --views stored and --text-variant-share and --texts, or --online-teacher.",
         ),
         ({"preset": "cid"} | TEXTS, "--texts, but no loss of the run takes texts", "Add one that does (fd, mfd)"),
+        (
+            {"preset": "clip-kd", "freeze_text": True} | TEXTS,
+            "--texts trains the text tower on stored embeddings of texts: not with --freeze-text",
+            "Omit one",
+        ),
+        (
+            {"cluster_towers": "both", "label_share": 0.0, "candidate_correction": False},
+            "--cluster-towers, --label-share, --candidate-correction: for the cluster loss",
+            "Omit --cluster-towers, --label-share, --candidate-correction, or use --preset cid",
+        ),
+        (NOBODY | {"clusters": Path("x")}, "--clusters: for the cluster loss", "Omit --clusters."),
         ({"extra_texts": 0} | TEXTS, "--texts names the texts for --extra-texts, but", "Omit one"),
     ],
 )
