@@ -82,9 +82,11 @@ def check_entries(sidecar: dict[str, Any]) -> None:
     }
     made, keep_list = sidecar.get("settings", {}), sidecar.get("keep_list")
     inner |= {
+        "counts.used": _fits(sidecar.get("counts", {}), {"used": _NUMBER, "read": _NUMBER}),
+        "settings.losses": _fits(made.get("losses", {}), {...: {"value": _NUMBER}}),
         "settings.against": _are_all(made.get("against"), _is_reference),
         "settings.view_kind": _are_all(made.get("view_kind"), lambda kind: isinstance(kind, str)),
-        "keep_list": keep_list is None or (isinstance(keep_list, dict) and isinstance(keep_list.get("path"), str)),
+        "keep_list": keep_list is None or _is_keep_list(keep_list),
     }
     result = sidecar.get("result", {})
     inner |= {f"result.{name}": _fits(result[name], shape) for name, shape in _RESULT.items() if name in result}
@@ -96,6 +98,12 @@ def check_entries(sidecar: dict[str, Any]) -> None:
             outer, _, name_there = name.partition(".")
             found = sidecar[outer][name_there] if name_there else sidecar[outer]
             raise TypeError(f"its entry {name!r} is {str(found)[:80]!r}")
+
+
+def _is_keep_list(value: Any) -> bool:
+    """Tell whether it is where a keep list is, and how many of how many images it keeps."""
+    fits = _fits(value, {"path": str, "kept": int, "images": int})
+    return fits and "path" in value and value.get("images") != 0  # shares of them are shown
 
 
 def _are_all(values: Any, fits: Callable[[Any], bool]) -> bool:
