@@ -21,7 +21,7 @@ FIRST_SEEDS = SEEDS[:3]
 STEPS, LONG = 2_000, 8_000
 BATCH_SIZE, LARGE_BATCH = 64, 256
 # Students: 0.13 M parameters beside the token table at 32 px, and 3.8 M at 48 px.
-STUDENT, LARGE_STUDENT = "student", "student-large"
+STUDENT, LARGE_STUDENT = "../quickstart/student", "student-large"
 # On photographs: 7.8 M parameters at 64 px, of which 6.3 M are token embeddings; eight epochs of 3,068.
 PHOTOGRAPH_STUDENT, PHOTOGRAPH_STEPS = "../foreign-teacher/student", 400
 WIDTHS = {STUDENT: 96, LARGE_STUDENT: 192, PHOTOGRAPH_STUDENT: 128}

@@ -16,6 +16,7 @@ from rich.table import Table
 MODELS = (
     ("teacher", "teacher", "teacher"),
     ("student, taught", "taught-student", "{work}/distill/taught/student"),
+    ("student, cid", "cid-student", "{work}/distill/cid/student"),
     ("student, alone", "alone-student", "{work}/distill/alone/student"),
 )
 

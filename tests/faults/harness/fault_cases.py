@@ -254,7 +254,7 @@ def run_wrong_clock(site: Site, step: Step, case: tuple[int, float, float, float
 def run_delayed(site: Site, step: Step, number: int) -> Result:
     """Start a second run while the first one is slow at a file operation; then give the command again."""
 
-    def wait(name: str, unflushed: list[int]) -> None:
+    def wait(name: str, unflushed: list[tuple[int, int]]) -> None:
         os.write(writer, b".")
         time.sleep(2 * site.seconds[step.name] + 0.5)
 

@@ -37,8 +37,9 @@ _IMPORTED = (
     ),
 )
 
-Act = Callable[[str, list[int]], None]
-"""Takes the name of the operation and open descriptors of the files that were written and not flushed to the disk."""
+Act = Callable[[str, list[tuple[int, int]]], None]
+"""Takes the name of the operation, and of each file that was written and not flushed to the disk since an open descriptor and
+the size that it had when it was opened: so much of it was on the disk."""
 Hook = Callable[[], None]
 
 
@@ -62,7 +63,7 @@ class Operations:
         self._numbers = itertools.count()
         self._act_at = (at, after)
         self._act = act
-        self._unflushed: dict[tuple[int, int], int] = {}
+        self._unflushed: dict[tuple[int, int], tuple[int, int]] = {}
         self._open = os.open
 
     def install(self) -> None:
@@ -95,7 +96,8 @@ class Operations:
         """Keep a descriptor of a file from its opening for writing until it is flushed, whatever it is called by then."""
         if name == "fsync":
             found = os.fstat(target)
-            os.close(self._unflushed.pop((found.st_dev, found.st_ino), os.dup(target)))
+            descriptor, _ = self._unflushed.pop((found.st_dev, found.st_ino), (os.dup(target), 0))
+            os.close(descriptor)
         elif name == "open" and not isinstance(target, int):
             with contextlib.suppress(OSError):  # relative to a folder that is open
                 descriptor = self._open(target, os.O_WRONLY | os.O_NONBLOCK)
@@ -103,7 +105,7 @@ class Operations:
                 if not stat.S_ISREG(found.st_mode) or (found.st_dev, found.st_ino) in self._unflushed:
                     os.close(descriptor)
                 else:
-                    self._unflushed[found.st_dev, found.st_ino] = descriptor
+                    self._unflushed[found.st_dev, found.st_ino] = descriptor, found.st_size
 
 
 def read_operations(log: Path) -> list[str]:
@@ -111,10 +113,10 @@ def read_operations(log: Path) -> list[str]:
     return log.read_text(errors="replace").splitlines()
 
 
-def kill(name: str, unflushed: list[int]) -> None:
+def kill(name: str, unflushed: list[tuple[int, int]]) -> None:
     """Die as of `kill -9`, or at a flush or a renaming of a power cut: half of what is not on the disk is lost."""
-    for descriptor in unflushed if name in ("fsync", "rename", "replace") else ():
-        os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
+    for descriptor, flushed in unflushed if name in ("fsync", "rename", "replace") else ():
+        os.truncate(descriptor, (flushed + os.fstat(descriptor).st_size) // 2)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

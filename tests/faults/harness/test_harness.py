@@ -79,6 +79,15 @@ def test_half_of_a_file_that_is_renamed_before_it_is_flushed_is_lost(tmp_path: P
 
     kill_after(write_unflushed, 1, tmp_path / "log")  # open, rename
     assert (tmp_path / "unflushed").read_bytes() == b"ha"
+    (tmp_path / "log.jsonl").write_bytes(b"on the disk, ")
+
+    def append_unflushed() -> None:
+        with (tmp_path / "log.jsonl").open("ab") as file:
+            file.write(b"half")
+        (tmp_path / "log.jsonl").rename(tmp_path / "appended")
+
+    kill_after(append_unflushed, 1, tmp_path / "log")  # open, rename
+    assert (tmp_path / "appended").read_bytes() == b"on the disk, ha"
     kill_after(lambda: write_bytes(tmp_path / "whole", b"whole"), 3, tmp_path / "log")  # mkdir, open, fsync, replace
     assert (tmp_path / "whole").read_bytes() == b"whole"
 
