@@ -8,10 +8,10 @@ source recipes/environment.sh
 cd recipes/quickstart
 
 export CLIPCID_WORK=work
-steps=2000
+steps=2000 views=4
 if [ "${1:-}" = --short ]; then
     export CLIPCID_WORK=work-short
-    steps=150
+    steps=150 views=2
 fi
 taught=$CLIPCID_WORK/distill/taught/student
 cid=$CLIPCID_WORK/distill/cid/student
@@ -19,10 +19,10 @@ alone=$CLIPCID_WORK/distill/alone/student
 
 say() { printf '\n$ clipcid %s\n' "$*" >&2; clipcid "$@"; }
 
-# The teacher's embeddings, once: of images and captions, of four views of each image and of eight variants of each caption.
+# The teacher's embeddings, once: of images and captions, of some views of each image and of eight variants of each caption.
 # Then one image of each set of near repeats, and clusters of what is kept: of images and captions together, so that the
 # cluster loss can teach both towers.
-say embed data/pairs --model teacher --views 4 --view-kind strong,mix --text-variants 8
+say embed data/pairs --model teacher --views "$views" --view-kind strong,mix --text-variants 8
 say balance --keep 0.563
 say cluster --num-clusters 256 --features joint
 

@@ -38,8 +38,8 @@ _IMPORTED = (
 )
 
 Act = Callable[[str, list[tuple[int, int]]], None]
-"""Takes the name of the operation, and of each file that was written and not flushed to the disk since an open descriptor and
-the size that it had when it was opened: so much of it was on the disk."""
+"""Takes the name of the operation, and of each file that was written and not flushed to the disk an open descriptor and the
+size that it had when it was opened: so much of it was on the disk."""
 Hook = Callable[[], None]
 
 
