@@ -101,7 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
         code = 0
     except ClipcidError as error:
-        code = _report(error, error.message, error.fix, error.exit_code, debug=debug, as_json=as_json)
+        if signals.received is None:
+            code = _report(error, error.message, error.fix, error.exit_code, debug=debug, as_json=as_json)
+        else:  # as below
+            _report_interrupt(rank)
     except click.exceptions.NoArgsIsHelpError as error:
         _say(error.format_message())
         code = 2

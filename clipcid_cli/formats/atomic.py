@@ -197,9 +197,10 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Write `text` to `path` as UTF-8, whole or not at all; `shared` as for `atomic_file`."""
+    with atomic_file(path, shared) as file:
+        file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -53,6 +53,18 @@ _RESULT: dict[str, Any] = {
 }
 
 
+_EXAMPLE = {
+    **dict.fromkeys(("key", "label", "predicted", "path"), str),
+    **dict.fromkeys(("offset", "size"), int | None),
+}
+# What is beside the result, by name.
+_OTHERS: dict[str, Any] = {
+    "written": [str],
+    "examples": [_EXAMPLE],
+    "per_class": [{"class": str, "images": _NUMBER, "value": _NUMBER | None}],
+}
+
+
 def check_entries(sidecar: dict[str, Any]) -> None:
     """Check the types of the entries of a sidecar or plan that steps read.
 
@@ -92,6 +104,7 @@ def check_entries(sidecar: dict[str, Any]) -> None:
     inner |= {f"result.{name}": _fits(result[name], shape) for name, shape in _RESULT.items() if name in result}
     for name in {"images", "searched"} & result.keys():  # shares of them are shown
         inner[f"result.{name}"] &= result[name] != 0
+    inner |= {name: _fits(sidecar[name], shape) for name, shape in _OTHERS.items() if name in sidecar}
     inner["result.skipped"] = _are_counts(result.get("skipped", {}))
     for name, fits in inner.items():
         if not fits:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -63,9 +63,19 @@ def refuse_foreign_folder(folder: Path) -> None:
         raise ClipcidError(
             f"{folder} holds embeddings of images.", "Choose another folder for those of texts alone with --out."
         )
-    if not is_claimed(folder, STEP) and any(any((folder / kind).glob("*.npy")) for kind in ("text_emb", "img_emb")):
+    refuse_foreign_rows(folder, STEP, ("text_emb", "img_emb"))
+
+
+def refuse_foreign_rows(folder: Path, step: str, kinds: Iterable[str]) -> None:
+    """Refuse a folder with rows of such kinds that `step` did not write.
+
+    Raises:
+        ClipcidError: naming the first of them.
+    """
+    first = next((path for kind in kinds for path in sorted((folder / kind).glob("*.npy"))), None)
+    if first is not None and not is_claimed(folder, step):
         raise ClipcidError(
-            f"{folder} contains embeddings that clipcid did not write.",
+            f"{folder} contains embeddings that clipcid did not write, such as {first}.",
             "Choose another folder with --out, or remove them.",
         )
 

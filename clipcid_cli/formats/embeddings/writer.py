@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_npy, write_parquet
 from clipcid_cli.formats.embeddings.text_folder import STEP as TEXTS
+from clipcid_cli.formats.embeddings.text_folder import refuse_foreign_rows
 from clipcid_cli.formats.output import (
     describe_outputs,
     drop_plan,
@@ -230,11 +231,7 @@ def refuse_foreign_folder(folder: Path) -> None:
             "Choose another folder for those of the data with --out.",
         )
     kinds = (kind for kind, form in _FORMS.items() if form == "npy")
-    if not is_claimed(folder, "embed") and any(any((folder / kind).glob("*.npy")) for kind in kinds):
-        raise ClipcidError(
-            f"{folder} contains embeddings that clipcid did not write.",
-            "Choose another folder with --out, or remove them.",
-        )
+    refuse_foreign_rows(folder, "embed", kinds)
 
 
 def remove_leftovers(folder: Path) -> None:

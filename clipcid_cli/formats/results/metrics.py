@@ -119,10 +119,10 @@ def summary_report(folder: Path) -> Path:
 
 
 def write_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as csv; a value that is None or absent is an empty cell."""
+    """Write rows as csv; a value that is None or absent is an empty cell. Several processes may do so at once."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_text(path, text.getvalue(), shared=True)

@@ -226,8 +226,8 @@ def _check_entries(model: dict[str, Any], preprocess: dict[str, Any]) -> None:
             raise TypeError(f"{name} is {model[name]!r:.40}, not an object")
         for entry in _SIZES & model.get(name, {}).keys():
             size = model[name][entry]
-            if isinstance(size, int) and size < 1:
-                raise TypeError(f"{name}.{entry} is {size!r:.40}, below 1")
+            if isinstance(size, float) or (isinstance(size, int) and size < 1):
+                raise TypeError(f"{name}.{entry} is {size!r:.40}, no whole number above 0")
     for name in ("mean", "std"):
         if not _are_numbers(preprocess.get(name, [0.5] * 3), 3):
             raise TypeError(f"{name} is {preprocess[name]!r:.40}, not three numbers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.formats.atomic import write_text
+from clipcid_cli.formats.atomic import remove_abandoned, write_text
 from clipcid_cli.formats.data.class_files import describe_lines
 from clipcid_cli.formats.data.samples import Location
 from clipcid_cli.formats.report import render_report, thumbnail
@@ -28,13 +28,14 @@ def write_summary(work: WorkDirectory, results: list[dict[str, Any]], reporter: 
     """
     table, report = summary_table(work.eval_summary), summary_report(work.eval_summary)
     table.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(table.parent.glob(".*.partial"))
     write_results(table, [_row(result) for result in results])
     details = [_detail(result) for result in results]
     page = render_report("eval_zeroshot.html", tables=_tables(results), details=details)
     missing = sum(detail["missing_examples"] for detail in details)
     if missing:
         reporter.note(f"{report}: {missing} example images are left out, since they can no longer be read.")
-    write_text(report, page)
+    write_text(report, page, shared=True)  # two evaluations may end at once
     return {"table": str(table), "report": str(report)}
 
 

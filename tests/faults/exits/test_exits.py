@@ -31,6 +31,22 @@ cli.cli.invoke = lambda _: (print("ready", flush=True), ctypes.CDLL(None).sleep(
 cli.main(["balance"])
 """
 _HEEDFUL = _DEAF.replace("ctypes.CDLL(None).sleep(60)", "time.sleep(60)")
+# As PyTorch's C code does: what the signal raised inside it becomes an error of its own, which we then explain.
+_MISTAKEN = """
+import time
+from clipcid_cli import cli
+from clipcid_cli.errors import ClipcidError
+
+def load(_):
+    print("ready", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise ClipcidError("The model could not be loaded.", "Copy it again.")
+
+cli.cli.invoke = load
+cli.main(["balance"])
+"""
 
 
 @pytest.mark.parametrize(
@@ -39,6 +55,7 @@ _HEEDFUL = _DEAF.replace("ctypes.CDLL(None).sleep(60)", "time.sleep(60)")
         (_HEEDFUL, signal.SIGTERM, 143),
         (_HEEDFUL, signal.SIGINT, 130),
         (_DEAF, signal.SIGTERM, 143),
+        (_MISTAKEN, signal.SIGTERM, 143),
     ],
 )
 def test_a_signal_ends_the_run_within_seconds_and_says_how_to_continue(program: str, number: int, code: int) -> None:

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.metrics import make_metrics, metrics_stem, read_metrics, write_metrics
+from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.results.metrics import (
+    make_metrics,
+    metrics_stem,
+    read_metrics,
+    write_metrics,
+    write_results,
+)
 
 
 def test_round_trip_with_nan_as_null(tmp_path: Path) -> None:
@@ -42,3 +49,13 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ClipcidError, match="not a metrics file"):
         read_metrics(path)
+
+
+def test_two_evaluations_may_write_their_table_at_once(tmp_path: Path) -> None:
+    table = tmp_path / "results.csv"
+    with atomic_file(table, shared=True) as file:
+        write_results(table, [{"model": "a", "acc1": 0.5}, {"model": "b", "acc1": None}])
+        assert table.read_text() == "model,acc1\na,0.5\nb,\n"
+        file.write(b"model\nc\n")
+    assert table.read_text() == "model\nc\n"
+    assert list(tmp_path.iterdir()) == [table]

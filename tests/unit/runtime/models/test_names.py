@@ -96,7 +96,14 @@ def test_weights_are_found_as_open_clip_finds_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [("{", "Expecting"), ("[]", "list"), ('{"embed_dim": 8}', "no vision_cfg, text_cfg")]
+    ("content", "reason"),
+    [
+        ("{", "Expecting"),
+        ("[]", "list"),
+        ('{"embed_dim": 8}', "no vision_cfg, text_cfg"),
+        ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"heads": 0.5}}', r"text_cfg\.heads is 0\.5"),
+        ('{"embed_dim": 8, "vision_cfg": {"width": 0}, "text_cfg": {}}', r"vision_cfg\.width is 0"),
+    ],
 )
 def test_bad_configurations_are_refused(tmp_path: Path, content: str, reason: str) -> None:
     file = tmp_path / "bad.json"
