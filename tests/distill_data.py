@@ -62,7 +62,8 @@ def train(
     """
     for preset in presets:
         chosen: dict[str, Any] = {"steps": 6, "batch_size": 8, "workers": 0, "val_fraction": 0.2, "eval_every": 6}
-        chosen |= {"lr": 1e-4, "cluster_towers": "both", "loss": FURTHER.get(preset, ())}
+        towers = "both" if "cluster" in PRESETS[preset] else "auto"
+        chosen |= {"lr": 1e-4, "cluster_towers": towers, "loss": FURTHER.get(preset, ())}
         asked = DistillSettings(
             work=folder / "clipcid-work",
             student=str(folder / "student.json"),

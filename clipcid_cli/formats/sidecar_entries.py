@@ -61,7 +61,7 @@ _EXAMPLE = {
 _OTHERS: dict[str, Any] = {
     "written": [str],
     "examples": [_EXAMPLE],
-    "per_class": [{"class": str, "images": _NUMBER, "value": _NUMBER | None}],
+    "per_class": [{"class": str, "images": _NUMBER, "value": _NUMBER | None}],  # null for a class without images
 }
 
 
@@ -94,7 +94,6 @@ def check_entries(sidecar: dict[str, Any]) -> None:
     }
     made, keep_list = sidecar.get("settings", {}), sidecar.get("keep_list")
     inner |= {
-        "counts.used": _fits(sidecar.get("counts", {}), {"used": _NUMBER, "read": _NUMBER}),
         "settings.losses": _fits(made.get("losses", {}), {...: {"value": _NUMBER}}),
         "settings.against": _are_all(made.get("against"), _is_reference),
         "settings.view_kind": _are_all(made.get("view_kind"), lambda kind: isinstance(kind, str)),
@@ -104,6 +103,8 @@ def check_entries(sidecar: dict[str, Any]) -> None:
     inner |= {f"result.{name}": _fits(result[name], shape) for name, shape in _RESULT.items() if name in result}
     for name in {"images", "searched"} & result.keys():  # shares of them are shown
         inner[f"result.{name}"] &= result[name] != 0
+    counts = sidecar.get("counts", {})
+    inner |= {f"counts.{name}": isinstance(counts[name], _NUMBER) for name in {"used", "read"} & counts.keys()}
     inner |= {name: _fits(sidecar[name], shape) for name, shape in _OTHERS.items() if name in sidecar}
     inner["result.skipped"] = _are_counts(result.get("skipped", {}))
     for name, fits in inner.items():

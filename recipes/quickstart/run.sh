@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain on the shipped data, on a machine that has Python >= 3.11 and nothing else:
-#   bash recipes/quickstart/run.sh            about 5 minutes on 2 cores after installation; again: seconds
+#   bash recipes/quickstart/run.sh            4 to 5 minutes on 2 cores after installation; again: seconds
 #   bash recipes/quickstart/run.sh --short    the same commands with few training steps, as CI runs them
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -8,7 +8,7 @@ source recipes/environment.sh
 cd recipes/quickstart
 
 export CLIPCID_WORK=work
-steps=2000 views=4
+steps=1200 views=4
 if [ "${1:-}" = --short ]; then
     export CLIPCID_WORK=work-short
     steps=150 views=2

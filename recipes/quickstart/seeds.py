@@ -23,7 +23,7 @@ def main() -> None:
     """Print, for each metric, every seed, mean and standard deviation, and the paired difference."""
     eval_folder = Path(sys.argv[1]) / "eval"
     print(
-        "Emoji no model was trained on; 2,000 steps of 64 on the same images, seeds 0, 1, 2: values, mean ± deviation."
+        "Emoji no model was trained on; 1,200 steps of 64 on the same images, seeds 0, 1, 2: values, mean ± deviation."
     )
     for heading, dataset, task, names in COLUMNS:
         taught = [value(eval_folder, dataset, f"taught-{seed}-student", task, names) for seed in SEEDS]

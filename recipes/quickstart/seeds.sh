@@ -10,7 +10,7 @@ export CLIPCID_WORK=work CLIPCID_QUIET=true
 
 models=()
 for seed in 0 1 2; do
-    common=(--student student.json --steps 2000 --batch-size 64 --workers 0 --seed "$seed")
+    common=(--student student.json --steps 1200 --batch-size 64 --workers 0 --seed "$seed")
     clipcid distill --teacher teacher "${common[@]}" --name "taught-$seed"
     clipcid distill --preset clip "${common[@]}" --name "alone-$seed"
     models+=(--model "work/distill/taught-$seed/student" --model "work/distill/alone-$seed/student")

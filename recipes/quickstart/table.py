@@ -46,6 +46,7 @@ def main() -> None:
     for report in (
         work / "balance/report.html",
         work / "distill/taught/report.html",
+        work / "distill/cid/report.html",
         work / "distill/alone/report.html",
     ):
         console.print(f"  {report.resolve()}", highlight=False, soft_wrap=True)

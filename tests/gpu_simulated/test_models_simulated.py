@@ -21,6 +21,7 @@ from clipcid_cli.formats.embeddings.folder import open_embeddings
 
 WORK = "clipcid-work"
 TRAIN = ("distill", "--student", "student.json", "--batch-size", 8, "--val-fraction", 0.2, "--device", "cuda")
+BOTH = ("--cluster-towers", "both")
 CID = (*TRAIN, "--preset", "cid")
 # Where a gradient is 0 but for rounding, Adam moves a weight by the whole rate, in either direction.
 SLOW = ("--lr", 1e-4)
@@ -38,7 +39,8 @@ def trained(
     place = tmp_path_factory.mktemp("trained")
     shutil.copytree(distill_prepared, place, dirs_exist_ok=True)
     commands: list[tuple[object, ...]] = [
-        (*TRAIN, "--steps", 4, "--preset", preset, "--name", preset, "--cluster-towers", "both") for preset in PRESETS
+        (*TRAIN, "--steps", 4, "--preset", preset, "--name", preset, *(BOTH if "cluster" in PRESETS[preset] else ()))
+        for preset in PRESETS
     ]
     commands += [
         (*CID, "--steps", 4, "--teacher", tiny_model, "--name", name, *options) for name, options in FORMS.items()

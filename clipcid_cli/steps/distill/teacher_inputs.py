@@ -245,6 +245,6 @@ def use_stored(
     all_captions = has_all_captions(settings, embeddings, counts, reporter)
     text_variants = find_text_variants(settings, embeddings, counts, reporter)
     extra = find_extra_texts(settings, embeddings, samples, text_variants, reporter)
-    return TeacherInputs(
-        embeddings, samples, num_views=views, all_captions=all_captions, text_variants=text_variants, extra_texts=extra
-    )
+    if not settings.variant_share and (extra is None or extra.variants is None):
+        text_variants = None
+    return TeacherInputs(embeddings, samples, None, views, text_variants, extra, all_captions)

@@ -82,7 +82,7 @@ def _detail(result: dict[str, Any]) -> dict[str, Any]:
     sidecar = read_metrics_sidecar(Path(result["files"]["metrics"]))
     assert sidecar is not None, "a result has its sidecar"
     settings = sidecar["settings"]
-    present = [row for row in sidecar["per_class"] if row["images"]]
+    present = [row for row in sidecar["per_class"] if row["images"] and row["value"] is not None]
     ordered = sorted(present, key=lambda row: row["value"])
     examples = [
         example | {"source": source} for example in sidecar["examples"] if (source := _thumbnail(example)) is not None

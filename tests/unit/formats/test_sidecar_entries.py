@@ -47,6 +47,7 @@ DATA = {"spec": "a", "keys": "sample", "image": "i", "caption": "c", "key": "k"}
         {"settings": {"view_kind": [5]}},
         {"keep_list": "a"},
         {"counts": {"used": {"a": 1}, "read": 3}},
+        {"counts": {"read": None}},
         {"settings": {"losses": {"clip": {"value": {"a": 1}}}}},
         {"settings": {"losses": ["clip"]}},
         {"written": True},

@@ -159,20 +159,21 @@ def find_extra_texts(
         rows, texts, what = embeddings.variants(), None, f"the {variants.number} variants of each sample's captions"
     else:
         texts = open_texts(folder, model and model["spec"])
-        _check_model(texts, embeddings)
+        _check_model(settings, texts, embeddings)
         rows, variants, what = texts.rows(), None, f"{folder}, {texts.total:,} texts"
     reporter.note(f"Extra texts, for the text tower alone: of {what}.")
     return ExtraTexts(rows, texts, variants, samples, settings.seed, settings.extra_texts)
 
 
-def _check_model(texts: EmbeddedTexts, embeddings: Embeddings) -> None:
+def _check_model(settings: DistillSettings, texts: EmbeddedTexts, embeddings: Embeddings) -> None:
     made, model = texts.sidecar["model"], None if embeddings.sidecar is None else embeddings.sidecar["model"]
     if texts.files[0].shape[1] != embeddings.width or (
         model is not None and made["weights_hash"] != model["weights_hash"]
     ):
-        of = "another tool's" if model is None else f"of {model['spec']}"
+        of = "another tool's" if model is None else f"of {model['spec']}, other weights"
+        without = "Add" if settings.texts is None else "Omit --texts and add"
         raise ClipcidError(
             f"The texts in {texts.folder} were embedded by {made['spec']}, width {texts.files[0].shape[1]}; "
-            f"the embeddings in {embeddings.folder} are {of}, width {embeddings.width}, other weights.",
-            f"Add --extra-texts 0, or run: {texts_command(model and model['spec'], out=texts.folder, overwrite=True)}",
+            f"the embeddings in {embeddings.folder} are {of}, width {embeddings.width}.",
+            f"{without} --extra-texts 0, or run: {texts_command(model and model['spec'], out=texts.folder, overwrite=True)}",
         )

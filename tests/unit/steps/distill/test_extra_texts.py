@@ -77,7 +77,7 @@ def test_texts_of_another_model_or_damaged_ones_are_refused(
     sidecar = json.loads((copied / "texts.json").read_text())
     sidecar["model"] |= {"weights_hash": "another", "spec": "Other"}
     (copied / "texts.json").write_text(json.dumps(sidecar))
-    with pytest.raises(ClipcidError, match=r"were embedded by Other, width 32; .* of .*tiny, width 32"):
+    with pytest.raises(ClipcidError, match=r"were embedded by Other, width 32; .* of .*tiny, other weights, width 32"):
         join(tiny_shards, embeddings, extra_texts=4, texts=copied)
     path = copied / "text_emb" / "text_emb_0000.npy"
     path.write_bytes(path.read_bytes()[:-10])
@@ -198,6 +198,9 @@ def test_by_default_they_are_as_many_as_samples_where_there_are_any(
     assert inputs.extra_texts.number_at(6) == 6
     _, inputs, _ = join(tiny_shards, embeddings, text_variant_share=0.0)
     assert inputs.extra_texts is not None, "though no caption is shown as a variant"
+    assert inputs.text_variants is not None
+    _, inputs, _ = join(tiny_shards, embeddings, text_variant_share=0.0, texts=work / "texts" / "tiny")
+    assert inputs.text_variants is None, "the further texts are lines"
     _, inputs, _ = join(tiny_shards, embeddings, preset="cid")
     assert inputs.extra_texts is None, "no loss takes them"
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny")

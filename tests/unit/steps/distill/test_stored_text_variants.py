@@ -139,7 +139,7 @@ def test_variants_whose_texts_are_not_known_are_refused(stored: Path, data: Path
         with pytest.raises(ClipcidError, match=r"holds 3 text variants of each row, but embed\.json") as raised:
             join(data, change_sidecar(stored, tmp_path / str(number), **change))
         assert "--text-variants 3" in raised.value.fix
-        _, teacher_inputs, _ = join(data, tmp_path / str(number), text_variant_share=0.0)
+        _, teacher_inputs, _ = join(data, tmp_path / str(number), text_variant_share=0.0, extra_texts=0)
         assert teacher_inputs.text_variants is None
 
 

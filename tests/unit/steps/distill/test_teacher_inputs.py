@@ -168,5 +168,5 @@ def test_embeddings_of_a_namesake_are_no_axes_for_an_online_teacher(
 def test_which_towers_clusters_teach(asked: str, known: bool, freeze_text: bool, several: bool, taught: bool) -> None:
     nearest = TopClusters(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float16))
     clusters = SimpleNamespace(captions=nearest if known else None)
-    settings = DistillSettings(student="student.json", cluster_towers=asked, freeze_text=freeze_text)
+    settings = DistillSettings(student="s.json", preset="cid", cluster_towers=asked, freeze_text=freeze_text)
     assert _teaches_text(clusters, settings, several) == taught  # type: ignore[arg-type]
