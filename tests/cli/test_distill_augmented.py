@@ -50,5 +50,6 @@ def test_what_the_teacher_embedded_is_shown_and_a_killed_run_goes_on(
     assert not (runs / "killed" / "distill.json").exists(), "it was too fast to be killed"
     assert "Resuming at step" in clipcid(*arguments, "--name", "killed").stderr
     assert losses(runs / "killed") == losses(runs / "whole")
+    assert losses(runs / "whole")[0]["scale_student"] != losses(runs / "whole")[-1]["scale_student"], "it is trained"
     assert student_bytes(runs / "killed") == student_bytes(runs / "whole")
     assert losses(runs / "lines")[0]["loss_fd"] != losses(runs / "whole")[0]["loss_fd"], "they were shown other texts"

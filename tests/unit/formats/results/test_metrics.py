@@ -2,12 +2,12 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.results.metrics import (
     make_metrics,
     metrics_stem,
@@ -51,11 +51,16 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
         read_metrics(path)
 
 
-def test_two_evaluations_may_write_their_table_at_once(tmp_path: Path) -> None:
-    table = tmp_path / "results.csv"
-    with atomic_file(table, shared=True) as file:
-        write_results(table, [{"model": "a", "acc1": 0.5}, {"model": "b", "acc1": None}])
-        assert table.read_text() == "model,acc1\na,0.5\nb,\n"
-        file.write(b"model\nc\n")
-    assert table.read_text() == "model\nc\n"
+def test_two_evaluations_may_write_their_table_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, others, flush = tmp_path / "results.csv", [{"model": "b", "acc1": None}], os.fsync
+
+    def flush_late(descriptor: int) -> None:
+        if others:
+            write_results(table, [others.pop()])
+            assert table.read_text() == "model,acc1\nb,\n"
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush_late)
+    write_results(table, [{"model": "a", "acc1": 0.5}])
+    assert table.read_text() == "model,acc1\na,0.5\n"
     assert list(tmp_path.iterdir()) == [table]
