@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 Log = Mapping[str, Mapping[str, Any]]
@@ -16,7 +17,7 @@ RATES = {"muon": (6e-3, 3e-3, 1.2e-2), "adamw": (3e-3, 6e-3, 1e-3)}
 FACTORS = (1 / 3, 3.0)
 FURTHER_RATES = {"muon": (4.2e-3, 1.5e-3), "adamw": (2e-3, 5e-4)}
 SEEDS = (0, 1, 2, 3, 4)
-# What is not among the main contenders has these seeds.
+# What is not a contender has these seeds.
 FIRST_SEEDS = SEEDS[:3]
 STEPS, LONG = 2_000, 8_000
 BATCH_SIZE, LARGE_BATCH = 64, 256
@@ -77,7 +78,8 @@ RECIPES: Mapping[str, Recipe] = {
     "clip-td": Recipe({"clip": 1.0, "td": 1.0}),
     "dr": Recipe({"clip": 0.25, "affinity": 0.75}),
 }
-MAIN = ("clip", "clip-kd", "fd-instance", "cid", "clip, adamw", "clip-kd, adamw", "clip-kd+extras", "clip-rd")
+CONTENDERS = ("clip", "clip-kd", "fd-instance", "cid", "clip-rd")
+MAIN = (*CONTENDERS, "clip, adamw", "clip-kd, adamw", "clip-kd+extras")
 REST = tuple(name for name in RECIPES if name not in MAIN)
 # The larger student, the longer run and the larger batch are tried with these.
 SCALED = ("clip", "clip-kd", "fd-instance", "cid")
@@ -176,25 +178,45 @@ def tuned(name: str, log: Log) -> Setting:
 def left_out(log: Log) -> list[Setting]:
     """Return `fd-instance` at its best trial with one ingredient taken away or added at a time."""
     base = tuned("fd-instance", log)
-
-    def changed(name: str, **changes: Any) -> Setting:
-        return dataclasses.replace(base, name=f"{base.name}/{name}", **changes)
-
     slow = base.lr / 6
-    found = [changed(f"no {extra}", extras=tuple(other for other in EXTRAS if other != extra)) for extra in EXTRAS]
-    found += [changed("no extras", extras=()), changed(f"lr {slow:g}", lr=slow)]
-    found += [changed(f"adamw lr {lr:g}", optimizer="adamw", lr=lr) for lr in RATES["adamw"][:2]]
-    for loss in base.weights:
-        without = {other: weight for other, weight in base.weights.items() if other != loss}
-        # Texts without images are for `fd` alone.
-        extras = tuple(extra for extra in base.extras if extra != "texts") if loss == "fd" else base.extras
-        found.append(changed(f"no {loss}", weights=without, extras=extras))
-    clustered = {**base.weights, "cluster": base.weights["instance"] / 2}
-    found.append(changed("with cluster", weights=clustered, clusters=CLUSTERS, flags=BOTH_TOWERS))
-    # Instance discrimination beyond the batch: against the teacher's rows of all images, the nearest of them and a draw.
-    found.append(changed("with bank", weights=clustered, clusters="image-all", flags=(*BOTH_TOWERS, *FEW)))
-    found.append(changed("with clip", weights={**base.weights, "clip": 1.0}))
+    found = [
+        _changed(base, f"no {extra}", extras=tuple(other for other in EXTRAS if other != extra)) for extra in EXTRAS
+    ]
+    found += [_without(base, loss) for loss in ("fd", "instance")]
+    found.append(_changed(base, "with cluster", **_clustered(base)))
+    found.append(_changed(base, f"lr {slow:g}", lr=slow))
     return found
+
+
+def further_changes(log: Log) -> list[Setting]:
+    """Return `fd-instance` at its best trial with other things changed, which the presets do not turn on."""
+    base = tuned("fd-instance", log)
+    # Instance discrimination beyond the batch: against the teacher's rows of all images, the nearest of them and a draw.
+    bank = _clustered(base) | {"clusters": "image-all", "flags": (*BOTH_TOWERS, *FEW)}
+    return [
+        _changed(base, "no extras", extras=()),
+        _without(base, "clip"),
+        _changed(base, "with clip", weights={**base.weights, "clip": 1.0}),
+        _changed(base, "with bank", **bank),
+        *(_changed(base, f"adamw lr {lr:g}", optimizer="adamw", lr=lr) for lr in RATES["adamw"][:2]),
+    ]
+
+
+def _changed(base: Setting, name: str, **changes: Any) -> Setting:
+    return dataclasses.replace(base, name=f"{base.name}/{name}", **changes)
+
+
+def _without(base: Setting, loss: str) -> Setting:
+    weights = {other: weight for other, weight in base.weights.items() if other != loss}
+    # Texts without images are for `fd` alone.
+    extras = tuple(extra for extra in base.extras if extra != "texts") if loss == "fd" else base.extras
+    return _changed(base, f"no {loss}", weights=weights, extras=extras)
+
+
+def _clustered(base: Setting) -> dict[str, Any]:
+    """Return what adds the cluster loss to `fd-instance`, at half the weight of the instance loss as in `cid`."""
+    weights = {**base.weights, "cluster": base.weights["instance"] / 2}
+    return {"weights": weights, "clusters": CLUSTERS, "flags": BOTH_TOWERS}
 
 
 def longer(name: str, log: Log) -> Setting:
@@ -232,9 +254,7 @@ def large_batches(name: str, log: Log) -> list[Setting]:
 def cid_variants(log: Log) -> list[Setting]:
     """Return `cid` at its best trial with one thing changed at a time, the most asked-for first."""
     base = tuned("cid", log)
-
-    def changed(name: str, **changes: Any) -> Setting:
-        return dataclasses.replace(base, name=f"{base.name}/{name}", **changes)
+    changed = partial(_changed, base)
 
     def cluster_weight(value: float) -> Setting:
         weights = {**base.weights, "cluster": value * base.weights["instance"]}
@@ -268,13 +288,15 @@ def cid_variants(log: Log) -> list[Setting]:
 def phases(log: Log) -> Iterator[list[Run]]:
     """Yield lists of runs; each is made only when those before are in `log`, which tells the best trials."""
     yield from _tried(MAIN, log)
-    yield _seeds((tuned(name, log) for name in MAIN), SEEDS)
+    yield _seeds((tuned(name, log) for name in CONTENDERS), SEEDS)
+    yield _seeds((tuned(name, log) for name in MAIN), FIRST_SEEDS)
     yield _seeds(left_out(log), FIRST_SEEDS)
-    yield from _tried(REST, log)
-    yield _seeds((tuned(name, log) for name in REST), FIRST_SEEDS)
     yield _seeds((longer(name, log) for name in SCALED), FIRST_SEEDS)
     yield _seeds((setting for name in SCALED for setting in large_students(name, log)), SEEDS[:1])
     yield _seeds((best(large_students(name, log), log) for name in SCALED), FIRST_SEEDS)
+    yield from _tried(REST, log)
+    yield _seeds((tuned(name, log) for name in REST), FIRST_SEEDS)
+    yield _seeds(further_changes(log), FIRST_SEEDS)
     yield _seeds((setting for name in SCALED for setting in large_batches(name, log)), SEEDS[:1])
     yield _seeds(cid_variants(log), FIRST_SEEDS)
 
@@ -291,7 +313,7 @@ def quick() -> Iterator[list[Run]]:
     names = ("clip", "clip-kd", "fd-instance", "cid", "mfd", "gd", "afd", "clip-td")
     yield _seeds((rates_tried(name)[0] for name in names), SEEDS[:1])
     chosen = ("no mix", "with cluster", "no cluster", "keep-random", "perplexity-8", "bank")
-    variants = [*left_out({}), *cid_variants({})]
+    variants = [*left_out({}), *further_changes({}), *cid_variants({})]
     yield _seeds((setting for setting in variants if setting.name.rsplit("/", 1)[1] in chosen), SEEDS[:1])
     yield _seeds((large_students("cid", {})[0], large_batches("clip-kd", {})[0], longer("clip", {})), SEEDS[:1])
 

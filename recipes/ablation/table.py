@@ -326,7 +326,7 @@ def of_drawings(results: Results) -> list[str]:
         *goals(results, "cid", "clip", "clip-kd"),
         "## `fd-instance`, one thing changed at a time",
         "",
-        *compared(results, [setting.name for setting in plan.left_out(log)], ours),
+        *compared(results, [setting.name for setting in (*plan.left_out(log), *plan.further_changes(log))], ours),
         "## Longer, and larger",
         "",
         *scaled(results),

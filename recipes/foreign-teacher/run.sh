@@ -33,14 +33,16 @@ fi
 
 say clipcid embed "$photos" --model teacher
 say clipcid balance --keep 0.8
-say clipcid cluster --features joint
+say clipcid cluster --features joint  # for cid
 length=(--steps "${STEPS:-400}" --batch-size 64 --val-fraction 0.05 --workers 0)
-say clipcid distill --teacher teacher --preset cid --student student.json --name taught "${length[@]}"
+# Three students: with the default losses, with those of the CLIP-CID paper, and without the teacher.
+say clipcid distill --teacher teacher --student student.json --name taught "${length[@]}"
+say clipcid distill --teacher teacher --preset cid --student student.json --name cid "${length[@]}"
 say clipcid distill --preset clip --student student.json --name alone "${length[@]}"
 
 student=$CLIPCID_WORK/distill/taught/student
-alone=$CLIPCID_WORK/distill/alone/student
+others=(--model "$CLIPCID_WORK/distill/cid/student" --model "$CLIPCID_WORK/distill/alone/student" --model teacher)
 # Retrieval on the held-out part; with TEST, that as well.
-say clipcid eval-zeroshot "$student" --model "$alone" --model teacher
-[ ${#tests[@]} -eq 0 ] || say clipcid eval-zeroshot "$student" "${tests[@]}" --model "$alone" --model teacher
+say clipcid eval-zeroshot "$student" "${others[@]}"
+[ ${#tests[@]} -eq 0 ] || say clipcid eval-zeroshot "$student" "${tests[@]}" "${others[@]}"
 say clipcid export "$student" --format open-clip
