@@ -59,3 +59,18 @@ def test_the_ablation_tries_weights_at_the_best_rate(plan: Any) -> None:
     for run in second:
         if len(run.setting.weights) > 1:
             assert run.setting.lr == rate[run.setting.optimizer]
+
+
+def test_contenders_get_five_seeds_and_all_else_three(plan: Any) -> None:
+    seeds: dict[str, set[int]] = {}
+    for phase in plan.phases({}):
+        for run in phase:
+            seeds.setdefault(run.setting.name, set()).add(run.seed)
+    contenders = {plan.tuned(name, {}).name for name in plan.CONTENDERS}
+    assert {name for name, of in seeds.items() if len(of) == 5} == contenders
+    three = [
+        *map(plan.tuned, plan.MAIN + plan.REST, [{}] * len(plan.RECIPES)),
+        *plan.left_out({}),
+        *plan.cid_variants({}),
+    ]
+    assert all(seeds[setting.name] >= {0, 1, 2} for setting in three)
