@@ -243,10 +243,10 @@ def _at_rates(base: Setting, label: str, student: str, steps: int) -> list[Setti
 
 
 def large_batches(name: str, log: Log) -> list[Setting]:
-    """Return a recipe at its best weights in batches of 256, at each rate and twice the highest."""
-    base = tuned(name, log)
+    """Return a recipe at its best weights in batches of 256, for as many samples, at each rate and twice the highest."""
+    base = dataclasses.replace(tuned(name, log), batch_size=LARGE_BATCH, steps=STEPS * BATCH_SIZE // LARGE_BATCH)
     return [
-        dataclasses.replace(base, name=f"{base.name}/batch{LARGE_BATCH}-lr{lr:g}", lr=lr, batch_size=LARGE_BATCH)
+        dataclasses.replace(base, name=f"{base.name}/batch{LARGE_BATCH}-lr{lr:g}", lr=lr)
         for lr in (*RATES[base.optimizer], 2 * max(RATES[base.optimizer]))
     ]
 
