@@ -7,13 +7,14 @@
 #   PROCESSES  processes on each host, one for each GPU                   gpu
 #   JOB        a word no other job uses that meets at HEAD:PORT           clipcid
 #   DATA TEACHER STUDENT KEEP                                             what the README's chain is told
-#   CLUSTER_FLAGS DISTILL_FLAGS           further flags, divided by spaces; --preset cid, which reads the clusters
+#   CLUSTER_FLAGS DISTILL_FLAGS           further flags, divided by spaces; --features joint, and --preset cid, which reads
+#                                         the clusters
 # The work directory (CLIPCID_WORK), DATA and models that are folders must be the same files on all hosts.
 set -euo pipefail
 
 : "${HEAD:?a name or address of the host where all meet}" "${DATA:?}" "${TEACHER:?}" "${STUDENT:?}" "${CLIPCID_WORK:?}"
 port=${PORT:-29400}
-read -ra cluster_flags <<<"${CLUSTER_FLAGS:-}"
+read -ra cluster_flags <<<"${CLUSTER_FLAGS:---features joint}"
 read -ra distill_flags <<<"${DISTILL_FLAGS:---preset cid}"
 
 # Each step meets at a port of its own: a host that is through early must not meet the store of the step before.
@@ -26,5 +27,5 @@ together() {
 
 together embed "$DATA" --model "$TEACHER"
 together balance --keep "${KEEP:-0.563}"
-together cluster ${cluster_flags[@]+"${cluster_flags[@]}"}
-together distill --student "$STUDENT" ${distill_flags[@]+"${distill_flags[@]}"}
+together cluster "${cluster_flags[@]}"
+together distill --student "$STUDENT" "${distill_flags[@]}"

@@ -225,7 +225,7 @@ class DistillSettings(ReadingSettings):
     )
     name: str | None = option(
         None,
-        "Name of the run and its folder; by default made of student, preset and keep list.",
+        "Name of the run and its folder; by default made of student, preset and seed.",
         group=_OUTPUT,
         metavar="NAME",
         operational=True,
