@@ -17,8 +17,11 @@ import torch
 from conftest import Run, make_image, run_command, start_clipcid, torchrun_command, write_tar
 from distill_data import FULL_PRESETS, SHORT, losses, student_bytes, train
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.models import short_forward
+from clipcid_cli.runtime.models.grad_cache import BatchEncoder, BatchPart, Features
 from clipcid_cli.steps.distill import run
 from clipcid_cli.steps.distill.loop import Loop
 from clipcid_cli.steps.distill.objective import PreparedBatch
@@ -60,8 +63,16 @@ def tiny_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_parts_of_a_batch_train_as_the_whole(whole: Path) -> None:
+def test_parts_of_a_batch_train_as_the_whole(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, encode_part = set[int](), BatchEncoder._encode_part
+
+    def encode(encoder: BatchEncoder, part: BatchPart) -> Features:
+        sizes.add(len(part.pixels))
+        return encode_part(encoder, part)
+
+    monkeypatch.setattr(BatchEncoder, "_encode_part", encode)
     train(whole, "parts", accum_freq=4)
+    assert sizes == {2}  # of batches of 8
     for preset in FULL_PRESETS:
         assert_alike(whole, f"{preset}-whole", f"{preset}-parts")
 
@@ -140,8 +151,16 @@ def test_clusters_teach_both_towers_where_they_know_captions(whole: Path) -> Non
     assert losses(runs / "cid-auto-frozen") == losses(runs / "cid-image-frozen")
 
 
-def test_checkpointed_layers_change_no_bit(whole: Path) -> None:
+def test_checkpointed_layers_change_no_bit(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers: list[object] = []
+
+    def count(layer: object, *given: object, **how: object) -> object:
+        layers.append(layer)
+        return checkpoint(layer, *given, **how)
+
+    monkeypatch.setattr(short_forward, "checkpoint", count)
     train(whole, "layers", ("cid",), grad_checkpointing=True)
+    assert len(layers) == 6 * 2  # steps, and a layer in each tower
     runs = whole / "clipcid-work" / "distill"
     assert losses(runs / "cid-layers") == losses(runs / "cid-whole")
 
@@ -294,8 +313,7 @@ def test_dry_run_measures_and_writes_nothing(clipcid: Clipcid, distill_place: Pa
     assert sorted(path.name for path in (distill_place / "clipcid-work").rglob("*")) == before
     assert found["steps"] * 8 == found["samples"] <= 3 * 24
     assert found["seconds_per_step"] > 0
-    pace = found["samples_per_second"] * found["seconds"]["train"]
-    assert pace == pytest.approx(found["samples"], rel=0.1)
+    assert found["seconds"]["train"] == pytest.approx(found["seconds_per_step"] * found["steps"], rel=0.1)
     assert found["memory_bytes"] > 4 * found["parameters"]
     teacher = found["teacher"]
     assert 0 < teacher["share"] < 1

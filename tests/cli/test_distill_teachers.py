@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
+from conftest import Run, shard_members, write_tar
 from teaching_data import write_student
 
 Clipcid = Callable[..., Run]
@@ -17,6 +17,38 @@ Clipcid = Callable[..., Run]
 def read_log(folder: Path, name: str) -> list[dict[str, Any]]:
     text = (folder / "clipcid-work" / "distill" / name / "train.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
+
+
+def test_what_was_not_embedded_is_left_out_beside_an_online_teacher(
+    clipcid: Clipcid, tiny_model: Path, tmp_path: Path
+) -> None:
+    members = [*shard_members(0, 23), ("bad.png", b"no image"), ("bad.txt", b"a damaged one")]
+    data = write_tar(tmp_path / "a.tar", members)
+    write_student(tmp_path)
+    clipcid("embed", data, "--model", tiny_model, "--max-bad-fraction", 0.1)
+    clipcid("cluster", "--num-clusters", 4, "--iterations", 2)
+    command = (
+        "distill",
+        "--student",
+        "student.json",
+        "--preset",
+        "cid",
+        "--steps",
+        2,
+        "--batch-size",
+        8,
+        "--workers",
+        0,
+    )
+    command += ("--val-fraction", 0, "--online-teacher")
+    taught = clipcid(*command, "--max-bad-fraction", 0.1)
+    assert "1 of 24 samples to train on are not in clipcid-work/clusters: they are left out." in " ".join(
+        taught.stderr.split()
+    )
+    assert "23 samples, 2 steps" in taught.stderr
+    refused = clipcid(*command, "--max-bad-fraction", 0.01, "--name", "other", check=False)
+    assert refused.returncode == 1
+    assert "1 of 24 samples to train on are not in" in " ".join(refused.stderr.split())
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from clipcid_cli.formats.output import describe_outputs, fingerprint_file, is_un
 from clipcid_cli.formats.reading import read_regular
 
 TRAINING, HELD_OUT = "training", "held_out"
-_VERSION = 3
+_VERSION = 4
 _COUNTS = "matched.json"
 
 Column = npt.NDArray[np.int32] | npt.NDArray[np.int64]

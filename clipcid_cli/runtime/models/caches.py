@@ -47,17 +47,17 @@ class ImageCache:
 
 
 class TokenCache:
-    """A tokenizer that keeps the tokens of the captions it has seen."""
+    """A tokenizer that keeps the tokens of the captions it has seen, of about `most` and of those of a call."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, most: int = MAX_CAPTIONS) -> None:
+        self._tokenizer, self._most = tokenizer, most
         self._tokens: dict[str, torch.Tensor] = {}
 
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
         """Return the tokens of n captions, int64 [n, L]."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._tokens]
         if new:
-            if len(self._tokens) > MAX_CAPTIONS:
+            if len(self._tokens) > self._most:
                 self._tokens.clear()
                 new = list(dict.fromkeys(captions))
             self._tokens.update(zip(new, self._tokenizer(new), strict=True))

@@ -15,7 +15,7 @@ from clipcid_cli.formats.data.dataset import Dataset, Sample
 from clipcid_cli.formats.data.index import PartSource, SamplePlace
 from clipcid_cli.formats.results.matched_samples import SampleRows
 from clipcid_cli.runtime.models.augment import Augmentation, Masking, Processor
-from clipcid_cli.runtime.models.caches import ImageCache, TokenCache
+from clipcid_cli.runtime.models.caches import MAX_CAPTIONS, ImageCache, TokenCache
 from clipcid_cli.runtime.models.decode import SkippedImage
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.sample_order import SampleOrder
@@ -172,6 +172,7 @@ class BatchMaker:
         teacher: Processor | None = None,
         fast_decode: bool = False,
         masking: Masking | None = None,
+        keeps: bool = True,
     ) -> None:
         """Prepare a maker; it is sent to each worker.
 
@@ -185,15 +186,17 @@ class BatchMaker:
             teacher: Processor of an online teacher, which is shown the same views and captions. None without one.
             fast_decode: Whether JPEGs are decoded at a reduced size, large enough for student and teacher.
             masking: A further pass over images whose patches are masked; None without one.
+            keeps: Whether decoded images and tokens are kept for the next epoch.
         """
         self._student, self._teacher, self._augmentation, self._seed = student, teacher, augmentation, seed
         self._caption = CaptionChooser(seed, first_caption, caption_dropout, text_variants, variant_share)
         self._extra_text, self._masking = extra_text, masking
         shown_to = [student] if teacher is None else [student, teacher]
         widths, heights = zip(*(processor.pixels.draft_size(augmentation) for processor in shown_to), strict=True)
-        self._images = ImageCache(_MAX_IMAGE_BYTES, (max(widths), max(heights)) if fast_decode else None)
-        self._tokens = TokenCache(student.tokenizer)
-        self._teacher_tokens = None if teacher is None else TokenCache(teacher.tokenizer)
+        max_bytes, most = (_MAX_IMAGE_BYTES, MAX_CAPTIONS) if keeps else (0, 0)
+        self._images = ImageCache(max_bytes, (max(widths), max(heights)) if fast_decode else None)
+        self._tokens = TokenCache(student.tokenizer, most)
+        self._teacher_tokens = None if teacher is None else TokenCache(teacher.tokenizer, most)
 
     def __call__(self, share: BatchShare) -> TrainingBatch:
         """Make a process's part of a batch, in order."""

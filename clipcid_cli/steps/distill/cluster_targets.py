@@ -74,17 +74,18 @@ def use_clusters(
     counts: MatchCounts,
     reporter: Reporter,
 ) -> TeacherInputs:
-    """Let clusters teach.
-
-    Raises:
-        ClipcidError: when they are of other images; the fix remakes them.
-    """
+    """Let clusters teach; those of other images are refused (ClipcidError: the fix remakes them)."""
     if counts.without_cluster:
-        raise ClipcidError(
-            f"{counts.without_cluster:,} of {counts.selected:,} samples to train on are not in {clusters.folder}: the "
-            "clusters were made from another keep list.",
-            _remake(settings, clusters, teacher_inputs.embeddings, keep_list=settings.keep_list),
+        lacking = (
+            f"{counts.without_cluster:,} of {counts.candidates:,} samples to train on are not in {clusters.folder}"
         )
+        # With stored embeddings, what `embed` left out is known; beside an online teacher the clusters alone tell.
+        if not settings.online_teacher or counts.without_cluster > settings.max_bad_fraction * counts.candidates:
+            raise ClipcidError(
+                f"{lacking}: the clusters were made from another keep list.",
+                _remake(settings, clusters, teacher_inputs.embeddings, keep_list=settings.keep_list),
+            )
+        reporter.warn(f"{lacking}: they are left out.")
     several_captions = bool(counts.several_captions) and not teacher_inputs.first_captions
     text_clusters = _teaches_text(clusters, settings, several_captions)
     towers = "both towers" if text_clusters else "the image tower"
@@ -104,7 +105,6 @@ def _teaches_text(clusters: Clusters, settings: DistillSettings, several_caption
     points (R@10) worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without the loss.
 
     Args:
-        clusters: What `cluster` wrote.
         several_captions: Whether a sample may show another caption than its first, the only one whose clusters are known.
     """
     if settings.cluster_towers == "auto":

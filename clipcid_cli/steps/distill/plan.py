@@ -110,7 +110,8 @@ def plan_run(
     if samples < batch_size:
         raise ClipcidError(
             f"There are {samples:,} samples to train on, fewer than one batch of {batch_size:,}.",
-            "Lower --batch-size, or give more data.",
+            ("Lower --batch-size" if batch_size > divisor else "Use fewer processes or a lower --accum-freq")
+            + ", or give more data.",
         )
     epochs = settings.epochs or DEFAULT_EPOCHS
     steps = settings.steps or max(1, epochs * samples // batch_size)

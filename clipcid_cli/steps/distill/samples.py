@@ -116,9 +116,9 @@ class MatchCounts:
     Attributes:
         listed: Usable samples in the keep list.
         kept: Usable samples that it keeps.
-        candidates: Samples to train on, before those without an embedding are left out.
+        candidates: Samples to train on, before those without an embedding or clusters are left out.
         without_embedding: Those of them without an embedding.
-        without_cluster: Samples to train on that are not in the clusters' table.
+        without_cluster: Those of them with an embedding, where one is required, that are not in the clusters' table.
         selected: Samples to train on.
         several_captions: Those of them that have several captions.
         captions: All their captions.
@@ -163,7 +163,8 @@ def match_samples(
         val_fraction: Share of the samples held out: the keys whose hash falls below it.
     """
     index, joined = index_of(dataset), dict[str, Values]()
-    bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
+    used = sources.embeddings if sources.required else None
+    bad = np.empty(0, np.int64) if used is None else used.find_bad_rows(texts=True)
     while True:
         matches = {
             name: JoinedMatch(joined[name]) if name in joined else OrderedMatch(stream, width)
@@ -232,8 +233,7 @@ def _match_shard(
     if "embeddings" in found:
         columns["embeddings"] = rows = found["embeddings"][:, 0]
         counts.without_embedding += int(np.count_nonzero(selected & (rows < 0)))
-        if sources.required:
-            selected &= rows >= 0
+        selected &= (rows >= 0) | (not sources.required)
         embedded = np.ones_like(rows)  # captions of each, unless they are counted
         if found["embeddings"].shape[1] > 1:
             columns["captions"], embedded = found["embeddings"][:, 1], found["embeddings"][:, 2]
@@ -242,6 +242,7 @@ def _match_shard(
     if "clusters" in found:
         columns["clusters"] = found["clusters"][:, 0]
         counts.without_cluster += int(np.count_nonzero(selected & (columns["clusters"] < 0)))
+        selected &= (columns["clusters"] >= 0) | sources.required
     counts.selected += int(np.count_nonzero(selected))
     counts.several_captions += int(np.count_nonzero(num_captions[selected] > 1))
     counts.captions += int(num_captions[selected].sum())

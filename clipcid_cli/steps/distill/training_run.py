@@ -23,6 +23,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import keep_freed_memory
 from clipcid_cli.runtime.models.augment import Augmentation, Processor
+from clipcid_cli.runtime.models.caches import MAX_CAPTIONS
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.grad_cache import BatchEncoder, compile_towers
 from clipcid_cli.runtime.models.short_forward import ShortForward
@@ -174,6 +175,8 @@ class TrainingRun:
             masking=self.student.masking,
             teacher=None if self.online_teacher is None else Processor.of(self.online_teacher),
             fast_decode=self.settings.fast_decode,
+            # Of more samples, what a worker could keep (0.8 GB) would hardly ever be seen again.
+            keeps=self.inputs.training.total <= MAX_CAPTIONS,
         )
 
     def _make_encoder(self, precision: Precision, changes_colors: bool) -> BatchEncoder:

@@ -76,21 +76,22 @@ class TextEmbedder:
 
     def embed(self, folder: Path, numbers: list[int], sizes: list[int], progress: Progress) -> None:
         """Embed the texts of some files."""
-        firsts = [number * sizes[0] for number in range(len(sizes))]
-        batches = [
-            range(start, min(start + self.batch_size, firsts[number] + sizes[number]))
-            for number in numbers
-            for start in range(firsts[number], firsts[number] + sizes[number], self.batch_size)
-        ]
+
+        def batches() -> Iterator[range]:
+            for number in numbers:
+                first = number * sizes[0]
+                for start in range(first, first + sizes[number], self.batch_size):
+                    yield range(start, min(start + self.batch_size, first + sizes[number]))
+
         prepare = TextTokenizer(
             TextLines(str(texts_path(folder))),
             self.model.tokenizer,
             self.batch_size,
             self.model.info.context_length,
         )
-        tokens = load_batches(batches, prepare, self.workers)
+        tokens = load_batches(batches(), prepare, self.workers)
         threads = threads_for_batches(self.model.device)
-        found = zip(batches, map_threads(tokens, self._encode, threads), strict=True)
+        found = zip(batches(), map_threads(tokens, self._encode, threads), strict=True)
         for number in numbers:
             rows = np.concatenate(list(self._take(found, sizes[number], progress)))
             write_npy(rows_path(folder, number), rows)

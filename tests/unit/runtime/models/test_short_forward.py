@@ -1,12 +1,14 @@
 """The short forward passes give open_clip's own features and gradients."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
@@ -175,6 +177,15 @@ def test_bfloat16_is_as_near_as_open_clips(tmp_path: Path) -> None:
     torch.testing.assert_close(lean_text.float(), text, rtol=0.05, atol=0.05)
 
 
+def _note_size(sizes: list[int], tensor: Tensor) -> Tensor:
+    sizes.append(tensor.nbytes)
+    return tensor
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     model = load(tmp_path)
@@ -185,6 +196,14 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, dtype: torch.dtyp
         _, _, expected, _ = features(model, True, tokens)
         tower.set_grad_checkpointing()
         _, _, found, towers = features(model, True, tokens)
+        saved = []
+        for again in (False, True):
+            tower.set_grad_checkpointing(again)
+            sizes: list[int] = []
+            with saved_tensors_hooks(partial(_note_size, sizes), _as_it_is):
+                features(model, True, tokens)
+            saved.append(sum(sizes))
+    assert saved[1] < saved[0] / 2
     assert towers.image_is_short
     assert towers.text_is_short
     assert found.keys() == expected.keys()
