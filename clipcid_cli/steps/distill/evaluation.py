@@ -61,18 +61,15 @@ class Evaluation:
     """The measurements of a run.
 
     Attributes:
-        held_out: Samples kept out of training; None when there are too few.
+        held_out: Samples kept out of training, on the first process; None when there are too few.
         tasks: Data sets of ``--eval-data``, as `eval-zeroshot` measures them.
+        has_data: Whether there is anything to measure, the same on all processes.
     """
 
     held_out: HeldOut | None
     tasks: list[ZeroshotTask]
     settings: EvalZeroshotSettings
-
-    @property
-    def has_data(self) -> bool:
-        """Whether there is anything to measure."""
-        return self.held_out is not None or bool(self.tasks)
+    has_data: bool
 
     def measure(self, student: ClipModel, machine: Machine, trainer: Trainer) -> dict[str, float]:
         """Measure the student as it is, and with its averaged weights, in full precision; call it on every process.
@@ -100,7 +97,7 @@ class Evaluation:
         student.module.eval()
         share_statistics(student.module, machine)
         metrics: dict[str, float] = {}
-        if self.held_out is not None and machine.is_main:
+        if self.held_out is not None:
             images, texts = embed_held_out(student, self.held_out)
             metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
         encoder = TaskEncoder(
@@ -148,15 +145,28 @@ def zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
 
 
 def prepare_evaluation(
-    settings: DistillSettings, dataset: Dataset, held_out: SampleRows, student: ClipModel, tasks: list[ZeroshotTask]
+    settings: DistillSettings,
+    dataset: Dataset,
+    held_out: SampleRows,
+    student: ClipModel,
+    tasks: list[ZeroshotTask],
+    machine: Machine,
 ) -> Evaluation:
-    """Read the held-out samples.
+    """Read the held-out samples, on the first process: up to 0.75 GB of pixels at 224 px.
 
     Args:
         tasks: The data sets of ``--eval-data``.
     """
-    samples = read_held_out(dataset, held_out, student.pixel_transform(), student.tokenizer, _MAX_HELD_OUT)
-    return Evaluation(samples, tasks, dataclasses.replace(zeroshot_settings(settings), bootstrap=0, workers=0))
+    samples: HeldOut | None = None
+
+    def read() -> bool:
+        nonlocal samples
+        samples = read_held_out(dataset, held_out, student.pixel_transform(), student.tokenizer, _MAX_HELD_OUT)
+        return samples is not None
+
+    has_data = machine.on_main(read) or bool(tasks)
+    chosen = dataclasses.replace(zeroshot_settings(settings), bootstrap=0, workers=0)
+    return Evaluation(samples, tasks, chosen, has_data)
 
 
 def read_held_out(

@@ -126,7 +126,7 @@ class TrainingRun:
             objective=objective,
             order=self._order_batches(),
             maker=self._make_batch_maker(augmentation),
-            evaluation=prepare_evaluation(settings, inputs.dataset, inputs.held_out, student, self.tasks),
+            evaluation=prepare_evaluation(settings, inputs.dataset, inputs.held_out, student, self.tasks, machine),
             encoder=self._make_encoder(precision, augmentation.changes_colors),
             frozen=self.student.frozen,
             schedule=Schedule(steps, plan.eval_every, settings.checkpoint_every or max(1, min(1_000, steps // 10))),
