@@ -44,7 +44,8 @@ def central_rows(read: ReadRows, rows: IntArray, labels: IntArray) -> IntArray:
     """
     chosen_N = labels.copy()
     for members_M, starts_S in _batches(labels):
-        _choose_least(chosen_N, members_M, starts_S, _from_means(read, rows[members_M], starts_S))
+        scores_M = _from_means(_read_ahead(read, rows[members_M]), starts_S, len(members_M))
+        _choose_least(chosen_N, members_M, starts_S, scores_M)
     return chosen_N
 
 
@@ -52,8 +53,9 @@ def medoid_rows(read: ReadRows, rows: IntArray, labels: IntArray, device: torch.
     """Choose the row of each group with the smallest sum of distances to the others; as :func:`central_rows` otherwise."""
     chosen_N = labels.copy()
     for members_M, starts_S in _batches(labels):
-        parts = np.split(members_M, starts_S[1:])
-        sums_M = np.concatenate([_from_members(read, rows[members], device) for members in parts])
+        read_M = _read_ahead(read, rows[members_M])
+        parts = np.split(np.arange(len(members_M)), starts_S[1:])
+        sums_M = np.concatenate([_from_members(read_M, part, device) for part in parts])
         _choose_least(chosen_N, members_M, starts_S, sums_M)
     return chosen_N
 
@@ -140,7 +142,7 @@ def share_beyond(distances: FloatArray, cutoff: float, num_dropped: int) -> floa
 
 
 def _batches(labels: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
-    """Yield whole groups, together of about ``_ROWS_AT_ONCE`` rows, as positions [M] and where each group starts [S].
+    """Yield whole groups, together of about ``_ROWS_READ`` rows, as positions [M] and where each group starts [S].
 
     Groups of one or two rows are omitted: two rows are equally far from their mean, and from each other, so the smaller
     position represents them and the rows need not be read.
@@ -153,30 +155,49 @@ def _batches(labels: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
     del is_large, ordered
     first = 0
     while first < len(starts):
-        last = max(first + 1, int(np.searchsorted(starts, starts[first] + _ROWS_AT_ONCE)))
+        last = max(first + 1, int(np.searchsorted(starts, starts[first] + _ROWS_READ)))
         end = starts[last] if last < len(starts) else len(order)
         yield order[starts[first] : end], starts[first:last] - starts[first]
         first = last
 
 
-def _from_means(read: ReadRows, members: IntArray, starts_S: IntArray) -> DoubleArray:
-    """Return each row's squared distance to the mean of its group, float64 [M]; the groups lie one after another."""
-    sizes_S = np.diff(np.append(starts_S, len(members)))
+def _read_ahead(read: ReadRows, rows: IntArray) -> ReadRows:
+    """Read rows now, from each file once; return what gives those at some places in `rows`. Very many are read as needed."""
+    if len(rows) > 2 * _ROWS_READ:
+        return lambda places: read(rows[places])
+    stored = read(rows)
+    return lambda places: stored[places]
+
+
+def _from_means(read: ReadRows, starts_S: IntArray, num_rows: int) -> DoubleArray:
+    """Return each row's squared distance to the mean of its group, float64 [M]; the groups lie one after another.
+
+    Args:
+        read: Reads rows by their places, 0 … M − 1.
+    """
+    sizes_S = np.diff(starts_S, append=num_rows)
     group_M = np.repeat(np.arange(len(starts_S)), sizes_S)
-    chunks = [slice(at, at + _ROWS_AT_ONCE) for at in range(0, len(members), _ROWS_AT_ONCE)]
     totals_SD: DoubleArray | None = None
-    for chunk in chunks:
-        rows_MD = read(members[chunk]).astype(np.float64)
+    for chunk, rows_BD in _chunks(read, num_rows):
         groups, begins = np.unique(group_M[chunk], return_index=True)
         if totals_SD is None:
-            totals_SD = np.zeros((len(starts_S), rows_MD.shape[1]))
-        totals_SD[groups] += np.add.reduceat(rows_MD, begins, axis=0)
+            totals_SD = np.zeros((len(starts_S), rows_BD.shape[1]))
+        totals_SD[groups] += np.add.reduceat(rows_BD, begins, axis=0)
     assert totals_SD is not None  # a batch has rows
     means_SD = totals_SD / sizes_S[:, None]
     # Summed along the contiguous axis, a row's sum does not depend on which other rows are in the chunk.
     return np.concatenate(
-        [((read(members[chunk]).astype(np.float64) - means_SD[group_M[chunk]]) ** 2).sum(axis=1) for chunk in chunks]
+        [((rows_BD - means_SD[group_M[chunk]]) ** 2).sum(axis=1) for chunk, rows_BD in _chunks(read, num_rows)]
     )
+
+
+def _chunks(read: ReadRows, num_rows: int) -> Iterator[tuple[slice, DoubleArray]]:
+    """Yield all rows in chunks that stay in the cache, float64 [B, D]; they are read many at a time."""
+    for at in range(0, num_rows, _ROWS_READ):
+        stored = read(np.arange(at, min(at + _ROWS_READ, num_rows)))
+        for start in range(0, len(stored), _ROWS_AT_ONCE):
+            part = stored[start : start + _ROWS_AT_ONCE]
+            yield slice(at + start, at + start + len(part)), part.astype(np.float64)
 
 
 def _from_members(read: ReadRows, members: IntArray, device: torch.device) -> DoubleArray:

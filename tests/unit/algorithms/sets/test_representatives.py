@@ -45,13 +45,25 @@ def test_central_row_is_nearest_to_the_mean(
     numbers = np.arange(len(rows))
     np.testing.assert_array_equal(central_rows(rows.__getitem__, numbers, labels), expected)
     monkeypatch.setattr(representatives, "_ROWS_AT_ONCE", 37)
-    np.testing.assert_array_equal(central_rows(rows.__getitem__, numbers, labels), expected)
+    # All are read at once; some are read ahead and others as they are needed.
+    for at_once, reads in ((2**15, 1), (100, 45)):
+        monkeypatch.setattr(representatives, "_ROWS_READ", at_once)
+        asked: list[int] = []
+
+        def read(wanted: np.ndarray, asked: list[int] = asked) -> np.ndarray:
+            asked.append(len(wanted))
+            return rows[wanted]
+
+        np.testing.assert_array_equal(central_rows(read, numbers, labels), expected)
+        assert len(asked) <= reads
+        assert max(asked) <= 2 * at_once
     # Row numbers are what is read, positions are what is answered.
     np.testing.assert_array_equal(central_rows(rows[::-1].__getitem__, numbers[::-1], labels), expected)
 
 
 def test_medoid_has_the_smallest_sum(rows: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(representatives, "_ROWS_AT_ONCE", 100)
+    monkeypatch.setattr(representatives, "_ROWS_READ", 200)
     chosen = medoid_rows(rows.__getitem__, np.arange(len(rows)), labels, CPU)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
