@@ -189,7 +189,7 @@ def left_out(log: Log) -> list[Setting]:
 
 
 def further_changes(log: Log) -> list[Setting]:
-    """Return `fd-instance` at its best trial with other things changed, which the presets do not turn on."""
+    """Return `fd-instance` at its best trial with further things changed."""
     base = tuned("fd-instance", log)
     # Instance discrimination beyond the batch: against the teacher's rows of all images, the nearest of them and a draw.
     bank = _clustered(base) | {"clusters": "image-all", "flags": (*BOTH_TOWERS, *FEW)}

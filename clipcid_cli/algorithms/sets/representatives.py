@@ -44,7 +44,10 @@ def central_rows(read: ReadRows, rows: IntArray, labels: IntArray) -> IntArray:
     """
     chosen_N = labels.copy()
     for members_M, starts_S in _batches(labels):
-        scores_M = _from_means(_read_ahead(read, rows[members_M]), starts_S, len(members_M))
+        read_M = _read_ahead(read, rows[members_M])
+        # Of few groups at once: their means are float64.
+        parts = [(starts_S[some], end) for some, end in _spans(starts_S, len(members_M), _ROWS_AT_ONCE)]
+        scores_M = np.concatenate([_from_means(read_M, starts, end) for starts, end in parts])
         _choose_least(chosen_N, members_M, starts_S, scores_M)
     return chosen_N
 
@@ -153,11 +156,16 @@ def _batches(labels: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
     ordered = labels[order]
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(order)])
     del is_large, ordered
+    for some, end in _spans(starts, len(order), _ROWS_READ):
+        yield order[starts[some.start] : end], starts[some] - starts[some.start]
+
+
+def _spans(starts: IntArray, num_rows: int, size: int) -> Iterator[tuple[slice, int]]:
+    """Yield ranges of whole groups, together of about `size` rows or one that is larger, and the end of their rows."""
     first = 0
     while first < len(starts):
-        last = max(first + 1, int(np.searchsorted(starts, starts[first] + _ROWS_READ)))
-        end = starts[last] if last < len(starts) else len(order)
-        yield order[starts[first] : end], starts[first:last] - starts[first]
+        last = max(first + 1, int(np.searchsorted(starts, starts[first] + size)))
+        yield slice(first, last), int(starts[last]) if last < len(starts) else num_rows
         first = last
 
 
@@ -169,16 +177,19 @@ def _read_ahead(read: ReadRows, rows: IntArray) -> ReadRows:
     return lambda places: stored[places]
 
 
-def _from_means(read: ReadRows, starts_S: IntArray, num_rows: int) -> DoubleArray:
-    """Return each row's squared distance to the mean of its group, float64 [M]; the groups lie one after another.
+def _from_means(read: ReadRows, starts_S: IntArray, end: int) -> DoubleArray:
+    """Return the squared distance of each row to the mean of its group, float64 [M]; groups lie one after another.
 
     Args:
-        read: Reads rows by their places, 0 … M − 1.
+        read: Reads rows by their places.
+        starts_S: Where each group starts.
+        end: Where the last one ends.
     """
-    sizes_S = np.diff(starts_S, append=num_rows)
+    first = int(starts_S[0])
+    sizes_S = np.diff(starts_S, append=end)
     group_M = np.repeat(np.arange(len(starts_S)), sizes_S)
     totals_SD: DoubleArray | None = None
-    for chunk, rows_BD in _chunks(read, num_rows):
+    for chunk, rows_BD in _chunks(read, first, end):
         groups, begins = np.unique(group_M[chunk], return_index=True)
         if totals_SD is None:
             totals_SD = np.zeros((len(starts_S), rows_BD.shape[1]))
@@ -187,17 +198,17 @@ def _from_means(read: ReadRows, starts_S: IntArray, num_rows: int) -> DoubleArra
     means_SD = totals_SD / sizes_S[:, None]
     # Summed along the contiguous axis, a row's sum does not depend on which other rows are in the chunk.
     return np.concatenate(
-        [((rows_BD - means_SD[group_M[chunk]]) ** 2).sum(axis=1) for chunk, rows_BD in _chunks(read, num_rows)]
+        [((rows_BD - means_SD[group_M[chunk]]) ** 2).sum(axis=1) for chunk, rows_BD in _chunks(read, first, end)]
     )
 
 
-def _chunks(read: ReadRows, num_rows: int) -> Iterator[tuple[slice, DoubleArray]]:
-    """Yield all rows in chunks that stay in the cache, float64 [B, D]; they are read many at a time."""
-    for at in range(0, num_rows, _ROWS_READ):
-        stored = read(np.arange(at, min(at + _ROWS_READ, num_rows)))
+def _chunks(read: ReadRows, first: int, end: int) -> Iterator[tuple[slice, DoubleArray]]:
+    """Yield some rows in chunks that stay in the cache, float64 [B, D], and which they are; many are read at a time."""
+    for at in range(first, end, _ROWS_READ):
+        stored = read(np.arange(at, min(at + _ROWS_READ, end)))
         for start in range(0, len(stored), _ROWS_AT_ONCE):
             part = stored[start : start + _ROWS_AT_ONCE]
-            yield slice(at + start, at + start + len(part)), part.astype(np.float64)
+            yield slice(at - first + start, at - first + start + len(part)), part.astype(np.float64)
 
 
 def _from_members(read: ReadRows, members: IntArray, device: torch.device) -> DoubleArray:

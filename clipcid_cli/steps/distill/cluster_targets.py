@@ -81,8 +81,9 @@ def use_clusters(
         )
         # With stored embeddings, what `embed` left out is known; beside an online teacher the clusters alone tell.
         if not settings.online_teacher or counts.without_cluster > settings.max_bad_fraction * counts.candidates:
+            or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
             raise ClipcidError(
-                f"{lacking}: the clusters were made from another keep list.",
+                f"{lacking}: the clusters were made from another keep list{or_not}.",
                 _remake(settings, clusters, teacher_inputs.embeddings, keep_list=settings.keep_list),
             )
         reporter.warn(f"{lacking}: they are left out.")
@@ -102,10 +103,8 @@ def _teaches_text(clusters: Clusters, settings: DistillSettings, several_caption
     """Tell whether the cluster loss teaches the text tower as well.
 
     By default it does where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and 6.2
-    points (R@10) worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without the loss.
-
-    Args:
-        several_captions: Whether a sample may show another caption than its first, the only one whose clusters are known.
+    points (R@10) worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without it. It cannot
+    where a sample may show another caption than its first, the only one whose clusters are known (`several_captions`).
     """
     if settings.cluster_towers == "auto":
         return clusters.captions is not None and not settings.freeze_text and not several_captions

@@ -119,7 +119,7 @@ def find_inputs(
     sources = Sources(None if keep_list is None else keep_list.path, embeddings, online is None, clusters)
     matched = _find_samples(settings, dataset, sources, fingerprints, scratch, reporter)
     counts, teacher_inputs = matched.counts, None
-    if counts.bad_rows:
+    if counts.bad_rows and sources.required:
         reporter.warn(f"{counts.bad_rows:,} rows of the embeddings are zero or not finite: their samples are left out.")
     if keep_list is not None:
         report_keep_list(

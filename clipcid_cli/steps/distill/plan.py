@@ -108,10 +108,10 @@ def plan_run(
             f"Use a multiple of {machine.size}.",
         )
     if samples < batch_size:
+        lower = "Use fewer processes or a lower --accum-freq" if samples < divisor > 1 else "Lower --batch-size"
         raise ClipcidError(
             f"There are {samples:,} samples to train on, fewer than one batch of {batch_size:,}.",
-            ("Lower --batch-size" if batch_size > divisor else "Use fewer processes or a lower --accum-freq")
-            + ", or give more data.",
+            f"{lower}, or give more data." if samples else "Give more data.",
         )
     epochs = settings.epochs or DEFAULT_EPOCHS
     steps = settings.steps or max(1, epochs * samples // batch_size)

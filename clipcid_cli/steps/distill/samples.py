@@ -163,8 +163,7 @@ def match_samples(
         val_fraction: Share of the samples held out: the keys whose hash falls below it.
     """
     index, joined = index_of(dataset), dict[str, Values]()
-    used = sources.embeddings if sources.required else None
-    bad = np.empty(0, np.int64) if used is None else used.find_bad_rows(texts=True)
+    bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
     while True:
         matches = {
             name: JoinedMatch(joined[name]) if name in joined else OrderedMatch(stream, width)

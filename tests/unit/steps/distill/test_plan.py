@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from balance_data import Listener
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.steps.distill.plan import default_batch_size
+from clipcid_cli.steps.distill.plan import default_batch_size, plan_run
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -33,3 +36,22 @@ def test_batches_grow_with_the_data_where_there_are_gpus(
 ) -> None:
     machine = Machine(0, gpus, 0, torch.device(device))
     assert default_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, machine) == expected
+
+
+@pytest.mark.parametrize(
+    ("processes", "samples", "settings", "fix"),
+    [
+        (1, 3, {"batch_size": 8}, "Lower --batch-size, or give more data."),
+        (4, 3, {"batch_size": 8}, "Use fewer processes or a lower --accum-freq, or give more data."),
+        (4, 3, {}, "Use fewer processes or a lower --accum-freq, or give more data."),
+        (1, 0, {}, "Give more data."),
+    ],
+)
+def test_too_few_samples_for_a_batch_are_refused_with_what_can_help(
+    processes: int, samples: int, settings: dict[str, Any], fix: str
+) -> None:
+    inputs: Any = SimpleNamespace(training=SimpleNamespace(total=samples), extra_texts=None)
+    machine = Machine(0, processes, 0, torch.device("cpu"))
+    with pytest.raises(ClipcidError, match="fewer than one batch") as refused:
+        plan_run(DistillSettings(student="ViT-B-32", **settings), inputs, 512, machine, Listener())
+    assert refused.value.fix == fix
