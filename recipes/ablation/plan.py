@@ -179,7 +179,8 @@ def left_out(log: Log) -> list[Setting]:
     """Return `fd-instance` at its best trial with one ingredient taken away or added at a time."""
     base = tuned("fd-instance", log)
     slow = base.lr / 6
-    found = [
+    found = [_changed(base, "no extras", extras=())]
+    found += [
         _changed(base, f"no {extra}", extras=tuple(other for other in EXTRAS if other != extra)) for extra in EXTRAS
     ]
     found += [_without(base, loss) for loss in ("fd", "instance")]
@@ -194,7 +195,6 @@ def further_changes(log: Log) -> list[Setting]:
     # Instance discrimination beyond the batch: against the teacher's rows of all images, the nearest of them and a draw.
     bank = _clustered(base) | {"clusters": "image-all", "flags": (*BOTH_TOWERS, *FEW)}
     return [
-        _changed(base, "no extras", extras=()),
         _without(base, "clip"),
         _changed(base, "with clip", weights={**base.weights, "clip": 1.0}),
         _changed(base, "with bank", **bank),
