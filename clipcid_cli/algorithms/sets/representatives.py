@@ -27,7 +27,8 @@ from clipcid_cli.algorithms.sets.star import is_kept
 
 # Temporary copies of this many rows stay in the cache.
 _ROWS_AT_ONCE = 1024
-# Rows that lie anywhere are read together: from each file once, of which few are mapped at a time.
+# Rows that lie anywhere are read together: from each file once, of which few are mapped at a time. Sets of three among
+# 200,000 rows of width 16 in 1,000 files took 0.20 s; read 1,024 at a time, twice, they took 3.3 (AMD EPYC, one process).
 _ROWS_READ = 2**15
 
 
