@@ -16,6 +16,8 @@ Log = Mapping[str, Mapping[str, Any]]
 RATES = {"muon": (6e-3, 3e-3, 1.2e-2), "adamw": (3e-3, 6e-3, 1e-3)}
 FACTORS = (1 / 3, 3.0)
 FURTHER_RATES = {"muon": (4.2e-3, 1.5e-3), "adamw": (2e-3, 5e-4)}
+# Of the larger student: the rate that the rule of `--lr` gives all of `SCALED`, twice and half of it.
+LARGE_RATES = (3e-3, 6e-3, 1.5e-3)
 SEEDS = (0, 1, 2, 3, 4)
 # What is not a contender has these seeds.
 FIRST_SEEDS = SEEDS[:3]
@@ -63,11 +65,7 @@ RECIPES: Mapping[str, Recipe] = {
     "clip, adamw": Recipe({"clip": 1.0}, optimizer="adamw"),
     "clip-kd, adamw": Recipe(_CLIP_KD, optimizer="adamw"),
     "clip-rd": Recipe({**_CLIP_KD, "vrd": 1.0, "xrd": 1.0}),
-    "fd+instance": Recipe({"fd": FD, "instance": 1.0}),
-    "fd+intra": Recipe({"fd": FD, "instance-intra": 1.0}),
     "fd": Recipe({"clip": 1.0, "fd": FD}),
-    "fd alone": Recipe({"fd": FD}),
-    "cid+fd": Recipe({"clip": 1.0, "instance": 1.0, "cluster": 0.5, "fd": FD}),
     "instance": Recipe({"clip": 1.0, "instance": 1.0}),
     "cluster": Recipe({"clip": 1.0, "cluster": 1.0}),
     "icl": Recipe({"clip": 1.0, "icl": 1.0}),
@@ -226,20 +224,21 @@ def longer(name: str, log: Log) -> Setting:
 
 
 def large_students(name: str, log: Log) -> list[Setting]:
-    """Return a recipe at its best weights with the larger student, at each rate: trials of the rule of `--lr` too."""
-    return _at_rates(tuned(name, log), "large", LARGE_STUDENT, STEPS)
+    """Return a recipe at its best weights with the larger student, at three rates: trials of the rule of `--lr` too."""
+    return _at_rates(tuned(name, log), "large", LARGE_STUDENT, STEPS, LARGE_RATES)
 
 
 def photograph_students(name: str, log: Log) -> list[Setting]:
     """Return a recipe at the weights that are best on drawings, for photographs, at each rate."""
-    return _at_rates(tuned(name, log), "photographs", PHOTOGRAPH_STUDENT, PHOTOGRAPH_STEPS)
+    base = tuned(name, log)
+    return _at_rates(base, "photographs", PHOTOGRAPH_STUDENT, PHOTOGRAPH_STEPS, RATES[base.optimizer])
 
 
-def _at_rates(base: Setting, label: str, student: str, steps: int) -> list[Setting]:
+def _at_rates(base: Setting, label: str, student: str, steps: int, rates: Iterable[float]) -> list[Setting]:
     narrower = WIDTHS[STUDENT] / WIDTHS[student]
     weights = {loss: weight * (narrower if loss in ("fd", "mfd") else 1.0) for loss, weight in base.weights.items()}
     changed = dataclasses.replace(base, weights=weights, student=student, steps=steps)
-    return [dataclasses.replace(changed, name=f"{base.name}/{label}-lr{lr:g}", lr=lr) for lr in RATES[base.optimizer]]
+    return [dataclasses.replace(changed, name=f"{base.name}/{label}-lr{lr:g}", lr=lr) for lr in rates]
 
 
 def large_batches(name: str, log: Log) -> list[Setting]:
@@ -291,13 +290,14 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds((tuned(name, log) for name in CONTENDERS), SEEDS)
     yield _seeds((tuned(name, log) for name in MAIN), FIRST_SEEDS)
     yield _seeds(left_out(log), FIRST_SEEDS)
-    yield _seeds((longer(name, log) for name in SCALED), FIRST_SEEDS)
+    yield _seeds((setting for name in SCALED for setting in large_batches(name, log)), SEEDS[:1])
     yield _seeds((setting for name in SCALED for setting in large_students(name, log)), SEEDS[:1])
-    yield _seeds((best(large_students(name, log), log) for name in SCALED), FIRST_SEEDS)
+    yield _seeds((longer(name, log) for name in SCALED), SEEDS[:1])
     yield from _tried(REST, log)
     yield _seeds((tuned(name, log) for name in REST), FIRST_SEEDS)
+    yield _seeds((longer(name, log) for name in SCALED), FIRST_SEEDS)
+    yield _seeds((best(large_students(name, log), log) for name in SCALED), FIRST_SEEDS)
     yield _seeds(further_changes(log), FIRST_SEEDS)
-    yield _seeds((setting for name in SCALED for setting in large_batches(name, log)), SEEDS[:1])
     yield _seeds(cid_variants(log), FIRST_SEEDS)
 
 
