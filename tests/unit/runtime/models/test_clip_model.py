@@ -51,6 +51,30 @@ def test_rows_are_open_clips_own(tiny_model: Path) -> None:
     assert model.info.image_size == (32, 32)
 
 
+@pytest.mark.parametrize(
+    ("vision", "sizes"),
+    [({"layers": [1, 1, 1, 1], "width": 8}, [8, 8, 3]), ({"layers": 1, "width": 64, "patch_size": 8}, [19])],
+)
+def test_convolutions_take_few_images_at_once(tmp_path: Path, vision: dict[str, object], sizes: list[int]) -> None:
+    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": {"image_size": 32, **vision}, "text_cfg": text}
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    model = load_model(parse_model(str(tmp_path / "model.json")), fresh_seed=0)
+    pixels = torch.randn(sum(sizes), 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model.encode_images(pixels[:2], FP32)  # compares the towers with open_clip's
+    taken = []
+    visual = model.module.visual
+    assert isinstance(visual, torch.nn.Module)
+    first = visual.conv1
+    assert isinstance(first, torch.nn.Module)
+    first.register_forward_pre_hook(lambda _, given: taken.append(len(given[0])))
+    rows = model.encode_images(pixels, FP32)
+    assert taken == sizes
+    with torch.no_grad():
+        expected = model.module.encode_image(pixels, normalize=True)  # type: ignore[operator]
+    torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
+
+
 def test_byte_pixels_normalise_to_open_clips_transform(tiny_model: Path) -> None:
     model = load_model(parse_model(str(tiny_model)))
     transform, whole = pickle.loads(pickle.dumps(model.pixel_transform())), model.transform()
