@@ -27,6 +27,7 @@ STUDENT, LARGE_STUDENT = "../quickstart/student", "student-large"
 LARGE_STEPS = 500
 # On photographs: 7.8 M parameters at 64 px, of which 6.3 M are token embeddings; eight epochs of 3,068.
 PHOTOGRAPH_STUDENT, PHOTOGRAPH_STEPS = "../foreign-teacher/student", 400
+PHOTOGRAPH_RATES = (3e-3, 6e-3, 1.5e-3)
 WIDTHS = {STUDENT: 96, LARGE_STUDENT: 192, PHOTOGRAPH_STUDENT: 128}
 CLUSTERS = "joint-256"
 BOTH_TOWERS = ("--cluster-towers", "both")
@@ -227,19 +228,25 @@ def longer(name: str, log: Log) -> Setting:
 
 def large_students(name: str, log: Log) -> list[Setting]:
     """Return a recipe at its best weights with the larger student, at each rate: trials of the rule of `--lr` too."""
-    return _at_rates(tuned(name, log), "large", LARGE_STUDENT, LARGE_STEPS)
+    return _at_rates(tuned(name, log), "large", LARGE_STUDENT, LARGE_STEPS, RATES["muon"])
 
 
 def photograph_students(name: str, log: Log) -> list[Setting]:
     """Return a recipe at the weights that are best on drawings, for photographs, at each rate."""
-    return _at_rates(tuned(name, log), "photographs", PHOTOGRAPH_STUDENT, PHOTOGRAPH_STEPS)
+    return _at_rates(tuned(name, log), "photographs", PHOTOGRAPH_STUDENT, PHOTOGRAPH_STEPS, PHOTOGRAPH_RATES)
 
 
-def _at_rates(base: Setting, label: str, student: str, steps: int) -> list[Setting]:
+def _at_rates(base: Setting, label: str, student: str, steps: int, rates: Iterable[float]) -> list[Setting]:
     narrower = WIDTHS[STUDENT] / WIDTHS[student]
     weights = {loss: weight * (narrower if loss in ("fd", "mfd") else 1.0) for loss, weight in base.weights.items()}
     changed = dataclasses.replace(base, weights=weights, student=student, steps=steps)
-    return [dataclasses.replace(changed, name=f"{base.name}/{label}-lr{lr:g}", lr=lr) for lr in RATES[base.optimizer]]
+    return [dataclasses.replace(changed, name=f"{base.name}/{label}-lr{lr:g}", lr=lr) for lr in rates]
+
+
+def photograph_changes(log: Log, drawings: Log) -> list[Setting]:
+    """Return `fd-instance` at its best rate on photographs with what the captions say given less or more room."""
+    base = best(photograph_students("fd-instance", drawings), log)
+    return [_changed(base, "no extras", extras=()), _changed(base, "with clip", weights={**base.weights, "clip": 1.0})]
 
 
 def large_batches(name: str, log: Log) -> list[Setting]:
@@ -309,6 +316,7 @@ def photographs(log: Log, drawings: Log) -> Iterator[list[Run]]:
     settings = {name: photograph_students(name, drawings) for name in SCALED}
     yield _seeds((setting for of in settings.values() for setting in of), SEEDS[:1])
     yield _seeds((best(of, log) for of in settings.values()), FIRST_SEEDS)
+    yield _seeds(photograph_changes(log, drawings), FIRST_SEEDS)
 
 
 def quick() -> Iterator[list[Run]]:

@@ -282,7 +282,8 @@ def of_photographs(results: Results, drawings: plan.Log) -> list[str]:
     """Return the tables of the students of photographs."""
     log = results.entries
     tried = {name: plan.photograph_students(name, drawings) for name in plan.SCALED}
-    clip, rival, *_ = chosen = [plan.best(settings, log).name for settings in tried.values()]
+    chosen = [plan.best(settings, log).name for settings in tried.values()]
+    clip, rival, ours, _ = chosen
     return [
         "## Trials of the learning rate, on the tuning split, seed 0",
         "",
@@ -296,6 +297,9 @@ def of_photographs(results: Results, drawings: plan.Log) -> list[str]:
         "## Gains over `clip-kd`",
         "",
         *gains(results, chosen, rival),
+        "## `fd-instance`, one thing changed at a time",
+        "",
+        *compared(results, [setting.name for setting in plan.photograph_changes(log, drawings)], ours),
     ]
 
 
