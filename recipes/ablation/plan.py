@@ -190,6 +190,17 @@ def left_out(log: Log) -> list[Setting]:
     return found
 
 
+def nearer_to_captions(base: Setting) -> list[Setting]:
+    """Return a setting of `fd-instance` with more of the captions: with `clip`, with all of `cid` but its clusters, with all."""
+    cid = RECIPES["cid"].weights
+    without_clusters = {loss: weight for loss, weight in cid.items() if loss != "cluster"}
+    return [
+        _changed(base, "with clip", weights={**base.weights, "clip": 1.0}),
+        _changed(base, "with clip, instance", weights={**base.weights, **without_clusters}),
+        _changed(base, "with cid", weights={**base.weights, **cid}, clusters=CLUSTERS, flags=BOTH_TOWERS),
+    ]
+
+
 def further_changes(log: Log) -> list[Setting]:
     """Return `fd-instance` at its best trial with further things changed."""
     base = tuned("fd-instance", log)
@@ -197,7 +208,6 @@ def further_changes(log: Log) -> list[Setting]:
     bank = _clustered(base) | {"clusters": "image-all", "flags": (*BOTH_TOWERS, *FEW)}
     return [
         _without(base, "clip"),
-        _changed(base, "with clip", weights={**base.weights, "clip": 1.0}),
         _changed(base, "with bank", **bank),
         *(_changed(base, f"adamw lr {lr:g}", optimizer="adamw", lr=lr) for lr in RATES["adamw"][:2]),
     ]
@@ -244,9 +254,9 @@ def _at_rates(base: Setting, label: str, student: str, steps: int, rates: Iterab
 
 
 def photograph_changes(log: Log, drawings: Log) -> list[Setting]:
-    """Return `fd-instance` at its best rate on photographs with what the captions say given less or more room."""
+    """Return `fd-instance` at its best rate on photographs on the pairs alone, and with more of what the captions say."""
     base = best(photograph_students("fd-instance", drawings), log)
-    return [_changed(base, "no extras", extras=()), _changed(base, "with clip", weights={**base.weights, "clip": 1.0})]
+    return [_changed(base, "no extras", extras=()), *nearer_to_captions(base)]
 
 
 def large_batches(name: str, log: Log) -> list[Setting]:
@@ -298,6 +308,7 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds((tuned(name, log) for name in CONTENDERS), SEEDS)
     yield _seeds((tuned(name, log) for name in MAIN), FIRST_SEEDS)
     yield _seeds(left_out(log), FIRST_SEEDS)
+    yield _seeds(nearer_to_captions(tuned("fd-instance", log)), FIRST_SEEDS)
     yield _seeds((setting for name in SCALED for setting in large_batches(name, log)), SEEDS[:1])
     yield _seeds((longer(name, log) for name in SCALED), SEEDS[:1])
     yield from _tried(NEW, log)

@@ -308,6 +308,8 @@ def of_drawings(results: Results) -> list[str]:
     log = results.entries
     presets = [plan.tuned(name, log).name for name in plan.RECIPES]
     clip, rival, ours, cid = (plan.tuned(name, log).name for name in ("clip", "clip-kd", "fd-instance", "cid"))
+    closer = plan.nearer_to_captions(plan.tuned("fd-instance", log))
+    changes = [*plan.left_out(log), *closer, *plan.further_changes(log)]
     return [
         "## Trials, on the tuning split: mean of R@1, R@10 and acc1 of concepts and drawings, seed 0",
         "",
@@ -330,7 +332,7 @@ def of_drawings(results: Results) -> list[str]:
         *goals(results, "cid", "clip", "clip-kd"),
         "## `fd-instance`, one thing changed at a time",
         "",
-        *compared(results, [setting.name for setting in (*plan.left_out(log), *plan.further_changes(log))], ours),
+        *compared(results, [setting.name for setting in changes], ours),
         "## Longer, and larger",
         "",
         *scaled(results),
