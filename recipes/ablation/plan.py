@@ -191,7 +191,7 @@ def left_out(log: Log) -> list[Setting]:
 
 
 def nearer_to_captions(base: Setting) -> list[Setting]:
-    """Return a setting of `fd-instance` with more of the captions: with `clip`, with all of `cid` but its clusters, with all."""
+    """Return a setting of `fd-instance` with more of the captions: `clip`, `cid` but for its clusters, all of `cid`."""
     cid = RECIPES["cid"].weights
     without_clusters = {loss: weight for loss, weight in cid.items() if loss != "cluster"}
     return [
