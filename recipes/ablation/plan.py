@@ -72,7 +72,8 @@ RECIPES: Mapping[str, Recipe] = {
     "icl": Recipe({"clip": 1.0, "icl": 1.0}),
     "crd": Recipe({"clip": 1.0, "crd": 1.0}),
     "mfd": Recipe({"clip": 1.0, "mfd": FD}),
-    "gd": Recipe({"clip": 1.0, "gd": 0.03}),
+    # At 0.01 and above all features became one.
+    "gd": Recipe({"clip": 1.0, "gd": 0.001}),
     "afd": Recipe({"clip": 1.0, "afd": 1.0}),
     "clip-td": Recipe({"clip": 1.0, "td": 1.0}),
     "dr": Recipe({"clip": 0.25, "affinity": 0.75}),
