@@ -317,9 +317,9 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds((setting for name in SCALED for setting in large_students(name, log)), SEEDS[:1])
     yield from _tried(REST, log)
     yield _seeds((tuned(name, log) for name in REST), FIRST_SEEDS)
+    yield _seeds(further_changes(log), FIRST_SEEDS)
     yield _seeds((longer(name, log) for name in SCALED), FIRST_SEEDS)
     yield _seeds((best(large_students(name, log), log) for name in SCALED), FIRST_SEEDS)
-    yield _seeds(further_changes(log), FIRST_SEEDS)
     yield _seeds(cid_variants(log), FIRST_SEEDS)
 
 
