@@ -15,28 +15,45 @@ def list_differences(existing: dict[str, Any], identity: dict[str, Any]) -> dict
         For each entry that differs, how: ``{"settings.keep": "0.5 there, 0.6 now"}``; of nested ones, the innermost.
     """
     found = _value_differences("settings", existing.get("settings", {}), identity["settings"])
-    # Inputs are compared by content: a folder that was moved, or is reached by another path, is still the same input.
     there = existing.get("inputs", [])
-    old_inputs = [(entry.get("size"), entry.get("hash")) for entry in there]
-    new_inputs = [(entry.get("size"), entry.get("hash")) for entry in identity["inputs"]]
+    old_inputs = [content_of(entry) for entry in there]
+    new_inputs = [content_of(entry) for entry in identity["inputs"]]
     if len(old_inputs) != len(new_inputs):
         found["inputs"] = f"{len(old_inputs)} files there, {len(new_inputs)} now"
+        shards = {content[:2]: content[2] for content in new_inputs}
         contents = set(new_inputs)
-        gone = [entry for entry, content in zip(there, old_inputs, strict=True) if content not in contents]
+        changed = [entry for entry, content in zip(there, old_inputs, strict=True) if content not in contents]
+        renamed = [entry for entry in changed if content_of(entry)[:2] in shards]
+        gone = [entry for entry in changed if content_of(entry)[:2] not in shards]
+        if renamed:
+            old, new = renamed[0]["shard"], shards[content_of(renamed[0])[:2]]
+            found["inputs"] += f"; {len(renamed)} shards have another name, such as {old}, now {new}"
         if gone:
             names = ", ".join(Path(str(entry.get("path"))).name for entry in gone[:3])
             found["inputs"] += f"; changed or gone: {names}" + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
     else:
         for old, new, entry in zip(old_inputs, new_inputs, identity["inputs"], strict=True):
             if old != new:
-                found[f"input {entry['path']}"] = f"{old[0]} bytes ({old[1]}) there, {new[0]} bytes ({new[1]}) now"
+                found[f"input {entry['path']}"] = (
+                    f"shard {old[2]} there, {new[2]} now"
+                    if old[:2] == new[:2]
+                    else f"{old[0]} bytes ({old[1]}) there, {new[0]} bytes ({new[1]}) now"
+                )
     return found
+
+
+def content_of(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what an input is compared by: size and hash, and the shard's name where the output holds it.
+
+    Not its path: a folder that was moved, or is reached by another path, is still the same input.
+    """
+    return entry.get("size"), entry.get("hash"), entry.get("shard")
 
 
 def are_among(earlier: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> bool:
     """Tell whether all inputs are still there, in the same order, whatever lies between them."""
-    rest = iter([(entry.get("size"), entry.get("hash")) for entry in now])
-    return all((entry.get("size"), entry.get("hash")) in rest for entry in earlier)
+    rest = iter([content_of(entry) for entry in now])
+    return all(content_of(entry) in rest for entry in earlier)
 
 
 def _value_differences(name: str, old: Any, new: Any) -> dict[str, str]:

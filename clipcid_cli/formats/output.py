@@ -30,7 +30,7 @@ from typing import Any
 from clipcid_cli import __version__
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_error, write_json
-from clipcid_cli.formats.differences import are_among, list_differences
+from clipcid_cli.formats.differences import are_among, content_of, list_differences
 from clipcid_cli.formats.listing import Stat, is_as_listed, list_recorded
 from clipcid_cli.formats.reading import Entries, open_regular, reading
 from clipcid_cli.formats.sidecar_entries import check_entries
@@ -344,7 +344,7 @@ def open_output(
 
 def plan_identity(settings: dict[str, Any], inputs: list[dict[str, Any]]) -> str:
     """Hash settings and the content of inputs, independent of their paths."""
-    content = [settings, [(entry["size"], entry["hash"]) for entry in inputs]]
+    content = [settings, [[part for part in content_of(entry) if part is not None] for entry in inputs]]
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -71,6 +71,16 @@ def read_first_column(path: Path, names: Sequence[str], kind: pa.DataType, fix: 
         return None if name is None else _read(file, {name: kind})[name]
 
 
+def replace_invalid(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return strings (large_string) with U+FFFD for bytes that are not UTF-8, which some writers of parquet let through."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        texts = [text.decode("utf-8", errors="replace") for text in column.cast(pa.large_binary()).to_pylist()]
+        column = pa.chunked_array([texts], type=pa.large_string())
+    return column
+
+
 @contextmanager
 def _open(path: Path, fix: str) -> Iterator[pq.ParquetFile]:
     # Not through `pq.read_table`, whose data sets and threads take 1 ms a file; small files are read at once.

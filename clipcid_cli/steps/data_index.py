@@ -49,7 +49,7 @@ def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample
             listed.append(sample.without_data())
         yield sample
     if dataset.index_folder is not None and dataset.index is None:
-        write_part(dataset.index_folder, number, shard, stamp, listed, len(listed) + skips.total, skips)
+        write_part(dataset.index_folder, shard, stamp, listed, len(listed) + skips.total, skips)
 
 
 def take_samples(dataset: Dataset, number: int, places: npt.NDArray[np.int64]) -> list[Sample]:
@@ -122,7 +122,7 @@ def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:
 
 
 def _find_missing(folder: Path, shards: Sequence[Shard]) -> list[int]:
-    return [number for number, shard in enumerate(shards) if read_record(folder, number, shard) is None]
+    return [number for number, shard in enumerate(shards) if read_record(folder, shard) is None]
 
 
 def _list(dataset: Dataset, mine: list[int], workers: int, progress: Progress) -> None:
@@ -137,10 +137,10 @@ def _finish(dataset: Dataset, folder: Path) -> DataIndex:
         return index
     records = []
     for number, shard in enumerate(dataset.shards):
-        record = read_record(folder, number, shard)
+        record = read_record(folder, shard)
         if record is None:  # it changed while the others were listed
             ShardLister(dataset)(number)
-            record = read_record(folder, number, shard)
+            record = read_record(folder, shard)
         if record is None:
             raise ClipcidError(
                 f"Shard {shard.name} of {dataset.spec} changes while it is listed.",

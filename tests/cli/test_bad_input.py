@@ -104,7 +104,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
 FOUND_LATE = {"unreadable images", "keys repeat within a shard", "no captions or classes"}
 # What docs/files.md calls caches, and what belongs to an unfinished output: none of it has the name of a result.
 MAY_STAY = re.compile(
-    r"clipcid-work/(index/[0-9a-f]{16}/(\.lock|\d{8}\.arrow|shards\.parquet|matched-[0-9a-f]{16}/[a-z_.]+)"
+    r"clipcid-work/(index/[0-9a-f]{16}/(\.lock|[0-9a-f]{16}\.arrow|shards-[0-9a-f]{16}\.parquet|matched-[0-9a-f]{16}/[a-z_.]+)"
     r"|[\w/-]+/\.[\w-]+\.(lock|plan\.json))"
 )
 # Half of the samples are good: their rows are an unfinished output, which a higher --max-bad-fraction finishes.

@@ -210,6 +210,13 @@ def test_new_shards_hold_the_kept_samples_byte_for_byte(
     report = (tmp_path / "clipcid-work" / "balance" / "report.html").read_text()
     assert report.count("data:image/webp;base64,") >= 12
     assert "already holds these shards" in clipcid(*arguments, "out").stderr
+    whole = (tmp_path / "out" / "00000.tar").read_bytes()
+    (tmp_path / "out" / "00000.tar").unlink()
+    missing = clipcid(*arguments, "out", check=False)
+    assert missing.returncode == 1
+    assert "out/00000.tar is missing, which" in " ".join(missing.stderr.split())
+    clipcid(*arguments, "out", "--overwrite")
+    assert (tmp_path / "out" / "00000.tar").read_bytes() == whole
     torchrun(2, *arguments, "two")
     for name in ("00000.tar", "00001.tar", "sizes.json", "00000_stats.json", "00001_stats.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()

@@ -225,6 +225,16 @@ def test_keys_that_repeat_across_files_need_a_flag(clipcid: Callable[..., Run], 
     keys = pd.read_parquet(run.cwd / "clipcid-work" / "clusters" / "clusters.parquet")["key"]
     assert keys.iloc[0] == "img_emb_0000/00000"
     assert keys.iloc[-1] == "img_emb_0001/00449"
+    # Which keys the table has is one of its settings.
+    for number in range(2):
+        path = embeddings / f"metadata/metadata_{number:04d}.parquet"
+        first = number * NUM_ROWS // 2
+        pq.write_table(pa.table({"key": [f"{first + row:05d}" for row in range(NUM_ROWS // 2)]}), path)
+    plain = ("cluster", "--embeddings", embeddings, "--num-clusters", NUM_CLUSTERS, "--work", "plain")
+    clipcid(*plain)
+    refused = clipcid(*plain, "--keys", "shard", check=False)
+    assert refused.returncode == 1
+    assert 'settings.keys: "sample" there, "shard" now' in " ".join(refused.stderr.split())
 
 
 def test_a_few_rows_that_are_not_finite_are_counted_and_named(clipcid: Callable[..., Run], embeddings: Path) -> None:

@@ -149,6 +149,32 @@ def test_shards_that_were_added_are_embedded_alone(
     assert "3 files there, 2 now; changed or gone: 00000.tar" in " ".join(refused.stderr.split())
 
 
+def test_data_whose_shards_got_other_names_are_refused_since_later_files_repeat_them(
+    clipcid: Call, tiny_model: Path, tmp_path: Path
+) -> None:
+    write_tar(tmp_path / "laion" / "00000.tar", shard_members(0, 5))
+    write_tar(tmp_path / "redcaps" / "00000.tar", shard_members(5, 5))
+    clipcid("embed", "laion", "--model", tiny_model)
+    refused = clipcid("embed", "laion::redcaps", "--model", tiny_model, check=False)
+    assert refused.returncode == 1
+    told = " ".join(refused.stderr.split())
+    assert "1 files there, 2 now; 1 shards have another name, such as 00000, now laion/00000" in told
+    (tmp_path / "redcaps" / "00000.tar").rename(tmp_path / "redcaps" / "1.tar")
+    grown = clipcid("embed", "laion::redcaps", "--model", tiny_model)
+    assert "1 of 2 shards are already embedded." in grown.stderr
+
+
+def test_an_empty_first_shard_does_not_mean_that_there_are_no_captions(
+    clipcid: Call, tiny_model: Path, tmp_path: Path
+) -> None:
+    write_tar(tmp_path / "data" / "0.tar", [])
+    write_tar(tmp_path / "data" / "1.tar", shard_members(0, 5))
+    for out in ("new", "again"):  # the second time the data has an index
+        run = clipcid("embed", "data", "--model", tiny_model, "--out", out, "--json")
+        assert run.json["images"] == 5
+    assert len(np.load(tmp_path / "new" / "text_emb" / "text_emb_0001.npy")) == 5
+
+
 def test_killed_and_resumed_gives_the_same_bytes(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
     for number in range(24):
         members = [(f"bad{number}.png", b"no image"), *shard_members(10 * number, 10)]

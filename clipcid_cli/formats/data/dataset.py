@@ -141,7 +141,7 @@ def open_dataset(
             raise ClipcidError(f"{spec} contains no .tar shard and no image.", _explain_subfolders(Path(spec)))
     dataset = Dataset(spec, kind, tuple(shards), classes, keys, columns)
     if index_root is not None:
-        folder = index_root / index_identity(kind, dataset.describe(), shards)
+        folder = index_root / index_identity(kind, {"keys": keys, **dataclasses.asdict(dataset.columns)})
         dataset = dataclasses.replace(dataset, index_folder=folder, index=open_index(folder, shards))
     if dataset.index is None:
         _check_shards(dataset)

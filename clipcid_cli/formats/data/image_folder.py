@@ -19,7 +19,7 @@ from clipcid_cli.formats.reading import read_regular
 class _Entry(NamedTuple):
     path: str  # relative to the root
     size: int  # bytes
-    has_caption: bool
+    caption_suffix: str  # `.txt` as it is written; empty where there is no caption
     label: int | None
     repeated: bool  # another image before it has the same key
 
@@ -29,36 +29,43 @@ class FolderShard(VirtualShard[_Entry]):
     """A slice of an image folder. Images whose names differ in the suffix only have the same key; the first is kept."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """Describe the slice: bytes of its images, and a hash of their names and sizes."""
-        text = "\n".join(f"{entry.path}\t{entry.size}\t{entry.has_caption}" for entry in self.rows)
-        digest = hashlib.blake2b(text.encode("utf-8", errors="surrogateescape"), digest_size=16).hexdigest()
-        size = sum(entry.size for entry in self.rows)
-        return {"path": f"{self.source}#{self.name}", "size": size, "hash": f"blake2b-names:{digest}"}
+        """Describe the slice: bytes of its images, and a hash of their names and sizes and of what the captions say."""
+        digest = hashlib.blake2b(digest_size=16)
+        for row in self.rows:
+            captions = self._captions(row)  # not their sizes: an edited caption often has the size it had
+            digest.update(f"{row.path}\t{row.size}\t{captions}\n".encode("utf-8", errors="surrogateescape"))
+        size = sum(row.size for row in self.rows)
+        return {"path": f"{self.source}#{self.name}", "size": size, "hash": f"blake2b-names:{digest.hexdigest()}"}
 
     def stamp(self) -> tuple[int, int]:
-        """Return the size and a hash of the slice, the sizes and times of its caption files included."""
-        size, content = super().stamp()
-        digest = hashlib.blake2b(str(content).encode(), digest_size=7)
+        """Return the bytes of the images and a hash of the slice, with sizes and times of the captions' files."""
+        digest = hashlib.blake2b(digest_size=7)
         for row in self.rows:
-            if row.has_caption:
+            caption = None
+            if row.caption_suffix:
                 with contextlib.suppress(OSError):  # a caption that is gone changes the stamp as well
                     found = os.stat(self._caption_path(row))
-                    digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
-        return size, int.from_bytes(digest.digest(), "big")
+                    caption = found.st_size, found.st_mtime_ns
+            text = f"{row.path}\t{row.size}\t{row.repeated}\t{row.caption_suffix}\t{caption}\n"
+            digest.update(text.encode("utf-8", errors="surrogateescape"))
+        return sum(row.size for row in self.rows), int.from_bytes(digest.digest(), "big")
 
     def _caption_path(self, row: _Entry) -> Path:
-        return Path(self.source, relative_key(Path(row.path)) + ".txt")
+        return Path(self.source, relative_key(Path(row.path)) + row.caption_suffix)
 
     def _label(self, row: _Entry) -> str:
         return row.path
 
     def _sample(self, row: _Entry) -> Sample:
-        key = relative_key(Path(row.path))
+        location = Location(os.path.join(self.source, row.path))
+        return Sample(relative_key(Path(row.path)), location, self._captions(row), row.label)
+
+    def _captions(self, row: _Entry) -> tuple[str, ...]:
         text = ""
-        if row.has_caption:
+        if row.caption_suffix:
             with contextlib.suppress(OSError):  # a caption that cannot be read is a missing one, and counted as such
                 text = read_regular(self._caption_path(row)).decode("utf-8", errors="replace").strip()
-        return Sample(key, Location(os.path.join(self.source, row.path)), (text,) if text else (), row.label)
+        return (text,) if text else ()
 
 
 def read_image_folder(root: Path, *, prefix_keys: bool) -> tuple[tuple[FolderShard, ...], tuple[str, ...] | None]:
@@ -72,14 +79,15 @@ def read_image_folder(root: Path, *, prefix_keys: bool) -> tuple[tuple[FolderSha
         Slices of the images, none when there are no images; and the names of the classes when every image
         is in a folder of its class (sorted as torchvision's ImageFolder sorts them, so that labels agree), else None.
     """
-    texts: set[str] = set()
+    texts: dict[str, str] = {}
     images: list[tuple[str, int]] = []
     for path, size in _walk(root):
         suffix = path.rpartition(".")[2].lower()
         if suffix in IMAGE_SUFFIXES:
             images.append((path, size))
         elif suffix == "txt":
-            texts.add(path[: -len(".txt")])
+            key, suffix = os.path.splitext(path)
+            texts[key] = max(suffix, texts.get(key, ""))  # of `1.TXT` and `1.txt` the latter
     images.sort(key=lambda image: tuple(natural_key(part) for part in image[0].split("/")))
     classes: tuple[str, ...] | None = None
     if images and all("/" in path for path, _ in images):
@@ -87,7 +95,7 @@ def read_image_folder(root: Path, *, prefix_keys: bool) -> tuple[tuple[FolderSha
     labels = {name: number for number, name in enumerate(classes or ())}
     keys = [relative_key(Path(path)) for path, _ in images]
     entries = [
-        _Entry(path, size, key in texts, labels.get(path.partition("/")[0]), repeated)
+        _Entry(path, size, texts.get(key, ""), labels.get(path.partition("/")[0]), repeated)
         for (path, size), key, repeated in zip(images, keys, mark_repeats(keys).tolist(), strict=True)
     ]
     return tuple(FolderShard(name, str(root), rows, prefix_keys) for name, rows in slice_rows(entries)), classes

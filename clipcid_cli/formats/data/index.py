@@ -1,11 +1,13 @@
 """The index of a data set: where each sample's image and captions are, listed once and read by every later start.
 
-    <work>/index/<identity>/00000000.arrow   the samples of one shard, see `_SCHEMA`
-    <work>/index/<identity>/shards.parquet   one row a shard: what was found, stamp and hash of its file, hash of its part
+    <work>/index/<how it is read>/<shard>.arrow          the samples of one shard, see `_SCHEMA`
+    <work>/index/<how it is read>/shards-<list>.parquet  of one list of shards, a row each: what was found, stamp and hash of
+                                                         its file, hash of its part
 
 Listing a tar costs 30 to 45 µs a sample, and 400 million samples take hours of it. So each shard is listed once, by any
-process, into a file of its own that appears whole; `shards.parquet` is written last. A shard whose file has another size or
-modification time than recorded is listed again. A process holds the parts it used last, `PARTS_KEPT` of them.
+process, into a file of its own that appears whole, and data that grew shares it; the table is written last. A shard whose
+file has another size or modification time than recorded is listed again. A process holds the parts it used last,
+`PARTS_KEPT` of them.
 """
 
 from __future__ import annotations
@@ -38,8 +40,7 @@ from clipcid_cli.formats.skips import Skips
 PARTS_KEPT = 48
 """Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB."""
 
-_TABLE = "shards.parquet"
-_VERSION = 1
+_VERSION = 2
 # Hashes sorted together: 128 MiB, and seven times that while they are.
 _SORTED_AT_ONCE = 2**24
 _READ_AT_ONCE = 2**22
@@ -196,7 +197,7 @@ class DataIndex:
 
     def part(self, number: int) -> Part:
         """Return the samples of a shard, read from its part or from the parts this process holds."""
-        return _read_part(str(_part_path(self.folder, number)), self.records[number].digest)
+        return _read_part(str(_part_path(self.folder, self.shards[number])), self.records[number].digest)
 
     def sample(self, number: int, place: int) -> Sample:
         """Return a sample by its shard and its place there; captions that are in the shard's file are read from it.
@@ -209,7 +210,7 @@ class DataIndex:
     def source(self, number: int) -> PartSource:
         """Return where the part of a shard is."""
         shard = self.shards[number]
-        path, digest = str(_part_path(self.folder, number)), self.records[number].digest
+        path, digest = str(_part_path(self.folder, shard)), self.records[number].digest
         return PartSource(path, digest, shard if shard.file else None, self._copy(number))
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
@@ -226,21 +227,17 @@ class DataIndex:
         return ShardCopy(self.cache, path, listed["hash"], "" if tells_content(listed) else digest)
 
 
-def index_identity(kind: str, settings: dict[str, Any], shards: Sequence[Shard]) -> str:
-    """Hash what decides the index but the content of the shards: how they are read, their names and files, in order."""
-    content = [_VERSION, kind, settings, [(shard.name, shard.source) for shard in shards]]
-    return hashlib.blake2b(
-        json.dumps(content, sort_keys=True).encode("utf-8", "surrogateescape"), digest_size=8
-    ).hexdigest()
+def index_identity(kind: str, settings: dict[str, Any]) -> str:
+    """Hash how shards are read, which decides the folder of their index."""
+    return _identity([_VERSION, kind, settings])
 
 
 def write_part(
-    folder: Path, number: int, shard: Shard, stamp: tuple[int, int], samples: Sequence[Sample], read: int, skips: Skips
+    folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequence[Sample], read: int, skips: Skips
 ) -> IndexedShard:
     """Write down what the listing of one shard found, whole or not at all.
 
     Args:
-        number: Number of the shard, from 0.
         stamp: The shard's stamp before it was listed, so that a change meanwhile is noticed.
         samples: What `shard.samples(skips)` returned.
     """
@@ -269,16 +266,16 @@ def write_part(
         ) from error
     written = dataclasses.replace(record, digest=_hash_content(record, table))
     table = table.replace_schema_metadata({b"clipcid": json.dumps(_to_json(written)).encode()})
-    path = _part_path(folder, number)  # also written by a worker process that outlives its run for a moment
+    path = _part_path(folder, shard)  # also written by a worker process that outlives its run for a moment
     with atomic_file(path, shared=True) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     return record
 
 
-def read_record(folder: Path, number: int, shard: Shard) -> IndexedShard | None:
+def read_record(folder: Path, shard: Shard) -> IndexedShard | None:
     """Read what was found in a shard; None when it is not listed yet, or its file has changed since."""
     try:
-        content = read_regular(_part_path(folder, number))
+        content = read_regular(_part_path(folder, shard))
         table = pa.ipc.open_file(content).read_all()
         written = _from_json(json.loads(table.schema.metadata[b"clipcid"]))
         whole = written.digest == _hash_content(written, table)
@@ -295,14 +292,16 @@ def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[Indexe
     """
     index = DataIndex(folder, tuple(shards), tuple(records))
     _refuse_repeated_keys(index)
-    write_parquet(folder / _TABLE, pa.table({"shard": [json.dumps(_to_json(record)) for record in records]}))
+    write_parquet(
+        _table_path(folder, shards), pa.table({"shard": [json.dumps(_to_json(record)) for record in records]})
+    )
     return index
 
 
 def open_index(folder: Path, shards: Sequence[Shard]) -> DataIndex | None:
     """Open a finished index; None where there is none, or a shard has changed since. No shard is opened for it."""
     try:
-        rows = pq.read_table(folder / _TABLE)["shard"].to_pylist()
+        rows = pq.read_table(_table_path(folder, shards))["shard"].to_pylist()
         records = [_from_json(json.loads(row)) for row in rows]
     except Exception:  # a damaged table is made again
         return None
@@ -364,8 +363,17 @@ def _refuse_repeated_keys(index: DataIndex) -> None:
             )
 
 
-def _part_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:08d}.arrow"
+def _part_path(folder: Path, shard: Shard) -> Path:
+    return folder / f"{_identity([shard.name, shard.source])}.arrow"
+
+
+def _table_path(folder: Path, shards: Sequence[Shard]) -> Path:
+    return folder / f"shards-{_identity([(shard.name, shard.source) for shard in shards])}.parquet"
+
+
+def _identity(content: list[Any]) -> str:
+    text = json.dumps(content, sort_keys=True).encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def _digest(content: bytes) -> str:
@@ -387,7 +395,7 @@ def _read_part(path: str, digest: str) -> Part:
             return Part(pa.ipc.open_file(content).read_all())
     raise ClipcidError(
         f"{path} is missing, edited, damaged, or of another version of its shard.",
-        f"Remove {Path(path).parent} and give the command again: the data is listed anew.",
+        f"Remove {Path(path).parent}/shards-*.parquet and give the command again: what is damaged is listed anew.",
     )
 
 

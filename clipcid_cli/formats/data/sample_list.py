@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 LIST_SUFFIXES = (".csv", ".tsv", ".parquet")
 LABEL_COLUMN = "label"
+# What pandas makes of a cell of a parquet list.
+_SEVERAL = (list, tuple, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Columns:
 
     Attributes:
         image: Path of the image, relative to the list's folder or absolute, or a URL.
-        caption: The caption; optional.
+        caption: The caption, or in parquet a list of several; optional.
         key: The key; without such a column, the path as written.
     """
 
@@ -47,7 +49,7 @@ class Columns:
 class _Row:
     key: str
     path: str
-    caption: str
+    captions: tuple[str, ...]
     label: int | None
     labels: tuple[int, ...] | None
     repeated: bool
@@ -59,7 +61,9 @@ class ListShard(VirtualShard[_Row]):
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe the slice: number of rows as its size, and a hash of them."""
-        text = "\n".join(f"{row.key}\t{row.path}\t{row.caption}\t{row.labels or row.label}" for row in self.rows)
+        text = "\n".join(
+            "\t".join([row.key, row.path, *row.captions, f"{row.labels or row.label}"]) for row in self.rows
+        )
         digest = hashlib.blake2b(text.encode("utf-8", errors="surrogateescape"), digest_size=16).hexdigest()
         return {"path": f"{self.source}#{self.name}", "size": len(text), "hash": f"blake2b-rows:{digest}"}
 
@@ -67,8 +71,7 @@ class ListShard(VirtualShard[_Row]):
         return row.key
 
     def _sample(self, row: _Row) -> Sample:
-        captions = (row.caption,) if row.caption else ()
-        return Sample(row.key, Location(row.path), captions, row.label, row.labels)
+        return Sample(row.key, Location(row.path), row.captions, row.label, row.labels)
 
 
 def read_sample_list(spec: str, columns: Columns, *, prefix_keys: bool) -> tuple[ListShard, ...]:
@@ -94,19 +97,18 @@ def read_sample_list(spec: str, columns: Columns, *, prefix_keys: bool) -> tuple
     if frame.empty:
         raise ClipcidError(f"List {spec} has a header and no rows.", "Give a list with one row per image.")
     folder = spec.rpartition("/")[0] if is_url(spec) else os.path.dirname(spec)
-    blank = [""] * len(frame)
-    paths = _text(frame, columns.image)
-    captions = _text(frame, columns.caption) if columns.caption in frame else blank
-    keys = _text(frame, columns.key) if columns.key in frame else paths
+    paths = _text(spec, frame, columns.image)
+    captions = [_captions(cell) for cell in frame[columns.caption]] if columns.caption in frame else [()] * len(frame)
+    keys = _text(spec, frame, columns.key) if columns.key in frame else paths
     classes = _classes(spec, frame) if LABEL_COLUMN in frame else None
     several = classes is not None and any(len(row) > 1 for row in classes)
     repeated = mark_repeats(keys).tolist()
     rows = []
-    for number, (key, path, caption) in enumerate(zip(keys, paths, captions, strict=True)):
+    for number, (key, path, texts) in enumerate(zip(keys, paths, captions, strict=True)):
         where = path if not path or is_url(path) or os.path.isabs(path) else os.path.join(folder, path)
         own = classes[number] if classes is not None else ()
         label = own[0] if own and not several else None
-        rows.append(_Row(key, where, caption, label, own if several else None, repeated[number]))
+        rows.append(_Row(key, where, texts, label, own if several else None, repeated[number]))
     return tuple(ListShard(name, spec, part, prefix_keys) for name, part in slice_rows(rows))
 
 
@@ -130,8 +132,22 @@ def _read_frame(spec: str, path: Path) -> pd.DataFrame:
         ) from error
 
 
-def _text(frame: pd.DataFrame, column: str) -> list[str]:
-    return ["" if _is_missing(value) else str(value).strip() for value in frame[column]]
+def _text(spec: str, frame: pd.DataFrame, column: str) -> list[str]:
+    if any(isinstance(cell, _SEVERAL) for cell in frame[column]):
+        raise ClipcidError(
+            f"Column {column!r} of list {spec} contains lists.",
+            "Give a column of single values with --image-column or --key-column: one row per image.",
+        )
+    return [_clean(cell) for cell in frame[column]]
+
+
+def _captions(cell: Any) -> tuple[str, ...]:
+    texts = map(_clean, cell if isinstance(cell, _SEVERAL) else [cell])
+    return tuple(text for text in texts if text)
+
+
+def _clean(cell: Any) -> str:
+    return "" if _is_missing(cell) else str(cell).strip()
 
 
 def _classes(spec: str, frame: pd.DataFrame) -> list[tuple[int, ...]]:
@@ -147,7 +163,7 @@ def _classes(spec: str, frame: pd.DataFrame) -> list[tuple[int, ...]]:
 
 def _numbers(cell: Any) -> tuple[int, ...]:
     parts = re.split(r"[\s,;|]+", cell.strip()) if isinstance(cell, str) else cell
-    if not isinstance(parts, list | tuple | np.ndarray):
+    if not isinstance(parts, _SEVERAL):
         parts = [] if _is_missing(cell) else [cell]
     numbers = [float(part) for part in parts if part != ""]
     broken = next((number for number in numbers if not number.is_integer()), None)

@@ -159,7 +159,7 @@ def natural_key(text: str) -> tuple[object, ...]:
     """Sort key by which ``2.tar`` comes before ``10.tar``; the text itself decides between ``01`` and ``1``."""
     parts: list[object] = list(re.split(r"(\d+)", text))
     parts[1::2] = [int(str(number)) for number in parts[1::2]]
-    return (*parts, text)
+    return tuple(parts), text
 
 
 class _Handle:

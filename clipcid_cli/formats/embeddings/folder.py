@@ -51,7 +51,7 @@ from clipcid_cli.formats.output import (
     fingerprint_file,
     plan_identity,
 )
-from clipcid_cli.formats.parquet import column_names, read_first_column
+from clipcid_cli.formats.parquet import column_names, read_first_column, replace_invalid
 
 # Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
 _NAMES_AT_ONCE = 65_536
@@ -203,7 +203,7 @@ class Embeddings:
 
     def captions_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read the :attr:`captions` of one file's rows."""
-        return _read_column(file, ("caption", "text"), lambda row: "")
+        return replace_invalid(_read_column(file, ("caption", "text"), lambda row: ""))
 
     @property
     def has_uids(self) -> bool:
@@ -211,10 +211,9 @@ class Embeddings:
         file = self.files[0].metadata
         return file is not None and "uid" in column_names(file, AGAIN)
 
-    @cached_property
-    def uids(self) -> pa.ChunkedArray:
-        """DataComp's identifiers of the rows, N strings; empty where the metadata have no column ``uid``."""
-        return self._join(lambda file: _read_column(file, ("uid",), lambda row: ""))
+    def uids_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
+        """Read DataComp's identifiers of one file's rows, strings; empty where the metadata have no column ``uid``."""
+        return _read_column(file, ("uid",), lambda row: "")
 
     def fingerprints(self, *, texts: bool = False, extras: Collection[str] = ()) -> list[dict[str, Any]]:
         """Describe the files of every shard for a sidecar: image embeddings, metadata, and what is requested of the rest.

@@ -108,10 +108,12 @@ class EmbeddingWriter:
 
         Args:
             plans: Identity of settings and input of each shard, see `plan_identity`. Their number determines the number of
-                digits in file names, at least four.
+                digits in file names, at least four, unless the folder has files: added shards do not rename them.
         """
         self.folder = folder
-        self._digits = max(4, len(str(len(plans) - 1)))
+        there = [path.stem.rpartition("_")[2] for path in (folder / "metadata").glob("metadata_*.parquet")]
+        first = [name for name in there if name.isdecimal() and int(name) == 0]
+        self._digits = len(min(first)) if first else max(4, len(str(len(plans) - 1)))
         self._numbers = range(len(plans))
         self._plans = plans
 

@@ -35,12 +35,13 @@ def is_uid(key: object) -> bool:
     return isinstance(key, str) and re.fullmatch(_UID, key) is not None
 
 
-def write_uids(path: Path, uids: pa.ChunkedArray, *, overwrite: bool) -> int:
+def write_uids(path: Path, uids: Iterable[pa.ChunkedArray], count: int, *, overwrite: bool) -> int:
     """Write identifiers as DataComp's resharder and leaderboard read them: npy of their 64-bit halves, sorted, each once.
 
     Args:
-        uids: Strings of 32 hexadecimal digits, in any order. Repeated ones are written once: for each occurrence the
-            resharder would write the sample.
+        uids: Strings of 32 hexadecimal digits, in any order, in parts. Repeated ones are written once: for each occurrence
+            the resharder would write the sample.
+        count: How many there are.
         overwrite: Replace a file with other content.
 
     Returns:
@@ -49,10 +50,13 @@ def write_uids(path: Path, uids: pa.ChunkedArray, *, overwrite: bool) -> int:
     Raises:
         ClipcidError: when a file with other content exists, or it cannot be written.
     """
-    halves = np.empty((len(uids), 2), np.uint64)
-    for start in range(0, len(uids), _AT_ONCE):
-        text = "".join(uids.slice(start, _AT_ONCE).to_pylist())
-        halves[start : start + _AT_ONCE] = np.frombuffer(bytes.fromhex(text), ">u8").reshape(-1, 2)
+    halves, start = np.empty((count, 2), np.uint64), 0
+    for part in uids:
+        for at in range(0, len(part), _AT_ONCE):
+            text = "".join(part.slice(at, _AT_ONCE).to_pylist())
+            found = np.frombuffer(bytes.fromhex(text), ">u8").reshape(-1, 2)
+            halves[start : start + len(found)] = found
+            start += len(found)
     halves = halves[np.lexsort((halves[:, 1], halves[:, 0]))]
     if len(halves):
         halves = halves[np.append(True, (halves[1:] != halves[:-1]).any(axis=1))]

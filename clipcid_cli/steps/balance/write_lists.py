@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import refuse_unwritable
-from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.key_join import join_keys
-from clipcid_cli.formats.results.keep_list import KeepList, read_dropped, read_keep_list
+from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
+from clipcid_cli.formats.key_streams import OrderedMatch, parquet_keys
+from clipcid_cli.formats.results.keep_list import read_dropped, read_keep_list
 from clipcid_cli.formats.results.kept_lists import are_uids, write_keys, write_pairs, write_uids
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
 from clipcid_cli.steps.reporting import Reporter
@@ -29,8 +30,7 @@ def check_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
     """
     if settings.write_uids is not None:
         first = next(file for file in embeddings.files if file.rows)
-        stored = embeddings.uids[:1] if embeddings.has_uids else None
-        _find_uids(settings, embeddings, embeddings.keys_of(first)[:1], embeddings.shards_of(first)[:1], stored)
+        _find_uids(settings, embeddings, first, pa.array(np.arange(first.rows) == 0))
 
 
 def check_targets(settings: BalanceSettings) -> None:
@@ -67,40 +67,37 @@ def write_kept(
         write_pairs(settings.write_pairs, read_dropped(keep_list), overwrite=settings.overwrite)
         files["pairs"] = str(settings.write_pairs)
     if settings.write_uids is not None:
-        uids = _kept_uids(settings, embeddings, read_keep_list(keep_list))
-        written = write_uids(settings.write_uids, uids, overwrite=settings.overwrite)
-        if written < len(uids):
-            reporter.warn(f"{len(uids):,} kept images have {written:,} different uids: each is written once.")
+        num_kept = read_keep_list(keep_list).num_kept
+        uids = _kept_uids(settings, embeddings, keep_list)
+        written = write_uids(settings.write_uids, uids, num_kept, overwrite=settings.overwrite)
+        if written < num_kept:
+            reporter.warn(f"{num_kept:,} kept images have {written:,} different uids: each is written once.")
         files["uids"] = str(settings.write_uids)
     return files
 
 
-def _kept_uids(settings: BalanceSettings, embeddings: Embeddings, keep: KeepList) -> pa.ChunkedArray:
-    keys, shards = map(pa.chunked_array, zip(*keep.kept_rows("key", "shard"), strict=True))
-    stored = None
-    if embeddings.has_uids:
-        stored = embeddings.uids.take(pa.array(join_keys(keys, embeddings.keys)))
-    return _find_uids(settings, embeddings, keys, shards, stored)
+def _kept_uids(settings: BalanceSettings, embeddings: Embeddings, keep_list: Path) -> Iterator[pa.ChunkedArray]:
+    """Find the identifiers of the kept rows of each file; the list names the rows in the order of the files."""
+    match = OrderedMatch(parquet_keys(keep_list, "kept"), 1)
+    for file in embeddings.files:
+        kept = match.match(embeddings.keys_of(file).combine_chunks().cast(pa.large_string()))[:, 0] > 0
+        yield _find_uids(settings, embeddings, file, pa.array(kept))
 
 
 def _find_uids(
-    settings: BalanceSettings,
-    embeddings: Embeddings,
-    keys: pa.ChunkedArray,
-    shards: pa.ChunkedArray,
-    stored: pa.ChunkedArray | None,
+    settings: BalanceSettings, embeddings: Embeddings, file: EmbeddingFile, chosen: pa.BooleanArray
 ) -> pa.ChunkedArray:
-    """Find the identifier of each sample: in the embeddings' metadata, else its key, else in its ``.json``.
+    """Find the identifiers of some samples: in the embeddings' metadata, else their keys, else in their ``.json``.
 
     Args:
-        keys: Keys of n samples, in row order.
-        stored: The column ``uid`` of the metadata; None where there is none.
+        chosen: Which of the file's rows they are, n of them.
 
     Returns:
         n strings of 32 hexadecimal digits.
     """
-    uids = keys
-    if stored is not None:
+    uids = keys = embeddings.keys_of(file).filter(chosen)
+    if embeddings.has_uids:
+        stored = embeddings.uids_of(file).filter(chosen)
         uids = pc.if_else(pa.array(are_uids(stored)), stored, keys.cast(stored.type))
     missing = np.flatnonzero(~are_uids(uids))
     if not len(missing):
@@ -108,7 +105,7 @@ def _find_uids(
     data = open_data(settings, embeddings)
     if data is None:
         raise _no_uid(keys[int(missing[0])].as_py())
-    finder = SampleFinder(data)
+    finder, shards = SampleFinder(data), embeddings.shards_of(file).filter(chosen)
     found = uids.to_pylist()
     for start in range(0, len(missing), _ROWS_AT_ONCE):
         rows = missing[start : start + _ROWS_AT_ONCE]

@@ -15,7 +15,7 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
 from clipcid_cli.formats.key_join import KeyIndex
-from clipcid_cli.formats.output import Output, plan_path, sidecar_path
+from clipcid_cli.formats.output import Output, describe_outputs, plan_path, sidecar_path
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.results.keep_list import KeepList
 from clipcid_cli.formats.results.kept_lists import is_uid
@@ -89,20 +89,23 @@ def write_shards(
             reporter.note(f"{target} already holds these shards.")
             return
         mine = shards[machine.rank :: machine.size]
-        sizes: dict[str, int] = {}
+        sizes, files = dict[str, int](), list[dict[str, Any]]()
         error: ClipcidError | None = None
         with reporter.progress("shards", len(mine), "shards") as progress:
             try:
                 for shard in mine:
                     sizes[shard.name] = _write_shard(shard, choice, target, output.resumed)
+                    if sizes[shard.name]:
+                        files += describe_outputs(target, [_target_of(target, shard)])
                     progress.advance()
             except ClipcidError as found:
                 error = found
         machine.agree(error)
-        together: dict[str, int] = {}
-        for part in machine.gather(sizes):
+        together, outputs = dict[str, int](), list[dict[str, Any]]()
+        for part, written in machine.gather((sizes, files)):
             together |= part
-        machine.on_main(lambda: _finish(output, shards, together, keep, reporter))
+            outputs += written
+        machine.on_main(lambda: _finish(output, shards, together, outputs, keep, reporter))
 
 
 def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bool) -> int:
@@ -110,7 +113,9 @@ def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bo
     path, stats_path = _target_of(target, shard), target / f"{shard.name}{_STATS}"
     if resumed:
         with suppress(OSError, ValueError, TypeError, LookupError):  # missing or damaged: it is written again
-            return int(json.loads(read_regular(stats_path))["successes"])
+            written = int(json.loads(read_regular(stats_path))["successes"])
+            if not written or path.is_file():
+                return written
     keys, num_dropped = choice.of(shard)
     with local_file(shard.path) as source:
         if keys:
@@ -147,7 +152,14 @@ def _describe(copied: Copied, num_dropped: int, has_reasons: bool) -> dict[str, 
     }
 
 
-def _finish(output: Output, shards: list[TarShard], sizes: dict[str, int], keep: KeepList, reporter: Reporter) -> None:
+def _finish(
+    output: Output,
+    shards: list[TarShard],
+    sizes: dict[str, int],
+    outputs: list[dict[str, Any]],
+    keep: KeepList,
+    reporter: Reporter,
+) -> None:
     by_file = {f"{shard.name}.tar": sizes[shard.name] for shard in shards if sizes[shard.name]}
     written = sum(by_file.values())
     if not written or written > keep.num_kept:
@@ -160,7 +172,8 @@ def _finish(output: Output, shards: list[TarShard], sizes: dict[str, int], keep:
         reporter.warn(f"{keep.num_kept - written:,} of the {keep.num_kept:,} images kept are not in the shards.")
     write_json(output.folder / _SIZES, by_file)
     counts = {"samples": written, "missing": keep.num_kept - written, "shards": by_file}
-    output.commit(counts=counts, seconds={})
+    outputs += describe_outputs(output.folder, [output.folder / _SIZES])
+    output.commit(counts=counts, seconds={}, outputs=outputs)
 
 
 def _clear(target: Path) -> None:

@@ -106,11 +106,11 @@ class ClusterRows:
         images = self.sources.images.take(numbers)
         if not self.joint:
             return images
-        return joint_features(images, _without_nan(self.sources.texts.take(numbers)))
+        return joint_features(images, self.sources.texts.take(numbers))
 
     def captions(self, start: int, stop: int) -> Float16:
-        """Read the captions' embeddings: unit rows, float16 [n, D]; zero where another tool left no finite row."""
-        return _without_nan(self._read(self.sources.texts, start, stop))
+        """Read the captions' embeddings: unit rows, float16 [n, D]."""
+        return self._read(self.sources.texts, start, stop)
 
     def keys(self, start: int, stop: int) -> pa.ChunkedArray:
         """Read the keys of rows start … stop − 1, strings."""
@@ -180,7 +180,3 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     path = None if keep_list is None else keep_list.path
     # Sources of their own, without what was read so far: each process reads that itself.
     return ClusterRows(embeddings, path, Selection(usable), settings.features == "joint", skips, Sources(embeddings))
-
-
-def _without_nan(rows: Float16) -> Float16:
-    return np.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0)

@@ -61,6 +61,8 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
             "train_rows": settings.train_rows if (settings.train_rows or len(rows)) < len(rows) else None,
             "seed": settings.seed,
             "images": len(rows),
+            # `embed` has made the keys of its own folders.
+            "keys": settings.keys if rows.embeddings.sidecar is None else None,
         }
         inputs = machine.on_main(rows.fingerprint)
         seconds = {"read": time.perf_counter() - started}

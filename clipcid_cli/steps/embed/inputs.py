@@ -50,10 +50,15 @@ def open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
 
 
 def has_captions(dataset: Dataset) -> bool:
-    """Tell whether any sample of the first shard has a caption."""
+    """Tell whether any sample has a caption, of the first shard that has samples."""
     if dataset.index is not None:
-        return dataset.index.records[0].with_captions > 0
-    return any(sample.captions for sample in dataset.shards[0].stream())
+        return next((record.with_captions > 0 for record in dataset.index.records if record.samples), False)
+    for shard in dataset.shards:
+        samples = shard.stream()
+        first = next(samples, None)
+        if first is not None:
+            return bool(first.captions) or any(sample.captions for sample in samples)
+    return False
 
 
 def require_captions(dataset: Dataset, without_text: str) -> None:
@@ -63,12 +68,12 @@ def require_captions(dataset: Dataset, without_text: str) -> None:
         without_text: How to embed the images alone, for the error; empty when captions are needed.
 
     Raises:
-        ClipcidError: when the first shard has none.
+        ClipcidError: when the first shard with samples has none.
     """
     if not has_captions(dataset):
         captions = "captions next to the images (.txt, or --caption-column of a list)."
         raise ClipcidError(
-            f"{dataset.spec}: no sample of the first shard has a caption.",
+            f"{dataset.spec}: no sample of the first shard that has any has a caption.",
             f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
         )
 
@@ -91,6 +96,12 @@ def recorded_augmentation(sidecar: dict[str, Any]) -> dict[str, Any]:
     made = sidecar["settings"]
     found = {name: made[name] for name in (*_VIEW_SETTINGS, *_TEXT_SETTINGS) if name in made}
     return found | ({"view_kind": tuple(found["view_kind"])} if "view_kind" in found else {})
+
+
+def describe_shards(dataset: Dataset) -> list[dict[str, Any]]:
+    """Describe every shard for the sidecar: its content, and its name, which the metadata repeats."""
+    found = zip(dataset.fingerprints(), dataset.shards, strict=True)
+    return [fingerprint | {"shard": shard.name} for fingerprint, shard in found]
 
 
 def find_finished(

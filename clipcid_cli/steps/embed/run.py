@@ -24,6 +24,7 @@ from clipcid_cli.steps.embed.cost import bytes_per_image, estimate_cost
 from clipcid_cli.steps.embed.finish import describe_result, finish
 from clipcid_cli.steps.embed.inputs import (
     augmentation_identity,
+    describe_shards,
     find_finished,
     is_begun,
     open_data,
@@ -74,7 +75,7 @@ def make_embeddings(
     dataset = machine.on_main(lambda: open_data(settings, reporter))
     if settings.text:
         machine.on_main(lambda: require_captions(dataset, without_text))
-    inputs = machine.on_main(dataset.fingerprints)
+    inputs = machine.on_main(lambda: describe_shards(dataset))
     finished = machine.on_main(lambda: find_finished(folder, settings, name, dataset, inputs))
     if finished is not None:
         if not settings.dry_run:

@@ -134,19 +134,29 @@ def test_a_bad_label_is_named(tmp_path: Path) -> None:
 
 
 def test_image_folder_with_captions(tmp_path: Path) -> None:
-    for name in ("z.png", "b/10.png", "b/9.png", "b/9.PNG.bak", "b/9.jpg", ".hidden/x.png"):
+    for name in ("z.png", "b/10.png", "b/9.png", "b/9.PNG.bak", "b/9.jpg", ".hidden/x.png", "b1/1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(make_image(1))
     (tmp_path / "b" / "9.txt").write_text("a nine\n")
+    (tmp_path / "b1" / "1.TXT").write_text("a one\n")
     skips = Skips()
     dataset = open_dataset(tmp_path)
     samples = list_samples(dataset, skips)
     assert dataset.kind == "images"
     assert dataset.classes is None
-    assert [sample.key for sample in samples] == ["b/9", "b/10", "z"]
-    assert [sample.captions for sample in samples] == [("a nine",), (), ()]
+    assert [sample.key for sample in samples] == ["b/9", "b/10", "b1/1", "z"]
+    assert [sample.captions for sample in samples] == [("a nine",), (), ("a one",), ()]
     assert skips.examples == {"duplicate_key": ["b/9.png"]}
     assert samples[0].image.read() == make_image(1)
+
+
+def test_an_edited_caption_is_another_content(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(make_image(1))
+    (tmp_path / "1.txt").write_text("a cat")
+    before = open_dataset(tmp_path).fingerprints()
+    assert open_dataset(tmp_path).fingerprints() == before
+    (tmp_path / "1.txt").write_text("a dog")
+    assert open_dataset(tmp_path).fingerprints() != before
 
 
 def test_class_per_folder(tmp_path: Path) -> None:
@@ -195,6 +205,16 @@ def test_lists(tmp_path: Path, suffix: str) -> None:
     assert [sample.label for sample in samples] == [2, 0]
     assert samples[1].image.read() == make_image(4)
     assert skips.counts == {"duplicate_key": 1, "no_image": 1}
+
+
+def test_a_list_has_one_or_several_captions_in_a_cell(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"filepath": ["a.png", "b.png", "c.png"], "title": [["a dog", "one dog"], ["b"], []]})
+    frame.to_parquet(tmp_path / "list.parquet")
+    samples = list_samples(open_dataset(tmp_path / "list.parquet"))
+    assert [sample.captions for sample in samples] == [("a dog", "one dog"), ("b",), ()]
+    frame.rename(columns={"title": "key"}).to_parquet(tmp_path / "keys.parquet")
+    with pytest.raises(ClipcidError, match=r"Column 'key' of list .* contains lists"):
+        open_dataset(tmp_path / "keys.parquet")
 
 
 def test_columns_of_a_list_can_be_renamed(tmp_path: Path) -> None:

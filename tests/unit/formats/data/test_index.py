@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +118,18 @@ def test_workers_write_the_same_index(tmp_path: Path) -> None:
         assert path.read_bytes() == (shared.index.folder / path.name).read_bytes()
 
 
+def note_listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list to which the names of shards are added as they are listed."""
+    listed: list[str] = []
+
+    def note(folder: Path, shard: tar_index.TarShard, *arguments: object) -> object:
+        listed.append(shard.name)
+        return module.write_part(folder, shard, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("clipcid_cli.steps.data_index.write_part", note)
+    return listed
+
+
 def test_a_shard_that_changed_is_listed_again_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
@@ -126,15 +137,9 @@ def test_a_shard_that_changed_is_listed_again_and_no_other(tmp_path: Path, monke
     changed = write_tar(tmp_path / "data" / "1.tar", shard_members(10, 6))
     os.utime(changed, ns=(0, 1))
     assert open_dataset(tmp_path / "data", index_root=tmp_path / "index").index is None
-    listed = []
-
-    def note(folder: Path, number: int, *arguments: object) -> object:
-        listed.append(number)
-        return module.write_part(folder, number, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("clipcid_cli.steps.data_index.write_part", note)
+    listed = note_listed(monkeypatch)
     after = indexed(tmp_path / "data", tmp_path / "index")
-    assert listed == [1]
+    assert listed == ["1"]
     assert before.index is not None
     assert after.index is not None
     assert np.array_equal(after.index.sizes, [4, 6, 4])
@@ -176,15 +181,16 @@ def test_a_caption_that_was_rewritten_is_read_again(tmp_path: Path) -> None:
 def test_what_a_killed_run_left_is_removed_and_not_what_another_one_writes(tiny_shards: Path, tmp_path: Path) -> None:
     folder = indexed(tiny_shards, tmp_path).index_folder
     assert folder is not None
-    matched, part = (folder / f".{name}.partial" for name in ("matched-1", "00000000.arrow.1"))
+    path = next(folder.glob("*.arrow"))
+    matched, part = (folder / f".{name}.partial" for name in ("matched-1", f"{path.name}.1"))
     matched.mkdir()
     (matched / "training.places.npy").touch()
     part.touch()
-    (folder / "shards.parquet").unlink()
-    with atomic_file(folder / "00000000.arrow", shared=True) as written:
+    table_of(folder).unlink()
+    with atomic_file(path, shared=True) as written:
         indexed(tiny_shards, tmp_path)
         assert [str(path) for path in folder.glob(".*.partial")] == [written.name]
-        written.write((folder / "00000000.arrow").read_bytes())
+        written.write(path.read_bytes())
 
 
 def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(
@@ -212,7 +218,7 @@ def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(
 def test_a_part_of_another_version_of_its_shard_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
     index = indexed(tiny_shards, tmp_path / "index").index
     assert index is not None
-    parts = sorted(index.folder.glob("*.arrow"))
+    parts = [Path(index.source(number).path) for number in range(2)]
     parts[0].write_bytes(parts[1].read_bytes())
     parts[1].unlink()
     module._read_part.cache_clear()
@@ -220,6 +226,12 @@ def test_a_part_of_another_version_of_its_shard_is_refused(tiny_shards: Path, tm
         with pytest.raises(ClipcidError, match="missing, edited, damaged, or of another version") as error:
             index.part(number)
         assert str(index.folder) in error.value.fix
+
+
+def table_of(folder: Path) -> Path:
+    """Find the only table of an index."""
+    (table,) = folder.glob("shards-*.parquet")
+    return table
 
 
 def edit_part(path: Path) -> list[str]:
@@ -234,15 +246,15 @@ def edit_part(path: Path) -> list[str]:
     return keys
 
 
-def test_an_edited_part_is_refused_until_the_index_is_removed(tiny_shards: Path, tmp_path: Path) -> None:
+def test_an_edited_part_is_refused_until_the_table_is_removed(tiny_shards: Path, tmp_path: Path) -> None:
     index = indexed(tiny_shards, tmp_path / "index").index
     assert index is not None
-    path = index.folder / "00000000.arrow"
+    path = Path(index.source(0).path)
     keys = edit_part(path)
-    with pytest.raises(ClipcidError, match=r"00000000\.arrow is missing, edited, damaged") as error:
+    with pytest.raises(ClipcidError, match=rf"{path.name} is missing, edited, damaged") as error:
         index.part(0)
-    assert f"Remove {index.folder} and give the command again" in error.value.fix
-    shutil.rmtree(index.folder)
+    assert f"Remove {index.folder}/shards-*.parquet and give the command again" in error.value.fix
+    table_of(index.folder).unlink()
     again = indexed(tiny_shards, tmp_path / "index").index
     assert again is not None
     assert again.part(0).keys.to_pylist() == keys
@@ -255,11 +267,11 @@ def test_an_edited_part_is_listed_again_where_the_table_is_made_anew(tmp_path: P
         write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
     index = indexed(tmp_path / "data", tmp_path / "index").index
     assert index is not None
-    keys = edit_part(index.folder / "00000000.arrow")
+    keys = edit_part(Path(index.source(0).path))
     if table_is_there:
         os.utime(tmp_path / "data" / "1.tar", ns=(0, 1))
     else:
-        (index.folder / "shards.parquet").unlink()
+        table_of(index.folder).unlink()
     again = indexed(tmp_path / "data", tmp_path / "index").index
     assert again is not None
     assert again.part(0).keys.to_pylist() == keys
@@ -269,31 +281,46 @@ def test_an_edited_part_is_listed_again_where_the_table_is_made_anew(tmp_path: P
 def test_what_a_part_says_of_its_shard_cannot_be_edited_either(tiny_shards: Path, tmp_path: Path) -> None:
     index = indexed(tiny_shards, tmp_path / "index").index
     assert index is not None
-    path = index.folder / "00000000.arrow"
+    path = Path(index.source(0).path)
     content = path.read_bytes()
     assert content.count(b'"with_captions": 14') == 2, "at the head and at the end"
     path.write_bytes(content.replace(b'"with_captions": 14', b'"with_captions": 13'))
-    assert module.read_record(index.folder, 0, index.shards[0]) is None
+    assert module.read_record(index.folder, index.shards[0]) is None
     path.write_bytes(content)
-    assert module.read_record(index.folder, 0, index.shards[0]) == index.records[0]
+    assert module.read_record(index.folder, index.shards[0]) == index.records[0]
 
 
 def test_an_index_that_does_not_record_the_hashes_of_its_parts_is_made_again(tiny_shards: Path, tmp_path: Path) -> None:
     index = indexed(tiny_shards, tmp_path / "index").index
     assert index is not None
-    rows = [json.loads(row) for row in pq.read_table(index.folder / "shards.parquet")["shard"].to_pylist()]
+    rows = [json.loads(row) for row in pq.read_table(table_of(index.folder))["shard"].to_pylist()]
     table = pa.table({"shard": [json.dumps({name: row[name] for name in row if name != "digest"}) for row in rows]})
-    pq.write_table(table, index.folder / "shards.parquet")
+    pq.write_table(table, table_of(index.folder))
     assert module.open_index(index.folder, index.shards) is None
     again = indexed(tiny_shards, tmp_path / "index").index
     assert again is not None
     assert again.records == index.records
 
 
-def test_the_identity_of_data_behind_a_url_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_index, "RemoteStream", lambda path: pytest.fail("a shard was fetched"))
-    shards = [tar_index.TarShard(f"{number}", f"memory://bucket/{number}.tar") for number in range(2)]
-    assert len(module.index_identity("webdataset", {}, shards)) == 16
+def test_data_that_grew_lists_the_new_shard_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
+    first = indexed(tmp_path / "data", tmp_path / "index").index
+    write_tar(tmp_path / "data" / "2.tar", shard_members(20, 4))
+    listed = note_listed(monkeypatch)
+    grown = indexed(tmp_path / "data", tmp_path / "index").index
+    assert listed == ["2"]
+    assert first is not None
+    assert grown is not None
+    assert grown.folder == first.folder
+    assert grown.records[:2] == first.records
+    assert grown.part(2).keys[0].as_py() == "000020"
+    # The smaller data are still there, and so is their table.
+    (tmp_path / "data" / "2.tar").unlink()
+    again = indexed(tmp_path / "data", tmp_path / "index").index
+    assert listed == ["2"]
+    assert again is not None
+    assert again.records == first.records
 
 
 def test_names_that_are_not_utf_8_are_one_error(tmp_path: Path) -> None:
