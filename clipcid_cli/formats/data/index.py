@@ -1,13 +1,11 @@
 """The index of a data set: where each sample's image and captions are, listed once and read by every later start.
 
-    <work>/index/<how it is read>/<shard>.arrow          the samples of one shard, see `_SCHEMA`
-    <work>/index/<how it is read>/shards-<list>.parquet  of one list of shards, a row each: what was found, stamp and hash of
-                                                         its file, hash of its part
+    <work>/index/<options>/<shard>.arrow          the samples of one shard, see `_SCHEMA`
+    <work>/index/<options>/shards-<list>.parquet  a row a shard: what was found, stamp and hash of its file, hash of its part
 
 Listing a tar costs 30 to 45 µs a sample, and 400 million samples take hours of it. So each shard is listed once, by any
-process, into a file of its own that appears whole, and data that grew shares it; the table is written last. A shard whose
-file has another size or modification time than recorded is listed again. A process holds the parts it used last,
-`PARTS_KEPT` of them.
+process, into a file of its own that appears whole; the table is written last. A shard whose file has another size or
+modification time than recorded is listed again. A process holds the parts it used last, `PARTS_KEPT` of them.
 """
 
 from __future__ import annotations
@@ -209,9 +207,10 @@ class DataIndex:
 
     def source(self, number: int) -> PartSource:
         """Return where the part of a shard is."""
-        shard = self.shards[number]
-        path, digest = str(_part_path(self.folder, shard)), self.records[number].digest
-        return PartSource(path, digest, shard if shard.file else None, self._copy(number))
+        shard, digest = self.shards[number], self.records[number].digest
+        return PartSource(
+            str(_part_path(self.folder, shard)), digest, shard if shard.file else None, self._copy(number)
+        )
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Copy shards to the cache in the background, in order; see `ShardCache.fetch_ahead`."""
@@ -234,15 +233,15 @@ def index_identity(kind: str, settings: dict[str, Any]) -> str:
 
 def write_part(
     folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequence[Sample], read: int, skips: Skips
-) -> IndexedShard:
+) -> None:
     """Write down what the listing of one shard found, whole or not at all.
 
     Args:
         stamp: The shard's stamp before it was listed, so that a change meanwhile is noticed.
         samples: What `shard.samples(skips)` returned.
     """
-    with_captions = sum(bool(sample.captions) for sample in samples)
-    record = IndexedShard(len(samples), with_captions, read, skips, stamp, shard.fingerprint())
+    captioned = sum(bool(sample.captions) for sample in samples)
+    record = IndexedShard(len(samples), captioned, read, skips, stamp, shard.fingerprint())
     columns: dict[str, Iterable[Any]] = {
         "key": (sample.key for sample in samples),
         "path": (None if sample.image.path == shard.file else sample.image.path for sample in samples),
@@ -261,15 +260,13 @@ def write_part(
         table = pa.table({name: list(values) for name, values in columns.items()}, schema=_SCHEMA)
     except UnicodeEncodeError as error:
         name = error.object[:100].encode("utf-8", "backslashreplace").decode()
-        raise ClipcidError(
-            f"{shard.source}: the name of a file is not UTF-8: {name}.", "Rename the file; keys are text."
-        ) from error
-    written = dataclasses.replace(record, digest=_hash_content(record, table))
-    table = table.replace_schema_metadata({b"clipcid": json.dumps(_to_json(written)).encode()})
+        problem = f"{shard.source}: the name of a file is not UTF-8: {name}."
+        raise ClipcidError(problem, "Rename the file; keys are text.") from error
+    record = dataclasses.replace(record, digest=_hash_content(record, table))
+    table = table.replace_schema_metadata({b"clipcid": json.dumps(_to_json(record)).encode()})
     path = _part_path(folder, shard)  # also written by a worker process that outlives its run for a moment
     with atomic_file(path, shared=True) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-    return record
 
 
 def read_record(folder: Path, shard: Shard) -> IndexedShard | None:
@@ -292,9 +289,8 @@ def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[Indexe
     """
     index = DataIndex(folder, tuple(shards), tuple(records))
     _refuse_repeated_keys(index)
-    write_parquet(
-        _table_path(folder, shards), pa.table({"shard": [json.dumps(_to_json(record)) for record in records]})
-    )
+    rows = [json.dumps(_to_json(record)) for record in records]
+    write_parquet(_table_path(folder, shards), pa.table({"shard": rows}))
     return index
 
 
@@ -306,8 +302,7 @@ def open_index(folder: Path, shards: Sequence[Shard]) -> DataIndex | None:
     except Exception:  # a damaged table is made again
         return None
     same = [record.stamp for record in records] == [shard.stamp() for shard in shards]
-    hashed = all(record.digest for record in records)  # an earlier version did not
-    return DataIndex(folder, tuple(shards), tuple(records)) if same and hashed else None
+    return DataIndex(folder, tuple(shards), tuple(records)) if same else None
 
 
 @contextmanager

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import make_caption, make_image, shard_members, write_tar
 
@@ -288,18 +286,6 @@ def test_what_a_part_says_of_its_shard_cannot_be_edited_either(tiny_shards: Path
     assert module.read_record(index.folder, index.shards[0]) is None
     path.write_bytes(content)
     assert module.read_record(index.folder, index.shards[0]) == index.records[0]
-
-
-def test_an_index_that_does_not_record_the_hashes_of_its_parts_is_made_again(tiny_shards: Path, tmp_path: Path) -> None:
-    index = indexed(tiny_shards, tmp_path / "index").index
-    assert index is not None
-    rows = [json.loads(row) for row in pq.read_table(table_of(index.folder))["shard"].to_pylist()]
-    table = pa.table({"shard": [json.dumps({name: row[name] for name in row if name != "digest"}) for row in rows]})
-    pq.write_table(table, table_of(index.folder))
-    assert module.open_index(index.folder, index.shards) is None
-    again = indexed(tiny_shards, tmp_path / "index").index
-    assert again is not None
-    assert again.records == index.records
 
 
 def test_data_that_grew_lists_the_new_shard_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

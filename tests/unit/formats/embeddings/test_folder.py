@@ -19,7 +19,6 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings import folder as folders
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.npy import find_npy
-from clipcid_cli.formats.embeddings.pairing import list_files
 from clipcid_cli.formats.embeddings.rows import holds_unit_rows, unit_rows
 from clipcid_cli.formats.embeddings.writer import (
     EmbeddingWriter,
@@ -227,29 +226,6 @@ def test_files_of_more_shards_are_removed(tmp_path: Path) -> None:
         "metadata_0001.parquet",
         "mine.txt",
     ]
-
-
-def test_files_keep_their_names_when_there_are_more_shards_than_their_digits_can_count(tmp_path: Path) -> None:
-    written = write_folder(tmp_path)["writer"]
-    names = {entry["path"] for entry in written.describe()}
-    grown = EmbeddingWriter(tmp_path, ["plan"] * 10_001)
-    assert {entry["path"] for entry in grown.describe()} == names
-    assert grown.read_record(2) == written.read_record(2)
-    for number in (9_999, 10_000):
-        record = ShardRecord(f"s{number}", 1, 1, Skips(), flattened=0)
-        grown.write(number, record, [f"{number}"], [""], ShardRows(make_rows(1), make_rows(1)))
-    found = list_files(tmp_path / "img_emb", ".npy")
-    assert [path.name for path in found[-2:]] == ["img_emb_9999.npy", "img_emb_10000.npy"]
-
-
-def test_captions_that_are_not_utf_8_are_read(tmp_path: Path) -> None:
-    write_foreign(tmp_path)
-    path = tmp_path / "metadata" / "metadata_0.parquet"
-    binary = pa.array([b"cat\xe9", b"dog"], pa.binary())
-    broken = pa.StringArray.from_buffers(2, *binary.buffers()[1:])
-    pq.write_table(pa.table({"image_path": ["p/0a", "p/0b"], "caption": broken}), path)
-    embeddings = open_embeddings(tmp_path)
-    assert embeddings.captions_of(embeddings.files[0]).to_pylist() == ["cat\ufffd", "dog"]
 
 
 def test_folders_of_others_are_not_written_to(tmp_path: Path) -> None:
