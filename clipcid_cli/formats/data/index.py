@@ -289,8 +289,7 @@ def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[Indexe
     """
     index = DataIndex(folder, tuple(shards), tuple(records))
     _refuse_repeated_keys(index)
-    rows = [json.dumps(_to_json(record)) for record in records]
-    write_parquet(_table_path(folder, shards), pa.table({"shard": rows}))
+    write_parquet(_table_path(folder, shards), pa.table({"shard": [json.dumps(_to_json(each)) for each in records]}))
     return index
 
 
@@ -367,8 +366,7 @@ def _table_path(folder: Path, shards: Sequence[Shard]) -> Path:
 
 
 def _identity(content: list[Any]) -> str:
-    text = json.dumps(content, sort_keys=True).encode("utf-8", "surrogateescape")
-    return hashlib.blake2b(text, digest_size=8).hexdigest()
+    return _digest(json.dumps(content, sort_keys=True).encode("utf-8", "surrogateescape"))[:16]
 
 
 def _digest(content: bytes) -> str:
