@@ -43,6 +43,8 @@ _WINDOW = 2**20
 # More files than this are compared with a listing of their folders.
 _FEW_FILES = 64
 
+WORK_OR_OUT = "--work, or --out where the command has it"
+
 
 def fingerprint_file(path: Path) -> dict[str, Any]:
     """Describe an input file such that a later run can detect a change.
@@ -276,6 +278,7 @@ def open_output(
     resumable: bool = True,
     may_grow: bool = False,
     keeps_earlier: bool = False,
+    elsewhere: str = WORK_OR_OUT,
 ) -> Iterator[Output]:
     """Lock an output folder and determine whether it is finished, unfinished or new.
 
@@ -292,6 +295,7 @@ def open_output(
         may_grow: Whether inputs may have been added without an error, as settings that are replaceable may differ.
         keeps_earlier: Whether a finished output that is replaced without an error stays until ``drop_earlier``; then no plan
             is written.
+        elsewhere: The flags that choose another place, for the error.
 
     Raises:
         ClipcidError: when another run holds the folder, or it holds an output of other settings or inputs, or one whose
@@ -319,7 +323,7 @@ def open_output(
                     f"{folder} {state} {step} output made with other settings or inputs:\n"
                     + "\n".join(f"  {name}: {differences[name]}" for name in serious[:8])
                     + (f"\n  … and {len(serious) - 8} more" if len(serious) > 8 else ""),
-                    "Add --overwrite to replace it, or write elsewhere (--work, or --out where the command has it).",
+                    f"Add --overwrite to replace it, or write elsewhere ({elsewhere}).",
                 )
             if differences:
                 earlier = finished if (keeps_earlier or not resumable) and not serious else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError
@@ -37,6 +38,14 @@ class Skips:
     def total(self) -> int:
         """Number of unusable samples."""
         return sum(self.counts.values())
+
+    @classmethod
+    def of(cls, reasons: Mapping[str, str]) -> Skips:
+        """Count samples of which each name has a reason."""
+        skips = cls()
+        for name, reason in reasons.items():
+            skips.add(reason, name)
+        return skips
 
     def add(self, reason: str, name: str) -> None:
         """Count one sample.

@@ -118,6 +118,10 @@ class WorkDirectory:
         folder, here = folder.resolve(), self.path.resolve()
         return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
+    def has_embeddings(self) -> bool:
+        """Whether there are finished embeddings, or a `balance` that used some of another place."""
+        return self._balanced() is not None or any((self.path / "embeddings").glob("*/embed.json"))
+
     def find_embeddings(self, model_slug: str | None = None) -> Path:
         """Find finished embeddings.
 
@@ -132,11 +136,8 @@ class WorkDirectory:
             if read_sidecar(sidecar_path(folder, "embed")) is None:
                 raise self._missing("embeddings", folder, "--embeddings", "embed", "DATA", model="MODEL")
             return folder
-        balanced = read_sidecar(sidecar_path(self.balance, "balance"))
-        if balanced is not None and "embeddings" in balanced:
-            folder = self.path / str(balanced["embeddings"])
-            if folder.is_dir():
-                return folder
+        if (balanced := self._balanced()) is not None:
+            return balanced
         found = sorted(path.parent for path in (self.path / "embeddings").glob("*/embed.json"))
         if not found:
             raise self._missing("embeddings", self.path / "embeddings", "--embeddings", "embed", "DATA")
@@ -146,6 +147,12 @@ class WorkDirectory:
                 "Choose one with --embeddings.",
             )
         return found[0]
+
+    def _balanced(self) -> Path | None:
+        """Find the embeddings that `balance` used."""
+        balanced = read_sidecar(sidecar_path(self.balance, "balance"))
+        folder = None if balanced is None or "embeddings" not in balanced else self.path / str(balanced["embeddings"])
+        return folder if folder is not None and folder.is_dir() else None
 
     def find_keep_list(self) -> Path | None:
         """Find the keep list of a finished `balance`; None when there was no `balance` here.

@@ -6,9 +6,10 @@ import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipcid_cli.errors import ClipcidError
 
@@ -80,6 +81,17 @@ def choose_scan(requested: str, device: torch.device) -> Precision:
     if requested == "auto" and device.type == "cpu" and not has_amx() and "avx512_vnni" in _cpu_flags():
         return _precision("int8", "this CPU has int8 dot products (AVX-512 VNNI)")
     return choose_precision(requested, device, "embed", parameters=0)
+
+
+def fast_attention(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Choose the attention kernel of the forward pass, which decides that of the backward pass.
+
+    On a CPU the backward pass of PyTorch's fused attention in bfloat16 is slow: with 2 cores with AMX, 128 samples and a
+    13.7 M CLIP at 64 px, a training step took 276 ms with it and 195 ms with plain matrix products (379 ms in float32).
+    """
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return cast(AbstractContextManager[None], sdpa_kernel(SDPBackend.MATH))
+    return nullcontext()
 
 
 def has_amx() -> bool:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.formats.output import Output, open_output
+from clipcid_cli.formats.output import WORK_OR_OUT, Output, open_output
 from clipcid_cli.runtime.machine import Machine
 
 
@@ -25,6 +25,7 @@ def claim_output(
     resumable: bool = True,
     may_grow: bool = False,
     keeps_earlier: bool = False,
+    elsewhere: str = WORK_OR_OUT,
 ) -> Iterator[Output]:
     """Lock `folder` on the first process and give its state to all processes.
 
@@ -48,6 +49,7 @@ def claim_output(
                     resumable=resumable,
                     may_grow=may_grow,
                     keeps_earlier=keeps_earlier,
+                    elsewhere=elsewhere,
                 )
             )
 

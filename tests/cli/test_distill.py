@@ -166,6 +166,8 @@ def test_divergence_stops_with_the_keys_of_the_batch(clipcid: Clipcid, distill_p
         (("--student", "student.json", "--keep-list", "nowhere.parquet"), 1, ["nowhere.parquet", "clipcid balance"]),
         (("--student", "student.json", "--batch-size", 500), 1, ["500", "--batch-size"]),
         (("--student", "student.json", "--resume", "latest", "--batch-size", 8), 1, ["no checkpoint"]),
+        (("--student", "student.json", "--resume", "latest", "--overwrite"), 2, ["--overwrite discards"]),
+        (("--student", "student.json", "--name", "lr/1e-3"), 2, ["--name 'lr/1e-3' is not the name of one folder"]),
         (("--student", "student.json", "--freeze-image", "--freeze-text"), 2, ["nothing to train"]),
         (("--student", "student.json", "--batch-size", 8, "--accum-freq", 3), 2, ["8", "3", "multiple"]),
         (("--student", "student.json", "--init-from", "nowhere/"), 1, ["nowhere"]),

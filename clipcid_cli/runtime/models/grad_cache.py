@@ -22,8 +22,7 @@ from clipcid_cli.runtime.models.augment import apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.models.short_forward import ShortForward
-from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.runtime.training.trainer import fast_attention
+from clipcid_cli.runtime.precision import Precision, fast_attention
 
 # Runs both towers on normalised pixels (on the model's device) and tokens (on the CPU): features [b, d], not normalised.
 EncodeBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

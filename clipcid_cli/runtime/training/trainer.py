@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipcid_cli.runtime.training.muon import Muon, matrices_of
 from clipcid_cli.runtime.training.weight_average import WeightAverage
@@ -243,14 +241,3 @@ class Trainer:
         """Return the logarithms of the logit scales, float32 [] each on the device, the student's own under ``student``."""
         own: Any = self.module.logit_scale
         return {"student": own, **dict(self.loss_parameters.log_scales.items())}
-
-
-def fast_attention(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Choose the attention kernel of the forward pass, which decides that of the backward pass.
-
-    On a CPU the backward pass of PyTorch's fused attention in bfloat16 is slow: with 2 cores with AMX, 128 samples and a
-    13.7 M CLIP at 64 px, a training step took 276 ms with it and 195 ms with plain matrix products (379 ms in float32).
-    """
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return cast(AbstractContextManager[None], sdpa_kernel(SDPBackend.MATH))
-    return nullcontext()

@@ -76,11 +76,10 @@ def use_clusters(
 ) -> TeacherInputs:
     """Let clusters teach; those of other images are refused (ClipcidError: the fix remakes them)."""
     if counts.without_cluster:
-        lacking = (
-            f"{counts.without_cluster:,} of {counts.candidates:,} samples to train on are not in {clusters.folder}"
-        )
+        few, of = counts.without_cluster, counts.candidates
+        lacking = f"{few:,} of {of:,} samples to train on are not in {clusters.folder}"
         # With stored embeddings, what `embed` left out is known; beside an online teacher the clusters alone tell.
-        if not settings.online_teacher or counts.without_cluster > settings.max_bad_fraction * counts.candidates:
+        if not settings.online_teacher or few > settings.max_bad_fraction * of:
             or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
             raise ClipcidError(
                 f"{lacking}: the clusters were made from another keep list{or_not}.",
@@ -88,7 +87,8 @@ def use_clusters(
             )
         reporter.warn(f"{lacking}: they are left out.")
     several_captions = bool(counts.several_captions) and not teacher_inputs.first_captions
-    text_clusters = _teaches_text(clusters, settings, several_captions)
+    if (text_clusters := _teaches_text(clusters, settings, several_captions)) and several_captions:
+        reporter.warn("--cluster-towers both: captions after an image's first are taught the clusters of the first.")
     towers = "both towers" if text_clusters else "the image tower"
     reporter.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {towers}.")
     return dataclasses.replace(teacher_inputs, clusters=clusters, text_clusters=text_clusters)

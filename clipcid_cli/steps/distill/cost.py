@@ -120,19 +120,23 @@ def _measure_teacher(run: TrainingRun, step_seconds: float) -> TeacherCost | Non
     step = step_seconds if run.online_teacher is not None else step_seconds + seconds
     # What is embedded once may be more than what is trained on: all images, not only the kept ones.
     rows = run.inputs.usable.total if embeddings is None else embeddings.num_rows
-    variants = 0 if teacher_inputs.text_variants is None else teacher_inputs.text_variants.number
-    passes = passes_to_embed(images, texts, teacher_inputs.num_views, variants) * rows / run.inputs.training.total
+    further = [] if embeddings is None else [file.extras.further for file in embeddings.files]
+    texts_per_image = 1 + sum(captions.shape[0] for captions in further if captions is not None) / rows
+    texts_per_image += 0 if teacher_inputs.text_variants is None else teacher_inputs.text_variants.number
+    passes = (
+        passes_to_embed(images, texts, teacher_inputs.num_views, texts_per_image) * rows / run.inputs.training.total
+    )
     return TeacherCost(teacher.info.parameters, seconds, min(1.0, seconds / step), passes)
 
 
-def passes_to_embed(images: float, texts: float, num_views: int, num_variants: int) -> float:
-    """Return what embedding with views and text variants takes, in passes over images and captions alone.
+def passes_to_embed(images: float, texts: float, num_views: int, texts_per_image: float) -> float:
+    """Return what embedding with views and several texts an image takes, in passes over images and one caption of each.
 
     Args:
         images: Time for some images.
         texts: Time for as many captions, in the same unit.
     """
-    return ((1 + num_views) * images + (1 + num_variants) * texts) / (images + texts)
+    return ((1 + num_views) * images + texts_per_image * texts) / (images + texts)
 
 
 def _time_teacher(teacher: ClipModel, count: int, requested: str) -> tuple[float, float]:

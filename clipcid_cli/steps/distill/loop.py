@@ -187,22 +187,18 @@ class Loop:
         Raises:
             ClipcidError: on every process.
         """
-        skips = self.bad_images()
+        skips = Skips.of(self.bad_images())
         if skips.total >= self.order.batch_size:
             raise ClipcidError(
                 f"None of the {self.order.batch_size:,} images of the first batch can be read:\n{skips.describe()}",
                 "Fix the data.",
             )
 
-    def bad_images(self) -> Skips:
-        """Return the unreadable images met so far, of all processes; call it on every process."""
-        skips = Skips()
-        for key, reason in self._gather_bad().items():
-            skips.add(reason, key)
-        return skips
+    def bad_images(self) -> dict[str, str]:
+        """Return the unreadable images that any process met so far, reason by key; call it on every process.
 
-    def _gather_bad(self) -> dict[str, str]:
-        """Merge what the processes met: in another epoch, an image may have come to another of them."""
+        In another epoch, an image may have come to another of them.
+        """
         return {key: reason for bad in self.machine.gather(self.bad) for key, reason in bad.items()}
 
     def _stop(self, step: int, loss: float, norm: float, losses: dict[str, float]) -> None:
@@ -220,7 +216,8 @@ class Loop:
             )
         raise ClipcidError(
             f"Training diverged at step {step:,}: loss {loss:g}, gradient norm {norm:g}.{where}",
-            "Lower --lr, lengthen --warmup, or train in --precision fp32; the last checkpoint is untouched.",
+            "Lower --lr, lengthen --warmup, or train in --precision fp32. Each begins anew; under another --name, and this "
+            "run's checkpoints stay.",
         )
 
     def _evaluate(self) -> None:
@@ -242,8 +239,8 @@ class Loop:
         )
 
     def _save(self) -> None:
-        self.bad_images().check(len(self.order), self.max_bad_fraction, "the training data")
-        bad = self._gather_bad()
+        bad = self.bad_images()
+        Skips.of(bad).check(len(self.order), self.max_bad_fraction, "the training data")
         if self.machine.is_main:
             write_checkpoint(self.folder.checkpoints, self.trainer.step, self.trainer.state() | {"bad": bad})
         self.machine.barrier()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
 from clipcid_cli.algorithms.losses.learning_rate import default_rate
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.runtime.loading import default_workers
@@ -120,7 +118,7 @@ def plan_run(
         raise UsageError(f"--warmup {warmup:,} exceeds the {steps:,} steps of the run.", "Give fewer warm-up steps.")
     reporter.note(
         f"{samples:,} samples, {steps:,} steps of {batch_size:,}: {steps * batch_size / samples:.1f} epochs, "
-        f"{warmup:,} steps of warm-up.\n{_describe_shuffle(int(np.count_nonzero(inputs.training.sizes)))}"
+        f"{warmup:,} steps of warm-up.\n{_describe_shuffle(len(inputs.training.sizes))}"
     )
     if settings.optimizer == "muon":
         reporter.note("Optimizer: Muon for the layers of the towers, AdamW for all else.")

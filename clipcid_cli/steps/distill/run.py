@@ -79,6 +79,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
             inputs=inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
             overwrite=settings.overwrite,
             clear=folder.clear,
+            elsewhere="--name",
         ) as output:
             sidecar = output.finished
             if sidecar is not None:

@@ -53,11 +53,14 @@ def choose_space(
         machine: The processes; all take the first one's axes.
 
     Returns:
-        For equal widths the teacher's space as it is, unless a layer is requested; else as requested, but ``pca`` cannot
-        widen: a student wider than its teacher takes ``project``, and so does one whose teacher has no stored embeddings.
+        For equal widths, and where no loss compares features of the two, the teacher's space as it is, unless requested
+        otherwise; else as requested, but ``pca`` cannot widen: a student wider than its teacher takes ``project``, and so
+        does one whose teacher has no stored embeddings.
     """
     requested = settings.teacher_space
     by_layer = f"Shared space: the teacher's {teacher_width} dimensions, by a learned layer per student tower."
+    if requested == "auto" and all(LOSSES[name].space == "own" for name in settings.losses()):
+        return SharedSpace(teacher_width)
     if requested == "project" or student_width > teacher_width:
         reporter.note(by_layer)
         return SharedSpace(teacher_width, is_learned=True)

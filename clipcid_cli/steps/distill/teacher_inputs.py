@@ -120,7 +120,7 @@ def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Repor
         try:
             return machine.on_main(WorkDirectory(settings.work).find_embeddings)
         except ClipcidError:
-            if settings.data is None or any((settings.work / "embeddings").glob("*/embed.json")):
+            if settings.data is None or WorkDirectory(settings.work).has_embeddings():
                 raise
         teacher = DEFAULT_MODEL
         reporter.note(f"Teacher: {teacher}, the default.")
@@ -134,15 +134,13 @@ def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Repor
 
 
 def _find_for_axes(settings: DistillSettings) -> Path | None:
-    """Find stored embeddings of an online teacher, in which only the axes of the shared space are found; None for none."""
-    teacher = named_teacher(settings)
-    try:
-        folder = WorkDirectory(settings.work).find_embeddings(None if teacher is None else teacher.slug)
-    except ClipcidError:
-        return None
-    sidecar = read_sidecar(sidecar_path(folder, "embed"))
-    of_another = teacher is not None and (sidecar is None or not is_of(sidecar["model"], teacher))
-    return None if of_another or settings.teacher_space == "project" else folder
+    """Find stored embeddings of an online teacher: they name it, and have the axes of the shared space; None for none."""
+    work, teacher = WorkDirectory(settings.work), named_teacher(settings)
+    if teacher is not None:
+        sidecar = read_sidecar(sidecar_path(folder := work.embeddings(teacher.slug), "embed"))
+        is_its = sidecar is not None and is_of(sidecar["model"], teacher)
+        return folder if is_its and settings.teacher_space != "project" else None
+    return work.find_embeddings() if work.has_embeddings() else None
 
 
 def open_teacher(

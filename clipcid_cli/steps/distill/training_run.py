@@ -89,7 +89,7 @@ class TrainingRun:
             loop.log.close()
         seconds["train"] = time.perf_counter() - started
         samples = (self.plan.optimiser.steps - first) * self.plan.batch_size
-        skips = loop.bad_images()
+        skips = Skips.of(loop.bad_images())
         skips.merge(self.inputs.usable.skips)
         if skips.total:
             self.reporter.warn(f"{skips.total:,} samples were not used as they are:\n{skips.describe()}")

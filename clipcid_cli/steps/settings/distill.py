@@ -281,11 +281,13 @@ class DistillSettings(ReadingSettings):
                 "No student was given.", "Give --student, e.g. --student ViT-B-32 or a .json file of an architecture."
             )
         if self.freeze_image and self.freeze_text:
-            raise UsageError(
-                "--freeze-image and --freeze-text together leave nothing to train.", "Omit one of the two."
-            )
+            raise UsageError("--freeze-image with --freeze-text leaves nothing to train.", "Omit one of the two.")
         if self.init_towers != "both" and self.init_from is None:
             raise UsageError(f"--init-towers {self.init_towers} needs --init-from.", "Add --init-from MODEL.")
+        if self.resume == "latest" and self.overwrite:
+            raise UsageError("--resume latest goes on with a run that --overwrite discards.", "Omit one of the two.")
+        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+            raise UsageError(f"--name {self.name!r} is not the name of one folder.", "Use a name without slashes.")
         if self.epochs is not None and self.steps is not None:
             raise UsageError("--epochs and --steps were both given.", "Omit one of the two.")
         if self.teacher == NO_TEACHER:

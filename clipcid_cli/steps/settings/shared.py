@@ -50,7 +50,7 @@ class SharedSettings:
     batch_size: int | None = option(None, "Samples per batch; by default chosen by the step.", group=_RUN, minimum=1)
     workers: int | None = option(
         None,
-        "Processes that read and decode data; by default one per core beyond the first, at most 8.",
+        "Processes that read and decode data; by default one per core beyond the first, on a CPU at most 8.",
         group=_RUN,
         minimum=0,
         operational=True,

@@ -16,8 +16,7 @@ from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.short_forward import ShortForward
 from clipcid_cli.runtime.models.towers import DenseImageTower
 from clipcid_cli.runtime.models.used_tokens import train_used_rows
-from clipcid_cli.runtime.precision import choose_precision
-from clipcid_cli.runtime.training.trainer import fast_attention
+from clipcid_cli.runtime.precision import choose_precision, fast_attention
 
 CAPTIONS = ["a red square", "", "two cats, a dog and a very long list of other animals of every kind and size", "sky"]
 PLAIN: dict[str, Any] = {

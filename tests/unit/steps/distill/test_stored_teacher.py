@@ -18,8 +18,8 @@ from clipcid_cli.steps.distill.stored_teacher import choose_space
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
-def choose(work: Path, folder: Path, **settings: Any) -> SharedSpace:
-    given = DistillSettings(student="student.json", teacher_space="pca", work=work, **settings)
+def choose(work: Path, folder: Path, space: str = "pca", **settings: Any) -> SharedSpace:
+    given = DistillSettings(student="student.json", teacher_space=space, work=work, **settings)
     with open_machine("cpu") as machine:
         return choose_space(given, 32, open_embeddings(folder), 24, machine, Listener())
 
@@ -50,3 +50,12 @@ def test_axes_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(stored_teacher, "second_moment", read)
     assert choose(work, folder).axes is not None
     assert np.load(kept).shape == (32, 32)
+
+
+def test_losses_that_compare_no_features_of_student_and_teacher_need_no_shared_space(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 32)).astype(np.float16)
+    folder = write_embeddings(tmp_path / "embeddings", rows)
+    for preset in ("dr", "clip-kd"):
+        space = choose(tmp_path, folder, "auto", preset=preset)
+        assert (space.width == 32 and space.axes is None and not space.is_learned) == (preset == "dr")
+    assert choose(tmp_path, folder, "pca", preset="dr").axes is not None

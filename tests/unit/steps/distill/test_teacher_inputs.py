@@ -154,6 +154,20 @@ def test_embeddings_of_a_namesake_are_no_axes_for_an_online_teacher(
     assert "24 of the teacher's 32 dimensions, which keep" in said
 
 
+def test_an_online_teacher_without_a_name_is_the_embeddings_or_an_error_where_there_are_two(
+    tiny_shards: Path, embedded: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(embedded, work / "embeddings" / "one")
+    settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "online_teacher": True, "steps": 1}
+    _, said = train(work, tiny_shards, teacher_space="project", **settings)
+    assert "the teacher's 32 dimensions, by a learned layer" in said
+    shutil.copytree(embedded, work / "embeddings" / "two")
+    with pytest.raises(ClipcidError, match="has those of 2 models: one, two") as refused:
+        train(work, tiny_shards, name="second", **settings)
+    assert refused.value.fix == "Choose one with --embeddings."
+
+
 @pytest.mark.parametrize(
     ("asked", "known", "freeze_text", "several", "taught"),
     [
