@@ -314,7 +314,9 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds((longer(name, log) for name in SCALED), SEEDS[:1])
     yield from _tried(NEW, log)
     yield _seeds((tuned(name, log) for name in NEW), FIRST_SEEDS)
-    yield _seeds((setting for name in SCALED for setting in large_students(name, log)), SEEDS[:1])
+    # The first rate of each, then the second, and so on.
+    large = zip(*(large_students(name, log) for name in SCALED), strict=True)
+    yield _seeds((setting for of_each in large for setting in of_each), SEEDS[:1])
     yield from _tried(REST, log)
     yield _seeds((tuned(name, log) for name in REST), FIRST_SEEDS)
     yield _seeds(further_changes(log), FIRST_SEEDS)
