@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -178,7 +179,15 @@ def _report(error: Exception, message: str, fix: str, code: int, *, debug: bool,
 
 def _report_usage(error: click.UsageError, *, as_json: bool) -> int:
     command = error.ctx.command_path if error.ctx is not None else "clipcid"
-    return _report(error, error.format_message(), f"See {command} --help.", 2, debug=False, as_json=as_json)
+    message, fix = error.format_message(), f"See {command} --help."
+    if (extra := re.fullmatch(r"Got unexpected extra arguments \((.*)\)", message)) is not None:
+        names = extra[1].split()
+        if all(map(os.path.exists, names)):
+            message = (
+                f"Got {len(names):,} more arguments than one, such as {names[0]}: the shell has expanded a pattern."
+            )
+            fix = f"Quote the pattern, as in 'laion/{{00000..00099}}.tar', or name the folder. {fix}"
+    return _report(error, message, fix, 2, debug=False, as_json=as_json)
 
 
 def _fit(text: str) -> str:

@@ -25,7 +25,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     searched, cap, dropped_by = result["searched"], result.get("cluster_cap"), result["dropped_by"]
     is_filtered = any(result.get(name) is not None for name in ("against", "caption_window", "cluster_cap"))
     repeats = "dropped repeats" if is_filtered else "dropped images"
-    facts["coverage"] = f"{result['coverage']:.1%} of the {repeats} are farther from their kept image than the cut-off"
+    facts["not covered"] = (
+        f"{result['coverage']:.1%} of the {repeats} are farther from their kept image than the cut-off"
+    )
     if is_filtered:
         facts["dropped"] = _format_dropped(dropped_by, searched, result["images"])
     before = "" if cap is None else " before clusters are capped"
@@ -90,8 +92,8 @@ command = step_command(
     step="clipcid_cli.steps.balance.run",
     summary=show,
     help="Remove near-duplicates: keep one image of each group of images with similar embeddings. All pairs of images are "
-    "compared exactly, and the result is stored for every cut-off, so running again with another --keep or --threshold "
-    "takes seconds.",
+    "compared exactly, and the result is stored for every smaller cut-off, so running again with a larger --keep or a "
+    "smaller --threshold takes seconds.",
     examples="clipcid balance laion/ --keep 0.563\n"
     "clipcid balance --threshold 0.447 --linkage star\n"
     "clipcid balance laion/ --cosine-distance 0.1 --write-shards laion-balanced/\n"

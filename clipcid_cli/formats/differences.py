@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+_OLDER = "(not recorded by an earlier version)"
 
 
 def list_differences(existing: dict[str, Any], identity: dict[str, Any]) -> dict[str, str]:
@@ -26,8 +28,10 @@ def list_differences(existing: dict[str, Any], identity: dict[str, Any]) -> dict
         renamed = [entry for entry in changed if content_of(entry)[:2] in shards]
         gone = [entry for entry in changed if content_of(entry)[:2] not in shards]
         if renamed:
-            old, new = renamed[0]["shard"], shards[content_of(renamed[0])[:2]]
-            found["inputs"] += f"; {len(renamed)} shards have another name, such as {old}, now {new}"
+            new = shards[content_of(renamed[0])[:2]]
+            found["inputs"] += (
+                f"; {len(renamed)} shards have another name, such as {renamed[0].get('shard', _OLDER)}, now {new}"
+            )
         if gone:
             names = ", ".join(Path(str(entry.get("path"))).name for entry in gone[:3])
             found["inputs"] += f"; changed or gone: {names}" + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
@@ -35,11 +39,41 @@ def list_differences(existing: dict[str, Any], identity: dict[str, Any]) -> dict
         for old, new, entry in zip(old_inputs, new_inputs, identity["inputs"], strict=True):
             if old != new:
                 found[f"input {entry['path']}"] = (
-                    f"shard {old[2]} there, {new[2]} now"
+                    f"shard {old[2] or _OLDER} there, {new[2]} now"
                     if old[:2] == new[:2]
                     else f"{old[0]} bytes ({old[1]}) there, {new[0]} bytes ({new[1]}) now"
                 )
     return found
+
+
+def serious_of(
+    differences: dict[str, str],
+    existing: dict[str, Any],
+    inputs: Sequence[dict[str, Any]],
+    replaceable: Collection[str] = (),
+    *,
+    may_grow: bool,
+) -> dict[str, str]:
+    """Return the differences from an existing sidecar or plan that are errors.
+
+    Args:
+        inputs: Those of the new run.
+        replaceable: Names of settings in which an output may differ.
+        may_grow: Whether inputs may have been added.
+    """
+    grown = may_grow and are_among(existing.get("inputs", []), inputs)
+    return {
+        name: told
+        for name, told in differences.items()
+        if name.removeprefix("settings.").split(".")[0] not in replaceable
+        and (name.startswith("settings.") or not grown)
+    }
+
+
+def describe(differences: dict[str, str]) -> str:
+    """Write the first eight, a line each."""
+    told = [f"  {name}: {difference}" for name, difference in differences.items()]
+    return "\n".join([*told[:8], *([f"  … and {len(told) - 8} more"] if len(told) > 8 else [])])
 
 
 def content_of(entry: dict[str, Any]) -> tuple[Any, ...]:

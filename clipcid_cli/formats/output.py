@@ -8,9 +8,8 @@ The life of an output:
 3. Otherwise the plan ``.<step>.plan.json`` records what an unfinished run was making. With the same settings and inputs the
    step resumes from the existing files; with others an error names the difference. The files of an earlier plan are removed
    before the new plan is marked as cleared, so that a run killed in between cannot leave old files as its own.
-   A step that never resumes writes no plan: an earlier output stays whole until the step calls ``Output.drop_earlier``
-   right before it writes its own, so a failed run loses nothing. So does a step that says so, of an output that
-   it replaces without an error.
+   A step that never resumes, or replaces an output without an error, may write no plan: the earlier output stays whole
+   until the step calls ``Output.drop_earlier`` right before it writes its own.
 4. ``Output.commit`` writes the sidecar last; it marks everything before it as complete.
 """
 
@@ -30,7 +29,7 @@ from typing import Any
 from clipcid_cli import __version__
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_error, write_json
-from clipcid_cli.formats.differences import are_among, content_of, list_differences
+from clipcid_cli.formats.differences import content_of, describe, list_differences, serious_of
 from clipcid_cli.formats.listing import Stat, is_as_listed, list_recorded
 from clipcid_cli.formats.reading import Entries, open_regular, reading
 from clipcid_cli.formats.sidecar_entries import check_entries
@@ -314,17 +313,9 @@ def open_output(
         earlier, resumed = None, False
         if existing is not None:
             differences = list_differences(existing, identity)
-            serious = [name for name in differences if name.removeprefix("settings.").split(".")[0] not in replaceable]
-            if may_grow and are_among(existing.get("inputs", []), inputs):
-                serious = [name for name in serious if name.startswith("settings.")]
+            serious = serious_of(differences, existing, inputs, replaceable, may_grow=may_grow)
             if serious and not overwrite:
-                state = "holds" if finished else "holds unfinished"
-                raise ClipcidError(
-                    f"{folder} {state} {step} output made with other settings or inputs:\n"
-                    + "\n".join(f"  {name}: {differences[name]}" for name in serious[:8])
-                    + (f"\n  … and {len(serious) - 8} more" if len(serious) > 8 else ""),
-                    f"Add --overwrite to replace it, or write elsewhere ({elsewhere}).",
-                )
+                raise _other_output(folder, step, "holds" if finished else "holds unfinished", serious, elsewhere)
             if differences:
                 earlier = finished if (keeps_earlier or not resumable) and not serious else None
                 finished = None
@@ -344,6 +335,30 @@ def open_output(
         if begun is not None and finished is not None:
             drop_plan(folder, step)
         yield Output(folder, step, settings, inputs, finished, resumed, earlier)
+
+
+def refuse_other_output(
+    folder: Path,
+    step: str,
+    *,
+    settings: dict[str, Any],
+    inputs: list[dict[str, Any]],
+    overwrite: bool,
+    may_grow: bool = False,
+    elsewhere: str = WORK_OR_OUT,
+) -> None:
+    """Refuse an output of other settings or inputs as `open_output` does (ClipcidError); writes nothing, for a dry run."""
+    finished = read_sidecar(sidecar_path(folder, step))
+    existing = finished or read_sidecar(plan_path(folder, step))
+    if existing is not None and not overwrite:
+        differences = list_differences(existing, {"settings": settings, "inputs": inputs})
+        if serious := serious_of(differences, existing, inputs, may_grow=may_grow):
+            raise _other_output(folder, step, "holds" if finished else "holds unfinished", serious, elsewhere)
+
+
+def _other_output(folder: Path, step: str, holds: str, found: dict[str, str], elsewhere: str) -> ClipcidError:
+    fix = f"Add --overwrite to replace it, or write elsewhere ({elsewhere})."
+    return ClipcidError(f"{folder} {holds} {step} output made with other settings or inputs:\n{describe(found)}", fix)
 
 
 def plan_identity(settings: dict[str, Any], inputs: list[dict[str, Any]]) -> str:

@@ -16,6 +16,7 @@ import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import queue
 import signal
@@ -66,7 +67,13 @@ def start_worker_server() -> None:
     Calling it again has no effect.
     """
     _context().set_forkserver_preload(_WORKER_IMPORTS)
-    multiprocessing.forkserver.ensure_running()
+    multiprocessing.resource_tracker.ensure_running()  # which would let SIGINT through again
+    # The server inherits what is blocked: Ctrl-C, which reaches it as well, would end its imports with a traceback.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def load_batches(

@@ -29,7 +29,7 @@ def choose_model(spec: str | None, work: Path, reporter: Reporter, *, positional
     try:
         name = with_default_tag(parse_model(spec))
     except ClipcidError as error:
-        if positional_of is None or not Path(spec).exists():
+        if positional_of is None or not Path(spec).exists() or (Path(spec) / "student").is_dir():
             raise
         raise ClipcidError(
             f"{error.message}\n{spec} was read as the model, because the first positional argument is the model.",

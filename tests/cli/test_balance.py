@@ -123,6 +123,13 @@ def test_rows_that_are_not_finite_are_counted_and_named(
         (["--keep", "0.5", "--threshold", "0.1"], 2, "--keep and --threshold were given together"),
         (["--keep", "0.5", "--linkage", "star", "--select", "first"], 2, "cannot be combined with --linkage star"),
         (["--keep", "0.5", "--embeddings", "nowhere"], 1, "nowhere contains no embeddings"),
+        (
+            ["a.tar", "--keep", "0.5", "--against", "b", "--against-threshold", "0.1"],
+            1,
+            "--against b: There is no data",
+        ),
+        (["/etc/passwd", "/etc/hosts", "/etc/group", "--keep", "0.5"], 2, "Got 2 more arguments than one, such as"),
+        (["a.tar", "b.tar", "c.tar", "--keep", "0.5"], 2, "Got unexpected extra arguments (b.tar c.tar)"),
     ],
 )
 def test_what_cannot_be_balanced_is_one_clear_error(

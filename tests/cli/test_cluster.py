@@ -232,9 +232,10 @@ def test_keys_that_repeat_across_files_need_a_flag(clipcid: Callable[..., Run], 
         pq.write_table(pa.table({"key": [f"{first + row:05d}" for row in range(NUM_ROWS // 2)]}), path)
     plain = ("cluster", "--embeddings", embeddings, "--num-clusters", NUM_CLUSTERS, "--work", "plain")
     clipcid(*plain)
-    refused = clipcid(*plain, "--keys", "shard", check=False)
-    assert refused.returncode == 1
-    assert 'settings.keys: "sample" there, "shard" now' in " ".join(refused.stderr.split())
+    for dry in ((), ("--dry-run",)):
+        refused = clipcid(*plain, "--keys", "shard", *dry, check=False)
+        assert refused.returncode == 1
+        assert 'settings.keys: "sample" there, "shard" now' in " ".join(refused.stderr.split())
 
 
 def test_a_few_rows_that_are_not_finite_are_counted_and_named(clipcid: Callable[..., Run], embeddings: Path) -> None:

@@ -40,6 +40,11 @@ def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, distill_p
     for name in result["files"].values():
         assert (distill_place / name).exists()
     assert [line["step"] for line in losses(run)] == [1, 2, 3, 4, 5, 6]
+    for dry in ((), ("--dry-run",)):
+        refused = clipcid("distill", *SHORT, "--steps", 7, "--name", "a", *dry, check=False)
+        assert refused.returncode == 1
+        assert "settings.steps: 6 there, 7 now" in refused.stderr
+        assert "write elsewhere (--name)" in " ".join(refused.stderr.split())
     # Its model card says what the sidecars of the run say.
     card = Path(clipcid("export", "--json").json["files"]["README"])
     facts = [

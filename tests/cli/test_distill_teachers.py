@@ -70,3 +70,28 @@ def test_two_processes_are_taught_as_one(
                     assert ours[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-5), (kind, name)
     report = (tmp_path / "clipcid-work" / "distill" / "online-one" / "report.html").read_text()
     assert "run alongside the student" in report
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--student", "nowhere.json"), "nowhere.json"),
+        (("--student", "student.json", "--eval-data", "nowhere"), "--eval-data: There is no data at"),
+        (("--student", "student.json", "--keep-list", "nowhere.parquet"), "no keep list nowhere.parquet"),
+        (("--student", "student.json", "--preset", "cid"), "clipcid cluster"),
+    ],
+    ids=str,
+)
+def test_what_is_missing_is_told_before_anything_is_embedded(
+    flags: tuple[str, ...],
+    message: str,
+    clipcid: Callable[..., Run],
+    tiny_shards: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    write_student(tmp_path)
+    refused = clipcid("distill", tiny_shards, "--teacher", tiny_model, *flags, check=False)
+    assert refused.returncode == 1
+    assert message in " ".join(refused.stderr.split())
+    assert not (tmp_path / "clipcid-work" / "embeddings").exists()

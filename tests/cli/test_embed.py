@@ -110,10 +110,11 @@ def test_a_finished_output_is_kept_and_a_different_one_refused(
     again = clipcid("embed", "--model", tiny_model, "--work", work, "--json")
     assert again.json == embedded.json | {"files": again.json["files"]}
     assert f"Taking the data of the embeddings in {work}" in " ".join(again.stderr.split())
-    other = clipcid("embed", tiny_shards, "--model", tiny_model, "--work", work, "--no-text", check=False)
-    assert other.returncode == 1
-    assert "settings.text: true there, false now" in other.stderr
-    assert "--overwrite" in other.stderr
+    for dry in ((), ("--dry-run",)):
+        other = clipcid("embed", tiny_shards, "--model", tiny_model, "--work", work, "--no-text", *dry, check=False)
+        assert other.returncode == 1
+        assert "settings.text: true there, false now" in other.stderr
+        assert "--overwrite" in other.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -162,6 +163,17 @@ def test_data_whose_shards_got_other_names_are_refused_since_later_files_repeat_
     (tmp_path / "redcaps" / "00000.tar").rename(tmp_path / "redcaps" / "1.tar")
     grown = clipcid("embed", "laion::redcaps", "--model", tiny_model)
     assert "1 of 2 shards are already embedded." in grown.stderr
+
+
+def test_what_could_not_be_used_at_all_does_not_stand_in_the_way_of_other_input(
+    clipcid: Call, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "list.csv").write_text("filepath,title\nnowhere.png,a cat\n")
+    refused = clipcid("embed", "list.csv", "--model", tiny_model, check=False)
+    assert "None of the 1 samples" in refused.stderr
+    (tmp_path / "1.png").write_bytes(make_image(1))
+    (tmp_path / "list.csv").write_text("filepath,title\n1.png,a cat\n")
+    assert clipcid("embed", "list.csv", "--model", tiny_model, "--json").json["images"] == 1
 
 
 def test_an_empty_first_shard_does_not_mean_that_there_are_no_captions(

@@ -296,6 +296,21 @@ def test_with_nothing_named_the_newest_student_and_what_was_held_out(
     exported = clipcid("export", "--json").json
     assert Path(exported["files"]["open_clip_model"]) == Path("clipcid-work/export/alone/open_clip_model.safetensors")
     assert clipcid("eval-zeroshot", "clipcid-work/export/alone", "--json").json["metrics"] == run.json["metrics"]
+    # A named student is measured on what its own run held out, with another on what both did.
+    common = ("distill", tiny_shards, "--teacher", "none", "--student", student, "--steps", 1, "--batch-size", 4)
+    clipcid(*common, "--val-fraction", 0.5, "--name", "newer")
+    alone, newer = ("clipcid-work/distill/alone/student", "clipcid-work/distill/newer/student")
+    named = clipcid("eval-zeroshot", alone, "--json")
+    assert "the 30.00% of" in " ".join(named.stderr.split())
+    assert named.json["images"] == run.json["images"]
+    both = clipcid("eval-zeroshot", newer, "--model", alone, "--json").json["results"]
+    assert [each["images"] for each in both] == [run.json["images"]] * 2
+    folder = clipcid("eval-zeroshot", "clipcid-work/distill/alone", check=False)
+    assert "Give clipcid-work/distill/alone/student." in " ".join(folder.stderr.split())
+    clipcid(*common, "--val-fraction", 1e-9, "--name", "none")
+    nothing = clipcid("eval-zeroshot", check=False)
+    assert nothing.returncode == 1
+    assert "held out are no sample" in " ".join(nothing.stderr.split())
 
 
 def make_bad_data(tmp_path: Path) -> None:

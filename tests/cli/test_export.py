@@ -316,7 +316,8 @@ def test_a_model_is_not_written_over_itself(clipcid: Callable[..., Run], tiny_mo
         (["MODEL", "--format", "onnx", "--precision", "fp16"], 2, "cannot be combined with --format onnx"),
         (["MODEL", "--quantize", "int8"], 2, "Add --format onnx"),
         (["MODEL", "--templates", "t.txt"], 2, "Add --classnames FILE"),
-        (["MODEL", "--classnames", "nowhere.txt"], 1, "nowhere.txt cannot be read"),
+        (["MODEL", "--classnames", "names.txt"], 2, "--classnames applies only to ONNX files"),
+        (["MODEL", "--format", "onnx", "--classnames", "nowhere.txt"], 1, "nowhere.txt cannot be read"),
         (["MODEL", "--format", "onnx", "--quantize", "int8"], 1, "needs images with classes or captions"),
         (["WIDE", "--format", "open-clip", "--format", "hf"], 1, "vision_cfg.image_size is [16, 32], not square"),
         (

@@ -208,6 +208,7 @@ class EmbeddingWriter:
         """Remove every file, when no sample can be used."""
         self._remove_all_but([])
         self.remove_notes()
+        drop_plan(self.folder, "embed")
 
     def _remove_all_but(self, kinds: Sequence[str]) -> None:
         """Remove the files that are not of some shard, or not of one of these kinds."""

@@ -153,7 +153,9 @@ def _parse_folder(spec: str, path: Path) -> ModelName:
     if not (path / CONFIG_NAME).is_file():
         raise ClipcidError(
             f"Model folder {path} has no {CONFIG_NAME}.",
-            "Give a folder in open_clip's form: an export of clipcid, a distill run's student/, or a download.",
+            f"Give {path / 'student'}."
+            if (path / "student" / CONFIG_NAME).is_file()
+            else "Give a folder in open_clip's form: an export of clipcid, a distill run's student/, or a download.",
         )
     return ModelName(spec, "folder" if find_weights(path) else "config", path=path)
 

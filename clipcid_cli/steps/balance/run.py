@@ -27,7 +27,7 @@ from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.cost import estimate_cost
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap, FoundClusters, cap_clusters, find_clusters
 from clipcid_cli.steps.balance.filters.keep_rows import KeepRows, list_rows
-from clipcid_cli.steps.balance.filters.references import Reference, open_references, plan_references
+from clipcid_cli.steps.balance.filters.references import Reference, open_references, plan_references, refuse_missing
 from clipcid_cli.steps.balance.filters.select import apply_filters
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.report import has_new_pictures, write_report
@@ -67,7 +67,8 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
     with open_machine(settings.device) as machine:
         started = time.perf_counter()
         machine.on_main(lambda: check_targets(settings))
-        work = WorkDirectory(settings.work)
+        machine.on_main(lambda: refuse_missing(settings))
+        work, clusters = WorkDirectory(settings.work), machine.on_main(lambda: find_clusters(settings, reporter))
         found = find_embeddings(settings, machine, reporter)
         if settings.neighbors == "partitioned":  # the tiles of partitions are of many sizes
             keep_few_kernels()
@@ -81,7 +82,6 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         machine.on_main(lambda: check_uids(settings, embeddings))
         if needs_texts(settings):
             embeddings.texts()  # refuses those without, before anything is searched
-        clusters = machine.on_main(lambda: find_clusters(settings, reporter))
         if settings.dry_run:
             open_for_sizes(settings, embeddings)  # refuses unknown data
             planned = plan_references(settings, machine, embeddings, reporter)

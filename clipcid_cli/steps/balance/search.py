@@ -102,11 +102,9 @@ def find_forest(
             # The sample holds unique rows, so edges of copies are not counted.
             choose = partial(estimator.choose, forest.cutoff, len(forest.edges) - num_copies, num_edges - num_copies)
             reach = machine.on_main(choose) if cutoff is None else float(np.float32(cutoff))
-            if smaller is not None:
-                reporter.note(
-                    f"The forest that is there ends at distance {smaller.cutoff:.4f}: all pairs are compared."
-                )
-        smaller = None
+            if (there := stored or smaller) is not None:
+                reporter.note(f"The forest that is there ends at distance {there.cutoff:.4f}: all pairs are compared.")
+        smaller = stored = None
         try:
             # At the largest distance only a search of all pairs is sure to find what is missing.
             if neighbors == "partitioned" and forest.cutoff < reach < FARTHEST:

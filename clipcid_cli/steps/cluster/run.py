@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.kmeans.lloyd import LloydState
 from clipcid_cli.algorithms.kmeans.seeding import first_centroids
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
-from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file
+from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file, refuse_other_output
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     TABLE,
@@ -52,8 +52,6 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
         rows = machine.on_main(lambda: find_rows(settings, reporter))
         num_clusters = _choose_num_clusters(settings, rows, reporter)
         folder = WorkDirectory(settings.work).clusters
-        if settings.dry_run:
-            return estimate_cost(settings, machine, rows, num_clusters, search_width(num_clusters), reporter)
         identity = {
             "features": settings.features,
             "num_clusters": num_clusters,
@@ -64,17 +62,13 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
             # `embed` has made the keys of its own folders.
             "keys": settings.keys if rows.embeddings.sidecar is None else None,
         }
-        inputs = machine.on_main(rows.fingerprint)
+        wanted: dict[str, Any] = {"settings": identity, "inputs": machine.on_main(rows.fingerprint)}
+        wanted |= {"overwrite": settings.overwrite, "elsewhere": "--work, with --embeddings"}
+        if settings.dry_run:
+            machine.on_main(lambda: refuse_other_output(folder, "cluster", **wanted))
+            return estimate_cost(settings, machine, rows, num_clusters, search_width(num_clusters), reporter)
         seconds = {"read": time.perf_counter() - started}
-        with claim_output(
-            machine,
-            folder,
-            "cluster",
-            settings=identity,
-            inputs=inputs,
-            overwrite=settings.overwrite,
-            clear=lambda: remove_scratch(folder),
-        ) as output:
+        with claim_output(machine, folder, "cluster", clear=lambda: remove_scratch(folder), **wanted) as output:
             if output.finished is None:
                 result = _cluster(settings, machine, rows, num_clusters, output, seconds, reporter)
             else:

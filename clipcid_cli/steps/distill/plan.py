@@ -118,7 +118,8 @@ def plan_run(
         raise UsageError(f"--warmup {warmup:,} exceeds the {steps:,} steps of the run.", "Give fewer warm-up steps.")
     reporter.note(
         f"{samples:,} samples, {steps:,} steps of {batch_size:,}: {steps * batch_size / samples:.1f} epochs, "
-        f"{warmup:,} steps of warm-up.\n{_describe_shuffle(len(inputs.training.sizes))}"
+        f"{warmup:,} steps of warm-up; {inputs.held_out.total:,} more samples are held out.\n"
+        f"{_describe_shuffle(len(inputs.training.sizes))}"
     )
     if settings.optimizer == "muon":
         reporter.note("Optimizer: Muon for the layers of the towers, AdamW for all else.")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from pathlib import Path
 from typing import Any
 
-from clipcid_cli.formats.output import sidecar_path
+from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.formats.output import refuse_other_output, sidecar_path
 from clipcid_cli.formats.results.checkpoint import list_checkpoints
+from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.results.tensorboard import import_tensorboard
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -29,6 +32,7 @@ from clipcid_cli.steps.distill.student import load_student
 from clipcid_cli.steps.distill.teacher_inputs import find_embeddings
 from clipcid_cli.steps.distill.training_run import TrainingRun
 from clipcid_cli.steps.evaluate.zeroshot import evaluate_models, plan_results, refuse_clashes, refuse_measured
+from clipcid_cli.steps.keep_list import NO_KEEP_LIST
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.scratch import scratch_folder
@@ -52,35 +56,31 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
     if settings.report_to == "tensorboard":
         import_tensorboard()  # before hours of embedding, and on every process, so that none waits for one that failed
     with open_machine(settings.device) as machine, scratch_folder(machine, dry_run=settings.dry_run) as scratch:
+        # What can be wrong with these is said before hours of embedding.
+        machine.on_main(lambda: refuse_missing(settings))
+        student, zeroshot = load_student(settings, machine, reporter), zeroshot_settings(settings)
+        tasks = machine.on_main(lambda: plan_evaluation(zeroshot, reporter))
         embeddings = find_embeddings(settings, machine, reporter)
         inputs = machine.on_main(lambda: find_inputs(settings, embeddings, scratch, reporter))
-        student = load_student(settings, machine, reporter)
         teacher = load_online_teacher(inputs.teacher_inputs, machine)
         width = student.model.info.embed_dim
         plan = machine.on_main(lambda: plan_run(settings, inputs, width, machine, reporter))
         name = settings.name or default_name(settings, student.model, inputs)
         folder = RunFolder(WorkDirectory(settings.work).distill(name))
-        zeroshot = zeroshot_settings(settings)
-        tasks = machine.on_main(lambda: plan_evaluation(zeroshot, reporter))
         written = [ModelName(str(path), "folder", path=path) for path in folder.students(ema=settings.ema is not None)]
         refuse_clashes(written, tasks)
         # Before the claim, which removes what an unfinished run left.
         if not machine.on_main(sidecar_path(folder.path, "distill").exists):
             machine.on_main(lambda: refuse_measured(written, tasks, zeroshot))
+        inputs_of_run = inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)])
+        wanted: dict[str, Any] = {"settings": identity(settings, student.model, plan, inputs), "inputs": inputs_of_run}
+        wanted |= {"overwrite": settings.overwrite, "elsewhere": "--name"}
         if settings.dry_run:
+            machine.on_main(lambda: refuse_other_output(folder.path, "distill", **wanted))
             check_samples(inputs.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
             training = TrainingRun(settings, machine, inputs, student, teacher, plan, tasks, folder, None, reporter)
             return estimate_cost(training) | {"evaluations": plan_results(written, tasks, zeroshot, reporter)}
-        with claim_output(
-            machine,
-            folder.path,
-            "distill",
-            settings=identity(settings, student.model, plan, inputs),
-            inputs=inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
-            overwrite=settings.overwrite,
-            clear=folder.clear,
-            elsewhere="--name",
-        ) as output:
+        with claim_output(machine, folder.path, "distill", clear=folder.clear, **wanted) as output:
             sidecar = output.finished
             if sidecar is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")
@@ -95,6 +95,18 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
             # After the sidecar: a run that is killed here is finished, and evaluates what is left when it is run again.
             evaluations, summary = evaluate_models(written, tasks, machine, zeroshot, reporter) if tasks else ([], {})
     return result(folder, sidecar, evaluations, summary)
+
+
+def refuse_missing(settings: DistillSettings) -> None:
+    """Refuse a keep list that is none, and clusters that are not there.
+
+    Raises:
+        ClipcidError: naming it.
+    """
+    if settings.keep_list not in (None, NO_KEEP_LIST):
+        read_keep_list(Path(settings.keep_list))
+    if settings.clusters is None and any(LOSSES[name].needs_clusters for name in settings.losses()):
+        WorkDirectory(settings.work).find_clusters()
 
 
 def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: TrainingInputs) -> dict[str, Any]:

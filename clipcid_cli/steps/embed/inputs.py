@@ -19,7 +19,7 @@ from clipcid_cli.formats.output import (
 )
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
-from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.text_variants import RULES
 from clipcid_cli.steps.model_identity import is_of
 from clipcid_cli.steps.reporting import Reporter
@@ -36,7 +36,8 @@ def open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
     work = WorkDirectory(settings.work)
     if settings.data is None:
         try:
-            described = work.find_data()
+            own = work.embeddings(with_default_tag(parse_model(settings.model)).slug)
+            described = work.find_data(own if sidecar_path(own, "embed").exists() else None)
         except ClipcidError as error:
             raise ClipcidError(
                 f"No data was given, and the work directory names none: {error.message}",
@@ -73,7 +74,7 @@ def require_captions(dataset: Dataset, without_text: str) -> None:
     if not has_captions(dataset):
         captions = "captions next to the images (.txt, or --caption-column of a list)."
         raise ClipcidError(
-            f"{dataset.spec}: no sample of the first shard that has any has a caption.",
+            f"{dataset.spec}: none of the samples looked at (a shard) has a caption.",
             f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, refuse_foreign_folder, remove_leftovers
-from clipcid_cli.formats.output import plan_identity
+from clipcid_cli.formats.output import plan_identity, refuse_other_output
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
@@ -93,8 +93,6 @@ def make_embeddings(
         f"{info.parameters / 1e6:.1f} M parameters, precision {embedder.precision.name} ({embedder.precision.reason}), "
         f"batches of {embedder.batch_size}, {workers} per process." + _describe_extras(settings, embedder)
     )
-    if settings.dry_run:
-        return estimate_cost(embedder, machine)
     identity = {
         "weights": info.weights_hash,
         "preprocess": hash_preprocess(info.preprocess, fast_decode=settings.fast_decode),
@@ -106,11 +104,13 @@ def make_embeddings(
         "fast_decode": settings.fast_decode,
         **augmentation_identity(settings),
     }
+    wanted: dict[str, Any] = {"settings": identity, "inputs": inputs, "overwrite": settings.overwrite, "may_grow": True}
+    if settings.dry_run:
+        machine.on_main(lambda: refuse_other_output(folder, "embed", **wanted))
+        return estimate_cost(embedder, machine)
     writer = EmbeddingWriter(folder, [plan_identity(identity, [shard]) for shard in inputs])
     machine.on_main(lambda: reopen_grown(writer, identity, inputs))
-    with claim_output(
-        machine, folder, "embed", settings=identity, inputs=inputs, overwrite=settings.overwrite, may_grow=True
-    ) as output:
+    with claim_output(machine, folder, "embed", **wanted) as output:
         timings, elapsed = _embed_missing(embedder, writer, machine, reporter)
         ensure_index(dataset, machine, embedder.workers, reporter)
         sidecar = machine.on_main(lambda: finish(output, embedder, writer, timings, elapsed, reporter, without_text))

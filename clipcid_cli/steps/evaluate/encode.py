@@ -113,6 +113,11 @@ class TaskEncoder:
         everything = sorted(
             (batch for part in machine.gather(encoded) for batch in part), key=lambda batch: batch.number
         )
+        if not everything and not reader.read and task.held_out is not None:
+            raise ClipcidError(
+                f"Of {task.dataset.spec} the {task.held_out:.2%} held out are no sample.",
+                "Name a data set (clipcid eval-zeroshot MODEL DATA), or train with a larger --val-fraction.",
+            )
         if not everything:
             raise ClipcidError(f"{task.dataset.spec}: no sample can be used.\n{skips.describe()}", _describe_need(task))
         return everything, skips

@@ -21,6 +21,7 @@ from clipcid_cli.formats.data.multi_label import read_classes
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import key_fraction, key_fractions
 from clipcid_cli.steps.evaluate.class_prompts import find_class_names, find_templates
 from clipcid_cli.steps.reporting import Reporter
@@ -136,29 +137,39 @@ class ZeroshotTask:
         }
 
 
-def plan_tasks(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ZeroshotTask]:
+def plan_tasks(
+    settings: EvalZeroshotSettings, reporter: Reporter, models: Sequence[ModelName] = ()
+) -> list[ZeroshotTask]:
     """Open every data set and decide what to measure on it.
+
+    Args:
+        models: What is measured, by which a part held out from training is chosen where no data set is named.
 
     Raises:
         ClipcidError: for the first data set that cannot be opened or lacks what its task needs.
     """
     if not settings.data:
-        return [_plan_held_out(settings, reporter)]
+        return [_plan_held_out(settings, models, reporter)]
     return [_plan_task(data, settings, reporter) for data in settings.data]
 
 
-def _plan_held_out(settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotTask:
-    """Retrieval on what the newest training run held out."""
-    run = WorkDirectory(settings.work).find_run()
-    sidecar = read_sidecar(sidecar_path(run, "distill"))
-    assert sidecar is not None, "a run that was found has its sidecar"
-    fraction = float(sidecar["settings"]["val_fraction"])
+def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName], reporter: Reporter) -> ZeroshotTask:
+    """Retrieval on what the models' training runs held out, else on what the newest one did."""
+    students = [name.path for name in models if name.path is not None]
+    runs = [run for student in students if sidecar_path(run := student.resolve().parent, "distill").exists()]
+    found = [
+        (float(sidecar["settings"]["val_fraction"]), run, sidecar["data"])
+        for run in runs or [WorkDirectory(settings.work).find_run()]
+        if (sidecar := read_sidecar(sidecar_path(run, "distill"))) is not None
+    ]
+    # A sample is held out where the hash of its key is below the share: the smallest part is in all others.
+    fraction, run, described = min(found, key=lambda each: each[0])
     if fraction == 0:
         raise ClipcidError(
             f"{run} held nothing out (--val-fraction 0), and no data set was named.",
             "Name one: clipcid eval-zeroshot MODEL DATA",
         )
-    dataset = open_described(sidecar["data"], WorkDirectory(settings.work).indexes)
+    dataset = open_described(described, WorkDirectory(settings.work).indexes)
     reporter.note(f"Data: the {fraction:.2%} of {dataset.spec} that {run} held out.")
     name = f"{find_benchmark_folder(dataset.spec).name}-held-out"
     return ZeroshotTask(name, RETRIEVAL, dataset, held_out=fraction, customary=RECALL)

@@ -51,7 +51,8 @@ def run(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[str, Any]:
     if settings.compare:
         return compare_results(settings, reporter)
     with open_machine(settings.device) as machine:
-        names, tasks = machine.on_main(lambda: (_choose_models(settings, reporter), plan_tasks(settings, reporter)))
+        names = machine.on_main(lambda: _choose_models(settings, reporter))
+        tasks = machine.on_main(lambda: plan_tasks(settings, reporter, names))
         refuse_clashes(names, tasks)
         if settings.dry_run:
             for task in tasks:

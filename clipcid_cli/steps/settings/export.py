@@ -129,6 +129,7 @@ class ExportSettings(SharedSettings):
             "--quantize": bool(self.quantize),
             "--dense": self.dense,
             "--opset": self.opset is not None,
+            "--classnames": self.classnames is not None,
         }
         for flag, given in about_onnx.items():
             if given and "onnx" not in self.format:

@@ -95,6 +95,21 @@ def test_workers_are_forked_from_a_server_with_what_they_need_and_no_faiss() -> 
     assert next(load_batches([[0]], list_modules, 1)) == ["open_clip", "torch"]
 
 
+def test_an_interrupt_while_the_server_starts_leaves_no_traceback(tmp_path: Path) -> None:
+    script = "from clipcid_cli.runtime.loading import start_worker_server\nstart_worker_server()\ninput()\n"
+    program = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    servers = Path(f"/proc/{program.pid}/task/{program.pid}/children")
+    while len(servers.read_text().split()) < 2:  # the tracker of resources and the server, which now imports PyTorch
+        assert program.poll() is None
+        time.sleep(0.01)
+    for server in servers.read_text().split():
+        os.kill(int(server), signal.SIGINT)
+    _, told = program.communicate("\n", timeout=60)
+    assert (program.returncode, told) == (0, "")
+
+
 def test_workers_are_fewer_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)

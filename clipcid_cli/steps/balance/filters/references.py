@@ -13,6 +13,7 @@ import numpy as np
 
 from clipcid_cli.algorithms.search.distances import IntArray
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Columns, open_dataset
 from clipcid_cli.formats.embeddings.checks import has_usable_row
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.pairing import list_files, list_inner_files
@@ -81,6 +82,21 @@ def plan_references(
             raise _no_usable_row(reference, name)
         found.append(PlannedReference(name, reference.num_rows, reference, None))
     return found
+
+
+def refuse_missing(settings: BalanceSettings) -> None:
+    """Refuse references that are neither embeddings nor data, before anything is embedded.
+
+    Raises:
+        ClipcidError: naming the first.
+    """
+    for name in settings.against:
+        if not _holds_embeddings(Path(name)):
+            columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+            try:
+                open_dataset(name, settings.keys, columns)
+            except ClipcidError as error:
+                raise ClipcidError(f"--against {name}: {error.message}", error.fix) from error
 
 
 def open_references(

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from balance_data import balance, make_rows, read_keep, write_embeddings
-from conftest import shard_members, write_tar
+from conftest import make_image, shard_members, write_tar
 
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.search.nearest_pairs import NearestReference
@@ -167,6 +167,12 @@ def test_reference_images_are_embedded_as_the_others_were(tmp_path: Path, tiny_m
         balance(tmp_path, tmp_path / "e", against=(str(tmp_path / "other"),), **call)
 
 
+def write_pictures(folder: Path) -> Path:
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "1.png").write_bytes(make_image(1))
+    return folder / "pictures"
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, rows: np.ndarray) -> None:
     folder = write_embeddings(tmp_path / "e", rows)
     narrow = str(write_embeddings(tmp_path / "narrow", make_rows(20, width=16)))
@@ -175,7 +181,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, rows: np.ndarray) ->
     with pytest.raises(ClipcidError, match="All 700 images are dropped before repeats are searched"):
         balance(tmp_path / "w", folder, threshold=0.2, against=(str(folder),))
     with pytest.raises(ClipcidError, match="does not record the model to embed it with"):
-        balance(tmp_path / "w", folder, threshold=0.2, against=("pictures/",))
+        balance(tmp_path / "w", folder, threshold=0.2, against=(str(write_pictures(tmp_path)),))
     with pytest.raises(UsageError, match="--against needs a distance"):
         BalanceSettings(keep=0.5, against=("x",))
     with pytest.raises(UsageError, match="--against-threshold was given without --against"):
