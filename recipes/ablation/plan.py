@@ -314,12 +314,13 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds((longer(name, log) for name in SCALED), SEEDS[:1])
     yield from _tried(NEW, log)
     yield _seeds((tuned(name, log) for name in NEW), FIRST_SEEDS)
-    # The first rate of each, then the second, and so on.
-    large = zip(*(large_students(name, log) for name in SCALED), strict=True)
-    yield _seeds((setting for of_each in large for setting in of_each), SEEDS[:1])
+    # The first rate of each, then the second; the third, above the best of the smaller student, can wait.
+    *first, last = zip(*(large_students(name, log) for name in SCALED), strict=True)
+    yield _seeds((setting for of_each in first for setting in of_each), SEEDS[:1])
     yield from _tried(REST, log)
     yield _seeds((tuned(name, log) for name in REST), FIRST_SEEDS)
     yield _seeds(further_changes(log), FIRST_SEEDS)
+    yield _seeds(last, SEEDS[:1])
     yield _seeds((longer(name, log) for name in SCALED), FIRST_SEEDS)
     yield _seeds((best(large_students(name, log), log) for name in SCALED), FIRST_SEEDS)
     yield _seeds(cid_variants(log), FIRST_SEEDS)
