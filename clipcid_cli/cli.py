@@ -180,12 +180,13 @@ def _report(error: Exception, message: str, fix: str, code: int, *, debug: bool,
 def _report_usage(error: click.UsageError, *, as_json: bool) -> int:
     command = error.ctx.command_path if error.ctx is not None else "clipcid"
     message, fix = error.format_message(), f"See {command} --help."
-    if (extra := re.fullmatch(r"Got unexpected extra arguments \((.*)\)", message)) is not None:
+    extra = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", message)
+    params = [] if error.ctx is None else error.ctx.command.params
+    if extra is not None and any(isinstance(each, click.Argument) and each.name == "data" for each in params):
         names = extra[1].split()
         if all(map(os.path.exists, names)):
-            message = (
-                f"Got {len(names):,} more arguments than one, such as {names[0]}: the shell has expanded a pattern."
-            )
+            more = "1 more argument" if len(names) == 1 else f"{len(names):,} more arguments"
+            message = f"Got {more} than DATA, such as {names[0]}: did the shell expand a pattern?"
             fix = f"Quote the pattern, as in 'laion/{{00000..00099}}.tar', or name the folder. {fix}"
     return _report(error, message, fix, 2, debug=False, as_json=as_json)
 

@@ -83,7 +83,7 @@ def show(model: Path, data: dict[str, Any], arguments: argparse.Namespace, scrat
     command += ["--check-images", arguments.images]
     command += ["--classnames", arguments.data, "--quantize", "fp16", "--quantize", "int8", "--dense"]
     if "onnx" not in forms:
-        command = command[: command.index("--quantize")]
+        command = command[: command.index("--classnames")]
     subprocess.run([*map(str, command), *(word for form in forms for word in ("--format", form))], check=True)
     parity = json.loads((folder / "parity.json").read_text())
     base = parity["reference"]

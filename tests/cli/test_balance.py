@@ -128,7 +128,11 @@ def test_rows_that_are_not_finite_are_counted_and_named(
             1,
             "--against b: There is no data",
         ),
-        (["/etc/passwd", "/etc/hosts", "/etc/group", "--keep", "0.5"], 2, "Got 2 more arguments than one, such as"),
+        (
+            ["/etc/passwd", "/etc/hosts", "/etc/group", "--keep", "0.5"],
+            2,
+            "Got 2 more arguments than DATA, such as /etc/hosts",
+        ),
         (["a.tar", "b.tar", "c.tar", "--keep", "0.5"], 2, "Got unexpected extra arguments (b.tar c.tar)"),
     ],
 )

@@ -172,6 +172,7 @@ def test_divergence_stops_with_the_keys_of_the_batch(clipcid: Clipcid, distill_p
         (("--student", "student.json", "--batch-size", 500), 1, ["500", "--batch-size"]),
         (("--student", "student.json", "--resume", "latest", "--batch-size", 8), 1, ["no checkpoint"]),
         (("--student", "student.json", "--resume", "latest", "--overwrite"), 2, ["--overwrite discards"]),
+        (("--student", "student.json", "--name", ".."), 2, ["--name '..' is not"]),
         (("--student", "student.json", "--name", "lr/1e-3"), 2, ["--name 'lr/1e-3' is not the name of one folder"]),
         (("--student", "student.json", "--freeze-image", "--freeze-text"), 2, ["nothing to train"]),
         (("--student", "student.json", "--batch-size", 8, "--accum-freq", 3), 2, ["8", "3", "multiple"]),

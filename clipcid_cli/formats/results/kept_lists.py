@@ -57,6 +57,7 @@ def write_uids(path: Path, uids: Iterable[pa.ChunkedArray], count: int, *, overw
             found = np.frombuffer(bytes.fromhex(text), ">u8").reshape(-1, 2)
             halves[start : start + len(found)] = found
             start += len(found)
+    assert start == count, f"{start} of {count} identifiers"
     halves = halves[np.lexsort((halves[:, 1], halves[:, 0]))]
     if len(halves):
         halves = halves[np.append(True, (halves[1:] != halves[:-1]).any(axis=1))]

@@ -103,7 +103,8 @@ def find_forest(
             choose = partial(estimator.choose, forest.cutoff, len(forest.edges) - num_copies, num_edges - num_copies)
             reach = machine.on_main(choose) if cutoff is None else float(np.float32(cutoff))
             if (there := stored or smaller) is not None:
-                reporter.note(f"The forest that is there ends at distance {there.cutoff:.4f}: all pairs are compared.")
+                again = "all pairs are compared" if neighbors == "exact" else "it is searched again"
+                reporter.note(f"The forest that is there ends at distance {there.cutoff:.4f}: {again}.")
         smaller = stored = None
         try:
             # At the largest distance only a search of all pairs is sure to find what is missing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def check_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
     """
     if settings.write_uids is not None:
         first = next(file for file in embeddings.files if file.rows)
-        _find_uids(settings, embeddings, first, pa.array(np.arange(first.rows) == 0))
+        _UidFinder(settings, embeddings).find(first, pa.array(np.arange(first.rows) == 0))
 
 
 def check_targets(settings: BalanceSettings) -> None:
@@ -78,45 +79,54 @@ def write_kept(
 
 def _kept_uids(settings: BalanceSettings, embeddings: Embeddings, keep_list: Path) -> Iterator[pa.ChunkedArray]:
     """Find the identifiers of the kept rows of each file; the list names the rows in the order of the files."""
-    match = OrderedMatch(parquet_keys(keep_list, "kept"), 1)
+    match, finder = OrderedMatch(parquet_keys(keep_list, "kept"), 1), _UidFinder(settings, embeddings)
     for file in embeddings.files:
         kept = match.match(embeddings.keys_of(file).combine_chunks().cast(pa.large_string()))[:, 0] > 0
-        yield _find_uids(settings, embeddings, file, pa.array(kept))
+        yield finder.find(file, pa.array(kept))
+    if not match.is_complete():
+        raise ClipcidError(
+            f"{keep_list} has keys that {embeddings.folder} does not have: files or shards have other names since.",
+            "Balance again with --overwrite.",
+        )
 
 
-def _find_uids(
-    settings: BalanceSettings, embeddings: Embeddings, file: EmbeddingFile, chosen: pa.BooleanArray
-) -> pa.ChunkedArray:
-    """Find the identifiers of some samples: in the embeddings' metadata, else their keys, else in their ``.json``.
+class _UidFinder:
+    """Finds the identifiers of samples: in the embeddings' metadata, else their keys, else in their ``.json``."""
 
-    Args:
-        chosen: Which of the file's rows they are, n of them.
+    def __init__(self, settings: BalanceSettings, embeddings: Embeddings) -> None:
+        self._settings, self._embeddings = settings, embeddings
 
-    Returns:
-        n strings of 32 hexadecimal digits.
-    """
-    uids = keys = embeddings.keys_of(file).filter(chosen)
-    if embeddings.has_uids:
-        stored = embeddings.uids_of(file).filter(chosen)
-        uids = pc.if_else(pa.array(are_uids(stored)), stored, keys.cast(stored.type))
-    missing = np.flatnonzero(~are_uids(uids))
-    if not len(missing):
-        return uids
-    data = open_data(settings, embeddings)
-    if data is None:
-        raise _no_uid(keys[int(missing[0])].as_py())
-    finder, shards = SampleFinder(data), embeddings.shards_of(file).filter(chosen)
-    found = uids.to_pylist()
-    for start in range(0, len(missing), _ROWS_AT_ONCE):
-        rows = missing[start : start + _ROWS_AT_ONCE]
-        part = pa.array(rows)
-        names = keys.take(part).to_pylist()
-        samples = finder.find_all(shards.take(part).to_pylist(), names)
-        for row, key, sample in zip(rows.tolist(), names, samples, strict=True):
-            found[row] = read_uid(sample)
-            if found[row] is None:
-                raise _no_uid(key)
-    return pa.chunked_array([found], type=pa.large_string())
+    @cached_property
+    def _samples(self) -> SampleFinder | None:
+        data = open_data(self._settings, self._embeddings)
+        return None if data is None else SampleFinder(data)
+
+    def find(self, file: EmbeddingFile, chosen: pa.BooleanArray) -> pa.ChunkedArray:
+        """Return those of some of a file's rows, n strings of 32 hexadecimal digits.
+
+        Raises:
+            ClipcidError: when a sample has none.
+        """
+        uids = keys = self._embeddings.keys_of(file).filter(chosen)
+        if self._embeddings.has_uids:
+            stored = self._embeddings.uids_of(file).filter(chosen)
+            uids = pc.if_else(pa.array(are_uids(stored)), stored, keys.cast(stored.type))
+        missing = np.flatnonzero(~are_uids(uids))
+        if not len(missing):
+            return uids
+        if self._samples is None:
+            raise _no_uid(keys[int(missing[0])].as_py())
+        shards, found = self._embeddings.shards_of(file).filter(chosen), uids.to_pylist()
+        for start in range(0, len(missing), _ROWS_AT_ONCE):
+            rows = missing[start : start + _ROWS_AT_ONCE]
+            part = pa.array(rows)
+            names = keys.take(part).to_pylist()
+            samples = self._samples.find_all(shards.take(part).to_pylist(), names)
+            for row, key, sample in zip(rows.tolist(), names, samples, strict=True):
+                found[row] = read_uid(sample)
+                if found[row] is None:
+                    raise _no_uid(key)
+        return pa.chunked_array([found], type=pa.large_string())
 
 
 def _no_uid(key: str) -> ClipcidError:

@@ -168,8 +168,11 @@ def _find_samples(
     identity = {
         # Keys of foreign embeddings may be made of the files' names.
         "files": [[Path(file["path"]).name, file["size"], file["hash"]] for file in content],
-        # Captions in files of their own change without a shard's file.
-        "shards": [[*record.stamp, record.samples, record.with_captions] for record in records],
+        # Captions in files of their own change without a shard's file; with `--keys shard` the names are in the keys.
+        "shards": [
+            [shard.name, *record.stamp, record.samples, record.with_captions]
+            for shard, record in zip(dataset.shards, records, strict=True)
+        ],
         "kinds": [sources.keep_list is not None, sources.embeddings is not None, sources.clusters is not None],
         "required": sources.required,
         "keys": settings.keys,

@@ -31,6 +31,7 @@ CLASSIFICATION = "zeroshot_classification"
 RETRIEVAL = "zeroshot_retrieval"
 MULTI_LABEL = "multilabel"
 # As in CLIP_benchmark, images with several classes are a classification, too.
+_NAME_ONE = "Name one: clipcid eval-zeroshot MODEL DATA"
 _TASKS = {"classification": CLASSIFICATION, MULTI_LABEL: CLASSIFICATION, "retrieval": RETRIEVAL}
 
 
@@ -155,20 +156,19 @@ def plan_tasks(
 
 def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName], reporter: Reporter) -> ZeroshotTask:
     """Retrieval on what the models' training runs held out, else on what the newest one did."""
-    students = [name.path for name in models if name.path is not None]
-    runs = [run for student in students if sidecar_path(run := student.resolve().parent, "distill").exists()]
+    folders = [name.path.resolve().parent for name in models if name.path is not None]
+    runs = [folder for folder in folders if sidecar_path(folder, "distill").exists()]
     found = [
         (float(sidecar["settings"]["val_fraction"]), run, sidecar["data"])
         for run in runs or [WorkDirectory(settings.work).find_run()]
         if (sidecar := read_sidecar(sidecar_path(run, "distill"))) is not None
     ]
-    # A sample is held out where the hash of its key is below the share: the smallest part is in all others.
+    # A sample is held out where the hash of its key is below the share: of one data set the smallest part is in all others.
     fraction, run, described = min(found, key=lambda each: each[0])
+    if any(data != described for _, _, data in found):
+        raise ClipcidError("The models were trained on different data, and no data set was named.", _NAME_ONE)
     if fraction == 0:
-        raise ClipcidError(
-            f"{run} held nothing out (--val-fraction 0), and no data set was named.",
-            "Name one: clipcid eval-zeroshot MODEL DATA",
-        )
+        raise ClipcidError(f"{run} held nothing out (--val-fraction 0), and no data set was named.", _NAME_ONE)
     dataset = open_described(described, WorkDirectory(settings.work).indexes)
     reporter.note(f"Data: the {fraction:.2%} of {dataset.spec} that {run} held out.")
     name = f"{find_benchmark_folder(dataset.spec).name}-held-out"

@@ -286,7 +286,7 @@ class DistillSettings(ReadingSettings):
             raise UsageError(f"--init-towers {self.init_towers} needs --init-from.", "Add --init-from MODEL.")
         if self.resume == "latest" and self.overwrite:
             raise UsageError("--resume latest goes on with a run that --overwrite discards.", "Omit one of the two.")
-        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+        if self.name is not None and (self.name in ("", "..") or Path(self.name).name != self.name):
             raise UsageError(f"--name {self.name!r} is not the name of one folder.", "Use a name without slashes.")
         if self.epochs is not None and self.steps is not None:
             raise UsageError("--epochs and --steps were both given.", "Omit one of the two.")

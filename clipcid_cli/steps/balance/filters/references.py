@@ -94,7 +94,7 @@ def refuse_missing(settings: BalanceSettings) -> None:
         if not _holds_embeddings(Path(name)):
             columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
             try:
-                open_dataset(name, settings.keys, columns)
+                open_dataset(name, settings.keys, columns, WorkDirectory(settings.work).indexes)
             except ClipcidError as error:
                 raise ClipcidError(f"--against {name}: {error.message}", error.fix) from error
 

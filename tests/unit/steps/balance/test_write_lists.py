@@ -77,6 +77,18 @@ def test_uids_come_from_metadata_or_from_attributes(rows: np.ndarray, tmp_path: 
     assert (tmp_path / "m.npy").read_bytes() == (tmp_path / "u.npy").read_bytes()
 
 
+def test_files_that_were_renamed_since_are_named_where_their_names_are_in_the_keys(
+    rows: np.ndarray, tmp_path: Path
+) -> None:
+    folder = write_embeddings(tmp_path / "e", rows, keys=UIDS)
+    balance(tmp_path / "w", folder, keys="shard")
+    for path in sorted(folder.rglob("*_0000.*")):
+        path.rename(path.with_name(path.name.replace("_0000.", "_7.")))
+    with pytest.raises(ClipcidError, match="has keys that .*e does not have"):
+        balance(tmp_path / "w", folder, keys="shard", write_uids=tmp_path / "u.npy")
+    assert not (tmp_path / "u.npy").exists()
+
+
 def test_an_archive_balances_as_the_same_rows_in_clip_retrievals_layout(rows: np.ndarray, tmp_path: Path) -> None:
     plain = write_embeddings(tmp_path / "plain", rows, keys=UIDS)
     (tmp_path / "pool").mkdir()

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from balance_data import write_embeddings
-from conftest import make_caption, make_image
+from conftest import make_caption, make_image, shard_members, write_tar
 from teaching_data import Listener, embed_data, index_data, train, write_student
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
@@ -152,6 +152,24 @@ def test_captions_that_changed_are_matched_anew(tmp_path: Path) -> None:
     train(work, data, name="again", **settings)
     used = [json.loads((path / "matched.json").read_text())["counts"]["selected"] for path in find_matched(work)]
     assert sorted(used) == [23, 24]
+
+
+def test_the_same_files_under_names_that_are_in_the_keys_are_matched_anew(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write_tar(tmp_path / folder / "0.tar", shard_members(0, 24))
+    settings = {
+        "student": str(write_student(tmp_path)),
+        "preset": "clip",
+        "steps": 1,
+        "keys": "shard",
+        "val_fraction": 0.3,
+    }
+    for number, names in enumerate((("a", "b"), ("x", "y"))):
+        train(tmp_path / "work", f"{tmp_path / names[0]}::{tmp_path / names[1]}", name=str(number), **settings)
+        assert len(find_matched(tmp_path / "work")) == number + 1
+        for old, new in (("a", "x"), ("b", "y")):
+            if number == 0:
+                (tmp_path / old).rename(tmp_path / new)
 
 
 def test_bad_rows_are_told_on_each_start_and_other_texts_are_matched_anew(
