@@ -305,7 +305,7 @@ def test_with_nothing_named_the_newest_student_and_what_was_held_out(
     assert named.json["images"] == run.json["images"]
     both = clipcid("eval-zeroshot", newer, "--model", alone, "--json").json["results"]
     assert [each["images"] for each in both] == [run.json["images"]] * 2
-    clipcid(*(common[:1] + (f"{tiny_shards}/00000.tar",) + common[2:]), "--val-fraction", 0.5, "--name", "part")
+    clipcid(common[0], f"{tiny_shards}/00000.tar", *common[2:], "--val-fraction", 0.5, "--name", "part")
     others = clipcid("eval-zeroshot", alone, "--model", "clipcid-work/distill/part/student", check=False)
     assert "trained on different data" in " ".join(others.stderr.split())
     folder = clipcid("eval-zeroshot", "clipcid-work/distill/alone", check=False)

@@ -81,10 +81,13 @@ def test_files_that_were_renamed_since_are_named_where_their_names_are_in_the_ke
     rows: np.ndarray, tmp_path: Path
 ) -> None:
     folder = write_embeddings(tmp_path / "e", rows, keys=UIDS)
+    for path in (folder / "metadata").iterdir():
+        frame = pd.read_parquet(path)
+        frame.assign(uid=frame["key"]).to_parquet(path)
     balance(tmp_path / "w", folder, keys="shard")
-    for path in sorted(folder.rglob("*_0000.*")):
-        path.rename(path.with_name(path.name.replace("_0000.", "_7.")))
-    with pytest.raises(ClipcidError, match="has keys that .*e does not have"):
+    for path in sorted(folder.rglob("*_1.*")):
+        path.rename(path.with_name(path.name.replace("_1.", "_7.")))
+    with pytest.raises(ClipcidError, match=r"has keys that .*e does not have"):
         balance(tmp_path / "w", folder, keys="shard", write_uids=tmp_path / "u.npy")
     assert not (tmp_path / "u.npy").exists()
 
