@@ -25,6 +25,7 @@ BATCH_SIZE, LARGE_BATCH = 64, 256
 STUDENT, LARGE_STUDENT = "../quickstart/student", "student-large"
 # A step of the larger student takes 20 times as long.
 LARGE_STEPS = 500
+LARGE_RATES = (6e-3, 3e-3, 1.5e-3)
 # On photographs: 7.8 M parameters at 64 px, of which 6.3 M are token embeddings; eight epochs of 3,068.
 PHOTOGRAPH_STUDENT, PHOTOGRAPH_STEPS = "../foreign-teacher/student", 400
 PHOTOGRAPH_RATES = (3e-3, 6e-3, 1.5e-3)
@@ -239,7 +240,7 @@ def longer(name: str, log: Log) -> Setting:
 
 def large_students(name: str, log: Log) -> list[Setting]:
     """Return a recipe at its best weights with the larger student, at each rate: trials of the rule of `--lr` too."""
-    return _at_rates(tuned(name, log), "large", LARGE_STUDENT, LARGE_STEPS, RATES["muon"])
+    return _at_rates(tuned(name, log), "large", LARGE_STUDENT, LARGE_STEPS, LARGE_RATES)
 
 
 def photograph_students(name: str, log: Log) -> list[Setting]:
@@ -314,7 +315,7 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds((longer(name, log) for name in SCALED), SEEDS[:1])
     yield from _tried(NEW, log)
     yield _seeds((tuned(name, log) for name in NEW), FIRST_SEEDS)
-    # The first rate of each, then the second; the third, above the best of the smaller student, can wait.
+    # The first rate of each, then the second; the third can wait.
     *first, last = zip(*(large_students(name, log) for name in SCALED), strict=True)
     yield _seeds((setting for of_each in first for setting in of_each), SEEDS[:1])
     yield from _tried(REST, log)
