@@ -96,6 +96,17 @@ class Clusters:
         return open_clusters, (self.folder, self.cache, True)
 
 
+def read_cluster_sidecar(folder: Path) -> dict[str, Any]:
+    """Read the sidecar of finished clusters; where there are none, that is a ClipcidError."""
+    sidecar = read_sidecar(sidecar_path(folder, "cluster"))
+    if sidecar is None:
+        raise ClipcidError(
+            f"{folder} holds no finished clusters: there is no cluster.json.",
+            "Name another folder with --clusters, or omit it for those in the work directory.",
+        )
+    return sidecar
+
+
 def open_clusters(folder: Path, cache: Path, is_checked: bool = False, work: Path | None = None) -> Clusters:
     """Read what `cluster` wrote; nothing is written to its folder.
 
@@ -107,12 +118,7 @@ def open_clusters(folder: Path, cache: Path, is_checked: bool = False, work: Pat
     Raises:
         ClipcidError: when the output is unfinished, or its files do not fit together.
     """
-    sidecar = read_sidecar(sidecar_path(folder, "cluster"))
-    if sidecar is None:
-        raise ClipcidError(
-            f"{folder} holds no finished clusters: there is no cluster.json.",
-            "Name another folder with --clusters, or omit it for those in the work directory.",
-        )
+    sidecar = read_cluster_sidecar(folder)
 
     def remake() -> str:
         return remake_clusters(folder, sidecar, work)

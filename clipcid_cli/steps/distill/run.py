@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.output import read_sidecar, refuse_other_output, sidecar_path
+from clipcid_cli.formats.output import refuse_other_output, sidecar_path
 from clipcid_cli.formats.results.checkpoint import list_checkpoints
+from clipcid_cli.formats.results.clusters import read_cluster_sidecar
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.results.tensorboard import import_tensorboard
@@ -103,9 +103,7 @@ def refuse_missing(settings: DistillSettings) -> None:
     if settings.keep_list not in (None, NO_KEEP_LIST):
         read_keep_list(Path(settings.keep_list))
     if any(LOSSES[name].needs_clusters for name in settings.losses()):
-        folder = settings.clusters or WorkDirectory(settings.work).find_clusters()
-        if read_sidecar(sidecar_path(folder, "cluster")) is None:
-            raise ClipcidError(f"{folder} holds no finished clusters.", "Give another folder with --clusters.")
+        read_cluster_sidecar(settings.clusters or WorkDirectory(settings.work).find_clusters())
 
 
 def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: TrainingInputs) -> dict[str, Any]:

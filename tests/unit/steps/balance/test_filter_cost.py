@@ -152,6 +152,7 @@ def test_images_to_embed_are_counted_and_not_embedded(
 def test_what_the_run_refuses_at_its_start_a_dry_run_refuses(tmp_path: Path, embeddings: Path) -> None:
     narrow = str(write_embeddings(tmp_path / "narrow", make_rows(20, width=16)))
     without_texts = write_embeddings(tmp_path / "images", make_rows(20))
+    pictures = write_tar(tmp_path / "pictures.tar", shard_members(0, 2))
     unusable = np.zeros((20, 32), np.float16)
     zeros = str(write_embeddings(tmp_path / "zeros", unusable))
     not_finite = write_embeddings(tmp_path / "nan", np.full_like(unusable, np.nan))
@@ -160,7 +161,7 @@ def test_what_the_run_refuses_at_its_start_a_dry_run_refuses(tmp_path: Path, emb
         (embeddings, {"against": (zeros,), "against_threshold": 0.1}, "All 20 rows of .*zeros are zero or not finite"),
         (not_finite, {}, "None of the 20 rows of .*nan is finite"),
         (not_finite, {"against": (str(embeddings),), "against_threshold": 0.1}, "None of the 20 rows of .*nan is"),
-        (embeddings, {"against": ("pictures/",), "against_threshold": 0.1}, "does not record the model to embed it"),
+        (embeddings, {"against": (str(pictures),), "against_threshold": 0.1}, "does not record the model to embed it"),
         (embeddings, {"max_caption_similarity": -0.99}, r"of none of the \d+ images is in the window to -0.99: they"),
         (without_texts, {"min_caption_similarity": 0.1}, "contains no text embeddings"),
         (without_texts, {"select": "similarity"}, "contains no text embeddings"),
