@@ -61,9 +61,7 @@ class ListShard(VirtualShard[_Row]):
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe the slice: number of rows as its size, and a hash of them."""
-        text = "\n".join(
-            "\t".join([row.key, row.path, *row.captions, f"{row.labels or row.label}"]) for row in self.rows
-        )
+        text = "\n".join(f"{row.key}\t{row.path}\t{row.captions}\t{row.labels or row.label}" for row in self.rows)
         digest = hashlib.blake2b(text.encode("utf-8", errors="surrogateescape"), digest_size=16).hexdigest()
         return {"path": f"{self.source}#{self.name}", "size": len(text), "hash": f"blake2b-rows:{digest}"}
 

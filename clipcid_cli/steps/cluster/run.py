@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.kmeans.lloyd import LloydState
 from clipcid_cli.algorithms.kmeans.seeding import first_centroids
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
-from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file, refuse_other_output
+from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file, is_claimed, refuse_other_output
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     TABLE,
@@ -62,10 +62,13 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
             # `embed` has made the keys of its own folders.
             "keys": settings.keys if rows.embeddings.sidecar is None else None,
         }
-        wanted: dict[str, Any] = {"settings": identity, "inputs": machine.on_main(rows.fingerprint)}
-        wanted |= {"overwrite": settings.overwrite, "elsewhere": "--work, with --embeddings"}
+        wanted: dict[str, Any] = {"overwrite": settings.overwrite, "elsewhere": "--work, with --embeddings"}
+        # Another tool's files are hashed for it, which a dry run does where there is something to compare them with.
+        if not settings.dry_run or is_claimed(folder, "cluster"):
+            wanted |= {"settings": identity, "inputs": machine.on_main(rows.fingerprint)}
         if settings.dry_run:
-            machine.on_main(lambda: refuse_other_output(folder, "cluster", **wanted))
+            if "inputs" in wanted:
+                machine.on_main(lambda: refuse_other_output(folder, "cluster", **wanted))
             return estimate_cost(settings, machine, rows, num_clusters, search_width(num_clusters), reporter)
         seconds = {"read": time.perf_counter() - started}
         with claim_output(machine, folder, "cluster", clear=lambda: remove_scratch(folder), **wanted) as output:
