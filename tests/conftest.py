@@ -131,10 +131,9 @@ def run_clipcid(
 
 def process_context() -> ForkServerContext:
     """Return the context in which tests start processes of their own: they are forked where PyTorch is loaded already."""
-    from clipcid_cli.runtime.loading import start_worker_server
-
-    start_worker_server()
-    return multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    return context
 
 
 def _command_environment(command: list[str], environment: dict[str, str] | None) -> dict[str, str]:

@@ -27,14 +27,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Not faiss: with a GPU it loads CUDA's libraries, which must not be loaded where forks are made.
-_IMPORTED = (
-    *(f"clipcid_cli.steps.{step}.run" for step in ("balance", "cluster", "distill", "embed", "export")),
-    *(f"clipcid_cli.steps.evaluate.{step}" for step in ("zeroshot", "linear")),
-    *(f"clipcid_cli.commands.{command}" for command in ("balance", "cluster", "distill", "embed", "export")),
-    *("clipcid_cli.commands.eval_linear", "clipcid_cli.commands.eval_zeroshot", "clipcid_cli.commands.console"),
-    *("clipcid_cli.runtime.models.lean_open_clip", "jinja2", "matplotlib.figure", "pyarrow.dataset"),
-)
+from package import import_package
+
+# Beside the package. Not faiss: with a GPU it loads CUDA's libraries, which must not be loaded where forks are made.
+_IMPORTED = ("jinja2", "matplotlib.figure", "open_clip", "pyarrow.dataset")
 
 # Libraries read these when they are imported, which has happened where a fork begins.
 _READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH_", "OMP_", "GOMP_", "MKL_", "PYTHON")
@@ -200,13 +196,11 @@ def close() -> None:
 
 def _serve() -> None:
     """Fork for each request."""
-    from clipcid_cli.runtime.imports import importing
-
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    with importing():
-        for module in _IMPORTED:
-            importlib.import_module(module)
+    import_package()
+    for module in _IMPORTED:
+        importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:

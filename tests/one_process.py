@@ -16,14 +16,12 @@ from conftest import clean_environment
 _PROGRAM = """
 import contextlib, io, json, os, sys
 from clipcid_cli.cli import main
+from package import forget_files
 
 real = sys.stdout
 for line in sys.stdin:
     case = json.loads(line)
-    # What a process holds of files by their names: here another file may have the name.
-    for module, held in (("index", "_read_part"), ("samples", "_handle")):
-        if (loaded := sys.modules.get(f"clipcid_cli.formats.data.{module}")) is not None:
-            getattr(loaded, held).cache_clear()
+    forget_files()
     os.chdir(case["cwd"])
     out, err, code = io.StringIO(), io.StringIO(), None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -112,7 +110,8 @@ class OneProcess:
 
 
 def _start() -> subprocess.Popen[str]:
-    environment = clean_environment() | {"CLIPCID_WORKERS": "0", "PYTHONWARNINGS": "ignore"}
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = clean_environment() | {"CLIPCID_WORKERS": "0", "PYTHONWARNINGS": "ignore", "PYTHONPATH": paths}
     return subprocess.Popen(
         [sys.executable, "-c", _PROGRAM],
         stdin=subprocess.PIPE,

@@ -37,7 +37,7 @@ def test_one_two_and_killed_processes_write_the_bytes_of_a_search_from_nothing(
     while process.poll() is None and not list((tmp_path / "killed" / "balance").glob(".forest-parts/*-grown-*/*.npz")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
     clipcid(*call, "--work", "killed")
     clipcid(*call, "--work", "new")
     for work in ("one", "two", "killed"):

@@ -9,7 +9,6 @@ commands are repeated where they were given the first time.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shlex
@@ -20,25 +19,18 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a command; under pytest it is there already
+
+from package import import_package
 from place import make_place
 from scenes import SCENES, Scene
 from terminal import run_in_terminal
 
 from clipcid_cli.cli import main
-from clipcid_cli.runtime.imports import importing
 
 HERE = Path(__file__).parent
 WIDTHS = (80, 120)
 _FOLDER = "/home/me/clip-data"  # as long as the real one, so that lines break alike
-_STEPS = (
-    "balance.run",
-    "cluster.run",
-    "distill.run",
-    "embed.run",
-    "evaluate.zeroshot",
-    "evaluate.linear",
-    "export.run",
-)
 _DIGITS = r"\d[\d,]*"
 _UNITS = r"/s|%|\s(?:images/s|samples/s|s|ms|MB|MiB|GiB|bytes|pairs|iterations|hours)"
 _HASH = re.compile(r"(?<=blake2b:)[0-9a-f]{32}")
@@ -65,9 +57,7 @@ def make_screens(width: int, target: Path, exact: tuple[int, Path] | None = None
     os.environ |= {"CLIPCID_PRECISION": "fp32", "CLIPCID_DEVICE": "cpu"}  # what `auto` chooses depends on the machine
     for name in ("COLUMNS", "LINES"):  # they would stand above the size of the terminal
         os.environ.pop(name, None)
-    with importing():  # once for all: a command is then a fork of this process
-        for step in _STEPS:
-            importlib.import_module(f"clipcid_cli.steps.{step}")
+    import_package()  # once for all: a command is then a fork of this process
     with tempfile.TemporaryDirectory(prefix="clip-", dir="/tmp") as name:
         place = make_place(Path(name))
         for subcommand, scenes in SCENES.items():

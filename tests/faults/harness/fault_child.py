@@ -18,18 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from one_process import Outcome
+from package import import_package
 
 from clipcid_cli.cli import main
-from clipcid_cli.commands.signals import Signals
-from clipcid_cli.runtime.imports import importing
 
 _WRITING = os.O_WRONLY | os.O_RDWR
 _COUNTED = ("replace", "rename", "fsync", "unlink", "remove", "rmdir", "mkdir", "ftruncate", "posix_fallocate")
 
+# Beside the package.
 _IMPORTED = (
-    *(f"clipcid_cli.steps.{step}.run" for step in ("balance", "cluster", "distill", "embed", "export")),
-    *(f"clipcid_cli.steps.evaluate.{step}" for step in ("zeroshot", "linear")),
-    "clipcid_cli.commands.console",
     *("faiss", "jinja2", "matplotlib.figure", "open_clip", "pyarrow.dataset"),
     *(
         f"transformers.models.clip.{name}_clip"
@@ -47,9 +44,9 @@ def import_everything() -> None:
     """Import once what the command lines import, so that a case is a fork."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "100", "GOMP_SPINCOUNT": "0"}
     os.environ |= {"CLIPCID_WORKERS": "0", "CLIPCID_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    with importing():
-        for module in _IMPORTED:
-            importlib.import_module(module)
+    import_package()
+    for module in _IMPORTED:
+        importlib.import_module(module)
 
 
 class Operations:
@@ -217,13 +214,15 @@ def _run_here(
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # open until the process ends
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background has it ignored
-    watch = Signals.watch
+    set_handler = signal.signal
 
-    def watch_and_say(self: Signals, report: Callable[[], None]) -> None:
-        watch(self, report)
-        os.write(ready, b".")
+    def set_handler_and_say(number: int, handler: Any) -> Any:
+        before = set_handler(number, handler)
+        if number == signal.SIGTERM and callable(handler):
+            os.write(ready, b".")
+        return before
 
-    Signals.watch = watch_and_say  # type: ignore[method-assign]
+    signal.signal = set_handler_and_say  # type: ignore[assignment]
     if hook is not None:
         hook()
     try:
