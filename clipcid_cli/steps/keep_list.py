@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import held_folder, remove_abandoned, write_error
-from clipcid_cli.formats.key_streams import JoinedMatch, OrderedMatch, Values, join_stream, parquet_keys
+from clipcid_cli.formats.join import Keys, join, parquet_listing
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.reporting import Reporter
 
 NO_KEEP_LIST = "none"
-_SCRATCH = ".clipcid-join-"
-
-Found = TypeVar("Found")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +102,7 @@ def report_keep_list(
 def apply_keep_list(
     option: str | None,
     work: WorkDirectory,
-    keys: Callable[[], Iterable[pa.ChunkedArray]],
+    keys: Keys,
     count: int,
     *,
     samples: str,
@@ -140,11 +132,12 @@ def apply_keep_list(
     keep_list = choose_keep_list(option, work, samples, reporter)
     if keep_list is None:
         return None
-    is_kept, num_missing = _look_up(keep_list.path, keys, count, None if dry_run else work.path)
+    found = join(keys, count, parquet_listing(keep_list.path, "kept"), None if dry_run else work.path)[:, 0]
+    is_kept = found > 0
     report_keep_list(
         keep_list.path,
         kept=int(np.count_nonzero(is_kept)),
-        missing=num_missing,
+        missing=int(np.count_nonzero(found < 0)),
         total=count,
         samples=samples,
         source=source,
@@ -152,88 +145,6 @@ def apply_keep_list(
         reporter=reporter,
     )
     return AppliedKeepList(**vars(keep_list), is_kept=is_kept)
-
-
-def _look_up(
-    path: Path, keys: Callable[[], Iterable[pa.ChunkedArray]], count: int, folder: Path | None
-) -> tuple[npt.NDArray[np.bool_], int]:
-    """Tell which samples a keep list keeps, bool [N], and how many it lacks."""
-
-    def read(parts: Iterable[Values]) -> tuple[npt.NDArray[np.bool_], int]:
-        is_kept, first, missing = np.zeros(count, dtype=np.bool_), 0, 0
-        for found in parts:
-            is_kept[first : first + len(found)] = found[:, 0] > 0
-            missing += int(np.count_nonzero(found < 0))
-            first += len(found)
-        return is_kept, missing
-
-    return _read_matches(path, "kept", keys, count, folder, read)
-
-
-def find_rows_of_keys(
-    path: Path, keys: Callable[[], Iterable[pa.ChunkedArray]], count: int, folder: Path
-) -> npt.NDArray[np.int64]:
-    """Find keys in the column `key` of a parquet file.
-
-    Args:
-        keys: Starts reading the keys, all different.
-        count: N, how many there are.
-        folder: Where they are joined if the file has another order.
-
-    Returns:
-        The row of each key, int64 [N]; −1 where it is not there.
-    """
-
-    def read(parts: Iterable[Values]) -> npt.NDArray[np.int64]:
-        rows, first = np.empty(count, np.int64), 0
-        for found in parts:
-            rows[first : first + len(found)] = found[:, 0]
-            first += len(found)
-        return rows
-
-    return _read_matches(path, None, keys, count, folder, read)
-
-
-def _read_matches(
-    path: Path,
-    value: str | None,
-    keys: Callable[[], Iterable[pa.ChunkedArray]],
-    count: int,
-    folder: Path | None,
-    read: Callable[[Iterator[Values]], Found],
-) -> Found:
-    """Give what a parquet file says of keys to `read`: in one pass where it has their order, else once more when joined."""
-
-    def chunks() -> Iterator[pa.Array]:
-        return (part.combine_chunks().cast(pa.large_string()) for part in keys())
-
-    stream = parquet_keys(path, value)
-    ordered = OrderedMatch(stream, 1)
-    answer = read(map(ordered.match, chunks()))
-    if ordered.is_complete():
-        return answer
-    with _scratch_folder(folder) as scratch:
-        return read(map(JoinedMatch(join_stream(chunks(), count, stream, 1, scratch, path)).match, chunks()))
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
-
-
-@contextmanager
-def _scratch_folder(parent: Path | None) -> Iterator[Path]:
-    """Make a temporary folder, in the system's place for them where there is no `parent`."""
-    remove_abandoned((parent or Path(tempfile.gettempdir())).glob(f"{_SCRATCH}*"))  # of runs that were killed
-    with ExitStack() as stack:
-        try:
-            if parent is not None and not parent.exists():
-                parent.mkdir(parents=True)
-                stack.callback(_remove_if_empty, parent)  # a list that does not fit the data leaves nothing
-            scratch = stack.enter_context(held_folder(_SCRATCH, parent))
-        except OSError as error:
-            raise write_error(parent or Path(tempfile.gettempdir()), error) from error
-        yield scratch
 
 
 def _choose(option: str | None, work: WorkDirectory) -> Path | None:

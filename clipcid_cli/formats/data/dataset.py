@@ -11,8 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_folder import read_image_folder
 from clipcid_cli.formats.data.index import DataIndex, index_identity, open_index
@@ -20,7 +18,6 @@ from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_fol
 from clipcid_cli.formats.data.sample_list import LIST_SUFFIXES, Columns, read_sample_list
 from clipcid_cli.formats.data.samples import Location, Sample, Shard, natural_key
 from clipcid_cli.formats.data.tar_index import TarShard, check_tar
-from clipcid_cli.formats.key_join import find_repeated_key
 from clipcid_cli.formats.skips import Skips
 
 __all__ = ["Columns", "Dataset", "Location", "Sample", "Shard", "open_dataset", "refuse_repeated_keys"]
@@ -184,16 +181,15 @@ def refuse_repeated_keys(shards: Sequence[tuple[str, Sequence[str]]]) -> None:
     Raises:
         ClipcidError: naming the first such key and both shards.
     """
-    if len(shards) < 2:
-        return
-    repeat = find_repeated_key([key for _, keys in shards for key in keys])
-    if repeat is not None:
-        ends = np.cumsum([len(keys) for _, keys in shards])
-        one, other = (shards[int(np.searchsorted(ends, row, side="right"))][0] for row in repeat[1:])
-        raise ClipcidError(
-            f"Key {repeat[0]!r} occurs in shard {one} and again in shard {other}.",
-            "Add --keys shard, which puts the shard's name before each key.",
-        )
+    owners: dict[str, str] = {}
+    for name, keys in shards:
+        for key in keys:
+            if key in owners:
+                raise ClipcidError(
+                    f"Key {key!r} occurs in shard {owners[key]} and again in shard {name}.",
+                    "Add --keys shard, which puts the shard's name before each key.",
+                )
+            owners[key] = name
 
 
 def _find_tars(spec: str) -> list[str] | None:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample, natural_key, relative_key
 from clipcid_cli.formats.data.virtual_shard import VirtualShard, slice_rows
-from clipcid_cli.formats.key_join import mark_repeats
 from clipcid_cli.formats.reading import read_regular
 
 
@@ -94,10 +93,10 @@ def read_image_folder(root: Path, *, prefix_keys: bool) -> tuple[tuple[FolderSha
         classes = tuple(sorted({path.partition("/")[0] for path, _ in images}))
     labels = {name: number for number, name in enumerate(classes or ())}
     keys = [relative_key(Path(path)) for path, _ in images]
-    entries = [
-        _Entry(path, size, texts.get(key, ""), labels.get(path.partition("/")[0]), repeated)
-        for (path, size), key, repeated in zip(images, keys, mark_repeats(keys).tolist(), strict=True)
-    ]
+    seen, entries = set[str](), list[_Entry]()
+    for (path, size), key in zip(images, keys, strict=True):
+        entries.append(_Entry(path, size, texts.get(key, ""), labels.get(path.partition("/")[0]), key in seen))
+        seen.add(key)
     return tuple(FolderShard(name, str(root), rows, prefix_keys) for name, rows in slice_rows(entries)), classes
 
 

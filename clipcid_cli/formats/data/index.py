@@ -30,8 +30,7 @@ from clipcid_cli.formats.atomic import atomic_file, remove_abandoned, write_erro
 from clipcid_cli.formats.data.remote import is_remote, tells_content
 from clipcid_cli.formats.data.samples import Location, Sample, Shard
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
-from clipcid_cli.formats.key_join import hash_keys
-from clipcid_cli.formats.mapped_arrays import create_mapped
+from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.skips import Skips
 
@@ -39,11 +38,6 @@ PARTS_KEPT = 48
 """Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB."""
 
 _VERSION = 2
-# Hashes sorted together: 128 MiB, and seven times that while they are.
-_SORTED_AT_ONCE = 2**24
-_READ_AT_ONCE = 2**22
-# Of hashes that occur twice, the keys of this many a bucket are compared: nearly always the keys are equal.
-_NAMED = 1024
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -323,38 +317,19 @@ def lock_index(folder: Path) -> Iterator[None]:
 
 
 def _refuse_repeated_keys(index: DataIndex) -> None:
-    """Refuse keys of two shards: their 64-bit hashes are compared, and the keys themselves where hashes agree."""
-    ends = np.cumsum(index.sizes)
-    if len(index.shards) < 2 or not ends[-1]:
+    """Refuse keys of two shards; within a shard all differ."""
+    if len(index.shards) < 2:
         return
-    path = index.folder / ".hashes"  # sorted a bucket at a time: 8 bytes a key would be 3 GB of memory for 400 million
-    hashes = create_mapped(path, np.dtype(np.uint64), (int(ends[-1]),))
-    try:
-        for number, end in enumerate(ends.tolist()):
-            hashes[end - index.records[number].samples : end] = hash_keys(index.part(number).keys)
-        slices = [slice(first, first + _READ_AT_ONCE) for first in range(0, len(hashes), _READ_AT_ONCE)]
-        buckets = np.uint64(-(-len(hashes) // _SORTED_AT_ONCE))
-        found: list[npt.NDArray[np.uint64]] = []
-        for bucket in range(int(buckets)):
-            inside = np.concatenate([part[part % buckets == bucket] for part in map(hashes.__getitem__, slices)])
-            inside.sort()
-            found.append(np.unique(inside[1:][inside[1:] == inside[:-1]])[:_NAMED])
-        repeated = np.concatenate(found)
-        rows = np.concatenate([part.start + np.flatnonzero(np.isin(hashes[part], repeated)) for part in slices])
-    finally:
-        del hashes
-        path.unlink(missing_ok=True)
-    owners: dict[str, int] = {}
-    for row in rows.tolist():
-        number = int(np.searchsorted(ends, row, side="right"))
-        key = index.part(number).keys[row - int(ends[number]) + index.records[number].samples].as_py()
-        owner = owners.setdefault(key, number)
-        if owner != number:
-            one, other = index.shards[owner].name, index.shards[number].name
-            raise ClipcidError(
-                f"Key {key!r} occurs in shard {one} and again in shard {other}.",
-                "Add --keys shard, which puts the shard's name before each key.",
-            )
+    repeat = find_repeat(lambda: (index.part(number).keys for number in range(len(index.shards))), index.folder)
+    if repeat is not None:
+        ends = np.cumsum(index.sizes)
+        one, other = (
+            index.shards[int(np.searchsorted(ends, row, side="right"))].name for row in (repeat.first, repeat.second)
+        )
+        raise ClipcidError(
+            f"Key {repeat.key!r} occurs in shard {one} and again in shard {other}.",
+            "Add --keys shard, which puts the shard's name before each key.",
+        )
 
 
 def _part_path(folder: Path, shard: Shard) -> Path:

@@ -15,7 +15,6 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_url, local_file
 from clipcid_cli.formats.data.samples import Location, Sample
 from clipcid_cli.formats.data.virtual_shard import VirtualShard, slice_rows
-from clipcid_cli.formats.key_join import mark_repeats
 from clipcid_cli.formats.reading import describe, open_regular
 
 if TYPE_CHECKING:
@@ -100,13 +99,13 @@ def read_sample_list(spec: str, columns: Columns, *, prefix_keys: bool) -> tuple
     keys = _text(spec, frame, columns.key) if columns.key in frame else paths
     classes = _classes(spec, frame) if LABEL_COLUMN in frame else None
     several = classes is not None and any(len(row) > 1 for row in classes)
-    repeated = mark_repeats(keys).tolist()
-    rows = []
+    rows, seen = list[_Row](), set[str]()
     for number, (key, path, texts) in enumerate(zip(keys, paths, captions, strict=True)):
         where = path if not path or is_url(path) or os.path.isabs(path) else os.path.join(folder, path)
         own = classes[number] if classes is not None else ()
         label = own[0] if own and not several else None
-        rows.append(_Row(key, where, texts, label, own if several else None, repeated[number]))
+        rows.append(_Row(key, where, texts, label, own if several else None, key in seen))
+        seen.add(key)
     return tuple(ListShard(name, spec, part, prefix_keys) for name, part in slice_rows(rows))
 
 

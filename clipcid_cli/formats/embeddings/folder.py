@@ -44,7 +44,7 @@ from clipcid_cli.formats.embeddings.pairing import DIGITS, list_files, list_inne
 from clipcid_cli.formats.embeddings.recorded import RecordedFiles
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprints import FingerprintCache
-from clipcid_cli.formats.key_join import find_repeated_key, hash_keys
+from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.listing import list_recorded
 from clipcid_cli.formats.output import (
     find_changed,
@@ -253,15 +253,8 @@ class Embeddings:
         """
         if self.sidecar is not None:
             return
-        # Hashes alone first, file by file: 9 bytes a row. Where none repeats, no key does.
-        hashes, first = np.empty(self.num_rows, dtype=np.uint64), 0
-        for file in self.files:
-            hashes[first : first + file.rows] = hash_keys(self.keys_of(file))
-            first += file.rows
-        hashes.sort()
-        if not (hashes[1:] == hashes[:-1]).any():
-            return
-        repeat = find_repeated_key(self._join(self.keys_of))
+        folder = None if self._cache is None else self._cache.parent
+        repeat = find_repeat(lambda: (self.keys_of(file) for file in self.files), folder)
         if repeat is not None:
             key, one, other = repeat
             raise ClipcidError(

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Float16, Rows
-from clipcid_cli.formats.key_streams import KeyStream, Values
+from clipcid_cli.formats.join import Listing, Values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +96,11 @@ class CaptionRows:
         return rows
 
 
-def sample_keys(embeddings: Embeddings) -> tuple[KeyStream, int]:
-    """Read the keys of embeddings with the numbers of each row, one file in memory at a time.
+def sample_keys(embeddings: Embeddings) -> Listing:
+    """List the keys of embeddings, one file in memory at a time.
 
-    Returns:
-        The stream, and how many numbers a key has: its row; where captions after the first are embedded, also the first row
-        of its own among them, and how many captions it has.
+    The numbers of a key are its row and, where captions after the first are embedded, the first row of its own among them
+    and how many captions it has.
     """
 
     def read() -> Iterator[tuple[pa.Array, Values]]:
@@ -115,4 +114,4 @@ def sample_keys(embeddings: Embeddings) -> tuple[KeyStream, int]:
                 further = int(ends[-1]) if len(ends) else further
             yield embeddings.keys_of(file).combine_chunks(), np.stack(columns, axis=1)
 
-    return read, 3 if embeddings.has_further_captions else 1
+    return Listing(embeddings.folder, read, 3 if embeddings.has_further_captions else 1)

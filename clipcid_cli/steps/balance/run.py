@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
-from clipcid_cli.formats.mapped_strings import map_strings
+from clipcid_cli.formats.mapped_arrays import map_strings
 from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file
 from clipcid_cli.formats.results.curve import CURVE, write_curve
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -15,10 +14,10 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.index import DataIndex
+from clipcid_cli.formats.data.index import DataIndex, Part
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.sample_rows import sample_keys
-from clipcid_cli.formats.key_streams import JoinedMatch, KeyStream, OrderedMatch, Values, join_stream, parquet_keys
+from clipcid_cli.formats.join import Listing, Values, join, parquet_listing
 from clipcid_cli.formats.results.clusters import TABLE, Clusters
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, SampleRowsWriter, open_rows
 from clipcid_cli.formats.skips import Skips
@@ -97,15 +96,15 @@ class Sources:
     required: bool = True
     clusters: Clusters | None = None
 
-    def streams(self) -> dict[str, tuple[KeyStream, int, Path]]:
-        """Return the keys of each file with their numbers, how many numbers a key has, and the file."""
-        found: dict[str, tuple[KeyStream, int, Path]] = {}
+    def listings(self) -> dict[str, Listing]:
+        """Return the keys of each file with their numbers."""
+        found: dict[str, Listing] = {}
         if self.keep_list is not None:
-            found["keep_list"] = parquet_keys(self.keep_list, "kept"), 1, self.keep_list
+            found["keep_list"] = parquet_listing(self.keep_list, "kept")
         if self.embeddings is not None:
-            found["embeddings"] = *sample_keys(self.embeddings), self.embeddings.folder
+            found["embeddings"] = sample_keys(self.embeddings)
         if self.clusters is not None:
-            found["clusters"] = parquet_keys(self.clusters.folder / TABLE), 1, self.clusters.folder / TABLE
+            found["clusters"] = parquet_listing(self.clusters.folder / TABLE)
         return found
 
 
@@ -155,42 +154,30 @@ class MatchedSamples:
 def match_samples(
     dataset: Dataset, sources: Sources, val_fraction: float, folder: Path, reporter: Reporter
 ) -> MatchedSamples:
-    """Match the data with other files, shard by shard, and write down the samples to train on and those held out.
-
-    A file in the data's order is read in step with the shards; one that turns out not to be is joined, and all begins anew.
+    """Match the data with other files, and write down the samples to train on and those held out, shard by shard.
 
     Args:
         val_fraction: Share of the samples held out: the keys whose hash falls below it.
     """
-    index, joined = index_of(dataset), dict[str, Values]()
+    index = index_of(dataset)
+    sizes, shards = index.sizes, range(len(index.records))
+    joined = {
+        name: join(lambda: (index.part(number).keys for number in shards), int(sizes.sum()), listing, folder)
+        for name, listing in sources.listings().items()
+    }
     bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
-    while True:
-        matches = {
-            name: JoinedMatch(joined[name]) if name in joined else OrderedMatch(stream, width)
-            for name, (stream, width, _) in sources.streams().items()
-        }
-        counts, bar = MatchCounts(bad_rows=len(bad)), reporter if len(index.records) > _FEW_SHARDS else SilentReporter()
-        with (
-            _open_writers(index, sources, folder) as writers,
-            bar.progress("match", len(index.records), "shards") as progress,
-        ):
-            for number in range(len(index.records)):
-                part = index.part(number)
-                keys = part.keys.combine_chunks().cast(pa.large_string())
-                found = {name: match.match(keys) for name, match in matches.items()}
-                if "embeddings" in found and len(bad):
-                    found["embeddings"][np.isin(found["embeddings"][:, 0], bad), 0] = -1
-                _match_shard(keys, part.num_captions, found, sources, val_fraction, writers, counts)
-                progress.advance()
-            unordered = [name for name, match in matches.items() if not match.is_complete()]
-            if not unordered:
-                return MatchedSamples(writers[TRAINING].finish(), writers[HELD_OUT].finish(), counts)
-        for name in unordered:
-            stream, width, source = sources.streams()[name]
-            shards = (index.part(number).keys.combine_chunks() for number in range(len(index.records)))
-            # The result stays mapped without its name, which NFS keeps until it is closed.
-            with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
-                joined[name] = join_stream(shards, int(index.sizes.sum()), stream, width, Path(scratch), source)
+    counts, bar = MatchCounts(bad_rows=len(bad)), reporter if len(shards) > _FEW_SHARDS else SilentReporter()
+    first = 0
+    with _open_writers(index, sources, folder) as writers, bar.progress("match", len(shards), "shards") as progress:
+        for number in shards:
+            part = index.part(number)
+            found = {name: values[first : first + len(part)] for name, values in joined.items()}
+            if "embeddings" in found and len(bad):
+                found["embeddings"][np.isin(found["embeddings"][:, 0], bad), 0] = -1
+            _match_shard(part, found, sources, val_fraction, writers, counts)
+            first += len(part)
+            progress.advance()
+        return MatchedSamples(writers[TRAINING].finish(), writers[HELD_OUT].finish(), counts)
 
 
 @contextmanager
@@ -210,8 +197,7 @@ def _open_writers(index: DataIndex, sources: Sources, folder: Path) -> Iterator[
 
 
 def _match_shard(
-    keys: pa.Array,
-    num_captions: npt.NDArray[np.int32],
+    samples: Part,
     found: dict[str, Values],
     sources: Sources,
     val_fraction: float,
@@ -219,6 +205,7 @@ def _match_shard(
     counts: MatchCounts,
 ) -> None:
     """Decide which samples of a shard are trained on and held out, write them down and count them."""
+    keys, num_captions = samples.keys, samples.num_captions
     usable = num_captions > 0
     held_out = usable & (key_fractions(keys.to_pylist()) < val_fraction)
     selected = usable & ~held_out

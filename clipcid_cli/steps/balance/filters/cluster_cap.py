@@ -15,6 +15,7 @@ import pyarrow as pa
 from clipcid_cli.algorithms.search.distances import DoubleArray, IntArray
 from clipcid_cli.algorithms.sets.representatives import best_of_groups, random_scores
 from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.formats.join import join, parquet_listing
 from clipcid_cli.formats.mapped_arrays import Arrays
 from clipcid_cli.formats.output import fingerprint_file, read_sidecar, refuse_changed, sidecar_path
 from clipcid_cli.formats.reading import reading
@@ -24,7 +25,6 @@ from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.rows import caption_similarities
 from clipcid_cli.steps.balance.samples import count_pixels
 from clipcid_cli.steps.balance.sets import Sets
-from clipcid_cli.steps.keep_list import find_rows_of_keys
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.shared_arrays import share_arrays
@@ -175,7 +175,7 @@ def _look_up(context: Context, table: Path) -> tuple[npt.NDArray[np.int32], npt.
         parts = everything.pick((file, embeddings.keys_of(file)) for file in embeddings.files)
         return (pa.chunked_array([part]) for part in parts)
 
-    place = find_rows_of_keys(table, keys, len(everything), context.settings.work)
+    place = join(keys, len(everything), parquet_listing(table), context.settings.work)[:, 0]
     labels, similarities = read_labels(table)
     is_there = place >= 0
     cluster, similarity = np.full(len(place), -1, np.int32), np.zeros(len(place), np.float32)

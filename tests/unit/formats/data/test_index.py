@@ -144,9 +144,7 @@ def test_a_shard_that_changed_is_listed_again_and_no_other(tmp_path: Path, monke
     assert len(after.index.part(1)) == 6, "what the process remembered of the shard must not be taken"
 
 
-@pytest.mark.parametrize("bucket", [2**26, 3])
-def test_a_key_of_two_shards_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: int) -> None:
-    monkeypatch.setattr(module, "_SORTED_AT_ONCE", bucket)
+def test_a_key_of_two_shards_is_refused(tmp_path: Path) -> None:
     for number in range(4):
         write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
     write_tar(tmp_path / "data" / "3.tar", shard_members(12, 2))
@@ -155,14 +153,6 @@ def test_a_key_of_two_shards_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     assert "--keys shard" in error.value.fix
     prefixed = indexed(tmp_path / "data", tmp_path / "index", keys="shard")
     assert prefixed.index is not None
-    assert not list(prefixed.index.folder.glob(".hashes"))
-
-
-def test_different_keys_of_one_hash_are_no_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "hash_keys", lambda keys: np.zeros(len(keys), np.uint64))
-    for number in range(2):
-        write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
-    assert indexed(tmp_path / "data", tmp_path / "index").index is not None
 
 
 def test_a_caption_that_was_rewritten_is_read_again(tmp_path: Path) -> None:
