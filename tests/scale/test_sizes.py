@@ -132,19 +132,18 @@ def test_clusters_hold_more_rows_than_32_bits_count_neighbours(folder: Path, lim
             tops = make_tops(np.arange(start, stop))
             write_part(
                 part_path(folder, part),
-                keys=make_keys(start, stop),
                 similarities=tops.similarities[:, 0].astype(np.float64),
                 images=tops,
                 captions=None,
             )
-        join_parts(folder, len(bounds), captions=False)
+        join_parts(folder, bounds, lambda start, stop: pa.chunked_array([make_keys(start, stop)]), captions=False)
         remove_scratch(folder)
     write_npy(folder / "centroids.npy", np.eye(NUM_CLUSTERS, 8, dtype=np.float32))
     write_json(folder / "cluster.json", {"format_version": 1, "temperatures": {"image": 0.02}})
 
     # What `distill` may hold a row.
     with limit_memory(8 * CLUSTER_ROWS + 2 * GIB):
-        found = open_clusters(folder, folder / "unused")
+        found = open_clusters(folder)
         random = np.random.default_rng(0)
         for start in (
             0,

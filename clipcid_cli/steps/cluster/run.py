@@ -21,12 +21,13 @@ from clipcid_cli.formats.results.clusters import (
     part_bounds,
     read_progress,
     remove_scratch,
+    top_paths,
     write_progress,
 )
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.cluster.assign import assign_clusters, search_width, summarise
+from clipcid_cli.steps.cluster.assign import assign_clusters, search_width, summarise, towers_of
 from clipcid_cli.steps.cluster.cost import estimate_cost
 from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
 from clipcid_cli.steps.cluster.train import choose_format, train_centroids
@@ -157,7 +158,7 @@ def _cluster(
         begun = time.perf_counter()
         write_npy(output.folder / CENTROIDS, state.centroids_KD.numpy())
         bounds = part_bounds(len(rows))
-        join_parts(output.folder, len(bounds), captions=rows.embeddings.has_texts)
+        join_parts(output.folder, bounds, rows.keys, captions=rows.embeddings.has_texts)
         result, temperatures = summarise(rows, num_clusters, output.folder)
         seconds["write"] = time.perf_counter() - begun
         result |= {
@@ -169,10 +170,12 @@ def _cluster(
                 f"{result['empty_clusters']:,} of {num_clusters:,} clusters are empty: the data has hardly more "
                 "different images than clusters, or fewer. Use a smaller --num-clusters."
             )
+        tables = [output.folder / name for name in (CENTROIDS, TABLE)]
+        arrays = [path for tower in towers_of(rows) for path in top_paths(output.folder, tower)]
         output.commit(
             counts={"read": rows.embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
             seconds=seconds,
-            outputs=describe_outputs(output.folder, [output.folder / name for name in (CENTROIDS, TABLE)]),
+            outputs=describe_outputs(output.folder, [*tables, *arrays]),
             embeddings=WorkDirectory(settings.work).name_of(rows.embeddings.folder),
             keep_list=None if rows.keep_list is None else fingerprint_file(rows.keep_list),
             flags={"num_clusters": settings.num_clusters, "keys": settings.keys, "npz_array": settings.npz_array},
