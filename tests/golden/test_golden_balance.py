@@ -26,6 +26,7 @@ from golden import (
     read_rows,
     read_table,
 )
+from scipy.cluster.hierarchy import DisjointSet
 
 KEEP = ("--embeddings", "rows", "--keep", 0.563)
 # The field of the JSON that has the share of dropped images farther from their kept image than the cut-off.
@@ -59,14 +60,36 @@ def balance(place: Path, work: str, *arguments: object, **options: Any) -> dict[
     keep = read_keep_list(place / answer["files"]["keep_list"])
     forest = read_table(place / answer["files"]["forest"])
     assert (np.diff(forest["distance"]) >= 0).all()
+    check_curve(pd.read_csv(place / answer["files"]["curve"]), forest, answer)
     # How far beyond the cut-off was searched is not promised, so what lies there is not compared.
     forest = {name: column[forest["distance"] <= threshold] for name, column in forest.items()}
-    curve = pd.read_csv(place / answer["files"]["curve"])
-    curve = curve[curve["distance"].astype(np.float32) <= threshold]
-    sets = read_table(place / answer["files"]["sets"])
-    tables = {"keep": keep, "forest": forest, "sets": sets, "curve": {name: curve[name].to_numpy() for name in curve}}
+    tables = {"keep": keep, "forest": forest, "sets": read_table(place / answer["files"]["sets"])}
     arrays = {f"{table}.{name}": column for table, columns in tables.items() for name, column in columns.items()}
     return {"json": plain(answer)} | arrays
+
+
+def check_curve(curve: pd.DataFrame, forest: Arrays, answer: Any) -> None:
+    """Count again what the curve says; which points it has depends on how far was searched, and is not compared."""
+    distances = curve["distance"].to_numpy(np.float32)
+    assert len(curve) <= 1001
+    assert (np.diff(distances) > 0).all()
+    chosen = curve[distances == np.float32(answer["threshold"])]
+    capped = answer["dropped_by"]["cluster"]
+    found = [(answer["kept"] + capped, answer["largest_component"])]
+    assert list(zip(chosen["kept"], chosen["largest_component"], strict=True)) == found
+    np.testing.assert_allclose(curve["keep_ratio"], curve["kept"] / answer["searched"], atol=1e-6)
+    if answer["other_linkage"]["linkage"] == "single":
+        assert (np.diff(curve["kept"]) <= 0).all()  # stars do not follow from the forest
+        return
+    sets = DisjointSet(range(answer["images"]))
+    largest = [1]
+    for a, b in zip(forest["a"].tolist(), forest["b"].tolist(), strict=True):
+        assert sets.merge(a, b)
+        largest.append(max(largest[-1], sets.subset_size(a)))
+    edges = np.searchsorted(forest["distance"], distances, side="right")
+    assert len(curve) >= min(400, len(np.unique(forest["distance"])))
+    assert curve["kept"].tolist() == (answer["searched"] - edges).tolist()
+    assert curve["largest_component"].tolist() == np.array(largest)[edges].tolist()
 
 
 def read_keep_list(path: Path) -> Arrays:
@@ -115,7 +138,7 @@ def test_which_image_is_kept(place: Path, select: str) -> None:
     seed = ("--seed", 1) if select == "random" else ()
     found = balance(place, select, *data, *KEEP[:2], "--threshold", 0.6, "--select", select, *seed)
     if select != "first":
-        found = {name: column for name, column in found.items() if not name.startswith(("forest.", "curve."))}
+        found = {name: column for name, column in found.items() if not name.startswith("forest.")}
     check(f"balance-{select}", found)
 
 
@@ -185,15 +208,7 @@ def test_a_shard_later(place: Path, kept: Arrays) -> None:
     assert ask(place, *command)["images"] == 954
     for path in sorted(ROWS.glob("*/*_0001.*")):
         shutil.copy(path, growing / path.parent.name)
-    grown = balance(place, "grown", *command[1:-2])
-    # What grows is searched farther: the curve has at most 1,000 points, and so fewer of them below the cut-off.
-    names = [name for name in kept if name.startswith("curve.")]
-    points, whole = (
-        set(zip(*(found.pop(name).tolist() for name in names), strict=True)) for found in (grown, dict(kept))
-    )
-    assert len(points) > 400
-    assert points <= whole
-    assert_same(grown, {name: kept[name] for name in kept if name not in names})
+    assert_same(balance(place, "grown", *command[1:-2]), kept)
 
 
 def test_two_processes(place: Path, kept: Arrays) -> None:
