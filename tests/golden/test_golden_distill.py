@@ -97,7 +97,11 @@ def test_average_and_parts_killed_and_repeated(place: Path, distill: Callable[..
     kill_when(place, "step_*.pt", "distill/killed/distill.json", *TAUGHT, "--name", "killed", *settings)
     distill("killed", *settings)
     found, expected = read_weights(runs / "killed"), read_weights(runs / "whole")
-    assert any(name.startswith("student-ema.") for name in expected)
+    average, student = (
+        np.concatenate([tensor.ravel() for name, tensor in expected.items() if name.startswith(f"{folder}.")])
+        for folder in ("student-ema", "student")
+    )
+    check("distill-ema-distance", {"distance": float(np.linalg.norm(average - student))}, rel=1e-3)
     assert_same(found, expected)
     assert read_log(runs / "killed") == read_log(runs / "whole")
 
