@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -96,7 +96,8 @@ def join(keys: Keys, count: int, listing: Listing, folder: Path | None) -> Value
     if count * listing.width <= _FEW_NUMBERS:
         values: Values = np.empty(shape, np.int64)
     else:
-        values = create_unnamed(_make(folder), np.dtype(np.int64), shape)
+        with _scratch_folder(folder) as scratch:  # the file has no name there, and stays mapped
+            values = create_unnamed(scratch, np.dtype(np.int64), shape)
     if not _match_in_step(keys, values, listing):
         _match_in_any_order(keys, values, listing, folder)
     return values
@@ -234,24 +235,22 @@ def _are_few_and_different(keys: Keys) -> bool:
     return bool(pc.count_distinct(pa.chunked_array(chunks, pa.large_binary())).as_py() == rows)
 
 
-def _make(folder: Path | None) -> Path:
-    """Make the folder where it is missing."""
-    place = folder or Path(tempfile.gettempdir())
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(place, error) from error
-    return place
-
-
 @contextmanager
 def _scratch_folder(folder: Path | None) -> Iterator[Path]:
-    """Make a folder for what DuckDB's memory does not hold; remove it, and those of runs that were killed."""
-    place = _make(folder)
+    """Make a folder for what memory does not hold; remove it, and those of runs that were killed."""
+    place = folder or Path(tempfile.gettempdir())
     remove_abandoned(place.glob(f"{_SCRATCH}*"))
     with ExitStack() as stack:
         try:
+            if not place.exists():
+                place.mkdir(parents=True)
+                stack.callback(_remove_if_empty, place)  # a list of other data leaves nothing
             scratch = stack.enter_context(held_folder(_SCRATCH, place))
         except OSError as error:
             raise write_error(place, error) from error
         yield scratch
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
