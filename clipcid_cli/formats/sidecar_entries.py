@@ -26,12 +26,12 @@ _NUMBER = int | float
 # What a finished step says again when it is run once more, by name: see `_fits`.
 _RESULT: dict[str, Any] = {
     **dict.fromkeys(("images", "searched", "clusters", "classes", "train_images", "validation_images"), _NUMBER),
-    **dict.fromkeys(("kept", "keep_ratio", "components", "largest_component", "coverage"), _NUMBER),
+    **dict.fromkeys(("kept", "keep_ratio", "components", "largest_component", "uncovered_ratio"), _NUMBER),
     **dict.fromkeys(("objective", "iterations", "c", "validation_score"), _NUMBER),
     **dict.fromkeys(("steps", "samples", "samples_per_second"), _NUMBER),
     **{name: {...: _NUMBER} for name in ("seconds", "losses", "metrics", "dropped_by")},
     "threshold": _NUMBER | None,
-    "other_linkage": {None: None, "kept": _NUMBER, "coverage": _NUMBER},
+    "other_linkage": {None: None, "kept": _NUMBER, "uncovered_ratio": _NUMBER},
     "audit": {None: None, ...: _NUMBER},
     "caption_window": {None: None, **dict.fromkeys(("inside", "below", "above", "without"), _NUMBER)},
     "cluster_cap": {None: None, ...: _NUMBER},

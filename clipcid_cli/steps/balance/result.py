@@ -52,10 +52,10 @@ def summarise(
         "threshold": sets.threshold,
         "components": sets.num_kept,
         "largest_component": sets.largest,
-        "coverage": sets.coverage,
+        "uncovered_ratio": sets.uncovered_ratio,
         "other_linkage": None
         if isinstance(other, NotComputed)
-        else {"linkage": other.linkage, "kept": other.kept, "coverage": other.coverage},
+        else {"linkage": other.linkage, "kept": other.kept, "uncovered_ratio": other.uncovered_ratio},
         "neighbors": settings.neighbors,
         "audit": None if audit is None else dataclasses.asdict(audit) | {"rate": audit.rate},
         "dropped_by": {

@@ -48,12 +48,13 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
     """Balance a data set.
 
     Returns:
-        The JSON object: ``images, searched, kept, keep_ratio, threshold, components, largest_component, coverage,
-        other_linkage{linkage, kept, coverage}, neighbors, audit{sampled, kept, near, rate, low, high}, dropped_by{reference,
-        caption, repeat, cluster}, against{threshold, dropped, references[{name, rows, near, nearest}]}, caption_window{min,
-        max, inside, below, above, without}, cluster_cap{most, clusters, capped, dropped, largest}, skipped{},
-        seconds{embed, search, write}, files{}``. ``searched`` counts the images that references and caption window leave.
-        ``coverage`` is the share of the dropped repeats that are farther than the threshold from their representative.
+        The JSON object: ``images, searched, kept, keep_ratio, threshold, components, largest_component, uncovered_ratio,
+        other_linkage{linkage, kept, uncovered_ratio}, neighbors, audit{sampled, kept, near, rate, low, high},
+        dropped_by{reference, caption, repeat, cluster}, against{threshold, dropped, references[{name, rows, near,
+        nearest}]}, caption_window{min, max, inside, below, above, without}, cluster_cap{most, clusters, capped, dropped,
+        largest}, skipped{}, seconds{embed, search, write}, files{}``. ``searched`` counts the images that references and
+        caption window leave. ``uncovered_ratio`` is the share of the dropped repeats that are farther than the threshold
+        from their representative.
         ``other_linkage`` is what the other linkage gives at the same threshold, null where that is not computed. ``audit``
         is null for exact neighbors; for partitioned ones it holds how many of the sampled kept images have another kept one
         within the threshold, the rate and the ends of its 95 % interval. ``against`` holds for each reference its rows, the
