@@ -27,9 +27,6 @@ def create_mapped(path: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -
     """Create a file and map it as an array of zeros, [*shape]; an array without elements has no file.
 
     Its blocks are reserved first: where the disk is full, writing to a mapped file without them kills the process (SIGBUS).
-
-    Raises:
-        ClipcidError: when the disk has no room for it, or the file cannot be created.
     """
     if not all(shape):
         return np.empty(shape, dtype)
@@ -42,11 +39,7 @@ def create_mapped(path: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -
 
 
 def create_unnamed(folder: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:
-    """Create an array as `create_mapped` does, in a file without a name, which lasts as long as the array.
-
-    Raises:
-        ClipcidError: when the disk of the folder has no room for it, or the file cannot be created.
-    """
+    """Create an array as `create_mapped` does, in a file without a name, which lasts as long as the array."""
     if not all(shape):
         return np.empty(shape, dtype)
     try:
@@ -63,9 +56,6 @@ def spool_arrays(folder: Path, dtypes: Sequence[Any], parts: Iterable[Sequence[n
         folder: Where the files lie.
         dtypes: Of each array, K of them.
         parts: K arrays [n] each, of these dtypes.
-
-    Raises:
-        ClipcidError: when the disk of the folder has no room for them.
     """
     try:
         with ExitStack() as stack:

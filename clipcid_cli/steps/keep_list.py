@@ -55,9 +55,6 @@ def choose_keep_list(
     Args:
         option: Value of ``--keep-list``: a file, ``none``, or None for the work directory's list where there is one.
         samples: What the step's samples are called in messages: ``rows`` or ``samples``.
-
-    Raises:
-        ClipcidError: when the list cannot be read.
     """
     path = _choose(option, work)
     if path is None:
@@ -87,9 +84,6 @@ def report_keep_list(
         samples: What they are called in messages: ``rows`` or ``samples``.
         source: Where they come from, for messages.
         max_missing: Largest share of them that the list may lack.
-
-    Raises:
-        ClipcidError: when it lacks more: it was made from other data.
     """
     if missing > max_missing * total:
         raise ClipcidError(
@@ -125,9 +119,6 @@ def apply_keep_list(
 
     Returns:
         None where all samples are to be used.
-
-    Raises:
-        ClipcidError: when the list cannot be read, was made from other data, or cannot be joined for lack of space.
     """
     keep_list = choose_keep_list(option, work, samples, reporter)
     if keep_list is None:

@@ -51,11 +51,7 @@ def list_checkpoints(folder: Path) -> list[int]:
 
 
 def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
-    """Read a checkpoint; only tensors and plain values are admitted, so the file cannot run code.
-
-    Raises:
-        ClipcidError: when the file is damaged or holds anything else.
-    """
+    """Read a checkpoint; only tensors and plain values are admitted, so the file cannot run code."""
     path = checkpoint_path(folder, step)
     try:
         with open_regular(path):

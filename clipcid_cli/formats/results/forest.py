@@ -1,12 +1,9 @@
-"""The single-linkage forest as a file, and the parts that a search saves while it runs."""
+"""The single-linkage forest: ``forest.parquet``, and files of like names for those of other searches."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,6 @@ _STEPS = {
     "exact-filtered": "forest-filtered",
     "partitioned-filtered": "forest-partitioned-filtered",
 }
-_PARTS = ".forest-parts"
 _SCHEMA = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("distance", pa.float32())])
 # Rows of a row group.
 _ROWS_AT_ONCE = 2**20
@@ -103,21 +99,16 @@ def read_forest(folder: Path, inputs: list[dict[str, Any]], neighbors: str = "ex
     Args:
         folder: The folder of `balance`.
         neighbors: How it must have been searched.
-
-    Raises:
-        ClipcidError: when the file that the sidecar describes is missing, damaged or no longer the same.
     """
     step = _STEPS[neighbors]
     sidecar = read_sidecar(sidecar_path(folder, step))
     if sidecar is None or _contents(sidecar.get("inputs", [])) != _contents(inputs):
         return None
-    path, fix = (
-        forest_path(folder, neighbors),
-        f"Remove {sidecar_path(folder, step)}; the forest is then searched again.",
-    )
+    path = forest_path(folder, neighbors)
+    fix = f"Remove {sidecar_path(folder, step)}; the forest is then searched again."
     with reading(sidecar_path(folder, step), "a sidecar of a forest", fix):
         cutoff, num_rows = float(sidecar["cutoff"]), int(sidecar["counts"]["images"])
-    table = read_columns(path, {"a": pa.int64(), "b": pa.int64(), "distance": pa.float32()}, fix)
+    table = read_columns(path, dict(zip(_SCHEMA.names, _SCHEMA.types, strict=True)), fix)
     distance = table["distance"].to_numpy()
     # A run killed while it replaced the forest by a longer one leaves the longer one with the old sidecar.
     end = int(np.searchsorted(distance, np.float32(cutoff), side="right"))
@@ -149,73 +140,3 @@ def _wide(rows: IntArray) -> npt.NDArray[np.int64]:
 
 def _contents(inputs: list[dict[str, Any]]) -> list[tuple[int, str]]:
     return [(entry["size"], entry["hash"]) for entry in inputs]
-
-
-@dataclasses.dataclass(frozen=True)
-class ForestPart:
-    """What one process has found in the first tiles of its share: all pairs, or their forest.
-
-    A session is one run of a search; the next one, after it was stopped, divides what is left of its tiles.
-
-    Attributes:
-        session: Number of the session.
-        rank: Number of the process.
-        size: Number of processes.
-        tiles: The tiles that the session divides, ranges of their numbers: start, stop and step, int64 [R, 3].
-        done: How many tiles of its share the process has finished.
-        a: Smaller row of each edge, integers [E].
-        b: Larger row, integers [E].
-        distance: Their distance, float32 [E].
-        has_all: Whether these are all pairs.
-    """
-
-    session: int
-    rank: int
-    size: int
-    tiles: npt.NDArray[np.int64]
-    done: int
-    a: IntArray
-    b: IntArray
-    distance: npt.NDArray[np.float32]
-    has_all: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class ForestParts:
-    """The parts of a search in progress: a killed search resumes from them, and the first process merges them.
-
-    Attributes:
-        folder: The folder of `balance`.
-        search: Name of the search; parts of another cut-off or other tiles have another name.
-    """
-
-    folder: Path
-    search: str
-
-    @property
-    def path(self) -> Path:
-        """Where the parts of this search lie."""
-        return self.folder / _PARTS / self.search
-
-    def next_session(self) -> int:
-        """Return a session number that no earlier run has used."""
-        return 1 + max((int(path.name.split("-")[0]) for path in self.path.glob("*-*.npz")), default=-1)
-
-    def write(self, part: ForestPart) -> None:
-        """Save the part of one process, replacing what it saved before in the same session."""
-        with atomic_file(self.path / f"{part.session}-{part.rank}.npz") as file:
-            np.savez(file, **dataclasses.asdict(part))
-
-    def read(self, session: int) -> Iterator[ForestPart]:
-        """Read the parts of a session. One that cannot be read is skipped: its tiles are searched again."""
-        for path in sorted(self.path.glob(f"{session}-*.npz")):
-            try:
-                with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                    found = {field.name: arrays[field.name] for field in dataclasses.fields(ForestPart)}
-                yield ForestPart(**{name: value if value.ndim else value.item() for name, value in found.items()})
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
-                continue
-
-    def clear(self) -> None:
-        """Remove the parts of this and every earlier search."""
-        shutil.rmtree(self.folder / _PARTS, ignore_errors=True)

@@ -78,9 +78,6 @@ def refuse_changed_metrics(path: Path, fix: str) -> None:
 
     Args:
         fix: What to run to make them again.
-
-    Raises:
-        ClipcidError: naming the file.
     """
     sidecar = read_metrics_sidecar(path)
     if sidecar is not None:
@@ -88,11 +85,7 @@ def refuse_changed_metrics(path: Path, fix: str) -> None:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Read a metrics file, ours or CLIP_benchmark's.
-
-    Raises:
-        ClipcidError: when it cannot be read or lacks a field.
-    """
+    """Read a metrics file, ours or CLIP_benchmark's."""
     try:
         content = json.loads(read_regular(path))
         found = {field: content[field] for field in FIELDS}

@@ -151,11 +151,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read a file, ordered by key.
-
-    Raises:
-        ClipcidError: when there is none, or it is not a file of predictions.
-    """
+    """Read a file, ordered by key."""
     import pyarrow.parquet as pq  # only --compare needs it
 
     try:

@@ -104,11 +104,7 @@ def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a log; a last line that a kill left incomplete is omitted.
-
-    Raises:
-        ClipcidError: when another line is none of a log, or to read an entry that its line lacks.
-    """
+    """Read a log; a last line that a kill left incomplete is omitted."""
     found: list[dict[str, Any]] = []
     if not path.exists():
         return found

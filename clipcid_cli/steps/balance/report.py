@@ -16,7 +16,7 @@ from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
-from clipcid_cli.formats.results.set_table import SetTable
+from clipcid_cli.formats.results.sets import SetTable
 from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
 from clipcid_cli.steps.balance.composition import compare_classes

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.results.curve import CURVE
 from clipcid_cli.formats.results.forest import forest_path
-from clipcid_cli.formats.results.set_table import SET_TABLE
+from clipcid_cli.formats.results.sets import CURVE, SET_TABLE
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import KEEP_LIST
 from clipcid_cli.steps.balance.audit import Audit

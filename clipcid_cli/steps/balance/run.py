@@ -13,10 +13,9 @@ from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.mapped_arrays import map_strings
 from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file
-from clipcid_cli.formats.results.curve import CURVE, write_curve
+from clipcid_cli.formats.results.balance_parts import keep_references
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
-from clipcid_cli.formats.results.reference_parts import keep_parts
-from clipcid_cli.formats.results.set_table import SET_TABLE, SetTable, write_set_table
+from clipcid_cli.formats.results.sets import CURVE, SET_TABLE, SetTable, write_curve, write_set_table
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.memory import keep_few_kernels
@@ -199,7 +198,7 @@ def _balance(
     machine.barrier()  # until here another process may read what it has mapped
     machine.on_main(lambda: clear_shared(output.folder))
     if not references:
-        machine.on_main(lambda: keep_parts(output.folder, set()))
+        machine.on_main(lambda: keep_references(output.folder, set()))
     return result
 
 

@@ -40,9 +40,6 @@ def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | No
 
     Returns:
         None when neither says which data it is, or it is the output of a recorded command, which is not run.
-
-    Raises:
-        ClipcidError: when it cannot be opened.
     """
     indexes = WorkDirectory(settings.work).indexes
     if settings.data is not None:
@@ -56,11 +53,7 @@ def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | No
 
 
 def require_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:
-    """Open the data as :func:`open_data` does, for a purpose that needs it.
-
-    Raises:
-        ClipcidError: also when it is not known which data it is.
-    """
+    """Open the data as :func:`open_data` does, for a purpose that needs it."""
     data = open_data(settings, embeddings)
     if data is None:
         raise ClipcidError(
@@ -187,11 +180,7 @@ def read_thumbnails(finder: SampleFinder, shards: list[str], keys: list[str], si
 
 
 def open_for_sizes(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
-    """Open the data for ``--select resolution`` where anything is to be chosen by it; else None.
-
-    Raises:
-        ClipcidError: when it is not known which data the embeddings were made from, or it cannot be opened.
-    """
+    """Open the data for ``--select resolution`` where anything is to be chosen by it; else None."""
     if settings.select != "resolution" or (settings.keep == 1.0 and settings.max_per_cluster is None):
         return None
     return require_data(settings, embeddings, "--select resolution")

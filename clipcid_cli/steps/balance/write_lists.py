@@ -24,22 +24,14 @@ _ROWS_AT_ONCE = 4096
 
 
 def check_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
-    """Check that the first sample has an identifier, so that no search is wasted.
-
-    Raises:
-        ClipcidError: when ``--write-uids`` is given and it has none.
-    """
+    """Check that the first sample has an identifier, so that no search is wasted."""
     if settings.write_uids is not None:
         first = next(file for file in embeddings.files if file.rows)
         _UidFinder(settings, embeddings).find(first, pa.array(np.arange(first.rows) == 0))
 
 
 def check_targets(settings: BalanceSettings) -> None:
-    """Check that the lists that the settings name can be written, before the search.
-
-    Raises:
-        ClipcidError: naming the first that cannot.
-    """
+    """Check that the lists that the settings name can be written, before the search."""
     for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
         if path is not None:
             refuse_unwritable(path)
@@ -55,9 +47,6 @@ def write_kept(
 
     Returns:
         Path of each file by its name in the JSON object.
-
-    Raises:
-        ClipcidError: when a file with other content exists, a kept sample has no identifier, or a file cannot be written.
     """
     files: dict[str, str] = {}
     if settings.write_keys is not None:
@@ -104,11 +93,7 @@ class _UidFinder:
         return None if data is None else SampleFinder(data)
 
     def find(self, file: EmbeddingFile, chosen: pa.BooleanArray) -> pa.ChunkedArray:
-        """Return those of some of a file's rows, n strings of 32 hexadecimal digits.
-
-        Raises:
-            ClipcidError: when a sample has none.
-        """
+        """Return those of some of a file's rows, n strings of 32 hexadecimal digits."""
         uids = keys = self._embeddings.keys_of(file).filter(chosen)
         if self._embeddings.has_uids:
             stored = self._embeddings.uids_of(file).filter(chosen)

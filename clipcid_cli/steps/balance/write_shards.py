@@ -36,11 +36,7 @@ _STEP = "write-shards"
 
 
 def tar_shards(data: Dataset, target: Path) -> list[TarShard]:
-    """Return the shards of the data, which must be tars.
-
-    Raises:
-        ClipcidError: when they are not, or `target` is the folder of the data.
-    """
+    """Return the shards of the data, which must be tars."""
     shards = [shard for shard in data.shards if isinstance(shard, TarShard)]
     if len(shards) < len(data.shards):
         raise ClipcidError(
@@ -73,10 +69,6 @@ def write_shards(
         data: The data.
         shards: Its shards, see :func:`tar_shards`.
         overwrite: Replace shards made from another keep list.
-
-    Raises:
-        ClipcidError: when the folder holds shards of another keep list, a shard is damaged or lacks a kept sample, or none
-            of the kept samples is in the data.
     """
     machine.on_main(lambda: _refuse_foreign(target))
     with claim_output(
@@ -218,9 +210,6 @@ class ShardChoice:
         Args:
             shards: Those that will be asked for.
             folder: Where keys are joined.
-
-        Raises:
-            ClipcidError: when a shard is to be listed and is damaged.
         """
         self.keep, self._data = keep, data
         self._numbers = {shard.name: number for number, shard in enumerate(data.shards)}

@@ -135,12 +135,7 @@ class ClusterRows:
 
 
 def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
-    """Find the embeddings and the keep list, join them by key and say which were taken.
-
-    Raises:
-        ClipcidError: when there are no embeddings, they lack what `--features` needs, too many rows cannot be used, the
-            keep list is of other data, or nothing is kept.
-    """
+    """Find the embeddings and the keep list, join them by key and say which were taken."""
     work = WorkDirectory(settings.work)
     folder = settings.embeddings if settings.embeddings is not None else work.find_embeddings()
     cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints

@@ -44,9 +44,6 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
     Returns:
         The JSON object: ``images, clusters, objective, iterations, empty_clusters, largest_cluster, skipped{}, seconds{read,
         kmeans, assign, write}, files{}``. ``objective`` is the images' mean similarity to their own centroid.
-
-    Raises:
-        ClipcidError: when there is nothing to cluster, there are fewer images than clusters, or another run is in the way.
     """
     with open_machine(settings.device) as machine:
         started = time.perf_counter()

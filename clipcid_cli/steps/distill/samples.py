@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,12 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.sample_rows import sample_keys
 from clipcid_cli.formats.join import Listing, Values, join, parquet_listing
 from clipcid_cli.formats.results.clusters import TABLE, Clusters
-from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, SampleRowsWriter, open_rows
+from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows, writing_rows
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.steps.reporting import Reporter, SilentReporter
+
+BoolArray = npt.NDArray[np.bool_]
 
 # Captionless samples that are named.
 _NAMED = 5
@@ -46,11 +46,7 @@ class UsableSamples:
 
 
 def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
-    """Count the samples that can be trained on, from the records of the data's index.
-
-    Raises:
-        ClipcidError: when too many have no image or no caption.
-    """
+    """Count the samples that can be trained on, from the records of the data's index."""
     index = index_of(dataset)
     skips, without_caption = Skips(), Skips()
     for number, record in enumerate(index.records):
@@ -167,22 +163,27 @@ def match_samples(
     }
     bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
     counts, bar = MatchCounts(bad_rows=len(bad)), reporter if len(shards) > _FEW_SHARDS else SilentReporter()
-    first = 0
-    with _open_writers(index, sources, folder) as writers, bar.progress("match", len(shards), "shards") as progress:
+    first, limits = 0, _limits(index, sources)
+    with (
+        writing_rows(folder, TRAINING, limits) as train,
+        writing_rows(folder, HELD_OUT, limits) as hold_out,
+        bar.progress("match", len(shards), "shards") as progress,
+    ):
         for number in shards:
             part = index.part(number)
             found = {name: values[first : first + len(part)] for name, values in joined.items()}
             if "embeddings" in found and len(bad):
                 found["embeddings"][np.isin(found["embeddings"][:, 0], bad), 0] = -1
-            _match_shard(part, found, sources, val_fraction, writers, counts)
+            columns, selected, held_out = _match_shard(part, found, sources, val_fraction, counts)
+            train({name: values[selected] for name, values in columns.items()})
+            hold_out({name: values[held_out] for name, values in columns.items()})
             first += len(part)
             progress.advance()
-        return MatchedSamples(writers[TRAINING].finish(), writers[HELD_OUT].finish(), counts)
+    return MatchedSamples(open_rows(folder, TRAINING), open_rows(folder, HELD_OUT), counts)
 
 
-@contextmanager
-def _open_writers(index: DataIndex, sources: Sources, folder: Path) -> Iterator[dict[str, SampleRowsWriter]]:
-    """Begin the columns of both parts; they are closed in the end."""
+def _limits(index: DataIndex, sources: Sources) -> dict[str, int]:
+    """Return the columns that are written, with a number that no value reaches."""
     limits, embeddings, clusters = {"places": int(index.sizes.max())}, sources.embeddings, sources.clusters
     if embeddings is not None:
         limits["embeddings"] = embeddings.num_rows
@@ -190,10 +191,7 @@ def _open_writers(index: DataIndex, sources: Sources, folder: Path) -> Iterator[
             limits["captions"] = len(embeddings.further_captions()) + 1
     if clusters is not None:
         limits["clusters"] = len(clusters.labels)
-    with ExitStack() as stack:
-        yield {
-            part: stack.enter_context(closing(SampleRowsWriter(folder, part, limits))) for part in (TRAINING, HELD_OUT)
-        }
+    return limits
 
 
 def _match_shard(
@@ -201,10 +199,13 @@ def _match_shard(
     found: dict[str, Values],
     sources: Sources,
     val_fraction: float,
-    writers: dict[str, SampleRowsWriter],
     counts: MatchCounts,
-) -> None:
-    """Decide which samples of a shard are trained on and held out, write them down and count them."""
+) -> tuple[dict[str, npt.NDArray[Any]], BoolArray, BoolArray]:
+    """Decide which samples of a shard are trained on and held out, and count them.
+
+    Returns:
+        The columns of its n samples, which of them are trained on, and which are held out, bool [n].
+    """
     keys, num_captions = samples.keys, samples.num_captions
     usable = num_captions > 0
     held_out = usable & (key_fractions(keys.to_pylist()) < val_fraction)
@@ -232,5 +233,4 @@ def _match_shard(
     counts.selected += int(np.count_nonzero(selected))
     counts.several_captions += int(np.count_nonzero(num_captions[selected] > 1))
     counts.captions += int(num_captions[selected].sum())
-    for part, chosen in ((TRAINING, selected), (HELD_OUT, held_out)):
-        writers[part].append({name: values[chosen] for name, values in columns.items()})
+    return columns, selected, held_out

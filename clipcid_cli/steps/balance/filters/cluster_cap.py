@@ -90,11 +90,7 @@ class FoundClusters:
 
 
 def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
-    """Find the clusters of ``--max-per-cluster``, and say which they are; None without it.
-
-    Raises:
-        ClipcidError: when there are none, or they are unfinished or changed.
-    """
+    """Find the clusters of ``--max-per-cluster``, and say which they are; None without it."""
     if settings.max_per_cluster is None:
         return None
     folder = settings.clusters
@@ -136,9 +132,6 @@ def cap_clusters(context: Context, clusters: FoundClusters, sets: Sets) -> Clust
 
     Args:
         sets: The sets, whose kept images are counted.
-
-    Raises:
-        ClipcidError: when one of the kept images is in no cluster.
     """
     most = context.settings.max_per_cluster
     assert most is not None  # the clusters were found

@@ -17,9 +17,10 @@ import pytest
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.data.tar_writer import copy_samples, count_samples
-from clipcid_cli.formats.results.curve import write_curve
-from clipcid_cli.formats.results.forest import ForestPart, ForestParts, StoredForest, read_forest, write_forest
+from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
+from clipcid_cli.formats.results.forest import StoredForest, read_forest, write_forest
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
+from clipcid_cli.formats.results.sets import write_curve
 
 INPUTS = [{"path": "img_emb_0000.npy", "size": 10, "hash": "blake2b:00"}]
 
