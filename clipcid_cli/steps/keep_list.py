@@ -36,17 +36,6 @@ class ChosenKeepList:
         return {"path": str(self.path), "kept": self.kept, "images": self.images}
 
 
-@dataclasses.dataclass(frozen=True)
-class AppliedKeepList(ChosenKeepList):
-    """A keep list and what it says of a step's samples.
-
-    Attributes:
-        is_kept: Which of the step's N samples it keeps, bool [N].
-    """
-
-    is_kept: npt.NDArray[np.bool_]
-
-
 def choose_keep_list(
     option: str | None, work: WorkDirectory, samples: str, reporter: Reporter
 ) -> ChosenKeepList | None:
@@ -56,7 +45,12 @@ def choose_keep_list(
         option: Value of ``--keep-list``: a file, ``none``, or None for the work directory's list where there is one.
         samples: What the step's samples are called in messages: ``rows`` or ``samples``.
     """
-    path = _choose(option, work)
+    if option == NO_KEEP_LIST:
+        path = None
+    elif option is None:
+        path = work.find_keep_list()
+    else:
+        path = Path(option)
     if path is None:
         reporter.note(f"Keep list: none, all {samples} are used.")
         return None
@@ -75,7 +69,7 @@ def report_keep_list(
     max_missing: float,
     reporter: Reporter,
 ) -> None:
-    """Report that a keep list was taken.
+    """Report that a keep list was taken; one that lacks too many of the step's samples was made from other data.
 
     Args:
         kept: How many of the step's samples it keeps.
@@ -93,40 +87,29 @@ def report_keep_list(
     reporter.note(f"Keep list: {path}, {kept:,} of {total:,} {samples} kept.")
 
 
-def apply_keep_list(
-    option: str | None,
-    work: WorkDirectory,
+def find_kept(
+    path: Path,
     keys: Keys,
     count: int,
+    folder: Path | None,
     *,
     samples: str,
     source: str,
     max_missing: float,
-    dry_run: bool,
     reporter: Reporter,
-) -> AppliedKeepList | None:
-    """Look up the step's samples in the keep list, and report which list was taken.
+) -> npt.NDArray[np.bool_]:
+    """Look up the step's samples in a keep list, and report that it was taken: which of them it keeps, bool [N].
 
     Args:
-        option: Value of ``--keep-list``: a file, ``none``, or None for the work directory's list where there is one.
-        keys: Starts reading the keys of the step's samples, all different.
+        keys: The keys of the step's samples, all different.
         count: N, how many there are.
-        samples: What they are called in messages: ``rows`` or ``samples``.
-        source: Where they come from, for messages.
-        max_missing: Largest share of the samples that may be missing from the list; missing ones are not kept.
-        dry_run: Whether the work directory must stay as it is: a list in another order than the samples is then joined in
-            the system's folder for temporary files, else in the work directory, which has room for outputs of that size.
-
-    Returns:
-        None where all samples are to be used.
+        folder: Where a list in another order than the samples is joined with them, see `join`.
+        samples: As for `report_keep_list`, like what follows; samples that the list lacks are not kept.
     """
-    keep_list = choose_keep_list(option, work, samples, reporter)
-    if keep_list is None:
-        return None
-    found = join(keys, count, parquet_listing(keep_list.path, "kept"), None if dry_run else work.path)[:, 0]
+    found = join(keys, count, parquet_listing(path, "kept"), folder)[:, 0]
     is_kept = found > 0
     report_keep_list(
-        keep_list.path,
+        path,
         kept=int(np.count_nonzero(is_kept)),
         missing=int(np.count_nonzero(found < 0)),
         total=count,
@@ -135,10 +118,4 @@ def apply_keep_list(
         max_missing=max_missing,
         reporter=reporter,
     )
-    return AppliedKeepList(**vars(keep_list), is_kept=is_kept)
-
-
-def _choose(option: str | None, work: WorkDirectory) -> Path | None:
-    if option is None:
-        return work.find_keep_list()
-    return None if option == NO_KEEP_LIST else Path(option)
+    return is_kept

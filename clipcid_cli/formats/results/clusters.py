@@ -31,10 +31,11 @@ from clipcid_cli.formats.work_directory import remake_clusters
 
 CENTROIDS = "centroids.npy"
 TABLE = "clusters.parquet"
+PROGRESS = ".progress.npz"
+"""Centroids of an unfinished run."""
 
 _SCHEMA = pa.schema([("key", pa.string()), ("cluster", pa.int32()), ("similarity", pa.float32())])
 _PREFIXES = {"image": "", "caption": "caption_"}
-_PROGRESS = ".progress.npz"
 _MIN_PART_ROWS = 8192
 _MAX_PARTS = 256
 
@@ -247,33 +248,6 @@ def join_parts(
 
 def remove_scratch(folder: Path) -> None:
     """Remove what only an unfinished run needs: its progress and its parts."""
-    (folder / _PROGRESS).unlink(missing_ok=True)
+    (folder / PROGRESS).unlink(missing_ok=True)
     for path in folder.glob(f".{TABLE}.part-*"):
         path.unlink()
-
-
-@dataclasses.dataclass(frozen=True)
-class KMeansProgress:
-    """Centroids of an unfinished run.
-
-    Attributes:
-        centroids: float32 [K, D].
-        converged: Whether the last one changed nothing.
-    """
-
-    centroids: npt.NDArray[np.float32]
-    iterations: int
-    converged: bool
-
-
-def write_progress(folder: Path, progress: KMeansProgress) -> None:
-    """Save the centroids of an unfinished run."""
-    save_arrays(folder / _PROGRESS, **dataclasses.asdict(progress))
-
-
-def read_progress(folder: Path) -> KMeansProgress | None:
-    """Read what `write_progress` saved; None where the run must start over."""
-    saved = load_arrays(folder / _PROGRESS)
-    if saved is None:
-        return None
-    return KMeansProgress(saved["centroids"], int(saved["iterations"]), bool(saved["converged"]))

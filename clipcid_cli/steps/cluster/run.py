@@ -15,15 +15,14 @@ from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file, is_claimed, refuse_other_output
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
+    PROGRESS,
     TABLE,
-    KMeansProgress,
     join_parts,
     part_bounds,
-    read_progress,
     remove_scratch,
     top_paths,
-    write_progress,
 )
+from clipcid_cli.formats.saved_arrays import load_arrays, save_arrays
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.steps.claim import claim_output
@@ -123,14 +122,20 @@ def _cluster(
     def begin() -> LloydState:
         if not output.resumed:
             remove_scratch(output.folder)
-        found = read_progress(output.folder)
+        found = load_arrays(output.folder / PROGRESS)
         if found is None:
             return LloydState(first_centroids(trained, num_clusters, settings.seed))
-        reporter.note(f"Resuming after {found.iterations} iterations.")
-        return LloydState(torch.from_numpy(found.centroids), found.iterations, found.converged)
+        iterations = int(found["iterations"])
+        reporter.note(f"Resuming after {iterations} iterations.")
+        return LloydState(torch.from_numpy(found["centroids"]), iterations, bool(found["converged"]))
 
     def save(state: LloydState) -> None:
-        write_progress(output.folder, KMeansProgress(state.centroids_KD.numpy(), state.iterations, state.converged))
+        save_arrays(
+            output.folder / PROGRESS,
+            centroids=state.centroids_KD.numpy(),
+            iterations=state.iterations,
+            converged=state.converged,
+        )
 
     state = machine.on_main(begin)
     scan = machine.on_main(lambda: choose_format(settings.precision, trained, machine, state.centroids_KD))

@@ -12,8 +12,7 @@ import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import held_folder
-from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.steps.keep_list import apply_keep_list
+from clipcid_cli.steps.keep_list import find_kept
 from clipcid_cli.steps.reporting import SilentReporter
 
 KEYS = [f"{row:04d}" for row in range(100)]
@@ -28,19 +27,17 @@ def keep_list(tmp_path: Path) -> Path:
 
 
 def apply(keep_list: Path, work: Path, dry_run: bool) -> list[bool]:
-    found = apply_keep_list(
-        str(keep_list),
-        WorkDirectory(work),
+    found = find_kept(
+        keep_list,
         lambda: [pa.chunked_array([KEYS[:60]]), pa.chunked_array([KEYS[60:]])],
         100,
+        None if dry_run else work,
         samples="rows",
         source="here",
         max_missing=0.0,
-        dry_run=dry_run,
         reporter=SilentReporter(),
     )
-    assert found is not None
-    return list(found.is_kept)
+    return list(found)
 
 
 def test_it_is_joined_in_the_work_directory_not_in_the_folder_for_temporary_files(
