@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
 from clipcid_cli.algorithms.metrics.zeroshot import SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError, UsageError
@@ -170,7 +170,7 @@ def _name(data: str) -> str:
 
 
 def extract_features(
-    encoder: TaskEncoder, task: ZeroshotTask, fingerprints: list[dict[str, Any]], folder: Path
+    encoder: TaskEncoder, task: ZeroshotTask, fingerprints: list[FileRecord], folder: Path
 ) -> Features:
     """Return a model's features of one split: those kept from an earlier run, or new ones, which are then kept.
 
@@ -185,7 +185,7 @@ def extract_features(
     identity = {
         "weights": info.weights_hash,
         "preprocess": info.preprocess_hash,
-        "data": [[entry["size"], entry["hash"]] for entry in fingerprints],
+        "data": [[each.size, each.hash] for each in fingerprints],
         "keys": task.dataset.keys,
         "columns": dataclasses.asdict(task.dataset.columns),
         "labels": task.label_of,
