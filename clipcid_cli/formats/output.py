@@ -65,7 +65,7 @@ class Output(Generic[Kind]):
 
     @property
     def work(self) -> Path:
-        """The folder for unfinished files, under the names they will have in `folder`; those with a dot first are scratch."""
+        """The folder for unfinished files, named as they will be in `folder`; names that begin with a dot are scratch."""
         return self.root / self.folder.relative_to(self.top)
 
     def start(self, clear: Callable[[], None] | None = None) -> None:

@@ -305,9 +305,7 @@ class ZeroshotSidecar(EvaluationSidecar, kw_only=True):
         "counts": _shape(images=int, skipped=_Skipped),
         "calibration": _shape(all=_CALIBRATION, before=_CALIBRATION | None, after=_CALIBRATION | None) | None,
         "per_class": _list_of(_shape(images=int, value=_Number | None)),  # of a class without images it is null
-        "examples": _list_of(
-            _shape(key=str, label=str, predicted=str, path=str, offset=int, size=int | None)
-        ),
+        "examples": _list_of(_shape(key=str, label=str, predicted=str, path=str, offset=int, size=int | None)),
     }
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from clipcid_cli.formats.sidecar import DataSpec
-from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_folder import read_image_folder
 from clipcid_cli.formats.data.index import DataIndex, index_identity, open_index
@@ -21,7 +19,9 @@ from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_fol
 from clipcid_cli.formats.data.sample_list import LIST_SUFFIXES, Columns, read_sample_list
 from clipcid_cli.formats.data.samples import Location, Sample, Shard, natural_key
 from clipcid_cli.formats.data.tar_index import TarShard, check_tar
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.key_join import find_repeated_key
+from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
 
 __all__ = ["Columns", "Dataset", "Location", "Sample", "Shard", "open_dataset", "refuse_repeated_keys"]

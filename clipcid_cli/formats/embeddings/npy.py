@@ -14,8 +14,8 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.reading import describe, reading_from
 
 _FIX = "Make it again, or choose other embeddings."

@@ -15,9 +15,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.npy import Fingerprint
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.reading import reading
 
 # Limit on the memory of each process for compressed arrays, all files together.

@@ -7,9 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.algorithms.losses.shared_space import project
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model

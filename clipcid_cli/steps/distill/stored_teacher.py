@@ -10,15 +10,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clipcid_cli.formats.sidecar import EmbedSidecar
-from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
 from clipcid_cli.formats.atomic import atomic_file, remove_abandoned
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.embeddings.sample_rows import CaptionRows, ImageRows
+from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.results.matched_samples import Column
+from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.prefetch import to_device

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.algorithms.metrics.comparison import (
     ClassPredictions,
     PairedMetric,
@@ -28,6 +27,7 @@ from clipcid_cli.formats.results.predictions import (
     predictions_path,
     read_predictions,
 )
+from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
 from clipcid_cli.algorithms.metrics.zeroshot import SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError, UsageError
@@ -18,6 +17,7 @@ from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.data.known_datasets import customary_metric
 from clipcid_cli.formats.data.multi_label import read_vector_length
 from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
 from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, MULTI_LABEL, ZeroshotTask, find_copy
