@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import create_unnamed
 from clipcid_cli.formats.atomic import held_folder, remove_abandoned, write_error
-from clipcid_cli.formats.mapped_arrays import create_unnamed
 from clipcid_cli.formats.parquet import is_text
 from clipcid_cli.formats.reading import reading
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.saved_arrays import load_arrays, save_arrays
+from clipcid_cli.formats.arrays import load_arrays, save_arrays
 
 _FOREST = ".forest-parts"
 _REFERENCES = ".references"
@@ -69,7 +69,7 @@ class ForestParts:
 
     def write(self, part: ForestPart) -> None:
         """Save the part of one process, replacing what it saved before in the same session."""
-        save_arrays(self.path / f"{part.session}-{part.rank}.npz", **dataclasses.asdict(part))
+        save_arrays(self.path / f"{part.session}-{part.rank}.npz", dataclasses.asdict(part))
 
     def read(self, session: int) -> Iterator[ForestPart]:
         """Read the parts of a session. One that cannot be read is skipped: its tiles are searched again."""
@@ -104,7 +104,7 @@ class ReferenceParts:
             reference: The nearest reference row of each row, int64 [M]; −1 where none is near enough.
             distance: Its distance, float32 [M].
         """
-        save_arrays(self._path(stretch), reference=reference, distance=distance)
+        save_arrays(self._path(stretch), {"reference": reference, "distance": distance})
 
     def read(self, stretch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
         """Read a stretch; None where it must be compared again."""

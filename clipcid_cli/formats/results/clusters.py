@@ -22,11 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.output import read_sidecar, refuse_changed, sidecar_path
+from clipcid_cli.formats.fingerprint import refuse_changed
 from clipcid_cli.formats.parquet import read_columns
-from clipcid_cli.formats.reading import MissingEntryError, describe, open_regular
-from clipcid_cli.formats.saved_arrays import load_arrays, save_arrays
+from clipcid_cli.formats.reading import describe, open_regular
+from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import remake_clusters
 
 CENTROIDS = "centroids.npy"
@@ -72,7 +73,7 @@ class Clusters:
     captions: TopClusters | None
     image_temperature: float
     caption_temperature: float | None
-    sidecar: dict[str, Any]
+    sidecar: ClusterSidecar
 
     @property
     def labels(self) -> npt.NDArray[np.int32]:
@@ -84,9 +85,9 @@ class Clusters:
         return open_clusters, (self.folder, None, True)
 
 
-def read_cluster_sidecar(folder: Path) -> dict[str, Any]:
+def read_cluster_sidecar(folder: Path) -> ClusterSidecar:
     """Read the sidecar of finished clusters; where there are none, that is a ClipcidError."""
-    sidecar = read_sidecar(sidecar_path(folder, "cluster"))
+    sidecar = read_sidecar(sidecar_path(folder, "cluster"), ClusterSidecar)
     if sidecar is None:
         raise ClipcidError(
             f"{folder} holds no finished clusters: there is no cluster.json.",
@@ -107,22 +108,15 @@ def open_clusters(folder: Path, work: Path | None = None, is_checked: bool = Fal
     def remake() -> str:
         return remake_clusters(folder, sidecar, work)
 
-    refuse_changed(folder, "cluster", sidecar, remake)
+    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "cluster"), remake)
     try:
         for name in (CENTROIDS, TABLE):
             open_regular(folder / name).close()
         centroids = np.load(folder / CENTROIDS, mmap_mode="r", allow_pickle=False)
         if centroids.ndim != 2 or centroids.dtype != np.float32 or not (is_checked or _are_finite(centroids)):
             raise ValueError(f"{CENTROIDS} holds {centroids.dtype} {list(centroids.shape)}, not finite float32 [K, D]")
-        towers = [tower for tower in _PREFIXES if tower == "image" or tower in sidecar["temperatures"]]
-        temperatures = {tower: float(sidecar["temperatures"][tower]) for tower in towers}
         num_rows = pq.read_metadata(folder / TABLE).num_rows
-        tops = {tower: map_tops(folder, tower, num_rows) for tower in towers}
-        keep_list = sidecar.get("keep_list")
-        if keep_list is not None and not (isinstance(keep_list["path"], str) and isinstance(keep_list["hash"], str)):
-            raise TypeError(f"the entry 'keep_list' of cluster.json is {str(keep_list)[:80]}")
-    except MissingEntryError as error:
-        raise ClipcidError(error.message, remake()) from error
+        tops = {tower: map_tops(folder, tower, num_rows) for tower in sidecar.temperatures}
     except Exception as error:  # numpy and pyarrow raise what they like for a damaged file
         raise ClipcidError(f"{folder} cannot be read as clusters: {describe(error)}.", remake()) from error
     return Clusters(
@@ -130,8 +124,8 @@ def open_clusters(folder: Path, work: Path | None = None, is_checked: bool = Fal
         centroids=centroids,
         images=tops["image"],
         captions=tops.get("caption"),
-        image_temperature=temperatures["image"],
-        caption_temperature=temperatures.get("caption"),
+        image_temperature=sidecar.temperatures["image"],
+        caption_temperature=sidecar.temperatures.get("caption"),
         sidecar=sidecar,
     )
 
@@ -207,15 +201,13 @@ def write_part(
         if tops is not None:
             names = (array.stem for array in top_paths(path.parent, tower))
             arrays |= zip(names, (tops.clusters, tops.similarities), strict=True)
-    save_arrays(path, **arrays)
+    save_arrays(path, arrays)
 
 
 def join_parts(
     folder: Path, bounds: list[tuple[int, int]], keys: Callable[[int, int], pa.ChunkedArray], *, captions: bool
 ) -> None:
     """Join the parts into ``clusters.parquet``, one row group each, and the arrays.
-
-    The parts stay: remove them after the commit.
 
     Args:
         bounds: What :func:`part_bounds` returned.
@@ -241,13 +233,3 @@ def join_parts(
                     header = {"descr": part[name].dtype.str, "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(part[name].data)
-    if not captions:
-        for path in top_paths(folder, "caption"):  # of clusters that these replace
-            path.unlink(missing_ok=True)
-
-
-def remove_scratch(folder: Path) -> None:
-    """Remove what only an unfinished run needs: its progress and its parts."""
-    (folder / PROGRESS).unlink(missing_ok=True)
-    for path in folder.glob(f".{TABLE}.part-*"):
-        path.unlink()

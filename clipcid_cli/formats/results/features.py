@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.saved_arrays import load_arrays, save_arrays
+from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.skips import Skips
 
 
@@ -48,7 +48,8 @@ def features_path(folder: Path, model_slug: str, identity: dict[str, Any]) -> Pa
 
 def write_features(path: Path, features: Features) -> None:
     """Write features, whole or not at all."""
-    save_arrays(path, rows=features.rows, labels=features.labels, skips=json.dumps(features.skips.to_json()))
+    skips = json.dumps(features.skips.to_json())
+    save_arrays(path, {"rows": features.rows, "labels": features.labels, "skips": skips})
 
 
 def read_features(path: Path) -> Features | None:

@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.mapped_arrays import map_strings
 from clipcid_cli.formats.parquet import is_text
 from clipcid_cli.formats.reading import describe, open_regular
 

@@ -1,7 +1,8 @@
-"""Arrays on the disk, larger than memory, for the time of a computation."""
+"""Arrays on the disk: larger than memory for the time of a computation, and those of unfinished work."""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -12,7 +13,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.atomic import write_error
+from clipcid_cli.formats.atomic import atomic_file, write_error
+from clipcid_cli.formats.reading import read_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,6 +23,21 @@ Arrays = tuple[npt.NDArray[Any], ...]
 Number = TypeVar("Number", bound=np.generic)
 
 _STRINGS_AT_ONCE = 2**20
+
+
+def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Save arrays and numbers of unfinished work by name, whole or not at all."""
+    with atomic_file(path) as file:
+        np.savez(file, **arrays)
+
+
+def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
+    """Load what `save_arrays` saved; None where there is nothing, or it is damaged: it is then computed again."""
+    try:
+        with np.load(io.BytesIO(read_regular(path)), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception:  # NumPy and zipfile raise what they like for a damaged archive
+        return None
 
 
 def create_mapped(path: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:
@@ -62,9 +79,8 @@ def spool_arrays(folder: Path, dtypes: Sequence[Any], parts: Iterable[Sequence[n
             files = [stack.enter_context(TemporaryFile(dir=folder)) for _ in dtypes]
             for part in parts:
                 for file, dtype, values in zip(files, dtypes, part, strict=True):
-                    file.write(
-                        np.ascontiguousarray(values, dtype).data
-                    )  # `tofile` would not notice that a disk is full
+                    # `tofile` would not notice that a disk is full
+                    file.write(np.ascontiguousarray(values, dtype).data)
             return tuple(map(_map_written, files, dtypes))
     except OSError as error:
         raise write_error(folder, error) from error
