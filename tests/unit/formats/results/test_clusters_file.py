@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cluster_sidecar import write_cluster_sidecar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_npy
@@ -45,7 +47,7 @@ def write_clusters(
     join_parts(folder, bounds, lambda first, last: pa.chunked_array([keys[first:last]]), captions=captions)
     write_npy(folder / "centroids.npy", np.eye(num_clusters, 8, dtype=np.float32))
     temperatures = {"image": 0.02} | ({"caption": 0.03} if captions else {})
-    write_json(folder / "cluster.json", {"format_version": 1, "temperatures": temperatures})
+    write_cluster_sidecar(folder, num_rows, temperatures)
     return keys, tops, similarities
 
 
@@ -69,7 +71,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, captions: bool) -> None:
 def test_clusters_without_the_arrays_are_refused_with_the_command_that_makes_them(tmp_path: Path, name: str) -> None:
     write_clusters(tmp_path / "clusters", 100)
     (tmp_path / "clusters" / name).unlink()
-    with pytest.raises(ClipcidError, match=rf"it has no {name}\.\nRun: clipcid cluster --work .* --overwrite"):
+    with pytest.raises(ClipcidError, match=rf"it has no {name}\.\nRun: clipcid cluster .* --work .* --overwrite"):
         open_clusters(tmp_path / "clusters", tmp_path)
 
 
@@ -85,12 +87,6 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         np.save(tmp_path / f"top_{name}.npy", getattr(tops, name)[1:])
     with pytest.raises(ClipcidError, match=r"clusters\.parquet has 10 rows, top_clusters\.npy is \[9, 3\]"):
         open_clusters(tmp_path)
-
-
-def test_clusters_without_captions_leave_no_arrays_of_those_before(tmp_path: Path) -> None:
-    write_clusters(tmp_path, 10)
-    write_clusters(tmp_path, 10, captions=False)
-    assert {path.name for path in tmp_path.glob("*top_*.npy")} == {"top_clusters.npy", "top_similarities.npy"}
 
 
 def test_rows_are_mapped_and_another_process_opens_the_files_itself(tmp_path: Path) -> None:
@@ -128,11 +124,12 @@ def test_unfinished_clusters_are_refused(tmp_path: Path) -> None:
         open_clusters(folder)
 
 
-def test_an_entry_that_clusters_lack_is_named_with_the_command_that_makes_them_again(tmp_path: Path) -> None:
+def test_an_entry_that_clusters_lack_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "clusters"
     write_clusters(folder, 10)
-    write_json(folder / "cluster.json", {"format_version": 1})
-    with pytest.raises(ClipcidError, match=r"no entry 'temperatures'\.\nRun: clipcid cluster --work .* --overwrite"):
+    sidecar = json.loads((folder / "cluster.json").read_text())
+    write_json(folder / "cluster.json", {name: value for name, value in sidecar.items() if name != "temperatures"})
+    with pytest.raises(ClipcidError, match=r"cluster\.json .*missing required field `temperatures`"):
         open_clusters(folder, tmp_path)
 
 
