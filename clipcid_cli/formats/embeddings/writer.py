@@ -1,247 +1,187 @@
-"""Writing embeddings shard by shard; see `folder` for the layout.
-
-The schema of a shard's metadata file records the outcome of the shard and the identity of the run's plan, so that files of
-another plan are never taken for this one's. Until the folder is finished, each shard also has a note, written last: size,
-time and hash of its files, by which a resumed run tells whole files from damaged ones.
-"""
+"""Writing a folder of embeddings shard by shard; several processes may write different shards of it at once."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json, write_npy, write_parquet
-from clipcid_cli.formats.embeddings.text_folder import STEP as TEXTS
-from clipcid_cli.formats.embeddings.text_folder import refuse_foreign_rows
-from clipcid_cli.formats.output import (
-    describe_outputs,
-    drop_plan,
-    fingerprint_file,
-    is_claimed,
-    is_unchanged,
-    lock_output,
-    plan_path,
-    sidecar_path,
-)
+from clipcid_cli.formats.atomic import write_error, write_json, write_npy, write_parquet
+from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind, count_digits, file_name
+from clipcid_cli.formats.embeddings.manifest import FileRecord, ShardRecord, write_manifest
+from clipcid_cli.formats.output import fingerprint_file
 from clipcid_cli.formats.skips import Skips
 
-_RECORD = b"clipcid"
-_NOTES = ".shards"
-_FORMS = {
-    "img_emb": "npy",
-    "text_emb": "npy",
-    "captions_emb": "npy",
-    "view_emb": "npy",
-    "view_params": "npy",
-    "variant_emb": "npy",
-    "metadata": "parquet",
-}
+# Records of finished shards, until all are finished.
+_RECORDS = ".shards"
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardRecord:
-    """The outcome of one shard.
+class PlannedShard:
+    """A shard to embed.
+
+    Attributes:
+        size: Bytes of its content.
+        hash: Of its content.
+        identity: Hash of what decides its rows: settings, content and name.
+    """
+
+    name: str
+    size: int
+    hash: str
+    identity: str
+
+
+@dataclasses.dataclass
+class ShardRows:
+    """What was made of a shard: n rows of each kind.
 
     Attributes:
         read: Samples listed, usable or not.
-        skips: Samples that could not be used.
-        flattened: Images with transparent pixels, which were shown on white.
+        skipped: Samples that could not be used.
+        laid_on_white: Images with transparent pixels, which were shown on white.
+        keys: Of the n samples.
+        captions: Their first captions, empty where there is none.
+        counts: Their numbers of captions; None where none has several.
+        rows: By kind, see `kinds`.
     """
 
-    shard: str
     read: int
-    rows: int
-    skips: Skips
-    flattened: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardRows:
-    """The rows of one shard.
-
-    Attributes:
-        images: float16 [n, D], unit rows.
-        texts: float16 [n, D], unit rows of the first captions; None when texts are not embedded.
-        caption_counts: Number of captions of each row, n numbers ≥ 1; None where no row has several.
-        further: float16 [Σ (count − 1), D], unit rows of the captions after the first, row after row; None likewise.
-        views: float16 [n, V, D], unit rows of augmented views; None without views.
-        view_params: float32 [n, V, P], the numbers that reproduce each view; None likewise.
-        variants: float16 [n, W, D], unit rows of variants of the captions; None without variants.
-    """
-
-    images: npt.NDArray[np.float16]
-    texts: npt.NDArray[np.float16] | None = None
-    caption_counts: Sequence[int] | None = None
-    further: npt.NDArray[np.float16] | None = None
-    views: npt.NDArray[np.float16] | None = None
-    view_params: npt.NDArray[np.float32] | None = None
-    variants: npt.NDArray[np.float16] | None = None
-
-    def by_kind(self) -> dict[str, npt.NDArray[Any] | None]:
-        """Return the arrays by the name of their folder."""
-        return {
-            "img_emb": self.images,
-            "text_emb": self.texts,
-            "captions_emb": self.further,
-            "view_emb": self.views,
-            "view_params": self.view_params,
-            "variant_emb": self.variants,
-        }
+    skipped: Skips
+    laid_on_white: int
+    keys: Sequence[str]
+    captions: Sequence[str]
+    counts: Sequence[int] | None
+    rows: dict[Kind, npt.NDArray[Any]]
 
 
 class EmbeddingWriter:
-    """Writer of one folder; several processes may write different shards of it at once."""
+    """Writer of the shards of one folder, each followed by its record, which makes it count as finished."""
 
-    def __init__(self, folder: Path, plans: Sequence[str]) -> None:
+    def __init__(self, folder: Path, shards: Sequence[PlannedShard]) -> None:
         """Prepare to write.
 
         Args:
-            plans: Identity of settings and input of each shard, see `plan_identity`. Their number determines the number of
-                digits in file names, at least four, unless the folder has files: added shards do not rename them.
+            folder: Where the files go; of an earlier run of the same shards, or of fewer, it has some already.
         """
         self.folder = folder
-        there = [path.stem.rpartition("_")[2] for path in (folder / "metadata").glob("metadata_*.parquet")]
-        first = [name for name in there if name.isdecimal() and int(name) == 0]
-        self._digits = len(min(first)) if first else max(4, len(str(len(plans) - 1)))
-        self._numbers = range(len(plans))
-        self._plans = plans
+        self._shards = shards
+        self._digits = count_digits(len(shards))
 
-    def reopen(self, outputs: Sequence[dict[str, Any]]) -> None:
-        """Write the notes of the shards of a finished folder again, so that those that are still wanted stay.
-
-        Args:
-            outputs: What its sidecar says of its files.
-        """
-        owners = {self._path(kind, number, form): number for number in self._numbers for kind, form in _FORMS.items()}
-        notes: dict[int, list[dict[str, Any]]] = {}
-        for entry in outputs:
-            number = owners.get(self.folder / entry["path"])
-            if number is not None:
-                notes.setdefault(number, []).append(entry)
-        for number, entries in notes.items():
-            write_json(self._note(number), entries)
-
-    def write(
-        self, number: int, record: ShardRecord, keys: Sequence[str], captions: Sequence[str], rows: ShardRows
-    ) -> None:
-        """Write one shard.
-
-        Args:
-            number: Number of the shard, from 0.
-            rows: Embeddings of the same n samples.
-        """
-        # The commit mark of an earlier plan must never accompany rows of this one, even if the run is killed in between.
-        self._note(number).unlink(missing_ok=True)
-        self._path("metadata", number, "parquet").unlink(missing_ok=True)
-        for kind, array in rows.by_kind().items():
-            if array is None:
-                self._path(kind, number, "npy").unlink(missing_ok=True)
+    def write(self, number: int, made: ShardRows) -> None:
+        """Write a shard; the first has number 0."""
+        # The record of another run must never accompany rows of this one, even if it is killed in between.
+        self._record_path(number).unlink(missing_ok=True)
+        for kind in Kind:
+            if kind in made.rows:
+                write_npy(self._path(kind, number), made.rows[kind])
             else:
-                write_npy(self._path(kind, number, "npy"), array)
-        content = dataclasses.asdict(record) | {"skips": record.skips.to_json(), "plan": self._plans[number]}
+                self._path(kind, number).unlink(missing_ok=True)
+        shard = self._shards[number]
         try:
             columns = {
-                "key": pa.array(keys, type=pa.string()),
-                "shard": pa.array([record.shard] * len(keys), type=pa.string()),
-                "caption": pa.array(captions, type=pa.string()),
+                "key": pa.array(made.keys, pa.string()),
+                "shard": pa.array([shard.name] * len(made.keys), pa.string()),
+                "caption": pa.array(made.captions, pa.string()),
             }
         except UnicodeEncodeError as error:
             raise ClipcidError(
-                f"Shard {record.shard}: the name of a file is not UTF-8: {ascii(error.object)[1:-1]}.",
+                f"Shard {shard.name}: the name of a file is not UTF-8: {ascii(error.object)[1:-1]}.",
                 "Rename the file; keys and names of shards are text.",
             ) from error
-        if rows.caption_counts is not None:
-            columns["captions"] = pa.array(rows.caption_counts, type=pa.int32())
-        table = pa.table(columns).replace_schema_metadata({_RECORD: json.dumps(content, sort_keys=True)})
-        write_parquet(self._path("metadata", number, "parquet"), table)
-        kinds = [kind for kind, array in rows.by_kind().items() if array is not None]
-        written = [self._path(kind, number, _FORMS[kind]) for kind in (*kinds, "metadata")]
-        write_json(self._note(number), describe_outputs(self.folder, written))
+        if made.counts is not None:
+            columns[COUNTS_COLUMN] = pa.array(made.counts, pa.int32())
+        write_parquet(self._path(METADATA, number), pa.table(columns))
+        record = ShardRecord(
+            shard=shard.name,
+            identity=shard.identity,
+            input_size=shard.size,
+            input_hash=shard.hash,
+            read=made.read,
+            rows=len(made.keys),
+            laid_on_white=made.laid_on_white,
+            skipped=made.skipped,
+            files={part: _describe(self._path(part, number)) for part in (*made.rows, METADATA)},
+        )
+        write_json(self._record_path(number), dataclasses.asdict(record))
 
     def read_record(self, number: int) -> ShardRecord | None:
-        """Read the outcome of a shard; None when it is unfinished, was changed or damaged, or belongs to another plan."""
-        files = self._read_note(number)
-        if not files or not all(is_unchanged(self.folder, entry, fingerprint_file) for entry in files):
-            return None
+        """Read the outcome of a shard; None when it is unfinished, was changed or damaged, or is of another plan."""
         try:
-            content = json.loads((pq.read_schema(self._path("metadata", number, "parquet")).metadata or {})[_RECORD])
-            if content.pop("plan") != self._plans[number]:
-                return None
-            return ShardRecord(**(content | {"skips": Skips.from_json(content["skips"])}))
-        except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, AttributeError):
+            record = msgspec.json.decode(self._record_path(number).read_bytes(), type=ShardRecord)
+        except (OSError, msgspec.DecodeError):
             return None
+        is_same = record.identity == self._shards[number].identity
+        return record if is_same and _has_files(self.folder, record, number, self._digits) else None
 
-    def describe(self) -> list[dict[str, Any]]:
-        """Describe the files of all shards for the sidecar."""
-        return [entry for number in self._numbers for entry in self._read_note(number)]
+    def take(self, folder: Path, records: Sequence[ShardRecord]) -> None:
+        """Take the shards over that a finished folder of fewer shards has, whatever their numbers there.
 
-    def remove_notes(self) -> None:
-        """Remove the notes of the shards, once the sidecar says the same."""
-        shutil.rmtree(self.folder / _NOTES, ignore_errors=True)
+        Args:
+            records: The manifest of that folder. Shards whose files are not those that it records are left.
+        """
+        there = {record.identity: number for number, record in enumerate(records)}
+        digits = count_digits(len(records))
+        for number, shard in enumerate(self._shards):
+            old = there.get(shard.identity)
+            if old is None or self._record_path(number).exists() or not _has_files(folder, records[old], old, digits):
+                continue
+            for part in records[old].files:
+                _link(folder / file_name(part, old, digits), self._path(part, number))
+            write_json(self._record_path(number), dataclasses.asdict(records[old]))
 
-    def _read_note(self, number: int) -> list[dict[str, Any]]:
+    def finish(self) -> list[ShardRecord]:
+        """Write the manifest once all shards are finished, and return it."""
+        records = [self.read_record(number) for number in range(len(self._shards))]
+        finished = [record for record in records if record is not None]
+        assert len(finished) == len(records), "every shard was written by one of the processes"
+        write_manifest(self.folder, finished)
+        return finished
+
+    def _record_path(self, number: int) -> Path:
+        return self.folder / _RECORDS / f"{number:0{self._digits}d}.json"
+
+    def _path(self, part: str, number: int) -> Path:
+        return self.folder / file_name(part, number, self._digits)
+
+
+def _describe(path: Path) -> FileRecord:
+    entry = fingerprint_file(path)
+    return FileRecord(entry["size"], path.stat().st_mtime_ns, entry["hash"])
+
+
+def _has_files(folder: Path, record: ShardRecord, number: int, digits: int) -> bool:
+    """Tell whether the files of a shard are those of its record: of the same size and time, or of the same content."""
+    try:
+        for part, file in record.files.items():
+            path = folder / file_name(part, number, digits)
+            stat = path.stat()
+            if stat.st_size != file.size:
+                return False
+            if stat.st_mtime_ns != file.time and fingerprint_file(path)["hash"] != file.hash:
+                return False
+    except OSError:
+        return False
+    return True
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it with its time where the file system has no links."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
         try:
-            entries = json.loads(self._note(number).read_bytes())
-            return [{name: entry[name] for name in ("path", "size", "time", "hash")} for entry in entries]
-        except (OSError, LookupError, TypeError, ValueError):
-            return []
-
-    def _note(self, number: int) -> Path:
-        return self.folder / _NOTES / f"{number:0{self._digits}d}.json"
-
-    def remove_others(self, with_texts: bool) -> None:
-        """Remove files of earlier runs that do not belong to this one, such as those of shards that no longer exist."""
-        self._remove_all_but([kind for kind in _FORMS if with_texts or kind != "text_emb"])
-
-    def remove_all(self) -> None:
-        """Remove every file, when no sample can be used."""
-        self._remove_all_but([])
-        self.remove_notes()
-        drop_plan(self.folder, "embed")
-
-    def _remove_all_but(self, kinds: Sequence[str]) -> None:
-        """Remove the files that are not of some shard, or not of one of these kinds."""
-        for kind, form in _FORMS.items():
-            keep = {self._path(kind, number, form).name for number in self._numbers} if kind in kinds else set()
-            for path in (self.folder / kind).glob(f"{kind}_*.{form}"):
-                if path.name not in keep:
-                    path.unlink()
-
-    def _path(self, kind: str, number: int, form: str) -> Path:
-        return self.folder / kind / f"{kind}_{number:0{self._digits}d}.{form}"
-
-
-def refuse_foreign_folder(folder: Path) -> None:
-    """Refuse a folder with embeddings that `embed DATA` did not write, since it would replace and remove files there.
-
-    Raises:
-        ClipcidError: when there are any.
-    """
-    if is_claimed(folder, TEXTS):
-        raise ClipcidError(
-            f"{folder} holds embeddings of texts without images.",
-            "Choose another folder for those of the data with --out.",
-        )
-    kinds = (kind for kind, form in _FORMS.items() if form == "npy")
-    refuse_foreign_rows(folder, "embed", kinds)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the plan and the notes of a run that was killed right after its sidecar, but not those of one that goes on."""
-    if not (plan_path(folder, "embed").exists() or (folder / _NOTES).exists()):
-        return
-    with suppress(ClipcidError), lock_output(folder, "embed"):
-        if sidecar_path(folder, "embed").exists():
-            drop_plan(folder, "embed")
-            shutil.rmtree(folder / _NOTES, ignore_errors=True)
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+    except OSError as error:
+        raise write_error(target, error) from error

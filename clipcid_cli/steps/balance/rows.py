@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +19,7 @@ from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_r
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.mapped_arrays import Arrays
 from clipcid_cli.formats.output import read_sidecar, sidecar_path
@@ -121,8 +121,7 @@ def output_identity(settings: BalanceSettings, embeddings: Embeddings) -> dict[s
     """Return the settings that decide what is written; all of them may change on an existing forest."""
     texts = None
     if needs_texts(settings):
-        hashes = [entry["hash"] for entry in embeddings.text_fingerprints()]
-        texts = hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
+        texts = embeddings.fingerprints([Kind.TEXTS])[-1]["hash"]
     names = ("keep", "threshold", "cosine_distance", "linkage", "select", "neighbors")
     window = ("min_caption_similarity", "max_caption_similarity")
     return {name: getattr(settings, name) for name in (*names, *window)} | {
@@ -199,7 +198,7 @@ def caption_similarities(
     Args:
         members: Which rows, integers [M], ascending.
     """
-    texts, skips, numbers = embeddings.texts(), Skips(), rows.numbers[members]
+    texts, skips, numbers = embeddings.rows(Kind.TEXTS), Skips(), rows.numbers[members]
     captioned, scores = np.empty(len(members), np.bool_), np.empty(len(members), np.float64)
     bounds = np.searchsorted(numbers, np.array([file.first for file in embeddings.files], numbers.dtype))
     for file, (begin, end) in zip(embeddings.files, pairwise([*bounds.tolist(), len(numbers)]), strict=True):

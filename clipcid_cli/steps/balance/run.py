@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.mapped_strings import map_strings
 from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file
 from clipcid_cli.formats.results.curve import CURVE, write_curve
@@ -81,7 +82,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             shards = tar_shards(data, settings.write_shards)
         machine.on_main(lambda: check_uids(settings, embeddings))
         if needs_texts(settings):
-            embeddings.texts()  # refuses those without, before anything is searched
+            embeddings.rows(Kind.TEXTS)  # refuses those without, before anything is searched
         if settings.dry_run:
             open_for_sizes(settings, embeddings)  # refuses unknown data
             planned = plan_references(settings, machine, embeddings, reporter)
@@ -147,7 +148,7 @@ def _balance(
     started = time.perf_counter()
     data = open_for_sizes(settings, embeddings)
     machine.on_main(lambda: clear_shared(output.folder))
-    rows = find_rows(machine, output.folder, embeddings.images(), reporter)
+    rows = find_rows(machine, output.folder, embeddings.rows(Kind.IMAGES), reporter)
     seconds["search"] = time.perf_counter() - started
     skips = count_skipped(settings, embeddings, rows, reporter)
     machine.on_main(embeddings.refuse_repeated_keys)

@@ -17,6 +17,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.index import DataIndex
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.sample_rows import sample_keys
 from clipcid_cli.formats.key_streams import JoinedMatch, KeyStream, OrderedMatch, Values, join_stream, parquet_keys
 from clipcid_cli.formats.results.clusters import TABLE, Clusters
@@ -199,8 +200,8 @@ def _open_writers(index: DataIndex, sources: Sources, folder: Path) -> Iterator[
     limits, embeddings, clusters = {"places": int(index.sizes.max())}, sources.embeddings, sources.clusters
     if embeddings is not None:
         limits["embeddings"] = embeddings.num_rows
-        if embeddings.has_further_captions:
-            limits["captions"] = len(embeddings.further_captions()) + 1
+        if Kind.FURTHER in embeddings.kinds:
+            limits["captions"] = len(embeddings.rows(Kind.FURTHER)) + 1
     if clusters is not None:
         limits["clusters"] = len(clusters.labels)
     with ExitStack() as stack:

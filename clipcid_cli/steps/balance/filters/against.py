@@ -14,6 +14,7 @@ from clipcid_cli.algorithms.search.distances import FloatArray, HalfArray, IntAr
 from clipcid_cli.algorithms.search.nearest_pairs import NearestReference
 from clipcid_cli.algorithms.search.pair_search import CACHE_BYTES, TiledSearch
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.mapped_arrays import Arrays
 from clipcid_cli.formats.results.reference_parts import ReferenceParts, keep_parts
 from clipcid_cli.runtime.machine import Machine
@@ -141,7 +142,7 @@ def _compare(
     reporter: Reporter,
 ) -> None:
     """Find the nearest row of a reference of each unique row, each process in its stretches that are not saved yet."""
-    images, num_rows = reference.embeddings.images(), len(rows)
+    images, num_rows = reference.embeddings.rows(Kind.IMAGES), len(rows)
     kind = row_type(num_rows + len(reference.numbers))
     stretches = _stretches(rows)
     done = machine.on_main(lambda: [parts.read(at, len(place)) is not None for at, place in enumerate(stretches)])

@@ -12,6 +12,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.index import SamplePlace
 from clipcid_cli.formats.embeddings.command import data_command, texts_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.embeddings.text_folder import EmbeddedTexts, TextLines, open_texts
 from clipcid_cli.formats.results.matched_samples import SampleRows
@@ -156,7 +157,11 @@ def find_extra_texts(
                 f"Run: {texts_command(model and model['spec'], work=settings.work)}\n"
                 f"Or run: {data_command(embeddings.folder, embeddings.sidecar, settings.data, **more)}",
             )
-        rows, texts, what = embeddings.variants(), None, f"the {variants.number} variants of each sample's captions"
+        rows, texts, what = (
+            embeddings.rows(Kind.VARIANTS),
+            None,
+            f"the {variants.number} variants of each sample's captions",
+        )
     else:
         texts = open_texts(folder, model and model["spec"])
         _check_model(settings, texts, embeddings)
