@@ -6,8 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from clipcid_cli.errors import command_line
 from clipcid_cli.formats.data.sample_list import Columns
+from clipcid_cli.formats.sidecar import EmbedSidecar
 
 # What a command of `embed` omits.
 DEFAULTS = {
@@ -29,7 +32,7 @@ DEFAULTS = {
 _OF_MACHINE = ("precision", "batch_size")
 
 
-def data_command(folder: Path, sidecar: dict[str, Any] | None, data: str | None = None, **more: Any) -> str:
+def data_command(folder: Path, sidecar: EmbedSidecar | None, data: str | None = None, **more: Any) -> str:
     """Return the command that replaces embeddings of data by ones of the same settings.
 
     Args:
@@ -40,11 +43,11 @@ def data_command(folder: Path, sidecar: dict[str, Any] | None, data: str | None 
     """
     if sidecar is None:
         return command_line("embed", data or "DATA", **_differing({"model": "MODEL"} | more))
-    described = sidecar.get("data", {})
-    made = {name: sidecar["settings"][name] for name in (*DEFAULTS, *_OF_MACHINE) if name in sidecar["settings"]}
-    settings = {"model": sidecar["model"]["spec"]} | made | _flags_of_data(described, data, more)
+    described = msgspec.to_builtins(sidecar.data)
+    made = {name: sidecar.settings[name] for name in (*DEFAULTS, *_OF_MACHINE) if name in sidecar.settings}
+    settings = {"model": sidecar.model.spec} | made | _flags_of_data(described, data, more)
     replaced = _differing(settings) | {"out": folder, "overwrite": True}
-    return command_line("embed", data or described.get("spec", "DATA"), **replaced)
+    return command_line("embed", data or sidecar.data.spec, **replaced)
 
 
 def embed_command(model: str, described: dict[str, Any], data: str | None, **flags: Any) -> str:
@@ -59,7 +62,7 @@ def embed_command(model: str, described: dict[str, Any], data: str | None, **fla
     return command_line("embed", named, model=model, **_differing(_flags_of_data(described, data, flags)))
 
 
-def remake(folder: Path, sidecar: dict[str, Any]) -> str:
+def remake(folder: Path, sidecar: EmbedSidecar) -> str:
     """Return the fix of a finished folder whose files are not those that were written."""
     copy = "Or copy the rows to another folder, without embed.json, and name that one."
     return f"Run: {data_command(folder, sidecar)}\n{copy}"

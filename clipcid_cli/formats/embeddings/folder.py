@@ -7,12 +7,9 @@ read, each row by itself.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,23 +18,17 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
-from clipcid_cli.formats.embeddings.arrays import RowFile, find_npy
 from clipcid_cli.formats.embeddings.command import data_command, remake
-from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind, count_digits, file_name
+from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
 from clipcid_cli.formats.embeddings.layouts import AGAIN, Part, find_parts
-from clipcid_cli.formats.embeddings.manifest import (
-    MANIFEST,
-    Unchanged,
-    fingerprint_together,
-    read_manifest,
-    recorded_rows,
-)
+from clipcid_cli.formats.embeddings.manifest import Recorded, open_recorded, record_together
+from clipcid_cli.formats.embeddings.row_files import RowFile, find_npy
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.fingerprints import FingerprintCache
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, refuse_changed
 from clipcid_cli.formats.key_join import find_repeated_key, hash_keys
-from clipcid_cli.formats.output import find_changed, fingerprint_file, plan_identity, read_sidecar, sidecar_path
+from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
-from clipcid_cli.formats.reading import reading
+from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 
 MAX_UNPACKED = 4 * 2**30
 """Limit on the memory of each process for compressed arrays, all files together."""
@@ -87,19 +78,19 @@ class Embeddings:
     def __init__(
         self,
         folder: Path,
-        parts: list[Part],
-        sidecar: dict[str, Any] | None,
-        unchanged: Unchanged | None = None,
+        parts: Sequence[Part],
+        sidecar: EmbedSidecar | None,
+        memo: Memo,
+        recorded: Recorded | None = None,
         prefix_keys: bool = False,
-        cache: Path | None = None,
     ) -> None:
         """Take the files that were found.
 
         Args:
             parts: Those of each shard.
-            unchanged: What its manifest records of them, for a folder of `embed`.
+            memo: Where hashes are remembered.
+            recorded: What its manifest records, of a folder of `embed`.
             prefix_keys: Whether the shard's name goes before each key.
-            cache: Table in which fingerprints are remembered.
 
         Raises:
             ClipcidError: when they have no rows.
@@ -118,14 +109,14 @@ class Embeddings:
             )
         self.files = tuple(files)
         self.num_rows = first
-        self._unchanged = unchanged
+        self._memo = memo
+        self._recorded = recorded
         self._prefix_keys = prefix_keys
-        self._cache = cache
 
     @property
     def is_verified(self) -> bool:
         """Whether `embed` wrote the files: all rows are then unit float16."""
-        return self._unchanged is not None
+        return self._recorded is not None
 
     @property
     def has_texts(self) -> bool:
@@ -139,10 +130,9 @@ class Embeddings:
             ClipcidError: when there are none, or they take too much memory.
         """
         if kind not in self.kinds:
-            what, flags = ("text embeddings", {"text": True}) if kind is Kind.TEXTS else (kind, {})
             raise ClipcidError(
-                f"{self.folder} contains no {what}.",
-                f"Embed captions too; the data needs some: {data_command(self.folder, self.sidecar, **flags)}",
+                f"{self.folder} contains no text embeddings.",
+                f"Embed captions too; the data needs some: {data_command(self.folder, self.sidecar, text=True)}",
             )
         files = [file.parts[kind] for file in self.files if kind in file.parts]
         if (size := sum(file.unpacked for file in files)) > MAX_UNPACKED:
@@ -158,23 +148,8 @@ class Embeddings:
         """Return how many rows of a kind each sample has: V of views, W of variants; 0 where there are none."""
         return self.files[0].parts[kind].shape[1] if kind in self.kinds else 0
 
-    @cached_property
-    def keys(self) -> pa.ChunkedArray:
-        """Keys of the rows, N strings: column ``key``, else ``image_path``, else ``uid``, else file and row."""
-        return self._join(self.keys_of)
-
-    @cached_property
-    def shards(self) -> pa.ChunkedArray:
-        """Names of the rows' shards, N strings; the file's name where another tool did not record them."""
-        return self._join(self.shards_of)
-
-    @cached_property
-    def captions(self) -> pa.ChunkedArray:
-        """Captions of the rows, N strings: column ``caption``, else DataComp's ``text``; empty where there is none."""
-        return self._join(self.captions_of)
-
     def keys_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
-        """Read the :attr:`keys` of one file's rows."""
+        """Read the keys of one file's rows: column ``key``, else ``image_path``, else ``uid``, else file and row."""
         keys = _read_column(file, ("key", "image_path", "uid"), lambda row: f"{file.name}/{row}")
         if not self._prefix_keys:
             return keys
@@ -182,11 +157,11 @@ class Embeddings:
         return pa.chunked_array([pc.binary_join_element_wise(shards, keys.combine_chunks(), slash)])
 
     def shards_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
-        """Read the :attr:`shards` of one file's rows."""
+        """Read the names of the shards of one file's rows; the file's name where another tool did not record them."""
         return _read_column(file, ("shard",), lambda row: file.name)
 
     def captions_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
-        """Read the :attr:`captions` of one file's rows."""
+        """Read the captions of one file's rows: column ``caption``, else DataComp's ``text``; empty where there is none."""
         return replace_invalid(_read_column(file, ("caption", "text"), lambda row: ""))
 
     def counts_of(self, file: EmbeddingFile) -> npt.NDArray[np.int64]:
@@ -219,41 +194,40 @@ class Embeddings:
         """Read DataComp's identifiers of one file's rows, strings; empty where the metadata have no column ``uid``."""
         return _read_column(file, ("uid",), lambda row: "")
 
-    def contents(self, part: str) -> list[tuple[int, str]]:
-        """Return size and hash of each shard's file of a kind or of metadata, where it has one."""
-        if self._unchanged is not None:
-            found = [record.files[part] for record in self._unchanged.records if part in record.files]
-            return [(file.size, file.hash) for file in found]
-        cache = None if self._cache is None else FingerprintCache(self._cache)
+    def contents(self, part: str) -> list[FileRecord]:
+        """Describe each shard's file of a kind or of metadata, where it has one."""
+        if self._recorded is not None:
+            return [record.files[part] for record in self._recorded.records if part in record.files]
+        files = self._files_of(part)
+        read = [file for file in files if not isinstance(file, RowFile) or file.hash is None]
+        hashed = iter(self._memo.record_all([file.path if isinstance(file, RowFile) else file for file in read]))
+        self._memo.save()
+        return [
+            FileRecord(file.label, file.size, file.hash) if isinstance(file, RowFile) and file.hash else next(hashed)
+            for file in files
+        ]
 
-        def look(file: RowFile | Path) -> tuple[int, str]:
-            if isinstance(file, RowFile) and file.hash is not None:
-                return file.size, file.hash
-            entry = (cache or fingerprint_file)(file.path if isinstance(file, RowFile) else file)
-            return entry["size"], entry["hash"]
-
-        with ThreadPoolExecutor(16) as pool:
-            contents = list(pool.map(look, self._files_of(part)))
-        if cache is not None:
-            cache.save()
-        return contents
-
-    def fingerprints(self, kinds: Collection[Kind] = ()) -> list[dict[str, Any]]:
+    def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
         """Describe images and metadata, and the rows of further kinds where there are any, for a sidecar: an entry each.
 
         Raises:
             ClipcidError: when a file that the manifest records was replaced since the folder was opened.
         """
-        if self._unchanged is not None:
-            self._unchanged.refuse_changed()
-        parts = [Kind.IMAGES, METADATA, *kinds]
-        described = [(files[0], part) for part in parts if (files := self._files_of(part))]
-        return [fingerprint_together(_name_together(file), self.contents(part)) for file, part in described]
+        if self._recorded is not None:
+            self._recorded.refuse_changed()
+        parts = [part for part in (Kind.IMAGES, METADATA, *kinds) if self._files_of(part)]
+        return [record_together(self._name_together(part), self.contents(part)) for part in parts]
 
     def _files_of(self, part: str) -> list[RowFile | Path]:
         if part == METADATA:
             return [file.metadata for file in self.files if file.metadata is not None]
         return [file.parts[Kind(part)] for file in self.files if part in file.parts]
+
+    def _name_together(self, part: str) -> str:
+        """Return the folder of the files of a kind, with the array's name where they are archives."""
+        file = self._files_of(part)[0]
+        path, member = (file.path, file.member) if isinstance(file, RowFile) else (file, None)
+        return str(path.parent) if member is None else f"{path.parent}[{member}]"
 
     def refuse_repeated_keys(self) -> None:
         """Refuse keys of two rows in a folder of another tool; `embed` has checked its own.
@@ -270,7 +244,8 @@ class Embeddings:
         hashes.sort()
         if not (hashes[1:] == hashes[:-1]).any():
             return
-        repeat = find_repeated_key(self._join(self.keys_of))
+        chunks = [chunk for file in self.files for chunk in self.keys_of(file).chunks]
+        repeat = find_repeated_key(pa.chunked_array(chunks, _TEXT))
         if repeat is not None:
             key, one, other = repeat
             raise ClipcidError(
@@ -293,9 +268,10 @@ class Embeddings:
             return np.empty(0, dtype=np.int64)
         kinds = [Kind.IMAGES, *([Kind.TEXTS] if texts and self.has_texts else [])]
         remembered = None
-        if self._cache is not None and self._cache.parent.is_dir():
-            identity = plan_identity({"kinds": kinds}, self.fingerprints(kinds[1:]))
-            remembered = self._cache.with_name(".bad-rows") / f"{identity}.npy"
+        table = self._memo.table
+        if table is not None and table.parent.is_dir():
+            identity = identity_of({"kinds": kinds}, self.fingerprints(kinds[1:]))
+            remembered = table.with_name(".bad-rows") / f"{identity}.npy"
             if remembered.is_file():
                 with suppress(ClipcidError):
                     return np.array(find_npy(remembered).map(), dtype=np.int64)
@@ -307,16 +283,6 @@ class Embeddings:
             with suppress(ClipcidError):  # a work directory that is read-only
                 write_npy(remembered, found)
         return found
-
-    def _join(self, read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.ChunkedArray:
-        return pa.chunked_array([chunk for file in self.files for chunk in read(file).chunks], _TEXT)
-
-
-def _name_together(file: RowFile | Path) -> str:
-    """Return the folder of some files by one of them, with the array's name where they are archives."""
-    if isinstance(file, Path):
-        return str(file.parent)
-    return str(file.path.parent) if file.member is None else f"{file.path.parent}[{file.member}]"
 
 
 def has_usable_row(rows: Rows) -> bool:
@@ -339,20 +305,9 @@ def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[
     return pa.chunked_array([pa.array(map(default, piece), _TEXT) for piece in pieces], type=_TEXT)
 
 
-def read_embed_sidecar(folder: Path) -> dict[str, Any] | None:
-    """Read the sidecar of a folder of embeddings; None when there is none.
-
-    Raises:
-        ClipcidError: when it is damaged, or lacks an entry that steps read.
-    """
-    path = sidecar_path(folder, "embed")
-    sidecar = read_sidecar(path, _REMAKE)
-    if sidecar is not None:
-        with reading(path, "a sidecar of embed", _REMAKE):
-            if not isinstance(sidecar["model"]["spec"], str) or not isinstance(sidecar["settings"]["keys"], str):
-                raise TypeError("its model or settings are of another type")
-            sidecar["model"]["weights_hash"], sidecar["inputs"], sidecar["counts"]["images"]
-    return sidecar
+def read_embed_sidecar(folder: Path) -> EmbedSidecar | None:
+    """Read the sidecar of a folder of embeddings; None when there is none."""
+    return read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar, _REMAKE)
 
 
 def open_embeddings(
@@ -372,24 +327,17 @@ def open_embeddings(
     """
     folder = Path(folder)
     sidecar = read_embed_sidecar(folder)
-    if sidecar is None and (folder / ".embed.plan.json").exists():
-        raise ClipcidError(
-            f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
-        )
     if sidecar is None:
-        return Embeddings(folder, find_parts(folder, npz_array), None, prefix_keys=keys == "shard", cache=cache)
-    if not (folder / MANIFEST).exists():
-        raise ClipcidError(f"{folder} was made by an earlier version of clipcid.", remake(folder, sidecar))
-    memo = fingerprint_file if cache is None else FingerprintCache(cache)
-    if (changed := find_changed(folder, "embed", sidecar, fingerprint=memo)) is not None:
-        raise ClipcidError(changed, remake(folder, sidecar))
-    records = read_manifest(folder, _REMAKE)
-    unchanged = Unchanged(folder, records, memo, partial(remake, folder, sidecar))
-    if isinstance(memo, FingerprintCache):
-        memo.save()
-    digits = count_digits(len(records))
+        if unfinished(folder, "embed"):
+            raise ClipcidError(
+                f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
+            )
+        return Embeddings(folder, find_parts(folder, npz_array), None, Memo(cache), prefix_keys=keys == "shard")
+    memo, fix = Memo(cache), remake(folder, sidecar)
+    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "embed"), lambda: fix, memo)
+    recorded = open_recorded(folder, memo, fix)
     parts = [
-        (rows, folder / file_name(METADATA, number, digits))
-        for number, rows in enumerate(recorded_rows(folder, records, unchanged.stamps, _REMAKE))
+        (rows, folder / record.files[METADATA].path)
+        for rows, record in zip(recorded.rows, recorded.records, strict=True)
     ]
-    return Embeddings(folder, parts, sidecar, unchanged, cache=cache)
+    return Embeddings(folder, parts, sidecar, memo, recorded)

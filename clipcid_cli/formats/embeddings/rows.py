@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.embeddings.arrays import RowFile
+from clipcid_cli.formats.embeddings.row_files import RowFile
 
 Float16 = npt.NDArray[np.float16]
 

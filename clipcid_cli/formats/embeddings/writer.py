@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,16 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats import fingerprint
 from clipcid_cli.formats.atomic import write_error, write_json, write_npy, write_parquet
+from clipcid_cli.formats.data.samples import natural_key
 from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind, count_digits, file_name
-from clipcid_cli.formats.embeddings.manifest import FileRecord, ShardRecord, write_manifest
-from clipcid_cli.formats.output import fingerprint_file
+from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, Skipped, write_manifest
+from clipcid_cli.formats.fingerprint import FileRecord, find_changed, identity_of
 from clipcid_cli.formats.skips import Skips
 
 # Records of finished shards, until all are finished.
 _RECORDS = ".shards"
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedShard:
-    """A shard to embed.
-
-    Attributes:
-        size: Bytes of its content.
-        hash: Of its content.
-        identity: Hash of what decides its rows: settings, content and name.
-    """
-
-    name: str
-    size: int
-    hash: str
-    identity: str
 
 
 @dataclasses.dataclass
@@ -67,15 +54,18 @@ class ShardRows:
 class EmbeddingWriter:
     """Writer of the shards of one folder, each followed by its record, which makes it count as finished."""
 
-    def __init__(self, folder: Path, shards: Sequence[PlannedShard]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], inputs: Sequence[FileRecord]) -> None:
         """Prepare to write.
 
         Args:
             folder: Where the files go; of an earlier run of the same shards, or of fewer, it has some already.
+            settings: Those that decide the rows, as JSON values.
+            inputs: The shards, with their names.
         """
         self.folder = folder
-        self._shards = shards
-        self._digits = count_digits(len(shards))
+        self._inputs = inputs
+        self._identities = [identity_of(settings, [each]) for each in inputs]
+        self._digits = count_digits(len(inputs))
 
     def write(self, number: int, made: ShardRows) -> None:
         """Write a shard; the first has number 0."""
@@ -86,42 +76,44 @@ class EmbeddingWriter:
                 write_npy(self._path(kind, number), made.rows[kind])
             else:
                 self._path(kind, number).unlink(missing_ok=True)
-        shard = self._shards[number]
+        given = self._inputs[number]
+        shard = given.shard
         try:
             columns = {
                 "key": pa.array(made.keys, pa.string()),
-                "shard": pa.array([shard.name] * len(made.keys), pa.string()),
+                "shard": pa.array([shard] * len(made.keys), pa.string()),
                 "caption": pa.array(made.captions, pa.string()),
             }
         except UnicodeEncodeError as error:
             raise ClipcidError(
-                f"Shard {shard.name}: the name of a file is not UTF-8: {ascii(error.object)[1:-1]}.",
+                f"Shard {shard}: the name of a file is not UTF-8: {ascii(error.object)[1:-1]}.",
                 "Rename the file; keys and names of shards are text.",
             ) from error
         if made.counts is not None:
             columns[COUNTS_COLUMN] = pa.array(made.counts, pa.int32())
         write_parquet(self._path(METADATA, number), pa.table(columns))
+        skipped = [
+            Skipped(reason, count, [_printable(name) for name in made.skipped.examples.get(reason, [])])
+            for reason, count in sorted(made.skipped.counts.items())
+        ]
         record = ShardRecord(
-            shard=shard.name,
-            identity=shard.identity,
-            input_size=shard.size,
-            input_hash=shard.hash,
+            input=msgspec.structs.replace(given, path=_printable(given.path)),
+            identity=self._identities[number],
             read=made.read,
             rows=len(made.keys),
             laid_on_white=made.laid_on_white,
-            skipped=made.skipped,
-            files={part: _describe(self._path(part, number)) for part in (*made.rows, METADATA)},
+            skipped=skipped,
+            files={part: fingerprint.record(self._path(part, number), self.folder) for part in (*made.rows, METADATA)},
         )
-        write_json(self._record_path(number), dataclasses.asdict(record))
+        self._write_record(number, record)
 
     def read_record(self, number: int) -> ShardRecord | None:
         """Read the outcome of a shard; None when it is unfinished, was changed or damaged, or is of another plan."""
-        try:
-            record = msgspec.json.decode(self._record_path(number).read_bytes(), type=ShardRecord)
-        except (OSError, msgspec.DecodeError):
+        path = self._record_path(number)
+        record = _read_record(path)
+        if record is None or record.identity != self._identities[number]:
             return None
-        is_same = record.identity == self._shards[number].identity
-        return record if is_same and _has_files(self.folder, record, number, self._digits) else None
+        return record if find_changed(self.folder, record.files.values(), path) is None else None
 
     def take(self, folder: Path, records: Sequence[ShardRecord]) -> None:
         """Take the shards over that a finished folder of fewer shards has, whatever their numbers there.
@@ -129,23 +121,29 @@ class EmbeddingWriter:
         Args:
             records: The manifest of that folder. Shards whose files are not those that it records are left.
         """
-        there = {record.identity: number for number, record in enumerate(records)}
-        digits = count_digits(len(records))
-        for number, shard in enumerate(self._shards):
-            old = there.get(shard.identity)
-            if old is None or self._record_path(number).exists() or not _has_files(folder, records[old], old, digits):
+        there = {record.identity: record for record in records}
+        for number, identity in enumerate(self._identities):
+            earlier = there.get(identity)
+            if earlier is None or self._record_path(number).exists():
                 continue
-            for part in records[old].files:
-                _link(folder / file_name(part, old, digits), self._path(part, number))
-            write_json(self._record_path(number), dataclasses.asdict(records[old]))
+            if find_changed(folder, earlier.files.values(), folder / MANIFEST) is not None:
+                continue
+            for part, file in earlier.files.items():
+                _link(folder / file.path, self._path(part, number))
+            paths = {part: file_name(part, number, self._digits) for part in earlier.files}
+            files = {part: msgspec.structs.replace(file, path=paths[part]) for part, file in earlier.files.items()}
+            self._write_record(number, msgspec.structs.replace(earlier, files=files))
 
     def finish(self) -> list[ShardRecord]:
         """Write the manifest once all shards are finished, and return it."""
-        records = [self.read_record(number) for number in range(len(self._shards))]
+        records = [self.read_record(number) for number in range(len(self._inputs))]
         finished = [record for record in records if record is not None]
         assert len(finished) == len(records), "every shard was written by one of the processes"
         write_manifest(self.folder, finished)
         return finished
+
+    def _write_record(self, number: int, record: ShardRecord) -> None:
+        write_json(self._record_path(number), msgspec.to_builtins(record))
 
     def _record_path(self, number: int) -> Path:
         return self.folder / _RECORDS / f"{number:0{self._digits}d}.json"
@@ -154,24 +152,21 @@ class EmbeddingWriter:
         return self.folder / file_name(part, number, self._digits)
 
 
-def _describe(path: Path) -> FileRecord:
-    entry = fingerprint_file(path)
-    return FileRecord(entry["size"], path.stat().st_mtime_ns, entry["hash"])
+def read_unfinished(folder: Path, step: str) -> list[FileRecord]:
+    """Return the shards that an unfinished run of a folder has embedded, in order, whatever its settings are."""
+    paths = sorted(folder.glob(f".{step}-*/{_RECORDS}/*.json"), key=lambda path: natural_key(path.name))
+    return [record.input for path in paths if (record := _read_record(path)) is not None]
 
 
-def _has_files(folder: Path, record: ShardRecord, number: int, digits: int) -> bool:
-    """Tell whether the files of a shard are those of its record: of the same size and time, or of the same content."""
-    try:
-        for part, file in record.files.items():
-            path = folder / file_name(part, number, digits)
-            stat = path.stat()
-            if stat.st_size != file.size:
-                return False
-            if stat.st_mtime_ns != file.time and fingerprint_file(path)["hash"] != file.hash:
-                return False
-    except OSError:
-        return False
-    return True
+def _read_record(path: Path) -> ShardRecord | None:
+    with suppress(OSError, msgspec.DecodeError):  # missing, or damaged
+        return msgspec.json.decode(path.read_bytes(), type=ShardRecord)
+    return None
+
+
+def _printable(name: str) -> str:
+    """Return a name without letters that stand for bytes that are not UTF-8, as those of files may have."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _link(source: Path, target: Path) -> None:

@@ -61,7 +61,9 @@ class Encoded:
     @property
     def owners(self) -> npt.NDArray[np.int64]:
         """Position of the sample of each caption after the first, int64 [F]."""
-        return np.repeat(np.arange(len(self.batch.samples)), [max(0, len(each.captions) - 1) for each in self.batch.samples])
+        return np.repeat(
+            np.arange(len(self.batch.samples)), [max(0, len(each.captions) - 1) for each in self.batch.samples]
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,7 +141,9 @@ class _Collected:
     def join(self, last: Batch) -> ShardRows:
         """Return all rows, of each kind as one array."""
         counts = [max(1, len(sample.captions)) for sample in self._samples]
-        shapes = self._shapes | ({Kind.FURTHER: (self._width,)} if Kind.TEXTS in self._shapes and max(counts, default=1) > 1 else {})
+        shapes = self._shapes | (
+            {Kind.FURTHER: (self._width,)} if Kind.TEXTS in self._shapes and max(counts, default=1) > 1 else {}
+        )
         self._skipped.merge(last.skipped)
         assert last.read is not None
         return ShardRows(

@@ -24,6 +24,7 @@ from teaching_data import (
 
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.augment import Augmentation, Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
@@ -62,11 +63,11 @@ def captions_of(data: Path) -> list[tuple[str, ...]]:
 
 def test_a_variant_has_the_row_of_its_text(stored: Path, data: Path, teacher: ClipModel) -> None:
     embeddings, make = open_embeddings(stored), TextVariants(3, 5)
-    assert embeddings.num_variants == 3
-    assert embeddings.variants().shape == (18, 32)
+    assert embeddings.num_each(Kind.VARIANTS) == 3
+    assert embeddings.rows(Kind.VARIANTS).shape == (18, 32)
     texts = [make(captions, f"s{row}", number) for row, captions in enumerate(captions_of(data)) for number in range(3)]
     expected = teacher.encode_texts(teacher.tokenizer(texts), FP32).numpy()
-    assert np.abs(embeddings.variants().read(0, 18) - expected).max() < 6e-4
+    assert np.abs(embeddings.rows(Kind.VARIANTS).read(0, 18) - expected).max() < 6e-4
 
 
 def test_the_rest_is_what_it_is_without_variants(stored: Path, data: Path, tiny_model: Path, tmp_path: Path) -> None:

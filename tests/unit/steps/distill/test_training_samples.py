@@ -18,6 +18,7 @@ from teaching_data import Listener, embed_data, index_data, train, write_student
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.matched_samples import SampleRows
 from clipcid_cli.runtime.randomness import key_fraction
 from clipcid_cli.steps.distill import inputs
@@ -85,7 +86,7 @@ def test_training_is_the_same_whatever_the_order_of_files(tiny_shards: Path, tin
     embed_data(tiny_shards, tiny_model, tmp_path / "own")
     own = open_embeddings(tmp_path / "own")
     keys, order = own.keys.to_pylist(), np.random.default_rng(0).permutation(24)
-    rows, texts = own.images().read(0, 24)[order], own.texts().read(0, 24)[order]
+    rows, texts = own.rows(Kind.IMAGES).read(0, 24)[order], own.rows(Kind.TEXTS).read(0, 24)[order]
     foreign = write_embeddings(tmp_path / "foreign", rows, keys=[keys[row] for row in order], texts=texts)
     settings = {
         "student": str(write_student(tmp_path)),
@@ -177,7 +178,7 @@ def test_bad_rows_are_told_on_each_start_and_other_texts_are_matched_anew(
 ) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "own")
     own, work = open_embeddings(tmp_path / "own"), tmp_path / "work"
-    rows, texts = own.images().read(0, 24), own.texts().read(0, 24)
+    rows, texts = own.rows(Kind.IMAGES).read(0, 24), own.rows(Kind.TEXTS).read(0, 24)
     settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "steps": 1, "max_bad_fraction": 0.2}
     for name, bad, matched in (("first", 1, 1), ("again", 1, 1), ("other", 2, 2)):
         texts[:bad] = 0

@@ -1,4 +1,4 @@
-"""Arrays in ``.npy`` files and ``.npz`` archives: described by their headers, mapped rather than read.
+"""Rows in ``.npy`` files and ``.npz`` archives: described by their headers, mapped rather than read.
 
 numpy's ``savez`` stores its members without compression, so an array is a contiguous part of the archive that can be
 mapped like a ``.npy``. Members of ``savez_compressed`` can only be unpacked into memory.
