@@ -27,16 +27,16 @@ from clipcid_cli.formats.fingerprint import FileRecord, Memo, refuse_changed
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.sidecar import TextsSidecar, read_sidecar, sidecar_path
 
-STEP = "texts"
+TEXTS = "texts"
 """Name of the sidecar."""
-TEXTS = "texts.arrow"
+TEXTS_FILE = "texts.arrow"
 
 _SCHEMA = pa.schema([("text", pa.large_string())])
 
 
 def write_texts(folder: Path, batches: Iterable[list[str]]) -> None:
     """Write texts, those of one file of embeddings a batch."""
-    with atomic_file(folder / TEXTS) as target, pa.ipc.new_file(target, _SCHEMA) as writer:
+    with atomic_file(folder / TEXTS_FILE) as target, pa.ipc.new_file(target, _SCHEMA) as writer:
         for texts in batches:
             writer.write_batch(pa.record_batch([pa.array(texts, pa.large_string())], schema=_SCHEMA))
 
@@ -99,12 +99,17 @@ class EmbeddedTexts:
     @property
     def lines(self) -> TextLines:
         """The texts themselves."""
-        return TextLines(str(self.folder / TEXTS))
+        return TextLines(str(self.folder / TEXTS_FILE))
 
     @property
     def width(self) -> int:
         """Width D of the embeddings."""
         return self.files[0].shape[1]
+
+    @property
+    def total(self) -> int:
+        """Number of texts."""
+        return sum(file.shape[0] for file in self.files)
 
     def rows(self) -> Rows:
         """Map the embeddings, [N, D]."""
@@ -112,7 +117,7 @@ class EmbeddedTexts:
 
     def fingerprints(self) -> list[FileRecord]:
         """Describe texts and embeddings, for a sidecar."""
-        texts = [each for each in self.sidecar.outputs if each.path == TEXTS]
+        texts = [each for each in self.sidecar.outputs if each.path == TEXTS_FILE]
         rows = [FileRecord(file.label, file.size, str(file.hash)) for file in self.files]
         return [*texts, record_together(str(self.folder / Kind.TEXTS), rows)]
 
@@ -126,17 +131,17 @@ def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
     Raises:
         ClipcidError: when there is none, it is unfinished, or its files are not those that were written.
     """
-    path = sidecar_path(folder, STEP)
+    path = sidecar_path(folder, TEXTS)
     sidecar = read_sidecar(path, TextsSidecar, _remake(folder))
     if sidecar is None:
-        state = "The embeddings of texts are unfinished" if unfinished(folder, STEP) else "There are none"
+        state = "The embeddings of texts are unfinished" if unfinished(folder, TEXTS) else "There are none"
         raise ClipcidError(f"{state} in {folder}.", f"Run: {texts_command(model, out=folder)}")
     fix, memo = _remake(folder, sidecar), Memo()
     refuse_changed(folder, sidecar.outputs, path, lambda: fix, memo)
     files = tuple(rows[Kind.TEXTS] for rows in open_recorded(folder, memo, fix).rows)
-    sizes = TextLines(str(folder / TEXTS)).batch_sizes()
+    sizes = TextLines(str(folder / TEXTS_FILE)).batch_sizes()
     if [file.shape[0] for file in files] != sizes:
-        raise ClipcidError(f"{folder / MANIFEST} records other numbers of texts than {folder / TEXTS} holds.", fix)
+        raise ClipcidError(f"{folder / MANIFEST} records other numbers of texts than {folder / TEXTS_FILE} holds.", fix)
     return EmbeddedTexts(folder, files, sidecar)
 
 

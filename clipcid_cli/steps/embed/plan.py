@@ -1,4 +1,4 @@
-"""What `embed` will do: which data, which model, what is there already; all that can be wrong is found before a model is loaded."""
+"""What `embed` will do: all that can be wrong with data and output is found before a model is loaded."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
-from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, all_files, read_manifest, record_together
-from clipcid_cli.formats.embeddings.text_folder import STEP as TEXTS
+from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.embeddings.writer import read_unfinished
 from clipcid_cli.formats.fingerprint import FileRecord, find_changed
 from clipcid_cli.formats.output import WORK_OR_OUT, is_claimed, unfinished
@@ -81,6 +82,8 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
     name = with_default_tag(parse_model(settings.model))
     work = WorkDirectory(settings.work)
     if settings.texts is not None:
+        from clipcid_cli.formats.data.texts import open_texts
+
         dataset, step = open_texts(settings.texts), TEXTS
         folder = settings.out or work.texts(name.slug)
     else:
@@ -163,17 +166,15 @@ def _require_captions(dataset: Dataset, without_text: str) -> None:
 
 def _describe_shards(dataset: Dataset) -> list[FileRecord]:
     """Describe every shard: its content, and its name, which the metadata repeats."""
-    return [
-        FileRecord(found["path"], found["size"], found["hash"], shard=shard.name)
-        for found, shard in zip(dataset.fingerprints(), dataset.shards, strict=True)
-    ]
+    found = zip(dataset.fingerprints(), dataset.shards, strict=True)
+    return [msgspec.structs.replace(record, shard=shard.name) for record, shard in found]
 
 
 def _matches(sidecar: EmbeddedSidecar, settings: EmbedSettings, plan: EmbedPlan) -> bool:
     """Tell whether finished embeddings match the request; where that leaves batch size or precision open, any will do."""
     same = (
-        settings.batch_size in (None, sidecar.made.batch_size)
-        and settings.precision in ("auto", sidecar.made.precision)
+        settings.batch_size in (None, sidecar.settings["batch_size"])
+        and settings.precision in ("auto", sidecar.settings["precision"])
         and [each.content for each in sidecar.inputs] == [plan.input.content]
         and is_of(sidecar.model, plan.name)
     )

@@ -12,10 +12,10 @@ import PIL
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats import fingerprint
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, merge_skips, read_manifest
-from clipcid_cli.formats.embeddings.text_folder import TEXTS, write_texts
+from clipcid_cli.formats.embeddings.text_folder import TEXTS, TEXTS_FILE, write_texts
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
 from clipcid_cli.formats.output import Output, find_output
-from clipcid_cli.formats.sidecar import EmbedSidecar, sidecar_path
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
@@ -243,12 +243,15 @@ def _write(
         entries["run"] = {"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__}
     else:
         _write_texts(plan, skips, output)
-        files.append(output.work / TEXTS)
+        files.append(output.work / TEXTS_FILE)
         entries["counts"] = {"texts": rows, "skipped": skips.counts}
         entries["texts_per_second"] = speed
         seconds = {"encode": elapsed}
     outputs = [fingerprint.record(path, output.work) for path in files]
-    return output.commit(outputs=outputs, seconds={phase: round(each, 3) for phase, each in seconds.items()}, **entries)
+    sidecar: EmbeddedSidecar = output.commit(
+        outputs=outputs, seconds={phase: round(each, 3) for phase, each in seconds.items()}, **entries
+    )
+    return sidecar
 
 
 def _write_texts(plan: EmbedPlan, skips: Skips, output: Output[Any]) -> None:
@@ -264,11 +267,9 @@ def _write_texts(plan: EmbedPlan, skips: Skips, output: Output[Any]) -> None:
 
 def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> dict[str, Any]:
     """Return the JSON object of `embed` for finished embeddings."""
-    path = str(sidecar_path(plan.folder, plan.step))
-    if isinstance(sidecar, EmbedSidecar):
-        found: dict[str, Any] = {"images": sidecar.counts.images, "skipped": sidecar.counts.skipped}
-        found |= {"images_per_second": sidecar.images_per_second, "seconds": sidecar.seconds}
-        return found | {"files": {"embeddings": str(plan.folder), "sidecar": path}}
-    found = {"texts": sidecar.counts.texts, "skipped": sidecar.counts.skipped}
-    found |= {"texts_per_second": sidecar.texts_per_second, "seconds": sidecar.seconds}
-    return found | {"files": {"texts": str(plan.folder), "sidecar": path}}
+    what, per_second = "embeddings", "images_per_second"
+    if plan.step == TEXTS:
+        what, per_second = "texts", "texts_per_second"
+    counted = {name: count for name, count in sidecar.counts.items() if name in ("images", "texts", "skipped")}
+    files = {what: str(plan.folder), "sidecar": str(sidecar_path(plan.folder, plan.step))}
+    return {**counted, per_second: getattr(sidecar, per_second), "seconds": sidecar.seconds, "files": files}

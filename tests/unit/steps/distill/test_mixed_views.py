@@ -12,7 +12,17 @@ import pytest
 import torch
 from conftest import make_image, write_tar
 from PIL import Image
-from teaching_data import Listener, add_targets, embed_data, encode_shown, join, make_epoch, train, write_student, read_params
+from teaching_data import (
+    Listener,
+    add_targets,
+    embed_data,
+    encode_shown,
+    join,
+    make_epoch,
+    read_params,
+    train,
+    write_student,
+)
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings

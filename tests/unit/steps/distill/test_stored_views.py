@@ -19,6 +19,7 @@ from teaching_data import (
     encode_shown,
     join,
     make_epoch,
+    read_params,
     train,
     write_captions,
     write_student,
