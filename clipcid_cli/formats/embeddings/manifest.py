@@ -187,7 +187,7 @@ def _shapes_of_a_sample(folder: Path, records: Sequence[ShardRecord]) -> dict[Ki
         )
     values = {kind: _count_values(kind, whole.files[kind]) // whole.rows for kind in Kind if kind in whole.files}
     width = values.get(Kind.IMAGES) or values[Kind.TEXTS]
-    shapes: dict[Kind, tuple[int, ...]] = {kind: (width,) for kind in (Kind.IMAGES, Kind.TEXTS, Kind.FURTHER)}
+    shapes: dict[Kind, tuple[int, ...]] = dict.fromkeys((Kind.IMAGES, Kind.TEXTS, Kind.FURTHER), (width,))
     for kind in (Kind.VIEWS, Kind.VARIANTS):
         if kind in values:
             shapes[kind] = (values[kind] // width, width)

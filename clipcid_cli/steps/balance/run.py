@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clipcid_cli.formats.data.tar_index import TarShard
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import record
@@ -79,7 +79,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         cache = None if settings.dry_run else work.fingerprints
         embeddings = open_embeddings(found, settings.keys, settings.npz_array, cache)
         seconds = {"embed": time.perf_counter() - started}
-        data, shards = None, list[TarShard]()
+        data, shards = None, list[Shard]()
         if settings.write_shards is not None:
             data = require_data(settings, embeddings, "--write-shards")
             shards = tar_shards(data, settings.write_shards)

@@ -9,10 +9,9 @@ from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
-from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.dataset import Dataset, Shard
 from clipcid_cli.formats.data.remote import local_file
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.key_join import KeyIndex
@@ -33,20 +32,20 @@ _STATS = "_stats.json"
 _STEP = "write-shards"
 
 
-def tar_shards(data: Dataset, target: Path) -> list[TarShard]:
+def tar_shards(data: Dataset, target: Path) -> list[Shard]:
     """Return the shards of the data, which must be tars.
 
     Raises:
         ClipcidError: when they are not, or `target` is the folder of the data.
     """
-    shards = [shard for shard in data.shards if isinstance(shard, TarShard)]
+    shards = [shard for shard in data.shards if shard.rows is None]
     if len(shards) < len(data.shards):
         raise ClipcidError(
             f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
             "Omit it: the keep list names what is kept.",
         )
     for shard in shards:
-        if "://" not in shard.path and _target_of(target, shard).resolve() == Path(shard.path).resolve():
+        if "://" not in shard.source and _target_of(target, shard).resolve() == Path(shard.source).resolve():
             raise ClipcidError(f"--write-shards {target} would overwrite the data itself.", "Give another folder.")
     return shards
 
@@ -54,7 +53,7 @@ def tar_shards(data: Dataset, target: Path) -> list[TarShard]:
 def write_shards(
     machine: Machine,
     data: Dataset,
-    shards: list[TarShard],
+    shards: list[Shard],
     keep: KeepList,
     keep_record: FileRecord,
     target: Path,
@@ -112,7 +111,7 @@ def write_shards(
         machine.on_main(lambda: _finish(output, shards, together, outputs, keep, reporter))
 
 
-def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bool) -> int:
+def _write_shard(shard: Shard, choice: ShardChoice, target: Path, resumed: bool) -> int:
     """Write one shard, unless this run wrote it before it was killed: its statistics are written after it."""
     path, stats_path = _target_of(target, shard), _stats_of(target, shard)
     if resumed:
@@ -121,7 +120,7 @@ def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bo
             if not written or path.is_file():
                 return written
     keys, num_dropped = choice.of(shard)
-    with local_file(shard.path) as source:
+    with local_file(shard.source) as source:
         if keys:
             copied = copy_samples(source, path, keys)
         else:
@@ -130,8 +129,8 @@ def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bo
     if copied.samples < len(keys) or copied.read < len(keys) + num_dropped:
         path.unlink(missing_ok=True)
         raise ClipcidError(
-            f"Shard {shard.path} holds {copied.samples:,} of its {len(keys):,} samples to keep, and {copied.read:,} samples "
-            f"in total, where the keep list has {len(keys) + num_dropped:,}.",
+            f"Shard {shard.source} holds {copied.samples:,} of its {len(keys):,} samples to keep, and {copied.read:,} "
+            f"samples in total, where the keep list has {len(keys) + num_dropped:,}.",
             "It has changed since it was embedded: run clipcid embed and balance again.",
         )
     write_json(stats_path, _describe(copied, num_dropped, choice.keep.has_reasons))
@@ -158,7 +157,7 @@ def _describe(copied: Copied, num_dropped: int, has_reasons: bool) -> dict[str, 
 
 def _finish(
     output: Output[Sidecar],
-    shards: list[TarShard],
+    shards: list[Shard],
     sizes: dict[str, int],
     outputs: list[FileRecord],
     keep: KeepList,
@@ -190,11 +189,11 @@ def _refuse_foreign(target: Path) -> None:
         )
 
 
-def _target_of(target: Path, shard: TarShard) -> Path:
+def _target_of(target: Path, shard: Shard) -> Path:
     return target / f"{shard.name}.tar"
 
 
-def _stats_of(target: Path, shard: TarShard) -> Path:
+def _stats_of(target: Path, shard: Shard) -> Path:
     return target / f"{shard.name}{_STATS}"
 
 
@@ -215,7 +214,7 @@ class ShardChoice:
             self._index = KeyIndex(keep.keys)
             self._may_be_uids = len(keep.keys) > 0 and is_uid(keep.keys[0].as_py())
 
-    def of(self, shard: TarShard) -> tuple[set[str], int]:
+    def of(self, shard: Shard) -> tuple[set[str], int]:
         """Return the keys, as stored in the tar, of a shard's samples to keep, and how many of its samples to drop.
 
         Raises:
@@ -233,7 +232,7 @@ class ShardChoice:
         keys = {key.removeprefix(prefix) for key, row in found if self.keep.kept[row]}
         return keys, len(found) - len(keys)
 
-    def _list(self, shard: TarShard) -> list[Sample]:
+    def _list(self, shard: Shard) -> list[Sample]:
         index = self._data.index
         if index is None:
             return shard.samples()

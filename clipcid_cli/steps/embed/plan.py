@@ -11,6 +11,7 @@ import msgspec
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, all_files, read_manifest, record_together
 from clipcid_cli.formats.embeddings.text_folder import TEXTS
@@ -82,8 +83,6 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
     name = with_default_tag(parse_model(settings.model))
     work = WorkDirectory(settings.work)
     if settings.texts is not None:
-        from clipcid_cli.formats.data.texts import open_texts
-
         dataset, step = open_texts(settings.texts), TEXTS
         folder = settings.out or work.texts(name.slug)
     else:
