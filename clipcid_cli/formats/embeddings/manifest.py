@@ -67,8 +67,13 @@ def write_manifest(folder: Path, records: Sequence[ShardRecord]) -> None:
     """Write the manifest of a folder."""
     parts = [part for part in (*Kind, METADATA) if any(part in each.files for each in records)]
     schema = pa.schema(
-        [("input", _INPUT), ("identity", _TEXT), ("read", _NUMBER), ("rows", _NUMBER), ("laid_on_white", _NUMBER)]
-        + [("skipped", _SKIPPED), ("files", pa.struct([(part, _FILE) for part in parts]))]
+        {
+            "input": _INPUT,
+            "identity": _TEXT,
+            **dict.fromkeys(("read", "rows", "laid_on_white"), _NUMBER),
+            "skipped": _SKIPPED,
+            "files": pa.struct([(part, _FILE) for part in parts]),
+        }
     )
     write_parquet(folder / MANIFEST, pa.Table.from_pylist(msgspec.to_builtins(records), schema))
 

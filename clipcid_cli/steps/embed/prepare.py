@@ -26,8 +26,8 @@ class Prepared:
         pixels: uint8 [(1 + V)·B, H, W, 3]: the images preprocessed for evaluation, then view after view.
         colors: Colour maps of the views, float32 [B, V, 3, 4]; None without views.
         params: float32 [B, V, P], the numbers that reproduce the views, see `MixedView.pack`; None likewise.
-        tokens: int64 by kind: of first captions [B, L]; of those after the first, sample after sample, [F, L], F a multiple of
-            B (0 where no sample has several); of the first variant of each sample, then the second, [W·B, L].
+        tokens: int64 by kind: of first captions [B, L]; of those after the first, sample after sample, [F, L], F a multiple
+            of B (0 where no sample has several); of the first variant of each sample, then the second, [W·B, L].
         failures: Reason by position, for images that could not be used.
         laid_on_white: Number of images with transparent pixels.
     """
