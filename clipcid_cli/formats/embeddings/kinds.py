@@ -11,8 +11,8 @@ and, where any row has several, ``captions``: how many.
     float16 [n, V, D], unit rows: V augmented views of each image.
 ``view_params``
     float32 [n, V, 16], what reproduces each view: left, top, right, bottom of its crop in the image's pixels, then its
-    colour map [3, 4] row by row. Where any view mixes two images, [n, V, 34]: these, the weight of the image, the other image's row
-    counted from its own (NaN where that has none), and 16 of the other.
+    colour map [3, 4] row by row. Where any view mixes two images, [n, V, 34]: these, the weight of the image, the other
+    image's row counted from its own (NaN where that has none), and 16 of the other.
 ``variant_emb``
     float16 [n, W, D], unit rows: W variants of each row's captions, whose text follows from captions, key and the seed in
     the sidecar.

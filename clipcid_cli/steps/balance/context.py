@@ -53,7 +53,10 @@ class Context:
     def find_forest(self, *, cutoff: float | None = None, num_edges: int = 0) -> tuple[Forest, bool]:
         """Call :func:`find_forest` for these rows."""
         started, settings, output = time.perf_counter(), self.settings, self.output
-        store = ForestStore(output.folder, output.work, self.rows, self.inputs, settings.neighbors, settings.overwrite)
+        files = () if self.rows.positions is not None else list_row_files(self.embeddings)
+        store = ForestStore(
+            output.folder, output.work, self.rows, files, self.inputs, settings.neighbors, settings.overwrite
+        )
         found = find_forest(
             self.machine,
             store,
@@ -62,7 +65,6 @@ class Context:
             precision=settings.precision,
             reporter=self.reporter,
             for_stars=settings.linkage == "star",
-            files=() if self.rows.positions is not None else list_row_files(self.embeddings, self.inputs),
         )
         self.seconds["search"] += time.perf_counter() - started
         return found

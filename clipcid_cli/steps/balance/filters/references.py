@@ -17,6 +17,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row, op
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.layouts import holds_rows
 from clipcid_cli.formats.fingerprint import identity_of
+from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
@@ -135,7 +136,7 @@ def _no_usable_row(reference: Embeddings, name: str) -> ClipcidError:
 
 def _holds_embeddings(folder: Path) -> bool:
     """Tell whether a folder is one of embeddings, as `open_embeddings` finds them; also where they are unfinished."""
-    return (folder / "embed.json").exists() or holds_rows(folder)
+    return is_claimed(folder, "embed") or holds_rows(folder)
 
 
 def _embed(

@@ -21,8 +21,8 @@ from clipcid_cli.algorithms.search.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.search.pair_search import GrownSearch
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.forest import find_earlier, read_forest
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.results.forest import RowFile, find_earlier, read_forest, read_row_files
 from clipcid_cli.formats.sidecar import ForestSidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.forests.stored import ForestStore
@@ -33,32 +33,10 @@ from clipcid_cli.steps.shared_arrays import share_arrays
 _NAMED = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class RowFile:
-    """A file of image embeddings.
-
-    Attributes:
-        content: What it is compared by.
-        first: Number of its first row among all rows of the embeddings.
-        stop: The number after its last.
-    """
-
-    content: tuple[int, str, str | None]
-    first: int
-    stop: int
-
-
-def list_row_files(embeddings: Embeddings, inputs: Sequence[FileRecord]) -> list[RowFile]:
-    """List the files of image embeddings.
-
-    Args:
-        inputs: What `Embeddings.fingerprints` returned.
-    """
-    found, at = [], 0
-    for file in embeddings.files:
-        found.append(RowFile(inputs[at].content, file.first, file.first + file.rows))
-        at += 1 if file.metadata is None else 2
-    return found
+def list_row_files(embeddings: Embeddings) -> list[RowFile]:
+    """List the files of image embeddings."""
+    found = zip(embeddings.contents(Kind.IMAGES), embeddings.files, strict=True)
+    return [RowFile(record.path, file.rows, record.size, record.hash) for record, file in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,34 +56,30 @@ class SmallerForest:
     name: str
 
 
-def read_smaller(
-    machine: Machine, store: ForestStore, rows: BalanceRows, files: Sequence[RowFile], reporter: Reporter
-) -> SmallerForest | None:
+def read_smaller(machine: Machine, store: ForestStore, rows: BalanceRows, reporter: Reporter) -> SmallerForest | None:
     """Read the stored forest where all of its files are still among those of the rows; the same on every process.
 
     Args:
         rows: All finite rows.
-        files: The files that they are from.
     """
 
     def read() -> tuple[SmallerForest | None, str]:
         sidecar = find_earlier(store.folder, store.inputs, overwrite=store.overwrite)
-        if sidecar is None or not sidecar.inputs:
+        if sidecar is None or not sidecar.cutoff:
             return None, ""
-        earlier = [each for each in sidecar.inputs if not each.path.endswith(".parquet")]
-        if not sidecar.cutoff:
-            return None, ""
-        kept, number = list[RowFile](), 0
-        for file in files:
+        earlier = read_row_files(store.folder)
+        ends = np.cumsum([file.rows for file in store.files]).tolist()
+        kept, number = list[tuple[int, int]](), 0
+        for file, end in zip(store.files, ends, strict=True):
             if number < len(earlier) and file.content == earlier[number].content:
-                kept.append(file)
+                kept.append((end - file.rows, end))
                 number += 1
         if number < len(earlier):
-            return None, _why_not(earlier, files)
+            return None, _why_not(earlier, store.files)
         stored = read_forest(store.folder, sidecar.inputs, overwrite=store.overwrite)
         kind = row_type(len(rows))
-        bounds = [np.searchsorted(rows.numbers, np.array([file.first, file.stop], rows.numbers.dtype)) for file in kept]
-        places = np.concatenate([np.arange(*ends, dtype=kind) for ends in bounds])
+        bounds = [np.searchsorted(rows.numbers, np.array(pair, rows.numbers.dtype)) for pair in kept]
+        places = np.concatenate([np.arange(*found, dtype=kind) for found in bounds])
         if stored is None or stored.num_rows != len(places):
             return None, "its rows are not those of its files."
         is_new = np.ones(len(rows), np.bool_)
@@ -140,7 +114,7 @@ def search_new(
     return GrownSearch(rows.read, new, old, machine.device, scan, room)
 
 
-def _why_not(earlier: Sequence[FileRecord], files: Sequence[RowFile]) -> str:
+def _why_not(earlier: Sequence[RowFile], files: Sequence[RowFile]) -> str:
     """Name the files that are gone, have changed or are in another order."""
     there = {file.content for file in files}
     gone = [Path(each.path).name for each in earlier if each.content not in there]
@@ -154,5 +128,5 @@ def _why_not(earlier: Sequence[FileRecord], files: Sequence[RowFile]) -> str:
 
 
 def _digest(sidecar: ForestSidecar) -> str:
-    content = [sidecar.cutoff, *(each.content for each in (*sidecar.outputs, *sidecar.inputs))]
+    content = [sidecar.cutoff, *(each.content for each in sidecar.outputs)]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=4).hexdigest()
