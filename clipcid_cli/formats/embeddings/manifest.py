@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -219,3 +219,22 @@ def record_together(path: str, contents: Iterable[FileRecord]) -> FileRecord:
         size += each.size
         digest.update(f"{each.size} {each.hash}\n".encode())
     return FileRecord(path, size, f"blake2b:{digest.hexdigest()}")
+
+
+def find_lost(there: Sequence[FileRecord], now: Collection[FileRecord]) -> str:
+    """Tell which of some files are no longer among those of now as they were; empty where all are, in the same order."""
+    rest = iter([each.content for each in now])
+    if all(each.content in rest for each in there):
+        return ""
+    contents = {each.content for each in now}
+    names = {each.content[:2]: each.shard for each in now}
+    changed = [each for each in there if each.content not in contents]
+    renamed = [each for each in changed if each.content[:2] in names]
+    gone = [Path(each.path).name for each in changed if each.content[:2] not in names]
+    told = f"{len(there)} files there, {len(now)} now"
+    if renamed:
+        first = renamed[0]
+        told += f"; {len(renamed)} shards have another name, such as {first.shard}, now {names[first.content[:2]]}"
+    if gone:
+        told += f"; changed or gone: {', '.join(gone[:3])}" + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
+    return told

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
-from clipcid_cli.formats.atomic import atomic_file, write_parquet
+from clipcid_cli.formats.atomic import atomic_file, write_bytes
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, open_output
 from clipcid_cli.formats.parquet import read_columns
@@ -32,8 +32,6 @@ _STEPS = {
 }
 _PARTS = ".forest-parts"
 _SCHEMA = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("distance", pa.float32())])
-_ROWS_SCHEMA = pa.schema([("path", pa.string()), ("rows", pa.int64()), ("size", pa.int64()), ("hash", pa.string())])
-_SEARCH_AGAIN = "Add --overwrite to search it again."
 # Rows of a row group.
 _ROWS_AT_ONCE = 2**20
 
@@ -44,6 +42,11 @@ IntArray = npt.NDArray[np.signedinteger[Any]]
 def forest_path(folder: Path, neighbors: str) -> Path:
     """Return where a forest lies in the folder of `balance`."""
     return folder / f"{_STEPS[neighbors]}.parquet"
+
+
+def row_files_path(folder: Path, neighbors: str) -> Path:
+    """Return where the files lie through which a forest's rows are numbered."""
+    return folder / f"{_STEPS[neighbors]}-rows.parquet"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,25 +71,6 @@ class StoredForest:
     neighbors: str = "exact"
 
 
-class RowFile(NamedTuple):
-    """A file of image embeddings: the rows of a forest are numbered through all of them, one after another.
-
-    Attributes:
-        path: For people; a file is known by size and hash.
-        rows: Number of its rows.
-    """
-
-    path: str
-    rows: int
-    size: int
-    hash: str
-
-    @property
-    def content(self) -> tuple[int, str]:
-        """What it is known by."""
-        return self.size, self.hash
-
-
 def open_forest(
     folder: Path, inputs: Sequence[FileRecord], neighbors: str, *, overwrite: bool
 ) -> AbstractContextManager[Output[ForestSidecar]]:
@@ -102,7 +86,7 @@ def open_forest(
 def write_forest(
     folder: Path,
     forest: StoredForest,
-    files: Sequence[RowFile],
+    row_files: Path,
     *,
     inputs: Sequence[FileRecord],
     seconds: dict[str, float],
@@ -112,7 +96,7 @@ def write_forest(
 
     Args:
         folder: The folder of `balance`.
-        files: What its rows are numbered through; empty where filters have chosen among them.
+        row_files: The files through which its rows are numbered, of which it keeps a copy.
         inputs: The embeddings it was made from.
         seconds: Time by phase.
     """
@@ -124,27 +108,14 @@ def write_forest(
                 part = slice(start, start + _ROWS_AT_ONCE)
                 columns = [_wide(forest.a[part]), _wide(forest.b[part]), forest.distance[part]]
                 writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=_ROWS_AT_ONCE)
-        written = [path]
-        if files:
-            written.append(_rows_path(output.work, forest.neighbors))
-            table = pa.Table.from_pylist([file._asdict() for file in files], _ROWS_SCHEMA)
-            write_parquet(written[-1], table)
+        own = row_files_path(output.work, forest.neighbors)
+        write_bytes(own, row_files.read_bytes())
         output.commit(
             counts={"images": forest.num_rows, "edges": len(forest.a)},
             seconds=seconds,
-            outputs=[record(each, output.work) for each in written],
+            outputs=[record(each, output.work) for each in (path, own)],
             cutoff=forest.cutoff,
         )
-
-
-def _rows_path(folder: Path, neighbors: str) -> Path:
-    return folder / f"{_STEPS[neighbors]}-rows.parquet"
-
-
-def read_row_files(folder: Path) -> list[RowFile]:
-    """Read what the rows of the exact forest are numbered through."""
-    table = read_columns(_rows_path(folder, "exact"), {field.name: field.type for field in _ROWS_SCHEMA}, _SEARCH_AGAIN)
-    return [RowFile(**row) for row in table.to_pylist()]
 
 
 def read_forest(
@@ -161,7 +132,7 @@ def read_forest(
         sidecar = output.finished
     if sidecar is None:
         return None
-    path, fix = forest_path(folder, neighbors), _SEARCH_AGAIN
+    path, fix = forest_path(folder, neighbors), "Add --overwrite to search it again."
     table = read_columns(path, {"a": pa.int64(), "b": pa.int64(), "distance": pa.float32()}, fix)
     num_rows, distance = sidecar.counts["images"], table["distance"].to_numpy()
     a, b = (table[name].to_numpy() for name in ("a", "b"))

@@ -14,7 +14,6 @@ from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.filters.select import Filters
-from clipcid_cli.steps.balance.forests.grown import list_row_files
 from clipcid_cli.steps.balance.forests.stored import Forest, ForestStore
 from clipcid_cli.steps.balance.pairs import collect_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows
@@ -53,10 +52,7 @@ class Context:
     def find_forest(self, *, cutoff: float | None = None, num_edges: int = 0) -> tuple[Forest, bool]:
         """Call :func:`find_forest` for these rows."""
         started, settings, output = time.perf_counter(), self.settings, self.output
-        files = () if self.rows.positions is not None else list_row_files(self.embeddings)
-        store = ForestStore(
-            output.folder, output.work, self.rows, files, self.inputs, settings.neighbors, settings.overwrite
-        )
+        store = ForestStore(output.folder, output.work, self.rows, self.inputs, settings.neighbors, settings.overwrite)
         found = find_forest(
             self.machine,
             store,

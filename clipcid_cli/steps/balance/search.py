@@ -82,7 +82,7 @@ def find_forest(
     most_pairs = _MOST_PAIRS // machine.size if for_stars else 0
     complete, num_copies = len(rows) - 1, len(rows.copies)
     smaller = None
-    if is_new and store.files and neighbors == "exact":
+    if is_new and rows.positions is None and neighbors == "exact":
         smaller = read_smaller(machine, store, rows, reporter)
     while len(forest.edges) < complete and not _is_enough(forest, cutoff, num_edges):
         search: TiledSearch | PartitionedSearch = all_pairs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.manifest import MANIFEST, all_files, read_manifest, record_together
+from clipcid_cli.formats.embeddings.manifest import MANIFEST, all_files, find_lost, read_manifest, record_together
 from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.embeddings.writer import read_unfinished
 from clipcid_cli.formats.fingerprint import FileRecord, find_changed
@@ -104,7 +103,7 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
     there = read_unfinished(folder, step)
     if sidecar is not None:
         there = [record.input for record in read_manifest(folder, "Add --overwrite to make it again.")]
-    lost = _find_lost(there, plan.shards)
+    lost = find_lost(there, plan.shards)
     if lost and not settings.overwrite:
         raise ClipcidError(
             f"{folder} holds {step} output made with other settings or inputs:\n  inputs: {lost}",
@@ -210,25 +209,6 @@ def _refuse_foreign_folder(folder: Path, step: str) -> None:
             f"{folder} contains embeddings that clipcid did not write, such as {first}.",
             "Choose another folder with --out, or remove them.",
         )
-
-
-def _find_lost(there: Sequence[FileRecord], now: Collection[FileRecord]) -> str:
-    """Tell which embedded shards are no longer in the data as they were; empty where all are, in the same order."""
-    rest = iter([each.content for each in now])
-    if all(each.content in rest for each in there):
-        return ""
-    contents = {each.content for each in now}
-    names = {each.content[:2]: each.shard for each in now}
-    changed = [each for each in there if each.content not in contents]
-    renamed = [each for each in changed if each.content[:2] in names]
-    gone = [Path(each.path).name for each in changed if each.content[:2] not in names]
-    told = f"{len(there)} files there, {len(now)} now"
-    if renamed:
-        first = renamed[0]
-        told += f"; {len(renamed)} shards have another name, such as {first.shard}, now {names[first.content[:2]]}"
-    if gone:
-        told += f"; changed or gone: {', '.join(gone[:3])}" + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
-    return told
 
 
 def augmentation_identity(settings: EmbedSettings) -> dict[str, Any]:

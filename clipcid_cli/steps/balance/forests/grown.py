@@ -20,9 +20,9 @@ from clipcid_cli.algorithms.search.distances import row_type
 from clipcid_cli.algorithms.search.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.search.pair_search import GrownSearch
 from clipcid_cli.formats.arrays import Arrays
-from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.results.forest import RowFile, find_earlier, read_forest, read_row_files
+from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.results.forest import find_earlier, read_forest, row_files_path
+from clipcid_cli.formats.results.row_files import ROW_FILES, read_row_files
 from clipcid_cli.formats.sidecar import ForestSidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.forests.stored import ForestStore
@@ -31,12 +31,6 @@ from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.shared_arrays import share_arrays
 
 _NAMED = 3
-
-
-def list_row_files(embeddings: Embeddings) -> list[RowFile]:
-    """List the files of image embeddings."""
-    found = zip(embeddings.contents(Kind.IMAGES), embeddings.files, strict=True)
-    return [RowFile(record.path, file.rows, record.size, record.hash) for record, file in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +61,20 @@ def read_smaller(machine: Machine, store: ForestStore, rows: BalanceRows, report
         sidecar = find_earlier(store.folder, store.inputs, overwrite=store.overwrite)
         if sidecar is None or not sidecar.cutoff:
             return None, ""
-        earlier = read_row_files(store.folder)
-        ends = np.cumsum([file.rows for file in store.files]).tolist()
+        files = _read_images(store.work / ROW_FILES)
+        earlier = _read_images(row_files_path(store.folder, "exact"))
+        ends = np.cumsum([count for _, count in files])
         kept, number = list[tuple[int, int]](), 0
-        for file, end in zip(store.files, ends, strict=True):
-            if number < len(earlier) and file.content == earlier[number].content:
-                kept.append((end - file.rows, end))
+        for (file, count), end in zip(files, ends.tolist(), strict=True):
+            if number < len(earlier) and file.content == earlier[number][0].content:
+                kept.append((end - count, end))
                 number += 1
         if number < len(earlier):
-            return None, _why_not(earlier, store.files)
+            return None, _why_not([file for file, _ in earlier], [file for file, _ in files])
         stored = read_forest(store.folder, sidecar.inputs, overwrite=store.overwrite)
         kind = row_type(len(rows))
-        bounds = [np.searchsorted(rows.numbers, np.array(pair, rows.numbers.dtype)) for pair in kept]
-        places = np.concatenate([np.arange(*found, dtype=kind) for found in bounds])
+        bounds = [np.searchsorted(rows.numbers, np.array(part, rows.numbers.dtype)) for part in kept]
+        places = np.concatenate([np.arange(*ends, dtype=kind) for ends in bounds])
         if stored is None or stored.num_rows != len(places):
             return None, "its rows are not those of its files."
         is_new = np.ones(len(rows), np.bool_)
@@ -114,7 +109,13 @@ def search_new(
     return GrownSearch(rows.read, new, old, machine.device, scan, room)
 
 
-def _why_not(earlier: Sequence[RowFile], files: Sequence[RowFile]) -> str:
+def _read_images(path: Path) -> list[tuple[FileRecord, int]]:
+    """Read which files of image embeddings rows are numbered through, and how many each has."""
+    files = read_row_files(path, "Add --overwrite to search the forest again.")
+    return [(file, file.rows) for file in files if file.rows is not None]
+
+
+def _why_not(earlier: Sequence[FileRecord], files: Sequence[FileRecord]) -> str:
     """Name the files that are gone, have changed or are in another order."""
     there = {file.content for file in files}
     gone = [Path(each.path).name for each in earlier if each.content not in there]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,8 @@ import numpy as np
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.forest import RowFile, StoredForest, read_forest, write_forest
+from clipcid_cli.formats.results.forest import StoredForest, read_forest, write_forest
+from clipcid_cli.formats.results.row_files import ROW_FILES
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.shared_arrays import share_arrays
@@ -40,7 +40,6 @@ class ForestStore:
         folder: The folder of `balance`.
         work: Where processes share it.
         rows: The rows that it is of.
-        files: What these are numbered through; empty where filters have chosen among them.
         inputs: What decides them.
         neighbors: How it is searched: ``exact`` or ``partitioned``.
         overwrite: Whether one that cannot be read is replaced.
@@ -49,7 +48,6 @@ class ForestStore:
     folder: Path
     work: Path
     rows: BalanceRows
-    files: Sequence[RowFile]
     inputs: list[FileRecord]
     neighbors: str
     overwrite: bool
@@ -79,5 +77,5 @@ class ForestStore:
         if (positions := self.rows.positions) is not None:
             a, b, num_rows = positions[a], positions[b], self.rows.num_finite
         stored = StoredForest(a, b, forest.edges.weight, forest.cutoff, num_rows, self._kind)
-        took = {"search": seconds}
-        write_forest(self.folder, stored, self.files, inputs=self.inputs, seconds=took, overwrite=self.overwrite)
+        took, row_files = {"search": seconds}, self.work / ROW_FILES
+        write_forest(self.folder, stored, row_files, inputs=self.inputs, seconds=took, overwrite=self.overwrite)
