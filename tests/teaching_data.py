@@ -71,7 +71,12 @@ def embed_data(data: Path, model: Path, out: Path, **settings: Any) -> dict[str,
 def read_params(embeddings: Embeddings, row: int, view: int) -> npt.NDArray[np.float32]:
     """Return what reproduces one of an image's views."""
     place = row * embeddings.num_each(Kind.VIEWS) + view
-    return embeddings.rows(Kind.VIEW_PARAMS).read(place, place + 1)[0]
+    return np.array(embeddings.rows(Kind.VIEW_PARAMS).read(place, place + 1)[0])
+
+
+def read_keys(embeddings: Embeddings) -> list[str]:
+    """Return the keys of all rows."""
+    return [key for file in embeddings.files for key in embeddings.keys_of(file).to_pylist()]
 
 
 def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]], str]:

@@ -77,8 +77,8 @@ def test_a_mixture_in_float64() -> None:
 
 
 def test_kinds_of_views_are_what_their_parameters_say(stored: Path, teacher: ClipModel) -> None:
-    params = open_embeddings(stored).rows(Kind.VIEW_PARAMS)
-    views = [[MixedView.unpack(params.read(row, number)) for number in range(3)] for row in range(24)]
+    embeddings = open_embeddings(stored)
+    views = [[MixedView.unpack(read_params(embeddings, row, number)) for number in range(3)] for row in range(24)]
     areas = np.array([[np.ptp(v.first.box[::2]) * np.ptp(v.first.box[1::2]) for v in row] for row in views])
     whole = np.array([image_of(row).width * image_of(row).height for row in range(24)])
     assert (areas[:, 0] / whole).min() < 0.6, "strong crops are small"
@@ -190,8 +190,8 @@ def test_what_has_no_other_image_is_not_mixed(tiny_model: Path, tmp_path: Path) 
     for name, count in (("many", 8), ("one", 2)):
         write_tar(tmp_path / f"{name}.tar", members[:count])
         embed_data(tmp_path / f"{name}.tar", tiny_model, tmp_path / name, **given)
-    params = open_embeddings(tmp_path / "many").rows(Kind.VIEW_PARAMS)
-    views = [(row, MixedView.unpack(params.read(row, number))) for row in range(3) for number in range(2)]
+    embeddings = open_embeddings(tmp_path / "many")
+    views = [(row, MixedView.unpack(read_params(embeddings, row, number))) for row in range(3) for number in range(2)]
     assert all(row + view.partner in (0, 1, 2) for row, view in views), "rows are counted without the damaged image"
     assert {view.weight == 1 for _, view in views} == {True, False}, "a damaged image is mixed into none"
     assert all((view.partner == 0) == (view.weight == 1) for _, view in views)
