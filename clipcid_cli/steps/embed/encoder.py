@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +16,16 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import load_batches
-from clipcid_cli.runtime.models.augment import ViewPixels, apply_colors
+from clipcid_cli.runtime.models.augment import PACKED_VIEW, PARTNER, ViewPixels, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.embed.prepare import Preparation, Prepared
-from clipcid_cli.steps.embed.views import ViewMaker, Views
+from clipcid_cli.steps.embed.views import Views
+
+RowsByKind = dict[Kind, npt.NDArray[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +51,46 @@ class Encoded:
 
     Attributes:
         batch: The batch, without the bytes that came with a stream.
-        rows: By kind, see `formats.embeddings.kinds`: of n samples, and their captions after the first.
+        rows: Of n samples by kind, and of their captions after the first.
         failures: Why samples could not be used, by their position.
         laid_on_white: Number of images with transparent pixels.
     """
 
     batch: Batch
-    rows: dict[Kind, npt.NDArray[np.floating]]
+    rows: RowsByKind
     failures: dict[int, str]
     laid_on_white: int
 
     @property
     def owners(self) -> npt.NDArray[np.int64]:
         """Position of the sample of each caption after the first, int64 [F]."""
-        return np.repeat(
-            np.arange(len(self.batch.samples)), [max(0, len(each.captions) - 1) for each in self.batch.samples]
-        )
+        further = [max(0, len(sample.captions) - 1) for sample in self.batch.samples]
+        return np.repeat(np.arange(len(further)), further)
+
+    def take(self, kept: Sequence[int]) -> RowsByKind:
+        """Return the rows of some samples, by their positions."""
+        found: RowsByKind = {kind: rows[kept] for kind, rows in self.rows.items() if kind is not Kind.FURTHER}
+        if Kind.FURTHER in self.rows:
+            found[Kind.FURTHER] = self.rows[Kind.FURTHER][np.isin(self.owners, kept)]
+        if Kind.VIEW_PARAMS in found and found[Kind.VIEW_PARAMS].shape[2] > PACKED_VIEW:
+            # Partners are counted among the kept; one that is not kept has no row: its place is NaN.
+            places = np.full(len(self.batch.samples), np.nan)
+            places[kept] = np.arange(len(kept))
+            partner = found[Kind.VIEW_PARAMS][:, :, PARTNER]
+            numbers = np.array(kept, dtype=np.int64)[:, None] + partner.astype(np.int64)
+            partner[:] = places[numbers] - np.arange(len(kept))[:, None]
+        return found
+
+    def is_usable(self) -> npt.NDArray[np.bool_]:
+        """Mark the samples all of whose rows are finite and not zero, bool [n]: from others no distance can be measured."""
+        usable = np.ones(len(self.batch.samples), dtype=np.bool_)
+        for kind, rows in self.rows.items():
+            found = np.isfinite(rows).all(axis=-1) & rows.any(axis=-1)
+            if kind is Kind.FURTHER:
+                usable[self.owners[~found]] = False
+            elif kind is not Kind.VIEW_PARAMS:
+                usable &= found.reshape(len(usable), -1).all(axis=1)
+        return usable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +153,15 @@ class Encoder:
         """Return what a worker makes of the samples of a batch."""
         info = self.model.info
         return Preparation(
-            transform=self.model.pixel_transform() if self.with_images else None,
-            views=None if self.views is None else ViewMaker(self.views, ViewPixels(info.preprocess)),
-            tokenizer=self.model.tokenizer if self.with_texts else None,
-            text_variants=self.text_variants,
             batch_size=self.samples_at_once,
             image_size=info.image_size,
             context_length=info.context_length,
+            transform=self.model.pixel_transform() if self.with_images else None,
             fast_decode=self.fast_decode,
+            views=self.views,
+            render=ViewPixels(info.preprocess),
+            tokenizer=self.model.tokenizer if self.with_texts else None,
+            text_variants=self.text_variants,
         )
 
     def _prepare(self, batches: Iterable[Batch], waited: list[float]) -> Iterator[tuple[Batch, Prepared]]:
@@ -157,23 +185,22 @@ class Encoder:
     def _encode(self, pair: tuple[Batch, Prepared]) -> Encoded:
         """Encode a batch. Several threads may do so at once."""
         batch, prepared = pair
+        found = Encoded(batch, {}, prepared.failures, prepared.laid_on_white)
         count = len(batch.samples)
-        found = Encoded(batch, {}, dict(prepared.failures), prepared.laid_on_white)
         if not count:
             return found
-        rows = found.rows
         if self.with_images:
-            rows |= {kind: made[:count] for kind, made in self.encode_pixels(prepared).items()}
+            found.rows.update({kind: rows[:count] for kind, rows in self.encode_pixels(prepared).items()})
         for kind, tokens in prepared.tokens.items():
-            made = self.encode_texts(tokens)
+            rows = self.encode_texts(tokens)
             if kind is Kind.VARIANTS:
-                made = made.reshape(-1, self.samples_at_once, made.shape[1])[:, :count].transpose(1, 0, 2)
-            rows[kind] = made[: len(found.owners) if kind is Kind.FURTHER else count]
-        for row in np.flatnonzero(~_is_usable(found)).tolist():
+                rows = rows.reshape(-1, self.samples_at_once, rows.shape[1]).transpose(1, 0, 2)
+            found.rows[kind] = rows[: len(found.owners) if kind is Kind.FURTHER else count]
+        for row in np.flatnonzero(~found.is_usable()).tolist():
             found.failures.setdefault(row, "nan_row")
         return found
 
-    def encode_pixels(self, prepared: Prepared) -> dict[Kind, npt.NDArray[np.floating]]:
+    def encode_pixels(self, prepared: Prepared) -> RowsByKind:
         """Encode a batch's images, [B, D], and views, [B, V, D]."""
         pixels, count = prepared.pixels, self.samples_at_once
         if self.views is not None and prepared.colors is not None and self.views.strongest.changes_colors:
@@ -184,10 +211,11 @@ class Encoder:
             pixels = normalize_pixels(shown, self.model.info.preprocess)
         rows = _half(self.model.encode_images(pixels, self.precision))
         by_picture = rows.reshape(-1, count, rows.shape[1])
-        if prepared.params is None:
-            return {Kind.IMAGES: by_picture[0]}
-        views = by_picture[1:].transpose(1, 0, 2)
-        return {Kind.IMAGES: by_picture[0], Kind.VIEWS: views, Kind.VIEW_PARAMS: prepared.params}
+        found: RowsByKind = {Kind.IMAGES: by_picture[0]}
+        if prepared.params is not None:
+            found[Kind.VIEWS] = by_picture[1:].transpose(1, 0, 2)
+            found[Kind.VIEW_PARAMS] = prepared.params
+        return found
 
     def encode_texts(self, tokens: torch.Tensor) -> npt.NDArray[np.float16]:
         """Encode texts, B at a time: int64 [n, L] to float16 [n, D]."""
@@ -199,17 +227,3 @@ class Encoder:
 def _half(rows: torch.Tensor) -> npt.NDArray[np.float16]:
     half: npt.NDArray[np.float16] = rows.to(torch.float16).cpu().numpy()
     return half
-
-
-def _is_usable(encoded: Encoded) -> npt.NDArray[np.bool_]:
-    """Mark the samples all of whose rows are finite and not zero, bool [n]: from others no distance can be measured."""
-    usable = np.ones(len(encoded.batch.samples), dtype=np.bool_)
-    for kind, rows in encoded.rows.items():
-        if kind is Kind.VIEW_PARAMS:
-            continue
-        found = np.isfinite(rows).all(axis=-1) & rows.any(axis=-1)
-        if kind is Kind.FURTHER:
-            usable[encoded.owners[~found]] = False
-        else:
-            usable &= found.reshape(len(usable), -1).all(axis=1)
-    return usable

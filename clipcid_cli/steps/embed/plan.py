@@ -28,6 +28,7 @@ from clipcid_cli.steps.settings.embed import EmbedSettings
 
 IMAGES = "embed"
 """Name of the sidecar of embeddings of images; of those of texts it is `TEXTS`."""
+_REPLACE = "Add --overwrite to make it again."
 # The settings that determine the views of an image and the variants of its captions; recorded where there are any.
 _VIEW_SETTINGS = ("views", "view_kind", "crop_scale", "color_jitter", "gray_probability", "seed")
 _TEXT_SETTINGS = ("text_variants", "seed")
@@ -41,7 +42,8 @@ class EmbedPlan:
     """What is embedded, and where.
 
     Attributes:
-        step: Name of the sidecar, ``embed`` or ``texts``.
+        step: Name of the sidecar: ``embed``, or ``texts`` for a file of texts.
+        without_text: How to embed the images alone, for the errors; empty when captions are needed.
         shards: Content and name of each shard.
         finished: The sidecar of finished embeddings that match the request; None where there is something to do.
         is_begun: Whether an unfinished run on the very same data has left its work.
@@ -49,6 +51,8 @@ class EmbedPlan:
         must_repair: Whether files of finished embeddings that match were removed or replaced.
     """
 
+    settings: EmbedSettings
+    without_text: str
     step: str
     folder: Path
     name: ModelName
@@ -60,9 +64,14 @@ class EmbedPlan:
     must_repair: bool = False
 
     @property
+    def of_texts(self) -> bool:
+        """Whether it is a file of texts, without images."""
+        return self.step == TEXTS
+
+    @property
     def sidecar_type(self) -> type[EmbedSidecar] | type[TextsSidecar]:
         """Type of the sidecar."""
-        return TextsSidecar if self.step == TEXTS else EmbedSidecar
+        return TextsSidecar if self.of_texts else EmbedSidecar
 
     @property
     def input(self) -> FileRecord:
@@ -71,14 +80,7 @@ class EmbedPlan:
 
 
 def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) -> EmbedPlan:
-    """Look at the data, the model's name and the output.
-
-    Args:
-        without_text: How to embed the images alone, for the errors; empty when captions are needed.
-
-    Raises:
-        ClipcidError: when the data cannot be used, or the folder holds other embeddings.
-    """
+    """Look at the data, the model's name and the output."""
     name = with_default_tag(parse_model(settings.model))
     work = WorkDirectory(settings.work)
     if settings.texts is not None:
@@ -89,22 +91,33 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
         folder = settings.out or work.embeddings(name.slug)
         if settings.text:
             _require_captions(dataset, without_text)
-    plan = EmbedPlan(step, folder, name, dataset, _describe_shards(dataset))
+    plan = EmbedPlan(settings, without_text, step, folder, name, dataset, describe_shards(dataset))
+    _refuse_foreign_folder(folder, step)
+    try:
+        return _compare(plan)
+    except ClipcidError:
+        if not settings.overwrite:
+            raise
+        return plan  # what is there cannot be read, and is replaced
+
+
+def _compare(plan: EmbedPlan) -> EmbedPlan:
+    """Look at what the folder holds."""
+    folder, step, overwrite = plan.folder, plan.step, plan.settings.overwrite
     sidecar = read_sidecar(sidecar_path(folder, step), plan.sidecar_type)
-    if sidecar is not None and _matches(sidecar, settings, plan):
+    if sidecar is not None and _matches(sidecar, plan):
         changed = _find_changed(folder, sidecar, step)
         if changed is None:
             return dataclasses.replace(plan, finished=sidecar)
-        if not settings.overwrite:
-            raise ClipcidError(changed, "Add --overwrite to make it again.")
+        if not overwrite:
+            raise ClipcidError(changed, _REPLACE)
         return dataclasses.replace(plan, must_repair=True)
-    _refuse_foreign_folder(folder, step)
     begun = unfinished(folder, step)
-    there = read_unfinished(folder, step)
-    if sidecar is not None:
-        there = [record.input for record in read_manifest(folder, "Add --overwrite to make it again.")]
+    there = (
+        read_unfinished(folder, step) if sidecar is None else [each.input for each in read_manifest(folder, _REPLACE)]
+    )
     lost = find_lost(there, plan.shards)
-    if lost and not settings.overwrite:
+    if lost and not overwrite:
         raise ClipcidError(
             f"{folder} holds {step} output made with other settings or inputs:\n  inputs: {lost}",
             f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT}).",
@@ -162,14 +175,15 @@ def _require_captions(dataset: Dataset, without_text: str) -> None:
         )
 
 
-def _describe_shards(dataset: Dataset) -> list[FileRecord]:
+def describe_shards(dataset: Dataset) -> list[FileRecord]:
     """Describe every shard: its content, and its name, which the metadata repeats."""
     found = zip(dataset.fingerprints(), dataset.shards, strict=True)
     return [msgspec.structs.replace(record, shard=shard.name) for record, shard in found]
 
 
-def _matches(sidecar: EmbeddedSidecar, settings: EmbedSettings, plan: EmbedPlan) -> bool:
+def _matches(sidecar: EmbeddedSidecar, plan: EmbedPlan) -> bool:
     """Tell whether finished embeddings match the request; where that leaves batch size or precision open, any will do."""
+    settings = plan.settings
     same = (
         settings.batch_size in (None, sidecar.settings["batch_size"])
         and settings.precision in ("auto", sidecar.settings["precision"])
@@ -188,7 +202,7 @@ def _find_changed(folder: Path, sidecar: EmbeddedSidecar, step: str) -> str | No
     changed = find_changed(folder, sidecar.outputs, sidecar_path(folder, step))
     if changed is not None:
         return changed
-    records = read_manifest(folder, "Add --overwrite to make it again.")
+    records = read_manifest(folder, _REPLACE)
     return find_changed(folder, all_files(records), folder / MANIFEST)
 
 
@@ -203,8 +217,10 @@ def _refuse_foreign_folder(folder: Path, step: str) -> None:
         raise ClipcidError(
             f"{folder} holds embeddings of images.", "Choose another folder for those of texts alone with --out."
         )
+    if is_claimed(folder, step):
+        return
     first = next((path for kind in Kind for path in sorted((folder / kind).glob("*.npy"))), None)
-    if first is not None and not is_claimed(folder, step):
+    if first is not None:
         raise ClipcidError(
             f"{folder} contains embeddings that clipcid did not write, such as {first}.",
             "Choose another folder with --out, or remove them.",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import PIL
 
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats import fingerprint
-from clipcid_cli.formats.embeddings.manifest import MANIFEST, merge_skips, read_manifest
-from clipcid_cli.formats.embeddings.text_folder import TEXTS, TEXTS_FILE, write_texts
+from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge_skips, read_manifest
+from clipcid_cli.formats.embeddings.text_folder import TEXTS_FILE, write_texts
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
 from clipcid_cli.formats.output import Output, find_output
 from clipcid_cli.formats.sidecar import sidecar_path
@@ -28,7 +30,7 @@ from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.embed.cost import bytes_per_sample, estimate_cost
 from clipcid_cli.steps.embed.encoder import Encoder
-from clipcid_cli.steps.embed.plan import IMAGES, EmbeddedSidecar, EmbedPlan, augmentation_identity, make_plan
+from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, augmentation_identity, describe_shards, make_plan
 from clipcid_cli.steps.embed.shards import Timings, embed_shards
 from clipcid_cli.steps.embed.views import Views
 from clipcid_cli.steps.preflight import check_samples
@@ -42,14 +44,7 @@ _CPU_BATCH, _GPU_BATCH = 64, 256
 
 
 def run(settings: EmbedSettings, reporter: Reporter) -> dict[str, Any]:
-    """Embed a data set or a file of texts.
-
-    Returns:
-        The JSON object of `embed`.
-
-    Raises:
-        ClipcidError: when data or model cannot be used, too many samples are bad, or the output is another run's.
-    """
+    """Embed a data set or a file of texts, and return the JSON object of `embed`."""
     with open_machine(settings.device) as machine:
         return make_embeddings(settings, machine, reporter)
 
@@ -68,11 +63,11 @@ def make_embeddings(
         return _describe(plan, plan.finished)
     shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards):,} shards"
     reporter.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
-    if plan.step == IMAGES and (settings.dry_run or not plan.is_begun):
+    if not plan.of_texts and (settings.dry_run or not plan.is_begun):
         check_samples(plan.dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
-    encoder = _load_encoder(settings, plan, machine)
-    _report_encoder(settings, encoder, reporter)
-    made = _describe_settings(settings, plan, encoder)
+    encoder = _load_encoder(plan, machine)
+    _report_encoder(encoder, reporter)
+    made = _describe_settings(plan, encoder)
     wanted: dict[str, Any] = {
         "settings": made,
         "inputs": [plan.input],
@@ -87,18 +82,15 @@ def make_embeddings(
             return _describe(plan, output.finished)
         writer = EmbeddingWriter(output.work, made, plan.shards)
         machine.on_main(lambda: _start(output, writer))
-        started = time.perf_counter()
-        timings = _compute(settings, plan, encoder, writer, machine, reporter)
-        elapsed = time.perf_counter() - started
-        if plan.step == IMAGES:
+        timings = _compute(plan, encoder, writer, machine, reporter)
+        if not plan.of_texts:
             ensure_index(plan.dataset, machine, encoder.workers, reporter)
-        sidecar = machine.on_main(
-            lambda: _write(settings, plan, encoder, writer, output, timings, elapsed, reporter, without_text)
-        )
+        sidecar = machine.on_main(lambda: _write(plan, encoder, output, writer.finish(), timings, reporter))
     return _describe(plan, sidecar)
 
 
-def _load_encoder(settings: EmbedSettings, plan: EmbedPlan, machine: Machine) -> Encoder:
+def _load_encoder(plan: EmbedPlan, machine: Machine) -> Encoder:
+    settings = plan.settings
     workers = default_workers(machine.device) if settings.workers is None else settings.workers
     if workers:
         start_worker_server()
@@ -106,78 +98,73 @@ def _load_encoder(settings: EmbedSettings, plan: EmbedPlan, machine: Machine) ->
     precision = choose_precision(settings.precision, machine.device, "embed", model.info.parameters)
     model.cast_products(precision)
     augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
-    encoder = Encoder(
-        model=model,
-        precision=precision,
-        batch_size=settings.batch_size or (_GPU_BATCH if machine.device.type == "cuda" else _CPU_BATCH),
-        workers=workers,
-        with_images=plan.step == IMAGES,
-        with_texts=settings.text,
-        fast_decode=settings.fast_decode,
-        views=Views(settings.views, settings.view_kinds, augmentation, settings.seed) if settings.views else None,
-        text_variants=TextVariants(settings.text_variants, settings.seed) if settings.text_variants else None,
-    )
-    views = encoder.views
-    if views is not None and views.mixes and encoder.batch_size < (least := 2 * (1 + views.number)):
+    views = Views(settings.views, settings.view_kinds, augmentation, settings.seed) if settings.views else None
+    batch_size = settings.batch_size or (_GPU_BATCH if machine.device.type == "cuda" else _CPU_BATCH)
+    if views is not None and views.mixes and batch_size < (least := 2 * (1 + views.number)):
         raise UsageError(
-            f"--view-kind mix mixes the images of a batch, but with --batch-size {encoder.batch_size} and {views.number} "
-            "views it holds one.",
+            f"--view-kind mix mixes the images of a batch, but with --batch-size {batch_size} and {views.number} views it "
+            "holds one.",
             f"Give --batch-size {least} or more, or fewer --views: a batch holds batch size/(1 + views) images.",
         )
-    return encoder
-
-
-def _report_encoder(settings: EmbedSettings, encoder: Encoder, reporter: Reporter) -> None:
-    """Say how it encodes, and what it makes beside images and captions."""
-    precision = encoder.precision
-    workers = f"{encoder.workers} worker{'' if encoder.workers == 1 else 's'}"
-    kinds = ", ".join(settings.view_kinds)
-    if encoder.views is not None and encoder.views.mixes:
-        kinds += f"; mixtures within batches of {encoder.samples_at_once} images"
-    more = [f"{settings.views} views ({kinds})"] if settings.views else []
-    more += [f"{settings.text_variants} text variants"] if settings.text_variants else []
-    size = f" Of each image {' and '.join(more)}: {bytes_per_sample(encoder):,} bytes an image." if more else ""
-    reporter.note(
-        f"{encoder.model.info.parameters / 1e6:.1f} M parameters, precision {precision.name} ({precision.reason}), "
-        f"batches of {encoder.batch_size}, {workers} per process.{size}"
+    return Encoder(
+        model=model,
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
+        with_images=not plan.of_texts,
+        with_texts=settings.text,
+        fast_decode=settings.fast_decode,
+        views=views,
+        text_variants=TextVariants(settings.text_variants, settings.seed) if settings.text_variants else None,
     )
 
 
-def _describe_settings(settings: EmbedSettings, plan: EmbedPlan, encoder: Encoder) -> dict[str, Any]:
+def _report_encoder(encoder: Encoder, reporter: Reporter) -> None:
+    """Say how it encodes, and what it makes beside images and captions."""
+    precision, views, variants = encoder.precision, encoder.views, encoder.text_variants
+    more: list[str] = []
+    if views is not None:
+        mixing = f"; mixtures within batches of {encoder.samples_at_once} images" if views.mixes else ""
+        more.append(f"{views.number} views ({', '.join(views.kinds)}{mixing})")
+    if variants is not None:
+        more.append(f"{variants.number} text variants")
+    size = f" Of each image {' and '.join(more)}: {bytes_per_sample(encoder):,} bytes an image." if more else ""
+    reporter.note(
+        f"{encoder.model.info.parameters / 1e6:.1f} M parameters, precision {precision.name} ({precision.reason}), batches "
+        f"of {encoder.batch_size}, {encoder.workers} worker{'' if encoder.workers == 1 else 's'} per process.{size}"
+    )
+
+
+def _describe_settings(plan: EmbedPlan, encoder: Encoder) -> dict[str, Any]:
     """Return the settings that decide the rows, as JSON values."""
-    info = encoder.model.info
-    tokenizer = f"{info.tokenizer}, {info.context_length} tokens"
+    info, fast_decode = encoder.model.info, plan.settings.fast_decode
     made = {
         "weights": info.weights_hash,
-        "tokenizer": tokenizer if encoder.with_texts else None,
+        "tokenizer": f"{info.tokenizer}, {info.context_length} tokens" if encoder.with_texts else None,
         "precision": encoder.precision.name,
         "batch_size": encoder.batch_size,
     }
-    if plan.step != IMAGES:
+    if plan.of_texts:
         return made
     return made | {
-        "preprocess": hash_preprocess(info.preprocess, fast_decode=settings.fast_decode),
-        "text": settings.text,
+        "preprocess": hash_preprocess(info.preprocess, fast_decode=fast_decode),
+        "text": plan.settings.text,
         "keys": plan.dataset.keys,
-        "fast_decode": settings.fast_decode,
-        **augmentation_identity(settings),
+        "fast_decode": fast_decode,
+        **augmentation_identity(plan.settings),
     }
 
 
 def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
     """Make the work folder, and take over what an earlier output has of the same shards."""
     output.start()
-    if sidecar_path(output.folder, output.step).exists() and (output.folder / MANIFEST).exists():
-        writer.take(output.folder, read_manifest(output.folder, "Remove it: the shards are then embedded again."))
+    if (output.folder / MANIFEST).exists():
+        with suppress(ClipcidError):  # it is damaged: all shards are embedded again
+            writer.take(output.folder, read_manifest(output.folder, ""))
 
 
 def _compute(
-    settings: EmbedSettings,
-    plan: EmbedPlan,
-    encoder: Encoder,
-    writer: EmbeddingWriter,
-    machine: Machine,
-    reporter: Reporter,
+    plan: EmbedPlan, encoder: Encoder, writer: EmbeddingWriter, machine: Machine, reporter: Reporter
 ) -> list[Timings]:
     """Embed the shards that are not finished, divided among the processes; return the timings of all."""
     shards = range(len(plan.shards))
@@ -186,70 +173,57 @@ def _compute(
         reporter.note(f"{len(shards) - len(missing)} of {len(shards)} shards are already embedded.")
     expected = machine.on_main(plan.dataset.estimate_samples) * len(missing) / len(shards)
     mine = missing[machine.rank :: machine.size]
-    # Empty lines of a file of texts are no fault of theirs.
-    max_bad = settings.max_bad_fraction if plan.step == IMAGES else 1.0
-    with reporter.progress("embed", expected, "images" if plan.step == IMAGES else "texts") as progress:
-        weight = len(missing) / max(1, len(mine))
+    weight = len(missing) / max(1, len(mine))
+    # The empty lines of a file of texts are no fault of theirs.
+    max_bad = 1.0 if plan.of_texts else plan.settings.max_bad_fraction
+    start = time.perf_counter()
+    with reporter.progress("embed", expected, "texts" if plan.of_texts else "images") as progress:
         timings = embed_shards(encoder, plan.dataset, mine, writer, max_bad, progress, weight)
+    timings.elapsed = time.perf_counter() - start
     return machine.gather(timings)
 
 
 def _write(
-    settings: EmbedSettings,
     plan: EmbedPlan,
     encoder: Encoder,
-    writer: EmbeddingWriter,
     output: Output[Any],
-    timings: list[Timings],
-    elapsed: float,
+    records: Sequence[ShardRecord],
+    timings: Sequence[Timings],
     reporter: Reporter,
-    without_text: str,
 ) -> EmbeddedSidecar:
-    """Check the embeddings of all shards together and commit them.
-
-    Args:
-        timings: Those of every process.
-        elapsed: Wall-clock seconds of this run's embedding.
-    """
-    records = writer.finish()
-    rows, read = sum(record.rows for record in records), sum(record.read for record in records)
-    laid_on_white = sum(record.laid_on_white for record in records)
-    skips = merge_skips(records)
+    """Check the embeddings of all shards together and commit them."""
+    rows, read, skips = sum(each.rows for each in records), sum(each.read for each in records), merge_skips(records)
     if not rows:
         shutil.rmtree(output.root, ignore_errors=True)  # it must not stand in the way of other data
         raise ClipcidError(
             f"None of the {read:,} samples in {plan.dataset.spec} can be used:\n{skips.describe()}", "Fix the data."
         )
-    embedded = sum(each.samples for each in timings)
-    files = [output.work / MANIFEST]
-    seconds = {
-        phase: sum(getattr(each, phase) for each in timings) / len(timings) for phase in ("read", "encode", "write")
-    }
-    entries: dict[str, Any] = {
-        "model": dataclasses.asdict(encoder.model.info) | {"logit_scale": encoder.model.logit_scale}
-    }
+    embedded, elapsed = sum(each.samples for each in timings), max(each.elapsed for each in timings)
     speed = round(embedded / elapsed, 1) if embedded else None
-    if plan.step == IMAGES:
-        fix = without_text if "no_caption" in skips.counts else ""
-        skips.check(read, settings.max_bad_fraction, plan.dataset.spec, fix)
+    info, skipped, files = encoder.model.info, dict(sorted(skips.counts.items())), [output.work / MANIFEST]
+    entries: dict[str, Any] = {"model": dataclasses.asdict(info) | {"logit_scale": encoder.model.logit_scale}}
+    if plan.of_texts:
+        _write_texts(plan, skips, output)
+        files.append(output.work / TEXTS_FILE)
+        entries |= {"counts": {"texts": rows, "skipped": skipped}, "texts_per_second": speed}
+        entries["seconds"] = {"encode": round(elapsed, 3)}
+    else:
+        laid_on_white = sum(each.laid_on_white for each in records)
+        without_text = plan.without_text if "no_caption" in skips.counts else ""
+        skips.check(read, plan.settings.max_bad_fraction, plan.dataset.spec, without_text)
         if laid_on_white:
             reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
         if skips.total:
             reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
-        skipped = dict(sorted(skips.counts.items()))
         entries["counts"] = {"images": rows, "read": read, "skipped": skipped, "laid_on_white": laid_on_white}
-        entries["images_per_second"] = speed
-        entries["data"] = plan.dataset.describe()
+        entries |= {"images_per_second": speed, "data": plan.dataset.describe()}
+        entries["seconds"] = {
+            phase: round(sum(getattr(each, phase) for each in timings) / len(timings), 3)
+            for phase in ("read", "encode", "write")
+        }
         entries["run"] = {"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__}
-    else:
-        _write_texts(plan, skips, output)
-        files.append(output.work / TEXTS_FILE)
-        entries["counts"] = {"texts": rows, "skipped": skips.counts}
-        entries["texts_per_second"] = speed
-        seconds = {"encode": elapsed}
-    outputs = [fingerprint.record(path, output.work) for path in files]
     sidecar: EmbeddedSidecar = output.commit(
-        outputs=outputs, seconds={phase: round(each, 3) for phase, each in seconds.items()}, **entries
+        outputs=[fingerprint.record(path, output.work) for path in files], **entries
     )
     return sidecar
 
@@ -257,19 +231,19 @@ def _write(
 def _write_texts(plan: EmbedPlan, skips: Skips, output: Output[Any]) -> None:
     """Keep the texts beside their rows, of which none may be missing."""
     if "nan_row" in skips.counts:
-        first = skips.examples["nan_row"][0].rpartition(" ")[2]
+        row = int(skips.examples["nan_row"][0].rpartition(" ")[2])
         raise ClipcidError(
-            f"The embedding of text {int(first) + 1:,} is not finite.", "Try --precision fp32, or remove the text."
+            f"The embedding of text {row + 1:,} is not finite.", "Try --precision fp32, or remove the text."
         )
+    if describe_shards(plan.dataset) != plan.shards:
+        raise ClipcidError(f"{plan.dataset.spec} has changed while it was embedded.", "Give the command again.")
     texts = ([sample.captions[0] for sample in shard.stream(Skips())] for shard in plan.dataset.shards)
     write_texts(output.work, texts)
 
 
 def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> dict[str, Any]:
     """Return the JSON object of `embed` for finished embeddings."""
-    what, per_second = "embeddings", "images_per_second"
-    if plan.step == TEXTS:
-        what, per_second = "texts", "texts_per_second"
     counted = {name: count for name, count in sidecar.counts.items() if name in ("images", "texts", "skipped")}
+    what, speed = ("texts", "texts_per_second") if plan.of_texts else ("embeddings", "images_per_second")
     files = {what: str(plan.folder), "sidecar": str(sidecar_path(plan.folder, plan.step))}
-    return {**counted, per_second: getattr(sidecar, per_second), "seconds": sidecar.seconds, "files": files}
+    return {**counted, speed: getattr(sidecar, speed), "seconds": sidecar.seconds, "files": files}

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,6 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import read_ahead
-from clipcid_cli.runtime.models.augment import PACKED_VIEW, PARTNER
 from clipcid_cli.steps.data_index import stream_shard
 from clipcid_cli.steps.embed.encoder import Batch, Encoded, Encoder
 from clipcid_cli.steps.reporting import Progress
@@ -28,12 +28,13 @@ _EARLY_CHECK = 10_000
 
 @dataclasses.dataclass
 class Timings:
-    """Where one process's time went, in seconds, and how many samples it embedded."""
+    """Where one process's time went, in seconds, how many samples it embedded, and how long all took together."""
 
     read: float = 0.0
     encode: float = 0.0
     write: float = 0.0
     samples: int = 0
+    elapsed: float = 0.0
 
 
 def embed_shards(
@@ -54,28 +55,24 @@ def embed_shards(
         numbers: Numbers of the shards, in the order they are embedded.
         max_bad_fraction: Largest share of unusable samples.
         weight: Progress of one sample, on a bar that covers all processes.
-
-    Raises:
-        ClipcidError: when too many samples are unusable, a shard is damaged, or a worker ended.
     """
-    unfinished: defaultdict[int, _Collected] = defaultdict(lambda: _Collected(encoder))
     timings, waited = Timings(), list[float]()
     skipped, read = Skips(), 0
     start = time.perf_counter()
     batches = _list_batches(encoder, dataset, numbers)
     if any(is_remote(dataset.shards[number].file) for number in numbers):
         batches = read_ahead(batches, max(2, encoder.workers))
+    parts: list[Encoded] = []
     for encoded in encoder.encode(batches, waited):
         batch = encoded.batch
-        shard = unfinished[batch.shard]
-        shard.add(encoded, dataset.shards[batch.shard].name)
+        parts.append(encoded)
         progress.advance(len(batch.samples) * weight)
         if batch.read is None:
             continue
         clock = time.perf_counter()
-        del unfinished[batch.shard]
-        made = shard.join(batch)
+        made = _join(encoder, dataset.shards[batch.shard].name, parts, batch.read)
         writer.write(batch.shard, made)
+        parts = []
         timings.samples += len(made.keys)
         timings.write += time.perf_counter() - clock
         skipped.merge(made.skipped)
@@ -107,68 +104,28 @@ def _list_batches(encoder: Encoder, dataset: Dataset, numbers: Sequence[int]) ->
         yield Batch(number, samples, read, skipped)
 
 
-class _Collected:
-    """The rows of a shard, of which some batches are still to come."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._shapes = encoder.shapes
-        self._width = encoder.model.info.embed_dim
-        self._rows: defaultdict[Kind, list[npt.NDArray[np.floating]]] = defaultdict(list)
-        self._samples: list[Sample] = []
-        self._skipped = Skips()
-        self._laid_on_white = 0
-
-    def add(self, encoded: Encoded, shard: str) -> None:
-        """Append the usable rows of a batch.
-
-        Args:
-            shard: The shard's name.
-        """
-        samples = encoded.batch.samples
-        self._laid_on_white += encoded.laid_on_white
-        for row, reason in sorted(encoded.failures.items()):
-            self._skipped.add(reason, f"{shard}: {samples[row].key}")
-        kept = [row for row in range(len(samples)) if row not in encoded.failures]
-        self._samples += [samples[row] for row in kept]
-        for kind, rows in encoded.rows.items():
-            if kind is Kind.FURTHER:
-                self._rows[kind].append(rows[np.isin(encoded.owners, kept)])
-            elif kind is Kind.VIEW_PARAMS:
-                self._rows[kind].append(_renumber_partners(rows, kept))
-            else:
-                self._rows[kind].append(rows[kept])
-
-    def join(self, last: Batch) -> ShardRows:
-        """Return all rows, of each kind as one array."""
-        counts = [max(1, len(sample.captions)) for sample in self._samples]
-        shapes = self._shapes | (
-            {Kind.FURTHER: (self._width,)} if Kind.TEXTS in self._shapes and max(counts, default=1) > 1 else {}
-        )
-        self._skipped.merge(last.skipped)
-        assert last.read is not None
-        return ShardRows(
-            read=last.read,
-            skipped=self._skipped,
-            laid_on_white=self._laid_on_white,
-            keys=[sample.key for sample in self._samples],
-            captions=[sample.captions[0] if sample.captions else "" for sample in self._samples],
-            counts=counts if Kind.FURTHER in shapes else None,
-            rows={
-                kind: np.concatenate([np.empty((0, *shape), kind.dtype), *self._rows[kind]])
-                for kind, shape in shapes.items()
-            },
-        )
-
-
-def _renumber_partners(params: npt.NDArray[np.floating], kept: Sequence[int]) -> npt.NDArray[np.floating]:
-    """Take the parameters of the kept samples [n, V, P], with the places of partners counted among these.
-
-    A partner that is not kept has no row: its place is NaN.
-    """
-    taken = params[kept]
-    if params.shape[2] > PACKED_VIEW:
-        places = np.full(len(params), np.nan)
-        places[kept] = np.arange(len(kept))
-        partners = np.array(kept, dtype=np.int64)[:, None] + taken[:, :, PARTNER].astype(np.int64)
-        taken[:, :, PARTNER] = places[partners] - np.arange(len(kept))[:, None]
-    return taken
+def _join(encoder: Encoder, name: str, parts: Sequence[Encoded], read: int) -> ShardRows:
+    """Join what was made of the batches of a shard, without what is not usable."""
+    skipped, samples = Skips(), list[Sample]()
+    rows = defaultdict[Kind, list[npt.NDArray[Any]]](list)
+    for part in parts:
+        kept = [row for row in range(len(part.batch.samples)) if row not in part.failures]
+        samples += [part.batch.samples[row] for row in kept]
+        for kind, found in part.take(kept).items():
+            rows[kind].append(found)
+        for row, reason in sorted(part.failures.items()):
+            skipped.add(reason, f"{name}: {part.batch.samples[row].key}")
+    skipped.merge(parts[-1].batch.skipped)
+    counts = [max(1, len(sample.captions)) for sample in samples]
+    shapes = encoder.shapes
+    if encoder.with_texts and max(counts, default=1) > 1:
+        shapes[Kind.FURTHER] = shapes[Kind.TEXTS]
+    return ShardRows(
+        read=read,
+        skipped=skipped,
+        laid_on_white=sum(part.laid_on_white for part in parts),
+        keys=[sample.key for sample in samples],
+        captions=[sample.captions[0] if sample.captions else "" for sample in samples],
+        counts=counts if Kind.FURTHER in shapes else None,
+        rows={kind: np.concatenate([np.empty((0, *shape), kind.dtype), *rows[kind]]) for kind, shape in shapes.items()},
+    )
