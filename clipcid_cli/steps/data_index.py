@@ -14,7 +14,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.index import DataIndex, finish_index, lock_index, open_index, read_record, write_part
 from clipcid_cli.formats.data.remote import is_remote
-from clipcid_cli.formats.data.samples import Sample, Shard
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache, cache_folder
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import load_batches
@@ -94,7 +95,7 @@ def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Rep
         with reporter.progress("index", len(mine), "shards") as progress:
             machine.on_all(lambda: _list(dataset, mine, workers, progress))
         index = machine.on_main(lambda: _finish(dataset, folder))
-    return dataclasses.replace(dataset, index=index)
+    return dataset.with_index(index)
 
 
 def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:

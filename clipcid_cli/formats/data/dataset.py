@@ -11,17 +11,17 @@ from itertools import islice
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.image_folder import read_image_folder
-from clipcid_cli.formats.data.index import DataIndex, index_identity, open_index
+from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, Columns, ImageFolder, ImageList
+from clipcid_cli.formats.data.index import DataIndex, index_identity, open_index, repeated_key
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
-from clipcid_cli.formats.data.sample_list import LIST_SUFFIXES, Columns, read_sample_list
-from clipcid_cli.formats.data.samples import Location, Sample, Shard, natural_key
-from clipcid_cli.formats.data.tar_index import TarShard, check_tar
+from clipcid_cli.formats.data.samples import Location, Sample, natural_key
+from clipcid_cli.formats.data.shard import Shard, cut
+from clipcid_cli.formats.data.tars import check_tar
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
 
-__all__ = ["Columns", "Dataset", "Location", "Sample", "Shard", "open_dataset", "refuse_repeated_keys"]
+__all__ = ["Columns", "Dataset", "Location", "Sample", "Shard", "open_dataset"]
 
 _FORMS = (
     "Give a folder of .tar shards, one .tar, a pattern such as data/{00000..00099}.tar, a folder of images, or a csv, tsv "
@@ -44,7 +44,7 @@ class Dataset:
 
     Attributes:
         spec: Its name as given; local paths are absolute.
-        kind: ``webdataset``, ``benchmark`` (CLIP_benchmark's folder), ``images`` or ``list``.
+        kind: ``webdataset``, ``benchmark`` (CLIP_benchmark's folder), ``images``, ``list`` or ``texts``.
         classes: Names of the classes, for a folder with one folder per class.
         keys: ``sample`` or ``shard``: whether a key is the sample's own or begins with its shard's name.
         columns: Names of a list's columns.
@@ -55,11 +55,17 @@ class Dataset:
     spec: str
     kind: str
     shards: tuple[Shard, ...]
-    classes: tuple[str, ...] | None
-    keys: str
-    columns: Columns
+    classes: tuple[str, ...] | None = None
+    keys: str = "sample"
+    columns: Columns = dataclasses.field(default_factory=Columns)
     index_folder: Path | None = None
     index: DataIndex | None = None
+
+    def with_index(self, index: DataIndex | None) -> Dataset:
+        """Return the data with its index, which says all that was held of the rows of a folder or list."""
+        if index is not None and self.shards[0].rows is not None:
+            self.shards[0].rows.forget()
+        return dataclasses.replace(self, index=index)
 
     def fingerprints(self) -> list[FileRecord]:
         """Describe the content of every shard for a sidecar: from the index, or from a small part of each."""
@@ -105,6 +111,9 @@ def open_dataset(
 ) -> Dataset:
     """Open image-text data.
 
+    Refused within seconds: when there is no such data, it contains no shard or image, a local shard is truncated or not a
+    tar, the first shards contain no image, or keys repeat across shards.
+
     Args:
         spec: A folder of tar shards (CLIP_benchmark's among them), one tar, a brace pattern of tars, several of these
             with ``::`` between them, a folder of images, a csv, tsv or parquet list; local or a URL that fsspec knows. A
@@ -112,29 +121,27 @@ def open_dataset(
         keys: ``shard`` puts the shard's name before each key, for data whose keys repeat across shards.
         columns: Names of a list's columns.
         index_root: Folder of indexes. Data with an up-to-date index is opened without reading its shards.
-
-    Raises:
-        ClipcidError: within seconds, when there is no such data, it contains no shard or image, a local shard is truncated
-            or not a tar, the first shards contain no image, or keys repeat across shards.
     """
     spec, columns = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR))), columns or Columns()
-    prefix = keys == "shard"
+    prefix_keys = keys == "shard"
     classes: tuple[str, ...] | None = None
-    shards: Sequence[Shard]
     if spec.lower().endswith(LIST_SUFFIXES):
-        kind, shards = "list", read_sample_list(spec, columns, prefix_keys=prefix)
+        kind, shards = "list", cut(ImageList(spec, columns), spec, prefix_keys=prefix_keys)
     elif (tars := _find_tars(spec)) is not None:
         kind = "benchmark" if _is_benchmark(spec) else "webdataset"
-        shards = _name_tars(tars, prefix_keys=prefix, caption_lines=kind == "benchmark")
+        names = zip(_name_tars(tars), tars, strict=True)
+        shards = tuple(
+            Shard(name, tar, prefix_keys=prefix_keys, caption_lines=kind == "benchmark") for name, tar in names
+        )
     else:
-        kind = "images"
-        shards, classes = read_image_folder(Path(spec), prefix_keys=prefix)
+        folder = ImageFolder(spec)
+        kind, shards, classes = "images", cut(folder, spec, prefix_keys=prefix_keys), tuple(folder.labels) or None
         if not shards:
             raise ClipcidError(f"{spec} contains no .tar shard and no image.", _explain_subfolders(Path(spec)))
-    dataset = Dataset(spec, kind, tuple(shards), classes, keys, columns)
+    dataset = Dataset(spec, kind, shards, classes, keys, columns)
     if index_root is not None:
-        folder = index_root / index_identity(kind, {"keys": keys, **dataclasses.asdict(dataset.columns)})
-        dataset = dataclasses.replace(dataset, index_folder=folder, index=open_index(folder, shards))
+        place = index_root / index_identity(kind, {"keys": keys, **dataclasses.asdict(columns)})
+        dataset = dataclasses.replace(dataset, index_folder=place).with_index(open_index(place, shards))
     if dataset.index is None:
         _check_shards(dataset)
     return dataset
@@ -154,37 +161,22 @@ def _estimate_samples(shard: Shard) -> int:
 
 def _check_shards(dataset: Dataset) -> None:
     """Look into the shards: all are whole, some of the first have an image, and keys differ, as far as that is quick."""
-    tars = [shard for shard in dataset.shards if isinstance(shard, TarShard)]
-    local = [Path(shard.path) for shard in tars if not is_remote(shard.path)]
+    tars = [shard for shard in dataset.shards if shard.rows is None]
+    local = [Path(shard.source) for shard in tars if not is_remote(shard.source)]
     with ThreadPoolExecutor(16) as pool:
         for _ in pool.map(check_tar, local):
             pass
     _require_images(dataset.spec, dataset.shards)
     small = sum(os.path.getsize(path) for path in local) <= _SMALL
     first = tars if small and dataset.index_folder is None else tars[:2]
-    if len(local) < len(tars):  # reading them whole would take longer than "quick"
+    if len(local) < len(tars) or len(first) < 2:  # reading remote ones whole would take longer than "quick"
         return
-    refuse_repeated_keys([(shard.name, [sample.key for sample in shard.samples()]) for shard in first])
-
-
-def refuse_repeated_keys(shards: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Refuse keys that occur in more than one shard, since later files are joined by key.
-
-    Args:
-        shards: Name and keys of each shard; within a shard all keys differ.
-
-    Raises:
-        ClipcidError: naming the first such key and both shards.
-    """
     owners: dict[str, str] = {}
-    for name, keys in shards:
-        for key in keys:
-            if key in owners:
-                raise ClipcidError(
-                    f"Key {key!r} occurs in shard {owners[key]} and again in shard {name}.",
-                    "Add --keys shard, which puts the shard's name before each key.",
-                )
-            owners[key] = name
+    for shard in first:
+        for sample in shard.samples():
+            owner = owners.setdefault(sample.key, shard.name)
+            if owner != shard.name:
+                raise repeated_key(sample.key, owner, shard.name)
 
 
 def _find_tars(spec: str) -> list[str] | None:
@@ -264,7 +256,7 @@ def _benchmark_tars(folder: Path) -> list[str]:
     return [str(tar) for tar in tars]
 
 
-def _name_tars(tars: list[str], *, prefix_keys: bool, caption_lines: bool) -> tuple[TarShard, ...]:
+def _name_tars(tars: list[str]) -> list[str]:
     """Name shards by their files, preceded by as many folders as it takes to distinguish them."""
     paths = [_path_in_command(tar) if is_pipe(tar) else tar for tar in tars]
     parts = [path[: -len(".tar")].split("/") if path.lower().endswith(".tar") else path.split("/") for path in paths]
@@ -273,8 +265,7 @@ def _name_tars(tars: list[str], *, prefix_keys: bool, caption_lines: bool) -> tu
         raise ClipcidError("The pattern lists a shard twice.", "List each shard once.")
     while len({tuple(part[-depth:]) for part in parts}) < len(tars):
         depth += 1
-    names = ["/".join(part[-depth:]) for part in parts]
-    return tuple(TarShard(name, tar, prefix_keys, caption_lines) for name, tar in zip(names, tars, strict=True))
+    return ["/".join(part[-depth:]) for part in parts]
 
 
 def _path_in_command(command: str) -> str:
@@ -284,19 +275,17 @@ def _path_in_command(command: str) -> str:
 
 
 def _explain_subfolders(folder: Path) -> str:
-    inner = sorted(path.parent.name for path in folder.glob("*/*.tar"))
+    inner = sorted({path.parent.name for path in folder.glob("*/*.tar")}, key=natural_key)
     if inner:
-        names = sorted(set(inner), key=natural_key)
-        return f"Its folders {', '.join(names[:6])} contain shards: give one of them, e.g. {folder / names[0]}."
+        return f"Its folders {', '.join(inner[:6])} contain shards: give one of them, e.g. {folder / inner[0]}."
     return _FORMS
 
 
 def _require_images(spec: str, shards: Sequence[Shard]) -> None:
     """Refuse data whose first shards contain no image."""
     skips = Skips()
-    for shard in shards[:10]:
-        if next(shard.stream(skips), None) is not None:
-            return
+    if any(next(shard.stream(skips), None) is not None for shard in shards[:10]):
+        return
     looked = "it has" if len(shards) <= 10 else "the first 10 of its shards have"
     seen = f" ({skips.total} without one, first {skips.examples['no_image'][0]})" if "no_image" in skips.counts else ""
     raise ClipcidError(f"{spec}: no sample with an image in what {looked}{seen}.", _FORMS)

@@ -1,11 +1,11 @@
 """The index of a data set: where each sample's image and captions are, listed once and read by every later start.
 
     <work>/index/<options>/<shard>.arrow          the samples of one shard, see `_SCHEMA`
-    <work>/index/<options>/shards-<list>.parquet  a row a shard: what was found, stamp and hash of its file, hash of its part
+    <work>/index/<options>/shards-<list>.parquet  a row a shard: what was found, stamp and hash
 
-Listing a tar costs 30 to 45 µs a sample, and 400 million samples take hours of it. So each shard is listed once, by any
-process, into a file of its own that appears whole; the table is written last. A shard whose file has another size or
-modification time than recorded is listed again. A process holds the parts it used last, `PARTS_KEPT` of them.
+Listing 400 million samples in tars takes hours. So each shard is listed once, by any process, into a file of its own that
+appears whole; the table is written last. A shard whose file has another size or modification time than recorded is listed
+again. A process holds the parts it used last, `PARTS_KEPT` of them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -28,8 +29,10 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, remove_abandoned, write_error, write_parquet
 from clipcid_cli.formats.data.remote import is_remote, tells_content
-from clipcid_cli.formats.data.samples import Location, Sample, Shard
+from clipcid_cli.formats.data.samples import Location, Sample
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
+from clipcid_cli.formats.data.tars import split_captions
 from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.skips import Skips
@@ -37,7 +40,7 @@ from clipcid_cli.formats.skips import Skips
 PARTS_KEPT = 48
 """Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB."""
 
-_VERSION = 2
+_VERSION = 3
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -52,6 +55,8 @@ _SCHEMA = pa.schema(
         ("attributes_size", pa.int64()),  # −1 where there are none
     ]
 )
+_RECORD = b"clipcid"  # of the part's schema
+_NOWHERE = Location("", 0, -1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ class IndexedShard:
         skips: Samples left out: without an image, or of a key seen before in the shard.
         stamp: Size and modification time of the shard's file when it was listed, see `Shard.stamp`.
         fingerprint: The shard's fingerprint then.
-        digest: Hash of the part's file; in the file itself, of what it holds.
+        digest: Hash of all this and of what the part holds.
     """
 
     samples: int
@@ -106,7 +111,8 @@ class Part:
         captions = self._captions[place].as_py()
         if captions is None:
             assert shard is not None, "captions are in the shard's own file"
-            captions = shard.split_captions(_part_of(own, self._text, place).read())
+            text = _part_of(own, self._text, place).read()
+            captions = split_captions(text, a_line_each=shard.caption_lines)
         return Sample(
             key=self.keys[place].as_py(),
             image=_part_of(own if path is None else Location(path), self._image, place),
@@ -152,11 +158,7 @@ class SamplePlace:
         return str(self.source.read().keys[self.place])
 
     def read(self) -> Sample:
-        """Return the sample; see `DataIndex.sample`.
-
-        Raises:
-            ClipcidError: when the shard's file is gone or shorter than it was.
-        """
+        """Return the sample; see `DataIndex.sample`."""
         try:
             return self.source.read().sample(self.place, self.source.shard, self.source.copy)
         except OSError as error:
@@ -171,7 +173,6 @@ class DataIndex:
     """The finished index of a data set; picklable, and small beside the data.
 
     Attributes:
-        folder: Where it is.
         shards: The data's shards, in order.
         records: What was found in each.
         cache: Where shards behind URLs are copied to, for reading many of their samples; None reads a part at a time.
@@ -187,9 +188,15 @@ class DataIndex:
         """Samples of each shard, int64 [S]."""
         return np.array([record.samples for record in self.records], dtype=np.int64)
 
+    def source(self, number: int) -> PartSource:
+        """Return where the part of a shard is."""
+        shard = self.shards[number]
+        path = str(_part_path(self.folder, shard))
+        return PartSource(path, self.records[number].digest, shard if shard.file else None, self._copy(number))
+
     def part(self, number: int) -> Part:
         """Return the samples of a shard, read from its part or from the parts this process holds."""
-        return _read_part(str(_part_path(self.folder, self.shards[number])), self.records[number].digest)
+        return self.source(number).read()
 
     def sample(self, number: int, place: int) -> Sample:
         """Return a sample by its shard and its place there; captions that are in the shard's file are read from it.
@@ -198,13 +205,6 @@ class DataIndex:
             OSError: when the shard's file is gone or shorter than it was.
         """
         return self.part(number).sample(place, self.shards[number], self._copy(number))
-
-    def source(self, number: int) -> PartSource:
-        """Return where the part of a shard is."""
-        shard, digest = self.shards[number], self.records[number].digest
-        return PartSource(
-            str(_part_path(self.folder, shard)), digest, shard if shard.file else None, self._copy(number)
-        )
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Copy shards to the cache in the background, in order; see `ShardCache.fetch_ahead`."""
@@ -233,57 +233,53 @@ def write_part(
     Args:
         stamp: The shard's stamp before it was listed, so that a change meanwhile is noticed.
         samples: What `shard.samples(skips)` returned.
+        read: Samples looked at.
     """
     captioned = sum(bool(sample.captions) for sample in samples)
     record = IndexedShard(len(samples), captioned, read, skips, stamp, shard.fingerprint())
-    columns: dict[str, Iterable[Any]] = {
-        "key": (sample.key for sample in samples),
-        "path": (None if sample.image.path == shard.file else sample.image.path for sample in samples),
-        "captions": (None if sample.captions_at is not None else sample.captions for sample in samples),
-        "num_captions": (len(sample.captions) for sample in samples),
-    }
-    nowhere = Location("", 0, -1)
-    for prefix, locations in (
-        ("", (sample.image for sample in samples)),
-        ("captions_", (sample.captions_at or nowhere for sample in samples)),
-        ("attributes_", (sample.attributes or nowhere for sample in samples)),
-    ):
-        found = [(location.offset, -1 if location.size is None else location.size) for location in locations]
-        columns |= {f"{prefix}offset": (offset for offset, _ in found), f"{prefix}size": (size for _, size in found)}
     try:
-        table = pa.table({name: list(values) for name, values in columns.items()}, schema=_SCHEMA)
+        table = pa.Table.from_pylist([_to_row(sample, shard.file) for sample in samples], _SCHEMA)
     except UnicodeEncodeError as error:
         name = error.object[:100].encode("utf-8", "backslashreplace").decode()
         problem = f"{shard.source}: the name of a file is not UTF-8: {name}."
         raise ClipcidError(problem, "Rename the file; keys are text.") from error
-    record = dataclasses.replace(record, digest=_hash_content(record, table))
-    table = table.replace_schema_metadata({b"clipcid": json.dumps(_to_json(record)).encode()})
+    record = dataclasses.replace(record, digest=_hash(record, table))
+    table = table.replace_schema_metadata({_RECORD: _to_json(record)})
     path = _part_path(folder, shard)  # also written by a worker process that outlives its run for a moment
     with atomic_file(path, shared=True) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
 
 
+def _to_row(sample: Sample, file: str) -> dict[str, Any]:
+    text, attributes = sample.captions_at or _NOWHERE, sample.attributes or _NOWHERE
+    return {
+        "key": sample.key,
+        "path": None if sample.image.path == file else sample.image.path,
+        "offset": sample.image.offset,
+        "size": -1 if sample.image.size is None else sample.image.size,
+        "captions": None if sample.captions_at is not None else sample.captions,
+        "captions_offset": text.offset,
+        "captions_size": text.size,
+        "num_captions": len(sample.captions),
+        "attributes_offset": attributes.offset,
+        "attributes_size": attributes.size,
+    }
+
+
 def read_record(folder: Path, shard: Shard) -> IndexedShard | None:
     """Read what was found in a shard; None when it is not listed yet, or its file has changed since."""
     try:
-        content = read_regular(_part_path(folder, shard))
-        table = pa.ipc.open_file(content).read_all()
-        written = _from_json(json.loads(table.schema.metadata[b"clipcid"]))
-        whole = written.digest == _hash_content(written, table)
+        record, _ = _load(_part_path(folder, shard))
     except Exception:  # a damaged part is listed again, as an edited one is
         return None
-    return dataclasses.replace(written, digest=_digest(content)) if whole and written.stamp == shard.stamp() else None
+    return record if record.stamp == shard.stamp() else None
 
 
 def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[IndexedShard]) -> DataIndex:
-    """Write the table of the shards, once all are listed.
-
-    Raises:
-        ClipcidError: when a key occurs in two shards: files of later steps are joined by key.
-    """
+    """Write the table of the shards, once all are listed; files of later steps are joined by key, so none may repeat."""
     index = DataIndex(folder, tuple(shards), tuple(records))
     _refuse_repeated_keys(index)
-    write_parquet(_table_path(folder, shards), pa.table({"shard": [json.dumps(_to_json(each)) for each in records]}))
+    write_parquet(_table_path(folder, shards), pa.table({"shard": list(map(_to_json, records))}))
     return index
 
 
@@ -291,20 +287,16 @@ def open_index(folder: Path, shards: Sequence[Shard]) -> DataIndex | None:
     """Open a finished index; None where there is none, or a shard has changed since. No shard is opened for it."""
     try:
         rows = pq.read_table(_table_path(folder, shards))["shard"].to_pylist()
-        records = [_from_json(json.loads(row)) for row in rows]
+        records = tuple(map(_from_json, rows))
     except Exception:  # a damaged table is made again
         return None
     same = [record.stamp for record in records] == [shard.stamp() for shard in shards]
-    return DataIndex(folder, tuple(shards), tuple(records)) if same else None
+    return DataIndex(folder, tuple(shards), records) if same else None
 
 
 @contextmanager
 def lock_index(folder: Path) -> Iterator[None]:
-    """Hold an index while files are added to it, and remove what killed runs left. A second run waits for the first one's.
-
-    Raises:
-        ClipcidError: when the folder cannot be written to.
-    """
+    """Hold an index while files are added to it, and remove what killed runs left. A second run waits for the first."""
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -322,14 +314,17 @@ def _refuse_repeated_keys(index: DataIndex) -> None:
         return
     repeat = find_repeat(lambda: (index.part(number).keys for number in range(len(index.shards))), index.folder)
     if repeat is not None:
-        ends = np.cumsum(index.sizes)
-        one, other = (
-            index.shards[int(np.searchsorted(ends, row, side="right"))].name for row in (repeat.first, repeat.second)
-        )
-        raise ClipcidError(
-            f"Key {repeat.key!r} occurs in shard {one} and again in shard {other}.",
-            "Add --keys shard, which puts the shard's name before each key.",
-        )
+        ends, rows = np.cumsum(index.sizes), (repeat.first, repeat.second)
+        one, other = (index.shards[int(np.searchsorted(ends, row, side="right"))].name for row in rows)
+        raise repeated_key(repeat.key, one, other)
+
+
+def repeated_key(key: str, one: str, other: str) -> ClipcidError:
+    """Return the error for a key that two shards have."""
+    return ClipcidError(
+        f"Key {key!r} occurs in shard {one} and again in shard {other}.",
+        "Add --keys shard, which puts the shard's name before each key.",
+    )
 
 
 def _part_path(folder: Path, shard: Shard) -> Path:
@@ -341,35 +336,44 @@ def _table_path(folder: Path, shards: Sequence[Shard]) -> Path:
 
 
 def _identity(content: list[Any]) -> str:
-    return _digest(json.dumps(content, sort_keys=True).encode("utf-8", "surrogateescape"))[:16]
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+def _to_json(record: IndexedShard) -> str:
+    return json.dumps(dataclasses.asdict(record), sort_keys=True)  # not msgspec's: paths need not be UTF-8
 
 
-def _hash_content(record: IndexedShard, table: pa.Table) -> str:
-    """Hash what a part holds, but for the hash itself."""
-    told = json.dumps(_to_json(dataclasses.replace(record, digest="")), sort_keys=True)
-    return _digest(b"".join([told.encode(), *(batch.serialize() for batch in table.to_batches())]))
+def _from_json(text: str | bytes) -> IndexedShard:
+    return msgspec.convert(json.loads(text), IndexedShard)
+
+
+def _hash(record: IndexedShard, table: pa.Table) -> str:
+    digest = hashlib.blake2b(_to_json(dataclasses.replace(record, digest="")).encode(), digest_size=16)
+    for batch in table.to_batches():
+        digest.update(batch.serialize())
+    return digest.hexdigest()
+
+
+def _load(path: Path) -> tuple[IndexedShard, pa.Table]:
+    """Read a part; some error where it is missing, or not what was written."""
+    table = pa.ipc.open_file(read_regular(path)).read_all()
+    record = _from_json(table.schema.metadata[_RECORD])
+    table = table.replace_schema_metadata()
+    if _hash(record, table) != record.digest:
+        raise ValueError(f"{path} is damaged")
+    return record, table
 
 
 @lru_cache(maxsize=PARTS_KEPT)
 def _read_part(path: str, digest: str) -> Part:
     """Read a part, or give the one held; an edited part has another digest, as has that of another version of the shard."""
-    with suppress(OSError, pa.ArrowInvalid):
-        content = read_regular(path)
-        if _digest(content) == digest:
-            return Part(pa.ipc.open_file(content).read_all())
-    raise ClipcidError(
-        f"{path} is missing, edited, damaged, or of another version of its shard.",
-        f"Remove {Path(path).parent}/shards-*.parquet and give the command again: what is damaged is listed anew.",
-    )
-
-
-def _to_json(record: IndexedShard) -> dict[str, Any]:
-    return dataclasses.asdict(record) | {"skips": record.skips.to_json()}
-
-
-def _from_json(content: dict[str, Any]) -> IndexedShard:
-    return IndexedShard(**(content | {"skips": Skips.from_json(content["skips"]), "stamp": tuple(content["stamp"])}))
+    try:
+        record, table = _load(Path(path))
+        if record.digest != digest:
+            raise ValueError(f"{path} is of another version")
+    except Exception as error:
+        raise ClipcidError(
+            f"{path} is missing, edited, damaged, or of another version of its shard.",
+            f"Remove {Path(path).parent}/shards-*.parquet and give the command again: what is damaged is listed anew.",
+        ) from error
+    return Part(table)

@@ -1,10 +1,13 @@
-"""Data behind a URL that fsspec opens, or from a `pipe:` command: streams and ranges that survive broken connections."""
+"""Data behind a URL that fsspec opens, or from a `pipe:` command: read as files whose connections may break."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import re
+import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -50,153 +53,128 @@ def is_remote(spec: str) -> bool:
     return is_url(spec) or is_pipe(spec)
 
 
-class RemoteStream:
-    """The bytes behind a URL, or the output of a command, in order.
+class RemoteFile(io.RawIOBase):
+    """The bytes behind a URL, or the output of a command.
 
     A connection that breaks is opened again where it broke, after a pause. Servers that send no ranges, and commands, then
-    start over, and what was read before is skipped.
+    start over, and what was read before is passed over, as what lies before a place that is sought.
 
     Attributes:
-        end: Number of bytes, known from the first read on; None where the server or a command does not tell.
+        size: Number of bytes, known from the first read on; None where the server or a command does not tell.
     """
 
     def __init__(self, path: str) -> None:
-        self._path, self._position = path, 0
+        self.size: int | None = None
+        self._path, self._in_ranges = path, not is_pipe(path)
         self._file: Any = None
-        self._in_ranges = True
-        self.end: int | None = None
+        self._place = self._wanted = 0  # of the connection, and where the next byte is to come from
 
-    def __enter__(self) -> RemoteStream:
-        return self
+    def readable(self) -> bool:
+        """Return True."""
+        return True
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def seekable(self) -> bool:
+        """Return True; but of a command's output only what is to come is near."""
+        return True
 
-    def read(self, size: int) -> bytes:
-        """Read the next `size` bytes; fewer only at the end.
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Choose where the next byte comes from, by its offset from the first or from the next byte."""
+        self._wanted = offset + (self._wanted if whence == io.SEEK_CUR else 0)
+        return self._wanted
 
-        Raises:
-            ClipcidError: when the connection breaks again and again, or there is no such file.
-        """
-        parts = []
-        while size > 0:
-            part = _retry(self._path, partial(self._read_once, size), self.close)
-            if not part:
-                break
-            parts.append(part)
-            size -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    def tell(self) -> int:
+        """Return the offset of the next byte."""
+        return self._wanted
 
-    def read_at(self, offset: int, size: int) -> bytes:
-        """Read `size` bytes further on; those in between are passed over.
+    def readinto(self, buffer: Any) -> int:
+        """Read some bytes; none at the end alone."""
+        part = _retry(self._path, partial(self._read_once, len(buffer)), self._disconnect)
+        buffer[: len(part)] = part
+        return len(part)
 
-        Raises:
-            ClipcidError: also when the stream ends in between.
-        """
-        while self._position < offset:
-            if not self.read(min(offset - self._position, _COPY)):
-                raise ClipcidError(
-                    f"{self._path} is truncated: it ends at byte {self._position:,}, within a member.",
-                    "Make it again, or remove it from the data.",
-                )
-        return self.read(size)
-
-    def content(self, offset: int, size: int) -> bytes | None:
-        """Read what a member of a tar holds: a stream does not come back to it."""
-        return self.read_at(offset, size)
-
-    def finish(self) -> None:
-        """Take what is left of a command's output, and learn whether the command failed.
-
-        Raises:
-            ClipcidError: when it did.
-        """
-        if is_pipe(self._path):
-            while self.read(_COPY):
-                pass
+    def drain(self) -> None:
+        """Take what is left of a command's output, and learn whether the command failed."""
+        while is_pipe(self._path) and self.read(_COPY):
+            pass
 
     def close(self) -> None:
         """Close the connection, or end the command."""
+        self._disconnect()
+        super().close()
+
+    def _disconnect(self) -> None:
         file, self._file = self._file, None
-        if file is None:
-            return
-        if is_pipe(self._path):
-            file.proc.terminate()
         with contextlib.suppress(Exception):  # what a broken connection or an ended command says of itself
-            file.close()
+            if isinstance(file, subprocess.Popen):
+                file.terminate()
+                file.communicate()
+            elif file is not None:
+                file.close()
 
     def _read_once(self, size: int) -> bytes:
+        if self._file is not None and self._wanted < self._place and not self._in_ranges:
+            self._disconnect()
         if self._file is None:
-            self._open()
+            self._connect()
+        if self._in_ranges and self._place != self._wanted:
+            self._file.seek(self._wanted)
+            self._place = self._wanted
+        while self._place < self._wanted and self._take(min(self._wanted - self._place, _COPY)):
+            pass
+        data = self._take(size)
+        self._wanted += len(data)
+        return data
+
+    def _connect(self) -> None:
+        self._place = 0
+        if is_pipe(self._path):
+            # By the shell, as webdataset does.
+            self._file = subprocess.Popen(self._path.removeprefix(_PIPE), shell=True, stdout=subprocess.PIPE)
+            return
+        filesystem, inner = open_filesystem(self._path)
+        options = {"block_size": _REQUEST, "cache_type": "readahead"} if self._in_ranges else {"block_size": 0}
+        self._file = filesystem.open(inner, "rb", **options)
+        self.size = getattr(self._file, "size", None)
+
+    def _take(self, size: int) -> bytes:
+        """Read on where the connection is."""
+        command = isinstance(self._file, subprocess.Popen)
         try:
-            data: bytes = self._file.read(size)
+            data: bytes = (self._file.stdout if command else self._file).read(size)
         except ValueError as error:  # the server answers a request for a part with the whole
             self._in_ranges = False
             raise OSError(str(error)) from None
-        self._position += len(data)
-        if not data and size:
-            if is_pipe(self._path):
-                self._file.wait_for_child()  # raises when the command failed
-            elif self.end is not None and self._position < self.end:
-                raise OSError(f"the connection ended at byte {self._position:,} of {self.end:,}")
+        self._place += len(data)
+        if not data and command and self._file.wait():
+            raise OSError(f"exit {self._file.returncode}")
+        if not data and self.size is not None and self._place < self.size:
+            raise OSError(f"the connection ended at byte {self._place:,} of {self.size:,}")
         return data
 
-    def _open(self) -> None:
-        if is_pipe(self._path):
-            from webdataset.gopen import gopen  # 0.2 s, which only commands cost
 
-            file = gopen(self._path, "rb")
-        else:
-            filesystem, inner = open_filesystem(self._path)
-            options = {"block_size": _REQUEST, "cache_type": "readahead"} if self._in_ranges else {"block_size": 0}
-            file = filesystem.open(inner, "rb", **options)
-            self.end = getattr(file, "size", None)
-        self._file = file
-        if self._position and self._in_ranges and not is_pipe(self._path):
-            file.seek(self._position)
-            return
-        left = self._position
-        while left and (part := file.read(min(left, _COPY))):
-            left -= len(part)
+def open_remote(path: str) -> io.BufferedReader:
+    """Open the bytes behind a URL, or the output of a command, which is run."""
+    return io.BufferedReader(RemoteFile(path), 2**17)
 
 
-def read_range(url: str, offset: int, size: int) -> bytes:
-    """Read `size` bytes of the file behind a URL.
+def read_remote(url: str, offset: int = 0, size: int | None = None) -> bytes:
+    """Read `size` bytes of the file behind a URL, or all of it, by one request.
 
     Raises:
-        ClipcidError: when it cannot be fetched.
         OSError: when it is shorter.
     """
 
     def fetch() -> bytes:
         filesystem, inner = open_filesystem(url)
-        data: bytes = filesystem.cat_file(inner, offset, offset + size)
-        if len(data) > size:  # the server sends no ranges
+        data: bytes = filesystem.cat_file(inner, offset, None if size is None else offset + size)
+        if size is not None and len(data) > size:  # the server sends no ranges
             data = data[offset : offset + size]
         return data
 
     data = _retry(url, fetch)
-    if len(data) != size:
+    if size is not None and len(data) != size:
         raise OSError(f"{url} ends {size - len(data)} bytes early")
     return data
-
-
-def read_whole(url: str) -> bytes:
-    """Read the whole file behind a URL.
-
-    Raises:
-        OSError: when it cannot be fetched.
-    """
-
-    def fetch() -> bytes:
-        filesystem, inner = open_filesystem(url)
-        data: bytes = filesystem.cat_file(inner)
-        return data
-
-    try:
-        return _retry(url, fetch)
-    except ClipcidError as error:
-        raise OSError(error.message) from error
 
 
 def describe_file(path: str) -> dict[str, Any]:
@@ -206,16 +184,17 @@ def describe_file(path: str) -> dict[str, Any]:
 
     Returns:
         ``path``, ``size``, ``hash``.
-
-    Raises:
-        ClipcidError: when there is no such file, or its server does not answer.
     """
     if is_pipe(path):
-        size, version = 0, path
-    else:
-        known = {name.lower(): value for name, value in _retry(path, partial(_read_info, path)).items()}
-        size = int(known.get("size") or 0)
-        version = next((str(known[name]) for name in _VERSIONS if known.get(name)), "")
+        return {"path": path, "size": 0, "hash": _hash_version(0, path)}
+
+    def fetch() -> dict[str, Any]:
+        filesystem, inner = open_filesystem(path)
+        return {name.lower(): value for name, value in filesystem.info(inner).items()}
+
+    known = _retry(path, fetch)
+    size = int(known.get("size") or 0)
+    version = next((str(known[name]) for name in _VERSIONS if known.get(name)), "")
     return {"path": path, "size": size, "hash": _hash_version(size, version)}
 
 
@@ -229,18 +208,8 @@ def _hash_version(size: int, version: str) -> str:
     return f"blake2b-remote:{digest.hexdigest()}"
 
 
-def _read_info(url: str) -> dict[str, Any]:
-    filesystem, inner = open_filesystem(url)
-    info: dict[str, Any] = filesystem.info(inner)
-    return info
-
-
 def list_folder(url: str) -> list[str]:
-    """List the addresses of what a folder behind a URL holds.
-
-    Raises:
-        ClipcidError: when there is no such folder, or its server does not answer.
-    """
+    """List the addresses of what a folder behind a URL holds."""
 
     def fetch() -> list[str]:
         filesystem, inner = open_filesystem(url)
@@ -250,23 +219,14 @@ def list_folder(url: str) -> list[str]:
 
 
 def download(path: str, file: IO[bytes]) -> None:
-    """Write the bytes behind a URL, or a command's output, to a file.
-
-    Raises:
-        ClipcidError: when it cannot be fetched.
-    """
-    with RemoteStream(path) as stream:
-        while part := stream.read(_COPY):
-            file.write(part)
+    """Write the bytes behind a URL, or a command's output, to a file."""
+    with open_remote(path) as stream:
+        shutil.copyfileobj(stream, file, _COPY)
 
 
 @contextlib.contextmanager
 def local_file(path: str) -> Iterator[Path]:
-    """Give a local path with the content of `path`; what is behind a URL or a command is a copy, removed afterwards.
-
-    Raises:
-        ClipcidError: when it cannot be fetched.
-    """
+    """Give a local path with the content of `path`; what is behind a URL or a command is a copy, removed afterwards."""
     if not is_remote(path):
         yield Path(path)
         return
@@ -278,11 +238,7 @@ def local_file(path: str) -> Iterator[Path]:
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL and the path within it.
-
-    Raises:
-        ClipcidError: when fsspec has no such protocol, or its package is not installed.
-    """
+    """Return the fsspec file system of a URL and the path within it."""
     try:
         return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]  # fsspec has no types
     except (ImportError, ValueError) as error:
@@ -293,14 +249,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 
 def _retry(path: str, attempt: Callable[[], Result], reset: Callable[[], None] = lambda: None) -> Result:
-    """Return what `attempt` does, tried again after each of `_WAITS`.
-
-    Args:
-        reset: Called after an attempt that failed.
-
-    Raises:
-        ClipcidError: naming `path` and what its server or command said last.
-    """
+    """Return what `attempt` does, tried again after each of `_WAITS`; `reset` is called after an attempt that failed."""
     for wait in (*_WAITS, None):
         try:
             return attempt()
@@ -326,9 +275,8 @@ def _fetch_error(path: str, error: Exception, retries: int) -> ClipcidError:
     reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
     again = f" (tried {retries + 1} times)" if retries else ""
     if is_pipe(path):
-        found = re.search(r"\): (exit -?\d+)", reason)
         return ClipcidError(
-            f"The command {path} failed{again}: {found[1] if found else reason[:300]}.",
+            f"The command {path} failed{again}: {reason[:300]}.",
             "Run what follows `pipe:` in a shell to see why.",
         )
     return ClipcidError(

@@ -1,19 +1,17 @@
-"""Samples of image-text data and their shards, whatever kind of file they are stored in."""
+"""Samples of image-text data, and where their bytes are."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple
 
-from clipcid_cli.formats.data.remote import is_pipe, is_url, read_range, read_whole
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.remote import is_pipe, is_url, read_remote
 from clipcid_cli.formats.data.shard_cache import ShardCopy
 from clipcid_cli.formats.reading import read_regular
-from clipcid_cli.formats.skips import Skips
 
 # Suffixes of images; of several in one sample the first in this order is taken (open_clip's, then others that Pillow reads).
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
@@ -28,7 +26,7 @@ class Location:
     """Where the bytes of an image or of an attributes file are stored.
 
     Attributes:
-        path: A local file, a URL that fsspec knows, or a ``pipe:`` command.
+        path: A local file, a URL that fsspec knows, or a ``pipe:`` command; empty where there is none.
         size: Number of bytes; None for a whole file.
         data: The bytes themselves, where they came with a stream.
         copy: Local copy of a file behind a URL, to read from.
@@ -46,21 +44,19 @@ class Location:
         Raises:
             OSError: when the file is missing or has become shorter. Commands are never run here: a path may come from a
                 file that someone else wrote.
-            ClipcidError: when part of a file behind a URL cannot be fetched.
         """
         if self.data is not None:
             return self.data
-        if self.copy is not None and self.size is not None:
-            return self._read_from(_copy_handle(self.copy))
-        if is_pipe(self.path):
+        if self.size is None and not is_pipe(self.path):
+            return _read_whole(self.path)
+        if self.copy is not None:
+            handle = _copy_handle(self.copy)
+        elif is_pipe(self.path):
             raise OSError(f"the output of {self.path} has passed")
-        if is_url(self.path):
-            return read_whole(self.path) if self.size is None else read_range(self.path, self.offset, self.size)
-        if self.size is None:
-            return read_regular(self.path)
-        return self._read_from(_handle(self.path))
-
-    def _read_from(self, handle: _Handle) -> bytes:
+        elif is_url(self.path):
+            return read_remote(self.path, self.offset, self.size)
+        else:
+            handle = _handle(self.path)
         assert self.size is not None, "part of a file"
         data = os.pread(handle.fd, self.size, self.offset)
         if len(data) != self.size:
@@ -74,7 +70,7 @@ class Location:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One image with its captions and classes.
+    """One image with its captions and classes; of a file of texts, a text alone.
 
     Attributes:
         key: Its name, unique in the data set.
@@ -103,56 +99,20 @@ class Sample:
         """Return the sample without the bytes that came with a stream."""
         if self.image.data is None:
             return self
-        return dataclasses.replace(
-            self,
-            image=self.image.without_data(),
-            multi_hot=self.multi_hot and self.multi_hot.without_data(),
-            attributes=self.attributes and self.attributes.without_data(),
-            captions_at=self.captions_at and self.captions_at.without_data(),
-        )
+        parts = {name: getattr(self, name) for name in ("image", "multi_hot", "attributes", "captions_at")}
+        return dataclasses.replace(self, **{name: part and part.without_data() for name, part in parts.items()})
 
 
-class Shard(Protocol):
-    """Some thousands of samples that are read together: a tar, or a slice of a folder or list. Picklable and small."""
+class Unusable(NamedTuple):
+    """What is found in the place of a sample.
 
-    @property
-    def name(self) -> str:
-        """Name of the shard, unique in the data set."""
+    Attributes:
+        reason: Why it is none, of `skips.REASONS`.
+        name: What a user would look for to find it.
+    """
 
-    def samples(self, skips: Skips | None = None) -> list[Sample]:
-        """List its samples in order.
-
-        Args:
-            skips: Counts the samples that are omitted: those without an image or with a key that occurs earlier in the
-                shard.
-        """
-
-    def stream(self, skips: Skips | None = None) -> Iterator[Sample]:
-        """Yield its samples in order while it is read; those of a shard behind a URL or a command come with their bytes.
-
-        Args:
-            skips: As of `samples`; complete once all samples were taken.
-        """
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Describe the shard's content for a sidecar: ``path``, ``size``, ``hash``."""
-
-    @property
-    def source(self) -> str:
-        """Path or URL of the tar, folder or list that it is read from."""
-
-    @property
-    def file(self) -> str:
-        """The file its samples are in, as their locations name it; empty where each image is a file of its own."""
-
-    def stamp(self) -> tuple[int, int]:
-        """Return two numbers that change when the shard does, at the cost of a look at its file's size and time.
-
-        (0, 0) for a file behind a URL, which is not asked for at each start.
-        """
-
-    def split_captions(self, text: bytes) -> tuple[str, ...]:
-        """Return the captions in the text at `Sample.captions_at`."""
+    reason: str
+    name: str
 
 
 def natural_key(text: str) -> tuple[object, ...]:
@@ -187,6 +147,10 @@ def close_copies() -> None:
     _copy_handle.cache_clear()
 
 
-def relative_key(path: Path) -> str:
-    """Return a file's key: its relative path without the suffix, with forward slashes."""
-    return path.with_suffix("").as_posix()
+def _read_whole(path: str) -> bytes:
+    if not is_url(path):
+        return read_regular(path)
+    try:
+        return read_remote(path)
+    except ClipcidError as error:  # one image of a list, not a shard
+        raise OSError(error.message) from error

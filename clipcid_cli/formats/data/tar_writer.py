@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.data.tar_index import Member, group_members, read_members
+from clipcid_cli.formats.data.tars import Member, group_members, read_members
 
 # An archive ends with two empty blocks and is padded to records of twenty, as tar programs write it.
 _END = bytes(2 * 512)

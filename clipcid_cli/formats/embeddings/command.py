@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import command_line
-from clipcid_cli.formats.data.sample_list import Columns
+from clipcid_cli.formats.data.folders_and_lists import Columns
 from clipcid_cli.formats.sidecar import DataSpec, EmbedSidecar
 
 # What a command of `embed` omits.

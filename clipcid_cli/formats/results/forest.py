@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.atomic import atomic_file, write_bytes
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, open_output
 from clipcid_cli.formats.parquet import read_columns
@@ -39,6 +39,11 @@ IntArray = npt.NDArray[np.signedinteger[Any]]
 def forest_path(folder: Path, neighbors: str) -> Path:
     """Return where a forest lies in the folder of `balance`."""
     return folder / f"{_STEPS[neighbors]}.parquet"
+
+
+def row_files_path(folder: Path, neighbors: str) -> Path:
+    """Return where the files lie through which a forest's rows are numbered."""
+    return folder / f"{_STEPS[neighbors]}-rows.parquet"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +81,19 @@ def open_forest(
 
 
 def write_forest(
-    folder: Path, forest: StoredForest, *, inputs: Sequence[FileRecord], seconds: dict[str, float], overwrite: bool
+    folder: Path,
+    forest: StoredForest,
+    row_files: Path,
+    *,
+    inputs: Sequence[FileRecord],
+    seconds: dict[str, float],
+    overwrite: bool,
 ) -> None:
-    """Write ``forest.parquet`` and its sidecar ``forest.json``, or those of another kind.
+    """Write ``forest.parquet``, ``forest-rows.parquet`` and their sidecar ``forest.json``, or those of another kind.
 
     Args:
         folder: The folder of `balance`.
+        row_files: The files through which its rows are numbered, of which it keeps a copy.
         inputs: The embeddings it was made from.
         seconds: Time by phase.
     """
@@ -93,10 +105,12 @@ def write_forest(
                 part = slice(start, start + _ROWS_AT_ONCE)
                 columns = [_wide(forest.a[part]), _wide(forest.b[part]), forest.distance[part]]
                 writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=_ROWS_AT_ONCE)
+        own = row_files_path(output.work, forest.neighbors)
+        write_bytes(own, row_files.read_bytes())
         output.commit(
             counts={"images": forest.num_rows, "edges": len(forest.a)},
             seconds=seconds,
-            outputs=[record(path, output.work)],
+            outputs=[record(each, output.work) for each in (path, own)],
             cutoff=forest.cutoff,
         )
 

@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from clipcid_cli.formats.arrays import map_strings
-from clipcid_cli.formats.data.tar_index import TarShard
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.balance_parts import keep_references
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
+from clipcid_cli.formats.results.row_files import ROW_FILES, write_row_files
 from clipcid_cli.formats.results.sets import CURVE, SET_TABLE, SetTable, write_curve, write_set_table
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
@@ -33,7 +35,15 @@ from clipcid_cli.steps.balance.filters.select import apply_filters
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.report import has_new_pictures, write_report
 from clipcid_cli.steps.balance.result import REPORT, explain_unread, find_warnings, name_files, summarise
-from clipcid_cli.steps.balance.rows import count_skipped, find_embeddings, find_rows, needs_texts, output_identity
+from clipcid_cli.steps.balance.rows import (
+    count_skipped,
+    find_embeddings,
+    find_rows,
+    holds_earlier,
+    list_row_files,
+    needs_texts,
+    output_identity,
+)
 from clipcid_cli.steps.balance.samples import open_for_sizes, require_data
 from clipcid_cli.steps.balance.sections.chains import measure_sets
 from clipcid_cli.steps.balance.sets import Sets, make_sets
@@ -78,13 +88,13 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         cache = None if settings.dry_run else work.fingerprints
         embeddings = open_embeddings(found, settings.keys, settings.npz_array, cache)
         seconds = {"embed": time.perf_counter() - started}
-        data, shards = None, list[TarShard]()
+        data, shards = None, list[Shard]()
         if settings.write_shards is not None:
             data = require_data(settings, embeddings, "--write-shards")
             shards = tar_shards(data, settings.write_shards)
         machine.on_main(lambda: check_uids(settings, embeddings))
         if needs_texts(settings):
-            embeddings.texts()  # refuses those without, before anything is searched
+            embeddings.rows(Kind.TEXTS)  # refuses those without, before anything is searched
         if settings.dry_run:
             open_for_sizes(settings, embeddings)  # refuses unknown data
             planned = plan_references(settings, machine, embeddings, reporter)
@@ -98,16 +108,17 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         identity["clusters"] = None if clusters is None else clusters.identity
         identity["against"] = [[each.name, each.identity] for each in references] or None
         identity["against_threshold"] = settings.reference_distance if references else None
+        fingerprints = machine.on_main(embeddings.fingerprints)
+        may_grow = machine.on_main(lambda: holds_earlier(folder, embeddings, settings.overwrite))
         with claim_output(
             machine,
             folder,
             "balance",
             BalanceSidecar,
             settings=identity,
-            inputs=machine.on_main(embeddings.fingerprints),
+            inputs=fingerprints,
             overwrite=settings.overwrite,
-            may_differ=frozenset(identity),
-            may_grow=True,
+            may_differ=frozenset(identity) | ({"inputs"} if may_grow else set()),
         ) as output:
             finished = output.finished
             if machine.on_main(lambda: has_new_pictures(settings, embeddings, output.finished)):
@@ -149,8 +160,9 @@ def _balance(
     started = time.perf_counter()
     data = open_for_sizes(settings, embeddings)
     machine.on_main(output.start)
+    machine.on_main(lambda: write_row_files(output.work / ROW_FILES, list_row_files(embeddings)))
     machine.on_main(lambda: clear_shared(output.work))
-    rows = find_rows(machine, output.work, embeddings.images(), reporter)
+    rows = find_rows(machine, output.work, embeddings.rows(Kind.IMAGES), reporter)
     seconds["search"] = time.perf_counter() - started
     skips = count_skipped(settings, embeddings, rows, reporter)
     machine.on_main(embeddings.refuse_repeated_keys)
@@ -190,7 +202,7 @@ def _balance(
         output.commit(
             counts={"read": embeddings.num_rows, "used": len(rows), "skipped": result["skipped"]},
             seconds=phases(),
-            outputs=[record(output.work / KEEP_LIST, output.work)],
+            outputs=[record(output.work / name, output.work) for name in (KEEP_LIST, ROW_FILES)],
             embeddings=WorkDirectory(settings.work).name_of(embeddings.folder),
             flags=given_flags(settings),
             pictures=pictures,

@@ -13,10 +13,9 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
-from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.dataset import Dataset, Shard
 from clipcid_cli.formats.data.remote import local_file
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import join, parquet_listing
@@ -37,16 +36,16 @@ _STATS = "_stats.json"
 _STEP = "write-shards"
 
 
-def tar_shards(data: Dataset, target: Path) -> list[TarShard]:
+def tar_shards(data: Dataset, target: Path) -> list[Shard]:
     """Return the shards of the data, which must be tars."""
-    shards = [shard for shard in data.shards if isinstance(shard, TarShard)]
+    shards = [shard for shard in data.shards if shard.rows is None]
     if len(shards) < len(data.shards):
         raise ClipcidError(
             f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
             "Omit it: the keep list names what is kept.",
         )
     for shard in shards:
-        if "://" not in shard.path and _target_of(target, shard).resolve() == Path(shard.path).resolve():
+        if "://" not in shard.source and _target_of(target, shard).resolve() == Path(shard.source).resolve():
             raise ClipcidError(f"--write-shards {target} would overwrite the data itself.", "Give another folder.")
     return shards
 
@@ -54,7 +53,7 @@ def tar_shards(data: Dataset, target: Path) -> list[TarShard]:
 def write_shards(
     machine: Machine,
     data: Dataset,
-    shards: list[TarShard],
+    shards: list[Shard],
     keep: KeepList,
     keep_record: FileRecord,
     target: Path,
@@ -108,7 +107,7 @@ def write_shards(
         machine.on_main(lambda: _finish(output, shards, together, outputs, keep, reporter))
 
 
-def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bool) -> int:
+def _write_shard(shard: Shard, choice: ShardChoice, target: Path, resumed: bool) -> int:
     """Write one shard, unless this run wrote it before it was killed: its statistics are written after it."""
     path, stats_path = _target_of(target, shard), _stats_of(target, shard)
     if resumed:
@@ -117,7 +116,7 @@ def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bo
             if not written or path.is_file():
                 return written
     keys, num_dropped = choice.of(shard)
-    with local_file(shard.path) as source:
+    with local_file(shard.source) as source:
         if keys:
             copied = copy_samples(source, path, keys)
         else:
@@ -126,8 +125,8 @@ def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bo
     if copied.samples < len(keys) or copied.read < len(keys) + num_dropped:
         path.unlink(missing_ok=True)
         raise ClipcidError(
-            f"Shard {shard.path} holds {copied.samples:,} of its {len(keys):,} samples to keep, and {copied.read:,} samples "
-            f"in total, where the keep list has {len(keys) + num_dropped:,}.",
+            f"Shard {shard.source} holds {copied.samples:,} of its {len(keys):,} samples to keep, and {copied.read:,} "
+            f"samples in total, where the keep list has {len(keys) + num_dropped:,}.",
             "It has changed since it was embedded: run clipcid embed and balance again.",
         )
     write_json(stats_path, _describe(copied, num_dropped, choice.keep.has_reasons))
@@ -154,7 +153,7 @@ def _describe(copied: Copied, num_dropped: int, has_reasons: bool) -> dict[str, 
 
 def _finish(
     output: Output[Sidecar],
-    shards: list[TarShard],
+    shards: list[Shard],
     sizes: dict[str, int],
     outputs: list[FileRecord],
     keep: KeepList,
@@ -186,11 +185,11 @@ def _refuse_foreign(target: Path) -> None:
         )
 
 
-def _target_of(target: Path, shard: TarShard) -> Path:
+def _target_of(target: Path, shard: Shard) -> Path:
     return target / f"{shard.name}.tar"
 
 
-def _stats_of(target: Path, shard: TarShard) -> Path:
+def _stats_of(target: Path, shard: Shard) -> Path:
     return target / f"{shard.name}{_STATS}"
 
 
@@ -202,7 +201,7 @@ class ShardChoice:
     not, by the uid in its ``.json``.
     """
 
-    def __init__(self, keep: KeepList, data: Dataset, shards: list[TarShard], folder: Path) -> None:
+    def __init__(self, keep: KeepList, data: Dataset, shards: list[Shard], folder: Path) -> None:
         """Look up the samples where the keep list does not have their shards.
 
         Args:
@@ -216,7 +215,7 @@ class ShardChoice:
         if self._num_rows.keys().isdisjoint(self._numbers):
             self._found = self._look_up(shards, folder)
 
-    def _look_up(self, shards: list[TarShard], folder: Path) -> dict[str, tuple[pa.Array, npt.NDArray[np.int64]]]:
+    def _look_up(self, shards: list[Shard], folder: Path) -> dict[str, tuple[pa.Array, npt.NDArray[np.int64]]]:
         """Return the keys of each shard's n samples, and 1 for those kept, 0 for dropped and −1 for others, int64 [n]."""
         keys, names = list[pa.Array](), list[pa.ChunkedArray]()
         by_uid = is_uid(self.keep.first_key)
@@ -230,7 +229,7 @@ class ShardChoice:
         parts = np.split(kept, ends[:-1])
         return {shard.name: (own, found) for shard, own, found in zip(shards, keys, parts, strict=False)}
 
-    def of(self, shard: TarShard) -> tuple[set[str], int]:
+    def of(self, shard: Shard) -> tuple[set[str], int]:
         """Return the keys, as stored in the tar, of a shard's samples to keep, and how many of its samples to drop."""
         if self._found is None:
             keys = self.keep.kept_of_shard(shard.name)
@@ -242,7 +241,7 @@ class ShardChoice:
         prefix = f"{shard.name}/" if shard.prefix_keys else ""
         return {key.removeprefix(prefix) for key in keys}, num_dropped
 
-    def _list(self, shard: TarShard) -> list[Sample]:
+    def _list(self, shard: Shard) -> list[Sample]:
         index = self._data.index
         if index is None:
             return shard.samples()

@@ -15,6 +15,7 @@ from clipcid_cli.algorithms.kmeans.kmeans import joint_features
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Float16, Rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.skips import Skips
@@ -38,12 +39,12 @@ class Sources:
     @cached_property
     def images(self) -> Rows:
         """Image embeddings."""
-        return self.embeddings.images()
+        return self.embeddings.rows(Kind.IMAGES)
 
     @cached_property
     def texts(self) -> Rows:
         """Captions' embeddings."""
-        return self.embeddings.texts()
+        return self.embeddings.rows(Kind.TEXTS)
 
     @cached_property
     def keys(self) -> Callable[[int], pa.ChunkedArray]:
@@ -124,7 +125,7 @@ class ClusterRows:
 
     def fingerprint(self) -> list[FileRecord]:
         """Describe every input file."""
-        found = self.embeddings.fingerprints(texts=True)
+        found = self.embeddings.fingerprints([Kind.TEXTS])
         return found if self.keep_list is None else [*found, record(self.keep_list)]
 
     def _read(self, rows: Rows, start: int, stop: int) -> Float16:

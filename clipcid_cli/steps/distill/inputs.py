@@ -13,6 +13,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.index import lock_index
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.clusters import TABLE
 from clipcid_cli.formats.results.matched_samples import (
@@ -161,7 +162,7 @@ def _find_samples(
     records = index_of(dataset).records
     content = list(fingerprints)
     if sources.embeddings is not None:
-        content += sources.embeddings.fingerprints(texts=True, extras=("further",))
+        content += sources.embeddings.fingerprints([Kind.TEXTS, Kind.FURTHER])
     if sources.clusters is not None:
         content.append(record(sources.clusters.folder / TABLE))
     identity = {

@@ -14,6 +14,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.index import DataIndex, Part
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.sample_rows import sample_keys
 from clipcid_cli.formats.join import Listing, Values, join, parquet_listing
 from clipcid_cli.formats.results.clusters import TABLE, Clusters
@@ -187,8 +188,8 @@ def _limits(index: DataIndex, sources: Sources) -> dict[str, int]:
     limits, embeddings, clusters = {"places": int(index.sizes.max())}, sources.embeddings, sources.clusters
     if embeddings is not None:
         limits["embeddings"] = embeddings.num_rows
-        if embeddings.has_further_captions:
-            limits["captions"] = len(embeddings.further_captions()) + 1
+        if Kind.FURTHER in embeddings.kinds:
+            limits["captions"] = len(embeddings.rows(Kind.FURTHER)) + 1
     if clusters is not None:
         limits["clusters"] = len(clusters.labels)
     return limits

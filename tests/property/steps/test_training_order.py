@@ -7,7 +7,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.formats.data.dataset import Columns, Dataset
-from clipcid_cli.formats.data.samples import Location, Sample
-from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.samples import Location, Sample, Unusable
+from clipcid_cli.formats.data.shard import Rows, cut
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.batches import BatchOrder
@@ -27,30 +26,27 @@ from clipcid_cli.steps.reporting import SilentReporter
 
 
 @dataclasses.dataclass(frozen=True)
-class ListedShard:
-    """A shard whose samples are given; every fifth has no caption."""
+class ListedRows(Rows):
+    """Slices of given sizes; every fifth sample has no caption."""
 
-    name: str
-    first: int
-    count: int
-    source: str = ""
-    file: str = "none"
+    sizes: tuple[int, ...]
 
-    def samples(self, skips: Skips | None = None) -> list[Sample]:
-        return list(self.stream(skips))
+    def __len__(self) -> int:
+        return len(self.sizes)
 
-    def stream(self, skips: Skips | None = None) -> Iterator[Sample]:
-        for number in range(self.first, self.first + self.count):
-            yield Sample(f"{number:05d}", Location("none"), () if number % 5 == 4 else (f"caption {number}",))
+    def read(self, number: int) -> Iterator[Sample | Unusable]:
+        first = sum(self.sizes[:number])
+        for row in range(first, first + self.sizes[number]):
+            yield Sample(f"{row:05d}", Location("none"), () if row % 5 == 4 else (f"caption {row}",))
 
-    def fingerprint(self) -> dict[str, Any]:
-        return {"path": self.name, "size": self.count, "hash": ""}
+    def stamp(self, number: int) -> tuple[int, int]:
+        return self.sizes[number], sum(self.sizes[:number])
 
-    def stamp(self) -> tuple[int, int]:
-        return self.count, self.first
+    def fingerprint(self, number: int) -> tuple[int, str]:
+        return self.sizes[number], ""
 
-    def split_captions(self, text: bytes) -> tuple[str, ...]:
-        return (text.decode(),)
+    def forget(self) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +57,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_order(root: Path, sizes: list[int], seed: int, batch_size: int, dropped: int) -> tuple[BatchOrder, list[str]]:
     """Make the order of shards of some sizes, without every seventh sample, and list the keys it should hold."""
     folder = Path(tempfile.mkdtemp(dir=root))
-    starts = np.cumsum([0, *sizes])
-    shards = tuple(ListedShard(str(number), int(starts[number]), size) for number, size in enumerate(sizes))
-    dataset = Dataset("none", "list", shards, None, "sample", Columns(), folder / "index")
+    dataset = Dataset("none", "list", cut(ListedRows(tuple(sizes)), "none"), index_folder=folder / "index")
     with open_machine("cpu") as machine:
         dataset = ensure_index(dataset, machine, 0, SilentReporter())
-    numbers = np.arange(starts[-1])
+    numbers = np.arange(sum(sizes))
     kept = numbers % 7 != dropped
     keys = [f"{number:05d}" for number in numbers]
     pq.write_table(pa.table({"key": keys, "kept": kept}), folder / "keep.parquet")

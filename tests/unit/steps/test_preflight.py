@@ -107,7 +107,7 @@ def test_of_remote_data_a_dry_run_looks_at_few_shards_and_a_run_at_none(shards: 
     for prefix, looked_at in (("https://example.org/", 4), ("pipe:cat ", 0)):
         remote = dataclasses.replace(
             dataset,
-            shards=tuple(dataclasses.replace(shard, path=f"{prefix}{shard.file}") for shard in dataset.shards),  # type: ignore[type-var]  # all are tars
+            shards=tuple(dataclasses.replace(shard, source=f"{prefix}{shard.file}") for shard in dataset.shards),
         )
         assert len(choose_order(remote, 0, dry_run=True)) == looked_at
         assert choose_order(remote, 0, dry_run=False) == []

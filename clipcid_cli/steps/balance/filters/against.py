@@ -14,6 +14,7 @@ from clipcid_cli.algorithms.search.nearest_pairs import NearestReference
 from clipcid_cli.algorithms.search.pair_search import CACHE_BYTES, TiledSearch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.balance_parts import ReferenceParts, keep_references
 from clipcid_cli.formats.sidecar import BalanceSidecar
@@ -140,7 +141,7 @@ def _compare(
     reporter: Reporter,
 ) -> None:
     """Find the nearest row of a reference of each unique row, each process in its stretches that are not saved yet."""
-    images, num_rows = reference.embeddings.images(), len(rows)
+    images, num_rows = reference.embeddings.rows(Kind.IMAGES), len(rows)
     kind = row_type(num_rows + len(reference.numbers))
     stretches = _stretches(rows)
     done = machine.on_main(lambda: [parts.read(at) is not None for at in range(len(stretches))])

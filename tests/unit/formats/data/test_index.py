@@ -13,10 +13,12 @@ from conftest import make_caption, make_image, shard_members, write_tar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.data import dataset as dataset_module
 from clipcid_cli.formats.data import index as module
-from clipcid_cli.formats.data import tar_index
+from clipcid_cli.formats.data import tars
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.data.index import SamplePlace
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.reporting import SilentReporter
@@ -75,8 +77,8 @@ def test_it_says_what_a_listing_says_and_later_starts_open_no_shard(
     assert dataset.fingerprints() == plain.fingerprints()
     assert dataset.estimate_samples() == sum(len(shard.samples()) for shard in plain.shards)
     with monkeypatch.context() as patch:
-        patch.setattr(tar_index, "read_members", lambda path: pytest.fail("a tar was listed again"))
-        patch.setattr(tar_index, "check_tar", lambda path: pytest.fail("a tar was opened again"))
+        patch.setattr(tars, "read_members", lambda path: pytest.fail("a tar was listed again"))
+        patch.setattr(dataset_module, "check_tar", lambda path: pytest.fail("a tar was opened again"))
         again = open_dataset(path, index_root=tmp_path / "index", **settings)
         assert again.index == dataset.index
     for number, shard in enumerate(plain.shards):
@@ -120,7 +122,7 @@ def note_listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list to which the names of shards are added as they are listed."""
     listed: list[str] = []
 
-    def note(folder: Path, shard: tar_index.TarShard, *arguments: object) -> object:
+    def note(folder: Path, shard: Shard, *arguments: object) -> object:
         listed.append(shard.name)
         return module.write_part(folder, shard, *arguments)  # type: ignore[arg-type]
 
@@ -186,14 +188,14 @@ def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(
 ) -> None:
     for number in range(2):
         write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
-    stream, touched = tar_index.TarShard.stream, iter(range(1, 100))
+    stream, touched = Shard.stream, iter(range(1, 100))
 
-    def touch(shard: tar_index.TarShard, *arguments: object) -> object:
+    def touch(shard: Shard, *arguments: object) -> object:
         if shard.name == "1" and (time := next(touched)) <= most:
-            os.utime(shard.path, ns=(0, time))
+            os.utime(shard.source, ns=(0, time))
         return stream(shard, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tar_index.TarShard, "stream", touch)
+    monkeypatch.setattr(Shard, "stream", touch)
     most = 2  # once when the data is opened, once when it is listed
     found = indexed(tmp_path / "data", tmp_path / "once").index
     assert found is not None

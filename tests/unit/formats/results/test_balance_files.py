@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.tar_index import TarShard
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.tar_writer import copy_samples, count_samples
 from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
 from clipcid_cli.formats.results.forest import StoredForest, read_forest, write_forest
@@ -211,7 +211,7 @@ def test_samples_are_copied_byte_for_byte(tmp_path: Path, form: int) -> None:
         for member in after.getmembers():
             assert raw_bytes(target, member) == raw_bytes(source, old[member.name])
     assert target.stat().st_size % 10240 == 0
-    assert [sample.key for sample in TarShard("s", str(target)).samples()] == ["x/a", "x/" + "b" * 300, "c"]
+    assert [sample.key for sample in Shard("s", str(target)).samples()] == ["x/a", "x/" + "b" * 300, "c"]
 
 
 def test_copying_everything_gives_the_same_tar(tmp_path: Path) -> None:

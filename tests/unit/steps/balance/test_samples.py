@@ -9,7 +9,7 @@ from balance_data import Listener
 from uid_data import NUM_ROWS, UIDS, write_data
 
 from clipcid_cli.formats.data.dataset import open_dataset
-from clipcid_cli.formats.data.tar_index import TarShard
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.balance.samples import SampleFinder, read_uid
 from clipcid_cli.steps.data_index import ensure_index
@@ -31,7 +31,7 @@ def test_samples_come_from_the_index_where_there_is_one(tmp_path: Path, monkeypa
     def refuse(*_: object) -> None:
         raise AssertionError("a shard was listed")
 
-    monkeypatch.setattr(TarShard, "samples", refuse)
+    monkeypatch.setattr(Shard, "samples", refuse)
     for names in (shards, foreign):
         found = SampleFinder(indexed).find(names, keys)
         assert [None if sample is None else sample.key for sample in found] == [*keys[:4], None, keys[5]]

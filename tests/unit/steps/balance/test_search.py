@@ -13,6 +13,7 @@ from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.forest import ForestPart, ForestParts
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.balance import pairs as set_pairs
@@ -324,7 +325,7 @@ def test_an_interrupted_search_goes_on_with_the_tiles_left(
 
     def find(reporter: Listener) -> Any:
         with open_machine("cpu") as machine:
-            survey = find_rows(machine, tmp_path, open_embeddings(embeddings).images(), reporter)
+            survey = find_rows(machine, tmp_path, open_embeddings(embeddings).rows(Kind.IMAGES), reporter)
             forest, _ = forest_search.find_forest(
                 machine, tmp_path, survey, [], cutoff=0.8, num_edges=0, precision="fp32", reporter=reporter
             )
@@ -365,7 +366,7 @@ def test_a_part_that_is_lost_between_two_stops_is_searched_again(
 
         monkeypatch.setattr(cut_small, "search_tile", count)
         with open_machine("cpu") as machine:
-            survey = find_rows(machine, tmp_path, open_embeddings(embeddings).images(), Listener())
+            survey = find_rows(machine, tmp_path, open_embeddings(embeddings).rows(Kind.IMAGES), Listener())
             return forest_search.find_forest(
                 machine, tmp_path, survey, [], cutoff=0.8, num_edges=0, precision="fp32", reporter=Listener()
             )[0]

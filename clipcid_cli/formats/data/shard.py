@@ -1,0 +1,110 @@
+"""Shards: some thousands of samples that are read together, whatever they are stored in."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+from clipcid_cli.formats.data.remote import describe_file, is_remote
+from clipcid_cli.formats.data.samples import Sample, Unusable
+from clipcid_cli.formats.data.tars import fingerprint_tar, read_tar
+from clipcid_cli.formats.skips import Skips
+
+
+class Rows(ABC):
+    """What names samples that are in no tar: a folder of images, a list, a file of texts; in slices, small when pickled."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of slices."""
+
+    @abstractmethod
+    def read(self, number: int) -> Iterator[Sample | Unusable]:
+        """Yield the samples of a slice, and the rows that are none."""
+
+    @abstractmethod
+    def stamp(self, number: int) -> tuple[int, int]:
+        """Return two numbers that change when a slice does."""
+
+    @abstractmethod
+    def fingerprint(self, number: int) -> tuple[int, str]:
+        """Return the size of a slice and a hash of its content."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Give up what is held of the rows: it is read again when it is needed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A tar of a webdataset, or a slice of a folder, a list or a file of texts. Picklable and small.
+
+    Attributes:
+        name: Unique in the data set: a tar's name without ``.tar``, after folders where names repeat; a slice's number.
+        source: The tar, its URL, or a ``pipe:`` command whose output it is; the folder, list or file of texts.
+        rows: What a slice is of; None of a tar.
+        number: Number of the slice.
+        prefix_keys: Whether keys begin with the shard's name.
+        caption_lines: Whether each line of a ``.txt`` in a tar is a caption of its own, as in CLIP_benchmark's folders.
+    """
+
+    name: str
+    source: str
+    rows: Rows | None = None
+    number: int = 0
+    prefix_keys: bool = False
+    caption_lines: bool = False
+
+    @property
+    def file(self) -> str:
+        """The file its samples are in, as their locations name it; empty where each image is a file of its own."""
+        return self.source if self.rows is None else ""
+
+    def samples(self, skips: Skips | None = None) -> list[Sample]:
+        """List its samples as `stream` yields them, without their bytes."""
+        return [sample.without_data() for sample in self.stream(skips)]
+
+    def stream(self, skips: Skips | None = None) -> Iterator[Sample]:
+        """Yield its samples in order while it is read; those of a shard behind a URL or a command come with their bytes.
+
+        Args:
+            skips: Counts the samples that are omitted: those without an image or with a key that occurs earlier. Complete
+                once all samples were taken.
+        """
+        if self.rows is None:
+            found = read_tar(self.source, self.name, caption_lines=self.caption_lines)
+        else:
+            found = self.rows.read(self.number)
+        for sample in found:
+            if isinstance(sample, Sample):
+                yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
+            elif skips is not None:
+                skips.add(sample.reason, sample.name)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describe the shard's content for a sidecar: ``path``, ``size``, ``hash``."""
+        if self.rows is not None:
+            size, content = self.rows.fingerprint(self.number)
+            return {"path": f"{self.source}#{self.name}", "size": size, "hash": content}
+        return describe_file(self.source) if is_remote(self.source) else fingerprint_tar(self.source)
+
+    def stamp(self) -> tuple[int, int]:
+        """Return two numbers that change when the shard does, at the cost of a look at its file's size and time.
+
+        (0, 0) for a file that is gone or behind a URL, which is not asked for at each start.
+        """
+        if self.rows is not None:
+            return self.rows.stamp(self.number)
+        try:
+            found = os.stat(self.source)
+        except OSError:
+            return 0, 0
+        return found.st_size, found.st_mtime_ns
+
+
+def cut(rows: Rows, source: str, *, prefix_keys: bool = False) -> tuple[Shard, ...]:
+    """Return the slices of rows as shards."""
+    return tuple(Shard(f"{number:05d}", source, rows, number, prefix_keys) for number in range(len(rows)))

@@ -1,0 +1,274 @@
+"""Tar shards: the place of each member, read from the headers alone, so that any sample is one read away."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.remote import RemoteFile, is_pipe, is_remote
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample, Unusable
+from clipcid_cli.formats.reading import open_regular
+
+_BLOCK = tarfile.BLOCKSIZE
+_READ = 16 * _BLOCK  # a header, and often the small members after it, in one read
+_READ_REMOTE = 2**17
+_WINDOW = 2**16
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
+_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext, without the 0.2 s of its import
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset reserves
+_CLASS = re.compile(rb"[+-]?[0-9]{1,9}")
+_SIZE = re.compile(rb"\x80.*|[ ]*[0-7]*[ ]*(\0.*)?", re.DOTALL)  # GNU's binary form of a large number, or octal digits
+_EXTENSIONS = b"xXgLK"  # types of headers that say more of the next member
+_LARGEST_EXTENSION = 2**20  # bytes of a long name or of pax records; real ones have a few hundred
+_FIX = "Make the shard again, or remove it from the data."
+
+
+class Member(NamedTuple):
+    """A regular file in a tar.
+
+    Attributes:
+        offset: First byte of its content.
+        size: Bytes of its content.
+        start: First byte of its headers, including those of a long name.
+        data: Its content, where it was read from a stream.
+    """
+
+    name: str
+    offset: int
+    size: int
+    start: int
+    data: bytes | None = None
+
+    @property
+    def end(self) -> int:
+        """First byte after its content and padding."""
+        return self.offset + -(-self.size // _BLOCK) * _BLOCK
+
+
+class _DamageError(Exception):
+    def __init__(self, position: int, reason: str) -> None:
+        super().__init__(reason)
+        self.position = position
+
+
+class _Header(tarfile.TarInfo):
+    """A header that is checked before it is believed: tarfile takes a damaged one for the end of the tar."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        header = super().frombuf(buf, encoding, errors)
+        field = bytes(buf[124:136])
+        if not _SIZE.fullmatch(field):
+            raise tarfile.HeaderError(f"{field!r} is not a size")
+        if bytes(header.type) in _EXTENSIONS and header.size > _LARGEST_EXTENSION:
+            raise tarfile.HeaderError(f"its extended header has {header.size:,} bytes")
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
+        assert tar.fileobj is not None
+        position = tar.fileobj.tell()
+        try:
+            header = super().fromtarfile(tar)
+            size = header.pax_headers.get("size", "0")
+            if not (size.isascii() and size.isdigit()):
+                raise tarfile.HeaderError(f"{size[:40]!r} is not a size")
+            if "\0" in header.name:
+                raise tarfile.HeaderError("its pax record is broken")
+        except (_DamageError, ClipcidError, OSError):
+            raise
+        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]  # the end
+            raise
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise _DamageError(position, f"there is no tar header: {error}") from error
+        except Exception as error:  # what tarfile's arithmetic makes of numbers that lie
+            raise _DamageError(position, str(error)) from error
+        return header
+
+
+def read_members(path: str | Path) -> Iterator[Member]:
+    """List the regular files of a tar, in order, from its headers; of a URL or a command, with their content.
+
+    Understands POSIX (ustar, pax) and GNU long names, as Python, GNU tar and bsdtar write them. A header that is damaged, a
+    member that extends beyond the end of the file and a sparse one are errors.
+    """
+    path, name = str(path), ""
+    with _open(path) as file:
+        raw = file.raw
+        end = None if isinstance(raw, RemoteFile) else os.fstat(file.fileno()).st_size
+        try:
+            tar = tarfile.TarFile(path, fileobj=file, tarinfo=_Header, encoding="utf-8", errors="surrogateescape")
+            while (header := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte a member
+                name = header.name
+                end = raw.size if isinstance(raw, RemoteFile) else end
+                if header.issparse() or any(key.startswith("GNU.sparse.") for key in header.pax_headers):
+                    raise ClipcidError(
+                        f"Shard {path} holds {name} as a sparse file, whose content is stored in pieces.",
+                        "Make the shard again without tar's --sparse.",
+                    )
+                if not header.isreg():
+                    continue
+                member = Member(name, header.offset_data, header.size, header.offset)
+                # Content is padded to whole blocks, so a tar may also be truncated within the padding.
+                if end is not None and member.end > end:
+                    raise ClipcidError(
+                        f"Shard {path} is truncated: {name} should end at byte {member.end:,}, the file has {end:,}.",
+                        "Copy or download it again, or remove it from the data.",
+                    )
+                if isinstance(raw, RemoteFile):  # a stream does not come back to it
+                    member = member._replace(data=file.read(member.size))
+                    if len(member.data or b"") < member.size:
+                        raise tarfile.ReadError("unexpected end of data")
+                yield member
+            if isinstance(raw, RemoteFile):
+                raw.drain()
+        except _DamageError as error:
+            where = f"{error.position:,}" if end is None else f"{error.position:,} of {end:,}"
+            raise ClipcidError(f"Shard {path} is damaged at byte {where}: {error}.", _FIX) from error
+        except tarfile.ReadError as error:
+            problem = f"is truncated: it ends within {name}" if name else "is empty: 0 bytes"
+            raise ClipcidError(f"Shard {path} {problem}.", _FIX) from error
+
+
+def check_tar(path: Path) -> None:
+    """Check that a tar is complete, at the cost of reading its first and last block.
+
+    All headers are read only if it does not end with the usual two empty blocks.
+    """
+    with _open(str(path)) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(_BLOCK)
+        file.seek(max(0, size - 2 * _BLOCK))
+        tail = file.read()
+    if size == 0:
+        raise ClipcidError(f"Shard {path} is empty: 0 bytes.", _FIX)
+    for magic, form in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise ClipcidError(
+                f"Shard {path} is compressed ({form}), so samples cannot be read from it one by one.",
+                "Unpack it to a plain .tar first; compression does not make images smaller.",
+            )
+    try:
+        if any(head):
+            tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise ClipcidError(f"Shard {path} is not a tar file.", _FIX) from error
+    if size % _BLOCK or any(tail):
+        for _ in read_members(path):
+            pass
+
+
+def fingerprint_tar(path: str) -> dict[str, Any]:
+    """Describe a local tar by its size, and a hash of that and of windows of 64 KiB at its head, middle and tail."""
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+        for start in (0, max(0, (size - _WINDOW) // 2), max(0, size - _WINDOW)):
+            file.seek(start)
+            digest.update(file.read(_WINDOW))
+    return {"path": path, "size": size, "hash": f"blake2b-sampled:{digest.hexdigest()}"}
+
+
+def group_members(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
+    """Group consecutive members of one key: names that agree up to the first dot, as in webdataset."""
+    current: str | None = None
+    group: list[Member] = []
+    for member in members:
+        found = None if _META.match(member.name) else _KEY.match(member.name)
+        if found is None:
+            continue
+        key = found[1]
+        if key != current:
+            if current is not None:
+                yield current, group
+            current, group = key, []
+        group.append(member)
+    if current is not None:
+        yield current, group
+
+
+def read_tar(path: str, name: str, *, caption_lines: bool) -> Iterator[Sample | Unusable]:
+    """Yield the samples of a tar in order, and what is none: a key without an image, or one that occurs earlier.
+
+    What is behind a URL or a command is read once, and the samples come with their bytes. Of a local file only the headers
+    and captions are read.
+
+    Args:
+        path: A local tar, its URL, or a ``pipe:`` command whose output it is.
+        name: Name of the shard, for errors.
+        caption_lines: As of `split_captions`.
+    """
+
+    def locate(member: Member | None) -> Location | None:
+        return None if member is None else Location(path, member.offset, member.size, member.data)
+
+    seen: set[str] = set()
+    for key, members in group_members(read_members(path)):
+        files: dict[str, Member] = {}
+        for member in members:  # of two with the same suffix the first counts
+            files.setdefault(member.name.rpartition("/")[2].partition(".")[2].lower(), member)
+        image = locate(next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None))
+        if key in seen or image is None:
+            yield Unusable("duplicate_key" if key in seen else "no_image", f"{name}/{key}")
+            seen.add(key)
+            continue
+        seen.add(key)
+        text = locate(files.get("txt"))
+        yield Sample(
+            key=key,
+            image=image,
+            captions=() if text is None else split_captions(_read(text), a_line_each=caption_lines),
+            label=_read_label(locate(files.get("cls")), f"{name}/{key}"),
+            multi_hot=locate(files.get("npy")),
+            attributes=locate(files.get("json")),
+            # A command's output passes, so that its captions are to be kept in the index.
+            captions_at=None if is_pipe(path) else text,
+        )
+
+
+def split_captions(text: bytes, *, a_line_each: bool) -> tuple[str, ...]:
+    """Return the captions in a ``.txt``: the whole of it, or one a line, as in CLIP_benchmark's folders."""
+    whole = text.decode("utf-8", errors="replace")
+    captions = whole.splitlines() if a_line_each else [whole]
+    return tuple(caption.strip() for caption in captions if caption.strip())
+
+
+def _read(location: Location) -> bytes:
+    try:
+        return location.read()
+    except OSError as error:
+        raise ClipcidError(f"Shard {location.path} cannot be read: {error.strerror or error}.", _FIX) from error
+
+
+def _read_label(location: Location | None, where: str) -> int | None:
+    if location is None:
+        return None
+    text = _read(location).strip()
+    if not _CLASS.fullmatch(text):
+        raise ClipcidError(
+            f"The .cls of sample {where} contains {text[:40]!r}, not the number of a class.",
+            "Write one integer, from 0 to 999,999,999.",
+        )
+    return int(text)
+
+
+@contextmanager
+def _open(path: str) -> Iterator[Any]:
+    """Open a tar; whatever the system refuses within the block becomes one error."""
+    try:
+        raw = RemoteFile(path) if is_remote(path) else open_regular(path)
+        with io.BufferedReader(raw, _READ_REMOTE if is_remote(path) else _READ) as file:  # type: ignore[type-var]
+            yield file
+    except OSError as error:
+        raise ClipcidError(
+            f"Shard {path} cannot be read: {error.strerror or error}.", "Check the path and its permissions."
+        ) from error

@@ -1,0 +1,135 @@
+"""Texts without images: a file with a text a line, read in slices of as many texts as a file of embeddings has rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple, cast
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.samples import Location, Sample, Unusable
+from clipcid_cli.formats.data.shard import Rows, cut
+from clipcid_cli.formats.reading import reading_from
+
+TEXTS_A_SHARD = 65_536
+LONGEST_LINE = 8_192
+"""Characters of a text; a tokenizer reads no more of one."""
+
+_MOST_BYTES = 4 * LONGEST_LINE + 8  # of a line that is long enough, whatever its letters
+_GIVE = "Give --texts a file with a text a line."
+
+
+class _Place(NamedTuple):
+    byte: int = 0
+    line: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _TextLines(Rows):
+    """The lines of a file that are not empty.
+
+    Attributes:
+        bounds: Where each slice begins, and where the last ends.
+        total: Number of texts.
+    """
+
+    path: Path
+    bounds: tuple[_Place, ...]
+    total: int
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def read(self, number: int) -> Iterator[Sample | Unusable]:
+        start, end = self.bounds[number : number + 2]
+        row = number * TEXTS_A_SHARD
+        for text, place in _read_lines(self.path, start):
+            if text:
+                yield Sample(str(row), Location(""), (text,))
+                row += 1
+            else:
+                yield Unusable("empty_line", f"line {place.line:,}")
+            if place.byte >= end.byte:
+                return
+
+    def forget(self) -> None:
+        """Hold nothing."""
+
+    def stamp(self, number: int) -> tuple[int, int]:
+        found = self.path.stat()
+        return found.st_size, found.st_mtime_ns
+
+    def fingerprint(self, number: int) -> tuple[int, str]:
+        start, end = self.bounds[number : number + 2]
+        with _open(self.path, start) as file:
+            content = file.read(end.byte - start.byte)
+        return len(content), f"blake2b:{hashlib.blake2b(content, digest_size=16).hexdigest()}"
+
+
+def check_texts(path: Path) -> None:
+    """Look at a file of texts, as far as the first text."""
+    empty = 0
+    for text, end in _read_lines(path, _Place()):
+        if text:
+            return
+        empty = end.line
+    raise ClipcidError(f"{path} holds no text: it has {empty:,} lines, all empty.", _GIVE)
+
+
+def open_texts(path: Path) -> Dataset:
+    """Open a file of texts: samples with a caption and no image, whose keys are the numbers of the texts from 0.
+
+    All of it is read once: lines must be UTF-8, hold no NUL and be no longer than `LONGEST_LINE`.
+    """
+    check_texts(path)
+    bounds, total, place = [_Place()], 0, _Place()
+    for text, end in _read_lines(path, _Place()):
+        if text and total and not total % TEXTS_A_SHARD:
+            bounds.append(place)
+        total, place = total + bool(text), end
+    rows = _TextLines(path, (*bounds, place), total)
+    return Dataset(str(path), "texts", cut(rows, str(path)))
+
+
+@contextmanager
+def _open(path: Path, start: _Place) -> Iterator[IO[bytes]]:
+    with (
+        reading_from(path, "a text file", _GIVE) as file,
+        io.BufferedReader(cast(io.RawIOBase, file)) as lines,  # `reading_from` opens it unbuffered
+    ):
+        lines.seek(start.byte)
+        yield lines
+
+
+def _read_lines(path: Path, start: _Place) -> Iterator[tuple[str, _Place]]:
+    """Yield each line, stripped, and where it ends."""
+    place, number = start
+    with _open(path, start) as lines:
+        while line := lines.readline(_MOST_BYTES):
+            place, number = place + len(line), number + 1
+            yield _decode(path, number, line), _Place(place, number)
+
+
+def _decode(path: Path, number: int, line: bytes) -> str:
+    if b"\0" in line:
+        raise ClipcidError(f"{path}, line {number:,}, holds a NUL character.", "Remove it: a text has none.")
+    try:
+        text = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").decode().strip()
+    except UnicodeDecodeError as error:
+        if len(line) < _MOST_BYTES:
+            raise ClipcidError(
+                f"{path}, line {number:,}, is not UTF-8: byte {error.start + 1} is {line[error.start]:#04x}.",
+                "Save the file as UTF-8.",
+            ) from error
+        text = ""  # cut within a letter
+    if len(line) == _MOST_BYTES or len(text) > LONGEST_LINE:
+        raise ClipcidError(
+            f"{path}, line {number:,}, is longer than {LONGEST_LINE:,} characters.",
+            "Give a text a line: a model reads some 300 characters of one.",
+        )
+    return text
