@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, Columns, ImageFolder, ImageList
+from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, Columns, Images
 from clipcid_cli.formats.data.index import DataIndex, index_identity, open_index, repeated_key
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
 from clipcid_cli.formats.data.samples import Location, Sample, natural_key
@@ -127,7 +127,7 @@ def open_dataset(
     prefix_keys = keys == "shard"
     classes: tuple[str, ...] | None = None
     if spec.lower().endswith(LIST_SUFFIXES):
-        kind, shards = "list", cut(ImageList(spec, columns), spec, prefix_keys=prefix_keys)
+        kind, shards = "list", cut(Images(spec, columns), spec, prefix_keys=prefix_keys)
     elif (tars := _find_tars(spec)) is not None:
         kind = "benchmark" if _is_benchmark(spec) else "webdataset"
         names = zip(_name_tars(tars), tars, strict=True)
@@ -135,8 +135,8 @@ def open_dataset(
             Shard(name, tar, prefix_keys=prefix_keys, caption_lines=kind == "benchmark") for name, tar in names
         )
     else:
-        folder = ImageFolder(spec)
-        kind, shards, classes = "images", cut(folder, spec, prefix_keys=prefix_keys), tuple(folder.labels) or None
+        kind, folder = "images", Images(spec)
+        shards, classes = cut(folder, spec, prefix_keys=prefix_keys), folder.class_names
         if not shards:
             raise ClipcidError(f"{spec} contains no .tar shard and no image.", _explain_subfolders(Path(spec)))
     dataset = Dataset(spec, kind, shards, classes, keys, columns)

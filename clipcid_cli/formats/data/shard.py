@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from clipcid_cli.formats.data.remote import describe_file, is_remote
-from clipcid_cli.formats.data.samples import Sample, Unusable
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.tars import fingerprint_tar, read_tar
 from clipcid_cli.formats.skips import Skips
 
@@ -22,8 +22,8 @@ class Rows(ABC):
         """Return the number of slices."""
 
     @abstractmethod
-    def read(self, number: int) -> Iterator[Sample | Unusable]:
-        """Yield the samples of a slice, and the rows that are none."""
+    def read(self, number: int, skips: Skips) -> Iterator[Sample]:
+        """Yield the samples of a slice, and count the rows that are none."""
 
     @abstractmethod
     def stamp(self, number: int) -> tuple[int, int]:
@@ -74,15 +74,13 @@ class Shard:
             skips: Counts the samples that are omitted: those without an image or with a key that occurs earlier. Complete
                 once all samples were taken.
         """
+        skips = Skips() if skips is None else skips
         if self.rows is None:
-            found = read_tar(self.source, self.name, caption_lines=self.caption_lines)
+            found = read_tar(self.source, self.name, skips, caption_lines=self.caption_lines)
         else:
-            found = self.rows.read(self.number)
+            found = self.rows.read(self.number, skips)
         for sample in found:
-            if isinstance(sample, Sample):
-                yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
-            elif skips is not None:
-                skips.add(sample.reason, sample.name)
+            yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe the shard's content for a sidecar: ``path``, ``size``, ``hash``."""

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import RemoteFile, is_pipe, is_remote
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample, Unusable
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample
 from clipcid_cli.formats.reading import open_regular
+from clipcid_cli.formats.skips import Skips
 
 _BLOCK = tarfile.BLOCKSIZE
 _READ = 16 * _BLOCK  # a header, and often the small members after it, in one read
@@ -196,15 +197,16 @@ def group_members(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]
         yield current, group
 
 
-def read_tar(path: str, name: str, *, caption_lines: bool) -> Iterator[Sample | Unusable]:
-    """Yield the samples of a tar in order, and what is none: a key without an image, or one that occurs earlier.
+def read_tar(path: str, name: str, skips: Skips, *, caption_lines: bool) -> Iterator[Sample]:
+    """Yield the samples of a tar in order: consecutive members whose names agree up to the first dot, as in webdataset.
 
     What is behind a URL or a command is read once, and the samples come with their bytes. Of a local file only the headers
     and captions are read.
 
     Args:
         path: A local tar, its URL, or a ``pipe:`` command whose output it is.
-        name: Name of the shard, for errors.
+        name: Name of the shard, for errors and `skips`.
+        skips: Counts the keys that are left out: without an image, or that occur earlier.
         caption_lines: As of `split_captions`.
     """
 
@@ -218,7 +220,7 @@ def read_tar(path: str, name: str, *, caption_lines: bool) -> Iterator[Sample | 
             files.setdefault(member.name.rpartition("/")[2].partition(".")[2].lower(), member)
         image = locate(next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None))
         if key in seen or image is None:
-            yield Unusable("duplicate_key" if key in seen else "no_image", f"{name}/{key}")
+            skips.add("duplicate_key" if key in seen else "no_image", f"{name}/{key}")
             seen.add(key)
             continue
         seen.add(key)
