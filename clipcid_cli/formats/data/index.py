@@ -41,22 +41,21 @@ PARTS_KEPT = 48
 """Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB."""
 
 _VERSION = 3
+_EXTENT = pa.struct([("offset", pa.int64()), ("size", pa.int64())])  # a size of `_WHOLE` is that of a whole file
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("path", pa.string()),  # of the image; null where it is the shard's own file
-        ("offset", pa.int64()),
-        ("size", pa.int64()),  # −1 for a whole file
+        ("image", _EXTENT),
         ("captions", pa.list_(pa.string())),  # null where they are read from the shard's file
-        ("captions_offset", pa.int64()),
-        ("captions_size", pa.int64()),
+        ("captions_at", _EXTENT),
         ("num_captions", pa.int32()),
-        ("attributes_offset", pa.int64()),
-        ("attributes_size", pa.int64()),  # −1 where there are none
+        ("attributes", _EXTENT),
     ]
 )
+_READ = ("key", "path", "image", "captions", "captions_at", "attributes")
+_WHOLE = -1
 _RECORD = b"clipcid"  # of the part's schema
-_NOWHERE = Location("", 0, -1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,39 +90,30 @@ class Part:
     """
 
     def __init__(self, table: pa.Table) -> None:
-        self.keys, self._paths, self._captions = (table[name] for name in ("key", "path", "captions"))
+        self._table = table
+        self.keys: pa.ChunkedArray = table["key"]
         self.num_captions: npt.NDArray[np.int32] = table["num_captions"].to_numpy()
-        self._image, self._text, self._attributes = (
-            (table[f"{prefix}offset"].to_numpy(), table[f"{prefix}size"].to_numpy())
-            for prefix in ("", "captions_", "attributes_")
-        )
 
     def __len__(self) -> int:
-        return len(self.num_captions)
+        return len(self._table)
 
-    def sample(self, place: int, shard: Shard | None, copy: ShardCopy | None = None) -> Sample:
-        """Return a sample by its place in the shard; see `DataIndex.sample`.
+    def sample(self, place: int, shard: Shard | None, copy: ShardCopy | None) -> Sample:
+        """Return a sample; see `PartSource`."""
+        row = {name: self._table[name][place].as_py() for name in _READ}
+        file = "" if shard is None else shard.file
 
-        Args:
-            shard: The shard; None will do where each image is a file of its own.
-        """
-        own, path = Location("" if shard is None else shard.file, copy=copy), self._paths[place].as_py()
-        captions = self._captions[place].as_py()
+        def locate(extent: dict[str, int]) -> Location:
+            return Location(file, extent["offset"], extent["size"], copy=copy)
+
+        image = locate(row["image"])
+        if row["path"] is not None:
+            image = Location(row["path"], image.offset, None if image.size == _WHOLE else image.size)
+        captions = row["captions"]
         if captions is None:
             assert shard is not None, "captions are in the shard's own file"
-            text = _part_of(own, self._text, place).read()
-            captions = split_captions(text, a_line_each=shard.caption_lines)
-        return Sample(
-            key=self.keys[place].as_py(),
-            image=_part_of(own if path is None else Location(path), self._image, place),
-            captions=tuple(captions),
-            attributes=_part_of(own, self._attributes, place) if self._attributes[1][place] >= 0 else None,
-        )
-
-
-def _part_of(file: Location, extents: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], place: int) -> Location:
-    offset, size = (int(values[place]) for values in extents)
-    return Location(file.path, offset, None if size < 0 else size, copy=file.copy)
+            captions = split_captions(locate(row["captions_at"]).read(), a_line_each=shard.caption_lines)
+        attributes = row["attributes"] and locate(row["attributes"])
+        return Sample(row["key"], image, tuple(captions), attributes=attributes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +134,14 @@ class PartSource:
         """Return the part, read or as this process holds it."""
         return _read_part(self.path, self.digest)
 
+    def sample(self, place: int) -> Sample:
+        """Return a sample by its place in the shard; captions that are in the shard's file are read from it.
+
+        Raises:
+            OSError: when the shard's file is gone or shorter than it was.
+        """
+        return self.read().sample(place, self.shard, self.copy)
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplePlace:
@@ -158,9 +156,9 @@ class SamplePlace:
         return str(self.source.read().keys[self.place])
 
     def read(self) -> Sample:
-        """Return the sample; see `DataIndex.sample`."""
+        """Return the sample."""
         try:
-            return self.source.read().sample(self.place, self.source.shard, self.source.copy)
+            return self.source.sample(self.place)
         except OSError as error:
             file = self.source.path if self.source.shard is None else self.source.shard.file
             raise ClipcidError(
@@ -199,12 +197,8 @@ class DataIndex:
         return self.source(number).read()
 
     def sample(self, number: int, place: int) -> Sample:
-        """Return a sample by its shard and its place there; captions that are in the shard's file are read from it.
-
-        Raises:
-            OSError: when the shard's file is gone or shorter than it was.
-        """
-        return self.part(number).sample(place, self.shards[number], self._copy(number))
+        """Return a sample by its shard and its place there; see `PartSource.sample`."""
+        return self.source(number).sample(place)
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Copy shards to the cache in the background, in order; see `ShardCache.fetch_ahead`."""
@@ -225,17 +219,14 @@ def index_identity(kind: str, settings: dict[str, Any]) -> str:
     return _identity([_VERSION, kind, settings])
 
 
-def write_part(
-    folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequence[Sample], read: int, skips: Skips
-) -> None:
+def write_part(folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequence[Sample], skips: Skips) -> None:
     """Write down what the listing of one shard found, whole or not at all.
 
     Args:
         stamp: The shard's stamp before it was listed, so that a change meanwhile is noticed.
         samples: What `shard.samples(skips)` returned.
-        read: Samples looked at.
     """
-    captioned = sum(bool(sample.captions) for sample in samples)
+    captioned, read = sum(bool(sample.captions) for sample in samples), len(samples) + skips.total
     record = IndexedShard(len(samples), captioned, read, skips, stamp, shard.fingerprint())
     try:
         table = pa.Table.from_pylist([_to_row(sample, shard.file) for sample in samples], _SCHEMA)
@@ -251,18 +242,19 @@ def write_part(
 
 
 def _to_row(sample: Sample, file: str) -> dict[str, Any]:
-    text, attributes = sample.captions_at or _NOWHERE, sample.attributes or _NOWHERE
+    def extent(location: Location | None) -> dict[str, int] | None:
+        if location is None:
+            return None
+        return {"offset": location.offset, "size": _WHOLE if location.size is None else location.size}
+
     return {
         "key": sample.key,
         "path": None if sample.image.path == file else sample.image.path,
-        "offset": sample.image.offset,
-        "size": -1 if sample.image.size is None else sample.image.size,
+        "image": extent(sample.image),
         "captions": None if sample.captions_at is not None else sample.captions,
-        "captions_offset": text.offset,
-        "captions_size": text.size,
+        "captions_at": extent(sample.captions_at),
         "num_captions": len(sample.captions),
-        "attributes_offset": attributes.offset,
-        "attributes_size": attributes.size,
+        "attributes": extent(sample.attributes),
     }
 
 

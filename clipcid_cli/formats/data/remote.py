@@ -54,107 +54,112 @@ def is_remote(spec: str) -> bool:
 
 
 class RemoteFile(io.RawIOBase):
-    """The bytes behind a URL, or the output of a command.
+    """The bytes behind a URL, in requests of `_REQUEST` each, which are repeated where the connection breaks.
 
-    A connection that breaks is opened again where it broke, after a pause. Servers that send no ranges, and commands, then
-    start over, and what was read before is passed over, as what lies before a place that is sought.
+    Of a server that sends no ranges the whole file is held.
 
     Attributes:
-        size: Number of bytes, known from the first read on; None where the server or a command does not tell.
+        size: Number of bytes; None where the server does not tell.
     """
 
-    def __init__(self, path: str) -> None:
-        self.size: int | None = None
-        self._path, self._in_ranges = path, not is_pipe(path)
-        self._file: Any = None
-        self._place = self._wanted = 0  # of the connection, and where the next byte is to come from
+    def __init__(self, url: str) -> None:
+        found = _read_info(url).get("size")
+        self.size = None if found is None else int(found)
+        self._url, self._place = url, 0
+        self._start, self._held = 0, b""  # what the last request gave
 
     def readable(self) -> bool:
         """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Return True; but of a command's output only what is to come is near."""
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Choose where the next byte comes from, by its offset from the first or from the next byte."""
-        self._wanted = offset + (self._wanted if whence == io.SEEK_CUR else 0)
-        return self._wanted
-
-    def tell(self) -> int:
-        """Return the offset of the next byte."""
-        return self._wanted
+        self._place = offset + (self._place if whence == io.SEEK_CUR else 0)
+        return self._place
 
     def readinto(self, buffer: Any) -> int:
         """Read some bytes; none at the end alone."""
-        part = _retry(self._path, partial(self._read_once, len(buffer)), self._disconnect)
+        at = self._place - self._start
+        if not 0 <= at < len(self._held) and (self.size is None or self._place < self.size):
+            end = self._place + _REQUEST if self.size is None else min(self._place + _REQUEST, self.size)
+            self._held = _fetch(self._url, self._place, end, is_whole=self.size is not None)
+            self._start = 0 if len(self._held) > end - self._place else self._place  # the server sends no ranges
+            if self.size is None and len(self._held) != _REQUEST:
+                self.size = self._start + len(self._held)
+            at = self._place - self._start
+        part = self._held[at : at + len(buffer)]
         buffer[: len(part)] = part
+        self._place += len(part)
         return len(part)
 
-    def drain(self) -> None:
-        """Take what is left of a command's output, and learn whether the command failed."""
-        while is_pipe(self._path) and self.read(_COPY):
-            pass
+
+class CommandOutput(io.RawIOBase):
+    """What a ``pipe:`` command writes. A command that fails is run again, and what was read before is passed over."""
+
+    size = None
+
+    def __init__(self, command: str) -> None:
+        self._command, self._place = command, 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True: one may pass over what is to come."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Pass over bytes, up to an offset from the first or from the next byte."""
+        ahead = offset - (self._place if whence == io.SEEK_SET else 0)
+        if ahead < 0:
+            raise io.UnsupportedOperation("the output of a command has passed")
+        while ahead and (part := self.read(min(ahead, _COPY))):
+            ahead -= len(part)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """Read some bytes; none at the end alone, where the command has ended well."""
+        data = _retry(self._command, partial(self._read_once, len(buffer)), self._end)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
 
     def close(self) -> None:
-        """Close the connection, or end the command."""
-        self._disconnect()
+        """End the command."""
+        self._end()
         super().close()
 
-    def _disconnect(self) -> None:
-        file, self._file = self._file, None
-        with contextlib.suppress(Exception):  # what a broken connection or an ended command says of itself
-            if isinstance(file, subprocess.Popen):
-                file.terminate()
-                file.communicate()
-            elif file is not None:
-                file.close()
-
     def _read_once(self, size: int) -> bytes:
-        if self._file is not None and self._wanted < self._place and not self._in_ranges:
-            self._disconnect()
-        if self._file is None:
-            self._connect()
-        if self._in_ranges and self._place != self._wanted:
-            self._file.seek(self._wanted)
-            self._place = self._wanted
-        while self._place < self._wanted and self._take(min(self._wanted - self._place, _COPY)):
-            pass
-        data = self._take(size)
-        self._wanted += len(data)
-        return data
-
-    def _connect(self) -> None:
-        self._place = 0
-        if is_pipe(self._path):
+        left = 0
+        if self._process is None:
             # By the shell, as webdataset does.
-            self._file = subprocess.Popen(self._path.removeprefix(_PIPE), shell=True, stdout=subprocess.PIPE)
-            return
-        filesystem, inner = open_filesystem(self._path)
-        options = {"block_size": _REQUEST, "cache_type": "readahead"} if self._in_ranges else {"block_size": 0}
-        self._file = filesystem.open(inner, "rb", **options)
-        self.size = getattr(self._file, "size", None)
-
-    def _take(self, size: int) -> bytes:
-        """Read on where the connection is."""
-        command = isinstance(self._file, subprocess.Popen)
-        try:
-            data: bytes = (self._file.stdout if command else self._file).read(size)
-        except ValueError as error:  # the server answers a request for a part with the whole
-            self._in_ranges = False
-            raise OSError(str(error)) from None
-        self._place += len(data)
-        if not data and command and self._file.wait():
-            raise OSError(f"exit {self._file.returncode}")
-        if not data and self.size is not None and self._place < self.size:
-            raise OSError(f"the connection ended at byte {self._place:,} of {self.size:,}")
+            self._process = subprocess.Popen(self._command.removeprefix(_PIPE), shell=True, stdout=subprocess.PIPE)
+            left = self._place
+        assert self._process.stdout is not None
+        while left and (passed := self._process.stdout.read(min(left, _COPY))):
+            left -= len(passed)
+        data = self._process.stdout.read(size)
+        if not data and self._process.wait():
+            raise OSError(f"exit {self._process.returncode}")
         return data
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.terminate()
+            process.communicate()
 
 
 def open_remote(path: str) -> io.BufferedReader:
     """Open the bytes behind a URL, or the output of a command, which is run."""
-    return io.BufferedReader(RemoteFile(path), 2**17)
+    raw = CommandOutput(path) if is_pipe(path) else RemoteFile(path)
+    return io.BufferedReader(raw, 2**17)
 
 
 def read_remote(url: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -163,18 +168,30 @@ def read_remote(url: str, offset: int = 0, size: int | None = None) -> bytes:
     Raises:
         OSError: when it is shorter.
     """
+    end = None if size is None else offset + size
+    data = _fetch(url, offset, end)
+    if end is not None and len(data) > end - offset:  # the server sends no ranges
+        data = data[offset:end]
+    if size is not None and len(data) < size:
+        raise OSError(f"{url} ends {size - len(data)} bytes early")
+    return data
+
+
+def _fetch(url: str, start: int, end: int | None, *, is_whole: bool = False) -> bytes:
+    """Read a part of the file behind a URL; all of it where the server sends no ranges.
+
+    Args:
+        is_whole: Whether the file is known to hold all of the part.
+    """
 
     def fetch() -> bytes:
         filesystem, inner = open_filesystem(url)
-        data: bytes = filesystem.cat_file(inner, offset, None if size is None else offset + size)
-        if size is not None and len(data) > size:  # the server sends no ranges
-            data = data[offset : offset + size]
+        data: bytes = filesystem.cat_file(inner, start or None, end)
+        if is_whole and end is not None and len(data) < end - start:
+            raise OSError(f"the connection ended at byte {start + len(data):,}")
         return data
 
-    data = _retry(url, fetch)
-    if size is not None and len(data) != size:
-        raise OSError(f"{url} ends {size - len(data)} bytes early")
-    return data
+    return _retry(url, fetch)
 
 
 def describe_file(path: str) -> dict[str, Any]:
@@ -188,14 +205,19 @@ def describe_file(path: str) -> dict[str, Any]:
     if is_pipe(path):
         return {"path": path, "size": 0, "hash": _hash_version(0, path)}
 
-    def fetch() -> dict[str, Any]:
-        filesystem, inner = open_filesystem(path)
-        return {name.lower(): value for name, value in filesystem.info(inner).items()}
-
-    known = _retry(path, fetch)
+    known = {name.lower(): value for name, value in _read_info(path).items()}
     size = int(known.get("size") or 0)
     version = next((str(known[name]) for name in _VERSIONS if known.get(name)), "")
     return {"path": path, "size": size, "hash": _hash_version(size, version)}
+
+
+def _read_info(url: str) -> dict[str, Any]:
+    def fetch() -> dict[str, Any]:
+        filesystem, inner = open_filesystem(url)
+        info: dict[str, Any] = filesystem.info(inner)
+        return info
+
+    return _retry(url, fetch)
 
 
 def tells_content(described: dict[str, Any]) -> bool:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import RemoteFile, is_pipe, is_remote
+from clipcid_cli.formats.data.remote import is_pipe, is_remote, open_remote
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample
 from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.skips import Skips
 
 _BLOCK = tarfile.BLOCKSIZE
 _READ = 16 * _BLOCK  # a header, and often the small members after it, in one read
-_READ_REMOTE = 2**17
+_DRAINED = 2**22
 _WINDOW = 2**16
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext, without the 0.2 s of its import
@@ -103,14 +103,12 @@ def read_members(path: str | Path) -> Iterator[Member]:
     """
     path, name = str(path), ""
     with _open(path) as file:
-        raw = file.raw
-        end = None if isinstance(raw, RemoteFile) else os.fstat(file.fileno()).st_size
+        end: int | None = file.raw.size if is_remote(path) else os.fstat(file.fileno()).st_size
         try:
             tar = tarfile.TarFile(path, fileobj=file, tarinfo=_Header, encoding="utf-8", errors="surrogateescape")
             while (header := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte a member
                 name = header.name
-                end = raw.size if isinstance(raw, RemoteFile) else end
                 if header.issparse() or any(key.startswith("GNU.sparse.") for key in header.pax_headers):
                     raise ClipcidError(
                         f"Shard {path} holds {name} as a sparse file, whose content is stored in pieces.",
@@ -125,13 +123,13 @@ def read_members(path: str | Path) -> Iterator[Member]:
                         f"Shard {path} is truncated: {name} should end at byte {member.end:,}, the file has {end:,}.",
                         "Copy or download it again, or remove it from the data.",
                     )
-                if isinstance(raw, RemoteFile):  # a stream does not come back to it
+                if is_remote(path):  # a stream does not come back to it
                     member = member._replace(data=file.read(member.size))
                     if len(member.data or b"") < member.size:
                         raise tarfile.ReadError("unexpected end of data")
                 yield member
-            if isinstance(raw, RemoteFile):
-                raw.drain()
+            while is_pipe(path) and file.read(_DRAINED):  # whether the command fails is known at its end
+                pass
         except _DamageError as error:
             where = f"{error.position:,}" if end is None else f"{error.position:,} of {end:,}"
             raise ClipcidError(f"Shard {path} is damaged at byte {where}: {error}.", _FIX) from error
@@ -267,8 +265,8 @@ def _read_label(location: Location | None, where: str) -> int | None:
 def _open(path: str) -> Iterator[Any]:
     """Open a tar; whatever the system refuses within the block becomes one error."""
     try:
-        raw = RemoteFile(path) if is_remote(path) else open_regular(path)
-        with io.BufferedReader(raw, _READ_REMOTE if is_remote(path) else _READ) as file:  # type: ignore[type-var]
+        raw: Any = None if is_remote(path) else open_regular(path)
+        with open_remote(path) if raw is None else io.BufferedReader(raw, _READ) as file:
             yield file
     except OSError as error:
         raise ClipcidError(

@@ -118,9 +118,9 @@ class SampleFinder:
             elif number is None:
                 found.extend(self._find_anywhere(self._index, wanted))
             else:
-                part = self._index.part(number)
-                places = pc.index_in(pa.array(wanted, pa.string()), value_set=part.keys.combine_chunks()).to_pylist()
-                found.extend(None if at is None else part.sample(at, self._shards[number]) for at in places)
+                keys = self._index.part(number).keys.combine_chunks()
+                places = pc.index_in(pa.array(wanted, pa.string()), value_set=keys).to_pylist()
+                found.extend(None if at is None else self._index.sample(number, at) for at in places)
         return found
 
     def _find_anywhere(self, index: DataIndex, keys: list[str]) -> Iterator[Sample | None]:
