@@ -184,30 +184,30 @@ def _find_tars(spec: str) -> list[str] | None:
     """List the tars that `spec` refers to, in natural order; None for a folder without any."""
     # A folder may be called like a pattern.
     if (_SEPARATOR in spec or "{" in spec) and (is_remote(spec) or not os.path.exists(spec)):
-        return sorted((tar for part in _expand(spec) for tar in _find_part(part)), key=natural_key)
-    if is_pipe(spec):
-        return [spec]
-    if is_url(spec):
-        return [spec] if spec.lower().endswith(".tar") else _list_remote(spec)
-    path = Path(spec)
-    if path.is_file():
-        return [spec]
-    if not path.is_dir():
+        tars = list[str]()
+        for part in _expand(spec):
+            found = (
+                _find_tars(part) if is_remote(part) or os.path.isdir(part) else [part]
+            )  # it may turn out to be missing
+            if found is None:
+                raise ClipcidError(f"{part} contains no .tar shard.", _FORMS)
+            tars += found
+    elif is_pipe(spec) or (is_url(spec) and spec.lower().endswith(".tar")) or os.path.isfile(spec):
+        tars = [spec]
+    elif is_url(spec):
+        tars = [name for name in list_folder(spec) if name.lower().endswith(".tar")]
+        if not tars:
+            raise ClipcidError(
+                f"{spec} contains no .tar shard.", "Give a pattern such as s3://bucket/data/{00000..00099}.tar."
+            )
+    elif not os.path.isdir(spec):
         raise ClipcidError(f"There is no data at {spec}.", _FORMS)
-    if _is_benchmark(spec):
-        return _benchmark_tars(path)
-    tars = [str(entry) for entry in path.iterdir() if entry.suffix.lower() == ".tar" and not entry.name.startswith(".")]
+    elif _is_benchmark(spec):
+        tars = _benchmark_tars(Path(spec))
+    else:
+        names = (name for name in os.listdir(spec) if name.lower().endswith(".tar") and not name.startswith("."))
+        tars = [os.path.join(spec, name) for name in names]
     return sorted(tars, key=natural_key) or None
-
-
-def _find_part(spec: str) -> list[str]:
-    """List the tars of one of several parts: a tar, which may turn out to be missing, or a folder of tars."""
-    if is_remote(spec) or Path(spec).is_dir():
-        tars = _find_tars(spec)
-        if tars is None:
-            raise ClipcidError(f"{spec} contains no .tar shard.", _FORMS)
-        return tars
-    return [spec]
 
 
 def _expand(spec: str) -> list[str]:
@@ -228,15 +228,6 @@ def _normalize(spec: str) -> str:
     """Make a local path absolute."""
     spec = spec.removeprefix("file://")
     return spec if not spec or is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
-
-
-def _list_remote(spec: str) -> list[str]:
-    tars = [name for name in list_folder(spec) if name.lower().endswith(".tar")]
-    if not tars:
-        raise ClipcidError(
-            f"{spec} contains no .tar shard.", "Give a pattern such as s3://bucket/data/{00000..00099}.tar."
-        )
-    return sorted(tars, key=natural_key)
 
 
 def _is_benchmark(spec: str) -> bool:

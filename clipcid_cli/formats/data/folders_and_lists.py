@@ -1,7 +1,7 @@
 """Images that are files of their own: in a folder, or named by a csv, tsv or parquet list; read in slices.
 
-What is said of the images is held in Arrow columns, some 100 bytes an image, until there is an index. It is not sent to other
-processes: they list the images themselves where they need to.
+What is known of the images is held in Arrow columns, some 130 bytes an image, until there is an index. It is not sent to
+other processes: they list the images themselves where they need to.
 """
 
 from __future__ import annotations
