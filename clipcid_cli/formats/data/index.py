@@ -41,20 +41,23 @@ PARTS_KEPT = 48
 """Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB."""
 
 _VERSION = 3
-_EXTENT = pa.struct([("offset", pa.int64()), ("size", pa.int64())])  # a size of `_WHOLE` is that of a whole file
+_LOCATION = pa.struct(
+    [
+        ("path", pa.string()),  # null where it is the shard's own file
+        ("offset", pa.int64()),
+        ("size", pa.int64()),  # null for a whole file
+    ]
+)
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("path", pa.string()),  # of the image; null where it is the shard's own file
-        ("image", _EXTENT),
+        ("image", _LOCATION),
         ("captions", pa.list_(pa.string())),  # null where they are read from the shard's file
-        ("captions_at", _EXTENT),
+        ("captions_at", _LOCATION),
         ("num_captions", pa.int32()),
-        ("attributes", _EXTENT),
+        ("attributes", _LOCATION),
     ]
 )
-_READ = ("key", "path", "image", "captions", "captions_at", "attributes")
-_WHOLE = -1
 _RECORD = b"clipcid"  # of the part's schema
 
 
@@ -85,35 +88,18 @@ class Part:
     """The samples of one shard.
 
     Attributes:
+        table: See `_SCHEMA`.
         keys: Their keys, n strings.
         num_captions: How many captions each has, int32 [n].
     """
 
     def __init__(self, table: pa.Table) -> None:
-        self._table = table
+        self.table = table
         self.keys: pa.ChunkedArray = table["key"]
         self.num_captions: npt.NDArray[np.int32] = table["num_captions"].to_numpy()
 
     def __len__(self) -> int:
-        return len(self._table)
-
-    def sample(self, place: int, shard: Shard | None, copy: ShardCopy | None) -> Sample:
-        """Return a sample; see `PartSource`."""
-        row = {name: self._table[name][place].as_py() for name in _READ}
-        file = "" if shard is None else shard.file
-
-        def locate(extent: dict[str, int]) -> Location:
-            return Location(file, extent["offset"], extent["size"], copy=copy)
-
-        image = locate(row["image"])
-        if row["path"] is not None:
-            image = Location(row["path"], image.offset, None if image.size == _WHOLE else image.size)
-        captions = row["captions"]
-        if captions is None:
-            assert shard is not None, "captions are in the shard's own file"
-            captions = split_captions(locate(row["captions_at"]).read(), a_line_each=shard.caption_lines)
-        attributes = row["attributes"] and locate(row["attributes"])
-        return Sample(row["key"], image, tuple(captions), attributes=attributes)
+        return len(self.table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +126,25 @@ class PartSource:
         Raises:
             OSError: when the shard's file is gone or shorter than it was.
         """
-        return self.read().sample(place, self.shard, self.copy)
+        table = self.read().table
+        key, image, captions, captions_at, attributes = (
+            table[name][place].as_py() for name in ("key", "image", "captions", "captions_at", "attributes")
+        )
+        if captions is None:
+            assert self.shard is not None, "captions are in the shard's own file"
+            text = self._locate(captions_at).read()
+            captions = split_captions(text, a_line_each=self.shard.caption_lines)
+        return Sample(
+            key=key,
+            image=self._locate(image),
+            captions=tuple(captions),
+            attributes=None if attributes is None else self._locate(attributes),
+        )
+
+    def _locate(self, found: dict[str, Any]) -> Location:
+        if found["path"] is not None or self.shard is None:
+            return Location(**found)
+        return Location(self.shard.file, found["offset"], found["size"], copy=self.copy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,19 +246,19 @@ def write_part(folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequ
 
 
 def _to_row(sample: Sample, file: str) -> dict[str, Any]:
-    def extent(location: Location | None) -> dict[str, int] | None:
+    def describe(location: Location | None) -> dict[str, Any] | None:
         if location is None:
             return None
-        return {"offset": location.offset, "size": _WHOLE if location.size is None else location.size}
+        path = None if location.path == file else location.path
+        return {"path": path, "offset": location.offset, "size": location.size}
 
     return {
         "key": sample.key,
-        "path": None if sample.image.path == file else sample.image.path,
-        "image": extent(sample.image),
+        "image": describe(sample.image),
         "captions": None if sample.captions_at is not None else sample.captions,
-        "captions_at": extent(sample.captions_at),
+        "captions_at": describe(sample.captions_at),
         "num_captions": len(sample.captions),
-        "attributes": extent(sample.attributes),
+        "attributes": describe(sample.attributes),
     }
 
 
