@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.benchmark_folder import is_benchmark, list_benchmark_tars
 from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, Columns, Images
 from clipcid_cli.formats.data.index import DataIndex, index_identity, open_index, repeated_key
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
@@ -129,7 +130,7 @@ def open_dataset(
     if spec.lower().endswith(LIST_SUFFIXES):
         kind, shards = "list", cut(Images(spec, columns), spec, prefix_keys=prefix_keys)
     elif (tars := _find_tars(spec)) is not None:
-        kind = "benchmark" if _is_benchmark(spec) else "webdataset"
+        kind = "benchmark" if is_benchmark(spec) else "webdataset"
         names = zip(_name_tars(tars), tars, strict=True)
         shards = tuple(
             Shard(name, tar, prefix_keys=prefix_keys, caption_lines=kind == "benchmark") for name, tar in names
@@ -202,8 +203,8 @@ def _find_tars(spec: str) -> list[str] | None:
             )
     elif not os.path.isdir(spec):
         raise ClipcidError(f"There is no data at {spec}.", _FORMS)
-    elif _is_benchmark(spec):
-        tars = _benchmark_tars(Path(spec))
+    elif is_benchmark(spec):
+        tars = list_benchmark_tars(Path(spec))
     else:
         names = (name for name in os.listdir(spec) if name.lower().endswith(".tar") and not name.startswith("."))
         tars = [os.path.join(spec, name) for name in names]
@@ -228,24 +229,6 @@ def _normalize(spec: str) -> str:
     """Make a local path absolute."""
     spec = spec.removeprefix("file://")
     return spec if not spec or is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
-
-
-def _is_benchmark(spec: str) -> bool:
-    return not is_remote(spec) and Path(spec, "nshards.txt").is_file()
-
-
-def _benchmark_tars(folder: Path) -> list[str]:
-    text = (folder / "nshards.txt").read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdigit() or int(text) == 0:
-        raise ClipcidError(f"{folder / 'nshards.txt'} contains {text[:40]!r}, not a number of shards.", "Fix the file.")
-    tars = [folder / f"{number}.tar" for number in range(int(text))]
-    missing = [tar.name for tar in tars if not tar.is_file()]
-    if missing:
-        raise ClipcidError(
-            f"{folder} should contain {len(tars)} shards (nshards.txt); {len(missing)} are missing, first {missing[0]}.",
-            "Copy them there, or fix nshards.txt.",
-        )
-    return [str(tar) for tar in tars]
 
 
 def _name_tars(tars: list[str]) -> list[str]:

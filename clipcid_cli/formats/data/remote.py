@@ -6,12 +6,10 @@ import contextlib
 import hashlib
 import io
 import re
-import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -53,113 +51,76 @@ def is_remote(spec: str) -> bool:
     return is_url(spec) or is_pipe(spec)
 
 
-class RemoteFile(io.RawIOBase):
-    """The bytes behind a URL, in requests of `_REQUEST` each, which are repeated where the connection breaks.
+def read_blocks(path: str) -> Generator[bytes]:
+    """Yield the bytes behind a URL, or the output of a command, which is run, in order.
 
-    Of a server that sends no ranges the whole file is held.
-
-    Attributes:
-        size: Number of bytes; None where the server does not tell.
+    What breaks is tried again: of a URL the request of `_REQUEST` bytes; of a command all, and what was read is passed over.
     """
+    if is_pipe(path):
+        yield from _run(path)
+        return
+    size, place = _read_info(path).get("size"), 0
+    while size is None or place < size:
+        end = place + _REQUEST if size is None else min(place + _REQUEST, int(size))
+        data = _fetch(path, place, end, is_whole=size is not None)
+        if len(data) > end - place:  # all of the file: the server sends no ranges
+            data, end = data[place:], len(data)
+        if data:
+            yield data
+        if len(data) < end - place:
+            return
+        place = end
 
-    def __init__(self, url: str) -> None:
-        found = _read_info(url).get("size")
-        self.size = None if found is None else int(found)
-        self._url, self._place = url, 0
-        self._start, self._held = 0, b""  # what the last request gave
+
+def _run(command: str) -> Iterator[bytes]:
+    """Yield what a command writes, until it has ended well."""
+    place, waits = 0, iter(_WAITS)
+    while True:
+        # By the shell, as webdataset does.
+        process = subprocess.Popen(command.removeprefix(_PIPE), shell=True, stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            left = place
+            while data := process.stdout.read(_COPY):
+                passed = min(left, len(data))
+                left -= passed
+                if passed < len(data):
+                    place, waits = place + len(data) - passed, iter(_WAITS)
+                    yield data[passed:]
+            if not process.wait():
+                return
+        finally:
+            process.terminate()
+            process.communicate()
+        wait = next(waits, None)
+        if wait is None:
+            raise _fetch_error(command, OSError(f"exit {process.returncode}"), len(_WAITS))
+        time.sleep(wait)
+
+
+class RemoteStream(io.RawIOBase):
+    """What `read_blocks` yields, as a file that is read once."""
+
+    def __init__(self, path: str) -> None:
+        self._blocks, self._held = read_blocks(path), memoryview(b"")
 
     def readable(self) -> bool:
         """Return True."""
         return True
-
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Choose where the next byte comes from, by its offset from the first or from the next byte."""
-        self._place = offset + (self._place if whence == io.SEEK_CUR else 0)
-        return self._place
 
     def readinto(self, buffer: Any) -> int:
         """Read some bytes; none at the end alone."""
-        at = self._place - self._start
-        if not 0 <= at < len(self._held) and (self.size is None or self._place < self.size):
-            end = self._place + _REQUEST if self.size is None else min(self._place + _REQUEST, self.size)
-            self._held = _fetch(self._url, self._place, end, is_whole=self.size is not None)
-            self._start = 0 if len(self._held) > end - self._place else self._place  # the server sends no ranges
-            if self.size is None and len(self._held) != _REQUEST:
-                self.size = self._start + len(self._held)
-            at = self._place - self._start
-        part = self._held[at : at + len(buffer)]
+        if not self._held:
+            self._held = memoryview(next(self._blocks, b""))
+        part = self._held[: len(buffer)]
+        self._held = self._held[len(part) :]
         buffer[: len(part)] = part
-        self._place += len(part)
         return len(part)
 
-
-class CommandOutput(io.RawIOBase):
-    """What a ``pipe:`` command writes. A command that fails is run again, and what was read before is passed over."""
-
-    size = None
-
-    def __init__(self, command: str) -> None:
-        self._command, self._place = command, 0
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True: one may pass over what is to come."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Pass over bytes, up to an offset from the first or from the next byte."""
-        ahead = offset - (self._place if whence == io.SEEK_SET else 0)
-        if ahead < 0:
-            raise io.UnsupportedOperation("the output of a command has passed")
-        while ahead and (part := self.read(min(ahead, _COPY))):
-            ahead -= len(part)
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        """Read some bytes; none at the end alone, where the command has ended well."""
-        data = _retry(self._command, partial(self._read_once, len(buffer)), self._end)
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
-
     def close(self) -> None:
-        """End the command."""
-        self._end()
+        """Close the connection, or end the command."""
+        self._blocks.close()
         super().close()
-
-    def _read_once(self, size: int) -> bytes:
-        left = 0
-        if self._process is None:
-            # By the shell, as webdataset does.
-            self._process = subprocess.Popen(self._command.removeprefix(_PIPE), shell=True, stdout=subprocess.PIPE)
-            left = self._place
-        assert self._process.stdout is not None
-        while left and (passed := self._process.stdout.read(min(left, _COPY))):
-            left -= len(passed)
-        data = self._process.stdout.read(size)
-        if not data and self._process.wait():
-            raise OSError(f"exit {self._process.returncode}")
-        return data
-
-    def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.terminate()
-            process.communicate()
-
-
-def open_remote(path: str) -> io.BufferedReader:
-    """Open the bytes behind a URL, or the output of a command, which is run."""
-    raw = CommandOutput(path) if is_pipe(path) else RemoteFile(path)
-    return io.BufferedReader(raw, 2**17)
 
 
 def read_remote(url: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -242,8 +203,8 @@ def list_folder(url: str) -> list[str]:
 
 def download(path: str, file: IO[bytes]) -> None:
     """Write the bytes behind a URL, or a command's output, to a file."""
-    with open_remote(path) as stream:
-        shutil.copyfileobj(stream, file, _COPY)
+    for block in read_blocks(path):
+        file.write(block)
 
 
 @contextlib.contextmanager
@@ -270,15 +231,14 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         ) from error
 
 
-def _retry(path: str, attempt: Callable[[], Result], reset: Callable[[], None] = lambda: None) -> Result:
-    """Return what `attempt` does, tried again after each of `_WAITS`; `reset` is called after an attempt that failed."""
+def _retry(path: str, attempt: Callable[[], Result]) -> Result:
+    """Return what `attempt` does, tried again after each of `_WAITS`."""
     for wait in (*_WAITS, None):
         try:
             return attempt()
         except ClipcidError:
             raise
         except Exception as error:  # every fsspec backend raises its client's own errors
-            reset()
             if wait is None or _is_lasting(error):
                 raise _fetch_error(path, error, 0 if wait is not None else len(_WAITS)) from error
         time.sleep(wait)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import tarfile
@@ -13,14 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import is_pipe, is_remote, open_remote
+from clipcid_cli.formats.data.remote import RemoteStream, is_pipe, is_remote
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample
 from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.skips import Skips
 
 _BLOCK = tarfile.BLOCKSIZE
-_READ = 16 * _BLOCK  # a header, and often the small members after it, in one read
-_DRAINED = 2**22
+_READ = 2**17  # of a stream at a time
 _WINDOW = 2**16
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext, without the 0.2 s of its import
@@ -102,33 +100,32 @@ def read_members(path: str | Path) -> Iterator[Member]:
     member that extends beyond the end of the file and a sparse one are errors.
     """
     path, name = str(path), ""
+    remote = is_remote(path)
     with _open(path) as file:
-        end: int | None = file.raw.size if is_remote(path) else os.fstat(file.fileno()).st_size
+        end = None if remote else os.fstat(file.fileno()).st_size
         try:
-            tar = tarfile.TarFile(path, fileobj=file, tarinfo=_Header, encoding="utf-8", errors="surrogateescape")
-            while (header := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte a member
-                name = header.name
-                if header.issparse() or any(key.startswith("GNU.sparse.") for key in header.pax_headers):
-                    raise ClipcidError(
-                        f"Shard {path} holds {name} as a sparse file, whose content is stored in pieces.",
-                        "Make the shard again without tar's --sparse.",
-                    )
-                if not header.isreg():
-                    continue
-                member = Member(name, header.offset_data, header.size, header.offset)
-                # Content is padded to whole blocks, so a tar may also be truncated within the padding.
-                if end is not None and member.end > end:
-                    raise ClipcidError(
-                        f"Shard {path} is truncated: {name} should end at byte {member.end:,}, the file has {end:,}.",
-                        "Copy or download it again, or remove it from the data.",
-                    )
-                if is_remote(path):  # a stream does not come back to it
-                    member = member._replace(data=file.read(member.size))
-                    if len(member.data or b"") < member.size:
-                        raise tarfile.ReadError("unexpected end of data")
-                yield member
-            while is_pipe(path) and file.read(_DRAINED):  # whether the command fails is known at its end
+            options: Any = {"tarinfo": _Header, "encoding": "utf-8", "errors": "surrogateescape"}
+            with tarfile.open(path, "r|" if remote else "r:", file, _READ, **options) as tar:
+                while (header := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte a member
+                    name = header.name
+                    if header.issparse() or any(key.startswith("GNU.sparse.") for key in header.pax_headers):
+                        raise ClipcidError(
+                            f"Shard {path} holds {name} as a sparse file, whose content is stored in pieces.",
+                            "Make the shard again without tar's --sparse.",
+                        )
+                    if not header.isreg():
+                        continue
+                    member = Member(name, header.offset_data, header.size, header.offset)
+                    # Content is padded to whole blocks, so a tar may also be truncated within the padding.
+                    if end is not None and member.end > end:
+                        raise ClipcidError(
+                            f"Shard {path} is truncated: {name} should end at byte {member.end:,}, the file has {end:,}.",
+                            "Copy or download it again, or remove it from the data.",
+                        )
+                    content = tar.extractfile(header) if remote else None  # a stream does not come back to it
+                    yield member if content is None else member._replace(data=content.read())
+            while is_pipe(path) and file.read(_READ):  # whether a command fails is known at its end
                 pass
         except _DamageError as error:
             where = f"{error.position:,}" if end is None else f"{error.position:,} of {end:,}"
@@ -265,8 +262,7 @@ def _read_label(location: Location | None, where: str) -> int | None:
 def _open(path: str) -> Iterator[Any]:
     """Open a tar; whatever the system refuses within the block becomes one error."""
     try:
-        raw: Any = None if is_remote(path) else open_regular(path)
-        with open_remote(path) if raw is None else io.BufferedReader(raw, _READ) as file:
+        with RemoteStream(path) if is_remote(path) else open_regular(path) as file:
             yield file
     except OSError as error:
         raise ClipcidError(
