@@ -319,6 +319,24 @@ def test_shards_travel_between_processes(tiny_shards: Path) -> None:
     assert dataset.estimate_samples() == 24
 
 
+@pytest.mark.parametrize("form", ["folder", "list"])
+def test_what_a_folder_or_list_names_is_listed_where_it_is_needed(tmp_path: Path, form: str) -> None:
+    for number in range(300):
+        (tmp_path / f"class {number % 2}").mkdir(exist_ok=True)
+        (tmp_path / f"class {number % 2}" / f"{number}.png").write_bytes(b"x")
+    path = tmp_path
+    if form == "list":
+        path = tmp_path / "list.csv"
+        images = sorted(tmp_path.rglob("*.png"))
+        pd.DataFrame({"filepath": images, "title": "a b", "label": range(300)}).to_csv(path, index=False)
+    dataset = open_dataset(path)
+    data = pickle.dumps(dataset)
+    assert len(data) < 1000
+    assert list_samples(pickle.loads(data)) == list_samples(dataset)
+    assert pickle.loads(data).fingerprints() == dataset.fingerprints()
+    assert [shard.stamp() for shard in pickle.loads(data).shards] == [shard.stamp() for shard in dataset.shards]
+
+
 def test_file_urls_are_local(tiny_shards: Path) -> None:
     assert list_keys(open_dataset(f"file://{tiny_shards}")) == list_keys(open_dataset(tiny_shards))
 
