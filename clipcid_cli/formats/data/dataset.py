@@ -81,6 +81,9 @@ class Dataset:
         """
         if self.index is not None:
             return int(self.index.sizes.sum())
+        rows = self.shards[0].rows
+        if rows is not None and rows.total is not None:
+            return rows.total
         step = max(1, len(self.shards) // _ESTIMATED_FROM)
         probed = self.shards[::step][:_ESTIMATED_FROM]
         return round(sum(map(_estimate_samples, probed)) * len(self.shards) / len(probed))

@@ -15,7 +15,13 @@ from clipcid_cli.formats.skips import Skips
 
 
 class Rows(ABC):
-    """What names samples that are in no tar: a folder of images, a list, a file of texts; in slices, small when pickled."""
+    """What names samples that are in no tar: a folder of images, a list, a file of texts; in slices, small when pickled.
+
+    Attributes:
+        total: Number of samples, where that is known without reading them.
+    """
+
+    total: int | None = None
 
     @abstractmethod
     def __len__(self) -> int:
