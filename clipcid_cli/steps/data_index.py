@@ -119,7 +119,7 @@ def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:
     index = dataset.index
     if index is None or not any(is_remote(shard.file) for shard in dataset.shards):
         return dataset
-    needed = sum(sorted((record.fingerprint["size"] for record in index.records), reverse=True)[:_SHARDS_IN_USE])
+    needed = sum(sorted((record.fingerprint.size for record in index.records), reverse=True)[:_SHARDS_IN_USE])
     if needed > gigabytes * 1e9:
         raise ClipcidError(
             f"--cache-size {gigabytes:g} is too small: the {min(_SHARDS_IN_USE, len(dataset.shards))} shards that are read, "

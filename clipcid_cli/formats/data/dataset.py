@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import is_benchmark, list_benchmark_tars
@@ -19,6 +18,8 @@ from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_fol
 from clipcid_cli.formats.data.samples import Location, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
 from clipcid_cli.formats.data.tars import check_tar
+from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
 
 __all__ = ["Columns", "Dataset", "Location", "Sample", "Shard", "open_dataset"]
@@ -67,7 +68,7 @@ class Dataset:
             self.shards[0].rows.forget()
         return dataclasses.replace(self, index=index)
 
-    def fingerprints(self) -> list[dict[str, Any]]:
+    def fingerprints(self) -> list[FileRecord]:
         """Describe the content of every shard for a sidecar: from the index, or from a small part of each."""
         if self.index is not None:
             return [record.fingerprint for record in self.index.records]
@@ -88,9 +89,9 @@ class Dataset:
         probed = self.shards[::step][:_ESTIMATED_FROM]
         return round(sum(map(_estimate_samples, probed)) * len(self.shards) / len(probed))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> DataSpec:
         """Return the name and the options of the data, from which `open_described` opens it again."""
-        return {"spec": self.spec, "keys": self.keys, **dataclasses.asdict(self.columns)}
+        return DataSpec(self.spec, self.keys, self.columns.image, self.columns.caption, self.columns.key)
 
 
 def names_command(spec: str) -> bool:
@@ -98,17 +99,15 @@ def names_command(spec: str) -> bool:
     return any(map(is_pipe, spec.split(_SEPARATOR)))
 
 
-def open_described(description: dict[str, Any], index_root: Path | None = None) -> Dataset:
-    """Open data from what `Dataset.describe` returned, which is from a file, perhaps someone else's: no command is run."""
-    if names_command(description["spec"]):
+def open_described(description: DataSpec, index_root: Path | None = None) -> Dataset:
+    """Open recorded data; no command, since the record is from a file, which may be someone else's."""
+    if names_command(description.spec):
         raise ClipcidError(
-            f"The data is the output of a command, {description['spec']}, which is not run unless you give it yourself.",
+            f"The data is the output of a command, {description.spec}, which is not run unless you give it yourself.",
             "If you trust the command, give it as the data.",
         )
-    columns = {field.name: description[field.name] for field in dataclasses.fields(Columns)}
-    return open_dataset(
-        description["spec"], keys=description["keys"], columns=Columns(**columns), index_root=index_root
-    )
+    columns = Columns(description.image, description.caption, description.key)
+    return open_dataset(description.spec, keys=description.keys, columns=columns, index_root=index_root)
 
 
 def open_dataset(
@@ -160,7 +159,7 @@ def _estimate_samples(shard: Shard) -> int:
     first = list(islice(shard.stream(), _PROBED))
     if len(first) < _PROBED:
         return len(first)
-    size: int = shard.fingerprint()["size"]
+    size: int = shard.fingerprint().size
     return round(size * (_PROBED - 1) / (first[-1].image.offset - first[0].image.offset))
 
 

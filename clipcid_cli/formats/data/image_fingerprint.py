@@ -12,18 +12,18 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote, is_url
 from clipcid_cli.formats.data.samples import Location, Sample
+from clipcid_cli.formats.fingerprint import FileRecord
 
 _WINDOW = 4096
 _COMPRESSED = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8")
 _AT_ONCE = 256
 
 
-def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None) -> dict[str, Any]:
+def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None) -> FileRecord:
     """Describe all images of a data set.
 
     Args:
@@ -36,8 +36,8 @@ def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None
     digest = hashlib.blake2b(digest_size=16)
     if any(is_remote(shard.file) for shard in dataset.shards):
         shards = dataset.fingerprints()
-        size, kind = sum(entry["size"] for entry in shards), "shards"
-        digest.update(repr([(entry["size"], entry["hash"]) for entry in shards]).encode())
+        size, kind = sum(each.size for each in shards), "shards"
+        digest.update(repr([(each.size, each.hash) for each in shards]).encode())
     else:
         if samples is None:
             samples = (sample for shard in dataset.shards for sample in shard.samples())
@@ -46,7 +46,7 @@ def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None
         with ThreadPoolExecutor(16) as pool:
             for part in pool.map(_digest, [found[at : at + _AT_ONCE] for at in range(0, size, _AT_ONCE)]):
                 digest.update(part)
-    return {"path": f"{dataset.spec}#images", "size": size, "hash": f"blake2b-{kind}:{digest.hexdigest()}"}
+    return FileRecord(f"{dataset.spec}#images", size, f"blake2b-{kind}:{digest.hexdigest()}")
 
 
 def _digest(samples: Sequence[Sample]) -> bytes:

@@ -11,7 +11,6 @@ again. A process holds the parts it used last, `PARTS_KEPT` of them.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,9 @@ from clipcid_cli.formats.data.samples import Location, Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
 from clipcid_cli.formats.data.tars import split_captions
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.key_join import find_repeated_key
+from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.skips import Skips
 
@@ -80,7 +81,7 @@ class IndexedShard:
     read: int
     skips: Skips
     stamp: tuple[int, int]
-    fingerprint: dict[str, Any]
+    fingerprint: FileRecord
     digest: str = ""
 
 
@@ -215,7 +216,7 @@ class DataIndex:
         if self.cache is None or not is_remote(path):
             return None
         listed, digest = self.records[number].fingerprint, self.records[number].digest
-        return ShardCopy(self.cache, path, listed["hash"], "" if tells_content(listed) else digest)
+        return ShardCopy(self.cache, path, listed.hash, "" if tells_content(listed) else digest)
 
 
 def index_identity(kind: str, settings: dict[str, Any]) -> str:
@@ -296,8 +297,7 @@ def lock_index(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # The kernel drops the lock when the process ends, however it ends.
-            fcntl.flock(stack.enter_context((folder / ".lock").open("w")), fcntl.LOCK_EX)
+            stack.enter_context(lock(folder / ".lock"))
         except OSError as error:
             raise write_error(folder, error) from error
         remove_abandoned(folder.glob(".*.partial"))
@@ -334,7 +334,7 @@ def _identity(content: list[Any]) -> str:
 
 
 def _to_json(record: IndexedShard) -> str:
-    return json.dumps(dataclasses.asdict(record), sort_keys=True)  # not msgspec's: paths need not be UTF-8
+    return json.dumps(msgspec.to_builtins(record), sort_keys=True)  # not by msgspec: paths need not be UTF-8
 
 
 def _from_json(text: str | bytes) -> IndexedShard:

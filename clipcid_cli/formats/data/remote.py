@@ -16,6 +16,7 @@ from typing import IO, Any, TypeVar
 import fsspec
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.fingerprint import FileRecord
 
 _PIPE = "pipe:"
 # Seconds before each further attempt at a connection that broke. Bytes received start the count anew.
@@ -155,21 +156,18 @@ def _fetch(url: str, start: int, end: int | None, *, is_whole: bool = False) -> 
     return _retry(url, fetch)
 
 
-def describe_file(path: str) -> dict[str, Any]:
+def describe_file(path: str) -> FileRecord:
     """Return the size of the file behind a URL, and a hash of what its server tells of its content: no byte of it is read.
 
     That is its size and ETag, checksum or modification time, whichever the server knows. Of a command it is its text.
-
-    Returns:
-        ``path``, ``size``, ``hash``.
     """
     if is_pipe(path):
-        return {"path": path, "size": 0, "hash": _hash_version(0, path)}
+        return FileRecord(path, 0, _hash_version(0, path))
 
     known = {name.lower(): value for name, value in _read_info(path).items()}
     size = int(known.get("size") or 0)
     version = next((str(known[name]) for name in _VERSIONS if known.get(name)), "")
-    return {"path": path, "size": size, "hash": _hash_version(size, version)}
+    return FileRecord(path, size, _hash_version(size, version))
 
 
 def _read_info(url: str) -> dict[str, Any]:
@@ -181,9 +179,9 @@ def _read_info(url: str) -> dict[str, Any]:
     return _retry(url, fetch)
 
 
-def tells_content(described: dict[str, Any]) -> bool:
+def tells_content(described: FileRecord) -> bool:
     """Tell whether the hash of `describe_file` changes with the content: neither a command's does, nor a bare size's."""
-    return not is_pipe(described["path"]) and described["hash"] != _hash_version(described["size"], "")
+    return not is_pipe(described.path) and described.hash != _hash_version(described.size, "")
 
 
 def _hash_version(size: int, version: str) -> str:

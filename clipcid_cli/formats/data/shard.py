@@ -6,11 +6,11 @@ import dataclasses
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
 
 from clipcid_cli.formats.data.remote import describe_file, is_remote
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.tars import fingerprint_tar, read_tar
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips
 
 
@@ -88,11 +88,10 @@ class Shard:
         for sample in found:
             yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Describe the shard's content for a sidecar: ``path``, ``size``, ``hash``."""
+    def fingerprint(self) -> FileRecord:
+        """Describe the shard's content for a sidecar."""
         if self.rows is not None:
-            size, content = self.rows.fingerprint(self.number)
-            return {"path": f"{self.source}#{self.name}", "size": size, "hash": content}
+            return FileRecord(f"{self.source}#{self.name}", *self.rows.fingerprint(self.number))
         return describe_file(self.source) if is_remote(self.source) else fingerprint_tar(self.source)
 
     def stamp(self) -> tuple[int, int]:

@@ -19,8 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import is_at, write_error
+from clipcid_cli.formats.atomic import write_error
 from clipcid_cli.formats.data.remote import describe_file, download
+from clipcid_cli.formats.lock import lock
 
 FETCHED_AT_ONCE = 4
 """Copies that a process fetches ahead at a time."""
@@ -65,8 +66,7 @@ class ShardCache:
         Args:
             apart: A file whose bytes do not count.
         """
-        with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with lock(self.folder / ".lock"):
             files = list[tuple[int, int, Path]]()
             for path in self.folder.iterdir():
                 with suppress(FileNotFoundError):  # given up just now
@@ -126,15 +126,12 @@ class ShardCopy:
         try:
             self.cache.folder.mkdir(parents=True, exist_ok=True)
             while not self.local.exists():
-                with partial.open("ab") as file:
-                    try:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        # Asked again, not waited for: once whole, this very file is the copy, and its readers hold it.
-                        time.sleep(_ASK_AGAIN)
-                        continue
-                    if is_at(file.fileno(), partial):  # else the process that held it has finished or given up
+                try:
+                    # Not waited for, but asked for again: once whole, this very file is the copy, and its readers hold it.
+                    with lock(partial, wait=False):
                         self._fetch_into(partial)
+                except BlockingIOError:
+                    time.sleep(_ASK_AGAIN)
         except OSError as error:
             raise write_error(self.cache.folder, error) from error
 
@@ -144,13 +141,13 @@ class ShardCopy:
                 partial.unlink()
                 return
             found = describe_file(self.path)
-            if found["hash"] != self.version:
+            if found.hash != self.version:
                 raise ClipcidError(
                     f"{self.path} has changed since it was listed.",
                     "Remove index/ from the work directory, then run the same command again: the data is listed anew.",
                 )
-            with self.cache.room_for(found["size"], partial):  # 0 of a command
-                os.truncate(partial, found["size"])  # so that others see what it will take
+            with self.cache.room_for(found.size, partial):  # 0 of a command
+                os.truncate(partial, found.size)  # so that others see what it will take
             with partial.open("r+b") as file:
                 download(self.path, file)
                 file.truncate()
@@ -164,13 +161,10 @@ class ShardCopy:
 def _remove_unused(path: Path) -> bool:
     """Remove a file unless a process holds it."""
     try:
-        with path.open("r+b") as file:  # NFS grants an exclusive lock only to a file open for writing
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with lock(path, wait=False):
             path.unlink()
     except (BlockingIOError, PermissionError):
         return False
-    except FileNotFoundError:
-        pass
     return True
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import RemoteStream, is_pipe, is_remote
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.skips import Skips
 
@@ -163,15 +164,18 @@ def check_tar(path: Path) -> None:
             pass
 
 
-def fingerprint_tar(path: str) -> dict[str, Any]:
-    """Describe a local tar by its size, and a hash of that and of windows of 64 KiB at its head, middle and tail."""
+def fingerprint_tar(path: str) -> FileRecord:
+    """Describe a local tar by its size, and a hash of that and of windows of 64 KiB at its head, middle and tail.
+
+    `fingerprint.record` would read all of most shards before they are read.
+    """
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
         for start in (0, max(0, (size - _WINDOW) // 2), max(0, size - _WINDOW)):
             file.seek(start)
             digest.update(file.read(_WINDOW))
-    return {"path": path, "size": size, "hash": f"blake2b-sampled:{digest.hexdigest()}"}
+    return FileRecord(path, size, f"blake2b-sampled:{digest.hexdigest()}")
 
 
 def group_members(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:

@@ -1,16 +1,15 @@
-"""An export folder: its file names, and how all of its files appear at once."""
+"""An export folder: its file names."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.hf_folder import HF_CONFIG, HF_PREPROCESSOR, HF_TOKENIZER, HF_WEIGHTS
 from clipcid_cli.formats.models.open_clip_folder import CONFIG_NAME, TOKENIZER_NAMES, WEIGHTS_NAME
-from clipcid_cli.formats.output import plan_path, read_sidecar, sidecar_path
+from clipcid_cli.formats.output import unfinished
+from clipcid_cli.formats.sidecar import ExportSidecar, read_sidecar, sidecar_path
 
 IMAGE_ENCODER = "image_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
@@ -19,7 +18,6 @@ PARITY = "parity.json"
 CARD = "README.md"
 
 _KINDS = ("fp32", "fp16", "int8")
-_BUILDING = ".partial"
 
 
 def quantized_name(name: str, kind: str) -> str:
@@ -36,45 +34,21 @@ _OF_FORMAT = {
 _REPLACED = (*(name for names in _OF_FORMAT.values() for name in names), PARITY, CARD)
 
 
-def refuse_foreign_folder(folder: Path, formats: Iterable[str]) -> None:
-    """Refuse a folder with files that `export` would replace or remove and did not write.
-
-    Raises:
-        ClipcidError: when there are any.
-    """
-    if plan_path(folder, "export").exists():
+def refuse_foreign_folder(folder: Path, formats: Iterable[str], *, overwrite: bool) -> None:
+    """Refuse a folder with files that `export` would replace and did not write."""
+    if unfinished(folder, "export") is not None:
         return  # an unfinished export, which refused such files when it began
-    known = (read_sidecar(sidecar_path(folder, "export")) or {}).get("written", [])
-    names = (*_REPLACED, _BUILDING, *(TOKENIZER_NAMES if "open-clip" in formats else ()))
+    try:
+        sidecar = read_sidecar(sidecar_path(folder, "export"), ExportSidecar)
+    except ClipcidError:
+        if overwrite:
+            return  # an export of an earlier version, or with a damaged sidecar
+        raise
+    known = [] if sidecar is None else sidecar.written
+    names = (*_REPLACED, *(TOKENIZER_NAMES if "open-clip" in formats else ()))
     foreign = [name for name in names if (folder / name).exists() and name not in known]
     if foreign:
         raise ClipcidError(
             f"{folder} holds files that clipcid export did not write and would replace: {', '.join(foreign)}.",
             "Give another folder with --out, or move them away.",
         )
-
-
-@contextmanager
-def build_export(folder: Path) -> Iterator[Path]:
-    """Build an export in a hidden folder.
-
-    Args:
-        folder: The export folder, locked by the caller.
-
-    Yields:
-        An empty hidden folder to write into. When the block ends without an error, the files of an earlier export are
-        removed and the new ones moved to `folder`; when it raises, the new ones are removed and `folder` is untouched.
-    """
-    building = folder / _BUILDING
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        yield building
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    for name in _REPLACED:
-        (folder / name).unlink(missing_ok=True)
-    for path in sorted(building.iterdir()):
-        path.replace(folder / path.name)
-    building.rmdir()

@@ -60,9 +60,9 @@ def write_report(
         training=inputs.training.total,
         held_out=inputs.held_out.total,
         headline=[
-            (f"{side} recall at 1, held out", loop.metrics[f"{side}_retrieval_recall@1"])
+            (f"{side} recall at 1, held out", loop.metrics[name])
             for side in ("image", "text")
-            if loop.evaluation.held_out is not None
+            if loop.evaluation.held_out is not None and (name := f"{side}_retrieval_recall@1") in loop.metrics
         ],
         loss_figure=_draw_losses(log, list(loop.objective.weights)),
         recall_figure=_draw_recalls(results) if loop.evaluation.held_out is not None and len(results) > 1 else None,
@@ -127,11 +127,10 @@ def _draw_losses(log: Sequence[dict[str, Any]], names: Sequence[str]) -> Markup:
     figure = make_figure()
     axes = figure.subplots()
     for name, color in zip(names, _colors(len(names)), strict=True):
-        if not (lines := _thin([line for line in log if f"loss_{name}" in line])):
-            continue
-        steps, values = [line["step"] for line in lines], np.array([line[f"loss_{name}"] for line in lines])
-        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(values), color=color, label=name)
+        steps, values = _series(log, f"loss_{name}")
+        if steps:
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, _smooth(np.array(values)), color=color, label=name)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend(frameon=False)
@@ -141,13 +140,12 @@ def _draw_losses(log: Sequence[dict[str, Any]], names: Sequence[str]) -> Markup:
 def _draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
     figure = make_figure()
     axes = figure.subplots()
-    steps = [line["step"] for line in results]
     for side, color in zip(("image", "text"), PALETTE, strict=False):
         for k, style in ((1, "-"), (5, "--")):
-            values = [line[f"{side}_retrieval_recall@{k}"] for line in results]
-            axes.plot(steps, values, style, color=color, label=f"{side} R@{k}")
-        if (name := f"{EMA}{side}_retrieval_recall@1") in results[0]:
-            axes.plot(steps, [line[name] for line in results], ":", color=color, label=f"{side} R@1, EMA")
+            axes.plot(*_series(results, f"{side}_retrieval_recall@{k}"), style, color=color, label=f"{side} R@{k}")
+        averaged = _series(results, f"{EMA}{side}_retrieval_recall@1")
+        if averaged[0]:
+            axes.plot(*averaged, ":", color=color, label=f"{side} R@1, EMA")
     axes.set_xlabel("step")
     axes.set_ylabel("recall")
     axes.set_ylim(0, 1)
@@ -170,8 +168,7 @@ def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
     figure = make_figure()
     axes = figure.subplots()
     for (name, label), color in zip(labels.items(), _colors(len(labels)), strict=True):
-        lines = [line for line in results if name in line]
-        axes.plot([line["step"] for line in lines], [line[name] for line in lines], color=color, label=label)
+        axes.plot(*_series(results, name), color=color, label=label)
     axes.set_xlabel("step")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
@@ -179,23 +176,20 @@ def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
 
 
 def _draw_rate(log: Sequence[dict[str, Any]]) -> Markup:
-    lines = _thin(log)
     figure = make_figure()
     axes = figure.subplots()
-    axes.plot([line["step"] for line in lines], [line["lr"] for line in lines], color=PALETTE[0])
+    axes.plot(*_series(log, "lr"), color=PALETTE[0])
     axes.set_xlabel("step")
     axes.set_ylabel("learning rate")
     return svg(figure, "Learning rate over the steps of the run")
 
 
 def _draw_scales(log: Sequence[dict[str, Any]]) -> Markup:
-    lines = _thin(log)
     figure = make_figure()
     axes = figure.subplots()
-    scales = [name for name in (lines[0] if lines else {}) if name.startswith("scale_")]
+    scales = [name for name in (log[0] if log else {}) if name.startswith("scale_")]
     for name, color in zip(scales, _colors(len(scales)), strict=True):
-        label = name.removeprefix("scale_")
-        axes.plot([line["step"] for line in lines], [line[name] for line in lines], color=color, label=label)
+        axes.plot(*_series(log, name), color=color, label=name.removeprefix("scale_"))
     axes.set_xlabel("step")
     axes.set_ylabel("logit scale")
     axes.legend(frameon=False)
@@ -206,8 +200,11 @@ def _colors(count: int) -> list[str]:
     return [PALETTE[number % len(PALETTE)] for number in range(count)]
 
 
-def _thin(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list(lines[:: max(1, len(lines) // _POINTS)])
+def _series(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return steps and values of the lines that have an entry, thinned out to be drawn."""
+    found = [(line["step"], line[name]) for line in lines if name in line]
+    thin = found[:: max(1, len(found) // _POINTS)]
+    return [step for step, _ in thin], [value for _, value in thin]
 
 
 def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -12,20 +12,13 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
-from clipcid_cli.formats.models.export_folder import CARD, PARITY, build_export, refuse_foreign_folder
+from clipcid_cli.formats.fingerprint import FileRecord, record, refuse_changed
+from clipcid_cli.formats.models.export_folder import CARD, PARITY, refuse_foreign_folder
 from clipcid_cli.formats.models.model_card import render_card
 from clipcid_cli.formats.models.onnx_file import check_onnx_installed
-from clipcid_cli.formats.output import (
-    describe_outputs,
-    fingerprint_file,
-    is_claimed,
-    open_output,
-    read_sidecar,
-    refuse_changed,
-    sidecar_path,
-)
-from clipcid_cli.formats.reading import reading
+from clipcid_cli.formats.output import is_claimed, open_output
 from clipcid_cli.formats.results.run_folder import RunFolder
+from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
@@ -66,14 +59,19 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
         check_transformers_installed()
     classes = read_classes(settings)
     _refuse_own_folder(source, folder)
-    refuse_foreign_folder(folder, settings.format)
+    refuse_foreign_folder(folder, settings.format, overwrite=settings.overwrite)
     if settings.dry_run:
         find_data(settings)
         reporter.note(f"Would write {', '.join(settings.format)} of {source.spec} to {folder}.")
-        return _result(source, folder, {"written": [], "parity": {}, "seconds": {}})
+        return {"model": source.spec, "files": {}, "parity": {}, "seconds": {}}
     with open_machine("cpu") as machine:
         sidecar = machine.on_main(lambda: _export(source, folder, settings, classes, reporter))
-    return _result(source, folder, sidecar)
+    return {
+        "model": source.spec,
+        "files": {Path(name).stem: str(folder / name) for name in sidecar.written},
+        "parity": sidecar.parity,
+        "seconds": sidecar.seconds,
+    }
 
 
 def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
@@ -83,27 +81,28 @@ def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
         ClipcidError: when there is none, or the model is no student of a run.
     """
     fix = "Train with clipcid distill --ema DECAY, such as 0.999, or omit --ema."
-    path = None if student.path is None else student.path.resolve()
-    if path is None or not is_claimed(path.parent, "distill"):
+    folder = None if student.path is None else student.path.resolve()
+    if folder is None or not is_claimed(folder.parent, "distill"):
         raise ClipcidError(
             f"--ema: {student.spec} is no student of clipcid distill, so there is no average of it.", fix
         )
-    run = RunFolder(path.parent)
-    sidecar = read_sidecar(sidecar_path(run.path, "distill"))
+    run = RunFolder(folder.parent)
+    path = sidecar_path(run.path, "distill")
+    sidecar = read_sidecar(path, DistillSidecar)
     if sidecar is None:
         raise ClipcidError(f"--ema: the run in {run.path} is unfinished.", "Run its command again, which finishes it.")
-    if sidecar["settings"].get("ema") is None:
+    if sidecar.made.ema is None:
         raise ClipcidError(f"--ema: the run in {run.path} kept no average of the weights.", fix)
     refuse_changed(
         run.path,
-        "distill",
-        sidecar,
+        sidecar.outputs,
+        path,
         lambda: f"Name the model as it is now: {run.student_ema}; or train it again, by its command and --overwrite.",
     )
     average, here = run.student_ema, Path.cwd()
     if average.is_relative_to(here):
         average = average.relative_to(here)
-    reporter.note(f"Average of the weights: {average}, decay {sidecar['settings']['ema']}.")
+    reporter.note(f"Average of the weights: {average}, decay {sidecar.made.ema}.")
     return parse_model(str(average))
 
 
@@ -126,7 +125,7 @@ def _refuse_own_folder(source: ModelName, folder: Path) -> None:
 
 def _export(
     source: ModelName, folder: Path, settings: ExportSettings, classes: Classes | None, reporter: Reporter
-) -> dict[str, Any]:
+) -> ExportSidecar:
     started = time.perf_counter()
     model = load_model(source, torch.device("cpu"))
     seconds = {"load": time.perf_counter() - started}
@@ -145,31 +144,30 @@ def _export(
         "opset": options.opset,
         "precision": options.precision,
     }
-    inputs = [{"path": model.info.spec, "size": model.info.parameters, "hash": model.info.weights_hash}]
-    inputs += [fingerprint_file(file) for file in classes.files] if classes is not None else []
+    inputs = [FileRecord(model.info.spec, model.info.parameters, model.info.weights_hash)]
+    inputs += [record(file) for file in classes.files] if classes is not None else []
     compared = make_check_inputs(model, settings, classes, reporter)
     check_measurable(compared, options, settings.max_accuracy_drop, reporter)
     checker = Checker(model, compared, settings.max_difference, settings.max_accuracy_drop)
     inputs.append(compared.fingerprint())
-    with open_output(folder, "export", settings=identity, inputs=inputs, overwrite=settings.overwrite) as output:
-        if output.finished is not None:
+    wanted: dict[str, Any] = {"settings": identity, "inputs": inputs, "overwrite": settings.overwrite}
+    with open_output(folder, "export", ExportSidecar, **wanted, resumes=False) as output:
+        if output.finished is not None and all((folder / name).exists() for name in output.finished.written):
             # Limits do not change the content, so an existing export is checked against those of this run.
-            record = sidecar_path(folder, "export")
-            with reading(record, "a sidecar of export", f"Remove {record}; the model is then exported again."):
-                checker.require_limits(output.finished["parity"])
+            checker.require_limits(output.finished.parity)
             reporter.note(f"{folder} already holds this export.")
             return output.finished
+        output.start()
         parity: dict[str, Any] = {}
-        with build_export(folder) as building:
-            for format_name in settings.format:
-                reporter.note(f"Writing {format_name} and comparing it with {source.spec} …")
-                started = time.perf_counter()
-                parity |= _WRITERS[format_name](model, building, checker, options)
-                seconds[format_name] = time.perf_counter() - started
-            write_json(building / PARITY, _describe_parity(model, checker, parity))
-            card = describe_export(model.info, source, settings, parity)
-            write_text(building / CARD, render_card(card, sorted(path.name for path in building.iterdir())))
-            written = sorted(path.name for path in building.iterdir())
+        for format_name in settings.format:
+            reporter.note(f"Writing {format_name} and comparing it with {source.spec} …")
+            started = time.perf_counter()
+            parity |= _WRITERS[format_name](model, output.work, checker, options)
+            seconds[format_name] = time.perf_counter() - started
+        write_json(output.work / PARITY, _describe_parity(model, checker, parity))
+        card = describe_export(model.info, source, settings, parity)
+        written = sorted(path.name for path in output.work.iterdir() if not path.name.startswith("."))
+        write_text(output.work / CARD, render_card(card, written))
         return output.commit(
             counts={
                 "images": len(compared.images),
@@ -177,9 +175,9 @@ def _export(
                 "skipped": dict(sorted(compared.skips.counts.items())),
             },
             seconds=seconds,
-            outputs=describe_outputs(folder, [folder / name for name in written if name != CARD]),
+            outputs=[record(output.work / name, output.work) for name in written],
             model=dataclasses.asdict(model.info),
-            written=written,
+            written=sorted([*written, CARD]),
             parity=parity,
         )
 
@@ -205,13 +203,4 @@ def _describe_parity(model: ClipModel, checker: Checker, parity: dict[str, Any])
         "reference": reference,
         "allowed": limits | {"max_accuracy_drop": checker.max_drop},
         "parity": parity,
-    }
-
-
-def _result(source: ModelName, folder: Path, sidecar: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "model": source.spec,
-        "files": {Path(name).stem: str(folder / name) for name in sidecar["written"]},
-        "parity": sidecar["parity"],
-        "seconds": sidecar["seconds"],
     }

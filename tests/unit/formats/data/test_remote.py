@@ -158,7 +158,7 @@ def test_fingerprints_of_urls_follow_what_the_server_says(tiny_shards: Path, tmp
         (tmp_path / name).write_bytes((tiny_shards / "00000.tar").read_bytes())
     with serve(tmp_path) as server:
         first = describe_file(f"{server.url}/0.tar")
-        assert first["size"] == (tmp_path / "0.tar").stat().st_size
+        assert first.size == (tmp_path / "0.tar").stat().st_size
         assert describe_file(f"{server.url}/0.tar") == first
-        assert describe_file(f"{server.url}/1.tar")["hash"] != first["hash"]  # its ETag differs
+        assert describe_file(f"{server.url}/1.tar").hash != first.hash  # its ETag differs
         assert not server.bytes_sent

@@ -17,7 +17,7 @@ from clipcid_cli.formats.skips import Skips
     "lines",
     [
         [b"", b"a", b"", b"b", b"c", b" ", b"d", b""],
-        [b"%d" % row for row in range(13)],
+        [b"a", *[b"%d" % row for row in range(12)]],
         [b"a", b"b", b"c", b"d"],
         [b"", b"a"],
     ],
