@@ -27,7 +27,10 @@ from clipcid_cli.steps.settings.shared import DEFAULT_WORK, given_flags
 
 def sidecar(data: dict | None = None, **settings: object) -> EmbedSidecar:
     plain = make_sidecar(EmbedSidecar)
-    entries = {"settings": plain["settings"] | settings, "data": data or DATA}
+    entries = {
+        "settings": plain["settings"] | settings,
+        "data": data or DATA | {"keys": settings.get("keys", "sample")},
+    }
     entries["model"] = plain["model"] | {"spec": "ViT-B-32:laion2b_s34b_b79k"}
     return msgspec.convert(plain | entries, EmbedSidecar)
 

