@@ -327,11 +327,11 @@ def open_embeddings(
             f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
         )
     if sidecar is not None:
+        if sidecar.outputs:  # before they are compared: one that is replaced afterwards has another time
+            recorded = RecordedFiles(folder, sidecar.outputs, partial(remake, folder, sidecar))
         memo = Memo(cache)
         refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "embed"), partial(remake, folder, sidecar), memo)
         memo.save()
-        if sidecar.outputs:
-            recorded = RecordedFiles(folder, sidecar.outputs, partial(remake, folder, sidecar))
         sidecar.inputs, sidecar.outputs = [], []  # those of 41,000 shards take 100 MB
     inside = folder / "img_emb"
     images = list_files(inside if inside.is_dir() else folder, ".npy")

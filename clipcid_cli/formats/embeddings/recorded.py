@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RecordedFiles:
-    """The files that `embed` wrote, when they have been found unchanged."""
+    """The files that `embed` wrote; after they are opened, they are to be compared with what is recorded."""
 
     def __init__(self, folder: Path, outputs: Sequence[FileRecord], fix: Callable[[], str]) -> None:
         """Take what the sidecar records of each, with the times that they have now: those of a copied folder are others.
@@ -29,9 +30,11 @@ class RecordedFiles:
         """
         self._folder, self._fix = folder, fix
         self._prefix = os.path.join(folder, "")
-        self._entries = {
-            each.path: msgspec.structs.replace(each, time=(folder / each.path).stat().st_mtime_ns) for each in outputs
-        }
+        self._entries = {each.path: each for each in outputs}
+        for place, each in self._entries.items():
+            with suppress(OSError):  # missing: it is refused
+                now = (folder / place).stat().st_mtime_ns
+                self._entries[place] = msgspec.structs.replace(each, time=now)
 
     def describe(self, path: Path) -> FileRecord:
         """Describe a file as `record` does."""
