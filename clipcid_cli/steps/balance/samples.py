@@ -135,7 +135,7 @@ class SampleFinder:
 
 
 def _find_places(index: DataIndex, keys: Keys, count: int) -> Values:
-    """Find n different keys in the data: the shard of each and its place there, int64 [n, 2]; −1 for those it does not have."""
+    """Find n different keys in the data: shard and place there of each, int64 [n, 2]; −1 for those it does not have."""
 
     def read() -> Iterator[tuple[pa.Array, Values]]:
         for number in range(len(index.shards)):
