@@ -84,7 +84,7 @@ def join(keys: Keys, count: int, listing: Listing, folder: Path | None) -> Value
     """Look up keys; a key that the listing has twice is an error, one of its keys that is not looked up is not.
 
     Args:
-        keys: The keys to look up; quickest where the listing has them in the same order, with some left out.
+        keys: The keys to look up, all different; quickest where the listing has them in the same order, with some left out.
         count: N, how many there are.
         folder: Where there is room, made where it is missing; None: the system's folder for temporary files. Little is
             written unless there are many keys, and nothing stays.

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cluster_sidecar import write_cluster_sidecar
+from sidecars import make_sidecar
 
-from clipcid_cli.formats.atomic import write_npy
+from clipcid_cli.formats.atomic import write_json, write_npy
 from clipcid_cli.formats.results.clusters import (
     TopClusters,
     join_parts,
@@ -25,6 +25,7 @@ from clipcid_cli.formats.results.clusters import (
     write_part,
 )
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
+from clipcid_cli.formats.sidecar import ClusterSidecar
 
 pytestmark = pytest.mark.slow
 
@@ -140,7 +141,7 @@ def test_clusters_hold_more_rows_than_32_bits_count_neighbours(folder: Path, lim
         for part in range(len(bounds)):
             part_path(folder, part).unlink()
     write_npy(folder / "centroids.npy", np.eye(NUM_CLUSTERS, 8, dtype=np.float32))
-    write_cluster_sidecar(folder, CLUSTER_ROWS, {"image": 0.02})
+    write_json(folder / "cluster.json", make_sidecar(ClusterSidecar, temperatures={"image": 0.02}))
 
     # What `distill` may hold a row.
     with limit_memory(8 * CLUSTER_ROWS + 2 * GIB):

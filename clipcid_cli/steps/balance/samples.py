@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -104,9 +105,10 @@ class SampleFinder:
     def find(self, shards: list[str], keys: list[str]) -> list[Sample | None]:
         """Find n samples; None for those that the data does not have."""
         if self._index is not None and self.searches_all(shards):
-            column = pa.chunked_array([keys], pa.string())
-            places = _find_places(self._index, lambda: [column], len(keys))
-            return [_sample_at(self._index, place) for place in places.tolist()]
+            different = list(dict.fromkeys(keys))
+            column = pa.chunked_array([different], pa.string())
+            places = dict(zip(different, _find_places(self._index, lambda: [column], len(different)), strict=True))
+            return [_sample_at(self._index, places[key].tolist()) for key in keys]
         found = list[Sample | None]()
         for shard, run in groupby(zip(shards, keys, strict=True), key=itemgetter(0)):
             wanted, number = [key for _, key in run], self._numbers.get(shard)
@@ -133,7 +135,7 @@ class SampleFinder:
 
 
 def _find_places(index: DataIndex, keys: Keys, count: int) -> Values:
-    """Find n keys in the data: the shard of each and its place there, int64 [n, 2]; −1 for those it does not have."""
+    """Find n different keys in the data: shard and place there of each, int64 [n, 2]; −1 for those it does not have."""
 
     def read() -> Iterator[tuple[pa.Array, Values]]:
         for number in range(len(index.shards)):
@@ -153,10 +155,8 @@ def read_thumbnails(finder: SampleFinder, shards: list[str], keys: list[str], si
     """Return thumbnails as ``data:`` URLs, at most `side` pixels wide and high, and ""; or "" and why there is none."""
     found: list[Sample | None] | None = None
     if finder.searches_all(shards):  # once for all of them
-        try:
+        with suppress(ClipcidError, OSError):  # which each picture says again
             found = finder.find(shards, keys)
-        except ClipcidError as error:
-            return [("", error.message)] * len(keys)
     pictures = []
     for number, (shard, key) in enumerate(zip(shards, keys, strict=True)):
         where = f"shard {shard}"

@@ -18,7 +18,7 @@ from clipcid_cli.formats.data.remote import local_file
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.join import join, parquet_listing
+from clipcid_cli.formats.join import find_repeat, join, parquet_listing
 from clipcid_cli.formats.output import Output, is_claimed
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.results.keep_list import KeepList
@@ -225,6 +225,12 @@ class ShardChoice:
             called = [_name(sample, by_uid) for sample in samples]
             names.append(pa.chunked_array([called], pa.large_string()))
         ends = np.cumsum([len(each) for each in keys], dtype=np.int64)
+        if (repeat := find_repeat(lambda: names, folder)) is not None:
+            one, other = (shards[int(np.searchsorted(ends, row, side="right"))].name for row in repeat[1:])
+            raise ClipcidError(
+                f"Sample {repeat.key!r} is in shard {one} and again in shard {other}: which of them to copy is not known.",
+                "Give the data that the embeddings were made from, or its shards without repeats.",
+            )
         kept = join(lambda: names, sum(map(len, keys)), parquet_listing(self.keep.path, "kept"), folder)[:, 0]
         parts = np.split(kept, ends[:-1])
         return {shard.name: (own, found) for shard, own, found in zip(shards, keys, parts, strict=False)}

@@ -171,6 +171,12 @@ class ClusterLookup:
         table_rows = self.table_rows[rows].astype(np.int64)
         tops = [self.images] if self.captions is None else [self.images, self.captions]
         active = np.concatenate([top.clusters[table_rows].reshape(-1) for top in tops])
+        if active.min() < 0 or active.max() >= len(self.centroids):
+            raise ClipcidError(
+                f"The clusters' arrays name clusters {active.min()} to {active.max()}; there are {len(self.centroids):,} "
+                "centroids.",
+                "Make the clusters again, by their command and --overwrite.",
+            )
         candidates = draw_candidates(
             active,
             len(self.centroids),

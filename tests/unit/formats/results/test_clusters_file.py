@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cluster_sidecar import write_cluster_sidecar
+from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_npy
@@ -25,6 +24,7 @@ from clipcid_cli.formats.results.clusters import (
     part_path,
     write_part,
 )
+from clipcid_cli.formats.sidecar import ClusterSidecar
 
 
 def write_clusters(
@@ -47,7 +47,7 @@ def write_clusters(
     join_parts(folder, bounds, lambda first, last: pa.chunked_array([keys[first:last]]), captions=captions)
     write_npy(folder / "centroids.npy", np.eye(num_clusters, 8, dtype=np.float32))
     temperatures = {"image": 0.02} | ({"caption": 0.03} if captions else {})
-    write_cluster_sidecar(folder, num_rows, temperatures)
+    write_json(folder / "cluster.json", make_sidecar(ClusterSidecar, temperatures=temperatures))
     return keys, tops, similarities
 
 
@@ -127,9 +127,10 @@ def test_unfinished_clusters_are_refused(tmp_path: Path) -> None:
 def test_an_entry_that_clusters_lack_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "clusters"
     write_clusters(folder, 10)
-    sidecar = json.loads((folder / "cluster.json").read_text())
-    write_json(folder / "cluster.json", {name: value for name, value in sidecar.items() if name != "temperatures"})
-    with pytest.raises(ClipcidError, match=r"cluster\.json .*missing required field `temperatures`"):
+    content = make_sidecar(ClusterSidecar)
+    del content["temperatures"]
+    write_json(folder / "cluster.json", content)
+    with pytest.raises(ClipcidError, match=r"cluster\.json cannot be read .* missing required field `temperatures`"):
         open_clusters(folder, tmp_path)
 
 

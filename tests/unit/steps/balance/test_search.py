@@ -14,7 +14,7 @@ from PIL import Image
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.results.forest import ForestPart, ForestParts
+from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.balance import pairs as set_pairs
 from clipcid_cli.steps.balance import search as forest_search
@@ -97,12 +97,7 @@ def test_a_dry_run_writes_nothing(embeddings: Path, tmp_path: Path) -> None:
 
 def test_keeping_everything_merges_nothing(embeddings: Path, tmp_path: Path) -> None:
     result, _ = balance(tmp_path, embeddings, keep=1.0)
-    assert (result["kept"], result["threshold"], result["largest_component"], result["uncovered_ratio"]) == (
-        300,
-        None,
-        1,
-        0.0,
-    )
+    assert (result["kept"], result["threshold"], result["largest_component"], result["coverage"]) == (300, None, 1, 0.0)
     assert read_keep(tmp_path)["kept"].all()
 
 
@@ -130,11 +125,7 @@ def test_the_other_linkage_is_what_a_run_with_it_gives(
     single, _ = balance(tmp_path / "single", embeddings, keep=0.2)
     star, _ = balance(tmp_path / "star", embeddings, threshold=single["threshold"], linkage="star")
     for one, other, name in ((single, star, "star"), (star, single, "single")):
-        assert one["other_linkage"] == {
-            "linkage": name,
-            "kept": other["kept"],
-            "uncovered_ratio": other["uncovered_ratio"],
-        }
+        assert one["other_linkage"] == {"linkage": name, "kept": other["kept"], "coverage": other["coverage"]}
     # docs/method.md#star-cover, row by row: rows by number of neighbours, each kept that none kept before it covers.
     near = distance_matrix(rows) <= np.float32(single["threshold"])
     covered, kept = np.zeros(NUM_ROWS, bool), 0
@@ -142,7 +133,7 @@ def test_the_other_linkage_is_what_a_run_with_it_gives(
         if not covered[row]:
             kept, covered = kept + 1, covered | near[row]
     assert star["kept"] == kept > single["kept"]
-    assert (star["uncovered_ratio"], single["uncovered_ratio"] > 0.0) == (0.0, True)
+    assert (star["coverage"], single["coverage"] > 0.0) == (0.0, True)
     report = (tmp_path / "single" / "balance" / "report.html").read_text()
     assert "star" in report[report.index("<svg") : report.index("</svg>")]
     assert "not computed" not in report

@@ -12,7 +12,7 @@ from balance_data import balance, check_keep_list, distance_matrix, make_rows, r
 from clipcid_cli.algorithms.search import pair_search as neighbors
 from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.forest import ForestPart, ForestParts
+from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
 from clipcid_cli.steps.balance import pairs as set_pairs
 from clipcid_cli.steps.balance import search as forest_search
 

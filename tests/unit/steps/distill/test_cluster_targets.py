@@ -13,6 +13,7 @@ from loss_data import unit
 from clipcid_cli.algorithms.losses import centroids as projected_centroids
 from clipcid_cli.algorithms.losses.centroids import ProjectedCentroids
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, principal_axes
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.clusters import TopClusters
 from clipcid_cli.steps.distill import cluster_targets
 from clipcid_cli.steps.distill.cluster_targets import ClusterLookup, open_centroids
@@ -111,3 +112,11 @@ def test_without_the_correction_a_drawn_centroid_counts_once(file: np.ndarray) -
     assert torch.equal(with_it.centroids_SD, without.centroids_SD)
     assert float(with_it.log_correction_S.max()) > 0
     assert not without.log_correction_S.any()
+
+
+@pytest.mark.parametrize("cluster", [-1, K])
+def test_a_cluster_that_is_not_there_is_named(file: np.ndarray, cluster: int) -> None:
+    lookup, rows = make_lookup(file, captions=False), np.arange(6)
+    lookup.images.clusters[lookup.table_rows[3], 1] = cluster
+    with pytest.raises(ClipcidError, match=rf"name clusters .*{cluster}.*; there are {K:,} centroids"):
+        lookup.targets(rows, step=1)
