@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from clipcid_cli.formats import fingerprint
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge_skips, read_manifest
 from clipcid_cli.formats.embeddings.text_folder import TEXTS_FILE, write_texts
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
-from clipcid_cli.formats.output import Output, find_output
+from clipcid_cli.formats.output import Output, find_output, open_output, unfinished
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
@@ -59,6 +58,8 @@ def make_embeddings(
     """
     plan = machine.on_main(lambda: make_plan(settings, reporter, without_text))
     if plan.finished is not None:
+        if not settings.dry_run:
+            machine.on_main(lambda: _remove_leftovers(plan))
         reporter.note(f"{plan.folder} already holds the embeddings of {plan.dataset.spec} with {plan.name.spec}.")
         return _describe(plan, plan.finished)
     shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards):,} shards"
@@ -87,6 +88,15 @@ def make_embeddings(
             ensure_index(plan.dataset, machine, encoder.workers, reporter)
         sidecar = machine.on_main(lambda: _write(plan, encoder, output, writer.finish(), timings, reporter))
     return _describe(plan, sidecar)
+
+
+def _remove_leftovers(plan: EmbedPlan) -> None:
+    """Remove what a run left that was killed right after its sidecar, but not what one works with that goes on."""
+    made = plan.finished
+    if made is not None and unfinished(plan.folder, plan.step) is not None:
+        wanted: dict[str, Any] = {"settings": made.settings, "inputs": made.inputs, "overwrite": False}
+        with suppress(ClipcidError), open_output(plan.folder, plan.step, plan.sidecar_type, **wanted):
+            pass
 
 
 def _load_encoder(plan: EmbedPlan, machine: Machine) -> Encoder:
@@ -194,7 +204,7 @@ def _write(
     """Check the embeddings of all shards together and commit them."""
     rows, read, skips = sum(each.rows for each in records), sum(each.read for each in records), merge_skips(records)
     if not rows:
-        shutil.rmtree(output.root, ignore_errors=True)  # it must not stand in the way of other data
+        output.discard()  # it must not stand in the way of other data
         raise ClipcidError(
             f"None of the {read:,} samples in {plan.dataset.spec} can be used:\n{skips.describe()}", "Fix the data."
         )

@@ -4,17 +4,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+from sidecars import make_sidecar, unfinish
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.output import open_output
+from clipcid_cli.formats.atomic import write_json, write_text
+from clipcid_cli.formats.sidecar import BalanceSidecar, DistillSidecar, EmbedSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 
 
 def balance(work: WorkDirectory, *, finish: bool) -> None:
-    with open_output(work.balance, "balance", settings={}, inputs=[], overwrite=False) as output:
-        (work.balance / "keep.parquet").write_bytes(b"rows")
-        if finish:
-            output.commit(counts={}, seconds={}, embeddings=work.name_of(work.path / "embeddings" / "a"))
+    write_text(work.balance / "keep.parquet", "rows")
+    named = work.name_of(work.path / "embeddings" / "a")
+    write_json(work.balance / "balance.json", make_sidecar(BalanceSidecar, embeddings=named))
+    if not finish:
+        unfinish(work.balance, "balance")
 
 
 def test_no_keep_list_is_none_and_a_finished_one_is_found(tmp_path: Path) -> None:
@@ -38,8 +41,7 @@ def test_embeddings_are_those_that_were_balanced_or_the_only_ones(tmp_path: Path
         work.find_embeddings()
     assert "clipcid embed DATA" in caught.value.fix
     for slug in ("a", "b"):
-        with open_output(work.embeddings(slug), "embed", settings={}, inputs=[], overwrite=False) as output:
-            output.commit(counts={}, seconds={})
+        write_json(work.embeddings(slug) / "embed.json", make_sidecar(EmbedSidecar))
     with pytest.raises(ClipcidError, match="2 models: a, b"):
         work.find_embeddings()
     balance(work, finish=True)
@@ -61,6 +63,5 @@ def test_the_student_is_that_of_the_run_that_finished_last(tmp_path: Path) -> No
     with pytest.raises(ClipcidError, match="no trained student"):
         work.find_student()
     for name in ("first", "second"):
-        with open_output(work.distill(name), "distill", settings={}, inputs=[], overwrite=False) as output:
-            output.commit(counts={}, seconds={})
+        write_json(work.distill(name) / "distill.json", make_sidecar(DistillSidecar))
     assert work.find_student() == tmp_path / "distill" / "second" / "student"

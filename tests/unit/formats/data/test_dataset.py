@@ -179,7 +179,7 @@ def test_folders_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyP
     dataset = open_dataset(tmp_path)
     assert [shard.name for shard in dataset.shards] == ["00000", "00001", "00002"]
     assert [len(shard.samples()) for shard in dataset.shards] == [4, 4, 2]
-    assert len({entry["hash"] for entry in dataset.fingerprints()}) == 3
+    assert len({each.hash for each in dataset.fingerprints()}) == 3
 
 
 FRAME = pd.DataFrame(
@@ -307,8 +307,8 @@ def test_fingerprints_follow_content_not_place(tiny_shards: Path, tmp_path: Path
     again = open_dataset(moved).fingerprints()
     assert [(entry["size"], entry["hash"]) for entry in first] == [(entry["size"], entry["hash"]) for entry in again]
     write_tar(moved / "00001.tar", shard_members(30, 10))
-    assert open_dataset(moved).fingerprints()[1]["hash"] != first[1]["hash"]
-    assert open_dataset(moved).fingerprints()[0]["hash"] == first[0]["hash"]
+    assert open_dataset(moved).fingerprints()[1].hash != first[1].hash
+    assert open_dataset(moved).fingerprints()[0].hash == first[0].hash
 
 
 def test_shards_travel_between_processes(tiny_shards: Path) -> None:

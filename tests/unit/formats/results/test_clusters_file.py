@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_npy
@@ -23,8 +24,10 @@ from clipcid_cli.formats.results.clusters import (
     open_clusters,
     part_bounds,
     part_path,
+    remove_caption_arrays,
     write_part,
 )
+from clipcid_cli.formats.sidecar import ClusterSidecar
 
 
 def write_clusters(
@@ -47,7 +50,7 @@ def write_clusters(
         )
     join_parts(folder, len(bounds), captions=captions)
     write_npy(folder / "centroids.npy", np.eye(num_clusters, 8, dtype=np.float32))
-    write_json(folder / "cluster.json", {"format_version": 1, "temperatures": {"image": 0.02, "caption": 0.03}})
+    write_json(folder / "cluster.json", make_sidecar(ClusterSidecar))
     return keys, tops, similarities
 
 
@@ -150,6 +153,7 @@ def test_a_cache_that_cannot_be_written_is_named_with_one_fix(tmp_path: Path) ->
 def test_clusters_without_captions_leave_no_arrays_of_those_before(tmp_path: Path) -> None:
     write_clusters(tmp_path, 10)
     write_clusters(tmp_path, 10, captions=False)
+    remove_caption_arrays(tmp_path)
     assert set(read_arrays(tmp_path)) == {"top_clusters.npy", "top_similarities.npy"}
 
 
@@ -189,11 +193,13 @@ def test_unfinished_clusters_are_refused(tmp_path: Path) -> None:
         open_clusters(folder, tmp_path / "cache")
 
 
-def test_an_entry_that_clusters_lack_is_named_with_the_command_that_makes_them_again(tmp_path: Path) -> None:
+def test_an_entry_that_clusters_lack_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "clusters"
     write_clusters(folder, 10)
-    write_json(folder / "cluster.json", {"format_version": 1})
-    with pytest.raises(ClipcidError, match=r"no entry 'temperatures'\.\nRun: clipcid cluster --work .* --overwrite"):
+    content = make_sidecar(ClusterSidecar)
+    del content["temperatures"]
+    write_json(folder / "cluster.json", content)
+    with pytest.raises(ClipcidError, match=r"cluster\.json cannot be read .* missing required field `temperatures`"):
         open_clusters(folder, tmp_path / "cache", work=tmp_path)
 
 

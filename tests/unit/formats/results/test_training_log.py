@@ -61,13 +61,6 @@ def test_a_damaged_line_is_named_unless_it_is_the_last_one(tmp_path: Path, line:
         read_lines(log)
 
 
-def test_an_entry_that_a_line_lacks_is_named(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text('{"step": 1}\n')
-    (line,) = read_lines(tmp_path / "train.jsonl")
-    with pytest.raises(ClipcidError, match=r"Line 1 of .*train\.jsonl has no entry 'lr'"):
-        line["lr"]
-
-
 def test_a_folder_in_the_place_of_a_log_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(ClipcidError, match="cannot be read"):
         read_lines(tmp_path)

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from balance_data import write_embeddings
+from sidecars import make_sidecar, unfinish
 from teaching_data import Listener, embed_data
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -58,9 +60,9 @@ def test_texts_leave_other_embeddings_alone(
     rows = np.eye(5, 32, dtype=np.float16)
     folder = write_embeddings(tmp_path / "out", rows, texts=rows)
     if kind == "images":
-        (folder / "embed.json").write_text(json.dumps({"format_version": 2}))
+        (folder / "embed.json").write_text(json.dumps(make_sidecar(EmbedSidecar)))
     if kind == "begun":
-        (folder / f".embed-{'0' * 16}").mkdir()
+        unfinish(folder, "embed")
     if kind == "foreign texts":
         shutil.rmtree(folder / "img_emb")
     before = content(folder)
@@ -78,8 +80,7 @@ def test_images_leave_embeddings_of_texts_alone(
     folder = tmp_path / "out"
     shutil.copytree(texts, folder)
     if kind == "begun texts":
-        (folder / "texts.json").unlink()
-        (folder / f".texts-{'0' * 16}").mkdir()
+        unfinish(folder, "texts")
     if kind == "foreign texts":
         (folder / "texts.json").unlink()
     before = content(folder)
