@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sidecars import make_sidecar, unfinish
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
@@ -25,7 +26,7 @@ from clipcid_cli.formats.embeddings.row_files import find_npy
 from clipcid_cli.formats.embeddings.rows import holds_unit_rows, unit_rows
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.sidecar import FORMAT_VERSION
+from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.skips import Skips
 
 RANDOM = np.random.default_rng(0)
@@ -57,22 +58,8 @@ def write_folder(folder: Path, *, texts: bool = True) -> dict[str, Any]:
 
 
 def write_sidecar(folder: Path) -> None:
-    sidecar = {
-        "format_version": FORMAT_VERSION,
-        "tool": "clipcid",
-        "tool_version": "",
-        "step": "embed",
-        "settings": {"keys": "sample", "text": True, "fast_decode": False, "precision": "fp32", "batch_size": 8}
-        | {"preprocess": "p"},
-        "inputs": [],
-        "outputs": [msgspec.to_builtins(record(folder / "manifest.parquet", folder))],
-        "counts": {"images": sum(SIZES), "read": 15, "skipped": {}, "laid_on_white": 3},
-        "seconds": {},
-        "images_per_second": None,
-        "model": {"spec": "tiny", "weights_hash": "blake2b:0", "config": {"text_cfg": {}, "vision_cfg": {}}},
-        "data": {"spec": "data", "keys": "sample", "image": "filepath", "caption": "title", "key": "key"},
-    }
-    (folder / "embed.json").write_text(json.dumps(sidecar))
+    outputs = [msgspec.to_builtins(record(folder / "manifest.parquet", folder))]
+    (folder / "embed.json").write_text(json.dumps(make_sidecar(EmbedSidecar) | {"outputs": outputs}))
 
 
 def read_all(embeddings: Embeddings, read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> list[str]:
@@ -388,8 +375,8 @@ def test_nothing_there_and_unfinished(tmp_path: Path) -> None:
     with pytest.raises(ClipcidError, match="contains no embeddings") as raised:
         open_embeddings(tmp_path)
     assert "clipcid embed" in raised.value.fix
-    (tmp_path / f".embed-{'0' * 16}").mkdir()
-    (tmp_path / f".embed-{'0' * 16}" / ".run.json").write_text(json.dumps({"settings": {}, "inputs": []}))
+    (tmp_path / "embed.json").write_text(json.dumps(make_sidecar(EmbedSidecar)))
+    unfinish(tmp_path, "embed")
     with pytest.raises(ClipcidError, match="are unfinished"):
         open_embeddings(tmp_path)
 
