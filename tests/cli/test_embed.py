@@ -145,7 +145,7 @@ def test_shards_that_were_added_are_embedded_alone(
     assert "2 of 3 shards are already embedded." in clipcid(*call).stderr
     clipcid(*call[:4], "--out", "whole")
     assert hash_rows(tmp_path / "out") == hash_rows(tmp_path / "whole")
-    assert not [path for path in (tmp_path / "out").glob(".embed-*")]
+    assert not list((tmp_path / "out").glob(".embed-*"))
     (tmp_path / "data" / "00000.tar").unlink()
     refused = clipcid(*call, check=False)
     assert refused.returncode == 1

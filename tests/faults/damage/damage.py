@@ -69,12 +69,9 @@ TARGETS = {
     "npz": Target("npz/a.npz", (*_BALANCE, "npz")),
     "embed.json": Target(f"{EMBEDDINGS}/embed.json", ("balance", "--keep", "0.7"), "json"),
     "embed.json of distill": Target(f"{EMBEDDINGS}/embed.json", _DISTILL, "json"),
-    "own npy": Target(
-        f"{EMBEDDINGS}/img_emb/img_emb_0000.npy", (*_CLUSTER, *_AGAIN), "npy", f"{EMBEDDINGS}/embed.json"
-    ),
-    "own metadata": Target(
-        f"{EMBEDDINGS}/metadata/metadata_0000.parquet", _DISTILL, "parquet", f"{EMBEDDINGS}/embed.json"
-    ),
+    "manifest": Target(f"{EMBEDDINGS}/manifest.parquet", (*_CLUSTER, *_AGAIN), "parquet", f"{EMBEDDINGS}/embed.json"),
+    "own npy": Target(f"{EMBEDDINGS}/img_emb/img_emb_0000.npy", (*_CLUSTER, *_AGAIN), "npy"),
+    "own metadata": Target(f"{EMBEDDINGS}/metadata/metadata_0000.parquet", _DISTILL, "parquet"),
     "balance.json": Target("clipcid-work/balance/balance.json", ("balance", "--keep", "0.9"), "json"),
     "balance.json of clusters": Target("clipcid-work/balance/balance.json", (*_CLUSTER, *_AGAIN), "json"),
     "forest.json": Target("clipcid-work/balance/forest.json", ("balance", "--keep", "0.95"), "json"),

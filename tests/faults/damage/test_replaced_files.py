@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from one_process import OneProcess
+from sidecars import leave_work, unfinish
+
+from clipcid_cli.formats.embeddings.manifest import read_manifest
 
 MODEL = "clipcid-work/embeddings/tiny"
 BALANCE = ("balance", "--keep", "0.8")
@@ -240,29 +244,25 @@ def test_zero_and_infinite_rows_of_another_tool_are_skipped_and_counted(
 def test_a_resumed_embed_makes_a_damaged_shard_again(
     clipcid: OneProcess, chain: Path, tmp_path: Path, content: bytes
 ) -> None:
-    """The state of a run that was killed after its last shard: notes, a plan that is cleared, no sidecar."""
+    """The state of a run that was killed after its last shard: a work folder with records of its shards, no sidecar."""
     data, model = _sources(chain)
     command = ("embed", data, "--model", model, "--out", "rows", "--json")
     assert clipcid(*command, cwd=tmp_path).code == 0
     folder = tmp_path / "rows"
-    sidecar = json.loads((folder / "embed.json").read_text())
     whole = (folder / "img_emb/img_emb_0000.npy").read_bytes()
-    plan = {name: sidecar[name] for name in ("format_version", "settings", "inputs")} | {"cleared": True}
-    (folder / ".embed.plan.json").write_text(json.dumps(plan))
-    (folder / "embed.json").unlink()
-    (folder / ".shards").mkdir()
-    for number in range(2):
-        entries = [entry for entry in sidecar["outputs"] if f"_{number:04d}." in entry["path"]]
-        (folder / ".shards" / f"{number:04d}.json").write_text(json.dumps(entries))
-    (folder / "img_emb/img_emb_0000.npy").write_bytes(content)
+    work = unfinish(folder, "embed")
+    (work / ".shards").mkdir()
+    for number, record in enumerate(read_manifest(folder, "")):
+        (work / ".shards" / f"{number:04d}.json").write_text(json.dumps(msgspec.to_builtins(record)))
+    for name in ("img_emb", "text_emb", "metadata"):
+        (folder / name).rename(work / name)
+    (work / "img_emb/img_emb_0000.npy").write_bytes(content)
     found = clipcid(*command, cwd=tmp_path)
     assert found.code == 0, found
     assert "1 of 2 shards are already embedded" in found.err
     assert (folder / "img_emb/img_emb_0000.npy").read_bytes() == whole
-    assert not (folder / ".shards").exists()
-    # Those that a run leaves which is killed right after its sidecar are removed by the next.
-    (folder / ".embed.plan.json").write_text(json.dumps(plan))
-    (folder / ".shards").mkdir()
+    # What a run leaves which is killed right after its sidecar is removed by the next.
+    leave_work(folder, "embed")
     assert clipcid(*command, cwd=tmp_path).code == 0
     assert not [path for path in folder.glob(".*") if path.suffix != ".lock"]
 

@@ -21,6 +21,8 @@ from fault_place import Result, Site, Step, read_tree
 from fault_processes import list_rank_kills, list_worker_kills, run_rank_kill, run_worker_kill
 from one_process import Outcome
 
+from clipcid_cli.formats.embeddings.manifest import all_files, read_manifest
+
 _PAGE = 4096
 _YEAR = 366 * 86400.0
 _PROMPT = 10.0
@@ -169,6 +171,8 @@ def list_recorded(site: Site, step: Step, chance: random.Random) -> list[str]:
     for sidecar in work.rglob("*.json"):
         entries = json.loads(sidecar.read_text()).get("outputs", [])
         found += [sidecar.parent / entry["path"] for entry in entries]
+    for manifest in work.rglob("manifest.parquet"):
+        found += [manifest.parent / each.path for each in all_files(read_manifest(manifest.parent, ""))]
     found += work.glob("index/*/*.arrow")
     return sorted({os.path.relpath(path, site.before(step)) for path in found})
 
