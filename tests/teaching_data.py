@@ -9,6 +9,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from balance_data import Listener
 from conftest import make_caption, make_image, write_tar
@@ -16,6 +17,7 @@ from conftest import make_caption, make_image, write_tar
 from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.augment import apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
@@ -64,6 +66,17 @@ def embed_data(data: Path, model: Path, out: Path, **settings: Any) -> dict[str,
     """Run `embed` in this process: fp32, batches of 8, no workers unless told otherwise."""
     given = {"precision": "fp32", "batch_size": 8, "workers": 0, "device": "cpu"} | settings
     return embed.run(EmbedSettings(data=str(data), model=str(model), out=out, **given), Listener())
+
+
+def read_params(embeddings: Embeddings, row: int, view: int) -> npt.NDArray[np.float32]:
+    """Return what reproduces one of an image's views."""
+    place = row * embeddings.num_each(Kind.VIEWS) + view
+    return np.array(embeddings.rows(Kind.VIEW_PARAMS).read(place, place + 1)[0])
+
+
+def read_keys(embeddings: Embeddings) -> list[str]:
+    """Return the keys of all rows."""
+    return [key for file in embeddings.files for key in embeddings.keys_of(file).to_pylist()]
 
 
 def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]], str]:

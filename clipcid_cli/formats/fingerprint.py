@@ -112,7 +112,7 @@ class Memo:
 
     def __init__(self, table: Path | None = None) -> None:
         """Read the table, which need not exist; None remembers nothing beyond this object."""
-        self._table = table
+        self.table = table
         self._known: dict[str, FileRecord] = {}
         self._is_new = False
         if table is not None:
@@ -138,15 +138,15 @@ class Memo:
 
     def save(self) -> None:
         """Write the table where something was added to it, and it can be written."""
-        if self._table is None or not self._is_new:
+        if self.table is None or not self._is_new:
             return
         import pyarrow.parquet as pq
 
         records = [self._known[path] for path in sorted(self._known) if _is_text(path)]
-        remove_abandoned(self._table.parent.glob(f".{self._table.name}.*.partial"))
+        remove_abandoned(self.table.parent.glob(f".{self.table.name}.*.partial"))
         with (
             suppress(ClipcidError, OSError),
-            atomic_file(self._table, shared=True) as file,
+            atomic_file(self.table, shared=True) as file,
         ):  # two runs may save at once
             pq.write_table(to_table(records), file)
         self._is_new = False

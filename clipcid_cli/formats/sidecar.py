@@ -132,11 +132,23 @@ class EmbedMade(msgspec.Struct):
     seed: int = 0
 
 
-class EmbedSidecar(Sidecar, kw_only=True):
+class RowsSidecar(Sidecar, kw_only=True):
+    """That of a folder of embeddings, whose manifest names the files."""
+
+    model: ModelRecord
+
+    def files(self, folder: Path) -> set[str]:
+        """Return the files of the manifest too."""
+        from clipcid_cli.formats.embeddings.manifest import all_files, read_manifest  # few commands need it
+
+        records = read_manifest(folder, "Make the embeddings again.")
+        return super().files(folder) | {each.path for each in all_files(records)}
+
+
+class EmbedSidecar(RowsSidecar, kw_only=True):
     """``embed.json``."""
 
     images_per_second: float | None
-    model: ModelRecord
     data: DataSpec
     run: dict[str, Any] = {}
 
@@ -148,11 +160,10 @@ class EmbedSidecar(Sidecar, kw_only=True):
         return msgspec.convert(self.settings, EmbedMade)
 
 
-class TextsSidecar(Sidecar, kw_only=True):
+class TextsSidecar(RowsSidecar, kw_only=True):
     """``texts.json``, of `embed --texts`."""
 
     texts_per_second: float | None
-    model: ModelRecord
 
     shapes = {"settings": _shape(precision=str, batch_size=int), "counts": _shape(texts=int, skipped=_Skipped)}
 
@@ -190,8 +201,8 @@ class BalanceSidecar(Sidecar, kw_only=True):
             threshold=_Number | None,
             components=int,
             largest_component=int,
-            coverage=_Number,
-            other_linkage=_shape(linkage=str, kept=int, coverage=_Number) | None,
+            uncovered_ratio=_Number,
+            other_linkage=_shape(linkage=str, kept=int, uncovered_ratio=_Number) | None,
             audit=_shape(near=int, sampled=int, kept=int, rate=_Number, low=_Number, high=_Number) | None,
             dropped_by=_shape(reference=int, caption=int, repeat=int, cluster=int),
             against=_shape(dropped=int, threshold=_Number, references=_list_of(_shape(name=str, nearest=int))) | None,

@@ -30,9 +30,9 @@ Call = Callable[..., Run]
 
 
 def hash_rows(folder: Path) -> dict[str, str]:
-    """Hash every file of embeddings; the sidecar has times in it."""
+    """Hash every file of embeddings; sidecar and manifest have times in them."""
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in (".npy", ".parquet"))
-    files = [path for path in found if "index" not in path.parts]
+    files = [path for path in found if "index" not in path.parts and path.name != "manifest.parquet"]
     return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -58,6 +58,8 @@ def test_result_and_files(embedded: Run, tiny_shards: Path, tiny_model: Path) ->
         for number in (0, 1)
     ]
     sidecar = json.loads((folder / "embed.json").read_text())
+    assert [Path(entry["path"]).name for entry in sidecar["inputs"]] == [tiny_shards.name]
+    assert [entry["path"] for entry in sidecar["outputs"]] == ["manifest.parquet"]
     assert sidecar["counts"] == {"images": 24, "read": 24, "skipped": {}, "laid_on_white": 0}
     assert sidecar["data"]["spec"] == str(tiny_shards)
     assert sidecar["model"]["spec"] == str(tiny_model)
@@ -138,12 +140,12 @@ def test_shards_that_were_added_are_embedded_alone(
     write_tar(tmp_path / "data" / "00002.tar", shard_members(9, 4))
     assert "1 of 2 shards are already embedded." in clipcid(*call).stderr
     assert first.items() < hash_rows(tmp_path / "out").items()
-    # One in between: it and those after it are embedded, since their files have other numbers now.
+    # One in between: files after it get other numbers, and are not made again.
     write_tar(tmp_path / "data" / "00001.tar", shard_members(5, 4))
-    assert "1 of 3 shards are already embedded." in clipcid(*call).stderr
+    assert "2 of 3 shards are already embedded." in clipcid(*call).stderr
     clipcid(*call[:4], "--out", "whole")
     assert hash_rows(tmp_path / "out") == hash_rows(tmp_path / "whole")
-    assert not (tmp_path / "out" / ".shards").exists()
+    assert not [path for path in (tmp_path / "out").glob(".embed-*")]
     (tmp_path / "data" / "00000.tar").unlink()
     refused = clipcid(*call, check=False)
     assert refused.returncode == 1
@@ -195,12 +197,12 @@ def test_killed_and_resumed_gives_the_same_bytes(clipcid: Call, tiny_model: Path
     options += ["--max-bad-fraction", "0.1", "--out"]
     command = ["embed", "data", "--model", str(tiny_model), *options]
     process = start_clipcid(*command, "cut", cwd=tmp_path)
-    while not (tmp_path / "cut" / ".shards").is_dir() or not any((tmp_path / "cut" / ".shards").glob("0*")):
+    while not any((tmp_path / "cut").glob(".embed-*/.shards/0*")):
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = len(list((tmp_path / "cut" / ".shards").glob("0*")))
+    done = len(list((tmp_path / "cut").glob(".embed-*/.shards/0*")))
     assert not (tmp_path / "cut" / "embed.json").exists()
     assert 0 < done < 24
     resumed = clipcid(*command, "cut", "--json")

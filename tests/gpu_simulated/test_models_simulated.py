@@ -18,6 +18,7 @@ from simulation import KINDS, run_all, start, total
 
 from clipcid_cli.algorithms.losses.registry import PRESETS
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 
 WORK = "clipcid-work"
 TRAIN = ("distill", "--student", "student.json", "--batch-size", 8, "--val-fraction", 0.2, "--device", "cuda")
@@ -171,7 +172,10 @@ def evaluated(
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_rows_agree_with_a_cpu(precision: str, evaluated: Path) -> None:
     there, here = open_embeddings(evaluated / "cpu-fp32"), open_embeddings(evaluated / f"cuda-{precision}")
-    for one, other in ((there.images(), here.images()), (there.texts(), here.texts())):
+    for one, other in (
+        (there.rows(Kind.IMAGES), here.rows(Kind.IMAGES)),
+        (there.rows(Kind.TEXTS), here.rows(Kind.TEXTS)),
+    ):
         a, b = (rows.read(0, 24).astype(np.float64) for rows in (one, other))
         cosine = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
         assert cosine.min() > (0.99999 if precision == "fp32" else 0.999)

@@ -33,7 +33,7 @@ from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
 from clipcid_cli.formats.data.tars import split_captions
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.key_join import find_repeated_key
+from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.skips import Skips
@@ -305,12 +305,14 @@ def lock_index(folder: Path) -> Iterator[None]:
 
 
 def _refuse_repeated_keys(index: DataIndex) -> None:
-    keys = [chunk for number in range(len(index.shards)) for chunk in index.part(number).keys.chunks]
-    repeat = find_repeated_key(pa.chunked_array(keys, pa.string()))
+    """Refuse keys of two shards; within a shard all differ."""
+    if len(index.shards) < 2:
+        return
+    repeat = find_repeat(lambda: (index.part(number).keys for number in range(len(index.shards))), index.folder)
     if repeat is not None:
-        ends = np.cumsum(index.sizes)
-        one, other = (index.shards[int(np.searchsorted(ends, row, side="right"))].name for row in repeat[1:])
-        raise repeated_key(repeat[0], one, other)
+        ends, rows = np.cumsum(index.sizes), (repeat.first, repeat.second)
+        one, other = (index.shards[int(np.searchsorted(ends, row, side="right"))].name for row in rows)
+        raise repeated_key(repeat.key, one, other)
 
 
 def repeated_key(key: str, one: str, other: str) -> ClipcidError:

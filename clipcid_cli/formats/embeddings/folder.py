@@ -1,24 +1,14 @@
-"""Embeddings on disk, in the layout of clip-retrieval and embedding-reader.
+"""A folder of embeddings, of `embed` or of another tool: rows by kind, and the columns of the metadata beside them.
 
-    img_emb/img_emb_0000.npy        float16 [n, D], unit rows
-    text_emb/text_emb_0000.npy      the same, of the captions
-    metadata/metadata_0000.parquet  key, shard, caption; row i belongs to row i of both
-
-One group of files per shard; `extras` describes optional ones. Folders made by other tools are read as they are: rows of
-another number format, or that are not unit rows, are normalised and cast to float16 when they are read, each row by itself.
-DataComp's metadata is such a folder:
-
-    0a1b….npz      arrays l14_img, l14_txt, b32_img, b32_txt, …, float16 [n, D]
-    0a1b….parquet  uid, text, …; row i belongs to row i of every array
+Rows of another tool that have another number format, or are not unit rows, are normalised and cast to float16 when they are
+read, each row by itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,29 +18,27 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
-from clipcid_cli.formats.embeddings.checks import (
-    AGAIN,
-    check_file,
-    check_rows,
-    find_unusable_rows,
-    read_embed_sidecar,
-)
 from clipcid_cli.formats.embeddings.command import data_command, remake
-from clipcid_cli.formats.embeddings.extras import Extras, ExtrasFinder, ViewParams
-from clipcid_cli.formats.embeddings.npy import Fingerprint, RowFile, find_npy
-from clipcid_cli.formats.embeddings.npz import MOST_UNPACKED
-from clipcid_cli.formats.embeddings.pairing import DIGITS, list_files, list_inner_files, pair_by_name, pair_by_number
-from clipcid_cli.formats.embeddings.recorded import RecordedFiles
+from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
+from clipcid_cli.formats.embeddings.layouts import AGAIN, Part, find_parts
+from clipcid_cli.formats.embeddings.manifest import Recorded, open_recorded, record_together
+from clipcid_cli.formats.embeddings.row_files import RowFile, find_npy
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, refuse_changed
-from clipcid_cli.formats.key_join import find_repeated_key, hash_keys
+from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.output import unfinished
-from clipcid_cli.formats.parquet import column_names, read_first_column, replace_invalid
-from clipcid_cli.formats.sidecar import EmbedSidecar, sidecar_path
+from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
+from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 
+MAX_UNPACKED = 4 * 2**30
+"""Limit on the memory of each process for compressed arrays, all files together."""
 # Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
 _NAMES_AT_ONCE = 65_536
 _TEXT = pa.large_string()
+_REMAKE = (
+    "Give the command that made it again, with --overwrite; or copy the rows to another folder, without embed.json, and "
+    "name that one."
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,33 +46,24 @@ class EmbeddingFile:
     """The files of one shard.
 
     Attributes:
-        images: Image embeddings: an npy, or an array of an npz.
-        texts: Text embeddings likewise; None where there are none.
+        parts: Its rows by kind; images are always among them.
         metadata: parquet of keys and captions; None where there is none.
         first: Number of its first row among all rows.
-        extras: Views and further captions.
     """
 
-    images: RowFile
-    texts: RowFile | None
+    parts: dict[Kind, RowFile]
     metadata: Path | None
     first: int
-    rows: int
-    extras: Extras
+
+    @property
+    def rows(self) -> int:
+        """Number of its rows."""
+        return self.parts[Kind.IMAGES].shape[0]
 
     @property
     def name(self) -> str:
         """Name of the file without its suffix, used as the shard's where another tool did not record it."""
-        return self.images.path.stem
-
-    def fingerprints(
-        self, of_file: Fingerprint, *, texts: bool = False, extras: Collection[str] = ()
-    ) -> list[FileRecord]:
-        """Describe its files: image embeddings, metadata, and those requested that exist: texts, fields of `Extras`."""
-        parts = [self.images, *([self.texts] if texts and self.texts is not None else [])]
-        parts += [file for name, file in self.extras.files().items() if name in extras]
-        found = [part.fingerprint(of_file) for part in parts]
-        return found if self.metadata is None else [*found, of_file(self.metadata)]
+        return self.parts[Kind.IMAGES].path.stem
 
 
 class Embeddings:
@@ -92,100 +71,85 @@ class Embeddings:
 
     Attributes:
         files: Its files, in order of rows.
-        sidecar: That of `embed`, without its lists of files; None for a folder of another tool.
+        sidecar: That of `embed`; None for a folder of another tool.
+        kinds: The kinds of rows that there are.
     """
 
     def __init__(
         self,
         folder: Path,
-        files: tuple[EmbeddingFile, ...],
-        width: int,
+        parts: Sequence[Part],
         sidecar: EmbedSidecar | None,
-        recorded: RecordedFiles | None = None,
+        memo: Memo,
+        recorded: Recorded | None = None,
         prefix_keys: bool = False,
-        cache: Path | None = None,
     ) -> None:
-        self.folder, self.files, self.width, self.sidecar = folder, files, width, sidecar
-        self._recorded, self._cache = recorded, cache
-        self._prefix_keys = prefix_keys and sidecar is None
-        self.num_rows = sum(file.rows for file in files)
+        """Take the files that were found.
+
+        Args:
+            parts: Those of each shard.
+            memo: Where hashes are remembered.
+            recorded: What its manifest records, of a folder of `embed`.
+            prefix_keys: Whether the shard's name goes before each key.
+
+        Raises:
+            ClipcidError: when they have no rows.
+        """
+        self.folder = folder
+        self.sidecar = sidecar
+        self.width = parts[0][0][Kind.IMAGES].shape[1]
+        self.kinds = frozenset(kind for rows, _ in parts for kind in rows)
+        files, first = list[EmbeddingFile](), 0
+        for rows, metadata in parts:
+            files.append(EmbeddingFile(rows, metadata, first))
+            first += files[-1].rows
+        if not first:
+            raise ClipcidError(
+                f"{folder} contains {len(parts)} files of embeddings, all without rows.", "Make them again."
+            )
+        self.files = tuple(files)
+        self.num_rows = first
+        self._memo = memo
+        self._recorded = recorded
+        self._prefix_keys = prefix_keys
 
     @property
     def is_verified(self) -> bool:
-        """Whether `embed` wrote the files, as its sidecar records them: all rows are then unit float16."""
+        """Whether `embed` wrote the files: all rows are then unit float16."""
         return self._recorded is not None
 
-    @cached_property
+    @property
     def has_texts(self) -> bool:
         """Whether there are text embeddings."""
-        return all(file.texts is not None for file in self.files)
+        return Kind.TEXTS in self.kinds
 
-    def images(self) -> Rows:
-        """Map the image embeddings."""
-        return self._map(lambda file: file.images)
-
-    def texts(self) -> Rows:
-        """Map the text embeddings, row-aligned with the images.
+    def rows(self, kind: Kind) -> Rows:
+        """Map the rows of a kind, [N, D]; where a sample has several, [N·V, D]: row v of sample i is i·V + v.
 
         Raises:
-            ClipcidError: when there are none.
+            ClipcidError: when there are none, or they take too much memory.
         """
-        if not self.has_texts:
+        if kind not in self.kinds:
             raise ClipcidError(
                 f"{self.folder} contains no text embeddings.",
                 f"Embed captions too; the data needs some: {data_command(self.folder, self.sidecar, text=True)}",
             )
-        return self._map(lambda file: file.texts)
+        files = [file.parts[kind] for file in self.files if kind in file.parts]
+        if (size := sum(file.unpacked for file in files)) > MAX_UNPACKED:
+            raise ClipcidError(
+                f"The arrays in {self.folder} are compressed, so that they cannot be mapped: unpacked, they take "
+                f"{size / 2**30:.1f} GiB of memory, more than the allowed {MAX_UNPACKED / 2**30:g} GiB.",
+                "Save them uncompressed: numpy.savez(new, **numpy.load(old)).",
+            )
+        is_params = kind is Kind.VIEW_PARAMS
+        return Rows(files, files[0].shape[-1], as_stored=self.is_verified or is_params)
 
-    @property
-    def num_views(self) -> int:
-        """Number V of embedded views per image, 0 for none."""
-        return self.files[0].extras.num_views
-
-    def views(self) -> Rows:
-        """Map the embeddings of the views, [N·V, D]: view v of row i is row i·V + v."""
-        return self._map(lambda file: file.extras.views)
-
-    def view_params(self) -> ViewParams:
-        """Map the parameters that reproduce the views."""
-        parts = [file.extras.view_params for file in self.files]
-        return ViewParams([part for part in parts if part is not None], self.num_views)
-
-    @property
-    def num_variants(self) -> int:
-        """Number W of embedded variants of each row's captions, 0 for none."""
-        return self.files[0].extras.num_variants
-
-    def variants(self) -> Rows:
-        """Map the embeddings of the text variants, [N·W, D]: variant w of row i is row i·W + w."""
-        return self._map(lambda file: file.extras.variants)
-
-    @cached_property
-    def has_further_captions(self) -> bool:
-        """Whether captions after the first are embedded, for any row."""
-        return any(file.extras.further is not None for file in self.files)
-
-    def further_captions(self) -> Rows:
-        """Map the embeddings of the captions after the first: caption k ≥ 1 of row i is row k − 1 of those of i."""
-        return self._map(lambda file: file.extras.further)
-
-    @cached_property
-    def keys(self) -> pa.ChunkedArray:
-        """Keys of the rows, N strings: column ``key``, else ``image_path``, else ``uid``, else file and row."""
-        return self._join(self.keys_of)
-
-    @cached_property
-    def shards(self) -> pa.ChunkedArray:
-        """Names of the rows' shards, N strings; the file's name where another tool did not record them."""
-        return self._join(self.shards_of)
-
-    @cached_property
-    def captions(self) -> pa.ChunkedArray:
-        """Captions of the rows, N strings: column ``caption``, else DataComp's ``text``; empty where there is none."""
-        return self._join(self.captions_of)
+    def num_each(self, kind: Kind) -> int:
+        """Return how many rows of a kind each sample has: V of views, W of variants; 0 where there are none."""
+        return self.files[0].parts[kind].shape[1] if kind in self.kinds else 0
 
     def keys_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
-        """Read the :attr:`keys` of one file's rows."""
+        """Read the keys of one file's rows: column ``key``, else ``image_path``, else ``uid``, else file and row."""
         keys = _read_column(file, ("key", "image_path", "uid"), lambda row: f"{file.name}/{row}")
         if not self._prefix_keys:
             return keys
@@ -193,12 +157,32 @@ class Embeddings:
         return pa.chunked_array([pc.binary_join_element_wise(shards, keys.combine_chunks(), slash)])
 
     def shards_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
-        """Read the :attr:`shards` of one file's rows."""
+        """Read the names of the shards of one file's rows; the file's name where another tool did not record them."""
         return _read_column(file, ("shard",), lambda row: file.name)
 
     def captions_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
-        """Read the :attr:`captions` of one file's rows."""
+        """Read the captions of one file's rows: column ``caption``, else DataComp's ``text``; empty where there is none."""
         return replace_invalid(_read_column(file, ("caption", "text"), lambda row: ""))
+
+    def counts_of(self, file: EmbeddingFile) -> npt.NDArray[np.int64]:
+        """Read how many captions of each of one file's rows are embedded, int64 [n].
+
+        Raises:
+            ClipcidError: when they do not add up to the rows of further captions.
+        """
+        counts = np.ones(file.rows, dtype=np.int64)
+        further = file.parts.get(Kind.FURTHER)
+        if further is None or file.metadata is None:
+            return counts
+        if COUNTS_COLUMN in column_names(file.metadata, AGAIN):
+            counts = read_columns(file.metadata, {COUNTS_COLUMN: pa.int64()}, AGAIN)[COUNTS_COLUMN].to_numpy()
+        more = int(counts.sum()) - file.rows
+        if len(counts) != file.rows or int(counts.min(initial=1)) < 1 or more != further.shape[0]:
+            raise ClipcidError(
+                f"{further.path} has {further.shape[0]:,} rows; {file.metadata} counts {more:,} captions after the first.",
+                AGAIN,
+            )
+        return counts
 
     @property
     def has_uids(self) -> bool:
@@ -210,28 +194,40 @@ class Embeddings:
         """Read DataComp's identifiers of one file's rows, strings; empty where the metadata have no column ``uid``."""
         return _read_column(file, ("uid",), lambda row: "")
 
-    def fingerprints(self, *, texts: bool = False, extras: Collection[str] = ()) -> list[FileRecord]:
-        """Describe the files of every shard for a sidecar: image embeddings, metadata, and what is requested of the rest."""
-        look = partial(EmbeddingFile.fingerprints, texts=texts, extras=extras)
-        return [entry for part in self._fingerprint(look) for entry in part]
+    def contents(self, part: str) -> list[FileRecord]:
+        """Describe each shard's file of a kind or of metadata, where it has one."""
+        if self._recorded is not None:
+            return [record.files[part] for record in self._recorded.records if part in record.files]
+        files = self._files_of(part)
+        read = [file for file in files if not isinstance(file, RowFile) or file.hash is None]
+        hashed = iter(self._memo.record_all([file.path if isinstance(file, RowFile) else file for file in read]))
+        self._memo.save()
+        return [
+            FileRecord(file.label, file.size, file.hash) if isinstance(file, RowFile) and file.hash else next(hashed)
+            for file in files
+        ]
 
-    def text_fingerprints(self) -> list[FileRecord]:
-        """Describe the text embeddings of every shard."""
+    def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
+        """Describe images and metadata, and the rows of further kinds where there are any, for a sidecar: an entry each.
 
-        def look(file: EmbeddingFile, of_file: Fingerprint) -> list[FileRecord]:
-            return [] if file.texts is None else [file.texts.fingerprint(of_file)]
-
-        return [entry for part in self._fingerprint(look) for entry in part]
-
-    def _fingerprint(self, look: Callable[[EmbeddingFile, Fingerprint], list[FileRecord]]) -> list[list[FileRecord]]:
+        Raises:
+            ClipcidError: when a file that the manifest records was replaced since the folder was opened.
+        """
         if self._recorded is not None:
             self._recorded.refuse_changed()
-            return [look(file, self._recorded.describe) for file in self.files]
-        memo = Memo(self._cache)
-        with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(lambda file: look(file, memo.record), self.files))
-        memo.save()
-        return found
+        parts = [part for part in (Kind.IMAGES, METADATA, *kinds) if self._files_of(part)]
+        return [record_together(self._name_together(part), self.contents(part)) for part in parts]
+
+    def _files_of(self, part: str) -> list[RowFile | Path]:
+        if part == METADATA:
+            return [file.metadata for file in self.files if file.metadata is not None]
+        return [file.parts[Kind(part)] for file in self.files if part in file.parts]
+
+    def _name_together(self, part: str) -> str:
+        """Return the folder of the files of a kind, with the array's name where they are archives."""
+        file = self._files_of(part)[0]
+        path, member = (file.path, file.member) if isinstance(file, RowFile) else (file, None)
+        return str(path.parent) if member is None else f"{path.parent}[{member}]"
 
     def refuse_repeated_keys(self) -> None:
         """Refuse keys of two rows in a folder of another tool; `embed` has checked its own.
@@ -241,15 +237,8 @@ class Embeddings:
         """
         if self.sidecar is not None:
             return
-        # Hashes alone first, file by file: 9 bytes a row. Where none repeats, no key does.
-        hashes, first = np.empty(self.num_rows, dtype=np.uint64), 0
-        for file in self.files:
-            hashes[first : first + file.rows] = hash_keys(self.keys_of(file))
-            first += file.rows
-        hashes.sort()
-        if not (hashes[1:] == hashes[:-1]).any():
-            return
-        repeat = find_repeated_key(self._join(self.keys_of))
+        table = self._memo.table
+        repeat = find_repeat(lambda: map(self.keys_of, self.files), None if table is None else table.parent)
         if repeat is not None:
             key, one, other = repeat
             raise ClipcidError(
@@ -270,33 +259,32 @@ class Embeddings:
         """
         if self.is_verified:
             return np.empty(0, dtype=np.int64)
-        texts = texts and self.has_texts
+        kinds = [Kind.IMAGES, *([Kind.TEXTS] if texts and self.has_texts else [])]
         remembered = None
-        if self._cache is not None and self._cache.parent.is_dir():
-            identity = identity_of({"texts": texts}, self.fingerprints(texts=texts))
-            remembered = self._cache.with_name(".bad-rows") / f"{identity}.npy"
+        table = self._memo.table
+        if table is not None and table.parent.is_dir():
+            identity = identity_of({"kinds": kinds}, self.fingerprints(kinds[1:]))
+            remembered = table.with_name(".bad-rows") / f"{identity}.npy"
             if remembered.is_file():
                 with suppress(ClipcidError):
                     return np.array(find_npy(remembered).map(), dtype=np.int64)
-        sides = [self.images(), *([self.texts()] if texts else [])]
-        found = np.unique(np.concatenate([find_unusable_rows(side) for side in sides]))
+        bad = [np.empty(0, dtype=np.int64)]
+        for kind in kinds:
+            bad += [start + np.flatnonzero(~_is_usable(block)) for start, block in self.rows(kind).blocks()]
+        found = np.unique(np.concatenate(bad))
         if remembered is not None:
             with suppress(ClipcidError):  # a work directory that is read-only
                 write_npy(remembered, found)
         return found
 
-    def _map(self, choose: Callable[[EmbeddingFile], RowFile | None]) -> Rows:
-        parts = [part for part in map(choose, self.files) if part is not None]
-        if (size := sum(part.unpacked for part in parts)) > MOST_UNPACKED:
-            raise ClipcidError(
-                f"The arrays in {self.folder} are compressed, so that they cannot be mapped: unpacked, they take "
-                f"{size / 2**30:.1f} GiB of memory, more than the allowed {MOST_UNPACKED / 2**30:g} GiB.",
-                "Save them uncompressed: numpy.savez(new, **numpy.load(old)).",
-            )
-        return Rows(parts, self.width, self.is_verified)
 
-    def _join(self, read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.ChunkedArray:
-        return pa.chunked_array([chunk for file in self.files for chunk in read(file).chunks], _TEXT)
+def has_usable_row(rows: Rows) -> bool:
+    """Tell whether any row is neither zero nor not finite; rows are read until one is found."""
+    return any(_is_usable(block).any() for _, block in rows.blocks())
+
+
+def _is_usable(block: npt.NDArray[np.float16]) -> npt.NDArray[np.bool_]:
+    return np.asarray(np.isfinite(block).all(axis=1) & block.any(axis=1))
 
 
 def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[[int], str]) -> pa.ChunkedArray:
@@ -310,15 +298,18 @@ def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[
     return pa.chunked_array([pa.array(map(default, piece), _TEXT) for piece in pieces], type=_TEXT)
 
 
+def read_embed_sidecar(folder: Path) -> EmbedSidecar | None:
+    """Read the sidecar of a folder of embeddings; None when there is none."""
+    return read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar, _REMAKE)
+
+
 def open_embeddings(
     folder: Path, keys: str = "sample", npz_array: str | None = None, cache: Path | None = None
 ) -> Embeddings:
     """Open a folder of embeddings.
 
     Args:
-        folder: One that `embed` finished, or one of clip-retrieval or embedding-reader: ``img_emb/*.npy`` with
-            ``metadata/*.parquet`` (and ``text_emb/*.npy``) of the same numbers, or a folder of bare ``.npy``, or one of
-            DataComp's ``.npz`` with a ``.parquet`` of the same name for each, in subfolders where it has none itself.
+        folder: One that `embed` finished, or one of another tool, see `layouts`.
         keys: ``shard`` puts the shard's name before each key of another tool's folder, where keys repeat across shards;
             the keys of `embed` are as its own option made them.
         npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
@@ -327,54 +318,19 @@ def open_embeddings(
     Raises:
         ClipcidError: when there are no embeddings, they are unfinished, or files do not match.
     """
-    folder, recorded = Path(folder), None
+    folder = Path(folder)
     sidecar = read_embed_sidecar(folder)
-    if sidecar is None and unfinished(folder, "embed") is not None:
-        raise ClipcidError(
-            f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
-        )
-    if sidecar is not None:
-        memo = Memo(cache)
-        refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "embed"), partial(remake, folder, sidecar), memo)
-        memo.save()
-        if sidecar.outputs:
-            recorded = RecordedFiles(folder, sidecar.outputs, partial(remake, folder, sidecar))
-        sidecar.inputs, sidecar.outputs = [], []  # those of 41,000 shards take 100 MB
-    inside = folder / "img_emb"
-    images = list_files(inside if inside.is_dir() else folder, ".npy")
-    archives = list_files(folder, ".npz") or list_inner_files(folder, ".npz")
-    if images and npz_array is None:
-        parts = pair_by_number(folder, images)
-    elif archives:
-        parts = pair_by_name(archives, npz_array)
-    elif images:
-        raise ClipcidError(f"{folder} contains no .npz, so there is no array {npz_array}.", "Omit --npz-array.")
-    else:
-        raise ClipcidError(
-            f"{folder} contains no embeddings (img_emb/*.npy, or *.npz).",
-            "Give --embeddings DIR, or make them: clipcid embed DATA",
-        )
-    with_texts, with_metadata = (any(part[place] is not None for part in parts) for place in (1, 2))
-    check_rows(parts[0][0])
-    first, width = 0, parts[0][0].shape[1]
-    files: list[EmbeddingFile] = []
-    finder = ExtrasFinder(folder)
-    for image, text, metadata in parts:
-        check_rows(image)
-        extras = finder.find(digits[1]) if (digits := DIGITS.search(image.path.stem)) else Extras()
-        file = EmbeddingFile(image, text, metadata, first, image.shape[0], extras)
-        check_file(file, width, with_texts, with_metadata, count_metadata=recorded is None)
-        extras.check(file.rows, width)
-        for what, count in extras.shape.items() if files else ():
-            if count != (before := files[0].extras.shape[what]):
-                raise ClipcidError(
-                    f"{image.path} has {count} {what} for each image, the files before it {before}.",
-                    "Make the folder again.",
-                )
-        files.append(file)
-        first += file.rows
-    if first == 0:
-        raise ClipcidError(f"{folder} contains {len(files)} files of embeddings, all without rows.", "Make them again.")
-    if recorded is not None:
-        recorded.refuse_others(files)
-    return Embeddings(folder, tuple(files), width, sidecar, recorded, prefix_keys=keys == "shard", cache=cache)
+    if sidecar is None:
+        if unfinished(folder, "embed"):
+            raise ClipcidError(
+                f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
+            )
+        return Embeddings(folder, find_parts(folder, npz_array), None, Memo(cache), prefix_keys=keys == "shard")
+    memo, fix = Memo(cache), remake(folder, sidecar)
+    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "embed"), lambda: fix, memo)
+    recorded = open_recorded(folder, memo, fix)
+    parts = [
+        (rows, folder / record.files[METADATA].path)
+        for rows, record in zip(recorded.rows, recorded.records, strict=True)
+    ]
+    return Embeddings(folder, parts, sidecar, memo, recorded)

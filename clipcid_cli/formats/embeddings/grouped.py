@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from clipcid_cli.formats.arrays import create_mapped
 from clipcid_cli.formats.atomic import write_error
-from clipcid_cli.formats.embeddings.npy import raw_file
+from clipcid_cli.formats.embeddings.row_files import raw_file
 from clipcid_cli.formats.embeddings.rows import Rows
 
 _FOLDER = ".grouped"

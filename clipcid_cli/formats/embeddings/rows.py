@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.embeddings.npy import RowFile
+from clipcid_cli.formats.embeddings.row_files import RowFile
 
 Float16 = npt.NDArray[np.float16]
 
@@ -44,7 +44,7 @@ class Rows:
 
         Args:
             files: Files of [n, D], or of [n, V, D], which are n·V rows.
-            as_stored: Whether all rows are unit float16 for sure, so that none has to be looked at.
+            as_stored: Whether rows are taken as they are: unit float16 for sure, or no embeddings at all.
             hold: Whether to map all files now, for as long as this object lives; else as they are needed, among `MAPS_KEPT`.
         """
         self._files = files
@@ -54,6 +54,7 @@ class Rows:
         self._is_unit: list[bool | None] = [as_stored or None] * len(files)
         self._starts = np.concatenate([[0], np.cumsum([math.prod(file.shape[:-1]) for file in files], dtype=np.int64)])
         self.shape = (int(self._starts[-1]), width)
+        self._dtype = files[0].dtype if as_stored and files else np.dtype(np.float16)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -63,11 +64,11 @@ class Rows:
         first = max(0, int(np.searchsorted(self._starts, start, side="right")) - 1)
         last = int(np.searchsorted(self._starts, stop, side="left"))
         if start >= stop or first >= last:
-            return np.empty((0, self.shape[1]), dtype=np.float16)
+            return np.empty((0, self.shape[1]), self._dtype)
         if last - first == 1:
             return self._part(first, start, stop)
         # Copied one by one: views would hold all their files open.
-        rows = np.empty((min(stop, len(self)) - start, self.shape[1]), dtype=np.float16)
+        rows = np.empty((min(stop, len(self)) - start, self.shape[1]), self._dtype)
         for number in range(first, last):
             part = self._part(number, start, stop)
             begin = max(0, int(self._starts[number]) - start)
@@ -86,7 +87,7 @@ class Rows:
         owners = np.searchsorted(self._starts, positions, side="right") - 1
         order = np.argsort(owners, kind="stable")
         bounds = np.append(np.flatnonzero(np.diff(owners[order], prepend=-1)), len(order))
-        rows = np.empty((len(positions), self.shape[1]), dtype=np.float16)
+        rows = np.empty((len(positions), self.shape[1]), self._dtype)
         for begin, end in pairwise(bounds.tolist()):
             places = order[begin:end]
             number = int(owners[places[0]])

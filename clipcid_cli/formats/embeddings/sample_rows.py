@@ -1,118 +1,97 @@
-"""Embeddings of what samples show: of an image or one of its views; of its first caption, a later one or a variant."""
+"""Rows of what samples show: of an image or one of its views; of its first caption, a later one or a variant."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Float16, Rows
-from clipcid_cli.formats.key_streams import KeyStream, Values
+from clipcid_cli.formats.join import Listing, Values
+
+Numbers = npt.NDArray[np.int64]
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageRows:
-    """Embeddings of images and of their views.
+def take_images(rows: Mapping[Kind, Rows], images: Numbers, views: Numbers) -> Float16:
+    """Return the rows of what B samples show of their images, float16 [B, D].
 
-    Attributes:
-        whole: Of the images themselves, [N, D], mapped.
-        views: Of their views, [N·V, D]; None where none are shown.
-        num_views: V.
+    Args:
+        rows: Of images, and of views where any are shown.
+        images: The samples' rows among the embeddings, int64 [B].
+        views: Which view each shows, int64 [B]; −1 for none of them.
     """
-
-    whole: Rows
-    views: Rows | None = None
-    num_views: int = 0
-
-    @classmethod
-    def of(cls, embeddings: Embeddings, *, views: bool) -> ImageRows:
-        """Map the rows of the images, and those of their views."""
-        return cls(embeddings.images(), *((embeddings.views(), embeddings.num_views) if views else ()))
-
-    def take(self, images: npt.NDArray[np.int64], views: npt.NDArray[np.int64]) -> Float16:
-        """Return the rows of B samples, float16 [B, D].
-
-        Args:
-            images: Their rows among the embeddings, int64 [B].
-            views: Which view each shows, int64 [B]; −1 for none of them.
-        """
-        if self.views is None:
-            return self.whole.take(images)
-        rows = self.views.take(images * self.num_views + np.maximum(views, 0))
-        if (none := views < 0).any():
-            rows[none] = self.whole.take(images[none])
-        return rows
+    found = np.empty((len(images), rows[Kind.IMAGES].shape[1]), np.float16)
+    viewed = (views >= 0) & (Kind.VIEWS in rows)
+    _fill(found, ~viewed, rows, Kind.IMAGES, images)
+    _fill(found, viewed, rows, Kind.VIEWS, images, views)
+    return found
 
 
-@dataclasses.dataclass(frozen=True)
-class CaptionRows:
-    """Embeddings of captions.
+def take_captions(
+    rows: Mapping[Kind, Rows], images: Numbers, captions: Numbers, starts: Numbers, variants: Numbers
+) -> Float16:
+    """Return the rows of the captions that B samples show, float16 [B, D].
 
-    Attributes:
-        first: Of each sample's first caption, [N, D].
-        further: Of the captions after the first, sample after sample; None where only the first are shown.
-        variants: Of variants of the captions, [N·W, D]; None where none are shown.
-        num_variants: W.
+    Args:
+        rows: Of first captions, of further ones where all are shown, and of variants where any are.
+        images: The samples' rows among the embeddings, int64 [B].
+        captions: Which caption each shows, int64 [B], 0 for the first.
+        starts: Where the further captions of each begin, int64 [B].
+        variants: Which variant each shows instead, int64 [B]; −1 for none.
     """
-
-    first: Rows
-    further: Rows | None = None
-    variants: Rows | None = None
-    num_variants: int = 0
-
-    @classmethod
-    def of(cls, embeddings: Embeddings, *, all_captions: bool, variants: bool) -> CaptionRows:
-        """Map the rows of the first captions or of all, and those of their variants."""
-        further = embeddings.further_captions() if all_captions else None
-        shown = (embeddings.variants(), embeddings.num_variants) if variants else ()
-        return cls(embeddings.texts(), further, *shown)
-
-    def take(
-        self,
-        images: npt.NDArray[np.int64],
-        captions: npt.NDArray[np.int64],
-        starts: npt.NDArray[np.int64],
-        variants: npt.NDArray[np.int64],
-    ) -> Float16:
-        """Return the rows of B samples, float16 [B, D].
-
-        Args:
-            images: Their rows among the embeddings, int64 [B].
-            captions: Which caption each shows, int64 [B], 0 for the first.
-            starts: Where the further captions of each begin, int64 [B].
-            variants: Which variant each shows instead, int64 [B]; −1 for none.
-        """
-        rows = self.first.take(images)
-        later = captions > 0
-        if self.further is not None and later.any():
-            rows[later] = self.further.take(starts[later] + captions[later] - 1)
-        varied = variants >= 0
-        if self.variants is not None and varied.any():
-            rows[varied] = self.variants.take(images[varied] * self.num_variants + variants[varied])
-        return rows
+    found = np.empty((len(images), rows[Kind.TEXTS].shape[1]), np.float16)
+    varied = (variants >= 0) & (Kind.VARIANTS in rows)
+    later = (captions > 0) & (Kind.FURTHER in rows) & ~varied
+    _fill(found, ~(varied | later), rows, Kind.TEXTS, images)
+    _fill(found, later, rows, Kind.FURTHER, starts + captions - 1)
+    _fill(found, varied, rows, Kind.VARIANTS, images, variants)
+    return found
 
 
-def sample_keys(embeddings: Embeddings) -> tuple[KeyStream, int]:
-    """Read the keys of embeddings with the numbers of each row, one file in memory at a time.
+def _fill(
+    found: Float16,
+    where: npt.NDArray[np.bool_],
+    rows: Mapping[Kind, Rows],
+    kind: Kind,
+    positions: Numbers,
+    each: Numbers | None = None,
+) -> None:
+    """Read some of the rows.
 
-    Returns:
-        The stream, and how many numbers a key has: its row; where captions after the first are embedded, also the first row
-        of its own among them, and how many captions it has.
+    Args:
+        where: Which of them, bool [B].
+        positions: Of the rows; of the samples where each has several.
+        each: Which of a sample's rows.
     """
+    if not where.any():
+        return
+    if each is not None:
+        several = len(rows[kind]) // len(rows[Kind.IMAGES])
+        positions = positions * several + each
+    found[where] = rows[kind].take(positions[where])
+
+
+def sample_keys(embeddings: Embeddings) -> Listing:
+    """List the keys of embeddings, one file in memory at a time.
+
+    The numbers of a key are its row and, where captions after the first are embedded, the first row of its own among them
+    and how many captions it has.
+    """
+    has_further = Kind.FURTHER in embeddings.kinds
 
     def read() -> Iterator[tuple[pa.Array, Values]]:
         further = 0
         for file in embeddings.files:
             columns = [np.arange(file.first, file.first + file.rows, dtype=np.int64)]
-            if embeddings.has_further_captions:
-                counts = file.extras.read_counts(file.metadata, file.rows)
+            if has_further:
+                counts = embeddings.counts_of(file)
                 ends = further + np.cumsum(counts - 1)
                 columns += [ends - (counts - 1), counts]
                 further = int(ends[-1]) if len(ends) else further
             yield embeddings.keys_of(file).combine_chunks(), np.stack(columns, axis=1)
 
-    return read, 3 if embeddings.has_further_captions else 1
+    return Listing(embeddings.folder, read, 3 if has_further else 1)

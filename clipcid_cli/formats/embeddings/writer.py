@@ -1,227 +1,181 @@
-"""Writing embeddings shard by shard; see `folder` for the layout.
-
-The schema of a shard's metadata file records the outcome of the shard and the identity of the run's plan, so that files of
-another plan are never taken for this one's. Until the folder is finished, each shard also has a note, written last: size,
-time and hash of its files, by which a resumed run tells whole files from damaged ones.
-"""
+"""Writing a folder of embeddings shard by shard; several processes may write different shards of it at once."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json, write_npy, write_parquet
-from clipcid_cli.formats.embeddings.text_folder import STEP as TEXTS
-from clipcid_cli.formats.embeddings.text_folder import refuse_foreign_rows
-from clipcid_cli.formats.fingerprint import FileRecord, find_changed, record
-from clipcid_cli.formats.output import is_claimed
+from clipcid_cli.formats import fingerprint
+from clipcid_cli.formats.atomic import write_error, write_json, write_npy, write_parquet
+from clipcid_cli.formats.data.samples import natural_key
+from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind, count_digits, file_name
+from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, Skipped, write_manifest
+from clipcid_cli.formats.fingerprint import FileRecord, find_changed, identity_of
 from clipcid_cli.formats.skips import Skips
 
-_RECORD = b"clipcid"
-_NOTES = ".shards"
-_FORMS = {
-    "img_emb": "npy",
-    "text_emb": "npy",
-    "captions_emb": "npy",
-    "view_emb": "npy",
-    "view_params": "npy",
-    "variant_emb": "npy",
-    "metadata": "parquet",
-}
+# Records of finished shards, until all are finished.
+_RECORDS = ".shards"
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardRecord:
-    """The outcome of one shard.
+@dataclasses.dataclass
+class ShardRows:
+    """What was made of a shard: n rows of each kind.
 
     Attributes:
         read: Samples listed, usable or not.
-        skips: Samples that could not be used.
-        flattened: Images with transparent pixels, which were shown on white.
+        skipped: Samples that could not be used.
+        laid_on_white: Images with transparent pixels, which were shown on white.
+        keys: Of the n samples.
+        captions: Their first captions, empty where there is none.
+        counts: Their numbers of captions; None where none has several.
+        rows: By kind, see `kinds`.
     """
 
-    shard: str
     read: int
-    rows: int
-    skips: Skips
-    flattened: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardRows:
-    """The rows of one shard.
-
-    Attributes:
-        images: float16 [n, D], unit rows.
-        texts: float16 [n, D], unit rows of the first captions; None when texts are not embedded.
-        caption_counts: Number of captions of each row, n numbers ≥ 1; None where no row has several.
-        further: float16 [Σ (count − 1), D], unit rows of the captions after the first, row after row; None likewise.
-        views: float16 [n, V, D], unit rows of augmented views; None without views.
-        view_params: float32 [n, V, P], the numbers that reproduce each view; None likewise.
-        variants: float16 [n, W, D], unit rows of variants of the captions; None without variants.
-    """
-
-    images: npt.NDArray[np.float16]
-    texts: npt.NDArray[np.float16] | None = None
-    caption_counts: Sequence[int] | None = None
-    further: npt.NDArray[np.float16] | None = None
-    views: npt.NDArray[np.float16] | None = None
-    view_params: npt.NDArray[np.float32] | None = None
-    variants: npt.NDArray[np.float16] | None = None
-
-    def by_kind(self) -> dict[str, npt.NDArray[Any] | None]:
-        """Return the arrays by the name of their folder."""
-        return {
-            "img_emb": self.images,
-            "text_emb": self.texts,
-            "captions_emb": self.further,
-            "view_emb": self.views,
-            "view_params": self.view_params,
-            "variant_emb": self.variants,
-        }
+    skipped: Skips
+    laid_on_white: int
+    keys: Sequence[str]
+    captions: Sequence[str]
+    counts: Sequence[int] | None
+    rows: dict[Kind, npt.NDArray[Any]]
 
 
 class EmbeddingWriter:
-    """Writer of one folder; several processes may write different shards of it at once."""
+    """Writer of the shards of one folder, each followed by its record, which makes it count as finished."""
 
-    def __init__(self, folder: Path, plans: Sequence[str]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], inputs: Sequence[FileRecord]) -> None:
         """Prepare to write.
 
         Args:
-            plans: Identity of settings and input of each shard, see `identity_of`. Their number determines the number of
-                digits in file names, at least four, unless the folder has files: added shards do not rename them.
+            folder: Where the files go; of an earlier run of the same shards, or of fewer, it has some already.
+            settings: Those that decide the rows, as JSON values.
+            inputs: The shards, with their names.
         """
         self.folder = folder
-        there = [path.stem.rpartition("_")[2] for path in (folder / "metadata").glob("metadata_*.parquet")]
-        first = [name for name in there if name.isdecimal() and int(name) == 0]
-        self._digits = len(min(first)) if first else max(4, len(str(len(plans) - 1)))
-        self._numbers = range(len(plans))
-        self._plans = plans
+        self._inputs = inputs
+        self._identities = [identity_of(settings, [each]) for each in inputs]
+        self._digits = count_digits(len(inputs))
 
-    def reopen(self, outputs: Sequence[FileRecord]) -> None:
-        """Write the notes of the shards of a finished folder again, so that those that are still wanted stay.
-
-        Args:
-            outputs: What its sidecar says of its files.
-        """
-        owners = {self._path(kind, number, form): number for number in self._numbers for kind, form in _FORMS.items()}
-        notes: dict[int, list[FileRecord]] = {}
-        for entry in outputs:
-            number = owners.get(self.folder / entry.path)
-            if number is not None:
-                notes.setdefault(number, []).append(entry)
-        for number, entries in notes.items():
-            write_json(self._note(number), msgspec.to_builtins(entries))
-
-    def write(
-        self, number: int, outcome: ShardRecord, keys: Sequence[str], captions: Sequence[str], rows: ShardRows
-    ) -> None:
-        """Write one shard.
-
-        Args:
-            number: Number of the shard, from 0.
-            rows: Embeddings of the same n samples.
-        """
-        # The commit mark of an earlier plan must never accompany rows of this one, even if the run is killed in between.
-        self._note(number).unlink(missing_ok=True)
-        self._path("metadata", number, "parquet").unlink(missing_ok=True)
-        for kind, array in rows.by_kind().items():
-            if array is None:
-                self._path(kind, number, "npy").unlink(missing_ok=True)
+    def write(self, number: int, made: ShardRows) -> None:
+        """Write a shard; the first has number 0."""
+        # The record of another run must never accompany rows of this one, even if it is killed in between.
+        self._record_path(number).unlink(missing_ok=True)
+        for kind in Kind:
+            if kind in made.rows:
+                write_npy(self._path(kind, number), made.rows[kind])
             else:
-                write_npy(self._path(kind, number, "npy"), array)
-        content = dataclasses.asdict(outcome) | {"skips": outcome.skips.to_json(), "plan": self._plans[number]}
+                self._path(kind, number).unlink(missing_ok=True)
+        given = self._inputs[number]
+        shard = given.shard
         try:
             columns = {
-                "key": pa.array(keys, type=pa.string()),
-                "shard": pa.array([outcome.shard] * len(keys), type=pa.string()),
-                "caption": pa.array(captions, type=pa.string()),
+                "key": pa.array(made.keys, pa.string()),
+                "shard": pa.array([shard] * len(made.keys), pa.string()),
+                "caption": pa.array(made.captions, pa.string()),
             }
         except UnicodeEncodeError as error:
             raise ClipcidError(
-                f"Shard {outcome.shard}: the name of a file is not UTF-8: {ascii(error.object)[1:-1]}.",
+                f"Shard {shard}: the name of a file is not UTF-8: {ascii(error.object)[1:-1]}.",
                 "Rename the file; keys and names of shards are text.",
             ) from error
-        if rows.caption_counts is not None:
-            columns["captions"] = pa.array(rows.caption_counts, type=pa.int32())
-        table = pa.table(columns).replace_schema_metadata({_RECORD: json.dumps(content, sort_keys=True)})
-        write_parquet(self._path("metadata", number, "parquet"), table)
-        kinds = [kind for kind, array in rows.by_kind().items() if array is not None]
-        written = [self._path(kind, number, _FORMS[kind]) for kind in (*kinds, "metadata")]
-        write_json(self._note(number), msgspec.to_builtins([record(path, self.folder) for path in written]))
+        if made.counts is not None:
+            columns[COUNTS_COLUMN] = pa.array(made.counts, pa.int32())
+        write_parquet(self._path(METADATA, number), pa.table(columns))
+        skipped = [
+            Skipped(reason, count, [_printable(name) for name in made.skipped.examples.get(reason, [])])
+            for reason, count in sorted(made.skipped.counts.items())
+        ]
+        record = ShardRecord(
+            input=msgspec.structs.replace(given, path=_printable(given.path)),
+            identity=self._identities[number],
+            read=made.read,
+            rows=len(made.keys),
+            laid_on_white=made.laid_on_white,
+            skipped=skipped,
+            files={part: fingerprint.record(self._path(part, number), self.folder) for part in (*made.rows, METADATA)},
+        )
+        self._write_record(number, record)
 
     def read_record(self, number: int) -> ShardRecord | None:
-        """Read the outcome of a shard; None when it is unfinished, was changed or damaged, or belongs to another plan."""
-        files = self._read_note(number)
-        if not files or find_changed(self.folder, files, self._note(number)):
+        """Read the outcome of a shard; None when it is unfinished, was changed or damaged, or is of another plan."""
+        path = self._record_path(number)
+        record = _read_record(path)
+        if record is None or record.identity != self._identities[number]:
             return None
+        return record if find_changed(self.folder, record.files.values(), path) is None else None
+
+    def take(self, folder: Path, records: Sequence[ShardRecord]) -> None:
+        """Take the shards over that a finished folder of fewer shards has, whatever their numbers there.
+
+        Args:
+            records: The manifest of that folder. Shards whose files are not those that it records are left.
+        """
+        there = {record.identity: record for record in records}
+        for number, identity in enumerate(self._identities):
+            earlier = there.get(identity)
+            if earlier is None or self._record_path(number).exists():
+                continue
+            if find_changed(folder, earlier.files.values(), folder / MANIFEST) is not None:
+                continue
+            for part, file in earlier.files.items():
+                _link(folder / file.path, self._path(part, number))
+            paths = {part: file_name(part, number, self._digits) for part in earlier.files}
+            files = {part: msgspec.structs.replace(file, path=paths[part]) for part, file in earlier.files.items()}
+            self._write_record(number, msgspec.structs.replace(earlier, files=files))
+
+    def finish(self) -> list[ShardRecord]:
+        """Write the manifest once all shards are finished, and return it."""
+        records = [self.read_record(number) for number in range(len(self._inputs))]
+        finished = [record for record in records if record is not None]
+        assert len(finished) == len(records), "every shard was written by one of the processes"
+        write_manifest(self.folder, finished)
+        return finished
+
+    def _write_record(self, number: int, record: ShardRecord) -> None:
+        write_json(self._record_path(number), msgspec.to_builtins(record))
+
+    def _record_path(self, number: int) -> Path:
+        return self.folder / _RECORDS / f"{number:0{self._digits}d}.json"
+
+    def _path(self, part: str, number: int) -> Path:
+        return self.folder / file_name(part, number, self._digits)
+
+
+def read_unfinished(folder: Path, step: str) -> list[FileRecord]:
+    """Return the shards that an unfinished run of a folder has embedded, in order, whatever its settings are."""
+    paths = sorted(folder.glob(f".{step}-*/{_RECORDS}/*.json"), key=lambda path: natural_key(path.name))
+    return [record.input for path in paths if (record := _read_record(path)) is not None]
+
+
+def _read_record(path: Path) -> ShardRecord | None:
+    with suppress(OSError, msgspec.DecodeError):  # missing, or damaged
+        return msgspec.json.decode(path.read_bytes(), type=ShardRecord)
+    return None
+
+
+def _printable(name: str) -> str:
+    """Return a name without letters that stand for bytes that are not UTF-8, as those of files may have."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it with its time where the file system has no links."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
         try:
-            content = json.loads((pq.read_schema(self._path("metadata", number, "parquet")).metadata or {})[_RECORD])
-            if content.pop("plan") != self._plans[number]:
-                return None
-            return ShardRecord(**(content | {"skips": Skips.from_json(content["skips"])}))
-        except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, AttributeError):
-            return None
-
-    def describe(self) -> list[FileRecord]:
-        """Describe the files of all shards for the sidecar."""
-        return [entry for number in self._numbers for entry in self._read_note(number)]
-
-    def remove_notes(self) -> None:
-        """Remove the notes of the shards, once the sidecar says the same."""
-        shutil.rmtree(self.folder / _NOTES, ignore_errors=True)
-
-    def _read_note(self, number: int) -> list[FileRecord]:
-        try:
-            return msgspec.json.decode(self._note(number).read_bytes(), type=list[FileRecord])
-        except (OSError, msgspec.MsgspecError):
-            return []
-
-    def _note(self, number: int) -> Path:
-        return self.folder / _NOTES / f"{number:0{self._digits}d}.json"
-
-    def remove_others(self, with_texts: bool) -> None:
-        """Remove files of earlier runs that do not belong to this one, such as those of shards that no longer exist."""
-        self._remove_all_but([kind for kind in _FORMS if with_texts or kind != "text_emb"])
-
-    def remove_all(self) -> None:
-        """Remove every file, when no sample can be used."""
-        self._remove_all_but([])
-        self.remove_notes()
-
-    def _remove_all_but(self, kinds: Sequence[str]) -> None:
-        """Remove the files that are not of some shard, or not of one of these kinds."""
-        for kind, form in _FORMS.items():
-            keep = {self._path(kind, number, form).name for number in self._numbers} if kind in kinds else set()
-            for path in (self.folder / kind).glob(f"{kind}_*.{form}"):
-                if path.name not in keep:
-                    path.unlink()
-
-    def _path(self, kind: str, number: int, form: str) -> Path:
-        return self.folder / kind / f"{kind}_{number:0{self._digits}d}.{form}"
-
-
-def refuse_foreign_folder(folder: Path) -> None:
-    """Refuse a folder with embeddings that `embed DATA` did not write, since it would replace and remove files there.
-
-    Raises:
-        ClipcidError: when there are any.
-    """
-    if is_claimed(folder, TEXTS):
-        raise ClipcidError(
-            f"{folder} holds embeddings of texts without images.",
-            "Choose another folder for those of the data with --out.",
-        )
-    kinds = (kind for kind, form in _FORMS.items() if form == "npy")
-    refuse_foreign_rows(folder, "embed", kinds)
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+    except OSError as error:
+        raise write_error(target, error) from error

@@ -14,7 +14,6 @@ from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.filters.select import Filters
-from clipcid_cli.steps.balance.forests.grown import list_row_files
 from clipcid_cli.steps.balance.forests.stored import Forest, ForestStore
 from clipcid_cli.steps.balance.pairs import collect_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows
@@ -62,7 +61,6 @@ class Context:
             precision=settings.precision,
             reporter=self.reporter,
             for_stars=settings.linkage == "star",
-            files=() if self.rows.positions is not None else list_row_files(self.embeddings, self.inputs),
         )
         self.seconds["search"] += time.perf_counter() - started
         return found

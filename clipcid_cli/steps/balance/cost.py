@@ -19,6 +19,7 @@ from clipcid_cli.algorithms.search.partition_training import LOOKS_AT_SAMPLE, RO
 from clipcid_cli.algorithms.search.partitions import Partitions, default_num_partitions
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
@@ -142,7 +143,7 @@ def _measure(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, finite: IntArray, images: int
 ) -> tuple[Cost, Cost]:
     """Time the parts of a search on some finite rows of the embeddings, and extrapolate to so many images."""
-    width, rows = embeddings.width, embeddings.images()
+    width, rows = embeddings.width, embeddings.rows(Kind.IMAGES)
     if min(len(finite), images) < 2:
         return Cost(0, 0, 0.0), Cost(0, 0, 0.0)
     scan = choose_scan(settings.precision, machine.device).dtype
@@ -198,7 +199,7 @@ def _sample_finite(embeddings: Embeddings) -> IntArray:
     Raises:
         ClipcidError: when none of those that were looked at is finite.
     """
-    read, images = embeddings.images().take, embeddings.num_rows
+    read, images = embeddings.rows(Kind.IMAGES).take, embeddings.num_rows
     numbers = np.unique(np.linspace(0, images - 1, min(images, 2 * _TILE_ROWS)).astype(np.int64))
     finite = np.concatenate(
         [np.isfinite(read(numbers[at : at + 512])).all(axis=1) for at in range(0, len(numbers), 512)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +20,12 @@ from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
+from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
+from clipcid_cli.formats.embeddings.manifest import find_lost
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.output import WORK_OR_OUT
+from clipcid_cli.formats.results.row_files import ROW_FILES, RowFile, read_row_files
 from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -122,14 +125,42 @@ def output_identity(settings: BalanceSettings, embeddings: Embeddings) -> dict[s
     """Return the settings that decide what is written; all of them may change on an existing forest."""
     texts = None
     if needs_texts(settings):
-        hashes = [each.hash for each in embeddings.text_fingerprints()]
-        texts = hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
+        texts = embeddings.fingerprints([Kind.TEXTS])[-1].hash
     names = ("keep", "threshold", "cosine_distance", "linkage", "select", "neighbors")
     window = ("min_caption_similarity", "max_caption_similarity")
     return {name: getattr(settings, name) for name in (*names, *window)} | {
         "seed": settings.seed if settings.select == "random" else None,
         "texts": texts,
     }
+
+
+def list_row_files(embeddings: Embeddings) -> list[RowFile]:
+    """List the files through which rows are numbered, each with the metadata beside it."""
+    metadata = iter(embeddings.contents(METADATA))
+    found: list[RowFile] = []
+    for images, file in zip(embeddings.contents(Kind.IMAGES), embeddings.files, strict=True):
+        found.append(RowFile(images.path, images.size, images.hash, rows=file.rows))
+        if file.metadata is not None:
+            beside = next(metadata)
+            found.append(RowFile(beside.path, beside.size, beside.hash))
+    return found
+
+
+def holds_earlier(folder: Path, embeddings: Embeddings, overwrite: bool) -> bool:
+    """Tell whether all files of an output of `balance`, finished or not, are among those of the embeddings.
+
+    Raises:
+        ClipcidError: when some are gone or have changed, unless they are overwritten.
+    """
+    if overwrite:
+        return False
+    now, fix = list_row_files(embeddings), f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT})."
+    for path in (folder / ROW_FILES, *folder.glob(f".balance-*/{ROW_FILES}")):
+        if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
+            raise ClipcidError(
+                f"{folder} holds balance output made with other settings or inputs:\n  inputs: {lost}", fix
+            )
+    return True
 
 
 def find_rows(machine: Machine, folder: Path, images: Rows, reporter: Reporter) -> BalanceRows:
@@ -200,7 +231,7 @@ def caption_similarities(
     Args:
         members: Which rows, integers [M], ascending.
     """
-    texts, skips, numbers = embeddings.texts(), Skips(), rows.numbers[members]
+    texts, skips, numbers = embeddings.rows(Kind.TEXTS), Skips(), rows.numbers[members]
     captioned, scores = np.empty(len(members), np.bool_), np.empty(len(members), np.float64)
     bounds = np.searchsorted(numbers, np.array([file.first for file in embeddings.files], numbers.dtype))
     for file, (begin, end) in zip(embeddings.files, pairwise([*bounds.tolist(), len(numbers)]), strict=True):

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.mapped_strings import map_strings
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.curve import CURVE, write_curve
+from clipcid_cli.formats.results.balance_parts import keep_references
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
-from clipcid_cli.formats.results.reference_parts import keep_parts
-from clipcid_cli.formats.results.set_table import SET_TABLE, SetTable, write_set_table
+from clipcid_cli.formats.results.row_files import ROW_FILES, write_row_files
+from clipcid_cli.formats.results.sets import CURVE, SET_TABLE, SetTable, write_curve, write_set_table
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
@@ -34,7 +35,15 @@ from clipcid_cli.steps.balance.filters.select import apply_filters
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.report import has_new_pictures, write_report
 from clipcid_cli.steps.balance.result import REPORT, explain_unread, find_warnings, name_files, summarise
-from clipcid_cli.steps.balance.rows import count_skipped, find_embeddings, find_rows, needs_texts, output_identity
+from clipcid_cli.steps.balance.rows import (
+    count_skipped,
+    find_embeddings,
+    find_rows,
+    holds_earlier,
+    list_row_files,
+    needs_texts,
+    output_identity,
+)
 from clipcid_cli.steps.balance.samples import open_for_sizes, require_data
 from clipcid_cli.steps.balance.sections.chains import measure_sets
 from clipcid_cli.steps.balance.sets import Sets, make_sets
@@ -51,12 +60,13 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
     """Balance a data set.
 
     Returns:
-        The JSON object: ``images, searched, kept, keep_ratio, threshold, components, largest_component, coverage,
-        other_linkage{linkage, kept, coverage}, neighbors, audit{sampled, kept, near, rate, low, high}, dropped_by{reference,
-        caption, repeat, cluster}, against{threshold, dropped, references[{name, rows, near, nearest}]}, caption_window{min,
-        max, inside, below, above, without}, cluster_cap{most, clusters, capped, dropped, largest}, skipped{},
-        seconds{embed, search, write}, files{}``. ``searched`` counts the images that references and caption window leave.
-        ``coverage`` is the share of the dropped repeats that are farther than the threshold from their representative.
+        The JSON object: ``images, searched, kept, keep_ratio, threshold, components, largest_component, uncovered_ratio,
+        other_linkage{linkage, kept, uncovered_ratio}, neighbors, audit{sampled, kept, near, rate, low, high},
+        dropped_by{reference, caption, repeat, cluster}, against{threshold, dropped, references[{name, rows, near,
+        nearest}]}, caption_window{min, max, inside, below, above, without}, cluster_cap{most, clusters, capped, dropped,
+        largest}, skipped{}, seconds{embed, search, write}, files{}``. ``searched`` counts the images that references and
+        caption window leave. ``uncovered_ratio`` is the share of the dropped repeats that are farther than the threshold
+        from their representative.
         ``other_linkage`` is what the other linkage gives at the same threshold, null where that is not computed. ``audit``
         is null for exact neighbors; for partitioned ones it holds how many of the sampled kept images have another kept one
         within the threshold, the rate and the ends of its 95 % interval. ``against`` holds for each reference its rows, the
@@ -84,7 +94,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             shards = tar_shards(data, settings.write_shards)
         machine.on_main(lambda: check_uids(settings, embeddings))
         if needs_texts(settings):
-            embeddings.texts()  # refuses those without, before anything is searched
+            embeddings.rows(Kind.TEXTS)  # refuses those without, before anything is searched
         if settings.dry_run:
             open_for_sizes(settings, embeddings)  # refuses unknown data
             planned = plan_references(settings, machine, embeddings, reporter)
@@ -98,16 +108,17 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         identity["clusters"] = None if clusters is None else clusters.identity
         identity["against"] = [[each.name, each.identity] for each in references] or None
         identity["against_threshold"] = settings.reference_distance if references else None
+        fingerprints = machine.on_main(embeddings.fingerprints)
+        may_grow = machine.on_main(lambda: holds_earlier(folder, embeddings, settings.overwrite))
         with claim_output(
             machine,
             folder,
             "balance",
             BalanceSidecar,
             settings=identity,
-            inputs=machine.on_main(embeddings.fingerprints),
+            inputs=fingerprints,
             overwrite=settings.overwrite,
-            may_differ=frozenset(identity),
-            may_grow=True,
+            may_differ=frozenset(identity) | ({"inputs"} if may_grow else set()),
         ) as output:
             finished = output.finished
             if machine.on_main(lambda: has_new_pictures(settings, embeddings, output.finished)):
@@ -149,8 +160,9 @@ def _balance(
     started = time.perf_counter()
     data = open_for_sizes(settings, embeddings)
     machine.on_main(output.start)
+    machine.on_main(lambda: write_row_files(output.work / ROW_FILES, list_row_files(embeddings)))
     machine.on_main(lambda: clear_shared(output.work))
-    rows = find_rows(machine, output.work, embeddings.images(), reporter)
+    rows = find_rows(machine, output.work, embeddings.rows(Kind.IMAGES), reporter)
     seconds["search"] = time.perf_counter() - started
     skips = count_skipped(settings, embeddings, rows, reporter)
     machine.on_main(embeddings.refuse_repeated_keys)
@@ -190,7 +202,7 @@ def _balance(
         output.commit(
             counts={"read": embeddings.num_rows, "used": len(rows), "skipped": result["skipped"]},
             seconds=phases(),
-            outputs=[record(output.work / KEEP_LIST, output.work)],
+            outputs=[record(output.work / name, output.work) for name in (KEEP_LIST, ROW_FILES)],
             embeddings=WorkDirectory(settings.work).name_of(embeddings.folder),
             flags=given_flags(settings),
             pictures=pictures,
@@ -201,7 +213,7 @@ def _balance(
     machine.barrier()  # until here another process may read what it has mapped
     result = machine.on_main(write)
     if not references:
-        machine.on_main(lambda: keep_parts(output.folder, set()))
+        machine.on_main(lambda: keep_references(output.folder, set()))
     return result
 
 

@@ -26,12 +26,12 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.grouped import remove_copies
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.forest import ForestPart, ForestParts
+from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_for_rows
 from clipcid_cli.runtime.pacing import SavePace
 from clipcid_cli.runtime.precision import choose_scan
-from clipcid_cli.steps.balance.forests.grown import RowFile, read_smaller, search_new
+from clipcid_cli.steps.balance.forests.grown import read_smaller, search_new
 from clipcid_cli.steps.balance.forests.stored import Forest, ForestStore
 from clipcid_cli.steps.balance.partition import partition_rows
 from clipcid_cli.steps.reporting import Reporter
@@ -52,9 +52,10 @@ def find_forest(
     precision: str,
     reporter: Reporter,
     for_stars: bool = False,
-    files: Sequence[RowFile] = (),
 ) -> tuple[Forest, bool]:
     """Return a forest that reaches far enough: the stored one, that one extended, or a new one.
+
+    Where the stored forest is of some of the files, only the rows of the others are compared.
 
     Args:
         store: Where the forest is stored, and of which rows it is.
@@ -62,7 +63,6 @@ def find_forest(
         num_edges: That number; at most N − 1.
         precision: Format of the fast product, see `choose_scan`.
         for_stars: Keep the pairs that a search finds, while they are few, and search as far as a star cover needs.
-        files: The files of all rows: where the stored forest is of some of them, only the rows of the others are compared.
 
     Returns:
         The forest, and whether the stored one reached far enough.
@@ -82,8 +82,8 @@ def find_forest(
     most_pairs = _MOST_PAIRS // machine.size if for_stars else 0
     complete, num_copies = len(rows) - 1, len(rows.copies)
     smaller = None
-    if is_new and files and neighbors == "exact":
-        smaller = read_smaller(machine, store, rows, files, reporter)
+    if is_new and rows.positions is None and neighbors == "exact":
+        smaller = read_smaller(machine, store, rows, reporter)
     while len(forest.edges) < complete and not _is_enough(forest, cutoff, num_edges):
         search: TiledSearch | PartitionedSearch = all_pairs
         known, name = forest.edges, ""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
@@ -121,8 +122,8 @@ def _measure_teacher(run: TrainingRun, step_seconds: float) -> TeacherCost | Non
     step = step_seconds if run.online_teacher is not None else step_seconds + seconds
     # What is embedded once may be more than what is trained on: all images, not only the kept ones.
     rows = run.inputs.usable.total if embeddings is None else embeddings.num_rows
-    further = [] if embeddings is None else [file.extras.further for file in embeddings.files]
-    texts_per_image = 1 + sum(captions.shape[0] for captions in further if captions is not None) / rows
+    has_further = embeddings is not None and Kind.FURTHER in embeddings.kinds
+    texts_per_image = 1 + (len(embeddings.rows(Kind.FURTHER)) / rows if embeddings is not None and has_further else 0.0)
     texts_per_image += 0 if teacher_inputs.text_variants is None else teacher_inputs.text_variants.number
     passes = (
         passes_to_embed(images, texts, teacher_inputs.num_views, texts_per_image) * rows / run.inputs.training.total

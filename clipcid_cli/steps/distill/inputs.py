@@ -13,6 +13,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.index import lock_index
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.clusters import TABLE
 from clipcid_cli.formats.results.matched_samples import (
@@ -109,7 +110,7 @@ def find_inputs(
     elif embeddings is not None:
         check_keys(embeddings, dataset)
     online = teacher if settings.online_teacher else None
-    clusters = find_clusters(settings, embeddings, online, scratch or work.cluster_arrays)
+    clusters = find_clusters(settings, embeddings, online)
     if clusters is not None and keep_list is not None:
         refuse_old_clusters(clusters, keep_list.path, settings.work)
     fingerprints = dataset.fingerprints()
@@ -161,7 +162,7 @@ def _find_samples(
     records = index_of(dataset).records
     content = list(fingerprints)
     if sources.embeddings is not None:
-        content += sources.embeddings.fingerprints(texts=True, extras=("further",))
+        content += sources.embeddings.fingerprints([Kind.TEXTS, Kind.FURTHER])
     if sources.clusters is not None:
         content.append(record(sources.clusters.folder / TABLE))
     identity = {

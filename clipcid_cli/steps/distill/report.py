@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
 from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.results.run_folder import RunFolder, read_lines
 from clipcid_cli.runtime.models.clip_model import ClipModel
@@ -89,7 +90,10 @@ def _compare(
     if stored is not None and stored.embeddings is not None and stored.embeddings.has_texts:
         places = inputs.held_out.embeddings()[held_out.rows].astype(np.int64)
         known = np.flatnonzero(places >= 0)
-        of_teacher = [side.take(places[known]) for side in (stored.embeddings.images(), stored.embeddings.texts())]
+        of_teacher = [
+            side.take(places[known])
+            for side in (stored.embeddings.rows(Kind.IMAGES), stored.embeddings.rows(Kind.TEXTS))
+        ]
         rows = {name: (images[known], texts[known]) for name, (images, texts) in students.items()}
         rows["teacher"] = (torch.from_numpy(of_teacher[0]).float(), torch.from_numpy(of_teacher[1]).float())
     if len(known) < 2 or len(rows) < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import suppress
 
 import numpy as np
@@ -14,8 +15,9 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
 from clipcid_cli.formats.atomic import atomic_file, remove_abandoned
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.embeddings.sample_rows import CaptionRows, ImageRows
+from clipcid_cli.formats.embeddings.sample_rows import take_captions, take_images
 from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.results.matched_samples import Column
 from clipcid_cli.formats.sidecar import EmbedSidecar
@@ -85,7 +87,7 @@ def choose_space(
 
 def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> npt.NDArray[np.float64]:
     """Read the second moment of the teacher's rows that an earlier start kept; compute and keep it where there is none."""
-    identity = identity_of({"axes_rows": _AXES_ROWS}, embeddings.fingerprints(texts=True))
+    identity = identity_of({"axes_rows": _AXES_ROWS}, embeddings.fingerprints([Kind.TEXTS]))
     path = WorkDirectory(settings.work).second_moment(identity)
     with suppress(OSError, ValueError, EOFError):
         kept: npt.NDArray[np.float64] = np.load(path, allow_pickle=False)
@@ -99,7 +101,7 @@ def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> np
 
 
 def _second_moment(embeddings: Embeddings) -> npt.NDArray[np.float64]:
-    sides = [embeddings.images(), *([embeddings.texts()] if embeddings.has_texts else [])]
+    sides = [embeddings.rows(kind) for kind in (Kind.IMAGES, Kind.TEXTS) if kind in embeddings.kinds]
     stride = -(-embeddings.num_rows // _AXES_ROWS)
     # Rows of another tool that are not finite are left out of training, and here.
     blocks = (np.nan_to_num(block[::stride], posinf=0, neginf=0) for side in sides for _, block in side.blocks())
@@ -111,14 +113,13 @@ class StoredTeacher(Teacher):
     """The teacher's part of every batch, from stored embeddings.
 
     Attributes:
-        texts: Embeddings of captions; None where the teacher has none.
+        rows: Embeddings of what is shown, by kind.
         embedding_rows: Row of the embeddings of each sample to train on, [N], mapped.
         extra_texts: Embeddings of further texts; None without any.
         caption_rows: First row of each sample's captions after the first, [N], mapped; None where only the first are shown.
     """
 
-    images: ImageRows
-    texts: CaptionRows | None
+    rows: Mapping[Kind, Rows]
     extra_texts: Rows | None
     embedding_rows: Column
     caption_rows: Column | None
@@ -127,11 +128,11 @@ class StoredTeacher(Teacher):
         """Read the rows of the views and captions that this process shows."""
         own = local.rows.numpy()
         embedded = self.embedding_rows[own].astype(np.int64)
-        images = self.images.take(embedded, local.views.numpy())
+        images = take_images(self.rows, embedded, local.views.numpy())
         texts = None
-        if self.texts is not None:
+        if Kind.TEXTS in self.rows:
             further = np.zeros_like(own) if self.caption_rows is None else self.caption_rows[own].astype(np.int64)
-            found = self.texts.take(embedded, local.captions.numpy(), further, local.variants.numpy())
+            found = take_captions(self.rows, embedded, local.captions.numpy(), further, local.variants.numpy())
             texts = to_device(torch.from_numpy(found), self.device)
         extra = None
         if self.extra_texts is not None:
@@ -160,6 +161,13 @@ def open_stored_teacher(
     embeddings = teacher_inputs.embeddings
     assert embeddings is not None, "only an online teacher may have none"
     space = choose_space(settings, embeddings.width, embeddings, student_width, machine, reporter)
+    shown = {
+        Kind.IMAGES: True,
+        Kind.VIEWS: teacher_inputs.num_views > 0,
+        Kind.TEXTS: embeddings.has_texts,
+        Kind.FURTHER: embeddings.has_texts and teacher_inputs.all_captions,
+        Kind.VARIANTS: embeddings.has_texts and teacher_inputs.text_variants is not None,
+    }
     reads_scale = any(LOSSES[name].needs_teacher_scale for name in settings.losses())
     return StoredTeacher(
         space=space,
@@ -167,14 +175,7 @@ def open_stored_teacher(
         clusters=open_lookup(teacher_inputs, space.axes, settings, machine.device),
         device=machine.device,
         size=machine.size,
-        images=ImageRows.of(embeddings, views=teacher_inputs.num_views > 0),
-        texts=CaptionRows.of(
-            embeddings,
-            all_captions=teacher_inputs.all_captions,
-            variants=teacher_inputs.text_variants is not None,
-        )
-        if embeddings.has_texts
-        else None,
+        rows={kind: embeddings.rows(kind) for kind, is_shown in shown.items() if is_shown},
         extra_texts=None if teacher_inputs.extra_texts is None else teacher_inputs.extra_texts.rows,
         embedding_rows=teacher_inputs.samples.embeddings(),
         caption_rows=teacher_inputs.samples.captions() if teacher_inputs.all_captions else None,

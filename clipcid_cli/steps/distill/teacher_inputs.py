@@ -10,6 +10,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.clusters import CENTROIDS, TABLE, Clusters
 from clipcid_cli.formats.results.matched_samples import SampleRows
@@ -69,7 +70,7 @@ class TeacherInputs:
         """Return the stored views for training; None where none are replayed."""
         if self.embeddings is None or not self.num_views:
             return None
-        return StoredViews(self.embeddings.view_params(), self.samples.embeddings(), seed)
+        return StoredViews(self.embeddings.rows(Kind.VIEW_PARAMS), self.num_views, self.samples.embeddings(), seed)
 
     def augmentation(self, chosen: Augmentation) -> Augmentation:
         """Return how images are augmented: as the strongest of the stored views were, else as chosen."""
@@ -86,9 +87,10 @@ class TeacherInputs:
         found: list[FileRecord] = []
         if self.embeddings is not None:
             # The rows themselves, not their sidecar: the same rows embedded again at another speed are the same input.
-            shown = ["further"] * self.all_captions + ["views", "view_params"] * (self.num_views > 0)
-            shown += ["variants"] * (self.text_variants is not None)
-            found += self.embeddings.fingerprints(texts=True, extras=shown)
+            shown = [Kind.TEXTS] + [Kind.FURTHER] * self.all_captions
+            shown += [Kind.VIEWS, Kind.VIEW_PARAMS] * (self.num_views > 0)
+            shown += [Kind.VARIANTS] * (self.text_variants is not None)
+            found += self.embeddings.fingerprints(shown)
         if self.extra_texts is not None and self.extra_texts.texts is not None:
             found += self.extra_texts.texts.fingerprints()
         if self.clusters is not None:
@@ -233,8 +235,8 @@ def use_stored(
             "Give the data that was embedded, or run: "
             + data_command(embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags),
         )
-    views = embeddings.num_views if settings.shows_views else 0
-    variants = embeddings.num_variants if embeddings.has_texts else 0
+    views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
+    variants = embeddings.num_each(Kind.VARIANTS) if embeddings.has_texts else 0
     require_requested(settings, embeddings.folder, embeddings.sidecar, views=views, variants=variants)
     if views:
         reporter.note(

@@ -1,54 +1,53 @@
-"""What embedding takes: time of a few batches, bytes of each image. Nothing is written."""
+"""What embedding takes: time of a few batches, bytes of each sample. Nothing is written."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any
 
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial
-from clipcid_cli.steps.embed.shards import ShardEmbedder
+from clipcid_cli.steps.embed.encoder import Encoder
+from clipcid_cli.steps.embed.plan import EmbedPlan
 
 # About as long as the median caption on the web, for estimates.
 TYPICAL_CAPTION = "a photo of a cat on a red chair"
 
 
-def estimate_cost(embedder: ShardEmbedder, machine: Machine) -> dict[str, Any]:
+def estimate_cost(encoder: Encoder, plan: EmbedPlan, machine: Machine) -> dict[str, Any]:
     """Estimate what embedding would cost from the time of a few batches."""
-    images = machine.on_main(embedder.dataset.estimate_samples)
-    seconds = measure_batch(embedder) * images / embedder.samples_at_once / machine.size
-    return {
-        "dry_run": True,
-        "shards": len(embedder.dataset.shards),
-        "images": images,
-        "bytes": images * bytes_per_image(embedder),
-        "bytes_per_image": bytes_per_image(embedder),
-        "seconds": {"encode": round(seconds, 1)},
-    }
+    samples = machine.on_main(plan.dataset.estimate_samples)
+    seconds = measure_batch(encoder) * samples / encoder.samples_at_once / machine.size
+    size = bytes_per_sample(encoder)
+    counted = {"shards": len(plan.shards), "images": samples} if encoder.with_images else {"texts": samples}
+    found = {"dry_run": True, **counted, "bytes": samples * size}
+    found |= {"bytes_per_image": size} if encoder.with_images else {}
+    return found | {"seconds": {"encode": round(seconds, 1)}}
 
 
-def bytes_per_image(embedder: ShardEmbedder) -> int:
-    """Return what an image takes on the disk, with its first caption, views and text variants, without its metadata."""
-    views = embedder.views
-    rows, numbers = (1, 0) if views is None else (1 + views.number, views.number * views.packed_size)
-    rows += embedder.texts_per_image
-    return 2 * rows * embedder.model.info.embed_dim + 4 * numbers
+def bytes_per_sample(encoder: Encoder) -> int:
+    """Return what a sample takes on the disk, with its first caption, views and text variants, without its metadata."""
+    return sum(kind.dtype.itemsize * math.prod(shape) for kind, shape in encoder.shapes.items())
 
 
-def measure_batch(embedder: ShardEmbedder) -> float:
+def measure_batch(encoder: Encoder) -> float:
     """Return the seconds one batch takes to encode, the median of three after a warm-up.
 
     Its captions are of typical length, since tokens after a text's end are not encoded.
     """
-    prepared, model = embedder.preparation()(()), embedder.model
-    tokens = model.tokenizer([TYPICAL_CAPTION] * embedder.samples_at_once)
+    prepared, model = encoder.preparation()(()), encoder.model
+    tokens = model.tokenizer([TYPICAL_CAPTION] * encoder.samples_at_once)
     threads = threads_for_batches(model.device)
+    texts_of_each = int(encoder.with_texts) + encoder.shapes.get(Kind.VARIANTS, (0,))[0]
 
     def encode(_: int) -> None:
-        embedder.encode_pixels(prepared)
-        for _ in range(embedder.texts_per_image):
-            embedder.encode_texts(tokens)
+        if encoder.with_images:
+            encoder.encode_pixels(prepared)
+        for _ in range(texts_of_each):
+            encoder.encode_texts(tokens)
 
     def encode_together() -> None:
         deque(map_threads(range(threads), encode, threads), maxlen=0)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError, command_line
-from clipcid_cli.formats.embeddings.checks import read_embed_sidecar
+from clipcid_cli.formats.embeddings.folder import read_embed_sidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
-from clipcid_cli.steps.embed.inputs import has_captions, open_data, recorded_augmentation
+from clipcid_cli.steps.embed.plan import choose_text, recorded_augmentation
 from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -58,12 +58,8 @@ def ensure_embeddings(
             fast_decode=made.fast_decode,
             **recorded_augmentation(sidecar),
         )
-        del sidecar, made  # that of 41,000 shards takes 100 MB
     elif text is None:
-        dataset = machine.on_main(lambda: open_data(request, reporter))
-        request = dataclasses.replace(request, text=has_captions(dataset))
-        if not request.text:
-            reporter.note(f"{dataset.spec} has no captions: only its images are embedded.")
+        request = dataclasses.replace(request, text=machine.on_main(lambda: choose_text(request, reporter)))
     result = make_embeddings(request, machine, reporter, "" if text else embed_images_first(request, name))
     if result.get("dry_run"):
         raise ClipcidError(

@@ -1,39 +1,37 @@
-"""`embed`: image and caption embeddings of a data set, shard by shard."""
+"""`embed`: the images and captions of a data set, or the lines of a text file, to rows of float16, shard by shard."""
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from clipcid_cli.errors import UsageError
-from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, refuse_foreign_folder
-from clipcid_cli.formats.fingerprint import identity_of
-from clipcid_cli.formats.output import find_output
-from clipcid_cli.formats.sidecar import EmbedSidecar
-from clipcid_cli.formats.work_directory import WorkDirectory
+import PIL
+
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats import fingerprint
+from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge_skips, read_manifest
+from clipcid_cli.formats.embeddings.text_folder import TEXTS_FILE, write_texts
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
+from clipcid_cli.formats.output import Output, find_output
+from clipcid_cli.formats.sidecar import sidecar_path
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.models.augment import Augmentation
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
-from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.preprocess import hash_preprocess
-from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.embed.cost import bytes_per_image, estimate_cost
-from clipcid_cli.steps.embed.finish import describe_result, finish
-from clipcid_cli.steps.embed.inputs import (
-    augmentation_identity,
-    describe_shards,
-    find_finished,
-    is_begun,
-    open_data,
-    require_captions,
-)
-from clipcid_cli.steps.embed.shards import ShardEmbedder, Timings
-from clipcid_cli.steps.embed.texts import TextEmbedder, embed_texts
+from clipcid_cli.steps.embed.cost import bytes_per_sample, estimate_cost
+from clipcid_cli.steps.embed.encoder import Encoder
+from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, augmentation_identity, describe_shards, make_plan
+from clipcid_cli.steps.embed.shards import Timings, embed_shards
 from clipcid_cli.steps.embed.views import Views
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
@@ -46,141 +44,206 @@ _CPU_BATCH, _GPU_BATCH = 64, 256
 
 
 def run(settings: EmbedSettings, reporter: Reporter) -> dict[str, Any]:
-    """Embed a data set.
-
-    Returns:
-        The JSON object of `embed`.
-
-    Raises:
-        ClipcidError: when data or model cannot be used, too many samples are bad, or the output is another run's.
-    """
+    """Embed a data set or a file of texts, and return the JSON object of `embed`."""
     with open_machine(settings.device) as machine:
-        if settings.texts is None:
-            return make_embeddings(settings, machine, reporter)
-        name = with_default_tag(parse_model(settings.model))
-        return embed_texts(
-            settings, machine, reporter, name, lambda: TextEmbedder(*_load_model(settings, machine, name))
-        )
+        return make_embeddings(settings, machine, reporter)
 
 
 def make_embeddings(
     settings: EmbedSettings, machine: Machine, reporter: Reporter, without_text: str = _ADD_NO_TEXT
 ) -> dict[str, Any]:
-    """Embed a data set with the processes of `machine`; see `run`.
+    """Embed with the processes of `machine`; see `run`.
 
     Args:
         without_text: How to embed the images alone, for the errors; empty when captions are needed.
     """
-    name = with_default_tag(parse_model(settings.model))
-    folder = settings.out or WorkDirectory(settings.work).embeddings(name.slug)
-    dataset = machine.on_main(lambda: open_data(settings, reporter))
-    if settings.text:
-        machine.on_main(lambda: require_captions(dataset, without_text))
-    inputs = machine.on_main(lambda: describe_shards(dataset))
-    finished = machine.on_main(lambda: find_finished(folder, settings, name, dataset, inputs))
-    if finished is not None:
-        reporter.note(f"{folder} already holds the embeddings of {dataset.spec} with {name.spec}.")
-        return describe_result(folder, finished)
-    machine.on_main(lambda: refuse_foreign_folder(folder))
-    shards = "1 shard" if len(dataset.shards) == 1 else f"{len(dataset.shards):,} shards"
-    reporter.note(f"Embedding {dataset.spec} ({shards}) with {name.spec}.")
-    if settings.dry_run or not machine.on_main(lambda: is_begun(folder, inputs)):
-        check_samples(dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
-    embedder = _load_embedder(settings, machine, name, dataset)
-    info, workers = embedder.model.info, f"{embedder.workers} worker{'' if embedder.workers == 1 else 's'}"
-    reporter.note(
-        f"{info.parameters / 1e6:.1f} M parameters, precision {embedder.precision.name} ({embedder.precision.reason}), "
-        f"batches of {embedder.batch_size}, {workers} per process." + _describe_extras(settings, embedder)
-    )
-    identity = {
-        "weights": info.weights_hash,
-        "preprocess": hash_preprocess(info.preprocess, fast_decode=settings.fast_decode),
-        "tokenizer": f"{info.tokenizer}, {info.context_length} tokens" if settings.text else None,
-        "text": settings.text,
-        "precision": embedder.precision.name,
-        "batch_size": embedder.batch_size,
-        "keys": dataset.keys,
-        "fast_decode": settings.fast_decode,
-        **augmentation_identity(settings),
+    plan = machine.on_main(lambda: make_plan(settings, reporter, without_text))
+    if plan.finished is not None:
+        reporter.note(f"{plan.folder} already holds the embeddings of {plan.dataset.spec} with {plan.name.spec}.")
+        return _describe(plan, plan.finished)
+    shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards):,} shards"
+    reporter.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
+    if not plan.of_texts and (settings.dry_run or not plan.is_begun):
+        check_samples(plan.dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
+    encoder = _load_encoder(plan, machine)
+    _report_encoder(encoder, reporter)
+    made = _describe_settings(plan, encoder)
+    wanted: dict[str, Any] = {
+        "settings": made,
+        "inputs": [plan.input],
+        "overwrite": settings.overwrite,
+        "may_differ": frozenset({"inputs"} if plan.may_grow else ()),
     }
-    wanted: dict[str, Any] = {"settings": identity, "inputs": inputs, "overwrite": settings.overwrite, "may_grow": True}
     if settings.dry_run:
-        machine.on_main(lambda: find_output(folder, "embed", EmbedSidecar, **wanted))
-        return estimate_cost(embedder, machine)
-    writer = EmbeddingWriter(folder, [identity_of(identity, [shard]) for shard in inputs])
-    with claim_output(machine, folder, "embed", EmbedSidecar, **wanted) as output:
-        earlier = output.earlier
-        if earlier is not None:  # those of the shards that are still wanted stay
-            machine.on_main(lambda: writer.reopen(earlier.outputs))
-        machine.on_main(lambda: output.start(clear=lambda: None))
-        timings, elapsed = _embed_missing(embedder, writer, machine, reporter)
-        ensure_index(dataset, machine, embedder.workers, reporter)
-        sidecar = machine.on_main(lambda: finish(output, embedder, writer, timings, elapsed, reporter, without_text))
-    return describe_result(folder, sidecar)
+        machine.on_main(lambda: find_output(plan.folder, plan.step, plan.sidecar_type, **wanted))
+        return estimate_cost(encoder, plan, machine)
+    with claim_output(machine, plan.folder, plan.step, plan.sidecar_type, **wanted) as output:
+        if output.finished is not None and not plan.must_repair:
+            return _describe(plan, output.finished)
+        writer = EmbeddingWriter(output.work, made, plan.shards)
+        machine.on_main(lambda: _start(output, writer))
+        timings = _compute(plan, encoder, writer, machine, reporter)
+        if not plan.of_texts:
+            ensure_index(plan.dataset, machine, encoder.workers, reporter)
+        sidecar = machine.on_main(lambda: _write(plan, encoder, output, writer.finish(), timings, reporter))
+    return _describe(plan, sidecar)
 
 
-def _describe_extras(settings: EmbedSettings, embedder: ShardEmbedder) -> str:
-    """Say what is embedded beside images and captions, and what an image then takes on the disk."""
-    kinds = ", ".join(settings.view_kinds)
-    if embedder.views is not None and embedder.views.mixes:
-        kinds += f"; mixtures within batches of {embedder.samples_at_once} images"
-    parts = [f"{settings.views} views ({kinds})"] if settings.views else []
-    parts += [f"{settings.text_variants} text variants"] if settings.text_variants else []
-    return f" Of each image {' and '.join(parts)}: {bytes_per_image(embedder):,} bytes an image." if parts else ""
-
-
-def _load_embedder(settings: EmbedSettings, machine: Machine, name: ModelName, dataset: Dataset) -> ShardEmbedder:
-    model, precision, batch_size, workers = _load_model(settings, machine, name)
+def _load_encoder(plan: EmbedPlan, machine: Machine) -> Encoder:
+    settings = plan.settings
+    workers = default_workers(machine.device) if settings.workers is None else settings.workers
+    if workers:
+        start_worker_server()
+    model = machine.on_all(lambda: load_model(plan.name, machine.device))
+    precision = choose_precision(settings.precision, machine.device, "embed", model.info.parameters)
+    model.cast_products(precision)
     augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
     views = Views(settings.views, settings.view_kinds, augmentation, settings.seed) if settings.views else None
+    batch_size = settings.batch_size or (_GPU_BATCH if machine.device.type == "cuda" else _CPU_BATCH)
     if views is not None and views.mixes and batch_size < (least := 2 * (1 + views.number)):
         raise UsageError(
             f"--view-kind mix mixes the images of a batch, but with --batch-size {batch_size} and {views.number} views it "
             "holds one.",
             f"Give --batch-size {least} or more, or fewer --views: a batch holds batch size/(1 + views) images.",
         )
-    return ShardEmbedder(
+    return Encoder(
         model=model,
         precision=precision,
-        dataset=dataset,
-        with_texts=settings.text,
-        fast_decode=settings.fast_decode,
         batch_size=batch_size,
         workers=workers,
-        max_bad_fraction=settings.max_bad_fraction,
+        with_images=not plan.of_texts,
+        with_texts=settings.text,
+        fast_decode=settings.fast_decode,
         views=views,
         text_variants=TextVariants(settings.text_variants, settings.seed) if settings.text_variants else None,
     )
 
 
-def _load_model(settings: EmbedSettings, machine: Machine, name: ModelName) -> tuple[ClipModel, Precision, int, int]:
-    """Return the model, the number format of its products, the batch size and the number of workers."""
-    workers = default_workers(machine.device) if settings.workers is None else settings.workers
-    if workers:
-        start_worker_server()
-    model = machine.on_all(lambda: load_model(name, machine.device))
-    precision = choose_precision(settings.precision, machine.device, "embed", model.info.parameters)
-    model.cast_products(precision)
-    return (
-        model,
-        precision,
-        settings.batch_size or (_GPU_BATCH if machine.device.type == "cuda" else _CPU_BATCH),
-        workers,
+def _report_encoder(encoder: Encoder, reporter: Reporter) -> None:
+    """Say how it encodes, and what it makes beside images and captions."""
+    precision, views, variants = encoder.precision, encoder.views, encoder.text_variants
+    more: list[str] = []
+    if views is not None:
+        mixing = f"; mixtures within batches of {encoder.samples_at_once} images" if views.mixes else ""
+        more.append(f"{views.number} views ({', '.join(views.kinds)}{mixing})")
+    if variants is not None:
+        more.append(f"{variants.number} text variants")
+    size = f" Of each image {' and '.join(more)}: {bytes_per_sample(encoder):,} bytes an image." if more else ""
+    reporter.note(
+        f"{encoder.model.info.parameters / 1e6:.1f} M parameters, precision {precision.name} ({precision.reason}), batches "
+        f"of {encoder.batch_size}, {encoder.workers} worker{'' if encoder.workers == 1 else 's'} per process.{size}"
     )
 
 
-def _embed_missing(
-    embedder: ShardEmbedder, writer: EmbeddingWriter, machine: Machine, reporter: Reporter
-) -> tuple[list[Timings], float]:
-    """Embed the shards that no earlier run has finished, divided among the processes."""
-    shards = range(len(embedder.dataset.shards))
+def _describe_settings(plan: EmbedPlan, encoder: Encoder) -> dict[str, Any]:
+    """Return the settings that decide the rows, as JSON values."""
+    info, fast_decode = encoder.model.info, plan.settings.fast_decode
+    made = {
+        "weights": info.weights_hash,
+        "tokenizer": f"{info.tokenizer}, {info.context_length} tokens" if encoder.with_texts else None,
+        "precision": encoder.precision.name,
+        "batch_size": encoder.batch_size,
+    }
+    if plan.of_texts:
+        return made
+    return made | {
+        "preprocess": hash_preprocess(info.preprocess, fast_decode=fast_decode),
+        "text": plan.settings.text,
+        "keys": plan.dataset.keys,
+        "fast_decode": fast_decode,
+        **augmentation_identity(plan.settings),
+    }
+
+
+def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
+    """Make the work folder, and take over what an earlier output has of the same shards."""
+    output.start()
+    if (output.folder / MANIFEST).exists():
+        with suppress(ClipcidError):  # it is damaged: all shards are embedded again
+            writer.take(output.folder, read_manifest(output.folder, ""))
+
+
+def _compute(
+    plan: EmbedPlan, encoder: Encoder, writer: EmbeddingWriter, machine: Machine, reporter: Reporter
+) -> list[Timings]:
+    """Embed the shards that are not finished, divided among the processes; return the timings of all."""
+    shards = range(len(plan.shards))
     missing = machine.on_main(lambda: [number for number in shards if writer.read_record(number) is None])
     if len(missing) < len(shards):
         reporter.note(f"{len(shards) - len(missing)} of {len(shards)} shards are already embedded.")
-    expected = machine.on_main(embedder.dataset.estimate_samples) * len(missing) / len(shards)
+    expected = machine.on_main(plan.dataset.estimate_samples) * len(missing) / len(shards)
     mine = missing[machine.rank :: machine.size]
+    weight = len(missing) / max(1, len(mine))
+    # The empty lines of a file of texts are no fault of theirs.
+    max_bad = 1.0 if plan.of_texts else plan.settings.max_bad_fraction
     start = time.perf_counter()
-    with reporter.progress("embed", expected, "images") as progress:
-        timings = embedder.embed(mine, writer, progress, weight=len(missing) / max(1, len(mine)))
-    everyone = machine.gather(timings)
-    return everyone, time.perf_counter() - start
+    with reporter.progress("embed", expected, "texts" if plan.of_texts else "images") as progress:
+        timings = embed_shards(encoder, plan.dataset, mine, writer, max_bad, progress, weight)
+    timings.elapsed = time.perf_counter() - start
+    return machine.gather(timings)
+
+
+def _write(
+    plan: EmbedPlan,
+    encoder: Encoder,
+    output: Output[Any],
+    records: Sequence[ShardRecord],
+    timings: Sequence[Timings],
+    reporter: Reporter,
+) -> EmbeddedSidecar:
+    """Check the embeddings of all shards together and commit them."""
+    rows, read, skips = sum(each.rows for each in records), sum(each.read for each in records), merge_skips(records)
+    if not rows:
+        shutil.rmtree(output.root, ignore_errors=True)  # it must not stand in the way of other data
+        raise ClipcidError(
+            f"None of the {read:,} samples in {plan.dataset.spec} can be used:\n{skips.describe()}", "Fix the data."
+        )
+    embedded, elapsed = sum(each.samples for each in timings), max(each.elapsed for each in timings)
+    speed = round(embedded / elapsed, 1) if embedded else None
+    info, skipped, files = encoder.model.info, dict(sorted(skips.counts.items())), [output.work / MANIFEST]
+    entries: dict[str, Any] = {"model": dataclasses.asdict(info) | {"logit_scale": encoder.model.logit_scale}}
+    if plan.of_texts:
+        _write_texts(plan, skips, output)
+        files.append(output.work / TEXTS_FILE)
+        entries |= {"counts": {"texts": rows, "skipped": skipped}, "texts_per_second": speed}
+        entries["seconds"] = {"encode": round(elapsed, 3)}
+    else:
+        laid_on_white = sum(each.laid_on_white for each in records)
+        without_text = plan.without_text if "no_caption" in skips.counts else ""
+        skips.check(read, plan.settings.max_bad_fraction, plan.dataset.spec, without_text)
+        if laid_on_white:
+            reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
+        if skips.total:
+            reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
+        entries["counts"] = {"images": rows, "read": read, "skipped": skipped, "laid_on_white": laid_on_white}
+        entries |= {"images_per_second": speed, "data": plan.dataset.describe()}
+        entries["seconds"] = {
+            phase: round(sum(getattr(each, phase) for each in timings) / len(timings), 3)
+            for phase in ("read", "encode", "write")
+        }
+        entries["run"] = {"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__}
+    sidecar: EmbeddedSidecar = output.commit(
+        outputs=[fingerprint.record(path, output.work) for path in files], **entries
+    )
+    return sidecar
+
+
+def _write_texts(plan: EmbedPlan, skips: Skips, output: Output[Any]) -> None:
+    """Keep the texts beside their rows, of which none may be missing."""
+    if "nan_row" in skips.counts:
+        row = int(skips.examples["nan_row"][0].rpartition(" ")[2])
+        raise ClipcidError(
+            f"The embedding of text {row + 1:,} is not finite.", "Try --precision fp32, or remove the text."
+        )
+    if describe_shards(plan.dataset) != plan.shards:
+        raise ClipcidError(f"{plan.dataset.spec} has changed while it was embedded.", "Give the command again.")
+    texts = ([sample.captions[0] for sample in shard.stream(Skips())] for shard in plan.dataset.shards)
+    write_texts(output.work, texts)
+
+
+def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> dict[str, Any]:
+    """Return the JSON object of `embed` for finished embeddings."""
+    counted = {name: count for name, count in sidecar.counts.items() if name in ("images", "texts", "skipped")}
+    what, speed = ("texts", "texts_per_second") if plan.of_texts else ("embeddings", "images_per_second")
+    files = {what: str(plan.folder), "sidecar": str(sidecar_path(plan.folder, plan.step))}
+    return {**counted, speed: getattr(sidecar, speed), "seconds": sidecar.seconds, "files": files}

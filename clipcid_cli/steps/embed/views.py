@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,10 @@ class Views:
     augmentation: Augmentation
     seed: int
 
+    def kind(self, number: int) -> str:
+        """Return the kind of a view."""
+        return self.kinds[number % len(self.kinds)]
+
     @property
     def mixes(self) -> bool:
         """Whether any view shows two images."""
@@ -63,8 +68,7 @@ class Views:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Mixture:
+class Mixture(NamedTuple):
     """A view that shows a second image of the batch too.
 
     Attributes:
@@ -82,77 +86,49 @@ class Mixture:
     seed: int
 
 
-@dataclasses.dataclass(frozen=True)
-class ViewMaker:
-    """Draws the views of images, in a worker.
-
-    Attributes:
-        render: Renders a view as the model takes it.
-    """
-
-    views: Views
-    render: ViewPixels
-
-    def draw(self, image: Image.Image, number: int, key: str) -> tuple[View, npt.NDArray[np.uint8]]:
-        """Draw a view of an image, of a mixture its first part: the view, and its pixels, uint8 [H, W, 3]."""
-        strong = self.views.kinds[number % len(self.views.kinds)] == "strong"
-        seed = derive_seed("view", self.views.seed, number, key)
-        view = choose_view(STRONG if strong else self.views.augmentation, *image.size, seed)
-        return view, self.render(image, view)
-
-    def draw_second(self, image: Image.Image, mixture: Mixture) -> tuple[View, npt.NDArray[np.uint8]]:
-        """Draw the second part of a mixture likewise."""
-        view = choose_view(self.views.augmentation, *image.size, mixture.seed)
-        return view, self.render(image, view)
-
-    def mixtures(self, keys: Sequence[str]) -> Iterator[Mixture]:
-        """Choose the second image of each mixture among the others of the batch; none where an image is alone.
-
-        Args:
-            keys: The keys of the batch.
-        """
-        of_mix = [
-            number for number in range(self.views.number) if self.views.kinds[number % len(self.views.kinds)] == "mix"
-        ]
-        for row, key in enumerate(keys if len(keys) > 1 else ()):
-            for number in of_mix:
-                random = np.random.default_rng(derive_seed("mix", self.views.seed, number, key))
-                other = int(random.integers(len(keys) - 1))
-                weight = float(np.float32(random.uniform(0.5, 1)))
-                seed = derive_seed("mixed view", self.views.seed, number, key)
-                yield Mixture(row, number, other + (other >= row), weight, seed)
-
-
 class BatchViews:
     """The views of a batch, drawn as its images are decoded: of each it keeps crops alone.
 
     A mixture whose second image cannot be read is a view of the first alone.
+
+    Attributes:
+        colors: Colour maps that the pixels still need, float32 [B, V, 3, 4].
+        params: The numbers that reproduce the views, float32 [B, V, P].
     """
 
-    def __init__(self, maker: ViewMaker, keys: Sequence[str], pixels: npt.NDArray[np.uint8]) -> None:
+    def __init__(self, views: Views, render: ViewPixels, keys: Sequence[str], pixels: npt.NDArray[np.uint8]) -> None:
         """Prepare for a batch.
 
         Args:
-            keys: Its keys.
+            render: Renders a view as the model takes it.
+            keys: The batch's keys.
             pixels: What the views are written to, uint8 [V, B, H, W, 3], B at least the number of keys.
         """
-        self._maker, self._keys, self._pixels = maker, keys, pixels
-        number, rows = pixels.shape[:2]
-        self.colors = np.zeros((rows, number, 3, 4), dtype=np.float32)
-        self.params = np.zeros((rows, number, maker.views.packed_size), dtype=np.float32)
+        self._views = views
+        self._render = render
+        self._keys = keys
+        self._pixels = pixels
+        rows = pixels.shape[1]
+        self.colors = np.zeros((rows, views.number, 3, 4), dtype=np.float32)
+        self.params = np.zeros((rows, views.number, views.packed_size), dtype=np.float32)
         self._firsts = dict[tuple[int, int], View]()
         self._seconds = list[tuple[Mixture, View, npt.NDArray[np.uint8]]]()
         self._wanted = defaultdict[int, list[Mixture]](list)
-        for mixture in maker.mixtures(keys):
+        for mixture in self._choose_mixtures():
             self._wanted[mixture.other].append(mixture)
 
     def add(self, row: int, image: Image.Image) -> None:
         """Draw all that is shown of a row's image."""
-        for number in range(len(self._pixels)):
-            view, self._pixels[number, row] = self._maker.draw(image, number, self._keys[row])
+        for number in range(self._views.number):
+            strong = self._views.kind(number) == "strong"
+            seed = derive_seed("view", self._views.seed, number, self._keys[row])
+            view = choose_view(STRONG if strong else self._views.augmentation, *image.size, seed)
+            self._pixels[number, row] = self._render(image, view)
             self._firsts[row, number] = view
             self._set(row, number, MixedView(view, 1.0, 0.0, view), view.colors)
-        self._seconds += [(mixture, *self._maker.draw_second(image, mixture)) for mixture in self._wanted[row]]
+        for mixture in self._wanted[row]:
+            second = choose_view(self._views.augmentation, *image.size, mixture.seed)
+            self._seconds.append((mixture, second, self._render(image, second)))
 
     def mix(self) -> None:
         """Mix, once all images are added."""
@@ -164,6 +140,17 @@ class BatchViews:
                 self._pixels[number, row] = mix_pixels(view, self._pixels[number, row], shown)
                 self._set(row, number, view, identity_colors())
 
+    def _choose_mixtures(self) -> Iterator[Mixture]:
+        """Choose the second image of each mixture among the others of the batch; none where an image is alone."""
+        numbers = [number for number in range(self._views.number) if self._views.kind(number) == "mix"]
+        for row, key in enumerate(self._keys if len(self._keys) > 1 else ()):
+            for number in numbers:
+                random = np.random.default_rng(derive_seed("mix", self._views.seed, number, key))
+                other = int(random.integers(len(self._keys) - 1))
+                weight = float(np.float32(random.uniform(0.5, 1)))
+                seed = derive_seed("mixed view", self._views.seed, number, key)
+                yield Mixture(row, number, other + (other >= row), weight, seed)
+
     def _set(self, row: int, number: int, view: MixedView, colors: npt.NDArray[np.float32]) -> None:
         self.colors[row, number] = colors
-        self.params[row, number] = view.pack()[: self._maker.views.packed_size]
+        self.params[row, number] = view.pack()[: self._views.packed_size]

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from clipcid_cli.algorithms.search.distances import FloatArray, IntArray, cosine_similarities
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.rows import BalanceRows, has_caption
@@ -105,7 +106,7 @@ def measure_captions(
     Raises:
         ClipcidError: when there are no text embeddings, or no image lies in the window.
     """
-    texts = embeddings.texts()
+    texts = embeddings.rows(Kind.TEXTS)
     start, stop = machine.share(len(rows))
     similarity, captioned = np.empty(stop - start, np.float32), np.empty(stop - start, np.bool_)
     with reporter.progress("captions", stop - start, "images") as progress:
@@ -142,7 +143,7 @@ def sample_captions(
         numbers: Numbers of rows of the embeddings, int64 [n], ascending; those that are not finite are left out.
         captioned: Which have a caption, bool [n].
     """
-    images, texts = embeddings.images(), embeddings.texts()
+    images, texts = embeddings.rows(Kind.IMAGES), embeddings.rows(Kind.TEXTS)
     found, is_finite = np.empty(len(numbers), np.float32), np.empty(len(numbers), np.bool_)
     for at in range(0, len(numbers), _ROWS_AT_ONCE):
         part = slice(at, at + _ROWS_AT_ONCE)

@@ -9,6 +9,7 @@ import numpy as np
 from clipcid_cli.algorithms.search.distances import HalfArray, IntArray
 from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
@@ -140,9 +141,9 @@ def _estimate_reference(
 ) -> ReferenceCost:
     limit, num_rows = settings.reference_distance, embeddings.num_rows
     assert limit is not None  # the settings have checked it
-    images = embeddings.images()
+    images = embeddings.rows(Kind.IMAGES)
     # Rows of the images stand for those that are yet to be embedded.
-    others = images if reference.embeddings is None else reference.embeddings.images()
+    others = images if reference.embeddings is None else reference.embeddings.rows(Kind.IMAGES)
     few = finite[:_PANEL_ROWS]
     numbers = np.linspace(0, len(others) - 1, min(reference.num_rows, _PANEL_ROWS)).astype(np.int64)
 

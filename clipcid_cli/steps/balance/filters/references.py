@@ -13,10 +13,11 @@ import numpy as np
 from clipcid_cli.algorithms.search.distances import IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, open_dataset
-from clipcid_cli.formats.embeddings.checks import has_usable_row
-from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
-from clipcid_cli.formats.embeddings.pairing import list_files, list_inner_files
+from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.layouts import holds_rows
 from clipcid_cli.formats.fingerprint import identity_of
+from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
@@ -78,7 +79,7 @@ def plan_references(
             continue
         reference = open_embeddings(folder, settings.keys, settings.npz_array)
         _refuse_other_model(embeddings, reference, name)
-        if not machine.on_main(partial(has_usable_row, reference.images())):
+        if not machine.on_main(partial(has_usable_row, reference.rows(Kind.IMAGES))):
             raise _no_usable_row(reference, name)
         found.append(PlannedReference(name, reference.num_rows, reference, None))
     return found
@@ -135,9 +136,7 @@ def _no_usable_row(reference: Embeddings, name: str) -> ClipcidError:
 
 def _holds_embeddings(folder: Path) -> bool:
     """Tell whether a folder is one of embeddings, as `open_embeddings` finds them; also where they are unfinished."""
-    if any((folder / name).exists() for name in ("img_emb", "embed.json")):
-        return True
-    return bool(list_files(folder, ".npy") or list_files(folder, ".npz") or list_inner_files(folder, ".npz"))
+    return is_claimed(folder, "embed") or holds_rows(folder)
 
 
 def _embed(

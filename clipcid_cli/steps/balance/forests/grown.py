@@ -20,9 +20,9 @@ from clipcid_cli.algorithms.search.distances import row_type
 from clipcid_cli.algorithms.search.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.search.pair_search import GrownSearch
 from clipcid_cli.formats.arrays import Arrays
-from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.forest import find_earlier, read_forest
+from clipcid_cli.formats.results.forest import find_earlier, read_forest, row_files_path
+from clipcid_cli.formats.results.row_files import ROW_FILES, read_row_files
 from clipcid_cli.formats.sidecar import ForestSidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.forests.stored import ForestStore
@@ -31,34 +31,6 @@ from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.shared_arrays import share_arrays
 
 _NAMED = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class RowFile:
-    """A file of image embeddings.
-
-    Attributes:
-        content: What it is compared by.
-        first: Number of its first row among all rows of the embeddings.
-        stop: The number after its last.
-    """
-
-    content: tuple[int, str, str | None]
-    first: int
-    stop: int
-
-
-def list_row_files(embeddings: Embeddings, inputs: Sequence[FileRecord]) -> list[RowFile]:
-    """List the files of image embeddings.
-
-    Args:
-        inputs: What `Embeddings.fingerprints` returned.
-    """
-    found, at = [], 0
-    for file in embeddings.files:
-        found.append(RowFile(inputs[at].content, file.first, file.first + file.rows))
-        at += 1 if file.metadata is None else 2
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,33 +50,30 @@ class SmallerForest:
     name: str
 
 
-def read_smaller(
-    machine: Machine, store: ForestStore, rows: BalanceRows, files: Sequence[RowFile], reporter: Reporter
-) -> SmallerForest | None:
+def read_smaller(machine: Machine, store: ForestStore, rows: BalanceRows, reporter: Reporter) -> SmallerForest | None:
     """Read the stored forest where all of its files are still among those of the rows; the same on every process.
 
     Args:
         rows: All finite rows.
-        files: The files that they are from.
     """
 
     def read() -> tuple[SmallerForest | None, str]:
         sidecar = find_earlier(store.folder, store.inputs, overwrite=store.overwrite)
-        if sidecar is None or not sidecar.inputs:
+        if sidecar is None or not sidecar.cutoff:
             return None, ""
-        earlier = [each for each in sidecar.inputs if not each.path.endswith(".parquet")]
-        if not sidecar.cutoff:
-            return None, ""
-        kept, number = list[RowFile](), 0
-        for file in files:
-            if number < len(earlier) and file.content == earlier[number].content:
-                kept.append(file)
+        files = _read_images(store.work / ROW_FILES)
+        earlier = _read_images(row_files_path(store.folder, "exact"))
+        ends = np.cumsum([count for _, count in files])
+        kept, number = list[tuple[int, int]](), 0
+        for (file, count), end in zip(files, ends.tolist(), strict=True):
+            if number < len(earlier) and file.content == earlier[number][0].content:
+                kept.append((end - count, end))
                 number += 1
         if number < len(earlier):
-            return None, _why_not(earlier, files)
+            return None, _why_not([file for file, _ in earlier], [file for file, _ in files])
         stored = read_forest(store.folder, sidecar.inputs, overwrite=store.overwrite)
         kind = row_type(len(rows))
-        bounds = [np.searchsorted(rows.numbers, np.array([file.first, file.stop], rows.numbers.dtype)) for file in kept]
+        bounds = [np.searchsorted(rows.numbers, np.array(part, rows.numbers.dtype)) for part in kept]
         places = np.concatenate([np.arange(*ends, dtype=kind) for ends in bounds])
         if stored is None or stored.num_rows != len(places):
             return None, "its rows are not those of its files."
@@ -140,7 +109,13 @@ def search_new(
     return GrownSearch(rows.read, new, old, machine.device, scan, room)
 
 
-def _why_not(earlier: Sequence[FileRecord], files: Sequence[RowFile]) -> str:
+def _read_images(path: Path) -> list[tuple[FileRecord, int]]:
+    """Read which files of image embeddings rows are numbered through, and how many each has."""
+    files = read_row_files(path, "Add --overwrite to search the forest again.")
+    return [(file, file.rows) for file in files if file.rows is not None]
+
+
+def _why_not(earlier: Sequence[FileRecord], files: Sequence[FileRecord]) -> str:
     """Name the files that are gone, have changed or are in another order."""
     there = {file.content for file in files}
     gone = [Path(each.path).name for each in earlier if each.content not in there]
@@ -154,5 +129,5 @@ def _why_not(earlier: Sequence[FileRecord], files: Sequence[RowFile]) -> str:
 
 
 def _digest(sidecar: ForestSidecar) -> str:
-    content = [sidecar.cutoff, *(each.content for each in (*sidecar.outputs, *sidecar.inputs))]
+    content = [sidecar.cutoff, *(each.content for each in sidecar.outputs)]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=4).hexdigest()

@@ -11,6 +11,7 @@ from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.forest import StoredForest, read_forest, write_forest
+from clipcid_cli.formats.results.row_files import ROW_FILES
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.shared_arrays import share_arrays
@@ -76,4 +77,5 @@ class ForestStore:
         if (positions := self.rows.positions) is not None:
             a, b, num_rows = positions[a], positions[b], self.rows.num_finite
         stored = StoredForest(a, b, forest.edges.weight, forest.cutoff, num_rows, self._kind)
-        write_forest(self.folder, stored, inputs=self.inputs, seconds={"search": seconds}, overwrite=self.overwrite)
+        took, row_files = {"search": seconds}, self.work / ROW_FILES
+        write_forest(self.folder, stored, row_files, inputs=self.inputs, seconds=took, overwrite=self.overwrite)

@@ -10,6 +10,7 @@ import numpy as np
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
 from clipcid_cli.steps.distill.samples import MatchCounts
@@ -71,7 +72,7 @@ def has_all_captions(
     """
     if not (counts.several_captions and embeddings.has_texts):
         return False
-    if not embeddings.has_further_captions:
+    if Kind.FURTHER not in embeddings.kinds:
         reporter.note("Captions: only the first of each sample is embedded, so only the first is shown.")
         return False
     _refuse_changed(settings, embeddings, counts)
@@ -97,7 +98,7 @@ def find_text_variants(
         ClipcidError: when it is not known how their texts were made, or a sample has not as many captions as were embedded:
             its variants would be other texts.
     """
-    number = embeddings.num_variants if embeddings.has_texts else 0
+    number = embeddings.num_each(Kind.VARIANTS) if embeddings.has_texts else 0
     share = settings.variant_share
     if not number or not (share or settings.shows_extra_texts):
         return None

@@ -12,6 +12,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.index import SamplePlace
 from clipcid_cli.formats.embeddings.command import data_command, texts_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.embeddings.text_folder import EmbeddedTexts, TextLines, open_texts
 from clipcid_cli.formats.results.matched_samples import SampleRows
@@ -156,23 +157,28 @@ def find_extra_texts(
                 f"Run: {texts_command(spec, work=settings.work)}\n"
                 f"Or run: {data_command(embeddings.folder, embeddings.sidecar, settings.data, **more)}",
             )
-        rows, texts, what = embeddings.variants(), None, f"the {variants.number} variants of each sample's captions"
+        rows, texts, what = (
+            embeddings.rows(Kind.VARIANTS),
+            None,
+            f"the {variants.number} variants of each sample's captions",
+        )
     else:
         texts = open_texts(folder, spec)
         _check_model(settings, texts, embeddings)
-        rows, variants, what = texts.rows(), None, f"{folder}, {texts.total:,} texts"
+        rows, variants = texts.rows(), None
+        what = f"{folder}, {texts.total:,} texts"
     reporter.note(f"Extra texts, for the text tower alone: of {what}.")
     return ExtraTexts(rows, texts, variants, samples, settings.seed, settings.extra_texts)
 
 
 def _check_model(settings: DistillSettings, texts: EmbeddedTexts, embeddings: Embeddings) -> None:
     made, model = texts.sidecar.model, None if embeddings.sidecar is None else embeddings.sidecar.model
-    if texts.files[0].shape[1] != embeddings.width or (model is not None and made.weights_hash != model.weights_hash):
+    if texts.width != embeddings.width or (model is not None and made.weights_hash != model.weights_hash):
         of = "another tool's" if model is None else f"of {model.spec}, other weights"
         again = texts_command(None if model is None else model.spec, out=texts.folder, overwrite=True)
         without = "Add" if settings.texts is None else "Omit --texts and add"
         raise ClipcidError(
-            f"The texts in {texts.folder} were embedded by {made.spec}, width {texts.files[0].shape[1]}; "
+            f"The texts in {texts.folder} were embedded by {made.spec}, width {texts.width}; "
             f"the embeddings in {embeddings.folder} are {of}, width {embeddings.width}.",
             f"{without} --extra-texts 0, or run: {again}",
         )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clipcid_cli.formats.data.index import SamplePlace
-from clipcid_cli.formats.embeddings.extras import ViewParams
+from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.results.matched_samples import Column
 from clipcid_cli.runtime.models.augment import (
     Augmentation,
@@ -50,11 +50,13 @@ class StoredViews:
     Elsewhere the next view of the sample that can be shown takes its place.
 
     Attributes:
+        params: What reproduces the views, [N·V, 16 or 34].
         embedding_rows: Row of the embeddings of each sample, [N], mapped.
         seed: Decides with which view a sample begins.
     """
 
-    params: ViewParams
+    params: Rows
+    num_views: int
     embedding_rows: Column
     seed: int
 
@@ -71,10 +73,9 @@ class StoredViews:
         """
         first = derive_seed("view", self.seed, key) + epoch
         embedded = int(self.embedding_rows[row])
-        for number in (
-            np.arange(first % self.params.num_views, self.params.num_views * 2) % self.params.num_views
-        ).tolist():
-            packed = self.params.read(embedded, number)
+        for number in (np.arange(first % self.num_views, self.num_views * 2) % self.num_views).tolist():
+            place = embedded * self.num_views + number
+            packed = self.params.read(place, place + 1)[0]
             shown, view = MixedView.unpack(packed), StoredView(number, tuple(packed.tolist()))
             if shown.weight == 1:
                 return view, None

@@ -12,6 +12,7 @@ import pytest
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT
 
 
@@ -24,7 +25,7 @@ def test_many_files_take_few_descriptors_and_maps(tmp_path: Path, count: int, ma
     for number, part in enumerate(np.split(whole, 200)):
         np.save(tmp_path / "img_emb" / f"img_emb_{number}.npy", part)
     before = len(os.listdir("/proc/self/fd"))
-    rows = open_embeddings(tmp_path).images()
+    rows = open_embeddings(tmp_path).rows(Kind.IMAGES)
     order = np.random.default_rng(1).permutation(len(whole))[:1000]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (before + MAPS_KEPT + 32, hard))  # nor while it reads
@@ -44,7 +45,7 @@ def test_a_file_that_was_replaced_is_not_taken_for_the_one_mapped_before(tmp_pat
     path = tmp_path / "img_emb" / "img_emb_0.npy"
     for value in (1.0, -1.0):
         write_npy(path, np.full((3, 1), value, np.float16))
-        assert open_embeddings(tmp_path).images().read(0, 3).tolist() == [[value]] * 3
+        assert open_embeddings(tmp_path).rows(Kind.IMAGES).read(0, 3).tolist() == [[value]] * 3
 
 
 @pytest.mark.parametrize("array", [np.float16(1), np.ones(3, np.float16), np.ones((3, 0), np.float16)])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -16,17 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings import folder as folders
-from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.npy import find_npy
+from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.manifest import Skipped, read_manifest
+from clipcid_cli.formats.embeddings.row_files import find_npy
 from clipcid_cli.formats.embeddings.rows import holds_unit_rows, unit_rows
-from clipcid_cli.formats.embeddings.writer import (
-    EmbeddingWriter,
-    ShardRecord,
-    ShardRows,
-    refuse_foreign_folder,
-)
-from clipcid_cli.formats.output import find_changed, plan_identity
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
+from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.formats.sidecar import FORMAT_VERSION
 from clipcid_cli.formats.skips import Skips
 
 RANDOM = np.random.default_rng(0)
@@ -37,43 +36,65 @@ def make_rows(count: int, width: int = 8) -> npt.NDArray[np.float16]:
     return unit_rows(RANDOM.normal(size=(count, width)))
 
 
+def make_writer(folder: Path, settings: dict[str, Any] | None = None) -> EmbeddingWriter:
+    inputs = [FileRecord(f"s{number}.tar", size, f"h{number}", shard=f"s{number}") for number, size in enumerate(SIZES)]
+    return EmbeddingWriter(folder, settings or {}, inputs)
+
+
 def write_folder(folder: Path, *, texts: bool = True) -> dict[str, Any]:
     """Write three shards as `embed` does, the middle one without a row."""
-    writer = EmbeddingWriter(folder, ["plan"] * len(SIZES))
+    writer = make_writer(folder)
     images, captions = [make_rows(size) for size in SIZES], [make_rows(size) for size in SIZES]
     for number, size in enumerate(SIZES):
         skips = Skips()
         skips.add("no_caption", f"{number}: x")
-        record = ShardRecord(f"s{number}", size + 1, size, skips, flattened=number)
         keys, words = [f"{number}-{row}" for row in range(size)], [f"caption {row}" for row in range(size)]
-        writer.write(number, record, keys, words, ShardRows(images[number], captions[number] if texts else None))
+        rows = {Kind.IMAGES: images[number]} | ({Kind.TEXTS: captions[number]} if texts else {})
+        writer.write(number, ShardRows(size + 1, skips, number, keys, words, None, rows))
+    records = writer.finish()
+    write_sidecar(folder)
+    return {"images": np.concatenate(images), "texts": np.concatenate(captions), "writer": writer, "records": records}
+
+
+def write_sidecar(folder: Path) -> None:
     sidecar = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
+        "tool": "clipcid",
+        "tool_version": "",
         "step": "embed",
-        "settings": {"keys": "sample"},
+        "settings": {"keys": "sample", "text": True, "fast_decode": False, "precision": "fp32", "batch_size": 8}
+        | {"preprocess": "p"},
         "inputs": [],
-        "outputs": writer.describe(),
-        "counts": {"images": sum(SIZES)},
-        "model": {"spec": "tiny", "weights_hash": "blake2b:0"},
+        "outputs": [msgspec.to_builtins(record(folder / "manifest.parquet", folder))],
+        "counts": {"images": sum(SIZES), "read": 15, "skipped": {}, "laid_on_white": 3},
+        "seconds": {},
+        "images_per_second": None,
+        "model": {"spec": "tiny", "weights_hash": "blake2b:0", "config": {"text_cfg": {}, "vision_cfg": {}}},
+        "data": {"spec": "data", "keys": "sample", "image": "filepath", "caption": "title", "key": "key"},
     }
     (folder / "embed.json").write_text(json.dumps(sidecar))
-    return {"images": np.concatenate(images), "texts": np.concatenate(captions), "writer": writer}
+
+
+def read_all(embeddings: Embeddings, read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> list[str]:
+    return [text for file in embeddings.files for text in read(file).to_pylist()]
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     written = write_folder(tmp_path)
     embeddings = open_embeddings(tmp_path)
     assert (embeddings.num_rows, embeddings.width, embeddings.has_texts) == (12, 8, True)
-    assert embeddings.keys.to_pylist() == [f"0-{row}" for row in range(5)] + [f"2-{row}" for row in range(7)]
-    assert embeddings.shards.to_pylist() == ["s0"] * 5 + ["s2"] * 7
-    assert embeddings.captions[6].as_py() == "caption 1"
-    images = embeddings.images()
+    assert read_all(embeddings, embeddings.keys_of) == [f"0-{row}" for row in range(5)] + [
+        f"2-{row}" for row in range(7)
+    ]
+    assert read_all(embeddings, embeddings.shards_of) == ["s0"] * 5 + ["s2"] * 7
+    assert read_all(embeddings, embeddings.captions_of)[6] == "caption 1"
+    images = embeddings.rows(Kind.IMAGES)
     assert images.shape == (12, 8)
     assert np.array_equal(images.read(0, 12), written["images"])
     assert np.array_equal(images.read(3, 9), written["images"][3:9])
     assert images.read(4, 4).shape == (0, 8)
     places = np.array([11, 0, 5, 4, 11])
-    assert np.array_equal(embeddings.texts().take(places), written["texts"][places])
+    assert np.array_equal(embeddings.rows(Kind.TEXTS).take(places), written["texts"][places])
     blocks = list(images.blocks(5))
     assert [start for start, _ in blocks] == [0, 5, 10]
     assert np.array_equal(np.concatenate([rows for _, rows in blocks]), written["images"])
@@ -83,16 +104,38 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 
 def test_the_folder_is_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path)
-    expected = open_embeddings(tmp_path).fingerprints(texts=True)
+    expected = [each.content for each in open_embeddings(tmp_path).fingerprints([Kind.TEXTS])]
     monkeypatch.chdir(tmp_path)
     found = open_embeddings(Path("."))
     assert found.is_verified
-    assert [{**entry, "path": str(tmp_path / entry["path"])} for entry in found.fingerprints(texts=True)] == expected
-    sidecar = json.loads(Path("embed.json").read_text())
-    others = [entry for entry in sidecar["outputs"] if entry["path"] != "text_emb/text_emb_0002.npy"]
-    Path("embed.json").write_text(json.dumps(sidecar | {"outputs": others}))
-    with pytest.raises(ClipcidError, match=r"^text_emb/text_emb_0002.npy was added since embed.json was written"):
+    assert [each.path for each in found.fingerprints([Kind.TEXTS])] == ["img_emb", "metadata", "text_emb"]
+    assert [each.content for each in found.fingerprints([Kind.TEXTS])] == expected
+    shutil.copy("text_emb/text_emb_0002.npy", "text_emb/text_emb_0003.npy")
+    with pytest.raises(ClipcidError, match=r"^text_emb/text_emb_0003.npy was added since manifest.parquet was written"):
         open_embeddings(Path("."))
+
+
+def test_the_manifest_says_what_was_made_of_each_shard(tmp_path: Path) -> None:
+    records = write_folder(tmp_path)["records"]
+    table = pd.read_parquet(tmp_path / "manifest.parquet")
+    assert [each["shard"] for each in table.input] == ["s0", "s1", "s2"]
+    assert (table.read.tolist(), table.rows.tolist(), table.laid_on_white.tolist()) == ([6, 1, 8], [5, 0, 7], [0, 1, 2])
+    assert table.skipped[2][0]["reason"] == "no_caption"
+    assert table.skipped[2][0]["examples"].tolist() == ["2: x"]
+    assert [each["img_emb"]["size"] for each in table.files] == [128 + 2 * 8 * size for size in SIZES]
+    assert read_manifest(tmp_path, "") == records
+
+
+def test_a_manifest_that_does_not_fit_its_files_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    table = pq.read_table(tmp_path / "manifest.parquet")
+    place = table.column_names.index("rows")
+    pq.write_table(table.set_column(place, "rows", pa.array([5, 0, 6])), tmp_path / "manifest.parquet")
+    with pytest.raises(ClipcidError, match=r"manifest.parquet has changed since .*embed.json was written"):
+        open_embeddings(tmp_path)
+    write_sidecar(tmp_path)
+    with pytest.raises(ClipcidError, match=r"does not fit: img_emb/img_emb_0002.npy"):
+        open_embeddings(tmp_path)
 
 
 def test_a_damaged_sidecar_is_not_to_be_removed(tmp_path: Path) -> None:
@@ -103,16 +146,17 @@ def test_a_damaged_sidecar_is_not_to_be_removed(tmp_path: Path) -> None:
         [],
     ):  # without it they are another tool's
         (tmp_path / "embed.json").write_text(json.dumps(content))
-        with pytest.raises(ClipcidError, match="Give the command that made it again, with --overwrite"):
+        with pytest.raises(ClipcidError) as raised:
             open_embeddings(tmp_path)
+        assert "Give the command that made it again, with --overwrite" in raised.value.fix
 
 
 def test_records_of_shards_belong_to_a_plan(tmp_path: Path) -> None:
     writer = write_folder(tmp_path)["writer"]
-    record = writer.read_record(2)
-    assert (record.shard, record.read, record.rows, record.flattened) == ("s2", 8, 7, 2)
-    assert record.skips.examples == {"no_caption": ["2: x"]}
-    assert EmbeddingWriter(tmp_path, ["another plan"] * 3).read_record(2) is None
+    found = writer.read_record(2)
+    assert (found.input.shard, found.read, found.rows, found.laid_on_white) == ("s2", 8, 7, 2)
+    assert found.skipped == [Skipped("no_caption", 1, ["2: x"])]
+    assert make_writer(tmp_path, {"other": True}).read_record(2) is None
     (tmp_path / "img_emb" / "img_emb_0002.npy").unlink()
     assert writer.read_record(2) is None
     assert writer.read_record(0) is not None
@@ -131,6 +175,23 @@ def test_a_shard_whose_files_changed_is_embedded_again(tmp_path: Path, file: str
     assert writer.read_record(0) is not None
 
 
+@pytest.mark.parametrize("link", [True, False])
+def test_finished_shards_are_taken_over_whatever_their_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: bool
+) -> None:
+    records = write_folder(tmp_path / "old")["records"]
+    if not link:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    (tmp_path / "old" / "img_emb" / "img_emb_0001.npy").write_bytes(b"damaged")
+    inputs = [FileRecord("new.tar", 1, "new", shard="new"), *(record.input for record in records)]
+    writer = EmbeddingWriter(tmp_path / "new", {}, inputs)
+    writer.take(tmp_path / "old", records)
+    assert [writer.read_record(number) is not None for number in range(4)] == [False, True, False, True]
+    rows = np.load(tmp_path / "new" / "img_emb" / "img_emb_0003.npy")
+    assert np.array_equal(rows, np.load(tmp_path / "old" / "img_emb" / "img_emb_0002.npy"))
+    assert (tmp_path / "new" / "img_emb" / "img_emb_0003.npy").stat().st_nlink == (2 if link else 1)
+
+
 @pytest.mark.parametrize(
     "file", ["img_emb/img_emb_0000.npy", "text_emb/text_emb_0002.npy", "metadata/metadata_0002.parquet"]
 )
@@ -138,13 +199,14 @@ def test_finished_files_that_were_replaced_are_refused(tmp_path: Path, file: str
     write_folder(tmp_path)
     for name in ("img_emb", "text_emb", "metadata"):
         shutil.copytree(tmp_path / name, tmp_path / "copy" / name)
-    shutil.copy(tmp_path / "embed.json", tmp_path / "copy")
+    for name in ("embed.json", "manifest.parquet"):
+        shutil.copy(tmp_path / name, tmp_path / "copy")
     assert open_embeddings(tmp_path / "copy").is_verified
     changed = tmp_path / "copy" / file
     content = bytearray(changed.read_bytes())
     content[-9] ^= 1
     changed.write_bytes(content)
-    with pytest.raises(ClipcidError, match=rf"{changed.name} has changed since .*embed.json was written"):
+    with pytest.raises(ClipcidError, match=rf"{changed.name} has changed since .*manifest.parquet was written"):
         open_embeddings(tmp_path / "copy")
     changed.unlink()
     with pytest.raises(ClipcidError, match=rf"{changed.name} is missing"):
@@ -157,32 +219,22 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("file", ["img_emb/img_emb_0002.npy", "metadata/metadata_0002.parquet"])
-def test_files_replaced_while_a_folder_is_in_use_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
-) -> None:
+def test_files_replaced_while_a_folder_is_in_use_are_refused(tmp_path: Path, file: str) -> None:
     write_folder(tmp_path / "first")
     write_folder(tmp_path / "other")
     embeddings = open_embeddings(tmp_path / "first")
+    expected = embeddings.fingerprints([Kind.TEXTS])
+    assert len(expected) == 3
     os.utime(tmp_path / "first" / file, ns=(0, 1))  # the same content at another time is the same file
-    expected = embeddings.fingerprints(texts=True)
-    assert len(expected) == 9
+    assert embeddings.fingerprints([Kind.TEXTS]) == expected
     embeddings = open_embeddings(tmp_path / "first")
-    assert embeddings.fingerprints(texts=True) == expected
     other = (tmp_path / "other" / file).read_bytes()[:-1] + b"?"  # of the same size
     replace_file(tmp_path / "first" / file, other)
-    for fingerprint in (embeddings.fingerprints, embeddings.text_fingerprints):
-        with pytest.raises(ClipcidError, match=rf"{file} has changed since .*embed.json was written"):
-            fingerprint()
-
-    def compare_and_replace(folder: Path, *arguments: Any, **named: Any) -> str | None:
-        found = find_changed(folder, *arguments, **named)
-        replace_file(folder / file, other)
-        return found
-
-    monkeypatch.setattr(folders, "find_changed", compare_and_replace)
-    look = open_embeddings if file.endswith(".npy") else lambda folder: open_embeddings(folder).fingerprints()
-    with pytest.raises(ClipcidError, match=rf"{file} has changed since .*embed.json was written"):
-        look(tmp_path / "other")
+    with pytest.raises(ClipcidError, match=rf"{file} has changed since .*manifest.parquet was written"):
+        embeddings.fingerprints()
+    if file.endswith(".npy"):
+        with pytest.raises(ClipcidError, match="it was replaced after this run had begun"):
+            embeddings.rows(Kind.IMAGES).read(5, 12)
 
 
 @pytest.mark.parametrize("rows", [3, 2**14])
@@ -201,9 +253,7 @@ def test_rows_replaced_between_their_header_and_their_first_use_are_refused(tmp_
 
 def test_rows_that_are_zero_or_not_finite_are_found_in_images_and_texts_of_any_writer(tmp_path: Path) -> None:
     write_folder(tmp_path)
-    (tmp_path / "embed.json").write_text(
-        json.dumps(json.loads((tmp_path / "embed.json").read_text()) | {"outputs": []})
-    )
+    (tmp_path / "embed.json").unlink()
     for file, row, value in (("img_emb/img_emb_0000.npy", 1, np.nan), ("text_emb/text_emb_0002.npy", 3, 0)):
         rows = np.load(tmp_path / file)
         rows[row] = value
@@ -211,30 +261,6 @@ def test_rows_that_are_zero_or_not_finite_are_found_in_images_and_texts_of_any_w
     embeddings = open_embeddings(tmp_path)
     assert embeddings.find_bad_rows(texts=False).tolist() == [1]
     assert embeddings.find_bad_rows(texts=True).tolist() == [1, 8]
-
-
-def test_files_of_more_shards_are_removed(tmp_path: Path) -> None:
-    write_folder(tmp_path)["writer"].remove_notes()
-    (tmp_path / "mine.txt").touch()
-    EmbeddingWriter(tmp_path, ["plan"] * 2).remove_others(with_texts=False)
-    names = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-    assert names == [
-        "embed.json",
-        "img_emb_0000.npy",
-        "img_emb_0001.npy",
-        "metadata_0000.parquet",
-        "metadata_0001.parquet",
-        "mine.txt",
-    ]
-
-
-def test_folders_of_others_are_not_written_to(tmp_path: Path) -> None:
-    refuse_foreign_folder(tmp_path)
-    write_folder(tmp_path)
-    refuse_foreign_folder(tmp_path)
-    (tmp_path / "embed.json").unlink()
-    with pytest.raises(ClipcidError, match=r"did not write, such as .*img_emb_0000\.npy"):
-        refuse_foreign_folder(tmp_path)
 
 
 def write_foreign(folder: Path, column: str | None = "image_path") -> npt.NDArray[np.float32]:
@@ -253,15 +279,15 @@ def test_other_tools_folders_are_read_as_they_are(tmp_path: Path) -> None:
     rows = write_foreign(tmp_path)
     embeddings = open_embeddings(tmp_path)
     assert embeddings.sidecar is None
-    assert embeddings.keys.to_pylist()[18:22] == ["p/9a", "p/9b", "p/10a", "p/10b"]
-    assert embeddings.captions.to_pylist() == [""] * 22
+    assert read_all(embeddings, embeddings.keys_of)[18:22] == ["p/9a", "p/9b", "p/10a", "p/10b"]
+    assert read_all(embeddings, embeddings.captions_of) == [""] * 22
     exact = rows.astype(np.float64) / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
-    whole = embeddings.images().read(0, 22)
+    whole = embeddings.rows(Kind.IMAGES).read(0, 22)
     assert np.array_equal(whole, exact.astype(np.float16))
-    assert np.array_equal(embeddings.images().take(np.arange(22)), whole)
-    assert np.array_equal(np.concatenate([part for _, part in embeddings.images().blocks(3)]), whole)
+    assert np.array_equal(embeddings.rows(Kind.IMAGES).take(np.arange(22)), whole)
+    assert np.array_equal(np.concatenate([part for _, part in embeddings.rows(Kind.IMAGES).blocks(3)]), whole)
     with pytest.raises(ClipcidError, match="contains no text embeddings"):
-        embeddings.texts()
+        embeddings.rows(Kind.TEXTS)
 
 
 def test_clip_retrievals_folder_with_the_metadata_of_img2dataset(tmp_path: Path) -> None:
@@ -285,15 +311,16 @@ def test_clip_retrievals_folder_with_the_metadata_of_img2dataset(tmp_path: Path)
         frame.to_parquet(tmp_path / "metadata" / f"metadata_{number:02d}.parquet")
     found = open_embeddings(tmp_path)
     assert (found.num_rows, found.has_texts, found.has_uids) == (4, True, True)
-    assert found.keys.to_pylist() == ["000020000", "000020001", "000110000", "000110001"]
-    assert found.shards.to_pylist() == ["img_emb_02"] * 2 + ["img_emb_11"] * 2
-    assert np.array_equal(found.images().read(0, 4), found.texts().read(0, 4))
-    assert np.array_equal(found.images().read(0, 4), unit_rows(rows))
+    assert read_all(found, found.keys_of) == ["000020000", "000020001", "000110000", "000110001"]
+    assert read_all(found, found.shards_of) == ["img_emb_02"] * 2 + ["img_emb_11"] * 2
+    assert np.array_equal(found.rows(Kind.IMAGES).read(0, 4), found.rows(Kind.TEXTS).read(0, 4))
+    assert np.array_equal(found.rows(Kind.IMAGES).read(0, 4), unit_rows(rows))
 
 
 def test_without_keys_rows_are_named_by_file_and_place(tmp_path: Path) -> None:
     write_foreign(tmp_path, column=None)
-    assert open_embeddings(tmp_path).keys.to_pylist()[3] == "img_emb_1/1"
+    embeddings = open_embeddings(tmp_path)
+    assert read_all(embeddings, embeddings.keys_of)[3] == "img_emb_1/1"
     assert open_embeddings(tmp_path / "img_emb").num_rows == 22
 
 
@@ -361,18 +388,10 @@ def test_nothing_there_and_unfinished(tmp_path: Path) -> None:
     with pytest.raises(ClipcidError, match="contains no embeddings") as raised:
         open_embeddings(tmp_path)
     assert "clipcid embed" in raised.value.fix
-    write_folder(tmp_path)
-    (tmp_path / "embed.json").rename(tmp_path / ".embed.plan.json")
+    (tmp_path / f".embed-{'0' * 16}").mkdir()
+    (tmp_path / f".embed-{'0' * 16}" / ".run.json").write_text(json.dumps({"settings": {}, "inputs": []}))
     with pytest.raises(ClipcidError, match="are unfinished"):
         open_embeddings(tmp_path)
-
-
-def test_plans_follow_settings_and_content() -> None:
-    inputs = [{"path": "/a", "size": 3, "hash": "h"}]
-    plan = plan_identity({"x": 1}, inputs)
-    assert plan_identity({"x": 1}, [inputs[0] | {"path": "/b"}]) == plan
-    assert plan_identity({"x": 2}, inputs) != plan
-    assert plan_identity({"x": 1}, [inputs[0] | {"hash": "i"}]) != plan
 
 
 def test_rows_of_other_tools_are_normalised_only_where_they_need_it(tmp_path: Path) -> None:
@@ -386,7 +405,7 @@ def test_rows_of_other_tools_are_normalised_only_where_they_need_it(tmp_path: Pa
         folder = tmp_path / str(bad)
         folder.mkdir()
         np.save(folder / "0.npy", rows)
-        np.testing.assert_array_equal(open_embeddings(folder).images().read(0, 700), unit_rows(rows))
+        np.testing.assert_array_equal(open_embeddings(folder).rows(Kind.IMAGES).read(0, 700), unit_rows(rows))
 
 
 def test_captions_that_are_wider_than_the_images_are_refused(tmp_path: Path) -> None:

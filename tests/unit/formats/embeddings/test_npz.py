@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from uid_data import make_uid
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings import folder as embeddings_file
-from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.npz import find_array
+from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.row_files import find_member
 from clipcid_cli.formats.embeddings.rows import unit_rows
-from clipcid_cli.formats.output import fingerprint_file
 
 RANDOM = np.random.default_rng(0)
 
@@ -41,27 +43,26 @@ def write_datacomp(folder: Path, save: Any = np.savez, sizes: tuple[int, ...] = 
     return {name: np.concatenate(parts) for name, parts in whole.items()}
 
 
+def read_all(embeddings: Embeddings, read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> list[str]:
+    return [text for file in embeddings.files for text in read(file).to_pylist()]
+
+
 def test_arrays_are_mapped_where_they_lie_and_keyed_by_uid(tmp_path: Path) -> None:
     whole = write_datacomp(tmp_path / "small")
     found = open_embeddings(tmp_path / "small", npz_array="l14_img")
     assert (found.num_rows, found.width, found.has_texts, found.sidecar) == (12, 12, True, None)
-    assert np.array_equal(found.images().read(0, 12), unit_rows(whole["l14_img"]))
-    assert np.array_equal(found.texts().take(np.array([11, 3])), unit_rows(whole["l14_txt"])[[11, 3]])
-    assert found.keys.to_pylist() == [make_uid(n) for n in [*range(5), *range(200, 207)]]
-    assert found.captions[5].as_py() == f"caption {make_uid(200)[:4]}"
-    assert found.shards[11].as_py() == f"2{make_uid(2)[1:]}"
+    assert np.array_equal(found.rows(Kind.IMAGES).read(0, 12), unit_rows(whole["l14_img"]))
+    assert np.array_equal(found.rows(Kind.TEXTS).take(np.array([11, 3])), unit_rows(whole["l14_txt"])[[11, 3]])
+    assert read_all(found, found.keys_of) == [make_uid(n) for n in [*range(5), *range(200, 207)]]
+    assert read_all(found, found.captions_of)[5] == f"caption {make_uid(200)[:4]}"
+    assert read_all(found, found.shards_of)[11] == f"2{make_uid(2)[1:]}"
     path = next((tmp_path / "small").glob("0*.npz"))
-    array = find_array(path, "b32_img")
-    assert isinstance(array.map(), np.memmap)
+    array = find_member(path, "b32_img")
     assert array.unpacked == 0
     # What tells one array from another is its content, by the archive's own checksum.
-    assert (
-        array.fingerprint(fingerprint_file)["hash"] != find_array(path, "b32_txt").fingerprint(fingerprint_file)["hash"]
-    )
-    assert [entry["path"] for entry in found.fingerprints()[:2]] == [
-        f"{path}[l14_img]",
-        str(path.with_suffix(".parquet")),
-    ]
+    assert array.hash != find_member(path, "b32_txt").hash
+    assert [each.path for each in found.fingerprints()] == [f"{path.parent}[l14_img]", str(path.parent)]
+    assert found.contents(Kind.IMAGES)[0].path == f"{path}[l14_img]"
 
     # The largest pool has its files in folders of their own.
     (tmp_path / "small").rename(tmp_path / "xlarge")
@@ -74,29 +75,31 @@ def test_the_only_array_of_images_is_taken_and_an_empty_or_columnwise_one_read(t
     rows = np.asfortranarray(RANDOM.normal(size=(4, 6)))
     np.savez(tmp_path / "a.npz", img=rows, a_img=rows, a_txt=rows)
     found = open_embeddings(tmp_path)
-    assert np.array_equal(found.images().read(0, 4), unit_rows(rows))
+    assert np.array_equal(found.rows(Kind.IMAGES).read(0, 4), unit_rows(rows))
     assert found.has_texts
-    assert found.keys.to_pylist() == ["a/0", "a/1", "a/2", "a/3"]
+    assert read_all(found, found.keys_of) == ["a/0", "a/1", "a/2", "a/3"]
 
 
 def test_unit_rows_that_begin_at_an_odd_byte_are_read_as_any_others(tmp_path: Path) -> None:
-    rows = unit_rows(RANDOM.normal(size=(9, 8)))
+    rows = unit_rows(RANDOM.normal(size=(9_000, 8)))
     np.savez(tmp_path / "a.npz", b32_img=rows, by_column_img=np.asfortranarray(rows))
     for name in ("b32_img", "by_column_img"):
-        part = open_embeddings(tmp_path, npz_array=name).images().read(2, 7)
+        part = open_embeddings(tmp_path, npz_array=name).rows(Kind.IMAGES).read(2, 7)
         assert np.array_equal(part, rows[2:7])
         assert part.flags.aligned
         assert part.flags.c_contiguous
-    assert find_array(tmp_path / "a.npz", "b32_img").map().ctypes.data % 2 == 1
+    mapped = find_member(tmp_path / "a.npz", "b32_img").map()
+    assert isinstance(mapped, np.memmap)
+    assert mapped.ctypes.data % 2 == 1
 
 
 def test_compressed_arrays_are_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write_datacomp(tmp_path / "c", np.savez_compressed)
     found = open_embeddings(tmp_path / "c", npz_array="b32_img")
-    assert np.array_equal(found.images().read(2, 9), unit_rows(whole["b32_img"])[2:9])
-    monkeypatch.setattr(embeddings_file, "MOST_UNPACKED", 500)
+    assert np.array_equal(found.rows(Kind.IMAGES).read(2, 9), unit_rows(whole["b32_img"])[2:9])
+    monkeypatch.setattr(embeddings_file, "MAX_UNPACKED", 500)
     with pytest.raises(ClipcidError, match="are compressed, so that they cannot be mapped") as refused:
-        found.images()
+        found.rows(Kind.IMAGES)
     assert "numpy.savez" in refused.value.fix
 
 
@@ -140,7 +143,7 @@ def whole_folder(folder: Path) -> None:
         (other_rows, "l14_img", r"l14_img\] has 6 rows and .*parquet has 7"),
         (no_metadata, "l14_img", "has no metadata of the same name"),
         (no_array, "l14_img", "contains no array l14_img"),
-        (not_an_array, "l14_img", "array l14_img, cannot be read"),
+        (not_an_array, "l14_img", "cannot be read as an .npz with an array l14_img"),
     ],
 )
 def test_what_cannot_be_read_is_one_error(damage: Any, name: str | None, message: str, tmp_path: Path) -> None:

@@ -1,31 +1,14 @@
-"""Files of embeddings as they are written, shard by shard."""
+"""Files of embeddings as they are named, shard by shard."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import pytest
 
-import numpy as np
-
-from clipcid_cli.formats.embeddings.pairing import list_files
-from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRecord, ShardRows
-from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.embeddings.kinds import METADATA, Kind, count_digits, file_name
 
 
-def write(writer: EmbeddingWriter, number: int) -> None:
-    record = ShardRecord(f"s{number}", 1, 1, Skips(), flattened=0)
-    writer.write(number, record, [f"{number}"], [""], ShardRows(np.eye(1, 8, dtype=np.float16)))
-
-
-def test_files_keep_their_names_when_there_are_more_shards_than_their_digits_can_count(tmp_path: Path) -> None:
-    few = EmbeddingWriter(tmp_path, ["plan"] * 2)
-    for number in range(2):
-        write(few, number)
-    written = few.describe()
-    many = EmbeddingWriter(tmp_path, ["plan"] * 10_001)
-    assert many.describe() == written
-    assert many.read_record(1) == few.read_record(1)
-    for number in (9_999, 10_000):
-        write(many, number)
-    found = list_files(tmp_path / "img_emb", ".npy")
-    numbers = ["0000", "0001", "9999", "10000"]
-    assert [path.name for path in found] == [f"img_emb_{number}.npy" for number in numbers]
+@pytest.mark.parametrize(("shards", "digits"), [(1, 4), (10_000, 4), (10_001, 5)])
+def test_numbers_have_at_least_four_digits(shards: int, digits: int) -> None:
+    assert count_digits(shards) == digits
+    assert file_name(Kind.IMAGES, 12, digits) == f"img_emb/img_emb_{12:0{digits}d}.npy"
+    assert file_name(METADATA, 0, 4) == "metadata/metadata_0000.parquet"

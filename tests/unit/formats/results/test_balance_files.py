@@ -17,9 +17,10 @@ import pytest
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.tar_writer import copy_samples, count_samples
-from clipcid_cli.formats.results.curve import write_curve
-from clipcid_cli.formats.results.forest import ForestPart, ForestParts, StoredForest, read_forest, write_forest
+from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
+from clipcid_cli.formats.results.forest import StoredForest, read_forest, write_forest
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
+from clipcid_cli.formats.results.sets import write_curve
 
 INPUTS = [{"path": "img_emb_0000.npy", "size": 10, "hash": "blake2b:00"}]
 
@@ -86,7 +87,8 @@ def test_keep_list_is_read_back(tmp_path: Path) -> None:
     keep = read_keep_list(tmp_path / "keep.parquet")
     assert keep.num_kept == 2
     assert keep.kept.tolist() == [False, True, True, False]
-    assert keep.keys.to_pylist() == ["a", "b", "c", "d"]
+    assert keep.first_key == "a"
+    assert [key for part in keep.kept_keys() for key in part.to_pylist()] == ["b", "c"]
     assert [keep.kept_of_shard(shard) for shard in ("s0", "s1", "s2")] == [{"b"}, {"c"}, set()]
     assert keep.count_by_shard() == {"s0": 2, "s1": 2}
 
@@ -104,9 +106,9 @@ def test_what_is_no_keep_list_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": ["a"], "kept": [1]}), path)
     with pytest.raises(ClipcidError, match="without true or false"):
         read_keep_list(path)
-    pq.write_table(pa.table({"key": ["a"], "kept": [True]}), path)
-    with pytest.raises(ClipcidError, match="no column `shard`"):
-        read_keep_list(path).kept_of_shard("s")
+    pq.write_table(pa.table({"key": ["a", None], "kept": [True, True]}), path)
+    with pytest.raises(ClipcidError, match="rows without a `key`"):
+        read_keep_list(path)
 
 
 def test_forest_counts_only_with_its_sidecar_and_for_its_own_embeddings(tmp_path: Path) -> None:

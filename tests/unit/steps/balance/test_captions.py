@@ -11,6 +11,7 @@ import torch
 from balance_data import make_rows, write_embeddings
 
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance import composition
 from clipcid_cli.steps.balance.rows import find_rows
@@ -27,7 +28,7 @@ def test_each_caption_is_split_once(
     captions = [f"picture {chr(97 + row % 26)}{chr(97 + row // 26)}" if row % 5 else "" for row in range(50)]
     folder = write_embeddings(tmp_path / "rows", make_rows(50, width=8), num_files, captions=captions)
     embeddings = open_embeddings(folder)
-    rows = find_rows(Machine(0, 1, 0, torch.device("cpu")), tmp_path, embeddings.images(), SilentReporter())
+    rows = find_rows(Machine(0, 1, 0, torch.device("cpu")), tmp_path, embeddings.rows(Kind.IMAGES), SilentReporter())
     kept = np.arange(50) % 3 > 0
     found, seen = Counter[str](), list[bool]()
     for part in composition._split_captions(embeddings, rows, kept, step):

@@ -14,6 +14,7 @@ from balance_data import check_keep_list, distance_matrix, make_rows, write_embe
 
 from clipcid_cli.algorithms.search.pair_search import TiledSearch
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.balance import audit
@@ -123,7 +124,7 @@ def test_an_audit_counts_what_is_left(
     kept = np.arange(0, len(unique), 2)
     expected = near[np.ix_(kept, kept)].any(axis=1)
     with open_machine("cpu") as machine:
-        survey = find_rows(machine, tmp_path, open_embeddings(folder).images(), SilentReporter())
+        survey = find_rows(machine, tmp_path, open_embeddings(folder).rows(Kind.IMAGES), SilentReporter())
         scan = choose_precision("fp32", machine.device, "embed", parameters=0)
         whole = audit.audit_kept(machine, survey, kept, CUTOFF, scan, SilentReporter())
         assert 100 < whole.near == np.count_nonzero(expected) < len(kept)
@@ -144,7 +145,7 @@ def test_a_share_to_keep_is_met_however_small(rows: np.ndarray, embeddings: Path
         check_keep_list(read_keep(tmp_path), rows)
         assert result["audit"]["rate"] <= 0.01
         if linkage == "star":
-            assert result["coverage"] == 0.0
+            assert result["uncovered_ratio"] == 0.0
 
 
 def test_nothing_to_merge_has_no_audit(embeddings: Path, tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Pat
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
     folder = write_embeddings(tmp_path / "crowd", rows)
     with open_machine("cpu") as machine:
-        survey = find_rows(machine, tmp_path, open_embeddings(folder).images(), SilentReporter())
+        survey = find_rows(machine, tmp_path, open_embeddings(folder).rows(Kind.IMAGES), SilentReporter())
         join = TiledSearch(survey.read, survey.unique, machine.device, torch.float32)
         found = partitioning.partition_rows(machine, tmp_path, join, survey.read, torch.float32, 0.1, SilentReporter())
     assert found is not None

@@ -13,6 +13,7 @@ from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.forest import ForestPart, ForestParts
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.balance import pairs as set_pairs
@@ -96,7 +97,12 @@ def test_a_dry_run_writes_nothing(embeddings: Path, tmp_path: Path) -> None:
 
 def test_keeping_everything_merges_nothing(embeddings: Path, tmp_path: Path) -> None:
     result, _ = balance(tmp_path, embeddings, keep=1.0)
-    assert (result["kept"], result["threshold"], result["largest_component"], result["coverage"]) == (300, None, 1, 0.0)
+    assert (result["kept"], result["threshold"], result["largest_component"], result["uncovered_ratio"]) == (
+        300,
+        None,
+        1,
+        0.0,
+    )
     assert read_keep(tmp_path)["kept"].all()
 
 
@@ -124,7 +130,11 @@ def test_the_other_linkage_is_what_a_run_with_it_gives(
     single, _ = balance(tmp_path / "single", embeddings, keep=0.2)
     star, _ = balance(tmp_path / "star", embeddings, threshold=single["threshold"], linkage="star")
     for one, other, name in ((single, star, "star"), (star, single, "single")):
-        assert one["other_linkage"] == {"linkage": name, "kept": other["kept"], "coverage": other["coverage"]}
+        assert one["other_linkage"] == {
+            "linkage": name,
+            "kept": other["kept"],
+            "uncovered_ratio": other["uncovered_ratio"],
+        }
     # docs/method.md#star-cover, row by row: rows by number of neighbours, each kept that none kept before it covers.
     near = distance_matrix(rows) <= np.float32(single["threshold"])
     covered, kept = np.zeros(NUM_ROWS, bool), 0
@@ -132,7 +142,7 @@ def test_the_other_linkage_is_what_a_run_with_it_gives(
         if not covered[row]:
             kept, covered = kept + 1, covered | near[row]
     assert star["kept"] == kept > single["kept"]
-    assert (star["coverage"], single["coverage"] > 0.0) == (0.0, True)
+    assert (star["uncovered_ratio"], single["uncovered_ratio"] > 0.0) == (0.0, True)
     report = (tmp_path / "single" / "balance" / "report.html").read_text()
     assert "star" in report[report.index("<svg") : report.index("</svg>")]
     assert "not computed" not in report
@@ -315,7 +325,7 @@ def test_an_interrupted_search_goes_on_with_the_tiles_left(
 
     def find(reporter: Listener) -> Any:
         with open_machine("cpu") as machine:
-            survey = find_rows(machine, tmp_path, open_embeddings(embeddings).images(), reporter)
+            survey = find_rows(machine, tmp_path, open_embeddings(embeddings).rows(Kind.IMAGES), reporter)
             forest, _ = forest_search.find_forest(
                 machine, tmp_path, survey, [], cutoff=0.8, num_edges=0, precision="fp32", reporter=reporter
             )
@@ -356,7 +366,7 @@ def test_a_part_that_is_lost_between_two_stops_is_searched_again(
 
         monkeypatch.setattr(cut_small, "search_tile", count)
         with open_machine("cpu") as machine:
-            survey = find_rows(machine, tmp_path, open_embeddings(embeddings).images(), Listener())
+            survey = find_rows(machine, tmp_path, open_embeddings(embeddings).rows(Kind.IMAGES), Listener())
             return forest_search.find_forest(
                 machine, tmp_path, survey, [], cutoff=0.8, num_edges=0, precision="fp32", reporter=Listener()
             )[0]

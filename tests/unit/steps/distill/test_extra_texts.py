@@ -15,8 +15,8 @@ from teaching_data import FP32, Listener, embed_data, index_data, join, student_
 
 from clipcid_cli.algorithms.losses.features import feature_distance
 from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.data import texts as text_data
 from clipcid_cli.formats.data.dataset import open_dataset
-from clipcid_cli.formats.embeddings import text_folder
 from clipcid_cli.formats.embeddings.text_folder import open_texts
 from clipcid_cli.runtime.models.augment import Augmentation, Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
@@ -47,7 +47,7 @@ def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
     embed_data(tiny_shards, tiny_model, folder / "embeddings" / "tiny", text_variants=2)
     (folder / "lines.txt").write_text("\n".join(TEXTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_folder, "TEXTS_A_FILE", 10)
+        patch.setattr(text_data, "TEXTS_A_SHARD", 10)
         result = embed_lines(folder / "lines.txt", tiny_model, folder / "texts" / "tiny")
         assert (result["texts"], result["skipped"]) == (23, {})
         embed_lines(folder / "lines.txt", tiny_model, folder / "again", workers=1)

@@ -12,10 +12,21 @@ import pytest
 import torch
 from conftest import make_image, write_tar
 from PIL import Image
-from teaching_data import Listener, add_targets, embed_data, encode_shown, join, make_epoch, train, write_student
+from teaching_data import (
+    Listener,
+    add_targets,
+    embed_data,
+    encode_shown,
+    join,
+    make_epoch,
+    read_params,
+    train,
+    write_student,
+)
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.augment import PARTNER, Augmentation, MixedView, Processor, mix_pixels
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
@@ -25,7 +36,7 @@ from clipcid_cli.steps.distill import training_run
 from clipcid_cli.steps.distill.augmented.views import StoredViews
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, BatchShare
 from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
-from clipcid_cli.steps.embed import batches
+from clipcid_cli.steps.embed import prepare
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -66,8 +77,8 @@ def test_a_mixture_in_float64() -> None:
 
 
 def test_kinds_of_views_are_what_their_parameters_say(stored: Path, teacher: ClipModel) -> None:
-    params = open_embeddings(stored).view_params()
-    views = [[MixedView.unpack(params.read(row, number)) for number in range(3)] for row in range(24)]
+    embeddings = open_embeddings(stored)
+    views = [[MixedView.unpack(read_params(embeddings, row, number)) for number in range(3)] for row in range(24)]
     areas = np.array([[np.ptp(v.first.box[::2]) * np.ptp(v.first.box[1::2]) for v in row] for row in views])
     whole = np.array([image_of(row).width * image_of(row).height for row in range(24)])
     assert (areas[:, 0] / whole).min() < 0.6, "strong crops are small"
@@ -104,7 +115,7 @@ def test_the_teacher_embedded_the_very_pixels_that_are_replayed(
         assert np.abs(told.teacher_text_BD.numpy() - texts).max() < 6e-4
         for place, number in enumerate(batch.views.tolist()):
             row = int(batch.rows[place])
-            view = MixedView.unpack(embeddings.view_params().read(row, number))
+            view = MixedView.unpack(read_params(embeddings, row, number))
             first, second = (
                 np.asarray(image_of(each).resize((32, 32), 3, box=box))
                 for each, box in ((row, view.first.box), (row + int(view.partner), view.second.box))
@@ -117,7 +128,7 @@ def test_images_that_are_not_trained_on_are_not_mixed_in(stored: Path, tiny_shar
     embeddings, teacher_inputs, _ = join(tiny_shards, stored)
     rows = teacher_inputs.samples.embeddings()
     trained = np.array([row for row in rows if row % 3])
-    views = StoredViews(embeddings.view_params(), trained, 3)
+    views = StoredViews(embeddings.rows(Kind.VIEW_PARAMS), embeddings.num_each(Kind.VIEWS), trained, 3)
     first = slice(0, int(np.count_nonzero(trained < 14)))
     kept, replaced = 0, 0
     for row in range(first.stop):
@@ -125,7 +136,7 @@ def test_images_that_are_not_trained_on_are_not_mixed_in(stored: Path, tiny_shar
             chosen = views.choose(row, epoch, f"key {row}", first)
             assert chosen is not None
             view, partner = chosen
-            mixed = MixedView.unpack(embeddings.view_params().read(int(trained[row]), 1))
+            mixed = MixedView.unpack(read_params(embeddings, int(trained[row]), 1))
             is_seen = trained[row] + mixed.partner in trained[first]
             if partner is not None:
                 assert trained[partner] == trained[row] + int(mixed.partner)
@@ -135,7 +146,7 @@ def test_images_that_are_not_trained_on_are_not_mixed_in(stored: Path, tiny_shar
             assert is_seen or partner is None
     assert kept > 3
     assert replaced > 3
-    alone = StoredViews(embeddings.view_params(), trained[:1], 3)
+    alone = StoredViews(embeddings.rows(Kind.VIEW_PARAMS), embeddings.num_each(Kind.VIEWS), trained[:1], 3)
     assert {alone.choose(0, epoch, "key", slice(0, 1))[0].number for epoch in range(9)} == {0, 2}
 
 
@@ -147,9 +158,9 @@ def test_without_a_view_that_can_be_shown_the_whole_image_is(
     embeddings = teacher_inputs.embeddings
     assert embeddings is not None
     assert not teacher_inputs.augmentation(Augmentation()).changes_colors
-    params = embeddings.view_params().read(0, 0)
+    params = read_params(embeddings, 0, 0)
     assert params[PARTNER] != 0
-    views = StoredViews(embeddings.view_params(), np.array([0]), 3)
+    views = StoredViews(embeddings.rows(Kind.VIEW_PARAMS), embeddings.num_each(Kind.VIEWS), np.array([0]), 3)
     assert views.choose(0, 0, "key", slice(0, 1)) is None
     with open_machine("cpu") as machine:
         settings = DistillSettings(student="student.json", preset="clip-kd")
@@ -166,7 +177,7 @@ def test_without_a_view_that_can_be_shown_the_whole_image_is(
     told = add_targets(targets, batch, 32)
     assert told.teacher_image_BD is not None
     assert torch.equal(batch.colors, torch.eye(3, 4).expand(24, 3, 4))
-    whole = embeddings.images().take(batch.rows.numpy())
+    whole = embeddings.rows(Kind.IMAGES).take(batch.rows.numpy())
     assert (told.teacher_image_BD - torch.from_numpy(whole).float()).abs().max() < 1e-3
 
 
@@ -179,12 +190,12 @@ def test_what_has_no_other_image_is_not_mixed(tiny_model: Path, tmp_path: Path) 
     for name, count in (("many", 8), ("one", 2)):
         write_tar(tmp_path / f"{name}.tar", members[:count])
         embed_data(tmp_path / f"{name}.tar", tiny_model, tmp_path / name, **given)
-    params = open_embeddings(tmp_path / "many").view_params()
-    views = [(row, MixedView.unpack(params.read(row, number))) for row in range(3) for number in range(2)]
+    embeddings = open_embeddings(tmp_path / "many")
+    views = [(row, MixedView.unpack(read_params(embeddings, row, number))) for row in range(3) for number in range(2)]
     assert all(row + view.partner in (0, 1, 2) for row, view in views), "rows are counted without the damaged image"
     assert {view.weight == 1 for _, view in views} == {True, False}, "a damaged image is mixed into none"
     assert all((view.partner == 0) == (view.weight == 1) for _, view in views)
-    assert MixedView.unpack(open_embeddings(tmp_path / "one").view_params().read(0, 0)).weight == 1
+    assert MixedView.unpack(read_params(open_embeddings(tmp_path / "one"), 0, 0)).weight == 1
     with pytest.raises(UsageError, match="with --batch-size 5 and 2 views it holds one") as raised:
         embed_data(tmp_path / "one.tar", tiny_model, tmp_path / "five", **(given | {"batch_size": 5}))
     assert "--batch-size 6" in raised.value.fix
@@ -201,7 +212,7 @@ def test_images_of_a_batch_are_let_go_one_by_one(
         most.append(sum(each() is not None for each in held))
         return image
 
-    monkeypatch.setattr(batches, "read_image", read)
+    monkeypatch.setattr(prepare, "read_image", read)
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny", **VIEWS)
     assert len(most) == 24
     assert max(most) <= 2, "the one before may live until the next is decoded"

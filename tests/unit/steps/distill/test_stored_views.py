@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from teaching_data import (
     encode_shown,
     join,
     make_epoch,
+    read_params,
     train,
     write_captions,
     write_student,
@@ -27,6 +27,7 @@ from torchvision.transforms.functional import resized_crop, to_tensor
 
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.augment import Augmentation, Processor, View
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
@@ -64,24 +65,26 @@ def captioned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 def read_all(folder: Path) -> dict[str, bytes]:
-    files = [path for path in folder.rglob("*") if path.suffix in (".npy", ".parquet")]
+    files = [
+        path for path in folder.rglob("*") if path.suffix in (".npy", ".parquet") and path.name != "manifest.parquet"
+    ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def caption_counts(embeddings: Embeddings) -> list[int]:
-    return [count for file in embeddings.files for count in file.extras.read_counts(file.metadata, file.rows).tolist()]
+    return [count for file in embeddings.files for count in embeddings.counts_of(file).tolist()]
 
 
 def test_views_are_what_their_parameters_say(stored: Path, tiny_model: Path) -> None:
     import open_clip
 
     embeddings = open_embeddings(stored)
-    assert (embeddings.num_rows, embeddings.num_views) == (24, 3)
-    assert embeddings.views().shape == (72, 32)
+    assert (embeddings.num_rows, embeddings.num_each(Kind.VIEWS)) == (24, 3)
+    assert embeddings.rows(Kind.VIEWS).shape == (72, 32)
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tiny_model}")
     boxes = set()
     for row, view in ((0, 0), (0, 2), (13, 1), (14, 0), (23, 2)):
-        packed = embeddings.view_params().read(row, view)
+        packed = read_params(embeddings, row, view)
         left, top, right, bottom = (int(edge) for edge in packed[:4])
         boxes.add((left, top, right, bottom))
         image = decode_image(make_image(3 if row == 20 else row))
@@ -90,12 +93,12 @@ def test_views_are_what_their_parameters_say(stored: Path, tiny_model: Path) -> 
         shown = (torch.einsum("dc,chw->dhw", colors[:, :3], crop) + colors[:, 3, None, None]).clamp(0, 1)
         with torch.no_grad():
             expected = model.eval().encode_image((shown[None] - 0.5) / 0.5, normalize=True)[0].numpy()
-        found = embeddings.views().take(np.array([3 * row + view]))[0]
+        found = embeddings.rows(Kind.VIEWS).take(np.array([3 * row + view]))[0]
         assert np.abs(found - expected).max() < 6e-4
     assert len(boxes) == 5
     # The image's own row is what it is without views, whatever the shape of its batch.
     plain, _ = embed_with_open_clip(tiny_model, [make_image(number) for number in range(14)], ["a"])
-    assert np.abs(embeddings.images().read(0, 14) - plain.numpy()).max() < 3e-4
+    assert np.abs(embeddings.rows(Kind.IMAGES).read(0, 14) - plain.numpy()).max() < 3e-4
 
 
 def test_the_same_bytes_for_any_workers_and_batches_of_the_same_size(
@@ -136,7 +139,7 @@ def test_a_replayed_view_is_the_very_picture_the_teacher_embedded(
         assert np.abs(told.teacher_text_BD.numpy() - texts).max() < 6e-4
         for place in (0, 7, 23):
             row = int(batch.rows[place])
-            view = View.unpack(embeddings.view_params().read(row, int(batch.views[place])))
+            view = View.unpack(read_params(embeddings, row, int(batch.views[place])))
             image = decode_image(make_image(3 if row == 20 else row))
             expected = image.resize((32, 32), Image.Resampling.BICUBIC, box=view.box)
             assert np.array_equal(batch.pixels[place].numpy(), np.asarray(expected))
@@ -165,11 +168,10 @@ def test_views_need_whole_images() -> None:
 
 
 def copy_unrecorded(folder: Path, copy: Path) -> None:
-    """Copy embeddings whose sidecar does not record their files, so that changed ones are told by their shapes alone."""
+    """Copy embeddings without what records their files, so that changed ones are told by their shapes alone."""
     shutil.copytree(folder, copy)
-    sidecar = json.loads((copy / "embed.json").read_text())
-    del sidecar["outputs"]
-    (copy / "embed.json").write_text(json.dumps(sidecar))
+    for name in ("embed.json", "manifest.parquet"):
+        (copy / name).unlink()
 
 
 @pytest.mark.parametrize(
@@ -200,20 +202,20 @@ def test_views_that_do_not_fit_are_refused(
 def test_every_caption_has_its_row(captioned: tuple[Path, Path], tiny_model: Path) -> None:
     _, folder = captioned
     embeddings = open_embeddings(folder)
-    assert embeddings.has_further_captions
+    assert Kind.FURTHER in embeddings.kinds
     assert caption_counts(embeddings) == list(COUNTS)
     first = [make_caption(100 * number) for number in range(6)]
     lines = [100 * number + line for number, count in enumerate(COUNTS) for line in range(1, count)]
     further = [make_caption(line) for line in lines]
     _, expected = embed_with_open_clip(tiny_model, [make_image(0)], first + further)
-    assert np.abs(embeddings.texts().read(0, 6) - expected[:6].numpy()).max() < 3e-4
-    assert embeddings.further_captions().shape == (10, 32)
-    assert np.abs(embeddings.further_captions().read(0, 10) - expected[6:].numpy()).max() < 3e-4
+    assert np.abs(embeddings.rows(Kind.TEXTS).read(0, 6) - expected[:6].numpy()).max() < 3e-4
+    assert embeddings.rows(Kind.FURTHER).shape == (10, 32)
+    assert np.abs(embeddings.rows(Kind.FURTHER).read(0, 10) - expected[6:].numpy()).max() < 3e-4
 
 
 def test_plain_data_has_no_further_files(stored: Path) -> None:
     embeddings = open_embeddings(stored)
-    assert not embeddings.has_further_captions
+    assert Kind.FURTHER not in embeddings.kinds
     assert not (stored / "captions_emb").exists()
     assert caption_counts(embeddings) == [1] * 24
 

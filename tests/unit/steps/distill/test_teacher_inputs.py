@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from teaching_data import Listener, add_targets, embed_data, join, make_epoch, train, write_student
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.clusters import TopClusters
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.augment import Augmentation, Processor
@@ -111,7 +112,7 @@ def test_a_teacher_of_images_alone_gives_its_images(tiny_shards: Path, tiny_mode
         assert told.teacher_text_BD is None
         assert told.teacher_image_BD is not None
         assert told.teacher_image_BD.shape == (24, width)
-    rows = embeddings.images().take(batch.rows.numpy())
+    rows = embeddings.rows(Kind.IMAGES).take(batch.rows.numpy())
     gram = rows.astype(np.float32) @ rows.astype(np.float32).T
     found = told.teacher_image_BD.numpy()
     assert np.corrcoef((found @ found.T).ravel(), gram.ravel())[0, 1] > 0.95

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from balance_data import write_embeddings
 from conftest import make_caption, make_image, shard_members, write_tar
-from teaching_data import Listener, embed_data, index_data, train, write_student
+from teaching_data import Listener, embed_data, index_data, read_keys, train, write_student
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.matched_samples import SampleRows
 from clipcid_cli.runtime.randomness import key_fraction
 from clipcid_cli.steps.distill import inputs
@@ -84,8 +85,8 @@ def test_samples_that_cannot_be_used_are_counted_by_the_index(dataset: Dataset) 
 def test_training_is_the_same_whatever_the_order_of_files(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "own")
     own = open_embeddings(tmp_path / "own")
-    keys, order = own.keys.to_pylist(), np.random.default_rng(0).permutation(24)
-    rows, texts = own.images().read(0, 24)[order], own.texts().read(0, 24)[order]
+    keys, order = read_keys(own), np.random.default_rng(0).permutation(24)
+    rows, texts = own.rows(Kind.IMAGES).read(0, 24)[order], own.rows(Kind.TEXTS).read(0, 24)[order]
     foreign = write_embeddings(tmp_path / "foreign", rows, keys=[keys[row] for row in order], texts=texts)
     settings = {
         "student": str(write_student(tmp_path)),
@@ -177,12 +178,12 @@ def test_bad_rows_are_told_on_each_start_and_other_texts_are_matched_anew(
 ) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "own")
     own, work = open_embeddings(tmp_path / "own"), tmp_path / "work"
-    rows, texts = own.images().read(0, 24), own.texts().read(0, 24)
+    rows, texts = own.rows(Kind.IMAGES).read(0, 24), own.rows(Kind.TEXTS).read(0, 24)
     settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "steps": 1, "max_bad_fraction": 0.2}
     for name, bad, matched in (("first", 1, 1), ("again", 1, 1), ("other", 2, 2)):
         texts[:bad] = 0
         shutil.rmtree(tmp_path / "foreign", ignore_errors=True)
-        folder = write_embeddings(tmp_path / "foreign", rows, keys=own.keys.to_pylist(), texts=texts)
+        folder = write_embeddings(tmp_path / "foreign", rows, keys=read_keys(own), texts=texts)
         _, told = train(work, tiny_shards, name=name, embeddings=folder, **settings)
         assert f"{bad} rows of the embeddings are zero or not finite" in told
         assert len(find_matched(work)) == matched

@@ -57,9 +57,10 @@ def test_texts_leave_other_embeddings_alone(
 ) -> None:
     rows = np.eye(5, 32, dtype=np.float16)
     folder = write_embeddings(tmp_path / "out", rows, texts=rows)
-    if kind in ("images", "begun"):
-        name = "embed.json" if kind == "images" else ".embed.plan.json"
-        (folder / name).write_text(json.dumps({"format_version": 1}))
+    if kind == "images":
+        (folder / "embed.json").write_text(json.dumps({"format_version": 2}))
+    if kind == "begun":
+        (folder / f".embed-{'0' * 16}").mkdir()
     if kind == "foreign texts":
         shutil.rmtree(folder / "img_emb")
     before = content(folder)
@@ -77,7 +78,8 @@ def test_images_leave_embeddings_of_texts_alone(
     folder = tmp_path / "out"
     shutil.copytree(texts, folder)
     if kind == "begun texts":
-        (folder / "texts.json").rename(folder / ".texts.plan.json")
+        (folder / "texts.json").unlink()
+        (folder / f".texts-{'0' * 16}").mkdir()
     if kind == "foreign texts":
         (folder / "texts.json").unlink()
     before = content(folder)
@@ -105,7 +107,7 @@ def test_what_is_finished_is_found_without_the_model(lines: Path, texts: Path, t
     for asked in ({}, {"precision": "auto", "batch_size": None}):
         result, said = embed_lines(lines, tiny_model, texts, **asked)
         assert result["texts"] == 6
-        assert "already holds the embeddings of these texts" in said
+        assert "already holds the embeddings of" in said
     assert content(texts) == before
     with pytest.raises(AssertionError, match="a model was loaded"):
         embed_lines(lines, tiny_model, texts, batch_size=5)

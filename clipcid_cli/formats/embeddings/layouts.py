@@ -1,0 +1,196 @@
+"""How the files of a folder that another tool wrote are recognised.
+
+img_emb/img_emb_0000.npy        clip-retrieval and embedding-reader: with text_emb/*.npy and metadata/*.parquet of the same
+metadata/metadata_0000.parquet  numbers; files of `embed` without its sidecar are such a folder too
+any.npy                         bare rows
+0a1b….npz                       DataComp: arrays l14_img, l14_txt, b32_img, …, float16 [n, D], in this folder or those in it
+0a1b….parquet                   uid, text, …; row i belongs to row i of every array
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.samples import natural_key
+from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
+from clipcid_cli.formats.embeddings.row_files import RowFile, find_member, find_npy, list_arrays
+from clipcid_cli.formats.parquet import count_rows
+
+AGAIN = "Copy or make the folder again."
+_DIGITS = re.compile(r"(\d+)$")
+_SEPARATE = "Keep embeddings of different models in separate folders."
+_PARAMS = (16, 34)  # numbers of a view, without and with mixed ones
+
+Part = tuple[dict[Kind, RowFile], Path | None]  # rows of one shard, and its metadata
+
+
+def holds_rows(folder: Path) -> bool:
+    """Tell whether a folder has files of embeddings, of whichever tool."""
+    return (folder / Kind.IMAGES).exists() or bool(_list(folder, ".npy") or _list_archives(folder))
+
+
+def find_parts(folder: Path, npz_array: str | None) -> list[Part]:
+    """Find the files of each shard, in natural order of names, and check that they fit together.
+
+    Args:
+        npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
+
+    Raises:
+        ClipcidError: when there are none, or some do not belong together.
+    """
+    inside = folder / Kind.IMAGES
+    images = _list(inside if inside.is_dir() else folder, ".npy")
+    archives = _list_archives(folder)
+    if images and npz_array is None:
+        parts = _pair_by_number(folder, images)
+    elif archives:
+        parts = _pair_by_name(archives, npz_array)
+    elif images:
+        raise ClipcidError(f"{folder} contains no .npz, so there is no array {npz_array}.", "Omit --npz-array.")
+    else:
+        raise ClipcidError(
+            f"{folder} contains no embeddings (img_emb/*.npy, or *.npz).",
+            "Give --embeddings DIR, or make them: clipcid embed DATA",
+        )
+    _check(parts)
+    return parts
+
+
+def _list(folder: Path, suffix: str) -> list[Path]:
+    """Return the files whose names end so, hidden ones apart, in natural order; none where there is no such folder."""
+    try:
+        names = [name for name in os.listdir(folder) if name.endswith(suffix) and not name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in sorted(names, key=natural_key)]
+
+
+def _list_archives(folder: Path) -> list[Path]:
+    """Return the archives in a folder, or else those of the folders in it."""
+    inner = (path for path in folder.glob("*/*.npz") if not path.name.startswith("."))
+    return _list(folder, ".npz") or sorted(inner, key=lambda path: natural_key(str(path.relative_to(folder))))
+
+
+def _pair_by_number(folder: Path, images: list[Path]) -> list[Part]:
+    """Match each npy with the files of the same number in the sibling folders."""
+    others = {kind: _by_number(folder / kind, ".npy") for kind in Kind if kind is not Kind.IMAGES}
+    metadata = _by_number(folder / METADATA, ".parquet")
+    parts: list[Part] = []
+    for path in images:
+        number = _number(path)
+        found = {kind: find_npy(paths[number]) for kind, paths in others.items() if number in paths}
+        parts.append(({Kind.IMAGES: find_npy(path)} | found, metadata.get(number)))
+    return parts
+
+
+def _by_number(folder: Path, suffix: str) -> dict[str, Path]:
+    return {_number(path): path for path in _list(folder, suffix)}
+
+
+def _number(path: Path) -> str:
+    """Return the number at the end of a file's name, which identifies its shard."""
+    digits = _DIGITS.search(path.stem)
+    return str(int(digits.group(1))) if digits else path.stem
+
+
+def _pair_by_name(archives: list[Path], npz_array: str | None) -> list[Part]:
+    """Match the arrays of each npz with the parquet of the same name."""
+    names = _choose_arrays(archives[0], npz_array)
+    parts: list[Part] = []
+    for path in archives:
+        metadata = path.with_suffix(".parquet")
+        rows = {kind: find_member(path, name) for kind, name in names.items()}
+        parts.append((rows, metadata if metadata.exists() else None))
+    return parts
+
+
+def _choose_arrays(path: Path, requested: str | None) -> dict[Kind, str]:
+    """Choose which arrays of an archive are the embeddings: of images, and of captions (``l14_txt`` for ``l14_img``).
+
+    Raises:
+        ClipcidError: when there are several to choose from, or none.
+    """
+    names = list_arrays(path)
+    if requested is None:
+        choices = [name for name in names if name.endswith("_img")]
+        if len(choices) != 1:
+            several = f"{len(choices)} arrays of image embeddings: {', '.join(choices)}"
+            none = f"no array whose name ends in _img; its arrays: {', '.join(names) or 'none'}"
+            raise ClipcidError(
+                f"{path} contains {several if choices else none}.",
+                f"Choose one with --npz-array, for example --npz-array {(choices or names or ['l14_img'])[-1]}.",
+            )
+        requested = choices[0]
+    texts = requested.removesuffix("_img") + "_txt"
+    has_texts = requested.endswith("_img") and texts in names
+    return {Kind.IMAGES: requested} | ({Kind.TEXTS: texts} if has_texts else {})
+
+
+def _check(parts: Sequence[Part]) -> None:
+    """Refuse shards whose files do not fit together, or not the shards before them.
+
+    Raises:
+        ClipcidError: naming the files and both numbers.
+    """
+    first = parts[0][0]
+    kinds = {kind for files, _ in parts for kind in files if kind is not Kind.FURTHER}
+    kinds |= {Kind.VIEW_PARAMS} if Kind.VIEWS in kinds else set()
+    with_metadata = any(metadata is not None for _, metadata in parts)
+    for files, metadata in parts:
+        images = files[Kind.IMAGES]
+        _require_rows(images)
+        if images.shape[1] != (width := first[Kind.IMAGES].shape[1]):
+            raise ClipcidError(f"{images.label} has width {images.shape[1]}, the files before it {width}.", _SEPARATE)
+        missing = [kind.replace("text_emb", "text embeddings") for kind in Kind if kind in kinds and kind not in files]
+        missing += [METADATA] if with_metadata and metadata is None else []
+        if missing:
+            same = "number" if images.member is None else "name"
+            raise ClipcidError(f"{images.label} has no {missing[0]} of the same {same}.", AGAIN)
+        counts = {str(metadata): count_rows(metadata, AGAIN)} if metadata is not None else {}
+        if Kind.TEXTS in files:
+            texts = files[Kind.TEXTS]
+            _require_rows(texts)
+            if texts.shape[1] != width:
+                raise ClipcidError(
+                    f"{texts.label} has width {texts.shape[1]}, the image embeddings have {width}.", _SEPARATE
+                )
+            counts[texts.label] = texts.shape[0]
+        for other, rows in counts.items():
+            if rows != images.shape[0]:
+                raise ClipcidError(f"{images.label} has {images.shape[0]:,} rows and {other} has {rows:,}.", AGAIN)
+        for kind, file in files.items():
+            if kind not in (Kind.IMAGES, Kind.TEXTS):
+                _check_extra(kind, file, images, first)
+
+
+def _require_rows(file: RowFile) -> None:
+    if len(file.shape) != 2 or not file.shape[1] or not np.issubdtype(file.dtype, np.floating):
+        raise ClipcidError(
+            f"{file.label} holds {file.dtype} {list(file.shape)}, not rows of floating-point numbers.",
+            "Choose other embeddings.",
+        )
+
+
+def _check_extra(kind: Kind, file: RowFile, images: RowFile, first: dict[Kind, RowFile]) -> None:
+    """Refuse further rows whose format or shape is not that of `embed`, beside these images and the first shard's files."""
+    rows, width = images.shape
+    if kind.has_several:
+        # The first shard decides how many rows a sample has, the views how many parameters.
+        several = first.get(Kind.VIEWS if kind is Kind.VIEW_PARAMS else kind, file).shape[1:2]
+        if kind is Kind.VIEW_PARAMS:
+            width = next((each for each in _PARAMS if first[kind].shape[-1:] == (each,)), _PARAMS[0])
+        expected = (rows, *several, width)
+    else:
+        expected = (*file.shape[:1], width)
+    if file.shape != expected or file.dtype != kind.dtype:
+        raise ClipcidError(
+            f"{file.label} holds {file.dtype} {list(file.shape)}; {kind.dtype} {list(expected)} would match the image "
+            "embeddings and the files before it.",
+            AGAIN,
+        )

@@ -1,0 +1,246 @@
+"""What `embed` will do: all that can be wrong with data and output is found before a model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.texts import open_texts
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.manifest import MANIFEST, all_files, find_lost, read_manifest, record_together
+from clipcid_cli.formats.embeddings.text_folder import TEXTS
+from clipcid_cli.formats.embeddings.writer import read_unfinished
+from clipcid_cli.formats.fingerprint import FileRecord, find_changed
+from clipcid_cli.formats.output import WORK_OR_OUT, is_claimed, unfinished
+from clipcid_cli.formats.sidecar import EmbedSidecar, TextsSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.augment import STRONG
+from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.runtime.text_variants import RULES
+from clipcid_cli.steps.model_identity import is_of
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.embed import EmbedSettings
+
+IMAGES = "embed"
+"""Name of the sidecar of embeddings of images; of those of texts it is `TEXTS`."""
+_REPLACE = "Add --overwrite to make it again."
+# The settings that determine the views of an image and the variants of its captions; recorded where there are any.
+_VIEW_SETTINGS = ("views", "view_kind", "crop_scale", "color_jitter", "gray_probability", "seed")
+_TEXT_SETTINGS = ("text_variants", "seed")
+_AUGMENTATION = {*_VIEW_SETTINGS, *_TEXT_SETTINGS, "strong_view", "text_variant_rules"}
+
+EmbeddedSidecar = EmbedSidecar | TextsSidecar
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedPlan:
+    """What is embedded, and where.
+
+    Attributes:
+        step: Name of the sidecar: ``embed``, or ``texts`` for a file of texts.
+        without_text: How to embed the images alone, for the errors; empty when captions are needed.
+        shards: Content and name of each shard.
+        finished: The sidecar of finished embeddings that match the request; None where there is something to do.
+        is_begun: Whether an unfinished run on the very same data has left its work.
+        may_grow: Whether all shards that are embedded already are still there, so that others may be added to them.
+        must_repair: Whether files of finished embeddings that match were removed or replaced.
+    """
+
+    settings: EmbedSettings
+    without_text: str
+    step: str
+    folder: Path
+    name: ModelName
+    dataset: Dataset
+    shards: list[FileRecord]
+    finished: EmbeddedSidecar | None = None
+    is_begun: bool = False
+    may_grow: bool = False
+    must_repair: bool = False
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether it is a file of texts, without images."""
+        return self.step == TEXTS
+
+    @property
+    def sidecar_type(self) -> type[EmbedSidecar] | type[TextsSidecar]:
+        """Type of the sidecar."""
+        return TextsSidecar if self.of_texts else EmbedSidecar
+
+    @property
+    def input(self) -> FileRecord:
+        """The data as one input."""
+        return record_together(self.dataset.spec, self.shards)
+
+
+def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) -> EmbedPlan:
+    """Look at the data, the model's name and the output."""
+    name = with_default_tag(parse_model(settings.model))
+    work = WorkDirectory(settings.work)
+    if settings.texts is not None:
+        dataset, step = open_texts(settings.texts), TEXTS
+        folder = settings.out or work.texts(name.slug)
+    else:
+        dataset, step = _open_data(settings, reporter), IMAGES
+        folder = settings.out or work.embeddings(name.slug)
+        if settings.text:
+            _require_captions(dataset, without_text)
+    plan = EmbedPlan(settings, without_text, step, folder, name, dataset, describe_shards(dataset))
+    _refuse_foreign_folder(folder, step)
+    try:
+        return _compare(plan)
+    except ClipcidError:
+        if not settings.overwrite:
+            raise
+        return plan  # what is there cannot be read, and is replaced
+
+
+def _compare(plan: EmbedPlan) -> EmbedPlan:
+    """Look at what the folder holds."""
+    folder, step, overwrite = plan.folder, plan.step, plan.settings.overwrite
+    sidecar = read_sidecar(sidecar_path(folder, step), plan.sidecar_type)
+    if sidecar is not None and _matches(sidecar, plan):
+        changed = _find_changed(folder, sidecar, step)
+        if changed is None:
+            return dataclasses.replace(plan, finished=sidecar)
+        if not overwrite:
+            raise ClipcidError(changed, _REPLACE)
+        return dataclasses.replace(plan, must_repair=True)
+    begun = unfinished(folder, step)
+    there = (
+        read_unfinished(folder, step) if sidecar is None else [each.input for each in read_manifest(folder, _REPLACE)]
+    )
+    lost = find_lost(there, plan.shards)
+    if lost and not overwrite:
+        raise ClipcidError(
+            f"{folder} holds {step} output made with other settings or inputs:\n  inputs: {lost}",
+            f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT}).",
+        )
+    is_begun = begun is not None and [each.content for each in begun.inputs] == [plan.input.content]
+    return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)
+
+
+def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
+    """Open the data that was named, or else that of the embeddings in the work directory."""
+    work = WorkDirectory(settings.work)
+    if settings.data is None:
+        try:
+            own = work.embeddings(with_default_tag(parse_model(settings.model)).slug)
+            described = work.find_data(own if sidecar_path(own, IMAGES).exists() else None)
+        except ClipcidError as error:
+            raise ClipcidError(
+                f"No data was given, and the work directory names none: {error.message}",
+                "Give the data as the first argument: a folder of tar shards, one tar, a folder of images or a list.",
+            ) from error
+        dataset = open_described(described, work.indexes)
+        reporter.note(f"Taking the data of the embeddings in {settings.work}: {dataset.spec}.")
+        return dataset
+    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+    return open_dataset(settings.data, settings.keys, columns, work.indexes)
+
+
+def choose_text(settings: EmbedSettings, reporter: Reporter) -> bool:
+    """Tell whether captions are embedded where nobody says so: where the data has some."""
+    dataset = _open_data(settings, reporter)
+    found = _has_captions(dataset)
+    if not found:
+        reporter.note(f"{dataset.spec} has no captions: only its images are embedded.")
+    return found
+
+
+def _has_captions(dataset: Dataset) -> bool:
+    """Tell whether any sample has a caption, of the first shard that has samples."""
+    if dataset.index is not None:
+        return next((record.with_captions > 0 for record in dataset.index.records if record.samples), False)
+    for shard in dataset.shards:
+        samples = shard.stream()
+        first = next(samples, None)
+        if first is not None:
+            return bool(first.captions) or any(sample.captions for sample in samples)
+    return False
+
+
+def _require_captions(dataset: Dataset, without_text: str) -> None:
+    if not _has_captions(dataset):
+        captions = "captions next to the images (.txt, or --caption-column of a list)."
+        raise ClipcidError(
+            f"{dataset.spec}: none of the samples looked at (a shard) has a caption.",
+            f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
+        )
+
+
+def describe_shards(dataset: Dataset) -> list[FileRecord]:
+    """Describe every shard: its content, and its name, which the metadata repeats."""
+    found = zip(dataset.fingerprints(), dataset.shards, strict=True)
+    return [msgspec.structs.replace(record, shard=shard.name) for record, shard in found]
+
+
+def _matches(sidecar: EmbeddedSidecar, plan: EmbedPlan) -> bool:
+    """Tell whether finished embeddings match the request; where that leaves batch size or precision open, any will do."""
+    settings = plan.settings
+    same = (
+        settings.batch_size in (None, sidecar.settings["batch_size"])
+        and settings.precision in ("auto", sidecar.settings["precision"])
+        and [each.content for each in sidecar.inputs] == [plan.input.content]
+        and is_of(sidecar.model, plan.name)
+    )
+    if isinstance(sidecar, EmbedSidecar):
+        made = sidecar.made
+        same &= (made.text, made.keys, made.fast_decode) == (settings.text, plan.dataset.keys, settings.fast_decode)
+        recorded = {name: value for name, value in sidecar.settings.items() if name in _AUGMENTATION}
+        same &= recorded == augmentation_identity(settings)
+    return same
+
+
+def _find_changed(folder: Path, sidecar: EmbeddedSidecar, step: str) -> str | None:
+    changed = find_changed(folder, sidecar.outputs, sidecar_path(folder, step))
+    if changed is not None:
+        return changed
+    records = read_manifest(folder, _REPLACE)
+    return find_changed(folder, all_files(records), folder / MANIFEST)
+
+
+def _refuse_foreign_folder(folder: Path, step: str) -> None:
+    """Refuse a folder with embeddings that this step did not write, since it would replace files there."""
+    if step == IMAGES and is_claimed(folder, TEXTS):
+        raise ClipcidError(
+            f"{folder} holds embeddings of texts without images.",
+            "Choose another folder for those of the data with --out.",
+        )
+    if step == TEXTS and is_claimed(folder, IMAGES):
+        raise ClipcidError(
+            f"{folder} holds embeddings of images.", "Choose another folder for those of texts alone with --out."
+        )
+    if is_claimed(folder, step):
+        return
+    first = next((path for kind in Kind for path in sorted((folder / kind).glob("*.npy"))), None)
+    if first is not None:
+        raise ClipcidError(
+            f"{folder} contains embeddings that clipcid did not write, such as {first}.",
+            "Choose another folder with --out, or remove them.",
+        )
+
+
+def augmentation_identity(settings: EmbedSettings) -> dict[str, Any]:
+    """Return what determines the views and text variants, as JSON values; empty where none are asked for."""
+    names = [*(_VIEW_SETTINGS if settings.views else ()), *(_TEXT_SETTINGS if settings.text_variants else ())]
+    found = {name: getattr(settings, name) for name in names}
+    if settings.views:
+        found["view_kind"] = list(settings.view_kinds)
+        if "strong" in settings.view_kinds:
+            found["strong_view"] = dataclasses.asdict(STRONG)
+    if settings.text_variants:
+        found["text_variant_rules"] = RULES
+    return found
+
+
+def recorded_augmentation(sidecar: EmbedSidecar) -> dict[str, Any]:
+    """Return the settings of `embed` that determined the views and text variants of finished embeddings."""
+    made = sidecar.settings
+    return {name: getattr(sidecar.made, name) for name in (*_VIEW_SETTINGS, *_TEXT_SETTINGS) if name in made}
