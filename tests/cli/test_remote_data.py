@@ -64,7 +64,7 @@ def rows(work: Path) -> dict[str, object]:
     """Return the embeddings' files: bytes of .npy, rows of .parquet, whose metadata name where the data came from."""
     (folder,) = (work / "embeddings").iterdir()
     found: dict[str, object] = {path.name: path.read_bytes() for path in folder.rglob("*.npy")}
-    return found | {path.name: pq.read_table(path).to_pydict() for path in folder.rglob("*.parquet")}
+    return found | {path.name: pq.read_table(path).to_pydict() for path in folder.glob("*/*.parquet")}
 
 
 def counts(work: Path) -> object:

@@ -64,11 +64,10 @@ def read_blocks(path: str) -> Generator[bytes]:
     while size is None or place < size:
         end = place + _REQUEST if size is None else min(place + _REQUEST, int(size))
         data = _fetch(path, place, end, is_whole=size is not None)
-        if len(data) > end - place:  # all of the file: the server sends no ranges
-            data, end = data[place:], len(data)
+        whole = len(data) > end - place  # the server sends no ranges
         if data:
-            yield data
-        if len(data) < end - place:
+            yield data[place:] if whole else data
+        if whole or len(data) < end - place:
             return
         place = end
 
@@ -78,21 +77,20 @@ def _run(command: str) -> Iterator[bytes]:
     place, waits = 0, iter(_WAITS)
     while True:
         # By the shell, as webdataset does.
-        process = subprocess.Popen(command.removeprefix(_PIPE), shell=True, stdout=subprocess.PIPE)
-        try:
-            assert process.stdout is not None
-            left = place
-            while data := process.stdout.read(_COPY):
-                passed = min(left, len(data))
-                left -= passed
-                if passed < len(data):
-                    place, waits = place + len(data) - passed, iter(_WAITS)
-                    yield data[passed:]
-            if not process.wait():
-                return
-        finally:
-            process.terminate()
-            process.communicate()
+        with subprocess.Popen(command.removeprefix(_PIPE), shell=True, stdout=subprocess.PIPE) as process:
+            try:
+                assert process.stdout is not None
+                left = place
+                while data := process.stdout.read(_COPY):
+                    passed = min(left, len(data))
+                    left -= passed
+                    if passed < len(data):
+                        place, waits = place + len(data) - passed, iter(_WAITS)
+                        yield data[passed:]
+                if not process.wait():
+                    return
+            finally:
+                process.terminate()
         wait = next(waits, None)
         if wait is None:
             raise _fetch_error(command, OSError(f"exit {process.returncode}"), len(_WAITS))
