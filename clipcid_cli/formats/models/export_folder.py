@@ -1,25 +1,42 @@
-"""An export folder: its file names, and how all of its files appear at once."""
+"""An export folder: the names of its files, what they hold, and how all of them appear at once."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.models.hf_folder import HF_CONFIG, HF_PREPROCESSOR, HF_TOKENIZER, HF_WEIGHTS
-from clipcid_cli.formats.models.open_clip_folder import CONFIG_NAME, TOKENIZER_NAMES, WEIGHTS_NAME
 from clipcid_cli.formats.output import plan_path, read_sidecar, sidecar_path
 
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+HF_CONFIG = "config.json"
+HF_WEIGHTS = "model.safetensors"
+VOCABULARY = "vocab.json"
+MERGES = "merges.txt"
 IMAGE_ENCODER = "image_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
 CLASSIFIER = "classifier.onnx"
 PARITY = "parity.json"
 CARD = "README.md"
 
-_KINDS = ("fp32", "fp16", "int8")
-_BUILDING = ".partial"
+# Files of a Hugging Face tokenizer, which open_clip, too, reads from the model's folder.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    VOCABULARY,
+    MERGES,
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+_WORDS = {"fp32": "", "fp16": "; 16-bit weights", "int8": "; 8-bit weights"}
 
 
 def quantized_name(name: str, kind: str) -> str:
@@ -27,25 +44,42 @@ def quantized_name(name: str, kind: str) -> str:
     return name if kind == "fp32" else name.replace(".onnx", f"_{kind}.onnx")
 
 
-_ONNX_FILES = tuple(quantized_name(name, kind) for name in (IMAGE_ENCODER, TEXT_ENCODER, CLASSIFIER) for kind in _KINDS)
-_OF_FORMAT = {
-    "open-clip": (CONFIG_NAME, WEIGHTS_NAME),
-    "hf": (HF_CONFIG, HF_WEIGHTS, HF_PREPROCESSOR, *HF_TOKENIZER),
-    "onnx": (*_ONNX_FILES, *(f"{name}.data" for name in _ONNX_FILES)),  # weights above 2 GB
+# What the files of an export are, as its model card says.
+CONTENT = {
+    OPEN_CLIP_CONFIG: "architecture and preprocessing, as open_clip reads them",
+    OPEN_CLIP_WEIGHTS: "weights, as open_clip reads them",
+    HF_CONFIG: "architecture, as transformers reads it",
+    HF_WEIGHTS: "weights, as transformers reads them",
+    "preprocessor_config.json": "preprocessing, as transformers reads it",
+    "tokenizer.json": "CLIP's byte-pair encoding",
+    PARITY: "how each export was compared with the original",
+} | {
+    quantized_name(name, kind): what + words
+    for name, what in (
+        (IMAGE_ENCODER, "prepared pixels to unit rows"),
+        (TEXT_ENCODER, "tokens to unit rows"),
+        (CLASSIFIER, "bytes of images of any size to one score per class; class names are in its metadata"),
+    )
+    for kind, words in _WORDS.items()
 }
-_REPLACED = (*(name for names in _OF_FORMAT.values() for name in names), PARITY, CARD)
+
+_HF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", VOCABULARY, MERGES)
+# An export removes these files of an earlier one, whatever its formats.
+_REPLACED = (
+    *CONTENT,
+    *_HF_TOKENIZER,
+    *(f"{name}.data" for name in CONTENT if name.endswith(".onnx")),  # weights above 2 GB
+    CARD,
+)
+_BUILDING = ".partial"
 
 
 def refuse_foreign_folder(folder: Path, formats: Iterable[str]) -> None:
-    """Refuse a folder with files that `export` would replace or remove and did not write.
-
-    Raises:
-        ClipcidError: when there are any.
-    """
+    """Refuse a folder with files that `export` would replace or remove and did not write."""
     if plan_path(folder, "export").exists():
         return  # an unfinished export, which refused such files when it began
     known = (read_sidecar(sidecar_path(folder, "export")) or {}).get("written", [])
-    names = (*_REPLACED, _BUILDING, *(TOKENIZER_NAMES if "open-clip" in formats else ()))
+    names = dict.fromkeys([*_REPLACED, _BUILDING, *(TOKENIZER_FILES if "open-clip" in formats else ())])
     foreign = [name for name in names if (folder / name).exists() and name not in known]
     if foreign:
         raise ClipcidError(
@@ -70,11 +104,15 @@ def build_export(folder: Path) -> Iterator[Path]:
     building.mkdir(parents=True)
     try:
         yield building
+        made = sorted(building.iterdir())
+        for path in made:  # libraries wrote some of them, and do not wait for the disk
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
     for name in _REPLACED:
         (folder / name).unlink(missing_ok=True)
-    for path in sorted(building.iterdir()):
+    for path in made:
         path.replace(folder / path.name)
     building.rmdir()

@@ -8,43 +8,29 @@ from pathlib import Path
 
 import torch
 
-from clipcid_cli.algorithms.metrics.zeroshot import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import CLASS_NAMES, find_benchmark_folder
 from clipcid_cli.formats.data.class_files import DEFAULT_TEMPLATES, fill_template, read_class_names, read_templates
 from clipcid_cli.formats.data.dataset import Dataset, Sample
-from clipcid_cli.runtime.models.tokenizer import Tokenizer
-from clipcid_cli.runtime.models.towers import Encode
 from clipcid_cli.steps.class_names import match_class_names, plain_name
 from clipcid_cli.steps.settings.export import ExportSettings
-
-_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """Classes and their prompt templates.
-
-    Attributes:
-        names: Names in order of the labels.
-        files: Files they were read from.
-    """
+    """Class names in order of their labels, their prompt templates, and the files both were read from."""
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
-    files: tuple[Path, ...]
+    files: tuple[Path, ...] = ()
 
-    def prompts(self, name: str) -> tuple[str, ...]:
-        """Return the prompts of one class."""
-        return tuple(fill_template(template, name) for template in self.templates)
+    def prompts(self) -> tuple[tuple[str, ...], ...]:
+        """Return the prompts of each class, C × T."""
+        return tuple(tuple(fill_template(template, name) for template in self.templates) for name in self.names)
 
 
 def read_classes(settings: ExportSettings) -> Classes | None:
-    """Read the classes of ``--classnames``; None without it.
-
-    Raises:
-        ClipcidError: when a file is missing or malformed.
-    """
+    """Read the classes of ``--classnames``; None without it."""
     if settings.classnames is None:
         return None
     names, templates = settings.classnames, settings.templates
@@ -57,8 +43,9 @@ def read_classes(settings: ExportSettings) -> Classes | None:
 
 
 def _read(names: Path, templates: Path | None) -> Classes:
-    read = read_templates(templates) if templates is not None else DEFAULT_TEMPLATES
-    return Classes(read_class_names(names), read, (names,) if templates is None else (names, templates))
+    if templates is None:
+        return Classes(read_class_names(names), DEFAULT_TEMPLATES, (names,))
+    return Classes(read_class_names(names), read_templates(templates), (names, templates))
 
 
 def label_samples(
@@ -73,9 +60,6 @@ def label_samples(
 
     Returns:
         The classes and int64 [N]; None when the data set has no classes, or no names for them.
-
-    Raises:
-        ClipcidError: when a label has no class, or class folders do not match the names.
     """
     labels = [sample.label for sample in samples]
     if not labels or None in labels:
@@ -86,31 +70,15 @@ def label_samples(
     if classes is None:
         if dataset.classes is None:
             return None
-        classes = Classes(tuple(plain_name(name) for name in dataset.classes), DEFAULT_TEMPLATES, ())
+        classes = Classes(tuple(plain_name(name) for name in dataset.classes), DEFAULT_TEMPLATES)
     numbers = torch.tensor(labels)
     if dataset.classes is not None:
         numbers = torch.tensor(match_class_names(classes.names, dataset.classes).labels)[numbers]
-    if int(numbers.max()) >= len(classes.names) or int(numbers.min()) < 0:
-        wrong = next(index for index, number in enumerate(numbers.tolist()) if not 0 <= number < len(classes.names))
-        raise ClipcidError(
-            f"{dataset.spec}: sample {samples[wrong].key} has class {int(numbers[wrong])}, and there are "
-            f"{len(classes.names)} class names (0 … {len(classes.names) - 1}).",
-            "Give the matching list of class names with --classnames, or other data with --data.",
-        )
+    for sample, number in zip(samples, numbers.tolist(), strict=True):
+        if not 0 <= number < len(classes.names):
+            raise ClipcidError(
+                f"{dataset.spec}: sample {sample.key} has class {number}, and there are {len(classes.names)} class names "
+                f"(0 … {len(classes.names) - 1}).",
+                "Give the matching list of class names with --classnames, or other data with --data.",
+            )
     return classes, numbers
-
-
-def encode_candidates(prompts: Sequence[Sequence[str]], tokenizer: Tokenizer, encode: Encode) -> torch.Tensor:
-    """Embed classes or captions.
-
-    Args:
-        prompts: T texts of each of C candidates.
-        tokenizer: Texts to int64 [B, L].
-        encode: Tokens to unit rows [B, D].
-
-    Returns:
-        Their weights, float32 [C, D], unit rows.
-    """
-    texts = [text for texts in prompts for text in texts]
-    rows = [encode(tokenizer(texts[start : start + _BATCH])) for start in range(0, len(texts), _BATCH)]
-    return class_weights(torch.cat(rows).float().view(len(prompts), len(prompts[0]), -1))
