@@ -49,7 +49,7 @@ def render_card(card: ModelCard, files: Sequence[str]) -> str:
         loader=jinja2.PackageLoader("clipcid_cli.formats"), trim_blocks=True, lstrip_blocks=True
     )
     environment.globals |= {"row": _as_row, "text": _as_text, "yaml": _as_yaml}
-    template = environment.get_template("model_card.md")
+    template = environment.get_template("model_card.jinja")
     return template.render(card=card, files=files, content=CONTENT, version=__version__).strip() + "\n"
 
 

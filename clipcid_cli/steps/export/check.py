@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,7 +17,7 @@ from clipcid_cli.algorithms.metrics.zeroshot import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.towers import DenseImageTower, Encode, ImageTower, TextTower
-from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.runtime.timing import Trial, time_trial
 from clipcid_cli.steps.export.check_inputs import NUM_COMPARED_ROWS, CheckInputs
 from clipcid_cli.steps.settings.export import ExportSettings
 
@@ -41,18 +41,6 @@ _COSINE_LIMITS = {"fp32": 1e-3, "fp16": 5e-3, "int8": math.inf}
 _OUTPUTS = {"image": "the image encoder", "text": "the text encoder", "dense": "the patches"}
 
 
-class Predictions(NamedTuple):
-    """What a model predicts for all images.
-
-    Attributes:
-        nearest: The most similar candidate of each image, int64 [N]; None where there are no candidates.
-        images_per_second: Of the image tower, from prepared pixels, at batches of 32; the median batch's.
-    """
-
-    nearest: torch.Tensor | None
-    images_per_second: float
-
-
 class Checker:
     """Compares exports with the original model, in fp32 on the CPU.
 
@@ -71,8 +59,8 @@ class Checker:
             self.references["dense"] = lambda pixels: tower(pixels)[1]
 
     @cached_property
-    def expected(self) -> Predictions:
-        """The original model's predictions."""
+    def expected(self) -> Trial[torch.Tensor | None]:
+        """The original model's predictions, and the seconds it takes for an image."""
         return self._predict(self.references)
 
     def limit(self, kind: str) -> RowDifference:
@@ -103,8 +91,8 @@ class Checker:
             "precision": kind,
             **{output: self._compare_rows(name, output, encode) for output, encode in encoders.items()},
             "bytes": sum(path.stat().st_size for path in files),
-            "images_per_second": round(predictions.images_per_second, 2),
-            "zeroshot": self.compare_predictions(predictions.nearest, gated=gated),
+            "images_per_second": round(1 / predictions.seconds, 2),
+            "zeroshot": self.compare_predictions(predictions.result, gated=gated),
         }
         self.validate(name, found)
         return found
@@ -128,8 +116,12 @@ class Checker:
         found = {"batch_sizes": list(BATCH_SIZES), "samples": len(samples), **dataclasses.asdict(difference)}
         return found if ours.ndim == 2 else found | {"shape": ["batch", *ours.shape[1:]]}
 
-    def _predict(self, encoders: Mapping[str, Encode]) -> Predictions:
-        """Embed all images and, where there are candidates, find the most similar one of each."""
+    def _predict(self, encoders: Mapping[str, Encode]) -> Trial[torch.Tensor | None]:
+        """Embed all images and, where there are candidates, find the most similar one of each.
+
+        Returns:
+            The numbers of the candidates, int64 [N], and the median batch's seconds for an image, from prepared pixels.
+        """
         rows, seconds = [], []
         count = len(self.inputs.images)
         with torch.inference_mode():
@@ -143,7 +135,7 @@ class Checker:
         if self.inputs.candidates is not None:
             weights = self.encode_candidates(self.inputs.candidates.prompts, encoders["text"])
             nearest = (torch.cat(rows) @ weights.T).argmax(dim=1)
-        return Predictions(nearest, 1 / statistics.median(seconds))
+        return Trial(statistics.median(seconds), nearest)
 
     def encode_candidates(self, prompts: Sequence[Sequence[str]], encode: Encode) -> torch.Tensor:
         """Embed T texts of each of C classes or captions.
@@ -167,7 +159,7 @@ class Checker:
         Returns:
             ``measure, images, candidates, agreement, value, pytorch, drop, gated``; None where there is nothing to compare.
         """
-        candidates, expected = self.inputs.candidates, self.expected.nearest
+        candidates, expected = self.inputs.candidates, self.expected.result
         if candidates is None or nearest is None or expected is None:
             return None
         value, before = (float((side == candidates.labels).double().mean()) for side in (nearest, expected))

@@ -20,15 +20,13 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, decode_image, read_image
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
-from clipcid_cli.steps.export.classes import Classes, label_samples
+from clipcid_cli.steps.export.classes import CandidateTexts, Classes, find_candidates
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 
 # Images, and texts, whose rows are compared at each batch size; zero-shot predictions are compared on all images.
 NUM_COMPARED_ROWS = 16
 
-# The share of images that find their own text: among the classes, or among the captions of all images.
-ACCURACY, RECALL = "acc1", "text_retrieval_recall@1"
 _FEW_IMAGES, _MANY_IMAGES = 64, 1000
 
 SENTENCES = (
@@ -44,21 +42,6 @@ SENTENCES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class CandidateTexts:
-    """Texts among which each image finds its own: the classes, or the captions of all images.
-
-    Attributes:
-        measure: `ACCURACY` or `RECALL`.
-        prompts: Texts of each candidate, C × T.
-        labels: The right candidate of each image, int64 [N].
-    """
-
-    measure: str
-    prompts: tuple[tuple[str, ...], ...]
-    labels: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
 class CheckInputs:
     """What both models are compared on.
 
@@ -68,7 +51,6 @@ class CheckInputs:
         texts: Those whose rows are compared, `NUM_COMPARED_ROWS`.
         candidates: Texts the images are matched with; None where they have neither class nor caption.
         source: Where they come from, for `parity.json`.
-        unnamed_classes: Whether the images have classes whose names are unknown.
         skips: Images that could not be read.
     """
 
@@ -77,7 +59,6 @@ class CheckInputs:
     texts: list[str]
     candidates: CandidateTexts | None
     source: str
-    unnamed_classes: bool
     skips: Skips
 
     def fingerprint(self) -> dict[str, Any]:
@@ -131,7 +112,7 @@ def make_check_inputs(
         reporter.warn(f"{skips.total:,} images of {dataset.spec} were skipped:\n{skips.describe()}")
     if dataset is not None and images:
         source = dataset.spec
-        candidates = _find_candidates(samples, dataset, settings, classes)
+        candidates = find_candidates(samples, dataset, settings.data, classes)
     else:
         source = "drawn patterns and shipped sentences"
         candidates = None
@@ -145,8 +126,7 @@ def make_check_inputs(
         list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), NUM_COMPARED_ROWS)),
         candidates,
         source,
-        unnamed_classes=candidates is None and bool(samples) and all(sample.label is not None for sample in samples),
-        skips=skips,
+        skips,
     )
 
 
@@ -163,21 +143,6 @@ def find_data(settings: ExportSettings) -> Dataset | None:
     except ClipcidError:
         # The data may have been moved since it was embedded, or the model comes from elsewhere; patterns will do.
         return None
-
-
-def _find_candidates(
-    samples: list[Sample], dataset: Dataset, settings: ExportSettings, classes: Classes | None
-) -> CandidateTexts | None:
-    labelled = label_samples(samples, dataset, settings.data, classes)
-    if labelled is not None:
-        found, labels = labelled
-        return CandidateTexts(ACCURACY, found.prompts(), labels)
-    captions = [sample.captions[0] for sample in samples if sample.captions]
-    if len(captions) < len(samples):
-        return None
-    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    labels = torch.tensor([numbers[caption] for caption in captions])
-    return CandidateTexts(RECALL, tuple((caption,) for caption in numbers), labels)
 
 
 def _read(dataset: Dataset, limit: int, model: ClipModel, skips: Skips) -> tuple[list[Sample], list[torch.Tensor]]:

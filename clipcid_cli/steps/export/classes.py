@@ -1,4 +1,4 @@
-"""Classes of `export`: those of the classifier, and those by which zero-shot predictions are compared."""
+"""Texts that `export` matches images with: classes of the classifier; classes or captions that measure its accuracy."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from clipcid_cli.formats.data.class_files import DEFAULT_TEMPLATES, fill_templat
 from clipcid_cli.formats.data.dataset import Dataset, Sample
 from clipcid_cli.steps.class_names import match_class_names, plain_name
 from clipcid_cli.steps.settings.export import ExportSettings
+
+# The share of images that find their own text: among the classes, or among the captions of all images.
+ACCURACY, RECALL = "acc1", "text_retrieval_recall@1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,37 +51,65 @@ def _read(names: Path, templates: Path | None) -> Classes:
     return Classes(read_class_names(names), read_templates(templates), (names, templates))
 
 
-def label_samples(
+@dataclasses.dataclass(frozen=True)
+class CandidateTexts:
+    """Texts among which each image finds its own: the classes, or the captions of all images.
+
+    Attributes:
+        measure: `ACCURACY` or `RECALL`.
+        prompts: Texts of each candidate, C × T.
+        labels: The right candidate of each image, int64 [N].
+    """
+
+    measure: str
+    prompts: tuple[tuple[str, ...], ...]
+    labels: torch.Tensor
+
+
+def find_candidates(
     samples: Sequence[Sample], dataset: Dataset, spec: str | None, classes: Classes | None
-) -> tuple[Classes, torch.Tensor] | None:
-    """Find the classes of a data set and the label of each sample.
+) -> CandidateTexts | None:
+    """Find what the images are matched with: their classes, where these have names, else their captions.
 
     Args:
-        dataset: The data set the samples belong to.
+        samples: Those that are compared, of `dataset`.
         spec: The data set as named on the command line, where its own text files are looked for.
         classes: Classes of ``--classnames``; None takes the data set's own.
 
     Returns:
-        The classes and int64 [N]; None when the data set has no classes, or no names for them.
+        None where the images have neither.
     """
-    labels = [sample.label for sample in samples]
-    if not labels or None in labels:
-        return None
-    if classes is None and spec is not None:
-        folder = find_benchmark_folder(spec)
-        classes = _read(folder.class_names, folder.templates) if folder.class_names is not None else None
     if classes is None:
-        if dataset.classes is None:
-            return None
-        classes = Classes(tuple(plain_name(name) for name in dataset.classes), DEFAULT_TEMPLATES)
-    numbers = torch.tensor(labels)
+        classes = _own_classes(dataset, spec)
+    labels = [sample.label for sample in samples]
+    if classes is not None and None not in labels:
+        return CandidateTexts(ACCURACY, classes.prompts(), _match_labels(samples, dataset, classes))
+    captions = [sample.captions[0] for sample in samples if sample.captions]
+    if len(captions) < len(samples):
+        return None
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    places = torch.tensor([numbers[caption] for caption in captions])
+    return CandidateTexts(RECALL, tuple((caption,) for caption in numbers), places)
+
+
+def _own_classes(dataset: Dataset, spec: str | None) -> Classes | None:
+    folder = find_benchmark_folder(spec) if spec is not None else None
+    if folder is not None and folder.class_names is not None:
+        return _read(folder.class_names, folder.templates)
+    if dataset.classes is None:
+        return None
+    return Classes(tuple(plain_name(name) for name in dataset.classes), DEFAULT_TEMPLATES)
+
+
+def _match_labels(samples: Sequence[Sample], dataset: Dataset, classes: Classes) -> torch.Tensor:
+    labels = torch.tensor([sample.label for sample in samples])
     if dataset.classes is not None:
-        numbers = torch.tensor(match_class_names(classes.names, dataset.classes).labels)[numbers]
-    for sample, number in zip(samples, numbers.tolist(), strict=True):
-        if not 0 <= number < len(classes.names):
+        labels = torch.tensor(match_class_names(classes.names, dataset.classes).labels)[labels]
+    for sample, label in zip(samples, labels.tolist(), strict=True):
+        if not 0 <= label < len(classes.names):
             raise ClipcidError(
-                f"{dataset.spec}: sample {sample.key} has class {number}, and there are {len(classes.names)} class names "
+                f"{dataset.spec}: sample {sample.key} has class {label}, and there are {len(classes.names)} class names "
                 f"(0 … {len(classes.names) - 1}).",
                 "Give the matching list of class names with --classnames, or other data with --data.",
             )
-    return classes, numbers
+    return labels

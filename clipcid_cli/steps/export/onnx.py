@@ -38,8 +38,8 @@ from clipcid_cli.runtime.models.towers import (
 from clipcid_cli.runtime.quiet import quiet_libraries
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.export.check import Checker
-from clipcid_cli.steps.export.check_inputs import ACCURACY, CheckInputs
-from clipcid_cli.steps.export.classes import Classes
+from clipcid_cli.steps.export.check_inputs import CheckInputs
+from clipcid_cli.steps.export.classes import ACCURACY, Classes
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 
@@ -66,14 +66,11 @@ def check_measurable(inputs: CheckInputs, settings: ExportSettings, reporter: Re
             "(--data, --check-images)."
         )
     if "int8" in settings.quantize and inputs.candidates is None:
-        if inputs.unnamed_classes:
-            raise ClipcidError(
-                f"--quantize int8: the classes of {inputs.source} have no names, so its loss cannot be measured.",
-                "Give them with --classnames: a file with one class name per line.",
-            )
         raise ClipcidError(
-            "--quantize int8 needs images with classes or captions, to measure its loss of accuracy.",
-            "Name some with --data: a CLIP_benchmark folder, a folder of images per class, or shards with captions.",
+            "--quantize int8 needs images with classes or captions, to measure its loss of accuracy; "
+            f"there are neither captions nor names of classes in {inputs.source}.",
+            "Name some with --data: a CLIP_benchmark folder, a folder of images per class, or shards with captions; or give "
+            "the names of the classes with --classnames: a file with one class name per line.",
         )
 
 

@@ -185,7 +185,7 @@ def _describe_parity(checker: Checker, parity: dict[str, Any]) -> dict[str, Any]
             "precision": "fp32",
             "threads": torch.get_num_threads(),
             "bytes": sum(tensor.nbytes for tensor in checker.model.module.state_dict().values()),
-            "images_per_second": round(checker.expected.images_per_second, 2),
+            "images_per_second": round(1 / checker.expected.seconds, 2),
             "inputs": checker.inputs.source,
             "images": len(checker.inputs.images),
         },

@@ -16,7 +16,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.export.check import Checker
 from clipcid_cli.steps.export.check_inputs import CheckInputs, make_check_inputs
-from clipcid_cli.steps.export.classes import Classes, label_samples
+from clipcid_cli.steps.export.classes import Classes, find_candidates
 from clipcid_cli.steps.export.onnx import check_measurable
 from clipcid_cli.steps.export.run import run
 from clipcid_cli.steps.reporting import SilentReporter
@@ -65,7 +65,7 @@ def collect(
 def test_a_loss_over_the_limit_is_an_error_that_says_by_how_much(model: ClipModel, drawings: Path) -> None:
     inputs = collect(model, drawings)
     checker = Checker(model, inputs, ExportSettings(max_accuracy_drop=0.05))
-    candidates, top = inputs.candidates, checker.expected.nearest
+    candidates, top = inputs.candidates, checker.expected.result
     assert candidates is not None
     assert top is not None
     right = top == candidates.labels
@@ -111,9 +111,9 @@ def test_labels_follow_the_names_of_the_folders(drawings: Path) -> None:
     samples = [sample for shard in dataset.shards for sample in shard.samples()]
 
     def labels(*names: str) -> list[int]:
-        found = label_samples(samples, dataset, None, Classes(names, ("{}",)))
+        found = find_candidates(samples, dataset, None, Classes(names, ("{}",)))
         assert found is not None
-        return torch.unique_consecutive(found[1]).tolist()
+        return torch.unique_consecutive(found.labels).tolist()
 
     assert labels("c cow", "A cat", "b dog") == [1, 2, 0]  # the same names in another order
     assert labels("Katze", "Hund", "Kuh") == [0, 1, 2]  # other names stand for the folders in their order
@@ -129,9 +129,9 @@ def test_numbered_folders_are_lines_of_the_list(tmp_path: Path) -> None:
     samples = [sample for shard in dataset.shards for sample in shard.samples()]
     # Two classes of one name, as ImageNet has them, are two lines all the same.
     names = ("crane", "b", "c", "d", "e", "crane", "g", "h", "i", "j")
-    found = label_samples(samples, dataset, None, Classes(names, ("{}",)))
+    found = find_candidates(samples, dataset, None, Classes(names, ("{}",)))
     assert found is not None
-    assert found[1].tolist() == [0, 5, 7]
+    assert found.labels.tolist() == [0, 5, 7]
 
 
 def test_images_that_cannot_be_read_are_counted_named_and_limited(model: ClipModel, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_8_bits_need_names_of_classes_and_enough_images(
         (f"{number}{end}", data) for number in range(4) for end, data in ((".png", make_image(number)), (".cls", b"1"))
     ]
     unnamed = collect(model, write_tar(tmp_path / "0.tar", members))
-    for quantize, said in ((("int8",), "the classes of .*0.tar have no names"), (("fp16",), None)):
+    for quantize, said in ((("int8",), "neither captions nor names of classes in .*0.tar"), (("fp16",), None)):
         options = ExportSettings(format=("onnx",), quantize=quantize)
         if said is None:
             check_measurable(unnamed, options, SilentReporter())
