@@ -111,6 +111,13 @@ def write_classifier(
     """
     import onnx
 
+    stored = [file for file in (encoder, encoder.with_name(f"{encoder.name}.data")) if file.exists()]
+    size = sum(file.stat().st_size for file in stored) + weights.nbytes
+    if size >= PROTOBUF_LIMIT:
+        raise ClipcidError(
+            f"{path.name}: a model of {size / 2**30:.1f} GiB does not fit into one ONNX file (limit 2 GiB).",
+            "Omit --classnames, and use image_encoder.onnx, which keeps its weights in a second file.",
+        )
     model = onnx.load(encoder)
     before = _parse(
         _PREPROCESS,
@@ -138,11 +145,6 @@ def write_classifier(
         "output": "logits (scale x cosine) and probabilities (their softmax), [N, classes]",
     }
     onnx.helper.set_model_props(made, metadata)
-    if made.ByteSize() >= PROTOBUF_LIMIT:
-        raise ClipcidError(
-            f"{path.name}: a model of {made.ByteSize() / 2**30:.1f} GiB does not fit into one ONNX file (limit 2 GiB).",
-            "Omit --classnames, and use image_encoder.onnx, which keeps its weights in a second file.",
-        )
     onnx.save(made, path)
 
 
