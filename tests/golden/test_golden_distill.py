@@ -1,0 +1,118 @@
+"""Distilling from the recorded rows: the losses of each step, and the same weights again on the same machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from golden import SHARDS, Arrays, ask, assert_same, check, kill_when, make_place, plain
+from safetensors.numpy import load_file
+
+STUDENT = ("distill", SHARDS, "--student", "student.json", "--batch-size", 64)
+TAUGHT = (*STUDENT, "--embeddings", "rows", "--work", "work")
+PRESETS = ("clip", "fd-instance", "cid", "clip-kd", "clip-rd", "clip-td", "dr")
+# Fields of train.jsonl that depend on the clock.
+TIMED = {"samples_per_second", "data_wait_share"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory with a keep list and 64 clusters of the recorded rows, which are the same everywhere."""
+    place = make_place(tmp_path_factory.mktemp("distill"))
+    ask(place, "balance", "--embeddings", "rows", "--keep", 0.563, "--work", "work")
+    ask(place, "cluster", "--embeddings", "rows", "--num-clusters", 64, "--features", "joint", "--work", "work")
+    return place
+
+
+@pytest.fixture
+def distill(place: Path) -> Callable[..., Any]:
+    """Run a distillation of such a name in the work directory."""
+    return lambda name, *arguments, **options: ask(place, *TAUGHT, "--name", name, *arguments, **options)
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Read what was logged of each step, but for times."""
+    lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+
+
+def read_weights(run: Path) -> Arrays:
+    """Read the weights of the student, and of their average where there is one."""
+    folders = sorted(run.glob("student*"))
+    weights = {folder.name: load_file(folder / "open_clip_model.safetensors") for folder in folders}
+    return {f"{folder}.{name}": tensor for folder, tensors in weights.items() for name, tensor in tensors.items()}
+
+
+def check_run(case: str, run: Path, answer: Any, rel: float = 1e-4) -> None:
+    """Compare losses with those recorded, and the fields of the JSON; 15 held-out samples say too little to compare."""
+    log = read_log(run)
+    # Norms and scales are sums of what the losses round.
+    names = [name for name in log[0] if name.startswith("loss") or name == "lr"]
+    answer = plain(answer) | {name: sorted(answer[name]) for name in ("losses", "metrics")}
+    result = json.loads((run / "results.jsonl").read_text().splitlines()[-1])
+    losses = {name: [line[name] for line in log] for name in names}
+    check(case, {"json": answer, "fields": sorted(log[0]), "losses": losses, "measured": sorted(result)}, rel=rel)
+
+
+def test_the_default_losses_twice(place: Path, distill: Callable[..., Any]) -> None:
+    answer = distill("once", "--steps", 20)
+    runs = place / "work" / "distill"
+    check_run("distill", runs / "once", answer)
+    distill("twice", "--steps", 20)
+    assert_same(read_weights(runs / "twice"), read_weights(runs / "once"))
+    assert read_log(runs / "twice") == read_log(runs / "once")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(place: Path, distill: Callable[..., Any], preset: str) -> None:
+    answer = distill(preset, "--preset", preset, "--steps", 4)
+    check_run(f"distill-{preset}", place / "work" / "distill" / preset, answer)
+
+
+def test_losses_of_no_preset(place: Path, distill: Callable[..., Any]) -> None:
+    losses = ("instance-intra=1", "mfd=1", "gd=0.001", "afd=1")
+    given = [word for loss in losses for word in ("--loss", loss)]
+    answer = distill("further", "--preset", "clip", *given, "--optimizer", "adamw", "--steps", 4)
+    check_run("distill-further", place / "work" / "distill" / "further", answer)
+
+
+def test_two_processes(place: Path, distill: Callable[..., Any]) -> None:
+    distill("shared", "--preset", "cid", "--steps", 4, processes=2)
+    distill("alone", "--preset", "cid", "--steps", 4)
+    shared, alone = (read_log(place / "work" / "distill" / name) for name in ("shared", "alone"))
+    for line, other in zip(shared, alone, strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
+def test_average_and_parts_killed_and_repeated(place: Path, distill: Callable[..., Any]) -> None:
+    """The run that is killed has its first checkpoint, or no more than that: what is left to do changes nothing."""
+    settings = ("--ema", 0.9, "--accum-freq", 4, "--steps", 12, "--checkpoint-every", 3)
+    answer = distill("whole", *settings)
+    runs = place / "work" / "distill"
+    check_run("distill-ema", runs / "whole", answer)
+    kill_when(place, "step_*.pt", "distill/killed/distill.json", *TAUGHT, "--name", "killed", *settings)
+    distill("killed", *settings)
+    found, expected = read_weights(runs / "killed"), read_weights(runs / "whole")
+    average, student = (
+        np.concatenate([tensor.ravel() for name, tensor in expected.items() if name.startswith(f"{folder}.")])
+        for folder in ("student-ema", "student")
+    )
+    check("distill-ema-distance", {"distance": float(np.linalg.norm(average - student))}, rel=1e-3)
+    assert_same(found, expected)
+    assert read_log(runs / "killed") == read_log(runs / "whole")
+
+
+def test_stored_views_variants_and_further_texts(place: Path) -> None:
+    """From rows of this machine, and so with a larger tolerance."""
+    augmented = ("--views", 2, "--view-kind", "strong,mix", "--text-variants", 2)
+    ask(place, "embed", "data/pairs/00000.tar", "--model", "teacher", *augmented, "--work", "views")
+    ask(place, "embed", "--texts", "data/classification/classnames.txt", "--model", "teacher", "--work", "views")
+    student = ("distill", "--student", "student.json", "--batch-size", 64, "--work", "views")
+    answer = ask(place, *student, "--name", "views", "--steps", 8)
+    check_run("distill-views", place / "views" / "distill" / "views", answer, rel=2e-3)
+    weights = read_weights(place / "views" / "distill" / "views")
+    assert all(np.isfinite(tensor).all() for tensor in weights.values())
