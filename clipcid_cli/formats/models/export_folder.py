@@ -15,6 +15,7 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 HF_CONFIG = "config.json"
 HF_WEIGHTS = "model.safetensors"
+SPECIAL_TOKENS = "special_tokens_map.json"
 VOCABULARY = "vocab.json"
 MERGES = "merges.txt"
 IMAGE_ENCODER = "image_encoder.onnx"
@@ -27,7 +28,7 @@ CARD = "README.md"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "special_tokens_map.json",
+    SPECIAL_TOKENS,
     "added_tokens.json",
     "vocab.txt",
     VOCABULARY,
@@ -63,7 +64,7 @@ CONTENT = {
     for kind, words in _WORDS.items()
 }
 
-_HF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", VOCABULARY, MERGES)
+_HF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", SPECIAL_TOKENS, VOCABULARY, MERGES)
 # An export removes these files of an earlier one, whatever its formats.
 _REPLACED = (
     *CONTENT,

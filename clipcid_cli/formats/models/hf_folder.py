@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_text
-from clipcid_cli.formats.models.export_folder import MERGES, VOCABULARY
+from clipcid_cli.formats.atomic import write_json, write_text
+from clipcid_cli.formats.models.export_folder import MERGES, SPECIAL_TOKENS, VOCABULARY
 from clipcid_cli.formats.models.pixels import RESAMPLE, pixel_problems, square_side
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -149,7 +149,11 @@ def write_hf_folder(
     write_text(folder / VOCABULARY, json.dumps(words, ensure_ascii=False) + "\n")
     write_text(folder / MERGES, "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
     length = config.text_config.max_position_embeddings
-    transformers.CLIPTokenizerFast.from_pretrained(folder, model_max_length=length).save_pretrained(folder)
+    tokenizer = transformers.CLIPTokenizerFast.from_pretrained(folder, model_max_length=length)
+    tokenizer.save_pretrained(folder)
+    write_json(
+        folder / SPECIAL_TOKENS, tokenizer.special_tokens_map
+    )  # which transformers 5 leaves out, and others read
 
 
 def make_config(model: Mapping[str, Any], logit_scale: float) -> Any:
