@@ -2,14 +2,12 @@
 
 Everything is written to a hidden sibling, flushed to the disk, and renamed. The sibling's name is fixed, so the next run
 overwrites what a killed one left; the lock of the output folder keeps two writers apart. Where no folder is locked, each
-writer has a sibling of its own and locks that: the kernel ends the lock with the process, so a sibling or temporary folder
-that nobody holds is what a killed run left, whatever the clock says.
+writer has a sibling of its own and holds that: one that nobody holds is what a killed run left.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import filecmp
 import io
 import json
@@ -19,13 +17,13 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.lock import lock
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 _LOCK = ".lock"
-_PIECES_AT_ONCE = 8192
 
 
 @contextmanager
@@ -50,19 +47,19 @@ def atomic_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     Yields:
         A binary file. When the block ends without an error the file is synced and renamed to `path`; when it raises,
         the partial file is removed and whatever `path` held before is untouched.
-
-    Raises:
-        ClipcidError: when the disk is full or the folder cannot be written to.
     """
     own = f".{secrets.token_hex(4)}" if shared else ""
     partial = path.with_name(f".{path.name}{own}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _hold_new(partial) if shared else partial.open("wb") as file:
+        with ExitStack() as stack:
+            if shared:
+                stack.enter_context(lock(partial))  # until it has its name
+            file = stack.enter_context(partial.open("wb"))
             yield file
             file.flush()
             os.fsync(file.fileno())
-            partial.replace(path)  # while it is held
+            partial.replace(path)
     except BaseException as error:
         with suppress(OSError):  # where its folder could not be made
             partial.unlink(missing_ok=True)
@@ -70,28 +67,6 @@ def atomic_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
         if refusal is not None and refusal.filename in (None, *map(str, (path, partial, *path.parents))):
             raise write_error(path, refusal) from error
         raise
-
-
-def _hold_new(path: Path) -> IO[bytes]:
-    """Open a file for writing and hold it, so that `remove_abandoned` of another process leaves it."""
-    while True:
-        file = path.open("wb")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if is_at(file.fileno(), path):
-                return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()  # removed before it was held
-
-
-def is_at(descriptor: int, path: Path) -> bool:
-    """Tell whether an open file still has the name it was opened by."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _find_refusal(error: BaseException) -> OSError | None:
@@ -104,14 +79,7 @@ def _find_refusal(error: BaseException) -> OSError | None:
 
 @contextmanager
 def named_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
-    """Open a file that the user named, as `atomic_file` does; a file of other content is replaced only on request.
-
-    Args:
-        overwrite: Whether a file of other content may be replaced. One with the same bytes is always accepted.
-
-    Raises:
-        ClipcidError: when a file of other content exists; it is left unchanged.
-    """
+    """Open a file that the user named, as `atomic_file` does; one of other content is replaced only with `overwrite`."""
     with atomic_file(path) as file:
         yield file
         file.flush()
@@ -123,11 +91,7 @@ def named_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Refuse a path at which no file can be made, before the work whose result it is to hold; nothing is made.
-
-    Raises:
-        ClipcidError: when there is a folder, or a parent is no folder or may not be written to.
-    """
+    """Refuse a path at which no file can be made, before the work whose result it is to hold; nothing is made."""
     if path.is_dir():
         raise write_error(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
     parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
@@ -151,7 +115,7 @@ def held_folder(prefix: str, parent: Path | None) -> Iterator[Path]:
             made = tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
             folder = Path(stack.enter_context(made))
             with suppress(FileNotFoundError):  # removed before it was held
-                stack.enter_context(_hold_new(folder / _LOCK))
+                stack.enter_context(lock(folder / _LOCK))
                 break
         yield folder
 
@@ -163,20 +127,17 @@ def remove_abandoned(found: Iterable[Path]) -> None:
         found: Files of `atomic_file` that are shared, or folders of `held_folder`. Others that are given must be nobody's.
     """
     for path in found:
-        mark = path / _LOCK if path.is_dir() else path
-        with suppress(OSError), mark.open("ab" if mark is not path else "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not is_at(file.fileno(), mark):  # it has got its final name
-                continue
-            if mark is path:
-                path.unlink()
-            else:
+        is_folder = path.is_dir()
+        with suppress(OSError), lock(path / _LOCK if is_folder else path, wait=False):
+            if is_folder:
                 shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def write_error(path: Path, error: OSError) -> ClipcidError:
     """Return the error for a `path` that could not be written."""
-    if isinstance(error, IsADirectoryError | FileExistsError | NotADirectoryError):
+    if isinstance(error, IsADirectoryError | FileExistsError | NotADirectoryError) or error.errno == errno.ENOTEMPTY:
         fix = "Remove or rename what is in its place, then run the same command again."
     elif isinstance(error, FileNotFoundError):
         fix = (
@@ -206,18 +167,10 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON; NaN and infinities are refused since JSON has none."""
     try:
-        _write_json(path, value, ensure_ascii=False)
+        text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:  # the name of a file that is not UTF-8: escaped, it is read back as it is
-        _write_json(path, value, ensure_ascii=True)
-
-
-def _write_json(path: Path, value: Any, *, ensure_ascii: bool) -> None:
-    # Some at a time: the sidecar of 41,000 shards would take 150 MB as a whole.
-    pieces = json.JSONEncoder(indent=2, ensure_ascii=ensure_ascii, allow_nan=False).iterencode(value)
-    with atomic_file(path) as file:
-        while text := "".join(islice(pieces, _PIECES_AT_ONCE)):
-            file.write(text.encode("utf-8"))
-        file.write(b"\n")
+        text = json.dumps(value, indent=2, allow_nan=False).encode("ascii")
+    write_bytes(path, text + b"\n")
 
 
 def write_npy(path: Path, array: np.ndarray[Any, Any]) -> None:

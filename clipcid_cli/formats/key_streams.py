@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import create_mapped
 from clipcid_cli.formats.key_join import hash_keys
-from clipcid_cli.formats.mapped_arrays import create_mapped
 from clipcid_cli.formats.parquet import is_text
 from clipcid_cli.formats.reading import reading
 

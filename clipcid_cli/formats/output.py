@@ -1,398 +1,340 @@
-"""The output folder of a step: its lock, its plan and its sidecar.
+"""The output of a step: one lock, an identity, a work folder, the sidecar last.
 
-The life of an output:
-
-1. ``open_output`` takes a lock that dies with the process, so a second run in the same folder is refused at once.
-2. Is there a sidecar ``<step>.json``? Then the output is finished: it is reused when settings and inputs are the same, and
-   an error names the difference when they are not.
-3. Otherwise the plan ``.<step>.plan.json`` records what an unfinished run was making. With the same settings and inputs the
-   step resumes from the existing files; with others an error names the difference. The files of an earlier plan are removed
-   before the new plan is marked as cleared, so that a run killed in between cannot leave old files as its own.
-   A step that never resumes, or replaces an output without an error, may write no plan: the earlier output stays whole
-   until the step calls ``Output.drop_earlier`` right before it writes its own.
-4. ``Output.commit`` writes the sidecar last; it marks everything before it as complete.
+The identity is a hash of the settings and of what the inputs hold. Unfinished work lies in ``.<step>-<identity>/`` in the
+output's folder, with settings and inputs in ``.run.json``: a killed run resumes where that folder exists, and another
+identity there is another run's. A finished output stays whole meanwhile. With its sidecar in the work folder the new one is
+complete: everything moves from there to its place, the sidecar last, and where a run is killed on the way, the next one
+goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import hashlib
+import glob
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
-from clipcid_cli import __version__
+import msgspec
+
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_error, write_json
-from clipcid_cli.formats.differences import content_of, describe, list_differences, serious_of
-from clipcid_cli.formats.listing import Stat, is_as_listed, list_recorded
-from clipcid_cli.formats.reading import Entries, open_regular, reading
-from clipcid_cli.formats.sidecar_entries import check_entries
-
-FORMAT_VERSION = 1
-
-# Files up to this size are hashed whole, larger ones at the head, the middle and the tail: a petabyte would take too long.
-_WHOLE_FILE = 64 * 2**20
-_WINDOW = 2**20
-# More files than this are compared with a listing of their folders.
-_FEW_FILES = 64
+from clipcid_cli.formats.fingerprint import FileRecord, find_changed, identity_of
+from clipcid_cli.formats.lock import lock
+from clipcid_cli.formats.reading import reading
+from clipcid_cli.formats.sidecar import Kind, Run, make_sidecar, read_sidecar, sidecar_path
 
 WORK_OR_OUT = "--work, or --out where the command has it"
 
-
-def fingerprint_file(path: Path) -> dict[str, Any]:
-    """Describe an input file such that a later run can detect a change.
-
-    Returns:
-        ``{"path": str, "size": bytes, "hash": "blake2b:…"}``; the hash of a file above 64 MiB is ``blake2b-sampled:…``,
-        of its size and three windows of 1 MiB.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size <= _WHOLE_FILE:
-            digest.update(file.read())
-            kind = "blake2b"
-        else:
-            digest.update(str(size).encode())
-            for start in (0, (size - _WINDOW) // 2, size - _WINDOW):
-                file.seek(start)
-                digest.update(file.read(_WINDOW))
-            kind = "blake2b-sampled"
-    return {"path": str(path), "size": size, "hash": f"{kind}:{digest.hexdigest()}"}
-
-
-def read_sidecar(path: Path, fix: str = "Remove it, or choose another folder.") -> dict[str, Any] | None:
-    """Read a sidecar; None when there is none.
-
-    Args:
-        fix: What to do about one that is damaged.
-
-    Returns:
-        Its entries: reading one that is missing raises a ClipcidError with this fix.
-
-    Raises:
-        ClipcidError: when it is not JSON, or of a newer format than this version knows.
-    """
-    if not path.exists():
-        return None
-    with reading(path, "a sidecar of clipcid", fix):
-        sidecar = json.loads(path.read_bytes())
-        if not isinstance(sidecar, dict):
-            raise TypeError("it is no JSON object")
-        version = sidecar["format_version"]
-        check_entries(sidecar)
-    if version > FORMAT_VERSION:
-        raise ClipcidError(
-            f"{path} has format version {version}; this clipcid {__version__} knows up to {FORMAT_VERSION}.",
-            "Upgrade clipcid, or choose another folder.",
-        )
-    return Entries(sidecar, str(path), fix)
+_RUN = ".run.json"
+_DIGIT = "[0-9a-f]"
+_TOLD = 8
 
 
 @dataclasses.dataclass
-class Output:
-    """A locked output folder.
+class Output(Generic[Kind]):
+    """A locked output.
 
     Attributes:
-        step: Name of the step; the sidecar is ``<step>.json``.
-        settings: Settings that determine the content, as JSON values.
-        inputs: Fingerprints of the input files.
-        finished: The sidecar when the output is complete and of the same settings and inputs, else None.
-        resumed: Whether the folder holds an unfinished run of the same settings and inputs.
-        earlier: The sidecar of an existing complete output that differs in what may differ only, and is there until
-            ``drop_earlier``.
+        folder: Where the sidecar and most of the files lie.
+        top: The folder, or one above it, that holds all files.
+        run: Settings and inputs.
+        root: The work folder; its tree is that of `top`.
+        finished: The sidecar when the output is complete and of the same settings and inputs.
+        earlier: That of a complete output that differs only as it may.
+        resumed: Whether there is unfinished work to continue from.
+        kept: Unfinished work of another identity that becomes this one's.
+        dropped: Unfinished work of others.
     """
 
     folder: Path
+    top: Path
     step: str
-    settings: dict[str, Any]
-    inputs: list[dict[str, Any]]
-    finished: dict[str, Any] | None
-    resumed: bool
-    earlier: dict[str, Any] | None = None
+    kind: type[Kind]
+    run: Run
+    root: Path
+    finished: Kind | None = None
+    earlier: Kind | None = None
+    resumed: bool = False
+    kept: Path | None = None
+    dropped: list[Path] = dataclasses.field(default_factory=list)
 
-    def drop_earlier(self, *files: Path) -> None:
-        """Remove an earlier output: its sidecar first, so that a run killed in between leaves it unfinished.
+    @property
+    def work(self) -> Path:
+        """The folder for unfinished files, named as they will be in `folder`; names that begin with a dot are scratch."""
+        return self.root / self.folder.relative_to(self.top)
 
-        Args:
-            files: Its other files.
-        """
-        for path in (sidecar_path(self.folder, self.step), *files):
-            path.unlink(missing_ok=True)
-
-    def commit(
-        self,
-        *,
-        counts: dict[str, Any],
-        seconds: dict[str, float],
-        outputs: Sequence[dict[str, Any]] = (),
-        **more: Any,
-    ) -> dict[str, Any]:
-        """Write the sidecar, which marks the output as complete, and return its content.
+    def start(self, clear: Callable[[], None] | None = None) -> None:
+        """Make the work folder, unless it is there; call it on one process before anything is written.
 
         Args:
-            counts: Numbers of samples or rows read, used and skipped by reason.
-            seconds: Time by phase.
-            outputs: The files it stands for, as `describe_outputs` describes them: `refuse_changed` compares.
-            more: Further entries, such as ``model`` or ``result``.
+            clear: For an output whose files are written in place: removes those of an earlier one, whose sidecar is
+                removed before. Called where there is nothing to resume.
         """
-        sidecar = {
-            "format_version": FORMAT_VERSION,
-            "tool": "clipcid",
-            "tool_version": __version__,
-            "step": self.step,
-            "settings": self.settings,
-            "inputs": self.inputs,
-            **({"outputs": list(outputs)} if outputs else {}),
-            "counts": counts,
-            "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
-            **more,
-        }
-        write_json(sidecar_path(self.folder, self.step), sidecar)
-        drop_plan(self.folder, self.step)
+        try:
+            for other in self.dropped:
+                shutil.rmtree(other, ignore_errors=True)
+            if self.kept is not None:
+                self.kept.rename(self.root)
+            elif clear is not None and not self.root.exists():
+                sidecar_path(self.folder, self.step).unlink(missing_ok=True)
+                clear()
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.root, error) from error
+        write_json(self.root / _RUN, msgspec.to_builtins(self.run))
+        self.dropped, self.kept = [], None
+
+    def commit(self, **entries: Any) -> Kind:
+        """Write the sidecar with these entries, which makes the output complete, and move everything to its place."""
+        sidecar = make_sidecar(self.kind, self.step, self.run, entries)
+        write_json(sidecar_path(self.work, self.step), msgspec.to_builtins(sidecar))
+        self.place()
         return sidecar
 
-
-def sidecar_path(folder: Path, step: str) -> Path:
-    """Return the path of the sidecar of a step's output."""
-    return folder / f"{step}.json"
-
-
-def plan_path(folder: Path, step: str) -> Path:
-    """Return the path of the plan of an unfinished output."""
-    return folder / f".{step}.plan.json"
-
-
-def is_claimed(folder: Path, step: str) -> bool:
-    """Tell whether a folder holds a step's output, finished or begun."""
-    return sidecar_path(folder, step).exists() or plan_path(folder, step).exists()
-
-
-def drop_plan(folder: Path, step: str) -> None:
-    """Remove the plan of an output that is finished; a run that is killed right after its sidecar leaves it."""
-    with suppress(OSError):  # it is ignored in any case
-        plan_path(folder, step).unlink(missing_ok=True)
+    def place(self) -> None:
+        """Move the files of a complete output to their places; also where a killed run has begun to."""
+        earlier, complete = sidecar_path(self.folder, self.step), sidecar_path(self.work, self.step)
+        new = read_sidecar(complete, self.kind)
+        assert new is not None, "the output is complete"
+        with suppress(ClipcidError):  # of an earlier version, or damaged
+            old = read_sidecar(earlier, self.kind)
+            for name in set() if old is None else old.files(self.folder) - new.files(self.work):
+                with suppress(OSError):
+                    (self.folder / name).unlink()
+        try:
+            earlier.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_error(earlier, error) from error
+        _move(self.root, self.top, complete)
+        _rename(complete, earlier)
+        shutil.rmtree(self.root, ignore_errors=True)
 
 
-def describe_outputs(folder: Path, files: Iterable[Path]) -> list[dict[str, Any]]:
-    """Describe finished files of an output for its sidecar, such that `refuse_changed` recognises them.
+def _move(source: Path, target: Path, last: Path) -> None:
+    """Move what is in a folder to another, but for `last` and scratch; where a folder is not there yet, it is one piece."""
+    for piece in sorted(source.iterdir()):
+        place = target / piece.name
+        if piece == last or piece.name.startswith("."):
+            continue
+        if piece.is_dir() and (place.is_dir() or last.is_relative_to(piece)):
+            place.mkdir(exist_ok=True)
+            _move(piece, place, last)
+        else:
+            _rename(piece, place)
 
-    Returns:
-        For each ``{"path": relative to the folder, "size", "time": of modification in ns, "hash"}``.
-    """
-    found = []
-    for path in files:
-        entry, place = fingerprint_file(path), os.path.relpath(path, folder)
-        found.append({"path": place, "size": entry["size"], "time": path.stat().st_mtime_ns, "hash": entry["hash"]})
-    return found
 
-
-def is_unchanged(folder: Path, recorded: dict[str, Any], fingerprint: Callable[[Path], dict[str, Any]]) -> bool:
-    """Tell whether a file is still the one that was recorded.
-
-    The same size and time are enough; of another time, as in a copy, the hash decides.
-
-    Args:
-        recorded: An entry of `describe_outputs`.
-        fingerprint: `fingerprint_file`, or one that remembers.
-    """
-    path = folder / recorded["path"]
+def _rename(source: Path, target: Path) -> None:
     try:
-        stat = path.stat()
-        if stat.st_size != recorded["size"]:
-            return False
-        return stat.st_mtime_ns == recorded["time"] or bool(fingerprint(path)["hash"] == recorded["hash"])
-    except OSError:
-        return False
-
-
-def find_changed(
-    folder: Path,
-    step: str,
-    sidecar: dict[str, Any],
-    names: Collection[str] | None = None,
-    fingerprint: Callable[[Path], dict[str, Any]] = fingerprint_file,
-    stats: Mapping[str, Stat] | None = None,
-) -> str | None:
-    """Find files of a finished output that were removed, replaced or edited since its sidecar was written.
-
-    Args:
-        names: The files to look at, relative to the folder; None for all.
-        fingerprint: `fingerprint_file`, or one that remembers.
-        stats: What `list_recorded` found; None to look now.
-
-    Returns:
-        What is wrong with the first of them, a sentence; None where none changed, or the sidecar does not record them.
-    """
-    entries = sidecar.get("outputs", [])
-    chosen = [entry for entry in entries if names is None or entry["path"] in names]
-    if stats is None and len(chosen) > _FEW_FILES:
-        stats = list_recorded(folder, chosen)
-    if stats is not None:
-        chosen = [entry for entry in chosen if not is_as_listed(stats.get(entry["path"]), entry)]
-    with ThreadPoolExecutor(16) as pool:  # hashing waits for the disk
-        same = pool.map(lambda entry: is_unchanged(folder, entry, fingerprint), chosen)
-        changed = next((entry for entry, found in zip(chosen, same, strict=True) if not found), None)
-    if changed is None:
-        return None
-    path, record = folder / changed["path"], sidecar_path(folder, step)
-    if not path.is_file():
-        return f"{path} is missing, which {record} says was written."
-    now = fingerprint(path)
-    return (
-        f"{path} has changed since {record} was written: {changed['size']:,} bytes ({changed['hash']}) then, "
-        f"{now['size']:,} bytes ({now['hash']}) now."
-    )
-
-
-def refuse_changed(
-    folder: Path, step: str, sidecar: dict[str, Any], fix: Callable[[], str], names: Collection[str] | None = None
-) -> None:
-    """Raise what `find_changed` finds.
-
-    Args:
-        fix: Says what to run to make the output again; called where something has changed.
-    """
-    changed = find_changed(folder, step, sidecar, names)
-    if changed is not None:
-        raise ClipcidError(changed, fix())
+        source.replace(target)
+    except OSError as error:
+        raise write_error(target, error) from error
 
 
 @contextmanager
-def open_output(
-    folder: Path,
-    step: str,
-    *,
-    settings: dict[str, Any],
-    inputs: list[dict[str, Any]],
-    overwrite: bool,
-    replaceable: frozenset[str] = frozenset(),
-    clear: Callable[[], None] = lambda: None,
-    resumable: bool = True,
-    may_grow: bool = False,
-    keeps_earlier: bool = False,
-    elsewhere: str = WORK_OR_OUT,
-) -> Iterator[Output]:
-    """Lock an output folder and determine whether it is finished, unfinished or new.
-
-    Args:
-        folder: The output folder; created when missing.
-        settings: Settings that determine the content, as JSON values.
-        inputs: Fingerprints of the input files.
-        overwrite: Treat an output of other settings or inputs as missing.
-        replaceable: Names of settings in which an existing output may differ without an error: it is then made again
-            (``finished`` is None and ``resumed`` False).
-        clear: Removes files that the step would otherwise take for its own unfinished work; called unless the output is
-            finished or resumed.
-        resumable: Whether the step continues from an unfinished run. When not, nothing is written or removed here.
-        may_grow: Whether inputs may have been added without an error, as settings that are replaceable may differ.
-        keeps_earlier: Whether a finished output that is replaced without an error stays until ``drop_earlier``; then no plan
-            is written.
-        elsewhere: The flags that choose another place, for the error.
-
-    Raises:
-        ClipcidError: when another run holds the folder, or it holds an output of other settings or inputs, or one whose
-            files have changed since.
-    """
-    folder = Path(folder)
+def open_output(folder: Path, step: str, kind: type[Kind], **wanted: Any) -> Iterator[Output[Kind]]:
+    """Lock an output and determine whether it is finished, unfinished or new; the arguments are those of `find_output`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
-    with lock_output(folder, step):
-        sidecar, plan = sidecar_path(folder, step), plan_path(folder, step)
-        identity = {"format_version": FORMAT_VERSION, "settings": settings, "inputs": inputs}
-        finished, begun = read_sidecar(sidecar), read_sidecar(plan) if resumable else None
-        existing = finished or begun
-        earlier, resumed = None, False
-        if existing is not None:
-            differences = list_differences(existing, identity)
-            serious = serious_of(differences, existing, inputs, replaceable, may_grow=may_grow)
-            if serious and not overwrite:
-                raise _other_output(folder, step, "holds" if finished else "holds unfinished", serious, elsewhere)
-            if differences:
-                earlier = finished if (keeps_earlier or not resumable) and not serious else None
-                finished = None
-            resumed = finished is None and not differences and existing.get("cleared", False)
-            # A step that does not resume makes a removed file again.
-            names = (entry["path"] for entry in existing.get("outputs", []))
-            there = [name for name in names if resumable or (folder / name).exists()]
-            changed = None if finished is None else find_changed(folder, step, finished, there)
-            if changed is not None and not overwrite:
-                raise ClipcidError(changed, "Add --overwrite to make it again.")
-            finished = finished if changed is None else None
-        if resumable and finished is None and earlier is None and not resumed:
-            write_json(plan, identity | {"cleared": False})
-            sidecar.unlink(missing_ok=True)
-            clear()
-            write_json(plan, identity | {"cleared": True})
-        if begun is not None and finished is not None:
-            drop_plan(folder, step)
-        yield Output(folder, step, settings, inputs, finished, resumed, earlier)
+    with _lock_output(folder, step):
+        top = wanted.get("top") or folder
+        for root in _find_works(folder, step):
+            killed = Output(folder, top, step, kind, Run(settings={}, inputs=[]), root)
+            if sidecar_path(killed.work, step).exists():
+                killed.place()
+        output = find_output(folder, step, kind, **wanted)
+        resumes = wanted.get("resumes", True)
+        if output.finished is not None or not resumes:
+            for root in output.dropped:
+                shutil.rmtree(root, ignore_errors=True)
+        try:
+            yield output
+        except BaseException:
+            if not resumes and not sidecar_path(output.work, step).exists():
+                shutil.rmtree(output.root, ignore_errors=True)
+            raise
 
 
-def refuse_other_output(
+def find_output(
     folder: Path,
     step: str,
+    kind: type[Kind],
     *,
     settings: dict[str, Any],
-    inputs: list[dict[str, Any]],
+    inputs: Sequence[FileRecord],
     overwrite: bool,
+    may_differ: Collection[str] = (),
     may_grow: bool = False,
+    resumes: bool = True,
     elsewhere: str = WORK_OR_OUT,
-) -> None:
-    """Refuse an output of other settings or inputs as `open_output` does (ClipcidError); writes nothing, for a dry run."""
-    finished = read_sidecar(sidecar_path(folder, step))
-    existing = finished or read_sidecar(plan_path(folder, step))
-    if existing is not None and not overwrite:
-        differences = list_differences(existing, {"settings": settings, "inputs": inputs})
-        if serious := serious_of(differences, existing, inputs, may_grow=may_grow):
-            raise _other_output(folder, step, "holds" if finished else "holds unfinished", serious, elsewhere)
+    top: Path | None = None,
+) -> Output[Kind]:
+    """Determine whether an output is finished, unfinished or new, without a lock and writing nothing: for a dry run.
+
+    Args:
+        folder: Where its sidecar lies.
+        kind: The type of its sidecar.
+        overwrite: Treat an output of other settings or inputs as missing.
+        may_differ: Settings, and ``inputs``, in which an existing output may differ without an error.
+        may_grow: Whether inputs may have been added without an error.
+        resumes: Whether the step continues from unfinished work.
+        elsewhere: The flags that choose another place, for the error.
+        top: A folder above `folder`, where further files of the output lie.
+    """
+    run = Run(settings=json.loads(json.dumps(settings)), inputs=[*inputs])
+    root = folder / f".{step}-{identity_of(settings, inputs)}"
+    output = Output(folder, top or folder, step, kind, run, root)
+    works, complete = _find_works(folder, step), None
+    for work in works:
+        if sidecar_path(dataclasses.replace(output, root=work).work, step).exists():
+            complete = work
+    others = [work for work in works if work not in (root, complete)]
+    begun = resumes and root in works and root != complete
+
+    def list_serious(there: Run) -> tuple[dict[str, str], dict[str, str]]:
+        """Return all differences, and those that are errors."""
+        differences = _list_differences(there, run)
+        may_be_other = "inputs" in may_differ or (may_grow and _are_among(there.inputs, run.inputs))
+        fine = {name for name in differences if name.startswith("input") and may_be_other}
+        fine |= {name for name in differences if name.removeprefix("settings.").split(".")[0] in may_differ}
+        return differences, {name: told for name, told in differences.items() if name not in fine}
+
+    def refuse(holds: str, serious: dict[str, str]) -> ClipcidError:
+        told = [f"  {name}: {difference}" for name, difference in serious.items()]
+        told[_TOLD:] = [f"  … and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
+        return ClipcidError(
+            "\n".join([f"{folder} {holds} {step} output made with other settings or inputs:", *told]),
+            f"Add --overwrite to replace it, or write elsewhere ({elsewhere}).",
+        )
+
+    path = sidecar_path(folder if complete is None else dataclasses.replace(output, root=complete).work, step)
+    existing = _read(lambda: read_sidecar(path, kind), overwrite)
+    if existing is not None:
+        differences, serious = list_serious(existing)
+        if serious and not (overwrite or begun):
+            raise refuse("holds", serious)
+        # A step that does not resume makes a removed file again.
+        there = [each for each in existing.outputs if resumes or (folder / each.path).exists()]
+        changed = None if differences or complete else find_changed(folder, there, path)
+        if changed is not None and not (overwrite or begun):
+            raise ClipcidError(changed, "Add --overwrite to make it again.")
+        if not differences and changed is None:
+            output.finished = existing
+        elif not serious and changed is None:
+            output.earlier = existing
+    if output.finished is not None or not resumes:
+        output.dropped = [work for work in works if work == root or not resumes]
+        return output
+    for work in others:
+        there_run = _read(lambda work=work: _read_run(work), overwrite)  # type: ignore[misc]
+        _, serious = ({}, {}) if there_run is None else list_serious(there_run)
+        if serious and not overwrite:
+            raise refuse("holds unfinished", serious)
+        if there_run is None or serious or begun or output.kept is not None:
+            output.dropped.append(work)
+        else:
+            output.kept = work
+    output.resumed = begun or output.kept is not None
+    return output
 
 
-def _other_output(folder: Path, step: str, holds: str, found: dict[str, str], elsewhere: str) -> ClipcidError:
-    fix = f"Add --overwrite to replace it, or write elsewhere ({elsewhere})."
-    return ClipcidError(f"{folder} {holds} {step} output made with other settings or inputs:\n{describe(found)}", fix)
+def unfinished(folder: Path, step: str) -> Run | None:
+    """Return settings and inputs of an unfinished run; None when there is none."""
+    return next((run for work in _find_works(folder, step) if (run := _read_run(work)) is not None), None)
 
 
-def plan_identity(settings: dict[str, Any], inputs: list[dict[str, Any]]) -> str:
-    """Hash settings and the content of inputs, independent of their paths."""
-    content = [settings, [[part for part in content_of(entry) if part is not None] for entry in inputs]]
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+def is_claimed(folder: Path, step: str) -> bool:
+    """Tell whether a folder holds a step's output, finished or begun."""
+    return sidecar_path(folder, step).exists() or bool(_find_works(folder, step))
+
+
+def _find_works(folder: Path, step: str) -> list[Path]:
+    return sorted(folder.glob(f".{glob.escape(step)}-{_DIGIT * 16}"))
+
+
+def _read_run(work: Path) -> Run | None:
+    if not (work / _RUN).exists():  # killed right after it was made
+        return None
+    with reading(work / _RUN, "the settings of an unfinished run", f"Remove {work}."):
+        return msgspec.convert(json.loads((work / _RUN).read_bytes()), Run)
+
+
+def _read(read: Callable[[], Any], overwrite: bool) -> Any:
+    """Read what may be replaced where it cannot be read."""
+    try:
+        return read()
+    except ClipcidError:
+        if not overwrite:
+            raise
+        return None
+
+
+def _list_differences(there: Run, now: Run) -> dict[str, str]:
+    """Return for each setting and input that differs how: ``{"settings.keep": "0.5 there, 0.6 now"}``."""
+    found = _compare_values("settings", there.settings, now.settings)
+    if len(there.inputs) == len(now.inputs):
+        for old, new in zip(there.inputs, now.inputs, strict=True):
+            if old.content != new.content:
+                found[f"input {new.path}"] = f"{_describe(old)} there, {_describe(new)} now"
+        return found
+    left = {each.content for each in now.inputs}
+    gone = [Path(each.path).name for each in there.inputs if each.content not in left]
+    found["inputs"] = f"{len(there.inputs)} files there, {len(now.inputs)} now"
+    if gone:
+        more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+        found["inputs"] += f"; changed or gone: {', '.join(gone[:3])}{more}"
+    return found
+
+
+def _describe(record: FileRecord) -> str:
+    shard = "" if record.shard is None else f" as shard {record.shard}"
+    return f"{record.size} bytes ({record.hash}){shard}"
+
+
+def _compare_values(name: str, old: Any, new: Any) -> dict[str, str]:
+    """Compare two JSON values; of nested ones, the innermost that differ are told."""
+    if old == new:
+        return {}
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {name: f"{_short(old)} there, {_short(new)} now"}
+    found: dict[str, str] = {}
+    for key in dict.fromkeys([*new, *old]):
+        found |= _compare_values(f"{name}.{key}", old.get(key), new.get(key))
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _are_among(earlier: Sequence[FileRecord], now: Sequence[FileRecord]) -> bool:
+    """Tell whether all inputs are still there, in the same order, whatever lies between them."""
+    rest = iter([each.content for each in now])
+    return all(each.content in rest for each in earlier)
 
 
 @contextmanager
-def lock_output(folder: Path, step: str) -> Iterator[None]:
-    """Hold the folder for one run; the kernel drops the lock when the process ends, however it ends.
-
-    Raises:
-        ClipcidError: when another run holds it, or the lock cannot be written.
-    """
+def _lock_output(folder: Path, step: str) -> Iterator[None]:
     path = folder / f".{step}.lock"
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
-    except OSError as error:
-        raise write_error(path, error) from error
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = stack.enter_context(lock(path, wait=False))
         except BlockingIOError as error:
-            holder = os.pread(handle, 64, 0).decode(errors="replace").strip()
+            holder = path.read_text(errors="replace").strip()
             raise ClipcidError(
                 f"Another run ({holder or 'of unknown process number'}) is writing to {folder}.",
-                "Wait for it, stop it, or work elsewhere (--work, or --out where the command has it).",
+                f"Wait for it, stop it, or work elsewhere ({WORK_OR_OUT}).",
             ) from error
-        except OSError as error:  # a file system without locks
+        except OSError as error:  # also of a file system without locks
             raise write_error(path, error) from error
         with suppress(OSError):  # a full disk; the name only serves the message above
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()}\n".encode(), 0)
+            os.ftruncate(held, 0)
+            os.pwrite(held, f"process {os.getpid()}\n".encode(), 0)
         yield
-    finally:
-        os.close(handle)

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from clipcid_cli.errors import ClipcidError
 
@@ -42,15 +42,11 @@ def read_regular(path: Path | str) -> bytes:
 
 @contextmanager
 def reading(path: Path, expected: str, fix: str) -> Iterator[None]:
-    """Turn whatever is raised while `path` is read into one error.
+    """Turn whatever but a ClipcidError is raised while `path` is read into one error; so is that it is no regular file.
 
     Args:
         expected: What the file should be, with its article: "a parquet file".
         fix: What to do about it.
-
-    Raises:
-        ClipcidError: when the path is no regular file, cannot be opened, or the block raises anything but a ClipcidError;
-            of an entry that is missing, with this fix.
     """
     with _naming(path, expected, fix):
         open_regular(path).close()
@@ -68,8 +64,6 @@ def reading_from(path: Path, expected: str, fix: str) -> Iterator[IO[bytes]]:
 def _naming(path: Path, expected: str, fix: str) -> Iterator[None]:
     try:
         yield
-    except MissingEntryError as error:
-        raise ClipcidError(error.message, fix) from error
     except ClipcidError:
         raise
     except OSError as error:
@@ -86,37 +80,3 @@ def describe(error: Exception) -> str:
         return "it asks for more memory than there is"
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return " ".join(reason.split())[:300].rstrip(".")
-
-
-class MissingEntryError(ClipcidError):
-    """A JSON object from a file lacks an entry."""
-
-
-class Entries(dict[str, Any]):
-    """The entries of a JSON object from a file: to read one that is missing is an error that names it and the file."""
-
-    def __init__(self, content: dict[str, Any], source: str, fix: str, prefix: str = "") -> None:
-        """Take the entries, and those of objects in them.
-
-        Args:
-            source: What to call the file in the error.
-            fix: What to do about it.
-            prefix: What goes before the name of an entry.
-        """
-
-        def enter(name: str, value: Any) -> Any:
-            if isinstance(value, list) and name not in ("inputs", "outputs"):  # long lists, which are checked
-                return [enter(name, each) for each in value]
-            return Entries(value, source, fix, f"{prefix}{name}.") if isinstance(value, dict) else value
-
-        super().__init__((name, enter(name, value)) for name, value in content.items())
-        self._source, self._fix, self._prefix = source, fix, prefix
-
-    def __or__(self, other: dict[str, Any]) -> Entries:  # type: ignore[override]  # dict's has overloads
-        return Entries({**self, **other}, self._source, self._fix, self._prefix)
-
-    def __ror__(self, other: dict[str, Any]) -> Entries:  # type: ignore[override]  # dict's has overloads
-        return Entries({**other, **self}, self._source, self._fix, self._prefix)
-
-    def __missing__(self, name: str) -> Any:
-        raise MissingEntryError(f"{self._source} has no entry {self._prefix + name!r}.", self._fix)

@@ -8,43 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError, command_line
-from clipcid_cli.formats.output import plan_path, read_sidecar, refuse_changed, sidecar_path
+from clipcid_cli.formats.fingerprint import refuse_changed
+from clipcid_cli.formats.output import unfinished
+from clipcid_cli.formats.sidecar import (
+    BalanceSidecar,
+    ClusterSidecar,
+    DataSpec,
+    DistillSidecar,
+    EmbedSidecar,
+    read_sidecar,
+    sidecar_path,
+)
 
 KEEP_LIST = "keep.parquet"
 """Name of the keep list in its folder."""
-# Flags by which an output is made again, and the values that need none.
-BALANCE_FLAGS = {
-    **dict.fromkeys(("keep", "threshold", "cosine_distance", "against_threshold", "max_per_cluster", "seed")),
-    **dict.fromkeys(("min_caption_similarity", "max_caption_similarity")),
-    "linkage": "single",
-    "select": "central",
-    "neighbors": "exact",
-    "clusters": None,
-    "keys": "sample",
-    "npz_array": None,
-}
-CLUSTER_FLAGS = {
-    **dict.fromkeys(("num_clusters", "train_rows", "npz_array")),
-    "features": "image",
-    "iterations": 20,
-    "seed": 0,
-    "keys": "sample",
-}
+CLUSTERS = "clusters.parquet"
+"""Name of the table of clusters in its folder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkDirectory:
-    """Names of the folders in a work directory.
-
-    Attributes:
-        path: The work directory itself; it need not exist yet.
-    """
+    """Names of the folders in a work directory, which need not exist yet."""
 
     path: Path
 
@@ -127,13 +116,10 @@ class WorkDirectory:
 
         Args:
             model_slug: Slug of their model; None for the embeddings that `balance` used, or else the only ones.
-
-        Raises:
-            ClipcidError: when there are none, or several to choose from.
         """
         if model_slug is not None:
             folder = self.embeddings(model_slug)
-            if read_sidecar(sidecar_path(folder, "embed")) is None:
+            if read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is None:
                 raise self._missing("embeddings", folder, "--embeddings", "embed", "DATA", model="MODEL")
             return folder
         if (balanced := self._balanced()) is not None:
@@ -150,45 +136,44 @@ class WorkDirectory:
 
     def _balanced(self) -> Path | None:
         """Find the embeddings that `balance` used."""
-        balanced = read_sidecar(sidecar_path(self.balance, "balance"))
-        folder = None if balanced is None or "embeddings" not in balanced else self.path / str(balanced["embeddings"])
+        balanced = read_sidecar(sidecar_path(self.balance, "balance"), BalanceSidecar)
+        folder = None if balanced is None else self.path / balanced.embeddings
         return folder if folder is not None and folder.is_dir() else None
 
     def find_keep_list(self) -> Path | None:
         """Find the keep list of a finished `balance`; None when there was no `balance` here.
 
-        Raises:
-            ClipcidError: when a `balance` here is unfinished: continuing without its list would take all images. When the
-            list was edited since: which of the two is meant, the user must say.
+        An unfinished one is refused: to continue without its list would take all images. So is a list that was edited since:
+        which of the two is meant, the user must say.
         """
-        found = self._finished(self.balance, "balance", KEEP_LIST, self._balance_again)
-        if found is None and (plan_path(self.balance, "balance").exists() or (self.balance / KEEP_LIST).exists()):
+        path, record = self.balance / KEEP_LIST, sidecar_path(self.balance, "balance")
+        sidecar = read_sidecar(record, BalanceSidecar)
+        if sidecar is not None and path.exists():
+            refuse_changed(self.balance, sidecar.outputs, record, partial(self._balance_again, sidecar))
+            return path
+        if path.exists() or unfinished(self.balance, "balance") is not None:
             raise ClipcidError(
                 f"The balance in {self.balance} is unfinished.",
                 "Run its command again, which finishes it, or give --keep-list none to take all images.",
             )
-        return found
+        return None
 
     def find_clusters(self, **flags: Any) -> Path:
         """Find the folder of a finished `cluster`.
 
         Args:
             flags: Those of the command that makes it, for the error.
-
-        Raises:
-            ClipcidError: when there is none.
         """
-        remake = partial(remake_clusters, self.clusters, work=self.path)
-        if self._finished(self.clusters, "cluster", "clusters.parquet", remake) is None:
+        record = sidecar_path(self.clusters, "cluster")
+        sidecar = read_sidecar(record, ClusterSidecar)
+        if sidecar is None or not (self.clusters / CLUSTERS).exists():
             raise self._missing("clusters", self.clusters, "--clusters", "cluster", **flags)
+        table = [each for each in sidecar.outputs if each.path == CLUSTERS]
+        refuse_changed(self.clusters, table, record, partial(remake_clusters, self.clusters, sidecar, self.path))
         return self.clusters
 
     def find_student(self) -> Path:
-        """Find the student of the training run that finished last.
-
-        Raises:
-            ClipcidError: when no run has finished, or the student was replaced or edited since.
-        """
+        """Find the student of the training run that finished last."""
         runs = sorted((self.path / "distill").glob("*/distill.json"), key=lambda path: (path.stat().st_mtime_ns, path))
         if not runs:
             raise ClipcidError(
@@ -196,87 +181,61 @@ class WorkDirectory:
                 "Name a model (an architecture:tag or a folder), or run: "
                 + command_line("distill", teacher="M", student="M", work=self.path),
             )
-        run, student = runs[-1].parent, runs[-1].parent / "student"
+        run, student, sidecar = runs[-1].parent, runs[-1].parent / "student", read_sidecar(runs[-1], DistillSidecar)
         fix = f"Name the model as it is now: {student}; or train it again, by its command and --overwrite."
-        refuse_changed(run, "distill", read_sidecar(runs[-1]) or {}, lambda: fix)
+        refuse_changed(run, [] if sidecar is None else sidecar.outputs, runs[-1], lambda: fix)
         return student
 
     def find_run(self) -> Path:
         """Find the folder of the training run that finished last, as `find_student` does."""
         return self.find_student().parent
 
-    def find_data(self, embeddings: Path | None = None) -> dict[str, Any]:
-        """Find the data that embeddings were made from.
+    def find_data(self, embeddings: Path | None = None) -> DataSpec:
+        """Find the data that embeddings were made from, for `open_described`.
 
         Args:
             embeddings: Folder of the embeddings; None takes what `find_embeddings` finds.
-
-        Returns:
-            The ``data`` entry of their sidecar, for `open_described`.
-
-        Raises:
-            ClipcidError: when there are no embeddings, or they were made by another tool.
         """
         folder = embeddings if embeddings is not None else self.find_embeddings()
-        sidecar = read_sidecar(sidecar_path(folder, "embed"))
-        if sidecar is None or "data" not in sidecar:
+        sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
+        if sidecar is None:
             raise ClipcidError(
                 f"{folder} does not record which data it was made from.",
                 "Give the data as the first argument (a folder of shards, …).",
             )
-        data: dict[str, Any] = sidecar["data"]
-        return data
+        return sidecar.data
 
-    def _finished(self, folder: Path, step: str, file: str, fix: Callable[[dict[str, Any]], str]) -> Path | None:
-        path, sidecar = folder / file, read_sidecar(sidecar_path(folder, step))
-        if sidecar is None or not path.exists():
-            return None
-        refuse_changed(folder, step, sidecar, lambda: fix(sidecar), names={file})
-        return path
-
-    def _balance_again(self, sidecar: dict[str, Any]) -> str:
-        flags = _made_with(sidecar, self.path, BALANCE_FLAGS)
-        against = tuple(each[0] for each in sidecar.get("settings", {}).get("against") or ())
-        command = command_line("balance", **flags, against=against, overwrite=True)
+    def _balance_again(self, sidecar: BalanceSidecar) -> str:
+        flags = _flags_of(sidecar, self.path)
         edited = shlex.join(["--keep-list", str(self.balance / KEEP_LIST)])
-        return f"Name the list as it is now: {edited}\nOr make it again: {command}"
+        again = command_line("balance", **flags, overwrite=True)
+        return f"Name the list as it is now: {edited}\nOr make it again: {again}"
 
     def _missing(self, what: str, folder: Path, flag: str, *words: str, **flags: Any) -> ClipcidError:
-        unfinished = " (only unfinished ones)" if folder.is_dir() and any(folder.iterdir()) else ""
+        some = " (only unfinished ones)" if folder.is_dir() and any(folder.iterdir()) else ""
         command = command_line(*words, **flags, work=self.path)
-        return ClipcidError(f"There are no {what} in {folder}{unfinished}.", f"Give {flag}, or run: {command}")
+        return ClipcidError(f"There are no {what} in {folder}{some}.", f"Give {flag}, or run: {command}")
 
 
-def remake_clusters(folder: Path, sidecar: dict[str, Any], work: Path | None, **more: Any) -> str:
+def remake_clusters(folder: Path, sidecar: ClusterSidecar, work: Path | None, **more: Any) -> str:
     """Return the fix that makes clusters again: a command where they are those of the step's work directory.
 
     Args:
-        folder: Their folder.
-        sidecar: Theirs.
         work: The work directory of the step; None where it is not known.
         more: Flags in which the new ones differ.
     """
     if work is None or folder.resolve() != WorkDirectory(work).clusters.resolve():
         again = "" if more else ", or give the command that made these again, with --overwrite"
         return f"Name other clusters with --clusters{again}."
-    flags = _made_with(sidecar, work, CLUSTER_FLAGS) | {"keep_list": _keep_list_of(sidecar, WorkDirectory(work))} | more
+    keep_list = "none"  # there may be a list by now
+    if sidecar.keep_list is not None:
+        own = WorkDirectory(work).balance / KEEP_LIST
+        keep_list = sidecar.keep_list.path if Path(sidecar.keep_list.path).resolve() != own.resolve() else ""
+    flags = _flags_of(sidecar, work) | {"keep_list": keep_list or None} | more
     return f"Run: {command_line('cluster', **flags, overwrite=True)}"
 
 
-def _made_with(sidecar: dict[str, Any], work: Path, flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags of the command that made an output of a work directory, as far as their defaults differ."""
-    # The settings of `balance` have the hash of its clusters by that name.
-    made = {**sidecar.get("settings", {}), "clusters": None, **sidecar.get("flags", {})}
-    embeddings = sidecar.get("embeddings")
-    found = {name: made[name] for name, default in flags.items() if made.get(name, default) != default}
-    return found | {"embeddings": work / embeddings if isinstance(embeddings, str) else None, "work": work}
-
-
-def _keep_list_of(sidecar: dict[str, Any], work: WorkDirectory) -> str | None:
-    """Return the flag by which clusters are made of the same images again; None for the work directory's own list."""
-    if "keep_list" not in sidecar:
-        return None
-    if sidecar["keep_list"] is None:
-        return "none"  # there may be a list by now
-    path = str(sidecar["keep_list"]["path"])
-    return None if Path(path).resolve() == (work.balance / KEEP_LIST).resolve() else path
+def _flags_of(sidecar: BalanceSidecar | ClusterSidecar, work: Path) -> dict[str, Any]:
+    """Return the flags of the command that made an output of a work directory."""
+    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in sidecar.flags.items()}
+    return flags | {"embeddings": work / sidecar.embeddings, "work": work}

@@ -8,6 +8,7 @@ from typing import Any
 
 from clipcid_cli.errors import command_line
 from clipcid_cli.formats.embeddings.command import embed_command
+from clipcid_cli.formats.sidecar import DataSpec, ModelRecord
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import hash_weights
 from clipcid_cli.runtime.models.names import ModelName, find_weights, read_config
@@ -32,31 +33,28 @@ class ModelMismatch:
     named: str
 
 
-def find_mismatch(recorded: dict[str, Any], name: ModelName) -> ModelMismatch | None:
+def find_mismatch(recorded: ModelRecord, name: ModelName) -> ModelMismatch | None:
     """Compare a model recorded in a sidecar with a named one; None when they are the same.
 
     Weights given by a tag never change, so such a model is identified by its name; a folder by its weights' bytes, its
     tokenizer, its preprocessing and its architecture.
-
-    Args:
-        recorded: Entry ``model`` of a sidecar.
     """
     weights = find_weights(name.path) if name.path is not None else None
     if weights is None or name.path is None:
-        return None if recorded["spec"] == name.spec else ModelMismatch("weights", recorded["spec"], name.spec)
+        return None if recorded.spec == name.spec else ModelMismatch("weights", recorded.spec, name.spec)
     config, preprocess = read_config(name.path)
     weights_hash = hash_weights(weights)
-    if recorded["weights_hash"] != weights_hash:
-        return ModelMismatch("weights", recorded["weights_hash"], weights_hash)
-    old_config = recorded["config"]
+    if recorded.weights_hash != weights_hash:
+        return ModelMismatch("weights", recorded.weights_hash, weights_hash)
+    old_config = recorded.config
     found = _compare("tokenizer", old_config["text_cfg"], config["text_cfg"], _TOKENS)
     # The size is the architecture's, whatever the preprocessing says.
     pixels = tuple(key for key in preprocess if key != "size")
-    found = found or _compare("preprocessing", recorded["preprocess"], preprocess, pixels)
+    found = found or _compare("preprocessing", recorded.preprocess, preprocess, pixels)
     return found or _compare("architecture", old_config, config, tuple(sorted({*old_config, *config})))
 
 
-def is_of(recorded: dict[str, Any], name: ModelName) -> bool:
+def is_of(recorded: ModelRecord, name: ModelName) -> bool:
     """Tell whether a model recorded in a sidecar is the one that `name` refers to."""
     return find_mismatch(recorded, name) is None
 
@@ -69,14 +67,13 @@ def _compare(what: str, recorded: dict[str, Any], named: dict[str, Any], keys: t
     return None
 
 
-def embed_with(name: ModelName, settings: DistillSettings, sidecar: dict[str, Any] | None = None) -> str:
+def embed_with(name: ModelName, settings: DistillSettings, data: DataSpec | None = None) -> str:
     """Return the command that embeds the data of a run with another model, for a fix.
 
     Args:
-        sidecar: That of embeddings, whose data it is where the run names none.
+        data: That of embeddings, where the run names none.
     """
-    described = (sidecar or {}).get("data", {})
-    return embed_command(name.spec, described, settings.data, **settings.data_flags, work=settings.work)
+    return embed_command(name.spec, data, settings.data, **settings.data_flags, work=settings.work)
 
 
 def cluster_with(name: ModelName, settings: DistillSettings) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.atomic import write_error, write_npy
-from clipcid_cli.formats.mapped_arrays import Arrays
 from clipcid_cli.runtime.machine import Machine
 
 _FOLDER = ".shared"

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,9 @@ from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_fol
 from clipcid_cli.formats.data.sample_list import LIST_SUFFIXES, Columns, read_sample_list
 from clipcid_cli.formats.data.samples import Location, Sample, Shard, natural_key
 from clipcid_cli.formats.data.tar_index import TarShard, check_tar
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.key_join import find_repeated_key
+from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
 
 __all__ = ["Columns", "Dataset", "Location", "Sample", "Shard", "open_dataset", "refuse_repeated_keys"]
@@ -63,12 +64,12 @@ class Dataset:
     index_folder: Path | None = None
     index: DataIndex | None = None
 
-    def fingerprints(self) -> list[dict[str, Any]]:
+    def fingerprints(self) -> list[FileRecord]:
         """Describe the content of every shard for a sidecar: from the index, or from a small part of each."""
         if self.index is not None:
-            return [record.fingerprint for record in self.index.records]
+            return [FileRecord(**record.fingerprint) for record in self.index.records]
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda shard: shard.fingerprint(), self.shards))
+            return [FileRecord(**found) for found in pool.map(lambda shard: shard.fingerprint(), self.shards)]
 
     def estimate_samples(self) -> int:
         """Estimate how many samples there are from a few shards spread over the data; exact when there are no more.
@@ -81,9 +82,9 @@ class Dataset:
         probed = self.shards[::step][:_ESTIMATED_FROM]
         return round(sum(map(_estimate_samples, probed)) * len(self.shards) / len(probed))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> DataSpec:
         """Return the name and the options of the data, from which `open_described` opens it again."""
-        return {"spec": self.spec, "keys": self.keys, **dataclasses.asdict(self.columns)}
+        return DataSpec(self.spec, self.keys, self.columns.image, self.columns.caption, self.columns.key)
 
 
 def names_command(spec: str) -> bool:
@@ -91,21 +92,15 @@ def names_command(spec: str) -> bool:
     return any(map(is_pipe, spec.split(_SEPARATOR)))
 
 
-def open_described(description: dict[str, Any], index_root: Path | None = None) -> Dataset:
-    """Open data from what `Dataset.describe` returned.
-
-    Raises:
-        ClipcidError: also for commands, since the description is from a file, which may be someone else's.
-    """
-    if names_command(description["spec"]):
+def open_described(description: DataSpec, index_root: Path | None = None) -> Dataset:
+    """Open recorded data; not commands, since the record is from a file, which may be someone else's."""
+    if names_command(description.spec):
         raise ClipcidError(
-            f"The data is the output of a command, {description['spec']}, which is not run unless you give it yourself.",
+            f"The data is the output of a command, {description.spec}, which is not run unless you give it yourself.",
             "If you trust the command, give it as the data.",
         )
-    columns = {field.name: description[field.name] for field in dataclasses.fields(Columns)}
-    return open_dataset(
-        description["spec"], keys=description["keys"], columns=Columns(**columns), index_root=index_root
-    )
+    columns = Columns(description.image, description.caption, description.key)
+    return open_dataset(description.spec, keys=description.keys, columns=columns, index_root=index_root)
 
 
 def open_dataset(

@@ -12,18 +12,18 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote, is_url
 from clipcid_cli.formats.data.samples import Location, Sample
+from clipcid_cli.formats.fingerprint import FileRecord
 
 _WINDOW = 4096
 _COMPRESSED = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8")
 _SAMPLES_A_TASK = 256
 
 
-def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None) -> dict[str, Any]:
+def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None) -> FileRecord:
     """Describe all images of a data set.
 
     Args:
@@ -35,12 +35,10 @@ def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None
     """
     if any(is_remote(shard.file) for shard in dataset.shards):
         shards = dataset.fingerprints()
-        content = repr([(entry["size"], entry["hash"]) for entry in shards]).encode()
-        return {
-            "path": f"{dataset.spec}#images",
-            "size": sum(entry["size"] for entry in shards),
-            "hash": f"blake2b-shards:{hashlib.blake2b(content, digest_size=16).hexdigest()}",
-        }
+        content = hashlib.blake2b(repr([(each.size, each.hash) for each in shards]).encode(), digest_size=16)
+        return FileRecord(
+            f"{dataset.spec}#images", sum(each.size for each in shards), f"blake2b-shards:{content.hexdigest()}"
+        )
     if samples is None:
         samples = (sample for shard in dataset.shards for sample in shard.samples())
     found = list(samples)
@@ -49,11 +47,7 @@ def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None
     with ThreadPoolExecutor(16) as pool:
         for part in pool.map(_digest, parts):
             digest.update(part)
-    return {
-        "path": f"{dataset.spec}#images",
-        "size": len(found),
-        "hash": f"blake2b-windows:{digest.hexdigest()}",
-    }
+    return FileRecord(f"{dataset.spec}#images", len(found), f"blake2b-windows:{digest.hexdigest()}")
 
 
 def _digest(samples: Sequence[Sample]) -> bytes:

@@ -26,12 +26,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import create_mapped
 from clipcid_cli.formats.atomic import atomic_file, remove_abandoned, write_error, write_parquet
 from clipcid_cli.formats.data.remote import is_remote, tells_content
 from clipcid_cli.formats.data.samples import Location, Sample, Shard
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
 from clipcid_cli.formats.key_join import hash_keys
-from clipcid_cli.formats.mapped_arrays import create_mapped
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.skips import Skips
 

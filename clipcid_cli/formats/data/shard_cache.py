@@ -19,8 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import is_at, write_error
+from clipcid_cli.formats.atomic import write_error
 from clipcid_cli.formats.data.remote import describe_file, download
+from clipcid_cli.formats.lock import is_at
 
 FETCHED_AT_ONCE = 4
 """Copies that a process fetches ahead at a time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,8 @@ import numpy.typing as npt
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.npy import RowFile
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.output import read_sidecar, sidecar_path
 from clipcid_cli.formats.parquet import count_rows
-from clipcid_cli.formats.reading import reading
+from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 
 if TYPE_CHECKING:
     from clipcid_cli.formats.embeddings.folder import EmbeddingFile
@@ -25,20 +24,9 @@ _REMAKE = (
 )
 
 
-def read_embed_sidecar(folder: Path) -> dict[str, Any] | None:
-    """Read the sidecar of a folder of embeddings; None when there is none.
-
-    Raises:
-        ClipcidError: when it is damaged, or lacks an entry that steps read.
-    """
-    path = sidecar_path(folder, "embed")
-    sidecar = read_sidecar(path, _REMAKE)
-    if sidecar is not None:
-        with reading(path, "a sidecar of embed", _REMAKE):
-            if not isinstance(sidecar["model"]["spec"], str) or not isinstance(sidecar["settings"]["keys"], str):
-                raise TypeError("its model or settings are of another type")
-            sidecar["model"]["weights_hash"], sidecar["inputs"], sidecar["counts"]["images"]
-    return sidecar
+def read_embed_sidecar(folder: Path) -> EmbedSidecar | None:
+    """Read the sidecar of a folder of embeddings; None when there is none."""
+    return read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar, _REMAKE)
 
 
 def check_rows(file: RowFile) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from clipcid_cli.errors import command_line
 from clipcid_cli.formats.data.sample_list import Columns
+from clipcid_cli.formats.sidecar import DataSpec, EmbedSidecar
 
 # What a command of `embed` omits.
 DEFAULTS = {
@@ -29,7 +30,7 @@ DEFAULTS = {
 _OF_MACHINE = ("precision", "batch_size")
 
 
-def data_command(folder: Path, sidecar: dict[str, Any] | None, data: str | None = None, **more: Any) -> str:
+def data_command(folder: Path, sidecar: EmbedSidecar | None, data: str | None = None, **more: Any) -> str:
     """Return the command that replaces embeddings of data by ones of the same settings.
 
     Args:
@@ -40,26 +41,25 @@ def data_command(folder: Path, sidecar: dict[str, Any] | None, data: str | None 
     """
     if sidecar is None:
         return command_line("embed", data or "DATA", **_differing({"model": "MODEL"} | more))
-    described = sidecar.get("data", {})
-    made = {name: sidecar["settings"][name] for name in (*DEFAULTS, *_OF_MACHINE) if name in sidecar["settings"]}
-    settings = {"model": sidecar["model"]["spec"]} | made | _flags_of_data(described, data, more)
+    made = {name: sidecar.settings[name] for name in (*DEFAULTS, *_OF_MACHINE) if name in sidecar.settings}
+    settings = {"model": sidecar.model.spec} | made | _flags_of_data(sidecar.data, data, more)
     replaced = _differing(settings) | {"out": folder, "overwrite": True}
-    return command_line("embed", data or described.get("spec", "DATA"), **replaced)
+    return command_line("embed", data or sidecar.data.spec, **replaced)
 
 
-def embed_command(model: str, described: dict[str, Any], data: str | None, **flags: Any) -> str:
+def embed_command(model: str, described: DataSpec | None, data: str | None, **flags: Any) -> str:
     """Return the command that embeds data with another model.
 
     Args:
-        described: The data that embeddings record, see `Dataset.describe`; empty where there are none.
+        described: The data that embeddings record; None where there are none.
         data: The data; None for that.
         flags: Flags of the command, and by which `data` is read.
     """
-    named = data or described.get("spec") or "DATA"
+    named = data or ("DATA" if described is None else described.spec)
     return command_line("embed", named, model=model, **_differing(_flags_of_data(described, data, flags)))
 
 
-def remake(folder: Path, sidecar: dict[str, Any]) -> str:
+def remake(folder: Path, sidecar: EmbedSidecar) -> str:
     """Return the fix of a finished folder whose files are not those that were written."""
     copy = "Or copy the rows to another folder, without embed.json, and name that one."
     return f"Run: {data_command(folder, sidecar)}\n{copy}"
@@ -76,12 +76,12 @@ def texts_command(model: str | None, texts: str | None = None, **more: Any) -> s
     return command_line("embed", texts=texts or "FILE", model=model or "MODEL", **more)
 
 
-def _flags_of_data(described: dict[str, Any], data: str | None, flags: dict[str, Any]) -> dict[str, Any]:
+def _flags_of_data(described: DataSpec | None, data: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     """Return flags and those by which the recorded data was read, where that is the data of the command."""
-    if data is not None and data != described.get("spec"):
+    if described is None or (data is not None and data != described.spec):
         return flags
-    recorded = {f"{name}_column": described[name] for name in dataclasses.asdict(Columns()) if name in described}
-    recorded |= {"keys": described["keys"]} if "keys" in described else {}
+    recorded = {f"{name}_column": getattr(described, name) for name in dataclasses.asdict(Columns())}
+    recorded["keys"] = described.keys
     return flags | recorded if data is None else recorded | flags
 
 

@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,15 +42,11 @@ from clipcid_cli.formats.embeddings.npz import MOST_UNPACKED
 from clipcid_cli.formats.embeddings.pairing import DIGITS, list_files, list_inner_files, pair_by_name, pair_by_number
 from clipcid_cli.formats.embeddings.recorded import RecordedFiles
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.fingerprints import FingerprintCache
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, refuse_changed
 from clipcid_cli.formats.key_join import find_repeated_key, hash_keys
-from clipcid_cli.formats.listing import list_recorded
-from clipcid_cli.formats.output import (
-    find_changed,
-    fingerprint_file,
-    plan_identity,
-)
+from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import column_names, read_first_column, replace_invalid
+from clipcid_cli.formats.sidecar import EmbedSidecar, sidecar_path
 
 # Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
 _NAMES_AT_ONCE = 65_536
@@ -84,7 +79,7 @@ class EmbeddingFile:
 
     def fingerprints(
         self, of_file: Fingerprint, *, texts: bool = False, extras: Collection[str] = ()
-    ) -> list[dict[str, Any]]:
+    ) -> list[FileRecord]:
         """Describe its files: image embeddings, metadata, and those requested that exist: texts, fields of `Extras`."""
         parts = [self.images, *([self.texts] if texts and self.texts is not None else [])]
         parts += [file for name, file in self.extras.files().items() if name in extras]
@@ -105,7 +100,7 @@ class Embeddings:
         folder: Path,
         files: tuple[EmbeddingFile, ...],
         width: int,
-        sidecar: dict[str, Any] | None,
+        sidecar: EmbedSidecar | None,
         recorded: RecordedFiles | None = None,
         prefix_keys: bool = False,
         cache: Path | None = None,
@@ -215,34 +210,27 @@ class Embeddings:
         """Read DataComp's identifiers of one file's rows, strings; empty where the metadata have no column ``uid``."""
         return _read_column(file, ("uid",), lambda row: "")
 
-    def fingerprints(self, *, texts: bool = False, extras: Collection[str] = ()) -> list[dict[str, Any]]:
-        """Describe the files of every shard for a sidecar: image embeddings, metadata, and what is requested of the rest.
-
-        Raises:
-            ClipcidError: when a file that the sidecar of `embed` records was replaced since the folder was opened.
-        """
+    def fingerprints(self, *, texts: bool = False, extras: Collection[str] = ()) -> list[FileRecord]:
+        """Describe the files of every shard for a sidecar: image embeddings, metadata, and what is requested of the rest."""
         look = partial(EmbeddingFile.fingerprints, texts=texts, extras=extras)
         return [entry for part in self._fingerprint(look) for entry in part]
 
-    def text_fingerprints(self) -> list[dict[str, Any]]:
+    def text_fingerprints(self) -> list[FileRecord]:
         """Describe the text embeddings of every shard."""
 
-        def look(file: EmbeddingFile, of_file: Fingerprint) -> list[dict[str, Any]]:
+        def look(file: EmbeddingFile, of_file: Fingerprint) -> list[FileRecord]:
             return [] if file.texts is None else [file.texts.fingerprint(of_file)]
 
         return [entry for part in self._fingerprint(look) for entry in part]
 
-    def _fingerprint(
-        self, look: Callable[[EmbeddingFile, Fingerprint], list[dict[str, Any]]]
-    ) -> list[list[dict[str, Any]]]:
+    def _fingerprint(self, look: Callable[[EmbeddingFile, Fingerprint], list[FileRecord]]) -> list[list[FileRecord]]:
         if self._recorded is not None:
             self._recorded.refuse_changed()
             return [look(file, self._recorded.describe) for file in self.files]
-        cache = None if self._cache is None else FingerprintCache(self._cache)
+        memo = Memo(self._cache)
         with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(lambda file: look(file, cache or fingerprint_file), self.files))
-        if cache is not None:
-            cache.save()
+            found = list(pool.map(lambda file: look(file, memo.record), self.files))
+        memo.save()
         return found
 
     def refuse_repeated_keys(self) -> None:
@@ -285,7 +273,7 @@ class Embeddings:
         texts = texts and self.has_texts
         remembered = None
         if self._cache is not None and self._cache.parent.is_dir():
-            identity = plan_identity({"texts": texts}, self.fingerprints(texts=texts))
+            identity = identity_of({"texts": texts}, self.fingerprints(texts=texts))
             remembered = self._cache.with_name(".bad-rows") / f"{identity}.npy"
             if remembered.is_file():
                 with suppress(ClipcidError):
@@ -341,21 +329,17 @@ def open_embeddings(
     """
     folder, recorded = Path(folder), None
     sidecar = read_embed_sidecar(folder)
-    if sidecar is None and (folder / ".embed.plan.json").exists():
+    if sidecar is None and unfinished(folder, "embed") is not None:
         raise ClipcidError(
             f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
         )
     if sidecar is not None:
-        remembered = fingerprint_file if cache is None else FingerprintCache(cache)
-        stats = list_recorded(folder, sidecar.get("outputs", []))
-        if (changed := find_changed(folder, "embed", sidecar, fingerprint=remembered, stats=stats)) is not None:
-            raise ClipcidError(changed, remake(folder, sidecar))
-        if isinstance(remembered, FingerprintCache):
-            remembered.save()
-        if sidecar.get("outputs"):
-            recorded = RecordedFiles(folder, sidecar["outputs"], stats, partial(remake, folder, sidecar))
-        del stats
-        sidecar.pop("inputs", None), sidecar.pop("outputs", None)  # those of 41,000 shards take 100 MB
+        memo = Memo(cache)
+        refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "embed"), partial(remake, folder, sidecar), memo)
+        memo.save()
+        if sidecar.outputs:
+            recorded = RecordedFiles(folder, sidecar.outputs, partial(remake, folder, sidecar))
+        sidecar.inputs, sidecar.outputs = [], []  # those of 41,000 shards take 100 MB
     inside = folder / "img_emb"
     images = list_files(inside if inside.is_dir() else folder, ".npy")
     archives = list_files(folder, ".npz") or list_inner_files(folder, ".npz")

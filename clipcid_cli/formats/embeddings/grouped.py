@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from clipcid_cli.formats.arrays import create_mapped
 from clipcid_cli.formats.atomic import write_error
 from clipcid_cli.formats.embeddings.npy import raw_file
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.mapped_arrays import create_mapped
 
 _FOLDER = ".grouped"
 

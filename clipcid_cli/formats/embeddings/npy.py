@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.reading import describe, reading_from
 
 _FIX = "Make it again, or choose other embeddings."
@@ -25,7 +26,7 @@ _HEADER = 128
 _VERSION_1 = b"\x93NUMPY\x01\x00"
 _BEFORE_HEADER = 10
 
-Fingerprint = Callable[[Path], dict[str, Any]]
+Fingerprint = Callable[[Path], FileRecord]
 
 
 class RowFile(Protocol):
@@ -54,7 +55,7 @@ class RowFile(Protocol):
     def map(self) -> npt.NDArray[Any]:
         """Return the rows, mapped where possible."""
 
-    def fingerprint(self, of_file: Fingerprint) -> dict[str, Any]:
+    def fingerprint(self, of_file: Fingerprint) -> FileRecord:
         """Describe the content for a sidecar: ``path``, ``size``, ``hash``; `of_file` does that for a whole file."""
 
     def __hash__(self) -> int:
@@ -100,7 +101,7 @@ class NpyFile:
         except (OSError, ValueError) as error:
             raise _unreadable(self.path, str(error)) from error
 
-    def fingerprint(self, of_file: Fingerprint) -> dict[str, Any]:
+    def fingerprint(self, of_file: Fingerprint) -> FileRecord:
         """Describe the file for a sidecar."""
         return of_file(self.path)
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.npy import Fingerprint
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.reading import reading
 
 # Limit on the memory of each process for compressed arrays, all files together.
@@ -79,9 +80,9 @@ class NpzArray:
             raise ClipcidError(f"{self.path} cannot be read: {error}.", _FIX) from error
         return array
 
-    def fingerprint(self, of_file: Fingerprint) -> dict[str, Any]:
-        """Describe the array for a sidecar, as `fingerprint_file` describes a file: by the checksum of all its bytes."""
-        return {"path": self.label, "size": self.size, "hash": f"crc32:{self.checksum:08x}"}
+    def fingerprint(self, of_file: Fingerprint) -> FileRecord:
+        """Describe the array for a sidecar, as `record` describes a file: by the checksum of all its bytes."""
+        return FileRecord(self.label, self.size, f"crc32:{self.checksum:08x}")
 
 
 def list_arrays(path: Path) -> list[str]:

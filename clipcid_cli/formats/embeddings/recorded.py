@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.npy import NpyFile
-from clipcid_cli.formats.listing import Stat
-from clipcid_cli.formats.output import refuse_changed, sidecar_path
+from clipcid_cli.formats.fingerprint import FileRecord, refuse_changed
+from clipcid_cli.formats.sidecar import sidecar_path
 
 if TYPE_CHECKING:
     from clipcid_cli.formats.embeddings.folder import EmbeddingFile
@@ -19,28 +21,21 @@ if TYPE_CHECKING:
 class RecordedFiles:
     """The files that `embed` wrote, when they have been found unchanged."""
 
-    def __init__(
-        self, folder: Path, outputs: list[dict[str, Any]], stats: Mapping[str, Stat], fix: Callable[[], str]
-    ) -> None:
-        """Take what the sidecar records of each.
+    def __init__(self, folder: Path, outputs: Sequence[FileRecord], fix: Callable[[], str]) -> None:
+        """Take what the sidecar records of each, with the times that they have now: those of a copied folder are others.
 
         Args:
-            outputs: Entries of `describe_outputs`.
-            stats: What `list_recorded` found before they were compared: files of a copied folder have other times.
             fix: Says what to do where one has changed.
         """
         self._folder, self._fix = folder, fix
         self._prefix = os.path.join(folder, "")
-        self._entries: dict[str, dict[str, Any]] = {}
-        for entry in outputs:
-            place, size, time = entry["path"], entry["size"], entry["time"]
-            time = stats[place].time if place in stats else time
-            self._entries[place] = {"path": place, "size": size, "time": time, "hash": entry["hash"]}
+        self._entries = {
+            each.path: msgspec.structs.replace(each, time=(folder / each.path).stat().st_mtime_ns) for each in outputs
+        }
 
-    def describe(self, path: Path) -> dict[str, Any]:
-        """Describe a file as `fingerprint_file` does."""
-        entry = self._entries[self._place(path)]
-        return {"path": str(path), "size": entry["size"], "hash": entry["hash"]}
+    def describe(self, path: Path) -> FileRecord:
+        """Describe a file as `record` does."""
+        return msgspec.structs.replace(self._entries[self._place(path)], path=str(path))
 
     def refuse_changed(self) -> None:
         """Refuse files that were replaced since they were found unchanged.
@@ -48,7 +43,7 @@ class RecordedFiles:
         Raises:
             ClipcidError: naming the first.
         """
-        refuse_changed(self._folder, "embed", {"outputs": list(self._entries.values())}, self._fix)
+        self._refuse_changed([*self._entries.values()])
 
     def refuse_others(self, files: list[EmbeddingFile]) -> None:
         """Refuse files that were opened and that `embed` did not write, or that were replaced before they were opened.
@@ -67,9 +62,12 @@ class RecordedFiles:
                         self._fix(),
                     )
                 part = opened.get(place)
-                if isinstance(part, NpyFile) and part.stamp[1] != self._entries[place]["time"]:
+                if isinstance(part, NpyFile) and part.stamp[1] != self._entries[place].time:
                     replaced.append(self._entries[place])
-        refuse_changed(self._folder, "embed", {"outputs": replaced}, self._fix)
+        self._refuse_changed(replaced)
+
+    def _refuse_changed(self, records: Sequence[FileRecord]) -> None:
+        refuse_changed(self._folder, records, sidecar_path(self._folder, "embed"), self._fix)
 
     def _place(self, path: Path) -> str:
         """Return the path in the folder of a file that was found there."""

@@ -14,7 +14,7 @@ import io
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pyarrow as pa
 
@@ -23,8 +23,10 @@ from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.embeddings.command import texts_command
 from clipcid_cli.formats.embeddings.npy import NpyFile, find_npy
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.output import find_changed, fingerprint_file, is_claimed, plan_path, read_sidecar, sidecar_path
+from clipcid_cli.formats.fingerprint import FileRecord, record, refuse_changed
+from clipcid_cli.formats.output import is_claimed, unfinished
 from clipcid_cli.formats.reading import reading_from
+from clipcid_cli.formats.sidecar import TextsSidecar, read_sidecar, sidecar_path
 
 STEP = "texts"
 """Name of the sidecar."""
@@ -36,10 +38,10 @@ _SCHEMA = pa.schema([("text", pa.large_string())])
 _GIVE = "Give --texts a file with a text a line."
 
 
-def _remake(folder: Path, sidecar: dict[str, Any] | None = None) -> str:
+def _remake(folder: Path, sidecar: TextsSidecar | None = None) -> str:
     model = texts = None
     if sidecar is not None:
-        model, texts = sidecar["model"]["spec"], next((entry.get("path") for entry in sidecar.get("inputs", [])), None)
+        model, texts = sidecar.model.spec, next((each.path for each in sidecar.inputs), None)
     return f"Make it again: {texts_command(model, texts, out=folder, overwrite=True)}"
 
 
@@ -201,7 +203,7 @@ class EmbeddedTexts:
 
     folder: Path
     files: tuple[NpyFile, ...]
-    sidecar: dict[str, Any]
+    sidecar: TextsSidecar
 
     @property
     def lines(self) -> TextLines:
@@ -217,9 +219,9 @@ class EmbeddedTexts:
         """Map the embeddings, [N, D]."""
         return Rows(self.files, self.files[0].shape[1], as_stored=True)
 
-    def fingerprints(self) -> list[dict[str, Any]]:
+    def fingerprints(self) -> list[FileRecord]:
         """Describe the files, for a sidecar."""
-        return [fingerprint_file(path) for path in (texts_path(self.folder), *(file.path for file in self.files))]
+        return [record(path) for path in (texts_path(self.folder), *(file.path for file in self.files))]
 
 
 def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
@@ -231,12 +233,12 @@ def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
     Raises:
         ClipcidError: when there is none, it is unfinished, or its files are not those that were written.
     """
-    sidecar = read_sidecar(sidecar_path(folder, STEP))
+    path = sidecar_path(folder, STEP)
+    sidecar = read_sidecar(path, TextsSidecar)
     if sidecar is None:
-        state = "The embeddings of texts are unfinished" if plan_path(folder, STEP).exists() else "There are none"
+        state = "There are none" if unfinished(folder, STEP) is None else "The embeddings of texts are unfinished"
         raise ClipcidError(f"{state} in {folder}.", f"Run: {texts_command(model, out=folder)}")
-    if (changed := find_changed(folder, STEP, sidecar)) is not None:
-        raise ClipcidError(changed, _remake(folder, sidecar))
+    refuse_changed(folder, sidecar.outputs, path, lambda: _remake(folder, sidecar))
     sizes = TextLines(str(texts_path(folder))).batch_sizes()
     files = tuple(find_npy(rows_path(folder, number)) for number in range(len(sizes)))
     for file, size in zip(files, sizes, strict=True):

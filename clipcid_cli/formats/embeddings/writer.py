@@ -11,10 +11,10 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -24,16 +24,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_npy, write_parquet
 from clipcid_cli.formats.embeddings.text_folder import STEP as TEXTS
 from clipcid_cli.formats.embeddings.text_folder import refuse_foreign_rows
-from clipcid_cli.formats.output import (
-    describe_outputs,
-    drop_plan,
-    fingerprint_file,
-    is_claimed,
-    is_unchanged,
-    lock_output,
-    plan_path,
-    sidecar_path,
-)
+from clipcid_cli.formats.fingerprint import FileRecord, find_changed, record
+from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.skips import Skips
 
 _RECORD = b"clipcid"
@@ -107,7 +99,7 @@ class EmbeddingWriter:
         """Prepare to write.
 
         Args:
-            plans: Identity of settings and input of each shard, see `plan_identity`. Their number determines the number of
+            plans: Identity of settings and input of each shard, see `identity_of`. Their number determines the number of
                 digits in file names, at least four, unless the folder has files: added shards do not rename them.
         """
         self.folder = folder
@@ -117,23 +109,23 @@ class EmbeddingWriter:
         self._numbers = range(len(plans))
         self._plans = plans
 
-    def reopen(self, outputs: Sequence[dict[str, Any]]) -> None:
+    def reopen(self, outputs: Sequence[FileRecord]) -> None:
         """Write the notes of the shards of a finished folder again, so that those that are still wanted stay.
 
         Args:
             outputs: What its sidecar says of its files.
         """
         owners = {self._path(kind, number, form): number for number in self._numbers for kind, form in _FORMS.items()}
-        notes: dict[int, list[dict[str, Any]]] = {}
+        notes: dict[int, list[FileRecord]] = {}
         for entry in outputs:
-            number = owners.get(self.folder / entry["path"])
+            number = owners.get(self.folder / entry.path)
             if number is not None:
                 notes.setdefault(number, []).append(entry)
         for number, entries in notes.items():
-            write_json(self._note(number), entries)
+            write_json(self._note(number), msgspec.to_builtins(entries))
 
     def write(
-        self, number: int, record: ShardRecord, keys: Sequence[str], captions: Sequence[str], rows: ShardRows
+        self, number: int, outcome: ShardRecord, keys: Sequence[str], captions: Sequence[str], rows: ShardRows
     ) -> None:
         """Write one shard.
 
@@ -149,16 +141,16 @@ class EmbeddingWriter:
                 self._path(kind, number, "npy").unlink(missing_ok=True)
             else:
                 write_npy(self._path(kind, number, "npy"), array)
-        content = dataclasses.asdict(record) | {"skips": record.skips.to_json(), "plan": self._plans[number]}
+        content = dataclasses.asdict(outcome) | {"skips": outcome.skips.to_json(), "plan": self._plans[number]}
         try:
             columns = {
                 "key": pa.array(keys, type=pa.string()),
-                "shard": pa.array([record.shard] * len(keys), type=pa.string()),
+                "shard": pa.array([outcome.shard] * len(keys), type=pa.string()),
                 "caption": pa.array(captions, type=pa.string()),
             }
         except UnicodeEncodeError as error:
             raise ClipcidError(
-                f"Shard {record.shard}: the name of a file is not UTF-8: {ascii(error.object)[1:-1]}.",
+                f"Shard {outcome.shard}: the name of a file is not UTF-8: {ascii(error.object)[1:-1]}.",
                 "Rename the file; keys and names of shards are text.",
             ) from error
         if rows.caption_counts is not None:
@@ -167,12 +159,12 @@ class EmbeddingWriter:
         write_parquet(self._path("metadata", number, "parquet"), table)
         kinds = [kind for kind, array in rows.by_kind().items() if array is not None]
         written = [self._path(kind, number, _FORMS[kind]) for kind in (*kinds, "metadata")]
-        write_json(self._note(number), describe_outputs(self.folder, written))
+        write_json(self._note(number), msgspec.to_builtins([record(path, self.folder) for path in written]))
 
     def read_record(self, number: int) -> ShardRecord | None:
         """Read the outcome of a shard; None when it is unfinished, was changed or damaged, or belongs to another plan."""
         files = self._read_note(number)
-        if not files or not all(is_unchanged(self.folder, entry, fingerprint_file) for entry in files):
+        if not files or find_changed(self.folder, files, self._note(number)):
             return None
         try:
             content = json.loads((pq.read_schema(self._path("metadata", number, "parquet")).metadata or {})[_RECORD])
@@ -182,7 +174,7 @@ class EmbeddingWriter:
         except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, AttributeError):
             return None
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[FileRecord]:
         """Describe the files of all shards for the sidecar."""
         return [entry for number in self._numbers for entry in self._read_note(number)]
 
@@ -190,11 +182,10 @@ class EmbeddingWriter:
         """Remove the notes of the shards, once the sidecar says the same."""
         shutil.rmtree(self.folder / _NOTES, ignore_errors=True)
 
-    def _read_note(self, number: int) -> list[dict[str, Any]]:
+    def _read_note(self, number: int) -> list[FileRecord]:
         try:
-            entries = json.loads(self._note(number).read_bytes())
-            return [{name: entry[name] for name in ("path", "size", "time", "hash")} for entry in entries]
-        except (OSError, LookupError, TypeError, ValueError):
+            return msgspec.json.decode(self._note(number).read_bytes(), type=list[FileRecord])
+        except (OSError, msgspec.MsgspecError):
             return []
 
     def _note(self, number: int) -> Path:
@@ -208,7 +199,6 @@ class EmbeddingWriter:
         """Remove every file, when no sample can be used."""
         self._remove_all_but([])
         self.remove_notes()
-        drop_plan(self.folder, "embed")
 
     def _remove_all_but(self, kinds: Sequence[str]) -> None:
         """Remove the files that are not of some shard, or not of one of these kinds."""
@@ -235,13 +225,3 @@ def refuse_foreign_folder(folder: Path) -> None:
         )
     kinds = (kind for kind, form in _FORMS.items() if form == "npy")
     refuse_foreign_rows(folder, "embed", kinds)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the plan and the notes of a run that was killed right after its sidecar, but not those of one that goes on."""
-    if not (plan_path(folder, "embed").exists() or (folder / _NOTES).exists()):
-        return
-    with suppress(ClipcidError), lock_output(folder, "embed"):
-        if sidecar_path(folder, "embed").exists():
-            drop_plan(folder, "embed")
-            shutil.rmtree(folder / _NOTES, ignore_errors=True)

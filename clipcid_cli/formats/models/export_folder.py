@@ -1,15 +1,14 @@
-"""An export folder: the names of its files, what they hold, and how all of them appear at once."""
+"""An export folder: the names of its files, and what they hold."""
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.output import plan_path, read_sidecar, sidecar_path
+from clipcid_cli.formats.output import unfinished
+from clipcid_cli.formats.sidecar import ExportSidecar, read_sidecar, sidecar_path
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
@@ -65,8 +64,8 @@ CONTENT = {
 }
 
 _HF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", SPECIAL_TOKENS, VOCABULARY, MERGES)
-# An export removes these files of an earlier one, whatever its formats.
-_REPLACED = (
+# What an export may write, but for tokenizers that it copies.
+_WRITTEN = (
     *CONTENT,
     *_HF_TOKENIZER,
     *(f"{name}.data" for name in CONTENT if name.endswith(".onnx")),  # weights above 2 GB
@@ -75,12 +74,18 @@ _REPLACED = (
 _BUILDING = ".partial"
 
 
-def refuse_foreign_folder(folder: Path, formats: Iterable[str]) -> None:
-    """Refuse a folder with files that `export` would replace or remove and did not write."""
-    if plan_path(folder, "export").exists():
+def refuse_foreign_folder(folder: Path, formats: Iterable[str], *, overwrite: bool) -> None:
+    """Refuse a folder with files that `export` would replace and did not write."""
+    if unfinished(folder, "export") is not None:
         return  # an unfinished export, which refused such files when it began
-    known = (read_sidecar(sidecar_path(folder, "export")) or {}).get("written", [])
-    names = dict.fromkeys([*_REPLACED, _BUILDING, *(TOKENIZER_FILES if "open-clip" in formats else ())])
+    try:
+        sidecar = read_sidecar(sidecar_path(folder, "export"), ExportSidecar)
+    except ClipcidError:
+        if overwrite:
+            return  # an export of an earlier version, or with a damaged sidecar
+        raise
+    known = [] if sidecar is None else sidecar.written
+    names = dict.fromkeys([*_WRITTEN, *(TOKENIZER_FILES if "open-clip" in formats else ())])
     foreign = [name for name in names if (folder / name).exists() and name not in known]
     if foreign:
         raise ClipcidError(
@@ -89,31 +94,8 @@ def refuse_foreign_folder(folder: Path, formats: Iterable[str]) -> None:
         )
 
 
-@contextmanager
-def build_export(folder: Path) -> Iterator[Path]:
-    """Build an export in a hidden folder.
-
-    Args:
-        folder: The export folder, locked by the caller.
-
-    Yields:
-        An empty hidden folder to write into. When the block ends without an error, the files of an earlier export are
-        removed and the new ones moved to `folder`; when it raises, the new ones are removed and `folder` is untouched.
-    """
-    building = folder / _BUILDING
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        yield building
-        made = sorted(building.iterdir())
-        for path in made:  # libraries wrote some of them, and do not wait for the disk
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    for name in _REPLACED:
-        (folder / name).unlink(missing_ok=True)
-    for path in made:
-        path.replace(folder / path.name)
-    building.rmdir()
+def sync_files(folder: Path) -> None:
+    """Wait until the files of a folder are on the disk, which the libraries that wrote some of them do not."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

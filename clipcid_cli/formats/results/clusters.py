@@ -12,30 +12,24 @@ missing or has changed, the arrays are made again, in a folder of the reader's o
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.atomic import atomic_file, remove_abandoned, write_parquet
-from clipcid_cli.formats.output import (
-    describe_outputs,
-    fingerprint_file,
-    is_unchanged,
-    read_sidecar,
-    refuse_changed,
-    sidecar_path,
-)
+from clipcid_cli.formats.fingerprint import FileRecord, find_changed, record, refuse_changed
 from clipcid_cli.formats.parquet import read_columns
-from clipcid_cli.formats.reading import MissingEntryError, describe, open_regular
+from clipcid_cli.formats.reading import describe, open_regular
+from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import remake_clusters
 
 CENTROIDS = "centroids.npy"
@@ -48,6 +42,10 @@ _MAX_PARTS = 256
 _TOPS = {"top_clusters": pa.list_(pa.int32()), "top_similarities": pa.list_(pa.float16())}
 _IMAGE_COLUMNS = {"key": pa.string(), "cluster": pa.int32(), "similarity": pa.float32(), **_TOPS}
 _CAPTION_COLUMNS = {f"caption_{name}": kind for name, kind in _TOPS.items()}
+
+
+class _ArraysRecord(msgspec.Struct):
+    files: list[FileRecord]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Clusters:
     captions: TopClusters | None
     image_temperature: float
     caption_temperature: float | None
-    sidecar: dict[str, Any]
+    sidecar: ClusterSidecar
     cache: Path
 
     @property
@@ -96,9 +94,9 @@ class Clusters:
         return open_clusters, (self.folder, self.cache, True)
 
 
-def read_cluster_sidecar(folder: Path) -> dict[str, Any]:
+def read_cluster_sidecar(folder: Path) -> ClusterSidecar:
     """Read the sidecar of finished clusters; where there are none, that is a ClipcidError."""
-    sidecar = read_sidecar(sidecar_path(folder, "cluster"))
+    sidecar = read_sidecar(sidecar_path(folder, "cluster"), ClusterSidecar)
     if sidecar is None:
         raise ClipcidError(
             f"{folder} holds no finished clusters: there is no cluster.json.",
@@ -123,7 +121,7 @@ def open_clusters(folder: Path, cache: Path, is_checked: bool = False, work: Pat
     def remake() -> str:
         return remake_clusters(folder, sidecar, work)
 
-    refuse_changed(folder, "cluster", sidecar, remake)
+    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "cluster"), remake)
     try:
         for name in (CENTROIDS, TABLE):
             open_regular(folder / name).close()
@@ -135,14 +133,7 @@ def open_clusters(folder: Path, cache: Path, is_checked: bool = False, work: Pat
             arrays = _find_arrays(folder, cache, table)
             has_captions = "caption_top_clusters" in table.schema_arrow.names
         tops = [map_tops(arrays, prefix) for prefix in ("", *(["caption_"] if has_captions else []))]
-        keep_list = sidecar.get("keep_list")
-        if keep_list is not None and not (isinstance(keep_list["path"], str) and isinstance(keep_list["hash"], str)):
-            raise TypeError(f"the entry 'keep_list' of cluster.json is {str(keep_list)[:80]}")
-        temperatures = {
-            tower: float(sidecar["temperatures"][tower]) for tower in ("image", *(["caption"] * has_captions))
-        }
-    except MissingEntryError as error:
-        raise ClipcidError(error.message, remake()) from error
+        temperatures = [sidecar.temperatures[tower] for tower in ("image", *(["caption"] * has_captions))]
     except ClipcidError:  # the arrays could not be written
         raise
     except Exception as error:  # numpy and pyarrow raise what they like for a damaged file
@@ -157,8 +148,8 @@ def open_clusters(folder: Path, cache: Path, is_checked: bool = False, work: Pat
         centroids=centroids,
         images=tops[0],
         captions=tops[1] if has_captions else None,
-        image_temperature=temperatures["image"],
-        caption_temperature=temperatures.get("caption"),
+        image_temperature=temperatures[0],
+        caption_temperature=temperatures[1] if has_captions else None,
         sidecar=sidecar,
         cache=cache,
     )
@@ -257,32 +248,26 @@ class KMeansProgress:
 
 
 def write_progress(folder: Path, progress: KMeansProgress) -> None:
-    """Save the centroids of an unfinished run, whole or not at all."""
-    with atomic_file(folder / _PROGRESS) as file:
-        np.savez(file, **dataclasses.asdict(progress))
+    """Save the centroids of an unfinished run."""
+    save_arrays(folder / _PROGRESS, dataclasses.asdict(progress))
 
 
 def read_progress(folder: Path) -> KMeansProgress | None:
-    """Read what `write_progress` saved; None when there is nothing, or it is damaged: the run then starts over."""
-    try:
-        with open_regular(folder / _PROGRESS) as file, np.load(io.BytesIO(file.read()), allow_pickle=False) as saved:
-            return KMeansProgress(saved["centroids"], int(saved["iterations"]), bool(saved["converged"]))
-    except Exception:  # numpy and zipfile raise what they like for a damaged archive
+    """Read what `write_progress` saved; None when there is nothing: the run then starts over."""
+    saved = load_arrays(folder / _PROGRESS)
+    if saved is None:
         return None
+    return KMeansProgress(saved["centroids"], int(saved["iterations"]), bool(saved["converged"]))
 
 
-def remove_scratch(folder: Path) -> None:
-    """Remove what only an unfinished run needs: its progress and its parts."""
-    (folder / _PROGRESS).unlink(missing_ok=True)
-    for path in folder.glob(f".{TABLE}.part-*"):
-        path.unlink()
+def remove_caption_arrays(folder: Path) -> None:
+    """Remove the arrays of captions; a table that has them still has its own."""
+    for name in _CAPTION_COLUMNS:
+        _array_path(folder, name).unlink(missing_ok=True)
 
 
 def join_parts(folder: Path, num_parts: int, *, captions: bool) -> None:
-    """Join the parts into ``clusters.parquet``, one row group each, and its arrays.
-
-    The parts stay: remove them after the commit.
-    """
+    """Join the parts into ``clusters.parquet``, one row group each, and its arrays."""
     columns = _IMAGE_COLUMNS | (_CAPTION_COLUMNS if captions else {})
     paths = [part_path(folder, part) for part in range(num_parts)]
     num_rows = sum(pq.read_metadata(path).num_rows for path in paths)
@@ -295,9 +280,6 @@ def join_parts(folder: Path, num_parts: int, *, captions: bool) -> None:
             part = pq.read_table(path)
             writer.write_table(part)
             append(part)
-    if not captions:
-        for name in _CAPTION_COLUMNS:  # of clusters that these replace
-            _array_path(folder, name).unlink(missing_ok=True)
     _record_arrays(folder, folder, columns)
 
 
@@ -324,7 +306,7 @@ def _find_arrays(folder: Path, cache: Path, table: pq.ParquetFile) -> Path:
     """Return the folder of a table's arrays: its own, else one in the cache, where they are made if they are not there."""
     if _are_mappable(folder, folder, table):
         return folder
-    arrays = cache / str(fingerprint_file(folder / TABLE)["hash"]).rpartition(":")[2]
+    arrays = cache / record(folder / TABLE).hash.rpartition(":")[2]
     if not _are_mappable(folder, arrays, table):
         _extract_tops(folder, arrays, table)
     return arrays
@@ -334,14 +316,14 @@ def _are_mappable(folder: Path, arrays: Path, table: pq.ParquetFile) -> bool:
     """Tell whether each column of nearest centroids has its array, made from this very table and unchanged since."""
     needed = {TABLE, *(_array_path(folder, name).name for name in _top_names(table.schema_arrow.names))}
     try:
-        recorded = json.loads((arrays / ARRAYS_RECORD).read_bytes())["files"]
-        return needed == {entry["path"] for entry in recorded} and all(
-            is_unchanged(folder if entry["path"] == TABLE else arrays, entry, fingerprint_file) for entry in recorded
-        )
+        recorded = msgspec.json.decode((arrays / ARRAYS_RECORD).read_bytes(), type=_ArraysRecord).files
     except PermissionError:  # they are there
         raise
-    except (OSError, ValueError, TypeError, KeyError):  # missing or damaged: the arrays are made again
+    except (OSError, msgspec.MsgspecError):  # missing or damaged: the arrays are made again
         return False
+    return needed == {each.path for each in recorded} and not any(
+        find_changed(folder if each.path == TABLE else arrays, [each], arrays / ARRAYS_RECORD) for each in recorded
+    )
 
 
 def _extract_tops(folder: Path, arrays: Path, table: pq.ParquetFile) -> None:
@@ -357,10 +339,10 @@ def _extract_tops(folder: Path, arrays: Path, table: pq.ParquetFile) -> None:
 
 def _record_arrays(folder: Path, arrays: Path, columns: Iterable[str], shared: bool = False) -> None:
     """Record the table and the arrays made from it, such that `_are_mappable` recognises them."""
-    described = describe_outputs(folder, [folder / TABLE])
-    described += describe_outputs(arrays, (_array_path(arrays, name) for name in _top_names(columns)))
+    files = [record(folder / TABLE, folder)]
+    files += [record(_array_path(arrays, name), arrays) for name in _top_names(columns)]
     with atomic_file(arrays / ARRAYS_RECORD, shared) as file:
-        file.write(json.dumps({"files": described}, indent=2).encode() + b"\n")
+        file.write(msgspec.json.format(msgspec.json.encode(_ArraysRecord(files))) + b"\n")
 
 
 @contextmanager

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.output import Output, describe_outputs, find_changed, read_sidecar, sidecar_path
+from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.formats.output import Output, open_output
 from clipcid_cli.formats.parquet import read_columns
-from clipcid_cli.formats.reading import reading
+from clipcid_cli.formats.sidecar import ForestSidecar
 
 # All pairs are compared, or only those in and near partitions, where some edges may be missed; of all rows, or of those that
 # filters have left. Each kind has files of its own, so that none is ever used, or replaced, as another.
@@ -65,90 +66,78 @@ class StoredForest:
     neighbors: str = "exact"
 
 
-def write_forest(
-    folder: Path, forest: StoredForest, *, inputs: list[dict[str, Any]], seconds: dict[str, float]
-) -> None:
-    """Write ``forest.parquet`` and then its sidecar ``forest.json``, which makes it count.
-
-    Partitioned ones are ``forest-partitioned.parquet`` and ``.json``.
-
-    Args:
-        folder: The folder of `balance`, whose lock the caller holds.
-        inputs: Fingerprints of the embeddings it was made from.
-        seconds: Time by phase.
-    """
-    step = _STEPS[forest.neighbors]
-    sidecar = read_sidecar(sidecar_path(folder, step))
-    if sidecar is not None and _contents(sidecar.get("inputs", [])) != _contents(inputs):
-        # A run killed between the two files must not leave this forest with the sidecar of other embeddings.
-        sidecar_path(folder, step).unlink()
-    path = forest_path(folder, forest.neighbors)
-    with atomic_file(path) as file, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
-        for start in range(0, len(forest.a), _ROWS_AT_ONCE) or [0]:
-            part = slice(start, start + _ROWS_AT_ONCE)
-            columns = [_wide(forest.a[part]), _wide(forest.b[part]), forest.distance[part]]
-            writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=_ROWS_AT_ONCE)
-    Output(folder, step, {"neighbors": forest.neighbors}, inputs, finished=None, resumed=False).commit(
-        counts={"images": forest.num_rows, "edges": len(forest.a)},
-        seconds=seconds,
-        outputs=describe_outputs(folder, [path]),
-        cutoff=forest.cutoff,
-        edges=_hash_edges(forest.a, forest.b, forest.distance),
+def open_forest(
+    folder: Path, inputs: Sequence[FileRecord], neighbors: str, *, overwrite: bool
+) -> AbstractContextManager[Output[ForestSidecar]]:
+    """Open the forest of some embeddings in the folder of `balance`; one of others is replaced without a word."""
+    settings = {"neighbors": neighbors}
+    may_differ = ("inputs",)
+    step = _STEPS[neighbors]
+    return open_output(
+        folder, step, ForestSidecar, settings=settings, inputs=inputs, overwrite=overwrite, may_differ=may_differ
     )
 
 
-def read_forest(folder: Path, inputs: list[dict[str, Any]], neighbors: str = "exact") -> StoredForest | None:
+def write_forest(
+    folder: Path, forest: StoredForest, *, inputs: Sequence[FileRecord], seconds: dict[str, float], overwrite: bool
+) -> None:
+    """Write ``forest.parquet`` and its sidecar ``forest.json``, or those of another kind.
+
+    Args:
+        folder: The folder of `balance`.
+        inputs: The embeddings it was made from.
+        seconds: Time by phase.
+    """
+    with open_forest(folder, inputs, forest.neighbors, overwrite=overwrite) as output:
+        output.start()
+        path = forest_path(output.work, forest.neighbors)
+        with atomic_file(path) as file, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+            for start in range(0, len(forest.a), _ROWS_AT_ONCE) or [0]:
+                part = slice(start, start + _ROWS_AT_ONCE)
+                columns = [_wide(forest.a[part]), _wide(forest.b[part]), forest.distance[part]]
+                writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=_ROWS_AT_ONCE)
+        output.commit(
+            counts={"images": forest.num_rows, "edges": len(forest.a)},
+            seconds=seconds,
+            outputs=[record(path, output.work)],
+            cutoff=forest.cutoff,
+        )
+
+
+def read_forest(
+    folder: Path, inputs: Sequence[FileRecord], neighbors: str = "exact", *, overwrite: bool = False
+) -> StoredForest | None:
     """Read the forest of these embeddings; None when there is none, or one of others.
 
     Args:
         folder: The folder of `balance`.
         neighbors: How it must have been searched.
-
-    Raises:
-        ClipcidError: when the file that the sidecar describes is missing, damaged or no longer the same.
+        overwrite: Whether one that is damaged or no longer the same counts as none.
     """
-    step = _STEPS[neighbors]
-    sidecar = read_sidecar(sidecar_path(folder, step))
-    if sidecar is None or _contents(sidecar.get("inputs", [])) != _contents(inputs):
+    with open_forest(folder, inputs, neighbors, overwrite=overwrite) as output:
+        sidecar = output.finished
+    if sidecar is None:
         return None
-    path, fix = (
-        forest_path(folder, neighbors),
-        f"Remove {sidecar_path(folder, step)}; the forest is then searched again.",
-    )
-    with reading(sidecar_path(folder, step), "a sidecar of a forest", fix):
-        cutoff, num_rows = float(sidecar["cutoff"]), int(sidecar["counts"]["images"])
+    path, fix = forest_path(folder, neighbors), "Add --overwrite to search it again."
     table = read_columns(path, {"a": pa.int64(), "b": pa.int64(), "distance": pa.float32()}, fix)
-    distance = table["distance"].to_numpy()
-    # A run killed while it replaced the forest by a longer one leaves the longer one with the old sidecar.
-    end = int(np.searchsorted(distance, np.float32(cutoff), side="right"))
-    kind = np.int32 if num_rows < 2**31 else np.int64
-    a, b = (table[name].slice(0, end).to_numpy() for name in ("a", "b"))
-    distance = distance[:end]
-    changed = find_changed(folder, step, sidecar)
-    if changed is not None and _hash_edges(a, b, distance) != sidecar["edges"]:
-        raise ClipcidError(changed, fix)
+    num_rows, distance = sidecar.counts["images"], table["distance"].to_numpy()
+    a, b = (table[name].to_numpy() for name in ("a", "b"))
     if len(a) and not (
         int(a.min()) >= 0 and (a < b).all() and int(b.max()) < num_rows and (distance[1:] >= distance[:-1]).all()
     ):
         raise ClipcidError(f"{path} is not a forest of {num_rows:,} rows with ascending distances.", fix)
-    return StoredForest(a.astype(kind), b.astype(kind), distance, cutoff, num_rows, neighbors)
+    kind = np.int32 if num_rows < 2**31 else np.int64
+    return StoredForest(a.astype(kind), b.astype(kind), distance, sidecar.cutoff, num_rows, neighbors)
 
 
-def _hash_edges(a: IntArray, b: IntArray, distance: npt.NDArray[np.float32]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for column in (a, b):
-        for start in range(0, len(column), _ROWS_AT_ONCE):
-            digest.update(_wide(np.ascontiguousarray(column[start : start + _ROWS_AT_ONCE])).data)
-    digest.update(np.ascontiguousarray(distance).data)
-    return f"blake2b:{digest.hexdigest()}"
+def find_earlier(folder: Path, inputs: Sequence[FileRecord], *, overwrite: bool) -> ForestSidecar | None:
+    """Return the sidecar of the exact forest of other embeddings that is there; None when there is none."""
+    with open_forest(folder, inputs, "exact", overwrite=overwrite) as output:
+        return output.earlier
 
 
 def _wide(rows: IntArray) -> npt.NDArray[np.int64]:
     return rows.astype(np.int64, copy=False)
-
-
-def _contents(inputs: list[dict[str, Any]]) -> list[tuple[int, str]]:
-    return [(entry["size"], entry["hash"]) for entry in inputs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +174,7 @@ class ForestParts:
     """The parts of a search in progress: a killed search resumes from them, and the first process merges them.
 
     Attributes:
-        folder: The folder of `balance`.
+        folder: The work folder of `balance`.
         search: Name of the search; parts of another cut-off or other tiles have another name.
     """
 
@@ -203,18 +192,14 @@ class ForestParts:
 
     def write(self, part: ForestPart) -> None:
         """Save the part of one process, replacing what it saved before in the same session."""
-        with atomic_file(self.path / f"{part.session}-{part.rank}.npz") as file:
-            np.savez(file, **dataclasses.asdict(part))
+        save_arrays(self.path / f"{part.session}-{part.rank}.npz", dataclasses.asdict(part))
 
     def read(self, session: int) -> Iterator[ForestPart]:
         """Read the parts of a session. One that cannot be read is skipped: its tiles are searched again."""
         for path in sorted(self.path.glob(f"{session}-*.npz")):
-            try:
-                with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                    found = {field.name: arrays[field.name] for field in dataclasses.fields(ForestPart)}
-                yield ForestPart(**{name: value if value.ndim else value.item() for name, value in found.items()})
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
-                continue
+            if (found := load_arrays(path)) is not None:
+                plain: dict[str, Any] = {name: value if value.ndim else value.item() for name, value in found.items()}
+                yield ForestPart(**plain)
 
     def clear(self) -> None:
         """Remove the parts of this and every earlier search."""

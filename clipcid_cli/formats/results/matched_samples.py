@@ -24,11 +24,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.formats.atomic import write_error, write_json, write_npy
-from clipcid_cli.formats.output import describe_outputs, fingerprint_file, is_unchanged
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed
 from clipcid_cli.formats.reading import read_regular
 
 TRAINING, HELD_OUT = "training", "held_out"
@@ -79,6 +80,11 @@ class SampleRows:
         return column
 
 
+class _Matched(msgspec.Struct):
+    counts: dict[str, Any]
+    outputs: list[FileRecord]
+
+
 class SampleRowsWriter:
     """Writes the samples of one part, shard after shard."""
 
@@ -124,12 +130,10 @@ def matched_folder(root: Path, identity: Mapping[str, Any]) -> Path:
 def read_matched(folder: Path) -> dict[str, Any] | None:
     """Read the counts of finished files; None when there are none, or one of them has changed since."""
     try:
-        found = json.loads(read_regular(folder / _COUNTS))
-        counts: dict[str, Any] = dict(found["counts"])
-        same = all(is_unchanged(folder, entry, fingerprint_file) for entry in found["outputs"])
-    except (OSError, ValueError, LookupError, TypeError):
+        found = msgspec.json.decode(read_regular(folder / _COUNTS), type=_Matched)
+    except (OSError, msgspec.MsgspecError):
         return None
-    return counts if same else None
+    return None if find_changed(folder, found.outputs, folder / _COUNTS) else found.counts
 
 
 def open_rows(folder: Path, part: str) -> SampleRows:
@@ -160,7 +164,8 @@ def begin_matched(folder: Path) -> Iterator[Path]:
 def finish_matched(partial: Path, folder: Path, counts: Mapping[str, Any]) -> None:
     """Let the files of `partial` appear as `folder`, in the place of damaged ones."""
     files = sorted(path for path in partial.iterdir() if path.is_file())
-    write_json(partial / _COUNTS, {"counts": counts, "outputs": describe_outputs(partial, files)})
+    matched = _Matched({**counts}, Memo().record_all(files, partial))
+    write_json(partial / _COUNTS, msgspec.to_builtins(matched))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

@@ -18,8 +18,9 @@ from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
-from clipcid_cli.formats.output import read_sidecar, refuse_changed, sidecar_path
+from clipcid_cli.formats.fingerprint import refuse_changed
 from clipcid_cli.formats.reading import describe, read_regular
+from clipcid_cli.formats.sidecar import EvaluationSidecar, Kind, read_sidecar, sidecar_path
 
 SIDECARS = "sidecars"
 FIELDS = ("dataset", "model", "pretrained", "task", "language", "metrics")
@@ -68,23 +69,25 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     write_json(path, {field: metrics[field] for field in FIELDS})
 
 
-def read_metrics_sidecar(path: Path) -> dict[str, Any] | None:
+def read_metrics_sidecar(path: Path, kind: type[Kind]) -> Kind | None:
     """Read the sidecar that says how a metrics file was made; None when there is none."""
-    return read_sidecar(sidecar_path(path.parent / SIDECARS, path.stem))
+    return read_sidecar(sidecar_path(path.parent / SIDECARS, path.stem), kind)
 
 
-def refuse_changed_metrics(path: Path, fix: str) -> None:
-    """Refuse a metrics file, or its predictions, that differ from what their sidecar records; without one, none does.
+def refuse_changed_metrics(path: Path, fix: str) -> EvaluationSidecar | None:
+    """Refuse a metrics file, or its predictions, that differ from what their sidecar records.
 
     Args:
         fix: What to run to make them again.
 
-    Raises:
-        ClipcidError: naming the file.
+    Returns:
+        The sidecar; None when there is none.
     """
-    sidecar = read_metrics_sidecar(path)
+    sidecar = read_metrics_sidecar(path, EvaluationSidecar)
     if sidecar is not None:
-        refuse_changed(path.parent / SIDECARS, path.stem, sidecar, lambda: fix)
+        folder = path.parent / SIDECARS
+        refuse_changed(folder, sidecar.outputs, sidecar_path(folder, path.stem), lambda: fix)
+    return sidecar
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

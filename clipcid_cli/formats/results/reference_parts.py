@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.arrays import load_arrays, save_arrays
 
 _FOLDER = ".references"
 
@@ -37,18 +36,15 @@ class ReferenceParts:
             reference: The nearest reference row of each row, int64 [M]; −1 where none is near enough.
             distance: Its distance, float32 [M].
         """
-        with atomic_file(self._path(stretch)) as file:
-            np.savez(file, reference=reference, distance=distance)
+        save_arrays(self._path(stretch), {"reference": reference, "distance": distance})
 
     def read(self, stretch: int, num_rows: int) -> Nearest | None:
         """Read a stretch of so many rows; None where it is not there, or cannot be read."""
-        try:
-            with open(self._path(stretch), "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                reference, distance = arrays["reference"], arrays["distance"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+        found = load_arrays(self._path(stretch)) or {}
+        shapes = {name: (array.shape, array.dtype.str) for name, array in found.items()}
+        if shapes != {"reference": ((num_rows,), "<i8"), "distance": ((num_rows,), "<f4")}:
             return None
-        fits = reference.shape == distance.shape == (num_rows,) and (reference.dtype, distance.dtype) == ("i8", "f4")
-        return (reference, distance) if fits else None
+        return found["reference"], found["distance"]
 
     def _path(self, stretch: int) -> Path:
         return self.folder / _FOLDER / self.name / f"{stretch}.npz"

@@ -11,7 +11,7 @@ from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_text
-from clipcid_cli.formats.reading import Entries, describe, reading
+from clipcid_cli.formats.reading import describe, reading
 
 # What the lines of a log hold.
 _VALUES = int | float | None
@@ -104,11 +104,7 @@ def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a log; a last line that a kill left incomplete is omitted.
-
-    Raises:
-        ClipcidError: when another line is none of a log, or to read an entry that its line lacks.
-    """
+    """Read a log; a last line that a kill left incomplete is omitted."""
     found: list[dict[str, Any]] = []
     if not path.exists():
         return found
@@ -124,5 +120,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise ClipcidError(f"Line {number:,} of {path} is none of a log: {describe(error)}.", fix) from error
-        found.append(Entries(content, f"Line {number:,} of {path}", fix))
+        found.append(content)
     return found

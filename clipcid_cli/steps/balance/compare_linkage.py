@@ -52,7 +52,7 @@ def compare_linkages(context: Context, sets: Sets, forest: Edges) -> OtherLinkag
         return NotComputed("nothing was to be merged")
     if context.settings.linkage == "star":
         return machine.on_main(lambda: _single(rows, forest, threshold))
-    given = (machine, context.folder, rows)
+    given = (machine, context.output.work, rows)
     pairs = collect_few_pairs(*given, sets.labels, threshold, context.settings.precision, context.reporter)
     if isinstance(pairs, NotComputed):
         return pairs

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
-from typing import Any
 
 from clipcid_cli.algorithms.search.distances import IntArray
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.filters.select import Filters
 from clipcid_cli.steps.balance.forests.grown import list_row_files
-from clipcid_cli.steps.balance.forests.stored import Forest
+from clipcid_cli.steps.balance.forests.stored import Forest, ForestStore
 from clipcid_cli.steps.balance.pairs import collect_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.balance.search import find_forest
@@ -27,19 +28,19 @@ class Context:
     """One run of `balance`.
 
     Attributes:
-        folder: Where the forest is stored.
+        output: Its output.
         data: The data itself where ``--select resolution`` reads it; else None.
-        fingerprints: Of the files of the embeddings, and of the rows to balance where those are not all.
+        inputs: The files of the embeddings, and the rows to balance where those are not all.
         filters: What was dropped before, and what is left.
         seconds: Time by phase; searches add theirs to ``search``.
     """
 
     settings: BalanceSettings
     machine: Machine
-    folder: Path
+    output: Output[BalanceSidecar]
     embeddings: Embeddings
     data: Dataset | None
-    fingerprints: list[dict[str, Any]]
+    inputs: list[FileRecord]
     filters: Filters
     reporter: Reporter
     seconds: dict[str, float]
@@ -51,19 +52,17 @@ class Context:
 
     def find_forest(self, *, cutoff: float | None = None, num_edges: int = 0) -> tuple[Forest, bool]:
         """Call :func:`find_forest` for these rows."""
-        started = time.perf_counter()
+        started, settings, output = time.perf_counter(), self.settings, self.output
+        store = ForestStore(output.folder, output.work, self.rows, self.inputs, settings.neighbors, settings.overwrite)
         found = find_forest(
             self.machine,
-            self.folder,
-            self.rows,
-            self.fingerprints,
+            store,
             cutoff=cutoff,
             num_edges=num_edges,
-            neighbors=self.settings.neighbors,
-            precision=self.settings.precision,
+            precision=settings.precision,
             reporter=self.reporter,
-            for_stars=self.settings.linkage == "star",
-            files=() if self.rows.positions is not None else list_row_files(self.embeddings, self.fingerprints),
+            for_stars=settings.linkage == "star",
+            files=() if self.rows.positions is not None else list_row_files(self.embeddings, self.inputs),
         )
         self.seconds["search"] += time.perf_counter() - started
         return found
@@ -71,7 +70,7 @@ class Context:
     def collect_pairs(self, labels: IntArray, cutoff: float) -> Edges:
         """Call :func:`collect_pairs` for these rows."""
         started = time.perf_counter()
-        given = (self.machine, self.folder, self.rows)
+        given = (self.machine, self.output.work, self.rows)
         found = collect_pairs(*given, labels, cutoff, self.settings.precision, self.reporter)
         self.seconds["search"] += time.perf_counter() - started
         return found

@@ -14,7 +14,7 @@ from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.search.pair_search import CACHE_BYTES, TiledSearch, default_panel_rows
 from clipcid_cli.algorithms.search.tiles import Tile
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.mapped_arrays import Arrays, spool_arrays
+from clipcid_cli.formats.arrays import Arrays, spool_arrays
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.rows import BalanceRows

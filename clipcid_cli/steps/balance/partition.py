@@ -15,8 +15,8 @@ from clipcid_cli.algorithms.search.partition_margin import measure_margin, sampl
 from clipcid_cli.algorithms.search.partition_training import train_partitions
 from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedSearch
 from clipcid_cli.algorithms.search.partitions import Assignment, Partitions, assign_rows, group_rows
+from clipcid_cli.formats.arrays import Arrays, create_unnamed, spool_arrays
 from clipcid_cli.formats.embeddings.grouped import create_copy, open_copies
-from clipcid_cli.formats.mapped_arrays import Arrays, create_unnamed, spool_arrays
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.reporting import Progress, Reporter
 from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays

@@ -17,6 +17,7 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
 from clipcid_cli.formats.results.set_table import SetTable
+from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
 from clipcid_cli.steps.balance.composition import compare_classes
@@ -136,9 +137,9 @@ def write_report(
     return gallery
 
 
-def has_new_pictures(settings: BalanceSettings, embeddings: Embeddings, finished: dict[str, Any] | None) -> bool:
+def has_new_pictures(settings: BalanceSettings, embeddings: Embeddings, finished: BalanceSidecar | None) -> bool:
     """Tell whether a picture can be read now that the report of a finished output could not show."""
-    unread = (finished or {}).get("pictures", {}).get("unread", [])
+    unread = [] if finished is None else finished.pictures.unread
     data = _open_data(settings, embeddings)[0] if unread else None
     if data is None:
         return False

@@ -43,7 +43,7 @@ def summarise(
     too_many = 0 if capped is None else capped["dropped"]
     kept = sets.num_kept - too_many
     near = 0 if filters.near is None else int(np.count_nonzero(~filters.near.is_far))
-    embedded = (embeddings.sidecar or {}).get("counts", {}).get("skipped", {})
+    embedded = {} if embeddings.sidecar is None else embeddings.sidecar.counts["skipped"]
     return {
         "images": images,
         "searched": searched,

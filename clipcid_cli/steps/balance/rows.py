@@ -19,10 +19,11 @@ from clipcid_cli.algorithms.search.distances import DoubleArray, HalfArray, IntA
 from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows, unique_positions
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.mapped_arrays import Arrays
-from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
@@ -60,14 +61,14 @@ class BalanceRows:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def describe_choice(self) -> list[dict[str, Any]]:
+    def describe_choice(self) -> list[FileRecord]:
         """Describe which of the finite rows these are, as an input of what is made of them; nothing where all are."""
         if self.positions is None:
             return []
         is_chosen = np.zeros(self.num_finite, np.bool_)
         is_chosen[self.positions] = True
         digest = hashlib.blake2b(np.packbits(is_chosen).tobytes(), digest_size=16).hexdigest()
-        return [{"path": "rows that filters have left", "size": len(self), "hash": f"blake2b:{digest}"}]
+        return [FileRecord("rows that filters have left", len(self), f"blake2b:{digest}")]
 
     def read(self, rows: IntArray) -> HalfArray:
         """Read some rows, float16 [n, D]."""
@@ -106,10 +107,10 @@ def find_embeddings(settings: BalanceSettings, machine: Machine, reporter: Repor
 def _model_of(work: WorkDirectory) -> str | None:
     """Return the model of the work directory's embeddings, when there are those of one model."""
     try:
-        sidecar = read_sidecar(sidecar_path(work.find_embeddings(), "embed"))
+        sidecar = read_sidecar(sidecar_path(work.find_embeddings(), "embed"), EmbedSidecar)
     except ClipcidError:
         return None
-    return None if sidecar is None else str(sidecar["model"]["spec"])
+    return None if sidecar is None else sidecar.model.spec
 
 
 def needs_texts(settings: BalanceSettings) -> bool:
@@ -121,7 +122,7 @@ def output_identity(settings: BalanceSettings, embeddings: Embeddings) -> dict[s
     """Return the settings that decide what is written; all of them may change on an existing forest."""
     texts = None
     if needs_texts(settings):
-        hashes = [entry["hash"] for entry in embeddings.text_fingerprints()]
+        hashes = [each.hash for each in embeddings.text_fingerprints()]
         texts = hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
     names = ("keep", "threshold", "cosine_distance", "linkage", "select", "neighbors")
     window = ("min_caption_similarity", "max_caption_similarity")

@@ -11,12 +11,14 @@ import pyarrow as pa
 
 from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
+from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.mapped_strings import map_strings
-from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file
+from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.curve import CURVE, write_curve
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
 from clipcid_cli.formats.results.reference_parts import keep_parts
 from clipcid_cli.formats.results.set_table import SET_TABLE, SetTable, write_set_table
+from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.memory import keep_few_kernels
@@ -41,6 +43,7 @@ from clipcid_cli.steps.balance.write_shards import tar_shards, write_shards
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.shared import given_flags
 from clipcid_cli.steps.shared_arrays import clear_shared
 
 
@@ -95,17 +98,16 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         identity["clusters"] = None if clusters is None else clusters.identity
         identity["against"] = [[each.name, each.identity] for each in references] or None
         identity["against_threshold"] = settings.reference_distance if references else None
-        fingerprints = machine.on_main(embeddings.fingerprints)
         with claim_output(
             machine,
             folder,
             "balance",
+            BalanceSidecar,
             settings=identity,
-            inputs=fingerprints,
+            inputs=machine.on_main(embeddings.fingerprints),
             overwrite=settings.overwrite,
-            replaceable=frozenset(identity),
+            may_differ=frozenset(identity),
             may_grow=True,
-            keeps_earlier=True,  # filters and the cap may find that nothing can be kept
         ) as output:
             finished = output.finished
             if machine.on_main(lambda: has_new_pictures(settings, embeddings, output.finished)):
@@ -113,7 +115,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
                 finished = None
             if finished is not None:
                 reporter.note(f"{folder} already holds this result.")
-                result: dict[str, Any] = finished["result"]
+                result = finished.result
             else:
                 result = _balance(settings, machine, embeddings, references, clusters, output, seconds, reporter)
             result["files"] = name_files(folder, settings.forest_kind)
@@ -125,7 +127,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
                     data,
                     shards,
                     read_keep_list(keep_list),
-                    fingerprint_file(keep_list),
+                    record(keep_list),
                     settings.write_shards,
                     overwrite=settings.overwrite,
                     reporter=reporter,
@@ -140,22 +142,23 @@ def _balance(
     embeddings: Embeddings,
     references: list[Reference],
     clusters: FoundClusters | None,
-    output: Output,
+    output: Output[BalanceSidecar],
     seconds: dict[str, float],
     reporter: Reporter,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     data = open_for_sizes(settings, embeddings)
-    machine.on_main(lambda: clear_shared(output.folder))
-    rows = find_rows(machine, output.folder, embeddings.images(), reporter)
+    machine.on_main(output.start)
+    machine.on_main(lambda: clear_shared(output.work))
+    rows = find_rows(machine, output.work, embeddings.images(), reporter)
     seconds["search"] = time.perf_counter() - started
     skips = count_skipped(settings, embeddings, rows, reporter)
     machine.on_main(embeddings.refuse_repeated_keys)
-    filters = apply_filters(settings, machine, output.folder, embeddings, rows, output.inputs, references, reporter)
-    inputs = [*output.inputs, *filters.rows.describe_choice()]
+    filters = apply_filters(settings, machine, output, embeddings, rows, references, reporter)
+    inputs = [*output.run.inputs, *filters.rows.describe_choice()]
     if clusters is not None:
         clusters.warn_of_few(settings, len(filters.rows), reporter)
-    context = Context(settings, machine, output.folder, embeddings, data, inputs, filters, reporter, seconds)
+    context = Context(settings, machine, output, embeddings, data, inputs, filters, reporter, seconds)
     sets, forest, was_there = make_sets(context)
     if was_there:
         reporter.note("The forest of these embeddings exists: keep list, curve and report are made from it.")
@@ -174,29 +177,29 @@ def _balance(
         return {phase: round(value, 3) for phase, value in (seconds | {"write": write}).items()}
 
     def write() -> dict[str, Any]:
-        listed = list_rows(output.folder, filters, sets, cap)
+        listed = list_rows(output.work, filters, sets, cap)
         measured = measure_sets(context, sets)
-        output.drop_earlier()
         _write_tables(context, sets, listed, measured)
         shown = result | {"seconds": phases()}
         pictures = write_report(
-            output.folder / REPORT, context, forest, sets, listed, measured, cap, other, shown, warnings
+            output.work / REPORT, context, forest, sets, listed, measured, cap, other, shown, warnings
         )
         for warning in explain_unread(pictures):
             reporter.warn(warning)
         result["seconds"] = phases()
-        counts = {"read": embeddings.num_rows, "used": len(rows), "skipped": result["skipped"]}
-        made_of = WorkDirectory(settings.work).name_of(embeddings.folder)
-        outputs = describe_outputs(output.folder, [output.folder / KEEP_LIST])
-        named = None if settings.clusters is None else str(settings.clusters)
-        flags = {"clusters": named, "keys": settings.keys, "npz_array": settings.npz_array}
-        more = {"embeddings": made_of, "flags": flags, "pictures": pictures, "result": result}
-        output.commit(counts=counts, seconds=phases(), outputs=outputs, **more)
+        output.commit(
+            counts={"read": embeddings.num_rows, "used": len(rows), "skipped": result["skipped"]},
+            seconds=phases(),
+            outputs=[record(output.work / KEEP_LIST, output.work)],
+            embeddings=WorkDirectory(settings.work).name_of(embeddings.folder),
+            flags=given_flags(settings),
+            pictures=pictures,
+            result=result,
+        )
         return result
 
-    result = machine.on_main(write)
     machine.barrier()  # until here another process may read what it has mapped
-    machine.on_main(lambda: clear_shared(output.folder))
+    result = machine.on_main(write)
     if not references:
         machine.on_main(lambda: keep_parts(output.folder, set()))
     return result
@@ -223,11 +226,11 @@ def _write_tables(context: Context, sets: Sets, listed: KeepRows, measured: SetT
 
     def map_names(read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.ChunkedArray:
         picked = context.filters.everything.pick((file, read(file)) for file in embeddings.files)
-        return pa.chunked_array([map_strings(context.folder, picked)])
+        return pa.chunked_array([map_strings(context.output.work, picked)])
 
     keys = map_names(embeddings.keys_of)
     write_keep_list(
-        context.folder / KEEP_LIST,
+        context.output.work / KEEP_LIST,
         keys=keys,
         shards=map_names(embeddings.shards_of),
         labels=listed.labels,
@@ -237,9 +240,9 @@ def _write_tables(context: Context, sets: Sets, listed: KeepRows, measured: SetT
     )
     positions = context.rows.positions
     table = measured if positions is None else measured.renumbered(positions)
-    write_set_table(context.folder / SET_TABLE, table, keys.chunk(0))
+    write_set_table(context.output.work / SET_TABLE, table, keys.chunk(0))
     write_curve(
-        context.folder / CURVE,
+        context.output.work / CURVE,
         distances=sets.curve.distance,
         kept=sets.curve.kept,
         largest=sets.curve.largest,

@@ -47,11 +47,9 @@ def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | No
     if settings.data is not None:
         columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
         return open_dataset(settings.data, keys=settings.keys, columns=columns, index_root=indexes)
-    if embeddings.sidecar is None or "data" not in embeddings.sidecar:
+    if embeddings.sidecar is None or names_command(embeddings.sidecar.data.spec):
         return None
-    if names_command(embeddings.sidecar["data"]["spec"]):
-        return None
-    return open_described(embeddings.sidecar["data"], index_root=indexes)
+    return open_described(embeddings.sidecar.data, index_root=indexes)
 
 
 def require_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:

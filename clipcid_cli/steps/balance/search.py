@@ -12,8 +12,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +23,9 @@ from clipcid_cli.algorithms.search.partitioned_search import PartitionedSearch
 from clipcid_cli.algorithms.search.tiles import deal, left_after
 from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.grouped import remove_copies
-from clipcid_cli.formats.mapped_arrays import Arrays
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.forest import ForestPart, ForestParts
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_for_rows
@@ -35,7 +34,6 @@ from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.forests.grown import RowFile, read_smaller, search_new
 from clipcid_cli.steps.balance.forests.stored import Forest, ForestStore
 from clipcid_cli.steps.balance.partition import partition_rows
-from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.shared_arrays import share_arrays
 
@@ -47,27 +45,22 @@ _MOST_PAIRS = 2**24
 
 def find_forest(
     machine: Machine,
-    folder: Path,
-    rows: BalanceRows,
-    inputs: list[dict[str, Any]],
+    store: ForestStore,
     *,
     cutoff: float | None,
     num_edges: int,
     precision: str,
     reporter: Reporter,
-    neighbors: str = "exact",
     for_stars: bool = False,
     files: Sequence[RowFile] = (),
 ) -> tuple[Forest, bool]:
     """Return a forest that reaches far enough: the stored one, that one extended, or a new one.
 
     Args:
-        folder: Where the forest is stored.
-        inputs: Fingerprints of the embeddings.
+        store: Where the forest is stored, and of which rows it is.
         cutoff: The distance it must be complete to; None where it must have a number of edges.
         num_edges: That number; at most N − 1.
         precision: Format of the fast product, see `choose_scan`.
-        neighbors: ``exact`` or ``partitioned``: compare all pairs, or those in and near partitions.
         for_stars: Keep the pairs that a search finds, while they are few, and search as far as a star cover needs.
         files: The files of all rows: where the stored forest is of some of them, only the rows of the others are compared.
 
@@ -75,8 +68,8 @@ def find_forest(
         The forest, and whether the stored one reached far enough.
     """
     started = time.perf_counter()
+    folder, rows, neighbors = store.work, store.rows, store.neighbors
     machine.on_main(lambda: remove_copies(folder))  # of a run that was killed
-    store = ForestStore(folder, rows, inputs, neighbors)
     stored = store.read(machine)
     is_new = stored is None
     # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
@@ -90,7 +83,7 @@ def find_forest(
     complete, num_copies = len(rows) - 1, len(rows.copies)
     smaller = None
     if is_new and files and neighbors == "exact":
-        smaller = read_smaller(machine, folder, rows, files, reporter)
+        smaller = read_smaller(machine, store, rows, files, reporter)
     while len(forest.edges) < complete and not _is_enough(forest, cutoff, num_edges):
         search: TiledSearch | PartitionedSearch = all_pairs
         known, name = forest.edges, ""
@@ -113,7 +106,7 @@ def find_forest(
                 if search is all_pairs:
                     reporter.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
             parts = ForestParts(
-                folder, f"{_digest(inputs)}-{np.float32(reach).view(np.uint32):08x}-{search.name}{name}"
+                folder, f"{_digest(store.inputs)}-{np.float32(reach).view(np.uint32):08x}-{search.name}{name}"
             )
             # Partitions may miss pairs, and find some twice: stars then take theirs from within the components.
             most = most_pairs if search is all_pairs else 0
@@ -142,8 +135,8 @@ def _is_enough(forest: Forest, cutoff: float | None, num_edges: int) -> bool:
     return len(forest.edges) >= num_edges
 
 
-def _digest(inputs: Sequence[dict[str, Any]]) -> str:
-    content = json.dumps([(entry["size"], entry["hash"]) for entry in inputs])
+def _digest(inputs: Sequence[FileRecord]) -> str:
+    content = json.dumps([each.content for each in inputs])
     return hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
 
 

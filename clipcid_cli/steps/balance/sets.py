@@ -28,7 +28,7 @@ from clipcid_cli.algorithms.sets.star import (
     star_cover,
     star_curve,
 )
-from clipcid_cli.formats.mapped_arrays import Arrays
+from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.forests.stored import Forest
 from clipcid_cli.steps.balance.rows import caption_similarities
@@ -120,7 +120,7 @@ def _share_sets(
         distances = distances_to(context.rows.read, np.arange(num_rows, dtype=kind), representatives)
         return labels, representatives, distances
 
-    labels, representatives, distances = share_arrays(context.machine, context.folder, write)
+    labels, representatives, distances = share_arrays(context.machine, context.output.work, write)
 
     def measure() -> tuple[Curve, int, int, float]:
         num_kept = count_kept(representatives)

@@ -14,11 +14,13 @@ from clipcid_cli.formats.data.remote import local_file
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.tar_index import TarShard
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
+from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.key_join import KeyIndex
-from clipcid_cli.formats.output import Output, describe_outputs, plan_path, sidecar_path
+from clipcid_cli.formats.output import Output, is_claimed
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.results.keep_list import KeepList
 from clipcid_cli.formats.results.kept_lists import is_uid
+from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.samples import read_uid
 from clipcid_cli.steps.claim import claim_output
@@ -54,7 +56,7 @@ def write_shards(
     data: Dataset,
     shards: list[TarShard],
     keep: KeepList,
-    keep_fingerprint: dict[str, Any],
+    keep_record: FileRecord,
     target: Path,
     *,
     overwrite: bool,
@@ -80,37 +82,39 @@ def write_shards(
         machine,
         target,
         _STEP,
+        Sidecar,
         settings={},
-        inputs=[keep_fingerprint],
+        inputs=[keep_record],
         overwrite=overwrite,
-        clear=lambda: _clear(target),
     ) as output:
         if output.finished is not None:
             reporter.note(f"{target} already holds these shards.")
             return
+        machine.on_main(output.start)
         mine = shards[machine.rank :: machine.size]
-        sizes, files = dict[str, int](), list[dict[str, Any]]()
+        sizes, files = dict[str, int](), list[FileRecord]()
         error: ClipcidError | None = None
         with reporter.progress("shards", len(mine), "shards") as progress:
             try:
                 for shard in mine:
-                    sizes[shard.name] = _write_shard(shard, choice, target, output.resumed)
-                    if sizes[shard.name]:
-                        files += describe_outputs(target, [_target_of(target, shard)])
+                    sizes[shard.name] = _write_shard(shard, choice, output.work, output.resumed)
+                    written = [_stats_of(output.work, shard)]
+                    written += [_target_of(output.work, shard)] if sizes[shard.name] else []
+                    files += [record(path, output.work) for path in written]
                     progress.advance()
             except ClipcidError as found:
                 error = found
         machine.agree(error)
-        together, outputs = dict[str, int](), list[dict[str, Any]]()
-        for part, written in machine.gather((sizes, files)):
+        together, outputs = dict[str, int](), list[FileRecord]()
+        for part, records in machine.gather((sizes, files)):
             together |= part
-            outputs += written
+            outputs += records
         machine.on_main(lambda: _finish(output, shards, together, outputs, keep, reporter))
 
 
 def _write_shard(shard: TarShard, choice: ShardChoice, target: Path, resumed: bool) -> int:
     """Write one shard, unless this run wrote it before it was killed: its statistics are written after it."""
-    path, stats_path = _target_of(target, shard), target / f"{shard.name}{_STATS}"
+    path, stats_path = _target_of(target, shard), _stats_of(target, shard)
     if resumed:
         with suppress(OSError, ValueError, TypeError, LookupError):  # missing or damaged: it is written again
             written = int(json.loads(read_regular(stats_path))["successes"])
@@ -153,10 +157,10 @@ def _describe(copied: Copied, num_dropped: int, has_reasons: bool) -> dict[str, 
 
 
 def _finish(
-    output: Output,
+    output: Output[Sidecar],
     shards: list[TarShard],
     sizes: dict[str, int],
-    outputs: list[dict[str, Any]],
+    outputs: list[FileRecord],
     keep: KeepList,
     reporter: Reporter,
 ) -> None:
@@ -170,26 +174,16 @@ def _finish(
         )
     if written < keep.num_kept:
         reporter.warn(f"{keep.num_kept - written:,} of the {keep.num_kept:,} images kept are not in the shards.")
-    write_json(output.folder / _SIZES, by_file)
+    write_json(output.work / _SIZES, by_file)
     counts = {"samples": written, "missing": keep.num_kept - written, "shards": by_file}
-    outputs += describe_outputs(output.folder, [output.folder / _SIZES])
-    output.commit(counts=counts, seconds={}, outputs=outputs)
-
-
-def _clear(target: Path) -> None:
-    """Remove the shards of another keep list; `_refuse_foreign` has made sure that all of them are ours."""
-    for path in _shard_files(target):
-        path.unlink()
-
-
-def _shard_files(target: Path) -> list[Path]:
-    return [*target.rglob("*.tar"), *target.rglob(f"*{_STATS}")]
+    output.commit(counts=counts, seconds={}, outputs=[*outputs, record(output.work / _SIZES, output.work)])
 
 
 def _refuse_foreign(target: Path) -> None:
     """Refuse a folder whose shards another program wrote."""
-    ours = sidecar_path(target, _STEP).exists() or plan_path(target, _STEP).exists()
-    if not ours and target.is_dir() and _shard_files(target):
+    if is_claimed(target, _STEP):
+        return
+    if any(next(target.rglob(name), None) is not None for name in ("*.tar", f"*{_STATS}")):
         raise ClipcidError(
             f"{target} holds shards that --write-shards did not write.",
             "Give a new or empty folder: nothing was written.",
@@ -198,6 +192,10 @@ def _refuse_foreign(target: Path) -> None:
 
 def _target_of(target: Path, shard: TarShard) -> Path:
     return target / f"{shard.name}.tar"
+
+
+def _stats_of(target: Path, shard: TarShard) -> Path:
+    return target / f"{shard.name}{_STATS}"
 
 
 class ShardChoice:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.rows import Float16, Rows
-from clipcid_cli.formats.output import fingerprint_file
+from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
@@ -123,10 +122,10 @@ class ClusterRows:
         ]
         return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.large_string())
 
-    def fingerprint(self) -> list[dict[str, Any]]:
+    def fingerprint(self) -> list[FileRecord]:
         """Describe every input file."""
         found = self.embeddings.fingerprints(texts=True)
-        return found if self.keep_list is None else [*found, fingerprint_file(self.keep_list)]
+        return found if self.keep_list is None else [*found, record(self.keep_list)]
 
     def _read(self, rows: Rows, start: int, stop: int) -> Float16:
         if len(self) == len(rows):

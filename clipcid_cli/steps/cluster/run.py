@@ -12,7 +12,8 @@ from clipcid_cli.algorithms.kmeans.lloyd import LloydState
 from clipcid_cli.algorithms.kmeans.seeding import first_centroids
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
-from clipcid_cli.formats.output import Output, describe_outputs, fingerprint_file, is_claimed, refuse_other_output
+from clipcid_cli.formats.fingerprint import record
+from clipcid_cli.formats.output import Output, find_output, is_claimed
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     TABLE,
@@ -20,9 +21,10 @@ from clipcid_cli.formats.results.clusters import (
     join_parts,
     part_bounds,
     read_progress,
-    remove_scratch,
+    remove_caption_arrays,
     write_progress,
 )
+from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.steps.claim import claim_output
@@ -32,6 +34,7 @@ from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
 from clipcid_cli.steps.cluster.train import choose_format, train_centroids
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
+from clipcid_cli.steps.settings.shared import given_flags
 
 # As many as faiss asks for before it warns.
 _FEWEST_A_CENTROID = 39
@@ -68,17 +71,15 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
             wanted |= {"settings": identity, "inputs": machine.on_main(rows.fingerprint)}
         if settings.dry_run:
             if "inputs" in wanted:
-                machine.on_main(lambda: refuse_other_output(folder, "cluster", **wanted))
+                machine.on_main(lambda: find_output(folder, "cluster", ClusterSidecar, **wanted))
             return estimate_cost(settings, machine, rows, num_clusters, search_width(num_clusters), reporter)
         seconds = {"read": time.perf_counter() - started}
-        with claim_output(machine, folder, "cluster", clear=lambda: remove_scratch(folder), **wanted) as output:
+        with claim_output(machine, folder, "cluster", ClusterSidecar, **wanted) as output:
             if output.finished is None:
                 result = _cluster(settings, machine, rows, num_clusters, output, seconds, reporter)
             else:
                 reporter.note(f"These clusters are in {folder} already.")
-                result = output.finished["result"]
-                if machine.is_main:
-                    remove_scratch(folder)
+                result = output.finished.result
         names = {"centroids": CENTROIDS, "clusters": TABLE, "sidecar": "cluster.json"}
         return result | {"files": {name: str(folder / file) for name, file in names.items()}}
 
@@ -112,7 +113,7 @@ def _cluster(
     machine: Machine,
     rows: ClusterRows,
     num_clusters: int,
-    output: Output,
+    output: Output[ClusterSidecar],
     seconds: dict[str, float],
     reporter: Reporter,
 ) -> dict[str, Any]:
@@ -123,16 +124,15 @@ def _cluster(
         _warn_of_few(len(trained), num_clusters, reporter)
 
     def begin() -> LloydState:
-        if not output.resumed:
-            remove_scratch(output.folder)
-        found = read_progress(output.folder)
+        output.start()
+        found = read_progress(output.work)
         if found is None:
             return LloydState(first_centroids(trained, num_clusters, settings.seed))
         reporter.note(f"Resuming after {found.iterations} iterations.")
         return LloydState(torch.from_numpy(found.centroids), found.iterations, found.converged)
 
     def save(state: LloydState) -> None:
-        write_progress(output.folder, KMeansProgress(state.centroids_KD.numpy(), state.iterations, state.converged))
+        write_progress(output.work, KMeansProgress(state.centroids_KD.numpy(), state.iterations, state.converged))
 
     state = machine.on_main(begin)
     scan = machine.on_main(lambda: choose_format(settings.precision, trained, machine, state.centroids_KD))
@@ -150,15 +150,15 @@ def _cluster(
     seconds["kmeans"] = time.perf_counter() - started
 
     started = time.perf_counter()
-    assign_clusters(machine, rows, state.centroids_KD.to(machine.device), output.folder, reporter)
+    assign_clusters(machine, rows, state.centroids_KD.to(machine.device), output.work, reporter)
     seconds["assign"] = time.perf_counter() - started
 
     def write() -> dict[str, Any]:
         begun = time.perf_counter()
-        write_npy(output.folder / CENTROIDS, state.centroids_KD.numpy())
+        write_npy(output.work / CENTROIDS, state.centroids_KD.numpy())
         bounds = part_bounds(len(rows))
-        join_parts(output.folder, len(bounds), captions=rows.embeddings.has_texts)
-        result, temperatures = summarise(rows, num_clusters, output.folder)
+        join_parts(output.work, len(bounds), captions=rows.embeddings.has_texts)
+        result, temperatures = summarise(rows, num_clusters, output.work)
         seconds["write"] = time.perf_counter() - begun
         result |= {
             "iterations": state.iterations,
@@ -169,19 +169,20 @@ def _cluster(
                 f"{result['empty_clusters']:,} of {num_clusters:,} clusters are empty: the data has hardly more "
                 "different images than clusters, or fewer. Use a smaller --num-clusters."
             )
+        if not rows.embeddings.has_texts:
+            remove_caption_arrays(output.folder)  # of the clusters that these replace
         output.commit(
             counts={"read": rows.embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
             seconds=seconds,
-            outputs=describe_outputs(output.folder, [output.folder / name for name in (CENTROIDS, TABLE)]),
+            outputs=[record(output.work / name, output.work) for name in (CENTROIDS, TABLE)],
             embeddings=WorkDirectory(settings.work).name_of(rows.embeddings.folder),
-            keep_list=None if rows.keep_list is None else fingerprint_file(rows.keep_list),
-            flags={"num_clusters": settings.num_clusters, "keys": settings.keys, "npz_array": settings.npz_array},
-            model=(rows.embeddings.sidecar or {}).get("model"),
+            keep_list=None if rows.keep_list is None else record(rows.keep_list),
+            flags=given_flags(settings),
+            model=None if rows.embeddings.sidecar is None else rows.embeddings.sidecar.model,
             num_nearest=search_width(num_clusters),
             temperatures=temperatures,
             result=result,
         )
-        remove_scratch(output.folder)
         return result
 
     return machine.on_main(write)

@@ -18,7 +18,7 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.output import fingerprint_file
+from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.results.clusters import Clusters, TopClusters, open_clusters
 from clipcid_cli.formats.results.matched_samples import Column
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
@@ -50,10 +50,10 @@ def find_clusters(
         return None
     folder = settings.clusters or WorkDirectory(settings.work).find_clusters()
     clusters = open_clusters(folder, cache, work=settings.work)
-    model = clusters.sidecar.get("model")
+    model = clusters.sidecar.model
     if model is not None and online is not None and (difference := find_mismatch(model, online)) is not None:
         raise ClipcidError(
-            f"The clusters in {clusters.folder} are of {model['spec']}, {difference.what} {difference.recorded}; the "
+            f"The clusters in {clusters.folder} are of {model.spec}, {difference.what} {difference.recorded}; the "
             f"teacher is {online.spec}, {difference.what} {difference.named}.",
             cluster_with(online, settings),
         )
@@ -112,10 +112,10 @@ def _teaches_text(clusters: Clusters, settings: DistillSettings, several_caption
 
 
 def _check_clusters(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings) -> None:
-    clustered, embedded = clusters.sidecar.get("model"), (embeddings.sidecar or {}).get("model")
-    if clustered is not None and embedded is not None and clustered["weights_hash"] != embedded["weights_hash"]:
+    clustered, embedded = clusters.sidecar.model, None if embeddings.sidecar is None else embeddings.sidecar.model
+    if clustered is not None and embedded is not None and clustered.weights_hash != embedded.weights_hash:
         raise ClipcidError(
-            f"The clusters in {clusters.folder} are of {clustered['spec']}, the embeddings of {embedded['spec']}.",
+            f"The clusters in {clusters.folder} are of {clustered.spec}, the embeddings of {embedded.spec}.",
             _remake(settings, clusters, embeddings),
         )
     if clusters.centroids.shape[1] != embeddings.width:
@@ -128,8 +128,8 @@ def _check_clusters(settings: DistillSettings, clusters: Clusters, embeddings: E
 
 def refuse_old_clusters(clusters: Clusters, keep_list: Path, work: Path) -> None:
     """Refuse clusters of an earlier keep list (ClipcidError: the fix remakes them); those made without one fit any."""
-    made_from = clusters.sidecar.get("keep_list")
-    if made_from is not None and made_from["hash"] != fingerprint_file(keep_list)["hash"]:
+    made_from = clusters.sidecar.keep_list
+    if made_from is not None and made_from.hash != record(keep_list).hash:
         raise ClipcidError(
             f"The clusters in {clusters.folder} were made from another keep list than {keep_list} holds now.",
             remake_clusters(clusters.folder, clusters.sidecar, work, keep_list=keep_list),

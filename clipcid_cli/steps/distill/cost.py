@@ -107,7 +107,8 @@ def _measure_teacher(run: TrainingRun, step_seconds: float) -> TeacherCost | Non
     teacher, embeddings = run.online_teacher, teacher_inputs.embeddings
     if teacher is None:
         assert embeddings is not None, "a teacher that is not online has stored embeddings"
-        spec = run.settings.teacher or ((embeddings.sidecar or {}).get("model") or {}).get("spec")
+        recorded = None if embeddings.sidecar is None else embeddings.sidecar.model.spec
+        spec = run.settings.teacher or recorded
         if spec is None:
             return None
         try:

@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.index import lock_index
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.output import fingerprint_file
+from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.clusters import TABLE
 from clipcid_cli.formats.results.matched_samples import (
     SampleRows,
@@ -62,7 +61,7 @@ class TrainingInputs:
         held_out: Those held out.
         keep_list: The keep list; None where all samples are used.
         teacher_inputs: The teacher's embeddings and clusters; None where no loss needs a teacher.
-        fingerprints: Size and hash of each input file.
+        fingerprints: What each input file is known by.
     """
 
     dataset: Dataset
@@ -71,7 +70,7 @@ class TrainingInputs:
     held_out: SampleRows
     keep_list: ChosenKeepList | None
     teacher_inputs: TeacherInputs | None
-    fingerprints: list[dict[str, Any]]
+    fingerprints: list[FileRecord]
 
     @property
     def text_variants(self) -> TextVariants | None:
@@ -115,7 +114,7 @@ def find_inputs(
         refuse_old_clusters(clusters, keep_list.path, settings.work)
     fingerprints = dataset.fingerprints()
     if keep_list is not None:
-        fingerprints.append(fingerprint_file(keep_list.path))
+        fingerprints.append(record(keep_list.path))
     sources = Sources(None if keep_list is None else keep_list.path, embeddings, online is None, clusters)
     matched = _find_samples(settings, dataset, sources, fingerprints, scratch, reporter)
     counts, teacher_inputs = matched.counts, None
@@ -148,7 +147,7 @@ def _find_samples(
     settings: DistillSettings,
     dataset: Dataset,
     sources: Sources,
-    fingerprints: list[dict[str, Any]],
+    fingerprints: list[FileRecord],
     scratch: Path | None,
     reporter: Reporter,
 ) -> MatchedSamples:
@@ -164,10 +163,10 @@ def _find_samples(
     if sources.embeddings is not None:
         content += sources.embeddings.fingerprints(texts=True, extras=("further",))
     if sources.clusters is not None:
-        content.append(fingerprint_file(sources.clusters.folder / TABLE))
+        content.append(record(sources.clusters.folder / TABLE))
     identity = {
         # Keys of foreign embeddings may be made of the files' names.
-        "files": [[Path(file["path"]).name, file["size"], file["hash"]] for file in content],
+        "files": [[Path(each.path).name, each.size, each.hash] for each in content],
         # Captions in files of their own change without a shard's file; with `--keys shard` the names are in the keys.
         "shards": [
             [shard.name, *record.stamp, record.samples, record.with_captions]
@@ -202,7 +201,7 @@ def _choose_online(teacher: ModelName | None, embeddings: Embeddings | None) -> 
     if teacher is None and embeddings is not None:
         if embeddings.sidecar is None:
             raise ClipcidError(f"{embeddings.folder} does not record which model made it.", "Name the --teacher.")
-        teacher = parse_model(embeddings.sidecar["model"]["spec"])
+        teacher = parse_model(embeddings.sidecar.model.spec)
     return teacher or with_default_tag(parse_model(DEFAULT_MODEL))
 
 

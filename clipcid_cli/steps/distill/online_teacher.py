@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.shared_space import project
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
@@ -88,14 +88,11 @@ def load_online_teacher(teacher_inputs: TeacherInputs | None, machine: Machine) 
     return model
 
 
-def describe_weights(model: ClipModel) -> dict[str, Any]:
+def describe_weights(model: ClipModel) -> FileRecord:
     """Describe an online teacher as an input of the run: by its weights, and what decides its pixels and tokens."""
     info = model.info
-    return {
-        "path": f"the teacher {info.spec}",
-        "size": info.parameters,
-        "hash": f"{info.weights_hash} {info.preprocess_hash} {info.tokenizer} {info.context_length}",
-    }
+    content = f"{info.weights_hash} {info.preprocess_hash} {info.tokenizer} {info.context_length}"
+    return FileRecord(f"the teacher {info.spec}", info.parameters, content)
 
 
 def open_online_teacher(

@@ -61,9 +61,9 @@ def write_report(
         training=inputs.training.total,
         held_out=inputs.held_out.total,
         headline=[
-            (f"{side} recall at 1, held out", loop.metrics[f"{side}_retrieval_recall@1"])
+            (f"{side} recall at 1, held out", loop.metrics[name])
             for side in ("image", "text")
-            if loop.evaluation.held_out is not None
+            if loop.evaluation.held_out is not None and (name := f"{side}_retrieval_recall@1") in loop.metrics
         ],
         loss_figure=_draw_losses(log, list(loop.objective.weights)),
         recall_figure=_draw_recalls(results) if loop.evaluation.held_out is not None and len(results) > 1 else None,

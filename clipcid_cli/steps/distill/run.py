@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
-from clipcid_cli.formats.output import refuse_other_output, sidecar_path
+from clipcid_cli.formats.output import find_output
 from clipcid_cli.formats.results.checkpoint import list_checkpoints
 from clipcid_cli.formats.results.clusters import read_cluster_sidecar
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.results.tensorboard import import_tensorboard
+from clipcid_cli.formats.sidecar import DistillSidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import start_worker_server
 from clipcid_cli.runtime.machine import open_machine
@@ -70,22 +71,23 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         folder = RunFolder(WorkDirectory(settings.work).distill(name))
         written = [ModelName(str(path), "folder", path=path) for path in folder.students(ema=settings.ema is not None)]
         refuse_clashes(written, tasks)
-        # Before the claim, which removes what an unfinished run left.
+        # Before the start, which removes what an unfinished run left.
         if not machine.on_main(sidecar_path(folder.path, "distill").exists):
             machine.on_main(lambda: refuse_measured(written, tasks, zeroshot))
         inputs_of_run = inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)])
         wanted: dict[str, Any] = {"settings": identity(settings, student.model, plan, inputs), "inputs": inputs_of_run}
         wanted |= {"overwrite": settings.overwrite, "elsewhere": "--name"}
         if settings.dry_run:
-            machine.on_main(lambda: refuse_other_output(folder.path, "distill", **wanted))
+            machine.on_main(lambda: find_output(folder.path, "distill", DistillSidecar, **wanted))
             check_samples(inputs.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
             training = TrainingRun(settings, machine, inputs, student, teacher, plan, tasks, folder, None, reporter)
             return estimate_cost(training) | {"evaluations": plan_results(written, tasks, zeroshot, reporter)}
-        with claim_output(machine, folder.path, "distill", clear=folder.clear, **wanted) as output:
+        with claim_output(machine, folder.path, "distill", DistillSidecar, **wanted) as output:
             sidecar = output.finished
             if sidecar is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")
             else:
+                machine.on_main(lambda: output.start(folder.clear))
                 # An unfinished run without a checkpoint may have ended because of what this finds.
                 if not (output.resumed and machine.on_main(lambda: list_checkpoints(folder.checkpoints))):
                     check_samples(inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
@@ -140,7 +142,7 @@ def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: 
 
 
 def result(
-    folder: RunFolder, sidecar: dict[str, Any], evaluations: list[dict[str, Any]], summary: dict[str, str]
+    folder: RunFolder, sidecar: DistillSidecar, evaluations: list[dict[str, Any]], summary: dict[str, str]
 ) -> dict[str, Any]:
     """Build the step's JSON object.
 
@@ -149,13 +151,13 @@ def result(
     """
     files = {
         "student": folder.student,
-        **({"student_ema": folder.student_ema} if sidecar["settings"].get("ema") is not None else {}),
+        **({"student_ema": folder.student_ema} if sidecar.made.ema is not None else {}),
         "train_log": folder.train_log,
         "results_log": folder.results_log,
         "report": folder.report,
         "sidecar": folder.path / "distill.json",
     }
-    student, measured = {"student": str(folder.student)}, {"evaluations": evaluations, "seconds": sidecar["seconds"]}
-    found: dict[str, Any] = student | sidecar["result"] | measured
+    student, measured = {"student": str(folder.student)}, {"evaluations": evaluations, "seconds": sidecar.seconds}
+    found: dict[str, Any] = student | sidecar.result | measured
     written = {name: str(path) for name, path in files.items()}
     return found | {"files": written | {f"evaluation_{name}": path for name, path in summary.items()}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +16,9 @@ from clipcid_cli.formats.atomic import atomic_file, remove_abandoned
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.embeddings.sample_rows import CaptionRows, ImageRows
-from clipcid_cli.formats.output import plan_identity
+from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.results.matched_samples import Column
+from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.prefetch import to_device
@@ -85,7 +85,7 @@ def choose_space(
 
 def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> npt.NDArray[np.float64]:
     """Read the second moment of the teacher's rows that an earlier start kept; compute and keep it where there is none."""
-    identity = plan_identity({"axes_rows": _AXES_ROWS}, embeddings.fingerprints(texts=True))
+    identity = identity_of({"axes_rows": _AXES_ROWS}, embeddings.fingerprints(texts=True))
     path = WorkDirectory(settings.work).second_moment(identity)
     with suppress(OSError, ValueError, EOFError):
         kept: npt.NDArray[np.float64] = np.load(path, allow_pickle=False)
@@ -181,9 +181,9 @@ def open_stored_teacher(
     )
 
 
-def teacher_scale(sidecar: dict[str, Any] | None, reporter: Reporter) -> float:
+def teacher_scale(sidecar: EmbedSidecar | None, reporter: Reporter) -> float:
     """Return exp(logit_scale) of the teacher as `embed` recorded it."""
-    if sidecar is not None and "logit_scale" in sidecar["model"]:
-        return float(sidecar["model"]["logit_scale"])
+    if sidecar is not None and sidecar.model.logit_scale is not None:
+        return float(sidecar.model.logit_scale)
     reporter.note(f"The embeddings do not record the teacher's logit scale; using {MAX_SCALE:g}.")
     return MAX_SCALE

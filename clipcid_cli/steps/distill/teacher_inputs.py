@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from clipcid_cli.algorithms.losses.registry import LOSSES, served_by_one_tower
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
-from clipcid_cli.formats.output import fingerprint_file, read_sidecar, sidecar_path
+from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.clusters import CENTROIDS, TABLE, Clusters
 from clipcid_cli.formats.results.matched_samples import SampleRows
+from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import Augmentation
@@ -77,13 +77,13 @@ class TeacherInputs:
             return chosen
         if self.embeddings.sidecar is None:  # another tool's views may have any crop and colours
             return Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
-        made = self.embeddings.sidecar["settings"]
-        drawn = Augmentation(made["crop_scale"], made["color_jitter"], made["gray_probability"])
-        return Views(self.num_views, tuple(made.get("view_kind", ["crop"])), drawn, made["seed"]).strongest
+        made = self.embeddings.sidecar.made
+        drawn = Augmentation(made.crop_scale, made.color_jitter, made.gray_probability)
+        return Views(self.num_views, made.view_kind, drawn, made.seed).strongest
 
-    def fingerprints(self) -> list[dict[str, Any]]:
+    def fingerprints(self) -> list[FileRecord]:
         """Describe the files a run reads, for its sidecar."""
-        found: list[dict[str, Any]] = []
+        found: list[FileRecord] = []
         if self.embeddings is not None:
             # The rows themselves, not their sidecar: the same rows embedded again at another speed are the same input.
             shown = ["further"] * self.all_captions + ["views", "view_params"] * (self.num_views > 0)
@@ -92,7 +92,7 @@ class TeacherInputs:
         if self.extra_texts is not None and self.extra_texts.texts is not None:
             found += self.extra_texts.texts.fingerprints()
         if self.clusters is not None:
-            found += [fingerprint_file(self.clusters.folder / name) for name in (TABLE, CENTROIDS)]
+            found += [record(self.clusters.folder / name) for name in (TABLE, CENTROIDS)]
         return found
 
 
@@ -126,7 +126,7 @@ def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Repor
         reporter.note(f"Teacher: {teacher}, the default.")
     # Existing embeddings of images only may suffice; new ones are of captions too.
     folder = WorkDirectory(settings.work).embeddings(with_default_tag(parse_model(teacher)).slug)
-    exists = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed")) is not None)
+    exists = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
     if not exists:
         require_requested(settings, folder, None, model=teacher)
     text = True if needs_teacher_texts(settings) or not exists else None
@@ -137,8 +137,9 @@ def _find_for_axes(settings: DistillSettings) -> Path | None:
     """Find stored embeddings of an online teacher: they name it, and have the axes of the shared space; None for none."""
     work, teacher = WorkDirectory(settings.work), named_teacher(settings)
     if teacher is not None:
-        sidecar = read_sidecar(sidecar_path(folder := work.embeddings(teacher.slug), "embed"))
-        is_its = sidecar is not None and is_of(sidecar["model"], teacher)
+        folder = work.embeddings(teacher.slug)
+        sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
+        is_its = sidecar is not None and is_of(sidecar.model, teacher)
         return folder if is_its and settings.teacher_space != "project" else None
     return work.find_embeddings() if work.has_embeddings() else None
 
@@ -189,13 +190,13 @@ def _check_teacher(settings: DistillSettings, name: ModelName, embeddings: Embed
                 f"Name the model that made them with --teacher, or run: {embed_with(name, settings)}",
             )
         return
-    model = embeddings.sidecar["model"]
+    model = embeddings.sidecar.model
     difference = find_mismatch(model, name)
     if difference is not None:
         raise ClipcidError(
-            f"The embeddings in {embeddings.folder} are of {model['spec']}, {difference.what} {difference.recorded}; the "
+            f"The embeddings in {embeddings.folder} are of {model.spec}, {difference.what} {difference.recorded}; the "
             f"teacher is {name.spec}, {difference.what} {difference.named}.",
-            f"Omit --embeddings, or run: {embed_with(name, settings, embeddings.sidecar)}",
+            f"Omit --embeddings, or run: {embed_with(name, settings, embeddings.sidecar.data)}",
         )
 
 
@@ -205,7 +206,7 @@ def check_keys(embeddings: Embeddings, dataset: Dataset) -> None:
     Raises:
         ClipcidError: naming both forms.
     """
-    keys = None if embeddings.sidecar is None else embeddings.sidecar["settings"]["keys"]
+    keys = None if embeddings.sidecar is None else embeddings.sidecar.made.keys
     if keys is not None and keys != dataset.keys:
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with --keys {keys}, the data is read with --keys "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_text
-from clipcid_cli.formats.output import Output, describe_outputs
+from clipcid_cli.formats.fingerprint import record
+from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.results.checkpoint import (
     checkpoint_path,
@@ -19,6 +19,7 @@ from clipcid_cli.formats.results.checkpoint import (
 )
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.results.training_log import TrainingLog
+from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import keep_freed_memory
@@ -69,10 +70,10 @@ class TrainingRun:
     plan: Plan
     tasks: list[ZeroshotTask]
     folder: RunFolder
-    output: Output | None
+    output: Output[DistillSidecar] | None
     reporter: Reporter
 
-    def train(self, seconds: dict[str, float]) -> dict[str, Any]:
+    def train(self, seconds: dict[str, float]) -> DistillSidecar:
         """Train, and write all results.
 
         Args:
@@ -217,7 +218,7 @@ class TrainingRun:
         self.reporter.note(f"Resuming at step {trainer.step:,} of {trainer.plan.steps:,}.")
         return bad
 
-    def _finish(self, loop: Loop, skips: Skips, samples_per_second: float, seconds: dict[str, float]) -> dict[str, Any]:
+    def _finish(self, loop: Loop, skips: Skips, samples_per_second: float, seconds: dict[str, float]) -> DistillSidecar:
         """Write student, report and, last, the sidecar."""
         started = time.perf_counter()
         student, inputs, steps = self.student.model, self.inputs, self.plan.optimiser.steps
@@ -234,9 +235,7 @@ class TrainingRun:
                 "skipped": dict(sorted(skips.counts.items())),
             },
             seconds=seconds,
-            outputs=describe_outputs(
-                self.folder.path, [file for folder in written for file in sorted(folder.iterdir())]
-            ),
+            outputs=[record(file, self.folder.path) for folder in written for file in sorted(folder.iterdir())],
             model={"spec": info.spec, "parameters": info.parameters, "embed_dim": info.embed_dim},
             data=inputs.dataset.describe(),
             keep_list=None if inputs.keep_list is None else inputs.keep_list.describe(),

@@ -51,11 +51,11 @@ def ensure_embeddings(
     )
     sidecar = machine.on_main(lambda: read_embed_sidecar(folder))
     if sidecar is not None:
-        made = sidecar["settings"]
+        made = sidecar.made
         request = dataclasses.replace(
             request,
-            text=made["text"] or bool(text),
-            fast_decode=made["fast_decode"],
+            text=made.text or bool(text),
+            fast_decode=made.fast_decode,
             **recorded_augmentation(sidecar),
         )
         del sidecar, made  # that of 41,000 shards takes 100 MB

@@ -10,21 +10,22 @@ import PIL
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRecord
-from clipcid_cli.formats.output import Output, sidecar_path
+from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.sidecar import EmbedSidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.steps.embed.shards import ShardEmbedder, Timings
 from clipcid_cli.steps.reporting import Reporter
 
 
 def finish(
-    output: Output,
+    output: Output[EmbedSidecar],
     embedder: ShardEmbedder,
     writer: EmbeddingWriter,
     timings: list[Timings],
     elapsed: float,
     reporter: Reporter,
     without_text: str,
-) -> dict[str, Any]:
+) -> EmbedSidecar:
     """Check the embeddings of all shards and commit them.
 
     Args:
@@ -73,13 +74,13 @@ def finish(
     return sidecar
 
 
-def describe_result(folder: Path, sidecar: dict[str, Any]) -> dict[str, Any]:
+def describe_result(folder: Path, sidecar: EmbedSidecar) -> dict[str, Any]:
     """Return the JSON object of `embed` for finished embeddings."""
     return {
-        "images": sidecar["counts"]["images"],
-        "skipped": sidecar["counts"]["skipped"],
-        "images_per_second": sidecar["images_per_second"],
-        "seconds": sidecar["seconds"],
+        "images": sidecar.counts["images"],
+        "skipped": sidecar.counts["skipped"],
+        "images_per_second": sidecar.images_per_second,
+        "seconds": sidecar.seconds,
         "files": {"embeddings": str(folder), "sidecar": str(sidecar_path(folder, "embed"))},
     }
 

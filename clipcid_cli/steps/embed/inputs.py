@@ -6,17 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
-from clipcid_cli.formats.differences import are_among, list_differences
-from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
-from clipcid_cli.formats.output import (
-    find_changed,
-    plan_identity,
-    plan_path,
-    read_sidecar,
-    sidecar_path,
-)
+from clipcid_cli.formats.fingerprint import FileRecord, find_changed
+from clipcid_cli.formats.output import unfinished
+from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
@@ -92,59 +88,56 @@ def augmentation_identity(settings: EmbedSettings) -> dict[str, Any]:
     return found
 
 
-def recorded_augmentation(sidecar: dict[str, Any]) -> dict[str, Any]:
+def recorded_augmentation(sidecar: EmbedSidecar) -> dict[str, Any]:
     """Return the settings of `embed` that determined the views and text variants of finished embeddings."""
-    made = sidecar["settings"]
+    made = sidecar.settings
     found = {name: made[name] for name in (*_VIEW_SETTINGS, *_TEXT_SETTINGS) if name in made}
     return found | ({"view_kind": tuple(found["view_kind"])} if "view_kind" in found else {})
 
 
-def describe_shards(dataset: Dataset) -> list[dict[str, Any]]:
+def describe_shards(dataset: Dataset) -> list[FileRecord]:
     """Describe every shard for the sidecar: its content, and its name, which the metadata repeats."""
     found = zip(dataset.fingerprints(), dataset.shards, strict=True)
-    return [fingerprint | {"shard": shard.name} for fingerprint, shard in found]
+    return [msgspec.structs.replace(record, shard=shard.name) for record, shard in found]
 
 
 def find_finished(
-    folder: Path, settings: EmbedSettings, name: ModelName, dataset: Dataset, inputs: list[dict[str, Any]]
-) -> dict[str, Any] | None:
+    folder: Path, settings: EmbedSettings, name: ModelName, dataset: Dataset, inputs: list[FileRecord]
+) -> EmbedSidecar | None:
     """Return the sidecar of finished embeddings that match the request, without loading the model; None otherwise.
 
     Where the request leaves batch size or precision open, any will do.
     """
-    sidecar = read_sidecar(sidecar_path(folder, "embed"))
+    path = sidecar_path(folder, "embed")
+    sidecar = _read(path, settings.overwrite)
     if sidecar is None:
         return None
-    made = sidecar["settings"]
+    made = sidecar.made
     same = (
-        made["text"] == settings.text
-        and made["keys"] == dataset.keys
-        and made["fast_decode"] == settings.fast_decode
-        and {name: made[name] for name in _AUGMENTATION if name in made} == augmentation_identity(settings)
-        and settings.batch_size in (None, made["batch_size"])
-        and settings.precision in ("auto", made["precision"])
-        and plan_identity({}, sidecar.get("inputs", [])) == plan_identity({}, inputs)
-        and is_of(sidecar["model"], name)
+        made.text == settings.text
+        and made.keys == dataset.keys
+        and made.fast_decode == settings.fast_decode
+        and {name: made for name, made in sidecar.settings.items() if name in _AUGMENTATION}
+        == augmentation_identity(settings)
+        and settings.batch_size in (None, made.batch_size)
+        and settings.precision in ("auto", made.precision)
+        and [each.content for each in sidecar.inputs] == [each.content for each in inputs]
+        and is_of(sidecar.model, name)
     )
-    return sidecar if same and find_changed(folder, "embed", sidecar) is None else None
+    return sidecar if same and find_changed(folder, sidecar.outputs, path) is None else None
 
 
-def reopen_grown(writer: EmbeddingWriter, identity: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
-    """Prepare a finished folder for shards that were added since: those that it has stay.
-
-    Args:
-        identity: The settings, as in the sidecar.
-    """
-    sidecar = read_sidecar(sidecar_path(writer.folder, "embed"))
-    if sidecar is None or sidecar["settings"] != identity or not are_among(sidecar.get("inputs", []), inputs):
-        return
-    if len(sidecar.get("inputs", [])) < len(inputs) and find_changed(writer.folder, "embed", sidecar) is None:
-        writer.reopen(sidecar.get("outputs", []))
+def _read(path: Path, overwrite: bool) -> EmbedSidecar | None:
+    """Read a sidecar; None also where it cannot be read and is to be replaced."""
+    try:
+        return read_sidecar(path, EmbedSidecar)
+    except ClipcidError:
+        if overwrite:
+            return None
+        raise
 
 
-def is_begun(folder: Path, inputs: list[dict[str, Any]]) -> bool:
-    """Tell whether an unfinished run on the very same data has left its plan, which it writes once the data is checked."""
-    plan = read_sidecar(plan_path(folder, "embed"))
-    return plan is not None and not list_differences(
-        {"inputs": plan.get("inputs", [])}, {"settings": {}, "inputs": inputs}
-    )
+def is_begun(folder: Path, inputs: list[FileRecord]) -> bool:
+    """Tell whether there is an unfinished run on the very same data, which it begins once the data is checked."""
+    run = unfinished(folder, "embed")
+    return run is not None and [each.content for each in run.inputs] == [each.content for each in inputs]

@@ -7,8 +7,10 @@ from typing import Any
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, refuse_foreign_folder, remove_leftovers
-from clipcid_cli.formats.output import plan_identity, refuse_other_output
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, refuse_foreign_folder
+from clipcid_cli.formats.fingerprint import identity_of
+from clipcid_cli.formats.output import find_output
+from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
@@ -28,7 +30,6 @@ from clipcid_cli.steps.embed.inputs import (
     find_finished,
     is_begun,
     open_data,
-    reopen_grown,
     require_captions,
 )
 from clipcid_cli.steps.embed.shards import ShardEmbedder, Timings
@@ -78,8 +79,6 @@ def make_embeddings(
     inputs = machine.on_main(lambda: describe_shards(dataset))
     finished = machine.on_main(lambda: find_finished(folder, settings, name, dataset, inputs))
     if finished is not None:
-        if not settings.dry_run:
-            machine.on_main(lambda: remove_leftovers(folder))
         reporter.note(f"{folder} already holds the embeddings of {dataset.spec} with {name.spec}.")
         return describe_result(folder, finished)
     machine.on_main(lambda: refuse_foreign_folder(folder))
@@ -106,11 +105,14 @@ def make_embeddings(
     }
     wanted: dict[str, Any] = {"settings": identity, "inputs": inputs, "overwrite": settings.overwrite, "may_grow": True}
     if settings.dry_run:
-        machine.on_main(lambda: refuse_other_output(folder, "embed", **wanted))
+        machine.on_main(lambda: find_output(folder, "embed", EmbedSidecar, **wanted))
         return estimate_cost(embedder, machine)
-    writer = EmbeddingWriter(folder, [plan_identity(identity, [shard]) for shard in inputs])
-    machine.on_main(lambda: reopen_grown(writer, identity, inputs))
-    with claim_output(machine, folder, "embed", **wanted) as output:
+    writer = EmbeddingWriter(folder, [identity_of(identity, [shard]) for shard in inputs])
+    with claim_output(machine, folder, "embed", EmbedSidecar, **wanted) as output:
+        earlier = output.earlier
+        if earlier is not None:  # those of the shards that are still wanted stay
+            machine.on_main(lambda: writer.reopen(earlier.outputs))
+        machine.on_main(lambda: output.start(clear=lambda: None))
         timings, elapsed = _embed_missing(embedder, writer, machine, reporter)
         ensure_index(dataset, machine, embedder.workers, reporter)
         sidecar = machine.on_main(lambda: finish(output, embedder, writer, timings, elapsed, reporter, without_text))

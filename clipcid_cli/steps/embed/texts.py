@@ -24,16 +24,9 @@ from clipcid_cli.formats.embeddings.text_folder import (
     rows_path,
     texts_path,
 )
-from clipcid_cli.formats.output import (
-    Output,
-    describe_outputs,
-    find_changed,
-    fingerprint_file,
-    plan_identity,
-    plan_path,
-    read_sidecar,
-    sidecar_path,
-)
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, record
+from clipcid_cli.formats.output import Output, unfinished
+from clipcid_cli.formats.sidecar import TextsSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.machine import Machine
@@ -156,57 +149,56 @@ def embed_texts(
     reporter.note(
         f"Embedding the texts of {source} with {name.spec}: {2 * info.embed_dim:,} bytes a text and the text."
     )
-
-    def clear() -> None:
-        for path in (texts_path(folder), *(folder / "text_emb").glob("text_emb_*.npy")):
-            path.unlink(missing_ok=True)
-
     with claim_output(
-        machine, folder, STEP, settings=identity, inputs=inputs, overwrite=settings.overwrite, clear=clear
+        machine, folder, STEP, TextsSidecar, settings=identity, inputs=inputs, overwrite=settings.overwrite
     ) as output:
         if output.finished is not None:
             reporter.note(f"{folder} already holds the embeddings of these texts.")
             return _describe(folder, output.finished)
-        counts = machine.on_main(lambda: copy_texts(source, folder))
-        sizes = TextLines(str(texts_path(folder))).batch_sizes()
-        missing = machine.on_main(lambda: [n for n in range(len(sizes)) if not rows_path(folder, n).exists()])
+        work = output.work
+        machine.on_main(output.start)
+        counts = machine.on_main(lambda: copy_texts(source, work))
+        sizes = TextLines(str(texts_path(work))).batch_sizes()
+        missing = machine.on_main(lambda: [n for n in range(len(sizes)) if not rows_path(work, n).exists()])
         mine = missing[machine.rank :: machine.size]
         start = time.perf_counter()
         with reporter.progress("embed", sum(sizes[number] for number in mine), "texts") as progress:
-            machine.on_all(lambda: embedder.embed(folder, mine, sizes, progress))
+            machine.on_all(lambda: embedder.embed(work, mine, sizes, progress))
         seconds = time.perf_counter() - start
         embedded = sum(sizes[number] for number in missing)
-        sidecar = machine.on_main(lambda: _finish(output, folder, counts, embedded / seconds, seconds, embedder.model))
+        sidecar = machine.on_main(
+            lambda: _finish(output, len(sizes), counts, embedded / seconds, seconds, embedder.model)
+        )
     return _describe(folder, sidecar)
 
 
-def _check(source: Path, folder: Path) -> list[dict[str, Any]]:
+def _check(source: Path, folder: Path) -> list[FileRecord]:
     """Look at the file and the output folder before a model is loaded; return the file's fingerprint."""
     refuse_foreign_folder(folder)
     next(read_texts(source, TextCounts()))
-    return [fingerprint_file(source)]
+    return [record(source)]
 
 
 def _find_finished(
-    folder: Path, settings: EmbedSettings, name: ModelName, inputs: list[dict[str, Any]]
-) -> dict[str, Any] | None:
+    folder: Path, settings: EmbedSettings, name: ModelName, inputs: list[FileRecord]
+) -> TextsSidecar | None:
     """Return the sidecar of finished embeddings that match the request, without loading the model; None otherwise.
 
     Where the request leaves batch size or precision open, any will do.
     """
-    sidecar = read_sidecar(sidecar_path(folder, STEP))
-    if (
-        sidecar is None or plan_path(folder, STEP).exists()
-    ):  # a killed run's plan is removed where the folder is claimed
+    if settings.overwrite or unfinished(folder, STEP) is not None:  # what is left of a run is removed with a lock
         return None
-    made = sidecar["settings"]
+    path = sidecar_path(folder, STEP)
+    sidecar = read_sidecar(path, TextsSidecar)
+    if sidecar is None:
+        return None
     same = (
-        settings.batch_size in (None, made["batch_size"])
-        and settings.precision in ("auto", made["precision"])
-        and plan_identity({}, sidecar.get("inputs", [])) == plan_identity({}, inputs)
-        and is_of(sidecar["model"], name)
+        settings.batch_size in (None, sidecar.settings["batch_size"])
+        and settings.precision in ("auto", sidecar.settings["precision"])
+        and [each.content for each in sidecar.inputs] == [each.content for each in inputs]
+        and is_of(sidecar.model, name)
     )
-    return sidecar if same and find_changed(folder, STEP, sidecar) is None else None
+    return sidecar if same and find_changed(folder, sidecar.outputs, path) is None else None
 
 
 def _estimate(source: Path, embedder: TextEmbedder, processes: int) -> dict[str, Any]:
@@ -226,11 +218,11 @@ def _estimate(source: Path, embedder: TextEmbedder, processes: int) -> dict[str,
 
 
 def _finish(
-    output: Output, folder: Path, counts: TextCounts, speed: float, seconds: float, model: ClipModel
-) -> dict[str, Any]:
-    files = [rows_path(folder, number) for number in range(len(TextLines(str(texts_path(folder))).batch_sizes()))]
+    output: Output[TextsSidecar], number: int, counts: TextCounts, speed: float, seconds: float, model: ClipModel
+) -> TextsSidecar:
+    files = [texts_path(output.work), *(rows_path(output.work, each) for each in range(number))]
     return output.commit(
-        outputs=describe_outputs(folder, [texts_path(folder), *files]),
+        outputs=Memo().record_all(files, output.work),
         counts={"texts": counts.texts, "skipped": {"empty_line": counts.empty} if counts.empty else {}},
         seconds={"encode": seconds},
         texts_per_second=round(speed, 1) or None,
@@ -238,11 +230,10 @@ def _finish(
     )
 
 
-def _describe(folder: Path, sidecar: dict[str, Any]) -> dict[str, Any]:
+def _describe(folder: Path, sidecar: TextsSidecar) -> dict[str, Any]:
     return {
-        "texts": sidecar["counts"]["texts"],
-        "skipped": sidecar["counts"]["skipped"],
-        "texts_per_second": sidecar["texts_per_second"],
-        "seconds": sidecar["seconds"],
+        **sidecar.counts,
+        "texts_per_second": sidecar.texts_per_second,
+        "seconds": sidecar.seconds,
         "files": {"texts": str(folder), "sidecar": str(sidecar_path(folder, STEP))},
     }

@@ -18,7 +18,7 @@ from clipcid_cli.algorithms.metrics.comparison import (
 )
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.class_files import describe_lines
-from clipcid_cli.formats.results.metrics import read_metrics, read_metrics_sidecar, refuse_changed_metrics
+from clipcid_cli.formats.results.metrics import read_metrics, refuse_changed_metrics
 from clipcid_cli.formats.results.predictions import (
     CLASSIFICATION,
     MULTI_LABEL,
@@ -27,6 +27,7 @@ from clipcid_cli.formats.results.predictions import (
     predictions_path,
     read_predictions,
 )
+from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -43,13 +44,13 @@ def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[
         ClipcidError: when a file or its predictions are missing, or the two are of different data.
     """
     paths = settings.compared
-    for path in paths:
-        refuse_changed_metrics(path, "Run eval-zeroshot --predictions --overwrite for that model and data set again.")
+    again = "Run eval-zeroshot --predictions --overwrite for that model and data set again."
+    sidecars = [refuse_changed_metrics(path, again) for path in paths]
     records = [read_metrics(path) for path in paths]
     first, second = (read_predictions(predictions_path(path)) for path in paths)
     _refuse_other_data(first, second)
     names = _tell_apart(records, paths)
-    prompts = None if first.kind == RETRIEVAL else _compare_prompts(paths, names, reporter)
+    prompts = None if first.kind == RETRIEVAL else _compare_prompts(sidecars, names, reporter)
     differences = {name: _describe(name, metric, names) for name, metric in _compare(first, second, settings).items()}
     for judged in differences.values():
         reporter.note(judged["verdict"])
@@ -86,10 +87,11 @@ def _refuse_other_data(first: Predictions, second: Predictions) -> None:
     raise ClipcidError("The results are of the same images with other captions.", fix)
 
 
-def _compare_prompts(paths: tuple[Path, Path], names: list[str], reporter: Reporter) -> dict[str, Any] | None:
+def _compare_prompts(
+    sidecars: list[EvaluationSidecar | None], names: list[str], reporter: Reporter
+) -> dict[str, Any] | None:
     """Tell whether both results are of the same class names and templates; warn where they are not, or nothing says so."""
-    sidecars = [read_metrics_sidecar(path) or {} for path in paths]
-    first, second = (sidecar.get("prompts") for sidecar in sidecars)
+    first, second = (None if sidecar is None else sidecar.prompts for sidecar in sidecars)
     if first is None or second is None:
         without = " and ".join(name for name, found in zip(names, (first, second), strict=True) if found is None)
         reporter.warn(

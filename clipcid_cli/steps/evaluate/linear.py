@@ -13,9 +13,10 @@ from clipcid_cli.algorithms.metrics.zeroshot import ACCURACY_TOP_K
 from clipcid_cli.algorithms.probe.logistic_regression import PROMISED_DECREASE
 from clipcid_cli.algorithms.probe.probe import TOLERANCE, Solution, SweepPoint, choose_point, regularisation_grid
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
-from clipcid_cli.formats.output import describe_outputs
+from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.results.features import Features
 from clipcid_cli.formats.results.metrics import SIDECARS, metrics_stem, read_metrics, write_metrics
+from clipcid_cli.formats.sidecar import LinearSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.steps.claim import claim_output
@@ -30,7 +31,7 @@ from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 TASK = "linear_probe"
 # The probe itself does not depend on them.
-_REPLACEABLE = frozenset({"shots", "shot_repeats", "knn"})
+_MAY_DIFFER = frozenset({"shots", "shot_repeats", "knn"})
 
 
 def run(settings: EvalLinearSettings, reporter: Reporter) -> dict[str, Any]:
@@ -81,19 +82,20 @@ def _evaluate(
         machine,
         path.parent / SIDECARS,
         path.stem,
+        LinearSidecar,
+        top=path.parent,
         settings=_identity(evaluated, data, settings),
         inputs=evaluated.fingerprints() + [entry for split in fingerprints for entry in split],
         overwrite=settings.overwrite,
-        replaceable=_REPLACEABLE,
-        resumable=False,
+        may_differ=_MAY_DIFFER,
+        resumes=False,
     ) as output:
         # An earlier probe that also has a few-shot curve, or nearest neighbours, answers the question without them.
         more = settings.shot_counts or settings.neighbour_counts
         usable = output.finished if more else output.finished or output.earlier
         if usable is not None and machine.on_main(path.is_file):
             reporter.note(f"{path} already holds {evaluated.name.spec} on {data.name}.")
-            record = machine.on_main(lambda: read_metrics(path))
-            found: dict[str, Any] = record | usable["result"]
+            found: dict[str, Any] = machine.on_main(lambda: read_metrics(path)) | usable.result
             return found | {"files": {"metrics": str(path)}, "reused": True}
         started = time.perf_counter()
         folder, encoder = WorkDirectory(settings.work).features, evaluated.encoder()
@@ -108,14 +110,15 @@ def _evaluate(
         def fit_and_write() -> dict[str, Any]:
             fitted = _fit(data, splits, machine.device, settings, reporter)
             all_seconds = seconds | fitted.seconds
-            record = evaluated.make_record(data.name, TASK, fitted.metrics)
+            metrics = evaluated.make_record(data.name, TASK, fitted.metrics)
             result = fitted.result | {"seconds": {phase: round(value, 3) for phase, value in all_seconds.items()}}
-            output.drop_earlier(path)
-            write_metrics(path, record)
+            output.start()
+            written = output.root / path.name
+            write_metrics(written, metrics)
             output.commit(
                 counts={count: result[count] for count in ("images", "train_images", "validation_images", "skipped")},
                 seconds=all_seconds,
-                outputs=describe_outputs(output.folder, [path]),
+                outputs=[record(written, output.work)],
                 result=result,
                 solution=_describe(fitted.solution),
                 sweep=[
@@ -123,7 +126,7 @@ def _evaluate(
                     for point in fitted.sweep
                 ],
             )
-            return {**record, **result, "files": {"metrics": str(path)}, "reused": False}
+            return {**metrics, **result, "files": {"metrics": str(path)}, "reused": False}
 
         return machine.on_main(fit_and_write)
 

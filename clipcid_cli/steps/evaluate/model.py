@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.formats.output import fingerprint_file
+from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.metrics import make_metrics
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, hash_weights, load_model
@@ -35,7 +35,7 @@ class EvaluatedModel:
         self.batch_size = settings.batch_size or _BATCH_SIZES[machine.device.type]
         self._machine, self._settings, self._reporter = machine, settings, reporter
         self._model: ClipModel | None = None
-        self._fingerprints: list[dict[str, Any]] | None = None
+        self._fingerprints: list[FileRecord] | None = None
 
     def load(self) -> ClipModel:
         """Load the model, once.
@@ -60,7 +60,7 @@ class EvaluatedModel:
             reporter=self._reporter,
         )
 
-    def fingerprints(self) -> list[dict[str, Any]]:
+    def fingerprints(self) -> list[FileRecord]:
         """Describe weights and configuration, once; those of a folder without loading them.
 
         The hash covers the whole weights file and equals `ModelInfo.weights_hash`, by which an export finds the metrics
@@ -76,7 +76,7 @@ class EvaluatedModel:
                 self._fingerprints = self._machine.on_main(lambda: _fingerprint_folder(folder))
             else:
                 info = self.load().info
-                self._fingerprints = [{"path": info.spec, "size": info.parameters, "hash": info.weights_hash}]
+                self._fingerprints = [FileRecord(info.spec, info.parameters, info.weights_hash)]
         return self._fingerprints
 
     def make_record(self, dataset: str, task: str, metrics: dict[str, float]) -> dict[str, Any]:
@@ -90,8 +90,8 @@ class EvaluatedModel:
         )
 
 
-def _fingerprint_folder(folder: Path) -> list[dict[str, Any]]:
+def _fingerprint_folder(folder: Path) -> list[FileRecord]:
     weights = find_weights(folder)
     assert weights is not None, "a folder without weights is not a model"
-    described = {"path": str(weights), "size": weights.stat().st_size, "hash": hash_weights(weights)}
-    return [fingerprint_file(folder / "open_clip_config.json"), described]
+    described = FileRecord(str(weights), weights.stat().st_size, hash_weights(weights))
+    return [record(folder / "open_clip_config.json"), described]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.data.known_datasets import customary_metric
 from clipcid_cli.formats.data.multi_label import read_vector_length
 from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
 from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, MULTI_LABEL, ZeroshotTask, find_copy
@@ -170,7 +170,7 @@ def _name(data: str) -> str:
 
 
 def extract_features(
-    encoder: TaskEncoder, task: ZeroshotTask, fingerprints: list[dict[str, Any]], folder: Path
+    encoder: TaskEncoder, task: ZeroshotTask, fingerprints: list[FileRecord], folder: Path
 ) -> Features:
     """Return a model's features of one split: those kept from an earlier run, or new ones, which are then kept.
 
@@ -185,7 +185,7 @@ def extract_features(
     identity = {
         "weights": info.weights_hash,
         "preprocess": info.preprocess_hash,
-        "data": [[entry["size"], entry["hash"]] for entry in fingerprints],
+        "data": [[each.size, each.hash] for each in fingerprints],
         "keys": task.dataset.keys,
         "columns": dataclasses.asdict(task.dataset.columns),
         "labels": task.label_of,

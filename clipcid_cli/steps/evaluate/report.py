@@ -10,6 +10,7 @@ from clipcid_cli.formats.data.class_files import describe_lines
 from clipcid_cli.formats.data.samples import Location
 from clipcid_cli.formats.report import render_report, thumbnail
 from clipcid_cli.formats.results.metrics import read_metrics_sidecar, summary_report, summary_table, write_results
+from clipcid_cli.formats.sidecar import ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.steps.reporting import Reporter
@@ -79,13 +80,13 @@ def _table_row(result: dict[str, Any]) -> dict[str, Any]:
 
 def _detail(result: dict[str, Any]) -> dict[str, Any]:
     """What the report shows of one pair below the table of metrics."""
-    sidecar = read_metrics_sidecar(Path(result["files"]["metrics"]))
+    sidecar = read_metrics_sidecar(Path(result["files"]["metrics"]), ZeroshotSidecar)
     assert sidecar is not None, "a result has its sidecar"
-    settings = sidecar["settings"]
-    present = [row for row in sidecar["per_class"] if row["images"] and row["value"] is not None]
+    settings = sidecar.settings
+    present = [row for row in sidecar.per_class if row["images"] and row["value"] is not None]
     ordered = sorted(present, key=lambda row: row["value"])
     examples = [
-        example | {"source": source} for example in sidecar["examples"] if (source := _thumbnail(example)) is not None
+        example | {"source": source} for example in sidecar.examples if (source := _thumbnail(example)) is not None
     ]
     wrong: dict[str, list[dict[str, Any]]] = {}
     for example in examples:
@@ -97,15 +98,15 @@ def _detail(result: dict[str, Any]) -> dict[str, Any]:
         "prompts": _describe_prompts(result),
         "measure": "average precision" if settings["multi_label"] else "recall",
         "worst": ordered[:_WORST_SHOWN],
-        "classes": sidecar["per_class"] if len(present) > _WORST_SHOWN else [],
+        "classes": sidecar.per_class if len(present) > _WORST_SHOWN else [],
         "right": [example for example in examples if example["label"] == example["predicted"]],
         "wrong": wrong,
-        "missing_examples": len(sidecar["examples"]) - len(examples),
+        "missing_examples": len(sidecar.examples) - len(examples),
         "settings": {
             "templates": ", ".join(settings["templates"][:3]) + (" …" if len(settings["templates"]) > 3 else ""),
             "precision": settings["precision"],
             "batch size": settings["batch_size"],
-            **_describe_calibration(sidecar["calibration"]),
+            **_describe_calibration(sidecar.calibration),
             "skipped": ", ".join(f"{count} {reason}" for reason, count in result["skipped"].items()) or "nothing",
             "metrics file": result["files"]["metrics"],
         },

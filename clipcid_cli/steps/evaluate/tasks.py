@@ -18,7 +18,7 @@ from clipcid_cli.formats.data.class_files import fill_template
 from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_dataset, open_described
 from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, KnownDataset, customary_metric, find_known_dataset
 from clipcid_cli.formats.data.multi_label import read_classes
-from clipcid_cli.formats.output import read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import DistillSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
@@ -159,9 +159,9 @@ def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName], 
     folders = [name.path.resolve().parent for name in models if name.path is not None]
     runs = [folder for folder in folders if sidecar_path(folder, "distill").exists()]
     found = [
-        (float(sidecar["settings"]["val_fraction"]), run, sidecar["data"])
+        (sidecar.made.val_fraction, run, sidecar.data)
         for run in runs or [WorkDirectory(settings.work).find_run()]
-        if (sidecar := read_sidecar(sidecar_path(run, "distill"))) is not None
+        if (sidecar := read_sidecar(sidecar_path(run, "distill"), DistillSidecar)) is not None
     ]
     # A sample is held out where the hash of its key is below the share: of one data set the smallest part is in all others.
     fraction, run, described = min(found, key=lambda each: each[0])

@@ -10,7 +10,7 @@ from typing import Any
 from clipcid_cli.algorithms.metrics.calibration import BINS
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
-from clipcid_cli.formats.output import describe_outputs
+from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.metrics import (
     SIDECARS,
     metrics_stem,
@@ -19,6 +19,7 @@ from clipcid_cli.formats.results.metrics import (
     write_metrics,
 )
 from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
+from clipcid_cli.formats.sidecar import ZeroshotSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
@@ -101,7 +102,7 @@ def refuse_measured(names: list[ModelName], tasks: list[ZeroshotTask], settings:
         ClipcidError: for the first there is, unless it may be overwritten.
     """
     for path in [_metrics_path(name, task, settings) for name in names for task in tasks]:
-        if read_metrics_sidecar(path) is not None and not settings.overwrite:
+        if not settings.overwrite and read_metrics_sidecar(path, ZeroshotSidecar) is not None:
             raise ClipcidError(
                 f"{path} holds metrics of an earlier student, which training would replace in the end.",
                 "Add --overwrite to replace them, choose another --name, or omit --eval-data.",
@@ -154,14 +155,14 @@ def plan_results(
     return results
 
 
-def _fingerprint_data(task: ZeroshotTask) -> list[dict[str, Any]]:
+def _fingerprint_data(task: ZeroshotTask) -> list[FileRecord]:
     return [*task.dataset.fingerprints(), fingerprint_images(task.dataset, chain.from_iterable(task.samples(Skips())))]
 
 
 def _evaluate_pair(
     evaluated: EvaluatedModel,
     task: ZeroshotTask,
-    fingerprints: list[dict[str, Any]],
+    fingerprints: list[FileRecord],
     machine: Machine,
     settings: EvalZeroshotSettings,
     reporter: Reporter,
@@ -181,12 +182,14 @@ def _evaluate_pair(
         machine,
         path.parent / SIDECARS,
         stem,
+        ZeroshotSidecar,
+        top=path.parent,
         settings=identity,
         inputs=evaluated.fingerprints() + fingerprints,
         overwrite=settings.overwrite,
         # They change the intervals and the calibration only.
-        replaceable=frozenset({"bootstrap", "seed", "calibration"}),
-        resumable=False,
+        may_differ=("bootstrap", "seed", "calibration"),
+        resumes=False,
     ) as output:
         has_rows = machine.on_main(rows.is_file)
         if output.finished is not None and machine.on_main(path.is_file):
@@ -199,47 +202,48 @@ def _evaluate_pair(
             settings = dataclasses.replace(settings, predictions=True)
         measured = measure(evaluated.encoder(), task, settings, with_calibration=True)
         result = measured.result
-        record = evaluated.make_record(task.name, task.task, result.metrics)
+        metrics = evaluated.make_record(task.name, task.task, result.metrics)
 
-        def write() -> dict[str, Any]:
-            output.drop_earlier(path, rows)
+        def write() -> ZeroshotSidecar:
+            output.start()
+            written = [output.root / path.name]
+            write_metrics(written[0], metrics)
             if result.predictions is not None:
-                write_predictions(rows, result.predictions)
-            write_metrics(path, record)
-            files = [path, *([] if result.predictions is None else [rows])]
+                written.append(output.work / rows.name)
+                write_predictions(written[1], result.predictions)
             return output.commit(
                 counts={"images": measured.images, "texts": result.texts, "skipped": measured.skips.counts},
                 seconds=measured.seconds,
-                outputs=describe_outputs(output.folder, files),
+                outputs=[record(file, output.work) for file in written],
                 images_per_second=measured.images / measured.seconds["encode"],
                 prompts=task.prompt_lines,
                 customary=task.customary,
-                intervals={name: list(bounds) for name, bounds in result.intervals.items()},
+                intervals=result.intervals,
                 calibration=measured.calibration,
                 per_class=result.per_class,
                 examples=result.examples,
             )
 
-        return _result(record, task, machine.on_main(write), path, reused=False)
+        return _result(metrics, task, machine.on_main(write), path, reused=False)
 
 
 def _result(
-    record: dict[str, Any], task: ZeroshotTask, sidecar: dict[str, Any], path: Path, *, reused: bool
+    metrics: dict[str, Any], task: ZeroshotTask, sidecar: ZeroshotSidecar, path: Path, *, reused: bool
 ) -> dict[str, Any]:
     files = {"metrics": str(path)}
     rows = predictions_path(path)
     if rows.is_file():
         files["predictions"] = str(rows)
     return {
-        **record,
+        **metrics,
         "prompts": task.prompt_lines,
-        "customary": sidecar["customary"],
-        "intervals": sidecar["intervals"],
-        "calibration": sidecar["calibration"],
-        "images": sidecar["counts"]["images"],
-        "skipped": sidecar["counts"]["skipped"],
-        "images_per_second": round(sidecar["images_per_second"], 1),
-        "seconds": sidecar["seconds"],
+        "customary": sidecar.customary,
+        "intervals": {name: list(bounds) for name, bounds in sidecar.intervals.items()},
+        "calibration": sidecar.calibration,
+        "images": sidecar.counts["images"],
+        "skipped": sidecar.counts["skipped"],
+        "images_per_second": round(sidecar.images_per_second, 1),
+        "seconds": sidecar.seconds,
         "files": files,
         "reused": reused,
     }

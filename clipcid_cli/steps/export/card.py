@@ -8,9 +8,9 @@ from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.model_card import UNKNOWN, ModelCard
-from clipcid_cli.formats.output import read_sidecar, sidecar_path
-from clipcid_cli.formats.results.metrics import read_metrics, read_metrics_sidecar, refuse_changed_metrics
+from clipcid_cli.formats.results.metrics import read_metrics, refuse_changed_metrics
 from clipcid_cli.formats.results.run_folder import RunFolder
+from clipcid_cli.formats.sidecar import DistillSidecar, EmbedSidecar, Kind, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ModelInfo
 from clipcid_cli.runtime.models.names import ModelName
@@ -30,14 +30,13 @@ def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings
     name, work = source.slug, settings.work
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
     student = source.path.resolve() if source.path is not None else None
-    sidecar = _read(student.parent, "distill") if student is not None else None
+    sidecar = _read(student.parent, "distill", DistillSidecar) if student is not None else None
     if student is not None and sidecar is not None:
         run = RunFolder(student.parent)
         name = run.path.name
         if student == run.student_ema:
             name += "-ema"
-            decay = sidecar.get("settings", {}).get("ema", UNKNOWN)
-            weights += f", an exponential moving average of those in training (decay {decay})"
+            weights += f", an exponential moving average of those in training (decay {sidecar.made.ema})"
         if WorkDirectory(run.path.parents[1]).distill(run.path.name) == run.path:
             work = run.path.parents[1]
     facts = {
@@ -70,66 +69,58 @@ def _shape(info: ModelInfo) -> str:
     return ", ".join(parts) + " (layers × width)"
 
 
-def _training(sidecar: dict[str, Any] | None) -> dict[str, str]:
+def _training(sidecar: DistillSidecar | None) -> dict[str, str]:
     if sidecar is None:
         return dict.fromkeys(("Teacher", "Training data", "Keep ratio", "Losses", "Training"), UNKNOWN)
-    losses = sidecar.get("settings", {}).get("losses", {})
-    counts, result = sidecar.get("counts", {}), sidecar.get("result", {})
-    data = _short(sidecar.get("data", {}).get("spec"))
-    used = f"; {counts['used']:,} of {counts['read']:,} samples used" if {"used", "read"} <= counts.keys() else ""
+    losses, counts, result = sidecar.made.losses, sidecar.counts, sidecar.result
     return {
         "Teacher": "none" if set(losses) == {"clip"} else _teacher(sidecar),
-        "Training data": data if data == UNKNOWN else data + used,
+        "Training data": f"{_short(sidecar.data.spec)}; {counts['used']:,} of {counts['read']:,} samples used",
         "Keep ratio": _keep_ratio(sidecar),
-        "Losses": ", ".join(f"{name} × {entry['value']:g}" for name, entry in losses.items()) or UNKNOWN,
-        "Training": f"{result['steps']:,} steps, {result['samples']:,} samples" if "steps" in result else UNKNOWN,
+        "Losses": ", ".join(f"{name} × {loss.value:g}" for name, loss in losses.items()),
+        "Training": f"{result['steps']:,} steps, {result['samples']:,} samples",
     }
 
 
-def _teacher(sidecar: dict[str, Any]) -> str:
+def _teacher(sidecar: DistillSidecar) -> str:
     """Name the model whose embeddings the run read."""
-    folders = dict.fromkeys(Path(str(entry.get("path", ""))).parent.parent for entry in sidecar.get("inputs", []))
-    embedded = next((found for folder in folders if (found := _read(folder, "embed")) is not None), {})
-    return _short(embedded.get("model", {}).get("spec"))
+    folders = dict.fromkeys(Path(each.path).parent.parent for each in sidecar.inputs)
+    embedded = (_read(folder, "embed", EmbedSidecar) for folder in folders)
+    return next((_short(found.model.spec) for found in embedded if found is not None), UNKNOWN)
 
 
-def _keep_ratio(sidecar: dict[str, Any]) -> str:
+def _keep_ratio(sidecar: DistillSidecar) -> str:
     """State the ratio of the list that the run used; the work directory may hold another one by now."""
-    keep = sidecar.get("keep_list", UNKNOWN)
+    keep = sidecar.keep_list
     if keep is None:
         return "1 (not balanced)"
-    if not isinstance(keep, dict) or not {"kept", "images"} <= keep.keys():
-        return UNKNOWN
-    return f"{keep['kept'] / keep['images']:.4g} ({keep['kept']:,} of {keep['images']:,} images)"
+    return f"{keep.kept / keep.images:.4g} ({keep.kept:,} of {keep.images:,} images)"
 
 
 def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, float, str]]:
     """Yield the metrics that were measured on exactly these weights, by the hash of the whole file."""
     for path in sorted(work.eval.glob("*.json")):
         try:
-            sidecar, content = read_metrics_sidecar(path), read_metrics(path)
-            refuse_changed_metrics(path, "")
+            content = read_metrics(path)
+            sidecar = refuse_changed_metrics(path, "")
         except ClipcidError:
             continue  # not ours, changed, or damaged: it states nothing
-        if sidecar is None or weights_hash not in [entry.get("hash") for entry in sidecar.get("inputs", [])]:
+        if sidecar is None or weights_hash not in [each.hash for each in sidecar.inputs]:
             continue
-        lines = sidecar.get("prompts") or {}
-        prompts = ", ".join(lines[kind]["hash"] for kind in ("class_names", "templates") if kind in lines)
+        prompts = ", ".join(lines["hash"] for lines in (sidecar.prompts or {}).values())
         for name, value in content["metrics"].items():
             if isinstance(value, int | float):
                 yield content["dataset"], content["task"], name, float(value), prompts
 
 
-def _read(folder: Path, step: str) -> dict[str, Any] | None:
+def _read(folder: Path, step: str, kind: type[Kind]) -> Kind | None:
     """Read a sidecar; None when there is none, or it is not ours."""
     try:
-        return read_sidecar(sidecar_path(folder, step))
+        return read_sidecar(sidecar_path(folder, step), kind)
     except ClipcidError:
         return None
 
 
-def _short(spec: Any) -> str:
+def _short(spec: str) -> str:
     """Name data or a model: a local folder by its last part, since its path means nothing on another machine."""
-    if not isinstance(spec, str) or not spec:
-        return UNKNOWN
     return spec if ":" in spec else Path(spec).name

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from PIL import Image
@@ -15,6 +14,7 @@ from PIL import Image
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import MissingSplitError, find_benchmark_folder
 from clipcid_cli.formats.data.dataset import Dataset, Sample, open_dataset, open_described
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ClipModel
@@ -61,22 +61,14 @@ class CheckInputs:
     source: str
     skips: Skips
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Identify these inputs, so that a later run knows whether it compares on the same ones.
-
-        Returns:
-            ``path``, ``size`` (number of images) and ``hash``, as of a sidecar's input.
-        """
+    def fingerprint(self) -> FileRecord:
+        """Identify these inputs, so that a later run knows whether it compares on the same ones."""
         digest = hashlib.blake2b(self.images.numpy().tobytes(), digest_size=16)
         digest.update(repr(self.texts).encode())
         if self.candidates is not None:
             content = (self.candidates.measure, self.candidates.prompts, self.candidates.labels.tolist())
             digest.update(repr(content).encode())
-        return {
-            "path": f"{self.source}#compared",
-            "size": len(self.images),
-            "hash": f"blake2b:{digest.hexdigest()}",
-        }
+        return FileRecord(f"{self.source}#compared", len(self.images), f"blake2b:{digest.hexdigest()}")
 
     def pixels(self, model: ClipModel, start: int, stop: int) -> torch.Tensor:
         """Return some images as the image tower takes them, float32 [B, 3, H, W]."""

@@ -12,21 +12,14 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
-from clipcid_cli.formats.models.export_folder import CARD, PARITY, build_export, refuse_foreign_folder
+from clipcid_cli.formats.fingerprint import FileRecord, record, refuse_changed
+from clipcid_cli.formats.models.export_folder import CARD, PARITY, refuse_foreign_folder, sync_files
 from clipcid_cli.formats.models.hf_folder import check_hf_expressible
 from clipcid_cli.formats.models.model_card import render_card
 from clipcid_cli.formats.models.onnx_file import check_onnx_installed
-from clipcid_cli.formats.output import (
-    describe_outputs,
-    fingerprint_file,
-    is_claimed,
-    open_output,
-    read_sidecar,
-    refuse_changed,
-    sidecar_path,
-)
-from clipcid_cli.formats.reading import reading
+from clipcid_cli.formats.output import is_claimed, open_output
 from clipcid_cli.formats.results.run_folder import RunFolder
+from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.clip_model import load_model
@@ -65,40 +58,46 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
             f"Model {source.spec} is the folder {folder}, so its export would overwrite it.",
             "Give another folder with --out.",
         )
-    refuse_foreign_folder(folder, settings.format)
+    refuse_foreign_folder(folder, settings.format, overwrite=settings.overwrite)
     if settings.dry_run:
         find_data(settings)
         reporter.note(f"Would write {', '.join(settings.format)} of {source.spec} to {folder}.")
-        return _result(source, folder, {"written": [], "parity": {}, "seconds": {}})
+        return {"model": source.spec, "files": {}, "parity": {}, "seconds": {}}
     with open_machine("cpu") as machine:
         sidecar = machine.on_main(lambda: _export(source, folder, settings, classes, reporter))
-    return _result(source, folder, sidecar)
+    return {
+        "model": source.spec,
+        "files": {Path(name).stem: str(folder / name) for name in sidecar.written},
+        "parity": sidecar.parity,
+        "seconds": sidecar.seconds,
+    }
 
 
 def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
     """Find the model with averaged weights of a student's run."""
     fix = "Train with clipcid distill --ema DECAY, such as 0.999, or omit --ema."
-    path = None if student.path is None else student.path.resolve()
-    if path is None or not is_claimed(path.parent, "distill"):
+    folder = None if student.path is None else student.path.resolve()
+    if folder is None or not is_claimed(folder.parent, "distill"):
         raise ClipcidError(
             f"--ema: {student.spec} is no student of clipcid distill, so there is no average of it.", fix
         )
-    run = RunFolder(path.parent)
-    sidecar = read_sidecar(sidecar_path(run.path, "distill"))
+    run = RunFolder(folder.parent)
+    path = sidecar_path(run.path, "distill")
+    sidecar = read_sidecar(path, DistillSidecar)
     if sidecar is None:
         raise ClipcidError(f"--ema: the run in {run.path} is unfinished.", "Run its command again, which finishes it.")
-    if sidecar["settings"].get("ema") is None:
+    if sidecar.made.ema is None:
         raise ClipcidError(f"--ema: the run in {run.path} kept no average of the weights.", fix)
     refuse_changed(
         run.path,
-        "distill",
-        sidecar,
+        sidecar.outputs,
+        path,
         lambda: f"Name the model as it is now: {run.student_ema}; or train it again, by its command and --overwrite.",
     )
     average, here = run.student_ema, Path.cwd()
     if average.is_relative_to(here):
         average = average.relative_to(here)
-    reporter.note(f"Average of the weights: {average}, decay {sidecar['settings']['ema']}.")
+    reporter.note(f"Average of the weights: {average}, decay {sidecar.made.ema}.")
     return parse_model(str(average))
 
 
@@ -112,7 +111,7 @@ def _export_name(source: ModelName) -> str:
 
 def _export(
     source: ModelName, folder: Path, settings: ExportSettings, classes: Classes | None, reporter: Reporter
-) -> dict[str, Any]:
+) -> ExportSidecar:
     started = time.perf_counter()
     model = load_model(source, torch.device("cpu"))
     seconds = {"load": time.perf_counter() - started}
@@ -128,37 +127,37 @@ def _export(
         "opset": settings.onnx_opset,
         "precision": settings.stored_precision,
     }
-    inputs = [{"path": model.info.spec, "size": model.info.parameters, "hash": model.info.weights_hash}]
-    inputs += [fingerprint_file(file) for file in classes.files] if classes is not None else []
+    inputs = [FileRecord(model.info.spec, model.info.parameters, model.info.weights_hash)]
+    inputs += [record(file) for file in classes.files] if classes is not None else []
     compared = make_check_inputs(model, settings, classes, reporter)
     check_measurable(compared, settings, reporter)
     inputs.append(compared.fingerprint())
     checker = Checker(model, compared, settings)
-    with open_output(folder, "export", settings=identity, inputs=inputs, overwrite=settings.overwrite) as output:
-        if output.finished is not None:
+    wanted: dict[str, Any] = {"settings": identity, "inputs": inputs, "overwrite": settings.overwrite}
+    with open_output(folder, "export", ExportSidecar, **wanted, resumes=False) as output:
+        if output.finished is not None and all((folder / name).exists() for name in output.finished.written):
             # Limits do not change the content, so an existing export is checked against those of this run.
-            record = sidecar_path(folder, "export")
-            with reading(record, "a sidecar of export", f"Remove {record}; the model is then exported again."):
-                for name, found in output.finished["parity"].items():
-                    checker.validate(name, found)
+            for name, found in output.finished.parity.items():
+                checker.validate(name, found)
             reporter.note(f"{folder} already holds this export.")
             return output.finished
+        output.start()
         parity: dict[str, Any] = {}
-        with build_export(folder) as building:
-            for form in settings.format:
-                reporter.note(f"Writing {form} and comparing it with {source.spec} …")
-                started = time.perf_counter()
-                if form == "open-clip":
-                    parity |= write_open_clip(checker, building)
-                elif form == "hf":
-                    parity |= write_hf(checker, building)
-                else:
-                    parity |= write_onnx_files(checker, building, classes)
-                seconds[form] = time.perf_counter() - started
-            write_json(building / PARITY, _describe_parity(checker, parity))
-            card = describe_export(model.info, source, settings, parity)
-            write_text(building / CARD, render_card(card, sorted(path.name for path in building.iterdir())))
-            written = sorted(path.name for path in building.iterdir())
+        for form in settings.format:
+            reporter.note(f"Writing {form} and comparing it with {source.spec} …")
+            started = time.perf_counter()
+            if form == "open-clip":
+                parity |= write_open_clip(checker, output.work)
+            elif form == "hf":
+                parity |= write_hf(checker, output.work)
+            else:
+                parity |= write_onnx_files(checker, output.work, classes)
+            seconds[form] = time.perf_counter() - started
+        write_json(output.work / PARITY, _describe_parity(checker, parity))
+        card = describe_export(model.info, source, settings, parity)
+        written = sorted(path.name for path in output.work.iterdir() if not path.name.startswith("."))
+        write_text(output.work / CARD, render_card(card, written))
+        sync_files(output.work)
         return output.commit(
             counts={
                 "images": len(compared.images),
@@ -166,9 +165,9 @@ def _export(
                 "skipped": dict(sorted(compared.skips.counts.items())),
             },
             seconds=seconds,
-            outputs=describe_outputs(folder, [folder / name for name in written if name != CARD]),
+            outputs=[record(output.work / name, output.work) for name in written],
             model=dataclasses.asdict(model.info),
-            written=written,
+            written=sorted([*written, CARD]),
             parity=parity,
         )
 
@@ -198,13 +197,4 @@ def _describe_parity(checker: Checker, parity: dict[str, Any]) -> dict[str, Any]
         }
         | {"max_accuracy_drop": checker.settings.max_accuracy_drop},
         "parity": parity,
-    }
-
-
-def _result(source: ModelName, folder: Path, sidecar: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "model": source.spec,
-        "files": {Path(name).stem: str(folder / name) for name in sidecar["written"]},
-        "parity": sidecar["parity"],
-        "seconds": sidecar["seconds"],
     }

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-from clipcid_cli.steps.settings.fields import check_ranges, option
+from clipcid_cli.steps.settings.fields import check_ranges, option, plain, setting_of
 
 DEFAULT_WORK = Path("clipcid-work")
 
@@ -121,3 +121,15 @@ def npz_array_option(group: str) -> Any:
         # As `embeddings`: outputs record the content of the array, not its name.
         operational=True,
     )
+
+
+def given_flags(settings: SharedSettings) -> dict[str, Any]:
+    """Return the flags by which a command makes the same again: those not at their default, as plain JSON values."""
+    of_run = {field.name for field in dataclasses.fields(SharedSettings) if setting_of(field).operational}
+    return {
+        field.name: plain(value)
+        for field in dataclasses.fields(settings)
+        if (value := getattr(settings, field.name)) != field.default
+        and not setting_of(field).positional
+        and field.name not in of_run
+    }

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from clipcid_cli.formats.fingerprints import FingerprintCache
 
 from clipcid_cli.formats import fingerprints
-from clipcid_cli.formats.fingerprints import FingerprintCache
 from clipcid_cli.formats.output import fingerprint_file
 
 

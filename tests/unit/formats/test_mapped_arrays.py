@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import create_mapped, create_unnamed, spool_arrays
 from clipcid_cli.formats.embeddings.grouped import create_copy
-from clipcid_cli.formats.mapped_arrays import create_mapped, create_unnamed, spool_arrays
 
 INT64 = np.dtype(np.int64)
 

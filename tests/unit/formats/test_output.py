@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.differences import list_differences
 from clipcid_cli.formats.listing import is_as_listed, list_recorded
+
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.output import (
     describe_outputs,
     find_changed,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,10 @@ from clipcid_cli.algorithms.search.distances import FloatArray, HalfArray, IntAr
 from clipcid_cli.algorithms.search.nearest_pairs import NearestReference
 from clipcid_cli.algorithms.search.pair_search import CACHE_BYTES, TiledSearch
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.mapped_arrays import Arrays
+from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.reference_parts import ReferenceParts, keep_parts
+from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_for_rows
 from clipcid_cli.runtime.precision import choose_scan
@@ -72,22 +73,20 @@ class NearReferences:
 def find_near(
     settings: BalanceSettings,
     machine: Machine,
-    folder: Path,
+    output: Output[BalanceSidecar],
     rows: BalanceRows,
-    inputs: list[dict[str, Any]],
     references: list[Reference],
     reporter: Reporter,
 ) -> NearReferences:
     """Compare all rows with all references; the same on every process, and after any crash.
 
     Args:
-        folder: The folder of `balance`, where stretches of rows are saved.
+        output: That of the run; stretches of rows are saved in its folder.
         rows: All finite rows.
-        inputs: Fingerprints of their embeddings.
     """
     threshold = settings.reference_distance
     assert threshold is not None  # the settings have checked it
-    content = [str((entry["size"], entry["hash"])) for entry in inputs]
+    folder, content = output.folder, [str(each.content) for each in output.run.inputs]
     content.append(str(np.float32(threshold).view(np.uint32)))
     names = [
         hashlib.blake2b("\n".join([*content, reference.identity]).encode(), digest_size=8).hexdigest()
@@ -121,7 +120,7 @@ def find_near(
         distance[owner < 0] = np.nan
         return owner, row, distance, near
 
-    owner, row, distance, near = share_arrays(machine, folder, merge)
+    owner, row, distance, near = share_arrays(machine, output.work, merge)
     return NearReferences(references, threshold, owner, row, distance, near.tolist())
 
 

@@ -15,10 +15,10 @@ import pyarrow as pa
 from clipcid_cli.algorithms.search.distances import DoubleArray, IntArray
 from clipcid_cli.algorithms.sets.representatives import best_of_groups, random_scores
 from clipcid_cli.errors import ClipcidError, command_line
-from clipcid_cli.formats.mapped_arrays import Arrays
-from clipcid_cli.formats.output import fingerprint_file, read_sidecar, refuse_changed, sidecar_path
-from clipcid_cli.formats.reading import reading
+from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.fingerprint import record, refuse_changed
 from clipcid_cli.formats.results.clusters import TABLE, read_labels
+from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.rows import caption_similarities
@@ -100,20 +100,18 @@ def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundCluster
     folder = settings.clusters
     if folder is None:
         folder = WorkDirectory(settings.work).find_clusters(**_flags_for_all(settings))
-    sidecar = read_sidecar(sidecar_path(folder, "cluster"))
+    path = sidecar_path(folder, "cluster")
+    sidecar = read_sidecar(path, ClusterSidecar)
     if sidecar is None or not (folder / TABLE).exists():
         raise ClipcidError(
             f"{folder} holds no finished clusters.",
             f"Give --clusters DIR, or run: {_cluster_all(settings)}",
         )
     remake = partial(remake_clusters, folder, sidecar, settings.work)
-    refuse_changed(folder, "cluster", sidecar, remake, names={TABLE})
-    path = sidecar_path(folder, "cluster")
-    with reading(path, "a sidecar of cluster", remake()):
-        images = int(sidecar["result"]["images"])
-        skipped = sum(sidecar["counts"]["skipped"].values())
+    refuse_changed(folder, [each for each in sidecar.outputs if each.path == TABLE], path, remake)
+    images = sidecar.result["images"]
     reporter.note(f"Clusters: {folder}, of {images:,} images.")
-    return FoundClusters(folder, str(fingerprint_file(folder / TABLE)["hash"]), images, skipped)
+    return FoundClusters(folder, record(folder / TABLE).hash, images, sum(sidecar.counts["skipped"].values()))
 
 
 def _flags_for_all(settings: BalanceSettings) -> dict[str, Any]:
@@ -164,7 +162,7 @@ def cap_clusters(context: Context, clusters: FoundClusters, sets: Sets) -> Clust
         dropped[place[crowded][~stays]] = True
         return cluster, dropped, before, np.minimum(before, most)
 
-    return ClusterCap(most, *share_arrays(context.machine, context.folder, cap))
+    return ClusterCap(most, *share_arrays(context.machine, context.output.work, cap))
 
 
 def _look_up(context: Context, table: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:

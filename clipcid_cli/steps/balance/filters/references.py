@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from clipcid_cli.formats.data.dataset import Columns, open_dataset
 from clipcid_cli.formats.embeddings.checks import has_usable_row
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.pairing import list_files, list_inner_files
+from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
@@ -121,9 +121,7 @@ def open_references(
         bad = machine.on_main(lambda opened=reference: opened.find_bad_rows(texts=False))  # type: ignore[misc]
         if len(bad):
             reporter.warn(f"{len(bad):,} rows of {name} are zero or not finite, and nothing is compared with them.")
-        entries = machine.on_main(reference.fingerprints)
-        content = json.dumps([(entry["size"], entry["hash"]) for entry in entries])
-        identity = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        identity = identity_of({}, machine.on_main(reference.fingerprints))
         numbers = np.delete(np.arange(reference.num_rows), bad)
         if not len(numbers):
             raise _no_usable_row(reference, name)
@@ -150,7 +148,7 @@ def _embed(
     Returns:
         The folder, and the JSON object of `embed`.
     """
-    model = settings.model if embeddings.sidecar is None else str(embeddings.sidecar["model"]["spec"])
+    model = settings.model if embeddings.sidecar is None else embeddings.sidecar.model.spec
     if model is None:
         raise ClipcidError(
             f"{data} contains no embeddings, and {embeddings.folder} does not record the model to embed it with.",
@@ -163,9 +161,9 @@ def _embed(
     reading = ("max_bad_fraction", "image_column", "caption_column", "key_column")
     given = {each: getattr(settings, each) for each in shared + reading}
     if embeddings.sidecar is not None:
-        made = embeddings.sidecar["settings"]
-        given |= {"fast_decode": made["fast_decode"], "precision": made["precision"]}
-        if made["precision"] == "fp16" and machine.device.type == "cpu":
+        made_so = embeddings.sidecar.made
+        given |= {"fast_decode": made_so.fast_decode, "precision": made_so.precision}
+        if made_so.precision == "fp16" and machine.device.type == "cpu":
             given["precision"] = "fp32"
             reporter.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
     try:
@@ -192,18 +190,18 @@ def _refuse_other_model(embeddings: Embeddings, reference: Embeddings, name: str
     sidecars = [each.sidecar for each in (embeddings, reference) if each.sidecar is not None]
     if len(sidecars) < 2:
         return
-    made = [sidecar["model"] for sidecar in sidecars]
-    if made[0]["weights_hash"] != made[1]["weights_hash"]:
+    own, other = (sidecar.model for sidecar in sidecars)
+    if own.weights_hash != other.weights_hash:
         raise ClipcidError(
-            f"The embeddings in {name} are of {made[1]['spec']} ({made[1]['weights_hash']}), those in {embeddings.folder} "
-            f"of {made[0]['spec']} ({made[0]['weights_hash']}).",
+            f"The embeddings in {name} are of {other.spec} ({other.weights_hash}), those in {embeddings.folder} "
+            f"of {own.spec} ({own.weights_hash}).",
             fix,
         )
-    decoded = [sidecar["settings"] for sidecar in sidecars]
-    if decoded[0]["preprocess"] != decoded[1]["preprocess"]:
-        ways = ["with" if each["fast_decode"] else "without" for each in decoded]
+    decoded = [sidecar.made for sidecar in sidecars]
+    if decoded[0].preprocess != decoded[1].preprocess:
+        ways = ["with" if each.fast_decode else "without" for each in decoded]
         raise ClipcidError(
-            f"The images of {name} were preprocessed otherwise ({decoded[1]['preprocess']}, {ways[1]} --fast-decode) than "
-            f"those of {embeddings.folder} ({decoded[0]['preprocess']}, {ways[0]}).",
+            f"The images of {name} were preprocessed otherwise ({decoded[1].preprocess}, {ways[1]} --fast-decode) than "
+            f"those of {embeddings.folder} ({decoded[0].preprocess}, {ways[0]}).",
             "Embed them likewise: give the images themselves (--against DATA).",
         )

@@ -12,8 +12,10 @@ import numpy.typing as npt
 from clipcid_cli.algorithms.search.distances import row_type
 from clipcid_cli.algorithms.search.edges import Edges, sort_edges
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.mapped_arrays import Arrays
+from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.filters.against import NearReferences, find_near
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, measure_captions
@@ -51,19 +53,17 @@ class Filters:
 def apply_filters(
     settings: BalanceSettings,
     machine: Machine,
-    folder: Path,
+    output: Output[BalanceSidecar],
     embeddings: Embeddings,
     rows: BalanceRows,
-    inputs: list[dict[str, Any]],
     references: list[Reference],
     reporter: Reporter,
 ) -> Filters:
     """Find the rows to balance; the same on every process.
 
     Args:
-        folder: The folder of `balance`.
+        output: That of the run.
         rows: All finite rows.
-        inputs: Fingerprints of their embeddings.
 
     Raises:
         ClipcidError: when none is left.
@@ -73,13 +73,13 @@ def apply_filters(
     near = window = None
     passes = np.ones(len(rows), np.bool_)
     if references:
-        near = find_near(settings, machine, folder, rows, inputs, references, reporter)
+        near = find_near(settings, machine, output, rows, references, reporter)
         passes &= near.is_far
         reporter.note(
             f"{np.count_nonzero(~near.is_far):,} of {len(rows):,} images are within {near.threshold:g} of a reference."
         )
     if settings.has_window:
-        window = measure_captions(settings, machine, folder, embeddings, rows, reporter)
+        window = measure_captions(settings, machine, output.work, embeddings, rows, reporter)
         passes &= window.is_inside
         number = np.count_nonzero(window.is_inside)
         reporter.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
@@ -88,7 +88,7 @@ def apply_filters(
             f"All {len(rows):,} images are dropped before repeats are searched.",
             "Give a smaller --against-threshold, or a wider window of caption similarity.",
         )
-    return Filters(rows, share_chosen(machine, folder, rows, passes), near, window)
+    return Filters(rows, share_chosen(machine, output.work, rows, passes), near, window)
 
 
 def share_chosen(machine: Machine, folder: Path, rows: BalanceRows, which: npt.NDArray[np.bool_]) -> BalanceRows:

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +19,13 @@ import torch
 from clipcid_cli.algorithms.search.distances import row_type
 from clipcid_cli.algorithms.search.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.search.pair_search import GrownSearch
+from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.mapped_arrays import Arrays
-from clipcid_cli.formats.output import read_sidecar, sidecar_path
-from clipcid_cli.formats.reading import reading
-from clipcid_cli.formats.results.forest import forest_path, read_forest
+from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.results.forest import find_earlier, read_forest
+from clipcid_cli.formats.sidecar import ForestSidecar
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.balance.forests.stored import ForestStore
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.shared_arrays import share_arrays
@@ -38,17 +38,17 @@ class RowFile:
     """A file of image embeddings.
 
     Attributes:
-        content: Its size and hash.
+        content: What it is compared by.
         first: Number of its first row among all rows of the embeddings.
         stop: The number after its last.
     """
 
-    content: tuple[int, str]
+    content: tuple[int, str, str | None]
     first: int
     stop: int
 
 
-def list_row_files(embeddings: Embeddings, inputs: Sequence[dict[str, Any]]) -> list[RowFile]:
+def list_row_files(embeddings: Embeddings, inputs: Sequence[FileRecord]) -> list[RowFile]:
     """List the files of image embeddings.
 
     Args:
@@ -56,7 +56,7 @@ def list_row_files(embeddings: Embeddings, inputs: Sequence[dict[str, Any]]) -> 
     """
     found, at = [], 0
     for file in embeddings.files:
-        found.append(RowFile(_content(inputs[at]), file.first, file.first + file.rows))
+        found.append(RowFile(inputs[at].content, file.first, file.first + file.rows))
         at += 1 if file.metadata is None else 2
     return found
 
@@ -79,34 +79,30 @@ class SmallerForest:
 
 
 def read_smaller(
-    machine: Machine, folder: Path, rows: BalanceRows, files: Sequence[RowFile], reporter: Reporter
+    machine: Machine, store: ForestStore, rows: BalanceRows, files: Sequence[RowFile], reporter: Reporter
 ) -> SmallerForest | None:
     """Read the stored forest where all of its files are still among those of the rows; the same on every process.
 
     Args:
-        folder: The folder of `balance`.
         rows: All finite rows.
         files: The files that they are from.
     """
 
     def read() -> tuple[SmallerForest | None, str]:
-        path = sidecar_path(folder, forest_path(folder, "exact").stem)
-        sidecar = read_sidecar(path)
-        if sidecar is None or not sidecar.get("inputs"):
+        sidecar = find_earlier(store.folder, store.inputs, overwrite=store.overwrite)
+        if sidecar is None or not sidecar.inputs:
             return None, ""
-        with reading(path, "a sidecar of a forest", f"Remove {path}; the forest is then searched again."):
-            cutoff, name = float(sidecar["cutoff"]), _digest(sidecar)
-            earlier = [entry for entry in sidecar["inputs"] if not str(entry["path"]).endswith(".parquet")]
-        if not cutoff:
+        earlier = [each for each in sidecar.inputs if not each.path.endswith(".parquet")]
+        if not sidecar.cutoff:
             return None, ""
         kept, number = list[RowFile](), 0
         for file in files:
-            if number < len(earlier) and file.content == _content(earlier[number]):
+            if number < len(earlier) and file.content == earlier[number].content:
                 kept.append(file)
                 number += 1
         if number < len(earlier):
             return None, _why_not(earlier, files)
-        stored = read_forest(folder, sidecar["inputs"])
+        stored = read_forest(store.folder, sidecar.inputs, overwrite=store.overwrite)
         kind = row_type(len(rows))
         bounds = [np.searchsorted(rows.numbers, np.array([file.first, file.stop], rows.numbers.dtype)) for file in kept]
         places = np.concatenate([np.arange(*ends, dtype=kind) for ends in bounds])
@@ -115,7 +111,7 @@ def read_smaller(
         is_new = np.ones(len(rows), np.bool_)
         is_new[places] = False
         edges = merge_edges(Edges(places[stored.a], places[stored.b], stored.distance), sort_edges(rows.copies))
-        return SmallerForest(edges, stored.cutoff, is_new, name), ""
+        return SmallerForest(edges, stored.cutoff, is_new, _digest(sidecar)), ""
 
     def share() -> Arrays:
         smaller, why_not = read()
@@ -127,7 +123,7 @@ def read_smaller(
         name = np.frombuffer(smaller.name.encode(), np.uint8)
         return edges.a, edges.b, edges.weight, np.array([smaller.cutoff]), smaller.is_new, name
 
-    arrays = share_arrays(machine, folder, share)
+    arrays = share_arrays(machine, store.work, share)
     if not arrays:
         return None
     return SmallerForest(Edges(*arrays[:3]), float(arrays[3][0]), arrays[4], bytes(arrays[5]).decode())
@@ -144,10 +140,10 @@ def search_new(
     return GrownSearch(rows.read, new, old, machine.device, scan, room)
 
 
-def _why_not(earlier: Sequence[dict[str, Any]], files: Sequence[RowFile]) -> str:
+def _why_not(earlier: Sequence[FileRecord], files: Sequence[RowFile]) -> str:
     """Name the files that are gone, have changed or are in another order."""
     there = {file.content for file in files}
-    gone = [Path(str(entry["path"])).name for entry in earlier if _content(entry) not in there]
+    gone = [Path(each.path).name for each in earlier if each.content not in there]
     if not gone:
         return "the files are in another order, and of equal distances the earlier row goes first."
     more = f" and {len(gone) - _NAMED:,} more" if len(gone) > _NAMED else ""
@@ -157,10 +153,6 @@ def _why_not(earlier: Sequence[dict[str, Any]], files: Sequence[RowFile]) -> str
     )
 
 
-def _content(entry: dict[str, Any]) -> tuple[int, str]:
-    return int(entry["size"]), str(entry["hash"])
-
-
-def _digest(sidecar: dict[str, Any]) -> str:
-    content = json.dumps([sidecar["edges"], sidecar["cutoff"], [_content(entry) for entry in sidecar["inputs"]]])
-    return hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
+def _digest(sidecar: ForestSidecar) -> str:
+    content = [sidecar.cutoff, *(each.content for each in (*sidecar.outputs, *sidecar.inputs))]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=4).hexdigest()

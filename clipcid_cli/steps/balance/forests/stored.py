@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.formats.mapped_arrays import Arrays
+from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.forest import StoredForest, read_forest, write_forest
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.rows import BalanceRows
@@ -37,15 +37,19 @@ class ForestStore:
 
     Attributes:
         folder: The folder of `balance`.
+        work: Where processes share it.
         rows: The rows that it is of.
-        inputs: Fingerprints of what decides them.
+        inputs: What decides them.
         neighbors: How it is searched: ``exact`` or ``partitioned``.
+        overwrite: Whether one that cannot be read is replaced.
     """
 
     folder: Path
+    work: Path
     rows: BalanceRows
-    inputs: list[dict[str, Any]]
+    inputs: list[FileRecord]
     neighbors: str
+    overwrite: bool
 
     @property
     def _kind(self) -> str:
@@ -55,7 +59,7 @@ class ForestStore:
         """Read the forest, if one of these rows is stored; the same on every process."""
 
         def read() -> Arrays:
-            stored = read_forest(self.folder, self.inputs, self._kind)
+            stored = read_forest(self.folder, self.inputs, self._kind, overwrite=self.overwrite)
             if stored is None:
                 return ()
             ends = [stored.a, stored.b]
@@ -63,7 +67,7 @@ class ForestStore:
                 ends = [np.searchsorted(positions, end).astype(positions.dtype) for end in ends]
             return (*ends, stored.distance, np.array([stored.cutoff]))
 
-        found = share_arrays(machine, self.folder, read)
+        found = share_arrays(machine, self.work, read)
         return Forest(Edges(*found[:3]), float(found[3][0])) if found else None
 
     def write(self, forest: Forest, seconds: float) -> None:
@@ -72,4 +76,4 @@ class ForestStore:
         if (positions := self.rows.positions) is not None:
             a, b, num_rows = positions[a], positions[b], self.rows.num_finite
         stored = StoredForest(a, b, forest.edges.weight, forest.cutoff, num_rows, self._kind)
-        write_forest(self.folder, stored, inputs=self.inputs, seconds={"search": seconds})
+        write_forest(self.folder, stored, inputs=self.inputs, seconds={"search": seconds}, overwrite=self.overwrite)

@@ -63,11 +63,10 @@ def show_near(near: NearReferences, context: Context, data: Dataset | None, side
 
 def _open_data(embeddings: Embeddings, work: WorkDirectory) -> Dataset | None:
     """Open the images of a reference, where its embeddings record them and they are still there."""
-    described = (embeddings.sidecar or {}).get("data")
-    if described is None or names_command(described["spec"]):
+    if embeddings.sidecar is None or names_command(embeddings.sidecar.data.spec):
         return None
     try:
-        return open_described(described, index_root=work.indexes)
+        return open_described(embeddings.sidecar.data, index_root=work.indexes)
     except ClipcidError:
         return None
 

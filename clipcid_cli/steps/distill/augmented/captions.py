@@ -101,7 +101,7 @@ def find_text_variants(
     share = settings.variant_share
     if not number or not (share or settings.shows_extra_texts):
         return None
-    made = {} if embeddings.sidecar is None else embeddings.sidecar["settings"]
+    made = {} if embeddings.sidecar is None else embeddings.sidecar.settings
     rules, seed = made.get("text_variant_rules"), made.get("seed")
     if rules != RULES or made.get("text_variants") != number or not isinstance(seed, int):
         recorded = (

@@ -140,10 +140,10 @@ def find_extra_texts(
     """
     if not settings.shows_extra_texts:
         return None
-    model = None if embeddings.sidecar is None else embeddings.sidecar["model"]
+    spec = None if embeddings.sidecar is None else embeddings.sidecar.model.spec
     folder = settings.texts
-    if folder is None and model is not None:
-        kept = WorkDirectory(settings.work).texts(parse_model(model["spec"]).slug)
+    if folder is None and spec is not None:
+        kept = WorkDirectory(settings.work).texts(parse_model(spec).slug)
         folder = kept if (kept / "texts.json").exists() else None
     if folder is None:
         if variants is None:
@@ -153,12 +153,12 @@ def find_extra_texts(
             raise ClipcidError(
                 f"--extra-texts {settings.extra_texts}, but there are no texts: neither of `embed --texts` in "
                 f"{settings.work}/texts, nor variants of captions in {embeddings.folder}.",
-                f"Run: {texts_command(model and model['spec'], work=settings.work)}\n"
+                f"Run: {texts_command(spec, work=settings.work)}\n"
                 f"Or run: {data_command(embeddings.folder, embeddings.sidecar, settings.data, **more)}",
             )
         rows, texts, what = embeddings.variants(), None, f"the {variants.number} variants of each sample's captions"
     else:
-        texts = open_texts(folder, model and model["spec"])
+        texts = open_texts(folder, spec)
         _check_model(settings, texts, embeddings)
         rows, variants, what = texts.rows(), None, f"{folder}, {texts.total:,} texts"
     reporter.note(f"Extra texts, for the text tower alone: of {what}.")
@@ -166,14 +166,13 @@ def find_extra_texts(
 
 
 def _check_model(settings: DistillSettings, texts: EmbeddedTexts, embeddings: Embeddings) -> None:
-    made, model = texts.sidecar["model"], None if embeddings.sidecar is None else embeddings.sidecar["model"]
-    if texts.files[0].shape[1] != embeddings.width or (
-        model is not None and made["weights_hash"] != model["weights_hash"]
-    ):
-        of = "another tool's" if model is None else f"of {model['spec']}, other weights"
+    made, model = texts.sidecar.model, None if embeddings.sidecar is None else embeddings.sidecar.model
+    if texts.files[0].shape[1] != embeddings.width or (model is not None and made.weights_hash != model.weights_hash):
+        of = "another tool's" if model is None else f"of {model.spec}, other weights"
+        again = texts_command(None if model is None else model.spec, out=texts.folder, overwrite=True)
         without = "Add" if settings.texts is None else "Omit --texts and add"
         raise ClipcidError(
-            f"The texts in {texts.folder} were embedded by {made['spec']}, width {texts.files[0].shape[1]}; "
+            f"The texts in {texts.folder} were embedded by {made.spec}, width {texts.files[0].shape[1]}; "
             f"the embeddings in {embeddings.folder} are {of}, width {embeddings.width}.",
-            f"{without} --extra-texts 0, or run: {texts_command(model and model['spec'], out=texts.folder, overwrite=True)}",
+            f"{without} --extra-texts 0, or run: {again}",
         )

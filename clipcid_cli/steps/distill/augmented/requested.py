@@ -7,13 +7,14 @@ from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.command import data_command
+from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
 def require_requested(
     settings: DistillSettings,
     folder: Path,
-    sidecar: dict[str, Any] | None,
+    sidecar: EmbedSidecar | None,
     *,
     views: int = 0,
     variants: int = 0,

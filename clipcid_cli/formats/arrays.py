@@ -1,7 +1,8 @@
-"""Arrays on the disk, larger than memory, for the time of a computation."""
+"""Arrays on the disk: larger than memory for the time of a computation, and those of unfinished work."""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -12,19 +13,32 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.atomic import write_error
+from clipcid_cli.formats.atomic import atomic_file, write_error
+from clipcid_cli.formats.reading import read_regular
 
 Arrays = tuple[npt.NDArray[Any], ...]
 Number = TypeVar("Number", bound=np.generic)
+
+
+def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Save arrays and numbers of unfinished work by name, whole or not at all."""
+    with atomic_file(path) as file:
+        np.savez(file, **arrays)
+
+
+def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
+    """Load what `save_arrays` saved; None where there is nothing, or it is damaged: it is then computed again."""
+    try:
+        with np.load(io.BytesIO(read_regular(path)), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception:  # NumPy and zipfile raise what they like for a damaged archive
+        return None
 
 
 def create_mapped(path: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:
     """Create a file and map it as an array of zeros, [*shape]; an array without elements has no file.
 
     Its blocks are reserved first: where the disk is full, writing to a mapped file without them kills the process (SIGBUS).
-
-    Raises:
-        ClipcidError: when the disk has no room for it, or the file cannot be created.
     """
     if not all(shape):
         return np.empty(shape, dtype)
@@ -37,11 +51,7 @@ def create_mapped(path: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -
 
 
 def create_unnamed(folder: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:
-    """Create an array as `create_mapped` does, in a file without a name, which lasts as long as the array.
-
-    Raises:
-        ClipcidError: when the disk of the folder has no room for it, or the file cannot be created.
-    """
+    """Create an array as `create_mapped` does, in a file without a name, which lasts as long as the array."""
     if not all(shape):
         return np.empty(shape, dtype)
     try:
@@ -58,18 +68,14 @@ def spool_arrays(folder: Path, dtypes: Sequence[Any], parts: Iterable[Sequence[n
         folder: Where the files lie.
         dtypes: Of each array, K of them.
         parts: K arrays [n] each, of these dtypes.
-
-    Raises:
-        ClipcidError: when the disk of the folder has no room for them.
     """
     try:
         with ExitStack() as stack:
             files = [stack.enter_context(TemporaryFile(dir=folder)) for _ in dtypes]
             for part in parts:
                 for file, dtype, values in zip(files, dtypes, part, strict=True):
-                    file.write(
-                        np.ascontiguousarray(values, dtype).data
-                    )  # `tofile` would not notice that a disk is full
+                    # `tofile` would not notice that a disk is full
+                    file.write(np.ascontiguousarray(values, dtype).data)
             return tuple(map(_map_written, files, dtypes))
     except OSError as error:
         raise write_error(folder, error) from error
