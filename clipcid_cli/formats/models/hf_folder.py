@@ -8,15 +8,17 @@ none is dropped silently.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json, write_text
+from clipcid_cli.formats.atomic import write_error, write_json, write_text
 from clipcid_cli.formats.models.export_folder import MERGES, SPECIAL_TOKENS, VOCABULARY
 from clipcid_cli.formats.models.pixels import RESAMPLE, pixel_problems, square_side
 
@@ -28,11 +30,11 @@ _VOCABULARY_SIZE = 49408
 _KNOWN = {
     "": "embed_dim vision_cfg text_cfg quick_gelu init_logit_scale nonscalar_logit_scale",
     "vision_cfg.": (
-        "width layers mlp_ratio head_width patch_dropout pos_embed_type attn_pooler_queries attn_pooler_heads "
+        "width mlp_ratio head_width patch_dropout pos_embed_type attn_pooler_queries attn_pooler_heads "
         "final_ln_after_pool timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path"
     ),
     "text_cfg.": (
-        "width layers mlp_ratio heads context_length eos_id pad_id final_ln_after_pool "
+        "width mlp_ratio heads context_length eos_id pad_id final_ln_after_pool "
         "hf_model_pretrained hf_proj_type hf_pooler_type"
     ),
 }
@@ -143,17 +145,29 @@ def write_hf_folder(
     with torch.device("meta"):
         empty = transformers.CLIPModel(config)
     empty.load_state_dict({name: tensor.to(dtype) for name, tensor in rename_tensors(tensors)}, assign=True)
-    empty.save_pretrained(folder, max_shard_size="1TB")
-    make_image_processor(preprocess).save_pretrained(folder)
     words = {text: number for text, number in vocabulary.items() if number < BOS_ID} | {BOS: BOS_ID, EOS: EOS_ID}
     write_text(folder / VOCABULARY, json.dumps(words, ensure_ascii=False) + "\n")
     write_text(folder / MERGES, "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
     length = config.text_config.max_position_embeddings
     tokenizer = transformers.CLIPTokenizerFast.from_pretrained(folder, model_max_length=length)
-    tokenizer.save_pretrained(folder)
-    write_json(
-        folder / SPECIAL_TOKENS, tokenizer.special_tokens_map
-    )  # which transformers 5 leaves out, and others read
+    with _refusals_of_the_system(folder):
+        empty.save_pretrained(folder, max_shard_size="1TB")  # in one file
+        make_image_processor(preprocess).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    # transformers 5 leaves this file out, and other programs read it.
+    write_json(folder / SPECIAL_TOKENS, tokenizer.special_tokens_map)
+
+
+@contextmanager
+def _refusals_of_the_system(folder: Path) -> Iterator[None]:
+    """Name a full disk as such: safetensors and tokenizers raise errors of their own, which end in its number."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise write_error(folder, OSError(int(number[1]), os.strerror(int(number[1])))) from error
 
 
 def make_config(model: Mapping[str, Any], logit_scale: float) -> Any:
