@@ -96,6 +96,10 @@ class Output(Generic[Kind]):
         self.place()
         return sidecar
 
+    def discard(self) -> None:
+        """Remove the work folder, of a run that has found nothing to keep."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
     def place(self) -> None:
         """Move the files of a complete output to their places; also where a killed run has begun to."""
         earlier, complete = sidecar_path(self.folder, self.step), sidecar_path(self.work, self.step)

@@ -231,11 +231,14 @@ def remake_clusters(folder: Path, sidecar: ClusterSidecar, work: Path | None, **
     if sidecar.keep_list is not None:
         own = WorkDirectory(work).balance / KEEP_LIST
         keep_list = sidecar.keep_list.path if Path(sidecar.keep_list.path).resolve() != own.resolve() else ""
-    flags = _flags_of(sidecar, work) | {"keep_list": keep_list or None} | more
+    flags = _flags_of(sidecar, work)
+    flags.pop("keep_list", None)
+    flags |= {"keep_list": keep_list or None} | more
     return f"Run: {command_line('cluster', **flags, overwrite=True)}"
 
 
 def _flags_of(sidecar: BalanceSidecar | ClusterSidecar, work: Path) -> dict[str, Any]:
     """Return the flags of the command that made an output of a work directory."""
     flags = {name: tuple(value) if isinstance(value, list) else value for name, value in sidecar.flags.items()}
+    flags.pop("embeddings", None)  # named as they are found from here
     return flags | {"embeddings": work / sidecar.embeddings, "work": work}

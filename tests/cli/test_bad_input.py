@@ -105,7 +105,7 @@ FOUND_LATE = {"unreadable images", "keys repeat within a shard", "no captions or
 # What docs/files.md calls caches, and what belongs to an unfinished output: none of it has the name of a result.
 MAY_STAY = re.compile(
     r"clipcid-work/(index/[0-9a-f]{16}/(\.lock|[0-9a-f]{16}\.arrow|shards-[0-9a-f]{16}\.parquet|matched-[0-9a-f]{16}/[a-z_.]+)"
-    r"|[\w/-]+/\.[\w-]+\.(lock|plan\.json))"
+    r"|[\w/-]+/\.[\w-]+(\.lock|-[0-9a-f]{16}/\.run\.json))"
 )
 # Half of the samples are good: their rows are an unfinished output, which a higher --max-bad-fraction finishes.
 HALF = [

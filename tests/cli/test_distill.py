@@ -15,6 +15,7 @@ import pytest
 from conftest import TINY_CONFIG, Run, run_command, shard_members, write_tar
 from distill_data import SHORT, STUDENT, losses, student_bytes
 from safetensors.numpy import load_file
+from sidecars import unfinish
 
 Clipcid = Callable[..., Run]
 
@@ -83,10 +84,7 @@ def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, distill_p
     assert "finished" in again.stderr
     # Killed after its last checkpoint and before its sidecar, a run only has its results written again.
     weights = student_bytes(run)
-    sidecar = json.loads((run / "distill.json").read_text())
-    plan = {name: sidecar[name] for name in ("format_version", "settings", "inputs")}
-    (run / "distill.json").rename(run / ".distill.plan.json")
-    (run / ".distill.plan.json").write_text(json.dumps(plan))
+    unfinish(run, "distill")
     finished = clipcid("distill", *SHORT, "--steps", 6, "--name", "a", "--json").json
     assert {name: finished[name] for name in ("losses", "metrics")} == {
         name: result[name] for name in ("losses", "metrics")

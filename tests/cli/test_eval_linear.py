@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from conftest import Run, write_tar, write_tiny_model
 from PIL import Image
+from sidecars import make_sidecar
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
+
+from clipcid_cli.formats.sidecar import DistillSidecar
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "grey": (120, 120, 120), "red": (210, 50, 40)}
 
@@ -267,7 +270,7 @@ def test_benchmark_shards_and_the_newest_student_are_the_defaults(
         (tmp_path / "bench" / split / "nshards.txt").write_text("1")
     run = tmp_path / "clipcid-work" / "distill" / "first"
     shutil.copytree(tiny_model, run / "student")
-    (run / "distill.json").write_text(json.dumps({"format_version": 1}))
+    (run / "distill.json").write_text(json.dumps(make_sidecar(DistillSidecar)))
     arguments = ["--train", tmp_path / "bench" / "train", "--test", tmp_path / "bench" / "test"]
     result = clipcid("eval-linear", *arguments, "--json")
     assert result.json["dataset"] == "bench"

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from clipcid_cli.formats.atomic import write_json, write_npy, write_parquet
 from clipcid_cli.formats.embeddings.text_folder import STEP as TEXTS
 from clipcid_cli.formats.embeddings.text_folder import refuse_foreign_rows
 from clipcid_cli.formats.fingerprint import FileRecord, find_changed, record
-from clipcid_cli.formats.output import is_claimed
+from clipcid_cli.formats.output import is_claimed, open_output, unfinished
+from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.skips import Skips
 
 _RECORD = b"clipcid"
@@ -225,3 +227,12 @@ def refuse_foreign_folder(folder: Path) -> None:
         )
     kinds = (kind for kind, form in _FORMS.items() if form == "npy")
     refuse_foreign_rows(folder, "embed", kinds)
+
+
+def remove_leftovers(folder: Path, finished: EmbedSidecar) -> None:
+    """Remove what a run left that was killed right after its sidecar, but not what one works with that goes on."""
+    if unfinished(folder, "embed") is None and not (folder / _NOTES).exists():
+        return
+    wanted = {"settings": finished.settings, "inputs": finished.inputs, "overwrite": False}
+    with suppress(ClipcidError), open_output(folder, "embed", EmbedSidecar, **wanted):
+        shutil.rmtree(folder / _NOTES, ignore_errors=True)

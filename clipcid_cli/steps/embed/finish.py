@@ -45,6 +45,7 @@ def finish(
     assert len(whole) == len(dataset.shards), "every shard was written by one of the processes"
     if not any(record.rows for record in whole):
         writer.remove_all()
+        output.discard()
     skips = _check_skips(whole, embedder, without_text)
     writer.remove_others(embedder.with_texts)
     flattened = sum(record.flattened for record in whole)

@@ -7,7 +7,7 @@ from typing import Any
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, refuse_foreign_folder
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, refuse_foreign_folder, remove_leftovers
 from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.output import find_output
 from clipcid_cli.formats.sidecar import EmbedSidecar
@@ -79,6 +79,8 @@ def make_embeddings(
     inputs = machine.on_main(lambda: describe_shards(dataset))
     finished = machine.on_main(lambda: find_finished(folder, settings, name, dataset, inputs))
     if finished is not None:
+        if not settings.dry_run:
+            machine.on_main(lambda: remove_leftovers(folder, finished))
         reporter.note(f"{folder} already holds the embeddings of {dataset.spec} with {name.spec}.")
         return describe_result(folder, finished)
     machine.on_main(lambda: refuse_foreign_folder(folder))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, held_folder, remove_abandoned, write_json, write_npy, write_text
 from clipcid_cli.formats.output import open_output
+from clipcid_cli.formats.sidecar import Sidecar
 
 
 def test_the_old_file_survives_a_failed_write(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_an_error_about_another_file_is_left_alone(tmp_path: Path) -> None:
 def test_a_link_to_a_missing_file_in_the_place_of_a_lock_is_named(tmp_path: Path) -> None:
     (tmp_path / ".embed.lock").symlink_to(tmp_path / "nowhere" / "lock")
     with pytest.raises(ClipcidError, match=r"Could not write .*\.embed\.lock") as caught:  # noqa: SIM117  # it is not opened
-        with open_output(tmp_path, "embed", settings={}, inputs=[], overwrite=False):
+        with open_output(tmp_path, "embed", Sidecar, settings={}, inputs=[], overwrite=False):
             pass
     assert "link to a missing file" in caught.value.fix
 
@@ -104,9 +104,9 @@ def test_two_that_write_one_file_at_once_leave_that_of_the_last(tmp_path: Path) 
 def test_what_is_removed_before_it_is_held_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock, removed = fcntl.flock, list[Path]()
 
-    def lock_late(file: IO[bytes], operation: int) -> None:
+    def lock_late(file: int, operation: int) -> None:
         if len(removed) < 2:
-            removed.append(Path(file.name))
+            removed.append(Path(f"/proc/self/fd/{file}").readlink())
             remove_abandoned([removed[-1].parent if removed[-1].name == ".lock" else removed[-1]])
         lock(file, operation)
 

@@ -1,59 +1,68 @@
-"""The life of an output folder: lock, plan, sidecar, differences."""
+"""The life of an output: lock, identity, work folder, sidecar."""
 
+import contextlib
 import json
 import multiprocessing
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from clipcid_cli.formats.differences import list_differences
-from clipcid_cli.formats.listing import is_as_listed, list_recorded
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.output import (
-    describe_outputs,
-    find_changed,
-    fingerprint_file,
-    open_output,
-    read_sidecar,
-)
+from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.formats.output import Output, find_output, is_claimed, open_output, unfinished
+from clipcid_cli.formats.sidecar import Sidecar
 
 SETTINGS = {"keep": 0.5, "seed": 0}
+OTHER = {"keep": 0.6, "seed": 0}
+OLD, NEW = (FileRecord(name, 1, name) for name in "ab")
+
+
+class KilledError(Exception):
+    """A kill."""
 
 
 def open_it(
     folder: Path, settings: dict[str, Any] = SETTINGS, inputs: Any = (), overwrite: bool = False, **more: Any
 ) -> Any:
-    return open_output(folder, "balance", settings=settings, inputs=list(inputs), overwrite=overwrite, **more)
+    return open_output(folder, "balance", Sidecar, settings=settings, inputs=inputs, overwrite=overwrite, **more)
 
 
-def test_a_new_folder_is_neither_finished_nor_resumed(tmp_path: Path) -> None:
+def finish(output: Output[Sidecar], **files: str) -> Sidecar:
+    output.start()
+    for name, content in files.items():
+        (output.work / name).write_text(content)
+    return output.commit(counts={}, seconds={}, outputs=[record(output.work / name, output.work) for name in files])
+
+
+def begin(folder: Path, settings: dict[str, Any] = SETTINGS, inputs: Any = (), **more: Any) -> Path:
+    """Leave what a killed run leaves, with one unfinished file."""
+    with contextlib.suppress(KilledError), open_it(folder, settings, inputs, **more) as output:
+        output.start()
+        (output.work / "half").write_text("of it")
+        raise KilledError
+    return Path(output.work)
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+def test_a_new_folder_is_neither_finished_nor_resumed_and_opening_it_writes_nothing(tmp_path: Path) -> None:
     with open_it(tmp_path / "out") as output:
-        assert output.finished is None
-        assert not output.resumed
+        assert (output.finished, output.earlier, output.resumed) == (None, None, False)
+    assert left(tmp_path / "out") == set()
+    assert not is_claimed(tmp_path / "out", "balance")
 
 
 def test_what_was_committed_is_found_finished(tmp_path: Path) -> None:
     with open_it(tmp_path) as output:
-        written = output.commit(counts={"images": 3}, seconds={"read": 0.12345}, result={"kept": 2})
-    assert written["seconds"] == {"read": 0.123}
+        written = finish(output, a="content")
+    assert left(tmp_path) == {"balance.json", "a"}
     with open_it(tmp_path) as output:
         assert output.finished == written
-    assert not list(tmp_path.glob("*.partial"))
-    assert not (tmp_path / ".balance.plan.json").exists()
-
-
-def test_the_plan_of_a_run_killed_right_after_its_sidecar_is_removed_by_the_next(tmp_path: Path) -> None:
-    with open_it(tmp_path):
-        plan = (tmp_path / ".balance.plan.json").read_bytes()
-    with open_it(tmp_path) as output:
-        output.commit(counts={}, seconds={})
-    (tmp_path / ".balance.plan.json").write_bytes(plan)
-    with open_it(tmp_path) as output:
-        assert output.finished is not None
-        assert not (tmp_path / ".balance.plan.json").exists()
+    assert is_claimed(tmp_path, "balance")
 
 
 def test_a_folder_in_the_place_of_a_lock_is_one_error(tmp_path: Path) -> None:
@@ -64,91 +73,121 @@ def test_a_folder_in_the_place_of_a_lock_is_one_error(tmp_path: Path) -> None:
 
 
 def test_what_was_not_committed_is_resumed(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="killed"), open_it(tmp_path):
-        raise RuntimeError("killed")
+    begin(tmp_path)
+    assert unfinished(tmp_path, "balance") is not None
     with open_it(tmp_path) as output:
         assert output.resumed
-        assert output.finished is None
+        output.start()
+        assert (output.work / "half").read_text() == "of it"
+
+
+def test_a_step_that_does_not_resume_leaves_nothing_unfinished(tmp_path: Path) -> None:
+    begin(tmp_path, resumes=False)
+    assert left(tmp_path) == set()
+    begin(tmp_path, OTHER)
+    with open_it(tmp_path, resumes=False) as output:
+        assert not output.resumed
+    assert left(tmp_path) == set()
 
 
 @pytest.mark.parametrize("commit", [True, False])
 def test_other_settings_are_an_error_that_names_them(tmp_path: Path, commit: bool) -> None:
+    if commit:
+        with open_it(tmp_path) as output:
+            finish(output)
+    else:
+        begin(tmp_path)
+    before = left(tmp_path)
+    for look in (open_it(tmp_path, OTHER).__enter__, lambda: find_it(tmp_path, OTHER)):
+        with pytest.raises(ClipcidError, match=r"settings\.keep: 0\.5 there, 0\.6 now") as caught:
+            look()
+        assert "--overwrite" in caught.value.fix
+    assert left(tmp_path) == before
     with open_it(tmp_path) as output:
-        if commit:
-            output.commit(counts={}, seconds={})
-    with pytest.raises(ClipcidError, match=r"settings\.keep: 0\.5 there, 0\.6 now") as caught:
-        open_it(tmp_path, {"keep": 0.6, "seed": 0}).__enter__()
-    assert "--overwrite" in caught.value.fix
-    # Nothing was lost by asking.
-    with open_it(tmp_path) as output:
-        assert (output.finished is not None) == commit
+        assert (output.finished is not None, output.resumed) == (commit, not commit)
 
 
-def test_overwrite_starts_anew(tmp_path: Path) -> None:
+def find_it(folder: Path, settings: dict[str, Any]) -> Output[Sidecar]:
+    return find_output(folder, "balance", Sidecar, settings=settings, inputs=[], overwrite=False)
+
+
+def test_an_output_stays_whole_until_the_one_that_replaces_it_is_complete(tmp_path: Path) -> None:
     with open_it(tmp_path) as output:
-        output.commit(counts={}, seconds={})
-    with open_it(tmp_path, {"keep": 0.6, "seed": 0}, overwrite=True) as output:
-        assert output.finished is None
+        written = finish(output, a="old", b="old")
+    begin(tmp_path, OTHER, overwrite=True)
+    with open_it(tmp_path) as output:
+        assert output.finished == written
+    assert (tmp_path / "a").read_text() == "old"
+    # What was begun with --overwrite is finished without.
+    with open_it(tmp_path, OTHER) as output:
+        assert output.resumed
+        (output.work / "half").unlink()
+        finish(output, a="new")
+    assert left(tmp_path) == {"balance.json", "a"}
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_overwrite_removes_the_unfinished_work_of_others_once_it_starts(tmp_path: Path) -> None:
+    work = begin(tmp_path)
+    with open_it(tmp_path, OTHER, overwrite=True) as output:
         assert not output.resumed
-        assert read_sidecar(tmp_path / "balance.json") is None
+        assert work.exists()
+        output.start()
+        assert not work.exists()
 
 
-def test_replaceable_settings_need_no_overwrite(tmp_path: Path) -> None:
+def test_settings_that_may_differ_need_no_overwrite(tmp_path: Path) -> None:
     with open_it(tmp_path) as output:
-        output.commit(counts={}, seconds={})
-    with open_it(tmp_path, {"keep": 0.6, "seed": 0}, replaceable=frozenset({"keep"})) as output:
-        assert output.finished is None
+        written = finish(output)
+    with open_it(tmp_path, OTHER, may_differ={"keep"}) as output:
+        assert (output.finished, output.earlier) == (None, written)
     with pytest.raises(ClipcidError, match="seed"):
-        open_it(tmp_path, {"keep": 0.6, "seed": 1}, replaceable=frozenset({"keep"})).__enter__()
+        open_it(tmp_path, {"keep": 0.6, "seed": 1}, may_differ={"keep"}).__enter__()
 
 
-def test_a_changed_input_is_named(tmp_path: Path) -> None:
-    data = tmp_path / "data.tar"
+def test_work_of_settings_that_may_differ_or_of_fewer_inputs_is_continued(tmp_path: Path) -> None:
+    begin(tmp_path, inputs=[OLD])
+    for settings, inputs in ((OTHER, [OLD]), (OTHER, [NEW, OLD])):
+        with open_it(tmp_path, settings, inputs, may_differ={"keep"}, may_grow=True) as output:
+            assert output.resumed
+            output.start()
+            assert (output.work / "half").exists()
+        assert len(left(tmp_path)) == 1
+    with pytest.raises(ClipcidError, match="inputs: 2 files there, 1 now; changed or gone: a"):
+        open_it(tmp_path, OTHER, [NEW], may_grow=True).__enter__()
+
+
+def test_a_changed_input_is_named_and_a_moved_one_is_the_same(tmp_path: Path) -> None:
+    data, moved = tmp_path / "data.tar", tmp_path / "moved.tar"
     data.write_bytes(b"a" * 10)
-    with open_it(tmp_path / "out", inputs=[fingerprint_file(data)]) as output:
-        output.commit(counts={}, seconds={})
+    moved.write_bytes(b"a" * 10)
+    with open_it(tmp_path / "out", inputs=[record(data)]) as output:
+        finish(output)
+    with open_it(tmp_path / "out", inputs=[record(moved)]) as output:
+        assert output.finished is not None
     data.write_bytes(b"b" * 11)
     with pytest.raises(ClipcidError, match=r"data\.tar: 10 bytes .* there, 11 bytes .* now"):
-        open_it(tmp_path / "out", inputs=[fingerprint_file(data)]).__enter__()
+        open_it(tmp_path / "out", inputs=[record(data)]).__enter__()
 
 
-def test_a_moved_input_is_the_same_input(tmp_path: Path) -> None:
-    old, new = tmp_path / "old.tar", tmp_path / "new.tar"
-    old.write_bytes(b"same")
-    new.write_bytes(b"same")
-    existing = {"settings": SETTINGS, "inputs": [fingerprint_file(old)]}
-    assert list_differences(existing, {"settings": SETTINGS, "inputs": [fingerprint_file(new)]}) == {}
+def test_of_nested_settings_the_innermost_difference_is_told(tmp_path: Path) -> None:
+    def losses(weight: float, **more: float) -> dict[str, Any]:
+        weights = {"clip": 1.0, "cluster": weight} | more
+        return {"losses": {name: {"value": value} for name, value in weights.items()}, "steps": 5}
 
-
-def test_a_sidecar_without_inputs_has_other_inputs(tmp_path: Path) -> None:
-    data = tmp_path / "data.tar"
-    data.write_bytes(b"data")
-    with open_it(tmp_path / "out", inputs=[fingerprint_file(data)]) as output:
-        output.commit(counts={}, seconds={})
-    path = tmp_path / "out" / "balance.json"
-    path.write_text(
-        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "inputs"})
-    )
-    with pytest.raises(ClipcidError, match="inputs: 0 files there, 1 now"):
-        open_it(tmp_path / "out", inputs=[fingerprint_file(data)]).__enter__()
-
-
-def test_large_files_are_told_apart_by_their_middle(tmp_path: Path) -> None:
-    size = 70 * 2**20
-    path = tmp_path / "large.tar"
-    with path.open("wb") as file:
-        file.truncate(size)
-    before = fingerprint_file(path)
-    with path.open("r+b") as file:
-        file.seek(size // 2)
-        file.write(b"x")
-    after = fingerprint_file(path)
-    assert before["hash"].startswith("blake2b-sampled:")
-    assert before["hash"] != after["hash"]
+    with open_it(tmp_path, losses(0.25, fd=2.0)) as output:
+        finish(output)
+    with pytest.raises(ClipcidError) as found:
+        open_it(tmp_path, losses(0.5)).__enter__()
+    assert found.value.message.splitlines()[1:] == [
+        "  settings.losses.cluster.value: 0.25 there, 0.5 now",
+        '  settings.losses.fd: {"value": 2.0} there, null now',
+    ]
 
 
 def hold(folder: Path, held: Any, release: Any) -> None:
-    with open_it(folder):
+    with open_it(folder) as output:
+        output.start()
         held.set()
         release.wait(30)
 
@@ -167,143 +206,101 @@ def test_a_second_run_is_refused_while_the_first_lives_and_admitted_when_it_is_k
         assert output.resumed
 
 
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "balance.json").write_text(json.dumps({"format_version": 99}))
-    with pytest.raises(ClipcidError, match=r"format version 99; this clipcid .* knows up to 1"):
-        open_it(tmp_path).__enter__()
+@pytest.mark.parametrize("at", range(20))
+def test_a_run_killed_while_it_moves_its_files_is_finished_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    def write(output: Output[Sidecar]) -> None:
+        (output.work / "folder").mkdir(exist_ok=True)
+        (output.work / "new").mkdir(exist_ok=True)
+        (output.work / "new" / "c").write_text("new")
+        finish(output, **{"a": "new", "folder/b": "new"})
+
+    with open_it(tmp_path, OTHER) as output:
+        output.start()
+        (output.work / "folder").mkdir()
+        finish(output, **{"a": "old", "folder/b": "old", "folder/gone": "old"})
+    (tmp_path / "folder" / "foreign").write_text("mine")
+    count = iter(range(100))
+    for name in ("replace", "rename", "unlink", "rmdir"):
+        real = getattr(os, name)
+
+        def act(*given: Any, real: Any = real, **named: Any) -> Any:
+            if next(count) == at:
+                raise KilledError
+            return real(*given, **named)
+
+        monkeypatch.setattr(os, name, act)
+    try:
+        with open_it(tmp_path, overwrite=True) as output:
+            output.start()
+            write(output)
+    except KilledError:
+        pass
+    monkeypatch.undo()
+    with open_it(tmp_path, overwrite=True) as output:
+        if output.finished is None:
+            output.start()
+            write(output)
+    files = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    del files["balance.json"], files[".balance.lock"]
+    assert files == {"a": "new", "folder/b": "new", "folder/foreign": "mine", "new/c": "new"}
+    assert left(tmp_path) == {"balance.json", "a", "folder", "new"}
 
 
-def test_a_sidecar_that_is_no_json_is_named(tmp_path: Path) -> None:
-    (tmp_path / "balance.json").write_text("{")
-    with pytest.raises(ClipcidError, match=r"balance\.json cannot be read as a sidecar"):
-        open_it(tmp_path).__enter__()
+def test_files_may_lie_above_the_sidecar(tmp_path: Path) -> None:
+    with open_it(tmp_path / "sidecars", top=tmp_path) as output:
+        output.start()
+        (output.root / "a").write_text("content")
+        written = output.commit(counts={}, seconds={}, outputs=[record(output.root / "a", output.work)])
+    assert [each.path for each in written.outputs] == ["../a"]
+    assert left(tmp_path) == {"a", "sidecars"}
+    assert left(tmp_path / "sidecars") == {"balance.json"}
+    with open_it(tmp_path / "sidecars", top=tmp_path) as output:
+        assert output.finished == written
 
 
-def test_what_an_earlier_plan_left_is_cleared_before_the_new_plan_says_so(tmp_path: Path) -> None:
+def test_an_output_made_in_place_is_cleared_before_its_work_appears(tmp_path: Path) -> None:
     with open_it(tmp_path) as output:
-        (tmp_path / "half").write_text("old")
-        output.commit(counts={}, seconds={})
+        finish(output)
+    (tmp_path / "log").write_text("old")
 
     def die() -> None:
-        raise RuntimeError("killed")
+        raise KilledError
 
-    other = {"keep": 0.6, "seed": 0}
-    with pytest.raises(RuntimeError, match="killed"):
-        open_it(tmp_path, other, overwrite=True, clear=die).__enter__()
-    # The same command again, even without --overwrite, must not take the old files for its own.
-    with open_it(tmp_path, other, clear=(tmp_path / "half").unlink) as output:
-        assert not output.resumed
-        assert not (tmp_path / "half").exists()
-    with open_it(tmp_path, other, clear=die) as output:
+    with pytest.raises(KilledError), open_it(tmp_path, OTHER, overwrite=True) as output:
+        output.start(die)
+    # Neither a finished output nor one to resume: the old file is nobody's.
+    with open_it(tmp_path, OTHER) as output:
+        assert (output.finished, output.resumed) == (None, False)
+        output.start((tmp_path / "log").unlink)
+    with open_it(tmp_path, OTHER) as output:
         assert output.resumed
+        output.start(die)
 
 
-def test_an_output_that_is_never_resumed_stays_until_it_is_replaced(tmp_path: Path) -> None:
-    once: dict[str, Any] = {"resumable": False, "replaceable": frozenset({"seed"})}
-    with open_it(tmp_path, **once) as output:
-        written = output.commit(counts={}, seconds={})
-    drawn = {"keep": 0.5, "seed": 1}
-    # Runs that end before they write anything.
-    with open_it(tmp_path, drawn, **once) as output:
-        assert (output.finished, output.earlier) == (None, written)
-    with open_it(tmp_path, {"keep": 0.6}, overwrite=True, **once) as output:
-        assert (output.finished, output.earlier, output.resumed) == (None, None, False)
-    with open_it(tmp_path, **once) as output:
-        assert output.finished == written
-    (tmp_path / "content").write_text("old")
-    with open_it(tmp_path, drawn, **once) as output:
-        output.drop_earlier(tmp_path / "content")
-        assert not (tmp_path / "content").exists()
-        assert read_sidecar(tmp_path / "balance.json") is None
+def test_a_removed_file_is_an_error_or_made_again(tmp_path: Path) -> None:
+    for resumes in (True, False):
+        with open_it(tmp_path, resumes=resumes, overwrite=True) as output:
+            finish(output, a="content")
+        (tmp_path / "a").unlink()
+        if resumes:
+            with pytest.raises(ClipcidError, match="a is missing") as found:
+                open_it(tmp_path).__enter__()
+            assert "--overwrite" in found.value.fix
+        else:
+            with open_it(tmp_path, resumes=False) as output:
+                assert output.finished is not None
 
 
-def test_an_output_that_is_kept_until_it_is_replaced_can_be_resumed_where_there_was_none(tmp_path: Path) -> None:
-    once: dict[str, Any] = {"keeps_earlier": True, "replaceable": frozenset({"seed"}), "may_grow": True}
-    old, new = ({"path": name, "size": 1, "hash": name} for name in "ab")
-    with open_it(tmp_path, inputs=[old], **once):
-        pass
-    with open_it(tmp_path, inputs=[old], **once) as output:
-        assert output.resumed
-        written = output.commit(counts={}, seconds={})
-    for settings, inputs in (({"keep": 0.5, "seed": 1}, [old]), (SETTINGS, [old, new])):
-        with open_it(tmp_path, settings, inputs, **once) as output:
-            assert (output.finished, output.earlier, output.resumed) == (None, written, False)
-    with open_it(tmp_path, inputs=[old], **once) as output:
-        assert output.finished == written
-    with open_it(tmp_path, inputs=[new], overwrite=True, **once) as output:
-        assert (output.finished, output.earlier) == (None, None)
-    assert read_sidecar(tmp_path / "balance.json") is None
-
-
-def test_a_finished_output_is_not_cleared(tmp_path: Path) -> None:
-    with open_it(tmp_path) as output:
-        output.commit(counts={}, seconds={})
-
-    def never() -> None:
-        raise AssertionError("cleared a finished output")
-
-    with open_it(tmp_path, clear=never) as output:
-        assert output.finished is not None
-
-
-def test_of_nested_settings_the_innermost_difference_is_told() -> None:
-    def sidecar(weight: float, **more: float) -> dict[str, Any]:
-        losses = {
-            "clip": {"value": 1.0},
-            "cluster": {"value": weight},
-            **{name: {"value": v} for name, v in more.items()},
-        }
-        return {"settings": {"losses": losses, "steps": 5}, "inputs": []}
-
-    assert list_differences(sidecar(0.25), sidecar(0.5)) == {"settings.losses.cluster.value": "0.25 there, 0.5 now"}
-    assert list_differences(sidecar(0.5, fd=2.0), sidecar(0.5)) == {
-        "settings.losses.fd": '{"value": 2.0} there, null now'
-    }
-    assert list_differences(sidecar(0.5), sidecar(0.5)) == {}
-
-
-@pytest.mark.parametrize("change", ["edited", "same size", "removed", "folder removed", "touched", "copied link"])
-def test_of_many_files_one_that_changed_is_found(tmp_path: Path, change: str) -> None:
-    """Many files are compared with a listing of their folders; a file of another time by its hash."""
-    files = [tmp_path / kind / f"{number}.bin" for kind in ("a", "b") for number in range(50)]
-    for number, path in enumerate(files):
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(bytes([number]) * 9)
-    sidecar = {"outputs": describe_outputs(tmp_path, files)}
-    assert find_changed(tmp_path, "embed", sidecar) is None
-    victim = files[70]
-    if change == "edited":
-        victim.write_bytes(b"longer than it was")
-    elif change == "same size":
-        victim.write_bytes(b"unlike it")
-        os.utime(victim, ns=(0, 0))
-    elif change == "removed":
-        victim.unlink()
-    elif change == "folder removed":
-        shutil.rmtree(victim.parent)
-        victim = files[50]
-    elif change == "touched":
-        os.utime(victim, ns=(0, 0))
-    else:
-        victim.rename(tmp_path / "elsewhere")
-        victim.symlink_to(tmp_path / "elsewhere")
-    found = find_changed(tmp_path, "embed", sidecar)
-    if change in ("touched", "copied link"):
-        assert found is None
-    else:
-        assert found is not None
-        assert found.startswith(f"{victim} {'is missing' if 'removed' in change else 'has changed'}")
-
-
-def test_many_files_of_the_current_folder_are_known_by_a_listing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = [tmp_path / kind / f"{number}.bin" for kind in ("a", ".") for number in range(50)]
-    for path in files:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"content")
-    sidecar = {"outputs": describe_outputs(tmp_path, files)}
-    monkeypatch.chdir(tmp_path)
-    for folder in (tmp_path, Path(".")):
-        stats = list_recorded(folder, sidecar["outputs"])
-        assert all(is_as_listed(stats.get(entry["path"]), entry) for entry in sidecar["outputs"])
+@pytest.mark.parametrize("name", ["balance.json", ".run.json"])
+@pytest.mark.parametrize("content", ["{", json.dumps({"format_version": 1})])
+def test_what_cannot_be_read_is_named_until_it_is_overwritten(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name if name == "balance.json" else begin(tmp_path) / name
+    path.write_text(content)
+    with pytest.raises(ClipcidError, match=name) as found:
+        open_it(tmp_path, OTHER).__enter__()
+    assert found.value.fix
+    with open_it(tmp_path, OTHER, overwrite=True) as output:
+        finish(output)
+    assert left(tmp_path) == {"balance.json"}

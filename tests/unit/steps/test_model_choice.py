@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.reporting import SilentReporter
 
@@ -27,7 +29,7 @@ def test_without_a_name_it_is_the_newest_student(tiny_model: Path, tmp_path: Pat
         choose_model(None, tmp_path, Listener())
     student = tmp_path / "distill" / "small" / "student"
     shutil.copytree(tiny_model, student)
-    (student.parent / "distill.json").write_text(json.dumps({"format_version": 1}))
+    (student.parent / "distill.json").write_text(json.dumps(make_sidecar(DistillSidecar)))
     listener = Listener()
     assert choose_model(None, tmp_path, listener).path == student
     assert listener.notes == [f"Model: {student}, the newest student of {tmp_path}."]

@@ -8,12 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
+from sidecars import make_sidecar, unfinish
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings import folder as folders
@@ -26,7 +29,8 @@ from clipcid_cli.formats.embeddings.writer import (
     ShardRows,
     refuse_foreign_folder,
 )
-from clipcid_cli.formats.output import find_changed, plan_identity
+from clipcid_cli.formats.fingerprint import identity_of, refuse_changed
+from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.skips import Skips
 
 RANDOM = np.random.default_rng(0)
@@ -47,15 +51,7 @@ def write_folder(folder: Path, *, texts: bool = True) -> dict[str, Any]:
         record = ShardRecord(f"s{number}", size + 1, size, skips, flattened=number)
         keys, words = [f"{number}-{row}" for row in range(size)], [f"caption {row}" for row in range(size)]
         writer.write(number, record, keys, words, ShardRows(images[number], captions[number] if texts else None))
-    sidecar = {
-        "format_version": 1,
-        "step": "embed",
-        "settings": {"keys": "sample"},
-        "inputs": [],
-        "outputs": writer.describe(),
-        "counts": {"images": sum(SIZES)},
-        "model": {"spec": "tiny", "weights_hash": "blake2b:0"},
-    }
+    sidecar = make_sidecar(EmbedSidecar, outputs=msgspec.to_builtins(writer.describe()))
     (folder / "embed.json").write_text(json.dumps(sidecar))
     return {"images": np.concatenate(images), "texts": np.concatenate(captions), "writer": writer}
 
@@ -87,7 +83,7 @@ def test_the_folder_is_the_current_one(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     found = open_embeddings(Path("."))
     assert found.is_verified
-    assert [{**entry, "path": str(tmp_path / entry["path"])} for entry in found.fingerprints(texts=True)] == expected
+    assert [replace(each, path=str(tmp_path / each.path)) for each in found.fingerprints(texts=True)] == expected
     sidecar = json.loads(Path("embed.json").read_text())
     others = [entry for entry in sidecar["outputs"] if entry["path"] != "text_emb/text_emb_0002.npy"]
     Path("embed.json").write_text(json.dumps(sidecar | {"outputs": others}))
@@ -175,11 +171,11 @@ def test_files_replaced_while_a_folder_is_in_use_are_refused(
             fingerprint()
 
     def compare_and_replace(folder: Path, *arguments: Any, **named: Any) -> str | None:
-        found = find_changed(folder, *arguments, **named)
+        found = refuse_changed(folder, *arguments, **named)
         replace_file(folder / file, other)
         return found
 
-    monkeypatch.setattr(folders, "find_changed", compare_and_replace)
+    monkeypatch.setattr(folders, "refuse_changed", compare_and_replace)
     look = open_embeddings if file.endswith(".npy") else lambda folder: open_embeddings(folder).fingerprints()
     with pytest.raises(ClipcidError, match=rf"{file} has changed since .*embed.json was written"):
         look(tmp_path / "other")
@@ -362,17 +358,17 @@ def test_nothing_there_and_unfinished(tmp_path: Path) -> None:
         open_embeddings(tmp_path)
     assert "clipcid embed" in raised.value.fix
     write_folder(tmp_path)
-    (tmp_path / "embed.json").rename(tmp_path / ".embed.plan.json")
+    unfinish(tmp_path, "embed")
     with pytest.raises(ClipcidError, match="are unfinished"):
         open_embeddings(tmp_path)
 
 
 def test_plans_follow_settings_and_content() -> None:
     inputs = [{"path": "/a", "size": 3, "hash": "h"}]
-    plan = plan_identity({"x": 1}, inputs)
-    assert plan_identity({"x": 1}, [inputs[0] | {"path": "/b"}]) == plan
-    assert plan_identity({"x": 2}, inputs) != plan
-    assert plan_identity({"x": 1}, [inputs[0] | {"hash": "i"}]) != plan
+    plan = identity_of({"x": 1}, inputs)
+    assert identity_of({"x": 1}, [inputs[0] | {"path": "/b"}]) == plan
+    assert identity_of({"x": 2}, inputs) != plan
+    assert identity_of({"x": 1}, [inputs[0] | {"hash": "i"}]) != plan
 
 
 def test_rows_of_other_tools_are_normalised_only_where_they_need_it(tmp_path: Path) -> None:

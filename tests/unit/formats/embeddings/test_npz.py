@@ -16,7 +16,7 @@ from clipcid_cli.formats.embeddings import folder as embeddings_file
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.npz import find_array
 from clipcid_cli.formats.embeddings.rows import unit_rows
-from clipcid_cli.formats.output import fingerprint_file
+from clipcid_cli.formats.fingerprint import record
 
 RANDOM = np.random.default_rng(0)
 
@@ -55,10 +55,8 @@ def test_arrays_are_mapped_where_they_lie_and_keyed_by_uid(tmp_path: Path) -> No
     assert isinstance(array.map(), np.memmap)
     assert array.unpacked == 0
     # What tells one array from another is its content, by the archive's own checksum.
-    assert (
-        array.fingerprint(fingerprint_file)["hash"] != find_array(path, "b32_txt").fingerprint(fingerprint_file)["hash"]
-    )
-    assert [entry["path"] for entry in found.fingerprints()[:2]] == [
+    assert array.fingerprint(record).hash != find_array(path, "b32_txt").fingerprint(record).hash
+    assert [each.path for each in found.fingerprints()[:2]] == [
         f"{path}[l14_img]",
         str(path.with_suffix(".parquet")),
     ]

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_npy
@@ -25,6 +26,7 @@ from clipcid_cli.formats.results.clusters import (
     part_path,
     write_part,
 )
+from clipcid_cli.formats.sidecar import ClusterSidecar
 
 
 def write_clusters(
@@ -47,7 +49,7 @@ def write_clusters(
         )
     join_parts(folder, len(bounds), captions=captions)
     write_npy(folder / "centroids.npy", np.eye(num_clusters, 8, dtype=np.float32))
-    write_json(folder / "cluster.json", {"format_version": 1, "temperatures": {"image": 0.02, "caption": 0.03}})
+    write_json(folder / "cluster.json", make_sidecar(ClusterSidecar))
     return keys, tops, similarities
 
 
@@ -189,11 +191,13 @@ def test_unfinished_clusters_are_refused(tmp_path: Path) -> None:
         open_clusters(folder, tmp_path / "cache")
 
 
-def test_an_entry_that_clusters_lack_is_named_with_the_command_that_makes_them_again(tmp_path: Path) -> None:
+def test_an_entry_that_clusters_lack_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "clusters"
     write_clusters(folder, 10)
-    write_json(folder / "cluster.json", {"format_version": 1})
-    with pytest.raises(ClipcidError, match=r"no entry 'temperatures'\.\nRun: clipcid cluster --work .* --overwrite"):
+    content = make_sidecar(ClusterSidecar)
+    del content["temperatures"]
+    write_json(folder / "cluster.json", content)
+    with pytest.raises(ClipcidError, match=r"cluster\.json cannot be read .* missing required field `temperatures`"):
         open_clusters(folder, tmp_path / "cache", work=tmp_path)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from balance_data import Listener, balance, make_rows, write_embeddings
 from conftest import shard_members, write_tar
+from sidecars import leave_work
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.output import plan_path
 from clipcid_cli.steps.balance.filters import cost
 from clipcid_cli.steps.cluster.run import run as run_cluster
 from clipcid_cli.steps.embed.run import run as run_embed
@@ -140,13 +140,12 @@ def test_images_to_embed_are_counted_and_not_embedded(
     assert found["embed_seconds"] >= 0.0
     balance(tmp_path / "w", folder, **call)
     (reference,) = (tmp_path / "w" / "references").iterdir()
-    plan = plan_path(reference, "embed")
-    plan.write_text("{}")  # as a run leaves it that is killed right after its sidecar
+    left = leave_work(reference, "embed")
     result, told = balance(tmp_path / "w", folder, dry_run=True, **call)
     assert not result["against"][0]["to_embed"]
-    assert plan.exists()
+    assert left.exists()
     balance(tmp_path / "w", folder, **call)
-    assert not plan.exists()
+    assert not left.exists()
 
 
 def test_what_the_run_refuses_at_its_start_a_dry_run_refuses(tmp_path: Path, embeddings: Path) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from balance_data import write_embeddings
+from sidecars import make_sidecar, unfinish
 from teaching_data import Listener, embed_data
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -58,8 +60,9 @@ def test_texts_leave_other_embeddings_alone(
     rows = np.eye(5, 32, dtype=np.float16)
     folder = write_embeddings(tmp_path / "out", rows, texts=rows)
     if kind in ("images", "begun"):
-        name = "embed.json" if kind == "images" else ".embed.plan.json"
-        (folder / name).write_text(json.dumps({"format_version": 1}))
+        (folder / "embed.json").write_text(json.dumps(make_sidecar(EmbedSidecar)))
+    if kind == "begun":
+        unfinish(folder, "embed")
     if kind == "foreign texts":
         shutil.rmtree(folder / "img_emb")
     before = content(folder)
@@ -77,7 +80,7 @@ def test_images_leave_embeddings_of_texts_alone(
     folder = tmp_path / "out"
     shutil.copytree(texts, folder)
     if kind == "begun texts":
-        (folder / "texts.json").rename(folder / ".texts.plan.json")
+        unfinish(folder, "texts")
     if kind == "foreign texts":
         (folder / "texts.json").unlink()
     before = content(folder)

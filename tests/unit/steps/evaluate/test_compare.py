@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from sidecars import make_sidecar
 
 from clipcid_cli.commands.eval_zeroshot import show
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.results.metrics import write_metrics
 from clipcid_cli.formats.results.predictions import make_predictions, predictions_path, write_predictions
+from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.steps.evaluate.class_prompts import NamedLines
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.reporting import SilentReporter
@@ -111,7 +113,8 @@ def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
         if templates is not None:
             prompts = {"class_names": NamedLines(("cat", "dog"), "folder names").describe()}
             prompts["templates"] = NamedLines(templates, f"{name}.txt").describe()
-            Output(path.parent / "sidecars", name, {}, [], None, False).commit(counts={}, seconds={}, prompts=prompts)
+            (path.parent / "sidecars").mkdir(exist_ok=True)
+            write_json(path.parent / "sidecars" / f"{name}.json", make_sidecar(EvaluationSidecar, prompts=prompts))
 
     def compare() -> tuple[dict[str, Any], list[str], str]:
         settings = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)

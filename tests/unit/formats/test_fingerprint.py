@@ -1,0 +1,138 @@
+"""By which rule a file is still the one it was, and that it is hashed once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from clipcid_cli.formats import fingerprint
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, from_table, identity_of, record, to_table
+
+
+def test_large_files_are_told_apart_by_their_middle(tmp_path: Path) -> None:
+    size = 70 * 2**20
+    path = tmp_path / "large.tar"
+    with path.open("wb") as file:
+        file.truncate(size)
+    before = record(path)
+    with path.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(b"x")
+    assert before.hash.startswith("blake2b-sampled:")
+    assert before.hash != record(path).hash
+
+
+def test_an_identity_is_of_contents_not_of_paths(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("same")
+    shutil.copy(tmp_path / "a", tmp_path / "b")
+    first, second = (identity_of({"keep": 0.5}, [record(tmp_path / name)]) for name in "ab")
+    assert first == second != identity_of({"keep": 0.6}, [record(tmp_path / "a")])
+
+
+def test_records_are_columns() -> None:
+    records = [FileRecord("a", 2**40, "blake2b:1", 5), FileRecord("b", 0, "blake2b:2")]
+    assert from_table(to_table(records)) == records
+    assert from_table(to_table([])) == []
+
+
+def test_a_file_is_hashed_again_only_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / name for name in ("a", "b")]
+    for file in files:
+        file.write_text(f"content of {file.name}")
+    expected = [record(file) for file in files]
+    first = Memo(tmp_path / "table")
+    assert first.record_all(files) == expected
+    first.save()
+
+    hashed: list[Path] = []
+    monkeypatch.setattr(fingerprint, "record", lambda path: hashed.append(path) or record(path))
+    again = Memo(tmp_path / "table")
+    assert again.record_all(files, tmp_path) == [replace(each, path=Path(each.path).name) for each in expected]
+    assert hashed == []
+    files[1].write_text("content of c")  # as long as before
+    os.utime(files[1], ns=(1, 1))
+    assert again.record(files[1]) == record(files[1]) != expected[1]
+    assert hashed == [files[1]]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 is not all", b"\0" * 100])
+def test_a_damaged_table_only_costs_time(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "table").write_bytes(content)
+    (tmp_path / "a").write_text("a")
+    memo = Memo(tmp_path / "table")
+    assert memo.record(tmp_path / "a") == record(tmp_path / "a")
+    memo.save()
+    assert Memo(tmp_path / "table").record(tmp_path / "a") == record(tmp_path / "a")
+
+
+def test_what_killed_runs_left_is_removed_whatever_the_clock_says(tmp_path: Path) -> None:
+    left = tmp_path / ".table.1234.partial"
+    left.write_bytes(b"PAR1 half")
+    os.utime(left, (time.time() + 366 * 86400,) * 2)
+    (tmp_path / "a").write_text("a")
+    memo = Memo(tmp_path / "table")
+    memo.record(tmp_path / "a")
+    memo.save()
+    assert sorted(os.listdir(tmp_path)) == ["a", "table"]
+
+
+def test_nothing_new_writes_nothing_and_a_table_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    Memo(tmp_path / "table").save()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("in the way of a folder")
+    memo = Memo(tmp_path / "file" / "table")
+    memo.record(tmp_path / "file")
+    memo.save()
+
+
+@pytest.mark.parametrize("number", [3, 100])
+@pytest.mark.parametrize("change", ["edited", "same size", "removed", "folder removed", "touched", "copied link"])
+def test_of_files_one_that_changed_is_found(tmp_path: Path, change: str, number: int) -> None:
+    """Many files are compared with a listing of their folders; a file of another time by its hash."""
+    files = [tmp_path / kind / f"{each}.bin" for kind in ("a", "b") for each in range(number // 2 + 1)]
+    for each, path in enumerate(files):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes([each]) * 9)
+    records, since = Memo().record_all(files, tmp_path), tmp_path / "embed.json"
+    assert find_changed(tmp_path, records, since) is None
+    victim = files[-1]
+    if change == "edited":
+        victim.write_bytes(b"longer than it was")
+    elif change == "same size":
+        victim.write_bytes(b"unlike it")
+        os.utime(victim, ns=(0, 0))
+    elif change == "removed":
+        victim.unlink()
+    elif change == "folder removed":
+        shutil.rmtree(victim.parent)
+        victim = files[number // 2 + 1]
+    elif change == "touched":
+        os.utime(victim, ns=(0, 0))
+    else:
+        victim.rename(tmp_path / "elsewhere")
+        victim.symlink_to(tmp_path / "elsewhere")
+    found = find_changed(tmp_path, records, since)
+    if change in ("touched", "copied link"):
+        assert found is None
+    else:
+        assert found is not None
+        assert found.startswith(f"{victim} {'is missing' if 'removed' in change else 'has changed'}")
+
+
+def test_many_files_of_the_current_folder_are_known_by_a_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / kind / f"{number}.bin" for kind in ("a", ".") for number in range(50)]
+    for path in files:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"content")
+    records = Memo().record_all(files, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fingerprint, "record", None)  # none is hashed
+    for folder in (tmp_path, Path(".")):
+        assert find_changed(folder, records, Path("embed.json")) is None
