@@ -57,11 +57,14 @@ def svg(figure: Figure, label: str) -> Markup:
     """Turn a figure into inline SVG that follows the page's light or dark colours.
 
     Args:
-        figure: The figure; text that is drawn black takes the page's text colour.
+        figure: The figure; text that is drawn black takes the page's text colour. Its frames are faded.
         label: Description of the figure for screen readers.
     """
     import matplotlib as mpl
 
+    for axes in figure.axes:
+        for spine in axes.spines.values():
+            spine.set_alpha(0.4)
     buffer = io.StringIO()
     # A fixed salt and no date: the same figure gives the same bytes.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "clipcid", "font.family": "sans-serif"}):

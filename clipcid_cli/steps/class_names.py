@@ -30,9 +30,6 @@ def match_class_names(names: Sequence[str], folders: Sequence[str]) -> ClassMatc
     Args:
         names: Class names in order of their labels.
         folders: Names of the folders of classes, sorted.
-
-    Raises:
-        ClipcidError: when the folders have neither names nor numbers of classes, and their number differs from the names'.
     """
     # Names come first: the class names themselves may be digits, in any order.
     by_name = {plain_name(name).casefold(): label for label, name in enumerate(names)}

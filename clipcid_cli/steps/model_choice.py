@@ -18,9 +18,6 @@ def choose_model(spec: str | None, work: Path, reporter: Reporter, *, positional
         work: Work directory in which students are looked for.
         positional_of: Subcommand whose first positional `spec` is. A path there that is no model is probably data, and the
             error then says so.
-
-    Raises:
-        ClipcidError: when the name is not a model with weights, or there is no student.
     """
     if spec is None:
         student = WorkDirectory(work).find_student()

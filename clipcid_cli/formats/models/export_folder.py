@@ -1,23 +1,42 @@
-"""An export folder: its file names."""
+"""An export folder: the names of its files, and what they hold."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.models.hf_folder import HF_CONFIG, HF_PREPROCESSOR, HF_TOKENIZER, HF_WEIGHTS
-from clipcid_cli.formats.models.open_clip_folder import CONFIG_NAME, TOKENIZER_NAMES, WEIGHTS_NAME
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.sidecar import ExportSidecar, read_sidecar, sidecar_path
 
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+HF_CONFIG = "config.json"
+HF_WEIGHTS = "model.safetensors"
+SPECIAL_TOKENS = "special_tokens_map.json"
+VOCABULARY = "vocab.json"
+MERGES = "merges.txt"
 IMAGE_ENCODER = "image_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
 CLASSIFIER = "classifier.onnx"
 PARITY = "parity.json"
 CARD = "README.md"
 
-_KINDS = ("fp32", "fp16", "int8")
+# Files of a Hugging Face tokenizer, which open_clip, too, reads from the model's folder.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    SPECIAL_TOKENS,
+    "added_tokens.json",
+    "vocab.txt",
+    VOCABULARY,
+    MERGES,
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+_WORDS = {"fp32": "", "fp16": "; 16-bit weights", "int8": "; 8-bit weights"}
 
 
 def quantized_name(name: str, kind: str) -> str:
@@ -25,13 +44,34 @@ def quantized_name(name: str, kind: str) -> str:
     return name if kind == "fp32" else name.replace(".onnx", f"_{kind}.onnx")
 
 
-_ONNX_FILES = tuple(quantized_name(name, kind) for name in (IMAGE_ENCODER, TEXT_ENCODER, CLASSIFIER) for kind in _KINDS)
-_OF_FORMAT = {
-    "open-clip": (CONFIG_NAME, WEIGHTS_NAME),
-    "hf": (HF_CONFIG, HF_WEIGHTS, HF_PREPROCESSOR, *HF_TOKENIZER),
-    "onnx": (*_ONNX_FILES, *(f"{name}.data" for name in _ONNX_FILES)),  # weights above 2 GB
+# What the files of an export are, as its model card says.
+CONTENT = {
+    OPEN_CLIP_CONFIG: "architecture and preprocessing, as open_clip reads them",
+    OPEN_CLIP_WEIGHTS: "weights, as open_clip reads them",
+    HF_CONFIG: "architecture, as transformers reads it",
+    HF_WEIGHTS: "weights, as transformers reads them",
+    "preprocessor_config.json": "preprocessing, as transformers reads it",
+    "tokenizer.json": "CLIP's byte-pair encoding",
+    PARITY: "how each export was compared with the original",
+} | {
+    quantized_name(name, kind): what + words
+    for name, what in (
+        (IMAGE_ENCODER, "prepared pixels to unit rows"),
+        (TEXT_ENCODER, "tokens to unit rows"),
+        (CLASSIFIER, "bytes of images of any size to one score per class; class names are in its metadata"),
+    )
+    for kind, words in _WORDS.items()
 }
-_REPLACED = (*(name for names in _OF_FORMAT.values() for name in names), PARITY, CARD)
+
+_HF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", SPECIAL_TOKENS, VOCABULARY, MERGES)
+# What an export may write, but for tokenizers that it copies.
+_WRITTEN = (
+    *CONTENT,
+    *_HF_TOKENIZER,
+    *(f"{name}.data" for name in CONTENT if name.endswith(".onnx")),  # weights above 2 GB
+    CARD,
+)
+_BUILDING = ".partial"
 
 
 def refuse_foreign_folder(folder: Path, formats: Iterable[str], *, overwrite: bool) -> None:
@@ -45,10 +85,17 @@ def refuse_foreign_folder(folder: Path, formats: Iterable[str], *, overwrite: bo
             return  # an export of an earlier version, or with a damaged sidecar
         raise
     known = [] if sidecar is None else sidecar.written
-    names = (*_REPLACED, *(TOKENIZER_NAMES if "open-clip" in formats else ()))
+    names = dict.fromkeys([*_WRITTEN, *(TOKENIZER_FILES if "open-clip" in formats else ())])
     foreign = [name for name in names if (folder / name).exists() and name not in known]
     if foreign:
         raise ClipcidError(
             f"{folder} holds files that clipcid export did not write and would replace: {', '.join(foreign)}.",
             "Give another folder with --out, or move them away.",
         )
+
+
+def sync_files(folder: Path) -> None:
+    """Wait until the files of a folder are on the disk, which the libraries that wrote some of them do not."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

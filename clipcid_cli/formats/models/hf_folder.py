@@ -1,159 +1,249 @@
-"""A folder that ``CLIPModel.from_pretrained`` and ``CLIPProcessor.from_pretrained`` read, written without transformers."""
+"""An open_clip model as a folder that ``CLIPModel`` and ``CLIPProcessor`` of transformers read, or why there is none.
+
+``CLIPModel`` is one architecture: a plain ViT with a class token, and a causal text transformer read at its end token. A
+setting of open_clip is either translated here or known to change nothing in evaluation; any other is refused by name, and
+none is dropped silently.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
-from clipcid_cli.formats.atomic import write_bytes, write_json, write_text
-from clipcid_cli.formats.models.hf_config import BOS, BOS_ID, EOS, EOS_ID, HfDescription
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_error, write_json, write_text
+from clipcid_cli.formats.models.export_folder import MERGES, SPECIAL_TOKENS, VOCABULARY
+from clipcid_cli.formats.models.pixels import RESAMPLE, pixel_problems, square_side
 
-HF_CONFIG = "config.json"
-HF_WEIGHTS = "model.safetensors"
-HF_PREPROCESSOR = "preprocessor_config.json"
-HF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+BOS_ID, EOS_ID = 49406, 49407
+_VOCABULARY_SIZE = 49408
 
-# Names in open_clip and in Hugging Face, which spells `pre_layrnorm` so.
-_NAMES = {
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre": "vision_model.pre_layrnorm",
-    "visual.ln_post": "vision_model.post_layernorm",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final": "text_model.final_layer_norm",
-    "logit_scale": "logit_scale",
+# Settings that are translated, or have no effect on a model that only encodes.
+_KNOWN = {
+    "": "embed_dim vision_cfg text_cfg quick_gelu init_logit_scale nonscalar_logit_scale",
+    "vision_cfg.": (
+        "width mlp_ratio head_width patch_dropout pos_embed_type attn_pooler_queries attn_pooler_heads "
+        "final_ln_after_pool timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path"
+    ),
+    "text_cfg.": (
+        "width mlp_ratio heads context_length eos_id pad_id final_ln_after_pool "
+        "hf_model_pretrained hf_proj_type hf_pooler_type"
+    ),
 }
-_PROJECTIONS = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
-_BLOCKS = {"visual.transformer.resblocks.": "vision_model", "transformer.resblocks.": "text_model"}
-_BLOCK_NAMES = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
+
+
+def _is_square(size: Any) -> bool:
+    return size is None or square_side(size) is not None
+
+
+# Settings of which some values are expressed: which, and what is said of others.
+_LIMITED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "init_logit_bias": (lambda bias: bias is None, ""),
+    "ls_init_value": (lambda scale: scale is None, ""),
+    "pool_type": (lambda pooling: pooling in ("tok", "argmax"), ""),
+    "proj_type": (lambda projection: projection == "linear", ""),
+    "block_type": (lambda block: block in (None, "default"), ""),
+    "layers": (lambda layers: not isinstance(layers, list | tuple), ", a ResNet's"),
+    "image_size": (_is_square, ", not square"),
+    "patch_size": (_is_square, ", not square"),
+    "act_kwargs": (lambda options: (options or {}) in ({}, {"approximate": "none"}, {"approximate": "tanh"}), ""),
+    "norm_kwargs": (lambda options: set(options or {}) <= {"eps"}, ""),
+    "vocab_size": (lambda size: size >= _VOCABULARY_SIZE, f", below the {_VOCABULARY_SIZE} of CLIP's tokenizer"),
 }
-# How a text is split into words before the merges, as in Hugging Face's own CLIP folders.
-_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# Values under which any other setting is off.
+_OFF: tuple[Any, ...] = (None, False, "", {})
+
+# From open_clip's names of tensors to Hugging Face's, which spells `pre_layrnorm` so.
+_RENAMED = (
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^text_projection$", "text_projection.weight"),
+)
+
+
+def check_hf_expressible(model: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: str) -> None:
+    """Refuse a model that ``CLIPModel`` cannot express, naming every setting why.
+
+    Args:
+        model: The ``model_cfg`` of open_clip.
+        preprocess: Its ``preprocess_cfg``, complete.
+        tokenizer: Class of its tokenizer.
+    """
+    text = model["text_cfg"]
+    if text.get("pool_type") == "eos" and text.get("eos_id") == EOS_ID:
+        text = text | {"pool_type": "argmax"}  # the same place in CLIP's tokens
+    problems = [
+        *_setting_problems("", model),
+        *_setting_problems("vision_cfg.", model["vision_cfg"]),
+        *_setting_problems("text_cfg.", text),
+        *([] if tokenizer == "SimpleTokenizer" else [f"its tokenizer is {tokenizer}, not CLIP's"]),
+        *pixel_problems(preprocess),
+    ]
+    if problems:
+        raise ClipcidError(
+            "--format hf: Hugging Face's CLIPModel cannot express this model: " + "; ".join(problems) + ".",
+            "Export it with --format open-clip or onnx.",
+        )
+
+
+def _setting_problems(prefix: str, settings: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in settings.items():
+        if name in _LIMITED:
+            expressed, words = _LIMITED[name]
+            if not expressed(value):
+                yield f"{prefix}{name} is {value!r}{words}"
+        # By type, too: 0 equals False in Python, but is a value that is set.
+        elif name not in _KNOWN[prefix].split() and not any(type(value) is type(off) and value == off for off in _OFF):
+            yield f"{prefix}{name} is {'set' if isinstance(value, dict) and len(value) > 1 else repr(value)}"
 
 
 def write_hf_folder(
     folder: Path,
-    description: HfDescription,
+    model: Mapping[str, Any],
+    preprocess: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     *,
     dtype: torch.dtype,
     vocabulary: Mapping[str, int],
     merges: Sequence[tuple[str, str]],
 ) -> None:
-    """Write the folder.
+    """Write the folder of a model that `check_hf_expressible` accepted.
 
     Args:
-        folder: Where to write. ``config.json`` is written last, so a folder that has one is whole.
-        description: As `describe_as_hf` returns it.
+        model: The ``model_cfg`` of open_clip.
+        preprocess: Its ``preprocess_cfg``, complete.
         tensors: State dict of the open_clip module.
         dtype: Number format of the stored weights.
         vocabulary: Tokens of open_clip's tokenizer by text, the two special ones last.
         merges: Its byte-pair merges, in order of priority.
     """
-    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in rename_tensors(tensors)}
-    write_bytes(folder / HF_WEIGHTS, save(stored, metadata={"format": "pt"}))
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    config = make_config(model, float(tensors["logit_scale"]))
+    with torch.device("meta"):
+        empty = transformers.CLIPModel(config)
+    empty.load_state_dict({name: tensor.to(dtype) for name, tensor in rename_tensors(tensors)}, assign=True)
     words = {text: number for text, number in vocabulary.items() if number < BOS_ID} | {BOS: BOS_ID, EOS: EOS_ID}
-    write_text(folder / "vocab.json", json.dumps(words, ensure_ascii=False) + "\n")
-    write_text(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
-    write_text(folder / "tokenizer.json", json.dumps(_tokenizer(words, merges), ensure_ascii=False) + "\n")
-    special = {name: description.tokenizer[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    write_json(folder / "special_tokens_map.json", special)
-    write_json(folder / "tokenizer_config.json", description.tokenizer)
-    write_json(folder / HF_PREPROCESSOR, description.preprocessor)
-    # transformers 4 reads `torch_dtype`, 5 reads it too.
-    write_json(folder / HF_CONFIG, description.config | {"torch_dtype": str(dtype).removeprefix("torch.")})
+    write_text(folder / VOCABULARY, json.dumps(words, ensure_ascii=False) + "\n")
+    write_text(folder / MERGES, "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
+    length = config.text_config.max_position_embeddings
+    tokenizer = transformers.CLIPTokenizerFast.from_pretrained(folder, model_max_length=length)
+    with _refusals_of_the_system(folder):
+        empty.save_pretrained(folder, max_shard_size="1TB")  # in one file
+        make_image_processor(preprocess).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    # transformers 5 leaves this file out, and other programs read it.
+    write_json(folder / SPECIAL_TOKENS, tokenizer.special_tokens_map)
+
+
+@contextmanager
+def _refusals_of_the_system(folder: Path) -> Iterator[None]:
+    """Name a full disk as such: safetensors and tokenizers raise errors of their own, which end in its number."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise write_error(folder, OSError(int(number[1]), os.strerror(int(number[1])))) from error
+
+
+def make_config(model: Mapping[str, Any], logit_scale: float) -> Any:
+    """Translate open_clip's ``model_cfg``, with its defaults, to a ``CLIPConfig``.
+
+    Args:
+        logit_scale: The learned parameter: the logarithm of the factor on cosines.
+    """
+    import transformers
+
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    quick, width = bool(model.get("quick_gelu")), int(model["embed_dim"])
+    return transformers.CLIPConfig(
+        projection_dim=width,
+        logit_scale_init_value=logit_scale,
+        vision_config={
+            "image_size": square_side(vision.get("image_size") or 224),
+            "patch_size": square_side(vision.get("patch_size") or 16),
+            "num_attention_heads": int(vision.get("width", 768)) // int(vision.get("head_width", 64)),
+            "projection_dim": width,
+            **_transformer({"width": 768} | vision, quick),
+        },
+        text_config={
+            "vocab_size": int(text.get("vocab_size", _VOCABULARY_SIZE)),
+            "max_position_embeddings": int(text.get("context_length", 77)),
+            "num_attention_heads": int(text.get("heads", 8)),
+            # transformers takes the first token of this number, open_clip the first of the largest: the same one.
+            "bos_token_id": BOS_ID,
+            "eos_token_id": EOS_ID,
+            "pad_token_id": EOS_ID,
+            "projection_dim": width,
+            **_transformer({"width": 512} | text, quick),
+        },
+    )
+
+
+def _transformer(tower: Mapping[str, Any], quick_gelu: bool) -> dict[str, Any]:
+    tanh = (tower.get("act_kwargs") or {}).get("approximate") == "tanh"
+    return {
+        "hidden_size": int(tower["width"]),
+        "intermediate_size": int(tower["width"] * float(tower.get("mlp_ratio", 4.0))),
+        "num_hidden_layers": int(tower.get("layers", 12)),
+        "hidden_act": "quick_gelu" if quick_gelu else "gelu_pytorch_tanh" if tanh else "gelu",
+        "layer_norm_eps": float((tower.get("norm_kwargs") or {}).get("eps", 1e-5)),
+    }
+
+
+def make_image_processor(preprocess: Mapping[str, Any]) -> Any:
+    """Translate open_clip's ``preprocess_cfg`` to a ``CLIPImageProcessor``."""
+    import transformers
+
+    side = square_side(preprocess["size"])
+    square = {"height": side, "width": side}
+    squash = preprocess["resize_mode"] == "squash"
+    return transformers.CLIPImageProcessor(
+        size=square if squash else {"shortest_edge": side},
+        resample=RESAMPLE[preprocess["interpolation"]],
+        do_center_crop=not squash,
+        crop_size=square,
+        image_mean=list(preprocess["mean"]),
+        image_std=list(preprocess["std"]),
+    )
 
 
 def rename_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of an open_clip CLIP under Hugging Face's names.
 
     open_clip stores queries, keys and values in one matrix, and projections as [width, D], multiplied from the right.
-
-    Raises:
-        ValueError: when a tensor has no counterpart there; `describe_as_hf` refuses such models.
     """
     for name, tensor in tensors.items():
-        if name in _PROJECTIONS:
-            yield _PROJECTIONS[name], tensor.T
-        elif name == "logit_scale":
-            yield name, tensor.reshape(())
-        elif prefix := next((prefix for prefix in _BLOCKS if name.startswith(prefix)), None):
-            layer, _, inner = name.removeprefix(prefix).partition(".")
-            yield from _rename_in_block(f"{_BLOCKS[prefix]}.encoder.layers.{layer}", inner, tensor)
+        for pattern, replacement in _RENAMED:
+            name = re.sub(pattern, replacement, name)
+        if ".in_proj_" in name:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                yield name.replace(".in_proj_", f".{letter}_proj."), part.clone()
+        elif name.endswith("_projection.weight"):
+            yield name, tensor.T.contiguous()
         else:
-            yield _rename(name, _NAMES), tensor
-
-
-def _rename_in_block(block: str, inner: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    if inner.startswith("attn.in_proj_"):
-        kind = inner.removeprefix("attn.in_proj_")
-        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-            yield f"{block}.self_attn.{letter}_proj.{kind}", part
-    else:
-        yield f"{block}.{_rename(inner, _BLOCK_NAMES)}", tensor
-
-
-def _rename(name: str, names: Mapping[str, str]) -> str:
-    if name in names:
-        return names[name]
-    module, _, kind = name.rpartition(".")
-    if module not in names:
-        raise ValueError(f"tensor {name} has no counterpart in CLIPModel")
-    return f"{names[module]}.{kind}"
-
-
-def _tokenizer(words: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Return ``tokenizer.json`` of the tokenizers library: CLIP's lower-cased byte-level byte-pair encoding."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": number, "content": text} | flags for text, number in ((BOS, BOS_ID), (EOS, EOS_ID))],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "NFC"},
-                {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
-                {"type": "Lowercase"},
-            ],
-        },
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Removed", "invert": True},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-            ],
-        },
-        "post_processor": {
-            "type": "RobertaProcessing",
-            "sep": [EOS, EOS_ID],
-            "cls": [BOS, BOS_ID],
-            "trim_offsets": False,
-            "add_prefix_space": False,
-        },
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": EOS,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "</w>",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": dict(words),
-            "merges": [f"{left} {right}" for left, right in merges],
-        },
-    }
+            yield name, tensor.reshape(()) if name == "logit_scale" else tensor

@@ -13,46 +13,76 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.onnx_file import IMAGE_EMBEDS, PIXEL_VALUES, PROTOBUF_LIMIT
+from clipcid_cli.formats.models.pixels import pixel_problems, square_side
 
 IMAGE, LOGITS, PROBABILITIES = "image", "logits", "probabilities"
-_MODES: dict[str, dict[str, Any]] = {
-    # Pillow's coefficient; ONNX's own default is −0.75.
-    "bicubic": {"mode": "cubic", "cubic_coeff_a": -0.5},
-    "bilinear": {"mode": "linear"},
+
+# ONNX's text form; names begin with pre_ and class_, since those of the encoder are between.
+_PREPROCESS = Template("""
+preprocess (uint8[batch, height, width, 3] image) => (float[batch, 3, $side, $side] pixel_values)
+<int64[2] pre_square = {$side, $side}, int64[2] pre_axes = {2, 3}, float pre_half = {0.5}, float pre_255 = {255.0}>
+{
+    pre_planes = Transpose <perm = [0, 3, 1, 2]> (image)
+    pre_count = Shape <end = 2> (pre_planes)
+    pre_old_size = Shape <start = 2> (pre_planes)
+    $new_size
+    pre_sizes = Concat <axis = 0> (pre_count, pre_new_size)
+    pre_resized = Resize
+        <antialias = 1, coordinate_transformation_mode = "half_pixel", exclude_outside = 1, $filter>
+        (pre_planes, , , pre_sizes)
+    # Half a pixel of margin goes to the even side: torchvision rounds so, and ONNX's Round does.
+    pre_margin = Sub (pre_new_size, pre_square)
+    pre_margin_float = Cast <to = 1> (pre_margin)
+    pre_half_margin = Mul (pre_margin_float, pre_half)
+    pre_start_float = Round (pre_half_margin)
+    pre_start = Cast <to = 7> (pre_start_float)
+    pre_stop = Add (pre_start, pre_square)
+    pre_cropped = Slice (pre_resized, pre_start, pre_stop, pre_axes)
+    pre_values = Cast <to = 1> (pre_cropped)
+    pre_unit = Div (pre_values, pre_255)
+    pre_centred = Sub (pre_unit, pre_mean)
+    pixel_values = Div (pre_centred, pre_std)
+}""")
+_NEW_SIZE = {
+    "squash": "pre_new_size = Identity (pre_square)",
+    # The shorter side becomes S; the longer one is rounded down to whole pixels, as torchvision does.
+    "shortest": """pre_shorter = ReduceMin <keepdims = 1> (pre_old_size)
+    pre_scaled = Mul (pre_old_size, pre_square)
+    pre_new_size = Div (pre_scaled, pre_shorter)""",
 }
+_FILTERS = {
+    "bicubic": 'mode = "cubic", cubic_coeff_a = -0.5',  # Pillow's coefficient; ONNX's own default is −0.75
+    "bilinear": 'mode = "linear"',
+}
+_CLASSIFY = Template("""
+classify (float[batch, $width] image_embeds) => (float[batch, $classes] logits, float[batch, $classes] probabilities)
+{
+    class_cosines = MatMul (image_embeds, class_weights)
+    class_scaled = Mul (class_cosines, class_scale)
+    logits = Add (class_scaled, class_bias)
+    probabilities = Softmax <axis = -1> (logits)
+}""")
 
 
-def check_pixels_expressible(preprocess: Mapping[str, Any]) -> int:
-    """Make sure that the model's preprocessing can be part of the graph.
+def check_pixels_expressible(preprocess: Mapping[str, Any]) -> None:
+    """Refuse a model whose preprocessing cannot be part of the graph.
 
     Args:
         preprocess: open_clip's ``preprocess_cfg``, complete.
-
-    Returns:
-        S.
-
-    Raises:
-        ClipcidError: naming the entry that cannot.
     """
-    size = preprocess["size"]
-    sides = set(size) if isinstance(size, list | tuple) else {size}
-    for name, good in (
-        ("size", len(sides) == 1),
-        ("resize_mode", preprocess["resize_mode"] in ("shortest", "squash")),
-        ("interpolation", preprocess["interpolation"] in _MODES),
-    ):
-        if not good:
-            raise ClipcidError(
-                f"classifier.onnx: preprocess_cfg.{name} is {preprocess[name]!r}, which the graph cannot express.",
-                "Omit --classnames, and prepare pixels as the metadata of image_encoder.onnx say.",
-            )
-    return int(sides.pop())
+    problems = pixel_problems(preprocess)
+    if problems:
+        raise ClipcidError(
+            f"classifier.onnx: {'; '.join(problems)}, which the graph cannot express.",
+            "Omit --classnames, and prepare pixels as the metadata of image_encoder.onnx say.",
+        )
 
 
 def write_classifier(
@@ -78,102 +108,51 @@ def write_classifier(
         bias: Added to the scaled cosines; 0 for most models.
         preprocess: open_clip's ``preprocess_cfg`` that `check_pixels_expressible` accepted.
         templates: Prompt templates that the weights were made with, for the metadata.
-
-    Raises:
-        ClipcidError: when it does not fit into one file.
     """
     import onnx
-    from onnx import TensorProto, helper, numpy_helper
 
+    stored = [file for file in (encoder, encoder.with_name(f"{encoder.name}.data")) if file.exists()]
+    size = sum(file.stat().st_size for file in stored) + weights.nbytes
+    if size >= PROTOBUF_LIMIT:
+        raise ClipcidError(
+            f"{path.name}: a model of {size / 2**30:.1f} GiB does not fit into one ONNX file (limit 2 GiB).",
+            "Omit --classnames, and use image_encoder.onnx, which keeps its weights in a second file.",
+        )
     model = onnx.load(encoder)
-    graph = model.graph
-    constants: list[Any] = []
-
-    def constant(name: str, values: Any, dtype: str) -> str:
-        constants.append(numpy_helper.from_array(np.asarray(values, dtype=dtype), name))
-        return name
-
-    before = _preprocessing_nodes(preprocess, constant)
-    after = [
-        helper.make_node("MatMul", [IMAGE_EMBEDS, constant("class_weights", weights.T, "float32")], ["cosines"]),
-        helper.make_node("Mul", ["cosines", constant("class_scale", scale, "float32")], ["scaled_cosines"]),
-        helper.make_node("Add", ["scaled_cosines", constant("class_bias", bias, "float32")], [LOGITS]),
-        helper.make_node("Softmax", [LOGITS], [PROBABILITIES], axis=-1),
-    ]
-    outputs = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", len(class_names)])
-        for name in (LOGITS, PROBABILITIES)
-    ]
-    image = helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, ["batch", "height", "width", 3])
-    nodes = [*before, *_needed(graph.node, IMAGE_EMBEDS), *after]
-    used = {name for node in nodes for name in node.input}
-    stored = [*constants, *(tensor for tensor in graph.initializer if tensor.name in used)]
-    whole = helper.make_graph(nodes, "classifier", [image], outputs, stored, value_info=graph.value_info)
-    made = helper.make_model(whole, opset_imports=model.opset_import, ir_version=model.ir_version)
-    made.producer_name = "clipcid"
+    before = _parse(
+        _PREPROCESS,
+        {"pre_mean": np.reshape(preprocess["mean"], (3, 1, 1)), "pre_std": np.reshape(preprocess["std"], (3, 1, 1))},
+        side=square_side(preprocess["size"]),
+        new_size=_NEW_SIZE[preprocess["resize_mode"]],
+        filter=_FILTERS[preprocess["interpolation"]],
+    )
+    after = _parse(
+        _CLASSIFY,
+        {"class_weights": weights.T, "class_scale": scale, "class_bias": bias},
+        classes=weights.shape[0],
+        width=weights.shape[1],
+    )
+    merge = onnx.compose.merge_graphs
+    graph = merge(before, model.graph, [(PIXEL_VALUES, PIXEL_VALUES)], outputs=[IMAGE_EMBEDS])  # without patches
+    graph = merge(graph, after, [(IMAGE_EMBEDS, IMAGE_EMBEDS)], name="classifier", doc_string="")
+    made = onnx.helper.make_model(
+        graph, opset_imports=model.opset_import, ir_version=model.ir_version, producer_name="clipcid"
+    )
     metadata = {entry.key: entry.value for entry in model.metadata_props} | {
         "class_names": json.dumps(list(class_names), ensure_ascii=False),
         "templates": json.dumps(list(templates), ensure_ascii=False),
         "input": "uint8 RGB [N, H, W, 3], any size",
         "output": "logits (scale x cosine) and probabilities (their softmax), [N, classes]",
     }
-    helper.set_model_props(made, metadata)
-    if made.ByteSize() >= PROTOBUF_LIMIT:
-        raise ClipcidError(
-            f"{path.name}: a model of {made.ByteSize() / 2**30:.1f} GiB does not fit into one ONNX file (limit 2 GiB).",
-            "Omit --classnames, and use image_encoder.onnx, which keeps its weights in a second file.",
-        )
+    onnx.helper.set_model_props(made, metadata)
     onnx.save(made, path)
 
 
-def _needed(nodes: Sequence[Any], output: str) -> list[Any]:
-    """Return the nodes that an output depends on, in order, without those of other outputs."""
-    needed, kept = {output}, []
-    for node in reversed(nodes):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            kept.append(node)
-    return kept[::-1]
+def _parse(text: Template, constants: Mapping[str, Any], **words: Any) -> Any:
+    """Make a graph of its text, with further constants of float32."""
+    from onnx import numpy_helper, parser
 
-
-def _preprocessing_nodes(preprocess: Mapping[str, Any], constant: Any) -> list[Any]:
-    """Make the nodes from ``image`` to ``pixel_values``."""
-    from onnx import TensorProto, helper
-
-    side = check_pixels_expressible(preprocess)
-    nodes: list[Any] = []
-
-    def node(operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(operator, inputs, [output], name=f"preprocess/{output}", **attributes))
-        return output
-
-    planes = node("Transpose", [IMAGE], "pre_planes", perm=[0, 3, 1, 2])
-    count, old = node("Shape", [planes], "pre_count", end=2), node("Shape", [planes], "pre_old_size", start=2)
-    square = constant("pre_square", [side, side], "int64")
-    if preprocess["resize_mode"] == "squash":
-        new = square
-    else:
-        # The shorter side becomes S; the longer one is rounded down to whole pixels, as torchvision does.
-        shorter = node("ReduceMin", [old], "pre_shorter", keepdims=1)
-        new = node("Div", [node("Mul", [old, square], "pre_scaled"), shorter], "pre_new_size")
-    resized = node(
-        "Resize",
-        [planes, "", "", node("Concat", [count, new], "pre_sizes", axis=0)],
-        "pre_resized",
-        antialias=1,
-        coordinate_transformation_mode="half_pixel",
-        exclude_outside=1,
-        **_MODES[preprocess["interpolation"]],
-    )
-    # Half a pixel of margin goes to the even side: torchvision rounds so, and ONNX's Round does.
-    margin = node("Cast", [node("Sub", [new, square], "pre_margin")], "pre_margin_float", to=TensorProto.FLOAT)
-    half = node("Mul", [margin, constant("pre_half", 0.5, "float32")], "pre_half_margin")
-    start = node("Cast", [node("Round", [half], "pre_start_float")], "pre_start", to=TensorProto.INT64)
-    stop = node("Add", [start, square], "pre_stop")
-    cropped = node("Slice", [resized, start, stop, constant("pre_axes", [2, 3], "int64")], "pre_cropped")
-    values = node("Cast", [cropped], "pre_values", to=TensorProto.FLOAT)
-    unit = node("Div", [values, constant("pre_255", 255.0, "float32")], "pre_unit")
-    mean = constant("pre_mean", np.reshape(preprocess["mean"], (3, 1, 1)), "float32")
-    std = constant("pre_std", np.reshape(preprocess["std"], (3, 1, 1)), "float32")
-    node("Div", [node("Sub", [unit, mean], "pre_centred"), std], PIXEL_VALUES)
-    return nodes
+    graph = parser.parse_graph(text.substitute(words))
+    for name, values in constants.items():
+        graph.initializer.append(numpy_helper.from_array(np.asarray(values, dtype="float32"), name))
+    return graph

@@ -14,23 +14,7 @@ import torch
 from safetensors.torch import save
 
 from clipcid_cli.formats.atomic import write_bytes, write_json
-
-CONFIG_NAME = "open_clip_config.json"
-WEIGHTS_NAME = "open_clip_model.safetensors"
-HF_CONFIG_NAME = "config.json"
-
-# Files of a Hugging Face tokenizer, which open_clip reads from the model's folder.
-TOKENIZER_NAMES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
+from clipcid_cli.formats.models.export_folder import HF_CONFIG, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, TOKENIZER_FILES
 
 
 def write_model_folder(
@@ -53,15 +37,15 @@ def write_model_folder(
             open_clip loads any of them into a float32 model.
         tokenizer_from: Model folder whose tokenizer files, and configuration of a Hugging Face text tower, are copied.
     """
-    stored = {}
-    for name, tensor in tensors.items():
-        cast = dtype is not None and tensor.is_floating_point()
-        stored[name] = tensor.detach().to("cpu", dtype if cast else tensor.dtype).contiguous()
-    write_bytes(folder / WEIGHTS_NAME, save(stored, metadata={"format": "pt"}))
+    stored = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in tensors.items()
+    }
+    write_bytes(folder / OPEN_CLIP_WEIGHTS, save(stored, metadata={"format": "pt"}))
     if tokenizer_from is not None:
         # Only a Hugging Face text tower has its own config.json; otherwise that file is an export for transformers.
-        own = (HF_CONFIG_NAME,) if config["text_cfg"].get("hf_model_name") else ()
-        for name in (*TOKENIZER_NAMES, *own):
+        own = (HF_CONFIG,) if config["text_cfg"].get("hf_model_name") else ()
+        for name in (*TOKENIZER_FILES, *own):
             if (tokenizer_from / name).is_file():
                 shutil.copyfile(tokenizer_from / name, folder / name)
-    write_json(folder / CONFIG_NAME, {"model_cfg": dict(config), "preprocess_cfg": dict(preprocess)})
+    write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": dict(config), "preprocess_cfg": dict(preprocess)})

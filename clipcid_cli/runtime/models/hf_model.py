@@ -15,14 +15,10 @@ from clipcid_cli.runtime.quiet import quiet_libraries
 
 
 def check_transformers_installed() -> None:
-    """Check that transformers is installed.
-
-    Raises:
-        ClipcidError: with the command that installs it.
-    """
+    """Check that transformers is installed."""
     if importlib.util.find_spec("transformers") is None:
         raise ClipcidError(
-            "--format hf needs transformers to check what it wrote, which is not installed.",
+            "--format hf needs transformers, which is not installed.",
             "Install it: pip install 'clipcid[export]'",
         )
 

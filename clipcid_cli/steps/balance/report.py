@@ -243,6 +243,4 @@ def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | NotComputed) ->
     farthest = max(float(curve.distance[-1]) for _, curve, _ in lines)
     axes.set(xlabel="cut-off ε", ylabel="share kept", xlim=(0, 1.15 * farthest or 1), ylim=(0, 1.02))
     axes.legend(loc="lower left", frameon=False)
-    for spine in axes.spines.values():
-        spine.set_alpha(0.4)
     return svg(figure, "Share of images kept over the cut-off")

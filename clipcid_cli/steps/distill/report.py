@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ def write_report(
         loss_figure=_draw_losses(log, list(loop.objective.weights)),
         recall_figure=_draw_recalls(results) if loop.evaluation.held_out is not None and len(results) > 1 else None,
         named_figure=_draw_named(results) if len(results) > 1 else None,
-        rate_figure=_draw_rate(log),
+        rate_figure=_draw("Learning rate", log, [Curve("lr", "")], ylabel="learning rate"),
         scale_figure=_draw_scales(log),
         compared=compared,
         compared_on=0 if loop.evaluation.held_out is None else len(loop.evaluation.held_out.samples),
@@ -127,34 +128,54 @@ def _picture(sample: Sample) -> str:
     return "" if isinstance(image, SkippedImage) else thumbnail(image)
 
 
-def _draw_losses(log: Sequence[dict[str, Any]], names: Sequence[str]) -> Markup:
+class Curve(NamedTuple):
+    """What is drawn of a log: the values of one entry of its lines, over the steps."""
+
+    entry: str
+    label: str
+    color: str = PALETTE[0]
+    style: str = "-"
+
+
+def _draw(
+    title: str, log: Sequence[dict[str, Any]], curves: Sequence[Curve], *, smooth: bool = False, **axes_settings: Any
+) -> Markup:
+    """Draw curves over the steps of the run, each over the lines that have it; smoothed ones with the values faint."""
     figure = make_figure()
     axes = figure.subplots()
-    for name, color in zip(names, _colors(len(names)), strict=True):
-        steps, values = _series(log, f"loss_{name}")
-        if steps:
-            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, _smooth(np.array(values)), color=color, label=name)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.legend(frameon=False)
-    return svg(figure, "Losses over the steps of the run")
+    for curve in curves:
+        lines = [line for line in log if curve.entry in line]
+        if not lines:
+            continue
+        lines = lines[:: max(1, len(lines) // _POINTS)]
+        steps = [line["step"] for line in lines]
+        values = np.array([line[curve.entry] for line in lines])
+        if smooth:
+            axes.plot(steps, values, color=curve.color, alpha=0.25, linewidth=0.8)
+            values = _smooth(values)
+        axes.plot(steps, values, curve.style, color=curve.color, label=curve.label)
+    axes.set(xlabel="step", **axes_settings)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    return svg(figure, f"{title} over the steps of the run")
+
+
+def _color(entries: Sequence[str], labels: Sequence[str]) -> list[Curve]:
+    """Give curves the colours of the palette in turn."""
+    return [Curve(*curve) for curve in zip(entries, labels, cycle(PALETTE), strict=False)]
+
+
+def _draw_losses(log: Sequence[dict[str, Any]], names: Sequence[str]) -> Markup:
+    return _draw("Losses", log, _color([f"loss_{name}" for name in names], names), smooth=True, ylabel="loss")
 
 
 def _draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
-    figure = make_figure()
-    axes = figure.subplots()
-    for side, color in zip(("image", "text"), PALETTE, strict=False):
-        for k, style in ((1, "-"), (5, "--")):
-            axes.plot(*_series(results, f"{side}_retrieval_recall@{k}"), style, color=color, label=f"{side} R@{k}")
-        averaged = _series(results, f"{EMA}{side}_retrieval_recall@1")
-        if averaged[0]:
-            axes.plot(*averaged, ":", color=color, label=f"{side} R@1, EMA")
-    axes.set_xlabel("step")
-    axes.set_ylabel("recall")
-    axes.set_ylim(0, 1)
-    axes.legend(frameon=False, ncols=2)
-    return svg(figure, "Recall on the held-out part over the steps of the run")
+    curves = [
+        Curve(f"{prefix}{side}_retrieval_recall@{k}", f"{side} R@{k}{', EMA' * bool(prefix)}", color, style)
+        for side, color in zip(("image", "text"), PALETTE, strict=False)
+        for prefix, k, style in (("", 1, "-"), ("", 5, "--"), (EMA, 1, ":"))
+    ]
+    return _draw("Recall on the held-out part", results, curves, ylabel="recall", ylim=(0, 1))
 
 
 def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
@@ -169,46 +190,14 @@ def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
             labels[name] = f"{data} {_NAMED[metric]}" + ", EMA" * name.startswith(EMA)
     if not labels:
         return None
-    figure = make_figure()
-    axes = figure.subplots()
-    for (name, label), color in zip(labels.items(), _colors(len(labels)), strict=True):
-        axes.plot(*_series(results, name), color=color, label=label)
-    axes.set_xlabel("step")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    return svg(figure, "Measurements on the named data sets over the steps of the run")
-
-
-def _draw_rate(log: Sequence[dict[str, Any]]) -> Markup:
-    figure = make_figure()
-    axes = figure.subplots()
-    axes.plot(*_series(log, "lr"), color=PALETTE[0])
-    axes.set_xlabel("step")
-    axes.set_ylabel("learning rate")
-    return svg(figure, "Learning rate over the steps of the run")
+    curves = _color(list(labels), list(labels.values()))
+    return _draw("Measurements on the named data sets", results, curves, ylim=(0, None))
 
 
 def _draw_scales(log: Sequence[dict[str, Any]]) -> Markup:
-    figure = make_figure()
-    axes = figure.subplots()
-    scales = [name for name in (log[0] if log else {}) if name.startswith("scale_")]
-    for name, color in zip(scales, _colors(len(scales)), strict=True):
-        axes.plot(*_series(log, name), color=color, label=name.removeprefix("scale_"))
-    axes.set_xlabel("step")
-    axes.set_ylabel("logit scale")
-    axes.legend(frameon=False)
-    return svg(figure, "Logit scales over the steps of the run")
-
-
-def _colors(count: int) -> list[str]:
-    return [PALETTE[number % len(PALETTE)] for number in range(count)]
-
-
-def _series(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Return steps and values of the lines that have an entry, thinned out to be drawn."""
-    found = [(line["step"], line[name]) for line in lines if name in line]
-    thin = found[:: max(1, len(found) // _POINTS)]
-    return [step for step, _ in thin], [value for _, value in thin]
+    entries = [name for name in (log[0] if log else {}) if name.startswith("scale_")]
+    curves = _color(entries, [name.removeprefix("scale_") for name in entries])
+    return _draw("Logit scales", log, curves, ylabel="logit scale")
 
 
 def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -27,16 +27,18 @@ def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings
         settings: The work directory, and the licence.
         parity: Entry ``parity`` of `parity.json`.
     """
-    run, work = _find_run(source), settings.work
-    if run is not None and WorkDirectory(run.parents[1]).distill(run.name) == run:
-        work = run.parents[1]
+    name, work = source.slug, settings.work
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
-    name = run.name if run is not None else source.slug
-    if run is not None and source.path is not None and source.path.resolve() == RunFolder(run).student_ema:
-        trained = _read(run, "distill", DistillSidecar)
-        decay = UNKNOWN if trained is None else trained.made.ema
-        name = f"{run.name}-ema"
-        weights += f", an exponential moving average of those in training (decay {decay})"
+    student = source.path.resolve() if source.path is not None else None
+    sidecar = _read(student.parent, "distill", DistillSidecar) if student is not None else None
+    if student is not None and sidecar is not None:
+        run = RunFolder(student.parent)
+        name = run.path.name
+        if student == run.student_ema:
+            name += "-ema"
+            weights += f", an exponential moving average of those in training (decay {sidecar.made.ema})"
+        if WorkDirectory(run.path.parents[1]).distill(run.path.name) == run.path:
+            work = run.path.parents[1]
     facts = {
         "Architecture": info.architecture or _shape(info),
         "Weights": weights,
@@ -44,7 +46,7 @@ def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings
         "Embedding width": str(info.embed_dim),
         "Image size": f"{info.image_size[0]} × {info.image_size[1]}",
         "Context length": str(info.context_length),
-        **_training(run),
+        **_training(sidecar),
         "Licence of the weights": settings.license or UNKNOWN,
         "Licence of the training data": UNKNOWN,
     }
@@ -62,24 +64,12 @@ def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings
 
 def _shape(info: ModelInfo) -> str:
     """Describe an architecture that has no name."""
-    vision, text = info.config["vision_cfg"], info.config["text_cfg"]
-    parts = [
-        f"{tower} {vision_or_text.get('layers', '?')} × {vision_or_text.get('width', '?')}"
-        for tower, vision_or_text in (("image tower", vision), ("text tower", text))
-    ]
+    towers = {"image tower": info.config["vision_cfg"], "text tower": info.config["text_cfg"]}
+    parts = [f"{tower} {config.get('layers', '?')} × {config.get('width', '?')}" for tower, config in towers.items()]
     return ", ".join(parts) + " (layers × width)"
 
 
-def _find_run(source: ModelName) -> Path | None:
-    """Find the training run of a student's folder."""
-    if source.path is None:
-        return None
-    run = source.path.resolve().parent
-    return run if sidecar_path(run, "distill").is_file() else None
-
-
-def _training(run: Path | None) -> dict[str, str]:
-    sidecar = _read(run, "distill", DistillSidecar)
+def _training(sidecar: DistillSidecar | None) -> dict[str, str]:
     if sidecar is None:
         return dict.fromkeys(("Teacher", "Training data", "Keep ratio", "Losses", "Training"), UNKNOWN)
     losses, counts, result = sidecar.made.losses, sidecar.counts, sidecar.result
@@ -123,14 +113,14 @@ def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str,
                 yield content["dataset"], content["task"], name, float(value), prompts
 
 
-def _read(folder: Path | None, step: str, kind: type[Kind]) -> Kind | None:
+def _read(folder: Path, step: str, kind: type[Kind]) -> Kind | None:
     """Read a sidecar; None when there is none, or it is not ours."""
     try:
-        return read_sidecar(sidecar_path(folder, step), kind) if folder is not None else None
+        return read_sidecar(sidecar_path(folder, step), kind)
     except ClipcidError:
         return None
 
 
 def _short(spec: str) -> str:
     """Name data or a model: a local folder by its last part, since its path means nothing on another machine."""
-    return spec if "://" in spec or ":" in spec else Path(spec).name
+    return spec if ":" in spec else Path(spec).name

@@ -1,4 +1,4 @@
-"""How close an export is to the original model: rows, zero-shot predictions, size and speed."""
+"""How close an export is to the original model (rows, zero-shot predictions, size, speed), and how close it must be."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Any
 import torch
 
 from clipcid_cli.algorithms.metrics.parity import RowDifference, compare_rows
+from clipcid_cli.algorithms.metrics.zeroshot import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.towers import Encode, ImageTower, TextTower
-from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.runtime.models.towers import DenseImageTower, Encode, ImageTower, TextTower
+from clipcid_cli.runtime.timing import Trial, time_trial
 from clipcid_cli.steps.export.check_inputs import NUM_COMPARED_ROWS, CheckInputs
-from clipcid_cli.steps.export.classes import encode_candidates
+from clipcid_cli.steps.settings.export import ExportSettings
 
 # One sample, two, an odd number, and more than a vector register holds.
 BATCH_SIZES = (1, 2, 5, NUM_COMPARED_ROWS)
-_BATCH = 32
+_IMAGE_BATCH, _TEXT_BATCH = 32, 64
 
 # Largest differences allowed on unit rows. fp32: the order of summation. fp16, bf16: weights rounded to 11 or 8 bits in
 # every layer. int8: only what is broken; its limit is the measured loss of accuracy.
@@ -32,170 +33,179 @@ LIMITS = {
     "bf16": RowDifference(max_difference=2e-2, min_cosine=0.999),
     "int8": RowDifference(max_difference=math.inf, min_cosine=0.9),
 }
+# Largest difference allowed of a classifier's cosine of image and class. fp32: about one byte in 10,000 is resized to a
+# neighbouring value. int8 is judged by its predictions.
+_COSINE_LIMITS = {"fp32": 1e-3, "fp16": 5e-3, "int8": math.inf}
 
 # Outputs that are compared row by row, by their names in `parity.json`.
-_PARTS = {"image": "the image encoder", "text": "the text encoder", "dense": "the patches"}
-
-
-@dataclasses.dataclass(frozen=True)
-class ZeroshotPredictions:
-    """What a model predicts for all images.
-
-    Attributes:
-        predicted: The most similar candidate of each image, int64 [N]; None where there are no candidates.
-        images_per_second: Of the image tower, from prepared pixels, at batches of 32; the median batch's.
-    """
-
-    predicted: torch.Tensor | None
-    images_per_second: float
+_OUTPUTS = {"image": "the image encoder", "text": "the text encoder", "dense": "the patches"}
 
 
 class Checker:
     """Compares exports with the original model, in fp32 on the CPU.
 
     Args:
-        model: The model in PyTorch, on the CPU.
-        max_difference: Limit of ``--max-difference`` on entries, for all but int8.
-        max_drop: Largest loss of accuracy of a quantized variant.
+        model: On the CPU.
+        inputs: What both are run on.
+        settings: The limits, and whether patches are compared.
     """
 
-    def __init__(self, model: ClipModel, inputs: CheckInputs, max_difference: float | None, max_drop: float) -> None:
-        self.model, self.inputs = model, inputs
-        self.max_difference, self.max_drop = max_difference, max_drop
+    def __init__(self, model: ClipModel, inputs: CheckInputs, settings: ExportSettings) -> None:
+        self.model, self.inputs, self.settings = model, inputs, settings
+        self.tokens = model.tokenizer(inputs.texts)
         self.references: dict[str, Encode] = {"image": ImageTower(model.module), "text": TextTower(model.module)}
+        if settings.dense:
+            tower = DenseImageTower(model.module).eval()
+            self.references["dense"] = lambda pixels: tower(pixels)[1]
 
     @cached_property
-    def reference(self) -> ZeroshotPredictions:
-        """The original model's predictions."""
-        return self.predict(self.references["image"], self.references["text"])
+    def expected(self) -> Trial[torch.Tensor | None]:
+        """The original model's predictions, and the seconds it takes for an image."""
+        return self._predict(self.references)
 
     def limit(self, kind: str) -> RowDifference:
-        """Return the largest difference allowed for a number format."""
+        """Return the largest difference allowed for a number format; ``--max-difference`` is of all but int8."""
         limit = LIMITS[kind]
-        if self.max_difference is not None and kind != "int8":
-            limit = dataclasses.replace(limit, max_difference=self.max_difference)
+        if self.settings.max_difference is not None and kind != "int8":
+            limit = dataclasses.replace(limit, max_difference=self.settings.max_difference)
         return limit
 
     def check(
-        self, name: str, kind: str, towers: Mapping[str, Encode], files: Sequence[Path], *, quantized: bool = False
+        self, name: str, kind: str, encoders: Mapping[str, Encode], files: Sequence[Path], *, gated: bool = False
     ) -> dict[str, Any]:
-        """Compare both towers of an export with the model's.
+        """Compare an export with the model, and raise when a difference is over its limit.
 
         Args:
             name: Name of the export in `parity.json`, for errors.
             kind: Number format of its weights, which determines the limits.
-            towers: ``image`` and ``text``.
+            encoders: ``image`` and ``text``, and ``dense`` where it gives patches.
             files: Its weights, whose size is reported.
-            quantized: Whether a loss of accuracy over the limit is an error.
+            gated: Whether a loss of accuracy over the limit is an error.
 
         Returns:
-            ``precision, bytes, images_per_second, zeroshot``, and for each tower ``batch_sizes, samples, max_difference,
+            ``precision, bytes, images_per_second, zeroshot``, and for each encoder ``batch_sizes, samples, max_difference,
             min_cosine``.
-
-        Raises:
-            ClipcidError: when a difference or the loss is over its limit; says which, and by how much.
         """
-        found: dict[str, Any] = {"precision": kind}
-        found |= {tower: self._check_rows(name, kind, tower, encode) for tower, encode in towers.items()}
-        predictions = self.predict(towers["image"], towers["text"])
-        found["bytes"] = sum(path.stat().st_size for path in files)
-        found["images_per_second"] = round(predictions.images_per_second, 2)
-        found["zeroshot"] = self.compare_predictions(name, predictions.predicted, gated=quantized)
+        predictions = self._predict(encoders)
+        found = {
+            "precision": kind,
+            **{output: self._compare_rows(name, output, encode) for output, encode in encoders.items()},
+            "bytes": sum(path.stat().st_size for path in files),
+            "images_per_second": round(1 / predictions.seconds, 2),
+            "zeroshot": self.compare_predictions(predictions.result, gated=gated),
+        }
+        self.validate(name, found)
         return found
 
-    def _check_rows(self, name: str, kind: str, tower: str, encode: Encode) -> dict[str, Any]:
-        samples = self.inputs.row_pixels(self.model) if tower == "image" else self.inputs.tokens
+    def _compare_rows(self, name: str, output: str, encode: Encode) -> dict[str, Any]:
+        samples = self.tokens if output == "text" else self.inputs.row_pixels(self.model)
         difference = RowDifference()
         with torch.inference_mode():
             for size in BATCH_SIZES:
                 for batch in samples.split(size):  # type: ignore[no-untyped-call]  # torch leaves split untyped
-                    difference = difference.merge(compare_rows(self.references[tower](batch), encode(batch)))
-        self.require_close(f"{name}: {_PARTS[tower]}", kind, difference)
-        return {"batch_sizes": list(BATCH_SIZES), "samples": len(samples), **dataclasses.asdict(difference)}
+                    ours, theirs = self.references[output](batch), encode(batch)
+                    if ours.shape != theirs.shape:
+                        raise ClipcidError(
+                            f"{name}: {_OUTPUTS[output]} have shape {list(theirs.shape)}, PyTorch's {list(ours.shape)}."
+                        )
+                    # Rows are of unit length, patches of a length that varies with the model.
+                    longest = ours.norm(dim=-1).amax()
+                    difference = difference.merge(
+                        compare_rows((ours / longest).flatten(0, -2), (theirs / longest).flatten(0, -2))
+                    )
+        found = {"batch_sizes": list(BATCH_SIZES), "samples": len(samples), **dataclasses.asdict(difference)}
+        return found if ours.ndim == 2 else found | {"shape": ["batch", *ours.shape[1:]]}
 
-    def require_close(self, what: str, kind: str, difference: RowDifference) -> None:
-        """Raise when a difference is over the limit of its number format."""
-        limit = self.limit(kind)
-        if difference.within(limit):
-            return
-        allowed = f" (allowed {limit.max_difference:.0e})" if math.isfinite(limit.max_difference) else ""
-        raise ClipcidError(
-            f"{what} differs from {self.model.info.spec} by up to {difference.max_difference:.2e}{allowed}, cosine down to "
-            f"{difference.min_cosine:.7f} (allowed {limit.min_cosine}). Nothing was written.",
-            "Omit this number format, or allow more with --max-difference."
-            if kind != "fp32"
-            else "Allow more with --max-difference, or check the model: its values may overflow.",
-        )
+    def _predict(self, encoders: Mapping[str, Encode]) -> Trial[torch.Tensor | None]:
+        """Embed all images and, where there are candidates, find the most similar one of each.
 
-    def predict(self, image: Encode, text: Encode) -> ZeroshotPredictions:
-        """Embed all images and, where there are candidates, find the most similar one of each."""
+        Returns:
+            The numbers of the candidates, int64 [N], and the median batch's seconds for an image, from prepared pixels.
+        """
         rows, seconds = [], []
         count = len(self.inputs.images)
         with torch.inference_mode():
-            image(self.inputs.pixels(self.model, 0, min(_BATCH, count)))  # the first batch also pays for buffers
-            for start in range(0, count, _BATCH):
-                pixels = self.inputs.pixels(self.model, start, min(start + _BATCH, count))
-                trial = time_trial(partial(image, pixels), warm_up=0)
+            encoders["image"](self.inputs.pixels(self.model, 0, _IMAGE_BATCH))  # also pays for buffers
+            for start in range(0, count, _IMAGE_BATCH):
+                pixels = self.inputs.pixels(self.model, start, start + _IMAGE_BATCH)
+                trial = time_trial(partial(encoders["image"], pixels), warm_up=0)
                 rows.append(trial.result)
                 seconds.append(trial.seconds / len(pixels))
-            candidates = self.inputs.candidates
-            predicted = None
-            if candidates is not None:
-                weights = encode_candidates(candidates.prompts, self.model.tokenizer, text)
-                predicted = (torch.cat(rows) @ weights.T).argmax(dim=1)
-        return ZeroshotPredictions(predicted, 1 / statistics.median(seconds))
+        nearest = None
+        if self.inputs.candidates is not None:
+            weights = self.encode_candidates(self.inputs.candidates.prompts, encoders["text"])
+            nearest = (torch.cat(rows) @ weights.T).argmax(dim=1)
+        return Trial(statistics.median(seconds), nearest)
 
-    def compare_predictions(self, name: str, predicted: torch.Tensor | None, *, gated: bool) -> dict[str, Any] | None:
+    def encode_candidates(self, prompts: Sequence[Sequence[str]], encode: Encode) -> torch.Tensor:
+        """Embed T texts of each of C classes or captions.
+
+        Returns:
+            Their weights, float32 [C, D], unit rows.
+        """
+        texts = [text for texts in prompts for text in texts]
+        batches = (texts[start : start + _TEXT_BATCH] for start in range(0, len(texts), _TEXT_BATCH))
+        with torch.inference_mode():
+            rows = torch.cat([encode(self.model.tokenizer(batch)) for batch in batches])
+        return class_weights(rows.float().view(len(prompts), len(prompts[0]), -1))
+
+    def compare_predictions(self, nearest: torch.Tensor | None, *, gated: bool) -> dict[str, Any] | None:
         """Compare an export's predictions with the model's.
 
         Args:
-            name: Name of the export in `parity.json`, for the error.
-            predicted: The most similar candidate of each image, int64 [N].
+            nearest: The most similar candidate of each image, int64 [N].
             gated: Whether a loss over the limit is an error.
 
         Returns:
             ``measure, images, candidates, agreement, value, pytorch, drop, gated``; None where there is nothing to compare.
         """
-        candidates, reference = self.inputs.candidates, self.reference.predicted
-        if candidates is None or predicted is None or reference is None:
+        candidates, expected = self.inputs.candidates, self.expected.result
+        if candidates is None or nearest is None or expected is None:
             return None
-        value, before = (float((side == candidates.labels).double().mean()) for side in (predicted, reference))
-        found = {
+        value, before = (float((side == candidates.labels).double().mean()) for side in (nearest, expected))
+        return {
             "measure": candidates.measure,
-            "images": len(predicted),
+            "images": len(nearest),
             "candidates": len(candidates.prompts),
-            "agreement": float((predicted == reference).double().mean()),
+            "agreement": float((nearest == expected).double().mean()),
             "value": value,
             "pytorch": before,
             "drop": before - value,
             "gated": gated,
         }
-        self._require_accuracy(name, found)
-        return found
 
-    def _require_accuracy(self, name: str, found: Mapping[str, Any]) -> None:
-        """Raise when the loss of a gated export, as `compare_predictions` found it, is over the limit."""
-        if found["gated"] and found["drop"] > self.max_drop:
+    def validate(self, name: str, found: Mapping[str, Any]) -> None:
+        """Raise when what was measured of an export, in this run or an earlier one, is over a limit of this run.
+
+        Args:
+            found: Its entry in `parity.json`.
+        """
+        kind, spec = found["precision"], self.model.info.spec
+        limit = self.limit(kind)
+        for output in [name for name in _OUTPUTS if name in found]:
+            difference = RowDifference(found[output]["max_difference"], found[output]["min_cosine"])
+            if difference.within(limit):
+                continue
+            allowed = f" (allowed {limit.max_difference:.0e})" if math.isfinite(limit.max_difference) else ""
             raise ClipcidError(
-                f"{name}: {found['measure']} falls from {found['pytorch']:.4f} to {found['value']:.4f} on "
-                f"{found['images']:,} images, by {100 * found['drop']:.2f} points (allowed {100 * self.max_drop:.2f}). "
+                f"{name}: {_OUTPUTS[output]} differs from {spec} by up to {difference.max_difference:.2e}{allowed}, cosine "
+                f"down to {difference.min_cosine:.7f} (allowed {limit.min_cosine}). Nothing was written.",
+                "Omit this number format, or allow more with --max-difference."
+                if kind != "fp32"
+                else "Allow more with --max-difference, or check the model: its values may overflow.",
+            )
+        cosine = found.get("max_cosine_difference", 0.0)
+        if not cosine <= _COSINE_LIMITS.get(kind, 0.0):  # nor when it is no number
+            raise ClipcidError(
+                f"{name}: a cosine of image and class differs by {cosine:.2e} from {spec} (allowed "
+                f"{_COSINE_LIMITS[kind]:.0e}). Nothing was written.",
+                "Omit --classnames." if kind == "fp32" else f"Omit --quantize {kind}.",
+            )
+        zeroshot, max_drop = found["zeroshot"], self.settings.max_accuracy_drop
+        if zeroshot is not None and zeroshot["gated"] and zeroshot["drop"] > max_drop:
+            raise ClipcidError(
+                f"{name}: {zeroshot['measure']} falls from {zeroshot['pytorch']:.4f} to {zeroshot['value']:.4f} on "
+                f"{zeroshot['images']:,} images, by {100 * zeroshot['drop']:.2f} points (allowed {100 * max_drop:.2f}). "
                 "Nothing was written.",
                 "Omit this number format from --quantize, or allow more with --max-accuracy-drop.",
             )
-
-    def require_limits(self, parity: Mapping[str, Any]) -> None:
-        """Apply the limits of this run to what an earlier run measured.
-
-        Args:
-            parity: Entry ``parity`` of `parity.json`.
-
-        Raises:
-            ClipcidError: when a difference or the loss is over its limit.
-        """
-        for name, found in parity.items():
-            for part, words in _PARTS.items():
-                if part in found:
-                    difference = RowDifference(found[part]["max_difference"], found[part]["min_cosine"])
-                    self.require_close(f"{name}: {words}", found["precision"], difference)
-            if found["zeroshot"] is not None:
-                self._require_accuracy(name, found["zeroshot"])

@@ -20,15 +20,13 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, decode_image, read_image
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
-from clipcid_cli.steps.export.classes import Classes, label_samples
+from clipcid_cli.steps.export.classes import CandidateTexts, Classes, find_candidates
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 
 # Images, and texts, whose rows are compared at each batch size; zero-shot predictions are compared on all images.
 NUM_COMPARED_ROWS = 16
 
-# The share of images that find their own text: among the classes, or among the captions of all images.
-ACCURACY, RECALL = "acc1", "text_retrieval_recall@1"
 _FEW_IMAGES, _MANY_IMAGES = 64, 1000
 
 SENTENCES = (
@@ -44,42 +42,23 @@ SENTENCES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class CandidateTexts:
-    """Texts among which each image finds its own: the classes, or the captions of all images.
-
-    Attributes:
-        measure: `ACCURACY` or `RECALL`.
-        prompts: Texts of each candidate, C × T.
-        labels: The right candidate of each image, int64 [N].
-    """
-
-    measure: str
-    prompts: tuple[tuple[str, ...], ...]
-    labels: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
 class CheckInputs:
     """What both models are compared on.
 
     Attributes:
         openers: Each decodes one image, RGB.
         images: The same after the model's resize and crop, uint8 [N, H, W, 3].
-        tokens: Texts whose rows are compared, int64 [NUM_COMPARED_ROWS, L].
-        texts: The same as text.
+        texts: Those whose rows are compared, `NUM_COMPARED_ROWS`.
         candidates: Texts the images are matched with; None where they have neither class nor caption.
         source: Where they come from, for `parity.json`.
-        unnamed_classes: Whether the images have classes whose names are unknown.
         skips: Images that could not be read.
     """
 
     openers: list[Callable[[], Image.Image]]
     images: torch.Tensor
-    tokens: torch.Tensor
     texts: list[str]
     candidates: CandidateTexts | None
     source: str
-    unnamed_classes: bool
     skips: Skips
 
     def fingerprint(self) -> FileRecord:
@@ -107,54 +86,44 @@ def make_check_inputs(
     """Collect inputs: from ``--data``, else from the work directory's data, else drawn patterns and shipped sentences.
 
     Args:
-        model: Its transform and tokenizer prepare them.
+        model: Its transform prepares them.
         settings: Which data, and how many images of it.
         classes: Classes of ``--classnames``, which labels then index; else those of the data, where it has any.
-
-    Raises:
-        ClipcidError: when ``--data`` cannot be read, holds no readable image or too many unreadable ones, or has labels
-            without a class.
     """
     dataset = find_data(settings)
     limit = settings.check_images or (_MANY_IMAGES if settings.data is not None or settings.quantize else _FEW_IMAGES)
     skips = Skips()
-    samples, openers, images = _read(dataset, limit, model, skips) if dataset is not None else ([], [], [])
+    samples, images = _read(dataset, limit, model, skips) if dataset is not None else ([], [])
+    openers: list[Callable[[], Image.Image]] = [partial(_decode, sample) for sample in samples]
     if settings.data is not None:
         # Without --data it is what was embedded, which was held to this limit then.
         skips.check(len(images) + skips.total, settings.max_bad_fraction, settings.data)
-    if skips.total and dataset is not None:
-        reporter.warn(f"{skips.total:,} images of {dataset.spec} were skipped:\n{skips.describe()}")
-    if not images:
-        if settings.data is not None:
+        if not images:
             raise ClipcidError(f"--data {settings.data} holds no readable image.", "Give other data with --data.")
+    if dataset is not None and skips.total:
+        reporter.warn(f"{skips.total:,} images of {dataset.spec} were skipped:\n{skips.describe()}")
+    if dataset is not None and images:
+        source = dataset.spec
+        candidates = find_candidates(samples, dataset, settings.data, classes)
+    else:
+        source = "drawn patterns and shipped sentences"
+        candidates = None
         openers = [partial(_draw_pattern, number) for number in range(NUM_COMPARED_ROWS)]
         images = [model.pixel_transform()(opener()) for opener in openers]
-        source = "drawn patterns and shipped sentences"
-    else:
-        assert dataset is not None
-        source = dataset.spec
     reporter.note(f"Comparing on {len(images):,} images: {source}.")
-    candidates = _find_candidates(samples, dataset, settings, classes) if dataset is not None else None
     captions = [sample.captions[0] for sample in samples[: NUM_COMPARED_ROWS // 2] if sample.captions]
-    texts = list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), NUM_COMPARED_ROWS))
     return CheckInputs(
         openers,
         torch.stack(images),
-        model.tokenizer(texts),
-        texts,
+        list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), NUM_COMPARED_ROWS)),
         candidates,
         source,
-        unnamed_classes=candidates is None and bool(samples) and all(sample.label is not None for sample in samples),
-        skips=skips,
+        skips,
     )
 
 
 def find_data(settings: ExportSettings) -> Dataset | None:
-    """Open ``--data``, else the work directory's data; None where there is none.
-
-    Raises:
-        ClipcidError: when ``--data`` cannot be read.
-    """
+    """Open ``--data``, else the work directory's data; None where there is none."""
     if settings.data is not None:
         try:
             return open_dataset(find_benchmark_folder(settings.data).data)
@@ -168,32 +137,10 @@ def find_data(settings: ExportSettings) -> Dataset | None:
         return None
 
 
-def _find_candidates(
-    samples: list[Sample], dataset: Dataset, settings: ExportSettings, classes: Classes | None
-) -> CandidateTexts | None:
-    labelled = label_samples(samples, dataset, settings.data, classes)
-    if labelled is not None:
-        found, labels = labelled
-        prompts = tuple(found.prompts(name) for name in found.names)
-        return CandidateTexts(ACCURACY, prompts, labels)
-    captions = [sample.captions[0] for sample in samples if sample.captions]
-    if len(captions) < len(samples) or not captions:
-        return None
-    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    labels = torch.tensor([numbers[caption] for caption in captions])
-    return CandidateTexts(RECALL, tuple((caption,) for caption in numbers), labels)
-
-
-def _read(
-    dataset: Dataset, limit: int, model: ClipModel, skips: Skips
-) -> tuple[list[Sample], list[Callable[[], Image.Image]], list[torch.Tensor]]:
-    """Read up to `limit` images; of labelled data evenly spaced ones, since it is often sorted by class.
-
-    Those that cannot be read are counted in `skips`.
-    """
+def _read(dataset: Dataset, limit: int, model: ClipModel, skips: Skips) -> tuple[list[Sample], list[torch.Tensor]]:
+    """Read up to `limit` images and count in `skips` those that cannot be read."""
     transform = model.pixel_transform()
     samples: list[Sample] = []
-    openers: list[Callable[[], Image.Image]] = []
     images: list[torch.Tensor] = []
     for sample in _choose(dataset, limit):
         image = read_image(sample.image)
@@ -202,21 +149,21 @@ def _read(
             continue
         images.append(transform(image))
         samples.append(sample)
-        openers.append(partial(_decode, sample))
         if len(images) == limit:
             break
-    return samples, openers, images
+    return samples, images
 
 
 def _choose(dataset: Dataset, limit: int) -> Iterator[Sample]:
-    everything = (sample.without_data() for shard in dataset.shards for sample in shard.stream())
-    first = next(everything, None)
+    """Yield all samples, or, of labelled data, evenly spaced ones, since it is often sorted by class."""
+    samples = (sample.without_data() for shard in dataset.shards for sample in shard.stream())
+    first = next(samples, None)
     if first is None:
         return
     if first.label is None:
-        yield from itertools.chain([first], everything)
+        yield from itertools.chain([first], samples)
         return
-    listed = [first, *everything]
+    listed = [first, *samples]
     taken = min(limit, len(listed))
     yield from (listed[number * len(listed) // taken] for number in range(taken))
 

@@ -1,4 +1,4 @@
-"""Classes of `export`: those of the classifier, and those by which zero-shot predictions are compared."""
+"""Texts that `export` matches images with: classes of the classifier; classes or captions that measure its accuracy."""
 
 from __future__ import annotations
 
@@ -8,43 +8,32 @@ from pathlib import Path
 
 import torch
 
-from clipcid_cli.algorithms.metrics.zeroshot import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import CLASS_NAMES, find_benchmark_folder
 from clipcid_cli.formats.data.class_files import DEFAULT_TEMPLATES, fill_template, read_class_names, read_templates
 from clipcid_cli.formats.data.dataset import Dataset, Sample
-from clipcid_cli.runtime.models.tokenizer import Tokenizer
-from clipcid_cli.runtime.models.towers import Encode
 from clipcid_cli.steps.class_names import match_class_names, plain_name
 from clipcid_cli.steps.settings.export import ExportSettings
 
-_BATCH = 64
+# The share of images that find their own text: among the classes, or among the captions of all images.
+ACCURACY, RECALL = "acc1", "text_retrieval_recall@1"
 
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """Classes and their prompt templates.
-
-    Attributes:
-        names: Names in order of the labels.
-        files: Files they were read from.
-    """
+    """Class names in order of their labels, their prompt templates, and the files both were read from."""
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
-    files: tuple[Path, ...]
+    files: tuple[Path, ...] = ()
 
-    def prompts(self, name: str) -> tuple[str, ...]:
-        """Return the prompts of one class."""
-        return tuple(fill_template(template, name) for template in self.templates)
+    def prompts(self) -> tuple[tuple[str, ...], ...]:
+        """Return the prompts of each class, C × T."""
+        return tuple(tuple(fill_template(template, name) for template in self.templates) for name in self.names)
 
 
 def read_classes(settings: ExportSettings) -> Classes | None:
-    """Read the classes of ``--classnames``; None without it.
-
-    Raises:
-        ClipcidError: when a file is missing or malformed.
-    """
+    """Read the classes of ``--classnames``; None without it."""
     if settings.classnames is None:
         return None
     names, templates = settings.classnames, settings.templates
@@ -57,60 +46,70 @@ def read_classes(settings: ExportSettings) -> Classes | None:
 
 
 def _read(names: Path, templates: Path | None) -> Classes:
-    read = read_templates(templates) if templates is not None else DEFAULT_TEMPLATES
-    return Classes(read_class_names(names), read, (names,) if templates is None else (names, templates))
+    if templates is None:
+        return Classes(read_class_names(names), DEFAULT_TEMPLATES, (names,))
+    return Classes(read_class_names(names), read_templates(templates), (names, templates))
 
 
-def label_samples(
+@dataclasses.dataclass(frozen=True)
+class CandidateTexts:
+    """Texts among which each image finds its own: the classes, or the captions of all images.
+
+    Attributes:
+        measure: `ACCURACY` or `RECALL`.
+        prompts: Texts of each candidate, C × T.
+        labels: The right candidate of each image, int64 [N].
+    """
+
+    measure: str
+    prompts: tuple[tuple[str, ...], ...]
+    labels: torch.Tensor
+
+
+def find_candidates(
     samples: Sequence[Sample], dataset: Dataset, spec: str | None, classes: Classes | None
-) -> tuple[Classes, torch.Tensor] | None:
-    """Find the classes of a data set and the label of each sample.
+) -> CandidateTexts | None:
+    """Find what the images are matched with: their classes, where these have names, else their captions.
 
     Args:
-        dataset: The data set the samples belong to.
+        samples: Those that are compared, of `dataset`.
         spec: The data set as named on the command line, where its own text files are looked for.
         classes: Classes of ``--classnames``; None takes the data set's own.
 
     Returns:
-        The classes and int64 [N]; None when the data set has no classes, or no names for them.
-
-    Raises:
-        ClipcidError: when a label has no class, or class folders do not match the names.
+        None where the images have neither.
     """
-    labels = [sample.label for sample in samples]
-    if not labels or None in labels:
-        return None
-    if classes is None and spec is not None:
-        folder = find_benchmark_folder(spec)
-        classes = _read(folder.class_names, folder.templates) if folder.class_names is not None else None
     if classes is None:
-        if dataset.classes is None:
-            return None
-        classes = Classes(tuple(plain_name(name) for name in dataset.classes), DEFAULT_TEMPLATES, ())
-    numbers = torch.tensor(labels)
+        classes = _own_classes(dataset, spec)
+    labels = [sample.label for sample in samples]
+    if classes is not None and None not in labels:
+        return CandidateTexts(ACCURACY, classes.prompts(), _match_labels(samples, dataset, classes))
+    captions = [sample.captions[0] for sample in samples if sample.captions]
+    if len(captions) < len(samples):
+        return None
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    places = torch.tensor([numbers[caption] for caption in captions])
+    return CandidateTexts(RECALL, tuple((caption,) for caption in numbers), places)
+
+
+def _own_classes(dataset: Dataset, spec: str | None) -> Classes | None:
+    folder = find_benchmark_folder(spec) if spec is not None else None
+    if folder is not None and folder.class_names is not None:
+        return _read(folder.class_names, folder.templates)
+    if dataset.classes is None:
+        return None
+    return Classes(tuple(plain_name(name) for name in dataset.classes), DEFAULT_TEMPLATES)
+
+
+def _match_labels(samples: Sequence[Sample], dataset: Dataset, classes: Classes) -> torch.Tensor:
+    labels = torch.tensor([sample.label for sample in samples])
     if dataset.classes is not None:
-        numbers = torch.tensor(match_class_names(classes.names, dataset.classes).labels)[numbers]
-    if int(numbers.max()) >= len(classes.names) or int(numbers.min()) < 0:
-        wrong = next(index for index, number in enumerate(numbers.tolist()) if not 0 <= number < len(classes.names))
-        raise ClipcidError(
-            f"{dataset.spec}: sample {samples[wrong].key} has class {int(numbers[wrong])}, and there are "
-            f"{len(classes.names)} class names (0 … {len(classes.names) - 1}).",
-            "Give the matching list of class names with --classnames, or other data with --data.",
-        )
-    return classes, numbers
-
-
-def encode_candidates(prompts: Sequence[Sequence[str]], tokenizer: Tokenizer, encode: Encode) -> torch.Tensor:
-    """Embed classes or captions.
-
-    Args:
-        prompts: T texts of each of C candidates.
-        tokenizer: Texts to int64 [B, L].
-        encode: Tokens to unit rows [B, D].
-
-    Returns:
-        Their weights, float32 [C, D], unit rows.
-    """
-    texts = [text for texts in prompts for text in texts]
-    rows = [encode(tokenizer(texts[start : start + _BATCH])) for start in range(0, len(texts), _BATCH)]
-    return class_weights(torch.cat(rows).float().view(len(prompts), len(prompts[0]), -1))
+        labels = torch.tensor(match_class_names(classes.names, dataset.classes).labels)[labels]
+    for sample, label in zip(samples, labels.tolist(), strict=True):
+        if not 0 <= label < len(classes.names):
+            raise ClipcidError(
+                f"{dataset.spec}: sample {sample.key} has class {label}, and there are {len(classes.names)} class names "
+                f"(0 … {len(classes.names) - 1}).",
+                "Give the matching list of class names with --classnames, or other data with --data.",
+            )
+    return labels

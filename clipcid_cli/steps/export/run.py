@@ -13,7 +13,8 @@ import torch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record, refuse_changed
-from clipcid_cli.formats.models.export_folder import CARD, PARITY, refuse_foreign_folder
+from clipcid_cli.formats.models.export_folder import CARD, PARITY, refuse_foreign_folder, sync_files
+from clipcid_cli.formats.models.hf_folder import check_hf_expressible
 from clipcid_cli.formats.models.model_card import render_card
 from clipcid_cli.formats.models.onnx_file import check_onnx_installed
 from clipcid_cli.formats.output import is_claimed, open_output
@@ -21,21 +22,19 @@ from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.hf_model import check_transformers_installed
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.export.card import describe_export
 from clipcid_cli.steps.export.check import LIMITS, Checker
 from clipcid_cli.steps.export.check_inputs import find_data, make_check_inputs
 from clipcid_cli.steps.export.classes import Classes, read_classes
-from clipcid_cli.steps.export.folders import ExportOptions, describe_hf, write_hf, write_open_clip
+from clipcid_cli.steps.export.folders import write_hf, write_open_clip
 from clipcid_cli.steps.export.onnx import check_measurable, check_onnx_expressible, write_onnx_files
 from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.fields import output_settings
-
-_WRITERS = {"open-clip": write_open_clip, "hf": write_hf, "onnx": write_onnx_files}
 
 
 def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
@@ -44,10 +43,6 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
     Returns:
         The JSON object: ``model, files{}, parity{export: {precision, image, text, bytes, images_per_second, zeroshot}},
         seconds{}``.
-
-    Raises:
-        ClipcidError: when the model cannot be loaded or expressed in a format, an export differs too much, or the folder
-            holds the model itself or other files.
     """
     source = choose_model(settings.model, settings.work, reporter)
     if settings.ema:
@@ -58,7 +53,11 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
     if "hf" in settings.format:
         check_transformers_installed()
     classes = read_classes(settings)
-    _refuse_own_folder(source, folder)
+    if source.path is not None and folder.resolve() == source.path.resolve():
+        raise ClipcidError(
+            f"Model {source.spec} is the folder {folder}, so its export would overwrite it.",
+            "Give another folder with --out.",
+        )
     refuse_foreign_folder(folder, settings.format, overwrite=settings.overwrite)
     if settings.dry_run:
         find_data(settings)
@@ -75,11 +74,7 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
 
 
 def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
-    """Find the model with averaged weights of a student's run.
-
-    Raises:
-        ClipcidError: when there is none, or the model is no student of a run.
-    """
+    """Find the model with averaged weights of a student's run."""
     fix = "Train with clipcid distill --ema DECAY, such as 0.999, or omit --ema."
     folder = None if student.path is None else student.path.resolve()
     if folder is None or not is_claimed(folder.parent, "distill"):
@@ -114,64 +109,59 @@ def _export_name(source: ModelName) -> str:
     return path.parent.name + path.name.removeprefix("student")
 
 
-def _refuse_own_folder(source: ModelName, folder: Path) -> None:
-    """Refuse to overwrite the model that is exported."""
-    if source.path is not None and folder.resolve() == source.path.resolve():
-        raise ClipcidError(
-            f"Model {source.spec} is the folder {folder}, so its export would overwrite it.",
-            "Give another folder with --out.",
-        )
-
-
 def _export(
     source: ModelName, folder: Path, settings: ExportSettings, classes: Classes | None, reporter: Reporter
 ) -> ExportSidecar:
     started = time.perf_counter()
     model = load_model(source, torch.device("cpu"))
     seconds = {"load": time.perf_counter() - started}
-    options = ExportOptions(
-        settings.stored_precision, settings.onnx_opset, settings.quantize, settings.dense, classes, source.path
-    )
     # Refuse what a format cannot express before anything is read or written.
     if "hf" in settings.format:
-        describe_hf(model)
+        check_hf_expressible(model.info.config, model.info.preprocess, model.info.tokenizer)
     if "onnx" in settings.format:
-        check_onnx_expressible(model, options)
+        check_onnx_expressible(model, settings)
     identity = output_settings(settings) | {
         "model": model.info.slug,
         "format": sorted(settings.format),
         "quantize": sorted(settings.quantize),
-        "opset": options.opset,
-        "precision": options.precision,
+        "opset": settings.onnx_opset,
+        "precision": settings.stored_precision,
     }
     inputs = [FileRecord(model.info.spec, model.info.parameters, model.info.weights_hash)]
     inputs += [record(file) for file in classes.files] if classes is not None else []
     compared = make_check_inputs(model, settings, classes, reporter)
-    check_measurable(compared, options, settings.max_accuracy_drop, reporter)
-    checker = Checker(model, compared, settings.max_difference, settings.max_accuracy_drop)
+    check_measurable(compared, settings, reporter)
     inputs.append(compared.fingerprint())
+    checker = Checker(model, compared, settings)
     wanted: dict[str, Any] = {"settings": identity, "inputs": inputs, "overwrite": settings.overwrite}
     with open_output(folder, "export", ExportSidecar, **wanted, resumes=False) as output:
         if output.finished is not None and all((folder / name).exists() for name in output.finished.written):
             # Limits do not change the content, so an existing export is checked against those of this run.
-            checker.require_limits(output.finished.parity)
+            for name, found in output.finished.parity.items():
+                checker.validate(name, found)
             reporter.note(f"{folder} already holds this export.")
             return output.finished
         output.start()
         parity: dict[str, Any] = {}
-        for format_name in settings.format:
-            reporter.note(f"Writing {format_name} and comparing it with {source.spec} …")
+        for form in settings.format:
+            reporter.note(f"Writing {form} and comparing it with {source.spec} …")
             started = time.perf_counter()
-            parity |= _WRITERS[format_name](model, output.work, checker, options)
-            seconds[format_name] = time.perf_counter() - started
-        write_json(output.work / PARITY, _describe_parity(model, checker, parity))
+            if form == "open-clip":
+                parity |= write_open_clip(checker, output.work)
+            elif form == "hf":
+                parity |= write_hf(checker, output.work)
+            else:
+                parity |= write_onnx_files(checker, output.work, classes)
+            seconds[form] = time.perf_counter() - started
+        write_json(output.work / PARITY, _describe_parity(checker, parity))
         card = describe_export(model.info, source, settings, parity)
         written = sorted(path.name for path in output.work.iterdir() if not path.name.startswith("."))
         write_text(output.work / CARD, render_card(card, written))
+        sync_files(output.work)
         return output.commit(
             counts={
                 "images": len(compared.images),
-                "texts": len(compared.tokens),
+                "texts": len(compared.texts),
                 "skipped": dict(sorted(compared.skips.counts.items())),
             },
             seconds=seconds,
@@ -182,25 +172,29 @@ def _export(
         )
 
 
-def _describe_parity(model: ClipModel, checker: Checker, parity: dict[str, Any]) -> dict[str, Any]:
+def _describe_parity(checker: Checker, parity: dict[str, Any]) -> dict[str, Any]:
     """Return the content of `parity.json`: the reference, the limits, and what was measured."""
-    tensors = model.module.state_dict().values()
-    reference = {
-        "model": model.info.spec,
-        "weights_hash": model.info.weights_hash,
-        "engine": f"PyTorch {torch.__version__}",
-        "precision": "fp32",
-        "threads": torch.get_num_threads(),
-        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        "images_per_second": round(checker.reference.images_per_second, 2),
-        "inputs": checker.inputs.source,
-        "images": len(checker.inputs.images),
-    }
-    limits = {kind: dataclasses.asdict(checker.limit(kind)) for kind in LIMITS}
-    for limit in limits.values():
-        limit["max_difference"] = limit["max_difference"] if math.isfinite(limit["max_difference"]) else None
+    info = checker.model.info
+    limits = {kind: checker.limit(kind) for kind in LIMITS}
     return {
-        "reference": reference,
-        "allowed": limits | {"max_accuracy_drop": checker.max_drop},
+        "reference": {
+            "model": info.spec,
+            "weights_hash": info.weights_hash,
+            "engine": f"PyTorch {torch.__version__}",
+            "precision": "fp32",
+            "threads": torch.get_num_threads(),
+            "bytes": sum(tensor.nbytes for tensor in checker.model.module.state_dict().values()),
+            "images_per_second": round(1 / checker.expected.seconds, 2),
+            "inputs": checker.inputs.source,
+            "images": len(checker.inputs.images),
+        },
+        "allowed": {
+            kind: {
+                "max_difference": limit.max_difference if math.isfinite(limit.max_difference) else None,
+                "min_cosine": limit.min_cosine,
+            }
+            for kind, limit in limits.items()
+        }
+        | {"max_accuracy_drop": checker.settings.max_accuracy_drop},
         "parity": parity,
     }

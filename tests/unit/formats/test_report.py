@@ -13,7 +13,7 @@ import pytest
 from clipcid_cli.formats.report import make_figure, svg
 
 TEMPLATES = Path(__file__).parents[3] / "clipcid_cli" / "formats" / "templates"
-PAGES = sorted(path.name for path in TEMPLATES.glob("*.html") if path.name != "base.html")
+PAGES = sorted(path.name for path in TEMPLATES.glob("*.html") if path.name not in ("base.html", "macros.html"))
 _PHONE = 400
 
 

@@ -180,6 +180,4 @@ def draw_window(window: CaptionWindow) -> Markup:
         if end is not None:
             axes.axvline(end, color=PALETTE[1], linewidth=0.8, linestyle=":")
     axes.set(xlabel="cosine of image and caption", ylabel="images")
-    for spine in axes.spines.values():
-        spine.set_alpha(0.4)
     return svg(figure, "Histogram of the similarity of images to their captions")

@@ -14,6 +14,7 @@ from conftest import TINY_CONFIG
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.models.model_card import ModelCard, render_card
 from clipcid_cli.formats.results.metrics import SIDECARS, make_metrics, write_metrics
+from clipcid_cli.formats.sidecar import FORMAT_VERSION
 from clipcid_cli.runtime.models.clip_model import ModelInfo, load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.distill.run import run as distill
@@ -35,7 +36,9 @@ def write_evaluation(work: Path, name: str, weights_hash: str, value: float) -> 
         dataset=name, model="m", pretrained="p", task="zeroshot_classification", metrics={"acc1": value}
     )
     write_metrics(work / "eval" / f"{name}.json", record)
-    sidecar: dict[str, Any] = {"format_version": 1, "inputs": [{"path": "m", "size": 1, "hash": weights_hash}]}
+    sidecar: dict[str, Any] = {"format_version": FORMAT_VERSION, "tool": "clipcid", "tool_version": "0", "step": "eval"}
+    sidecar |= {"settings": {}, "counts": {}, "seconds": {}}
+    sidecar["inputs"] = [{"path": "m", "size": 1, "hash": weights_hash}]
     lines = [{"source": "default", "number": 1, "hash": digest} for digest in ("aa01", "bb02")]
     sidecar["prompts"] = dict(zip(("class_names", "templates"), lines, strict=True))
     (work / "eval" / SIDECARS / f"{name}.json").write_text(json.dumps(sidecar))

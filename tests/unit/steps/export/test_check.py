@@ -10,15 +10,13 @@ import torch
 from conftest import make_image, write_tar
 from PIL import Image
 
-from clipcid_cli.algorithms.metrics.parity import RowDifference
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.export.check import Checker
 from clipcid_cli.steps.export.check_inputs import CheckInputs, make_check_inputs
-from clipcid_cli.steps.export.classes import Classes, label_samples
-from clipcid_cli.steps.export.folders import ExportOptions
+from clipcid_cli.steps.export.classes import Classes, find_candidates
 from clipcid_cli.steps.export.onnx import check_measurable
 from clipcid_cli.steps.export.run import run
 from clipcid_cli.steps.reporting import SilentReporter
@@ -59,15 +57,15 @@ def collect(
     reporter: SilentReporter | None = None,
     bad: float = 0.01,
 ) -> CheckInputs:
-    classes = None if names is None else Classes(tuple(names), ("a {c}",), ())
+    classes = None if names is None else Classes(tuple(names), ("a {c}",))
     settings = ExportSettings(data=str(data), check_images=count, max_bad_fraction=bad)
     return make_check_inputs(model, settings, classes, reporter or SilentReporter())
 
 
 def test_a_loss_over_the_limit_is_an_error_that_says_by_how_much(model: ClipModel, drawings: Path) -> None:
     inputs = collect(model, drawings)
-    checker = Checker(model, inputs, None, 0.05)
-    candidates, top = inputs.candidates, checker.reference.predicted
+    checker = Checker(model, inputs, ExportSettings(max_accuracy_drop=0.05))
+    candidates, top = inputs.candidates, checker.expected.result
     assert candidates is not None
     assert top is not None
     right = top == candidates.labels
@@ -77,22 +75,28 @@ def test_a_loss_over_the_limit_is_an_error_that_says_by_how_much(model: ClipMode
     said = (
         rf"onnx-int8: acc1 falls from {share:.4f} to 0.0000 on 36 images, by {100 * share:.2f} points \(allowed 5.00\)"
     )
-    with pytest.raises(ClipcidError, match=said):
-        checker.compare_predictions("onnx-int8", worse, gated=True)
-    found = checker.compare_predictions("onnx", worse, gated=False)
+    found = checker.compare_predictions(worse, gated=True)
     assert found is not None
     assert found["drop"] == pytest.approx(share)
     assert found["agreement"] == pytest.approx(1 - share)
-    # A gain is no loss.
-    assert checker.compare_predictions("onnx-int8", candidates.labels, gated=True) is not None
+    with pytest.raises(ClipcidError, match=said):
+        checker.validate("onnx-int8", {"precision": "int8", "zeroshot": found})
+    # fp32 forms are judged by their rows alone, and a gain is no loss.
+    for nearest, gated in ((worse, False), (candidates.labels, True)):
+        zeroshot = checker.compare_predictions(nearest, gated=gated)
+        checker.validate("onnx", {"precision": "fp32", "zeroshot": zeroshot})
 
 
 def test_rows_that_are_no_numbers_pass_no_limit(model: ClipModel, drawings: Path) -> None:
-    checker = Checker(model, collect(model, drawings), 1.0, 1.0)
-    broken = RowDifference(max_difference=float("inf"), min_cosine=-1.0)
+    checker = Checker(model, collect(model, drawings), ExportSettings(max_difference=1.0, max_accuracy_drop=1.0))
+    weights = drawings / "a_cat" / "0.png"  # any file, for its size
     for kind in ("fp32", "fp16", "int8"):
-        with pytest.raises(ClipcidError, match="Nothing was written"):
-            checker.require_close("the image encoder", kind, broken)
+        broken = checker.references | {"text": lambda tokens: torch.full((len(tokens), 32), torch.nan)}
+        with pytest.raises(ClipcidError, match=r"the text encoder differs .* Nothing was written"):
+            checker.check("onnx", kind, broken, [weights])
+        cosines = {"precision": kind, "zeroshot": None, "max_cosine_difference": torch.nan}
+        with pytest.raises(ClipcidError, match=r"a cosine of image and class differs .* Nothing was written"):
+            checker.validate("classifier", cosines)
 
 
 def test_few_images_are_taken_from_all_classes(model: ClipModel, drawings: Path) -> None:
@@ -107,9 +111,9 @@ def test_labels_follow_the_names_of_the_folders(drawings: Path) -> None:
     samples = [sample for shard in dataset.shards for sample in shard.samples()]
 
     def labels(*names: str) -> list[int]:
-        found = label_samples(samples, dataset, None, Classes(names, ("{}",), ()))
+        found = find_candidates(samples, dataset, None, Classes(names, ("{}",)))
         assert found is not None
-        return torch.unique_consecutive(found[1]).tolist()
+        return torch.unique_consecutive(found.labels).tolist()
 
     assert labels("c cow", "A cat", "b dog") == [1, 2, 0]  # the same names in another order
     assert labels("Katze", "Hund", "Kuh") == [0, 1, 2]  # other names stand for the folders in their order
@@ -125,9 +129,9 @@ def test_numbered_folders_are_lines_of_the_list(tmp_path: Path) -> None:
     samples = [sample for shard in dataset.shards for sample in shard.samples()]
     # Two classes of one name, as ImageNet has them, are two lines all the same.
     names = ("crane", "b", "c", "d", "e", "crane", "g", "h", "i", "j")
-    found = label_samples(samples, dataset, None, Classes(names, ("{}",), ()))
+    found = find_candidates(samples, dataset, None, Classes(names, ("{}",)))
     assert found is not None
-    assert found[1].tolist() == [0, 5, 7]
+    assert found.labels.tolist() == [0, 5, 7]
 
 
 def test_images_that_cannot_be_read_are_counted_named_and_limited(model: ClipModel, tmp_path: Path) -> None:
@@ -151,7 +155,7 @@ def test_what_is_compared_has_a_fingerprint(model: ClipModel, drawings: Path, ti
         collect(model, drawings, names=("c cow", "a cat", "b dog")),
         collect(model, tiny_shards),
     ]
-    found = [inputs.fingerprint()["hash"] for inputs in (whole, *others)]
+    found = [inputs.fingerprint().hash for inputs in (whole, *others)]
     assert len(set(found)) == 4
     assert collect(model, drawings).fingerprint() == whole.fingerprint()
 
@@ -163,21 +167,20 @@ def test_8_bits_need_names_of_classes_and_enough_images(
         (f"{number}{end}", data) for number in range(4) for end, data in ((".png", make_image(number)), (".cls", b"1"))
     ]
     unnamed = collect(model, write_tar(tmp_path / "0.tar", members))
-    for quantize, said in ((("int8",), "the classes of .*0.tar have no names"), (("fp16",), None)):
-        options = ExportOptions("fp32", 20, quantize, False, None, None)
+    for quantize, said in ((("int8",), "neither captions nor names of classes in .*0.tar"), (("fp16",), None)):
+        options = ExportSettings(format=("onnx",), quantize=quantize)
         if said is None:
-            check_measurable(unnamed, options, 0.01, SilentReporter())
+            check_measurable(unnamed, options, SilentReporter())
             continue
         with pytest.raises(ClipcidError, match=said) as caught:
-            check_measurable(unnamed, options, 0.01, SilentReporter())
+            check_measurable(unnamed, options, SilentReporter())
         assert "--classnames" in caught.value.fix
     # 24 captions: one is 4.17 points. 36 classified images: one is 2.78.
-    options = ExportOptions("fp32", 20, ("int8",), False, None, None)
-    for inputs, limit, warned in ((collect(model, tiny_shards), 0.04, True), (collect(model, drawings), 0.04, False)):
+    for data, limit, warned in ((tiny_shards, 0.04, True), (drawings, 0.04, False), (drawings, 0.01, True)):
         listener = Listener()
-        check_measurable(inputs, options, limit, listener)
+        options = ExportSettings(format=("onnx",), quantize=("int8",), max_accuracy_drop=limit)
+        check_measurable(collect(model, data), options, listener)
         assert bool(listener.warnings) == warned
-    check_measurable(inputs, options, 0.01, listener)
     assert "on 36 images, so one image is 2.78 points" in listener.warnings[0]
     assert "at least 100 images" in listener.warnings[0]
 
@@ -200,28 +203,6 @@ def test_an_export_that_is_there_is_held_to_the_limits_asked_for_now(
             export(**changes)
         assert "#compared" in caught.value.message
     assert {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()} == before
-
-
-def test_what_an_earlier_export_lost_is_held_to_the_limit(model: ClipModel, drawings: Path) -> None:
-    inputs = collect(model, drawings)
-    checker = Checker(model, inputs, None, 1.0)
-    candidates = inputs.candidates
-    assert candidates is not None
-    top = checker.reference.predicted
-    assert top is not None
-    worse = torch.where(top == candidates.labels, (top + 1) % 3, top)
-    lost = {"onnx-int8": {"precision": "int8", "zeroshot": checker.compare_predictions("onnx-int8", worse, gated=True)}}
-    checker.require_limits(lost)
-    strict = Checker(model, inputs, None, 0.01)
-    with pytest.raises(ClipcidError, match=r"onnx-int8: acc1 falls from .* \(allowed 1.00\)"):
-        strict.require_limits(lost)
-    # fp32 forms are judged by their rows alone.
-    strict.require_limits(
-        {"onnx": {"precision": "fp32", "zeroshot": checker.compare_predictions("onnx", worse, gated=False)}}
-    )
-    patches = {"precision": "fp32", "zeroshot": None, "dense": {"max_difference": 0.1, "min_cosine": 1.0}}
-    with pytest.raises(ClipcidError, match="onnx: the patches differ"):
-        strict.require_limits({"onnx": patches})
 
 
 def test_captions_are_candidates_where_there_are_no_classes(model: ClipModel, tiny_shards: Path) -> None:

@@ -6,12 +6,10 @@ from typing import Any
 
 import open_clip
 import pytest
-import torch
 from conftest import TINY_CONFIG
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.models.hf_config import describe_as_hf
-from clipcid_cli.formats.models.hf_folder import rename_tensors
+from clipcid_cli.formats.models.hf_folder import check_hf_expressible, make_config, make_image_processor
 
 PIXELS = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 ARCHITECTURES = sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
@@ -24,26 +22,26 @@ EXPRESSIBLE = {
 }  # fmt: skip
 
 
-def describe(changes: dict[str, Any] | None = None, **options: Any) -> Any:
-    """Describe the tiny model with some settings changed, `vision_cfg.width` for one inside."""
-    config = json.loads(json.dumps(TINY_CONFIG))
+def changed(changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the tiny model with some settings changed, `vision_cfg.width` for one inside."""
+    config: dict[str, Any] = json.loads(json.dumps(TINY_CONFIG))
     for name, value in (changes or {}).items():
         *parents, last = name.split(".")
         place = config
         for parent in parents:
             place = place[parent]
         place[last] = value
-    return describe_as_hf(config, PIXELS | options.get("pixels", {}), options.get("tokenizer", "SimpleTokenizer"), 2.5)
+    return config
 
 
 def test_every_architecture_of_open_clip_is_translated_or_refused_by_name() -> None:
     for path in ARCHITECTURES:
         config = json.loads(path.read_text())
         if path.stem in EXPRESSIBLE:
-            describe_as_hf(config, PIXELS, "SimpleTokenizer", 4.6)
+            check_hf_expressible(config, PIXELS, "SimpleTokenizer")
             continue
         with pytest.raises(ClipcidError, match=r"_cfg\.|custom_text") as caught:
-            describe_as_hf(config, PIXELS, "SimpleTokenizer", 4.6)
+            check_hf_expressible(config, PIXELS, "SimpleTokenizer")
         assert "--format open-clip" in caught.value.fix
     assert {path.stem for path in ARCHITECTURES} >= EXPRESSIBLE
 
@@ -85,7 +83,7 @@ def test_every_architecture_of_open_clip_is_translated_or_refused_by_name() -> N
 )
 def test_what_cannot_be_expressed_is_named(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ClipcidError) as caught:
-        describe(changes)
+        check_hf_expressible(changed(changes), PIXELS, "SimpleTokenizer")
     assert said in caught.value.message
 
 
@@ -96,33 +94,34 @@ def test_pixels_and_tokenizer_that_cannot_be_expressed_are_named() -> None:
         ({"interpolation": "random"}, "preprocess_cfg.interpolation is 'random'"),
     ):
         with pytest.raises(ClipcidError, match=r"preprocess_cfg") as caught:
-            describe(pixels=pixels)
+            check_hf_expressible(TINY_CONFIG, PIXELS | pixels, "SimpleTokenizer")
         assert said in caught.value.message
     with pytest.raises(ClipcidError, match="tokenizer is HFTokenizer"):
-        describe(tokenizer="HFTokenizer")
+        check_hf_expressible(TINY_CONFIG, PIXELS, "HFTokenizer")
 
 
 def test_settings_are_translated() -> None:
-    plain = describe().config
-    assert plain["vision_config"]["hidden_act"] == plain["text_config"]["hidden_act"] == "gelu"
-    assert plain["vision_config"]["num_attention_heads"] == 2
-    assert plain["vision_config"]["intermediate_size"] == 128
-    assert plain["projection_dim"] == 32
-    assert plain["text_config"]["max_position_embeddings"] == 12
-    assert plain["text_config"]["eos_token_id"] == 49407
-    assert describe({"quick_gelu": True}).config["text_config"]["hidden_act"] == "quick_gelu"
-    tanh = describe({"vision_cfg.act_kwargs": {"approximate": "tanh"}, "text_cfg.norm_kwargs": {"eps": 1e-6}}).config
-    assert tanh["vision_config"]["hidden_act"] == "gelu_pytorch_tanh"
-    assert (tanh["vision_config"]["layer_norm_eps"], tanh["text_config"]["layer_norm_eps"]) == (1e-5, 1e-6)
-    describe({"text_cfg.pool_type": "eos", "text_cfg.eos_id": 49407})
-    describe({"init_logit_bias": None, "vision_cfg.ls_init_value": None, "custom_text": False, "multimodal_cfg": {}})
+    plain = make_config(TINY_CONFIG, 2.5)
+    assert plain.vision_config.hidden_act == plain.text_config.hidden_act == "gelu"
+    assert plain.vision_config.num_attention_heads == 2
+    assert plain.vision_config.intermediate_size == 128
+    assert plain.projection_dim == 32
+    assert plain.logit_scale_init_value == 2.5
+    assert plain.text_config.max_position_embeddings == 12
+    assert plain.text_config.eos_token_id == 49407
+    assert make_config(changed({"quick_gelu": True}), 2.5).text_config.hidden_act == "quick_gelu"
+    changes = {"vision_cfg.act_kwargs": {"approximate": "tanh"}, "text_cfg.norm_kwargs": {"eps": 1e-6}}
+    tanh = make_config(changed(changes), 2.5)
+    assert tanh.vision_config.hidden_act == "gelu_pytorch_tanh"
+    assert (tanh.vision_config.layer_norm_eps, tanh.text_config.layer_norm_eps) == (1e-5, 1e-6)
+    for inert in (
+        {"text_cfg.pool_type": "eos", "text_cfg.eos_id": 49407},
+        {"init_logit_bias": None, "vision_cfg.ls_init_value": None, "custom_text": False, "multimodal_cfg": {}},
+    ):
+        check_hf_expressible(changed(inert), PIXELS, "SimpleTokenizer")
 
-    shortest, squash = describe().preprocessor, describe(pixels={"resize_mode": "squash"}).preprocessor
-    assert (shortest["size"], shortest["do_center_crop"]) == ({"shortest_edge": 32}, True)
-    assert (squash["size"], squash["do_center_crop"]) == ({"height": 32, "width": 32}, False)
-    assert (shortest["resample"], describe(pixels={"interpolation": "bilinear"}).preprocessor["resample"]) == (3, 2)
-
-
-def test_a_tensor_without_a_counterpart_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"visual\.head\.weight has no counterpart"):
-        list(rename_tensors({"visual.head.weight": torch.zeros(1)}))
+    shortest, squash = (make_image_processor(PIXELS | {"resize_mode": mode}) for mode in ("shortest", "squash"))
+    assert (dict(shortest.size), shortest.do_center_crop) == ({"shortest_edge": 32}, True)
+    assert (dict(squash.size), squash.do_center_crop) == ({"height": 32, "width": 32}, False)
+    bilinear = make_image_processor(PIXELS | {"interpolation": "bilinear"})
+    assert (shortest.resample, bilinear.resample) == (3, 2)
