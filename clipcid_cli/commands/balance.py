@@ -26,7 +26,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     is_filtered = any(result.get(name) is not None for name in ("against", "caption_window", "cluster_cap"))
     repeats = "dropped repeats" if is_filtered else "dropped images"
     facts["not covered"] = (
-        f"{result['coverage']:.1%} of the {repeats} are farther from their kept image than the cut-off"
+        f"{result['uncovered_ratio']:.1%} of the {repeats} are farther from their kept image than the cut-off"
     )
     if is_filtered:
         facts["dropped"] = _format_dropped(dropped_by, searched, result["images"])
@@ -34,7 +34,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     if other is not None:
         facts[f"with {other['linkage']}"] = (
             f"{other['kept']:,} ({other['kept'] / searched:.1%}) would be kept at this cut-off{before}, "
-            f"and {other['coverage']:.1%} of the {repeats} be farther"
+            f"and {other['uncovered_ratio']:.1%} of the {repeats} be farther"
         )
     elif threshold is not None:
         facts["with star"] = "not computed"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,13 @@ import numpy.typing as npt
 from clipcid_cli.formats.atomic import atomic_file, write_error
 from clipcid_cli.formats.reading import read_regular
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 Arrays = tuple[npt.NDArray[Any], ...]
 Number = TypeVar("Number", bound=np.generic)
+
+_STRINGS_AT_ONCE = 2**20
 
 
 def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
@@ -79,6 +84,29 @@ def spool_arrays(folder: Path, dtypes: Sequence[Any], parts: Iterable[Sequence[n
             return tuple(map(_map_written, files, dtypes))
     except OSError as error:
         raise write_error(folder, error) from error
+
+
+def map_strings(folder: Path, chunks: Iterable[pa.Array]) -> pa.LargeStringArray:
+    """Write strings without nulls, which come in chunks of any length, as `spool_arrays` does; return them in one array.
+
+    Arrow looks rows up quickly in a single array only, and the keys of 400 million images take 10 GB and more.
+    """
+    import pyarrow as pa  # callers have it
+
+    def parts() -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
+        end = 0
+        yield np.zeros(1, np.int64), np.empty(0, np.uint8)
+        for chunk in chunks:
+            for start in range(0, len(chunk), _STRINGS_AT_ONCE):
+                part = chunk.slice(start, _STRINGS_AT_ONCE).cast(pa.large_string())
+                _, bounds, data = part.buffers()
+                ends = np.frombuffer(bounds, np.int64)[part.offset : part.offset + len(part) + 1]
+                first, last = int(ends[0]), int(ends[-1])
+                yield ends[1:] - first + end, np.frombuffer(data or b"", np.uint8)[first:last]
+                end += last - first
+
+    offsets, text = spool_arrays(folder, (np.int64, np.uint8), parts())
+    return pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(text))
 
 
 def _map_written(file: IO[bytes], dtype: Any) -> npt.NDArray[Any]:

@@ -74,11 +74,6 @@ class WorkDirectory:
         """Return the file of the second moment of embeddings, in which `distill` finds principal axes."""
         return self.path / ".second-moments" / f"{identity}.npy"
 
-    @property
-    def cluster_arrays(self) -> Path:
-        """The folder of arrays made from the tables of clusters that have none of their own."""
-        return self.path / ".cluster-arrays"
-
     def distill(self, name: str) -> Path:
         """Return the folder of one training run."""
         return self.path / "distill" / name

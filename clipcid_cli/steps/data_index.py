@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +12,23 @@ import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.index import DataIndex, finish_index, lock_index, open_index, read_record, write_part
+from clipcid_cli.formats.data.index import (
+    DataIndex,
+    IndexedShard,
+    finish_index,
+    lock_index,
+    open_index,
+    read_record,
+    write_part,
+)
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache, cache_folder
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.sample_order import SHARDS_MIXED
-from clipcid_cli.steps.reporting import Progress, Reporter
+from clipcid_cli.steps.reporting import Reporter
 
 # Fewer shards than this are listed before a worker has started.
 _FEW_SHARDS = 8
@@ -38,19 +45,18 @@ def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample
     Args:
         skips: Counts the samples left out; complete once all were taken.
     """
-    shard = dataset.shards[number]
-    if dataset.index is not None and not is_remote(shard.file):
-        skips.merge(dataset.index.records[number].skips)
-        for place in range(dataset.index.records[number].samples):
-            yield dataset.index.sample(number, place)
+    shard, index = dataset.shards[number], dataset.index
+    if index is not None and not is_remote(shard.file):
+        skips.merge(index.records[number].skips)
+        for place in range(index.records[number].samples):
+            yield index.sample(number, place)
         return
     stamp, listed = shard.stamp(), list[Sample]()
     for sample in shard.stream(skips):
-        if dataset.index_folder is not None and dataset.index is None:
-            listed.append(sample.without_data())
+        listed.append(sample.without_data())
         yield sample
-    if dataset.index_folder is not None and dataset.index is None:
-        write_part(dataset.index_folder, shard, stamp, listed, len(listed) + skips.total, skips)
+    if dataset.index_folder is not None and index is None:
+        write_part(dataset.index_folder, shard, stamp, listed, skips)
 
 
 def take_samples(dataset: Dataset, number: int, places: npt.NDArray[np.int64]) -> list[Sample]:
@@ -76,24 +82,29 @@ class ShardLister:
 def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Reporter) -> Dataset:
     """Return the data with its index, listing the shards that are not in it yet.
 
-    Processes divide the shards among them, and each its share among its workers; a stopped run continues.
+    Processes divide the shards among them, and each its part among its workers; a stopped run continues.
 
     Args:
         dataset: Data opened with a folder for its index.
         workers: Worker processes of each process; 0 lists in the process itself.
-
-    Raises:
-        ClipcidError: when a shard is damaged, or a key occurs in two shards.
     """
-    folder, shards = dataset.index_folder, dataset.shards
+    folder = dataset.index_folder
     assert folder is not None, "opened without a folder for the index"
     if all(machine.gather(dataset.index is not None)):
         return dataset
+
+    def find_missing() -> list[int]:
+        return [number for number, shard in enumerate(dataset.shards) if read_record(folder, shard) is None]
+
     with lock_index(folder) if machine.is_main else contextlib.nullcontext():
-        missing = machine.on_main(lambda: _find_missing(folder, shards))
-        mine = missing[machine.rank :: machine.size]
+        mine = machine.on_main(find_missing)[machine.rank :: machine.size]
         with reporter.progress("index", len(mine), "shards") as progress:
-            machine.on_all(lambda: _list(dataset, mine, workers, progress))
+
+            def list_mine() -> None:
+                for _ in load_batches(mine, ShardLister(dataset), workers if len(mine) > _FEW_SHARDS else 0):
+                    progress.advance()
+
+            machine.on_all(list_mine)
         index = machine.on_main(lambda: _finish(dataset, folder))
     return dataset.with_index(index)
 
@@ -104,14 +115,11 @@ def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:
     Args:
         dataset: Data with an index.
         gigabytes: Most disk space that copies may take.
-
-    Raises:
-        ClipcidError: when the copies that training needs at a time do not fit in.
     """
     index = dataset.index
     if index is None or not any(is_remote(shard.file) for shard in dataset.shards):
         return dataset
-    needed = sum(sorted((record.fingerprint["size"] for record in index.records), reverse=True)[:_SHARDS_IN_USE])
+    needed = sum(sorted((record.fingerprint.size for record in index.records), reverse=True)[:_SHARDS_IN_USE])
     if needed > gigabytes * 1e9:
         raise ClipcidError(
             f"--cache-size {gigabytes:g} is too small: the {min(_SHARDS_IN_USE, len(dataset.shards))} shards that are read, "
@@ -122,21 +130,12 @@ def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:
     return dataclasses.replace(dataset, index=dataclasses.replace(index, cache=cache))
 
 
-def _find_missing(folder: Path, shards: Sequence[Shard]) -> list[int]:
-    return [number for number, shard in enumerate(shards) if read_record(folder, shard) is None]
-
-
-def _list(dataset: Dataset, mine: list[int], workers: int, progress: Progress) -> None:
-    for _ in load_batches(mine, ShardLister(dataset), workers if len(mine) > _FEW_SHARDS else 0):
-        progress.advance()
-
-
 def _finish(dataset: Dataset, folder: Path) -> DataIndex:
     """Declare the index complete, unless another run has in the meantime."""
     index = open_index(folder, dataset.shards)
     if index is not None:
         return index
-    records = []
+    records = list[IndexedShard]()
     for number, shard in enumerate(dataset.shards):
         record = read_record(folder, shard)
         if record is None:  # it changed while the others were listed

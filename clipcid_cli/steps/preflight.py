@@ -11,7 +11,6 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
 from itertools import islice
 
 import numpy as np
@@ -19,7 +18,6 @@ import numpy as np
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url
-from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
@@ -37,7 +35,7 @@ _THREADS = 16
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Findings:
     """What a look at some shards found.
 
@@ -53,31 +51,28 @@ class Findings:
     bad: Skips = dataclasses.field(default_factory=Skips)
     share: float = 0.0
 
-    def __add__(self, other: Findings) -> Findings:
-        bad = Skips()
-        bad.merge(self.bad)
-        bad.merge(other.bad)
-        return Findings(self.shards + other.shards, self.samples + other.samples, bad, self.share + other.share)
+    def add(self, other: Findings) -> None:
+        """Add what a look at other shards found."""
+        self.shards += other.shards
+        self.samples += other.samples
+        self.bad.merge(other.bad)
+        self.share += other.share
 
 
 def check_samples(dataset: Dataset, machine: Machine, seed: int, *, dry_run: bool, reporter: Reporter) -> Findings:
     """Look at a few samples of every shard, or of as many as there is time for, and report images that cannot be decoded.
 
-    Such images are no error: a step skips and counts them. Of data behind URLs a dry run looks at the first samples of a few
-    shards, a run at nothing; the output of a command is never looked at.
+    Such images are no error: a step skips and counts them. A shard that cannot be read is one. Of data behind URLs a dry run
+    looks at the first samples of a few shards, a run at nothing; the output of a command is never looked at.
 
     Args:
         seed: Decides which shards are looked at where there is no time for all.
         dry_run: Whether to report, too, that all is well.
-
-    Raises:
-        ClipcidError: when a shard cannot be read.
     """
-    order = choose_order(dataset, seed, dry_run=dry_run)
-    mine = order[machine.rank :: machine.size]
-    found: Findings = reduce(
-        lambda one, other: one + other, machine.gather(machine.on_all(lambda: _look_at(dataset, mine, dry_run)))
-    )
+    mine = choose_order(dataset, seed, dry_run=dry_run)[machine.rank :: machine.size]
+    found = Findings()
+    for part in machine.gather(machine.on_all(lambda: _look_at(dataset, mine, dry_run))):
+        found.add(part)
     if found.bad.total or dry_run:
         _report(dataset, found, reporter)
     return found
@@ -85,17 +80,18 @@ def check_samples(dataset: Dataset, machine: Machine, seed: int, *, dry_run: boo
 
 def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
     """Return the numbers of the shards to look at; those of any first part of it lie evenly in the data."""
-    shards = dataset.shards
     # Multiples of the golden ratio fill [0, 1) evenly, however many of them are taken.
     offset = derive_seed("preflight", seed) / 2**63
-    positions = (np.arange(len(shards)) * _GOLDEN_RATIO + offset) % 1.0
-    order: list[int] = np.argsort(np.argsort(positions)).tolist()
-    remote = [number for number in order if is_remote(shards[number].file)]
-    looked_at = (
-        [number for number in remote if not is_pipe(shards[number].file)][:_SHARDS_BEHIND_URLS] if dry_run else []
-    )
-    passed_over = set(remote) - set(looked_at)
-    return [number for number in order if number not in passed_over]
+    positions = (np.arange(len(dataset.shards)) * _GOLDEN_RATIO + offset) % 1.0
+    chosen, of_urls = list[int](), 0
+    for number in np.argsort(np.argsort(positions)).tolist():
+        file = dataset.shards[number].file
+        if is_remote(file):
+            if is_pipe(file) or not dry_run or of_urls == _SHARDS_BEHIND_URLS:
+                continue
+            of_urls += 1
+        chosen.append(number)
+    return chosen
 
 
 def _look_at(dataset: Dataset, order: Sequence[int], dry_run: bool) -> Findings:
@@ -109,42 +105,40 @@ def _look_at(dataset: Dataset, order: Sequence[int], dry_run: bool) -> Findings:
             if elapsed > most or (elapsed > least and found.share > SHARE * len(order)):
                 break
             for shard in pool.map(lambda number: _look(dataset, number), order[first : first + _THREADS]):
-                found += shard
+                found.add(shard)
     return found
 
 
 def _look(dataset: Dataset, number: int) -> Findings:
     """Read and decode a few samples of a shard: from the index spread over it, else the first ones."""
-    name = dataset.shards[number].name
+    shard, index = dataset.shards[number], dataset.index
+    found = Findings(shards=1)
     try:
-        samples, share = _some_samples(dataset, number)
+        if index is not None and not is_remote(shard.file):
+            size = index.records[number].samples
+            places = np.unique(
+                np.linspace(0, max(0, size - 1), min(size, SAMPLES_OF_A_SHARD)).astype(np.int64)
+            ).tolist()
+            samples = [index.sample(number, place) for place in places]
+            found.share = len(places) / max(1, size)
+        else:
+            samples = list(islice(shard.stream(), SAMPLES_OF_A_SHARD))
+            if samples and shard.file and not is_remote(shard.file):
+                image = samples[-1].image
+                found.share = (image.offset + (image.size or 0)) / max(1, shard.stamp()[0])
     except OSError as error:
         raise ClipcidError(
-            f"Shard {name} of {dataset.spec} cannot be read: {error.strerror or error}.",
+            f"Shard {shard.name} of {dataset.spec} cannot be read: {error.strerror or error}.",
             "Check the disk and the permissions of its files, or remove the shard from the data.",
         ) from error
-    bad = Skips()
     for sample in samples:
-        image = read_image(sample.image)
-        if isinstance(image, SkippedImage):
-            bad.add(image.reason, f"{name}: {sample.key}")
-    return Findings(1, len(samples), bad, share)
-
-
-def _some_samples(dataset: Dataset, number: int) -> tuple[list[Sample], float]:
-    """Return a few samples of a shard, and which share of it is read for them."""
-    shard, index = dataset.shards[number], dataset.index
-    if index is not None and not is_remote(shard.file):
-        size = index.records[number].samples
-        places = np.unique(np.linspace(0, max(0, size - 1), min(size, SAMPLES_OF_A_SHARD)).astype(np.int64)).tolist()
-        samples, share = [index.sample(number, place) for place in places], len(places) / max(1, size)
-    else:
-        samples, share = list(islice(shard.stream(), SAMPLES_OF_A_SHARD)), 0.0
-        if samples and shard.file and not is_remote(shard.file):
-            image = samples[-1].image
-            share = (image.offset + (image.size or 0)) / max(1, shard.stamp()[0])
-    # A list may name images behind URLs.
-    return [sample for sample in samples if sample.image.data is not None or not is_url(sample.image.path)], share
+        if sample.image.data is None and is_url(sample.image.path):  # a list may name images behind URLs
+            continue
+        found.samples += 1
+        decoded = read_image(sample.image)
+        if isinstance(decoded, SkippedImage):
+            found.bad.add(decoded.reason, f"{shard.name}: {sample.key}")
+    return found
 
 
 def _report(dataset: Dataset, found: Findings, reporter: Reporter) -> None:

@@ -141,12 +141,11 @@ class Inputs:
         if (folder / "cluster.json").exists():
             return folder
         folder.mkdir(exist_ok=True)
-        for name in ("centroids.npy", "clusters.parquet"):
-            (folder / name).write_bytes((clusters / name).read_bytes())
-        table = pq.read_table(clusters / "clusters.parquet")
+        for path in (clusters / "clusters.parquet", *clusters.glob("*.npy")):
+            (folder / path.name).write_bytes(path.read_bytes())
         sidecar = json.loads((clusters / "cluster.json").read_text(encoding="utf-8"))
-        for tower, column in (("image", "top_similarities"), ("caption", "caption_top_similarities")):
-            similarities = np.stack(table[column].to_numpy())
+        for tower, name in (("image", "top_similarities.npy"), ("caption", "caption_top_similarities.npy")):
+            similarities = np.load(clusters / name)
             sidecar["temperatures"][tower] = temperature_for_perplexity(similarities, perplexity)
         (folder / "cluster.json").write_text(json.dumps(sidecar), encoding="utf-8")
         return folder

@@ -62,7 +62,7 @@ def test_keep_ratio_gives_the_partition_of_single_linkage(
     assert len(np.unique(sets)) == result["components"]
     dropped = keep[~keep["kept"]]
     far = (dropped["distance"] > np.float32(result["threshold"])).mean()
-    assert np.isclose(result["coverage"], far)
+    assert np.isclose(result["uncovered_ratio"], far)
     # The central image: nearest to the set's mean, the smaller row of equals.
     for component, members in keep.groupby("component").groups.items():
         wide = rows[members].astype(np.float64)

@@ -72,11 +72,10 @@ def test_the_table_is_what_a_plain_computation_gives(clipcid: Callable[..., Run]
         "centroids.npy",
         "cluster.json",
         "clusters.parquet",
-        "top_arrays.json",
         "top_clusters.npy",
         "top_similarities.npy",
     ]
-    found = open_clusters(folder, folder / "unused")
+    found = open_clusters(folder)
     centroids = found.centroids.astype(np.float64)
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-6)
     for rows, tops in ((make_rows(1), found.images), (make_rows(2), found.captions)):
@@ -120,7 +119,7 @@ def test_centroids_of_some_rows_serve_all(clipcid: Callable[..., Run], embedding
     run = clipcid(*arguments, 300, "--json")
     assert run.json["images"] == NUM_ROWS
     assert "300 of 900 images (--train-rows)" in " ".join(run.stderr.split())
-    found = open_clusters(run.cwd / "clipcid-work" / "clusters", run.cwd / "unused")
+    found = open_clusters(run.cwd / "clipcid-work" / "clusters")
     # A centroid is the direction of the mean of a third of the rows, so it is not that of all rows assigned to it.
     rows, centroids = make_rows(1).astype(np.float64), found.centroids.astype(np.float64)
     np.testing.assert_array_equal(found.labels, (rows @ centroids.T).argmax(axis=1))

@@ -305,7 +305,6 @@ def test_two_data_sets_of_one_name_are_refused(whole: Path, tiny_classes: Path, 
 
 
 def test_dry_run_measures_and_writes_nothing(clipcid: Clipcid, distill_place: Path) -> None:
-    (distill_place / "clipcid-work" / "clusters" / "top_arrays.json").unlink()  # as `cluster` of an earlier version
     before = sorted(path.name for path in (distill_place / "clipcid-work").rglob("*"))
     run = clipcid("distill", *SHORT, "--epochs", 3, "--dry-run", "--json")
     assert "checked 2 of 2 shards, 6 samples: all can be decoded." in run.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shlex
@@ -17,7 +18,6 @@ from shard_server import serve
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import open_dataset
-from clipcid_cli.formats.data.shard_cache import ShardCache
 from clipcid_cli.steps.data_index import cache_shards
 
 Clipcid = Callable[..., Run]
@@ -32,7 +32,7 @@ class Watch:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
-        self._cache, self._ended, self.most = ShardCache(folder, 0), threading.Event(), 0
+        self._folder, self._ended, self.most = folder, threading.Event(), 0
         self._thread = threading.Thread(target=self._look)
 
     def __enter__(self) -> Watch:
@@ -45,9 +45,10 @@ class Watch:
 
     def _look(self) -> None:
         while not self._ended.wait(0.005):
-            with self._cache.lock():
+            with (self._folder / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 taken = 0
-                for path in self._cache.folder.iterdir():
+                for path in self._folder.iterdir():
                     with suppress(FileNotFoundError):
                         taken += path.stat().st_size
             self.most = max(self.most, taken)
@@ -63,7 +64,7 @@ def rows(work: Path) -> dict[str, object]:
     """Return the embeddings' files: bytes of .npy, rows of .parquet, whose metadata name where the data came from."""
     (folder,) = (work / "embeddings").iterdir()
     found: dict[str, object] = {path.name: path.read_bytes() for path in folder.rglob("*.npy")}
-    return found | {path.name: pq.read_table(path).to_pydict() for path in folder.rglob("*.parquet")}
+    return found | {path.name: pq.read_table(path).to_pydict() for path in folder.glob("*/*.parquet")}
 
 
 def counts(work: Path) -> object:

@@ -29,8 +29,6 @@ from golden import (
 from scipy.cluster.hierarchy import DisjointSet
 
 KEEP = ("--embeddings", "rows", "--keep", 0.563)
-# The field of the JSON that has the share of dropped images farther from their kept image than the cut-off.
-UNCOVERED = "coverage"
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +53,6 @@ def balance(place: Path, work: str, *arguments: object, **options: Any) -> dict[
     """Balance, and return the JSON object and what the files hold."""
     answer = ask(place, "balance", *arguments, "--work", work, **options)
     threshold = np.float32(answer["threshold"])
-    for part in (answer, answer["other_linkage"]):
-        part["uncovered_ratio"] = part.pop(UNCOVERED)
     keep = read_keep_list(place / answer["files"]["keep_list"])
     forest = read_table(place / answer["files"]["forest"])
     assert (np.diff(forest["distance"]) >= 0).all()

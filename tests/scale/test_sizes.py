@@ -13,15 +13,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cluster_sidecar import write_cluster_sidecar
 
-from clipcid_cli.formats.atomic import write_json, write_npy
+from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.results.clusters import (
     TopClusters,
     join_parts,
     open_clusters,
     part_bounds,
     part_path,
-    remove_scratch,
     write_part,
 )
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
@@ -132,19 +132,19 @@ def test_clusters_hold_more_rows_than_32_bits_count_neighbours(folder: Path, lim
             tops = make_tops(np.arange(start, stop))
             write_part(
                 part_path(folder, part),
-                keys=make_keys(start, stop),
                 similarities=tops.similarities[:, 0].astype(np.float64),
                 images=tops,
                 captions=None,
             )
-        join_parts(folder, len(bounds), captions=False)
-        remove_scratch(folder)
+        join_parts(folder, bounds, lambda start, stop: pa.chunked_array([make_keys(start, stop)]), captions=False)
+        for part in range(len(bounds)):
+            part_path(folder, part).unlink()
     write_npy(folder / "centroids.npy", np.eye(NUM_CLUSTERS, 8, dtype=np.float32))
-    write_json(folder / "cluster.json", {"format_version": 1, "temperatures": {"image": 0.02}})
+    write_cluster_sidecar(folder, CLUSTER_ROWS, {"image": 0.02})
 
     # What `distill` may hold a row.
     with limit_memory(8 * CLUSTER_ROWS + 2 * GIB):
-        found = open_clusters(folder, folder / "unused")
+        found = open_clusters(folder)
         random = np.random.default_rng(0)
         for start in (
             0,

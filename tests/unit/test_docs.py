@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS
-from clipcid_cli.formats.results import clusters, keep_list, metrics, predictions, set_table
+from clipcid_cli.formats.results import clusters, keep_list, metrics, predictions, sets
 from clipcid_cli.formats.work_directory import WorkDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -128,8 +128,8 @@ def columns_under(heading: str) -> list[str]:
 
 def test_the_documented_columns_are_those_that_are_written() -> None:
     assert columns_under("Keep list") == keep_list._SCHEMA.names
-    assert columns_under("Sets") == set_table._SCHEMA.names
-    assert columns_under("Clusters") == [*clusters._IMAGE_COLUMNS, *clusters._CAPTION_COLUMNS]
+    assert columns_under("Sets") == sets._SCHEMA.names
+    assert columns_under("Clusters") == clusters._SCHEMA.names
     assert columns_under("Metrics") == list(metrics.FIELDS)
 
 

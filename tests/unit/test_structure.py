@@ -31,11 +31,6 @@ def test_no_file_is_above_400_lines() -> None:
     assert [relative(path) for path in FILES if length(path) > 400] == []
 
 
-def test_no_step_is_above_250_lines() -> None:
-    steps = [path for path in (PACKAGE / "steps").rglob("*.py") if path.parent.name != "settings"]
-    assert [relative(path) for path in steps if length(path) > 250] == []
-
-
 def test_no_command_is_above_120_lines() -> None:
     commands = [path for path in (PACKAGE / "commands").glob("*.py") if path.name not in SHARED_BY_COMMANDS]
     assert [relative(path) for path in commands if length(path) > 120] == []

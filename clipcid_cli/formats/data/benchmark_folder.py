@@ -17,6 +17,7 @@ import dataclasses
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.remote import is_remote
 
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -60,9 +61,9 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
         MissingSplitError: when the folder has splits, but not this one.
     """
     folder = Path(data)
-    if "://" in data or not folder.is_dir():
+    if is_remote(data) or not folder.is_dir():
         return BenchmarkFolder(name=_last_parts(data, 1), data=data)
-    if (folder / NUM_SHARDS).is_file():
+    if is_benchmark(data):
         # The folder of a split; its text files are next to it, or in it where a data set has no splits.
         about = (
             folder if (folder / DATASET_TYPE).is_file() or (folder / CLASS_NAMES).is_file() else folder.resolve().parent
@@ -77,6 +78,26 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
             f"Choose one with --split, e.g. --split {splits[0]}.",
         )
     return _describe(_last_parts(data, 1), str(folder / split), folder)
+
+
+def is_benchmark(spec: str) -> bool:
+    """Tell whether this is the folder of a split, with shards."""
+    return not is_remote(spec) and Path(spec, NUM_SHARDS).is_file()
+
+
+def list_benchmark_tars(folder: Path) -> list[str]:
+    """List the shards of a split, all of which must be there."""
+    text = (folder / NUM_SHARDS).read_text(encoding="utf-8", errors="replace").strip()
+    if not text.isdigit() or int(text) == 0:
+        raise ClipcidError(f"{folder / NUM_SHARDS} contains {text[:40]!r}, not a number of shards.", "Fix the file.")
+    tars = [folder / f"{number}.tar" for number in range(int(text))]
+    missing = [tar.name for tar in tars if not tar.is_file()]
+    if missing:
+        raise ClipcidError(
+            f"{folder} should contain {len(tars)} shards ({NUM_SHARDS}); {len(missing)} are missing, first {missing[0]}.",
+            f"Copy them there, or fix {NUM_SHARDS}.",
+        )
+    return [str(tar) for tar in tars]
 
 
 def _plain_splits(folder: Path) -> list[str]:
@@ -97,6 +118,6 @@ def _describe(name: str, data: str, about: Path) -> BenchmarkFolder:
 
 
 def _last_parts(data: str, number: int) -> str:
-    if "://" not in data:
+    if not is_remote(data):
         data = str(Path(data).resolve())
     return "/".join(data.rstrip("/").split("/")[-number:])

@@ -19,21 +19,12 @@ DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Read class names, one per line; the number of the line, from 0, is the label.
-
-    Raises:
-        ClipcidError: when the file cannot be read, contains no name, or has an empty line between names, which would shift
-            every label after it.
-    """
+    """Read class names, one per line; the number of the line, from 0, is the label."""
     return _read_lines(path, "class name")
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
-    """Read prompt templates, one per line, each with ``{c}`` or ``{}`` for the class name.
-
-    Raises:
-        ClipcidError: when the file cannot be read, contains no template, or a line has no placeholder.
-    """
+    """Read prompt templates, one per line, each with ``{c}`` or ``{}`` for the class name."""
     templates = _read_lines(path, "template")
     for number, template in enumerate(templates, start=1):
         if not any(placeholder in template for placeholder in PLACEHOLDERS):

@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, Columns, ImageFolder, ImageList
+from clipcid_cli.formats.data.benchmark_folder import is_benchmark, list_benchmark_tars
+from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, Columns, Images
 from clipcid_cli.formats.data.index import DataIndex, index_identity, open_index, repeated_key
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
 from clipcid_cli.formats.data.samples import Location, Sample, natural_key
@@ -70,9 +71,9 @@ class Dataset:
     def fingerprints(self) -> list[FileRecord]:
         """Describe the content of every shard for a sidecar: from the index, or from a small part of each."""
         if self.index is not None:
-            return [FileRecord(**record.fingerprint) for record in self.index.records]
+            return [record.fingerprint for record in self.index.records]
         with ThreadPoolExecutor(16) as pool:
-            return [FileRecord(**found) for found in pool.map(lambda shard: shard.fingerprint(), self.shards)]
+            return list(pool.map(lambda shard: shard.fingerprint(), self.shards))
 
     def estimate_samples(self) -> int:
         """Estimate how many samples there are from a few shards spread over the data; exact when there are no more.
@@ -81,6 +82,9 @@ class Dataset:
         """
         if self.index is not None:
             return int(self.index.sizes.sum())
+        rows = self.shards[0].rows
+        if rows is not None and rows.total is not None:
+            return rows.total
         step = max(1, len(self.shards) // _ESTIMATED_FROM)
         probed = self.shards[::step][:_ESTIMATED_FROM]
         return round(sum(map(_estimate_samples, probed)) * len(self.shards) / len(probed))
@@ -96,7 +100,7 @@ def names_command(spec: str) -> bool:
 
 
 def open_described(description: DataSpec, index_root: Path | None = None) -> Dataset:
-    """Open recorded data; not commands, since the record is from a file, which may be someone else's."""
+    """Open recorded data; no command, since the record is from a file, which may be someone else's."""
     if names_command(description.spec):
         raise ClipcidError(
             f"The data is the output of a command, {description.spec}, which is not run unless you give it yourself.",
@@ -126,16 +130,16 @@ def open_dataset(
     prefix_keys = keys == "shard"
     classes: tuple[str, ...] | None = None
     if spec.lower().endswith(LIST_SUFFIXES):
-        kind, shards = "list", cut(ImageList(spec, columns), spec, prefix_keys=prefix_keys)
+        kind, shards = "list", cut(Images(spec, columns), spec, prefix_keys=prefix_keys)
     elif (tars := _find_tars(spec)) is not None:
-        kind = "benchmark" if _is_benchmark(spec) else "webdataset"
+        kind = "benchmark" if is_benchmark(spec) else "webdataset"
         names = zip(_name_tars(tars), tars, strict=True)
         shards = tuple(
             Shard(name, tar, prefix_keys=prefix_keys, caption_lines=kind == "benchmark") for name, tar in names
         )
     else:
-        folder = ImageFolder(spec)
-        kind, shards, classes = "images", cut(folder, spec, prefix_keys=prefix_keys), tuple(folder.labels) or None
+        kind, folder = "images", Images(spec)
+        shards, classes = cut(folder, spec, prefix_keys=prefix_keys), folder.class_names
         if not shards:
             raise ClipcidError(f"{spec} contains no .tar shard and no image.", _explain_subfolders(Path(spec)))
     dataset = Dataset(spec, kind, shards, classes, keys, columns)
@@ -155,7 +159,7 @@ def _estimate_samples(shard: Shard) -> int:
     first = list(islice(shard.stream(), _PROBED))
     if len(first) < _PROBED:
         return len(first)
-    size: int = shard.fingerprint()["size"]
+    size: int = shard.fingerprint().size
     return round(size * (_PROBED - 1) / (first[-1].image.offset - first[0].image.offset))
 
 
@@ -183,30 +187,30 @@ def _find_tars(spec: str) -> list[str] | None:
     """List the tars that `spec` refers to, in natural order; None for a folder without any."""
     # A folder may be called like a pattern.
     if (_SEPARATOR in spec or "{" in spec) and (is_remote(spec) or not os.path.exists(spec)):
-        return sorted((tar for part in _expand(spec) for tar in _find_part(part)), key=natural_key)
-    if is_pipe(spec):
-        return [spec]
-    if is_url(spec):
-        return [spec] if spec.lower().endswith(".tar") else _list_remote(spec)
-    path = Path(spec)
-    if path.is_file():
-        return [spec]
-    if not path.is_dir():
+        tars = list[str]()
+        for part in _expand(spec):
+            found = (
+                _find_tars(part) if is_remote(part) or os.path.isdir(part) else [part]
+            )  # it may turn out to be missing
+            if found is None:
+                raise ClipcidError(f"{part} contains no .tar shard.", _FORMS)
+            tars += found
+    elif is_pipe(spec) or (is_url(spec) and spec.lower().endswith(".tar")) or os.path.isfile(spec):
+        tars = [spec]
+    elif is_url(spec):
+        tars = [name for name in list_folder(spec) if name.lower().endswith(".tar")]
+        if not tars:
+            raise ClipcidError(
+                f"{spec} contains no .tar shard.", "Give a pattern such as s3://bucket/data/{00000..00099}.tar."
+            )
+    elif not os.path.isdir(spec):
         raise ClipcidError(f"There is no data at {spec}.", _FORMS)
-    if _is_benchmark(spec):
-        return _benchmark_tars(path)
-    tars = [str(entry) for entry in path.iterdir() if entry.suffix.lower() == ".tar" and not entry.name.startswith(".")]
+    elif is_benchmark(spec):
+        tars = list_benchmark_tars(Path(spec))
+    else:
+        names = (name for name in os.listdir(spec) if name.lower().endswith(".tar") and not name.startswith("."))
+        tars = [os.path.join(spec, name) for name in names]
     return sorted(tars, key=natural_key) or None
-
-
-def _find_part(spec: str) -> list[str]:
-    """List the tars of one of several parts: a tar, which may turn out to be missing, or a folder of tars."""
-    if is_remote(spec) or Path(spec).is_dir():
-        tars = _find_tars(spec)
-        if tars is None:
-            raise ClipcidError(f"{spec} contains no .tar shard.", _FORMS)
-        return tars
-    return [spec]
 
 
 def _expand(spec: str) -> list[str]:
@@ -227,33 +231,6 @@ def _normalize(spec: str) -> str:
     """Make a local path absolute."""
     spec = spec.removeprefix("file://")
     return spec if not spec or is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
-
-
-def _list_remote(spec: str) -> list[str]:
-    tars = [name for name in list_folder(spec) if name.lower().endswith(".tar")]
-    if not tars:
-        raise ClipcidError(
-            f"{spec} contains no .tar shard.", "Give a pattern such as s3://bucket/data/{00000..00099}.tar."
-        )
-    return sorted(tars, key=natural_key)
-
-
-def _is_benchmark(spec: str) -> bool:
-    return not is_remote(spec) and Path(spec, "nshards.txt").is_file()
-
-
-def _benchmark_tars(folder: Path) -> list[str]:
-    text = (folder / "nshards.txt").read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdigit() or int(text) == 0:
-        raise ClipcidError(f"{folder / 'nshards.txt'} contains {text[:40]!r}, not a number of shards.", "Fix the file.")
-    tars = [folder / f"{number}.tar" for number in range(int(text))]
-    missing = [tar.name for tar in tars if not tar.is_file()]
-    if missing:
-        raise ClipcidError(
-            f"{folder} should contain {len(tars)} shards (nshards.txt); {len(missing)} are missing, first {missing[0]}.",
-            "Copy them there, or fix nshards.txt.",
-        )
-    return [str(tar) for tar in tars]
 
 
 def _name_tars(tars: list[str]) -> list[str]:

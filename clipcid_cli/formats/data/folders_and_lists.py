@@ -1,7 +1,7 @@
 """Images that are files of their own: in a folder, or named by a csv, tsv or parquet list; read in slices.
 
-What is said of the images is held in Arrow columns, some 100 bytes an image, until there is an index; it is not sent to other
-processes.
+What is known of the images is held in Arrow columns, some 130 bytes an image, until there is an index. It is not sent to
+other processes: they list the images themselves where they need to.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import dataclasses
 import hashlib
 import os
 import re
-from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_url, local_file
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample, Unusable, natural_key
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample, natural_key
 from clipcid_cli.formats.data.shard import Rows
 from clipcid_cli.formats.reading import describe, open_regular, read_regular
+from clipcid_cli.formats.skips import Skips
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,153 +37,19 @@ LABEL_COLUMN = "label"
 # What pandas makes of a cell of a parquet list.
 _SEVERAL = (list, tuple, np.ndarray)
 
-_Arrays: TypeAlias = dict[str, pa.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class _ImageRows(Rows):
-    """Rows of images, listed when they are first asked for.
-
-    Attributes:
-        source: The folder or the list, as it was named.
-    """
-
-    source: str
-
-    @cached_property
-    def slices(self) -> list[pa.RecordBatch]:
-        """The rows, `VIRTUAL_SHARD` a slice, with a column ``repeated``: whether an earlier one has the same key."""
-        slices, seen = list[pa.RecordBatch](), set[str]()
-        for columns in self._list():
-            repeated = list[bool]()
-            for key in self._keys(columns):
-                repeated.append(key in seen)
-                seen.add(key)
-            slices.append(pa.record_batch({**columns, "repeated": pa.array(repeated)}))
-        return slices
-
-    def __len__(self) -> int:
-        return len(self.slices)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    def forget(self) -> None:
-        self.__dict__.pop("slices", None)
-
-    def read(self, number: int) -> Iterator[Sample | Unusable]:
-        for row in self.slices[number].to_pylist():
-            if not row["path"] or row["repeated"]:
-                yield Unusable("duplicate_key" if row["path"] else "no_image", self._name(row))
-            else:
-                yield self._sample(row)
-
-    def stamp(self, number: int) -> tuple[int, int]:
-        rows = self.slices[number]
-        return len(rows), int.from_bytes(hashlib.blake2b(rows.serialize(), digest_size=7).digest(), "big")
-
-    def fingerprint(self, number: int) -> tuple[int, str]:
-        """Return the number of rows, and a hash of what they say: paths, sizes, captions (of files too) and classes."""
-        digest = hashlib.blake2b(digest_size=16)
-        for row in self.slices[number].to_pylist():
-            sample = self._sample(row)
-            content = (row["path"], row.get("size"), sample.key, sample.captions, sample.label, sample.labels)
-            digest.update(repr(content).encode("utf-8", "surrogateescape"))
-        return len(self.slices[number]), f"blake2b-rows:{digest.hexdigest()}"
-
-    @abstractmethod
-    def _list(self) -> Iterator[_Arrays]:
-        """Yield the columns of each slice, among them ``path``, which is empty where a row names no image."""
-
-    @abstractmethod
-    def _keys(self, columns: _Arrays) -> list[str]:
-        """Return the keys of the rows."""
-
-    @abstractmethod
-    def _name(self, row: dict[str, Any]) -> str:
-        """Return what a user would look for to find a row."""
-
-    @abstractmethod
-    def _sample(self, row: dict[str, Any]) -> Sample:
-        """Return a row as a sample."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFolder(_ImageRows):
-    """A folder of images, in natural order of their paths: captions in ``.txt`` files next to them, or a folder per class.
-
-    Folders within it are included, hidden files are not. Images whose names differ in the suffix only have the same key.
-    """
-
-    @cached_property
-    def labels(self) -> dict[str, int]:
-        """Number of each class by its name, where every image is in a folder of its class; else none.
-
-        They are sorted as torchvision's ImageFolder sorts them.
-        """
-        paths = (path for rows in self.slices for path in rows["path"].to_pylist())
-        folders = {path.partition(b"/")[0] if b"/" in path else b"" for path in paths}
-        return {} if b"" in folders else {name: number for number, name in enumerate(sorted(map(os.fsdecode, folders)))}
-
-    def _list(self) -> Iterator[_Arrays]:
-        texts: dict[str, tuple[str, os.stat_result]] = {}
-        images: list[tuple[str, int]] = []
-        for path, stat in _walk(self.source):
-            key, suffix = os.path.splitext(path)
-            if suffix[1:].lower() in IMAGE_SUFFIXES:
-                images.append((path, stat.st_size))
-            elif suffix.lower() == ".txt" and (
-                key not in texts or suffix > texts[key][0]
-            ):  # of `1.TXT` and `1.txt` the latter
-                texts[key] = suffix, stat
-        images.sort(key=lambda image: tuple(natural_key(part) for part in image[0].split("/")))
-        for start in range(0, len(images), VIRTUAL_SHARD):
-            found = images[start : start + VIRTUAL_SHARD]
-            captions = [texts.get(os.path.splitext(path)[0]) for path, _ in found]
-            yield {
-                "path": pa.array([os.fsencode(path) for path, _ in found], pa.binary()),
-                "size": pa.array([size for _, size in found], pa.int64()),
-                "caption_suffix": pa.array([text and text[0] for text in captions], pa.string()),
-                "caption_size": pa.array([text and text[1].st_size for text in captions], pa.int64()),
-                "caption_time": pa.array([text and text[1].st_mtime_ns for text in captions], pa.int64()),
-            }
-
-    def _keys(self, columns: _Arrays) -> list[str]:
-        return [os.path.splitext(os.fsdecode(path))[0] for path in columns["path"].to_pylist()]
-
-    def _name(self, row: dict[str, Any]) -> str:
-        return os.fsdecode(row["path"])
-
-    def _sample(self, row: dict[str, Any]) -> Sample:
-        path, text = os.fsdecode(row["path"]), ""
-        key = os.path.splitext(path)[0]
-        if row["caption_suffix"]:
-            with contextlib.suppress(OSError):  # a caption that cannot be read is a missing one, and counted as such
-                file = os.path.join(self.source, key + row["caption_suffix"])
-                text = read_regular(file).decode("utf-8", errors="replace").strip()
-        label = self.labels.get(path.partition("/")[0])
-        return Sample(key, Location(os.path.join(self.source, path)), (text,) if text else (), label)
-
-
-def _walk(root: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield every file by its relative path; links to folders are followed, and each folder is visited once."""
-    visited: set[tuple[int, int]] = set()
-    pending = [""]
-    while pending:
-        folder = pending.pop()
-        identity = os.stat(os.path.join(root, folder))
-        if (identity.st_dev, identity.st_ino) in visited:
-            continue
-        visited.add((identity.st_dev, identity.st_ino))
-        with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in entries:
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    pending.append(path)
-                elif entry.is_file():
-                    yield path, entry.stat()
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.binary()),  # as the path: names of files need not be UTF-8
+        ("path", pa.binary()),  # of the image, relative to the folder; empty where a row of a list names none
+        ("captions", pa.list_(pa.string())),
+        ("classes", pa.list_(pa.int64())),  # null where there are none
+        ("size", pa.int64()),  # of the image, where it was looked at
+        ("text", pa.binary()),  # path of the file that holds the caption, its size and time
+        ("text_size", pa.int64()),
+        ("text_time", pa.int64()),
+        ("repeated", pa.bool_()),  # whether an earlier image has the same key
+    ]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,102 +70,212 @@ class Columns:
     key: str = "key"
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageList(_ImageRows):
-    """A ``.csv`` (commas, or tabs as open_clip's are), ``.tsv`` or ``.parquet`` file, or its URL, in its own order."""
+class _Listed(NamedTuple):
+    slices: list[pa.RecordBatch]
+    class_names: tuple[str, ...] | None
+    several: bool  # whether an image may have several classes
 
-    columns: Columns
+
+@dataclasses.dataclass(frozen=True)
+class Images(Rows):
+    """The images of a folder or a list, listed when they are first asked for.
+
+    Attributes:
+        source: The folder, or the list or its URL.
+        columns: Of a list; None of a folder.
+    """
+
+    source: str
+    columns: Columns | None = None
 
     @cached_property
-    def several(self) -> bool:
-        """Whether images may have several classes each."""
-        return any(len(found or ()) > 1 for rows in self.slices for found in rows["classes"].to_pylist())
+    def _listed(self) -> _Listed:
+        class_names: tuple[str, ...] | None = None
+        rows: Iterable[dict[str, Any]]
+        if self.columns is None:
+            class_names, rows = _list_folder(self.source)
+        else:
+            rows = _list_rows(self.source, self.columns)
+        slices, seen, several, pending = list[pa.RecordBatch](), set[bytes](), False, list[dict[str, Any]]()
+        for row in rows:
+            several |= len(row.get("classes") or ()) > 1
+            pending.append({**row, "repeated": row["key"] in seen})
+            seen.add(row["key"])
+            if len(pending) == VIRTUAL_SHARD:
+                slices.append(pa.RecordBatch.from_pylist(pending, _SCHEMA))
+                pending.clear()
+        if pending:
+            slices.append(pa.RecordBatch.from_pylist(pending, _SCHEMA))
+        return _Listed(slices, class_names, several)
 
-    def _list(self) -> Iterator[_Arrays]:
-        with local_file(self.source) as file:
-            yield from map(self._convert, self._read_frames(file))
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, where every image of a folder is in a folder of its class."""
+        return self._listed.class_names
 
-    def _read_frames(self, path: Path) -> Iterator[pd.DataFrame]:
-        """Yield the rows of each slice."""
-        import pandas as pd  # 0.15 s, which other kinds of data should not wait for
+    def __len__(self) -> int:
+        """Return the number of slices."""
+        return len(self._listed.slices)
 
-        try:
-            open_regular(path).close()
-            if self.source.lower().endswith(".parquet"):
-                frame = pd.read_parquet(path)
-                for start in range(0, len(frame) or 1, VIRTUAL_SHARD):
-                    yield frame[start : start + VIRTUAL_SHARD]
-                return
-            with path.open(encoding="utf-8", errors="replace") as file:
-                header = file.readline()
-            # open_clip writes and reads tab-separated lists, whatever they are called.
-            separator = "\t" if self.source.lower().endswith(".tsv") or ("\t" in header and "," not in header) else ","
-            with pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, chunksize=VIRTUAL_SHARD) as frames:
-                yield from frames
-        except FileNotFoundError as error:
-            raise ClipcidError(f"There is no list {self.source}.", "Check the path.") from error
-        except Exception as error:  # pandas and pyarrow raise what they like for a damaged file
-            raise ClipcidError(
-                f"List {self.source} cannot be read: {describe(error)}.",
-                "Give a csv, tsv or parquet file with a header.",
-            ) from error
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what names the images, not what was listed."""
+        return {"source": self.source, "columns": self.columns}
 
-    def _convert(self, frame: pd.DataFrame) -> _Arrays:
-        columns = self.columns
-        if columns.image not in frame:
-            raise ClipcidError(
-                f"List {self.source} has no column {columns.image!r}; it has {', '.join(map(str, frame.columns[:12]))}.",
-                "Give the column of image paths with --image-column (likewise --caption-column, --key-column).",
-            )
-        if frame.empty:
-            raise ClipcidError(f"List {self.source} has a header and no rows.", "Give a list with one row per image.")
-        paths = self._texts(frame, columns.image)
-        captions = [_captions(cell) for cell in frame[columns.caption]] if columns.caption in frame else None
-        classes = self._classes(frame) if LABEL_COLUMN in frame else None
-        nothing = [None] * len(frame)
-        return {
-            "path": pa.array(paths, pa.string()),
-            "key": pa.array(self._texts(frame, columns.key) if columns.key in frame else paths, pa.string()),
-            "captions": pa.array(captions or nothing, pa.list_(pa.string())),
-            "classes": pa.array(classes or nothing, pa.list_(pa.int64())),
-        }
+    def forget(self) -> None:
+        """Give up what was listed."""
+        self.__dict__.pop("_listed", None)
 
-    def _texts(self, frame: pd.DataFrame, column: str) -> list[str]:
-        if any(isinstance(cell, _SEVERAL) for cell in frame[column]):
-            raise ClipcidError(
-                f"Column {column!r} of list {self.source} contains lists.",
-                "Give a column of single values with --image-column or --key-column: one row per image.",
-            )
-        return [_clean(cell) for cell in frame[column]]
+    def read(self, number: int, skips: Skips) -> Iterator[Sample]:
+        """Yield the samples of a slice; count rows without a path, and those whose key an earlier one has."""
+        for row in self._listed.slices[number].to_pylist():
+            if row["path"] and not row["repeated"]:
+                yield self._sample(row)
+            else:
+                name = row["path"] if self.columns is None else row["key"]
+                skips.add("duplicate_key" if row["path"] else "no_image", os.fsdecode(name))
 
-    def _classes(self, frame: pd.DataFrame) -> list[list[int]]:
-        """Read the class numbers in each cell: none, one or several."""
-        try:
-            return [_numbers(cell) for cell in frame[LABEL_COLUMN]]
-        except ValueError as error:
-            raise ClipcidError(
-                f"Column {LABEL_COLUMN!r} of list {self.source} contains something other than integers: {error}.",
-                "Number the classes from 0 (several of one image separated by spaces), or rename the column.",
-            ) from error
+    def stamp(self, number: int) -> tuple[int, int]:
+        """Return the number of rows, and a hash of them."""
+        rows = self._listed.slices[number]
+        return len(rows), int.from_bytes(hashlib.blake2b(rows.serialize(), digest_size=7).digest(), "big")
 
-    def _keys(self, columns: _Arrays) -> list[str]:
-        keys: list[str] = columns["key"].to_pylist()
-        return keys
-
-    def _name(self, row: dict[str, Any]) -> str:
-        return str(row["key"])
+    def fingerprint(self, number: int) -> tuple[int, str]:
+        """Return the number of rows, and a hash of paths, sizes, captions and classes."""
+        digest = hashlib.blake2b(digest_size=16)
+        rows = self._listed.slices[number].to_pylist()
+        for row in rows:
+            sample = self._sample(row)
+            content = (row["path"], row["size"], row["key"], sample.captions, sample.label, sample.labels)
+            digest.update(repr(content).encode("utf-8", "surrogateescape"))
+        return len(rows), f"blake2b-rows:{digest.hexdigest()}"
 
     def _sample(self, row: dict[str, Any]) -> Sample:
-        path, classes, label, labels = row["path"], row["classes"], None, None
-        if path and not is_url(path):
-            path = os.path.join(
-                self.source.rpartition("/")[0] if is_url(self.source) else os.path.dirname(self.source), path
-            )
-        if classes is not None and self.several:
-            labels = tuple(classes)
-        elif classes:
-            label = classes[0]
-        return Sample(row["key"], Location(path), tuple(row["captions"] or ()), label, labels)
+        path, captions, classes = os.fsdecode(row["path"]), row["captions"] or [], row["classes"]
+        folder = self.source
+        if self.columns is not None:
+            folder = folder.rpartition("/")[0] if is_url(folder) else os.path.dirname(folder)
+        if row["text"]:
+            with contextlib.suppress(OSError):  # a caption that cannot be read is a missing one, and counted as such
+                text = read_regular(os.path.join(folder, os.fsdecode(row["text"])))
+                captions = list(filter(None, [text.decode("utf-8", errors="replace").strip()]))
+        return Sample(
+            key=os.fsdecode(row["key"]),
+            image=Location(path if is_url(path) else os.path.join(folder, path)),
+            captions=tuple(captions),
+            label=classes[0] if classes and not self._listed.several else None,
+            labels=tuple(classes) if classes is not None and self._listed.several else None,
+        )
+
+
+def _list_folder(root: str) -> tuple[tuple[str, ...] | None, Iterator[dict[str, Any]]]:
+    """List a folder of images, in natural order of their paths: captions are in ``.txt`` files next to them.
+
+    Returns:
+        The names of the classes when every image is in a folder of its class (sorted as torchvision's ImageFolder sorts
+        them, so that labels agree), else None; and the rows.
+    """
+    texts: dict[str, tuple[str, os.stat_result]] = {}
+    images: list[tuple[str, int]] = []
+    for path, stat in _walk(root):
+        key, suffix = os.path.splitext(path)
+        if suffix[1:].lower() in IMAGE_SUFFIXES:
+            images.append((path, stat.st_size))
+        elif suffix.lower() == ".txt" and (
+            key not in texts or path > texts[key][0]
+        ):  # of `1.TXT` and `1.txt` the latter
+            texts[key] = path, stat
+    images.sort(key=lambda image: tuple(natural_key(part) for part in image[0].split("/")))
+    class_names: tuple[str, ...] | None = None
+    if images and all("/" in path for path, _ in images):
+        class_names = tuple(sorted({path.partition("/")[0] for path, _ in images}))
+    labels = {name: number for number, name in enumerate(class_names or ())}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for path, size in images:
+            key = os.path.splitext(path)[0]
+            row = {"key": os.fsencode(key), "path": os.fsencode(path), "size": size}
+            if labels:
+                row["classes"] = [labels[path.partition("/")[0]]]
+            if key in texts:
+                text, stat = texts[key]
+                row |= {"text": os.fsencode(text), "text_size": stat.st_size, "text_time": stat.st_mtime_ns}
+            yield row
+
+    return class_names, rows()
+
+
+def _walk(root: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield every file that is not hidden by its relative path; links to folders are followed, each folder visited once."""
+    visited: set[tuple[int, int]] = set()
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        identity = os.stat(os.path.join(root, folder))
+        if (identity.st_dev, identity.st_ino) in visited:
+            continue
+        visited.add((identity.st_dev, identity.st_ino))
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    pending.append(path)
+                elif entry.is_file():
+                    yield path, entry.stat()
+
+
+def _list_rows(source: str, columns: Columns) -> Iterator[dict[str, Any]]:
+    """List a ``.csv`` (commas, or tabs as open_clip's are), ``.tsv`` or ``.parquet`` file, or its URL, in its own order."""
+    with local_file(source) as file:
+        for frame in _read_frames(source, file):
+            if columns.image not in frame:
+                raise ClipcidError(
+                    f"List {source} has no column {columns.image!r}; it has {', '.join(map(str, frame.columns[:12]))}.",
+                    "Give the column of image paths with --image-column (likewise --caption-column, --key-column).",
+                )
+            if frame.empty:
+                raise ClipcidError(f"List {source} has a header and no rows.", "Give a list with one row per image.")
+            nothing = [None] * len(frame)
+            paths = _texts(source, frame, columns.image)
+            keys = _texts(source, frame, columns.key) if columns.key in frame else paths
+            captions = map(_captions, frame[columns.caption]) if columns.caption in frame else nothing
+            classes = _classes(source, frame[LABEL_COLUMN]) if LABEL_COLUMN in frame else nothing
+            for key, path, texts, numbers in zip(keys, paths, captions, classes, strict=True):
+                yield {"key": os.fsencode(key), "path": os.fsencode(path), "captions": texts, "classes": numbers}
+
+
+def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
+    import pandas as pd  # 0.15 s, which other kinds of data should not wait for
+
+    try:
+        open_regular(path).close()
+        if source.lower().endswith(".parquet"):
+            frame = pd.read_parquet(path)
+            for start in range(0, len(frame) or 1, VIRTUAL_SHARD):
+                yield frame[start : start + VIRTUAL_SHARD]
+            return
+        with path.open(encoding="utf-8", errors="replace") as file:
+            header = file.readline()
+        # open_clip writes and reads tab-separated lists, whatever they are called.
+        separator = "\t" if source.lower().endswith(".tsv") or ("\t" in header and "," not in header) else ","
+        with pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, chunksize=VIRTUAL_SHARD) as frames:
+            yield from frames
+    except FileNotFoundError as error:
+        raise ClipcidError(f"There is no list {source}.", "Check the path.") from error
+    except Exception as error:  # pandas and pyarrow raise what they like for a damaged file
+        raise ClipcidError(
+            f"List {source} cannot be read: {describe(error)}.", "Give a csv, tsv or parquet file with a header."
+        ) from error
+
+
+def _texts(source: str, frame: pd.DataFrame, column: str) -> list[str]:
+    if any(isinstance(cell, _SEVERAL) for cell in frame[column]):
+        raise ClipcidError(
+            f"Column {column!r} of list {source} contains lists.",
+            "Give a column of single values with --image-column or --key-column: one row per image.",
+        )
+    return [_clean(cell) for cell in frame[column]]
 
 
 def _captions(cell: Any) -> list[str]:
@@ -308,7 +284,18 @@ def _captions(cell: Any) -> list[str]:
 
 
 def _clean(cell: Any) -> str:
-    return "" if _is_missing(cell) else str(cell).strip()
+    return cell.strip() if isinstance(cell, str) else "" if _is_missing(cell) else str(cell)
+
+
+def _classes(source: str, cells: Sequence[Any] | pd.Series[Any]) -> list[list[int]]:
+    """Read the class numbers in each cell: none, one or several."""
+    try:
+        return [_numbers(cell) for cell in cells]
+    except ValueError as error:
+        raise ClipcidError(
+            f"Column {LABEL_COLUMN!r} of list {source} contains something other than integers: {error}.",
+            "Number the classes from 0 (several of one image separated by spaces), or rename the column.",
+        ) from error
 
 
 def _numbers(cell: Any) -> list[int]:

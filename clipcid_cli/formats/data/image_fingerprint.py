@@ -20,7 +20,7 @@ from clipcid_cli.formats.fingerprint import FileRecord
 
 _WINDOW = 4096
 _COMPRESSED = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8")
-_SAMPLES_A_TASK = 256
+_AT_ONCE = 256
 
 
 def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None) -> FileRecord:
@@ -33,21 +33,20 @@ def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None
         ``path``, ``size`` (number of images used) and ``hash``, as of a sidecar's input. Of a remote image only the name is
         included. Tars behind a URL are not read for it: their own fingerprints are included, and ``size`` is their bytes.
     """
+    digest = hashlib.blake2b(digest_size=16)
     if any(is_remote(shard.file) for shard in dataset.shards):
         shards = dataset.fingerprints()
-        content = hashlib.blake2b(repr([(each.size, each.hash) for each in shards]).encode(), digest_size=16)
-        return FileRecord(
-            f"{dataset.spec}#images", sum(each.size for each in shards), f"blake2b-shards:{content.hexdigest()}"
-        )
-    if samples is None:
-        samples = (sample for shard in dataset.shards for sample in shard.samples())
-    found = list(samples)
-    parts = [found[start : start + _SAMPLES_A_TASK] for start in range(0, len(found), _SAMPLES_A_TASK)]
-    digest = hashlib.blake2b(digest_size=16)
-    with ThreadPoolExecutor(16) as pool:
-        for part in pool.map(_digest, parts):
-            digest.update(part)
-    return FileRecord(f"{dataset.spec}#images", len(found), f"blake2b-windows:{digest.hexdigest()}")
+        size, kind = sum(each.size for each in shards), "shards"
+        digest.update(repr([(each.size, each.hash) for each in shards]).encode())
+    else:
+        if samples is None:
+            samples = (sample for shard in dataset.shards for sample in shard.samples())
+        found = list(samples)
+        size, kind = len(found), "windows"
+        with ThreadPoolExecutor(16) as pool:
+            for part in pool.map(_digest, [found[at : at + _AT_ONCE] for at in range(0, size, _AT_ONCE)]):
+                digest.update(part)
+    return FileRecord(f"{dataset.spec}#images", size, f"blake2b-{kind}:{digest.hexdigest()}")
 
 
 def _digest(samples: Sequence[Sample]) -> bytes:

@@ -11,7 +11,6 @@ again. A process holds the parts it used last, `PARTS_KEPT` of them.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,9 @@ from clipcid_cli.formats.data.samples import Location, Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
 from clipcid_cli.formats.data.tars import split_captions
-from clipcid_cli.formats.key_join import find_repeated_key
+from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.join import find_repeat
+from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.skips import Skips
 
@@ -41,22 +42,24 @@ PARTS_KEPT = 48
 """Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB."""
 
 _VERSION = 3
+_LOCATION = pa.struct(
+    [
+        ("path", pa.string()),  # null where it is the shard's own file
+        ("offset", pa.int64()),
+        ("size", pa.int64()),  # null for a whole file
+    ]
+)
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("path", pa.string()),  # of the image; null where it is the shard's own file
-        ("offset", pa.int64()),
-        ("size", pa.int64()),  # −1 for a whole file
+        ("image", _LOCATION),
         ("captions", pa.list_(pa.string())),  # null where they are read from the shard's file
-        ("captions_offset", pa.int64()),
-        ("captions_size", pa.int64()),
+        ("captions_at", _LOCATION),
         ("num_captions", pa.int32()),
-        ("attributes_offset", pa.int64()),
-        ("attributes_size", pa.int64()),  # −1 where there are none
+        ("attributes", _LOCATION),
     ]
 )
 _RECORD = b"clipcid"  # of the part's schema
-_NOWHERE = Location("", 0, -1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class IndexedShard:
     read: int
     skips: Skips
     stamp: tuple[int, int]
-    fingerprint: dict[str, Any]
+    fingerprint: FileRecord
     digest: str = ""
 
 
@@ -86,44 +89,18 @@ class Part:
     """The samples of one shard.
 
     Attributes:
+        table: See `_SCHEMA`.
         keys: Their keys, n strings.
         num_captions: How many captions each has, int32 [n].
     """
 
     def __init__(self, table: pa.Table) -> None:
-        self.keys, self._paths, self._captions = (table[name] for name in ("key", "path", "captions"))
+        self.table = table
+        self.keys: pa.ChunkedArray = table["key"]
         self.num_captions: npt.NDArray[np.int32] = table["num_captions"].to_numpy()
-        self._image, self._text, self._attributes = (
-            (table[f"{prefix}offset"].to_numpy(), table[f"{prefix}size"].to_numpy())
-            for prefix in ("", "captions_", "attributes_")
-        )
 
     def __len__(self) -> int:
-        return len(self.num_captions)
-
-    def sample(self, place: int, shard: Shard | None, copy: ShardCopy | None = None) -> Sample:
-        """Return a sample by its place in the shard; see `DataIndex.sample`.
-
-        Args:
-            shard: The shard; None will do where each image is a file of its own.
-        """
-        own, path = Location("" if shard is None else shard.file, copy=copy), self._paths[place].as_py()
-        captions = self._captions[place].as_py()
-        if captions is None:
-            assert shard is not None, "captions are in the shard's own file"
-            text = _part_of(own, self._text, place).read()
-            captions = split_captions(text, a_line_each=shard.caption_lines)
-        return Sample(
-            key=self.keys[place].as_py(),
-            image=_part_of(own if path is None else Location(path), self._image, place),
-            captions=tuple(captions),
-            attributes=_part_of(own, self._attributes, place) if self._attributes[1][place] >= 0 else None,
-        )
-
-
-def _part_of(file: Location, extents: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], place: int) -> Location:
-    offset, size = (int(values[place]) for values in extents)
-    return Location(file.path, offset, None if size < 0 else size, copy=file.copy)
+        return len(self.table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +121,32 @@ class PartSource:
         """Return the part, read or as this process holds it."""
         return _read_part(self.path, self.digest)
 
+    def sample(self, place: int) -> Sample:
+        """Return a sample by its place in the shard; captions that are in the shard's file are read from it.
+
+        Raises:
+            OSError: when the shard's file is gone or shorter than it was.
+        """
+        table = self.read().table
+        key, image, captions, captions_at, attributes = (
+            table[name][place].as_py() for name in ("key", "image", "captions", "captions_at", "attributes")
+        )
+        if captions is None:
+            assert self.shard is not None, "captions are in the shard's own file"
+            text = self._locate(captions_at).read()
+            captions = split_captions(text, a_line_each=self.shard.caption_lines)
+        return Sample(
+            key=key,
+            image=self._locate(image),
+            captions=tuple(captions),
+            attributes=None if attributes is None else self._locate(attributes),
+        )
+
+    def _locate(self, found: dict[str, Any]) -> Location:
+        if found["path"] is not None or self.shard is None:
+            return Location(**found)
+        return Location(self.shard.file, found["offset"], found["size"], copy=self.copy)
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplePlace:
@@ -158,9 +161,9 @@ class SamplePlace:
         return str(self.source.read().keys[self.place])
 
     def read(self) -> Sample:
-        """Return the sample; see `DataIndex.sample`."""
+        """Return the sample."""
         try:
-            return self.source.read().sample(self.place, self.source.shard, self.source.copy)
+            return self.source.sample(self.place)
         except OSError as error:
             file = self.source.path if self.source.shard is None else self.source.shard.file
             raise ClipcidError(
@@ -199,12 +202,8 @@ class DataIndex:
         return self.source(number).read()
 
     def sample(self, number: int, place: int) -> Sample:
-        """Return a sample by its shard and its place there; captions that are in the shard's file are read from it.
-
-        Raises:
-            OSError: when the shard's file is gone or shorter than it was.
-        """
-        return self.part(number).sample(place, self.shards[number], self._copy(number))
+        """Return a sample by its shard and its place there; see `PartSource.sample`."""
+        return self.source(number).sample(place)
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Copy shards to the cache in the background, in order; see `ShardCache.fetch_ahead`."""
@@ -217,7 +216,7 @@ class DataIndex:
         if self.cache is None or not is_remote(path):
             return None
         listed, digest = self.records[number].fingerprint, self.records[number].digest
-        return ShardCopy(self.cache, path, listed["hash"], "" if tells_content(listed) else digest)
+        return ShardCopy(self.cache, path, listed.hash, "" if tells_content(listed) else digest)
 
 
 def index_identity(kind: str, settings: dict[str, Any]) -> str:
@@ -225,17 +224,14 @@ def index_identity(kind: str, settings: dict[str, Any]) -> str:
     return _identity([_VERSION, kind, settings])
 
 
-def write_part(
-    folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequence[Sample], read: int, skips: Skips
-) -> None:
+def write_part(folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequence[Sample], skips: Skips) -> None:
     """Write down what the listing of one shard found, whole or not at all.
 
     Args:
         stamp: The shard's stamp before it was listed, so that a change meanwhile is noticed.
         samples: What `shard.samples(skips)` returned.
-        read: Samples looked at.
     """
-    captioned = sum(bool(sample.captions) for sample in samples)
+    captioned, read = sum(bool(sample.captions) for sample in samples), len(samples) + skips.total
     record = IndexedShard(len(samples), captioned, read, skips, stamp, shard.fingerprint())
     try:
         table = pa.Table.from_pylist([_to_row(sample, shard.file) for sample in samples], _SCHEMA)
@@ -251,18 +247,19 @@ def write_part(
 
 
 def _to_row(sample: Sample, file: str) -> dict[str, Any]:
-    text, attributes = sample.captions_at or _NOWHERE, sample.attributes or _NOWHERE
+    def describe(location: Location | None) -> dict[str, Any] | None:
+        if location is None:
+            return None
+        path = None if location.path == file else location.path
+        return {"path": path, "offset": location.offset, "size": location.size}
+
     return {
         "key": sample.key,
-        "path": None if sample.image.path == file else sample.image.path,
-        "offset": sample.image.offset,
-        "size": -1 if sample.image.size is None else sample.image.size,
+        "image": describe(sample.image),
         "captions": None if sample.captions_at is not None else sample.captions,
-        "captions_offset": text.offset,
-        "captions_size": text.size,
+        "captions_at": describe(sample.captions_at),
         "num_captions": len(sample.captions),
-        "attributes_offset": attributes.offset,
-        "attributes_size": attributes.size,
+        "attributes": describe(sample.attributes),
     }
 
 
@@ -300,8 +297,7 @@ def lock_index(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # The kernel drops the lock when the process ends, however it ends.
-            fcntl.flock(stack.enter_context((folder / ".lock").open("w")), fcntl.LOCK_EX)
+            stack.enter_context(lock(folder / ".lock"))
         except OSError as error:
             raise write_error(folder, error) from error
         remove_abandoned(folder.glob(".*.partial"))
@@ -309,12 +305,14 @@ def lock_index(folder: Path) -> Iterator[None]:
 
 
 def _refuse_repeated_keys(index: DataIndex) -> None:
-    keys = [chunk for number in range(len(index.shards)) for chunk in index.part(number).keys.chunks]
-    repeat = find_repeated_key(pa.chunked_array(keys, pa.string()))
+    """Refuse keys of two shards; within a shard all differ."""
+    if len(index.shards) < 2:
+        return
+    repeat = find_repeat(lambda: (index.part(number).keys for number in range(len(index.shards))), index.folder)
     if repeat is not None:
-        ends = np.cumsum(index.sizes)
-        one, other = (index.shards[int(np.searchsorted(ends, row, side="right"))].name for row in repeat[1:])
-        raise repeated_key(repeat[0], one, other)
+        ends, rows = np.cumsum(index.sizes), (repeat.first, repeat.second)
+        one, other = (index.shards[int(np.searchsorted(ends, row, side="right"))].name for row in rows)
+        raise repeated_key(repeat.key, one, other)
 
 
 def repeated_key(key: str, one: str, other: str) -> ClipcidError:
@@ -338,7 +336,7 @@ def _identity(content: list[Any]) -> str:
 
 
 def _to_json(record: IndexedShard) -> str:
-    return json.dumps(dataclasses.asdict(record), sort_keys=True)  # not msgspec's: paths need not be UTF-8
+    return json.dumps(msgspec.to_builtins(record), sort_keys=True)  # not by msgspec: paths need not be UTF-8
 
 
 def _from_json(text: str | bytes) -> IndexedShard:

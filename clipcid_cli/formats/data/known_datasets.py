@@ -97,9 +97,6 @@ def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | Non
 
     Returns:
         The data set and its folder; None when the name is not in the suite.
-
-    Raises:
-        ClipcidError: when there is no copy, naming where it is expected and how to get it.
     """
     known = KNOWN_DATASETS.get(name)
     if known is None:

@@ -6,18 +6,17 @@ import contextlib
 import hashlib
 import io
 import re
-import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.fingerprint import FileRecord
 
 _PIPE = "pipe:"
 # Seconds before each further attempt at a connection that broke. Bytes received start the count anew.
@@ -53,108 +52,74 @@ def is_remote(spec: str) -> bool:
     return is_url(spec) or is_pipe(spec)
 
 
-class RemoteFile(io.RawIOBase):
-    """The bytes behind a URL, or the output of a command.
+def read_blocks(path: str) -> Generator[bytes]:
+    """Yield the bytes behind a URL, or the output of a command, which is run, in order.
 
-    A connection that breaks is opened again where it broke, after a pause. Servers that send no ranges, and commands, then
-    start over, and what was read before is passed over, as what lies before a place that is sought.
-
-    Attributes:
-        size: Number of bytes, known from the first read on; None where the server or a command does not tell.
+    What breaks is tried again: of a URL the request of `_REQUEST` bytes; of a command all, and what was read is passed over.
     """
+    if is_pipe(path):
+        yield from _run(path)
+        return
+    size, place = _read_info(path).get("size"), 0
+    while size is None or place < size:
+        end = place + _REQUEST if size is None else min(place + _REQUEST, int(size))
+        data = _fetch(path, place, end, is_whole=size is not None)
+        whole = len(data) > end - place  # the server sends no ranges
+        if data:
+            yield data[place:] if whole else data
+        if whole or len(data) < end - place:
+            return
+        place = end
+
+
+def _run(command: str) -> Iterator[bytes]:
+    """Yield what a command writes, until it has ended well."""
+    place, waits = 0, iter(_WAITS)
+    while True:
+        # By the shell, as webdataset does.
+        with subprocess.Popen(command.removeprefix(_PIPE), shell=True, stdout=subprocess.PIPE) as process:
+            try:
+                assert process.stdout is not None
+                left = place
+                while data := process.stdout.read(_COPY):
+                    passed = min(left, len(data))
+                    left -= passed
+                    if passed < len(data):
+                        place, waits = place + len(data) - passed, iter(_WAITS)
+                        yield data[passed:]
+                if not process.wait():
+                    return
+            finally:
+                process.terminate()
+        wait = next(waits, None)
+        if wait is None:
+            raise _fetch_error(command, OSError(f"exit {process.returncode}"), len(_WAITS))
+        time.sleep(wait)
+
+
+class RemoteStream(io.RawIOBase):
+    """What `read_blocks` yields, as a file that is read once."""
 
     def __init__(self, path: str) -> None:
-        self.size: int | None = None
-        self._path, self._in_ranges = path, not is_pipe(path)
-        self._file: Any = None
-        self._place = self._wanted = 0  # of the connection, and where the next byte is to come from
+        self._blocks, self._held = read_blocks(path), memoryview(b"")
 
     def readable(self) -> bool:
         """Return True."""
         return True
 
-    def seekable(self) -> bool:
-        """Return True; but of a command's output only what is to come is near."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Choose where the next byte comes from, by its offset from the first or from the next byte."""
-        self._wanted = offset + (self._wanted if whence == io.SEEK_CUR else 0)
-        return self._wanted
-
-    def tell(self) -> int:
-        """Return the offset of the next byte."""
-        return self._wanted
-
     def readinto(self, buffer: Any) -> int:
         """Read some bytes; none at the end alone."""
-        part = _retry(self._path, partial(self._read_once, len(buffer)), self._disconnect)
+        if not self._held:
+            self._held = memoryview(next(self._blocks, b""))
+        part = self._held[: len(buffer)]
+        self._held = self._held[len(part) :]
         buffer[: len(part)] = part
         return len(part)
 
-    def drain(self) -> None:
-        """Take what is left of a command's output, and learn whether the command failed."""
-        while is_pipe(self._path) and self.read(_COPY):
-            pass
-
     def close(self) -> None:
         """Close the connection, or end the command."""
-        self._disconnect()
+        self._blocks.close()
         super().close()
-
-    def _disconnect(self) -> None:
-        file, self._file = self._file, None
-        with contextlib.suppress(Exception):  # what a broken connection or an ended command says of itself
-            if isinstance(file, subprocess.Popen):
-                file.terminate()
-                file.communicate()
-            elif file is not None:
-                file.close()
-
-    def _read_once(self, size: int) -> bytes:
-        if self._file is not None and self._wanted < self._place and not self._in_ranges:
-            self._disconnect()
-        if self._file is None:
-            self._connect()
-        if self._in_ranges and self._place != self._wanted:
-            self._file.seek(self._wanted)
-            self._place = self._wanted
-        while self._place < self._wanted and self._take(min(self._wanted - self._place, _COPY)):
-            pass
-        data = self._take(size)
-        self._wanted += len(data)
-        return data
-
-    def _connect(self) -> None:
-        self._place = 0
-        if is_pipe(self._path):
-            # By the shell, as webdataset does.
-            self._file = subprocess.Popen(self._path.removeprefix(_PIPE), shell=True, stdout=subprocess.PIPE)
-            return
-        filesystem, inner = open_filesystem(self._path)
-        options = {"block_size": _REQUEST, "cache_type": "readahead"} if self._in_ranges else {"block_size": 0}
-        self._file = filesystem.open(inner, "rb", **options)
-        self.size = getattr(self._file, "size", None)
-
-    def _take(self, size: int) -> bytes:
-        """Read on where the connection is."""
-        command = isinstance(self._file, subprocess.Popen)
-        try:
-            data: bytes = (self._file.stdout if command else self._file).read(size)
-        except ValueError as error:  # the server answers a request for a part with the whole
-            self._in_ranges = False
-            raise OSError(str(error)) from None
-        self._place += len(data)
-        if not data and command and self._file.wait():
-            raise OSError(f"exit {self._file.returncode}")
-        if not data and self.size is not None and self._place < self.size:
-            raise OSError(f"the connection ended at byte {self._place:,} of {self.size:,}")
-        return data
-
-
-def open_remote(path: str) -> io.BufferedReader:
-    """Open the bytes behind a URL, or the output of a command, which is run."""
-    return io.BufferedReader(RemoteFile(path), 2**17)
 
 
 def read_remote(url: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -163,44 +128,58 @@ def read_remote(url: str, offset: int = 0, size: int | None = None) -> bytes:
     Raises:
         OSError: when it is shorter.
     """
-
-    def fetch() -> bytes:
-        filesystem, inner = open_filesystem(url)
-        data: bytes = filesystem.cat_file(inner, offset, None if size is None else offset + size)
-        if size is not None and len(data) > size:  # the server sends no ranges
-            data = data[offset : offset + size]
-        return data
-
-    data = _retry(url, fetch)
-    if size is not None and len(data) != size:
+    end = None if size is None else offset + size
+    data = _fetch(url, offset, end)
+    if end is not None and len(data) > end - offset:  # the server sends no ranges
+        data = data[offset:end]
+    if size is not None and len(data) < size:
         raise OSError(f"{url} ends {size - len(data)} bytes early")
     return data
 
 
-def describe_file(path: str) -> dict[str, Any]:
+def _fetch(url: str, start: int, end: int | None, *, is_whole: bool = False) -> bytes:
+    """Read a part of the file behind a URL; all of it where the server sends no ranges.
+
+    Args:
+        is_whole: Whether the file is known to hold all of the part.
+    """
+
+    def fetch() -> bytes:
+        filesystem, inner = open_filesystem(url)
+        data: bytes = filesystem.cat_file(inner, start or None, end)
+        if is_whole and end is not None and len(data) < end - start:
+            raise OSError(f"the connection ended at byte {start + len(data):,}")
+        return data
+
+    return _retry(url, fetch)
+
+
+def describe_file(path: str) -> FileRecord:
     """Return the size of the file behind a URL, and a hash of what its server tells of its content: no byte of it is read.
 
     That is its size and ETag, checksum or modification time, whichever the server knows. Of a command it is its text.
-
-    Returns:
-        ``path``, ``size``, ``hash``.
     """
     if is_pipe(path):
-        return {"path": path, "size": 0, "hash": _hash_version(0, path)}
+        return FileRecord(path, 0, _hash_version(0, path))
 
-    def fetch() -> dict[str, Any]:
-        filesystem, inner = open_filesystem(path)
-        return {name.lower(): value for name, value in filesystem.info(inner).items()}
-
-    known = _retry(path, fetch)
+    known = {name.lower(): value for name, value in _read_info(path).items()}
     size = int(known.get("size") or 0)
     version = next((str(known[name]) for name in _VERSIONS if known.get(name)), "")
-    return {"path": path, "size": size, "hash": _hash_version(size, version)}
+    return FileRecord(path, size, _hash_version(size, version))
 
 
-def tells_content(described: dict[str, Any]) -> bool:
+def _read_info(url: str) -> dict[str, Any]:
+    def fetch() -> dict[str, Any]:
+        filesystem, inner = open_filesystem(url)
+        info: dict[str, Any] = filesystem.info(inner)
+        return info
+
+    return _retry(url, fetch)
+
+
+def tells_content(described: FileRecord) -> bool:
     """Tell whether the hash of `describe_file` changes with the content: neither a command's does, nor a bare size's."""
-    return not is_pipe(described["path"]) and described["hash"] != _hash_version(described["size"], "")
+    return not is_pipe(described.path) and described.hash != _hash_version(described.size, "")
 
 
 def _hash_version(size: int, version: str) -> str:
@@ -220,8 +199,8 @@ def list_folder(url: str) -> list[str]:
 
 def download(path: str, file: IO[bytes]) -> None:
     """Write the bytes behind a URL, or a command's output, to a file."""
-    with open_remote(path) as stream:
-        shutil.copyfileobj(stream, file, _COPY)
+    for block in read_blocks(path):
+        file.write(block)
 
 
 @contextlib.contextmanager
@@ -248,15 +227,14 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         ) from error
 
 
-def _retry(path: str, attempt: Callable[[], Result], reset: Callable[[], None] = lambda: None) -> Result:
-    """Return what `attempt` does, tried again after each of `_WAITS`; `reset` is called after an attempt that failed."""
+def _retry(path: str, attempt: Callable[[], Result]) -> Result:
+    """Return what `attempt` does, tried again after each of `_WAITS`."""
     for wait in (*_WAITS, None):
         try:
             return attempt()
         except ClipcidError:
             raise
         except Exception as error:  # every fsspec backend raises its client's own errors
-            reset()
             if wait is None or _is_lasting(error):
                 raise _fetch_error(path, error, 0 if wait is not None else len(_WAITS)) from error
         time.sleep(wait)

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 from functools import lru_cache
-from typing import NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_pipe, is_url, read_remote
@@ -101,18 +100,6 @@ class Sample:
             return self
         parts = {name: getattr(self, name) for name in ("image", "multi_hot", "attributes", "captions_at")}
         return dataclasses.replace(self, **{name: part and part.without_data() for name, part in parts.items()})
-
-
-class Unusable(NamedTuple):
-    """What is found in the place of a sample.
-
-    Attributes:
-        reason: Why it is none, of `skips.REASONS`.
-        name: What a user would look for to find it.
-    """
-
-    reason: str
-    name: str
 
 
 def natural_key(text: str) -> tuple[object, ...]:

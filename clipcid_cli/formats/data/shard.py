@@ -6,24 +6,30 @@ import dataclasses
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
 
 from clipcid_cli.formats.data.remote import describe_file, is_remote
-from clipcid_cli.formats.data.samples import Sample, Unusable
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.tars import fingerprint_tar, read_tar
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips
 
 
 class Rows(ABC):
-    """What names samples that are in no tar: a folder of images, a list, a file of texts; in slices, small when pickled."""
+    """What names samples that are in no tar: a folder of images, a list, a file of texts; in slices, small when pickled.
+
+    Attributes:
+        total: Number of samples, where that is known without reading them.
+    """
+
+    total: int | None = None
 
     @abstractmethod
     def __len__(self) -> int:
         """Return the number of slices."""
 
     @abstractmethod
-    def read(self, number: int) -> Iterator[Sample | Unusable]:
-        """Yield the samples of a slice, and the rows that are none."""
+    def read(self, number: int, skips: Skips) -> Iterator[Sample]:
+        """Yield the samples of a slice, and count the rows that are none."""
 
     @abstractmethod
     def stamp(self, number: int) -> tuple[int, int]:
@@ -74,21 +80,18 @@ class Shard:
             skips: Counts the samples that are omitted: those without an image or with a key that occurs earlier. Complete
                 once all samples were taken.
         """
+        skips = Skips() if skips is None else skips
         if self.rows is None:
-            found = read_tar(self.source, self.name, caption_lines=self.caption_lines)
+            found = read_tar(self.source, self.name, skips, caption_lines=self.caption_lines)
         else:
-            found = self.rows.read(self.number)
+            found = self.rows.read(self.number, skips)
         for sample in found:
-            if isinstance(sample, Sample):
-                yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
-            elif skips is not None:
-                skips.add(sample.reason, sample.name)
+            yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Describe the shard's content for a sidecar: ``path``, ``size``, ``hash``."""
+    def fingerprint(self) -> FileRecord:
+        """Describe the shard's content for a sidecar."""
         if self.rows is not None:
-            size, content = self.rows.fingerprint(self.number)
-            return {"path": f"{self.source}#{self.name}", "size": size, "hash": content}
+            return FileRecord(f"{self.source}#{self.name}", *self.rows.fingerprint(self.number))
         return describe_file(self.source) if is_remote(self.source) else fingerprint_tar(self.source)
 
     def stamp(self) -> tuple[int, int]:

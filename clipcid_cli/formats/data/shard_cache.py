@@ -1,7 +1,7 @@
 """Local copies of shards behind URLs and of commands, for reading samples in any order: a folder of limited size.
 
-A shard is fetched by the first process of the host that needs it, the least recently opened copies make room for it, and a
-copy that any process holds open is left alone. The kernel drops the locks this rests on when a process ends.
+A shard is fetched by the first process of the host that needs it, and the least recently opened copies make room for it.
+Whoever fetches a copy or reads from it holds the file by a lock, which ends with its process; nobody removes what is held.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_error
 from clipcid_cli.formats.data.remote import describe_file, download
-from clipcid_cli.formats.lock import is_at
+from clipcid_cli.formats.lock import lock
 
 FETCHED_AT_ONCE = 4
 """Copies that a process fetches ahead at a time."""
@@ -32,10 +32,8 @@ _ASK_AGAIN = 0.02
 
 def cache_folder() -> Path:
     """Return the folder of copies: ``CLIPCID_CACHE``, or ``clipcid`` in the user's cache folder."""
-    configured = os.environ.get("CLIPCID_CACHE")
-    if configured:
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipcid"
+    own = os.environ.get("CLIPCID_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipcid"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,37 +59,29 @@ class ShardCache:
         for copy in copies:
             waiting.put(copy)
 
-    def make_room(self, size: int, apart: Path | None = None) -> None:
-        """Remove the copies least recently opened until `size` bytes more are within the limit; call it within `lock`.
+    @contextmanager
+    def room_for(self, size: int, apart: Path) -> Iterator[None]:
+        """Remove the copies least recently opened until `size` bytes more are within the limit; one process at a time.
 
         Args:
             apart: A file whose bytes do not count.
-
-        Raises:
-            ClipcidError: when the copies in use take too much.
         """
-        files = list[tuple[int, int, Path]]()
-        for path in self.folder.iterdir():
-            with suppress(FileNotFoundError):  # given up just now
-                if path != apart and path.name != ".lock":
-                    files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        used = sum(taken for _, taken, _ in files)
-        for _, taken, path in sorted(files):
-            if used + size <= self.max_bytes:
-                return
-            if _remove_unused(path):
-                used -= taken
-        if used + size > self.max_bytes:
-            raise ClipcidError(
-                f"{self.folder} may take {self.max_bytes:,} bytes: copies in use have {used:,}, and the next has {size:,}.",
-                "Raise --cache-size, or set CLIPCID_CACHE to a folder of its own for each run.",
-            )
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the folder: room is made for one copy at a time."""
-        with (self.folder / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with lock(self.folder / ".lock"):
+            files = list[tuple[int, int, Path]]()
+            for path in self.folder.iterdir():
+                with suppress(FileNotFoundError):  # given up just now
+                    if path != apart and path.name != ".lock":
+                        files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+            used = sum(taken for _, taken, _ in files)
+            for _, taken, path in sorted(files):
+                if used + size > self.max_bytes and _remove_unused(path):
+                    used -= taken
+            if used + size > self.max_bytes:
+                raise ClipcidError(
+                    f"{self.folder} may take {self.max_bytes:,} bytes: "
+                    f"copies in use have {used:,}, and the next has {size:,}.",
+                    "Raise --cache-size, or set CLIPCID_CACHE to a folder of its own for each run.",
+                )
             yield
 
 
@@ -110,12 +100,15 @@ class ShardCopy:
     version: str
     listing: str = ""
 
-    def open(self) -> int:
-        """Return a descriptor of the copy, which is fetched where it is missing. It stays whole while it is open.
+    @property
+    def local(self) -> Path:
+        """Where the copy is, or would be."""
+        content = f"{self.path} {self.version} {self.listing}".rstrip()
+        digest = hashlib.blake2b(content.encode("utf-8", "surrogateescape"), digest_size=16)
+        return self.cache.folder / f"{digest.hexdigest()}.tar"
 
-        Raises:
-            ClipcidError: when it cannot be fetched, has changed since it was listed, or there is no room for it.
-        """
+    def open(self) -> int:
+        """Return a descriptor of the copy, which is fetched where it is missing. It stays whole while it is open."""
         while True:
             try:
                 descriptor = os.open(self.local, os.O_RDONLY | os.O_CLOEXEC)
@@ -128,55 +121,37 @@ class ShardCopy:
             return descriptor
 
     def fetch(self) -> None:
-        """Fetch the copy where it is missing, or wait for the process that is fetching it.
-
-        Raises:
-            ClipcidError: as `open` does.
-        """
+        """Fetch the copy where it is missing, or wait for the process that is fetching it."""
         partial = self.local.with_name(f".{self.local.name}.partial")
         try:
             self.cache.folder.mkdir(parents=True, exist_ok=True)
             while not self.local.exists():
-                with partial.open("ab") as file:
-                    try:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        # Asked again, not waited for: once whole, this very file is the copy, and its readers hold it.
-                        time.sleep(_ASK_AGAIN)
-                        continue
-                    if not is_at(file.fileno(), partial):
-                        continue  # the process that held it has finished or given up
-                    if self.local.exists():
-                        partial.unlink()
-                    else:
+                try:
+                    # Not waited for, but asked for again: once whole, this very file is the copy, and its readers hold it.
+                    with lock(partial, wait=False):
                         self._fetch_into(partial)
+                except BlockingIOError:
+                    time.sleep(_ASK_AGAIN)
         except OSError as error:
             raise write_error(self.cache.folder, error) from error
 
-    @property
-    def local(self) -> Path:
-        """Where the copy is, or would be."""
-        content = f"{self.path} {self.version} {self.listing}".rstrip()
-        digest = hashlib.blake2b(content.encode("utf-8", "surrogateescape"), digest_size=16)
-        return self.cache.folder / f"{digest.hexdigest()}.tar"
-
     def _fetch_into(self, partial: Path) -> None:
         try:
+            if self.local.exists():
+                partial.unlink()
+                return
             found = describe_file(self.path)
-            if found["hash"] != self.version:
+            if found.hash != self.version:
                 raise ClipcidError(
                     f"{self.path} has changed since it was listed.",
                     "Remove index/ from the work directory, then run the same command again: the data is listed anew.",
                 )
-            size = found["size"]  # 0 of a command
-            with self.cache.lock():
-                self.cache.make_room(size, partial)
-                os.truncate(partial, size)  # so that others see what it will take
+            with self.cache.room_for(found.size, partial):  # 0 of a command
+                os.truncate(partial, found.size)  # so that others see what it will take
             with partial.open("r+b") as file:
                 download(self.path, file)
                 file.truncate()
-            with self.cache.lock():
-                self.cache.make_room(partial.stat().st_size, partial)
+            with self.cache.room_for(partial.stat().st_size, partial):
                 partial.replace(self.local)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -186,13 +161,10 @@ class ShardCopy:
 def _remove_unused(path: Path) -> bool:
     """Remove a file unless a process holds it."""
     try:
-        with path.open("r+b") as file:  # NFS grants an exclusive lock only to a file open for writing
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with lock(path, wait=False):
             path.unlink()
     except (BlockingIOError, PermissionError):
         return False
-    except FileNotFoundError:
-        pass
     return True
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.data.tars import Member, group_members, read_members
+from clipcid_cli.formats.data.tars import group_members, read_members
 
 # An archive ends with two empty blocks and is padded to records of twenty, as tar programs write it.
 _END = bytes(2 * 512)
@@ -29,11 +29,7 @@ class Copied(NamedTuple):
 
 
 def count_samples(source: Path) -> int:
-    """Count the samples of a tar, including those without an image.
-
-    Raises:
-        ClipcidError: when it is damaged.
-    """
+    """Count the samples of a tar, including those without an image."""
     return sum(1 for _ in group_members(read_members(source)))
 
 
@@ -46,49 +42,24 @@ def copy_samples(source: Path, target: Path, keys: Set[str]) -> Copied:
     Args:
         target: The tar to write; it exists under its name only when complete.
         keys: Keys of samples as stored, without a shard's name.
-
-    Returns:
-        How many samples were copied, and how many the source has.
-
-    Raises:
-        ClipcidError: when the source is damaged, or the target cannot be written.
     """
-    chosen = _Choice(keys)
+    read, copied, ranges = 0, set[str](), list[tuple[int, int]]()
+    for key, members in group_members(read_members(source)):
+        read += 1
+        if key not in keys or key in copied:
+            continue
+        copied.add(key)
+        for member in members:
+            start = member.start
+            if ranges and ranges[-1][1] == start:  # adjacent members are copied together
+                start = ranges.pop()[0]
+            ranges.append((start, member.end))
     with source.open("rb") as reader, atomic_file(target) as writer:
-        for start, end in _join_ranges(chosen.members(source)):
+        for start, end in ranges:
             _copy_range(reader, writer, start, end)
         position = writer.tell()
         writer.write(_END + bytes(-(position + len(_END)) % _RECORD))
-    return Copied(len(chosen.copied), chosen.read)
-
-
-class _Choice:
-    """The members of chosen samples, and a count of all samples."""
-
-    def __init__(self, keys: Set[str]) -> None:
-        self._keys = keys
-        self.copied: set[str] = set()
-        self.read = 0
-
-    def members(self, source: Path) -> Iterator[Member]:
-        for key, members in group_members(read_members(source)):
-            self.read += 1
-            if key in self._keys and key not in self.copied:
-                self.copied.add(key)
-                yield from members
-
-
-def _join_ranges(members: Iterator[Member]) -> Iterator[tuple[int, int]]:
-    """Merge the byte ranges of adjacent members."""
-    start = end = 0
-    for member in members:
-        if member.start != end:
-            if end > start:
-                yield start, end
-            start = member.start
-        end = member.end
-    if end > start:
-        yield start, end
+    return Copied(len(copied), read)
 
 
 def _copy_range(reader: IO[bytes], writer: IO[bytes], start: int, end: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import tarfile
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import RemoteFile, is_pipe, is_remote
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample, Unusable
+from clipcid_cli.formats.data.remote import RemoteStream, is_pipe, is_remote
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.reading import open_regular
+from clipcid_cli.formats.skips import Skips
 
 _BLOCK = tarfile.BLOCKSIZE
-_READ = 16 * _BLOCK  # a header, and often the small members after it, in one read
-_READ_REMOTE = 2**17
+_READ = 2**17  # of a stream at a time
 _WINDOW = 2**16
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext, without the 0.2 s of its import
@@ -101,36 +101,33 @@ def read_members(path: str | Path) -> Iterator[Member]:
     member that extends beyond the end of the file and a sparse one are errors.
     """
     path, name = str(path), ""
+    remote = is_remote(path)
     with _open(path) as file:
-        raw = file.raw
-        end = None if isinstance(raw, RemoteFile) else os.fstat(file.fileno()).st_size
+        end = None if remote else os.fstat(file.fileno()).st_size
         try:
-            tar = tarfile.TarFile(path, fileobj=file, tarinfo=_Header, encoding="utf-8", errors="surrogateescape")
-            while (header := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte a member
-                name = header.name
-                end = raw.size if isinstance(raw, RemoteFile) else end
-                if header.issparse() or any(key.startswith("GNU.sparse.") for key in header.pax_headers):
-                    raise ClipcidError(
-                        f"Shard {path} holds {name} as a sparse file, whose content is stored in pieces.",
-                        "Make the shard again without tar's --sparse.",
-                    )
-                if not header.isreg():
-                    continue
-                member = Member(name, header.offset_data, header.size, header.offset)
-                # Content is padded to whole blocks, so a tar may also be truncated within the padding.
-                if end is not None and member.end > end:
-                    raise ClipcidError(
-                        f"Shard {path} is truncated: {name} should end at byte {member.end:,}, the file has {end:,}.",
-                        "Copy or download it again, or remove it from the data.",
-                    )
-                if isinstance(raw, RemoteFile):  # a stream does not come back to it
-                    member = member._replace(data=file.read(member.size))
-                    if len(member.data or b"") < member.size:
-                        raise tarfile.ReadError("unexpected end of data")
-                yield member
-            if isinstance(raw, RemoteFile):
-                raw.drain()
+            options: Any = {"tarinfo": _Header, "encoding": "utf-8", "errors": "surrogateescape"}
+            with tarfile.open(path, "r|" if remote else "r:", file, _READ, **options) as tar:
+                while (header := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte a member
+                    name = header.name
+                    if header.issparse() or any(key.startswith("GNU.sparse.") for key in header.pax_headers):
+                        raise ClipcidError(
+                            f"Shard {path} holds {name} as a sparse file, whose content is stored in pieces.",
+                            "Make the shard again without tar's --sparse.",
+                        )
+                    if not header.isreg():
+                        continue
+                    member = Member(name, header.offset_data, header.size, header.offset)
+                    # Content is padded to whole blocks, so a tar may also be truncated within the padding.
+                    if end is not None and member.end > end:
+                        raise ClipcidError(
+                            f"Shard {path} is truncated: {name} should end at byte {member.end:,}, the file has {end:,}.",
+                            "Copy or download it again, or remove it from the data.",
+                        )
+                    content = tar.extractfile(header) if remote else None  # a stream does not come back to it
+                    yield member if content is None else member._replace(data=content.read())
+            while is_pipe(path) and file.read(_READ):  # whether a command fails is known at its end
+                pass
         except _DamageError as error:
             where = f"{error.position:,}" if end is None else f"{error.position:,} of {end:,}"
             raise ClipcidError(f"Shard {path} is damaged at byte {where}: {error}.", _FIX) from error
@@ -167,15 +164,18 @@ def check_tar(path: Path) -> None:
             pass
 
 
-def fingerprint_tar(path: str) -> dict[str, Any]:
-    """Describe a local tar by its size, and a hash of that and of windows of 64 KiB at its head, middle and tail."""
+def fingerprint_tar(path: str) -> FileRecord:
+    """Describe a local tar by its size, and a hash of that and of windows of 64 KiB at its head, middle and tail.
+
+    `fingerprint.record` would read all of most shards before they are read.
+    """
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
         for start in (0, max(0, (size - _WINDOW) // 2), max(0, size - _WINDOW)):
             file.seek(start)
             digest.update(file.read(_WINDOW))
-    return {"path": path, "size": size, "hash": f"blake2b-sampled:{digest.hexdigest()}"}
+    return FileRecord(path, size, f"blake2b-sampled:{digest.hexdigest()}")
 
 
 def group_members(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
@@ -196,15 +196,16 @@ def group_members(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]
         yield current, group
 
 
-def read_tar(path: str, name: str, *, caption_lines: bool) -> Iterator[Sample | Unusable]:
-    """Yield the samples of a tar in order, and what is none: a key without an image, or one that occurs earlier.
+def read_tar(path: str, name: str, skips: Skips, *, caption_lines: bool) -> Iterator[Sample]:
+    """Yield the samples of a tar in order: consecutive members whose names agree up to the first dot, as in webdataset.
 
     What is behind a URL or a command is read once, and the samples come with their bytes. Of a local file only the headers
     and captions are read.
 
     Args:
         path: A local tar, its URL, or a ``pipe:`` command whose output it is.
-        name: Name of the shard, for errors.
+        name: Name of the shard, for errors and `skips`.
+        skips: Counts the keys that are left out: without an image, or that occur earlier.
         caption_lines: As of `split_captions`.
     """
 
@@ -218,7 +219,7 @@ def read_tar(path: str, name: str, *, caption_lines: bool) -> Iterator[Sample | 
             files.setdefault(member.name.rpartition("/")[2].partition(".")[2].lower(), member)
         image = locate(next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None))
         if key in seen or image is None:
-            yield Unusable("duplicate_key" if key in seen else "no_image", f"{name}/{key}")
+            skips.add("duplicate_key" if key in seen else "no_image", f"{name}/{key}")
             seen.add(key)
             continue
         seen.add(key)
@@ -265,8 +266,7 @@ def _read_label(location: Location | None, where: str) -> int | None:
 def _open(path: str) -> Iterator[Any]:
     """Open a tar; whatever the system refuses within the block becomes one error."""
     try:
-        raw = RemoteFile(path) if is_remote(path) else open_regular(path)
-        with io.BufferedReader(raw, _READ_REMOTE if is_remote(path) else _READ) as file:  # type: ignore[type-var]
+        with RemoteStream(path) if is_remote(path) else open_regular(path) as file:
             yield file
     except OSError as error:
         raise ClipcidError(

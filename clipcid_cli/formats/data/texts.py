@@ -12,9 +12,10 @@ from typing import IO, NamedTuple, cast
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.samples import Location, Sample, Unusable
+from clipcid_cli.formats.data.samples import Location, Sample
 from clipcid_cli.formats.data.shard import Rows, cut
 from clipcid_cli.formats.reading import reading_from
+from clipcid_cli.formats.skips import Skips
 
 TEXTS_A_SHARD = 65_536
 LONGEST_LINE = 8_192
@@ -45,7 +46,7 @@ class _TextLines(Rows):
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
-    def read(self, number: int) -> Iterator[Sample | Unusable]:
+    def read(self, number: int, skips: Skips) -> Iterator[Sample]:
         start, end = self.bounds[number : number + 2]
         row = number * TEXTS_A_SHARD
         for text, place in _read_lines(self.path, start):
@@ -53,7 +54,7 @@ class _TextLines(Rows):
                 yield Sample(str(row), Location(""), (text,))
                 row += 1
             else:
-                yield Unusable("empty_line", f"line {place.line:,}")
+                skips.add("empty_line", f"line {place.line:,}")
             if place.byte >= end.byte:
                 return
 

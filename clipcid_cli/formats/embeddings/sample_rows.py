@@ -11,7 +11,7 @@ import pyarrow as pa
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Float16, Rows
-from clipcid_cli.formats.key_streams import KeyStream, Values
+from clipcid_cli.formats.join import Listing, Values
 
 Numbers = npt.NDArray[np.int64]
 
@@ -75,12 +75,11 @@ def _fill(
     found[where] = rows[kind].take(positions[where])
 
 
-def sample_keys(embeddings: Embeddings) -> tuple[KeyStream, int]:
-    """Read the keys of embeddings with the numbers of each row, one file in memory at a time.
+def sample_keys(embeddings: Embeddings) -> Listing:
+    """List the keys of embeddings, one file in memory at a time.
 
-    Returns:
-        The stream, and how many numbers a key has: its row; where captions after the first are embedded, also the first row
-        of its own among them, and how many captions it has.
+    The numbers of a key are its row and, where captions after the first are embedded, the first row of its own among them
+    and how many captions it has.
     """
     has_further = Kind.FURTHER in embeddings.kinds
 
@@ -95,4 +94,4 @@ def sample_keys(embeddings: Embeddings) -> tuple[KeyStream, int]:
                 further = int(ends[-1]) if len(ends) else further
             yield embeddings.keys_of(file).combine_chunks(), np.stack(columns, axis=1)
 
-    return read, 3 if has_further else 1
+    return Listing(embeddings.folder, read, 3 if has_further else 1)

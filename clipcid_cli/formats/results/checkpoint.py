@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import torch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.reading import open_regular
-
-_NAME = re.compile(r"step_(\d{8})\.pt")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -44,30 +41,20 @@ def remove_old_checkpoints(folder: Path, keep: int = 2) -> None:
 
 def list_checkpoints(folder: Path) -> list[int]:
     """Return the steps of the existing checkpoints, ascending."""
-    if not folder.is_dir():
-        return []
-    found = (_NAME.fullmatch(path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in found if match)
+    return sorted(int(path.stem.removeprefix("step_")) for path in folder.glob(f"step_{'[0-9]' * 8}.pt"))
 
 
 def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
-    """Read a checkpoint; only tensors and plain values are admitted, so the file cannot run code.
-
-    Raises:
-        ClipcidError: when the file is damaged or holds anything else.
-    """
+    """Read a checkpoint; only tensors and plain values are admitted, so the file cannot run code."""
     path = checkpoint_path(folder, step)
     try:
         with open_regular(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}, not the state of a run")
     except Exception as error:  # torch.load raises RuntimeError, EOFError, pickle and zip errors for a damaged file
         raise ClipcidError(
             f"Checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}",
             "Remove it to resume from the one before, or start over with --resume never.",
         ) from error
-    if not isinstance(state, dict):
-        raise ClipcidError(
-            f"Checkpoint {path} holds a {type(state).__name__}, not the state of a run.",
-            "Remove it to resume from the one before, or start over with --resume never.",
-        )
     return state

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.skips import Skips
 
 
@@ -48,27 +47,14 @@ def features_path(folder: Path, model_slug: str, identity: dict[str, Any]) -> Pa
 
 
 def write_features(path: Path, features: Features) -> None:
-    """Write features atomically."""
+    """Write features, whole or not at all."""
     skips = json.dumps(features.skips.to_json())
-    with atomic_file(path) as file:
-        np.savez(file, rows=features.rows, labels=features.labels, skips=np.array(skips))
+    save_arrays(path, {"rows": features.rows, "labels": features.labels, "skips": skips})
 
 
 def read_features(path: Path) -> Features | None:
-    """Read features; None when there are none.
-
-    Raises:
-        ClipcidError: when the file is damaged.
-    """
-    if not path.exists():
+    """Read features; None where there are none, or they are damaged: the data set is then encoded again."""
+    found = load_arrays(path)
+    if found is None:
         return None
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            found = Features(file["rows"], file["labels"], Skips.from_json(json.loads(str(file["skips"]))))
-        if found.rows.ndim != 2 or len(found.rows) != len(found.labels) or not np.isfinite(found.rows).all():
-            raise ValueError(
-                f"{list(found.rows.shape)} rows for {len(found.labels):,} labels, or rows that are not finite"
-            )
-        return found
-    except Exception as error:  # zipfile, zlib, json and numpy raise what they like for a damaged archive
-        raise ClipcidError(f"{path} cannot be read: {error}.", f"Remove it: rm {path}") from error
+    return Features(found["rows"], found["labels"], Skips.from_json(json.loads(str(found["skips"]))))

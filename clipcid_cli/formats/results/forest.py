@@ -1,10 +1,9 @@
-"""The single-linkage forest as a file, and the parts that a search saves while it runs."""
+"""The single-linkage forest: ``forest.parquet``, and files of like names for those of other searches."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.atomic import atomic_file, write_bytes
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, open_output
@@ -30,7 +28,6 @@ _STEPS = {
     "exact-filtered": "forest-filtered",
     "partitioned-filtered": "forest-partitioned-filtered",
 }
-_PARTS = ".forest-parts"
 _SCHEMA = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("distance", pa.float32())])
 # Rows of a row group.
 _ROWS_AT_ONCE = 2**20
@@ -133,7 +130,7 @@ def read_forest(
     if sidecar is None:
         return None
     path, fix = forest_path(folder, neighbors), "Add --overwrite to search it again."
-    table = read_columns(path, {"a": pa.int64(), "b": pa.int64(), "distance": pa.float32()}, fix)
+    table = read_columns(path, dict(zip(_SCHEMA.names, _SCHEMA.types, strict=True)), fix)
     num_rows, distance = sidecar.counts["images"], table["distance"].to_numpy()
     a, b = (table[name].to_numpy() for name in ("a", "b"))
     if len(a) and not (
@@ -152,69 +149,3 @@ def find_earlier(folder: Path, inputs: Sequence[FileRecord], *, overwrite: bool)
 
 def _wide(rows: IntArray) -> npt.NDArray[np.int64]:
     return rows.astype(np.int64, copy=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class ForestPart:
-    """What one process has found in the first tiles of its share: all pairs, or their forest.
-
-    A session is one run of a search; the next one, after it was stopped, divides what is left of its tiles.
-
-    Attributes:
-        session: Number of the session.
-        rank: Number of the process.
-        size: Number of processes.
-        tiles: The tiles that the session divides, ranges of their numbers: start, stop and step, int64 [R, 3].
-        done: How many tiles of its share the process has finished.
-        a: Smaller row of each edge, integers [E].
-        b: Larger row, integers [E].
-        distance: Their distance, float32 [E].
-        has_all: Whether these are all pairs.
-    """
-
-    session: int
-    rank: int
-    size: int
-    tiles: npt.NDArray[np.int64]
-    done: int
-    a: IntArray
-    b: IntArray
-    distance: npt.NDArray[np.float32]
-    has_all: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class ForestParts:
-    """The parts of a search in progress: a killed search resumes from them, and the first process merges them.
-
-    Attributes:
-        folder: The work folder of `balance`.
-        search: Name of the search; parts of another cut-off or other tiles have another name.
-    """
-
-    folder: Path
-    search: str
-
-    @property
-    def path(self) -> Path:
-        """Where the parts of this search lie."""
-        return self.folder / _PARTS / self.search
-
-    def next_session(self) -> int:
-        """Return a session number that no earlier run has used."""
-        return 1 + max((int(path.name.split("-")[0]) for path in self.path.glob("*-*.npz")), default=-1)
-
-    def write(self, part: ForestPart) -> None:
-        """Save the part of one process, replacing what it saved before in the same session."""
-        save_arrays(self.path / f"{part.session}-{part.rank}.npz", dataclasses.asdict(part))
-
-    def read(self, session: int) -> Iterator[ForestPart]:
-        """Read the parts of a session. One that cannot be read is skipped: its tiles are searched again."""
-        for path in sorted(self.path.glob(f"{session}-*.npz")):
-            if (found := load_arrays(path)) is not None:
-                plain: dict[str, Any] = {name: value if value.ndim else value.item() for name, value in found.items()}
-                yield ForestPart(**plain)
-
-    def clear(self) -> None:
-        """Remove the parts of this and every earlier search."""
-        shutil.rmtree(self.folder / _PARTS, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ UID_HALVES = np.dtype([("f0", "<u8"), ("f1", "<u8")])
 _PAIRS = pa.schema([("from", pa.string()), ("to", pa.string()), ("distance", pa.float32())])
 _UID = "[0-9a-fA-F]{32}"
 _AT_ONCE = 2**20
-_NOTHING_AND_LINE_END = [pa.scalar(text, pa.large_string()) for text in ("", "\n")]
+_LINES_AT_ONCE = 2**16
 
 
 def are_uids(keys: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
@@ -46,9 +46,6 @@ def write_uids(path: Path, uids: Iterable[pa.ChunkedArray], count: int, *, overw
 
     Returns:
         The number written.
-
-    Raises:
-        ClipcidError: when a file with other content exists, or it cannot be written.
     """
     halves, start = np.empty((count, 2), np.uint64), 0
     for part in uids:
@@ -73,9 +70,6 @@ def write_pairs(path: Path, pairs: Iterable[pa.Table], *, overwrite: bool) -> No
         path: The file; csv where its name ends in `.csv`.
         pairs: Columns ``from`` and ``to`` (string), ``distance`` (float32), in parts, see `read_dropped`.
         overwrite: Replace a file with other content.
-
-    Raises:
-        ClipcidError: when a file with other content exists, or it cannot be written.
     """
     with named_file(path, overwrite) as file:
         if path.suffix == ".csv":
@@ -86,28 +80,12 @@ def write_pairs(path: Path, pairs: Iterable[pa.Table], *, overwrite: bool) -> No
                 file.write(pack_csv(frame, header=number == 0))
         else:
             with pq.ParquetWriter(file, _PAIRS, compression="zstd") as writer:
-                for group in _regroup(pairs):
-                    writer.write_table(group, row_group_size=_AT_ONCE)
-
-
-def _regroup(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Yield the rows of some tables as tables of `_AT_ONCE` rows; the last may be shorter, an only one empty."""
-    waiting, written = _PAIRS.empty_table(), False
-    for part in parts:
-        waiting = pa.concat_tables([waiting, part])
-        while len(waiting) >= _AT_ONCE:
-            yield waiting.slice(0, _AT_ONCE)
-            waiting, written = waiting.slice(_AT_ONCE), True
-    if len(waiting) or not written:
-        yield waiting
+                for part in pairs:
+                    writer.write_table(part.cast(_PAIRS))
 
 
 def write_keys(path: Path, keys: Iterable[pa.Array], *, overwrite: bool) -> None:
-    """Write keys, in parts, as UTF-8 text, one a line.
-
-    Raises:
-        ClipcidError: when a key holds a line break, so that its line would be two; and as `write_pairs`.
-    """
+    """Write keys, in parts, as UTF-8 text, one a line; a key that holds a line break, which would be two, is refused."""
     with named_file(path, overwrite) as file:
         for part in keys:
             broken = pc.match_substring_regex(part, r"[\r\n]").to_numpy(zero_copy_only=False)
@@ -116,13 +94,6 @@ def write_keys(path: Path, keys: Iterable[pa.Array], *, overwrite: bool) -> None
                     f"Key {part[int(np.argmax(broken))].as_py()!r} contains a line break, so it cannot be a line of {path}.",
                     "Omit --write-keys: the keep list has the keys.",
                 )
-            if len(part):
-                lines = pc.binary_join_element_wise(part.cast(pa.large_string()), *_NOTHING_AND_LINE_END)
-                file.write(_text_of(lines))
-
-
-def _text_of(lines: pa.LargeBinaryArray) -> memoryview:
-    """Return the bytes of all strings of an array, one after the other."""
-    _, offsets, data = lines.buffers()
-    bounds = np.frombuffer(offsets, np.int64)[lines.offset : lines.offset + len(lines) + 1]
-    return memoryview(data)[int(bounds[0]) : int(bounds[-1])]
+            for start in range(0, len(part), _LINES_AT_ONCE):
+                lines = part.slice(start, _LINES_AT_ONCE).to_pylist()
+                file.write("".join(f"{line}\n" for line in lines).encode())

@@ -17,18 +17,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeAlias
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.atomic import write_error, write_json, write_npy
+from clipcid_cli.formats.atomic import atomic_file, write_error, write_json, write_npy
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed
 from clipcid_cli.formats.reading import read_regular
 
@@ -36,7 +35,7 @@ TRAINING, HELD_OUT = "training", "held_out"
 _VERSION = 4
 _COUNTS = "matched.json"
 
-Column = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+Column: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,40 +84,40 @@ class _Matched(msgspec.Struct):
     outputs: list[FileRecord]
 
 
-class SampleRowsWriter:
-    """Writes the samples of one part, shard after shard."""
+Append: TypeAlias = Callable[[Mapping[str, npt.NDArray[Any]]], None]
 
-    def __init__(self, folder: Path, part: str, limits: Mapping[str, int]) -> None:
-        """Begin the files.
 
-        Args:
-            limits: The columns by name, with a number that no value reaches.
-        """
-        self._folder, self._part, self._sizes = folder, part, list[int]()
-        self._columns = {
-            name: _NpyAppender(_column_path(folder, part, name), np.dtype(np.int32 if limit < 2**31 else np.int64))
-            for name, limit in limits.items()
-        }
+@contextmanager
+def writing_rows(folder: Path, part: str, limits: Mapping[str, int]) -> Iterator[Append]:
+    """Write the samples of one part.
 
-    def append(self, columns: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Write the samples of the next shard: n values for each column."""
-        (size,) = {len(values) for values in columns.values()}
-        self._sizes.append(size)
-        for name, column in self._columns.items():
-            column.append(columns[name])
+    Args:
+        limits: The columns by name, with a number that no value reaches.
 
-    def finish(self) -> SampleRows:
-        """Complete the files and close them."""
-        for column in self._columns.values():
-            column.finish()
-        sizes = np.array(self._sizes, dtype=np.int64)
-        write_npy(_column_path(self._folder, self._part, "sizes"), sizes)
-        return SampleRows(self._folder, self._part, sizes)
+    Yields:
+        What appends the samples of the next shard: n values for each column.
+    """
+    sizes, kinds = list[int](), {name: np.int32 if limit < 2**31 else np.int64 for name, limit in limits.items()}
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(atomic_file(_column_path(folder, part, name))) for name in limits}
 
-    def close(self) -> None:
-        """Close the files, complete or not."""
-        for column in self._columns.values():
-            column.close()
+        def append(columns: Mapping[str, npt.NDArray[Any]]) -> None:
+            sizes.append(len(columns["places"]))
+            for name, file in files.items():
+                file.write(columns[name].astype(kinds[name]).tobytes())
+
+        for name, file in files.items():
+            _write_header(file, kinds[name], 0)
+        yield append
+        for name, file in files.items():
+            file.seek(0)
+            _write_header(file, kinds[name], sum(sizes))  # numpy leaves room for any length
+    write_npy(_column_path(folder, part, "sizes"), np.array(sizes, dtype=np.int64))
+
+
+def _write_header(file: IO[bytes], kind: type, length: int) -> None:
+    content = {"shape": (length,), "fortran_order": False, "descr": np.dtype(kind).str}
+    np.lib.format.write_array_header_1_0(file, content)
 
 
 def matched_folder(root: Path, identity: Mapping[str, Any]) -> Path:
@@ -143,11 +142,7 @@ def open_rows(folder: Path, part: str) -> SampleRows:
 
 @contextmanager
 def begin_matched(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write the files of `folder` in; it is removed where the block fails, or a run was killed.
-
-    Raises:
-        ClipcidError: when it cannot be written to.
-    """
+    """Give an empty folder to write the files of `folder` in; it is removed where the block fails, or a run was killed."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -168,40 +163,6 @@ def finish_matched(partial: Path, folder: Path, counts: Mapping[str, Any]) -> No
     write_json(partial / _COUNTS, msgspec.to_builtins(matched))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-
-
-class _NpyAppender:
-    """A one-dimensional npy file of a length that is known at its end."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self._path, self._dtype, self._length = path, dtype, 0
-        self._file = path.open("wb")
-        self._write_header()
-
-    def append(self, values: npt.NDArray[Any]) -> None:
-        self._length += len(values)
-        try:
-            self._file.write(values.astype(self._dtype).tobytes())
-        except OSError as error:
-            raise write_error(self._path, error) from error
-
-    def finish(self) -> None:
-        try:
-            self._file.seek(0)
-            self._write_header()  # numpy leaves room for any length
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        except OSError as error:
-            raise write_error(self._path, error) from error
-
-    def close(self) -> None:
-        with suppress(OSError):  # what is left to write to a full disk
-            self._file.close()
-
-    def _write_header(self) -> None:
-        shape = {"shape": (self._length,), "fortran_order": False, "descr": np.lib.format.dtype_to_descr(self._dtype)}
-        np.lib.format.write_array_header_1_0(self._file, shape)
 
 
 def _column_path(folder: Path, part: str, name: str) -> Path:

@@ -61,75 +61,46 @@ class Predictions:
     @property
     def keys(self) -> npt.NDArray[np.object_]:
         """Key of each image, text [N]."""
-        return self._column("key")
-
-    @property
-    def labels(self) -> npt.NDArray[np.int32]:
-        """Right class of each image, int32 [N]; of a classification."""
-        return self._column("label")
-
-    @property
-    def predicted(self) -> npt.NDArray[np.int32]:
-        """The most similar class of each image, int32 [N]; of a classification."""
-        return self._column("predicted")
-
-    @property
-    def top(self) -> npt.NDArray[np.int32]:
-        """The most similar classes of each image, int32 [N, K]; of a classification."""
-        return self._flat("top").reshape(len(self), -1)
+        return self.column("key")
 
     @property
     def positive(self) -> npt.NDArray[np.bool_]:
         """Whether an image has a class, bool [N, C]; of images that may have several."""
         found = np.zeros((len(self), self.num_classes), dtype=bool)
-        found[np.repeat(np.arange(len(self)), self._lengths("labels")), self._flat("labels")] = True
+        found[np.repeat(np.arange(len(self)), self.lengths("labels")), self.flat("labels")] = True
         return found
 
-    @property
-    def class_scores(self) -> npt.NDArray[np.float32]:
-        """Cosine of each image and class, float32 [N, C]; of images that may have several."""
-        return self._flat("class_scores").reshape(len(self), self.num_classes)
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """Copy a column of single values, [N]; Arrow's memory is read-only."""
+        return np.array(self.table[name].to_numpy())
 
-    @property
-    def captions(self) -> npt.NDArray[np.int64]:
-        """Number of captions of each image, int64 [N]; of retrieval."""
-        return self._lengths("image_ranks")
+    def flat(self, name: str) -> npt.NDArray[Any]:
+        """Copy the lists of a column, one after the other."""
+        return np.array(self.table[name].combine_chunks().flatten().to_numpy())
 
-    @property
-    def image_ranks(self) -> npt.NDArray[np.int64]:
-        """For each caption the images before its own, int64 [M]; of retrieval."""
-        return self._flat("image_ranks")
+    def matrix(self, name: str) -> npt.NDArray[Any]:
+        """Copy the lists of a column, which have one length K: [N, K]."""
+        return self.flat(name).reshape(len(self), -1)
 
-    @property
-    def text_ranks(self) -> npt.NDArray[np.int64]:
-        """For each image the captions before the first of its own, int64 [N]; of retrieval."""
-        return self._column("text_rank")
+    def lengths(self, name: str) -> npt.NDArray[np.int64]:
+        """Return the lengths of the lists of a column, int64 [N]."""
+        return np.array(pc.list_value_length(self.table[name]).to_numpy(), dtype=np.int64)
 
     def is_consistent(self) -> bool:
         """Tell whether classes are in range and lists of the lengths that the kind has."""
         if self.kind == RETRIEVAL:
-            return len(self.image_ranks) == self.captions.sum() and bool((self.text_ranks >= 0).all())
+            return bool((self.column("text_rank") >= 0).all())
         if self.kind == CLASSIFICATION:
-            classes = np.concatenate([self.labels, self.predicted, self.top.reshape(-1)])
+            classes = np.concatenate([self.column("label"), self.column("predicted"), self.matrix("top").reshape(-1)])
             return bool(((classes >= 0) & (classes < self.num_classes)).all())
-        return self.positive.shape == self.class_scores.shape
+        return self.positive.shape == self.matrix("class_scores").shape
 
     def has_truth_of(self, other: Predictions) -> bool:
         """Tell whether the right answers are the same: classes, or numbers of captions; kind and keys must be."""
         if self.kind == RETRIEVAL:
-            return np.array_equal(self.captions, other.captions)
+            return np.array_equal(self.lengths("image_ranks"), other.lengths("image_ranks"))
         column = "label" if self.kind == CLASSIFICATION else "labels"
         return self.num_classes == other.num_classes and bool(self.table[column].equals(other.table[column]))
-
-    # Copies, since Arrow's memory is read-only.
-    def _column(self, name: str) -> npt.NDArray[Any]:
-        return np.array(self.table[name].to_numpy())
-
-    def _flat(self, name: str) -> npt.NDArray[Any]:
-        return np.array(self.table[name].combine_chunks().flatten().to_numpy())
-
-    def _lengths(self, name: str) -> npt.NDArray[np.int64]:
-        return np.array(pc.list_value_length(self.table[name]).to_numpy(), dtype=np.int64)
 
 
 def predictions_path(metrics: Path) -> Path:
@@ -151,11 +122,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read a file, ordered by key.
-
-    Raises:
-        ClipcidError: when there is none, or it is not a file of predictions.
-    """
+    """Read a file, ordered by key."""
     import pyarrow.parquet as pq  # only --compare needs it
 
     try:

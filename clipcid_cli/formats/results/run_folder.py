@@ -18,53 +18,30 @@ _VALUES = int | float | None
 
 
 class RunFolder:
-    """Names and logs of a run."""
+    """Names and logs of a run.
+
+    Attributes:
+        student: The trained model, in open_clip's form.
+        student_ema: The same with the average of its weights over the training, where one was kept.
+        train_log: A JSON object for each logged step: losses, rates, times.
+        results_log: A JSON object for each evaluation on the held-out part.
+        tensorboard: TensorBoard's event files, where requested.
+        report: For people.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    @property
-    def student(self) -> Path:
-        """Folder of the trained model, in open_clip's form."""
-        return self.path / "student"
-
-    @property
-    def student_ema(self) -> Path:
-        """Folder of the same model with the average of its weights over the training, where one was kept."""
-        return self.path / "student-ema"
+        self.student = path / "student"
+        self.student_ema = path / "student-ema"
+        self.checkpoints = path / "checkpoints"
+        self.train_log = path / "train.jsonl"
+        self.results_log = path / "results.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.report = path / "report.html"
 
     def students(self, *, ema: bool) -> list[Path]:
-        """Return the folders of the models that a run ends with.
-
-        Args:
-            ema: Whether it keeps an average.
-        """
+        """Return the folders of the models that a run ends with, one more where it keeps an average."""
         return [self.student, self.student_ema] if ema else [self.student]
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def train_log(self) -> Path:
-        """One JSON object per logged step: losses, rates, times."""
-        return self.path / "train.jsonl"
-
-    @property
-    def results_log(self) -> Path:
-        """One JSON object per evaluation on the held-out part."""
-        return self.path / "results.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """TensorBoard's event files, where requested."""
-        return self.path / "tensorboard"
-
-    @property
-    def report(self) -> Path:
-        """The report for people."""
-        return self.path / "report.html"
 
     def diverged(self, step: int) -> Path:
         """Keys and losses of a batch whose loss or gradient was not finite."""

@@ -27,13 +27,13 @@ class OtherLinkage:
     Attributes:
         linkage: ``single`` or ``star``.
         kept: Number of images it keeps.
-        coverage: Share of the images it drops that are farther than the cut-off from their representative.
+        uncovered_ratio: Share of the images it drops that are farther than the cut-off from their representative.
         curve: Images it keeps over the cut-off: single linkage as far as the forest reaches, stars up to the cut-off.
     """
 
     linkage: str
     kept: int
-    coverage: float
+    uncovered_ratio: float
     curve: Curve
 
 

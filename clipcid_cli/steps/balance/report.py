@@ -16,7 +16,7 @@ from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
-from clipcid_cli.formats.results.set_table import SetTable
+from clipcid_cli.formats.results.sets import SetTable
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
@@ -28,7 +28,7 @@ from clipcid_cli.steps.balance.filters.keep_rows import KeepRows
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.result import describe_rule, explain_unread
 from clipcid_cli.steps.balance.rows import take_texts
-from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_thumbnail
+from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_thumbnails
 from clipcid_cli.steps.balance.sections.chains import find_chains
 from clipcid_cli.steps.balance.sections.reference_pairs import show_near
 from clipcid_cli.steps.balance.sections.sizes import compare_sizes, count_sizes
@@ -143,8 +143,8 @@ def has_new_pictures(settings: BalanceSettings, embeddings: Embeddings, finished
     data = _open_data(settings, embeddings)[0] if unread else None
     if data is None:
         return False
-    finder = SampleFinder(data)
-    return any(read_thumbnail(finder, shard, key, _THUMBNAIL)[0] for shard, key in unread)
+    shards, keys = ([entry[column] for entry in unread] for column in (0, 1))
+    return any(source for source, _ in read_thumbnails(SampleFinder(data), shards, keys, _THUMBNAIL))
 
 
 def _largest(sizes: IntArray) -> list[int]:
@@ -203,10 +203,11 @@ def _load_pictures(
     keys, shards = (take_texts(embeddings, read, numbers) for read in (embeddings.keys_of, embeddings.shards_of))
     place = rows if context.rows.positions is None else context.rows.positions[rows]
     is_kept = (listed.representatives[place] == place).tolist()
-    finder = None if data is None else SampleFinder(data)
+    thumbnails = [("", closed)] * len(keys)
+    if data is not None:
+        thumbnails = read_thumbnails(SampleFinder(data), shards, keys, _THUMBNAIL)
     pictures, unread = {}, {}
-    for row, key, shard, kept in zip(rows.tolist(), keys, shards, is_kept, strict=True):
-        source, why = ("", closed) if finder is None else read_thumbnail(finder, shard, key, _THUMBNAIL)
+    for row, key, shard, kept, (source, why) in zip(rows.tolist(), keys, shards, is_kept, thumbnails, strict=True):
         if why:
             unread[shard, key] = why
         pictures[row] = Picture(key, source, kept, float(sets.distances[row]))

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.results.curve import CURVE
 from clipcid_cli.formats.results.forest import forest_path
-from clipcid_cli.formats.results.set_table import SET_TABLE
+from clipcid_cli.formats.results.sets import CURVE, SET_TABLE
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import KEEP_LIST
 from clipcid_cli.steps.balance.audit import Audit
@@ -52,10 +51,10 @@ def summarise(
         "threshold": sets.threshold,
         "components": sets.num_kept,
         "largest_component": sets.largest,
-        "coverage": sets.coverage,
+        "uncovered_ratio": sets.uncovered_ratio,
         "other_linkage": None
         if isinstance(other, NotComputed)
-        else {"linkage": other.linkage, "kept": other.kept, "coverage": other.coverage},
+        else {"linkage": other.linkage, "kept": other.kept, "uncovered_ratio": other.uncovered_ratio},
         "neighbors": settings.neighbors,
         "audit": None if audit is None else dataclasses.asdict(audit) | {"rate": audit.rate},
         "dropped_by": {

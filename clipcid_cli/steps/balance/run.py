@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.mapped_strings import map_strings
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.curve import CURVE, write_curve
+from clipcid_cli.formats.results.balance_parts import keep_references
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
-from clipcid_cli.formats.results.reference_parts import keep_parts
 from clipcid_cli.formats.results.row_files import ROW_FILES, write_row_files
-from clipcid_cli.formats.results.set_table import SET_TABLE, SetTable, write_set_table
+from clipcid_cli.formats.results.sets import CURVE, SET_TABLE, SetTable, write_curve, write_set_table
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
@@ -61,12 +60,13 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
     """Balance a data set.
 
     Returns:
-        The JSON object: ``images, searched, kept, keep_ratio, threshold, components, largest_component, coverage,
-        other_linkage{linkage, kept, coverage}, neighbors, audit{sampled, kept, near, rate, low, high}, dropped_by{reference,
-        caption, repeat, cluster}, against{threshold, dropped, references[{name, rows, near, nearest}]}, caption_window{min,
-        max, inside, below, above, without}, cluster_cap{most, clusters, capped, dropped, largest}, skipped{},
-        seconds{embed, search, write}, files{}``. ``searched`` counts the images that references and caption window leave.
-        ``coverage`` is the share of the dropped repeats that are farther than the threshold from their representative.
+        The JSON object: ``images, searched, kept, keep_ratio, threshold, components, largest_component, uncovered_ratio,
+        other_linkage{linkage, kept, uncovered_ratio}, neighbors, audit{sampled, kept, near, rate, low, high},
+        dropped_by{reference, caption, repeat, cluster}, against{threshold, dropped, references[{name, rows, near,
+        nearest}]}, caption_window{min, max, inside, below, above, without}, cluster_cap{most, clusters, capped, dropped,
+        largest}, skipped{}, seconds{embed, search, write}, files{}``. ``searched`` counts the images that references and
+        caption window leave. ``uncovered_ratio`` is the share of the dropped repeats that are farther than the threshold
+        from their representative.
         ``other_linkage`` is what the other linkage gives at the same threshold, null where that is not computed. ``audit``
         is null for exact neighbors; for partitioned ones it holds how many of the sampled kept images have another kept one
         within the threshold, the rate and the ends of its 95 % interval. ``against`` holds for each reference its rows, the
@@ -213,7 +213,7 @@ def _balance(
     machine.barrier()  # until here another process may read what it has mapped
     result = machine.on_main(write)
     if not references:
-        machine.on_main(lambda: keep_parts(output.folder, set()))
+        machine.on_main(lambda: keep_references(output.folder, set()))
     return result
 
 

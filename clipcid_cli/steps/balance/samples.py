@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -19,7 +20,7 @@ from clipcid_cli.formats.data.dataset import Columns, Dataset, names_command, op
 from clipcid_cli.formats.data.index import DataIndex
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.key_join import KeyIndex
+from clipcid_cli.formats.join import Keys, Listing, Values, join
 from clipcid_cli.formats.reading import describe
 from clipcid_cli.formats.report import thumbnail
 from clipcid_cli.formats.results.kept_lists import is_uid
@@ -39,9 +40,6 @@ def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | No
 
     Returns:
         None when neither says which data it is, or it is the output of a recorded command, which is not run.
-
-    Raises:
-        ClipcidError: when it cannot be opened.
     """
     indexes = WorkDirectory(settings.work).indexes
     if settings.data is not None:
@@ -53,11 +51,7 @@ def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | No
 
 
 def require_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:
-    """Open the data as :func:`open_data` does, for a purpose that needs it.
-
-    Raises:
-        ClipcidError: also when it is not known which data it is.
-    """
+    """Open the data as :func:`open_data` does, for a purpose that needs it."""
     data = open_data(settings, embeddings)
     if data is None:
         raise ClipcidError(
@@ -83,6 +77,7 @@ class SampleFinder:
     """Finds samples by shard and key, in the index of the data where there is one.
 
     Without an index it lists shards and caches the samples of one, so look-ups should be in the order of the rows.
+    Embeddings of other tools do not record shards: all are then searched.
     """
 
     def __init__(self, data: Dataset) -> None:
@@ -90,23 +85,28 @@ class SampleFinder:
         self._numbers = {shard.name: number for number, shard in enumerate(data.shards)}
         self._last: tuple[int, dict[str, Sample]] | None = None
         self._all: dict[str, Sample] | None = None
-        self._key_index: KeyIndex | None = None
-
-    def find(self, shard: str, key: str) -> Sample | None:
-        """Find a sample; None when the data has no such key.
-
-        Args:
-            shard: Name of its shard. Embeddings of other tools do not record it; then all shards are searched.
-        """
-        return self.find_all([shard], [key])[0]
+        self._places: Values | None = None
 
     def find_rows(self, embeddings: Embeddings, numbers: IntArray) -> list[Sample | None]:
         """Find the samples of some rows of embeddings, int64 [n]; None for those that the data does not have."""
         shards, keys = (take_texts(embeddings, read, numbers) for read in (embeddings.shards_of, embeddings.keys_of))
-        return self.find_all(shards, keys)
+        if self._index is None or not self.searches_all(shards):
+            return self.find(shards, keys)
+        if self._places is None:
+            all_keys = partial(map, embeddings.keys_of, embeddings.files)
+            self._places = _find_places(self._index, all_keys, embeddings.num_rows)
+        return [_sample_at(self._index, place) for place in self._places[numbers].tolist()]
 
-    def find_all(self, shards: list[str], keys: list[str]) -> list[Sample | None]:
-        """Find n samples, each as :meth:`find` does."""
+    def searches_all(self, shards: list[str]) -> bool:
+        """Tell whether none of these is a shard of the data."""
+        return self._numbers.keys().isdisjoint(shards)
+
+    def find(self, shards: list[str], keys: list[str]) -> list[Sample | None]:
+        """Find n samples; None for those that the data does not have."""
+        if self._index is not None and self.searches_all(shards):
+            column = pa.chunked_array([keys], pa.string())
+            places = _find_places(self._index, lambda: [column], len(keys))
+            return [_sample_at(self._index, place) for place in places.tolist()]
         found = list[Sample | None]()
         for shard, run in groupby(zip(shards, keys, strict=True), key=itemgetter(0)):
             wanted, number = [key for _, key in run], self._numbers.get(shard)
@@ -114,23 +114,12 @@ class SampleFinder:
                 samples = self._list_all() if number is None else self._list(number)
                 found.extend(samples.get(key) for key in wanted)
             elif number is None:
-                found.extend(self._find_anywhere(self._index, wanted))
+                found.extend([None] * len(wanted))
             else:
-                part = self._index.part(number)
-                places = pc.index_in(pa.array(wanted, pa.string()), value_set=part.keys.combine_chunks()).to_pylist()
-                found.extend(None if at is None else part.sample(at, self._shards[number]) for at in places)
+                value_set = self._index.part(number).keys.combine_chunks()
+                at = pc.index_in(pa.array(wanted, pa.string()), value_set=value_set).fill_null(-1)
+                found.extend(_sample_at(self._index, (number, place)) for place in at.to_pylist())
         return found
-
-    def _find_anywhere(self, index: DataIndex, keys: list[str]) -> Iterator[Sample | None]:
-        if self._key_index is None:
-            parts = (index.part(number).keys for number in range(len(index.shards)))
-            self._key_index = KeyIndex(
-                pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
-            )
-        ends = np.cumsum(index.sizes)
-        for row in self._key_index.find(keys).tolist():
-            number = int(np.searchsorted(ends, row, side="right"))
-            yield None if row < 0 else index.sample(number, row - int(ends[number] - index.sizes[number]))
 
     def _list(self, number: int) -> dict[str, Sample]:
         if self._last is None or self._last[0] != number:
@@ -143,29 +132,53 @@ class SampleFinder:
         return self._all
 
 
-def read_thumbnail(finder: SampleFinder, shard: str, key: str, side: int) -> tuple[str, str]:
-    """Return a thumbnail as a ``data:`` URL, at most `side` pixels wide and high, and ""; or "" and why there is none."""
-    where = f"shard {shard}"
-    try:
-        sample = finder.find(shard, key)
-        if sample is None:
-            return "", f"the data has no image {key}."
-        where = sample.image.path
-        return thumbnail(decode_image(sample.image.read(), draft_size=(side, side)), side), ""
-    except ClipcidError as error:
-        return "", error.message
-    except UnreadableImage as error:
-        return "", f"{where} has an {REASONS[error.reason]}, {key}."
-    except OSError as error:
-        return "", f"{error.filename or where} cannot be read: {describe(error)}."
+def _find_places(index: DataIndex, keys: Keys, count: int) -> Values:
+    """Find n keys in the data: the shard of each and its place there, int64 [n, 2]; −1 for those it does not have."""
+
+    def read() -> Iterator[tuple[pa.Array, Values]]:
+        for number in range(len(index.shards)):
+            part = index.part(number)
+            places = np.arange(len(part))
+            yield part.keys.combine_chunks(), np.stack([np.full_like(places, number), places], axis=1)
+
+    return join(keys, count, Listing(index.folder, read, 2), index.folder)
+
+
+def _sample_at(index: DataIndex, place: Sequence[int]) -> Sample | None:
+    number, row = place
+    return None if row < 0 else index.sample(number, row)
+
+
+def read_thumbnails(finder: SampleFinder, shards: list[str], keys: list[str], side: int) -> list[tuple[str, str]]:
+    """Return thumbnails as ``data:`` URLs, at most `side` pixels wide and high, and ""; or "" and why there is none."""
+    found: list[Sample | None] | None = None
+    if finder.searches_all(shards):  # once for all of them
+        try:
+            found = finder.find(shards, keys)
+        except ClipcidError as error:
+            return [("", error.message)] * len(keys)
+    pictures = []
+    for number, (shard, key) in enumerate(zip(shards, keys, strict=True)):
+        where = f"shard {shard}"
+        try:
+            sample = finder.find([shard], [key])[0] if found is None else found[number]
+            if sample is None:
+                pictures.append(("", f"the data has no image {key}."))
+                continue
+            where = sample.image.path
+            picture = decode_image(sample.image.read(), draft_size=(side, side))
+            pictures.append((thumbnail(picture, side), ""))
+        except ClipcidError as error:
+            pictures.append(("", error.message))
+        except UnreadableImage as error:
+            pictures.append(("", f"{where} has an {REASONS[error.reason]}, {key}."))
+        except OSError as error:
+            pictures.append(("", f"{error.filename or where} cannot be read: {describe(error)}."))
+    return pictures
 
 
 def open_for_sizes(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
-    """Open the data for ``--select resolution`` where anything is to be chosen by it; else None.
-
-    Raises:
-        ClipcidError: when it is not known which data the embeddings were made from, or it cannot be opened.
-    """
+    """Open the data for ``--select resolution`` where anything is to be chosen by it; else None."""
     if settings.select != "resolution" or (settings.keep == 1.0 and settings.max_per_cluster is None):
         return None
     return require_data(settings, embeddings, "--select resolution")

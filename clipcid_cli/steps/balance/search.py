@@ -26,7 +26,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.grouped import remove_copies
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.forest import ForestPart, ForestParts
+from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_for_rows
 from clipcid_cli.runtime.pacing import SavePace

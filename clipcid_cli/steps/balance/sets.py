@@ -53,7 +53,7 @@ class Sets:
         curve: Images kept over the cut-off.
         num_kept: Number of images kept.
         largest: Size of the largest set.
-        coverage: Share of the dropped images that are farther than the cut-off from their representative.
+        uncovered_ratio: Share of the dropped images that are farther than the cut-off from their representative.
     """
 
     labels: IntArray
@@ -63,7 +63,7 @@ class Sets:
     curve: Curve
     num_kept: int
     largest: int
-    coverage: float
+    uncovered_ratio: float
 
     @property
     def kept(self) -> npt.NDArray[np.bool_]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import refuse_unwritable
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
-from clipcid_cli.formats.key_streams import OrderedMatch, parquet_keys
+from clipcid_cli.formats.join import join, parquet_listing
 from clipcid_cli.formats.results.keep_list import read_dropped, read_keep_list
 from clipcid_cli.formats.results.kept_lists import are_uids, write_keys, write_pairs, write_uids
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
@@ -24,22 +24,14 @@ _ROWS_AT_ONCE = 4096
 
 
 def check_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
-    """Check that the first sample has an identifier, so that no search is wasted.
-
-    Raises:
-        ClipcidError: when ``--write-uids`` is given and it has none.
-    """
+    """Check that the first sample has an identifier, so that no search is wasted."""
     if settings.write_uids is not None:
         first = next(file for file in embeddings.files if file.rows)
         _UidFinder(settings, embeddings).find(first, pa.array(np.arange(first.rows) == 0))
 
 
 def check_targets(settings: BalanceSettings) -> None:
-    """Check that the lists that the settings name can be written, before the search.
-
-    Raises:
-        ClipcidError: naming the first that cannot.
-    """
+    """Check that the lists that the settings name can be written, before the search."""
     for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
         if path is not None:
             refuse_unwritable(path)
@@ -55,21 +47,17 @@ def write_kept(
 
     Returns:
         Path of each file by its name in the JSON object.
-
-    Raises:
-        ClipcidError: when a file with other content exists, a kept sample has no identifier, or a file cannot be written.
     """
     files: dict[str, str] = {}
     if settings.write_keys is not None:
-        keys = (part for (part,) in read_keep_list(keep_list).kept_rows("key"))
-        write_keys(settings.write_keys, keys, overwrite=settings.overwrite)
+        write_keys(settings.write_keys, read_keep_list(keep_list).kept_keys(), overwrite=settings.overwrite)
         files["keys"] = str(settings.write_keys)
     if settings.write_pairs is not None:
         write_pairs(settings.write_pairs, read_dropped(keep_list), overwrite=settings.overwrite)
         files["pairs"] = str(settings.write_pairs)
     if settings.write_uids is not None:
         num_kept = read_keep_list(keep_list).num_kept
-        uids = _kept_uids(settings, embeddings, keep_list)
+        uids = _kept_uids(settings, embeddings, keep_list, num_kept)
         written = write_uids(settings.write_uids, uids, num_kept, overwrite=settings.overwrite)
         if written < num_kept:
             reporter.warn(f"{num_kept:,} kept images have {written:,} different uids: each is written once.")
@@ -77,17 +65,20 @@ def write_kept(
     return files
 
 
-def _kept_uids(settings: BalanceSettings, embeddings: Embeddings, keep_list: Path) -> Iterator[pa.ChunkedArray]:
-    """Find the identifiers of the kept rows of each file; the list names the rows in the order of the files."""
-    match, finder = OrderedMatch(parquet_keys(keep_list, "kept"), 1), _UidFinder(settings, embeddings)
-    for file in embeddings.files:
-        kept = match.match(embeddings.keys_of(file).combine_chunks().cast(pa.large_string()))[:, 0] > 0
-        yield finder.find(file, pa.array(kept))
-    if not match.is_complete():
+def _kept_uids(
+    settings: BalanceSettings, embeddings: Embeddings, keep_list: Path, num_kept: int
+) -> Iterator[pa.ChunkedArray]:
+    """Find the identifiers of the kept rows of each file."""
+    keys = partial(map, embeddings.keys_of, embeddings.files)
+    kept = join(keys, embeddings.num_rows, parquet_listing(keep_list, "kept"), keep_list.parent)[:, 0] > 0
+    if np.count_nonzero(kept) < num_kept:
         raise ClipcidError(
             f"{keep_list} has keys that {embeddings.folder} does not have: files or shards have other names since.",
             "Balance again with --overwrite.",
         )
+    finder = _UidFinder(settings, embeddings)
+    for file in embeddings.files:
+        yield finder.find(file, pa.array(kept[file.first : file.first + file.rows]))
 
 
 class _UidFinder:
@@ -102,11 +93,7 @@ class _UidFinder:
         return None if data is None else SampleFinder(data)
 
     def find(self, file: EmbeddingFile, chosen: pa.BooleanArray) -> pa.ChunkedArray:
-        """Return those of some of a file's rows, n strings of 32 hexadecimal digits.
-
-        Raises:
-            ClipcidError: when a sample has none.
-        """
+        """Return those of some of a file's rows, n strings of 32 hexadecimal digits."""
         uids = keys = self._embeddings.keys_of(file).filter(chosen)
         if self._embeddings.has_uids:
             stored = self._embeddings.uids_of(file).filter(chosen)
@@ -116,16 +103,14 @@ class _UidFinder:
             return uids
         if self._samples is None:
             raise _no_uid(keys[int(missing[0])].as_py())
-        shards, found = self._embeddings.shards_of(file).filter(chosen), uids.to_pylist()
+        numbers, found = file.first + np.flatnonzero(chosen), uids.to_pylist()
         for start in range(0, len(missing), _ROWS_AT_ONCE):
             rows = missing[start : start + _ROWS_AT_ONCE]
-            part = pa.array(rows)
-            names = keys.take(part).to_pylist()
-            samples = self._samples.find_all(shards.take(part).to_pylist(), names)
-            for row, key, sample in zip(rows.tolist(), names, samples, strict=True):
+            samples = self._samples.find_rows(self._embeddings, numbers[rows])
+            for row, sample in zip(rows.tolist(), samples, strict=True):
                 found[row] = read_uid(sample)
                 if found[row] is None:
-                    raise _no_uid(key)
+                    raise _no_uid(keys[row].as_py())
         return pa.chunked_array([found], type=pa.large_string())
 
 

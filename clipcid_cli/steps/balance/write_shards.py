@@ -7,6 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.dataset import Dataset, Shard
@@ -14,7 +18,7 @@ from clipcid_cli.formats.data.remote import local_file
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.key_join import KeyIndex
+from clipcid_cli.formats.join import join, parquet_listing
 from clipcid_cli.formats.output import Output, is_claimed
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.results.keep_list import KeepList
@@ -33,11 +37,7 @@ _STEP = "write-shards"
 
 
 def tar_shards(data: Dataset, target: Path) -> list[Shard]:
-    """Return the shards of the data, which must be tars.
-
-    Raises:
-        ClipcidError: when they are not, or `target` is the folder of the data.
-    """
+    """Return the shards of the data, which must be tars."""
     shards = [shard for shard in data.shards if shard.rows is None]
     if len(shards) < len(data.shards):
         raise ClipcidError(
@@ -70,12 +70,7 @@ def write_shards(
         data: The data.
         shards: Its shards, see :func:`tar_shards`.
         overwrite: Replace shards made from another keep list.
-
-    Raises:
-        ClipcidError: when the folder holds shards of another keep list, a shard is damaged or lacks a kept sample, or none
-            of the kept samples is in the data.
     """
-    choice = ShardChoice(keep, data)
     machine.on_main(lambda: _refuse_foreign(target))
     with claim_output(
         machine,
@@ -91,6 +86,7 @@ def write_shards(
             return
         machine.on_main(output.start)
         mine = shards[machine.rank :: machine.size]
+        choice = machine.on_all(lambda: ShardChoice(keep, data, mine, target))
         sizes, files = dict[str, int](), list[FileRecord]()
         error: ClipcidError | None = None
         with reporter.progress("shards", len(mine), "shards") as progress:
@@ -201,36 +197,49 @@ class ShardChoice:
     """Finds the kept samples of each shard.
 
     `embed` records the shard of each row. Other tools do not; the keep list then holds the names of their files, which match
-    no shard. Each sample is then looked up by its key or, where the rows' keys are DataComp's uids and the samples' keys are
+    no shard. All samples are then looked up by their keys or, where the rows' keys are DataComp's uids and a sample's key is
     not, by the uid in its ``.json``.
     """
 
-    def __init__(self, keep: KeepList, data: Dataset) -> None:
+    def __init__(self, keep: KeepList, data: Dataset, shards: list[Shard], folder: Path) -> None:
+        """Look up the samples where the keep list does not have their shards.
+
+        Args:
+            shards: Those that will be asked for.
+            folder: Where keys are joined.
+        """
         self.keep, self._data = keep, data
         self._numbers = {shard.name: number for number, shard in enumerate(data.shards)}
         self._num_rows = keep.count_by_shard()
-        self._has_shards = any(shard.name in self._num_rows for shard in data.shards)
-        if not self._has_shards:
-            self._index = KeyIndex(keep.keys)
-            self._may_be_uids = len(keep.keys) > 0 and is_uid(keep.keys[0].as_py())
+        self._found: dict[str, tuple[pa.Array, npt.NDArray[np.int64]]] | None = None
+        if self._num_rows.keys().isdisjoint(self._numbers):
+            self._found = self._look_up(shards, folder)
+
+    def _look_up(self, shards: list[Shard], folder: Path) -> dict[str, tuple[pa.Array, npt.NDArray[np.int64]]]:
+        """Return the keys of each shard's n samples, and 1 for those kept, 0 for dropped and −1 for others, int64 [n]."""
+        keys, names = list[pa.Array](), list[pa.ChunkedArray]()
+        by_uid = is_uid(self.keep.first_key)
+        for shard in shards:
+            samples = self._list(shard)
+            keys.append(pa.array([sample.key for sample in samples], pa.large_string()))
+            called = [_name(sample, by_uid) for sample in samples]
+            names.append(pa.chunked_array([called], pa.large_string()))
+        ends = np.cumsum([len(each) for each in keys], dtype=np.int64)
+        kept = join(lambda: names, sum(map(len, keys)), parquet_listing(self.keep.path, "kept"), folder)[:, 0]
+        parts = np.split(kept, ends[:-1])
+        return {shard.name: (own, found) for shard, own, found in zip(shards, keys, parts, strict=False)}
 
     def of(self, shard: Shard) -> tuple[set[str], int]:
-        """Return the keys, as stored in the tar, of a shard's samples to keep, and how many of its samples to drop.
-
-        Raises:
-            ClipcidError: when the shard is damaged.
-        """
+        """Return the keys, as stored in the tar, of a shard's samples to keep, and how many of its samples to drop."""
+        if self._found is None:
+            keys = self.keep.kept_of_shard(shard.name)
+            num_dropped = self._num_rows.get(shard.name, 0) - len(keys)
+        else:
+            all_keys, kept = self._found[shard.name]
+            keys = set(all_keys.filter(pa.array(kept > 0)).to_pylist())
+            num_dropped = int(np.count_nonzero(kept == 0))
         prefix = f"{shard.name}/" if shard.prefix_keys else ""
-        if self._has_shards:
-            kept = self.keep.kept_of_shard(shard.name)
-            return {key.removeprefix(prefix) for key in kept}, self._num_rows.get(shard.name, 0) - len(kept)
-        samples = self._list(shard)
-        rows = self._index.find([sample.key for sample in samples])
-        if self._may_be_uids and not (rows >= 0).any():
-            rows = self._index.find([read_uid(sample) or "" for sample in samples])
-        found = [(sample.key, row) for sample, row in zip(samples, rows.tolist(), strict=True) if row >= 0]
-        keys = {key.removeprefix(prefix) for key, row in found if self.keep.kept[row]}
-        return keys, len(found) - len(keys)
+        return {key.removeprefix(prefix) for key in keys}, num_dropped
 
     def _list(self, shard: Shard) -> list[Sample]:
         index = self._data.index
@@ -238,3 +247,8 @@ class ShardChoice:
             return shard.samples()
         number = self._numbers[shard.name]
         return [index.sample(number, place) for place in range(index.records[number].samples)]
+
+
+def _name(sample: Sample, by_uid: bool) -> str:
+    """Return what a sample may be called in the keep list of another tool's embeddings."""
+    return (read_uid(sample) if by_uid and not is_uid(sample.key) else None) or sample.key

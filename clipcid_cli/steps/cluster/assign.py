@@ -15,7 +15,14 @@ import torch
 from clipcid_cli.algorithms.kmeans.kmeans import temperature_for_perplexity
 from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
 from clipcid_cli.formats.embeddings.rows import Float16
-from clipcid_cli.formats.results.clusters import TopClusters, map_tops, part_bounds, part_path, read_part, write_part
+from clipcid_cli.formats.results.clusters import (
+    TopClusters,
+    map_tops,
+    part_bounds,
+    part_path,
+    read_label_parts,
+    write_part,
+)
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.cluster.rows import ClusterRows
@@ -80,7 +87,6 @@ def assign_clusters(
                 start, stop = bounds[block.part]
                 write_part(
                     part_path(folder, block.part),
-                    keys=rows.keys(start, stop),
                     similarities=np.concatenate(exact),
                     images=_join(found[False]),
                     captions=_join(found[True]) if rows.embeddings.has_texts else None,
@@ -109,22 +115,25 @@ def _join(tops: list[TopClusters]) -> TopClusters:
     )
 
 
+def towers_of(rows: ClusterRows) -> tuple[str, ...]:
+    """Return the towers whose nearest centroids are stored."""
+    return ("image", "caption") if rows.embeddings.has_texts else ("image",)
+
+
 def summarise(rows: ClusterRows, num_clusters: int, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the counts and the objective of the result, and the temperatures, from the table and its parts.
+    """Return the counts and the objective of the result, and the temperatures, from the table and the arrays.
 
     Sums are taken in the order of the parts, which depends on the number of rows only.
     """
     totals: list[float] = []
     sizes = np.zeros(num_clusters, dtype=np.int64)
-    for number in range(len(part_bounds(len(rows)))):
-        labels, similarities = read_part(part_path(folder, number))
+    for labels, similarities in read_label_parts(folder):
         totals.append(float(similarities.sum(dtype=np.float64)))
         sizes += np.bincount(labels, minlength=num_clusters)
     every = -(-len(rows) // _TEMPERATURE_ROWS)
-    prefixes = {"image": ""} | ({"caption": "caption_"} if rows.embeddings.has_texts else {})
     temperatures = {
-        name: temperature_for_perplexity(map_tops(folder, prefix).similarities[::every])
-        for name, prefix in prefixes.items()
+        tower: temperature_for_perplexity(map_tops(folder, tower, len(rows)).similarities[::every])
+        for tower in towers_of(rows)
     }
     result = {
         "images": len(rows),

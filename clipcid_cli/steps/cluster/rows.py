@@ -22,7 +22,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.cluster.selection import Selection
-from clipcid_cli.steps.keep_list import apply_keep_list
+from clipcid_cli.steps.keep_list import choose_keep_list, find_kept
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
@@ -135,12 +135,7 @@ class ClusterRows:
 
 
 def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
-    """Find the embeddings and the keep list, join them by key and say which were taken.
-
-    Raises:
-        ClipcidError: when there are no embeddings, they lack what `--features` needs, too many rows cannot be used, the
-            keep list is of other data, or nothing is kept.
-    """
+    """Find the embeddings and the keep list, join them by key and say which were taken."""
     work = WorkDirectory(settings.work)
     folder = settings.embeddings if settings.embeddings is not None else work.find_embeddings()
     cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
@@ -160,19 +155,18 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
     if skips.total:
         reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
-    keep_list = apply_keep_list(
-        settings.keep_list,
-        work,
-        lambda: (embeddings.keys_of(file) for file in embeddings.files),
-        embeddings.num_rows,
-        samples="rows",
-        source=str(folder),
-        max_missing=settings.max_bad_fraction,
-        dry_run=settings.dry_run,
-        reporter=reporter,
-    )
+    keep_list = choose_keep_list(settings.keep_list, work, "rows", reporter)
     if keep_list is not None:
-        usable &= keep_list.is_kept
+        usable &= find_kept(
+            keep_list.path,
+            lambda: map(embeddings.keys_of, embeddings.files),
+            embeddings.num_rows,
+            None if settings.dry_run else work.path,  # a dry run leaves it as it is
+            samples="rows",
+            source=str(folder),
+            max_missing=settings.max_bad_fraction,
+            reporter=reporter,
+        )
     if not usable.any():
         raise ClipcidError(
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."

@@ -11,24 +11,23 @@ from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState
 from clipcid_cli.algorithms.kmeans.seeding import first_centroids
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output, is_claimed
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
+    PROGRESS,
     TABLE,
-    KMeansProgress,
     join_parts,
     part_bounds,
-    read_progress,
-    remove_caption_arrays,
-    write_progress,
+    top_paths,
 )
 from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.cluster.assign import assign_clusters, search_width, summarise
+from clipcid_cli.steps.cluster.assign import assign_clusters, search_width, summarise, towers_of
 from clipcid_cli.steps.cluster.cost import estimate_cost
 from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
 from clipcid_cli.steps.cluster.train import choose_format, train_centroids
@@ -46,9 +45,6 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
     Returns:
         The JSON object: ``images, clusters, objective, iterations, empty_clusters, largest_cluster, skipped{}, seconds{read,
         kmeans, assign, write}, files{}``. ``objective`` is the images' mean similarity to their own centroid.
-
-    Raises:
-        ClipcidError: when there is nothing to cluster, there are fewer images than clusters, or another run is in the way.
     """
     with open_machine(settings.device) as machine:
         started = time.perf_counter()
@@ -125,14 +121,16 @@ def _cluster(
 
     def begin() -> LloydState:
         output.start()
-        found = read_progress(output.work)
+        found = load_arrays(output.work / PROGRESS)
         if found is None:
             return LloydState(first_centroids(trained, num_clusters, settings.seed))
-        reporter.note(f"Resuming after {found.iterations} iterations.")
-        return LloydState(torch.from_numpy(found.centroids), found.iterations, found.converged)
+        iterations = int(found["iterations"])
+        reporter.note(f"Resuming after {iterations} iterations.")
+        return LloydState(torch.from_numpy(found["centroids"]), iterations, bool(found["converged"]))
 
     def save(state: LloydState) -> None:
-        write_progress(output.work, KMeansProgress(state.centroids_KD.numpy(), state.iterations, state.converged))
+        progress = {"centroids": state.centroids_KD.numpy(), "iterations": state.iterations}
+        save_arrays(output.work / PROGRESS, progress | {"converged": state.converged})
 
     state = machine.on_main(begin)
     scan = machine.on_main(lambda: choose_format(settings.precision, trained, machine, state.centroids_KD))
@@ -157,7 +155,7 @@ def _cluster(
         begun = time.perf_counter()
         write_npy(output.work / CENTROIDS, state.centroids_KD.numpy())
         bounds = part_bounds(len(rows))
-        join_parts(output.work, len(bounds), captions=rows.embeddings.has_texts)
+        join_parts(output.work, bounds, rows.keys, captions=rows.embeddings.has_texts)
         result, temperatures = summarise(rows, num_clusters, output.work)
         seconds["write"] = time.perf_counter() - begun
         result |= {
@@ -169,12 +167,11 @@ def _cluster(
                 f"{result['empty_clusters']:,} of {num_clusters:,} clusters are empty: the data has hardly more "
                 "different images than clusters, or fewer. Use a smaller --num-clusters."
             )
-        if not rows.embeddings.has_texts:
-            remove_caption_arrays(output.folder)  # of the clusters that these replace
+        arrays = [path.name for tower in towers_of(rows) for path in top_paths(output.work, tower)]
         output.commit(
             counts={"read": rows.embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
             seconds=seconds,
-            outputs=[record(output.work / name, output.work) for name in (CENTROIDS, TABLE)],
+            outputs=[record(output.work / name, output.work) for name in (CENTROIDS, TABLE, *arrays)],
             embeddings=WorkDirectory(settings.work).name_of(rows.embeddings.folder),
             keep_list=None if rows.keep_list is None else record(rows.keep_list),
             flags=given_flags(settings),

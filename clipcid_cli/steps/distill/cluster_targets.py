@@ -35,13 +35,12 @@ _KEPT_BYTES = 64 * 2**20
 
 
 def find_clusters(
-    settings: DistillSettings, embeddings: Embeddings | None, online: ModelName | None, cache: Path
+    settings: DistillSettings, embeddings: Embeddings | None, online: ModelName | None
 ) -> Clusters | None:
     """Open the clusters, where a loss asks for them.
 
     Args:
         online: The teacher that runs alongside the student; None where stored embeddings teach.
-        cache: Folder for arrays made from their table, see `open_clusters`.
 
     Raises:
         ClipcidError: when there are none, or they are another teacher's; the fix remakes them.
@@ -49,7 +48,7 @@ def find_clusters(
     if not any(LOSSES[name].needs_clusters for name in settings.losses()):
         return None
     folder = settings.clusters or WorkDirectory(settings.work).find_clusters()
-    clusters = open_clusters(folder, cache, work=settings.work)
+    clusters = open_clusters(folder, settings.work)
     model = clusters.sidecar.model
     if model is not None and online is not None and (difference := find_mismatch(model, online)) is not None:
         raise ClipcidError(

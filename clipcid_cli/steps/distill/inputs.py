@@ -110,7 +110,7 @@ def find_inputs(
     elif embeddings is not None:
         check_keys(embeddings, dataset)
     online = teacher if settings.online_teacher else None
-    clusters = find_clusters(settings, embeddings, online, scratch or work.cluster_arrays)
+    clusters = find_clusters(settings, embeddings, online)
     if clusters is not None and keep_list is not None:
         refuse_old_clusters(clusters, keep_list.path, settings.work)
     fingerprints = dataset.fingerprints()

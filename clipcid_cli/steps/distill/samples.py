@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +12,18 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.index import DataIndex
+from clipcid_cli.formats.data.index import DataIndex, Part
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.sample_rows import sample_keys
-from clipcid_cli.formats.key_streams import JoinedMatch, KeyStream, OrderedMatch, Values, join_stream, parquet_keys
+from clipcid_cli.formats.join import Listing, Values, join, parquet_listing
 from clipcid_cli.formats.results.clusters import TABLE, Clusters
-from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, SampleRowsWriter, open_rows
+from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows, writing_rows
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.steps.reporting import Reporter, SilentReporter
+
+BoolArray = npt.NDArray[np.bool_]
 
 # Captionless samples that are named.
 _NAMED = 5
@@ -48,11 +47,7 @@ class UsableSamples:
 
 
 def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
-    """Count the samples that can be trained on, from the records of the data's index.
-
-    Raises:
-        ClipcidError: when too many have no image or no caption.
-    """
+    """Count the samples that can be trained on, from the records of the data's index."""
     index = index_of(dataset)
     skips, without_caption = Skips(), Skips()
     for number, record in enumerate(index.records):
@@ -98,15 +93,15 @@ class Sources:
     required: bool = True
     clusters: Clusters | None = None
 
-    def streams(self) -> dict[str, tuple[KeyStream, int, Path]]:
-        """Return the keys of each file with their numbers, how many numbers a key has, and the file."""
-        found: dict[str, tuple[KeyStream, int, Path]] = {}
+    def listings(self) -> dict[str, Listing]:
+        """Return the keys of each file with their numbers."""
+        found: dict[str, Listing] = {}
         if self.keep_list is not None:
-            found["keep_list"] = parquet_keys(self.keep_list, "kept"), 1, self.keep_list
+            found["keep_list"] = parquet_listing(self.keep_list, "kept")
         if self.embeddings is not None:
-            found["embeddings"] = *sample_keys(self.embeddings), self.embeddings.folder
+            found["embeddings"] = sample_keys(self.embeddings)
         if self.clusters is not None:
-            found["clusters"] = parquet_keys(self.clusters.folder / TABLE), 1, self.clusters.folder / TABLE
+            found["clusters"] = parquet_listing(self.clusters.folder / TABLE)
         return found
 
 
@@ -156,47 +151,40 @@ class MatchedSamples:
 def match_samples(
     dataset: Dataset, sources: Sources, val_fraction: float, folder: Path, reporter: Reporter
 ) -> MatchedSamples:
-    """Match the data with other files, shard by shard, and write down the samples to train on and those held out.
-
-    A file in the data's order is read in step with the shards; one that turns out not to be is joined, and all begins anew.
+    """Match the data with other files, and write down the samples to train on and those held out, shard by shard.
 
     Args:
         val_fraction: Share of the samples held out: the keys whose hash falls below it.
     """
-    index, joined = index_of(dataset), dict[str, Values]()
+    index = index_of(dataset)
+    sizes, shards = index.sizes, range(len(index.records))
+    joined = {
+        name: join(lambda: (index.part(number).keys for number in shards), int(sizes.sum()), listing, folder)
+        for name, listing in sources.listings().items()
+    }
     bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
-    while True:
-        matches = {
-            name: JoinedMatch(joined[name]) if name in joined else OrderedMatch(stream, width)
-            for name, (stream, width, _) in sources.streams().items()
-        }
-        counts, bar = MatchCounts(bad_rows=len(bad)), reporter if len(index.records) > _FEW_SHARDS else SilentReporter()
-        with (
-            _open_writers(index, sources, folder) as writers,
-            bar.progress("match", len(index.records), "shards") as progress,
-        ):
-            for number in range(len(index.records)):
-                part = index.part(number)
-                keys = part.keys.combine_chunks().cast(pa.large_string())
-                found = {name: match.match(keys) for name, match in matches.items()}
-                if "embeddings" in found and len(bad):
-                    found["embeddings"][np.isin(found["embeddings"][:, 0], bad), 0] = -1
-                _match_shard(keys, part.num_captions, found, sources, val_fraction, writers, counts)
-                progress.advance()
-            unordered = [name for name, match in matches.items() if not match.is_complete()]
-            if not unordered:
-                return MatchedSamples(writers[TRAINING].finish(), writers[HELD_OUT].finish(), counts)
-        for name in unordered:
-            stream, width, source = sources.streams()[name]
-            shards = (index.part(number).keys.combine_chunks() for number in range(len(index.records)))
-            # The result stays mapped without its name, which NFS keeps until it is closed.
-            with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
-                joined[name] = join_stream(shards, int(index.sizes.sum()), stream, width, Path(scratch), source)
+    counts, bar = MatchCounts(bad_rows=len(bad)), reporter if len(shards) > _FEW_SHARDS else SilentReporter()
+    first, limits = 0, _limits(index, sources)
+    with (
+        writing_rows(folder, TRAINING, limits) as train,
+        writing_rows(folder, HELD_OUT, limits) as hold_out,
+        bar.progress("match", len(shards), "shards") as progress,
+    ):
+        for number in shards:
+            part = index.part(number)
+            found = {name: values[first : first + len(part)] for name, values in joined.items()}
+            if "embeddings" in found and len(bad):
+                found["embeddings"][np.isin(found["embeddings"][:, 0], bad), 0] = -1
+            columns, selected, held_out = _match_shard(part, found, sources, val_fraction, counts)
+            train({name: values[selected] for name, values in columns.items()})
+            hold_out({name: values[held_out] for name, values in columns.items()})
+            first += len(part)
+            progress.advance()
+    return MatchedSamples(open_rows(folder, TRAINING), open_rows(folder, HELD_OUT), counts)
 
 
-@contextmanager
-def _open_writers(index: DataIndex, sources: Sources, folder: Path) -> Iterator[dict[str, SampleRowsWriter]]:
-    """Begin the columns of both parts; they are closed in the end."""
+def _limits(index: DataIndex, sources: Sources) -> dict[str, int]:
+    """Return the columns that are written, with a number that no value reaches."""
     limits, embeddings, clusters = {"places": int(index.sizes.max())}, sources.embeddings, sources.clusters
     if embeddings is not None:
         limits["embeddings"] = embeddings.num_rows
@@ -204,22 +192,22 @@ def _open_writers(index: DataIndex, sources: Sources, folder: Path) -> Iterator[
             limits["captions"] = len(embeddings.rows(Kind.FURTHER)) + 1
     if clusters is not None:
         limits["clusters"] = len(clusters.labels)
-    with ExitStack() as stack:
-        yield {
-            part: stack.enter_context(closing(SampleRowsWriter(folder, part, limits))) for part in (TRAINING, HELD_OUT)
-        }
+    return limits
 
 
 def _match_shard(
-    keys: pa.Array,
-    num_captions: npt.NDArray[np.int32],
+    samples: Part,
     found: dict[str, Values],
     sources: Sources,
     val_fraction: float,
-    writers: dict[str, SampleRowsWriter],
     counts: MatchCounts,
-) -> None:
-    """Decide which samples of a shard are trained on and held out, write them down and count them."""
+) -> tuple[dict[str, npt.NDArray[Any]], BoolArray, BoolArray]:
+    """Decide which samples of a shard are trained on and held out, and count them.
+
+    Returns:
+        The columns of its n samples, which of them are trained on, and which are held out, bool [n].
+    """
+    keys, num_captions = samples.keys, samples.num_captions
     usable = num_captions > 0
     held_out = usable & (key_fractions(keys.to_pylist()) < val_fraction)
     selected = usable & ~held_out
@@ -246,5 +234,4 @@ def _match_shard(
     counts.selected += int(np.count_nonzero(selected))
     counts.several_captions += int(np.count_nonzero(num_captions[selected] > 1))
     counts.captions += int(num_captions[selected].sum())
-    for part, chosen in ((TRAINING, selected), (HELD_OUT, held_out)):
-        writers[part].append({name: values[chosen] for name, values in columns.items()})
+    return columns, selected, held_out

@@ -114,15 +114,17 @@ def _compare_prompts(
 def _compare(first: Predictions, second: Predictions, settings: EvalZeroshotSettings) -> dict[str, PairedMetric]:
     replicates, seed = settings.bootstrap, settings.seed
     if first.kind == CLASSIFICATION:
-        one, other = (ClassPredictions(side.predicted, side.top) for side in (first, second))
-        return compare_classification(first.labels, one, other, first.num_classes, replicates, seed)
+        one, other = (ClassPredictions(side.column("predicted"), side.matrix("top")) for side in (first, second))
+        return compare_classification(first.column("label"), one, other, first.num_classes, replicates, seed)
     if first.kind == MULTI_LABEL:
-        return compare_multi_label(first.positive, first.class_scores, second.class_scores, replicates, seed)
+        scores, other_scores = (side.matrix("class_scores") for side in (first, second))
+        return compare_multi_label(first.positive, scores, other_scores, replicates, seed)
     ranks, other_ranks = (
-        RetrievalRanks(torch.from_numpy(side.image_ranks), torch.from_numpy(side.text_ranks))
+        RetrievalRanks(torch.from_numpy(side.flat("image_ranks")), torch.from_numpy(side.column("text_rank")))
         for side in (first, second)
     )
-    return compare_retrieval(torch.from_numpy(first.captions), ranks, other_ranks, replicates, seed)
+    captions = torch.from_numpy(first.lengths("image_ranks"))
+    return compare_retrieval(captions, ranks, other_ranks, replicates, seed)
 
 
 def _describe(name: str, metric: PairedMetric, names: list[str]) -> dict[str, Any]:

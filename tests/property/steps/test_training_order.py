@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.samples import Location, Sample, Unusable
+from clipcid_cli.formats.data.samples import Location, Sample
 from clipcid_cli.formats.data.shard import Rows, cut
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.batches import BatchOrder
@@ -34,7 +35,7 @@ class ListedRows(Rows):
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def read(self, number: int) -> Iterator[Sample | Unusable]:
+    def read(self, number: int, skips: Skips) -> Iterator[Sample]:
         first = sum(self.sizes[:number])
         for row in range(first, first + self.sizes[number]):
             yield Sample(f"{row:05d}", Location("none"), () if row % 5 == 4 else (f"caption {row}",))

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import create_mapped, create_unnamed, spool_arrays
+from clipcid_cli.formats.arrays import create_mapped, create_unnamed, map_strings, spool_arrays
 from clipcid_cli.formats.embeddings.grouped import create_copy
 
 INT64 = np.dtype(np.int64)
@@ -82,3 +83,12 @@ def test_a_file_in_place_of_the_folder_of_copies_is_an_error(tmp_path: Path) -> 
     (tmp_path / ".grouped").touch()
     with pytest.raises(ClipcidError, match=r"^Could not write .*/\.grouped: File exists"):
         create_copy(tmp_path, 0, 10, 8)
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", ""], ["a", "", "ü b", "c" * 3000]])
+def test_strings_come_back_from_the_disk(tmp_path: Path, texts: list[str]) -> None:
+    sliced = pa.array(["before", *texts, "after"]).slice(1, len(texts))
+    found = map_strings(tmp_path, [sliced, pa.array([], pa.large_string()), pa.array(texts, pa.large_string())])
+    found.validate(full=True)
+    assert found.to_pylist() == texts * 2
+    assert list(tmp_path.iterdir()) == []

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.key_streams import KeyStream
-from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.steps import keep_list as joined
-from clipcid_cli.steps.keep_list import apply_keep_list
+from clipcid_cli.formats.atomic import held_folder
+from clipcid_cli.steps.keep_list import find_kept
 from clipcid_cli.steps.reporting import SilentReporter
 
 KEYS = [f"{row:04d}" for row in range(100)]
@@ -31,25 +27,24 @@ def keep_list(tmp_path: Path) -> Path:
 
 
 def apply(keep_list: Path, work: Path, dry_run: bool) -> list[bool]:
-    found = apply_keep_list(
-        str(keep_list),
-        WorkDirectory(work),
+    found = find_kept(
+        keep_list,
         lambda: [pa.chunked_array([KEYS[:60]]), pa.chunked_array([KEYS[60:]])],
         100,
+        None if dry_run else work,
         samples="rows",
         source="here",
         max_missing=0.0,
-        dry_run=dry_run,
         reporter=SilentReporter(),
     )
-    assert found is not None
-    return list(found.is_kept)
+    return list(found)
 
 
 def test_it_is_joined_in_the_work_directory_not_in_the_folder_for_temporary_files(
     keep_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file" / "no such folder"))
     work = tmp_path / "work"
     assert apply(keep_list, work, dry_run=False) == list(np.arange(100) % 3 == 0)
     assert not work.exists()
@@ -62,37 +57,16 @@ def test_a_dry_run_leaves_the_work_directory_as_it_is(keep_list: Path, tmp_path:
     assert not (tmp_path / "work").exists()
 
 
-def test_a_dry_run_removes_what_a_killed_one_left(
-    keep_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    killed = tmp_path / "temporary" / ".clipcid-join-killed"
-    killed.mkdir(parents=True)
-    (killed / ".lock").touch()
-    apply(keep_list, tmp_path / "work", dry_run=True)
-    assert list((tmp_path / "temporary").iterdir()) == []
-
-
 def test_folders_of_killed_runs_are_removed_but_not_that_of_a_run_that_goes_on(
     keep_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work, join = tmp_path / "work", joined.join_stream
-    other_lists: list[list[bool]] = []
+    work = tmp_path / "work"
     killed = work / ".clipcid-join-killed"
     killed.mkdir(parents=True)
     (killed / ".lock").touch()
-
-    def take_long(
-        keys: Iterable[pa.Array], count: int, stream: KeyStream, width: int, folder: Path, source: Path
-    ) -> Any:
-        if not other_lists:  # a second run starts now
-            other_lists.append([])
-            other_lists.append(apply(keep_list, work, dry_run=False))
-        return join(keys, count, stream, width, folder, source)
-
-    monkeypatch.setattr(joined, "join_stream", take_long)
-    assert apply(keep_list, work, dry_run=False) == other_lists[1] == list(np.arange(100) % 3 == 0)
-    assert list(work.iterdir()) == []
+    with held_folder(".clipcid-join-", work) as other:
+        assert apply(keep_list, work, dry_run=False) == list(np.arange(100) % 3 == 0)
+        assert list(work.iterdir()) == [other]
 
 
 def test_a_work_directory_that_cannot_be_written_is_an_error(keep_list: Path, tmp_path: Path) -> None:

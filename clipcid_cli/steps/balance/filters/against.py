@@ -16,7 +16,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.reference_parts import ReferenceParts, keep_parts
+from clipcid_cli.formats.results.balance_parts import ReferenceParts, keep_references
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_for_rows
@@ -93,7 +93,7 @@ def find_near(
         hashlib.blake2b("\n".join([*content, reference.identity]).encode(), digest_size=8).hexdigest()
         for reference in references
     ]
-    machine.on_main(lambda: keep_parts(folder, set(names)))
+    machine.on_main(lambda: keep_references(folder, set(names)))
     for reference, name in zip(references, names, strict=True):
         _compare(settings, machine, rows, reference, ReferenceParts(folder, name), threshold, reporter)
     machine.barrier()
@@ -107,7 +107,7 @@ def find_near(
         for number, name in enumerate(names):
             parts = ReferenceParts(folder, name)
             for stretch, place in enumerate(_stretches(rows)):
-                if (found := parts.read(stretch, len(place))) is None:
+                if (found := parts.read(stretch)) is None:
                     raise ClipcidError(
                         f"{folder}: the comparison with {references[number].name} cannot be read.",
                         "Run the same command again.",
@@ -144,7 +144,7 @@ def _compare(
     images, num_rows = reference.embeddings.rows(Kind.IMAGES), len(rows)
     kind = row_type(num_rows + len(reference.numbers))
     stretches = _stretches(rows)
-    done = machine.on_main(lambda: [parts.read(at, len(place)) is not None for at, place in enumerate(stretches)])
+    done = machine.on_main(lambda: [parts.read(at) is not None for at in range(len(stretches))])
     left = [at for at, is_done in enumerate(done) if not is_done]
     if len(left) < len(stretches):
         reporter.note(

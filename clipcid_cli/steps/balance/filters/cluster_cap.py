@@ -17,6 +17,7 @@ from clipcid_cli.algorithms.sets.representatives import best_of_groups, random_s
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.fingerprint import record, refuse_changed
+from clipcid_cli.formats.join import join, parquet_listing
 from clipcid_cli.formats.results.clusters import TABLE, read_labels
 from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
@@ -24,7 +25,6 @@ from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.rows import caption_similarities
 from clipcid_cli.steps.balance.samples import count_pixels
 from clipcid_cli.steps.balance.sets import Sets
-from clipcid_cli.steps.keep_list import find_rows_of_keys
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.shared_arrays import share_arrays
@@ -90,11 +90,7 @@ class FoundClusters:
 
 
 def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
-    """Find the clusters of ``--max-per-cluster``, and say which they are; None without it.
-
-    Raises:
-        ClipcidError: when there are none, or they are unfinished or changed.
-    """
+    """Find the clusters of ``--max-per-cluster``, and say which they are; None without it."""
     if settings.max_per_cluster is None:
         return None
     folder = settings.clusters
@@ -134,9 +130,6 @@ def cap_clusters(context: Context, clusters: FoundClusters, sets: Sets) -> Clust
 
     Args:
         sets: The sets, whose kept images are counted.
-
-    Raises:
-        ClipcidError: when one of the kept images is in no cluster.
     """
     most = context.settings.max_per_cluster
     assert most is not None  # the clusters were found
@@ -173,7 +166,7 @@ def _look_up(context: Context, table: Path) -> tuple[npt.NDArray[np.int32], npt.
         parts = everything.pick((file, embeddings.keys_of(file)) for file in embeddings.files)
         return (pa.chunked_array([part]) for part in parts)
 
-    place = find_rows_of_keys(table, keys, len(everything), context.settings.work)
+    place = join(keys, len(everything), parquet_listing(table), context.settings.work)[:, 0]
     labels, similarities = read_labels(table)
     is_there = place >= 0
     cluster, similarity = np.full(len(place), -1, np.int32), np.zeros(len(place), np.float32)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
-from clipcid_cli.formats.mapped_strings import map_strings
+from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.steps.balance.filters.against import NearReferences
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap

@@ -17,7 +17,7 @@ from clipcid_cli.algorithms.search.distances import (
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.sets.diameters import find_diameters
 from clipcid_cli.algorithms.sets.star import count_kept, star_cover
-from clipcid_cli.formats.results.set_table import SetTable
+from clipcid_cli.formats.results.sets import SetTable
 from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.sets import Sets
 

@@ -15,7 +15,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.filters.against import NearReferences
 from clipcid_cli.steps.balance.rows import take_texts
-from clipcid_cli.steps.balance.samples import SampleFinder, read_thumbnail
+from clipcid_cli.steps.balance.samples import SampleFinder, read_thumbnails
 
 _PAIRS_SHOWN = 12
 
@@ -74,8 +74,9 @@ def _open_data(embeddings: Embeddings, work: WorkDirectory) -> Dataset | None:
 def _load(data: Dataset | None, embeddings: Embeddings, numbers: IntArray, side: int) -> list[Side]:
     """Load the keys and thumbnails of some rows of embeddings, in their order."""
     keys, shards = (take_texts(embeddings, read, numbers) for read in (embeddings.keys_of, embeddings.shards_of))
-    finder = None if data is None else SampleFinder(data)
+    if data is None:
+        return [Side(key, "") for key in keys]
     return [
-        Side(key, "" if finder is None else read_thumbnail(finder, shard, key, side)[0])
-        for key, shard in zip(keys, shards, strict=True)
+        Side(key, source)
+        for key, (source, _) in zip(keys, read_thumbnails(SampleFinder(data), shards, keys, side), strict=True)
     ]

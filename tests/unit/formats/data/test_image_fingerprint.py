@@ -15,7 +15,7 @@ from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 
 
 def digest(data: Path) -> str:
-    return fingerprint_images(open_dataset(data)).hash
+    return str(fingerprint_images(open_dataset(data)).hash)
 
 
 def test_images_of_the_same_size_are_told_apart_in_folders_and_lists(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def copies_of(server: ShardServer, cache: ShardCache) -> list[ShardCopy]:
 
 
 def copy_of(cache: ShardCache, path: str) -> ShardCopy:
-    return ShardCopy(cache, path, describe_file(path)["hash"])
+    return ShardCopy(cache, path, describe_file(path).hash)
 
 
 def bytes_in(cache: ShardCache) -> int:
@@ -113,7 +113,7 @@ from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
 cache = ShardCache(Path(sys.argv[2]), 10**6)
 for number in range(8):
     path = f"{sys.argv[1]}/{number}.tar"
-    ShardCopy(cache, path, describe_file(path)["hash"]).open()
+    ShardCopy(cache, path, describe_file(path).hash).open()
 """
     cache = ShardCache(tmp_path / "cache", 10**6)
     with serve(data, delay=0.02) as server:

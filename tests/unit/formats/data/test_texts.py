@@ -14,7 +14,13 @@ from clipcid_cli.formats.skips import Skips
 
 
 @pytest.mark.parametrize(
-    "lines", [[b"", b"a", b"", b"b", b"c", b" ", b"d", b""], [b"a", b"b", b"c", b"d"], [b"", b"a"]]
+    "lines",
+    [
+        [b"", b"a", b"", b"b", b"c", b" ", b"d", b""],
+        [b"a", *[b"%d" % row for row in range(12)]],
+        [b"a", b"b", b"c", b"d"],
+        [b"", b"a"],
+    ],
 )
 def test_each_text_is_in_one_slice_and_each_empty_line_counted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[bytes]

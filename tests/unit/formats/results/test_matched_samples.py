@@ -11,22 +11,22 @@ import pytest
 from clipcid_cli.formats.results.matched_samples import (
     HELD_OUT,
     TRAINING,
-    SampleRowsWriter,
     begin_matched,
     finish_matched,
     matched_folder,
     open_rows,
     read_matched,
+    writing_rows,
 )
 
 
 @pytest.mark.parametrize(("limit", "dtype"), [(2**31 - 1, np.int32), (2**31, np.int64)])
 def test_columns_are_as_wide_as_they_must_be(limit: int, dtype: type, tmp_path: Path) -> None:
-    writer = SampleRowsWriter(tmp_path, TRAINING, {"places": 100, "embeddings": limit})
-    for first, size in ((0, 3), (10, 0), (40, 2)):
-        rows = np.arange(first, first + size)
-        writer.append({"places": rows, "embeddings": limit - 1 - rows, "clusters": rows})
-    rows = writer.finish()
+    with writing_rows(tmp_path, TRAINING, {"places": 100, "embeddings": limit}) as append:
+        for first, size in ((0, 3), (10, 0), (40, 2)):
+            numbers = np.arange(first, first + size)
+            append({"places": numbers, "embeddings": limit - 1 - numbers, "clusters": numbers})
+    rows = open_rows(tmp_path, TRAINING)
     assert rows.sizes.tolist() == [3, 0, 2]
     assert rows.total == 5
     assert rows.places().dtype == np.int32
@@ -38,9 +38,9 @@ def test_columns_are_as_wide_as_they_must_be(limit: int, dtype: type, tmp_path: 
 
 
 def test_rows_are_sent_without_their_columns(tmp_path: Path) -> None:
-    writer = SampleRowsWriter(tmp_path, TRAINING, {"places": 10**6})
-    writer.append({"places": np.arange(100_000)})
-    rows = writer.finish()
+    with writing_rows(tmp_path, TRAINING, {"places": 10**6}) as append:
+        append({"places": np.arange(100_000)})
+    rows = open_rows(tmp_path, TRAINING)
     rows.places()
     sent = pickle.dumps(rows)
     assert len(sent) < 1_000
@@ -54,10 +54,11 @@ def test_a_folder_appears_with_its_counts(tmp_path: Path) -> None:
     folder.with_name(f".{folder.name}.partial").joinpath("old").touch()
     with begin_matched(folder) as partial:
         assert not list(partial.iterdir())
-        writers = [SampleRowsWriter(partial, part, {"places": 2}) for part in (TRAINING, HELD_OUT)]
-        writers[0].append({"places": np.arange(2)})
-        for writer in writers:
-            writer.finish()
+        with (
+            writing_rows(partial, TRAINING, {"places": 2}) as append,
+            writing_rows(partial, HELD_OUT, {"places": 2}),
+        ):
+            append({"places": np.arange(2)})
         assert read_matched(folder) is None
         finish_matched(partial, folder, {"selected": 2})
     assert read_matched(folder) == {"selected": 2}

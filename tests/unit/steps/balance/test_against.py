@@ -15,7 +15,7 @@ from conftest import make_image, shard_members, write_tar
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.search.nearest_pairs import NearestReference
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.results.reference_parts import ReferenceParts
+from clipcid_cli.formats.results.balance_parts import ReferenceParts
 from clipcid_cli.steps.balance.filters import against
 from clipcid_cli.steps.embed.run import run as run_embed
 from clipcid_cli.steps.reporting import SilentReporter

@@ -12,7 +12,7 @@ from balance_data import balance, make_rows, write_embeddings
 
 from clipcid_cli.algorithms.search.edges import Edges
 from clipcid_cli.algorithms.sets.forest import ForestBuilder
-from clipcid_cli.formats import mapped_strings
+from clipcid_cli.formats import arrays
 from clipcid_cli.formats.results import keep_list
 
 FEW, MANY = 20_000, 60_000
@@ -39,7 +39,7 @@ def test_the_first_process_holds_at_most_128_bytes_a_row(
     if neighbors == "exact":  # with all that is dropped first, which holds more
         # Of larger data these are buffers of fixed size.
         monkeypatch.setattr(keep_list, "ROWS_AT_ONCE", 2**11)
-        monkeypatch.setattr(mapped_strings, "_ROWS_AT_ONCE", 2**11)
+        monkeypatch.setattr(arrays, "_STRINGS_AT_ONCE", 2**11)
         near = str(write_embeddings(tmp_path / "r", make_rows(500, 8, seed=2)))
         call |= {"against": (near, near), "against_threshold": 0.3, "min_caption_similarity": -0.5, "texts": True}
     # What the first run imports is traced, too.

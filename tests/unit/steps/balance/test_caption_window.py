@@ -85,7 +85,7 @@ def test_the_rest_is_balanced_as_if_it_were_alone(tmp_path: Path, window: dict, 
         captions=[captions[row] for row in chosen],
     )
     expected, _ = balance(tmp_path / "other", alone, **amount)
-    names = ("kept", "threshold", "components", "largest_component", "coverage", "other_linkage")
+    names = ("kept", "threshold", "components", "largest_component", "uncovered_ratio", "other_linkage")
     assert {name: result[name] for name in names} == {name: expected[name] for name in names}
     there, here = read_keep(tmp_path / "other"), keep[inside].reset_index()
     for name in ("key", "component_size", "kept", "representative", "distance"):

@@ -145,7 +145,7 @@ def test_a_share_to_keep_is_met_however_small(rows: np.ndarray, embeddings: Path
         check_keep_list(read_keep(tmp_path), rows)
         assert result["audit"]["rate"] <= 0.01
         if linkage == "star":
-            assert result["coverage"] == 0.0
+            assert result["uncovered_ratio"] == 0.0
 
 
 def test_nothing_to_merge_has_no_audit(embeddings: Path, tmp_path: Path) -> None:

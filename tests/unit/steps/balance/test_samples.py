@@ -23,17 +23,17 @@ def test_samples_come_from_the_index_where_there_is_one(tmp_path: Path, monkeypa
     rows = (3, 0, 31, 30, 999, NUM_ROWS - 1)
     keys = [f"{row:06d}" for row in rows]
     shards = [plain.shards[int(row >= NUM_ROWS // 2)].name for row in rows]
-    expected = SampleFinder(plain).find_all(shards, keys)
+    expected = SampleFinder(plain).find(shards, keys)
     assert [read_uid(sample) for sample in expected] == [UIDS[3], UIDS[0], UIDS[31], UIDS[30], None, UIDS[-1]]
     foreign = ["another tool's file"] * len(keys)
-    assert SampleFinder(plain).find_all(foreign, keys) == expected
+    assert SampleFinder(plain).find(foreign, keys) == expected
 
     def refuse(*_: object) -> None:
         raise AssertionError("a shard was listed")
 
     monkeypatch.setattr(Shard, "samples", refuse)
     for names in (shards, foreign):
-        found = SampleFinder(indexed).find_all(names, keys)
+        found = SampleFinder(indexed).find(names, keys)
         assert [None if sample is None else sample.key for sample in found] == [*keys[:4], None, keys[5]]
         for one, other in zip(found, expected, strict=True):
             if one is not None and other is not None:

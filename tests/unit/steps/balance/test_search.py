@@ -97,7 +97,12 @@ def test_a_dry_run_writes_nothing(embeddings: Path, tmp_path: Path) -> None:
 
 def test_keeping_everything_merges_nothing(embeddings: Path, tmp_path: Path) -> None:
     result, _ = balance(tmp_path, embeddings, keep=1.0)
-    assert (result["kept"], result["threshold"], result["largest_component"], result["coverage"]) == (300, None, 1, 0.0)
+    assert (result["kept"], result["threshold"], result["largest_component"], result["uncovered_ratio"]) == (
+        300,
+        None,
+        1,
+        0.0,
+    )
     assert read_keep(tmp_path)["kept"].all()
 
 
@@ -125,7 +130,11 @@ def test_the_other_linkage_is_what_a_run_with_it_gives(
     single, _ = balance(tmp_path / "single", embeddings, keep=0.2)
     star, _ = balance(tmp_path / "star", embeddings, threshold=single["threshold"], linkage="star")
     for one, other, name in ((single, star, "star"), (star, single, "single")):
-        assert one["other_linkage"] == {"linkage": name, "kept": other["kept"], "coverage": other["coverage"]}
+        assert one["other_linkage"] == {
+            "linkage": name,
+            "kept": other["kept"],
+            "uncovered_ratio": other["uncovered_ratio"],
+        }
     # docs/method.md#star-cover, row by row: rows by number of neighbours, each kept that none kept before it covers.
     near = distance_matrix(rows) <= np.float32(single["threshold"])
     covered, kept = np.zeros(NUM_ROWS, bool), 0
@@ -133,7 +142,7 @@ def test_the_other_linkage_is_what_a_run_with_it_gives(
         if not covered[row]:
             kept, covered = kept + 1, covered | near[row]
     assert star["kept"] == kept > single["kept"]
-    assert (star["coverage"], single["coverage"] > 0.0) == (0.0, True)
+    assert (star["uncovered_ratio"], single["uncovered_ratio"] > 0.0) == (0.0, True)
     report = (tmp_path / "single" / "balance" / "report.html").read_text()
     assert "star" in report[report.index("<svg") : report.index("</svg>")]
     assert "not computed" not in report

@@ -35,7 +35,7 @@ def test_star_sets_are_tight(embeddings: Path, rows: np.ndarray, tmp_path: Path)
     assert 0.27 * NUM_ROWS <= by_ratio["kept"] <= 0.3 * NUM_ROWS
     again, said = balance(tmp_path, embeddings, threshold=by_ratio["threshold"], linkage="star")
     assert "forest of these embeddings exists" in said
-    assert (again["kept"], again["coverage"]) == (by_ratio["kept"], 0.0)
+    assert (again["kept"], again["uncovered_ratio"]) == (by_ratio["kept"], 0.0)
     keep = read_keep(tmp_path)
     check_keep_list(keep, rows)
     assert (keep["distance"] <= np.float32(again["threshold"])).all()

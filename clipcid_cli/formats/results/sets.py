@@ -1,4 +1,4 @@
-"""The sets of two or more near images: how large each is, how wide, and which image is farthest from the one kept."""
+"""The sets as tables: ``sets.parquet``, each set of near images; ``curve.csv``, how many images each cut-off keeps."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.atomic import atomic_file, write_csv
 
 SET_TABLE = "sets.parquet"
-"""Name of the table in the folder of `balance`."""
+CURVE = "curve.csv"
 
 _ROWS_AT_ONCE = 2**20
 _SCHEMA = pa.schema(
@@ -79,3 +80,29 @@ def write_set_table(path: Path, table: SetTable, keys: pa.Array) -> None:
                 table.is_exact[part],
             ]
             writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=_ROWS_AT_ONCE)
+
+
+def write_curve(
+    path: Path,
+    *,
+    distances: npt.NDArray[np.float32],
+    kept: npt.NDArray[np.int64],
+    largest: npt.NDArray[np.int64],
+    num_images: int,
+) -> None:
+    """Write the curve, whole or not at all.
+
+    Args:
+        distances: Cut-offs, ascending, float32 [C]; written with the fewest digits that denote the same float32.
+        kept: Images kept at each, int64 [C].
+        largest: Images in the largest set at each, int64 [C].
+    """
+    frame = pd.DataFrame(
+        {
+            "distance": [str(distance) for distance in distances],
+            "kept": kept,
+            "keep_ratio": [f"{count / num_images:.6f}" for count in kept.tolist()],
+            "largest_component": largest,
+        }
+    )
+    write_csv(path, frame)
