@@ -91,9 +91,6 @@ class Embeddings:
             memo: Where hashes are remembered.
             recorded: What its manifest records, of a folder of `embed`.
             prefix_keys: Whether the shard's name goes before each key.
-
-        Raises:
-            ClipcidError: when they have no rows.
         """
         self.folder = folder
         self.sidecar = sidecar
@@ -124,11 +121,7 @@ class Embeddings:
         return Kind.TEXTS in self.kinds
 
     def rows(self, kind: Kind) -> Rows:
-        """Map the rows of a kind, [N, D]; where a sample has several, [N·V, D]: row v of sample i is i·V + v.
-
-        Raises:
-            ClipcidError: when there are none, or they take too much memory.
-        """
+        """Map the rows of a kind, [N, D]; where a sample has several, [N·V, D]: row v of sample i is i·V + v."""
         if kind not in self.kinds:
             raise ClipcidError(
                 f"{self.folder} contains no text embeddings.",
@@ -165,11 +158,7 @@ class Embeddings:
         return replace_invalid(_read_column(file, ("caption", "text"), lambda row: ""))
 
     def counts_of(self, file: EmbeddingFile) -> npt.NDArray[np.int64]:
-        """Read how many captions of each of one file's rows are embedded, int64 [n].
-
-        Raises:
-            ClipcidError: when they do not add up to the rows of further captions.
-        """
+        """Read how many captions of each of one file's rows are embedded, int64 [n]."""
         counts = np.ones(file.rows, dtype=np.int64)
         further = file.parts.get(Kind.FURTHER)
         if further is None or file.metadata is None:
@@ -208,11 +197,7 @@ class Embeddings:
         ]
 
     def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
-        """Describe images and metadata, and the rows of further kinds where there are any, for a sidecar: an entry each.
-
-        Raises:
-            ClipcidError: when a file that the manifest records was replaced since the folder was opened.
-        """
+        """Describe images and metadata, and the rows of further kinds where there are any, for a sidecar: an entry each."""
         if self._recorded is not None:
             self._recorded.refuse_changed()
         parts = [part for part in (Kind.IMAGES, METADATA, *kinds) if self._files_of(part)]
@@ -230,11 +215,7 @@ class Embeddings:
         return str(path.parent) if member is None else f"{path.parent}[{member}]"
 
     def refuse_repeated_keys(self) -> None:
-        """Refuse keys of two rows in a folder of another tool; `embed` has checked its own.
-
-        Raises:
-            ClipcidError: when there are any.
-        """
+        """Refuse keys of two rows in a folder of another tool; `embed` has checked its own."""
         if self.sidecar is not None:
             return
         table = self._memo.table
@@ -314,9 +295,6 @@ def open_embeddings(
             the keys of `embed` are as its own option made them.
         npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
         cache: Table in which the fingerprints of the files are remembered; None hashes them each time.
-
-    Raises:
-        ClipcidError: when there are no embeddings, they are unfinished, or files do not match.
     """
     folder = Path(folder)
     sidecar = read_embed_sidecar(folder)

@@ -22,11 +22,7 @@ _FOLDER = ".grouped"
 
 
 def create_copy(folder: Path, rank: int, rows: int, width: int) -> npt.NDArray[np.float16]:
-    """Create the file of a process's copies and map it, float16 [rows, width].
-
-    Raises:
-        ClipcidError: when the disk has no room for it, or the file cannot be created.
-    """
+    """Create the file of a process's copies and map it, float16 [rows, width]."""
     try:
         (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:

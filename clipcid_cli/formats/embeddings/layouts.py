@@ -40,9 +40,6 @@ def find_parts(folder: Path, npz_array: str | None) -> list[Part]:
 
     Args:
         npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
-
-    Raises:
-        ClipcidError: when there are none, or some do not belong together.
     """
     inside = folder / Kind.IMAGES
     images = _list(inside if inside.is_dir() else folder, ".npy")
@@ -111,11 +108,7 @@ def _pair_by_name(archives: list[Path], npz_array: str | None) -> list[Part]:
 
 
 def _choose_arrays(path: Path, requested: str | None) -> dict[Kind, str]:
-    """Choose which arrays of an archive are the embeddings: of images, and of captions (``l14_txt`` for ``l14_img``).
-
-    Raises:
-        ClipcidError: when there are several to choose from, or none.
-    """
+    """Choose which arrays of an archive are the embeddings: of images, and of captions (``l14_txt`` for ``l14_img``)."""
     names = list_arrays(path)
     if requested is None:
         choices = [name for name in names if name.endswith("_img")]
@@ -133,11 +126,7 @@ def _choose_arrays(path: Path, requested: str | None) -> dict[Kind, str]:
 
 
 def _check(parts: Sequence[Part]) -> None:
-    """Refuse shards whose files do not fit together, or not the shards before them.
-
-    Raises:
-        ClipcidError: naming the files and both numbers.
-    """
+    """Refuse shards whose files do not fit together, or not the shards before them."""
     first = parts[0][0]
     kinds = {kind for files, _ in parts for kind in files if kind is not Kind.FURTHER}
     kinds |= {Kind.VIEW_PARAMS} if Kind.VIEWS in kinds else set()

@@ -131,9 +131,6 @@ def open_recorded(folder: Path, memo: Memo, fix: str) -> Recorded:
     Args:
         memo: Where hashes are remembered.
         fix: What to do where a file is not the one that was written.
-
-    Raises:
-        ClipcidError: when there is a file that it does not record, or one that is missing or was replaced since.
     """
     records = read_manifest(folder, fix)
     # Looked at before they are compared: what is replaced in between is refused where it is mapped.

@@ -69,11 +69,7 @@ class RowFile:
         return hash((self.path, self.member))
 
     def map(self) -> npt.NDArray[Any]:
-        """Return the array: mapped, read where it is small, unpacked where it is compressed.
-
-        Raises:
-            ClipcidError: when it can no longer be read, or was replaced since its header was.
-        """
+        """Return the array: mapped, read where it is small, unpacked where it is compressed."""
         if 0 in self.shape:  # nothing to map
             return np.empty(self.shape, self.dtype)
         order: Literal["C", "F"] = "F" if self.by_column else "C"
@@ -94,11 +90,7 @@ class RowFile:
 
 
 def find_npy(path: Path) -> RowFile:
-    """Look at an npy's header; the file is not mapped for it.
-
-    Raises:
-        ClipcidError: when it cannot be read, is truncated, or holds Python objects.
-    """
+    """Look at an npy's header; the file is not mapped for it."""
     with reading_from(path, "an .npy", _FIX) as file:
         (shape, by_column, dtype), offset = _read_header(file)
         stat = os.fstat(file.fileno())
@@ -109,11 +101,7 @@ def find_npy(path: Path) -> RowFile:
 
 
 def raw_file(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> RowFile:
-    """Describe a file of bare values as if it were an npy without a header.
-
-    Raises:
-        ClipcidError: when there is none, or it is too short.
-    """
+    """Describe a file of bare values as if it were an npy without a header."""
     with reading_from(path, "an array", _FIX) as file:
         stat = os.fstat(file.fileno())
         if stat.st_size < (needed := math.prod(shape) * dtype.itemsize):
@@ -122,21 +110,13 @@ def raw_file(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> RowFil
 
 
 def list_arrays(path: Path) -> list[str]:
-    """Return the names of the arrays in an archive, in its order.
-
-    Raises:
-        ClipcidError: when it is not an archive.
-    """
+    """Return the names of the arrays in an archive, in its order."""
     with reading(path, "an .npz", _FIX), zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
 def find_member(path: Path, name: str) -> RowFile:
-    """Find an array of an archive by its headers; its values are not read.
-
-    Raises:
-        ClipcidError: when there is no such array, it holds Python objects, or the archive is damaged or encrypted.
-    """
+    """Find an array of an archive by its headers; its values are not read."""
     with reading_from(path, f"an .npz with an array {name}", _FIX) as file, zipfile.ZipFile(file) as archive:
         if f"{name}.npy" not in archive.namelist():
             raise ClipcidError(

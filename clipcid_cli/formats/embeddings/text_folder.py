@@ -127,9 +127,6 @@ def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
 
     Args:
         model: Which model should have embedded them, where that is known.
-
-    Raises:
-        ClipcidError: when there is none, it is unfinished, or its files are not those that were written.
     """
     path = sidecar_path(folder, TEXTS)
     sidecar = read_sidecar(path, TextsSidecar, _remake(folder))

@@ -36,9 +36,6 @@ def ensure_embeddings(
     Returns:
         Folder of finished embeddings of this model over this data. Existing ones are taken whatever their batch size and
         precision.
-
-    Raises:
-        ClipcidError: when they can neither be found nor made.
     """
     name = with_default_tag(parse_model(model))
     folder = WorkDirectory(settings.work).embeddings(name.slug)
