@@ -35,7 +35,7 @@ _ENTRIES: dict[type, dict[str, Any]] = {
             "threshold": None,
             "components": 18,
             "largest_component": 2,
-            "coverage": 0.0,
+            "uncovered_ratio": 0.0,
             "other_linkage": None,
             "audit": None,
             "dropped_by": {"reference": 0, "caption": 0, "repeat": 6, "cluster": 0},

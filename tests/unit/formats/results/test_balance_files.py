@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import mmap
 import tarfile
 from pathlib import Path
@@ -13,16 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.tar_writer import copy_samples, count_samples
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
 from clipcid_cli.formats.results.forest import StoredForest, read_forest, write_forest
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
+from clipcid_cli.formats.results.row_files import RowFile, write_row_files
 from clipcid_cli.formats.results.sets import write_curve
 
-INPUTS = [{"path": "img_emb_0000.npy", "size": 10, "hash": "blake2b:00"}]
+INPUTS = [FileRecord("img_emb_0000.npy", 10, "blake2b:00")]
 
 
 def write_example(path: Path) -> None:
@@ -114,22 +116,17 @@ def test_what_is_no_keep_list_is_refused(tmp_path: Path) -> None:
 def test_forest_counts_only_with_its_sidecar_and_for_its_own_embeddings(tmp_path: Path) -> None:
     distance = np.array([0.0, 0.1, 0.25], np.float32)
     forest = StoredForest(np.array([0, 1, 0]), np.array([3, 2, 4]), distance, 0.3, 5)
-    write_forest(tmp_path, forest, inputs=INPUTS, seconds={"search": 1.0})
-    found = read_forest(tmp_path, [{**INPUTS[0], "path": "moved.npy"}])
+    row_files = tmp_path / "rows.parquet"
+    write_row_files(row_files, [RowFile("img_emb_0000.npy", 10, "blake2b:00", rows=5)])
+    write_forest(tmp_path, forest, row_files, inputs=INPUTS, seconds={"search": 1.0}, overwrite=False)
+    found = read_forest(tmp_path, [replace(INPUTS[0], path="moved.npy")])
     assert found is not None
     assert (found.a.tolist(), found.b.tolist(), found.cutoff, found.num_rows) == ([0, 1, 0], [3, 2, 4], 0.3, 5)
     np.testing.assert_array_equal(found.distance, distance)
-    assert read_forest(tmp_path, [{**INPUTS[0], "hash": "blake2b:01"}]) is None
-
-    # Killed between the longer forest and its sidecar: the old sidecar vouches for its own part only.
-    sidecar = json.loads((tmp_path / "forest.json").read_text())
-    (tmp_path / "forest.json").write_text(json.dumps(sidecar | {"cutoff": 0.1}))
-    shorter = read_forest(tmp_path, INPUTS)
-    assert shorter is not None
-    assert shorter.distance.tolist() == distance[:2].tolist()
+    assert read_forest(tmp_path, [replace(INPUTS[0], hash="blake2b:01")]) is None
 
     (tmp_path / "forest.parquet").unlink()
-    with pytest.raises(ClipcidError, match=r"forest\.parquet cannot be read"):
+    with pytest.raises(ClipcidError, match=r"forest\.parquet is missing"):
         read_forest(tmp_path, INPUTS)
     (tmp_path / "forest.json").unlink()
     assert read_forest(tmp_path, INPUTS) is None
