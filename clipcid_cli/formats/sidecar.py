@@ -139,10 +139,13 @@ class RowsSidecar(Sidecar, kw_only=True):
 
     def files(self, folder: Path) -> set[str]:
         """Return the files of the manifest too."""
-        from clipcid_cli.formats.embeddings.manifest import all_files, read_manifest  # few commands need it
+        import pyarrow.parquet as pq  # few commands need it
 
-        records = read_manifest(folder, "Make the embeddings again.")
-        return super().files(folder) | {each.path for each in all_files(records)}
+        path = folder / "manifest.parquet"
+        with reading(path, "a manifest of embeddings", "Make the embeddings again."):
+            shards = pq.read_table(path, columns=["files"])["files"].to_pylist()
+            recorded = {file["path"] for files in shards for file in files.values() if file is not None}
+        return super().files(folder) | recorded
 
 
 class EmbedSidecar(RowsSidecar, kw_only=True):

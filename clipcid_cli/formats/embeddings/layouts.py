@@ -1,10 +1,12 @@
-"""How the files of a folder that another tool wrote are recognised.
+"""How the files of a folder that another tool wrote are recognised, and which of them belong to the same shard.
 
-img_emb/img_emb_0000.npy        clip-retrieval and embedding-reader: with text_emb/*.npy and metadata/*.parquet of the same
-metadata/metadata_0000.parquet  numbers; files of `embed` without its sidecar are such a folder too
-any.npy                         bare rows
-0a1b….npz                       DataComp: arrays l14_img, l14_txt, b32_img, …, float16 [n, D], in this folder or those in it
-0a1b….parquet                   uid, text, …; row i belongs to row i of every array
+The forms are:
+
+    img_emb/img_emb_0000.npy        clip-retrieval, embedding-reader: with text_emb/*.npy and metadata/*.parquet of the same
+    metadata/metadata_0000.parquet  numbers; files of `embed` without its sidecar are such a folder too
+    any.npy                         bare rows
+    0a1b….npz                       DataComp: arrays l14_img, l14_txt, b32_img, …, float16 [n, D]; in folders of its own too
+    0a1b….parquet                   uid, text, …; row i belongs to row i of every array
 """
 
 from __future__ import annotations

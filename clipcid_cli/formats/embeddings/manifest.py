@@ -19,7 +19,7 @@ from clipcid_cli.formats.atomic import write_parquet
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
 from clipcid_cli.formats.embeddings.row_files import RowFile
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, refuse_changed
-from clipcid_cli.formats.reading import reading_from
+from clipcid_cli.formats.reading import reading, reading_from
 from clipcid_cli.formats.skips import Skips
 
 MANIFEST = "manifest.parquet"
@@ -135,7 +135,9 @@ def open_recorded(folder: Path, memo: Memo, fix: str) -> Recorded:
     records = read_manifest(folder, fix)
     # Looked at before they are compared: what is replaced in between is refused where it is mapped.
     stamps = _look_at_files(folder, records, fix)
-    found = Recorded(folder, records, _describe_rows(folder, records, stamps, fix), memo, fix)
+    with reading(folder / MANIFEST, "a manifest of embeddings", fix):
+        rows = _describe_rows(folder, records, stamps)
+    found = Recorded(folder, records, rows, memo, fix)
     found.refuse_changed()
     memo.save()
     return found
@@ -158,24 +160,27 @@ def _look_at_files(folder: Path, records: Sequence[ShardRecord], fix: str) -> di
 
 
 def _describe_rows(
-    folder: Path, records: Sequence[ShardRecord], stamps: Mapping[str, Stamp], fix: str
+    folder: Path, records: Sequence[ShardRecord], stamps: Mapping[str, Stamp]
 ) -> list[dict[Kind, RowFile]]:
-    """Describe the rows of each shard by kind: shapes follow from the sizes of the files, none of which is opened."""
+    """Describe the rows of each shard by kind: shapes follow from the sizes of the files, none of which is opened.
+
+    Raises:
+        LookupError, ValueError, ZeroDivisionError: when records do not fit together.
+    """
     shapes = _shapes_of_a_sample(folder, records)
     found: list[dict[Kind, RowFile]] = []
     for record in records:
         rows: dict[Kind, RowFile] = {}
-        for kind, shape in shapes.items():
-            file = record.files.get(kind)
-            if file is None:
-                continue
+        for kind in (each for each in shapes if each in record.files):
+            file, shape = record.files[kind], shapes[kind]
             values = _count_values(kind, file)
             number = values // shape[-1] if kind is Kind.FURTHER else record.rows
             if number * math.prod(shape) != values:
-                raise ClipcidError(f"{folder / MANIFEST} does not fit: {file.path} of {file.size:,} bytes.", fix)
-            stamp = stamps.get(file.path, (0, 0))
-            place = folder / file.path
+                raise ValueError(f"{file.path} of {file.size:,} bytes does not hold {number:,} rows of {list(shape)}")
+            place, stamp = folder / file.path, stamps.get(file.path, (0, 0))
             rows[kind] = RowFile(place, (number, *shape), kind.dtype, _HEADER, stamp, size=file.size, hash=file.hash)
+        if Kind.IMAGES in rows and METADATA not in record.files:
+            raise ValueError(f"{record.input.shard} has no metadata")
         found.append(rows)
     return found
 

@@ -67,7 +67,7 @@ class EmbeddingWriter:
         self._digits = count_digits(len(inputs))
 
     def write(self, number: int, made: ShardRows) -> None:
-        """Write a shard; the first has number 0."""
+        """Write a shard, with its metadata where it has images; the first has number 0."""
         # The record of another run must never accompany rows of this one, even if it is killed in between.
         self._record_path(number).unlink(missing_ok=True)
         for kind in Kind:
@@ -76,21 +76,10 @@ class EmbeddingWriter:
             else:
                 self._path(kind, number).unlink(missing_ok=True)
         given = self._inputs[number]
-        shard = given.shard
-        try:
-            columns = {
-                "key": pa.array(made.keys, pa.string()),
-                "shard": pa.array([shard] * len(made.keys), pa.string()),
-                "caption": pa.array(made.captions, pa.string()),
-            }
-        except UnicodeEncodeError as error:
-            raise ClipcidError(
-                f"Shard {shard}: the name of a file is not UTF-8: {ascii(error.object)[1:-1]}.",
-                "Rename the file; keys and names of shards are text.",
-            ) from error
-        if made.counts is not None:
-            columns[COUNTS_COLUMN] = pa.array(made.counts, pa.int32())
-        write_parquet(self._path(METADATA, number), pa.table(columns))
+        parts: list[str] = [*made.rows]
+        if Kind.IMAGES in made.rows:
+            write_parquet(self._path(METADATA, number), _make_metadata(str(given.shard), made))
+            parts.append(METADATA)
         skipped = [
             Skipped(reason, count, [_printable(name) for name in made.skipped.examples.get(reason, [])])
             for reason, count in sorted(made.skipped.counts.items())
@@ -102,7 +91,7 @@ class EmbeddingWriter:
             rows=len(made.keys),
             laid_on_white=made.laid_on_white,
             skipped=skipped,
-            files={part: fingerprint.record(self._path(part, number), self.folder) for part in (*made.rows, METADATA)},
+            files={part: fingerprint.record(self._path(part, number), self.folder) for part in parts},
         )
         self._write_record(number, record)
 
@@ -149,6 +138,23 @@ class EmbeddingWriter:
 
     def _path(self, part: str, number: int) -> Path:
         return self.folder / file_name(part, number, self._digits)
+
+
+def _make_metadata(shard: str, made: ShardRows) -> pa.Table:
+    try:
+        columns = {
+            "key": pa.array(made.keys, pa.string()),
+            "shard": pa.array([shard] * len(made.keys), pa.string()),
+            "caption": pa.array(made.captions, pa.string()),
+        }
+    except UnicodeEncodeError as error:
+        raise ClipcidError(
+            f"Shard {shard}: the name of a file is not UTF-8: {ascii(error.object)[1:-1]}.",
+            "Rename the file; keys and names of shards are text.",
+        ) from error
+    if made.counts is not None:
+        columns[COUNTS_COLUMN] = pa.array(made.counts, pa.int32())
+    return pa.table(columns)
 
 
 def read_unfinished(folder: Path, step: str) -> list[FileRecord]:

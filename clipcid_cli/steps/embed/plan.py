@@ -12,7 +12,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.manifest import MANIFEST, all_files, find_lost, read_manifest, record_together
+from clipcid_cli.formats.embeddings.manifest import all_files, find_lost, read_manifest, record_together
 from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.embeddings.writer import read_unfinished
 from clipcid_cli.formats.fingerprint import FileRecord, find_changed
@@ -104,24 +104,24 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
 def _compare(plan: EmbedPlan) -> EmbedPlan:
     """Look at what the folder holds."""
     folder, step, overwrite = plan.folder, plan.step, plan.settings.overwrite
-    sidecar = read_sidecar(sidecar_path(folder, step), plan.sidecar_type)
+    path = sidecar_path(folder, step)
+    sidecar = read_sidecar(path, plan.sidecar_type)
+    records = [] if sidecar is None else read_manifest(folder, _REPLACE)
     if sidecar is not None and _matches(sidecar, plan):
-        changed = _find_changed(folder, sidecar, step)
+        changed = find_changed(folder, [*sidecar.outputs, *all_files(records)], path)
         if changed is None:
             return dataclasses.replace(plan, finished=sidecar)
         if not overwrite:
             raise ClipcidError(changed, _REPLACE)
         return dataclasses.replace(plan, must_repair=True)
-    begun = unfinished(folder, step)
-    there = (
-        read_unfinished(folder, step) if sidecar is None else [each.input for each in read_manifest(folder, _REPLACE)]
-    )
+    there = [record.input for record in records] or read_unfinished(folder, step)
     lost = find_lost(there, plan.shards)
     if lost and not overwrite:
         raise ClipcidError(
             f"{folder} holds {step} output made with other settings or inputs:\n  inputs: {lost}",
             f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT}).",
         )
+    begun = unfinished(folder, step)
     is_begun = begun is not None and [each.content for each in begun.inputs] == [plan.input.content]
     return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)
 
@@ -198,24 +198,14 @@ def _matches(sidecar: EmbeddedSidecar, plan: EmbedPlan) -> bool:
     return same
 
 
-def _find_changed(folder: Path, sidecar: EmbeddedSidecar, step: str) -> str | None:
-    changed = find_changed(folder, sidecar.outputs, sidecar_path(folder, step))
-    if changed is not None:
-        return changed
-    records = read_manifest(folder, _REPLACE)
-    return find_changed(folder, all_files(records), folder / MANIFEST)
-
-
 def _refuse_foreign_folder(folder: Path, step: str) -> None:
     """Refuse a folder with embeddings that this step did not write, since it would replace files there."""
-    if step == IMAGES and is_claimed(folder, TEXTS):
+    other, held, wanted = TEXTS, "texts without images", "the data"
+    if step == TEXTS:
+        other, held, wanted = IMAGES, "images", "texts alone"
+    if is_claimed(folder, other):
         raise ClipcidError(
-            f"{folder} holds embeddings of texts without images.",
-            "Choose another folder for those of the data with --out.",
-        )
-    if step == TEXTS and is_claimed(folder, IMAGES):
-        raise ClipcidError(
-            f"{folder} holds embeddings of images.", "Choose another folder for those of texts alone with --out."
+            f"{folder} holds embeddings of {held}.", f"Choose another folder for those of {wanted} with --out."
         )
     if is_claimed(folder, step):
         return

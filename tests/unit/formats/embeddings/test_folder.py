@@ -121,7 +121,9 @@ def test_a_manifest_that_does_not_fit_its_files_is_refused(tmp_path: Path) -> No
     with pytest.raises(ClipcidError, match=r"manifest.parquet has changed since .*embed.json was written"):
         open_embeddings(tmp_path)
     write_sidecar(tmp_path)
-    with pytest.raises(ClipcidError, match=r"does not fit: img_emb/img_emb_0002.npy"):
+    with pytest.raises(
+        ClipcidError, match=r"manifest of embeddings: img_emb/img_emb_0002.npy of .* does not hold 6 rows"
+    ):
         open_embeddings(tmp_path)
 
 

@@ -21,6 +21,7 @@ from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
 from clipcid_cli.formats.results.forest import StoredForest, read_forest, write_forest
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
+from clipcid_cli.formats.results.row_files import RowFile, write_row_files
 from clipcid_cli.formats.results.sets import write_curve
 
 INPUTS = [FileRecord("img_emb_0000.npy", 10, "blake2b:00")]
@@ -115,7 +116,9 @@ def test_what_is_no_keep_list_is_refused(tmp_path: Path) -> None:
 def test_forest_counts_only_with_its_sidecar_and_for_its_own_embeddings(tmp_path: Path) -> None:
     distance = np.array([0.0, 0.1, 0.25], np.float32)
     forest = StoredForest(np.array([0, 1, 0]), np.array([3, 2, 4]), distance, 0.3, 5)
-    write_forest(tmp_path, forest, inputs=INPUTS, seconds={"search": 1.0}, overwrite=False)
+    row_files = tmp_path / "rows.parquet"
+    write_row_files(row_files, [RowFile("img_emb_0000.npy", 10, "blake2b:00", rows=5)])
+    write_forest(tmp_path, forest, row_files, inputs=INPUTS, seconds={"search": 1.0}, overwrite=False)
     found = read_forest(tmp_path, [replace(INPUTS[0], path="moved.npy")])
     assert found is not None
     assert (found.a.tolist(), found.b.tolist(), found.cutoff, found.num_rows) == ([0, 1, 0], [3, 2, 4], 0.3, 5)
