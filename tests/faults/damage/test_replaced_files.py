@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from one_process import OneProcess
+from sidecars import leave_work, unfinish
 
 MODEL = "clipcid-work/embeddings/tiny"
 BALANCE = ("balance", "--keep", "0.8")
@@ -240,16 +241,14 @@ def test_zero_and_infinite_rows_of_another_tool_are_skipped_and_counted(
 def test_a_resumed_embed_makes_a_damaged_shard_again(
     clipcid: OneProcess, chain: Path, tmp_path: Path, content: bytes
 ) -> None:
-    """The state of a run that was killed after its last shard: notes, a plan that is cleared, no sidecar."""
+    """The state of a run that was killed after its last shard: notes, a work folder, no sidecar."""
     data, model = _sources(chain)
     command = ("embed", data, "--model", model, "--out", "rows", "--json")
     assert clipcid(*command, cwd=tmp_path).code == 0
     folder = tmp_path / "rows"
     sidecar = json.loads((folder / "embed.json").read_text())
     whole = (folder / "img_emb/img_emb_0000.npy").read_bytes()
-    plan = {name: sidecar[name] for name in ("format_version", "settings", "inputs")} | {"cleared": True}
-    (folder / ".embed.plan.json").write_text(json.dumps(plan))
-    (folder / "embed.json").unlink()
+    unfinish(folder, "embed")
     (folder / ".shards").mkdir()
     for number in range(2):
         entries = [entry for entry in sidecar["outputs"] if f"_{number:04d}." in entry["path"]]
@@ -259,9 +258,8 @@ def test_a_resumed_embed_makes_a_damaged_shard_again(
     assert found.code == 0, found
     assert "1 of 2 shards are already embedded" in found.err
     assert (folder / "img_emb/img_emb_0000.npy").read_bytes() == whole
-    assert not (folder / ".shards").exists()
-    # Those that a run leaves which is killed right after its sidecar are removed by the next.
-    (folder / ".embed.plan.json").write_text(json.dumps(plan))
+    # What a run leaves that is killed right after its sidecar is removed by the next.
+    leave_work(folder, "embed")
     (folder / ".shards").mkdir()
     assert clipcid(*command, cwd=tmp_path).code == 0
     assert not [path for path in folder.glob(".*") if path.suffix != ".lock"]

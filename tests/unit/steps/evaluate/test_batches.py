@@ -70,7 +70,7 @@ def test_images_behind_a_url_are_identified_without_reading_them(data: Path) -> 
         assert server.bytes_sent.total() == sent
         assert fingerprint_images(dataset) == before
         write_tar(data / "2.tar", [("14.png", make_image(2)), ("14.cls", b"0")])
-        assert fingerprint_images(dataset)["hash"] != before["hash"]
+        assert fingerprint_images(dataset).hash != before.hash
 
 
 def read_part(dataset: Dataset) -> tuple[list[str], list[bytes], Skips]:
