@@ -218,7 +218,8 @@ def find_output(
         )
 
     path = sidecar_path(folder if complete is None else dataclasses.replace(output, root=complete).work, step)
-    existing = _read(lambda: read_sidecar(path, kind), overwrite)
+    fix = f"Add --overwrite to make the output again, or write elsewhere ({elsewhere})."
+    existing = _read(lambda: read_sidecar(path, kind, fix), overwrite)
     if existing is not None:
         differences, serious = list_serious(existing)
         if serious and not (overwrite or begun):

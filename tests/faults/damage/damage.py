@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from conftest import make_caption, make_image, shard_members, write_classified, write_tar, write_tiny_model
 from distill_data import STUDENT
 from one_process import OneProcess
+from sidecars import leave_work, unfinish
 
 EMBEDDINGS = "clipcid-work/embeddings/model"
 _SHORT = ("--steps", "2", "--batch-size", "4", "--val-fraction", "0")
@@ -122,7 +123,7 @@ TARGETS = {
     ),
     "labels": Target("classified/0.tar", ("eval-linear", "model", "--train", "classified", "--test", "classified")),
     "settings": Target("c.toml", ("balance", "--config", "c.toml"), "text"),
-    "plan": Target("clipcid-work/balance/.balance.plan.json", ("balance", "--keep", "0.7"), "json"),
+    "run": Target("clipcid-work/balance/.balance-*/.run.json", ("balance", "--keep", "0.7"), "json"),
     "texts.json": Target("texts/texts.json", _TEXTS, "json"),
     "distill.json": Target("clipcid-work/distill/done/distill.json", _RUN_AGAIN, "json"),
     "distill.json of export": Target(
@@ -184,12 +185,8 @@ def make_place(clipcid: OneProcess, place: Path) -> None:
     for name in "ab":
         shutil.copy(record, record.with_name(f"{name}.json"))
         shutil.copy(table, table.with_name(f"{name}.predictions.parquet"))
-    for step, folder in (("balance", "balance"), ("distill", "distill/run")):
-        sidecar = place / "clipcid-work" / folder / f"{step}.json"
-        content = json.loads(sidecar.read_text())
-        plan = {name: content[name] for name in ("format_version", "settings", "inputs")} | {"cleared": True}
-        sidecar.with_name(f".{step}.plan.json").write_text(json.dumps(plan))
-    sidecar.unlink()  # a run that was killed after its last checkpoint
+    leave_work(place / "clipcid-work/balance", "balance")
+    unfinish(place / "clipcid-work/distill/run", "distill")  # a run that was killed after its last checkpoint
 
 
 def damage(place: Path, target: Target, chance: random.Random) -> str:

@@ -108,19 +108,6 @@ def test_changed_and_removed_files_are_named_and_nothing_of_theirs_is_used(tmp_p
     assert "The forest that is there ends at distance 0.5000: all pairs are compared." in told
 
 
-def test_a_forest_that_does_not_say_of_which_files_it_is_is_searched_anew(tmp_path: Path, rows: np.ndarray) -> None:
-    folder = write_shards(tmp_path / "e", rows, {1: range(300)})
-    balance(tmp_path / "work", folder, threshold=0.5)
-    sidecar = tmp_path / "work" / "balance" / "forest.json"
-    told_by = json.loads(sidecar.read_text())
-    sidecar.write_text(json.dumps({name: value for name, value in told_by.items() if name != "inputs"}))
-    _, told = balance(tmp_path / "work", folder, threshold=0.45)
-    assert "The forest" not in told
-    balance(tmp_path / "new", folder, threshold=0.45)
-    assert read_outputs(tmp_path / "work") == read_outputs(tmp_path / "new")
-    assert json.loads(sidecar.read_text())["inputs"] == told_by["inputs"]
-
-
 def test_the_forest_reaches_as_far_as_before(tmp_path: Path, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = {1: range(500), 2: range(500, 900)}
     part = write_shards(tmp_path / "part", rows, {1: shards[1]})
@@ -141,18 +128,22 @@ def test_the_forest_reaches_as_far_as_before(tmp_path: Path, rows: np.ndarray, m
     assert read_outputs(tmp_path / "work") == read_outputs(tmp_path / "new")
 
 
-@pytest.mark.parametrize("entry", ["cutoff", "edges"])
-def test_a_damaged_sidecar_of_a_forest_is_named(tmp_path: Path, rows: np.ndarray, entry: str) -> None:
+@pytest.mark.parametrize("entry", ["cutoff", "inputs"])
+def test_a_damaged_sidecar_of_a_forest_is_named_until_it_is_overwritten(
+    tmp_path: Path, rows: np.ndarray, entry: str
+) -> None:
     part = write_shards(tmp_path / "e", rows, {1: range(100)})
     balance(tmp_path / "work", part, threshold=0.5)
     sidecar = tmp_path / "work" / "balance" / "forest.json"
     content = json.loads(sidecar.read_text())
-    del content[entry]
+    told_by = content.pop(entry)
     sidecar.write_text(json.dumps(content))
-    write_shards(part, rows, {2: range(100, 200)})
-    with pytest.raises(ClipcidError, match=rf"forest\.json has no entry '{entry}'") as refused:
-        balance(tmp_path / "work", part, threshold=0.5)
-    assert refused.value.fix == f"Remove {sidecar}; the forest is then searched again."
+    with pytest.raises(ClipcidError, match=rf"forest\.json cannot be read .* `{entry}`") as refused:
+        balance(tmp_path / "work", part, threshold=0.45)
+    assert "--overwrite" in refused.value.fix
+    balance(tmp_path / "work", part, threshold=0.5, overwrite=True)
+    balance(tmp_path / "work", part, threshold=0.45, overwrite=True)
+    assert json.loads(sidecar.read_text())[entry] == (told_by if entry == "inputs" else pytest.approx(0.45))
 
 
 def test_tiles_of_new_rows_are_all_that_have_one() -> None:

@@ -18,6 +18,7 @@ from clipcid_cli.formats.results.forest import ForestPart, ForestParts
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.balance import pairs as set_pairs
 from clipcid_cli.steps.balance import search as forest_search
+from clipcid_cli.steps.balance.forests.stored import ForestStore
 from clipcid_cli.steps.balance.rows import find_rows
 
 NUM_ROWS = 300
@@ -327,7 +328,12 @@ def test_an_interrupted_search_goes_on_with_the_tiles_left(
         with open_machine("cpu") as machine:
             survey = find_rows(machine, tmp_path, open_embeddings(embeddings).rows(Kind.IMAGES), reporter)
             forest, _ = forest_search.find_forest(
-                machine, tmp_path, survey, [], cutoff=0.8, num_edges=0, precision="fp32", reporter=reporter
+                machine,
+                ForestStore(tmp_path, tmp_path, survey, [], "exact", False),
+                cutoff=0.8,
+                num_edges=0,
+                precision="fp32",
+                reporter=reporter,
             )
         return forest
 
@@ -368,7 +374,12 @@ def test_a_part_that_is_lost_between_two_stops_is_searched_again(
         with open_machine("cpu") as machine:
             survey = find_rows(machine, tmp_path, open_embeddings(embeddings).rows(Kind.IMAGES), Listener())
             return forest_search.find_forest(
-                machine, tmp_path, survey, [], cutoff=0.8, num_edges=0, precision="fp32", reporter=Listener()
+                machine,
+                ForestStore(tmp_path, tmp_path, survey, [], "exact", False),
+                cutoff=0.8,
+                num_edges=0,
+                precision="fp32",
+                reporter=Listener(),
             )[0]
 
     for stop in (3, 6):

@@ -96,7 +96,7 @@ def test_a_run_killed_between_shards_goes_on_and_ends_with_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         balance(tmp_path / "w", folder, **asked, write_shards=tmp_path / "killed")
     # The second tar is there, and what it holds was not written down yet.
-    assert sorted(path.name for path in (tmp_path / "killed").glob("0*")) == [
+    assert sorted(path.name for path in (tmp_path / "killed").glob(".write-shards-*/0*")) == [
         "00000000.tar",
         "00000000_stats.json",
         "00000001.tar",

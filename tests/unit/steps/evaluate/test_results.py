@@ -128,11 +128,11 @@ def test_weights_are_told_by_every_byte(tiny_model: Path, tmp_path: Path) -> Non
         with open_machine("cpu") as machine:
             name = ModelName(str(tmp_path), "folder", path=tmp_path)
             model = EvaluatedModel(name, machine, ReadingSettings(), SilentReporter())
-            return str(model.fingerprints()[1]["hash"])
+            return model.fingerprints()[1].hash
 
     assert fingerprint(b"a") != fingerprint(b"b")
     # It is the hash that the model itself is known by.
     name = parse_model(str(tiny_model))
     with open_machine("cpu") as machine:
         model = EvaluatedModel(name, machine, ReadingSettings(), SilentReporter())
-        assert model.fingerprints()[1]["hash"] == load_model(name, machine.device).info.weights_hash
+        assert model.fingerprints()[1].hash == load_model(name, machine.device).info.weights_hash

@@ -10,10 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import TINY_CONFIG
+from sidecars import make_sidecar
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.models.model_card import ModelCard, render_card
 from clipcid_cli.formats.results.metrics import SIDECARS, make_metrics, write_metrics
+from clipcid_cli.formats.sidecar import BalanceSidecar, EvaluationSidecar
 from clipcid_cli.runtime.models.clip_model import ModelInfo, load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.distill.run import run as distill
@@ -35,9 +37,10 @@ def write_evaluation(work: Path, name: str, weights_hash: str, value: float) -> 
         dataset=name, model="m", pretrained="p", task="zeroshot_classification", metrics={"acc1": value}
     )
     write_metrics(work / "eval" / f"{name}.json", record)
-    sidecar: dict[str, Any] = {"format_version": 1, "inputs": [{"path": "m", "size": 1, "hash": weights_hash}]}
+    inputs = [{"path": "m", "size": 1, "hash": weights_hash}]
     lines = [{"source": "default", "number": 1, "hash": digest} for digest in ("aa01", "bb02")]
-    sidecar["prompts"] = dict(zip(("class_names", "templates"), lines, strict=True))
+    prompts = dict(zip(("class_names", "templates"), lines, strict=True))
+    sidecar = make_sidecar(EvaluationSidecar, inputs=inputs, prompts=prompts)
     (work / "eval" / SIDECARS / f"{name}.json").write_text(json.dumps(sidecar))
 
 
@@ -84,8 +87,7 @@ def test_the_keep_ratio_is_of_the_list_that_the_run_applied(tiny_shards: Path, t
     def balance(kept: int) -> None:
         keys = [f"{number:06d}" for number in range(24)]
         pq.write_table(pa.table({"key": keys, "kept": np.arange(24) < kept}), keep_list)
-        result = {"keep_ratio": kept / 24, "kept": kept, "images": 24}
-        (keep_list.parent / "balance.json").write_text(json.dumps({"format_version": 1, "result": result}))
+        (keep_list.parent / "balance.json").write_text(json.dumps(make_sidecar(BalanceSidecar)))
 
     (tmp_path / "student.json").write_text(json.dumps(TINY_CONFIG))
     balance(18)

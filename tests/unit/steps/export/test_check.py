@@ -151,7 +151,7 @@ def test_what_is_compared_has_a_fingerprint(model: ClipModel, drawings: Path, ti
         collect(model, drawings, names=("c cow", "a cat", "b dog")),
         collect(model, tiny_shards),
     ]
-    found = [inputs.fingerprint()["hash"] for inputs in (whole, *others)]
+    found = [inputs.fingerprint().hash for inputs in (whole, *others)]
     assert len(set(found)) == 4
     assert collect(model, drawings).fingerprint() == whole.fingerprint()
 
