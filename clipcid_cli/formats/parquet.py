@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,6 +60,13 @@ def read_columns(path: Path, columns: Mapping[str, pa.DataType], fix: str) -> pa
         return _read(file, columns)
 
 
+def read_rows(path: Path, fix: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Read rows as Python objects, all columns or some."""
+    with _open(path, fix) as file:
+        rows: list[dict[str, Any]] = file.read(columns=columns, use_threads=_has_many_rows(file)).to_pylist()
+        return rows
+
+
 def read_first_column(path: Path, names: Sequence[str], kind: pa.DataType, fix: str) -> pa.ChunkedArray | None:
     """Read the first of some columns that a file has; None where it has none of them.
 
@@ -91,8 +99,12 @@ def _open(path: Path, fix: str) -> Iterator[pq.ParquetFile]:
 
 
 def _read(file: pq.ParquetFile, columns: Mapping[str, pa.DataType]) -> pa.Table:
-    table = file.read(columns=list(columns), use_threads=file.metadata.num_rows > _FEW_ROWS)
+    table = file.read(columns=list(columns), use_threads=_has_many_rows(file))
     empty = [name for name, kind in columns.items() if table[name].null_count and not is_text(kind)]
     if empty:
         raise ValueError(f"its column {empty[0]} has {table[empty[0]].null_count:,} rows without a value")
     return pa.table({name: table[name].cast(kind) for name, kind in columns.items()})
+
+
+def _has_many_rows(file: pq.ParquetFile) -> bool:
+    return bool(file.metadata.num_rows > _FEW_ROWS)

@@ -139,12 +139,12 @@ class RowsSidecar(Sidecar, kw_only=True):
 
     def files(self, folder: Path) -> set[str]:
         """Return the files of the manifest too."""
-        import pyarrow.parquet as pq  # few commands need it
+        from clipcid_cli.formats.parquet import read_rows  # few commands need it
 
-        path = folder / "manifest.parquet"
-        with reading(path, "a manifest of embeddings", "Make the embeddings again."):
-            shards = pq.read_table(path, columns=["files"])["files"].to_pylist()
-            recorded = {file["path"] for files in shards for file in files.values() if file is not None}
+        path, fix = folder / "manifest.parquet", "Make the embeddings again."
+        shards = read_rows(path, fix, ["files"])
+        with reading(path, "a manifest of embeddings", fix):
+            recorded = {file["path"] for shard in shards for file in shard["files"].values() if file is not None}
         return super().files(folder) | recorded
 
 

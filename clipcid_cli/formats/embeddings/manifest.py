@@ -12,14 +12,14 @@ from pathlib import Path
 
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_parquet
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
 from clipcid_cli.formats.embeddings.row_files import RowFile
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, refuse_changed
-from clipcid_cli.formats.reading import reading, reading_from
+from clipcid_cli.formats.parquet import read_rows
+from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.skips import Skips
 
 MANIFEST = "manifest.parquet"
@@ -84,8 +84,8 @@ def read_manifest(folder: Path, fix: str) -> list[ShardRecord]:
     Args:
         fix: What to do where it cannot be read.
     """
-    with reading_from(folder / MANIFEST, "a manifest of embeddings", fix) as file:
-        rows = pq.read_table(pa.BufferReader(file.read())).to_pylist()
+    rows = read_rows(folder / MANIFEST, fix)
+    with reading(folder / MANIFEST, "a manifest of embeddings", fix):
         for row in rows:
             row["files"] = {part: found for part, found in row["files"].items() if found is not None}
         return msgspec.convert(rows, list[ShardRecord])

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipcid_cli.formats.atomic import write_parquet
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.reading import reading_from
+from clipcid_cli.formats.parquet import read_rows
+from clipcid_cli.formats.reading import reading
 
 ROW_FILES = "rows.parquet"
 
@@ -39,5 +39,6 @@ def read_row_files(path: Path, fix: str) -> list[RowFile]:
     Args:
         fix: What to do where they cannot be read.
     """
-    with reading_from(path, "a list of files of embeddings", fix) as file:
-        return msgspec.convert(pq.read_table(pa.BufferReader(file.read())).to_pylist(), list[RowFile])
+    rows = read_rows(path, fix)
+    with reading(path, "a list of files of embeddings", fix):
+        return msgspec.convert(rows, list[RowFile])
