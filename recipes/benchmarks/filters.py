@@ -25,7 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from balance import describe_machine, unit
 
-from clipcid_cli.formats.output import describe_outputs, open_output
+from clipcid_cli.formats.fingerprint import record
+from clipcid_cli.formats.output import open_output
+from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.steps.balance import report, run, sets
 from clipcid_cli.steps.balance.filters import select
 from clipcid_cli.steps.reporting import SilentReporter
@@ -157,14 +159,23 @@ def write_shard(
 
 def write_clusters(folder: Path, labels: np.ndarray, generator: np.random.Generator) -> None:
     """Write a table of clusters and its sidecar: what the cap reads of them."""
-    with open_output(folder, "cluster", settings={}, inputs=[], overwrite=False) as output:
-        keys = pa.array([f"{row:09d}" for row in range(len(labels))])
-        similarity = generator.random(len(labels), np.float32)
-        pq.write_table(
-            pa.table({"key": keys, "cluster": labels, "similarity": similarity}), folder / "clusters.parquet"
-        )
-        outputs = describe_outputs(folder, [folder / "clusters.parquet"])
-        output.commit(counts={"skipped": {}}, seconds={}, outputs=outputs, result={"images": len(labels)})
+    keys = pa.array([f"{row:09d}" for row in range(len(labels))])
+    similarity = generator.random(len(labels), np.float32)
+    table = pa.table({"key": keys, "cluster": labels, "similarity": similarity})
+    unknown = {"embeddings": "", "keep_list": None, "flags": {}, "model": None, "num_nearest": 0, "seconds": {}}
+    result = {
+        "images": len(labels),
+        "clusters": int(labels.max()) + 1,
+        "objective": 0.0,
+        "iterations": 0,
+        "seconds": {},
+    }
+    with open_output(folder, "cluster", ClusterSidecar, settings={}, inputs=[], overwrite=False) as output:
+        output.start()
+        pq.write_table(table, output.work / "clusters.parquet")
+        written = [record(output.work / "clusters.parquet", output.work)]
+        entries = {"counts": {"skipped": {}}, "temperatures": {"image": 0.1}, "result": result}
+        output.commit(outputs=written, **entries, **unknown)
 
 
 if __name__ == "__main__":

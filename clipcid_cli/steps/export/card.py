@@ -84,7 +84,7 @@ def _training(sidecar: DistillSidecar | None) -> dict[str, str]:
 
 def _teacher(sidecar: DistillSidecar) -> str:
     """Name the model whose embeddings the run read."""
-    folders = dict.fromkeys(Path(each.path).parent.parent for each in sidecar.inputs)
+    folders = dict.fromkeys(Path(each.path).parent for each in sidecar.inputs)  # each is of one kind of rows
     embedded = (_read(folder, "embed", EmbedSidecar) for folder in folders)
     return next((_short(found.model.spec) for found in embedded if found is not None), UNKNOWN)
 

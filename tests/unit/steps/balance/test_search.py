@@ -15,6 +15,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
+from clipcid_cli.formats.results.row_files import ROW_FILES, write_row_files
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.balance import pairs as set_pairs
 from clipcid_cli.steps.balance import search as forest_search
@@ -327,6 +328,7 @@ def test_an_interrupted_search_goes_on_with_the_tiles_left(
     def find(reporter: Listener) -> Any:
         with open_machine("cpu") as machine:
             survey = find_rows(machine, tmp_path, open_embeddings(embeddings).rows(Kind.IMAGES), reporter)
+            write_row_files(tmp_path / ROW_FILES, [])
             forest, _ = forest_search.find_forest(
                 machine,
                 ForestStore(tmp_path, tmp_path, survey, [], "exact", False),
@@ -373,6 +375,7 @@ def test_a_part_that_is_lost_between_two_stops_is_searched_again(
         monkeypatch.setattr(cut_small, "search_tile", count)
         with open_machine("cpu") as machine:
             survey = find_rows(machine, tmp_path, open_embeddings(embeddings).rows(Kind.IMAGES), Listener())
+            write_row_files(tmp_path / ROW_FILES, [])
             return forest_search.find_forest(
                 machine,
                 ForestStore(tmp_path, tmp_path, survey, [], "exact", False),
