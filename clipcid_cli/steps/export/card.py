@@ -94,7 +94,7 @@ def _training(run: Path | None) -> dict[str, str]:
 
 def _teacher(sidecar: DistillSidecar) -> str:
     """Name the model whose embeddings the run read."""
-    folders = dict.fromkeys(Path(each.path).parent.parent for each in sidecar.inputs)
+    folders = dict.fromkeys(Path(each.path).parent for each in sidecar.inputs)
     embedded = (_read(folder, "embed", EmbedSidecar) for folder in folders)
     return next((_short(found.model.spec) for found in embedded if found is not None), UNKNOWN)
 
