@@ -113,6 +113,7 @@ HALF = [
     for name in (
         ".shards/0000.json",
         "img_emb/img_emb_0000.npy",
+        "manifest.parquet",
         "metadata/metadata_0000.parquet",
         "text_emb/text_emb_0000.npy",
     )
