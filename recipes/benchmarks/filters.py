@@ -25,7 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from balance import describe_machine, unit
 
-from clipcid_cli.formats.output import describe_outputs, open_output
+from clipcid_cli.formats.fingerprint import record
+from clipcid_cli.formats.output import open_output
+from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.steps.balance import report, run, sets
 from clipcid_cli.steps.balance.filters import select
 from clipcid_cli.steps.reporting import SilentReporter
@@ -157,14 +159,25 @@ def write_shard(
 
 def write_clusters(folder: Path, labels: np.ndarray, generator: np.random.Generator) -> None:
     """Write a table of clusters and its sidecar: what the cap reads of them."""
-    with open_output(folder, "cluster", settings={}, inputs=[], overwrite=False) as output:
+    with open_output(folder, "cluster", ClusterSidecar, settings={}, inputs=[], overwrite=False) as output:
+        output.start()
         keys = pa.array([f"{row:09d}" for row in range(len(labels))])
         similarity = generator.random(len(labels), np.float32)
         pq.write_table(
-            pa.table({"key": keys, "cluster": labels, "similarity": similarity}), folder / "clusters.parquet"
+            pa.table({"key": keys, "cluster": labels, "similarity": similarity}), output.work / "clusters.parquet"
         )
-        outputs = describe_outputs(folder, [folder / "clusters.parquet"])
-        output.commit(counts={"skipped": {}}, seconds={}, outputs=outputs, result={"images": len(labels)})
+        output.commit(
+            counts={"skipped": {}},
+            seconds={},
+            outputs=[record(output.work / "clusters.parquet", output.work)],
+            embeddings="",
+            keep_list=None,
+            flags={},
+            model=None,
+            num_nearest=1,
+            temperatures={"image": 1.0},
+            result={"images": len(labels), "clusters": 1, "objective": 0.0, "iterations": 0, "seconds": {}},
+        )
 
 
 if __name__ == "__main__":

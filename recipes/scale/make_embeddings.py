@@ -25,10 +25,13 @@ from make_data import make_data
 
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRecord, ShardRows
-from clipcid_cli.formats.output import open_output, plan_identity, read_sidecar, sidecar_path
+from clipcid_cli.formats.fingerprint import identity_of
+from clipcid_cli.formats.output import open_output
+from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.steps.embed.inputs import describe_shards
 
 TOPICS = 64
 # Writing a shard is waiting for the disk four times.
@@ -52,17 +55,18 @@ def write_embeddings(work: Path, data: Path, model: Path, kind: str, left: int, 
     example = read_example(work / "example", model)
     folder = WorkDirectory(work).embeddings(parse_model(str(model)).slug)
     dataset = open_dataset(data)
-    settings, inputs = example["settings"], dataset.fingerprints()
-    with open_output(folder, "embed", settings=settings, inputs=inputs, overwrite=False) as output:
+    settings, inputs = example.settings, describe_shards(dataset)
+    with open_output(folder, "embed", EmbedSidecar, settings=settings, inputs=inputs, overwrite=False) as output:
         if output.finished is not None:
             return
-        writer = EmbeddingWriter(folder, [plan_identity(settings, [shard]) for shard in inputs])
+        output.start(clear=lambda: None)
+        writer = EmbeddingWriter(folder, [identity_of(settings, [shard]) for shard in inputs])
         # Shards are equal but for the number that their keys begin with.
         samples = dataset.shards[0].samples()
         captions = [sample.captions[0] for sample in samples]
         digits = len(dataset.shards[0].name)
         places = [sample.key[digits:] for sample in samples]
-        rows = Rows(example["model"]["embed_dim"], len(samples) * len(dataset.shards), kind, seed)
+        rows = Rows(example.model.embed_dim, len(samples) * len(dataset.shards), kind, seed)
 
         def write(number: int) -> None:
             name = dataset.shards[number].name
@@ -75,13 +79,13 @@ def write_embeddings(work: Path, data: Path, model: Path, kind: str, left: int, 
                 pass
 
 
-def read_example(folder: Path, model: Path) -> dict:
+def read_example(folder: Path, model: Path) -> EmbedSidecar:
     """Embed ten pairs with the model and return what the sidecar says."""
     make_data(folder / "data", pairs=10, shards=1)
     command = [str(Path(sys.executable).with_name("clipcid")), "embed", str(folder / "data"), *embed_flags(model)]
     subprocess.run([*command, "--work", str(folder), "--quiet", "--workers", "0"], check=True)
     embeddings = WorkDirectory(folder).embeddings(parse_model(str(model)).slug)
-    sidecar = read_sidecar(sidecar_path(embeddings, "embed"))
+    sidecar = read_sidecar(sidecar_path(embeddings, "embed"), EmbedSidecar)
     assert sidecar is not None  # the command has ended well
     return sidecar
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sidecars import make_sidecar
 
 from clipcid_cli.formats.atomic import write_json, write_npy
 from clipcid_cli.formats.results.clusters import (
@@ -21,10 +22,10 @@ from clipcid_cli.formats.results.clusters import (
     open_clusters,
     part_bounds,
     part_path,
-    remove_scratch,
     write_part,
 )
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
+from clipcid_cli.formats.sidecar import ClusterSidecar
 
 pytestmark = pytest.mark.slow
 
@@ -138,9 +139,8 @@ def test_clusters_hold_more_rows_than_32_bits_count_neighbours(folder: Path, lim
                 captions=None,
             )
         join_parts(folder, len(bounds), captions=False)
-        remove_scratch(folder)
     write_npy(folder / "centroids.npy", np.eye(NUM_CLUSTERS, 8, dtype=np.float32))
-    write_json(folder / "cluster.json", {"format_version": 1, "temperatures": {"image": 0.02}})
+    write_json(folder / "cluster.json", make_sidecar(ClusterSidecar))
 
     # What `distill` may hold a row.
     with limit_memory(8 * CLUSTER_ROWS + 2 * GIB):

@@ -135,7 +135,7 @@ def change_sidecar(folder: Path, copy: Path, **settings: object) -> Path:
 
 
 def test_variants_whose_texts_are_not_known_are_refused(stored: Path, data: Path, tmp_path: Path) -> None:
-    for number, change in enumerate(({"text_variant_rules": 0}, {"text_variants": 2}, {"seed": None})):
+    for number, change in enumerate(({"text_variant_rules": 0}, {"text_variants": 2})):
         with pytest.raises(ClipcidError, match=r"holds 3 text variants of each row, but embed\.json") as raised:
             join(data, change_sidecar(stored, tmp_path / str(number), **change))
         assert "--text-variants 3" in raised.value.fix
