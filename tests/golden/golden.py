@@ -19,7 +19,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +55,26 @@ def ask(place: Path, *arguments: object, **options: Any) -> Any:
     return run_clipcid(*arguments, *FLAGS, cwd=place, **options).json
 
 
-def kill_when(place: Path, appears: str, absent: str, *arguments: object) -> None:
+def kill_when(place: Path, appears: str, absent: Sequence[str], *arguments: object) -> None:
     """Run a command line, kill it as soon as a file of such a name exists anywhere in its work directory, and prove it.
 
     Whether the file already lies where it will in the end is the program's affair: it is looked for everywhere.
 
     Args:
-        place: Folder to run in; the work directory is the word after ``--work``.
+        place: Folder to run in; the work directory, in which there is no such file yet, is the word after ``--work``.
         appears: Pattern of the file's name, such as ``step_*.pt``.
-        absent: Sidecar that must not exist yet, below the work directory: it marks a finished output.
+        absent: Names of files that must not exist yet: the last that is computed, and the sidecar that marks the end.
         arguments: The command line.
     """
     work = place / str(arguments[arguments.index("--work") + 1])
+    assert not _holds(work, appears), "it would be killed before it has begun"
     process = start_clipcid(*arguments, *FLAGS, cwd=place)
     while process.poll() is None and not _holds(work, appears):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, (f"ended before {appears} was seen", *process.read())
     assert _holds(work, appears)
-    assert not (work / absent).exists(), "killed too late: the output is finished"
+    assert [name for name in absent if _holds(work, name)] == [], "killed too late"
 
 
 def _holds(folder: Path, pattern: str) -> bool:

@@ -79,8 +79,11 @@ def list_files(place: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("command", DRY_RUNS)
 def test_a_dry_run_writes_nothing(place: Path, command: str) -> None:
+    """Nor does it make a work directory, or note in one what it looked at for the first time."""
     before = list_files(place)
     answer = ask(place, command, *DRY_RUNS[command], "--dry-run")
+    without_clusters = ("--preset", "clip-kd") if command == "distill" else ()
+    ask(place, command, *DRY_RUNS[command], *without_clusters, "--dry-run", "--work", "new")
     assert list_files(place) == before
     check(f"dry-run-{command}", {"json": hide_estimates(plain(answer))})
 

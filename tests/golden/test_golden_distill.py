@@ -13,7 +13,7 @@ from golden import SHARDS, Arrays, ask, assert_same, check, kill_when, make_plac
 from safetensors.numpy import load_file
 
 STUDENT = ("distill", SHARDS, "--student", "student.json", "--batch-size", 64)
-TAUGHT = (*STUDENT, "--embeddings", "rows", "--work", "work")
+TAUGHT = (*STUDENT, "--embeddings", "rows")
 PRESETS = ("clip", "fd-instance", "cid", "clip-kd", "clip-rd", "clip-td", "dr")
 # Fields of train.jsonl that depend on the clock.
 TIMED = {"samples_per_second", "data_wait_share"}
@@ -31,7 +31,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def distill(place: Path) -> Callable[..., Any]:
     """Run a distillation of such a name in the work directory."""
-    return lambda name, *arguments, **options: ask(place, *TAUGHT, "--name", name, *arguments, **options)
+    return lambda name, *arguments, **options: ask(
+        place, *TAUGHT, "--work", "work", "--name", name, *arguments, **options
+    )
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -89,21 +91,22 @@ def test_two_processes(place: Path, distill: Callable[..., Any]) -> None:
 
 
 def test_average_and_parts_killed_and_repeated(place: Path, distill: Callable[..., Any]) -> None:
-    """The run that is killed has its first checkpoint, or no more than that: what is left to do changes nothing."""
     settings = ("--ema", 0.9, "--accum-freq", 4, "--steps", 12, "--checkpoint-every", 3)
-    answer = distill("whole", *settings)
-    runs = place / "work" / "distill"
-    check_run("distill-ema", runs / "whole", answer)
-    kill_when(place, "step_*.pt", "distill/killed/distill.json", *TAUGHT, "--name", "killed", *settings)
-    distill("killed", *settings)
-    found, expected = read_weights(runs / "killed"), read_weights(runs / "whole")
+    answer = distill("run", *settings)
+    run = place / "work" / "distill" / "run"
+    check_run("distill-ema", run, answer)
+    again = (*TAUGHT, "--keep-list", "work/balance/keep.parquet", "--name", "run", *settings, "--work", "killed")
+    kill_when(place, "step_*.pt", ("step_00000012.pt", "distill.json"), *again)
+    ask(place, *again)
+    killed = place / "killed" / "distill" / "run"
+    found, expected = read_weights(killed), read_weights(run)
     average, student = (
         np.concatenate([tensor.ravel() for name, tensor in expected.items() if name.startswith(f"{folder}.")])
         for folder in ("student-ema", "student")
     )
     check("distill-ema-distance", {"distance": float(np.linalg.norm(average - student))}, rel=1e-3)
     assert_same(found, expected)
-    assert read_log(runs / "killed") == read_log(runs / "whole")
+    assert read_log(killed) == read_log(run)
 
 
 def test_stored_views_variants_and_further_texts(place: Path) -> None:

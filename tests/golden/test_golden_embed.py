@@ -159,7 +159,7 @@ def test_one_thread_and_two_workers_have_the_same_rows(
 
 def test_killed_and_repeated_has_the_same_rows(place: Path, embedded: Any) -> None:
     command = ("embed", SHARDS, "--model", "teacher", *AUGMENTED, "--work", "killed")
-    kill_when(place, "img_emb_0000.npy", "embeddings/teacher/embed.json", *command)
+    kill_when(place, "img_emb_0000.npy", ("img_emb_0001.npy", "embed.json"), *command)
     ask(place, *command)
     folders = (place / work / "embeddings" / "teacher" for work in ("killed", "whole"))
     assert_same(*map(read_embeddings, folders))
