@@ -112,9 +112,6 @@ def open_clusters(folder: Path, cache: Path, is_checked: bool = False, work: Pat
         cache: Folder for the arrays of tables that have none, or others, in their own folder: each in one of its own.
         is_checked: Whether the centroids are known to be finite, so that they need not be read.
         work: The work directory of the step, for the fix of an error.
-
-    Raises:
-        ClipcidError: when the output is unfinished, or its files do not fit together.
     """
     sidecar = read_cluster_sidecar(folder)
 
@@ -208,11 +205,7 @@ def read_part(path: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32
 
 
 def read_labels(table: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Read from the table the nearest centroid of each image and its similarity, [N] each.
-
-    Raises:
-        ClipcidError: when it cannot be read.
-    """
+    """Read from the table the nearest centroid of each image and its similarity, [N] each."""
     kinds = {"cluster": pa.int32(), "similarity": pa.float32()}
     found = read_columns(table, kinds, "Make the clusters again, by their command and --overwrite.")
     return found["cluster"].to_numpy(), found["similarity"].to_numpy()

@@ -143,11 +143,7 @@ def open_rows(folder: Path, part: str) -> SampleRows:
 
 @contextmanager
 def begin_matched(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write the files of `folder` in; it is removed where the block fails, or a run was killed.
-
-    Raises:
-        ClipcidError: when it cannot be written to.
-    """
+    """Give an empty folder to write the files of `folder` in; it is removed where the block fails, or a run was killed."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -91,11 +91,7 @@ def refuse_changed_metrics(path: Path, fix: str) -> EvaluationSidecar | None:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Read a metrics file, ours or CLIP_benchmark's.
-
-    Raises:
-        ClipcidError: when it cannot be read or lacks a field.
-    """
+    """Read a metrics file, ours or CLIP_benchmark's."""
     try:
         content = json.loads(read_regular(path))
         found = {field: content[field] for field in FIELDS}

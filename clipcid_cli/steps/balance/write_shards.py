@@ -34,11 +34,7 @@ _STEP = "write-shards"
 
 
 def tar_shards(data: Dataset, target: Path) -> list[TarShard]:
-    """Return the shards of the data, which must be tars.
-
-    Raises:
-        ClipcidError: when they are not, or `target` is the folder of the data.
-    """
+    """Return the shards of the data, which must be tars."""
     shards = [shard for shard in data.shards if isinstance(shard, TarShard)]
     if len(shards) < len(data.shards):
         raise ClipcidError(
@@ -71,10 +67,6 @@ def write_shards(
         data: The data.
         shards: Its shards, see :func:`tar_shards`.
         overwrite: Replace shards made from another keep list.
-
-    Raises:
-        ClipcidError: when the folder holds shards of another keep list, a shard is damaged or lacks a kept sample, or none
-            of the kept samples is in the data.
     """
     choice = ShardChoice(keep, data)
     machine.on_main(lambda: _refuse_foreign(target))
@@ -216,11 +208,7 @@ class ShardChoice:
             self._may_be_uids = len(keep.keys) > 0 and is_uid(keep.keys[0].as_py())
 
     def of(self, shard: TarShard) -> tuple[set[str], int]:
-        """Return the keys, as stored in the tar, of a shard's samples to keep, and how many of its samples to drop.
-
-        Raises:
-            ClipcidError: when the shard is damaged.
-        """
+        """Return the keys, as stored in the tar, of a shard's samples to keep, and how many of its samples to drop."""
         prefix = f"{shard.name}/" if shard.prefix_keys else ""
         if self._has_shards:
             kept = self.keep.kept_of_shard(shard.name)

@@ -44,10 +44,6 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
     Returns:
         The JSON object: ``model, files{}, parity{export: {precision, image, text, bytes, images_per_second, zeroshot}},
         seconds{}``.
-
-    Raises:
-        ClipcidError: when the model cannot be loaded or expressed in a format, an export differs too much, or the folder
-            holds the model itself or other files.
     """
     source = choose_model(settings.model, settings.work, reporter)
     if settings.ema:
@@ -75,11 +71,7 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
 
 
 def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
-    """Find the model with averaged weights of a student's run.
-
-    Raises:
-        ClipcidError: when there is none, or the model is no student of a run.
-    """
+    """Find the model with averaged weights of a student's run."""
     fix = "Train with clipcid distill --ema DECAY, such as 0.999, or omit --ema."
     folder = None if student.path is None else student.path.resolve()
     if folder is None or not is_claimed(folder.parent, "distill"):
