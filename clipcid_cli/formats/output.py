@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Generic
 
@@ -47,8 +47,8 @@ class Output(Generic[Kind]):
         finished: The sidecar when the output is complete and of the same settings and inputs.
         earlier: That of a complete output that differs only as it may.
         resumed: Whether there is unfinished work to continue from.
-        kept: Unfinished work of another identity that becomes this one's.
-        dropped: Unfinished work of others.
+        kept: Unfinished work that differs only as it may, which becomes this output's.
+        dropped: Unfinished work that is of no use any more.
     """
 
     folder: Path
@@ -179,7 +179,7 @@ def find_output(
     elsewhere: str = WORK_OR_OUT,
     top: Path | None = None,
 ) -> Output[Kind]:
-    """Determine whether an output is finished, unfinished or new, without a lock and writing nothing: for a dry run.
+    """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks.
 
     Args:
         folder: Where its sidecar lies.
@@ -194,39 +194,24 @@ def find_output(
     run = Run(settings=json.loads(json.dumps(settings)), inputs=[*inputs])
     root = folder / f".{step}-{identity_of(settings, inputs)}"
     output = Output(folder, top or folder, step, kind, run, root)
-    works, complete = _find_works(folder, step), None
+    works = _find_works(folder, step)
+    begun = resumes and root in works
+    lenient = suppress(ClipcidError) if overwrite else nullcontext()  # what is replaced need not be readable
+    path, existing = sidecar_path(folder, step), None
     for work in works:
-        if sidecar_path(dataclasses.replace(output, root=work).work, step).exists():
-            complete = work
-    others = [work for work in works if work not in (root, complete)]
-    begun = resumes and root in works and root != complete
-
-    def list_serious(there: Run) -> tuple[dict[str, str], dict[str, str]]:
-        """Return all differences, and those that are errors."""
-        differences = _list_differences(there, run)
-        may_be_other = "inputs" in may_differ or (may_grow and _are_among(there.inputs, run.inputs))
-        fine = {name for name in differences if name.startswith("input") and may_be_other}
-        fine |= {name for name in differences if name.removeprefix("settings.").split(".")[0] in may_differ}
-        return differences, {name: told for name, told in differences.items() if name not in fine}
-
-    def refuse(holds: str, serious: dict[str, str]) -> ClipcidError:
-        told = [f"  {name}: {difference}" for name, difference in serious.items()]
-        told[_TOLD:] = [f"  … and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
-        return ClipcidError(
-            "\n".join([f"{folder} {holds} {step} output made with other settings or inputs:", *told]),
-            f"Add --overwrite to replace it, or write elsewhere ({elsewhere}).",
+        complete = sidecar_path(dataclasses.replace(output, root=work).work, step)
+        path = complete if complete.exists() else path  # killed while its files were moved
+    with lenient:
+        existing = read_sidecar(
+            path, kind, f"Add --overwrite to make the output again, or write elsewhere ({elsewhere})."
         )
-
-    path = sidecar_path(folder if complete is None else dataclasses.replace(output, root=complete).work, step)
-    fix = f"Add --overwrite to make the output again, or write elsewhere ({elsewhere})."
-    existing = _read(lambda: read_sidecar(path, kind, fix), overwrite)
     if existing is not None:
-        differences, serious = list_serious(existing)
+        differences, serious = _compare(existing, run, may_differ, may_grow)
         if serious and not (overwrite or begun):
-            raise refuse("holds", serious)
+            raise _refusal(f"{folder} holds {step} output", serious, elsewhere)
         # A step that does not resume makes a removed file again.
         there = [each for each in existing.outputs if resumes or (folder / each.path).exists()]
-        changed = None if differences or complete else find_changed(folder, there, path)
+        changed = find_changed(folder, there, path) if not differences and path.parent == folder else None
         if changed is not None and not (overwrite or begun):
             raise ClipcidError(changed, "Add --overwrite to make it again.")
         if not differences and changed is None:
@@ -236,12 +221,17 @@ def find_output(
     if output.finished is not None or not resumes:
         output.dropped = [work for work in works if work == root or not resumes]
         return output
-    for work in others:
-        there_run = _read(lambda work=work: _read_run(work), overwrite)  # type: ignore[misc]
-        _, serious = ({}, {}) if there_run is None else list_serious(there_run)
+    for work in works:
+        if work == root:
+            continue
+        serious, other = {}, None
+        with lenient:
+            other = _read_run(work)
+        if other is not None:
+            _, serious = _compare(other, run, may_differ, may_grow)
         if serious and not overwrite:
-            raise refuse("holds unfinished", serious)
-        if there_run is None or serious or begun or output.kept is not None:
+            raise _refusal(f"{folder} holds unfinished {step} output", serious, elsewhere)
+        if other is None or serious or begun or output.kept is not None:
             output.dropped.append(work)
         else:
             output.kept = work
@@ -270,14 +260,27 @@ def _read_run(work: Path) -> Run | None:
         return msgspec.convert(json.loads((work / _RUN).read_bytes()), Run)
 
 
-def _read(read: Callable[[], Any], overwrite: bool) -> Any:
-    """Read what may be replaced where it cannot be read."""
-    try:
-        return read()
-    except ClipcidError:
-        if not overwrite:
-            raise
-        return None
+def _refusal(holds: str, serious: dict[str, str], elsewhere: str) -> ClipcidError:
+    told = [f"  {name}: {difference}" for name, difference in serious.items()]
+    told[_TOLD:] = [f"  … and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
+    return ClipcidError(
+        "\n".join([f"{holds} made with other settings or inputs:", *told]),
+        f"Add --overwrite to replace it, or write elsewhere ({elsewhere}).",
+    )
+
+
+def _compare(
+    there: Run, now: Run, may_differ: Collection[str], may_grow: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return all differences of two runs, and those that are errors."""
+    differences = _list_differences(there, now)
+    inputs_may = "inputs" in may_differ or (may_grow and _are_among(there.inputs, now.inputs))
+    serious = {
+        name: told
+        for name, told in differences.items()
+        if not (inputs_may if name.startswith("input") else name.split(".")[1] in may_differ)
+    }
+    return differences, serious
 
 
 def _list_differences(there: Run, now: Run) -> dict[str, str]:

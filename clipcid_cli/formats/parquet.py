@@ -20,21 +20,13 @@ _SMALL = 2**20
 
 
 def column_names(path: Path, fix: str) -> list[str]:
-    """Return the names of a file's columns.
-
-    Raises:
-        ClipcidError: when it cannot be read.
-    """
+    """Return the names of a file's columns."""
     with _open(path, fix) as file:
         return list(file.schema_arrow.names)
 
 
 def count_rows(path: Path, fix: str) -> int:
-    """Return the number of a file's rows.
-
-    Raises:
-        ClipcidError: when it cannot be read.
-    """
+    """Return the number of a file's rows."""
     with _open(path, fix) as file:
         return int(file.metadata.num_rows)
 
@@ -46,12 +38,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def read_columns(path: Path, columns: Mapping[str, pa.DataType], fix: str) -> pa.Table:
-    """Read columns as the given types.
-
-    Raises:
-        ClipcidError: when the file cannot be read, lacks a column, holds one that these types cannot express, or numbers
-            that are missing.
-    """
+    """Read columns as the given types."""
     with _open(path, fix) as file:
         present = file.schema_arrow.names
         missing = [name for name in columns if name not in present]
@@ -68,11 +55,7 @@ def read_rows(path: Path, fix: str, columns: Sequence[str] | None = None) -> lis
 
 
 def read_first_column(path: Path, names: Sequence[str], kind: pa.DataType, fix: str) -> pa.ChunkedArray | None:
-    """Read the first of some columns that a file has; None where it has none of them.
-
-    Raises:
-        ClipcidError: as `read_columns`.
-    """
+    """Read the first of some columns that a file has; None where it has none of them."""
     with _open(path, fix) as file:
         present = file.schema_arrow.names
         name = next((name for name in names if name in present), None)

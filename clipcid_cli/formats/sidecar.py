@@ -396,21 +396,21 @@ def sidecar_path(folder: Path, step: str) -> Path:
     return folder / f"{step}.json"
 
 
-def read_sidecar(path: Path, kind: type[Kind], fix: str = "Remove it, or choose another folder.") -> Kind | None:
+def read_sidecar(path: Path, kind: type[Kind], fix: str | None = None) -> Kind | None:
     """Read a sidecar; None when there is none.
 
     Args:
-        fix: What to do about one that is damaged.
+        fix: What to do about one that is damaged, or of an earlier version.
     """
     if not path.exists():
         return None
-    with reading(path, "a sidecar of clipcid", fix):
+    with reading(path, "a sidecar of clipcid", fix or "Remove it, or choose another folder."):
         content = json.loads(path.read_bytes())  # msgspec's own parser refuses names of files that are not UTF-8
         version = msgspec.convert(content["format_version"], int)
         if version < FORMAT_VERSION:
             raise ClipcidError(
                 f"{path} was written by an earlier clipcid, in format version {version}; this one has {FORMAT_VERSION}.",
-                "Make the output again: give its command with --overwrite.",
+                fix or "Make the output again: give its command with --overwrite.",
             )
         if version > FORMAT_VERSION:
             raise ClipcidError(

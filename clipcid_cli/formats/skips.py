@@ -85,9 +85,6 @@ class Skips:
             max_bad_fraction: Largest allowed fraction, in [0, 1].
             where: The data, for the error.
             fix: A further remedy, for the error.
-
-        Raises:
-            ClipcidError: with the numbers and the first names by reason.
         """
         if self.total <= max_bad_fraction * read:
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,11 @@ class WorkDirectory:
 
     def _balanced(self) -> Path | None:
         """Find the embeddings that `balance` used."""
-        balanced = read_sidecar(sidecar_path(self.balance, "balance"), BalanceSidecar)
-        folder = None if balanced is None else self.path / balanced.embeddings
-        return folder if folder is not None and folder.is_dir() else None
+        with suppress(ClipcidError):  # of an earlier version, or damaged: `balance --overwrite` replaces it
+            balanced = read_sidecar(sidecar_path(self.balance, "balance"), BalanceSidecar)
+            folder = None if balanced is None else self.path / balanced.embeddings
+            return folder if folder is not None and folder.is_dir() else None
+        return None
 
     def find_keep_list(self) -> Path | None:
         """Find the keep list of a finished `balance`; None when there was no `balance` here.
@@ -176,8 +179,9 @@ class WorkDirectory:
                 "Name a model (an architecture:tag or a folder), or run: "
                 + command_line("distill", teacher="M", student="M", work=self.path),
             )
-        run, student, sidecar = runs[-1].parent, runs[-1].parent / "student", read_sidecar(runs[-1], DistillSidecar)
+        run, student = runs[-1].parent, runs[-1].parent / "student"
         fix = f"Name the model as it is now: {student}; or train it again, by its command and --overwrite."
+        sidecar = read_sidecar(runs[-1], DistillSidecar, fix)
         refuse_changed(run, [] if sidecar is None else sidecar.outputs, runs[-1], lambda: fix)
         return student
 

@@ -13,11 +13,7 @@ from clipcid_cli.runtime.machine import Machine
 
 @contextmanager
 def scratch_folder(machine: Machine, *, dry_run: bool) -> Iterator[Path | None]:
-    """Make the folder in which a dry run keeps what a run keeps in the work directory; None for a run.
-
-    Raises:
-        ClipcidError: when the processes of several hosts do not share it.
-    """
+    """Make the folder in which a dry run keeps what a run keeps in the work directory; None for a run."""
     if not dry_run:
         yield None
         return

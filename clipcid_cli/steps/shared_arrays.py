@@ -31,9 +31,6 @@ def share_arrays(machine: Machine, folder: Path, make: Callable[[], Arrays]) -> 
 
     Args:
         folder: A folder that all processes reach.
-
-    Raises:
-        ClipcidError: what `make` raised, or that a file cannot be written.
     """
     if machine.size == 1:
         return make()

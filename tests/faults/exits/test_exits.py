@@ -82,7 +82,7 @@ def test_a_terminated_embed_is_continued(clipcid: Callable[..., Run], tiny_model
         write_tar(tmp_path / "data" / f"{number}.tar", shard_members(6 * number, 6))
     command = ["embed", "data", "--model", str(tiny_model), "--batch-size", "2", "--out", "rows", "--workers", "0"]
     process = start_clipcid(*command, cwd=tmp_path)
-    while not any((tmp_path / "rows").glob(".shards/*.json")):
+    while not any((tmp_path / "rows").glob(".embed-*/.shards/*.json")):
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)

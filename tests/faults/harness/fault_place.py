@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
 from conftest import shard_members, write_classified, write_tar, write_tiny_model
 from distill_data import STUDENT
 from fault_child import Hook, Operations, Running, read_operations, start
@@ -179,7 +180,8 @@ def _write_inputs(place: Path) -> None:
 _MEASURED = {"seconds", "time", "samples_per_second", "images_per_second", "data_wait_share"}
 _NUMBERS = re.compile(rb"\d[\d.,]*")
 _FOR_PEOPLE = (".html", ".md")  # their numbers are rounded ones of the JSON files
-_WITH_TIMES = (*_FOR_PEOPLE, ".json", ".jsonl")
+_MANIFEST = "manifest.parquet"  # has the times of the files that it records
+_WITH_TIMES = (*_FOR_PEOPLE, ".json", ".jsonl", _MANIFEST)
 
 
 def read_tree(place: Path) -> Tree:
@@ -206,6 +208,8 @@ def _without_times(path: Path) -> bytes:
     if path.suffix == ".csv":
         rows = list(csv.DictReader(io.StringIO(content.decode())))
         return json.dumps(_drop_measured(rows)).encode() if any(_MEASURED & row.keys() for row in rows) else content
+    if path.name == _MANIFEST:
+        return json.dumps(_drop_measured(pq.read_table(io.BytesIO(content)).to_pylist())).encode()
     if path.suffix in _FOR_PEOPLE:
         return _NUMBERS.sub(b"0", content)
     if path.suffix not in (".json", ".jsonl"):

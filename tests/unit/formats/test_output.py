@@ -258,6 +258,10 @@ def test_files_may_lie_above_the_sidecar(tmp_path: Path) -> None:
     assert left(tmp_path / "sidecars") == {"balance.json"}
     with open_it(tmp_path / "sidecars", top=tmp_path) as output:
         assert output.finished == written
+        output.start()
+    (output.root / "balance.json").write_text("not the sidecar, although it is called so")
+    with open_it(tmp_path / "sidecars", OTHER, overwrite=True, top=tmp_path) as output:
+        assert output.finished is None
 
 
 def test_an_output_made_in_place_is_cleared_before_its_work_appears(tmp_path: Path) -> None:
