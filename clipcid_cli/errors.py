@@ -1,4 +1,7 @@
-"""Errors that a user can cause and fix. Everything else is a bug and keeps its traceback under ``--debug``."""
+"""Errors that a user can cause and fix. Everything else is a bug and keeps its traceback under ``--debug``.
+
+Whatever reads files, settings or data raises them; docstrings do not repeat it.
+"""
 
 from __future__ import annotations
 

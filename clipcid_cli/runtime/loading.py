@@ -96,9 +96,6 @@ def load_batches(
 
     Yields:
         The result of `prepare` for each batch, in the order of `batches`. Tensors are passed through shared memory.
-
-    Raises:
-        ClipcidError: when a worker ended or stalled, or `prepare` raised one.
     """
     if workers == 0:
         for batch in batches:

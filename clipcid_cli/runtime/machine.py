@@ -99,12 +99,7 @@ class Machine:
         return tensor
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` on the first process only and return its result, or raise its error, on all.
-
-        Raises:
-            ClipcidError: what the action raised; marked as already reported on the other processes, so that the user reads
-                it once.
-        """
+        """Run `action` on the first process only and return its result, or raise its error, on all."""
         if self.size == 1:
             return action()
         outcome: list[T] | ClipcidError = []
@@ -120,12 +115,7 @@ class Machine:
         return outcome[0]
 
     def on_all(self, action: Callable[[], T]) -> T:
-        """Run `action` on every process and return its result on each, unless it failed on any.
-
-        Raises:
-            ClipcidError: on every process, the error of the lowest rank that failed, so that no process waits for one
-                that has ended and the user reads it once.
-        """
+        """Run `action` on every process and return its result on each, unless it failed on any."""
         outcome: list[T] = []
         failure: ClipcidError | None = None
         try:
@@ -136,11 +126,7 @@ class Machine:
         return outcome[0]
 
     def agree(self, error: ClipcidError | None) -> None:
-        """Raise on every process when any of them has an error, so that none waits for one that has ended.
-
-        Raises:
-            ClipcidError: the error of the lowest rank that had one.
-        """
+        """Raise on every process when any of them has an error, so that none waits for one that has ended."""
         for rank, found in enumerate(self.gather(error)):
             if found is not None:
                 found.already_reported = rank != self.rank
@@ -157,10 +143,6 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
 
     Args:
         device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
-
-    Raises:
-        ClipcidError: when ``cuda`` is requested and there is none, there are more processes on this host than GPUs, or not
-            all processes of the run arrive.
     """
     joined = dist.is_available() and dist.is_initialized()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -209,10 +191,6 @@ def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
 
     Returns:
         The store through which they find each other.
-
-    Raises:
-        ClipcidError: when some have not arrived within the limit or cannot be reached, or the environment does not say where
-                to meet.
     """
     try:
         store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=limit)))
@@ -240,11 +218,7 @@ def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
 
 @contextmanager
 def _name_failures(store: Any, rank: int) -> Iterator[None]:
-    """Tell the other processes of an error that only this one has; where it is the loss of another, say why that failed.
-
-    Raises:
-        ClipcidError: when another process failed first.
-    """
+    """Tell the other processes of an error that only this one has; where it is the loss of another, say why that failed."""
     key, failed = "clipcid/failed", None
     try:
         yield
@@ -272,11 +246,7 @@ def _describe(error: Exception) -> str:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Turn what the engine raises in the middle of an exchange into one error.
-
-    Raises:
-        ClipcidError: when another process has ended, or cannot be reached any more.
-    """
+    """Turn what the engine raises in the middle of an exchange into one error."""
     try:
         yield
     except RuntimeError as error:

@@ -49,9 +49,6 @@ def choose_precision(requested: str, device: torch.device, purpose: Purpose, par
         requested: ``fp32``, ``bf16``, ``fp16``, or ``auto``: fp32 in evaluation; on a GPU fp16 to embed (rows are stored
             in it) and bf16 to train; on a CPU with tile units (AMX) bf16, to train only if the model is large enough to
             gain.
-
-    Raises:
-        ClipcidError: for fp16 on a CPU, where PyTorch has no fast and safe kernels.
     """
     if requested == "fp16" and device.type == "cpu":
         raise ClipcidError("--precision fp16 needs a GPU.", "Use --precision bf16 or fp32 on a CPU.")

@@ -202,10 +202,6 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
 
     Returns:
         The model in evaluation mode with float32 weights, whatever the format in the file.
-
-    Raises:
-        ClipcidError: when weights cannot be reached or read, do not match the architecture, are not finite, or there are
-            none.
     """
     if name.kind in ("architecture", "config") and fresh_seed is None:
         raise ClipcidError(f"Model {name.spec} has no weights.", _FOLDER_HINT)

@@ -193,11 +193,7 @@ class BatchEncoder:
 
 
 def compile_towers(module: Any) -> EncodeBoth:
-    """Compile the forward pass of both towers with torch.compile, at its first call.
-
-    Raises:
-        ClipcidError: at that call, where the compiler fails: on a CPU it needs a C++ compiler.
-    """
+    """Compile the forward pass of both towers with torch.compile, at its first call."""
 
     def encode(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return module.encode_image(pixels), module.encode_text(tokens)

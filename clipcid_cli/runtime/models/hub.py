@@ -22,9 +22,6 @@ def reaching_hub(model: str, fix: str) -> Iterator[None]:
     Args:
         model: Name of the model, for the error.
         fix: The alternative, for the error.
-
-    Raises:
-        ClipcidError: when the block raises any exception.
     """
     offline = hub.HF_HUB_OFFLINE
     reachable = offline or _answers(hub.ENDPOINT)

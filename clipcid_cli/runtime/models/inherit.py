@@ -62,9 +62,6 @@ def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
 
     Returns:
         Names of the tensors that stay as they were: other patch sizes, other vocabularies, attention pooling.
-
-    Raises:
-        ClipcidError: when a tower is of another kind, or smaller than the student's.
     """
     found = source.state_dict()
     state = student.state_dict()

@@ -122,9 +122,6 @@ def parse_model(spec: str) -> ModelName:
 
     Args:
         spec: As given on the command line.
-
-    Raises:
-        ClipcidError: when it is neither a folder, a file, nor an architecture of open_clip.
     """
     if spec.startswith("hf-hub:"):
         return ModelName(spec, "hub")
@@ -161,11 +158,7 @@ def _parse_folder(spec: str, path: Path) -> ModelName:
 
 
 def with_default_tag(name: ModelName) -> ModelName:
-    """Give a bare architecture, used as a teacher, its default weights.
-
-    Raises:
-        ClipcidError: when the architecture is not in `DEFAULT_TAGS`, or the name is a configuration without weights.
-    """
+    """Give a bare architecture, used as a teacher, its default weights."""
     if name.kind == "config":
         raise ClipcidError(f"Model {name.spec} is a configuration without weights.", _LOCAL_HINT)
     if name.kind != "architecture":
@@ -197,9 +190,6 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Returns:
         The ``model_cfg`` (embed_dim, vision_cfg, text_cfg, …) and the ``preprocess_cfg`` (may be empty).
-
-    Raises:
-        ClipcidError: when it is not JSON or lacks one of the three entries every open_clip architecture has.
     """
     file = path / CONFIG_NAME if path.is_dir() else path
     try:
@@ -253,11 +243,7 @@ def _are_numbers(values: Any, count: int) -> bool:
 
 
 def read_width(name: ModelName) -> int | None:
-    """Return the width of a model's embeddings from its configuration, without loading it; None for one on a hub.
-
-    Raises:
-        ClipcidError: when the configuration cannot be read.
-    """
+    """Return the width of a model's embeddings from its configuration, without loading it; None for one on a hub."""
     if name.path is not None:
         return int(read_config(name.path)[0]["embed_dim"])
     if name.architecture is None:

@@ -86,9 +86,6 @@ class ShortForward:
 
         Returns:
             Features [B, D], not normalised, with gradients.
-
-        Raises:
-            ClipcidError: when this version of open_clip, or this tower, computes something else.
         """
         self._check_images(pixels)
         _require("masked images", self.image_is_short)
@@ -161,9 +158,6 @@ class ShortForward:
             Features of images and texts as `encode_images` and `encode_texts` give them, up to rounding; those of each
             patch, [B, P, D], and of each token up to the text's last, [B, L, D], then zeros: rows of the last layer, taken
             the same way as the one that becomes the feature.
-
-        Raises:
-            ClipcidError: as `encode_masked_images`, of either tower.
         """
         self.check(pixels, tokens)
         _require("features of patches and tokens", self.image_is_short and self.text_is_short)

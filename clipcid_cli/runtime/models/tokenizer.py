@@ -40,9 +40,6 @@ def load_tokenizer(spec: str, source: str) -> BoundedTokenizer:
     Args:
         spec: The model's name, for the error.
         source: Architecture, hub name or ``local-dir:`` folder, as open_clip takes it.
-
-    Raises:
-        ClipcidError: when its files cannot be read.
     """
     from clipcid_cli.runtime.models.lean_open_clip import open_clip
 

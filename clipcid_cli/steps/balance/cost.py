@@ -86,9 +86,6 @@ def estimate_cost(
         the most they may be where it drops all that were sampled. ``against``, ``caption_window`` and
         ``clustered_images`` (those in the clusters) are null where they are not asked for. Memory and disk are in bytes,
         resident without the mapped files.
-
-    Raises:
-        ClipcidError: when no row is finite, or no image is in the caption window.
     """
 
     def measure() -> tuple[Cost, Cost, FilterCost, int]:
@@ -194,11 +191,7 @@ def _measure(
 
 
 def _sample_finite(embeddings: Embeddings) -> IntArray:
-    """Return the numbers of some finite rows, spread over all files, in random order.
-
-    Raises:
-        ClipcidError: when none of those that were looked at is finite.
-    """
+    """Return the numbers of some finite rows, spread over all files, in random order."""
     read, images = embeddings.rows(Kind.IMAGES).take, embeddings.num_rows
     numbers = np.unique(np.linspace(0, images - 1, min(images, 2 * _TILE_ROWS)).astype(np.int64))
     finite = np.concatenate(

@@ -60,9 +60,6 @@ def collect_pairs(
         labels: Component of each row at the distance, int64 [N]; only pairs within one are compared.
         cutoff: The distance, inclusive.
         precision: Format of the fast product, see `choose_scan`.
-
-    Raises:
-        ClipcidError: when they would not fit into memory.
     """
     tiles = _share_tiles(machine, folder, rows, labels)
     parts = _collect(machine, folder, tiles, rows, precision, cutoff, _MOST_COLLECTED, CACHE_BYTES, reporter)

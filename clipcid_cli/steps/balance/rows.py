@@ -91,11 +91,7 @@ class BalanceRows:
 
 
 def find_embeddings(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> Path:
-    """Return the folder of the embeddings to balance, and make them where there are none.
-
-    Raises:
-        ClipcidError: when they can neither be found nor made.
-    """
+    """Return the folder of the embeddings to balance, and make them where there are none."""
     if settings.embeddings is not None:
         return settings.embeddings
     work = WorkDirectory(settings.work)
@@ -147,11 +143,7 @@ def list_row_files(embeddings: Embeddings) -> list[RowFile]:
 
 
 def holds_earlier(folder: Path, embeddings: Embeddings, overwrite: bool) -> bool:
-    """Tell whether all files of an output of `balance`, finished or not, are among those of the embeddings.
-
-    Raises:
-        ClipcidError: when some are gone or have changed, unless they are overwritten.
-    """
+    """Tell whether all files of an output of `balance`, finished or not, are among those of the embeddings."""
     if overwrite:
         return False
     now, fix = list_row_files(embeddings), f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT})."
@@ -259,11 +251,7 @@ def caption_similarities(
 
 
 def count_skipped(settings: BalanceSettings, embeddings: Embeddings, rows: BalanceRows, reporter: Reporter) -> Skips:
-    """Count and name the rows that are not finite.
-
-    Raises:
-        ClipcidError: when they are too many.
-    """
+    """Count and name the rows that are not finite."""
     skips = Skips()
     is_bad = np.ones(embeddings.num_rows, np.bool_)
     is_bad[rows.numbers] = False

@@ -73,9 +73,6 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         images near one of them, and those for which it is the nearest reference; ``cluster_cap`` the clusters of the
         images that repeats have left, how many had more images than `most`, and the size of the largest before. These three
         are null where they are not asked for.
-
-    Raises:
-        ClipcidError: when there is nothing to balance, too much of it is unusable, or another run is active.
     """
     with open_machine(settings.device) as machine:
         started = time.perf_counter()

@@ -41,9 +41,6 @@ def find_clusters(
 
     Args:
         online: The teacher that runs alongside the student; None where stored embeddings teach.
-
-    Raises:
-        ClipcidError: when there are none, or they are another teacher's; the fix remakes them.
     """
     if not any(LOSSES[name].needs_clusters for name in settings.losses()):
         return None

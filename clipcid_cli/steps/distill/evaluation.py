@@ -198,11 +198,7 @@ def read_held_out(
 
 
 def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ZeroshotTask]:
-    """Open the data sets of ``--eval-data``, each once: metrics are logged as ``NAME/METRIC``.
-
-    Raises:
-        ClipcidError: for the first that cannot be opened, that has the name of another, or the one of the average.
-    """
+    """Open the data sets of ``--eval-data``, each once: metrics are logged as ``NAME/METRIC``."""
     if not settings.data:
         return []
     try:

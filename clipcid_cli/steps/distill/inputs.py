@@ -92,9 +92,6 @@ def find_inputs(
     Args:
         embeddings_folder: What `find_embeddings` found.
         scratch: Folder for what a run keeps in the work directory, which a dry run leaves as it is.
-
-    Raises:
-        ClipcidError: when one is missing, or they are of different data or teachers; the fix names the command.
     """
     work = WorkDirectory(settings.work)
     teacher = named_teacher(settings) if settings.needs_teacher else None
@@ -194,11 +191,7 @@ def _find_samples(
 
 
 def _choose_online(teacher: ModelName | None, embeddings: Embeddings | None) -> ModelName:
-    """Choose a teacher that runs alongside the student: the one named, else the embeddings', else the default one.
-
-    Raises:
-        ClipcidError: when embeddings of another tool do not name their model.
-    """
+    """Choose a teacher that runs alongside the student: the one named, else the embeddings', else the default one."""
     if teacher is None and embeddings is not None:
         if embeddings.sidecar is None:
             raise ClipcidError(f"{embeddings.folder} does not record which model made it.", "Name the --teacher.")

@@ -76,11 +76,7 @@ class Loop:
         self.metrics: dict[str, float] = {}
 
     def train(self) -> None:
-        """Make the steps that are left.
-
-        Raises:
-            ClipcidError: when the loss is no longer finite, or too many images are unreadable.
-        """
+        """Make the steps that are left."""
         schedule, batch_size, first = self.schedule, self.order.batch_size, self.trainer.step
         if first == 0:
             self._evaluate()
@@ -160,9 +156,6 @@ class Loop:
         Args:
             num_steps: Number of steps made since the run began or was resumed.
             rate: The last step's learning rate.
-
-        Raises:
-            ClipcidError: when the loss or its gradient was not finite in one of them.
         """
         num_finite, values = self.values.read()
         weights, scales = self.objective.weights, self.trainer.log_scales()
@@ -182,11 +175,7 @@ class Loop:
         }
 
     def _require_images(self) -> None:
-        """Refuse a first batch without one readable image, before a line is logged.
-
-        Raises:
-            ClipcidError: on every process.
-        """
+        """Refuse a first batch without one readable image, before a line is logged."""
         skips = Skips.of(self.bad_images())
         if skips.total >= self.order.batch_size:
             raise ClipcidError(

@@ -74,11 +74,7 @@ class OnlineTeacher(Teacher):
 
 
 def load_online_teacher(teacher_inputs: TeacherInputs | None, machine: Machine) -> ClipModel | None:
-    """Load the teacher that runs alongside the student; None where none does.
-
-    Raises:
-        ClipcidError: when its weights cannot be reached or read.
-    """
+    """Load the teacher that runs alongside the student; None where none does."""
     if teacher_inputs is None or teacher_inputs.online is None:
         return None
     name = teacher_inputs.online
@@ -109,9 +105,6 @@ def open_online_teacher(
     Args:
         teacher_inputs: Its clusters, and stored embeddings to find the axes of the shared space in.
         changes_colors: Whether batches carry colour maps that change anything.
-
-    Raises:
-        ClipcidError: when the clusters are of another width than the teacher.
     """
     info, clusters = model.info, teacher_inputs.clusters
     space = choose_space(settings, info.embed_dim, teacher_inputs.embeddings, student_width, machine, reporter)

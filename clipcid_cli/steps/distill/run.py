@@ -48,9 +48,6 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
     Returns:
         The JSON object: ``student, steps, samples, samples_per_second, losses{}, metrics{}, evaluations[], seconds{},
         files{}``; ``evaluations`` holds what `eval-zeroshot` returns for each data set of ``--eval-data``.
-
-    Raises:
-        ClipcidError: when an input is missing or does not fit, or training diverges.
     """
     started = time.perf_counter()
     if settings.workers != 0:

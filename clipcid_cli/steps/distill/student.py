@@ -55,11 +55,7 @@ class Student:
 
 
 def load_student(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Student:
-    """Load the student as ``--student``, ``--init-from`` and ``--freeze-…`` say.
-
-    Raises:
-        ClipcidError: when a model cannot be loaded, or the one to inherit from does not fit.
-    """
+    """Load the student as ``--student``, ``--init-from`` and ``--freeze-…`` say."""
     return machine.on_all(lambda: _load(settings, machine.device, reporter))
 
 

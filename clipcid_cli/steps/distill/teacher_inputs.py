@@ -107,9 +107,6 @@ def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Repor
     """Find the teacher's embeddings, and make them where there are none; None when no loss needs them.
 
     Without ``--teacher`` it is the one whose embeddings the work directory holds.
-
-    Raises:
-        ClipcidError: when they can neither be found nor made.
     """
     if not settings.needs_teacher:
         return None
@@ -154,9 +151,6 @@ def open_teacher(
     Args:
         teacher: The teacher, where it was named or runs online.
         cache: Table in which the fingerprints of the files are remembered.
-
-    Raises:
-        ClipcidError: when another model made them, or they lack captions that a loss needs.
     """
     embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
@@ -203,11 +197,7 @@ def _check_teacher(settings: DistillSettings, name: ModelName, embeddings: Embed
 
 
 def check_keys(embeddings: Embeddings, dataset: Dataset) -> None:
-    """Refuse embeddings whose keys are of another form than the data's.
-
-    Raises:
-        ClipcidError: naming both forms.
-    """
+    """Refuse embeddings whose keys are of another form than the data's."""
     keys = None if embeddings.sidecar is None else embeddings.sidecar.made.keys
     if keys is not None and keys != dataset.keys:
         raise ClipcidError(
@@ -225,9 +215,6 @@ def use_stored(
     Args:
         samples: The samples to train on.
         counts: What matching them with the embeddings found.
-
-    Raises:
-        ClipcidError: when they are of other data, or lack what is asked for.
     """
     if counts.without_embedding > settings.max_bad_fraction * counts.candidates:
         raise ClipcidError(

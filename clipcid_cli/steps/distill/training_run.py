@@ -193,9 +193,6 @@ class TrainingRun:
 
         Returns:
             The unreadable images met so far: reason by key.
-
-        Raises:
-            ClipcidError: for ``--resume latest`` when there is nothing to resume.
         """
         assert self.output is not None
         unfinished = self.output.resumed and self.settings.resume != "never"

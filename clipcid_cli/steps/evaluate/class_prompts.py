@@ -47,11 +47,7 @@ class NamedLines:
 def find_templates(
     folder: BenchmarkFolder, settings: EvalZeroshotSettings, known: KnownDataset | None, reporter: Reporter
 ) -> NamedLines:
-    """Return the prompt templates: those asked for, else the data set's own, else the default one, and report which.
-
-    Raises:
-        ClipcidError: when the file cannot be read.
-    """
+    """Return the prompt templates: those asked for, else the data set's own, else the default one, and report which."""
     named = settings.templates
     if named is None and folder.templates is None and known is not None:
         named = known.templates
@@ -73,11 +69,7 @@ def find_class_names(
     known: KnownDataset | None,
     reporter: Reporter,
 ) -> tuple[NamedLines, tuple[int, ...] | None]:
-    """Return the class names and, where folders of classes are in another order, the label of each folder.
-
-    Raises:
-        ClipcidError: when nothing says what the classes are called, or folders and names do not match.
-    """
+    """Return the class names and, where folders of classes are in another order, the label of each folder."""
     named = settings.classnames
     if named is None and folder.class_names is None and known is not None:
         named = known.class_names

@@ -39,9 +39,6 @@ def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[
         ``{"compared": [A, B], "dataset", "images", "prompts": {class_names, templates: {first, second, same}},
         "differences": {metric: {first, second, difference, interval, p_value, real, verdict}}, "files": {}}``; differences
         are second minus first; ``prompts`` is null for retrieval, and where nothing records them.
-
-    Raises:
-        ClipcidError: when a file or its predictions are missing, or the two are of different data.
     """
     paths = settings.compared
     again = "Run eval-zeroshot --predictions --overwrite for that model and data set again."

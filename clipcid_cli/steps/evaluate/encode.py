@@ -73,9 +73,6 @@ class TaskEncoder:
 
         Returns:
             All batches in order and what was skipped, on every process.
-
-        Raises:
-            ClipcidError: on every process, when the data is damaged, nothing in it is usable, or too much is not.
         """
         with self.reporter.progress(f"{self.model.info.slug} on {task.name}", None, "images") as progress:
             return self._encode(task, progress)
@@ -173,9 +170,6 @@ class TaskEncoder:
 
         Returns:
             float32 [C, T, D], unit rows, on the CPU of every process.
-
-        Raises:
-            ClipcidError: when a prompt's row is not finite.
         """
         machine = self.machine
         classes_per_batch = max(1, self.batch_size // len(task.templates))

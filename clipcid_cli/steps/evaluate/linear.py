@@ -46,9 +46,6 @@ def run(settings: EvalLinearSettings, reporter: Reporter) -> dict[str, Any]:
         ``validation_images, classes, skipped{train{}, test{}, val{}}, seconds{encode, sweep, refit, shots,
         neighbors}, files{},
         reused``.
-
-    Raises:
-        ClipcidError: when the model or a split cannot be read, or too many samples cannot be used.
     """
     with open_machine(settings.device) as machine:
         name, data = machine.on_main(

@@ -42,9 +42,6 @@ def measure(
 
     Args:
         settings: Whether to keep predictions, and how to draw intervals.
-
-    Raises:
-        ClipcidError: when no sample, or too few, can be used.
     """
     started = time.perf_counter()
     weights = class_weights(encoder.encode_classes(task)) if task.task == CLASSIFICATION else None

@@ -24,9 +24,6 @@ class EvaluatedModel:
     Attributes:
         precision: Number format it computes in.
         batch_size: Images, or texts, that it embeds at once.
-
-    Raises:
-        ClipcidError: when this machine cannot compute in the requested precision.
     """
 
     def __init__(self, name: ModelName, machine: Machine, settings: ReadingSettings, reporter: Reporter) -> None:
@@ -38,11 +35,7 @@ class EvaluatedModel:
         self._fingerprints: list[FileRecord] | None = None
 
     def load(self) -> ClipModel:
-        """Load the model, once.
-
-        Raises:
-            ClipcidError: on every process, when it cannot be loaded on any.
-        """
+        """Load the model, once."""
         if self._model is None:
             self._model = self._machine.on_all(lambda: load_model(self.name, self._machine.device))
         assert self._model is not None
@@ -65,9 +58,6 @@ class EvaluatedModel:
 
         The hash covers the whole weights file and equals `ModelInfo.weights_hash`, by which an export finds the metrics
         that belong to its model.
-
-        Raises:
-            ClipcidError: on every process, when the model cannot be loaded.
         """
         if self._fingerprints is None:
             if self.name.kind == "folder":

@@ -52,11 +52,7 @@ class ProbeData:
 
 
 def open_probe_data(settings: EvalLinearSettings, reporter: Reporter) -> ProbeData:
-    """Open all splits and match their classes: class folders by name, numbered classes by number.
-
-    Raises:
-        ClipcidError: when a split is missing, has no classes, or has classes that the training split lacks.
-    """
+    """Open all splits and match their classes: class folders by name, numbered classes by number."""
     name, train_data, test_data = _locate(settings, reporter)
     splits = []
     given = {"--train": train_data, "--test": test_data} | ({"--val": settings.val} if settings.val is not None else {})
@@ -100,11 +96,7 @@ def _labels_of(train: Dataset, other: Dataset) -> tuple[int, ...] | None:
 
 
 def _locate(settings: EvalLinearSettings, reporter: Reporter) -> tuple[str, str, str]:
-    """Return the name of the data set and where its two splits are.
-
-    Raises:
-        ClipcidError: when a known data set is named and has no local copy.
-    """
+    """Return the name of the data set and where its two splits are."""
     found = find_copy(settings.data, settings.data_root, reporter) if settings.data is not None else None
     name, folder = (found[0].name, str(found[1])) if found is not None else (None, str(settings.data).rstrip("/"))
     train = settings.train if settings.train is not None else f"{folder}/train"
@@ -177,9 +169,6 @@ def extract_features(
     Args:
         fingerprints: Identity of the split's files and images.
         folder: Where features are kept.
-
-    Raises:
-        ClipcidError: on every process, when no sample, or too few, can be used.
     """
     info, machine = encoder.model.info, encoder.machine
     identity = {

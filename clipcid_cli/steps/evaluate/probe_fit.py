@@ -65,10 +65,6 @@ class ProbeFits:
         held_out: Images on which the regularisation strength is chosen; None takes part of the training images.
         metric: Metric by which it is chosen.
         settings: Share held out, shots and seed.
-
-    Raises:
-        ClipcidError: when nothing can be held out, classes do not differ, or --shots or --knn ask for more images than
-            there are.
     """
 
     def __init__(

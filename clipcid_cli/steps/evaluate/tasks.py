@@ -90,11 +90,7 @@ class ZeroshotTask:
             yield index.sample(number, place)
 
     def label(self, sample: Sample) -> int | None:
-        """Return the sample's class, None when it has none.
-
-        Raises:
-            ClipcidError: when there is no class of that number.
-        """
+        """Return the sample's class, None when it has none."""
         if sample.label is None:
             return None
         if not 0 <= sample.label < len(self.class_names):
@@ -112,11 +108,7 @@ class ZeroshotTask:
         return self.label(sample) is not None
 
     def labels(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """Return the classes of samples that have one: int64 [B], or bool [B, C] where an image may have several.
-
-        Raises:
-            ClipcidError: when there is no class of that number.
-        """
+        """Return the classes of samples that have one: int64 [B], or bool [B, C] where an image may have several."""
         if not self.multi_label:
             return torch.tensor([self.label(sample) for sample in samples])
         positive = torch.zeros(len(samples), len(self.class_names), dtype=torch.bool)
@@ -145,9 +137,6 @@ def plan_tasks(
 
     Args:
         models: What is measured, by which a part held out from training is chosen where no data set is named.
-
-    Raises:
-        ClipcidError: for the first data set that cannot be opened or lacks what its task needs.
     """
     if not settings.data:
         return [_plan_held_out(settings, models, reporter)]
@@ -212,9 +201,6 @@ def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[KnownDataset, 
 
     Returns:
         The data set and its folder; None when the name is not that of a known data set.
-
-    Raises:
-        ClipcidError: when there is no copy.
     """
     found = find_known_dataset(name, root)
     if found is not None:

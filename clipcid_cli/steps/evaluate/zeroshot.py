@@ -45,9 +45,6 @@ def run(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[str, Any]:
         The JSON object: for one pair CLIP_benchmark's fields and ``prompts, customary, intervals{}, images, skipped{},
         images_per_second, seconds{}, files{}, reused``; for several ``{"results": [one such object for each pair],
         "files"{}}``; for ``--compare`` what `compare_results` returns.
-
-    Raises:
-        ClipcidError: when a model or data set cannot be read, or too many samples cannot be used.
     """
     if settings.compare:
         return compare_results(settings, reporter)
@@ -79,9 +76,6 @@ def evaluate_models(
 
     Returns:
         One object for each pair, and the paths of table and report.
-
-    Raises:
-        ClipcidError: when a model or data set cannot be read, or too many samples cannot be used.
     """
     for task in tasks:
         check_samples(task.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
@@ -96,11 +90,7 @@ def evaluate_models(
 
 
 def refuse_measured(names: list[ModelName], tasks: list[ZeroshotTask], settings: EvalZeroshotSettings) -> None:
-    """Refuse, before models are trained, the metrics files of earlier ones in the same folders.
-
-    Raises:
-        ClipcidError: for the first there is, unless it may be overwritten.
-    """
+    """Refuse, before models are trained, the metrics files of earlier ones in the same folders."""
     for path in [_metrics_path(name, task, settings) for name in names for task in tasks]:
         if not settings.overwrite and read_metrics_sidecar(path, ZeroshotSidecar) is not None:
             raise ClipcidError(

@@ -66,11 +66,7 @@ class CaptionWindow:
         }
 
     def refuse_empty(self) -> None:
-        """Refuse a window that no image is in.
-
-        Raises:
-            ClipcidError: naming the range of the similarities.
-        """
+        """Refuse a window that no image is in."""
         if self.is_inside.any():
             return
         usable = self.similarity[~np.isnan(self.similarity)]
@@ -102,9 +98,6 @@ def measure_captions(
     Args:
         folder: Where processes share what they find.
         rows: All finite rows.
-
-    Raises:
-        ClipcidError: when there are no text embeddings, or no image lies in the window.
     """
     texts = embeddings.rows(Kind.TEXTS)
     start, stop = machine.share(len(rows))

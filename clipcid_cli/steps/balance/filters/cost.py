@@ -113,9 +113,6 @@ def estimate_filters(
     Args:
         finite: Some finite rows, in random order.
         clusters: Those of ``--max-per-cluster``.
-
-    Raises:
-        ClipcidError: when no image at all is in the caption window.
     """
     images, width = embeddings.num_rows, embeddings.width
     mapped = sum(2 * each.num_rows * width for each in references)
@@ -174,11 +171,7 @@ def _estimate_reference(
 
 
 def _estimate_captions(settings: BalanceSettings, machine: Machine, embeddings: Embeddings) -> CaptionCost:
-    """Measure the rows of one panel, of as many files as have so many; where they have more, stretches of each.
-
-    Raises:
-        ClipcidError: when all images were measured, and none is in the window.
-    """
+    """Measure the rows of one panel, of as many files as have so many; where they have more, stretches of each."""
     files, num_rows = [file for file in embeddings.files if file.rows], embeddings.num_rows
     number = min(len(files), max(1, _PANEL_ROWS // max(1, num_rows // len(files))))
     chosen = [files[place] for place in np.linspace(0, len(files) - 1, number).astype(np.int64).tolist()]

@@ -63,11 +63,7 @@ class PlannedReference:
 def plan_references(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
 ) -> list[PlannedReference]:
-    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made or written.
-
-    Raises:
-        ClipcidError: when one cannot be opened, is of another model or preprocessing, or has no usable row.
-    """
+    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made or written."""
     found: list[PlannedReference] = []
     for name in settings.against:
         folder, cost = Path(name), None
@@ -86,11 +82,7 @@ def plan_references(
 
 
 def refuse_missing(settings: BalanceSettings) -> None:
-    """Refuse references that are neither embeddings nor data, before anything is embedded.
-
-    Raises:
-        ClipcidError: naming the first.
-    """
+    """Refuse references that are neither embeddings nor data, before anything is embedded."""
     for name in settings.against:
         if not _holds_embeddings(Path(name)):
             columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
@@ -107,9 +99,6 @@ def open_references(
 
     Args:
         embeddings: The embeddings to balance.
-
-    Raises:
-        ClipcidError: when one cannot be opened or embedded, or is of another model or preprocessing.
     """
     found: list[Reference] = []
     for name in settings.against:
@@ -175,11 +164,7 @@ def _embed(
 
 
 def _refuse_other_model(embeddings: Embeddings, reference: Embeddings, name: str) -> None:
-    """Refuse a reference of another width; where both say how they were made, of another model or preprocessing.
-
-    Raises:
-        ClipcidError: naming both.
-    """
+    """Refuse a reference of another width; where both say how they were made, of another model or preprocessing."""
     fix = "Embed it with the same model: give the images themselves (--against DATA)."
     if embeddings.width != reference.width:
         raise ClipcidError(

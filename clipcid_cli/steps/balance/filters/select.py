@@ -64,9 +64,6 @@ def apply_filters(
     Args:
         output: That of the run.
         rows: All finite rows.
-
-    Raises:
-        ClipcidError: when none is left.
     """
     if not settings.has_filters:
         return Filters(rows, rows, None, None)

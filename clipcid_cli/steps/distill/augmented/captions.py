@@ -65,11 +65,7 @@ class CaptionChooser:
 def has_all_captions(
     settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts, reporter: Reporter
 ) -> bool:
-    """Tell whether the teacher embedded every caption of every sample.
-
-    Raises:
-        ClipcidError: when it embedded several captions of a sample, but not as many as the sample has now.
-    """
+    """Tell whether the teacher embedded every caption of every sample."""
     if not (counts.several_captions and embeddings.has_texts):
         return False
     if Kind.FURTHER not in embeddings.kinds:
@@ -92,12 +88,7 @@ def _refuse_changed(settings: DistillSettings, embeddings: Embeddings, counts: M
 def find_text_variants(
     settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts, reporter: Reporter
 ) -> TextVariants | None:
-    """Return the embedded variants of captions; None where there are none, or none are used: shown, or as further texts.
-
-    Raises:
-        ClipcidError: when it is not known how their texts were made, or a sample has not as many captions as were embedded:
-            its variants would be other texts.
-    """
+    """Return the embedded variants of captions; None where there are none, or none are used: shown, or as further texts."""
     number = embeddings.num_each(Kind.VARIANTS) if embeddings.has_texts else 0
     share = settings.variant_share
     if not number or not (share or settings.shows_extra_texts):

@@ -135,9 +135,6 @@ def find_extra_texts(
     Args:
         embeddings: The teacher's.
         variants: The variants of captions that are shown; None for none.
-
-    Raises:
-        ClipcidError: when there are neither, or the texts were embedded by another model.
     """
     if not settings.shows_extra_texts:
         return None

@@ -28,9 +28,6 @@ def require_requested(
         views: Views of each image that they hold.
         variants: Text variants of each image that they hold.
         model: The teacher, where there are none yet.
-
-    Raises:
-        ClipcidError: naming the command that makes all they hold and what is missing.
     """
     missing: dict[str, dict[str, Any]] = {}
     if settings.views == "stored" and not views:
