@@ -90,7 +90,7 @@ def test_the_table_is_what_a_plain_computation_gives(clipcid: Callable[..., Run]
     assert list(table["key"]) == [f"{row:05d}" for row in range(NUM_ROWS)]
     # The groups the rows were drawn around are found: far nearer to the own centroid than rows of one cluster would be.
     assert result["objective"] > 0.75
-    weights = np.exp(found.images.similarities.astype(np.float64) / found.image_temperature)
+    weights = np.exp(found.images.similarities.astype(np.float64) / found.sidecar.temperatures["image"])
     weights /= weights.sum(axis=1, keepdims=True)
     perplexity = np.exp(-(weights * np.log(np.maximum(weights, 1e-300))).sum(axis=1))
     assert 3 <= float(np.median(perplexity)) <= 4

@@ -24,9 +24,7 @@ class ForestPart:
     A session is one run of a search; the next one, after it was stopped, divides what is left of its tiles.
 
     Attributes:
-        session: Number of the session.
-        rank: Number of the process.
-        size: Number of processes.
+        rank: Number of the process, of `size`.
         tiles: The tiles that the session divides, ranges of their numbers: start, stop and step, int64 [R, 3].
         done: How many tiles of its share the process has finished.
         a: Smaller row of each edge, integers [E].
@@ -48,12 +46,7 @@ class ForestPart:
 
 @dataclasses.dataclass(frozen=True)
 class ForestParts:
-    """The parts of a search in progress: a killed search resumes from them, and the first process merges them.
-
-    Attributes:
-        folder: The folder of `balance`.
-        search: Name of the search; parts of another cut-off or other tiles have another name.
-    """
+    """The parts of a search in the folder of `balance`; those of another cut-off or other tiles have another name."""
 
     folder: Path
     search: str
@@ -86,12 +79,7 @@ class ForestParts:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceParts:
-    """The stretches of one comparison with one reference.
-
-    Attributes:
-        folder: The folder of `balance`.
-        name: Identifies rows, reference and distance.
-    """
+    """The stretches of one comparison in the folder of `balance`, named after rows, reference and distance."""
 
     folder: Path
     name: str
@@ -100,7 +88,6 @@ class ReferenceParts:
         """Save a stretch of M rows.
 
         Args:
-            stretch: Its number.
             reference: The nearest reference row of each row, int64 [M]; −1 where none is near enough.
             distance: Its distance, float32 [M].
         """
@@ -117,8 +104,6 @@ class ReferenceParts:
 
 def keep_references(folder: Path, names: set[str]) -> None:
     """Remove the stretches of all comparisons but these, in the folder of `balance`."""
-    for path in (folder / _REFERENCES).glob("*"):
+    for path in (folder / _REFERENCES).glob("*") if names else [folder / _REFERENCES]:
         if path.name not in names:
             shutil.rmtree(path, ignore_errors=True)
-    if not names:
-        shutil.rmtree(folder / _REFERENCES, ignore_errors=True)

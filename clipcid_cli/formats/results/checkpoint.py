@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.reading import open_regular
+from clipcid_cli.formats.reading import reading
+
+# Should the newest be damaged on a failing disk, the run is not lost.
+_KEPT = 2
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -18,24 +20,15 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write a checkpoint, then remove all but the newest ones.
-
-    Args:
-        folder: Folder of the run's checkpoints.
-        state: Tensors, numbers, texts, and dicts and lists of them.
-    """
+    """Write a checkpoint (tensors, numbers, texts, and dicts and lists of them), then remove all but the newest ones."""
     with atomic_file(checkpoint_path(folder, step)) as file:
         torch.save(state, file)
     remove_old_checkpoints(folder)
 
 
-def remove_old_checkpoints(folder: Path, keep: int = 2) -> None:
-    """Remove all but the newest checkpoints.
-
-    Args:
-        keep: How many to keep. Two: should the newest be damaged on a failing disk, the run is not lost.
-    """
-    for old in list_checkpoints(folder)[:-keep]:
+def remove_old_checkpoints(folder: Path) -> None:
+    """Remove all but the newest checkpoints."""
+    for old in list_checkpoints(folder)[:-_KEPT]:
         checkpoint_path(folder, old).unlink(missing_ok=True)
 
 
@@ -47,14 +40,9 @@ def list_checkpoints(folder: Path) -> list[int]:
 def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
     """Read a checkpoint; only tensors and plain values are admitted, so the file cannot run code."""
     path = checkpoint_path(folder, step)
-    try:
-        with open_regular(path):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+    fix = "Remove it to resume from the one before, or start over with --resume never."
+    with reading(path, "a checkpoint", fix):
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}, not the state of a run")
-    except Exception as error:  # torch.load raises RuntimeError, EOFError, pickle and zip errors for a damaged file
-        raise ClipcidError(
-            f"Checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}",
-            "Remove it to resume from the one before, or start over with --resume never.",
-        ) from error
-    return state
+        return state

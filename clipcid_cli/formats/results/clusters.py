@@ -25,8 +25,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.fingerprint import refuse_changed
-from clipcid_cli.formats.parquet import read_columns
-from clipcid_cli.formats.reading import describe, open_regular
+from clipcid_cli.formats.parquet import count_rows, read_columns
+from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import remake_clusters
 
@@ -37,6 +37,7 @@ PROGRESS = ".progress.npz"
 
 _SCHEMA = pa.schema([("key", pa.string()), ("cluster", pa.int32()), ("similarity", pa.float32())])
 _PREFIXES = {"image": "", "caption": "caption_"}
+_AGAIN = "Make the clusters again, by their command and --overwrite."
 _MIN_PART_ROWS = 8192
 _MAX_PARTS = 256
 
@@ -56,23 +57,18 @@ class TopClusters:
 
 @dataclasses.dataclass(frozen=True)
 class Clusters:
-    """A finished `cluster` output.
+    """A finished `cluster` output; arrays are mapped, not read.
 
     Attributes:
-        centroids: Unit rows, float32 [K, D], mapped from the file, not read.
-        images: Mapped likewise: the m nearest centroids of each image's features (of its joint features, where those were
-            clustered).
+        centroids: Unit rows, float32 [K, D].
+        images: The m nearest centroids of each image's features (of its joint features, where those were clustered).
         captions: The same for the captions' embeddings; None when there were none.
-        image_temperature: τ_T at which softmax(similarity/τ_T) over an image's m centroids has a median perplexity of 3.5.
-        sidecar: What ``cluster.json`` says.
     """
 
     folder: Path
     centroids: npt.NDArray[np.float32]
     images: TopClusters
     captions: TopClusters | None
-    image_temperature: float
-    caption_temperature: float | None
     sidecar: ClusterSidecar
 
     @property
@@ -86,7 +82,7 @@ class Clusters:
 
 
 def read_cluster_sidecar(folder: Path) -> ClusterSidecar:
-    """Read the sidecar of finished clusters; where there are none, that is a ClipcidError."""
+    """Read the sidecar of finished clusters; where there are none, that is an error."""
     sidecar = read_sidecar(sidecar_path(folder, "cluster"), ClusterSidecar)
     if sidecar is None:
         raise ClipcidError(
@@ -104,45 +100,32 @@ def open_clusters(folder: Path, work: Path | None = None, is_checked: bool = Fal
         is_checked: Whether the centroids are known to be finite, so that they need not be read.
     """
     sidecar = read_cluster_sidecar(folder)
-
-    def remake() -> str:
-        return remake_clusters(folder, sidecar, work)
-
-    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "cluster"), remake)
-    try:
-        for name in (CENTROIDS, TABLE):
-            open_regular(folder / name).close()
+    fix = remake_clusters(folder, sidecar, work)
+    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "cluster"), lambda: fix)
+    num_rows = count_rows(folder / TABLE, fix)
+    with reading(folder / CENTROIDS, "centroids", fix):
         centroids = np.load(folder / CENTROIDS, mmap_mode="r", allow_pickle=False)
         if centroids.ndim != 2 or centroids.dtype != np.float32 or not (is_checked or _are_finite(centroids)):
-            raise ValueError(f"{CENTROIDS} holds {centroids.dtype} {list(centroids.shape)}, not finite float32 [K, D]")
-        num_rows = pq.read_metadata(folder / TABLE).num_rows
-        tops = {tower: map_tops(folder, tower, num_rows) for tower in sidecar.temperatures}
-    except Exception as error:  # numpy and pyarrow raise what they like for a damaged file
-        raise ClipcidError(f"{folder} cannot be read as clusters: {describe(error)}.", remake()) from error
-    return Clusters(
-        folder=folder,
-        centroids=centroids,
-        images=tops["image"],
-        captions=tops.get("caption"),
-        image_temperature=sidecar.temperatures["image"],
-        caption_temperature=sidecar.temperatures.get("caption"),
-        sidecar=sidecar,
-    )
+            raise ValueError(f"it holds {centroids.dtype} {list(centroids.shape)}, not finite float32 [K, D]")
+    tops = {tower: map_tops(folder, tower, num_rows, fix) for tower in sidecar.temperatures}
+    return Clusters(folder, centroids, tops["image"], tops.get("caption"), sidecar)
 
 
-def map_tops(folder: Path, tower: str, num_rows: int) -> TopClusters:
-    """Map the nearest centroids of the images (``image``) or of the captions (``caption``)."""
-    paths = top_paths(folder, tower)
-    for path in paths:
-        if not path.exists():  # `cluster` of earlier versions had them in the table
-            raise ValueError(f"it has no {path.name}")
-    clusters, similarities = (np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) for path in paths)
-    shapes = [list(clusters.shape), list(similarities.shape)]
-    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or len(clusters) != num_rows:
-        raise ValueError(f"{TABLE} has {num_rows:,} rows, {paths[0].name} is {shapes[0]}, {paths[1].name} {shapes[1]}")
-    if clusters.dtype != np.int32 or similarities.dtype != np.float16:
-        raise ValueError(f"{paths[0].name} holds {clusters.dtype}, {paths[1].name} {similarities.dtype}")
-    return TopClusters(clusters, similarities)
+def _are_finite(rows: npt.NDArray[np.float32]) -> bool:
+    return all(np.isfinite(rows[start : start + _MIN_PART_ROWS]).all() for start in range(0, len(rows), _MIN_PART_ROWS))
+
+
+def map_tops(folder: Path, tower: str, num_rows: int, fix: str = _AGAIN) -> TopClusters:
+    """Map the nearest centroids of the images (``image``) or of the captions (``caption``), of the rows of the table."""
+    found = []
+    for path, kind in zip(top_paths(folder, tower), ("int32", "float16"), strict=True):
+        with reading(path, "nearest centroids", fix):
+            array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            width = found[0].shape[1] if found else array.shape[-1]
+            if array.dtype != kind or array.shape != (num_rows, width):
+                raise ValueError(f"it holds {array.dtype} {list(array.shape)}; {TABLE} has {num_rows:,} rows")
+            found.append(array)
+    return TopClusters(*found)
 
 
 def top_paths(folder: Path, tower: str) -> tuple[Path, Path]:
@@ -153,8 +136,7 @@ def top_paths(folder: Path, tower: str) -> tuple[Path, Path]:
 
 def read_labels(table: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Read from the table the nearest centroid of each image and its similarity, [N] each."""
-    kinds = {"cluster": pa.int32(), "similarity": pa.float32()}
-    found = read_columns(table, kinds, "Make the clusters again, by their command and --overwrite.")
+    found = read_columns(table, {"cluster": pa.int32(), "similarity": pa.float32()}, _AGAIN)
     return found["cluster"].to_numpy(), found["similarity"].to_numpy()
 
 
@@ -166,16 +148,8 @@ def read_label_parts(folder: Path) -> Iterator[tuple[npt.NDArray[np.int32], npt.
             yield part["cluster"].to_numpy(), part["similarity"].to_numpy()
 
 
-def _are_finite(rows: npt.NDArray[np.float32]) -> bool:
-    return all(np.isfinite(rows[start : start + _MIN_PART_ROWS]).all() for start in range(0, len(rows), _MIN_PART_ROWS))
-
-
 def part_bounds(num_rows: int) -> list[tuple[int, int]]:
-    """Cut rows into the parts they are written in.
-
-    Returns:
-        First row and the one after the last of each part; a function of the number of rows only, at most 256 parts.
-    """
+    """Return the first row and the one after the last of each part: at most 256, by the number of rows only."""
     size = max(_MIN_PART_ROWS, -(-num_rows // _MAX_PARTS))
     return [(first, min(num_rows, first + size)) for first in range(0, num_rows, size)]
 
@@ -193,8 +167,6 @@ def write_part(
     Args:
         path: Where, from :func:`part_path`.
         similarities: Similarity to the nearest centroid, [n], before its rounding to float16.
-        images: Nearest centroids of the images.
-        captions: Nearest centroids of the captions, where there are text embeddings.
     """
     arrays: dict[str, npt.NDArray[Any]] = {"similarity": similarities.astype(np.float32)}
     for tower, tops in (("image", images), ("caption", captions)):
@@ -223,10 +195,8 @@ def join_parts(
             part = load_arrays(path := part_path(folder, number))
             if part is None:
                 raise ClipcidError(f"{path} is damaged.", f"Remove it and give the command again: rm {path}")
-            labels = part["top_clusters"][:, 0]
-            writer.write_table(
-                pa.table([keys(first, last).cast(pa.string()), labels, part["similarity"]], schema=_SCHEMA)
-            )
+            columns = [keys(first, last), part["top_clusters"][:, 0], part["similarity"]]
+            writer.write_table(pa.table(columns, schema=_SCHEMA))
             for name, file in files.items():
                 if not number:
                     shape = bounds[-1][1], part[name].shape[1]

@@ -27,7 +27,6 @@ class Features:
         rows: Unit rows, float32 [N, D].
         labels: Class of each image, int64 [N]; where images may have several, whether each image has each class,
             bool [N, C].
-        skips: Samples that could not be used.
     """
 
     rows: npt.NDArray[np.float32]
@@ -36,12 +35,7 @@ class Features:
 
 
 def features_path(folder: Path, model_slug: str, identity: dict[str, Any]) -> Path:
-    """Return where features are kept.
-
-    Args:
-        model_slug: Name of the model for people; the hash distinguishes models of one name.
-        identity: Everything that determines the features, as JSON values.
-    """
+    """Return where features are kept: under the model's name, for people, and a hash of all that determines them."""
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
     return folder / f"{model_slug}-{digest}.npz"
 

@@ -48,14 +48,13 @@ def row_files_path(folder: Path, neighbors: str) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class StoredForest:
-    """A forest read from its file.
+    """The columns of a forest and what belongs to it.
 
     Attributes:
         a: Smaller row of each edge, integers [E].
         b: Larger row, integers [E].
         distance: Their distance, float32 [E], ascending.
         cutoff: The distance up to which it was searched.
-        num_rows: Number of rows.
         neighbors: How it was searched: ``exact`` or ``partitioned``; of rows that filters have left, followed by
             ``-filtered``.
     """
@@ -72,12 +71,8 @@ def open_forest(
     folder: Path, inputs: Sequence[FileRecord], neighbors: str, *, overwrite: bool
 ) -> AbstractContextManager[Output[ForestSidecar]]:
     """Open the forest of some embeddings in the folder of `balance`; one of others is replaced without a word."""
-    settings = {"neighbors": neighbors}
-    may_differ = ("inputs",)
-    step = _STEPS[neighbors]
-    return open_output(
-        folder, step, ForestSidecar, settings=settings, inputs=inputs, overwrite=overwrite, may_differ=may_differ
-    )
+    wanted: dict[str, Any] = {"settings": {"neighbors": neighbors}, "inputs": inputs, "may_differ": ("inputs",)}
+    return open_output(folder, _STEPS[neighbors], ForestSidecar, **wanted, overwrite=overwrite)
 
 
 def write_forest(
@@ -95,7 +90,6 @@ def write_forest(
         folder: The folder of `balance`.
         row_files: The files through which its rows are numbered, of which it keeps a copy.
         inputs: The embeddings it was made from.
-        seconds: Time by phase.
     """
     with open_forest(folder, inputs, forest.neighbors, overwrite=overwrite) as output:
         output.start()
@@ -103,7 +97,7 @@ def write_forest(
         with atomic_file(path) as file, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
             for start in range(0, len(forest.a), _ROWS_AT_ONCE) or [0]:
                 part = slice(start, start + _ROWS_AT_ONCE)
-                columns = [_wide(forest.a[part]), _wide(forest.b[part]), forest.distance[part]]
+                columns = [forest.a[part], forest.b[part], forest.distance[part]]
                 writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=_ROWS_AT_ONCE)
         own = row_files_path(output.work, forest.neighbors)
         write_bytes(own, row_files.read_bytes())
@@ -118,24 +112,18 @@ def write_forest(
 def read_forest(
     folder: Path, inputs: Sequence[FileRecord], neighbors: str = "exact", *, overwrite: bool = False
 ) -> StoredForest | None:
-    """Read the forest of these embeddings; None when there is none, or one of others.
-
-    Args:
-        folder: The folder of `balance`.
-        neighbors: How it must have been searched.
-        overwrite: Whether one that is damaged or no longer the same counts as none.
-    """
+    """Read the forest of these embeddings; None when there is none, one of others or, to overwrite it, a damaged one."""
     with open_forest(folder, inputs, neighbors, overwrite=overwrite) as output:
         sidecar = output.finished
     if sidecar is None:
         return None
-    path, fix = forest_path(folder, neighbors), "Add --overwrite to search it again."
+    path = forest_path(folder, neighbors)
+    fix = "Add --overwrite to search it again."
     table = read_columns(path, dict(zip(_SCHEMA.names, _SCHEMA.types, strict=True)), fix)
-    num_rows, distance = sidecar.counts["images"], table["distance"].to_numpy()
-    a, b = (table[name].to_numpy() for name in ("a", "b"))
-    if len(a) and not (
-        int(a.min()) >= 0 and (a < b).all() and int(b.max()) < num_rows and (distance[1:] >= distance[:-1]).all()
-    ):
+    a, b, distance = (column.to_numpy() for column in table.columns)
+    num_rows = sidecar.counts["images"]
+    in_range = a.min(initial=0) >= 0 and (a < b).all() and b.max(initial=-1) < num_rows
+    if not (in_range and (distance[1:] >= distance[:-1]).all()):
         raise ClipcidError(f"{path} is not a forest of {num_rows:,} rows with ascending distances.", fix)
     kind = np.int32 if num_rows < 2**31 else np.int64
     return StoredForest(a.astype(kind), b.astype(kind), distance, sidecar.cutoff, num_rows, neighbors)
@@ -145,7 +133,3 @@ def find_earlier(folder: Path, inputs: Sequence[FileRecord], *, overwrite: bool)
     """Return the sidecar of the exact forest of other embeddings that is there; None when there is none."""
     with open_forest(folder, inputs, "exact", overwrite=overwrite) as output:
         return output.earlier
-
-
-def _wide(rows: IntArray) -> npt.NDArray[np.int64]:
-    return rows.astype(np.int64, copy=False)

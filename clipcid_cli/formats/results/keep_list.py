@@ -22,23 +22,22 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.parquet import is_text
-from clipcid_cli.formats.reading import describe, open_regular
+from clipcid_cli.formats.reading import reading
 
 ROWS_AT_ONCE = 2**20
 """Rows of a row group."""
 
 _SCHEMA = pa.schema(
-    [
-        ("key", pa.large_string()),
-        ("shard", pa.large_string()),
-        ("component", pa.int64()),
-        ("component_size", pa.int64()),
-        ("kept", pa.bool_()),
-        ("representative", pa.large_string()),
-        ("distance", pa.float32()),
-    ]
+    {
+        "key": pa.large_string(),
+        "shard": pa.large_string(),
+        "component": pa.int64(),
+        "component_size": pa.int64(),
+        "kept": pa.bool_(),
+        "representative": pa.large_string(),
+        "distance": pa.float32(),
+    }
 )
-_REQUIRED = ("key", "kept")
 _FIX = "Give another --keep-list, or make one: clipcid balance DATA --keep R"
 
 BoolArray = npt.NDArray[np.bool_]
@@ -70,8 +69,7 @@ class KeepList:
     @property
     def first_key(self) -> str | None:
         """Key of the first image; None where there are none."""
-        first: pa.Array | None = next(self._batches("key"), None)
-        return None if first is None else str(first[0])
+        return next((str(keys[0]) for keys in self._batches("key")), None)
 
     def kept_keys(self) -> Iterator[pa.Array]:
         """Yield the keys of the kept images, a part of the list at a time."""
@@ -121,11 +119,7 @@ class KeepList:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column that a keep list has beside the usual ones.
-
-    Attributes:
-        read: Makes the values of some rows.
-    """
+    """A column that a keep list has beside the usual ones; `read` makes the values of some rows."""
 
     name: str
     kind: pa.DataType
@@ -147,15 +141,13 @@ def write_keep_list(
     distances: npt.NDArray[np.float32],
     more: Sequence[Column] = (),
 ) -> None:
-    """Write a keep list, whole or not at all; the same values give the same bytes.
+    """Write a keep list of N images, whole or not at all; the same values give the same bytes.
 
     Args:
-        keys: Key of each of N images.
         labels: The smallest row of each image's set, integers [N].
         representatives: The representative of each image, itself where it is kept, integers [N]; −1 where no image is kept
             in its place: `representative` and `distance` are then null.
         distances: Distance to it, float32 [N].
-        more: Further columns.
     """
     parts = [slice(start, min(start + ROWS_AT_ONCE, len(labels))) for start in range(0, len(labels), ROWS_AT_ONCE)]
     sizes = np.zeros(len(labels), np.int32 if len(labels) < 2**31 else np.int64)
@@ -175,8 +167,8 @@ def write_keep_list(
             columns = [
                 all_keys[part],
                 all_shards[part],
-                labels[part].astype(np.int64, copy=False),
-                sizes[labels[part]].astype(np.int64),
+                labels[part],
+                sizes[labels[part]],
                 chosen == np.arange(part.start, part.stop),
                 all_keys.take(pa.array(chosen, mask=is_none)),
                 pa.array(distances[part], mask=is_none),
@@ -189,20 +181,15 @@ def read_keep_list(path: Path) -> KeepList:
     """Open a keep list, ours or any parquet file with the columns `key` and `kept`."""
     with _open(path) as file:
         schema = file.schema_arrow
-        missing = sorted(set(_REQUIRED) - set(schema.names))
+        missing = sorted({"key", "kept"} - set(schema.names))
         if missing:
             raise ClipcidError(f"{path} is not a keep list: it has no column {', '.join(missing)}.", _FIX)
         if not is_text(kind := schema.field("key").type):
             raise ClipcidError(f"{path} is not a keep list: its column `key` is of type {kind}, not text.", _FIX)
-        has_nulls = schema.field("kept").type != pa.bool_() or _has_null_keys(file)
-        kept, start = np.empty(file.metadata.num_rows, np.bool_), 0
-        for batch in () if has_nulls else file.iter_batches(ROWS_AT_ONCE, columns=["kept"]):
-            has_nulls |= bool(batch.column(0).null_count)
-            kept[start : start + len(batch)] = batch.column(0).fill_null(False).to_numpy(zero_copy_only=False)
-            start += len(batch)
-        if has_nulls:
+        kept = file.read(columns=["kept"])["kept"]
+        if kept.type != pa.bool_() or kept.null_count or _has_null_keys(file):
             raise ClipcidError(f"Keep list {path} has rows without a `key`, or without true or false as `kept`.", _FIX)
-    return KeepList(path, kept, "shard" in schema.names, "dropped_by" in schema.names)
+    return KeepList(path, kept.to_numpy(), "shard" in schema.names, "dropped_by" in schema.names)
 
 
 def _has_null_keys(file: pq.ParquetFile) -> bool:
@@ -214,26 +201,17 @@ def _has_null_keys(file: pq.ParquetFile) -> bool:
 
 @contextmanager
 def _open(path: Path) -> Iterator[pq.ParquetFile]:
-    try:
-        with open_regular(path), pq.ParquetFile(path) as file:
-            yield file
-    except FileNotFoundError as error:
-        raise ClipcidError(f"There is no keep list {path}.", _FIX) from error
-    except ClipcidError:
-        raise
-    except Exception as error:  # pyarrow raises what it likes for a damaged file
-        raise ClipcidError(f"Keep list {path} cannot be read: {describe(error)}.", _FIX) from error
+    if not path.exists():
+        raise ClipcidError(f"There is no keep list {path}.", _FIX)
+    with reading(path, "a keep list", _FIX), pq.ParquetFile(path) as file:
+        yield file
 
 
 def read_dropped(path: Path) -> Iterator[pa.Table]:
-    """Read the dropped images and their representatives, a part of the list at a time.
-
-    Args:
-        path: A keep list written by `write_keep_list`.
+    """Read the dropped images that others are kept for, a part of a list that `write_keep_list` wrote at a time.
 
     Yields:
-        One row per dropped image that another is kept for, in row order: ``from`` (its key), ``to`` (the key of its
-        representative), ``distance`` (float32).
+        One row each, in row order: ``from`` (its key), ``to`` (the key of its representative), ``distance`` (float32).
     """
     with _open(path) as file:
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=["key", "representative", "distance", "kept"]):

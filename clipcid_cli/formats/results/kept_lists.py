@@ -20,8 +20,7 @@ UID_HALVES = np.dtype([("f0", "<u8"), ("f1", "<u8")])
 
 _PAIRS = pa.schema([("from", pa.string()), ("to", pa.string()), ("distance", pa.float32())])
 _UID = "[0-9a-fA-F]{32}"
-_AT_ONCE = 2**20
-_LINES_AT_ONCE = 2**16
+_AT_ONCE = 2**16
 
 
 def are_uids(keys: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
@@ -39,10 +38,8 @@ def write_uids(path: Path, uids: Iterable[pa.ChunkedArray], count: int, *, overw
     """Write identifiers as DataComp's resharder and leaderboard read them: npy of their 64-bit halves, sorted, each once.
 
     Args:
-        uids: Strings of 32 hexadecimal digits, in any order, in parts. Repeated ones are written once: for each occurrence
-            the resharder would write the sample.
-        count: How many there are.
-        overwrite: Replace a file with other content.
+        uids: `count` strings of 32 hexadecimal digits, in any order, in parts. Repeated ones are written once: for each
+            occurrence the resharder would write the sample.
 
     Returns:
         The number written.
@@ -56,21 +53,16 @@ def write_uids(path: Path, uids: Iterable[pa.ChunkedArray], count: int, *, overw
             start += len(found)
     assert start == count, f"{start} of {count} identifiers"
     halves = halves[np.lexsort((halves[:, 1], halves[:, 0]))]
-    if len(halves):
-        halves = halves[np.append(True, (halves[1:] != halves[:-1]).any(axis=1))]
+    is_first = np.ones(count, np.bool_)
+    is_first[1:] = (halves[1:] != halves[:-1]).any(axis=1)
+    halves = halves[is_first]
     with named_file(path, overwrite) as file:
         np.save(file, np.ascontiguousarray(halves, "<u8").view(UID_HALVES)[:, 0], allow_pickle=False)
     return len(halves)
 
 
 def write_pairs(path: Path, pairs: Iterable[pa.Table], *, overwrite: bool) -> None:
-    """Write a table of dropped images as parquet or csv.
-
-    Args:
-        path: The file; csv where its name ends in `.csv`.
-        pairs: Columns ``from`` and ``to`` (string), ``distance`` (float32), in parts, see `read_dropped`.
-        overwrite: Replace a file with other content.
-    """
+    """Write the dropped images that `read_dropped` reads, as csv where the file's name ends so, else as parquet."""
     with named_file(path, overwrite) as file:
         if path.suffix == ".csv":
             for number, part in enumerate(pairs):
@@ -88,12 +80,12 @@ def write_keys(path: Path, keys: Iterable[pa.Array], *, overwrite: bool) -> None
     """Write keys, in parts, as UTF-8 text, one a line; a key that holds a line break, which would be two, is refused."""
     with named_file(path, overwrite) as file:
         for part in keys:
-            broken = pc.match_substring_regex(part, r"[\r\n]").to_numpy(zero_copy_only=False)
-            if broken.any():
+            broken = part.filter(pc.match_substring_regex(part, r"[\r\n]"))
+            if len(broken):
                 raise ClipcidError(
-                    f"Key {part[int(np.argmax(broken))].as_py()!r} contains a line break, so it cannot be a line of {path}.",
+                    f"Key {broken[0].as_py()!r} contains a line break, so it cannot be a line of {path}.",
                     "Omit --write-keys: the keep list has the keys.",
                 )
-            for start in range(0, len(part), _LINES_AT_ONCE):
-                lines = part.slice(start, _LINES_AT_ONCE).to_pylist()
+            for start in range(0, len(part), _AT_ONCE):
+                lines = part.slice(start, _AT_ONCE).to_pylist()
                 file.write("".join(f"{line}\n" for line in lines).encode())

@@ -7,8 +7,6 @@ Source: LAION-AI/CLIP_benchmark 1.6.2, cli.py (`eval` writes them, `build` makes
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import re
@@ -16,41 +14,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json, write_text
+from clipcid_cli.formats.atomic import pack_csv, write_json, write_text
 from clipcid_cli.formats.fingerprint import refuse_changed
-from clipcid_cli.formats.reading import describe, read_regular
+from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import EvaluationSidecar, Kind, read_sidecar, sidecar_path
 
 SIDECARS = "sidecars"
 FIELDS = ("dataset", "model", "pretrained", "task", "language", "metrics")
-_NAMES = ("dataset", "model", "task")
+
+# The table and the report on all pairs of one `eval-zeroshot`.
+SUMMARY_TABLE = "results.csv"
+SUMMARY_REPORT = "report.html"
 
 
 def make_metrics(
-    *,
-    dataset: str,
-    model: str,
-    pretrained: str,
-    task: str,
-    metrics: Mapping[str, float],
-    language: str = "en",
+    *, dataset: str, model: str, pretrained: str, task: str, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
     """Put metrics into CLIP_benchmark's fields.
 
     Args:
-        dataset: Name of the data set.
-        pretrained: Tag of its weights, or the folder they were read from.
+        pretrained: Tag of the model's weights, or the folder they were read from.
         task: ``zeroshot_classification``, ``zeroshot_retrieval`` or ``linear_probe``.
         metrics: Values by name; NaN becomes null, since JSON has none.
-        language: Language of class names and captions.
     """
     return {
         "dataset": dataset,
         "model": model,
         "pretrained": pretrained,
         "task": task,
-        "language": language,
+        "language": "en",
         "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
     }
 
@@ -61,11 +53,7 @@ def metrics_stem(dataset: str, model: str, task: str) -> str:
 
 
 def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Write a metrics file.
-
-    Args:
-        metrics: What :func:`make_metrics` returned.
-    """
+    """Write a metrics file: the fields of what :func:`make_metrics` returned, and no other."""
     write_json(path, {field: metrics[field] for field in FIELDS})
 
 
@@ -76,9 +64,6 @@ def read_metrics_sidecar(path: Path, kind: type[Kind]) -> Kind | None:
 
 def refuse_changed_metrics(path: Path, fix: str) -> EvaluationSidecar | None:
     """Refuse a metrics file, or its predictions, that differ from what their sidecar records.
-
-    Args:
-        fix: What to run to make them again.
 
     Returns:
         The sidecar; None when there is none.
@@ -92,36 +77,20 @@ def refuse_changed_metrics(path: Path, fix: str) -> EvaluationSidecar | None:
 
 def read_metrics(path: Path) -> dict[str, Any]:
     """Read a metrics file, ours or CLIP_benchmark's."""
-    try:
-        content = json.loads(read_regular(path))
+    with reading(path, f"metrics, a JSON object with {', '.join(FIELDS)}", "Run the evaluation again."):
+        content = json.loads(path.read_bytes())
         found = {field: content[field] for field in FIELDS}
-        if not isinstance(found["metrics"], dict) or not all(isinstance(found[name], str) for name in _NAMES):
-            raise TypeError
+        if not isinstance(found["metrics"], dict):
+            raise TypeError("its metrics are no object")
+        for name in ("dataset", "model", "task"):
+            if not isinstance(found[name], str):
+                raise TypeError(f"its {name} is no text")
         return found
-    except OSError as error:
-        raise ClipcidError(f"{path} cannot be read: {describe(error)}.", "Run the evaluation again.") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ClipcidError(
-            f"{path} is not a metrics file: it must be a JSON object with {', '.join(FIELDS)}.",
-            "Remove it and run the evaluation again.",
-        ) from error
-
-
-def summary_table(folder: Path) -> Path:
-    """Return where the csv of all pairs of one `eval-zeroshot` is."""
-    return folder / "results.csv"
-
-
-def summary_report(folder: Path) -> Path:
-    """Return where the report on all pairs of one `eval-zeroshot` is."""
-    return folder / "report.html"
 
 
 def write_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as csv; a value that is None or absent is an empty cell. Several processes may do so at once."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue(), shared=True)
+    import pandas as pd  # an evaluation that finds its results does not wait for it
+
+    frame = pd.DataFrame(rows, dtype=object)  # which leaves whole numbers whole beside empty cells
+    write_text(path, pack_csv(frame).decode(), shared=True)

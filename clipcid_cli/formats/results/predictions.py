@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_parquet
-from clipcid_cli.formats.reading import describe, open_regular
+from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.results.metrics import SIDECARS
 
 CLASSIFICATION, MULTI_LABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
@@ -39,14 +39,7 @@ _ABOUT = b"clipcid"
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """The rows of a file and what they belong to.
-
-    Attributes:
-        kind: ``classification``, ``multilabel`` or ``retrieval``.
-        dataset: Name of the data set.
-        num_classes: Number of classes; 0 for retrieval.
-        table: ``key`` and the columns of the kind.
-    """
+    """The rows of a file, a table of ``key`` and the columns of their kind, and what they belong to."""
 
     kind: str
     model: str
@@ -125,27 +118,17 @@ def read_predictions(path: Path) -> Predictions:
     """Read a file, ordered by key."""
     import pyarrow.parquet as pq  # only --compare needs it
 
-    try:
-        open_regular(path).close()
-        table = pq.read_table(path)
-    except FileNotFoundError as error:
+    if not path.exists():
         raise ClipcidError(
             f"There are no predictions for each image: {path} is missing.",
             "Run eval-zeroshot for that model and data set again, with --predictions.",
-        ) from error
-    except Exception as error:  # pyarrow raises what it likes for a damaged file
-        raise ClipcidError(
-            f"{path} cannot be read: {describe(error)}.", "Remove it and run eval-zeroshot --predictions."
-        ) from error
-    try:
+        )
+    with reading(path, "predictions of clipcid", "Remove it and run eval-zeroshot --predictions."):
+        table = pq.read_table(path)
         about = json.loads(table.schema.metadata[_ABOUT])
         types = {"key": pa.string(), **_COLUMNS[about["kind"]]}
-        ordered = table.select(list(types)).cast(pa.schema(list(types.items()))).sort_by("key")
+        ordered = table.select(list(types)).cast(pa.schema(types)).sort_by("key")
         found = Predictions(about["kind"], about["model"], about["dataset"], int(about["num_classes"]), ordered)
         if any(column.null_count for column in ordered.columns) or not found.is_consistent():
             raise ValueError("its columns do not fit together")
         return found
-    except Exception as error:  # whatever another tool's table, or a changed one, gives rise to
-        raise ClipcidError(
-            f"{path} is not a file of predictions of clipcid.", "Name a metrics file, eval/*.json, of eval-zeroshot."
-        ) from error

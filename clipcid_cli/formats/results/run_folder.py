@@ -1,10 +1,15 @@
-"""The folder of one training run: ``student/``, ``checkpoints/``, ``train.jsonl``, ``results.jsonl``, ``report.html``."""
+"""The folder of one training run: ``student/``, ``checkpoints/``, ``report.html``, and what is logged while it trains.
+
+Logs are ``train.jsonl``, ``results.jsonl`` and, where requested, TensorBoard's files.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,20 +18,18 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.reading import describe, reading
 
-# What the lines of a log hold.
-_VALUES = int | float | None
+# Seconds after which logged lines reach the disk.
+_FLUSH_SECONDS = 2.0
 
 
 class RunFolder:
-    """Names and logs of a run.
+    """Names of a run's files.
 
     Attributes:
         student: The trained model, in open_clip's form.
         student_ema: The same with the average of its weights over the training, where one was kept.
         train_log: A JSON object for each logged step: losses, rates, times.
         results_log: A JSON object for each evaluation on the held-out part.
-        tensorboard: TensorBoard's event files, where requested.
-        report: For people.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,11 +66,9 @@ class RunFolder:
 
     def last_values(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the losses and the metrics that were logged last, by name."""
-        log, results = read_lines(self.train_log), read_lines(self.results_log)
-        losses = {
-            name.removeprefix("loss_"): value for name, value in (log or [{}])[-1].items() if name.startswith("loss_")
-        }
-        return losses, {name: value for name, value in (results or [{}])[-1].items() if name != "step"}
+        last, result = ((read_lines(path) or [{}])[-1] for path in (self.train_log, self.results_log))
+        losses = {name.removeprefix("loss_"): value for name, value in last.items() if name.startswith("loss_")}
+        return losses, {name: value for name, value in result.items() if name != "step"}
 
 
 def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
@@ -91,7 +92,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             content = json.loads(line)
-            if not isinstance(content["step"], int) or not all(isinstance(each, _VALUES) for each in content.values()):
+            values = [content["step"], *content.values()]
+            if not (isinstance(values[0], int) and all(isinstance(value, int | float | None) for value in values)):
                 raise TypeError("a value is of another type")
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             if number == len(lines):
@@ -99,3 +101,66 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             raise ClipcidError(f"Line {number:,} of {path} is none of a log: {describe(error)}.", fix) from error
         found.append(content)
     return found
+
+
+def import_tensorboard() -> Any:
+    """Import PyTorch's side of TensorBoard, which may not be installed."""
+    try:
+        from torch.utils import tensorboard
+    except ImportError as error:
+        raise ClipcidError(
+            "--report-to tensorboard needs TensorBoard, which is not installed.",
+            "pip install 'clipcid[logging]', or omit --report-to: train.jsonl holds the same numbers.",
+        ) from error
+    return tensorboard
+
+
+class TrainingLog:
+    """The logs of a run. Lines of training steps are written every two seconds, evaluations at once."""
+
+    def __init__(self, folder: RunFolder, step: int, *, writes: bool, tensorboard: bool) -> None:
+        """Open the logs.
+
+        Args:
+            step: Steps done so far: of what a killed run gave TensorBoard, later ones are no longer shown.
+            writes: Whether this process writes; nothing is written otherwise.
+            tensorboard: Whether to log for TensorBoard too.
+        """
+        self._folder, self._writes = folder, writes
+        self._board: Any = None
+        if tensorboard and writes:
+            purge = step + 1 if step else None
+            self._board = import_tensorboard().SummaryWriter(str(folder.tensorboard), purge_step=purge)
+        self._lines: list[dict[str, Any]] = []
+        self._flushed = time.monotonic()
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Log a training step: ``step`` and its values by name."""
+        self._lines.append(line)
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def add_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the metrics of an evaluation after `step` steps."""
+        self._write("eval", self._folder.results_log, [{"step": step, **metrics}])
+
+    def flush(self) -> None:
+        """Write the lines that are not on the disk yet."""
+        self._write("train", self._folder.train_log, self._lines)
+        if self._board is not None:
+            self._board.flush()
+        self._lines, self._flushed = [], time.monotonic()
+
+    def _write(self, group: str, path: Path, lines: list[dict[str, Any]]) -> None:
+        """Append lines to a log, and give those of their values that are finite numbers to TensorBoard."""
+        if self._writes:
+            append_lines(path, lines)
+        for line in lines if self._board is not None else ():
+            for name, value in line.items():
+                if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                    self._board.add_scalar(f"{group}/{name}", value, line["step"])
+
+    def close(self) -> None:
+        """Close TensorBoard's files; lines that are not flushed are lost, as after a kill."""
+        if self._board is not None:
+            self._board.close()

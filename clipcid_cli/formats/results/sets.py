@@ -18,15 +18,15 @@ CURVE = "curve.csv"
 
 _ROWS_AT_ONCE = 2**20
 _SCHEMA = pa.schema(
-    [
-        ("component", pa.int64()),
-        ("size", pa.int64()),
-        ("representative", pa.string()),
-        ("farthest", pa.string()),
-        ("farthest_distance", pa.float32()),
-        ("diameter", pa.float32()),
-        ("diameter_is_exact", pa.bool_()),
-    ]
+    {
+        "component": pa.int64(),
+        "size": pa.int64(),
+        "representative": pa.string(),
+        "farthest": pa.string(),
+        "farthest_distance": pa.float32(),
+        "diameter": pa.float32(),
+        "diameter_is_exact": pa.bool_(),
+    }
 )
 
 
@@ -62,19 +62,15 @@ class SetTable:
 
 
 def write_set_table(path: Path, table: SetTable, keys: pa.Array) -> None:
-    """Write the table, whole or not at all; the same values give the same bytes.
-
-    Args:
-        keys: Keys of all rows, strings.
-    """
+    """Write the table, whole or not at all; `keys` are those of all rows, strings."""
     with atomic_file(path) as file, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
         for start in range(0, len(table), _ROWS_AT_ONCE) or [0]:
             part = slice(start, start + _ROWS_AT_ONCE)
             columns = [
-                table.label[part].astype(np.int64),
+                table.label[part],
                 table.size[part],
-                keys.take(pa.array(table.representative[part])).cast(pa.string()),
-                keys.take(pa.array(table.farthest[part])).cast(pa.string()),
+                keys.take(pa.array(table.representative[part])),
+                keys.take(pa.array(table.farthest[part])),
                 table.distance[part],
                 table.diameter[part],
                 table.is_exact[part],
@@ -97,12 +93,10 @@ def write_curve(
         kept: Images kept at each, int64 [C].
         largest: Images in the largest set at each, int64 [C].
     """
-    frame = pd.DataFrame(
-        {
-            "distance": [str(distance) for distance in distances],
-            "kept": kept,
-            "keep_ratio": [f"{count / num_images:.6f}" for count in kept.tolist()],
-            "largest_component": largest,
-        }
-    )
-    write_csv(path, frame)
+    columns = {
+        "distance": [str(distance) for distance in distances],
+        "kept": kept,
+        "keep_ratio": [f"{count / num_images:.6f}" for count in kept.tolist()],
+        "largest_component": largest,
+    }
+    write_csv(path, pd.DataFrame(columns))

@@ -209,8 +209,10 @@ class ClusterLookup:
 
 def temperatures(clusters: Clusters, settings: DistillSettings) -> tuple[float, float]:
     """Return τ_T of the images' and of the captions' distribution: as requested, else as stored."""
-    stored = clusters.image_temperature, clusters.caption_temperature or clusters.image_temperature
-    return stored if settings.cluster_temperature is None else (settings.cluster_temperature,) * 2
+    if settings.cluster_temperature is not None:
+        return settings.cluster_temperature, settings.cluster_temperature
+    stored = clusters.sidecar.temperatures
+    return stored["image"], stored.get("caption", stored["image"])
 
 
 def open_lookup(

@@ -16,8 +16,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.samples import close_copies
 from clipcid_cli.formats.results.checkpoint import write_checkpoint
-from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.formats.results.training_log import TrainingLog
+from clipcid_cli.formats.results.run_folder import RunFolder, TrainingLog
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.machine import Machine

@@ -13,8 +13,7 @@ from clipcid_cli.formats.output import find_output
 from clipcid_cli.formats.results.checkpoint import list_checkpoints
 from clipcid_cli.formats.results.clusters import read_cluster_sidecar
 from clipcid_cli.formats.results.keep_list import read_keep_list
-from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.formats.results.training_log import import_tensorboard
+from clipcid_cli.formats.results.run_folder import RunFolder, import_tensorboard
 from clipcid_cli.formats.sidecar import DistillSidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import start_worker_server

@@ -17,8 +17,7 @@ from clipcid_cli.formats.results.checkpoint import (
     read_checkpoint,
     remove_old_checkpoints,
 )
-from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.formats.results.training_log import TrainingLog
+from clipcid_cli.formats.results.run_folder import RunFolder, TrainingLog
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine

@@ -9,7 +9,7 @@ from clipcid_cli.formats.atomic import remove_abandoned, write_text
 from clipcid_cli.formats.data.class_files import describe_lines
 from clipcid_cli.formats.data.samples import Location
 from clipcid_cli.formats.report import render_report, thumbnail
-from clipcid_cli.formats.results.metrics import read_metrics_sidecar, summary_report, summary_table, write_results
+from clipcid_cli.formats.results.metrics import SUMMARY_REPORT, SUMMARY_TABLE, read_metrics_sidecar, write_results
 from clipcid_cli.formats.sidecar import ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
@@ -27,7 +27,7 @@ def write_summary(work: WorkDirectory, results: list[dict[str, Any]], reporter: 
     Returns:
         ``table`` and ``report``: their paths.
     """
-    table, report = summary_table(work.eval_summary), summary_report(work.eval_summary)
+    table, report = (work.eval_summary / name for name in (SUMMARY_TABLE, SUMMARY_REPORT))
     table.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(table.parent.glob(".*.partial"))
     write_results(table, [_row(result) for result in results])

@@ -64,28 +64,27 @@ def test_what_is_written_is_read_back(tmp_path: Path, captions: bool) -> None:
     np.testing.assert_array_equal(found.images.clusters, tops.clusters)
     np.testing.assert_array_equal(found.images.similarities, tops.similarities)
     assert (found.captions is not None) == captions
-    assert found.caption_temperature == (0.03 if captions else None)
+    assert found.sidecar.temperatures.get("caption") == (0.03 if captions else None)
 
 
 @pytest.mark.parametrize("name", ["top_clusters.npy", "caption_top_similarities.npy"])
 def test_clusters_without_the_arrays_are_refused_with_the_command_that_makes_them(tmp_path: Path, name: str) -> None:
     write_clusters(tmp_path / "clusters", 100)
     (tmp_path / "clusters" / name).unlink()
-    with pytest.raises(ClipcidError, match=rf"it has no {name}\.\nRun: clipcid cluster .* --work .* --overwrite"):
+    with pytest.raises(ClipcidError, match=rf"{name} cannot be read.*\.\nRun: clipcid cluster .* --work .* --overwrite"):
         open_clusters(tmp_path / "clusters", tmp_path)
 
 
 def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     _, tops, _ = write_clusters(tmp_path, 10)
     np.save(tmp_path / "top_clusters.npy", tops.clusters[:, :1])
-    with pytest.raises(ClipcidError, match=r"top_clusters\.npy is \[10, 1\], top_similarities\.npy \[10, 3\]"):
+    with pytest.raises(ClipcidError, match=r"top_similarities\.npy .* holds float16 \[10, 3\]"):
         open_clusters(tmp_path)
     np.save(tmp_path / "top_clusters.npy", tops.clusters.astype(np.int64))
-    with pytest.raises(ClipcidError, match=r"top_clusters\.npy holds int64"):
+    with pytest.raises(ClipcidError, match=r"top_clusters\.npy .* holds int64 \[10, 3\]"):
         open_clusters(tmp_path)
-    for name in ("clusters", "similarities"):
-        np.save(tmp_path / f"top_{name}.npy", getattr(tops, name)[1:])
-    with pytest.raises(ClipcidError, match=r"clusters\.parquet has 10 rows, top_clusters\.npy is \[9, 3\]"):
+    np.save(tmp_path / "top_clusters.npy", tops.clusters[1:])
+    with pytest.raises(ClipcidError, match=r"top_clusters\.npy .* \[9, 3\]; clusters\.parquet has 10 rows"):
         open_clusters(tmp_path)
 
 
@@ -138,5 +137,5 @@ def test_a_cut_off_table_is_refused(tmp_path: Path) -> None:
     write_clusters(tmp_path, 10)
     table = tmp_path / "clusters.parquet"
     table.write_bytes(table.read_bytes()[:-20])
-    with pytest.raises(ClipcidError, match="cannot be read as clusters"):
+    with pytest.raises(ClipcidError, match=r"clusters\.parquet cannot be read as a parquet file"):
         open_clusters(tmp_path)

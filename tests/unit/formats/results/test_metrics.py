@@ -47,7 +47,7 @@ def test_stem_is_one_safe_name() -> None:
 def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(ClipcidError, match="not a metrics file"):
+    with pytest.raises(ClipcidError, match=r"a\.json cannot be read as metrics, a JSON object with dataset"):
         read_metrics(path)
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results import training_log
-from clipcid_cli.formats.results.run_folder import RunFolder, read_lines
-from clipcid_cli.formats.results.training_log import TrainingLog
+from clipcid_cli.formats.results import run_folder
+from clipcid_cli.formats.results.run_folder import RunFolder, TrainingLog, read_lines
 
 
 def test_lines_are_written_together_after_two_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(training_log.time, "monotonic", lambda: now)
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
     folder = RunFolder(tmp_path)
     log = TrainingLog(folder, 0, writes=True, tensorboard=False)
     log.add({"step": 1})
