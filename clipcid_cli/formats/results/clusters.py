@@ -117,7 +117,7 @@ def _are_finite(rows: npt.NDArray[np.float32]) -> bool:
 
 def map_tops(folder: Path, tower: str, num_rows: int, fix: str = _AGAIN) -> TopClusters:
     """Map the nearest centroids of the images (``image``) or of the captions (``caption``), of the rows of the table."""
-    found = []
+    found = list[npt.NDArray[Any]]()
     for path, kind in zip(top_paths(folder, tower), ("int32", "float16"), strict=True):
         with reading(path, "nearest centroids", fix):
             array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))

@@ -1,6 +1,6 @@
 """The samples of training runs and their rows in other files: matched once, mapped by every process and every later run.
 
-    <index of the data>/matched-<identity>/matched.json                  the counts
+    <index of the data>/matched-<identity>/matched.json                  the counts: an output of its own
                                           /training.sizes.npy            int64 [S], samples of each shard
                                           /training.places.npy           place of each in its shard
                                           /training.embeddings.npy       its row of the embeddings
@@ -9,7 +9,7 @@
                                           /held_out.….npy                the same of the samples held out
 
 Shards are in order, samples within a shard too. Numbers are int32 where that suffices, else int64: 12 bytes a row for 400
-million samples with embeddings and clusters. The folder appears whole or not at all, and may be removed while nothing runs.
+million samples with embeddings and clusters. The folder may be removed while nothing runs.
 """
 
 from __future__ import annotations
@@ -17,23 +17,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.atomic import atomic_file, write_error, write_json, write_npy
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed
-from clipcid_cli.formats.reading import read_regular
+from clipcid_cli.formats.atomic import atomic_file, write_npy
 
+STEP = "matched"
 TRAINING, HELD_OUT = "training", "held_out"
 _VERSION = 4
-_COUNTS = "matched.json"
 
 Column: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
@@ -43,7 +39,6 @@ class SampleRows:
     """The samples of one part, in order of shard and place; picklable, and small beside them.
 
     Attributes:
-        folder: Where their columns are.
         part: ``training`` or ``held_out``.
         sizes: Samples of each shard, int64 [S].
     """
@@ -77,11 +72,6 @@ class SampleRows:
         path = _column_path(self.folder, self.part, name)
         column: Column = np.load(path, mmap_mode="r" if self.total else None, allow_pickle=False)
         return column
-
-
-class _Matched(msgspec.Struct):
-    counts: dict[str, Any]
-    outputs: list[FileRecord]
 
 
 Append: TypeAlias = Callable[[Mapping[str, npt.NDArray[Any]]], None]
@@ -126,43 +116,9 @@ def matched_folder(root: Path, identity: Mapping[str, Any]) -> Path:
     return root / f"matched-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
 
 
-def read_matched(folder: Path) -> dict[str, Any] | None:
-    """Read the counts of finished files; None when there are none, or one of them has changed since."""
-    try:
-        found = msgspec.json.decode(read_regular(folder / _COUNTS), type=_Matched)
-    except (OSError, msgspec.MsgspecError):
-        return None
-    return None if find_changed(folder, found.outputs, folder / _COUNTS) else found.counts
-
-
 def open_rows(folder: Path, part: str) -> SampleRows:
-    """Open the samples of one part of finished files."""
+    """Open the samples of one part."""
     return SampleRows(folder, part, np.load(_column_path(folder, part, "sizes"), allow_pickle=False))
-
-
-@contextmanager
-def begin_matched(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write the files of `folder` in; it is removed where the block fails, or a run was killed."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise write_error(partial, error) from error
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def finish_matched(partial: Path, folder: Path, counts: Mapping[str, Any]) -> None:
-    """Let the files of `partial` appear as `folder`, in the place of damaged ones."""
-    files = sorted(path for path in partial.iterdir() if path.is_file())
-    matched = _Matched({**counts}, Memo().record_all(files, partial))
-    write_json(partial / _COUNTS, msgspec.to_builtins(matched))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def _column_path(folder: Path, part: str, name: str) -> Path:

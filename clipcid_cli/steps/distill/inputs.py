@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,14 +16,10 @@ from clipcid_cli.formats.data.index import lock_index
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.formats.output import find_output, open_output
 from clipcid_cli.formats.results.clusters import TABLE
-from clipcid_cli.formats.results.matched_samples import (
-    SampleRows,
-    begin_matched,
-    finish_matched,
-    matched_folder,
-    read_matched,
-)
+from clipcid_cli.formats.results.matched_samples import STEP, SampleRows, matched_folder
+from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
@@ -176,18 +173,19 @@ def _find_samples(
         "val_fraction": settings.val_fraction,
     }
     folder = matched_folder(dataset.index_folder, identity)
-    counts = read_matched(folder)
-    if counts is None:
+    wanted: dict[str, Any] = {"settings": {"matched": folder.name}, "inputs": [], "overwrite": True}
+    matched = find_output(folder, STEP, Sidecar, **wanted).finished
+    if matched is None:
         if scratch is not None:
             folder = matched_folder(scratch, identity)
-        with lock_index(folder.parent):
-            counts = read_matched(folder)  # another run may just have made it
-            if counts is None:
-                with begin_matched(folder) as partial:
-                    found = match_samples(dataset, sources, settings.val_fraction, partial, reporter)
-                    counts = dataclasses.asdict(found.counts)
-                    finish_matched(partial, folder, counts)
-    return MatchedSamples.open(folder, counts)
+        with lock_index(folder.parent), open_output(folder, STEP, Sidecar, **wanted) as output:
+            matched = output.finished  # another run may just have made it
+            if matched is None:
+                output.start()
+                found = match_samples(dataset, sources, settings.val_fraction, output.work, reporter)
+                outputs = [record(path, output.work) for path in sorted(output.work.glob("*.npy"))]
+                matched = output.commit(counts=dataclasses.asdict(found.counts), seconds={}, outputs=outputs)
+    return MatchedSamples.open(folder, matched.counts)
 
 
 def _choose_online(teacher: ModelName | None, embeddings: Embeddings | None) -> ModelName:

@@ -71,7 +71,9 @@ def test_what_is_written_is_read_back(tmp_path: Path, captions: bool) -> None:
 def test_clusters_without_the_arrays_are_refused_with_the_command_that_makes_them(tmp_path: Path, name: str) -> None:
     write_clusters(tmp_path / "clusters", 100)
     (tmp_path / "clusters" / name).unlink()
-    with pytest.raises(ClipcidError, match=rf"{name} cannot be read.*\.\nRun: clipcid cluster .* --work .* --overwrite"):
+    with pytest.raises(
+        ClipcidError, match=rf"{name} cannot be read.*\.\nRun: clipcid cluster .* --work .* --overwrite"
+    ):
         open_clusters(tmp_path / "clusters", tmp_path)
 
 

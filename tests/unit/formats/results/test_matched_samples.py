@@ -8,16 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipcid_cli.formats.results.matched_samples import (
-    HELD_OUT,
-    TRAINING,
-    begin_matched,
-    finish_matched,
-    matched_folder,
-    open_rows,
-    read_matched,
-    writing_rows,
-)
+from clipcid_cli.formats.results.matched_samples import TRAINING, matched_folder, open_rows, writing_rows
 
 
 @pytest.mark.parametrize(("limit", "dtype"), [(2**31 - 1, np.int32), (2**31, np.int64)])
@@ -47,35 +38,5 @@ def test_rows_are_sent_without_their_columns(tmp_path: Path) -> None:
     assert np.array_equal(pickle.loads(sent).places(), np.arange(100_000))
 
 
-def test_a_folder_appears_with_its_counts(tmp_path: Path) -> None:
-    folder = matched_folder(tmp_path, {"val_fraction": 0.1})
-    assert folder != matched_folder(tmp_path, {"val_fraction": 0.2})
-    folder.with_name(f".{folder.name}.partial").mkdir()  # what a killed run left is removed
-    folder.with_name(f".{folder.name}.partial").joinpath("old").touch()
-    with begin_matched(folder) as partial:
-        assert not list(partial.iterdir())
-        with (
-            writing_rows(partial, TRAINING, {"places": 2}) as append,
-            writing_rows(partial, HELD_OUT, {"places": 2}),
-        ):
-            append({"places": np.arange(2)})
-        assert read_matched(folder) is None
-        finish_matched(partial, folder, {"selected": 2})
-    assert read_matched(folder) == {"selected": 2}
-    assert open_rows(folder, TRAINING).places().tolist() == [0, 1]
-    assert open_rows(folder, HELD_OUT).places().tolist() == []
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
-
-
-def test_a_failed_match_leaves_nothing_and_a_changed_file_is_made_again(tmp_path: Path) -> None:
-    folder = matched_folder(tmp_path, {})
-    with pytest.raises(ZeroDivisionError), begin_matched(folder):
-        raise ZeroDivisionError
-    assert not list(tmp_path.iterdir())
-    for content in (b"a", b"b"):
-        with begin_matched(folder) as partial:
-            (partial / "column.npy").write_bytes(content)
-            finish_matched(partial, folder, {"selected": 2})
-        assert read_matched(folder) == {"selected": 2}
-        (folder / "column.npy").write_bytes(b"other")
-        assert read_matched(folder) is None
+def test_other_inputs_have_another_folder(tmp_path: Path) -> None:
+    assert matched_folder(tmp_path, {"val_fraction": 0.1}) != matched_folder(tmp_path, {"val_fraction": 0.2})

@@ -119,11 +119,13 @@ def test_samples_are_matched_once(
     first, _ = train(work, tiny_shards, **settings)
     (matched,) = find_matched(work)
     # A run that was killed while it matched left a folder.
-    (matched.with_name(f".{matched.name}.partial")).mkdir()
     shutil.rmtree(matched)
+    (matched / f".matched-{'0' * 16}").mkdir(parents=True)
     assert train(work, tiny_shards, name="again", **settings)[0] == first
     assert find_matched(work) == [matched]
-    assert not list(matched.parent.glob(".*.partial"))
+    assert [path.name for path in matched.glob(".*")] == [".matched.lock"]
+    next(matched.glob("training.*.npy")).write_bytes(b"damaged")
+    assert train(work, tiny_shards, name="damaged", **settings)[0] == first
 
     def refuse(*_: Any) -> NoReturn:
         raise AssertionError("matched again")
