@@ -20,13 +20,7 @@ _LIBRARIES = {"open-clip": "open_clip", "hf": "transformers", "onnx": "onnx"}
 
 
 def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings, parity: dict[str, Any]) -> ModelCard:
-    """Collect what is known about a model.
-
-    Args:
-        source: The model as named; the folder of a run's student leads to the sidecars of that run.
-        settings: The work directory, and the licence.
-        parity: Entry ``parity`` of `parity.json`.
-    """
+    """Collect what is known about a model; the folder of a run's student leads to the sidecars of that run."""
     name, work = source.slug, settings.work
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
     student = source.path.resolve() if source.path is not None else None

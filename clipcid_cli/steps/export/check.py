@@ -16,6 +16,7 @@ from clipcid_cli.algorithms.metrics.parity import RowDifference, compare_rows
 from clipcid_cli.algorithms.metrics.zeroshot import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.models.towers import DenseImageTower, Encode, ImageTower, TextTower
 from clipcid_cli.runtime.timing import Trial, time_trial
 from clipcid_cli.steps.export.check_inputs import NUM_COMPARED_ROWS, CheckInputs
@@ -38,25 +39,30 @@ LIMITS = {
 _COSINE_LIMITS = {"fp32": 1e-3, "fp16": 5e-3, "int8": math.inf}
 
 # Outputs that are compared row by row, by their names in `parity.json`.
-_OUTPUTS = {"image": "the image encoder", "text": "the text encoder", "dense": "the patches"}
+_OUTPUTS = {"image": "the image encoder", "text": "the text encoder", "dense": "the grid of patches"}
 
 
 class Checker:
     """Compares exports with the original model, in fp32 on the CPU.
 
-    Args:
-        model: On the CPU.
-        inputs: What both are run on.
-        settings: The limits, and whether patches are compared.
+    Attributes:
+        tokens: Of the texts whose rows are compared, int64 [NUM_COMPARED_ROWS, L].
+        pixels: Of the images whose rows are compared, float32 [NUM_COMPARED_ROWS, 3, H, W]; fewer images are repeated.
+        references: The original model's ``image`` and ``text`` tower, and ``dense`` where patches are compared.
     """
 
     def __init__(self, model: ClipModel, inputs: CheckInputs, settings: ExportSettings) -> None:
         self.model, self.inputs, self.settings = model, inputs, settings
         self.tokens = model.tokenizer(inputs.texts)
+        self.pixels = self._prepare(torch.arange(NUM_COMPARED_ROWS) % len(inputs.images))
         self.references: dict[str, Encode] = {"image": ImageTower(model.module), "text": TextTower(model.module)}
         if settings.dense:
             tower = DenseImageTower(model.module).eval()
             self.references["dense"] = lambda pixels: tower(pixels)[1]
+
+    def _prepare(self, places: torch.Tensor | slice) -> torch.Tensor:
+        """Return some images as the image tower takes them, float32 [B, 3, H, W]."""
+        return normalize_pixels(self.inputs.images[places], self.model.info.preprocess)
 
     @cached_property
     def expected(self) -> Trial[torch.Tensor | None]:
@@ -98,21 +104,19 @@ class Checker:
         return found
 
     def _compare_rows(self, name: str, output: str, encode: Encode) -> dict[str, Any]:
-        samples = self.tokens if output == "text" else self.inputs.row_pixels(self.model)
+        samples = self.tokens if output == "text" else self.pixels
         difference = RowDifference()
         with torch.inference_mode():
-            for size in BATCH_SIZES:
-                for batch in samples.split(size):  # type: ignore[no-untyped-call]  # torch leaves split untyped
-                    ours, theirs = self.references[output](batch), encode(batch)
-                    if ours.shape != theirs.shape:
-                        raise ClipcidError(
-                            f"{name}: {_OUTPUTS[output]} have shape {list(theirs.shape)}, PyTorch's {list(ours.shape)}."
-                        )
-                    # Rows are of unit length, patches of a length that varies with the model.
-                    longest = ours.norm(dim=-1).amax()
-                    difference = difference.merge(
-                        compare_rows((ours / longest).flatten(0, -2), (theirs / longest).flatten(0, -2))
+            for batch in (batch for size in BATCH_SIZES for batch in torch.split(samples, size)):
+                ours, theirs = self.references[output](batch), encode(batch)
+                if ours.shape != theirs.shape:
+                    raise ClipcidError(
+                        f"{name}: {_OUTPUTS[output]} makes {list(theirs.shape)}, PyTorch {list(ours.shape)}."
                     )
+                # Rows are of unit length, patches of a length that varies with the model.
+                longest = ours.norm(dim=-1).amax()
+                flat = ((rows / longest).flatten(0, -2) for rows in (ours, theirs))
+                difference = difference.merge(compare_rows(*flat))
         found = {"batch_sizes": list(BATCH_SIZES), "samples": len(samples), **dataclasses.asdict(difference)}
         return found if ours.ndim == 2 else found | {"shape": ["batch", *ours.shape[1:]]}
 
@@ -123,11 +127,10 @@ class Checker:
             The numbers of the candidates, int64 [N], and the median batch's seconds for an image, from prepared pixels.
         """
         rows, seconds = [], []
-        count = len(self.inputs.images)
         with torch.inference_mode():
-            encoders["image"](self.inputs.pixels(self.model, 0, _IMAGE_BATCH))  # also pays for buffers
-            for start in range(0, count, _IMAGE_BATCH):
-                pixels = self.inputs.pixels(self.model, start, start + _IMAGE_BATCH)
+            encoders["image"](self._prepare(slice(_IMAGE_BATCH)))  # also pays for buffers
+            for start in range(0, len(self.inputs.images), _IMAGE_BATCH):
+                pixels = self._prepare(slice(start, start + _IMAGE_BATCH))
                 trial = time_trial(partial(encoders["image"], pixels), warm_up=0)
                 rows.append(trial.result)
                 seconds.append(trial.seconds / len(pixels))
@@ -138,11 +141,7 @@ class Checker:
         return Trial(statistics.median(seconds), nearest)
 
     def encode_candidates(self, prompts: Sequence[Sequence[str]], encode: Encode) -> torch.Tensor:
-        """Embed T texts of each of C classes or captions.
-
-        Returns:
-            Their weights, float32 [C, D], unit rows.
-        """
+        """Embed T texts of each of C classes or captions: their weights, float32 [C, D], unit rows."""
         texts = [text for texts in prompts for text in texts]
         batches = (texts[start : start + _TEXT_BATCH] for start in range(0, len(texts), _TEXT_BATCH))
         with torch.inference_mode():

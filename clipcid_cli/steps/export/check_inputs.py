@@ -19,7 +19,6 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, decode_image, read_image
-from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.steps.export.classes import CandidateTexts, Classes, find_candidates
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
@@ -51,7 +50,6 @@ class CheckInputs:
         texts: Those whose rows are compared, `NUM_COMPARED_ROWS`.
         candidates: Texts the images are matched with; None where they have neither class nor caption.
         source: Where they come from, for `parity.json`.
-        skips: Images that could not be read.
     """
 
     openers: list[Callable[[], Image.Image]]
@@ -70,15 +68,6 @@ class CheckInputs:
             digest.update(repr(content).encode())
         return FileRecord(f"{self.source}#compared", len(self.images), f"blake2b:{digest.hexdigest()}")
 
-    def pixels(self, model: ClipModel, start: int, stop: int) -> torch.Tensor:
-        """Return some images as the image tower takes them, float32 [B, 3, H, W]."""
-        return normalize_pixels(self.images[start:stop], model.info.preprocess)
-
-    def row_pixels(self, model: ClipModel) -> torch.Tensor:
-        """Return the images whose rows are compared, float32 [NUM_COMPARED_ROWS, 3, H, W]; fewer images are repeated."""
-        places = torch.arange(NUM_COMPARED_ROWS) % len(self.images)
-        return normalize_pixels(self.images[places], model.info.preprocess)
-
 
 def make_check_inputs(
     model: ClipModel, settings: ExportSettings, classes: Classes | None, reporter: Reporter
@@ -87,14 +76,21 @@ def make_check_inputs(
 
     Args:
         model: Its transform prepares them.
-        settings: Which data, and how many images of it.
         classes: Classes of ``--classnames``, which labels then index; else those of the data, where it has any.
     """
     dataset = find_data(settings)
     limit = settings.check_images or (_MANY_IMAGES if settings.data is not None or settings.quantize else _FEW_IMAGES)
-    skips = Skips()
-    samples, images = _read(dataset, limit, model, skips) if dataset is not None else ([], [])
-    openers: list[Callable[[], Image.Image]] = [partial(_decode, sample) for sample in samples]
+    skips, transform = Skips(), model.pixel_transform()
+    samples, images = list[Sample](), list[torch.Tensor]()
+    for sample in _choose(dataset, limit) if dataset is not None else ():
+        image = read_image(sample.image)
+        if isinstance(image, SkippedImage):
+            skips.add(image.reason, sample.key)
+            continue
+        samples.append(sample)
+        images.append(transform(image))
+        if len(images) == limit:
+            break
     if settings.data is not None:
         # Without --data it is what was embedded, which was held to this limit then.
         skips.check(len(images) + skips.total, settings.max_bad_fraction, settings.data)
@@ -102,24 +98,17 @@ def make_check_inputs(
             raise ClipcidError(f"--data {settings.data} holds no readable image.", "Give other data with --data.")
     if dataset is not None and skips.total:
         reporter.warn(f"{skips.total:,} images of {dataset.spec} were skipped:\n{skips.describe()}")
+    openers: list[Callable[[], Image.Image]] = [partial(_decode, sample) for sample in samples]
+    source, candidates = "drawn patterns and shipped sentences", None
     if dataset is not None and images:
-        source = dataset.spec
-        candidates = find_candidates(samples, dataset, settings.data, classes)
+        source, candidates = dataset.spec, find_candidates(samples, dataset, settings.data, classes)
     else:
-        source = "drawn patterns and shipped sentences"
-        candidates = None
         openers = [partial(_draw_pattern, number) for number in range(NUM_COMPARED_ROWS)]
-        images = [model.pixel_transform()(opener()) for opener in openers]
+        images = [transform(opener()) for opener in openers]
     reporter.note(f"Comparing on {len(images):,} images: {source}.")
     captions = [sample.captions[0] for sample in samples[: NUM_COMPARED_ROWS // 2] if sample.captions]
-    return CheckInputs(
-        openers,
-        torch.stack(images),
-        list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), NUM_COMPARED_ROWS)),
-        candidates,
-        source,
-        skips,
-    )
+    texts = list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), NUM_COMPARED_ROWS))
+    return CheckInputs(openers, torch.stack(images), texts, candidates, source, skips)
 
 
 def find_data(settings: ExportSettings) -> Dataset | None:
@@ -137,31 +126,12 @@ def find_data(settings: ExportSettings) -> Dataset | None:
         return None
 
 
-def _read(dataset: Dataset, limit: int, model: ClipModel, skips: Skips) -> tuple[list[Sample], list[torch.Tensor]]:
-    """Read up to `limit` images and count in `skips` those that cannot be read."""
-    transform = model.pixel_transform()
-    samples: list[Sample] = []
-    images: list[torch.Tensor] = []
-    for sample in _choose(dataset, limit):
-        image = read_image(sample.image)
-        if isinstance(image, SkippedImage):
-            skips.add(image.reason, sample.key)
-            continue
-        images.append(transform(image))
-        samples.append(sample)
-        if len(images) == limit:
-            break
-    return samples, images
-
-
 def _choose(dataset: Dataset, limit: int) -> Iterator[Sample]:
     """Yield all samples, or, of labelled data, evenly spaced ones, since it is often sorted by class."""
     samples = (sample.without_data() for shard in dataset.shards for sample in shard.stream())
     first = next(samples, None)
-    if first is None:
-        return
-    if first.label is None:
-        yield from itertools.chain([first], samples)
+    if first is None or first.label is None:
+        yield from itertools.chain(filter(None, [first]), samples)
         return
     listed = [first, *samples]
     taken = min(limit, len(listed))

@@ -69,27 +69,21 @@ class CandidateTexts:
 def find_candidates(
     samples: Sequence[Sample], dataset: Dataset, spec: str | None, classes: Classes | None
 ) -> CandidateTexts | None:
-    """Find what the images are matched with: their classes, where these have names, else their captions.
+    """Find what images are matched with: their classes, where these have names, else their captions; None without both.
 
     Args:
-        samples: Those that are compared, of `dataset`.
         spec: The data set as named on the command line, where its own text files are looked for.
         classes: Classes of ``--classnames``; None takes the data set's own.
-
-    Returns:
-        None where the images have neither.
     """
-    if classes is None:
-        classes = _own_classes(dataset, spec)
-    labels = [sample.label for sample in samples]
-    if classes is not None and None not in labels:
+    classes = classes or _own_classes(dataset, spec)
+    if classes is not None and all(sample.label is not None for sample in samples):
         return CandidateTexts(ACCURACY, classes.prompts(), _match_labels(samples, dataset, classes))
-    captions = [sample.captions[0] for sample in samples if sample.captions]
-    if len(captions) < len(samples):
+    if not all(sample.captions for sample in samples):
         return None
+    captions = [sample.captions[0] for sample in samples]
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    places = torch.tensor([numbers[caption] for caption in captions])
-    return CandidateTexts(RECALL, tuple((caption,) for caption in numbers), places)
+    labels = torch.tensor([numbers[caption] for caption in captions])
+    return CandidateTexts(RECALL, tuple((caption,) for caption in numbers), labels)
 
 
 def _own_classes(dataset: Dataset, spec: str | None) -> Classes | None:

@@ -15,6 +15,7 @@ from clipcid_cli.formats.models.pixels import square_side
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.hf_model import HfClip
 from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.models.towers import ImageTower, TextTower
 from clipcid_cli.runtime.quiet import quiet_libraries
 from clipcid_cli.steps.export.check import Checker
@@ -93,9 +94,9 @@ def _check_processor(written: HfClip, checker: Checker) -> dict[str, Any]:
     inputs, preprocess = checker.inputs, checker.model.info.preprocess
     std = torch.tensor(preprocess["std"]).view(3, 1, 1)
     largest, shifted = 0.0, 0
-    for place, opener in enumerate(inputs.openers):
+    for opener, prepared in zip(inputs.openers, inputs.images, strict=True):
         image = opener()
-        theirs, ours = written.prepare_images([image]), inputs.pixels(checker.model, place, place + 1)
+        theirs, ours = written.prepare_images([image]), normalize_pixels(prepared[None], preprocess)
         if theirs.shape != ours.shape:
             raise ClipcidError(
                 f"hf: the image processor makes {list(theirs.shape[1:])}, open_clip {list(ours.shape[1:])}."

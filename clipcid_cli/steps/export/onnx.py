@@ -97,14 +97,10 @@ def write_onnx_files(checker: Checker, folder: Path, classes: Classes | None) ->
         encoders: dict[str, Encode] = {"image": session, "text": OnnxSession(text, torch.get_num_threads())}
         if settings.dense:
             encoders["dense"] = partial(_encode_patches, session)
-        name = _name_form("onnx", kind)
+        name = "onnx" if kind == "fp32" else f"onnx-{kind}"
         found[name] = checker.check(name, kind, encoders, [image, text], gated=kind != "fp32")
         found[name] |= {"opset": settings.onnx_opset, "engine": session.engine}
     return found if classes is None else found | _write_classifiers(checker, folder, classes)
-
-
-def _name_form(form: str, kind: str) -> str:
-    return form if kind == "fp32" else f"{form}-{kind}"
 
 
 def _encode_patches(session: OnnxSession, pixels: torch.Tensor) -> torch.Tensor:
@@ -128,26 +124,21 @@ def _write_encoders(checker: Checker, folder: Path) -> None:
     outputs = [IMAGE_EMBEDS]
     if checker.settings.dense:
         tower = DenseImageTower(model.module)
-        outputs = [IMAGE_EMBEDS, DENSE_EMBEDS]
+        outputs.append(DENSE_EMBEDS)
         metadata[DENSE_EMBEDS] = "patches after the last block, final norm and projection; [N, h, w, D]; not unit rows"
-    write_onnx(
-        folder / IMAGE_ENCODER,
-        tower.eval(),
-        checker.inputs.row_pixels(model)[:2],
-        input_name=PIXEL_VALUES,
-        output_names=outputs,
-        opset=opset,
-        metadata=metadata,
-    )
-    write_onnx(
-        folder / TEXT_ENCODER,
-        TextTower(model.module).eval(),
-        checker.tokens[:2],
-        input_name=INPUT_IDS,
-        output_names=[TEXT_EMBEDS],
-        opset=opset,
-        metadata=metadata,
-    )
+    for name, module, example, takes, gives in (
+        (IMAGE_ENCODER, tower, checker.pixels, PIXEL_VALUES, outputs),
+        (TEXT_ENCODER, TextTower(model.module), checker.tokens, INPUT_IDS, [TEXT_EMBEDS]),
+    ):
+        write_onnx(
+            folder / name,
+            module.eval(),
+            example[:2],
+            input_name=takes,
+            output_names=gives,
+            opset=opset,
+            metadata=metadata,
+        )
 
 
 def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict[str, Any]:
@@ -167,7 +158,7 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
             class_names=classes.names,
             templates=classes.templates,
         )
-        name = _name_form("classifier", kind)
+        name = "classifier" if kind == "fp32" else f"classifier-{kind}"
         found[name] = _compare_classifier(kind, path, weights, checker)
         checker.validate(name, found[name])
     return found

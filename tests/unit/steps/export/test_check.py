@@ -99,6 +99,16 @@ def test_rows_that_are_no_numbers_pass_no_limit(model: ClipModel, drawings: Path
             checker.validate("classifier", cosines)
 
 
+def test_patches_over_the_limit_are_refused(model: ClipModel, drawings: Path) -> None:
+    settings = ExportSettings(format=("onnx",), dense=True, max_difference=1e-3)
+    checker = Checker(model, collect(model, drawings), settings)
+    weights = drawings / "a_cat" / "0.png"  # any file, for its size
+    assert checker.check("onnx", "fp32", checker.references, [weights])["dense"]["shape"] == ["batch", 4, 4, 32]
+    moved = checker.references | {"dense": lambda pixels: 1.01 * checker.references["dense"](pixels)}
+    with pytest.raises(ClipcidError, match=r"onnx: the grid of patches differs from .* \(allowed 1e-03\)"):
+        checker.check("onnx", "fp32", moved, [weights])
+
+
 def test_few_images_are_taken_from_all_classes(model: ClipModel, drawings: Path) -> None:
     inputs = collect(model, drawings, count=18)
     assert inputs.candidates is not None
