@@ -36,8 +36,6 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 
-_WORDS = {"fp32": "", "fp16": "; 16-bit weights", "int8": "; 8-bit weights"}
-
 
 def quantized_name(name: str, kind: str) -> str:
     """Return the name of a quantized variant, as transformers.js names them: ``image_encoder_int8.onnx``."""
@@ -60,18 +58,16 @@ CONTENT = {
         (TEXT_ENCODER, "tokens to unit rows"),
         (CLASSIFIER, "bytes of images of any size to one score per class; class names are in its metadata"),
     )
-    for kind, words in _WORDS.items()
+    for kind, words in (("fp32", ""), ("fp16", "; 16-bit weights"), ("int8", "; 8-bit weights"))
 }
 
-_HF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", SPECIAL_TOKENS, VOCABULARY, MERGES)
 # What an export may write, but for tokenizers that it copies.
 _WRITTEN = (
     *CONTENT,
-    *_HF_TOKENIZER,
+    *("tokenizer_config.json", SPECIAL_TOKENS, VOCABULARY, MERGES),
     *(f"{name}.data" for name in CONTENT if name.endswith(".onnx")),  # weights above 2 GB
     CARD,
 )
-_BUILDING = ".partial"
 
 
 def refuse_foreign_folder(folder: Path, formats: Iterable[str], *, overwrite: bool) -> None:

@@ -93,13 +93,11 @@ def check_hf_expressible(model: Mapping[str, Any], preprocess: Mapping[str, Any]
     text = model["text_cfg"]
     if text.get("pool_type") == "eos" and text.get("eos_id") == EOS_ID:
         text = text | {"pool_type": "argmax"}  # the same place in CLIP's tokens
-    problems = [
-        *_setting_problems("", model),
-        *_setting_problems("vision_cfg.", model["vision_cfg"]),
-        *_setting_problems("text_cfg.", text),
-        *([] if tokenizer == "SimpleTokenizer" else [f"its tokenizer is {tokenizer}, not CLIP's"]),
-        *pixel_problems(preprocess),
-    ]
+    towers = {"": model, "vision_cfg.": model["vision_cfg"], "text_cfg.": text}
+    problems = [problem for prefix, settings in towers.items() for problem in _setting_problems(prefix, settings)]
+    if tokenizer != "SimpleTokenizer":
+        problems.append(f"its tokenizer is {tokenizer}, not CLIP's")
+    problems += pixel_problems(preprocess)
     if problems:
         raise ClipcidError(
             "--format hf: Hugging Face's CLIPModel cannot express this model: " + "; ".join(problems) + ".",
@@ -131,8 +129,6 @@ def write_hf_folder(
     """Write the folder of a model that `check_hf_expressible` accepted.
 
     Args:
-        model: The ``model_cfg`` of open_clip.
-        preprocess: Its ``preprocess_cfg``, complete.
         tensors: State dict of the open_clip module.
         dtype: Number format of the stored weights.
         vocabulary: Tokens of open_clip's tokenizer by text, the two special ones last.

@@ -21,12 +21,9 @@ class ModelCard:
 
     Attributes:
         library: Library that reads the main format: ``open_clip``, ``transformers`` or ``onnx``.
-        facts: What it is and how it was made, by name.
         metrics: (data set, task, metric, value, hashes of class names and templates) of each measurement of the original
             model.
-        precision: Number format of the stored weights of folders.
         parity: Entry ``parity`` of `parity.json`.
-        dense: Whether the ONNX image encoder returns patches.
     """
 
     name: str
@@ -40,11 +37,7 @@ class ModelCard:
 
 
 def render_card(card: ModelCard, files: Sequence[str]) -> str:
-    """Write a model card in Markdown.
-
-    Args:
-        files: Names of the files next to it.
-    """
+    """Write a model card in Markdown; `files` are the names of those next to it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clipcid_cli.formats"), trim_blocks=True, lstrip_blocks=True
     )

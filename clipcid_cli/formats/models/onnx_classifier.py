@@ -72,13 +72,8 @@ classify (float[batch, $width] image_embeds) => (float[batch, $classes] logits, 
 
 
 def check_pixels_expressible(preprocess: Mapping[str, Any]) -> None:
-    """Refuse a model whose preprocessing cannot be part of the graph.
-
-    Args:
-        preprocess: open_clip's ``preprocess_cfg``, complete.
-    """
-    problems = pixel_problems(preprocess)
-    if problems:
+    """Refuse a model whose preprocessing, open_clip's ``preprocess_cfg``, cannot be part of the graph."""
+    if problems := pixel_problems(preprocess):
         raise ClipcidError(
             f"classifier.onnx: {'; '.join(problems)}, which the graph cannot express.",
             "Omit --classnames, and prepare pixels as the metadata of image_encoder.onnx say.",

@@ -26,15 +26,14 @@ def write_model_folder(
     dtype: torch.dtype | None = None,
     tokenizer_from: Path | None = None,
 ) -> None:
-    """Write a model folder.
+    """Write a model folder. The configuration is written last, so a folder that has one is complete.
 
     Args:
-        folder: Where to write. The configuration is written last, so a folder that has one is complete.
         config: The ``model_cfg`` of open_clip.
-        preprocess: The ``preprocess_cfg`` of open_clip: size, mean, std, interpolation, resize_mode, ….
+        preprocess: Its ``preprocess_cfg``: size, mean, std, interpolation, resize_mode, ….
         tensors: State dict of the open_clip module; its own parameters, not those of a wrapper.
-        dtype: Number format of the floating-point tensors in the file (``torch.float16`` halves it); None keeps theirs.
-            open_clip loads any of them into a float32 model.
+        dtype: Number format of the floating-point tensors in the file; None keeps theirs. open_clip loads any of them into
+            a float32 model.
         tokenizer_from: Model folder whose tokenizer files, and configuration of a Hugging Face text tower, are copied.
     """
     stored = {

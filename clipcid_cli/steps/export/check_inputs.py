@@ -130,8 +130,11 @@ def _choose(dataset: Dataset, limit: int) -> Iterator[Sample]:
     """Yield all samples, or, of labelled data, evenly spaced ones, since it is often sorted by class."""
     samples = (sample.without_data() for shard in dataset.shards for sample in shard.stream())
     first = next(samples, None)
-    if first is None or first.label is None:
-        yield from itertools.chain(filter(None, [first]), samples)
+    if first is None:
+        return
+    if first.label is None:
+        yield first
+        yield from samples
         return
     listed = [first, *samples]
     taken = min(limit, len(listed))
