@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,22 +16,10 @@ IMAGE_EMBEDS, TEXT_EMBEDS, DENSE_EMBEDS = "image_embeds", "text_embeds", "dense_
 # Larger files cannot be one protobuf; their weights go to a file next to them.
 PROTOBUF_LIMIT = 2**31
 
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
 # Operators that compute in 16 bits in a half-precision graph, as under PyTorch's autocast: products and look-ups. All others
 # compute in 32 bits from weights stored in 16: norms lose most in 16 bits, and on a CPU, ONNX Runtime 1.32 crashes while it
 # loads a ViT whose patches or norms are in 16 bits.
 _IN_FP16 = frozenset({"MatMul", "Gemm", "Gather"})
-
-
-def check_onnx_installed() -> None:
-    """Make sure that the packages which write and run ONNX files are installed."""
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ClipcidError(
-            f"--format onnx needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
-            "Install them: pip install 'clipcid[export]'",
-        )
 
 
 def write_onnx(

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -176,30 +176,27 @@ def write_part(
     save_arrays(path, arrays)
 
 
-def join_parts(
-    folder: Path, bounds: list[tuple[int, int]], keys: Callable[[int, int], pa.ChunkedArray], *, captions: bool
-) -> None:
+def join_parts(folder: Path, bounds: list[tuple[int, int]], keys: Callable[[int, int], pa.ChunkedArray]) -> None:
     """Join the parts into ``clusters.parquet``, one row group each, and the arrays.
 
     Args:
         bounds: What :func:`part_bounds` returned.
         keys: Reads the keys of rows, by the first and the one after the last.
     """
-    towers = list(_PREFIXES) if captions else ["image"]
+    files: dict[str, IO[bytes]] = {}
     with ExitStack() as stack:
         table = stack.enter_context(atomic_file(folder / TABLE))
         writer = stack.enter_context(pq.ParquetWriter(table, _SCHEMA, compression="zstd"))
-        paths = [path for tower in towers for path in top_paths(folder, tower)]
-        files = {path.stem: stack.enter_context(atomic_file(path)) for path in paths}
         for number, (first, last) in enumerate(bounds):
             part = load_arrays(path := part_path(folder, number))
             if part is None:
                 raise ClipcidError(f"{path} is damaged.", f"Remove it and give the command again: rm {path}")
-            columns = [keys(first, last), part["top_clusters"][:, 0], part["similarity"]]
+            columns = [keys(first, last), part["top_clusters"][:, 0], part.pop("similarity")]
             writer.write_table(pa.table(columns, schema=_SCHEMA))
-            for name, file in files.items():
-                if not number:
-                    shape = bounds[-1][1], part[name].shape[1]
-                    header = {"descr": part[name].dtype.str, "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(part[name].data)
+            for name, rows in part.items():
+                if name not in files:
+                    files[name] = stack.enter_context(atomic_file(folder / f"{name}.npy"))
+                    shape = bounds[-1][1], rows.shape[1]
+                    header = {"descr": rows.dtype.str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(files[name], header)
+                files[name].write(rows.data)

@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.parquet import is_text
 from clipcid_cli.formats.reading import reading
@@ -134,8 +133,8 @@ def float_column(name: str, values: npt.NDArray[np.float32]) -> Column:
 def write_keep_list(
     path: Path,
     *,
-    keys: pa.ChunkedArray,
-    shards: pa.ChunkedArray,
+    keys: pa.LargeStringArray,
+    shards: pa.LargeStringArray,
     labels: npt.NDArray[np.signedinteger],
     representatives: npt.NDArray[np.signedinteger],
     distances: npt.NDArray[np.float32],
@@ -149,28 +148,22 @@ def write_keep_list(
             in its place: `representative` and `distance` are then null.
         distances: Distance to it, float32 [N].
     """
-    parts = [slice(start, min(start + ROWS_AT_ONCE, len(labels))) for start in range(0, len(labels), ROWS_AT_ONCE)]
-    sizes = np.zeros(len(labels), np.int32 if len(labels) < 2**31 else np.int64)
-    for part in parts:
-        np.add.at(sizes, labels[part], 1)
-    all_keys, all_shards = (
-        column.chunk(0) if column.num_chunks == 1 else map_strings(path.parent, column.chunks)
-        for column in (keys.cast(pa.large_string()), shards.cast(pa.large_string()))
-    )
+    sizes = np.bincount(labels, minlength=len(labels))
     schema = pa.schema([*_SCHEMA, *((column.name, column.kind) for column in more)])
     # Without Arrow's schema, which would make the texts large_string for every reader.
     writing = {"compression": "zstd", "store_schema": False}
     with atomic_file(path) as file, pq.ParquetWriter(file, schema, **writing) as writer:
-        for part in parts or [slice(0, 0)]:
+        for start in range(0, len(labels), ROWS_AT_ONCE) or [0]:
+            part = slice(start, min(start + ROWS_AT_ONCE, len(labels)))
             chosen = representatives[part]
             is_none = chosen < 0
             columns = [
-                all_keys[part],
-                all_shards[part],
+                keys[part],
+                shards[part],
                 labels[part],
                 sizes[labels[part]],
                 chosen == np.arange(part.start, part.stop),
-                all_keys.take(pa.array(chosen, mask=is_none)),
+                keys.take(pa.array(chosen, mask=is_none)),
                 pa.array(distances[part], mask=is_none),
                 *(column.read(part) for column in more),
             ]

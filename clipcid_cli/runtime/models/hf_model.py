@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.quiet import quiet_libraries
-
-
-def check_transformers_installed() -> None:
-    """Check that transformers is installed."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ClipcidError(
-            "--format hf needs transformers, which is not installed.",
-            "Install it: pip install 'clipcid[export]'",
-        )
 
 
 class HfClip:

@@ -233,9 +233,9 @@ def _write_tables(context: Context, sets: Sets, listed: KeepRows, measured: SetT
     """Write the keep list, the sets and the curve."""
     embeddings = context.embeddings
 
-    def map_names(read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.ChunkedArray:
+    def map_names(read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.LargeStringArray:
         picked = context.filters.everything.pick((file, read(file)) for file in embeddings.files)
-        return pa.chunked_array([map_strings(context.output.work, picked)])
+        return map_strings(context.output.work, picked)
 
     keys = map_names(embeddings.keys_of)
     write_keep_list(
@@ -249,7 +249,7 @@ def _write_tables(context: Context, sets: Sets, listed: KeepRows, measured: SetT
     )
     positions = context.rows.positions
     table = measured if positions is None else measured.renumbered(positions)
-    write_set_table(context.output.work / SET_TABLE, table, keys.chunk(0))
+    write_set_table(context.output.work / SET_TABLE, table, keys)
     write_curve(
         context.output.work / CURVE,
         distances=sets.curve.distance,

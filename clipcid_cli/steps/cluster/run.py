@@ -155,7 +155,7 @@ def _cluster(
         begun = time.perf_counter()
         write_npy(output.work / CENTROIDS, state.centroids_KD.numpy())
         bounds = part_bounds(len(rows))
-        join_parts(output.work, bounds, rows.keys, captions=rows.embeddings.has_texts)
+        join_parts(output.work, bounds, rows.keys)
         result, temperatures = summarise(rows, num_clusters, output.work)
         seconds["write"] = time.perf_counter() - begun
         result |= {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import time
 from pathlib import Path
@@ -16,14 +17,12 @@ from clipcid_cli.formats.fingerprint import FileRecord, record, refuse_changed
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, refuse_foreign_folder, sync_files
 from clipcid_cli.formats.models.hf_folder import check_hf_expressible
 from clipcid_cli.formats.models.model_card import render_card
-from clipcid_cli.formats.models.onnx_file import check_onnx_installed
 from clipcid_cli.formats.output import is_claimed, open_output
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.clip_model import load_model
-from clipcid_cli.runtime.models.hf_model import check_transformers_installed
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.export.card import describe_export
 from clipcid_cli.steps.export.check import LIMITS, Checker
@@ -35,6 +34,9 @@ from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.fields import output_settings
+
+# What writes and runs the files of a format, from the extra `export`.
+_PACKAGES = {"open-clip": (), "hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 
 def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
@@ -48,10 +50,8 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
     if settings.ema:
         source = _find_average(source, reporter)
     folder = settings.out or WorkDirectory(settings.work).export(_export_name(source))
-    if "onnx" in settings.format:
-        check_onnx_installed()
-    if "hf" in settings.format:
-        check_transformers_installed()
+    for form in settings.format:
+        _check_installed(form)
     classes = read_classes(settings)
     if source.path is not None and folder.resolve() == source.path.resolve():
         raise ClipcidError(
@@ -71,6 +71,15 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
         "parity": sidecar.parity,
         "seconds": sidecar.seconds,
     }
+
+
+def _check_installed(form: str) -> None:
+    missing = [name for name in _PACKAGES[form] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ClipcidError(
+            f"--format {form} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
+            "Install them: pip install 'clipcid[export]'",
+        )
 
 
 def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
@@ -147,9 +156,9 @@ def _export(
             reporter.note(f"Writing {form} and comparing it with {source.spec} …")
             started = time.perf_counter()
             if form == "open-clip":
-                parity |= write_open_clip(checker, output.work)
+                parity[form] = write_open_clip(checker, output.work)
             elif form == "hf":
-                parity |= write_hf(checker, output.work)
+                parity[form] = write_hf(checker, output.work)
             else:
                 parity |= write_onnx_files(checker, output.work, classes)
             seconds[form] = time.perf_counter() - started

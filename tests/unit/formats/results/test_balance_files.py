@@ -30,8 +30,8 @@ INPUTS = [FileRecord("img_emb_0000.npy", 10, "blake2b:00")]
 def write_example(path: Path) -> None:
     write_keep_list(
         path,
-        keys=pa.chunked_array([["a", "b"], ["c", "d"]]),
-        shards=pa.chunked_array([["s0", "s0", "s1", "s1"]]).dictionary_encode(),
+        keys=pa.array([*"abcd"], pa.large_string()),
+        shards=pa.array(["s0", "s0", "s1", "s1"], pa.large_string()),
         labels=np.array([0, 1, 0, 0]),
         representatives=np.array([2, 1, 2, 2]),
         distances=np.array([0.5, 0, 0, 0.25], np.float32),
@@ -71,7 +71,7 @@ def test_keys_beyond_the_first_2_gib_of_a_column_are_written(tmp_path: Path) -> 
         file.flush()
         text = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     offsets = pa.py_buffer(np.arange(start, start + 5, dtype=np.int64))
-    names = pa.chunked_array([pa.LargeStringArray.from_buffers(4, offsets, text)])
+    names = pa.LargeStringArray.from_buffers(4, offsets, text)
     write_keep_list(
         tmp_path / "keep.parquet",
         keys=names,

@@ -44,7 +44,7 @@ def write_clusters(
             images=piece,
             captions=piece if captions else None,
         )
-    join_parts(folder, bounds, lambda first, last: pa.chunked_array([keys[first:last]]), captions=captions)
+    join_parts(folder, bounds, lambda first, last: pa.chunked_array([keys[first:last]]))
     write_npy(folder / "centroids.npy", np.eye(num_clusters, 8, dtype=np.float32))
     temperatures = {"image": 0.02} | ({"caption": 0.03} if captions else {})
     write_json(folder / "cluster.json", make_sidecar(ClusterSidecar, temperatures=temperatures))
