@@ -52,23 +52,8 @@ class SampleRows:
         """Samples of all shards."""
         return int(self.sizes.sum())
 
-    def places(self) -> Column:
-        """Map the place of each sample in its shard, [n]."""
-        return self._map("places")
-
-    def embeddings(self) -> Column:
-        """Map the row of the embeddings of each sample, [n]; −1 where there is none."""
-        return self._map("embeddings")
-
-    def captions(self) -> Column:
-        """Map the first row of the embeddings of each sample's captions after the first, [n]."""
-        return self._map("captions")
-
-    def clusters(self) -> Column:
-        """Map the row of the clusters' table of each sample, [n]; −1 where there is none."""
-        return self._map("clusters")
-
-    def _map(self, name: str) -> Column:
+    def column(self, name: str) -> Column:
+        """Map ``places``, ``embeddings``, ``captions`` or ``clusters`` of each sample, [n]; −1 where it has no such row."""
         path = _column_path(self.folder, self.part, name)
         column: Column = np.load(path, mmap_mode="r" if self.total else None, allow_pickle=False)
         return column

@@ -55,7 +55,7 @@ class BatchOrder:
         self._order = SampleOrder(seed, samples.sizes.tolist(), self._index.fetch_ahead)
         # Of its own, as `rows` is called in another thread than `items`, and for steps before those of `items`.
         self._whole = SampleOrder(seed, samples.sizes.tolist())
-        self._places, self._sizes = samples.places(), samples.sizes
+        self._places, self._sizes = samples.column("places"), samples.sizes
         self._shard_ends = np.cumsum(samples.sizes)
 
     def __len__(self) -> int:

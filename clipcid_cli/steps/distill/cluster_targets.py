@@ -225,7 +225,7 @@ def open_lookup(
     image_temperature, caption_temperature = temperatures(clusters, settings)
     return ClusterLookup(
         centroids=open_centroids(clusters.centroids, axes, device),
-        table_rows=teacher_inputs.samples.clusters(),
+        table_rows=teacher_inputs.samples.column("clusters"),
         images=clusters.images,
         captions=clusters.captions if teacher_inputs.text_clusters else None,
         image_temperature=image_temperature,

@@ -178,7 +178,7 @@ def read_held_out(
 ) -> HeldOut | None:
     """Read the first `limit` held-out samples; None when there are fewer than two, which retrieval cannot use."""
     samples, first = list[Sample](), 0
-    places = held_out.places()
+    places = held_out.column("places")
     for number, size in enumerate(held_out.sizes.tolist()):
         if len(samples) >= limit:
             break

@@ -89,7 +89,7 @@ def _compare(
     """
     stored, known, rows = inputs.teacher_inputs, np.arange(len(held_out.samples)), dict(students)
     if stored is not None and stored.embeddings is not None and stored.embeddings.has_texts:
-        places = inputs.held_out.embeddings()[held_out.rows].astype(np.int64)
+        places = inputs.held_out.column("embeddings")[held_out.rows].astype(np.int64)
         known = np.flatnonzero(places >= 0)
         of_teacher = [
             side.take(places[known])

@@ -177,8 +177,8 @@ def open_stored_teacher(
         size=machine.size,
         rows={kind: embeddings.rows(kind) for kind, is_shown in shown.items() if is_shown},
         extra_texts=None if teacher_inputs.extra_texts is None else teacher_inputs.extra_texts.rows,
-        embedding_rows=teacher_inputs.samples.embeddings(),
-        caption_rows=teacher_inputs.samples.captions() if teacher_inputs.all_captions else None,
+        embedding_rows=teacher_inputs.samples.column("embeddings"),
+        caption_rows=teacher_inputs.samples.column("captions") if teacher_inputs.all_captions else None,
     )
 
 

@@ -70,7 +70,9 @@ class TeacherInputs:
         """Return the stored views for training; None where none are replayed."""
         if self.embeddings is None or not self.num_views:
             return None
-        return StoredViews(self.embeddings.rows(Kind.VIEW_PARAMS), self.num_views, self.samples.embeddings(), seed)
+        return StoredViews(
+            self.embeddings.rows(Kind.VIEW_PARAMS), self.num_views, self.samples.column("embeddings"), seed
+        )
 
     def augmentation(self, chosen: Augmentation) -> Augmentation:
         """Return how images are augmented: as the strongest of the stored views were, else as chosen."""

@@ -21,15 +21,13 @@ _LIBRARIES = {"open-clip": "open_clip", "hf": "transformers", "onnx": "onnx"}
 
 def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings, parity: dict[str, Any]) -> ModelCard:
     """Collect what is known about a model; the folder of a run's student leads to the sidecars of that run."""
-    name, work = source.slug, settings.work
+    work = settings.work
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
     student = source.path.resolve() if source.path is not None else None
     sidecar = _read(student.parent, "distill", DistillSidecar) if student is not None else None
     if student is not None and sidecar is not None:
         run = RunFolder(student.parent)
-        name = run.path.name
         if student == run.student_ema:
-            name += "-ema"
             weights += f", an exponential moving average of those in training (decay {sidecar.made.ema})"
         if WorkDirectory(run.path.parents[1]).distill(run.path.name) == run.path:
             work = run.path.parents[1]
@@ -45,7 +43,7 @@ def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings
         "Licence of the training data": UNKNOWN,
     }
     return ModelCard(
-        name=name,
+        name=export_name(source),
         license=settings.license or UNKNOWN,
         library=_LIBRARIES[settings.format[0]],
         facts=facts,
@@ -54,6 +52,14 @@ def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings
         parity=parity,
         dense=settings.dense,
     )
+
+
+def export_name(source: ModelName) -> str:
+    """Name the export of a training run's student after the run, and any other after the model."""
+    path = None if source.path is None else source.path.resolve()
+    if path is None or path.name not in ("student", "student-ema"):
+        return source.slug
+    return path.parent.name + path.name.removeprefix("student")
 
 
 def _shape(info: ModelInfo) -> str:

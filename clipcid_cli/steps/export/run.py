@@ -24,7 +24,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
-from clipcid_cli.steps.export.card import describe_export
+from clipcid_cli.steps.export.card import describe_export, export_name
 from clipcid_cli.steps.export.check import LIMITS, Checker
 from clipcid_cli.steps.export.check_inputs import find_data, make_check_inputs
 from clipcid_cli.steps.export.classes import Classes, read_classes
@@ -49,7 +49,7 @@ def run(settings: ExportSettings, reporter: Reporter) -> dict[str, Any]:
     source = choose_model(settings.model, settings.work, reporter)
     if settings.ema:
         source = _find_average(source, reporter)
-    folder = settings.out or WorkDirectory(settings.work).export(_export_name(source))
+    folder = settings.out or WorkDirectory(settings.work).export(export_name(source))
     for form in settings.format:
         _check_installed(form)
     classes = read_classes(settings)
@@ -108,14 +108,6 @@ def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
         average = average.relative_to(here)
     reporter.note(f"Average of the weights: {average}, decay {sidecar.made.ema}.")
     return parse_model(str(average))
-
-
-def _export_name(source: ModelName) -> str:
-    """Name the export of a training run's student after the run, and any other after the model."""
-    path = None if source.path is None else source.path.resolve()
-    if path is None or path.name not in ("student", "student-ema"):
-        return source.slug
-    return path.parent.name + path.name.removeprefix("student")
 
 
 def _export(

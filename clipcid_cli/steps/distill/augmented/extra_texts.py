@@ -119,7 +119,7 @@ class ExtraTexts:
             return [ExtraText(row) for row in random.integers(len(self.rows), size=number)[mine].tolist()]
         chosen = samples.draw(random, number)[mine]
         variants = random.integers(self.variants.number, size=number)[mine]
-        rows = self.samples.embeddings()[chosen].astype(np.int64) * self.variants.number + variants
+        rows = self.samples.column("embeddings")[chosen].astype(np.int64) * self.variants.number + variants
         return [ExtraText(row, place(sample)) for row, sample in zip(rows.tolist(), chosen.tolist(), strict=True)]
 
 

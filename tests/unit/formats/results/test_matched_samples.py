@@ -20,22 +20,22 @@ def test_columns_are_as_wide_as_they_must_be(limit: int, dtype: type, tmp_path: 
     rows = open_rows(tmp_path, TRAINING)
     assert rows.sizes.tolist() == [3, 0, 2]
     assert rows.total == 5
-    assert rows.places().dtype == np.int32
-    assert rows.places().tolist() == [0, 1, 2, 40, 41]
-    assert rows.embeddings().dtype == dtype
-    assert (limit - 1 - rows.embeddings().astype(np.int64)).tolist() == [0, 1, 2, 40, 41]
+    assert rows.column("places").dtype == np.int32
+    assert rows.column("places").tolist() == [0, 1, 2, 40, 41]
+    assert rows.column("embeddings").dtype == dtype
+    assert (limit - 1 - rows.column("embeddings").astype(np.int64)).tolist() == [0, 1, 2, 40, 41]
     assert not (tmp_path / "training.clusters.npy").exists(), "a column that was not begun is not written"
-    assert isinstance(rows.places(), np.memmap)
+    assert isinstance(rows.column("places"), np.memmap)
 
 
 def test_rows_are_sent_without_their_columns(tmp_path: Path) -> None:
     with writing_rows(tmp_path, TRAINING, {"places": 10**6}) as append:
         append({"places": np.arange(100_000)})
     rows = open_rows(tmp_path, TRAINING)
-    rows.places()
+    rows.column("places")
     sent = pickle.dumps(rows)
     assert len(sent) < 1_000
-    assert np.array_equal(pickle.loads(sent).places(), np.arange(100_000))
+    assert np.array_equal(pickle.loads(sent).column("places"), np.arange(100_000))
 
 
 def test_other_inputs_have_another_folder(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_the_teacher_embedded_the_very_pixels_that_are_replayed(
 
 def test_images_that_are_not_trained_on_are_not_mixed_in(stored: Path, tiny_shards: Path, teacher: ClipModel) -> None:
     embeddings, teacher_inputs, _ = join(tiny_shards, stored)
-    rows = teacher_inputs.samples.embeddings()
+    rows = teacher_inputs.samples.column("embeddings")
     trained = np.array([row for row in rows if row % 3])
     views = StoredViews(embeddings.rows(Kind.VIEW_PARAMS), embeddings.num_each(Kind.VIEWS), trained, 3)
     first = slice(0, int(np.count_nonzero(trained < 14)))

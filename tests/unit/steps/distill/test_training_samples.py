@@ -42,7 +42,8 @@ def list_samples(dataset: Dataset, rows: SampleRows) -> list[str]:
     assert dataset.index is not None
     shards = np.repeat(np.arange(len(rows.sizes)), rows.sizes)
     return [
-        dataset.index.sample(int(shard), int(place)).key for shard, place in zip(shards, rows.places(), strict=True)
+        dataset.index.sample(int(shard), int(place)).key
+        for shard, place in zip(shards, rows.column("places"), strict=True)
     ]
 
 
@@ -65,8 +66,10 @@ def test_rows_are_found_in_any_order(order: str, dataset: Dataset, tmp_path: Pat
     candidates = [key for key in keys if key not in held and key in listed and key < keys[20]]
     expected = [key for key in candidates if key in embedded]
     assert list_samples(dataset, found.training) == expected
-    assert found.training.embeddings().tolist() == [embedded.index(key) for key in expected]
-    assert found.held_out.embeddings().tolist() == [embedded.index(key) if key in embedded else -1 for key in held]
+    assert found.training.column("embeddings").tolist() == [embedded.index(key) for key in expected]
+    assert found.held_out.column("embeddings").tolist() == [
+        embedded.index(key) if key in embedded else -1 for key in held
+    ]
     assert found.counts.listed == len(listed)
     assert found.counts.kept == sum(key < keys[20] for key in listed)
     assert (found.counts.candidates, found.counts.selected) == (len(candidates), len(expected))
@@ -74,7 +77,7 @@ def test_rows_are_found_in_any_order(order: str, dataset: Dataset, tmp_path: Pat
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "foreign"]
     again = MatchedSamples.open(tmp_path, dataclasses.asdict(found.counts))
     assert again.counts == found.counts
-    assert again.training.places().tolist() == found.training.places().tolist()
+    assert again.training.column("places").tolist() == found.training.column("places").tolist()
 
 
 def test_samples_that_cannot_be_used_are_counted_by_the_index(dataset: Dataset) -> None:
