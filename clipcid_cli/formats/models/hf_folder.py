@@ -83,11 +83,9 @@ _RENAMED = (
 
 
 def check_hf_expressible(model: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: str) -> None:
-    """Refuse a model that ``CLIPModel`` cannot express, naming every setting why.
+    """Refuse a model of open_clip that ``CLIPModel`` cannot express, naming every setting why.
 
     Args:
-        model: The ``model_cfg`` of open_clip.
-        preprocess: Its ``preprocess_cfg``, complete.
         tokenizer: Class of its tokenizer.
     """
     text = model["text_cfg"]

@@ -102,7 +102,6 @@ def write_classifier(
         weights: Class weights, float32 [C, D], unit rows.
         bias: Added to the scaled cosines; 0 for most models.
         preprocess: open_clip's ``preprocess_cfg`` that `check_pixels_expressible` accepted.
-        templates: Prompt templates that the weights were made with, for the metadata.
     """
     import onnx
 

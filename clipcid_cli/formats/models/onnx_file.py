@@ -40,7 +40,6 @@ def write_onnx(
         module: In evaluation mode, on the CPU.
         example: An input with at least two rows: PyTorch would treat an axis of one as fixed.
         input_name: Name of the argument of the module's ``forward``, and of the graph's input.
-        output_names: In the order the module returns them.
         metadata: Texts stored in the file, such as how pixels are prepared.
     """
     assert len(example) >= 2
@@ -74,7 +73,6 @@ def write_quantized(source: Path, target: Path, kind: str) -> None:
     """Write a quantized variant of an ONNX file in standard operators; inputs, outputs and metadata stay as they are.
 
     Args:
-        source: A file of float32 weights.
         kind: ``fp16``: weights and matrix products in 16 bits, half the size. ``int8``: weights of matrix products and
             embedding tables in 8 bits, one scale per column, the other factor quantized at run time (dynamic
             quantization); a quarter of the size. Weights use 7 of the 8 bits, so that sums of products do not overflow

@@ -87,7 +87,6 @@ def write_forest(
     """Write ``forest.parquet``, ``forest-rows.parquet`` and their sidecar ``forest.json``, or those of another kind.
 
     Args:
-        folder: The folder of `balance`.
         row_files: The files through which its rows are numbered, of which it keeps a copy.
         inputs: The embeddings it was made from.
     """

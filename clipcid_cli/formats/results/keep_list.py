@@ -6,6 +6,7 @@ It is written and read row group by row group: its keys may be more than memory,
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -194,7 +195,7 @@ def _has_null_keys(file: pq.ParquetFile) -> bool:
 
 @contextmanager
 def _open(path: Path) -> Iterator[pq.ParquetFile]:
-    if not path.exists():
+    if not os.path.exists(path):  # pathlib raises where a name is too long
         raise ClipcidError(f"There is no keep list {path}.", _FIX)
     with reading(path, "a keep list", _FIX), pq.ParquetFile(path) as file:
         yield file

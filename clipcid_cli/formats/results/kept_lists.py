@@ -35,14 +35,13 @@ def is_uid(key: object) -> bool:
 
 
 def write_uids(path: Path, uids: Iterable[pa.ChunkedArray], count: int, *, overwrite: bool) -> int:
-    """Write identifiers as DataComp's resharder and leaderboard read them: npy of their 64-bit halves, sorted, each once.
+    """Write identifiers as DataComp's resharder and leaderboard read them: npy of their 64-bit halves, sorted.
 
     Args:
-        uids: `count` strings of 32 hexadecimal digits, in any order, in parts. Repeated ones are written once: for each
-            occurrence the resharder would write the sample.
+        uids: `count` strings of 32 hexadecimal digits, in any order, in parts.
 
     Returns:
-        The number written.
+        The number written. Repeated ones are written once: for each occurrence the resharder would write the sample.
     """
     halves, start = np.empty((count, 2), np.uint64), 0
     for part in uids:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def read_predictions(path: Path) -> Predictions:
     """Read a file, ordered by key."""
     import pyarrow.parquet as pq  # only --compare needs it
 
-    if not path.exists():
+    if not os.path.exists(path):  # pathlib raises where a name is too long
         raise ClipcidError(
             f"There are no predictions for each image: {path} is missing.",
             "Run eval-zeroshot for that model and data set again, with --predictions.",

@@ -82,15 +82,13 @@ class Checker:
         """Compare an export with the model, and raise when a difference is over its limit.
 
         Args:
-            name: Name of the export in `parity.json`, for errors.
             kind: Number format of its weights, which determines the limits.
             encoders: ``image`` and ``text``, and ``dense`` where it gives patches.
-            files: Its weights, whose size is reported.
+            files: Its weights.
             gated: Whether a loss of accuracy over the limit is an error.
 
         Returns:
-            ``precision, bytes, images_per_second, zeroshot``, and for each encoder ``batch_sizes, samples, max_difference,
-            min_cosine``.
+            Its entry in `parity.json`.
         """
         predictions = self._predict(encoders)
         found = {
@@ -149,14 +147,11 @@ class Checker:
         return class_weights(rows.float().view(len(prompts), len(prompts[0]), -1))
 
     def compare_predictions(self, nearest: torch.Tensor | None, *, gated: bool) -> dict[str, Any] | None:
-        """Compare an export's predictions with the model's.
+        """Compare an export's predictions with the model's; None where there is nothing to compare.
 
         Args:
             nearest: The most similar candidate of each image, int64 [N].
             gated: Whether a loss over the limit is an error.
-
-        Returns:
-            ``measure, images, candidates, agreement, value, pytorch, drop, gated``; None where there is nothing to compare.
         """
         candidates, expected = self.inputs.candidates, self.expected.result
         if candidates is None or nearest is None or expected is None:
@@ -174,11 +169,7 @@ class Checker:
         }
 
     def validate(self, name: str, found: Mapping[str, Any]) -> None:
-        """Raise when what was measured of an export, in this run or an earlier one, is over a limit of this run.
-
-        Args:
-            found: Its entry in `parity.json`.
-        """
+        """Raise when an export's entry in `parity.json`, of this run or an earlier one, is over a limit of this run."""
         kind, spec = found["precision"], self.model.info.spec
         limit = self.limit(kind)
         for output in [name for name in _OUTPUTS if name in found]:

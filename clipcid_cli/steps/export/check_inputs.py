@@ -49,7 +49,7 @@ class CheckInputs:
         images: The same after the model's resize and crop, uint8 [N, H, W, 3].
         texts: Those whose rows are compared, `NUM_COMPARED_ROWS`.
         candidates: Texts the images are matched with; None where they have neither class nor caption.
-        source: Where they come from, for `parity.json`.
+        source: Where they come from, in words.
     """
 
     openers: list[Callable[[], Image.Image]]
@@ -75,7 +75,6 @@ def make_check_inputs(
     """Collect inputs: from ``--data``, else from the work directory's data, else drawn patterns and shipped sentences.
 
     Args:
-        model: Its transform prepares them.
         classes: Classes of ``--classnames``, which labels then index; else those of the data, where it has any.
     """
     dataset = find_data(settings)

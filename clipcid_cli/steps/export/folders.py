@@ -53,12 +53,9 @@ def write_open_clip(checker: Checker, folder: Path) -> dict[str, Any]:
 
 
 def write_hf(checker: Checker, folder: Path) -> dict[str, Any]:
-    """Write a folder that transformers loads as ``CLIPModel`` and ``CLIPProcessor``, load it with them, and compare.
+    """Write a folder that transformers loads as ``CLIPModel`` and ``CLIPProcessor``, load it, and compare: its entry.
 
     Compared are rows of the same pixels and tokens, and the pixels and tokens that the folder's own processor makes.
-
-    Returns:
-        Its entry in `parity.json`.
     """
     model, precision = checker.model, checker.settings.stored_precision
     tokenizer = model.tokenizer.whole
@@ -82,11 +79,7 @@ def write_hf(checker: Checker, folder: Path) -> dict[str, Any]:
 
 
 def _check_processor(written: HfClip, checker: Checker) -> dict[str, Any]:
-    """Compare the pixels of the folder's image processor with open_clip's.
-
-    transformers crops some images one pixel aside; these are counted and left out. Any other difference above
-    `_MAX_LEVELS` is an error.
-    """
+    """Compare pixels with open_clip's. transformers crops some images one pixel aside: these are counted and left out."""
     inputs, preprocess = checker.inputs, checker.model.info.preprocess
     std = torch.tensor(preprocess["std"]).view(3, 1, 1)
     largest, shifted = 0.0, 0

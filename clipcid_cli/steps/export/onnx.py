@@ -81,7 +81,7 @@ def write_onnx_files(checker: Checker, folder: Path, classes: Classes | None) ->
     ``text_embeds`` (Hugging Face's names). How pixels and tokens are made is in each file's metadata.
 
     Returns:
-        The comparisons, as `parity.json` holds them: ``onnx``, ``classifier`` and the quantized variants of both.
+        Entries of `parity.json`: ``onnx``, ``classifier`` and the quantized variants of both.
     """
     settings = checker.settings
     with quiet_libraries():
