@@ -178,13 +178,15 @@ def _find_samples(
     if matched is None:
         if scratch is not None:
             folder = matched_folder(scratch, identity)
-        with lock_index(folder.parent), open_output(folder, STEP, Sidecar, **wanted) as output:
-            matched = output.finished  # another run may just have made it
+        with lock_index(folder.parent):
+            matched = find_output(folder, STEP, Sidecar, **wanted).finished  # another run may just have made it
             if matched is None:
-                output.start()
-                found = match_samples(dataset, sources, settings.val_fraction, output.work, reporter)
-                outputs = [record(path, output.work) for path in sorted(output.work.glob("*.npy"))]
-                matched = output.commit(counts=dataclasses.asdict(found.counts), seconds={}, outputs=outputs)
+                shutil.rmtree(folder, ignore_errors=True)  # damaged, or begun by a run that was killed
+                with open_output(folder, STEP, Sidecar, **wanted) as output:
+                    output.start()
+                    found = match_samples(dataset, sources, settings.val_fraction, output.work, reporter)
+                    outputs = [record(path, output.work) for path in sorted(output.work.glob("*.npy"))]
+                    matched = output.commit(counts=dataclasses.asdict(found.counts), seconds={}, outputs=outputs)
     return MatchedSamples.open(folder, matched.counts)
 
 

@@ -127,8 +127,11 @@ def test_samples_are_matched_once(
     assert train(work, tiny_shards, name="again", **settings)[0] == first
     assert find_matched(work) == [matched]
     assert [path.name for path in matched.glob(".*")] == [".matched.lock"]
-    next(matched.glob("training.*.npy")).write_bytes(b"damaged")
-    assert train(work, tiny_shards, name="damaged", **settings)[0] == first
+    for kind in ("bytes", "folder"):
+        column = matched / "training.places.npy"
+        column.unlink()
+        column.write_bytes(b"damaged") if kind == "bytes" else column.mkdir()
+        assert train(work, tiny_shards, name=kind, **settings)[0] == first
 
     def refuse(*_: Any) -> NoReturn:
         raise AssertionError("matched again")
