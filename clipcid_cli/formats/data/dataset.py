@@ -13,16 +13,16 @@ from pathlib import Path
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import is_benchmark, list_benchmark_tars
 from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, Columns, Images
-from clipcid_cli.formats.data.index import DataIndex, index_identity, open_index, repeated_key
+from clipcid_cli.formats.data.index import DataIndex, index_folder, open_index, repeated_key
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
-from clipcid_cli.formats.data.samples import Location, Sample, natural_key
+from clipcid_cli.formats.data.samples import ByteRange, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
 from clipcid_cli.formats.data.tars import check_tar
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
 
-__all__ = ["Columns", "Dataset", "Location", "Sample", "Shard", "open_dataset"]
+__all__ = ["ByteRange", "Columns", "Dataset", "Sample", "Shard", "open_dataset"]
 
 _FORMS = (
     "Give a folder of .tar shards, one .tar, a pattern such as data/{00000..00099}.tar, a folder of images, or a csv, tsv "
@@ -48,8 +48,7 @@ class Dataset:
         kind: ``webdataset``, ``benchmark`` (CLIP_benchmark's folder), ``images``, ``list`` or ``texts``.
         classes: Names of the classes, for a folder with one folder per class.
         keys: ``sample`` or ``shard``: whether a key is the sample's own or begins with its shard's name.
-        columns: Names of a list's columns.
-        index_folder: Where its index belongs; None without one.
+        index_folder: Where its index belongs.
         index: Its index, where it is finished and no shard has changed since.
     """
 
@@ -123,7 +122,6 @@ def open_dataset(
             with ``::`` between them, a folder of images, a csv, tsv or parquet list; local or a URL that fsspec knows. A
             ``pipe:`` command is run by a shell: pass on only what the user wrote.
         keys: ``shard`` puts the shard's name before each key, for data whose keys repeat across shards.
-        columns: Names of a list's columns.
         index_root: Folder of indexes. Data with an up-to-date index is opened without reading its shards.
     """
     spec, columns = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR))), columns or Columns()
@@ -138,14 +136,14 @@ def open_dataset(
             Shard(name, tar, prefix_keys=prefix_keys, caption_lines=kind == "benchmark") for name, tar in names
         )
     else:
-        kind, folder = "images", Images(spec)
-        shards, classes = cut(folder, spec, prefix_keys=prefix_keys), folder.class_names
+        kind, images = "images", Images(spec)
+        shards, classes = cut(images, spec, prefix_keys=prefix_keys), images.class_names
         if not shards:
             raise ClipcidError(f"{spec} contains no .tar shard and no image.", _explain_subfolders(Path(spec)))
     dataset = Dataset(spec, kind, shards, classes, keys, columns)
     if index_root is not None:
-        place = index_root / index_identity(kind, {"keys": keys, **dataclasses.asdict(columns)})
-        dataset = dataclasses.replace(dataset, index_folder=place).with_index(open_index(place, shards))
+        folder = index_folder(index_root, kind, {"keys": keys, **dataclasses.asdict(columns)})
+        dataset = dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, shards))
     if dataset.index is None:
         _check_shards(dataset)
     return dataset
@@ -189,9 +187,8 @@ def _find_tars(spec: str) -> list[str] | None:
     if (_SEPARATOR in spec or "{" in spec) and (is_remote(spec) or not os.path.exists(spec)):
         tars = list[str]()
         for part in _expand(spec):
-            found = (
-                _find_tars(part) if is_remote(part) or os.path.isdir(part) else [part]
-            )  # it may turn out to be missing
+            # A tar may turn out to be missing.
+            found = _find_tars(part) if is_remote(part) or os.path.isdir(part) else [part]
             if found is None:
                 raise ClipcidError(f"{part} contains no .tar shard.", _FORMS)
             tars += found

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote, is_url
-from clipcid_cli.formats.data.samples import Location, Sample
+from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.fingerprint import FileRecord
 
 _WINDOW = 4096
@@ -61,7 +61,7 @@ def _digest(samples: Sequence[Sample]) -> bytes:
     return digest.digest()
 
 
-def _read(location: Location) -> bytes:
+def _read(location: ByteRange) -> bytes:
     """Return the size and the bytes to hash; the URL of a remote image, nothing of a missing one."""
     if is_url(location.path):
         return location.path.encode("utf-8", errors="surrogateescape")

@@ -21,7 +21,7 @@ _OPEN_COPIES = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Location:
+class ByteRange:
     """Where the bytes of an image or of an attributes file are stored.
 
     Attributes:
@@ -38,11 +38,10 @@ class Location:
     copy: ShardCopy | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def read(self) -> bytes:
-        """Read the bytes. Handles of local files are kept open between calls, separately in each process.
+        """Read the bytes. Commands are never run here: a path may come from a file that someone else wrote.
 
         Raises:
-            OSError: when the file is missing or has become shorter. Commands are never run here: a path may come from a
-                file that someone else wrote.
+            OSError: when the file is missing or has become shorter.
         """
         if self.data is not None:
             return self.data
@@ -62,8 +61,8 @@ class Location:
             raise OSError(f"{self.path} ends {self.size - len(data)} bytes early")
         return data
 
-    def without_data(self) -> Location:
-        """Return where the bytes are, without the bytes."""
+    def without_data(self) -> ByteRange:
+        """Return where the bytes are."""
         return self if self.data is None else dataclasses.replace(self, data=None)
 
 
@@ -82,13 +81,13 @@ class Sample:
     """
 
     key: str
-    image: Location
+    image: ByteRange
     captions: tuple[str, ...] = ()
     label: int | None = None
     labels: tuple[int, ...] | None = None
-    multi_hot: Location | None = None
-    attributes: Location | None = None
-    captions_at: Location | None = None
+    multi_hot: ByteRange | None = None
+    attributes: ByteRange | None = None
+    captions_at: ByteRange | None = None
 
     def without_image_data(self) -> Sample:
         """Return the sample without the bytes of its image, which are most of it."""
@@ -104,9 +103,7 @@ class Sample:
 
 def natural_key(text: str) -> tuple[object, ...]:
     """Sort key by which ``2.tar`` comes before ``10.tar``; the text itself decides between ``01`` and ``1``."""
-    parts: list[object] = list(re.split(r"(\d+)", text))
-    parts[1::2] = [int(str(number)) for number in parts[1::2]]
-    return tuple(parts), text
+    return tuple(int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", text))), text
 
 
 class _Handle:
