@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import re
 from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_pipe, is_url, read_remote
@@ -18,6 +23,8 @@ IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "pp
 _OPEN_FILES = 64
 # Copies a process holds, so that they are not removed: one for each shard whose samples are shuffled together.
 _OPEN_COPIES = 16
+
+_WRITE = "rite a vector with a 1 for each class the image has and 0 for the others."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,7 +82,7 @@ class Sample:
         captions: Its captions; empty when it has none.
         label: Number of its class, where each image has one.
         labels: Numbers of its classes, none or several, where a list says so.
-        multi_hot: Its vector of classes, a ``.npy`` of zeros and ones (see `formats.data.multi_label`).
+        multi_hot: Its vector of classes, a ``.npy`` with a 1 for each, as in CLIP_benchmark's multilabel folders.
         attributes: Its JSON attributes.
         captions_at: Where the text of its captions is; None where they are not in the shard's own file.
     """
@@ -99,6 +106,43 @@ class Sample:
             return self
         parts = {name: getattr(self, name) for name in ("image", "multi_hot", "attributes", "captions_at")}
         return dataclasses.replace(self, **{name: part and part.without_data() for name, part in parts.items()})
+
+
+def read_classes(sample: Sample, num_classes: int) -> tuple[int, ...] | None:
+    """Return the numbers of a sample's classes in [0, `num_classes`), ascending, none or more; None where nothing says."""
+    if sample.multi_hot is not None:
+        return tuple(np.flatnonzero(_read_vector(sample, num_classes)).tolist())
+    if sample.labels is None and sample.label is None:
+        return None
+    classes = sample.labels or (() if sample.label is None else (sample.label,))
+    wrong = next((number for number in classes if not 0 <= number < num_classes), None)
+    if wrong is not None:
+        raise ClipcidError(
+            f"Sample {sample.key} has class {wrong}; there are {num_classes} class names (0 … {num_classes - 1}).",
+            "Give the matching list of class names with --classnames.",
+        )
+    return tuple(sorted(classes))
+
+
+def read_vector_length(sample: Sample) -> int:
+    """Read the length of a sample's vector, the number of classes."""
+    return len(_read_vector(sample, None))
+
+
+def _read_vector(sample: Sample, length: int | None) -> npt.NDArray[Any]:
+    """Read a vector of zeros and ones, of any length where `length` is None."""
+    assert sample.multi_hot is not None
+    try:
+        vector: npt.NDArray[Any] = np.load(io.BytesIO(sample.multi_hot.read()), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ClipcidError(f"The .npy of sample {sample.key} cannot be read: {error}.", f"W{_WRITE}") from error
+    if vector.ndim != 1 or length not in (None, len(vector)) or not np.isin(vector, (0, 1)).all():
+        wanted = "a vector of zeros and ones" if length is None else f"zeros and ones for {length} classes"
+        raise ClipcidError(
+            f"The .npy of sample {sample.key} is {vector.dtype} {list(vector.shape)}, not {wanted}.",
+            f"{'W' if length is None else 'Give the matching list of class names with --classnames, and w'}{_WRITE}",
+        )
+    return vector
 
 
 def natural_key(text: str) -> tuple[object, ...]:
