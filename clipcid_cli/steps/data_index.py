@@ -89,7 +89,7 @@ def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Rep
 
 
 def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:
-    """Return indexed data, read from local copies where it is behind a URL or from commands; they take `gigabytes` at most."""
+    """Return indexed data, read from local copies, of `gigabytes` at most, where it is behind URLs or from commands."""
     index = dataset.index
     if index is None or not any(is_remote(shard.file) for shard in dataset.shards):
         return dataset

@@ -43,10 +43,7 @@ def fill_template(template: str, class_name: str) -> str:
 
 
 def hash_lines(lines: Iterable[str]) -> str:
-    """Return 12 hexadecimal digits: BLAKE2b, 6 bytes, of every line in UTF-8 with a newline after it.
-
-    ``b2sum -l 48 FILE`` prints the same of a file whose lines have no spaces around them.
-    """
+    """Return what ``b2sum -l 48 FILE`` prints of a file with these lines."""
     text = "".join(f"{line}\n" for line in lines)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 

@@ -30,7 +30,7 @@ from clipcid_cli.formats.atomic import atomic_file, remove_abandoned, write_erro
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
+from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, fetch_ahead
 from clipcid_cli.formats.data.tars import split_captions
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.join import find_repeat
@@ -64,40 +64,25 @@ _RECORD = b"clipcid"  # of the part's schema
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class IndexedShard:
-    """What the listing of a shard found.
+    """What the listing of a shard found."""
 
-    Attributes:
-        samples: Samples with an image.
-        with_captions: Those of them that have a caption.
-        read: Samples looked at, with an image or without.
-        skips: Samples left out: without an image, or of a key seen before in the shard.
-        stamp: `Shard.stamp` when it was listed.
-        fingerprint: The shard's fingerprint then.
-        digest: Hash of all this and of what the part holds.
-    """
-
-    samples: int
+    samples: int  # with an image
     with_captions: int
-    read: int
-    skips: Skips
-    stamp: tuple[int, int]
+    read: int  # with an image or without
+    skips: Skips  # without an image, or of a key seen before in the shard
+    stamp: tuple[int, int]  # of the shard when it was listed, as its fingerprint
     fingerprint: FileRecord
-    digest: str = ""
+    digest: str = ""  # of all this and of what the part holds
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The samples of one shard; small, to be sent to another process: read where they are needed, and held there.
-
-    Attributes:
-        shard: The shard; None where each image is a file of its own.
-        copy: Local copy of a shard behind a URL, to read from.
-    """
+    """The samples of one shard; small, to be sent to another process: read where they are needed, and held there."""
 
     path: str
     digest: str
-    shard: Shard | None
-    copy: ShardCopy | None
+    shard: Shard | None  # None where each image is a file of its own
+    copy: ShardCopy | None  # of a shard behind a URL, to read from
 
     @property
     def table(self) -> pa.Table:
@@ -166,18 +151,12 @@ class SampleRef:
 
 @dataclasses.dataclass(frozen=True)
 class DataIndex:
-    """The finished index of a data set; picklable, and small beside the data.
-
-    Attributes:
-        shards: The data's shards, in order.
-        records: What was found in each.
-        cache: Where shards behind URLs are copied to, for reading many of their samples; None reads a part at a time.
-    """
+    """The finished index of a data set; picklable, and small beside the data."""
 
     folder: Path
     shards: tuple[Shard, ...]
     records: tuple[IndexedShard, ...]
-    cache: ShardCache | None = None
+    cache: ShardCache | None = None  # where shards behind URLs are copied to; None reads one sample at a time
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -190,15 +169,10 @@ class DataIndex:
         path = str(_part_path(self.folder, shard))
         return Part(path, self.records[number].digest, shard if shard.file else None, self._copy(number))
 
-    def sample(self, number: int, place: int) -> Sample:
-        """Return a sample by its shard and its place there."""
-        return self.part(number).sample(place)
-
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
-        """Copy shards to the cache in the background, in order; see `ShardCache.fetch_ahead`."""
-        copies = [copy for copy in map(self._copy, numbers) if copy is not None]
-        if self.cache is not None and copies:
-            self.cache.fetch_ahead(copies)
+        """Copy shards to the cache in the background, in order; see `shard_cache.fetch_ahead`."""
+        if self.cache is not None:
+            fetch_ahead(filter(None, map(self._copy, numbers)))
 
     def _copy(self, number: int) -> ShardCopy | None:
         if self.cache is None or not is_remote(self.shards[number].file):
@@ -235,11 +209,10 @@ def write_part(folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequ
 
 
 def _to_row(sample: Sample, file: str) -> dict[str, Any]:
-    def describe(location: ByteRange | None) -> dict[str, Any] | None:
-        if location is None:
+    def describe(place: ByteRange | None) -> dict[str, Any] | None:
+        if place is None:
             return None
-        path = None if location.path == file else location.path
-        return {"path": path, "offset": location.offset, "size": location.size}
+        return {"path": None if place.path == file else place.path, "offset": place.offset, "size": place.size}
 
     return {
         "key": sample.key,

@@ -112,9 +112,11 @@ def read_classes(sample: Sample, num_classes: int) -> tuple[int, ...] | None:
     """Return the numbers of a sample's classes in [0, `num_classes`), ascending, none or more; None where nothing says."""
     if sample.multi_hot is not None:
         return tuple(np.flatnonzero(_read_vector(sample, num_classes)).tolist())
-    if sample.labels is None and sample.label is None:
-        return None
-    classes = sample.labels or (() if sample.label is None else (sample.label,))
+    classes = sample.labels
+    if classes is None:
+        if sample.label is None:
+            return None
+        classes = (sample.label,)
     wrong = next((number for number in classes if not 0 <= number < num_classes), None)
     if wrong is not None:
         raise ClipcidError(

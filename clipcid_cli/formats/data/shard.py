@@ -47,8 +47,7 @@ class Shard:
     Attributes:
         name: Unique in the data set: a tar's name without ``.tar``, after folders where names repeat; a slice's number.
         source: The tar, its URL, or a ``pipe:`` command whose output it is; the folder, list or file of texts.
-        rows: What a slice is of; None of a tar.
-        number: Number of the slice.
+        rows: What the slice of this number is of; None of a tar.
         prefix_keys: Whether keys begin with the shard's name.
         caption_lines: Whether each line of a ``.txt`` in a tar is a caption of its own, as in CLIP_benchmark's folders.
     """

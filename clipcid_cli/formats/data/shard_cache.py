@@ -13,7 +13,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -43,17 +43,6 @@ class ShardCache:
 
     folder: Path
     max_bytes: int
-
-    def fetch_ahead(self, copies: Sequence[ShardCopy]) -> None:
-        """Fetch copies in the background, in order; those asked for earlier and not begun are given up.
-
-        What goes wrong shows when a copy is opened.
-        """
-        waiting = _start_fetching()
-        with waiting.mutex:
-            waiting.queue.clear()
-        for copy in copies:
-            waiting.put(copy)
 
     @contextmanager
     def room_for(self, size: int, apart: Path) -> Iterator[None]:
@@ -158,6 +147,18 @@ def _remove_unused(path: Path) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     return True
+
+
+def fetch_ahead(copies: Iterable[ShardCopy]) -> None:
+    """Fetch copies in the background, in order; those asked for earlier and not begun are given up.
+
+    What goes wrong shows when a copy is opened.
+    """
+    waiting = _start_fetching()
+    with waiting.mutex:
+        waiting.queue.clear()
+    for copy in copies:
+        waiting.put(copy)
 
 
 @lru_cache(maxsize=1)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Rows, cut
-from clipcid_cli.formats.reading import reading_from
+from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.skips import Skips
 
 TEXTS_A_SHARD = 65_536
@@ -59,7 +57,8 @@ class _TextLines(Rows):
 
     def fingerprint(self, number: int) -> tuple[int, str]:
         start, end = self.bounds[number : number + 2]
-        with _open(self.path, start) as file:
+        with self.path.open("rb") as file:
+            file.seek(start.byte)
             content = file.read(end.byte - start.byte)
         return len(content), f"blake2b:{hashlib.blake2b(content, digest_size=16).hexdigest()}"
 
@@ -79,20 +78,11 @@ def open_texts(path: Path) -> Dataset:
     return Dataset(str(path), "texts", cut(_TextLines(path, (*bounds, place), total), str(path)))
 
 
-@contextmanager
-def _open(path: Path, start: _Place) -> Iterator[IO[bytes]]:
-    with (
-        reading_from(path, "a text file", _GIVE) as file,
-        io.BufferedReader(cast(io.RawIOBase, file)) as lines,  # `reading_from` opens it unbuffered
-    ):
-        lines.seek(start.byte)
-        yield lines
-
-
 def _read_lines(path: Path, start: _Place) -> Iterator[tuple[str, _Place]]:
     """Yield each line, stripped, and where it ends."""
     place, number = start
-    with _open(path, start) as lines:
+    with reading(path, "a text file", _GIVE), path.open("rb") as lines:
+        lines.seek(place)
         while line := lines.readline(_MOST_BYTES):
             place, number = place + len(line), number + 1
             yield _decode(path, number, line), _Place(place, number)

@@ -87,7 +87,7 @@ def test_it_says_what_a_listing_says_and_later_starts_open_no_shard(
         assert part.keys.to_pylist() == [sample.key for sample in expected]
         assert part.num_captions.tolist() == [len(sample.captions) for sample in expected]
         for place, sample in enumerate(expected):
-            found = dataset.index.sample(number, place)
+            found = dataset.index.part(number).sample(place)
             assert found.image.read() == sample.image.read()
             assert found.captions == sample.captions
             assert (found.attributes and found.attributes.read()) == (sample.attributes and sample.attributes.read())
@@ -165,7 +165,7 @@ def test_a_caption_that_was_rewritten_is_read_again(tmp_path: Path) -> None:
     assert first.index is not None
     assert again.index is not None
     place = again.index.part(0).keys.to_pylist().index("0/4")
-    assert again.index.sample(0, place).captions == ("another caption",)
+    assert again.index.part(0).sample(place).captions == ("another caption",)
 
 
 def test_what_a_killed_run_left_is_removed_and_not_what_another_one_writes(tiny_shards: Path, tmp_path: Path) -> None:

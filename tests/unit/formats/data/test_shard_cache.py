@@ -18,7 +18,7 @@ from shard_server import ShardServer, serve
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import describe_file
 from clipcid_cli.formats.data.samples import ByteRange, close_copies
-from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
+from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, fetch_ahead
 from clipcid_cli.formats.fingerprint import FileRecord
 
 SIZE = 1000
@@ -134,7 +134,7 @@ def test_fetching_ahead_takes_no_more_than_the_limit(data: Path, tmp_path: Path)
     with serve(data) as server:
         copies = copies_of(server, cache)
         held = copies[7].open()
-        cache.fetch_ahead(copies)
+        fetch_ahead(copies)
         wait_until(lambda: server.requests.total() >= 8)
         wait_until(lambda: copies[6].local.exists() and not list(cache.folder.glob(".*.partial")))
         assert bytes_in(cache) <= 5 * SIZE

@@ -42,7 +42,8 @@ def list_samples(dataset: Dataset, rows: SampleRows) -> list[str]:
     assert dataset.index is not None
     shards = np.repeat(np.arange(len(rows.sizes)), rows.sizes)
     return [
-        dataset.index.sample(int(shard), int(place)).key for shard, place in zip(shards, rows.places(), strict=True)
+        dataset.index.part(int(shard)).sample(int(place)).key
+        for shard, place in zip(shards, rows.places(), strict=True)
     ]
 
 
