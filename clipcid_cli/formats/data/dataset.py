@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -30,10 +29,11 @@ _FORMS = (
 )
 _SEPARATOR = "::"  # webdataset's, between several folders, tars or patterns
 
-# Up to this size, keys are compared across all shards when data is opened; of larger data only those of the first two shards
-# are, and all once they have been read.
+# Up to this size, keys are compared across all shards when data is opened; of larger data, or data that will have an index,
+# only those of the first two shards are, and all once they have been read.
 _SMALL = 2**30
 
+_LOOKED_AT = 10  # shards, for an image
 _ESTIMATED_FROM = 4
 _PROBED = 100
 _SAMPLES_OF_COMMAND = 10_000  # as img2dataset makes shards
@@ -139,7 +139,9 @@ def open_dataset(
         kind, images = "images", Images(spec)
         shards, classes = cut(images, spec, prefix_keys=prefix_keys), images.class_names
         if not shards:
-            raise ClipcidError(f"{spec} contains no .tar shard and no image.", _explain_subfolders(Path(spec)))
+            inner = sorted({str(path.parent) for path in Path(spec).glob("*/*.tar")}, key=natural_key)
+            fix = f"Its folders {', '.join(inner[:6])} contain shards: give one of them." if inner else _FORMS
+            raise ClipcidError(f"{spec} contains no .tar shard and no image.", fix)
     dataset = Dataset(spec, kind, shards, classes, keys, columns)
     if index_root is not None:
         folder = index_folder(index_root, kind, {"keys": keys, **dataclasses.asdict(columns)})
@@ -168,7 +170,12 @@ def _check_shards(dataset: Dataset) -> None:
     with ThreadPoolExecutor(16) as pool:
         for _ in pool.map(check_tar, local):
             pass
-    _require_images(dataset.spec, dataset.shards)
+    skips = Skips()
+    if all(next(shard.stream(skips), None) is None for shard in dataset.shards[:_LOOKED_AT]):
+        looked = "it has" if len(dataset.shards) <= _LOOKED_AT else f"the first {_LOOKED_AT} of its shards have"
+        without = skips.examples.get("no_image")
+        seen = f" ({skips.total} without one, first {without[0]})" if without else ""
+        raise ClipcidError(f"{dataset.spec}: no sample with an image in what {looked}{seen}.", _FORMS)
     small = sum(os.path.getsize(path) for path in local) <= _SMALL
     first = tars if small and dataset.index_folder is None else tars[:2]
     if len(local) < len(tars) or len(first) < 2:  # reading remote ones whole would take longer than "quick"
@@ -246,20 +253,3 @@ def _path_in_command(command: str) -> str:
     """Return the last word of a command that ends in ``.tar``, else the command without what a name cannot hold."""
     words = re.findall(r"[^\s'\"|;&<>()=]+\.tar(?![^\s'\"|;&<>()])", command, re.IGNORECASE)
     return words[-1] if words else re.sub(r"[^\w.-]+", "-", command)[-64:].strip("-.")
-
-
-def _explain_subfolders(folder: Path) -> str:
-    inner = sorted({path.parent.name for path in folder.glob("*/*.tar")}, key=natural_key)
-    if inner:
-        return f"Its folders {', '.join(inner[:6])} contain shards: give one of them, e.g. {folder / inner[0]}."
-    return _FORMS
-
-
-def _require_images(spec: str, shards: Sequence[Shard]) -> None:
-    """Refuse data whose first shards contain no image."""
-    skips = Skips()
-    if any(next(shard.stream(skips), None) is not None for shard in shards[:10]):
-        return
-    looked = "it has" if len(shards) <= 10 else "the first 10 of its shards have"
-    seen = f" ({skips.total} without one, first {skips.examples['no_image'][0]})" if "no_image" in skips.counts else ""
-    raise ClipcidError(f"{spec}: no sample with an image in what {looked}{seen}.", _FORMS)

@@ -57,7 +57,7 @@ class _TextLines(Rows):
 
     def fingerprint(self, number: int) -> tuple[int, str]:
         start, end = self.bounds[number : number + 2]
-        with self.path.open("rb") as file:
+        with reading(self.path, "a text file", _GIVE), self.path.open("rb") as file:
             file.seek(start.byte)
             content = file.read(end.byte - start.byte)
         return len(content), f"blake2b:{hashlib.blake2b(content, digest_size=16).hexdigest()}"
