@@ -289,8 +289,10 @@ def _classes(source: str, cells: pd.Series[Any]) -> list[list[int]]:
 
 
 def _numbers(cell: Any) -> list[int]:
-    parts = cell if isinstance(cell, _SEVERAL) else re.split(r"[\s,;|]+", _clean(cell))
-    numbers = [float(part) for part in parts if part != ""]
+    if isinstance(cell, str):
+        cell = re.split(r"[\s,;|]+", cell.strip())
+    parts = cell if isinstance(cell, _SEVERAL) else [cell]
+    numbers = [float(part) for part in parts if part not in ("", None)]
     broken = next((number for number in numbers if not number.is_integer()), None)
     if broken is not None:
         raise ValueError(f"{broken:g} is not an integer")

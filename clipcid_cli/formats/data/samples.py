@@ -24,7 +24,7 @@ _OPEN_FILES = 64
 # Copies a process holds, so that they are not removed: one for each shard whose samples are shuffled together.
 _OPEN_COPIES = 16
 
-_WRITE = "rite a vector with a 1 for each class the image has and 0 for the others."
+_VECTOR = "a vector with a 1 for each class the image has and 0 for the others."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -137,12 +137,13 @@ def _read_vector(sample: Sample, length: int | None) -> npt.NDArray[Any]:
     try:
         vector: npt.NDArray[Any] = np.load(io.BytesIO(sample.multi_hot.read()), allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ClipcidError(f"The .npy of sample {sample.key} cannot be read: {error}.", f"W{_WRITE}") from error
+        raise ClipcidError(f"The .npy of sample {sample.key} cannot be read: {error}.", f"Write {_VECTOR}") from error
     if vector.ndim != 1 or length not in (None, len(vector)) or not np.isin(vector, (0, 1)).all():
         wanted = "a vector of zeros and ones" if length is None else f"zeros and ones for {length} classes"
         raise ClipcidError(
             f"The .npy of sample {sample.key} is {vector.dtype} {list(vector.shape)}, not {wanted}.",
-            f"{'W' if length is None else 'Give the matching list of class names with --classnames, and w'}{_WRITE}",
+            ("Write " if length is None else "Give the matching list of class names with --classnames, or write ")
+            + _VECTOR,
         )
     return vector
 
