@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
@@ -40,16 +38,14 @@ _SHARDS_IN_USE = 2 * SHARDS_MIXED + FETCHED_AT_ONCE + 1
 def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample]:
     """Yield a shard's samples for a step that reads all of it: from the index, or else into it.
 
-    A shard behind a URL or a command is read in any case, and its samples come with their bytes.
-
-    Args:
-        skips: Counts the samples left out; complete once all were taken.
+    A shard behind a URL or a command is read in any case, and its samples come with their bytes. `skips` counts the samples
+    left out; it is complete once all were taken.
     """
     shard, index = dataset.shards[number], dataset.index
     if index is not None and not is_remote(shard.file):
         skips.merge(index.records[number].skips)
-        for place in range(index.records[number].samples):
-            yield index.sample(number, place)
+        part = index.part(number)
+        yield from map(part.sample, range(len(part)))
         return
     stamp, listed = shard.stamp(), list[Sample]()
     for sample in shard.stream(skips):
@@ -59,34 +55,16 @@ def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample
         write_part(dataset.index_folder, shard, stamp, listed, skips)
 
 
-def take_samples(dataset: Dataset, number: int, places: npt.NDArray[np.int64]) -> list[Sample]:
-    """Return some samples of a shard by their places in it, from the index where there is one."""
-    if dataset.index is not None:
-        return [dataset.index.sample(number, place) for place in places.tolist()]
-    listed = dataset.shards[number].samples() if len(places) else []
-    return [listed[place] for place in places.tolist()]
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardLister:
-    """Lists shards into the index; sent to workers."""
-
-    dataset: Dataset
-
-    def __call__(self, number: int) -> None:
-        """List one shard."""
-        for _ in stream_shard(self.dataset, number, Skips()):
-            pass
+def _list_shard(dataset: Dataset, number: int) -> None:
+    """List one shard into the index."""
+    for _ in stream_shard(dataset, number, Skips()):
+        pass
 
 
 def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Reporter) -> Dataset:
     """Return the data with its index, listing the shards that are not in it yet.
 
-    Processes divide the shards among them, and each its part among its workers; a stopped run continues.
-
-    Args:
-        dataset: Data opened with a folder for its index.
-        workers: Worker processes of each process; 0 lists in the process itself.
+    Processes divide the shards among them, and each its part among its workers (0: itself); a stopped run continues.
     """
     folder = dataset.index_folder
     assert folder is not None, "opened without a folder for the index"
@@ -101,7 +79,8 @@ def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Rep
         with reporter.progress("index", len(mine), "shards") as progress:
 
             def list_mine() -> None:
-                for _ in load_batches(mine, ShardLister(dataset), workers if len(mine) > _FEW_SHARDS else 0):
+                lister = partial(_list_shard, dataset)
+                for _ in load_batches(mine, lister, workers if len(mine) > _FEW_SHARDS else 0):
                     progress.advance()
 
             machine.on_all(list_mine)
@@ -110,12 +89,7 @@ def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Rep
 
 
 def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:
-    """Return the data, read from local copies where it is behind a URL or from commands.
-
-    Args:
-        dataset: Data with an index.
-        gigabytes: Most disk space that copies may take.
-    """
+    """Return indexed data, read from local copies, of `gigabytes` at most, where it is behind URLs or from commands."""
     index = dataset.index
     if index is None or not any(is_remote(shard.file) for shard in dataset.shards):
         return dataset
@@ -139,7 +113,7 @@ def _finish(dataset: Dataset, folder: Path) -> DataIndex:
     for number, shard in enumerate(dataset.shards):
         record = read_record(folder, shard)
         if record is None:  # it changed while the others were listed
-            ShardLister(dataset)(number)
+            _list_shard(dataset, number)
             record = read_record(folder, shard)
         if record is None:
             raise ClipcidError(

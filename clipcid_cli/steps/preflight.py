@@ -15,19 +15,16 @@ from itertools import islice
 
 import numpy as np
 
-from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url
+from clipcid_cli.formats.data.remote import is_remote, is_url
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.reporting import Reporter
 
-SAMPLES_OF_A_SHARD = 3
-SHARE = 0.01
-"""Largest share of the data that is looked at before a run, where that takes longer than 0.1 s."""
-
+_SAMPLES_OF_A_SHARD = 3
+_SHARE = 0.01
 _MIN_SECONDS, _MAX_SECONDS = 0.1, 10.0
 _DRY_RUN_SECONDS = 2.0
 _SHARDS_BEHIND_URLS = 4
@@ -40,9 +37,7 @@ class Findings:
     """What a look at some shards found.
 
     Attributes:
-        shards: Shards looked at.
-        samples: Samples looked at.
-        bad: Those whose image cannot be decoded.
+        bad: Samples whose image cannot be decoded.
         share: Sum of the shares of the shards, in [0, 1] each, that were looked at.
     """
 
@@ -62,36 +57,38 @@ class Findings:
 def check_samples(dataset: Dataset, machine: Machine, seed: int, *, dry_run: bool, reporter: Reporter) -> Findings:
     """Look at a few samples of every shard, or of as many as there is time for, and report images that cannot be decoded.
 
-    Such images are no error: a step skips and counts them. A shard that cannot be read is one. Of data behind URLs a dry run
-    looks at the first samples of a few shards, a run at nothing; the output of a command is never looked at.
-
-    Args:
-        seed: Decides which shards are looked at where there is no time for all.
-        dry_run: Whether to report, too, that all is well.
+    Such images are no error: a step skips and counts them. A shard that cannot be read is one. A dry run also reports that
+    all is well.
     """
     mine = choose_order(dataset, seed, dry_run=dry_run)[machine.rank :: machine.size]
     found = Findings()
     for part in machine.gather(machine.on_all(lambda: _look_at(dataset, mine, dry_run))):
         found.add(part)
-    if found.bad.total or dry_run:
-        _report(dataset, found, reporter)
+    total = len(dataset.shards)
+    looked = (
+        f"{dataset.spec}: checked {found.shards:,} of {total:,} shard{'s' * (total > 1)}, {found.samples:,} samples"
+    )
+    if found.shards < total:
+        looked += " (evenly spread)"
+    if found.bad.total:
+        reporter.warn(f"{looked}: {found.bad.total:,} cannot be decoded.\n{found.bad.describe()}")
+    elif dry_run:
+        reporter.note(f"{looked}: all can be decoded.")
     return found
 
 
 def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
-    """Return the numbers of the shards to look at; those of any first part of it lie evenly in the data."""
+    """Return the numbers of the shards to look at; those of any first part of it lie evenly in the data.
+
+    Of shards behind URLs a dry run looks at a few, a run at none; the output of a command is never looked at.
+    """
     # Multiples of the golden ratio fill [0, 1) evenly, however many of them are taken.
     offset = derive_seed("preflight", seed) / 2**63
     positions = (np.arange(len(dataset.shards)) * _GOLDEN_RATIO + offset) % 1.0
-    chosen, of_urls = list[int](), 0
-    for number in np.argsort(np.argsort(positions)).tolist():
-        file = dataset.shards[number].file
-        if is_remote(file):
-            if is_pipe(file) or not dry_run or of_urls == _SHARDS_BEHIND_URLS:
-                continue
-            of_urls += 1
-        chosen.append(number)
-    return chosen
+    order = positions.argsort().argsort().tolist()
+    behind_urls = [number for number in order if is_url(dataset.shards[number].file)]
+    local = [number for number in order if not is_remote(dataset.shards[number].file)]
+    return local + behind_urls[: _SHARDS_BEHIND_URLS if dry_run else 0]
 
 
 def _look_at(dataset: Dataset, order: Sequence[int], dry_run: bool) -> Findings:
@@ -102,7 +99,7 @@ def _look_at(dataset: Dataset, order: Sequence[int], dry_run: bool) -> Findings:
         for first in range(0, len(order), _THREADS):
             elapsed = time.perf_counter() - started
             # Of an indexed shard of 10,000 samples three are 0.03 %: the share alone would never stop it.
-            if elapsed > most or (elapsed > least and found.share > SHARE * len(order)):
+            if elapsed > most or (elapsed > least and found.share > _SHARE * len(order)):
                 break
             for shard in pool.map(lambda number: _look(dataset, number), order[first : first + _THREADS]):
                 found.add(shard)
@@ -111,26 +108,17 @@ def _look_at(dataset: Dataset, order: Sequence[int], dry_run: bool) -> Findings:
 
 def _look(dataset: Dataset, number: int) -> Findings:
     """Read and decode a few samples of a shard: from the index spread over it, else the first ones."""
-    shard, index = dataset.shards[number], dataset.index
-    found = Findings(shards=1)
-    try:
-        if index is not None and not is_remote(shard.file):
-            size = index.records[number].samples
-            places = np.unique(
-                np.linspace(0, max(0, size - 1), min(size, SAMPLES_OF_A_SHARD)).astype(np.int64)
-            ).tolist()
-            samples = [index.sample(number, place) for place in places]
-            found.share = len(places) / max(1, size)
-        else:
-            samples = list(islice(shard.stream(), SAMPLES_OF_A_SHARD))
-            if samples and shard.file and not is_remote(shard.file):
-                image = samples[-1].image
-                found.share = (image.offset + (image.size or 0)) / max(1, shard.stamp()[0])
-    except OSError as error:
-        raise ClipcidError(
-            f"Shard {shard.name} of {dataset.spec} cannot be read: {error.strerror or error}.",
-            "Check the disk and the permissions of its files, or remove the shard from the data.",
-        ) from error
+    shard, found = dataset.shards[number], Findings(shards=1)
+    if dataset.index is not None and not is_remote(shard.file):
+        part = dataset.index.part(number)
+        places = np.unique(np.linspace(0, len(part) - 1, min(len(part), _SAMPLES_OF_A_SHARD)).astype(np.int64))
+        samples = list(map(part.sample, places.tolist()))
+        found.share = len(samples) / max(1, len(part))
+    else:
+        samples = list(islice(shard.stream(), _SAMPLES_OF_A_SHARD))
+        if samples and shard.file and not is_remote(shard.file):
+            image = samples[-1].image
+            found.share = (image.offset + (image.size or 0)) / max(1, shard.stamp()[0])
     for sample in samples:
         if sample.image.data is None and is_url(sample.image.path):  # a list may name images behind URLs
             continue
@@ -139,14 +127,3 @@ def _look(dataset: Dataset, number: int) -> Findings:
         if isinstance(decoded, SkippedImage):
             found.bad.add(decoded.reason, f"{shard.name}: {sample.key}")
     return found
-
-
-def _report(dataset: Dataset, found: Findings, reporter: Reporter) -> None:
-    number, total = found.shards, len(dataset.shards)
-    looked = f"{dataset.spec}: checked {number:,} of {total:,} shard{'s' * (total > 1)}, {found.samples:,} samples"
-    if number < total:
-        looked += " (evenly spread)"
-    if found.bad.total:
-        reporter.warn(f"{looked}: {found.bad.total:,} cannot be decoded.\n{found.bad.describe()}")
-    else:
-        reporter.note(f"{looked}: all can be decoded.")

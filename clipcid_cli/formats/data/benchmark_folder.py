@@ -39,8 +39,6 @@ class BenchmarkFolder:
         name: Name for tables and metrics files.
         data: The folder of the split, or the data as given.
         dataset_type: ``classification``, ``retrieval`` or ``multilabel``; None where the data set does not say.
-        class_names: File of class names; None where there is none.
-        templates: File of templates; None where there is none.
     """
 
     name: str
@@ -55,29 +53,25 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
 
     Args:
         data: A CLIP_benchmark folder, the folder of one of its splits, or any other data, which is used as given.
-        split: The split to use of a CLIP_benchmark folder.
 
     Raises:
         MissingSplitError: when the folder has splits, but not this one.
     """
     folder = Path(data)
     if is_remote(data) or not folder.is_dir():
-        return BenchmarkFolder(name=_last_parts(data, 1), data=data)
+        return BenchmarkFolder(_last_parts(data, 1), data)
     if is_benchmark(data):
         # The folder of a split; its text files are next to it, or in it where a data set has no splits.
-        about = (
-            folder if (folder / DATASET_TYPE).is_file() or (folder / CLASS_NAMES).is_file() else folder.resolve().parent
-        )
-        return _describe(_last_parts(data, 2 if about != folder else 1), data, about)
+        if (folder / DATASET_TYPE).is_file() or (folder / CLASS_NAMES).is_file():
+            return _describe(_last_parts(data, 1), data, folder)
+        return _describe(_last_parts(data, 2), data, folder.resolve().parent)
     splits = sorted(path.parent.name for path in folder.glob(f"*/{NUM_SHARDS}")) or _plain_splits(folder)
-    if not splits:
-        return _describe(_last_parts(data, 1), data, folder)
-    if split not in splits:
+    if splits and split not in splits:
         raise MissingSplitError(
             f"{data} has no split {split!r}; it has {', '.join(splits)}.",
             f"Choose one with --split, e.g. --split {splits[0]}.",
         )
-    return _describe(_last_parts(data, 1), str(folder / split), folder)
+    return _describe(_last_parts(data, 1), str(folder / split) if splits else data, folder)
 
 
 def is_benchmark(spec: str) -> bool:
@@ -106,15 +100,11 @@ def _plain_splits(folder: Path) -> list[str]:
 
 
 def _describe(name: str, data: str, about: Path) -> BenchmarkFolder:
-    kind = about / DATASET_TYPE
-    class_names, templates = about / CLASS_NAMES, about / TEMPLATES
-    return BenchmarkFolder(
-        name=name,
-        data=data,
-        dataset_type=kind.read_text(encoding="utf-8").strip().lower() if kind.is_file() else None,
-        class_names=class_names if class_names.is_file() else None,
-        templates=templates if templates.is_file() else None,
+    kind, class_names, templates = (
+        about / file if (about / file).is_file() else None for file in (DATASET_TYPE, CLASS_NAMES, TEMPLATES)
     )
+    dataset_type = None if kind is None else kind.read_text(encoding="utf-8").strip().lower()
+    return BenchmarkFolder(name, data, dataset_type, class_names, templates)
 
 
 def _last_parts(data: str, number: int) -> str:

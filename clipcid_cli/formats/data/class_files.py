@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.reading import describe, read_regular
+from clipcid_cli.formats.reading import read_regular, reading
 
 # Placeholders of the class name: CLIP_benchmark writes {c}, open_clip {}.
 PLACEHOLDERS = ("{c}", "{}")
@@ -43,10 +43,7 @@ def fill_template(template: str, class_name: str) -> str:
 
 
 def hash_lines(lines: Iterable[str]) -> str:
-    """Return 12 hexadecimal digits: BLAKE2b, 6 bytes, of every line in UTF-8 with a newline after it.
-
-    ``b2sum -l 48 FILE`` prints the same of a file whose lines have no spaces around them.
-    """
+    """Return what ``b2sum -l 48 FILE`` prints of a file with these lines."""
     text = "".join(f"{line}\n" for line in lines)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -57,17 +54,9 @@ def describe_lines(described: Mapping[str, Any]) -> str:
 
 
 def _read_lines(path: Path, what: str) -> tuple[str, ...]:
-    try:
+    with reading(path, "UTF-8 text", f"Give a text file with one {what} per line."):
         text = read_regular(path).decode("utf-8-sig")
-    except OSError as error:
-        raise ClipcidError(
-            f"{path} cannot be read: {describe(error)}.", f"Give a text file with one {what} per line."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ClipcidError(f"{path} is not UTF-8 text.", f"Give a text file with one {what} per line.") from error
-    lines = [line.strip() for line in text.splitlines()]
-    while lines and not lines[-1]:
-        lines.pop()
+    lines = [line.strip() for line in text.rstrip().splitlines()]
     if not lines:
         raise ClipcidError(f"{path} contains no {what}.", f"Write one {what} per line.")
     if "" in lines:

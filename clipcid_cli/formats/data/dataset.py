@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -13,16 +12,16 @@ from pathlib import Path
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import is_benchmark, list_benchmark_tars
 from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, Columns, Images
-from clipcid_cli.formats.data.index import DataIndex, index_identity, open_index, repeated_key
+from clipcid_cli.formats.data.index import DataIndex, index_folder, open_index, repeated_key
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
-from clipcid_cli.formats.data.samples import Location, Sample, natural_key
+from clipcid_cli.formats.data.samples import ByteRange, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
 from clipcid_cli.formats.data.tars import check_tar
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
 
-__all__ = ["Columns", "Dataset", "Location", "Sample", "Shard", "open_dataset"]
+__all__ = ["ByteRange", "Columns", "Dataset", "Sample", "Shard", "open_dataset"]
 
 _FORMS = (
     "Give a folder of .tar shards, one .tar, a pattern such as data/{00000..00099}.tar, a folder of images, or a csv, tsv "
@@ -30,10 +29,11 @@ _FORMS = (
 )
 _SEPARATOR = "::"  # webdataset's, between several folders, tars or patterns
 
-# Up to this size, keys are compared across all shards when data is opened; of larger data only those of the first two shards
-# are, and all once they have been read.
+# Up to this size, keys are compared across all shards when data is opened; of larger data, or data that will have an index,
+# only those of the first two shards are, and all once they have been read.
 _SMALL = 2**30
 
+_LOOKED_AT = 10  # shards, for an image
 _ESTIMATED_FROM = 4
 _PROBED = 100
 _SAMPLES_OF_COMMAND = 10_000  # as img2dataset makes shards
@@ -48,8 +48,7 @@ class Dataset:
         kind: ``webdataset``, ``benchmark`` (CLIP_benchmark's folder), ``images``, ``list`` or ``texts``.
         classes: Names of the classes, for a folder with one folder per class.
         keys: ``sample`` or ``shard``: whether a key is the sample's own or begins with its shard's name.
-        columns: Names of a list's columns.
-        index_folder: Where its index belongs; None without one.
+        index_folder: Where its index belongs.
         index: Its index, where it is finished and no shard has changed since.
     """
 
@@ -123,7 +122,6 @@ def open_dataset(
             with ``::`` between them, a folder of images, a csv, tsv or parquet list; local or a URL that fsspec knows. A
             ``pipe:`` command is run by a shell: pass on only what the user wrote.
         keys: ``shard`` puts the shard's name before each key, for data whose keys repeat across shards.
-        columns: Names of a list's columns.
         index_root: Folder of indexes. Data with an up-to-date index is opened without reading its shards.
     """
     spec, columns = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR))), columns or Columns()
@@ -138,14 +136,16 @@ def open_dataset(
             Shard(name, tar, prefix_keys=prefix_keys, caption_lines=kind == "benchmark") for name, tar in names
         )
     else:
-        kind, folder = "images", Images(spec)
-        shards, classes = cut(folder, spec, prefix_keys=prefix_keys), folder.class_names
+        kind, images = "images", Images(spec)
+        shards, classes = cut(images, spec, prefix_keys=prefix_keys), images.class_names
         if not shards:
-            raise ClipcidError(f"{spec} contains no .tar shard and no image.", _explain_subfolders(Path(spec)))
+            inner = sorted({str(path.parent) for path in Path(spec).glob("*/*.tar")}, key=natural_key)
+            fix = f"Its folders {', '.join(inner[:6])} contain shards: give one of them." if inner else _FORMS
+            raise ClipcidError(f"{spec} contains no .tar shard and no image.", fix)
     dataset = Dataset(spec, kind, shards, classes, keys, columns)
     if index_root is not None:
-        place = index_root / index_identity(kind, {"keys": keys, **dataclasses.asdict(columns)})
-        dataset = dataclasses.replace(dataset, index_folder=place).with_index(open_index(place, shards))
+        folder = index_folder(index_root, kind, {"keys": keys, **dataclasses.asdict(columns)})
+        dataset = dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, shards))
     if dataset.index is None:
         _check_shards(dataset)
     return dataset
@@ -170,7 +170,12 @@ def _check_shards(dataset: Dataset) -> None:
     with ThreadPoolExecutor(16) as pool:
         for _ in pool.map(check_tar, local):
             pass
-    _require_images(dataset.spec, dataset.shards)
+    skips = Skips()
+    if all(next(shard.stream(skips), None) is None for shard in dataset.shards[:_LOOKED_AT]):
+        looked = "it has" if len(dataset.shards) <= _LOOKED_AT else f"the first {_LOOKED_AT} of its shards have"
+        without = skips.examples.get("no_image")
+        seen = f" ({skips.total} without one, first {without[0]})" if without else ""
+        raise ClipcidError(f"{dataset.spec}: no sample with an image in what {looked}{seen}.", _FORMS)
     small = sum(os.path.getsize(path) for path in local) <= _SMALL
     first = tars if small and dataset.index_folder is None else tars[:2]
     if len(local) < len(tars) or len(first) < 2:  # reading remote ones whole would take longer than "quick"
@@ -189,9 +194,8 @@ def _find_tars(spec: str) -> list[str] | None:
     if (_SEPARATOR in spec or "{" in spec) and (is_remote(spec) or not os.path.exists(spec)):
         tars = list[str]()
         for part in _expand(spec):
-            found = (
-                _find_tars(part) if is_remote(part) or os.path.isdir(part) else [part]
-            )  # it may turn out to be missing
+            # A tar may turn out to be missing.
+            found = _find_tars(part) if is_remote(part) or os.path.isdir(part) else [part]
             if found is None:
                 raise ClipcidError(f"{part} contains no .tar shard.", _FORMS)
             tars += found
@@ -249,20 +253,3 @@ def _path_in_command(command: str) -> str:
     """Return the last word of a command that ends in ``.tar``, else the command without what a name cannot hold."""
     words = re.findall(r"[^\s'\"|;&<>()=]+\.tar(?![^\s'\"|;&<>()])", command, re.IGNORECASE)
     return words[-1] if words else re.sub(r"[^\w.-]+", "-", command)[-64:].strip("-.")
-
-
-def _explain_subfolders(folder: Path) -> str:
-    inner = sorted({path.parent.name for path in folder.glob("*/*.tar")}, key=natural_key)
-    if inner:
-        return f"Its folders {', '.join(inner[:6])} contain shards: give one of them, e.g. {folder / inner[0]}."
-    return _FORMS
-
-
-def _require_images(spec: str, shards: Sequence[Shard]) -> None:
-    """Refuse data whose first shards contain no image."""
-    skips = Skips()
-    if any(next(shard.stream(skips), None) is not None for shard in shards[:10]):
-        return
-    looked = "it has" if len(shards) <= 10 else "the first 10 of its shards have"
-    seen = f" ({skips.total} without one, first {skips.examples['no_image'][0]})" if "no_image" in skips.counts else ""
-    raise ClipcidError(f"{spec}: no sample with an image in what {looked}{seen}.", _FORMS)

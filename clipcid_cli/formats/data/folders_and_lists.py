@@ -11,8 +11,9 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_url, local_file
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample, natural_key
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Sample, natural_key
 from clipcid_cli.formats.data.shard import Rows
 from clipcid_cli.formats.reading import describe, open_regular, read_regular
 from clipcid_cli.formats.skips import Skips
@@ -58,16 +59,11 @@ class Columns:
 
     Where any cell of that column contains several numbers (a parquet list, or ``3 7`` in text), every image may have
     any number of classes, and an empty cell means none.
-
-    Attributes:
-        image: Path of the image, relative to the list's folder or absolute, or a URL.
-        caption: The caption, or in parquet a list of several; optional.
-        key: The key; without such a column, the path as written.
     """
 
-    image: str = "filepath"
-    caption: str = "title"
-    key: str = "key"
+    image: str = "filepath"  # relative to the list's folder or absolute, or a URL
+    caption: str = "title"  # in parquet perhaps a list of several; optional
+    key: str = "key"  # without such a column, the path as written
 
 
 class _Listed(NamedTuple):
@@ -78,33 +74,25 @@ class _Listed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Images(Rows):
-    """The images of a folder or a list, listed when they are first asked for.
+    """The images of a folder or a list, listed when they are first asked for."""
 
-    Attributes:
-        source: The folder, or the list or its URL.
-        columns: Of a list; None of a folder.
-    """
-
-    source: str
-    columns: Columns | None = None
+    source: str  # the folder, or the list or its URL
+    columns: Columns | None = None  # of a list
 
     @cached_property
     def _listed(self) -> _Listed:
-        class_names: tuple[str, ...] | None = None
-        rows: Iterable[dict[str, Any]]
         if self.columns is None:
             class_names, rows = _list_folder(self.source)
         else:
-            rows = _list_rows(self.source, self.columns)
-        slices, seen, several, pending = list[pa.RecordBatch](), set[bytes](), False, list[dict[str, Any]]()
-        for row in rows:
-            several |= len(row.get("classes") or ()) > 1
-            pending.append({**row, "repeated": row["key"] in seen})
-            seen.add(row["key"])
-            if len(pending) == VIRTUAL_SHARD:
-                slices.append(pa.RecordBatch.from_pylist(pending, _SCHEMA))
-                pending.clear()
-        if pending:
+            class_names, rows = None, _list_rows(self.source, self.columns)
+        slices = list[pa.RecordBatch]()
+        seen = set[bytes]()
+        several = False
+        while pending := list(islice(rows, VIRTUAL_SHARD)):
+            for row in pending:
+                several |= len(row.get("classes") or ()) > 1
+                row["repeated"] = row["key"] in seen
+                seen.add(row["key"])
             slices.append(pa.RecordBatch.from_pylist(pending, _SCHEMA))
         return _Listed(slices, class_names, several)
 
@@ -160,7 +148,7 @@ class Images(Rows):
                 captions = list(filter(None, [text.decode("utf-8", errors="replace").strip()]))
         return Sample(
             key=os.fsdecode(row["key"]),
-            image=Location(path if is_url(path) else os.path.join(folder, path)),
+            image=ByteRange(path if is_url(path) else os.path.join(folder, path)),
             captions=tuple(captions),
             label=classes[0] if classes and not self._listed.several else None,
             labels=tuple(classes) if classes is not None and self._listed.several else None,
@@ -180,10 +168,8 @@ def _list_folder(root: str) -> tuple[tuple[str, ...] | None, Iterator[dict[str, 
         key, suffix = os.path.splitext(path)
         if suffix[1:].lower() in IMAGE_SUFFIXES:
             images.append((path, stat.st_size))
-        elif suffix.lower() == ".txt" and (
-            key not in texts or path > texts[key][0]
-        ):  # of `1.TXT` and `1.txt` the latter
-            texts[key] = path, stat
+        elif suffix.lower() == ".txt":
+            texts[key] = max(texts.get(key, ("", stat)), (path, stat))  # of `1.TXT` and `1.txt` the latter
     images.sort(key=lambda image: tuple(natural_key(part) for part in image[0].split("/")))
     class_names: tuple[str, ...] | None = None
     if images and all("/" in path for path, _ in images):
@@ -246,9 +232,10 @@ def _list_rows(source: str, columns: Columns) -> Iterator[dict[str, Any]]:
 
 
 def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
+    """Read a list slice by slice; what is missing in a cell is None."""
     import pandas as pd  # 0.15 s, which other kinds of data should not wait for
 
-    try:
+    def read() -> Iterator[pd.DataFrame]:
         open_regular(path).close()
         if source.lower().endswith(".parquet"):
             frame = pd.read_parquet(path)
@@ -261,6 +248,10 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
         separator = "\t" if source.lower().endswith(".tsv") or ("\t" in header and "," not in header) else ","
         with pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, chunksize=VIRTUAL_SHARD) as frames:
             yield from frames
+
+    try:
+        for frame in read():
+            yield frame.astype(object).where(frame.notna(), None)
     except FileNotFoundError as error:
         raise ClipcidError(f"There is no list {source}.", "Check the path.") from error
     except Exception as error:  # pandas and pyarrow raise what they like for a damaged file
@@ -275,19 +266,18 @@ def _texts(source: str, frame: pd.DataFrame, column: str) -> list[str]:
             f"Column {column!r} of list {source} contains lists.",
             "Give a column of single values with --image-column or --key-column: one row per image.",
         )
-    return [_clean(cell) for cell in frame[column]]
+    return list(map(_clean, frame[column]))
 
 
 def _captions(cell: Any) -> list[str]:
-    texts = map(_clean, cell if isinstance(cell, _SEVERAL) else [cell])
-    return [text for text in texts if text]
+    return list(filter(None, map(_clean, cell if isinstance(cell, _SEVERAL) else [cell])))
 
 
 def _clean(cell: Any) -> str:
-    return cell.strip() if isinstance(cell, str) else "" if _is_missing(cell) else str(cell)
+    return "" if cell is None else str(cell).strip()
 
 
-def _classes(source: str, cells: Sequence[Any] | pd.Series[Any]) -> list[list[int]]:
+def _classes(source: str, cells: pd.Series[Any]) -> list[list[int]]:
     """Read the class numbers in each cell: none, one or several."""
     try:
         return [_numbers(cell) for cell in cells]
@@ -299,17 +289,11 @@ def _classes(source: str, cells: Sequence[Any] | pd.Series[Any]) -> list[list[in
 
 
 def _numbers(cell: Any) -> list[int]:
-    parts = re.split(r"[\s,;|]+", cell.strip()) if isinstance(cell, str) else cell
-    if not isinstance(parts, _SEVERAL):
-        parts = [] if _is_missing(cell) else [cell]
-    numbers = [float(part) for part in parts if part != ""]
+    if isinstance(cell, str):
+        cell = re.split(r"[\s,;|]+", cell.strip())
+    parts = cell if isinstance(cell, _SEVERAL) else [cell]
+    numbers = [float(part) for part in parts if part not in ("", None)]
     broken = next((number for number in numbers if not number.is_integer()), None)
     if broken is not None:
         raise ValueError(f"{broken:g} is not an integer")
-    return list(dict.fromkeys(int(number) for number in numbers))
-
-
-def _is_missing(cell: Any) -> bool:
-    import pandas as pd
-
-    return bool(pd.isna(cell))
+    return list(dict.fromkeys(map(int, numbers)))

@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote, is_url
-from clipcid_cli.formats.data.samples import Location, Sample
+from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.reading import open_regular
 
 _WINDOW = 4096
 _COMPRESSED = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8")
@@ -24,14 +25,10 @@ _AT_ONCE = 256
 
 
 def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None) -> FileRecord:
-    """Describe all images of a data set.
+    """Describe all images of a data set, or those of its samples that are used, in order; `size` is their number.
 
-    Args:
-        samples: Those of its samples that are used, in order; None for all.
-
-    Returns:
-        ``path``, ``size`` (number of images used) and ``hash``, as of a sidecar's input. Of a remote image only the name is
-        included. Tars behind a URL are not read for it: their own fingerprints are included, and ``size`` is their bytes.
+    Of a remote image only the name is included. Tars behind a URL are not read for it: their own fingerprints are included,
+    and `size` is their bytes.
     """
     digest = hashlib.blake2b(digest_size=16)
     if any(is_remote(shard.file) for shard in dataset.shards):
@@ -52,29 +49,25 @@ def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None
 def _digest(samples: Sequence[Sample]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
-        digest.update(
-            repr((sample.key, sample.label, sample.labels, sample.captions)).encode("utf-8", errors="surrogateescape")
-        )
-        for location in (sample.image, sample.multi_hot):
-            if location is not None:
-                digest.update(_read(location))
+        content = (sample.key, sample.label, sample.labels, sample.captions)
+        digest.update(repr(content).encode("utf-8", errors="surrogateescape"))
+        for place in (sample.image, sample.multi_hot):
+            if place is not None:
+                digest.update(_read(place))
     return digest.digest()
 
 
-def _read(location: Location) -> bytes:
+def _read(place: ByteRange) -> bytes:
     """Return the size and the bytes to hash; the URL of a remote image, nothing of a missing one."""
-    if is_url(location.path):
-        return location.path.encode("utf-8", errors="surrogateescape")
+    if is_url(place.path):
+        return place.path.encode("utf-8", errors="surrogateescape")
     try:
-        handle = os.open(location.path, os.O_RDONLY | os.O_CLOEXEC)
+        with open_regular(place.path) as file:
+            size = os.fstat(file.fileno()).st_size if place.size is None else place.size
+            head = os.pread(file.fileno(), min(size, _WINDOW), place.offset)
+            rest = size - len(head)
+            if head.startswith(_COMPRESSED):
+                rest = min(rest, _WINDOW)
+            return b"%d:" % size + head + os.pread(file.fileno(), rest, place.offset + size - rest)
     except OSError:
         return b""  # counted as unreadable when it is decoded
-    try:
-        size = os.fstat(handle).st_size if location.size is None else location.size
-        head = os.pread(handle, min(size, _WINDOW), location.offset)
-        rest = size - len(head)
-        if head.startswith(_COMPRESSED):
-            rest = min(rest, _WINDOW)
-        return b"%d:" % size + head + os.pread(handle, rest, location.offset + size - rest)
-    finally:
-        os.close(handle)

@@ -5,7 +5,7 @@
 
 Listing 400 million samples in tars takes hours. So each shard is listed once, by any process, into a file of its own that
 appears whole; the table is written last. A shard whose file has another size or modification time than recorded is listed
-again. A process holds the parts it used last, `PARTS_KEPT` of them.
+again. A process holds the parts it used last, `_PARTS_KEPT` of them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, remove_abandoned, write_error, write_parquet
-from clipcid_cli.formats.data.remote import is_remote, tells_content
-from clipcid_cli.formats.data.samples import Location, Sample
+from clipcid_cli.formats.data.remote import is_remote
+from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
+from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, fetch_ahead
 from clipcid_cli.formats.data.tars import split_captions
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.join import find_repeat
@@ -38,8 +38,8 @@ from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.skips import Skips
 
-PARTS_KEPT = 48
-"""Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB."""
+# Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB.
+_PARTS_KEPT = 48
 
 _VERSION = 3
 _LOCATION = pa.struct(
@@ -64,76 +64,60 @@ _RECORD = b"clipcid"  # of the part's schema
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class IndexedShard:
-    """What the listing of a shard found.
+    """What the listing of a shard found."""
 
-    Attributes:
-        samples: Samples with an image.
-        with_captions: Those of them that have a caption.
-        read: Samples looked at, with an image or without.
-        skips: Samples left out: without an image, or of a key seen before in the shard.
-        stamp: Size and modification time of the shard's file when it was listed, see `Shard.stamp`.
-        fingerprint: The shard's fingerprint then.
-        digest: Hash of all this and of what the part holds.
-    """
-
-    samples: int
+    samples: int  # with an image
     with_captions: int
-    read: int
-    skips: Skips
-    stamp: tuple[int, int]
+    read: int  # with an image or without
+    skips: Skips  # without an image, or of a key seen before in the shard
+    stamp: tuple[int, int]  # of the shard when it was listed, as its fingerprint
     fingerprint: FileRecord
-    digest: str = ""
+    digest: str = ""  # of all this and of what the part holds
 
 
+@dataclasses.dataclass(frozen=True)
 class Part:
-    """The samples of one shard.
+    """The samples of one shard; small, to be sent to another process: read where they are needed, and held there."""
 
-    Attributes:
-        table: See `_SCHEMA`.
-        keys: Their keys, n strings.
-        num_captions: How many captions each has, int32 [n].
-    """
+    path: str
+    digest: str
+    shard: Shard | None  # None where each image is a file of its own
+    copy: ShardCopy | None  # of a shard behind a URL, to read from
 
-    def __init__(self, table: pa.Table) -> None:
-        self.table = table
-        self.keys: pa.ChunkedArray = table["key"]
-        self.num_captions: npt.NDArray[np.int32] = table["num_captions"].to_numpy()
+    @property
+    def table(self) -> pa.Table:
+        """The samples, see `_SCHEMA`."""
+        return _read_table(self.path, self.digest)
+
+    @property
+    def keys(self) -> pa.ChunkedArray:
+        """Their keys, n strings."""
+        return self.table["key"]
+
+    @property
+    def num_captions(self) -> npt.NDArray[np.int32]:
+        """How many captions each has, int32 [n]."""
+        counts: npt.NDArray[np.int32] = self.table["num_captions"].to_numpy()
+        return counts
 
     def __len__(self) -> int:
         return len(self.table)
 
-
-@dataclasses.dataclass(frozen=True)
-class PartSource:
-    """Where the part of one shard is, and its hash; small, to be sent to another process.
-
-    Attributes:
-        shard: The shard; None where each image is a file of its own.
-        copy: Local copy of a shard behind a URL, to read from.
-    """
-
-    path: str
-    digest: str
-    shard: Shard | None
-    copy: ShardCopy | None
-
-    def read(self) -> Part:
-        """Return the part, read or as this process holds it."""
-        return _read_part(self.path, self.digest)
-
     def sample(self, place: int) -> Sample:
-        """Return a sample by its place in the shard; captions that are in the shard's file are read from it.
-
-        Raises:
-            OSError: when the shard's file is gone or shorter than it was.
-        """
-        table = self.read().table
+        """Return a sample by its place in the shard; captions that are in the shard's file are read from it."""
+        table = self.table
         key, image, captions, captions_at, attributes = (
             table[name][place].as_py() for name in ("key", "image", "captions", "captions_at", "attributes")
         )
         if captions is None:
             assert self.shard is not None, "captions are in the shard's own file"
-            text = self._locate(captions_at).read()
+            try:
+                text = self._locate(captions_at).read()
+            except OSError as error:
+                raise ClipcidError(
+                    f"The captions in {self.shard.file} cannot be read: {error}.",
+                    "Put the file back, then give the command again.",
+                ) from error
             captions = split_captions(text, a_line_each=self.shard.caption_lines)
         return Sample(
             key=key,
@@ -142,97 +126,75 @@ class PartSource:
             attributes=None if attributes is None else self._locate(attributes),
         )
 
-    def _locate(self, found: dict[str, Any]) -> Location:
+    def _locate(self, found: dict[str, Any]) -> ByteRange:
         if found["path"] is not None or self.shard is None:
-            return Location(**found)
-        return Location(self.shard.file, found["offset"], found["size"], copy=self.copy)
+            return ByteRange(**found)
+        return ByteRange(self.shard.file, found["offset"], found["size"], copy=self.copy)
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplePlace:
+class SampleRef:
     """A sample by its place in a shard, to be read in another process."""
 
-    source: PartSource
+    part: Part
     place: int
 
     @property
     def key(self) -> str:
         """The sample's key."""
-        return str(self.source.read().keys[self.place])
+        return str(self.part.keys[self.place])
 
     def read(self) -> Sample:
         """Return the sample."""
-        try:
-            return self.source.sample(self.place)
-        except OSError as error:
-            file = self.source.path if self.source.shard is None else self.source.shard.file
-            raise ClipcidError(
-                f"The captions in {file} cannot be read: {error}.", "Put the file back, then give the command again."
-            ) from error
+        return self.part.sample(self.place)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataIndex:
-    """The finished index of a data set; picklable, and small beside the data.
-
-    Attributes:
-        shards: The data's shards, in order.
-        records: What was found in each.
-        cache: Where shards behind URLs are copied to, for reading many of their samples; None reads a part at a time.
-    """
+    """The finished index of a data set; picklable, and small beside the data."""
 
     folder: Path
     shards: tuple[Shard, ...]
     records: tuple[IndexedShard, ...]
-    cache: ShardCache | None = None
+    cache: ShardCache | None = None  # where shards behind URLs are copied to; None reads one sample at a time
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Samples of each shard, int64 [S]."""
         return np.array([record.samples for record in self.records], dtype=np.int64)
 
-    def source(self, number: int) -> PartSource:
-        """Return where the part of a shard is."""
+    def part(self, number: int) -> Part:
+        """Return the samples of a shard."""
         shard = self.shards[number]
         path = str(_part_path(self.folder, shard))
-        return PartSource(path, self.records[number].digest, shard if shard.file else None, self._copy(number))
-
-    def part(self, number: int) -> Part:
-        """Return the samples of a shard, read from its part or from the parts this process holds."""
-        return self.source(number).read()
-
-    def sample(self, number: int, place: int) -> Sample:
-        """Return a sample by its shard and its place there; see `PartSource.sample`."""
-        return self.source(number).sample(place)
+        return Part(path, self.records[number].digest, shard if shard.file else None, self._copy(number))
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
-        """Copy shards to the cache in the background, in order; see `ShardCache.fetch_ahead`."""
-        copies = [copy for copy in map(self._copy, numbers) if copy is not None]
-        if self.cache is not None and copies:
-            self.cache.fetch_ahead(copies)
+        """Copy shards to the cache in the background, in order; see `shard_cache.fetch_ahead`."""
+        if self.cache is not None:
+            fetch_ahead(filter(None, map(self._copy, numbers)))
 
     def _copy(self, number: int) -> ShardCopy | None:
-        path = self.shards[number].file
-        if self.cache is None or not is_remote(path):
+        if self.cache is None or not is_remote(self.shards[number].file):
             return None
-        listed, digest = self.records[number].fingerprint, self.records[number].digest
-        return ShardCopy(self.cache, path, listed.hash, "" if tells_content(listed) else digest)
+        return ShardCopy(self.cache, self.records[number].fingerprint, self.records[number].digest)
 
 
-def index_identity(kind: str, settings: dict[str, Any]) -> str:
-    """Hash how shards are read, which decides the folder of their index."""
-    return _identity([_VERSION, kind, settings])
+def index_folder(root: Path, kind: str, settings: dict[str, Any]) -> Path:
+    """Return the folder of an index, which depends on how shards are read."""
+    return root / _identity([_VERSION, kind, settings])
 
 
 def write_part(folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequence[Sample], skips: Skips) -> None:
-    """Write down what the listing of one shard found, whole or not at all.
-
-    Args:
-        stamp: The shard's stamp before it was listed, so that a change meanwhile is noticed.
-        samples: What `shard.samples(skips)` returned.
-    """
-    captioned, read = sum(bool(sample.captions) for sample in samples), len(samples) + skips.total
-    record = IndexedShard(len(samples), captioned, read, skips, stamp, shard.fingerprint())
+    """Write down what the listing of one shard found; `stamp` is from before it, so that a change meanwhile is noticed."""
+    record = IndexedShard(
+        samples=len(samples),
+        with_captions=sum(bool(sample.captions) for sample in samples),
+        read=len(samples) + skips.total,
+        skips=skips,
+        stamp=stamp,
+        fingerprint=shard.fingerprint(),
+    )
     try:
         table = pa.Table.from_pylist([_to_row(sample, shard.file) for sample in samples], _SCHEMA)
     except UnicodeEncodeError as error:
@@ -241,17 +203,16 @@ def write_part(folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequ
         raise ClipcidError(problem, "Rename the file; keys are text.") from error
     record = dataclasses.replace(record, digest=_hash(record, table))
     table = table.replace_schema_metadata({_RECORD: _to_json(record)})
-    path = _part_path(folder, shard)  # also written by a worker process that outlives its run for a moment
-    with atomic_file(path, shared=True) as file, pa.ipc.new_file(file, table.schema) as writer:
+    # Shared: also written by a worker process that outlives its run for a moment.
+    with atomic_file(_part_path(folder, shard), shared=True) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
 
 
 def _to_row(sample: Sample, file: str) -> dict[str, Any]:
-    def describe(location: Location | None) -> dict[str, Any] | None:
-        if location is None:
+    def describe(place: ByteRange | None) -> dict[str, Any] | None:
+        if place is None:
             return None
-        path = None if location.path == file else location.path
-        return {"path": path, "offset": location.offset, "size": location.size}
+        return {"path": None if place.path == file else place.path, "offset": place.offset, "size": place.size}
 
     return {
         "key": sample.key,
@@ -275,7 +236,12 @@ def read_record(folder: Path, shard: Shard) -> IndexedShard | None:
 def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[IndexedShard]) -> DataIndex:
     """Write the table of the shards, once all are listed; files of later steps are joined by key, so none may repeat."""
     index = DataIndex(folder, tuple(shards), tuple(records))
-    _refuse_repeated_keys(index)
+    if len(shards) > 1:  # within a shard all keys differ
+        repeat = find_repeat(lambda: (index.part(number).keys for number in range(len(shards))), folder)
+        if repeat is not None:
+            rows = (repeat.first, repeat.second)
+            one, other = (shards[at].name for at in np.searchsorted(np.cumsum(index.sizes), rows, side="right"))
+            raise repeated_key(repeat.key, one, other)
     write_parquet(_table_path(folder, shards), pa.table({"shard": list(map(_to_json, records))}))
     return index
 
@@ -287,8 +253,8 @@ def open_index(folder: Path, shards: Sequence[Shard]) -> DataIndex | None:
         records = tuple(map(_from_json, rows))
     except Exception:  # a damaged table is made again
         return None
-    same = [record.stamp for record in records] == [shard.stamp() for shard in shards]
-    return DataIndex(folder, tuple(shards), records) if same else None
+    is_current = [record.stamp for record in records] == [shard.stamp() for shard in shards]
+    return DataIndex(folder, tuple(shards), records) if is_current else None
 
 
 @contextmanager
@@ -302,17 +268,6 @@ def lock_index(folder: Path) -> Iterator[None]:
             raise write_error(folder, error) from error
         remove_abandoned(folder.glob(".*.partial"))
         yield
-
-
-def _refuse_repeated_keys(index: DataIndex) -> None:
-    """Refuse keys of two shards; within a shard all differ."""
-    if len(index.shards) < 2:
-        return
-    repeat = find_repeat(lambda: (index.part(number).keys for number in range(len(index.shards))), index.folder)
-    if repeat is not None:
-        ends, rows = np.cumsum(index.sizes), (repeat.first, repeat.second)
-        one, other = (index.shards[int(np.searchsorted(ends, row, side="right"))].name for row in rows)
-        raise repeated_key(repeat.key, one, other)
 
 
 def repeated_key(key: str, one: str, other: str) -> ClipcidError:
@@ -360,8 +315,8 @@ def _load(path: Path) -> tuple[IndexedShard, pa.Table]:
     return record, table
 
 
-@lru_cache(maxsize=PARTS_KEPT)
-def _read_part(path: str, digest: str) -> Part:
+@lru_cache(maxsize=_PARTS_KEPT)
+def _read_table(path: str, digest: str) -> pa.Table:
     """Read a part, or give the one held; an edited part has another digest, as has that of another version of the shard."""
     try:
         record, table = _load(Path(path))
@@ -372,4 +327,4 @@ def _read_part(path: str, digest: str) -> Part:
             f"{path} is missing, edited, damaged, or of another version of its shard.",
             f"Remove {Path(path).parent}/shards-*.parquet and give the command again: what is damaged is listed anew.",
         ) from error
-    return Part(table)
+    return table

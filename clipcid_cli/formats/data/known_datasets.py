@@ -16,30 +16,20 @@ from clipcid_cli.errors import ClipcidError
 
 ACCURACY = "acc1"
 PER_CLASS = "mean_per_class_recall"
-MEAN_AVERAGE_PRECISION = "mean_average_precision"
 ELEVEN_POINT = "mean_average_precision_11_point"
 RECALL = "image_retrieval_recall@5"
 
 
 @dataclasses.dataclass(frozen=True)
 class KnownDataset:
-    """A data set of the usual suite.
+    """A data set of the usual suite."""
 
-    Attributes:
-        name: Its name here, in tables and metrics files.
-        folder: Folder of CLIP_benchmark's copy; None where there is none.
-        metric: Name of the customary metric.
-        class_names: Built-in class names for a copy without its own.
-        templates: Built-in templates for a copy without its own.
-        source: Where else to get it.
-    """
-
-    name: str
-    folder: str | None
+    name: str  # also in tables and metrics files
+    folder: str | None  # of CLIP_benchmark's copy
     metric: str = ACCURACY
-    class_names: str | None = None
+    class_names: str | None = None  # built-in ones, for a copy without its own; likewise the templates
     templates: str | None = None
-    source: str | None = None
+    source: str | None = None  # where else to get it
 
 
 def _imagenet(name: str, folder: str) -> KnownDataset:
@@ -88,15 +78,12 @@ KNOWN_DATASETS = {
 
 
 def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | None:
-    """Find the local copy of a data set of the usual suite.
+    """Find the local copy of a data set of the usual suite; None for a name that is not in it.
 
     Args:
         name: As the user wrote it. A name of the suite means its data set even where a folder has that name too; a path is
             written ``./name``.
         root: Folder of the local copies.
-
-    Returns:
-        The data set and its folder; None when the name is not in the suite.
     """
     known = KNOWN_DATASETS.get(name)
     if known is None:
@@ -105,12 +92,12 @@ def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | Non
     found = next((place for place in places if place.is_dir()), None)
     if found is not None:
         return known, found
-    expected = f"{places[0]} (CLIP_benchmark's shards) or " if known.folder is not None else ""
-    get = (
-        f"hf download clip-benchmark/{known.folder} --repo-type dataset --local-dir {places[0]}"
-        if known.folder is not None
-        else f"{known.source}, in {places[-1] / 'test'}."
-    )
+    if known.folder is None:
+        expected = ""
+        get = f"{known.source}, in {places[-1] / 'test'}."
+    else:
+        expected = f"{places[0]} (CLIP_benchmark's shards) or "
+        get = f"hf download clip-benchmark/{known.folder} --repo-type dataset --local-dir {places[0]}"
     raise ClipcidError(
         f"There is no local copy of {name}: expected in {expected}{places[-1]} (one folder of images per class).",
         f"Name the folder of your copies with --data-root, or get it: {get}"
@@ -119,12 +106,12 @@ def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | Non
 
 
 def customary_metric(name: str, possible: Sequence[str]) -> str:
-    """Return the metric a data set is usually reported by.
+    """Return the metric a data set is usually reported by, or the first possible one where that is not known.
 
     Args:
-        name: Name of the data set: its name in the suite, or that of its folder, with or without ``/`` and a split.
-        possible: The metrics its task has; the first is that of data which is not known or has another task here.
+        name: Its name in the suite, or that of its folder, with or without ``/`` and a split.
+        possible: The metrics its task has.
     """
     folder = name.partition("/")[0]
-    metric = next((known.metric for known in KNOWN_DATASETS.values() if folder in (known.name, known.folder)), None)
-    return metric if metric is not None and metric in possible else possible[0]
+    metrics = [known.metric for known in KNOWN_DATASETS.values() if folder in (known.name, known.folder)]
+    return next((metric for metric in metrics if metric in possible), possible[0])

@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 import io
 import re
+import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -23,7 +24,6 @@ _PIPE = "pipe:"
 _WAITS = (0.25, 0.5, 1.0, 2.0, 4.0)
 # Bytes requested at once: a stream waits for the server once per request.
 _REQUEST = 2**23
-_COPY = 2**22
 # Errors that another attempt would repeat.
 _LASTING = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)
 _LASTING_STATUSES = set(range(400, 500)) - {408, 425, 429}  # timeouts and "too many requests" pass
@@ -52,73 +52,89 @@ def is_remote(spec: str) -> bool:
     return is_url(spec) or is_pipe(spec)
 
 
-def read_blocks(path: str) -> Generator[bytes]:
-    """Yield the bytes behind a URL, or the output of a command, which is run, in order.
-
-    What breaks is tried again: of a URL the request of `_REQUEST` bytes; of a command all, and what was read is passed over.
-    """
-    if is_pipe(path):
-        yield from _run(path)
-        return
-    size, place = _read_info(path).get("size"), 0
-    while size is None or place < size:
-        end = place + _REQUEST if size is None else min(place + _REQUEST, int(size))
-        data = _fetch(path, place, end, is_whole=size is not None)
-        whole = len(data) > end - place  # the server sends no ranges
-        if data:
-            yield data[place:] if whole else data
-        if whole or len(data) < end - place:
-            return
-        place = end
+def open_remote(path: str) -> io.BufferedReader:
+    """Open what is behind a URL, or the output of a command, which is run: to be read once, in order."""
+    return io.BufferedReader(_RemoteStream(path), _REQUEST)
 
 
-def _run(command: str) -> Iterator[bytes]:
-    """Yield what a command writes, until it has ended well."""
-    place, waits = 0, iter(_WAITS)
-    while True:
-        # By the shell, as webdataset does.
-        with subprocess.Popen(command.removeprefix(_PIPE), shell=True, stdout=subprocess.PIPE) as process:
-            try:
-                assert process.stdout is not None
-                left = place
-                while data := process.stdout.read(_COPY):
-                    passed = min(left, len(data))
-                    left -= passed
-                    if passed < len(data):
-                        place, waits = place + len(data) - passed, iter(_WAITS)
-                        yield data[passed:]
-                if not process.wait():
-                    return
-            finally:
-                process.terminate()
-        wait = next(waits, None)
-        if wait is None:
-            raise _fetch_error(command, OSError(f"exit {process.returncode}"), len(_WAITS))
-        time.sleep(wait)
-
-
-class RemoteStream(io.RawIOBase):
-    """What `read_blocks` yields, as a file that is read once."""
+class _RemoteStream(io.RawIOBase):
+    """What breaks is opened again where it broke; a command, and a server that sends no parts of files, begins anew."""
 
     def __init__(self, path: str) -> None:
-        self._blocks, self._held = read_blocks(path), memoryview(b"")
+        self._path = path
+        self._place = 0
+        self._request = _REQUEST
+        self._source: Any = None
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read some bytes; none at the end alone."""
-        if not self._held:
-            self._held = memoryview(next(self._blocks, b""))
-        part = self._held[: len(buffer)]
-        self._held = self._held[len(part) :]
-        buffer[: len(part)] = part
-        return len(part)
+        data = _retry(self._path, lambda: self._read(len(buffer)))
+        self._place += len(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _read(self, count: int) -> bytes:
+        try:
+            if self._source is None:
+                self._connect()
+            data: bytes = self._source.read(count)
+            size = getattr(self._source, "size", None)
+            if not data and size is not None and self._place < size:
+                raise OSError(f"the connection ended at byte {self._place:,}")
+            return data
+        except Exception as error:
+            self._disconnect()
+            if isinstance(error, ValueError) and self._request:  # fsspec's, of an HTTP server that sends no parts
+                self._request = 0  # the file as one stream
+                return self._read(count)
+            raise
+
+    def _connect(self) -> None:
+        if is_pipe(self._path):
+            self._source = _CommandOutput(self._path)
+        else:
+            filesystem, inner = _open_filesystem(self._path)
+            self._source = filesystem.open(inner, "rb", block_size=self._request, cache_type="none")
+        try:
+            if self._place:
+                self._source.seek(self._place)
+        except (OSError, ValueError):  # a stream: what was read is passed over
+            left = self._place
+            while left:
+                passed = len(self._source.read(min(left, _REQUEST)))
+                if not passed:
+                    raise OSError(f"it ended before byte {self._place:,}, where it had broken") from None
+                left -= passed
+
+    def _disconnect(self) -> None:
+        source, self._source = self._source, None
+        if source is not None:
+            source.close()
 
     def close(self) -> None:
-        """Close the connection, or end the command."""
-        self._blocks.close()
+        self._disconnect()
+        super().close()
+
+
+class _CommandOutput(io.RawIOBase):
+    """What a command writes; its end is an error where the command failed."""
+
+    def __init__(self, path: str) -> None:
+        # By the shell, as webdataset does.
+        self._process = subprocess.Popen(path.removeprefix(_PIPE), shell=True, stdout=subprocess.PIPE, bufsize=0)
+
+    def read(self, size: int = -1) -> bytes:
+        assert self._process.stdout is not None
+        data: bytes = self._process.stdout.read(size)
+        if not data and self._process.wait():
+            raise OSError(f"exit {self._process.returncode}")
+        return data
+
+    def close(self) -> None:
+        with self._process:
+            self._process.terminate()
         super().close()
 
 
@@ -129,29 +145,14 @@ def read_remote(url: str, offset: int = 0, size: int | None = None) -> bytes:
         OSError: when it is shorter.
     """
     end = None if size is None else offset + size
-    data = _fetch(url, offset, end)
-    if end is not None and len(data) > end - offset:  # the server sends no ranges
+    data: bytes = _ask(url, lambda filesystem, inner: filesystem.cat_file(inner, offset or None, end))
+    if size is None:
+        return data
+    if len(data) > size:  # the server sends no parts of files
         data = data[offset:end]
-    if size is not None and len(data) < size:
+    if len(data) < size:
         raise OSError(f"{url} ends {size - len(data)} bytes early")
     return data
-
-
-def _fetch(url: str, start: int, end: int | None, *, is_whole: bool = False) -> bytes:
-    """Read a part of the file behind a URL; all of it where the server sends no ranges.
-
-    Args:
-        is_whole: Whether the file is known to hold all of the part.
-    """
-
-    def fetch() -> bytes:
-        filesystem, inner = open_filesystem(url)
-        data: bytes = filesystem.cat_file(inner, start or None, end)
-        if is_whole and end is not None and len(data) < end - start:
-            raise OSError(f"the connection ended at byte {start + len(data):,}")
-        return data
-
-    return _retry(url, fetch)
 
 
 def describe_file(path: str) -> FileRecord:
@@ -159,48 +160,24 @@ def describe_file(path: str) -> FileRecord:
 
     That is its size and ETag, checksum or modification time, whichever the server knows. Of a command it is its text.
     """
-    if is_pipe(path):
-        return FileRecord(path, 0, _hash_version(0, path))
-
-    known = {name.lower(): value for name, value in _read_info(path).items()}
-    size = int(known.get("size") or 0)
-    version = next((str(known[name]) for name in _VERSIONS if known.get(name)), "")
-    return FileRecord(path, size, _hash_version(size, version))
-
-
-def _read_info(url: str) -> dict[str, Any]:
-    def fetch() -> dict[str, Any]:
-        filesystem, inner = open_filesystem(url)
-        info: dict[str, Any] = filesystem.info(inner)
-        return info
-
-    return _retry(url, fetch)
-
-
-def tells_content(described: FileRecord) -> bool:
-    """Tell whether the hash of `describe_file` changes with the content: neither a command's does, nor a bare size's."""
-    return not is_pipe(described.path) and described.hash != _hash_version(described.size, "")
-
-
-def _hash_version(size: int, version: str) -> str:
+    size, version = 0, path
+    if not is_pipe(path):
+        info: dict[str, Any] = _ask(path, lambda filesystem, inner: filesystem.info(inner))
+        known = {name.lower(): value for name, value in info.items()}
+        size = int(known.get("size") or 0)
+        version = next((str(known[name]) for name in _VERSIONS if known.get(name)), "")
     digest = hashlib.blake2b(f"{size} {version}".encode("utf-8", "surrogateescape"), digest_size=16)
-    return f"blake2b-remote:{digest.hexdigest()}"
+    return FileRecord(path, size, f"blake2b-remote:{digest.hexdigest()}")
 
 
 def list_folder(url: str) -> list[str]:
     """List the addresses of what a folder behind a URL holds."""
-
-    def fetch() -> list[str]:
-        filesystem, inner = open_filesystem(url)
-        return [str(filesystem.unstrip_protocol(name)) for name in filesystem.ls(inner, detail=False)]
-
-    return _retry(url, fetch)
-
-
-def download(path: str, file: IO[bytes]) -> None:
-    """Write the bytes behind a URL, or a command's output, to a file."""
-    for block in read_blocks(path):
-        file.write(block)
+    return _ask(
+        url,
+        lambda filesystem, inner: [
+            str(filesystem.unstrip_protocol(name)) for name in filesystem.ls(inner, detail=False)
+        ],
+    )
 
 
 @contextlib.contextmanager
@@ -211,12 +188,12 @@ def local_file(path: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="clipcid-") as folder:
         copy = Path(folder, "copy" + Path(path).suffix)
-        with copy.open("wb") as file:
-            download(path, file)
+        with copy.open("wb") as file, open_remote(path) as source:
+            shutil.copyfileobj(source, file)
         yield copy
 
 
-def open_filesystem(url: str) -> tuple[Any, str]:
+def _open_filesystem(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL and the path within it."""
     try:
         return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]  # fsspec has no types
@@ -225,6 +202,11 @@ def open_filesystem(url: str) -> tuple[Any, str]:
             f"{url} cannot be opened: {error}",
             "Install the package that fsspec asks for, or copy the data to a local folder.",
         ) from error
+
+
+def _ask(url: str, question: Callable[[Any, str], Result]) -> Result:
+    """Ask the file system of a URL about the path within it; again where the connection breaks."""
+    return _retry(url, lambda: question(*_open_filesystem(url)))
 
 
 def _retry(path: str, attempt: Callable[[], Result]) -> Result:
@@ -236,7 +218,7 @@ def _retry(path: str, attempt: Callable[[], Result]) -> Result:
             raise
         except Exception as error:  # every fsspec backend raises its client's own errors
             if wait is None or _is_lasting(error):
-                raise _fetch_error(path, error, 0 if wait is not None else len(_WAITS)) from error
+                raise _fetch_error(path, error, len(_WAITS) + 1 if wait is None else 1) from error
         time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
@@ -249,9 +231,9 @@ def _is_lasting(error: Exception) -> bool:
     return isinstance(cause, _LASTING)
 
 
-def _fetch_error(path: str, error: Exception, retries: int) -> ClipcidError:
+def _fetch_error(path: str, error: Exception, attempts: int) -> ClipcidError:
     reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-    again = f" (tried {retries + 1} times)" if retries else ""
+    again = f" (tried {attempts} times)" if attempts > 1 else ""
     if is_pipe(path):
         return ClipcidError(
             f"The command {path} failed{again}: {reason[:300]}.",

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import re
 from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_pipe, is_url, read_remote
@@ -19,9 +24,11 @@ _OPEN_FILES = 64
 # Copies a process holds, so that they are not removed: one for each shard whose samples are shuffled together.
 _OPEN_COPIES = 16
 
+_VECTOR = "a vector with a 1 for each class the image has and 0 for the others."
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Location:
+class ByteRange:
     """Where the bytes of an image or of an attributes file are stored.
 
     Attributes:
@@ -38,11 +45,10 @@ class Location:
     copy: ShardCopy | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def read(self) -> bytes:
-        """Read the bytes. Handles of local files are kept open between calls, separately in each process.
+        """Read the bytes. Commands are never run here: a path may come from a file that someone else wrote.
 
         Raises:
-            OSError: when the file is missing or has become shorter. Commands are never run here: a path may come from a
-                file that someone else wrote.
+            OSError: when the file is missing or has become shorter.
         """
         if self.data is not None:
             return self.data
@@ -62,8 +68,8 @@ class Location:
             raise OSError(f"{self.path} ends {self.size - len(data)} bytes early")
         return data
 
-    def without_data(self) -> Location:
-        """Return where the bytes are, without the bytes."""
+    def without_data(self) -> ByteRange:
+        """Return where the bytes are."""
         return self if self.data is None else dataclasses.replace(self, data=None)
 
 
@@ -76,19 +82,19 @@ class Sample:
         captions: Its captions; empty when it has none.
         label: Number of its class, where each image has one.
         labels: Numbers of its classes, none or several, where a list says so.
-        multi_hot: Its vector of classes, a ``.npy`` of zeros and ones (see `formats.data.multi_label`).
+        multi_hot: Its vector of classes, a ``.npy`` with a 1 for each, as in CLIP_benchmark's multilabel folders.
         attributes: Its JSON attributes.
         captions_at: Where the text of its captions is; None where they are not in the shard's own file.
     """
 
     key: str
-    image: Location
+    image: ByteRange
     captions: tuple[str, ...] = ()
     label: int | None = None
     labels: tuple[int, ...] | None = None
-    multi_hot: Location | None = None
-    attributes: Location | None = None
-    captions_at: Location | None = None
+    multi_hot: ByteRange | None = None
+    attributes: ByteRange | None = None
+    captions_at: ByteRange | None = None
 
     def without_image_data(self) -> Sample:
         """Return the sample without the bytes of its image, which are most of it."""
@@ -102,11 +108,49 @@ class Sample:
         return dataclasses.replace(self, **{name: part and part.without_data() for name, part in parts.items()})
 
 
+def read_classes(sample: Sample, num_classes: int) -> tuple[int, ...] | None:
+    """Return the numbers of a sample's classes in [0, `num_classes`), ascending, none or more; None where nothing says."""
+    if sample.multi_hot is not None:
+        return tuple(np.flatnonzero(_read_vector(sample, num_classes)).tolist())
+    classes = sample.labels
+    if classes is None:
+        if sample.label is None:
+            return None
+        classes = (sample.label,)
+    wrong = next((number for number in classes if not 0 <= number < num_classes), None)
+    if wrong is not None:
+        raise ClipcidError(
+            f"Sample {sample.key} has class {wrong}; there are {num_classes} class names (0 … {num_classes - 1}).",
+            "Give the matching list of class names with --classnames.",
+        )
+    return tuple(sorted(classes))
+
+
+def read_vector_length(sample: Sample) -> int:
+    """Read the length of a sample's vector, the number of classes."""
+    return len(_read_vector(sample, None))
+
+
+def _read_vector(sample: Sample, length: int | None) -> npt.NDArray[Any]:
+    """Read a vector of zeros and ones, of any length where `length` is None."""
+    assert sample.multi_hot is not None
+    try:
+        vector: npt.NDArray[Any] = np.load(io.BytesIO(sample.multi_hot.read()), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ClipcidError(f"The .npy of sample {sample.key} cannot be read: {error}.", f"Write {_VECTOR}") from error
+    if vector.ndim != 1 or length not in (None, len(vector)) or not np.isin(vector, (0, 1)).all():
+        wanted = "a vector of zeros and ones" if length is None else f"zeros and ones for {length} classes"
+        raise ClipcidError(
+            f"The .npy of sample {sample.key} is {vector.dtype} {list(vector.shape)}, not {wanted}.",
+            ("Write " if length is None else "Give the matching list of class names with --classnames, or write ")
+            + _VECTOR,
+        )
+    return vector
+
+
 def natural_key(text: str) -> tuple[object, ...]:
     """Sort key by which ``2.tar`` comes before ``10.tar``; the text itself decides between ``01`` and ``1``."""
-    parts: list[object] = list(re.split(r"(\d+)", text))
-    parts[1::2] = [int(str(number)) for number in parts[1::2]]
-    return tuple(parts), text
+    return tuple(int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", text))), text
 
 
 class _Handle:

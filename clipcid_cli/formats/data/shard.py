@@ -15,13 +15,10 @@ from clipcid_cli.formats.skips import Skips
 
 
 class Rows(ABC):
-    """What names samples that are in no tar: a folder of images, a list, a file of texts; in slices, small when pickled.
-
-    Attributes:
-        total: Number of samples, where that is known without reading them.
-    """
+    """What names samples that are in no tar: a folder of images, a list, a file of texts; in slices, small when pickled."""
 
     total: int | None = None
+    """Number of samples, where that is known without reading them."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -39,8 +36,7 @@ class Rows(ABC):
     def fingerprint(self, number: int) -> tuple[int, str]:
         """Return the size of a slice and a hash of its content."""
 
-    @abstractmethod
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027  # not all hold something
         """Give up what is held of the rows: it is read again when it is needed."""
 
 
@@ -51,8 +47,7 @@ class Shard:
     Attributes:
         name: Unique in the data set: a tar's name without ``.tar``, after folders where names repeat; a slice's number.
         source: The tar, its URL, or a ``pipe:`` command whose output it is; the folder, list or file of texts.
-        rows: What a slice is of; None of a tar.
-        number: Number of the slice.
+        rows: What the slice of this number is of; None of a tar.
         prefix_keys: Whether keys begin with the shard's name.
         caption_lines: Whether each line of a ``.txt`` in a tar is a caption of its own, as in CLIP_benchmark's folders.
     """
@@ -76,9 +71,8 @@ class Shard:
     def stream(self, skips: Skips | None = None) -> Iterator[Sample]:
         """Yield its samples in order while it is read; those of a shard behind a URL or a command come with their bytes.
 
-        Args:
-            skips: Counts the samples that are omitted: those without an image or with a key that occurs earlier. Complete
-                once all samples were taken.
+        Samples without an image, and those with a key that occurs earlier, are omitted and counted in `skips`, which is
+        complete once all samples were taken.
         """
         skips = Skips() if skips is None else skips
         if self.rows is None:

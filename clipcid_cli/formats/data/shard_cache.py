@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import os
 import queue
+import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_error
-from clipcid_cli.formats.data.remote import describe_file, download
+from clipcid_cli.formats.data.remote import describe_file, open_remote
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.lock import lock
 
 FETCHED_AT_ONCE = 4
@@ -38,26 +39,10 @@ def cache_folder() -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class ShardCache:
-    """A folder of copies.
-
-    Attributes:
-        max_bytes: Most bytes that the copies may have, those being fetched included.
-    """
+    """A folder of copies, which have `max_bytes` at most, those being fetched included."""
 
     folder: Path
     max_bytes: int
-
-    def fetch_ahead(self, copies: Sequence[ShardCopy]) -> None:
-        """Fetch copies in the background, in order; those asked for earlier and not begun are given up.
-
-        What goes wrong shows when a copy is opened.
-        """
-        waiting = _start_fetching(self)
-        with suppress(queue.Empty):
-            while True:
-                waiting.get_nowait()
-        for copy in copies:
-            waiting.put(copy)
 
     @contextmanager
     def room_for(self, size: int, apart: Path) -> Iterator[None]:
@@ -90,22 +75,18 @@ class ShardCopy:
     """The copy of one shard, whether it exists or not.
 
     Attributes:
-        path: The shard's URL or command.
-        version: The shard's hash when it was listed, see `describe_file`: another version is another copy.
-        listing: Hash of what the listing found, where `version` does not depend on the content.
+        shard: The shard as `describe_file` described it when it was listed.
+        listing: Hash of what the listing found: what was listed as another content is another copy.
     """
 
     cache: ShardCache
-    path: str
-    version: str
-    listing: str = ""
+    shard: FileRecord
+    listing: str
 
     @property
     def local(self) -> Path:
         """Where the copy is, or would be."""
-        content = f"{self.path} {self.version} {self.listing}".rstrip()
-        digest = hashlib.blake2b(content.encode("utf-8", "surrogateescape"), digest_size=16)
-        return self.cache.folder / f"{digest.hexdigest()}.tar"
+        return self.cache.folder / f"{self.listing}.tar"
 
     def open(self) -> int:
         """Return a descriptor of the copy, which is fetched where it is missing. It stays whole while it is open."""
@@ -140,16 +121,16 @@ class ShardCopy:
             if self.local.exists():
                 partial.unlink()
                 return
-            found = describe_file(self.path)
-            if found.hash != self.version:
+            found = describe_file(self.shard.path)
+            if found != self.shard:
                 raise ClipcidError(
-                    f"{self.path} has changed since it was listed.",
+                    f"{self.shard.path} has changed since it was listed.",
                     "Remove index/ from the work directory, then run the same command again: the data is listed anew.",
                 )
             with self.cache.room_for(found.size, partial):  # 0 of a command
                 os.truncate(partial, found.size)  # so that others see what it will take
-            with partial.open("r+b") as file:
-                download(self.path, file)
+            with partial.open("r+b") as file, open_remote(self.shard.path) as source:
+                shutil.copyfileobj(source, file)
                 file.truncate()
             with self.cache.room_for(partial.stat().st_size, partial):
                 partial.replace(self.local)
@@ -168,8 +149,20 @@ def _remove_unused(path: Path) -> bool:
     return True
 
 
+def fetch_ahead(copies: Iterable[ShardCopy]) -> None:
+    """Fetch copies in the background, in order; those asked for earlier and not begun are given up.
+
+    What goes wrong shows when a copy is opened.
+    """
+    waiting = _start_fetching()
+    with waiting.mutex:
+        waiting.queue.clear()
+    for copy in copies:
+        waiting.put(copy)
+
+
 @lru_cache(maxsize=1)
-def _start_fetching(cache: ShardCache) -> queue.Queue[ShardCopy]:
+def _start_fetching() -> queue.Queue[ShardCopy]:
     """Start the threads that fetch ahead; they end with the process, whatever they are doing."""
     waiting: queue.Queue[ShardCopy] = queue.Queue()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Set
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.data.tars import group_members, read_members
@@ -17,12 +17,7 @@ _COPY = 2**24
 
 
 class Copied(NamedTuple):
-    """The outcome of copying from a shard.
-
-    Attributes:
-        samples: Samples copied.
-        read: Samples in the source.
-    """
+    """How many samples a shard has, and how many of them were copied."""
 
     samples: int
     read: int
@@ -56,14 +51,9 @@ def copy_samples(source: Path, target: Path, keys: Set[str]) -> Copied:
             ranges.append((start, member.end))
     with source.open("rb") as reader, atomic_file(target) as writer:
         for start, end in ranges:
-            _copy_range(reader, writer, start, end)
-        position = writer.tell()
-        writer.write(_END + bytes(-(position + len(_END)) % _RECORD))
+            for offset in range(start, end, _COPY):
+                size = min(_COPY, end - offset)
+                # The padding of the last member may be missing in a tar without an end.
+                writer.write(os.pread(reader.fileno(), size, offset).ljust(size, b"\0"))
+        writer.write(_END + bytes(-(writer.tell() + len(_END)) % _RECORD))
     return Copied(len(copied), read)
-
-
-def _copy_range(reader: IO[bytes], writer: IO[bytes], start: int, end: int) -> None:
-    for offset in range(start, end, _COPY):
-        data = os.pread(reader.fileno(), min(_COPY, end - offset), offset)
-        # The padding of the last member may be missing in a tar without an end.
-        writer.write(data.ljust(min(_COPY, end - offset), b"\0"))

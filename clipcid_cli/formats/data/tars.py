@@ -6,14 +6,16 @@ import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import RemoteStream, is_pipe, is_remote
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Location, Sample
+from clipcid_cli.formats.data.remote import is_pipe, is_remote, open_remote
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Sample
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.skips import Skips
@@ -32,20 +34,13 @@ _FIX = "Make the shard again, or remove it from the data."
 
 
 class Member(NamedTuple):
-    """A regular file in a tar.
-
-    Attributes:
-        offset: First byte of its content.
-        size: Bytes of its content.
-        start: First byte of its headers, including those of a long name.
-        data: Its content, where it was read from a stream.
-    """
+    """A regular file in a tar."""
 
     name: str
-    offset: int
+    offset: int  # of its content
     size: int
-    start: int
-    data: bytes | None = None
+    start: int  # of its headers, including those of a long name
+    data: bytes | None = None  # its content, where it was read from a stream
 
     @property
     def end(self) -> int:
@@ -137,17 +132,12 @@ def read_members(path: str | Path) -> Iterator[Member]:
 
 
 def check_tar(path: Path) -> None:
-    """Check that a tar is complete, at the cost of reading its first and last block.
-
-    All headers are read only if it does not end with the usual two empty blocks.
-    """
+    """Check that a tar is complete by its first and last block; by all headers if it does not end with two empty blocks."""
     with _open(str(path)) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(_BLOCK)
         file.seek(max(0, size - 2 * _BLOCK))
         tail = file.read()
-    if size == 0:
-        raise ClipcidError(f"Shard {path} is empty: 0 bytes.", _FIX)
     for magic, form in _COMPRESSED.items():
         if head.startswith(magic):
             raise ClipcidError(
@@ -159,16 +149,13 @@ def check_tar(path: Path) -> None:
             tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         raise ClipcidError(f"Shard {path} is not a tar file.", _FIX) from error
-    if size % _BLOCK or any(tail):
+    if not size or size % _BLOCK or any(tail):
         for _ in read_members(path):
             pass
 
 
 def fingerprint_tar(path: str) -> FileRecord:
-    """Describe a local tar by its size, and a hash of that and of windows of 64 KiB at its head, middle and tail.
-
-    `fingerprint.record` would read all of most shards before they are read.
-    """
+    """Describe a local tar by a hash of its size and windows of 64 KiB: `fingerprint.record` would read most tars whole."""
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
@@ -178,29 +165,19 @@ def fingerprint_tar(path: str) -> FileRecord:
     return FileRecord(path, size, f"blake2b-sampled:{digest.hexdigest()}")
 
 
-def group_members(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
+def group_members(members: Iterable[Member]) -> Iterator[tuple[str, list[Member]]]:
     """Group consecutive members of one key: names that agree up to the first dot, as in webdataset."""
-    current: str | None = None
-    group: list[Member] = []
-    for member in members:
-        found = None if _META.match(member.name) else _KEY.match(member.name)
-        if found is None:
-            continue
-        key = found[1]
-        if key != current:
-            if current is not None:
-                yield current, group
-            current, group = key, []
-        group.append(member)
-    if current is not None:
-        yield current, group
+    named = ((_KEY.match(member.name), member) for member in members if not _META.match(member.name))
+    keyed = ((found[1], member) for found, member in named if found is not None)
+    for key, pairs in groupby(keyed, itemgetter(0)):
+        yield key, [member for _, member in pairs]
 
 
 def read_tar(path: str, name: str, skips: Skips, *, caption_lines: bool) -> Iterator[Sample]:
-    """Yield the samples of a tar in order: consecutive members whose names agree up to the first dot, as in webdataset.
+    """Yield the samples of a tar in order.
 
-    What is behind a URL or a command is read once, and the samples come with their bytes. Of a local file only the headers
-    and captions are read.
+    What is behind a URL or a command is read once, and the samples come with their bytes. Of a local file only the headers,
+    captions and classes are read.
 
     Args:
         path: A local tar, its URL, or a ``pipe:`` command whose output it is.
@@ -209,31 +186,32 @@ def read_tar(path: str, name: str, skips: Skips, *, caption_lines: bool) -> Iter
         caption_lines: As of `split_captions`.
     """
 
-    def locate(member: Member | None) -> Location | None:
-        return None if member is None else Location(path, member.offset, member.size, member.data)
+    def locate(member: Member | None) -> ByteRange | None:
+        return None if member is None else ByteRange(path, member.offset, member.size, member.data)
 
     seen: set[str] = set()
-    for key, members in group_members(read_members(path)):
-        files: dict[str, Member] = {}
-        for member in members:  # of two with the same suffix the first counts
-            files.setdefault(member.name.rpartition("/")[2].partition(".")[2].lower(), member)
-        image = locate(next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None))
-        if key in seen or image is None:
-            skips.add("duplicate_key" if key in seen else "no_image", f"{name}/{key}")
+    with _naming(path):
+        for key, members in group_members(read_members(path)):
+            files: dict[str, Member] = {}
+            for member in members:  # of two with the same suffix the first counts
+                files.setdefault(member.name.rpartition("/")[2].partition(".")[2].lower(), member)
+            image = locate(next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None))
+            if key in seen or image is None:
+                skips.add("duplicate_key" if key in seen else "no_image", f"{name}/{key}")
+                seen.add(key)
+                continue
             seen.add(key)
-            continue
-        seen.add(key)
-        text = locate(files.get("txt"))
-        yield Sample(
-            key=key,
-            image=image,
-            captions=() if text is None else split_captions(_read(text), a_line_each=caption_lines),
-            label=_read_label(locate(files.get("cls")), f"{name}/{key}"),
-            multi_hot=locate(files.get("npy")),
-            attributes=locate(files.get("json")),
-            # A command's output passes, so that its captions are to be kept in the index.
-            captions_at=None if is_pipe(path) else text,
-        )
+            text, label = locate(files.get("txt")), locate(files.get("cls"))
+            yield Sample(
+                key=key,
+                image=image,
+                captions=() if text is None else split_captions(text.read(), a_line_each=caption_lines),
+                label=None if label is None else _parse_label(label.read(), f"{name}/{key}"),
+                multi_hot=locate(files.get("npy")),
+                attributes=locate(files.get("json")),
+                # A command's output passes, so that its captions are to be kept in the index.
+                captions_at=None if is_pipe(path) else text,
+            )
 
 
 def split_captions(text: bytes, *, a_line_each: bool) -> tuple[str, ...]:
@@ -243,17 +221,8 @@ def split_captions(text: bytes, *, a_line_each: bool) -> tuple[str, ...]:
     return tuple(caption.strip() for caption in captions if caption.strip())
 
 
-def _read(location: Location) -> bytes:
-    try:
-        return location.read()
-    except OSError as error:
-        raise ClipcidError(f"Shard {location.path} cannot be read: {error.strerror or error}.", _FIX) from error
-
-
-def _read_label(location: Location | None, where: str) -> int | None:
-    if location is None:
-        return None
-    text = _read(location).strip()
+def _parse_label(text: bytes, where: str) -> int:
+    text = text.strip()
     if not _CLASS.fullmatch(text):
         raise ClipcidError(
             f"The .cls of sample {where} contains {text[:40]!r}, not the number of a class.",
@@ -264,10 +233,15 @@ def _read_label(location: Location | None, where: str) -> int | None:
 
 @contextmanager
 def _open(path: str) -> Iterator[Any]:
-    """Open a tar; whatever the system refuses within the block becomes one error."""
+    with _naming(path), open_remote(path) if is_remote(path) else open_regular(path) as file:
+        yield file
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Whatever the system refuses within the block becomes one error."""
     try:
-        with RemoteStream(path) if is_remote(path) else open_regular(path) as file:
-            yield file
+        yield
     except OSError as error:
         raise ClipcidError(
             f"Shard {path} cannot be read: {error.strerror or error}.", "Check the path and its permissions."

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.samples import Location, Sample
+from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Rows, cut
-from clipcid_cli.formats.reading import reading_from
+from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.skips import Skips
 
 TEXTS_A_SHARD = 65_536
@@ -32,15 +30,10 @@ class _Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _TextLines(Rows):
-    """The lines of a file that are not empty.
-
-    Attributes:
-        bounds: Where each slice begins, and where the last ends.
-        total: Number of texts.
-    """
+    """The lines of a file that are not empty."""
 
     path: Path
-    bounds: tuple[_Place, ...]
+    bounds: tuple[_Place, ...]  # where each slice begins, and where the last ends
     total: int
 
     def __len__(self) -> int:
@@ -51,15 +44,12 @@ class _TextLines(Rows):
         row = number * TEXTS_A_SHARD
         for text, place in _read_lines(self.path, start):
             if text:
-                yield Sample(str(row), Location(""), (text,))
+                yield Sample(str(row), ByteRange(""), (text,))
                 row += 1
             else:
                 skips.add("empty_line", f"line {place.line:,}")
             if place.byte >= end.byte:
                 return
-
-    def forget(self) -> None:
-        """Hold nothing."""
 
     def stamp(self, number: int) -> tuple[int, int]:
         found = self.path.stat()
@@ -67,19 +57,10 @@ class _TextLines(Rows):
 
     def fingerprint(self, number: int) -> tuple[int, str]:
         start, end = self.bounds[number : number + 2]
-        with _open(self.path, start) as file:
+        with reading(self.path, "a text file", _GIVE), self.path.open("rb") as file:
+            file.seek(start.byte)
             content = file.read(end.byte - start.byte)
         return len(content), f"blake2b:{hashlib.blake2b(content, digest_size=16).hexdigest()}"
-
-
-def check_texts(path: Path) -> None:
-    """Look at a file of texts, as far as the first text."""
-    empty = 0
-    for text, end in _read_lines(path, _Place()):
-        if text:
-            return
-        empty = end.line
-    raise ClipcidError(f"{path} holds no text: it has {empty:,} lines, all empty.", _GIVE)
 
 
 def open_texts(path: Path) -> Dataset:
@@ -87,30 +68,21 @@ def open_texts(path: Path) -> Dataset:
 
     All of it is read once: lines must be UTF-8, hold no NUL and be no longer than `LONGEST_LINE`.
     """
-    check_texts(path)
     bounds, total, place = [_Place()], 0, _Place()
     for text, end in _read_lines(path, _Place()):
         if text and total and not total % TEXTS_A_SHARD:
             bounds.append(place)
         total, place = total + bool(text), end
-    rows = _TextLines(path, (*bounds, place), total)
-    return Dataset(str(path), "texts", cut(rows, str(path)))
-
-
-@contextmanager
-def _open(path: Path, start: _Place) -> Iterator[IO[bytes]]:
-    with (
-        reading_from(path, "a text file", _GIVE) as file,
-        io.BufferedReader(cast(io.RawIOBase, file)) as lines,  # `reading_from` opens it unbuffered
-    ):
-        lines.seek(start.byte)
-        yield lines
+    if not total:
+        raise ClipcidError(f"{path} holds no text: it has {place.line:,} lines, all empty.", _GIVE)
+    return Dataset(str(path), "texts", cut(_TextLines(path, (*bounds, place), total), str(path)))
 
 
 def _read_lines(path: Path, start: _Place) -> Iterator[tuple[str, _Place]]:
     """Yield each line, stripped, and where it ends."""
     place, number = start
-    with _open(path, start) as lines:
+    with reading(path, "a text file", _GIVE), path.open("rb") as lines:
+        lines.seek(place)
         while line := lines.readline(_MOST_BYTES):
             place, number = place + len(line), number + 1
             yield _decode(path, number, line), _Place(place, number)

@@ -16,7 +16,7 @@ _WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
 class Readable(Protocol):
-    """Where the bytes of an image file come from; `formats.data.samples.Location` is one."""
+    """Where the bytes of an image file come from; `formats.data.samples.ByteRange` is one."""
 
     def read(self) -> bytes:
         """Return the bytes; OSError when they cannot be read."""

@@ -148,7 +148,7 @@ def _find_places(index: DataIndex, keys: Keys, count: int) -> Values:
 
 def _sample_at(index: DataIndex, place: Sequence[int]) -> Sample | None:
     number, row = place
-    return None if row < 0 else index.sample(number, row)
+    return None if row < 0 else index.part(number).sample(row)
 
 
 def read_thumbnails(finder: SampleFinder, shards: list[str], keys: list[str], side: int) -> list[tuple[str, str]]:

@@ -251,8 +251,8 @@ class ShardChoice:
         index = self._data.index
         if index is None:
             return shard.samples()
-        number = self._numbers[shard.name]
-        return [index.sample(number, place) for place in range(index.records[number].samples)]
+        part = index.part(self._numbers[shard.name])
+        return list(map(part.sample, range(len(part))))
 
 
 def _name(sample: Sample, by_uid: bool) -> str:

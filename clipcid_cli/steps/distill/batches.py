@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from clipcid_cli.formats.data.dataset import Dataset, Sample
-from clipcid_cli.formats.data.index import PartSource, SamplePlace
+from clipcid_cli.formats.data.index import Part, SampleRef
 from clipcid_cli.formats.results.matched_samples import SampleRows
 from clipcid_cli.runtime.models.augment import Augmentation, Masking, Processor
 from clipcid_cli.runtime.models.caches import MAX_CAPTIONS, ImageCache, TokenCache
@@ -78,10 +78,8 @@ class BatchOrder:
         share = self.batch_size // size
         pairs = batch[rank * share : (rank + 1) * share]
         shards = self._shards_of(pairs).tolist()
-        sources = {shard: self._index.source(shard) for shard in set(shards)}
-        return [
-            self._item(epoch, row, shard, sources[shard]) for (epoch, row), shard in zip(pairs, shards, strict=True)
-        ]
+        parts = {shard: self._index.part(shard) for shard in set(shards)}
+        return [self._item(epoch, row, shard, parts[shard]) for (epoch, row), shard in zip(pairs, shards, strict=True)]
 
     def rows(self, step: int) -> npt.NDArray[np.int64]:
         """Return the rows of a step's whole batch, int64 [B], in the order of `items` with one process."""
@@ -100,13 +98,13 @@ class BatchOrder:
                 texts = self._extra_texts.share(step, self.batch_size, rank, size, rows, self._place)
             yield BatchShare(self._items(batch, rank, size), texts)
 
-    def _place(self, row: int) -> SamplePlace:
+    def _place(self, row: int) -> SampleRef:
         """Return where a sample is, by its row."""
         shard = int(np.searchsorted(self._shard_ends, row, side="right"))
-        return SamplePlace(self._index.source(shard), int(self._places[row]))
+        return SampleRef(self._index.part(shard), int(self._places[row]))
 
-    def _item(self, epoch: int, row: int, shard: int, source: PartSource) -> Item:
-        sample = SamplePlace(source, int(self._places[row]))
+    def _item(self, epoch: int, row: int, shard: int, part: Part) -> Item:
+        sample = SampleRef(part, int(self._places[row]))
         if self._stored_views is None:
             return Item(row, epoch, sample)
         end = int(self._shard_ends[shard])
@@ -115,7 +113,7 @@ class BatchOrder:
             return Item(row, epoch, sample, whole=True)
         view, partner = chosen
         if partner is not None:
-            view = dataclasses.replace(view, partner=SamplePlace(source, int(self._places[partner])))
+            view = dataclasses.replace(view, partner=SampleRef(part, int(self._places[partner])))
         return Item(row, epoch, sample, view)
 
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.models.used_tokens import whole_table
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.training.trainer import Trainer
-from clipcid_cli.steps.data_index import take_samples
+from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
@@ -182,7 +181,7 @@ def read_held_out(
     for number, size in enumerate(held_out.sizes.tolist()):
         if len(samples) >= limit:
             break
-        samples.extend(take_samples(dataset, number, places[first : first + size].astype(np.int64)))
+        samples.extend(map(index_of(dataset).part(number).sample, places[first : first + size].tolist()))
         first += size
     pixels, readable = list[torch.Tensor](), list[int]()
     for number, sample in enumerate(samples[:limit]):

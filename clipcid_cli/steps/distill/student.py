@@ -27,7 +27,6 @@ from clipcid_cli.runtime.models.towers import image_tower_kind
 from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows, whole_state
 from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.runtime.training.trainer import Trainer
-from clipcid_cli.steps.data_index import take_samples
 from clipcid_cli.steps.distill.inputs import TrainingInputs
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.reporting import Reporter
@@ -162,7 +161,8 @@ def _captions(inputs: TrainingInputs, variants: TextVariants | None) -> Iterator
     """Yield the captions of usable samples, and their variants."""
     index = index_of(inputs.dataset)
     for number in range(len(index.records)):
-        for sample in take_samples(inputs.dataset, number, np.flatnonzero(index.part(number).num_captions)):
+        part = index.part(number)
+        for sample in map(part.sample, np.flatnonzero(part.num_captions).tolist()):
             yield from sample.captions
             if variants is not None:
                 yield from (variants(sample.captions, sample.key, variant) for variant in range(variants.number))

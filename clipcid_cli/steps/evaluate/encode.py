@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Location, Sample
+from clipcid_cli.formats.data.dataset import ByteRange, Sample
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import default_workers, load_batches, read_ahead, start_worker_server
@@ -35,7 +35,7 @@ class EmbeddedBatch:
 
     number: int
     keys: list[str]
-    locations: list[Location]
+    locations: list[ByteRange]
     images: torch.Tensor
     labels: torch.Tensor | None
     texts: torch.Tensor | None

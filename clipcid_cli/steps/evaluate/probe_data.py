@@ -15,8 +15,7 @@ from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
 from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.data.known_datasets import customary_metric
-from clipcid_cli.formats.data.multi_label import read_vector_length
-from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.samples import Sample, read_vector_length
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
 from clipcid_cli.steps.evaluate.encode import TaskEncoder

@@ -7,7 +7,7 @@ from typing import Any
 
 from clipcid_cli.formats.atomic import remove_abandoned, write_text
 from clipcid_cli.formats.data.class_files import describe_lines
-from clipcid_cli.formats.data.samples import Location
+from clipcid_cli.formats.data.samples import ByteRange
 from clipcid_cli.formats.report import render_report, thumbnail
 from clipcid_cli.formats.results.metrics import SUMMARY_REPORT, SUMMARY_TABLE, read_metrics_sidecar, write_results
 from clipcid_cli.formats.sidecar import ZeroshotSidecar
@@ -137,7 +137,7 @@ def _describe_error(found: dict[str, Any]) -> str:
 
 def _thumbnail(example: dict[str, Any]) -> str | None:
     """Return an example's image as a small ``data:`` URL; None when it can no longer be read."""
-    image = read_image(Location(example["path"], example["offset"], example["size"]))
+    image = read_image(ByteRange(example["path"], example["offset"], example["size"]))
     return None if isinstance(image, SkippedImage) else thumbnail(image)
 
 

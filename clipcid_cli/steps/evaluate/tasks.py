@@ -17,7 +17,7 @@ from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder, find_benc
 from clipcid_cli.formats.data.class_files import fill_template
 from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_dataset, open_described
 from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, KnownDataset, customary_metric, find_known_dataset
-from clipcid_cli.formats.data.multi_label import read_classes
+from clipcid_cli.formats.data.samples import read_classes
 from clipcid_cli.formats.sidecar import DistillSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -85,9 +85,9 @@ class ZeroshotTask:
                     yield sample
             return
         skips.merge(index.records[number].skips)
-        fractions = key_fractions(index.part(number).keys.to_pylist())
-        for place in np.flatnonzero(fractions < held_out).tolist():
-            yield index.sample(number, place)
+        part = index.part(number)
+        fractions = key_fractions(part.keys.to_pylist())
+        yield from map(part.sample, np.flatnonzero(fractions < held_out).tolist())
 
     def label(self, sample: Sample) -> int | None:
         """Return the sample's class, None when it has none."""

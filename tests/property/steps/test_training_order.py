@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.samples import Location, Sample
+from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Rows, cut
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine
@@ -38,16 +38,13 @@ class ListedRows(Rows):
     def read(self, number: int, skips: Skips) -> Iterator[Sample]:
         first = sum(self.sizes[:number])
         for row in range(first, first + self.sizes[number]):
-            yield Sample(f"{row:05d}", Location("none"), () if row % 5 == 4 else (f"caption {row}",))
+            yield Sample(f"{row:05d}", ByteRange("none"), () if row % 5 == 4 else (f"caption {row}",))
 
     def stamp(self, number: int) -> tuple[int, int]:
         return self.sizes[number], sum(self.sizes[:number])
 
     def fingerprint(self, number: int) -> tuple[int, str]:
         return self.sizes[number], ""
-
-    def forget(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

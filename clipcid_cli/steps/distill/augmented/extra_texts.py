@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.index import SamplePlace
+from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.command import data_command, texts_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
@@ -34,7 +34,7 @@ class ExtraText:
     """
 
     row: int
-    sample: SamplePlace | None = None
+    sample: SampleRef | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ExtraTexts:
         return batch_size if self.number is None else self.number
 
     def share(
-        self, step: int, batch_size: int, rank: int, size: int, samples: RowRanges, place: Callable[[int], SamplePlace]
+        self, step: int, batch_size: int, rank: int, size: int, samples: RowRanges, place: Callable[[int], SampleRef]
     ) -> list[ExtraText]:
         """Draw one process's part of a step's texts: a slice of what one process would take.
 

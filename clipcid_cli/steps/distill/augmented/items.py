@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from clipcid_cli.formats.data.index import SamplePlace
+from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.steps.distill.augmented.extra_texts import ExtraText
 from clipcid_cli.steps.distill.augmented.views import StoredView
 
@@ -21,7 +21,7 @@ class Item:
 
     row: int
     epoch: int
-    sample: SamplePlace
+    sample: SampleRef
     view: StoredView | None = None
     whole: bool = False
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clipcid_cli.formats.data.index import SamplePlace
+from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.results.matched_samples import Column
 from clipcid_cli.runtime.models.augment import (
@@ -35,7 +35,7 @@ class StoredView:
 
     number: int
     packed: tuple[float, ...]
-    partner: SamplePlace | None = None
+    partner: SampleRef | None = None
 
     def unpack(self) -> MixedView:
         """Return how it is shown."""

@@ -38,7 +38,7 @@ def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ClipcidError, match="No such file"):
         read_class_names(tmp_path / "none.txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00a")
-    with pytest.raises(ClipcidError, match="not UTF-8"):
+    with pytest.raises(ClipcidError, match="cannot be read as UTF-8 text"):
         read_class_names(tmp_path / "binary.txt")
 
 

@@ -173,7 +173,7 @@ def test_class_per_folder(tmp_path: Path) -> None:
 
 
 def test_folders_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipcid_cli.formats.data.virtual_shard.VIRTUAL_SHARD", 4)
+    monkeypatch.setattr("clipcid_cli.formats.data.folders_and_lists.VIRTUAL_SHARD", 4)
     for number in range(10):
         (tmp_path / f"{number}.png").write_bytes(make_image(number))
     dataset = open_dataset(tmp_path)

@@ -17,7 +17,7 @@ from clipcid_cli.formats.data import dataset as dataset_module
 from clipcid_cli.formats.data import index as module
 from clipcid_cli.formats.data import tars
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
-from clipcid_cli.formats.data.index import SamplePlace
+from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
@@ -87,11 +87,11 @@ def test_it_says_what_a_listing_says_and_later_starts_open_no_shard(
         assert part.keys.to_pylist() == [sample.key for sample in expected]
         assert part.num_captions.tolist() == [len(sample.captions) for sample in expected]
         for place, sample in enumerate(expected):
-            found = dataset.index.sample(number, place)
+            found = dataset.index.part(number).sample(place)
             assert found.image.read() == sample.image.read()
             assert found.captions == sample.captions
             assert (found.attributes and found.attributes.read()) == (sample.attributes and sample.attributes.read())
-            sent = pickle.dumps(SamplePlace(dataset.index.source(number), place))
+            sent = pickle.dumps(SampleRef(dataset.index.part(number), place))
             assert len(sent) < 1_000, "neither shards nor their samples are sent to workers"
             assert pickle.loads(sent).read() == found
             assert pickle.loads(sent).key == found.key
@@ -103,7 +103,7 @@ def test_captions_of_a_shard_that_was_cut_are_an_error(tmp_path: Path) -> None:
     os.truncate(tmp_path / "data" / "0.tar", 512)
     assert dataset.index is not None
     with pytest.raises(ClipcidError, match=r"captions in .*0\.tar cannot be read"):
-        SamplePlace(dataset.index.source(0), 1).read()
+        SampleRef(dataset.index.part(0), 1).read()
 
 
 def test_workers_write_the_same_index(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_caption_that_was_rewritten_is_read_again(tmp_path: Path) -> None:
     assert first.index is not None
     assert again.index is not None
     place = again.index.part(0).keys.to_pylist().index("0/4")
-    assert again.index.sample(0, place).captions == ("another caption",)
+    assert again.index.part(0).sample(place).captions == ("another caption",)
 
 
 def test_what_a_killed_run_left_is_removed_and_not_what_another_one_writes(tiny_shards: Path, tmp_path: Path) -> None:
@@ -208,13 +208,13 @@ def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(
 def test_a_part_of_another_version_of_its_shard_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
     index = indexed(tiny_shards, tmp_path / "index").index
     assert index is not None
-    parts = [Path(index.source(number).path) for number in range(2)]
+    parts = [Path(index.part(number).path) for number in range(2)]
     parts[0].write_bytes(parts[1].read_bytes())
     parts[1].unlink()
-    module._read_part.cache_clear()
+    module._read_table.cache_clear()
     for number in range(2):
         with pytest.raises(ClipcidError, match="missing, edited, damaged, or of another version") as error:
-            index.part(number)
+            len(index.part(number))
         assert str(index.folder) in error.value.fix
 
 
@@ -232,17 +232,17 @@ def edit_part(path: Path) -> list[str]:
     with pa.ipc.new_file(path, part.schema) as writer:
         writer.write_table(edited.cast(part.schema))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    module._read_part.cache_clear()
+    module._read_table.cache_clear()
     return keys
 
 
 def test_an_edited_part_is_refused_until_the_table_is_removed(tiny_shards: Path, tmp_path: Path) -> None:
     index = indexed(tiny_shards, tmp_path / "index").index
     assert index is not None
-    path = Path(index.source(0).path)
+    path = Path(index.part(0).path)
     keys = edit_part(path)
     with pytest.raises(ClipcidError, match=rf"{path.name} is missing, edited, damaged") as error:
-        index.part(0)
+        len(index.part(0))
     assert f"Remove {index.folder}/shards-*.parquet and give the command again" in error.value.fix
     table_of(index.folder).unlink()
     again = indexed(tiny_shards, tmp_path / "index").index
@@ -257,7 +257,7 @@ def test_an_edited_part_is_listed_again_where_the_table_is_made_anew(tmp_path: P
         write_tar(tmp_path / "data" / f"{number}.tar", shard_members(10 * number, 4))
     index = indexed(tmp_path / "data", tmp_path / "index").index
     assert index is not None
-    keys = edit_part(Path(index.source(0).path))
+    keys = edit_part(Path(index.part(0).path))
     if table_is_there:
         os.utime(tmp_path / "data" / "1.tar", ns=(0, 1))
     else:
@@ -271,7 +271,7 @@ def test_an_edited_part_is_listed_again_where_the_table_is_made_anew(tmp_path: P
 def test_what_a_part_says_of_its_shard_cannot_be_edited_either(tiny_shards: Path, tmp_path: Path) -> None:
     index = indexed(tiny_shards, tmp_path / "index").index
     assert index is not None
-    path = Path(index.source(0).path)
+    path = Path(index.part(0).path)
     content = path.read_bytes()
     assert content.count(b'"with_captions": 14') == 2, "at the head and at the end"
     path.write_bytes(content.replace(b'"with_captions": 14', b'"with_captions": 13'))

@@ -10,7 +10,7 @@ from conftest import make_image, write_tar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import open_dataset
-from clipcid_cli.formats.data.multi_label import read_classes
+from clipcid_cli.formats.data.samples import read_classes
 
 
 def npy(values: object) -> bytes:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import os
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +17,9 @@ from shard_server import ShardServer, serve
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import describe_file
-from clipcid_cli.formats.data.samples import Location, close_copies
-from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
+from clipcid_cli.formats.data.samples import ByteRange, close_copies
+from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, fetch_ahead
+from clipcid_cli.formats.fingerprint import FileRecord
 
 SIZE = 1000
 
@@ -37,7 +38,8 @@ def copies_of(server: ShardServer, cache: ShardCache) -> list[ShardCopy]:
 
 
 def copy_of(cache: ShardCache, path: str) -> ShardCopy:
-    return ShardCopy(cache, path, describe_file(path).hash)
+    shard = describe_file(path)
+    return ShardCopy(cache, shard, f"{zlib.crc32(repr(shard).encode()):x}")
 
 
 def bytes_in(cache: ShardCache) -> int:
@@ -80,10 +82,8 @@ def test_another_version_is_another_copy_and_never_taken_for_the_one_listed(data
         with pytest.raises(ClipcidError, match=r"0\.tar has changed since it was listed"):
             listed.open()
         assert [path.name for path in cache.folder.iterdir()] == []
-        assert read(copy_of(cache, listed.path)) == b"x" * SIZE
+        assert read(copy_of(cache, listed.shard.path)) == b"x" * SIZE
         assert not listed.local.exists()
-    pipe = copy_of(cache, "pipe:printf 0123456789")
-    assert dataclasses.replace(pipe, listing="1").local != dataclasses.replace(pipe, listing="2").local
 
 
 def test_a_copy_in_use_stays(data: Path, tmp_path: Path) -> None:
@@ -107,13 +107,15 @@ def test_a_copy_in_use_stays(data: Path, tmp_path: Path) -> None:
 def test_processes_and_threads_fetch_a_copy_once(data: Path, tmp_path: Path) -> None:
     script = """
 import sys
+import zlib
 from pathlib import Path
 from clipcid_cli.formats.data.remote import describe_file
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
 cache = ShardCache(Path(sys.argv[2]), 10**6)
 for number in range(8):
     path = f"{sys.argv[1]}/{number}.tar"
-    ShardCopy(cache, path, describe_file(path).hash).open()
+    shard = describe_file(path)
+    ShardCopy(cache, shard, f"{zlib.crc32(repr(shard).encode()):x}").open()
 """
     cache = ShardCache(tmp_path / "cache", 10**6)
     with serve(data, delay=0.02) as server:
@@ -132,7 +134,7 @@ def test_fetching_ahead_takes_no_more_than_the_limit(data: Path, tmp_path: Path)
     with serve(data) as server:
         copies = copies_of(server, cache)
         held = copies[7].open()
-        cache.fetch_ahead(copies)
+        fetch_ahead(copies)
         wait_until(lambda: server.requests.total() >= 8)
         wait_until(lambda: copies[6].local.exists() and not list(cache.folder.glob(".*.partial")))
         assert bytes_in(cache) <= 5 * SIZE
@@ -151,27 +153,27 @@ def test_what_a_killed_process_left_is_fetched_again(data: Path, tmp_path: Path)
         assert read(copies[4]) == bytes([4]) * SIZE
         assert bytes_in(cache) <= 3 * SIZE
         with pytest.raises(ClipcidError, match=r"9\.tar could not be fetched"):
-            ShardCopy(cache, f"{server.url}/9.tar", "1").open()
+            ShardCopy(cache, FileRecord(f"{server.url}/9.tar", 0, ""), "1").open()
         assert len(list(cache.folder.iterdir())) <= 4  # .lock and three copies or parts
 
 
 def test_commands_are_copied_too(tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", 100)
     copy = copy_of(cache, "pipe:printf 0123456789")
-    assert Location(copy.path, 3, 4, copy=copy).read() == b"3456"
+    assert ByteRange(copy.shard.path, 3, 4, copy=copy).read() == b"3456"
     assert copy.local.read_bytes() == b"0123456789"
     with pytest.raises(ClipcidError, match="may take 5 bytes: copies in use have 0, and the next has 10"):
-        copy_of(ShardCache(tmp_path / "other", 5), copy.path).open()
+        copy_of(ShardCache(tmp_path / "other", 5), copy.shard.path).open()
 
 
 def test_copies_that_a_process_has_read_from_make_room_once_it_closes_them(tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", 10)
     one, other = (copy_of(cache, f"pipe:printf {text}") for text in ("0123456789", "abcdefghij"))
-    assert Location(one.path, 3, 4, copy=one).read() == b"3456"
+    assert ByteRange(one.shard.path, 3, 4, copy=one).read() == b"3456"
     with pytest.raises(ClipcidError, match="copies in use have 10, and the next has"):
-        Location(other.path, 3, 4, copy=other).read()
+        ByteRange(other.shard.path, 3, 4, copy=other).read()
     close_copies()
-    assert Location(other.path, 3, 4, copy=other).read() == b"defg"
+    assert ByteRange(other.shard.path, 3, 4, copy=other).read() == b"defg"
     close_copies()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data import texts
-from clipcid_cli.formats.data.texts import check_texts, open_texts
+from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.skips import Skips
 
 
@@ -28,7 +28,6 @@ def test_each_text_is_in_one_slice_and_each_empty_line_counted_once(
     monkeypatch.setattr(texts, "TEXTS_A_SHARD", 2)
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
-    check_texts(path)
     dataset, skips = pickle.loads(pickle.dumps(open_texts(path))), Skips()
     expected = [line.decode() for line in lines if line.strip()]
     found = [sample for shard in dataset.shards for sample in shard.stream(skips)]
@@ -65,4 +64,4 @@ def test_what_is_no_file_of_texts_is_told(tmp_path: Path, content: bytes, messag
     assert raised.value.fix
     path.unlink()
     with pytest.raises(ClipcidError, match="cannot be read"):
-        check_texts(path)
+        open_texts(path)

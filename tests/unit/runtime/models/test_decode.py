@@ -12,7 +12,7 @@ import pytest
 from conftest import make_image
 from PIL import Image
 
-from clipcid_cli.formats.data.samples import Location
+from clipcid_cli.formats.data.samples import ByteRange
 from clipcid_cli.runtime.models.decode import (
     SkippedImage,
     UnreadableImage,
@@ -105,7 +105,7 @@ def test_what_cannot_be_used_has_a_reason(data: bytes, reason: str) -> None:
 def test_a_file_is_read_or_skipped_with_a_reason(tmp_path: Path) -> None:
     place = tmp_path / "image"
     place.write_bytes(make_image(1))
-    whole, missing, cut = Location(str(place)), Location(str(tmp_path / "gone")), Location(str(place), 0, 10**6)
+    whole, missing, cut = ByteRange(str(place)), ByteRange(str(tmp_path / "gone")), ByteRange(str(place), 0, 10**6)
     image = read_image(whole)
     assert isinstance(image, Image.Image)
     assert read_size(whole) == image.size == (48, 48)

@@ -229,7 +229,7 @@ def test_variants_are_of_the_shards_that_the_batch_reads(tiny_shards: Path, work
     read = set()
     for share in order.iterate(0, 24, 0, 1):
         [item] = share.items
-        assert {text.sample.source.path for text in share.extra_texts if text.sample} == {item.sample.source.path}
+        assert {text.sample.part.path for text in share.extra_texts if text.sample} == {item.sample.part.path}
         assert len(share.extra_texts) == 12
         read.update(text.row for text in share.extra_texts)
     assert len(read) == 48, "all variants come up"

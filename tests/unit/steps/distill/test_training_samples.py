@@ -42,7 +42,7 @@ def list_samples(dataset: Dataset, rows: SampleRows) -> list[str]:
     assert dataset.index is not None
     shards = np.repeat(np.arange(len(rows.sizes)), rows.sizes)
     return [
-        dataset.index.sample(int(shard), int(place)).key
+        dataset.index.part(int(shard)).sample(int(place)).key
         for shard, place in zip(shards, rows.column("places"), strict=True)
     ]
 
