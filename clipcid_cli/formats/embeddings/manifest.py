@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import os
@@ -105,28 +104,8 @@ def all_files(records: Iterable[ShardRecord]) -> list[FileRecord]:
     return [file for record in records for file in record.files.values()]
 
 
-@dataclasses.dataclass(frozen=True)
-class Recorded:
-    """The files of a folder that its manifest records.
-
-    Attributes:
-        rows: Of each shard by kind.
-        fix: What to do where a file is not the one that was written.
-    """
-
-    folder: Path
-    records: list[ShardRecord]
-    rows: list[dict[Kind, RowFile]]
-    memo: Memo
-    fix: str
-
-    def refuse_changed(self) -> None:
-        """Refuse files that were replaced or removed since the manifest was written."""
-        refuse_changed(self.folder, all_files(self.records), self.folder / MANIFEST, lambda: self.fix, self.memo)
-
-
-def open_recorded(folder: Path, memo: Memo, fix: str) -> Recorded:
-    """Read the manifest of a folder, and find the files that it records.
+def open_recorded(folder: Path, memo: Memo, fix: str) -> tuple[list[ShardRecord], list[dict[Kind, RowFile]]]:
+    """Read the manifest of a folder, and find the rows of each shard by kind.
 
     Args:
         memo: Where hashes are remembered.
@@ -137,10 +116,14 @@ def open_recorded(folder: Path, memo: Memo, fix: str) -> Recorded:
     stamps = _look_at_files(folder, records, fix)
     with reading(folder / MANIFEST, "a manifest of embeddings", fix):
         rows = _describe_rows(folder, records, stamps)
-    found = Recorded(folder, records, rows, memo, fix)
-    found.refuse_changed()
+    refuse_replaced(folder, records, memo, fix)
     memo.save()
-    return found
+    return records, rows
+
+
+def refuse_replaced(folder: Path, records: Iterable[ShardRecord], memo: Memo, fix: str) -> None:
+    """Refuse files that were replaced or removed since the manifest was written; arguments as of `open_recorded`."""
+    refuse_changed(folder, all_files(records), folder / MANIFEST, lambda: fix, memo)
 
 
 def _look_at_files(folder: Path, records: Sequence[ShardRecord], fix: str) -> dict[str, Stamp]:
