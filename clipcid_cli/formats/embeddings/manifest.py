@@ -150,7 +150,7 @@ def _describe_rows(
     Raises:
         LookupError, ValueError, ZeroDivisionError: when records do not fit together.
     """
-    shapes = _shapes_of_a_sample(folder, records)
+    shapes = _shapes_of_a_sample(records)
     found: list[dict[Kind, RowFile]] = []
     for record in records:
         rows: dict[Kind, RowFile] = {}
@@ -168,13 +168,9 @@ def _describe_rows(
     return found
 
 
-def _shapes_of_a_sample(folder: Path, records: Sequence[ShardRecord]) -> dict[Kind, tuple[int, ...]]:
+def _shapes_of_a_sample(records: Sequence[ShardRecord]) -> dict[Kind, tuple[int, ...]]:
     """Return the shape of a sample's rows by kind, which all shards have in common: (D,), or (V, D)."""
-    whole = next((record for record in records if record.rows), None)
-    if whole is None:
-        raise ClipcidError(
-            f"{folder} contains {len(records)} files of embeddings, all without rows.", "Make them again."
-        )
+    whole = max(records, key=lambda record: record.rows)  # `embed` keeps no folder without a row
     values = {kind: _count_values(kind, whole.files[kind]) // whole.rows for kind in Kind if kind in whole.files}
     width = values.get(Kind.IMAGES) or values[Kind.TEXTS]
     shapes: dict[Kind, tuple[int, ...]] = dict.fromkeys((Kind.IMAGES, Kind.TEXTS, Kind.FURTHER), (width,))
