@@ -75,9 +75,9 @@ class Dataset:
             return list(pool.map(lambda shard: shard.fingerprint(), self.shards))
 
     def estimate_samples(self) -> int:
-        """Estimate how many samples there are from a few shards spread over the data; exact when there are no more.
+        """Estimate how many samples there are from the first samples of a few shards spread over the data.
 
-        Exact too where there is an index. Of shards behind a URL the first samples are read, of commands nothing is known.
+        Exact where there is an index, and of a folder or a list. Of commands nothing is known.
         """
         if self.index is not None:
             return int(self.index.sizes.sum())
@@ -154,12 +154,12 @@ def open_dataset(
 def _estimate_samples(shard: Shard) -> int:
     if is_pipe(shard.file):
         return _SAMPLES_OF_COMMAND
-    if not is_url(shard.file):
+    if shard.rows is not None:
         return len(shard.samples())
     first = list(islice(shard.stream(), _PROBED))
     if len(first) < _PROBED:
         return len(first)
-    size: int = shard.fingerprint().size
+    size = shard.fingerprint().size
     return round(size * (_PROBED - 1) / (first[-1].image.offset - first[0].image.offset))
 
 

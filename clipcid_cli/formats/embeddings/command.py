@@ -6,42 +6,34 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from clipcid_cli.errors import command_line
 from clipcid_cli.formats.data.folders_and_lists import Columns
-from clipcid_cli.formats.sidecar import DataSpec, EmbedSidecar
+from clipcid_cli.formats.sidecar import DataSpec, EmbedMade, EmbedSidecar
 
 # What a command of `embed` omits.
 DEFAULTS = {
     "text": True,
     "keys": "sample",
     "fast_decode": False,
-    "views": 0,
-    "view_kind": ("crop",),
-    "crop_scale": 0.9,
-    "color_jitter": 0.0,
-    "gray_probability": 0.0,
-    "text_variants": 0,
-    "seed": 0,
+    **{field.name: field.default for field in msgspec.structs.fields(EmbedMade) if not field.required},
     **{f"{name}_column": value for name, value in dataclasses.asdict(Columns()).items()},
 }
-
-
-# Settings whose defaults depend on the machine.
-_OF_MACHINE = ("precision", "batch_size")
 
 
 def data_command(folder: Path, sidecar: EmbedSidecar | None, data: str | None = None, **more: Any) -> str:
     """Return the command that replaces embeddings of data by ones of the same settings.
 
     Args:
-        folder: Where they are.
         sidecar: Theirs; None for those of another tool, which are not replaced.
         data: The data; None for that of the sidecar.
         more: Flags in which the new ones differ, and by which `data` is read.
     """
     if sidecar is None:
-        return command_line("embed", data or "DATA", **_differing({"model": "MODEL"} | more))
-    made = {name: sidecar.settings[name] for name in (*DEFAULTS, *_OF_MACHINE) if name in sidecar.settings}
+        return embed_command("MODEL", None, data, **more)
+    recorded = (*DEFAULTS, "precision", "batch_size")
+    made = {name: sidecar.settings[name] for name in recorded if name in sidecar.settings}
     settings = {"model": sidecar.model.spec} | made | _flags_of_data(sidecar.data, data, more)
     replaced = _differing(settings) | {"out": folder, "overwrite": True}
     return command_line("embed", data or sidecar.data.spec, **replaced)
@@ -66,13 +58,7 @@ def remake(folder: Path, sidecar: EmbedSidecar) -> str:
 
 
 def texts_command(model: str | None, texts: str | None = None, **more: Any) -> str:
-    """Return the command that embeds a file of texts.
-
-    Args:
-        model: The model; None where it is not known.
-        texts: The file; None where it is not known.
-        more: Other flags.
-    """
+    """Return the command that embeds a file of texts with a model; None stands for what is not known."""
     return command_line("embed", texts=texts or "FILE", model=model or "MODEL", **more)
 
 

@@ -21,7 +21,7 @@ from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.embeddings.command import data_command, remake
 from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
 from clipcid_cli.formats.embeddings.layouts import AGAIN, Part, find_parts
-from clipcid_cli.formats.embeddings.manifest import Recorded, open_recorded, record_together
+from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, record_together, refuse_replaced
 from clipcid_cli.formats.embeddings.row_files import RowFile, find_npy
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, refuse_changed
@@ -81,7 +81,7 @@ class Embeddings:
         parts: Sequence[Part],
         sidecar: EmbedSidecar | None,
         memo: Memo,
-        recorded: Recorded | None = None,
+        records: Sequence[ShardRecord] = (),
         prefix_keys: bool = False,
     ) -> None:
         """Take the files that were found.
@@ -89,7 +89,7 @@ class Embeddings:
         Args:
             parts: Those of each shard.
             memo: Where hashes are remembered.
-            recorded: What its manifest records, of a folder of `embed`.
+            records: What its manifest records, of a folder of `embed`.
             prefix_keys: Whether the shard's name goes before each key.
         """
         self.folder = folder
@@ -107,13 +107,13 @@ class Embeddings:
         self.files = tuple(files)
         self.num_rows = first
         self._memo = memo
-        self._recorded = recorded
+        self._records = records
         self._prefix_keys = prefix_keys
 
     @property
     def is_verified(self) -> bool:
         """Whether `embed` wrote the files: all rows are then unit float16."""
-        return self._recorded is not None
+        return self.sidecar is not None
 
     @property
     def has_texts(self) -> bool:
@@ -185,8 +185,8 @@ class Embeddings:
 
     def contents(self, part: str) -> list[FileRecord]:
         """Describe each shard's file of a kind or of metadata, where it has one."""
-        if self._recorded is not None:
-            return [record.files[part] for record in self._recorded.records if part in record.files]
+        if self.is_verified:
+            return [record.files[part] for record in self._records if part in record.files]
         files = self._files_of(part)
         read = [file for file in files if not isinstance(file, RowFile) or file.hash is None]
         hashed = iter(self._memo.record_all([file.path if isinstance(file, RowFile) else file for file in read]))
@@ -198,8 +198,8 @@ class Embeddings:
 
     def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
         """Describe images and metadata, and the rows of further kinds where there are any, for a sidecar: an entry each."""
-        if self._recorded is not None:
-            self._recorded.refuse_changed()
+        if self.sidecar is not None:
+            refuse_replaced(self.folder, self._records, self._memo, remake(self.folder, self.sidecar))
         parts = [part for part in (Kind.IMAGES, METADATA, *kinds) if self._files_of(part)]
         return [record_together(self._name_together(part), self.contents(part)) for part in parts]
 
@@ -216,7 +216,7 @@ class Embeddings:
 
     def refuse_repeated_keys(self) -> None:
         """Refuse keys of two rows in a folder of another tool; `embed` has checked its own."""
-        if self.sidecar is not None:
+        if self.is_verified:
             return
         table = self._memo.table
         repeat = find_repeat(lambda: map(self.keys_of, self.files), None if table is None else table.parent)
@@ -306,9 +306,6 @@ def open_embeddings(
         return Embeddings(folder, find_parts(folder, npz_array), None, Memo(cache), prefix_keys=keys == "shard")
     memo, fix = Memo(cache), remake(folder, sidecar)
     refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "embed"), lambda: fix, memo)
-    recorded = open_recorded(folder, memo, fix)
-    parts = [
-        (rows, folder / record.files[METADATA].path)
-        for rows, record in zip(recorded.rows, recorded.records, strict=True)
-    ]
-    return Embeddings(folder, parts, sidecar, memo, recorded)
+    records, rows = open_recorded(folder, memo, fix)
+    metadata = (folder / record.files[METADATA].path for record in records)
+    return Embeddings(folder, list(zip(rows, metadata, strict=True)), sidecar, memo, records)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from clipcid_cli.formats.arrays import create_mapped
 from clipcid_cli.formats.atomic import write_error
-from clipcid_cli.formats.embeddings.row_files import raw_file
+from clipcid_cli.formats.embeddings.row_files import RowFile
 from clipcid_cli.formats.embeddings.rows import Rows
 
 _FOLDER = ".grouped"
@@ -38,9 +38,13 @@ def open_copies(folder: Path, sizes: Sequence[int], width: int) -> Rows:
     Args:
         sizes: Rows that each copied.
     """
-    copied = [
-        raw_file(_path(folder, rank), (size, width), np.dtype(np.float16)) for rank, size in enumerate(sizes) if size
-    ]
+    copied = []
+    for rank, size in enumerate(sizes):
+        if size:
+            path = _path(folder, rank)
+            stat = path.stat()
+            stamp = (stat.st_ino, stat.st_mtime_ns)
+            copied.append(RowFile(path, (size, width), np.dtype(np.float16), 0, stamp, size=stat.st_size))
     return Rows(copied, width, as_stored=True, hold=True)
 
 

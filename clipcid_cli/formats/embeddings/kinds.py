@@ -44,11 +44,6 @@ class Kind(enum.StrEnum):
         """Number format of the files that `embed` writes."""
         return np.dtype(np.float32 if self is Kind.VIEW_PARAMS else np.float16)
 
-    @property
-    def has_several(self) -> bool:
-        """Whether each sample has several rows, as many as any other."""
-        return self in (Kind.VIEWS, Kind.VIEW_PARAMS, Kind.VARIANTS)
-
 
 def file_name(kind: str, number: int, digits: int) -> str:
     """Return the name of a shard's file in a folder of embeddings."""

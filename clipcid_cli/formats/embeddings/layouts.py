@@ -171,14 +171,14 @@ def _require_rows(file: RowFile) -> None:
 def _check_extra(kind: Kind, file: RowFile, images: RowFile, first: dict[Kind, RowFile]) -> None:
     """Refuse further rows whose format or shape is not that of `embed`, beside these images and the first shard's files."""
     rows, width = images.shape
-    if kind.has_several:
+    if kind is Kind.FURTHER:
+        expected = (*file.shape[:1], width)
+    else:
         # The first shard decides how many rows a sample has, the views how many parameters.
         several = first.get(Kind.VIEWS if kind is Kind.VIEW_PARAMS else kind, file).shape[1:2]
         if kind is Kind.VIEW_PARAMS:
             width = next((each for each in _PARAMS if first[kind].shape[-1:] == (each,)), _PARAMS[0])
         expected = (rows, *several, width)
-    else:
-        expected = (*file.shape[:1], width)
     if file.shape != expected or file.dtype != kind.dtype:
         raise ClipcidError(
             f"{file.label} holds {file.dtype} {list(file.shape)}; {kind.dtype} {list(expected)} would match the image "

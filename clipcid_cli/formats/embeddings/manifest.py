@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import os
@@ -105,28 +104,8 @@ def all_files(records: Iterable[ShardRecord]) -> list[FileRecord]:
     return [file for record in records for file in record.files.values()]
 
 
-@dataclasses.dataclass(frozen=True)
-class Recorded:
-    """The files of a folder that its manifest records.
-
-    Attributes:
-        rows: Of each shard by kind.
-        fix: What to do where a file is not the one that was written.
-    """
-
-    folder: Path
-    records: list[ShardRecord]
-    rows: list[dict[Kind, RowFile]]
-    memo: Memo
-    fix: str
-
-    def refuse_changed(self) -> None:
-        """Refuse files that were replaced or removed since the manifest was written."""
-        refuse_changed(self.folder, all_files(self.records), self.folder / MANIFEST, lambda: self.fix, self.memo)
-
-
-def open_recorded(folder: Path, memo: Memo, fix: str) -> Recorded:
-    """Read the manifest of a folder, and find the files that it records.
+def open_recorded(folder: Path, memo: Memo, fix: str) -> tuple[list[ShardRecord], list[dict[Kind, RowFile]]]:
+    """Read the manifest of a folder, and find the rows of each shard by kind.
 
     Args:
         memo: Where hashes are remembered.
@@ -137,10 +116,14 @@ def open_recorded(folder: Path, memo: Memo, fix: str) -> Recorded:
     stamps = _look_at_files(folder, records, fix)
     with reading(folder / MANIFEST, "a manifest of embeddings", fix):
         rows = _describe_rows(folder, records, stamps)
-    found = Recorded(folder, records, rows, memo, fix)
-    found.refuse_changed()
+    refuse_replaced(folder, records, memo, fix)
     memo.save()
-    return found
+    return records, rows
+
+
+def refuse_replaced(folder: Path, records: Iterable[ShardRecord], memo: Memo, fix: str) -> None:
+    """Refuse files that were replaced or removed since the manifest was written; arguments as of `open_recorded`."""
+    refuse_changed(folder, all_files(records), folder / MANIFEST, lambda: fix, memo)
 
 
 def _look_at_files(folder: Path, records: Sequence[ShardRecord], fix: str) -> dict[str, Stamp]:
@@ -167,7 +150,7 @@ def _describe_rows(
     Raises:
         LookupError, ValueError, ZeroDivisionError: when records do not fit together.
     """
-    shapes = _shapes_of_a_sample(folder, records)
+    shapes = _shapes_of_a_sample(records)
     found: list[dict[Kind, RowFile]] = []
     for record in records:
         rows: dict[Kind, RowFile] = {}
@@ -185,13 +168,9 @@ def _describe_rows(
     return found
 
 
-def _shapes_of_a_sample(folder: Path, records: Sequence[ShardRecord]) -> dict[Kind, tuple[int, ...]]:
+def _shapes_of_a_sample(records: Sequence[ShardRecord]) -> dict[Kind, tuple[int, ...]]:
     """Return the shape of a sample's rows by kind, which all shards have in common: (D,), or (V, D)."""
-    whole = next((record for record in records if record.rows), None)
-    if whole is None:
-        raise ClipcidError(
-            f"{folder} contains {len(records)} files of embeddings, all without rows.", "Make them again."
-        )
+    whole = max(records, key=lambda record: record.rows)  # `embed` keeps no folder without a row
     values = {kind: _count_values(kind, whole.files[kind]) // whole.rows for kind in Kind if kind in whole.files}
     width = values.get(Kind.IMAGES) or values[Kind.TEXTS]
     shapes: dict[Kind, tuple[int, ...]] = dict.fromkeys((Kind.IMAGES, Kind.TEXTS, Kind.FURTHER), (width,))

@@ -100,15 +100,6 @@ def find_npy(path: Path) -> RowFile:
     return RowFile(path, shape, dtype, offset, (stat.st_ino, stat.st_mtime_ns), by_column, size=stat.st_size)
 
 
-def raw_file(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> RowFile:
-    """Describe a file of bare values as if it were an npy without a header."""
-    with reading_from(path, "an array", _FIX) as file:
-        stat = os.fstat(file.fileno())
-        if stat.st_size < (needed := math.prod(shape) * dtype.itemsize):
-            raise OSError(f"it should have {needed:,} bytes, and it has {stat.st_size:,}")
-    return RowFile(path, shape, dtype, 0, (stat.st_ino, stat.st_mtime_ns), size=stat.st_size)
-
-
 def list_arrays(path: Path) -> list[str]:
     """Return the names of the arrays in an archive, in its order."""
     with reading(path, "an .npz", _FIX), zipfile.ZipFile(path) as archive:

@@ -21,7 +21,6 @@ from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.embeddings.command import texts_command
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, open_recorded, record_together
-from clipcid_cli.formats.embeddings.row_files import RowFile
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, refuse_changed
 from clipcid_cli.formats.output import unfinished
@@ -43,44 +42,36 @@ def write_texts(folder: Path, batches: Iterable[list[str]]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TextLines:
-    """The texts of a folder; picklable, mapped where they are read.
-
-    Attributes:
-        path: Of the texts.
-    """
+    """The texts in a file; picklable, mapped where they are read."""
 
     path: str
 
     def __getitem__(self, row: int) -> str:
         """Read a text."""
-        number, place = divmod(row, _open_batch(self.path, 0).num_rows)  # all batches but the last are of one size
-        text: str = _open_batch(self.path, number)[0][place].as_py()
+        batches = _map_batches(self.path)
+        number, place = divmod(row, batches[0].num_rows)  # all batches but the last are of one size
+        text: str = batches[number][0][place].as_py()
         return text
 
     def __iter__(self) -> Iterator[str]:
         """Read them all, in order."""
-        for number in range(_open(self.path).num_record_batches):
-            yield from _open(self.path).get_batch(number)[0].to_pylist()
+        for batch in _map_batches(self.path):
+            yield from batch[0].to_pylist()
 
     def batch_sizes(self) -> list[int]:
         """Return the number of texts of each file of embeddings."""
-        reader = _open(self.path)
-        return [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
+        return [batch.num_rows for batch in _map_batches(self.path)]
 
 
 @lru_cache(maxsize=1)
-def _open(path: str) -> pa.ipc.RecordBatchFileReader:
+def _map_batches(path: str) -> list[pa.RecordBatch]:
     try:
-        return pa.ipc.open_file(pa.memory_map(path))
+        reader = pa.ipc.open_file(pa.memory_map(path))
+        return [reader.get_batch(number) for number in range(reader.num_record_batches)]
     except (OSError, pa.ArrowInvalid) as error:
         raise ClipcidError(
             f"{path} cannot be read: {' '.join(str(error).split())}.", _remake(Path(path).parent)
         ) from error
-
-
-@lru_cache(maxsize=16)
-def _open_batch(path: str, number: int) -> pa.RecordBatch:
-    return _open(path).get_batch(number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,38 +79,21 @@ class EmbeddedTexts:
     """Finished embeddings of texts.
 
     Attributes:
-        files: Files of the embeddings.
-        sidecar: The sidecar.
+        lines: The texts themselves.
+        rows: The embeddings, [N, D].
+        records: Of the files of these.
     """
 
     folder: Path
-    files: tuple[RowFile, ...]
     sidecar: TextsSidecar
-
-    @property
-    def lines(self) -> TextLines:
-        """The texts themselves."""
-        return TextLines(str(self.folder / TEXTS_FILE))
-
-    @property
-    def width(self) -> int:
-        """Width D of the embeddings."""
-        return self.files[0].shape[1]
-
-    @property
-    def total(self) -> int:
-        """Number of texts."""
-        return sum(file.shape[0] for file in self.files)
-
-    def rows(self) -> Rows:
-        """Map the embeddings, [N, D]."""
-        return Rows(self.files, self.width, as_stored=True)
+    lines: TextLines
+    rows: Rows
+    records: tuple[FileRecord, ...]
 
     def fingerprints(self) -> list[FileRecord]:
         """Describe texts and embeddings, for a sidecar."""
         texts = [each for each in self.sidecar.outputs if each.path == TEXTS_FILE]
-        rows = [FileRecord(file.label, file.size, str(file.hash)) for file in self.files]
-        return [*texts, record_together(str(self.folder / Kind.TEXTS), rows)]
+        return [*texts, record_together(str(self.folder / Kind.TEXTS), self.records)]
 
 
 def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
@@ -135,11 +109,12 @@ def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
         raise ClipcidError(f"{state} in {folder}.", f"Run: {texts_command(model, out=folder)}")
     fix, memo = _remake(folder, sidecar), Memo()
     refuse_changed(folder, sidecar.outputs, path, lambda: fix, memo)
-    files = tuple(rows[Kind.TEXTS] for rows in open_recorded(folder, memo, fix).rows)
-    sizes = TextLines(str(folder / TEXTS_FILE)).batch_sizes()
-    if [file.shape[0] for file in files] != sizes:
+    records, found = open_recorded(folder, memo, fix)
+    files, lines = [rows[Kind.TEXTS] for rows in found], TextLines(str(folder / TEXTS_FILE))
+    if [file.shape[0] for file in files] != lines.batch_sizes():
         raise ClipcidError(f"{folder / MANIFEST} records other numbers of texts than {folder / TEXTS_FILE} holds.", fix)
-    return EmbeddedTexts(folder, files, sidecar)
+    rows = Rows(files, files[0].shape[1], as_stored=True)
+    return EmbeddedTexts(folder, sidecar, lines, rows, tuple(record.files[Kind.TEXTS] for record in records))
 
 
 def _remake(folder: Path, sidecar: TextsSidecar | None = None) -> str:

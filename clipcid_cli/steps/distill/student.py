@@ -146,7 +146,7 @@ def _used_tokens(inputs: TrainingInputs, tokenizer: Tokenizer) -> torch.Tensor |
     """
     variants, further = inputs.text_variants, None if inputs.extra_texts is None else inputs.extra_texts.texts
     count = inputs.usable.total * (1 if variants is None else 1 + variants.number)
-    if count + (0 if further is None else further.total) > MAX_CAPTIONS:
+    if count + (0 if further is None else len(further.rows)) > MAX_CAPTIONS:
         return None
     tokens, texts = torch.empty(0, dtype=torch.int64), set[str]()
     for text in itertools.chain(_captions(inputs, variants), () if further is None else further.lines):

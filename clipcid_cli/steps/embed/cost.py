@@ -20,12 +20,11 @@ TYPICAL_CAPTION = "a photo of a cat on a red chair"
 def estimate_cost(encoder: Encoder, plan: EmbedPlan, machine: Machine) -> dict[str, Any]:
     """Estimate what embedding would cost from the time of a few batches."""
     samples = machine.on_main(plan.dataset.estimate_samples)
-    seconds = measure_batch(encoder) * samples / encoder.samples_at_once / machine.size
+    seconds = _measure_batch(encoder) * samples / encoder.preparation.batch_size / machine.size
     size = bytes_per_sample(encoder)
-    counted = {"shards": len(plan.shards), "images": samples} if encoder.with_images else {"texts": samples}
-    found = {"dry_run": True, **counted, "bytes": samples * size}
-    found |= {"bytes_per_image": size} if encoder.with_images else {}
-    return found | {"seconds": {"encode": round(seconds, 1)}}
+    counted = {"texts": samples} if plan.of_texts else {"shards": len(plan.shards), "images": samples}
+    each = {} if plan.of_texts else {"bytes_per_image": size}
+    return {"dry_run": True, **counted, "bytes": samples * size, **each, "seconds": {"encode": round(seconds, 1)}}
 
 
 def bytes_per_sample(encoder: Encoder) -> int:
@@ -33,18 +32,18 @@ def bytes_per_sample(encoder: Encoder) -> int:
     return sum(kind.dtype.itemsize * math.prod(shape) for kind, shape in encoder.shapes.items())
 
 
-def measure_batch(encoder: Encoder) -> float:
+def _measure_batch(encoder: Encoder) -> float:
     """Return the seconds one batch takes to encode, the median of three after a warm-up.
 
     Its captions are of typical length, since tokens after a text's end are not encoded.
     """
-    prepared, model = encoder.preparation()(()), encoder.model
-    tokens = model.tokenizer([TYPICAL_CAPTION] * encoder.samples_at_once)
+    prepared, model = encoder.preparation(()), encoder.model
+    tokens = model.tokenizer([TYPICAL_CAPTION] * encoder.preparation.batch_size)
     threads = threads_for_batches(model.device)
-    texts_of_each = int(encoder.with_texts) + encoder.shapes.get(Kind.VARIANTS, (0,))[0]
+    texts_of_each = int(encoder.preparation.with_texts) + encoder.shapes.get(Kind.VARIANTS, (0,))[0]
 
     def encode(_: int) -> None:
-        if encoder.with_images:
+        if encoder.preparation.with_images:
             encoder.encode_pixels(prepared)
         for _ in range(texts_of_each):
             encoder.encode_texts(tokens)

@@ -11,7 +11,7 @@ from clipcid_cli.formats.embeddings.folder import read_embed_sidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
-from clipcid_cli.steps.embed.plan import choose_text, recorded_augmentation
+from clipcid_cli.steps.embed.plan import choose_text
 from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -48,13 +48,9 @@ def ensure_embeddings(
     )
     sidecar = machine.on_main(lambda: read_embed_sidecar(folder))
     if sidecar is not None:
-        made = sidecar.made
-        request = dataclasses.replace(
-            request,
-            text=made.text or bool(text),
-            fast_decode=made.fast_decode,
-            **recorded_augmentation(sidecar),
-        )
+        own = {field.name for field in dataclasses.fields(EmbedSettings)} - {"keys", "batch_size", "precision"}
+        made = {name: getattr(sidecar.made, name) for name in own.intersection(sidecar.settings)}
+        request = dataclasses.replace(request, **made | {"text": sidecar.made.text or bool(text)})
     elif text is None:
         request = dataclasses.replace(request, text=machine.on_main(lambda: choose_text(request, reporter)))
     result = make_embeddings(request, machine, reporter, "" if text else embed_images_first(request, name))

@@ -29,10 +29,8 @@ from clipcid_cli.steps.settings.embed import EmbedSettings
 IMAGES = "embed"
 """Name of the sidecar of embeddings of images; of those of texts it is `TEXTS`."""
 _REPLACE = "Add --overwrite to make it again."
-# The settings that determine the views of an image and the variants of its captions; recorded where there are any.
-_VIEW_SETTINGS = ("views", "view_kind", "crop_scale", "color_jitter", "gray_probability", "seed")
-_TEXT_SETTINGS = ("text_variants", "seed")
-_AUGMENTATION = {*_VIEW_SETTINGS, *_TEXT_SETTINGS, "strong_view", "text_variant_rules"}
+# Settings in the sidecar that are known once the model is loaded.
+_OF_MODEL = ("weights", "tokenizer", "precision", "batch_size", "preprocess")
 
 EmbeddedSidecar = EmbedSidecar | TextsSidecar
 
@@ -78,6 +76,28 @@ class EmbedPlan:
         """The data as one input."""
         return record_together(self.dataset.spec, self.shards)
 
+    @property
+    def max_bad_fraction(self) -> float:
+        """Largest share of unusable samples; the empty lines of a file of texts are no fault of theirs."""
+        return 1.0 if self.of_texts else self.settings.max_bad_fraction
+
+    @property
+    def requested(self) -> dict[str, Any]:
+        """The settings that decide the rows, as JSON values, but for those of the model."""
+        settings = self.settings
+        if self.of_texts:
+            return {}
+        found = {"text": settings.text, "keys": self.dataset.keys, "fast_decode": settings.fast_decode}
+        if settings.views:
+            for name in ("views", "crop_scale", "color_jitter", "gray_probability", "seed"):
+                found[name] = getattr(settings, name)
+            found["view_kind"] = list(settings.view_kinds)
+            if "strong" in settings.view_kinds:
+                found["strong_view"] = dataclasses.asdict(STRONG)
+        if settings.text_variants:
+            found |= {"text_variants": settings.text_variants, "seed": settings.seed, "text_variant_rules": RULES}
+        return found
+
 
 def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) -> EmbedPlan:
     """Look at the data, the model's name and the output."""
@@ -89,8 +109,12 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
     else:
         dataset, step = _open_data(settings, reporter), IMAGES
         folder = settings.out or work.embeddings(name.slug)
-        if settings.text:
-            _require_captions(dataset, without_text)
+        if settings.text and not _has_captions(dataset):
+            captions = "captions next to the images (.txt, or --caption-column of a list)."
+            raise ClipcidError(
+                f"{dataset.spec}: none of the samples looked at (a shard) has a caption.",
+                f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
+            )
     plan = EmbedPlan(settings, without_text, step, folder, name, dataset, describe_shards(dataset))
     _refuse_foreign_folder(folder, step)
     try:
@@ -166,15 +190,6 @@ def _has_captions(dataset: Dataset) -> bool:
     return False
 
 
-def _require_captions(dataset: Dataset, without_text: str) -> None:
-    if not _has_captions(dataset):
-        captions = "captions next to the images (.txt, or --caption-column of a list)."
-        raise ClipcidError(
-            f"{dataset.spec}: none of the samples looked at (a shard) has a caption.",
-            f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
-        )
-
-
 def describe_shards(dataset: Dataset) -> list[FileRecord]:
     """Describe every shard: its content, and its name, which the metadata repeats."""
     found = zip(dataset.fingerprints(), dataset.shards, strict=True)
@@ -183,19 +198,14 @@ def describe_shards(dataset: Dataset) -> list[FileRecord]:
 
 def _matches(sidecar: EmbeddedSidecar, plan: EmbedPlan) -> bool:
     """Tell whether finished embeddings match the request; where that leaves batch size or precision open, any will do."""
-    settings = plan.settings
-    same = (
-        settings.batch_size in (None, sidecar.settings["batch_size"])
-        and settings.precision in ("auto", sidecar.settings["precision"])
+    made, settings = sidecar.settings, plan.settings
+    return (
+        {name: value for name, value in made.items() if name not in _OF_MODEL} == plan.requested
+        and settings.batch_size in (None, made["batch_size"])
+        and settings.precision in ("auto", made["precision"])
         and [each.content for each in sidecar.inputs] == [plan.input.content]
         and is_of(sidecar.model, plan.name)
     )
-    if isinstance(sidecar, EmbedSidecar):
-        made = sidecar.made
-        same &= (made.text, made.keys, made.fast_decode) == (settings.text, plan.dataset.keys, settings.fast_decode)
-        recorded = {name: value for name, value in sidecar.settings.items() if name in _AUGMENTATION}
-        same &= recorded == augmentation_identity(settings)
-    return same
 
 
 def _refuse_foreign_folder(folder: Path, step: str) -> None:
@@ -215,22 +225,3 @@ def _refuse_foreign_folder(folder: Path, step: str) -> None:
             f"{folder} contains embeddings that clipcid did not write, such as {first}.",
             "Choose another folder with --out, or remove them.",
         )
-
-
-def augmentation_identity(settings: EmbedSettings) -> dict[str, Any]:
-    """Return what determines the views and text variants, as JSON values; empty where none are asked for."""
-    names = [*(_VIEW_SETTINGS if settings.views else ()), *(_TEXT_SETTINGS if settings.text_variants else ())]
-    found = {name: getattr(settings, name) for name in names}
-    if settings.views:
-        found["view_kind"] = list(settings.view_kinds)
-        if "strong" in settings.view_kinds:
-            found["strong_view"] = dataclasses.asdict(STRONG)
-    if settings.text_variants:
-        found["text_variant_rules"] = RULES
-    return found
-
-
-def recorded_augmentation(sidecar: EmbedSidecar) -> dict[str, Any]:
-    """Return the settings of `embed` that determined the views and text variants of finished embeddings."""
-    made = sidecar.settings
-    return {name: getattr(sidecar.made, name) for name in (*_VIEW_SETTINGS, *_TEXT_SETTINGS) if name in made}

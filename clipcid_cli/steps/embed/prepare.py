@@ -46,7 +46,7 @@ class Preparation:
     """Decodes images and tokenises captions.
 
     Attributes:
-        batch_size: B.
+        batch_size: B. With V views each sample makes 1 + V pictures, so that a batch's memory stays what it is.
         transform: RGB image to uint8 [H, W, 3]; None for data without images.
         fast_decode: Whether JPEGs are decoded at a reduced size, of at least twice H × W.
         views: Augmented views to draw too; None for none.
@@ -64,6 +64,16 @@ class Preparation:
     render: ViewPixels
     tokenizer: Tokenizer | None
     text_variants: TextVariants | None
+
+    @property
+    def with_images(self) -> bool:
+        """Whether samples have images that are encoded."""
+        return self.transform is not None
+
+    @property
+    def with_texts(self) -> bool:
+        """Whether captions are encoded; samples must have one."""
+        return self.tokenizer is not None
 
     def __call__(self, samples: Sequence[Sample]) -> Prepared:
         """Prepare the samples of one batch."""

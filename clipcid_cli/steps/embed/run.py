@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -20,7 +19,7 @@ from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
-from clipcid_cli.runtime.models.augment import Augmentation
+from clipcid_cli.runtime.models.augment import Augmentation, ViewPixels
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.preprocess import hash_preprocess
 from clipcid_cli.runtime.precision import choose_precision
@@ -29,8 +28,9 @@ from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.embed.cost import bytes_per_sample, estimate_cost
 from clipcid_cli.steps.embed.encoder import Encoder
-from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, augmentation_identity, describe_shards, make_plan
-from clipcid_cli.steps.embed.shards import Timings, embed_shards
+from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, describe_shards, make_plan
+from clipcid_cli.steps.embed.prepare import Preparation
+from clipcid_cli.steps.embed.shards import Timings, embed_missing
 from clipcid_cli.steps.embed.views import Views
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
@@ -68,7 +68,15 @@ def make_embeddings(
         check_samples(plan.dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
     encoder = _load_encoder(plan, machine)
     _report_encoder(encoder, reporter)
-    made = _describe_settings(plan, encoder)
+    info, preparation = encoder.model.info, encoder.preparation
+    made = plan.requested | {
+        "weights": info.weights_hash,
+        "tokenizer": f"{info.tokenizer}, {info.context_length} tokens" if preparation.with_texts else None,
+        "precision": encoder.precision.name,
+        "batch_size": encoder.batch_size,
+    }
+    if preparation.with_images:
+        made["preprocess"] = hash_preprocess(info.preprocess, fast_decode=settings.fast_decode)
     wanted: dict[str, Any] = {
         "settings": made,
         "inputs": [plan.input],
@@ -83,7 +91,7 @@ def make_embeddings(
             return _describe(plan, output.finished)
         writer = EmbeddingWriter(output.work, made, plan.shards)
         machine.on_main(lambda: _start(output, writer))
-        timings = _compute(plan, encoder, writer, machine, reporter)
+        timings = embed_missing(plan, encoder, writer, machine, reporter)
         if not plan.of_texts:
             ensure_index(plan.dataset, machine, encoder.workers, reporter)
         sidecar = machine.on_main(lambda: _write(plan, encoder, output, writer.finish(), timings, reporter))
@@ -116,53 +124,34 @@ def _load_encoder(plan: EmbedPlan, machine: Machine) -> Encoder:
             "holds one.",
             f"Give --batch-size {least} or more, or fewer --views: a batch holds batch size/(1 + views) images.",
         )
-    return Encoder(
-        model=model,
-        precision=precision,
-        batch_size=batch_size,
-        workers=workers,
-        with_images=not plan.of_texts,
-        with_texts=settings.text,
+    preparation = Preparation(
+        batch_size=batch_size if views is None else max(1, batch_size // (1 + views.number)),
+        image_size=model.info.image_size,
+        context_length=model.info.context_length,
+        transform=None if plan.of_texts else model.pixel_transform(),
         fast_decode=settings.fast_decode,
         views=views,
+        render=ViewPixels(model.info.preprocess),
+        tokenizer=model.tokenizer if settings.text else None,
         text_variants=TextVariants(settings.text_variants, settings.seed) if settings.text_variants else None,
     )
+    return Encoder(model, precision, batch_size, workers, preparation)
 
 
 def _report_encoder(encoder: Encoder, reporter: Reporter) -> None:
     """Say how it encodes, and what it makes beside images and captions."""
-    precision, views, variants = encoder.precision, encoder.views, encoder.text_variants
+    precision, made = encoder.precision, encoder.preparation
     more: list[str] = []
-    if views is not None:
-        mixing = f"; mixtures within batches of {encoder.samples_at_once} images" if views.mixes else ""
-        more.append(f"{views.number} views ({', '.join(views.kinds)}{mixing})")
-    if variants is not None:
-        more.append(f"{variants.number} text variants")
+    if made.views is not None:
+        mixing = f"; mixtures within batches of {made.batch_size} images" if made.views.mixes else ""
+        more.append(f"{made.views.number} views ({', '.join(made.views.kinds)}{mixing})")
+    if made.text_variants is not None:
+        more.append(f"{made.text_variants.number} text variants")
     size = f" Of each image {' and '.join(more)}: {bytes_per_sample(encoder):,} bytes an image." if more else ""
     reporter.note(
         f"{encoder.model.info.parameters / 1e6:.1f} M parameters, precision {precision.name} ({precision.reason}), batches "
         f"of {encoder.batch_size}, {encoder.workers} worker{'' if encoder.workers == 1 else 's'} per process.{size}"
     )
-
-
-def _describe_settings(plan: EmbedPlan, encoder: Encoder) -> dict[str, Any]:
-    """Return the settings that decide the rows, as JSON values."""
-    info, fast_decode = encoder.model.info, plan.settings.fast_decode
-    made = {
-        "weights": info.weights_hash,
-        "tokenizer": f"{info.tokenizer}, {info.context_length} tokens" if encoder.with_texts else None,
-        "precision": encoder.precision.name,
-        "batch_size": encoder.batch_size,
-    }
-    if plan.of_texts:
-        return made
-    return made | {
-        "preprocess": hash_preprocess(info.preprocess, fast_decode=fast_decode),
-        "text": plan.settings.text,
-        "keys": plan.dataset.keys,
-        "fast_decode": fast_decode,
-        **augmentation_identity(plan.settings),
-    }
 
 
 def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
@@ -171,26 +160,6 @@ def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
     if (output.folder / MANIFEST).exists():
         with suppress(ClipcidError):  # it is damaged: all shards are embedded again
             writer.take(output.folder, read_manifest(output.folder, ""))
-
-
-def _compute(
-    plan: EmbedPlan, encoder: Encoder, writer: EmbeddingWriter, machine: Machine, reporter: Reporter
-) -> list[Timings]:
-    """Embed the shards that are not finished, divided among the processes; return the timings of all."""
-    shards = range(len(plan.shards))
-    missing = machine.on_main(lambda: [number for number in shards if writer.read_record(number) is None])
-    if len(missing) < len(shards):
-        reporter.note(f"{len(shards) - len(missing)} of {len(shards)} shards are already embedded.")
-    expected = machine.on_main(plan.dataset.estimate_samples) * len(missing) / len(shards)
-    mine = missing[machine.rank :: machine.size]
-    weight = len(missing) / max(1, len(mine))
-    # The empty lines of a file of texts are no fault of theirs.
-    max_bad = 1.0 if plan.of_texts else plan.settings.max_bad_fraction
-    start = time.perf_counter()
-    with reporter.progress("embed", expected, "texts" if plan.of_texts else "images") as progress:
-        timings = embed_shards(encoder, plan.dataset, mine, writer, max_bad, progress, weight)
-    timings.elapsed = time.perf_counter() - start
-    return machine.gather(timings)
 
 
 def _write(
@@ -220,7 +189,7 @@ def _write(
     else:
         laid_on_white = sum(each.laid_on_white for each in records)
         without_text = plan.without_text if "no_caption" in skips.counts else ""
-        skips.check(read, plan.settings.max_bad_fraction, plan.dataset.spec, without_text)
+        skips.check(read, plan.max_bad_fraction, plan.dataset.spec, without_text)
         if laid_on_white:
             reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
         if skips.total:

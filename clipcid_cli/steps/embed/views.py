@@ -69,21 +69,12 @@ class Views:
 
 
 class Mixture(NamedTuple):
-    """A view that shows a second image of the batch too.
-
-    Attributes:
-        row: Row of its first image in the batch.
-        number: Number of the view.
-        other: Row of the second.
-        weight: λ, the weight of the first, a float32 number.
-        seed: Decides how the second is cropped.
-    """
+    """A view that shows a second image of the batch too: rows of both in the batch, and λ, the weight of the first."""
 
     row: int
-    number: int
+    number: int  # of the view
     other: int
     weight: float
-    seed: int
 
 
 class BatchViews:
@@ -100,8 +91,6 @@ class BatchViews:
         """Prepare for a batch.
 
         Args:
-            render: Renders a view as the model takes it.
-            keys: The batch's keys.
             pixels: What the views are written to, uint8 [V, B, H, W, 3], B at least the number of keys.
         """
         self._views = views
@@ -127,7 +116,8 @@ class BatchViews:
             self._firsts[row, number] = view
             self._set(row, number, MixedView(view, 1.0, 0.0, view), view.colors)
         for mixture in self._wanted[row]:
-            second = choose_view(self._views.augmentation, *image.size, mixture.seed)
+            seed = derive_seed("mixed view", self._views.seed, mixture.number, self._keys[mixture.row])
+            second = choose_view(self._views.augmentation, *image.size, seed)
             self._seconds.append((mixture, second, self._render(image, second)))
 
     def mix(self) -> None:
@@ -147,9 +137,8 @@ class BatchViews:
             for number in numbers:
                 random = np.random.default_rng(derive_seed("mix", self._views.seed, number, key))
                 other = int(random.integers(len(self._keys) - 1))
-                weight = float(np.float32(random.uniform(0.5, 1)))
-                seed = derive_seed("mixed view", self._views.seed, number, key)
-                yield Mixture(row, number, other + (other >= row), weight, seed)
+                weight = float(np.float32(random.uniform(0.5, 1)))  # as it is stored
+                yield Mixture(row, number, other + (other >= row), weight)
 
     def _set(self, row: int, number: int, view: MixedView, colors: npt.NDArray[np.float32]) -> None:
         self.colors[row, number] = colors

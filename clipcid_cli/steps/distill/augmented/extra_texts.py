@@ -162,20 +162,20 @@ def find_extra_texts(
     else:
         texts = open_texts(folder, spec)
         _check_model(settings, texts, embeddings)
-        rows, variants = texts.rows(), None
-        what = f"{folder}, {texts.total:,} texts"
+        rows, variants = texts.rows, None
+        what = f"{folder}, {len(rows):,} texts"
     reporter.note(f"Extra texts, for the text tower alone: of {what}.")
     return ExtraTexts(rows, texts, variants, samples, settings.seed, settings.extra_texts)
 
 
 def _check_model(settings: DistillSettings, texts: EmbeddedTexts, embeddings: Embeddings) -> None:
     made, model = texts.sidecar.model, None if embeddings.sidecar is None else embeddings.sidecar.model
-    if texts.width != embeddings.width or (model is not None and made.weights_hash != model.weights_hash):
+    if texts.rows.shape[1] != embeddings.width or (model is not None and made.weights_hash != model.weights_hash):
         of = "another tool's" if model is None else f"of {model.spec}, other weights"
         again = texts_command(None if model is None else model.spec, out=texts.folder, overwrite=True)
         without = "Add" if settings.texts is None else "Omit --texts and add"
         raise ClipcidError(
-            f"The texts in {texts.folder} were embedded by {made.spec}, width {texts.width}; "
+            f"The texts in {texts.folder} were embedded by {made.spec}, width {texts.rows.shape[1]}; "
             f"the embeddings in {embeddings.folder} are {of}, width {embeddings.width}.",
             f"{without} --extra-texts 0, or run: {again}",
         )

@@ -58,9 +58,10 @@ def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
 
 def test_each_text_has_its_row(work: Path, teacher: ClipModel) -> None:
     texts = open_texts(work / "texts" / "tiny")
-    assert [file.shape for file in texts.files] == [(10, 32), (10, 32), (3, 32)]
+    assert texts.rows.shape == (23, 32)
+    assert texts.lines.batch_sizes() == [10, 10, 3]
     expected = teacher.encode_texts(teacher.tokenizer(TEXTS), FP32).numpy()
-    assert np.abs(texts.rows().read(0, 23) - expected).max() < 6e-4
+    assert np.abs(texts.rows.read(0, 23) - expected).max() < 6e-4
     for number in (0, 2):
         name = f"text_emb/text_emb_000{number}.npy"
         assert (work / "again" / name).read_bytes() == (work / "texts" / "tiny" / name).read_bytes()
