@@ -122,7 +122,7 @@ class Recorded:
 
     def refuse_changed(self) -> None:
         """Refuse files that were replaced or removed since the manifest was written."""
-        refuse_changed(self.folder, all_files(self.records), self.folder / MANIFEST, lambda: self.fix, self.memo)
+        refuse_changed(self.folder, all_files(self.records), self.folder / MANIFEST, self.fix, self.memo)
 
 
 def open_recorded(folder: Path, memo: Memo, fix: str) -> Recorded:

@@ -104,11 +104,8 @@ def open_clusters(folder: Path, work: Path | None = None, is_checked: bool = Fal
         is_checked: Whether the centroids are known to be finite, so that they need not be read.
     """
     sidecar = read_cluster_sidecar(folder)
-
-    def remake() -> str:
-        return remake_clusters(folder, sidecar, work)
-
-    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "cluster"), remake)
+    fix = remake_clusters(folder, sidecar, work)
+    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "cluster"), fix)
     try:
         for name in (CENTROIDS, TABLE):
             open_regular(folder / name).close()
@@ -118,7 +115,7 @@ def open_clusters(folder: Path, work: Path | None = None, is_checked: bool = Fal
         num_rows = pq.read_metadata(folder / TABLE).num_rows
         tops = {tower: map_tops(folder, tower, num_rows) for tower in sidecar.temperatures}
     except Exception as error:  # numpy and pyarrow raise what they like for a damaged file
-        raise ClipcidError(f"{folder} cannot be read as clusters: {describe(error)}.", remake()) from error
+        raise ClipcidError(f"{folder} cannot be read as clusters: {describe(error)}.", fix) from error
     return Clusters(
         folder=folder,
         centroids=centroids,
