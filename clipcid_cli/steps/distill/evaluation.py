@@ -27,7 +27,7 @@ from clipcid_cli.steps.data_index import take_samples
 from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
-from clipcid_cli.steps.reporting import Reporter, SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -107,7 +107,7 @@ class Evaluation:
             batch_size=_BATCH,
             workers=self.settings.workers,
             max_bad_fraction=self.settings.max_bad_fraction,
-            reporter=SilentReporter(),
+            reporter=Reporter(),
         )
         with whole_table(student.module, decay):
             for task in self.tasks:

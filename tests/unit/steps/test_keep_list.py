@@ -13,7 +13,7 @@ import pytest
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.lock import lock
 from clipcid_cli.steps.keep_list import find_kept
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 
 KEYS = [f"{row:04d}" for row in range(100)]
 
@@ -32,10 +32,9 @@ def apply(keep_list: Path, work: Path, dry_run: bool) -> list[bool]:
         lambda: [pa.chunked_array([KEYS[:60]]), pa.chunked_array([KEYS[60:]])],
         100,
         None if dry_run else work,
-        samples="rows",
         source="here",
         max_missing=0.0,
-        reporter=SilentReporter(),
+        reporter=Reporter(),
     )
     return list(found)
 

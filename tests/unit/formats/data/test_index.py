@@ -20,13 +20,13 @@ from clipcid_cli.formats.data.index import SamplePlace
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 
 
 def indexed(spec: Path, root: Path, workers: int = 0, **settings: str) -> Dataset:
     with open_machine("cpu") as machine:
         dataset = open_dataset(spec, index_root=root, **settings)
-        return ensure_index(dataset, machine, workers, SilentReporter())
+        return ensure_index(dataset, machine, workers, Reporter())
 
 
 def write_folder(folder: Path) -> Path:
