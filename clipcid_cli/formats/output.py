@@ -26,7 +26,7 @@ from clipcid_cli.formats.atomic import write_error, write_json
 from clipcid_cli.formats.fingerprint import FileRecord, find_changed, identity_of
 from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.reading import reading
-from clipcid_cli.formats.sidecar import Kind, Run, make_sidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import Kind, Run, make_sidecar, read_sidecar, sidecar_path, write_sidecar
 
 WORK_OR_OUT = "--work, or --out where the command has it"
 
@@ -91,7 +91,7 @@ class Output(Generic[Kind]):
     def commit(self, **entries: Any) -> Kind:
         """Write the sidecar with these entries, which makes the output complete, and move everything to its place."""
         sidecar = make_sidecar(self.kind, self.step, self.run, entries)
-        write_json(sidecar_path(self.work, self.step), msgspec.to_builtins(sidecar))
+        write_sidecar(sidecar_path(self.work, self.step), sidecar)
         self.place()
         return sidecar
 

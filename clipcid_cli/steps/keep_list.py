@@ -40,11 +40,8 @@ def choose_keep_list(
         option: Value of ``--keep-list``: a file, ``none``, or None for the work directory's list where there is one.
         samples: What the step's samples are called in messages: ``rows`` or ``samples``.
     """
-    if option == NO_KEEP_LIST:
-        path = None
-    else:
-        path = Path(option) if option is not None else work.find_keep_list()
-    if path is None:
+    path = work.find_keep_list() if option is None else Path(option)
+    if path is None or option == NO_KEEP_LIST:
         reporter.note(f"Keep list: none, all {samples} are used.")
         return None
     keep_list = read_keep_list(path)
