@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from clipcid_cli.steps.balance.run import run
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
@@ -74,7 +74,7 @@ def check_keep_list(keep: pd.DataFrame, rows: np.ndarray) -> None:
     np.testing.assert_array_equal(keep["distance"], distance_matrix(rows)[np.arange(len(rows)), kept_row])
 
 
-class Listener(SilentReporter):
+class Listener(Reporter):
     """A listener that remembers what it was told."""
 
     def __init__(self) -> None:

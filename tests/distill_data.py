@@ -17,7 +17,7 @@ from clipcid_cli.algorithms.losses.registry import PRESETS
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.distill import training_run
 from clipcid_cli.steps.distill.run import run
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 STUDENT = {
@@ -74,7 +74,7 @@ def train(
         )
         report = {} if with_report else {"return_value": ""}
         with patch.object(training_run, "write_report", wraps=training_run.write_report, **report):
-            run(asked, SilentReporter())
+            run(asked, Reporter())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,17 @@ def make_sidecar(kind: type[formats.Kind], **entries: Any) -> dict[str, Any]:
     """Return the entries of a sidecar, with those given in the place of plain ones."""
     plain = {"format_version": FORMAT_VERSION, "tool": "clipcid", "tool_version": "0", "step": "step"}
     plain |= {"settings": {}, "inputs": [], "outputs": [], "counts": {}, "seconds": {}}
-    content = json.loads(json.dumps({**plain, **_ENTRIES.get(kind, {}), **entries}))
+    content = formats.seal(json.loads(json.dumps({**plain, **_ENTRIES.get(kind, {}), **entries})))
     msgspec.convert(content, kind)
     return content
+
+
+def edit_sidecar(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a sidecar such that it is as if it had been written so."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.unlink()  # it may be a hard link
+    path.write_text(json.dumps(formats.seal(content)))
 
 
 def leave_work(folder: Path, step: str) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 from conftest import make_image, write_tar
 
 from clipcid_cli.steps.balance.run import run
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
@@ -25,7 +25,7 @@ UIDS = [make_uid(row) for row in range(NUM_ROWS)]
 
 def balance(work: Path, embeddings: Path, **settings: Any) -> dict[str, Any]:
     settings = {"keep": 0.5} | settings
-    return run(BalanceSettings(work=work, embeddings=embeddings, device="cpu", **settings), SilentReporter())
+    return run(BalanceSettings(work=work, embeddings=embeddings, device="cpu", **settings), Reporter())
 
 
 def write_data(folder: Path, uids: list[str | None]) -> Path:

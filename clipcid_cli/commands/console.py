@@ -16,7 +16,7 @@ from rich.text import Text
 
 from clipcid_cli.commands.summary import format_seconds
 from clipcid_cli.commands.wrapping import wrap
-from clipcid_cli.steps.reporting import Progress, Reporter, SilentReporter
+from clipcid_cli.steps.reporting import Progress, Reporter
 
 # A bar would fill a log file: where stderr is no terminal, a line now and then says as much.
 _SECONDS_BETWEEN_LINES = 15.0
@@ -35,11 +35,11 @@ def make_console() -> Console:
 def make_reporter(console: Console, *, quiet: bool, is_main: bool) -> Reporter:
     """Choose who listens: the terminal on the first process, nobody on the others, warnings only when quiet."""
     if not is_main:
-        return SilentReporter()
+        return Reporter()
     return QuietReporter(console) if quiet else ConsoleReporter(console)
 
 
-class QuietReporter(SilentReporter):
+class QuietReporter(Reporter):
     """A reporter that prints warnings only."""
 
     def __init__(self, console: Console) -> None:
@@ -96,7 +96,7 @@ class _Numbers(ProgressColumn):
         return Text("  ".join(parts))
 
 
-class _Bar:
+class _Bar(Progress):
     """A bar, and below it the current values, as many lines of them as the terminal's width asks for."""
 
     def __init__(self, console: Console, label: str, total: float | None, unit: str) -> None:
@@ -152,7 +152,7 @@ def _bar(console: Console, label: str, total: float | None, unit: str) -> Iterat
         bar.end(well=True)
 
 
-class _Lines:
+class _Lines(Progress):
     def __init__(self, console: Console, label: str, total: float | None, unit: str) -> None:
         self.console, self.label, self.total, self.unit = console, label, total, unit
         self.done = 0.0

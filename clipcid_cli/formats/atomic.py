@@ -1,8 +1,7 @@
 """Files appear whole or not at all.
 
 Everything is written to a hidden sibling, flushed to the disk, and renamed. The sibling's name is fixed, so the next run
-overwrites what a killed one left; the lock of the output folder keeps two writers apart. Where no folder is locked, each
-writer has a sibling of its own and holds that: one that nobody holds is what a killed run left.
+overwrites what a killed one left; the lock of the output folder keeps two writers apart, or else one of the sibling.
 """
 
 from __future__ import annotations
@@ -12,11 +11,8 @@ import filecmp
 import io
 import json
 import os
-import secrets
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -32,37 +28,28 @@ if TYPE_CHECKING:
 # What the system says of a disk that is full, over its quota or limit, or failing.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
-_LOCK = ".lock"
-
 
 @contextmanager
 def atomic_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
-    """Open `path` for writing such that it exists under its name only when complete.
+    """Open `path` for writing such that it exists under its name only when complete; what it held before stays till then.
 
     Args:
         path: Final name; missing parent folders are created.
-        shared: Whether several processes may write the file at once: each writes a sibling of its own, and the last one
-            stays. `remove_abandoned` removes those of killed processes.
-
-    Yields:
-        A binary file. When the block ends without an error the file is synced and renamed to `path`; when it raises,
-        the partial file is removed and whatever `path` held before is untouched.
+        shared: Whether several processes may write the file at once: one waits for the other, and the last one's stays.
     """
-    own = f".{secrets.token_hex(4)}" if shared else ""
-    partial = path.with_name(f".{path.name}{own}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             if shared:
-                stack.enter_context(lock(partial))  # until it has its name
-            file = stack.enter_context(partial.open("wb"))
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            partial.replace(path)
+                stack.enter_context(lock(partial))
+            stack.callback(partial.unlink, missing_ok=True)
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                partial.replace(path)
     except BaseException as error:
-        with suppress(OSError):  # where its folder could not be made
-            partial.unlink(missing_ok=True)
         refusal = _find_refusal(error)
         if refusal is not None and refusal.filename in (None, *map(str, (path, partial, *path.parents))):
             raise write_error(path, refusal) from error
@@ -99,40 +86,6 @@ def refuse_unwritable(path: Path) -> None:
         raise write_error(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
-
-
-@contextmanager
-def held_folder(prefix: str, parent: Path | None) -> Iterator[Path]:
-    """Make a temporary folder and hold it, so that `remove_abandoned` of another process leaves it.
-
-    Args:
-        prefix: How its name begins.
-        parent: Where it is made; None: in the system's place for them.
-    """
-    with ExitStack() as stack:
-        while True:
-            # On NFS a mapped file stays in its folder until it is closed.
-            made = tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
-            folder = Path(stack.enter_context(made))
-            with suppress(FileNotFoundError):  # removed before it was held
-                stack.enter_context(lock(folder / _LOCK))
-                break
-        yield folder
-
-
-def remove_abandoned(found: Iterable[Path]) -> None:
-    """Remove those of hidden siblings and temporary folders that nobody holds: what killed processes left.
-
-    Args:
-        found: Files of `atomic_file` that are shared, or folders of `held_folder`. Others that are given must be nobody's.
-    """
-    for path in found:
-        is_folder = path.is_dir()
-        with suppress(OSError), lock(path / _LOCK if is_folder else path, wait=False):
-            if is_folder:
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
 
 
 def write_error(path: Path, error: OSError) -> ClipcidError:

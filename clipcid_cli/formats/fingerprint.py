@@ -10,20 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file, remove_abandoned
-from clipcid_cli.formats.reading import open_regular
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from clipcid_cli.formats.atomic import write_text
+from clipcid_cli.formats.reading import open_regular, read_regular
 
 # Files up to this size are hashed whole, larger ones at the head, the middle and the tail: a petabyte would take too long.
 _WHOLE_FILE = 64 * 2**20
@@ -31,7 +28,6 @@ _WINDOW = 2**20
 # Of more files than this sizes and times are read from a listing of their folders: a look at each of 41,000 takes seconds.
 _FEW_FILES = 64
 _THREADS = 16  # hashing waits for the disk
-_COLUMNS = ("path", "size", "time", "hash")
 
 
 class FileRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -58,11 +54,7 @@ class FileRecord(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def record(path: Path, folder: Path | None = None) -> FileRecord:
-    """Hash a file.
-
-    Args:
-        folder: What its path is recorded relative to; None: as it is.
-    """
+    """Hash a file; its path is recorded relative to `folder`, where that is given."""
     digest = hashlib.blake2b(digest_size=16)
     with open_regular(path) as file:
         stat = os.fstat(file.fileno())
@@ -88,25 +80,6 @@ def identity_of(settings: dict[str, Any], inputs: Iterable[FileRecord]) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def to_table(records: Sequence[FileRecord]) -> pa.Table:
-    """Return records as columns ``path``, ``size``, ``time`` and ``hash``."""
-    import pyarrow as pa
-
-    return pa.table([[getattr(each, name) for each in records] for name in _COLUMNS], schema=_schema())
-
-
-def from_table(table: pa.Table) -> list[FileRecord]:
-    """Return the records of a table that `to_table` made."""
-    columns = (table[name].to_pylist() for name in _COLUMNS)
-    return [FileRecord(path, size, digest, time) for path, size, time, digest in zip(*columns, strict=True)]
-
-
-def _schema() -> pa.Schema:
-    import pyarrow as pa
-
-    return pa.schema([("path", pa.string()), ("size", pa.int64()), ("time", pa.int64()), ("hash", pa.string())])
-
-
 class Memo:
     """The records of files by path; may be used from any thread."""
 
@@ -116,11 +89,9 @@ class Memo:
         self._known: dict[str, FileRecord] = {}
         self._is_new = False
         if table is not None:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            with suppress(OSError, pa.ArrowException):  # missing, or damaged
-                self._known = {each.path: each for each in from_table(pq.read_table(table, schema=_schema()))}
+            with suppress(Exception):  # missing, or damaged in whatever way
+                found = msgspec.convert(json.loads(read_regular(table)), list[FileRecord])
+                self._known = {each.path: each for each in found}
 
     def record(self, path: Path, folder: Path | None = None) -> FileRecord:
         """Return what `record` returns; a file of the same size and time is not read again."""
@@ -140,48 +111,33 @@ class Memo:
         """Write the table where something was added to it, and it can be written."""
         if self.table is None or not self._is_new:
             return
-        import pyarrow.parquet as pq
-
-        records = [self._known[path] for path in sorted(self._known) if _is_text(path)]
-        remove_abandoned(self.table.parent.glob(f".{self.table.name}.*.partial"))
-        with (
-            suppress(ClipcidError, OSError),
-            atomic_file(self.table, shared=True) as file,
-        ):  # two runs may save at once
-            pq.write_table(to_table(records), file)
+        known = msgspec.to_builtins(sorted(self._known.values(), key=lambda each: each.path))
+        with suppress(ClipcidError):
+            write_text(self.table, json.dumps(known), shared=True)  # two runs may save at once
         self._is_new = False
 
 
-def _is_text(path: str) -> bool:
-    """Tell whether a path is valid UTF-8, as the table's are."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in path)
-
-
 def find_changed(folder: Path, records: Collection[FileRecord], since: Path, memo: Memo | None = None) -> str | None:
-    """Find recorded files that were removed, replaced or edited since.
+    """Find the first of recorded files that was removed, replaced or edited since; return what is wrong, a sentence.
 
     Args:
         folder: What their paths are relative to.
         since: The file that records them, for the answer.
         memo: Where their hashes are remembered.
-
-    Returns:
-        What is wrong with the first of them, a sentence; None where none changed.
     """
     stats, memo = _look_at(folder, records), memo or Memo()
     suspects = [each for each in records if stats.get(each.path) != (each.size, each.time)]
 
     def is_same(suspect: FileRecord) -> bool:
-        size, _ = stats.get(suspect.path, (-1, 0))
         try:
+            size, _ = stats[suspect.path]
             return size == suspect.size and memo.record(folder / suspect.path).hash == suspect.hash
-        except OSError:
+        except (KeyError, OSError):
             return False
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        changed = next(
-            (each for each, same in zip(suspects, pool.map(is_same, suspects), strict=True) if not same), None
-        )
+        same = pool.map(is_same, suspects)
+        changed = next((each for each, is_it in zip(suspects, same, strict=True) if not is_it), None)
     if changed is None:
         return None
     path = folder / changed.path
@@ -195,16 +151,12 @@ def find_changed(folder: Path, records: Collection[FileRecord], since: Path, mem
 
 
 def refuse_changed(
-    folder: Path, records: Collection[FileRecord], since: Path, fix: Callable[[], str], memo: Memo | None = None
+    folder: Path, records: Collection[FileRecord], since: Path, fix: str, memo: Memo | None = None
 ) -> None:
-    """Raise what `find_changed` finds.
-
-    Args:
-        fix: Says what to run to make the files again; called where one has changed.
-    """
+    """Raise what `find_changed` finds; `fix` says what makes the files again."""
     changed = find_changed(folder, records, since, memo)
     if changed is not None:
-        raise ClipcidError(changed, fix())
+        raise ClipcidError(changed, fix)
 
 
 def _look_at(folder: Path, records: Collection[FileRecord]) -> dict[str, tuple[int, int]]:

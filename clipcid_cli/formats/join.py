@@ -8,6 +8,8 @@ within 1 GB; what exceeds that it keeps on the disk. No key becomes a Python obj
 from __future__ import annotations
 
 import dataclasses
+import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,7 +23,8 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_unnamed
-from clipcid_cli.formats.atomic import held_folder, remove_abandoned, write_error
+from clipcid_cli.formats.atomic import write_error
+from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.parquet import is_text
 from clipcid_cli.formats.reading import reading
 
@@ -81,16 +84,14 @@ def parquet_listing(path: Path, value: str | None = None) -> Listing:
 
 
 def join(keys: Keys, count: int, listing: Listing, folder: Path | None) -> Values:
-    """Look up keys; a key that the listing has twice is an error, one of its keys that is not looked up is not.
+    """Look up keys: their numbers, int64 [N, k], in memory or mapped; −1 where a key is not listed.
+
+    A key that the listing has twice is an error, one of its keys that is not looked up is not.
 
     Args:
         keys: The keys to look up, all different; quickest where the listing has them in the same order, with some left out.
         count: N, how many there are.
-        folder: Where there is room, made where it is missing; None: the system's folder for temporary files. Little is
-            written unless there are many keys, and nothing stays.
-
-    Returns:
-        The numbers of each key, int64 [N, k], in memory or mapped; −1 where it is not listed.
+        folder: Where there is room, made where it is missing; None: the system's folder for temporary files. Nothing stays.
     """
     shape = count, listing.width
     if count * listing.width <= _FEW_NUMBERS:
@@ -237,15 +238,25 @@ def _are_few_and_different(keys: Keys) -> bool:
 
 @contextmanager
 def _scratch_folder(folder: Path | None) -> Iterator[Path]:
-    """Make a folder for what memory does not hold; remove it, and those of runs that were killed."""
+    """Make a folder for what memory does not hold, and a lock beside it; remove both, and those of killed runs."""
     place = folder or Path(tempfile.gettempdir())
-    remove_abandoned(place.glob(f"{_SCRATCH}*"))
+    for left in place.glob(f"{_SCRATCH}*.lock"):
+        with suppress(OSError), lock(left, wait=False):
+            shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+            left.unlink()
+    held = place / f"{_SCRATCH}{secrets.token_hex(4)}.lock"
+    scratch = held.with_suffix("")
     with ExitStack() as stack:
         try:
             if not place.exists():
                 place.mkdir(parents=True)
                 stack.callback(_remove_if_empty, place)  # a list of other data leaves nothing
-            scratch = stack.enter_context(held_folder(_SCRATCH, place))
+            stack.enter_context(lock(held))
+            stack.callback(held.unlink, missing_ok=True)
+            stack.callback(
+                shutil.rmtree, scratch, ignore_errors=True
+            )  # over NFS a mapped file stays until it is closed
+            scratch.mkdir()
         except OSError as error:
             raise write_error(place, error) from error
         yield scratch

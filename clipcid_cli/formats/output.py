@@ -26,12 +26,11 @@ from clipcid_cli.formats.atomic import write_error, write_json
 from clipcid_cli.formats.fingerprint import FileRecord, find_changed, identity_of
 from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.reading import reading
-from clipcid_cli.formats.sidecar import Kind, Run, make_sidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import Kind, Run, make_sidecar, read_sidecar, sidecar_path, write_sidecar
 
 WORK_OR_OUT = "--work, or --out where the command has it"
 
 _RUN = ".run.json"
-_DIGIT = "[0-9a-f]"
 _TOLD = 8
 
 
@@ -42,31 +41,31 @@ class Output(Generic[Kind]):
     Attributes:
         folder: Where the sidecar and most of the files lie.
         top: The folder, or one above it, that holds all files.
-        run: Settings and inputs.
         root: The work folder; its tree is that of `top`.
         finished: The sidecar when the output is complete and of the same settings and inputs.
         earlier: That of a complete output that differs only as it may.
-        resumed: Whether there is unfinished work to continue from.
-        kept: Unfinished work that differs only as it may, which becomes this output's.
-        dropped: Unfinished work that is of no use any more.
+        begun: Unfinished work to continue from: `root`, or that of a run that differs only as it may.
     """
 
     folder: Path
     top: Path
+    root: Path
     step: str
     kind: type[Kind]
     run: Run
-    root: Path
     finished: Kind | None = None
     earlier: Kind | None = None
-    resumed: bool = False
-    kept: Path | None = None
-    dropped: list[Path] = dataclasses.field(default_factory=list)
+    begun: Path | None = None
 
     @property
     def work(self) -> Path:
         """The folder for unfinished files, named as they will be in `folder`; names that begin with a dot are scratch."""
         return self.root / self.folder.relative_to(self.top)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether there is unfinished work to continue from."""
+        return self.begun is not None
 
     def start(self, clear: Callable[[], None] | None = None) -> None:
         """Make the work folder, unless it is there; call it on one process before anything is written.
@@ -76,10 +75,11 @@ class Output(Generic[Kind]):
                 removed before. Called where there is nothing to resume.
         """
         try:
-            for other in self.dropped:
-                shutil.rmtree(other, ignore_errors=True)
-            if self.kept is not None:
-                self.kept.rename(self.root)
+            for work in _find_works(self.folder, self.step):
+                if work not in (self.begun, self.root):
+                    shutil.rmtree(work, ignore_errors=True)
+            if self.begun is not None and not self.root.exists():
+                self.begun.rename(self.root)
             elif clear is not None and not self.root.exists():
                 sidecar_path(self.folder, self.step).unlink(missing_ok=True)
                 clear()
@@ -87,17 +87,16 @@ class Output(Generic[Kind]):
         except OSError as error:
             raise write_error(self.root, error) from error
         write_json(self.root / _RUN, msgspec.to_builtins(self.run))
-        self.dropped, self.kept = [], None
 
     def commit(self, **entries: Any) -> Kind:
         """Write the sidecar with these entries, which makes the output complete, and move everything to its place."""
         sidecar = make_sidecar(self.kind, self.step, self.run, entries)
-        write_json(sidecar_path(self.work, self.step), msgspec.to_builtins(sidecar))
+        write_sidecar(sidecar_path(self.work, self.step), sidecar)
         self.place()
         return sidecar
 
     def discard(self) -> None:
-        """Remove the work folder, of a run that has found nothing to keep."""
+        """Remove the work folder."""
         shutil.rmtree(self.root, ignore_errors=True)
 
     def place(self) -> None:
@@ -116,7 +115,7 @@ class Output(Generic[Kind]):
             raise write_error(earlier, error) from error
         _move(self.root, self.top, complete)
         _rename(complete, earlier)
-        shutil.rmtree(self.root, ignore_errors=True)
+        self.discard()
 
 
 def _move(source: Path, target: Path, last: Path) -> None:
@@ -140,28 +139,30 @@ def _rename(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def open_output(folder: Path, step: str, kind: type[Kind], **wanted: Any) -> Iterator[Output[Kind]]:
+def open_output(
+    folder: Path, step: str, kind: type[Kind], *, top: Path | None = None, resumes: bool = True, **wanted: Any
+) -> Iterator[Output[Kind]]:
     """Lock an output and determine whether it is finished, unfinished or new; the arguments are those of `find_output`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
     with _lock_output(folder, step):
-        top = wanted.get("top") or folder
-        for root in _find_works(folder, step):
-            killed = Output(folder, top, step, kind, Run(settings={}, inputs=[]), root)
+        works = _find_works(folder, step)
+        for root in works:
+            killed = Output(folder, top or folder, root, step, kind, Run(settings={}, inputs=[]))
             if sidecar_path(killed.work, step).exists():
                 killed.place()
-        output = find_output(folder, step, kind, **wanted)
-        resumes = wanted.get("resumes", True)
-        if output.finished is not None or not resumes:
-            for root in output.dropped:
-                shutil.rmtree(root, ignore_errors=True)
+        output = find_output(folder, step, kind, top=top, resumes=resumes, **wanted)
+        if output.finished is not None:
+            output.discard()
+        for root in works if not resumes else []:
+            shutil.rmtree(root, ignore_errors=True)
         try:
             yield output
         except BaseException:
             if not resumes and not sidecar_path(output.work, step).exists():
-                shutil.rmtree(output.root, ignore_errors=True)
+                output.discard()
             raise
 
 
@@ -193,49 +194,39 @@ def find_output(
     """
     run = Run(settings=json.loads(json.dumps(settings)), inputs=[*inputs])
     root = folder / f".{step}-{identity_of(settings, inputs)}"
-    output = Output(folder, top or folder, step, kind, run, root)
-    works = _find_works(folder, step)
-    begun = resumes and root in works
+    output = Output(folder, top or folder, root, step, kind, run)
+    works = _find_works(folder, step) if resumes else []
+    begun = root in works
     lenient = suppress(ClipcidError) if overwrite else nullcontext()  # what is replaced need not be readable
+
     path, existing = sidecar_path(folder, step), None
-    for work in works:
-        complete = sidecar_path(dataclasses.replace(output, root=work).work, step)
-        path = complete if complete.exists() else path  # killed while its files were moved
     with lenient:
-        existing = read_sidecar(
-            path, kind, f"Add --overwrite to make the output again, or write elsewhere ({elsewhere})."
-        )
+        fix = f"Add --overwrite to make the output again, or write elsewhere ({elsewhere})."
+        existing = read_sidecar(path, kind, fix)
     if existing is not None:
         differences, serious = _compare(existing, run, may_differ, may_grow)
         if serious and not (overwrite or begun):
             raise _refusal(f"{folder} holds {step} output", serious, elsewhere)
         # A step that does not resume makes a removed file again.
         there = [each for each in existing.outputs if resumes or (folder / each.path).exists()]
-        changed = find_changed(folder, there, path) if not differences and path.parent == folder else None
+        changed = None if differences else find_changed(folder, there, path)
         if changed is not None and not (overwrite or begun):
             raise ClipcidError(changed, "Add --overwrite to make it again.")
         if not differences and changed is None:
             output.finished = existing
-        elif not serious and changed is None:
-            output.earlier = existing
-    if output.finished is not None or not resumes:
-        output.dropped = [work for work in works if work == root or not resumes]
-        return output
-    for work in works:
-        if work == root:
-            continue
-        serious, other = {}, None
+            return output
+        output.earlier = None if serious or changed is not None else existing
+
+    output.begun = root if begun else None
+    for work in [each for each in works if each != root]:
+        other = None
         with lenient:
             other = _read_run(work)
         if other is not None:
             _, serious = _compare(other, run, may_differ, may_grow)
-        if serious and not overwrite:
-            raise _refusal(f"{folder} holds unfinished {step} output", serious, elsewhere)
-        if other is None or serious or begun or output.kept is not None:
-            output.dropped.append(work)
-        else:
-            output.kept = work
-    output.resumed = begun or output.kept is not None
+            if serious and not overwrite:
+                raise _refusal(f"{folder} holds unfinished {step} output", serious, elsewhere)
+            output.begun = output.begun or (None if serious else work)
     return output
 
 
@@ -250,7 +241,7 @@ def is_claimed(folder: Path, step: str) -> bool:
 
 
 def _find_works(folder: Path, step: str) -> list[Path]:
-    return sorted(folder.glob(f".{glob.escape(step)}-{_DIGIT * 16}"))
+    return sorted(folder.glob(f".{glob.escape(step)}-" + "[0-9a-f]" * 16))
 
 
 def _read_run(work: Path) -> Run | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -22,42 +21,29 @@ _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 _PIXELS_PER_INCH = 105
 
 
-@lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+def render_report(template: str, **context: Any) -> str:
+    """Fill a template of ``formats/templates/``: a whole page without external resources. Text is escaped."""
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clipcid_cli.formats"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template(template).render(**context)
 
 
-def render_report(template: str, **context: Any) -> str:
-    """Fill a template of ``formats/templates/``, which extends ``base.html``.
-
-    Args:
-        template: File name of the template.
-        context: Its variables; a missing one is an error, and text is escaped.
-
-    Returns:
-        The whole page, without external resources.
-    """
-    return _environment().get_template(template).render(**context)
-
-
-def make_figure(width: float = 4.6, height: float = 2.9) -> Figure:
-    """Make a matplotlib figure (inches; by default its text can be read on a phone) without touching pyplot's state."""
+def make_figure() -> Figure:
+    """Make a matplotlib figure whose text can be read on a phone, without touching pyplot's state."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(4.6, 2.9), layout="constrained")  # inches
 
 
 def svg(figure: Figure, label: str) -> Markup:
-    """Turn a figure into inline SVG that follows the page's light or dark colours.
+    """Turn a figure into inline SVG that follows the page's light or dark colours; its frames are faded.
 
     Args:
-        figure: The figure; text that is drawn black takes the page's text colour. Its frames are faded.
         label: Description of the figure for screen readers.
     """
     import matplotlib as mpl

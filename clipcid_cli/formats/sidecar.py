@@ -1,45 +1,27 @@
-"""Sidecars: ``<step>.json`` beside an output, as types. A damaged or edited one is refused where it is read.
+"""Sidecars: ``<step>.json`` beside an output, as types, with a checksum: one that was edited is refused where it is read.
 
 Entries that steps look into are attributes. Settings, counts and results, which are compared or given back as they are,
-stay JSON values, and what is read of them is checked (`Sidecar.shapes`). Entries that a type does not name are ignored.
+stay JSON values. Entries that a type does not name are ignored.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from clipcid_cli import __version__
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.reading import reading
 
 FORMAT_VERSION = 2
 
 Kind = TypeVar("Kind", bound="Sidecar")
-
-_Number = int | float
-_Seconds = dict[str, _Number]
-_Skipped = dict[str, int]
-_Some = Annotated[int, msgspec.Meta(ge=1)]  # shares of it are shown
-_Numbers = Annotated[list[_Number], msgspec.Meta(min_length=1)]
-
-
-def _shape(**entries: Any) -> Any:
-    """Return the type of an object with these entries, and perhaps others; of one that may be absent, type and default."""
-    fields = ((name, *(kind if isinstance(kind, tuple) else (kind,))) for name, kind in entries.items())
-    return msgspec.defstruct("Shape", fields, kw_only=True)
-
-
-def _list_of(kind: Any) -> Any:
-    return list[kind]
-
-
-def _by_name(kind: Any) -> Any:
-    return dict[str, kind]
 
 
 class Run(msgspec.Struct, kw_only=True):
@@ -56,7 +38,6 @@ class Sidecar(Run, kw_only=True):
         outputs: The files that it stands for, relative to its folder.
         counts: Numbers of samples or rows read, used and skipped by reason.
         seconds: Time by phase.
-        shapes: By the name of an entry that stays as it is, the type of what is read of it.
     """
 
     format_version: int
@@ -65,17 +46,7 @@ class Sidecar(Run, kw_only=True):
     step: str
     outputs: list[FileRecord] = []
     counts: dict[str, Any]
-    seconds: _Seconds
-
-    shapes: ClassVar[dict[str, Any]] = {}
-
-    def __post_init__(self) -> None:
-        """Check the entries that stay as they are."""
-        for name, shape in self.shapes.items():
-            try:
-                msgspec.convert(getattr(self, name), shape)
-            except msgspec.ValidationError as error:
-                raise ValueError(f"{error} of its entry {name!r}") from error
+    seconds: dict[str, int | float]
 
     def files(self, folder: Path) -> set[str]:
         """Return the files that a later output, where it lacks them, removes; relative to the sidecar's `folder`."""
@@ -108,10 +79,6 @@ class ModelRecord(msgspec.Struct, kw_only=True):
     tokenizer: str = ""
     config: dict[str, Any]
     logit_scale: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the towers of the configuration."""
-        msgspec.convert(self.config, _shape(text_cfg=dict[str, Any], vision_cfg=dict[str, Any]))
 
 
 class EmbedMade(msgspec.Struct):
@@ -155,8 +122,6 @@ class EmbedSidecar(RowsSidecar, kw_only=True):
     data: DataSpec
     run: dict[str, Any] = {}
 
-    shapes = {"settings": EmbedMade, "counts": _shape(images=int, skipped=_Skipped)}
-
     @property
     def made(self) -> EmbedMade:
         """What is read of the settings."""
@@ -168,15 +133,11 @@ class TextsSidecar(RowsSidecar, kw_only=True):
 
     texts_per_second: float | None
 
-    shapes = {"settings": _shape(precision=str, batch_size=int), "counts": _shape(texts=int, skipped=_Skipped)}
-
 
 class ForestSidecar(Sidecar, kw_only=True):
     """``forest.json``: the distance up to which the forest is complete."""
 
     cutoff: float
-
-    shapes = {"counts": _shape(images=int)}
 
 
 class Pictures(msgspec.Struct):
@@ -194,27 +155,6 @@ class BalanceSidecar(Sidecar, kw_only=True):
     flags: dict[str, Any]
     pictures: Pictures
     result: dict[str, Any]
-
-    shapes = {
-        "result": _shape(
-            images=_Some,
-            searched=_Some,
-            kept=int,
-            keep_ratio=_Number,
-            threshold=_Number | None,
-            components=int,
-            largest_component=int,
-            uncovered_ratio=_Number,
-            other_linkage=_shape(linkage=str, kept=int, uncovered_ratio=_Number) | None,
-            audit=_shape(near=int, sampled=int, kept=int, rate=_Number, low=_Number, high=_Number) | None,
-            dropped_by=_shape(reference=int, caption=int, repeat=int, cluster=int),
-            against=_shape(dropped=int, threshold=_Number, references=_list_of(_shape(name=str, nearest=int))) | None,
-            caption_window=_shape(inside=int, below=int, above=int, without=int) | None,
-            cluster_cap=_shape(most=int, clusters=int, capped=int, dropped=int) | None,
-            skipped=_Skipped,
-            seconds=_Seconds,
-        )
-    }
 
 
 class ClusterSidecar(Sidecar, kw_only=True):
@@ -235,23 +175,11 @@ class ClusterSidecar(Sidecar, kw_only=True):
     temperatures: dict[str, float]
     result: dict[str, Any]
 
-    shapes = {
-        "counts": _shape(skipped=_Skipped),
-        "temperatures": _shape(image=float),
-        "result": _shape(images=_Some, clusters=int, objective=_Number, iterations=int, seconds=_Seconds),
-    }
-
-
-class LossWeight(msgspec.Struct):
-    """What is read of the weight of a loss."""
-
-    value: _Number
-
 
 class DistillMade(msgspec.Struct):
     """What is read of the settings of `distill`."""
 
-    losses: dict[str, LossWeight]
+    losses: dict[str, dict[str, Any]]
     val_fraction: float
     ema: float | None = None
 
@@ -261,7 +189,7 @@ class AppliedKeepList(msgspec.Struct):
 
     path: str
     kept: int
-    images: _Some
+    images: int
 
 
 class DistillSidecar(Sidecar, kw_only=True):
@@ -272,36 +200,16 @@ class DistillSidecar(Sidecar, kw_only=True):
     keep_list: AppliedKeepList | None
     result: dict[str, Any]
 
-    shapes = {
-        "settings": DistillMade,
-        "counts": _shape(read=int, used=int),
-        "result": _shape(
-            steps=int,
-            samples=int,
-            samples_per_second=_Number,
-            losses=dict[str, _Number],
-            metrics=dict[str, _Number],
-        ),
-    }
-
     @property
     def made(self) -> DistillMade:
         """What is read of the settings."""
         return msgspec.convert(self.settings, DistillMade)
 
 
-_LINES = _shape(source=str, number=int, hash=str)
-
-
 class EvaluationSidecar(Sidecar, kw_only=True):
     """One in ``eval/sidecars/``; of a classification it says where class names and templates are from."""
 
     prompts: dict[str, Any] | None = None
-
-    shapes = {"prompts": _shape(class_names=_LINES, templates=_LINES) | None}
-
-
-_CALIBRATION = _shape(temperature=_Number, expected_calibration_error=_Number, images=int)
 
 
 class ZeroshotSidecar(EvaluationSidecar, kw_only=True):
@@ -314,14 +222,6 @@ class ZeroshotSidecar(EvaluationSidecar, kw_only=True):
     per_class: list[dict[str, Any]]
     examples: list[dict[str, Any]]
 
-    shapes = EvaluationSidecar.shapes | {
-        "settings": _shape(multi_label=bool, templates=list[str], precision=str, batch_size=int),
-        "counts": _shape(images=int, skipped=_Skipped),
-        "calibration": _shape(all=_CALIBRATION, before=_CALIBRATION | None, after=_CALIBRATION | None) | None,
-        "per_class": _list_of(_shape(images=int, value=_Number | None)),  # of a class without images it is null
-        "examples": _list_of(_shape(key=str, label=str, predicted=str, path=str, offset=int, size=int | None)),
-    }
-
 
 class LinearSidecar(EvaluationSidecar, kw_only=True):
     """One of `eval-linear`."""
@@ -330,30 +230,6 @@ class LinearSidecar(EvaluationSidecar, kw_only=True):
     solution: dict[str, Any]
     sweep: list[dict[str, Any]]
 
-    shapes = {
-        "result": _shape(
-            metric=str,
-            c=_Number,
-            validation_score=_Number,
-            sweep=_shape(c=_Numbers, score=_Numbers),
-            shots=_list_of(
-                _shape(
-                    shots=int,
-                    images=int,
-                    c=_Numbers,
-                    metrics=_by_name(_shape(mean=_Number | None, std=_Number | None)),
-                )
-            ),
-            images=int,
-            train_images=int,
-            validation_images=int,
-            classes=int,
-        )
-    }
-
-
-_ROWS = (_shape(max_difference=_Number, min_cosine=_Number) | msgspec.UnsetType, msgspec.UNSET)
-
 
 class ExportSidecar(Sidecar, kw_only=True):
     """``export.json``; `written` names all files."""
@@ -361,30 +237,6 @@ class ExportSidecar(Sidecar, kw_only=True):
     model: dict[str, Any]
     written: list[str]
     parity: dict[str, Any]
-
-    shapes = {
-        "parity": _by_name(
-            _shape(
-                precision=str,
-                bytes=int,
-                images_per_second=_Number,
-                agreement=(_Number | None, None),
-                image=_ROWS,
-                text=_ROWS,
-                dense=_ROWS,
-                zeroshot=_shape(
-                    measure=str,
-                    images=int,
-                    agreement=_Number,
-                    value=_Number,
-                    pytorch=_Number,
-                    drop=_Number,
-                    gated=bool,
-                )
-                | None,
-            )
-        )
-    }
 
     def files(self, folder: Path) -> set[str]:
         """Return the files of the export."""
@@ -417,7 +269,21 @@ def read_sidecar(path: Path, kind: type[Kind], fix: str | None = None) -> Kind |
                 f"{path} has format version {version}; this clipcid {__version__} knows up to {FORMAT_VERSION}.",
                 "Upgrade clipcid, or choose another folder.",
             )
+        if content.get("checksum") != seal(content)["checksum"]:
+            raise ValueError("it was edited, or is damaged")
         return msgspec.convert(content, kind)
+
+
+def write_sidecar(path: Path, sidecar: Sidecar) -> None:
+    """Write a sidecar with its checksum."""
+    write_json(path, seal(msgspec.to_builtins(sidecar)))
+
+
+def seal(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a sidecar with the checksum that belongs to them."""
+    plain = {name: value for name, value in content.items() if name != "checksum"}
+    digest = hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16)
+    return plain | {"checksum": f"blake2b:{digest.hexdigest()}"}
 
 
 def make_sidecar(kind: type[Kind], step: str, run: Run, entries: dict[str, Any]) -> Kind:

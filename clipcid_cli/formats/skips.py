@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 
@@ -56,10 +55,7 @@ class Skips:
             name: What a user would search for: its key, with the shard where that helps.
         """
         assert reason in REASONS, reason
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        names = self.examples.setdefault(reason, [])
-        if len(names) < _NAMED:
-            names.append(name)
+        self.merge(Skips({reason: 1}, {reason: [name]}))
 
     def merge(self, other: Skips) -> None:
         """Add another count to this one."""
@@ -78,7 +74,7 @@ class Skips:
         return "\n".join(lines)
 
     def check(self, read: int, max_bad_fraction: float, where: str, fix: str = "") -> None:
-        """Raise an error when too many samples are unusable.
+        """Raise an error when too many of the samples that were read are unusable.
 
         Args:
             read: Number of samples examined, usable or not.
@@ -93,12 +89,3 @@ class Skips:
             f"more than the allowed {max_bad_fraction:.1%}.\n{self.describe()}",
             fix + "\n" * bool(fix) + "Fix the data, or allow more with --max-bad-fraction.",
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the counts as JSON values, for files."""
-        return {"counts": dict(sorted(self.counts.items())), "examples": dict(sorted(self.examples.items()))}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Skips:
-        """Restore what `to_json` returned."""
-        return cls(dict(value["counts"]), {reason: list(names) for reason, names in value["examples"].items()})

@@ -6,10 +6,8 @@ elsewhere and the command to make it.
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +30,19 @@ CLUSTERS = "clusters.parquet"
 """Name of the table of clusters in its folder."""
 
 
-@dataclasses.dataclass(frozen=True)
 class WorkDirectory:
     """Names of the folders in a work directory, which need not exist yet."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fingerprints = path / ".fingerprints.json"  # hashes of files read before
+        self.indexes = path / "index"  # of data sets
+        self.references = path / "references"  # embeddings of images that `balance` compares others with
+        self.balance = path / "balance"
+        self.clusters = path / "clusters"
+        self.eval = path / "eval"  # metrics files and nothing else
+        self.eval_summary = path / "eval-zeroshot"  # table and report of the last `eval-zeroshot`
+        self.features = path / "features"  # frozen ones, of `eval-linear`
 
     def embeddings(self, model_slug: str) -> Path:
         """Return the folder of one model's embeddings."""
@@ -46,31 +52,6 @@ class WorkDirectory:
         """Return the folder of one model's embeddings of texts without images."""
         return self.path / "texts" / model_slug
 
-    @property
-    def balance(self) -> Path:
-        """The folder of the keep list, forest, curve and report."""
-        return self.path / "balance"
-
-    @property
-    def clusters(self) -> Path:
-        """The folder of centroids and cluster labels."""
-        return self.path / "clusters"
-
-    @property
-    def fingerprints(self) -> Path:
-        """The table of fingerprints of files that were hashed before."""
-        return self.path / ".fingerprints.parquet"
-
-    @property
-    def indexes(self) -> Path:
-        """The folder of the indexes of data sets."""
-        return self.path / "index"
-
-    @property
-    def references(self) -> Path:
-        """The folder of embeddings of the images that `balance` compares others with."""
-        return self.path / "references"
-
     def second_moment(self, identity: str) -> Path:
         """Return the file of the second moment of embeddings, in which `distill` finds principal axes."""
         return self.path / ".second-moments" / f"{identity}.npy"
@@ -78,21 +59,6 @@ class WorkDirectory:
     def distill(self, name: str) -> Path:
         """Return the folder of one training run."""
         return self.path / "distill" / name
-
-    @property
-    def eval(self) -> Path:
-        """The folder of metrics files."""
-        return self.path / "eval"
-
-    @property
-    def eval_summary(self) -> Path:
-        """The folder of the table and report of the last `eval-zeroshot`; `eval` itself holds metrics files only."""
-        return self.path / "eval-zeroshot"
-
-    @property
-    def features(self) -> Path:
-        """The folder of frozen features that `eval-linear` keeps."""
-        return self.path / "features"
 
     def export(self, name: str) -> Path:
         """Return the folder of one export."""
@@ -105,14 +71,10 @@ class WorkDirectory:
 
     def has_embeddings(self) -> bool:
         """Whether there are finished embeddings, or a `balance` that used some of another place."""
-        return self._balanced() is not None or any((self.path / "embeddings").glob("*/embed.json"))
+        return self._balanced() is not None or bool(self._embedded())
 
     def find_embeddings(self, model_slug: str | None = None) -> Path:
-        """Find finished embeddings.
-
-        Args:
-            model_slug: Slug of their model; None for the embeddings that `balance` used, or else the only ones.
-        """
+        """Find finished embeddings of a model; without one, those that `balance` used, or else the only ones."""
         if model_slug is not None:
             folder = self.embeddings(model_slug)
             if read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is None:
@@ -120,7 +82,7 @@ class WorkDirectory:
             return folder
         if (balanced := self._balanced()) is not None:
             return balanced
-        found = sorted(path.parent for path in (self.path / "embeddings").glob("*/embed.json"))
+        found = self._embedded()
         if not found:
             raise self._missing("embeddings", self.path / "embeddings", "--embeddings", "embed", "DATA")
         if len(found) > 1:
@@ -129,6 +91,9 @@ class WorkDirectory:
                 "Choose one with --embeddings.",
             )
         return found[0]
+
+    def _embedded(self) -> list[Path]:
+        return sorted(path.parent for path in (self.path / "embeddings").glob("*/embed.json"))
 
     def _balanced(self) -> Path | None:
         """Find the embeddings that `balance` used."""
@@ -147,7 +112,10 @@ class WorkDirectory:
         path, record = self.balance / KEEP_LIST, sidecar_path(self.balance, "balance")
         sidecar = read_sidecar(record, BalanceSidecar)
         if sidecar is not None and path.exists():
-            refuse_changed(self.balance, sidecar.outputs, record, partial(self._balance_again, sidecar))
+            edited = shlex.join(["--keep-list", str(path)])
+            again = command_line("balance", **_flags_of(sidecar, self.path), overwrite=True)
+            fix = f"Name the list as it is now: {edited}\nOr make it again: {again}"
+            refuse_changed(self.balance, sidecar.outputs, record, fix)
             return path
         if path.exists() or unfinished(self.balance, "balance") is not None:
             raise ClipcidError(
@@ -157,17 +125,13 @@ class WorkDirectory:
         return None
 
     def find_clusters(self, **flags: Any) -> Path:
-        """Find the folder of a finished `cluster`.
-
-        Args:
-            flags: Those of the command that makes it, for the error.
-        """
+        """Find the folder of a finished `cluster`; `flags` are those of the command that makes it, for the error."""
         record = sidecar_path(self.clusters, "cluster")
         sidecar = read_sidecar(record, ClusterSidecar)
         if sidecar is None or not (self.clusters / CLUSTERS).exists():
             raise self._missing("clusters", self.clusters, "--clusters", "cluster", **flags)
         table = [each for each in sidecar.outputs if each.path == CLUSTERS]
-        refuse_changed(self.clusters, table, record, partial(remake_clusters, self.clusters, sidecar, self.path))
+        refuse_changed(self.clusters, table, record, remake_clusters(self.clusters, sidecar, self.path))
         return self.clusters
 
     def find_student(self) -> Path:
@@ -182,19 +146,11 @@ class WorkDirectory:
         run, student = runs[-1].parent, runs[-1].parent / "student"
         fix = f"Name the model as it is now: {student}; or train it again, by its command and --overwrite."
         sidecar = read_sidecar(runs[-1], DistillSidecar, fix)
-        refuse_changed(run, [] if sidecar is None else sidecar.outputs, runs[-1], lambda: fix)
+        refuse_changed(run, [] if sidecar is None else sidecar.outputs, runs[-1], fix)
         return student
 
-    def find_run(self) -> Path:
-        """Find the folder of the training run that finished last, as `find_student` does."""
-        return self.find_student().parent
-
     def find_data(self, embeddings: Path | None = None) -> DataSpec:
-        """Find the data that embeddings were made from, for `open_described`.
-
-        Args:
-            embeddings: Folder of the embeddings; None takes what `find_embeddings` finds.
-        """
+        """Find the data that embeddings were made from, those of a folder or what `find_embeddings` finds."""
         folder = embeddings if embeddings is not None else self.find_embeddings()
         sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
         if sidecar is None:
@@ -203,12 +159,6 @@ class WorkDirectory:
                 "Give the data as the first argument (a folder of shards, …).",
             )
         return sidecar.data
-
-    def _balance_again(self, sidecar: BalanceSidecar) -> str:
-        flags = _flags_of(sidecar, self.path)
-        edited = shlex.join(["--keep-list", str(self.balance / KEEP_LIST)])
-        again = command_line("balance", **flags, overwrite=True)
-        return f"Name the list as it is now: {edited}\nOr make it again: {again}"
 
     def _missing(self, what: str, folder: Path, flag: str, *words: str, **flags: Any) -> ClipcidError:
         some = " (only unfinished ones)" if folder.is_dir() and any(folder.iterdir()) else ""
@@ -229,7 +179,7 @@ def remake_clusters(folder: Path, sidecar: ClusterSidecar, work: Path | None, **
     keep_list = "none"  # there may be a list by now
     if sidecar.keep_list is not None:
         own = WorkDirectory(work).balance / KEEP_LIST
-        keep_list = sidecar.keep_list.path if Path(sidecar.keep_list.path).resolve() != own.resolve() else ""
+        keep_list = sidecar.keep_list.path if Path(sidecar.keep_list.path).absolute() != own.absolute() else ""
     flags = _flags_of(sidecar, work)
     flags.pop("keep_list", None)
     flags |= {"keep_list": keep_list or None} | more

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassMatch:
+class ClassMatch(NamedTuple):
     """A class name for each folder of a class.
 
     Attributes:
@@ -25,12 +23,7 @@ class ClassMatch:
 
 
 def match_class_names(names: Sequence[str], folders: Sequence[str]) -> ClassMatch:
-    """Find the class name of each folder.
-
-    Args:
-        names: Class names in order of their labels.
-        folders: Names of the folders of classes, sorted.
-    """
+    """Find the class name, of those in order of their labels, of each folder; the folders' names are sorted."""
     # Names come first: the class names themselves may be digits, in any order.
     by_name = {plain_name(name).casefold(): label for label, name in enumerate(names)}
     found = [by_name.get(plain_name(folder).casefold()) for folder in folders]

@@ -20,12 +20,7 @@ NO_KEEP_LIST = "none"
 
 @dataclasses.dataclass(frozen=True)
 class ChosenKeepList:
-    """A keep list.
-
-    Attributes:
-        kept: Number of images it keeps.
-        images: Number of images it lists.
-    """
+    """A keep list, and how many of the images that it lists it keeps."""
 
     path: Path
     kept: int
@@ -45,13 +40,8 @@ def choose_keep_list(
         option: Value of ``--keep-list``: a file, ``none``, or None for the work directory's list where there is one.
         samples: What the step's samples are called in messages: ``rows`` or ``samples``.
     """
-    if option == NO_KEEP_LIST:
-        path = None
-    elif option is None:
-        path = work.find_keep_list()
-    else:
-        path = Path(option)
-    if path is None:
+    path = work.find_keep_list() if option is None else Path(option)
+    if path is None or option == NO_KEEP_LIST:
         reporter.note(f"Keep list: none, all {samples} are used.")
         return None
     keep_list = read_keep_list(path)
@@ -72,9 +62,6 @@ def report_keep_list(
     """Report that a keep list was taken; one that lacks too many of the step's samples was made from other data.
 
     Args:
-        kept: How many of the step's samples it keeps.
-        missing: How many of them it lacks.
-        total: How many there are.
         samples: What they are called in messages: ``rows`` or ``samples``.
         source: Where they come from, for messages.
         max_missing: Largest share of them that the list may lack.
@@ -93,29 +80,27 @@ def find_kept(
     count: int,
     folder: Path | None,
     *,
-    samples: str,
     source: str,
     max_missing: float,
     reporter: Reporter,
 ) -> npt.NDArray[np.bool_]:
-    """Look up the step's samples in a keep list, and report that it was taken: which of them it keeps, bool [N].
+    """Look up rows in a keep list, and report that it was taken: which of them it keeps, bool [N].
 
     Args:
-        keys: The keys of the step's samples, all different.
+        keys: The keys of the rows, all different; those that the list lacks are not kept.
         count: N, how many there are.
-        folder: Where a list in another order than the samples is joined with them, see `join`.
-        samples: As for `report_keep_list`, like what follows; samples that the list lacks are not kept.
+        folder: Where a list in another order than the rows is joined with them, see `join`.
+        source: As for `report_keep_list`, like what follows.
     """
     found = join(keys, count, parquet_listing(path, "kept"), folder)[:, 0]
-    is_kept = found > 0
     report_keep_list(
         path,
-        kept=int(np.count_nonzero(is_kept)),
+        kept=int(np.count_nonzero(found > 0)),
         missing=int(np.count_nonzero(found < 0)),
         total=count,
-        samples=samples,
+        samples="rows",
         source=source,
         max_missing=max_missing,
         reporter=reporter,
     )
-    return is_kept
+    return found > 0

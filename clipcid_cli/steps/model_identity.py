@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from clipcid_cli.errors import command_line
 from clipcid_cli.formats.embeddings.command import embed_command
@@ -18,15 +17,8 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 _TOKENS = ("context_length", "hf_tokenizer_name", "tokenizer_kwargs")
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelMismatch:
-    """How a recorded model differs from a named one.
-
-    Attributes:
-        what: The property that differs, as in "have other {what}".
-        recorded: Its value in the sidecar.
-        named: Its value for the named model.
-    """
+class ModelMismatch(NamedTuple):
+    """What differs between a recorded model and a named one, as in "have other {what}", and its two values."""
 
     what: str
     recorded: str
@@ -54,11 +46,6 @@ def find_mismatch(recorded: ModelRecord, name: ModelName) -> ModelMismatch | Non
     return found or _compare("architecture", old_config, config, tuple(sorted({*old_config, *config})))
 
 
-def is_of(recorded: ModelRecord, name: ModelName) -> bool:
-    """Tell whether a model recorded in a sidecar is the one that `name` refers to."""
-    return find_mismatch(recorded, name) is None
-
-
 def _compare(what: str, recorded: dict[str, Any], named: dict[str, Any], keys: tuple[str, ...]) -> ModelMismatch | None:
     for key in keys:
         if recorded.get(key) != named.get(key):
@@ -68,11 +55,7 @@ def _compare(what: str, recorded: dict[str, Any], named: dict[str, Any], keys: t
 
 
 def embed_with(name: ModelName, settings: DistillSettings, data: DataSpec | None = None) -> str:
-    """Return the command that embeds the data of a run with another model, for a fix.
-
-    Args:
-        data: That of embeddings, where the run names none.
-    """
+    """Return the command that embeds the data of a run, else `data`, with another model, for a fix."""
     return embed_command(name.spec, data, settings.data, **settings.data_flags, work=settings.work)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 
-class Progress(Protocol):
-    """A progress bar."""
+class Progress:
+    """A progress bar; this one is not shown."""
 
     def advance(self, amount: float = 1) -> None:
         """Count `amount` more units as done."""
@@ -16,8 +16,8 @@ class Progress(Protocol):
         """Show current values next to the bar, e.g. ``loss=1.23``."""
 
 
-class Reporter(Protocol):
-    """Receives a step's reports: the terminal, or nothing."""
+class Reporter:
+    """Receives a step's reports; this one drops them, for all processes but the first and for use from Python."""
 
     def note(self, text: str) -> None:
         """Report something worth knowing, such as which input was taken or which default was chosen."""
@@ -27,30 +27,7 @@ class Reporter(Protocol):
 
     def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
         """Show a bar that counts to `total` units (unknown when None)."""
-
-
-class SilentProgress:
-    """A bar that is not shown."""
-
-    def advance(self, amount: float = 1) -> None:
-        """Do nothing."""
-
-    def show(self, **fields: Any) -> None:
-        """Do nothing."""
-
-
-class SilentReporter:
-    """Drops all reports: for all processes but the first, and for use from Python."""
-
-    def note(self, text: str) -> None:
-        """Do nothing."""
-
-    def warn(self, text: str) -> None:
-        """Do nothing."""
-
-    def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
-        """Return a bar that is not shown."""
-        return nullcontext(SilentProgress())
+        return nullcontext(Progress())
 
 
 def format_duration(seconds: float) -> str:

@@ -10,10 +10,8 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
@@ -35,16 +33,16 @@ def share_arrays(machine: Machine, folder: Path, make: Callable[[], Arrays]) -> 
     if machine.size == 1:
         return make()
 
-    def write() -> tuple[str, int]:
+    def write() -> tuple[Path, int]:
         arrays = make()
-        name = _new_folder(folder)
-        _write(folder / _FOLDER / name, 0, arrays)
-        return name, len(arrays)
+        place = _new_folder(folder)
+        _write(place, 0, arrays)
+        return place, len(arrays)
 
-    name, number = machine.on_main(write)
-    found = machine.on_all(lambda: _map(folder / _FOLDER / name, 0, number))
+    place, number = machine.on_main(write)
+    found = machine.on_all(lambda: _map(place, 0, number))
     if not machine.spans_hosts:
-        machine.on_main(lambda: _remove(folder / _FOLDER / name))
+        machine.on_main(lambda: shutil.rmtree(place, ignore_errors=True))
     return found
 
 
@@ -52,52 +50,46 @@ def collect_arrays(machine: Machine, folder: Path, arrays: Arrays) -> list[Array
     """Return the arrays of every process, in order of rank, on the first one; nothing on the others."""
     if machine.size == 1:
         return [arrays]
-    place = folder / _FOLDER / machine.on_main(lambda: _new_folder(folder))
+    place = machine.on_main(lambda: _new_folder(folder))
     machine.on_all(lambda: _write(place, machine.rank, arrays))
+
     found: list[Arrays] = []
-    machine.on_main(lambda: found.extend(_map(place, rank, len(arrays)) for rank in range(machine.size)))
-    machine.on_main(lambda: _remove(place))  # by the host that has mapped them: NFS keeps their content for it
+
+    def read() -> None:
+        found.extend(_map(place, rank, len(arrays)) for rank in range(machine.size))
+        shutil.rmtree(place, ignore_errors=True)  # by the host that has mapped them: NFS keeps their content for it
+
+    machine.on_main(read)
     return found
 
 
 def clear_shared(folder: Path) -> None:
     """Remove the files of all arrays: of this run, when no process reads them any more, or of one that was killed."""
-    _remove(folder / _FOLDER)
+    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
 
 
-def _new_folder(folder: Path) -> str:
+def _new_folder(folder: Path) -> Path:
     """Make a folder with a new name: under a name used before, another host may still see the earlier content (NFS)."""
     shared = folder / _FOLDER
     try:
         shared.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="", dir=shared)).name
+        return Path(tempfile.mkdtemp(prefix="", dir=shared))
     except OSError as error:
         raise write_error(shared, error) from error
 
 
-def _remove(place: Path) -> None:
-    shutil.rmtree(place, ignore_errors=True)
-
-
 def _write(place: Path, rank: int, arrays: Arrays) -> None:
     for number, array in enumerate(arrays):
-        write_npy(_path(place, rank, number), array)
+        write_npy(place / f"{rank}-{number}.npy", array)
 
 
 def _map(place: Path, rank: int, number: int) -> Arrays:
-    return tuple(_map_one(_path(place, rank, each)) for each in range(number))
-
-
-def _map_one(path: Path) -> npt.NDArray[Any]:
+    paths = [place / f"{rank}-{each}.npy" for each in range(number)]
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
     except FileNotFoundError as error:
         raise ClipcidError(
-            f"{path} was written by another process of the run, but not every host has it.",
+            f"{error.filename} was written by another process of the run, but not every host has it.",
             "Use a --work that all hosts share.",
         ) from error
-    return array.view(np.ndarray) if len(array) else np.empty(0, array.dtype)
-
-
-def _path(place: Path, rank: int, number: int) -> Path:
-    return place / f"{rank}-{number}.npy"
+    return tuple(each.view(np.ndarray) if len(each) else np.empty(0, each.dtype) for each in found)

@@ -30,7 +30,7 @@ from clipcid_cli.formats.output import open_output
 from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.steps.balance import report, run, sets
 from clipcid_cli.steps.balance.filters import select
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 CLUSTER_SIZE = 200
@@ -67,7 +67,7 @@ def main() -> None:
             clusters=folder / "clusters",
             device="cpu",
         )
-        result = timed(run.run, "whole command", taken)(settings, SilentReporter())
+        result = timed(run.run, "whole command", taken)(settings, Reporter())
     print(
         f"dropped: {result['against']['dropped']:,} near a reference, {result['caption_window']['below']:,} below the "
         f"window, {result['components']:,} left of the search, of which the cap drops {result['cluster_cap']['dropped']:,}"

@@ -16,7 +16,7 @@ from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
             lambda: open_dataset(arguments.data, index_root=WorkDirectory(arguments.work).indexes)
         )
         opened = time.perf_counter()
-        dataset = ensure_index(dataset, machine, arguments.workers, SilentReporter())
+        dataset = ensure_index(dataset, machine, arguments.workers, Reporter())
         seconds = {"open": opened - began, "index": time.perf_counter() - opened}
         if machine.is_main:
             rounded = {name: round(value, 3) for name, value in seconds.items()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -26,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file, remove_abandoned, write_error, write_parquet
+from clipcid_cli.formats.atomic import atomic_file, write_error, write_parquet
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Shard
@@ -266,7 +267,8 @@ def lock_index(folder: Path) -> Iterator[None]:
             stack.enter_context(lock(folder / ".lock"))
         except OSError as error:
             raise write_error(folder, error) from error
-        remove_abandoned(folder.glob(".*.partial"))
+        for left in folder.glob(".matched-*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
         yield
 
 

@@ -305,7 +305,7 @@ def open_embeddings(
             )
         return Embeddings(folder, find_parts(folder, npz_array), None, Memo(cache), prefix_keys=keys == "shard")
     memo, fix = Memo(cache), remake(folder, sidecar)
-    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "embed"), lambda: fix, memo)
+    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "embed"), fix, memo)
     records, rows = open_recorded(folder, memo, fix)
     metadata = (folder / record.files[METADATA].path for record in records)
     return Embeddings(folder, list(zip(rows, metadata, strict=True)), sidecar, memo, records)

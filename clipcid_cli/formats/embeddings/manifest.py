@@ -123,7 +123,7 @@ def open_recorded(folder: Path, memo: Memo, fix: str) -> tuple[list[ShardRecord]
 
 def refuse_replaced(folder: Path, records: Iterable[ShardRecord], memo: Memo, fix: str) -> None:
     """Refuse files that were replaced or removed since the manifest was written; arguments as of `open_recorded`."""
-    refuse_changed(folder, all_files(records), folder / MANIFEST, lambda: fix, memo)
+    refuse_changed(folder, all_files(records), folder / MANIFEST, fix, memo)
 
 
 def _look_at_files(folder: Path, records: Sequence[ShardRecord], fix: str) -> dict[str, Stamp]:

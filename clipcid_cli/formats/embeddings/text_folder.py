@@ -108,7 +108,7 @@ def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
         state = "The embeddings of texts are unfinished" if unfinished(folder, TEXTS) else "There are none"
         raise ClipcidError(f"{state} in {folder}.", f"Run: {texts_command(model, out=folder)}")
     fix, memo = _remake(folder, sidecar), Memo()
-    refuse_changed(folder, sidecar.outputs, path, lambda: fix, memo)
+    refuse_changed(folder, sidecar.outputs, path, fix, memo)
     records, found = open_recorded(folder, memo, fix)
     files, lines = [rows[Kind.TEXTS] for rows in found], TextLines(str(folder / TEXTS_FILE))
     if [file.shape[0] for file in files] != lines.batch_sizes():

@@ -101,7 +101,7 @@ def open_clusters(folder: Path, work: Path | None = None, is_checked: bool = Fal
     """
     sidecar = read_cluster_sidecar(folder)
     fix = remake_clusters(folder, sidecar, work)
-    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "cluster"), lambda: fix)
+    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "cluster"), fix)
     num_rows = count_rows(folder / TABLE, fix)
     with reading(folder / CENTROIDS, "centroids", fix):
         centroids = np.load(folder / CENTROIDS, mmap_mode="r", allow_pickle=False)

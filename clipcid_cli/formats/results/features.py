@@ -42,7 +42,7 @@ def features_path(folder: Path, model_slug: str, identity: dict[str, Any]) -> Pa
 
 def write_features(path: Path, features: Features) -> None:
     """Write features, whole or not at all."""
-    skips = json.dumps(features.skips.to_json())
+    skips = json.dumps(dataclasses.asdict(features.skips))
     save_arrays(path, {"rows": features.rows, "labels": features.labels, "skips": skips})
 
 
@@ -51,4 +51,4 @@ def read_features(path: Path) -> Features | None:
     found = load_arrays(path)
     if found is None:
         return None
-    return Features(found["rows"], found["labels"], Skips.from_json(json.loads(str(found["skips"]))))
+    return Features(found["rows"], found["labels"], Skips(**json.loads(str(found["skips"]))))

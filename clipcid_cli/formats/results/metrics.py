@@ -71,7 +71,7 @@ def refuse_changed_metrics(path: Path, fix: str) -> EvaluationSidecar | None:
     sidecar = read_metrics_sidecar(path, EvaluationSidecar)
     if sidecar is not None:
         folder = path.parent / SIDECARS
-        refuse_changed(folder, sidecar.outputs, sidecar_path(folder, path.stem), lambda: fix)
+        refuse_changed(folder, sidecar.outputs, sidecar_path(folder, path.stem), fix)
     return sidecar
 
 

@@ -162,7 +162,6 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
             lambda: map(embeddings.keys_of, embeddings.files),
             embeddings.num_rows,
             None if settings.dry_run else work.path,  # a dry run leaves it as it is
-            samples="rows",
             source=str(folder),
             max_missing=settings.max_bad_fraction,
             reporter=reporter,

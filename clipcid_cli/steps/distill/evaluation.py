@@ -26,7 +26,7 @@ from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
-from clipcid_cli.steps.reporting import Reporter, SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -106,7 +106,7 @@ class Evaluation:
             batch_size=_BATCH,
             workers=self.settings.workers,
             max_bad_fraction=self.settings.max_bad_fraction,
-            reporter=SilentReporter(),
+            reporter=Reporter(),
         )
         with whole_table(student.module, decay):
             for task in self.tasks:

@@ -21,7 +21,7 @@ from clipcid_cli.formats.results.clusters import TABLE, Clusters
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows, writing_rows
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.randomness import key_fractions
-from clipcid_cli.steps.reporting import Reporter, SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -163,7 +163,7 @@ def match_samples(
         for name, listing in sources.listings().items()
     }
     bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
-    counts, bar = MatchCounts(bad_rows=len(bad)), reporter if len(shards) > _FEW_SHARDS else SilentReporter()
+    counts, bar = MatchCounts(bad_rows=len(bad)), reporter if len(shards) > _FEW_SHARDS else Reporter()
     first, limits = 0, _limits(index, sources)
     with (
         writing_rows(folder, TRAINING, limits) as train,

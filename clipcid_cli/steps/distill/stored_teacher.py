@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
-from clipcid_cli.formats.atomic import atomic_file, remove_abandoned
+from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
@@ -94,7 +94,6 @@ def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> np
         return kept
     found = _second_moment(embeddings)
     if not settings.dry_run:
-        remove_abandoned(path.parent.glob(".*.partial"))
         with atomic_file(path, shared=True) as file:  # two runs may keep it at once
             np.save(file, found, allow_pickle=False)
     return found

@@ -27,7 +27,7 @@ from clipcid_cli.steps.distill.augmented.views import StoredViews
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.embed.ensure import ensure_embeddings
 from clipcid_cli.steps.embed.views import Views
-from clipcid_cli.steps.model_identity import embed_with, find_mismatch, is_of
+from clipcid_cli.steps.model_identity import embed_with, find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
@@ -140,7 +140,7 @@ def _find_for_axes(settings: DistillSettings) -> Path | None:
     if teacher is not None:
         folder = work.embeddings(teacher.slug)
         sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
-        is_its = sidecar is not None and is_of(sidecar.model, teacher)
+        is_its = sidecar is not None and find_mismatch(sidecar.model, teacher) is None
         return folder if is_its and settings.teacher_space != "project" else None
     return work.find_embeddings() if work.has_embeddings() else None
 

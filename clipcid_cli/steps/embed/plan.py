@@ -22,7 +22,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.text_variants import RULES
-from clipcid_cli.steps.model_identity import is_of
+from clipcid_cli.steps.model_identity import find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -204,7 +204,7 @@ def _matches(sidecar: EmbeddedSidecar, plan: EmbedPlan) -> bool:
         and settings.batch_size in (None, made["batch_size"])
         and settings.precision in ("auto", made["precision"])
         and [each.content for each in sidecar.inputs] == [plan.input.content]
-        and is_of(sidecar.model, plan.name)
+        and find_mismatch(sidecar.model, plan.name) is None
     )
 
 

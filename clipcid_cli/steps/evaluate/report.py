@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.formats.atomic import remove_abandoned, write_text
+from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.data.class_files import describe_lines
 from clipcid_cli.formats.data.samples import ByteRange
 from clipcid_cli.formats.report import render_report, thumbnail
@@ -29,7 +29,6 @@ def write_summary(work: WorkDirectory, results: list[dict[str, Any]], reporter: 
     """
     table, report = (work.eval_summary / name for name in (SUMMARY_TABLE, SUMMARY_REPORT))
     table.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(table.parent.glob(".*.partial"))
     write_results(table, [_row(result) for result in results])
     details = [_detail(result) for result in results]
     page = render_report("eval_zeroshot.html", tables=_tables(results), details=details)

@@ -149,7 +149,7 @@ def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName], 
     runs = [folder for folder in folders if sidecar_path(folder, "distill").exists()]
     found = [
         (sidecar.made.val_fraction, run, sidecar.data)
-        for run in runs or [WorkDirectory(settings.work).find_run()]
+        for run in runs or [WorkDirectory(settings.work).find_student().parent]
         if (sidecar := read_sidecar(sidecar_path(run, "distill"), DistillSidecar)) is not None
     ]
     # A sample is held out where the hash of its key is below the share: of one data set the smallest part is in all others.

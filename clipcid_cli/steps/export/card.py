@@ -77,7 +77,7 @@ def _training(sidecar: DistillSidecar | None) -> dict[str, str]:
         "Teacher": "none" if set(losses) == {"clip"} else _teacher(sidecar),
         "Training data": f"{_short(sidecar.data.spec)}; {counts['used']:,} of {counts['read']:,} samples used",
         "Keep ratio": _keep_ratio(sidecar),
-        "Losses": ", ".join(f"{name} × {loss.value:g}" for name, loss in losses.items()),
+        "Losses": ", ".join(f"{name} × {loss['value']:g}" for name, loss in losses.items()),
         "Training": f"{result['steps']:,} steps, {result['samples']:,} samples",
     }
 

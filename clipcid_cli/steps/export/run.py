@@ -101,7 +101,7 @@ def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
         run.path,
         sidecar.outputs,
         path,
-        lambda: f"Name the model as it is now: {run.student_ema}; or train it again, by its command and --overwrite.",
+        f"Name the model as it is now: {run.student_ema}; or train it again, by its command and --overwrite.",
     )
     average, here = run.student_ema, Path.cwd()
     if average.is_relative_to(here):

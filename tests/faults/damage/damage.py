@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from conftest import make_caption, make_image, shard_members, write_classified, write_tar, write_tiny_model
 from distill_data import STUDENT
 from one_process import OneProcess
-from sidecars import leave_work, unfinish
+from sidecars import edit_sidecar, leave_work, unfinish
 
 EMBEDDINGS = "clipcid-work/embeddings/model"
 _SHORT = ("--steps", "2", "--batch-size", "4", "--val-fraction", "0")
@@ -196,9 +196,7 @@ def damage(place: Path, target: Target, chance: random.Random) -> str:
         What was done, for the message of a failure.
     """
     if target.unrecorded is not None and chance.random() < 0.8:
-        sidecar = json.loads((place / target.unrecorded).read_text())
-        sidecar.pop("outputs", None)
-        _replace(place / target.unrecorded, json.dumps(sidecar).encode())
+        edit_sidecar(place / target.unrecorded, lambda sidecar: sidecar.pop("outputs", None))
     path = next(place.glob(target.file))
     if target.form == "folder":
         folders = place.glob(target.file)

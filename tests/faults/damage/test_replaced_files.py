@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from one_process import OneProcess
-from sidecars import leave_work, unfinish
+from sidecars import edit_sidecar, leave_work, unfinish
 
 from clipcid_cli.formats.embeddings.manifest import read_manifest
 
@@ -124,9 +124,7 @@ def test_the_report_is_written_again_once_its_pictures_can_be_read(
     place = tmp_path / "place"
     shutil.copytree(tiny_shards, place / "data")
     shutil.copytree(chain / MODEL, place / MODEL)
-    sidecar = json.loads((place / MODEL / "embed.json").read_text())
-    sidecar["data"]["spec"] = str(place / "data")
-    (place / MODEL / "embed.json").write_text(json.dumps(sidecar))
+    edit_sidecar(place / MODEL / "embed.json", lambda sidecar: sidecar["data"].update(spec=str(place / "data")))
     (place / gone).rename(tmp_path / "aside")
 
     def balance() -> tuple[str, dict[str, Any], int]:

@@ -30,7 +30,7 @@ _PROMPT = 10.0
 _INTERRUPTED = "Interrupted. Run the same command again to continue where it stopped."
 
 _TIMES_OF_FILES = re.compile(
-    r"(other bytes|half under its final name): .*(/index/|/\.fingerprints\.).*|left over: [^/]+/\.fingerprints\.parquet|"
+    r"(other bytes|half under its final name): .*(/index/|/\.fingerprints\.).*|left over: [^/]+/\.fingerprints\.json|"
     r"(left over|missing): [^/]+/index/\w+/matched-\w+/[\w.]*"
 )
 """Caches record the times of files or are named after them; hashes are kept only of files of a certain age."""

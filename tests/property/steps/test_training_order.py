@@ -23,7 +23,7 @@ from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.batches import BatchOrder
 from clipcid_cli.steps.distill.samples import Sources, match_samples
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +57,12 @@ def make_order(root: Path, sizes: list[int], seed: int, batch_size: int, dropped
     folder = Path(tempfile.mkdtemp(dir=root))
     dataset = Dataset("none", "list", cut(ListedRows(tuple(sizes)), "none"), index_folder=folder / "index")
     with open_machine("cpu") as machine:
-        dataset = ensure_index(dataset, machine, 0, SilentReporter())
+        dataset = ensure_index(dataset, machine, 0, Reporter())
     numbers = np.arange(sum(sizes))
     kept = numbers % 7 != dropped
     keys = [f"{number:05d}" for number in numbers]
     pq.write_table(pa.table({"key": keys, "kept": kept}), folder / "keep.parquet")
-    matched = match_samples(dataset, Sources(folder / "keep.parquet"), 0.0, folder, SilentReporter())
+    matched = match_samples(dataset, Sources(folder / "keep.parquet"), 0.0, folder, Reporter())
     expected = [key for number, key in enumerate(keys) if kept[number] and number % 5 < 4]
     assert matched.training.total == matched.counts.selected == len(expected)
     return BatchOrder(dataset, matched.training, seed, batch_size), expected

@@ -1,18 +1,18 @@
 """Files appear whole or not at all."""
 
 import errno
-import fcntl
+import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file, held_folder, remove_abandoned, write_json, write_npy, write_text
+from clipcid_cli.formats.atomic import atomic_file, write_json, write_npy, write_text
 from clipcid_cli.formats.output import open_output
 from clipcid_cli.formats.sidecar import Sidecar
 
@@ -76,47 +76,31 @@ def test_a_link_to_a_missing_file_in_the_place_of_a_lock_is_named(tmp_path: Path
     assert "link to a missing file" in caught.value.fix
 
 
-@pytest.mark.parametrize("age", [-366 * 86400, 0, 366 * 86400])
-def test_what_nobody_holds_is_removed_whatever_its_time(tmp_path: Path, age: int) -> None:
-    left = (tmp_path / ".file.0.partial", tmp_path / "join-killed", tmp_path / "join-killed-before-it-was-held")
-    write_text(left[0], "half")
-    write_text(left[1] / ".lock", "")
-    left[2].mkdir()
-    with atomic_file(tmp_path / "file", shared=True) as file, held_folder("join-", tmp_path) as folder:
-        for path in tmp_path.iterdir():
-            os.utime(path, (time.time() - age,) * 2)
-        remove_abandoned(tmp_path.iterdir())
-        assert sorted(tmp_path.iterdir()) == sorted((Path(file.name), folder))
-        file.write(b"whole")
-    assert os.listdir(tmp_path) == ["file"]
-    assert (tmp_path / "file").read_bytes() == b"whole"
+def write_shared(path: Path, content: bytes, is_begun: Any = None, may_end: Any = None) -> None:
+    with atomic_file(path, shared=True) as file:
+        file.write(content)
+        if is_begun is not None:
+            is_begun.set()
+            may_end.wait(30)
 
 
-def test_two_that_write_one_file_at_once_leave_that_of_the_last(tmp_path: Path) -> None:
-    with atomic_file(tmp_path / "file", shared=True) as late:
-        late.write(b"late")
-        with atomic_file(tmp_path / "file", shared=True) as early:
-            early.write(b"early and longer")
-        assert (tmp_path / "file").read_bytes() == b"early and longer"
-    assert (tmp_path / "file").read_bytes() == b"late"
-
-
-def test_what_is_removed_before_it_is_held_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, removed = fcntl.flock, list[Path]()
-
-    def lock_late(file: int, operation: int) -> None:
-        if len(removed) < 2:
-            removed.append(Path(f"/proc/self/fd/{file}").readlink())
-            remove_abandoned([removed[-1].parent if removed[-1].name == ".lock" else removed[-1]])
-        lock(file, operation)
-
-    monkeypatch.setattr(fcntl, "flock", lock_late)
-    with atomic_file(tmp_path / "file", shared=True) as file:
-        file.write(b"whole")
-    removed.clear()
-    with held_folder("join-", tmp_path) as folder:
-        assert (folder / ".lock").exists()
-        assert folder != removed[0].parent
+def test_of_two_that_write_one_file_at_once_one_waits_and_what_killed_ones_left_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    (tmp_path / ".file.partial").write_bytes(b"left by one that was killed, and longer")
+    context = multiprocessing.get_context("spawn")
+    is_begun, may_end = context.Event(), context.Event()
+    first = context.Process(target=write_shared, args=(path, b"first", is_begun, may_end))
+    first.start()
+    assert is_begun.wait(30)
+    second = context.Process(target=write_shared, args=(path, b"second"))
+    second.start()
+    second.join(0.5)
+    assert second.is_alive()
+    may_end.set()
+    for process in (first, second):
+        process.join(30)
+        assert process.exitcode == 0
+    assert path.read_bytes() == b"second"
     assert os.listdir(tmp_path) == ["file"]
 
 

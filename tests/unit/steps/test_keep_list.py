@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import held_folder
+from clipcid_cli.formats.lock import lock
 from clipcid_cli.steps.keep_list import find_kept
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 
 KEYS = [f"{row:04d}" for row in range(100)]
 
@@ -32,10 +32,9 @@ def apply(keep_list: Path, work: Path, dry_run: bool) -> list[bool]:
         lambda: [pa.chunked_array([KEYS[:60]]), pa.chunked_array([KEYS[60:]])],
         100,
         None if dry_run else work,
-        samples="rows",
         source="here",
         max_missing=0.0,
-        reporter=SilentReporter(),
+        reporter=Reporter(),
     )
     return list(found)
 
@@ -63,10 +62,12 @@ def test_folders_of_killed_runs_are_removed_but_not_that_of_a_run_that_goes_on(
     work = tmp_path / "work"
     killed = work / ".clipcid-join-killed"
     killed.mkdir(parents=True)
-    (killed / ".lock").touch()
-    with held_folder(".clipcid-join-", work) as other:
+    killed.with_suffix(".lock").touch()
+    other = work / ".clipcid-join-other"
+    other.mkdir()
+    with lock(other.with_suffix(".lock")):
         assert apply(keep_list, work, dry_run=False) == list(np.arange(100) % 3 == 0)
-        assert list(work.iterdir()) == [other]
+        assert sorted(work.iterdir()) == [other, other.with_suffix(".lock")]
 
 
 def test_a_work_directory_that_cannot_be_written_is_an_error(keep_list: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.steps import preflight
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.preflight import Findings, check_samples, choose_order
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_all_shards_are_looked_at_and_it_is_said_what_was_found(shards: Path, ma
     assert (found.shards, found.samples, found.bad.total) == (6, 18, 0)
     assert check(dataset, machine, dry_run=False)[1] == []
 
-    indexed = ensure_index(dataset, machine, 0, SilentReporter())
+    indexed = ensure_index(dataset, machine, 0, Reporter())
     for dry_run in (True, False):  # the first, the middle and the last of each
         assert check(indexed, machine, dry_run=dry_run)[1] == [
             f"{shards}: checked 6 of 6 shards, 18 samples: 1 cannot be decoded.\n  1 × unreadable image: 00004: 000044"

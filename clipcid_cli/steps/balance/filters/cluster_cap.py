@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +102,8 @@ def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundCluster
             f"{folder} holds no finished clusters.",
             f"Give --clusters DIR, or run: {_cluster_all(settings)}",
         )
-    remake = partial(remake_clusters, folder, sidecar, settings.work)
-    refuse_changed(folder, [each for each in sidecar.outputs if each.path == TABLE], path, remake)
+    fix = remake_clusters(folder, sidecar, settings.work)
+    refuse_changed(folder, [each for each in sidecar.outputs if each.path == TABLE], path, fix)
     images = sidecar.result["images"]
     reporter.note(f"Clusters: {folder}, of {images:,} images.")
     return FoundClusters(folder, record(folder / TABLE).hash, images, sum(sidecar.counts["skipped"].values()))

@@ -13,7 +13,7 @@ from clipcid_cli.formats.data.known_datasets import KNOWN_DATASETS, customary_me
 from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
 from clipcid_cli.steps.evaluate.probe_data import open_probe_data
 from clipcid_cli.steps.evaluate.tasks import find_copy, plan_tasks
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -36,7 +36,7 @@ def test_a_copy_is_found_under_either_name(tmp_path: Path) -> None:
     assert find_known_dataset("pets", tmp_path) == (KNOWN_DATASETS["pets"], tmp_path / "wds_vtab-pets")
 
 
-class Listener(SilentReporter):
+class Listener(Reporter):
     """Keeps notes."""
 
     def __init__(self) -> None:
@@ -74,8 +74,8 @@ def test_the_customary_metric_is_found_by_folder_too(tmp_path: Path) -> None:
             image.parent.mkdir(parents=True)
             image.write_bytes(make_image(1))
     folder = str(tmp_path / "wds_vtab-pets")
-    (task,) = plan_tasks(EvalZeroshotSettings(data=(folder,)), SilentReporter())
-    probe = open_probe_data(EvalLinearSettings(data=folder), SilentReporter())
+    (task,) = plan_tasks(EvalZeroshotSettings(data=(folder,)), Reporter())
+    probe = open_probe_data(EvalLinearSettings(data=folder), Reporter())
     assert task.customary == probe.metric == "mean_per_class_recall"
     assert customary_metric("wds_vtab-pets/test", ("acc1", "mean_per_class_recall")) == "mean_per_class_recall"
     assert customary_metric("voc2007", ("acc1", "mean_per_class_recall")) == "acc1"

@@ -59,7 +59,7 @@ def write_folder(folder: Path, *, texts: bool = True) -> dict[str, Any]:
 
 def write_sidecar(folder: Path) -> None:
     outputs = [msgspec.to_builtins(record(folder / "manifest.parquet", folder))]
-    (folder / "embed.json").write_text(json.dumps(make_sidecar(EmbedSidecar) | {"outputs": outputs}))
+    (folder / "embed.json").write_text(json.dumps(make_sidecar(EmbedSidecar, outputs=outputs)))
 
 
 def read_all(embeddings: Embeddings, read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> list[str]:

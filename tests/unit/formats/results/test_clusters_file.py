@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sidecars import make_sidecar
+from sidecars import edit_sidecar, make_sidecar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_npy
@@ -128,9 +128,7 @@ def test_unfinished_clusters_are_refused(tmp_path: Path) -> None:
 def test_an_entry_that_clusters_lack_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "clusters"
     write_clusters(folder, 10)
-    content = make_sidecar(ClusterSidecar)
-    del content["temperatures"]
-    write_json(folder / "cluster.json", content)
+    edit_sidecar(folder / "cluster.json", lambda sidecar: sidecar.pop("temperatures"))
     with pytest.raises(ClipcidError, match=r"cluster\.json cannot be read .* missing required field `temperatures`"):
         open_clusters(folder, tmp_path)
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from clipcid_cli.formats.results.metrics import (
     metrics_stem,
     read_metrics,
     write_metrics,
-    write_results,
 )
 
 
@@ -49,18 +47,3 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ClipcidError, match=r"a\.json cannot be read as metrics, a JSON object with dataset"):
         read_metrics(path)
-
-
-def test_two_evaluations_may_write_their_table_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table, others, flush = tmp_path / "results.csv", [{"model": "b", "acc1": None}], os.fsync
-
-    def flush_late(descriptor: int) -> None:
-        if others:
-            write_results(table, [others.pop()])
-            assert table.read_text() == "model,acc1\nb,\n"
-        flush(descriptor)
-
-    monkeypatch.setattr(os, "fsync", flush_late)
-    write_results(table, [{"model": "a", "acc1": 0.5}])
-    assert table.read_text() == "model,acc1\na,0.5\n"
-    assert list(tmp_path.iterdir()) == [table]

@@ -18,7 +18,7 @@ from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.results.balance_parts import ReferenceParts
 from clipcid_cli.steps.balance.filters import against
 from clipcid_cli.steps.embed.run import run as run_embed
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -152,7 +152,7 @@ def test_reference_images_are_embedded_as_the_others_were(tmp_path: Path, tiny_m
     write_tar(tmp_path / "r.tar", shard_members(0, 3))
     shared: dict[str, Any] = {"model": str(tiny_model), "text": False, "workers": 0, "device": "cpu", "work": tmp_path}
     like = {"fast_decode": True, "precision": "bf16"}
-    run_embed(EmbedSettings(data=str(tmp_path / "data"), out=tmp_path / "e", **like, **shared), SilentReporter())
+    run_embed(EmbedSettings(data=str(tmp_path / "data"), out=tmp_path / "e", **like, **shared), Reporter())
     call = {"threshold": 0.001, "against_threshold": 0.0, "workers": 0}
     result, _ = balance(tmp_path, tmp_path / "e", against=(str(tmp_path / "r.tar"),), **call)
     assert result["against"]["dropped"] == 3
@@ -160,7 +160,7 @@ def test_reference_images_are_embedded_as_the_others_were(tmp_path: Path, tiny_m
     made = [json.loads((place / "embed.json").read_text())["settings"] for place in (folder, tmp_path / "e")]
     assert {name: made[0][name] for name in like} == like
     assert made[0]["preprocess"] == made[1]["preprocess"]
-    run_embed(EmbedSettings(data=str(tmp_path / "r.tar"), out=tmp_path / "other", **shared), SilentReporter())
+    run_embed(EmbedSettings(data=str(tmp_path / "r.tar"), out=tmp_path / "other", **shared), Reporter())
     with pytest.raises(
         ClipcidError, match=r"other were preprocessed otherwise \(.*, without --fast-decode\) than those of"
     ):

@@ -15,7 +15,7 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance import composition
 from clipcid_cli.steps.balance.rows import find_rows
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_each_caption_is_split_once(
     captions = [f"picture {chr(97 + row % 26)}{chr(97 + row // 26)}" if row % 5 else "" for row in range(50)]
     folder = write_embeddings(tmp_path / "rows", make_rows(50, width=8), num_files, captions=captions)
     embeddings = open_embeddings(folder)
-    rows = find_rows(Machine(0, 1, 0, torch.device("cpu")), tmp_path, embeddings.rows(Kind.IMAGES), SilentReporter())
+    rows = find_rows(Machine(0, 1, 0, torch.device("cpu")), tmp_path, embeddings.rows(Kind.IMAGES), Reporter())
     kept = np.arange(50) % 3 > 0
     found, seen = Counter[str](), list[bool]()
     for part in composition._split_captions(embeddings, rows, kept, step):

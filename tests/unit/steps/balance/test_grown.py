@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from balance_data import balance, make_rows, read_keep
+from sidecars import edit_sidecar
 
 from clipcid_cli.algorithms.search import pair_search
 from clipcid_cli.algorithms.search.edges import Edges, sort_edges
@@ -135,9 +136,8 @@ def test_a_damaged_sidecar_of_a_forest_is_named_until_it_is_overwritten(
     part = write_shards(tmp_path / "e", rows, {1: range(100)})
     balance(tmp_path / "work", part, threshold=0.5)
     sidecar = tmp_path / "work" / "balance" / "forest.json"
-    content = json.loads(sidecar.read_text())
-    told_by = content.pop(entry)
-    sidecar.write_text(json.dumps(content))
+    told_by = json.loads(sidecar.read_text())[entry]
+    edit_sidecar(sidecar, lambda content: content.pop(entry))
     with pytest.raises(ClipcidError, match=rf"forest\.json cannot be read .* `{entry}`") as refused:
         balance(tmp_path / "work", part, threshold=0.45)
     assert "--overwrite" in refused.value.fix

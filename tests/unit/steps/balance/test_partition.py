@@ -21,14 +21,14 @@ from clipcid_cli.steps.balance import audit
 from clipcid_cli.steps.balance import partition as partitioning
 from clipcid_cli.steps.balance.rows import find_rows
 from clipcid_cli.steps.balance.run import run
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 NUM_ROWS = 3000
 CUTOFF = 0.6
 
 
-class Listener(SilentReporter):
+class Listener(Reporter):
     """A listener that remembers what it was told."""
 
     def __init__(self) -> None:
@@ -124,12 +124,12 @@ def test_an_audit_counts_what_is_left(
     kept = np.arange(0, len(unique), 2)
     expected = near[np.ix_(kept, kept)].any(axis=1)
     with open_machine("cpu") as machine:
-        survey = find_rows(machine, tmp_path, open_embeddings(folder).rows(Kind.IMAGES), SilentReporter())
+        survey = find_rows(machine, tmp_path, open_embeddings(folder).rows(Kind.IMAGES), Reporter())
         scan = choose_precision("fp32", machine.device, "embed", parameters=0)
-        whole = audit.audit_kept(machine, survey, kept, CUTOFF, scan, SilentReporter())
+        whole = audit.audit_kept(machine, survey, kept, CUTOFF, scan, Reporter())
         assert 100 < whole.near == np.count_nonzero(expected) < len(kept)
         monkeypatch.setattr(audit, "SAMPLE", 900)
-        part = audit.audit_kept(machine, survey, kept, CUTOFF, scan, SilentReporter())
+        part = audit.audit_kept(machine, survey, kept, CUTOFF, scan, Reporter())
     assert (part.sampled, part.kept) == (900, len(kept))
     assert part.low < whole.rate < part.high
     assert part.low < part.rate < part.high
@@ -162,9 +162,9 @@ def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Pat
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
     folder = write_embeddings(tmp_path / "crowd", rows)
     with open_machine("cpu") as machine:
-        survey = find_rows(machine, tmp_path, open_embeddings(folder).rows(Kind.IMAGES), SilentReporter())
+        survey = find_rows(machine, tmp_path, open_embeddings(folder).rows(Kind.IMAGES), Reporter())
         join = TiledSearch(survey.read, survey.unique, machine.device, torch.float32)
-        found = partitioning.partition_rows(machine, tmp_path, join, survey.read, torch.float32, 0.1, SilentReporter())
+        found = partitioning.partition_rows(machine, tmp_path, join, survey.read, torch.float32, 0.1, Reporter())
     assert found is not None
     compared = sum(found.num_pairs(tile) for tile in found.tiles())
     assert compared < 0.1 * len(rows) ** 2 / 2

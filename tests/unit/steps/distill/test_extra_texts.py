@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import torch
 from conftest import make_caption
 from safetensors.torch import load_file
+from sidecars import edit_sidecar
 from teaching_data import FP32, Listener, embed_data, index_data, join, student_side, train, write_student
 
 from clipcid_cli.algorithms.losses.features import feature_distance
@@ -75,9 +75,7 @@ def test_texts_of_another_model_or_damaged_ones_are_refused(
         join(tiny_shards, embeddings, extra_texts=4, texts=work / "again")
     copied = tmp_path / "texts"
     embed_lines(work / "lines.txt", tiny_model, copied)
-    sidecar = json.loads((copied / "texts.json").read_text())
-    sidecar["model"] |= {"weights_hash": "another", "spec": "Other"}
-    (copied / "texts.json").write_text(json.dumps(sidecar))
+    edit_sidecar(copied / "texts.json", lambda found: found["model"].update(weights_hash="another", spec="Other"))
     with pytest.raises(ClipcidError, match=r"were embedded by Other, width 32; .* of .*tiny, other weights, width 32"):
         join(tiny_shards, embeddings, extra_texts=4, texts=copied)
     path = copied / "text_emb" / "text_emb_0000.npy"

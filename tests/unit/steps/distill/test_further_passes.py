@@ -14,13 +14,13 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import Masking
 from clipcid_cli.steps.distill.student import load_student
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
 
 
-class Notes(SilentReporter):
+class Notes(Reporter):
     """Keeps what is said."""
 
     def __init__(self) -> None:

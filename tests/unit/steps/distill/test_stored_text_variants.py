@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sidecars import edit_sidecar
 from teaching_data import (
     FP32,
     Listener,
@@ -128,10 +128,7 @@ def test_distill_shows_them_unless_told_not_to(stored: Path, data: Path, tmp_pat
 
 def change_sidecar(folder: Path, copy: Path, **settings: object) -> Path:
     shutil.copytree(folder, copy)
-    sidecar = json.loads((copy / "embed.json").read_text())
-    sidecar["settings"] = {**sidecar["settings"], **settings}
-    del sidecar["outputs"]
-    (copy / "embed.json").write_text(json.dumps(sidecar))
+    edit_sidecar(copy / "embed.json", lambda found: found["settings"].update(settings) or found.pop("outputs"))
     return copy
 
 

@@ -16,7 +16,7 @@ from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.evaluate.batches import BatchDecoder, TaskReader
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, RETRIEVAL, ZeroshotTask
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_held_out_part_is_read_from_the_index_alone(data: Path, tmp_path: Path
     assert 4 < len(expected[0]) < 14
     with open_machine("cpu") as machine, serve(data) as server:
         for spec in (str(data), f"{server.url}/{{0..2}}.tar"):
-            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), machine, 0, SilentReporter())
+            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), machine, 0, Reporter())
             before = server.bytes_sent.total()
             assert read_part(dataset) == expected
         assert server.bytes_sent.total() - before == sum(map(len, expected[1]))

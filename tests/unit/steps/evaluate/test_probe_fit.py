@@ -13,11 +13,11 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.known_datasets import KNOWN_DATASETS
 from clipcid_cli.steps.evaluate.probe_data import choose_metric
 from clipcid_cli.steps.evaluate.probe_fit import LabelledFeatures, ProbeFits
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 
-class Listener(SilentReporter):
+class Listener(Reporter):
     """Keeps warnings."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
 from clipcid_cli.steps.evaluate.model import EvaluatedModel
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 from clipcid_cli.steps.settings.shared import ReadingSettings
@@ -45,7 +45,7 @@ def test_zeroshot_results_are_of_these_images_and_outlive_failures(tiny_model: P
 
     def evaluate(**more: Any) -> dict[str, Any]:
         arguments = {"model": str(tiny_model), "data": (str(data),), "work": tmp_path / "work", "workers": 0}
-        return eval_zeroshot.run(EvalZeroshotSettings(**arguments | {"bootstrap": 20} | more), SilentReporter())
+        return eval_zeroshot.run(EvalZeroshotSettings(**arguments | {"bootstrap": 20} | more), Reporter())
 
     first = evaluate(predictions=True)
     assert evaluate()["reused"]
@@ -85,7 +85,7 @@ def test_captions_that_change_are_other_data(tiny_model: Path, tmp_path: Path) -
         settings = EvalZeroshotSettings(
             model=str(tiny_model), data=(str(tmp_path / "0.tar"),), work=tmp_path / "work", workers=0, bootstrap=0
         )
-        return eval_zeroshot.run(settings, SilentReporter())
+        return eval_zeroshot.run(settings, Reporter())
 
     evaluate(b"a red cat")
     assert evaluate(b"a red cat")["reused"]
@@ -102,7 +102,7 @@ def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: 
         settings = EvalLinearSettings(
             model=str(tiny_model), data=str(data), work=tmp_path / "work", workers=0, shots=shots, shot_repeats=1
         )
-        return eval_linear.run(settings, SilentReporter())
+        return eval_linear.run(settings, Reporter())
 
     curve = probe("1,2")
     before = read_all(tmp_path / "work" / "eval")
@@ -127,12 +127,12 @@ def test_weights_are_told_by_every_byte(tiny_model: Path, tmp_path: Path) -> Non
             file.write(byte)
         with open_machine("cpu") as machine:
             name = ModelName(str(tmp_path), "folder", path=tmp_path)
-            model = EvaluatedModel(name, machine, ReadingSettings(), SilentReporter())
+            model = EvaluatedModel(name, machine, ReadingSettings(), Reporter())
             return model.fingerprints()[1].hash
 
     assert fingerprint(b"a") != fingerprint(b"b")
     # It is the hash that the model itself is known by.
     name = parse_model(str(tiny_model))
     with open_machine("cpu") as machine:
-        model = EvaluatedModel(name, machine, ReadingSettings(), SilentReporter())
+        model = EvaluatedModel(name, machine, ReadingSettings(), Reporter())
         assert model.fingerprints()[1].hash == load_model(name, machine.device).info.weights_hash

@@ -19,7 +19,7 @@ from clipcid_cli.steps.export.check_inputs import CheckInputs, make_check_inputs
 from clipcid_cli.steps.export.classes import Classes, find_candidates
 from clipcid_cli.steps.export.onnx import check_measurable
 from clipcid_cli.steps.export.run import run
-from clipcid_cli.steps.reporting import SilentReporter
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 
 
@@ -39,7 +39,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Listener(SilentReporter):
+class Listener(Reporter):
     """Remembers what was warned of."""
 
     def __init__(self) -> None:
@@ -54,12 +54,12 @@ def collect(
     data: Path,
     names: Sequence[str] | None = None,
     count: int | None = None,
-    reporter: SilentReporter | None = None,
+    reporter: Reporter | None = None,
     bad: float = 0.01,
 ) -> CheckInputs:
     classes = None if names is None else Classes(tuple(names), ("a {c}",))
     settings = ExportSettings(data=str(data), check_images=count, max_bad_fraction=bad)
-    return make_check_inputs(model, settings, classes, reporter or SilentReporter())
+    return make_check_inputs(model, settings, classes, reporter or Reporter())
 
 
 def test_a_loss_over_the_limit_is_an_error_that_says_by_how_much(model: ClipModel, drawings: Path) -> None:
@@ -180,10 +180,10 @@ def test_8_bits_need_names_of_classes_and_enough_images(
     for quantize, said in ((("int8",), "neither captions nor names of classes in .*0.tar"), (("fp16",), None)):
         options = ExportSettings(format=("onnx",), quantize=quantize)
         if said is None:
-            check_measurable(unnamed, options, SilentReporter())
+            check_measurable(unnamed, options, Reporter())
             continue
         with pytest.raises(ClipcidError, match=said) as caught:
-            check_measurable(unnamed, options, SilentReporter())
+            check_measurable(unnamed, options, Reporter())
         assert "--classnames" in caught.value.fix
     # 24 captions: one is 4.17 points. 36 classified images: one is 2.78.
     for data, limit, warned in ((tiny_shards, 0.04, True), (drawings, 0.04, False), (drawings, 0.01, True)):
@@ -200,7 +200,7 @@ def test_an_export_that_is_there_is_held_to_the_limits_asked_for_now(
 ) -> None:
     def export(**changes: Any) -> dict[str, Any]:
         settings = {"model": str(tiny_model), "out": tmp_path / "half", "precision": "fp16", "data": str(drawings)}
-        return run(ExportSettings(**(settings | changes)), SilentReporter())
+        return run(ExportSettings(**(settings | changes)), Reporter())
 
     parity = export()["parity"]
     before = {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()}
