@@ -127,7 +127,9 @@ class _CommandOutput:
 
     def read(self, size: int) -> bytes:
         assert self._process.stdout is not None
-        data: bytes = self._process.stdout.read(min(size, 2**16))  # a pipe holds no more, and all of `size` is allocated
+        data: bytes = self._process.stdout.read(
+            min(size, 2**16)
+        )  # a pipe holds no more, and all of `size` is allocated
         if not data and self._process.wait():
             raise OSError(f"exit {self._process.returncode}")
         return data
