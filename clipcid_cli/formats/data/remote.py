@@ -127,9 +127,8 @@ class _CommandOutput:
 
     def read(self, size: int) -> bytes:
         assert self._process.stdout is not None
-        data: bytes = self._process.stdout.read(
-            min(size, 2**16)
-        )  # a pipe holds no more, and all of `size` is allocated
+        # A pipe holds no more, and as much as is asked for is allocated.
+        data: bytes = self._process.stdout.read(min(size, 2**16))
         if not data and self._process.wait():
             raise OSError(f"exit {self._process.returncode}")
         return data
