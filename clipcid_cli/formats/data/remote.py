@@ -100,7 +100,7 @@ class _RemoteStream(io.RawIOBase):
         try:
             if self._place:
                 self._source.seek(self._place)
-        except (OSError, ValueError):  # a stream: what was read is passed over
+        except ValueError:  # a stream: what was read is passed over
             left = self._place
             while left:
                 passed = len(self._source.read(min(left, _REQUEST)))
@@ -118,24 +118,27 @@ class _RemoteStream(io.RawIOBase):
         super().close()
 
 
-class _CommandOutput(io.RawIOBase):
+class _CommandOutput:
     """What a command writes; its end is an error where the command failed."""
 
     def __init__(self, path: str) -> None:
         # By the shell, as webdataset does.
         self._process = subprocess.Popen(path.removeprefix(_PIPE), shell=True, stdout=subprocess.PIPE, bufsize=0)
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int) -> bytes:
         assert self._process.stdout is not None
-        data: bytes = self._process.stdout.read(size)
+        # A pipe holds no more, and as much as is asked for is allocated.
+        data: bytes = self._process.stdout.read(min(size, 2**16))
         if not data and self._process.wait():
             raise OSError(f"exit {self._process.returncode}")
         return data
 
+    def seek(self, _place: int) -> None:
+        raise io.UnsupportedOperation("what a command wrote has passed")
+
     def close(self) -> None:
         with self._process:
             self._process.terminate()
-        super().close()
 
 
 def read_remote(url: str, offset: int = 0, size: int | None = None) -> bytes:
