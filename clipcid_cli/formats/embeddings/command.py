@@ -40,13 +40,7 @@ def data_command(folder: Path, sidecar: EmbedSidecar | None, data: str | None = 
 
 
 def embed_command(model: str, described: DataSpec | None, data: str | None, **flags: Any) -> str:
-    """Return the command that embeds data with another model.
-
-    Args:
-        described: The data that embeddings record; None where there are none.
-        data: The data; None for that.
-        flags: Flags of the command, and by which `data` is read.
-    """
+    """Return the command that embeds data, or else the data that embeddings record, with another model."""
     named = data or ("DATA" if described is None else described.spec)
     return command_line("embed", named, model=model, **_differing(_flags_of_data(described, data, flags)))
 

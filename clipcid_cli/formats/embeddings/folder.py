@@ -84,14 +84,7 @@ class Embeddings:
         records: Sequence[ShardRecord] = (),
         prefix_keys: bool = False,
     ) -> None:
-        """Take the files that were found.
-
-        Args:
-            parts: Those of each shard.
-            memo: Where hashes are remembered.
-            records: What its manifest records, of a folder of `embed`.
-            prefix_keys: Whether the shard's name goes before each key.
-        """
+        """Take the files of each shard, and of a folder of `embed` what its manifest records."""
         self.folder = folder
         self.sidecar = sidecar
         self.width = parts[0][0][Kind.IMAGES].shape[1]

@@ -48,7 +48,6 @@ class ShardRecord(msgspec.Struct, frozen=True):
         input: Its name and content.
         identity: Hash of what decides its rows: settings, content and name.
         read: Samples listed, usable or not.
-        rows: Samples embedded, n.
         laid_on_white: Images with transparent pixels, which were shown on white.
         files: Of each kind of rows, and of the metadata.
     """
@@ -78,11 +77,7 @@ def write_manifest(folder: Path, records: Sequence[ShardRecord]) -> None:
 
 
 def read_manifest(folder: Path, fix: str) -> list[ShardRecord]:
-    """Read the manifest of a folder.
-
-    Args:
-        fix: What to do where it cannot be read.
-    """
+    """Read the manifest of a folder."""
     rows = read_rows(folder / MANIFEST, fix)
     with reading(folder / MANIFEST, "a manifest of embeddings", fix):
         for row in rows:
@@ -105,12 +100,7 @@ def all_files(records: Iterable[ShardRecord]) -> list[FileRecord]:
 
 
 def open_recorded(folder: Path, memo: Memo, fix: str) -> tuple[list[ShardRecord], list[dict[Kind, RowFile]]]:
-    """Read the manifest of a folder, and find the rows of each shard by kind.
-
-    Args:
-        memo: Where hashes are remembered.
-        fix: What to do where a file is not the one that was written.
-    """
+    """Read the manifest of a folder, and find the rows of each shard by kind; refuse files other than were written."""
     records = read_manifest(folder, fix)
     # Looked at before they are compared: what is replaced in between is refused where it is mapped.
     stamps = _look_at_files(folder, records, fix)
@@ -122,7 +112,7 @@ def open_recorded(folder: Path, memo: Memo, fix: str) -> tuple[list[ShardRecord]
 
 
 def refuse_replaced(folder: Path, records: Iterable[ShardRecord], memo: Memo, fix: str) -> None:
-    """Refuse files that were replaced or removed since the manifest was written; arguments as of `open_recorded`."""
+    """Refuse files that were replaced or removed since the manifest was written."""
     refuse_changed(folder, all_files(records), folder / MANIFEST, fix, memo)
 
 
@@ -170,7 +160,8 @@ def _describe_rows(
 
 def _shapes_of_a_sample(records: Sequence[ShardRecord]) -> dict[Kind, tuple[int, ...]]:
     """Return the shape of a sample's rows by kind, which all shards have in common: (D,), or (V, D)."""
-    whole = max(records, key=lambda record: record.rows)  # `embed` keeps no folder without a row
+    # `embed` keeps no folder without a row.
+    whole = next((record for record in records if record.rows), records[0])
     values = {kind: _count_values(kind, whole.files[kind]) // whole.rows for kind in Kind if kind in whole.files}
     width = values.get(Kind.IMAGES) or values[Kind.TEXTS]
     shapes: dict[Kind, tuple[int, ...]] = dict.fromkeys((Kind.IMAGES, Kind.TEXTS, Kind.FURTHER), (width,))
@@ -188,12 +179,7 @@ def _count_values(kind: Kind, file: FileRecord) -> int:
 
 
 def record_together(path: str, contents: Iterable[FileRecord]) -> FileRecord:
-    """Describe several files as one input: their size in all, and one hash over sizes and hashes.
-
-    Args:
-        path: What they are called together.
-        contents: The files, in order.
-    """
+    """Describe several files, in order, as one input: their size in all, and one hash over sizes and hashes."""
     size = 0
     digest = hashlib.blake2b(digest_size=16)
     for each in contents:

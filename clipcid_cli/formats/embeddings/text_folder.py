@@ -97,11 +97,7 @@ class EmbeddedTexts:
 
 
 def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
-    """Open a folder that `embed --texts` finished.
-
-    Args:
-        model: Which model should have embedded them, where that is known.
-    """
+    """Open a folder that `embed --texts` finished with a model, where that is known."""
     path = sidecar_path(folder, TEXTS)
     sidecar = read_sidecar(path, TextsSidecar, _remake(folder))
     if sidecar is None:

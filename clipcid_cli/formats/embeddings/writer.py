@@ -33,12 +33,9 @@ class ShardRows:
 
     Attributes:
         read: Samples listed, usable or not.
-        skipped: Samples that could not be used.
         laid_on_white: Images with transparent pixels, which were shown on white.
-        keys: Of the n samples.
-        captions: Their first captions, empty where there is none.
-        counts: Their numbers of captions; None where none has several.
-        rows: By kind, see `kinds`.
+        captions: The first of each sample, empty where there is none.
+        counts: Numbers of captions; None where no sample has several.
     """
 
     read: int
@@ -54,13 +51,7 @@ class EmbeddingWriter:
     """Writer of the shards of one folder, each followed by its record, which makes it count as finished."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], inputs: Sequence[FileRecord]) -> None:
-        """Prepare to write.
-
-        Args:
-            folder: Where the files go; of an earlier run of the same shards, or of fewer, it has some already.
-            settings: Those that decide the rows, as JSON values.
-            inputs: The shards, with their names.
-        """
+        """Prepare to write shards, whose rows these settings decide."""
         self.folder = folder
         self._inputs = inputs
         self._identities = [identity_of(settings, [each]) for each in inputs]
@@ -104,11 +95,7 @@ class EmbeddingWriter:
         return record if find_changed(self.folder, record.files.values(), path) is None else None
 
     def take(self, folder: Path, records: Sequence[ShardRecord]) -> None:
-        """Take the shards over that a finished folder of fewer shards has, whatever their numbers there.
-
-        Args:
-            records: The manifest of that folder. Shards whose files are not those that it records are left.
-        """
+        """Take over the shards of a finished folder, whatever their numbers there, whose files are those it records."""
         there = {record.identity: record for record in records}
         for number, identity in enumerate(self._identities):
             earlier = there.get(identity)

@@ -34,11 +34,7 @@ def write_row_files(path: Path, files: Sequence[RowFile]) -> None:
 
 
 def read_row_files(path: Path, fix: str) -> list[RowFile]:
-    """Read the files.
-
-    Args:
-        fix: What to do where they cannot be read.
-    """
+    """Read the files."""
     rows = read_rows(path, fix)
     with reading(path, "a list of files of embeddings", fix):
         return msgspec.convert(rows, list[RowFile])

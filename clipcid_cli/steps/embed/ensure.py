@@ -30,7 +30,6 @@ def ensure_embeddings(
     """Find the embeddings another step needs in its work directory, and make them where they are missing.
 
     Args:
-        data: The data; None for that of the embeddings in the work directory.
         text: Whether text embeddings are needed; None makes them where the data has captions.
 
     Returns:
