@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import filecmp
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -119,11 +118,8 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON; NaN and infinities are refused since JSON has none."""
-    try:
-        text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:  # the name of a file that is not UTF-8: escaped, it is read back as it is
-        text = json.dumps(value, indent=2, allow_nan=False).encode("ascii")
-    write_bytes(path, text + b"\n")
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # JSON's escape too, of a name that is not UTF-8
 
 
 def write_npy(path: Path, array: np.ndarray[Any, Any]) -> None:
@@ -142,9 +138,7 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 
 def pack_csv(frame: pd.DataFrame, header: bool = True) -> bytes:
     """Return a frame as comma-separated text without its index, UTF-8."""
-    text = io.StringIO()
-    frame.to_csv(text, index=False, header=header, lineterminator="\n")
-    return text.getvalue().encode("utf-8")
+    return frame.to_csv(index=False, header=header, lineterminator="\n").encode("utf-8")
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:

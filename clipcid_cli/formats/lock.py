@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -24,16 +24,9 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[int]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = is_at(descriptor, path)  # else it was removed or renamed before it was held
+            with suppress(FileNotFoundError):  # removed or renamed before it was held
+                held = os.path.samestat(os.fstat(descriptor), path.stat())
             if held:
                 yield descriptor
         finally:
             os.close(descriptor)
-
-
-def is_at(descriptor: int, path: Path) -> bool:
-    """Tell whether an open file still has the name it was opened by."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

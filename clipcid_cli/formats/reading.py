@@ -48,22 +48,16 @@ def reading(path: Path, expected: str, fix: str) -> Iterator[None]:
         expected: What the file should be, with its article: "a parquet file".
         fix: What to do about it.
     """
-    with _naming(path, expected, fix):
-        open_regular(path).close()
+    with reading_from(path, expected, fix):
         yield
 
 
 @contextmanager
 def reading_from(path: Path, expected: str, fix: str) -> Iterator[IO[bytes]]:
     """Open `path` for reading, unbuffered; arguments and errors as `reading`'s."""
-    with _naming(path, expected, fix), open_regular(path) as file:
-        yield file
-
-
-@contextmanager
-def _naming(path: Path, expected: str, fix: str) -> Iterator[None]:
     try:
-        yield
+        with open_regular(path) as file:
+            yield file
     except ClipcidError:
         raise
     except OSError as error:
