@@ -154,7 +154,7 @@ def open_dataset(
 def _estimate_samples(shard: Shard) -> int:
     if is_pipe(shard.file):
         return _SAMPLES_OF_COMMAND
-    if shard.rows is not None:
+    if not is_url(shard.file):
         return len(shard.samples())
     first = list(islice(shard.stream(), _PROBED))
     if len(first) < _PROBED:
