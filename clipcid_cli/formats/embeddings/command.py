@@ -31,7 +31,7 @@ def data_command(folder: Path, sidecar: EmbedSidecar | None, data: str | None = 
         more: Flags in which the new ones differ, and by which `data` is read.
     """
     if sidecar is None:
-        return embed_command("MODEL", None, data, **more)
+        return embed_command(**{"model": "MODEL", "described": None, "data": data, **more})
     recorded = (*DEFAULTS, "precision", "batch_size")
     made = {name: sidecar.settings[name] for name in recorded if name in sidecar.settings}
     settings = {"model": sidecar.model.spec} | made | _flags_of_data(sidecar.data, data, more)

@@ -36,10 +36,10 @@ def test_the_first_process_holds_at_most_128_bytes_a_row(
     tmp_path: Path, neighbors: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call: dict[str, Any] = {"neighbors": neighbors}
+    # Of larger data these are buffers of fixed size.
+    monkeypatch.setattr(keep_list, "ROWS_AT_ONCE", 2**11)
+    monkeypatch.setattr(arrays, "_STRINGS_AT_ONCE", 2**11)
     if neighbors == "exact":  # with all that is dropped first, which holds more
-        # Of larger data these are buffers of fixed size.
-        monkeypatch.setattr(keep_list, "ROWS_AT_ONCE", 2**11)
-        monkeypatch.setattr(arrays, "_STRINGS_AT_ONCE", 2**11)
         near = str(write_embeddings(tmp_path / "r", make_rows(500, 8, seed=2)))
         call |= {"against": (near, near), "against_threshold": 0.3, "min_caption_similarity": -0.5, "texts": True}
     # What the first run imports is traced, too.
