@@ -164,12 +164,12 @@ def _look_at(folder: Path, records: Collection[FileRecord]) -> dict[str, tuple[i
     found: dict[str, tuple[int, int]] = {}
     if len(records) <= _FEW_FILES:
         for each in records:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # missing, or its name is none
                 stat = os.stat(folder / each.path)
                 found[each.path] = (stat.st_size, stat.st_mtime_ns)
         return found
     for parent in {os.path.dirname(each.path) for each in records}:
-        with suppress(OSError), os.scandir(folder / parent) as entries:
+        with suppress(OSError, ValueError), os.scandir(folder / parent) as entries:
             for entry in entries:
                 with suppress(OSError):  # a link that leads nowhere
                     stat = entry.stat()

@@ -107,8 +107,10 @@ class Output(Generic[Kind]):
         with suppress(ClipcidError):  # of an earlier version, or damaged
             old = read_sidecar(earlier, self.kind)
             for name in set() if old is None else old.files(self.folder) - new.files(self.work):
-                with suppress(OSError):
-                    (self.folder / name).unlink()
+                path = Path(os.path.normpath(self.folder / name))
+                with suppress(OSError, ValueError):  # of a name that is none
+                    if path.is_relative_to(os.path.normpath(self.top)):  # an edited sidecar names what it likes
+                        path.unlink()
         try:
             earlier.unlink(missing_ok=True)
         except OSError as error:

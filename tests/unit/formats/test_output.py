@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sidecars import edit_sidecar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
@@ -125,6 +126,23 @@ def test_an_output_stays_whole_until_the_one_that_replaces_it_is_complete(tmp_pa
         finish(output, a="new")
     assert left(tmp_path) == {"balance.json", "a"}
     assert (tmp_path / "a").read_text() == "new"
+
+
+def test_an_edited_sidecar_removes_nothing_of_others(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("not the step's")
+    with open_it(tmp_path / "out") as output:
+        finish(output, a="old", b="old")
+
+    def rename(content: dict[str, Any]) -> None:
+        for entry, name in zip(content["outputs"], ("\0", "../mine"), strict=True):
+            entry["path"] = name
+
+    edit_sidecar(tmp_path / "out" / "balance.json", rename)
+    with pytest.raises(ClipcidError, match="is missing"):
+        open_it(tmp_path / "out").__enter__()
+    with open_it(tmp_path / "out", OTHER, overwrite=True) as output:
+        finish(output, a="new")
+    assert left(tmp_path) == {"mine", "out"}
 
 
 def test_overwrite_removes_the_unfinished_work_of_others_once_it_starts(tmp_path: Path) -> None:
