@@ -175,14 +175,17 @@ def _find_samples(
     folder = matched_folder(dataset.index_folder, identity)
     wanted: dict[str, Any] = {"settings": {"matched": folder.name}, "inputs": [], "overwrite": True}
     matched = find_output(folder, STEP, Sidecar, **wanted).finished
-    if matched is None:
+    if matched is None or (scratch is None and any(folder.glob(f".{STEP}-*"))):  # what a killed run left
         if scratch is not None:
             folder = matched_folder(scratch, identity)
         with lock_index(folder.parent):
             matched = find_output(folder, STEP, Sidecar, **wanted).finished  # another run may just have made it
             if matched is None:
                 shutil.rmtree(folder, ignore_errors=True)  # damaged, or begun by a run that was killed
-                with open_output(folder, STEP, Sidecar, **wanted) as output:
+            with open_output(
+                folder, STEP, Sidecar, **wanted
+            ) as output:  # which removes what is left beside a finished one
+                if matched is None:
                     output.start()
                     found = match_samples(dataset, sources, settings.val_fraction, output.work, reporter)
                     outputs = [record(path, output.work) for path in sorted(output.work.glob("*.npy"))]
