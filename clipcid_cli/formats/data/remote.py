@@ -28,7 +28,7 @@ _REQUEST = 2**23
 _LASTING = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)
 _LASTING_STATUSES = set(range(400, 500)) - {408, 425, 429}  # timeouts and "too many requests" pass
 
-# What servers call that which changes with a file's content (HTTP, S3, GCS, Azure, Hugging Face), the surest first.
+# The headers by which servers version a file (HTTP, S3, GCS, Azure, Hugging Face), the surest first.
 _VERSIONS = (
     *("etag", "md5hash", "content-md5", "digest", "blob_id", "crc32c"),
     *("lastmodified", "last-modified", "last_modified", "mtime"),

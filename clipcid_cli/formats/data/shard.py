@@ -15,7 +15,7 @@ from clipcid_cli.formats.skips import Skips
 
 
 class Rows(ABC):
-    """What names samples that are in no tar: a folder of images, a list, a file of texts; in slices, small when pickled."""
+    """Samples that are not in a tar: a folder of images, a list, a file of texts; in slices, small when pickled."""
 
     total: int | None = None
     """Number of samples, where that is known without reading them."""

@@ -253,7 +253,7 @@ def _open(path: str) -> Iterator[Any]:
 
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """Whatever the system refuses within the block becomes one error."""
+    """Turn any OSError inside the block into one error that names the tar."""
     try:
         yield
     except OSError as error:
