@@ -71,7 +71,9 @@ SCENES: dict[str, tuple[Scene, ...]] = {
         Scene("bad data: a tar that ends too early", "clipcid embed broken --model teacher --work bad", exact=True),
         Scene("bad data: not images", "clipcid embed photos --model teacher --no-text --work bad"),
         Scene("dry run", "clipcid embed pairs --model teacher --dry-run"),
-        Scene("interrupted", "clipcid embed pairs --model teacher", interrupt_at=f"{_EMBEDDINGS}/.embed-*/.shards/*0.json"),
+        Scene(
+            "interrupted", "clipcid embed pairs --model teacher", interrupt_at=f"{_EMBEDDINGS}/.embed-*/.shards/*0.json"
+        ),
         Scene("resumed, result", "clipcid embed pairs --model teacher"),
         Scene("result, to a file", "clipcid embed pairs --model teacher --work again 2> embed.log"),
         Scene("nothing to do", "clipcid embed pairs --model teacher"),
