@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -40,30 +41,29 @@ def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
         return None
 
 
-def create_mapped(path: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:
+def create_mapped(place: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:
     """Create a file and map it as an array of zeros, [*shape]; an array without elements has no file.
 
     Its blocks are reserved first: where the disk is full, writing to a mapped file without them kills the process (SIGBUS).
+
+    Args:
+        place: The file; or a folder, in which the file has no name and lasts as long as the array.
     """
-    if not all(shape):
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
         return np.empty(shape, dtype)
+    unnamed = place.is_dir()
     try:
-        with path.open("w+b") as file:
-            return _map(file, dtype, shape)
+        with TemporaryFile(dir=place) if unnamed else place.open("w+b") as file:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            return np.memmap(file, dtype, "r+", shape=shape)
     except OSError as error:
-        path.unlink(missing_ok=True)
-        raise write_error(path, error) from error
-
-
-def create_unnamed(folder: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:
-    """Create an array as `create_mapped` does, in a file without a name, which lasts as long as the array."""
-    if not all(shape):
-        return np.empty(shape, dtype)
-    try:
-        with TemporaryFile(dir=folder) as file:
-            return _map(file, dtype, shape)
-    except OSError as error:
-        raise write_error(folder, error) from error
+        if not unnamed:
+            place.unlink(missing_ok=True)
+        raise write_error(place, error) from error
 
 
 def spool_arrays(folder: Path, dtypes: Sequence[Any], parts: Iterable[Sequence[npt.NDArray[Any]]]) -> Arrays:
@@ -112,12 +112,3 @@ def map_strings(folder: Path, chunks: Iterable[pa.Array]) -> pa.LargeStringArray
 def _map_written(file: IO[bytes], dtype: Any) -> npt.NDArray[Any]:
     file.flush()
     return np.memmap(file, dtype, "r") if os.fstat(file.fileno()).st_size else np.empty(0, dtype)
-
-
-def _map(file: IO[bytes], dtype: np.dtype[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:
-    size = int(np.prod(shape)) * dtype.itemsize
-    if hasattr(os, "posix_fallocate"):  # not on macOS
-        os.posix_fallocate(file.fileno(), 0, size)
-    else:
-        file.truncate(size)
-    return np.memmap(file, dtype, "r+", shape=shape)

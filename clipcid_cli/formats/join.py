@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import create_unnamed
+from clipcid_cli.formats.arrays import create_mapped
 from clipcid_cli.formats.atomic import write_error
 from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.parquet import is_text
@@ -98,7 +98,7 @@ def join(keys: Keys, count: int, listing: Listing, folder: Path | None) -> Value
         values: Values = np.empty(shape, np.int64)
     else:
         with _scratch_folder(folder) as scratch:  # the file has no name there, and stays mapped
-            values = create_unnamed(scratch, np.dtype(np.int64), shape)
+            values = create_mapped(scratch, np.dtype(np.int64), shape)
     if not _match_in_step(keys, values, listing):
         _match_in_any_order(keys, values, listing, folder)
     return values

@@ -26,7 +26,15 @@ from clipcid_cli.formats.atomic import write_error, write_json
 from clipcid_cli.formats.fingerprint import FileRecord, find_changed, identity_of
 from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.reading import reading
-from clipcid_cli.formats.sidecar import Kind, Run, make_sidecar, read_sidecar, sidecar_path, write_sidecar
+from clipcid_cli.formats.sidecar import (
+    AnySidecar,
+    Run,
+    Sidecar,
+    make_sidecar,
+    read_sidecar,
+    sidecar_path,
+    write_sidecar,
+)
 
 WORK_OR_OUT = "--work, or --out where the command has it"
 
@@ -35,7 +43,7 @@ _TOLD = 8
 
 
 @dataclasses.dataclass
-class Output(Generic[Kind]):
+class Output(Generic[AnySidecar]):
     """A locked output.
 
     Attributes:
@@ -51,10 +59,10 @@ class Output(Generic[Kind]):
     top: Path
     root: Path
     step: str
-    kind: type[Kind]
+    kind: type[AnySidecar]
     run: Run
-    finished: Kind | None = None
-    earlier: Kind | None = None
+    finished: AnySidecar | None = None
+    earlier: AnySidecar | None = None
     begun: Path | None = None
 
     @property
@@ -88,7 +96,7 @@ class Output(Generic[Kind]):
             raise write_error(self.root, error) from error
         write_json(self.root / _RUN, msgspec.to_builtins(self.run))
 
-    def commit(self, **entries: Any) -> Kind:
+    def commit(self, **entries: Any) -> AnySidecar:
         """Write the sidecar with these entries, which makes the output complete, and move everything to its place."""
         sidecar = make_sidecar(self.kind, self.step, self.run, entries)
         write_sidecar(sidecar_path(self.work, self.step), sidecar)
@@ -101,7 +109,8 @@ class Output(Generic[Kind]):
 
     def place(self) -> None:
         """Move the files of a complete output to their places; also where a killed run has begun to."""
-        earlier, complete = sidecar_path(self.folder, self.step), sidecar_path(self.work, self.step)
+        earlier = sidecar_path(self.folder, self.step)
+        complete = sidecar_path(self.work, self.step)
         new = read_sidecar(complete, self.kind)
         assert new is not None, "the output is complete"
         with suppress(ClipcidError):  # of an earlier version, or damaged
@@ -142,8 +151,8 @@ def _rename(source: Path, target: Path) -> None:
 
 @contextmanager
 def open_output(
-    folder: Path, step: str, kind: type[Kind], *, top: Path | None = None, resumes: bool = True, **wanted: Any
-) -> Iterator[Output[Kind]]:
+    folder: Path, step: str, kind: type[AnySidecar], *, top: Path | None = None, resumes: bool = True, **wanted: Any
+) -> Iterator[Output[AnySidecar]]:
     """Lock an output and determine whether it is finished, unfinished or new; the arguments are those of `find_output`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,17 +180,16 @@ def open_output(
 def find_output(
     folder: Path,
     step: str,
-    kind: type[Kind],
+    kind: type[AnySidecar],
     *,
     settings: dict[str, Any],
     inputs: Sequence[FileRecord],
     overwrite: bool,
     may_differ: Collection[str] = (),
-    may_grow: bool = False,
     resumes: bool = True,
     elsewhere: str = WORK_OR_OUT,
     top: Path | None = None,
-) -> Output[Kind]:
+) -> Output[AnySidecar]:
     """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks.
 
     Args:
@@ -189,7 +197,6 @@ def find_output(
         kind: The type of its sidecar.
         overwrite: Treat an output of other settings or inputs as missing.
         may_differ: Settings, and ``inputs``, in which an existing output may differ without an error.
-        may_grow: Whether inputs may have been added without an error.
         resumes: Whether the step continues from unfinished work.
         elsewhere: The flags that choose another place, for the error.
         top: A folder above `folder`, where further files of the output lie.
@@ -201,17 +208,16 @@ def find_output(
     begun = root in works
     lenient = suppress(ClipcidError) if overwrite else nullcontext()  # what is replaced need not be readable
 
-    path, existing = sidecar_path(folder, step), None
+    path = sidecar_path(folder, step)
+    existing = None
     with lenient:
         fix = f"Add --overwrite to make the output again, or write elsewhere ({elsewhere})."
         existing = read_sidecar(path, kind, fix)
     if existing is not None:
-        differences, serious = _compare(existing, run, may_differ, may_grow)
+        differences, serious = _compare(existing, run, may_differ)
         if serious and not (overwrite or begun):
-            raise _refusal(f"{folder} holds {step} output", serious, elsewhere)
-        # A step that does not resume makes a removed file again.
-        there = [each for each in existing.outputs if resumes or (folder / each.path).exists()]
-        changed = None if differences else find_changed(folder, there, path)
+            raise other_run_error(f"{folder} holds {step} output", serious, elsewhere)
+        changed = None if differences else _find_changed(existing, folder, path, resumes)
         if changed is not None and not (overwrite or begun):
             raise ClipcidError(changed, "Add --overwrite to make it again.")
         if not differences and changed is None:
@@ -225,11 +231,21 @@ def find_output(
         with lenient:
             other = _read_run(work)
         if other is not None:
-            _, serious = _compare(other, run, may_differ, may_grow)
+            _, serious = _compare(other, run, may_differ)
             if serious and not overwrite:
-                raise _refusal(f"{folder} holds unfinished {step} output", serious, elsewhere)
+                raise other_run_error(f"{folder} holds unfinished {step} output", serious, elsewhere)
             output.begun = output.begun or (None if serious else work)
     return output
+
+
+def _find_changed(sidecar: Sidecar, folder: Path, path: Path, resumes: bool) -> str | None:
+    """Find the first file of an output that was changed since; return what is wrong, a sentence."""
+    try:
+        recorded = sidecar.records(folder)
+    except ClipcidError as error:
+        return error.message
+    # A step that does not resume makes a removed file again.
+    return find_changed(folder, [each for each in recorded if resumes or (folder / each.path).exists()], path)
 
 
 def unfinished(folder: Path, step: str) -> Run | None:
@@ -253,7 +269,13 @@ def _read_run(work: Path) -> Run | None:
         return msgspec.convert(json.loads((work / _RUN).read_bytes()), Run)
 
 
-def _refusal(holds: str, serious: dict[str, str], elsewhere: str) -> ClipcidError:
+def other_run_error(holds: str, serious: dict[str, str], elsewhere: str = WORK_OR_OUT) -> ClipcidError:
+    """Return the error for what is there of other settings or inputs.
+
+    Args:
+        holds: What is there, and where.
+        serious: How it differs, by the name of each setting and input.
+    """
     told = [f"  {name}: {difference}" for name, difference in serious.items()]
     told[_TOLD:] = [f"  … and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
     return ClipcidError(
@@ -262,16 +284,13 @@ def _refusal(holds: str, serious: dict[str, str], elsewhere: str) -> ClipcidErro
     )
 
 
-def _compare(
-    there: Run, now: Run, may_differ: Collection[str], may_grow: bool
-) -> tuple[dict[str, str], dict[str, str]]:
+def _compare(there: Run, now: Run, may_differ: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return all differences of two runs, and those that are errors."""
     differences = _list_differences(there, now)
-    inputs_may = "inputs" in may_differ or (may_grow and _are_among(there.inputs, now.inputs))
     serious = {
         name: told
         for name, told in differences.items()
-        if not (inputs_may if name.startswith("input") else name.split(".")[1] in may_differ)
+        if ("inputs" if name.startswith("input") else name.split(".")[1]) not in may_differ
     }
     return differences, serious
 
@@ -313,12 +332,6 @@ def _compare_values(name: str, old: Any, new: Any) -> dict[str, str]:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "…"
-
-
-def _are_among(earlier: Sequence[FileRecord], now: Sequence[FileRecord]) -> bool:
-    """Tell whether all inputs are still there, in the same order, whatever lies between them."""
-    rest = iter([each.content for each in now])
-    return all(each.content in rest for each in earlier)
 
 
 @contextmanager

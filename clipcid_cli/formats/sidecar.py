@@ -21,7 +21,7 @@ from clipcid_cli.formats.reading import reading
 
 FORMAT_VERSION = 2
 
-Kind = TypeVar("Kind", bound="Sidecar")
+AnySidecar = TypeVar("AnySidecar", bound="Sidecar")
 
 
 class Run(msgspec.Struct, kw_only=True):
@@ -48,9 +48,13 @@ class Sidecar(Run, kw_only=True):
     counts: dict[str, Any]
     seconds: dict[str, int | float]
 
+    def records(self, folder: Path) -> list[FileRecord]:
+        """Return what is recorded of the files, whose paths are relative to the sidecar's `folder`."""
+        return self.outputs
+
     def files(self, folder: Path) -> set[str]:
-        """Return the files that a later output, where it lacks them, removes; relative to the sidecar's `folder`."""
-        return {each.path for each in self.outputs}
+        """Return the files that a later output, where it lacks them, removes."""
+        return {each.path for each in self.records(folder)}
 
 
 class DataSpec(msgspec.Struct):
@@ -104,15 +108,16 @@ class RowsSidecar(Sidecar, kw_only=True):
 
     model: ModelRecord
 
-    def files(self, folder: Path) -> set[str]:
-        """Return the files of the manifest too."""
+    def records(self, folder: Path) -> list[FileRecord]:
+        """Return what is recorded of the files of the manifest too."""
         from clipcid_cli.formats.parquet import read_rows  # few commands need it
 
-        path, fix = folder / "manifest.parquet", "Make the embeddings again."
+        path = folder / "manifest.parquet"
+        fix = "Make the embeddings again."
         shards = read_rows(path, fix, ["files"])
         with reading(path, "a manifest of embeddings", fix):
-            recorded = {file["path"] for shard in shards for file in shard["files"].values() if file is not None}
-        return super().files(folder) | recorded
+            found = [file for shard in shards for file in shard["files"].values() if file is not None]
+            return self.outputs + msgspec.convert(found, list[FileRecord])
 
 
 class EmbedSidecar(RowsSidecar, kw_only=True):
@@ -248,7 +253,7 @@ def sidecar_path(folder: Path, step: str) -> Path:
     return folder / f"{step}.json"
 
 
-def read_sidecar(path: Path, kind: type[Kind], fix: str | None = None) -> Kind | None:
+def read_sidecar(path: Path, kind: type[AnySidecar], fix: str | None = None) -> AnySidecar | None:
     """Read a sidecar; None when there is none.
 
     Args:
@@ -286,7 +291,7 @@ def seal(content: dict[str, Any]) -> dict[str, Any]:
     return plain | {"checksum": f"blake2b:{digest.hexdigest()}"}
 
 
-def make_sidecar(kind: type[Kind], step: str, run: Run, entries: dict[str, Any]) -> Kind:
+def make_sidecar(kind: type[AnySidecar], step: str, run: Run, entries: dict[str, Any]) -> AnySidecar:
     """Return the sidecar of a run, as `read_sidecar` will."""
     content = {"format_version": FORMAT_VERSION, "tool": "clipcid", "tool_version": __version__, "step": step}
     seconds = {phase: round(value, 3) for phase, value in entries["seconds"].items()}

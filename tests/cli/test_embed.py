@@ -120,6 +120,19 @@ def test_a_finished_output_is_kept_and_a_different_one_refused(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.parametrize("file", ["rows.npy", "img_emb/img_emb_0000.npy", "a.npz", "inner/a.npz"])
+def test_embeddings_of_another_tool_are_never_mixed_with_ones_of_ours(
+    clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path, file: str
+) -> None:
+    path = tmp_path / "out" / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    run = clipcid("embed", tiny_shards, "--model", tiny_model, "--out", "out", "--overwrite", check=False)
+    assert run.returncode == 1
+    assert f"Error: out contains embeddings that clipcid did not write, such as out/{file}.\n" in run.stderr
+    assert [found for found in (tmp_path / "out").rglob("*") if found.is_file()] == [path]
+
+
 def test_overwriting_replaces_all(clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     clipcid("embed", tiny_shards, "--model", tiny_model, "--out", out)

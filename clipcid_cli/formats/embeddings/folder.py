@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.embeddings.command import data_command, remake
 from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
-from clipcid_cli.formats.embeddings.layouts import AGAIN, Part, find_parts
+from clipcid_cli.formats.embeddings.layouts import AGAIN, EmbeddingFile, find_files
 from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, record_together, refuse_replaced
 from clipcid_cli.formats.embeddings.row_files import RowFile, find_npy
 from clipcid_cli.formats.embeddings.rows import Rows
@@ -29,6 +30,8 @@ from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
 from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
+
+__all__ = ["EmbeddingFile", "Embeddings", "has_usable_row", "open_embeddings", "read_embed_sidecar"]
 
 MAX_UNPACKED = 4 * 2**30
 """Limit on the memory of each process for compressed arrays, all files together."""
@@ -39,31 +42,6 @@ _REMAKE = (
     "Give the command that made it again, with --overwrite; or copy the rows to another folder, without embed.json, and "
     "name that one."
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EmbeddingFile:
-    """The files of one shard.
-
-    Attributes:
-        parts: Its rows by kind; images are always among them.
-        metadata: parquet of keys and captions; None where there is none.
-        first: Number of its first row among all rows.
-    """
-
-    parts: dict[Kind, RowFile]
-    metadata: Path | None
-    first: int
-
-    @property
-    def rows(self) -> int:
-        """Number of its rows."""
-        return self.parts[Kind.IMAGES].shape[0]
-
-    @property
-    def name(self) -> str:
-        """Name of the file without its suffix, used as the shard's where another tool did not record it."""
-        return self.parts[Kind.IMAGES].path.stem
 
 
 class Embeddings:
@@ -78,7 +56,7 @@ class Embeddings:
     def __init__(
         self,
         folder: Path,
-        parts: Sequence[Part],
+        files: Sequence[EmbeddingFile],
         sidecar: EmbedSidecar | None,
         memo: Memo,
         records: Sequence[ShardRecord] = (),
@@ -87,18 +65,15 @@ class Embeddings:
         """Take the files of each shard, and of a folder of `embed` what its manifest records."""
         self.folder = folder
         self.sidecar = sidecar
-        self.width = parts[0][0][Kind.IMAGES].shape[1]
-        self.kinds = frozenset(kind for rows, _ in parts for kind in rows)
-        files, first = list[EmbeddingFile](), 0
-        for rows, metadata in parts:
-            files.append(EmbeddingFile(rows, metadata, first))
-            first += files[-1].rows
-        if not first:
+        self.width = files[0].parts[Kind.IMAGES].shape[1]
+        self.kinds = frozenset(kind for file in files for kind in file.parts)
+        firsts = [0, *accumulate(file.rows for file in files)]
+        self.num_rows = firsts.pop()
+        if not self.num_rows:
             raise ClipcidError(
-                f"{folder} contains {len(parts)} files of embeddings, all without rows.", "Make them again."
+                f"{folder} contains {len(files)} files of embeddings, all without rows.", "Make them again."
             )
-        self.files = tuple(files)
-        self.num_rows = first
+        self.files = tuple(dataclasses.replace(file, first=first) for file, first in zip(files, firsts, strict=True))
         self._memo = memo
         self._records = records
         self._prefix_keys = prefix_keys
@@ -296,9 +271,10 @@ def open_embeddings(
             raise ClipcidError(
                 f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
             )
-        return Embeddings(folder, find_parts(folder, npz_array), None, Memo(cache), prefix_keys=keys == "shard")
-    memo, fix = Memo(cache), remake(folder, sidecar)
+        return Embeddings(folder, find_files(folder, npz_array), None, Memo(cache), prefix_keys=keys == "shard")
+    memo = Memo(cache)
+    fix = remake(folder, sidecar)
     refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "embed"), fix, memo)
     records, rows = open_recorded(folder, memo, fix)
     metadata = (folder / record.files[METADATA].path for record in records)
-    return Embeddings(folder, list(zip(rows, metadata, strict=True)), sidecar, memo, records)
+    return Embeddings(folder, list(map(EmbeddingFile, rows, metadata)), sidecar, memo, records)

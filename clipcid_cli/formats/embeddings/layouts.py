@@ -11,6 +11,7 @@ The forms are:
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
@@ -29,15 +30,39 @@ _DIGITS = re.compile(r"(\d+)$")
 _SEPARATE = "Keep embeddings of different models in separate folders."
 _PARAMS = (16, 34)  # numbers of a view, without and with mixed ones
 
-Part = tuple[dict[Kind, RowFile], Path | None]  # rows of one shard, and its metadata
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EmbeddingFile:
+    """The files of one shard.
+
+    Attributes:
+        parts: Its rows by kind; images are always among them.
+        metadata: parquet of keys and captions; None where there is none.
+        first: Number of its first row among those of all shards.
+    """
+
+    parts: dict[Kind, RowFile]
+    metadata: Path | None
+    first: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Number of its rows."""
+        return self.parts[Kind.IMAGES].shape[0]
+
+    @property
+    def name(self) -> str:
+        """Name of the file without its suffix, used as the shard's where another tool did not record it."""
+        return self.parts[Kind.IMAGES].path.stem
 
 
-def holds_rows(folder: Path) -> bool:
-    """Tell whether a folder has files of embeddings, of whichever tool."""
-    return (folder / Kind.IMAGES).exists() or bool(_list(folder, ".npy") or _list_archives(folder))
+def find_rows(folder: Path) -> Path | None:
+    """Return the first file of embeddings in a folder, of whichever tool; None where there is none."""
+    arrays = (path for place in (*Kind, "") for path in _list(folder / place, ".npy"))
+    return next(arrays, None) or next(iter(_list_archives(folder)), None)
 
 
-def find_parts(folder: Path, npz_array: str | None) -> list[Part]:
+def find_files(folder: Path, npz_array: str | None) -> list[EmbeddingFile]:
     """Find the files of each shard, in natural order of names, and check that they fit together.
 
     Args:
@@ -47,9 +72,9 @@ def find_parts(folder: Path, npz_array: str | None) -> list[Part]:
     images = _list(inside if inside.is_dir() else folder, ".npy")
     archives = _list_archives(folder)
     if images and npz_array is None:
-        parts = _pair_by_number(folder, images)
+        files = _pair_by_number(folder, images)
     elif archives:
-        parts = _pair_by_name(archives, npz_array)
+        files = _pair_by_name(archives, npz_array)
     elif images:
         raise ClipcidError(f"{folder} contains no .npz, so there is no array {npz_array}.", "Omit --npz-array.")
     else:
@@ -57,8 +82,8 @@ def find_parts(folder: Path, npz_array: str | None) -> list[Part]:
             f"{folder} contains no embeddings (img_emb/*.npy, or *.npz).",
             "Give --embeddings DIR, or make them: clipcid embed DATA",
         )
-    _check(parts)
-    return parts
+    _check(files)
+    return files
 
 
 def _list(folder: Path, suffix: str) -> list[Path]:
@@ -76,37 +101,41 @@ def _list_archives(folder: Path) -> list[Path]:
     return _list(folder, ".npz") or sorted(inner, key=lambda path: natural_key(str(path.relative_to(folder))))
 
 
-def _pair_by_number(folder: Path, images: list[Path]) -> list[Part]:
+def _pair_by_number(folder: Path, images: list[Path]) -> list[EmbeddingFile]:
     """Match each npy with the files of the same number in the sibling folders."""
-    others = {kind: _by_number(folder / kind, ".npy") for kind in Kind if kind is not Kind.IMAGES}
-    metadata = _by_number(folder / METADATA, ".parquet")
-    parts: list[Part] = []
-    for path in images:
-        number = _number(path)
-        found = {kind: find_npy(paths[number]) for kind, paths in others.items() if number in paths}
-        parts.append(({Kind.IMAGES: find_npy(path)} | found, metadata.get(number)))
-    return parts
+    paths = {kind: _by_number(_list(folder / kind, ".npy")) for kind in Kind} | {Kind.IMAGES: _by_number(images)}
+    metadata = _by_number(_list(folder / METADATA, ".parquet"))
+    return [
+        EmbeddingFile(
+            {kind: find_npy(paths[kind][number]) for kind in Kind if number in paths[kind]}, metadata.get(number)
+        )
+        for number in paths[Kind.IMAGES]
+    ]
 
 
-def _by_number(folder: Path, suffix: str) -> dict[str, Path]:
-    return {_number(path): path for path in _list(folder, suffix)}
+def _by_number(paths: list[Path]) -> dict[str, Path]:
+    """Return files by the number at the end of their names, else by the name, which identifies their shard."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        digits = _DIGITS.search(path.stem)
+        other = found.setdefault(str(int(digits[1])) if digits else path.stem, path)
+        if other != path:
+            raise ClipcidError(
+                f"{other} and {path.name} have the same number, which tells what belongs together.",
+                "Rename or remove one of them.",
+            )
+    return found
 
 
-def _number(path: Path) -> str:
-    """Return the number at the end of a file's name, which identifies its shard."""
-    digits = _DIGITS.search(path.stem)
-    return str(int(digits.group(1))) if digits else path.stem
-
-
-def _pair_by_name(archives: list[Path], npz_array: str | None) -> list[Part]:
+def _pair_by_name(archives: list[Path], npz_array: str | None) -> list[EmbeddingFile]:
     """Match the arrays of each npz with the parquet of the same name."""
     names = _choose_arrays(archives[0], npz_array)
-    parts: list[Part] = []
+    files = list[EmbeddingFile]()
     for path in archives:
         metadata = path.with_suffix(".parquet")
         rows = {kind: find_member(path, name) for kind, name in names.items()}
-        parts.append((rows, metadata if metadata.exists() else None))
-    return parts
+        files.append(EmbeddingFile(rows, metadata if metadata.exists() else None))
+    return files
 
 
 def _choose_arrays(path: Path, requested: str | None) -> dict[Kind, str]:
@@ -127,25 +156,25 @@ def _choose_arrays(path: Path, requested: str | None) -> dict[Kind, str]:
     return {Kind.IMAGES: requested} | ({Kind.TEXTS: texts} if has_texts else {})
 
 
-def _check(parts: Sequence[Part]) -> None:
+def _check(files: Sequence[EmbeddingFile]) -> None:
     """Refuse shards whose files do not fit together, or not the shards before them."""
-    first = parts[0][0]
-    kinds = {kind for files, _ in parts for kind in files if kind is not Kind.FURTHER}
+    first = files[0].parts
+    kinds = {kind for file in files for kind in file.parts if kind is not Kind.FURTHER}
     kinds |= {Kind.VIEW_PARAMS} if Kind.VIEWS in kinds else set()
-    with_metadata = any(metadata is not None for _, metadata in parts)
-    for files, metadata in parts:
-        images = files[Kind.IMAGES]
+    with_metadata = any(file.metadata is not None for file in files)
+    for parts, metadata in ((file.parts, file.metadata) for file in files):
+        images = parts[Kind.IMAGES]
         _require_rows(images)
         if images.shape[1] != (width := first[Kind.IMAGES].shape[1]):
             raise ClipcidError(f"{images.label} has width {images.shape[1]}, the files before it {width}.", _SEPARATE)
-        missing = [kind.replace("text_emb", "text embeddings") for kind in Kind if kind in kinds and kind not in files]
+        missing = [kind.replace("text_emb", "text embeddings") for kind in Kind if kind in kinds and kind not in parts]
         missing += [METADATA] if with_metadata and metadata is None else []
         if missing:
             same = "number" if images.member is None else "name"
             raise ClipcidError(f"{images.label} has no {missing[0]} of the same {same}.", AGAIN)
         counts = {str(metadata): count_rows(metadata, AGAIN)} if metadata is not None else {}
-        if Kind.TEXTS in files:
-            texts = files[Kind.TEXTS]
+        if Kind.TEXTS in parts:
+            texts = parts[Kind.TEXTS]
             _require_rows(texts)
             if texts.shape[1] != width:
                 raise ClipcidError(
@@ -155,7 +184,7 @@ def _check(parts: Sequence[Part]) -> None:
         for other, rows in counts.items():
             if rows != images.shape[0]:
                 raise ClipcidError(f"{images.label} has {images.shape[0]:,} rows and {other} has {rows:,}.", AGAIN)
-        for kind, file in files.items():
+        for kind, file in parts.items():
             if kind not in (Kind.IMAGES, Kind.TEXTS):
                 _check_extra(kind, file, images, first)
 

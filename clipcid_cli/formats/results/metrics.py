@@ -17,7 +17,7 @@ from typing import Any
 from clipcid_cli.formats.atomic import pack_csv, write_json, write_text
 from clipcid_cli.formats.fingerprint import refuse_changed
 from clipcid_cli.formats.reading import reading
-from clipcid_cli.formats.sidecar import EvaluationSidecar, Kind, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import AnySidecar, EvaluationSidecar, read_sidecar, sidecar_path
 
 SIDECARS = "sidecars"
 FIELDS = ("dataset", "model", "pretrained", "task", "language", "metrics")
@@ -57,7 +57,7 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     write_json(path, {field: metrics[field] for field in FIELDS})
 
 
-def read_metrics_sidecar(path: Path, kind: type[Kind]) -> Kind | None:
+def read_metrics_sidecar(path: Path, kind: type[AnySidecar]) -> AnySidecar | None:
     """Read the sidecar that says how a metrics file was made; None when there is none."""
     return read_sidecar(sidecar_path(path.parent / SIDECARS, path.stem), kind)
 

@@ -15,7 +15,7 @@ from clipcid_cli.algorithms.search.partition_margin import measure_margin, sampl
 from clipcid_cli.algorithms.search.partition_training import train_partitions
 from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedSearch
 from clipcid_cli.algorithms.search.partitions import Assignment, Partitions, assign_rows, group_rows
-from clipcid_cli.formats.arrays import Arrays, create_unnamed, spool_arrays
+from clipcid_cli.formats.arrays import Arrays, create_mapped, spool_arrays
 from clipcid_cli.formats.embeddings.grouped import create_copy, open_copies
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.reporting import Progress, Reporter
@@ -140,4 +140,4 @@ def _spool(folder: Path, assignments: Iterable[Assignment], num_rows: int) -> Ar
 
 
 def _allocate(folder: Path, length: int, dtype: type[np.signedinteger]) -> IntArray:
-    return create_unnamed(folder, np.dtype(dtype), (length,))
+    return create_mapped(folder, np.dtype(dtype), (length,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import msgspec
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.texts import open_texts
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.manifest import all_files, find_lost, read_manifest, record_together
+from clipcid_cli.formats.embeddings.layouts import find_rows
+from clipcid_cli.formats.embeddings.manifest import find_lost, read_manifest, record_together
 from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.embeddings.writer import read_unfinished
-from clipcid_cli.formats.fingerprint import FileRecord, find_changed
-from clipcid_cli.formats.output import WORK_OR_OUT, is_claimed, unfinished
+from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.output import find_output, is_claimed, other_run_error, unfinished
 from clipcid_cli.formats.sidecar import EmbedSidecar, TextsSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
@@ -26,9 +27,8 @@ from clipcid_cli.steps.model_identity import find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
-IMAGES = "embed"
-"""Name of the sidecar of embeddings of images; of those of texts it is `TEXTS`."""
-_REPLACE = "Add --overwrite to make it again."
+EMBED = "embed"
+"""Name of the sidecar of embeddings of images and captions; of those of texts alone it is `TEXTS`."""
 # Settings in the sidecar that are known once the model is loaded.
 _OF_MODEL = ("weights", "tokenizer", "precision", "batch_size", "preprocess")
 
@@ -46,7 +46,6 @@ class EmbedPlan:
         finished: The sidecar of finished embeddings that match the request; None where there is something to do.
         is_begun: Whether an unfinished run on the very same data has left its work.
         may_grow: Whether all shards that are embedded already are still there, so that others may be added to them.
-        must_repair: Whether files of finished embeddings that match were removed or replaced.
     """
 
     settings: EmbedSettings
@@ -59,7 +58,6 @@ class EmbedPlan:
     finished: EmbeddedSidecar | None = None
     is_begun: bool = False
     may_grow: bool = False
-    must_repair: bool = False
 
     @property
     def of_texts(self) -> bool:
@@ -104,10 +102,12 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
     name = with_default_tag(parse_model(settings.model))
     work = WorkDirectory(settings.work)
     if settings.texts is not None:
-        dataset, step = open_texts(settings.texts), TEXTS
+        dataset = open_texts(settings.texts)
+        step = TEXTS
         folder = settings.out or work.texts(name.slug)
     else:
-        dataset, step = _open_data(settings, reporter), IMAGES
+        dataset = _open_data(settings, reporter)
+        step = EMBED
         folder = settings.out or work.embeddings(name.slug)
         if settings.text and not _has_captions(dataset):
             captions = "captions next to the images (.txt, or --caption-column of a list)."
@@ -117,34 +117,39 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
             )
     plan = EmbedPlan(settings, without_text, step, folder, name, dataset, describe_shards(dataset))
     _refuse_foreign_folder(folder, step)
-    try:
-        return _compare(plan)
-    except ClipcidError:
-        if not settings.overwrite:
-            raise
-        return plan  # what is there cannot be read, and is replaced
+    with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
+        return _look_at_output(plan)
+    return plan
 
 
-def _compare(plan: EmbedPlan) -> EmbedPlan:
-    """Look at what the folder holds."""
-    folder, step, overwrite = plan.folder, plan.step, plan.settings.overwrite
-    path = sidecar_path(folder, step)
-    sidecar = read_sidecar(path, plan.sidecar_type)
-    records = [] if sidecar is None else read_manifest(folder, _REPLACE)
-    if sidecar is not None and _matches(sidecar, plan):
-        changed = find_changed(folder, [*sidecar.outputs, *all_files(records)], path)
-        if changed is None:
-            return dataclasses.replace(plan, finished=sidecar)
-        if not overwrite:
-            raise ClipcidError(changed, _REPLACE)
-        return dataclasses.replace(plan, must_repair=True)
-    there = [record.input for record in records] or read_unfinished(folder, step)
+def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
+    """Compare the request with what the folder holds, as far as that is known before the model is loaded."""
+    folder = plan.folder
+    step = plan.step
+    sidecar = read_sidecar(sidecar_path(folder, step), plan.sidecar_type)
+    if sidecar is None:
+        there = read_unfinished(folder, step)
+    else:
+        if find_mismatch(sidecar.model, plan.name) is None:
+            # What the request leaves open is as it was; it would differ on another machine, for one.
+            model = {name: value for name, value in sidecar.settings.items() if name in _OF_MODEL}
+            asked = {"batch_size": plan.settings.batch_size, "precision": plan.settings.precision}
+            model |= {name: value for name, value in asked.items() if value not in (None, "auto")}
+            found = find_output(
+                folder,
+                step,
+                plan.sidecar_type,
+                settings=plan.requested | model,
+                inputs=[plan.input],
+                overwrite=plan.settings.overwrite,
+                may_differ={"inputs"},
+            )
+            if found.finished is not None:
+                return dataclasses.replace(plan, finished=found.finished)
+        there = [record.input for record in read_manifest(folder, "Add --overwrite to make it again.")]
     lost = find_lost(there, plan.shards)
-    if lost and not overwrite:
-        raise ClipcidError(
-            f"{folder} holds {step} output made with other settings or inputs:\n  inputs: {lost}",
-            f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT}).",
-        )
+    if lost and not plan.settings.overwrite:
+        raise other_run_error(f"{folder} holds {step} output", {"inputs": lost})
     begun = unfinished(folder, step)
     is_begun = begun is not None and [each.content for each in begun.inputs] == [plan.input.content]
     return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)
@@ -156,7 +161,7 @@ def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
     if settings.data is None:
         try:
             own = work.embeddings(with_default_tag(parse_model(settings.model)).slug)
-            described = work.find_data(own if sidecar_path(own, IMAGES).exists() else None)
+            described = work.find_data(own if sidecar_path(own, EMBED).exists() else None)
         except ClipcidError as error:
             raise ClipcidError(
                 f"No data was given, and the work directory names none: {error.message}",
@@ -196,32 +201,21 @@ def describe_shards(dataset: Dataset) -> list[FileRecord]:
     return [msgspec.structs.replace(record, shard=shard.name) for record, shard in found]
 
 
-def _matches(sidecar: EmbeddedSidecar, plan: EmbedPlan) -> bool:
-    """Tell whether finished embeddings match the request; where that leaves batch size or precision open, any will do."""
-    made, settings = sidecar.settings, plan.settings
-    return (
-        {name: value for name, value in made.items() if name not in _OF_MODEL} == plan.requested
-        and settings.batch_size in (None, made["batch_size"])
-        and settings.precision in ("auto", made["precision"])
-        and [each.content for each in sidecar.inputs] == [plan.input.content]
-        and find_mismatch(sidecar.model, plan.name) is None
-    )
-
-
 def _refuse_foreign_folder(folder: Path, step: str) -> None:
     """Refuse a folder with embeddings that this step did not write, since it would replace files there."""
-    other, held, wanted = TEXTS, "texts without images", "the data"
-    if step == TEXTS:
-        other, held, wanted = IMAGES, "images", "texts alone"
-    if is_claimed(folder, other):
-        raise ClipcidError(
-            f"{folder} holds embeddings of {held}.", f"Choose another folder for those of {wanted} with --out."
-        )
-    if is_claimed(folder, step):
-        return
-    first = next((path for kind in Kind for path in sorted((folder / kind).glob("*.npy"))), None)
+    if step == TEXTS and is_claimed(folder, EMBED):
+        raise _taken(folder, "images", "texts alone")
+    if step == EMBED and is_claimed(folder, TEXTS):
+        raise _taken(folder, "texts without images", "the data")
+    first = None if is_claimed(folder, step) else find_rows(folder)
     if first is not None:
         raise ClipcidError(
             f"{folder} contains embeddings that clipcid did not write, such as {first}.",
             "Choose another folder with --out, or remove them.",
         )
+
+
+def _taken(folder: Path, held: str, wanted: str) -> ClipcidError:
+    return ClipcidError(
+        f"{folder} holds embeddings of {held}.", f"Choose another folder for those of {wanted} with --out."
+    )

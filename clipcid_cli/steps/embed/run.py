@@ -16,7 +16,6 @@ from clipcid_cli.formats.embeddings.text_folder import TEXTS_FILE, write_texts
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
 from clipcid_cli.formats.output import Output, find_output, open_output, unfinished
 from clipcid_cli.formats.sidecar import sidecar_path
-from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.models.augment import Augmentation, ViewPixels
@@ -68,33 +67,25 @@ def make_embeddings(
         check_samples(plan.dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
     encoder = _load_encoder(plan, machine)
     _report_encoder(encoder, reporter)
-    info, preparation = encoder.model.info, encoder.preparation
-    made = plan.requested | {
-        "weights": info.weights_hash,
-        "tokenizer": f"{info.tokenizer}, {info.context_length} tokens" if preparation.with_texts else None,
-        "precision": encoder.precision.name,
-        "batch_size": encoder.batch_size,
-    }
-    if preparation.with_images:
-        made["preprocess"] = hash_preprocess(info.preprocess, fast_decode=settings.fast_decode)
+    made = _settings_of(plan, encoder)
     wanted: dict[str, Any] = {
         "settings": made,
         "inputs": [plan.input],
         "overwrite": settings.overwrite,
-        "may_differ": frozenset({"inputs"} if plan.may_grow else ()),
+        "may_differ": {"inputs"} if plan.may_grow else set(),
     }
     if settings.dry_run:
         machine.on_main(lambda: find_output(plan.folder, plan.step, plan.sidecar_type, **wanted))
         return estimate_cost(encoder, plan, machine)
     with claim_output(machine, plan.folder, plan.step, plan.sidecar_type, **wanted) as output:
-        if output.finished is not None and not plan.must_repair:
+        if output.finished is not None:
             return _describe(plan, output.finished)
         writer = EmbeddingWriter(output.work, made, plan.shards)
         machine.on_main(lambda: _start(output, writer))
         timings = embed_missing(plan, encoder, writer, machine, reporter)
         if not plan.of_texts:
             ensure_index(plan.dataset, machine, encoder.workers, reporter)
-        sidecar = machine.on_main(lambda: _write(plan, encoder, output, writer.finish(), timings, reporter))
+        sidecar = machine.on_main(lambda: _commit(plan, encoder, output, writer.finish(), timings, reporter))
     return _describe(plan, sidecar)
 
 
@@ -138,6 +129,20 @@ def _load_encoder(plan: EmbedPlan, machine: Machine) -> Encoder:
     return Encoder(model, precision, batch_size, workers, preparation)
 
 
+def _settings_of(plan: EmbedPlan, encoder: Encoder) -> dict[str, Any]:
+    """Return the settings that decide the rows, as JSON values."""
+    info = encoder.model.info
+    found = plan.requested | {
+        "weights": info.weights_hash,
+        "tokenizer": f"{info.tokenizer}, {info.context_length} tokens" if encoder.preparation.with_texts else None,
+        "precision": encoder.precision.name,
+        "batch_size": encoder.batch_size,
+    }
+    if encoder.preparation.with_images:
+        found["preprocess"] = hash_preprocess(info.preprocess, fast_decode=plan.settings.fast_decode)
+    return found
+
+
 def _report_encoder(encoder: Encoder, reporter: Reporter) -> None:
     """Say how it encodes, and what it makes beside images and captions."""
     precision, made = encoder.precision, encoder.preparation
@@ -162,7 +167,7 @@ def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
             writer.take(output.folder, read_manifest(output.folder, ""))
 
 
-def _write(
+def _commit(
     plan: EmbedPlan,
     encoder: Encoder,
     output: Output[Any],
@@ -171,58 +176,57 @@ def _write(
     reporter: Reporter,
 ) -> EmbeddedSidecar:
     """Check the embeddings of all shards together and commit them."""
-    rows, read, skips = sum(each.rows for each in records), sum(each.read for each in records), merge_skips(records)
+    rows = sum(each.rows for each in records)
+    read = sum(each.read for each in records)
+    laid_on_white = sum(each.laid_on_white for each in records)
+    skips = merge_skips(records)
     if not rows:
         output.discard()  # it must not stand in the way of other data
         raise ClipcidError(
             f"None of the {read:,} samples in {plan.dataset.spec} can be used:\n{skips.describe()}", "Fix the data."
         )
-    embedded, elapsed = sum(each.samples for each in timings), max(each.elapsed for each in timings)
+    skipped = dict(sorted(skips.counts.items()))
+    embedded = sum(each.samples for each in timings)
+    elapsed = max(each.elapsed for each in timings)
     speed = round(embedded / elapsed, 1) if embedded else None
-    info, skipped, files = encoder.model.info, dict(sorted(skips.counts.items())), [output.work / MANIFEST]
-    entries: dict[str, Any] = {"model": dataclasses.asdict(info) | {"logit_scale": encoder.model.logit_scale}}
+    model = dataclasses.asdict(encoder.model.info) | {"logit_scale": encoder.model.logit_scale}
+    sidecar: EmbeddedSidecar
     if plan.of_texts:
-        _write_texts(plan, skips, output)
-        files.append(output.work / TEXTS_FILE)
-        entries |= {"counts": {"texts": rows, "skipped": skipped}, "texts_per_second": speed}
-        entries["seconds"] = {"encode": round(elapsed, 3)}
-    else:
-        laid_on_white = sum(each.laid_on_white for each in records)
-        without_text = plan.without_text if "no_caption" in skips.counts else ""
-        skips.check(read, plan.max_bad_fraction, plan.dataset.spec, without_text)
-        if laid_on_white:
-            reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
-        if skips.total:
-            reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
-        entries["counts"] = {"images": rows, "read": read, "skipped": skipped, "laid_on_white": laid_on_white}
-        entries |= {"images_per_second": speed, "data": plan.dataset.describe()}
-        entries["seconds"] = {
-            phase: round(sum(getattr(each, phase) for each in timings) / len(timings), 3)
-            for phase in ("read", "encode", "write")
-        }
-        entries["run"] = {"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__}
-    sidecar: EmbeddedSidecar = output.commit(
-        outputs=[fingerprint.record(path, output.work) for path in files], **entries
+        if describe_shards(plan.dataset) != plan.shards:
+            raise ClipcidError(f"{plan.dataset.spec} has changed while it was embedded.", "Give the command again.")
+        write_texts(output.work, ([sample.captions[0] for sample in shard.stream()] for shard in plan.dataset.shards))
+        sidecar = output.commit(
+            outputs=[fingerprint.record(output.work / name, output.work) for name in (MANIFEST, TEXTS_FILE)],
+            counts={"texts": rows, "skipped": skipped},
+            seconds={"encode": elapsed},
+            texts_per_second=speed,
+            model=model,
+        )
+        return sidecar
+    without_text = plan.without_text if "no_caption" in skips.counts else ""
+    skips.check(read, plan.max_bad_fraction, plan.dataset.spec, without_text)
+    if laid_on_white:
+        reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
+    if skips.total:
+        reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
+    sidecar = output.commit(
+        outputs=[fingerprint.record(output.work / MANIFEST, output.work)],
+        counts={"images": rows, "read": read, "skipped": skipped, "laid_on_white": laid_on_white},
+        seconds={
+            phase: sum(getattr(each, phase) for each in timings) / len(timings) for phase in ("read", "encode", "write")
+        },
+        images_per_second=speed,
+        model=model,
+        data=plan.dataset.describe(),
+        run={"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__},
     )
     return sidecar
-
-
-def _write_texts(plan: EmbedPlan, skips: Skips, output: Output[Any]) -> None:
-    """Keep the texts beside their rows, of which none may be missing."""
-    if "nan_row" in skips.counts:
-        row = int(skips.examples["nan_row"][0].rpartition(" ")[2])
-        raise ClipcidError(
-            f"The embedding of text {row + 1:,} is not finite.", "Try --precision fp32, or remove the text."
-        )
-    if describe_shards(plan.dataset) != plan.shards:
-        raise ClipcidError(f"{plan.dataset.spec} has changed while it was embedded.", "Give the command again.")
-    texts = ([sample.captions[0] for sample in shard.stream(Skips())] for shard in plan.dataset.shards)
-    write_texts(output.work, texts)
 
 
 def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> dict[str, Any]:
     """Return the JSON object of `embed` for finished embeddings."""
     counted = {name: count for name, count in sidecar.counts.items() if name in ("images", "texts", "skipped")}
-    what, speed = ("texts", "texts_per_second") if plan.of_texts else ("embeddings", "images_per_second")
-    files = {what: str(plan.folder), "sidecar": str(sidecar_path(plan.folder, plan.step))}
+    files = {"texts" if plan.of_texts else "embeddings": str(plan.folder)}
+    files["sidecar"] = str(sidecar_path(plan.folder, plan.step))
+    speed = "texts_per_second" if plan.of_texts else "images_per_second"
     return {**counted, speed: getattr(sidecar, speed), "seconds": sidecar.seconds, "files": files}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Sample
@@ -72,13 +73,20 @@ def _embed(
     advance: Callable[[int], None],
 ) -> Timings:
     """Embed shards, and write each one when it is complete."""
-    timings, skipped, read = Timings(), Skips(), 0
+    timings = Timings()
+    skipped = Skips()
+    read = 0
     start = time.perf_counter()
     batches = _list_batches(plan.dataset, encoder.preparation, numbers)
     if any(is_remote(plan.dataset.shards[number].file) for number in numbers):
         batches = read_ahead(batches, max(2, encoder.workers))
     parts = list[Batch]()
     for batch in encoder.encode(batches):
+        if plan.of_texts and batch.failures:  # no text may be missing
+            text = int(batch.samples[min(batch.failures)].key)
+            raise ClipcidError(
+                f"The embedding of text {text + 1:,} is not finite.", "Try --precision fp32, or remove the text."
+            )
         parts.append(batch)
         advance(len(batch.samples))
         timings.read += batch.waited
@@ -101,9 +109,11 @@ def _embed(
 def _list_batches(dataset: Dataset, preparation: Preparation, numbers: Sequence[int]) -> Iterator[Batch]:
     """List the batches of the shards; a shard without a sample has one empty batch, so that it is written as well."""
     for number in numbers:
-        skipped, without_caption = Skips(), Skips()
+        skipped = Skips()
+        without_caption = Skips()
         name = dataset.shards[number].name
-        read, samples = 0, list[Sample]()
+        read = 0
+        samples = list[Sample]()
         for sample in stream_shard(dataset, number, skipped):
             read += 1
             if preparation.with_texts and not sample.captions:
@@ -120,7 +130,8 @@ def _list_batches(dataset: Dataset, preparation: Preparation, numbers: Sequence[
 
 def _join(encoder: Encoder, name: str, parts: Sequence[Batch], read: int) -> ShardRows:
     """Join what was made of the batches of a shard, without what is not usable."""
-    skipped, samples = Skips(), list[Sample]()
+    skipped = Skips()
+    samples = list[Sample]()
     rows = defaultdict[Kind, list[npt.NDArray[Any]]](list)
     for part in parts:
         kept = [row for row in range(len(part.samples)) if row not in part.failures]

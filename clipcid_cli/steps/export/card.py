@@ -10,7 +10,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.model_card import UNKNOWN, ModelCard
 from clipcid_cli.formats.results.metrics import read_metrics, refuse_changed_metrics
 from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.formats.sidecar import DistillSidecar, EmbedSidecar, Kind, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import AnySidecar, DistillSidecar, EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ModelInfo
 from clipcid_cli.runtime.models.names import ModelName
@@ -113,7 +113,7 @@ def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str,
                 yield content["dataset"], content["task"], name, float(value), prompts
 
 
-def _read(folder: Path, step: str, kind: type[Kind]) -> Kind | None:
+def _read(folder: Path, step: str, kind: type[AnySidecar]) -> AnySidecar | None:
     """Read a sidecar; None when there is none, or it is not ours."""
     try:
         return read_sidecar(sidecar_path(folder, step), kind)

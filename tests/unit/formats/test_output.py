@@ -163,16 +163,16 @@ def test_settings_that_may_differ_need_no_overwrite(tmp_path: Path) -> None:
         open_it(tmp_path, {"keep": 0.6, "seed": 1}, may_differ={"keep"}).__enter__()
 
 
-def test_work_of_settings_that_may_differ_or_of_fewer_inputs_is_continued(tmp_path: Path) -> None:
+def test_work_of_settings_or_inputs_that_may_differ_is_continued(tmp_path: Path) -> None:
     begin(tmp_path, inputs=[OLD])
     for settings, inputs in ((OTHER, [OLD]), (OTHER, [NEW, OLD])):
-        with open_it(tmp_path, settings, inputs, may_differ={"keep"}, may_grow=True) as output:
+        with open_it(tmp_path, settings, inputs, may_differ={"keep", "inputs"}) as output:
             assert output.resumed
             output.start()
             assert (output.work / "half").exists()
         assert len(left(tmp_path)) == 1
     with pytest.raises(ClipcidError, match="inputs: 2 files there, 1 now; changed or gone: a"):
-        open_it(tmp_path, OTHER, [NEW], may_grow=True).__enter__()
+        open_it(tmp_path, OTHER, [NEW]).__enter__()
 
 
 def test_a_changed_input_is_named_and_a_moved_one_is_the_same(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, open_dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.layouts import holds_rows
+from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -125,7 +125,7 @@ def _no_usable_row(reference: Embeddings, name: str) -> ClipcidError:
 
 def _holds_embeddings(folder: Path) -> bool:
     """Tell whether a folder is one of embeddings, as `open_embeddings` finds them; also where they are unfinished."""
-    return is_claimed(folder, "embed") or holds_rows(folder)
+    return is_claimed(folder, "embed") or find_rows(folder) is not None
 
 
 def _embed(

@@ -343,6 +343,10 @@ def break_pairing(folder: Path) -> None:
     (folder / "metadata" / "metadata_3.parquet").unlink()
 
 
+def break_number(folder: Path) -> None:
+    shutil.copy(folder / "metadata" / "metadata_3.parquet", folder / "metadata" / "metadata_0003.parquet")
+
+
 def break_pickle(folder: Path) -> None:
     np.save(folder / "img_emb" / "img_emb_3.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
 
@@ -361,6 +365,7 @@ def break_npy(folder: Path) -> None:
         (break_width, "img_emb_3.npy has width 7, the files before it 6"),
         (break_count, "img_emb_3.npy has 3 rows and .*metadata_3.parquet has 2"),
         (break_pairing, "img_emb_3.npy has no metadata of the same number"),
+        (break_number, "metadata_0003.parquet and metadata_3.parquet have the same number"),
         (break_pickle, "img_emb_3.npy cannot be read"),
         (break_type, r"holds int64 \[2, 6\], not rows of floating-point numbers"),
         (break_npy, "img_emb_3.npy cannot be read"),
