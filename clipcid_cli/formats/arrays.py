@@ -101,7 +101,8 @@ def map_strings(folder: Path, chunks: Iterable[pa.Array]) -> pa.LargeStringArray
                 part = chunk.slice(start, _STRINGS_AT_ONCE).cast(pa.large_string())
                 _, bounds, data = part.buffers()
                 ends = np.frombuffer(bounds, np.int64)[part.offset : part.offset + len(part) + 1]
-                first, last = int(ends[0]), int(ends[-1])
+                first = int(ends[0])
+                last = int(ends[-1])
                 yield ends[1:] - first + end, np.frombuffer(data or b"", np.uint8)[first:last]
                 end += last - first
 

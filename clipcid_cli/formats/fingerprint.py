@@ -25,8 +25,6 @@ from clipcid_cli.formats.reading import open_regular, read_regular
 # Files up to this size are hashed whole, larger ones at the head, the middle and the tail: a petabyte would take too long.
 _WHOLE_FILE = 64 * 2**20
 _WINDOW = 2**20
-# Of more files than this sizes and times are read from a listing of their folders: a look at each of 41,000 takes seconds.
-_FEW_FILES = 64
 _THREADS = 16  # hashing waits for the disk
 
 
@@ -76,7 +74,11 @@ def _name(path: Path, folder: Path | None) -> str:
 
 def identity_of(settings: dict[str, Any], inputs: Iterable[FileRecord]) -> str:
     """Hash settings and the content of inputs, independent of their paths: 16 hexadecimal digits."""
-    content = [settings, [[part for part in each.content if part is not None] for each in inputs]]
+    return hash_json([settings, [[part for part in each.content if part is not None] for each in inputs]])
+
+
+def hash_json(content: Any) -> str:
+    """Hash JSON values: 16 hexadecimal digits, for the names of files that depend on all of them."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -96,7 +98,8 @@ class Memo:
     def record(self, path: Path, folder: Path | None = None) -> FileRecord:
         """Return what `record` returns; a file of the same size and time is not read again."""
         place = os.path.abspath(path)
-        stat, known = path.stat(), self._known.get(place)
+        stat = path.stat()
+        known = self._known.get(place)
         if known is None or (known.size, known.time) != (stat.st_size, stat.st_mtime_ns):
             known = self._known[place] = msgspec.structs.replace(record(path), path=place)
             self._is_new = True
@@ -125,7 +128,8 @@ def find_changed(folder: Path, records: Collection[FileRecord], since: Path, mem
         since: The file that records them, for the answer.
         memo: Where their hashes are remembered.
     """
-    stats, memo = _look_at(folder, records), memo or Memo()
+    memo = memo or Memo()
+    stats = _look_at(folder, records)
     suspects = [each for each in records if stats.get(each.path) != (each.size, each.time)]
 
     def is_same(suspect: FileRecord) -> bool:
@@ -162,16 +166,8 @@ def refuse_changed(
 def _look_at(folder: Path, records: Collection[FileRecord]) -> dict[str, tuple[int, int]]:
     """Return size and time, by the recorded path, of the files that are there."""
     found: dict[str, tuple[int, int]] = {}
-    if len(records) <= _FEW_FILES:
-        for each in records:
-            with suppress(OSError, ValueError):  # missing, or its name is none
-                stat = os.stat(folder / each.path)
-                found[each.path] = (stat.st_size, stat.st_mtime_ns)
-        return found
-    for parent in {os.path.dirname(each.path) for each in records}:
-        with suppress(OSError, ValueError), os.scandir(folder / parent) as entries:
-            for entry in entries:
-                with suppress(OSError):  # a link that leads nowhere
-                    stat = entry.stat()
-                    found[os.path.join(parent, entry.name)] = (stat.st_size, stat.st_mtime_ns)
+    for each in records:
+        with suppress(OSError, ValueError):  # missing, or its name is none
+            stat = os.stat(os.path.join(folder, each.path))  # half the time of pathlib's, for 150,000 files
+            found[each.path] = (stat.st_size, stat.st_mtime_ns)
     return found

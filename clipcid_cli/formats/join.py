@@ -113,7 +113,8 @@ def find_repeat(keys: Keys, folder: Path | None) -> Repeat | None:
     key = answer["key"][0]
     if not key.is_valid:
         return None
-    rows, first = list[int](), 0
+    rows = list[int]()
+    first = 0
     for column in keys():
         is_it = pc.equal(_as_bytes(column), key).to_numpy()
         rows += (first + np.flatnonzero(is_it)).tolist()
@@ -138,7 +139,8 @@ def _match_in_step(keys: Keys, values: Values, listing: Listing) -> bool:
             places = _find_run(ahead, sought)
             part[places] = numbers[: len(places)]
             matched += len(places)
-            listed, numbers = listed.slice(len(places)), numbers[len(places) :]
+            listed = listed.slice(len(places))
+            numbers = numbers[len(places) :]
             if len(places) < len(ahead):
                 break
             if not len(listed):
@@ -227,7 +229,8 @@ def _as_bytes(keys: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
 
 
 def _are_few_and_different(keys: Keys) -> bool:
-    chunks, rows = list[pa.Array](), 0
+    chunks = list[pa.Array]()
+    rows = 0
     for column in keys():
         rows += len(column)
         if rows > _FEW:

@@ -66,7 +66,8 @@ class WorkDirectory:
 
     def name_of(self, folder: Path) -> str:
         """Return a folder's name for sidecars: relative if it is inside, so that a copied work directory finds its own."""
-        folder, here = folder.resolve(), self.path.resolve()
+        folder = folder.resolve()
+        here = self.path.resolve()
         return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
     def has_embeddings(self) -> bool:
@@ -109,7 +110,8 @@ class WorkDirectory:
         An unfinished one is refused: to continue without its list would take all images. So is a list that was edited since:
         which of the two is meant, the user must say.
         """
-        path, record = self.balance / KEEP_LIST, sidecar_path(self.balance, "balance")
+        path = self.balance / KEEP_LIST
+        record = sidecar_path(self.balance, "balance")
         sidecar = read_sidecar(record, BalanceSidecar)
         if sidecar is not None and path.exists():
             edited = shlex.join(["--keep-list", str(path)])
@@ -143,7 +145,8 @@ class WorkDirectory:
                 "Name a model (an architecture:tag or a folder), or run: "
                 + command_line("distill", teacher="M", student="M", work=self.path),
             )
-        run, student = runs[-1].parent, runs[-1].parent / "student"
+        run = runs[-1].parent
+        student = run / "student"
         fix = f"Name the model as it is now: {student}; or train it again, by its command and --overwrite."
         sidecar = read_sidecar(runs[-1], DistillSidecar, fix)
         refuse_changed(run, [] if sidecar is None else sidecar.outputs, runs[-1], fix)

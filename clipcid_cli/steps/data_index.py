@@ -41,13 +41,15 @@ def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample
     A shard behind a URL or a command is read in any case, and its samples come with their bytes. `skips` counts the samples
     left out; it is complete once all were taken.
     """
-    shard, index = dataset.shards[number], dataset.index
+    shard = dataset.shards[number]
+    index = dataset.index
     if index is not None and not is_remote(shard.file):
         skips.merge(index.records[number].skips)
         part = index.part(number)
         yield from map(part.sample, range(len(part)))
         return
-    stamp, listed = shard.stamp(), list[Sample]()
+    stamp = shard.stamp()
+    listed = list[Sample]()
     for sample in shard.stream(skips):
         listed.append(sample.without_data())
         yield sample

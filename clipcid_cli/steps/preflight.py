@@ -94,7 +94,8 @@ def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
 def _look_at(dataset: Dataset, order: Sequence[int], dry_run: bool) -> Findings:
     """Look at shards in the given order until the time is up, or before a run enough of the data has been looked at."""
     least, most = (_DRY_RUN_SECONDS, _DRY_RUN_SECONDS) if dry_run else (_MIN_SECONDS, _MAX_SECONDS)
-    found, started = Findings(), time.perf_counter()
+    found = Findings()
+    started = time.perf_counter()
     with ThreadPoolExecutor(_THREADS) as pool:
         for first in range(0, len(order), _THREADS):
             elapsed = time.perf_counter() - started
@@ -108,7 +109,8 @@ def _look_at(dataset: Dataset, order: Sequence[int], dry_run: bool) -> Findings:
 
 def _look(dataset: Dataset, number: int) -> Findings:
     """Read and decode a few samples of a shard: from the index spread over it, else the first ones."""
-    shard, found = dataset.shards[number], Findings(shards=1)
+    shard = dataset.shards[number]
+    found = Findings(shards=1)
     if dataset.index is not None and not is_remote(shard.file):
         part = dataset.index.part(number)
         places = np.unique(np.linspace(0, len(part) - 1, min(len(part), _SAMPLES_OF_A_SHARD)).astype(np.int64))

@@ -19,5 +19,5 @@ def split_words(captions: pa.Array) -> tuple[list[str], npt.NDArray[np.int64], n
     """
     lists = pc.split_pattern_regex(pc.utf8_lower(captions), r"[^\p{L}\p{M}]+")
     encoded = pc.list_flatten(lists).dictionary_encode()
-    caption, word = pc.list_parent_indices(lists), encoded.indices
-    return encoded.dictionary.to_pylist(), caption.to_numpy().astype(np.int64), word.to_numpy().astype(np.int64)
+    captions_of = pc.list_parent_indices(lists).to_numpy().astype(np.int64)
+    return encoded.dictionary.to_pylist(), captions_of, encoded.indices.to_numpy().astype(np.int64)

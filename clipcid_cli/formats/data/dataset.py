@@ -63,8 +63,8 @@ class Dataset:
 
     def with_index(self, index: DataIndex | None) -> Dataset:
         """Return the data with its index, which says all that was held of the rows of a folder or list."""
-        if index is not None and self.shards[0].rows is not None:
-            self.shards[0].rows.forget()
+        if index is not None and self.shards[0].slices is not None:
+            self.shards[0].slices.forget()
         return dataclasses.replace(self, index=index)
 
     def fingerprints(self) -> list[FileRecord]:
@@ -81,9 +81,9 @@ class Dataset:
         """
         if self.index is not None:
             return int(self.index.sizes.sum())
-        rows = self.shards[0].rows
-        if rows is not None and rows.total is not None:
-            return rows.total
+        slices = self.shards[0].slices
+        if slices is not None and slices.total is not None:
+            return slices.total
         step = max(1, len(self.shards) // _ESTIMATED_FROM)
         probed = self.shards[::step][:_ESTIMATED_FROM]
         return round(sum(map(_estimate_samples, probed)) * len(self.shards) / len(probed))
@@ -124,11 +124,13 @@ def open_dataset(
         keys: ``shard`` puts the shard's name before each key, for data whose keys repeat across shards.
         index_root: Folder of indexes. Data with an up-to-date index is opened without reading its shards.
     """
-    spec, columns = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR))), columns or Columns()
+    spec = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR)))
+    columns = columns or Columns()
     prefix_keys = keys == "shard"
     classes: tuple[str, ...] | None = None
     if spec.lower().endswith(LIST_SUFFIXES):
-        kind, shards = "list", cut(Images(spec, columns), spec, prefix_keys=prefix_keys)
+        kind = "list"
+        shards = cut(Images(spec, columns), spec, prefix_keys=prefix_keys)
     elif (tars := _find_tars(spec)) is not None:
         kind = "benchmark" if is_benchmark(spec) else "webdataset"
         names = zip(_name_tars(tars), tars, strict=True)
@@ -136,8 +138,10 @@ def open_dataset(
             Shard(name, tar, prefix_keys=prefix_keys, caption_lines=kind == "benchmark") for name, tar in names
         )
     else:
-        kind, images = "images", Images(spec)
-        shards, classes = cut(images, spec, prefix_keys=prefix_keys), images.class_names
+        kind = "images"
+        images = Images(spec)
+        shards = cut(images, spec, prefix_keys=prefix_keys)
+        classes = images.class_names
         if not shards:
             inner = sorted({str(path.parent) for path in Path(spec).glob("*/*.tar")}, key=natural_key)
             fix = f"Its folders {', '.join(inner[:6])} contain shards: give one of them." if inner else _FORMS
@@ -165,7 +169,7 @@ def _estimate_samples(shard: Shard) -> int:
 
 def _check_shards(dataset: Dataset) -> None:
     """Look into the shards: all are whole, some of the first have an image, and keys differ, as far as that is quick."""
-    tars = [shard for shard in dataset.shards if shard.rows is None]
+    tars = [shard for shard in dataset.shards if shard.slices is None]
     local = [Path(shard.source) for shard in tars if not is_remote(shard.source)]
     with ThreadPoolExecutor(16) as pool:
         for _ in pool.map(check_tar, local):

@@ -23,7 +23,7 @@ import pyarrow as pa
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_url, local_file
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Sample, natural_key
-from clipcid_cli.formats.data.shard import Rows
+from clipcid_cli.formats.data.shard import Slices
 from clipcid_cli.formats.reading import describe, open_regular, read_regular
 from clipcid_cli.formats.skips import Skips
 
@@ -73,7 +73,7 @@ class _Listed(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Images(Rows):
+class Images(Slices):
     """The images of a folder or a list, listed when they are first asked for."""
 
     source: str  # the folder, or the list or its URL
@@ -84,7 +84,8 @@ class Images(Rows):
         if self.columns is None:
             class_names, rows = _list_folder(self.source)
         else:
-            class_names, rows = None, _list_rows(self.source, self.columns)
+            class_names = None
+            rows = _list_rows(self.source, self.columns)
         slices = list[pa.RecordBatch]()
         seen = set[bytes]()
         several = False
@@ -138,7 +139,9 @@ class Images(Rows):
         return len(rows), f"blake2b-rows:{digest.hexdigest()}"
 
     def _sample(self, row: dict[str, Any]) -> Sample:
-        path, captions, classes = os.fsdecode(row["path"]), row["captions"] or [], row["classes"]
+        path = os.fsdecode(row["path"])
+        captions = row["captions"] or []
+        classes = row["classes"]
         folder = self.source
         if self.columns is not None:
             folder = folder.rpartition("/")[0] if is_url(folder) else os.path.dirname(folder)

@@ -33,13 +33,15 @@ def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None
     digest = hashlib.blake2b(digest_size=16)
     if any(is_remote(shard.file) for shard in dataset.shards):
         shards = dataset.fingerprints()
-        size, kind = sum(each.size for each in shards), "shards"
+        size = sum(each.size for each in shards)
+        kind = "shards"
         digest.update(repr([(each.size, each.hash) for each in shards]).encode())
     else:
         if samples is None:
             samples = (sample for shard in dataset.shards for sample in shard.samples())
         found = list(samples)
-        size, kind = len(found), "windows"
+        size = len(found)
+        kind = "windows"
         with ThreadPoolExecutor(16) as pool:
             for part in pool.map(_digest, [found[at : at + _AT_ONCE] for at in range(0, size, _AT_ONCE)]):
                 digest.update(part)

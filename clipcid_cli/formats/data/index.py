@@ -33,7 +33,7 @@ from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, fetch_ahead
 from clipcid_cli.formats.data.tars import split_captions
-from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.reading import read_regular
@@ -183,7 +183,7 @@ class DataIndex:
 
 def index_folder(root: Path, kind: str, settings: dict[str, Any]) -> Path:
     """Return the folder of an index, which depends on how shards are read."""
-    return root / _identity([_VERSION, kind, settings])
+    return root / hash_json([_VERSION, kind, settings])
 
 
 def write_part(folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequence[Sample], skips: Skips) -> None:
@@ -281,15 +281,11 @@ def repeated_key(key: str, one: str, other: str) -> ClipcidError:
 
 
 def _part_path(folder: Path, shard: Shard) -> Path:
-    return folder / f"{_identity([shard.name, shard.source])}.arrow"
+    return folder / f"{hash_json([shard.name, shard.source])}.arrow"
 
 
 def _table_path(folder: Path, shards: Sequence[Shard]) -> Path:
-    return folder / f"shards-{_identity([(shard.name, shard.source) for shard in shards])}.parquet"
-
-
-def _identity(content: list[Any]) -> str:
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return folder / f"shards-{hash_json([(shard.name, shard.source) for shard in shards])}.parquet"
 
 
 def _to_json(record: IndexedShard) -> str:

@@ -163,7 +163,8 @@ def describe_file(path: str) -> FileRecord:
 
     That is its size and ETag, checksum or modification time, whichever the server knows. Of a command it is its text.
     """
-    size, version = 0, path
+    size = 0
+    version = path
     if not is_pipe(path):
         info: dict[str, Any] = _ask(path, lambda filesystem, inner: filesystem.info(inner))
         known = {name.lower(): value for name, value in info.items()}

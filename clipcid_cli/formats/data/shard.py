@@ -14,7 +14,7 @@ from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips
 
 
-class Rows(ABC):
+class Slices(ABC):
     """Samples that are not in a tar: a folder of images, a list, a file of texts; in slices, small when pickled."""
 
     total: int | None = None
@@ -47,14 +47,14 @@ class Shard:
     Attributes:
         name: Unique in the data set: a tar's name without ``.tar``, after folders where names repeat; a slice's number.
         source: The tar, its URL, or a ``pipe:`` command whose output it is; the folder, list or file of texts.
-        rows: What the slice of this number is of; None of a tar.
+        slices: What the slice of this number is one of; None of a tar.
         prefix_keys: Whether keys begin with the shard's name.
         caption_lines: Whether each line of a ``.txt`` in a tar is a caption of its own, as in CLIP_benchmark's folders.
     """
 
     name: str
     source: str
-    rows: Rows | None = None
+    slices: Slices | None = None
     number: int = 0
     prefix_keys: bool = False
     caption_lines: bool = False
@@ -62,7 +62,7 @@ class Shard:
     @property
     def file(self) -> str:
         """The file its samples are in, as their locations name it; empty where each image is a file of its own."""
-        return self.source if self.rows is None else ""
+        return self.source if self.slices is None else ""
 
     def samples(self, skips: Skips | None = None) -> list[Sample]:
         """List its samples as `stream` yields them, without their bytes."""
@@ -75,17 +75,17 @@ class Shard:
         complete once all samples were taken.
         """
         skips = Skips() if skips is None else skips
-        if self.rows is None:
+        if self.slices is None:
             found = read_tar(self.source, self.name, skips, caption_lines=self.caption_lines)
         else:
-            found = self.rows.read(self.number, skips)
+            found = self.slices.read(self.number, skips)
         for sample in found:
             yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
 
     def fingerprint(self) -> FileRecord:
         """Describe the shard's content for a sidecar."""
-        if self.rows is not None:
-            return FileRecord(f"{self.source}#{self.name}", *self.rows.fingerprint(self.number))
+        if self.slices is not None:
+            return FileRecord(f"{self.source}#{self.name}", *self.slices.fingerprint(self.number))
         return describe_file(self.source) if is_remote(self.source) else fingerprint_tar(self.source)
 
     def stamp(self) -> tuple[int, int]:
@@ -93,8 +93,8 @@ class Shard:
 
         (0, 0) for a file that is gone or behind a URL, which is not asked for at each start.
         """
-        if self.rows is not None:
-            return self.rows.stamp(self.number)
+        if self.slices is not None:
+            return self.slices.stamp(self.number)
         try:
             found = os.stat(self.source)
         except OSError:
@@ -102,6 +102,6 @@ class Shard:
         return found.st_size, found.st_mtime_ns
 
 
-def cut(rows: Rows, source: str, *, prefix_keys: bool = False) -> tuple[Shard, ...]:
-    """Return the slices of rows as shards."""
-    return tuple(Shard(f"{number:05d}", source, rows, number, prefix_keys) for number in range(len(rows)))
+def cut(slices: Slices, source: str, *, prefix_keys: bool = False) -> tuple[Shard, ...]:
+    """Return slices as shards."""
+    return tuple(Shard(f"{number:05d}", source, slices, number, prefix_keys) for number in range(len(slices)))

@@ -38,7 +38,9 @@ def copy_samples(source: Path, target: Path, keys: Set[str]) -> Copied:
         target: The tar to write; it exists under its name only when complete.
         keys: Keys of samples as stored, without a shard's name.
     """
-    read, copied, ranges = 0, set[str](), list[tuple[int, int]]()
+    read = 0
+    copied = set[str]()
+    ranges = list[tuple[int, int]]()
     for key, members in group_members(read_members(source)):
         read += 1
         if key not in keys or key in copied:

@@ -65,7 +65,9 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
         block = bytes(buf)
-        size, checksum, kind = block[124:136], block[148:156], block[156:157]
+        size = block[124:136]
+        checksum = block[148:156]
+        kind = block[156:157]
         if kind == tarfile.REGTYPE and _OCTAL.fullmatch(size) and _OCTAL.fullmatch(checksum):
             blank = len(checksum) * ord(" ")  # what the checksum's own field counts as
             if sum(block) - sum(checksum) + blank == int(_text(checksum), 8):
@@ -109,7 +111,8 @@ def read_members(path: str | Path) -> Iterator[Member]:
     Understands POSIX (ustar, pax) and GNU long names, as Python, GNU tar and bsdtar write them. A header that is damaged, a
     member that extends beyond the end of the file and a sparse one are errors.
     """
-    path, name = str(path), ""
+    path = str(path)
+    name = ""
     remote = is_remote(path)
     with _open(path) as file:
         end = None if remote else os.fstat(file.fileno()).st_size
@@ -215,7 +218,8 @@ def read_tar(path: str, name: str, skips: Skips, *, caption_lines: bool) -> Iter
                 seen.add(key)
                 continue
             seen.add(key)
-            text, label = locate(files.get("txt")), locate(files.get("cls"))
+            text = locate(files.get("txt"))
+            label = locate(files.get("cls"))
             yield Sample(
                 key=key,
                 image=image,

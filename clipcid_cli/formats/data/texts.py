@@ -11,7 +11,7 @@ from typing import NamedTuple
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import ByteRange, Sample
-from clipcid_cli.formats.data.shard import Rows, cut
+from clipcid_cli.formats.data.shard import Slices, cut
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.skips import Skips
 
@@ -29,7 +29,7 @@ class _Place(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _TextLines(Rows):
+class _TextLines(Slices):
     """The lines of a file that are not empty."""
 
     path: Path
@@ -68,11 +68,14 @@ def open_texts(path: Path) -> Dataset:
 
     All of it is read once: lines must be UTF-8, hold no NUL and be no longer than `LONGEST_LINE`.
     """
-    bounds, total, place = [_Place()], 0, _Place()
+    bounds = [_Place()]
+    total = 0
+    place = _Place()
     for text, end in _read_lines(path, _Place()):
         if text and total and not total % TEXTS_A_SHARD:
             bounds.append(place)
-        total, place = total + bool(text), end
+        total += bool(text)
+        place = end
     if not total:
         raise ClipcidError(f"{path} holds no text: it has {place.line:,} lines, all empty.", _GIVE)
     return Dataset(str(path), "texts", cut(_TextLines(path, (*bounds, place), total), str(path)))
@@ -84,7 +87,8 @@ def _read_lines(path: Path, start: _Place) -> Iterator[tuple[str, _Place]]:
     with reading(path, "a text file", _GIVE), path.open("rb") as lines:
         lines.seek(place)
         while line := lines.readline(_MOST_BYTES):
-            place, number = place + len(line), number + 1
+            place += len(line)
+            number += 1
             yield _decode(path, number, line), _Place(place, number)
 
 

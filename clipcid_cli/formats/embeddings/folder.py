@@ -114,8 +114,8 @@ class Embeddings:
         keys = _read_column(file, ("key", "image_path", "uid"), lambda row: f"{file.name}/{row}")
         if not self._prefix_keys:
             return keys
-        shards, slash = self.shards_of(file).combine_chunks(), pa.scalar("/", _TEXT)
-        return pa.chunked_array([pc.binary_join_element_wise(shards, keys.combine_chunks(), slash)])
+        shards = self.shards_of(file).combine_chunks()
+        return pa.chunked_array([pc.binary_join_element_wise(shards, keys.combine_chunks(), pa.scalar("/", _TEXT))])
 
     def shards_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read the names of the shards of one file's rows; the file's name where another tool did not record them."""

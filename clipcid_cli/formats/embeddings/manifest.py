@@ -145,12 +145,14 @@ def _describe_rows(
     for record in records:
         rows: dict[Kind, RowFile] = {}
         for kind in (each for each in shapes if each in record.files):
-            file, shape = record.files[kind], shapes[kind]
+            file = record.files[kind]
+            shape = shapes[kind]
             values = _count_values(kind, file)
             number = values // shape[-1] if kind is Kind.FURTHER else record.rows
             if number * math.prod(shape) != values:
                 raise ValueError(f"{file.path} of {file.size:,} bytes does not hold {number:,} rows of {list(shape)}")
-            place, stamp = folder / file.path, stamps.get(file.path, (0, 0))
+            stamp = stamps.get(file.path, (0, 0))
+            place = folder / file.path
             rows[kind] = RowFile(place, (number, *shape), kind.dtype, _HEADER, stamp, size=file.size, hash=file.hash)
         if Kind.IMAGES in rows and METADATA not in record.files:
             raise ValueError(f"{record.input.shard} has no metadata")

@@ -103,10 +103,12 @@ def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
     if sidecar is None:
         state = "The embeddings of texts are unfinished" if unfinished(folder, TEXTS) else "There are none"
         raise ClipcidError(f"{state} in {folder}.", f"Run: {texts_command(model, out=folder)}")
-    fix, memo = _remake(folder, sidecar), Memo()
+    fix = _remake(folder, sidecar)
+    memo = Memo()
     refuse_changed(folder, sidecar.outputs, path, fix, memo)
     records, found = open_recorded(folder, memo, fix)
-    files, lines = [rows[Kind.TEXTS] for rows in found], TextLines(str(folder / TEXTS_FILE))
+    files = [rows[Kind.TEXTS] for rows in found]
+    lines = TextLines(str(folder / TEXTS_FILE))
     if [file.shape[0] for file in files] != lines.batch_sizes():
         raise ClipcidError(f"{folder / MANIFEST} records other numbers of texts than {folder / TEXTS_FILE} holds.", fix)
     rows = Rows(files, files[0].shape[1], as_stored=True)
@@ -114,7 +116,6 @@ def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
 
 
 def _remake(folder: Path, sidecar: TextsSidecar | None = None) -> str:
-    model = texts = None
-    if sidecar is not None:
-        model, texts = sidecar.model.spec, next((each.path for each in sidecar.inputs), None)
+    model = None if sidecar is None else sidecar.model.spec
+    texts = None if sidecar is None or not sidecar.inputs else sidecar.inputs[0].path
     return f"Make it again: {texts_command(model, texts, out=folder, overwrite=True)}"

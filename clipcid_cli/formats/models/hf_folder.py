@@ -172,8 +172,10 @@ def make_config(model: Mapping[str, Any], logit_scale: float) -> Any:
     """
     import transformers
 
-    vision, text = model["vision_cfg"], model["text_cfg"]
-    quick, width = bool(model.get("quick_gelu")), int(model["embed_dim"])
+    vision = model["vision_cfg"]
+    text = model["text_cfg"]
+    quick = bool(model.get("quick_gelu"))
+    width = int(model["embed_dim"])
     return transformers.CLIPConfig(
         projection_dim=width,
         logit_scale_init_value=logit_scale,

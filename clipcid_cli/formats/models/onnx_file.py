@@ -93,7 +93,8 @@ def write_quantized(source: Path, target: Path, kind: str) -> None:
             use_external_data_format=source.with_name(f"{source.name}.data").exists(),
         )
     # Quantization drops the metadata.
-    small, whole = onnx.load(target, load_external_data=False), onnx.load(source, load_external_data=False)
+    small = onnx.load(target, load_external_data=False)
+    whole = onnx.load(source, load_external_data=False)
     onnx.helper.set_model_props(small, {entry.key: entry.value for entry in whole.metadata_props} | {"weights": kind})
     target.write_bytes(small.SerializeToString())
 

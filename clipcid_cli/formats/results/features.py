@@ -7,7 +7,6 @@ a feature. A file is complete or absent and never changes, so it needs neither a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
+from clipcid_cli.formats.fingerprint import hash_json
 from clipcid_cli.formats.skips import Skips
 
 
@@ -36,8 +36,7 @@ class Features:
 
 def features_path(folder: Path, model_slug: str, identity: dict[str, Any]) -> Path:
     """Return where features are kept: under the model's name, for people, and a hash of all that determines them."""
-    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
-    return folder / f"{model_slug}-{digest}.npz"
+    return folder / f"{model_slug}-{hash_json(identity)}.npz"
 
 
 def write_features(path: Path, features: Features) -> None:

@@ -43,7 +43,8 @@ def write_uids(path: Path, uids: Iterable[pa.ChunkedArray], count: int, *, overw
     Returns:
         The number written. Repeated ones are written once: for each occurrence the resharder would write the sample.
     """
-    halves, start = np.empty((count, 2), np.uint64), 0
+    halves = np.empty((count, 2), np.uint64)
+    start = 0
     for part in uids:
         for at in range(0, len(part), _AT_ONCE):
             text = "".join(part.slice(at, _AT_ONCE).to_pylist())

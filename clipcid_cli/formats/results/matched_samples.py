@@ -15,8 +15,6 @@ million samples with embeddings and clusters. The folder may be removed while no
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.formats.atomic import atomic_file, write_npy
+from clipcid_cli.formats.fingerprint import hash_json
 
 STEP = "matched"
 TRAINING, HELD_OUT = "training", "held_out"
@@ -72,7 +71,8 @@ def writing_rows(folder: Path, part: str, limits: Mapping[str, int]) -> Iterator
     Yields:
         What appends the samples of the next shard: n values for each column.
     """
-    sizes, kinds = list[int](), {name: np.int32 if limit < 2**31 else np.int64 for name, limit in limits.items()}
+    sizes = list[int]()
+    kinds = {name: np.int32 if limit < 2**31 else np.int64 for name, limit in limits.items()}
     with ExitStack() as stack:
         files = {name: stack.enter_context(atomic_file(_column_path(folder, part, name))) for name in limits}
 
@@ -97,8 +97,7 @@ def _write_header(file: IO[bytes], kind: type, length: int) -> None:
 
 def matched_folder(root: Path, identity: Mapping[str, Any]) -> Path:
     """Return the folder of the samples matched under `identity`: all that decides them, as JSON values."""
-    content = json.dumps([_VERSION, identity], sort_keys=True).encode("utf-8", "surrogateescape")
-    return root / f"matched-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
+    return root / f"matched-{hash_json([_VERSION, identity])}"
 
 
 def open_rows(folder: Path, part: str) -> SampleRows:

@@ -66,9 +66,10 @@ class RunFolder:
 
     def last_values(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the losses and the metrics that were logged last, by name."""
-        last, result = ((read_lines(path) or [{}])[-1] for path in (self.train_log, self.results_log))
-        losses = {name.removeprefix("loss_"): value for name, value in last.items() if name.startswith("loss_")}
-        return losses, {name: value for name, value in result.items() if name != "step"}
+        step = (read_lines(self.train_log) or [{}])[-1]
+        losses = {name.removeprefix("loss_"): value for name, value in step.items() if name.startswith("loss_")}
+        evaluation = (read_lines(self.results_log) or [{}])[-1]
+        return losses, {name: value for name, value in evaluation.items() if name != "step"}
 
 
 def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
@@ -126,7 +127,8 @@ class TrainingLog:
             writes: Whether this process writes; nothing is written otherwise.
             tensorboard: Whether to log for TensorBoard too.
         """
-        self._folder, self._writes = folder, writes
+        self._folder = folder
+        self._writes = writes
         self._board: Any = None
         if tensorboard and writes:
             purge = step + 1 if step else None
@@ -149,7 +151,8 @@ class TrainingLog:
         self._write("train", self._folder.train_log, self._lines)
         if self._board is not None:
             self._board.flush()
-        self._lines, self._flushed = [], time.monotonic()
+        self._lines = []
+        self._flushed = time.monotonic()
 
     def _write(self, group: str, path: Path, lines: list[dict[str, Any]]) -> None:
         """Append lines to a log, and give those of their values that are finite numbers to TensorBoard."""

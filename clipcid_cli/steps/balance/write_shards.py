@@ -38,7 +38,7 @@ _STEP = "write-shards"
 
 def tar_shards(data: Dataset, target: Path) -> list[Shard]:
     """Return the shards of the data, which must be tars."""
-    shards = [shard for shard in data.shards if shard.rows is None]
+    shards = [shard for shard in data.shards if shard.slices is None]
     if len(shards) < len(data.shards):
         raise ClipcidError(
             f"--write-shards copies tar members, and {data.spec} does not consist of tars.",

@@ -37,7 +37,8 @@ def _measure_batch(encoder: Encoder) -> float:
 
     Its captions are of typical length, since tokens after a text's end are not encoded.
     """
-    prepared, model = encoder.preparation(()), encoder.model
+    prepared = encoder.preparation(())
+    model = encoder.model
     tokens = model.tokenizer([TYPICAL_CAPTION] * encoder.preparation.batch_size)
     threads = threads_for_batches(model.device)
     texts_of_each = int(encoder.preparation.with_texts) + encoder.shapes.get(Kind.VARIANTS, (0,))[0]

@@ -105,7 +105,8 @@ class Encoder:
     @property
     def shapes(self) -> dict[Kind, tuple[int, ...]]:
         """Shape of what is made of a sample, by kind; captions after the first, of which samples have any number, apart."""
-        made, width = self.preparation, self.model.info.embed_dim
+        made = self.preparation
+        width = self.model.info.embed_dim
         found: dict[Kind, tuple[int, ...]] = {}
         if made.with_images:
             found[Kind.IMAGES] = (width,)
@@ -141,7 +142,8 @@ class Encoder:
     def _encode(self, pair: tuple[Batch, Prepared]) -> Batch:
         """Encode a batch. Several threads may do so at once."""
         batch, prepared = pair
-        batch.failures, batch.laid_on_white = prepared.failures, prepared.laid_on_white
+        batch.failures = prepared.failures
+        batch.laid_on_white = prepared.laid_on_white
         count = len(batch.samples)
         if not count:
             return batch
@@ -157,7 +159,9 @@ class Encoder:
 
     def encode_pixels(self, prepared: Prepared) -> RowsByKind:
         """Encode a batch's images, [B, D], and views, [B, V, D]."""
-        pixels, count, views = prepared.pixels, self.preparation.batch_size, self.preparation.views
+        pixels = prepared.pixels
+        count = self.preparation.batch_size
+        views = self.preparation.views
         if views is not None and prepared.colors is not None and views.strongest.changes_colors:
             colors = torch.eye(3, 4).repeat(len(pixels), 1, 1)
             colors[count:] = prepared.colors.transpose(0, 1).reshape(-1, 3, 4)  # view after view, as the pixels

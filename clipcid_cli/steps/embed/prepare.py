@@ -110,7 +110,8 @@ class Preparation:
     def _tokenize(self, samples: Sequence[Sample]) -> dict[Kind, torch.Tensor]:
         if self.tokenizer is None:
             return {}
-        size, further = self.batch_size, [caption for sample in samples for caption in sample.captions[1:]]
+        size = self.batch_size
+        further = [caption for sample in samples for caption in sample.captions[1:]]
         tokens = {
             Kind.TEXTS: self._fill(self.tokenizer, [sample.captions[0] for sample in samples], size),
             Kind.FURTHER: self._fill(self.tokenizer, further, -(-len(further) // size) * size),

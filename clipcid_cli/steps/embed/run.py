@@ -145,7 +145,8 @@ def _settings_of(plan: EmbedPlan, encoder: Encoder) -> dict[str, Any]:
 
 def _report_encoder(encoder: Encoder, reporter: Reporter) -> None:
     """Say how it encodes, and what it makes beside images and captions."""
-    precision, made = encoder.precision, encoder.preparation
+    precision = encoder.precision
+    made = encoder.preparation
     more: list[str] = []
     if made.views is not None:
         mixing = f"; mixtures within batches of {made.batch_size} images" if made.views.mixes else ""

@@ -58,13 +58,13 @@ class Views:
     @property
     def strongest(self) -> Augmentation:
         """The smallest crops and strongest colours of any kind."""
-        drawn, strong = self.augmentation, STRONG
+        drawn = self.augmentation
         if "strong" not in self.kinds[: self.number]:
             return drawn
         return Augmentation(
-            crop_scale=min(drawn.crop_scale, strong.crop_scale),
-            color_jitter=max(drawn.color_jitter, strong.color_jitter),
-            gray_probability=max(drawn.gray_probability, strong.gray_probability),
+            crop_scale=min(drawn.crop_scale, STRONG.crop_scale),
+            color_jitter=max(drawn.color_jitter, STRONG.color_jitter),
+            gray_probability=max(drawn.gray_probability, STRONG.gray_probability),
         )
 
 
@@ -123,7 +123,8 @@ class BatchViews:
     def mix(self) -> None:
         """Mix, once all images are added."""
         for mixture, second, shown in self._seconds:
-            row, number = mixture.row, mixture.number
+            row = mixture.row
+            number = mixture.number
             first = self._firsts.get((row, number))
             if first is not None:
                 view = MixedView(first, mixture.weight, mixture.other - row, second)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import ByteRange, Sample
-from clipcid_cli.formats.data.shard import Rows, cut
+from clipcid_cli.formats.data.shard import Slices, cut
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
@@ -27,7 +27,7 @@ from clipcid_cli.steps.reporting import Reporter
 
 
 @dataclasses.dataclass(frozen=True)
-class ListedRows(Rows):
+class ListedRows(Slices):
     """Slices of given sizes; every fifth sample has no caption."""
 
     sizes: tuple[int, ...]
