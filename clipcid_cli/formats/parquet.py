@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipcid_cli.formats.reading import reading_from
+from clipcid_cli.formats.reading import reading
 
 _EXPECTED = "a parquet file"
 # To read so few with threads takes longer.
@@ -75,7 +75,7 @@ def replace_invalid(column: pa.ChunkedArray) -> pa.ChunkedArray:
 @contextmanager
 def _open(path: Path, fix: str) -> Iterator[pq.ParquetFile]:
     # Not through `pq.read_table`, whose data sets and threads take 1 ms a file; small files are read at once.
-    with reading_from(path, _EXPECTED, fix) as found:
+    with reading(path, _EXPECTED, fix) as found:
         small = os.fstat(found.fileno()).st_size <= _SMALL
         with pa.BufferReader(found.read()) if small else pa.OSFile(str(path)) as source, pq.ParquetFile(source) as file:
             yield file

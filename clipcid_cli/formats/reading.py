@@ -41,20 +41,12 @@ def read_regular(path: Path | str) -> bytes:
 
 
 @contextmanager
-def reading(path: Path, expected: str, fix: str) -> Iterator[None]:
-    """Turn whatever but a ClipcidError is raised while `path` is read into one error; so is that it is no regular file.
+def reading(path: Path, expected: str, fix: str) -> Iterator[IO[bytes]]:
+    """Open `path` for reading, unbuffered; whatever but a ClipcidError is raised while it is read becomes one error.
 
     Args:
         expected: What the file should be, with its article: "a parquet file".
-        fix: What to do about it.
     """
-    with reading_from(path, expected, fix):
-        yield
-
-
-@contextmanager
-def reading_from(path: Path, expected: str, fix: str) -> Iterator[IO[bytes]]:
-    """Open `path` for reading, unbuffered; arguments and errors as `reading`'s."""
     try:
         with open_regular(path) as file:
             yield file

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.reading import reading, reading_from
+from clipcid_cli.formats.reading import reading
 
 _FIX = "Copy or make it again, or choose other embeddings."
 # Arrays of at most this size are read whole: that takes a tenth of the time to map a file, and no descriptor.
@@ -74,7 +74,7 @@ class RowFile:
             return np.empty(self.shape, self.dtype)
         order: Literal["C", "F"] = "F" if self.by_column else "C"
         size = math.prod(self.shape) * self.dtype.itemsize
-        with reading_from(self.path, "an array", _FIX) as file:
+        with reading(self.path, "an array", _FIX) as file:
             stat = os.fstat(file.fileno())
             if (stat.st_ino, stat.st_mtime_ns) != self.stamp:
                 raise OSError("it was replaced after this run had begun")
@@ -91,7 +91,7 @@ class RowFile:
 
 def find_npy(path: Path) -> RowFile:
     """Look at an npy's header; the file is not mapped for it."""
-    with reading_from(path, "an .npy", _FIX) as file:
+    with reading(path, "an .npy", _FIX) as file:
         (shape, by_column, dtype), offset = _read_header(file)
         stat = os.fstat(file.fileno())
         needed = offset + math.prod(shape) * dtype.itemsize
@@ -108,7 +108,7 @@ def list_arrays(path: Path) -> list[str]:
 
 def find_member(path: Path, name: str) -> RowFile:
     """Find an array of an archive by its headers; its values are not read."""
-    with reading_from(path, f"an .npz with an array {name}", _FIX) as file, zipfile.ZipFile(file) as archive:
+    with reading(path, f"an .npz with an array {name}", _FIX) as file, zipfile.ZipFile(file) as archive:
         if f"{name}.npy" not in archive.namelist():
             raise ClipcidError(
                 f"{path} contains no array {name}; its arrays: {', '.join(list_arrays(path)) or 'none'}.",

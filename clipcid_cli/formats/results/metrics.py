@@ -12,7 +12,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+import msgspec
 
 from clipcid_cli.formats.atomic import pack_csv, write_json, write_text
 from clipcid_cli.formats.fingerprint import refuse_changed
@@ -20,7 +22,20 @@ from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import AnySidecar, EvaluationSidecar, read_sidecar, sidecar_path
 
 SIDECARS = "sidecars"
-FIELDS = ("dataset", "model", "pretrained", "task", "language", "metrics")
+
+
+class Metrics(TypedDict):
+    """CLIP_benchmark's fields."""
+
+    dataset: str
+    model: str
+    pretrained: Any
+    task: str
+    language: Any
+    metrics: dict[str, Any]
+
+
+FIELDS = tuple(Metrics.__annotations__)
 
 # The table and the report on all pairs of one `eval-zeroshot`.
 SUMMARY_TABLE = "results.csv"
@@ -78,14 +93,7 @@ def refuse_changed_metrics(path: Path, fix: str) -> EvaluationSidecar | None:
 def read_metrics(path: Path) -> dict[str, Any]:
     """Read a metrics file, ours or CLIP_benchmark's."""
     with reading(path, f"metrics, a JSON object with {', '.join(FIELDS)}", "Run the evaluation again."):
-        content = json.loads(path.read_bytes())
-        found = {field: content[field] for field in FIELDS}
-        if not isinstance(found["metrics"], dict):
-            raise TypeError("its metrics are no object")
-        for name in ("dataset", "model", "task"):
-            if not isinstance(found[name], str):
-                raise TypeError(f"its {name} is no text")
-        return found
+        return {**msgspec.convert(json.loads(path.read_bytes()), Metrics)}
 
 
 def write_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
