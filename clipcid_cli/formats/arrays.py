@@ -70,7 +70,6 @@ def spool_arrays(folder: Path, dtypes: Sequence[Any], parts: Iterable[Sequence[n
     """Write arrays that come part by part to files without a name; return them whole, mapped.
 
     Args:
-        folder: Where the files lie.
         dtypes: Of each array, K of them.
         parts: K arrays [n] each, of these dtypes.
     """

@@ -33,7 +33,6 @@ def atomic_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """Open `path` for writing such that it exists under its name only when complete; what it held before stays till then.
 
     Args:
-        path: Final name; missing parent folders are created.
         shared: Whether several processes may write the file at once: one waits for the other, and the last one's stays.
     """
     partial = path.with_name(f".{path.name}.partial")

@@ -126,7 +126,6 @@ def find_changed(folder: Path, records: Collection[FileRecord], since: Path, mem
     Args:
         folder: What their paths are relative to.
         since: The file that records them, for the answer.
-        memo: Where their hashes are remembered.
     """
     memo = memo or Memo()
     stats = _look_at(folder, records)

@@ -47,7 +47,6 @@ class Listing:
     """A file, or files, that list keys with numbers ≥ 0 for each.
 
     Attributes:
-        source: Where they are, for errors.
         read: Starts reading: n keys at a time, as text, with their numbers, int64 [n, k].
         width: k.
     """

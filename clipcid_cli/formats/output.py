@@ -193,11 +193,8 @@ def find_output(
     """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks.
 
     Args:
-        folder: Where its sidecar lies.
-        kind: The type of its sidecar.
         overwrite: Treat an output of other settings or inputs as missing.
         may_differ: Settings, and ``inputs``, in which an existing output may differ without an error.
-        resumes: Whether the step continues from unfinished work.
         elsewhere: The flags that choose another place, for the error.
         top: A folder above `folder`, where further files of the output lie.
     """
@@ -270,12 +267,7 @@ def _read_run(work: Path) -> Run | None:
 
 
 def other_run_error(holds: str, serious: dict[str, str], elsewhere: str = WORK_OR_OUT) -> ClipcidError:
-    """Return the error for what is there of other settings or inputs.
-
-    Args:
-        holds: What is there, and where.
-        serious: How it differs, by the name of each setting and input.
-    """
+    """Return the error for what is there of other settings or inputs."""
     told = [f"  {name}: {difference}" for name, difference in serious.items()]
     told[_TOLD:] = [f"  … and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
     return ClipcidError(

@@ -24,12 +24,7 @@ _NAMED = 5
 
 @dataclasses.dataclass
 class Skips:
-    """Counts of unusable samples.
-
-    Attributes:
-        counts: Number by reason, for the reasons that occurred.
-        examples: The first few names by reason.
-    """
+    """Counts of unusable samples."""
 
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
@@ -51,7 +46,6 @@ class Skips:
         """Count one sample.
 
         Args:
-            reason: A key of `REASONS`.
             name: What a user would search for: its key, with the shard where that helps.
         """
         assert reason in REASONS, reason
@@ -79,7 +73,6 @@ class Skips:
         Args:
             read: Number of samples examined, usable or not.
             max_bad_fraction: Largest allowed fraction, in [0, 1].
-            where: The data, for the error.
             fix: A further remedy, for the error.
         """
         if self.total <= max_bad_fraction * read:

@@ -63,7 +63,6 @@ def report_keep_list(
 
     Args:
         samples: What they are called in messages: ``rows`` or ``samples``.
-        source: Where they come from, for messages.
         max_missing: Largest share of them that the list may lack.
     """
     if missing > max_missing * total:
@@ -88,7 +87,6 @@ def find_kept(
 
     Args:
         keys: The keys of the rows, all different; those that the list lacks are not kept.
-        count: N, how many there are.
         folder: Where a list in another order than the rows is joined with them, see `join`.
         source: As for `report_keep_list`, like what follows.
     """

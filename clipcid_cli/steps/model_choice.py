@@ -15,7 +15,6 @@ def choose_model(spec: str | None, work: Path, reporter: Reporter, *, positional
 
     Args:
         spec: The model as named on the command line; None takes the student of the run that finished last.
-        work: Work directory in which students are looked for.
         positional_of: Subcommand whose first positional `spec` is. A path there that is no model is probably data, and the
             error then says so.
     """

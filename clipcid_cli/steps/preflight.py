@@ -37,7 +37,6 @@ class Findings:
     """What a look at some shards found.
 
     Attributes:
-        bad: Samples whose image cannot be decoded.
         share: Sum of the shares of the shards, in [0, 1] each, that were looked at.
     """
 

@@ -36,7 +36,6 @@ class BenchmarkFolder:
     """A data set with the text files that describe it.
 
     Attributes:
-        name: Name for tables and metrics files.
         data: The folder of the split, or the data as given.
         dataset_type: ``classification``, ``retrieval`` or ``multilabel``; None where the data set does not say.
     """

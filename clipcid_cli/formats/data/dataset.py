@@ -46,9 +46,7 @@ class Dataset:
     Attributes:
         spec: Its name as given; local paths are absolute.
         kind: ``webdataset``, ``benchmark`` (CLIP_benchmark's folder), ``images``, ``list`` or ``texts``.
-        classes: Names of the classes, for a folder with one folder per class.
         keys: ``sample`` or ``shard``: whether a key is the sample's own or begins with its shard's name.
-        index_folder: Where its index belongs.
         index: Its index, where it is finished and no shard has changed since.
     """
 

@@ -83,7 +83,6 @@ def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | Non
     Args:
         name: As the user wrote it. A name of the suite means its data set even where a folder has that name too; a path is
             written ``./name``.
-        root: Folder of the local copies.
     """
     known = KNOWN_DATASETS.get(name)
     if known is None:
@@ -110,7 +109,6 @@ def customary_metric(name: str, possible: Sequence[str]) -> str:
 
     Args:
         name: Its name in the suite, or that of its folder, with or without ``/`` and a split.
-        possible: The metrics its task has.
     """
     folder = name.partition("/")[0]
     metrics = [known.metric for known in KNOWN_DATASETS.values() if folder in (known.name, known.folder)]

@@ -79,11 +79,8 @@ class Sample:
 
     Attributes:
         key: Its name, unique in the data set.
-        captions: Its captions; empty when it has none.
-        label: Number of its class, where each image has one.
         labels: Numbers of its classes, none or several, where a list says so.
         multi_hot: Its vector of classes, a ``.npy`` with a 1 for each, as in CLIP_benchmark's multilabel folders.
-        attributes: Its JSON attributes.
         captions_at: Where the text of its captions is; None where they are not in the shard's own file.
     """
 

@@ -35,7 +35,6 @@ def copy_samples(source: Path, target: Path, keys: Set[str]) -> Copied:
     occurs twice the first sample is taken, as when reading.
 
     Args:
-        target: The tar to write; it exists under its name only when complete.
         keys: Keys of samples as stored, without a shard's name.
     """
     read = 0

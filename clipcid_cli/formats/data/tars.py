@@ -197,8 +197,6 @@ def read_tar(path: str, name: str, skips: Skips, *, caption_lines: bool) -> Iter
     captions and classes are read.
 
     Args:
-        path: A local tar, its URL, or a ``pipe:`` command whose output it is.
-        name: Name of the shard, for errors and `skips`.
         skips: Counts the keys that are left out: without an image, or that occur earlier.
         caption_lines: As of `split_captions`.
     """

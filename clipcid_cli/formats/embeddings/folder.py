@@ -48,9 +48,7 @@ class Embeddings:
     """The embeddings of one model over one data set.
 
     Attributes:
-        files: Its files, in order of rows.
         sidecar: That of `embed`; None for a folder of another tool.
-        kinds: The kinds of rows that there are.
     """
 
     def __init__(
@@ -196,15 +194,12 @@ class Embeddings:
             )
 
     def find_bad_rows(self, *, texts: bool) -> npt.NDArray[np.int64]:
-        """Find rows that are zero or not finite: their distances to others are undefined.
+        """Find rows that are zero or not finite, int64, ascending: their distances to others are undefined.
 
         Verified folders are not read for this: `embed` leaves such rows out. Of others the answer is remembered.
 
         Args:
             texts: Whether text embeddings count too, where there are any.
-
-        Returns:
-            Their numbers, int64, ascending.
         """
         if self.is_verified:
             return np.empty(0, dtype=np.int64)
@@ -258,7 +253,6 @@ def open_embeddings(
     """Open a folder of embeddings.
 
     Args:
-        folder: One that `embed` finished, or one of another tool, see `layouts`.
         keys: ``shard`` puts the shard's name before each key of another tool's folder, where keys repeat across shards;
             the keys of `embed` are as its own option made them.
         npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.

@@ -63,11 +63,7 @@ def find_rows(folder: Path) -> Path | None:
 
 
 def find_files(folder: Path, npz_array: str | None) -> list[EmbeddingFile]:
-    """Find the files of each shard, in natural order of names, and check that they fit together.
-
-    Args:
-        npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
-    """
+    """Find the files of each shard, in natural order of names, and check that they fit together."""
     inside = folder / Kind.IMAGES
     images = _list(inside if inside.is_dir() else folder, ".npy")
     archives = _list_archives(folder)

@@ -45,11 +45,9 @@ class ShardRecord(msgspec.Struct, frozen=True):
     """The outcome of one shard.
 
     Attributes:
-        input: Its name and content.
         identity: Hash of what decides its rows: settings, content and name.
         read: Samples listed, usable or not.
         laid_on_white: Images with transparent pixels, which were shown on white.
-        files: Of each kind of rows, and of the metadata.
     """
 
     input: FileRecord

@@ -79,9 +79,7 @@ class EmbeddedTexts:
     """Finished embeddings of texts.
 
     Attributes:
-        lines: The texts themselves.
         rows: The embeddings, [N, D].
-        records: Of the files of these.
     """
 
     folder: Path

@@ -83,11 +83,7 @@ _RENAMED = (
 
 
 def check_hf_expressible(model: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: str) -> None:
-    """Refuse a model of open_clip that ``CLIPModel`` cannot express, naming every setting why.
-
-    Args:
-        tokenizer: Class of its tokenizer.
-    """
+    """Refuse a model of open_clip that ``CLIPModel`` cannot express, naming every setting why."""
     text = model["text_cfg"]
     if text.get("pool_type") == "eos" and text.get("eos_id") == EOS_ID:
         text = text | {"pool_type": "argmax"}  # the same place in CLIP's tokens
@@ -128,7 +124,6 @@ def write_hf_folder(
 
     Args:
         tensors: State dict of the open_clip module.
-        dtype: Number format of the stored weights.
         vocabulary: Tokens of open_clip's tokenizer by text, the two special ones last.
         merges: Its byte-pair merges, in order of priority.
     """

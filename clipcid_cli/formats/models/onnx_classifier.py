@@ -100,7 +100,6 @@ def write_classifier(
     Args:
         encoder: Image encoder as `write_onnx` or `write_quantized` wrote it: ``pixel_values`` to ``image_embeds``.
         weights: Class weights, float32 [C, D], unit rows.
-        bias: Added to the scaled cosines; 0 for most models.
         preprocess: open_clip's ``preprocess_cfg`` that `check_pixels_expressible` accepted.
     """
     import onnx

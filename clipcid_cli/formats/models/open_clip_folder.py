@@ -29,7 +29,6 @@ def write_model_folder(
     """Write a model folder. The configuration is written last, so a folder that has one is complete.
 
     Args:
-        config: The ``model_cfg`` of open_clip.
         preprocess: Its ``preprocess_cfg``: size, mean, std, interpolation, resize_mode, ….
         tensors: State dict of the open_clip module; its own parameters, not those of a wrapper.
         dtype: Number format of the floating-point tensors in the file; None keeps theirs. open_clip loads any of them into

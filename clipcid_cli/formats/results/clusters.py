@@ -165,7 +165,6 @@ def write_part(
     """Write one part of n rows.
 
     Args:
-        path: Where, from :func:`part_path`.
         similarities: Similarity to the nearest centroid, [n], before its rounding to float16.
     """
     arrays: dict[str, npt.NDArray[Any]] = {"similarity": similarities.astype(np.float32)}
@@ -180,7 +179,6 @@ def join_parts(folder: Path, bounds: list[tuple[int, int]], keys: Callable[[int,
     """Join the parts into ``clusters.parquet``, one row group each, and the arrays.
 
     Args:
-        bounds: What :func:`part_bounds` returned.
         keys: Reads the keys of rows, by the first and the one after the last.
     """
     files: dict[str, IO[bytes]] = {}

@@ -48,7 +48,6 @@ def make_metrics(
     """Put metrics into CLIP_benchmark's fields.
 
     Args:
-        pretrained: Tag of the model's weights, or the folder they were read from.
         task: ``zeroshot_classification``, ``zeroshot_retrieval`` or ``linear_probe``.
         metrics: Values by name; NaN becomes null, since JSON has none.
     """

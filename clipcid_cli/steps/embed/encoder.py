@@ -31,14 +31,12 @@ class Batch:
     """Samples of one shard that are encoded together, and what is made of them.
 
     Attributes:
-        shard: Number of the shard.
         samples: n of them, at most as many as a batch holds.
         read: With the shard's last batch, how many samples it has, usable or not; None with those before.
         skipped: With the last batch, those that are in none of the batches.
         waited: Seconds in which the process waited for a worker to prepare it.
         rows: Of n samples by kind, and of their captions after the first.
         failures: Why samples cannot be used, by their position.
-        laid_on_white: Number of images with transparent pixels.
     """
 
     shard: int
@@ -90,10 +88,7 @@ class Encoder:
     Batches are padded to one size, so that a row's bits depend on its batch alone.
 
     Attributes:
-        precision: Number format of the model's products.
         batch_size: Pictures, and texts, that are encoded together.
-        workers: Worker processes; 0 prepares in the process itself.
-        preparation: What a worker makes of the samples of a batch.
     """
 
     model: ClipModel

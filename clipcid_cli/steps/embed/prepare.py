@@ -29,8 +29,6 @@ class Prepared:
             of B (0 where no sample has several); of the first variant of each sample, then the second, [W·B, L].
         colors: Colour maps of the views, float32 [B, V, 3, 4]; None without views.
         params: The numbers that reproduce the views, float32 [B, V, P]; None likewise.
-        failures: Reason by position, for images that could not be used.
-        laid_on_white: Number of images with transparent pixels.
     """
 
     pixels: torch.Tensor
@@ -49,10 +47,7 @@ class Preparation:
         batch_size: B. With V views each sample makes 1 + V pictures, so that a batch's memory stays what it is.
         transform: RGB image to uint8 [H, W, 3]; None for data without images.
         fast_decode: Whether JPEGs are decoded at a reduced size, of at least twice H × W.
-        views: Augmented views to draw too; None for none.
-        render: Renders a view as the model takes it.
         tokenizer: Texts to int64 [n, L]; None where no captions are embedded.
-        text_variants: Makes variants of captions; None for none.
     """
 
     batch_size: int
