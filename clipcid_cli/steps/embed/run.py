@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import PIL
@@ -14,6 +15,7 @@ from clipcid_cli.formats import fingerprint
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge_skips, read_manifest
 from clipcid_cli.formats.embeddings.text_folder import TEXTS_FILE, write_texts
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.output import Output, find_output, open_output, unfinished
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
@@ -179,49 +181,56 @@ def _commit(
     """Check the embeddings of all shards together and commit them."""
     rows = sum(each.rows for each in records)
     read = sum(each.read for each in records)
-    laid_on_white = sum(each.laid_on_white for each in records)
     skips = merge_skips(records)
     if not rows:
         output.discard()  # it must not stand in the way of other data
         raise ClipcidError(
             f"None of the {read:,} samples in {plan.dataset.spec} can be used:\n{skips.describe()}", "Fix the data."
         )
-    skipped = dict(sorted(skips.counts.items()))
     embedded = sum(each.samples for each in timings)
     elapsed = max(each.elapsed for each in timings)
     speed = round(embedded / elapsed, 1) if embedded else None
     model = dataclasses.asdict(encoder.model.info) | {"logit_scale": encoder.model.logit_scale}
+    outputs = [fingerprint.record(output.work / MANIFEST, output.work)]
+    skipped = dict(sorted(skips.counts.items()))
     sidecar: EmbeddedSidecar
     if plan.of_texts:
-        if describe_shards(plan.dataset) != plan.shards:
-            raise ClipcidError(f"{plan.dataset.spec} has changed while it was embedded.", "Give the command again.")
-        write_texts(output.work, ([sample.captions[0] for sample in shard.stream()] for shard in plan.dataset.shards))
+        outputs.append(_write_texts(plan, output.work))
         sidecar = output.commit(
-            outputs=[fingerprint.record(output.work / name, output.work) for name in (MANIFEST, TEXTS_FILE)],
+            outputs=outputs,
             counts={"texts": rows, "skipped": skipped},
             seconds={"encode": elapsed},
             texts_per_second=speed,
             model=model,
         )
         return sidecar
-    without_text = plan.without_text if "no_caption" in skips.counts else ""
-    skips.check(read, plan.max_bad_fraction, plan.dataset.spec, without_text)
+    skips.check(
+        read, plan.max_bad_fraction, plan.dataset.spec, plan.without_text if "no_caption" in skips.counts else ""
+    )
+    laid_on_white = sum(each.laid_on_white for each in records)
     if laid_on_white:
         reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
     if skips.total:
         reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
+    phases = ("read", "encode", "write")
     sidecar = output.commit(
-        outputs=[fingerprint.record(output.work / MANIFEST, output.work)],
+        outputs=outputs,
         counts={"images": rows, "read": read, "skipped": skipped, "laid_on_white": laid_on_white},
-        seconds={
-            phase: sum(getattr(each, phase) for each in timings) / len(timings) for phase in ("read", "encode", "write")
-        },
+        seconds={phase: sum(getattr(each, phase) for each in timings) / len(timings) for phase in phases},
         images_per_second=speed,
         model=model,
         data=plan.dataset.describe(),
         run={"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__},
     )
     return sidecar
+
+
+def _write_texts(plan: EmbedPlan, folder: Path) -> FileRecord:
+    """Keep the texts beside their rows."""
+    if describe_shards(plan.dataset) != plan.shards:
+        raise ClipcidError(f"{plan.dataset.spec} has changed while it was embedded.", "Give the command again.")
+    write_texts(folder, ([sample.captions[0] for sample in shard.stream()] for shard in plan.dataset.shards))
+    return fingerprint.record(folder / TEXTS_FILE, folder)
 
 
 def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> dict[str, Any]:
