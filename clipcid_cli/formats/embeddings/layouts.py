@@ -98,15 +98,16 @@ def _list_archives(folder: Path) -> list[Path]:
 
 
 def _pair_by_number(folder: Path, images: list[Path]) -> list[EmbeddingFile]:
-    """Match each npy with the files of the same number in the sibling folders."""
-    paths = {kind: _by_number(_list(folder / kind, ".npy")) for kind in Kind} | {Kind.IMAGES: _by_number(images)}
+    """Match each npy with the files of the same number in the sibling folders; where there are none, names say nothing."""
+    others = {kind: _by_number(_list(folder / kind, ".npy")) for kind in Kind if kind is not Kind.IMAGES}
     metadata = _by_number(_list(folder / METADATA, ".parquet"))
-    return [
-        EmbeddingFile(
-            {kind: find_npy(paths[kind][number]) for kind in Kind if number in paths[kind]}, metadata.get(number)
-        )
-        for number in paths[Kind.IMAGES]
-    ]
+    if not (metadata or any(others.values())):
+        return [EmbeddingFile({Kind.IMAGES: find_npy(path)}, None) for path in images]
+    files = list[EmbeddingFile]()
+    for number, path in _by_number(images).items():
+        parts = {kind: find_npy(paths[number]) for kind, paths in others.items() if number in paths}
+        files.append(EmbeddingFile({Kind.IMAGES: find_npy(path)} | parts, metadata.get(number)))
+    return files
 
 
 def _by_number(paths: list[Path]) -> dict[str, Path]:

@@ -22,7 +22,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.onnx_file import IMAGE_EMBEDS, PIXEL_VALUES, PROTOBUF_LIMIT
 from clipcid_cli.formats.models.pixels import pixel_problems, square_side
 
-IMAGE, LOGITS, PROBABILITIES = "image", "logits", "probabilities"
+LOGITS = "logits"
+"""Name of an output of the graph."""
 
 # ONNX's text form; names begin with pre_ and class_, since those of the encoder are between.
 _PREPROCESS = Template("""

@@ -313,6 +313,12 @@ def test_without_keys_rows_are_named_by_file_and_place(tmp_path: Path) -> None:
     assert open_embeddings(tmp_path / "img_emb").num_rows == 22
 
 
+def test_the_numbers_in_names_of_bare_rows_say_nothing(tmp_path: Path) -> None:
+    for name in ("train_1", "validation_01"):
+        np.save(tmp_path / f"{name}.npy", make_rows(3))
+    assert open_embeddings(tmp_path).num_rows == 6
+
+
 def test_unit_rows_in_float16_keep_their_bits() -> None:
     rows = make_rows(50, 512)
     assert np.array_equal(unit_rows(rows), rows)
