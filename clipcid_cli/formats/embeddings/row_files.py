@@ -7,11 +7,9 @@ mapped like a ``.npy``. Members of ``savez_compressed`` can only be unpacked int
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import os
 import zipfile
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -24,8 +22,6 @@ from clipcid_cli.formats.reading import reading
 _FIX = "Copy or make it again, or choose other embeddings."
 # Arrays of at most this size are read whole: that takes a tenth of the time to map a file, and no descriptor.
 _SMALL = 2**16
-# The most that numpy reads of a header.
-_MAX_HEADER = 10_000
 _LOCAL_HEADER = 30
 _ENCRYPTED = 1
 
@@ -137,17 +133,6 @@ def find_member(path: Path, name: str) -> RowFile:
 
 def _read_header(file: IO[bytes]) -> tuple[Header, int]:
     """Read an npy's header at the place of the file: what it says, and how many bytes it takes."""
-    start = file.read(12)
-    is_first = start[6:7] == b"\x01"
-    length = 10 + int.from_bytes(start[8:10], "little") if is_first else 12 + int.from_bytes(start[8:12], "little")
-    header = start + file.read(min(length, _MAX_HEADER) - len(start))
-    return _parse_header(header), length
-
-
-@lru_cache(maxsize=4096)
-def _parse_header(header: bytes) -> Header:
-    """Read a header, or give what an equal one said: numpy takes 60 µs, and shards have as many rows as others."""
-    file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, by_column, dtype = read(file)
@@ -155,4 +140,4 @@ def _parse_header(header: bytes) -> Header:
         raise ValueError("it holds Python objects (a pickle)")
     if any(length < 0 for length in shape):
         raise ValueError(f"it holds {dtype} {list(shape)}")
-    return shape, by_column, dtype
+    return (shape, by_column, dtype), file.tell()

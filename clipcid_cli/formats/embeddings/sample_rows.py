@@ -24,11 +24,8 @@ def take_images(rows: Mapping[Kind, Rows], images: Numbers, views: Numbers) -> F
         images: The samples' rows among the embeddings, int64 [B].
         views: Which view each shows, int64 [B]; −1 for none of them.
     """
-    found = np.empty((len(images), rows[Kind.IMAGES].shape[1]), np.float16)
     viewed = (views >= 0) & (Kind.VIEWS in rows)
-    _fill(found, ~viewed, rows, Kind.IMAGES, images)
-    _fill(found, viewed, rows, Kind.VIEWS, images, views)
-    return found
+    return _pick(rows, {Kind.IMAGES: (~viewed, images), Kind.VIEWS: (viewed, _place(rows, Kind.VIEWS, images, views))})
 
 
 def take_captions(
@@ -43,36 +40,29 @@ def take_captions(
         starts: Where the further captions of each begin, int64 [B].
         variants: Which variant each shows instead, int64 [B]; −1 for none.
     """
-    found = np.empty((len(images), rows[Kind.TEXTS].shape[1]), np.float16)
     varied = (variants >= 0) & (Kind.VARIANTS in rows)
     later = (captions > 0) & (Kind.FURTHER in rows) & ~varied
-    _fill(found, ~(varied | later), rows, Kind.TEXTS, images)
-    _fill(found, later, rows, Kind.FURTHER, starts + captions - 1)
-    _fill(found, varied, rows, Kind.VARIANTS, images, variants)
+    choices = {
+        Kind.TEXTS: (~(varied | later), images),
+        Kind.FURTHER: (later, starts + captions - 1),
+        Kind.VARIANTS: (varied, _place(rows, Kind.VARIANTS, images, variants)),
+    }
+    return _pick(rows, choices)
+
+
+def _place(rows: Mapping[Kind, Rows], kind: Kind, images: Numbers, each: Numbers) -> Numbers:
+    """Return the places of rows of which each image has several: of which image, and which of its rows."""
+    return images * (len(rows[kind]) // len(rows[Kind.IMAGES])) + each if kind in rows else each
+
+
+def _pick(rows: Mapping[Kind, Rows], choices: Mapping[Kind, tuple[npt.NDArray[np.bool_], Numbers]]) -> Float16:
+    """Read the rows of B samples, each from one kind: for which of them, bool [B], and where they are, int64 [B]."""
+    first = next(iter(choices))
+    found = np.empty((len(choices[first][0]), rows[first].shape[1]), np.float16)
+    for kind, (where, places) in choices.items():
+        if where.any():
+            found[where] = rows[kind].take(places[where])
     return found
-
-
-def _fill(
-    found: Float16,
-    where: npt.NDArray[np.bool_],
-    rows: Mapping[Kind, Rows],
-    kind: Kind,
-    positions: Numbers,
-    each: Numbers | None = None,
-) -> None:
-    """Read some of the rows.
-
-    Args:
-        where: Which of them, bool [B].
-        positions: Of the rows; of the samples where each has several.
-        each: Which of a sample's rows.
-    """
-    if not where.any():
-        return
-    if each is not None:
-        several = len(rows[kind]) // len(rows[Kind.IMAGES])
-        positions = positions * several + each
-    found[where] = rows[kind].take(positions[where])
 
 
 def sample_keys(embeddings: Embeddings) -> Listing:
