@@ -41,18 +41,20 @@ def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
         return None
 
 
-def create_mapped(place: Path, dtype: np.dtype[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:
+def create_mapped(
+    place: Path, dtype: np.dtype[Number], shape: tuple[int, ...], *, unnamed: bool = False
+) -> npt.NDArray[Number]:
     """Create a file and map it as an array of zeros, [*shape]; an array without elements has no file.
 
     Its blocks are reserved first: where the disk is full, writing to a mapped file without them kills the process (SIGBUS).
 
     Args:
-        place: The file; or a folder, in which the file has no name and lasts as long as the array.
+        place: The file, or the folder of one without a name.
+        unnamed: Whether the file has no name; it then lasts as long as the array.
     """
     size = math.prod(shape) * dtype.itemsize
     if not size:
         return np.empty(shape, dtype)
-    unnamed = place.is_dir()
     try:
         with TemporaryFile(dir=place) if unnamed else place.open("w+b") as file:
             if hasattr(os, "posix_fallocate"):  # not on macOS

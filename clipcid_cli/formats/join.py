@@ -97,7 +97,7 @@ def join(keys: Keys, count: int, listing: Listing, folder: Path | None) -> Value
         values: Values = np.empty(shape, np.int64)
     else:
         with _scratch_folder(folder) as scratch:  # the file has no name there, and stays mapped
-            values = create_mapped(scratch, np.dtype(np.int64), shape)
+            values = create_mapped(scratch, np.dtype(np.int64), shape, unnamed=True)
     if not _match_in_step(keys, values, listing):
         _match_in_any_order(keys, values, listing, folder)
     return values

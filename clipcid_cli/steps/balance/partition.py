@@ -140,4 +140,4 @@ def _spool(folder: Path, assignments: Iterable[Assignment], num_rows: int) -> Ar
 
 
 def _allocate(folder: Path, length: int, dtype: type[np.signedinteger]) -> IntArray:
-    return create_mapped(folder, np.dtype(dtype), (length,))
+    return create_mapped(folder, np.dtype(dtype), (length,), unnamed=True)

@@ -35,7 +35,7 @@ def largest_file(size: int) -> Iterator[None]:
     "make",
     [
         lambda folder: create_mapped(folder / "array", INT64, (1000, 2)),
-        lambda folder: create_mapped(folder, INT64, (1000, 2)),
+        lambda folder: create_mapped(folder, INT64, (1000, 2), unnamed=True),
         lambda folder: create_copy(folder, 0, 1000, 8),
     ],
 )
@@ -69,14 +69,17 @@ def test_arrays_are_zeros_that_can_be_written(
     """Also on systems that cannot reserve space, as macOS."""
     if not has_fallocate:
         monkeypatch.delattr(os, "posix_fallocate")
-    for array in (create_mapped(tmp_path / "array", INT64, (3, 2)), create_mapped(tmp_path, INT64, (3, 2))):
+    for array in (
+        create_mapped(tmp_path / "array", INT64, (3, 2)),
+        create_mapped(tmp_path, INT64, (3, 2), unnamed=True),
+    ):
         assert (array.shape, array.dtype) == ((3, 2), INT64)
         assert not array.any()
         array[:] = 7
         assert array.sum() == 42
     assert [path.name for path in tmp_path.iterdir()] == ["array"]
     assert np.fromfile(tmp_path / "array", INT64).tolist() == [7] * 6
-    assert create_mapped(tmp_path, INT64, (0, 2)).shape == (0, 2)
+    assert create_mapped(tmp_path, INT64, (0, 2), unnamed=True).shape == (0, 2)
 
 
 def test_a_file_in_place_of_the_folder_of_copies_is_an_error(tmp_path: Path) -> None:
