@@ -24,7 +24,7 @@ import torch
 from balance import describe_machine
 
 from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
-from clipcid_cli.algorithms.search.centroids import centroids_of_sums
+from clipcid_cli.algorithms.near.centroids import centroids_of_sums
 from clipcid_cli.runtime.threads import map_threads
 
 CASES = [

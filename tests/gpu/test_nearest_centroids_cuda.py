@@ -11,7 +11,7 @@ from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
 from clipcid_cli.algorithms.kmeans.start import CodedRows, code_centroids, nearest_codes
 from clipcid_cli.algorithms.kmeans.subspace import Subspace
 from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
-from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums
+from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums
 
 pytestmark = pytest.mark.gpu
 

@@ -64,7 +64,7 @@ NOT_KEPT = """
 import numpy as np
 import torch
 from clipcid_cli.algorithms.kmeans.lloyd import Lloyd
-from clipcid_cli.algorithms.search.centroids import round_to_grid
+from clipcid_cli.algorithms.near.centroids import round_to_grid
 
 class Rows:
     width = 16
@@ -92,7 +92,7 @@ EQUAL_CENTROIDS = """
 import torch
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
-from clipcid_cli.algorithms.search.centroids import round_to_grid
+from clipcid_cli.algorithms.near.centroids import round_to_grid
 unit = torch.nn.functional.normalize(torch.randn(1, 16, generator=torch.Generator().manual_seed(0)).double())
 rows = torch.nn.functional.normalize(unit + 0.1 * torch.eye(16).double()).half().cuda()
 search = NearestCentroids(round_to_grid(unit).repeat(9000, 1).cuda(), torch.float16)
@@ -109,7 +109,7 @@ assert widths and max(widths) <= 4096, widths
 CROWDED_TILE = """
 import numpy as np
 import torch
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
+from clipcid_cli.algorithms.near.pair_search import TiledSearch
 values = 1 + 0.1 * np.random.default_rng(0).normal(size=(300, 16))
 values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
 
@@ -146,7 +146,7 @@ CHUNKS = """
 import torch
 from clipcid_cli.algorithms.kmeans import nearest
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
-from clipcid_cli.algorithms.search.centroids import round_to_grid
+from clipcid_cli.algorithms.near.centroids import round_to_grid
 nearest._CHUNK = {"cuda": 64}
 random = torch.Generator().manual_seed(0)
 rows, centroids = (

@@ -25,8 +25,8 @@ import dataclasses
 
 import torch
 
-from clipcid_cli.algorithms.search.centroids import fold_sum
-from clipcid_cli.algorithms.search.distances import root
+from clipcid_cli.algorithms.near.centroids import fold_sum
+from clipcid_cli.algorithms.near.distances import root
 
 # Rows are unit ones rounded to float16.
 _LONGEST_ROW = 1.01

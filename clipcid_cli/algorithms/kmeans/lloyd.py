@@ -33,7 +33,7 @@ from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_rows
 from clipcid_cli.algorithms.kmeans.seeding import choose_seeds, rows_as_centroids
 from clipcid_cli.algorithms.kmeans.start import SubspaceIterations
 from clipcid_cli.algorithms.kmeans.subspace import Subspace, subspace_iterations
-from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums, fold_sum
+from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums, fold_sum
 
 # Computes runs of rows, one or several at once, and returns in their order.
 MapRuns = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]

@@ -1,6 +1,6 @@
 """Rows and centroids in the format of a fast matrix product, with what bounds the error of its results.
 
-The bound is that of :mod:`clipcid_cli.algorithms.search.low_precision`. Each row has its own int8 step and residual, all
+The bound is that of :mod:`clipcid_cli.algorithms.near.low_precision`. Each row has its own int8 step and residual, all
 centroids have one step, so the integer products of a row order its centroids.
 
 Shape letters: B rows of a block, K centroids, D width.
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import torch
 
-from clipcid_cli.algorithms.search.distances import ROWS_IN_CACHE
-from clipcid_cli.algorithms.search.low_precision import (
+from clipcid_cli.algorithms.near.distances import ROWS_IN_CACHE
+from clipcid_cli.algorithms.near.low_precision import (
     check_format,
     common_step,
     is_lossless,

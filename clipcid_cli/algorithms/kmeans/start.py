@@ -22,8 +22,8 @@ import torch
 
 from clipcid_cli.algorithms.kmeans.kept_runs import KeptRuns, Room
 from clipcid_cli.algorithms.kmeans.subspace import Subspace
-from clipcid_cli.algorithms.search.blocks import exact_accumulation
-from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums
+from clipcid_cli.algorithms.near.blocks import exact_accumulation
+from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums
 
 _LARGEST = 127
 _BELOW_ALL = -(2**24)  # less than any product of codes

@@ -30,8 +30,8 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.kmeans.kmeans import RowReader
-from clipcid_cli.algorithms.search.blocks import exact_accumulation
-from clipcid_cli.algorithms.search.centroids import fold_sum
+from clipcid_cli.algorithms.near.blocks import exact_accumulation
+from clipcid_cli.algorithms.near.centroids import fold_sum
 
 # Directions; how many of the iterations compare there (at most three, at most one in four); and where it pays: the share of
 # squared length along the directions, of all rows and of nine rows in ten, and the number of centroids. On 100,000 rows and

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.search.distances import (
+from clipcid_cli.algorithms.near.distances import (
     FloatArray,
     IntArray,
     ReadRows,

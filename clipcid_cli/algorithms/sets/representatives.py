@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.search.blocks import load_block
-from clipcid_cli.algorithms.search.distances import (
+from clipcid_cli.algorithms.near.blocks import load_block
+from clipcid_cli.algorithms.near.distances import (
     DoubleArray,
     FloatArray,
     IntArray,

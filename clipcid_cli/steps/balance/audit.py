@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
-from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
+from clipcid_cli.algorithms.near.distances import FloatArray, IntArray
+from clipcid_cli.algorithms.near.pair_search import TiledSearch
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.balance.rows import BalanceRows

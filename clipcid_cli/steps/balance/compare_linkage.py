@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to, share_beyond
 from clipcid_cli.algorithms.sets.star import star_curve

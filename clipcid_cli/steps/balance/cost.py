@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.search.blocks import Block
-from clipcid_cli.algorithms.search.cutoff import SAMPLE_ROWS as CUTOFF_SAMPLE
-from clipcid_cli.algorithms.search.distances import HalfArray, IntArray, ReadRows
-from clipcid_cli.algorithms.search.duplicates import hash_rows
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
-from clipcid_cli.algorithms.search.partition_margin import MARGIN_SAMPLE
-from clipcid_cli.algorithms.search.partition_training import LOOKS_AT_SAMPLE, ROWS_PER_CENTROID
-from clipcid_cli.algorithms.search.partitions import Partitions, default_num_partitions
+from clipcid_cli.algorithms.near.blocks import Block
+from clipcid_cli.algorithms.near.cutoff import SAMPLE_ROWS as CUTOFF_SAMPLE
+from clipcid_cli.algorithms.near.distances import HalfArray, IntArray, ReadRows
+from clipcid_cli.algorithms.near.duplicates import hash_rows
+from clipcid_cli.algorithms.near.pair_search import TiledSearch
+from clipcid_cli.algorithms.near.partition_margin import MARGIN_SAMPLE
+from clipcid_cli.algorithms.near.partition_training import LOOKS_AT_SAMPLE, ROWS_PER_CENTROID
+from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from clipcid_cli.algorithms.search.distances import IntArray
-from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.pair_search import CACHE_BYTES, TiledSearch, default_panel_rows
-from clipcid_cli.algorithms.search.tiles import Tile
+from clipcid_cli.algorithms.near.distances import IntArray
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.pair_search import CACHE_BYTES, TiledSearch, default_panel_rows
+from clipcid_cli.algorithms.near.tiles import Tile
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, spool_arrays
 from clipcid_cli.runtime.machine import Machine

@@ -16,11 +16,11 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.search.cutoff import FARTHEST, CutoffEstimator
-from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.pair_search import CACHE_BYTES, TiledSearch
-from clipcid_cli.algorithms.search.partitioned_search import PartitionedSearch
-from clipcid_cli.algorithms.search.tiles import deal, left_after
+from clipcid_cli.algorithms.near.cutoff import FARTHEST, CutoffEstimator
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.pair_search import CACHE_BYTES, TiledSearch
+from clipcid_cli.algorithms.near.partitioned_search import PartitionedSearch
+from clipcid_cli.algorithms.near.tiles import deal, left_after
 from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays

@@ -18,7 +18,7 @@ from clipcid_cli.algorithms.kmeans.subspace import (
     subspace_iterations,
 )
 from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
-from clipcid_cli.algorithms.search.centroids import centroids_of_sums
+from clipcid_cli.algorithms.near.centroids import centroids_of_sums
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_for_rows
 from clipcid_cli.runtime.timing import time_trial

@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.kmeans.best_so_far import Nearest
 from clipcid_cli.algorithms.kmeans.bounds import CentroidDrift, distances_moved
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
-from clipcid_cli.algorithms.search.centroids import centroids_of_sums
+from clipcid_cli.algorithms.near.centroids import centroids_of_sums
 
 
 def on_grid(values: torch.Tensor) -> torch.Tensor:

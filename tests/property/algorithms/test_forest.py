@@ -11,13 +11,13 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components as scipy_components
 
-from clipcid_cli.algorithms.search import edges as edges_module
-from clipcid_cli.algorithms.search import pair_search, queued
-from clipcid_cli.algorithms.search.blocks import load_block, lowest_score
-from clipcid_cli.algorithms.search.distances import LONGEST_ROW, IntArray, paired_distances
-from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows
-from clipcid_cli.algorithms.search.edges import Edges, merge_edges, sort_edges
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
+from clipcid_cli.algorithms.near import edges as edges_module
+from clipcid_cli.algorithms.near import pair_search, queued
+from clipcid_cli.algorithms.near.blocks import load_block, lowest_score
+from clipcid_cli.algorithms.near.distances import LONGEST_ROW, IntArray, paired_distances
+from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows
+from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
+from clipcid_cli.algorithms.near.pair_search import TiledSearch
 from clipcid_cli.algorithms.sets.forest import ForestBuilder, connected_components, forest_curve, minimum_forest
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.cluster.hierarchy import cophenet, linkage
 
-from clipcid_cli.algorithms.search.distances import IntArray
-from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
+from clipcid_cli.algorithms.near.distances import IntArray
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.pair_search import TiledSearch
 from clipcid_cli.algorithms.sets.forest import ForestBuilder
 
 pytestmark = pytest.mark.slow

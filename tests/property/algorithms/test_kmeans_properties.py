@@ -11,7 +11,7 @@ from clipcid_cli.algorithms.kmeans.kmeans import sums_of_similarities
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
 from clipcid_cli.algorithms.kmeans.seeding import choose_first_rows
-from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums
+from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums
 
 
 def make_rows(num_rows: int, width: int, spread: float, seed: int) -> torch.Tensor:

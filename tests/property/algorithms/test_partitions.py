@@ -9,13 +9,13 @@ from balance_data import distance_matrix, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.search.distances import IntArray
-from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.nearest_pairs import NearestPairs
-from clipcid_cli.algorithms.search.partition_margin import choose_margin
-from clipcid_cli.algorithms.search.partition_training import split_counts
-from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedSearch
-from clipcid_cli.algorithms.search.partitions import Partitions, default_num_partitions
+from clipcid_cli.algorithms.near.distances import IntArray
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.nearest_pairs import NearestPairs
+from clipcid_cli.algorithms.near.partition_margin import choose_margin
+from clipcid_cli.algorithms.near.partition_training import split_counts
+from clipcid_cli.algorithms.near.partitioned_search import Groups, PartitionedSearch
+from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions
 from clipcid_cli.algorithms.sets.forest import ForestBuilder
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.search import pair_search
-from clipcid_cli.algorithms.search.edges import Edges, sort_edges
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
+from clipcid_cli.algorithms.near import pair_search
+from clipcid_cli.algorithms.near.edges import Edges, sort_edges
+from clipcid_cli.algorithms.near.pair_search import TiledSearch
 from clipcid_cli.algorithms.sets.forest import connected_components
 from clipcid_cli.algorithms.sets.star import count_kept, find_star_cutoff, star_cover
 

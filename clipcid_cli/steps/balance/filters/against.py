@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.search.distances import FloatArray, HalfArray, IntArray, row_type
-from clipcid_cli.algorithms.search.nearest_pairs import NearestReference
-from clipcid_cli.algorithms.search.pair_search import CACHE_BYTES, TiledSearch
+from clipcid_cli.algorithms.near.distances import FloatArray, HalfArray, IntArray, row_type
+from clipcid_cli.algorithms.near.nearest_pairs import NearestReference
+from clipcid_cli.algorithms.near.pair_search import CACHE_BYTES, TiledSearch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.kinds import Kind

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from clipcid_cli.algorithms.search.distances import HalfArray, IntArray
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
+from clipcid_cli.algorithms.near.distances import HalfArray, IntArray
+from clipcid_cli.algorithms.near.pair_search import TiledSearch
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.forest import StoredForest, read_forest, write_forest

@@ -7,14 +7,14 @@ import dataclasses
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.search.distances import (
+from clipcid_cli.algorithms.near.distances import (
     ROWS_IN_CACHE,
     IntArray,
     distance_matrix,
     row_type,
     squared_lengths,
 )
-from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.sets.diameters import find_diameters
 from clipcid_cli.algorithms.sets.star import count_kept, star_cover
 from clipcid_cli.formats.results.sets import SetTable

@@ -15,7 +15,7 @@ from clipcid_cli.algorithms.kmeans.kmeans import (
     temperature_for_perplexity,
 )
 from clipcid_cli.algorithms.kmeans.seeding import choose_first_rows, choose_seeds, spread_out
-from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums, fold_sum
+from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums, fold_sum
 
 
 def unit_rows(count: int, width: int, seed: int = 0) -> torch.Tensor:

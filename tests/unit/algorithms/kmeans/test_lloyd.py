@@ -11,7 +11,7 @@ from kmeans_data import ArrayRows, assert_same, beginning, run, unit
 from clipcid_cli.algorithms.kmeans import lloyd
 from clipcid_cli.algorithms.kmeans.bounds import CentroidDrift
 from clipcid_cli.algorithms.kmeans.lloyd import Lloyd, LloydState
-from clipcid_cli.algorithms.search.centroids import centroids_of_sums
+from clipcid_cli.algorithms.near.centroids import centroids_of_sums
 
 NUM_ROWS, WIDTH, NUM_CLUSTERS = 2500, 160, 70
 

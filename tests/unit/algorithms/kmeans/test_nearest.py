@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.kmeans.best_so_far import Nearest
 from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
 from clipcid_cli.algorithms.kmeans.prepared import prepare_centroids, prepare_rows
 from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
-from clipcid_cli.algorithms.search.centroids import centroids_of_sums
+from clipcid_cli.algorithms.near.centroids import centroids_of_sums
 
 DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32]
 

@@ -18,7 +18,7 @@ from clipcid_cli.algorithms.kmeans.lloyd import LloydState
 from clipcid_cli.algorithms.kmeans.prepared import PreparedRows
 from clipcid_cli.algorithms.kmeans.start import CodedRows, code_centroids, nearest_codes
 from clipcid_cli.algorithms.kmeans.subspace import Subspace, find_subspace
-from clipcid_cli.algorithms.search.centroids import centroids_of_sums
+from clipcid_cli.algorithms.near.centroids import centroids_of_sums
 
 NUM_ROWS, WIDTH, NUM_CLUSTERS = 3000, 256, 1024
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from clipcid_cli.algorithms.search.edges import Edges, sort_edges
+from clipcid_cli.algorithms.near.edges import Edges, sort_edges
 from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.algorithms.sets.forest import minimum_forest
 

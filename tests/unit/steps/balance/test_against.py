@@ -12,8 +12,8 @@ import pytest
 from balance_data import balance, make_rows, read_keep, write_embeddings
 from conftest import make_image, shard_members, write_tar
 
-from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.nearest_pairs import NearestReference
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.nearest_pairs import NearestReference
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.results.balance_parts import ReferenceParts
 from clipcid_cli.steps.balance.filters import against

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from balance_data import balance, make_rows, write_embeddings
 
-from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.sets.forest import ForestBuilder
 from clipcid_cli.formats import arrays
 from clipcid_cli.formats.results import keep_list

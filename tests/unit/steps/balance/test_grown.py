@@ -13,10 +13,10 @@ import pytest
 from balance_data import balance, make_rows, read_keep
 from sidecars import edit_sidecar
 
-from clipcid_cli.algorithms.search import pair_search
-from clipcid_cli.algorithms.search.edges import Edges, sort_edges
-from clipcid_cli.algorithms.search.pair_search import GrownSearch, TiledSearch
-from clipcid_cli.algorithms.search.tiles import GrownTiles
+from clipcid_cli.algorithms.near import pair_search
+from clipcid_cli.algorithms.near.edges import Edges, sort_edges
+from clipcid_cli.algorithms.near.pair_search import GrownSearch, TiledSearch
+from clipcid_cli.algorithms.near.tiles import GrownTiles
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.steps.balance import search as forest_search
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
 
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
+from clipcid_cli.algorithms.near.pair_search import TiledSearch
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import open_machine

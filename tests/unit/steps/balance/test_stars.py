@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from balance_data import balance, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 
-from clipcid_cli.algorithms.search import pair_search as neighbors
+from clipcid_cli.algorithms.near import pair_search as neighbors
 from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from clipcid_cli.algorithms.search.blocks import Block, exact_accumulation, multiply
-from clipcid_cli.algorithms.search.distances import paired_distances
-from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.algorithms.near.blocks import Block, exact_accumulation, multiply
+from clipcid_cli.algorithms.near.distances import paired_distances
+from clipcid_cli.algorithms.near.edges import Edges
 
 # Scores whose maximum is taken at once.
 _STRETCH = 128

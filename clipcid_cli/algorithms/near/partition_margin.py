@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.search.blocks import read_stored
-from clipcid_cli.algorithms.search.distances import DoubleArray, IntArray, ReadRows
-from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.nearest_pairs import NearestPairs
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
-from clipcid_cli.algorithms.search.partitions import Partitions
+from clipcid_cli.algorithms.near.blocks import read_stored
+from clipcid_cli.algorithms.near.distances import DoubleArray, IntArray, ReadRows
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.nearest_pairs import NearestPairs
+from clipcid_cli.algorithms.near.pair_search import TiledSearch
+from clipcid_cli.algorithms.near.partitions import Partitions
 
 # Rows whose neighbours determine the margin, how many neighbours each, and pairs that may be proposed among them and all
 # rows.

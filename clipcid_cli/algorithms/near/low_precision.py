@@ -11,7 +11,7 @@ s = â·b̂ + δ before it is rounded to the format of the output, and by Cauchy
 
 (Higham, Accuracy and Stability of Numerical Algorithms, §3.1; rounded products count as a part of their step).
 
-For int8 the same holds of the rotated rows Ta (:mod:`clipcid_cli.algorithms.search.int8`): â is integers times a step, the
+For int8 the same holds of the rotated rows Ta (:mod:`clipcid_cli.algorithms.near.int8`): â is integers times a step, the
 residual |Ta − â| includes the error of the computed rotation, and the rotation's distortion η adds at most 3η·|a|·|b|: one η
 for a·b against Ta·Tb, the others because |Ta| may exceed |a| by the factor 1 + η. Integers are added up without error, so
 δ = 0; its term stays, and is larger than that of η. Together
@@ -33,7 +33,7 @@ from typing import TypeVar
 
 import torch
 
-from clipcid_cli.algorithms.search.int8 import choose_steps, distortion, rotate, rotation_error, round_to_int8
+from clipcid_cli.algorithms.near.int8 import choose_steps, distortion, rotate, rotation_error, round_to_int8
 
 Bound = TypeVar("Bound", float, torch.Tensor)
 

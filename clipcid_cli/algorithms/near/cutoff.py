@@ -16,8 +16,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.search.blocks import Block, exact_accumulation, load_block, multiply, score_bounds
-from clipcid_cli.algorithms.search.distances import (
+from clipcid_cli.algorithms.near.blocks import Block, exact_accumulation, load_block, multiply, score_bounds
+from clipcid_cli.algorithms.near.distances import (
     LONGEST_ROW,
     ROUNDING_MARGIN,
     DoubleArray,

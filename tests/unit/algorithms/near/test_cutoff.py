@@ -8,8 +8,8 @@ import torch
 from balance_data import distance_matrix, make_rows
 from scipy.sparse.csgraph import minimum_spanning_tree
 
-from clipcid_cli.algorithms.search import cutoff as module
-from clipcid_cli.algorithms.search.cutoff import FARTHEST, NearestSample, first_cutoff, wider_cutoff
+from clipcid_cli.algorithms.near import cutoff as module
+from clipcid_cli.algorithms.near.cutoff import FARTHEST, NearestSample, first_cutoff, wider_cutoff
 
 CPU = torch.device("cpu")
 ROWS = make_rows(900, width=24)

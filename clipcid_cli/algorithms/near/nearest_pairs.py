@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.search.distances import FloatArray, IntArray
-from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.algorithms.near.distances import FloatArray, IntArray
+from clipcid_cli.algorithms.near.edges import Edges
 
 
 class NearestPairs:

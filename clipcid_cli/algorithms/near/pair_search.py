@@ -4,8 +4,8 @@ The rows are cut into panels, and the tiles of the upper triangle (panel i with 
 any order and on any number of processes. A tile's dot products are computed in whatever format the machine multiplies
 fastest (bfloat16 on CPUs with matrix units, int8 on those with dot-product instructions, float16 on GPUs, float32
 elsewhere); the few candidates that may be near enough are recomputed exactly
-(:mod:`clipcid_cli.algorithms.search.distances`).
-Low precision only discards, within the bound proven at :func:`clipcid_cli.algorithms.search.blocks.lowest_score`.
+(:mod:`clipcid_cli.algorithms.near.distances`).
+Low precision only discards, within the bound proven at :func:`clipcid_cli.algorithms.near.blocks.lowest_score`.
 
 Shape letters: N rows, D width, M and N also rows of two blocks, P pairs.
 
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.search.blocks import (
+from clipcid_cli.algorithms.near.blocks import (
     Block,
     exact_accumulation,
     load_block,
@@ -34,7 +34,7 @@ from clipcid_cli.algorithms.search.blocks import (
     score_dtype,
     score_threshold,
 )
-from clipcid_cli.algorithms.search.distances import (
+from clipcid_cli.algorithms.near.distances import (
     ROUNDING_MARGIN,
     FloatArray,
     IntArray,
@@ -43,9 +43,9 @@ from clipcid_cli.algorithms.search.distances import (
     occurring,
     selected_distances,
 )
-from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.queued import QueuedTile
-from clipcid_cli.algorithms.search.tiles import GrownTiles, Tile, Tiles, TriangleTiles
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.queued import QueuedTile
+from clipcid_cli.algorithms.near.tiles import GrownTiles, Tile, Tiles, TriangleTiles
 
 # Rows a side of one product: its scores stay near the cores' caches.
 _BLOCK_ROWS = 2048

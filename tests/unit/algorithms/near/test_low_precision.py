@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clipcid_cli.algorithms.search.int8 import distortion, rotate, rotation_error
-from clipcid_cli.algorithms.search.low_precision import (
+from clipcid_cli.algorithms.near.int8 import distortion, rotate, rotation_error
+from clipcid_cli.algorithms.near.low_precision import (
     FORMATS,
     check_format,
     common_step,

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.search.blocks import read_stored
-from clipcid_cli.algorithms.search.centroids import ClusterSums, centroids_of_sums
-from clipcid_cli.algorithms.search.distances import IntArray, ReadRows
-from clipcid_cli.algorithms.search.partitions import Partitions, default_num_partitions
+from clipcid_cli.algorithms.near.blocks import read_stored
+from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums
+from clipcid_cli.algorithms.near.distances import IntArray, ReadRows
+from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions
 
 # Rows that k-means sees for each partition: partitions need no fine centroids, only few rows near their borders.
 ROWS_PER_CENTROID = 64

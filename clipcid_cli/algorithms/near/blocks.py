@@ -1,7 +1,7 @@
 """Blocks of rows ready to be compared: as stored, and as a low-precision copy whose scores tell which pairs may be near.
 
 The rows of a block share one int8 step, so that one integer bounds the scores of a whole tile. What scores may be off by is
-proven in :mod:`clipcid_cli.algorithms.search.low_precision`; here it is turned into the smallest score of pairs that matter.
+proven in :mod:`clipcid_cli.algorithms.near.low_precision`; here it is turned into the smallest score of pairs that matter.
 
 Shape letters: N rows, D width, M and N also rows of two blocks, P pairs.
 
@@ -18,8 +18,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.search import low_precision
-from clipcid_cli.algorithms.search.distances import (
+from clipcid_cli.algorithms.near import low_precision
+from clipcid_cli.algorithms.near.distances import (
     LONGEST_ROW,
     ROWS_IN_CACHE,
     IntArray,

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.search.blocks import Block
-from clipcid_cli.algorithms.search.distances import IntArray, ReadRows
-from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.pair_search import PairFilter, TiledSearch
-from clipcid_cli.algorithms.search.tiles import PieceTiles
+from clipcid_cli.algorithms.near.blocks import Block
+from clipcid_cli.algorithms.near.distances import IntArray, ReadRows
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.pair_search import PairFilter, TiledSearch
+from clipcid_cli.algorithms.near.tiles import PieceTiles
 
 # Rows read at once on each side: a partition of more is compared in pieces, so memory does not depend on its size.
 _PANEL_ROWS = 8192

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from clipcid_cli.algorithms.search.distances import IntArray
+from clipcid_cli.algorithms.near.distances import IntArray
 
 Tile = tuple[int, int]
 
