@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from clipcid_cli.algorithms.near.distances import IntArray
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -19,25 +19,26 @@ from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
 from clipcid_cli.formats.results.sets import SetTable
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.chains import find_chains
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
 from clipcid_cli.steps.balance.composition import compare_classes
-from clipcid_cli.steps.balance.context import Context
-from clipcid_cli.steps.balance.filters.captions import draw_window
+from clipcid_cli.steps.balance.filters.against import NearReferences
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
-from clipcid_cli.steps.balance.filters.keep_rows import KeepRows
 from clipcid_cli.steps.balance.pairs import NotComputed
-from clipcid_cli.steps.balance.result import describe_rule, explain_unread
+from clipcid_cli.steps.balance.plan import Plan
+from clipcid_cli.steps.balance.result import BalanceResult, Outcome
 from clipcid_cli.steps.balance.rows import take_texts
-from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_thumbnails
-from clipcid_cli.steps.balance.sections.chains import find_chains
-from clipcid_cli.steps.balance.sections.reference_pairs import show_near
-from clipcid_cli.steps.balance.sections.sizes import compare_sizes, count_sizes
+from clipcid_cli.steps.balance.samples import SampleFinder, open_data, open_recorded, read_thumbnails
 from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
+
+REPORT = "report.html"
 
 _SETS_SHOWN = 12
 _IMAGES_SHOWN = 9
 _PAIRS_SHOWN = 8
+_REFERENCES_SHOWN = 12
 _THUMBNAIL = 96
 _UNKNOWN = "it is not recorded which data the embeddings were made from."
 
@@ -48,111 +49,147 @@ class Picture:
 
     Attributes:
         source: Its thumbnail as a ``data:`` URL; empty where it cannot be shown.
-        kept: Whether it is kept.
         distance: Its distance to the representative.
     """
 
     key: str
     source: str
-    kept: bool
-    distance: float
+    kept: bool = False
+    distance: float = 0.0
+
+
+class Gallery:
+    """Pictures of rows of embeddings, as far as the data that these were made from can be read.
+
+    Attributes:
+        data: That data; None where it is not known, or cannot be opened.
+        closed: Why it cannot be opened.
+        shown: Number of pictures loaded.
+        unread: Why others could not be, by shard and key.
+    """
+
+    def __init__(
+        self,
+        settings: BalanceSettings,
+        embeddings: Embeddings,
+        opens: Callable[[BalanceSettings, Embeddings], Dataset | None],
+    ) -> None:
+        self._embeddings = embeddings
+        self.data: Dataset | None = None
+        self.closed = ""
+        self.shown = 0
+        self.unread = dict[tuple[str, str], str]()
+        try:
+            self.data = opens(settings, embeddings)
+        except ClipcidError as error:
+            self.closed = error.message
+
+    def load(self, numbers: IntArray) -> list[Picture]:
+        """Load the thumbnails of n rows of the embeddings; without the data there are keys only."""
+        embeddings = self._embeddings
+        keys = take_texts(embeddings, embeddings.keys_of, numbers)
+        if self.data is None and not self.closed:
+            return [Picture(key, "") for key in keys]
+        shards = take_texts(embeddings, embeddings.shards_of, numbers)
+        thumbnails = [("", self.closed)] * len(keys)
+        if self.data is not None:
+            thumbnails = read_thumbnails(SampleFinder(self.data), shards, keys, _THUMBNAIL)
+        self.shown += sum(not why for _, why in thumbnails)
+        self.unread |= {
+            name: why for name, (_, why) in zip(zip(shards, keys, strict=True), thumbnails, strict=True) if why
+        }
+        return [Picture(key, source) for key, (source, _) in zip(keys, thumbnails, strict=True)]
+
+
+def has_new_pictures(plan: Plan, finished: BalanceSidecar) -> bool:
+    """Tell whether a picture can be read now that the report of a finished output could not show."""
+    if not finished.pictures.unread:
+        return False
+    data = Gallery(plan.settings, plan.embeddings, open_data).data
+    shards, keys = map(list, zip(*finished.pictures.unread, strict=True))
+    return data is not None and any(
+        source for source, _ in read_thumbnails(SampleFinder(data), shards, keys, _THUMBNAIL)
+    )
 
 
 def write_report(
-    path: Path,
-    context: Context,
-    forest: Edges,
-    sets: Sets,
-    listed: KeepRows,
-    measured: SetTable,
-    cap: ClusterCap | None,
-    other: OtherLinkage | NotComputed,
-    result: dict[str, Any],
-    warnings: list[str],
+    run: BalanceRun, found: Outcome, measured: SetTable, result: BalanceResult, warnings: list[str]
 ) -> dict[str, Any]:
     """Write the report as one page.
 
     Args:
-        forest: The forest, ascending.
-        listed: The rows of the keep list.
         measured: How wide the sets are.
-        cap: What was dropped of crowded clusters.
-        other: What the other linkage would keep.
-        result: The JSON object.
         warnings: What the user was warned of.
 
     Returns:
         For the sidecar, which pictures are in it: ``{"shown": number, "unread": [[shard, key], …], "why": reason}``.
     """
-    settings, embeddings = context.settings, context.embeddings
-    near, captions = context.filters.near, context.filters.captions
-    sizes = np.bincount(sets.labels)
-    largest = _largest(sizes)
-    shown = [_choose_members(sets, label) for label in largest]
-    inside, outside = _around(forest, sets.threshold)
-    chains = find_chains(context, sets, measured)
-    chained = [[chain.representative, chain.farthest, *chain.stars] for chain in chains]
-    rows = np.unique(
-        np.concatenate([np.empty(0, np.int64), *shown, *chained, inside.a, inside.b, outside.a, outside.b])
-    )
-    data, closed = _open_data(settings, embeddings)
-    pictures, unread = _load_pictures(data, closed, context, sets, listed, rows)
-    read = 0 if data is None else len(pictures) - len(unread)
-    gallery = {"shown": read, "unread": list(unread), "why": next(iter(unread.values()), "")}
+    sets, other, rows = found.sets, found.other, run.rows
+    sizes = np.bincount(sets.labels if rows.is_searched is None else sets.labels[rows.is_searched])
+    shown = {label: _choose_members(sets, label) for label in _largest(sizes)}
+    inside, outside = _around(found.forest, sets.threshold)
+    chains = find_chains(run, sets, measured)
+    gallery = Gallery(run.settings, run.embeddings, open_data)
+    chained = [np.array(chain.shown) for chain in chains]
+    wanted = np.unique(np.concatenate([*shown.values(), *chained, inside.a, inside.b, outside.a, outside.b]))
+    wanted = wanted.astype(sets.labels.dtype)
+    details = zip(gallery.load(rows.numbers[wanted]), found.is_kept[wanted], sets.distances[wanted], strict=True)
+    pictures = {
+        row: dataclasses.replace(picture, kept=bool(kept), distance=float(distance))
+        for row, (picture, kept, distance) in zip(wanted.tolist(), details, strict=True)
+    }
+    recorded = {"shown": gallery.shown, "unread": list(gallery.unread), "why": next(iter(gallery.unread.values()), "")}
+    missing = len(gallery.unread)
+    if missing:
+        warning = (
+            f"The report shows {gallery.shown:,} of {gallery.shown + missing:,} pictures: {recorded['why']} Once they can "
+            "be read, the same command writes it with them."
+        )
+        run.reporter.warn(warning)
+        warnings = [*warnings, warning]
     write_text(
-        path,
+        run.output.work / REPORT,
         render_report(
             "balance.html",
-            result=result,
-            rule=describe_rule(settings),
-            linkage=settings.linkage,
-            warnings=[*warnings, *explain_unread(gallery)],
-            num_sets=int(np.count_nonzero(sizes > 1)),
+            result=dataclasses.asdict(result),
+            command=_name_command(run.settings),
+            linkage=run.settings.linkage,
+            warnings=warnings,
+            num_sets=len(measured),
             why_no_other=other.reason if isinstance(other, NotComputed) else "",
-            curve_figure=_draw_curves(sets, settings.linkage, other),
-            sizes=count_sizes(sizes[sizes > 0]),
+            curve_figure=_draw_curves(run, sets, other),
+            sizes=_count_sizes(sizes[sizes > 0]),
             sets=[
                 {"size": int(sizes[label]), "images": [pictures[row] for row in members.tolist()]}
-                for label, members in zip(largest, shown, strict=True)
+                for label, members in shown.items()
             ],
-            chains=[
-                {
-                    "set": chain,
-                    "ends": [pictures[chain.representative], pictures[chain.farthest]],
-                    "stars": [pictures[row] for row in chain.stars],
-                }
-                for chain in chains
-            ],
+            chains=[{"set": chain, "images": [pictures[row] for row in chain.shown]} for chain in chains],
             inside=_pair_up(inside, pictures),
             outside=_pair_up(outside, pictures),
-            why_no_images=closed or (_UNKNOWN if data is None else ""),
-            classes=compare_classes(data, embeddings, context.filters.everything, listed.kept),
-            cluster_sizes=[] if cap is None else compare_sizes(cap),
-            near=[] if near is None else show_near(near, context, data, _THUMBNAIL),
-            window_figure=None if captions is None else draw_window(captions),
+            why_no_images=gallery.closed or (_UNKNOWN if gallery.data is None else ""),
+            classes=compare_classes(gallery.data, run.embeddings, rows, found.is_kept),
+            cluster_sizes=[] if found.cap is None else _compare_sizes(found.cap),
+            near=[] if run.near is None else _show_near(run, run.near, gallery),
+            window_figure=None if run.captions is None else run.captions.draw(),
             reasons=REASONS,
-            embeddings=str(embeddings.folder),
+            embeddings=str(run.embeddings.folder),
         ),
     )
-    return gallery
+    return recorded
 
 
-def has_new_pictures(settings: BalanceSettings, embeddings: Embeddings, finished: BalanceSidecar | None) -> bool:
-    """Tell whether a picture can be read now that the report of a finished output could not show."""
-    unread = [] if finished is None else finished.pictures.unread
-    data = _open_data(settings, embeddings)[0] if unread else None
-    if data is None:
-        return False
-    shards, keys = ([entry[column] for entry in unread] for column in (0, 1))
-    return any(source for source, _ in read_thumbnails(SampleFinder(data), shards, keys, _THUMBNAIL))
+def _name_command(settings: BalanceSettings) -> str:
+    """Return the command with the flags that decide what is kept."""
+    amount = ("keep", "threshold", "cosine_distance")
+    first = ("against", "against_threshold", "min_caption_similarity", "max_caption_similarity")
+    flags = {name: getattr(settings, name) for name in (*amount, *first, "linkage", "select", "max_per_cluster")}
+    return command_line("balance", **flags, neighbors=None if settings.neighbors == "exact" else settings.neighbors)
 
 
 def _largest(sizes: IntArray) -> list[int]:
     """Return the labels of the largest sets of two or more images, the largest first, ties by row."""
     labels = np.flatnonzero(sizes > 1)
-    if len(labels) > _SETS_SHOWN:
-        labels = labels[sizes[labels] >= np.partition(sizes[labels], -_SETS_SHOWN)[-_SETS_SHOWN]]
-    order = np.lexsort((labels, -sizes[labels]))[:_SETS_SHOWN]
+    order = np.argsort(-sizes[labels], kind="stable")[:_SETS_SHOWN]
     return [int(label) for label in labels[order]]
 
 
@@ -169,9 +206,7 @@ def _choose_members(sets: Sets, label: int) -> IntArray:
 
 def _around(forest: Edges, threshold: float | None) -> tuple[Edges, Edges]:
     """Return the last forest edges within the cut-off and the first beyond it."""
-    if threshold is None:
-        return Edges.empty(), forest[:_PAIRS_SHOWN]
-    end = len(forest.up_to(threshold))
+    end = 0 if threshold is None else len(forest.up_to(threshold))
     return forest[max(0, end - _PAIRS_SHOWN) : end], forest[end : end + _PAIRS_SHOWN]
 
 
@@ -183,42 +218,50 @@ def _pair_up(edges: Edges, pictures: dict[int, Picture]) -> list[dict[str, Any]]
     ]
 
 
-def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> tuple[Dataset | None, str]:
-    """Open the data the embeddings were made from, or return why it cannot be; "" where it is not known which it is."""
-    try:
-        return open_data(settings, embeddings), ""
-    except ClipcidError as error:
-        return None, error.message
+def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[dict[str, Any]]:
+    """Choose some pairs of each reference, from the nearest to the farthest, and load their images."""
+    shown = []
+    for number, reference in enumerate(near.references):
+        rows = np.flatnonzero(near.owner == number)
+        rows = rows[np.argsort(near.distance[rows], kind="stable")]
+        chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _REFERENCES_SHOWN)).round().astype(np.int64)]
+        theirs = Gallery(run.settings, reference.embeddings, open_recorded)
+        images = zip(gallery.load(run.rows.numbers[chosen]), theirs.load(near.row[chosen]), strict=True)
+        pairs = [
+            {"image": image, "reference": other, "distance": distance}
+            for (image, other), distance in zip(images, near.distance[chosen].tolist(), strict=True)
+        ]
+        shown.append({"name": reference.name, "number": len(rows), "pairs": pairs})
+    return shown
 
 
-def _load_pictures(
-    data: Dataset | None, closed: str, context: Context, sets: Sets, listed: KeepRows, rows: IntArray
-) -> tuple[dict[int, Picture], dict[tuple[str, str], str]]:
-    """Load the thumbnails of some rows; without the data there are keys only.
-
-    Returns:
-        The pictures by row; and why they could not be read, by shard and key.
-    """
-    embeddings, numbers = context.embeddings, context.rows.numbers[rows]
-    keys, shards = (take_texts(embeddings, read, numbers) for read in (embeddings.keys_of, embeddings.shards_of))
-    place = rows if context.rows.positions is None else context.rows.positions[rows]
-    is_kept = (listed.representatives[place] == place).tolist()
-    thumbnails = [("", closed)] * len(keys)
-    if data is not None:
-        thumbnails = read_thumbnails(SampleFinder(data), shards, keys, _THUMBNAIL)
-    pictures, unread = {}, {}
-    for row, key, shard, kept, (source, why) in zip(rows.tolist(), keys, shards, is_kept, thumbnails, strict=True):
-        if why:
-            unread[shard, key] = why
-        pictures[row] = Picture(key, source, kept, float(sets.distances[row]))
-    return pictures, unread
+def _count_sizes(sizes: IntArray) -> list[dict[str, Any]]:
+    """Count sets and the images in them by size, int64 [S], sizes by powers of two, those that occur."""
+    power = np.ceil(np.log2(sizes)).astype(np.int64)
+    num_sets = np.bincount(power)
+    images = np.bincount(power, weights=sizes).astype(np.int64)
+    names = ["1", "2", *(f"{2 ** (p - 1) + 1:,}–{2**p:,}" for p in range(2, len(images)))]
+    return [
+        {"name": name, "sets": int(number), "images": int(count), "share": count / images.max()}
+        for name, number, count in zip(names, num_sets, images, strict=False)
+        if number
+    ]
 
 
-def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | NotComputed) -> Markup:
+def _compare_sizes(cap: ClusterCap) -> list[dict[str, Any]]:
+    """Count clusters and their images, before and after the cap, by size before."""
+    before = cap.before[cap.before > 0]
+    power = np.ceil(np.log2(before)).astype(np.int64)
+    left = np.bincount(power, weights=np.minimum(before, cap.most))
+    rows = _count_sizes(before)
+    return [row | {"after": int(left[p])} for row, p in zip(rows, np.unique(power).tolist(), strict=True)]
+
+
+def _draw_curves(run: BalanceRun, sets: Sets, other: OtherLinkage | NotComputed) -> Markup:
     """Draw the share kept over the cut-off, by both linkages where both are known, and the points at the cut-off."""
-    num_images = len(sets.labels)
+    num_images, linkage = run.rows.num_searched, run.settings.linkage
     lines = [(linkage, sets.curve, sets.num_kept)]
-    if not isinstance(other, NotComputed):
+    if isinstance(other, OtherLinkage):
         lines.append((other.linkage, other.curve, other.kept))
     most_kept = max(num_kept for _, _, num_kept in lines)
     figure = make_figure()

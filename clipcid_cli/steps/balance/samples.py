@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipcid_cli.algorithms.near.distances import DoubleArray, IntArray
+from clipcid_cli.algorithms.near.distances import IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, names_command, open_dataset, open_described
 from clipcid_cli.formats.data.index import DataIndex
@@ -27,28 +26,25 @@ from clipcid_cli.formats.report import thumbnail
 from clipcid_cli.formats.results.kept_lists import is_uid
 from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.models.decode import SkippedImage, UnreadableImage, decode_image, read_size
+from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
 from clipcid_cli.steps.balance.rows import take_texts
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
-
-_ROWS_AT_ONCE = 4096
-_THREADS = 16
 
 
 def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
-    """Open the data that was named, or else the data that the embeddings record, with its index where there is one.
-
-    Returns:
-        None when neither says which data it is, or it is the output of a recorded command, which is not run.
-    """
-    indexes = WorkDirectory(settings.work).indexes
+    """Open the data that was named, or else what :func:`open_recorded` opens, with its index where there is one."""
     if settings.data is not None:
         columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+        indexes = WorkDirectory(settings.work).indexes
         return open_dataset(settings.data, keys=settings.keys, columns=columns, index_root=indexes)
+    return open_recorded(settings, embeddings)
+
+
+def open_recorded(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
+    """Open the data that embeddings record; None when they do not, or it is the output of a command, which is not run."""
     if embeddings.sidecar is None or names_command(embeddings.sidecar.data.spec):
         return None
-    return open_described(embeddings.sidecar.data, index_root=indexes)
+    return open_described(embeddings.sidecar.data, index_root=WorkDirectory(settings.work).indexes)
 
 
 def require_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:
@@ -175,40 +171,3 @@ def read_thumbnails(finder: SampleFinder, shards: list[str], keys: list[str], si
         except OSError as error:
             pictures.append(("", f"{error.filename or where} cannot be read: {describe(error)}."))
     return pictures
-
-
-def open_for_sizes(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
-    """Open the data for ``--select resolution`` where anything is to be chosen by it; else None."""
-    if settings.select != "resolution" or (settings.keep == 1.0 and settings.max_per_cluster is None):
-        return None
-    return require_data(settings, embeddings, "--select resolution")
-
-
-def count_pixels(data: Dataset, embeddings: Embeddings, rows: IntArray, reporter: Reporter) -> DoubleArray:
-    """Read the sizes of some images.
-
-    Args:
-        data: What the embeddings were made from.
-        rows: Rows of the embeddings, int64 [n], ascending.
-
-    Returns:
-        Width × height, float64 [n]; 0 where an image cannot be found or read.
-    """
-    finder = SampleFinder(data)
-    pixels: DoubleArray = np.zeros(len(rows))
-    with ThreadPoolExecutor(_THREADS) as pool, reporter.progress("image sizes", len(rows), "images") as progress:
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            samples = finder.find_rows(embeddings, rows[start : start + _ROWS_AT_ONCE])
-            pixels[start : start + len(samples)] = list(pool.map(_pixels, samples))
-            progress.advance(len(samples))
-    missing = int(np.count_nonzero(pixels == 0))
-    if missing:
-        reporter.warn(f"The size of {missing:,} of {len(rows):,} images is unknown; they are kept last.")
-    return pixels
-
-
-def _pixels(sample: Sample | None) -> int:
-    if sample is None:
-        return 0
-    size = read_size(sample.image)
-    return 0 if isinstance(size, SkippedImage) else size[0] * size[1]

@@ -80,9 +80,9 @@ def find_forest(
         reporter.note(f"Near pairs are searched in {scan.name} ({scan.reason}) and verified in fp64.")
     estimator = CutoffEstimator(rows.read, rows.unique, machine.device, scan.dtype, for_stars)
     most_pairs = _MOST_PAIRS // machine.size if for_stars else 0
-    complete, num_copies = len(rows) - 1, len(rows.copies)
+    complete, num_copies = rows.num_searched - 1, len(rows.copies)
     smaller = None
-    if is_new and rows.positions is None and neighbors == "exact":
+    if is_new and rows.is_searched is None and neighbors == "exact":
         smaller = read_smaller(machine, store, rows, reporter)
     while len(forest.edges) < complete and not _is_enough(forest, cutoff, num_edges):
         search: TiledSearch | PartitionedSearch = all_pairs

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.near.distances import FloatArray, HalfArray, IntArray, row_type
 from clipcid_cli.algorithms.near.nearest_pairs import NearestReference
 from clipcid_cli.algorithms.near.pair_search import CACHE_BYTES, TiledSearch
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.arrays import Arrays, map_strings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.balance_parts import ReferenceParts, keep_references
+from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_for_rows
@@ -46,6 +50,7 @@ class NearReferences:
         near: How many rows lie near each reference, whatever other references they are near.
     """
 
+    reason: ClassVar = "reference"
     references: list[Reference]
     threshold: float
     owner: npt.NDArray[np.int16]
@@ -54,9 +59,9 @@ class NearReferences:
     near: list[int]
 
     @property
-    def is_far(self) -> npt.NDArray[np.bool_]:
-        """Which rows are near no reference, bool [N]."""
-        return np.asarray(self.owner < 0)
+    def is_dropped(self) -> npt.NDArray[np.bool_]:
+        """Which rows are near a reference, bool [N]."""
+        return np.asarray(self.owner >= 0)
 
     def summarise(self) -> dict[str, Any]:
         """Return what the JSON object says."""
@@ -69,6 +74,36 @@ class NearReferences:
                 for reference, near, number in zip(self.references, self.near, nearest, strict=True)
             ],
         }
+
+    def columns(self, folder: Path) -> list[Column]:
+        """Return the columns of the keep list, which name the nearest reference row of each row that is near one.
+
+        Args:
+            folder: Where keys are mapped, which may be more than memory holds.
+        """
+        keys: dict[int, pa.Array] = {}
+
+        def read_names(part: slice) -> pa.Array:
+            owner = self.owner[part]
+            return pa.array([each.name for each in self.references]).take(pa.array(owner, mask=owner < 0))
+
+        def read_keys(part: slice) -> pa.Array:
+            owner, found = self.owner[part], pa.nulls(part.stop - part.start, pa.string())
+            for number in np.unique(owner[owner >= 0]).tolist():
+                if number not in keys:
+                    embeddings = self.references[number].embeddings
+                    chunks = (chunk for file in embeddings.files for chunk in embeddings.keys_of(file).chunks)
+                    keys[number] = map_strings(folder, chunks)
+                is_its = owner == number
+                named = keys[number].take(pa.array(self.row[part][is_its])).cast(pa.string())
+                found = pc.replace_with_mask(found, pa.array(is_its), named)
+            return found
+
+        return [
+            Column("reference", pa.string(), read_names),
+            Column("reference_key", pa.string(), read_keys),
+            float_column("reference_distance", self.distance),
+        ]
 
 
 def find_near(

@@ -1,53 +1,46 @@
-"""Which images are dropped before repeats are searched."""
+"""What is dropped before repeats are searched.
+
+Each filter, and the cap of clusters after the search, is a mask over the rows of the keep list, the columns it adds to
+that, and a summary for the JSON object.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from clipcid_cli.algorithms.near.distances import row_type
-from clipcid_cli.algorithms.near.edges import Edges, sort_edges
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.filters.against import NearReferences, find_near
-from clipcid_cli.steps.balance.filters.captions import CaptionWindow, measure_captions
+from clipcid_cli.steps.balance.filters.captions import CaptionWindow, find_captions
 from clipcid_cli.steps.balance.filters.references import Reference
-from clipcid_cli.steps.balance.rows import BalanceRows
+from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
-from clipcid_cli.steps.shared_arrays import share_arrays
 
 
-@dataclasses.dataclass(frozen=True)
-class Filters:
-    """What was dropped before repeats are searched.
+class Filter(Protocol):
+    """What a filter found."""
 
-    Attributes:
-        everything: All finite rows: those of the keep list.
-        rows: Those that are balanced.
-        near: Which rows lie near a reference, and are dropped for it; None without references.
-        captions: The window that the others lie outside of; None without one.
-    """
+    @property
+    def reason(self) -> str:
+        """What `dropped_by` says."""
 
-    everything: BalanceRows
-    rows: BalanceRows
-    near: NearReferences | None
-    captions: CaptionWindow | None
+    @property
+    def is_dropped(self) -> BoolArray:
+        """Which rows it drops, bool [N]."""
+
+    def columns(self, folder: Path) -> list[Column]:
+        """Return the columns of the keep list; in `folder` strings are mapped that may be more than memory holds."""
 
     def summarise(self) -> dict[str, Any]:
-        """Return the fields of the JSON object: null for filters that were not asked for."""
-        return {
-            "against": None if self.near is None else self.near.summarise(),
-            "caption_window": None if self.captions is None else self.captions.summarise(),
-        }
+        """Return what the JSON object says."""
 
 
 def apply_filters(
@@ -58,57 +51,32 @@ def apply_filters(
     rows: BalanceRows,
     references: list[Reference],
     reporter: Reporter,
-) -> Filters:
-    """Find the rows to balance; the same on every process.
+) -> tuple[BalanceRows, NearReferences | None, CaptionWindow | None]:
+    """Find the rows to search; the same on every process.
 
     Args:
-        output: That of the run.
         rows: All finite rows.
+
+    Returns:
+        The rows, and what was found of references and of captions, where they were asked for.
     """
-    if not settings.has_filters:
-        return Filters(rows, rows, None, None)
     near = window = None
     passes = np.ones(len(rows), np.bool_)
     if references:
         near = find_near(settings, machine, output, rows, references, reporter)
-        passes &= near.is_far
-        reporter.note(
-            f"{np.count_nonzero(~near.is_far):,} of {len(rows):,} images are within {near.threshold:g} of a reference."
-        )
+        passes &= ~near.is_dropped
+        number = np.count_nonzero(near.is_dropped)
+        reporter.note(f"{number:,} of {len(rows):,} images are within {near.threshold:g} of a reference.")
     if settings.has_window:
-        window = measure_captions(settings, machine, output.work, embeddings, rows, reporter)
-        passes &= window.is_inside
-        number = np.count_nonzero(window.is_inside)
+        window = find_captions(settings, machine, output.work, embeddings, rows, reporter)
+        passes &= ~window.is_dropped
+        number = np.count_nonzero(~window.is_dropped)
         reporter.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
     if not passes.any():
         raise ClipcidError(
             f"All {len(rows):,} images are dropped before repeats are searched.",
             "Give a smaller --against-threshold, or a wider window of caption similarity.",
         )
-    return Filters(rows, share_chosen(machine, output.work, rows, passes), near, window)
-
-
-def share_chosen(machine: Machine, folder: Path, rows: BalanceRows, which: npt.NDArray[np.bool_]) -> BalanceRows:
-    """Return the chosen rows, bool [N], with the copies among them; the same on every process.
-
-    Args:
-        folder: Where processes share them.
-        rows: All finite rows.
-    """
-
-    def choose() -> Arrays:
-        kind = row_type(len(rows))
-        positions = np.flatnonzero(which).astype(kind)
-        place, original = np.arange(len(positions), dtype=kind), np.arange(len(rows), dtype=kind)
-        original[rows.copies.b] = rows.copies.a
-        original = original[positions]
-        # Written in reverse, the first of equal rows remains.
-        first = np.zeros(len(rows), kind)
-        first[original[::-1]] = place[::-1]
-        first = first[original]
-        copies = place[first != place]
-        return positions, rows.numbers[positions], place[first == place], first[copies], copies
-
-    positions, numbers, unique, a, b = share_arrays(machine, folder, choose)
-    copies = sort_edges(Edges(a, b, np.zeros(len(b), np.float32)))
-    return BalanceRows(rows.images, numbers, unique, copies, positions, len(rows))
+    if settings.has_filters:
+        rows = rows.restrict(machine, output.work, passes)
+    return rows, near, window

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.near.distances import row_type
-from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
+from clipcid_cli.algorithms.near.edges import Edges, merge_edges
 from clipcid_cli.algorithms.near.pair_search import GrownSearch
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.fingerprint import FileRecord
@@ -79,7 +79,7 @@ def read_smaller(machine: Machine, store: ForestStore, rows: BalanceRows, report
             return None, "its rows are not those of its files."
         is_new = np.ones(len(rows), np.bool_)
         is_new[places] = False
-        edges = merge_edges(Edges(places[stored.a], places[stored.b], stored.distance), sort_edges(rows.copies))
+        edges = merge_edges(Edges(places[stored.a], places[stored.b], stored.distance), rows.copies)
         return SmallerForest(edges, stored.cutoff, is_new, _digest(sidecar)), ""
 
     def share() -> Arrays:

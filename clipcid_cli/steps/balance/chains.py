@@ -18,7 +18,7 @@ from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.sets.diameters import find_diameters
 from clipcid_cli.algorithms.sets.star import count_kept, star_cover
 from clipcid_cli.formats.results.sets import SetTable
-from clipcid_cli.steps.balance.context import Context
+from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.sets import Sets
 
 _CHAINS_SHOWN = 8
@@ -27,9 +27,9 @@ _STARS_SHOWN = 8
 _MOST_STARRED = 4096
 
 
-def measure_sets(context: Context, sets: Sets) -> SetTable:
+def measure_sets(run: BalanceRun, sets: Sets) -> SetTable:
     """Measure every set of two or more images: its diameter, and the image farthest from the one kept."""
-    rows, labels, distances = context.rows, sets.labels, sets.distances
+    rows, labels, distances = run.rows, sets.labels, sets.distances
     sizes = np.bincount(labels, minlength=len(labels))
     label = np.flatnonzero(sizes > 1).astype(labels.dtype)
     size = sizes[label]
@@ -43,81 +43,69 @@ def measure_sets(context: Context, sets: Sets) -> SetTable:
     farthest = first[label]
     del at_reach, first
     # Copies are at distance 0 of each other, and sets of copies alone have no diameter to find.
-    found = find_diameters(rows.read, rows.unique, labels[rows.unique], context.machine.device)
+    found = find_diameters(rows.read, rows.unique, labels[rows.unique], run.machine.device)
     diameter, is_exact = np.zeros(len(label), np.float32), np.ones(len(label), np.bool_)
     place = np.searchsorted(label, found.label)
-    diameter[place], is_exact[place] = found.diameter, found.is_exact
+    diameter[place] = found.diameter
+    is_exact[place] = found.is_exact
     return SetTable(label, size, sets.representatives[label], farthest, reach, diameter, is_exact)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """A set that single linkage chained.
+    """A set that single linkage chained: what the table of sets has of it, and more.
 
     Attributes:
-        label: Its smallest row.
         beyond: How many of its images are farther than the cut-off from the one kept.
-        farthest: The image farthest from that one.
-        distance: How far it is.
-        diameter: Largest distance of two of its images; where it is not exact, at least half of that.
-        num_stars: How many images stars would keep of it; None where it has too many to compare.
-        stars: Some of those images, those that represent most first.
+        stars: Images that stars would keep of it, those that represent most first; None where it has too many to compare.
     """
 
     label: int
     size: int
-    beyond: int
     representative: int
     farthest: int
     distance: float
     diameter: float
     is_exact: bool
-    num_stars: int | None
-    stars: list[int]
+    beyond: int
+    stars: list[int] | None
+
+    @property
+    def shown(self) -> list[int]:
+        """The images that the report shows."""
+        return [self.representative, self.farthest, *(self.stars or ())[:_STARS_SHOWN]]
 
 
-def find_chains(context: Context, sets: Sets, table: SetTable) -> list[Chain]:
+def find_chains(run: BalanceRun, sets: Sets, table: SetTable) -> list[Chain]:
     """Return the sets with most images beyond the cut-off, the widest of equals first; none for stars."""
-    if sets.threshold is None or context.settings.linkage == "star":
+    if sets.threshold is None or run.settings.linkage == "star":
         return []
     is_beyond = sets.distances > np.float32(sets.threshold)
     beyond = np.bincount(sets.labels[is_beyond], minlength=len(sets.labels))[table.label]
     order = np.lexsort((table.label, -table.diameter, -beyond))[:_CHAINS_SHOWN]
-    copies = np.bincount(context.rows.unique_positions(), minlength=len(context.rows.unique))
+    copies = run.rows.count_copies()
     chains = []
     for place in order[beyond[order] > 0].tolist():
-        stars = _find_stars(context, sets, int(table.label[place]), sets.threshold, copies)
-        chains.append(
-            Chain(
-                int(table.label[place]),
-                int(table.size[place]),
-                int(beyond[place]),
-                int(table.representative[place]),
-                int(table.farthest[place]),
-                float(table.distance[place]),
-                float(table.diameter[place]),
-                bool(table.is_exact[place]),
-                None if stars is None else len(stars),
-                [] if stars is None else stars[:_STARS_SHOWN],
-            )
-        )
+        values = {name: column[place].item() for name, column in vars(table).items()}
+        stars = _find_stars(run, sets, values["label"], sets.threshold, copies)
+        chains.append(Chain(**values, beyond=int(beyond[place]), stars=stars))
     return chains
 
 
-def _find_stars(context: Context, sets: Sets, label: int, cutoff: float, copies: IntArray) -> list[int] | None:
-    """Cover a set by stars; a star never leaves it. Return the images kept, those that represent most first.
+def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: IntArray) -> list[int] | None:
+    """Cover a set by stars; a star never leaves it.
 
     Args:
         copies: How many rows equal each unique row, int64 [U].
     """
-    rows = context.rows
+    rows = run.rows
     place = np.flatnonzero(sets.labels[rows.unique] == label)
     if len(place) > _MOST_STARRED:
         return None
-    stored = torch.from_numpy(rows.read(rows.unique[place])).to(context.machine.device)
+    stored = torch.from_numpy(rows.read(rows.unique[place])).to(run.machine.device)
     representatives = star_cover(len(place), _near_pairs(stored, cutoff), copies[place])
     represented = np.bincount(representatives, weights=copies[place], minlength=len(place))
-    order = np.lexsort((np.arange(len(place)), -represented))[: count_kept(representatives)]
+    order = np.argsort(-represented, kind="stable")[: count_kept(representatives)]
     found: list[int] = rows.unique[place[order]].tolist()
     return found
 
