@@ -33,8 +33,8 @@ class Plan:
     """What one `balance` works on.
 
     Attributes:
-        data: The data itself where ``--select resolution`` or ``--write-shards`` reads it; else None.
-        shards: The tars that ``--write-shards`` copies from.
+        data: The data that ``--write-shards`` copies from; else None.
+        shards: Its tars.
         clusters: Those of ``--max-per-cluster``.
     """
 
@@ -90,8 +90,6 @@ def make_plan(settings: BalanceSettings, embeddings: Embeddings, clusters: Found
     check_uids(settings, embeddings)
     if _needs_texts(settings):
         embeddings.rows(Kind.TEXTS)  # refuses those without
-    if settings.select == "resolution" and (settings.keep != 1.0 or settings.max_per_cluster is not None):
-        data = require_data(settings, embeddings, "--select resolution")
     return Plan(settings, embeddings, data, shards, clusters)
 
 
@@ -107,6 +105,13 @@ def _tars_of(data: Dataset, target: Path) -> list[Shard]:
         if "://" not in shard.source and (target / f"{shard.name}.tar").resolve() == Path(shard.source).resolve():
             raise ClipcidError(f"--write-shards {target} would overwrite the data itself.", "Give another folder.")
     return shards
+
+
+def check_sizes(plan: Plan) -> None:
+    """Check that the data is there where ``--select resolution`` reads it; what is finished needs none."""
+    settings = plan.settings
+    if settings.select == "resolution" and (settings.keep != 1.0 or settings.max_per_cluster is not None):
+        require_data(settings, plan.embeddings, "--select resolution")
 
 
 def _needs_texts(settings: BalanceSettings) -> bool:

@@ -28,7 +28,15 @@ from clipcid_cli.steps.balance.cost import estimate_cost
 from clipcid_cli.steps.balance.filters.cluster_cap import cap_clusters
 from clipcid_cli.steps.balance.filters.references import Reference, open_references, plan_references
 from clipcid_cli.steps.balance.filters.select import apply_filters
-from clipcid_cli.steps.balance.plan import Plan, check_named, find_embeddings, identify, list_row_files, make_plan
+from clipcid_cli.steps.balance.plan import (
+    Plan,
+    check_named,
+    check_sizes,
+    find_embeddings,
+    identify,
+    list_row_files,
+    make_plan,
+)
 from clipcid_cli.steps.balance.report import REPORT, has_new_pictures, write_report
 from clipcid_cli.steps.balance.result import Outcome, find_warnings, summarise
 from clipcid_cli.steps.balance.rows import count_skipped, find_rows
@@ -52,7 +60,8 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         seconds = {"embed": time.perf_counter() - started}
         plan = machine.on_main(lambda: make_plan(settings, embeddings, clusters))
         if settings.dry_run:
-            return estimate_cost(plan, plan_references(settings, machine, embeddings, reporter), machine, reporter)
+            planned = plan_references(settings, machine, embeddings, reporter)
+            return machine.on_main(lambda: estimate_cost(plan, planned, machine, reporter))
         references = open_references(settings, machine, embeddings, reporter)
         wanted = machine.on_main(lambda: identify(plan, references))
         with claim_output(machine, plan.folder, "balance", BalanceSidecar, **wanted) as output:
@@ -103,6 +112,7 @@ def _begin(
     settings, embeddings = plan.settings, plan.embeddings
 
     def start() -> None:
+        check_sizes(plan)
         output.start()
         write_row_files(output.work / ROW_FILES, list_row_files(embeddings))
         clear_shared(output.work)

@@ -16,7 +16,7 @@ from clipcid_cli.runtime.models.decode import SkippedImage, read_size
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.filters.captions import have_captions
 from clipcid_cli.steps.balance.rows import take_texts
-from clipcid_cli.steps.balance.samples import SampleFinder
+from clipcid_cli.steps.balance.samples import SampleFinder, require_data
 
 _ROWS_AT_ONCE = 4096
 _THREADS = 16
@@ -64,8 +64,7 @@ def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
 
 def _resolution(run: BalanceRun, rows: IntArray) -> DoubleArray:
     """Return width × height of images; 0 where one cannot be found or read."""
-    assert run.plan.data is not None  # it was opened before the search
-    finder = SampleFinder(run.plan.data)
+    finder = SampleFinder(require_data(run.settings, run.embeddings, "--select resolution"))
     numbers = run.rows.numbers[rows]
     pixels = np.zeros(len(rows))
     with ThreadPoolExecutor(_THREADS) as pool, run.reporter.progress("image sizes", len(rows), "images") as progress:
