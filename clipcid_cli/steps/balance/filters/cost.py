@@ -6,8 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from clipcid_cli.algorithms.near.distances import HalfArray, IntArray
-from clipcid_cli.algorithms.near.pair_search import TiledSearch
+from clipcid_cli.algorithms.near.exact import HalfArray, IntArray
+from clipcid_cli.algorithms.near.search import near_pairs
+from clipcid_cli.algorithms.near.tiles import TiledSearch
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
@@ -154,7 +155,7 @@ def _estimate_reference(
 
     def compare() -> None:
         block = search.load(few)
-        for _ in search.search(block, panel, limit, lambda a, b, _: np.ones(len(a), np.bool_)):
+        for _ in near_pairs(block, panel, limit, lambda a, b, _: np.ones(len(a), np.bool_)):
             pass
 
     taken = time_trial(compare, machine.device, at_least=_SHORTEST).seconds
