@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.near.blocks import read_stored
-from clipcid_cli.algorithms.near.distances import DoubleArray, IntArray, ReadRows
+from clipcid_cli.algorithms.near.block import read_stored
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import DoubleArray, IntArray, ReadRows
 from clipcid_cli.algorithms.near.nearest_pairs import NearestPairs
-from clipcid_cli.algorithms.near.pair_search import TiledSearch
 from clipcid_cli.algorithms.near.partitions import Partitions
+from clipcid_cli.algorithms.near.search import near_pairs
+from clipcid_cli.algorithms.near.tiles import TiledSearch
 
 # Rows whose neighbours determine the margin, how many neighbours each, and pairs that may be proposed among them and all
 # rows.
@@ -59,14 +60,14 @@ def sample_neighbours(
     # Where nearly all pairs are within the reach, fewer rows suffice: how many, some rows and one panel show.
     first = tiled.load(rows[:_ROWS_AT_ONCE])
     few = NearestPairs(rows[np.sort(sample[:_FEWEST_SAMPLED])], _NEIGHBOURS)
-    proposed = sum(len(edges) for edges in tiled.search(tiled.load(few.rows), first, reach, few.may_be_nearest))
+    proposed = sum(len(edges) for edges in near_pairs(tiled.load(few.rows), first, reach, few.may_be_nearest))
     number = int(_MOST_PROPOSED / max(1.0, proposed / len(few.rows) * len(rows) / len(first)))
     found = NearestPairs(rows[np.sort(sample[: max(_FEWEST_SAMPLED, number)])], _NEIGHBOURS)
     block = tiled.load(found.rows)
     start, stop = share(len(rows))
     for at in range(start, stop, _ROWS_AT_ONCE):
         panel = tiled.load(rows[at : min(at + _ROWS_AT_ONCE, stop)])
-        for edges in tiled.search(block, panel, reach, found.may_be_nearest):
+        for edges in near_pairs(block, panel, reach, found.may_be_nearest):
             found.add(edges)
     for edges in gather(found.edges):  # a process adds its own again, which changes nothing
         found.add(edges)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.near.blocks import Block
-from clipcid_cli.algorithms.near.distances import IntArray, ReadRows
+from clipcid_cli.algorithms.near.block import Block
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.pair_search import PairFilter, TiledSearch
-from clipcid_cli.algorithms.near.tiles import PieceTiles
+from clipcid_cli.algorithms.near.exact import IntArray, ReadRows
+from clipcid_cli.algorithms.near.search import Wants, near_pairs
+from clipcid_cli.algorithms.near.tiles import PieceTiles, TiledSearch
 
 # Rows read at once on each side: a partition of more is compared in pieces, so memory does not depend on its size.
 _PANEL_ROWS = 8192
@@ -123,21 +123,20 @@ class PartitionedSearch:
         """Number of pairs that all tiles compare."""
         return int((self._home_sizes * (self._home_sizes - 1) // 2 + self._home_sizes * self._visitor_sizes).sum())
 
-    def num_pairs(self, tile: tuple[int, int]) -> int:
+    def num_pairs(self, partition: int, piece: int) -> int:
         """Count the pairs of rows a tile compares."""
-        partition, piece = tile
         total = int(self._home_sizes[partition])
         start, stop = piece * self.panel_rows, min((piece + 1) * self.panel_rows, total)
         size = stop - start
         return size * (size - 1) // 2 + size * (total - stop + int(self._visitor_sizes[partition]))
 
     def search_tiles(
-        self, tiles: Iterable[tuple[int, int]], cutoff: float, pair_filter: PairFilter
+        self, tiles: Iterable[tuple[int, int]], cutoff: float, pair_filter: Wants
     ) -> Iterator[tuple[tuple[int, int], Iterable[Edges]]]:
         """As :meth:`TiledSearch.search_tiles`."""
         return ((tile, self.search_tile(tile, cutoff, pair_filter)) for tile in tiles)
 
-    def search_tile(self, tile: tuple[int, int], cutoff: float, pair_filter: PairFilter) -> Iterator[Edges]:
+    def search_tile(self, tile: tuple[int, int], cutoff: float, pair_filter: Wants) -> Iterator[Edges]:
         """Compare a piece of a partition with itself, the pieces after it, and the partition's visitors.
 
         Args:
@@ -150,12 +149,10 @@ class PartitionedSearch:
         home, visitors = self._homes.of(partition), self._visitors.of(partition)
         start, stop = piece * self.panel_rows, (piece + 1) * self.panel_rows
         panel = self._load(home[start:stop])
-        yield from self._search.search(panel, panel, cutoff, pair_filter)
+        yield from near_pairs(panel, panel, cutoff, pair_filter)
         for others in (home[stop:], visitors):
             for at in range(0, len(others), self.panel_rows):
-                yield from self._search.search(
-                    panel, self._load(others[at : at + self.panel_rows]), cutoff, pair_filter
-                )
+                yield from near_pairs(panel, self._load(others[at : at + self.panel_rows]), cutoff, pair_filter)
 
     def _load(self, positions: IntArray) -> Block:
         return self._search.load(self._rows[positions])

@@ -7,11 +7,15 @@ finished is how far it came in them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import tee
 
 import numpy as np
+import torch
 
-from clipcid_cli.algorithms.near.distances import IntArray
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import IntArray, ReadRows
+from clipcid_cli.algorithms.near.search import CACHE_BYTES, Panels, Wants, default_panel_rows, near_pairs, near_pairs_of
 
 Tile = tuple[int, int]
 
@@ -141,3 +145,93 @@ def left_after(numbers: Sequence[range], done: Sequence[int]) -> list[range]:
     """Return what is left of numbers that were dealt to processes, each of which did the first so many of its share."""
     shares = deal(numbers, len(done))
     return [part for share, count in zip(shares, done, strict=True) for part in cut(share, count, sum(map(len, share)))]
+
+
+class TiledSearch(Panels):
+    """A search among some rows for pairs within a distance, divided into tiles."""
+
+    def __init__(
+        self,
+        read: ReadRows,
+        rows: IntArray,
+        device: torch.device,
+        scan_dtype: torch.dtype,
+        panel_rows: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """Divide the work into tiles."""
+        size = self.panel_rows = panel_rows or default_panel_rows(len(rows))
+        self.rows = rows
+        super().__init__(read, lambda index: rows[index * size : (index + 1) * size], device, scan_dtype, cache_bytes)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.panel_rows)
+
+    def num_pairs(self, i: int, j: int) -> int:
+        """Count the pairs of rows of two panels, or of one panel."""
+        size_i, size_j = len(self.rows_of(i)), len(self.rows_of(j))
+        return size_i * (size_i - 1) // 2 if i == j else size_i * size_j
+
+    @property
+    def name(self) -> str:
+        """Identifies how the work is divided."""
+        return f"strips-{self.panel_rows}"
+
+    def tiles(self) -> Tiles:
+        """Return the tiles (panel i, panel j), i ≤ j."""
+        return TriangleTiles(len(self))
+
+    @property
+    def num_all_pairs(self) -> int:
+        """Number of pairs that all tiles compare."""
+        return len(self.rows) * (len(self.rows) - 1) // 2
+
+    def search_tiles(
+        self, tiles: Iterable[Tile], cutoff: float, wants: Wants
+    ) -> Iterator[tuple[Tile, Iterable[Edges]]]:
+        """Search tiles one after another; yields each tile, and what `near_pairs` yields for it."""
+        tiles, again = tee(tiles)
+        return zip(again, near_pairs_of(((self[i], self[j]) for i, j in tiles), cutoff, wants), strict=True)
+
+    def search_tile(self, tile: Tile, cutoff: float, wants: Wants) -> Iterator[Edges]:
+        """Read the panels of a tile and search them."""
+        return near_pairs(self[tile[0]], self[tile[1]], cutoff, wants)
+
+
+class GrownSearch(TiledSearch):
+    """A search for the pairs that have a new row; old rows that fill its last panel are compared with all, too."""
+
+    def __init__(
+        self,
+        read: ReadRows,
+        new: IntArray,
+        old: IntArray,
+        device: torch.device,
+        scan_dtype: torch.dtype,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """Divide the work into tiles.
+
+        Args:
+            new: New rows, integers [M], each once.
+            old: Old rows, likewise.
+        """
+        # No larger than the new rows fill.
+        panel_rows = min(default_panel_rows(len(new) + len(old)), default_panel_rows(8 * len(new)))
+        super().__init__(read, np.concatenate([new, old]), device, scan_dtype, panel_rows, cache_bytes)
+        self._num_first = -(-len(new) // panel_rows)
+
+    @property
+    def name(self) -> str:
+        """Identifies how the work is divided."""
+        return f"{self.panel_rows}-grown"
+
+    def tiles(self) -> Tiles:
+        """Return the tiles (panel i, panel j), i ≤ j, whose panel i has new rows."""
+        return GrownTiles(self._num_first, len(self))
+
+    @property
+    def num_all_pairs(self) -> int:
+        """Number of pairs that all tiles compare."""
+        first = min(self._num_first * self.panel_rows, len(self.rows))
+        return first * (first - 1) // 2 + first * (len(self.rows) - first)

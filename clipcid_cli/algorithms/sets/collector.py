@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.near.distances import FloatArray, IntArray
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
+from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
 from clipcid_cli.algorithms.sets.forest import ForestBuilder
 
 

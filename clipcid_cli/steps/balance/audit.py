@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
-from clipcid_cli.algorithms.near.distances import FloatArray, IntArray
-from clipcid_cli.algorithms.near.pair_search import TiledSearch
+from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
+from clipcid_cli.algorithms.near.search import near_pairs
+from clipcid_cli.algorithms.near.tiles import TiledSearch
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.balance.rows import BalanceRows
@@ -74,7 +75,7 @@ def audit_kept(
         for at in starts:
             panel = search.load(kept[at : at + _PANEL_ROWS])
             for block in blocks:
-                for edges in search.search(block, panel, cutoff, may_count):
+                for edges in near_pairs(block, panel, cutoff, may_count):
                     position_P = np.concatenate([position(edges.a), position(edges.b)])
                     found[position_P[position_P < len(sample)]] = True
             progress.advance(len(panel))

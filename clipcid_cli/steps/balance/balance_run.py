@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from clipcid_cli.algorithms.near.distances import IntArray
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.sidecar import BalanceSidecar

@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import torch
 
-from clipcid_cli.algorithms.near.distances import (
-    ROWS_IN_CACHE,
-    IntArray,
-    distance_matrix,
-    row_type,
-    squared_lengths,
-)
-from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.block import load_block
+from clipcid_cli.algorithms.near.edges import Edges, sort_edges
+from clipcid_cli.algorithms.near.exact import IntArray
+from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.algorithms.sets.diameters import find_diameters
 from clipcid_cli.algorithms.sets.star import count_kept, star_cover
 from clipcid_cli.formats.results.sets import SetTable
+from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.sets import Sets
 
@@ -102,21 +98,12 @@ def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: 
     place = np.flatnonzero(sets.labels[rows.unique] == label)
     if len(place) > _MOST_STARRED:
         return None
-    stored = torch.from_numpy(rows.read(rows.unique[place])).to(run.machine.device)
-    representatives = star_cover(len(place), _near_pairs(stored, cutoff), copies[place])
+    scan = choose_scan(run.settings.precision, run.machine.device).dtype
+    numbers = np.arange(len(place), dtype=rows.unique.dtype)
+    block = load_block(lambda some: rows.read(rows.unique[place[some]]), numbers, run.machine.device, scan)
+    pairs = sort_edges(Edges.concatenate(near_pairs(block, block, cutoff, lambda a, b, _: np.ones(len(a), np.bool_))))
+    representatives = star_cover(len(place), pairs, copies[place])
     represented = np.bincount(representatives, weights=copies[place], minlength=len(place))
     order = np.argsort(-represented, kind="stable")[: count_kept(representatives)]
     found: list[int] = rows.unique[place[order]].tolist()
     return found
-
-
-def _near_pairs(stored_ND: torch.Tensor, cutoff: float) -> Edges:
-    """Return the pairs of rows, float16 [N, D], within a distance; the distances of few rows to all are held at once."""
-    squared_N = squared_lengths(stored_ND)
-    parts = []
-    for first in range(0, len(stored_ND), ROWS_IN_CACHE):
-        part = slice(first, first + ROWS_IN_CACHE)
-        weight_PN = distance_matrix(stored_ND[part], stored_ND, squared_N[part], squared_N).cpu().numpy()
-        a, b = np.nonzero(np.triu(weight_PN <= np.float32(cutoff), first + 1))
-        parts.append(Edges(a + first, b, weight_PN[a, b]).in_type(row_type(len(stored_ND))))
-    return Edges.concatenate(parts)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.near.blocks import Block
+from clipcid_cli.algorithms.near.block import Block, load_block
 from clipcid_cli.algorithms.near.cutoff import SAMPLE_ROWS as CUTOFF_SAMPLE
-from clipcid_cli.algorithms.near.distances import IntArray
 from clipcid_cli.algorithms.near.duplicates import hash_rows
-from clipcid_cli.algorithms.near.pair_search import TiledSearch
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.partition_margin import MARGIN_SAMPLE
 from clipcid_cli.algorithms.near.partition_training import LOOKS_AT_SAMPLE, ROWS_PER_CENTROID
 from clipcid_cli.algorithms.near.partitions import default_num_partitions
+from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
@@ -66,9 +66,7 @@ def estimate_cost(
     settings, images, width, clusters = plan.settings, plan.embeddings.num_rows, plan.embeddings.width, plan.clusters
     scan = choose_scan(settings.precision, machine.device).dtype
     a_row, a_pair, captions = _measure(plan, scan, machine)
-    # Where none of those measured is inside, the most that may be with 95 % confidence.
-    inside = 1.0 if captions is None else captions["inside"] or min(1.0, 3.0 / captions["sampled"])
-    searched = round(inside * images)
+    searched = round(_share_inside(captions) * images)
 
     def cost(pairs: float, compared: float, rows: float) -> dict[str, Any]:
         seconds = (a_pair * compared + a_row * rows) / machine.size
@@ -126,12 +124,18 @@ def estimate_cost(
     return result
 
 
+def _share_inside(captions: dict[str, Any] | None) -> float:
+    """Return the share of images that a window leaves; where none of those measured is, the most at 95 % confidence."""
+    return 1.0 if captions is None else captions["inside"] or min(1.0, 3.0 / captions["sampled"])
+
+
 def _describe(result: dict[str, Any], num_processes: int) -> Iterator[str]:
     captions, against, searched = result["caption_window"], result["against"] or [], result["searched"]
     most = "at most " if captions is not None and not captions["inside"] else ""
     of = f" of {most}{searched:,} of them" if searched < result["images"] else ""
     processes = f", {num_processes} processes" if num_processes > 1 else ""
-    yield f"{result['images']:,} images of width {result['width']}. Cost of a new search{of}, estimated from some{processes}:"
+    images = f"{result['images']:,} images of width {result['width']}"
+    yield f"{images}. Cost of a new search{of}, estimated from some{processes}:"
     for name, audit in (("exact", ""), ("partitioned", " with its audit")):
         cost = result[name]
         taken = format_duration(cost["seconds"])
@@ -146,13 +150,12 @@ def _describe(result: dict[str, Any], num_processes: int) -> Iterator[str]:
         sampled = f"{captions['sampled']:,} sampled images"
         found = f"{captions['inside']:.1%} of {sampled} are inside the window."
         if most:
-            share = 100 * searched / result["images"]
-            found = (
-                f"none of {sampled} is inside the window, so at most {share:.2g}% of all images are (95 % confidence)."
-            )
+            share = f"{100 * _share_inside(captions):.2g}%"
+            found = f"none of {sampled} is inside the window, so at most {share} of all images are (95 % confidence)."
         yield f"  captions: about {format_duration(captions['seconds'])}; {found}"
     resident, mapped = (result["memory"][name] / 2**30 for name in ("resident", "mapped"))
-    yield f"Memory: {resident:.1f} GiB a process above the {mapped:.2f} GiB of mapped rows; disk: {result['disk'] / 2**20:,.0f} MiB."
+    memory = f"Memory: {resident:.1f} GiB a process above the {mapped:.2f} GiB of mapped rows"
+    yield f"{memory}; disk: {result['disk'] / 2**20:,.0f} MiB."
 
 
 def _measure(plan: Plan, scan: torch.dtype, machine: Machine) -> tuple[float, float, dict[str, Any] | None]:
@@ -187,14 +190,14 @@ def _measure(plan: Plan, scan: torch.dtype, machine: Machine) -> tuple[float, fl
     if not len(other):
         return 0.0, 0.0, captions
     cutoff = _USUAL_CUTOFF if settings.distance is None else settings.distance
-    search = TiledSearch(read, rows, machine.device, scan)
 
-    def prepare() -> list[Block]:
+    def prepare() -> tuple[Block, Block]:
         hash_rows(read(one))
-        return [search.load(one), search.load(other)]
+        return load_block(read, one, machine.device, scan), load_block(read, other, machine.device, scan)
 
     def compare() -> None:
-        for _ in search.search(*prepared.result, cutoff, lambda a, b, _: np.ones(len(a), np.bool_)):
+        block, others = prepared.result
+        for _ in near_pairs(block, others, cutoff, lambda a, b, _: np.ones(len(a), np.bool_)):
             pass
 
     prepared = time_trial(prepare, machine.device)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from clipcid_cli.algorithms.near.distances import IntArray
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.pair_search import CACHE_BYTES, TiledSearch, default_panel_rows
-from clipcid_cli.algorithms.near.tiles import Tile
+from clipcid_cli.algorithms.near.exact import IntArray
+from clipcid_cli.algorithms.near.search import CACHE_BYTES, default_panel_rows, near_pairs
+from clipcid_cli.algorithms.near.tiles import Tile, TiledSearch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, spool_arrays
 from clipcid_cli.runtime.machine import Machine
@@ -171,13 +171,13 @@ def _collect(
         nonlocal number
         search = TiledSearch(rows.read, tiles.members, machine.device, scan.dtype, tiles.panel_rows, cache_bytes)
         with reporter.progress("pairs", tiles.num_pairs // machine.size, "pairs") as progress:
-            for tile in islice(tiles, machine.rank, None, machine.size):
-                for edges in search.search_tile(tile, cutoff, lambda a, b, _: labels[a] == labels[b]):
+            for i, j in islice(tiles, machine.rank, None, machine.size):
+                for edges in near_pairs(search[i], search[j], cutoff, lambda a, b, _: labels[a] == labels[b]):
                     number += len(edges)
                     if number > most:
                         return
                     yield edges.a, edges.b, edges.weight
-                progress.advance(search.num_pairs(tile))
+                progress.advance(search.num_pairs(i, j))
 
     kinds = (tiles.members.dtype, tiles.members.dtype, np.float32)
     found = machine.on_all(lambda: spool_arrays(folder, kinds, find() if len(tiles.members) else ()))

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.near.distances import HalfArray, IntArray, ReadRows, row_type
-from clipcid_cli.algorithms.near.pair_search import TiledSearch
+from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
 from clipcid_cli.algorithms.near.partition_margin import measure_margin, sample_neighbours
 from clipcid_cli.algorithms.near.partition_training import train_partitions
 from clipcid_cli.algorithms.near.partitioned_search import Groups, PartitionedSearch
 from clipcid_cli.algorithms.near.partitions import Assignment, Partitions, assign_rows, group_rows
+from clipcid_cli.algorithms.near.tiles import TiledSearch
 from clipcid_cli.formats.arrays import Arrays, create_unnamed, spool_arrays
 from clipcid_cli.formats.embeddings.grouped import create_copy, open_copies
 from clipcid_cli.runtime.machine import Machine

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from clipcid_cli.algorithms.near.distances import HalfArray, IntArray, row_type
 from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows, unique_positions
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
+from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, row_type
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings

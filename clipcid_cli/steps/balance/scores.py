@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from clipcid_cli.algorithms.near.distances import DoubleArray, IntArray
+from clipcid_cli.algorithms.near.exact import DoubleArray, IntArray
 from clipcid_cli.algorithms.sets.representatives import random_scores
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind

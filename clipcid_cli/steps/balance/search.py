@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from clipcid_cli.algorithms.near.cutoff import FARTHEST, CutoffEstimator
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.pair_search import CACHE_BYTES, TiledSearch
 from clipcid_cli.algorithms.near.partitioned_search import PartitionedSearch
-from clipcid_cli.algorithms.near.tiles import deal, left_after
+from clipcid_cli.algorithms.near.search import CACHE_BYTES
+from clipcid_cli.algorithms.near.tiles import TiledSearch, deal, left_after
 from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
@@ -78,7 +78,7 @@ def find_forest(
     all_pairs = TiledSearch(rows.read, rows.unique, machine.device, scan.dtype, cache_bytes=room)
     if is_new and len(rows.unique) > 1:
         reporter.note(f"Near pairs are searched in {scan.name} ({scan.reason}) and verified in fp64.")
-    estimator = CutoffEstimator(rows.read, rows.unique, machine.device, scan.dtype, for_stars)
+    estimator = CutoffEstimator(rows.read, rows.unique, machine.device, for_stars)
     most_pairs = _MOST_PAIRS // machine.size if for_stars else 0
     complete, num_copies = rows.num_searched - 1, len(rows.copies)
     smaller = None
@@ -220,7 +220,7 @@ def _search_tiles(
             for tile, found in search.search_tiles(tiles, cutoff, collector.may_matter):
                 for edges in found:
                     collector.add(edges)
-                progress.advance(search.num_pairs(tile))
+                progress.advance(search.num_pairs(*tile))
                 done += 1
                 if done == total or pace.is_due():
                     with pace.saving():

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from clipcid_cli.algorithms.near.distances import FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipcid_cli.algorithms.near.distances import IntArray
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings

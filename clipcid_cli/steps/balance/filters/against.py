@@ -12,9 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipcid_cli.algorithms.near.distances import FloatArray, HalfArray, IntArray, row_type
+from clipcid_cli.algorithms.near.exact import FloatArray, HalfArray, IntArray, row_type
 from clipcid_cli.algorithms.near.nearest_pairs import NearestReference
-from clipcid_cli.algorithms.near.pair_search import CACHE_BYTES, TiledSearch
+from clipcid_cli.algorithms.near.search import CACHE_BYTES, near_pairs
+from clipcid_cli.algorithms.near.tiles import TiledSearch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, map_strings
 from clipcid_cli.formats.embeddings.kinds import Kind
@@ -195,7 +196,7 @@ def _compare(
     scan, room = choose_scan(settings.precision, machine.device), memory_for_rows(machine.device, on_cpu=CACHE_BYTES)
     others = np.arange(num_rows, num_rows + len(reference.numbers), dtype=kind)
     search = TiledSearch(read, others, machine.device, scan.dtype, min(_PANEL_ROWS, len(others)), cache_bytes=room)
-    panels = list(range(-(-len(others) // search.panel_rows)))
+    panels = list(range(len(search)))
     mine = left[machine.rank :: machine.size]
     total = sum(len(stretches[at]) for at in mine) * len(others)
     with reporter.progress("against", total, "pairs") as progress:
@@ -205,9 +206,9 @@ def _compare(
             for start in range(0, len(place), _PANEL_ROWS):
                 block = search.load(place[start : start + _PANEL_ROWS])
                 for panel in panels:
-                    for edges in search.search(block, search.panel(panel), threshold, nearest.may_be_nearer):
+                    for edges in near_pairs(block, search[panel], threshold, nearest.may_be_nearer):
                         nearest.add(edges)
-                    progress.advance(len(block) * len(search.panel_rows_of(panel)))
+                    progress.advance(len(block) * len(search.rows_of(panel)))
                 panels.reverse()  # those read last are in the cache
             found = np.where(nearest.reference < 0, -1, reference.numbers[nearest.reference])
             parts.write(at, found.astype(np.int64), nearest.distance)

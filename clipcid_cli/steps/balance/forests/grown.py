@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.near.distances import row_type
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges
-from clipcid_cli.algorithms.near.pair_search import GrownSearch
+from clipcid_cli.algorithms.near.exact import row_type
+from clipcid_cli.algorithms.near.tiles import GrownSearch
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.forest import find_earlier, read_forest, row_files_path
