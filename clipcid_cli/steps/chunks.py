@@ -1,8 +1,8 @@
 """Searches for near pairs on all processes, resumable: what a chunk of a plan found is saved, and what is saved is done.
 
 A process saves the numbers of the chunks that it has done since its last save, and what its sink has gathered from them, in
-one file, whole or not at all. A later run, of any number of processes, reads all files and does the other chunks. A file that
-is lost or damaged costs its chunks.
+one file, whole or not at all. A later run, of any number of processes, reads all files and does the other chunks. A file
+that is lost or damaged costs its chunks.
 """
 
 from __future__ import annotations
@@ -58,20 +58,23 @@ class SearchRun:
     Attributes:
         work: The folder of unfinished work.
         inputs: Identifies the rows, whatever is chosen of them.
+        width: Width D of the rows.
         scan: The format of the fast product.
     """
 
     machine: Machine
     work: Path
     inputs: str
+    width: int
     scan: Precision
     reporter: Reporter
 
-    def rows_in_memory(self, width: int) -> int:
-        """Return how many rows of a width a plan can rely on to fit into the memory for panels."""
+    @property
+    def rows_in_memory(self) -> int:
+        """How many rows plans can rely on to fit into the memory for panels."""
         if self.machine.device.type == "cuda":
             return 2**31  # more than any strip needs; what is free differs from run to run, and plans must not
-        return CACHE_BYTES // (width * (2 + self.scan.dtype.itemsize))
+        return CACHE_BYTES // (self.width * (2 + self.scan.dtype.itemsize))
 
     def identify(self, plan: Plan, cutoff: float, of: str = "") -> str:
         """Hash what decides what the chunks of a plan find.

@@ -109,15 +109,14 @@ assert widths and max(widths) <= 4096, widths
 CROWDED_TILE = """
 import numpy as np
 import torch
-from clipcid_cli.algorithms.near.pair_search import TiledSearch
+from clipcid_cli.algorithms.near import search
+from clipcid_cli.algorithms.near.block import load_block
 values = 1 + 0.1 * np.random.default_rng(0).normal(size=(300, 16))
 values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
 
 def near_pairs(device, dtype):
-    search = TiledSearch(values.__getitem__, np.arange(300), torch.device(device), dtype)
-    panel = search.panel(0)
-    assert device == "cpu" or search._queue(panel, panel, 0.5).pairs_within(0.5) is None
-    found = search.search(panel, panel, 0.5, lambda a, b, weight: np.ones(len(a), np.bool_))
+    panel = load_block(values.__getitem__, np.arange(300), torch.device(device), dtype)
+    found = search.near_pairs(panel, panel, 0.5, lambda a, b, weight: np.ones(len(a), np.bool_))
     return sorted(pair for part in found for pair in zip(part.a, part.b, part.weight))
 
 here = near_pairs("cpu", torch.float32)

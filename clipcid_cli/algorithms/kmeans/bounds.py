@@ -26,7 +26,7 @@ import dataclasses
 import torch
 
 from clipcid_cli.algorithms.near.centroids import fold_sum
-from clipcid_cli.algorithms.near.distances import root
+from clipcid_cli.algorithms.near.exact import root
 
 # Rows are unit ones rounded to float16.
 _LONGEST_ROW = 1.01

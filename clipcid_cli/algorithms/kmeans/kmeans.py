@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.near.centroids import fold_sum
-from clipcid_cli.algorithms.near.distances import root
+from clipcid_cli.algorithms.near.exact import root
 
 IMAGES_PER_CLUSTER = 225
 MAX_CLUSTERS = 1_000_000

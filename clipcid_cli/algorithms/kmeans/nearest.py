@@ -10,7 +10,7 @@ of two vectors of length ≤ 1.01 exceeds 1.03 = 1.03·2⁴⁸ units < 2⁵³: f
 order of summation, tiling, instruction set or device gives the same bits.
 
 **Low precision only discards.** With a = fl(x̂·ĉ) for the product of the copies of a row and a centroid, ŝ = round(a)
-for what the product returns, and |a − x·c| ≤ e as proven in :mod:`clipcid_cli.algorithms.near.low_precision`:
+for what the product returns, and |a − x·c| ≤ e as proven in :mod:`clipcid_cli.algorithms.near.block`:
 
 - A centroid that is at least as near as one of exact similarity s has a ≥ s − e, and, rounding being monotone,
   ŝ ≥ round(s − e). Others are discarded: :meth:`NearestCentroids.nearest`, where the approximately nearest centroid is
@@ -38,7 +38,7 @@ from clipcid_cli.algorithms.kmeans.best_so_far import BestSoFar, Nearest
 from clipcid_cli.algorithms.kmeans.pairwise import pair_similarities
 from clipcid_cli.algorithms.kmeans.prepared import PreparedRows, prepare_centroids
 from clipcid_cli.algorithms.kmeans.wide import nearest_at_once
-from clipcid_cli.algorithms.near.blocks import exact_accumulation
+from clipcid_cli.algorithms.near.block import exact_accumulation
 
 # Rows multiplied with centroids at once. On a CPU the products stay near the caches; a GPU needs more work at a time.
 BLOCK_ROWS = {"cpu": 1024, "cuda": 16_384}

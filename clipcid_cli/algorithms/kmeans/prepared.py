@@ -1,6 +1,6 @@
 """Rows and centroids in the format of a fast matrix product, with what bounds the error of its results.
 
-The bound is that of :mod:`clipcid_cli.algorithms.near.low_precision`. Each row has its own int8 step and residual, all
+The bound is that of :mod:`clipcid_cli.algorithms.near.block`. Each row has its own int8 step and residual, all
 centroids have one step, so the integer products of a row order its centroids.
 
 Shape letters: B rows of a block, K centroids, D width.
@@ -13,8 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from clipcid_cli.algorithms.near.distances import ROWS_IN_CACHE
-from clipcid_cli.algorithms.near.low_precision import (
+from clipcid_cli.algorithms.near.block import (
     check_format,
     common_step,
     is_lossless,
@@ -24,6 +23,7 @@ from clipcid_cli.algorithms.near.low_precision import (
     score_error,
     widen,
 )
+from clipcid_cli.algorithms.near.exact import ROWS_IN_CACHE
 
 # A thousandth covers the rounding of the norms and of the formula of the bound, float32 sums of their own, many times over.
 _ROUNDED_UP = 1.001

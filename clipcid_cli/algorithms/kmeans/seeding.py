@@ -19,9 +19,8 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.kmeans.kmeans import RowReader
-from clipcid_cli.algorithms.near.blocks import exact_accumulation
+from clipcid_cli.algorithms.near.block import ACCUMULATION_UNIT, exact_accumulation
 from clipcid_cli.algorithms.near.centroids import centroids_of_sums
-from clipcid_cli.algorithms.near.low_precision import ACCUMULATION_UNIT
 
 PLUS_PLUS_CLUSTERS = 512
 PLUS_PLUS_ROWS_PER_CLUSTER = 16

@@ -22,7 +22,7 @@ import torch
 
 from clipcid_cli.algorithms.kmeans.kept_runs import KeptRuns, Room
 from clipcid_cli.algorithms.kmeans.subspace import Subspace
-from clipcid_cli.algorithms.near.blocks import exact_accumulation
+from clipcid_cli.algorithms.near.block import exact_accumulation
 from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums
 
 _LARGEST = 127

@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.kmeans.kmeans import RowReader
-from clipcid_cli.algorithms.near.blocks import exact_accumulation
+from clipcid_cli.algorithms.near.block import exact_accumulation
 from clipcid_cli.algorithms.near.centroids import fold_sum
 
 # Directions; how many of the iterations compare there (at most three, at most one in four); and where it pays: the share of

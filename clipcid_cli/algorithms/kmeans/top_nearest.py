@@ -6,7 +6,7 @@ P (row, centroid) pairs, R rows that are left to a full product.
 A float32 product gives centroid j a similarity s_j within e of the exact x·c_j (:mod:`.nearest` says what exact means). On
 a CPU it sums up to 192 entries at a time, each sum with an error of at most 192·u·|x_i|·|c_i| in any order, u = 2⁻²⁴; by
 Cauchy–Schwarz these are at most 192·u·|x|·|c_j| together, and adding the sums up costs u·|x|·|c_j| each. Lengths are at
-most 1.01. On a GPU e is what :mod:`clipcid_cli.algorithms.near.low_precision` allows for D entries. The search returns
+most 1.01. On a GPU e is what :mod:`clipcid_cli.algorithms.near.block` allows for D entries. The search returns
 the k centroids of largest s, in descending order:
 
 - Where s_m > s_k + 2e, no centroid outside the k is among the m nearest, nor ties with the last of them: one outside has
@@ -29,8 +29,7 @@ import math
 import torch
 
 from clipcid_cli.algorithms.kmeans.pairwise import pair_similarities
-from clipcid_cli.algorithms.near.blocks import exact_accumulation
-from clipcid_cli.algorithms.near.low_precision import ACCUMULATION_UNIT
+from clipcid_cli.algorithms.near.block import ACCUMULATION_UNIT, exact_accumulation
 
 # More centroids than asked for, so that the m-th is told from the first that is not returned: each makes the search slower.
 _SPARE = 3

@@ -18,7 +18,7 @@ import torch
 from clipcid_cli.algorithms.kmeans.best_so_far import BestSoFar, Nearest
 from clipcid_cli.algorithms.kmeans.pairwise import pair_similarities
 from clipcid_cli.algorithms.kmeans.prepared import PreparedRows
-from clipcid_cli.algorithms.near.blocks import exact_accumulation
+from clipcid_cli.algorithms.near.block import exact_accumulation
 
 # Of unit rows and centroids: no score is larger.
 _LARGEST_SCORE = 1.1

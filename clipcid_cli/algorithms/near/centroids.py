@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from clipcid_cli.algorithms.near.distances import root
+from clipcid_cli.algorithms.near.exact import root
 
 _GRID = 2.0**24
 # Rows added to sums at once: on a CPU their float64 copies stay near the caches.

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.near.distances import HalfArray, IntArray, ReadRows, row_type
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
 
 HashArray = npt.NDArray[np.uint64]
 

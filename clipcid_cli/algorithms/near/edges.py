@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.near.distances import FloatArray, IntArray
+from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
 
 # Edges merged at once: about 60 bytes each while they are sorted.
 _MERGED_AT_ONCE = 2**14

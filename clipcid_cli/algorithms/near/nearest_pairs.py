@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.near.distances import FloatArray, IntArray
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
 
 
 class NearestPairs:
@@ -35,7 +35,7 @@ class NearestPairs:
         return Edges(np.minimum(self._row, self._other), np.maximum(self._row, self._other), self._weight)
 
     def may_be_nearest(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
-        """Tell which pairs may be among those to keep: a `PairFilter`."""
+        """Tell which pairs may be among those to keep: a `Wants`."""
         farthest = np.maximum(self._farthest[self._position(a)], self._farthest[self._position(b)])
         return np.asarray((a != b) & (at_least <= farthest))
 
@@ -81,7 +81,7 @@ class NearestReference:
         self.distance = np.full(len(rows), np.inf, np.float32)
 
     def may_be_nearer(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
-        """Tell which pairs may be nearer than those found: a `PairFilter`."""
+        """Tell which pairs may be nearer than those found: a `Wants`."""
         return np.asarray(at_least <= self.distance[np.searchsorted(self._rows, a)])
 
     def add(self, edges: Edges) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.near.blocks import read_stored
+from clipcid_cli.algorithms.near.block import read_stored
 from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums
-from clipcid_cli.algorithms.near.distances import IntArray, ReadRows
+from clipcid_cli.algorithms.near.exact import IntArray, ReadRows
 from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions
 
 # Rows that k-means sees for each partition: partitions need no fine centroids, only few rows near their borders.

@@ -11,7 +11,7 @@ about a share 1/√D of its length along it. What is needed is measured on a sam
 (:mod:`clipcid_cli.algorithms.near.partition_margin`).
 
 Which rows are compared must not depend on threads or processes. Centroids are float16 rows, so f is exact in float64
-for them as it is for the rows (:mod:`clipcid_cli.algorithms.near.distances`); a float32 product decides where its
+for them as it is for the rows (:mod:`clipcid_cli.algorithms.near.exact`); a float32 product decides where its
 error cannot matter, and float64 decides the rest.
 
 Shape letters: N rows, B rows of a block, K partitions, D width, P pairs, S sampled rows.
@@ -29,9 +29,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.near.blocks import exact_accumulation, read_stored
-from clipcid_cli.algorithms.near.distances import IntArray, ReadRows, root, row_type, squared_lengths
-from clipcid_cli.algorithms.near.low_precision import ACCUMULATION_UNIT
+from clipcid_cli.algorithms.near.block import ACCUMULATION_UNIT, exact_accumulation, read_stored
+from clipcid_cli.algorithms.near.exact import IntArray, ReadRows, root, squared_lengths
 
 # Scores and pairs computed at once: on a CPU they and what is made of them stay near the cores' caches.
 _SCORES_AT_ONCE = 2**21
@@ -216,7 +215,7 @@ def group_rows(
     """Make lists of rows, one after another in one array, from entries that come part by part, in the memory of a part.
 
     Args:
-        entries: Gives the parts, each the number of a list and a row of E entries; it is called twice. A list keeps their order.
+        entries: Gives the parts, of E entries each a list's number and a row; called twice. A list keeps their order.
         allocate: Makes the array of all lists, of a length.
 
     Returns:

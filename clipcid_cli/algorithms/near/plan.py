@@ -1,8 +1,8 @@
 """What a search compares, as numbered jobs: pairs of panels, which are stretches of an order of rows.
 
-Exact, incremental and partitioned searches, and comparisons with other rows, are such plans. A chunk is a fixed stretch of the
-jobs, so what is done is known by the numbers of chunks, whatever the number of processes. 400 million rows have 300 million
-jobs: none is stored.
+Exact, incremental and partitioned searches, and comparisons with other rows, are such plans. A chunk is a fixed stretch of
+the jobs, so what is done is known by the numbers of chunks, whatever the number of processes. 400 million rows have 300
+million jobs: none is stored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.near.distances import IntArray
+from clipcid_cli.algorithms.near.exact import IntArray
 
 Job = tuple[int, int]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.near.distances import IntArray
+from clipcid_cli.algorithms.near.exact import IntArray
 
 BoolArray = npt.NDArray[np.bool_]
 

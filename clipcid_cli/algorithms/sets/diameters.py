@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.near.distances import (
+from clipcid_cli.algorithms.near.exact import (
     FloatArray,
     IntArray,
     ReadRows,
@@ -91,7 +91,7 @@ def _sweep(read: ReadRows, members: IntArray, device: torch.device) -> float:
         parts = []
         for at in range(0, len(members), _ROWS_AT_ONCE):
             part = torch.from_numpy(read(members[at : at + _ROWS_AT_ONCE])).to(device)
-            parts.append(distance_matrix(one, part, squared_lengths(one), squared_lengths(part))[0].cpu().numpy())
+            parts.append(distance_matrix(one, part)[0].cpu().numpy())
         distances = np.concatenate(parts)
         farthest = int(distances.argmax())
         if float(distances[farthest]) <= largest:

@@ -14,8 +14,8 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.near.distances import FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
+from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, row_type
 
 # Edges collected before they are merged into the forest; at least a quarter as many as the forest has.
 _SMALLEST_FOLD = 2**18

@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.near.blocks import load_block
-from clipcid_cli.algorithms.near.distances import (
+from clipcid_cli.algorithms.near.block import load_block
+from clipcid_cli.algorithms.near.exact import (
     DoubleArray,
     FloatArray,
     IntArray,
     ReadRows,
-    paired_distances,
+    edge_weights,
+    paired_dots,
     round_distances,
     squared_lengths,
 )
@@ -130,7 +131,7 @@ def distances_to(read: ReadRows, rows: IntArray, representatives: IntArray) -> F
         part = others[start : start + _ROWS_READ]
         sides = (torch.from_numpy(read(each)) for each in (rows[part], rows[representatives[part]]))
         pairs = zip(*(torch.split(side, _ROWS_AT_ONCE) for side in sides), strict=True)
-        found = [paired_distances(a, b, squared_lengths(a), squared_lengths(b)) for a, b in pairs]
+        found = [edge_weights(squared_lengths(a), squared_lengths(b), paired_dots(a, b)) for a, b in pairs]
         distances[part] = torch.cat(found).numpy()
     return distances
 

@@ -1,7 +1,7 @@
 """What searches collect of the pairs they find: their forest, the nearest ones, or all.
 
-A sink is asked which pairs are worth computing and given those found, in any order and some of them twice. Now and then it is
-drained: of the pairs added since, it returns those that still matter; what all drains returned comes to the same result.
+A sink is asked which pairs are worth computing and given those found, in any order and some of them twice. Now and then it
+is drained: of the pairs added since, it returns those that still matter. What all drains returned comes to the same result.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.near.distances import FloatArray, IntArray
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
 from clipcid_cli.algorithms.sets.forest import ForestBuilder
 
 

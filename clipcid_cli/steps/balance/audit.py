@@ -49,7 +49,7 @@ def audit_kept(run: SearchRun, rows: BalanceRows, kept: IntArray, cutoff: float)
         cutoff: The distance, inclusive.
     """
     sample = np.sort(np.random.default_rng(0).permutation(kept)[:SAMPLE])
-    plan = rectangle(sample, kept, run.rows_in_memory(rows.images.width))
+    plan = rectangle(sample, kept, run.rows_in_memory)
     found = run_chunks(run, plan, rows.read, cutoff, lambda: NearestOf(sample), "audit")
     near = int(np.count_nonzero(np.isin(sample, np.concatenate([found.a, found.b]))))
     if len(sample) == len(kept):

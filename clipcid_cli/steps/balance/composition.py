@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipcid_cli.algorithms.near.distances import IntArray
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.sets.composition import CaptionWords, Change, Composition, compose_classes, compose_words
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder

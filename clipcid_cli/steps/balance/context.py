@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from clipcid_cli.algorithms.near.distances import IntArray
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord

@@ -75,7 +75,7 @@ def _plan(run: SearchRun, rows: BalanceRows, labels: IntArray) -> Plan:
         return (members[np.argsort(labels[members], kind="stable")],)
 
     (members,) = share_arrays(run.machine, run.work, find_members)
-    return components(members, labels[members], run.rows_in_memory(rows.images.width))
+    return components(members, labels[members], run.rows_in_memory)
 
 
 def _search(run: SearchRun, rows: BalanceRows, plan: Plan, labels: IntArray, cutoff: float, most: int) -> Edges:

@@ -99,7 +99,7 @@ def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, R
     def read_copies(numbers: IntArray) -> HalfArray:
         return copies.take(place_of[numbers].astype(np.int64))
 
-    return pieces(listed, ends, run.rows_in_memory(partitions.width)), read_copies
+    return pieces(listed, ends, run.rows_in_memory), read_copies
 
 
 def _copy(run: SearchRun, rows: BalanceRows, home: IntArray, partitions: Partitions) -> IntArray:

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipcid_cli.algorithms.near.distances import DoubleArray, HalfArray, IntArray, row_type
 from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows, unique_positions
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import DoubleArray, HalfArray, IntArray, row_type
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings

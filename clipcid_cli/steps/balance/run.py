@@ -165,7 +165,8 @@ def _balance(
     skips = count_skipped(settings, embeddings, rows, reporter)
     machine.on_main(embeddings.refuse_repeated_keys)
     identity = identity_of({}, output.run.inputs)
-    search = SearchRun(machine, output.work, identity, choose_scan(settings.precision, machine.device), reporter)
+    scan = choose_scan(settings.precision, machine.device)
+    search = SearchRun(machine, output.work, identity, embeddings.width, scan, reporter)
     filters = apply_filters(settings, search, output.folder, embeddings, rows, references)
     inputs = [*output.run.inputs, *filters.rows.describe_choice()]
     if clusters is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipcid_cli.algorithms.near.distances import DoubleArray, IntArray
+from clipcid_cli.algorithms.near.exact import DoubleArray, IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, names_command, open_dataset, open_described
 from clipcid_cli.formats.data.index import DataIndex

@@ -39,7 +39,7 @@ def find_forest(
     def is_enough(forest: Forest) -> bool:
         if len(forest.edges) == len(rows) - 1:
             return True
-        return len(forest.edges) >= num_edges if cutoff is None else forest.cutoff >= np.float32(cutoff)
+        return len(forest.edges) >= num_edges if cutoff is None else forest.cutoff >= float(np.float32(cutoff))
 
     def say_it_is_short(forest: Forest) -> None:
         has = "" if cutoff is not None else f" and has {len(forest.edges):,} of the {num_edges:,} edges needed"
@@ -58,7 +58,7 @@ def find_forest(
         say_it_is_short(earlier)
     elif earlier is not None and not is_enough(forest):
         forest = _search_new(run, rows, earlier)
-    estimator = CutoffEstimator(rows.read, rows.unique, run.machine.device, run.scan.dtype, for_stars)
+    estimator = CutoffEstimator(rows.read, rows.unique, run.machine.device, for_stars)
     while not is_enough(forest):
         if forest.cutoff:
             say_it_is_short(forest)
@@ -79,7 +79,7 @@ def _search_new(run: SearchRun, rows: BalanceRows, earlier: EarlierForest) -> Fo
     is_new = earlier.is_new[rows.unique]
     new, old = rows.unique[is_new], rows.unique[~is_new]
     # Old rows that share a panel with new ones are compared with all, too.
-    plan = triangle(np.concatenate([new, old]), run.rows_in_memory(rows.images.width), len(new))
+    plan = triangle(np.concatenate([new, old]), run.rows_in_memory, len(new))
     # As far as it is known, so that nothing of it is lost.
     return _search(run, rows, plan, rows.read, earlier.edges, earlier.cutoff)
 
@@ -93,7 +93,7 @@ def _search_all(run: SearchRun, store: ForestStore, known: Edges, reach: float) 
             if found is not None:
                 return _search(run, rows, *found, known, reach)
         run.reporter.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
-    plan = triangle(rows.unique, run.rows_in_memory(rows.images.width))
+    plan = triangle(rows.unique, run.rows_in_memory)
     return _search(run, rows, plan, rows.read, known, reach)
 
 

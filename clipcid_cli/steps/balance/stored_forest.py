@@ -17,7 +17,7 @@ from clipcid_cli.algorithms.near.exact import row_type
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.forest import StoredForest, find_earlier, read_forest, row_files_path, write_forest
-from clipcid_cli.formats.results.row_files import ROW_FILES, read_row_files
+from clipcid_cli.formats.results.row_files import ROW_FILES, RowFile, read_row_files
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.reporting import Reporter
@@ -115,7 +115,7 @@ class ForestStore:
         found = share_arrays(machine, self.work, read)
         return EarlierForest(Edges(*found[:3]), float(found[3][0]), found[4]) if found else None
 
-    def _find_new(self, files: list[FileRecord], earlier: list[FileRecord]) -> npt.NDArray[np.bool_] | None:
+    def _find_new(self, files: list[RowFile], earlier: list[RowFile]) -> npt.NDArray[np.bool_] | None:
         """Return which rows are of none of the earlier files, bool [N]; None where those are not all there, in order."""
         is_new, left, end = np.ones(len(self.rows), np.bool_), [each.content for each in earlier], 0
         for file in files:
@@ -137,13 +137,13 @@ class ForestStore:
         write_forest(self.folder, stored, row_files, inputs=self.inputs, seconds=took, overwrite=self.overwrite)
 
 
-def _read_images(path: Path) -> list[FileRecord]:
+def _read_images(path: Path) -> list[RowFile]:
     """Read which files of image embeddings rows are numbered through."""
     files = read_row_files(path, "Add --overwrite to search the forest again.")
     return [file for file in files if file.rows is not None]
 
 
-def _why_not(earlier: list[FileRecord], files: list[FileRecord]) -> str:
+def _why_not(earlier: list[RowFile], files: list[RowFile]) -> str:
     """Name the files that are gone, have changed or are in another order."""
     there = {file.content for file in files}
     gone = [Path(each.path).name for each in earlier if each.content not in there]

@@ -9,8 +9,8 @@ from balance_data import distance_matrix, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.near.distances import IntArray
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.nearest_pairs import NearestPairs
 from clipcid_cli.algorithms.near.partition_margin import choose_margin
 from clipcid_cli.algorithms.near.partition_training import split_counts
@@ -109,7 +109,7 @@ def test_pieces_of_a_partition_compare_what_the_whole_does(panel_rows: int) -> N
         forests.append(builder.build())
         counts = [0, 0]
         for tile in join.tiles():
-            counts[0] += join.num_pairs(tile)
+            counts[0] += join.num_pairs(*tile)
             counts[1] += sum(len(edges) for edges in join.search_tile(tile, 4.0, all_of_them))
         assert counts[0] == counts[1], "every pair that is compared is counted, and none twice in a tile"
         assert compared in (0, counts[0])

@@ -75,9 +75,9 @@ def find_near(
         rows: All finite rows.
         threshold: The distance, inclusive.
     """
-    found, compared = list[Edges](), set[str]()
+    found, compared, num_rows = list[Edges](), set[str](), len(rows)
     for reference in references:
-        images, num_rows = reference.embeddings.rows(Kind.IMAGES), len(rows)
+        images = reference.embeddings.rows(Kind.IMAGES)
 
         def read(numbers: IntArray, images: Rows = images, reference: Reference = reference) -> HalfArray:
             """Read rows: some to balance, or some of the reference, which are numbered after them."""
@@ -85,7 +85,7 @@ def find_near(
 
         kind = row_type(num_rows + len(reference.numbers))
         others = np.arange(num_rows, num_rows + len(reference.numbers), dtype=kind)
-        plan = rectangle(rows.unique.astype(kind, copy=False), others, run.rows_in_memory(rows.images.width))
+        plan = rectangle(rows.unique.astype(kind, copy=False), others, run.rows_in_memory)
         nearest = partial(NearestOf, rows.unique)
         label, identity = f"comparison with {reference.name}", reference.identity
         found.append(run_chunks(run, plan, read, threshold, nearest, label, of=identity, folder=folder / _FOLDER))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from clipcid_cli.algorithms.near.distances import FloatArray, IntArray, cosine_similarities
+from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, cosine_similarities
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from clipcid_cli.algorithms.near.distances import DoubleArray, IntArray
+from clipcid_cli.algorithms.near.exact import DoubleArray, IntArray
 from clipcid_cli.algorithms.sets.representatives import best_of_groups, random_scores
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.arrays import Arrays

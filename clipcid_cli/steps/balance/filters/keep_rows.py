@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipcid_cli.algorithms.near.distances import FloatArray, IntArray
+from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
 from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.steps.balance.filters.against import NearReferences

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.near.distances import row_type
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
+from clipcid_cli.algorithms.near.exact import row_type
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import Embeddings

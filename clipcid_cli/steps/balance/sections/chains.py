@@ -7,14 +7,13 @@ import dataclasses
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.near.distances import (
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import (
     ROWS_IN_CACHE,
     IntArray,
     distance_matrix,
     row_type,
-    squared_lengths,
 )
-from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.sets.diameters import find_diameters
 from clipcid_cli.algorithms.sets.star import count_kept, star_cover
 from clipcid_cli.formats.results.sets import SetTable
@@ -124,11 +123,10 @@ def _find_stars(context: Context, sets: Sets, label: int, cutoff: float, copies:
 
 def _near_pairs(stored_ND: torch.Tensor, cutoff: float) -> Edges:
     """Return the pairs of rows, float16 [N, D], within a distance; the distances of few rows to all are held at once."""
-    squared_N = squared_lengths(stored_ND)
     parts = []
     for first in range(0, len(stored_ND), ROWS_IN_CACHE):
         part = slice(first, first + ROWS_IN_CACHE)
-        weight_PN = distance_matrix(stored_ND[part], stored_ND, squared_N[part], squared_N).cpu().numpy()
+        weight_PN = distance_matrix(stored_ND[part], stored_ND).cpu().numpy()
         a, b = np.nonzero(np.triu(weight_PN <= np.float32(cutoff), first + 1))
         parts.append(Edges(a + first, b, weight_PN[a, b]).in_type(row_type(len(stored_ND))))
     return Edges.concatenate(parts)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from clipcid_cli.algorithms.near.distances import IntArray
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, names_command, open_described
 from clipcid_cli.formats.embeddings.folder import Embeddings

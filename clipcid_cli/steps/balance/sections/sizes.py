@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clipcid_cli.algorithms.near.distances import IntArray
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clipcid_cli.algorithms.near.int8 import distortion, rotate, rotation_error
-from clipcid_cli.algorithms.near.low_precision import (
+from clipcid_cli.algorithms.near.block import (
     FORMATS,
     check_format,
     common_step,
@@ -17,6 +16,7 @@ from clipcid_cli.algorithms.near.low_precision import (
     score_error,
     widen,
 )
+from clipcid_cli.algorithms.near.int8 import distortion, rotate, rotation_error
 
 
 def make_rows(width: int, kind: str) -> torch.Tensor:

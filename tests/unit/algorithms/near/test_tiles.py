@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipcid_cli.algorithms.near.pair_search import TiledSearch
-from clipcid_cli.algorithms.near.tiles import PieceTiles, TriangleTiles, cut, deal, left_after
+from clipcid_cli.algorithms.near.tiles import PieceTiles, TiledSearch, TriangleTiles, cut, deal, left_after
 
 
 @pytest.mark.parametrize("num_panels", [0, 1, 2, 3, 8, 9, 40, 41, 64])

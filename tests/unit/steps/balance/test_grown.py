@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ import pytest
 from balance_data import balance, make_rows, read_keep
 from sidecars import edit_sidecar
 
-from clipcid_cli.algorithms.near import pair_search
+from clipcid_cli.algorithms.near import search as search_module
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
-from clipcid_cli.algorithms.near.pair_search import GrownSearch, TiledSearch
-from clipcid_cli.algorithms.near.tiles import GrownTiles
+from clipcid_cli.algorithms.near.tiles import GrownSearch, GrownTiles, TiledSearch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.steps.balance import search as forest_search
 
@@ -51,7 +51,7 @@ def read_outputs(work: Path) -> dict[str, bytes]:
 def test_the_bytes_are_those_of_a_search_from_nothing(
     tmp_path: Path, rows: np.ndarray, added: tuple[int, ...], call: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pair_search, "_BLOCK_ROWS", 64)
+    monkeypatch.setattr(search_module, "_PRODUCT_ROWS", 64)
     shards = {1: range(250), 2: range(250, 600), 3: range(600, 850), 4: range(850, 900)}
     whole = write_shards(tmp_path / "whole", rows, shards)
     part = write_shards(tmp_path / "part", rows, {each: shards[each] for each in shards if each not in added})
@@ -156,7 +156,7 @@ def test_tiles_of_new_rows_are_all_that_have_one() -> None:
 def test_a_grown_search_compares_every_pair_with_a_new_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr(pair_search, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(search_module, "_PRODUCT_ROWS", 16)
     stored = make_rows(200, seed=7)
     for number in (1, 16, 40, 199):
         order = np.random.default_rng(number).permutation(200)
@@ -168,7 +168,7 @@ def test_a_grown_search_compares_every_pair_with_a_new_row_once(monkeypatch: pyt
             for edges in search.search_tile(tile, 2.0, lambda a, b, _: np.ones(len(a), np.bool_))
             for a, b in zip(edges.a, edges.b, strict=True)
         ]
-        assert len(pairs) == len(set(pairs)) == search.num_all_pairs == sum(map(search.num_pairs, search.tiles()))
+        assert len(pairs) == len(set(pairs)) == search.num_all_pairs == sum(starmap(search.num_pairs, search.tiles()))
         is_new = np.isin(np.arange(200), new)
         expected = {(a, b) for a in range(200) for b in range(a + 1, 200) if is_new[a] or is_new[b]}
         assert expected <= set(pairs)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
 
-from clipcid_cli.algorithms.near.pair_search import TiledSearch
+from clipcid_cli.algorithms.near.tiles import TiledSearch
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import open_machine
@@ -166,7 +166,7 @@ def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Pat
         join = TiledSearch(survey.read, survey.unique, machine.device, torch.float32)
         found = partitioning.partition_rows(machine, tmp_path, join, survey.read, torch.float32, 0.1, Reporter())
     assert found is not None
-    compared = sum(found.num_pairs(tile) for tile in found.tiles())
+    compared = sum(found.num_pairs(*tile) for tile in found.tiles())
     assert compared < 0.1 * len(rows) ** 2 / 2
     result, _ = balance(tmp_path / "parts", folder, threshold=0.1)
     exact, _ = balance(tmp_path / "exact", folder, threshold=0.1, neighbors="exact")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from balance_data import balance, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 
-from clipcid_cli.algorithms.near import pair_search as neighbors
+from clipcid_cli.algorithms.near import search as neighbors
 from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
@@ -66,7 +66,7 @@ def test_stars_are_the_same_whether_or_not_pairs_were_kept_on_the_way(
 def test_a_search_goes_on_from_what_the_other_linkage_left(
     first: str, second: str, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neighbors, "_BLOCK_ROWS", 32)
+    monkeypatch.setattr(neighbors, "_PRODUCT_ROWS", 32)
     monkeypatch.setattr(forest_search.SavePace, "is_due", lambda pace: True)
     written, write = [], ForestParts.write
 
