@@ -133,9 +133,11 @@ class ForestBuilder:
         self._num_waiting = 0
         # Small pieces, each three arrays of its own, are put together before they are many.
         self._pieces: list[Edges] = []
+        # Merged since the last call of `drain`.
+        self._fresh = Edges.empty()
         if known is not None:
             self.add(known)
-            self._fold()
+            self.drain()
 
     def may_join(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
         """Tell which pairs can still be edges of the forest, from lower bounds of their weights.
@@ -195,6 +197,12 @@ class ForestBuilder:
         self._fold()
         return self._forest
 
+    def drain(self) -> Edges:
+        """Return the edges added since the last call that are in the forest, and some that tie with those."""
+        self._fold()
+        fresh, self._fresh = self._fresh, Edges.empty()
+        return fresh
+
     def _fold(self) -> None:
         if not self._num_waiting:
             return
@@ -202,9 +210,11 @@ class ForestBuilder:
         added = Edges.concatenate([*self._waiting, *self._pieces])
         self._waiting, self._pieces, self._num_waiting = [], [], 0
         edges = merge_edges(self._forest, sort_edges(added))
-        del added
         self._forest = Edges.empty()
         self._forest, self._rounds = _contract(self.num_rows, edges)
+        del edges
+        fresh = Edges.concatenate([self._fresh, added])
+        self._fresh = fresh[self.may_join(fresh.a, fresh.b, fresh.weight)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from clipcid_cli.algorithms.sets.forest import Curve, connected_components
 from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to, share_beyond
 from clipcid_cli.algorithms.sets.star import star_curve
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.pairs import NotComputed
+from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.balance.sets import Sets, single_curve
 
@@ -48,7 +48,7 @@ def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage
         return NotComputed("nothing was to be merged")
     if run.settings.linkage == "star":
         return run.machine.on_main(lambda: _single(run.rows, forest, threshold))
-    pairs = run.collect_few_pairs(sets.labels, threshold)
+    pairs = collect_few_pairs(run.search, run.rows, sets.labels, threshold)
     if isinstance(pairs, NotComputed):
         run.reporter.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
         return pairs

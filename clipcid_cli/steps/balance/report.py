@@ -148,7 +148,7 @@ def write_report(
         run.reporter.warn(warning)
         warnings = [*warnings, warning]
     write_text(
-        run.output.work / REPORT,
+        run.work / REPORT,
         render_report(
             "balance.html",
             result=dataclasses.asdict(result),

@@ -9,25 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.balance_parts import keep_references
 from clipcid_cli.formats.results.forest import forest_path
 from clipcid_cli.formats.results.row_files import ROW_FILES, write_row_files
 from clipcid_cli.formats.results.sets import CURVE, SET_TABLE
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
-from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.memory import keep_few_kernels
-from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.audit import audit_kept
-from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.balance_run import BalanceRun, begin
 from clipcid_cli.steps.balance.compare_linkage import compare_linkages
 from clipcid_cli.steps.balance.cost import estimate_cost
+from clipcid_cli.steps.balance.filters.against import forget_others
 from clipcid_cli.steps.balance.filters.cluster_cap import cap_clusters
-from clipcid_cli.steps.balance.filters.references import Reference, open_references, plan_references
-from clipcid_cli.steps.balance.filters.select import apply_filters
+from clipcid_cli.steps.balance.filters.references import open_references, plan_references
 from clipcid_cli.steps.balance.plan import (
     Plan,
     check_named,
@@ -39,7 +36,6 @@ from clipcid_cli.steps.balance.plan import (
 )
 from clipcid_cli.steps.balance.report import REPORT, has_new_pictures, write_report
 from clipcid_cli.steps.balance.result import Outcome, find_warnings, summarise
-from clipcid_cli.steps.balance.rows import count_skipped, find_rows
 from clipcid_cli.steps.balance.sets import make_sets
 from clipcid_cli.steps.balance.tables import write_tables
 from clipcid_cli.steps.balance.write_lists import write_kept
@@ -59,6 +55,8 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         embeddings = find_embeddings(settings, machine, reporter)
         seconds = {"embed": time.perf_counter() - started}
         plan = machine.on_main(lambda: make_plan(settings, embeddings, clusters))
+        if settings.neighbors == "partitioned":  # the tiles of partitions are of many sizes
+            keep_few_kernels()
         if settings.dry_run:
             planned = plan_references(settings, machine, embeddings, reporter)
             return machine.on_main(lambda: estimate_cost(plan, planned, machine, reporter))
@@ -67,7 +65,8 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
         with claim_output(machine, plan.folder, "balance", BalanceSidecar, **wanted) as output:
             result = machine.on_main(lambda: _find_result(plan, output.finished, reporter))
             if result is None:
-                balance = _begin(plan, references, machine, output, seconds, reporter)
+                machine.on_main(lambda: _start(plan, output))
+                balance = begin(plan, references, machine, output, seconds, reporter)
                 result = _write(balance, _compute(balance))
             keep_list = plan.folder / KEEP_LIST
             files = machine.on_main(lambda: _name_files(plan) | write_kept(settings, embeddings, keep_list, reporter))
@@ -99,35 +98,12 @@ def _name_files(plan: Plan) -> dict[str, Path]:
     }
 
 
-def _begin(
-    plan: Plan,
-    references: list[Reference],
-    machine: Machine,
-    output: Output[BalanceSidecar],
-    seconds: dict[str, float],
-    reporter: Reporter,
-) -> BalanceRun:
-    """Read all rows once, and find those to search."""
-    started = time.perf_counter()
-    settings, embeddings = plan.settings, plan.embeddings
-
-    def start() -> None:
-        check_sizes(plan)
-        output.start()
-        write_row_files(output.work / ROW_FILES, list_row_files(embeddings))
-        clear_shared(output.work)
-        embeddings.refuse_repeated_keys()
-
-    machine.on_main(start)
-    if settings.neighbors == "partitioned":  # the tiles of partitions are of many sizes
-        keep_few_kernels()
-    rows = find_rows(machine, output.work, embeddings.rows(Kind.IMAGES), reporter)
-    seconds["search"] = time.perf_counter() - started
-    skips = count_skipped(embeddings, rows, settings.max_bad_fraction, reporter)
-    rows, near, captions = apply_filters(settings, machine, output, embeddings, rows, references, reporter)
-    if plan.clusters is not None:
-        plan.clusters.warn_of_few(settings, rows.num_searched, reporter)
-    return BalanceRun(plan, machine, output, reporter, rows, skips, near, captions, started, seconds)
+def _start(plan: Plan, output: Output[BalanceSidecar]) -> None:
+    check_sizes(plan)
+    output.start()
+    write_row_files(output.work / ROW_FILES, list_row_files(plan.embeddings))
+    clear_shared(output.work)
+    plan.embeddings.refuse_repeated_keys()
 
 
 def _compute(run: BalanceRun) -> Outcome:
@@ -140,10 +116,9 @@ def _compute(run: BalanceRun) -> Outcome:
     is_kept = sets.kept if cap is None else sets.kept & ~cap.is_dropped
     audit = None
     if run.settings.neighbors == "partitioned" and sets.threshold is not None:
-        scan = choose_scan(run.settings.precision, run.machine.device)
         kept = np.flatnonzero(is_kept).astype(sets.labels.dtype)
         with run.timing("audit"):
-            audit = audit_kept(run.machine, run.rows, kept, sets.threshold, scan, run.reporter)
+            audit = audit_kept(run.search, run.rows, kept, sets.threshold)
     return Outcome(sets, forest, other, cap, is_kept, audit)
 
 
@@ -169,7 +144,7 @@ def _write(run: BalanceRun, found: Outcome) -> dict[str, Any]:
             result=dataclasses.asdict(result),
         )
         if run.near is None:
-            keep_references(output.folder, set())
+            forget_others(output.folder)
         return dataclasses.asdict(result)
 
     run.machine.barrier()  # until here another process may read what it has mapped

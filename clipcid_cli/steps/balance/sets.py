@@ -28,9 +28,9 @@ from clipcid_cli.algorithms.sets.star import (
 )
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.forests.stored import Forest
 from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
 from clipcid_cli.steps.balance.scores import SCORES
+from clipcid_cli.steps.balance.stored_forest import Forest
 from clipcid_cli.steps.shared_arrays import share_arrays
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
@@ -125,7 +125,7 @@ def _share_sets(
             representatives = np.where(rows.is_searched, representatives, kind(-1))
         return labels, representatives, distances
 
-    labels, representatives, distances = share_arrays(run.machine, run.output.work, write)
+    labels, representatives, distances = share_arrays(run.machine, run.work, write)
 
     def measure() -> tuple[Curve, int, int, float]:
         num_kept = count_kept(representatives)
@@ -158,8 +158,6 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
     copies = rows.count_copies()
 
     def pairs_up_to(cutoff: float) -> Edges:
-        if forest.pairs is not None and cutoff <= forest.cutoff:
-            return forest.pairs.up_to(cutoff).renumbered(positions)
         part = forest.edges.up_to(cutoff)
         labels = connected_components(len(rows), part.a, part.b)
         return run.collect_pairs(labels, cutoff).renumbered(positions)
@@ -171,7 +169,7 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
     elif num_kept >= num_unique:
         pairs = Edges.empty()
         cover = StarCover(0.0, np.arange(num_unique))
-    # Always the same steps, so that the cut-off does not depend on how far the forest or its pairs reach.
+    # Always the same steps, so that the cut-off does not depend on how far the forest reaches.
     # Below the threshold single linkage keeps more than asked, and stars never fewer than it.
     reach, below = threshold, float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
     while cover is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -14,20 +14,22 @@ from clipcid_cli.formats.results.sets import CURVE, SET_TABLE, SetTable, write_c
 from clipcid_cli.formats.work_directory import KEEP_LIST
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chains import measure_sets
-from clipcid_cli.steps.balance.filters.select import Filter
+from clipcid_cli.steps.balance.filters.against import NearReferences
+from clipcid_cli.steps.balance.filters.captions import CaptionWindow
+from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
 from clipcid_cli.steps.balance.result import Outcome
 from clipcid_cli.steps.balance.rows import BoolArray, take_column
 
 
 def write_tables(run: BalanceRun, found: Outcome) -> SetTable:
     """Write the tables; return that of the sets."""
-    folder, sets = run.output.work, found.sets
+    folder, sets = run.work, found.sets
 
     def map_names(read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.LargeStringArray:
         return map_strings(folder, take_column(run.embeddings, read, run.rows.numbers))
 
     keys = map_names(run.embeddings.keys_of)
-    filters: list[Filter] = [each for each in (run.near, run.captions, found.cap) if each is not None]
+    filters = [each for each in (run.near, run.captions, found.cap) if each is not None]
     columns = [_say_reasons(filters, found.is_kept)] if filters else []
     is_represented = (sets.representatives >= 0) & found.is_kept[sets.representatives]
     write_keep_list(
@@ -51,7 +53,7 @@ def write_tables(run: BalanceRun, found: Outcome) -> SetTable:
     return measured
 
 
-def _say_reasons(filters: list[Filter], is_kept: BoolArray) -> Column:
+def _say_reasons(filters: Sequence[NearReferences | CaptionWindow | ClusterCap], is_kept: BoolArray) -> Column:
     """Return the column that names by what an image was dropped: the first filter that drops it, else as a repeat."""
     reasons = [*(each.reason for each in filters), "repeat"]
     masks = [each.is_dropped for each in filters]

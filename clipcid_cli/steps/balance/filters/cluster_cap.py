@@ -150,7 +150,7 @@ def cap_clusters(run: BalanceRun, is_kept: BoolArray) -> ClusterCap | None:
         is_dropped[crowded[~stays]] = True
         return cluster, is_dropped, before
 
-    return ClusterCap(most, *share_arrays(run.machine, run.output.work, cap))
+    return ClusterCap(most, *share_arrays(run.machine, run.work, cap))
 
 
 def _look_up(run: BalanceRun, table: Path) -> tuple[npt.NDArray[np.int32], FloatArray]:
