@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,11 +37,10 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class BalanceRun:
+class BalanceRun(SearchRun):
     """One run.
 
     Attributes:
-        search: What its searches share.
         rows: The rows of the keep list.
         skips: Rows that are not finite.
         near: What lies near references; None without any.
@@ -51,8 +49,8 @@ class BalanceRun:
         seconds: Time by phase, but for that of writing.
     """
 
-    plan: Plan
-    search: SearchRun
+    settings: BalanceSettings
+    embeddings: Embeddings
     output: Output[BalanceSidecar]
     rows: BalanceRows
     skips: Skips
@@ -61,43 +59,18 @@ class BalanceRun:
     began: float
     seconds: dict[str, float]
 
-    @property
-    def settings(self) -> BalanceSettings:
-        """The settings."""
-        return self.plan.settings
-
-    @property
-    def embeddings(self) -> Embeddings:
-        """The embeddings."""
-        return self.plan.embeddings
-
-    @property
-    def machine(self) -> Machine:
-        """The processes."""
-        return self.search.machine
-
-    @property
-    def reporter(self) -> Reporter:
-        """Who is told."""
-        return self.search.reporter
-
-    @property
-    def work(self) -> Path:
-        """The folder of unfinished work."""
-        return self.search.work
-
     def find_forest(self, *, cutoff: float | None = None, num_edges: int = 0) -> tuple[Forest, bool]:
         """Call :func:`find_forest` for these rows."""
         settings, for_stars = self.settings, self.settings.linkage == "star"
         inputs = [*self.output.run.inputs, *self.rows.describe_choice()]
         store = ForestStore(self.output.folder, self.work, self.rows, inputs, settings.neighbors, settings.overwrite)
         with self.timing("search"):
-            return find_forest(self.search, store, cutoff=cutoff, num_edges=num_edges, for_stars=for_stars)
+            return find_forest(self, store, cutoff=cutoff, num_edges=num_edges, for_stars=for_stars)
 
     def collect_pairs(self, labels: IntArray, cutoff: float) -> Edges:
         """Call :func:`collect_pairs` for these rows."""
         with self.timing("search"):
-            return collect_pairs(self.search, self.rows, labels, cutoff)
+            return collect_pairs(self, self.rows, labels, cutoff)
 
     @contextmanager
     def timing(self, phase: str) -> Iterator[None]:
@@ -156,4 +129,15 @@ def begin(
         rows = rows.restrict(machine, output.work, passes)
     if plan.clusters is not None:
         plan.clusters.warn_of_few(settings, rows.num_searched, reporter)
-    return BalanceRun(plan, search, output, rows, skips, near, captions, began, seconds)
+    return BalanceRun(
+        **vars(search),
+        settings=settings,
+        embeddings=embeddings,
+        output=output,
+        rows=rows,
+        skips=skips,
+        near=near,
+        captions=captions,
+        began=began,
+        seconds=seconds,
+    )

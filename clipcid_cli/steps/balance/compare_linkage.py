@@ -48,7 +48,7 @@ def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage
         return NotComputed("nothing was to be merged")
     if run.settings.linkage == "star":
         return run.machine.on_main(lambda: _single(run.rows, forest, threshold))
-    pairs = collect_few_pairs(run.search, run.rows, sets.labels, threshold)
+    pairs = collect_few_pairs(run, run.rows, sets.labels, threshold)
     if isinstance(pairs, NotComputed):
         run.reporter.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
         return pairs

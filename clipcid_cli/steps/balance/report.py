@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,8 @@ from markupsafe import Markup
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray
-from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.errors import command_line
 from clipcid_cli.formats.atomic import write_text
-from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
 from clipcid_cli.formats.results.sets import SetTable
 from clipcid_cli.formats.sidecar import BalanceSidecar
@@ -24,12 +21,11 @@ from clipcid_cli.steps.balance.chains import find_chains
 from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
 from clipcid_cli.steps.balance.composition import compare_classes
 from clipcid_cli.steps.balance.filters.against import NearReferences
-from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
+from clipcid_cli.steps.balance.gallery import Gallery, Picture
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.plan import Plan
 from clipcid_cli.steps.balance.result import BalanceResult, Outcome
-from clipcid_cli.steps.balance.rows import take_texts
-from clipcid_cli.steps.balance.samples import SampleFinder, open_data, open_recorded, read_thumbnails
+from clipcid_cli.steps.balance.samples import open_data, open_recorded
 from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 
@@ -39,77 +35,14 @@ _SETS_SHOWN = 12
 _IMAGES_SHOWN = 9
 _PAIRS_SHOWN = 8
 _REFERENCES_SHOWN = 12
-_THUMBNAIL = 96
-_UNKNOWN = "it is not recorded which data the embeddings were made from."
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """One image of the gallery.
-
-    Attributes:
-        source: Its thumbnail as a ``data:`` URL; empty where it cannot be shown.
-        distance: Its distance to the representative.
-    """
-
-    key: str
-    source: str
-    kept: bool = False
-    distance: float = 0.0
-
-
-class Gallery:
-    """Pictures of rows of embeddings, as far as the data that these were made from can be read.
-
-    Attributes:
-        data: That data; None where it is not known, or cannot be opened.
-        closed: Why it cannot be opened.
-        shown: Number of pictures loaded.
-        unread: Why others could not be, by shard and key.
-    """
-
-    def __init__(
-        self,
-        settings: BalanceSettings,
-        embeddings: Embeddings,
-        opens: Callable[[BalanceSettings, Embeddings], Dataset | None],
-    ) -> None:
-        self._embeddings = embeddings
-        self.data: Dataset | None = None
-        self.closed = ""
-        self.shown = 0
-        self.unread = dict[tuple[str, str], str]()
-        try:
-            self.data = opens(settings, embeddings)
-        except ClipcidError as error:
-            self.closed = error.message
-
-    def load(self, numbers: IntArray) -> list[Picture]:
-        """Load the thumbnails of n rows of the embeddings; without the data there are keys only."""
-        embeddings = self._embeddings
-        keys = take_texts(embeddings, embeddings.keys_of, numbers)
-        if self.data is None and not self.closed:
-            return [Picture(key, "") for key in keys]
-        shards = take_texts(embeddings, embeddings.shards_of, numbers)
-        thumbnails = [("", self.closed)] * len(keys)
-        if self.data is not None:
-            thumbnails = read_thumbnails(SampleFinder(self.data), shards, keys, _THUMBNAIL)
-        self.shown += sum(not why for _, why in thumbnails)
-        self.unread |= {
-            name: why for name, (_, why) in zip(zip(shards, keys, strict=True), thumbnails, strict=True) if why
-        }
-        return [Picture(key, source) for key, (source, _) in zip(keys, thumbnails, strict=True)]
 
 
 def has_new_pictures(plan: Plan, finished: BalanceSidecar) -> bool:
     """Tell whether a picture can be read now that the report of a finished output could not show."""
     if not finished.pictures.unread:
         return False
-    data = Gallery(plan.settings, plan.embeddings, open_data).data
     shards, keys = map(list, zip(*finished.pictures.unread, strict=True))
-    return data is not None and any(
-        source for source, _ in read_thumbnails(SampleFinder(data), shards, keys, _THUMBNAIL)
-    )
+    return any(Gallery(plan.settings, plan.embeddings, open_data).read(shards, keys))
 
 
 def write_report(
@@ -124,20 +57,20 @@ def write_report(
     Returns:
         For the sidecar, which pictures are in it: ``{"shown": number, "unread": [[shard, key], …], "why": reason}``.
     """
-    sets, other, rows = found.sets, found.other, run.rows
-    sizes = np.bincount(sets.labels if rows.is_searched is None else sets.labels[rows.is_searched])
-    shown = {label: _choose_members(sets, label) for label in _largest(sizes)}
+    sets, other = found.sets, found.other
+    largest = np.argsort(-measured.size, kind="stable")[:_SETS_SHOWN]
+    shown = [_choose_members(sets, label) for label in measured.label[largest].tolist()]
+    alone = np.ones(run.rows.num_searched - measured.size.sum(), np.int64)
     inside, outside = _around(found.forest, sets.threshold)
     chains = find_chains(run, sets, measured)
-    gallery = Gallery(run.settings, run.embeddings, open_data)
     chained = [np.array(chain.shown) for chain in chains]
-    wanted = np.unique(np.concatenate([*shown.values(), *chained, inside.a, inside.b, outside.a, outside.b]))
-    wanted = wanted.astype(sets.labels.dtype)
-    details = zip(gallery.load(rows.numbers[wanted]), found.is_kept[wanted], sets.distances[wanted], strict=True)
-    pictures = {
-        row: dataclasses.replace(picture, kept=bool(kept), distance=float(distance))
-        for row, (picture, kept, distance) in zip(wanted.tolist(), details, strict=True)
-    }
+    wanted = np.unique(np.concatenate([*shown, *chained, inside.a, inside.b, outside.a, outside.b]))
+    gallery = Gallery(run.settings, run.embeddings, open_data)
+    loaded = gallery.load(run.rows.numbers[wanted.astype(sets.labels.dtype)])
+    pictures = dict(zip(wanted.tolist(), loaded, strict=True))
+    for row, picture in pictures.items():
+        picture.kept = bool(found.is_kept[row])
+        picture.distance = float(sets.distances[row])
     recorded = {"shown": gallery.shown, "unread": list(gallery.unread), "why": next(iter(gallery.unread.values()), "")}
     missing = len(gallery.unread)
     if missing:
@@ -158,17 +91,17 @@ def write_report(
             num_sets=len(measured),
             why_no_other=other.reason if isinstance(other, NotComputed) else "",
             curve_figure=_draw_curves(run, sets, other),
-            sizes=_count_sizes(sizes[sizes > 0]),
+            sizes=_count_sizes(np.concatenate([measured.size, alone])),
             sets=[
-                {"size": int(sizes[label]), "images": [pictures[row] for row in members.tolist()]}
-                for label, members in shown.items()
+                {"size": size, "images": [pictures[row] for row in members.tolist()]}
+                for size, members in zip(measured.size[largest].tolist(), shown, strict=True)
             ],
             chains=[{"set": chain, "images": [pictures[row] for row in chain.shown]} for chain in chains],
             inside=_pair_up(inside, pictures),
             outside=_pair_up(outside, pictures),
-            why_no_images=gallery.closed or (_UNKNOWN if gallery.data is None else ""),
-            classes=compare_classes(gallery.data, run.embeddings, rows, found.is_kept),
-            cluster_sizes=[] if found.cap is None else _compare_sizes(found.cap),
+            why_no_images=gallery.closed,
+            classes=compare_classes(gallery.data, run.embeddings, run.rows, found.is_kept),
+            cluster_sizes=[] if found.cap is None else _count_sizes(found.cap.before, found.cap.most),
             near=[] if run.near is None else _show_near(run, run.near, gallery),
             window_figure=None if run.captions is None else run.captions.draw(),
             reasons=REASONS,
@@ -184,13 +117,6 @@ def _name_command(settings: BalanceSettings) -> str:
     first = ("against", "against_threshold", "min_caption_similarity", "max_caption_similarity")
     flags = {name: getattr(settings, name) for name in (*amount, *first, "linkage", "select", "max_per_cluster")}
     return command_line("balance", **flags, neighbors=None if settings.neighbors == "exact" else settings.neighbors)
-
-
-def _largest(sizes: IntArray) -> list[int]:
-    """Return the labels of the largest sets of two or more images, the largest first, ties by row."""
-    labels = np.flatnonzero(sizes > 1)
-    order = np.argsort(-sizes[labels], kind="stable")[:_SETS_SHOWN]
-    return [int(label) for label in labels[order]]
 
 
 def _choose_members(sets: Sets, label: int) -> IntArray:
@@ -235,26 +161,26 @@ def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[
     return shown
 
 
-def _count_sizes(sizes: IntArray) -> list[dict[str, Any]]:
-    """Count sets and the images in them by size, int64 [S], sizes by powers of two, those that occur."""
+def _count_sizes(sizes: IntArray, most: int | None = None) -> list[dict[str, Any]]:
+    """Count sets and the images in them by size, int64 [S], sizes by powers of two, those that occur.
+
+    Args:
+        most: How many images of each stay.
+    """
+    sizes = sizes[sizes > 0]
     power = np.ceil(np.log2(sizes)).astype(np.int64)
-    num_sets = np.bincount(power)
-    images = np.bincount(power, weights=sizes).astype(np.int64)
-    names = ["1", "2", *(f"{2 ** (p - 1) + 1:,}–{2**p:,}" for p in range(2, len(images)))]
+    left = sizes if most is None else np.minimum(sizes, most)
+    num_sets, images, after = (np.bincount(power, weights=each).astype(np.int64) for each in (None, sizes, left))
     return [
-        {"name": name, "sets": int(number), "images": int(count), "share": count / images.max()}
-        for name, number, count in zip(names, num_sets, images, strict=False)
-        if number
+        {
+            "name": f"{2**p}" if p < 2 else f"{2 ** (p - 1) + 1:,}–{2**p:,}",
+            "sets": int(num_sets[p]),
+            "images": int(images[p]),
+            "share": images[p] / images.max(),
+            "after": int(after[p]),
+        }
+        for p in np.flatnonzero(num_sets).tolist()
     ]
-
-
-def _compare_sizes(cap: ClusterCap) -> list[dict[str, Any]]:
-    """Count clusters and their images, before and after the cap, by size before."""
-    before = cap.before[cap.before > 0]
-    power = np.ceil(np.log2(before)).astype(np.int64)
-    left = np.bincount(power, weights=np.minimum(before, cap.most))
-    rows = _count_sizes(before)
-    return [row | {"after": int(left[p])} for row, p in zip(rows, np.unique(power).tolist(), strict=True)]
 
 
 def _draw_curves(run: BalanceRun, sets: Sets, other: OtherLinkage | NotComputed) -> Markup:

@@ -23,7 +23,7 @@ from clipcid_cli.steps.balance.balance_run import BalanceRun, begin
 from clipcid_cli.steps.balance.compare_linkage import compare_linkages
 from clipcid_cli.steps.balance.cost import estimate_cost
 from clipcid_cli.steps.balance.filters.against import forget_others
-from clipcid_cli.steps.balance.filters.cluster_cap import cap_clusters
+from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, cap_clusters
 from clipcid_cli.steps.balance.filters.references import open_references, plan_references
 from clipcid_cli.steps.balance.plan import (
     Plan,
@@ -67,7 +67,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             if result is None:
                 machine.on_main(lambda: _start(plan, output))
                 balance = begin(plan, references, machine, output, seconds, reporter)
-                result = _write(balance, _compute(balance))
+                result = _write(balance, _compute(balance, plan.clusters))
             keep_list = plan.folder / KEEP_LIST
             files = machine.on_main(lambda: _name_files(plan) | write_kept(settings, embeddings, keep_list, reporter))
             if settings.write_shards is not None:
@@ -106,19 +106,19 @@ def _start(plan: Plan, output: Output[BalanceSidecar]) -> None:
     plan.embeddings.refuse_repeated_keys()
 
 
-def _compute(run: BalanceRun) -> Outcome:
+def _compute(run: BalanceRun, clusters: FoundClusters | None) -> Outcome:
     """Find what is kept, on all processes."""
     sets, forest, reused = make_sets(run)
     if reused:
         run.reporter.note("The forest of these embeddings exists: keep list, curve and report are made from it.")
     other = compare_linkages(run, sets, forest)
-    cap = cap_clusters(run, sets.kept)
+    cap = None if clusters is None else cap_clusters(run, clusters, sets.kept)
     is_kept = sets.kept if cap is None else sets.kept & ~cap.is_dropped
     audit = None
     if run.settings.neighbors == "partitioned" and sets.threshold is not None:
         kept = np.flatnonzero(is_kept).astype(sets.labels.dtype)
         with run.timing("audit"):
-            audit = audit_kept(run.search, run.rows, kept, sets.threshold)
+            audit = audit_kept(run, run.rows, kept, sets.threshold)
     return Outcome(sets, forest, other, cap, is_kept, audit)
 
 

@@ -121,16 +121,14 @@ def _cluster_all(settings: BalanceSettings, **more: Any) -> str:
     return command_line("cluster", **_flags_for_all(settings), work=settings.work, **more)
 
 
-def cap_clusters(run: BalanceRun, is_kept: BoolArray) -> ClusterCap | None:
-    """Choose which images stay; the same on every process, None without ``--max-per-cluster``.
+def cap_clusters(run: BalanceRun, clusters: FoundClusters, is_kept: BoolArray) -> ClusterCap:
+    """Choose which images stay; the same on every process.
 
     Args:
         is_kept: What repeats have left, bool [N].
     """
-    settings, clusters = run.settings, run.plan.clusters
-    most = settings.max_per_cluster
-    if most is None or clusters is None:
-        return None
+    settings, most = run.settings, run.settings.max_per_cluster
+    assert most is not None  # clusters were looked for
 
     def cap() -> Arrays:
         cluster, similarity = _look_up(run, clusters.folder / TABLE)

@@ -57,7 +57,6 @@ def test_the_report_lists_chains_and_what_stars_keep_of_them(tmp_path: Path, mon
         return seen[-1]
 
     monkeypatch.setattr("clipcid_cli.steps.balance.report.find_chains", listen)
-    monkeypatch.setattr(chains, "ROWS_IN_CACHE", 7)  # pairs of a set in several parts
     rows = make_chains()
     folder = write_embeddings(tmp_path / "e", rows)
     balance(tmp_path / "single", folder, threshold=0.2)
