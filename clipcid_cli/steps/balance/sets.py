@@ -77,11 +77,9 @@ def make_sets(run: BalanceRun) -> tuple[Sets, Edges, bool]:
     """
     num_rows, settings = run.rows.num_searched, run.settings
     num_kept = num_rows if settings.keep is None else max(1, round(settings.keep * num_rows))
-    if settings.keep is not None and num_kept == num_rows:
-        # Nothing to merge, not even copies: there is no cut-off, and a forest up to 0 to draw the curve from.
-        forest, reused = run.find_forest(num_edges=0)
-        return _each_alone(run, forest.edges), forest.edges, reused
     forest, reused = run.find_forest(cutoff=settings.distance, num_edges=num_rows - num_kept)
+    if settings.keep is not None and num_kept == num_rows:  # nothing is to be merged, not even copies
+        return _make_components(run, forest.edges, None), forest.edges, reused
     threshold = settings.distance
     if threshold is None:
         threshold = float(forest.edges.weight[num_rows - num_kept - 1])
@@ -135,18 +133,13 @@ def _share_sets(
     return Sets(labels, representatives, distances, threshold, *run.machine.on_main(measure))
 
 
-def _each_alone(run: BalanceRun, forest: Edges) -> Sets:
-    rows = np.arange(len(run.rows), dtype=row_type(len(run.rows)))
-    return _share_sets(run, None, lambda: (rows, rows), lambda: single_curve(run.rows, forest, None))
-
-
-def _make_components(run: BalanceRun, forest: Edges, threshold: float) -> Sets:
-    """Single linkage: the components of the forest up to the threshold."""
+def _make_components(run: BalanceRun, forest: Edges, threshold: float | None) -> Sets:
+    """Single linkage: the components of the forest up to the threshold; without one each row is a set of its own."""
 
     def make() -> tuple[IntArray, IntArray]:
-        part = forest.up_to(threshold)
+        part = forest[:0] if threshold is None else forest.up_to(threshold)
         labels = connected_components(len(run.rows), part.a, part.b)
-        return labels, _SELECT[run.settings.select](run, labels)
+        return labels, labels if threshold is None else _SELECT[run.settings.select](run, labels)
 
     return _share_sets(run, threshold, make, lambda: single_curve(run.rows, forest, threshold))
 
