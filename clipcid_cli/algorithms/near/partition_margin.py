@@ -14,13 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.near.block import read_stored
+from clipcid_cli.algorithms.near.block import Block, load_block, read_stored
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import DoubleArray, IntArray, ReadRows
 from clipcid_cli.algorithms.near.nearest_pairs import NearestPairs
 from clipcid_cli.algorithms.near.partitions import Partitions
 from clipcid_cli.algorithms.near.search import near_pairs
-from clipcid_cli.algorithms.near.tiles import TiledSearch
 
 # Rows whose neighbours determine the margin, how many neighbours each, and pairs that may be proposed among them and all
 # rows.
@@ -38,8 +37,11 @@ _MOST_VISITS = 64
 
 
 def sample_neighbours(
-    tiled: TiledSearch,
+    read: ReadRows,
+    rows: IntArray,
     reach: float,
+    device: torch.device,
+    scan_dtype: torch.dtype,
     *,
     share: Callable[[int], tuple[int, int]],
     gather: Callable[[Any], list[Any]],
@@ -47,26 +49,30 @@ def sample_neighbours(
     """Find the nearest neighbours, within the reach, of a sample of rows among all rows; the same on every process.
 
     Args:
-        tiled: The search of all rows.
+        rows: All rows, integers [N].
         reach: The distance to search to.
+        scan_dtype: Format of the fast product.
         share: Returns this process's part of n items: the first, and the one after the last.
         gather: Returns every process's value, on every process.
 
     Returns:
         At most eight pairs for each sampled row, and the sampled rows, ascending.
     """
-    rows = tiled.rows
+
+    def load(some: IntArray) -> Block:
+        return load_block(read, some, device, scan_dtype)
+
     sample = np.random.default_rng(1).permutation(len(rows))[: min(MARGIN_SAMPLE, len(rows))]
     # Where nearly all pairs are within the reach, fewer rows suffice: how many, some rows and one panel show.
-    first = tiled.load(rows[:_ROWS_AT_ONCE])
+    first = load(rows[:_ROWS_AT_ONCE])
     few = NearestPairs(rows[np.sort(sample[:_FEWEST_SAMPLED])], _NEIGHBOURS)
-    proposed = sum(len(edges) for edges in near_pairs(tiled.load(few.rows), first, reach, few.may_be_nearest))
+    proposed = sum(len(edges) for edges in near_pairs(load(few.rows), first, reach, few.may_be_nearest))
     number = int(_MOST_PROPOSED / max(1.0, proposed / len(few.rows) * len(rows) / len(first)))
     found = NearestPairs(rows[np.sort(sample[: max(_FEWEST_SAMPLED, number)])], _NEIGHBOURS)
-    block = tiled.load(found.rows)
+    block = load(found.rows)
     start, stop = share(len(rows))
     for at in range(start, stop, _ROWS_AT_ONCE):
-        panel = tiled.load(rows[at : min(at + _ROWS_AT_ONCE, stop)])
+        panel = load(rows[at : min(at + _ROWS_AT_ONCE, stop)])
         for edges in near_pairs(block, panel, reach, found.may_be_nearest):
             found.add(edges)
     for edges in gather(found.edges):  # a process adds its own again, which changes nothing

@@ -24,23 +24,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 
 from clipcid_cli.algorithms.near.block import ACCUMULATION_UNIT, exact_accumulation, read_stored
-from clipcid_cli.algorithms.near.exact import IntArray, ReadRows, root, row_type, squared_lengths
-from clipcid_cli.algorithms.near.partitioned_search import Groups
+from clipcid_cli.algorithms.near.exact import IntArray, ReadRows, root, squared_lengths
 
 # Scores and pairs computed at once: on a CPU they and what is made of them stay near the cores' caches.
 _SCORES_AT_ONCE = 2**21
 _PAIRS_AT_ONCE = {"cpu": 2048, "cuda": 65_536}
 _CENTROIDS_AT_ONCE = 1024
-_ENTRIES_AT_ONCE = 2**20
 
-# Makes an array of a length and dtype.
-Allocate = Callable[[int, type[np.signedinteger]], IntArray]
 # Above the rounding of a float32.
 _ROUNDED_UP = 1.0 + 2.0**-22
 
@@ -183,21 +179,6 @@ class Partitions:
         return root(squared_CK.clamp(min=0.0))
 
 
-@dataclasses.dataclass(frozen=True)
-class Assignment:
-    """The partitions of consecutive rows.
-
-    Attributes:
-        home: Home of each of M rows, int32 [M].
-        visited: A partition that a row visits, int32 [E].
-        visitor: Position of that row among all rows, integers [E].
-    """
-
-    home: IntArray
-    visited: IntArray
-    visitor: IntArray
-
-
 def assign_rows(
     partitions: Partitions,
     read: ReadRows,
@@ -206,7 +187,7 @@ def assign_rows(
     *,
     share: tuple[int, int],
     advance: Callable[[int], object],
-) -> Iterator[Assignment]:
+) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
     """Find the home of rows and the partitions they visit, some rows after another.
 
     Args:
@@ -214,42 +195,42 @@ def assign_rows(
         margin: How near to a border a row visits the partition beyond it.
         share: Positions in `rows` to look at: the first, and the one after the last.
         advance: Called with the number of rows looked at.
+
+    Yields:
+        Of M rows the home of each, int32 [M]; of each of their visits the partition, int32 [E], and the row, integers [E].
     """
     start, stop = share
-    small = row_type(len(rows))
     for at in range(start, stop, partitions.rows_at_once):
-        positions = np.arange(at, min(at + partitions.rows_at_once, stop))
-        stored_BD = read_stored(read, rows[positions], partitions.centroids_KD.device)
+        some = rows[at : min(at + partitions.rows_at_once, stop)]
+        stored_BD = read_stored(read, some, partitions.centroids_KD.device)
         found = partitions.visits(stored_BD, margin)
         home, row, visited = (each.cpu().numpy() for each in (found.home, found.row, found.partition))
-        yield Assignment(home.astype(np.int32), visited.astype(np.int32), (row + at).astype(small))
-        advance(len(positions))
+        yield home.astype(np.int32), visited.astype(np.int32), some[row]
+        advance(len(some))
 
 
-def group_rows(assignments: Sequence[Assignment], num_partitions: int, allocate: Allocate) -> tuple[Groups, Groups]:
-    """Return the positions of rows by home partition, and by the partitions they visit.
+def group_rows(
+    entries: Callable[[], Iterable[tuple[IntArray, IntArray]]], num_lists: int, allocate: Callable[[int], IntArray]
+) -> tuple[IntArray, IntArray]:
+    """Make lists of rows, one after another in one array, from entries that come part by part, in the memory of a part.
 
     Args:
-        assignments: Of all rows, in order; their arrays may be mapped, and are read a part at a time.
-        allocate: Makes the arrays of the lists.
+        entries: Gives the parts, of E entries each a list's number and a row; called twice. A list keeps their order.
+        allocate: Makes the array of all lists, of a length.
+
+    Returns:
+        The rows of all lists, integers [E], and where each ends, int64 [num_lists].
     """
-    small = row_type(sum(len(each.home) for each in assignments))
-
-    def homes() -> Iterator[tuple[IntArray, IntArray]]:
-        first = 0
-        for each in assignments:
-            for at in range(0, len(each.home), _ENTRIES_AT_ONCE):
-                part = each.home[at : at + _ENTRIES_AT_ONCE]
-                yield part, np.arange(first + at, first + at + len(part), dtype=small)
-            first += len(each.home)
-
-    def visits() -> Iterator[tuple[IntArray, IntArray]]:
-        for each in assignments:
-            for at in range(0, len(each.visited), _ENTRIES_AT_ONCE):
-                part = slice(at, at + _ENTRIES_AT_ONCE)
-                yield each.visited[part], each.visitor[part]
-
-    return (
-        Groups.of_parts(homes, num_partitions, lambda length: allocate(length, small)),
-        Groups.of_parts(visits, num_partitions, lambda length: allocate(length, small)),
-    )
+    sizes = np.zeros(num_lists, np.int64)
+    for lists, _ in entries():
+        sizes += np.bincount(lists, minlength=num_lists)
+    ends = np.cumsum(sizes)
+    found, free = allocate(int(ends[-1])), ends - sizes
+    for lists, rows in entries():
+        counts = np.bincount(lists, minlength=num_lists)
+        order = np.argsort(lists, kind="stable")
+        # An entry's place among those of its list in this part, behind those of the parts before.
+        within = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        found[np.repeat(free, counts) + within] = rows[order]
+        free += counts
+    return found, ends

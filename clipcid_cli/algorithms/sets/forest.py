@@ -57,7 +57,8 @@ def minimum_forest(num_rows: int, edges: Edges) -> Edges:
     Returns:
         At most num_rows − 1 of the edges; the same ones whatever the order they came in.
     """
-    return _contract(num_rows, sort_edges(edges))[0]
+    edges = sort_edges(edges)
+    return edges[_contract(num_rows, edges)[0]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,12 @@ class _Round:
     parent: IntArray
 
 
-def _contract(num_rows: int, edges: Edges) -> tuple[Edges, list[_Round]]:
-    """Build the minimum spanning forest of a graph whose edges ascend; nodes without further edges leave after a round."""
+def _contract(num_rows: int, edges: Edges) -> tuple[IntArray, list[_Round]]:
+    """Find the minimum spanning forest of a graph whose edges ascend; nodes without further edges leave after a round.
+
+    Returns:
+        The places of its edges, ascending, and the rounds.
+    """
     kind = row_type(max(num_rows, len(edges)))
     none = len(edges)
     rank = np.arange(none, dtype=kind)
@@ -105,7 +110,7 @@ def _contract(num_rows: int, edges: Edges) -> tuple[Edges, list[_Round]]:
         a, b = rounds[-1].parent[a], rounds[-1].parent[b]
         apart = a != b
         a, b, rank = a[apart], b[apart], rank[apart]
-    return edges[np.sort(np.concatenate([np.empty(0, kind), *picked]))], rounds
+    return np.sort(np.concatenate([np.empty(0, kind), *picked])), rounds
 
 
 class ForestSink:
@@ -123,12 +128,12 @@ class ForestSink:
     def __init__(self, num_rows: int, known: Edges | None = None, smallest_fold: int = _SMALLEST_FOLD) -> None:
         self._num_rows, self._smallest_fold = num_rows, smallest_fold
         self._rounds: list[_Round] = []
-        self._forest = self._drained = Edges.empty()
+        self._forest, self._is_fresh = Edges.empty(), np.empty(0, np.bool_)
         self._added = list[Edges]()
         self._num_added = 0
         if known is not None:
             self.add(known)
-            self._drained = self.result()
+            self.drain()
 
     def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
         """Tell which pairs can still be edges of the forest, from lower bounds of their weights.
@@ -167,16 +172,19 @@ class ForestSink:
     def result(self) -> Edges:
         """Return the forest of all edges added so far, ascending by (weight, smaller row, larger row)."""
         if self._num_added:
-            self._rounds = []
             added, self._added, self._num_added = sort_edges(Edges.concatenate(self._added)), [], 0
-            self._forest, self._rounds = _contract(self._num_rows, merge_edges(self._forest, added))
+            edges, is_fresh = merge_edges(self._forest, added)
+            is_fresh[~is_fresh] = self._is_fresh
+            self._forest, self._rounds = Edges.empty(), []  # their memory is needed
+            chosen, self._rounds = _contract(self._num_rows, edges)
+            self._forest, self._is_fresh = edges[chosen], is_fresh[chosen]
         return self._forest
 
     def drain(self) -> Edges:
-        """Return the edges of the forest that were not in it at the last call, or known."""
-        before, self._drained = self._drained, self.result()
-        pairs, earlier = (each.a * np.int64(self._num_rows) + each.b for each in (self._drained, before))
-        return self._drained[~np.isin(pairs, earlier)]
+        """Return the edges of the forest that have come into it since the last call."""
+        fresh = self.result()[self._is_fresh]
+        self._is_fresh = np.zeros_like(self._is_fresh)
+        return fresh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.near.block import Block
+from clipcid_cli.algorithms.near.block import Block, load_block
 from clipcid_cli.algorithms.near.cutoff import SAMPLE_ROWS as CUTOFF_SAMPLE
 from clipcid_cli.algorithms.near.duplicates import hash_rows
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows
@@ -17,7 +17,6 @@ from clipcid_cli.algorithms.near.partition_margin import MARGIN_SAMPLE
 from clipcid_cli.algorithms.near.partition_training import LOOKS_AT_SAMPLE, ROWS_PER_CENTROID
 from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions
 from clipcid_cli.algorithms.near.search import near_pairs
-from clipcid_cli.algorithms.near.tiles import TiledSearch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
@@ -148,10 +147,8 @@ def _measure(
     cutoff = _USUAL_CUTOFF if settings.distance is None else settings.distance
     half = len(finite) // 2
 
-    search = TiledSearch(rows.take, finite, machine.device, scan)
-
     def load(start: int, number: int) -> Block:
-        return search.load(finite[start : start + number])
+        return load_block(rows.take, finite[start : start + number], machine.device, scan)
 
     def compare(number: int) -> float:
         """Return the seconds to compare `number` rows with as many others."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from balance_data import distance_matrix, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipcid_cli.algorithms.near.block import load_block
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.nearest_pairs import NearestPairs
 from clipcid_cli.algorithms.near.partition_margin import choose_margin
 from clipcid_cli.algorithms.near.partition_training import split_counts
-from clipcid_cli.algorithms.near.partitioned_search import Groups, PartitionedSearch
-from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions
-from clipcid_cli.algorithms.sets.forest import ForestBuilder
+from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions, group_rows
+from clipcid_cli.algorithms.near.plan import pieces
+from clipcid_cli.algorithms.near.search import near_pairs
 
 CPU = torch.device("cpu")
 
@@ -48,17 +48,18 @@ def all_of_them(a: IntArray, b: IntArray, at_least: np.ndarray) -> np.ndarray:
     return np.ones(len(a), np.bool_)
 
 
-def join_partitions(rows: np.ndarray, centroids: np.ndarray, margin: float, panel_rows: int) -> PartitionedSearch:
+def search(rows: np.ndarray, centroids: np.ndarray, margin: float, cutoff: float) -> Edges:
+    """Find the pairs within a distance that partitions find."""
     found = Partitions(torch.from_numpy(centroids)).visits(torch.from_numpy(rows), margin)
-    homes = Groups.of_entries(found.home.numpy(), np.arange(len(rows), dtype=np.int32), len(centroids))
-    visitors = Groups.of_entries(found.partition.numpy(), found.row.numpy(), len(centroids))
-    return PartitionedSearch(
-        rows.__getitem__, np.arange(len(rows)), homes, visitors, CPU, torch.float32, panel_rows=panel_rows
-    )
-
-
-def search(join: PartitionedSearch, cutoff: float) -> list[Edges]:
-    return [edges for tile in join.tiles() for edges in join.search_tile(tile, cutoff, all_of_them)]
+    entries = [(2 * found.home.numpy(), np.arange(len(rows))), (2 * found.partition.numpy() + 1, found.row.numpy())]
+    listed, ends = group_rows(lambda: entries, 2 * len(centroids), lambda length: np.empty(length, np.int64))
+    plan = pieces(listed, ends, 0)
+    blocks = [
+        tuple(load_block(rows.__getitem__, plan.panel(panel), CPU, torch.float32) for panel in dict.fromkeys(job))
+        for chunk in range(plan.num_chunks)
+        for job in plan.jobs(chunk)
+    ]
+    return Edges.concatenate(edges for pair in blocks for edges in near_pairs(pair[0], pair[-1], cutoff, all_of_them))
 
 
 @given(scenes())
@@ -77,17 +78,14 @@ def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.n
     np.testing.assert_array_equal(np.stack([found.row, found.partition], axis=1), np.argwhere(expected))
 
 
-@given(scenes(), st.integers(1, 50))
+@given(scenes())
 @settings(max_examples=60, deadline=None)
-def test_a_margin_of_the_cutoff_loses_no_pair_and_no_pair_is_wrong(
-    case: tuple[np.ndarray, np.ndarray, float], panel_rows: int
-) -> None:
+def test_a_margin_of_the_cutoff_loses_no_pair_and_no_pair_is_wrong(case: tuple[np.ndarray, np.ndarray, float]) -> None:
     rows, centroids, cutoff = case
     exact = distance_matrix(rows)
     a, b = np.nonzero(np.triu(exact <= np.float32(cutoff), 1))
     for margin in (cutoff, 0.2 * cutoff):
-        join = join_partitions(rows, centroids, margin, panel_rows)
-        found = Edges.concatenate(search(join, cutoff))
+        found = search(rows, centroids, margin, cutoff)
         assert (found.a < found.b).all()
         np.testing.assert_array_equal(found.weight, exact[found.a, found.b])
         pairs = set(zip(found.a.tolist(), found.b.tolist(), strict=True))
@@ -97,26 +95,16 @@ def test_a_margin_of_the_cutoff_loses_no_pair_and_no_pair_is_wrong(
         assert margin < cutoff or pairs == within
 
 
-@pytest.mark.parametrize("panel_rows", [7, 64, 10_000])
-def test_pieces_of_a_partition_compare_what_the_whole_does(panel_rows: int) -> None:
-    rows = np.unique(make_rows(400, seed=1), axis=0)
-    centroids = rows[[0, 100, 200]]
-    forests, compared = [], 0
-    for size in (len(rows), panel_rows):
-        join, builder = join_partitions(rows, centroids, 0.1, size), ForestBuilder(len(rows))
-        for edges in search(join, 0.7):
-            builder.add(edges)
-        forests.append(builder.build())
-        counts = [0, 0]
-        for tile in join.tiles():
-            counts[0] += join.num_pairs(*tile)
-            counts[1] += sum(len(edges) for edges in join.search_tile(tile, 4.0, all_of_them))
-        assert counts[0] == counts[1], "every pair that is compared is counted, and none twice in a tile"
-        assert compared in (0, counts[0])
-        compared = counts[0]
-        assert (panel_rows < 400) == (len(join.tiles()) > 3) or size == len(rows)
-    np.testing.assert_array_equal(forests[0].a, forests[1].a)
-    np.testing.assert_array_equal(forests[0].b, forests[1].b)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(0, 200))
+@settings(max_examples=40, deadline=None)
+def test_lists_made_part_by_part_are_those_of_all_entries(seed: int, num_lists: int, number: int) -> None:
+    generator = np.random.default_rng(seed)
+    lists, rows = generator.integers(num_lists, size=number), generator.integers(1000, size=number)
+    parts = np.array_split(np.arange(number), 1 + seed % 5)
+    entries = [(lists[part], rows[part]) for part in parts]
+    found, ends = group_rows(lambda: entries, num_lists, lambda length: np.empty(length, np.int64))
+    np.testing.assert_array_equal(found, rows[np.argsort(lists, kind="stable")])
+    np.testing.assert_array_equal(ends, np.cumsum(np.bincount(lists, minlength=num_lists)))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 5))
