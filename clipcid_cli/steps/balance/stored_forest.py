@@ -106,7 +106,7 @@ class ForestStore:
                 return ()
             rows = np.flatnonzero(~is_new).astype(row_type(len(is_new)))
             edges = Edges(rows[stored.a], rows[stored.b], stored.distance)
-            edges = merge_edges(edges, self.rows.copies)
+            edges, _ = merge_edges(edges, self.rows.copies)
             return edges.a, edges.b, edges.weight, np.array([stored.cutoff]), is_new
 
         found = share_arrays(machine, self.work, read)
