@@ -60,36 +60,3 @@ class NearestPairs:
         """Return the position of each row among the query rows; their number for others."""
         at = np.searchsorted(self.rows, rows)
         return np.where(self.rows[np.minimum(at, len(self.rows) - 1)] == rows, at, len(self.rows))
-
-
-class NearestReference:
-    """Keeps the nearest reference row of each row, whatever order the pairs come in.
-
-    Args:
-        rows: The rows, integers [M], ascending.
-        first: Number of the first reference row; larger than any of the rows.
-
-    Attributes:
-        reference: The nearest reference row of each row, counted from the first, int64 [M]; the smallest of equally near
-            ones, −1 where none was found.
-        distance: Its distance, float32 [M]; infinite where none was found.
-    """
-
-    def __init__(self, rows: IntArray, first: int) -> None:
-        self._rows, self._first = rows, first
-        self.reference = np.full(len(rows), -1, np.int64)
-        self.distance = np.full(len(rows), np.inf, np.float32)
-
-    def may_be_nearer(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
-        """Tell which pairs may be nearer than those found: a `Wants`."""
-        return np.asarray(at_least <= self.distance[np.searchsorted(self._rows, a)])
-
-    def add(self, edges: Edges) -> None:
-        """Add pairs of a row, the smaller of both, and a reference row."""
-        order = np.lexsort((edges.b, edges.weight, edges.a))
-        order = order[np.diff(edges.a[order], prepend=-1) != 0]
-        place = np.searchsorted(self._rows, edges.a[order])
-        reference, weight = edges.b[order].astype(np.int64) - self._first, edges.weight[order]
-        known = self.distance[place]
-        better = (weight < known) | ((weight == known) & (reference < self.reference[place]))
-        self.reference[place[better]], self.distance[place[better]] = reference[better], weight[better]
