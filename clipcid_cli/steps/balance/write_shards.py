@@ -60,9 +60,8 @@ def write_shards(plan: Plan, target: Path, keep_list: Path, machine: Machine, re
             with reporter.progress("shards", len(mine), "shards") as progress:
                 for shard in mine:
                     sizes[shard.name] = _write_shard(shard, choice, output.work, output.resumed)
-                    written = [_stats_of(output.work, shard)]
-                    written += [_target_of(output.work, shard)] if sizes[shard.name] else []
-                    files += [record(path, output.work) for path in written]
+                    written = [_STATS, *([".tar"] if sizes[shard.name] else [])]
+                    files += [record(output.work / f"{shard.name}{each}", output.work) for each in written]
                     progress.advance()
             return sizes, files
 
@@ -74,7 +73,7 @@ def write_shards(plan: Plan, target: Path, keep_list: Path, machine: Machine, re
 
 def _write_shard(shard: Shard, choice: ShardChoice, target: Path, resumed: bool) -> int:
     """Write one shard, unless this run wrote it before it was killed: its statistics are written after it."""
-    path, stats_path = _target_of(target, shard), _stats_of(target, shard)
+    path, stats_path = target / f"{shard.name}.tar", target / f"{shard.name}{_STATS}"
     if resumed:
         with suppress(OSError, ValueError, TypeError, LookupError):  # missing or damaged: it is written again
             written = int(json.loads(read_regular(stats_path))["successes"])
@@ -145,14 +144,6 @@ def _refuse_foreign(target: Path) -> None:
             f"{target} holds shards that --write-shards did not write.",
             "Give a new or empty folder: nothing was written.",
         )
-
-
-def _target_of(target: Path, shard: Shard) -> Path:
-    return target / f"{shard.name}.tar"
-
-
-def _stats_of(target: Path, shard: Shard) -> Path:
-    return target / f"{shard.name}{_STATS}"
 
 
 class ShardChoice:
