@@ -82,16 +82,21 @@ class Block:
 
 
 def load_block(read: ReadRows, rows: IntArray, device: torch.device, scan_dtype: torch.dtype) -> Block:
-    """Read rows and prepare them for comparison.
+    """Read rows, N ≥ 1, and prepare them for comparison."""
+    return make_block(rows, read_stored(read, rows, device), scan_dtype)
+
+
+def make_block(rows: IntArray, stored: torch.Tensor, scan_dtype: torch.dtype) -> Block:
+    """Prepare rows for comparison.
 
     Args:
         rows: Row numbers, integers [N], N ≥ 1.
+        stored: float16, or float32 multiples of 2⁻²⁴ (centroids), [N, D].
         scan_dtype: Format of the copies.
 
     Raises:
         ValueError: when a row is not finite or longer than ``LONGEST_ROW``, for which the distances would be inexact.
     """
-    stored = read_stored(read, rows, device)
     squared = squared_lengths(stored)
     shortest, longest = (math.sqrt(float(end)) for end in squared.aminmax())
     if not longest <= LONGEST_ROW:
@@ -152,10 +157,15 @@ def lowest_score(a: Block, b: Block, cutoff: float) -> torch.Tensor:
 
 def highest_dots(a: Block, b: Block, score_P: torch.Tensor) -> torch.Tensor:
     """Bound the dot products behind computed scores [P] from above, float64 [P]."""
-    wide_P = score_P.double() * (a.step * b.step)
+    return score_P.double() * (a.step * b.step) + rounded_error(a, b)
+
+
+def rounded_error(a: Block, b: Block) -> float:
+    """Bound the difference of a score, times both steps, from the exact dot product."""
+    dtype = score_dtype(a.scan.dtype)
     # Beside the errors before it, the rounding of the output: half a unit in the last place, eps/2 of the score.
-    rounding = 0.0 if score_P.dtype == torch.int32 else torch.finfo(score_P.dtype).eps
-    return wide_P + wide_P.abs() * rounding + _score_error(a, b)
+    rounding = 0.0 if dtype == torch.int32 else torch.finfo(dtype).eps
+    return _score_error(a, b) + rounding * (a.longest + a.residual) * (b.longest + b.residual)
 
 
 def _score_error(a: Block, b: Block) -> float:

@@ -76,8 +76,8 @@ def exact_dots(a_MD: torch.Tensor, b_ND: torch.Tensor, i_P: torch.Tensor, j_P: t
     """Return the dot products of chosen pairs of two blocks of stored rows, float64 [P].
 
     Args:
-        a_MD: float16 [M, D].
-        b_ND: float16 [N, D].
+        a_MD: float16, or float32 multiples of 2⁻²⁴, [M, D].
+        b_ND: Likewise [N, D].
         i_P: Positions in `a`, int64 [P].
         j_P: Positions in `b`, int64 [P].
     """
@@ -87,13 +87,16 @@ def exact_dots(a_MD: torch.Tensor, b_ND: torch.Tensor, i_P: torch.Tensor, j_P: t
         return (a_MD[rows].double() @ b_ND[columns].double().T)[row_P, column_P]
     at_once = _PAIRS_AT_ONCE[i_P.device.type]
     pairs = zip(torch.split(i_P, at_once), torch.split(j_P, at_once), strict=True)
-    return torch.cat([paired_dots(a_MD[i], b_ND[j]) for i, j in pairs])
+    # Unlike indexing, this copies whole rows.
+    return torch.cat([paired_dots(a_MD.index_select(0, i), b_ND.index_select(0, j)) for i, j in pairs])
 
 
 def paired_dots(a_PD: torch.Tensor, b_PD: torch.Tensor) -> torch.Tensor:
-    """Return the dot product of each stored row with the same row of the other, float16 [P, D] both, as float64 [P]."""
-    # A product of two float16 numbers has 22 bits and is exact in float32; only their sum needs float64.
-    return (a_PD.float() * b_PD.float()).sum(dim=1, dtype=torch.float64)
+    """Return the dot product of each stored row with the same row of the other, [P, D] both, as float64 [P]."""
+    if a_PD.device.type == "cpu":
+        # Widens no copy: half the time of PyTorch's.
+        return torch.from_numpy(np.einsum("pd,pd->p", a_PD.float().numpy(), b_PD.float().numpy(), dtype=np.float64))
+    return (a_PD.double() * b_PD.double()).sum(dim=1)
 
 
 def edge_weights(squared_a: torch.Tensor, squared_b: torch.Tensor, dots: torch.Tensor) -> torch.Tensor:
