@@ -12,7 +12,6 @@ import torch
 from clipcid_cli.algorithms.near.block import Block, load_block
 from clipcid_cli.algorithms.near.duplicates import hash_rows
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows
-from clipcid_cli.algorithms.near.partition_training import LOOKS_AT_SAMPLE, ROWS_PER_CENTROID
 from clipcid_cli.algorithms.near.partitions import SAMPLE_ROWS, Partitions, default_num_partitions
 from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.errors import ClipcidError
@@ -25,6 +24,7 @@ from clipcid_cli.steps.balance.audit import SAMPLE as AUDIT_SAMPLE
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters
 from clipcid_cli.steps.balance.filters.cost import FilterCost, describe_filters, estimate_filters
 from clipcid_cli.steps.balance.filters.references import PlannedReference
+from clipcid_cli.steps.balance.partition import ITERATIONS, ROWS_PER_PARTITION
 from clipcid_cli.steps.reporting import Reporter, format_duration
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -175,7 +175,7 @@ def _measure(
     assigned = _seconds_a_row(rows.take, finite, count, machine.device)
     kept = images * (_USUAL_SHARE if settings.keep is None else settings.keep)
     in_all = sampled + SAMPLE_ROWS * images + min(AUDIT_SAMPLE, kept) * kept
-    looks = images + LOOKS_AT_SAMPLE * min(images, ROWS_PER_CENTROID * count)
+    looks = images + ITERATIONS * min(images, ROWS_PER_PARTITION * count)
     compared = int(in_all + looks * count + (0.5 + _VISITS) * images * images / count)
     # Rows are prepared anew for the cut-off, for the margin and for the audit.
     prepared = images * (1 if settings.keep is None else 2) + kept
