@@ -52,8 +52,7 @@ def compare_linkages(context: Context, sets: Sets, forest: Edges) -> OtherLinkag
         return NotComputed("nothing was to be merged")
     if context.settings.linkage == "star":
         return machine.on_main(lambda: _single(rows, forest, threshold))
-    given = (machine, context.output.work, rows)
-    pairs = collect_few_pairs(*given, sets.labels, threshold, context.settings.precision, context.reporter)
+    pairs = collect_few_pairs(context.search, rows, sets.labels, threshold)
     if isinstance(pairs, NotComputed):
         return pairs
     return machine.on_main(lambda: _star(rows, pairs, threshold))

@@ -14,10 +14,11 @@ from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.filters.select import Filters
-from clipcid_cli.steps.balance.forests.stored import Forest, ForestStore
 from clipcid_cli.steps.balance.pairs import collect_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.balance.search import find_forest
+from clipcid_cli.steps.balance.stored_forest import Forest, ForestStore
+from clipcid_cli.steps.chunks import SearchRun
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -31,6 +32,7 @@ class Context:
         data: The data itself where ``--select resolution`` reads it; else None.
         inputs: The files of the embeddings, and the rows to balance where those are not all.
         filters: What was dropped before, and what is left.
+        search: What all searches share.
         seconds: Time by phase; searches add theirs to ``search``.
     """
 
@@ -41,6 +43,7 @@ class Context:
     data: Dataset | None
     inputs: list[FileRecord]
     filters: Filters
+    search: SearchRun
     reporter: Reporter
     seconds: dict[str, float]
 
@@ -53,22 +56,14 @@ class Context:
         """Call :func:`find_forest` for these rows."""
         started, settings, output = time.perf_counter(), self.settings, self.output
         store = ForestStore(output.folder, output.work, self.rows, self.inputs, settings.neighbors, settings.overwrite)
-        found = find_forest(
-            self.machine,
-            store,
-            cutoff=cutoff,
-            num_edges=num_edges,
-            precision=settings.precision,
-            reporter=self.reporter,
-            for_stars=settings.linkage == "star",
-        )
+        for_stars = settings.linkage == "star"
+        found = find_forest(self.search, store, cutoff=cutoff, num_edges=num_edges, for_stars=for_stars)
         self.seconds["search"] += time.perf_counter() - started
         return found
 
     def collect_pairs(self, labels: IntArray, cutoff: float) -> Edges:
         """Call :func:`collect_pairs` for these rows."""
         started = time.perf_counter()
-        given = (self.machine, self.output.work, self.rows)
-        found = collect_pairs(*given, labels, cutoff, self.settings.precision, self.reporter)
+        found = collect_pairs(self.search, self.rows, labels, cutoff)
         self.seconds["search"] += time.perf_counter() - started
         return found

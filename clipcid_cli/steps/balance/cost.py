@@ -9,15 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.near.block import Block
-from clipcid_cli.algorithms.near.cutoff import SAMPLE_ROWS as CUTOFF_SAMPLE
+from clipcid_cli.algorithms.near.block import Block, load_block
 from clipcid_cli.algorithms.near.duplicates import hash_rows
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows
-from clipcid_cli.algorithms.near.partition_margin import MARGIN_SAMPLE
 from clipcid_cli.algorithms.near.partition_training import LOOKS_AT_SAMPLE, ROWS_PER_CENTROID
-from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions
+from clipcid_cli.algorithms.near.partitions import SAMPLE_ROWS, Partitions, default_num_partitions
 from clipcid_cli.algorithms.near.search import near_pairs
-from clipcid_cli.algorithms.near.tiles import TiledSearch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
@@ -148,10 +145,8 @@ def _measure(
     cutoff = _USUAL_CUTOFF if settings.distance is None else settings.distance
     half = len(finite) // 2
 
-    search = TiledSearch(rows.take, finite, machine.device, scan)
-
     def load(start: int, number: int) -> Block:
-        return search.load(finite[start : start + number])
+        return load_block(rows.take, finite[start : start + number], machine.device, scan)
 
     def compare(number: int) -> float:
         """Return the seconds to compare `number` rows with as many others."""
@@ -169,7 +164,7 @@ def _measure(
     pair = compare(large) / large**2
     load_row = time_trial(lambda: load(0, large), machine.device, at_least=_SHORTEST).seconds / large
     pairs = images * (images - 1) // 2
-    sampled = CUTOFF_SAMPLE * images if settings.keep is not None else 0
+    sampled = SAMPLE_ROWS * images if settings.keep is not None else 0
     # All rows are prepared once, and once more where the cut-off is estimated.
     seconds = (read_row + load_row * (1 if settings.keep is None else 2)) * images + pair * (pairs + sampled)
 
@@ -179,7 +174,7 @@ def _measure(
     a_partition = (compare(home) * (0.5 + _VISITS) + load_home * (1.0 + _VISITS)) * (images / count / home) ** 2
     assigned = _seconds_a_row(rows.take, finite, count, machine.device)
     kept = images * (_USUAL_SHARE if settings.keep is None else settings.keep)
-    in_all = sampled + MARGIN_SAMPLE * images + min(AUDIT_SAMPLE, kept) * kept
+    in_all = sampled + SAMPLE_ROWS * images + min(AUDIT_SAMPLE, kept) * kept
     looks = images + LOOKS_AT_SAMPLE * min(images, ROWS_PER_CENTROID * count)
     compared = int(in_all + looks * count + (0.5 + _VISITS) * images * images / count)
     # Rows are prepared anew for the cut-off, for the margin and for the audit.
@@ -220,6 +215,7 @@ def _seconds_a_row(read: ReadRows, rows: IntArray, num_partitions: int, device: 
     # The centroids are rows, so borders are near by chance only: few visits, as in a search.
 
     def work() -> None:
-        partitions.visits(torch.from_numpy(read(block)).to(device), 0.05)
+        for _, gap_BK in partitions.gaps(torch.from_numpy(read(block)).to(device)):
+            (gap_BK <= 0.05).nonzero()
 
     return time_trial(work, device, at_least=_SHORTEST).seconds / len(block)

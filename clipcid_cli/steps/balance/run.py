@@ -13,9 +13,8 @@ from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.fingerprint import record
+from clipcid_cli.formats.fingerprint import identity_of, record
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.balance_parts import keep_references
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
 from clipcid_cli.formats.results.row_files import ROW_FILES, write_row_files
 from clipcid_cli.formats.results.sets import CURVE, SET_TABLE, SetTable, write_curve, write_set_table
@@ -28,6 +27,7 @@ from clipcid_cli.steps.balance.audit import Audit, audit_kept
 from clipcid_cli.steps.balance.compare_linkage import compare_linkages
 from clipcid_cli.steps.balance.context import Context
 from clipcid_cli.steps.balance.cost import estimate_cost
+from clipcid_cli.steps.balance.filters.against import forget_others
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap, FoundClusters, cap_clusters, find_clusters
 from clipcid_cli.steps.balance.filters.keep_rows import KeepRows, list_rows
 from clipcid_cli.steps.balance.filters.references import Reference, open_references, plan_references, refuse_missing
@@ -49,6 +49,7 @@ from clipcid_cli.steps.balance.sections.chains import measure_sets
 from clipcid_cli.steps.balance.sets import Sets, make_sets
 from clipcid_cli.steps.balance.write_lists import check_targets, check_uids, write_kept
 from clipcid_cli.steps.balance.write_shards import tar_shards, write_shards
+from clipcid_cli.steps.chunks import SearchRun
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -163,11 +164,14 @@ def _balance(
     seconds["search"] = time.perf_counter() - started
     skips = count_skipped(settings, embeddings, rows, reporter)
     machine.on_main(embeddings.refuse_repeated_keys)
-    filters = apply_filters(settings, machine, output, embeddings, rows, references, reporter)
+    identity = identity_of({}, output.run.inputs)
+    scan = choose_scan(settings.precision, machine.device)
+    search = SearchRun(machine, output.work, identity, embeddings.width, scan, reporter)
+    filters = apply_filters(settings, search, output.folder, embeddings, rows, references)
     inputs = [*output.run.inputs, *filters.rows.describe_choice()]
     if clusters is not None:
         clusters.warn_of_few(settings, len(filters.rows), reporter)
-    context = Context(settings, machine, output, embeddings, data, inputs, filters, reporter, seconds)
+    context = Context(settings, machine, output, embeddings, data, inputs, filters, search, reporter, seconds)
     sets, forest, was_there = make_sets(context)
     if was_there:
         reporter.note("The forest of these embeddings exists: keep list, curve and report are made from it.")
@@ -210,7 +214,7 @@ def _balance(
     machine.barrier()  # until here another process may read what it has mapped
     result = machine.on_main(write)
     if not references:
-        machine.on_main(lambda: keep_references(output.folder, set()))
+        machine.on_main(lambda: forget_others(output.folder))
     return result
 
 
@@ -219,12 +223,11 @@ def _audit(context: Context, sets: Sets, cap: ClusterCap | None) -> Audit | None
     if context.settings.neighbors == "exact" or sets.threshold is None:
         return None
     started = time.perf_counter()
-    scan = choose_scan(context.settings.precision, context.machine.device)
     is_kept = sets.kept
     if cap is not None:
         is_kept &= ~(cap.dropped if context.rows.positions is None else cap.dropped[context.rows.positions])
     kept = np.flatnonzero(is_kept).astype(sets.labels.dtype)
-    audit = audit_kept(context.machine, context.rows, kept, sets.threshold, scan, context.reporter)
+    audit = audit_kept(context.search, context.rows, kept, sets.threshold)
     context.seconds["audit"] = time.perf_counter() - started
     return audit
 

@@ -30,9 +30,9 @@ from clipcid_cli.algorithms.sets.star import (
 )
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.steps.balance.context import Context
-from clipcid_cli.steps.balance.forests.stored import Forest
 from clipcid_cli.steps.balance.rows import caption_similarities
 from clipcid_cli.steps.balance.samples import count_pixels
+from clipcid_cli.steps.balance.stored_forest import Forest
 from clipcid_cli.steps.shared_arrays import share_arrays
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
@@ -155,8 +155,6 @@ def _make_stars(context: Context, forest: Forest, threshold: float, num_kept: in
     copies = np.bincount(positions)
 
     def pairs_up_to(cutoff: float) -> Edges:
-        if forest.pairs is not None and cutoff <= forest.cutoff:
-            return forest.pairs.up_to(cutoff).renumbered(positions)
         part = forest.edges.up_to(cutoff)
         labels = connected_components(num_rows, part.a, part.b)
         return context.collect_pairs(labels, cutoff).renumbered(positions)
@@ -168,7 +166,7 @@ def _make_stars(context: Context, forest: Forest, threshold: float, num_kept: in
     elif num_kept >= num_unique:
         pairs = Edges.empty()
         cover = StarCover(0.0, np.arange(num_unique))
-    # Always the same steps, so that the cut-off does not depend on how far the forest or its pairs reach.
+    # Always the same steps, so that the cut-off does not depend on how far the forest reaches.
     # Below the threshold single linkage keeps more than asked, and stars never fewer than it.
     reach, below = threshold, float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
     while cover is None:

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 
+from clipcid_cli.algorithms.near.block import load_block
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray
 from clipcid_cli.algorithms.near.search import near_pairs
-from clipcid_cli.algorithms.near.tiles import TiledSearch
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
@@ -150,11 +150,10 @@ def _estimate_reference(
         return np.where(np.isfinite(found).all(axis=1, keepdims=True), found, np.float16(0.0))
 
     scan = choose_scan(settings.precision, machine.device).dtype
-    search = TiledSearch(read, np.sort(few), machine.device, scan)
-    panel = search.load(num_rows + numbers)
+    panel = load_block(read, num_rows + numbers, machine.device, scan)
 
     def compare() -> None:
-        block = search.load(few)
+        block = load_block(read, few, machine.device, scan)
         for _ in near_pairs(block, panel, limit, lambda a, b, _: np.ones(len(a), np.bool_)):
             pass
 

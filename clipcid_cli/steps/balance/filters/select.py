@@ -14,14 +14,12 @@ from clipcid_cli.algorithms.near.exact import row_type
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.filters.against import NearReferences, find_near
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, measure_captions
 from clipcid_cli.steps.balance.filters.references import Reference
 from clipcid_cli.steps.balance.rows import BalanceRows
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.chunks import SearchRun
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.shared_arrays import share_arrays
 
@@ -52,31 +50,32 @@ class Filters:
 
 def apply_filters(
     settings: BalanceSettings,
-    machine: Machine,
-    output: Output[BalanceSidecar],
+    run: SearchRun,
+    folder: Path,
     embeddings: Embeddings,
     rows: BalanceRows,
     references: list[Reference],
-    reporter: Reporter,
 ) -> Filters:
     """Find the rows to balance; the same on every process.
 
     Args:
-        output: That of the run.
+        folder: The folder of `balance`.
         rows: All finite rows.
     """
+    machine, reporter = run.machine, run.reporter
     if not settings.has_filters:
         return Filters(rows, rows, None, None)
     near = window = None
     passes = np.ones(len(rows), np.bool_)
     if references:
-        near = find_near(settings, machine, output, rows, references, reporter)
+        assert settings.reference_distance is not None  # the settings have checked it
+        near = find_near(run, folder, rows, references, settings.reference_distance)
         passes &= near.is_far
         reporter.note(
             f"{np.count_nonzero(~near.is_far):,} of {len(rows):,} images are within {near.threshold:g} of a reference."
         )
     if settings.has_window:
-        window = measure_captions(settings, machine, output.work, embeddings, rows, reporter)
+        window = measure_captions(settings, machine, run.work, embeddings, rows, reporter)
         passes &= window.is_inside
         number = np.count_nonzero(window.is_inside)
         reporter.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
@@ -85,7 +84,7 @@ def apply_filters(
             f"All {len(rows):,} images are dropped before repeats are searched.",
             "Give a smaller --against-threshold, or a wider window of caption similarity.",
         )
-    return Filters(rows, share_chosen(machine, output.work, rows, passes), near, window)
+    return Filters(rows, share_chosen(machine, run.work, rows, passes), near, window)
 
 
 def share_chosen(machine: Machine, folder: Path, rows: BalanceRows, which: npt.NDArray[np.bool_]) -> BalanceRows:
