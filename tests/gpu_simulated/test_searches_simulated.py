@@ -102,7 +102,7 @@ def test_crowded_searches(kind: str, tmp_path: Path) -> None:
 # before were not fewer: they were for a 26th of the work of the same 7 tiles, 160 operators and 30 waits a tile.
 TILE = {"operators": 44.8, "waits": 1.9}
 # 21 operators and 3 waits of these prepare the part of the centroids, once for all blocks of rows.
-CHUNK = {"operators": 57.3, "waits": 5}
+CHUNK = {"operators": 59, "waits": 5}
 # Nine of the waits are for a block of 16,384 rows: two for its candidates, and for either of the two rounds that decide them
 # three. It was 11 in all while rows of which bounds told that their centroid is the same still were left out.
 ITERATION = {"operators": 276, "waits": 17}
