@@ -41,9 +41,6 @@ Wants = Callable[[IntArray, IntArray, FloatArray], npt.NDArray[np.bool_]]
 CACHE_BYTES = 2**30
 # Rows a side of one product: its scores stay near the cores' caches.
 _PRODUCT_ROWS = 2048
-_LARGEST_PANEL = 8 * _PRODUCT_ROWS
-# Enough panels that a handful of processes get equal shares and a killed run loses little.
-_SMALLEST_NUM_PANELS = 8
 # Scores whose maximum is taken at once. Most stretches have no candidate: their maxima take a twelfth of the time of a
 # comparison of every score, which takes as long as their product (4 ms, int8, 2,048 rows a side, two cores).
 _STRETCH = 128
@@ -53,12 +50,6 @@ _STRETCHES_AT_ONCE = 2**11
 _MANY_PAIRS = 2**16
 # Pairs that are computed for two blocks on a GPU, and stretches that are looked into.
 _MOST_QUEUED = 16_384
-
-
-def default_panel_rows(num_rows: int) -> int:
-    """Choose the rows of a panel: some panels of whole products."""
-    even = -(-num_rows // _SMALLEST_NUM_PANELS)
-    return min(_LARGEST_PANEL, max(1, -(-even // _PRODUCT_ROWS)) * _PRODUCT_ROWS)
 
 
 class Panels:
