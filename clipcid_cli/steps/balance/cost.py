@@ -75,7 +75,7 @@ def estimate_cost(
     for_cutoff = 0 if settings.keep is None else searched
     all_pairs = searched * (searched - 1) // 2
     partitions = default_num_partitions(searched)
-    looks = searched + (ITERATIONS + 1) * min(searched, ROWS_PER_PARTITION * partitions)
+    looks = searched + ITERATIONS * min(searched, ROWS_PER_PARTITION * partitions)
     visited = (0.5 + _VISITS) * searched * searched / partitions
     sample = min(SAMPLE_ROWS, searched)
     some_pairs = looks * partitions + visited + sample * (for_cutoff + searched) + min(AUDIT_SAMPLE, kept) * kept
