@@ -32,25 +32,13 @@ _STOP_WORDS = frozenset(_ENGLISH.split())
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """The share of one class or word in the data, before and after.
-
-    Attributes:
-        name: Name of the class, or the word.
-        after: Those of them that are kept.
-        share_before: `before` as a share of all images that have a class or a caption, in [0, 1].
-        share_after: `after` as a share of those of them that are kept, in [0, 1].
-    """
+    """How many images have a class or a word, before and after, and which share of those that have any."""
 
     name: str
     before: int
     after: int
     share_before: float
     share_after: float
-
-    @property
-    def rise(self) -> float:
-        """By how much the share grew; negative where it shrank."""
-        return self.share_after - self.share_before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +81,13 @@ class Composition:
     def largest_changes(self, number: int) -> tuple[list[Change], list[Change]]:
         """Return those whose share rose most and those whose share fell most, the largest change first, ties in order."""
         before, after = self.before / max(1, self.num_before), self.after / max(1, self.num_after)
-        rise = after - before
-
-        def pick(order: IntArray) -> list[Change]:
-            return [
-                Change(self.names[at], int(self.before[at]), int(self.after[at]), float(before[at]), float(after[at]))
-                for at in order[:number].tolist()
-            ]
-
+        columns = zip(
+            self.names, self.before.tolist(), self.after.tolist(), before.tolist(), after.tolist(), strict=True
+        )
+        changes, rise = [Change(*each) for each in columns], after - before
         falling, rising = np.argsort(rise, kind="stable"), np.argsort(-rise, kind="stable")
-        return pick(rising[rise[rising] > 0]), pick(falling[rise[falling] < 0])
+        risen, fallen = rising[rise[rising] > 0][:number].tolist(), falling[rise[falling] < 0][:number].tolist()
+        return [changes[at] for at in risen], [changes[at] for at in fallen]
 
 
 def compose_classes(labels: IntArray, kept: BoolArray, names: list[str]) -> Composition:
@@ -113,40 +98,29 @@ def compose_classes(labels: IntArray, kept: BoolArray, names: list[str]) -> Comp
         kept: Which images are kept, bool [N].
         names: Names of the classes, C of them.
     """
-    before, after = np.bincount(labels, minlength=len(names)), np.bincount(labels[kept], minlength=len(names))
+    before, after = (np.bincount(each, minlength=len(names)) for each in (labels, labels[kept]))
     return Composition(names, before, after, len(labels), int(np.count_nonzero(kept)))
 
 
 def compose_words(parts: Iterable[CaptionWords]) -> Composition:
     """Count the images whose caption has a word, for every word of three letters or more but `_STOP_WORDS`.
 
-    Args:
-        parts: Captions in any number of parts.
-
     Returns:
         The words in the order of their characters.
     """
-    before: Counter[str] = Counter()
-    after: Counter[str] = Counter()
+    counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     num_before = num_after = 0
     for part in parts:
         num_before += int(np.count_nonzero(part.has_caption))
         num_after += int(np.count_nonzero(part.has_caption & part.kept))
-        is_counted = np.array(
-            [len(word) >= _SHORTEST_WORD and word not in _STOP_WORDS for word in part.words], np.bool_
-        )
-        chosen = is_counted[part.word]
+        is_counted = [len(word) >= _SHORTEST_WORD and word not in _STOP_WORDS for word in part.words]
+        chosen = np.array(is_counted, np.bool_)[part.word]
         # Each pair of a caption and a word once, however often the word occurs in it.
         pairs = np.unique(part.caption[chosen] * len(part.words) + part.word[chosen])
         caption_P, word_P = np.divmod(pairs, max(1, len(part.words)))
-        for counts, found in ((before, word_P), (after, word_P[part.kept[caption_P]])):
-            count = np.bincount(found, minlength=len(part.words))
-            counts.update({part.words[word]: int(count[word]) for word in np.flatnonzero(count).tolist()})
-    names = sorted(before)
-    return Composition(
-        names,
-        np.array([before[name] for name in names], np.int64),
-        np.array([after[name] for name in names], np.int64),
-        num_before,
-        num_after,
-    )
+        for total, found in zip(counts, (word_P, word_P[part.kept[caption_P]]), strict=True):
+            word, number = np.unique(found, return_counts=True)
+            total.update(dict(zip((part.words[at] for at in word.tolist()), number.tolist(), strict=True)))
+    names = sorted(counts[0])
+    before, after = (np.array([total[name] for name in names], np.int64) for total in counts)
+    return Composition(names, before, after, num_before, num_after)

@@ -64,7 +64,7 @@ def test_the_largest_changes_of_shares_come_first() -> None:
         Change("e", 10, 10, 0.1, 0.2),
     ]
     assert [change.name for change in fallen] == ["a", "d"]
-    assert np.isclose(fallen[0].rise, -0.32)
+    assert (fallen[0].share_before, fallen[0].share_after) == (0.4, 0.08)
 
 
 def test_nothing_to_count() -> None:
