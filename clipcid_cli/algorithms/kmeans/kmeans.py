@@ -2,7 +2,7 @@
 
 Shape letters: N rows, B rows of a block, K centroids, D width, m nearest centroids.
 
-Sums of rows and centroids are exact (:mod:`clipcid_cli.algorithms.search.centroids`), nearest centroids are
+Sums of rows and centroids are exact (:mod:`clipcid_cli.algorithms.near.centroids`), nearest centroids are
 (:mod:`clipcid_cli.algorithms.kmeans.nearest`), and seeds are chosen by element-wise float64 operations and comparisons only,
 which IEEE 754 fixes to the bit. So one Lloyd iteration is a function of the rows and the centroids alone, not of blocks,
 processes, threads or devices.
@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.search.centroids import fold_sum
-from clipcid_cli.algorithms.search.distances import root
+from clipcid_cli.algorithms.near.centroids import fold_sum
+from clipcid_cli.algorithms.near.exact import root
 
 IMAGES_PER_CLUSTER = 225
 MAX_CLUSTERS = 1_000_000

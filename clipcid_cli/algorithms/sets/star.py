@@ -16,8 +16,8 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.search.distances import IntArray
-from clipcid_cli.algorithms.search.edges import Edges
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.sets.forest import Curve
 
 

@@ -2,142 +2,160 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
-from pathlib import Path
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-import torch
 
-from clipcid_cli.algorithms.search.distances import HalfArray, IntArray, ReadRows, row_type
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
-from clipcid_cli.algorithms.search.partition_margin import measure_margin, sample_neighbours
-from clipcid_cli.algorithms.search.partition_training import train_partitions
-from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedSearch
-from clipcid_cli.algorithms.search.partitions import Assignment, Partitions, assign_rows, group_rows
+from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
+from clipcid_cli.algorithms.kmeans.seeding import rows_as_centroids
+from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
+from clipcid_cli.algorithms.near.partitions import (
+    NEIGHBOURS,
+    SAMPLE_ROWS,
+    Partitions,
+    assign_rows,
+    default_num_partitions,
+    measure_margin,
+)
+from clipcid_cli.algorithms.near.plan import Plan, pieces
+from clipcid_cli.algorithms.near.sample import Neighbours, draw_sample, find_neighbours
 from clipcid_cli.formats.arrays import Arrays, create_mapped, spool_arrays
-from clipcid_cli.formats.embeddings.grouped import create_copy, open_copies
-from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.steps.reporting import Progress, Reporter
+from clipcid_cli.formats.embeddings.grouped import create_copy, open_copies, remove_copies
+from clipcid_cli.steps.balance.rows import BalanceRows
+from clipcid_cli.steps.chunks import SearchRun
 from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
 
 # Where this share of all pairs would be compared, all of them may as well be.
 _LARGEST_SHARE = 0.5
 _ROWS_AT_ONCE = 16_384
+# Partitions need no fine centroids, only few rows near their borders.
+ROWS_PER_PARTITION, ITERATIONS = 64, 4
 
 
-def partition_rows(
-    machine: Machine,
-    folder: Path,
-    search: TiledSearch,
-    read: ReadRows,
-    scan_dtype: torch.dtype,
-    reach: float,
-    reporter: Reporter,
-) -> PartitionedSearch | None:
-    """Divide the rows of a search into partitions so that few pairs within `reach` are missed.
+@contextmanager
+def partitioned(run: SearchRun, rows: BalanceRows, reach: float) -> Iterator[tuple[Plan, ReadRows] | None]:
+    """Divide unique rows into partitions so that few pairs within `reach` are missed, and copy them partition by partition.
 
-    Args:
-        folder: Where processes share what they find, and where the rows are copied to: `remove_copies` in the end.
-        search: The search of all pairs of rows.
-        scan_dtype: Format of the fast product.
-        reach: The distance to search to.
-
-    Returns:
-        The search of the partitions; None where it would compare half of all pairs or more.
+    Yields:
+        What to compare, and how to read its rows; None where it would be half of all pairs or more.
     """
-    rows = search.rows
-    with reporter.progress("partitions", None, "iterations") as progress:
-        partitions = train_partitions(
-            read,
-            rows,
-            machine.device,
-            share=machine.share,
-            sum_over_processes=machine.sum_,
-            gather=machine.gather,
-            advance=progress.advance,
-        )
-    neighbours, sample = sample_neighbours(search, reach, share=machine.share, gather=machine.gather)
-    margin, visits = machine.on_main(lambda: measure_margin(partitions, read, neighbours, sample, reach))
-    compared = len(rows) * len(rows) / len(partitions) * (0.5 + visits)
-    if compared > _LARGEST_SHARE * len(rows) * (len(rows) - 1) / 2:
+    machine = run.machine
+    machine.on_main(lambda: remove_copies(run.work))  # of a run that was killed
+    try:
+        yield _partition(run, rows, reach)
+        machine.barrier()
+    finally:
+        if machine.is_main:
+            remove_copies(run.work)
+
+
+def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, ReadRows] | None:
+    machine, read, unique, reporter = run.machine, rows.read, rows.unique, run.reporter
+    partitions = _find_partitions(run, rows)
+    number = len(unique)
+    sample, share = draw_sample(number, SAMPLE_ROWS, seed=1), machine.share(number)
+    found = machine.gather(find_neighbours(read, unique, sample, NEIGHBOURS, machine.device, share))
+    neighbours = Neighbours.nearest(found, NEIGHBOURS)
+    margin, visits = machine.on_main(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
+    if number * number / len(partitions) * (0.5 + visits) > _LARGEST_SHARE * number * (number - 1) / 2:
         return None
     reporter.note(
         f"{len(partitions):,} partitions; rows within {margin:.4f} of a border, {visits:.1f} partitions a row, are compared "
         "beyond their own."
     )
-    start, stop = machine.share(len(rows))
-    with reporter.progress("assign", stop - start, "images") as progress:
-        assigned = assign_rows(partitions, read, rows, margin, share=(start, stop), advance=progress.advance)
-        home, visited, visitor = machine.on_all(lambda: _spool(folder, assigned, len(rows)))
-    with reporter.progress("group", stop - start, "images") as progress:
-        places = machine.on_all(lambda: _copy_grouped(machine, folder, read, rows, home, partitions, progress))
-    parts = collect_arrays(machine, folder, (home, visited, visitor, places))
+    with reporter.progress("assign", share[1] - share[0], "images") as progress:
+
+        def assign() -> Iterator[Arrays]:
+            for home, *visits in assign_rows(partitions, read, unique, margin, share):
+                progress.advance(len(home))
+                yield home, *visits
+
+        assigned = machine.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign()))
+    places = machine.on_all(lambda: _copy(run, rows, assigned[0], partitions))
+    parts = collect_arrays(machine, run.work, (*assigned, places))
+
+    def allocate(length: int) -> IntArray:
+        return create_mapped(run.work, np.dtype(unique.dtype), (length,), unnamed=True)
 
     def group() -> Arrays:
-        assignments = [Assignment(*part[:3]) for part in parts]
-        homes, visitors = group_rows(assignments, len(partitions), partial(_allocate, folder))
-        place_of = _allocate(folder, int(rows[-1]) + 1, row_type(len(rows)))
-        first = 0
-        for *_, part in parts:
-            place_of[rows[first : first + len(part)]] = part
-            first += len(part)
-        return homes.rows, homes.ends, visitors.rows, visitors.ends, place_of
+        homes, visited, visitors, places = zip(*parts, strict=True)
+        # Of each partition, the rows at home and its visitors.
+        lists = np.concatenate([*(2 * home for home in homes), *(2 * partition + 1 for partition in visited)])
+        listed, place_of = allocate(len(lists)), allocate(len(rows))
+        listed[:] = np.concatenate([unique, *visitors])[np.argsort(lists, kind="stable")]
+        place_of[unique] = np.concatenate(places)
+        return listed, np.cumsum(np.bincount(lists, minlength=2 * len(partitions))), place_of
 
-    *lists, place_of = share_arrays(machine, folder, group)
-    homes, visitors = Groups(*lists[:2]), Groups(*lists[2:])
-    sizes = machine.gather(stop - start)
-    copies = machine.on_all(lambda: open_copies(folder, sizes, partitions.width))
+    listed, ends, place_of = share_arrays(machine, run.work, group)
+    sizes = machine.gather(share[1] - share[0])
+    copies = machine.on_all(lambda: open_copies(run.work, sizes, partitions.width))
 
     def read_copies(numbers: IntArray) -> HalfArray:
         return copies.take(place_of[numbers].astype(np.int64))
 
-    return PartitionedSearch(read_copies, rows, homes, visitors, machine.device, scan_dtype)
+    return pieces(listed, ends, run.rows_in_memory), read_copies
 
 
-def _copy_grouped(
-    machine: Machine,
-    folder: Path,
-    read: ReadRows,
-    rows: IntArray,
-    home: IntArray,
-    partitions: Partitions,
-    progress: Progress,
-) -> IntArray:
-    """Copy this process's share of the rows, partition by partition: the rows of one are then read at once.
+def _find_partitions(run: SearchRun, rows: BalanceRows) -> Partitions:
+    """Find centroids by k-means on a sample of the unique rows; the same on every process."""
+    machine, number = run.machine, default_num_partitions(len(rows.unique))
+    sample = draw_sample(len(rows.unique), ROWS_PER_PARTITION * number, seed=0)
+    reader = _Sample(rows.read, rows.unique[sample], run.width)
+    # Drawn evenly, so that a crowd is cut into as many as its size asks for.
+    centroids_KD = rows_as_centroids(reader, draw_sample(len(sample), number, seed=0))
+    states = run_lloyd(
+        reader,
+        LloydState(centroids_KD),
+        iterations=ITERATIONS,
+        dtype=run.scan.dtype,
+        device=machine.device,
+        processes=Processes(machine.share, machine.sum_, machine.gather),
+    )
+    with run.reporter.progress("partitions", ITERATIONS, "iterations") as progress:
+        for state in states:
+            centroids_KD = state.centroids_KD
+            progress.advance()
+    return Partitions(centroids_KD.to(machine.device))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """Some rows, as k-means reads them."""
+
+    read: ReadRows
+    rows: IntArray
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def features(self, start: int, stop: int) -> HalfArray:
+        return self.read(self.rows[start:stop])
+
+    def features_at(self, positions: IntArray) -> HalfArray:
+        return self.read(self.rows[positions])
+
+
+def _copy(run: SearchRun, rows: BalanceRows, home: IntArray, partitions: Partitions) -> IntArray:
+    """Copy this process's share of the unique rows, partition by partition: the rows of one are then read at once.
 
     Args:
         home: Home of each row of the share, int32 [M].
 
     Returns:
-        The place of each among the copies of all processes, integers [M], mapped.
+        The place of each among the copies of all processes, integers [M].
     """
-    (start, stop), number = machine.share(len(rows)), len(partitions)
-    copies = create_copy(folder, machine.rank, stop - start, partitions.width)
-    places = _allocate(folder, stop - start, row_type(len(rows)))
-    blocks = [slice(at, min(at + _ROWS_AT_ONCE, stop - start)) for at in range(0, stop - start, _ROWS_AT_ONCE)]
-    sizes = sum((np.bincount(home[block], minlength=number) for block in blocks), np.zeros(number, np.int64))
-    free = np.cumsum(sizes) - sizes
-    for block in blocks:
-        counts = np.bincount(home[block], minlength=number)
-        place = np.empty(block.stop - block.start, np.int64)
-        # Behind those of the blocks before it, in the order of the rows.
-        ordered = np.arange(len(place)) + np.repeat(free - (np.cumsum(counts) - counts), counts)
-        place[np.argsort(home[block], kind="stable")] = ordered
-        copies[place] = read(rows[start + block.start : start + block.stop])
-        places[block] = start + place
-        free += counts
-        progress.advance(len(place))
-    if machine.spans_hosts and isinstance(copies, np.memmap):
+    start, stop = run.machine.share(len(rows.unique))
+    copies = create_copy(run.work, run.machine.rank, stop - start, partitions.width)
+    places = np.empty(stop - start, row_type(len(rows)))
+    places[np.argsort(home, kind="stable")] = np.arange(stop - start)
+    with run.reporter.progress("group", stop - start, "images") as progress:
+        for at in range(0, stop - start, _ROWS_AT_ONCE):
+            part = slice(at, min(at + _ROWS_AT_ONCE, stop - start))
+            copies[places[part]] = rows.read(rows.unique[start + part.start : start + part.stop])
+            progress.advance(part.stop - part.start)
+    if run.machine.spans_hosts and isinstance(copies, np.memmap):
         copies.flush()
-    return places
-
-
-def _spool(folder: Path, assignments: Iterable[Assignment], num_rows: int) -> Arrays:
-    """Write the partitions of rows to files without a name as they are found; a row may visit dozens."""
-    found = ((each.home, each.visited, each.visitor) for each in assignments)
-    return spool_arrays(folder, (np.int32, np.int32, row_type(num_rows)), found)
-
-
-def _allocate(folder: Path, length: int, dtype: type[np.signedinteger]) -> IntArray:
-    return create_mapped(folder, np.dtype(dtype), (length,), unnamed=True)
+    return places + start

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from clipcid_cli.algorithms.search.blocks import exact_accumulation
+from clipcid_cli.algorithms.near.block import exact_accumulation
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.samples import close_copies

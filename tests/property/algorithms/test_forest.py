@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -11,14 +13,14 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components as scipy_components
 
-from clipcid_cli.algorithms.search import edges as edges_module
-from clipcid_cli.algorithms.search import pair_search, queued
-from clipcid_cli.algorithms.search.blocks import load_block, lowest_score
-from clipcid_cli.algorithms.search.distances import LONGEST_ROW, IntArray, paired_distances
-from clipcid_cli.algorithms.search.duplicates import collapse_duplicates, hash_rows
-from clipcid_cli.algorithms.search.edges import Edges, merge_edges, sort_edges
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
-from clipcid_cli.algorithms.sets.forest import ForestBuilder, connected_components, forest_curve, minimum_forest
+from clipcid_cli.algorithms.near import edges as edges_module
+from clipcid_cli.algorithms.near import search
+from clipcid_cli.algorithms.near.block import Block, load_block, lowest_score, multiply
+from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows
+from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
+from clipcid_cli.algorithms.near.exact import LONGEST_ROW, IntArray, distance_matrix
+from clipcid_cli.algorithms.near.search import near_pairs, near_pairs_of
+from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components, forest_curve, minimum_forest
 
 CPU = torch.device("cpu")
 SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -66,6 +68,15 @@ def as_list(edges: Edges) -> list[tuple[float, int, int]]:
     return list(zip(edges.weight.tolist(), edges.a.tolist(), edges.b.tolist(), strict=True))
 
 
+def cut(rows: np.ndarray, numbers: IntArray, dtype: torch.dtype, size: int) -> list[Block]:
+    """Cut rows into panels."""
+    return [load_block(rows.__getitem__, numbers[at : at + size], CPU, dtype) for at in range(0, len(numbers), size)]
+
+
+def all_of_them(a: IntArray, b: IntArray, at_least: np.ndarray) -> np.ndarray:
+    return np.ones(len(a), np.bool_)
+
+
 def build(
     rows: np.ndarray,
     cutoff: float,
@@ -78,17 +89,16 @@ def build(
     """Build the forest as a step does: copies collapsed, tiles dealt out, one forest a process, merged."""
     read = rows.__getitem__
     unique, stars = collapse_duplicates(read, np.arange(len(rows)), hash_rows(rows))
-    join = TiledSearch(read, unique, CPU, dtype, panel_rows)
-    tiles = list(join.tiles())
-    np.random.default_rng(order_seed).shuffle(tiles)
+    panels = cut(rows, unique, dtype, panel_rows)
+    tiles = [(a, b) for at, a in enumerate(panels) for b in panels[at:]]
+    random.Random(order_seed).shuffle(tiles)
     forests = [stars]
     for process in range(processes):
-        builder = ForestBuilder(len(rows), smallest_fold=fold)
-        for i, j in tiles[process::processes]:
-            panel = join.panel(i)
-            for edges in join.search(panel, panel if i == j else join.panel(j), cutoff, builder.may_join):
+        builder = ForestSink(len(rows), smallest_fold=fold)
+        for found in near_pairs_of(tiles[process::processes], cutoff, builder.wants):
+            for edges in found:
                 builder.add(edges)
-        forests.append(builder.build())
+        forests.append(builder.result())
     return minimum_forest(len(rows), Edges.concatenate(forests))
 
 
@@ -144,8 +154,10 @@ def test_minimum_forest_of_any_graph_with_many_ties(data: st.DataObject) -> None
     cut = data.draw(st.integers(0, len(edges)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(edges_module, "_MERGED_AT_ONCE", data.draw(st.integers(1, 9)))
-        merged = merge_edges(sort_edges(edges[:cut]), sort_edges(edges[cut:]))
+        one, other = sort_edges(edges[:cut]), sort_edges(edges[cut:])
+        merged, is_other = merge_edges(one, other)
     assert as_list(merged) == sorted(as_list(edges))
+    assert (as_list(merged[~is_other]), as_list(merged[is_other])) == (as_list(one), as_list(other))
     graph = coo_array((np.ones(len(edges)), (edges.a, edges.b)), shape=(num_rows, num_rows))
     labels = connected_components(num_rows, edges.a, edges.b)
     assert partition(labels) == partition(scipy_components(graph, directed=False)[1]) == labels.tolist()
@@ -168,12 +180,12 @@ def test_partition_equals_scipys_single_linkage_at_every_threshold(dtype: torch.
 def test_edges_that_may_not_join_are_turned_away_and_no_others() -> None:
     rows = unit_rows(3, 120, 16, 4, 0.2)
     edges = all_edges(rows)
-    builder = ForestBuilder(len(rows), smallest_fold=1)
+    builder = ForestSink(len(rows), smallest_fold=1)
     builder.add(edges)
-    kept = builder.may_join(edges.a, edges.b, edges.weight)
+    kept = builder.wants(edges.a, edges.b, edges.weight)
     assert len(edges) > 2**12  # so many that their own forest is found first
-    assert as_list(builder.build()) == kruskal(len(rows), edges)
-    forest = set(as_list(builder.build()))
+    assert as_list(builder.result()) == kruskal(len(rows), edges)
+    forest = set(as_list(builder.result()))
     assert forest <= {edge for edge, keep in zip(as_list(edges), kept.tolist(), strict=True) if keep}
     assert kept.sum() < 0.7 * len(edges)
 
@@ -189,57 +201,41 @@ def test_rows_made_to_round_the_worst_way_lose_no_pair(seed: int, dtype: torch.d
     rows = (signs * mantissa * 2.0 ** np.round(np.log2(1.0 / np.sqrt(width)))).astype(np.float16)
     edges = all_edges(rows)
     for cutoff in np.quantile(edges.weight, [0.01, 0.3, 0.9]).astype(np.float32):
-        join = TiledSearch(rows.__getitem__, np.arange(160), CPU, dtype, 64)
-        found = set()
-        for i, j in join.tiles():
-            panel = join.panel(i)
-            other = panel if i == j else join.panel(j)
-            for part in join.search(panel, other, float(cutoff), lambda a, b, at_least: np.ones(len(a), np.bool_)):
-                found |= set(as_list(part))
+        panels = cut(rows, np.arange(160), dtype, 64)
+        tiles = [(a, b) for at, a in enumerate(panels) for b in panels[at:]]
+        found = {
+            edge
+            for pieces in near_pairs_of(tiles, float(cutoff), all_of_them)
+            for part in pieces
+            for edge in as_list(part)
+        }
         assert found == set(as_list(edges[edges.weight <= cutoff]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_a_tile_queued_as_on_a_gpu_has_the_same_pairs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = unit_rows(12, 400, 48, 30, 0.2)
-    expected = all_edges(rows)
-    join = TiledSearch(rows.__getitem__, np.arange(400), CPU, dtype, 256)
-    cutoff = float(np.quantile(expected.weight, 0.02))
-    found = []
-    for i, j in join.tiles():
-        edges = join._queue(join.panel(i), join.panel(j), cutoff).pairs_within(cutoff)
-        assert edges is not None
-        found += as_list(edges)
-    assert sorted(found) == sorted(as_list(expected[expected.weight <= np.float32(cutoff)]))
-    monkeypatch.setattr(queued, "_MOST_PAIRS", 100)
-    assert join._queue(join.panel(0), join.panel(0), cutoff).pairs_within(cutoff) is None
-
-
-@settings(max_examples=20)
-@given(st.integers(1, 300), st.integers(1, 300), st.booleans(), st.integers(0, 2**32 - 1))
-def test_a_queued_tile_of_any_size_looks_into_few_scores(m: int, n: int, is_diagonal: bool, seed: int) -> None:
-    n = m if is_diagonal else n
+@settings(max_examples=40)
+@given(
+    st.integers(1, 300), st.integers(1, 300), st.booleans(), st.sampled_from([16, 16_384]), st.integers(0, 2**32 - 1)
+)
+def test_blocks_queued_as_on_a_gpu_have_the_same_pairs_crowded_or_not(
+    m: int, n: int, is_diagonal: bool, most: int, seed: int
+) -> None:
+    n = 0 if is_diagonal else n
     rows = unit_rows(seed, m + n, 16, 40, 0.2)
-    join = TiledSearch(rows.__getitem__, np.arange(m + n), CPU, torch.float32)
-    a = join.load(np.arange(m))
-    b = a if is_diagonal else join.load(np.arange(m, m + n))
-    looked_into, take = [], queued._top
-
-    def top(score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        looked_into.append(len(score))
-        return take(score)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(queued, "_top", top)
-        patch.setattr(queued, "_MOST_PAIRS", 150)
-        edges = join._queue(a, b, 0.1).pairs_within(0.1)
-    stretches, scores = looked_into
-    assert stretches == m * -(-n // 128)
-    assert scores == 128 * min(150, stretches)
-    if edges is not None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        a = load_block(rows.__getitem__, np.arange(m), CPU, dtype)
+        b = load_block(rows.__getitem__, np.arange(m, m + n), CPU, dtype) if n else a
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(search, "_MOST_QUEUED", most)
+            found = Edges.concatenate(search.queue(a, b, 0.1, all_of_them))
         near = [edge for edge in as_list(all_edges(rows)) if edge[0] <= np.float32(0.1)]
-        expected = [(weight, i, j) for weight, i, j in near if (j < m if is_diagonal else i < m <= j)]
-        assert sorted(as_list(edges)) == sorted(expected)
+        assert sorted(as_list(found)) == sorted(edge for edge in near if is_diagonal or edge[1] < m <= edge[2])
+
+
+def test_blocks_queued_on_a_gpu_are_not_crowded_by_copies_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = unit_rows(3, 129, 32, 1, 0.01)
+    panel = load_block(rows.__getitem__, np.arange(129), CPU, torch.float32)
+    monkeypatch.setattr(search, "_decide_products", None)
+    assert sum(map(len, search.queue(panel, panel, 0.5, all_of_them))) == 129 * 128 // 2
 
 
 @pytest.mark.parametrize("dtype", SCAN_DTYPES, ids=str)
@@ -247,29 +243,20 @@ def test_a_queued_tile_of_any_size_looks_into_few_scores(m: int, n: int, is_diag
 def test_near_pairs_come_in_pieces_of_bounded_size(
     dtype: torch.dtype, others: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pair_search, "_STRETCHES_AT_ONCE", 2)
+    monkeypatch.setattr(search, "_STRETCHES_AT_ONCE", 2)
+    monkeypatch.setattr(search, "_MANY_PAIRS", 100)
     rows = unit_rows(5, 256 + others, 16, 1, 0.05)
     expected = all_edges(rows)
-    join = TiledSearch(rows.__getitem__, np.arange(len(rows)), CPU, dtype)
-    one, other = join.load(np.arange(256)), join.load(np.arange(256, len(rows)))
+    one, other = cut(rows, np.arange(256), dtype, 256) + cut(rows, np.arange(256, len(rows)), dtype, others)
     for pair, is_asked in (
         ((one, one), expected.b < 256),
         ((one, other), (expected.a < 256) & (expected.b >= 256)),
     ):
         cutoff = float(np.quantile(expected.weight, 0.8))
-        pieces = list(join.search(*pair, cutoff, lambda a, b, at_least: np.ones(len(a), np.bool_)))
-        assert max(map(len, pieces)) <= 256
+        pieces = list(near_pairs(*pair, cutoff, all_of_them))
+        assert max(map(len, pieces)) <= 100 + 256
         near = expected[is_asked & (expected.weight <= np.float32(cutoff))]
         assert sorted(as_list(Edges.concatenate(pieces))) == sorted(as_list(near))
-
-
-def test_near_copies_take_one_place_a_pair() -> None:
-    rows = unit_rows(3, 129, 32, 1, 0.01)
-    join = TiledSearch(rows.__getitem__, np.arange(129), CPU, torch.float32)
-    panel = join.panel(0)
-    edges = join._queue(panel, panel, 0.5).pairs_within(0.5)
-    assert edges is not None
-    assert len(edges) == 129 * 128 // 2
 
 
 def test_lower_bounds_given_for_proposed_pairs_hold() -> None:
@@ -285,9 +272,8 @@ def test_lower_bounds_given_for_proposed_pairs_hold() -> None:
         return np.zeros(len(a), np.bool_)
 
     for dtype in SCAN_DTYPES:
-        join = TiledSearch(rows.__getitem__, np.arange(300), CPU, dtype)
-        panel = join.panel(0)
-        assert list(join.search(panel, panel, 0.9, check)) == []
+        panel = load_block(rows.__getitem__, np.arange(300), CPU, dtype)
+        assert list(near_pairs(panel, panel, 0.9, check)) == []
     assert sum(seen) > 1000
 
 
@@ -295,11 +281,12 @@ def test_lower_bounds_given_for_proposed_pairs_hold() -> None:
 def test_score_bound_is_below_what_a_pair_at_the_cutoff_scores(dtype: torch.dtype, slack: float) -> None:
     rows = unit_rows(5, 64, 512, 64, 1.0)
     block = load_block(rows.__getitem__, np.arange(64), CPU, dtype)
-    a, b = block.part(0, 32), block.part(32, 64)
-    scores = (a.scan.float() * b.scan.float()).sum(1) * block.bounds.scale**2
-    distances = paired_distances(a.stored, b.stored, a.squared, b.squared)
-    for distance, score in zip(distances.tolist(), scores.tolist(), strict=True):
-        assert lowest_score(block, block, distance) <= score < lowest_score(block, block, distance) + slack
+    scores = multiply(block.scan, block.scan).double().numpy()
+    weights = distance_matrix(block.stored, block.stored).numpy()
+    unit = block.step**2
+    for i, j in zip(*np.triu_indices(64, 1), strict=True):
+        lowest = float(lowest_score(block, block, float(weights[i, j])))
+        assert lowest <= scores[i, j] < lowest + slack / unit
 
 
 def test_rows_that_would_be_inexact_are_refused() -> None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from scipy.cluster.hierarchy import cophenet, linkage
 
-from clipcid_cli.algorithms.search.distances import IntArray
-from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
-from clipcid_cli.algorithms.sets.forest import ForestBuilder
+from clipcid_cli.algorithms.near.block import Block, load_block
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import IntArray
+from clipcid_cli.algorithms.near.search import near_pairs_of
+from clipcid_cli.algorithms.sets.forest import ForestSink
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +27,12 @@ def exact_distances(rows: np.ndarray) -> np.ndarray:
 
 def unit(rows: np.ndarray) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+
+
+def tiles(rows: np.ndarray, dtype: torch.dtype) -> list[tuple[Block, Block]]:
+    """All pairs of three panels."""
+    panels = [load_block(rows.__getitem__, part, CPU, dtype) for part in np.array_split(np.arange(len(rows)), 3)]
+    return [(a, b) for at, a in enumerate(panels) for b in panels[at:]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
@@ -45,9 +52,8 @@ def test_ten_million_pairs_at_the_cutoff_are_decided_as_in_float64(dtype: torch.
         assert (at_least <= exact[rows_a, rows_b]).all()
         return np.ones(len(rows_a), np.bool_)
 
-    join = TiledSearch(rows.__getitem__, np.arange(len(rows)), CPU, dtype)
-    for tile in join.tiles():
-        for edges in join.search_tile(tile, cutoff, all_of_them):
+    for pieces in near_pairs_of(tiles(rows, dtype), cutoff, all_of_them):
+        for edges in pieces:
             assert not found[edges.a, edges.b].any(), "no pair is found twice"
             found[edges.a, edges.b] = True
             np.testing.assert_array_equal(edges.weight, exact[edges.a, edges.b])
@@ -74,11 +80,10 @@ def test_sets_equal_scipys_at_every_threshold_of_four_thousand_rows(seed: int, n
     generator = np.random.default_rng(seed)
     centres = generator.normal(size=(900, 256))
     rows = unit(centres[generator.integers(900, size=4_000)] + noise * generator.normal(size=(4_000, 256)))
-    join = TiledSearch(rows.__getitem__, np.arange(len(rows)), CPU, torch.bfloat16)
-    builder = ForestBuilder(len(rows))
-    for tile in join.tiles():
-        for edges in join.search_tile(tile, 2.1, builder.may_join):
+    builder = ForestSink(len(rows))
+    for pieces in near_pairs_of(tiles(rows, torch.bfloat16), 2.1, builder.wants):
+        for edges in pieces:
             builder.add(edges)
     a, b = np.triu_indices(len(rows), 1)
     tree = linkage(exact_distances(rows)[a, b].astype(np.float64), method="single")
-    np.testing.assert_array_equal(merge_heights(len(rows), builder.build())[a, b], cophenet(tree))
+    np.testing.assert_array_equal(merge_heights(len(rows), builder.result())[a, b], cophenet(tree))

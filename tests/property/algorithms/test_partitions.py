@@ -9,14 +9,13 @@ from balance_data import distance_matrix, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.search.distances import IntArray
-from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.nearest_pairs import NearestPairs
-from clipcid_cli.algorithms.search.partition_margin import choose_margin
-from clipcid_cli.algorithms.search.partition_training import split_counts
-from clipcid_cli.algorithms.search.partitioned_search import Groups, PartitionedSearch
-from clipcid_cli.algorithms.search.partitions import Partitions, default_num_partitions
-from clipcid_cli.algorithms.sets.forest import ForestBuilder
+from clipcid_cli.algorithms.near.block import load_block
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import IntArray
+from clipcid_cli.algorithms.near.partitions import Partitions, assign_rows, choose_margin, default_num_partitions
+from clipcid_cli.algorithms.near.plan import pieces
+from clipcid_cli.algorithms.near.sample import Neighbours, find_neighbours
+from clipcid_cli.algorithms.near.search import near_pairs
 
 CPU = torch.device("cpu")
 
@@ -48,17 +47,25 @@ def all_of_them(a: IntArray, b: IntArray, at_least: np.ndarray) -> np.ndarray:
     return np.ones(len(a), np.bool_)
 
 
-def join_partitions(rows: np.ndarray, centroids: np.ndarray, margin: float, panel_rows: int) -> PartitionedSearch:
-    found = Partitions(torch.from_numpy(centroids)).visits(torch.from_numpy(rows), margin)
-    homes = Groups.of_entries(found.home.numpy(), np.arange(len(rows), dtype=np.int32), len(centroids))
-    visitors = Groups.of_entries(found.partition.numpy(), found.row.numpy(), len(centroids))
-    return PartitionedSearch(
-        rows.__getitem__, np.arange(len(rows)), homes, visitors, CPU, torch.float32, panel_rows=panel_rows
-    )
+def assign(rows: np.ndarray, centroids: np.ndarray, margin: float) -> list[np.ndarray]:
+    partitions, numbers = Partitions(torch.from_numpy(centroids)), np.arange(len(rows))
+    parts = assign_rows(partitions, rows.__getitem__, numbers, margin, (0, len(rows)))
+    return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
 
-def search(join: PartitionedSearch, cutoff: float) -> list[Edges]:
-    return [edges for tile in join.tiles() for edges in join.search_tile(tile, cutoff, all_of_them)]
+def search(rows: np.ndarray, centroids: np.ndarray, margin: float, cutoff: float) -> Edges:
+    """Find the pairs within a distance that partitions find."""
+    homes, visited, visitors = assign(rows, centroids, margin)
+    lists = np.concatenate([2 * homes, 2 * visited + 1])
+    listed = np.concatenate([np.arange(len(rows)), visitors])[np.argsort(lists, kind="stable")]
+    ends = np.cumsum(np.bincount(lists, minlength=2 * len(centroids)))
+    plan = pieces(listed, ends, 0)
+    blocks = [
+        tuple(load_block(rows.__getitem__, plan.panel(panel), CPU, torch.float32) for panel in dict.fromkeys(job))
+        for chunk in range(plan.num_chunks)
+        for job in plan.jobs(chunk)
+    ]
+    return Edges.concatenate(edges for pair in blocks for edges in near_pairs(pair[0], pair[-1], cutoff, all_of_them))
 
 
 @given(scenes())
@@ -66,28 +73,25 @@ def search(join: PartitionedSearch, cutoff: float) -> list[Edges]:
 def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.ndarray, float]) -> None:
     rows, centroids, margin = case
     home, gaps = exact_gaps(rows, centroids)
-    partitions = Partitions(torch.from_numpy(centroids))
-    stored = torch.from_numpy(rows)
-    np.testing.assert_array_equal(partitions.nearest(stored), home)
-    np.testing.assert_array_equal(partitions.spread(stored, torch.from_numpy(home)), gaps)
-    found = partitions.visits(stored, margin)
-    np.testing.assert_array_equal(found.home, home)
-    expected = gaps <= margin
-    expected[np.arange(len(rows)), home] = False
-    np.testing.assert_array_equal(np.stack([found.row, found.partition], axis=1), np.argwhere(expected))
+    gaps[np.arange(len(rows)), home] = np.inf
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Partitions, "rows_at_once", 7)
+        parts = zip(*Partitions(torch.from_numpy(centroids)).gaps(torch.from_numpy(rows)), strict=True)
+        homes, visited, visitors = assign(rows, centroids, margin)
+    for found, expected in zip(map(torch.cat, parts), (home, gaps), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(homes, home)
+    np.testing.assert_array_equal(np.stack([visitors, visited], axis=1), np.argwhere(gaps <= margin))
 
 
-@given(scenes(), st.integers(1, 50))
+@given(scenes())
 @settings(max_examples=60, deadline=None)
-def test_a_margin_of_the_cutoff_loses_no_pair_and_no_pair_is_wrong(
-    case: tuple[np.ndarray, np.ndarray, float], panel_rows: int
-) -> None:
+def test_a_margin_of_the_cutoff_loses_no_pair_and_no_pair_is_wrong(case: tuple[np.ndarray, np.ndarray, float]) -> None:
     rows, centroids, cutoff = case
     exact = distance_matrix(rows)
     a, b = np.nonzero(np.triu(exact <= np.float32(cutoff), 1))
     for margin in (cutoff, 0.2 * cutoff):
-        join = join_partitions(rows, centroids, margin, panel_rows)
-        found = Edges.concatenate(search(join, cutoff))
+        found = search(rows, centroids, margin, cutoff)
         assert (found.a < found.b).all()
         np.testing.assert_array_equal(found.weight, exact[found.a, found.b])
         pairs = set(zip(found.a.tolist(), found.b.tolist(), strict=True))
@@ -97,54 +101,31 @@ def test_a_margin_of_the_cutoff_loses_no_pair_and_no_pair_is_wrong(
         assert margin < cutoff or pairs == within
 
 
-@pytest.mark.parametrize("panel_rows", [7, 64, 10_000])
-def test_pieces_of_a_partition_compare_what_the_whole_does(panel_rows: int) -> None:
-    rows = np.unique(make_rows(400, seed=1), axis=0)
-    centroids = rows[[0, 100, 200]]
-    forests, compared = [], 0
-    for size in (len(rows), panel_rows):
-        join, builder = join_partitions(rows, centroids, 0.1, size), ForestBuilder(len(rows))
-        for edges in search(join, 0.7):
-            builder.add(edges)
-        forests.append(builder.build())
-        counts = [0, 0]
-        for tile in join.tiles():
-            counts[0] += join.num_pairs(tile)
-            counts[1] += sum(len(edges) for edges in join.search_tile(tile, 4.0, all_of_them))
-        assert counts[0] == counts[1], "every pair that is compared is counted, and none twice in a tile"
-        assert compared in (0, counts[0])
-        compared = counts[0]
-        assert (panel_rows < 400) == (len(join.tiles()) > 3) or size == len(rows)
-    np.testing.assert_array_equal(forests[0].a, forests[1].a)
-    np.testing.assert_array_equal(forests[0].b, forests[1].b)
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 5))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 5), st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_nearest_pairs_do_not_depend_on_the_order_they_come_in(seed: int, count: int, pieces: int) -> None:
+def test_neighbours_are_the_nearest_however_rows_are_shared(seed: int, count: int, size: int, ties: bool) -> None:
     generator = np.random.default_rng(seed)
-    weight = generator.integers(0, 20, size=(30, 30)).astype(np.float32)
-    weight = np.minimum(weight, weight.T)
-    a, b = np.triu_indices(30, 1)
-    order = generator.permutation(len(a))
-    rows = np.sort(generator.choice(30, 7, replace=False))
-    kept = NearestPairs(rows, count)
-    for part in np.array_split(order, pieces):
-        edges = Edges(a[part], b[part], weight[a[part], b[part]])
-        kept.add(edges[kept.may_be_nearest(edges.a, edges.b, edges.weight)])
-    expected = set()
-    for row in rows.tolist():
-        others = [other for other in range(30) if other != row]
-        others.sort(key=lambda other: (weight[row, other], other))
-        expected |= {(min(row, other), max(row, other)) for other in others[:count]}
-    assert set(zip(kept.edges.a.tolist(), kept.edges.b.tolist(), strict=True)) == expected
-    np.testing.assert_array_equal(kept.edges.weight, weight[kept.edges.a, kept.edges.b])
+    rows = generator.integers(-2, 3, size=(40, 4)) / 8 if ties else generator.normal(size=(40, 4)) / 4
+    rows, sample = rows.astype(np.float16), np.sort(generator.choice(40, 7, replace=False))
+    shares = np.array_split(np.arange(40), size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clipcid_cli.algorithms.near.sample._ROWS_AT_ONCE", 9)
+        parts = [
+            find_neighbours(rows.__getitem__, np.arange(40), sample, count, CPU, (int(share[0]), int(share[-1]) + 1))
+            for share in shares
+        ]
+    found = Neighbours.nearest(parts, count)
+    exact = distance_matrix(rows)
+    expected = [
+        (place, other)
+        for place, row in enumerate(sample.tolist())
+        for other in sorted(set(range(40)) - {row}, key=lambda other: (exact[row, other], other))[:count]
+    ]
+    assert list(zip(found.row.tolist(), found.other.tolist(), strict=True)) == expected
+    np.testing.assert_array_equal(found.distance, exact[sample[found.row], found.other])
 
 
-def test_partitions_that_hold_too_much_are_split_and_others_are_not() -> None:
-    sizes = np.array([400, 10, 40, 50, 0])
-    assert split_counts(sizes, 5).tolist() == [1, 1, 1, 1, 1]  # 4 times the even share of 100
-    assert split_counts(sizes, 10).tolist() == [8, 1, 1, 1, 1]
+def test_there_are_as_many_partitions_as_rows_in_one() -> None:
     assert [default_num_partitions(number) for number in (1, 100, 10**6, 10**8)] == [1, 10, 1000, 10_000]
 
 

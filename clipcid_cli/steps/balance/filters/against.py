@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from typing import Any
+import shutil
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from clipcid_cli.algorithms.search.distances import FloatArray, HalfArray, IntArray, row_type
-from clipcid_cli.algorithms.search.nearest_pairs import NearestReference
-from clipcid_cli.algorithms.search.pair_search import CACHE_BYTES, TiledSearch
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import FloatArray, HalfArray, IntArray, row_type
+from clipcid_cli.algorithms.near.plan import rectangle
+from clipcid_cli.algorithms.sets.sinks import NearestOf
+from clipcid_cli.formats.arrays import Arrays, map_strings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.balance_parts import ReferenceParts, keep_references
-from clipcid_cli.formats.sidecar import BalanceSidecar
-from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.memory import memory_for_rows
-from clipcid_cli.runtime.precision import choose_scan
+from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.steps.balance.filters.references import Reference
 from clipcid_cli.steps.balance.rows import BalanceRows
-from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.chunks import SearchRun, run_chunks
 from clipcid_cli.steps.shared_arrays import share_arrays
 
-# Rows that are saved together: some minutes of work beside a million reference rows. Enough stretches for the processes of a
-# host, and the same whatever their number.
-_LONGEST_STRETCH, _SHORTEST_STRETCH, _NUM_STRETCHES = 2**17, 2**10, 64
-_PANEL_ROWS = 8192
+_FOLDER = ".references"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +43,7 @@ class NearReferences:
         near: How many rows lie near each reference, whatever other references they are near.
     """
 
+    reason: ClassVar = "reference"
     references: list[Reference]
     threshold: float
     owner: npt.NDArray[np.int16]
@@ -54,9 +52,9 @@ class NearReferences:
     near: list[int]
 
     @property
-    def is_far(self) -> npt.NDArray[np.bool_]:
-        """Which rows are near no reference, bool [N]."""
-        return np.asarray(self.owner < 0)
+    def is_dropped(self) -> npt.NDArray[np.bool_]:
+        """Which rows are near a reference, bool [N]."""
+        return np.asarray(self.owner >= 0)
 
     def summarise(self) -> dict[str, Any]:
         """Return what the JSON object says."""
@@ -70,33 +68,63 @@ class NearReferences:
             ],
         }
 
+    def columns(self, folder: Path) -> list[Column]:
+        """Return the columns of the keep list, which name the nearest reference row of each row that is near one.
+
+        Args:
+            folder: Where keys are mapped, which may be more than memory holds.
+        """
+        keys: dict[int, pa.Array] = {}
+
+        def read_names(part: slice) -> pa.Array:
+            owner = self.owner[part]
+            return pa.array([each.name for each in self.references]).take(pa.array(owner, mask=owner < 0))
+
+        def read_keys(part: slice) -> pa.Array:
+            owner, found = self.owner[part], pa.nulls(part.stop - part.start, pa.string())
+            for number in np.unique(owner[owner >= 0]).tolist():
+                if number not in keys:
+                    embeddings = self.references[number].embeddings
+                    chunks = (chunk for file in embeddings.files for chunk in embeddings.keys_of(file).chunks)
+                    keys[number] = map_strings(folder, chunks)
+                is_its = owner == number
+                named = keys[number].take(pa.array(self.row[part][is_its])).cast(pa.string())
+                found = pc.replace_with_mask(found, pa.array(is_its), named)
+            return found
+
+        return [
+            Column("reference", pa.string(), read_names),
+            Column("reference_key", pa.string(), read_keys),
+            float_column("reference_distance", self.distance),
+        ]
+
 
 def find_near(
-    settings: BalanceSettings,
-    machine: Machine,
-    output: Output[BalanceSidecar],
-    rows: BalanceRows,
-    references: list[Reference],
-    reporter: Reporter,
+    run: SearchRun, folder: Path, rows: BalanceRows, references: list[Reference], threshold: float
 ) -> NearReferences:
-    """Compare all rows with all references; the same on every process, and after any crash.
+    """Compare all rows with all references; the same on every process.
 
     Args:
-        output: That of the run; stretches of rows are saved in its folder.
+        folder: The folder of `balance`, where what was compared stays for later runs.
         rows: All finite rows.
+        threshold: The distance, inclusive.
     """
-    threshold = settings.reference_distance
-    assert threshold is not None  # the settings have checked it
-    folder, content = output.folder, [str(each.content) for each in output.run.inputs]
-    content.append(str(np.float32(threshold).view(np.uint32)))
-    names = [
-        hashlib.blake2b("\n".join([*content, reference.identity]).encode(), digest_size=8).hexdigest()
-        for reference in references
-    ]
-    machine.on_main(lambda: keep_references(folder, set(names)))
-    for reference, name in zip(references, names, strict=True):
-        _compare(settings, machine, rows, reference, ReferenceParts(folder, name), threshold, reporter)
-    machine.barrier()
+    found, compared, num_rows = list[Edges](), set[str](), len(rows)
+    for reference in references:
+        images = reference.embeddings.rows(Kind.IMAGES)
+
+        def read(numbers: IntArray, images: Rows = images, reference: Reference = reference) -> HalfArray:
+            """Read rows: some to balance, or some of the reference, which are numbered after them."""
+            return rows.read(numbers) if numbers[0] < num_rows else images.take(reference.numbers[numbers - num_rows])
+
+        kind = row_type(num_rows + len(reference.numbers))
+        others = np.arange(num_rows, num_rows + len(reference.numbers), dtype=kind)
+        plan = rectangle(rows.unique.astype(kind, copy=False), others, run.rows_in_memory)
+        nearest = partial(NearestOf, rows.unique)
+        label, identity = f"comparison with {reference.name}", reference.identity
+        found.append(run_chunks(run, plan, read, threshold, nearest, label, of=identity, folder=folder / _FOLDER))
+        compared.add(run.identify(plan, threshold, identity))
+    run.machine.on_main(lambda: forget_others(folder, compared))
 
     def merge() -> Arrays:
         owner, near = np.full(len(rows), -1, np.int16), np.zeros(len(references), np.int64)
@@ -104,75 +132,22 @@ def find_near(
         row, distance = np.zeros(len(rows), kind), np.full(len(rows), np.inf, np.float32)
         copies = np.ones(len(rows), np.int32)
         np.add.at(copies, rows.copies.a, 1)
-        for number, name in enumerate(names):
-            parts = ReferenceParts(folder, name)
-            for stretch, place in enumerate(_stretches(rows)):
-                if (found := parts.read(stretch)) is None:
-                    raise ClipcidError(
-                        f"{folder}: the comparison with {references[number].name} cannot be read.",
-                        "Run the same command again.",
-                    )
-                near[number] += int(copies[place[found[0] >= 0]].sum())
-                nearer = found[1] < distance[place]
-                which = place[nearer]
-                owner[which], row[which], distance[which] = number, found[0][nearer], found[1][nearer]
+        for number, (reference, pairs) in enumerate(zip(references, found, strict=True)):
+            near[number] = copies[pairs.a].sum()
+            nearer = pairs[pairs.weight < distance[pairs.a]]
+            owner[nearer.a], distance[nearer.a] = number, nearer.weight
+            row[nearer.a] = reference.numbers[nearer.b - len(rows)]
         for values in (owner, row, distance):  # copies are as near as the first of their kind
             values[rows.copies.b] = values[rows.copies.a]
         distance[owner < 0] = np.nan
         return owner, row, distance, near
 
-    owner, row, distance, near = share_arrays(machine, output.work, merge)
+    owner, row, distance, near = share_arrays(run.machine, run.work, merge)
     return NearReferences(references, threshold, owner, row, distance, near.tolist())
 
 
-def _stretches(rows: BalanceRows) -> list[IntArray]:
-    """Divide the unique rows into what is saved together."""
-    size = min(_LONGEST_STRETCH, max(_SHORTEST_STRETCH, -(-len(rows.unique) // _NUM_STRETCHES)))
-    return [rows.unique[at : at + size] for at in range(0, len(rows.unique), size)]
-
-
-def _compare(
-    settings: BalanceSettings,
-    machine: Machine,
-    rows: BalanceRows,
-    reference: Reference,
-    parts: ReferenceParts,
-    threshold: float,
-    reporter: Reporter,
-) -> None:
-    """Find the nearest row of a reference of each unique row, each process in its stretches that are not saved yet."""
-    images, num_rows = reference.embeddings.rows(Kind.IMAGES), len(rows)
-    kind = row_type(num_rows + len(reference.numbers))
-    stretches = _stretches(rows)
-    done = machine.on_main(lambda: [parts.read(at) is not None for at in range(len(stretches))])
-    left = [at for at, is_done in enumerate(done) if not is_done]
-    if len(left) < len(stretches):
-        reporter.note(
-            f"{len(stretches) - len(left)} of {len(stretches)} parts of the comparison with {reference.name} are done."
-        )
-    if not left:
-        return
-
-    def read(numbers: IntArray) -> HalfArray:
-        """Read rows: first those to balance, then those of the reference; never both at once."""
-        return rows.read(numbers) if numbers[0] < num_rows else images.take(reference.numbers[numbers - num_rows])
-
-    scan, room = choose_scan(settings.precision, machine.device), memory_for_rows(machine.device, on_cpu=CACHE_BYTES)
-    others = np.arange(num_rows, num_rows + len(reference.numbers), dtype=kind)
-    search = TiledSearch(read, others, machine.device, scan.dtype, min(_PANEL_ROWS, len(others)), cache_bytes=room)
-    panels = list(range(-(-len(others) // search.panel_rows)))
-    mine = left[machine.rank :: machine.size]
-    total = sum(len(stretches[at]) for at in mine) * len(others)
-    with reporter.progress("against", total, "pairs") as progress:
-        for at in mine:
-            place = stretches[at].astype(kind, copy=False)
-            nearest = NearestReference(place, num_rows)
-            for start in range(0, len(place), _PANEL_ROWS):
-                block = search.load(place[start : start + _PANEL_ROWS])
-                for panel in panels:
-                    for edges in search.search(block, search.panel(panel), threshold, nearest.may_be_nearer):
-                        nearest.add(edges)
-                    progress.advance(len(block) * len(search.panel_rows_of(panel)))
-                panels.reverse()  # those read last are in the cache
-            found = np.where(nearest.reference < 0, -1, reference.numbers[nearest.reference])
-            parts.write(at, found.astype(np.int64), nearest.distance)
+def forget_others(folder: Path, compared: Collection[str] = ()) -> None:
+    """Remove what was compared before, but for some comparisons, from the folder of `balance`."""
+    for path in (folder / _FOLDER).glob("*") if compared else [folder / _FOLDER]:
+        if path.name not in compared:
+            shutil.rmtree(path, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clipcid_cli.algorithms.search.distances import IntArray
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, open_dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row, open_embeddings

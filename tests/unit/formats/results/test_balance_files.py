@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import mmap
 import tarfile
@@ -18,7 +17,6 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.tar_writer import copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
 from clipcid_cli.formats.results.forest import StoredForest, read_forest, write_forest
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
 from clipcid_cli.formats.results.row_files import RowFile, write_row_files
@@ -130,27 +128,6 @@ def test_forest_counts_only_with_its_sidecar_and_for_its_own_embeddings(tmp_path
         read_forest(tmp_path, INPUTS)
     (tmp_path / "forest.json").unlink()
     assert read_forest(tmp_path, INPUTS) is None
-
-
-def test_parts_of_a_search_are_found_again_and_damaged_ones_left_out(tmp_path: Path) -> None:
-    parts = ForestParts(tmp_path, "0.5-64")
-    assert parts.next_session() == 0
-    edges = (np.array([4]), np.array([7]), np.array([0.5], np.float32))
-    part = ForestPart(0, 1, 2, np.array([[0, 10, 1]]), 3, *edges, True)
-    parts.write(part)
-    parts.write(dataclasses.replace(part, rank=0))
-    parts.write(dataclasses.replace(part, session=3, has_all=False))
-    assert parts.next_session() == 4
-    (parts.path / "0-0.npz").write_bytes(b"cut off")
-    (found,) = parts.read(0)
-    assert [getattr(found, field.name) for field in dataclasses.fields(found)[:3]] == [0, 1, 2]
-    assert (found.tiles.tolist(), found.done, found.has_all) == ([[0, 10, 1]], 3, True)
-    assert [each.tolist() for each in (found.a, found.b, found.distance)] == [[4], [7], [0.5]]
-    assert [each.has_all for each in parts.read(3)] == [False]
-    assert list(parts.read(1)) == []
-    assert list(ForestParts(tmp_path, "0.6-64").read(0)) == []
-    parts.clear()
-    assert not list(parts.read(0))
 
 
 def test_curve_digits_give_the_distance_back(tmp_path: Path) -> None:

@@ -12,11 +12,9 @@ import pytest
 from balance_data import balance, make_rows, read_keep, write_embeddings
 from conftest import make_image, shard_members, write_tar
 
-from clipcid_cli.algorithms.search.edges import Edges
-from clipcid_cli.algorithms.search.nearest_pairs import NearestReference
+from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.results.balance_parts import ReferenceParts
-from clipcid_cli.steps.balance.filters import against
+from clipcid_cli.steps import chunks
 from clipcid_cli.steps.embed.run import run as run_embed
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -54,8 +52,7 @@ def others(rows: np.ndarray) -> list[np.ndarray]:
 def test_all_near_images_are_dropped_by_the_nearest_reference(
     tmp_path: Path, rows: np.ndarray, others: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(against, "_PANEL_ROWS", 64)
-    monkeypatch.setattr(against, "_SHORTEST_STRETCH", 100)
+    monkeypatch.setattr(planning, "_PANEL", 64)
     folder = write_embeddings(tmp_path / "e", rows)
     names = [
         str(write_embeddings(tmp_path / f"r{number}", part, keys=[f"{number}/{row}" for row in range(len(part))]))
@@ -95,45 +92,26 @@ def test_all_near_images_are_dropped_by_the_nearest_reference(
     assert "Images near a reference" in (work / "balance" / "report.html").read_text()
 
 
-def test_the_nearest_reference_does_not_depend_on_the_order_of_pairs() -> None:
-    generator = np.random.default_rng(0)
-    rows = np.array([2, 3, 5, 8, 13])
-    a, b = rows[generator.integers(4, size=300)], 20 + generator.integers(50, size=300)
-    weight = (generator.integers(6, size=300) / 7).astype(np.float32)
-    found = []
-    for seed in range(5):
-        order = np.random.default_rng(seed).permutation(300)
-        nearest = NearestReference(rows, 20)
-        for part in np.array_split(order, 1 + 7 * seed):
-            edges = Edges(a[part], b[part], weight[part])
-            may = nearest.may_be_nearer(edges.a, edges.b, edges.weight)
-            assert may[edges.weight < nearest.distance[np.searchsorted(rows, edges.a)]].all()
-            nearest.add(edges)
-        found.append((nearest.reference.tolist(), nearest.distance.tolist()))
-    assert all(each == found[0] for each in found)
-    for row, reference, distance in zip(rows.tolist(), *found[0], strict=True):
-        pairs = sorted(zip(weight[a == row].tolist(), (b[a == row] - 20).tolist(), strict=True))
-        assert (distance, reference) == (pairs[0] if pairs else (np.inf, -1))
-
-
 def test_what_is_saved_is_not_compared_again_unless_it_is_damaged(
     tmp_path: Path, rows: np.ndarray, others: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(against, "_SHORTEST_STRETCH", 100)
+    monkeypatch.setattr(planning, "_PANEL", 64)
+    monkeypatch.setattr(chunks.SavePace, "is_due", lambda pace: True)
     folder = write_embeddings(tmp_path / "e", rows)
     call = {"against": (str(write_embeddings(tmp_path / "r", others[1])),), "against_threshold": 0.3}
     balance(tmp_path / "w", folder, keep=0.6, **call)
     whole = read_keep(tmp_path / "w")
-    written, write = list[int](), ReferenceParts.write
+    written, save = list[Path](), chunks.save_arrays
 
-    def count_and_write(parts: ReferenceParts, stretch: int, *found: np.ndarray) -> None:
-        written.append(stretch)
-        write(parts, stretch, *found)
+    def count_and_save(path: Path, arrays: dict[str, Any]) -> None:
+        if ".references" in path.parts:
+            written.append(path)
+        save(path, arrays)
 
-    monkeypatch.setattr(ReferenceParts, "write", count_and_write)
+    monkeypatch.setattr(chunks, "save_arrays", count_and_save)
     _, told = balance(tmp_path / "w", folder, keep=0.7, **call)
     assert not written
-    assert "parts of the comparison with" in told
+    assert "Resuming the comparison with" in told
     parts = sorted((tmp_path / "w" / "balance" / ".references").glob("*/*.npz"))
     assert len(parts) > 4
     parts[0].unlink()

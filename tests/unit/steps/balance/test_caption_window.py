@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from balance_data import balance, make_rows, read_keep, write_embeddings
 
-from clipcid_cli.algorithms.search.distances import cosine_similarities
+from clipcid_cli.algorithms.near.exact import cosine_similarities
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.steps.settings.balance import BalanceSettings
 

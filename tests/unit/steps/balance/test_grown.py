@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,12 +12,8 @@ import pytest
 from balance_data import balance, make_rows, read_keep
 from sidecars import edit_sidecar
 
-from clipcid_cli.algorithms.search import pair_search
-from clipcid_cli.algorithms.search.edges import Edges, sort_edges
-from clipcid_cli.algorithms.search.pair_search import GrownSearch, TiledSearch
-from clipcid_cli.algorithms.search.tiles import GrownTiles
+from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.balance import search as forest_search
 
 FILES = ("keep.parquet", "forest.parquet", "curve.csv", "sets.parquet")
 
@@ -51,7 +46,8 @@ def read_outputs(work: Path) -> dict[str, bytes]:
 def test_the_bytes_are_those_of_a_search_from_nothing(
     tmp_path: Path, rows: np.ndarray, added: tuple[int, ...], call: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pair_search, "_BLOCK_ROWS", 64)
+    for name in ("_LARGEST_PANEL", "_SMALLEST_PANEL"):
+        monkeypatch.setattr(planning, name, 64)
     shards = {1: range(250), 2: range(250, 600), 3: range(600, 850), 4: range(850, 900)}
     whole = write_shards(tmp_path / "whole", rows, shards)
     part = write_shards(tmp_path / "part", rows, {each: shards[each] for each in shards if each not in added})
@@ -109,20 +105,12 @@ def test_changed_and_removed_files_are_named_and_nothing_of_theirs_is_used(tmp_p
     assert "The forest that is there ends at distance 0.5000: all pairs are compared." in told
 
 
-def test_the_forest_reaches_as_far_as_before(tmp_path: Path, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_forest_reaches_as_far_as_before(tmp_path: Path, rows: np.ndarray) -> None:
     shards = {1: range(500), 2: range(500, 900)}
     part = write_shards(tmp_path / "part", rows, {1: shards[1]})
     balance(tmp_path / "work", part, threshold=0.9)
     write_shards(part, rows, shards)
-    known, search = list[Edges](), forest_search._search_tiles
-
-    def search_and_remember(*given: Any) -> Any:
-        known.extend(each for each in given if isinstance(each, Edges))
-        return search(*given)
-
-    monkeypatch.setattr(forest_search, "_search_tiles", search_and_remember)
     balance(tmp_path / "work", part, threshold=0.2)
-    assert sort_edges(known[0]) is known[0]
     _, told = balance(tmp_path / "work", part, threshold=0.9)
     assert "The forest of these embeddings exists" in told
     balance(tmp_path / "new", part, threshold=0.9)
@@ -144,33 +132,3 @@ def test_a_damaged_sidecar_of_a_forest_is_named_until_it_is_overwritten(
     balance(tmp_path / "work", part, threshold=0.5, overwrite=True)
     balance(tmp_path / "work", part, threshold=0.45, overwrite=True)
     assert json.loads(sidecar.read_text())[entry] == (told_by if entry == "inputs" else pytest.approx(0.45))
-
-
-def test_tiles_of_new_rows_are_all_that_have_one() -> None:
-    for panels in range(1, 30):
-        for first in range(1, panels + 1):
-            tiles = list(GrownTiles(first, panels))
-            assert sorted(tiles) == [(i, j) for i in range(first) for j in range(i, panels)]
-
-
-def test_a_grown_search_compares_every_pair_with_a_new_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(pair_search, "_BLOCK_ROWS", 16)
-    stored = make_rows(200, seed=7)
-    for number in (1, 16, 40, 199):
-        order = np.random.default_rng(number).permutation(200)
-        new, old = np.sort(order[:number]), np.sort(order[number:])
-        search = GrownSearch(lambda rows: stored[rows], new, old, torch.device("cpu"), torch.float32)
-        pairs = [
-            (int(a), int(b))
-            for tile in search.tiles()
-            for edges in search.search_tile(tile, 2.0, lambda a, b, _: np.ones(len(a), np.bool_))
-            for a, b in zip(edges.a, edges.b, strict=True)
-        ]
-        assert len(pairs) == len(set(pairs)) == search.num_all_pairs == sum(map(search.num_pairs, search.tiles()))
-        is_new = np.isin(np.arange(200), new)
-        expected = {(a, b) for a in range(200) for b in range(a + 1, 200) if is_new[a] or is_new[b]}
-        assert expected <= set(pairs)
-        assert len(set(pairs) - expected) < search.panel_rows * 200
-        assert isinstance(search, TiledSearch)

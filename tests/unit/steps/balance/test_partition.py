@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
 
-from clipcid_cli.algorithms.search.pair_search import TiledSearch
+from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance import audit
-from clipcid_cli.steps.balance import partition as partitioning
+from clipcid_cli.steps.balance.partition import partitioned
 from clipcid_cli.steps.balance.rows import find_rows
 from clipcid_cli.steps.balance.run import run
+from clipcid_cli.steps.chunks import SearchRun
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -118,18 +118,18 @@ def test_an_audit_counts_what_is_left(
     """All rows taken for kept: nearly all of them have another within the cut-off."""
     unique = np.unique(rows, axis=0)
     folder = write_embeddings(tmp_path / "unique", unique)
-    monkeypatch.setattr(audit, "_PANEL_ROWS", 700)
+    monkeypatch.setattr(planning, "_PANEL", 700)
     near = distance_matrix(unique) <= np.float32(CUTOFF)
     np.fill_diagonal(near, False)
     kept = np.arange(0, len(unique), 2)
     expected = near[np.ix_(kept, kept)].any(axis=1)
     with open_machine("cpu") as machine:
         survey = find_rows(machine, tmp_path, open_embeddings(folder).rows(Kind.IMAGES), Reporter())
-        scan = choose_precision("fp32", machine.device, "embed", parameters=0)
-        whole = audit.audit_kept(machine, survey, kept, CUTOFF, scan, Reporter())
+        run = SearchRun(machine, tmp_path, "", rows.shape[1], choose_scan("fp32", machine.device), Reporter())
+        whole = audit.audit_kept(run, survey, kept, CUTOFF)
         assert 100 < whole.near == np.count_nonzero(expected) < len(kept)
         monkeypatch.setattr(audit, "SAMPLE", 900)
-        part = audit.audit_kept(machine, survey, kept, CUTOFF, scan, Reporter())
+        part = audit.audit_kept(run, survey, kept, CUTOFF)
     assert (part.sampled, part.kept) == (900, len(kept))
     assert part.low < whole.rate < part.high
     assert part.low < part.rate < part.high
@@ -163,11 +163,10 @@ def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Pat
     folder = write_embeddings(tmp_path / "crowd", rows)
     with open_machine("cpu") as machine:
         survey = find_rows(machine, tmp_path, open_embeddings(folder).rows(Kind.IMAGES), Reporter())
-        join = TiledSearch(survey.read, survey.unique, machine.device, torch.float32)
-        found = partitioning.partition_rows(machine, tmp_path, join, survey.read, torch.float32, 0.1, Reporter())
-    assert found is not None
-    compared = sum(found.num_pairs(tile) for tile in found.tiles())
-    assert compared < 0.1 * len(rows) ** 2 / 2
+        run = SearchRun(machine, tmp_path, "", 64, choose_scan("fp32", machine.device), Reporter())
+        with partitioned(run, survey, 0.1) as found:
+            assert found is not None
+            assert found[0].num_pairs < 0.1 * len(rows) ** 2 / 2
     result, _ = balance(tmp_path / "parts", folder, threshold=0.1)
     exact, _ = balance(tmp_path / "exact", folder, threshold=0.1, neighbors="exact")
     assert result["kept"] == exact["kept"] == 3000

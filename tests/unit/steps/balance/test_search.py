@@ -8,19 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from balance_data import Listener, balance, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
+from balance_data import balance, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
-from clipcid_cli.formats.results.row_files import ROW_FILES, write_row_files
-from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.balance import pairs as set_pairs
-from clipcid_cli.steps.balance import search as forest_search
-from clipcid_cli.steps.balance.forests.stored import ForestStore
-from clipcid_cli.steps.balance.rows import find_rows
 
 NUM_ROWS = 300
 
@@ -70,31 +62,6 @@ def test_threshold_and_cosine_distance_are_the_same_cutoff(embeddings: Path, row
     for name in ("keep.parquet", "forest.parquet", "curve.csv"):
         assert read_bytes(tmp_path / "c", name) == read_bytes(tmp_path / "t", name)
     check_keep_list(read_keep(tmp_path / "c"), rows)
-
-
-def test_results_that_can_no_longer_be_read_are_an_error(
-    embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = ForestParts.write
-
-    def damage(parts: ForestParts, part: ForestPart) -> None:
-        write(parts, part)
-        for path in parts.path.iterdir():
-            path.write_bytes(path.read_bytes()[:-100])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ForestParts, "write", damage)
-        with pytest.raises(ClipcidError, match=r"results of (\d+) of \1 tiles cannot be read"):
-            balance(tmp_path / "work", embeddings, keep=0.5)
-    assert not (tmp_path / "work" / "balance" / "forest.json").exists()
-    balance(tmp_path / "work", embeddings, keep=0.5)
-    balance(tmp_path / "whole", embeddings, keep=0.5)
-    assert read_bytes(tmp_path / "work", "keep.parquet") == read_bytes(tmp_path / "whole", "keep.parquet")
-
-
-def test_a_dry_run_writes_nothing(embeddings: Path, tmp_path: Path) -> None:
-    balance(tmp_path / "work", embeddings, keep=0.5, dry_run=True)
-    assert not (tmp_path / "work").exists()
 
 
 def test_keeping_everything_merges_nothing(embeddings: Path, tmp_path: Path) -> None:
@@ -305,103 +272,3 @@ def test_dry_run_writes_nothing(embeddings: Path, tmp_path: Path) -> None:
         assert cost["pairs"] > 0
         assert 0.0 < cost["seconds"] < 60.0
     assert not (tmp_path / "w").exists()
-
-
-def test_an_interrupted_search_goes_on_with_the_tiles_left(
-    rows: np.ndarray, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stop a search after three saved tiles; the next one does the other seven and ends with the same forest."""
-    cut_small = forest_search.TiledSearch
-    monkeypatch.setattr(
-        forest_search, "TiledSearch", lambda *given, **_: cut_small(*given, panel_rows=-(-len(given[1]) // 4))
-    )
-    monkeypatch.setattr(forest_search.SavePace, "is_due", lambda pace: True)
-    searched = []
-    search_tile = cut_small.search_tile
-
-    def stop_at_fourth(join: Any, tile: tuple[int, int], *given: Any) -> Any:
-        if len(searched) == 3:
-            raise KeyboardInterrupt
-        searched.append(tile)
-        return search_tile(join, tile, *given)
-
-    def find(reporter: Listener) -> Any:
-        with open_machine("cpu") as machine:
-            survey = find_rows(machine, tmp_path, open_embeddings(embeddings).rows(Kind.IMAGES), reporter)
-            write_row_files(tmp_path / ROW_FILES, [])
-            forest, _ = forest_search.find_forest(
-                machine,
-                ForestStore(tmp_path, tmp_path, survey, [], "exact", False),
-                cutoff=0.8,
-                num_edges=0,
-                precision="fp32",
-                reporter=reporter,
-            )
-        return forest
-
-    monkeypatch.setattr(cut_small, "search_tile", stop_at_fourth)
-    with pytest.raises(KeyboardInterrupt):
-        find(Listener())
-    first, listener = list(searched), Listener()
-    monkeypatch.setattr(
-        cut_small, "search_tile", lambda join, tile, *given: (searched.append(tile), search_tile(join, tile, *given))[1]
-    )
-    forest = find(listener)
-    assert "3 of 10 tiles are done" in "\n".join(listener.told)
-    assert len(searched) == len(set(searched)) == 10
-    assert searched[:3] == first
-    expected = distance_matrix(rows)[np.triu_indices(NUM_ROWS, 1)]
-    assert len(forest.edges) == NUM_ROWS - len(set(_components(expected, 0.8)))
-
-
-@pytest.mark.parametrize("lost", [None, 0, 1])
-def test_a_part_that_is_lost_between_two_stops_is_searched_again(
-    rows: np.ndarray, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int | None
-) -> None:
-    cut_small = forest_search.TiledSearch
-    monkeypatch.setattr(
-        forest_search, "TiledSearch", lambda *given, **_: cut_small(*given, panel_rows=-(-len(given[1]) // 4))
-    )
-    monkeypatch.setattr(forest_search.SavePace, "is_due", lambda pace: True)
-    searched, search_tile = list[tuple[int, int]](), cut_small.search_tile
-
-    def run_until(stop: int) -> Any:
-        def count(search: Any, tile: tuple[int, int], *given: Any) -> Any:
-            if len(searched) == stop:
-                raise KeyboardInterrupt
-            searched.append(tile)
-            return search_tile(search, tile, *given)
-
-        monkeypatch.setattr(cut_small, "search_tile", count)
-        with open_machine("cpu") as machine:
-            survey = find_rows(machine, tmp_path, open_embeddings(embeddings).rows(Kind.IMAGES), Listener())
-            write_row_files(tmp_path / ROW_FILES, [])
-            return forest_search.find_forest(
-                machine,
-                ForestStore(tmp_path, tmp_path, survey, [], "exact", False),
-                cutoff=0.8,
-                num_edges=0,
-                precision="fp32",
-                reporter=Listener(),
-            )[0]
-
-    for stop in (3, 6):
-        with pytest.raises(KeyboardInterrupt):
-            run_until(stop)
-    if lost is not None:
-        (part,) = tmp_path.glob(f".forest-parts/*/{lost}-0.npz")
-        part.unlink()
-    forest = run_until(-1)
-    # What was done after the first part is of use only as long as that part is there.
-    assert len(searched) == {None: 10, 0: 16, 1: 13}[lost]
-    assert set(searched) == {(i, j) for j in range(4) for i in range(j + 1)}
-    expected = distance_matrix(rows)[np.triu_indices(NUM_ROWS, 1)]
-    assert len(forest.edges) == NUM_ROWS - len(set(_components(expected, 0.8)))
-
-
-def _components(condensed: np.ndarray, cutoff: float) -> list[int]:
-    from scipy.cluster.hierarchy import fcluster, linkage
-
-    tree = linkage(condensed.astype(np.float64), method="single")
-    labels: list[int] = fcluster(tree, float(np.float32(cutoff)), criterion="distance").tolist()
-    return labels

@@ -9,12 +9,8 @@ import pandas as pd
 import pytest
 from balance_data import balance, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 
-from clipcid_cli.algorithms.search import pair_search as neighbors
-from clipcid_cli.algorithms.sets.collector import PairCollector
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.balance_parts import ForestPart, ForestParts
 from clipcid_cli.steps.balance import pairs as set_pairs
-from clipcid_cli.steps.balance import search as forest_search
 
 NUM_ROWS = 300
 
@@ -47,46 +43,14 @@ def test_star_sets_are_tight(embeddings: Path, rows: np.ndarray, tmp_path: Path)
 
 
 @pytest.mark.parametrize("keep", [0.85, 0.5, 0.1])
-def test_stars_are_the_same_whether_or_not_pairs_were_kept_on_the_way(
-    keep: float, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stars_are_the_same_however_far_the_forest_reaches(keep: float, embeddings: Path, tmp_path: Path) -> None:
     def bytes_of(work: Path, forest_first: bool = False) -> list[bytes]:
         if forest_first:
             balance(work, embeddings, keep=keep)
         balance(work, embeddings, keep=keep, linkage="star")
         return [(work / "balance" / name).read_bytes() for name in ("keep.parquet", "curve.csv")]
 
-    kept = bytes_of(tmp_path / "kept")
-    assert bytes_of(tmp_path / "rerun", forest_first=True) == kept
-    monkeypatch.setattr(forest_search, "_MOST_PAIRS", 5)
-    assert bytes_of(tmp_path / "too-many") == kept
-
-
-@pytest.mark.parametrize(("first", "second"), [("single", "star"), ("star", "single")])
-def test_a_search_goes_on_from_what_the_other_linkage_left(
-    first: str, second: str, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(neighbors, "_BLOCK_ROWS", 32)
-    monkeypatch.setattr(forest_search.SavePace, "is_due", lambda pace: True)
-    written, write = [], ForestParts.write
-
-    def write_and_stop(parts: ForestParts, part: ForestPart) -> None:
-        write(parts, part)
-        written.append(part)
-        if len(written) == 9:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ForestParts, "write", write_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            balance(tmp_path / "cut", embeddings, threshold=0.6, linkage=first)
-    assert [part.has_all for part in written] == [first == "star"] * 9
-    _, said = balance(tmp_path / "cut", embeddings, threshold=0.6, linkage=second, overwrite=True)
-    assert "Resuming the search: 9 of" in said
-    balance(tmp_path / "whole", embeddings, threshold=0.6, linkage=second)
-    for name in ("keep.parquet", "forest.parquet", "curve.csv"):
-        expected = (tmp_path / "whole" / "balance" / name).read_bytes()
-        assert (tmp_path / "cut" / "balance" / name).read_bytes() == expected, name
+    assert bytes_of(tmp_path / "fresh") == bytes_of(tmp_path / "rerun", forest_first=True)
 
 
 def test_stars_begin_at_the_threshold_of_single_linkage(tmp_path: Path) -> None:
@@ -102,23 +66,15 @@ def test_stars_begin_at_the_threshold_of_single_linkage(tmp_path: Path) -> None:
             assert result["kept"] == kept, linkage
 
 
-def test_stars_of_partitions_do_not_depend_on_what_was_there(
-    embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    searches = []
-    monkeypatch.setattr(
-        forest_search, "PairCollector", lambda *arguments: searches.append(arguments[2]) or PairCollector(*arguments)
-    )
+def test_stars_of_partitions_do_not_depend_on_what_was_there(embeddings: Path, tmp_path: Path) -> None:
     for name, linkages in (("fresh", ["star"]), ("after", ["single", "star"])):
         for linkage in linkages:
             balance(tmp_path / name, embeddings, threshold=0.3, linkage=linkage, neighbors="partitioned")
-    assert set(searches) == {0}
     fresh, after = ((tmp_path / name / "balance" / "keep.parquet").read_bytes() for name in ("fresh", "after"))
     assert fresh == after
 
 
 def test_more_pairs_than_fit_are_an_error(embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forest_search, "_MOST_PAIRS", 5)
     monkeypatch.setattr(set_pairs, "_MOST_COLLECTED", 50)
     with pytest.raises(ClipcidError, match=r"More than 50 pairs of images are within 0\.6000 .*75 bytes each"):
         balance(tmp_path, embeddings, threshold=0.6, linkage="star")

@@ -1,0 +1,213 @@
+"""Rows ready to be compared: as stored, and copied in the format of a fast matrix product, with proven bounds.
+
+A score is a dot product of copies in the format that the machine multiplies fastest: bfloat16 on CPUs with matrix units,
+int8 on those with dot-product instructions, float16 on GPUs, float32 elsewhere. It only discards: pairs that the bound
+proven here rules out. All others are decided exactly (:mod:`clipcid_cli.algorithms.near.exact`), so the format changes the
+time, never the result.
+
+Let â be the copy of a row a, ρ_a ≥ |a − â| its *residual*, which is measured, and R_a ≥ |a|. The computed score is
+s = â·b̂ + δ before it is rounded to the format of the output, and by Cauchy–Schwarz
+
+    a·b − â·b̂ = (a − â)·b + â·(b − b̂)    is at most    ρ_a·R_b + (R_a + ρ_a)·ρ_b,
+    |δ| ≤ D·u·|â|·|b̂| ≤ D·u·(R_a + ρ_a)·(R_b + ρ_b)    for D accumulation steps of relative error u, in any order
+
+(Higham, Accuracy and Stability of Numerical Algorithms, §3.1; rounded products count as a part of their step).
+
+For int8 the same holds of the rotated rows Ta (:mod:`clipcid_cli.algorithms.near.int8`): â is integers times a step, the
+residual |Ta − â| includes the error of the computed rotation, and the rotation's distortion η adds at most 3η·|a|·|b|: one η
+for a·b against Ta·Tb, the others because |Ta| may exceed |a| by the factor 1 + η. Integers are added up without error, so
+δ = 0; its term stays, and is larger than that of η. Together
+
+    |s − a·b| ≤ ρ_a·R_b + (R_a + ρ_a)·ρ_b + (D·u + 3η)·(R_a + ρ_a)·(R_b + ρ_b).
+
+Unit rows of width 512 have errors of about 0.003 in bfloat16 and 0.02 in int8; copies of float16 rows in float16 and float32
+have no residual.
+
+Shape letters: N rows, D width, M and N also rows of two blocks, P pairs.
+
+Source: docs/method.md#fast-search-exact-result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from clipcid_cli.algorithms.near.exact import LONGEST_ROW, ROWS_IN_CACHE, IntArray, ReadRows, squared_lengths
+from clipcid_cli.algorithms.near.int8 import choose_step, distortion, rotate, rotation_error, round_to_int8
+
+# Largest relative error u of one step of a float32 accumulation, 2⁻²⁴ where it is rounded; matrix units may truncate and
+# align a few products at a time, which four times that covers.
+ACCUMULATION_UNIT = 2.0**-22
+# Differences of a row and its copy and their lengths, computed in float32, have relative errors far below this.
+_ROUNDED_UP = 1.0 + 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Rows on the device. They share one int8 step, so that one integer bounds the scores of two blocks.
+
+    Attributes:
+        rows: Row numbers, integers [N].
+        stored: The rows as stored, float16 or float32, [N, D].
+        scan: Their copies, [N, D]; [N, 2] with a column of zeros for int8 of width 1.
+        squared: Squared lengths, exact, float64 [N].
+        shortest: Length of the shortest row.
+        longest: Length of the longest.
+        residual: Bound of all residuals.
+        step: Value of the integer 1 in an int8 copy; 1 for float formats.
+    """
+
+    rows: IntArray
+    stored: torch.Tensor
+    scan: torch.Tensor
+    squared: torch.Tensor
+    shortest: float
+    longest: float
+    residual: float
+    step: float
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def load_block(read: ReadRows, rows: IntArray, device: torch.device, scan_dtype: torch.dtype) -> Block:
+    """Read rows, by their numbers, and prepare them for comparison, see :func:`make_block`."""
+    return make_block(rows, read_stored(read, rows, device), scan_dtype)
+
+
+def read_stored(read: ReadRows, rows: IntArray, device: torch.device) -> torch.Tensor:
+    """Return rows as stored on a device, float16 [N, D]."""
+    return torch.from_numpy(np.ascontiguousarray(read(rows))).to(device)
+
+
+def make_block(rows: IntArray, stored: torch.Tensor, scan_dtype: torch.dtype) -> Block:
+    """Prepare rows for comparison.
+
+    Args:
+        rows: Row numbers, integers [N], N ≥ 1.
+        stored: The rows, float16 or float32 [N, D].
+        scan_dtype: Format of the copies: bfloat16, float16, float32, or int8 on a CPU.
+
+    Raises:
+        ValueError: when a row is not finite or longer than ``LONGEST_ROW``, for which the distances would be inexact.
+    """
+    squared = squared_lengths(stored)
+    shortest, longest = (math.sqrt(float(end)) for end in squared.aminmax())
+    if not longest <= LONGEST_ROW:
+        raise ValueError(f"rows must be finite and no longer than {LONGEST_ROW}, not {longest:.3g}")
+    if scan_dtype in (stored.dtype, torch.float32):
+        return Block(rows, stored, stored.to(scan_dtype), squared, shortest, longest, 0.0, 1.0)
+    parts, step = torch.split(stored, ROWS_IN_CACHE), 1.0
+    if scan_dtype == torch.int8:
+        wide = [rotate(part) for part in parts]
+        step = choose_step(max(float(part.abs().max()) for part in wide))
+        copies = [round_to_int8(part, step) for part in wide]
+    else:
+        wide = [part.float() for part in parts]
+        copies = [part.to(scan_dtype) for part in wide]
+    width = stored.shape[1]
+    # An integer of 8 bits times a step of 8 bits is exact in float32.
+    apart = [part - copy[:, :width].float() * step for part, copy in zip(wide, copies, strict=True)]
+    residual = float(torch.stack([torch.linalg.vector_norm(part, dim=1).max() for part in apart]).max()) * _ROUNDED_UP
+    if scan_dtype == torch.int8:
+        residual += rotation_error(width) * longest
+    return Block(rows, stored, torch.cat(copies), squared, shortest, longest, residual, step)
+
+
+def multiply(a_MD: torch.Tensor, b_ND: torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the scores of two blocks' copies, [M, N], in the format of :func:`score_dtype`.
+
+    Args:
+        buffer: Where to put them, at least M·N entries of the scores' format.
+    """
+    out = None if buffer is None else buffer[: len(a_MD) * len(b_ND)].view(len(a_MD), len(b_ND))
+    with exact_accumulation(a_MD.device):
+        if a_MD.dtype == torch.int8:
+            return torch._int_mm(a_MD, b_ND.T) if out is None else torch._int_mm(a_MD, b_ND.T, out=out)
+        return torch.mm(a_MD, b_ND.T, out=out)
+
+
+def score_dtype(scan_dtype: torch.dtype) -> torch.dtype:
+    """Return the format of the scores: that of the copies, and int32 for int8, in which they are exact."""
+    return torch.int32 if scan_dtype == torch.int8 else scan_dtype
+
+
+def lowest_score(a: Block, b: Block, cutoff: float) -> torch.Tensor:
+    """Return a score that every pair of the two blocks within `cutoff` reaches, in the scores' format, without dimensions.
+
+    A pair is within `cutoff` when float32(√d²) ≤ cutoff, so d < ε⁺, the next float32 above it, and with r the shortest rows
+    a·b = (|a|² + |b|² − d²)/2 ≥ (r_a² + r_b² − ε⁺²)/2. Hence its score is at least that minus the error proven above. The
+    last rounding, to the output's format, is monotone: s ≥ t implies round(s) ≥ round(t), so comparing with t rounded down
+    loses nothing and needs no slack.
+    """
+    beyond = float(np.nextafter(np.float32(cutoff), np.float32(np.inf)))
+    lowest = (a.shortest**2 + b.shortest**2 - beyond**2) / 2.0 - score_error(a, b)
+    dtype = score_dtype(a.scan.dtype)
+    if dtype == torch.int32:
+        # One integer less for the rounding of this division.
+        limit = math.floor(lowest / (a.step * b.step)) - 1
+        kind = torch.iinfo(dtype)
+        return torch.tensor(min(max(limit, kind.min), kind.max), dtype=dtype)
+    rounded = torch.tensor(lowest, dtype=torch.float64).to(dtype)
+    if float(rounded) > lowest:
+        rounded = torch.nextafter(rounded, torch.tensor(-math.inf, dtype=dtype))
+    return rounded
+
+
+def highest_dots(a: Block, b: Block, score_P: torch.Tensor) -> torch.Tensor:
+    """Bound the dot products behind computed scores [P] from above, float64 [P]."""
+    return score_P.double() * (a.step * b.step) + rounded_error(a, b)
+
+
+def rounded_error(a: Block, b: Block) -> float:
+    """Bound the difference of a computed score, times both steps, from the exact dot product."""
+    dtype = score_dtype(a.scan.dtype)
+    # Beside the errors before it, the rounding of the output: half a unit in the last place, eps/2 of the score.
+    rounding = 0.0 if dtype == torch.int32 else torch.finfo(dtype).eps
+    return score_error(a, b) + rounding * (a.longest + a.residual) * (b.longest + b.residual)
+
+
+def score_error(a: Block, b: Block) -> float:
+    """Bound the difference of a score from the exact dot product, before its last rounding."""
+    width = a.stored.shape[1]
+    relative = width * ACCUMULATION_UNIT
+    if a.scan.dtype == torch.int8:
+        relative += 3.0 * distortion(width)
+    copy_a, copy_b = a.longest + a.residual, b.longest + b.residual
+    error = a.residual * b.longest + copy_a * (b.residual + relative * copy_b)
+    # 2⁻¹⁴ for GPUs that flush float16's subnormals to zero; it also swallows the rounding of this very formula.
+    return error + 2.0**-14
+
+
+@contextmanager
+def exact_accumulation(device: torch.device, *, small_integers: bool = False) -> Iterator[None]:
+    """Keep GPUs from adding up partial products in less than float32, and from rounding their factors to TF32.
+
+    Every bound on a product's error relies on it, whatever the process was started with
+    (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1`` is set in common containers).
+
+    Args:
+        small_integers: All factors are integers of at most 2,048 in float32, which TF32 holds exactly; it is allowed then.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    names = (
+        *("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"),
+        *("allow_fp16_accumulation", "allow_tf32"),
+    )
+    before = {name: getattr(matmul, name) for name in names}
+    try:
+        for name in names:
+            setattr(matmul, name, small_integers and name == "allow_tf32")
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)

@@ -1,0 +1,184 @@
+"""What a search compares, as numbered jobs: pairs of panels, which are stretches of an order of rows.
+
+Exact, incremental and partitioned searches, and comparisons with other rows, are such plans. A chunk is a fixed stretch of
+the jobs, so what is done is known by the numbers of chunks, whatever the number of processes. 400 million rows have 300
+million jobs: none is stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clipcid_cli.algorithms.near.exact import IntArray
+
+Job = tuple[int, int]
+
+# Rows of a panel: of a search of all pairs as many as make a product fast, but few enough that a handful of processes get
+# equal shares and a killed run loses little; less where several lists are compared, so that few panels are mostly empty.
+_LARGEST_PANEL, _PANEL, _SMALLEST_PANEL = 16_384, 8192, 2048
+_FEWEST_PANELS = 8
+
+# Of 400 million rows on 8 GPUs, each is a minute of work.
+_MOST_CHUNKS = 4096
+# A panel that passes by is read once for so many jobs; more would gain little.
+_WIDEST_STRIP = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Jobs (panel i, panel j) in strips: some panels i, which stay in memory while the panels j pass by once.
+
+    Attributes:
+        rows: Row numbers in the order that panels are stretches of, integers [M]; a row may occur in several panels.
+        starts: Where each panel starts in it, int64 [P].
+        stops: Where it stops, int64 [P].
+        first: The first panel j that each panel i is compared with, int64 [P]; itself is one.
+        last: The one after the last, int64 [P].
+        strip: Panels i of a strip.
+    """
+
+    rows: IntArray
+    starts: IntArray
+    stops: IntArray
+    first: IntArray
+    last: IntArray
+    strip: int
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunks: of the plan alone."""
+        return min(len(self), _MOST_CHUNKS)
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of pairs of rows that all jobs compare."""
+        sizes = self.stops - self.starts
+        before = np.append(0, np.cumsum(sizes))
+        own = np.where((self.first <= np.arange(len(sizes))) & (self.first < self.last), sizes, 0)
+        return int((sizes * (before[self.last] - before[self.first])).sum() - (own * (own + 1) // 2).sum())
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of all that decides what a chunk is."""
+        return f"{hash_arrays(self.rows, self.starts, self.stops, self.first, self.last)}-{self.strip}"
+
+    @cached_property
+    def _ends(self) -> IntArray:
+        """Number of jobs up to the end of each strip, int64 [S]."""
+        return np.cumsum(np.add.reduceat(self.last - self.first, np.arange(0, len(self.starts), self.strip)))
+
+    def panel(self, number: int) -> IntArray:
+        """Return the row numbers of a panel."""
+        return self.rows[self.starts[number] : self.stops[number]]
+
+    def pairs_of(self, job: Job) -> int:
+        """Return how many pairs of rows a job compares."""
+        size, other = (int(self.stops[panel] - self.starts[panel]) for panel in job)
+        return size * (size - 1) // 2 if job[0] == job[1] else size * other
+
+    def jobs(self, chunk: int) -> list[Job]:
+        """Return the jobs of a chunk."""
+        start, stop = (len(self) * each // self.num_chunks for each in (chunk, chunk + 1))
+        found = list[Job]()
+        for strip in range(int(np.searchsorted(self._ends, start, side="right")), len(self._ends)):
+            before = int(self._ends[strip - 1]) if strip else 0
+            if before >= stop:
+                break
+            found += map(tuple, self._strip(strip)[max(0, start - before) : stop - before].tolist())
+        return found
+
+    def _strip(self, number: int) -> IntArray:
+        """Return all jobs of a strip, in order, int64 [J, 2]."""
+        i = np.arange(number * self.strip, min((number + 1) * self.strip, len(self.starts)))
+        i = i[self.first[i] < self.last[i]]
+        j = np.arange(self.first[i].min(initial=len(self.starts)), self.last[i].max(initial=0))
+        which, place = np.nonzero((self.first[i] <= j[:, None]) & (j[:, None] < self.last[i]))
+        return np.stack([i[place], j[which]], axis=1)
+
+
+def hash_arrays(*arrays: npt.NDArray[Any]) -> str:
+    """Hash what arrays hold."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def triangle(rows: IntArray, in_memory: int, num_first: int | None = None) -> Plan:
+    """Compare all pairs of rows; or those that have one of the first rows, and others that share its panel.
+
+    Args:
+        rows: Row numbers, integers [N], each once.
+        in_memory: How many rows fit into the memory for panels.
+        num_first: Number of the first rows.
+    """
+    filled = len(rows) // _FEWEST_PANELS if num_first is None else min(num_first, len(rows) // _FEWEST_PANELS)
+    panel_rows = min(_LARGEST_PANEL, max(1, -(-filled // _SMALLEST_PANEL)) * _SMALLEST_PANEL)
+    starts, stops = _cut(len(rows), panel_rows)
+    first = np.arange(len(starts))
+    ahead = starts < (len(rows) if num_first is None else num_first)
+    return Plan(rows, starts, stops, first, np.where(ahead, len(starts), first), _strip_width(in_memory // panel_rows))
+
+
+def rectangle(rows: IntArray, others: IntArray, in_memory: int) -> Plan:
+    """Compare each of some rows, integers [N], with each of some others, integers [M]."""
+    (starts, stops), (start_others, stop_others) = _cut(len(rows), _PANEL), _cut(len(others), _PANEL)
+    number = len(starts) + len(start_others)
+    return Plan(
+        np.concatenate([rows, others]),
+        np.append(starts, start_others + len(rows)),
+        np.append(stops, stop_others + len(rows)),
+        np.full(number, len(starts)),
+        np.repeat([number, len(starts)], [len(starts), len(start_others)]),
+        _strip_width(in_memory // _PANEL),
+    )
+
+
+def components(members: IntArray, labels: IntArray, in_memory: int) -> Plan:
+    """Compare the rows of each component, and others that share their panels.
+
+    Args:
+        members: Row numbers by component, integers [M].
+        labels: Component of each of them, integers [M], ascending.
+    """
+    starts, stops = _cut(len(members), _SMALLEST_PANEL)
+    # A panel shares a component with those that begin with what it ends with.
+    last = np.searchsorted(labels[starts], labels[stops - 1], side="right")
+    first = np.arange(len(starts))
+    return Plan(members, starts, stops, first, np.maximum(last, first + 1), _strip_width(in_memory // _SMALLEST_PANEL))
+
+
+def pieces(rows: IntArray, ends: IntArray, in_memory: int) -> Plan:
+    """Compare the rows at home in each partition with each other and with its visitors.
+
+    Args:
+        rows: Row numbers, integers [E]: those at home in the first partition, its visitors, those at home in the second, ….
+        ends: Where each of these lists ends, int64 [2K].
+    """
+    lengths = np.diff(ends, prepend=0)
+    counts = -(-lengths // _PANEL)
+    owner, end_panel = np.repeat(np.arange(len(ends)), counts), np.cumsum(counts)
+    first = np.arange(len(owner))
+    starts = (ends - lengths)[owner] + (first - (end_panel - counts)[owner]) * _PANEL
+    last = np.where(owner % 2 == 0, end_panel[owner | 1], first)
+    return Plan(rows, starts, np.minimum(starts + _PANEL, ends[owner]), first, last, _strip_width(in_memory // _PANEL))
+
+
+def _cut(length: int, panel_rows: int) -> tuple[IntArray, IntArray]:
+    """Cut a length into panels; return where they start, and where they stop."""
+    starts = np.arange(0, length, panel_rows)
+    return starts, np.minimum(starts + panel_rows, length)
+
+
+def _strip_width(panels_in_memory: int) -> int:
+    """Return the widest strip whose panels stay in memory beside two that pass by."""
+    return min(_WIDEST_STRIP, max(1, panels_in_memory - 2))

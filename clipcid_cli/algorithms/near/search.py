@@ -1,0 +1,235 @@
+"""All pairs of two blocks of rows within a distance: low-precision products propose, float64 decides.
+
+The candidates that :func:`clipcid_cli.algorithms.near.block.lowest_score` lets pass are few; those that are worth it are
+computed exactly (:mod:`clipcid_cli.algorithms.near.exact`).
+
+On a GPU the host would wait several times for sizes of results that it must know to go on. So a fixed number of the largest
+scores is taken there, their pairs are computed, and the host picks those within the distance, by one wait. Where more scores
+than that reach the bound the blocks are *crowded*, and are searched as on a CPU.
+
+Shape letters: M and N rows of two blocks, S stretches of a row of scores, s scores of a stretch, P pairs.
+
+Source: docs/method.md#fast-search-exact-result.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from clipcid_cli.algorithms.near.block import Block, highest_dots, load_block, lowest_score, multiply, score_dtype
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import (
+    ROUNDING_MARGIN,
+    FloatArray,
+    IntArray,
+    ReadRows,
+    edge_weights,
+    exact_dots,
+    paired_dots,
+)
+
+# Tells, from rows a, rows b and lower bounds of their distances, which pairs are worth computing.
+Wants = Callable[[IntArray, IntArray, FloatArray], npt.NDArray[np.bool_]]
+
+# Limit of the panels kept in memory, in the format of the fast product and as stored.
+CACHE_BYTES = 2**30
+# Rows a side of one product: its scores stay near the cores' caches.
+_PRODUCT_ROWS = 2048
+# Scores whose maximum is taken at once. Most stretches have no candidate: their maxima take a twelfth of the time of a
+# comparison of every score, which takes as long as their product (4 ms, int8, 2,048 rows a side, two cores).
+_STRETCH = 128
+# Of these, most whose candidates are looked for and decided at once: each pair takes up to 150 bytes until it is merged.
+_STRETCHES_AT_ONCE = 2**11
+# Candidates of as many products as it takes that are decided together.
+_MANY_PAIRS = 2**16
+# Pairs that are computed for two blocks on a GPU, and stretches that are looked into.
+_MOST_QUEUED = 16_384
+
+
+class Panels:
+    """Numbered blocks of rows, read when they are asked for. Those used last stay in memory.
+
+    Args:
+        rows_of: Gives the row numbers of a panel, integers [n].
+        scan_dtype: Format of the fast product.
+        cache_bytes: Limit of the memory of all panels but two.
+    """
+
+    def __init__(
+        self,
+        read: ReadRows,
+        rows_of: Callable[[int], IntArray],
+        device: torch.device,
+        scan_dtype: torch.dtype,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.rows_of = rows_of
+        self._read, self._device, self._scan_dtype, self._cache_bytes = read, device, scan_dtype, cache_bytes
+        self._panels: OrderedDict[int, Block] = OrderedDict()
+
+    def __getitem__(self, index: int) -> Block:
+        if index in self._panels:
+            self._panels.move_to_end(index)
+            return self._panels[index]
+        panel = self._panels[index] = self.load(self.rows_of(index))
+        room = max(2, self._cache_bytes // (panel.stored.nbytes + panel.scan.nbytes))
+        while len(self._panels) > room:
+            self._panels.popitem(last=False)
+        return panel
+
+    def load(self, rows: IntArray) -> Block:
+        """Read any rows as a block, which is not kept."""
+        return load_block(self._read, rows, self._device, self._scan_dtype)
+
+
+def near_pairs_of(blocks: Iterable[tuple[Block, Block]], cutoff: float, wants: Wants) -> Iterator[Iterator[Edges]]:
+    """Search pairs of blocks one after another; on a GPU each is queued before the results of the one before it are read.
+
+    Yields:
+        What :func:`near_pairs` returns for each.
+    """
+    before: Iterator[Edges] | None = None
+    for a, b in blocks:
+        following = near_pairs(a, b, cutoff, wants)
+        if before is not None:
+            yield before
+        before = following
+    if before is not None:
+        yield before
+
+
+def near_pairs(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterator[Edges]:
+    """Find the pairs of one row of each block that are within a distance.
+
+    Args:
+        b: Another block, or the same: then each pair is found once.
+        cutoff: Largest distance, inclusive.
+        wants: Which pairs are worth computing.
+
+    Returns:
+        The pairs within the distance that are wanted, with exact weights, a < b, in pieces of bounded size. They are
+        computed as the pieces are taken; on a GPU the work is queued before.
+    """
+    return _decide_products(a, b, cutoff, wants) if a.scan.device.type == "cpu" else queue(a, b, cutoff, wants)
+
+
+def _decide_products(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterator[Edges]:
+    lowest = lowest_score(a, b, cutoff).to(a.scan.device)
+    buffer = torch.empty(_PRODUCT_ROWS**2, dtype=score_dtype(a.scan.dtype), device=a.scan.device)
+    waiting = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
+    num_waiting = 0
+    for start_j in range(0, len(b), _PRODUCT_ROWS):
+        for start_i in range(0, len(a) if a is not b else start_j + 1, _PRODUCT_ROWS):
+            score_MN = multiply(
+                a.scan[start_i : start_i + _PRODUCT_ROWS], b.scan[start_j : start_j + _PRODUCT_ROWS], buffer
+            )
+            for i_P, j_P in _find_candidates(score_MN, lowest):
+                if a is b and start_i == start_j:
+                    above = i_P < j_P
+                    i_P, j_P = i_P[above], j_P[above]
+                waiting.append((i_P + start_i, j_P + start_j, score_MN[i_P, j_P]))
+                num_waiting += len(i_P)
+                if num_waiting > _MANY_PAIRS:
+                    yield from _decide(a, b, waiting, cutoff, wants)
+                    waiting, num_waiting = [], 0
+    if waiting:
+        yield from _decide(a, b, waiting, cutoff, wants)
+
+
+def _find_candidates(score_MN: torch.Tensor, lowest: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield where scores are not below the lowest, int64 [P] each, in parts of bounded size."""
+    # Positive floats order like the integers of their bits (negative ones lie below them), of which a CPU finds the largest
+    # in a fifth of the time.
+    keys_MN = score_MN
+    if score_MN.element_size() == 2 and float(lowest) > 0.0:
+        keys_MN, lowest = score_MN.view(torch.int16), lowest.view(torch.int16)
+    width = score_MN.shape[1]
+    stretch = _STRETCH if width % _STRETCH == 0 else width
+    stretch_Ss = keys_MN.view(-1, stretch)
+    hit_S = torch.nonzero(stretch_Ss.amax(dim=1) >= lowest)[:, 0]
+    for part_S in torch.split(hit_S, max(1, _STRETCHES_AT_ONCE * _STRETCH // stretch)):
+        p_P, within_P = torch.nonzero(stretch_Ss[part_S] >= lowest, as_tuple=True)
+        entry_P = part_S[p_P] * stretch + within_P
+        yield entry_P // width, entry_P % width
+
+
+def _decide(
+    a: Block, b: Block, found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], cutoff: float, wants: Wants
+) -> Iterator[Edges]:
+    """Yield the candidates that are wanted and within the distance, with exact weights.
+
+    Args:
+        found: Positions in both blocks, int64 [P], and scores [P].
+    """
+    i_P, j_P, score_P = (torch.cat(parts) for parts in zip(*found, strict=True))
+    squared_P = a.squared[i_P] + b.squared[j_P] - 2.0 * highest_dots(a, b, score_P)
+    at_least_P = (squared_P.clamp(min=0.0).sqrt() * (1.0 - ROUNDING_MARGIN)).float()
+    i, j = a.rows[i_P.cpu().numpy()], b.rows[j_P.cpu().numpy()]
+    small, large = np.minimum(i, j), np.maximum(i, j)
+    wanted = np.flatnonzero(wants(small, large, at_least_P.cpu().numpy()))
+    if not len(wanted):
+        return
+    wanted_P = torch.from_numpy(wanted).to(i_P.device)
+    i_P, j_P = i_P[wanted_P], j_P[wanted_P]
+    weight = edge_weights(a.squared[i_P], b.squared[j_P], exact_dots(a.stored, b.stored, i_P, j_P)).cpu().numpy()
+    within = weight <= np.float32(cutoff)
+    if within.any():
+        yield Edges(small[wanted][within], large[wanted][within], weight[within])
+
+
+def queue(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterator[Edges]:
+    """As :func:`near_pairs` does on a GPU: queue all that is to be computed, and return what waits for it and reads it."""
+    device = a.scan.device
+    # Rows of zeros make whole stretches of the scores. Their scores are 0, and so are those of each pair's second place:
+    # where even 0 reaches the lowest score the blocks are crowded, or all of their pairs are computed.
+    padding = -len(b) % _STRETCH
+    width = len(b) + padding
+    score_MN = multiply(a.scan, F.pad(b.scan, (0, 0, 0, padding)) if padding else b.scan)
+    if a is b:
+        score_MN.triu_(1)
+    stretch_Ss = score_MN.view(-1, _STRETCH)
+    largest_S, place_S = _top(stretch_Ss.amax(dim=1))
+    score_P, place_P = _top(stretch_Ss[place_S].view(-1))
+    entry_P = torch.add(place_P % _STRETCH, place_S[place_P // _STRETCH], alpha=_STRETCH)
+    i_P, j_P = entry_P // width, entry_P % width
+    if padding:
+        j_P.clamp_(max=len(b) - 1)
+    weight_P = edge_weights(a.squared[i_P], b.squared[j_P], paired_dots(a.stored[i_P], b.stored[j_P]))
+    is_crowded = torch.maximum(largest_S.amin(), score_P.amin()) >= float(lowest_score(a, b, cutoff))
+    # All are exact in float64: one copy to the host's pinned memory, which does not wait.
+    results = torch.cat([entry_P.double(), weight_P.double(), is_crowded.double()[None]]).to("cpu", non_blocking=True)
+    done = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # PyTorch's
+    if done is not None:
+        done.record()
+
+    def read() -> Iterator[Edges]:
+        if done is not None:
+            done.synchronize()
+        found = results.numpy()
+        if found[-1]:
+            yield from _decide_products(a, b, cutoff, wants)
+            return
+        entry, weight = np.split(found[:-1], 2)
+        i, j = np.divmod(entry.astype(np.int64), width)
+        near = (weight <= np.float32(cutoff)) & (j < len(b))
+        if a is b:
+            near &= i < j
+        one, other = a.rows[i[near]], b.rows[j[near]]
+        edges = Edges(np.minimum(one, other), np.maximum(one, other), weight[near].astype(np.float32))
+        edges = edges[wants(edges.a, edges.b, edges.weight)]
+        if len(edges):
+            yield edges
+
+    return read()
+
+
+def _top(score_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest scores, in any order, and their places."""
+    values, places = score_S.topk(min(_MOST_QUEUED, len(score_S)), sorted=False)
+    return values, places

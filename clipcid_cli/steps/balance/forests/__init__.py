@@ -1,1 +1,0 @@
-"""Forests on the disk: read, written, and carried over to other rows."""
