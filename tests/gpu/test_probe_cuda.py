@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clipcid_cli.algorithms.metrics.probe_metrics import measure
+from clipcid_cli.algorithms.metrics.classification import measure_scores
 from clipcid_cli.algorithms.probe.neighbours import nearest_neighbours
 from clipcid_cli.algorithms.probe.probe import ProbeProblem, regularisation_grid, sweep_regularisation
 
@@ -25,10 +25,7 @@ def test_solutions_and_metrics_are_the_cpus(several: bool) -> None:
         here, own = rows.to(device), labels.to(device)
         solutions = list(sweep_regularisation(ProbeProblem(here[:1500], own[:1500], 8), regularisation_grid()))
         assert all(solution.converged for solution in solutions)
-        metrics = [
-            measure(solution.classifier.weights_CD, solution.classifier.bias_C, here[1500:], own[1500:], 8)
-            for solution in solutions
-        ]
+        metrics = [measure_scores(solution.classifier.scores(here[1500:]), own[1500:], 8) for solution in solutions]
         found.append(([solution.objective for solution in solutions], metrics))
     (objectives, metrics), (on_gpu, gpu_metrics) = found
     assert on_gpu == pytest.approx(objectives, rel=1e-4)

@@ -1,47 +1,19 @@
 """Average precision of data whose images have several classes each: one ranking of all images per class.
 
-Shape letters: N images, C classes.
+Shape letters: N images, C classes, B draws, P images that have a class.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import numpy as np
 
-import torch
+from clipcid_cli.algorithms.metrics.intervals import Array, Metrics, mean_of_drawn
 
 MULTI_LABEL_METRICS = ("mean_average_precision", "mean_average_precision_11_point")
 
-_RECALL_POINTS = 11
 
-
-@dataclasses.dataclass(frozen=True)
-class AveragePrecision:
-    """How early the images of each class come when all images are sorted by their score for it.
-
-    Attributes:
-        area_C: Area under the stepwise precision-recall curve, float64 [C]; NaN where a class has no image.
-        eleven_point_C: Mean over the recalls 0, 0.1, … 1 of the best precision at that recall or more, float64 [C]; NaN
-            where a class has no image.
-    """
-
-    area_C: torch.Tensor
-    eleven_point_C: torch.Tensor
-
-    @property
-    def mean_area(self) -> float:
-        """Mean of `area_C` over the classes that have images; NaN when none has."""
-        return float(self.area_C.nanmean())
-
-    @property
-    def mean_eleven_point(self) -> float:
-        """Mean of `eleven_point_C` over the classes that have images, as VOC2007 is reported; NaN when none has."""
-        return float(self.eleven_point_C.nanmean())
-
-
-def average_precision(scores_NC: torch.Tensor, positive_NC: torch.Tensor) -> AveragePrecision:
-    """Compute the average precision of every class, in both usual forms.
-
-    Images of equal score count together, so the order of the images never matters.
+def precision_metrics(scores_NC: Array, positive_NC: Array) -> Metrics:
+    """Return the mean of each form of `average_precision` over the classes that have images.
 
     Args:
         scores_NC: Score of each image for each class, float [N, C]; only their order within a class matters.
@@ -49,42 +21,61 @@ def average_precision(scores_NC: torch.Tensor, positive_NC: torch.Tensor) -> Ave
 
     Raises:
         ValueError: when shapes differ, there is no image, or a score is NaN.
-
-    Source: `area_C` as scikit-learn's average_precision_score; LAION-AI/CLIP_benchmark 1.6.2
-        (metrics/zeroshot_classification.py, average_precision_per_class) is the same where no scores are equal, and counts
-        a class without images as 0 where we omit it. `eleven_point_C` as Everingham et al. 2010 (PASCAL VOC), §4.2.
     """
     if scores_NC.ndim != 2 or scores_NC.shape != positive_NC.shape:
         raise ValueError(f"scores are {list(scores_NC.shape)}, labels {list(positive_NC.shape)}; both must be [N, C]")
     if not len(scores_NC):
         raise ValueError("no image to rank")
-    if bool(scores_NC.isnan().any()):
+    if np.isnan(scores_NC).any():
         raise ValueError("scores hold NaN, which have no order")
-    # One class at a time: all C at once would take four times the memory of the scores.
-    pairs = [
-        _class_precision(scores_NC[:, number], positive_NC[:, number].bool()) for number in range(scores_NC.shape[1])
-    ]
-    areas, points = zip(*pairs, strict=True)
-    return AveragePrecision(torch.tensor(areas, dtype=torch.float64), torch.tensor(points, dtype=torch.float64))
+
+    def of_draws(draws_BN: Array) -> dict[str, Array]:
+        forms = average_precision(draws_BN, scores_NC, positive_NC)
+        return dict(zip(MULTI_LABEL_METRICS, map(mean_of_drawn, forms), strict=True))
+
+    return Metrics(np.ones(len(scores_NC), np.int64), of_draws)
 
 
-def _class_precision(scores_N: torch.Tensor, positive_N: torch.Tensor) -> tuple[float, float]:
-    """Return the area under one class's curve and its mean over eleven recalls; NaN both where it has no image."""
-    total = int(positive_N.sum())
-    if total == 0:
-        return float("nan"), float("nan")
-    sorted_N, order_N = scores_N.sort(descending=True)
-    found_N = positive_N[order_N].cumsum(0)
-    # A threshold includes all images of one score: only the last of each run of equal scores is a point of the curve.
-    last_N = torch.ones_like(positive_N)
-    last_N[:-1] = sorted_N[1:] != sorted_N[:-1]
-    places_P = last_N.nonzero().squeeze(1)
-    found_P = found_N[places_P]
-    precision_P = found_P.double() / (places_P + 1).double()
-    gained_P = torch.diff(found_P, prepend=found_P.new_zeros(1)).double()
-    area = float((precision_P * gained_P).sum() / total)
-    best_P = precision_P.flip(0).cummax(0).values.flip(0)  # the best precision at this recall or more
+def average_precision(draws_BN: Array, scores_NC: Array, positive_NC: Array) -> tuple[Array, Array]:
+    """Measure how early the images of each class come when all images are sorted by their score for it.
+
+    Images of equal score count together, so the order of the images never matters.
+
+    Args:
+        draws_BN: How often each image counts, int64 [B, N].
+
+    Returns:
+        The area under the stepwise precision-recall curve, and the mean over the recalls 0, 0.1, … 1 of the best precision
+        at that recall or more, float64 [B, C] each; NaN where no image of the class was drawn.
+
+    Source: the area as scikit-learn's average_precision_score; LAION-AI/CLIP_benchmark 1.6.2
+        (metrics/zeroshot_classification.py, average_precision_per_class) is the same where no scores are equal, and counts
+        a class without images as 0 where we omit it. The eleven points as Everingham et al. 2010 (PASCAL VOC), §4.2.
+    """
+    forms = np.full((2, len(draws_BN), scores_NC.shape[1]), np.nan)
+    for number in range(scores_NC.shape[1]):
+        order_N = np.argsort(-scores_NC[:, number], kind="stable")
+        if positive_NC[:, number].any():
+            forms[:, :, number] = _class_precision(
+                draws_BN[:, order_N], scores_NC[order_N, number], positive_NC[order_N, number]
+            )
+    return forms[0], forms[1]
+
+
+def _class_precision(draws_BN: Array, scores_N: Array, positive_N: Array) -> tuple[Array, Array]:
+    """Return both forms of one class, float64 [B], from its images in descending order of score."""
+    places_P = np.flatnonzero(positive_N)
+    # Images of equal score count together: their precision is that of the last of them.
+    last_P = np.searchsorted(-scores_N, -scores_N[places_P], side="right") - 1
+    own_BP = draws_BN[:, places_P]
+    found_BP = np.cumsum(own_BP, axis=1)[:, np.searchsorted(places_P, last_P, side="right") - 1]
+    seen_BP = np.cumsum(draws_BN, axis=1)[:, last_P]
+    total_B1 = own_BP.sum(axis=1, keepdims=True)
+    precision_BP = found_BP / np.maximum(seen_BP, 1)
+    area_B = (own_BP * precision_BP).sum(axis=1) / np.maximum(total_B1[:, 0], 1)
+    best_BP = np.maximum.accumulate(precision_BP[:, ::-1], axis=1)[:, ::-1]  # the best precision at this recall or more
     # Recall ≥ t / 10 in whole numbers (10 · found ≥ t · total): 0.1 · 3 is not 0.3 in floating point.
-    targets_T = torch.arange(_RECALL_POINTS, device=found_P.device) * total
-    points_T = best_P[torch.searchsorted(found_P * (_RECALL_POINTS - 1), targets_T)]
-    return area, float(points_T.mean())
+    reached_B = [np.argmax(10 * found_BP >= tenths * total_B1, axis=1) for tenths in range(11)]
+    points_B = np.mean([best_BP[np.arange(len(best_BP)), place_B] for place_B in reached_B], axis=0)
+    drawn_B = total_B1[:, 0] > 0
+    return np.where(drawn_B, area_B, np.nan), np.where(drawn_B, points_B, np.nan)

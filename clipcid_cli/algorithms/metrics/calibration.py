@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 
@@ -14,9 +15,6 @@ BINS = 15
 # Temperatures below 1/_LARGEST_SCALE are not told apart by float32 cosines, whose spacing near 1 is 6e-8.
 _LARGEST_SCALE = 2.0**17
 _TOLERANCE = 1e-10
-# Newton's steps, which take 5 to 15 where they converge; then the interval is halved as often as float64 allows.
-_NEWTON_STEPS = 40
-_MOST_STEPS = 160
 
 # Makes block after block of the images: cosines, float [B, C], and right classes, int64 [B]. Called once a pass, so that
 # cosines need not be kept.
@@ -28,12 +26,12 @@ class Calibration:
     """How well confidences fit.
 
     Attributes:
-        error: Expected calibration error over `BINS` bins, in [0, 1].
+        expected_calibration_error: Over `BINS` bins, in [0, 1].
         log_loss: Mean negative log-likelihood of the right classes, in nats.
         images: Number of images.
     """
 
-    error: float
+    expected_calibration_error: float
     log_loss: float
     images: int
 
@@ -67,14 +65,10 @@ def measure_calibration(blocks: Blocks, scale: float) -> Calibration:
     return Calibration(float(excess.abs().sum()) / images, log_loss / images, images)
 
 
-def fit_scale(blocks: Blocks, start: float) -> float | None:
+def fit_scale(blocks: Blocks) -> float | None:
     """Find the scale that minimises the mean negative log-likelihood, to a relative 1e-10.
 
-    The likelihood is convex in the scale; its derivative is the mean over the images of E_p[cosine] − own cosine. Newton's
-    steps are taken where they stay within the interval that holds the root, else the interval is halved.
-
-    Args:
-        start: Scale to begin from.
+    The likelihood is convex in the scale; its derivative is the mean over the images of E_p[cosine] − own cosine.
 
     Returns:
         The scale in (0, 2¹⁷); None where there is no minimum: no image, a likelihood that is best without regard to the
@@ -82,28 +76,17 @@ def fit_scale(blocks: Blocks, start: float) -> float | None:
 
     Source: Guo et al. 2017, §4.2, temperature scaling.
     """
-    low, high = 0.0, _LARGEST_SCALE
-    if _derivatives(blocks, low)[0] >= 0 or _derivatives(blocks, high)[0] <= 0:
+    from scipy.optimize import brentq
+
+    @cache
+    def slope(scale: float) -> float:
+        total = 0.0
+        for cosines_BC, labels_B in blocks():
+            wide_BC = cosines_BC.double()
+            mean_B = ((scale * wide_BC).softmax(dim=1) * wide_BC).sum(dim=1)
+            total += float((mean_B - wide_BC.gather(1, labels_B[:, None])[:, 0]).sum())
+        return total
+
+    if slope(0.0) >= 0 or slope(_LARGEST_SCALE) <= 0:
         return None
-    scale = min(max(start, 1.0), high / 2)
-    for step in range(_MOST_STEPS):
-        slope, curvature = _derivatives(blocks, scale)
-        low, high = (low, scale) if slope > 0 else (scale, high)
-        moved = scale - slope / curvature if curvature > 0 else high
-        following = moved if low < moved < high and step < _NEWTON_STEPS else (low + high) / 2
-        moved_by, scale = abs(following - scale), following
-        if moved_by <= _TOLERANCE * scale:
-            break
-    return scale
-
-
-def _derivatives(blocks: Blocks, scale: float) -> tuple[float, float]:
-    """Return the first and second derivative of the negative log-likelihood by the scale, summed over the images."""
-    slope = curvature = 0.0
-    for cosines_BC, labels_B in blocks():
-        wide_BC = cosines_BC.double()
-        p_BC = (scale * wide_BC).softmax(dim=1)
-        mean_B1 = (p_BC * wide_BC).sum(dim=1, keepdim=True)
-        slope += float((mean_B1 - wide_BC.gather(1, labels_B[:, None])).sum())
-        curvature += float((p_BC * (wide_BC - mean_B1).square()).sum())
-    return slope, curvature
+    return float(brentq(slope, 0.0, _LARGEST_SCALE, rtol=_TOLERANCE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,7 +35,7 @@ def calibrate(batches: list[EmbeddedBatch], weights: torch.Tensor, scale: float)
     others = _blocks(batches, weights, [~chosen for chosen in fitted])
     has_others = not all(chosen.all() for chosen in fitted)
     with threads_for(max(len(batch.keys) for batch in batches) * weights.numel()):
-        best = fit_scale(_blocks(batches, weights, fitted), scale)
+        best = fit_scale(_blocks(batches, weights, fitted))
         return {
             "bins": BINS,
             "all": _measure(_blocks(batches, weights, [np.ones_like(chosen) for chosen in fitted]), scale),
@@ -60,10 +61,4 @@ def _blocks(batches: list[EmbeddedBatch], weights: torch.Tensor, chosen: list[np
 
 
 def _measure(blocks: Blocks, scale: float) -> dict[str, Any]:
-    found = measure_calibration(blocks, scale)
-    return {
-        "temperature": 1 / scale,
-        "expected_calibration_error": found.error,
-        "log_loss": found.log_loss,
-        "images": found.images,
-    }
+    return {"temperature": 1 / scale, **dataclasses.asdict(measure_calibration(blocks, scale))}

@@ -7,17 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS, average_precision
-from clipcid_cli.algorithms.metrics.intervals import Array, draw_average_precision, interval
-from clipcid_cli.algorithms.metrics.zeroshot import (
+from clipcid_cli.algorithms.metrics.average_precision import average_precision, precision_metrics
+from clipcid_cli.algorithms.metrics.classification import (
     ACCURACY_TOP_K,
-    classification_intervals,
-    classification_metrics,
-    confuse_classes,
+    accuracy_metrics,
     count_ties,
     rank_classes,
     top_classes,
 )
+from clipcid_cli.algorithms.metrics.intervals import Array
 from clipcid_cli.formats.results import predictions
 from clipcid_cli.steps.evaluate.task_result import TaskEmbeddings, TaskResult
 from clipcid_cli.steps.reporting import Reporter
@@ -33,60 +31,63 @@ def measure_classification(embeddings: TaskEmbeddings, weights: torch.Tensor, re
     Args:
         weights: Class weights, float32 [C, D], unit rows.
     """
-    task, labels, num_classes = embeddings.task, embeddings.labels, len(weights)
-    ranked = [
-        rank_classes(batch.images, weights, batch.labels) for batch in embeddings.batches if batch.labels is not None
-    ]
-    predicted, ranks = (torch.cat(parts) for parts in zip(*ranked, strict=True))
+    task, labels, num_classes = embeddings.task, embeddings.labels.numpy(), len(weights)
+    ranked, top, ties = [], [], 0
+    for batch in embeddings.batches:
+        assert batch.labels is not None, "a classification has labels"
+        scores = batch.images @ weights.T
+        ranked.append(rank_classes(scores, batch.labels))
+        if embeddings.keep_predictions:
+            top.append(top_classes(scores))
+        ties += count_ties(scores)
+    predicted, ranks = (torch.cat(parts).numpy() for parts in zip(*ranked, strict=True))
     if num_classes < ACCURACY_TOP_K:
         reporter.note(f"{task.name}: acc5 is null because there are only {num_classes} classes.")
-    absent = num_classes - len(torch.unique(labels))
+    absent = num_classes - len(np.unique(labels))
     if absent:
         reporter.note(
             f"{task.name}: {absent} of {num_classes} classes have no image; the mean over classes ignores them."
         )
-    _warn_of_ties(embeddings, weights, reporter)
-    intervals = {}
-    if embeddings.replicates:
-        intervals = classification_intervals(ranks, labels, num_classes, embeddings.replicates, embeddings.seed)
+    if ties:
+        reporter.warn(
+            f"{task.name}: {ties:,} of {len(labels):,} images are equally similar to several classes; the first of these "
+            "classes is predicted. Does the model, or do the class names, tell the classes apart?"
+        )
+    metrics = accuracy_metrics(labels, ranks, num_classes)
     kept = None
     if embeddings.keep_predictions:
-        pairs = [top_classes(batch.images, weights) for batch in embeddings.batches]
-        scores, top = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        columns = {"label": labels.numpy(), "predicted": predicted.numpy(), "top": top.tolist()}
-        kept = embeddings.make_predictions(predictions.CLASSIFICATION, columns | {"scores": scores.tolist()})
+        scores_of_top, numbers_of_top = (torch.cat(parts).tolist() for parts in zip(*top, strict=True))
+        columns = {"label": labels, "predicted": predicted, "top": numbers_of_top, "scores": scores_of_top}
+        kept = embeddings.make_predictions(predictions.CLASSIFICATION, columns)
     return TaskResult(
-        metrics=classification_metrics(ranks, labels, num_classes),
-        intervals=intervals,
-        per_class=_describe_classes(task.class_names, labels.numpy(), predicted.numpy()),
-        examples=_choose_examples(embeddings, labels.numpy(), predicted.numpy()),
+        metrics=metrics.values(),
+        intervals=metrics.intervals(embeddings.replicates, embeddings.seed),
+        per_class=_describe_classes(task.class_names, labels, predicted),
+        examples=_choose_examples(embeddings, labels, predicted),
         predictions=kept,
         texts=num_classes * len(task.templates),
     )
 
 
-def _warn_of_ties(embeddings: TaskEmbeddings, weights: torch.Tensor, reporter: Reporter) -> None:
-    """Say how many images have several most similar classes, of which the first in order is predicted."""
-    tied = sum(count_ties(batch.images, weights) for batch in embeddings.batches)
-    if tied:
-        images = sum(len(batch.keys) for batch in embeddings.batches)
-        reporter.warn(
-            f"{embeddings.task.name}: {tied:,} of {images:,} images are equally similar to several classes; the first of "
-            "these classes is predicted. Does the model, or do the class names, tell the classes apart?"
-        )
-
-
 def _describe_classes(names: tuple[str, ...], labels: Array, predicted: Array) -> list[dict[str, Any]]:
-    return [
-        {
-            "class": name,
-            "images": found.images,
-            "value": found.correct / found.images if found.images else None,
-            "confused_with": None if found.confused_with is None else names[found.confused_with],
-            "confused": found.confused,
-        }
-        for name, found in zip(names, confuse_classes(labels, predicted, len(names)), strict=True)
-    ]
+    """Count the images of each class, the share predicted right, and the wrong class predicted most often."""
+    described = []
+    for number, name in enumerate(names):
+        images_of = np.bincount(predicted[labels == number], minlength=len(names))
+        images, correct = int(images_of.sum()), int(images_of[number])
+        images_of[number] = 0
+        other = int(images_of.argmax())
+        confused = int(images_of[other])
+        described.append(
+            {
+                "class": name,
+                "images": images,
+                "value": correct / images if images else None,
+                "confused_with": names[other] if confused else None,
+                "confused": confused,
+            }
+        )
+    return described
 
 
 def _choose_examples(embeddings: TaskEmbeddings, labels: Array, predicted: Array) -> list[dict[str, Any]]:
@@ -109,26 +110,22 @@ def measure_multi_label(embeddings: TaskEmbeddings, weights: torch.Tensor) -> Ta
     """
     task, positive = embeddings.task, embeddings.labels
     scores = torch.cat([batch.images @ weights.T for batch in embeddings.batches])
-    precision = average_precision(scores, positive)
-    intervals = {}
-    if embeddings.replicates:
-        drawn = draw_average_precision(scores.numpy(), positive.numpy(), embeddings.replicates, embeddings.seed)
-        intervals = {name: interval(values) for name, values in zip(MULTI_LABEL_METRICS, drawn, strict=True)}
+    metrics = precision_metrics(scores.numpy(), positive.numpy())
+    areas = average_precision(metrics.images_U[None], scores.numpy(), positive.numpy())[0][0]
     kept = None
     if embeddings.keep_predictions:
-        ordered, top = scores.sort(dim=1, descending=True, stable=True)
+        scores_of_top, top = top_classes(scores)
         columns = {
             "labels": [row.nonzero().squeeze(1).tolist() for row in positive],
             "predicted": top[:, 0].numpy(),
-            "top": top[:, :ACCURACY_TOP_K].tolist(),
-            "scores": ordered[:, :ACCURACY_TOP_K].tolist(),
+            "top": top.tolist(),
+            "scores": scores_of_top.tolist(),
             "class_scores": scores.tolist(),
         }
         kept = embeddings.make_predictions(predictions.MULTI_LABEL, columns)
-    means = (precision.mean_area, precision.mean_eleven_point)
     return TaskResult(
-        metrics=dict(zip(MULTI_LABEL_METRICS, means, strict=True)),
-        intervals=intervals,
+        metrics=metrics.values(),
+        intervals=metrics.intervals(embeddings.replicates, embeddings.seed),
         per_class=[
             {
                 "class": name,
@@ -137,9 +134,7 @@ def measure_multi_label(embeddings: TaskEmbeddings, weights: torch.Tensor) -> Ta
                 "confused_with": None,
                 "confused": 0,
             }
-            for name, images, area in zip(
-                task.class_names, positive.sum(dim=0).tolist(), precision.area_C.tolist(), strict=True
-            )
+            for name, images, area in zip(task.class_names, positive.sum(dim=0).tolist(), areas.tolist(), strict=True)
         ],
         examples=[],
         predictions=kept,

@@ -8,14 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.metrics.comparison import (
-    ClassPredictions,
-    PairedMetric,
-    RetrievalRanks,
-    compare_classification,
-    compare_multi_label,
-    compare_retrieval,
-)
+from clipcid_cli.algorithms.metrics.average_precision import precision_metrics
+from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compare_accuracies
+from clipcid_cli.algorithms.metrics.intervals import Array, PairedMetric, compare
+from clipcid_cli.algorithms.metrics.retrieval import compare_recalls
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.class_files import describe_lines
 from clipcid_cli.formats.results.metrics import read_metrics, refuse_changed_metrics
@@ -111,17 +107,25 @@ def _compare_prompts(
 def _compare(first: Predictions, second: Predictions, settings: EvalZeroshotSettings) -> dict[str, PairedMetric]:
     replicates, seed = settings.bootstrap, settings.seed
     if first.kind == CLASSIFICATION:
-        one, other = (ClassPredictions(side.column("predicted"), side.matrix("top")) for side in (first, second))
-        return compare_classification(first.column("label"), one, other, first.num_classes, replicates, seed)
+        one, other = (_ranks(side) for side in (first, second))
+        return compare_accuracies(first.column("label"), one, other, first.num_classes, replicates, seed)
     if first.kind == MULTI_LABEL:
-        scores, other_scores = (side.matrix("class_scores") for side in (first, second))
-        return compare_multi_label(first.positive, scores, other_scores, replicates, seed)
+        metrics, others = (precision_metrics(side.matrix("class_scores"), first.positive) for side in (first, second))
+        return compare(metrics, others, replicates, seed)
     ranks, other_ranks = (
-        RetrievalRanks(torch.from_numpy(side.flat("image_ranks")), torch.from_numpy(side.column("text_rank")))
+        (torch.from_numpy(side.flat("image_ranks")), torch.from_numpy(side.column("text_rank")))
         for side in (first, second)
     )
     captions = torch.from_numpy(first.lengths("image_ranks"))
-    return compare_retrieval(captions, ranks, other_ranks, replicates, seed)
+    image_of_text = torch.repeat_interleave(torch.arange(len(captions)), captions)
+    return compare_recalls(ranks, other_ranks, image_of_text, replicates, seed)
+
+
+def _ranks(found: Predictions) -> Array:
+    """Return how many classes come before the right one, int64 [N], as far as metrics ask: 1 for 1 … 4, 5 for more."""
+    label = found.column("label")
+    among = (found.matrix("top") == label[:, None]).any(axis=1)
+    return np.where(found.column("predicted") == label, 0, np.where(among, 1, ACCURACY_TOP_K))
 
 
 def _describe(name: str, metric: PairedMetric, names: list[str]) -> dict[str, Any]:

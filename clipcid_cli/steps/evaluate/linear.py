@@ -9,9 +9,15 @@ from typing import Any
 
 import torch
 
-from clipcid_cli.algorithms.metrics.zeroshot import ACCURACY_TOP_K
-from clipcid_cli.algorithms.probe.logistic_regression import PROMISED_DECREASE
-from clipcid_cli.algorithms.probe.probe import TOLERANCE, Solution, SweepPoint, choose_point, regularisation_grid
+from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K
+from clipcid_cli.algorithms.probe.probe import (
+    PROMISED_DECREASE,
+    TOLERANCE,
+    Solution,
+    SweepPoint,
+    choose_point,
+    regularisation_grid,
+)
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.results.features import Features

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
-from clipcid_cli.algorithms.metrics.zeroshot import class_weights
+from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.steps.evaluate.calibration import calibrate
 from clipcid_cli.steps.evaluate.classification import measure_classification, measure_multi_label

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
-from clipcid_cli.algorithms.metrics.zeroshot import SINGLE_LABEL_METRICS
+from clipcid_cli.algorithms.metrics.classification import SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
 from clipcid_cli.formats.data.class_files import read_class_names

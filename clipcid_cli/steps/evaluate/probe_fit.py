@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from clipcid_cli.algorithms.metrics.probe_metrics import measure, measure_scores
+from clipcid_cli.algorithms.metrics.classification import measure_scores
 from clipcid_cli.algorithms.probe.neighbours import nearest_neighbours, vote
 from clipcid_cli.algorithms.probe.probe import (
     TOLERANCE,
@@ -174,7 +174,7 @@ class ProbeFits:
 
     def measure(self, classifier: LinearClassifier, images: LabelledFeatures) -> dict[str, float]:
         """Return the metrics of a classifier on some images."""
-        return measure(classifier.weights_CD, classifier.bias_C, images.rows, images.labels, self.classes)
+        return measure_scores(classifier.scores(images.rows), images.labels, self.classes)
 
     def measure_neighbours(self, test: LabelledFeatures) -> dict[str, float]:
         """Return the metrics of the weighted vote of the nearest training images, each after ``knn<K>_``; none unasked."""

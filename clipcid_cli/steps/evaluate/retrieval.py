@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_intervals, retrieval_ranks
+from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
 from clipcid_cli.formats.results import predictions
 from clipcid_cli.steps.evaluate.task_result import TaskEmbeddings, TaskResult
 from clipcid_cli.steps.reporting import Reporter
@@ -27,9 +27,7 @@ def measure_retrieval(embeddings: TaskEmbeddings, device: torch.device, reporter
             f"{task.name}: with {len(images)} images and {len(texts)} captions, recall at {smallest} or more means little."
         )
     image_ranks, text_ranks = (ranks.cpu() for ranks in retrieval_ranks(images, texts, image_of_text.to(device)))
-    intervals = {}
-    if embeddings.replicates:
-        intervals = retrieval_intervals(image_ranks, text_ranks, captions, embeddings.replicates, embeddings.seed)
+    metrics = recall_metrics((image_ranks, text_ranks), image_of_text)
     kept = None
     if embeddings.keep_predictions:
         columns = {
@@ -38,8 +36,8 @@ def measure_retrieval(embeddings: TaskEmbeddings, device: torch.device, reporter
         }
         kept = embeddings.make_predictions(predictions.RETRIEVAL, columns)
     return TaskResult(
-        metrics=recall_metrics(image_ranks, text_ranks),
-        intervals=intervals,
+        metrics=metrics.values(),
+        intervals=metrics.intervals(embeddings.replicates, embeddings.seed),
         per_class=[],
         examples=[],
         predictions=kept,

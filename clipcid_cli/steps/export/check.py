@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.algorithms.metrics.parity import RowDifference, compare_rows
-from clipcid_cli.algorithms.metrics.zeroshot import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels

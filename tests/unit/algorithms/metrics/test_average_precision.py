@@ -4,13 +4,17 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from clipcid_cli.algorithms.metrics.average_precision import average_precision
+from clipcid_cli.algorithms.metrics.average_precision import average_precision, precision_metrics
+
+
+def measure(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    areas, points = average_precision(np.ones((1, len(scores)), np.int64), scores, positive)
+    return areas[0], points[0]
 
 
 def eleven_points(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -26,54 +30,65 @@ def eleven_points(scores: np.ndarray, positive: np.ndarray) -> float:
     positive=arrays.arrays(np.bool_, (23, 4)),
 )
 def test_both_forms_agree_with_scikit_learn_with_ties(scores: np.ndarray, positive: np.ndarray) -> None:
-    found = average_precision(torch.from_numpy(scores).float(), torch.from_numpy(positive))
+    areas, points = measure(scores, positive)
     for number in range(4):
-        if not positive[:, number].any():
-            assert math.isnan(found.area_C[number])
-            assert math.isnan(found.eleven_point_C[number])
-            continue
-        area = average_precision_score(positive[:, number], scores[:, number])
-        assert float(found.area_C[number]) == pytest.approx(area, abs=1e-12)
-        points = eleven_points(scores[:, number], positive[:, number])
-        assert float(found.eleven_point_C[number]) == pytest.approx(points, abs=1e-12)
+        expected = math.nan, math.nan
+        if positive[:, number].any():
+            own = scores[:, number], positive[:, number]
+            expected = average_precision_score(own[1], own[0]), eleven_points(*own)
+        assert (areas[number], points[number]) == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
 def test_area_is_clip_benchmarks_formula_where_no_scores_are_equal() -> None:
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(500, 20, generator=generator)
-    positive = torch.rand(500, 20, generator=generator) < 0.1
+    generator = np.random.default_rng(0)
+    scores, positive = generator.normal(size=(500, 20)), generator.random((500, 20)) < 0.1
     means = []
     for number in range(20):
-        truth = positive[scores[:, number].argsort(descending=True), number]
-        precision = truth.double().cumsum(0) / torch.arange(1, 501)
-        means.append(float(precision[truth].sum() / truth.sum()))
-    assert average_precision(scores, positive).mean_area == pytest.approx(np.mean(means), abs=1e-12)
+        truth = positive[np.argsort(-scores[:, number]), number]
+        precision = np.cumsum(truth) / np.arange(1, 501)
+        means.append(precision[truth].mean())
+    found = precision_metrics(scores, positive).values()
+    assert found["mean_average_precision"] == pytest.approx(np.mean(means), abs=1e-12)
 
 
 def test_a_ranking_worked_out_by_hand() -> None:
     # Sorted: right, wrong, right, wrong, wrong. Precision 1 at recall ½, 2/3 at recall 1.
-    scores = torch.tensor([[0.9], [0.8], [0.7], [0.6], [0.5]])
-    positive = torch.tensor([[True], [False], [True], [False], [False]])
-    found = average_precision(scores, positive)
-    assert found.mean_area == pytest.approx((1 + 2 / 3) / 2, abs=1e-12)
-    assert found.mean_eleven_point == pytest.approx((6 * 1 + 5 * 2 / 3) / 11, abs=1e-12)
+    scores = np.array([[0.9], [0.8], [0.7], [0.6], [0.5]])
+    positive = np.array([[True], [False], [True], [False], [False]])
+    values = precision_metrics(scores, positive).values()
+    assert values["mean_average_precision"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-12)
+    assert values["mean_average_precision_11_point"] == pytest.approx((6 * 1 + 5 * 2 / 3) / 11, abs=1e-12)
+
+
+def test_a_draw_is_the_metric_of_repeated_images() -> None:
+    generator = np.random.default_rng(5)
+    scores = generator.integers(0, 12, (40, 3)) / 12  # many equal scores
+    positive = generator.random((40, 3)) < 0.3
+    drawn = precision_metrics(scores, positive).draw(6, seed=7)
+    weights = np.random.default_rng(7).multinomial(40, np.full(40, 1 / 40), size=6)
+    for row, weight in enumerate(weights):
+        images = np.repeat(np.arange(40), weight)
+        values = precision_metrics(scores[images], positive[images]).values()
+        assert values == pytest.approx({name: drawn[name][row] for name in values}, abs=1e-12)
 
 
 def test_classes_without_images_are_left_out_of_the_mean() -> None:
-    scores = torch.tensor([[0.9, 0.1], [0.2, 0.3]])
-    found = average_precision(scores, torch.tensor([[True, False], [False, False]]))
-    assert found.mean_area == 1.0
-    assert math.isnan(found.area_C[1])
+    scores, positive = np.array([[0.9, 0.1], [0.2, 0.3]]), np.array([[True, False], [False, False]])
+    assert precision_metrics(scores, positive).values()["mean_average_precision"] == 1.0
+    assert math.isnan(measure(scores, positive)[0][1])
+    nothing = precision_metrics(scores, np.zeros((2, 2), bool))
+    assert all(math.isnan(value) for value in nothing.values().values())
+    assert nothing.intervals(10, seed=0) == {}
 
 
 @pytest.mark.parametrize(
     ("scores", "positive", "message"),
     [
-        (torch.zeros(3, 2), torch.zeros(3, 4, dtype=torch.bool), r"both must be \[N, C\]"),
-        (torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.bool), "no image"),
-        (torch.full((3, 2), math.nan), torch.ones(3, 2, dtype=torch.bool), "NaN"),
+        (np.zeros((3, 2)), np.zeros((3, 4), bool), r"both must be \[N, C\]"),
+        (np.zeros((0, 2)), np.zeros((0, 2), bool), "no image"),
+        (np.full((3, 2), math.nan), np.ones((3, 2), bool), "NaN"),
     ],
 )
-def test_what_cannot_be_ranked_is_refused(scores: torch.Tensor, positive: torch.Tensor, message: str) -> None:
+def test_what_cannot_be_ranked_is_refused(scores: np.ndarray, positive: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        average_precision(scores, positive)
+        precision_metrics(scores, positive)

@@ -52,16 +52,15 @@ def test_error_and_log_loss_are_loops_in_float64(scale: float) -> None:
     gaps = [abs(math.fsum(right for _, right in one) - math.fsum(confidence for confidence, _ in one)) for one in bins]
     for size in (1000, 7, 1):
         found = measure_calibration(in_blocks(cosines, labels, size), scale)
-        assert found.error == pytest.approx(math.fsum(gaps) / len(labels), abs=1e-12)
+        assert found.expected_calibration_error == pytest.approx(math.fsum(gaps) / len(labels), abs=1e-12)
         assert found.log_loss == pytest.approx(log_loss(cosines, labels, scale), abs=1e-12)
         assert found.images == len(labels)
 
 
-@pytest.mark.parametrize("start", [1e-3, 100.0, 1e9])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_fitted_scale_is_scipys(start: float, seed: int) -> None:
+def test_the_fitted_scale_is_scipys(seed: int) -> None:
     cosines, labels = make(120, seed=seed)
-    found = fit_scale(in_blocks(cosines, labels, 50), start)
+    found = fit_scale(in_blocks(cosines, labels, 50))
     theirs = minimize_scalar(
         lambda scale: log_loss(cosines, labels, scale), bracket=(1.0, 50.0), method="brent", options={"xtol": 1e-12}
     )
@@ -74,18 +73,18 @@ def test_confidences_that_are_right_need_no_other_scale() -> None:
     cosines, _ = make(20_000)
     labels = torch.multinomial((30 * cosines).softmax(dim=1), 1, generator=torch.Generator().manual_seed(3))[:, 0]
     blocks = in_blocks(cosines, labels)
-    assert fit_scale(blocks, 100.0) == pytest.approx(30, rel=0.05)
-    assert measure_calibration(blocks, 30).error < 0.015
-    assert measure_calibration(blocks, 100).error > 0.1
+    assert fit_scale(blocks) == pytest.approx(30, rel=0.05)
+    assert measure_calibration(blocks, 30).expected_calibration_error < 0.015
+    assert measure_calibration(blocks, 100).expected_calibration_error > 0.1
 
 
 def test_where_no_scale_is_best_there_is_none() -> None:
     cosines, labels = make(40)
     apart = cosines.clone()
     apart[torch.arange(40), labels] = 0.9
-    assert fit_scale(in_blocks(apart, labels), 100.0) is None  # the larger the better
-    assert fit_scale(in_blocks(-apart, labels), 100.0) is None  # worse than a guess
-    assert fit_scale(in_blocks(torch.full((4, 3), 0.2), torch.tensor([0, 1, 2, 0])), 100.0) is None
-    assert fit_scale(in_blocks(cosines[:0], labels[:0]), 100.0) is None
+    assert fit_scale(in_blocks(apart, labels)) is None  # the larger the better
+    assert fit_scale(in_blocks(-apart, labels)) is None  # worse than a guess
+    assert fit_scale(in_blocks(torch.full((4, 3), 0.2), torch.tensor([0, 1, 2, 0]))) is None
+    assert fit_scale(in_blocks(cosines[:0], labels[:0])) is None
     with pytest.raises(ValueError, match="no image"):
         measure_calibration(in_blocks(cosines[:0], labels[:0]), 100.0)

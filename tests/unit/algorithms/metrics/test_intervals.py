@@ -1,52 +1,51 @@
-"""Bootstrap intervals against images drawn one by one, and McNemar's test against SciPy's binomial."""
+"""Intervals against images drawn one by one, exact tests against SciPy's binomial, and what counts as a difference."""
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import binomtest
 
-from clipcid_cli.algorithms.metrics.average_precision import average_precision
+from clipcid_cli.algorithms.metrics.classification import accuracy_metrics
 from clipcid_cli.algorithms.metrics.intervals import (
-    draw_average_precision,
-    draw_cells,
+    Metrics,
+    PairedMetric,
+    clopper_pearson,
+    compare,
+    count_cells,
     interval,
     mcnemar,
-    mean_recall,
     ratio,
 )
 
 
-def make_values(count: int) -> np.ndarray:
+def make_ranks(count: int) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 7, count)
-    return np.stack([labels, generator.random(count) < 0.1 + 0.1 * labels], axis=1).astype(np.int64)
+    return labels, (generator.random(count) >= 0.1 + 0.1 * labels).astype(np.int64)
 
 
 def test_intervals_are_those_of_images_drawn_one_by_one() -> None:
-    values = make_values(400)
-    cells, draws = draw_cells(values, 4000, seed=1)
-    assert (draws.sum(axis=1) == 400).all()
+    labels, ranks = make_ranks(400)
+    metrics = accuracy_metrics(labels, ranks, 7)
+    drawn = metrics.draw(4000, seed=1)
     generator = np.random.default_rng(2)
-    accuracy, recall = [], []
+    plain: dict[str, list[float]] = {"acc1": [], "mean_per_class_recall": []}
     for _ in range(4000):
-        drawn = values[generator.integers(0, 400, 400)]
-        accuracy.append(drawn[:, 1].mean())
-        present = np.unique(drawn[:, 0])
-        recall.append(np.mean([drawn[drawn[:, 0] == number, 1].mean() for number in present]))
+        images = generator.integers(0, 400, 400)
+        right = ranks[images] == 0
+        plain["acc1"].append(right.mean())
+        plain["mean_per_class_recall"].append(
+            np.mean([right[labels[images] == number].mean() for number in np.unique(labels[images])])
+        )
     # Both sides are random; 4,000 draws place the ends of an interval to about a tenth of its width.
-    for mine, plain in (
-        (ratio(draws, cells[:, 1]), accuracy),
-        (mean_recall(draws, cells[:, 0], cells[:, 1]), recall),
-    ):
-        assert mine.mean() == pytest.approx(np.mean(plain), abs=0.003)
-        assert interval(mine) == pytest.approx(interval(np.array(plain)), abs=0.01)
+    for name, values in plain.items():
+        assert drawn[name].mean() == pytest.approx(np.mean(values), abs=0.003)
+        assert metrics.intervals(4000, seed=1)[name] == pytest.approx(interval(np.array(values)), abs=0.01)
 
 
-def test_equal_seeds_draw_equally() -> None:
-    values = make_values(50)
-    first, second = draw_cells(values, 20, seed=3), draw_cells(values, 20, seed=3)
-    assert (first[1] == second[1]).all()
-    assert not (draw_cells(values, 20, seed=4)[1] == first[1]).all()
+def test_equal_seeds_draw_equally_and_no_draws_have_no_interval() -> None:
+    metrics = accuracy_metrics(*make_ranks(50), 7)
+    assert metrics.intervals(20, seed=3) == metrics.intervals(20, seed=3) != metrics.intervals(20, seed=4)
+    assert metrics.intervals(0, seed=3) == {}
 
 
 def test_ratio_of_two_sums() -> None:
@@ -54,26 +53,47 @@ def test_ratio_of_two_sums() -> None:
     assert ratio(draws, np.array([1, 2]), np.array([1, 4])).tolist() == [4 / 6, 6 / 12]
 
 
-def test_a_draw_of_average_precision_is_that_of_repeated_images() -> None:
-    generator = np.random.default_rng(5)
-    scores = generator.integers(0, 12, (40, 3)) / 12  # many equal scores
-    positive = generator.random((40, 3)) < 0.3
-    areas, points = draw_average_precision(scores, positive, 6, seed=7)
-    weights = np.random.default_rng(7).multinomial(40, np.full(40, 1 / 40), size=6)
-    for row, weight in enumerate(weights):
-        drawn = np.repeat(np.arange(40), weight)
-        found = average_precision(torch.from_numpy(scores[drawn]), torch.from_numpy(positive[drawn]))
-        assert areas[row] == pytest.approx(found.mean_area, abs=1e-12)
-        assert points[row] == pytest.approx(found.mean_eleven_point, abs=1e-12)
+def test_models_are_compared_over_the_same_draws() -> None:
+    cells, images = count_cells(np.stack(make_ranks(60), axis=1))
+    first = Metrics(images, lambda draws: {"share": ratio(draws, cells[:, 1]), "none": np.full(len(draws), np.nan)})
+    second = Metrics(images, lambda draws: {name: 0.1 + drawn for name, drawn in first.of_draws(draws).items()})
+    found = compare(first, second, 50, seed=0, p_values={"share": 0.01})
+    assert list(found) == ["share"]
+    assert found["share"].difference == pytest.approx(0.1)
+    assert found["share"].interval == pytest.approx((0.1, 0.1))
+    assert found["share"].is_significant
+
+
+def test_a_difference_needs_interval_and_test() -> None:
+    assert PairedMetric(0.5, 0.52, (0.01, 0.03)).is_significant
+    assert PairedMetric(0.5, 0.52, (0.01, 0.03), p_value=0.049).is_significant
+    assert not PairedMetric(0.5, 0.52, (0.01, 0.03), p_value=0.05).is_significant
+    assert not PairedMetric(0.5, 0.51, (-0.01, 0.03)).is_significant
+    assert PairedMetric(0.52, 0.5, (-0.03, -0.01)).excludes_zero
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (3, 3), (0, 6), (10, 25), (700, 900), (5000, 4990)])
 def test_mcnemar_is_the_exact_binomial_test(first: int, second: int) -> None:
     expected = binomtest(first, first + second).pvalue if first + second else 1.0
-    assert mcnemar(first, second) == pytest.approx(expected, rel=1e-9)
-    assert mcnemar(first, second) == mcnemar(second, first)
+    one, other = (
+        np.repeat([True, False, True], [first, second, 9]),
+        np.repeat([False, True, True], [first, second, 9]),
+    )
+    assert mcnemar(one, other) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar(one, other) == mcnemar(other, one)
 
 
-def test_no_image_is_refused() -> None:
-    with pytest.raises(ValueError, match="no image"):
-        draw_cells(np.zeros((0, 2), np.int64), 10, seed=0)
+@pytest.mark.parametrize(
+    ("hits", "trials"),
+    [(0, 1), (1, 1), (0, 30_000), (1, 30_000), (17, 30_000), (5, 10), (30_000, 30_000), (29_990, 30_000)],
+)
+def test_the_interval_of_a_rate_is_scipys(hits: int, trials: int) -> None:
+    # SciPy stops at an absolute error of 2e-12.
+    expected = binomtest(hits, trials).proportion_ci(confidence_level=0.95, method="exact")
+    np.testing.assert_allclose(clopper_pearson(hits, trials), (expected.low, expected.high), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 0), (2, 1), (-1, 5)])
+def test_counts_that_do_not_fit_are_refused(hits: int, trials: int) -> None:
+    with pytest.raises(ValueError, match="hits in"):
+        clopper_pearson(hits, trials)

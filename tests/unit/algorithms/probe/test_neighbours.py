@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from clipcid_cli.algorithms.metrics.probe_metrics import measure_scores
+from clipcid_cli.algorithms.metrics.classification import measure_scores
 from clipcid_cli.algorithms.probe import neighbours
 from clipcid_cli.algorithms.probe.neighbours import TEMPERATURE, nearest_neighbours, vote
 
