@@ -133,8 +133,8 @@ class ForestBuilder:
         self._num_waiting = 0
         # Small pieces, each three arrays of its own, are put together before they are many.
         self._pieces: list[Edges] = []
-        # Merged since the last call of `drain`.
-        self._fresh = Edges.empty()
+        # Rows that edges added since the last call of `drain` join.
+        self._is_fresh = np.zeros(num_rows, np.bool_)
         if known is not None:
             self.add(known)
             self.drain()
@@ -171,6 +171,7 @@ class ForestBuilder:
             return
         if _MANY <= len(edges) <= _MOST:
             edges = self._thin_out(edges)
+        self._is_fresh[edges.a] = self._is_fresh[edges.b] = True
         self._pieces.append(edges.in_type(row_type(self.num_rows)))
         if len(self._pieces) >= _MOST_PIECES:
             self._waiting.append(Edges.concatenate(self._pieces))
@@ -198,9 +199,10 @@ class ForestBuilder:
         return self._forest
 
     def drain(self) -> Edges:
-        """Return the edges added since the last call that are in the forest, and some that tie with those."""
-        self._fold()
-        fresh, self._fresh = self._fresh, Edges.empty()
+        """Return the edges added since the last call that are in the forest, and those it had between the same rows."""
+        forest = self.build()
+        fresh = forest[self._is_fresh[forest.a] & self._is_fresh[forest.b]]
+        self._is_fresh[:] = False
         return fresh
 
     def _fold(self) -> None:
@@ -210,11 +212,9 @@ class ForestBuilder:
         added = Edges.concatenate([*self._waiting, *self._pieces])
         self._waiting, self._pieces, self._num_waiting = [], [], 0
         edges = merge_edges(self._forest, sort_edges(added))
+        del added
         self._forest = Edges.empty()
         self._forest, self._rounds = _contract(self.num_rows, edges)
-        del edges
-        fresh = Edges.concatenate([self._fresh, added])
-        self._fresh = fresh[self.may_join(fresh.a, fresh.b, fresh.weight)]
 
 
 @dataclasses.dataclass(frozen=True)
