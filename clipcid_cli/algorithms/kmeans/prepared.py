@@ -16,11 +16,11 @@ import torch
 from clipcid_cli.algorithms.near.block import (
     check_format,
     common_step,
+    copies_error,
     is_lossless,
     narrow,
     residuals,
     row_steps,
-    score_error,
     widen,
 )
 from clipcid_cli.algorithms.near.exact import ROWS_IN_CACHE
@@ -118,12 +118,12 @@ class PreparedCentroids:
     def error(self, rows: PreparedRows) -> torch.Tensor:
         """Bound the error of the product of each row with any centroid, before it is rounded, float64 [B]."""
         lengths, errors = (rows.lengths_B, self.longest), (rows.residuals_B, self.residual)
-        return score_error(self.cast_KD.dtype, rows.rows_BD.shape[1], lengths, errors).double() * _ROUNDED_UP
+        return copies_error(self.cast_KD.dtype, rows.rows_BD.shape[1], lengths, errors).double() * _ROUNDED_UP
 
     def float32_error(self, rows: PreparedRows) -> torch.Tensor:
         """Bound the error of float32 dot products of rows with any centroid, float64 [B]."""
         lengths, errors = (rows.lengths_B, self.longest), (torch.zeros_like(rows.lengths_B), 0.0)
-        return score_error(torch.float32, rows.rows_BD.shape[1], lengths, errors).double() * _ROUNDED_UP
+        return copies_error(torch.float32, rows.rows_BD.shape[1], lengths, errors).double() * _ROUNDED_UP
 
 
 def prepare_centroids(

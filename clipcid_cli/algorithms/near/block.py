@@ -59,7 +59,7 @@ class Block:
 
     Attributes:
         rows: Row numbers, integers [N].
-        stored: The rows as stored, float16 [N, D].
+        stored: The rows as stored, float16 or float32, [N, D].
         scan: Their copies, [N, D]; [N, 2] with a column of zeros for int8 of width 1.
         squared: Squared lengths, exact, float64 [N].
         shortest: Length of the shortest row.
@@ -91,7 +91,11 @@ def load_block(read: ReadRows, rows: IntArray, device: torch.device, scan_dtype:
     Raises:
         ValueError: when a row is not finite or longer than ``LONGEST_ROW``, for which the distances would be inexact.
     """
-    stored = read_stored(read, rows, device)
+    return prepare_block(rows, read_stored(read, rows, device), scan_dtype)
+
+
+def prepare_block(rows: IntArray, stored: torch.Tensor, scan_dtype: torch.dtype) -> Block:
+    """As :func:`load_block`, of rows that are on the device already, float16 or float32, [N, D]."""
     squared = squared_lengths(stored)
     shortest, longest = (math.sqrt(float(end)) for end in squared.aminmax())
     if not longest <= LONGEST_ROW:
@@ -137,7 +141,7 @@ def lowest_score(a: Block, b: Block, cutoff: float) -> torch.Tensor:
     loses nothing and needs no slack.
     """
     beyond = float(np.nextafter(np.float32(cutoff), np.float32(np.inf)))
-    lowest = (a.shortest**2 + b.shortest**2 - beyond**2) / 2.0 - _score_error(a, b)
+    lowest = (a.shortest**2 + b.shortest**2 - beyond**2) / 2.0 - score_error(a, b)
     dtype = score_dtype(a.scan.dtype)
     if dtype == torch.int32:
         # One integer less for the rounding of this division.
@@ -155,12 +159,12 @@ def highest_dots(a: Block, b: Block, score_P: torch.Tensor) -> torch.Tensor:
     wide_P = score_P.double() * (a.step * b.step)
     # Beside the errors before it, the rounding of the output: half a unit in the last place, eps/2 of the score.
     rounding = 0.0 if score_P.dtype == torch.int32 else torch.finfo(score_P.dtype).eps
-    return wide_P + wide_P.abs() * rounding + _score_error(a, b)
+    return wide_P + wide_P.abs() * rounding + score_error(a, b)
 
 
-def _score_error(a: Block, b: Block) -> float:
+def score_error(a: Block, b: Block) -> float:
     """Bound the difference of a score from the exact dot product, before its last rounding."""
-    error = score_error(a.scan.dtype, a.stored.shape[1], (a.longest, b.longest), (a.residual, b.residual))
+    error = copies_error(a.scan.dtype, a.stored.shape[1], (a.longest, b.longest), (a.residual, b.residual))
     # 2⁻¹⁴ for GPUs that flush float16's subnormals to zero; it also swallows the rounding of this very formula.
     return error + 2.0**-14
 
@@ -250,7 +254,7 @@ def residuals(
     return apart_N + rotation_error(width) * lengths if copy_ND.dtype == torch.int8 else apart_N
 
 
-def score_error(dtype: torch.dtype, width: int, lengths: tuple[Bound, float], residuals: tuple[Bound, float]) -> Bound:
+def copies_error(dtype: torch.dtype, width: int, lengths: tuple[Bound, float], residuals: tuple[Bound, float]) -> Bound:
     """Bound the difference of a score, before it is rounded to the output's format, from the exact dot product.
 
     Args:

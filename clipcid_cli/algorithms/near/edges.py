@@ -64,6 +64,11 @@ class Edges:
         return self[: int(np.searchsorted(self.weight, np.float32(cutoff), side="right"))]
 
 
+def sort_edges(edges: Edges) -> Edges:
+    """Order edges by (weight, smaller row, larger row)."""
+    return edges if _ascends(edges) else edges[_order(edges)]
+
+
 def _ascends(edges: Edges) -> bool:
     """Tell whether edges are in ascending order already, as those of a saved forest are."""
     for start in range(0, len(edges) - 1, _MERGED_AT_ONCE):
@@ -78,47 +83,42 @@ def _ascends(edges: Edges) -> bool:
     return True
 
 
-def sort_edges(edges: Edges) -> Edges:
-    """Order edges by (weight, smaller row, larger row)."""
-    if _ascends(edges):
-        return edges
+def _order(edges: Edges) -> IntArray:
     # Non-negative floats order like their bit patterns, so weight and smaller row form one 64-bit key, whose vectorised
     # sort is many times faster than a sort by three columns; ties are then sorted by the larger row.
     if len(edges) and int(edges.a.max()) >= 2**32:
-        return edges[np.lexsort((edges.b, edges.a, edges.weight))]
+        return np.lexsort((edges.b, edges.a, edges.weight))
     weight = edges.weight + np.float32(0.0)  # −0.0 would sort above everything
     key = weight.view(np.uint32).astype(np.uint64)
     key <<= np.uint64(32)
     key |= edges.a.view(f"u{edges.a.itemsize}")
-    order = np.argsort(key)
+    order: IntArray = np.argsort(key)
     key = key[order]
     equal = key[1:] == key[:-1]
     if equal.any():
-        tied = np.flatnonzero(np.concatenate([equal, [False]]) | np.concatenate([[False], equal]))
+        tied = np.flatnonzero(np.append(equal, False) | np.append(False, equal))
         among = order[tied]
         order[tied] = among[np.lexsort((edges.b[among], key[tied]))]
-    del key, weight
-    return edges[order]
+    return order
 
 
-def merge_edges(one: Edges, other: Edges) -> Edges:
-    """Return all edges of both, ascending; each must ascend. The memory is that of the result, and of a part of it.
+def merge_edges(one: Edges, other: Edges) -> tuple[Edges, npt.NDArray[np.bool_]]:
+    """Return all edges of both, ascending, and which of them are the other's, bool [E]; each must ascend.
 
-    Equal weights are sorted at once, however many they are.
+    The memory is that of the result, and of a part of it. Equal weights are sorted at once, however many they are.
     """
-    if not len(one) or not len(other):
-        return one if len(one) else other
     length = len(one) + len(other)
-    merged = Edges(
-        np.empty(length, np.result_type(one.a, other.a)),
-        np.empty(length, np.result_type(one.b, other.b)),
-        np.empty(length, np.float32),
-    )
+    if not len(one) or not len(other):
+        return one if len(one) else other, np.full(length, not len(one))
+    kind = np.result_type(one.a, other.a)
+    merged = Edges(np.empty(length, kind), np.empty(length, kind), np.empty(length, np.float32))
+    is_other = np.empty(length, np.bool_)
     start_one = start_other = 0
     for last in [*one.weight[_MERGED_AT_ONCE - 1 :: _MERGED_AT_ONCE].tolist(), np.inf]:
         end_one, end_other = (int(np.searchsorted(each.weight, np.float32(last), "right")) for each in (one, other))
-        part = sort_edges(Edges.concatenate([one[start_one:end_one], other[start_other:end_other]]))
-        place = slice(start_one + start_other, end_one + end_other)
-        merged.a[place], merged.b[place], merged.weight[place] = part.a, part.b, part.weight
+        part = Edges.concatenate([one[start_one:end_one], other[start_other:end_other]])
+        order, place = _order(part), slice(start_one + start_other, end_one + end_other)
+        merged.a[place], merged.b[place], merged.weight[place] = part.a[order], part.b[order], part.weight[order]
+        is_other[place] = order >= end_one - start_one
         start_one, start_other = end_one, end_other
-    return merged
+    return merged, is_other

@@ -19,11 +19,8 @@ from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, row_type
 
 # Edges collected before they are merged into the forest; at least a quarter as many as the forest has.
 _SMALLEST_FOLD = 2**18
+# Small pieces, each three arrays of its own, are put together before they are many.
 _MOST_PIECES = 2**10
-# From this many edges at once, and this many times the number of rows they join, their own forest is built first: it is far
-# smaller. More than the second number are a forest that has been saved.
-_MANY, _MOST = 2**12, 2**20
-_DENSE = 4
 
 
 def connected_components(num_nodes: int, a: IntArray, b: IntArray) -> IntArray:
@@ -60,7 +57,8 @@ def minimum_forest(num_rows: int, edges: Edges) -> Edges:
     Returns:
         At most num_rows − 1 of the edges; the same ones whatever the order they came in.
     """
-    return _contract(num_rows, sort_edges(edges))[0]
+    edges = sort_edges(edges)
+    return edges[_contract(num_rows, edges)[0]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +74,12 @@ class _Round:
     parent: IntArray
 
 
-def _contract(num_rows: int, edges: Edges) -> tuple[Edges, list[_Round]]:
-    """Build the minimum spanning forest of a graph whose edges ascend; nodes without further edges leave after a round."""
+def _contract(num_rows: int, edges: Edges) -> tuple[IntArray, list[_Round]]:
+    """Find the minimum spanning forest of a graph whose edges ascend; nodes without further edges leave after a round.
+
+    Returns:
+        The places of its edges, ascending, and the rounds.
+    """
     kind = row_type(max(num_rows, len(edges)))
     none = len(edges)
     rank = np.arange(none, dtype=kind)
@@ -108,10 +110,10 @@ def _contract(num_rows: int, edges: Edges) -> tuple[Edges, list[_Round]]:
         a, b = rounds[-1].parent[a], rounds[-1].parent[b]
         apart = a != b
         a, b, rank = a[apart], b[apart], rank[apart]
-    return edges[np.sort(np.concatenate([np.empty(0, kind), *picked]))], rounds
+    return np.sort(np.concatenate([np.empty(0, kind), *picked])), rounds
 
 
-class ForestBuilder:
+class ForestSink:
     """Merges edges into a minimum spanning forest as they are added, in memory bounded by the number of rows.
 
     The rounds that built the forest tell how light the path between two rows is: the heaviest edge of the path weighs as
@@ -119,27 +121,21 @@ class ForestBuilder:
     (King 1997, "A simpler minimum spanning tree verification algorithm"). They take about 12 bytes a row, at most 16.
 
     Args:
+        known: Edges known before.
         smallest_fold: Least number of edges collected before they are merged; only speed and memory depend on it.
     """
 
     def __init__(self, num_rows: int, known: Edges | None = None, smallest_fold: int = _SMALLEST_FOLD) -> None:
-        self.num_rows = num_rows
-        self._smallest_fold = smallest_fold
-        self._forest = Edges.empty()
+        self._num_rows, self._smallest_fold = num_rows, smallest_fold
         self._rounds: list[_Round] = []
-        # Of `_thin_out`; pages never written take no memory.
-        self._place = np.empty(num_rows, row_type(num_rows))
-        self._waiting: list[Edges] = []
-        self._num_waiting = 0
-        # Small pieces, each three arrays of its own, are put together before they are many.
-        self._pieces: list[Edges] = []
-        # Rows that edges added since the last call of `drain` join.
-        self._is_fresh = np.zeros(num_rows, np.bool_)
+        self._forest, self._is_fresh = Edges.empty(), np.empty(0, np.bool_)
+        self._added = list[Edges]()
+        self._num_added = 0
         if known is not None:
             self.add(known)
             self.drain()
 
-    def may_join(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
+    def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
         """Tell which pairs can still be edges of the forest, from lower bounds of their weights.
 
         A pair whose rows are joined already by strictly lighter edges closes a cycle as its heaviest edge and is in no
@@ -165,56 +161,30 @@ class ForestBuilder:
 
     def add(self, edges: Edges) -> None:
         """Add edges of the graph."""
-        if self._rounds:
-            edges = edges[self.may_join(edges.a, edges.b, edges.weight)]
-        if not len(edges):
-            return
-        if _MANY <= len(edges) <= _MOST:
-            edges = self._thin_out(edges)
-        self._is_fresh[edges.a] = self._is_fresh[edges.b] = True
-        self._pieces.append(edges.in_type(row_type(self.num_rows)))
-        if len(self._pieces) >= _MOST_PIECES:
-            self._waiting.append(Edges.concatenate(self._pieces))
-            self._pieces = []
-        self._num_waiting += len(edges)
-        if self._num_waiting >= max(self._smallest_fold, len(self._forest) // 4):
-            self._fold()
+        edges = edges[self.wants(edges.a, edges.b, edges.weight)]
+        self._added.append(edges.in_type(row_type(self._num_rows)))
+        self._num_added += len(edges)
+        if self._num_added >= max(self._smallest_fold, len(self._forest) // 4):
+            self.result()
+        elif len(self._added) >= _MOST_PIECES:
+            self._added = [Edges.concatenate(self._added)]
 
-    def _thin_out(self, edges: Edges) -> Edges:
-        """Return the forest of the edges where they are dense, as between near copies of one image; else the edges."""
-        ends = np.concatenate([edges.a, edges.b])
-        number = np.arange(len(ends), dtype=self._place.dtype)
-        self._place[ends] = number
-        rows = np.sort(ends[self._place[ends] == number])
-        if len(edges) <= _DENSE * len(rows):
-            return edges
-        # Rows keep their order, so ties are broken as among all rows.
-        self._place[rows] = number[: len(rows)]
-        forest = minimum_forest(len(rows), Edges(self._place[edges.a], self._place[edges.b], edges.weight))
-        return Edges(rows[forest.a], rows[forest.b], forest.weight)
-
-    def build(self) -> Edges:
+    def result(self) -> Edges:
         """Return the forest of all edges added so far, ascending by (weight, smaller row, larger row)."""
-        self._fold()
+        if self._num_added:
+            added, self._added, self._num_added = sort_edges(Edges.concatenate(self._added)), [], 0
+            edges, is_fresh = merge_edges(self._forest, added)
+            is_fresh[~is_fresh] = self._is_fresh
+            self._forest, self._rounds = Edges.empty(), []  # their memory is needed
+            chosen, self._rounds = _contract(self._num_rows, edges)
+            self._forest, self._is_fresh = edges[chosen], is_fresh[chosen]
         return self._forest
 
     def drain(self) -> Edges:
-        """Return the edges added since the last call that are in the forest, and those it had between the same rows."""
-        forest = self.build()
-        fresh = forest[self._is_fresh[forest.a] & self._is_fresh[forest.b]]
-        self._is_fresh[:] = False
+        """Return the edges of the forest that have come into it since the last call."""
+        fresh = self.result()[self._is_fresh]
+        self._is_fresh = np.zeros_like(self._is_fresh)
         return fresh
-
-    def _fold(self) -> None:
-        if not self._num_waiting:
-            return
-        self._rounds = []
-        added = Edges.concatenate([*self._waiting, *self._pieces])
-        self._waiting, self._pieces, self._num_waiting = [], [], 0
-        edges = merge_edges(self._forest, sort_edges(added))
-        del added
-        self._forest = Edges.empty()
-        self._forest, self._rounds = _contract(self.num_rows, edges)
 
 
 @dataclasses.dataclass(frozen=True)

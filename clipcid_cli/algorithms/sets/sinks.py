@@ -1,7 +1,8 @@
-"""What searches collect of the pairs they find: their forest, the nearest ones, or all.
+"""What searches collect of the pairs they find, beside their forest: the nearest ones, or all.
 
 A sink is asked which pairs are worth computing and given those found, in any order and some of them twice. Now and then it
 is drained: of the pairs added since, it returns those that still matter. What all drains returned comes to the same result.
+(:class:`clipcid_cli.algorithms.sets.forest.ForestSink` is the other one.)
 """
 
 from __future__ import annotations
@@ -11,34 +12,6 @@ import numpy.typing as npt
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
-from clipcid_cli.algorithms.sets.forest import ForestBuilder
-
-
-class ForestSink:
-    """The minimum spanning forest.
-
-    Args:
-        known: Forest edges known before.
-    """
-
-    def __init__(self, num_rows: int, known: Edges | None = None) -> None:
-        self._builder = ForestBuilder(num_rows, known)
-
-    def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
-        """Tell which pairs can still be edges of the forest."""
-        return self._builder.may_join(a, b, at_least)
-
-    def add(self, edges: Edges) -> None:
-        """Add pairs."""
-        self._builder.add(edges)
-
-    def drain(self) -> Edges:
-        """Return the edges added since the last call that are in the forest, and some that tie with those."""
-        return self._builder.drain()
-
-    def result(self) -> Edges:
-        """Return the forest, ascending by (weight, smaller row, larger row)."""
-        return self._builder.build()
 
 
 class NearestOf:

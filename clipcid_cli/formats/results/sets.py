@@ -55,11 +55,6 @@ class SetTable:
     def __len__(self) -> int:
         return len(self.label)
 
-    def renumbered(self, numbers: npt.NDArray[np.signedinteger]) -> SetTable:
-        """Return the table with each row replaced by its number, integers [N]; numbers keep the order of rows."""
-        rows = {name: numbers[getattr(self, name)] for name in ("label", "representative", "farthest")}
-        return dataclasses.replace(self, **rows)
-
 
 def write_set_table(path: Path, table: SetTable, keys: pa.Array) -> None:
     """Write the table, whole or not at all; `keys` are those of all rows, strings."""

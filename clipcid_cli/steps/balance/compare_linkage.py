@@ -7,13 +7,13 @@ import dataclasses
 import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
+from clipcid_cli.algorithms.sets.forest import Curve, connected_components
 from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to, share_beyond
 from clipcid_cli.algorithms.sets.star import star_curve
-from clipcid_cli.steps.balance.context import Context
+from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows
-from clipcid_cli.steps.balance.sets import Sets
+from clipcid_cli.steps.balance.sets import Sets, single_curve
 
 # Pairs that all covers of the star's curve process together: some seconds.
 _MOST_COVERED = 2**25
@@ -37,25 +37,22 @@ class OtherLinkage:
     curve: Curve
 
 
-def compare_linkages(context: Context, sets: Sets, forest: Edges) -> OtherLinkage | NotComputed:
+def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage | NotComputed:
     """Apply the other linkage to the same images at the same cut-off; the same on every process.
 
     Single linkage follows from the forest, with the central image kept of each component. Stars need all pairs within the
     cut-off, which are within the components of single linkage and are collected when they are few.
-
-    Args:
-        sets: The sets of the linkage that was asked for.
-        forest: The forest, ascending.
     """
-    threshold, rows, machine = sets.threshold, context.rows, context.machine
+    threshold = sets.threshold
     if threshold is None:
         return NotComputed("nothing was to be merged")
-    if context.settings.linkage == "star":
-        return machine.on_main(lambda: _single(rows, forest, threshold))
-    pairs = collect_few_pairs(context.search, rows, sets.labels, threshold)
+    if run.settings.linkage == "star":
+        return run.machine.on_main(lambda: _single(run.rows, forest, threshold))
+    pairs = collect_few_pairs(run, run.rows, sets.labels, threshold)
     if isinstance(pairs, NotComputed):
+        run.reporter.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
         return pairs
-    return machine.on_main(lambda: _star(rows, pairs, threshold))
+    return run.machine.on_main(lambda: _star(run.rows, pairs, threshold))
 
 
 def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
@@ -63,14 +60,13 @@ def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
     labels = connected_components(len(rows), part.a, part.b)
     numbers = np.arange(len(rows), dtype=labels.dtype)
     distances = distances_to(rows.read, numbers, central_rows(rows.read, numbers, labels))
-    curve = forest_curve(len(rows), forest, threshold)
-    return OtherLinkage("single", len(rows) - len(part), share_beyond(distances, threshold, len(part)), curve)
+    beyond = share_beyond(distances, threshold, len(part))
+    return OtherLinkage("single", rows.num_searched - len(part), beyond, single_curve(rows, forest, threshold))
 
 
 def _star(rows: BalanceRows, pairs: Edges, threshold: float) -> OtherLinkage:
-    positions = rows.unique_positions()
-    pairs = pairs.renumbered(positions)
+    pairs = pairs.renumbered(rows.unique_positions())
     num_points = min(_CURVE_POINTS, _MOST_COVERED // max(1, len(pairs)))
-    curve = star_curve(len(rows.unique), pairs, np.bincount(positions), threshold, num_points)
+    curve = star_curve(len(rows.unique), pairs, rows.count_copies(), threshold, num_points)
     # The cut-off is the last point, and all members of a star are within it of their representative.
     return OtherLinkage("star", int(curve.kept[-1]), 0.0, curve)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -19,7 +18,7 @@ from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.steps.balance.rows import BalanceRows
+from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray, take_column
 from clipcid_cli.steps.balance.samples import SampleFinder
 
 # Classes are stored with the images, so reading them reads the headers of every shard: some seconds for this many images.
@@ -28,8 +27,6 @@ _MOST_LABELS = 2**17
 _MOST_CAPTIONS = 2**19
 _CAPTIONS_AT_ONCE = 2**16
 _SHOWN = 15
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +94,12 @@ def _class_names(data: Dataset, classes: IntArray) -> list[str]:
 
 def _split_captions(embeddings: Embeddings, rows: BalanceRows, kept: BoolArray, step: int) -> Iterator[CaptionWords]:
     """Yield the words in the captions of every `step`-th row."""
-    sampled = np.arange(0, len(rows), step)
-    numbers = rows.numbers[sampled]
-    firsts = np.array([*(file.first for file in embeddings.files), embeddings.num_rows], numbers.dtype)
-    bounds = np.searchsorted(numbers, firsts).tolist()
-    held, first = list[pa.Array](), 0  # captions not yet split, of rows `first` and after it
-    for file, start, stop in zip(embeddings.files, bounds, bounds[1:], strict=False):
-        if start == stop:
-            continue
-        captions = embeddings.captions_of(file)
-        for at in range(start, stop, _CAPTIONS_AT_ONCE):
-            end = min(at + _CAPTIONS_AT_ONCE, stop)
-            held.extend(captions.take(pa.array(numbers[at:end] - file.first)).chunks)
-            if end - first >= _CAPTIONS_AT_ONCE or end == len(numbers):
-                chosen = pa.concat_arrays(held)
-                has_caption = np.asarray(pc.not_equal(chosen, "").to_numpy(zero_copy_only=False), np.bool_)
-                yield CaptionWords(*split_words(chosen), has_caption, kept[sampled[first:end]])
-                held, first = [], end
+    pieces = take_column(embeddings, embeddings.captions_of, rows.numbers[::step])
+    captions = pa.chunked_array(pieces, pa.large_string()).combine_chunks()
+    for at in range(0, len(captions), _CAPTIONS_AT_ONCE):
+        part = captions.slice(at, _CAPTIONS_AT_ONCE)
+        has_caption = pc.not_equal(part, "").to_numpy(zero_copy_only=False)
+        yield CaptionWords(*split_words(part), has_caption, kept[::step][at : at + len(part)])
 
 
 def _of(composition: Composition) -> str:

@@ -11,7 +11,7 @@ from clipcid_cli.algorithms.near.cutoff import FARTHEST, CutoffEstimator
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import ReadRows
 from clipcid_cli.algorithms.near.plan import Plan, triangle
-from clipcid_cli.algorithms.sets.sinks import ForestSink
+from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.steps.balance.partition import partitioned
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.balance.stored_forest import EarlierForest, Forest, ForestStore
@@ -37,7 +37,7 @@ def find_forest(
     started, rows, note = time.perf_counter(), store.rows, run.reporter.note
 
     def is_enough(forest: Forest) -> bool:
-        if len(forest.edges) == len(rows) - 1:
+        if len(forest.edges) == rows.num_searched - 1:
             return True
         return len(forest.edges) >= num_edges if cutoff is None else forest.cutoff >= float(np.float32(cutoff))
 

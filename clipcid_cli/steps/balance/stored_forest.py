@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
+from clipcid_cli.algorithms.near.edges import Edges, merge_edges
 from clipcid_cli.algorithms.near.exact import row_type
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.fingerprint import FileRecord
@@ -72,7 +72,7 @@ class ForestStore:
 
     @property
     def _kind(self) -> str:
-        return self.neighbors if self.rows.positions is None else f"{self.neighbors}-filtered"
+        return self.neighbors if self.rows.is_searched is None else f"{self.neighbors}-filtered"
 
     def read(self, machine: Machine) -> Forest | None:
         """Read the forest, if one of these rows is stored; the same on every process."""
@@ -81,10 +81,7 @@ class ForestStore:
             stored = read_forest(self.folder, self.inputs, self._kind, overwrite=self.overwrite)
             if stored is None:
                 return ()
-            ends = [stored.a, stored.b]
-            if (positions := self.rows.positions) is not None:
-                ends = [np.searchsorted(positions, end).astype(positions.dtype) for end in ends]
-            return (*ends, stored.distance, np.array([stored.cutoff]))
+            return stored.a, stored.b, stored.distance, np.array([stored.cutoff])
 
         found = share_arrays(machine, self.work, read)
         return Forest(Edges(*found[:3]), float(found[3][0])) if found else None
@@ -109,7 +106,7 @@ class ForestStore:
                 return ()
             rows = np.flatnonzero(~is_new).astype(row_type(len(is_new)))
             edges = Edges(rows[stored.a], rows[stored.b], stored.distance)
-            edges = merge_edges(edges, sort_edges(self.rows.copies))
+            edges, _ = merge_edges(edges, self.rows.copies)
             return edges.a, edges.b, edges.weight, np.array([stored.cutoff]), is_new
 
         found = share_arrays(machine, self.work, read)
@@ -129,10 +126,8 @@ class ForestStore:
 
     def write(self, forest: Forest, seconds: float) -> None:
         """Write a forest that took so long to search."""
-        a, b, num_rows = forest.edges.a, forest.edges.b, len(self.rows)
-        if (positions := self.rows.positions) is not None:
-            a, b, num_rows = positions[a], positions[b], self.rows.num_finite
-        stored = StoredForest(a, b, forest.edges.weight, forest.cutoff, num_rows, self._kind)
+        edges = forest.edges
+        stored = StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, len(self.rows), self._kind)
         took, row_files = {"search": seconds}, self.work / ROW_FILES
         write_forest(self.folder, stored, row_files, inputs=self.inputs, seconds=took, overwrite=self.overwrite)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +20,11 @@ from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import find_repeat, join, parquet_listing
 from clipcid_cli.formats.output import Output, is_claimed
 from clipcid_cli.formats.reading import read_regular
-from clipcid_cli.formats.results.keep_list import KeepList
+from clipcid_cli.formats.results.keep_list import KeepList, read_keep_list
 from clipcid_cli.formats.results.kept_lists import is_uid
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.balance.plan import Plan
 from clipcid_cli.steps.balance.samples import read_uid
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter
@@ -36,75 +36,40 @@ _STATS = "_stats.json"
 _STEP = "write-shards"
 
 
-def tar_shards(data: Dataset, target: Path) -> list[Shard]:
-    """Return the shards of the data, which must be tars."""
-    shards = [shard for shard in data.shards if shard.rows is None]
-    if len(shards) < len(data.shards):
-        raise ClipcidError(
-            f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
-            "Omit it: the keep list names what is kept.",
-        )
-    for shard in shards:
-        if "://" not in shard.source and _target_of(target, shard).resolve() == Path(shard.source).resolve():
-            raise ClipcidError(f"--write-shards {target} would overwrite the data itself.", "Give another folder.")
-    return shards
-
-
-def write_shards(
-    machine: Machine,
-    data: Dataset,
-    shards: list[Shard],
-    keep: KeepList,
-    keep_record: FileRecord,
-    target: Path,
-    *,
-    overwrite: bool,
-    reporter: Reporter,
-) -> None:
+def write_shards(plan: Plan, target: Path, keep_list: Path, machine: Machine, reporter: Reporter) -> None:
     """Write the new shards, divided among the processes; a run that was killed continues with those not written yet.
 
     A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
     ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
-
-    Args:
-        data: The data.
-        shards: Its shards, see :func:`tar_shards`.
-        overwrite: Replace shards made from another keep list.
     """
+    shards, data, overwrite = plan.shards, plan.data, plan.settings.overwrite
+    assert data is not None  # the plan has opened it
     machine.on_main(lambda: _refuse_foreign(target))
-    with claim_output(
-        machine,
-        target,
-        _STEP,
-        Sidecar,
-        settings={},
-        inputs=[keep_record],
-        overwrite=overwrite,
-    ) as output:
+    inputs = [record(keep_list)]
+    with claim_output(machine, target, _STEP, Sidecar, settings={}, inputs=inputs, overwrite=overwrite) as output:
         if output.finished is not None:
             reporter.note(f"{target} already holds these shards.")
             return
         machine.on_main(output.start)
+        keep = read_keep_list(keep_list)
         mine = shards[machine.rank :: machine.size]
-        choice = machine.on_all(lambda: ShardChoice(keep, data, mine, target))
-        sizes, files = dict[str, int](), list[FileRecord]()
-        error: ClipcidError | None = None
-        with reporter.progress("shards", len(mine), "shards") as progress:
-            try:
+
+        def write() -> tuple[dict[str, int], list[FileRecord]]:
+            sizes, files = dict[str, int](), list[FileRecord]()
+            choice = ShardChoice(keep, data, mine, target)
+            with reporter.progress("shards", len(mine), "shards") as progress:
                 for shard in mine:
                     sizes[shard.name] = _write_shard(shard, choice, output.work, output.resumed)
                     written = [_stats_of(output.work, shard)]
                     written += [_target_of(output.work, shard)] if sizes[shard.name] else []
                     files += [record(path, output.work) for path in written]
                     progress.advance()
-            except ClipcidError as found:
-                error = found
-        machine.agree(error)
-        together, outputs = dict[str, int](), list[FileRecord]()
-        for part, records in machine.gather((sizes, files)):
-            together |= part
-            outputs += records
-        machine.on_main(lambda: _finish(output, shards, together, outputs, keep, reporter))
+            return sizes, files
+
+        parts = machine.gather(machine.on_all(write))
+        sizes = {name: size for part, _ in parts for name, size in part.items()}
+        files = [file for _, part in parts for file in part]
+        machine.on_main(lambda: _finish(output, shards, sizes, files, keep, reporter))
 
 
 def _write_shard(shard: Shard, choice: ShardChoice, target: Path, resumed: bool) -> int:
@@ -129,26 +94,23 @@ def _write_shard(shard: Shard, choice: ShardChoice, target: Path, resumed: bool)
             f"samples in total, where the keep list has {len(keys) + num_dropped:,}.",
             "It has changed since it was embedded: run clipcid embed and balance again.",
         )
-    write_json(stats_path, _describe(copied, num_dropped, choice.keep.has_reasons))
-    return copied.samples
-
-
-def _describe(copied: Copied, num_dropped: int, has_reasons: bool) -> dict[str, Any]:
-    """Return what became of a shard's samples in img2dataset's fields, without those that hold times."""
-    reasons = {
+    became = {
         "success": copied.samples,
-        "dropped" if has_reasons else "repeat": num_dropped,
+        "dropped" if choice.keep.has_reasons else "repeat": num_dropped,
         # No image or caption, unreadable, or a repeated key: the sidecar of `embed` counts them by reason.
         "not_in_keep_list": copied.read - copied.samples - num_dropped,
     }
-    return {
+    # img2dataset's fields, without those that hold times.
+    stats = {
         "count": copied.read,
         "successes": copied.samples,
         "dropped": copied.read - copied.samples,
         "failed_to_download": 0,
         "failed_to_resize": 0,
-        "status_dict": {reason: number for reason, number in reasons.items() if number},
+        "status_dict": {reason: number for reason, number in became.items() if number},
     }
+    write_json(stats_path, stats)
+    return copied.samples
 
 
 def _finish(

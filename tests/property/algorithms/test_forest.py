@@ -20,7 +20,7 @@ from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_row
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.near.exact import LONGEST_ROW, IntArray, distance_matrix
 from clipcid_cli.algorithms.near.search import near_pairs, near_pairs_of
-from clipcid_cli.algorithms.sets.forest import ForestBuilder, connected_components, forest_curve, minimum_forest
+from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components, forest_curve, minimum_forest
 
 CPU = torch.device("cpu")
 SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -94,11 +94,11 @@ def build(
     random.Random(order_seed).shuffle(tiles)
     forests = [stars]
     for process in range(processes):
-        builder = ForestBuilder(len(rows), smallest_fold=fold)
-        for found in near_pairs_of(tiles[process::processes], cutoff, builder.may_join):
+        builder = ForestSink(len(rows), smallest_fold=fold)
+        for found in near_pairs_of(tiles[process::processes], cutoff, builder.wants):
             for edges in found:
                 builder.add(edges)
-        forests.append(builder.build())
+        forests.append(builder.result())
     return minimum_forest(len(rows), Edges.concatenate(forests))
 
 
@@ -154,8 +154,10 @@ def test_minimum_forest_of_any_graph_with_many_ties(data: st.DataObject) -> None
     cut = data.draw(st.integers(0, len(edges)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(edges_module, "_MERGED_AT_ONCE", data.draw(st.integers(1, 9)))
-        merged = merge_edges(sort_edges(edges[:cut]), sort_edges(edges[cut:]))
+        one, other = sort_edges(edges[:cut]), sort_edges(edges[cut:])
+        merged, is_other = merge_edges(one, other)
     assert as_list(merged) == sorted(as_list(edges))
+    assert (as_list(merged[~is_other]), as_list(merged[is_other])) == (as_list(one), as_list(other))
     graph = coo_array((np.ones(len(edges)), (edges.a, edges.b)), shape=(num_rows, num_rows))
     labels = connected_components(num_rows, edges.a, edges.b)
     assert partition(labels) == partition(scipy_components(graph, directed=False)[1]) == labels.tolist()
@@ -178,12 +180,12 @@ def test_partition_equals_scipys_single_linkage_at_every_threshold(dtype: torch.
 def test_edges_that_may_not_join_are_turned_away_and_no_others() -> None:
     rows = unit_rows(3, 120, 16, 4, 0.2)
     edges = all_edges(rows)
-    builder = ForestBuilder(len(rows), smallest_fold=1)
+    builder = ForestSink(len(rows), smallest_fold=1)
     builder.add(edges)
-    kept = builder.may_join(edges.a, edges.b, edges.weight)
+    kept = builder.wants(edges.a, edges.b, edges.weight)
     assert len(edges) > 2**12  # so many that their own forest is found first
-    assert as_list(builder.build()) == kruskal(len(rows), edges)
-    forest = set(as_list(builder.build()))
+    assert as_list(builder.result()) == kruskal(len(rows), edges)
+    forest = set(as_list(builder.result()))
     assert forest <= {edge for edge, keep in zip(as_list(edges), kept.tolist(), strict=True) if keep}
     assert kept.sum() < 0.7 * len(edges)
 

@@ -11,7 +11,7 @@ from clipcid_cli.algorithms.near.block import Block, load_block
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.search import near_pairs_of
-from clipcid_cli.algorithms.sets.forest import ForestBuilder
+from clipcid_cli.algorithms.sets.forest import ForestSink
 
 pytestmark = pytest.mark.slow
 
@@ -80,10 +80,10 @@ def test_sets_equal_scipys_at_every_threshold_of_four_thousand_rows(seed: int, n
     generator = np.random.default_rng(seed)
     centres = generator.normal(size=(900, 256))
     rows = unit(centres[generator.integers(900, size=4_000)] + noise * generator.normal(size=(4_000, 256)))
-    builder = ForestBuilder(len(rows))
-    for pieces in near_pairs_of(tiles(rows, torch.bfloat16), 2.1, builder.may_join):
+    builder = ForestSink(len(rows))
+    for pieces in near_pairs_of(tiles(rows, torch.bfloat16), 2.1, builder.wants):
         for edges in pieces:
             builder.add(edges)
     a, b = np.triu_indices(len(rows), 1)
     tree = linkage(exact_distances(rows)[a, b].astype(np.float64), method="single")
-    np.testing.assert_array_equal(merge_heights(len(rows), builder.build())[a, b], cophenet(tree))
+    np.testing.assert_array_equal(merge_heights(len(rows), builder.result())[a, b], cophenet(tree))

@@ -13,8 +13,7 @@ from balance_data import Listener, distance_matrix, make_rows
 from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.plan import triangle
-from clipcid_cli.algorithms.sets.forest import minimum_forest
-from clipcid_cli.algorithms.sets.sinks import ForestSink
+from clipcid_cli.algorithms.sets.forest import ForestSink, minimum_forest
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.precision import choose_scan

@@ -7,18 +7,21 @@ import shutil
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import FloatArray, HalfArray, IntArray, row_type
 from clipcid_cli.algorithms.near.plan import rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
-from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.arrays import Arrays, map_strings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.steps.balance.filters.references import Reference
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.chunks import SearchRun, run_chunks
@@ -40,6 +43,7 @@ class NearReferences:
         near: How many rows lie near each reference, whatever other references they are near.
     """
 
+    reason: ClassVar = "reference"
     references: list[Reference]
     threshold: float
     owner: npt.NDArray[np.int16]
@@ -48,9 +52,9 @@ class NearReferences:
     near: list[int]
 
     @property
-    def is_far(self) -> npt.NDArray[np.bool_]:
-        """Which rows are near no reference, bool [N]."""
-        return np.asarray(self.owner < 0)
+    def is_dropped(self) -> npt.NDArray[np.bool_]:
+        """Which rows are near a reference, bool [N]."""
+        return np.asarray(self.owner >= 0)
 
     def summarise(self) -> dict[str, Any]:
         """Return what the JSON object says."""
@@ -63,6 +67,36 @@ class NearReferences:
                 for reference, near, number in zip(self.references, self.near, nearest, strict=True)
             ],
         }
+
+    def columns(self, folder: Path) -> list[Column]:
+        """Return the columns of the keep list, which name the nearest reference row of each row that is near one.
+
+        Args:
+            folder: Where keys are mapped, which may be more than memory holds.
+        """
+        keys: dict[int, pa.Array] = {}
+
+        def read_names(part: slice) -> pa.Array:
+            owner = self.owner[part]
+            return pa.array([each.name for each in self.references]).take(pa.array(owner, mask=owner < 0))
+
+        def read_keys(part: slice) -> pa.Array:
+            owner, found = self.owner[part], pa.nulls(part.stop - part.start, pa.string())
+            for number in np.unique(owner[owner >= 0]).tolist():
+                if number not in keys:
+                    embeddings = self.references[number].embeddings
+                    chunks = (chunk for file in embeddings.files for chunk in embeddings.keys_of(file).chunks)
+                    keys[number] = map_strings(folder, chunks)
+                is_its = owner == number
+                named = keys[number].take(pa.array(self.row[part][is_its])).cast(pa.string())
+                found = pc.replace_with_mask(found, pa.array(is_its), named)
+            return found
+
+        return [
+            Column("reference", pa.string(), read_names),
+            Column("reference_key", pa.string(), read_keys),
+            float_column("reference_distance", self.distance),
+        ]
 
 
 def find_near(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
-from clipcid_cli.algorithms.sets.forest import minimum_forest
-from clipcid_cli.algorithms.sets.sinks import ForestSink, NearestOf, PairsWithin
+from clipcid_cli.algorithms.sets.forest import ForestSink, minimum_forest
+from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 
 NUM_ROWS = 60
 

@@ -11,7 +11,7 @@ import pytest
 from balance_data import balance, make_rows, write_embeddings
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.sets.forest import ForestBuilder
+from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.formats import arrays
 from clipcid_cli.formats.results import keep_list
 
@@ -52,12 +52,12 @@ def test_a_forest_is_built_in_64_bytes_a_row() -> None:
         random = np.random.default_rng(0)
         tracemalloc.start()
         try:
-            builder = ForestBuilder(num_rows, smallest_fold=2**10)
+            builder = ForestSink(num_rows, smallest_fold=2**10)
             for _ in range(200):
                 a = random.integers(num_rows - 1, size=num_rows // 40)
                 b = a + 1 + random.integers(num_rows - 1 - a)
                 builder.add(Edges(a, b, random.random(len(a), np.float32)))
-            assert len(builder.build()) > 0.9 * num_rows
+            assert len(builder.result()) > 0.9 * num_rows
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

@@ -9,11 +9,11 @@ from clipcid_cli.algorithms.near.block import (
     FORMATS,
     check_format,
     common_step,
+    copies_error,
     is_lossless,
     narrow,
     residuals,
     row_steps,
-    score_error,
     widen,
 )
 from clipcid_cli.algorithms.near.int8 import distortion, rotate, rotation_error
@@ -45,7 +45,7 @@ def test_scores_are_within_the_proven_error(kind: str, width: int, dtype: torch.
         found.append(residuals(wide, copy, length, steps).double())
         scores.append(copy.double() * steps.double())
     exact = a.double() @ b.double().T
-    error = score_error(dtype, width, (lengths[0], float(lengths[1].max())), (found[0], float(found[1].max())))
+    error = copies_error(dtype, width, (lengths[0], float(lengths[1].max())), (found[0], float(found[1].max())))
     assert bool(((scores[0] @ scores[1].T - exact).abs() <= error[:, None]).all())
     if is_lossless(a.dtype, dtype):
         assert not found[0].any()
