@@ -11,15 +11,15 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, ReadRows
+from clipcid_cli.algorithms.near.exact import ReadRows
 from clipcid_cli.algorithms.near.plan import Plan
 from clipcid_cli.algorithms.near.search import CACHE_BYTES, Panels, near_pairs_of
+from clipcid_cli.algorithms.sets.forest import ForestSink
+from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, load_arrays, save_arrays
 from clipcid_cli.runtime.machine import Machine
@@ -34,21 +34,7 @@ from clipcid_cli.steps.shared_arrays import share_arrays
 _STRETCHES = 4
 _SECONDS_TO_SAVE = 1.0
 
-
-class Sink(Protocol):
-    """Collects pairs, see :mod:`clipcid_cli.algorithms.sets.sinks`."""
-
-    def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
-        """Tell which pairs are worth computing, from lower bounds of their distances."""
-
-    def add(self, edges: Edges) -> None:
-        """Add pairs."""
-
-    def drain(self) -> Edges:
-        """Return the pairs added since the last call, as far as they still matter."""
-
-    def result(self) -> Edges:
-        """Return what all added pairs come to."""
+Sink = ForestSink | NearestOf | PairsWithin
 
 
 @dataclasses.dataclass(frozen=True)
