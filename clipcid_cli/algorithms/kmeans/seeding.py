@@ -1,26 +1,26 @@
 """The first centroids of k-means, and new ones for empty clusters.
 
-Shape letters: N rows, S sampled rows, P of them that are looked at, K centroids, L trials, D width.
-
 How to choose the first rows was decided by experiment: on 1,781 photographs (clothing features, 1,280 wide) after 20
 iterations, mean of 4 seeds, greedy k-means++ reached a mean similarity of 0.5190, 0.6507, 0.7107 and 0.7921 at K = 16, 128,
 256 and 512 against 0.5191, 0.6440, 0.6992 and 0.7800 from uniformly drawn rows, with spreads of about 0.001. The gain is in
 clusters of few rows; at 225 rows a cluster (docs/method.md#number-of-clusters) there is none to see, and its cost grows with
 K². So it is used for few clusters and uniform rows for many.
+
+Shape letters: N rows, S sampled rows, P of them that are looked at, K centroids, L trials, D width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.kmeans.kmeans import RowReader
-from clipcid_cli.algorithms.near.block import ACCUMULATION_UNIT, exact_accumulation
+from clipcid_cli.algorithms.near.block import ACCUMULATION_UNIT
 from clipcid_cli.algorithms.near.centroids import centroids_of_sums
+from clipcid_cli.algorithms.near.exact import DoubleArray, IntArray, ReadRows
 
 PLUS_PLUS_CLUSTERS = 512
 PLUS_PLUS_ROWS_PER_CLUSTER = 16
@@ -34,20 +34,13 @@ _SLACK = 2.0**-20
 
 _NEAR_ENOUGH = 0.999
 
-ReadRow = Callable[[int], npt.NDArray[np.float16]]
-ReadRows = Callable[[npt.NDArray[np.int64]], torch.Tensor]
-
 
 def first_centroids(rows: RowReader, num_clusters: int, seed: int) -> torch.Tensor:
     """Choose the first centroids, float32 [K, D] on the CPU; a function of rows, K and seed."""
-
-    def read(positions: npt.NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(rows.features_at(positions))
-
-    return rows_as_centroids(rows, choose_first_rows(read, len(rows), num_clusters, seed))
+    return rows_as_centroids(rows, choose_first_rows(rows.features_at, len(rows), num_clusters, seed))
 
 
-def rows_as_centroids(rows: RowReader, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
+def rows_as_centroids(rows: RowReader, numbers: IntArray) -> torch.Tensor:
     """Read single rows as centroids: unit rows on the grid, float32 [K, D] on the CPU."""
     centroids_KD = torch.zeros(len(numbers), rows.width)
     for first in range(0, len(numbers), _ROWS_AT_ONCE):
@@ -63,7 +56,7 @@ def choose_first_rows(read: ReadRows, num_rows: int, num_clusters: int, seed: in
     Up to 512 clusters: greedy k-means++ on a uniform sample of 16·K rows. More: uniformly drawn rows.
 
     Args:
-        read: Returns rows by their numbers (ascending), float16 [n, D].
+        read: Returns rows by their numbers (ascending).
         num_clusters: K, in [1, N].
 
     Returns:
@@ -75,14 +68,14 @@ def choose_first_rows(read: ReadRows, num_rows: int, num_clusters: int, seed: in
     if not 1 <= num_clusters <= num_rows:
         raise ValueError(f"the number of clusters must lie in [1, {num_rows}], not {num_clusters}")
     random = np.random.default_rng(seed)
+
+    def draw(count: int) -> npt.NDArray[np.int64]:
+        return np.sort(random.choice(num_rows, count, replace=False, shuffle=False).astype(np.int64))
+
     if num_clusters > PLUS_PLUS_CLUSTERS:
-        return _draw(random, num_rows, num_clusters)
-    sample_S = _draw(random, num_rows, min(num_rows, PLUS_PLUS_ROWS_PER_CLUSTER * num_clusters))
-    return sample_S[spread_out(read(sample_S), num_clusters, random)]
-
-
-def _draw(random: np.random.Generator, num_rows: int, count: int) -> npt.NDArray[np.int64]:
-    return np.sort(random.choice(num_rows, count, replace=False, shuffle=False).astype(np.int64))
+        return draw(num_clusters)
+    sample_S = draw(min(num_rows, PLUS_PLUS_ROWS_PER_CLUSTER * num_clusters))
+    return sample_S[spread_out(torch.from_numpy(read(sample_S)), num_clusters, random)]
 
 
 def spread_out(rows_SD: torch.Tensor, num_clusters: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -94,18 +87,26 @@ def spread_out(rows_SD: torch.Tensor, num_clusters: int, random: np.random.Gener
     product of all rows with all, 4·S² bytes, tells which rows a trial can be nearer to: after the first few, a small share.
 
     Args:
-        rows_SD: Unit rows, float16 [S, D].
+        rows_SD: Unit rows, float16 [S, D] on the CPU.
 
     Returns:
         Different positions, int64 [K].
 
     Source: Arthur and Vassilvitskii 2007, k-means++, with the greedy trials of its section 5, as in scikit-learn.
     """
-    exact_SD, about_SS = rows_SD.double(), _products(rows_SD)
+    exact_SD = rows_SD.double()
+
+    def distances(chosen_L: torch.Tensor, others_P: torch.Tensor) -> torch.Tensor:
+        """Return 1 − similarity in units of 2⁻³⁰, int64 [L, P]; exactly 0 for a chosen row itself."""
+        distance_LP = (1.0 - exact_SD[chosen_L] @ exact_SD[others_P].T).mul_(_UNIT).round_().clamp_(min=0).long()
+        return distance_LP.masked_fill_(chosen_L[:, None] == others_P, 0)
+
+    # A chosen row's distance to itself counts as 0, even if a longer one is nearer by its product.
+    about_SS = (rows_SD.float() @ rows_SD.float().T).fill_diagonal_(_LONGEST**2)
     nearer = 1.0 - (rows_SD.shape[1] * ACCUMULATION_UNIT * _LONGEST**2 + _SLACK)
     num_trials = 2 + int(math.log(num_clusters))
     chosen = [int(random.integers(len(rows_SD)))]
-    weight_S = _integer_distances(exact_SD, torch.tensor(chosen), torch.arange(len(rows_SD)))[0]
+    weight_S = distances(torch.tensor(chosen), torch.arange(len(rows_SD)))[0]
     while len(chosen) < num_clusters:
         total = int(weight_S.sum())
         if total == 0:
@@ -116,40 +117,22 @@ def spread_out(rows_SD: torch.Tensor, num_clusters: int, random: np.random.Gener
         trials_L = torch.searchsorted(weight_S.cumsum(0), draws_L, right=True)
         # Rows that may be nearer to a trial than to all chosen so far; the weights of others stay.
         near_P = (about_SS[trials_L].amax(dim=0) >= nearer - weight_S.float() / _UNIT).nonzero()[:, 0]
-        weights_LP = torch.minimum(weight_S[near_P], _integer_distances(exact_SD, trials_L, near_P))
+        weights_LP = torch.minimum(weight_S[near_P], distances(trials_L, near_P))
         best = int(weights_LP.sum(dim=1).argmin())
         chosen.append(int(trials_L[best]))
         weight_S[near_P] = weights_LP[best]
     return np.asarray(chosen, dtype=np.int64)
 
 
-def _products(rows_SD: torch.Tensor) -> torch.Tensor:
-    """Return the float32 product of each row with each other, [S, S], with itself 1 at least."""
-    wide_SD = rows_SD.float()
-    with exact_accumulation(wide_SD.device):
-        products_SS = wide_SD @ wide_SD.T
-    # A chosen row's distance to itself counts as 0, even if a longer one is nearer by its product.
-    return products_SS.fill_diagonal_(_LONGEST**2)
-
-
-def _integer_distances(exact_SD: torch.Tensor, chosen_L: torch.Tensor, others_P: torch.Tensor) -> torch.Tensor:
-    """Return 1 − similarity of chosen rows to others in units of 2⁻³⁰, int64 [L, P]; exactly 0 for a chosen row itself."""
-    distance_LP = (1.0 - exact_SD[chosen_L] @ exact_SD[others_P].T).mul_(_UNIT).round_().clamp_(min=0).long()
-    return distance_LP.masked_fill_(chosen_L[:, None] == others_P, 0)
-
-
-def choose_seeds(
-    similarities_P: npt.NDArray[np.float64], numbers_P: npt.NDArray[np.int64], read_row: ReadRow, count: int
-) -> npt.NDArray[np.int64]:
+def choose_seeds(similarities_P: DoubleArray, numbers_P: IntArray, read: ReadRows, count: int) -> npt.NDArray[np.int64]:
     """Choose rows to re-seed empty clusters: those farthest from their own centroids, no two of them equal.
 
     Rows with a similarity above 0.999 (2.6°) to their centroid are left out: data with fewer different rows than clusters
     has clusters that must stay empty.
 
     Args:
-        similarities_P: Similarity of candidate rows to their own centroids, float64 [P].
-        numbers_P: Their numbers among all rows, int64 [P]; equal similarities go by the smaller number.
-        read_row: Returns a row by its number, float16 [D].
+        similarities_P: Similarity of candidate rows to their own centroids.
+        numbers_P: Their numbers among all rows; equal similarities go by the smaller number.
 
     Returns:
         Positions among the candidates, int64 [≤ count], the farthest first. The choice from parts of the candidates, made
@@ -159,7 +142,7 @@ def choose_seeds(
     chosen: list[int] = []
     seen: set[bytes] = set()
     for position in far[np.lexsort((numbers_P[far], similarities_P[far]))].tolist():
-        content = read_row(int(numbers_P[position])).tobytes()
+        content = read(numbers_P[position, None]).tobytes()
         if content not in seen:
             seen.add(content)
             chosen.append(position)

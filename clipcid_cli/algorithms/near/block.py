@@ -32,19 +32,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import numpy as np
 import torch
 
 from clipcid_cli.algorithms.near.exact import LONGEST_ROW, ROWS_IN_CACHE, IntArray, ReadRows, squared_lengths
-from clipcid_cli.algorithms.near.int8 import choose_steps, distortion, rotate, rotation_error, round_to_int8
-
-Bound = TypeVar("Bound", float, torch.Tensor)
-
-FORMATS = (torch.int8, torch.bfloat16, torch.float16, torch.float32)
+from clipcid_cli.algorithms.near.int8 import choose_step, distortion, rotate, rotation_error, round_to_int8
 
 # Largest relative error u of one step of a float32 accumulation, 2⁻²⁴ where it is rounded; matrix units may truncate and
 # align a few products at a time, which four times that covers.
@@ -82,36 +77,47 @@ class Block:
 
 
 def load_block(read: ReadRows, rows: IntArray, device: torch.device, scan_dtype: torch.dtype) -> Block:
-    """Read rows and prepare them for comparison.
-
-    Args:
-        rows: Row numbers, integers [N], N ≥ 1.
-        scan_dtype: Format of the copies.
-
-    Raises:
-        ValueError: when a row is not finite or longer than ``LONGEST_ROW``, for which the distances would be inexact.
-    """
-    return prepare_block(rows, read_stored(read, rows, device), scan_dtype)
-
-
-def prepare_block(rows: IntArray, stored: torch.Tensor, scan_dtype: torch.dtype) -> Block:
-    """As :func:`load_block`, of rows that are on the device already, float16 or float32, [N, D]."""
-    squared = squared_lengths(stored)
-    shortest, longest = (math.sqrt(float(end)) for end in squared.aminmax())
-    if not longest <= LONGEST_ROW:
-        raise ValueError(f"rows must be finite and no longer than {LONGEST_ROW}, not {longest:.3g}")
-    if is_lossless(stored.dtype, scan_dtype):
-        return Block(rows, stored, stored.to(scan_dtype), squared, shortest, longest, 0.0, 1.0)
-    wide = [widen(part, scan_dtype) for part in torch.split(stored, ROWS_IN_CACHE)]
-    step = common_step(wide) if scan_dtype == torch.int8 else 1.0
-    copies = [narrow(part, scan_dtype, step) for part in wide]
-    residual = max(float(residuals(*pair, longest, step).max()) for pair in zip(wide, copies, strict=True))
-    return Block(rows, stored, torch.cat(copies), squared, shortest, longest, residual, step)
+    """Read rows, by their numbers, and prepare them for comparison, see :func:`make_block`."""
+    return make_block(rows, read_stored(read, rows, device), scan_dtype)
 
 
 def read_stored(read: ReadRows, rows: IntArray, device: torch.device) -> torch.Tensor:
     """Return rows as stored on a device, float16 [N, D]."""
     return torch.from_numpy(np.ascontiguousarray(read(rows))).to(device)
+
+
+def make_block(rows: IntArray, stored: torch.Tensor, scan_dtype: torch.dtype) -> Block:
+    """Prepare rows for comparison.
+
+    Args:
+        rows: Row numbers, integers [N], N ≥ 1.
+        stored: The rows, float16 or float32 [N, D].
+        scan_dtype: Format of the copies: bfloat16, float16, float32, or int8 on a CPU.
+
+    Raises:
+        ValueError: when a row is not finite or longer than ``LONGEST_ROW``, for which the distances would be inexact.
+    """
+    squared = squared_lengths(stored)
+    shortest, longest = (math.sqrt(float(end)) for end in squared.aminmax())
+    if not longest <= LONGEST_ROW:
+        raise ValueError(f"rows must be finite and no longer than {LONGEST_ROW}, not {longest:.3g}")
+    if scan_dtype in (stored.dtype, torch.float32):
+        return Block(rows, stored, stored.to(scan_dtype), squared, shortest, longest, 0.0, 1.0)
+    parts, step = torch.split(stored, ROWS_IN_CACHE), 1.0
+    if scan_dtype == torch.int8:
+        wide = [rotate(part) for part in parts]
+        step = choose_step(max(float(part.abs().max()) for part in wide))
+        copies = [round_to_int8(part, step) for part in wide]
+    else:
+        wide = [part.float() for part in parts]
+        copies = [part.to(scan_dtype) for part in wide]
+    width = stored.shape[1]
+    # An integer of 8 bits times a step of 8 bits is exact in float32.
+    apart = [part - copy[:, :width].float() * step for part, copy in zip(wide, copies, strict=True)]
+    residual = float(torch.stack([torch.linalg.vector_norm(part, dim=1).max() for part in apart]).max()) * _ROUNDED_UP
+    if scan_dtype == torch.int8:
+        residual += rotation_error(width) * longest
+    return Block(rows, stored, torch.cat(copies), squared, shortest, longest, residual, step)
 
 
 def multiply(a_MD: torch.Tensor, b_ND: torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
@@ -156,15 +162,25 @@ def lowest_score(a: Block, b: Block, cutoff: float) -> torch.Tensor:
 
 def highest_dots(a: Block, b: Block, score_P: torch.Tensor) -> torch.Tensor:
     """Bound the dot products behind computed scores [P] from above, float64 [P]."""
-    wide_P = score_P.double() * (a.step * b.step)
+    return score_P.double() * (a.step * b.step) + rounded_error(a, b)
+
+
+def rounded_error(a: Block, b: Block) -> float:
+    """Bound the difference of a computed score, times both steps, from the exact dot product."""
+    dtype = score_dtype(a.scan.dtype)
     # Beside the errors before it, the rounding of the output: half a unit in the last place, eps/2 of the score.
-    rounding = 0.0 if score_P.dtype == torch.int32 else torch.finfo(score_P.dtype).eps
-    return wide_P + wide_P.abs() * rounding + score_error(a, b)
+    rounding = 0.0 if dtype == torch.int32 else torch.finfo(dtype).eps
+    return score_error(a, b) + rounding * (a.longest + a.residual) * (b.longest + b.residual)
 
 
 def score_error(a: Block, b: Block) -> float:
     """Bound the difference of a score from the exact dot product, before its last rounding."""
-    error = copies_error(a.scan.dtype, a.stored.shape[1], (a.longest, b.longest), (a.residual, b.residual))
+    width = a.stored.shape[1]
+    relative = width * ACCUMULATION_UNIT
+    if a.scan.dtype == torch.int8:
+        relative += 3.0 * distortion(width)
+    copy_a, copy_b = a.longest + a.residual, b.longest + b.residual
+    error = a.residual * b.longest + copy_a * (b.residual + relative * copy_b)
     # 2⁻¹⁴ for GPUs that flush float16's subnormals to zero; it also swallows the rounding of this very formula.
     return error + 2.0**-14
 
@@ -195,76 +211,3 @@ def exact_accumulation(device: torch.device, *, small_integers: bool = False) ->
     finally:
         for name, value in before.items():
             setattr(matmul, name, value)
-
-
-def check_format(dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse formats in which products cannot be computed.
-
-    Raises:
-        ValueError: for a format not in ``FORMATS``, and for int8 on another device than a CPU.
-    """
-    if dtype not in FORMATS:
-        raise ValueError(f"the product can be in {', '.join(map(str, FORMATS))}, not {dtype}")
-    if dtype == torch.int8 and device.type != "cpu":
-        raise ValueError(f"products in torch.int8 are for CPUs, not {device}")
-
-
-def is_lossless(source: torch.dtype, target: torch.dtype) -> bool:
-    """Tell whether copies of float16 or float32 rows have no residual."""
-    return target in (source, torch.float32)
-
-
-def widen(rows_ND: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what copies are rounded from, float32 [N, D]: for int8 the rotated rows, otherwise the rows."""
-    return rotate(rows_ND) if dtype == torch.int8 else rows_ND.float()
-
-
-def narrow(wide_ND: torch.Tensor, dtype: torch.dtype, steps: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """Round :func:`widen`-ed rows to a format: [N, D]; [N, 2] with a column of zeros for int8 of width 1.
-
-    Args:
-        steps: For int8, the value of the integer 1: one for all rows, or float32 [N, 1].
-    """
-    return round_to_int8(wide_ND, steps) if dtype == torch.int8 else wide_ND.to(dtype)
-
-
-def row_steps(wide_ND: torch.Tensor) -> torch.Tensor:
-    """Choose an int8 step for each row, float32 [N, 1]."""
-    return choose_steps(wide_ND.abs().amax(dim=1, keepdim=True))
-
-
-def common_step(wide_parts: Iterable[torch.Tensor]) -> float:
-    """Choose one int8 step for all rows of some parts, so that integer scores compare across rows."""
-    return float(choose_steps(torch.stack([wide_ND.abs().max() for wide_ND in wide_parts]).max()))
-
-
-def residuals(
-    wide_ND: torch.Tensor, copy_ND: torch.Tensor, lengths: Bound, steps: torch.Tensor | float = 1.0
-) -> torch.Tensor:
-    """Bound the residuals of copies, float32 [N].
-
-    Args:
-        lengths: |a| of each row [N], or of the longest.
-        steps: As for :func:`narrow`.
-    """
-    width = wide_ND.shape[1]
-    # An integer of 8 bits times a step of 8 bits is exact in float32.
-    apart_ND = wide_ND - copy_ND[:, :width].float() * steps
-    apart_N: torch.Tensor = torch.linalg.vector_norm(apart_ND, dim=1) * _ROUNDED_UP
-    return apart_N + rotation_error(width) * lengths if copy_ND.dtype == torch.int8 else apart_N
-
-
-def copies_error(dtype: torch.dtype, width: int, lengths: tuple[Bound, float], residuals: tuple[Bound, float]) -> Bound:
-    """Bound the difference of a score, before it is rounded to the output's format, from the exact dot product.
-
-    Args:
-        dtype: Format of the copies.
-        lengths: R_a and R_b.
-        residuals: ρ_a and ρ_b.
-    """
-    (length_a, length_b), (residual_a, residual_b) = lengths, residuals
-    relative = width * ACCUMULATION_UNIT
-    if dtype == torch.int8:
-        relative += 3.0 * distortion(width)
-    copy_a, copy_b = length_a + residual_a, length_b + residual_b
-    return residual_a * length_b + copy_a * (residual_b + relative * copy_b)

@@ -76,13 +76,11 @@ class ClusterSums:
     Attributes:
         sums_KD: float64 [K, D].
         counts_K: Rows of each cluster, int64 [K].
-        changed_K: Clusters that rows have come to or left since this was last set to 0, int32 [K].
     """
 
     def __init__(self, num_clusters: int, width: int, device: torch.device) -> None:
         self.sums_KD = torch.zeros(num_clusters, width, dtype=torch.float64, device=device)
         self.counts_K = torch.zeros(num_clusters, dtype=torch.int64, device=device)
-        self.changed_K = torch.zeros(num_clusters, dtype=torch.int32, device=device)
 
     def move(self, rows_BD: torch.Tensor, old_B: torch.Tensor | None, new_B: torch.Tensor) -> None:
         """Move rows from their old clusters to new ones.
@@ -105,4 +103,3 @@ class ClusterSums:
     def _add(self, rows_BD: torch.Tensor, clusters_B: torch.Tensor, count: int) -> None:
         self.sums_KD.index_add_(0, clusters_B, rows_BD, alpha=count)
         self.counts_K.index_add_(0, clusters_B, torch.full_like(clusters_B, count))
-        self.changed_K[clusters_B] = 1

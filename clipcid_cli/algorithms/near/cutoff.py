@@ -1,9 +1,13 @@
 """The distance up to which to search for a given number of forest edges.
 
 A search to a distance finds every forest edge up to it. To keep n of N images it must reach the (N − n)-th smallest edge of
-a forest that is not known yet, and should not go much further. F(ε), the share of rows whose nearest neighbour is within ε,
-brackets it: each of those rows has an edge to its nearest neighbour in the forest, and two rows may share one, so
-edges(ε) / N lies in [F(ε)/2, F(ε)).
+a forest that is not known yet, and should not go much further. Edges to nearest neighbours are all in the forest, and each
+is counted once by a row, or twice where two rows are each other's nearest. So with F(ε) the share of rows whose nearest
+neighbour is within ε, and R(ε) those of them that are theirs in turn,
+
+    edges(ε) / N  ≥  F(ε) − R(ε)/2,
+
+which a sample tells. Up to half of the rows the forest has few more edges than these.
 
 Source: docs/method.md#first-cut-off.
 """
@@ -16,79 +20,44 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.near.block import read_stored
-from clipcid_cli.algorithms.near.exact import (
-    LONGEST_ROW,
-    FloatArray,
-    IntArray,
-    ReadRows,
-    round_distances,
-    squared_lengths,
-)
+from clipcid_cli.algorithms.near.exact import LONGEST_ROW, DoubleArray, FloatArray, IntArray, ReadRows
+from clipcid_cli.algorithms.near.sample import draw_sample, find_neighbours
 
 # No two rows are farther apart.
 FARTHEST = 2.0 * LONGEST_ROW
-# Rows whose nearest neighbours are sampled: F is then known within 3 %.
-SAMPLE_ROWS = 1024
-# Reaching a little further costs little; a forest with too few edges costs another search. Twice the share always suffices,
-# but F is known from a sample only: two standard deviations are added. Where shares are large, F needs less than twice the
-# share: up to 1.40 times 0.44 was measured. Of 100 searches (features of photographs, uniform, clustered, heavy-tailed and
-# power-law rows, shares of 0.05 to 0.44) all had enough edges, against 87 at 1.75 times the share without a margin.
-_FIRST_FACTOR = 2.0
+# Reaching a little further costs little; a forest with too few edges costs another search: two standard deviations of the
+# sample are added. With fifteen kinds of rows (photographs, copies of them, pairs, triples, clusters, power laws, chains, …)
+# none of 600 searches for 5 to 44 % of the rows fell short, against 28 where F reached twice the share or half way to 1.
+SAMPLE_ROWS = 512
 _DEVIATIONS = 2.0
-# The same for a star cover: measured 1.40 to 1.76 at shares up to 0.44, and 0.90 to 0.94 of all rows at 0.7. Without the
-# deviations a share of 0.1 took a second search: F was 1.77 times it in the sample, at 0.2833 where 0.2838 was needed.
-_FIRST_FACTOR_OF_STARS = 1.8
-
-_ROWS_AT_ONCE = 1024
+# Stars drop fewer rows than there are edges: F must be 1.40 to 1.76 times the share up to 0.44, and 0.90 to 0.94 of all rows
+# at 0.7 (measured).
+_FACTOR_OF_STARS = 1.8
 
 
-def nearest_distances(read: ReadRows, rows: IntArray, sample: IntArray, device: torch.device) -> FloatArray:
-    """Return the distances of sampled rows to their nearest other row, float32 [S], ascending; infinite of a row alone.
-
-    Args:
-        rows: Rows to compare with, integers [N].
-        sample: Positions in `rows` of the sampled rows, int64 [S], S ≥ 1.
-    """
-    sampled_SD = read_stored(read, rows[sample], device)
-    wide_SD, largest_S = sampled_SD.double(), torch.full((len(sample),), -math.inf, dtype=torch.float64, device=device)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        part_ND = read_stored(read, rows[start : start + _ROWS_AT_ONCE], device)
-        # a·b − |b|²/2 is exact, too. In float64 at once, all of it takes less time than bounds from low precision would.
-        value_SN = torch.addmm(squared_lengths(part_ND) / -2.0, wide_SD, part_ND.double().T)
-        met = np.flatnonzero((sample >= start) & (sample < start + len(part_ND)))
-        value_SN[torch.from_numpy(met), torch.from_numpy(sample[met] - start)] = -math.inf
-        largest_S = torch.maximum(largest_S, value_SN.amax(dim=1))
-    found: FloatArray = round_distances(squared_lengths(sampled_SD) - 2.0 * largest_S).cpu().numpy()
-    return np.sort(found)
-
-
-def first_cutoff(nearest_S: FloatArray, share: float, for_stars: bool = False) -> float:
+def first_cutoff(nearest_S: FloatArray, edges_S: DoubleArray, share: float) -> float:
     """Choose the distance of the first search.
 
     Args:
-        nearest_S: :func:`nearest_distances`.
+        nearest_S: Distances of sampled rows to their nearest neighbours, float32 [S], ascending.
+        edges_S: Forest edges that there are for each of them at least.
         share: Forest edges needed, as a share of the rows, in (0, 1).
-        for_stars: Whether a star cover is to drop that share, which takes a larger distance.
 
     Returns:
-        The distance at which F is twice `share` and two standard deviations of the sample more, or half way from `share` to
-        1 where that is less, since the last rows are outliers and a search that reaches them finds nearly all pairs; for
-        stars 1.8 times and the deviations, or four fifths of the way.
+        The distance at which there are enough of them, or four fifths of the way from `share` to 1 where that is less, since
+        the last rows are outliers and a search that reaches them finds nearly all pairs.
     """
-    factor, most = _FIRST_FACTOR, (1.0 + share) / 2.0
-    if for_stars:
-        factor, most = _FIRST_FACTOR_OF_STARS, (4.0 + share) / 5.0
-    expected = min(1.0, factor * share)
-    margin = _DEVIATIONS * math.sqrt(expected * (1.0 - expected) / len(nearest_S))
-    return _at(nearest_S, math.ceil(min(expected + margin, most) * len(nearest_S)))
+    size = len(nearest_S)
+    aim = share + _DEVIATIONS * math.sqrt(share * (1.0 - share) / size)
+    enough = int(np.searchsorted(np.cumsum(edges_S), aim * size))
+    return _at(nearest_S, min(enough, math.ceil((4.0 + share) / 5.0 * size)))
 
 
 def wider_cutoff(nearest_S: FloatArray, cutoff: float, found: int, needed: int) -> float:
     """Choose the distance of the next search after one whose forest had too few edges.
 
     Args:
-        nearest_S: :func:`nearest_distances`.
+        nearest_S: As for :func:`first_cutoff`.
         cutoff: Distance of the last search.
         found: Edges that its forest has.
         needed: Edges that it must have.
@@ -112,7 +81,7 @@ class CutoffEstimator:
 
     Args:
         rows: Rows to search, integers [N], N ≥ 2, no two of them equal.
-        for_stars: As for :func:`first_cutoff`.
+        for_stars: Whether a star cover is to drop as many rows, which takes a larger distance.
     """
 
     def __init__(self, read: ReadRows, rows: IntArray, device: torch.device, for_stars: bool) -> None:
@@ -126,12 +95,20 @@ class CutoffEstimator:
             found: Edges that its forest has.
             needed: Edges that it must have.
         """
+        nearest_S, edges_S = self._nearest
         if searched == 0.0:
-            return first_cutoff(self._nearest, needed / len(self._rows), self._for_stars)
-        return wider_cutoff(self._nearest, searched, found, needed)
+            return first_cutoff(nearest_S, edges_S, needed / len(self._rows))
+        return wider_cutoff(nearest_S, searched, found, needed)
 
     @cached_property
-    def _nearest(self) -> FloatArray:
-        size = min(SAMPLE_ROWS, len(self._rows))
-        sample = np.sort(np.random.default_rng(0).choice(len(self._rows), size, replace=False))
-        return nearest_distances(self._read, self._rows, sample, self._device)
+    def _nearest(self) -> tuple[FloatArray, DoubleArray]:
+        sample = draw_sample(len(self._rows), SAMPLE_ROWS, seed=0)
+        nearest = find_neighbours(self._read, self._rows, sample, 1, self._device)
+        order = np.argsort(nearest.squared, kind="stable")
+        if self._for_stars:
+            edges_S = np.full(len(sample), 1.0 / _FACTOR_OF_STARS)
+        else:
+            others, which_S = np.unique(nearest.other, return_inverse=True)
+            in_turn = find_neighbours(self._read, self._rows, others, 1, self._device).other
+            edges_S = np.where(in_turn[which_S] == sample, 0.5, 1.0)
+        return nearest.distance[order], edges_S[order]

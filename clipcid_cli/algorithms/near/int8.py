@@ -23,7 +23,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-LARGEST_INT8 = 127
+_LARGEST_INT8 = 127
 # The rounding of a CPU's own float32 arithmetic.
 _ROUNDING_UNIT = 2.0**-24
 
@@ -49,27 +49,17 @@ def distortion(width: int) -> float:
     return _rotation(width)[-1]
 
 
-def round_to_int8(rotated_ND: torch.Tensor, steps: torch.Tensor | float) -> torch.Tensor:
-    """Return the integers q nearest to a rotated row over its step, int8 [N, D]; [N, 2] with a column of zeros for D = 1.
-
-    Args:
-        rotated_ND: float32 [N, D].
-        steps: One for all, or [N, 1]; at least a 127th of the largest entry.
-    """
-    rounded_ND = (rotated_ND / steps).round_().to(torch.int8)
+def round_to_int8(rotated_ND: torch.Tensor, step: float) -> torch.Tensor:
+    """Return the integers q nearest to a rotated row over the step, int8 [N, D]; [N, 2] with a column of zeros for D = 1."""
+    rounded_ND = (rotated_ND / step).round_().to(torch.int8)
     # PyTorch 2.13 returns what was in memory for products of one column.
     return rounded_ND if rounded_ND.shape[1] > 1 else torch.nn.functional.pad(rounded_ND, (0, 1))
 
 
-def choose_steps(largest: torch.Tensor) -> torch.Tensor:
-    """Return the smallest numbers of 8 significant bits that scale the given largest entries to 127; 1 for 0.
-
-    Args:
-        largest: Largest absolute entries, float32 of any shape.
-    """
-    fraction, exponent = torch.frexp(largest.double() / LARGEST_INT8)
-    steps = torch.ldexp(torch.ceil(fraction * 2**8), exponent - 8)
-    return torch.where(largest > 0, steps, 1.0).float()
+def choose_step(largest: float) -> float:
+    """Return the smallest number of 8 significant bits that scales the largest entry to 127 at most; 1 for 0."""
+    fraction, exponent = math.frexp(largest / _LARGEST_INT8)
+    return math.ldexp(math.ceil(fraction * 2**8), exponent - 8) if largest else 1.0
 
 
 @lru_cache(maxsize=4)

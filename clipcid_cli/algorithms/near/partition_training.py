@@ -93,7 +93,7 @@ def split_counts(sizes_K: IntArray, num_partitions: int) -> IntArray:
 
 def _nearest(partitions: Partitions, rows_BD: torch.Tensor) -> torch.Tensor:
     """Find the nearest centroid of this process's rows, of which there may be none; int64 [B]."""
-    return partitions.nearest(rows_BD) if len(rows_BD) else torch.empty(0, dtype=torch.int64, device=rows_BD.device)
+    return partitions.home(rows_BD) if len(rows_BD) else torch.empty(0, dtype=torch.int64, device=rows_BD.device)
 
 
 def _sum_rows(rows_BD: torch.Tensor, home_B: torch.Tensor, num_partitions: int) -> ClusterSums:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import load_arrays, save_arrays
+from clipcid_cli.formats.arrays import load_arrays
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.fingerprint import refuse_changed
 from clipcid_cli.formats.parquet import count_rows, read_columns
@@ -159,21 +159,17 @@ def part_path(folder: Path, part: int) -> Path:
     return folder / f".{TABLE}.part-{part:03d}"
 
 
-def write_part(
-    path: Path, *, similarities: npt.NDArray[np.float64], images: TopClusters, captions: TopClusters | None
-) -> None:
-    """Write one part of n rows.
+def part_arrays(tops: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]) -> dict[str, npt.NDArray[Any]]:
+    """Name what is stored of n rows.
 
     Args:
-        path: Where, from :func:`part_path`.
-        similarities: Similarity to the nearest centroid, [n], before its rounding to float16.
+        tops: By tower the nearest centroids and the similarities to them, [n, m] each.
     """
-    arrays: dict[str, npt.NDArray[Any]] = {"similarity": similarities.astype(np.float32)}
-    for tower, tops in (("image", images), ("caption", captions)):
-        if tops is not None:
-            names = (array.stem for array in top_paths(path.parent, tower))
-            arrays |= zip(names, (tops.clusters, tops.similarities), strict=True)
-    save_arrays(path, arrays)
+    arrays: dict[str, npt.NDArray[Any]] = {"similarity": tops["image"][1][:, 0].astype(np.float32)}
+    for tower, (clusters, similarities) in tops.items():
+        names = (path.stem for path in top_paths(Path(), tower))
+        arrays |= zip(names, (clusters.astype(np.int32), similarities.astype(np.float16)), strict=True)
+    return arrays
 
 
 def join_parts(folder: Path, bounds: list[tuple[int, int]], keys: Callable[[int, int], pa.ChunkedArray]) -> None:

@@ -13,8 +13,8 @@ from clipcid_cli.algorithms.near.block import Block, load_block
 from clipcid_cli.algorithms.near.cutoff import SAMPLE_ROWS as CUTOFF_SAMPLE
 from clipcid_cli.algorithms.near.duplicates import hash_rows
 from clipcid_cli.algorithms.near.exact import IntArray
-from clipcid_cli.algorithms.near.partition_margin import MARGIN_SAMPLE
 from clipcid_cli.algorithms.near.partition_training import LOOKS_AT_SAMPLE, ROWS_PER_CENTROID
+from clipcid_cli.algorithms.near.partitions import SAMPLE_ROWS as MARGIN_SAMPLE
 from clipcid_cli.algorithms.near.partitions import default_num_partitions
 from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.errors import ClipcidError

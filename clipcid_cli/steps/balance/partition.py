@@ -8,10 +8,17 @@ from contextlib import contextmanager
 import numpy as np
 
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
-from clipcid_cli.algorithms.near.partition_margin import measure_margin, sample_neighbours
 from clipcid_cli.algorithms.near.partition_training import train_partitions
-from clipcid_cli.algorithms.near.partitions import Partitions, assign_rows, group_rows
+from clipcid_cli.algorithms.near.partitions import (
+    NEIGHBOURS,
+    SAMPLE_ROWS,
+    Partitions,
+    assign_rows,
+    group_rows,
+    measure_margin,
+)
 from clipcid_cli.algorithms.near.plan import Plan, pieces
+from clipcid_cli.algorithms.near.sample import Neighbours, draw_sample, find_neighbours
 from clipcid_cli.formats.arrays import Arrays, create_unnamed, spool_arrays
 from clipcid_cli.formats.embeddings.grouped import create_copy, open_copies, remove_copies
 from clipcid_cli.steps.balance.rows import BalanceRows
@@ -53,21 +60,25 @@ def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, R
             gather=machine.gather,
             advance=progress.advance,
         )
-    neighbours, sample = sample_neighbours(
-        read, unique, reach, machine.device, run.scan.dtype, share=machine.share, gather=machine.gather
-    )
-    margin, visits = machine.on_main(lambda: measure_margin(partitions, read, neighbours, sample, reach))
     number = len(unique)
+    sample, share = draw_sample(number, SAMPLE_ROWS, seed=1), machine.share(number)
+    found = machine.gather(find_neighbours(read, unique, sample, NEIGHBOURS, machine.device, share))
+    neighbours = Neighbours.nearest(found, NEIGHBOURS)
+    margin, visits = machine.on_main(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
     if number * number / len(partitions) * (0.5 + visits) > _LARGEST_SHARE * number * (number - 1) / 2:
         return None
     reporter.note(
         f"{len(partitions):,} partitions; rows within {margin:.4f} of a border, {visits:.1f} partitions a row, are compared "
         "beyond their own."
     )
-    start, stop = machine.share(number)
-    with reporter.progress("assign", stop - start, "images") as progress:
-        found = assign_rows(partitions, read, unique, margin, share=(start, stop), advance=progress.advance)
-        assigned = machine.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), found))
+    with reporter.progress("assign", share[1] - share[0], "images") as progress:
+
+        def assign() -> Iterator[Arrays]:
+            for home, *visits in assign_rows(partitions, read, unique, margin, share):
+                progress.advance(len(home))
+                yield home, *visits
+
+        assigned = machine.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign()))
     places = machine.on_all(lambda: _copy(run, rows, assigned[0], partitions))
     parts = collect_arrays(machine, run.work, (*assigned, places))
 
@@ -87,13 +98,13 @@ def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, R
 
     def group() -> Arrays:
         place_of, first = allocate(len(rows)), 0
-        for *_, part in parts:
-            place_of[unique[first : first + len(part)]] = part
-            first += len(part)
+        for *_, places in parts:
+            place_of[unique[first : first + len(places)]] = places
+            first += len(places)
         return *group_rows(entries, 2 * len(partitions), allocate), place_of
 
     listed, ends, place_of = share_arrays(machine, run.work, group)
-    sizes = machine.gather(stop - start)
+    sizes = machine.gather(share[1] - share[0])
     copies = machine.on_all(lambda: open_copies(run.work, sizes, partitions.width))
 
     def read_copies(numbers: IntArray) -> HalfArray:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,9 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.kmeans.kmeans import temperature_for_perplexity
-from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
-from clipcid_cli.formats.embeddings.rows import Float16
-from clipcid_cli.formats.results.clusters import (
-    TopClusters,
-    map_tops,
-    part_bounds,
-    part_path,
-    read_label_parts,
-    write_part,
-)
+from clipcid_cli.algorithms.near.nearest import top_nearest
+from clipcid_cli.formats.arrays import save_arrays
+from clipcid_cli.formats.results.clusters import map_tops, part_arrays, part_bounds, part_path, read_label_parts
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.cluster.rows import ClusterRows
@@ -30,9 +23,8 @@ from clipcid_cli.steps.reporting import Reporter
 
 # Nearest centroids stored of each image and caption: docs/method.md#soft-labels.
 NUM_NEAREST = 16
-# Rows looked up together, at most and, on a CPU, at least; there a thread looks up a share of a part of the table.
-_MOST_ROWS = {"cpu": 2048, "cuda": 8192}
-_FEWEST_ROWS = 512
+# Rows that a thread looks up together.
+_ROWS_AT_ONCE = {"cpu": 2048, "cuda": 8192}
 # The temperature's median is taken over about this many rows, evenly spaced: more would not change its digits.
 _TEMPERATURE_ROWS = 65_536
 
@@ -42,21 +34,9 @@ def search_width(num_clusters: int) -> int:
     return min(NUM_NEAREST, num_clusters)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """Rows that a thread looks up: images or captions of a part of the table.
-
-    Attributes:
-        read: Reads rows of the kind, by the first and the one after the last.
-        last: Whether it is the last of its part.
-    """
-
-    part: int
-    captions: bool
-    read: Callable[[int, int], Float16]
-    start: int
-    stop: int
-    last: bool
+def towers_of(rows: ClusterRows) -> tuple[str, ...]:
+    """Return the towers whose nearest centroids are stored."""
+    return ("image", "caption") if rows.embeddings.has_texts else ("image",)
 
 
 def assign_clusters(
@@ -64,60 +44,37 @@ def assign_clusters(
 ) -> None:
     """Write the parts of the table that are not there yet, dealt to the processes."""
     bounds, m = part_bounds(len(rows)), search_width(len(centroids_KD))
-    parts = range(machine.rank, len(bounds), machine.size)
-    parts_left = [part for part in parts if not part_path(folder, part).exists()]
-    threads = threads_for_batches(machine.device)
+    mine = range(machine.rank, len(bounds), machine.size)
+    left = [part for part in mine if not part_path(folder, part).exists()]
+    centroids_KD = centroids_KD.to(machine.device)
+    readers = {"image": rows.features, "caption": rows.captions}
 
-    def look_up(block: _Block) -> tuple[_Block, TopClusters, npt.NDArray[np.float64]]:
-        rows_BD = torch.from_numpy(np.array(block.read(block.start, block.stop))).to(machine.device)
-        found_Bm, exact_Bm = (found.cpu().numpy() for found in top_nearest(rows_BD, centroids_KD, m))
-        return block, TopClusters(found_Bm.astype(np.int32), exact_Bm.astype(np.float16)), exact_Bm[:, 0].copy()
+    def blocks() -> Iterator[tuple[int, int, int]]:
+        for part in left:
+            start, stop = bounds[part]
+            for first in range(start, stop, _ROWS_AT_ONCE[machine.device.type]):
+                yield part, first, min(stop, first + _ROWS_AT_ONCE[machine.device.type])
 
-    own, left = (sum(stop - start for start, stop in map(bounds.__getitem__, each)) for each in (parts, parts_left))
+    def look_up(block: tuple[int, int, int]) -> tuple[int, dict[str, npt.NDArray[Any]]]:
+        part, start, stop = block
+        tops = {}
+        for tower in towers_of(rows):
+            rows_BD = torch.from_numpy(np.array(readers[tower](start, stop))).to(machine.device)
+            found_Bm, cosine_Bm = top_nearest(rows_BD, centroids_KD, m)
+            tops[tower] = found_Bm.cpu().numpy(), cosine_Bm.cpu().numpy()
+        return part, part_arrays(tops)
+
+    own, open_ = (sum(bounds[part][1] - bounds[part][0] for part in parts) for parts in (mine, left))
     with reporter.progress("assign", own, "images") as progress:
-        progress.advance(own - left)
-        found: dict[bool, list[TopClusters]] = {False: [], True: []}
-        exact: list[npt.NDArray[np.float64]] = []
+        progress.advance(own - open_)
         # One set of threads for all parts: new ones for each would share a core until the system has spread them.
-        for block, tops, nearest_B in map_threads(_blocks(rows, parts_left, machine, threads), look_up, threads):
-            found[block.captions].append(tops)
-            if not block.captions:
-                exact.append(nearest_B)
-            if block.last:
-                start, stop = bounds[block.part]
-                write_part(
-                    part_path(folder, block.part),
-                    similarities=np.concatenate(exact),
-                    images=_join(found[False]),
-                    captions=_join(found[True]) if rows.embeddings.has_texts else None,
-                )
-                progress.advance(stop - start)
-                found, exact = {False: [], True: []}, []
+        found = map_threads(blocks(), look_up, threads_for_batches(machine.device))
+        for part, blocks_of_part in itertools.groupby(found, key=lambda each: each[0]):
+            pieces = [arrays for _, arrays in blocks_of_part]
+            arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+            save_arrays(part_path(folder, part), arrays)
+            progress.advance(bounds[part][1] - bounds[part][0])
     machine.barrier()
-
-
-def _blocks(rows: ClusterRows, parts: list[int], machine: Machine, threads: int) -> Iterator[_Block]:
-    """Cut parts of the table into blocks, one part after another: its images, then its captions."""
-    bounds, has_texts = part_bounds(len(rows)), rows.embeddings.has_texts
-    for part in parts:
-        start, stop = bounds[part]
-        at_once = min(_MOST_ROWS[machine.device.type], max(_FEWEST_ROWS, -(-(stop - start) // threads)))
-        for captions in (False, True) if has_texts else (False,):
-            read = rows.captions if captions else rows.features
-            for first in range(start, stop, at_once):
-                last = min(stop, first + at_once)
-                yield _Block(part, captions, read, first, last, captions == has_texts and last == stop)
-
-
-def _join(tops: list[TopClusters]) -> TopClusters:
-    return TopClusters(
-        np.concatenate([top.clusters for top in tops]), np.concatenate([top.similarities for top in tops])
-    )
-
-
-def towers_of(rows: ClusterRows) -> tuple[str, ...]:
-    """Return the towers whose nearest centroids are stored."""
-    return ("image", "caption") if rows.embeddings.has_texts else ("image",)
 
 
 def summarise(rows: ClusterRows, num_clusters: int, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from balance_data import distance_matrix, make_rows
 from hypothesis import given, settings
@@ -11,11 +12,10 @@ from hypothesis import strategies as st
 from clipcid_cli.algorithms.near.block import load_block
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray
-from clipcid_cli.algorithms.near.nearest_pairs import NearestPairs
-from clipcid_cli.algorithms.near.partition_margin import choose_margin
 from clipcid_cli.algorithms.near.partition_training import split_counts
-from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions, group_rows
+from clipcid_cli.algorithms.near.partitions import Partitions, assign_rows, choose_margin, default_num_partitions
 from clipcid_cli.algorithms.near.plan import pieces
+from clipcid_cli.algorithms.near.sample import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.search import near_pairs
 
 CPU = torch.device("cpu")
@@ -48,11 +48,18 @@ def all_of_them(a: IntArray, b: IntArray, at_least: np.ndarray) -> np.ndarray:
     return np.ones(len(a), np.bool_)
 
 
+def assign(rows: np.ndarray, centroids: np.ndarray, margin: float) -> list[np.ndarray]:
+    partitions, numbers = Partitions(torch.from_numpy(centroids)), np.arange(len(rows))
+    parts = assign_rows(partitions, rows.__getitem__, numbers, margin, (0, len(rows)))
+    return [np.concatenate(each) for each in zip(*parts, strict=True)]
+
+
 def search(rows: np.ndarray, centroids: np.ndarray, margin: float, cutoff: float) -> Edges:
     """Find the pairs within a distance that partitions find."""
-    found = Partitions(torch.from_numpy(centroids)).visits(torch.from_numpy(rows), margin)
-    entries = [(2 * found.home.numpy(), np.arange(len(rows))), (2 * found.partition.numpy() + 1, found.row.numpy())]
-    listed, ends = group_rows(lambda: entries, 2 * len(centroids), lambda length: np.empty(length, np.int64))
+    homes, visited, visitors = assign(rows, centroids, margin)
+    lists = np.concatenate([2 * homes, 2 * visited + 1])
+    listed = np.concatenate([np.arange(len(rows)), visitors])[np.argsort(lists, kind="stable")]
+    ends = np.cumsum(np.bincount(lists, minlength=2 * len(centroids)))
     plan = pieces(listed, ends, 0)
     blocks = [
         tuple(load_block(rows.__getitem__, plan.panel(panel), CPU, torch.float32) for panel in dict.fromkeys(job))
@@ -67,15 +74,15 @@ def search(rows: np.ndarray, centroids: np.ndarray, margin: float, cutoff: float
 def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.ndarray, float]) -> None:
     rows, centroids, margin = case
     home, gaps = exact_gaps(rows, centroids)
-    partitions = Partitions(torch.from_numpy(centroids))
-    stored = torch.from_numpy(rows)
-    np.testing.assert_array_equal(partitions.nearest(stored), home)
-    np.testing.assert_array_equal(partitions.spread(stored, torch.from_numpy(home)), gaps)
-    found = partitions.visits(stored, margin)
-    np.testing.assert_array_equal(found.home, home)
-    expected = gaps <= margin
-    expected[np.arange(len(rows)), home] = False
-    np.testing.assert_array_equal(np.stack([found.row, found.partition], axis=1), np.argwhere(expected))
+    gaps[np.arange(len(rows)), home] = np.inf
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Partitions, "rows_at_once", 7)
+        parts = zip(*Partitions(torch.from_numpy(centroids)).gaps(torch.from_numpy(rows)), strict=True)
+        homes, visited, visitors = assign(rows, centroids, margin)
+    for found, expected in zip(map(torch.cat, parts), (home, gaps), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(homes, home)
+    np.testing.assert_array_equal(np.stack([visitors, visited], axis=1), np.argwhere(gaps <= margin))
 
 
 @given(scenes())
@@ -95,38 +102,28 @@ def test_a_margin_of_the_cutoff_loses_no_pair_and_no_pair_is_wrong(case: tuple[n
         assert margin < cutoff or pairs == within
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(0, 200))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 5), st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_lists_made_part_by_part_are_those_of_all_entries(seed: int, num_lists: int, number: int) -> None:
+def test_neighbours_are_the_nearest_however_rows_are_shared(seed: int, count: int, size: int, ties: bool) -> None:
     generator = np.random.default_rng(seed)
-    lists, rows = generator.integers(num_lists, size=number), generator.integers(1000, size=number)
-    parts = np.array_split(np.arange(number), 1 + seed % 5)
-    entries = [(lists[part], rows[part]) for part in parts]
-    found, ends = group_rows(lambda: entries, num_lists, lambda length: np.empty(length, np.int64))
-    np.testing.assert_array_equal(found, rows[np.argsort(lists, kind="stable")])
-    np.testing.assert_array_equal(ends, np.cumsum(np.bincount(lists, minlength=num_lists)))
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
-def test_nearest_pairs_do_not_depend_on_the_order_they_come_in(seed: int, count: int, pieces: int) -> None:
-    generator = np.random.default_rng(seed)
-    weight = generator.integers(0, 20, size=(30, 30)).astype(np.float32)
-    weight = np.minimum(weight, weight.T)
-    a, b = np.triu_indices(30, 1)
-    order = generator.permutation(len(a))
-    rows = np.sort(generator.choice(30, 7, replace=False))
-    kept = NearestPairs(rows, count)
-    for part in np.array_split(order, pieces):
-        edges = Edges(a[part], b[part], weight[a[part], b[part]])
-        kept.add(edges[kept.may_be_nearest(edges.a, edges.b, edges.weight)])
-    expected = set()
-    for row in rows.tolist():
-        others = [other for other in range(30) if other != row]
-        others.sort(key=lambda other: (weight[row, other], other))
-        expected |= {(min(row, other), max(row, other)) for other in others[:count]}
-    assert set(zip(kept.edges.a.tolist(), kept.edges.b.tolist(), strict=True)) == expected
-    np.testing.assert_array_equal(kept.edges.weight, weight[kept.edges.a, kept.edges.b])
+    rows = generator.integers(-2, 3, size=(40, 4)) / 8 if ties else generator.normal(size=(40, 4)) / 4
+    rows, sample = rows.astype(np.float16), np.sort(generator.choice(40, 7, replace=False))
+    shares = np.array_split(np.arange(40), size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clipcid_cli.algorithms.near.sample._ROWS_AT_ONCE", 9)
+        parts = [
+            find_neighbours(rows.__getitem__, np.arange(40), sample, count, CPU, (int(share[0]), int(share[-1]) + 1))
+            for share in shares
+        ]
+    found = Neighbours.nearest(parts, count)
+    exact = distance_matrix(rows)
+    expected = [
+        (place, other)
+        for place, row in enumerate(sample.tolist())
+        for other in sorted(set(range(40)) - {row}, key=lambda other: (exact[row, other], other))[:count]
+    ]
+    assert list(zip(found.row.tolist(), found.other.tolist(), strict=True)) == expected
+    np.testing.assert_array_equal(found.distance, exact[sample[found.row], found.other])
 
 
 def test_partitions_that_hold_too_much_are_split_and_others_are_not() -> None:

@@ -1,0 +1,235 @@
+"""The nearest of many for each row, exact: fast products propose, float64 decides; of equally near ones the smaller number.
+
+Rows and those they are compared with are float16, or float32 multiples of 2⁻²⁴ of length at most 1.01 (centroids, see
+:mod:`clipcid_cli.algorithms.near.centroids`): float64 holds all sums of their products exactly
+(:mod:`clipcid_cli.algorithms.near.exact`), so what is found depends on neither blocks, threads, formats nor devices.
+
+**One**: with |s − x·c| ≤ e for the score s of row x and centroid c (:mod:`clipcid_cli.algorithms.near.block`), and r the
+largest score so far less e, some centroid has x·c ≥ r. The nearest has as much, so its score is at least r − e. Centroids that
+reach that are candidates; where a row has several, float64 tells them apart.
+
+**Many**: float32 products propose k > m in descending order of s. With |s − x·c| ≤ e,
+
+- where s_m > s_k + 2e, no centroid outside the k is among the m nearest, nor ties with the last of them: one outside has
+  s ≤ s_k, so x·c ≤ s_k + e, and m centroids have more than that. Other rows are multiplied with all centroids in float64;
+- two whose s differ by more than 2e are in the right order. The others are decided in float64;
+- s is returned for a cosine where all numbers within e of it round to the same float16, if that is precise enough.
+
+Shape letters: B rows of a block, K centroids, C of them in a part, G groups of g, D width, P (row, centroid) and Q (row,
+group) pairs, k proposed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+
+import numpy as np
+import torch
+
+from clipcid_cli.algorithms.near.block import (
+    ACCUMULATION_UNIT,
+    Block,
+    exact_accumulation,
+    make_block,
+    multiply,
+    rounded_error,
+    score_dtype,
+)
+from clipcid_cli.algorithms.near.exact import exact_dots
+
+# Rows and centroids of one product: on a CPU its scores stay near the caches, a GPU needs more work at a time.
+_PRODUCT_ROWS = {"cpu": 1024, "cuda": 16_384}
+_PRODUCT_CENTROIDS = {"cpu": 4096, "cuda": 16_384}
+# Groups of those centroids. Of most the largest score tells that there is no candidate.
+_GROUPS = {"cpu": 64, "cuda": 256}
+# Where rows have candidates in more groups than this on average, all centroids are about equally near and a product in
+# float32 is cheaper: rows with cosines of 0.9 took 11 s without that and 2.6 with it (2.2 in float32 from the start).
+_CROWDED = 10
+# Groups that are looked into and pairs that wait to be decided at once; where many centroids are equal there are more.
+_MOST_GROUPS = 2**18
+_MOST_PAIRS = 2**22
+
+# More centroids than asked for, so that the m-th is told from the first that is not proposed: each makes the search slower.
+_SPARE = 3
+# Of rows and centroids: unit vectors, rounded. Its square covers terms of second order in the rounding as well.
+_LONGEST = 1.01
+# s − e and s + e are rounded to float32.
+_SLACK = 2.0**-23
+
+
+class NearestCentroid:
+    """Finds the nearest of fixed centroids; several threads may ask at once.
+
+    Args:
+        centroids_KD: float32 [K, D], on the device of the search.
+        dtype: Format of the product that proposes; it changes the speed, never the answer.
+    """
+
+    def __init__(self, centroids_KD: torch.Tensor, dtype: torch.dtype) -> None:
+        device = centroids_KD.device.type
+        self._centroids_KD, self._last = centroids_KD, len(centroids_KD) - 1
+        self._product_rows, self._groups = _PRODUCT_ROWS[device], _GROUPS[device]
+        self._parts = []
+        for first, part_CD in enumerate(torch.split(centroids_KD, _PRODUCT_CENTROIDS[device])):
+            # The last one more than once to fill the groups.
+            padded_CD = torch.cat([part_CD, part_CD[-1:].expand(-len(part_CD) % self._groups, -1)])
+            numbers = np.arange(len(padded_CD)) + first * _PRODUCT_CENTROIDS[device]
+            self._parts.append(make_block(numbers.clip(max=self._last), padded_CD, dtype))
+        self._in_float32 = None if dtype == torch.float32 else NearestCentroid(centroids_KD, torch.float32)
+        self._buffer = _Buffer()
+
+    def of(self, rows: Block) -> torch.Tensor:
+        """Return the number of the nearest centroid of each row, int64 [B].
+
+        Args:
+            rows: Their copies are in the format of the search.
+        """
+        starts = range(0, len(rows), self._product_rows)
+        return torch.cat([self._find(rows, slice(start, start + self._product_rows)) for start in starts])
+
+    def _find(self, rows: Block, which: slice) -> torch.Tensor:
+        stored_BD, scan_BD = rows.stored[which], rows.scan[which]
+        reach_B = torch.full((len(stored_BD),), -torch.inf, dtype=torch.float64, device=stored_BD.device)
+        row_P, number_P = (torch.empty(0, dtype=torch.int64, device=stored_BD.device) for _ in range(2))
+        highest_P = reach_B[:0]
+        for part in self._parts:
+            unit, error = rows.step * part.step, rounded_error(rows, part)
+            score_BC = multiply(scan_BD, part.scan, self._buffer.take(scan_BD, part.scan))
+            # A group is of every G-th column: of these the maximum is fast in any format.
+            grouped_BgG = score_BC.view(len(scan_BD), -1, self._groups)
+            largest_BG = grouped_BgG.amax(dim=1)
+            reach_B = torch.maximum(reach_B, largest_BG.amax(dim=1).double() * unit - error)
+            least_B1 = ((reach_B - error) / unit)[:, None]
+            # Rounding to a float format is covered by the error, which is a full unit in the last place instead of a half.
+            least_B1 = (least_B1.floor() if score_BC.dtype == torch.int32 else least_B1).to(score_BC.dtype)
+            row_Q, group_Q = (largest_BG >= least_B1).nonzero(as_tuple=True)
+            if self._in_float32 is not None and len(row_Q) > _CROWDED * len(stored_BD):
+                wide = dataclasses.replace(rows, stored=stored_BD, scan=stored_BD.float(), residual=0.0, step=1.0)
+                return self._in_float32._find(wide, slice(0, len(stored_BD)))
+            if len(row_Q) > _MOST_GROUPS and len(stored_BD) > 1:
+                middle = which.start + len(stored_BD) // 2
+                halves = slice(which.start, middle), slice(middle, which.stop)
+                return torch.cat([self._find(rows, half) for half in halves])
+            score_Qg = grouped_BgG[row_Q, :, group_Q]
+            pair_P, member_P = (score_Qg >= least_B1[row_Q]).nonzero(as_tuple=True)
+            place_P = member_P * self._groups + group_Q[pair_P]
+            row_P = torch.cat([row_P, row_Q[pair_P]])
+            number_P = torch.cat([number_P, (place_P + int(part.rows[0])).clamp(max=self._last)])
+            highest_P = torch.cat([highest_P, score_Qg[pair_P, member_P].double() * unit + error])
+            if len(self._parts) > 1:
+                open_P = (highest_P >= reach_B[row_P]).nonzero()[:, 0]
+                row_P, number_P, highest_P = row_P[open_P], number_P[open_P], highest_P[open_P]
+                if len(row_P) > _MOST_PAIRS:
+                    row_P, number_P, highest_P = self._decide(stored_BD, row_P, number_P, highest_P)
+        return self._decide(stored_BD, row_P, number_P, highest_P)[1]
+
+    def _decide(
+        self, stored_BD: torch.Tensor, row_P: torch.Tensor, number_P: torch.Tensor, highest_P: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Leave each row the nearest of its candidates, with a bound of its cosine from above.
+
+        The likeliest candidate of a row is decided first: of the others few can be nearer than that.
+        """
+        stored_BD = stored_BD.float()
+        several_P = torch.bincount(row_P, minlength=len(stored_BD))[row_P] > 1
+        lowest_B = highest_P.new_full((len(stored_BD),), -torch.inf)
+        first_P = several_P & (highest_P == lowest_B.scatter_reduce(0, row_P, highest_P, "amax")[row_P])
+        for decided_P in (first_P, several_P & ~first_P):
+            at_P = (decided_P & (highest_P >= lowest_B[row_P])).nonzero()[:, 0]
+            highest_P[at_P] = exact_dots(stored_BD, self._centroids_KD, row_P[at_P], number_P[at_P])
+            lowest_B = lowest_B.scatter_reduce(0, row_P[at_P], highest_P[at_P], "amax")
+        best_B = lowest_B.scatter_reduce(0, row_P, highest_P.masked_fill(several_P, -torch.inf), "amax")
+        number_P = torch.where(highest_P == best_B[row_P], number_P, self._last + 1)
+        number_B = number_P.new_full((len(stored_BD),), self._last + 1).scatter_reduce(0, row_P, number_P, "amin")
+        return torch.arange(len(stored_BD), device=row_P.device), number_B, best_B
+
+
+class _Buffer(threading.local):
+    """Memory for scores, of each thread its own: fresh memory for each product would cost a sixth of its time."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def take(self, scan_BD: torch.Tensor, scan_CD: torch.Tensor) -> torch.Tensor:
+        """Return memory for the scores of one product at a time."""
+        number = len(scan_BD) * len(scan_CD)
+        if len(self._memory) < number:
+            self._memory = torch.empty(number, dtype=score_dtype(scan_BD.dtype), device=scan_BD.device)
+        return self._memory
+
+
+def top_nearest(
+    rows_BD: torch.Tensor, centroids_KD: torch.Tensor, m: int, *, all_exact: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the `m` nearest centroids of each row, the most similar first.
+
+    Callers on a CPU ask for blocks of some thousand rows, a thread each.
+
+    Args:
+        rows_BD: Unit rows, float16 or float32 [B, D], on the device of the centroids.
+        centroids_KD: float32 [K, D].
+        m: Centroids per row, in [1, K].
+        all_exact: Whether each cosine must be exact; else the first is, and the others round to the same float16.
+
+    Returns:
+        The centroids, int64 [B, m], and their cosines, float64 [B, m].
+    """
+    wide_BD, num_centroids = rows_BD.float(), len(centroids_KD)
+    k = min(num_centroids, m + _SPARE)
+    score_Bk, found_Bk = _propose(wide_BD, centroids_KD, k)
+    unit = 2.0**-24 if wide_BD.device.type == "cpu" else ACCUMULATION_UNIT
+    error = wide_BD.shape[1] * unit * _LONGEST**2 + _SLACK
+    open_B = score_Bk[:, m - 1] - score_Bk[:, -1] <= 2 * error
+    if k == num_centroids:
+        open_B = torch.zeros_like(open_B)
+
+    # What float32 leaves open: the order of neighbours, and how a cosine rounds.
+    close_Bk = score_Bk[:, :-1] - score_Bk[:, 1:] <= 2 * error
+    decide_Bk = ((score_Bk - error).half() != (score_Bk + error).half()) | all_exact
+    decide_Bk[:, 0] = True
+    decide_Bk[:, m:] = False
+    decide_Bk[:, :-1] |= close_Bk
+    decide_Bk[:, 1:] |= close_Bk
+    decide_Bk[open_B] = False
+    row_P, place_P = decide_Bk.nonzero(as_tuple=True)
+    cosine_Bk = score_Bk.double()
+    cosine_Bk[row_P, place_P] = exact_dots(wide_BD, centroids_KD, row_P, found_Bk[row_P, place_P])
+    mixed_R = (cosine_Bk[:, :-1] <= cosine_Bk[:, 1:]).any(dim=1).nonzero()[:, 0]
+    found_Bk[mixed_R], cosine_Bk[mixed_R] = _in_order(found_Bk[mixed_R], cosine_Bk[mixed_R])
+
+    for open_R in torch.split(open_B.nonzero()[:, 0], max(1, 2**24 // num_centroids)):
+        cosine_RK = wide_BD[open_R].double() @ centroids_KD.double().T
+        least_R1 = cosine_RK.topk(m, dim=1).values[:, -1:]
+        number_RK = torch.arange(num_centroids, device=open_R.device).expand(cosine_RK.shape)
+        found_RK, cosine_RK = _in_order(number_RK, cosine_RK.masked_fill(cosine_RK < least_R1, -math.inf))
+        found_Bk[open_R, :m], cosine_Bk[open_R, :m] = found_RK[:, :m], cosine_RK[:, :m]
+    return found_Bk[:, :m].contiguous(), cosine_Bk[:, :m].contiguous()
+
+
+def _propose(wide_BD: torch.Tensor, centroids_KD: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k largest float32 products of each row, [B, k] and descending, and their centroids, int64 [B, k]."""
+    if wide_BD.device.type == "cpu":
+        import faiss  # here alone: half a second
+
+        faiss.omp_set_num_threads(torch.get_num_threads())  # of this thread; faiss has an OpenMP of its own
+        found = faiss.knn(wide_BD.numpy(), centroids_KD.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    score_Bk, found_Bk = wide_BD[:, :0], wide_BD[:, :0].long()
+    at_once = _PRODUCT_CENTROIDS["cuda"]
+    for first in range(0, len(centroids_KD), at_once):
+        with exact_accumulation(wide_BD.device):
+            score_BC = wide_BD @ centroids_KD[first : first + at_once].T
+        more_Bk, place_Bk = score_BC.topk(min(k, score_BC.shape[1]), dim=1)
+        score_BC, found_BC = torch.cat([score_Bk, more_Bk], dim=1), torch.cat([found_Bk, place_Bk + first], dim=1)
+        score_Bk, place_Bk = score_BC.topk(min(k, score_BC.shape[1]), dim=1)
+        found_Bk = found_BC.gather(1, place_Bk)
+    return score_Bk, found_Bk
+
+
+def _in_order(number_Rk: torch.Tensor, cosine_Rk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sort by descending cosine, equal ones by ascending number."""
+    number_Rk, order_Rk = number_Rk.sort(dim=1)
+    cosine_Rk, place_Rk = cosine_Rk.gather(1, order_Rk).sort(dim=1, descending=True, stable=True)
+    return number_Rk.gather(1, place_Rk), cosine_Rk
