@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipcid_cli.formats.atomic import atomic_file, write_csv
+from clipcid_cli.formats.atomic import atomic_file, write_text
 
 SET_TABLE = "sets.parquet"
 CURVE = "curve.csv"
@@ -88,10 +87,6 @@ def write_curve(
         kept: Images kept at each, int64 [C].
         largest: Images in the largest set at each, int64 [C].
     """
-    columns = {
-        "distance": [str(distance) for distance in distances],
-        "kept": kept,
-        "keep_ratio": [f"{count / num_images:.6f}" for count in kept.tolist()],
-        "largest_component": largest,
-    }
-    write_csv(path, pd.DataFrame(columns))
+    rows = zip(distances, kept.tolist(), largest.tolist(), strict=True)
+    lines = [f"{distance!s},{count},{count / num_images:.6f},{size}" for distance, count, size in rows]
+    write_text(path, "\n".join(["distance,kept,keep_ratio,largest_component", *lines, ""]))

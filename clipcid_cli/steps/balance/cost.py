@@ -10,12 +10,10 @@ import numpy as np
 import torch
 
 from clipcid_cli.algorithms.near.block import Block, load_block
-from clipcid_cli.algorithms.near.cutoff import SAMPLE_ROWS as CUTOFF_SAMPLE
 from clipcid_cli.algorithms.near.duplicates import hash_rows
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.partition_training import LOOKS_AT_SAMPLE, ROWS_PER_CENTROID
-from clipcid_cli.algorithms.near.partitions import SAMPLE_ROWS as MARGIN_SAMPLE
-from clipcid_cli.algorithms.near.partitions import default_num_partitions
+from clipcid_cli.algorithms.near.partitions import SAMPLE_ROWS, default_num_partitions
 from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.kinds import Kind
@@ -79,10 +77,10 @@ def estimate_cost(
     partitions = default_num_partitions(searched)
     looks = searched + LOOKS_AT_SAMPLE * min(searched, ROWS_PER_CENTROID * partitions)
     visited = (0.5 + _VISITS) * searched * searched / partitions
-    sampled = CUTOFF_SAMPLE * for_cutoff + MARGIN_SAMPLE * searched + min(AUDIT_SAMPLE, kept) * kept
+    sampled = SAMPLE_ROWS * (for_cutoff + searched) + min(AUDIT_SAMPLE, kept) * kept
     some_pairs = looks * partitions + visited + sampled
     costs = {
-        "exact": cost(all_pairs, all_pairs + CUTOFF_SAMPLE * for_cutoff, searched + for_cutoff),
+        "exact": cost(all_pairs, all_pairs + SAMPLE_ROWS * for_cutoff, searched + for_cutoff),
         "partitioned": cost(some_pairs, some_pairs, searched * (2.0 + _VISITS) + for_cutoff + kept),
     }
     against = []

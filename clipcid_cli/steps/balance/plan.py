@@ -9,7 +9,6 @@ from typing import Any
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import refuse_unwritable
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
 from clipcid_cli.formats.embeddings.manifest import find_lost
@@ -33,15 +32,13 @@ class Plan:
     """What one `balance` works on.
 
     Attributes:
-        data: The data that ``--write-shards`` copies from; else None.
-        shards: Its tars.
+        data: The data that ``--write-shards`` copies from, all tars; None without it.
         clusters: Those of ``--max-per-cluster``.
     """
 
     settings: BalanceSettings
     embeddings: Embeddings
     data: Dataset | None
-    shards: list[Shard]
     clusters: FoundClusters | None
 
     @property
@@ -83,28 +80,26 @@ def _model_of(work: WorkDirectory) -> str | None:
 
 def make_plan(settings: BalanceSettings, embeddings: Embeddings, clusters: FoundClusters | None) -> Plan:
     """Open what the settings need beside the embeddings, and refuse what they do not have."""
-    data, shards = None, list[Shard]()
+    data = None
     if settings.write_shards is not None:
         data = require_data(settings, embeddings, "--write-shards")
-        shards = _tars_of(data, settings.write_shards)
+        _check_tars(data, settings.write_shards)
     check_uids(settings, embeddings)
     if _needs_texts(settings):
         embeddings.rows(Kind.TEXTS)  # refuses those without
-    return Plan(settings, embeddings, data, shards, clusters)
+    return Plan(settings, embeddings, data, clusters)
 
 
-def _tars_of(data: Dataset, target: Path) -> list[Shard]:
-    """Return the shards of the data, which must be tars, and not those to write."""
-    shards = [shard for shard in data.shards if shard.rows is None]
-    if len(shards) < len(data.shards):
+def _check_tars(data: Dataset, target: Path) -> None:
+    """Check that the shards of the data are tars, and not those to write."""
+    if any(shard.rows is not None for shard in data.shards):
         raise ClipcidError(
             f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
             "Omit it: the keep list names what is kept.",
         )
-    for shard in shards:
+    for shard in data.shards:
         if "://" not in shard.source and (target / f"{shard.name}.tar").resolve() == Path(shard.source).resolve():
             raise ClipcidError(f"--write-shards {target} would overwrite the data itself.", "Give another folder.")
-    return shards
 
 
 def check_sizes(plan: Plan) -> None:
@@ -140,24 +135,24 @@ def identify(plan: Plan, references: list[Reference]) -> dict[str, Any]:
         "against": [[each.name, each.identity] for each in references] or None,
         "against_threshold": settings.reference_distance if references else None,
     }
-    may_grow = not settings.overwrite and _holds_earlier(plan.folder, embeddings)
+    if not settings.overwrite:
+        _refuse_lost(plan.folder, embeddings)
     return {
         "settings": identity,
         "inputs": inputs,
         "overwrite": settings.overwrite,
-        "may_differ": frozenset(identity) | ({"inputs"} if may_grow else set()),
+        "may_differ": {*identity} if settings.overwrite else {*identity, "inputs"},
     }
 
 
-def _holds_earlier(folder: Path, embeddings: Embeddings) -> bool:
-    """Tell whether all files of an output of `balance`, finished or not, are among those of the embeddings."""
+def _refuse_lost(folder: Path, embeddings: Embeddings) -> None:
+    """Refuse embeddings that lack files of an output of `balance`, finished or not."""
     now, fix = list_row_files(embeddings), f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT})."
     for path in (folder / ROW_FILES, *folder.glob(f".balance-*/{ROW_FILES}")):
         if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
             raise ClipcidError(
                 f"{folder} holds balance output made with other settings or inputs:\n  inputs: {lost}", fix
             )
-    return True
 
 
 def list_row_files(embeddings: Embeddings) -> list[RowFile]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import find_repeat, join, parquet_listing
-from clipcid_cli.formats.output import Output, is_claimed
+from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.results.keep_list import KeepList, read_keep_list
 from clipcid_cli.formats.results.kept_lists import is_uid
@@ -42,7 +43,7 @@ def write_shards(plan: Plan, target: Path, keep_list: Path, machine: Machine, re
     A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
     ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
     """
-    shards, data, overwrite = plan.shards, plan.data, plan.settings.overwrite
+    data, overwrite = plan.data, plan.settings.overwrite
     assert data is not None  # the plan has opened it
     machine.on_main(lambda: _refuse_foreign(target))
     inputs = [record(keep_list)]
@@ -52,7 +53,7 @@ def write_shards(plan: Plan, target: Path, keep_list: Path, machine: Machine, re
             return
         machine.on_main(output.start)
         keep = read_keep_list(keep_list)
-        mine = shards[machine.rank :: machine.size]
+        mine = data.shards[machine.rank :: machine.size]
 
         def write() -> tuple[dict[str, int], list[FileRecord]]:
             sizes, files = dict[str, int](), list[FileRecord]()
@@ -60,21 +61,36 @@ def write_shards(plan: Plan, target: Path, keep_list: Path, machine: Machine, re
             with reporter.progress("shards", len(mine), "shards") as progress:
                 for shard in mine:
                     sizes[shard.name] = _write_shard(shard, choice, output.work, output.resumed)
-                    written = [_stats_of(output.work, shard)]
-                    written += [_target_of(output.work, shard)] if sizes[shard.name] else []
-                    files += [record(path, output.work) for path in written]
+                    written = [_STATS, *([".tar"] if sizes[shard.name] else [])]
+                    files += [record(output.work / f"{shard.name}{each}", output.work) for each in written]
                     progress.advance()
             return sizes, files
 
         parts = machine.gather(machine.on_all(write))
-        sizes = {name: size for part, _ in parts for name, size in part.items()}
-        files = [file for _, part in parts for file in part]
-        machine.on_main(lambda: _finish(output, shards, sizes, files, keep, reporter))
+
+        def finish() -> None:
+            sizes = {name: size for part, _ in parts for name, size in part.items()}
+            by_file = {f"{shard.name}.tar": sizes[shard.name] for shard in data.shards if sizes[shard.name]}
+            written = sum(by_file.values())
+            missing = keep.num_kept - written
+            if not written or missing < 0:
+                found = "none" if not written else f"{written:,} samples, more than one for some,"
+                raise ClipcidError(
+                    f"Of the {keep.num_kept:,} images kept, {found} are in the {len(data.shards):,} shards to copy from.",
+                    "Give the data that the embeddings were made from as the first argument: clipcid balance DATA …",
+                )
+            if missing:
+                reporter.warn(f"{missing:,} of the {keep.num_kept:,} images kept are not in the shards.")
+            write_json(output.work / _SIZES, by_file)
+            files = [*(file for _, part in parts for file in part), record(output.work / _SIZES, output.work)]
+            output.commit(counts={"samples": written, "missing": missing, "shards": by_file}, seconds={}, outputs=files)
+
+        machine.on_main(finish)
 
 
 def _write_shard(shard: Shard, choice: ShardChoice, target: Path, resumed: bool) -> int:
     """Write one shard, unless this run wrote it before it was killed: its statistics are written after it."""
-    path, stats_path = _target_of(target, shard), _stats_of(target, shard)
+    path, stats_path = target / f"{shard.name}.tar", target / f"{shard.name}{_STATS}"
     if resumed:
         with suppress(OSError, ValueError, TypeError, LookupError):  # missing or damaged: it is written again
             written = int(json.loads(read_regular(stats_path))["successes"])
@@ -113,29 +129,6 @@ def _write_shard(shard: Shard, choice: ShardChoice, target: Path, resumed: bool)
     return copied.samples
 
 
-def _finish(
-    output: Output[Sidecar],
-    shards: list[Shard],
-    sizes: dict[str, int],
-    outputs: list[FileRecord],
-    keep: KeepList,
-    reporter: Reporter,
-) -> None:
-    by_file = {f"{shard.name}.tar": sizes[shard.name] for shard in shards if sizes[shard.name]}
-    written = sum(by_file.values())
-    if not written or written > keep.num_kept:
-        found = "none" if not written else f"{written:,} samples, more than one for some,"
-        raise ClipcidError(
-            f"Of the {keep.num_kept:,} images kept, {found} are in the {len(shards):,} shards to copy from.",
-            "Give the data that the embeddings were made from as the first argument: clipcid balance DATA …",
-        )
-    if written < keep.num_kept:
-        reporter.warn(f"{keep.num_kept - written:,} of the {keep.num_kept:,} images kept are not in the shards.")
-    write_json(output.work / _SIZES, by_file)
-    counts = {"samples": written, "missing": keep.num_kept - written, "shards": by_file}
-    output.commit(counts=counts, seconds={}, outputs=[*outputs, record(output.work / _SIZES, output.work)])
-
-
 def _refuse_foreign(target: Path) -> None:
     """Refuse a folder whose shards another program wrote."""
     if is_claimed(target, _STEP):
@@ -147,14 +140,6 @@ def _refuse_foreign(target: Path) -> None:
         )
 
 
-def _target_of(target: Path, shard: Shard) -> Path:
-    return target / f"{shard.name}.tar"
-
-
-def _stats_of(target: Path, shard: Shard) -> Path:
-    return target / f"{shard.name}{_STATS}"
-
-
 class ShardChoice:
     """Finds the kept samples of each shard.
 
@@ -163,7 +148,7 @@ class ShardChoice:
     not, by the uid in its ``.json``.
     """
 
-    def __init__(self, keep: KeepList, data: Dataset, shards: list[Shard], folder: Path) -> None:
+    def __init__(self, keep: KeepList, data: Dataset, shards: Sequence[Shard], folder: Path) -> None:
         """Look up the samples where the keep list does not have their shards.
 
         Args:
@@ -177,7 +162,7 @@ class ShardChoice:
         if self._num_rows.keys().isdisjoint(self._numbers):
             self._found = self._look_up(shards, folder)
 
-    def _look_up(self, shards: list[Shard], folder: Path) -> dict[str, tuple[pa.Array, npt.NDArray[np.int64]]]:
+    def _look_up(self, shards: Sequence[Shard], folder: Path) -> dict[str, tuple[pa.Array, npt.NDArray[np.int64]]]:
         """Return the keys of each shard's n samples, and 1 for those kept, 0 for dropped and −1 for others, int64 [n]."""
         keys, names = list[pa.Array](), list[pa.ChunkedArray]()
         by_uid = is_uid(self.keep.first_key)
