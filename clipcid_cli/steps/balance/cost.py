@@ -12,7 +12,6 @@ import torch
 from clipcid_cli.algorithms.near.block import Block, load_block
 from clipcid_cli.algorithms.near.duplicates import hash_rows
 from clipcid_cli.algorithms.near.exact import IntArray
-from clipcid_cli.algorithms.near.partition_training import LOOKS_AT_SAMPLE, ROWS_PER_CENTROID
 from clipcid_cli.algorithms.near.partitions import SAMPLE_ROWS, default_num_partitions
 from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.errors import ClipcidError
@@ -23,6 +22,7 @@ from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.balance.audit import SAMPLE as AUDIT_SAMPLE
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions, have_captions
 from clipcid_cli.steps.balance.filters.references import PlannedReference
+from clipcid_cli.steps.balance.partition import ITERATIONS, ROWS_PER_PARTITION
 from clipcid_cli.steps.balance.plan import Plan, check_sizes
 from clipcid_cli.steps.reporting import Progress, Reporter, format_duration
 
@@ -75,7 +75,7 @@ def estimate_cost(
     for_cutoff = 0 if settings.keep is None else searched
     all_pairs = searched * (searched - 1) // 2
     partitions = default_num_partitions(searched)
-    looks = searched + LOOKS_AT_SAMPLE * min(searched, ROWS_PER_CENTROID * partitions)
+    looks = searched + ITERATIONS * min(searched, ROWS_PER_PARTITION * partitions)
     visited = (0.5 + _VISITS) * searched * searched / partitions
     sampled = SAMPLE_ROWS * (for_cutoff + searched) + min(AUDIT_SAMPLE, kept) * kept
     some_pairs = looks * partitions + visited + sampled
