@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.kmeans.lloyd import LloydState, run_lloyd
+from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
 from clipcid_cli.algorithms.kmeans.seeding import first_centroids
-from clipcid_cli.algorithms.kmeans.subspace import Subspace
 
 
 class ArrayRows:
@@ -61,7 +60,6 @@ def run(
     *,
     iterations: int = 12,
     dtype: torch.dtype = torch.float32,
-    subspace: Subspace | None = None,
     processes: int = 1,
     kept_bytes: int = 2**31,
 ) -> list[LloydState]:
@@ -77,11 +75,12 @@ def run(
             iterations=iterations,
             dtype=dtype,
             device=torch.device("cpu"),
-            share=(len(values) * rank // processes, len(values) * (rank + 1) // processes),
-            subspace=subspace,
+            processes=Processes(
+                lambda number: (number * rank // processes, number * (rank + 1) // processes),
+                lambda tensor: torch.stack(gather(tensor)).sum(dim=0),
+                gather,
+            ),
             kept_bytes=kept_bytes,
-            sum_over_processes=lambda tensor: torch.stack(gather(tensor)).sum(dim=0),
-            gather=gather,
         ):
             states[rank].append(
                 LloydState(

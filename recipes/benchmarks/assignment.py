@@ -3,7 +3,7 @@
     python recipes/benchmarks/assignment.py                     four kinds of rows and sizes
     python recipes/benchmarks/assignment.py --cases 1           the first of them
 
-Ours is `top_nearest` on blocks of 2,048 rows by one set of threads, as `cluster` calls it: float32 products, proof and
+Ours is `top_nearest` on blocks of 2,048 rows by one set of threads, as `cluster` calls it: `faiss.knn` of 19, proof and
 order in float64. Theirs is `faiss.knn` of 16 in float32 alone, all rows at once. Both begin with the same float16 rows in
 memory and alternate in one process; printed are medians of seconds and of processor seconds, and their ratios.
 """
@@ -23,8 +23,8 @@ import faiss
 import torch
 from balance import describe_machine
 
-from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
 from clipcid_cli.algorithms.near.centroids import centroids_of_sums
+from clipcid_cli.algorithms.near.nearest import top_nearest
 from clipcid_cli.runtime.threads import map_threads
 
 CASES = [

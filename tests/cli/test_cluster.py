@@ -99,7 +99,7 @@ def test_the_table_is_what_a_plain_computation_gives(clipcid: Callable[..., Run]
 def test_two_processes_write_the_bytes_of_one(
     clipcid: Callable[..., Run], binary: Callable[..., Run], torchrun: Callable[..., Run], tmp_path: Path
 ) -> None:
-    """Also with other products and threads, from the first iterations, in few directions, to the last."""
+    """Also with other products and threads."""
     random = np.random.default_rng(3)
     rows = random.normal(size=(2, 3600, 256)) * np.arange(1, 257) ** -0.8
     rows /= np.linalg.norm(rows, axis=2, keepdims=True)
@@ -107,8 +107,7 @@ def test_two_processes_write_the_bytes_of_one(
     keep = write_keep_list(tmp_path / "keep.parquet", np.arange(3600) % 3 > 0)
     arguments = ["cluster", "--embeddings", embeddings, "--keep-list", keep, "--num-clusters", 1024]
     arguments += ["--features", "joint"]
-    one = clipcid(*arguments, "--work", tmp_path / "one")
-    assert "The first 3 iterations compare images along 64 of 256 directions" in " ".join(one.stderr.split())
+    clipcid(*arguments, "--work", tmp_path / "one")
     binary(*arguments, "--work", tmp_path / "fp32", "--precision", "fp32", env={"OMP_NUM_THREADS": "1"})
     torchrun(2, *arguments, "--work", tmp_path / "two")
     assert hash_outputs(tmp_path / "one") == hash_outputs(tmp_path / "two") == hash_outputs(tmp_path / "fp32")

@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
-from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
-from clipcid_cli.algorithms.kmeans.start import CodedRows, code_centroids, nearest_codes
-from clipcid_cli.algorithms.kmeans.subspace import Subspace
-from clipcid_cli.algorithms.kmeans.top_nearest import top_nearest
+from clipcid_cli.algorithms.near.block import make_block
 from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums
+from clipcid_cli.algorithms.near.nearest import NearestCentroid, top_nearest
 
 pytestmark = pytest.mark.gpu
 
@@ -25,29 +22,14 @@ def test_answers_and_sums_equal_the_cpus(dtype: torch.dtype, offset: float) -> N
     centroids = centroids_of_sums(values, torch.zeros(9000, 256))
     on_gpu = centroids_of_sums(values.cuda(), torch.zeros(9000, 256, device="cuda"))
     assert torch.equal(on_gpu.cpu(), centroids)
-    here, there = NearestCentroids(centroids, torch.float32), NearestCentroids(on_gpu, dtype)
-    rows_here, rows_there = prepare_rows(rows, torch.float32), prepare_rows(rows.cuda(), dtype)
-    labels = here.nearest(rows_here).centroids_B
-    assert torch.equal(there.nearest(rows_there).centroids_B.cpu(), labels)
+    block, there = (
+        make_block(np.arange(3000), each, kind) for each, kind in ((rows, torch.float32), (rows.cuda(), dtype))
+    )
+    labels = NearestCentroid(centroids, torch.float32).of(block)
+    assert torch.equal(NearestCentroid(on_gpu, dtype).of(there).cpu(), labels)
     for mine, theirs in zip(top_nearest(rows, centroids, 16), top_nearest(rows.cuda(), on_gpu, 16), strict=True):
         assert torch.equal(theirs.half().cpu(), mine.half())
     cpu, cuda = (ClusterSums(9000, 256, torch.device(device)) for device in ("cpu", "cuda"))
     cpu.move(rows, None, labels)
     cuda.move(rows.cuda(), None, labels.cuda())
     assert torch.equal(cuda.sums_KD.cpu(), cpu.sums_KD)
-
-
-def test_rows_and_centroids_in_few_directions_are_those_of_the_cpu() -> None:
-    random = np.random.default_rng(0)
-    values = random.normal(size=(3000, 256)) * np.arange(1.0, 257) ** -0.8
-    rows = torch.from_numpy((values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16))
-    subspace = Subspace.of(rows)
-    there = subspace.to(torch.device("cuda"))
-    here_Bd, there_Bd = subspace.project(rows), there.project(rows.cuda())
-    assert torch.equal(there_Bd.cpu(), here_Bd)
-    coded, coded_there = CodedRows.of(here_Bd), CodedRows.of(there_Bd)
-    assert torch.equal(coded_there.codes_Bd.cpu(), coded.codes_Bd)
-    assert torch.equal(coded_there.values().cpu(), coded.values())
-    codes, codes_there = code_centroids(here_Bd[:700]), code_centroids(there_Bd[:700])
-    expected = nearest_codes(coded.codes_Bd, codes, torch.float32)
-    assert torch.equal(nearest_codes(coded_there.codes_Bd, codes_there, torch.float16).cpu(), expected)

@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from sidecars import make_sidecar
 
-from clipcid_cli.formats.arrays import map_strings
+from clipcid_cli.formats.arrays import map_strings, save_arrays
 from clipcid_cli.formats.atomic import write_json, write_npy
 from clipcid_cli.formats.results.clusters import (
     TopClusters,
     join_parts,
     open_clusters,
+    part_arrays,
     part_bounds,
     part_path,
-    write_part,
 )
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
 from clipcid_cli.formats.sidecar import ClusterSidecar
@@ -131,12 +131,8 @@ def test_clusters_hold_more_rows_than_32_bits_count_neighbours(folder: Path, lim
     with limit_memory(4 * GIB):
         for part, (start, stop) in enumerate(bounds):
             tops = make_tops(np.arange(start, stop))
-            write_part(
-                part_path(folder, part),
-                similarities=tops.similarities[:, 0].astype(np.float64),
-                images=tops,
-                captions=None,
-            )
+            arrays = part_arrays({"image": (tops.clusters.astype(np.int64), tops.similarities.astype(np.float64))})
+            save_arrays(part_path(folder, part), arrays)
         join_parts(folder, bounds, lambda start, stop: pa.chunked_array([make_keys(start, stop)]))
         for part in range(len(bounds)):
             part_path(folder, part).unlink()

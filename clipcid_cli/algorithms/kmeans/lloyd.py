@@ -26,8 +26,8 @@ from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums
 from clipcid_cli.algorithms.near.exact import DoubleArray, IntArray, exact_dots
 from clipcid_cli.algorithms.near.nearest import NearestCentroid
 
-# Rows read and prepared at once. On a CPU a run is computed by a thread, which is 1.3 times as fast as all threads on each of
-# its operations (60,000 rows, 2,048 centroids, 2 threads).
+# Rows read and prepared at once. On a CPU a run is computed by a thread, which is 1.3 times as fast as all threads on each
+# of its operations (60,000 rows, 2,048 centroids, 2 threads).
 _RUN_ROWS = {"cpu": 8192, "cuda": 131_072}
 _CENTROIDS_AT_ONCE = 16_384
 
@@ -79,7 +79,8 @@ def run_lloyd(
 ) -> Iterator[LloydState]:
     """Iterate until no centroid moves, or `iterations` are done.
 
-    Memory: 12·K·D bytes for centroids and sums, those of the centroids' copy while rows are assigned, 4 a row, and kept rows.
+    Memory: 12·K·D bytes for centroids and sums, those of the centroids' copy while rows are assigned, 4 a row, and kept
+    rows.
 
     Args:
         rows: The rows of all processes.
@@ -193,8 +194,9 @@ def _move(
         part = slice(first, first + _CENTROIDS_AT_ONCE)
         sums_CD, old_CD = processes.sum_(sums_KD[part].clone()), centroids_KD[part]
         new_CD = centroids_of_sums(sums_CD, old_CD)
-        here_S = (seeded_S >= first) & (seeded_S < first + len(new_CD))
-        new_CD[seeded_S[here_S] - first] = seeds_SD[here_S]
+        if len(seeded_S):
+            here_S = (seeded_S >= first) & (seeded_S < first + len(new_CD))
+            new_CD[seeded_S[here_S] - first] = seeds_SD[here_S]
         similarity_K[part] = sums_of_similarities(sums_CD, new_CD)
         any_moved |= not torch.equal(new_CD, old_CD)
         centroids_KD[part] = new_CD

@@ -5,8 +5,8 @@ Rows and those they are compared with are float16, or float32 multiples of 2⁻�
 (:mod:`clipcid_cli.algorithms.near.exact`), so what is found depends on neither blocks, threads, formats nor devices.
 
 **One**: with |s − x·c| ≤ e for the score s of row x and centroid c (:mod:`clipcid_cli.algorithms.near.block`), and r the
-largest score so far less e, some centroid has x·c ≥ r. The nearest has as much, so its score is at least r − e. Centroids that
-reach that are candidates; where a row has several, float64 tells them apart.
+largest score so far less e, some centroid has x·c ≥ r. The nearest has as much, so its score is at least r − e. Centroids
+that reach that are candidates; where a row has several, float64 tells them apart.
 
 **Many**: float32 products propose k > m in descending order of s. With |s − x·c| ≤ e,
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -77,8 +78,11 @@ class NearestCentroid:
             padded_CD = torch.cat([part_CD, part_CD[-1:].expand(-len(part_CD) % self._groups, -1)])
             numbers = np.arange(len(padded_CD)) + first * _PRODUCT_CENTROIDS[device]
             self._parts.append(make_block(numbers.clip(max=self._last), padded_CD, dtype))
-        self._in_float32 = None if dtype == torch.float32 else NearestCentroid(centroids_KD, torch.float32)
         self._buffer = _Buffer()
+
+    @cached_property
+    def _in_float32(self) -> NearestCentroid:
+        return NearestCentroid(self._centroids_KD, torch.float32)
 
     def of(self, rows: Block) -> torch.Tensor:
         """Return the number of the nearest centroid of each row, int64 [B].
@@ -105,7 +109,7 @@ class NearestCentroid:
             # Rounding to a float format is covered by the error, which is a full unit in the last place instead of a half.
             least_B1 = (least_B1.floor() if score_BC.dtype == torch.int32 else least_B1).to(score_BC.dtype)
             row_Q, group_Q = (largest_BG >= least_B1).nonzero(as_tuple=True)
-            if self._in_float32 is not None and len(row_Q) > _CROWDED * len(stored_BD):
+            if scan_BD.dtype != torch.float32 and len(row_Q) > _CROWDED * len(stored_BD):
                 wide = dataclasses.replace(rows, stored=stored_BD, scan=stored_BD.float(), residual=0.0, step=1.0)
                 return self._in_float32._find(wide, slice(0, len(stored_BD)))
             if len(row_Q) > _MOST_GROUPS and len(stored_BD) > 1:
@@ -118,11 +122,8 @@ class NearestCentroid:
             row_P = torch.cat([row_P, row_Q[pair_P]])
             number_P = torch.cat([number_P, (place_P + int(part.rows[0])).clamp(max=self._last)])
             highest_P = torch.cat([highest_P, score_Qg[pair_P, member_P].double() * unit + error])
-            if len(self._parts) > 1:
-                open_P = (highest_P >= reach_B[row_P]).nonzero()[:, 0]
-                row_P, number_P, highest_P = row_P[open_P], number_P[open_P], highest_P[open_P]
-                if len(row_P) > _MOST_PAIRS:
-                    row_P, number_P, highest_P = self._decide(stored_BD, row_P, number_P, highest_P)
+            if len(row_P) > _MOST_PAIRS:
+                row_P, number_P, highest_P = self._decide(stored_BD, row_P, number_P, highest_P)
         return self._decide(stored_BD, row_P, number_P, highest_P)[1]
 
     def _decide(
@@ -133,7 +134,7 @@ class NearestCentroid:
         The likeliest candidate of a row is decided first: of the others few can be nearer than that.
         """
         stored_BD = stored_BD.float()
-        several_P = torch.bincount(row_P, minlength=len(stored_BD))[row_P] > 1
+        several_P = row_P.new_zeros(len(stored_BD)).index_add_(0, row_P, torch.ones_like(row_P))[row_P] > 1
         lowest_B = highest_P.new_full((len(stored_BD),), -torch.inf)
         first_P = several_P & (highest_P == lowest_B.scatter_reduce(0, row_P, highest_P, "amax")[row_P])
         for decided_P in (first_P, several_P & ~first_P):

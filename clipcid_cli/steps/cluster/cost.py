@@ -16,6 +16,7 @@ from clipcid_cli.runtime.memory import memory_for_rows
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.cluster.assign import search_width
+from clipcid_cli.steps.cluster.plan import ClusterPlan
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter, format_duration
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -27,14 +28,7 @@ _BYTES_OF_LIBRARIES = 450 * 2**20
 _BYTES_A_ROW = 20
 
 
-def estimate_cost(
-    settings: ClusterSettings,
-    machine: Machine,
-    rows: ClusterRows,
-    trained: ClusterRows,
-    num_clusters: int,
-    reporter: Reporter,
-) -> dict[str, Any]:
+def estimate_cost(settings: ClusterSettings, plan: ClusterPlan, machine: Machine, reporter: Reporter) -> dict[str, Any]:
     """Say what the run takes, without writing anything.
 
     Returns:
@@ -43,15 +37,16 @@ def estimate_cost(
         that of a process above the mapped files, most of it a float32 and a low-precision copy of the centroids and their
         float64 sums.
     """
-    scan, width = choose_scan(settings.precision, machine.device).dtype, rows.width
-    iteration, assign = machine.on_main(lambda: _measure(settings, machine, rows, num_clusters, scan))
-    iteration *= len(trained)
+    rows, num_trained, num_clusters, width = plan.rows, len(plan.trained), plan.num_clusters, plan.rows.width
+    scan = choose_scan(settings.precision, machine.device).dtype
+    iteration, assign = machine.on_main(lambda: _measure(rows, num_clusters, scan, machine))
+    iteration *= num_trained
     assign *= len(rows) * (2 if rows.embeddings.has_texts else 1)
-    kept = min(memory_for_rows(machine.device), (2 + scan.itemsize) * width * len(trained) // machine.size)
+    kept = min(memory_for_rows(machine.device), (2 + scan.itemsize) * width * num_trained // machine.size)
     memory = num_clusters * width * (4 + 8 + scan.itemsize) + kept
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
     reporter.note(
-        f"{len(trained):,} images × {num_clusters:,} clusters × width {width}: {format_duration(iteration)} for an "
+        f"{num_trained:,} images × {num_clusters:,} clusters × width {width}: {format_duration(iteration)} for an "
         f"iteration, at most {format_duration(iteration * settings.iterations)} for {settings.iterations}, "
         f"{format_duration(assign)} to assign {len(rows):,}; {memory / 2**30:.3g} GiB a process above the mapped files."
     )
@@ -59,22 +54,20 @@ def estimate_cost(
     return {
         "images": len(rows),
         "clusters": num_clusters,
-        "flop": 2 * len(trained) * num_clusters * width * settings.iterations,
+        "flop": 2 * num_trained * num_clusters * width * settings.iterations,
         "memory_bytes": memory,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
 
 
-def _measure(
-    settings: ClusterSettings, machine: Machine, rows: ClusterRows, num_clusters: int, scan: torch.dtype
-) -> tuple[float, float]:
+def _measure(rows: ClusterRows, num_clusters: int, scan: torch.dtype, machine: Machine) -> tuple[float, float]:
     """Time a batch of rows against some rows as centroids.
 
     Returns:
         Seconds a row, of an iteration and of the assignment.
     """
-    random, device = np.random.default_rng(settings.seed), machine.device
-    chosen = np.sort(random.choice(len(rows), min(num_clusters, _CENTROIDS), replace=False))
+    device = machine.device
+    chosen = np.linspace(0, len(rows) - 1, min(num_clusters, _CENTROIDS), dtype=np.int64)
     centroids_CD = rows_as_centroids(rows, chosen).to(device)
     batch_BD = torch.from_numpy(np.array(rows.features(0, min(len(rows), _BATCH)))).to(device)
     nearest, m = NearestCentroid(centroids_CD, scan), min(search_width(num_clusters), len(centroids_CD))

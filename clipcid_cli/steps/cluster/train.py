@@ -13,36 +13,31 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_for_rows
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.threads import map_threads, threads_for_batches
-from clipcid_cli.steps.cluster.rows import ClusterRows
+from clipcid_cli.steps.cluster.plan import ClusterPlan
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 
 def train_centroids(
-    settings: ClusterSettings,
-    trained: ClusterRows,
-    num_clusters: int,
-    machine: Machine,
-    progress: Path,
-    reporter: Reporter,
+    settings: ClusterSettings, plan: ClusterPlan, machine: Machine, progress: Path, reporter: Reporter
 ) -> LloydState:
-    """Run k-means until no centroid moves, or all iterations are done.
+    """Run k-means until no centroid moves, or all iterations are done; every process takes its even share of the rows.
 
     Args:
-        trained: The rows of all processes; this one takes its even share.
         progress: Where the centroids so far are saved.
     """
+    trained, num_rows = plan.trained, len(plan.rows)
 
     def begin() -> LloydState:
         found = load_arrays(progress)
         if found is None:
-            return LloydState(first_centroids(trained, num_clusters, settings.seed))
+            return LloydState(first_centroids(trained, plan.num_clusters, settings.seed))
         iterations = int(found["iterations"])
         reporter.note(f"Resuming after {iterations} iterations.")
         return LloydState(torch.from_numpy(found["centroids"]), iterations, bool(found["converged"]))
 
     state, scan = machine.on_main(begin), choose_scan(settings.precision, machine.device)
-    used = "all images" if settings.train_rows is None else f"{len(trained):,} images (--train-rows)"
+    used = "all images" if len(trained) == num_rows else f"{len(trained):,} of {num_rows:,} images (--train-rows)"
     reporter.note(f"Centroids are computed from {used}, compared in {scan.name} ({scan.reason}) and decided in fp64.")
     states = run_lloyd(
         trained,

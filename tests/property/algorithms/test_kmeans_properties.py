@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.algorithms.kmeans.kmeans import sums_of_similarities
-from clipcid_cli.algorithms.kmeans.nearest import NearestCentroids
-from clipcid_cli.algorithms.kmeans.prepared import prepare_rows
 from clipcid_cli.algorithms.kmeans.seeding import choose_first_rows
+from clipcid_cli.algorithms.near.block import make_block
 from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums
+from clipcid_cli.algorithms.near.nearest import NearestCentroid
 
 
 def make_rows(num_rows: int, width: int, spread: float, seed: int) -> torch.Tensor:
@@ -25,9 +25,9 @@ def make_rows(num_rows: int, width: int, spread: float, seed: int) -> torch.Tens
 def iterate(
     rows: torch.Tensor, centroids: torch.Tensor, blocks: list[torch.Tensor], dtype: torch.dtype
 ) -> tuple[torch.Tensor, float]:
-    search, sums = NearestCentroids(centroids, dtype), ClusterSums(len(centroids), rows.shape[1], torch.device("cpu"))
+    search, sums = NearestCentroid(centroids, dtype), ClusterSums(len(centroids), rows.shape[1], torch.device("cpu"))
     for block in blocks:
-        sums.move(rows[block], None, search.nearest(prepare_rows(rows[block], dtype)).centroids_B)
+        sums.move(rows[block], None, search.of(make_block(block.numpy(), rows[block], dtype)))
     return centroids_of_sums(sums.sums_KD, centroids), float(sums_of_similarities(sums.sums_KD, centroids).sum()) / len(
         rows
     )
@@ -47,7 +47,7 @@ def test_blocks_order_and_precision_change_no_bit_and_the_objective_never_falls(
     num_rows: int, width: int, num_clusters: int, spread: float, cuts: list[int], dtype: torch.dtype, seed: int
 ) -> None:
     rows = make_rows(num_rows, width, spread, seed)
-    chosen = choose_first_rows(lambda numbers: rows[numbers], num_rows, min(num_clusters, num_rows), seed)
+    chosen = choose_first_rows(rows.numpy().__getitem__, num_rows, min(num_clusters, num_rows), seed)
     centroids = centroids_of_sums(rows[chosen].double(), torch.zeros(len(chosen), width))
     order = torch.from_numpy(np.random.default_rng(seed).permutation(num_rows))
     pieces = [piece for piece in torch.tensor_split(order, sorted(cuts)) if len(piece)]

@@ -6,11 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from kmeans_data import ArrayRows, assert_same, beginning, run, unit
+from kmeans_data import assert_same, beginning, run, unit
 
 from clipcid_cli.algorithms.kmeans import lloyd
-from clipcid_cli.algorithms.kmeans.bounds import CentroidDrift
-from clipcid_cli.algorithms.kmeans.lloyd import Lloyd, LloydState
+from clipcid_cli.algorithms.kmeans.lloyd import LloydState
 from clipcid_cli.algorithms.near.centroids import centroids_of_sums
 
 NUM_ROWS, WIDTH, NUM_CLUSTERS = 2500, 160, 70
@@ -52,36 +51,6 @@ def test_processes_and_formats_change_no_bit(
     monkeypatch.setattr(lloyd, "_RUN_ROWS", {"cpu": 300})
     assert_same(run(values, start, dtype=dtype, processes=processes), expected)
     assert_same(run(values, start, dtype=dtype, processes=processes, kept_bytes=0), expected)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_row_is_compared_with_at_least_as_many_centroids_as_it_must(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For the rows multiplied at once on either device, and numbers around those where pieces change their form."""
-    block = lloyd.BLOCK_ROWS[device]
-    monkeypatch.setattr(lloyd, "BLOCK_ROWS", {"cpu": block})
-    rows = ArrayRows(np.empty((1, 1), dtype=np.float16))
-    mine = Lloyd(rows, torch.empty(300, 1), torch.float32, (0, 1), 0, torch.clone, lambda value: [value])
-    mine._drift = CentroidDrift.of(torch.zeros(300, dtype=torch.float64))
-    random = torch.Generator().manual_seed(0)
-    for number in (1, block, lloyd._RUN_ROWS[device] - 5):
-        for most in (1, 63, 128, 129, 170, 204, 256, 257, 300):
-            for idle in (0.0, 0.3, 0.48, 0.52, 0.99, 1.0):
-                count_B = torch.randint(1, most + 1, (number,), generator=random)
-                count_B[torch.rand(number, generator=random) < idle] = 0
-                compared_B = torch.zeros(number, dtype=torch.int64)
-                for piece, leading in mine._pieces(count_B):
-                    assert not compared_B[piece].any()  # none twice
-                    compared_B[piece] = leading
-                assert bool((compared_B >= count_B).all()), (number, most, idle)
-
-
-def test_shares_of_which_most_rows_need_few_comparisons_change_no_bit() -> None:
-    """Runs as long as they are in earnest: fewer rows than that make one piece."""
-    values = unit(np.random.default_rng(0).normal(size=(16_384, 32)))
-    begun = beginning(values, 200)
-    assert_same(run(values, begun, processes=3), run(values, begun))
 
 
 def test_empty_clusters_get_the_farthest_rows_on_any_number_of_processes(values: npt.NDArray[np.float16]) -> None:

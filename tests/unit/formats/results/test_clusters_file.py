@@ -15,14 +15,15 @@ import pytest
 from sidecars import edit_sidecar, make_sidecar
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import save_arrays
 from clipcid_cli.formats.atomic import write_json, write_npy
 from clipcid_cli.formats.results.clusters import (
     TopClusters,
     join_parts,
     open_clusters,
+    part_arrays,
     part_bounds,
     part_path,
-    write_part,
 )
 from clipcid_cli.formats.sidecar import ClusterSidecar
 
@@ -37,13 +38,8 @@ def write_clusters(
     keys = pa.array([f"key {row}" for row in range(num_rows)], pa.large_string())
     bounds = part_bounds(num_rows)
     for part, (first, last) in enumerate(bounds):
-        piece = TopClusters(clusters[first:last], tops.similarities[first:last])
-        write_part(
-            part_path(folder, part),
-            similarities=similarities[first:last, 0],
-            images=piece,
-            captions=piece if captions else None,
-        )
+        piece = clusters[first:last].astype(np.int64), similarities[first:last]
+        save_arrays(part_path(folder, part), part_arrays({"image": piece} | ({"caption": piece} if captions else {})))
     join_parts(folder, bounds, lambda first, last: pa.chunked_array([keys[first:last]]))
     write_npy(folder / "centroids.npy", np.eye(num_clusters, 8, dtype=np.float32))
     temperatures = {"image": 0.02} | ({"caption": 0.03} if captions else {})

@@ -1,0 +1,136 @@
+"""The nearest centroids against a float64 product with all of them, on easy and on hostile rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from clipcid_cli.algorithms.near import nearest
+from clipcid_cli.algorithms.near.block import make_block
+from clipcid_cli.algorithms.near.centroids import centroids_of_sums
+from clipcid_cli.algorithms.near.nearest import NearestCentroid, top_nearest
+
+DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32]
+
+
+def unit_rows(values: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(values, dim=1).half()
+
+
+def on_grid(values: torch.Tensor) -> torch.Tensor:
+    return centroids_of_sums(values.double(), torch.zeros_like(values))
+
+
+def make_case(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows float16 and centroids on the grid."""
+    random = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    if name == "spread":
+        return unit_rows(normal(300, 64)), on_grid(normal(1100, 64))
+    if name == "cone":  # as CLIP's embeddings: all similarities close to each other
+        return unit_rows(normal(300, 48) + 4), on_grid(normal(1500, 48) + 4)
+    if name == "copies":  # many equal centroids and rows that lie on them: ties everywhere
+        centroids = on_grid(normal(40, 32)).repeat(30, 1)
+        return unit_rows(centroids[:40].clone()), centroids
+    if name == "opposite":  # no similarity is positive
+        centroids = on_grid(normal(70, 16).abs())
+        return unit_rows(-normal(50, 16).abs()), centroids
+    if name == "several parts":
+        return unit_rows(normal(150, 24)), on_grid(normal(9000, 24))
+    if name == "one centroid":
+        return unit_rows(normal(20, 8)), on_grid(normal(1, 8))
+    if name == "one column":
+        return unit_rows(normal(20, 1)), on_grid(normal(5, 1))
+    assert name == "axes"  # subnormal entries and exact zeros
+    rows = torch.eye(16).repeat(4, 1) + 3e-8
+    return rows.half(), on_grid(torch.eye(16).repeat(5, 1) * torch.linspace(0.5, 1, 80)[:, None])
+
+
+CASES = ["spread", "cone", "copies", "opposite", "several parts", "one centroid", "one column", "axes"]
+
+
+def find(rows: torch.Tensor, centroids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return NearestCentroid(centroids, dtype).of(make_block(np.arange(len(rows)), rows, dtype))
+
+
+def rank(rows: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    exact = rows.double() @ centroids.double().T
+    return torch.sort(exact, dim=1, descending=True, stable=True)
+
+
+@pytest.mark.parametrize("limits", ["as they are", "small"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_the_nearest_is_that_of_a_float64_product(
+    case: str, dtype: torch.dtype, limits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, centroids = make_case(case)
+    if limits == "small":  # many products, crowded ones cut, and pairs decided before the last part
+        monkeypatch.setattr(nearest, "_PRODUCT_ROWS", {"cpu": 70})
+        monkeypatch.setattr(nearest, "_PRODUCT_CENTROIDS", {"cpu": 256})
+        monkeypatch.setattr(nearest, "_CROWDED", 10**9)
+        monkeypatch.setattr(nearest, "_MOST_GROUPS", 100)
+        monkeypatch.setattr(nearest, "_MOST_PAIRS", 100)
+    assert torch.equal(find(rows, centroids, dtype), rank(rows, centroids)[1][:, 0])
+
+
+@pytest.mark.parametrize("all_exact", [False, True])
+@pytest.mark.parametrize("m", [1, 2, 16])
+@pytest.mark.parametrize("case", CASES)
+def test_the_top_ones_are_those_of_a_float64_product(case: str, m: int, all_exact: bool) -> None:
+    rows, centroids = make_case(case)
+    cosines, numbers = rank(rows, centroids)
+    m = min(m, len(centroids))
+    found, similarities = top_nearest(rows, centroids, m, all_exact=all_exact)
+    assert torch.equal(found, numbers[:, :m])
+    assert torch.equal(similarities[:, 0], cosines[:, 0])
+    assert torch.equal(similarities.half(), cosines[:, :m].half())
+    if all_exact:
+        assert torch.equal(similarities, cosines[:, :m])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_near_ties_that_the_product_cannot_tell_are_decided_exactly(dtype: torch.dtype) -> None:
+    # Centroids around a row that differ by one step of the grid in one entry: similarities differ by 2⁻²⁴ of that entry of
+    # the row, far below what any of the formats resolves, and the nearest is the last but for exact ties.
+    row = unit_rows(torch.randn(1, 96, generator=torch.Generator().manual_seed(2)).abs() + 0.1)
+    centroids = on_grid(row.float()).repeat(96, 1)
+    centroids[torch.arange(96), torch.arange(96)] -= 2.0**-24
+    cosines, numbers = rank(row, centroids)
+    assert len(cosines.unique()) > 50
+    assert float(cosines.max() - cosines.min()) < 2.0**-24
+    assert find(row, centroids, dtype).tolist() == numbers[:, 0].tolist()
+    for m in (1, 5, 60, 96):
+        assert torch.equal(top_nearest(row, centroids, m)[0], numbers[:, :m])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+def test_most_centroids_are_discarded_by_the_fast_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, centroids = make_case("spread")
+    decided = list[int]()
+    exact_dots = nearest.exact_dots
+
+    def count(a: torch.Tensor, b: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        decided.append(len(i))
+        return exact_dots(a, b, i, j)
+
+    monkeypatch.setattr(nearest, "exact_dots", count)
+    find(rows, centroids, dtype)
+    assert 0 < sum(decided) < 4 * len(rows)
+
+
+def test_where_all_are_about_equally_near_float32_proposes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, centroids = make_case("cone")
+    multiply, formats = nearest.multiply, set()
+
+    def note(a: torch.Tensor, b: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        formats.add(a.dtype)
+        return multiply(a, b, buffer)
+
+    monkeypatch.setattr(nearest, "multiply", note)
+    find(rows, centroids, torch.int8)
+    assert formats == {torch.int8, torch.float32}
