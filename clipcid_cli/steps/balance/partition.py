@@ -70,33 +70,31 @@ def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, R
     with reporter.progress("assign", share[1] - share[0], "images") as progress:
 
         def assign() -> Iterator[Arrays]:
-            for home, *visits in assign_rows(partitions, read, unique, margin, share):
+            """Yield homes of rows, and entries of rows in lists: of each partition, those at home and its visitors."""
+            at = share[0]
+            for home, visited, visitor in assign_rows(partitions, read, unique, margin, share):
+                numbers = unique[at : at + len(home)]
+                yield home, np.concatenate([2 * home, 2 * visited + 1]), np.concatenate([numbers, visitor])
+                at += len(home)
                 progress.advance(len(home))
-                yield home, *visits
 
         assigned = machine.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign()))
     places = machine.on_all(lambda: _copy(run, rows, assigned[0], partitions))
-    parts = collect_arrays(machine, run.work, (*assigned, places))
+    parts = collect_arrays(machine, run.work, (*assigned[1:], places))
 
     def allocate(length: int) -> IntArray:
         return create_unnamed(run.work, np.dtype(unique.dtype), (length,))
 
     def entries() -> Iterator[tuple[IntArray, IntArray]]:
-        """Yield the lists that rows are entered in: of each partition, those at home and its visitors."""
-        first = 0
-        for home, visited, visitor, _ in parts:
-            for at in range(0, len(home), _ENTRIES_AT_ONCE):
-                part = home[at : at + _ENTRIES_AT_ONCE]
-                yield 2 * part, unique[first + at : first + at + len(part)]
-            for at in range(0, len(visited), _ENTRIES_AT_ONCE):
-                yield 2 * visited[at : at + _ENTRIES_AT_ONCE] + 1, visitor[at : at + _ENTRIES_AT_ONCE]
-            first += len(home)
+        for lists, listed, _ in parts:
+            for at in range(0, len(lists), _ENTRIES_AT_ONCE):
+                yield lists[at : at + _ENTRIES_AT_ONCE], listed[at : at + _ENTRIES_AT_ONCE]
 
     def group() -> Arrays:
         place_of, first = allocate(len(rows)), 0
-        for *_, places in parts:
-            place_of[unique[first : first + len(places)]] = places
-            first += len(places)
+        for *_, part in parts:
+            place_of[unique[first : first + len(part)]] = part
+            first += len(part)
         return *group_rows(entries, 2 * len(partitions), allocate), place_of
 
     listed, ends, place_of = share_arrays(machine, run.work, group)
