@@ -25,6 +25,7 @@ from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.settings.shared import ReadingSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +143,8 @@ def _embed(
     name = with_default_tag(parse_model(model))
     digest = hashlib.blake2b(str(data).encode(), digest_size=4).hexdigest()
     folder = WorkDirectory(settings.work).references / f"{name.slug}-{digest}"
-    shared = ("work", "config", "device", "workers", "seed", "overwrite", "dry_run", "quiet", "debug", "keys")
-    reading = ("max_bad_fraction", "image_column", "caption_column", "key_column")
-    given = {each: getattr(settings, each) for each in shared + reading}
+    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingSettings)}
+    given |= {"batch_size": None, "precision": "auto"}
     if embeddings.sidecar is not None:
         made_so = embeddings.sidecar.made
         given |= {"fast_decode": made_so.fast_decode, "precision": made_so.precision}
