@@ -50,7 +50,7 @@ def first_cutoff(nearest_S: FloatArray, edges_S: DoubleArray, share: float) -> f
     size = len(nearest_S)
     mean_S, squares_S = np.cumsum(edges_S) / size, np.cumsum(edges_S**2) / size
     sure_S = mean_S - _DEVIATIONS * np.sqrt((squares_S - mean_S**2).clip(min=0.0) / size)
-    return _at(nearest_S, min(np.count_nonzero(sure_S < share), math.ceil((4.0 + share) / 5.0 * size)))
+    return _at(nearest_S, min(int(np.count_nonzero(sure_S < share)), math.ceil((4.0 + share) / 5.0 * size)))
 
 
 def wider_cutoff(nearest_S: FloatArray, cutoff: float, found: int, needed: int) -> float:
