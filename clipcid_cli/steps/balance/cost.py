@@ -77,10 +77,10 @@ def estimate_cost(
     partitions = default_num_partitions(searched)
     looks = searched + ITERATIONS * min(searched, ROWS_PER_PARTITION * partitions)
     visited = (0.5 + _VISITS) * searched * searched / partitions
-    sampled = SAMPLE_ROWS * (for_cutoff + searched) + min(AUDIT_SAMPLE, kept) * kept
-    some_pairs = looks * partitions + visited + sampled
+    sample = min(SAMPLE_ROWS, searched)
+    some_pairs = looks * partitions + visited + sample * (for_cutoff + searched) + min(AUDIT_SAMPLE, kept) * kept
     costs = {
-        "exact": cost(all_pairs, all_pairs + SAMPLE_ROWS * for_cutoff, searched + for_cutoff),
+        "exact": cost(all_pairs, all_pairs + sample * for_cutoff, searched + for_cutoff),
         "partitioned": cost(some_pairs, some_pairs, searched * (2.0 + _VISITS) + for_cutoff + kept),
     }
     against = []

@@ -18,7 +18,6 @@ from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chains import find_chains
-from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
 from clipcid_cli.steps.balance.composition import compare_classes
 from clipcid_cli.steps.balance.filters.against import NearReferences
 from clipcid_cli.steps.balance.gallery import Gallery, Picture
@@ -26,7 +25,7 @@ from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.plan import Plan
 from clipcid_cli.steps.balance.result import BalanceResult, Outcome
 from clipcid_cli.steps.balance.samples import open_data, open_recorded
-from clipcid_cli.steps.balance.sets import Sets
+from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 
 REPORT = "report.html"

@@ -10,11 +10,10 @@ import numpy as np
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.steps.balance.audit import Audit
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.rows import BoolArray
-from clipcid_cli.steps.balance.sets import Sets
+from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
 
 # A set that holds this share of all images is a chain or a placeholder more often than many copies of one picture.
 _LARGE_SET = 0.01

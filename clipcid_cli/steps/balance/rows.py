@@ -140,11 +140,10 @@ def find_rows(machine: Machine, folder: Path, images: Rows, reporter: Reporter) 
 
 def count_skipped(embeddings: Embeddings, rows: BalanceRows, max_bad_fraction: float, reporter: Reporter) -> Skips:
     """Count and name the rows that are not finite."""
-    skips = Skips()
     is_bad = np.ones(embeddings.num_rows, np.bool_)
     is_bad[rows.numbers] = False
-    for key in take_texts(embeddings, embeddings.keys_of, np.flatnonzero(is_bad)):
-        skips.add("nan_row", key)
+    keys = take_texts(embeddings, embeddings.keys_of, np.flatnonzero(is_bad))
+    skips = Skips.of(dict.fromkeys(keys, "nan_row"))
     if not len(rows):
         raise ClipcidError(
             f"None of the {embeddings.num_rows:,} rows of {embeddings.folder} is finite.", "Make the embeddings again."

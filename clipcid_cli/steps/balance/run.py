@@ -20,7 +20,6 @@ from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.memory import keep_few_kernels
 from clipcid_cli.steps.balance.audit import audit_kept
 from clipcid_cli.steps.balance.balance_run import BalanceRun, begin
-from clipcid_cli.steps.balance.compare_linkage import compare_linkages
 from clipcid_cli.steps.balance.cost import estimate_cost
 from clipcid_cli.steps.balance.filters.against import forget_others
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, cap_clusters
@@ -36,7 +35,7 @@ from clipcid_cli.steps.balance.plan import (
 )
 from clipcid_cli.steps.balance.report import REPORT, has_new_pictures, write_report
 from clipcid_cli.steps.balance.result import Outcome, find_warnings, summarise
-from clipcid_cli.steps.balance.sets import make_sets
+from clipcid_cli.steps.balance.sets import compare_linkages, make_sets
 from clipcid_cli.steps.balance.tables import write_tables
 from clipcid_cli.steps.balance.write_lists import write_kept
 from clipcid_cli.steps.balance.write_shards import write_shards

@@ -51,9 +51,8 @@ def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
         text[~is_usable[part]] = 0.0
         scores[part] = (run.rows.read(rows[part]).astype(np.float64) * text).sum(axis=1)
     scores[~(captioned & is_usable)] = -np.inf
-    skips = Skips()
-    for key in take_texts(embeddings, embeddings.keys_of, numbers[captioned & ~is_usable]):
-        skips.add("nan_row", key)
+    unusable = take_texts(embeddings, embeddings.keys_of, numbers[captioned & ~is_usable])
+    skips = Skips.of(dict.fromkeys(unusable, "nan_row"))
     if skips.total:
         run.reporter.warn(
             f"{skips.total:,} text embeddings of images in groups are zero or not finite: such an image is kept only where "

@@ -1,4 +1,4 @@
-"""From the forest to sets of near images, each with the one image that is kept."""
+"""From the forest to sets of near images, each with the one image that is kept; and what the other linkage would keep."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from clipcid_cli.algorithms.sets.star import (
 )
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
 from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.balance.stored_forest import Forest
@@ -37,6 +38,9 @@ from clipcid_cli.steps.shared_arrays import share_arrays
 _STAR_STEP = 1.05
 # No two unit rows are farther apart.
 _FARTHEST = 2.0
+# Pairs that all covers of the other linkage's curve process together: some seconds.
+_MOST_COVERED = 2**25
+_CURVE_POINTS = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,7 @@ def make_sets(run: BalanceRun) -> tuple[Sets, Edges, bool]:
     threshold = settings.distance
     if threshold is None:
         threshold = float(forest.edges.weight[num_rows - num_kept - 1])
-    threshold = shortest_decimal(threshold)
+    threshold = _shortest_decimal(threshold)
     if settings.linkage == "star":
         searched = forest.cutoff
         sets, forest = _make_stars(run, forest, threshold, num_kept)
@@ -91,12 +95,12 @@ def make_sets(run: BalanceRun) -> tuple[Sets, Edges, bool]:
     return _make_components(run, forest.edges, threshold), forest.edges, reused
 
 
-def shortest_decimal(distance: float) -> float:
+def _shortest_decimal(distance: float) -> float:
     """Return the number with the fewest digits that is the same float32: 0.447 rather than 0.44699999690055847."""
     return float(str(np.float32(distance)))
 
 
-def single_curve(rows: BalanceRows, forest: Edges, threshold: float | None) -> Curve:
+def _single_curve(rows: BalanceRows, forest: Edges, threshold: float | None) -> Curve:
     """Return what single linkage keeps of the searched rows over the cut-off, as far as the forest reaches."""
     curve = forest_curve(len(rows), forest, threshold)
     return dataclasses.replace(curve, kept=curve.kept - (len(rows) - rows.num_searched))
@@ -141,7 +145,7 @@ def _make_components(run: BalanceRun, forest: Edges, threshold: float | None) ->
         labels = connected_components(len(run.rows), part.a, part.b)
         return labels, labels if threshold is None else _SELECT[run.settings.select](run, labels)
 
-    return _share_sets(run, threshold, make, lambda: single_curve(run.rows, forest, threshold))
+    return _share_sets(run, threshold, make, lambda: _single_curve(run.rows, forest, threshold))
 
 
 def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int) -> tuple[Sets, Forest]:
@@ -185,7 +189,59 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
     def make_curve() -> Curve:
         return star_curve(num_unique, pairs, copies, chosen.cutoff)
 
-    return _share_sets(run, shortest_decimal(chosen.cutoff), make, make_curve), forest
+    return _share_sets(run, _shortest_decimal(chosen.cutoff), make, make_curve), forest
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherLinkage:
+    """The other linkage at the cut-off of the sets.
+
+    Attributes:
+        linkage: ``single`` or ``star``.
+        kept: Number of images it keeps.
+        uncovered_ratio: Share of the images it drops that are farther than the cut-off from their representative.
+        curve: Images it keeps over the cut-off: single linkage as far as the forest reaches, stars up to the cut-off.
+    """
+
+    linkage: str
+    kept: int
+    uncovered_ratio: float
+    curve: Curve
+
+
+def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage | NotComputed:
+    """Apply the other linkage to the same images at the same cut-off; the same on every process.
+
+    Single linkage follows from the forest, with the central image kept of each component. Stars need all pairs within the
+    cut-off, which are within the components of single linkage and are collected when they are few.
+    """
+    threshold = sets.threshold
+    if threshold is None:
+        return NotComputed("nothing was to be merged")
+    if run.settings.linkage == "star":
+        return run.machine.on_main(lambda: _single(run.rows, forest, threshold))
+    pairs = collect_few_pairs(run, run.rows, sets.labels, threshold)
+    if isinstance(pairs, NotComputed):
+        run.reporter.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
+        return pairs
+    return run.machine.on_main(lambda: _star(run.rows, pairs, threshold))
+
+
+def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
+    part = forest.up_to(threshold)
+    labels = connected_components(len(rows), part.a, part.b)
+    numbers = np.arange(len(rows), dtype=labels.dtype)
+    distances = distances_to(rows.read, numbers, central_rows(rows.read, numbers, labels))
+    beyond = share_beyond(distances, threshold, len(part))
+    return OtherLinkage("single", rows.num_searched - len(part), beyond, _single_curve(rows, forest, threshold))
+
+
+def _star(rows: BalanceRows, pairs: Edges, threshold: float) -> OtherLinkage:
+    pairs = pairs.renumbered(rows.unique_positions())
+    num_points = min(_CURVE_POINTS, _MOST_COVERED // max(1, len(pairs)))
+    curve = star_curve(len(rows.unique), pairs, rows.count_copies(), threshold, num_points)
+    # The cut-off is the last point, and all members of a star are within it of their representative.
+    return OtherLinkage("star", int(curve.kept[-1]), 0.0, curve)
 
 
 def _central(run: BalanceRun, labels: IntArray) -> IntArray:
