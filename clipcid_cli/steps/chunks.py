@@ -32,7 +32,7 @@ from clipcid_cli.steps.shared_arrays import share_arrays
 # Each process has so many stretches of what is left: near rows, which take longer, are often beside each other, so everyone
 # should have jobs of a panel with itself. More stretches read more panels twice.
 _STRETCHES = 4
-# What the first save is expected to take, nearly all of it to merge a forest: measured at 1 and 4 million rows, 1.8 and 9.9 s.
+# What the first save is expected to take, mostly to merge a forest: measured at 1 and 4 million rows, 1.8 and 9.9 s.
 _SECONDS_TO_SAVE_A_ROW = 2.5e-6
 
 Sink = ForestSink | NearestOf | PairsWithin
