@@ -126,7 +126,6 @@ def _search(
     machine = run.machine
     _load(place, sink)
     sink.drain()  # what is saved
-    machine.barrier()  # all have read it before one writes more
     room = memory_for_rows(machine.device, on_cpu=CACHE_BYTES)
     panels = Panels(read, plan.panel, machine.device, run.scan.dtype, room)
     stretches = np.array_split(left, _STRETCHES * machine.size)[machine.rank :: machine.size]
