@@ -15,6 +15,7 @@ import numpy.typing as npt
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges
 from clipcid_cli.algorithms.near.exact import row_type
 from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.embeddings.manifest import find_lost
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.forest import StoredForest, find_earlier, read_forest, row_files_path, write_forest
 from clipcid_cli.formats.results.row_files import ROW_FILES, RowFile, read_row_files
@@ -22,8 +23,6 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.shared_arrays import share_arrays
-
-_NAMED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +94,14 @@ class ForestStore:
             sidecar = find_earlier(self.folder, self.inputs, overwrite=self.overwrite)
             if sidecar is None or not sidecar.cutoff:
                 return ()
-            files = _read_images(self.work / ROW_FILES)
-            earlier = _read_images(row_files_path(self.folder, "exact"))
-            is_new, why_not = self._find_new(files, earlier), _why_not(earlier, files)
+            files, earlier = map(_read_images, (self.work / ROW_FILES, row_files_path(self.folder, "exact")))
+            is_new, lost = self._find_new(files, earlier), find_lost(earlier, files)
             stored = read_forest(self.folder, sidecar.inputs, overwrite=self.overwrite)
-            if is_new is not None and (stored is None or stored.num_rows != np.count_nonzero(~is_new)):
-                is_new, why_not = None, "its rows are not those of its files."
-            if is_new is None or stored is None:
-                reporter.note(f"The forest that is there cannot be extended: {why_not}")
+            if lost or stored is None or stored.num_rows != np.count_nonzero(~is_new):
+                reporter.note(
+                    "The forest that is there cannot be extended, since its files are not all there as they were and in "
+                    f"that order{lost and f' ({lost})'}: all pairs are compared."
+                )
                 return ()
             rows = np.flatnonzero(~is_new).astype(row_type(len(is_new)))
             edges = Edges(rows[stored.a], rows[stored.b], stored.distance)
@@ -112,17 +111,17 @@ class ForestStore:
         found = share_arrays(machine, self.work, read)
         return EarlierForest(Edges(*found[:3]), float(found[3][0]), found[4]) if found else None
 
-    def _find_new(self, files: list[RowFile], earlier: list[RowFile]) -> npt.NDArray[np.bool_] | None:
-        """Return which rows are of none of the earlier files, bool [N]; None where those are not all there, in order."""
-        is_new, left, end = np.ones(len(self.rows), np.bool_), [each.content for each in earlier], 0
+    def _find_new(self, files: list[RowFile], earlier: list[RowFile]) -> npt.NDArray[np.bool_]:
+        """Return which rows are of none of the earlier files, bool [N]."""
+        is_new, left, end = np.ones(len(self.rows), np.bool_), iter(earlier), 0
+        known = next(left, None)
         for file in files:
-            assert file.rows is not None
-            start, end = end, end + file.rows
-            if left and file.content == left[0]:
+            start, end = end, end + (file.rows or 0)
+            if known is not None and file.content == known.content:
                 bounds = np.array([start, end], self.rows.numbers.dtype)
                 is_new[slice(*np.searchsorted(self.rows.numbers, bounds))] = False
-                del left[0]
-        return None if left else is_new
+                known = next(left, None)
+        return is_new
 
     def write(self, forest: Forest, seconds: float) -> None:
         """Write a forest that took so long to search."""
@@ -136,16 +135,3 @@ def _read_images(path: Path) -> list[RowFile]:
     """Read which files of image embeddings rows are numbered through."""
     files = read_row_files(path, "Add --overwrite to search the forest again.")
     return [file for file in files if file.rows is not None]
-
-
-def _why_not(earlier: list[RowFile], files: list[RowFile]) -> str:
-    """Name the files that are gone, have changed or are in another order."""
-    there = {file.content for file in files}
-    gone = [Path(each.path).name for each in earlier if each.content not in there]
-    if not gone:
-        return "the files are in another order, and of equal distances the earlier row goes first."
-    more = f" and {len(gone) - _NAMED:,} more" if len(gone) > _NAMED else ""
-    return (
-        f"{', '.join(gone[:_NAMED])}{more} of {len(earlier):,} files have changed or are gone, and what joined "
-        "other images through theirs is not in the forest. All pairs are compared."
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +19,6 @@ from clipcid_cli.algorithms.near.plan import rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.formats.arrays import Arrays, map_strings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.steps.balance.filters.references import Reference
 from clipcid_cli.steps.balance.rows import BalanceRows
@@ -109,22 +107,8 @@ def find_near(
         rows: All finite rows.
         threshold: The distance, inclusive.
     """
-    found, compared, num_rows = list[Edges](), set[str](), len(rows)
-    for reference in references:
-        images = reference.embeddings.rows(Kind.IMAGES)
-
-        def read(numbers: IntArray, images: Rows = images, reference: Reference = reference) -> HalfArray:
-            """Read rows: some to balance, or some of the reference, which are numbered after them."""
-            return rows.read(numbers) if numbers[0] < num_rows else images.take(reference.numbers[numbers - num_rows])
-
-        kind = row_type(num_rows + len(reference.numbers))
-        others = np.arange(num_rows, num_rows + len(reference.numbers), dtype=kind)
-        plan = rectangle(rows.unique.astype(kind, copy=False), others, run.rows_in_memory)
-        nearest = partial(NearestOf, rows.unique)
-        label, identity = f"comparison with {reference.name}", reference.identity
-        found.append(run_chunks(run, plan, read, threshold, nearest, label, of=identity, folder=folder / _FOLDER))
-        compared.add(run.identify(plan, threshold, identity))
-    run.machine.on_main(lambda: forget_others(folder, compared))
+    found = [_compare(run, folder, rows, reference, threshold) for reference in references]
+    run.machine.on_main(lambda: forget_others(folder, {name for _, name in found}))
 
     def merge() -> Arrays:
         owner, near = np.full(len(rows), -1, np.int16), np.zeros(len(references), np.int64)
@@ -132,7 +116,7 @@ def find_near(
         row, distance = np.zeros(len(rows), kind), np.full(len(rows), np.inf, np.float32)
         copies = np.ones(len(rows), np.int32)
         np.add.at(copies, rows.copies.a, 1)
-        for number, (reference, pairs) in enumerate(zip(references, found, strict=True)):
+        for number, (reference, (pairs, _)) in enumerate(zip(references, found, strict=True)):
             near[number] = copies[pairs.a].sum()
             nearer = pairs[pairs.weight < distance[pairs.a]]
             owner[nearer.a], distance[nearer.a] = number, nearer.weight
@@ -144,6 +128,34 @@ def find_near(
 
     owner, row, distance, near = share_arrays(run.machine, run.work, merge)
     return NearReferences(references, threshold, owner, row, distance, near.tolist())
+
+
+def _compare(
+    run: SearchRun, folder: Path, rows: BalanceRows, reference: Reference, threshold: float
+) -> tuple[Edges, str]:
+    """Find the nearest row of a reference of each unique row; return the pairs, and the name that they are saved under.
+
+    Rows of the reference are numbered after those to balance.
+    """
+    images, num_rows = reference.embeddings.rows(Kind.IMAGES), len(rows)
+
+    def read(numbers: IntArray) -> HalfArray:
+        return rows.read(numbers) if numbers[0] < num_rows else images.take(reference.numbers[numbers - num_rows])
+
+    kind = row_type(num_rows + len(reference.numbers))
+    others = np.arange(num_rows, num_rows + len(reference.numbers), dtype=kind)
+    plan = rectangle(rows.unique.astype(kind, copy=False), others, run.rows_in_memory)
+    found = run_chunks(
+        run,
+        plan,
+        read,
+        threshold,
+        lambda: NearestOf(rows.unique),
+        "comparison",
+        of=reference.identity,
+        folder=folder / _FOLDER,
+    )
+    return found, run.identify(plan, threshold, reference.identity)
 
 
 def forget_others(folder: Path, compared: Collection[str] = ()) -> None:
