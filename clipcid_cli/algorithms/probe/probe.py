@@ -20,6 +20,7 @@ decrease that Newton's step by the diagonal promises must be small relative to F
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -71,6 +72,22 @@ class Solution:
     gradient_norm: float
     iterations: int
     converged: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """F at some parameters, in centred, rotated coordinates.
+
+    Attributes:
+        parameters: Weights, and intercepts last, [C, D + 1].
+        gradient: Of F, [C, D + 1].
+        diagonal: Estimate of the diagonal of F's Hessian, [C, D + 1].
+    """
+
+    parameters: torch.Tensor
+    objective: float
+    gradient: torch.Tensor
+    diagonal: torch.Tensor
 
 
 def regularisation_grid() -> list[float]:
@@ -141,71 +158,74 @@ class ProbeProblem:
             return Solution(self._classifier(self._rotate(None)), 0.0, 0.0, 0, converged=True)
         # Of two classes, the penalty of the one weight vector that scikit-learn fits.
         decay = (2.0 if len(self._present) == 2 and not self._several else 1.0) / (c * len(self._rotated_ND))
-        parameters = self._rotate(start)
+        point = self._evaluate(self._rotate(start), decay)
         iterations = 0
         last_objective = float("inf")
         while True:
-            objective, gradient, diagonal = self._evaluate(parameters, decay)
-            norm = self._gradient_norm(gradient)
-            promised = float((gradient.square() / diagonal).sum()) / 2
-            excess = max(norm / tolerance, (promised / (PROMISED_DECREASE * objective)) ** 0.5)
-            if excess <= 1 or iterations >= max_iterations or objective >= last_objective:
-                return Solution(self._classifier(parameters), objective, norm, iterations, converged=excess <= 1)
-            aim = float((gradient / diagonal.sqrt()).abs().max()) / excess
-            parameters, more = self._descend(parameters, decay, diagonal, aim, max_iterations - iterations)
+            norm = self._gradient_norm(point.gradient)
+            promised = float((point.gradient.square() / point.diagonal).sum()) / 2
+            excess = max(norm / tolerance, (promised / (PROMISED_DECREASE * point.objective)) ** 0.5)
+            if excess <= 1 or iterations >= max_iterations or point.objective >= last_objective:
+                return Solution(self._classifier(point.parameters), point.objective, norm, iterations, excess <= 1)
+            last_objective = point.objective
+            point, more = self._descend(point, decay, excess, max_iterations - iterations)
             iterations += more
-            last_objective = objective
 
-    def _descend(
-        self, parameters: torch.Tensor, decay: float, diagonal: torch.Tensor, aim: float, max_iterations: int
-    ) -> tuple[torch.Tensor, int]:
-        """Run L-BFGS until no entry of the gradient in the scaled coordinates exceeds `aim`; return also its iterations."""
-        scale = diagonal.rsqrt()
-        scaled = torch.nn.Parameter(parameters / scale)
+    def _descend(self, start: _Point, decay: float, excess: float, max_iterations: int) -> tuple[_Point, int]:
+        """Run L-BFGS until the gradient in scaled coordinates is that many times smaller; return also the iterations."""
+        scale = start.diagonal.rsqrt()
+        moved = torch.nn.Parameter(torch.zeros_like(scale))
+        point = start
+
+        def closure() -> float:
+            nonlocal point
+            parameters = start.parameters + scale * moved.detach()
+            # It begins and mostly ends at the last point evaluated.
+            if not torch.equal(parameters, point.parameters):
+                point = self._evaluate(parameters, decay)
+            moved.grad = scale * point.gradient
+            return point.objective
+
         optimiser = torch.optim.LBFGS(
-            [scaled],
+            [moved],
             max_iter=max_iterations,
             history_size=_HISTORY,
-            tolerance_grad=aim,
+            tolerance_grad=float((scale * start.gradient).abs().max()) / excess,
             tolerance_change=0.0,
             line_search_fn="strong_wolfe",
         )
-
-        def closure() -> float:
-            objective, gradient, _ = self._evaluate(scaled.detach() * scale, decay)
-            scaled.grad = gradient * scale
-            return objective
-
         optimiser.step(closure)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return scaled.detach() * scale, optimiser.state[scaled]["n_iter"]
+        closure()
+        return point, optimiser.state[moved]["n_iter"]
 
-    def _evaluate(self, parameters: torch.Tensor, decay: float) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """Return F, its gradient and an estimate of its Hessian's diagonal, both [C, D + 1]."""
+    def _evaluate(self, parameters: torch.Tensor, decay: float) -> _Point:
         weights_CD, bias_C = parameters[:, :-1], parameters[:, -1]
         num_images, at_once = len(self._rotated_ND), _rows_at_once(bias_C)
-        loss = torch.zeros_like(bias_C[0])
-        gradient, spread_C = torch.zeros_like(parameters), torch.zeros_like(bias_C)
+        gradient = torch.zeros_like(parameters)
+        loss, spread_C = torch.zeros_like(bias_C[0]), torch.zeros_like(bias_C)
         for rows_BD, targets in zip(
             torch.split(self._rotated_ND, at_once), torch.split(self._targets, at_once), strict=True
         ):
             logits_BC = torch.addmm(bias_C, rows_BD, weights_CD.T)
             if self._several:
                 loss += functional.binary_cross_entropy_with_logits(logits_BC, targets, reduction="sum")
-                p_BC = logits_BC.sigmoid()
-                residuals_BC = p_BC - targets
+                p_BC, targets_BC = logits_BC.sigmoid(), targets
             else:
                 loss += functional.cross_entropy(logits_BC, targets, reduction="sum")
-                p_BC = logits_BC.softmax(dim=1)
-                residuals_BC = p_BC - functional.one_hot(targets, len(bias_C))
+                p_BC, targets_BC = logits_BC.softmax(dim=1), functional.one_hot(targets, len(bias_C))
             spread_C += (p_BC * (1 - p_BC)).sum(dim=0)
-            gradient[:, :-1] += residuals_BC.T @ rows_BD
+            residuals_BC = p_BC - targets_BC
+            gradient[:, :-1].addmm_(residuals_BC.T, rows_BD)
             gradient[:, -1] += residuals_BC.sum(dim=0)
-        objective = float(loss) / num_images + decay / 2 * float(weights_CD.square().sum())
         gradient /= num_images
         gradient[:, :-1] += decay * weights_CD
         spread_C = (spread_C / num_images).clamp(min=_MIN_SPREAD)
-        diagonal = torch.cat([torch.outer(spread_C, self._variance_D) + decay, spread_C[:, None]], dim=1)
-        return objective, gradient, diagonal
+        return _Point(
+            parameters,
+            objective=float(loss) / num_images + decay / 2 * float(weights_CD.square().sum()),
+            gradient=gradient,
+            diagonal=torch.cat([torch.outer(spread_C, self._variance_D) + decay, spread_C[:, None]], dim=1),
+        )
 
     def _gradient_norm(self, gradient: torch.Tensor) -> float:
         """Return the largest entry of the gradient in the coordinates of the given features."""
@@ -232,7 +252,8 @@ class ProbeProblem:
 def sweep_regularisation(problem: ProbeProblem, grid: Sequence[float]) -> Iterator[Solution]:
     """Fit every strength, from the strongest regularisation on, starting each from those before.
 
-    Solutions change smoothly with log C, so on an even grid the line through the last two leads close to the next.
+    Solutions change smoothly with log C, so on an even grid the parabola through the last three leads close to the next: in
+    a trial (4,000 images, 256 wide, 50 classes, 45 values) that took 221 iterations, and 593 from the last alone.
 
     Args:
         grid: Values of C, ascending.
@@ -240,16 +261,18 @@ def sweep_regularisation(problem: ProbeProblem, grid: Sequence[float]) -> Iterat
     Yields:
         The solution of each value, in order.
     """
-    before: LinearClassifier | None = None
-    start: LinearClassifier | None = None
+    last: deque[LinearClassifier] = deque(maxlen=3)
     for c in grid:
+        start = last[-1] if last else None
+        if len(last) == 3:
+            first, second, third = last
+            start = LinearClassifier(
+                3 * (third.weights_CD - second.weights_CD) + first.weights_CD,
+                3 * (third.bias_C - second.bias_C) + first.bias_C,
+            )
         solution = problem.fit(c, start)
+        last.append(solution.classifier)
         yield solution
-        last = solution.classifier
-        start = last
-        if before is not None:
-            start = LinearClassifier(2 * last.weights_CD - before.weights_CD, 2 * last.bias_C - before.bias_C)
-        before = last
 
 
 @dataclasses.dataclass(frozen=True)
