@@ -31,6 +31,7 @@ PROMISED_DECREASE = 1e-5
 """Largest decrease, as a share of F, that the next step may still promise at the end."""
 
 _HISTORY = 10
+_MAX_ITERATIONS = 2000
 # Lower bound of p·(1 − p) for a perfectly separated class: keeps the diagonal away from 0 where decay is tiny.
 _MIN_SPREAD = 1e-6
 # Logits made at once: 1 MiB stays in a CPU's cache, which takes a third off the time of a sweep; a GPU needs more work.
@@ -64,7 +65,7 @@ class Solution:
         objective: F at the classifier.
         gradient_norm: Largest entry of F's gradient there, in the given coordinates.
         converged: Whether the gradient norm is within the tolerance, and the next step promises to decrease F by at
-            most `PROMISED_DECREASE` of it.
+            most `PROMISED_DECREASE` of it; False where the iterations ran out, or rounding left no descent.
     """
 
     classifier: LinearClassifier
@@ -113,20 +114,19 @@ class ProbeProblem:
     def __init__(self, features_ND: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
         if features_ND.ndim != 2 or len(features_ND) != len(labels) or not len(labels):
             raise ValueError(f"features {list(features_ND.shape)} and labels {list(labels.shape)} do not fit")
-        bias_C = torch.full((num_classes,), -torch.inf, dtype=torch.float64, device=labels.device)
+        self._unfitted_bias_C = torch.full((num_classes,), -torch.inf, dtype=torch.float64, device=labels.device)
         self._several = labels.ndim == 2
         if self._several:
             if labels.shape[1] != num_classes:
                 raise ValueError(f"labels have {labels.shape[1]} columns; there are {num_classes} classes")
             images_C = labels.sum(dim=0)
-            bias_C[images_C == len(labels)] = torch.inf
+            self._unfitted_bias_C[images_C == len(labels)] = torch.inf
             self._present = ((images_C > 0) & (images_C < len(labels))).nonzero()[:, 0]
             self._targets = labels[:, self._present].double()
         else:
             if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
                 raise ValueError(f"labels are in [{labels.min()}, {labels.max()}], classes in [0, {num_classes - 1}]")
             self._present, self._targets = torch.unique(labels, return_inverse=True)
-        self._unfitted_bias_C = bias_C
         exact_ND = features_ND.double()
         self._mean_D = exact_ND.mean(dim=0)
         centred_ND = exact_ND - self._mean_D
@@ -136,22 +136,13 @@ class ProbeProblem:
         self._variance_D, self._axes_DD = variance_D[first:].clamp(min=0), axes_DD[:, first:]
         self._rotated_ND = centred_ND @ self._axes_DD
 
-    def fit(
-        self,
-        c: float,
-        start: LinearClassifier | None = None,
-        tolerance: float = TOLERANCE,
-        max_iterations: int = 2000,
-    ) -> Solution:
+    def fit(self, c: float, start: LinearClassifier | None = None, tolerance: float = TOLERANCE) -> Solution:
         """Solve for one strength.
 
         Args:
             c: Inverse strength of regularisation, as scikit-learn's ``C``.
             start: Classifier to begin from, such as that of a neighbouring strength; zeros when None.
             tolerance: Largest allowed entry of the gradient of F.
-
-        Returns:
-            The solution; ``converged`` is False when the iterations ran out, or rounding left nothing to descend.
         """
         if len(self._present) < (1 if self._several else 2):
             # Every class belongs to all images or to none: there is nothing to fit.
@@ -165,10 +156,10 @@ class ProbeProblem:
             norm = self._gradient_norm(point.gradient)
             promised = float((point.gradient.square() / point.diagonal).sum()) / 2
             excess = max(norm / tolerance, (promised / (PROMISED_DECREASE * point.objective)) ** 0.5)
-            if excess <= 1 or iterations >= max_iterations or point.objective >= last_objective:
+            if excess <= 1 or iterations >= _MAX_ITERATIONS or point.objective >= last_objective:
                 return Solution(self._classifier(point.parameters), point.objective, norm, iterations, excess <= 1)
             last_objective = point.objective
-            point, more = self._descend(point, decay, excess, max_iterations - iterations)
+            point, more = self._descend(point, decay, excess, _MAX_ITERATIONS - iterations)
             iterations += more
 
     def _descend(self, start: _Point, decay: float, excess: float, max_iterations: int) -> tuple[_Point, int]:
@@ -257,9 +248,6 @@ def sweep_regularisation(problem: ProbeProblem, grid: Sequence[float]) -> Iterat
 
     Args:
         grid: Values of C, ascending.
-
-    Yields:
-        The solution of each value, in order.
     """
     last: deque[LinearClassifier] = deque(maxlen=3)
     for c in grid:
