@@ -95,6 +95,12 @@ def test_classification_equals_open_clip_and_plain_formulas(
     sidecar = json.loads((folder / "sidecars" / Path(result["files"]["metrics"]).name).read_text())
     assert sidecar["calibration"] == result["calibration"]
     assert sidecar["prompts"] == result["prompts"]
+    for label, row in enumerate(sidecar["per_class"]):
+        guesses = torch.bincount(scores.argmax(dim=1)[labels == label], minlength=len(CLASS_NAMES)).tolist()
+        wrong = [*guesses[:label], 0, *guesses[label + 1 :]]
+        assert (row["images"], row["confused"]) == (sum(guesses), max(wrong))
+        assert row["value"] == (guesses[label] / sum(guesses) if sum(guesses) else None)
+        assert row["confused_with"] == (CLASS_NAMES[wrong.index(max(wrong))] if max(wrong) else None)
     for kind, name in (("class_names", "classnames.txt"), ("templates", "zeroshot_classification_templates.txt")):
         path = classification / name
         digest = hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest()
