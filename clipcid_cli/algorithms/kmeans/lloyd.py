@@ -15,7 +15,6 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -154,7 +153,7 @@ class _Share:
     def _assign_all(self, nearest: NearestCentroid, first: int) -> None:
         block, size = self._load(first), PRODUCT_ROWS[self._device.type]
         pieces = [nearest.of(chosen_rows(block, slice(at, at + size))) for at in range(0, len(block), size)]
-        found = Found(*(torch.cat(each) for each in zip(*map(astuple, pieces), strict=True)))
+        found = Found.join(pieces)
         with self._changing:
             self.sums.move(block.stored, None, found.number_B)
         self._keep(first, found)

@@ -25,6 +25,7 @@ import dataclasses
 import math
 import os
 import threading
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -80,6 +81,12 @@ class Found:
     def at(self, which: torch.Tensor | slice) -> Found:
         """Return some of the rows, by positions int64 [n] or a slice."""
         return Found(self.number_B[which], self.cosine_B[which], self.others_B[which])
+
+    @staticmethod
+    def join(parts: Sequence[Found]) -> Found:
+        """Return those of some rows after those of others."""
+        names = [field.name for field in dataclasses.fields(Found)]
+        return Found(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 class NearestCentroid:
@@ -146,7 +153,7 @@ class NearestCentroid:
             if len(row_Q) > _MOST_GROUPS and size > 1:
                 halves = (slice(0, size // 2), slice(size // 2, size))
                 parts = [self.of(chosen_rows(rows, half), known.at(half), leading) for half in halves]
-                return Found(*(torch.cat(each) for each in zip(*map(dataclasses.astuple, parts), strict=True)))
+                return Found.join(parts)
 
             score_Qg = grouped_BgG[row_Q, :, group_Q]
             near_Qg = score_Qg >= least_B1[row_Q]
