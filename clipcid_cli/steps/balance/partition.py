@@ -17,6 +17,7 @@ from clipcid_cli.algorithms.near.partitions import (
     Partitions,
     assign_rows,
     default_num_partitions,
+    group_rows,
     measure_margin,
 )
 from clipcid_cli.algorithms.near.plan import Plan, pieces
@@ -30,6 +31,7 @@ from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
 # Where this share of all pairs would be compared, all of them may as well be.
 _LARGEST_SHARE = 0.5
 _ROWS_AT_ONCE = 16_384
+_ENTRIES_AT_ONCE = 2**20
 # Partitions need no fine centroids, only few rows near their borders.
 ROWS_PER_PARTITION, ITERATIONS = 64, 4
 
@@ -68,25 +70,32 @@ def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, R
     with reporter.progress("assign", share[1] - share[0], "images") as progress:
 
         def assign() -> Iterator[Arrays]:
-            for home, *visits in assign_rows(partitions, read, unique, margin, share):
+            """Yield homes of rows, and entries of rows in lists: of each partition, those at home and its visitors."""
+            at = share[0]
+            for home, visited, visitor in assign_rows(partitions, read, unique, margin, share):
+                numbers = unique[at : at + len(home)]
+                yield home, np.concatenate([2 * home, 2 * visited + 1]), np.concatenate([numbers, visitor])
+                at += len(home)
                 progress.advance(len(home))
-                yield home, *visits
 
         assigned = machine.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign()))
     places = machine.on_all(lambda: _copy(run, rows, assigned[0], partitions))
-    parts = collect_arrays(machine, run.work, (*assigned, places))
+    parts = collect_arrays(machine, run.work, (*assigned[1:], places))
 
     def allocate(length: int) -> IntArray:
         return create_unnamed(run.work, np.dtype(unique.dtype), (length,))
 
+    def entries() -> Iterator[tuple[IntArray, IntArray]]:
+        for lists, listed, _ in parts:
+            for at in range(0, len(lists), _ENTRIES_AT_ONCE):
+                yield lists[at : at + _ENTRIES_AT_ONCE], listed[at : at + _ENTRIES_AT_ONCE]
+
     def group() -> Arrays:
-        homes, visited, visitors, places = zip(*parts, strict=True)
-        # Of each partition, the rows at home and its visitors.
-        lists = np.concatenate([*(2 * home for home in homes), *(2 * partition + 1 for partition in visited)])
-        listed, place_of = allocate(len(lists)), allocate(len(rows))
-        listed[:] = np.concatenate([unique, *visitors])[np.argsort(lists, kind="stable")]
-        place_of[unique] = np.concatenate(places)
-        return listed, np.cumsum(np.bincount(lists, minlength=2 * len(partitions))), place_of
+        place_of, first = allocate(len(rows)), 0
+        for *_, part in parts:
+            place_of[unique[first : first + len(part)]] = part
+            first += len(part)
+        return *group_rows(entries, 2 * len(partitions), allocate), place_of
 
     listed, ends, place_of = share_arrays(machine, run.work, group)
     sizes = machine.gather(share[1] - share[0])
