@@ -70,7 +70,7 @@ unit = torch.nn.functional.normalize(torch.randn(1, 16, generator=torch.Generato
 rows = torch.nn.functional.normalize(unit + 0.1 * torch.eye(16).double()).half().cuda()
 nearest._MOST_GROUPS = 1024
 search = nearest.NearestCentroid(round_to_grid(unit).repeat(9000, 1).cuda(), torch.float16)
-assert search.of(make_block(np.arange(16), rows, torch.float16)).tolist() == [0] * 16
+assert search.of(make_block(np.arange(16), rows, torch.float16)).number_B.tolist() == [0] * 16
 """
 # A tile with more near pairs than are queued has those of a CPU.
 CROWDED_TILE = """
